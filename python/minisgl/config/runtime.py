@@ -1,0 +1,100 @@
+"""What `resolve` decides: frozen, complete, nothing in it is "auto" any more. Each process gets the parts it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minisgl.config.model import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What one rank's engine needs. Token and page counts are per rank (the same on every rank)."""
+
+    model_path: str  # a local directory
+    model: ModelConfig
+    dtype: str  # "float32" | "bfloat16" | "float16": weights, activations and KV
+    device: str  # "cpu" | "cuda"
+    tp_size: int
+    init_method: str  # torch.distributed rendezvous, "tcp://127.0.0.1:PORT" (unused when tp_size is 1)
+    num_pages: int
+    page_size: int  # tokens
+    max_running_requests: int
+    max_prefill_length: int  # tokens of one step, decode included
+    max_seq_len: int
+    prefill_backend: str
+    decode_backend: str
+    num_threads: int  # per rank
+    dummy_weight: bool
+    seed: int = 0  # of dummy weights
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """What the planner and the scheduler's loop need."""
+
+    max_running_requests: int
+    max_prefill_length: int  # tokens of one step, decode included
+    max_seq_len: int
+    num_pages: int
+    page_size: int  # tokens
+    cache_type: str = "radix"  # "radix" | "naive"
+    schedule_policy: str = "fcfs"  # "fcfs" | "lpm"
+    eos_token_ids: tuple[int, ...] = ()
+    overlap: bool = True
+    check_integrity: bool = False  # walk all pages after every step; a mismatch is fatal
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerConfig:
+    """What tokenizer and detokenizer processes need."""
+
+    model_path: str  # a local directory
+    max_seq_len: int
+    vocab_size: int  # of the model: ids from here on cannot be prompts
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """ZeroMQ endpoints of one server, all inside its private 0700 directory.
+
+    The named process binds a PULL socket at its endpoint; others connect PUSH sockets. One exception: rank 0 binds
+    `ranks` as PUB-like fan-out, one PUSH socket per follower (`rank_endpoint`).
+    """
+
+    directory: str
+    num_tokenizer: int  # tokenizer processes of their own; 0: the detokenizer's process tokenizes
+
+    @property
+    def backend(self) -> str:
+        return f"ipc://{self.directory}/backend"
+
+    @property
+    def frontend(self) -> str:
+        return f"ipc://{self.directory}/frontend"
+
+    @property
+    def detokenizer(self) -> str:
+        return f"ipc://{self.directory}/detokenizer"
+
+    def tokenizer(self, index: int) -> str:
+        return f"ipc://{self.directory}/tokenizer-{index}" if self.num_tokenizer else self.detokenizer
+
+    def rank(self, rank: int) -> str:
+        """Where rank `rank` > 0 receives the message batches that rank 0 numbers."""
+        return f"ipc://{self.directory}/rank-{rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Everything that a running server is made of."""
+
+    engine: EngineConfig
+    scheduler: SchedulerConfig
+    tokenizer: TokenizerConfig
+    num_tokenizer: int
+    served_model_name: str
+    host: str
+    port: int
+    default_sampling: dict[str, float | int]  # from generation_config.json: temperature, top_p, top_k, min_p

@@ -1,0 +1,159 @@
+"""The records that flow through the system: a request's parameters, its state, and what one step is to compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from minisgl.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+MAX_SEED = 2**63 - 1
+
+
+class FinishReason(str, Enum):
+    """Why a request ended. Every accepted request ends with exactly one of these."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, and when it ends.
+
+    max_tokens: most output tokens; None means as many as the context has room for.
+    temperature: 0 is greedy (arg max). top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
+    seed: the same seed gives the same tokens whatever else is in the batch; None draws one.
+    stop: strings that end the output; the stop string itself is cut.
+    ignore_eos: generate past end-of-sequence tokens, up to max_tokens.
+
+    Raises: RequestError naming the field whose value is out of range.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        _check(0.0 <= self.temperature <= 100.0, "temperature", "from 0 to 100", self.temperature)
+        _check(self.top_k >= -1, "top_k", "at least 1, or 0 for off", self.top_k)
+        _check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1", self.top_p)
+        _check(0.0 <= self.min_p <= 1.0, "min_p", "from 0 to 1", self.min_p)
+        _check(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", "from 0 to 2**63 - 1", self.seed)
+        _check(all(self.stop), "stop", "free of empty strings", list(self.stop))
+
+
+def _check(valid: bool, name: str, expected: str, value: object) -> None:
+    if not valid:
+        raise RequestError(f"{name} must be {expected}, not {value!r}", param=name)
+
+
+class ReqState(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"  # the terminal reply is out; pages go back once no step in flight touches them
+
+
+@dataclass(slots=True, eq=False)
+class Req:
+    """A request inside the scheduler: the one mutable record. Only the planner changes it.
+
+    tokens: prompt, then the output ids that are known on the host. `num_pending` more have been planned but their ids
+    are still on the device, so `num_tokens` counts both. `num_computed` of them have their KV in `pages` (or will,
+    once the steps already planned have run).
+    """
+
+    uid: int
+    tokens: list[int]
+    prompt_len: int
+    params: SamplingParams
+    max_len: int  # prompt + output tokens at which the request ends with `length`
+    num_pending: int = 0
+    num_computed: int = 0
+    num_inflight: int = 0  # steps submitted and not yet retired that touch this request
+    num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
+    row: int = -1  # index into the engine's per-request tables while running
+    pages: list[int] = field(default_factory=list)
+    handle: Any = None  # the prefix cache's lock on the shared part of `pages`
+    state: ReqState = ReqState.WAITING
+    started: bool = False  # was ever admitted
+    preempted: bool = False  # retract as soon as no step in flight touches it
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+
+class Admission(NamedTuple):
+    """A request takes a row of the engine's tables: written before the step's tokens are computed."""
+
+    row: int
+    token_ids: npt.NDArray[np.int32]  # every id known so far: the prompt, and after a retraction the output
+    params: SamplingParams  # `seed` is never None here
+
+
+class PageUpdate(NamedTuple):
+    """Pages that a row gains: they become entries `first_index, first_index + 1, …` of its page table."""
+
+    row: int
+    first_index: int
+    pages: tuple[int, ...]
+
+
+class ScheduledReq(NamedTuple):
+    """One request's share of a step: compute `num_new` tokens from position `start` on.
+
+    The ids come from the engine's token buffer at [row, start : start + num_new]. With `sample` the last of them
+    yields the token at position start + num_new, which the engine writes into the buffer; prefill chunks but the last
+    do not sample.
+    """
+
+    row: int
+    start: int
+    num_new: int
+    sample: bool
+
+
+class StepPlan(NamedTuple):
+    """What the engine computes in one step. Plans are executed in order; a later one may rely on an earlier one's KV.
+
+    Within a step, all KV is stored before any of it is read, so requests in one plan may share pages.
+    """
+
+    step_id: int
+    admissions: tuple[Admission, ...]
+    page_updates: tuple[PageUpdate, ...]
+    reqs: tuple[ScheduledReq, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(req.num_new for req in self.reqs)
+
+    @property
+    def is_decode_only(self) -> bool:
+        return all(req.num_new == 1 and req.sample for req in self.reqs)
+
+
+class StepResult(NamedTuple):
+    """The sampled ids, one per `ScheduledReq` with `sample`, in plan order; -1 where the logits were not finite."""
+
+    step_id: int
+    token_ids: list[int]

@@ -1,0 +1,38 @@
+"""Every error that minisgl raises on purpose.
+
+MiniSGLError
+├── ConfigError     the operator's fault: a flag, a file or a model that cannot be used; one line, exit status 2
+├── RequestError    the client's fault: one request is refused (HTTP 400), everyone else goes on
+├── EngineError     our fault: a step failed on the device; its requests end with an error (HTTP 500)
+└── WorkerDied      a child process is gone (HTTP 503); the server shuts down
+"""
+
+from __future__ import annotations
+
+
+class MiniSGLError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(MiniSGLError):
+    """The configuration cannot work. The message is one line that names the flag or file and what to do."""
+
+
+class RequestError(MiniSGLError):
+    """A request cannot be served as it was asked.
+
+    `param` names the offending field (OpenAI's error `param`), `status` is the HTTP status that it maps to.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+
+
+class EngineError(MiniSGLError):
+    """A step failed on the device."""
+
+
+class WorkerDied(MiniSGLError):
+    """A child process ended, or stopped answering, while the server needed it."""

@@ -1,0 +1,32 @@
+"""To the scheduler: from tokenizers (new requests, aborts, pings) and from the detokenizer (stop string found)."""
+
+from __future__ import annotations
+
+import msgspec
+
+from minisgl.core import SamplingParams
+from minisgl.message.codec import Codec
+
+
+class UserMsg(msgspec.Struct, frozen=True, tag="user", forbid_unknown_fields=True):
+    """A tokenized request. `params.seed` and `params.max_tokens` are set; prompt + max_tokens fit the context."""
+
+    uid: int
+    input_ids: bytes
+    params: SamplingParams
+
+
+class AbortMsg(msgspec.Struct, frozen=True, tag="abort", forbid_unknown_fields=True):
+    """End a request. Unknown and finished uids are ignored: the abort lost a race."""
+
+    uid: int
+
+
+class PingMsg(msgspec.Struct, frozen=True, tag="ping", forbid_unknown_fields=True):
+    """A health check: passed on to the detokenizer at once, also while a step is running."""
+
+    uid: int
+
+
+BackendMsg = UserMsg | AbortMsg | PingMsg
+backend_codec: Codec[BackendMsg] = Codec(BackendMsg)

@@ -1,0 +1,38 @@
+"""Messages to bytes and back: msgpack through msgspec, a list of messages per frame. No pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import numpy as np
+
+T = TypeVar("T")
+
+
+class Codec(Generic[T]):
+    """Encodes and decodes batches of one channel's message union.
+
+    Raises: msgspec.ValidationError when the bytes are not a batch of this channel's messages.
+    """
+
+    def __init__(self, union: Any) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(list[union])
+
+    def encode(self, messages: Sequence[T]) -> bytes:
+        return self._encoder.encode(messages)
+
+    def decode(self, data: bytes) -> list[T]:
+        return self._decoder.decode(data)
+
+
+def pack_ids(token_ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian int32 bytes."""
+    return np.asarray(token_ids, dtype="<i4").tobytes()
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """The inverse of `pack_ids`."""
+    return np.frombuffer(data, dtype="<i4").tolist()

@@ -1,0 +1,67 @@
+"""To the tokenizers (from the API server) and to the detokenizer (from scheduler rank 0)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from minisgl.core import FinishReason, SamplingParams
+from minisgl.message.backend import AbortMsg, PingMsg
+from minisgl.message.codec import Codec
+
+
+class ChatPrompt(msgspec.Struct, frozen=True, tag="chat", forbid_unknown_fields=True):
+    """Messages for the chat template, as the template expects them (OpenAI's shape)."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = {}
+
+
+class TextPrompt(msgspec.Struct, frozen=True, tag="text", forbid_unknown_fields=True):
+    """Plain text: encoded with the tokenizer's own special tokens (BOS, where the model has one)."""
+
+    text: str
+
+
+class IdsPrompt(msgspec.Struct, frozen=True, tag="ids", forbid_unknown_fields=True):
+    """Token ids, packed; used as they are."""
+
+    input_ids: bytes
+
+
+class TokenizeMsg(msgspec.Struct, frozen=True, tag="tokenize", forbid_unknown_fields=True):
+    """A new request. `params.max_tokens` may be None (the tokenizer fills in what the context has room for)."""
+
+    uid: int
+    prompt: ChatPrompt | TextPrompt | IdsPrompt
+    params: SamplingParams
+
+
+class StreamStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the detokenizer must know of a request, sent with its first message."""
+
+    num_prompt_tokens: int
+    stop: tuple[str, ...]
+    prompt_tail: bytes  # the last few prompt ids, packed: some tokenizers decode a token by what precedes it
+
+
+class DetokenizeMsg(msgspec.Struct, frozen=True, tag="detokenize", forbid_unknown_fields=True):
+    """New output tokens of a request. The last message has `finish_reason`, with `error` text if it is `error`.
+
+    An end-of-sequence token that ended the request is part of `token_ids`; `num_hidden` of the last ids (0 or 1) are
+    such and never become text.
+    """
+
+    uid: int
+    token_ids: bytes
+    num_cached: int = 0
+    num_hidden: int = 0
+    start: StreamStart | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+TokenizerMsg = TokenizeMsg | DetokenizeMsg | AbortMsg | PingMsg
+tokenizer_codec: Codec[TokenizerMsg] = Codec(TokenizerMsg)
