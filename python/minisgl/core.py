@@ -92,6 +92,7 @@ class Req:
     state: ReqState = ReqState.WAITING
     started: bool = False  # was ever admitted
     preempted: bool = False  # retract as soon as no step in flight touches it
+    failed: bool = False  # what it computed must not be reused
 
     @property
     def num_tokens(self) -> int:
