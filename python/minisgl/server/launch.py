@@ -17,6 +17,7 @@ from minisgl.errors import ConfigError
 from minisgl.server.supervisor import Supervisor, WorkerSpec
 from minisgl.server.workers import scheduler_main, tokenizer_main
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MakeSpecs = Callable[[ServerConfig, Addresses], list[WorkerSpec]]
 
 
@@ -38,9 +39,11 @@ def worker_specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]
 
 @contextmanager
 def running_workers(
-    config: ServerConfig, make_specs: MakeSpecs = worker_specs
+    config: ServerConfig, make_specs: MakeSpecs = worker_specs, meanwhile: Callable[[], None] | None = None
 ) -> Iterator[tuple[Supervisor, Addresses]]:
     """All child processes of a server, ready; none is left afterwards. For HTTP and for the shell alike.
+
+    meanwhile: what to do while they start.
 
     Raises: ConfigError or WorkerDied when a child does not start.
     """
@@ -50,6 +53,9 @@ def running_workers(
         supervisor = Supervisor(make_specs(config, addresses))
         try:
             supervisor.start()
+            if meanwhile is not None:
+                meanwhile()
+            supervisor.wait_ready()
             yield supervisor, addresses
         finally:
             supervisor.stop()
@@ -62,14 +68,17 @@ def run_server(config: ServerConfig, make_specs: MakeSpecs = worker_specs) -> in
 
     Raises: ConfigError (a taken port, a child that cannot start), before anything listens.
     """
-    with contextlib.closing(bind_port(config.host, config.port)) as listener, _sigterm_interrupts():
+    with contextlib.closing(bind_port(config.host, config.port)) as listener, _own_signals():
         try:
-            with running_workers(config, make_specs) as (supervisor, addresses):
-                # Imported while the children have started, not before: it takes most of a second.
+            with running_workers(config, make_specs, meanwhile=_import_http) as (supervisor, addresses):
                 from minisgl.server.http import serve_http
 
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                return asyncio.run(serve_http(config, addresses, supervisor, listener))
+                try:
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    return asyncio.run(serve_http(config, addresses, supervisor, listener))
+                finally:
+                    for signum in _SIGNALS:  # the children are about to be stopped: nothing may interrupt that
+                        signal.signal(signum, signal.SIG_IGN)
         except KeyboardInterrupt:
             return 130
 
@@ -92,15 +101,21 @@ def bind_port(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _import_http() -> None:
+    """FastAPI and uvicorn take most of a second."""
+    import minisgl.server.http  # noqa: F401
+
+
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """During start-up SIGTERM ends like Ctrl-C: by an exception that lets everything be put away."""
+def _own_signals() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does: an exception that lets everything be put away. Restored at the end."""
 
     def interrupt(_signum: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {signum: signal.signal(signum, interrupt) for signum in _SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

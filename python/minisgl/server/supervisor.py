@@ -48,7 +48,7 @@ class _Worker:
 
 
 class Supervisor:
-    """Owner of all child processes of one server. Use: `start`, then `watch`, and `stop` whatever happened.
+    """Owner of all child processes of one server. Use: `start`, `wait_ready`, `watch`, and `stop` whatever happened.
 
     start_timeout, heartbeat_timeout: seconds; by default from MINISGL_START_TIMEOUT and MINISGL_HEARTBEAT_TIMEOUT.
     """
@@ -71,19 +71,27 @@ class Supervisor:
         self._stopping = threading.Event()
         self._watcher: threading.Thread | None = None
 
-    def start(self) -> dict[str, dict[str, Any]]:
-        """Start all children and wait until each is ready. Returns what each has told about itself, by name.
+    def start(self) -> None:
+        """Start all children, without waiting for them."""
+        with _sigint_blocked():
+            for spec in self._specs:
+                self._spawn(spec)
 
-        Raises: ConfigError or WorkerDied with the failing child's own words. The others are ended before.
+    def wait_ready(self) -> dict[str, dict[str, Any]]:
+        """Wait until each child is ready. Returns what each has told about itself, by name.
+
+        Raises: ConfigError or WorkerDied with the failing child's own words, at once; `stop` the others then.
         """
-        try:
-            with _sigint_blocked():
-                for spec in self._specs:
-                    self._spawn(spec)
-            self._wait_ready(time.monotonic() + self._start_timeout)
-        except BaseException:
-            self.stop()
-            raise
+        deadline = time.monotonic() + self._start_timeout
+        while not all(worker.ready for worker in self._workers):
+            self._receive(min(deadline - time.monotonic(), 1.0))
+            for worker in self._workers:
+                error = self._death(worker)
+                if error is not None:
+                    raise error
+            if time.monotonic() >= deadline:
+                late = ", ".join(worker.name for worker in self._workers if not worker.ready)
+                raise WorkerDied(f"not ready after {self._start_timeout:g} s: {late} (MINISGL_START_TIMEOUT)")
         return {worker.name: worker.info for worker in self._workers}
 
     def watch(self, on_death: Callable[[WorkerDied], None]) -> None:
@@ -122,17 +130,6 @@ class Supervisor:
         process.start()
         theirs.close()
         self._workers.append(_Worker(spec.name, process, ours, time.monotonic()))
-
-    def _wait_ready(self, deadline: float) -> None:
-        while not all(worker.ready for worker in self._workers):
-            self._receive(min(deadline - time.monotonic(), 1.0))
-            for worker in self._workers:
-                error = self._death(worker)
-                if error is not None:
-                    raise error
-            if time.monotonic() >= deadline:
-                late = ", ".join(worker.name for worker in self._workers if not worker.ready)
-                raise WorkerDied(f"not ready after {self._start_timeout:g} s: {late} (MINISGL_START_TIMEOUT)")
 
     def _watch(self, on_death: Callable[[WorkerDied], None]) -> None:
         while not self._stopping.is_set():
