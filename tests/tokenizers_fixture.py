@@ -15,7 +15,7 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TEXT = ["The quick brown fox jumps over the lazy dog. Hello world, how are you today?", "größer 你好世界 🙂🙃 naïve café"] * 8
+TEXT = ["The quick brown fox jumps over the lazy dog. Hello world, how are you?", "größer 你好世界 🙂🙃 naïve café"] * 8
 
 
 def make_byte_level(directory: Path, *, bos: bool = False, template: str | None = CHATML) -> Path:

@@ -24,7 +24,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed", forbid_unknown_fields=Tr
 
 ControlMsg = Ready | Heartbeat | Failed
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(ControlMsg)
+_decoder: msgspec.msgpack.Decoder[ControlMsg] = msgspec.msgpack.Decoder(ControlMsg)
 
 
 def encode_control(message: ControlMsg) -> bytes:

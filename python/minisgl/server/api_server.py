@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -113,9 +113,7 @@ def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
     return app
 
 
-async def _answer(
-    frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer
-) -> Response:
+async def _answer(frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer) -> Response:
     """Run the request and show its replies. A client that goes away takes its request with it."""
     streams = _submit(frontend, parsed)
     totals = Totals(len(streams), parsed.n)
@@ -164,7 +162,7 @@ async def _collect(streams: Sequence[Stream], totals: Totals) -> list[list[UserR
     return choices
 
 
-async def _interleave(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, UserReply]]:
+async def _interleave(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, UserReply], None]:
     """The replies of all streams as they come, each with its stream's index."""
     if len(streams) == 1:
         async for reply in streams[0]:
@@ -242,7 +240,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
     """Wait for `work`, and cancel it when the client goes away. Raises: ClientDisconnect then."""
 
     async def disconnected() -> None:
@@ -282,7 +280,8 @@ async def _read_body(request: Request) -> bytes:
 def _check_model(model: str | None, config: ServerConfig) -> None:
     path = config.engine.model_path
     if model is not None and model not in (config.served_model_name, path, os.path.basename(path.rstrip("/"))):
-        raise HTTPException(404, f"the model {model!r} does not exist; this server has {config.served_model_name!r}")
+        message = f"the model {model!r} does not exist; this server has {config.served_model_name!r}"
+        raise RequestError(message, param="model", code="model_not_found", status=404)
 
 
 def _model_card(config: ServerConfig, created: int) -> dict[str, Any]:
@@ -307,12 +306,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message, param, code = error.detail, None, None
-        if request.scope.get("route") is None:  # nothing matched, or not with this method
-            message = f"{request.method} {request.url.path}: {error.detail}"
-        elif error.status_code == 404:
-            param, code = "model", "model_not_found"
-        response = _json(error_body(message, error.status_code, param=param, code=code), error.status_code)
+        message = error.detail
+        if error.status_code in (404, 405):
+            message = f"{request.method} {request.url.path}: {error.detail.lower()}"
+        response = _json(error_body(message, error.status_code), error.status_code)
         response.headers.update(error.headers or {})
         return response
 

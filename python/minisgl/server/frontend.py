@@ -15,7 +15,7 @@ from minisgl.core import MAX_SEED, FinishReason, SamplingParams
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
 from minisgl.message.backend import AbortMsg, PingMsg
 from minisgl.message.frontend import ErrorReply, FrontendMsg, PongReply, UserReply, frontend_codec
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt, TokenizeMsg, tokenizer_codec
+from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.utils.sockets import AsyncPullSocket, PushSocket
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Frontend:
 
     def __init__(self, addresses: Addresses) -> None:
         self._inbox = AsyncPullSocket(addresses.frontend, frontend_codec)
-        self._tokenizers = [
+        self._tokenizers: list[PushSocket[TokenizerMsg]] = [
             PushSocket(addresses.tokenizer(index), tokenizer_codec) for index in range(max(1, addresses.num_tokenizer))
         ]
         self._streams: dict[int, Stream] = {}
@@ -135,8 +135,9 @@ class Frontend:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._receiver
             self._receiver = None
-            for socket in (self._inbox, *self._tokenizers):
-                socket.close()
+            self._inbox.close()
+            for socket in self._tokenizers:
+                socket.close(linger_ms=100)  # the last aborts
 
     def submit(self, prompt: Prompt, params: SamplingParams) -> Stream:
         """Send a request on its way. Raises: WorkerDied when the server is going down."""
@@ -194,8 +195,8 @@ class Frontend:
         self._next_uid += 1
         return uid
 
-    def _tokenizer_of(self, uid: int) -> PushSocket[TokenizeMsg | AbortMsg | PingMsg]:
-        return self._tokenizers[uid % len(self._tokenizers)]  # type: ignore[return-value]
+    def _tokenizer_of(self, uid: int) -> PushSocket[TokenizerMsg]:
+        return self._tokenizers[uid % len(self._tokenizers)]
 
     async def _receive(self) -> None:
         while True:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import uvicorn
 
@@ -43,12 +43,13 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         self._on_ready()
 
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
-        """Ours: uvicorn would raise the signal again at the end."""
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """In place of uvicorn's, which raises the signal again at the end."""
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, self.on_signal)
-        return contextlib.nullcontext()
+        yield
 
     def on_signal(self) -> None:
         loop = asyncio.get_running_loop()

@@ -24,9 +24,7 @@ MakeSpecs = Callable[[ServerConfig, Addresses], list[WorkerSpec]]
 def worker_specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]:
     """The children of a server: a scheduler per rank, the detokenizer, and tokenizers if they have own processes."""
     specs = [
-        WorkerSpec(
-            f"minisgl-TP{rank}-scheduler", scheduler_main, (config.engine, config.scheduler, addresses, rank)
-        )
+        WorkerSpec(f"minisgl-TP{rank}-scheduler", scheduler_main, (config.engine, config.scheduler, addresses, rank))
         for rank in range(config.engine.tp_size)
     ]
     endpoints = {"minisgl-detokenizer-0": addresses.detokenizer}

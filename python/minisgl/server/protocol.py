@@ -99,13 +99,13 @@ class _Sampling(_Body):
     def _params(self, max_tokens: int | None, defaults: Mapping[str, float | int]) -> SamplingParams:
         """Raises: RequestError naming the field that is out of range."""
         given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p")}
-        chosen = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+        chosen: dict[str, Any] = {**defaults, **{name: value for name, value in given.items() if value is not None}}
         return SamplingParams(
             max_tokens=max_tokens,
             seed=self.seed,
             stop=_stops(self.stop),
             ignore_eos=bool(self.ignore_eos),
-            **chosen,  # type: ignore[arg-type]
+            **chosen,
         )
 
 

@@ -35,7 +35,9 @@ def error_body(message: str, status: int, *, param: str | None = None, code: str
 
 
 def error_payload(error: MiniSGLError) -> dict[str, Any]:
-    return error_body(str(error), error_status(error), param=getattr(error, "param", None))
+    if isinstance(error, RequestError):
+        return error_body(str(error), error.status, param=error.param, code=error.code)
+    return error_body(str(error), error_status(error))
 
 
 class Totals:
@@ -63,8 +65,6 @@ class Totals:
 class Renderer(Protocol):
     """One endpoint's way to show a request's replies."""
 
-    ends_with_done: bool
-
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
         """The events for an increment of choice `index`."""
         ...
@@ -80,8 +80,6 @@ class Renderer(Protocol):
 
 class ChatRenderer:
     """/v1/chat/completions."""
-
-    ends_with_done = True
 
     def __init__(self, model: str, *, include_usage: bool) -> None:
         self._include_usage = include_usage
@@ -123,8 +121,6 @@ class ChatRenderer:
 class CompletionRenderer:
     """/v1/completions."""
 
-    ends_with_done = True
-
     def __init__(self, model: str, *, include_usage: bool) -> None:
         self._include_usage = include_usage
         self._head = {
@@ -157,18 +153,16 @@ class CompletionRenderer:
 class GenerateRenderer:
     """/generate: text and token ids, with counts in `meta_info`; streams send increments."""
 
-    ends_with_done = True
-
     def __init__(self) -> None:
         self._id = uuid.uuid4().hex
 
-    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
+    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         return [self._shown([reply])]
 
     def usage_chunk(self, totals: Totals) -> dict[str, Any]:
         raise NotImplementedError("/generate has its counts in every event")
 
-    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
+    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:  # noqa: ARG002
         return self._shown(choices[0])
 
     def _shown(self, replies: Sequence[UserReply]) -> dict[str, Any]:

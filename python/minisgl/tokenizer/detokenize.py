@@ -36,10 +36,11 @@ class IncrementalDecoder:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that is certain after these tokens and was not before."""
-        visible = self._visible(token_ids)
-        if not visible:
-            return ""
-        self._ids += visible
+        # One by one: byte fallback makes U+FFFD of a whole run of bytes while its last character is unfinished.
+        return "".join([self._push(token) for token in self._visible(token_ids)])
+
+    def _push(self, token: int) -> str:
+        self._ids.append(token)
         text = self._decode(self._ids)
         end = len(text.rstrip(REPLACEMENT))
         delta = text[self._num_chars : end]
@@ -81,7 +82,9 @@ class IncrementalDecoder:
             if len(head) + len(self._decode(self._ids[split:])) == len(text):
                 break
         delta = head[self._num_chars :]
+        num_ahead = max(0, self._num_chars - len(head))  # whole characters behind the split are out already
         self._advance(split)
+        self._num_chars += num_ahead
         return delta
 
 

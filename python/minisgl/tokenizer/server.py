@@ -73,9 +73,7 @@ class TokenizerServer:
         for socket in (self._inbox, self._backend, self._frontend):
             socket.close()
 
-    def _detokenize(
-        self, message: DetokenizeMsg, to_backend: list[BackendMsg], to_frontend: list[FrontendMsg]
-    ) -> None:
+    def _detokenize(self, message: DetokenizeMsg, to_backend: list[BackendMsg], to_frontend: list[FrontendMsg]) -> None:
         try:
             reply, abort = self._detokenizer.detokenize(message)
         except Exception as error:

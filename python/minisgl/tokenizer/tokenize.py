@@ -147,22 +147,6 @@ class Tokenizer:
         text, special = self._render(prompt)
         return self._check(self.codec.encode([text], special=special)[0])
 
-    def finish_params(self, params: SamplingParams, prompt_len: int) -> SamplingParams:
-        """The parameters with nothing left open: `seed` drawn, `max_tokens` set and within the context.
-
-        A larger `max_tokens` than the context has room for is no error: the output ends with `length` there.
-        Raises: RequestError when the prompt alone fills the context.
-        """
-        room = self._max_seq_len - prompt_len
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {prompt_len} tokens, but the context of this model is {self._max_seq_len} tokens, "
-                "of which at least 1 is for the output",
-                param="messages",
-            )
-        seed = params.seed if params.seed is not None else random.randint(0, MAX_SEED)
-        return replace(params, max_tokens=min(params.max_tokens or room, room), seed=seed)
-
     def _encode_all(self, prompts: Sequence[Prompt]) -> list[list[int] | Exception]:
         """Ids, or what went wrong, per prompt. Texts are encoded in one call, which uses all cores."""
         if len(prompts) == 1:
@@ -179,14 +163,15 @@ class Tokenizer:
             else:
                 groups[rendered[1]].append((index, rendered[0]))
         for special, group in groups.items():
-            if group:
-                try:
-                    encoded = self.codec.encode([text for _, text in group], special=special)
-                except Exception:  # one of them is to blame: find out which
-                    encoded = [self._try(lambda text: self.codec.encode([text], special=special)[0], t) for _, t in group]
-                for (index, _), ids in zip(group, encoded, strict=True):
-                    results[index] = ids if isinstance(ids, Exception) else self._try(self._check, ids)
+            for (index, _), ids in zip(group, self._encode_texts([text for _, text in group], special), strict=True):
+                results[index] = ids if isinstance(ids, Exception) else self._try(self._check, ids)
         return results
+
+    def _encode_texts(self, texts: list[str], special: bool) -> list[Any]:
+        try:
+            return list(self.codec.encode(texts, special=special)) if texts else []
+        except Exception:  # one of them is to blame: find out which
+            return [self._try(lambda text: self.codec.encode([text], special=special)[0], text) for text in texts]
 
     @staticmethod
     def _try(function: Any, argument: Any) -> Any:
@@ -218,10 +203,27 @@ class Tokenizer:
         try:
             if isinstance(ids, Exception):
                 raise ids
-            params = self.finish_params(request.params, len(ids))
+            params = self._finish_params(request, len(ids))
             return UserMsg(uid=request.uid, input_ids=pack_ids(ids), params=params)
         except RequestError as error:
             return ErrorReply(uid=request.uid, message=str(error), status=error.status, param=error.param)
         except Exception as error:
             logger.exception("request %d: tokenization failed", request.uid)
             return ErrorReply(uid=request.uid, message=f"tokenization failed: {type(error).__name__}", status=500)
+
+    def _finish_params(self, request: TokenizeMsg, prompt_len: int) -> SamplingParams:
+        """The parameters with nothing left open: `seed` drawn, `max_tokens` set and within the context.
+
+        A larger `max_tokens` than the context has room for is no error: the output ends with `length` there.
+        Raises: RequestError when the prompt alone fills the context.
+        """
+        room = self._max_seq_len - prompt_len
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {prompt_len} tokens, but the context of this model is {self._max_seq_len} tokens, "
+                "of which at least 1 is for the output",
+                param="messages" if isinstance(request.prompt, ChatPrompt) else "prompt",
+            )
+        params = request.params
+        seed = params.seed if params.seed is not None else random.randint(0, MAX_SEED)
+        return replace(params, max_tokens=min(params.max_tokens or room, room), seed=seed)
