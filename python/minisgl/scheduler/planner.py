@@ -56,8 +56,12 @@ class ReqOutput(NamedTuple):
 
 
 class _InflightStep(NamedTuple):
-    step_id: int
-    reqs: list[tuple[Req, bool]]  # with whether it samples
+    plan: StepPlan
+    reqs: list[Req]  # one for each of plan.reqs
+
+
+def _create_cache(config: SchedulerConfig) -> PrefixCache:
+    return RadixCache(config.page_size) if config.cache_type == "radix" else NaiveCache()
 
 
 class Planner:
@@ -70,18 +74,25 @@ class Planner:
         assert config.max_seq_len <= config.num_pages * config.page_size
         self._config = config
         self._page_size = config.page_size
-        self._allocator = PageAllocator(config.num_pages)
-        self._cache: PrefixCache = RadixCache(config.page_size) if config.cache_type == "radix" else NaiveCache()
         self._reqs: dict[int, Req] = {}  # those whose terminal output is still to come
         self._waiting: deque[Req] = deque()
         self._running: list[Req] = []  # in order of admission; only the last may be in the middle of its prefill
         self._leaving: list[Req] = []  # finished or preempted, their pages still in use by steps in flight
-        self._rows = list(range(config.max_running_requests - 1, -1, -1))
         self._inflight: deque[_InflightStep] = deque()
         self._eos = frozenset(config.eos_token_ids)
         self._step_id = 0
         self._num_admitted = 0
         self._page_updates: list[PageUpdate] = []
+        self._allocator = PageAllocator(config.num_pages)
+        self._cache = _create_cache(config)
+        self._rows = list(range(config.max_running_requests - 1, -1, -1))
+
+    def flush(self) -> None:
+        """Forget everything cached. Only when idle."""
+        assert self.is_idle
+        self._allocator = PageAllocator(self._config.num_pages)
+        self._cache = _create_cache(self._config)
+        self._rows = list(range(self._config.max_running_requests - 1, -1, -1))
 
     @property
     def num_waiting(self) -> int:
@@ -105,7 +116,7 @@ class Planner:
         max_len = self._config.max_seq_len
         if params.max_tokens is not None:
             max_len = min(max_len, len(token_ids) + params.max_tokens)
-        req = Req(uid, list(token_ids), len(token_ids), params, max_len)
+        req = Req(uid, list(token_ids), len(token_ids), params, max_len, num_tokens=len(token_ids))
         if uid in self._reqs:
             return [ReqOutput(req, (), FinishReason.ERROR, error=f"request id {uid} is in use")]
         if not 0 < len(token_ids) < max_len:
@@ -127,22 +138,26 @@ class Planner:
         """The next step, or None when nothing can be computed now (nothing to do, or all pages are still in use)."""
         budget = self._config.max_prefill_length
         scheduled: list[ScheduledReq] = []
-        step_reqs: list[tuple[Req, bool]] = []
+        reqs: list[Req] = []
         self._page_updates = []
         # What a failed request computed may still be in the cache until it is released: admit nobody onto it.
         may_admit = not any(req.failed for req in self._leaving)
         page_size = self._page_size
-        for req in list(self._running):
-            num_tokens = len(req.tokens) + req.num_pending
-            if num_tokens >= req.max_len or req.preempted or req.state is not ReqState.RUNNING:
-                continue  # its last token is planned already, or it was retracted for the sake of an older one
-            start = req.num_computed
-            num_new = min(num_tokens - start, budget)
+        for req in self._running:  # a retraction takes requests off the end, never from before this one
+            num_tokens, start = req.num_tokens, req.num_computed
+            if num_tokens >= req.max_len:
+                continue  # its last token is planned already
+            if budget == 0:
+                break
+            num_new = num_tokens - start
+            if num_new > budget:
+                num_new = budget
             if start + num_new > len(req.pages) * page_size and not self._grow(req, num_new):
                 may_admit = False
                 continue
             budget -= num_new
-            scheduled.append(self._schedule(req, num_new, step_reqs))
+            reqs.append(req)
+            scheduled.append(self._schedule(req, num_new))
         admissions: list[Admission] = []
         while may_admit and budget > 0 and self._waiting and self._rows:
             req = self._next_waiting()
@@ -151,25 +166,25 @@ class Planner:
                 break
             admissions.append(Admission(req.row, np.asarray(req.tokens, np.int32), req.params))
             budget -= num_new
-            scheduled.append(self._schedule(req, num_new, step_reqs))
+            reqs.append(req)
+            scheduled.append(self._schedule(req, num_new))
         if not scheduled:
             return None
         plan = StepPlan(self._step_id, tuple(admissions), tuple(self._page_updates), tuple(scheduled))
-        self._inflight.append(_InflightStep(self._step_id, step_reqs))
+        self._inflight.append(_InflightStep(plan, reqs))
         self._step_id += 1
         return plan
 
     def retire(self, result: StepResult) -> list[ReqOutput]:
         """Take in the oldest planned step's sampled ids. Returns what became known, in plan order."""
-        step = self._inflight.popleft()
-        assert step.step_id == result.step_id, f"step {result.step_id} retired, {step.step_id} expected"
+        plan, reqs = self._inflight.popleft()
+        assert plan.step_id == result.step_id, f"step {result.step_id} retired, {plan.step_id} expected"
         outputs: list[ReqOutput] = []
         token_ids = iter(result.token_ids)
-        for req, sample in step.reqs:
+        for req, scheduled in zip(reqs, plan.reqs, strict=True):
             req.num_inflight -= 1
-            if sample:
+            if scheduled.sample:
                 token_id = next(token_ids)
-                req.num_pending -= 1
                 if req.state is not ReqState.FINISHED:
                     outputs.append(self._accept(req, token_id))
         self._release_leaving()
@@ -183,11 +198,10 @@ class Planner:
         Every running request ends with an error, since later steps may have read what this one did not write, and
         nothing computed so far is reused. Waiting requests go on.
         """
-        step = self._inflight.popleft()
-        assert step.step_id == step_id
-        for req, sample in step.reqs:
+        plan, reqs = self._inflight.popleft()
+        assert plan.step_id == step_id, f"step {step_id} failed, {plan.step_id} expected"
+        for req in reqs:
             req.num_inflight -= 1
-            req.num_pending -= sample
         for req in self._leaving:
             req.failed = True
         victims = [req for req in self._reqs.values() if req.row >= 0]
@@ -195,6 +209,10 @@ class Planner:
         self._release_leaving()
         self._allocator.free(self._cache.evict(self._cache.num_evictable))
         return outputs
+
+    def free_pages(self) -> list[int]:
+        """The pages that belong to nobody."""
+        return self._allocator.free_pages()
 
     def check_integrity(self) -> None:
         """Walk all pages: each is free, the cache's, or one request's. Raises: AssertionError naming what is not."""
@@ -215,21 +233,20 @@ class Planner:
 
     # --- planning
 
-    def _schedule(self, req: Req, num_new: int, step_reqs: list[tuple[Req, bool]]) -> ScheduledReq:
+    def _schedule(self, req: Req, num_new: int) -> ScheduledReq:
         start = req.num_computed
         end = req.num_computed = start + num_new
         req.num_inflight += 1
-        sample = end == len(req.tokens) + req.num_pending
+        sample = end == req.num_tokens
         if num_new > 1 or not sample:  # prefill: others may share its pages from now on, even within this step
             req.handle = self._cache.insert(req.handle, np.asarray(req.tokens[:end], np.int32), req.pages)
-        req.num_pending += sample
-        step_reqs.append((req, sample))
+        req.num_tokens += sample
         return ScheduledReq(req.row, start, num_new, sample)
 
     def _grow(self, req: Req, num_new: int) -> bool:
         """Give a running request the pages for `num_new` tokens, retracting younger ones if need be."""
         needed = div_ceil(req.num_computed + num_new, self._page_size) - len(req.pages)
-        while not self._make_room(needed):
+        while needed > self._allocator.num_free and not self._make_room(needed):
             if self._leaving:
                 return False  # pages come back as soon as the steps in flight have run
             victim = self._running[-1]
@@ -353,7 +370,7 @@ class Planner:
         if req.failed:
             self._allocator.free(self._cache.discard(req.handle))
         self._rows.append(req.row)
-        req.handle, req.pages, req.row, req.num_computed, req.num_pending = None, [], -1, 0, 0
+        req.handle, req.pages, req.row, req.num_computed = None, [], -1, 0
         if req.preempted:
             req.preempted = False
             if req.state is not ReqState.FINISHED:
