@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,19 @@ def scheduler_main(
     control: Control, engine_config: EngineConfig, config: SchedulerConfig, addresses: Addresses, rank: int
 ) -> None:
     """One tensor-parallel rank: the engine, and the scheduler that feeds it."""
-    raise ConfigError("the scheduler is not built yet")
+    from minisgl.engine.engine import Engine
+    from minisgl.scheduler.scheduler import Scheduler
+    from minisgl.scheduler.transport import FollowerTransport, LeaderTransport, Transport
+
+    transport: Transport
+    if rank == 0:
+        transport = LeaderTransport(addresses, engine_config.tp_size, control.beat)
+    else:
+        transport = FollowerTransport(addresses, rank, control.beat)
+    engine = Engine(replace(engine_config, init_method=addresses.rendezvous), rank)
+    scheduler = Scheduler(config, engine, transport, tp_size=engine_config.tp_size)
+    control.ready()
+    scheduler.run()
 
 
 def _hide_torch() -> None:
