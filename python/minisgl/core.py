@@ -72,9 +72,9 @@ class ReqState(Enum):
 class Req:
     """A request inside the scheduler: the one mutable record. Only the planner changes it.
 
-    tokens: prompt, then the output ids that are known on the host. `num_pending` more have been planned but their ids
-    are still on the device, so `num_tokens` counts both. `num_computed` of them have their KV in `pages` (or will,
-    once the steps already planned have run).
+    tokens: prompt, then the output ids that are known on the host. `num_tokens` counts those that have been planned
+    but whose ids are still on the device, too. `num_computed` of them have their KV in `pages` (or will, once the
+    steps already planned have run).
     """
 
     uid: int
@@ -82,7 +82,7 @@ class Req:
     prompt_len: int
     params: SamplingParams
     max_len: int  # prompt + output tokens at which the request ends with `length`
-    num_pending: int = 0
+    num_tokens: int
     num_computed: int = 0
     num_inflight: int = 0  # steps submitted and not yet retired that touch this request
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
@@ -92,14 +92,7 @@ class Req:
     state: ReqState = ReqState.WAITING
     started: bool = False  # was ever admitted
     preempted: bool = False  # retract as soon as no step in flight touches it
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.tokens) + self.num_pending
-
-    @property
-    def num_output(self) -> int:
-        return len(self.tokens) - self.prompt_len
+    failed: bool = False  # what it computed must not be reused
 
 
 class Admission(NamedTuple):

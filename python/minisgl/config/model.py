@@ -1,9 +1,15 @@
-"""A model's shape, read from `config.json` alone: explicit numbers, no framework objects."""
+"""A model's shape, read from `config.json` alone: explicit numbers, no framework objects, no torch."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from minisgl.errors import ConfigError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,66 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    sliding_windows: tuple[int | None, ...] = ()  # per layer; None: full attention
+    sliding_windows: tuple[int | None, ...] = ()  # per layer; None: full attention. Empty: full attention everywhere
     moe: MoEConfig | None = None
     dtype: str = "float32"  # of the checkpoint
     eos_token_ids: tuple[int, ...] = ()
+
+    def sliding_window(self, layer: int) -> int | None:
+        """Tokens that a position of `layer` sees, itself included; None: all before it."""
+        return self.sliding_windows[layer] if self.sliding_windows else None
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether `layer` is a mixture of experts."""
+        return self.moe is not None and self.moe.layers[layer]
+
+    def num_local_kv_heads(self, tp_size: int) -> int:
+        """KV heads that one rank stores: a share of them, or a replica of one where there are fewer heads than ranks."""
+        return max(1, self.num_kv_heads // tp_size)
+
+    def kv_bytes_per_token(self, dtype: str, tp_size: int = 1) -> int:
+        """Bytes of KV cache that one token takes on one rank."""
+        return 2 * self.num_layers * self.num_local_kv_heads(tp_size) * self.head_dim * DTYPE_BYTES[dtype]
+
+    def weight_bytes(self, dtype: str, tp_size: int = 1) -> int:
+        """Bytes of weights on one rank, to within the few that are replicated or padded."""
+        qkv = (self.num_qo_heads // tp_size + 2 * self.num_local_kv_heads(tp_size)) * self.head_dim * self.hidden_size
+        attention = qkv + self.num_qo_heads * self.head_dim * self.hidden_size // tp_size
+        params = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) // tp_size
+        for layer in range(self.num_layers):
+            if self.moe is not None and self.is_sparse(layer):
+                inner = self.moe.num_experts * self.moe.intermediate_size
+                mlp = 3 * inner * self.hidden_size // tp_size + self.moe.num_experts * self.hidden_size
+            else:
+                mlp = 3 * self.intermediate_size * self.hidden_size // tp_size
+            params += attention + mlp + 2 * self.hidden_size
+        return params * DTYPE_BYTES[dtype]
+
+
+def read_model_config(model_dir: str | Path) -> ModelConfig:
+    """Read `config.json`, and the EOS ids of `generation_config.json`, of a local Hugging Face model directory.
+
+    EOS ids are those of both files, `generation_config.json` first: a chat model often adds its end-of-turn there.
+    Raises: ConfigError naming the missing file, or the architecture or feature that is not supported.
+    """
+    from minisgl.config.families import parse_model_config  # it builds the classes above
+
+    path = Path(model_dir)
+    if not path.is_dir():
+        raise ConfigError(f"model directory {str(path)!r} does not exist")
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise ConfigError(f"{str(path)!r} is not a model directory: config.json is missing")
+    generation_path = path / "generation_config.json"
+    generation = _read_json(generation_path) if generation_path.is_file() else {}
+    return parse_model_config(_read_json(config_path), generation, str(config_path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{str(path)!r} does not hold a JSON object")
+    return data

@@ -30,3 +30,17 @@ class PingMsg(msgspec.Struct, frozen=True, tag="ping", forbid_unknown_fields=Tru
 
 BackendMsg = UserMsg | AbortMsg | PingMsg
 backend_codec: Codec[BackendMsg] = Codec(BackendMsg)
+
+
+class RankBatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What rank 0 tells the other ranks at each turn of its loop: the messages to apply before the next plan.
+
+    `number` counts the turns; `digest` is a checksum of rank 0's last plan (0 when not checked).
+    """
+
+    number: int
+    messages: list[UserMsg | AbortMsg]
+    digest: int = 0
+
+
+rank_codec: Codec[RankBatch] = Codec(RankBatch)

@@ -35,4 +35,5 @@ def pack_ids(token_ids: Sequence[int]) -> bytes:
 
 def unpack_ids(data: bytes) -> list[int]:
     """The inverse of `pack_ids`."""
-    return np.frombuffer(data, dtype="<i4").tolist()
+    token_ids: list[int] = np.frombuffer(data, dtype="<i4").tolist()
+    return token_ids

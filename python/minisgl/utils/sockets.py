@@ -24,7 +24,7 @@ class PullSocket(Generic[T]):
 
     def __init__(self, endpoint: str, codec: MessageCodec[T]) -> None:
         self._codec = codec
-        self._socket = zmq.Context.instance().socket(zmq.PULL)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._socket.set_hwm(0)
         self._socket.bind(endpoint)
 
@@ -64,7 +64,7 @@ class PushSocket(Generic[T]):
 
     def __init__(self, endpoint: str, codec: MessageCodec[T]) -> None:
         self._codec = codec
-        self._socket = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.set_hwm(0)
         self._socket.connect(endpoint)
 

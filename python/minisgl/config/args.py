@@ -1,0 +1,244 @@
+"""What the user asked for: one table of options, read from the command line, the environment and a YAML file.
+
+The order is flag, environment (`MINISGL_<FLAG>`), file (`--config`), default. None stands for "auto".
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from minisgl.errors import ConfigError
+
+Parser = Callable[[Any], Any]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a non-empty text")
+    return value
+
+
+def _integer(low: int, high: int | None = None) -> Parser:
+    expected = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
+
+    def parse(value: Any) -> int:
+        try:
+            number = int(value) if not isinstance(value, (bool, float)) else None
+        except (TypeError, ValueError):
+            number = None
+        if number is None or number < low or (high is not None and number > high):
+            raise ValueError(expected)
+        return number
+
+    return parse
+
+
+def _fraction(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0.0 < number <= 1.0:
+        raise ValueError("a number above 0 and at most 1")
+    return number
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = str(value).lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("true or false")
+
+
+def _choice(*choices: str) -> Parser:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        return str(value)
+
+    return parse
+
+
+def _auto(inner: Parser) -> Parser:
+    """`auto` means None: decided by `resolve`."""
+
+    def parse(value: Any) -> Any:
+        if value is None or value == "auto":
+            return None
+        try:
+            return inner(value)
+        except ValueError as error:
+            raise ValueError(f"auto, or {error}") from None
+
+    return parse
+
+
+def _option(parse: Parser, default: Any, help: str, *aliases: str) -> Any:
+    metadata = {"parse": parse, "help": help, "aliases": aliases}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerArgs:
+    """Options of the server, the shell and `LLM`, checked one by one but not yet against the model and the machine."""
+
+    model_path: str | None = _option(
+        _auto(_text), None, "local directory or hub repo id (default: the built-in demo model)", "--model"
+    )
+    model_source: str = _option(
+        _choice("huggingface", "modelscope"), "huggingface", "hub that repo ids refer to: huggingface or modelscope"
+    )
+    served_model_name: str | None = _option(_auto(_text), None, "id shown by /v1/models (default: the model path)")
+    dtype: str | None = _option(
+        _auto(_choice("float16", "bfloat16", "float32")), None, "auto, float16, bfloat16 or float32"
+    )
+    device: str | None = _option(_auto(_choice("cpu", "cuda")), None, "auto or cpu (this release has no CUDA engine)")
+    tensor_parallel_size: int = _option(
+        _integer(1, 64), 1, "tensor-parallel ranks, one process each", "--tp-size", "--tp"
+    )
+    host: str = _option(_text, "127.0.0.1", "HTTP address")
+    port: int = _option(_integer(0, 65535), 1919, "HTTP port; 0 picks a free one")
+    max_running_requests: int = _option(_integer(1, 65536), 256, "requests in one running batch")
+    max_prefill_length: int | None = _option(
+        _auto(_integer(1)), None, "tokens of one step, chunked prefill (auto: 512 on a CPU)", "--max-extend-length"
+    )
+    max_seq_len: int | None = _option(
+        _auto(_integer(2)), None, "longest prompt + output in tokens (auto: from the model)", "--max-seq-len-override"
+    )
+    memory_ratio: float = _option(_fraction, 0.9, "share of the available memory for weights + KV cache")
+    num_pages: int | None = _option(_auto(_integer(1)), None, "KV cache size in pages (auto: from the memory)")
+    page_size: int | None = _option(_auto(_integer(1, 4096)), None, "tokens of one KV page (auto: per backend)")
+    cache_type: str = _option(_choice("radix", "naive"), "radix", "prefix cache: radix or naive (none)", "--cache")
+    attention_backend: str | None = _option(_auto(_text), None, "auto or sdpa; a,b = prefill,decode", "--attn")
+    num_tokenizer: int = _option(
+        _integer(0, 64), 0, "tokenizer processes; 0 shares the detokenizer's", "--tokenizer-count"
+    )
+    schedule_policy: str = _option(
+        _choice("fcfs", "lpm"), "fcfs", "order of waiting requests: fcfs or lpm (longest prefix match)"
+    )
+    disable_overlap: bool = _option(_boolean, False, "run scheduling and execution in turn")
+    dummy_weight: bool = _option(_boolean, False, "random weights from config.json alone, for benchmarks")
+    shell: bool = _option(_boolean, False, "interactive shell instead of HTTP", "--shell-mode")
+
+
+_FIELDS = {f.name: f for f in dataclasses.fields(ServerArgs)}
+
+
+def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> ServerArgs:
+    """The options from all sources. Raises: ConfigError naming the flag, variable or file key that is wrong.
+
+    `--help` and `--version` print and raise SystemExit.
+    """
+    given = vars(_build_parser().parse_args(argv))
+    config_file = given.pop("config", None) or environ.get("MINISGL_CONFIG")
+    values = _from_file(config_file) if config_file else {}
+    for name in _FIELDS:
+        variable = f"MINISGL_{name.upper()}"
+        if environ.get(variable):
+            values[name] = _parse(name, environ[variable], f"{variable}={environ[variable]}")
+    if environ.get("MINISGL_DISABLE_OVERLAP_SCHEDULING"):
+        raw = environ["MINISGL_DISABLE_OVERLAP_SCHEDULING"]
+        values["disable_overlap"] = _parse("disable_overlap", raw, f"MINISGL_DISABLE_OVERLAP_SCHEDULING={raw}")
+    for name, (flag, raw) in given.items():
+        values[name] = _parse(name, raw, f"{flag} {raw}")
+    return ServerArgs(**values)
+
+
+def args_from_options(options: Mapping[str, Any]) -> ServerArgs:
+    """The same from keyword options, by the flags' names. Raises: ConfigError naming the option that is wrong."""
+    return ServerArgs(**_from_mapping(options, "option"))
+
+
+def _from_file(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: expected a mapping of options to values")
+    return _from_mapping(content, f"{path}:")
+
+
+def _from_mapping(options: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """Names may be spelled as fields or as any of the flags, with or without dashes."""
+    names = {flag.lstrip("-").replace("-", "_"): name for name in _FIELDS for flag in _flags(name)}
+    values = {}
+    for key, value in options.items():
+        name = names.get(str(key).replace("-", "_"))
+        if name is None:
+            raise ConfigError(f"{where} {key} is unknown{_suggestion(str(key), names)}")
+        values[name] = _parse(name, value, f"{where} {key}={value!r}")
+    return values
+
+
+def _parse(name: str, value: Any, source: str) -> Any:
+    try:
+        return _FIELDS[name].metadata["parse"](value)
+    except ValueError as error:
+        raise ConfigError(f"{source}: expected {error}") from None
+
+
+def _flags(name: str) -> list[str]:
+    return ["--" + name.replace("_", "-"), *_FIELDS[name].metadata["aliases"]]
+
+
+def _suggestion(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+class _Record(argparse.Action):
+    """Keeps the flag as it was spelled beside its value, for the error message."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        del parser
+        setattr(namespace, self.dest, (option_string, "true" if self.nargs == 0 else values))
+
+
+class _ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            flags = [flag for name in _FIELDS for flag in _flags(name)]
+            message = f"unknown argument {unknown}{_suggestion(unknown.split()[0], flags)}"
+        raise ConfigError(f"{message}; see --help")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    from minisgl import __version__
+
+    parser = _ArgumentParser(
+        prog="minisgl",
+        description="Serve a language model over an OpenAI-compatible HTTP API, or chat with it (--shell).",
+        epilog="Each flag can also be given as MINISGL_<FLAG> or in a YAML file (--config). "
+        "Further commands: minisgl bench offline|serve, minisgl doctor.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--version", action="version", version=f"minisgl {__version__}")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with options")
+    for name, option in _FIELDS.items():
+        is_switch = option.metadata["parse"] is _boolean
+        default = "" if option.default in (None, False) else f" (default: {option.default})"
+        parser.add_argument(
+            *_flags(name),
+            dest=name,
+            action=_Record,
+            nargs=0 if is_switch else None,
+            metavar=None if is_switch else name.rpartition("_")[2].upper(),
+            help=option.metadata["help"] + default,
+        )
+    return parser

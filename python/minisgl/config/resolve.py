@@ -1,0 +1,166 @@
+"""From what the user asked for to what runs: every "auto" is decided here, and nowhere else.
+
+`resolve` is a pure function of the options, the model's shape and the machine, so each decision can be tested.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minisgl.config.args import ServerArgs
+from minisgl.config.locate import locate_model
+from minisgl.config.model import ModelConfig, read_model_config
+from minisgl.config.probe import Capabilities, probe
+from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
+from minisgl.errors import ConfigError
+from minisgl.utils.math import div_ceil
+
+logger = logging.getLogger(__name__)
+
+_CPU_PREFILL_LENGTH = 512  # tokens; see docs/adr/0002
+_CPU_PAGE_SIZE = 16  # tokens
+_BACKENDS = ("sdpa",)
+_DEFAULT_SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model directory and what was read from it."""
+
+    path: Path
+    model: ModelConfig
+    default_sampling: dict[str, float | int]
+
+
+def prepare(args: ServerArgs) -> ServerConfig:
+    """Find the model, look at the machine, and resolve. Raises: ConfigError."""
+    path = locate_model(args.model_path, args.model_source)
+    files = ModelFiles(path, read_model_config(path), read_default_sampling(path))
+    return resolve(args, files, probe())
+
+
+def read_default_sampling(path: Path) -> dict[str, float | int]:
+    """The sampling parameters that the model's authors recommend, from `generation_config.json`."""
+    try:
+        content: dict[str, Any] = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path / 'generation_config.json'}: {error}") from None
+    if content.get("do_sample") is False:
+        return {"temperature": 0.0}
+    return {name: kind(content[name]) for name, kind in _DEFAULT_SAMPLING.items() if content.get(name) is not None}
+
+
+def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> ServerConfig:
+    """Decide everything. Raises: ConfigError naming the flag that cannot be honoured, and why."""
+    model = files.model
+    if args.device == "cuda":
+        raise ConfigError("--device cuda: this release computes on CPUs only")
+    _check_tensor_parallel(args.tensor_parallel_size, model)
+    dtype = args.dtype or _auto_dtype(model, machine)
+    page_size = args.page_size or _CPU_PAGE_SIZE
+    prefill_backend, decode_backend = _backends(args.attention_backend)
+    wanted_len = args.max_seq_len or model.max_position
+    if wanted_len > model.max_position:
+        raise ConfigError(f"--max-seq-len {wanted_len}: the model's context is {model.max_position} tokens")
+    num_pages = args.num_pages or _auto_num_pages(args, model, machine, dtype, page_size, wanted_len)
+    max_seq_len = _fit_seq_len(args, wanted_len, num_pages * page_size)
+    max_prefill_length = args.max_prefill_length or _CPU_PREFILL_LENGTH
+    engine = EngineConfig(
+        model_path=str(files.path),
+        model=model,
+        dtype=dtype,
+        device="cpu",
+        tp_size=args.tensor_parallel_size,
+        init_method="",
+        num_pages=num_pages,
+        page_size=page_size,
+        max_running_requests=args.max_running_requests,
+        max_prefill_length=max_prefill_length,
+        max_seq_len=max_seq_len,
+        prefill_backend=prefill_backend,
+        decode_backend=decode_backend,
+        num_threads=max(1, machine.num_cores // args.tensor_parallel_size),
+        dummy_weight=args.dummy_weight,
+    )
+    scheduler = SchedulerConfig(
+        max_running_requests=args.max_running_requests,
+        max_prefill_length=max_prefill_length,
+        max_seq_len=max_seq_len,
+        num_pages=num_pages,
+        page_size=page_size,
+        cache_type=args.cache_type,
+        schedule_policy=args.schedule_policy,
+        eos_token_ids=model.eos_token_ids,
+        overlap=not args.disable_overlap,
+    )
+    return ServerConfig(
+        engine=engine,
+        scheduler=scheduler,
+        tokenizer=TokenizerConfig(str(files.path), max_seq_len, model.vocab_size, model.eos_token_ids),
+        num_tokenizer=args.num_tokenizer,
+        served_model_name=args.served_model_name or args.model_path or "minisgl-demo",
+        host=args.host,
+        port=args.port,
+        default_sampling=files.default_sampling,
+    )
+
+
+def _check_tensor_parallel(tp_size: int, model: ModelConfig) -> None:
+    heads, kv_heads = model.num_qo_heads, model.num_kv_heads
+    if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
+        raise ConfigError(
+            f"--tensor-parallel-size {tp_size}: does not divide the model's {heads} attention heads "
+            f"and {kv_heads} KV heads"
+        )
+
+
+def _auto_dtype(model: ModelConfig, machine: Capabilities) -> str:
+    """The checkpoint's own type, unless this CPU multiplies it far slower than float32."""
+    if model.dtype == "bfloat16" and machine.has_fast_bfloat16:
+        return "bfloat16"
+    return "float32"
+
+
+def _backends(asked: str | None) -> tuple[str, str]:
+    names = (asked or "sdpa").split(",")
+    for name in names:
+        if name not in _BACKENDS:
+            raise ConfigError(f"--attention-backend {asked}: {name!r} is not available here; use sdpa")
+    if len(names) > 2:
+        raise ConfigError(f"--attention-backend {asked}: expected one backend, or prefill,decode")
+    return names[0], names[-1]
+
+
+def _auto_num_pages(
+    args: ServerArgs, model: ModelConfig, machine: Capabilities, dtype: str, page_size: int, seq_len: int
+) -> int:
+    """Pages that fit the memory, and no more than all running requests could ever use. Memory is taken on first use."""
+    tp_size = args.tensor_parallel_size
+    budget = int(machine.memory * args.memory_ratio) // tp_size - model.weight_bytes(dtype, tp_size)
+    affordable = budget // (model.kv_bytes_per_token(dtype, tp_size) * page_size)
+    if affordable < 1:
+        weights = model.weight_bytes(dtype, tp_size) * tp_size / 2**30
+        raise ConfigError(
+            f"--memory-ratio {args.memory_ratio}: {machine.memory / 2**30:.1f} GiB of memory are available, "
+            f"the weights take {weights:.1f} GiB, and no room is left for the KV cache"
+        )
+    usable = args.max_running_requests * div_ceil(seq_len, page_size)
+    return min(affordable, usable)
+
+
+def _fit_seq_len(args: ServerArgs, wanted: int, capacity: int) -> int:
+    """One request must be able to run alone in the KV cache."""
+    if wanted <= capacity:
+        return wanted
+    if args.max_seq_len is not None:
+        raise ConfigError(f"--max-seq-len {wanted}: the KV cache holds {capacity} tokens; see --num-pages")
+    if capacity < 2:
+        raise ConfigError("--num-pages: the KV cache must hold at least 2 tokens")
+    logger.warning("the KV cache holds %d tokens: --max-seq-len is lowered to that from %d", capacity, wanted)
+    return capacity

@@ -1,0 +1,368 @@
+"""The scheduling policy: which request computes how many tokens in the next step, in which pages.
+
+Everything here is a deterministic function of the calls made, in their order: no clock, no randomness, no sets. Each
+tensor-parallel rank runs its own copy and reaches the same plans.
+
+A request has `num_tokens` and `num_computed`; a step grants it `min(num_tokens - num_computed, budget left)`. Prefill,
+chunked prefill, cache hits and decode are that one subtraction. `plan` advances the counts as if the step had run
+already, so the next step can be planned while this one is on the device; `retire` fills in the sampled ids.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+
+from minisgl.config.runtime import SchedulerConfig
+from minisgl.core import (
+    Admission,
+    FinishReason,
+    PageUpdate,
+    Req,
+    ReqState,
+    SamplingParams,
+    ScheduledReq,
+    StepPlan,
+    StepResult,
+)
+from minisgl.kvcache.allocator import PageAllocator
+from minisgl.kvcache.base import PrefixCache
+from minisgl.kvcache.naive import NaiveCache
+from minisgl.kvcache.radix import RadixCache
+from minisgl.utils.math import div_ceil
+
+# Room that must be left for each running request to grow before another one is admitted, in tokens. More wastes
+# pages; less admits requests only to retract them soon after.
+_GROWTH_TOKENS = 64
+# Longest-prefix-match looks at this many of the oldest waiting requests, and every so many admissions takes the
+# oldest one whatever it matches, so that none waits for ever.
+_LPM_WINDOW = 128
+_LPM_OLDEST_EVERY = 8
+
+
+class ReqOutput(NamedTuple):
+    """New tokens of one request. The last output of a request, and only that, has a `finish_reason`.
+
+    num_hidden: how many of the last ids are end-of-sequence tokens that ended it (0 or 1).
+    """
+
+    req: Req
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    num_hidden: int = 0
+    error: str | None = None
+
+
+class _InflightStep(NamedTuple):
+    plan: StepPlan
+    reqs: list[Req]  # one for each of plan.reqs
+
+
+class Planner:
+    """Owns the queues, every `Req`, all page ids and the prefix cache.
+
+    The configuration must satisfy max_seq_len <= num_pages * page_size, so that any single request can run alone.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        assert config.max_seq_len <= config.num_pages * config.page_size
+        self._config = config
+        self._page_size = config.page_size
+        self._allocator = PageAllocator(config.num_pages)
+        self._cache: PrefixCache = RadixCache(config.page_size) if config.cache_type == "radix" else NaiveCache()
+        self._reqs: dict[int, Req] = {}  # those whose terminal output is still to come
+        self._waiting: deque[Req] = deque()
+        self._running: list[Req] = []  # in order of admission; only the last may be in the middle of its prefill
+        self._leaving: list[Req] = []  # finished or preempted, their pages still in use by steps in flight
+        self._rows = list(range(config.max_running_requests - 1, -1, -1))
+        self._inflight: deque[_InflightStep] = deque()
+        self._eos = frozenset(config.eos_token_ids)
+        self._step_id = 0
+        self._num_admitted = 0
+        self._page_updates: list[PageUpdate] = []
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_free_pages(self) -> int:
+        return self._allocator.num_free + self._cache.num_evictable
+
+    @property
+    def is_idle(self) -> bool:
+        """No request is left and no step is in flight."""
+        return not (self._reqs or self._inflight)
+
+    def add(self, uid: int, token_ids: list[int], params: SamplingParams) -> list[ReqOutput]:
+        """Queue a request. `params.seed` is set. A request that can never run ends with an error at once."""
+        max_len = self._config.max_seq_len
+        if params.max_tokens is not None:
+            max_len = min(max_len, len(token_ids) + params.max_tokens)
+        req = Req(uid, list(token_ids), len(token_ids), params, max_len, num_tokens=len(token_ids))
+        if uid in self._reqs:
+            return [ReqOutput(req, (), FinishReason.ERROR, error=f"request id {uid} is in use")]
+        if not 0 < len(token_ids) < max_len:
+            req.state = ReqState.FINISHED
+            error = f"{len(token_ids)} prompt tokens do not fit the context of {self._config.max_seq_len}"
+            return [ReqOutput(req, (), FinishReason.ERROR, error=error)]
+        self._reqs[uid] = req
+        self._waiting.append(req)
+        return []
+
+    def abort(self, uid: int) -> list[ReqOutput]:
+        """End a request. Nothing happens for one that has ended, or never was: the abort lost a race."""
+        req = self._reqs.get(uid)
+        if req is None:
+            return []
+        return [self._finish(req, (), FinishReason.ABORT)]
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when nothing can be computed now (nothing to do, or all pages are still in use)."""
+        budget = self._config.max_prefill_length
+        scheduled: list[ScheduledReq] = []
+        reqs: list[Req] = []
+        self._page_updates = []
+        # What a failed request computed may still be in the cache until it is released: admit nobody onto it.
+        may_admit = not any(req.failed for req in self._leaving)
+        page_size = self._page_size
+        for req in self._running:  # a retraction takes requests off the end, never from before this one
+            num_tokens, start = req.num_tokens, req.num_computed
+            if num_tokens >= req.max_len:
+                continue  # its last token is planned already
+            if budget == 0:
+                break
+            num_new = num_tokens - start
+            if num_new > budget:
+                num_new = budget
+            if start + num_new > len(req.pages) * page_size and not self._grow(req, num_new):
+                may_admit = False
+                continue
+            budget -= num_new
+            reqs.append(req)
+            scheduled.append(self._schedule(req, num_new))
+        admissions: list[Admission] = []
+        while may_admit and budget > 0 and self._waiting and self._rows:
+            req = self._next_waiting()
+            num_new = self._admit(req, budget)
+            if num_new == 0:
+                break
+            admissions.append(Admission(req.row, np.asarray(req.tokens, np.int32), req.params))
+            budget -= num_new
+            reqs.append(req)
+            scheduled.append(self._schedule(req, num_new))
+        if not scheduled:
+            return None
+        plan = StepPlan(self._step_id, tuple(admissions), tuple(self._page_updates), tuple(scheduled))
+        self._inflight.append(_InflightStep(plan, reqs))
+        self._step_id += 1
+        return plan
+
+    def retire(self, result: StepResult) -> list[ReqOutput]:
+        """Take in the oldest planned step's sampled ids. Returns what became known, in plan order."""
+        plan, reqs = self._inflight.popleft()
+        assert plan.step_id == result.step_id, f"step {result.step_id} retired, {plan.step_id} expected"
+        outputs: list[ReqOutput] = []
+        token_ids = iter(result.token_ids)
+        for req, scheduled in zip(reqs, plan.reqs, strict=True):
+            req.num_inflight -= 1
+            if scheduled.sample:
+                token_id = next(token_ids)
+                if req.state is not ReqState.FINISHED:
+                    outputs.append(self._accept(req, token_id))
+        self._release_leaving()
+        if self._config.check_integrity:
+            self.check_integrity()
+        return outputs
+
+    def fail(self, step_id: int, error: str) -> list[ReqOutput]:
+        """The oldest planned step failed on the device.
+
+        Every running request ends with an error, since later steps may have read what this one did not write, and
+        nothing computed so far is reused. Waiting requests go on.
+        """
+        plan, reqs = self._inflight.popleft()
+        assert plan.step_id == step_id, f"step {step_id} failed, {plan.step_id} expected"
+        for req in reqs:
+            req.num_inflight -= 1
+        for req in self._leaving:
+            req.failed = True
+        victims = [req for req in self._reqs.values() if req.row >= 0]
+        outputs = [self._finish(req, (), FinishReason.ERROR, error=error) for req in victims]
+        self._release_leaving()
+        self._allocator.free(self._cache.evict(self._cache.num_evictable))
+        return outputs
+
+    def check_integrity(self) -> None:
+        """Walk all pages: each is free, the cache's, or one request's. Raises: AssertionError naming what is not."""
+        owners: list[tuple[str, list[int]]] = [("free", self._allocator.free_pages())]
+        owners.append(("cache", self._cache.owned_pages()))
+        for req in self._running + self._leaving:
+            owners.append((f"request {req.uid}", self._private_pages(req)))
+            cached = self._cache.path_pages(req.handle)
+            assert len(cached) <= len(req.pages), f"request {req.uid} holds more of the cache than it has pages"
+        seen: dict[int, str] = {}
+        for owner, pages in owners:
+            for page in pages:
+                assert page not in seen, f"page {page} belongs to {owner} and to {seen[page]}"
+                seen[page] = owner
+        assert len(seen) == self._config.num_pages, f"{self._config.num_pages - len(seen)} pages are lost"
+        rows = sorted([*self._rows, *(req.row for req in self._running + self._leaving)])
+        assert rows == list(range(self._config.max_running_requests)), "rows are lost or shared"
+
+    # --- planning
+
+    def _schedule(self, req: Req, num_new: int) -> ScheduledReq:
+        start = req.num_computed
+        end = req.num_computed = start + num_new
+        req.num_inflight += 1
+        sample = end == req.num_tokens
+        if num_new > 1 or not sample:  # prefill: others may share its pages from now on, even within this step
+            req.handle = self._cache.insert(req.handle, np.asarray(req.tokens[:end], np.int32), req.pages)
+        req.num_tokens += sample
+        return ScheduledReq(req.row, start, num_new, sample)
+
+    def _grow(self, req: Req, num_new: int) -> bool:
+        """Give a running request the pages for `num_new` tokens, retracting younger ones if need be."""
+        needed = div_ceil(req.num_computed + num_new, self._page_size) - len(req.pages)
+        while needed > self._allocator.num_free and not self._make_room(needed):
+            if self._leaving:
+                return False  # pages come back as soon as the steps in flight have run
+            victim = self._running[-1]
+            self._retract(victim)
+            if victim is req:
+                return False
+        self._take_pages(req, needed)
+        return True
+
+    def _make_room(self, count: int) -> bool:
+        """Whether `count` pages are free, evicting cached ones where needed."""
+        missing = count - self._allocator.num_free
+        if missing > self._cache.num_evictable:
+            return False
+        if missing > 0:
+            self._allocator.free(self._cache.evict(missing))
+        return True
+
+    def _take_pages(self, req: Req, count: int) -> None:
+        pages = self._allocator.allocate(count)
+        self._page_updates.append(PageUpdate(req.row, len(req.pages), tuple(pages)))
+        req.pages += pages
+
+    def _retract(self, req: Req) -> None:
+        """Send a running request back to the queue. What it has computed stays in the cache while there is room."""
+        self._running.remove(req)
+        req.preempted = True
+        self._leaving.append(req)
+        if req.num_inflight == 0:
+            self._release_leaving()
+
+    def _next_waiting(self) -> Req:
+        if self._config.schedule_policy == "lpm" and self._num_admitted % _LPM_OLDEST_EVERY:
+            window = [self._waiting[i] for i in range(min(_LPM_WINDOW, len(self._waiting)))]
+            return max(window, key=lambda req: self._cache.match_len(np.asarray(req.tokens, np.int32)))
+        return self._waiting[0]
+
+    def _admit(self, req: Req, budget: int) -> int:
+        """Give a waiting request a row and pages for its first chunk: how many tokens, 0 if there is no room for it."""
+        token_ids = np.asarray(req.tokens, np.int32)
+        match = self._cache.match(token_ids[:-1])  # at least one token is left to compute
+        self._cache.lock(match.handle)
+        num_cached = len(match.pages) * self._page_size
+        num_new = min(len(req.tokens) - num_cached, budget)
+        needed = div_ceil(num_cached + num_new, self._page_size) - len(match.pages)
+        if not self._has_headroom(len(req.tokens) - num_cached) or not self._make_room(needed):
+            self._cache.unlock(match.handle)
+            return 0
+        self._waiting.remove(req)
+        self._running.append(req)
+        self._num_admitted += 1
+        req.state = ReqState.RUNNING
+        req.row = self._rows.pop()
+        req.handle, req.pages, req.num_computed = match.handle, list(match.pages), num_cached
+        if not req.started:
+            req.started, req.num_cached = True, num_cached
+        if match.pages:
+            self._page_updates.append(PageUpdate(req.row, 0, tuple(match.pages)))
+        self._take_pages(req, needed)
+        return num_new
+
+    def _has_headroom(self, num_new: int) -> bool:
+        """Whether all of a request's tokens fit, with room for the running ones to grow a while."""
+        if not self._running and not self._leaving:
+            return True
+        growth = len(self._running) * div_ceil(_GROWTH_TOKENS, self._page_size)
+        return div_ceil(num_new, self._page_size) + growth <= self.num_free_pages
+
+    # --- ending
+
+    def _accept(self, req: Req, token_id: int) -> ReqOutput:
+        if token_id < 0:
+            error = "the model's output was not finite (NaN or infinity)"
+            return self._finish(req, (), FinishReason.ERROR, error=error)
+        req.tokens.append(token_id)
+        if token_id in self._eos and not req.params.ignore_eos:
+            return self._finish(req, (token_id,), FinishReason.STOP, num_hidden=1)
+        if len(req.tokens) >= req.max_len:
+            return self._finish(req, (token_id,), FinishReason.LENGTH)
+        return ReqOutput(req, (token_id,))
+
+    def _finish(
+        self,
+        req: Req,
+        token_ids: tuple[int, ...],
+        reason: FinishReason,
+        *,
+        num_hidden: int = 0,
+        error: str | None = None,
+    ) -> ReqOutput:
+        del self._reqs[req.uid]
+        if req.state is ReqState.WAITING:
+            self._waiting.remove(req)
+        elif not req.preempted:
+            self._running.remove(req)
+            self._leaving.append(req)
+        req.state = ReqState.FINISHED
+        req.failed = reason is FinishReason.ERROR
+        self._release_leaving()
+        return ReqOutput(req, token_ids, reason, num_hidden, error)
+
+    def _release_leaving(self) -> None:
+        """Take back rows and pages of requests that no step in flight touches any more."""
+        if not self._leaving:
+            return
+        still_leaving = []
+        for req in self._leaving:
+            if req.num_inflight:
+                still_leaving.append(req)
+            else:
+                self._release(req)
+        self._leaving = still_leaving
+
+    def _release(self, req: Req) -> None:
+        if not req.failed:
+            # A step planned before the request's end was known may have computed tokens whose ids were dropped.
+            known = min(req.num_computed, len(req.tokens))
+            req.handle = self._cache.insert(req.handle, np.asarray(req.tokens[:known], np.int32), req.pages)
+        self._allocator.free(self._private_pages(req))
+        self._cache.unlock(req.handle)
+        if req.failed:
+            self._allocator.free(self._cache.discard(req.handle))
+        self._rows.append(req.row)
+        req.handle, req.pages, req.row, req.num_computed = None, [], -1, 0
+        if req.preempted:
+            req.preempted = False
+            if req.state is not ReqState.FINISHED:
+                req.state = ReqState.WAITING
+                self._waiting.appendleft(req)
+
+    def _private_pages(self, req: Req) -> list[int]:
+        """The request's pages that the cache does not own: not full, or computed twice at the same time."""
+        cached = self._cache.path_pages(req.handle)
+        return [page for i, page in enumerate(req.pages) if i >= len(cached) or page != cached[i]]

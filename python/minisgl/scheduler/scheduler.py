@@ -1,0 +1,108 @@
+"""The scheduler's loop: receive, plan, submit, and retire the step before while the device computes."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+
+from minisgl.config.runtime import SchedulerConfig
+from minisgl.core import StepPlan
+from minisgl.errors import EngineError
+from minisgl.message.backend import UserMsg
+from minisgl.message.codec import pack_ids, unpack_ids
+from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
+from minisgl.scheduler.executor import Executor, StepHandle
+from minisgl.scheduler.planner import Planner, ReqOutput
+from minisgl.scheduler.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+_PUMP_SECONDS = 0.1
+_PROMPT_TAIL = 8  # ids that the detokenizer gets as context
+_MAX_FAILURES = 3  # steps in a row; after that the device is taken for broken
+
+
+class Scheduler:
+    """One rank's planner, engine and connection, in step with the other ranks' copies."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        executor: Executor,
+        transport: Transport,
+        *,
+        tp_size: int = 1,
+        check_ranks: bool = False,
+    ) -> None:
+        self.planner = Planner(config)
+        self._executor = executor
+        self._transport = transport
+        self._overlap = config.overlap
+        self._tp_size = tp_size
+        self._check_ranks = check_ranks
+        self._digest = 0
+        self._submitted: tuple[StepPlan, StepHandle] | None = None
+        self._announced: set[int] = set()  # uids that the detokenizer knows; never iterated
+        self._num_failures = 0
+
+    def run(self) -> None:
+        """Serve for ever. Raises: EngineError when the device is broken or the ranks have diverged."""
+        while True:
+            self.turn()
+
+    def turn(self) -> None:
+        """One turn of the loop: with overlap, step n is submitted before the results of step n - 1 are taken in."""
+        idle = self.planner.is_idle and self._submitted is None
+        outputs: list[ReqOutput] = []
+        for message in self._transport.receive(block=idle, digest=self._digest):
+            if isinstance(message, UserMsg):
+                outputs += self.planner.add(message.uid, unpack_ids(message.input_ids), message.params)
+            else:
+                outputs += self.planner.abort(message.uid)
+        self._send(outputs)
+        plan = self.planner.plan()
+        if self._check_ranks and plan is not None:
+            self._digest = zlib.crc32(repr((plan.step_id, plan.page_updates, plan.reqs)).encode())
+        submitted = None if plan is None else (plan, self._executor.submit(plan))
+        if not self._overlap and submitted is not None:
+            self._retire(*submitted)
+            return
+        if self._submitted is not None:
+            self._retire(*self._submitted)
+        self._submitted = submitted
+
+    def _retire(self, plan: StepPlan, handle: StepHandle) -> None:
+        while not handle.wait(_PUMP_SECONDS):
+            self._transport.pump()
+        try:
+            outputs = self.planner.retire(handle.result())
+            self._num_failures = 0
+        except EngineError as error:
+            self._num_failures += 1
+            if self._tp_size > 1 or self._num_failures >= _MAX_FAILURES:
+                raise  # other ranks may be waiting inside a collective, or the device is beyond help
+            logger.exception("step %d failed; its requests end with an error", plan.step_id)
+            outputs = self.planner.fail(plan.step_id, f"the engine failed: {error}")
+        self._send(outputs)
+
+    def _send(self, outputs: list[ReqOutput]) -> None:
+        if outputs:
+            self._transport.send([self._message(output) for output in outputs])
+
+    def _message(self, output: ReqOutput) -> DetokenizeMsg:
+        req, start = output.req, None
+        if req.uid not in self._announced:
+            self._announced.add(req.uid)
+            tail = pack_ids(req.tokens[max(0, req.prompt_len - _PROMPT_TAIL) : req.prompt_len])
+            start = StreamStart(req.prompt_len, req.params.stop, tail)
+        if output.finish_reason is not None:
+            self._announced.discard(req.uid)
+        return DetokenizeMsg(
+            uid=req.uid,
+            token_ids=pack_ids(output.token_ids),
+            num_cached=req.num_cached,
+            num_hidden=output.num_hidden,
+            start=start,
+            finish_reason=output.finish_reason,
+            error=output.error,
+        )

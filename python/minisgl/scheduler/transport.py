@@ -1,0 +1,144 @@
+"""How a scheduler hears of requests and reports tokens: over ZeroMQ in a server, in memory inside `LLM`.
+
+Rank 0 receives messages from outside and passes them on to the other ranks, one numbered `RankBatch` for each turn of
+its loop; the others take their turns from those. So every rank's planner sees the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from minisgl.config.runtime import Addresses
+from minisgl.errors import EngineError
+from minisgl.message.backend import AbortMsg, BackendMsg, PingMsg, RankBatch, UserMsg, backend_codec, rank_codec
+from minisgl.message.tokenizer import DetokenizeMsg, TokenizerMsg, tokenizer_codec
+from minisgl.utils.sockets import PullSocket, PushSocket
+
+_IDLE_SECONDS = 0.5  # between heartbeats while nothing happens
+PlannerMsg = UserMsg | AbortMsg
+
+
+class Transport(Protocol):
+    """One rank's connection to the rest of the system."""
+
+    def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:
+        """The messages for this turn. With `block`, wait for at least one. `digest` is that of the last plan."""
+        ...
+
+    def pump(self) -> None:
+        """Called now and then while a step runs: answer health checks, show that this process is alive."""
+        ...
+
+    def send(self, messages: Sequence[DetokenizeMsg]) -> None: ...
+
+
+class RankFanout:
+    """Rank 0's sockets to the other ranks."""
+
+    def __init__(self, addresses: Addresses, tp_size: int) -> None:
+        self._sockets = [PushSocket(addresses.rank(rank), rank_codec) for rank in range(1, tp_size)]
+        self._number = 0
+
+    def send(self, messages: Sequence[PlannerMsg], digest: int) -> None:
+        for socket in self._sockets:
+            socket.send([RankBatch(self._number, list(messages), digest)])
+        self._number += 1
+
+    def close(self) -> None:
+        for socket in self._sockets:
+            socket.close()
+
+
+class LeaderTransport:
+    """Rank 0 of a server."""
+
+    def __init__(self, addresses: Addresses, tp_size: int, heartbeat: Callable[[], None]) -> None:
+        self._pull = PullSocket(addresses.backend, backend_codec)
+        self._push: PushSocket[TokenizerMsg] = PushSocket(addresses.detokenizer, tokenizer_codec)
+        self._fanout = RankFanout(addresses, tp_size)
+        self._heartbeat = heartbeat
+        self._received: list[PlannerMsg] = []
+
+    def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:
+        self._take(0.0)
+        while block and not self._received:
+            self._take(_IDLE_SECONDS)
+        messages, self._received = self._received, []
+        self._fanout.send(messages, digest)
+        return messages
+
+    def pump(self) -> None:
+        self._take(0.0)
+
+    def send(self, messages: Sequence[DetokenizeMsg]) -> None:
+        self._push.send(messages)
+
+    def _take(self, timeout: float) -> None:
+        self._heartbeat()
+        for message in self._pull.receive(timeout):
+            if isinstance(message, PingMsg):
+                self._push.send([message])
+            else:
+                self._received.append(message)
+
+
+class FollowerTransport:
+    """A rank above 0, in a server or under `LLM`: it only listens to rank 0."""
+
+    def __init__(self, addresses: Addresses, rank: int, heartbeat: Callable[[], None]) -> None:
+        self._pull = PullSocket(addresses.rank(rank), rank_codec)
+        self._heartbeat = heartbeat
+        self._batches: list[RankBatch] = []
+        self._number = 0
+
+    def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:  # noqa: ARG002
+        """Raises: EngineError when this rank has missed a turn, or planned otherwise than rank 0."""
+        self._heartbeat()
+        while not self._batches:
+            self._batches = self._pull.receive(_IDLE_SECONDS)
+            self._heartbeat()
+        batch = self._batches.pop(0)
+        if batch.number != self._number:
+            raise EngineError(f"rank 0 is at turn {batch.number}, this rank at {self._number}")
+        if batch.digest != digest:
+            raise EngineError(f"this rank's plan differs from rank 0's at turn {batch.number}")
+        self._number += 1
+        return batch.messages
+
+    def pump(self) -> None:
+        self._heartbeat()
+
+    def send(self, messages: Sequence[DetokenizeMsg]) -> None:
+        pass
+
+
+class LocalTransport:
+    """Rank 0 inside the caller's process: messages are put in, outputs are taken out."""
+
+    def __init__(self, fanout: RankFanout | None = None) -> None:
+        self._fanout = fanout
+        self._received: list[PlannerMsg] = []
+        self._outputs: list[DetokenizeMsg] = []
+
+    def put(self, messages: Sequence[PlannerMsg]) -> None:
+        self._received += messages
+
+    def take_outputs(self) -> list[DetokenizeMsg]:
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:  # noqa: ARG002
+        messages, self._received = self._received, []
+        if self._fanout is not None:
+            self._fanout.send(messages, digest)
+        return messages
+
+    def pump(self) -> None:
+        pass
+
+    def send(self, messages: Sequence[DetokenizeMsg]) -> None:
+        self._outputs += messages
+
+
+__all__ = ["BackendMsg", "FollowerTransport", "LeaderTransport", "LocalTransport", "RankFanout", "Transport"]

@@ -1,0 +1,114 @@
+"""A device that computes nothing, but notices every wrong read.
+
+Instead of keys and values, a slot of its KV pool remembers the exact token prefix that was computed into it. When a
+step attends to a position, the slot that the page table names must hold that very prefix; a page that was freed too
+early, shared wrongly or never written is caught at its first use. The next token is a hash of the prefix, so outputs
+do not depend on how the work was scheduled unless something is wrong.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from minisgl.config.runtime import SchedulerConfig
+from minisgl.core import StepPlan, StepResult
+from minisgl.errors import EngineError
+
+
+def next_token(prefix: tuple[int, ...], vocab_size: int) -> int:
+    return hash(prefix) % vocab_size
+
+
+class SimulatedHandle:
+    def __init__(self, result: StepResult | Exception) -> None:
+        self._result = result
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return True
+
+    def result(self) -> StepResult:
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result
+
+
+class SimulatedEngine:
+    """An `Executor`. `fail_next`: the next step raises; `poison`: sampled tokens of these rows are not finite.
+
+    After a failed step the KV that later steps write is garbage, until the planner has been told (`broken = False`).
+    """
+
+    def __init__(self, config: SchedulerConfig, vocab_size: int = 50) -> None:
+        self.config = config
+        self.vocab_size = vocab_size
+        self.fail_next = False
+        self.broken = False
+        self.poison: list[int] = []
+        self.num_steps = 0
+        self.max_step_tokens = 0
+        max_pages = -(-config.max_seq_len // config.page_size)
+        self._tokens = np.full((config.max_running_requests, config.max_seq_len + 1), -1, np.int64)
+        self._page_table = np.full((config.max_running_requests, max_pages), -1, np.int64)
+        self._kv: dict[int, tuple[int, ...]] = {}
+
+    def submit(self, plan: StepPlan) -> SimulatedHandle:
+        self.num_steps += 1
+        self.max_step_tokens = max(self.max_step_tokens, plan.num_tokens)
+        assert plan.reqs
+        assert plan.num_tokens <= self.config.max_prefill_length
+        assert len({req.row for req in plan.reqs}) == len(plan.reqs), "a row is scheduled twice"
+        for row, ids, params in plan.admissions:
+            assert params.seed is not None
+            self._tokens[row] = -1
+            self._page_table[row] = -1
+            self._tokens[row, : len(ids)] = ids
+        for row, first, pages in plan.page_updates:
+            self._page_table[row, first : first + len(pages)] = pages
+        if self.fail_next or self.broken:
+            failed, self.fail_next, self.broken = self.fail_next, False, True
+            sampled = self._run_broken(plan)
+            return SimulatedHandle(EngineError("simulated") if failed else StepResult(plan.step_id, sampled))
+        return SimulatedHandle(StepResult(plan.step_id, self._run(plan)))
+
+    def _run(self, plan: StepPlan) -> list[int]:
+        for row, start, num_new, _ in plan.reqs:
+            ids = tuple(self._tokens[row, : start + num_new].tolist())
+            assert -1 not in ids, "a token is computed before it is known"
+            for position in range(start, start + num_new):
+                self._kv[self._slot(row, position)] = ids[: position + 1]
+        sampled = []
+        for row, start, num_new, sample in plan.reqs:
+            end = start + num_new
+            ids = tuple(self._tokens[row, :end].tolist())
+            for position in range(end):
+                assert self._kv.get(self._slot(row, position)) == ids[: position + 1], "someone else's KV is read"
+            if sample:
+                token = next_token(ids, self.vocab_size)
+                self._tokens[row, end] = token
+                sampled.append(-1 if row in self.poison else token)
+        return sampled
+
+    def _run_broken(self, plan: StepPlan) -> list[int]:
+        for row, start, num_new, sample in plan.reqs:
+            for position in range(start, start + num_new):
+                self._kv[self._slot(row, position)] = (-1,)
+            if sample:
+                self._tokens[row, start + num_new] = 0
+        return [0 for req in plan.reqs if req.sample]
+
+    def _slot(self, row: int, position: int) -> int:
+        page = int(self._page_table[row, position // self.config.page_size])
+        assert page >= 0, "a page is used before it is there"
+        return page * self.config.page_size + position % self.config.page_size
+
+    def close(self) -> None:
+        pass
+
+
+def expected_output(prompt: list[int], max_len: int, eos: tuple[int, ...], vocab_size: int = 50) -> list[int]:
+    """What any correct schedule produces for a prompt."""
+    tokens = list(prompt)
+    while len(tokens) < max_len:
+        tokens.append(next_token(tuple(tokens), vocab_size))
+        if tokens[-1] in eos:
+            break
+    return tokens[len(prompt) :]

@@ -1,0 +1,155 @@
+"""A state machine drives the planner through everything that can happen to requests, in any order, with steps in
+flight, and checks after each action that no page is lost or shared and that every request gets its exact output."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from minisgl.config.runtime import SchedulerConfig
+from minisgl.core import FinishReason, SamplingParams, StepPlan
+from minisgl.errors import EngineError
+from minisgl.scheduler.planner import Planner, ReqOutput
+
+from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
+
+
+class PlannerMachine(RuleBasedStateMachine):
+    @initialize(
+        page_size=st.sampled_from([1, 2, 4, 16]),
+        num_tokens=st.integers(48, 160),
+        rows=st.integers(1, 6),
+        budget=st.sampled_from([1, 3, 7, 64]),
+        cache=st.sampled_from(["radix", "radix", "naive"]),
+        policy=st.sampled_from(["fcfs", "lpm"]),
+        depth=st.integers(0, 2),
+    )
+    def start(
+        self, page_size: int, num_tokens: int, rows: int, budget: int, cache: str, policy: str, depth: int
+    ) -> None:
+        num_pages = -(-num_tokens // page_size)
+        self.config = SchedulerConfig(
+            max_running_requests=rows,
+            max_prefill_length=budget,
+            max_seq_len=40,
+            num_pages=num_pages,
+            page_size=page_size,
+            cache_type=cache,
+            schedule_policy=policy,
+            eos_token_ids=(3,),
+        )
+        self.planner = Planner(self.config)
+        self.engine = SimulatedEngine(self.config)
+        self.depth = depth  # steps that may be in flight when the next one is planned
+        self.inflight: deque[tuple[StepPlan, SimulatedHandle]] = deque()
+        self.prompts: dict[int, tuple[list[int], int, bool]] = {}
+        self.outputs: dict[int, list[int]] = {}
+        self.finished: dict[int, FinishReason] = {}
+        self.allowed: dict[int, FinishReason] = {}  # reasons other than stop and length that were provoked
+        self.history: list[list[int]] = []
+
+    def take(self, outputs: list[ReqOutput]) -> None:
+        for output in outputs:
+            uid = output.req.uid
+            assert uid not in self.finished, "a request got something after its terminal reply"
+            self.outputs[uid] += output.token_ids
+            if output.finish_reason is not None:
+                self.finished[uid] = output.finish_reason
+                self.check_output(uid)
+
+    def check_output(self, uid: int) -> None:
+        prompt, max_len, ignore_eos = self.prompts[uid]
+        expected = expected_output(prompt, max_len, () if ignore_eos else (3,))
+        got, reason = self.outputs[uid], self.finished[uid]
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            assert got == expected
+            assert (reason is FinishReason.STOP) == (got[-1] == 3 and not ignore_eos)
+        else:
+            assert self.allowed.get(uid) is reason
+            assert got == expected[: len(got)]
+
+    @rule(
+        shared=st.integers(0, 1_000),
+        keep=st.integers(0, 40),
+        fresh=st.lists(st.integers(0, 4), max_size=20),
+        max_tokens=st.integers(1, 30),
+        ignore_eos=st.booleans(),
+    )
+    def add(self, shared: int, keep: int, fresh: list[int], max_tokens: int, ignore_eos: bool) -> None:
+        base = self.history[shared % len(self.history)] if self.history else []
+        prompt = (base[:keep] + fresh)[:39] or [1]
+        uid = len(self.prompts)
+        self.prompts[uid] = (prompt, min(40, len(prompt) + max_tokens), ignore_eos)
+        self.outputs[uid] = []
+        self.history.append(prompt)
+        self.take(self.planner.add(uid, prompt, SamplingParams(max_tokens=max_tokens, seed=0, ignore_eos=ignore_eos)))
+
+    @rule(pick=st.integers(0, 1_000))
+    def abort(self, pick: int) -> None:
+        if self.prompts:
+            uid = pick % len(self.prompts)
+            if uid not in self.finished:
+                self.allowed[uid] = FinishReason.ABORT
+            self.take(self.planner.abort(uid))
+
+    @rule(count=st.integers(1, 8))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            plan = self.planner.plan()
+            if plan is not None:
+                self.inflight.append((plan, self.engine.submit(plan)))
+            if len(self.inflight) > self.depth or (plan is None and self.inflight):
+                self.retire()
+            self.planner.check_integrity()
+
+    @precondition(lambda self: self.inflight)
+    @rule()
+    def retire(self) -> None:
+        plan, handle = self.inflight.popleft()
+        try:
+            result = handle.result()
+        except EngineError:
+            for uid in self.prompts:
+                self.allowed.setdefault(uid, FinishReason.ERROR)
+            self.take(self.planner.fail(plan.step_id, "simulated"))
+            self.engine.broken = False
+        else:
+            for uid in self.prompts:
+                if -1 in result.token_ids:
+                    self.allowed.setdefault(uid, FinishReason.ERROR)
+            self.take(self.planner.retire(result))
+
+    @rule()
+    def failing_step(self) -> None:
+        self.engine.fail_next = True
+        self.step(1)
+        self.engine.fail_next = False
+
+    @rule(row=st.integers(0, 5))
+    def not_finite(self, row: int) -> None:
+        self.engine.poison = [row]
+        self.step(1)
+        self.engine.poison = []
+
+    @invariant()
+    def conserved(self) -> None:
+        if hasattr(self, "planner"):
+            self.planner.check_integrity()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "planner"):
+            return
+        for _ in range(10_000):
+            if self.planner.is_idle and not self.inflight:
+                break
+            self.step(1)
+        assert self.finished.keys() == self.prompts.keys(), "a request never got its terminal reply"
+        assert self.planner.num_free_pages == self.config.num_pages
+
+
+PlannerMachine.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, report_multiple_bugs=False
+)
+TestPlannerMachine = PlannerMachine.TestCase
