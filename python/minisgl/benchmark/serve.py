@@ -31,12 +31,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", help="model id (default: the first of /v1/models)")
     add("--endpoint", choices=("completions", "chat"), default="completions")
     add("--dataset", default="random", help="random, or a JSONL file with `prompt` or `messages` in each line")
-    add("--num-prompts", type=_positive, default=64, help="requests to send (default: %(default)s)")
+    add("--num-prompts", type=positive, default=64, help="requests to send (default: %(default)s)")
     add("--input-len", type=dataset.parse_lengths, default="128", help="prompt tokens, N or LOW:HIGH")
     add("--output-len", type=dataset.parse_lengths, default="64", help="output tokens, N or LOW:HIGH")
-    add("--vocab-size", type=_positive, default=256, help="random prompts use ids below this (default: %(default)s)")
+    add("--vocab-size", type=positive, default=256, help="random prompts use ids below this (default: %(default)s)")
     add("--request-rate", type=_rate, default=math.inf, help="requests/s with Poisson arrivals; inf: all at once")
-    add("--max-concurrency", type=_positive, help="most requests in flight")
+    add("--max-concurrency", type=positive, help="most requests in flight")
     add("--temperature", type=float, default=0.0)
     add("--ignore-eos", action="store_true", help="always generate --output-len tokens")
     add("--warmup", type=int, default=1, help="requests before the measured ones (default: %(default)s)")
@@ -159,7 +159,7 @@ def _progress() -> Progress:
     return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     with contextlib.suppress(ValueError):
         if int(text) >= 1:
             return int(text)
