@@ -16,7 +16,7 @@ class EngineConfig:
     dtype: str  # "float32" | "bfloat16" | "float16": weights, activations and KV
     device: str  # "cpu" | "cuda"
     tp_size: int
-    init_method: str  # torch.distributed rendezvous, "tcp://127.0.0.1:PORT" (unused when tp_size is 1)
+    init_method: str  # torch.distributed rendezvous (`Addresses.rendezvous`; unused when tp_size is 1)
     num_pages: int
     page_size: int  # tokens
     max_running_requests: int
@@ -59,8 +59,7 @@ class TokenizerConfig:
 class Addresses:
     """ZeroMQ endpoints of one server, all inside its private 0700 directory.
 
-    The named process binds a PULL socket at its endpoint; others connect PUSH sockets. One exception: rank 0 binds
-    `ranks` as PUB-like fan-out, one PUSH socket per follower (`rank_endpoint`).
+    The named process binds a PULL socket at its endpoint; others connect PUSH sockets.
     """
 
     directory: str
@@ -80,6 +79,11 @@ class Addresses:
 
     def tokenizer(self, index: int) -> str:
         return f"ipc://{self.directory}/tokenizer-{index}" if self.num_tokenizer else self.detokenizer
+
+    @property
+    def rendezvous(self) -> str:
+        """Where `torch.distributed` ranks find each other: a file, so no port can be taken by someone else."""
+        return f"file://{self.directory}/rendezvous"
 
     def rank(self, rank: int) -> str:
         """Where rank `rank` > 0 receives the message batches that rank 0 numbers."""

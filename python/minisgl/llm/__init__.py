@@ -1,0 +1,5 @@
+"""The Python API: the same engine as the server's, inside the caller's process."""
+
+from minisgl.llm.llm import LLM, Increment, RequestMetrics, RequestOutput
+
+__all__ = ["LLM", "Increment", "RequestMetrics", "RequestOutput"]

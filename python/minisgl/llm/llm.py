@@ -1,0 +1,313 @@
+"""`LLM`: tokenizer, scheduler and engine in one process, by composition."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from minisgl.config.args import args_from_options
+from minisgl.config.resolve import prepare
+from minisgl.config.runtime import Addresses, ServerConfig
+from minisgl.core import FinishReason, SamplingParams
+from minisgl.errors import RequestError
+from minisgl.message.backend import AbortMsg, UserMsg
+from minisgl.message.codec import pack_ids, unpack_ids
+from minisgl.message.frontend import ErrorReply, UserReply
+from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt, TokenizeMsg
+from minisgl.scheduler.scheduler import Scheduler
+from minisgl.scheduler.transport import LocalTransport, RankFanout
+from minisgl.tokenizer.detokenize import Detokenizer
+from minisgl.tokenizer.tokenize import Tokenizer
+
+Prompt = str | Sequence[int]
+Conversation = Sequence[dict[str, Any]]
+Params = SamplingParams | Sequence[SamplingParams] | None
+ProgressCallback = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """Seconds since the request was submitted: to its first token, and to its last."""
+
+    time_to_first_token: float
+    total_time: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One finished request. `token_ids` includes the end-of-sequence token that ended it; `text` does not.
+
+    error: why the request failed, if `finish_reason` is `error`; the others of a batch are not affected.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    prompt_token_ids: list[int]
+    cached_tokens: int
+    metrics: RequestMetrics
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Increment:
+    """New output of a stream. The last one has a `finish_reason`."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A request on its way."""
+
+    prompt_ids: list[int]
+    submitted: float
+    first_token: float = 0.0
+    replies: list[UserReply] = field(default_factory=list)
+
+    def finish(self) -> RequestOutput:
+        last = self.replies[-1]
+        assert last.finish_reason is not None
+        now = time.perf_counter()
+        return RequestOutput(
+            text="".join(reply.text for reply in self.replies),
+            token_ids=[token_id for reply in self.replies for token_id in unpack_ids(reply.token_ids)],
+            finish_reason=last.finish_reason,
+            prompt_token_ids=self.prompt_ids,
+            cached_tokens=last.num_cached_tokens,
+            metrics=RequestMetrics((self.first_token or now) - self.submitted, now - self.submitted),
+            error=last.error,
+        )
+
+
+class LLM:
+    """A model in this process; with `tensor_parallel_size` above 1, rank 0 of it, the others in child processes.
+
+    model: a local directory or hub repo id; None is the built-in demo model. The options are the command line's, under
+    the flags' names (`dtype="float32"`, `page_size=16`, `tp=2` …). Use it as a context manager, or call `close`.
+    Not for several threads at a time.
+
+    Raises: ConfigError when an option, or the model, cannot be used.
+    """
+
+    def __init__(self, model: str | None = None, **engine_options: Any) -> None:
+        if model is not None:
+            engine_options["model_path"] = str(model)
+        self.config = prepare(args_from_options(engine_options))
+        self._directory = tempfile.mkdtemp(prefix="minisgl-")
+        self._closers: list[Callable[[], None]] = [lambda: shutil.rmtree(self._directory, ignore_errors=True)]
+        self._pending: dict[int, _Pending] = {}
+        self._next_uid = 0
+        try:
+            self._tokenizer = Tokenizer(self.config.tokenizer)
+            self._detokenizer = Detokenizer(self._tokenizer.codec)
+            self._transport = LocalTransport(self._start_ranks(self.config))
+            self._scheduler = self._start_scheduler(self.config)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engine and its child processes. Idempotent."""
+        while self._closers:
+            self._closers.pop()()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        progress: bool | ProgressCallback | None = None,
+    ) -> list[RequestOutput]:
+        """Complete each prompt, a text or a list of token ids; returns the outputs in prompt order.
+
+        sampling_params: one for all or one per prompt; None takes the model's recommended ones. progress: True shows
+        a bar, None does so for 16 prompts and more, a callable is told (finished, total).
+
+        Raises: RequestError before anything runs when a prompt cannot be served.
+        """
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        return self._run([_prompt(prompt) for prompt in prompts], sampling_params, progress)
+
+    def chat(
+        self,
+        conversations: Conversation | Sequence[Conversation],
+        sampling_params: Params = None,
+        progress: bool | ProgressCallback | None = None,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[RequestOutput]:
+        """The model's answer to each conversation (a list of messages with `role` and `content`)."""
+        if len(conversations) > 0 and isinstance(conversations[0], dict):
+            conversations = [conversations]  # type: ignore[list-item]
+        prompts = [ChatPrompt(list(messages), tools) for messages in conversations]  # type: ignore[arg-type]
+        return self._run(prompts, sampling_params, progress)
+
+    def stream(
+        self, prompt: Prompt | Conversation, sampling_params: SamplingParams | None = None
+    ) -> Iterator[Increment]:
+        """Complete one prompt (or answer one conversation), yielding text as it comes.
+
+        Several streams may be read in turn. Leaving the loop early ends the request.
+        """
+        is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
+        wrapped = ChatPrompt(list(prompt)) if is_chat else _prompt(prompt)  # type: ignore[arg-type]
+        (uid,) = self._submit([wrapped], [sampling_params])
+        pending, taken = self._pending[uid], 0
+        try:
+            while True:
+                while taken == len(pending.replies):
+                    self._turn()
+                reply = pending.replies[taken]
+                taken += 1
+                yield Increment(reply.text, unpack_ids(reply.token_ids), reply.finish_reason, reply.error)
+                if reply.finish_reason is not None:
+                    return
+        finally:
+            self._abort([uid])
+
+    def _start_ranks(self, config: ServerConfig) -> RankFanout | None:
+        """Start the ranks above 0; they meet rank 0 when its engine starts."""
+        tp_size = config.engine.tp_size
+        if tp_size == 1:
+            return None
+        from minisgl.server.supervisor import Supervisor, WorkerSpec
+        from minisgl.server.workers import scheduler_main
+
+        addresses = Addresses(self._directory, num_tokenizer=0)
+        specs = [
+            WorkerSpec(
+                f"minisgl-TP{rank}-scheduler", scheduler_main, (config.engine, config.scheduler, addresses, rank)
+            )
+            for rank in range(1, tp_size)
+        ]
+        supervisor = Supervisor(specs)
+        self._closers.append(supervisor.stop)
+        supervisor.start()
+        fanout = RankFanout(addresses, tp_size)
+        self._closers.append(fanout.close)
+        return fanout
+
+    def _start_scheduler(self, config: ServerConfig) -> Scheduler:
+        from minisgl.engine.engine import Engine
+
+        addresses = Addresses(self._directory, num_tokenizer=0)
+        engine = Engine(replace(config.engine, init_method=addresses.rendezvous), rank=0)
+        self._closers.append(engine.close)
+        return Scheduler(config.scheduler, engine, self._transport, tp_size=config.engine.tp_size)
+
+    def _run(
+        self,
+        prompts: Sequence[ChatPrompt | TextPrompt | IdsPrompt],
+        params: Params,
+        progress: bool | ProgressCallback | None,
+    ) -> list[RequestOutput]:
+        per_prompt = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(per_prompt) != len(prompts):
+            raise RequestError(f"{len(per_prompt)} sampling parameters for {len(prompts)} prompts")
+        uids = self._submit(prompts, per_prompt)
+        finished: dict[int, RequestOutput] = {}
+        try:
+            with _progress(progress, len(uids)) as report:
+                while len(finished) < len(uids):
+                    for uid in self._turn():
+                        if uid in uids:
+                            finished[uid] = self._pending.pop(uid).finish()
+                            report(len(finished), len(uids))
+        finally:
+            self._abort([uid for uid in uids if uid not in finished])
+        return [finished[uid] for uid in uids]
+
+    def _submit(
+        self, prompts: Sequence[ChatPrompt | TextPrompt | IdsPrompt], params: Sequence[SamplingParams | None]
+    ) -> range:
+        default = SamplingParams(**self.config.default_sampling)  # type: ignore[arg-type]
+        uids = range(self._next_uid, self._next_uid + len(prompts))
+        requests = [
+            TokenizeMsg(uid, prompt, given if given is not None else default)
+            for uid, prompt, given in zip(uids, prompts, params, strict=True)
+        ]
+        messages: list[UserMsg] = []
+        for message in self._tokenizer.tokenize(requests):
+            if isinstance(message, ErrorReply):
+                raise RequestError(f"prompt {message.uid - uids.start}: {message.message}", param=message.param)
+            messages.append(message)
+        self._next_uid = uids.stop
+        now = time.perf_counter()
+        for message in messages:
+            self._pending[message.uid] = _Pending(unpack_ids(message.input_ids), now)
+        self._transport.put(messages)
+        return uids
+
+    def _turn(self) -> list[int]:
+        """One turn of the scheduler's loop. Returns the requests that finished in it."""
+        self._scheduler.turn()
+        finished = []
+        for message in self._transport.take_outputs():
+            reply, abort = self._detokenizer.detokenize(message)
+            if abort is not None:
+                self._transport.put([abort])
+            if reply is None or reply.uid not in self._pending:
+                continue
+            pending = self._pending[reply.uid]
+            pending.first_token = pending.first_token or time.perf_counter()
+            pending.replies.append(reply)
+            if reply.finish_reason is not None:
+                finished.append(reply.uid)
+        return finished
+
+    def _abort(self, uids: Sequence[int]) -> None:
+        for uid in uids:
+            pending = self._pending.pop(uid, None)
+            if pending is not None and not (pending.replies and pending.replies[-1].finish_reason):
+                self._transport.put([AbortMsg(uid)])
+
+
+def _prompt(prompt: Any) -> TextPrompt | IdsPrompt:
+    if isinstance(prompt, str):
+        return TextPrompt(prompt)
+    try:
+        return IdsPrompt(pack_ids(prompt))
+    except (TypeError, ValueError, OverflowError):
+        raise RequestError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}") from None
+
+
+class _progress:
+    """A progress bar, a callback, or nothing, behind one call `report(finished, total)`."""
+
+    def __init__(self, progress: bool | ProgressCallback | None, total: int) -> None:
+        self._bar: Progress | None = None
+        self._report: ProgressCallback = progress if callable(progress) else _ignore
+        if progress is True or (progress is None and total >= 16):
+            columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, transient=progress is None)
+            task = self._bar.add_task("", total=total)
+            bar = self._bar
+            self._report = lambda finished, _: bar.update(task, completed=finished)
+
+    def __enter__(self) -> ProgressCallback:
+        if self._bar is not None:
+            self._bar.start()
+        return self._report
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _ignore(finished: int, total: int) -> None:
+    del finished, total
