@@ -21,12 +21,14 @@ class ConfigError(MiniSGLError):
 class RequestError(MiniSGLError):
     """A request cannot be served as it was asked.
 
-    `param` names the offending field (OpenAI's error `param`), `status` is the HTTP status that it maps to.
+    `param` names the offending field and `code` the kind of fault (as in OpenAI's error objects); `status` is the
+    HTTP status that it maps to.
     """
 
-    def __init__(self, message: str, *, param: str | None = None, status: int = 400) -> None:
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
         self.param = param
+        self.code = code
         self.status = status
 
 

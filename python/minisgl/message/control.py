@@ -1,0 +1,35 @@
+"""From a child process to its supervisor, over the pipe that the supervisor made for it."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready", forbid_unknown_fields=True):
+    """Start-up is over. `info` is what the others may want to know (the scheduler's page count …)."""
+
+    info: dict[str, str | int | float | bool] = {}
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", forbid_unknown_fields=True):
+    """The main loop is alive."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed", forbid_unknown_fields=True):
+    """The process ends because of this. `config`: the operator can mend it."""
+
+    message: str
+    config: bool
+
+
+ControlMsg = Ready | Heartbeat | Failed
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[ControlMsg] = msgspec.msgpack.Decoder(ControlMsg)
+
+
+def encode_control(message: ControlMsg) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_control(data: bytes) -> ControlMsg:
+    return _decoder.decode(data)

@@ -1,0 +1,347 @@
+"""The HTTP routes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+import minisgl
+from minisgl.config.runtime import ServerConfig
+from minisgl.errors import MiniSGLError, RequestError
+from minisgl.message.frontend import UserReply
+from minisgl.server.frontend import Frontend, Stream
+from minisgl.server.protocol import (
+    ChatBody,
+    CompletionBody,
+    GenerateBody,
+    GenerationRequest,
+    choice_seeds,
+    parse_chat,
+    parse_completion,
+    parse_generate,
+)
+from minisgl.server.render import (
+    DONE,
+    ChatRenderer,
+    CompletionRenderer,
+    GenerateRenderer,
+    Renderer,
+    Totals,
+    error_body,
+    error_payload,
+    error_status,
+    event,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 64 * 2**20
+HEALTH_SECONDS = 10.0
+
+T = TypeVar("T")
+Parser = Callable[[bytes, Mapping[str, float | int]], GenerationRequest]
+
+
+def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
+    """The application. It has no state of its own: requests live in `frontend`."""
+    app = FastAPI(title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None)
+    created = int(time.time())
+    _add_error_handlers(app)
+    _add_schema(app)
+
+    async def generate(request: Request, parse: Parser, make: Callable[[GenerationRequest], Renderer]) -> Response:
+        data = await _read_body(request)
+        parsed = parse(data, config.default_sampling)
+        _check_model(parsed.model, config)
+        return await _answer(frontend, request, parsed, make(parsed))
+
+    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatBody))
+    async def chat_completions(request: Request) -> Response:
+        """Answer a chat."""
+        name = config.served_model_name
+        return await generate(request, parse_chat, lambda r: ChatRenderer(name, include_usage=r.include_usage))
+
+    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionBody))
+    async def completions(request: Request) -> Response:
+        """Continue a text, or several."""
+        name = config.served_model_name
+        return await generate(
+            request, parse_completion, lambda r: CompletionRenderer(name, include_usage=r.include_usage)
+        )
+
+    @app.post("/generate", openapi_extra=_body_schema(GenerateBody))
+    async def generate_native(request: Request) -> Response:
+        """Continue a text or token ids; the answer has token ids too."""
+        return await generate(request, parse_generate, lambda _: GenerateRenderer())
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """The model that is served."""
+        return _json({"object": "list", "data": [_model_card(config, created)]})
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> Response:
+        """The model, if it is the one that is served."""
+        _check_model(model, config)
+        return _json(_model_card(config, created))
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether a message makes the round trip through all processes: 200, or 503."""
+        await frontend.ping(HEALTH_SECONDS)
+        return _json({"status": "ok"})
+
+    @app.get("/v1")
+    async def root() -> Response:
+        """That this is a server of this API."""
+        return _json({"status": "ok", "server": "minisgl", "version": minisgl.__version__})
+
+    return app
+
+
+async def _answer(frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer) -> Response:
+    """Run the request and show its replies. A client that goes away takes its request with it."""
+    streams = _submit(frontend, parsed)
+    totals = Totals(len(streams), parsed.n)
+    try:
+        if not parsed.stream:
+            choices = await unless_disconnected(request.receive, _collect(streams, totals))
+            return _json(renderer.body(choices, totals))
+        replies = _interleave(streams)
+        # An error that comes instead of the first reply is still an HTTP status, not an event.
+        first = await unless_disconnected(request.receive, anext(replies))
+        return EventStream(_events(first, replies, parsed, renderer, totals), streams)
+    except ClientDisconnect:
+        _abort(streams)
+        logger.debug("a client went away; its request is aborted")
+        return Response(status_code=499)
+    except BaseException:
+        _abort(streams)
+        raise
+
+
+def _submit(frontend: Frontend, parsed: GenerationRequest) -> list[Stream]:
+    """One stream per choice: `n` for each prompt, in order."""
+    streams: list[Stream] = []
+    try:
+        for prompt in parsed.prompts:
+            for seed in choice_seeds(parsed.params, parsed.n):
+                streams.append(frontend.submit(prompt, replace(parsed.params, seed=seed)))
+    except BaseException:
+        _abort(streams)
+        raise
+    return streams
+
+
+def _abort(streams: Sequence[Stream]) -> None:
+    for stream in streams:
+        stream.abort()
+
+
+async def _collect(streams: Sequence[Stream], totals: Totals) -> list[list[UserReply]]:
+    """All replies of each choice. The first error ends it."""
+    choices: list[list[UserReply]] = [[] for _ in streams]
+    async with contextlib.aclosing(_interleave(streams)) as replies:
+        async for index, reply in replies:
+            choices[index].append(reply)
+            totals.add(index, reply)
+    return choices
+
+
+async def _interleave(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, UserReply], None]:
+    """The replies of all streams as they come, each with its stream's index."""
+    if len(streams) == 1:
+        async for reply in streams[0]:
+            yield 0, reply
+        return
+    tasks = {asyncio.ensure_future(anext(stream)): index for index, stream in enumerate(streams)}
+    try:
+        while tasks:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = tasks.pop(task)
+                reply = task.result()
+                if reply.finish_reason is None:
+                    tasks[asyncio.ensure_future(anext(streams[index]))] = index
+                yield index, reply
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _events(
+    first: tuple[int, UserReply],
+    replies: AsyncIterator[tuple[int, UserReply]],
+    parsed: GenerationRequest,
+    renderer: Renderer,
+    totals: Totals,
+) -> AsyncIterator[bytes]:
+    """The SSE body, an error event included if it comes to that."""
+    started: set[int] = set()
+
+    def shown(index: int, reply: UserReply) -> bytes:
+        totals.add(index, reply)
+        chunks = renderer.chunk(index, reply, first=index not in started)
+        started.add(index)
+        return b"".join(map(event, chunks))
+
+    try:
+        yield shown(*first)
+        async for index, reply in replies:
+            data = shown(index, reply)
+            if data:
+                yield data
+        if parsed.include_usage:
+            yield event(renderer.usage_chunk(totals))
+        yield DONE
+    except MiniSGLError as error:
+        logger.warning("a stream ends with an error: %s", error)
+        yield event(error_payload(error))
+
+
+class EventStream(Response):
+    """Sends events as they come, until they end or the client goes away; then aborts what is left of `streams`."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], streams: Sequence[Stream]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._streams = streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        try:
+            await unless_disconnected(receive, self._send(send))
+        except ClientDisconnect:
+            logger.debug("a client went away; its stream is aborted")
+        finally:
+            _abort(self._streams)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for data in self._events:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
+    """Wait for `work`, and cancel it when the client goes away. Raises: ClientDisconnect then."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _read_body(request: Request) -> bytes:
+    """Raises: RequestError (413) when it is too long."""
+    chunks: list[bytes] = []
+    size = 0
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+        size = int(declared)
+    else:
+        async for chunk in request.stream():
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > MAX_BODY_BYTES:
+                break
+    if size > MAX_BODY_BYTES:
+        raise RequestError(f"the body is longer than {MAX_BODY_BYTES} bytes", status=413)
+    return b"".join(chunks)
+
+
+def _check_model(model: str | None, config: ServerConfig) -> None:
+    path = config.engine.model_path
+    if model is not None and model not in (config.served_model_name, path, os.path.basename(path.rstrip("/"))):
+        message = f"the model {model!r} does not exist; this server has {config.served_model_name!r}"
+        raise RequestError(message, param="model", code="model_not_found", status=404)
+
+
+def _model_card(config: ServerConfig, created: int) -> dict[str, Any]:
+    return {
+        "id": config.served_model_name,
+        "object": "model",
+        "created": created,
+        "owned_by": "minisgl",
+        "root": config.engine.model_path,
+        "max_model_len": config.scheduler.max_seq_len,
+    }
+
+
+def _json(payload: object, status: int = 200) -> Response:
+    return Response(orjson.dumps(payload), status, media_type="application/json")
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, MiniSGLError)
+        return _json(error_payload(error), error_status(error))
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = error.detail
+        if error.status_code in (404, 405):
+            message = f"{request.method} {request.url.path}: {error.detail.lower()}"
+        response = _json(error_body(message, error.status_code), error.status_code)
+        response.headers.update(error.headers or {})
+        return response
+
+    async def failed(_: Request, error: Exception) -> Response:
+        return _json(error_body(f"internal error: {type(error).__name__}", 500), 500)
+
+    app.add_exception_handler(MiniSGLError, refused)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, failed)
+
+
+_REF = "#/components/schemas/{model}"
+
+
+def _body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The request body for the OpenAPI document: routes parse bodies themselves (`protocol`)."""
+    schema = {"$ref": _REF.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _add_schema(app: FastAPI) -> None:
+    """Give the OpenAPI document the schemas that the routes' bodies refer to."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            for model in (ChatBody, CompletionBody, GenerateBody):
+                schema = model.model_json_schema(ref_template=_REF)
+                schemas.update(schema.pop("$defs", {}))
+                schemas[model.__name__] = schema
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

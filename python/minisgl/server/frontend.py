@@ -1,0 +1,224 @@
+"""The API server's side of the message channels: every request in flight is a stream with a uid."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+from minisgl.config.runtime import Addresses
+from minisgl.core import MAX_SEED, FinishReason, SamplingParams
+from minisgl.errors import MiniSGLError, RequestError, WorkerDied
+from minisgl.message.backend import AbortMsg, PingMsg
+from minisgl.message.frontend import ErrorReply, FrontendMsg, PongReply, UserReply, frontend_codec
+from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt, TokenizeMsg, TokenizerMsg, tokenizer_codec
+from minisgl.utils.sockets import AsyncPullSocket, PushSocket
+
+logger = logging.getLogger(__name__)
+
+Prompt = ChatPrompt | TextPrompt | IdsPrompt
+
+
+class Stream(AsyncIterator[UserReply]):
+    """The replies to one request, up to the one with a finish reason. `aclose` before that aborts the request.
+
+    What has come since the last look is handed out as one reply, so a slow reader costs less, not more.
+    Raises: RequestError when the request is refused or fails, WorkerDied when a child process is gone.
+    """
+
+    __slots__ = ("_error", "_finished", "_frontend", "_replies", "_waiter", "uid")
+
+    def __init__(self, frontend: Frontend, uid: int) -> None:
+        self.uid = uid
+        self._frontend = frontend
+        self._replies: deque[UserReply] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: MiniSGLError | None = None
+        self._finished = False  # nothing more is to come
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> UserReply:
+        while not self._replies:
+            if self._error is not None:
+                raise self._error
+            if self._finished:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        replies = self._replies
+        return replies.popleft() if len(replies) == 1 else _merge(replies)
+
+    async def aclose(self) -> None:
+        """Abort the request unless it has ended. Idempotent."""
+        self.abort()
+
+    def abort(self) -> None:
+        """The same, from where nothing can be awaited."""
+        self._frontend.abort(self)
+
+    def push(self, reply: UserReply) -> None:
+        self._replies.append(reply)
+        self._finished = reply.finish_reason is not None
+        self._wake()
+
+    def fail(self, error: MiniSGLError) -> None:
+        self._error = error
+        self._finished = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _merge(replies: deque[UserReply]) -> UserReply:
+    """All waiting replies as one: texts and ids joined, counts and end of the last."""
+    text = "".join(reply.text for reply in replies)
+    token_ids = b"".join(reply.token_ids for reply in replies)
+    last = replies[-1]
+    replies.clear()
+    return UserReply(
+        uid=last.uid,
+        text=text,
+        token_ids=token_ids,
+        num_prompt_tokens=last.num_prompt_tokens,
+        num_output_tokens=last.num_output_tokens,
+        num_cached_tokens=last.num_cached_tokens,
+        finish_reason=last.finish_reason,
+        error=last.error,
+    )
+
+
+class Frontend:
+    """Owns the streams by uid. Lives in one asyncio loop; use as an async context manager, or `start` and `close`."""
+
+    def __init__(self, addresses: Addresses) -> None:
+        self._inbox = AsyncPullSocket(addresses.frontend, frontend_codec)
+        self._tokenizers: list[PushSocket[TokenizerMsg]] = [
+            PushSocket(addresses.tokenizer(index), tokenizer_codec) for index in range(max(1, addresses.num_tokenizer))
+        ]
+        self._streams: dict[int, Stream] = {}
+        self._pings: dict[int, asyncio.Future[None]] = {}
+        self._next_uid = 1
+        self._down: MiniSGLError | None = None  # set: every new request gets this error
+        self._receiver: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Frontend:
+        self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def num_streams(self) -> int:
+        """Requests in flight."""
+        return len(self._streams)
+
+    def start(self) -> None:
+        self._receiver = asyncio.get_running_loop().create_task(self._receive(), name="frontend-receive")
+
+    async def close(self) -> None:
+        """End every stream with an error and close the sockets. Idempotent."""
+        self.fail(WorkerDied("the server is shutting down"))
+        if self._receiver is not None:
+            self._receiver.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._receiver
+            self._receiver = None
+            self._inbox.close()
+            for socket in self._tokenizers:
+                socket.close(linger_ms=100)  # the last aborts
+
+    def submit(self, prompt: Prompt, params: SamplingParams) -> Stream:
+        """Send a request on its way. Raises: WorkerDied when the server is going down."""
+        if self._down is not None:
+            raise self._down
+        if params.seed is None:
+            params = replace(params, seed=random.randint(0, MAX_SEED))
+        uid = self._take_uid()
+        self._tokenizer_of(uid).send([TokenizeMsg(uid=uid, prompt=prompt, params=params)])
+        stream = self._streams[uid] = Stream(self, uid)
+        return stream
+
+    def abort(self, stream: Stream) -> None:
+        """End a stream that nobody reads any more. The abort goes the way of its request, so it cannot come first."""
+        if self._streams.pop(stream.uid, None) is None:
+            return
+        stream.fail(RequestError("the request was aborted", status=499))
+        if self._down is None:
+            self._tokenizer_of(stream.uid).send([AbortMsg(uid=stream.uid)])
+
+    async def ping(self, timeout: float) -> None:
+        """A round trip through tokenizer, scheduler and detokenizer.
+
+        Raises: WorkerDied when a child is gone or no answer comes within `timeout` seconds.
+        """
+        if self._down is not None:
+            raise self._down
+        uid = self._take_uid()
+        answer = self._pings[uid] = asyncio.get_running_loop().create_future()
+        self._tokenizers[0].send([PingMsg(uid=uid)])
+        try:
+            await asyncio.wait_for(answer, timeout)
+        except asyncio.TimeoutError:
+            raise WorkerDied(f"the scheduler did not answer in {timeout:g} s") from None
+        finally:
+            del self._pings[uid]
+
+    def refuse(self, error: MiniSGLError) -> None:
+        """From now on every new request gets this error; those in flight go on."""
+        if self._down is None:
+            self._down = error
+
+    def fail(self, error: MiniSGLError) -> None:
+        """End every stream and ping with this error, and refuse new ones."""
+        self.refuse(error)
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(error)
+        for answer in self._pings.values():
+            if not answer.done():
+                answer.set_exception(error)
+
+    def _take_uid(self) -> int:
+        uid = self._next_uid
+        self._next_uid += 1
+        return uid
+
+    def _tokenizer_of(self, uid: int) -> PushSocket[TokenizerMsg]:
+        return self._tokenizers[uid % len(self._tokenizers)]
+
+    async def _receive(self) -> None:
+        while True:
+            for message in await self._inbox.receive():
+                self._dispatch(message)
+
+    def _dispatch(self, message: FrontendMsg) -> None:
+        if isinstance(message, PongReply):
+            answer = self._pings.get(message.uid)
+            if answer is not None and not answer.done():
+                answer.set_result(None)
+            return
+        stream = self._streams.get(message.uid)
+        if stream is None:
+            return  # aborted here; the reply was under way
+        if isinstance(message, ErrorReply):
+            del self._streams[message.uid]
+            stream.fail(RequestError(message.message, param=message.param, status=message.status))
+            return
+        if message.finish_reason is not None:
+            del self._streams[message.uid]
+        if message.finish_reason is FinishReason.ERROR:
+            stream.fail(RequestError(message.error or "the request failed", status=500))
+        else:
+            stream.push(message)

@@ -1,0 +1,114 @@
+"""The HTTP server's life: it listens when everything is ready, drains, and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from minisgl.config.runtime import Addresses, ServerConfig
+from minisgl.env import env_number
+from minisgl.errors import WorkerDied
+from minisgl.server.api_server import create_app
+from minisgl.server.frontend import Frontend
+from minisgl.server.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DRAIN_SECONDS = 10.0
+NOTICE_SECONDS = 0.5  # for the last errors to reach the clients
+KEEP_ALIVE_SECONDS = 60
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn on a socket that is bound already.
+
+    The first SIGTERM or Ctrl-C closes the port and lets requests in flight finish, for `drain` seconds at most; the
+    second ends them at once. When a worker dies, they end with an error and the server follows: `status` is 1 then.
+    """
+
+    def __init__(self, config: uvicorn.Config, frontend: Frontend, drain: float, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.status = 0
+        self._frontend = frontend
+        self._drain = drain
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """In place of uvicorn's, which raises the signal again at the end."""
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signum, self.on_signal)
+        yield
+
+    def on_signal(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self.should_exit:
+            self._end_requests()
+            loop.call_later(NOTICE_SECONDS, self._force)
+            return
+        if self._frontend.num_streams:
+            logger.info("stopping; %d requests may finish, for %g s", self._frontend.num_streams, self._drain)
+        self.should_exit = True
+        self._frontend.refuse(WorkerDied("the server is shutting down"))
+        loop.call_later(self._drain, self._end_requests)
+
+    def on_death(self, error: WorkerDied) -> None:
+        if self.should_exit:
+            return
+        logger.error("%s; the server stops", error)
+        self.status = 1
+        self._frontend.fail(error)
+        asyncio.get_running_loop().call_later(NOTICE_SECONDS, self._leave)
+
+    def _leave(self) -> None:
+        self.should_exit = True
+        asyncio.get_running_loop().call_later(NOTICE_SECONDS, self._force)
+
+    def _end_requests(self) -> None:
+        self._frontend.fail(WorkerDied("the server is shutting down"))
+
+    def _force(self) -> None:
+        self.force_exit = True
+
+
+async def serve_http(
+    config: ServerConfig, addresses: Addresses, supervisor: Supervisor, listener: socket.socket
+) -> int:
+    """Serve on `listener` until a signal or a dead worker ends it. Returns the exit status."""
+    drain = env_number("MINISGL_DRAIN_TIMEOUT", DEFAULT_DRAIN_SECONDS, low=0, high=86400)
+    loop = asyncio.get_running_loop()
+    async with Frontend(addresses) as frontend:
+        uvicorn_config = uvicorn.Config(
+            create_app(frontend, config),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=int(drain) + 5,
+        )
+        server = HttpServer(uvicorn_config, frontend, drain, lambda: _announce(config, listener))
+        supervisor.watch(lambda error: _call_in(loop, server.on_death, error))
+        await server.serve(sockets=[listener])
+        return server.status
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[WorkerDied], None], error: WorkerDied) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended: so has the server
+        loop.call_soon_threadsafe(function, error)
+
+
+def _announce(config: ServerConfig, listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    print(f"minisgl serves {config.served_model_name} at http://{host}:{port}/v1", flush=True)

@@ -1,0 +1,119 @@
+"""From a decided configuration to a running server, and back to nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from minisgl.config.runtime import Addresses, ServerConfig
+from minisgl.errors import ConfigError
+from minisgl.server.supervisor import Supervisor, WorkerSpec
+from minisgl.server.workers import scheduler_main, tokenizer_main
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MakeSpecs = Callable[[ServerConfig, Addresses], list[WorkerSpec]]
+
+
+def worker_specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]:
+    """The children of a server: a scheduler per rank, the detokenizer, and tokenizers if they have own processes."""
+    specs = [
+        WorkerSpec(f"minisgl-TP{rank}-scheduler", scheduler_main, (config.engine, config.scheduler, addresses, rank))
+        for rank in range(config.engine.tp_size)
+    ]
+    endpoints = {"minisgl-detokenizer-0": addresses.detokenizer}
+    for index in range(addresses.num_tokenizer):
+        endpoints[f"minisgl-tokenizer-{index}"] = addresses.tokenizer(index)
+    for name, endpoint in endpoints.items():
+        specs.append(WorkerSpec(name, tokenizer_main, (config.tokenizer, addresses, endpoint)))
+    return specs
+
+
+@contextmanager
+def running_workers(
+    config: ServerConfig, make_specs: MakeSpecs = worker_specs, meanwhile: Callable[[], None] | None = None
+) -> Iterator[tuple[Supervisor, Addresses]]:
+    """All child processes of a server, ready; none is left afterwards. For HTTP and for the shell alike.
+
+    meanwhile: what to do while they start.
+
+    Raises: ConfigError or WorkerDied when a child does not start.
+    """
+    directory = tempfile.mkdtemp(prefix="minisgl-")  # 0700, and short: socket paths end at some 107 bytes
+    try:
+        addresses = Addresses(directory=directory, num_tokenizer=config.num_tokenizer)
+        supervisor = Supervisor(make_specs(config, addresses))
+        try:
+            supervisor.start()
+            if meanwhile is not None:
+                meanwhile()
+            supervisor.wait_ready()
+            yield supervisor, addresses
+        finally:
+            supervisor.stop()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def run_server(config: ServerConfig, make_specs: MakeSpecs = worker_specs) -> int:
+    """Serve until SIGTERM or Ctrl-C. Returns the exit status: 0 after a clean stop, 1 when a worker died.
+
+    Raises: ConfigError (a taken port, a child that cannot start), before anything listens.
+    """
+    with contextlib.closing(bind_port(config.host, config.port)) as listener, _own_signals():
+        try:
+            with running_workers(config, make_specs, meanwhile=_import_http) as (supervisor, addresses):
+                from minisgl.server.http import serve_http
+
+                try:
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    return asyncio.run(serve_http(config, addresses, supervisor, listener))
+                finally:
+                    for signum in _SIGNALS:  # the children are about to be stopped: nothing may interrupt that
+                        signal.signal(signum, signal.SIG_IGN)
+        except KeyboardInterrupt:
+            return 130
+
+
+def bind_port(host: str, port: int) -> socket.socket:
+    """Take the TCP port, without listening yet. Raises: ConfigError naming host and port."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"--host {host}: {error.strerror or error}") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        # Old connections in TIME_WAIT must not stop us; a second server that has not begun to listen must.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {(error.strerror or str(error)).lower()}") from None
+    return listener
+
+
+def _import_http() -> None:
+    """FastAPI and uvicorn take most of a second."""
+    import minisgl.server.http  # noqa: F401
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does: an exception that lets everything be put away. Restored at the end."""
+
+    def interrupt(_signum: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {signum: signal.signal(signum, interrupt) for signum in _SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,188 @@
+"""Replies as clients expect them: JSON bodies, SSE events and errors, in OpenAI's shapes and our own."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import orjson
+
+from minisgl.core import FinishReason
+from minisgl.errors import MiniSGLError, RequestError, WorkerDied
+from minisgl.message.codec import unpack_ids
+from minisgl.message.frontend import UserReply
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(payload: object) -> bytes:
+    """One SSE event. JSON has no raw newlines, so text cannot break it."""
+    return b"data: " + orjson.dumps(payload) + b"\n\n"
+
+
+def error_status(error: MiniSGLError) -> int:
+    if isinstance(error, RequestError):
+        return error.status
+    return 503 if isinstance(error, WorkerDied) else 500
+
+
+def error_body(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_payload(error: MiniSGLError) -> dict[str, Any]:
+    if isinstance(error, RequestError):
+        return error_body(str(error), error.status, param=error.param, code=error.code)
+    return error_body(str(error), error_status(error))
+
+
+class Totals:
+    """Token counts of all choices of one request. A prompt counts once, however many choices it has."""
+
+    def __init__(self, num_choices: int, n: int) -> None:
+        self._last: list[UserReply | None] = [None] * num_choices
+        self._n = n
+
+    def add(self, index: int, reply: UserReply) -> None:
+        self._last[index] = reply
+
+    def usage(self) -> dict[str, Any]:
+        first_of_prompt = [reply for reply in self._last[:: self._n] if reply is not None]
+        num_prompt = sum(reply.num_prompt_tokens for reply in first_of_prompt)
+        num_output = sum(reply.num_output_tokens for reply in self._last if reply is not None)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {"cached_tokens": sum(reply.num_cached_tokens for reply in first_of_prompt)},
+        }
+
+
+class Renderer(Protocol):
+    """One endpoint's way to show a request's replies."""
+
+    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
+        """The events for an increment of choice `index`."""
+        ...
+
+    def usage_chunk(self, totals: Totals) -> dict[str, Any]:
+        """The event after the last choice, for clients that asked for it."""
+        ...
+
+    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
+        """The whole answer of a request that does not stream: the replies to each choice."""
+        ...
+
+
+class ChatRenderer:
+    """/v1/chat/completions."""
+
+    def __init__(self, model: str, *, include_usage: bool) -> None:
+        self._include_usage = include_usage
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
+        chunks = []
+        if first:
+            chunks.append(self._chunk(index, {"role": "assistant", "content": ""}, None))
+        if reply.text:
+            chunks.append(self._chunk(index, {"content": reply.text}, None))
+        if reply.finish_reason is not None:
+            chunks.append(self._chunk(index, {}, reply.finish_reason))
+        return chunks
+
+    def usage_chunk(self, totals: Totals) -> dict[str, Any]:
+        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": totals.usage()}
+
+    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
+        shown = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": _text(replies), "refusal": None},
+                "logprobs": None,
+                "finish_reason": replies[-1].finish_reason,
+            }
+            for index, replies in enumerate(choices)
+        ]
+        return {**self._head, "object": "chat.completion", "choices": shown, "usage": totals.usage()}
+
+    def _chunk(self, index: int, delta: dict[str, str], finish_reason: FinishReason | None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        if self._include_usage:
+            chunk["usage"] = None
+        return chunk
+
+
+class CompletionRenderer:
+    """/v1/completions."""
+
+    def __init__(self, model: str, *, include_usage: bool) -> None:
+        self._include_usage = include_usage
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
+        if not (reply.text or first or reply.finish_reason is not None):
+            return []
+        choice = _completion_choice(index, reply.text, reply.finish_reason)
+        chunk: dict[str, Any] = {**self._head, "choices": [choice]}
+        if self._include_usage:
+            chunk["usage"] = None
+        return [chunk]
+
+    def usage_chunk(self, totals: Totals) -> dict[str, Any]:
+        return {**self._head, "choices": [], "usage": totals.usage()}
+
+    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
+        shown = [
+            _completion_choice(index, _text(replies), replies[-1].finish_reason)
+            for index, replies in enumerate(choices)
+        ]
+        return {**self._head, "choices": shown, "usage": totals.usage()}
+
+
+class GenerateRenderer:
+    """/generate: text and token ids, with counts in `meta_info`; streams send increments."""
+
+    def __init__(self) -> None:
+        self._id = uuid.uuid4().hex
+
+    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
+        return [self._shown([reply])]
+
+    def usage_chunk(self, totals: Totals) -> dict[str, Any]:
+        raise NotImplementedError("/generate has its counts in every event")
+
+    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:  # noqa: ARG002
+        return self._shown(choices[0])
+
+    def _shown(self, replies: Sequence[UserReply]) -> dict[str, Any]:
+        last = replies[-1]
+        return {
+            "text": _text(replies),
+            "output_ids": unpack_ids(b"".join(reply.token_ids for reply in replies)),
+            "meta_info": {
+                "id": self._id,
+                "finish_reason": last.finish_reason,
+                "prompt_tokens": last.num_prompt_tokens,
+                "completion_tokens": last.num_output_tokens,
+                "cached_tokens": last.num_cached_tokens,
+            },
+        }
+
+
+def _completion_choice(index: int, text: str, finish_reason: FinishReason | None) -> dict[str, Any]:
+    return {"text": text, "index": index, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _text(replies: Sequence[UserReply]) -> str:
+    return "".join(reply.text for reply in replies)

@@ -1,0 +1,197 @@
+"""Starts the child processes, waits until they are ready, watches over them, and ends them."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from minisgl.env import env_number
+from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
+from minisgl.message.control import Failed, Heartbeat, Ready, decode_control
+from minisgl.server.workers import run_child
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_START_TIMEOUT = 1800.0  # seconds; large models load slowly
+DEFAULT_HEARTBEAT_TIMEOUT = 60.0
+STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """A child to start: `body(control, *args)` runs in it. The body is a module-level function."""
+
+    name: str
+    body: Callable[..., None]
+    args: tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class _Worker:
+    name: str
+    process: BaseProcess
+    connection: Connection
+    last_beat: float
+    ready: bool = False
+    info: dict[str, Any] = field(default_factory=dict)
+    failure: Failed | None = None
+    closed: bool = False  # its end of the pipe
+
+
+class Supervisor:
+    """Owner of all child processes of one server. Use: `start`, `wait_ready`, `watch`, and `stop` whatever happened.
+
+    start_timeout, heartbeat_timeout: seconds; by default from MINISGL_START_TIMEOUT and MINISGL_HEARTBEAT_TIMEOUT.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[WorkerSpec],
+        *,
+        start_timeout: float | None = None,
+        heartbeat_timeout: float | None = None,
+    ) -> None:
+        if start_timeout is None:
+            start_timeout = env_number("MINISGL_START_TIMEOUT", DEFAULT_START_TIMEOUT, low=1, high=1e6)
+        if heartbeat_timeout is None:
+            heartbeat_timeout = env_number("MINISGL_HEARTBEAT_TIMEOUT", DEFAULT_HEARTBEAT_TIMEOUT, low=2, high=1e6)
+        self._specs = specs
+        self._start_timeout = start_timeout
+        self._heartbeat_timeout = heartbeat_timeout
+        self._workers: list[_Worker] = []
+        self._stopping = threading.Event()
+        self._watcher: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start all children, without waiting for them."""
+        with _sigint_blocked():
+            for spec in self._specs:
+                self._spawn(spec)
+
+    def wait_ready(self) -> dict[str, dict[str, Any]]:
+        """Wait until each child is ready. Returns what each has told about itself, by name.
+
+        Raises: ConfigError or WorkerDied with the failing child's own words, at once; `stop` the others then.
+        """
+        deadline = time.monotonic() + self._start_timeout
+        while not all(worker.ready for worker in self._workers):
+            self._receive(min(deadline - time.monotonic(), 1.0))
+            for worker in self._workers:
+                error = self._death(worker)
+                if error is not None:
+                    raise error
+            if time.monotonic() >= deadline:
+                late = ", ".join(worker.name for worker in self._workers if not worker.ready)
+                raise WorkerDied(f"not ready after {self._start_timeout:g} s: {late} (MINISGL_START_TIMEOUT)")
+        return {worker.name: worker.info for worker in self._workers}
+
+    def watch(self, on_death: Callable[[WorkerDied], None]) -> None:
+        """From now on call `on_death`, once and from a thread of its own, when a child ends or falls silent."""
+        for worker in self._workers:
+            worker.last_beat = time.monotonic()
+        self._watcher = threading.Thread(target=self._watch, args=(on_death,), name="supervisor", daemon=True)
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """End all children, by SIGKILL where they do not follow. Idempotent; nothing is left running."""
+        self._stopping.set()
+        alive = [worker for worker in self._workers if worker.process.is_alive()]
+        for worker in alive:
+            worker.process.terminate()
+        if self._watcher is not None and self._watcher is not threading.current_thread():
+            self._watcher.join()
+        deadline = time.monotonic() + STOP_SECONDS
+        for worker in alive:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+        for worker in alive:
+            if worker.process.is_alive():
+                logger.warning("%s did not stop in %g s: killed", worker.name, STOP_SECONDS)
+                worker.process.kill()
+                worker.process.join()
+        for worker in self._workers:
+            worker.connection.close()
+        self._workers = []
+
+    def _spawn(self, spec: WorkerSpec) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe(duplex=False)
+        from_main = threading.current_thread() is threading.main_thread()
+        args = (spec.name, theirs, from_main, spec.body, spec.args)
+        process = context.Process(target=run_child, args=args, name=spec.name, daemon=True)
+        process.start()
+        theirs.close()
+        self._workers.append(_Worker(spec.name, process, ours, time.monotonic()))
+
+    def _watch(self, on_death: Callable[[WorkerDied], None]) -> None:
+        while not self._stopping.is_set():
+            self._receive(0.5)
+            silent_since = time.monotonic() - self._heartbeat_timeout
+            for worker in self._workers:
+                error: MiniSGLError | None = self._death(worker)
+                if error is None and worker.last_beat < silent_since:
+                    error = WorkerDied(f"{worker.name} has been silent for {self._heartbeat_timeout:g} s")
+                if error is not None and not self._stopping.is_set():
+                    on_death(WorkerDied(str(error)))
+                    return
+
+    def _receive(self, timeout: float) -> None:
+        """Take in what children report, waiting up to `timeout` seconds for a report or a death."""
+        by_connection = {worker.connection: worker for worker in self._workers if not worker.closed}
+        sentinels = [worker.process.sentinel for worker in self._workers]
+        for item in wait([*by_connection, *sentinels], max(0.0, timeout)):
+            if isinstance(item, Connection):
+                self._drain(by_connection[item])
+
+    def _drain(self, worker: _Worker) -> None:
+        try:
+            while worker.connection.poll():
+                message = decode_control(worker.connection.recv_bytes())
+                worker.last_beat = time.monotonic()
+                if isinstance(message, Ready):
+                    worker.ready, worker.info = True, message.info
+                elif isinstance(message, Failed):
+                    worker.failure = message
+                else:
+                    assert isinstance(message, Heartbeat)
+        except (EOFError, OSError):
+            worker.closed = True
+
+    def _death(self, worker: _Worker) -> MiniSGLError | None:
+        """Why a child is gone, or about to go; None when it is well."""
+        if worker.failure is None and worker.process.is_alive():
+            return None
+        if not worker.closed:
+            self._drain(worker)  # its last words may have come with its end
+        if worker.failure is not None:
+            kind = ConfigError if worker.failure.config else WorkerDied
+            return kind(f"{worker.name}: {worker.failure.message}")
+        worker.process.join(1.0)
+        return WorkerDied(f"{worker.name} ended unexpectedly ({_describe(worker.process.exitcode)})")
+
+
+def _describe(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        try:
+            return f"killed by {signal.Signals(-exitcode).name}"
+        except ValueError:
+            return f"killed by signal {-exitcode}"
+    return f"exit status {exitcode}"
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Children are born with Ctrl-C blocked: one during their first moments is the parent's to handle."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

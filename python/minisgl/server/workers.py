@@ -1,0 +1,147 @@
+"""What runs in the child processes. Importing this module is cheap: the parent does it too."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, TokenizerConfig
+from minisgl.errors import ConfigError, MiniSGLError
+from minisgl.message.control import ControlMsg, Failed, Heartbeat, Ready, encode_control
+from minisgl.utils.log import setup_logging
+
+if TYPE_CHECKING:
+    from minisgl.tokenizer.tokenize import TextCodec
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1
+
+
+class Control:
+    """A child's line to its supervisor."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._next_beat = 0.0
+
+    def ready(self, **info: str | int | float | bool) -> None:
+        self._send(Ready(info=info))
+
+    def beat(self) -> None:
+        """Tell that the main loop is alive. Call it as often as you like: it sends one message a second."""
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + HEARTBEAT_SECONDS
+            self._send(Heartbeat())
+
+    def failed(self, message: str, *, config: bool) -> None:
+        self._send(Failed(message=message, config=config))
+
+    def _send(self, message: ControlMsg) -> None:
+        try:
+            self._connection.send_bytes(encode_control(message))
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(1)  # the parent is gone
+
+
+def run_child(
+    name: str, connection: Connection, from_main: bool, body: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    """The entry of every child: `body(control, *args)` in an orderly process.
+
+    The process has `name` as its title, leaves Ctrl-C to the parent, ends at SIGTERM by an exception in the main
+    thread, ends when the parent does, and reports an error as one line. Exit status: 0 after SIGTERM, 2 for a
+    ConfigError, else 1. from_main: the parent's main thread started it.
+    """
+    control = Control(connection)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    _die_with_parent(from_main)
+    _set_title(name)
+    status = 1
+    try:
+        setup_logging(name.removeprefix("minisgl-").removesuffix("-scheduler"))
+        body(control, *args)
+        status = 0
+    except SystemExit:
+        status = 0
+    except MiniSGLError as error:
+        logger.debug("%s ends", name, exc_info=True)
+        status = 2 if isinstance(error, ConfigError) else 1
+        control.failed(_one_line(error), config=isinstance(error, ConfigError))
+    except Exception as error:
+        logger.exception("%s ends", name)
+        control.failed(f"{type(error).__name__}: {_one_line(error)}", config=False)
+    finally:
+        sys.stderr.flush()
+        os._exit(status)  # threads of libraries must not keep a finished process alive
+
+
+def tokenizer_main(
+    control: Control, config: TokenizerConfig, addresses: Addresses, endpoint: str, codec: TextCodec | None = None
+) -> None:
+    """A tokenizer, the detokenizer, or both: `endpoint` tells."""
+    _hide_torch()
+    from minisgl.tokenizer.server import TokenizerServer
+
+    server = TokenizerServer(config, addresses, endpoint, codec)
+    control.ready()
+    server.run(control.beat)
+
+
+def scheduler_main(
+    control: Control, engine_config: EngineConfig, config: SchedulerConfig, addresses: Addresses, rank: int
+) -> None:
+    """One tensor-parallel rank: the engine, and the scheduler that feeds it."""
+    raise ConfigError("the scheduler is not built yet")
+
+
+def _hide_torch() -> None:
+    """Tokenizers do not need torch, but transformers imports it where it finds it: seconds, and hundreds of MB."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would report that models are unavailable
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say "not importable"
+
+
+def _on_sigterm(_signum: int, _frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _die_with_parent(from_main: bool) -> None:
+    """End with the parent, whatever ends it. The kernel's signal is at once, but is tied to the parent's thread
+    that started us, so it is asked for only if that was the main thread; the watching thread is for all cases."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    if sys.platform == "linux" and from_main:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if not parent.is_alive():
+        os._exit(1)
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _set_title(name: str) -> None:
+    import setproctitle
+
+    setproctitle.setproctitle(name)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else "no details"

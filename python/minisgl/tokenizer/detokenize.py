@@ -1,0 +1,196 @@
+"""Token ids to text, increment by increment, and the end of a request at a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from minisgl.core import FinishReason
+from minisgl.message.backend import AbortMsg
+from minisgl.message.codec import unpack_ids
+from minisgl.message.frontend import UserReply
+from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
+from minisgl.tokenizer.tokenize import TextCodec
+
+REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
+MAX_PENDING = 8  # tokens without a clean end; an unfinished character has 3 at most, so more are not one
+
+
+class IncrementalDecoder:
+    """Decodes one stream. The increments, put together, are the decoding of all tokens at once.
+
+    A token's text depends on its neighbours: characters of several bytes spread over tokens, and sentencepiece-style
+    tokenizers drop the first space of what they decode. So a window of tokens is decoded again at each push: some that
+    are already out as context (`num_context` of `ids`), then those since the text last ended in a whole character.
+    The window is bounded, which makes a push O(1). Only a tail of U+FFFD, a possible beginning of a character, waits.
+
+    context: the last prompt tokens.
+    """
+
+    __slots__ = ("_codec", "_ids", "_num_chars", "_num_context")
+
+    def __init__(self, codec: TextCodec, context: Sequence[int] = ()) -> None:
+        self._codec = codec
+        self._ids = self._visible(context)
+        self._num_context = len(self._ids)
+        self._num_chars = len(self._decode(self._ids))  # of the window's text that are out
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that is certain after these tokens and was not before."""
+        # One by one: byte fallback makes U+FFFD of a whole run of bytes while its last character is unfinished.
+        return "".join([self._push(token) for token in self._visible(token_ids)])
+
+    def _push(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        end = len(text.rstrip(REPLACEMENT))
+        delta = text[self._num_chars : end]
+        self._num_chars = max(self._num_chars, end)
+        if end == len(text):
+            # A context without text would lose the space that the next token may begin with.
+            if delta or len(self._ids) - self._num_context > MAX_PENDING:
+                self._advance(len(self._ids))
+        elif len(self._ids) - self._num_context > MAX_PENDING:
+            delta += self._release(text)
+        return delta
+
+    def flush(self) -> str:
+        """What still waits, at the end of the stream."""
+        text = self._decode(self._ids)
+        delta = text[self._num_chars :]
+        self._num_chars = len(text)
+        return delta
+
+    def _visible(self, token_ids: Sequence[int]) -> list[int]:
+        special, vocab_size = self._codec.special_ids, self._codec.vocab_size
+        return [token for token in token_ids if token < vocab_size and token not in special]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._codec.decode(token_ids) if token_ids else ""
+
+    def _advance(self, split: int) -> None:
+        """All tokens before `split` are out: the pending ones become the context."""
+        pending = self._num_context
+        self._ids = self._ids[pending:]
+        self._num_context = split - pending
+        self._num_chars = len(self._decode(self._ids[: self._num_context]))
+
+    def _release(self, text: str) -> str:
+        """Bytes that are no text: let them out but for the last tokens, which may begin a character."""
+        size = len(self._ids)
+        for split in (size - 3, size - 2, size - 1, size):
+            head = self._decode(self._ids[:split])
+            if len(head) + len(self._decode(self._ids[split:])) == len(text):
+                break
+        delta = head[self._num_chars :]
+        num_ahead = max(0, self._num_chars - len(head))  # whole characters behind the split are out already
+        self._advance(split)
+        self._num_chars += num_ahead
+        return delta
+
+
+class StopFinder:
+    """Cuts a stream at the first stop string to be complete; of several that end together, at the longest.
+
+    Holds back only text that may be the beginning of a stop string.
+    """
+
+    __slots__ = ("_held", "_max_len", "_stops")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._max_len = max(map(len, self._stops), default=0)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """The text to let out, and whether a stop string was found (then it ends there)."""
+        if not self._stops:
+            return text, False
+        text = self._held + text
+        matches = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if matches:
+            self._held = ""
+            return text[: min(matches)[1]], True
+        keep = self._num_held(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+    def _num_held(self, text: str) -> int:
+        for start in range(max(0, len(text) - self._max_len + 1), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._stops):
+                return len(text) - start
+        return 0
+
+
+class _Stream:
+    """One request's output so far."""
+
+    __slots__ = ("decoder", "num_cached", "num_output", "num_prompt", "stop", "stopped")
+
+    def __init__(self, codec: TextCodec, start: StreamStart | None) -> None:
+        self.decoder = IncrementalDecoder(codec, unpack_ids(start.prompt_tail) if start else ())
+        self.stop = StopFinder(start.stop if start else ())
+        self.stopped = False  # the terminal reply went out at a stop string
+        self.num_prompt = start.num_prompt_tokens if start else 0
+        self.num_output = 0
+        self.num_cached = 0
+
+
+class Detokenizer:
+    """Owns the text state of every running request, by uid."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._streams: dict[int, _Stream] = {}
+
+    def detokenize(self, message: DetokenizeMsg) -> tuple[UserReply | None, AbortMsg | None]:
+        """The reply to the client, and what the scheduler is to end because its text has a stop string.
+
+        Exactly one reply has a finish reason. After a stop string, whatever the scheduler still sends for the uid is
+        dropped, up to its own terminal message.
+        """
+        stream = self._streams.get(message.uid)
+        if stream is None:
+            if message.start is None and message.finish_reason is None:
+                return None, None
+            stream = self._streams[message.uid] = _Stream(self._codec, message.start)
+        if message.finish_reason is not None:
+            del self._streams[message.uid]
+        if stream.stopped:
+            return None, None
+        reply = self._advance(stream, message)
+        stopped_early = reply.finish_reason is not None and message.finish_reason is None
+        stream.stopped = stopped_early
+        return reply, AbortMsg(uid=message.uid) if stopped_early else None
+
+    def drop(self, uid: int) -> None:
+        """Forget a stream whose message could not be handled: what still arrives for it is ignored."""
+        if uid in self._streams:
+            self._streams[uid].stopped = True
+
+    def _advance(self, stream: _Stream, message: DetokenizeMsg) -> UserReply:
+        token_ids = unpack_ids(message.token_ids)
+        stream.num_output += len(token_ids)
+        stream.num_cached = max(stream.num_cached, message.num_cached)
+        finish_reason = message.finish_reason
+        delta = stream.decoder.push(token_ids[: len(token_ids) - message.num_hidden])
+        if finish_reason is not None:
+            delta += stream.decoder.flush()
+        text, found = stream.stop.push(delta)
+        if found and finish_reason in (None, FinishReason.STOP, FinishReason.LENGTH):
+            finish_reason = FinishReason.STOP
+        elif finish_reason is not None and not found:
+            text += stream.stop.flush()
+        return UserReply(
+            uid=message.uid,
+            text=text,
+            token_ids=message.token_ids,
+            num_prompt_tokens=stream.num_prompt,
+            num_output_tokens=stream.num_output,
+            num_cached_tokens=stream.num_cached,
+            finish_reason=finish_reason,
+            error=message.error,
+        )

@@ -1,0 +1,100 @@
+"""The loop of a tokenizer or detokenizer process (or of one that is both)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from minisgl.config.runtime import Addresses, TokenizerConfig
+from minisgl.message.backend import AbortMsg, BackendMsg, PingMsg, backend_codec
+from minisgl.message.frontend import ErrorReply, FrontendMsg, PongReply, frontend_codec
+from minisgl.message.tokenizer import DetokenizeMsg, TokenizeMsg, TokenizerMsg, tokenizer_codec
+from minisgl.tokenizer.detokenize import Detokenizer
+from minisgl.tokenizer.tokenize import TextCodec, Tokenizer
+from minisgl.utils.sockets import PullSocket, PushSocket
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+
+
+class TokenizerServer:
+    """Handles every message of the tokenizer channel, so that one process can serve both directions.
+
+    endpoint: where this process receives.
+    A request or stream that cannot be handled ends with an error reply of its own; the loop goes on.
+    """
+
+    def __init__(
+        self, config: TokenizerConfig, addresses: Addresses, endpoint: str, codec: TextCodec | None = None
+    ) -> None:
+        self._tokenizer = Tokenizer(config, codec)
+        self._detokenizer = Detokenizer(self._tokenizer.codec)
+        self._pings: set[int] = set()  # gone to the scheduler and not back yet, where both directions meet here
+        self._is_detokenizer = endpoint == addresses.detokenizer
+        self._is_tokenizer = not self._is_detokenizer or addresses.num_tokenizer == 0
+        self._inbox = PullSocket(endpoint, tokenizer_codec)
+        self._backend = PushSocket(addresses.backend, backend_codec)
+        self._frontend = PushSocket(addresses.frontend, frontend_codec)
+
+    def run(self, beat: Callable[[], None]) -> None:
+        """Serve until an exception (the one that SIGTERM raises) ends it. `beat` is called at least each second."""
+        try:
+            while True:
+                messages = self._inbox.receive(POLL_SECONDS)
+                beat()
+                if messages:
+                    to_backend, to_frontend = self.handle(messages)
+                    self._frontend.send(to_frontend)
+                    self._backend.send(to_backend)
+        finally:
+            self.close()
+
+    def handle(self, messages: Sequence[TokenizerMsg]) -> tuple[list[BackendMsg], list[FrontendMsg]]:
+        """What goes to the scheduler and to the API server. A request's abort stays behind the request."""
+        to_backend: list[BackendMsg] = []
+        to_frontend: list[FrontendMsg] = []
+        requests = [message for message in messages if isinstance(message, TokenizeMsg)]
+        for answer in self._tokenizer.tokenize(requests):
+            if isinstance(answer, ErrorReply):
+                to_frontend.append(answer)
+            else:
+                to_backend.append(answer)
+        for message in messages:
+            if isinstance(message, DetokenizeMsg):
+                self._detokenize(message, to_backend, to_frontend)
+            elif isinstance(message, AbortMsg):
+                to_backend.append(message)
+            elif isinstance(message, PingMsg):
+                self._ping(message, to_backend, to_frontend)
+        return to_backend, to_frontend
+
+    def close(self) -> None:
+        for socket in (self._inbox, self._backend, self._frontend):
+            socket.close()
+
+    def _detokenize(self, message: DetokenizeMsg, to_backend: list[BackendMsg], to_frontend: list[FrontendMsg]) -> None:
+        try:
+            reply, abort = self._detokenizer.detokenize(message)
+        except Exception as error:
+            logger.exception("request %d: detokenization failed", message.uid)
+            self._detokenizer.drop(message.uid)
+            to_frontend.append(
+                ErrorReply(uid=message.uid, message=f"detokenization failed: {type(error).__name__}", status=500)
+            )
+            to_backend.append(AbortMsg(uid=message.uid))
+            return
+        if reply is not None:
+            to_frontend.append(reply)
+        if abort is not None:
+            to_backend.append(abort)
+
+    def _ping(self, message: PingMsg, to_backend: list[BackendMsg], to_frontend: list[FrontendMsg]) -> None:
+        """A tokenizer passes a ping on, the detokenizer answers it; a process that is both sees it twice."""
+        if self._is_tokenizer and not (self._is_detokenizer and message.uid in self._pings):
+            if self._is_detokenizer:
+                self._pings.add(message.uid)
+            to_backend.append(message)
+        else:
+            self._pings.discard(message.uid)
+            to_frontend.append(PongReply(uid=message.uid))

@@ -1,0 +1,229 @@
+"""Prompts to token ids: chat template, encoding, and the checks that need the length of the prompt."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from minisgl.config.runtime import TokenizerConfig
+from minisgl.core import MAX_SEED, SamplingParams
+from minisgl.errors import ConfigError, RequestError
+from minisgl.message.backend import UserMsg
+from minisgl.message.codec import pack_ids, unpack_ids
+from minisgl.message.frontend import ErrorReply
+from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt, TokenizeMsg
+
+logger = logging.getLogger(__name__)
+
+Prompt = ChatPrompt | TextPrompt | IdsPrompt
+
+
+class TextCodec(Protocol):
+    """What tokenizer and detokenizer need of a tokenizer. `HFTextCodec` is the real one; tests bring others."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids from here on mean nothing to the tokenizer."""
+        ...
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that never become text."""
+        ...
+
+    def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        """Token ids of each text; with `special`, in the frame of special tokens that the model expects (BOS …)."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def render_chat(self, prompt: ChatPrompt) -> str:
+        """The text that the chat template makes of the messages. Raises: RequestError when it cannot."""
+        ...
+
+
+class HFTextCodec:
+    """A Hugging Face tokenizer, loaded from a local directory and never from the network.
+
+    `tokenizer.json` is complete by itself, so it is loaded with the plain class: that takes a second, where
+    `AutoTokenizer` first imports every model's configuration. Directories without it go the long way.
+
+    Raises: ConfigError naming the directory when there is no usable tokenizer in it.
+    """
+
+    def __init__(self, model_path: str) -> None:
+        self._tokenizer = _load(model_path)
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+        self._backend = backend
+        self._special_ids = frozenset(_special_ids(self._tokenizer))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokenizer)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return self._special_ids
+
+    def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        if self._backend is None:
+            return [self._tokenizer.encode(text, add_special_tokens=special) for text in texts]
+        if len(texts) == 1:
+            return [self._backend.encode(texts[0], add_special_tokens=special).ids]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        if self._backend is not None:
+            return str(self._backend.decode(token_ids, skip_special_tokens=True))
+        return str(
+            self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )  # pragma: no cover
+
+    def render_chat(self, prompt: ChatPrompt) -> str:
+        if not self._tokenizer.chat_template:
+            raise RequestError("this model has no chat template: use /v1/completions", param="messages")
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    prompt.messages,
+                    tools=prompt.tools,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **prompt.template_kwargs,
+                )
+            )
+        except Exception as error:  # templates run arbitrary code on the client's data: whatever fails is about it
+            raise RequestError(f"the chat template refused the messages: {error}", param="messages") from error
+
+
+def _load(model_path: str) -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    if not os.path.isdir(model_path):
+        raise ConfigError(f"{model_path}: no such model directory")
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        if os.path.isfile(os.path.join(model_path, "tokenizer.json")):
+            return PreTrainedTokenizerFast.from_pretrained(model_path, local_files_only=True)
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{model_path}: cannot load the tokenizer: {reason}") from error
+
+
+def _special_ids(tokenizer: Any) -> list[int]:
+    """Every added token that is marked special, and the named ones (BOS, EOS, PAD …)."""
+    added = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return [*added, *(index for index in tokenizer.all_special_ids if index is not None)]
+
+
+class Tokenizer:
+    """Turns requests into what the scheduler takes: ids within the vocabulary that leave room for output."""
+
+    def __init__(self, config: TokenizerConfig, codec: TextCodec | None = None) -> None:
+        self.codec: TextCodec = codec if codec is not None else HFTextCodec(config.model_path)
+        self._vocab_size = config.vocab_size
+        self._max_seq_len = config.max_seq_len
+
+    def tokenize(self, requests: Sequence[TokenizeMsg]) -> list[UserMsg | ErrorReply]:
+        """One answer for each request, in order: its tokens, or why it is refused. Never raises."""
+        prompts = self._encode_all([request.prompt for request in requests])
+        return [self._finish(request, ids) for request, ids in zip(requests, prompts, strict=True)]
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of one prompt. Raises: RequestError when it is empty, malformed or outside the vocabulary."""
+        if isinstance(prompt, IdsPrompt):
+            return self._check(unpack_ids(prompt.input_ids))
+        text, special = self._render(prompt)
+        return self._check(self.codec.encode([text], special=special)[0])
+
+    def _encode_all(self, prompts: Sequence[Prompt]) -> list[list[int] | Exception]:
+        """Ids, or what went wrong, per prompt. Texts are encoded in one call, which uses all cores."""
+        if len(prompts) == 1:
+            return [self._try(self.encode, prompts[0])]
+        results: list[Any] = [None] * len(prompts)
+        groups: dict[bool, list[tuple[int, str]]] = {False: [], True: []}
+        for index, prompt in enumerate(prompts):
+            if isinstance(prompt, IdsPrompt):
+                results[index] = self._try(self.encode, prompt)
+                continue
+            rendered = self._try(self._render, prompt)
+            if isinstance(rendered, Exception):
+                results[index] = rendered
+            else:
+                groups[rendered[1]].append((index, rendered[0]))
+        for special, group in groups.items():
+            for (index, _), ids in zip(group, self._encode_texts([text for _, text in group], special), strict=True):
+                results[index] = ids if isinstance(ids, Exception) else self._try(self._check, ids)
+        return results
+
+    def _encode_texts(self, texts: list[str], special: bool) -> list[Any]:
+        try:
+            return list(self.codec.encode(texts, special=special)) if texts else []
+        except Exception:  # one of them is to blame: find out which
+            return [self._try(lambda text: self.codec.encode([text], special=special)[0], text) for text in texts]
+
+    @staticmethod
+    def _try(function: Any, argument: Any) -> Any:
+        try:
+            return function(argument)
+        except Exception as error:
+            return error
+
+    def _render(self, prompt: ChatPrompt | TextPrompt) -> tuple[str, bool]:
+        """The text to encode, and whether the tokenizer adds special tokens: a chat template has put its own."""
+        if isinstance(prompt, ChatPrompt):
+            if not prompt.messages:
+                raise RequestError("messages must not be empty", param="messages")
+            return self.codec.render_chat(prompt), False
+        if not prompt.text:
+            raise RequestError("the prompt must not be empty", param="prompt")
+        return prompt.text, True
+
+    def _check(self, ids: list[int]) -> list[int]:
+        if not ids:
+            raise RequestError("the prompt must not be empty", param="prompt")
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self._vocab_size:
+            bad = low if low < 0 else high
+            raise RequestError(f"token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})", param="prompt")
+        return ids
+
+    def _finish(self, request: TokenizeMsg, ids: list[int] | Exception) -> UserMsg | ErrorReply:
+        try:
+            if isinstance(ids, Exception):
+                raise ids
+            params = self._finish_params(request, len(ids))
+            return UserMsg(uid=request.uid, input_ids=pack_ids(ids), params=params)
+        except RequestError as error:
+            return ErrorReply(uid=request.uid, message=str(error), status=error.status, param=error.param)
+        except Exception as error:
+            logger.exception("request %d: tokenization failed", request.uid)
+            return ErrorReply(uid=request.uid, message=f"tokenization failed: {type(error).__name__}", status=500)
+
+    def _finish_params(self, request: TokenizeMsg, prompt_len: int) -> SamplingParams:
+        """The parameters with nothing left open: `seed` drawn, `max_tokens` set and within the context.
+
+        A larger `max_tokens` than the context has room for is no error: the output ends with `length` there.
+        Raises: RequestError when the prompt alone fills the context.
+        """
+        room = self._max_seq_len - prompt_len
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {prompt_len} tokens, but the context of this model is {self._max_seq_len} tokens, "
+                "of which at least 1 is for the output",
+                param="messages" if isinstance(request.prompt, ChatPrompt) else "prompt",
+            )
+        params = request.params
+        seed = params.seed if params.seed is not None else random.randint(0, MAX_SEED)
+        return replace(params, max_tokens=min(params.max_tokens or room, room), seed=seed)

@@ -1,0 +1,108 @@
+"""A server whose engine is a formula: everything but the model is real. Run: python -m tests.fake_server MODEL [k=v …]
+
+Keys: port, num_tokenizer, delay (seconds per step), max_seq_len, die (name of a worker that fails at start-up).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+
+from minisgl.config.model import ModelConfig, RopeConfig
+from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
+from minisgl.core import StepPlan, StepResult
+from minisgl.errors import ConfigError, MiniSGLError
+from minisgl.scheduler.scheduler import Scheduler
+from minisgl.scheduler.transport import LeaderTransport
+from minisgl.server.launch import run_server, worker_specs
+from minisgl.server.supervisor import WorkerSpec
+from minisgl.server.workers import Control
+from minisgl.utils.log import setup_logging
+
+VOCAB = 400
+
+
+class FakeHandle:
+    def __init__(self, result: StepResult, done_at: float) -> None:
+        self._result = result
+        self._done_at = done_at
+
+    def wait(self, timeout: float | None = None) -> bool:
+        left = self._done_at - time.monotonic()
+        time.sleep(max(0.0, left if timeout is None else min(left, timeout)))
+        return time.monotonic() >= self._done_at
+
+    def result(self) -> StepResult:
+        self.wait()
+        return self._result
+
+
+class FakeExecutor:
+    """The token at a position is a function of the position, and of the seed unless decoding is greedy."""
+
+    def __init__(self, delay: float) -> None:
+        self._delay = delay
+        self._seeds: dict[int, int] = {}
+
+    def submit(self, plan: StepPlan) -> FakeHandle:
+        for admission in plan.admissions:
+            greedy = admission.params.temperature == 0
+            self._seeds[admission.row] = 0 if greedy else admission.params.seed or 0
+        ids = [
+            3 + (self._seeds[req.row] * 7919 + (req.start + req.num_new) * 31) % (VOCAB - 3)
+            for req in plan.reqs
+            if req.sample
+        ]
+        return FakeHandle(StepResult(plan.step_id, ids), time.monotonic() + self._delay)
+
+    def close(self) -> None:
+        pass
+
+
+def fake_scheduler(control: Control, config: SchedulerConfig, addresses: Addresses, delay: float) -> None:
+    transport = LeaderTransport(addresses, 1, control.beat)
+    scheduler = Scheduler(config, FakeExecutor(delay), transport)
+    control.ready()
+    scheduler.run()
+
+
+def broken(control: Control) -> None:  # noqa: ARG001
+    raise ConfigError("the model is made of cheese")
+
+
+def config_for(model_path: str, port: int, num_tokenizer: int, max_seq_len: int) -> ServerConfig:
+    model = ModelConfig("Fake", VOCAB, 8, 8, 1, 1, 1, 8, 1e-6, RopeConfig(1e4), max_seq_len)
+    scheduler = SchedulerConfig(256, 8192, max_seq_len, 65536, 1, eos_token_ids=(2,), check_integrity=True)
+    engine = EngineConfig(
+        model_path, model, "float32", "cpu", 1, "", 65536, 1, 256, 8192, max_seq_len, "sdpa", "sdpa", 1, True
+    )
+    tokenizer = TokenizerConfig(model_path, max_seq_len, VOCAB, (2,))
+    return ServerConfig(engine, scheduler, tokenizer, num_tokenizer, "fake-model", "127.0.0.1", port, {"top_k": 50})
+
+
+def main(argv: list[str]) -> int:
+    options = dict(argument.split("=", 1) for argument in argv[1:])
+    setup_logging("server")
+    config = config_for(
+        argv[0],
+        int(options.get("port", 0)),
+        int(options.get("num_tokenizer", 0)),
+        int(options.get("max_seq_len", 512)),
+    )
+    delay = float(options.get("delay", 0.0))
+
+    def specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]:
+        made = worker_specs(config, addresses)
+        made[0] = replace(made[0], body=fake_scheduler, args=(config.scheduler, addresses, delay))
+        return [replace(s, body=broken, args=()) if s.name == options.get("die") else s for s in made]
+
+    try:
+        return run_server(config, specs)
+    except MiniSGLError as error:
+        print(f"minisgl: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

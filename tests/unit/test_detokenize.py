@@ -1,0 +1,193 @@
+"""Incremental decoding and stop strings, against decoding everything at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from minisgl.core import FinishReason
+from minisgl.message.codec import pack_ids
+from minisgl.message.frontend import UserReply
+from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
+from minisgl.tokenizer.detokenize import Detokenizer, IncrementalDecoder, StopFinder
+from minisgl.tokenizer.tokenize import HFTextCodec
+
+ANY_TEXT = st.text(st.characters(codec="utf-8") | st.sampled_from("🙂你 \n\ufffdab"), max_size=60)
+fixtures_stay = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+def split(items: Sequence[int], cuts: Sequence[int]) -> list[list[int]]:
+    """Pieces of `items` of the given lengths, the rest one by one."""
+    pieces, position = [], 0
+    for cut in cuts:
+        pieces.append(list(items[position : position + cut]))
+        position += cut
+    return pieces + [[item] for item in items[position:]]
+
+
+def decode_in_pieces(codec: HFTextCodec, pieces: list[list[int]], context: Sequence[int] = ()) -> list[str]:
+    decoder = IncrementalDecoder(codec, context)
+    return [*(decoder.push(piece) for piece in pieces), decoder.flush()]
+
+
+@fixtures_stay
+@given(text=ANY_TEXT, cuts=st.lists(st.integers(0, 5), max_size=8))
+def test_increments_add_up_to_the_text(byte_level: HFTextCodec, text: str, cuts: list[int]) -> None:
+    ids = byte_level.encode([text], special=False)[0]
+    assert "".join(decode_in_pieces(byte_level, split(ids, cuts))) == text
+
+
+@fixtures_stay
+@given(ids=st.lists(st.integers(0, 420), max_size=80), cuts=st.lists(st.integers(0, 5), max_size=8))
+def test_any_ids_decode_as_at_once(byte_level: HFTextCodec, ids: list[int], cuts: list[int]) -> None:
+    """Also for bytes that are no text, special tokens, and ids past the tokenizer's vocabulary."""
+    assert "".join(decode_in_pieces(byte_level, split(ids, cuts))) == byte_level.decode(ids)
+
+
+@fixtures_stay
+@given(prompt=ANY_TEXT, text=ANY_TEXT, cuts=st.lists(st.integers(0, 5), max_size=8))
+def test_sentencepiece_keeps_spaces(sentencepiece: HFTextCodec, prompt: str, text: str, cuts: list[int]) -> None:
+    """Byte fallback, and the space at the beginning that the decoder drops unless something precedes it."""
+    prompt_ids = sentencepiece.encode([prompt], special=True)[0]
+    ids = sentencepiece.encode([text], special=False)[0] if text else []
+    whole, before = sentencepiece.decode(prompt_ids + ids), sentencepiece.decode(prompt_ids)
+    if "\ufffd" in prompt[-1:] or "\ufffd" in text:
+        return  # U+FFFD as a real character looks like unfinished bytes; the text is still all there, later
+    pieces = decode_in_pieces(sentencepiece, split(ids, cuts), prompt_ids[-8:])
+    assert before + "".join(pieces) == whole
+
+
+def test_half_a_character_is_never_out_and_nothing_else_waits(byte_level: HFTextCodec) -> None:
+    ids = byte_level.encode(["ab🙂cd"], special=False)[0]
+    pieces = decode_in_pieces(byte_level, [[i] for i in ids])
+    assert all("\ufffd" not in piece for piece in pieces)
+    shown = 0
+    for count, piece in enumerate(pieces[:-1], start=1):
+        shown += len(piece)
+        assert shown == len(byte_level.decode(ids[:count]).rstrip("\ufffd"))
+
+
+def test_text_before_an_unfinished_character_is_out_at_once(byte_level: HFTextCodec) -> None:
+    x, emoji = byte_level.encode(["x", "🜂"], special=False)  # an emoji that training has not merged
+    decoder = IncrementalDecoder(byte_level)
+    assert decoder.push([*x, emoji[0]]) == "x"
+
+
+def test_a_long_run_of_bad_bytes_is_not_held_for_ever(byte_level: HFTextCodec) -> None:
+    bad = byte_level.encode(["🜂"], special=False)[0][0]
+    decoder = IncrementalDecoder(byte_level)
+    longest = 0
+    out = ""
+    for count in range(1, 2000):
+        out += decoder.push([bad])
+        longest = max(longest, count - len(out))
+        assert len(decoder._ids) < 40
+    assert longest < 12
+    assert out + decoder.flush() == byte_level.decode([bad] * 1999)
+
+
+def oracle(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """The text up to the stop string that is complete first, the longest of those that end together."""
+    for end in range(1, len(text) + 1):
+        ended = [stop for stop in stops if text[:end].endswith(stop)]
+        if ended:
+            return text[: end - max(map(len, ended))], True
+    return text, False
+
+
+@given(
+    text=st.text("abc", max_size=40),
+    stops=st.lists(st.text("abc", min_size=1, max_size=5), max_size=4),
+    cuts=st.lists(st.integers(0, 6), max_size=20),
+)
+def test_stop_strings_cut_where_they_should(text: str, stops: list[str], cuts: list[int]) -> None:
+    finder, out, position, found = StopFinder(stops), "", 0, False
+    for cut in [*cuts, len(text)]:
+        piece, found = finder.push(text[position : position + cut])
+        position += cut
+        out += piece
+        if found:
+            break
+        held = text[len(out) : position]
+        assert out + held == text[:position]
+        assert held == "" or any(stop.startswith(held) and stop != held for stop in stops)  # no more than needed
+    assert (out if found else out + finder.flush(), found) == oracle(text, stops)
+
+
+def message(
+    ids: Sequence[int], *, stop: Sequence[str] | None = None, finish: FinishReason | None = None, hidden: int = 0
+) -> DetokenizeMsg:
+    start = None if stop is None else StreamStart(num_prompt_tokens=3, stop=tuple(stop), prompt_tail=b"")
+    return DetokenizeMsg(uid=7, token_ids=pack_ids(ids), start=start, finish_reason=finish, num_hidden=hidden)
+
+
+@fixtures_stay
+@given(
+    text=st.text("abc 🙂", max_size=30),
+    stops=st.lists(st.text("abc ", min_size=1, max_size=3), max_size=2),
+    finish=st.sampled_from([FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT, FinishReason.ERROR]),
+    late=st.integers(0, 3),
+)
+def test_exactly_one_terminal_reply(
+    byte_level: HFTextCodec, text: str, stops: list[str], finish: FinishReason, late: int
+) -> None:
+    """Whatever comes after a stop string: more tokens, the scheduler's own end, the confirmed abort."""
+    detokenizer = Detokenizer(byte_level)
+    ids = byte_level.encode([text], special=False)[0]
+    extra = byte_level.encode(["zzz"], special=False)[0][:late]
+    messages = [message([token]) for token in ids + extra]
+    messages = [message([], stop=stops), *messages, message([], finish=finish)]
+    replies: list[UserReply] = []
+    aborts = 0
+    for item in messages:
+        reply, abort = detokenizer.detokenize(item)
+        replies += [reply] if reply else []
+        aborts += abort is not None
+    assert [reply.finish_reason is not None for reply in replies] == [False] * (len(replies) - 1) + [True]
+    expected, found = oracle(text + byte_level.decode(extra), stops)
+    assert "".join(reply.text for reply in replies) == expected
+    assert aborts <= found
+    if aborts:
+        assert replies[-1].finish_reason is FinishReason.STOP
+    assert not detokenizer._streams
+
+
+def test_a_stop_string_in_the_last_token_needs_no_abort(byte_level: HFTextCodec) -> None:
+    detokenizer = Detokenizer(byte_level)
+    ids = byte_level.encode(["one stop"], special=False)[0]
+    reply, abort = detokenizer.detokenize(message(ids, stop=["stop"], finish=FinishReason.LENGTH))
+    assert reply is not None
+    assert (reply.text, reply.finish_reason, abort) == ("one ", FinishReason.STOP, None)
+
+
+def test_what_is_held_back_comes_at_the_end(byte_level: HFTextCodec) -> None:
+    detokenizer = Detokenizer(byte_level)
+    ids = byte_level.encode(["one st"], special=False)[0]
+    first, _ = detokenizer.detokenize(message(ids, stop=["stop"]))
+    last, _ = detokenizer.detokenize(message([2], finish=FinishReason.STOP, hidden=1))
+    assert first is not None
+    assert last is not None
+    assert (first.text, last.text, last.num_output_tokens) == ("one ", "st", len(ids) + 1)
+
+
+def test_a_hidden_token_is_counted_and_not_shown(byte_level: HFTextCodec) -> None:
+    detokenizer = Detokenizer(byte_level)
+    ids = byte_level.encode(["ab"], special=False)[0]
+    reply, _ = detokenizer.detokenize(message(ids, stop=[], finish=FinishReason.STOP, hidden=1))
+    assert reply is not None
+    assert reply.text == byte_level.decode(ids[:-1])
+    assert reply.num_output_tokens == len(ids)
+
+
+@pytest.mark.parametrize("finish", [FinishReason.ABORT, FinishReason.ERROR])
+def test_the_end_of_a_request_that_never_started(byte_level: HFTextCodec, finish: FinishReason) -> None:
+    reply, _ = Detokenizer(byte_level).detokenize(message([], finish=finish))
+    assert reply is not None
+    assert reply.finish_reason is finish
+
+
+def test_tokens_of_an_unknown_request_are_dropped(byte_level: HFTextCodec) -> None:
+    assert Detokenizer(byte_level).detokenize(message([65])) == (None, None)
