@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from minisgl import benchmark
 from minisgl.benchmark import dataset, metrics, offline, serve
 from minisgl.benchmark.dataset import Lengths, Sample

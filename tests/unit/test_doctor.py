@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from minisgl import doctor
+from minisgl.config.probe import Capabilities
 from minisgl.doctor import system, toolchain
 from minisgl.doctor.row import Answer, Row, ask, guarded
 from minisgl.doctor.toolchain import Gpu, TorchInfo
@@ -34,12 +36,17 @@ def test_cores_respect_the_control_groups_quota(cpu_max: str, expected: float) -
 
 
 def test_cpu_names_what_it_has() -> None:
-    row = system.check_cpu("flags : fpu avx2 avx512f amx_bf16", 8, "x86_64")
+    def cpu(flags: str, arch: str = "x86_64", num_cores: int = 8) -> Row:
+        return system.check_cpu(Capabilities(num_cores, 0, frozenset(flags.split())), arch, "max 100000")
+
+    row = cpu("fpu avx2 avx512f amx_bf16")
     assert row.status == "ok"
+    assert "8 usable cores" in row.detail
     assert "AVX512" in row.detail
     assert "AMX-BF16" in row.detail
-    assert system.check_cpu("flags : fpu sse2", 8, "x86_64").status == "warn"
-    assert system.check_cpu("Features : asimd bf16", 8, "aarch64").status == "ok"
+    assert cpu("fpu sse2").status == "warn"
+    assert cpu("asimd bf16", "aarch64").status == "ok"
+    assert cpu("avx2", num_cores=1).status == "warn"
 
 
 @pytest.mark.parametrize(("available", "status"), [(1, "fail"), (10, "warn"), (20, "ok")])
@@ -67,7 +74,15 @@ def _write_shard(path: Path, cut: int = 0) -> None:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 64,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer.json").write_text("{}")
     _write_shard(tmp_path / "model-00001-of-00002.safetensors")
     _write_shard(tmp_path / "model-00002-of-00002.safetensors")
@@ -106,7 +121,9 @@ def test_a_model_with_damaged_files(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text("[]")
     assert "index.json cannot be read" in system.check_model(str(model)).detail
     (model / "config.json").write_text("{")
-    assert "config.json cannot be read" in system.check_model(str(model)).detail
+    assert "cannot read" in system.check_model(str(model)).detail
+    (model / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
+    assert "MambaForCausalLM" in system.check_model(str(model)).detail
 
 
 def test_a_model_that_is_not_here(tmp_path: Path) -> None:

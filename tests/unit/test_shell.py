@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import ConfigError, RequestError, WorkerDied
 from minisgl.message.frontend import UserReply

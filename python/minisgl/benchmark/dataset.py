@@ -29,6 +29,12 @@ class Sample:
     def is_chat(self) -> bool:
         return isinstance(self.prompt, list) and bool(self.prompt) and isinstance(self.prompt[0], dict)
 
+    @property
+    def token_ids(self) -> list[int]:
+        """The prompt of a sample that was made of ids."""
+        assert isinstance(self.prompt, list)
+        return [token_id for token_id in self.prompt if isinstance(token_id, int)]
+
 
 @dataclass(frozen=True, slots=True)
 class Lengths:

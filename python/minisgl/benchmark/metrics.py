@@ -35,6 +35,7 @@ class Record:
 
     start: seconds after the benchmark's. arrivals: when each piece of output came, seconds after `start`.
     num_prompt, num_output, num_cached: tokens, as the server counted them. error: why it failed.
+    has_gaps: whether `arrivals` are all of them, rather than the first and the last only.
     """
 
     start: float
@@ -44,6 +45,7 @@ class Record:
     num_output: int = 0
     num_cached: int = 0
     error: str | None = None
+    has_gaps: bool = True
 
     @property
     def ttft(self) -> float | None:
@@ -59,6 +61,8 @@ class Record:
     @property
     def itl(self) -> list[float]:
         """Gaps between pieces of output: what a reader waits for."""
+        if not self.has_gaps:
+            return []
         return [after - before for before, after in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
@@ -185,12 +189,14 @@ def write_plot(path: str, title: str, records: Sequence[Record]) -> None:
     good = [record for record in records if record.error is None]
     samples = {
         "ttft": [record.ttft for record in good if record.ttft is not None],
+        "tpot": [record.tpot for record in good if record.tpot is not None],
         "itl": [gap for record in good for gap in record.itl],
         "e2e": [record.e2e for record in good],
     }
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    samples = {name: values for name, values in samples.items() if values} or {"e2e": []}
+    figure = Figure(figsize=(4 * len(samples), 3.6), layout="constrained")
     figure.suptitle(title)
-    for axes, (name, values) in zip(figure.subplots(1, len(samples)), samples.items(), strict=True):
+    for axes, (name, values) in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples.items(), strict=True):
         ordered = np.sort(np.asarray(values, dtype=float)) * 1000
         axes.step(ordered, np.arange(1, len(ordered) + 1) / max(1, len(ordered)), where="post")
         axes.set(xlabel=f"{LATENCIES[name]} (ms)", ylabel="share of samples", ylim=(0, 1.02))

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from minisgl.benchmark.serve import add_output_options, positive, report
 from minisgl.config.args import ServerArgs, parse_args
 from minisgl.core import SamplingParams
 from minisgl.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from minisgl.llm import LLM, RequestOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,20 +123,25 @@ def run(args: argparse.Namespace, options: dict[str, Any], samples: Sequence[Sam
         begun = time.perf_counter()
         outputs = _generate(llm, measured, args.temperature, progress=None)
         duration = time.perf_counter() - begun
-    return [to_record(output, duration) for output in outputs], duration
+    return [to_record(output) for output in outputs], duration
 
 
-def to_record(output: Any, duration: float) -> Record:
-    """A `RequestOutput` as a benchmark's record."""
+def to_record(output: RequestOutput) -> Record:
+    """A finished request as a benchmark's record."""
+    total = output.metrics.total_time
     return Record(
         start=0.0,
-        e2e=duration,
+        e2e=total,
+        arrivals=(output.metrics.time_to_first_token, total) if output.token_ids else (),
         num_prompt=len(output.prompt_token_ids),
         num_output=len(output.token_ids),
         num_cached=output.cached_tokens,
+        error=output.error,
+        has_gaps=False,
     )
 
 
-def _generate(llm: Any, samples: Sequence[Sample], temperature: float, progress: bool | None) -> list[Any]:
+def _generate(llm: LLM, samples: Sequence[Sample], temperature: float, progress: bool | None) -> list[RequestOutput]:
     params = [SamplingParams(sample.output_len, temperature, ignore_eos=True) for sample in samples]
-    return list(llm.generate([sample.prompt for sample in samples], params, progress=progress))
+    prompts = [sample.token_ids for sample in samples]
+    return llm.generate(prompts, params, progress=progress)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import platform
 import socket
 import sys
 from pathlib import Path
 
-import psutil
-
+from minisgl.config.locate import DEMO_MODEL
+from minisgl.config.model import read_model_config
+from minisgl.config.probe import Capabilities, probe
 from minisgl.doctor.row import Row
+from minisgl.errors import ConfigError
 
 GIB = 1 << 30
-DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -38,18 +38,16 @@ def usable_cores(affinity: int, cpu_max: str) -> float:
     return min(float(affinity), int(quota) / int(period))
 
 
-def check_cpu(cpuinfo: str | None = None, cores: float | None = None, machine: str | None = None) -> Row:
+def check_cpu(machine: Capabilities | None = None, arch: str | None = None, cpu_max: str | None = None) -> Row:
     """Vector instructions that the CPU engine profits from, and the cores it may use."""
-    cpuinfo = _read("/proc/cpuinfo") if cpuinfo is None else cpuinfo
-    if cores is None:
-        cores = usable_cores(len(os.sched_getaffinity(0)), _read("/sys/fs/cgroup/cpu.max"))
-    machine = machine or platform.machine()
-    flags = set(next((line for line in cpuinfo.splitlines() if line.startswith(("flags", "Features"))), "").split())
+    machine, arch = machine or probe(), arch or platform.machine()
+    cores = usable_cores(machine.num_cores, _read("/sys/fs/cgroup/cpu.max") if cpu_max is None else cpu_max)
+    flags = machine.cpu_flags
     names = {"avx2": "AVX2", "avx512f": "AVX512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
     names |= {"asimd": "NEON", "bf16": "BF16"}
     found = [name for flag, name in names.items() if flag in flags]
-    detail = f"{cores:g} usable cores, {machine}: {', '.join(found) or 'no vector extensions known'}"
-    if machine == "x86_64" and "avx2" not in flags:
+    detail = f"{cores:g} usable cores, {arch}: {', '.join(found) or 'no vector extensions known'}"
+    if arch == "x86_64" and "avx2" not in flags:
         return Row(
             "CPU", "warn", detail, "Without AVX2 the CPU engine is slow; in a virtual machine pass the host's CPU."
         )
@@ -60,11 +58,7 @@ def check_cpu(cpuinfo: str | None = None, cores: float | None = None, machine: s
 
 def check_memory(available: int | None = None, needed: int = 0) -> Row:
     """Free memory, in bytes, against the weights that are to be loaded."""
-    if available is None:
-        available = psutil.virtual_memory().available
-        limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
-        if limit.isdigit() and used.isdigit():
-            available = min(available, int(limit) - int(used))
+    available = probe().memory if available is None else available
     detail = f"{available / GIB:.1f} GiB available"
     if needed:
         detail += f", the model's weights take {needed / GIB:.1f} GiB"
@@ -125,20 +119,19 @@ def _check_model_directory(path: Path, label: str) -> Row:
     if problems:
         fix = "Download the model again, completely; only safetensors weights are read."
         return Row(name, "fail", f"{label}: {'; '.join(problems)}", fix)
-    config = json.loads((path / "config.json").read_text())
-    architecture = ", ".join(config.get("architectures") or ["no architecture named"])
+    config = read_model_config(path)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors")) / GIB
-    return Row(name, "ok", f"{label}: {architecture}, {size:.2f} GiB of weights")
+    return Row(name, "ok", f"{label}: {config.architecture}, {size:.2f} GiB of weights")
 
 
 def _config_problems(config: Path) -> list[str]:
-    try:
-        parsed = json.loads(config.read_text())
-    except FileNotFoundError:
+    if not config.is_file():
         return ["no config.json"]
-    except (OSError, ValueError) as error:
-        return [f"config.json cannot be read: {error}"]
-    return [] if isinstance(parsed, dict) else ["config.json is not a JSON object"]
+    try:
+        read_model_config(config.parent)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _shard_problems(path: Path) -> list[str]:

@@ -181,9 +181,7 @@ def check_compiler(compiler: str | None) -> Row:
     """The C++ compiler is there, and a library that it builds can be loaded and called from Python."""
     name = "C++ compiler"
     if compiler is None:
-        return Row(
-            name, "warn", "none found", "Install one (apt install g++): without it, kernels in C++ are not used."
-        )
+        return Row(name, "warn", "none found", "Kernels in C++ need one (apt install g++); the sdpa backend does not.")
     version = ask([compiler, "--version"]).out.splitlines() or ["?"]
     with tempfile.TemporaryDirectory(prefix="minisgl-doctor-") as folder:
         source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
