@@ -87,6 +87,15 @@ class SimulatedEngine:
                 sampled.append(-1 if row in self.poison else token)
         return sampled
 
+    def pages_of(self, plan: StepPlan) -> set[int]:
+        """The pages that a plan just submitted reads or writes."""
+        page_size = self.config.page_size
+        return {
+            int(page)
+            for row, start, num_new, _ in plan.reqs
+            for page in self._page_table[row, : -(-(start + num_new) // page_size)]
+        }
+
     def _run_broken(self, plan: StepPlan) -> list[int]:
         for row, start, num_new, sample in plan.reqs:
             for position in range(start, start + num_new):

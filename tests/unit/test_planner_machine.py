@@ -44,6 +44,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.engine = SimulatedEngine(self.config)
         self.depth = depth  # steps that may be in flight when the next one is planned
         self.inflight: deque[tuple[StepPlan, SimulatedHandle]] = deque()
+        self.touched: dict[int, set[int]] = {}
         self.prompts: dict[int, tuple[list[int], int, bool]] = {}
         self.outputs: dict[int, list[int]] = {}
         self.finished: dict[int, FinishReason] = {}
@@ -100,6 +101,7 @@ class PlannerMachine(RuleBasedStateMachine):
             plan = self.planner.plan()
             if plan is not None:
                 self.inflight.append((plan, self.engine.submit(plan)))
+                self.touched[plan.step_id] = self.engine.pages_of(plan)
             if len(self.inflight) > self.depth or (plan is None and self.inflight):
                 self.retire()
             self.planner.check_integrity()
@@ -108,6 +110,7 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule()
     def retire(self) -> None:
         plan, handle = self.inflight.popleft()
+        del self.touched[plan.step_id]
         try:
             result = handle.result()
         except EngineError:
@@ -137,6 +140,9 @@ class PlannerMachine(RuleBasedStateMachine):
     def conserved(self) -> None:
         if hasattr(self, "planner"):
             self.planner.check_integrity()
+            free = set(self.planner.free_pages())
+            for step_id, pages in self.touched.items():
+                assert not pages & free, f"step {step_id} is in flight and its pages are free"
 
     def teardown(self) -> None:
         if not hasattr(self, "planner"):

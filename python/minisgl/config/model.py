@@ -67,7 +67,7 @@ class ModelConfig:
         return self.moe is not None and self.moe.layers[layer]
 
     def num_local_kv_heads(self, tp_size: int) -> int:
-        """KV heads that one rank stores: a share of them, or a replica of one where there are fewer heads than ranks."""
+        """KV heads that one rank stores: a share, or a replica of one where heads are fewer than ranks."""
         return max(1, self.num_kv_heads // tp_size)
 
     def kv_bytes_per_token(self, dtype: str, tp_size: int = 1) -> int:

@@ -60,6 +60,10 @@ class _InflightStep(NamedTuple):
     reqs: list[Req]  # one for each of plan.reqs
 
 
+def _create_cache(config: SchedulerConfig) -> PrefixCache:
+    return RadixCache(config.page_size) if config.cache_type == "radix" else NaiveCache()
+
+
 class Planner:
     """Owns the queues, every `Req`, all page ids and the prefix cache.
 
@@ -70,18 +74,25 @@ class Planner:
         assert config.max_seq_len <= config.num_pages * config.page_size
         self._config = config
         self._page_size = config.page_size
-        self._allocator = PageAllocator(config.num_pages)
-        self._cache: PrefixCache = RadixCache(config.page_size) if config.cache_type == "radix" else NaiveCache()
         self._reqs: dict[int, Req] = {}  # those whose terminal output is still to come
         self._waiting: deque[Req] = deque()
         self._running: list[Req] = []  # in order of admission; only the last may be in the middle of its prefill
         self._leaving: list[Req] = []  # finished or preempted, their pages still in use by steps in flight
-        self._rows = list(range(config.max_running_requests - 1, -1, -1))
         self._inflight: deque[_InflightStep] = deque()
         self._eos = frozenset(config.eos_token_ids)
         self._step_id = 0
         self._num_admitted = 0
         self._page_updates: list[PageUpdate] = []
+        self._allocator = PageAllocator(config.num_pages)
+        self._cache = _create_cache(config)
+        self._rows = list(range(config.max_running_requests - 1, -1, -1))
+
+    def flush(self) -> None:
+        """Forget everything cached. Only when idle."""
+        assert self.is_idle
+        self._allocator = PageAllocator(self._config.num_pages)
+        self._cache = _create_cache(self._config)
+        self._rows = list(range(self._config.max_running_requests - 1, -1, -1))
 
     @property
     def num_waiting(self) -> int:
@@ -198,6 +209,10 @@ class Planner:
         self._release_leaving()
         self._allocator.free(self._cache.evict(self._cache.num_evictable))
         return outputs
+
+    def free_pages(self) -> list[int]:
+        """The pages that belong to nobody."""
+        return self._allocator.free_pages()
 
     def check_integrity(self) -> None:
         """Walk all pages: each is free, the cache's, or one request's. Raises: AssertionError naming what is not."""

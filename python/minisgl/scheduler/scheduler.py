@@ -44,6 +44,8 @@ class Scheduler:
         self._submitted: tuple[StepPlan, StepHandle] | None = None
         self._announced: set[int] = set()  # uids that the detokenizer knows; never iterated
         self._num_failures = 0
+        self._checked = True
+        self._strict = config.check_integrity
 
     def run(self) -> None:
         """Serve for ever. Raises: EngineError when the device is broken or the ranks have diverged."""
@@ -52,7 +54,9 @@ class Scheduler:
 
     def turn(self) -> None:
         """One turn of the loop: with overlap, step n is submitted before the results of step n - 1 are taken in."""
-        idle = self.planner.is_idle and self._submitted is None
+        idle = self.planner.is_idle
+        if idle and not self._checked:
+            self._check_idle()
         outputs: list[ReqOutput] = []
         for message in self._transport.receive(block=idle, digest=self._digest):
             if isinstance(message, UserMsg):
@@ -71,7 +75,19 @@ class Scheduler:
             self._retire(*self._submitted)
         self._submitted = submitted
 
+    def _check_idle(self) -> None:
+        """Nothing is running: every page must be free or the cache's. A fault costs the cache, not the server."""
+        self._checked = True
+        try:
+            self.planner.check_integrity()
+        except AssertionError:
+            if self._strict:
+                raise
+            logger.exception("the page accounting is broken; the prefix cache is flushed")
+            self.planner.flush()
+
     def _retire(self, plan: StepPlan, handle: StepHandle) -> None:
+        self._checked = False
         while not handle.wait(_PUMP_SECONDS):
             self._transport.pump()
         try:

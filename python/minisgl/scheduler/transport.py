@@ -11,7 +11,7 @@ from typing import Protocol
 
 from minisgl.config.runtime import Addresses
 from minisgl.errors import EngineError
-from minisgl.message.backend import AbortMsg, BackendMsg, PingMsg, RankBatch, UserMsg, backend_codec, rank_codec
+from minisgl.message.backend import AbortMsg, PingMsg, RankBatch, UserMsg, backend_codec, rank_codec
 from minisgl.message.tokenizer import DetokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.utils.sockets import PullSocket, PushSocket
 
@@ -112,6 +112,9 @@ class FollowerTransport:
     def send(self, messages: Sequence[DetokenizeMsg]) -> None:
         pass
 
+    def close(self) -> None:
+        self._pull.close()
+
 
 class LocalTransport:
     """Rank 0 inside the caller's process: messages are put in, outputs are taken out."""
@@ -140,5 +143,3 @@ class LocalTransport:
     def send(self, messages: Sequence[DetokenizeMsg]) -> None:
         self._outputs += messages
 
-
-__all__ = ["BackendMsg", "FollowerTransport", "LeaderTransport", "LocalTransport", "RankFanout", "Transport"]

@@ -1,0 +1,74 @@
+"""What an attention backend is: metadata built once per step, then one call per layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from minisgl.kvcache.pool import KVPool
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """The sequences of a step, in the order of their tokens in the ragged batch; on the host unless said otherwise.
+
+    Sequence i owns tokens [offsets[i], offsets[i + 1]) of the batch; they stand at positions
+    [starts[i], starts[i] + num_new[i]) of it, and attend to everything before them and themselves.
+    """
+
+    rows: IntArray  # [n] of the page table
+    starts: IntArray  # [n]
+    num_new: IntArray  # [n]
+    offsets: IntArray  # [n + 1]
+    page_table: npt.NDArray[np.int32]  # [max_running_requests, max pages], the host's copy
+    page_size: int
+
+    @property
+    def seq_lens(self) -> IntArray:
+        return self.starts + self.num_new
+
+    def slots(self, row: int, begin: int, end: int) -> IntArray:
+        """The slots of positions [begin, end) of a row: [end - begin]."""
+        return self.slots_of(np.int64(row), np.arange(begin, end))
+
+    def slots_of(self, rows: IntArray | np.int64, positions: IntArray) -> IntArray:
+        """The slot of each (row, position)."""
+        return self.page_table[rows, positions // self.page_size].astype(np.int64) * self.page_size + (
+            positions % self.page_size
+        )
+
+
+class AttentionBackend(Protocol):
+    """Attention over the paged cache. Stateless between steps but for workspaces."""
+
+    def prepare(self, batch: AttentionBatch) -> Any:
+        """What `forward` needs of the step: indices, masks, a schedule. The same object goes to every layer."""
+        ...
+
+    def forward(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int | None, metadata: Any
+    ) -> torch.Tensor:
+        """q: [num_tokens, num_qo_heads, head_dim]; caches: [num_slots, num_kv_heads, head_dim] of one layer, this
+        step's keys and values stored. window: tokens that a position sees, itself included.
+
+        → [num_tokens, num_qo_heads, head_dim]. Stale or non-finite values of other requests never leak in.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What the layers of a model share in one step."""
+
+    slots: torch.Tensor  # [num_tokens] int64: where this step's KV goes
+    cos: torch.Tensor  # [num_tokens, 1, head_dim] float32
+    sin: torch.Tensor
+    kv: KVPool
+    backend: AttentionBackend
+    metadata: Any

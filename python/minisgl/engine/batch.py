@@ -1,0 +1,112 @@
+"""A plan becomes tensors: the engine's per-request tables, and the indices of one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from minisgl.attention.base import AttentionBatch, IntArray
+from minisgl.core import StepPlan
+from minisgl.utils.math import div_ceil
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """Parameters of the rows that sample, one column per parameter: [n]. On the host."""
+
+    temperature: npt.NDArray[np.float32]  # 0: greedy
+    top_k: IntArray  # 0: off
+    top_p: npt.NDArray[np.float32]
+    min_p: npt.NDArray[np.float32]
+    seed: npt.NDArray[np.uint64]
+    position: IntArray  # of the token to be sampled
+
+    @property
+    def all_greedy(self) -> bool:
+        return not self.temperature.any()
+
+    def select(self, index: IntArray) -> SamplingBatch:
+        return SamplingBatch(
+            self.temperature[index],
+            self.top_k[index],
+            self.top_p[index],
+            self.min_p[index],
+            self.seed[index],
+            self.position[index],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step, ready to run. Tokens of all requests lie one after the other, in plan order."""
+
+    input_ids: torch.Tensor  # [num_tokens] int64
+    positions: torch.Tensor  # [num_tokens] int64
+    slots: torch.Tensor  # [num_tokens] int64: where their KV goes
+    attention: AttentionBatch
+    logit_tokens: torch.Tensor | None  # [n] int64: which tokens sample; None: all of them
+    sampling: SamplingBatch  # of those
+    sampled_at: tuple[IntArray, IntArray]  # row and column of the token buffer where the sampled ids go
+
+
+class Tables:
+    """What the engine remembers of each running request, by row. Only the engine's thread touches it."""
+
+    def __init__(self, num_rows: int, max_seq_len: int, page_size: int) -> None:
+        self.token_ids = np.zeros((num_rows, max_seq_len + 1), dtype=np.int32)
+        self.pages = np.zeros((num_rows, div_ceil(max_seq_len + 1, page_size)), dtype=np.int32)
+        self.page_size = page_size
+        self._temperature = np.zeros(num_rows, dtype=np.float32)
+        self._top_k = np.zeros(num_rows, dtype=np.int64)
+        self._top_p = np.ones(num_rows, dtype=np.float32)
+        self._min_p = np.zeros(num_rows, dtype=np.float32)
+        self._seed = np.zeros(num_rows, dtype=np.uint64)
+
+    def apply(self, plan: StepPlan) -> None:
+        """Write the plan's admissions and page updates."""
+        for admission in plan.admissions:
+            row, ids, params = admission
+            self.token_ids[row, : len(ids)] = ids
+            self._temperature[row], self._top_k[row] = params.temperature, max(params.top_k, 0)
+            self._top_p[row], self._min_p[row] = params.top_p, params.min_p
+            assert params.seed is not None
+            self._seed[row] = params.seed
+        for update in plan.page_updates:
+            self.pages[update.row, update.first_index : update.first_index + len(update.pages)] = update.pages
+
+    def build(self, plan: StepPlan) -> Batch:
+        """The step's indices and ids. plan.reqs is not empty."""
+        rows, starts, num_new, samples = np.array(plan.reqs, dtype=np.int64).T
+        offsets = np.concatenate(([0], np.cumsum(num_new)))
+        token_rows = np.repeat(rows, num_new)
+        positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], num_new)
+        attention = AttentionBatch(rows, starts, num_new, offsets, self.pages, self.page_size)
+        sampling = samples.astype(bool)
+        logit_tokens = None if plan.is_decode_only else torch.from_numpy(offsets[1:][sampling] - 1)
+        sample_rows, columns = rows[sampling], (starts + num_new)[sampling]
+        return Batch(
+            input_ids=torch.from_numpy(self.token_ids[token_rows, positions].astype(np.int64)),
+            positions=torch.from_numpy(positions),
+            slots=torch.from_numpy(attention.slots_of(token_rows, positions)),
+            attention=attention,
+            logit_tokens=logit_tokens,
+            sampling=self._sampling(sample_rows, columns),
+            sampled_at=(sample_rows, columns),
+        )
+
+    def _sampling(self, rows: IntArray, positions: IntArray) -> SamplingBatch:
+        return SamplingBatch(
+            self._temperature[rows],
+            self._top_k[rows],
+            self._top_p[rows],
+            self._min_p[rows],
+            self._seed[rows],
+            positions,
+        )
+
+    def store_sampled(self, at: tuple[IntArray, IntArray], ids: list[int]) -> None:
+        """Sampled ids become input of later steps; a failed row (-1) gets some valid id, which nobody will see."""
+        self.token_ids[at] = np.maximum(np.array(ids, dtype=np.int32), 0)

@@ -1,0 +1,30 @@
+"""The KV cache itself: one pair of tensors per layer, addressed by slot (page * page_size + offset)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from minisgl.config.model import ModelConfig
+
+
+class KVPool:
+    """K and V of every layer: [num_slots, num_local_kv_heads, head_dim], zero at first.
+
+    Memory is reserved, not touched: on a CPU the kernel commits a page of it when it is first written.
+    """
+
+    def __init__(
+        self, model: ModelConfig, num_slots: int, tp_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (model.num_layers, num_slots, model.num_local_kv_heads(tp_size), model.head_dim)
+        self.k = _lazy_zeros(shape, dtype, device).unbind(0)
+        self.v = _lazy_zeros(shape, dtype, device).unbind(0)
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros whose pages the operating system commits on first use (`torch.zeros` writes them all on a CPU)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)

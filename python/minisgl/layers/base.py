@@ -1,0 +1,63 @@
+"""What every layer is built from and how its parameters are filled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from minisgl.distributed.comm import Communicator
+from minisgl.errors import ConfigError
+from minisgl.kernel.ops import TorchOps
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerEnv:
+    """Where layers live and what they compute with; the same for all layers of a model."""
+
+    comm: Communicator
+    ops: TorchOps
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self, *shape: int) -> nn.Parameter:
+        """An uninitialised parameter: memory is committed when the loader writes it."""
+        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
+
+    def share(self, total: int, what: str) -> int:
+        """This rank's part of `total`. Raises: ConfigError when the ranks cannot share it evenly."""
+        if total % self.comm.size:
+            raise ConfigError(f"--tensor-parallel-size {self.comm.size} does not divide the model's {total} {what}")
+        return total // self.comm.size
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlot:
+    """Where a part of one checkpoint tensor goes: `target` = tensor[rows] or tensor[rows, cols], converted and, along
+    leading dimensions that the checkpoint lacks, repeated."""
+
+    name: str  # in the checkpoint
+    shape: tuple[int, ...]  # of the whole checkpoint tensor
+    target: Tensor
+    rows: tuple[int, int]
+    cols: tuple[int, int] | None = None
+
+
+class Layer(nn.Module):
+    """A module that says where its checkpoint tensors go."""
+
+    def weights(self, prefix: str) -> Iterator[WeightSlot]:
+        """The slots of this layer, whose checkpoint names start with `prefix`."""
+        raise NotImplementedError
+
+    def pack(self) -> None:
+        """Called once all slots are filled: bring weights into the layout that the kernels like best."""
+
+
+def whole(name: str, target: Tensor) -> WeightSlot:
+    """A vector that every rank holds entirely."""
+    return WeightSlot(name, (target.shape[-1],), target, (0, target.shape[-1]))

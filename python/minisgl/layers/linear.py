@@ -1,0 +1,115 @@
+"""Linear layers, sharded over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from minisgl.errors import ConfigError
+from minisgl.layers.base import Layer, LayerEnv, Tensor, WeightSlot
+
+
+class Linear(Layer):
+    """y = x Wᵀ + b with `weight`: [out, in] of this rank. Subclasses say which rows or columns those are."""
+
+    def __init__(self, env: LayerEnv, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self._ops, self._comm = env.ops, env.comm
+        self.weight = env.empty(out_features, in_features)
+        self.bias = env.empty(out_features) if bias else None
+        self._packed: Tensor = self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._ops.linear(x, self._packed, self.bias)
+
+    def pack(self) -> None:
+        self._packed = self._ops.pack_weight(self.weight)
+        if self._packed is not self.weight:
+            self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+
+class ReplicatedLinear(Linear):
+    """Every rank holds all of it (a router)."""
+
+    def weights(self, prefix: str) -> Iterator[WeightSlot]:
+        yield from column_slots(prefix, self.weight, self.bias, self.weight.shape[0], 0)
+
+
+class MergedColumnLinear(Linear):
+    """Several linears on the same input, in one matrix; each is split by output rows.
+
+    The output is this rank's share of the first, then of the second, …
+    """
+
+    def __init__(self, env: LayerEnv, in_features: int, out_features: dict[str, int], bias: bool) -> None:
+        self._sizes = out_features
+        self._shares = {name: env.share(size, f"features of {name}") for name, size in out_features.items()}
+        super().__init__(env, in_features, sum(self._shares.values()), bias)
+
+    def weights(self, prefix: str) -> Iterator[WeightSlot]:
+        begin = 0
+        for name, share in self._shares.items():
+            bias = None if self.bias is None else self.bias[begin : begin + share]
+            weight = self.weight[begin : begin + share]
+            yield from column_slots(f"{prefix}{name}.", weight, bias, self._sizes[name], self._comm.rank * share)
+            begin += share
+
+
+class QKVLinear(Linear):
+    """Query, key and value projections in one matrix, split by heads.
+
+    Where there are fewer KV heads than ranks, each KV head is replicated on the ranks that hold its query heads.
+    """
+
+    def __init__(
+        self, env: LayerEnv, hidden_size: int, num_qo_heads: int, num_kv_heads: int, head_dim: int, bias: bool
+    ) -> None:
+        tp_size, rank = env.comm.size, env.comm.rank
+        self.num_qo_heads = env.share(num_qo_heads, "attention heads")
+        if num_kv_heads % tp_size and tp_size % num_kv_heads:
+            raise ConfigError(f"--tensor-parallel-size {tp_size} does not fit the model's {num_kv_heads} KV heads")
+        self.num_kv_heads = max(1, num_kv_heads // tp_size)
+        self._parts = (  # name, heads in the checkpoint, local heads, first local head
+            ("q_proj", num_qo_heads, self.num_qo_heads, rank * self.num_qo_heads),
+            ("k_proj", num_kv_heads, self.num_kv_heads, rank * num_kv_heads // tp_size),
+            ("v_proj", num_kv_heads, self.num_kv_heads, rank * num_kv_heads // tp_size),
+        )
+        self._head_dim = head_dim
+        super().__init__(env, hidden_size, (self.num_qo_heads + 2 * self.num_kv_heads) * head_dim, bias)
+
+    def weights(self, prefix: str) -> Iterator[WeightSlot]:
+        begin, dim = 0, self._head_dim
+        for name, total, local, first in self._parts:
+            end = begin + local * dim
+            bias = None if self.bias is None else self.bias[begin:end]
+            yield from column_slots(f"{prefix}{name}.", self.weight[begin:end], bias, total * dim, first * dim)
+            begin = end
+
+
+class RowLinear(Linear):
+    """Split by input columns; the sum over ranks is the result, and rank 0 adds the bias, once."""
+
+    def __init__(self, env: LayerEnv, in_features: int, out_features: int, bias: bool, what: str) -> None:
+        self._in_features = in_features
+        super().__init__(env, env.share(in_features, what), out_features, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias if self._comm.rank == 0 else None
+        return self._comm.all_reduce(self._ops.linear(x, self._packed, bias))
+
+    def weights(self, prefix: str) -> Iterator[WeightSlot]:
+        rows, cols = self.weight.shape
+        first = self._comm.rank * cols
+        yield WeightSlot(f"{prefix}weight", (rows, self._in_features), self.weight, (0, rows), (first, first + cols))
+        if self.bias is not None:
+            yield WeightSlot(f"{prefix}bias", (rows,), self.bias, (0, rows))
+
+
+def column_slots(prefix: str, weight: Tensor, bias: Tensor | None, total: int, first: int) -> Iterator[WeightSlot]:
+    """Rows [first, first + len(weight)) of a linear with `total` output features."""
+    rows = (first, first + weight.shape[0])
+    yield WeightSlot(f"{prefix}weight", (total, weight.shape[1]), weight, rows)
+    if bias is not None:
+        yield WeightSlot(f"{prefix}bias", (total,), bias, rows)

@@ -1,0 +1,100 @@
+"""Rotary position embeddings (arXiv 2104.09864) and the scalings that stretch a model's context."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from minisgl.config.model import RopeConfig
+
+Tensor = torch.Tensor
+
+
+class RotaryEmbedding:
+    """cos and sin of every position's angles, computed when asked for: once per step, for all layers.
+
+    The angles of a position depend on that position alone, so that cached keys stay valid however long their sequence
+    becomes (docs/adr/0001-dynamic-ntk-by-position.md).
+    """
+
+    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
+        self._config, self._head_dim = config, head_dim
+        inv_freq, self._attention_factor = inverse_frequencies(config, head_dim)
+        self._inv_freq = inv_freq.to(device)
+        self._exponents = (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim).to(device)
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: [num_tokens] int64 → cos, sin: [num_tokens, 1, head_dim] float32.
+
+        The first half of `sin` is negated: x rotated is x * cos + roll(x, head_dim / 2) * sin.
+        """
+        if self._config.type == "dynamic":
+            angles = positions[:, None].float() * self._dynamic_frequencies(positions)
+        else:
+            angles = positions[:, None].float() * self._inv_freq
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        if self._attention_factor != 1.0:
+            cos, sin = cos * self._attention_factor, sin * self._attention_factor
+        return cos[:, None], sin[:, None]
+
+    def _dynamic_frequencies(self, positions: Tensor) -> Tensor:
+        """NTK-aware scaling for the length that ends at each position: [num_tokens, head_dim / 2]."""
+        factor, original, dim = self._config.scaling["factor"], self._config.max_position, self._head_dim
+        length = (positions + 1).clamp(min=original).double()
+        base = self._config.theta * (factor * length / original - (factor - 1)) ** (dim / (dim - 2))
+        return (1.0 / base[:, None].float() ** self._exponents).to(torch.float32)
+
+
+def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
+    """Inverse frequencies [head_dim / 2] float32 and the factor that scales cos and sin."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    inv_freq = 1.0 / config.theta**exponents
+    if config.type == "linear":  # position interpolation, arXiv 2306.15595
+        return inv_freq / config.scaling["factor"], 1.0
+    if config.type == "llama3":
+        return _llama3(inv_freq, config), 1.0
+    if config.type == "yarn":
+        return _yarn(config, head_dim), _yarn_attention_factor(config.scaling)
+    return inv_freq, 1.0
+
+
+def _llama3(inv_freq: Tensor, config: RopeConfig) -> Tensor:
+    """Llama 3.1: low frequencies are interpolated, high ones kept, those between blended (meta-llama/llama-models)."""
+    factor = config.scaling["factor"]
+    low, high = config.scaling["low_freq_factor"], config.scaling["high_freq_factor"]
+    turns = config.max_position * inv_freq / (2 * math.pi)  # over the original context
+    smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - smooth) * inv_freq / factor + smooth * inv_freq
+
+
+def _yarn(config: RopeConfig, dim: int) -> Tensor:
+    """YaRN, arXiv 2309.00071, section 3.2 (NTK by parts)."""
+    s = config.scaling
+
+    def dimension(turns: float) -> float:  # whose wave makes that many turns over the original context
+        return dim * math.log(config.max_position / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+
+    low, high = dimension(s.get("beta_fast") or 32), dimension(s.get("beta_slow") or 1)
+    if s.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 if low == high else 0
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    frequency = config.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return ramp / (s["factor"] * frequency) + (1 - ramp) / frequency
+
+
+def _yarn_attention_factor(scaling: dict[str, Any]) -> float:
+    """YaRN, section 3.4: attention temperature; `mscale` and `mscale_all_dim` as DeepSeek's checkpoints use them."""
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
+
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    return mscale(1.0)

@@ -1,0 +1,86 @@
+"""The decoder-only transformer that every supported family is an instance of; `ModelConfig` holds the differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from minisgl.attention.base import StepContext
+from minisgl.config.model import ModelConfig
+from minisgl.layers.attention import Attention
+from minisgl.layers.base import Layer, LayerEnv, Tensor, WeightSlot, whole
+from minisgl.layers.embedding import LMHead, VocabParallelEmbedding
+from minisgl.layers.mlp import GatedMLP, SparseMLP
+
+
+class DecoderLayer(Layer):
+    """Pre-norm attention and MLP. The residual stream is carried beside the activations and added inside the norms."""
+
+    def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self._ops, self._eps = env.ops, config.rms_norm_eps
+        self.self_attn = Attention(env, config, layer)
+        self.mlp: Layer
+        if config.moe is not None and config.is_sparse(layer):
+            self.mlp = SparseMLP(env, config.hidden_size, config.moe)
+        else:
+            self.mlp = GatedMLP(env, config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.input_layernorm = env.empty(config.hidden_size)
+        self.post_attention_layernorm = env.empty(config.hidden_size)
+
+    def forward(self, x: Tensor, residual: Tensor | None, step: StepContext) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            x, residual = self._ops.rms_norm(x, self.input_layernorm, self._eps), x
+        else:
+            x, residual = self._ops.add_rms_norm(x, residual, self.input_layernorm, self._eps)
+        x = self.self_attn(x, step)
+        x, residual = self._ops.add_rms_norm(x, residual, self.post_attention_layernorm, self._eps)
+        return self.mlp(x), residual
+
+    def weights(self, prefix: str) -> Iterator[WeightSlot]:
+        yield whole(f"{prefix}input_layernorm.weight", self.input_layernorm)
+        yield from self.self_attn.weights(f"{prefix}self_attn.")
+        yield whole(f"{prefix}post_attention_layernorm.weight", self.post_attention_layernorm)
+        yield from self.mlp.weights(f"{prefix}mlp.")
+
+
+class DecoderModel(Layer):
+    """Token ids to logits."""
+
+    def __init__(self, env: LayerEnv, config: ModelConfig) -> None:
+        super().__init__()
+        self._ops, self._eps = env.ops, config.rms_norm_eps
+        self.embed_tokens = VocabParallelEmbedding(env, config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(env, config, i) for i in range(config.num_layers))
+        self.norm = env.empty(config.hidden_size)
+        tied = self.embed_tokens.weight if config.tie_word_embeddings else None
+        self.lm_head = LMHead(env, config.vocab_size, config.hidden_size, tied)
+
+    def forward(self, input_ids: Tensor, step: StepContext, logit_tokens: Tensor | None) -> Tensor:
+        """input_ids: [num_tokens] int64; logit_tokens: [n] int64, the tokens whose logits are wanted (None: all).
+
+        → [n, vocab_size] in the model's dtype.
+        """
+        x, residual = self.embed_tokens(input_ids), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, step)
+        assert residual is not None
+        if logit_tokens is not None:
+            x, residual = x.index_select(0, logit_tokens), residual.index_select(0, logit_tokens)
+        x, _ = self._ops.add_rms_norm(x, residual, self.norm, self._eps)
+        logits: Tensor = self.lm_head(x)
+        return logits
+
+    def weights(self, prefix: str = "") -> Iterator[WeightSlot]:
+        yield from self.embed_tokens.weights(f"{prefix}model.embed_tokens.")
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            yield from layer.weights(f"{prefix}model.layers.{i}.")
+        yield whole(f"{prefix}model.norm.weight", self.norm)
+        yield from self.lm_head.weights(f"{prefix}lm_head.")
+
+    def pack(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Layer) and module is not self:
+                module.pack()

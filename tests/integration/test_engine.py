@@ -1,0 +1,126 @@
+"""The engine's contract: however steps are cut and mixed, each request gets the tokens that it would get alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
+from minisgl.engine.engine import Engine
+from minisgl.errors import ConfigError, EngineError
+
+from tests.driver import GREEDY, engine_config, generate
+from tests.models import hf_generate, random_prompt, tiny_model
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("chunk", [7, 8192])
+@pytest.mark.parametrize("stagger", [0, 3])
+def test_mixed_batches(page_size: int, chunk: int, stagger: int) -> None:
+    path = tiny_model("qwen3", use_sliding_window=True, sliding_window=20, max_window_layers=2)
+    config = engine_config(path, page_size=page_size, num_pages=2048 // page_size)
+    prompts = [random_prompt(3 + 5 * i, seed=i) for i in range(16)]
+    counts = [5 + 2 * (i % 7) for i in range(16)]
+    engine = Engine(config)
+    outputs = generate(engine, config, prompts, counts, chunk=chunk, stagger=stagger)
+    engine.close()
+    assert outputs == [hf_generate(path, p, n) for p, n in zip(prompts, counts, strict=True)]
+
+
+def test_shared_pages_in_one_plan() -> None:
+    """Two requests of one step share a prefix that is computed in that very step."""
+    path = tiny_model("llama")
+    prefix = random_prompt(16)
+    first, second = [*prefix, 7, 8, 9], [*prefix, 11, 12]
+    engine = Engine(engine_config(path, page_size=16, num_pages=8))
+    ids = [np.array(p, dtype=np.int32) for p in (first, second)]
+    plan = StepPlan(
+        0,
+        (Admission(0, ids[0], GREEDY), Admission(1, ids[1], GREEDY)),
+        (PageUpdate(0, 0, (3, 5)), PageUpdate(1, 0, (3, 4))),
+        (ScheduledReq(1, 16, 2, True), ScheduledReq(0, 0, 19, True)),
+    )
+    result = engine.submit(plan).result()
+    engine.close()
+    assert result.token_ids == [hf_generate(path, second, 1)[0], hf_generate(path, first, 1)[0]]
+
+
+def test_failed_step_does_not_stop_later_ones() -> None:
+    path = tiny_model("llama")
+    config = engine_config(path)
+    engine = Engine(config)
+    bad = engine.submit(StepPlan(7, (), (), (ScheduledReq(10**6, 0, 1, True),)))
+    assert bad.wait(10)
+    with pytest.raises(EngineError, match="step 7") as caught:
+        bad.result()
+    assert isinstance(caught.value.__cause__, IndexError)
+    prompt = random_prompt(5)
+    assert generate(engine, config, [prompt], 4) == [hf_generate(path, prompt, 4)]
+    engine.close()
+
+
+def test_life_cycle() -> None:
+    engine = Engine(engine_config(tiny_model("llama")))
+    assert engine.submit(StepPlan(3, (), (), ())).result() == (3, [])
+    last = engine.submit(StepPlan(4, (), (), ()))
+    engine.close()
+    engine.close()
+    assert last.wait(0)
+    with pytest.raises(EngineError, match="closed"):
+        engine.submit(StepPlan(5, (), (), ()))
+
+
+def test_nan_ends_one_row_only() -> None:
+    """A request whose KV is poisoned gets -1; those beside it, and those that reuse its pages, are not touched."""
+    path = tiny_model("llama")
+    config = engine_config(path, page_size=4, num_pages=64, max_running_requests=4)
+    engine = Engine(config)
+    runner = engine._runner
+    assert runner is not None
+    with torch.inference_mode():
+        for cache in (*runner._kv.k, *runner._kv.v):
+            cache.fill_(float("nan"))
+    prompt, other = random_prompt(10), random_prompt(23, seed=1)
+    ids = np.array(prompt, dtype=np.int32)
+    poisoned = engine.submit(
+        StepPlan(
+            0,
+            (Admission(0, ids, GREEDY), Admission(1, np.array(other, dtype=np.int32), GREEDY)),
+            (PageUpdate(0, 0, (60, 61, 62)), PageUpdate(1, 0, (50, 51, 52, 53, 54, 55))),
+            (ScheduledReq(0, 9, 1, True), ScheduledReq(1, 0, 23, True)),  # row 0 skips its prompt: reads NaN
+        )
+    )
+    expected = hf_generate(path, other, 3)
+    assert poisoned.result().token_ids == [-1, expected[0]]
+    later = StepPlan(1, (), (), (ScheduledReq(0, 10, 1, True), ScheduledReq(1, 23, 1, True)))
+    assert engine.submit(later).result().token_ids == [-1, expected[1]]
+    outputs = generate(engine, config, [prompt, other], 20)  # on pages whose tails still hold NaN
+    assert outputs == [hf_generate(path, prompt, 20), hf_generate(path, other, 20)]
+    engine.close()
+
+
+def test_sampled_tokens_do_not_depend_on_batch() -> None:
+    path = tiny_model("qwen3")
+    config = engine_config(path)
+    engine = Engine(config)
+    params = [
+        SamplingParams(temperature=0.8, seed=11),
+        SamplingParams(temperature=0.0, seed=1),
+        SamplingParams(temperature=1.0, top_k=20, seed=12),
+        SamplingParams(temperature=1.3, top_p=0.8, seed=13),
+        SamplingParams(temperature=1.0, top_k=40, top_p=0.9, min_p=0.05, seed=14),
+    ]
+    prompts = [random_prompt(6 + i, seed=i) for i in range(len(params))]
+    together = generate(engine, config, prompts, 16, params, stagger=1)
+    alone = [generate(engine, config, [p], 16, q, chunk=4)[0] for p, q in zip(prompts, params, strict=True)]
+    assert together == alone
+    other_seed = SamplingParams(temperature=0.8, seed=99)
+    assert generate(engine, config, prompts[:1], 16, other_seed)[0] != alone[0]
+    engine.close()
+
+
+def test_unknown_backend_and_device() -> None:
+    path = tiny_model("llama")
+    with pytest.raises(ConfigError, match="'fa' is not available"):
+        Engine(engine_config(path, prefill_backend="fa"))
+    with pytest.raises(ConfigError, match="--device tpu"):
+        Engine(engine_config(path, device="tpu"))

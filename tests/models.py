@@ -1,0 +1,132 @@
+"""Tiny random checkpoints of every supported family, made with `transformers`, and what it computes with them.
+
+`tiny_model("qwen3")` is a directory with `config.json` and safetensors, made once per process. Weights are
+spread enough that greedy outputs vary, and biases and norms are random too, so that a test sees each of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+FAMILIES: dict[str, tuple[str, str]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM"),
+    "mistral": ("MistralConfig", "MistralForCausalLM"),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
+}
+VOCAB_SIZE = 256
+BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+EXTRA: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": 32},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+}
+
+
+def tiny_model(family: str, *, seed: int = 0, dtype: str = "float32", shard: str = "1GB", **overrides: Any) -> Path:
+    """A model directory; `overrides` are fields of the family's transformers configuration. `shard` is the largest
+    file ("50KB" makes several)."""
+    return _make(family, seed, dtype, shard, json.dumps(overrides, sort_keys=True))
+
+
+@functools.cache
+def _make(family: str, seed: int, dtype: str, shard: str, overrides: str) -> Path:
+    config_name, model_name = FAMILIES[family]
+    config = getattr(transformers, config_name)(**{**BASE, **EXTRA.get(family, {}), **json.loads(overrides)})
+    model = getattr(transformers, model_name)(config)
+    randomize(model, seed)
+    path = Path(tempfile.mkdtemp(dir=_directory(), prefix=f"{family}-"))
+    model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=shard)
+    return path
+
+
+@functools.cache
+def _directory() -> str:
+    path = tempfile.mkdtemp(prefix="minisgl-test-models-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Random weights, biases and norms of a scale that keeps logits spread."""
+    generator = torch.Generator().manual_seed(seed)
+    tied = not any(name.startswith("lm_head") for name, _ in model.named_parameters())
+    with torch.no_grad():
+        for name, param in sorted(model.named_parameters()):
+            noise = torch.randn(param.shape, generator=generator)
+            if param.ndim == 1:
+                param.copy_(0.3 * noise if name.endswith("bias") else 1 + 0.2 * noise)
+            elif "embed_tokens" in name:
+                param.copy_(noise * (0.2 if tied else 1.0))  # a tied model would repeat its input
+            else:
+                param.copy_(noise * 1.5 / param.shape[-1] ** 0.5)
+
+
+@functools.lru_cache(maxsize=4)
+def hf_model(path: Path, dtype: str = "float32") -> Any:
+    """The same model in transformers, on the CPU."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    return model.eval()
+
+
+def hf_generate(path: Path, prompt: Iterable[int], num_tokens: int, dtype: str = "float32") -> list[int]:
+    """Greedy continuation by `generate()`, past end-of-sequence tokens."""
+    ids = torch.tensor([list(prompt)])
+    output = hf_model(path, dtype).generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    return output[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+def hf_logits(path: Path, tokens: Iterable[int], dtype: str = "float32") -> torch.Tensor:
+    """[num_tokens, vocab_size] of one sequence."""
+    with torch.inference_mode():
+        return hf_model(path, dtype)(torch.tensor([list(tokens)])).logits[0]  # type: ignore[no-any-return]
+
+
+def random_prompt(length: int, seed: int = 0) -> list[int]:
+    """Token ids that are not special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

@@ -1,0 +1,107 @@
+"""Options: where they come from, which wins, and how errors read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from minisgl.config.args import ServerArgs, args_from_options, parse_args
+from minisgl.errors import ConfigError
+
+
+def test_defaults() -> None:
+    args = parse_args([], {})
+    assert args == ServerArgs()
+    assert (args.host, args.port, args.model_path, args.cache_type) == ("127.0.0.1", 1919, None, "radix")
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--model", "m"], "model_path", "m"),
+        (["--model-path=m"], "model_path", "m"),
+        (["--tp", "2"], "tensor_parallel_size", 2),
+        (["--tp-size", "2"], "tensor_parallel_size", 2),
+        (["--max-extend-length", "7"], "max_prefill_length", 7),
+        (["--max-seq-len-override", "99"], "max_seq_len", 99),
+        (["--cache", "naive"], "cache_type", "naive"),
+        (["--attn", "sdpa,sdpa"], "attention_backend", "sdpa,sdpa"),
+        (["--tokenizer-count", "3"], "num_tokenizer", 3),
+        (["--shell-mode"], "shell", True),
+        (["--disable-overlap"], "disable_overlap", True),
+        (["--dtype", "auto"], "dtype", None),
+        (["--page-size", "auto"], "page_size", None),
+    ],
+)
+def test_flags_and_aliases(argv: list[str], name: str, value: object) -> None:
+    assert getattr(parse_args(argv, {}), name) == value
+
+
+def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("port: 1\nhost: file\npage-size: 4\ncache: naive\n")
+    argv = ["--config", str(file), "--port", "3"]
+    args = parse_args(argv, {"MINISGL_PORT": "2", "MINISGL_HOST": "environment"})
+    assert (args.port, args.host, args.page_size, args.cache_type) == (3, "environment", 4, "naive")
+
+
+def test_booleans_in_the_environment() -> None:
+    assert parse_args([], {"MINISGL_DUMMY_WEIGHT": "1"}).dummy_weight
+    assert not parse_args([], {"MINISGL_DUMMY_WEIGHT": "0"}).dummy_weight
+    assert parse_args([], {"MINISGL_DISABLE_OVERLAP_SCHEDULING": "1"}).disable_overlap
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--prot", "1"], ["--prot", "--port"]),
+        (["--port", "x"], ["--port x", "0 to 65535"]),
+        (["--port", "70000"], ["--port 70000"]),
+        (["--dtype", "int8"], ["--dtype int8", "bfloat16"]),
+        (["--tp", "0"], ["--tp 0", "1 to 64"]),
+        (["--memory-ratio", "1.5"], ["--memory-ratio 1.5"]),
+        (["--max-prefill-length", "-1"], ["--max-prefill-length -1", "auto"]),
+        (["--schedule-policy", "random"], ["--schedule-policy random", "fcfs"]),
+        (["--cache-type", "lru"], ["--cache-type lru"]),
+        (["--page-size"], ["--page-size"]),
+        (["--model", ""], ["--model"]),
+        (["stray"], ["stray"]),
+        (["--config", "/does/not/exist.yaml"], ["--config", "No such file"]),
+    ],
+)
+def test_errors_are_one_line_that_names_the_flag(argv: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_args(argv, {})
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_errors_name_the_variable_or_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="MINISGL_PORT=x: expected"):
+        parse_args([], {"MINISGL_PORT": "x"})
+    file = tmp_path / "config.yaml"
+    for content, words in [("port: x", "port='x'"), ("prot: 1", "did you mean port"), ("- 1", "mapping"), ("a: [", "")]:
+        file.write_text(content)
+        with pytest.raises(ConfigError) as caught:
+            parse_args(["--config", str(file)], {})
+        assert str(file) in str(caught.value)
+        assert words in str(caught.value)
+
+
+def test_help_ends_the_program_with_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--help"], {})
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for name in ServerArgs.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in text
+
+
+def test_keyword_options() -> None:
+    args = args_from_options({"dtype": "float32", "page_size": 16, "tp": 2, "dummy_weight": True})
+    assert (args.dtype, args.page_size, args.tensor_parallel_size, args.dummy_weight) == ("float32", 16, 2, True)
+    with pytest.raises(ConfigError, match=r"pagesize is unknown .did you mean page_size"):
+        args_from_options({"pagesize": 1})
+    with pytest.raises(ConfigError, match="page_size='big'"):
+        args_from_options({"page_size": "big"})

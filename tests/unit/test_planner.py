@@ -1,0 +1,253 @@
+"""The planner's policy: budgets, order, sharing, retraction, fairness. Steps run on the simulated device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from minisgl.config.runtime import SchedulerConfig
+from minisgl.core import FinishReason, SamplingParams, StepPlan
+from minisgl.scheduler.planner import Planner, ReqOutput
+
+from tests.simulator import SimulatedEngine, expected_output
+
+CONFIG = SchedulerConfig(
+    max_running_requests=8, max_prefill_length=16, max_seq_len=64, num_pages=64, page_size=4, check_integrity=True
+)
+ENDLESS = SamplingParams(max_tokens=40, seed=0, ignore_eos=True)
+
+
+class Driver:
+    """A planner and its device, step by step."""
+
+    def __init__(self, config: SchedulerConfig = CONFIG) -> None:
+        self.planner = Planner(config)
+        self.engine = SimulatedEngine(config)
+        self.outputs: dict[int, list[int]] = {}
+        self.reasons: dict[int, FinishReason] = {}
+
+    def take(self, outputs: list[ReqOutput]) -> None:
+        for output in outputs:
+            self.outputs.setdefault(output.req.uid, []).extend(output.token_ids)
+            if output.finish_reason is not None:
+                self.reasons[output.req.uid] = output.finish_reason
+
+    def step(self) -> StepPlan | None:
+        plan = self.planner.plan()
+        if plan is not None:
+            self.take(self.planner.retire(self.engine.submit(plan).result()))
+        return plan
+
+    def finish(self, limit: int = 2_000) -> None:
+        for _ in range(limit):
+            if self.planner.is_idle:
+                return
+            self.step()
+        raise AssertionError("requests never finish")
+
+
+def prompt(length: int, start: int = 0) -> list[int]:
+    return [(start + i) % 50 for i in range(length)]
+
+
+def test_a_long_prompt_is_read_in_chunks_while_running_requests_keep_their_token_a_step() -> None:
+    driver = Driver()
+    driver.planner.add(0, prompt(3), ENDLESS)
+    driver.step()
+    driver.planner.add(1, prompt(40, start=7), ENDLESS)
+    for expected in (15, 15, 10):
+        plan = driver.step()
+        assert plan is not None
+        assert [req.num_new for req in plan.reqs] == [1, expected]
+    assert len(driver.outputs[0]) == 4
+    assert len(driver.outputs[1]) == 1
+
+
+def test_a_step_never_exceeds_the_budget() -> None:
+    driver = Driver()
+    for uid in range(8):
+        driver.planner.add(uid, prompt(11, start=uid), ENDLESS)
+    driver.finish()
+    assert driver.engine.max_step_tokens == 16
+
+
+def test_a_prefix_is_shared_within_the_step_that_computes_it() -> None:
+    driver = Driver()
+    for uid in range(2):
+        driver.planner.add(uid, prompt(10), ENDLESS)
+    plan = driver.step()
+    assert plan is not None
+    assert [(req.start, req.num_new) for req in plan.reqs] == [(0, 10), (8, 2)]
+
+
+def test_a_prompt_that_is_cached_entirely_still_computes_its_last_token() -> None:
+    driver = Driver()
+    driver.planner.add(0, prompt(8), SamplingParams(max_tokens=9, seed=0, ignore_eos=True))
+    driver.finish()
+    driver.planner.add(1, prompt(8), SamplingParams(max_tokens=1, seed=0))
+    plan = driver.planner.plan()
+    assert plan is not None
+    assert [(req.start, req.num_new) for req in plan.reqs] == [(4, 4)]
+
+
+def test_cached_tokens_are_counted_at_first_admission_and_in_whole_pages() -> None:
+    driver = Driver()
+    driver.planner.add(0, prompt(10), SamplingParams(max_tokens=1, seed=0))
+    driver.finish()
+    driver.planner.add(1, [*prompt(10), 1, 2, 3], SamplingParams(max_tokens=1, seed=0))
+    plan = driver.planner.plan()
+    assert plan is not None
+    (output,) = driver.planner.retire(driver.engine.submit(plan).result())
+    assert output.req.num_cached == 8
+
+
+def test_output_tokens_are_found_in_the_cache_by_the_next_turn_of_a_conversation() -> None:
+    driver = Driver()
+    driver.planner.add(0, prompt(6), SamplingParams(max_tokens=7, seed=0, ignore_eos=True))
+    driver.finish()
+    driver.planner.add(1, [*prompt(6), *driver.outputs[0], 9], SamplingParams(max_tokens=1, seed=0))
+    plan = driver.planner.plan()
+    assert plan is not None
+    assert plan.reqs[0].start == 12
+
+
+def test_naive_cache_reuses_nothing() -> None:
+    driver = Driver(replace(CONFIG, cache_type="naive"))
+    for uid in range(2):
+        driver.planner.add(uid, prompt(10), SamplingParams(max_tokens=1, seed=0))
+        plan = driver.step()
+        assert plan is not None
+        assert plan.reqs[0].start == 0
+
+
+def test_when_pages_run_out_the_youngest_request_is_retracted_and_every_output_is_still_exact() -> None:
+    config = replace(CONFIG, num_pages=16, max_running_requests=6)
+    driver = Driver(config)
+    order: list[int] = []
+    for uid in range(6):
+        driver.planner.add(uid, prompt(4, start=uid), SamplingParams(max_tokens=56, seed=0, ignore_eos=True))
+    while not driver.planner.is_idle:
+        before = set(driver.reasons)
+        driver.step()
+        order += [uid for uid in driver.reasons if uid not in before]
+    assert order[0] == 0, "the oldest request is the first to finish"
+    for uid in range(6):
+        assert driver.outputs[uid] == expected_output(prompt(4, start=uid), 60, ())
+        assert driver.reasons[uid] is FinishReason.LENGTH
+
+
+def test_large_limits_do_not_reserve_pages() -> None:
+    config = replace(CONFIG, num_pages=160, page_size=4, max_seq_len=640, max_prefill_length=64)
+    driver = Driver(config)
+    for uid in range(6):
+        driver.planner.add(uid, prompt(4, start=uid), SamplingParams(max_tokens=600, seed=0))
+    driver.step()
+    assert driver.planner.num_running == 6
+
+
+def test_eos_ends_a_request_unless_it_is_ignored() -> None:
+    eos = tuple(expected_output(prompt(5), 12, ())[3:4])
+    driver = Driver(replace(CONFIG, eos_token_ids=eos))
+    driver.planner.add(0, prompt(5), SamplingParams(max_tokens=7, seed=0))
+    driver.planner.add(1, prompt(5), SamplingParams(max_tokens=7, seed=0, ignore_eos=True))
+    driver.finish()
+    assert driver.outputs[0] == expected_output(prompt(5), 12, eos)
+    assert driver.reasons[0] is FinishReason.STOP
+    assert driver.outputs[1] == expected_output(prompt(5), 12, ())
+    assert driver.reasons[1] is FinishReason.LENGTH
+
+
+def test_output_ends_where_the_context_does() -> None:
+    driver = Driver()
+    driver.planner.add(0, prompt(60), SamplingParams(max_tokens=40, seed=0, ignore_eos=True))
+    driver.finish()
+    assert len(driver.outputs[0]) == 4
+    assert driver.reasons[0] is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("length", [0, 64, 100])
+def test_a_prompt_that_cannot_run_gets_an_error_at_once(length: int) -> None:
+    driver = Driver()
+    driver.take(driver.planner.add(0, prompt(length), ENDLESS))
+    assert driver.reasons[0] is FinishReason.ERROR
+    assert driver.planner.is_idle
+
+
+def test_no_step_is_planned_past_the_last_token() -> None:
+    driver = Driver()
+    driver.planner.add(0, prompt(4), SamplingParams(max_tokens=2, seed=0))
+    first, second = driver.planner.plan(), driver.planner.plan()
+    assert first is not None
+    assert second is not None
+    assert driver.planner.plan() is None
+
+
+def test_a_request_aborted_in_flight_gives_its_pages_back_only_when_the_step_has_run() -> None:
+    driver = Driver(replace(CONFIG, cache_type="naive"))
+    driver.planner.add(0, prompt(8), ENDLESS)
+    plan = driver.planner.plan()
+    assert plan is not None
+    driver.take(driver.planner.abort(0))
+    assert driver.reasons[0] is FinishReason.ABORT
+    assert driver.planner.num_free_pages == CONFIG.num_pages - 2
+    assert driver.planner.retire(driver.engine.submit(plan).result()) == []
+    assert driver.planner.num_free_pages == CONFIG.num_pages
+    assert driver.planner.abort(0) == []
+
+
+def test_lpm_prefers_the_longest_cached_prefix_but_takes_the_oldest_in_turn() -> None:
+    config = replace(CONFIG, schedule_policy="lpm", max_running_requests=1)
+    driver = Driver(config)
+    short = SamplingParams(max_tokens=1, seed=0)
+    driver.planner.add(0, prompt(12), short)
+    driver.finish()
+    driver.planner.add(1, prompt(12, start=30), short)  # matches nothing, and is the oldest
+    order: list[int] = []
+    for uid in range(2, 20):
+        driver.planner.add(uid, prompt(12), short)
+    while not driver.planner.is_idle:
+        before = set(driver.reasons)
+        driver.step()
+        order += [uid for uid in driver.reasons if uid not in before]
+    assert order[0] == 2
+    assert order.index(1) < 8, "a request that matches nothing does not wait for ever"
+
+
+def test_a_failed_step_ends_running_requests_and_nothing_it_computed_is_reused() -> None:
+    driver = Driver()
+    driver.planner.add(0, prompt(12), ENDLESS)
+    plan = driver.planner.plan()
+    assert plan is not None
+    driver.planner.add(1, prompt(12), SamplingParams(max_tokens=2, seed=0, ignore_eos=True))
+    driver.take(driver.planner.fail(plan.step_id, "the device failed"))
+    assert driver.reasons == {0: FinishReason.ERROR}
+    second = driver.planner.plan()
+    assert second is not None
+    assert second.reqs[0].start == 0
+    driver.take(driver.planner.retire(driver.engine.submit(second).result()))
+    driver.finish()
+    assert driver.reasons[1] is FinishReason.LENGTH
+
+
+def test_output_that_is_not_finite_ends_only_its_own_request() -> None:
+    driver = Driver()
+    for uid in range(2):
+        driver.planner.add(uid, prompt(6, start=20 * uid), SamplingParams(max_tokens=3, seed=0, ignore_eos=True))
+    plan = driver.planner.plan()
+    assert plan is not None
+    driver.engine.poison = [plan.reqs[0].row]
+    driver.take(driver.planner.retire(driver.engine.submit(plan).result()))
+    driver.engine.poison = []
+    driver.finish()
+    assert driver.reasons == {0: FinishReason.ERROR, 1: FinishReason.LENGTH}
+
+
+def test_an_integrity_check_notices_a_lost_page_and_a_shared_one() -> None:
+    lost = Driver()
+    lost.planner._allocator.allocate(1)
+    with pytest.raises(AssertionError, match="1 pages are lost"):
+        lost.planner.check_integrity()
+    shared = Driver()
+    shared.planner._allocator.free([5])
+    with pytest.raises(AssertionError, match="page 5 belongs to"):
+        shared.planner.check_integrity()

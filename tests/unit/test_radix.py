@@ -1,0 +1,127 @@
+"""The radix cache against a plain dictionary of prefixes, and its corner cases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from minisgl.kvcache.base import TokenIds
+from minisgl.kvcache.radix import RadixCache
+
+
+def ids(*tokens: int) -> TokenIds:
+    return np.asarray(tokens, np.int32)
+
+
+def put(cache: RadixCache, tokens: TokenIds, pages: list[int]) -> None:
+    """What a request does that computes `tokens` into `pages` and ends."""
+    handle = cache.match(tokens).handle
+    cache.lock(handle)
+    cache.unlock(cache.insert(handle, tokens, pages))
+
+
+def test_longest_prefix_in_whole_pages() -> None:
+    cache = RadixCache(page_size=2)
+    put(cache, ids(1, 2, 3, 4, 5), [10, 11])
+    assert cache.num_pages == 2, "a page that is not full is not cached"
+    assert cache.match(ids(1, 2, 3, 4, 5, 6)).pages == [10, 11]
+    assert cache.match(ids(1, 2, 3, 9)).pages == [10]
+    assert cache.match(ids(1, 9)).pages == []
+    assert cache.match_len(ids(1, 2, 3, 9)) == 2
+
+
+def test_pages_that_differ_within_the_first_page_are_siblings() -> None:
+    cache = RadixCache(page_size=2)
+    put(cache, ids(1, 2), [0])
+    put(cache, ids(1, 3), [1])
+    assert cache.match(ids(1, 2)).pages == [0]
+    assert cache.match(ids(1, 3)).pages == [1]
+
+
+def test_split_keeps_handles_locks_and_pages() -> None:
+    cache = RadixCache(page_size=1)
+    tokens = ids(1, 2, 3, 4)
+    handle = cache.match(tokens).handle
+    cache.lock(handle)
+    handle = cache.insert(handle, tokens, [0, 1, 2, 3])
+    put(cache, ids(1, 2, 9), [7, 8, 5])
+    assert cache.path_pages(handle) == [0, 1, 2, 3]
+    assert cache.num_evictable == 1, "only the page of 9: the others are locked"
+    assert cache.evict(10) == [5]
+    cache.unlock(handle)
+    assert sorted(cache.evict(10)) == [0, 1, 2, 3]
+    assert cache.owned_pages() == []
+
+
+def test_a_prefix_computed_twice_keeps_the_first_pages() -> None:
+    cache = RadixCache(page_size=1)
+    first, second = cache.match(ids(1, 2)).handle, cache.match(ids(1, 2)).handle
+    cache.lock(first)
+    cache.lock(second)
+    first = cache.insert(first, ids(1, 2), [0, 1])
+    second = cache.insert(second, ids(1, 2), [2, 3])
+    assert cache.path_pages(second) == [0, 1]
+    assert cache.num_pages == 2
+
+
+def test_eviction_takes_the_least_recently_used_leaf_first() -> None:
+    cache = RadixCache(page_size=1)
+    put(cache, ids(1, 2), [0, 1])
+    put(cache, ids(1, 3), [0, 2])
+    put(cache, ids(4), [3])
+    cache.match(ids(1, 2))
+    assert cache.evict(1) == [2]
+    assert cache.evict(1) == [3]
+    assert cache.evict(1) == [1]
+    assert cache.evict(1) == [0]
+    assert cache.evict(1) == []
+
+
+def test_discard_removes_only_what_nobody_else_uses() -> None:
+    cache = RadixCache(page_size=1)
+    put(cache, ids(1, 2, 3), [0, 1, 2])
+    put(cache, ids(1, 4), [0, 5])
+    handle = cache.match(ids(1, 2, 3)).handle
+    assert sorted(cache.discard(handle)) == [1, 2]
+    assert cache.match(ids(1, 4)).pages == [0, 5]
+
+
+def test_unlocking_twice_is_an_error() -> None:
+    cache = RadixCache(page_size=1)
+    put(cache, ids(1), [0])
+    with pytest.raises(AssertionError, match="unlocked twice"):
+        cache.unlock(cache.match(ids(1)).handle)
+
+
+def test_a_popular_prefix_does_not_grow_the_heap() -> None:
+    cache = RadixCache(page_size=1)
+    put(cache, ids(1, 2, 3), [0, 1, 2])
+    for _ in range(10_000):
+        handle = cache.match(ids(1, 2, 3)).handle
+        cache.lock(handle)
+        cache.unlock(handle)
+    assert len(cache._heap) < 200
+    assert sorted(cache.evict(3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("page_size", [1, 3])
+def test_against_a_dictionary_of_prefixes(page_size: int) -> None:
+    rng = np.random.default_rng(0)
+    cache = RadixCache(page_size)
+    known: dict[bytes, int] = {}
+    next_page = 0
+    for _ in range(500):
+        tokens = rng.integers(0, 3, rng.integers(1, 12)).astype(np.int32)
+        expected = []
+        for end in range(page_size, len(tokens) + 1, page_size):
+            page = known.get(tokens[:end].tobytes())
+            if page is None:
+                break
+            expected.append(page)
+        assert cache.match(tokens).pages == expected
+        pages = list(expected)
+        while len(pages) < len(tokens) // page_size:
+            pages.append(next_page)
+            next_page += 1
+            known[tokens[: len(pages) * page_size].tobytes()] = pages[-1]
+        put(cache, tokens, pages)
+        assert sorted(cache.owned_pages()) == sorted(known.values())

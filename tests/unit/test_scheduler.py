@@ -1,0 +1,165 @@
+"""The scheduler's loop over an in-memory transport: order, overlap, failures, and ranks in step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from minisgl.config.runtime import Addresses, SchedulerConfig
+from minisgl.core import FinishReason, SamplingParams, StepPlan
+from minisgl.errors import EngineError
+from minisgl.message.backend import AbortMsg, UserMsg
+from minisgl.message.codec import pack_ids, unpack_ids
+from minisgl.message.tokenizer import DetokenizeMsg
+from minisgl.scheduler.scheduler import Scheduler
+from minisgl.scheduler.transport import FollowerTransport, LocalTransport, RankFanout
+
+from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
+
+CONFIG = SchedulerConfig(
+    max_running_requests=4, max_prefill_length=16, max_seq_len=64, num_pages=64, page_size=4, check_integrity=True
+)
+
+
+def user(uid: int, prompt: list[int], max_tokens: int = 5) -> UserMsg:
+    return UserMsg(uid, pack_ids(prompt), SamplingParams(max_tokens=max_tokens, seed=0, stop=("x",)))
+
+
+class Recorder(SimulatedEngine):
+    """Remembers when plans were submitted and their results asked for."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        self.log: list[str] = []
+
+    def submit(self, plan: StepPlan) -> SimulatedHandle:
+        self.log.append(f"submit {plan.step_id}")
+        handle = super().submit(plan)
+        result = handle.result
+        log = self.log
+
+        class Handle(SimulatedHandle):
+            def __init__(self) -> None:
+                pass
+
+            def result(self):  # type: ignore[no-untyped-def]
+                log.append(f"result {plan.step_id}")
+                return result()
+
+        return Handle()
+
+
+def run(scheduler: Scheduler, transport: LocalTransport, turns: int = 60) -> dict[int, list[DetokenizeMsg]]:
+    outputs: dict[int, list[DetokenizeMsg]] = {}
+    for _ in range(turns):
+        scheduler.turn()
+        for message in transport.take_outputs():
+            outputs.setdefault(message.uid, []).append(message)
+    return outputs
+
+
+def token_ids(messages: list[DetokenizeMsg]) -> list[int]:
+    return [token for message in messages for token in unpack_ids(message.token_ids)]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_requests_get_their_tokens_and_one_terminal_message(overlap: bool) -> None:
+    config = replace(CONFIG, overlap=overlap)
+    transport = LocalTransport()
+    scheduler = Scheduler(config, SimulatedEngine(config), transport)
+    transport.put([user(7, [1, 2, 3]), user(8, [4, 5])])
+    outputs = run(scheduler, transport)
+    for uid, prompt in ((7, [1, 2, 3]), (8, [4, 5])):
+        messages = outputs[uid]
+        assert token_ids(messages) == expected_output(prompt, len(prompt) + 5, ())
+        assert [message.finish_reason for message in messages] == [None] * 4 + [FinishReason.LENGTH]
+        start = messages[0].start
+        assert start is not None
+        assert (start.num_prompt_tokens, start.stop, unpack_ids(start.prompt_tail)) == (len(prompt), ("x",), prompt)
+        assert all(message.start is None for message in messages[1:])
+
+
+def test_with_overlap_the_next_step_is_submitted_before_the_last_result_is_taken() -> None:
+    for overlap, expected in [(True, ["submit 0", "submit 1", "result 0"]), (False, ["submit 0", "result 0"])]:
+        config = replace(CONFIG, overlap=overlap)
+        engine, transport = Recorder(config), LocalTransport()
+        transport.put([user(0, [1])])
+        run(Scheduler(config, engine, transport), transport)
+        assert engine.log[: len(expected)] == expected
+
+
+def test_abort_of_known_unknown_and_finished_requests() -> None:
+    transport = LocalTransport()
+    scheduler = Scheduler(CONFIG, SimulatedEngine(CONFIG), transport)
+    transport.put([AbortMsg(99), user(0, [1], max_tokens=50), user(1, [2], max_tokens=1)])
+    outputs = run(scheduler, transport, turns=5)
+    transport.put([AbortMsg(0), AbortMsg(1)])
+    outputs = run(scheduler, transport)
+    assert [message.finish_reason for message in outputs[0]] == [FinishReason.ABORT]
+    assert 1 not in outputs
+    assert scheduler.planner.is_idle
+
+
+def test_a_failed_step_ends_its_requests_and_the_server_goes_on() -> None:
+    engine, transport = SimulatedEngine(CONFIG), LocalTransport()
+    scheduler = Scheduler(CONFIG, engine, transport)
+    engine.fail_next = True
+    transport.put([user(0, [1, 2])])
+    outputs = run(scheduler, transport, turns=10)
+    assert outputs[0][-1].finish_reason is FinishReason.ERROR
+    assert "the engine failed" in str(outputs[0][-1].error)
+    engine.broken = False
+    transport.put([user(1, [1, 2])])
+    assert token_ids(run(scheduler, transport)[1]) == expected_output([1, 2], 7, ())
+
+
+def test_a_device_that_keeps_failing_ends_the_scheduler() -> None:
+    engine, transport = SimulatedEngine(CONFIG), LocalTransport()
+    scheduler = Scheduler(replace(CONFIG, overlap=False), engine, transport)
+    with pytest.raises(EngineError):
+        for uid in range(5):
+            engine.fail_next = True
+            transport.put([user(uid, [1, 2])])
+            scheduler.turn()
+
+
+def test_broken_page_accounting_is_fatal_in_tests_and_flushes_the_cache_in_production() -> None:
+    for strict in (True, False):
+        config = replace(CONFIG, check_integrity=strict)
+        transport = LocalTransport()
+        scheduler = Scheduler(config, SimulatedEngine(config), transport)
+        scheduler.planner._allocator.allocate(1)
+        transport.put([user(0, [1])])
+        if strict:
+            with pytest.raises(AssertionError, match="lost"):
+                run(scheduler, transport)
+        else:
+            run(scheduler, transport)
+            assert scheduler.planner.num_free_pages == config.num_pages
+
+
+def test_ranks_make_the_same_plans_and_notice_when_they_do_not(tmp_path_factory: pytest.TempPathFactory) -> None:
+    addresses = Addresses(str(tmp_path_factory.mktemp("s")), num_tokenizer=0)
+    fanout = RankFanout(addresses, 2)
+    leader_transport = LocalTransport(fanout)
+    follower_transport = FollowerTransport(addresses, 1, lambda: None)
+    engines = Recorder(CONFIG), Recorder(CONFIG)
+    leader = Scheduler(CONFIG, engines[0], leader_transport, tp_size=2, check_ranks=True)
+    follower = Scheduler(CONFIG, engines[1], follower_transport, tp_size=2, check_ranks=True)
+    for turn in range(30):
+        if turn < 6:
+            leader_transport.put([user(turn, list(range(turn + 1)))])
+        if turn == 8:
+            leader_transport.put([AbortMsg(2)])
+        leader.turn()
+        follower.turn()
+    assert engines[0].log == engines[1].log
+    assert len(engines[0].log) > 20
+    follower.planner.add(100, [1, 2, 3], SamplingParams(max_tokens=3, seed=0))
+    with pytest.raises(EngineError, match="differs"):
+        for _ in range(5):
+            leader_transport.put([])
+            leader.turn()
+            follower.turn()
+    fanout.close()
+    follower_transport.close()
