@@ -13,11 +13,12 @@ CODE_PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*\.(?:py|md|toml|txt|cpp|cu|h)|[\w
 
 
 def missing_paths(document: Path) -> list[str]:
-    """What `document` names and is not there: looked for beside it, at the repository's root and in the package."""
+    """What `document` names and is not there: looked for beside it, at the root, anywhere in the package."""
     text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
     names = LINK.findall(text) + CODE_PATH.findall(text)
     bases = (document.parent, ROOT, PACKAGE)
-    return sorted({name for name in names if not any((base / name).exists() for base in bases)})
+    found = {name for name in names if any((base / name).exists() for base in bases)}
+    return sorted({name for name in names if name not in found and not any(PACKAGE.rglob(name))})
 
 
 def main() -> int:
