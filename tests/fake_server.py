@@ -1,6 +1,6 @@
 """A server whose engine is a formula: everything but the model is real. Run: python -m tests.fake_server MODEL [k=v …]
 
-Keys: port, num_tokenizer, delay (seconds per step), max_seq_len, die (name of a worker that fails at start-up).
+Keys: port, num_tokenizer, delay (seconds per step), max_seq_len, max_running, die (name of a worker that fails at start-up).
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def broken(control: Control) -> None:
     raise ConfigError("the model is made of cheese")
 
 
-def config_for(model_path: str, port: int, num_tokenizer: int, max_seq_len: int) -> ServerConfig:
+def config_for(model_path: str, port: int, num_tokenizer: int, max_seq_len: int, max_running: int) -> ServerConfig:
     model = ModelConfig("Fake", VOCAB, 8, 8, 1, 1, 1, 8, 1e-6, RopeConfig(1e4), max_seq_len)
-    scheduler = SchedulerConfig(256, 8192, max_seq_len, 65536, 1, eos_token_ids=(2,), check_integrity=True)
+    scheduler = SchedulerConfig(max_running, 8192, max_seq_len, 8192, 1, eos_token_ids=(2,), check_integrity=True)
     engine = EngineConfig(
-        model_path, model, "float32", "cpu", 1, "", 65536, 1, 256, 8192, max_seq_len, "sdpa", "sdpa", 1, True
+        model_path, model, "float32", "cpu", 1, "", 8192, 1, 256, 8192, max_seq_len, "sdpa", "sdpa", 1, True
     )
     tokenizer = TokenizerConfig(model_path, max_seq_len, VOCAB, (2,))
     return ServerConfig(engine, scheduler, tokenizer, num_tokenizer, "fake-model", "127.0.0.1", port, {"top_k": 50})
@@ -89,6 +89,7 @@ def main(argv: list[str]) -> int:
         int(options.get("port", 0)),
         int(options.get("num_tokenizer", 0)),
         int(options.get("max_seq_len", 512)),
+        int(options.get("max_running", 256)),
     )
     delay = float(options.get("delay", 0.0))
 

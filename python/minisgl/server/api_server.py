@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 import minisgl
 from minisgl.config.runtime import ServerConfig
+from minisgl.env import env_number
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.server.frontend import Frontend, Stream
@@ -50,7 +51,7 @@ from minisgl.server.render import (
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 * 2**20
-HEALTH_SECONDS = 10.0
+DEFAULT_HEALTH_SECONDS = 10.0
 
 T = TypeVar("T")
 Parser = Callable[[bytes, Mapping[str, float | int]], GenerationRequest]
@@ -60,6 +61,7 @@ def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
     """The application. It has no state of its own: requests live in `frontend`."""
     app = FastAPI(title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None)
     created = int(time.time())
+    health_seconds = env_number("MINISGL_HEALTH_TIMEOUT", DEFAULT_HEALTH_SECONDS, low=0.1, high=3600)
     _add_error_handlers(app)
     _add_schema(app)
 
@@ -102,7 +104,7 @@ def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
     @app.get("/health")
     async def health() -> Response:
         """Whether a message makes the round trip through all processes: 200, or 503."""
-        await frontend.ping(HEALTH_SECONDS)
+        await frontend.ping(health_seconds)
         return _json({"status": "ok"})
 
     @app.get("/v1")

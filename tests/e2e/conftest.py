@@ -1,0 +1,129 @@
+"""Real servers as subprocesses, and the stock OpenAI client."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.tokenizers_fixture import make_byte_level
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 60
+
+
+class Server:
+    """A server process: `args` are those after `python`. Its children are noted when it is ready."""
+
+    def __init__(self, args: list[str], log: Path, *, wait: bool = True, **env: str) -> None:
+        self.log = log
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'python'}{os.pathsep}{ROOT}", **env}
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *args], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+            )
+        self.url = ""
+        self.children: list[psutil.Process] = []
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            line = next((line for line in self.output().splitlines() if line.startswith("minisgl serves")), None)
+            if line is not None:
+                self.url = line.split(" at ")[1].removesuffix("/v1")
+                self.children = psutil.Process(self.process.pid).children(recursive=True)
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"the server is not ready:\n{self.output()}")
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def child(self, title: str) -> psutil.Process:
+        """The child with this process title."""
+        return next(child for child in self.children if " ".join(child.cmdline()).strip() == title)
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
+
+    def wait_exit(self, seconds: float = 15) -> int:
+        return self.process.wait(seconds)
+
+    def orphans(self, seconds: float = 5) -> list[psutil.Process]:
+        """Children that are still there after so many seconds."""
+        _, alive = psutil.wait_procs(self.children, timeout=seconds)
+        return alive
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        for child in self.children:
+            if child.is_running():
+                child.kill()
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_byte_level(tmp_path_factory.mktemp("models") / "fake-dir")
+
+
+@pytest.fixture(scope="session")
+def server(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all tests that leave it as it was."""
+    running = Server(fake(model_path, delay=0.002), tmp_path_factory.mktemp("logs") / "server.log")
+    yield running
+    running.close()
+    assert "Traceback" not in running.output()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers of a test's own, and ends them with it."""
+    started: list[Server] = []
+
+    def start_server(args: list[str], *, wait: bool = True, **env: str) -> Server:
+        running = Server(args, tmp_path / f"server-{len(started)}.log", wait=False, **env)
+        started.append(running)
+        if wait:
+            running.wait_ready()
+        return running
+
+    yield start_server
+    for running in started:
+        running.close()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30) as made:
+        yield made
+
+
+def fake(model_path: Path, **options: object) -> list[str]:
+    """The command of a server whose engine is a formula (`tests.fake_server`)."""
+    return ["-m", "tests.fake_server", str(model_path), *(f"{name}={value}" for name, value in options.items())]

@@ -1,0 +1,370 @@
+"""The HTTP API, through real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.conftest import Server, fake
+
+HELLO: Any = [{"role": "user", "content": "hello"}]
+
+
+def chat(client: openai.OpenAI, **options: Any) -> Any:
+    return client.chat.completions.create(**{"model": "fake-model", "messages": HELLO, "max_tokens": 8, **options})
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = chat(client, temperature=0)
+    assert answer.id.startswith("chatcmpl-")
+    assert (answer.object, answer.model) == ("chat.completion", "fake-model")
+    assert abs(answer.created - time.time()) < 60
+    assert len(answer.choices) == 1
+    choice = answer.choices[0]
+    assert (choice.index, choice.message.role, choice.finish_reason) == (0, "assistant", "length")
+    assert choice.message.content
+    usage = answer.usage
+    assert usage.completion_tokens == 8
+    assert usage.total_tokens == usage.prompt_tokens + 8
+    assert usage.prompt_tokens_details.cached_tokens >= 0
+
+
+def test_chat_streams_the_same(client: openai.OpenAI) -> None:
+    whole = chat(client, seed=5)
+    chunks = list(chat(client, seed=5, stream=True, stream_options={"include_usage": True}))
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    assert text == whole.choices[0].message.content
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 8
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+    assert len(chunks) > 5
+
+
+def test_completion(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="fake-model", prompt="Once upon", max_tokens=8, seed=5)
+    assert whole.id.startswith("cmpl-")
+    assert (whole.object, whole.choices[0].finish_reason) == ("text_completion", "length")
+    chunks = list(client.completions.create(model="fake-model", prompt="Once upon", max_tokens=8, seed=5, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_completion_takes_all_forms_of_prompts(client: openai.OpenAI) -> None:
+    ids = [40, 41, 42]
+
+    def texts(prompt: Any) -> list[str]:
+        made = client.completions.create(model="fake-model", prompt=prompt, max_tokens=4, seed=1)
+        assert [choice.index for choice in made.choices] == list(range(len(made.choices)))
+        assert made.usage is not None
+        assert made.usage.completion_tokens == 4 * len(made.choices)
+        return [choice.text for choice in made.choices]
+
+    assert texts(["Once", "upon a"]) == texts("Once") + texts("upon a")
+    assert texts([ids, [50]]) == texts(ids) + texts([50])
+
+
+def test_default_length_of_completions_is_openai_s(client: openai.OpenAI) -> None:
+    made = client.completions.create(model="fake-model", prompt="Once")
+    assert made.usage is not None
+    assert made.usage.completion_tokens == 16
+
+
+def test_n_choices_differ_and_count_the_prompt_once(client: openai.OpenAI) -> None:
+    one = chat(client, seed=3)
+    four = chat(client, seed=3, n=4)
+    assert [choice.index for choice in four.choices] == [0, 1, 2, 3]
+    texts = [choice.message.content for choice in four.choices]
+    assert texts[0] == one.choices[0].message.content
+    assert len(set(texts)) == 4
+    assert texts[2] == chat(client, seed=5).choices[0].message.content
+    assert four.usage.prompt_tokens == one.usage.prompt_tokens
+    assert four.usage.completion_tokens == 32
+    streamed = ["", "", "", ""]
+    ends = []
+    for chunk in chat(client, seed=3, n=4, stream=True):
+        choice = chunk.choices[0]
+        streamed[choice.index] += choice.delta.content or ""
+        ends += [choice.index] if choice.finish_reason else []
+    assert streamed == texts
+    assert sorted(ends) == [0, 1, 2, 3]
+
+
+def test_seed_and_greedy_are_reproducible(client: openai.OpenAI) -> None:
+    def text(**options: Any) -> str:
+        return chat(client, **options).choices[0].message.content
+
+    assert text(seed=11) == text(seed=11) != text(seed=12)
+    assert text(temperature=0) == text(temperature=0, seed=99)
+    assert len({text() for _ in range(4)}) > 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings_cut_the_text(client: openai.OpenAI, stream: bool) -> None:
+    whole = chat(client, temperature=0, max_tokens=40).choices[0].message.content
+    stop = next(whole[i : i + 3] for i in range(4, 60) if "\ufffd" not in whole[i : i + 3])
+    answer = chat(client, temperature=0, max_tokens=40, stop=["never this", stop], stream=stream)
+    if stream:
+        chunks = list(answer)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason]
+    else:
+        text, reasons = answer.choices[0].message.content, [answer.choices[0].finish_reason]
+    assert text == whole[: whole.index(stop)]
+    assert reasons == ["stop"]
+
+
+def test_long_max_tokens_end_at_the_context(client: openai.OpenAI) -> None:
+    answer = chat(client, max_tokens=100000)
+    assert answer.usage.total_tokens == 512
+    assert answer.choices[0].finish_reason == "length"
+    unlimited = chat(client, max_tokens=openai.NOT_GIVEN, extra_body={"max_completion_tokens": None})
+    assert unlimited.usage.total_tokens == 512
+
+
+def test_64_streams_at_once(client: openai.OpenAI) -> None:
+    alone = {seed: chat(client, seed=seed, max_tokens=32).choices[0].message.content for seed in (1, 64)}
+
+    def run(seed: int) -> str:
+        return "".join(c.choices[0].delta.content or "" for c in chat(client, seed=seed, max_tokens=32, stream=True))
+
+    with ThreadPoolExecutor(64) as pool:
+        texts = list(pool.map(run, range(1, 65)))
+    assert all(texts)
+    assert (texts[0], texts[63]) == (alone[1], alone[64])
+
+
+def test_generate(http: httpx.Client) -> None:
+    sampling = {"max_new_tokens": 6, "temperature": 0}
+    whole = http.post("/generate", json={"text": "Hello", "sampling_params": sampling}).json()
+    assert len(whole["output_ids"]) == 6
+    assert whole["meta_info"]["finish_reason"] == "length"
+    assert whole["meta_info"]["completion_tokens"] == 6
+    by_ids = http.post("/generate", json={"input_ids": [40, 41], "sampling_params": sampling})
+    assert by_ids.json()["meta_info"]["prompt_tokens"] == 2
+    body = {"text": "Hello", "sampling_params": sampling, "stream": True}
+    events = http.post("/generate", json=body).text.strip().split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+    assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
+    assert sum((chunk["output_ids"] for chunk in chunks), []) == whole["output_ids"]
+
+
+def test_models(client: openai.OpenAI, http: httpx.Client, model_path: Any) -> None:
+    models = client.models.list().data
+    assert [model.id for model in models] == ["fake-model"]
+    assert models[0].owned_by == "minisgl"
+    assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 512
+    assert client.models.retrieve("fake-model").id == "fake-model"
+    for name in (model_path.name, str(model_path)):
+        assert chat(client, model=name).choices
+    with pytest.raises(openai.NotFoundError) as caught:
+        chat(client, model="gpt-9")
+    assert caught.value.code == "model_not_found"
+    assert http.get("/v1").json()["status"] == "ok"
+    assert http.get("/health").status_code == 200
+
+
+def test_openapi_describes_the_bodies(http: httpx.Client) -> None:
+    document = http.get("/openapi.json").json()
+    for path, name in {
+        "/v1/chat/completions": "ChatBody",
+        "/v1/completions": "CompletionBody",
+        "/generate": "GenerateBody",
+    }.items():
+        content = document["paths"][path]["post"]["requestBody"]["content"]
+        assert content["application/json"]["schema"]["$ref"] == f"#/components/schemas/{name}"
+        assert name in document["components"]["schemas"]
+
+
+def test_sse_headers_and_framing(http: httpx.Client) -> None:
+    body = {"messages": HELLO, "stream": True, "max_tokens": 64}
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = answer.text.split("\n\n")
+    assert events.pop() == ""
+    assert events.pop() == "data: [DONE]"
+    assert all(event.startswith("data: {") and "\n" not in event for event in events)
+
+
+BAD_BODIES: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages"),
+    ({"messages": None}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": "a", "colour": 1}]}, "messages[0].colour"),
+    ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": "8"}, "max_tokens"),
+    ({"max_completion_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 2**63}, "seed"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": [1]}, "stop"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"flavour": "sweet"}, "flavour"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"functions": [{}]}, "functions"),
+    ({"logprobs": True}, "logprobs"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"presence_penalty": 0.5}, "presence_penalty"),
+    ({"frequency_penalty": -0.5}, "frequency_penalty"),
+    ({"repetition_penalty": 1.1}, "repetition_penalty"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"modalities": ["audio"]}, "modalities"),
+    ({"audio": {"voice": "x"}}, "audio"),
+    ({"best_of": 2}, "best_of"),
+    ({"echo": True}, "echo"),
+    ({"suffix": "x"}, "suffix"),
+    ({"prediction": {"type": "content"}}, "prediction"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"web_search_options": {}}, "web_search_options"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), BAD_BODIES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_bad_chat_is_a_400_that_names_the_field(
+    http: httpx.Client, body: dict[str, Any], param: str, stream: bool
+) -> None:
+    if stream and not ({"stream", "stream_options"} & set(body)):
+        body = {**body, "stream": True}
+    answer = http.post("/v1/chat/completions", json={"messages": HELLO, **body})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert param.split(".")[-1].split("[")[0] in error["message"]
+    assert "\n" not in error["message"]
+
+
+def test_a_prompt_that_is_too_long_is_told_both_lengths(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", json={"prompt": list(range(3, 103)) * 6})
+    assert answer.status_code == 400
+    assert "600" in answer.json()["error"]["message"]
+    assert "512" in answer.json()["error"]["message"]
+    answer = http.post("/v1/chat/completions", json={"messages": HELLO * 200, "stream": True})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages"
+    assert http.post("/v1/completions", json={"prompt": [5] * 512}).status_code == 400
+    assert http.post("/v1/completions", json={"prompt": [5] * 511}).json()["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.parametrize("prompt", ["", [], [""], [[]], [400], [-1], [2**40], ["a", 5], None, [True]])
+def test_bad_prompts_of_completions(http: httpx.Client, prompt: Any) -> None:
+    answer = http.post("/v1/completions", json={"prompt": prompt})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"].startswith("prompt")
+
+
+def test_values_that_change_nothing_are_accepted(http: httpx.Client) -> None:
+    same = {
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": False,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+        "logprobs": False,
+        "top_logprobs": None,
+        "n": 1,
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "stop": None,
+        "seed": None,
+        "parallel_tool_calls": True,
+    }
+    answer = http.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 2, **same})
+    assert answer.status_code == 200, answer.text
+
+
+def test_text_parts_and_messages_of_ours_are_accepted(client: openai.OpenAI) -> None:
+    first = chat(client, messages=[{"role": "user", "content": [{"type": "text", "text": "hel"}]}])
+    again = chat(client, messages=[*HELLO, first.choices[0].message.model_dump(), *HELLO])
+    assert again.choices[0].message.content
+    assert chat(client, messages=[{"role": "developer", "content": "be nice"}, *HELLO]).choices
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b'{"messages": NaN}', b'{"prompt": "\\ud800"}', b"[" * 5000]
+)
+def test_malformed_json_is_a_400(http: httpx.Client, data: bytes) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions", "/generate"):
+        answer = http.post(path, content=data, headers={"content-type": "application/json"})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_http_errors_have_openai_s_shape(http: httpx.Client) -> None:
+    for answer, status in (
+        (http.get("/nope"), 404),
+        (http.get("/v1/chat/completions"), 405),
+        (http.post("/v1/completions", content=b" " * (64 * 2**20 + 1)), 413),
+    ):
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_goes_away_frees_the_scheduler(
+    start: Callable[..., Server], model_path: Path, stream: bool
+) -> None:
+    """The scheduler runs two requests at once, and each would take half a minute: unless they are aborted, the
+    next one waits for those that nobody reads any more."""
+    server = start(fake(model_path, delay=0.05, max_running=2, num_tokenizer=1))
+    body = {"messages": HELLO, "max_tokens": 490, "n": 2, "stream": stream}
+
+    def abandon(_: int) -> None:
+        with (
+            contextlib.suppress(httpx.ReadTimeout),
+            httpx.Client(base_url=server.url, timeout=0.5) as leaving,
+            leaving.stream("POST", "/v1/chat/completions", json=body) as answer,
+        ):
+            next(answer.iter_bytes())
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(abandon, range(3)))
+    begin = time.monotonic()
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HELLO, "max_tokens": 1}, timeout=20)
+    assert answer.status_code == 200
+    assert time.monotonic() - begin < 3
+
+
+def test_health_answers_while_requests_run(client: openai.OpenAI, http: httpx.Client) -> None:
+    thread = threading.Thread(target=lambda: chat(client, max_tokens=400))
+    thread.start()
+    assert http.get("/health").status_code == 200
+    thread.join()

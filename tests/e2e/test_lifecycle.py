@@ -1,0 +1,262 @@
+"""How servers start, stop and fail. Nothing hangs, nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.e2e.conftest import ROOT, Server, fake
+
+Start = Callable[..., Server]
+HELLO: Any = [{"role": "user", "content": "hello"}]
+WORKERS = ("minisgl-TP0-scheduler", "minisgl-detokenizer-0", "minisgl-tokenizer-0")
+
+
+class Background(threading.Thread):
+    """A chat in the background, and how it ended. `begun` is set when its first event is here."""
+
+    def __init__(self, server: Server, *, stream: bool, max_tokens: int = 490) -> None:
+        super().__init__(daemon=True)
+        self.body = {"messages": HELLO, "max_tokens": max_tokens, "stream": stream}
+        self.url = f"{server.url}/v1/chat/completions"
+        self.begun = threading.Event()
+        self.status = 0
+        self.events: list[str] = []
+        self.start()
+        if stream:
+            assert self.begun.wait(10)
+        else:
+            time.sleep(0.5)
+
+    def run(self) -> None:
+        with httpx.Client(timeout=30) as client, client.stream("POST", self.url, json=self.body) as answer:
+            self.status = answer.status_code
+            for line in answer.iter_lines():
+                self.events += [line] if line else []
+                self.begun.set()
+
+    def end(self) -> None:
+        self.join(15)
+        assert not self.is_alive(), "the request hangs"
+
+
+def test_processes_have_their_names(start: Start, model_path: Path) -> None:
+    server = start(fake(model_path, num_tokenizer=2))
+    titles = {" ".join(child.cmdline()).strip() for child in server.children}
+    expected = {"minisgl-TP0-scheduler", "minisgl-detokenizer-0", "minisgl-tokenizer-0", "minisgl-tokenizer-1"}
+    assert expected <= titles
+    with server.client() as client:
+        for _ in range(4):
+            assert client.chat.completions.create(model="fake-model", messages=HELLO, max_tokens=4).choices
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_a_killed_worker_fails_requests_and_ends_the_server(start: Start, model_path: Path, worker: str) -> None:
+    server = start(fake(model_path, delay=0.05, num_tokenizer=1))
+    stream, whole = Background(server, stream=True), Background(server, stream=False)
+    begin = time.monotonic()
+    server.child(worker).kill()
+    stream.end()
+    whole.end()
+    error = json.loads(stream.events[-1].removeprefix("data: "))["error"]
+    assert worker in error["message"]
+    assert (error["type"], whole.status) == ("server_error", 503)
+    assert worker in json.loads(whole.events[0])["error"]["message"]
+    assert server.wait_exit() == 1
+    assert time.monotonic() - begin < 6
+    assert server.orphans() == []
+    assert worker in server.output()
+    assert "SIGKILL" in server.output()
+    assert "Traceback" not in server.output()
+
+
+def test_a_worker_that_falls_silent_ends_the_server(start: Start, model_path: Path) -> None:
+    server = start(fake(model_path), MINISGL_HEARTBEAT_TIMEOUT="2")
+    server.child("minisgl-TP0-scheduler").send_signal(signal.SIGSTOP)
+    assert server.wait_exit(20) == 1
+    assert server.orphans() == []
+    assert "silent" in server.output()
+
+
+def test_children_do_not_outlive_a_killed_parent(start: Start, model_path: Path) -> None:
+    server = start(fake(model_path, delay=0.05, num_tokenizer=1))
+    with httpx.Client(timeout=10) as client:
+        body = {"messages": HELLO, "max_tokens": 490, "stream": True}
+        with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as answer:
+            next(answer.iter_bytes())
+            server.process.kill()
+            server.process.wait()
+            assert server.orphans() == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_drains_and_stops(start: Start, model_path: Path, signum: signal.Signals) -> None:
+    server = start(fake(model_path, delay=0.03))
+    stream = Background(server, stream=True, max_tokens=60)
+    server.process.send_signal(signum)
+    stream.end()
+    assert stream.events[-1] == "data: [DONE]"
+    assert '"length"' in stream.events[-2]
+    assert server.wait_exit() == 0
+    assert server.orphans() == []
+    assert "Traceback" not in server.output()
+
+
+def test_a_drain_ends_in_time(start: Start, model_path: Path) -> None:
+    server = start(fake(model_path, delay=0.1), MINISGL_DRAIN_TIMEOUT="1")
+    stream = Background(server, stream=True)
+    begin = time.monotonic()
+    server.interrupt()
+    with pytest.raises((httpx.HTTPError, OSError)):
+        for _ in range(30):  # the port is closed at once
+            httpx.get(f"{server.url}/v1")
+            time.sleep(0.1)
+    assert time.monotonic() - begin < 1
+    stream.end()
+    assert "shutting down" in stream.events[-1]
+    assert server.wait_exit() == 0
+    assert time.monotonic() - begin < 5
+
+
+def test_a_second_ctrl_c_does_not_wait(start: Start, model_path: Path) -> None:
+    server = start(fake(model_path, delay=0.1))
+    Background(server, stream=True)
+    begin = time.monotonic()
+    server.interrupt()
+    time.sleep(0.3)
+    server.interrupt()
+    assert server.wait_exit() == 0
+    assert time.monotonic() - begin < 5
+    assert server.orphans() == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize("delay", [0.0, 0.4])
+def test_a_signal_during_start_up_leaves_nothing(
+    start: Start, model_path: Path, tmp_path: Path, signum: signal.Signals, delay: float
+) -> None:
+    server = start(fake(model_path, num_tokenizer=1), wait=False, TMPDIR=str(tmp_path))
+    parent = psutil.Process(server.process.pid)
+    while len(parent.children()) < 2:
+        time.sleep(0.01)
+    time.sleep(delay)
+    server.children = parent.children()
+    server.process.send_signal(signum)
+    assert server.wait_exit() == 130
+    assert server.orphans() == []
+    assert server.output() == ""
+    assert not list(tmp_path.glob("minisgl-*"))
+
+
+def test_the_private_directory_is_gone_afterwards(start: Start, model_path: Path, tmp_path: Path) -> None:
+    server = start(fake(model_path), TMPDIR=str(tmp_path))
+    (directory,) = tmp_path.glob("minisgl-*")
+    assert directory.stat().st_mode & 0o777 == 0o700
+    server.process.terminate()
+    assert server.wait_exit() == 0
+    assert not directory.exists()
+
+
+def test_a_taken_port_is_one_line_and_at_once(start: Start, model_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        for listening in (False, True):
+            if listening:
+                taken.listen()
+            begin = time.monotonic()
+            server = start(fake(model_path, port=port), wait=False)
+            assert server.wait_exit() == 2
+            assert time.monotonic() - begin < 3
+            (line,) = server.output().splitlines()
+            assert line.startswith("minisgl: error:")
+            assert f"127.0.0.1:{port}" in line
+
+
+def test_a_restart_takes_the_same_port(start: Start, model_path: Path) -> None:
+    first = start(fake(model_path))
+    port = int(first.url.rsplit(":", 1)[1])
+    with httpx.Client() as client:  # a connection that the server closes, and that lingers in TIME_WAIT
+        client.get(f"{first.url}/health")
+        first.process.terminate()
+        assert first.wait_exit() == 0
+    second = start(fake(model_path, port=port))
+    assert httpx.get(f"{second.url}/health").status_code == 200
+
+
+def test_two_servers_side_by_side(start: Start, model_path: Path) -> None:
+    first, second = start(fake(model_path)), start(fake(model_path))
+    texts = []
+    for server in (first, second):
+        with server.client() as client:
+            made = client.chat.completions.create(model="fake-model", messages=HELLO, max_tokens=8, temperature=0)
+            texts.append(made.choices[0].message.content)
+    assert texts[0] == texts[1]
+    first.process.terminate()
+    assert first.wait_exit() == 0
+    assert httpx.get(f"{second.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("worker", ["minisgl-TP0-scheduler", "minisgl-detokenizer-0"])
+def test_a_child_that_cannot_start_ends_the_start_up(start: Start, model_path: Path, worker: str) -> None:
+    begin = time.monotonic()
+    server = start(fake(model_path, die=worker), wait=False)
+    assert server.wait_exit() == 2
+    assert time.monotonic() - begin < 8
+    (line,) = server.output().splitlines()
+    assert line == f"minisgl: error: {worker}: the model is made of cheese"
+
+
+def test_a_model_directory_without_tokenizer(start: Start, tmp_path: Path) -> None:
+    server = start(fake(tmp_path / "empty"), wait=False)
+    assert server.wait_exit() == 2
+    (line,) = server.output().splitlines()
+    assert "minisgl: error: minisgl-detokenizer-0:" in line
+    assert "empty: no such model directory" in line
+
+
+def test_the_parent_never_imports_torch() -> None:
+    """Nor does anything that the parent imports import transformers."""
+    code = (
+        "import sys; import minisgl.server.launch, minisgl.server.http;"
+        "sys.exit(' '.join({'torch', 'transformers', 'tokenizers'} & set(sys.modules)) or 0)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_health_is_503_when_the_scheduler_hangs(start: Start, model_path: Path) -> None:
+    server = start(fake(model_path), MINISGL_HEALTH_TIMEOUT="1")
+    scheduler = server.child("minisgl-TP0-scheduler")
+    scheduler.send_signal(signal.SIGSTOP)
+    answer = httpx.get(f"{server.url}/health", timeout=20)
+    assert answer.status_code == 503
+    assert "error" in answer.json()
+    scheduler.send_signal(signal.SIGCONT)
+    assert httpx.get(f"{server.url}/health", timeout=20).status_code == 200
+
+
+def test_the_client_library_sees_the_error_of_a_stream(start: Start, model_path: Path) -> None:
+    server = start(fake(model_path, delay=0.05))
+    with server.client() as client:
+        stream = client.chat.completions.create(model="fake-model", messages=HELLO, max_tokens=400, stream=True)
+        next(iter(stream))
+        server.child("minisgl-TP0-scheduler").kill()
+        with pytest.raises(openai.APIError, match="scheduler"):
+            for _ in stream:
+                pass
