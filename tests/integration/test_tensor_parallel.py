@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import queue
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from minisgl.engine.engine import Engine
 from minisgl.errors import ConfigError
 
 from tests.driver import GREEDY, engine_config, generate
-from tests.models import free_port, random_prompt, tiny_model
+from tests.models import random_prompt, tiny_model
 
 PARAMS = [GREEDY, SamplingParams(temperature=0.9, seed=5), SamplingParams(top_k=30, top_p=0.9, seed=6), GREEDY]
 PROMPTS = [random_prompt(4 + 9 * i, seed=i) for i in range(len(PARAMS))]
@@ -35,10 +37,11 @@ def run_ranks(cases: list[tuple[Path, int]], **fields: Any) -> dict[tuple[int, i
     """Outputs by (case, rank)."""
     context = mp.get_context("spawn")
     results = context.Queue()
-    with_ports = [(path, tp_size, f"tcp://127.0.0.1:{free_port()}") for path, tp_size in cases]
+    directory = tempfile.mkdtemp(prefix="minisgl-test-")
+    meetings = [(path, tp_size, f"file://{directory}/{i}") for i, (path, tp_size) in enumerate(cases)]
     num_ranks = max(tp_size for _, tp_size in cases)
     processes = [
-        context.Process(target=run_rank, args=(rank, with_ports, fields, results)) for rank in range(num_ranks)
+        context.Process(target=run_rank, args=(rank, meetings, fields, results)) for rank in range(num_ranks)
     ]
     for process in processes:
         process.start()
@@ -58,6 +61,7 @@ def run_ranks(cases: list[tuple[Path, int]], **fields: Any) -> dict[tuple[int, i
             process.close()
         results.close()
         results.join_thread()
+        shutil.rmtree(directory)
     return found
 
 
