@@ -1,0 +1,60 @@
+# What people and CI both run. The first use of a target sets up .venv; a change of pyproject.toml or constraints.txt
+# renews it. Arguments: make serve ARGS="--model Qwen/Qwen3-0.6B --port 8000"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+CORE := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help serve chat doctor bench test lint format docs clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "minisgl needs Python 3.10 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(CORE): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(CORE) $@
+
+serve: $(CORE)  ## Serve the OpenAI-compatible API on 127.0.0.1:1919
+	$(BIN)/python -m minisgl $(ARGS)
+
+chat: $(CORE)  ## Chat in the terminal
+	$(BIN)/python -m minisgl --shell $(ARGS)
+
+doctor: $(CORE)  ## Check this machine: one table, and how to mend what fails
+	$(BIN)/python -m minisgl doctor $(ARGS)
+
+bench: $(CORE)  ## Measure the engine in this process; for a running server: minisgl bench serve
+	$(BIN)/python -m minisgl bench offline $(ARGS)
+
+test: $(DEV)  ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV)  ## Check format, style, types, layers and size
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_size.py
+
+format: $(DEV)  ## Format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(DEV)  ## Check that every file and link that the documents name exists
+	$(BIN)/python tools/check_docs.py
+
+clean:  ## Remove .venv and caches
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis python/*.egg-info

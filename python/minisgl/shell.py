@@ -1,0 +1,421 @@
+"""The interactive shell: a chat with the model in the terminal, over the same frontend that serves HTTP.
+
+    lines → commands (`/set …`) or messages → ChatPrompt → Frontend.submit → text as it comes
+
+It works on a pipe too: `echo 'Hello' | minisgl --shell` prints the answer and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from minisgl.config.runtime import ServerConfig
+from minisgl.core import FinishReason, SamplingParams
+from minisgl.errors import ConfigError, RequestError
+from minisgl.message.frontend import UserReply
+from minisgl.message.tokenizer import ChatPrompt
+
+DEFAULTS = SamplingParams(max_tokens=2048, temperature=0.6)
+SETTINGS: Mapping[str, Callable[[str], int | float]] = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "max_tokens": int,
+    "seed": int,
+}
+OPTIONAL_SETTINGS = ("max_tokens", "seed")  # `none` is a value of these
+ENV_SETTINGS = ("max_tokens", "temperature", "top_p", "top_k")
+# Output of a model must not move the cursor or change the terminal's colours.
+_CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class ReplyStream(Protocol):
+    """The replies to one request; closing it early aborts the request."""
+
+    def __aiter__(self) -> AsyncIterator[UserReply]: ...
+
+    async def aclose(self) -> None: ...
+
+
+class ChatFrontend(Protocol):
+    """What the shell needs of `minisgl.server.frontend.Frontend`."""
+
+    def submit(self, prompt: ChatPrompt, params: SamplingParams) -> ReplyStream: ...
+
+
+class LineReader(Protocol):
+    """Where lines come from. `read` returns None at the end of input. Raises: KeyboardInterrupt for Ctrl-C."""
+
+    async def read(self) -> str | None: ...
+
+
+def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
+    """`params` with one setting read from text. Raises: RequestError saying what the value may be."""
+    if name not in SETTINGS:
+        raise RequestError(f"unknown setting {name!r}; there are {', '.join(SETTINGS)}", param=name)
+    value: int | float | None
+    try:
+        value = None if text.lower() == "none" and name in OPTIONAL_SETTINGS else SETTINGS[name](text)
+    except ValueError:
+        kind = "a whole number" if SETTINGS[name] is int else "a number"
+        raise RequestError(f"{name} must be {kind}, not {text!r}", param=name) from None
+    changes: dict[str, Any] = {name: value}
+    return replace(params, **changes)
+
+
+def shell_params(default_sampling: Mapping[str, float | int], environ: Mapping[str, str]) -> SamplingParams:
+    """Where the shell starts: `MINISGL_SHELL_*`, else the model's generation_config.json, else DEFAULTS.
+
+    Raises: ConfigError naming the variable whose value cannot be used.
+    """
+    params = DEFAULTS
+    for name in SETTINGS:
+        if name in default_sampling:
+            params = changed(params, name, str(default_sampling[name]))
+    for name in ENV_SETTINGS:
+        variable = f"MINISGL_SHELL_{name.upper()}"
+        if environ.get(variable):
+            try:
+                params = changed(params, name, environ[variable])
+            except RequestError as error:
+                raise ConfigError(f"{variable}: {error}") from None
+    return params
+
+
+@dataclass(slots=True)
+class Conversation:
+    """What the model is told each time: an optional system message and the turns so far."""
+
+    system: str = ""
+    turns: list[dict[str, Any]] = field(default_factory=list)  # user and assistant, alternating
+
+    def messages(self) -> list[dict[str, Any]]:
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        return head + self.turns
+
+    def add(self, role: str, content: str) -> None:
+        self.turns.append({"role": role, "content": content})
+
+    def drop_oldest(self) -> bool:
+        """Forget the oldest question and its answer, but never the question that is being asked."""
+        if len(self.turns) < 3:
+            return False
+        del self.turns[:2]
+        return True
+
+
+@dataclass(slots=True)
+class Stats:
+    """Totals over the session, and the last answer's times in seconds."""
+
+    num_answers: int = 0
+    num_prompt: int = 0
+    num_cached: int = 0
+    num_output: int = 0
+    ttft: float = 0.0
+    tokens_per_second: float = 0.0
+
+    def record(self, last: UserReply, started: float, first: float, ended: float) -> None:
+        """Count an answer. `first` is when its first text came."""
+        self.num_answers += 1
+        self.num_prompt += last.num_prompt_tokens
+        self.num_cached += last.num_cached_tokens
+        self.num_output += last.num_output_tokens
+        self.ttft = first - started
+        decode_time = ended - first
+        self.tokens_per_second = (last.num_output_tokens - 1) / decode_time if decode_time > 0 else 0.0
+
+    def __str__(self) -> str:
+        if not self.num_answers:
+            return "no answers yet"
+        hit = 100 * self.num_cached / max(1, self.num_prompt)
+        return (
+            f"{self.num_answers} answers: {self.num_prompt} prompt tokens ({hit:.0f}% from the cache), "
+            f"{self.num_output} output tokens\n"
+            f"last answer: first token after {self.ttft * 1000:.0f} ms, then {self.tokens_per_second:.1f} tokens/s"
+        )
+
+
+class Shell:
+    """One conversation with the model.
+
+    write: takes each piece of output. verbose: also say what a person at a terminal wants to know (hints, notices).
+    """
+
+    def __init__(
+        self,
+        frontend: ChatFrontend,
+        params: SamplingParams,
+        write: Callable[[str], object],
+        verbose: bool = True,
+    ) -> None:
+        self.params = params
+        self.chat = Conversation()
+        self.stats = Stats()
+        self._frontend = frontend
+        self._write = write
+        self._verbose = verbose
+        self._done = False
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": self._help,
+            "/reset": self._reset,
+            "/system": self._system,
+            "/set": self._set,
+            "/stats": self._stats,
+            "/exit": self._exit,
+        }
+
+    @property
+    def command_names(self) -> list[str]:
+        return list(self._commands)
+
+    async def run(self, reader: LineReader) -> None:
+        """Read and answer lines until /exit or the end of input. Raises: WorkerDied when the server is gone."""
+        while not self._done:
+            try:
+                line = await reader.read()
+            except KeyboardInterrupt:
+                self._say("(Ctrl-D or /exit leaves)")
+                continue
+            if line is None:
+                return
+            await self.handle(line)
+
+    async def handle(self, line: str) -> None:
+        """Do what one line says."""
+        line = line.strip()
+        if not line:
+            return
+        if not line.startswith("/"):
+            await self._answer(line)
+            return
+        name, _, rest = line.partition(" ")
+        command = self._commands.get(name)
+        if command is None:
+            self._say(f"unknown command {name}; /help lists the commands")
+            return
+        command(rest.strip())
+
+    async def _answer(self, text: str) -> None:
+        """Ask the model, with an answer that Ctrl-C can stop. A refused question leaves no trace in the history."""
+        self.chat.add("user", text)
+        answer: list[str] = []
+        try:
+            await _until_interrupted(self._stream_fitting(answer))
+        except RequestError as error:
+            self._say(f"\nerror: {error}" if answer else f"error: {error}")
+        if answer:
+            self._write("\n")
+            self.chat.add("assistant", "".join(answer))
+        else:
+            self.chat.turns.pop()
+
+    async def _stream_fitting(self, answer: list[str]) -> None:
+        """Stream the answer; as long as the conversation is too long for the context, forget its oldest turn."""
+        told = False
+        while True:
+            try:
+                await self._stream(answer)
+                return
+            except RequestError as error:
+                if "context" not in str(error) or answer or not self.chat.drop_oldest():
+                    raise
+            if not told:
+                self._notice("(the context is full: the oldest turns are forgotten; /reset forgets all)\n")
+                told = True
+
+    async def _stream(self, answer: list[str]) -> None:
+        """Write the pieces of one answer as they come, collect them in `answer` and count them."""
+        started = first = time.perf_counter()
+        last: UserReply | None = None
+        stream = self._frontend.submit(ChatPrompt(messages=self.chat.messages()), self.params)
+        try:
+            async for last in stream:
+                if last.num_output_tokens and first == started:
+                    first = time.perf_counter()
+                if last.text:
+                    answer.append(last.text)
+                    self._write(last.text.translate(_CONTROL))
+        finally:
+            await stream.aclose()
+            if last is not None:
+                self.stats.record(last, started, first, time.perf_counter())
+        if last is not None and last.finish_reason is FinishReason.LENGTH:
+            self._notice(f"\n(cut after {last.num_output_tokens} tokens: /set max_tokens, or the context is full)")
+
+    def _help(self, _: str) -> None:
+        self._say(
+            "/reset          forget the conversation\n"
+            "/system TEXT    set the system message (empty: none) and forget the conversation\n"
+            f"/set NAME VALUE change how answers are drawn: {', '.join(SETTINGS)}\n"
+            "/stats          tokens, times and cache hits so far\n"
+            "/exit, Ctrl-D   leave; Ctrl-C stops an answer"
+        )
+
+    def _reset(self, _: str) -> None:
+        self.chat.turns.clear()
+        self._say("the conversation is forgotten")
+
+    def _system(self, text: str) -> None:
+        self.chat.system = text
+        self.chat.turns.clear()
+        self._say("the system message is set" if text else "there is no system message now")
+
+    def _set(self, rest: str) -> None:
+        if not rest:
+            self._say("\n".join(f"{name} {_shown(getattr(self.params, name))}" for name in SETTINGS))
+            return
+        name, _, text = rest.replace("=", " ", 1).partition(" ")
+        if name in SETTINGS and not text.strip():
+            self._say(f"usage: /set {name} VALUE (now {_shown(getattr(self.params, name))})")
+            return
+        try:
+            self.params = changed(self.params, name, text.strip())
+        except RequestError as error:
+            self._say(f"error: {error}")
+            return
+        self._say(f"{name} is {_shown(getattr(self.params, name))}")
+
+    def _stats(self, _: str) -> None:
+        self._say(str(self.stats))
+
+    def _exit(self, _: str) -> None:
+        self._done = True
+
+    def _say(self, text: str) -> None:
+        self._write(text + "\n")
+
+    def _notice(self, text: str) -> None:
+        if self._verbose:
+            self._write(text)
+
+
+class TerminalReader:
+    """Lines edited with prompt_toolkit, with completion of commands and a history that outlives the session."""
+
+    def __init__(self, commands: list[str], history: Path | None) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+        from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+        self._session: PromptSession[str] = PromptSession(
+            history=FileHistory(str(history)) if history else InMemoryHistory(),
+            completer=WordCompleter(commands, sentence=True),
+            complete_while_typing=False,
+        )
+
+    async def read(self) -> str | None:
+        try:
+            return await self._session.prompt_async("> ")
+        except EOFError:
+            return None
+
+
+class PipeReader:
+    """Lines of a pipe or file, without a thread that could outlive the shell."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._buffer = b""
+        self._ended = False
+
+    async def read(self) -> str | None:
+        while b"\n" not in self._buffer and not self._ended:
+            await self._readable()
+            data = os.read(self._fd, 65536)
+            self._buffer += data
+            self._ended = not data
+        if not self._buffer:
+            return None
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line.decode(errors="replace")
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        try:
+            loop.add_reader(self._fd, ready.set)
+        except PermissionError:  # a regular file or /dev/null: never blocks, and epoll refuses it
+            return
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(self._fd)
+
+
+def history_file(environ: Mapping[str, str]) -> Path | None:
+    """Where lines are remembered, private to the user; None when there is no place for it."""
+    base = environ.get("XDG_STATE_HOME") or Path(environ.get("HOME", "~"), ".local", "state")
+    path = Path(base, "minisgl", "shell_history").expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)
+    except OSError:
+        return None
+    return path
+
+
+async def run_shell(frontend: ChatFrontend, config: ServerConfig) -> None:
+    """Chat on stdin and stdout until the user leaves.
+
+    Raises: ConfigError for a bad MINISGL_SHELL_* value, WorkerDied when the server is gone.
+    """
+    params = shell_params(config.default_sampling, os.environ)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    shell = Shell(frontend, params, _write_out, verbose=interactive)
+    if not interactive:
+        await shell.run(PipeReader(sys.stdin.fileno()))
+        return
+    _write_out(f"minisgl: {config.served_model_name} is ready. /help lists the commands, Ctrl-D leaves.\n")
+    await shell.run(TerminalReader(shell.command_names, history_file(os.environ)))
+
+
+def _write_out(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _shown(value: float | int | None) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+async def _until_interrupted(work: Any) -> None:
+    """Run a coroutine to its end, or until Ctrl-C cancels it; the program goes on either way."""
+    task = asyncio.ensure_future(work)
+    interrupted = False
+
+    def interrupt() -> None:
+        nonlocal interrupted
+        interrupted = True
+        task.cancel()
+
+    with _on_sigint(interrupt):
+        try:
+            await task
+        except asyncio.CancelledError:
+            if not interrupted:
+                task.cancel()
+                raise
+
+
+@contextlib.contextmanager
+def _on_sigint(callback: Callable[[], None]) -> Iterator[None]:
+    """Call `callback` in the loop for SIGINT while inside; afterwards the handler is what it was before."""
+    before = signal.getsignal(signal.SIGINT)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, callback)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+        signal.signal(signal.SIGINT, before)
