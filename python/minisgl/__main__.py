@@ -22,21 +22,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     """Imports are made when they are needed: help and errors are there at once."""
     if argv[:1] == ["bench"]:
-        from minisgl import benchmark
+        from minisgl.benchmark import main as bench
 
-        return benchmark.main(argv[1:])
+        return bench(argv[1:])
     if argv[:1] == ["doctor"]:
-        from minisgl import doctor
+        from minisgl.doctor import main as doctor
 
-        return doctor.main(argv[1:])
+        return doctor(argv[1:])
     from minisgl.config.args import parse_args
     from minisgl.utils.log import setup_logging
 
     args = parse_args(argv)
-    setup_logging("server")
+    setup_logging("shell" if args.shell else "server")
     from minisgl.server import launch
 
-    return launch.chat(args) if args.shell else launch.serve(args)
+    if args.shell:
+        from minisgl.shell import run_shell
+
+        return launch.run_local(args, run_shell)
+    return launch.serve(args)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from minisgl.config.args import ServerArgs
 from minisgl.config.resolve import prepare
@@ -18,6 +19,9 @@ from minisgl.config.runtime import Addresses, ServerConfig
 from minisgl.errors import ConfigError, WorkerDied
 from minisgl.server.supervisor import Supervisor, WorkerSpec
 from minisgl.server.workers import scheduler_main, tokenizer_main
+
+if TYPE_CHECKING:
+    from minisgl.server.frontend import Frontend
 
 MakeSpecs = Callable[[ServerConfig, Addresses], list[WorkerSpec]]
 
@@ -91,28 +95,32 @@ def run_server(config: ServerConfig, listener: socket.socket, make_specs: MakeSp
         return 130
 
 
-def chat(args: ServerArgs) -> int:
-    """The interactive shell, with a model of its own. Returns the exit status.
+def run_local(args: ServerArgs, use: Callable[[Frontend, ServerConfig], Awaitable[None]]) -> int:
+    """Everything but HTTP: `use` gets the frontend of a running model (the shell does). Returns the exit status.
 
-    Raises: ConfigError, WorkerDied when it cannot start or a child dies.
+    Raises: ConfigError, WorkerDied when a child does not start; WorkerDied, from the streams, when one dies.
     """
     config = prepare(args)
     try:
         with _stop_signals(), running_workers(config) as (supervisor, addresses), _uninterrupted_end():
-            asyncio.run(_chat(config, supervisor, addresses))
+            asyncio.run(_run_local(config, supervisor, addresses, use))
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-async def _chat(config: ServerConfig, supervisor: Supervisor, addresses: Addresses) -> None:
+async def _run_local(
+    config: ServerConfig,
+    supervisor: Supervisor,
+    addresses: Addresses,
+    use: Callable[[Frontend, ServerConfig], Awaitable[None]],
+) -> None:
     from minisgl.server.frontend import Frontend
-    from minisgl.shell import run_shell
 
     loop = asyncio.get_running_loop()
     async with Frontend(addresses) as frontend:
         supervisor.watch(lambda error: call_in(loop, frontend.fail, error))
-        await run_shell(frontend, config)
+        await use(frontend, config)
 
 
 def call_in(loop: asyncio.AbstractEventLoop, function: Callable[[WorkerDied], None], error: WorkerDied) -> None:
