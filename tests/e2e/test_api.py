@@ -373,6 +373,7 @@ def test_a_client_that_goes_away_frees_the_scheduler(
     answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HELLO, "max_tokens": 1}, timeout=20)
     assert answer.status_code == 200
     assert time.monotonic() - begin < 3
+    assert server.output().count("\n") == 1  # nothing but the line that it serves
 
 
 def test_health_answers_while_requests_run(client: openai.OpenAI, http: httpx.Client) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -188,11 +188,11 @@ async def _interleave(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Us
 
 async def _events(
     first: tuple[int, UserReply],
-    replies: AsyncIterator[tuple[int, UserReply]],
+    replies: AsyncGenerator[tuple[int, UserReply], None],
     parsed: GenerationRequest,
     renderer: Renderer,
     totals: Totals,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The SSE body, an error event included if it comes to that."""
     started: set[int] = set()
 
@@ -204,15 +204,16 @@ async def _events(
 
     try:
         yield shown(*first)
-        async for index, reply in replies:
-            data = shown(index, reply)
-            if data:
-                yield data
+        async with contextlib.aclosing(replies):
+            async for index, reply in replies:
+                data = shown(index, reply)
+                if data:
+                    yield data
         if parsed.include_usage:
             yield event(renderer.usage_chunk(totals))
         yield DONE
     except MiniSGLError as error:
-        logger.warning("a stream ends with an error: %s", error)
+        logger.debug("a stream ends with an error: %s", error)
         yield event(error_payload(error))
 
 
@@ -221,7 +222,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], streams: Sequence[Stream]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], streams: Sequence[Stream]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
@@ -233,6 +234,7 @@ class EventStream(Response):
         except ClientDisconnect:
             logger.debug("a client went away; its stream is aborted")
         finally:
+            await self._events.aclose()
             _abort(self._streams)
 
     async def _send(self, send: Send) -> None:

@@ -199,9 +199,13 @@ class Frontend:
         return self._tokenizers[uid % len(self._tokenizers)]
 
     async def _receive(self) -> None:
-        while True:
-            for message in await self._inbox.receive():
-                self._dispatch(message)
+        try:
+            while True:
+                for message in await self._inbox.receive():
+                    self._dispatch(message)
+        except Exception:
+            logger.exception("replies cannot be received any more")
+            self.fail(WorkerDied("the API server cannot receive replies any more"))
 
     def _dispatch(self, message: FrontendMsg) -> None:
         if isinstance(message, PongReply):

@@ -23,6 +23,7 @@ from minisgl.server.workers import scheduler_main, tokenizer_main
 if TYPE_CHECKING:
     from minisgl.server.frontend import Frontend
 
+MAX_TEMPDIR_LEN = 70
 MakeSpecs = Callable[[ServerConfig, Addresses], list[WorkerSpec]]
 
 
@@ -50,7 +51,9 @@ def running_workers(
 
     Raises: ConfigError or WorkerDied when a child does not start.
     """
-    directory = tempfile.mkdtemp(prefix="minisgl-")  # 0700, and short: socket paths end at some 107 bytes
+    parent = tempfile.gettempdir()
+    # mkdtemp makes it 0700. Paths of sockets end at some 107 bytes.
+    directory = tempfile.mkdtemp(prefix="minisgl-", dir=parent if len(parent) <= MAX_TEMPDIR_LEN else "/tmp")
     try:
         addresses = Addresses(directory=directory, num_tokenizer=config.num_tokenizer)
         supervisor = Supervisor(make_specs(config, addresses))

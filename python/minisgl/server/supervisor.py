@@ -132,9 +132,14 @@ class Supervisor:
         self._workers.append(_Worker(spec.name, process, ours, time.monotonic()))
 
     def _watch(self, on_death: Callable[[WorkerDied], None]) -> None:
+        last_look = time.monotonic()
         while not self._stopping.is_set():
             self._receive(0.5)
-            silent_since = time.monotonic() - self._heartbeat_timeout
+            now = time.monotonic()
+            if now - last_look > self._heartbeat_timeout / 2:  # we were stopped ourselves (Ctrl-Z): so were they
+                for worker in self._workers:
+                    worker.last_beat = now
+            last_look, silent_since = now, now - self._heartbeat_timeout
             for worker in self._workers:
                 error: MiniSGLError | None = self._death(worker)
                 if error is None and worker.last_beat < silent_since:

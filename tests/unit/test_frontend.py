@@ -1,0 +1,154 @@
+"""The API server's side of the channels, against a stand-in for everything behind them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from minisgl.config.runtime import Addresses
+from minisgl.core import FinishReason, SamplingParams
+from minisgl.errors import RequestError, WorkerDied
+from minisgl.message.backend import AbortMsg, PingMsg
+from minisgl.message.frontend import ErrorReply, PongReply, UserReply, frontend_codec
+from minisgl.message.tokenizer import TextPrompt, TokenizeMsg, TokenizerMsg, tokenizer_codec
+from minisgl.server.frontend import Frontend
+from minisgl.utils.sockets import AsyncPullSocket, PushSocket
+
+PROMPT, PARAMS = TextPrompt(text="x"), SamplingParams(max_tokens=4, seed=1)
+
+
+class Peers:
+    """Two tokenizers' inboxes, and a way to answer."""
+
+    def __init__(self, addresses: Addresses) -> None:
+        self.inboxes = [AsyncPullSocket(addresses.tokenizer(index), tokenizer_codec) for index in range(2)]
+        self.outbox = PushSocket(addresses.frontend, frontend_codec)
+
+    async def receive(self, index: int) -> list[TokenizerMsg]:
+        return await asyncio.wait_for(self.inboxes[index].receive(), 5)
+
+    def reply(self, uid: int, text: str, finish: FinishReason | None = None) -> None:
+        self.outbox.send([UserReply(uid, text, b"", 1, 1, 0, finish_reason=finish)])
+
+
+@pytest.fixture
+def addresses(tmp_path: Path) -> Addresses:
+    return Addresses(directory=str(tmp_path), num_tokenizer=2)
+
+
+@pytest.fixture
+async def peers(addresses: Addresses) -> AsyncIterator[Peers]:
+    made = Peers(addresses)
+    yield made
+    for socket in (*made.inboxes, made.outbox):
+        socket.close()
+
+
+@pytest.fixture
+async def frontend(addresses: Addresses) -> AsyncIterator[Frontend]:
+    async with Frontend(addresses) as made:
+        yield made
+
+
+async def test_replies_reach_their_stream_and_end_it(frontend: Frontend, peers: Peers) -> None:
+    first, second = frontend.submit(PROMPT, PARAMS), frontend.submit(PROMPT, PARAMS)
+    assert frontend.num_streams == 2
+    peers.reply(second.uid, "b", FinishReason.STOP)
+    peers.reply(first.uid, "a")
+    assert [reply.text async for reply in second] == ["b"]
+    assert (await anext(first)).text == "a"
+    peers.reply(first.uid, "", FinishReason.LENGTH)
+    assert [reply.finish_reason async for reply in first] == [FinishReason.LENGTH]
+    assert frontend.num_streams == 0
+
+
+async def test_a_slow_reader_gets_everything_at_once(frontend: Frontend, peers: Peers) -> None:
+    stream = frontend.submit(PROMPT, PARAMS)
+    peers.outbox.send(
+        [
+            UserReply(stream.uid, "a", b"\1\0\0\0", 3, 1, 2),
+            UserReply(stream.uid, "b", b"\2\0\0\0", 3, 2, 2, finish_reason=FinishReason.STOP),
+        ]
+    )
+    await asyncio.sleep(0.1)
+    (reply,) = [reply async for reply in stream]
+    expected = UserReply(stream.uid, "ab", b"\1\0\0\0\2\0\0\0", 3, 2, 2, finish_reason=FinishReason.STOP)
+    assert reply == expected
+
+
+async def test_an_abort_goes_the_way_of_its_request(frontend: Frontend, peers: Peers) -> None:
+    streams = [frontend.submit(PROMPT, PARAMS) for _ in range(4)]
+    for stream in streams:
+        await stream.aclose()
+        await stream.aclose()
+    for index in range(2):
+        messages = [message for _ in range(4) for message in await peers.receive(index)]
+        for stream in streams:
+            if stream.uid % 2 == index:
+                kinds = [type(message) for message in messages if message.uid == stream.uid]
+                assert kinds == [TokenizeMsg, AbortMsg]
+    peers.reply(streams[0].uid, "late")  # was under way: dropped
+    await asyncio.sleep(0.05)
+    with pytest.raises(RequestError):
+        await anext(streams[0])
+
+
+async def test_a_finished_stream_is_not_aborted(frontend: Frontend, peers: Peers) -> None:
+    stream = frontend.submit(PROMPT, PARAMS)
+    peers.reply(stream.uid, "a", FinishReason.STOP)
+    assert [reply.text async for reply in stream] == ["a"]
+    await stream.aclose()
+    await peers.receive(stream.uid % 2)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(peers.inboxes[stream.uid % 2].receive(), 0.1)
+
+
+async def test_refusals_and_failures_raise(frontend: Frontend, peers: Peers) -> None:
+    refused, failed = frontend.submit(PROMPT, PARAMS), frontend.submit(PROMPT, PARAMS)
+    peers.outbox.send([ErrorReply(refused.uid, "too long", 400, "prompt")])
+    failure = UserReply(failed.uid, "", b"", 1, 1, 0, finish_reason=FinishReason.ERROR, error="NaN logits")
+    peers.outbox.send([failure])
+    with pytest.raises(RequestError, match="too long") as caught:
+        await anext(refused)
+    assert (caught.value.status, caught.value.param) == (400, "prompt")
+    with pytest.raises(RequestError, match="NaN") as caught:
+        await anext(failed)
+    assert caught.value.status == 500
+    assert frontend.num_streams == 0
+
+
+async def test_a_dead_worker_ends_all_and_refuses_more(frontend: Frontend, peers: Peers) -> None:
+    stream = frontend.submit(PROMPT, PARAMS)
+    waiting = asyncio.ensure_future(anext(stream))
+    ping = asyncio.ensure_future(frontend.ping(5))
+    await asyncio.sleep(0)
+    frontend.fail(WorkerDied("gone"))
+    for task in (waiting, ping):
+        with pytest.raises(WorkerDied, match="gone"):
+            await task
+    with pytest.raises(WorkerDied):
+        frontend.submit(PROMPT, PARAMS)
+    with pytest.raises(WorkerDied):
+        await frontend.ping(1)
+
+
+async def test_pings_come_back_or_time_out(frontend: Frontend, peers: Peers) -> None:
+    ping = asyncio.ensure_future(frontend.ping(5))
+    (message,) = await peers.receive(0)
+    assert isinstance(message, PingMsg)
+    peers.outbox.send([PongReply(uid=message.uid)])
+    await ping
+    with pytest.raises(WorkerDied, match="did not answer"):
+        await frontend.ping(0.05)
+
+
+async def test_seeds_are_drawn_for_those_who_give_none(frontend: Frontend, peers: Peers) -> None:
+    for _ in range(4):
+        frontend.submit(PROMPT, SamplingParams())
+    messages = [message for _ in range(2) for message in await peers.receive(1)]
+    seeds = {message.params.seed for message in messages if isinstance(message, TokenizeMsg)}
+    assert len(seeds) == 2
+    assert None not in seeds
