@@ -20,6 +20,7 @@ from tests.models import tiny_model
 from tests.tokenizers_fixture import make_byte_level
 
 ROOT = Path(__file__).parents[2]
+PYTHONPATH = f"{ROOT / 'python'}{os.pathsep}{ROOT}"
 START_SECONDS = 60
 
 
@@ -28,7 +29,7 @@ class Server:
 
     def __init__(self, args: list[str], log: Path, *, wait: bool = True, **env: str) -> None:
         self.log = log
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'python'}{os.pathsep}{ROOT}", **env}
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": PYTHONPATH, **env}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, *args], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
@@ -100,7 +101,7 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for all tests that leave it as it was."""
     running = Server(
-        real(tiny_path, "--max-seq-len", "160"),
+        real(tiny_path, "--max-seq-len", "256"),
         tmp_path_factory.mktemp("logs") / "server.log",
         MINISGL_NUM_TOKENIZER="1",
     )

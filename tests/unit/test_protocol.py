@@ -1,0 +1,115 @@
+"""Request bodies: what they become, and that nothing but a refusal comes of bad ones."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minisgl.core import SamplingParams
+from minisgl.errors import RequestError
+from minisgl.message.codec import unpack_ids
+from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt
+from minisgl.server.protocol import (
+    ChatBody,
+    CompletionBody,
+    GenerateBody,
+    choice_seeds,
+    parse_chat,
+    parse_completion,
+    parse_generate,
+)
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def chat(**body: Any) -> Any:
+    return parse_chat(json.dumps({"messages": HELLO, **body}).encode(), {})
+
+
+def test_what_a_chat_becomes() -> None:
+    body = {
+        "model": "m",
+        "max_completion_tokens": 9,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "seed": 3,
+        "stop": "END",
+        "ignore_eos": True,
+        "n": 2,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    parsed = chat(**body)
+    assert parsed.prompts == (ChatPrompt(messages=HELLO),)
+    assert parsed.params == SamplingParams(9, 0.5, 7, 0.9, 0.1, 3, ("END",), True)
+    assert (parsed.model, parsed.n, parsed.stream, parsed.include_usage) == ("m", 2, True, True)
+
+
+def test_defaults_are_the_model_s_unless_the_client_says_otherwise() -> None:
+    defaults = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    data = json.dumps({"messages": HELLO, "temperature": 0, "top_p": None}).encode()
+    params = parse_chat(data, defaults).params
+    assert (params.temperature, params.top_k, params.top_p) == (0, 20, 0.95)
+    assert chat().params == SamplingParams()
+
+
+def test_parts_are_joined_and_developers_are_the_system() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    parsed = chat(messages=[{"role": "developer", "content": parts}, {"role": "assistant", "content": None}])
+    assert parsed.prompts[0].messages == [{"role": "system", "content": "ab"}, {"role": "assistant", "content": ""}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+)
+def test_prompts_of_completions(prompt: Any, expected: list[Any]) -> None:
+    parsed = parse_completion(json.dumps({"prompt": prompt}).encode(), {})
+    shown = [unpack_ids(p.input_ids) if isinstance(p, IdsPrompt) else getattr(p, "text", None) for p in parsed.prompts]
+    assert shown == expected
+    assert parsed.params.max_tokens == 16
+
+
+def test_generate_takes_text_or_ids_and_not_both() -> None:
+    assert parse_generate(b'{"text": "a"}', {}).prompts == (TextPrompt(text="a"),)
+    assert parse_generate(b'{"text": "a", "sampling_params": {"max_new_tokens": 3}}', {}).params.max_tokens == 3
+    for body in (b"{}", b'{"text": "a", "input_ids": [1]}', b'{"text": "a", "sampling_params": {"colour": 1}}'):
+        with pytest.raises(RequestError):
+            parse_generate(body, {})
+
+
+def test_seeds_of_choices() -> None:
+    assert choice_seeds(SamplingParams(seed=2**63 - 1), 3) == [2**63 - 1, 0, 1]
+    assert choice_seeds(SamplingParams(), 2) == [None, None]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = sorted(
+    {*ChatBody.model_fields, *CompletionBody.model_fields, *GenerateBody.model_fields}
+    | {"tools", "logprobs", "response_format", "logit_bias", "metadata", "best_of", "modalities", "tool_choice"}
+)
+
+
+@given(
+    body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4),
+    message=st.dictionaries(st.sampled_from(["role", "content", "name", "tool_calls", "x"]), JSON),
+)
+def test_any_json_is_taken_or_refused(body: dict[str, Any], message: dict[str, Any]) -> None:
+    for data in (body, {"messages": [message], **body}, {"messages": HELLO, **body}, {"prompt": "a", **body}):
+        for parse in (parse_chat, parse_completion, parse_generate):
+            refusal = None
+            try:
+                parse(json.dumps(data).encode(), {})
+            except RequestError as error:
+                refusal = error
+            assert refusal is None or (refusal.status == 400 and "\n" not in str(refusal))
