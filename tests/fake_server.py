@@ -67,7 +67,7 @@ def fake_scheduler(control: Control, config: SchedulerConfig, addresses: Address
     scheduler.run()
 
 
-def broken(control: Control) -> None:  # noqa: ARG001
+def broken(control: Control) -> None:
     raise ConfigError("the model is made of cheese")
 
 

@@ -25,6 +25,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
     "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
 }
+torch.set_num_threads(1)  # tiny operations, and other tests may keep the other cores busy
 VOCAB_SIZE = 256
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -122,11 +123,3 @@ def random_prompt(length: int, seed: int = 0) -> list[int]:
     """Token ids that are not special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.engine import Engine
 from minisgl.errors import ConfigError, EngineError

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class DistributedInfo:
-    """Rank `rank` of `size`; `init_method` is the rendezvous ("tcp://127.0.0.1:PORT"), unused for one rank."""
+    """Rank `rank` of `size`.
+
+    init_method: the rendezvous, "file://PATH" of a file that does not exist yet; unused for one rank.
+    """
 
     rank: int = 0
     size: int = 1

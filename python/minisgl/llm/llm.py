@@ -140,9 +140,9 @@ class LLM:
 
         Raises: RequestError before anything runs when a prompt cannot be served.
         """
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
-        return self._run([_prompt(prompt) for prompt in prompts], sampling_params, progress)
+        is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        many: Sequence[Any] = [prompts] if is_one else prompts
+        return self._run([_prompt(prompt) for prompt in many], sampling_params, progress)
 
     def chat(
         self,
@@ -152,9 +152,8 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """The model's answer to each conversation (a list of messages with `role` and `content`)."""
-        if len(conversations) > 0 and isinstance(conversations[0], dict):
-            conversations = [conversations]  # type: ignore[list-item]
-        prompts = [ChatPrompt(list(messages), tools) for messages in conversations]  # type: ignore[arg-type]
+        many: Sequence[Any] = [conversations] if _is_conversation(conversations) else conversations
+        prompts = [ChatPrompt(list(messages), tools) for messages in many]
         return self._run(prompts, sampling_params, progress)
 
     def stream(
@@ -164,8 +163,8 @@ class LLM:
 
         Several streams may be read in turn. Leaving the loop early ends the request.
         """
-        is_chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], dict)
-        wrapped = ChatPrompt(list(prompt)) if is_chat else _prompt(prompt)  # type: ignore[arg-type]
+        messages: Any = prompt
+        wrapped = ChatPrompt(list(messages)) if _is_conversation(prompt) else _prompt(prompt)
         (uid,) = self._submit([wrapped], [sampling_params])
         pending, taken = self._pending[uid], 0
         try:
@@ -275,6 +274,10 @@ class LLM:
             pending = self._pending.pop(uid, None)
             if pending is not None and not (pending.replies and pending.replies[-1].finish_reason):
                 self._transport.put([AbortMsg(uid)])
+
+
+def _is_conversation(value: Any) -> bool:
+    return not isinstance(value, str) and len(value) > 0 and isinstance(value[0], dict)
 
 
 def _prompt(prompt: Any) -> TextPrompt | IdsPrompt:

@@ -39,17 +39,17 @@ class ShardReader:
         self._file: Any = None
         self._num_bytes = 0
 
-    def _slice(self, name: str) -> Any:
+    def _open(self) -> Any:
         if self._file is None:
             try:
                 self._file = safe_open(str(self._path), framework="pt")
             except (OSError, SafetensorError) as error:
                 raise ConfigError(f"cannot read {str(self._path)!r}: {error}") from error
-        return self._file.get_slice(name)
+        return self._file
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        with safe_open(str(self._path), framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        file = self._open()
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def fill(self, slot: WeightSlot) -> None:
         """Copy the slot's part of its tensor into its target."""
@@ -58,7 +58,7 @@ class ShardReader:
         step = max(1, BLOCK_BYTES // row_bytes)
         for first in range(begin, end, step):
             last = min(first + step, end)
-            block = self._slice(slot.name)[first:last]
+            block = self._open().get_slice(slot.name)[first:last]
             if slot.cols is not None:
                 block = block[:, slot.cols[0] : slot.cols[1]]
             target = slot.target if len(slot.shape) == 1 else slot.target[first - begin : last - begin]

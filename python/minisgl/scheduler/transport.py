@@ -142,4 +142,3 @@ class LocalTransport:
 
     def send(self, messages: Sequence[DetokenizeMsg]) -> None:
         self._outputs += messages
-

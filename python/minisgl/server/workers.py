@@ -11,11 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, TokenizerConfig
+from minisgl.env import env_bool
 from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.message.control import ControlMsg, Failed, Heartbeat, Ready, encode_control
 from minisgl.utils.log import setup_logging
@@ -104,8 +106,26 @@ def tokenizer_main(
 def scheduler_main(
     control: Control, engine_config: EngineConfig, config: SchedulerConfig, addresses: Addresses, rank: int
 ) -> None:
-    """One tensor-parallel rank: the engine, and the scheduler that feeds it."""
-    raise ConfigError("the scheduler is not built yet")
+    """One tensor-parallel rank: the engine, and the scheduler that feeds it.
+
+    For tests: MINISGL_CHECK_INTEGRITY makes a page accounting error fatal, MINISGL_CHECK_RANKS compares the plans of
+    ranks 0 and `rank` at every turn.
+    """
+    from minisgl.engine.engine import Engine
+    from minisgl.scheduler.scheduler import Scheduler
+    from minisgl.scheduler.transport import FollowerTransport, LeaderTransport, Transport
+
+    config = replace(config, check_integrity=env_bool("MINISGL_CHECK_INTEGRITY"))
+    check_ranks = env_bool("MINISGL_CHECK_RANKS")
+    engine = Engine(replace(engine_config, init_method=addresses.rendezvous), rank)
+    transport: Transport
+    if rank == 0:
+        transport = LeaderTransport(addresses, engine_config.tp_size, control.beat)
+    else:
+        transport = FollowerTransport(addresses, rank, control.beat)
+    scheduler = Scheduler(config, engine, transport, tp_size=engine_config.tp_size, check_ranks=check_ranks)
+    control.ready()
+    scheduler.run()
 
 
 def _hide_torch() -> None:

@@ -1,0 +1,196 @@
+"""`LLM` from end to end: the real planner and engine against Hugging Face, however the work is scheduled."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from minisgl import LLM, SamplingParams
+from minisgl.core import FinishReason
+from minisgl.errors import ConfigError, RequestError
+
+from tests.models import hf_generate, tiny_model
+from tests.tokenizers_fixture import make_byte_level
+
+NUM_TOKENS = 64
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+
+
+def with_tokenizer(path: Path) -> Path:
+    if not (path / "tokenizer.json").exists():
+        make_byte_level(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return with_tokenizer(tiny_model("qwen3", vocab_size=512))
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> Iterator[LLM]:
+    with LLM(str(model)) as llm:
+        yield llm
+
+
+def make_prompts() -> list[list[int]]:
+    """16 prompts of 1 to 60 tokens; some share a prefix with others."""
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, 400) for _ in range(rng.randrange(1, 61))] for _ in range(16)]
+    for i in range(4, 8):
+        prompts[i] = prompts[3][: 10 + 8 * (i - 3)] + prompts[i][:5]
+    return prompts
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[int]]:
+    return [hf_generate(model, prompt, NUM_TOKENS) for prompt in make_prompts()]
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "page size 1": {"page_size": 1},
+    "page size 1, chunks of 7": {"page_size": 1, "max_prefill_length": 7},
+    "page size 16, chunks of 7": {"page_size": 16, "max_prefill_length": 7},
+    "page size 16, chunks of 8192": {"page_size": 16, "max_prefill_length": 8192},
+    "odd page size": {"page_size": 5},
+    "no cache": {"cache_type": "naive"},
+    "no overlap": {"disable_overlap": True},
+    "no overlap, no cache": {"disable_overlap": True, "cache_type": "naive"},
+    "batch 1": {"max_running_requests": 1},
+    "longest prefix match": {"schedule_policy": "lpm", "max_running_requests": 3},
+    "retraction": {"num_pages": 24, "page_size": 8},
+    "tensor parallel": {"tensor_parallel_size": 2},
+    "tensor parallel, chunks of 7, retraction": {
+        "tensor_parallel_size": 2,
+        "max_prefill_length": 7,
+        "num_pages": 24,
+        "page_size": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_greedy_tokens_do_not_depend_on_the_schedule(model: Path, expected: list[list[int]], schedule: str) -> None:
+    with LLM(str(model), **SCHEDULES[schedule]) as llm:
+        for _ in range(2):  # the second time, prompts and outputs are in the cache
+            outputs = llm.generate(make_prompts(), GREEDY)
+            assert [output.token_ids for output in outputs] == expected
+        assert llm._scheduler.planner.num_free_pages == llm.config.engine.num_pages
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3_moe"])
+def test_every_family_through_the_planner(family: str) -> None:
+    overrides = {"sliding_window": 16} if family == "mistral" else {}
+    path = with_tokenizer(tiny_model(family, vocab_size=512, **overrides))
+    prompts = make_prompts()[:6]
+    with LLM(str(path), max_prefill_length=33) as llm:
+        outputs = llm.generate(prompts, GREEDY)
+    assert [output.token_ids for output in outputs] == [hf_generate(path, prompt, NUM_TOKENS) for prompt in prompts]
+
+
+def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(llm: LLM) -> None:
+    prompts = make_prompts()
+    params = [SamplingParams(temperature=1.0, top_p=0.9, max_tokens=30, seed=i, ignore_eos=True) for i in range(16)]
+    together = llm.generate(prompts, params)
+    for i in (0, 5, 11):
+        (alone,) = llm.generate([prompts[i]], params[i])
+        assert alone.token_ids == together[i].token_ids
+    other = llm.generate(
+        prompts[0], SamplingParams(temperature=1.0, top_p=0.9, max_tokens=30, seed=99, ignore_eos=True)
+    )
+    assert other[0].token_ids != together[0].token_ids
+
+
+def test_seeded_sampling_survives_retraction(model: Path, llm: LLM) -> None:
+    params = [SamplingParams(temperature=1.0, max_tokens=60, seed=i, ignore_eos=True) for i in range(16)]
+    reference = [output.token_ids for output in llm.generate(make_prompts(), params)]
+    with LLM(str(model), num_pages=20, page_size=8) as small:
+        assert [output.token_ids for output in small.generate(make_prompts(), params)] == reference
+
+
+def test_cached_tokens_are_reported(model: Path) -> None:
+    prompt = list(range(100, 150))
+    with LLM(str(model), page_size=16) as llm:
+        first = llm.generate(prompt, SamplingParams(max_tokens=1, temperature=0.0))[0]
+        second = llm.generate(prompt, SamplingParams(max_tokens=1, temperature=0.0))[0]
+    assert (first.cached_tokens, second.cached_tokens) == (0, 48)
+    assert first.token_ids == second.token_ids
+    assert second.prompt_token_ids == prompt
+    assert 0 < second.metrics.time_to_first_token <= second.metrics.total_time
+
+
+def test_text_in_text_out_and_stop_strings(llm: LLM) -> None:
+    (free,) = llm.generate("Hello world", SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True))
+    assert free.finish_reason is FinishReason.LENGTH
+    assert len(free.token_ids) == 40
+    stop = free.text[10:13]
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, stop=(stop,))
+    (stopped,) = llm.generate("Hello world", params)
+    assert stopped.finish_reason is FinishReason.STOP
+    assert stopped.text == free.text[: free.text.index(stop)]
+
+
+def test_streams_can_be_read_in_turn_and_left_early(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    whole = [llm.generate(text, params)[0] for text in ("Hello", "fox")]
+    first, second = llm.stream("Hello", params), llm.stream("fox", params)
+    pairs = list(zip(first, second, strict=True))
+    for side, output in enumerate(whole):
+        increments = [pair[side] for pair in pairs]
+        assert "".join(increment.text for increment in increments) == output.text
+        assert [increment.finish_reason for increment in increments][-1] is FinishReason.LENGTH
+    for _ in llm.stream("Hello", params):
+        break
+    assert llm.generate("Hello", params)[0].token_ids == whole[0].token_ids
+    assert llm._scheduler.planner.num_free_pages == llm.config.engine.num_pages
+
+
+def test_chat_applies_the_template(llm: LLM) -> None:
+    conversation = [{"role": "user", "content": "Hello"}]
+    (output,) = llm.chat(conversation, SamplingParams(temperature=0.0, max_tokens=3))
+    text = llm._tokenizer.codec.decode(output.prompt_token_ids)
+    assert "Hello" in text
+    assert len(llm.chat([conversation, conversation], SamplingParams(max_tokens=2))) == 2
+
+
+def test_bad_prompts_are_refused_before_anything_runs(llm: LLM) -> None:
+    too_long = [5] * 600
+    for prompts, words in [
+        ([too_long], "600 tokens.*512"),
+        (["fine", ""], "prompt 1: the prompt must not be empty"),
+        ([[]], "empty"),
+        ([[1, 512]], "512 is not in the vocabulary"),
+    ]:
+        with pytest.raises(RequestError, match=words):
+            llm.generate(prompts, GREEDY)
+    with pytest.raises(RequestError, match="2 sampling parameters for 1 prompts"):
+        llm.generate(["a"], [GREEDY, GREEDY])
+    assert llm.generate([], GREEDY) == []
+
+
+def test_progress_is_reported(llm: LLM) -> None:
+    seen: list[tuple[int, int]] = []
+    params = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in (3, 1, 2)]
+    llm.generate(["a", "b", "c"], params, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pagesize": 1}, "did you mean page_size"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"tp": 3}, "--tensor-parallel-size 3"),
+        ({"model_path": "/does/not/exist"}, "neither a directory"),
+    ],
+)
+def test_wrong_options_are_one_clear_error(model: Path, options: dict[str, Any], words: str) -> None:
+    if "model_path" not in options:
+        options["model_path"] = str(model)
+    with pytest.raises(ConfigError, match=words):
+        LLM(**options)

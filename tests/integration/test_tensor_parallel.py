@@ -1,0 +1,114 @@
+"""Two and four ranks over gloo, in spawned processes, give the tokens of one."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import queue
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from minisgl.core import SamplingParams
+from minisgl.engine.engine import Engine
+from minisgl.errors import ConfigError
+
+from tests.driver import GREEDY, engine_config, generate
+from tests.models import random_prompt, tiny_model
+
+PARAMS = [GREEDY, SamplingParams(temperature=0.9, seed=5), SamplingParams(top_k=30, top_p=0.9, seed=6), GREEDY]
+PROMPTS = [random_prompt(4 + 9 * i, seed=i) for i in range(len(PARAMS))]
+
+
+def run_rank(rank: int, cases: list[tuple[Path, int, str]], fields: dict[str, Any], results: Any) -> None:
+    """All cases, one engine after the other in the same process."""
+    for i, (path, tp_size, init_method) in enumerate(cases):
+        if rank >= tp_size:
+            continue
+        config = engine_config(path, tp_size=tp_size, init_method=init_method, **fields)
+        engine = Engine(config, rank)
+        outputs = generate(engine, config, PROMPTS, 12, PARAMS, chunk=20, stagger=1)
+        engine.close()
+        results.put((i, rank, outputs))
+
+
+def run_ranks(cases: list[tuple[Path, int]], **fields: Any) -> dict[tuple[int, int], list[list[int]]]:
+    """Outputs by (case, rank)."""
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    directory = tempfile.mkdtemp(prefix="minisgl-test-")
+    meetings = [(path, tp_size, f"file://{directory}/{i}") for i, (path, tp_size) in enumerate(cases)]
+    num_ranks = max(tp_size for _, tp_size in cases)
+    processes = [
+        context.Process(target=run_rank, args=(rank, meetings, fields, results)) for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[tuple[int, int], list[list[int]]] = {}
+    try:
+        while len(found) < sum(tp_size for _, tp_size in cases):
+            assert all(process.exitcode in (None, 0) for process in processes), "a rank failed"
+            try:
+                case, rank, outputs = results.get(timeout=1)
+            except queue.Empty:
+                continue
+            found[case, rank] = outputs
+    finally:
+        for process in processes:
+            process.join(10) if len(found) == sum(n for _, n in cases) else process.kill()
+            process.join()
+            process.close()
+        results.close()
+        results.join_thread()
+        shutil.rmtree(directory)
+    return found
+
+
+def test_ranks_agree_with_one_rank() -> None:
+    models = [
+        (tiny_model("qwen3", vocab_size=255), 2),  # a vocabulary that two does not divide
+        (tiny_model("llama", attention_bias=True, mlp_bias=True, vocab_size=255, tie_word_embeddings=True), 2),
+        (tiny_model("llama", num_key_value_heads=1), 2),  # fewer KV heads than ranks
+        (tiny_model("qwen3_moe"), 2),
+    ]
+    found = run_ranks(models)
+    for case, (path, tp_size) in enumerate(models):
+        config = engine_config(path)
+        engine = Engine(config)
+        expected = generate(engine, config, PROMPTS, 12, PARAMS)
+        engine.close()
+        for rank in range(tp_size):
+            assert found[case, rank] == expected, (case, rank)
+
+
+def test_dummy_weights_do_not_depend_on_ranks() -> None:
+    path = tiny_model("qwen3")
+    found = run_ranks([(path, 2)], dummy_weight=True, seed=3)
+    config = engine_config(path, dummy_weight=True, seed=3)
+    engine = Engine(config)
+    assert found[0, 0] == found[0, 1] == generate(engine, config, PROMPTS, 12, PARAMS)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 48}, "3 attention heads"),
+        ({"intermediate_size": 97}, "97 features of gate_proj"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}, "3 KV heads"),
+    ],
+)
+def test_ranks_that_do_not_fit(overrides: dict[str, Any], message: str) -> None:
+    from minisgl.layers.base import LayerEnv
+    from minisgl.models.registry import build_model
+
+    class TwoRanks:
+        rank, size = 0, 2
+
+    import torch
+    from minisgl.kernel.ops import TorchOps
+
+    env = LayerEnv(TwoRanks(), TorchOps(), torch.float32, torch.device("cpu"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"--tensor-parallel-size 2 .*{message}"):
+        build_model(env, engine_config(tiny_model("llama", **overrides)).model)

@@ -1,0 +1,58 @@
+"""Inverse frequencies against transformers' own, for every scaling; angles that depend on the position alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from minisgl.config.families import parse_model_config
+from minisgl.config.model import RopeConfig
+from minisgl.layers.rope import RotaryEmbedding, inverse_frequencies
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+CPU = torch.device("cpu")
+SCALINGS: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.3, "truncate": False},
+    {"rope_type": "yarn", "factor": 4.0, "beta_fast": 20, "beta_slow": 2, "mscale": 0.7, "mscale_all_dim": 1.2},
+]
+
+
+def read(**fields: Any) -> tuple[LlamaConfig, RopeConfig]:
+    hf = LlamaConfig(hidden_size=256, num_attention_heads=2, max_position_embeddings=4096, **fields)
+    return hf, parse_model_config({**hf.to_dict(), "architectures": ["LlamaForCausalLM"]}, {}, "test").rope
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda s: "-".join(str(v) for v in s.values()))
+def test_frequencies_equal_transformers(scaling: dict[str, Any]) -> None:
+    extra = {"rope_theta": 500000.0}
+    if scaling["rope_type"] in ("yarn", "llama3"):
+        extra["original_max_position_embeddings"] = 1024
+    hf, config = read(rope_parameters={**scaling, **extra})
+    expected, expected_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](hf, CPU)
+    inv_freq, factor = inverse_frequencies(config, 128)
+    torch.testing.assert_close(inv_freq, expected, rtol=1e-5, atol=0)
+    assert factor == pytest.approx(expected_factor)
+
+
+def test_dynamic_angles_are_those_of_the_length_that_ends_there() -> None:
+    hf, config = read(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
+    positions = torch.tensor([0, 100, 4095, 4096, 9000])
+    cos, sin = RotaryEmbedding(config, 128, CPU)(positions)
+    for i, position in enumerate(positions.tolist()):
+        inv_freq, _ = ROPE_INIT_FUNCTIONS["dynamic"](hf, CPU, seq_len=max(position + 1, 4096))
+        angles = position * inv_freq
+        torch.testing.assert_close(cos[i, 0, :64], angles.cos(), atol=2e-3, rtol=0)
+        torch.testing.assert_close(sin[i, 0, 64:], angles.sin(), atol=2e-3, rtol=0)
+
+
+def test_dynamic_angles_do_not_depend_on_the_batch() -> None:
+    _, config = read(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
+    rope = RotaryEmbedding(config, 128, CPU)
+    together = rope(torch.tensor([5, 9000]))[0][0]
+    torch.testing.assert_close(together, rope(torch.tensor([5]))[0][0], rtol=0, atol=0)
