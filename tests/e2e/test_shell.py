@@ -19,6 +19,7 @@ from tests.e2e.conftest import ROOT
 from tests.models import tiny_model
 from tests.tokenizers_fixture import make_byte_level
 
+PROMPT = "\x1b[?2004h"  # bracketed paste on: the terminal is in raw mode, so keys are no signals now
 READY = "is ready. /help lists the commands"
 NUM_PAGES = 256
 
@@ -109,8 +110,10 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(terminal: Terminal) -> None:
     assert 0 < num_output < 3000
     terminal.ask("/set max_tokens 4", expect="max_tokens is 4")
     terminal.ask("and now?", expect="cut after 4 tokens")  # the engine is free again
+    terminal.child.expect_exact(PROMPT)
     terminal.child.sendintr()
     terminal.child.expect_exact("(Ctrl-D or /exit leaves)")
+    terminal.child.expect_exact(PROMPT)
     terminal.child.sendeof()
     assert terminal.wait_gone() == 0
 
