@@ -1,6 +1,7 @@
 """A server whose engine is a formula: everything but the model is real. Run: python -m tests.fake_server MODEL [k=v …]
 
-Keys: port, num_tokenizer, delay (seconds per step), max_seq_len, max_running, die (name of a worker that fails at start-up).
+Keys: port, num_tokenizer, delay (seconds per step), max_seq_len, max_running,
+die (name of a worker that fails at start-up).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from minisgl.core import StepPlan, StepResult
 from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LeaderTransport
-from minisgl.server.launch import run_server, worker_specs
+from minisgl.server.launch import bind_port, run_server, worker_specs
 from minisgl.server.supervisor import WorkerSpec
 from minisgl.server.workers import Control
 from minisgl.utils.log import setup_logging
@@ -99,7 +100,8 @@ def main(argv: list[str]) -> int:
         return [replace(s, body=broken, args=()) if s.name == options.get("die") else s for s in made]
 
     try:
-        return run_server(config, specs)
+        with bind_port(config.host, config.port) as listener:
+            return run_server(config, listener, specs)
     except MiniSGLError as error:
         print(f"minisgl: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import openai
 import psutil
 import pytest
 
+from tests.models import tiny_model
 from tests.tokenizers_fixture import make_byte_level
 
 ROOT = Path(__file__).parents[2]
@@ -87,9 +89,21 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model: random weights, and the same tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "tiny-dir"
+    shutil.copytree(tiny_model("qwen3", vocab_size=400), path)
+    return make_byte_level(path)
+
+
+@pytest.fixture(scope="session")
+def server(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for all tests that leave it as it was."""
-    running = Server(fake(model_path, delay=0.002), tmp_path_factory.mktemp("logs") / "server.log")
+    running = Server(
+        real(tiny_path, "--max-seq-len", "160"),
+        tmp_path_factory.mktemp("logs") / "server.log",
+        MINISGL_NUM_TOKENIZER="1",
+    )
     yield running
     running.close()
     assert "Traceback" not in running.output()
@@ -122,6 +136,11 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 def http(server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=30) as made:
         yield made
+
+
+def real(model_path: Path, *flags: str) -> list[str]:
+    """The command of a server as anybody starts it."""
+    return ["-m", "minisgl", "--model", str(model_path), "--served-model-name", "tiny", "--port", "0", *flags]
 
 
 def fake(model_path: Path, **options: object) -> list[str]:

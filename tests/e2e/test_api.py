@@ -17,17 +17,20 @@ import pytest
 
 from tests.e2e.conftest import Server, fake
 
+CONTEXT = 160  # --max-seq-len of the session's server
+PAST_EOS = {"ignore_eos": True}  # random weights may say at any time that it is over
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
 def chat(client: openai.OpenAI, **options: Any) -> Any:
-    return client.chat.completions.create(**{"model": "fake-model", "messages": HELLO, "max_tokens": 8, **options})
+    defaults = {"model": "tiny", "messages": HELLO, "max_tokens": 8, "extra_body": PAST_EOS}
+    return client.chat.completions.create(**{**defaults, **options})
 
 
 def test_chat(client: openai.OpenAI) -> None:
     answer = chat(client, temperature=0)
     assert answer.id.startswith("chatcmpl-")
-    assert (answer.object, answer.model) == ("chat.completion", "fake-model")
+    assert (answer.object, answer.model) == ("chat.completion", "tiny")
     assert abs(answer.created - time.time()) < 60
     assert len(answer.choices) == 1
     choice = answer.choices[0]
@@ -56,10 +59,14 @@ def test_chat_streams_the_same(client: openai.OpenAI) -> None:
 
 
 def test_completion(client: openai.OpenAI) -> None:
-    whole = client.completions.create(model="fake-model", prompt="Once upon", max_tokens=8, seed=5)
+    whole = client.completions.create(model="tiny", prompt="Once upon", max_tokens=8, seed=5, extra_body=PAST_EOS)
     assert whole.id.startswith("cmpl-")
     assert (whole.object, whole.choices[0].finish_reason) == ("text_completion", "length")
-    chunks = list(client.completions.create(model="fake-model", prompt="Once upon", max_tokens=8, seed=5, stream=True))
+    chunks = list(
+        client.completions.create(
+            model="tiny", prompt="Once upon", max_tokens=8, seed=5, stream=True, extra_body=PAST_EOS
+        )
+    )
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     assert chunks[-1].choices[0].finish_reason == "length"
     assert all(chunk.usage is None for chunk in chunks)
@@ -69,7 +76,7 @@ def test_completion_takes_all_forms_of_prompts(client: openai.OpenAI) -> None:
     ids = [40, 41, 42]
 
     def texts(prompt: Any) -> list[str]:
-        made = client.completions.create(model="fake-model", prompt=prompt, max_tokens=4, seed=1)
+        made = client.completions.create(model="tiny", prompt=prompt, max_tokens=4, seed=1, extra_body=PAST_EOS)
         assert [choice.index for choice in made.choices] == list(range(len(made.choices)))
         assert made.usage is not None
         assert made.usage.completion_tokens == 4 * len(made.choices)
@@ -80,7 +87,7 @@ def test_completion_takes_all_forms_of_prompts(client: openai.OpenAI) -> None:
 
 
 def test_default_length_of_completions_is_openai_s(client: openai.OpenAI) -> None:
-    made = client.completions.create(model="fake-model", prompt="Once")
+    made = client.completions.create(model="tiny", prompt="Once", extra_body=PAST_EOS)
     assert made.usage is not None
     assert made.usage.completion_tokens == 16
 
@@ -131,9 +138,11 @@ def test_stop_strings_cut_the_text(client: openai.OpenAI, stream: bool) -> None:
 
 def test_long_max_tokens_end_at_the_context(client: openai.OpenAI) -> None:
     answer = chat(client, max_tokens=100000)
-    assert answer.usage.total_tokens == 512
+    assert answer.usage.total_tokens == CONTEXT
     assert answer.choices[0].finish_reason == "length"
-    unlimited = chat(client, max_tokens=openai.NOT_GIVEN, extra_body={"max_completion_tokens": None})
+    unlimited = chat(
+        client, max_tokens=openai.NOT_GIVEN, extra_body={"max_completion_tokens": None, "ignore_eos": True}
+    )
     assert unlimited.usage.total_tokens == 512
 
 
@@ -150,7 +159,7 @@ def test_64_streams_at_once(client: openai.OpenAI) -> None:
 
 
 def test_generate(http: httpx.Client) -> None:
-    sampling = {"max_new_tokens": 6, "temperature": 0}
+    sampling = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
     whole = http.post("/generate", json={"text": "Hello", "sampling_params": sampling}).json()
     assert len(whole["output_ids"]) == 6
     assert whole["meta_info"]["finish_reason"] == "length"
@@ -162,16 +171,16 @@ def test_generate(http: httpx.Client) -> None:
     assert events[-1] == "data: [DONE]"
     chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
     assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
-    assert sum((chunk["output_ids"] for chunk in chunks), []) == whole["output_ids"]
+    assert [token for chunk in chunks for token in chunk["output_ids"]] == whole["output_ids"]
 
 
-def test_models(client: openai.OpenAI, http: httpx.Client, model_path: Any) -> None:
+def test_models(client: openai.OpenAI, http: httpx.Client, tiny_path: Path) -> None:
     models = client.models.list().data
-    assert [model.id for model in models] == ["fake-model"]
+    assert [model.id for model in models] == ["tiny"]
     assert models[0].owned_by == "minisgl"
-    assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 512
-    assert client.models.retrieve("fake-model").id == "fake-model"
-    for name in (model_path.name, str(model_path)):
+    assert http.get("/v1/models").json()["data"][0]["max_model_len"] == CONTEXT
+    assert client.models.retrieve("tiny").id == "tiny"
+    for name in (tiny_path.name, str(tiny_path)):
         assert chat(client, model=name).choices
     with pytest.raises(openai.NotFoundError) as caught:
         chat(client, model="gpt-9")
@@ -271,15 +280,18 @@ def test_a_bad_chat_is_a_400_that_names_the_field(
 
 
 def test_a_prompt_that_is_too_long_is_told_both_lengths(http: httpx.Client) -> None:
-    answer = http.post("/v1/completions", json={"prompt": list(range(3, 103)) * 6})
+    def completion(length: int) -> httpx.Response:
+        return http.post("/v1/completions", json={"prompt": [5] * length, "ignore_eos": True})
+
+    answer = completion(600)
     assert answer.status_code == 400
     assert "600" in answer.json()["error"]["message"]
-    assert "512" in answer.json()["error"]["message"]
+    assert str(CONTEXT) in answer.json()["error"]["message"]
+    assert completion(CONTEXT).status_code == 400
+    assert completion(CONTEXT - 1).json()["usage"]["completion_tokens"] == 1
     answer = http.post("/v1/chat/completions", json={"messages": HELLO * 200, "stream": True})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "messages"
-    assert http.post("/v1/completions", json={"prompt": [5] * 512}).status_code == 400
-    assert http.post("/v1/completions", json={"prompt": [5] * 511}).json()["usage"]["completion_tokens"] == 1
 
 
 @pytest.mark.parametrize("prompt", ["", [], [""], [[]], [400], [-1], [2**40], ["a", 5], None, [True]])
@@ -364,7 +376,7 @@ def test_a_client_that_goes_away_frees_the_scheduler(
 
 
 def test_health_answers_while_requests_run(client: openai.OpenAI, http: httpx.Client) -> None:
-    thread = threading.Thread(target=lambda: chat(client, max_tokens=400))
+    thread = threading.Thread(target=lambda: chat(client, max_tokens=120))
     thread.start()
     assert http.get("/health").status_code == 200
     thread.join()

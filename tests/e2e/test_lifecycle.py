@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import openai
 import psutil
 import pytest
 
-from tests.e2e.conftest import ROOT, Server, fake
+from tests.e2e.conftest import ROOT, Server, fake, real
 
 Start = Callable[..., Server]
 HELLO: Any = [{"role": "user", "content": "hello"}]
@@ -260,3 +261,72 @@ def test_the_client_library_sees_the_error_of_a_stream(start: Start, model_path:
         with pytest.raises(openai.APIError, match="scheduler"):
             for _ in stream:
                 pass
+
+
+def test_a_real_scheduler_dies_like_a_fake_one(start: Start, tiny_path: Path) -> None:
+    server = start(real(tiny_path))
+    with server.client() as client:
+        body: Any = {"ignore_eos": True}
+        stream = client.chat.completions.create(model="tiny", messages=HELLO, stream=True, extra_body=body)
+        next(iter(stream))
+        server.child("minisgl-TP0-scheduler").kill()
+        with pytest.raises(openai.APIError, match="scheduler"):
+            for _ in stream:
+                pass
+    assert server.wait_exit() == 1
+    assert server.orphans() == []
+
+
+def test_a_real_server_stops_at_ctrl_c(start: Start, tiny_path: Path) -> None:
+    server = start(real(tiny_path, "--tp", "2"))
+    stream = Background(server, stream=True, max_tokens=60)
+    server.interrupt()
+    stream.end()
+    assert stream.events[-1] == "data: [DONE]"
+    assert server.wait_exit() == 0
+    assert server.orphans() == []
+    assert "Traceback" not in server.output()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model", "/no/such/model"], "--model /no/such/model"),
+        (["--model", "."], "config.json"),
+        (["--port", "99999"], "--port 99999"),
+        (["--prot", "80"], "--port"),
+        (["--host", "256.1.1.1"], "--host 256.1.1.1"),
+        (["--dtype", "int3"], "--dtype int3"),
+    ],
+)
+def test_what_cannot_work_is_one_line(start: Start, flags: list[str], expected: str) -> None:
+    server = start(["-m", "minisgl", "--port", "0", *flags], wait=False)
+    assert server.wait_exit() == 2
+    (line,) = server.output().splitlines()
+    assert line.startswith("minisgl: error: ")
+    assert expected in line
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_one_line(start: Start, tiny_path: Path, tmp_path: Path) -> None:
+    """The child fails, and its words are the server's."""
+    shutil.copytree(tiny_path, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not tensors")
+    server = start(real(tmp_path / "broken"), wait=False)
+    assert server.wait_exit(30) == 2
+    last = server.output().splitlines()[-1]
+    assert last.startswith("minisgl: error: minisgl-TP0-scheduler: ")
+    assert "Traceback" not in server.output()
+
+
+def test_help_is_there_at_once() -> None:
+    code = (
+        "import sys, minisgl.__main__ as m\n"
+        "try: m.main(['--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "heavy = {'torch', 'transformers', 'fastapi', 'numpy', 'zmq'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "--tensor-parallel-size" in ended.stdout

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from minisgl.tokenizer.tokenize import HFTextCodec
 
+from minisgl.tokenizer.tokenize import HFTextCodec
 from tests.tokenizers_fixture import make_byte_level, make_sentencepiece
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from minisgl.core import FinishReason
 from minisgl.message.codec import pack_ids
 from minisgl.message.frontend import UserReply

@@ -16,6 +16,7 @@ from minisgl.env import env_number
 from minisgl.errors import WorkerDied
 from minisgl.server.api_server import create_app
 from minisgl.server.frontend import Frontend
+from minisgl.server.launch import call_in
 from minisgl.server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -98,14 +99,9 @@ async def serve_http(
             timeout_graceful_shutdown=int(drain) + 5,
         )
         server = HttpServer(uvicorn_config, frontend, drain, lambda: _announce(config, listener))
-        supervisor.watch(lambda error: _call_in(loop, server.on_death, error))
+        supervisor.watch(lambda error: call_in(loop, server.on_death, error))
         await server.serve(sockets=[listener])
         return server.status
-
-
-def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[WorkerDied], None], error: WorkerDied) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop has ended: so has the server
-        loop.call_soon_threadsafe(function, error)
 
 
 def _announce(config: ServerConfig, listener: socket.socket) -> None:

@@ -8,16 +8,21 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from minisgl.config.args import ServerArgs
+from minisgl.config.resolve import prepare
 from minisgl.config.runtime import Addresses, ServerConfig
-from minisgl.errors import ConfigError
+from minisgl.errors import ConfigError, WorkerDied
 from minisgl.server.supervisor import Supervisor, WorkerSpec
 from minisgl.server.workers import scheduler_main, tokenizer_main
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+if TYPE_CHECKING:
+    from minisgl.server.frontend import Frontend
+
 MakeSpecs = Callable[[ServerConfig, Addresses], list[WorkerSpec]]
 
 
@@ -61,24 +66,67 @@ def running_workers(
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def run_server(config: ServerConfig, make_specs: MakeSpecs = worker_specs) -> int:
-    """Serve until SIGTERM or Ctrl-C. Returns the exit status: 0 after a clean stop, 1 when a worker died.
+def serve(args: ServerArgs) -> int:
+    """The server that the user asked for, from the port to the last child. Returns the exit status.
 
-    Raises: ConfigError (a taken port, a child that cannot start), before anything listens.
+    Raises: ConfigError, WorkerDied when it cannot start. The port comes first: a model takes a while to fetch and load.
     """
-    with contextlib.closing(bind_port(config.host, config.port)) as listener, _own_signals():
-        try:
-            with running_workers(config, make_specs, meanwhile=_import_http) as (supervisor, addresses):
-                from minisgl.server.http import serve_http
+    with contextlib.closing(bind_port(args.host, args.port)) as listener:
+        return run_server(prepare(args), listener)
 
-                try:
-                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    return asyncio.run(serve_http(config, addresses, supervisor, listener))
-                finally:
-                    for signum in _SIGNALS:  # the children are about to be stopped: nothing may interrupt that
-                        signal.signal(signum, signal.SIG_IGN)
-        except KeyboardInterrupt:
-            return 130
+
+def run_server(config: ServerConfig, listener: socket.socket, make_specs: MakeSpecs = worker_specs) -> int:
+    """Serve on a bound socket until SIGTERM or Ctrl-C. Returns the exit status: 0 after a clean stop, 1 when a worker
+    died, 130 when it was stopped before it was ready.
+
+    Raises: ConfigError or WorkerDied when a child does not start; nothing has listened then.
+    """
+    try:
+        with (
+            _stop_signals(),
+            running_workers(config, make_specs, meanwhile=_import_http) as (supervisor, addresses),
+            _uninterrupted_end(),
+        ):
+            from minisgl.server.http import serve_http
+
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            return asyncio.run(serve_http(config, addresses, supervisor, listener))
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_local(args: ServerArgs, use: Callable[[Frontend, ServerConfig], Awaitable[None]]) -> int:
+    """Everything but HTTP: `use` gets the frontend of a running model (the shell does). Returns the exit status.
+
+    Raises: ConfigError, WorkerDied when a child does not start; WorkerDied, from the streams, when one dies.
+    """
+    config = prepare(args)
+    try:
+        with _stop_signals(), running_workers(config) as (supervisor, addresses), _uninterrupted_end():
+            asyncio.run(_run_local(config, supervisor, addresses, use))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+async def _run_local(
+    config: ServerConfig,
+    supervisor: Supervisor,
+    addresses: Addresses,
+    use: Callable[[Frontend, ServerConfig], Awaitable[None]],
+) -> None:
+    from minisgl.server.frontend import Frontend
+
+    loop = asyncio.get_running_loop()
+    async with Frontend(addresses) as frontend:
+        supervisor.watch(lambda error: call_in(loop, frontend.fail, error))
+        await use(frontend, config)
+
+
+def call_in(loop: asyncio.AbstractEventLoop, function: Callable[[WorkerDied], None], error: WorkerDied) -> None:
+    """From another thread, call `function(error)` in the loop, unless that has ended."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, error)
 
 
 def bind_port(host: str, port: int) -> socket.socket:
@@ -105,15 +153,28 @@ def _import_http() -> None:
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
+def _stop_signals() -> Iterator[None]:
     """SIGTERM does what Ctrl-C does: an exception that lets everything be put away. Restored at the end."""
 
     def interrupt(_signum: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {signum: signal.signal(signum, interrupt) for signum in _SIGNALS}
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@contextmanager
+def _uninterrupted_end() -> Iterator[None]:
+    """After this block the children are stopped, and no signal may stop that half way."""
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

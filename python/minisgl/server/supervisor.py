@@ -73,8 +73,8 @@ class Supervisor:
 
     def start(self) -> None:
         """Start all children, without waiting for them."""
-        with _sigint_blocked():
-            for spec in self._specs:
+        for spec in self._specs:
+            with _signals_deferred():
                 self._spawn(spec)
 
     def wait_ready(self) -> dict[str, dict[str, Any]]:
@@ -188,10 +188,22 @@ def _describe(exitcode: int | None) -> str:
 
 
 @contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Children are born with Ctrl-C blocked: one during their first moments is the parent's to handle."""
+def _signals_deferred() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until a child is on its way: one that is half started would complain about it.
+
+    Children are born with SIGINT blocked, so that a Ctrl-C during their first moments is the parent's to handle.
+    """
+    caught: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            handlers[signum] = signal.signal(signum, lambda number, _: caught.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+        for number in caught[:1]:
+            signal.raise_signal(number)

@@ -1,0 +1,47 @@
+"""The command `minisgl`: serves over HTTP, or chats (--shell), measures (bench) or examines the machine (doctor)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from minisgl.errors import ConfigError, MiniSGLError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit status: 0, 1 when it failed, 2 when it could not be done as asked."""
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except MiniSGLError as error:
+        print(f"minisgl: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _dispatch(argv: list[str]) -> int:
+    """Imports are made when they are needed: help and errors are there at once."""
+    if argv[:1] == ["bench"]:
+        from minisgl.benchmark import main as bench
+
+        return bench(argv[1:])
+    if argv[:1] == ["doctor"]:
+        from minisgl.doctor import main as doctor
+
+        return doctor(argv[1:])
+    from minisgl.config.args import parse_args
+    from minisgl.utils.log import setup_logging
+
+    args = parse_args(argv)
+    setup_logging("shell" if args.shell else "server")
+    from minisgl.server import launch
+
+    if args.shell:
+        from minisgl.shell import run_shell
+
+        return launch.run_local(args, run_shell)
+    return launch.serve(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Prompts to ids: templates, special tokens, and everything that is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minisgl.config.runtime import Addresses, TokenizerConfig
+from minisgl.core import SamplingParams
+from minisgl.errors import ConfigError, RequestError
+from minisgl.message.backend import AbortMsg, PingMsg, UserMsg
+from minisgl.message.codec import pack_ids, unpack_ids
+from minisgl.message.frontend import ErrorReply, PongReply, UserReply
+from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, IdsPrompt, StreamStart, TextPrompt, TokenizeMsg
+from minisgl.tokenizer.server import TokenizerServer
+from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
+from tests.tokenizers_fixture import make_byte_level
+
+CONFIG = TokenizerConfig(model_path="", max_seq_len=64, vocab_size=400)
+HELLO = ChatPrompt(messages=[{"role": "user", "content": "hello"}])
+
+
+def request(prompt: Any, uid: int = 1, **params: Any) -> TokenizeMsg:
+    return TokenizeMsg(uid=uid, prompt=prompt, params=SamplingParams(**params))
+
+
+def tokenize_one(codec: HFTextCodec, prompt: Any, **params: Any) -> UserMsg | ErrorReply:
+    (answer,) = Tokenizer(CONFIG, codec).tokenize([request(prompt, **params)])
+    return answer
+
+
+def test_a_chat_is_encoded_as_its_template_says(byte_level: HFTextCodec) -> None:
+    ids = Tokenizer(CONFIG, byte_level).encode(HELLO)
+    text = byte_level._tokenizer.decode(ids)
+    assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert ids.count(1) == 2  # <|im_start|> is one token, not its characters
+
+
+def test_no_second_bos(byte_level_bos: HFTextCodec) -> None:
+    """The template has put one; plain text gets the tokenizer's."""
+    tokenizer = Tokenizer(CONFIG, byte_level_bos)
+    assert tokenizer.encode(HELLO).count(0) == 1
+    assert tokenizer.encode(TextPrompt(text="hello")).count(0) == 1
+    assert tokenizer.encode(IdsPrompt(input_ids=pack_ids([5, 6]))) == [5, 6]
+
+
+def test_a_batch_is_encoded_like_its_parts(byte_level_bos: HFTextCodec) -> None:
+    tokenizer = Tokenizer(CONFIG, byte_level_bos)
+    bad = ChatPrompt(messages=[{"role": "wizard", "content": "x"}])
+    prompts = [HELLO, TextPrompt(text="a b"), bad, IdsPrompt(input_ids=pack_ids([7])), TextPrompt(text=""), HELLO]
+    answers = tokenizer.tokenize([request(prompt, uid) for uid, prompt in enumerate(prompts)])
+    assert [answer.uid for answer in answers] == list(range(6))
+    assert [isinstance(answer, ErrorReply) for answer in answers] == [False, False, True, False, True, False]
+    for answer, prompt in zip(answers, prompts, strict=True):
+        if isinstance(answer, UserMsg):
+            assert unpack_ids(answer.input_ids) == tokenizer.encode(prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param", "word"),
+    [
+        (ChatPrompt(messages=[]), "messages", "empty"),
+        (ChatPrompt(messages=[{"role": "wizard", "content": "x"}]), "messages", "Unknown role"),
+        (ChatPrompt(messages=[{"content": "x"}]), "messages", "template"),
+        (ChatPrompt(messages=[{"role": "user", "content": "long " * 99}]), "messages", "64"),
+        (TextPrompt(text=""), "prompt", "empty"),
+        (TextPrompt(text="long " * 99), "prompt", "64"),
+        (IdsPrompt(input_ids=b""), "prompt", "empty"),
+        (IdsPrompt(input_ids=pack_ids([3, 400])), "prompt", "400"),
+        (IdsPrompt(input_ids=pack_ids([-1])), "prompt", "-1"),
+        (IdsPrompt(input_ids=pack_ids([3] * 64)), "prompt", "64 tokens"),
+    ],
+)
+def test_what_is_refused(byte_level: HFTextCodec, prompt: Any, param: str, word: str) -> None:
+    answer = tokenize_one(byte_level, prompt)
+    assert isinstance(answer, ErrorReply)
+    assert (answer.status, answer.param) == (400, param)
+    assert word in answer.message
+
+
+def test_a_model_without_chat_template(tmp_path: Path) -> None:
+    codec = HFTextCodec(str(make_byte_level(tmp_path, template=None)))
+    answer = tokenize_one(codec, HELLO)
+    assert isinstance(answer, ErrorReply)
+    assert "/v1/completions" in answer.message
+    assert isinstance(tokenize_one(codec, TextPrompt(text="x")), UserMsg)
+
+
+@pytest.mark.parametrize(("asked", "got"), [(None, 62), (5, 5), (62, 62), (1000, 62)])
+def test_max_tokens_is_what_the_context_has_room_for(byte_level: HFTextCodec, asked: int | None, got: int) -> None:
+    answer = tokenize_one(byte_level, IdsPrompt(input_ids=pack_ids([3, 4])), max_tokens=asked)
+    assert isinstance(answer, UserMsg)
+    assert answer.params.max_tokens == got
+
+
+def test_seeds_are_drawn_where_none_is_given(byte_level: HFTextCodec) -> None:
+    tokenizer = Tokenizer(CONFIG, byte_level)
+    answers = tokenizer.tokenize([request(TextPrompt(text="x"), seed=seed) for seed in (None, None, 7, 0)])
+    seeds = [answer.params.seed for answer in answers if isinstance(answer, UserMsg)]
+    assert seeds[2:] == [7, 0]
+    assert None not in seeds
+    assert seeds[0] != seeds[1]
+
+
+def test_truncation_in_tokenizer_json_is_off(tmp_path: Path) -> None:
+    make_byte_level(tmp_path)
+    codec = HFTextCodec(str(tmp_path))
+    codec._tokenizer.backend_tokenizer.enable_truncation(max_length=4)
+    codec._tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert len(HFTextCodec(str(tmp_path)).encode(["q w e r t y u i o p"], special=False)[0]) > 10
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}"])
+def test_an_unusable_tokenizer_is_a_config_error(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=str(tmp_path)) as caught:
+        HFTextCodec(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+class Moody(HFTextCodec):
+    """Breaks on one text, in ways that nobody expects."""
+
+    def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        if "boom" in texts:
+            raise RuntimeError("secret")
+        return super().encode(texts, special=special)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        if 13 in token_ids:
+            raise RuntimeError("secret")
+        return super().decode(token_ids)
+
+
+def start_server(tmp_path: Path, codec: HFTextCodec, *, num_tokenizer: int, tokenizer: bool) -> TokenizerServer:
+    addresses = Addresses(directory=str(tmp_path), num_tokenizer=num_tokenizer)
+    return TokenizerServer(CONFIG, addresses, addresses.tokenizer(0) if tokenizer else addresses.detokenizer, codec)
+
+
+def test_one_bad_request_harms_nobody_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    codec = Moody(str(make_byte_level(tmp_path / "model")))
+    server = start_server(tmp_path, codec, num_tokenizer=0, tokenizer=True)
+    start = StreamStart(num_prompt_tokens=1, stop=(), prompt_tail=b"")
+    to_backend, to_frontend = server.handle(
+        [
+            request(TextPrompt(text="fine"), 1),
+            request(TextPrompt(text="boom"), 2),
+            request(TextPrompt(text="also fine"), 3),
+            DetokenizeMsg(uid=4, token_ids=pack_ids([13]), start=start),
+            DetokenizeMsg(uid=5, token_ids=pack_ids([40]), start=start),
+            DetokenizeMsg(uid=4, token_ids=pack_ids([14])),
+        ]
+    )
+    server.close()
+    assert [message.uid for message in to_backend if isinstance(message, UserMsg)] == [1, 3]
+    assert [message for message in to_backend if isinstance(message, AbortMsg)] == [AbortMsg(uid=4)]
+    errors = [message for message in to_frontend if isinstance(message, ErrorReply)]
+    assert [(error.uid, error.status) for error in errors] == [(2, 500), (4, 500)]
+    assert all("secret" not in error.message for error in errors)
+    assert [message.uid for message in to_frontend if isinstance(message, UserReply)] == [5]
+    assert sum(record.exc_info is not None for record in caplog.records) == 2
+
+
+def test_an_abort_stays_behind_its_request(tmp_path: Path, byte_level: HFTextCodec) -> None:
+    server = start_server(tmp_path, byte_level, num_tokenizer=1, tokenizer=True)
+    to_backend, _ = server.handle([request(TextPrompt(text="x"), 1), AbortMsg(uid=1), request(TextPrompt(text="y"), 2)])
+    server.close()
+    kinds = [(type(message).__name__, message.uid) for message in to_backend]
+    assert kinds.index(("UserMsg", 1)) < kinds.index(("AbortMsg", 1))
+
+
+@pytest.mark.parametrize("num_tokenizer", [0, 1])
+def test_pings_go_round_once(tmp_path: Path, byte_level: HFTextCodec, num_tokenizer: int) -> None:
+    """Tokenizer to scheduler, detokenizer to frontend; in one process, by turns."""
+    tokenizer = start_server(tmp_path, byte_level, num_tokenizer=num_tokenizer, tokenizer=True)
+    detokenizer = tokenizer
+    if num_tokenizer:
+        detokenizer = start_server(tmp_path, byte_level, num_tokenizer=1, tokenizer=False)
+    for uid in (1, 2):
+        assert tokenizer.handle([PingMsg(uid=uid)]) == ([PingMsg(uid=uid)], [])
+        assert detokenizer.handle([PingMsg(uid=uid)]) == ([], [PongReply(uid=uid)])
+    tokenizer.close()
+    if detokenizer is not tokenizer:
+        detokenizer.close()
+
+
+def test_encode_raises_for_callers_in_process(byte_level: HFTextCodec) -> None:
+    with pytest.raises(RequestError):
+        Tokenizer(CONFIG, byte_level).encode(TextPrompt(text=""))
