@@ -87,6 +87,6 @@ class CpuOps(TorchOps):
 
 def create_ops(device: str) -> TorchOps:
     """The fastest operations available on `device`."""
-    if device == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # type: ignore[no-untyped-call]
+    if device == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return CpuOps()
     return TorchOps()
