@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from minisgl.config.model import read_model_config
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan

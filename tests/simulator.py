@@ -9,6 +9,7 @@ do not depend on how the work was scheduled unless something is wrong.
 from __future__ import annotations
 
 import numpy as np
+
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import StepPlan, StepResult
 from minisgl.errors import EngineError

@@ -166,6 +166,8 @@ class Shell:
         self._write = write
         self._verbose = verbose
         self._done = False
+        self._answering: asyncio.Future[None] | None = None
+        self._interrupted = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/reset": self._reset,
@@ -191,6 +193,12 @@ class Shell:
                 return
             await self.handle(line)
 
+    def interrupt(self) -> None:
+        """Stop the current answer, if there is one."""
+        if self._answering is not None:
+            self._interrupted = True
+            self._answering.cancel()
+
     async def handle(self, line: str) -> None:
         """Do what one line says."""
         line = line.strip()
@@ -211,7 +219,8 @@ class Shell:
         self.chat.add("user", text)
         answer: list[str] = []
         try:
-            await _until_interrupted(self._stream_fitting(answer))
+            self._answering = asyncio.ensure_future(self._stream_fitting(answer))
+            await self._finish(self._answering)
         except RequestError as error:
             self._say(f"\nerror: {error}" if answer else f"error: {error}")
         if answer:
@@ -219,6 +228,18 @@ class Shell:
             self.chat.add("assistant", "".join(answer))
         else:
             self.chat.turns.pop()
+
+    async def _finish(self, answering: asyncio.Future[None]) -> None:
+        """Wait for an answer, or for Ctrl-C to stop it."""
+        self._interrupted = False
+        try:
+            await answering
+        except asyncio.CancelledError:
+            if not self._interrupted:
+                answering.cancel()
+                raise
+        finally:
+            self._answering = None
 
     async def _stream_fitting(self, answer: list[str]) -> None:
         """Stream the answer; as long as the conversation is too long for the context, forget its oldest turn."""
@@ -316,7 +337,8 @@ class TerminalReader:
 
     async def read(self) -> str | None:
         try:
-            return await self._session.prompt_async("> ")
+            # Ctrl-C is a key here; a handler of the prompt's own would take away the one for answers.
+            return await self._session.prompt_async("> ", handle_sigint=False)
         except EOFError:
             return None
 
@@ -366,7 +388,7 @@ def history_file(environ: Mapping[str, str]) -> Path | None:
 
 
 async def run_shell(frontend: ChatFrontend, config: ServerConfig) -> None:
-    """Chat on stdin and stdout until the user leaves.
+    """Chat on stdin and stdout until the user leaves. In a terminal Ctrl-C stops an answer, on a pipe the program.
 
     Raises: ConfigError for a bad MINISGL_SHELL_* value, WorkerDied when the server is gone.
     """
@@ -377,7 +399,8 @@ async def run_shell(frontend: ChatFrontend, config: ServerConfig) -> None:
         await shell.run(PipeReader(sys.stdin.fileno()))
         return
     _write_out(f"minisgl: {config.served_model_name} is ready. /help lists the commands, Ctrl-D leaves.\n")
-    await shell.run(TerminalReader(shell.command_names, history_file(os.environ)))
+    with on_sigint(shell.interrupt):
+        await shell.run(TerminalReader(shell.command_names, history_file(os.environ)))
 
 
 def _write_out(text: str) -> None:
@@ -389,27 +412,8 @@ def _shown(value: float | int | None) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-async def _until_interrupted(work: Any) -> None:
-    """Run a coroutine to its end, or until Ctrl-C cancels it; the program goes on either way."""
-    task = asyncio.ensure_future(work)
-    interrupted = False
-
-    def interrupt() -> None:
-        nonlocal interrupted
-        interrupted = True
-        task.cancel()
-
-    with _on_sigint(interrupt):
-        try:
-            await task
-        except asyncio.CancelledError:
-            if not interrupted:
-                task.cancel()
-                raise
-
-
 @contextlib.contextmanager
-def _on_sigint(callback: Callable[[], None]) -> Iterator[None]:
+def on_sigint(callback: Callable[[], None]) -> Iterator[None]:
     """Call `callback` in the loop for SIGINT while inside; afterwards the handler is what it was before."""
     before = signal.getsignal(signal.SIGINT)
     loop = asyncio.get_running_loop()

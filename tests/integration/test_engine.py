@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.engine import Engine
 from minisgl.errors import ConfigError, EngineError
-
 from tests.driver import GREEDY, engine_config, generate
 from tests.models import hf_generate, random_prompt, tiny_model
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
 from minisgl import LLM, SamplingParams
 from minisgl.core import FinishReason
 from minisgl.errors import ConfigError, RequestError
-
 from tests.models import hf_generate, tiny_model
 from tests.tokenizers_fixture import make_byte_level
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from minisgl.core import ScheduledReq, StepPlan
 from minisgl.engine.engine import Engine, Runner
-
 from tests.driver import GREEDY, engine_config, generate
 from tests.models import FAMILIES, hf_generate, hf_logits, random_prompt, tiny_model
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from minisgl.core import SamplingParams
 from minisgl.engine.engine import Engine
 from minisgl.errors import ConfigError
-
 from tests.driver import GREEDY, engine_config, generate
 from tests.models import random_prompt, tiny_model
 
@@ -40,9 +40,7 @@ def run_ranks(cases: list[tuple[Path, int]], **fields: Any) -> dict[tuple[int, i
     directory = tempfile.mkdtemp(prefix="minisgl-test-")
     meetings = [(path, tp_size, f"file://{directory}/{i}") for i, (path, tp_size) in enumerate(cases)]
     num_ranks = max(tp_size for _, tp_size in cases)
-    processes = [
-        context.Process(target=run_rank, args=(rank, meetings, fields, results)) for rank in range(num_ranks)
-    ]
+    processes = [context.Process(target=run_rank, args=(rank, meetings, fields, results)) for rank in range(num_ranks)]
     for process in processes:
         process.start()
     found: dict[tuple[int, int], list[list[int]]] = {}
@@ -107,6 +105,7 @@ def test_ranks_that_do_not_fit(overrides: dict[str, Any], message: str) -> None:
         rank, size = 0, 2
 
     import torch
+
     from minisgl.kernel.ops import TorchOps
 
     env = LayerEnv(TwoRanks(), TorchOps(), torch.float32, torch.device("cpu"))  # type: ignore[arg-type]

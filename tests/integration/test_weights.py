@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from minisgl.engine.engine import Engine, Runner
-from minisgl.errors import ConfigError
 from safetensors.torch import load_file, save_file
 
+from minisgl.engine.engine import Engine, Runner
+from minisgl.errors import ConfigError
 from tests.driver import engine_config, generate
 from tests.models import hf_generate, random_prompt, tiny_model
 

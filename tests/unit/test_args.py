@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from minisgl.config.args import ServerArgs, args_from_options, parse_args
 from minisgl.errors import ConfigError
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from minisgl.config.model import ModelConfig, read_model_config
 from minisgl.errors import ConfigError
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import FinishReason, SamplingParams, StepPlan
 from minisgl.scheduler.planner import Planner, ReqOutput
-
 from tests.simulator import SimulatedEngine, expected_output
 
 CONFIG = SchedulerConfig(

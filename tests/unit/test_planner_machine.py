@@ -8,11 +8,11 @@ from collections import deque
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import FinishReason, SamplingParams, StepPlan
 from minisgl.errors import EngineError
 from minisgl.scheduler.planner import Planner, ReqOutput
-
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from minisgl.kvcache.base import TokenIds
 from minisgl.kvcache.radix import RadixCache
 

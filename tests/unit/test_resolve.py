@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from minisgl.config.args import args_from_options
 from minisgl.config.locate import DEMO_MODEL, locate_model
 from minisgl.config.model import ModelConfig, RopeConfig

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 from minisgl.config.families import parse_model_config
 from minisgl.config.model import RopeConfig
 from minisgl.layers.rope import RotaryEmbedding, inverse_frequencies
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 CPU = torch.device("cpu")
 SCALINGS: list[dict[str, Any]] = [

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from minisgl.engine.batch import SamplingBatch
 from minisgl.engine.sample import sample, uniform
 

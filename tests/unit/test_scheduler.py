@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from minisgl.config.runtime import Addresses, SchedulerConfig
 from minisgl.core import FinishReason, SamplingParams, StepPlan
 from minisgl.errors import EngineError
@@ -13,7 +14,6 @@ from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.tokenizer import DetokenizeMsg
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import FollowerTransport, LocalTransport, RankFanout
-
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 
 CONFIG = SchedulerConfig(

@@ -15,7 +15,7 @@ from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import ConfigError, RequestError, WorkerDied
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt
-from minisgl.shell import DEFAULTS, PipeReader, Shell, history_file, shell_params
+from minisgl.shell import DEFAULTS, PipeReader, Shell, history_file, on_sigint, shell_params
 
 
 class FakeStream:
@@ -67,7 +67,8 @@ class ScriptReader:
 async def play(frontend: FakeFrontend, *lines: str | type[BaseException]) -> tuple[Shell, str]:
     out: list[str] = []
     shell = Shell(frontend, DEFAULTS, out.append)
-    await shell.run(ScriptReader(*lines))
+    with on_sigint(shell.interrupt):
+        await shell.run(ScriptReader(*lines))
     return shell, "".join(out)
 
 
@@ -189,6 +190,16 @@ async def test_ctrl_c_before_the_first_word_forgets_the_question() -> None:
     asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGINT)
     shell, _ = await play(frontend, "q1")
     assert shell.chat.turns == []
+
+
+async def test_ctrl_c_between_answers_does_nothing() -> None:
+    asyncio.get_running_loop().call_later(0, os.kill, os.getpid(), signal.SIGINT)
+    out: list[str] = []
+    shell = Shell(FakeFrontend(), DEFAULTS, out.append)
+    with on_sigint(shell.interrupt):
+        await asyncio.sleep(0.05)
+        await shell.handle("hi")
+    assert out == ["ok", "\n"]
 
 
 async def test_ctrl_c_at_the_prompt_is_a_hint() -> None:

@@ -1,14 +1,17 @@
 """The reference backend: gathers each sequence's KV, then calls torch's scaled_dot_product_attention.
 
-Single-token sequences (decode) are gathered together, padded to the longest, and computed in one call; longer ones
-(prefill) one by one. Padding repeats the sequence's own first slot, so that a weight of zero never meets another
-request's NaN.
+Single-token sequences (decode) are gathered in groups of similar length, each padded to its longest, as many as fit the
+processor's cache: one gather of everything would go through main memory twice more (docs/performance-log.md). Longer
+sequences (prefill) come one by one, in blocks of queries. Where slots follow one another nothing is copied.
+
+Padding repeats the sequence's own first slot, so that a weight of zero never meets another request's NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,122 +22,153 @@ from minisgl.errors import ConfigError
 
 Tensor = torch.Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class DecodeGroup:
-    """All single-token sequences of a step, for one window."""
-
-    slots: Tensor  # [batch * max_len] int64
-    mask: Tensor | None  # [batch, 1, 1, max_len] bool; None where nothing is padded
-    max_len: int
+GROUP_BYTES = 4 << 20  # of keys gathered together for decode
+QUERY_BLOCK = 512  # of prefill; bounds the mask
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillSeq:
-    """One longer sequence, for one window."""
+class Call:
+    """One call of scaled_dot_product_attention: sequences of `num_queries` tokens each, over `kv_len` slots each."""
 
-    begin: int  # its tokens in the batch
-    end: int
-    slots: Tensor  # [kv_len] int64
-    mask: Tensor | None  # [num_new, kv_len] bool; None: causal from position 0
+    tokens: Tensor | slice  # of the ragged batch: where the queries are, and the outputs go
+    num_seqs: int
+    kv_len: int
+    slots: Tensor | slice  # [num_seqs * kv_len] int64
+    mask: Tensor | None  # added to the scores; broadcasts to [num_seqs, num_kv_heads, queries, kv_len]
+    is_causal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SdpaMetadata:
-    """Per window: the groups. `decode_tokens` is None when the decode tokens are the whole batch."""
+    """The calls of a layer, by its window."""
 
-    has_decode: bool
-    decode_tokens: Tensor | None  # [num decode tokens] int64: where they are in the batch
-    decode: dict[int | None, DecodeGroup] = field(default_factory=dict)
-    prefill: dict[int | None, list[PrefillSeq]] = field(default_factory=dict)
+    calls: dict[int | None, list[Call]]
 
 
 class SdpaBackend:
-    """See the module. windows: every window that some layer has."""
+    """See the module. windows: every window that some layer has; kv_bytes: of one slot's keys in one layer."""
 
-    def __init__(self, windows: Iterable[int | None], device: torch.device) -> None:
+    def __init__(self, windows: Iterable[int | None], kv_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
         self._windows = tuple(dict.fromkeys(windows))
-        self._device = device
+        self._group_slots = max(1, GROUP_BYTES // kv_bytes)
+        self._dtype, self._device = dtype, device
+        self._workspace: dict[str, Tensor] = {}
 
     def prepare(self, batch: AttentionBatch) -> SdpaMetadata:
-        single = np.flatnonzero(batch.num_new == 1)
-        longer = np.flatnonzero(batch.num_new > 1)
-        tokens = self._tensor(batch.offsets[single]) if len(longer) else None
-        metadata = SdpaMetadata(has_decode=len(single) > 0, decode_tokens=tokens)
+        single, longer = np.flatnonzero(batch.num_new == 1), np.flatnonzero(batch.num_new > 1)
+        calls: dict[int | None, list[Call]] = {}
         for window in self._windows:
-            if len(single):
-                metadata.decode[window] = self._decode_group(batch, single, window)
-            metadata.prefill[window] = [self._prefill_seq(batch, int(i), window) for i in longer]
-        return metadata
+            calls[window] = list(self._decode_calls(batch, single, window)) if len(single) else []
+            for i in longer.tolist():
+                calls[window] += self._prefill_calls(batch, i, window)
+        return SdpaMetadata(calls)
 
-    def _decode_group(self, batch: AttentionBatch, seqs: IntArray, window: int | None) -> DecodeGroup:
+    def _decode_calls(self, batch: AttentionBatch, seqs: IntArray, window: int | None) -> Iterator[Call]:
+        """Groups of sequences, sorted by length, of at most `_group_slots` slots, padding included."""
         ends = batch.starts[seqs] + 1
-        begins = np.maximum(ends - window, 0) if window else np.zeros_like(ends)
-        lens = ends - begins
+        lens = np.minimum(ends, window) if window else ends
+        if len(seqs) * int(lens.max()) <= self._group_slots:
+            yield self._decode_call(batch, seqs, ends, lens)
+            return
+        order = np.argsort(lens, kind="stable")
+        first = 0
+        for i in range(1, len(seqs) + 1):
+            if i == len(seqs) or int(lens[order[i]]) * (i + 1 - first) > self._group_slots:
+                group = order[first:i]
+                yield self._decode_call(batch, seqs[group], ends[group], lens[group])
+                first = i
+
+    def _decode_call(self, batch: AttentionBatch, seqs: IntArray, ends: IntArray, lens: IntArray) -> Call:
         max_len = int(lens.max())
         offsets = np.arange(max_len)
         valid = offsets < lens[:, None]
-        positions = begins[:, None] + np.where(valid, offsets, 0)
+        positions = (ends - lens)[:, None] + np.where(valid, offsets, 0)
         slots = batch.slots_of(batch.rows[seqs][:, None], positions)
-        mask = None if valid.all() else self._tensor(valid[:, None, None, :])
-        return DecodeGroup(self._tensor(slots.reshape(-1)), mask, max_len)
+        tokens = (
+            slice(None) if len(seqs) == batch.offsets[-1] and _ascending(seqs) else self._tensor(batch.offsets[seqs])
+        )
+        mask = None if valid.all() else self._mask(valid)[:, None, None]
+        return Call(tokens, len(seqs), max_len, self._slots(slots.reshape(-1)), mask)
 
-    def _prefill_seq(self, batch: AttentionBatch, seq: int, window: int | None) -> PrefillSeq:
+    def _prefill_calls(self, batch: AttentionBatch, seq: int, window: int | None) -> Iterator[Call]:
         start, end = int(batch.starts[seq]), int(batch.starts[seq] + batch.num_new[seq])
-        begin = max(start + 1 - window, 0) if window else 0
-        slots = self._tensor(batch.slots(int(batch.rows[seq]), begin, end))
-        mask = None
-        if start > 0 or (window is not None and end > window):
-            queries, keys = np.arange(start, end)[:, None], np.arange(begin, end)
-            allowed = keys <= queries
-            mask = self._tensor(allowed & (keys > queries - window) if window else allowed)
-        return PrefillSeq(int(batch.offsets[seq]), int(batch.offsets[seq + 1]), slots, mask)
+        row, token = int(batch.rows[seq]), int(batch.offsets[seq]) - start  # token + position: in the batch
+        if start == 0 and (window is None or end <= window):
+            yield Call(slice(token, token + end), 1, end, self._slots(batch.slots(row, 0, end)), None, is_causal=True)
+            return
+        # Query i of a block of n sees keys up to kv_len - n + i: every block's mask is a view of one larger mask.
+        size = min(QUERY_BLOCK, end - start)
+        longest = min(end, window - 1 + size) if window else end
+        keys, queries = np.arange(longest), np.arange(size)[:, None] + (longest - size)
+        allowed = (keys <= queries) & (keys > queries - window) if window else keys <= queries
+        mask = self._mask(allowed)
+        for first in range(start, end, size):
+            last = min(first + size, end)
+            begin = max(first + 1 - window, 0) if window else 0
+            slots = self._slots(batch.slots(row, begin, last))
+            part = mask[size - (last - first) :, longest - (last - begin) :]
+            yield Call(slice(token + first, token + last), 1, last - begin, slots, part)
 
-    def _tensor(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
+    def _mask(self, allowed: np.ndarray[Any, np.dtype[np.bool_]]) -> Tensor:
+        mask = torch.zeros(allowed.shape, dtype=self._dtype)
+        return mask.masked_fill_(torch.from_numpy(~allowed), float("-inf")).to(self._device)
+
+    def _slots(self, slots: IntArray) -> Tensor | slice:
+        return slice(int(slots[0]), int(slots[-1]) + 1) if _ascending(slots) else self._tensor(slots)
+
+    def _tensor(self, array: IntArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
     def forward(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, metadata: SdpaMetadata
     ) -> Tensor:
-        prefill = metadata.prefill[window]
-        if not prefill:
-            return _decode(q, k_cache, v_cache, metadata.decode[window])
+        calls = metadata.calls[window]
+        if len(calls) == 1 and calls[0].num_seqs == len(q):
+            return self._call(q, k_cache, v_cache, calls[0])
         out = torch.empty_like(q)
-        for seq in prefill:
-            out[seq.begin : seq.end] = _prefill(q[seq.begin : seq.end], k_cache, v_cache, seq)
-        if metadata.decode_tokens is not None and metadata.has_decode:
-            tokens = metadata.decode_tokens
-            out[tokens] = _decode(q[tokens], k_cache, v_cache, metadata.decode[window])
+        for call in calls:
+            out[call.tokens] = self._call(q[call.tokens], k_cache, v_cache, call)
         return out
 
+    def _call(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, call: Call) -> Tensor:
+        """q: [num tokens of the call, num_qo_heads, head_dim] → the same shape."""
+        num_tokens, num_heads, head_dim = q.shape
+        num_kv_heads = k_cache.shape[1]
+        shape = (call.num_seqs, call.kv_len, num_kv_heads, head_dim)
+        k = self._gather("k", k_cache, call.slots).view(shape).transpose(1, 2)
+        v = self._gather("v", v_cache, call.slots).view(shape).transpose(1, 2)
+        if call.num_seqs == num_tokens:  # one query each: the heads that share a KV head act as so many queries
+            q = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+            return F.scaled_dot_product_attention(q, k, v, call.mask).reshape(num_tokens, num_heads, head_dim)
+        q = q.transpose(0, 1)[None]
+        gqa = num_heads != num_kv_heads
+        out = F.scaled_dot_product_attention(q, k, v, call.mask, is_causal=call.is_causal, enable_gqa=gqa)
+        return out[0].transpose(0, 1)
 
-def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup) -> Tensor:
-    """q: [batch, num_qo_heads, head_dim], one token each. Heads that share a KV head act as so many queries."""
-    batch, num_heads, head_dim = q.shape
-    num_kv_heads = k_cache.shape[1]
-    shape = (batch, group.max_len, num_kv_heads, head_dim)
-    k = k_cache.index_select(0, group.slots).view(shape).transpose(1, 2)
-    v = v_cache.index_select(0, group.slots).view(shape).transpose(1, 2)
-    q = q.view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask).reshape(batch, num_heads, head_dim)
+    def _gather(self, name: str, cache: Tensor, slots: Tensor | slice) -> Tensor:
+        """The slots' rows of a cache, in a workspace that is kept: a fresh one would be page-faulted in every time."""
+        if isinstance(slots, slice):
+            return cache[slots]
+        size = len(slots)
+        workspace = self._workspace.get(name)
+        if workspace is None or len(workspace) < size:
+            workspace = torch.empty((size * 5 // 4, *cache.shape[1:]), dtype=cache.dtype, device=cache.device)
+            self._workspace[name] = workspace
+        return torch.index_select(cache, 0, slots, out=workspace[:size])
 
 
-def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, seq: PrefillSeq) -> Tensor:
-    """q: [num_new, num_qo_heads, head_dim] of one sequence."""
-    k = k_cache.index_select(0, seq.slots).transpose(0, 1)[None]
-    v = v_cache.index_select(0, seq.slots).transpose(0, 1)[None]
-    q = q.transpose(0, 1)[None]
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seq.mask, is_causal=seq.mask is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out[0].transpose(0, 1)
+def _ascending(numbers: IntArray) -> bool:
+    """Whether each number is the one before it plus one."""
+    return len(numbers) - 1 == numbers[-1] - numbers[0] and bool((np.diff(numbers) == 1).all())
 
 
 BACKENDS = {"sdpa": SdpaBackend}
 
 
-def create_backend(name: str, windows: Iterable[int | None], device: torch.device) -> SdpaBackend:
+def create_backend(
+    name: str, windows: Iterable[int | None], kv_bytes: int, dtype: torch.dtype, device: torch.device
+) -> SdpaBackend:
     """Raises: ConfigError for a backend that this build does not have."""
     if name not in BACKENDS:
         raise ConfigError(f"attention backend {name!r} is not available (available: {', '.join(BACKENDS)})")
-    return BACKENDS[name](windows, device)
+    return BACKENDS[name](windows, kv_bytes, dtype, device)

@@ -62,7 +62,7 @@ class GlooCommunicator:
         self.rank, self.size = info.rank, info.size
         path = info.init_method.removeprefix("file://")
         assert path != info.init_method, f"{info.init_method!r} is not a file:// rendezvous"
-        self._store = dist.FileStore(path, info.size)
+        self._store = dist.FileStore(path, info.size)  # type: ignore[attr-defined]
         gloo: Any = dist.ProcessGroupGloo  # its stubs are incomplete
         options = gloo._Options()
         options._timeout = TIMEOUT

@@ -74,7 +74,8 @@ class Runner:
             self._kv = KVPool(model, num_slots, config.tp_size, dtype, device)
             self._rope = RotaryEmbedding(model.rope, model.head_dim, device)
         windows = [model.sliding_window(layer) for layer in range(model.num_layers)]
-        self._backend = create_backend(config.prefill_backend, windows, device)
+        kv_bytes = model.num_local_kv_heads(config.tp_size) * model.head_dim * dtype.itemsize
+        self._backend = create_backend(config.prefill_backend, windows, kv_bytes, dtype, device)
         self._tables = Tables(config.max_running_requests, config.max_seq_len, config.page_size)
 
     def _load(self, rank: int) -> None:

@@ -19,14 +19,18 @@ class Linear(Layer):
         self._ops, self._comm = env.ops, env.comm
         self.weight = env.empty(out_features, in_features)
         self.bias = env.empty(out_features) if bias else None
-        self._packed: Tensor = self.weight
+        self._packed: Tensor | None = None  # `weight` in the kernels' layout, which replaces it
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._ops.linear(x, self._packed, self.bias)
+        return self._multiply(x, self.bias)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self._ops.linear(x, self.weight if self._packed is None else self._packed, bias)
 
     def pack(self) -> None:
-        self._packed = self._ops.pack_weight(self.weight)
-        if self._packed is not self.weight:
+        packed = self._ops.pack_weight(self.weight)
+        if packed is not self.weight:
+            self._packed = packed
             self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
 
@@ -97,7 +101,7 @@ class RowLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self._comm.rank == 0 else None
-        return self._comm.all_reduce(self._ops.linear(x, self._packed, bias))
+        return self._comm.all_reduce(self._multiply(x, bias))
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         rows, cols = self.weight.shape

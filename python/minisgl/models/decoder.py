@@ -51,6 +51,7 @@ class DecoderModel(Layer):
     def __init__(self, env: LayerEnv, config: ModelConfig) -> None:
         super().__init__()
         self._ops, self._eps = env.ops, config.rms_norm_eps
+        self._vocab_size = config.vocab_size
         self.embed_tokens = VocabParallelEmbedding(env, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(env, config, i) for i in range(config.num_layers))
         self.norm = env.empty(config.hidden_size)
@@ -67,6 +68,8 @@ class DecoderModel(Layer):
             x, residual = layer(x, residual, step)
         assert residual is not None
         if logit_tokens is not None:
+            if not len(logit_tokens):
+                return x.new_empty(0, self._vocab_size)
             x, residual = x.index_select(0, logit_tokens), residual.index_select(0, logit_tokens)
         x, _ = self._ops.add_rms_norm(x, residual, self.norm, self._eps)
         logits: Tensor = self.lm_head(x)
