@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.attention.base import AttentionBatch, IntArray
-from minisgl.errors import ConfigError
 
 Tensor = torch.Tensor
 
@@ -178,15 +177,3 @@ def _decode_lens(batch: AttentionBatch, seqs: IntArray, window: int | None) -> I
 def _consecutive(numbers: IntArray) -> bool:
     """Whether each number is the one before it plus one."""
     return len(numbers) - 1 == numbers[-1] - numbers[0] and bool((np.diff(numbers) == 1).all())
-
-
-BACKENDS = {"sdpa": SdpaBackend}
-
-
-def create_backend(
-    name: str, windows: Iterable[int | None], kv_bytes: int, dtype: torch.dtype, device: torch.device
-) -> SdpaBackend:
-    """Raises: ConfigError for a backend that this build does not have."""
-    if name not in BACKENDS:
-        raise ConfigError(f"attention backend {name!r} is not available (available: {', '.join(BACKENDS)})")
-    return BACKENDS[name](windows, kv_bytes, dtype, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
@@ -64,11 +64,13 @@ class GlooCommunicator:
         address = urlsplit(info.init_method)
         if address.scheme != "tcp" or not address.hostname or not address.port:
             raise ConfigError(f"init_method {info.init_method!r}: expected tcp://HOST:PORT")
-        self._store = dist.TCPStore(address.hostname, address.port, info.size, info.rank == 0, TIMEOUT)
-        options = dist.ProcessGroupGloo._Options()
+        gloo: Any = dist.ProcessGroupGloo  # its stubs are incomplete
+        store_type: Any = dist.TCPStore  # type: ignore[attr-defined]
+        self._store = store_type(address.hostname, address.port, info.size, info.rank == 0, TIMEOUT)
+        options = gloo._Options()
         options._timeout = TIMEOUT
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address.hostname)]
-        self._group = dist.ProcessGroupGloo(self._store, info.rank, info.size, options)
+        options._devices = [gloo.create_device(hostname=address.hostname)]
+        self._group = gloo(self._store, info.rank, info.size, options)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         self._group.allreduce([x]).wait()
