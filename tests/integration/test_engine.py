@@ -121,7 +121,7 @@ def test_sampled_tokens_do_not_depend_on_batch() -> None:
 
 def test_unknown_backend_and_device() -> None:
     path = tiny_model("llama")
-    with pytest.raises(ConfigError, match="'fa' is not available"):
+    with pytest.raises(ConfigError, match="'fa' is not available on cpu"):
         Engine(engine_config(path, prefill_backend="fa"))
     with pytest.raises(ConfigError, match="--device tpu"):
         Engine(engine_config(path, device="tpu"))

@@ -33,6 +33,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 4.0}},
     ),
+    "llama-rope-dynamic-beyond": (  # generation leaves the original context, which prompts do not
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 4.0},
+            "max_position_embeddings": 64,
+        },
+    ),
     "llama-rope-llama3": ("llama", {"rope_parameters": LLAMA3}),
     "qwen3-rope-yarn": ("qwen3", {"rope_parameters": YARN}),
     "qwen2-rope-yarn-attention-factor": ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.7}}),

@@ -39,9 +39,9 @@ class AttentionBatch:
 
     def slots_of(self, rows: IntArray | np.int64, positions: IntArray) -> IntArray:
         """The slot of each (row, position)."""
-        return self.page_table[rows, positions // self.page_size].astype(np.int64) * self.page_size + (
-            positions % self.page_size
-        )
+        page, offset = np.divmod(positions, self.page_size)
+        slots: IntArray = self.page_table[rows, page].astype(np.int64) * self.page_size + offset
+        return slots
 
 
 class AttentionBackend(Protocol):

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.attention.base import AttentionBatch, IntArray
-from minisgl.errors import ConfigError
 
 Tensor = torch.Tensor
 
@@ -30,7 +29,7 @@ QUERY_BLOCK = 512  # of prefill; bounds the mask
 class Call:
     """One call of scaled_dot_product_attention: sequences of `num_queries` tokens each, over `kv_len` slots each."""
 
-    tokens: Tensor | slice  # of the ragged batch: where the queries are, and the outputs go
+    tokens: slice  # the queries, of the tokens in the order of `WindowCalls`
     num_seqs: int
     kv_len: int
     slots: Tensor | slice  # [num_seqs * kv_len] int64
@@ -39,10 +38,16 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class SdpaMetadata:
-    """The calls of a layer, by its window."""
+class WindowCalls:
+    """The calls of a layer that has some window. `order`: [num_tokens] int64, the batch's tokens as the calls want
+    them, `inverse` puts them back; None where the batch is in that order already."""
 
-    calls: dict[int | None, list[Call]]
+    calls: list[Call]
+    order: Tensor | None
+    inverse: Tensor | None
+
+
+SdpaMetadata = dict[int | None, WindowCalls]
 
 
 class SdpaBackend:
@@ -55,44 +60,49 @@ class SdpaBackend:
         self._workspace: dict[str, Tensor] = {}
 
     def prepare(self, batch: AttentionBatch) -> SdpaMetadata:
-        single, longer = np.flatnonzero(batch.num_new == 1), np.flatnonzero(batch.num_new > 1)
-        calls: dict[int | None, list[Call]] = {}
-        for window in self._windows:
-            calls[window] = list(self._decode_calls(batch, single, window)) if len(single) else []
-            for i in longer.tolist():
-                calls[window] += self._prefill_calls(batch, i, window)
-        return SdpaMetadata(calls)
+        return {window: self._prepare(batch, window) for window in self._windows}
 
-    def _decode_calls(self, batch: AttentionBatch, seqs: IntArray, window: int | None) -> Iterator[Call]:
-        """Groups of sequences, sorted by length, of at most `_group_slots` slots, padding included."""
-        ends = batch.starts[seqs] + 1
-        lens = np.minimum(ends, window) if window else ends
-        if len(seqs) * int(lens.max()) <= self._group_slots:
-            yield self._decode_call(batch, seqs, ends, lens)
+    def _prepare(self, batch: AttentionBatch, window: int | None) -> WindowCalls:
+        single, longer = np.flatnonzero(batch.num_new == 1), np.flatnonzero(batch.num_new > 1)
+        calls: list[Call] = []
+        order: list[IntArray] = []
+        for group in self._decode_groups(batch, single, window):
+            calls.append(self._decode_call(batch, group, window, sum(map(len, order))))
+            order.append(batch.offsets[group])
+        for i in longer.tolist():
+            calls += self._prefill_calls(batch, i, window, sum(map(len, order)))
+            order.append(np.arange(batch.offsets[i], batch.offsets[i + 1]))
+        tokens = np.concatenate(order)
+        if _consecutive(tokens):
+            return WindowCalls(calls, None, None)
+        return WindowCalls(calls, self._tensor(tokens), self._tensor(np.argsort(tokens)))
+
+    def _decode_groups(self, batch: AttentionBatch, seqs: IntArray, window: int | None) -> Iterator[IntArray]:
+        """Sequences together of at most `_group_slots` slots, padding included; by length if they are not all one."""
+        lens = _decode_lens(batch, seqs, window)
+        if not len(seqs) or len(seqs) * int(lens.max()) <= self._group_slots:
+            yield from [seqs] if len(seqs) else []
             return
         order = np.argsort(lens, kind="stable")
         first = 0
         for i in range(1, len(seqs) + 1):
             if i == len(seqs) or int(lens[order[i]]) * (i + 1 - first) > self._group_slots:
-                group = order[first:i]
-                yield self._decode_call(batch, seqs[group], ends[group], lens[group])
+                yield seqs[order[first:i]]
                 first = i
 
-    def _decode_call(self, batch: AttentionBatch, seqs: IntArray, ends: IntArray, lens: IntArray) -> Call:
+    def _decode_call(self, batch: AttentionBatch, seqs: IntArray, window: int | None, token: int) -> Call:
+        lens = _decode_lens(batch, seqs, window)
         max_len = int(lens.max())
         offsets = np.arange(max_len)
         valid = offsets < lens[:, None]
-        positions = (ends - lens)[:, None] + np.where(valid, offsets, 0)
+        positions = (batch.starts[seqs] + 1 - lens)[:, None] + np.where(valid, offsets, 0)
         slots = batch.slots_of(batch.rows[seqs][:, None], positions)
-        tokens = (
-            slice(None) if len(seqs) == batch.offsets[-1] and _ascending(seqs) else self._tensor(batch.offsets[seqs])
-        )
         mask = None if valid.all() else self._mask(valid)[:, None, None]
-        return Call(tokens, len(seqs), max_len, self._slots(slots.reshape(-1)), mask)
+        return Call(slice(token, token + len(seqs)), len(seqs), max_len, self._slots(slots.reshape(-1)), mask)
 
-    def _prefill_calls(self, batch: AttentionBatch, seq: int, window: int | None) -> Iterator[Call]:
+    def _prefill_calls(self, batch: AttentionBatch, seq: int, window: int | None, token: int) -> Iterator[Call]:
         start, end = int(batch.starts[seq]), int(batch.starts[seq] + batch.num_new[seq])
-        row, token = int(batch.rows[seq]), int(batch.offsets[seq]) - start  # token + position: in the batch
+        row, token = int(batch.rows[seq]), token - start  # the query at a position is at token + position
         if start == 0 and (window is None or end <= window):
             yield Call(slice(token, token + end), 1, end, self._slots(batch.slots(row, 0, end)), None, is_causal=True)
             return
@@ -114,7 +124,7 @@ class SdpaBackend:
         return mask.masked_fill_(torch.from_numpy(~allowed), float("-inf")).to(self._device)
 
     def _slots(self, slots: IntArray) -> Tensor | slice:
-        return slice(int(slots[0]), int(slots[-1]) + 1) if _ascending(slots) else self._tensor(slots)
+        return slice(int(slots[0]), int(slots[-1]) + 1) if _consecutive(slots) else self._tensor(slots)
 
     def _tensor(self, array: IntArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
@@ -122,13 +132,14 @@ class SdpaBackend:
     def forward(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, metadata: SdpaMetadata
     ) -> Tensor:
-        calls = metadata.calls[window]
-        if len(calls) == 1 and calls[0].num_seqs == len(q):
-            return self._call(q, k_cache, v_cache, calls[0])
-        out = torch.empty_like(q)
-        for call in calls:
-            out[call.tokens] = self._call(q[call.tokens], k_cache, v_cache, call)
-        return out
+        plan = metadata[window]
+        if plan.order is not None:
+            q = q.index_select(0, plan.order)
+        if len(plan.calls) == 1:
+            out = self._call(q, k_cache, v_cache, plan.calls[0])
+        else:
+            out = torch.cat([self._call(q[call.tokens], k_cache, v_cache, call) for call in plan.calls])
+        return out if plan.inverse is None else out.index_select(0, plan.inverse)
 
     def _call(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, call: Call) -> Tensor:
         """q: [num tokens of the call, num_qo_heads, head_dim] → the same shape."""
@@ -157,18 +168,12 @@ class SdpaBackend:
         return torch.index_select(cache, 0, slots, out=workspace[:size])
 
 
-def _ascending(numbers: IntArray) -> bool:
+def _decode_lens(batch: AttentionBatch, seqs: IntArray, window: int | None) -> IntArray:
+    """Slots that the only new token of each sequence sees."""
+    ends = batch.starts[seqs] + 1
+    return np.minimum(ends, window) if window else ends
+
+
+def _consecutive(numbers: IntArray) -> bool:
     """Whether each number is the one before it plus one."""
     return len(numbers) - 1 == numbers[-1] - numbers[0] and bool((np.diff(numbers) == 1).all())
-
-
-BACKENDS = {"sdpa": SdpaBackend}
-
-
-def create_backend(
-    name: str, windows: Iterable[int | None], kv_bytes: int, dtype: torch.dtype, device: torch.device
-) -> SdpaBackend:
-    """Raises: ConfigError for a backend that this build does not have."""
-    if name not in BACKENDS:
-        raise ConfigError(f"attention backend {name!r} is not available (available: {', '.join(BACKENDS)})")
-    return BACKENDS[name](windows, kv_bytes, dtype, device)

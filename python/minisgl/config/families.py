@@ -45,8 +45,8 @@ def _qwen3(c: Json) -> Json:
 def _qwen3_moe(c: Json) -> Json:
     bias = bool(c.get("attention_bias", False))
     num_layers, dense = c["num_hidden_layers"], c.get("mlp_only_layers") or []
-    step = c.get("decoder_sparse_step", 1)
-    num_experts: int = c["num_experts"] if "num_experts" in c else c.get("num_local_experts", 128)
+    step: int = c.get("decoder_sparse_step") or 1
+    num_experts: int = c.get("num_experts") or c.get("num_local_experts") or 128
     moe = MoEConfig(
         num_experts=num_experts,
         num_experts_per_tok=c.get("num_experts_per_tok", 8),

@@ -10,7 +10,7 @@ import time
 import torch
 
 from minisgl.attention.base import StepContext
-from minisgl.attention.sdpa import create_backend
+from minisgl.attention.registry import create_backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import StepPlan, StepResult
 from minisgl.distributed.comm import create_communicator
@@ -75,7 +75,7 @@ class Runner:
             self._rope = RotaryEmbedding(model.rope, model.head_dim, device)
         windows = [model.sliding_window(layer) for layer in range(model.num_layers)]
         kv_bytes = model.num_local_kv_heads(config.tp_size) * model.head_dim * dtype.itemsize
-        self._backend = create_backend(config.prefill_backend, windows, kv_bytes, dtype, device)
+        self._backend = create_backend(config.prefill_backend, config.decode_backend, windows, kv_bytes, dtype, device)
         self._tables = Tables(config.max_running_requests, config.max_seq_len, config.page_size)
 
     def _load(self, rank: int) -> None:

@@ -23,14 +23,16 @@ NUM_CANDIDATES = 128
 
 def uniform(seed: npt.NDArray[np.uint64], position: IntArray) -> npt.NDArray[np.float64]:
     """A number in [0, 1) for each (seed, position): splitmix64 (Steele et al., OOPSLA 2014), 52 bits of it."""
-    return (_mix(_mix(seed) ^ position.astype(np.uint64)) >> np.uint64(12)).astype(np.float64) * 2.0**-52
+    bits: npt.NDArray[np.uint64] = _mix(_mix(seed) ^ position.astype(np.uint64)) >> np.uint64(12)
+    return bits.astype(np.float64) * 2.0**-52
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def sample(logits: Tensor, params: SamplingBatch) -> Tensor:

@@ -34,7 +34,8 @@ class Attention(Layer):
         k_cache, v_cache = step.kv.k[self._layer], step.kv.v[self._layer]
         self._ops.store_kv(qk[:, num_q:], qkv[:, num_rotated:], k_cache, v_cache, step.slots)
         out = step.backend.forward(qk[:, :num_q], k_cache, v_cache, self._window, step.metadata)
-        return self.o_proj(out.reshape(num_tokens, -1))
+        projected: Tensor = self.o_proj(out.reshape(num_tokens, -1))
+        return projected
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.qkv_proj.weights(prefix)

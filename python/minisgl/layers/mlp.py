@@ -22,7 +22,8 @@ class GatedMLP(Layer):
         self.down_proj = RowLinear(env, intermediate_size, hidden_size, bias, "intermediate features")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self._ops.silu_and_mul(self.gate_up_proj(x)))
+        out: Tensor = self.down_proj(self._ops.silu_and_mul(self.gate_up_proj(x)))
+        return out
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.gate_up_proj.weights(prefix)

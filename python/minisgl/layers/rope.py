@@ -45,13 +45,13 @@ class RotaryEmbedding:
         factor, original, dim = self._config.scaling["factor"], self._config.max_position, self._head_dim
         length = (positions + 1).clamp(min=original).double()
         base = self._config.theta * (factor * length / original - (factor - 1)) ** (dim / (dim - 2))
-        return (1.0 / base[:, None].float() ** self._exponents).to(torch.float32)
+        return torch.reciprocal(base[:, None].float() ** self._exponents)
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies [head_dim / 2] float32 and the factor that scales cos and sin."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    inv_freq = 1.0 / config.theta**exponents
+    inv_freq: Tensor = 1.0 / config.theta**exponents
     if config.type == "linear":  # position interpolation, arXiv 2306.15595
         return inv_freq / config.scaling["factor"], 1.0
     if config.type == "llama3":
@@ -66,8 +66,9 @@ def _llama3(inv_freq: Tensor, config: RopeConfig) -> Tensor:
     factor = config.scaling["factor"]
     low, high = config.scaling["low_freq_factor"], config.scaling["high_freq_factor"]
     turns = config.max_position * inv_freq / (2 * math.pi)  # over the original context
-    smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - smooth) * inv_freq / factor + smooth * inv_freq
+    smooth: Tensor = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    scaled: Tensor = (1 - smooth) * inv_freq / factor + smooth * inv_freq
+    return scaled
 
 
 def _yarn(config: RopeConfig, dim: int) -> Tensor:
@@ -82,9 +83,10 @@ def _yarn(config: RopeConfig, dim: int) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     high += 0.001 if low == high else 0
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    frequency = config.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    return ramp / (s["factor"] * frequency) + (1 - ramp) / frequency
+    ramp: Tensor = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    frequency: Tensor = config.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    inv_freq: Tensor = ramp / (s["factor"] * frequency) + (1 - ramp) / frequency
+    return inv_freq
 
 
 def _yarn_attention_factor(scaling: dict[str, Any]) -> float:

@@ -63,7 +63,8 @@ class DecoderModel(Layer):
 
         → [n, vocab_size] in the model's dtype.
         """
-        x, residual = self.embed_tokens(input_ids), None
+        x: Tensor = self.embed_tokens(input_ids)
+        residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, step)
         assert residual is not None

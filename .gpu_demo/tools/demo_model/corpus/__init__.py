@@ -1,1 +1,0 @@
-"""The training corpus of the demo model: hand-written facts and small grammars, all seeded."""
