@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,8 +38,9 @@ def _dispatch(argv: list[str]) -> int:
     from minisgl.server import launch
 
     if args.shell:
-        from minisgl.shell import run_shell
+        from minisgl.shell import run_shell, shell_params
 
+        shell_params({}, os.environ)  # a bad variable is told before a model is loaded
         return launch.run_local(args, run_shell)
     return launch.serve(args)
 
