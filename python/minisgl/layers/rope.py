@@ -16,7 +16,7 @@ class RotaryEmbedding:
     """cos and sin of every position's angles, computed when asked for: once per step, for all layers.
 
     The angles of a position depend on that position alone, so that cached keys stay valid however long their sequence
-    becomes (docs/adr/0001-dynamic-ntk-by-position.md).
+    becomes (docs/adr/0003-dynamic-ntk-by-position.md).
     """
 
     def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
