@@ -117,6 +117,18 @@ def test_a_signal_drains_and_stops(start: Start, model_path: Path, signum: signa
     assert "Traceback" not in server.output()
 
 
+def test_a_signal_to_the_whole_group_drains_too(start: Start, model_path: Path) -> None:
+    """As service managers send it."""
+    server = start(fake(model_path, delay=0.03))
+    stream = Background(server, stream=True, max_tokens=60)
+    for process in (*server.children, psutil.Process(server.process.pid)):
+        process.send_signal(signal.SIGTERM)
+    stream.end()
+    assert stream.events[-1] == "data: [DONE]"
+    assert server.wait_exit() == 0
+    assert server.orphans() == []
+
+
 def test_a_drain_ends_in_time(start: Start, model_path: Path) -> None:
     server = start(fake(model_path, delay=0.1), MINISGL_DRAIN_TIMEOUT="1")
     stream = Background(server, stream=True)

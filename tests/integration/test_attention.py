@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from minisgl.attention import sdpa
 from minisgl.attention.base import AttentionBatch
 

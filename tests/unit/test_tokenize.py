@@ -191,3 +191,14 @@ def test_pings_go_round_once(tmp_path: Path, byte_level: HFTextCodec, num_tokeni
 def test_encode_raises_for_callers_in_process(byte_level: HFTextCodec) -> None:
     with pytest.raises(RequestError):
         Tokenizer(CONFIG, byte_level).encode(TextPrompt(text=""))
+
+
+def test_a_text_that_cannot_fit_is_refused_without_encoding_it(
+    byte_level: HFTextCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*args: object, **kwargs: object) -> None:
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(HFTextCodec, "encode", encode)
+    with pytest.raises(RequestError, match=r"at least \d+ tokens, but the context of this model is \d+ tokens"):
+        Tokenizer(CONFIG, byte_level).encode(TextPrompt(text="a b " * 1_000_000))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -17,13 +19,13 @@ from typing import Any
 from minisgl.env import env_number
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
 from minisgl.message.control import Failed, Heartbeat, Ready, decode_control
-from minisgl.server.workers import run_child
+from minisgl.server.workers import STOP_SIGNAL, run_child
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_START_TIMEOUT = 1800.0  # seconds; large models load slowly
 DEFAULT_HEARTBEAT_TIMEOUT = 60.0
-STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL
+STOP_SECONDS = 5.0  # from STOP_SIGNAL to SIGKILL
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Start all children, without waiting for them."""
+        atexit.register(self.stop)  # before multiprocessing's own end, which would wait for them for ever
         for spec in self._specs:
             with _signals_deferred():
                 self._spawn(spec)
@@ -104,9 +107,10 @@ class Supervisor:
     def stop(self) -> None:
         """End all children, by SIGKILL where they do not follow. Idempotent; nothing is left running."""
         self._stopping.set()
+        atexit.unregister(self.stop)
         alive = [worker for worker in self._workers if worker.process.is_alive()]
         for worker in alive:
-            worker.process.terminate()
+            _send_stop(worker.process)
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join()
         deadline = time.monotonic() + STOP_SECONDS
@@ -181,6 +185,12 @@ class Supervisor:
             return kind(f"{worker.name}: {worker.failure.message}")
         worker.process.join(1.0)
         return WorkerDied(f"{worker.name} ended unexpectedly ({_describe(worker.process.exitcode)})")
+
+
+def _send_stop(process: BaseProcess) -> None:
+    assert process.pid is not None
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, STOP_SIGNAL)
 
 
 def _describe(exitcode: int | None) -> str:

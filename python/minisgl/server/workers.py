@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
+STOP_SIGNAL = signal.SIGUSR1  # from the supervisor
 PR_SET_PDEATHSIG = 1
 
 
@@ -63,13 +64,15 @@ def run_child(
 ) -> None:
     """The entry of every child: `body(control, *args)` in an orderly process.
 
-    The process has `name` as its title, leaves Ctrl-C to the parent, ends at SIGTERM by an exception in the main
-    thread, ends when the parent does, and reports an error as one line. Exit status: 0 after SIGTERM, 2 for a
+    The process has `name` as its title, leaves Ctrl-C and SIGTERM to the parent (both may reach the whole process
+    group, and the parent drains first), ends at STOP_SIGNAL by an exception in the main thread, ends when the parent
+    does, and reports an error as one line. Exit status: 0 after STOP_SIGNAL, 2 for a
     ConfigError, else 1. from_main: the parent's main thread started it.
     """
     control = Control(connection)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(STOP_SIGNAL, _on_stop)
     _die_with_parent(from_main)
     _set_title(name)
     status = 1
@@ -134,7 +137,7 @@ def _hide_torch() -> None:
     sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say "not importable"
 
 
-def _on_sigterm(_signum: int, _frame: FrameType | None) -> None:
+def _on_stop(_signum: int, _frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 

@@ -41,6 +41,11 @@ class TextCodec(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
+    @property
+    def longest_token(self) -> int:
+        """Bytes that one token stands for at most."""
+        ...
+
     def render_chat(self, prompt: ChatPrompt) -> str:
         """The text that the chat template makes of the messages. Raises: RequestError when it cannot."""
         ...
@@ -63,6 +68,7 @@ class HFTextCodec:
             backend.no_padding()
         self._backend = backend
         self._special_ids = frozenset(_special_ids(self._tokenizer))
+        self._longest_token = max(len(token.encode()) for token in self._tokenizer.get_vocab())
 
     @property
     def vocab_size(self) -> int:
@@ -71,6 +77,10 @@ class HFTextCodec:
     @property
     def special_ids(self) -> frozenset[int]:
         return self._special_ids
+
+    @property
+    def longest_token(self) -> int:
+        return self._longest_token
 
     def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if self._backend is None:
@@ -134,6 +144,8 @@ class Tokenizer:
         self.codec: TextCodec = codec if codec is not None else HFTextCodec(config.model_path)
         self._vocab_size = config.vocab_size
         self._max_seq_len = config.max_seq_len
+        # A text with more characters cannot fit the context: it is refused before it is encoded, which takes a while.
+        self._max_chars = config.max_seq_len * self.codec.longest_token
 
     def tokenize(self, requests: Sequence[TokenizeMsg]) -> list[UserMsg | ErrorReply]:
         """One answer for each request, in order: its tokens, or why it is refused. Never raises."""
@@ -185,10 +197,19 @@ class Tokenizer:
         if isinstance(prompt, ChatPrompt):
             if not prompt.messages:
                 raise RequestError("messages must not be empty", param="messages")
-            return self.codec.render_chat(prompt), False
+            return self._bounded(self.codec.render_chat(prompt)), False
         if not prompt.text:
             raise RequestError("the prompt must not be empty", param="prompt")
-        return prompt.text, True
+        return self._bounded(prompt.text), True
+
+    def _bounded(self, text: str) -> str:
+        if len(text) > self._max_chars:
+            at_least = len(text) // self.codec.longest_token
+            raise RequestError(
+                f"the prompt has at least {at_least} tokens, but the context of this model is {self._max_seq_len} tokens",
+                param="messages",
+            )
+        return text
 
     def _check(self, ids: list[int]) -> list[int]:
         if not ids:
