@@ -206,7 +206,8 @@ class Tokenizer:
         if len(text) > self._max_chars:
             at_least = len(text) // self.codec.longest_token
             raise RequestError(
-                f"the prompt has at least {at_least} tokens, but the context of this model is {self._max_seq_len} tokens",
+                f"the prompt has at least {at_least} tokens, but the context of this model is "
+                f"{self._max_seq_len} tokens",
                 param="messages",
             )
         return text
