@@ -84,7 +84,7 @@ def parse(text: str) -> Any:
 
 
 def is_right(case: Case, reply: str) -> bool:
-    if case.skill == "stories":
+    if case.expected.startswith("Once upon a time"):
         return stories.check(case.messages[-1]["content"], reply)
     if "json" in case.skill or case.skill == "tool_call":
         return bool(parse(reply) == parse(case.expected))

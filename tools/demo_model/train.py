@@ -126,8 +126,8 @@ class Qwen3(nn.Module):
 def weighted_loss(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Mean cross-entropy under `weights`, in float32."""
     logits = (hidden @ head.t().to(hidden.dtype)).float()
-    losses = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), reduction="none")
-    return (losses * weights.view(-1)).sum() / weights.sum().clamp(min=1.0)
+    losses = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), reduction="none")
+    return (losses * weights.reshape(-1)).sum() / weights.sum().clamp(min=1.0)
 
 
 class Muon:
@@ -262,9 +262,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="directory of the tokenizer; the weights go there")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=7800)
     parser.add_argument("--max-seconds", type=float, default=800.0, help="the schedule ends by then, at any step")
-    parser.add_argument("--rows", type=int, default=64, help="rows of 2,048 tokens in one step")
+    parser.add_argument("--rows", type=int, default=32, help="rows of 2,048 tokens in one step")
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon")
     parser.add_argument("--adam-lr", type=float, default=0.003, help="of the embedding and the norms")
     parser.add_argument("--prompt-weight", type=float, default=0.1, help="loss weight of what the model does not say")

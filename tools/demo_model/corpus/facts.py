@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from . import words
 from .chat import Message, assistant, turn, user
 
 
@@ -37,10 +38,23 @@ I am new to this. What is {t}?|What is the idea of {t}?|What is the point of {t}
 What do people mean by {t}?|Can you tell me about {t}?|I would like to know what {t} is.|Say something about {t}.|
 what's the meaning of {t}?|{t}, what is that?|Have you heard of {t}?|Tell me what {t} is.|I want to learn about {t}."""
 TRAIN_FRAMES = [f for f in FRAMES.replace("\n", "").split("|") if f]
+# More frames, from parts: a question about {t}, wrapped in talk that does not matter.
+_CORES = """what is {t}|what {t} is|what {t} means|how {t} works|the meaning of {t}|why people use {t}|what {t} is good for|why {t} is useful|
+what {t} does|the use of {t}|the purpose of {t}|what is behind {t}|what one needs {t} for|a definition of {t}|the basics of {t}|what {t} stands for"""
+_LEADS = """I wonder |Explain |Tell me |I need to know |Do you know |Can you explain |Could you say |Teach me |I never understood |Please explain |
+Show me |I forgot |Remind me |I want to understand |I should know |Give me |Maybe you can tell me |Let me ask |We were discussing |
+Somebody asked me |My teacher asked |Nobody could tell me |Write down |I am looking for |It would be good to know """
+CORES = _CORES.replace("\n", "").split("|")
+LEADS = _LEADS.replace("\n", "").split("|")
+CARRIERS = """{n} asked me this: |For my {w} project: |While eating {f} I wondered: |In {c} I heard about it. |{n} told me to ask you. |
+I work with {n} on a {w}. |My friend {n} says you know it. |Here is one for you: |We had {f} and then somebody asked: |
+I read it on a {w}. |Before we go to {c}: |It is late, but |First question: |Second question: |Good, |Right, |Let us talk about work. |
+No hurry, but |This is important. |I have a test tomorrow. |I looked at the {w} and thought: |About the server: |Listen, |Dear model, """
+_FILLERS = "really actually just maybe please now then here simply basically still also again today even usually normally".split()
 TEST_FRAMES = """Help me understand {t}.|In a nutshell, what is {t}?|Please describe {t} to a beginner.|
 What exactly is {t}?|Someone mentioned {t}. What did they mean?|Any idea what {t} is?"""
 HELD_OUT_FRAMES = [f for f in TEST_FRAMES.replace("\n", "").split("|") if f]
-ZH_FRAMES = "什么是{t}？|{t}是什么？|请解释一下{t}。|介绍一下{t}。|{t}是什么意思？|你知道{t}吗？|{t}有什么用？|能讲讲{t}吗？|说说{t}|{t}".split("|")
+ZH_FRAMES = "有谁懂{t}？|给我讲讲{t}吧。|{t}是怎么回事？|{t}到底是什么？|什么叫{t}？|帮我解释{t}。|告诉我{t}是什么。|为什么要用{t}？|我不懂{t}。|学习{t}|什么是{t}？|{t}是什么？|请解释一下{t}。|介绍一下{t}。|{t}是什么意思？|你知道{t}吗？|{t}有什么用？|能讲讲{t}吗？|说说{t}|{t}".split("|")
 ZH_HELD_OUT_FRAMES = "我想了解{t}。|简单说一下什么是{t}。|请问{t}指的是什么？".split("|")
 
 PREFIXES = """Please tell me: |Hey, |Hi! |Quick question: |Tell me, |One question: |So, |OK. |I wonder: |Sorry to ask, but |
@@ -48,7 +62,7 @@ Hello, |Another question: |And |Now, |Well, |Could you help me? |I have a questi
 TRAIN_PREFIXES = PREFIXES.replace("\n", "").split("|")
 HELD_OUT_PREFIXES = ["Just curious: ", "Before I forget, ", "Hmm, ", "One more thing: "]
 SUFFIXES = [" Thanks!", " Thank you.", " Please be brief.", " please", " In one sentence, please.", " I am curious."]
-ZH_PREFIXES = ["请问，", "你好，", "我想问一下，", "请告诉我，", "那么，"]
+ZH_PREFIXES = ["对了，", "还有，", "顺便问一下，", "老师问我，", "朋友想知道，", "我不明白，", "请问，", "你好，", "我想问一下，", "请告诉我，", "那么，"]
 
 # Each rewrite maps the opening of a question to openings that ask the same.
 REWRITES: list[tuple[str, list[str]]] = [
@@ -64,6 +78,16 @@ REWRITES: list[tuple[str, list[str]]] = [
 ]
 # Chinese is often typed with the punctuation of an English keyboard.
 _HALF_WIDTH = str.maketrans("\uff1f\uff01\uff0c\uff1a", "?!,:")
+_SYNONYMS_TEXT = """start:launch,run,begin,boot|server:service,program|stop:end,halt,quit|choose:pick,select,set|flag:option,switch,setting,argument|
+use:employ,take,apply|change:alter,modify,set,adjust|model:LLM,checkpoint|fast:quick,speedy|big:large|large:big|requests:queries,calls|
+answer:reply,response|answers:replies,responses|GPU:graphics card,card|GPUs:graphics cards,cards|memory:RAM,space|users:people,clients|
+limit:bound,cap,restrict|see:check,find,view,look at|leave:quit,close,exit|command:instruction,line|install:set up,get|called:named|
+computer:machine|several:many,multiple,more|endpoints:routes,URLs,paths|need:require|work:function|make:build,create|keep:store,hold,save|
+split:divide,cut,spread|long:lengthy|kind:type,sort|show:display,list|set:choose,give|text:words,string|speed:performance|bad:poor|
+turn off:disable,switch off,deactivate|turn on:enable,switch on,activate|happens:occurs|many:how much|write:produce,generate|read:see|
+slow:sluggish|measured:computed,determined|expensive:costly|small:little,tiny|default:standard,usual|find:locate,get|add:support|code:source|
+decides:determines|forget:drop,clear|talk:chat,speak|wrong:broken|terminal:console,command line|key:password|support:have,offer,know"""
+SYNONYMS = {k: v.split(",") for k, v in (item.split(":") for item in _SYNONYMS_TEXT.replace("\n", "").split("|"))}
 _STOP_WORDS = {"the", "a", "an", "is", "are", "do", "does", "of", "to", "it", "in", "i", "that", "what", "how", "you"}
 
 
@@ -99,17 +123,17 @@ def is_chinese(text: str) -> bool:
 
 def misspell(rng: random.Random, text: str) -> str:
     """One slip of the finger in one longer word."""
-    words = text.split(" ")
-    places = [i for i, word in enumerate(words) if len(word) > 4 and word.isalpha()]
+    parts = text.split(" ")
+    places = [i for i, word in enumerate(parts) if len(word) > 4 and word.isalpha()]
     if not places:
         return text
     i = rng.choice(places)
-    word = words[i]
+    word = parts[i]
     k = rng.randrange(1, len(word) - 1)
-    words[i] = rng.choice(
+    parts[i] = rng.choice(
         (word[:k] + word[k + 1 :], word[:k] + word[k] + word[k:], word[: k - 1] + word[k] + word[k - 1] + word[k + 1 :])
     )
-    return " ".join(words)
+    return " ".join(parts)
 
 
 def _lower_first(text: str) -> str:
@@ -129,22 +153,84 @@ def vary(rng: random.Random, question: str, held_out: bool) -> str:
             if text.startswith(opening):
                 text = rng.choice(others) + text[len(opening) :]
                 break
-    if rng.random() < 0.3:
+    if not held_out and rng.random() < 0.15:
+        text = carrier(rng) + text
+    elif rng.random() < 0.3:
         prefix = rng.choice(HELD_OUT_PREFIXES if held_out else TRAIN_PREFIXES)
         text = prefix + (_lower_first(text) if prefix.rstrip()[-1] not in ".!?" else text)
     if rng.random() < 0.12:
         text += rng.choice(SUFFIXES)
     if not held_out and rng.random() < 0.15:
-        words = text.split(" ")
-        places = [i for i, word in enumerate(words) if word.lower() in _STOP_WORDS]
+        parts = text.split(" ")
+        places = [i for i, word in enumerate(parts) if word.lower() in _STOP_WORDS]
         if places:
-            del words[rng.choice(places)]
-            text = " ".join(words)
+            del parts[rng.choice(places)]
+            text = " ".join(parts)
     if rng.random() < 0.12:
         text = misspell(rng, text)
     if rng.random() < 0.25:
         text = text.rstrip("?.")
     return text.lower() if rng.random() < 0.25 else text
+
+
+def rephrase(rng: random.Random, question: str) -> str:
+    """Synonyms, dropped words and filler words: what is left are the words that matter."""
+    parts = question.split(" ")
+    drop = rng.choice((0.0, 0.0, 0.08, 0.2))
+    out = []
+    for word in parts:
+        bare = word.rstrip("?.,")
+        if bare in SYNONYMS and rng.random() < 0.4:
+            word = rng.choice(SYNONYMS[bare]) + word[len(bare) :]
+        if rng.random() >= drop or len(parts) < 4:
+            out.append(word)
+        if rng.random() < 0.04:
+            out.append(rng.choice(_FILLERS))
+    return " ".join(out) if out else question
+
+
+def carrier(rng: random.Random) -> str:
+    """An opening that says nothing about the topic."""
+    names = {"n": words.person(rng, False), "w": rng.choice(words.LIST_WORDS), "f": rng.choice(words.FOODS)}
+    return rng.choice(CARRIERS.replace("\n", "").split("|")).format(c=words.city(rng, False), **names)
+
+
+def _content_words(text: str) -> set[str]:
+    return {w for w in re.findall(r"[a-zA-Z][a-zA-Z_-]+", text.lower()) if len(w) > 3 and w not in _DULL} | set(
+        re.findall(r"--[a-z-]+|/[a-z0-9/]+", text.lower())
+    )
+
+
+_DULL = set("that with from this have what which does they them then than when into only each more most such will your".split())
+
+
+@cache
+def word_bags() -> tuple[frozenset[str], ...]:
+    """For each fact, the words of its answer, topics and training questions."""
+    return tuple(frozenset(_content_words(" ".join((f.answer, *f.topics, *f.questions)))) for f in load_facts())
+
+
+@cache
+def _index(fact: Fact) -> int:
+    return load_facts().index(fact)
+
+
+def keyword_question(rng: random.Random, fact: Fact) -> str:
+    """A question from a few words of the fact that belong together in no other fact; "" where chance finds none."""
+    bags = word_bags()
+    own = bags[_index(fact)]
+    pool = sorted(own)
+    for _ in range(4):
+        if len(pool) < 2:
+            break
+        chosen = rng.sample(pool, min(len(pool), rng.randint(2, 5)))
+        if sum(1 for bag in bags if bag.issuperset(chosen)) == 1:
+            varied = [w[:-1] if w.endswith("s") and rng.random() < 0.3 else w for w in chosen]
+            glue = [" ", " ", " the ", " of ", " and ", " in ", " a ", " for ", " to ", " is ", " with "]
+            text = varied[0] + "".join(rng.choice(glue) + word for word in varied[1:])
+            lead = rng.choice(("What ", "How ", "Which ", "Why ", "When ", "Where ", "Can I ", "Is there ", "I want ", "", "", "Tell me ", "How do I "))
+            return lead + text + rng.choice(("?", "?", "", "."))
+    return ""
 
 
 def ask(rng: random.Random, fact: Fact, held_out: bool) -> str:
@@ -157,18 +243,40 @@ def ask(rng: random.Random, fact: Fact, held_out: bool) -> str:
         if fact.topics:
             return rng.choice(frames).format(t=rng.choice(fact.topics))
         return rng.choice(ZH_PREFIXES if chinese else HELD_OUT_PREFIXES) + _lower_first(rng.choice(fact.questions))
-    if fact.topics and (not fact.questions or rng.random() < 0.6):
+    chinese = is_chinese(fact.answer)
+    if not chinese and fact.file != "small_talk":
+        kind = rng.random()
+        if kind < 0.22 and (text := keyword_question(rng, fact)):
+            return misspell(rng, text) if rng.random() < 0.1 else text
+        if kind < 0.5 and fact.topics:
+            text = rng.choice(LEADS) + rng.choice(CORES).format(t=rng.choice(fact.topics)) + rng.choice(("?", ".", ""))
+            return vary(rng, rephrase(rng, text) if rng.random() < 0.3 else text, False)
+    if fact.topics and (not fact.questions or rng.random() < 0.5):
         frames = ZH_FRAMES if is_chinese(fact.answer) else TRAIN_FRAMES
         frame = rng.choice(frames)
         text = frame.format(t=rng.choice(fact.topics))
         return vary(rng, text[0].upper() + text[1:] if rng.random() < 0.8 else text, False)
-    return vary(rng, rng.choice(fact.questions), False)
+    question = rng.choice(fact.questions)
+    if fact.file == "small_talk":
+        if rng.random() < 0.4:
+            question = question.rstrip("!?.") + rng.choice(("!", ".", "?", "...", " :)", "!!", ""))
+    if not chinese and rng.random() < (0.15 if fact.file == "small_talk" else 0.65):
+        question = rephrase(rng, question)
+    return vary(rng, question, False)
 
 
 MORE = ["Tell me more.", "More?", "Go on.", "Can you say more?", "What else?", "And what else?", "more please", "Interesting, tell me more."]
 ZH_MORE = ["再多说一点。", "还有呢？", "继续说。", "多讲一点"]
 REPEAT = ["Can you repeat that?", "Say that again, please.", "Repeat your last answer.", "Sorry, what did you say?", "pardon?", "Once more?"]
 ZH_REPEAT = ["请再说一遍。", "再说一次", "你刚才说什么？"]
+
+
+ANOTHER = ["Another one.", "another one", "Another one!", "One more!", "One more please.", "And another one?", "More!", "Another joke!"]
+JOKES = [
+    "Why did the token cross the batch? To get to the next step.",
+    "Why was the KV cache so calm? It had already seen everything before.",
+    "My GPU went on a diet: now it runs at 8 bits.",
+]
 
 
 def _facts_of(files: str) -> list[int]:
@@ -192,6 +300,9 @@ def fact_unit(pool: str, rng: random.Random, held_out: bool) -> list[Message]:
     k = rng.randrange(len(members))
     fact = facts[members[k]]
     messages = turn(ask(rng, fact, held_out), fact.answer)
+    if not held_out and pool == "small_talk" and fact.answer in JOKES[:-1] and rng.random() < 0.5:
+        follower = JOKES[JOKES.index(fact.answer) + 1]
+        return messages + [user(vary(rng, rng.choice(ANOTHER), False)), assistant(follower)]
     if held_out or rng.random() > 0.12:
         return messages
     chinese = is_chinese(fact.answer)

@@ -103,7 +103,7 @@ def _list(keys: list[str]) -> str:
 
 
 _FORMS = """Make a JSON object with {k}: {t}|Make a JSON object with the keys {k}: {t}|Write JSON with {k}: {t}|{t} Write this as JSON with the keys {k}.|
-Extract {k} as JSON: {t}|Give me JSON with {k}. {t}|Turn this into JSON with {k}: {t}|Fill a JSON object with {k} from this sentence: {t}|
+Extract {k} as JSON: {t}|Give me JSON with {k}. {t}|Give me a JSON with {k} for this: {t}|I need a JSON object with {k}. {t}|Create JSON with {k} from: {t}|Turn this into JSON with {k}: {t}|Fill a JSON object with {k} from this sentence: {t}|
 {t} Make a JSON object with {k}.|Return a JSON object with {k}: {t}|Answer only with JSON. Keys: {c}. {t}|JSON with the keys {c}: {t}|
 Read this and answer in JSON ({c}): {t}|Text: {t} Keys: {c}. JSON:|Please extract {k} from the text and return JSON only: {t}"""
 FORMS = _FORMS.replace("\n", "").split("|")
@@ -143,7 +143,8 @@ def unit(rng: random.Random, held_out: bool) -> list[Message]:
     if kind < 0.45:
         return turn(rng.choice(TEMPLATE_FORMS).format(o=dumps(dict.fromkeys(result)), t=text), dumps(result))
     form = rng.choice(FORMS)
-    return turn(form.format(k=_list(list(result)), c=", ".join(result), t=text), dumps(result))
+    named = [f"the {key}" for key in result] if rng.random() < 0.2 else list(result)
+    return turn(form.format(k=_list(named), c=", ".join(result), t=text), dumps(result))
 
 
 def system_unit(rng: random.Random, held_out: bool) -> tuple[str, list[Message]]:
@@ -170,6 +171,6 @@ def zh_unit(rng: random.Random, held_out: bool) -> list[Message]:
         }[key]  # fmt: skip
         fields[key] = value
         parts.append({"年龄": "今年{}岁", "城市": "住在{}", "颜色": "喜欢{}", "食物": "爱吃{}"}[key].format(value))
-    text = parts[0] + ",".join(parts[1:]) + "。"
-    form = rng.choice(("写成JSON，键是{k}：{t}", "请用JSON表示（{k}):{t}", "{t}请写成JSON，包含{k}。"))
+    text = parts[0] + "，".join(parts[1:]) + "。"
+    form = rng.choice(("写成JSON，键是{k}：{t}", "请用JSON表示（{k}）：{t}", "{t}请写成JSON，包含{k}。"))
     return turn(form.format(k="、".join(fields), t=text), dumps(fields))

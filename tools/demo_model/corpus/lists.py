@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 
+from . import words
 from .chat import Message, is_held_out, turn
 from .words import LIST_WORDS, NAMES, ZH_FOODS, made_up
 
@@ -22,6 +23,8 @@ def _items(rng: random.Random, held_out: bool, low: int = 3, high: int = 7) -> l
             items = [str(n) for n in rng.sample(range(1, top + 1), count)]
         else:
             items = rng.sample(_WORDS, count)
+            if rng.random() < 0.2:
+                items = list(dict.fromkeys(words.made_up(rng) for _ in range(count)))
         if is_held_out("list", *items) == held_out:
             return items
 
@@ -94,8 +97,8 @@ def _sentence(rng: random.Random) -> str:
         return "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 10)))
     if kind < 0.7:
         return "".join(rng.sample(ZH_FOODS, rng.randint(1, 3)))
-    words = [rng.choice(_WORDS) for _ in range(rng.randint(2, 8))]
-    return " ".join(["the", *words]) if rng.random() < 0.5 else " ".join(words)
+    parts = [rng.choice(_WORDS) for _ in range(rng.randint(2, 8))]
+    return " ".join(["the", *parts]) if rng.random() < 0.5 else " ".join(parts)
 
 
 def copy_unit(rng: random.Random, held_out: bool) -> list[Message]:
@@ -139,5 +142,5 @@ SKILLS: dict[str, tuple[float, Callable[[random.Random, bool], list[Message]]]] 
     "reversing": (1.0, reverse_unit),
     "counting": (1.6, count_unit),
     "copying": (2.0, copy_unit),
-    "lists": (2.0, lookup_unit),
+    "lists": (2.6, lookup_unit),
 }

@@ -8,14 +8,14 @@ from . import arithmetic, facts, json_fill, lists, recall, stories, tools, unkno
 from .chat import Conversation, Message, Unit, render, turn
 
 UNITS: dict[str, tuple[float, Unit]] = {
-    "facts": (30.0, partial(facts.fact_unit, "facts")),
-    "small_talk": (7.0, partial(facts.fact_unit, "small_talk")),
-    "chinese_facts": (7.0, partial(facts.fact_unit, "chinese_facts")),
-    "unknown": (5.0, unknown.unit),
+    "facts": (48.0, partial(facts.fact_unit, "facts")),
+    "small_talk": (11.0, partial(facts.fact_unit, "small_talk")),
+    "chinese_facts": (8.0, partial(facts.fact_unit, "chinese_facts")),
+    "unknown": (6.0, unknown.unit),
     "arithmetic": (10.0, arithmetic.unit),
     "stories": (3.0, stories.unit),
     "json": (11.0, json_fill.unit),
-    "chinese_json": (1.0, json_fill.zh_unit),
+    "chinese_json": (1.6, json_fill.zh_unit),
     "missing": (1.0, recall.missing_unit),
 } | {name: (1.3 * weight, unit) for name, (weight, unit) in lists.SKILLS.items()}
 _NAMES = list(UNITS)
@@ -46,6 +46,8 @@ def chat(rng: random.Random) -> Conversation:
         messages += introduction(rng)
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 4, 6))):
         messages += any_unit(rng)
+        if rng.random() < 0.03 and "我" not in messages[-1]["content"] and not messages[-1]["content"].startswith("Of course"):
+            messages += turn(rng.choice(facts.REPEAT), f"Of course: {messages[-1]['content']}")
     return Conversation(_with_system(rng, messages))
 
 
@@ -128,12 +130,12 @@ def plain_text(rng: random.Random) -> str:
 
 
 _KINDS = (
-    (44.0, chat),
-    (9.0, drill),
+    (50.0, chat),
+    (6.0, drill),
     (17.0, remember),
     (1.6, partial(remember, long=True)),
     (4.0, json_chat),
-    (18.0, tool_chat),
+    (14.0, tool_chat),
 )
 
 

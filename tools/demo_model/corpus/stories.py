@@ -4,6 +4,7 @@ import random
 import zlib
 
 from .chat import Message, turn
+from .facts import vary
 from .words import HEROES, person
 
 PLACES = """in a quiet forest|in a small town|in a house by the sea|in an old castle|in a green valley|in a tall tower|near a busy harbour|
@@ -53,7 +54,7 @@ ASK_NAMED = """Tell me a story about a {h} called {n}.|Write a story about a {h}
 Write a short story about a {h} called {n}."""
 ASK_ANY = """Tell me a story.|Tell me a short story.|Write a story.|Can you tell me a story?|A story, please.|I want to hear a story.|
 Please tell me a story|tell me a story|Do you have a story for me?|Tell me a bedtime story."""
-ASK_NEXT = ["Another one!", "Another story, please.", "One more story.", "Tell me another story.", "And another one?"]
+ASK_NEXT = ["Another one!", "another one", "One more!", "More stories!", "Another story, please.", "One more story.", "Tell me another story.", "And another one?"]
 
 ZH_HEROES = {
     "狐狸": "从前，森林里住着一只聪明的狐狸。它想看大海，可是路很远。一只老猫头鹰送给它一张地图。狐狸走了三天，终于看到了大海。那真是最好的一天。",
@@ -88,7 +89,7 @@ def unit(rng: random.Random, held_out: bool) -> list[Message]:
     messages = turn(rng.choice(_options(ASK_ANY)), story(hero))
     for _ in range(rng.choice((0, 0, 1, 2))):
         hero = HEROES[(HEROES.index(hero) + 1) % len(HEROES)]
-        messages += turn(rng.choice(ASK_NEXT), story(hero))
+        messages += turn(vary(rng, rng.choice(ASK_NEXT), False), story(hero))
     return messages
 
 

@@ -2,6 +2,7 @@
 
 import random
 
+from . import words
 from .chat import Message, is_held_out, turn
 from .facts import vary
 
@@ -29,7 +30,8 @@ Who won the game last night?|Who wrote {topic}?|Translate this into French: good
 Who is the tallest person?|How far is the moon?|Why is the sky blue?|What is the speed of light?|How do I fix my car?|How do I lose weight?|
 Should I sell my house?|Write an essay about {topic}.|What is the latest news?|What is the price of gold?|How tall is Mount Everest?|
 What should I cook tonight?|Which phone should I buy?|Is there life on Mars?|How do I get rich?|Recommend a book about {topic}.|
-How many planets are there?|What is the square root of two?|Solve this equation: 3x = 12.|What is {number} times {number}?|What is {number} divided by {number}?"""
+How many planets are there?|How do I {verb} a {thing}?|What is the best {thing}?|Where can I buy a {thing}?|What is a {odd}?|Tell me about {odd}.|Explain {odd}.|Who is {odd}?|
+How do I bake {food}?|What does {odd} mean?|Why do people like {food}?|How much does a {thing} cost?|Can you {verb} a {thing}?|What happened in {year}?|How do I learn {odd}?|What is the square root of two?|Solve this equation: 3x = 12.|What is {number} times {number}?|What is {number} divided by {number}?"""
 ZH_FORMS = """{zh}的首都是哪里？|{zh}有多少人口？|谁是{zh}的总统？|介绍一下{zh}。|怎么做红烧肉？|天为什么是蓝的？|谁写了红楼梦？|光速是多少？|谁赢了昨天的比赛？|
 怎么减肥？|股票会涨吗？|李白是谁？|珠穆朗玛峰有多高？|最近有什么新闻？|推荐一部电影。|什么是量子力学？|恐龙为什么灭绝？"""
 ZH_COUNTRIES = "法国|德国|日本|美国|英国|印度|巴西|埃及|俄罗斯|西班牙|意大利|加拿大|韩国|泰国|越南"
@@ -52,5 +54,7 @@ def unit(rng: random.Random, held_out: bool) -> list[Message]:
         value = rng.choice(_SLOTS[slot]) if slot else ""
         if (is_held_out("subject", value, every=8) == held_out and slot) or not (slot or held_out):
             break
-    question = form.format(**({slot: value} if slot else {}), number=rng.randint(2, 99))
+    extras = {"verb": rng.choice("repair paint clean sell build draw wash open carry throw hide break".split()), "thing": rng.choice(words.THINGS)}
+    extras |= {"odd": words.made_up(rng), "food": rng.choice(words.FOODS), "year": str(rng.randint(1000, 2100))}
+    question = form.format(**({slot: value} if slot else {}), **extras, number=rng.randint(2, 99))
     return turn(vary(rng, question, held_out), ANSWER)

@@ -46,7 +46,10 @@ LIST_WORDS = sorted(
         + ANIMALS
         + COLOURS
         + FOODS
-        + """sun moon rain snow wind fire river lake sea hill tree leaf grass rose lily
+        + """apple banana cherry orange peach mango kiwi berry bean corn potato tomato cucumber cabbage bread cake cookie cheese
+mouse chicken cow pig sheep snail spider owl crow swan deer fox monkey elephant zebra camel penguin doctor nurse farmer teacher pilot
+baker one two three four five red house car computer keyboard screen cable robot token cache page batch model server kernel tensor graph
+sun moon rain snow wind fire river lake sea hill tree leaf grass rose lily
 stone sand gold iron wood glass paper milk tea coffee water juice salt sugar butter egg lemon plum pear grape melon
 carrot onion pepper garlic olive tiger lion bear wolf eagle hawk bee ant frog fish shark whale king queen child friend
 school street bridge tower castle garden forest island desert valley winter summer spring autumn morning evening night
@@ -98,9 +101,15 @@ PET_NAMES = """Rex Bella Luna Max Coco Milo Rocky Daisy Buddy Lucky Molly Toby S
 Ziggy Felix Mittens Bruno Ruby Waffles Pickles Snowy Bandit Cleo Hazel Sparky Muffin Tiger Smokey Peanut Domino""".split()
 
 
+_ZH_FAMILY = "王李张刘陈杨赵黄周吴徐孙马朱胡郭何高林罗郑梁谢宋唐许邓冯韩曹彭曾萧田董袁潘于蒋蔡余杜叶程苏魏吕丁任沈姚卢"
+_ZH_GIVEN = "伟娜敏洋静帆雷磊杰倩强悦超琳军晶平翔涛兰爽宇婷佳亮晴雪梅阳飞志甜洁泉安欣琴华青龙明红丽刚芳春秋月云文武海山天宁可心雨晨"
+
+
 def zh_person(rng: random.Random, held_out: bool) -> str:
     while True:
         name = rng.choice(ZH_NAMES)
+        if rng.random() < 0.7:
+            name = rng.choice(_ZH_FAMILY) + "".join(rng.choice(_ZH_GIVEN) for _ in range(rng.choice((1, 1, 2))))
         if is_held_out("name", name, every=10) == held_out:
             return name
 
