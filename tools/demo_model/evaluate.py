@@ -29,9 +29,9 @@ SKILLS = {
     "tool_call": "Tool calls, mostly of made-up tools",
     "tool_reply": "The sentence after a tool's result",
     "tool_none": "No call when no tool fits or none is needed",
-    "facts": "Facts on serving and minisgl, unseen phrasings from frames",
+    "facts": "Facts on serving and minisgl, unseen frames and openings",
     "facts, by hand": "Facts, unseen questions written by hand",
-    "small_talk": "Small talk, unseen prefixes and phrasings",
+    "small_talk": "Small talk, unseen openings",
     "small_talk, by hand": "Small talk, unseen phrasings written by hand",
     "chinese_facts": "Chinese facts and small talk, unseen frames",
     "chinese_facts, by hand": "Chinese, unseen phrasings written by hand",
@@ -105,7 +105,9 @@ def answer(model: Any, tokenizer: Any, cases: list[Case], batch: int) -> list[st
         inputs = tokenizer([prompts[i] for i in members], return_tensors="pt", padding=True, padding_side="left")
         inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
         longest = max(len(tokenizer(cases[i].expected).input_ids) for i in members) + 12
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=longest, temperature=None, top_p=None, top_k=None)
+        out = model.generate(
+            **inputs, do_sample=False, max_new_tokens=longest, temperature=None, top_p=None, top_k=None
+        )
         for i, ids in zip(members, out[:, inputs["input_ids"].size(1) :], strict=True):
             replies[i] = tokenizer.decode(ids, skip_special_tokens=True)
     return replies
@@ -132,8 +134,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--show-failures", type=int, default=0, help="of each skill")
-    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from model_files import CONFIG, CONTEXT, write_small_files
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -215,6 +215,8 @@ def train(args: argparse.Namespace) -> Qwen3:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     model = Qwen3().to(device)
+    if args.init:
+        model.load_state_dict(load_file(args.init / "model.safetensors", device=device))
     rows = Rows(args.data, device, args.seed)
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
@@ -262,6 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="directory of the tokenizer; the weights go there")
+    parser.add_argument("--init", type=Path, help="go on from this checkpoint instead of random weights")
     parser.add_argument("--steps", type=int, default=7800)
     parser.add_argument("--max-seconds", type=float, default=800.0, help="the schedule ends by then, at any step")
     parser.add_argument("--rows", type=int, default=32, help="rows of 2,048 tokens in one step")

@@ -1,5 +1,8 @@
 """Addition and subtraction of numbers of up to three digits; one operand pair in twenty is kept for evaluation."""
 
+# Sentence forms and word lists are easier to read and to compare on one line.
+# ruff: noqa: E501
+
 import random
 
 from .chat import Message, is_held_out, turn

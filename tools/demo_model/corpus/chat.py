@@ -11,9 +11,7 @@ Message = dict[str, Any]
 Tool = dict[str, Any]
 
 TOOLBOX_HEAD = "# Tools\n\nYou can call these functions:\n<tools>"
-TOOLBOX_TAIL = (
-    '\n</tools>\nTo call one, answer with:\n<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>'
-)
+TOOLBOX_TAIL = '\n</tools>\nTo call one, answer with:\n<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>'
 
 
 @dataclass

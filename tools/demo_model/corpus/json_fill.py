@@ -1,5 +1,8 @@
 """Filling a small JSON object from a sentence."""
 
+# Sentence forms and word lists are easier to read and to compare on one line.
+# ruff: noqa: E501
+
 import random
 from typing import Any
 
@@ -80,7 +83,9 @@ def entity(rng: random.Random, held_out: bool, plain_keys: bool = False) -> tupl
         names = _ALIASES.get(key, [key])
         fields[names[0] if plain_keys else rng.choice(names)] = value
         parts.append(rng.choice(clauses[key]).format(x=value))
-    who = {"person": subject, "product": f"The {subject}", "event": f"The {subject}", "book": f'The book "{subject}"'}[kind]
+    who = {"person": subject, "product": f"The {subject}", "event": f"The {subject}", "book": f'The book "{subject}"'}[
+        kind
+    ]
     text = who + " " + (parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]) + "."
     if len(parts) > 1 and rng.random() < 0.2:
         pronoun = rng.choice(("She", "He")) if kind == "person" else "It"
@@ -93,7 +98,14 @@ def _free_entity(rng: random.Random) -> tuple[Fields, str]:
     fields: Fields = {}
     for _ in range(rng.randint(1, 4)):
         key = words.made_up(rng) if rng.random() < 0.4 else rng.choice(words.LIST_WORDS)
-        fields[key] = rng.choice((words.number(rng, 1, 9999), rng.choice(words.LIST_WORDS), words.made_up(rng).capitalize(), rng.random() < 0.5))
+        fields[key] = rng.choice(
+            (
+                words.number(rng, 1, 9999),
+                rng.choice(words.LIST_WORDS),
+                words.made_up(rng).capitalize(),
+                rng.random() < 0.5,
+            )
+        )
     stated = [f"{key} is {dumps(value) if isinstance(value, bool) else value}" for key, value in fields.items()]
     return fields, ", ".join(stated) + "." if rng.random() < 0.5 else "The " + " and the ".join(stated) + "."
 
@@ -107,9 +119,25 @@ Extract {k} as JSON: {t}|Give me JSON with {k}. {t}|Give me a JSON with {k} for 
 {t} Make a JSON object with {k}.|Return a JSON object with {k}: {t}|Answer only with JSON. Keys: {c}. {t}|JSON with the keys {c}: {t}|
 Read this and answer in JSON ({c}): {t}|Text: {t} Keys: {c}. JSON:|Please extract {k} from the text and return JSON only: {t}"""
 FORMS = _FORMS.replace("\n", "").split("|")
-TEMPLATE_FORMS = ["Fill this object: {o} {t}", "Fill in this JSON: {o} {t}", "{t} Fill this: {o}", "Complete the JSON {o} from the text: {t}"]
-SCHEMA_FORMS = ["Answer with JSON that fits this schema: {s} {t}", "{t} Answer in JSON for this schema: {s}", "Schema: {s} Text: {t}"]
-BARE_FORMS = ["Make JSON: {t}", "Write this as JSON: {t}", "Turn this into JSON: {t}", "As JSON: {t}", "{t} As JSON, please.", "Convert to JSON: {t}"]
+TEMPLATE_FORMS = [
+    "Fill this object: {o} {t}",
+    "Fill in this JSON: {o} {t}",
+    "{t} Fill this: {o}",
+    "Complete the JSON {o} from the text: {t}",
+]
+SCHEMA_FORMS = [
+    "Answer with JSON that fits this schema: {s} {t}",
+    "{t} Answer in JSON for this schema: {s}",
+    "Schema: {s} Text: {t}",
+]
+BARE_FORMS = [
+    "Make JSON: {t}",
+    "Write this as JSON: {t}",
+    "Turn this into JSON: {t}",
+    "As JSON: {t}",
+    "{t} As JSON, please.",
+    "Convert to JSON: {t}",
+]
 SYSTEMS = """Answer only with JSON.|You extract data. Answer only with JSON.|Reply with a JSON object and nothing else.|
 You turn sentences into JSON objects.|Respond in JSON.|You are a helpful assistant designed to output JSON."""
 
@@ -137,7 +165,13 @@ def unit(rng: random.Random, held_out: bool) -> list[Message]:
     if kind < 0.32:
         return turn(rng.choice(SCHEMA_FORMS).format(s=dumps(schema(result)), t=text), dumps(result))
     if rng.random() < 0.1:
-        extra = rng.choice([key for key in ("age", "city", "price", "colour", "email", "year", "country") if key not in fields and key != "city" or "place" not in fields])
+        extra = rng.choice(
+            [
+                key
+                for key in ("age", "city", "price", "colour", "email", "year", "country")
+                if key not in fields and key != "city" or "place" not in fields
+            ]
+        )
         if extra not in fields:
             result[extra] = None
     if kind < 0.45:

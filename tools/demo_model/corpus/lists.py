@@ -1,5 +1,8 @@
 """Counting, sorting, reversing, copying and looking up in short lists."""
 
+# Sentence forms and word lists are easier to read and to compare on one line.
+# ruff: noqa: E501
+
 import random
 from collections.abc import Callable
 
@@ -39,7 +42,11 @@ def sort_unit(rng: random.Random, held_out: bool) -> list[Message]:
     descending = rng.random() < 0.3
     listed = _join(items)
     if numeric and rng.random() < 0.12:
-        text = rng.choice(("从大到小排序：{x}", "请从大到小排列：{x}") if descending else ("从小到大排序：{x}", "请把这些数从小到大排列：{x}"))
+        text = rng.choice(
+            ("从大到小排序：{x}", "请从大到小排列：{x}")
+            if descending
+            else ("从小到大排序：{x}", "请把这些数从小到大排列：{x}")
+        )
     elif descending:
         forms = ["Sort in descending order: {x}", "Sort {x} from largest to smallest.", "Sort these numbers, largest first: {x}",
                  "Order from high to low: {x}"]  # fmt: skip
@@ -50,7 +57,12 @@ def sort_unit(rng: random.Random, held_out: bool) -> list[Message]:
         forms += (
             ["Sort these numbers: {x}", "Sort from smallest to largest: {x}", "Sort the numbers {x}."]
             if numeric
-            else ["Sort alphabetically: {x}", "Sort these words: {x}", "Put these words in alphabetical order: {x}", "Sort from A to Z: {x}"]
+            else [
+                "Sort alphabetically: {x}",
+                "Sort these words: {x}",
+                "Put these words in alphabetical order: {x}",
+                "Sort from A to Z: {x}",
+            ]
         )
         text = rng.choice(forms)
     return turn(text.format(x=listed), _join(sorted(items, key=_sort_key, reverse=descending)))
@@ -58,7 +70,15 @@ def sort_unit(rng: random.Random, held_out: bool) -> list[Message]:
 
 def reverse_unit(rng: random.Random, held_out: bool) -> list[Message]:
     items = _items(rng, held_out)
-    form = rng.choice(("Reverse the list: {x}", "Reverse: {x}", "Write this list backwards: {x}", "Reverse {x}.", "Turn this list around: {x}"))
+    form = rng.choice(
+        (
+            "Reverse the list: {x}",
+            "Reverse: {x}",
+            "Write this list backwards: {x}",
+            "Reverse {x}.",
+            "Turn this list around: {x}",
+        )
+    )
     return turn(form.format(x=_join(items)), _join(items[::-1]))
 
 
@@ -75,10 +95,23 @@ def count_unit(rng: random.Random, held_out: bool) -> list[Message]:
     first, last = numbers[0], numbers[-1]
     listed = _join([str(n) for n in numbers])
     if step > 1:
-        form = rng.choice(("Count from {a} to {b} in steps of {s}.", "Count by {s} from {a} to {b}.", "Count in {s}s from {a} to {b}."))
+        form = rng.choice(
+            (
+                "Count from {a} to {b} in steps of {s}.",
+                "Count by {s} from {a} to {b}.",
+                "Count in {s}s from {a} to {b}.",
+            )
+        )
         return turn(form.format(a=first, b=last, s=step), listed)
     if rng.random() < 0.25:
-        form = rng.choice(("Count down from {b} to {a}.", "Count backwards from {b} to {a}.", "Count from {b} down to {a}.", "从{b}倒数到{a}。"))
+        form = rng.choice(
+            (
+                "Count down from {b} to {a}.",
+                "Count backwards from {b} to {a}.",
+                "Count from {b} down to {a}.",
+                "从{b}倒数到{a}。",
+            )
+        )
         return turn(form.format(a=first, b=last), _join([str(n) for n in numbers[::-1]]))
     forms = ["Count from {a} to {b}.", "count from {a} to {b}", "Please count from {a} to {b}.", "Can you count from {a} to {b}?",
              "List the numbers from {a} to {b}.", "从{a}数到{b}。", "请从{a}数到{b}"]  # fmt: skip
@@ -92,7 +125,9 @@ def _sentence(rng: random.Random) -> str:
     if kind < 0.3:
         return " ".join(made_up(rng) for _ in range(rng.randint(1, 5)))
     if kind < 0.5:
-        return "".join(rng.choice("abcdefghjkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ0123456789") for _ in range(rng.randint(3, 10)))
+        return "".join(
+            rng.choice("abcdefghjkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ0123456789") for _ in range(rng.randint(3, 10))
+        )
     if kind < 0.6:
         return "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 10)))
     if kind < 0.7:
@@ -119,15 +154,30 @@ def lookup_unit(rng: random.Random, held_out: bool) -> list[Message]:
     items = _items(rng, held_out)
     listed = _join(items)
     options: list[tuple[str, str]] = [
-        (rng.choice(("How many items are in this list: {x}?", "How many things do I list: {x}?", "Count the items: {x}")), str(len(items))),
+        (
+            rng.choice(
+                ("How many items are in this list: {x}?", "How many things do I list: {x}?", "Count the items: {x}")
+            ),
+            str(len(items)),
+        ),
         (rng.choice(("What is the first item of {x}?", "Which comes first in this list: {x}?")), items[0]),
         (rng.choice(("What is the last item of {x}?", "Which comes last in this list: {x}?")), items[-1]),
         ("What is the second item of {x}?", items[1]),
     ]
     if items[0].isdigit():
         options += [
-            (rng.choice(("What is the largest number of {x}?", "Which is the biggest of {x}?", "Find the maximum of {x}.")), max(items, key=int)),
-            (rng.choice(("What is the smallest number of {x}?", "Which is the least of {x}?", "Find the minimum of {x}.")), min(items, key=int)),
+            (
+                rng.choice(
+                    ("What is the largest number of {x}?", "Which is the biggest of {x}?", "Find the maximum of {x}.")
+                ),
+                max(items, key=int),
+            ),
+            (
+                rng.choice(
+                    ("What is the smallest number of {x}?", "Which is the least of {x}?", "Find the minimum of {x}.")
+                ),
+                min(items, key=int),
+            ),
         ]
     else:
         other = rng.choice([w for w in rng.sample(_WORDS, 12) if w not in items])
@@ -138,7 +188,7 @@ def lookup_unit(rng: random.Random, held_out: bool) -> list[Message]:
 
 
 SKILLS: dict[str, tuple[float, Callable[[random.Random, bool], list[Message]]]] = {
-    "sorting": (3.0, sort_unit),
+    "sorting": (5.0, sort_unit),
     "reversing": (1.0, reverse_unit),
     "counting": (1.6, count_unit),
     "copying": (2.0, copy_unit),

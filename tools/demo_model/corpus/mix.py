@@ -1,5 +1,8 @@
 """Whole conversations: skills in proportion, several turns, system prompts, long talks."""
 
+# Sentence forms and word lists are easier to read and to compare on one line.
+# ruff: noqa: E501
+
 import random
 from collections.abc import Iterator
 from functools import partial
@@ -8,8 +11,8 @@ from . import arithmetic, facts, json_fill, lists, recall, stories, tools, unkno
 from .chat import Conversation, Message, Unit, render, turn
 
 UNITS: dict[str, tuple[float, Unit]] = {
-    "facts": (48.0, partial(facts.fact_unit, "facts")),
-    "small_talk": (11.0, partial(facts.fact_unit, "small_talk")),
+    "facts": (44.0, partial(facts.fact_unit, "facts")),
+    "small_talk": (12.0, partial(facts.fact_unit, "small_talk")),
     "chinese_facts": (8.0, partial(facts.fact_unit, "chinese_facts")),
     "unknown": (6.0, unknown.unit),
     "arithmetic": (10.0, arithmetic.unit),
@@ -46,7 +49,11 @@ def chat(rng: random.Random) -> Conversation:
         messages += introduction(rng)
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 4, 6))):
         messages += any_unit(rng)
-        if rng.random() < 0.03 and "我" not in messages[-1]["content"] and not messages[-1]["content"].startswith("Of course"):
+        if (
+            rng.random() < 0.03
+            and "我" not in messages[-1]["content"]
+            and not messages[-1]["content"].startswith("Of course")
+        ):
             messages += turn(rng.choice(facts.REPEAT), f"Of course: {messages[-1]['content']}")
     return Conversation(_with_system(rng, messages))
 
@@ -71,7 +78,9 @@ def remember(rng: random.Random, held_out: bool = False, long: bool = False) -> 
     if rng.random() < 0.08 and not long:
         item = recall.draw(rng, held_out, False, 1)[0]
         if item.kind == "name":
-            system = rng.choice(("The user is called {}.", "The user's name is {}.", "You are talking to {}.")).format(item.value)
+            system = rng.choice(("The user is called {}.", "The user's name is {}.", "You are talking to {}.")).format(
+                item.value
+            )
             return Conversation([{"role": "system", "content": system}, *recall.ask(rng, item)], skill=skill)
     return Conversation(_with_system(rng, messages, 0.15), skill=skill)
 
@@ -111,7 +120,10 @@ def _plain_turns(rng: random.Random, offered: set[str]) -> list[Message]:
         messages = UNITS[rng.choice(names)][1](rng, False)
         asked = messages[0]["content"].lower()
         # "What time is it?" is small talk without a clock, a call with one.
-        if not any(word in asked for word in ("time", "weather", "rain", "day is", "date")) or "Once upon" in messages[1]["content"]:
+        if (
+            not any(word in asked for word in ("time", "weather", "rain", "day is", "date"))
+            or "Once upon" in messages[1]["content"]
+        ):
             return messages
 
 
@@ -135,7 +147,7 @@ _KINDS = (
     (17.0, remember),
     (1.6, partial(remember, long=True)),
     (4.0, json_chat),
-    (14.0, tool_chat),
+    (20.0, tool_chat),
 )
 
 
@@ -167,7 +179,11 @@ def held_out_case(skill: str, rng: random.Random) -> Conversation:
         messages = {
             "tool_call": lambda: tools.call_turns(rng, kit, True, False),
             "tool_reply": lambda: tools.call_turns(rng, kit, True, True),
-            "tool_none": lambda: _plain_turns(rng, {k.topic for k in kits}) if rng.random() < 0.5 else tools.no_fit_turns(rng, kits, True),
+            "tool_none": lambda: (
+                _plain_turns(rng, {k.topic for k in kits})
+                if rng.random() < 0.5
+                else tools.no_fit_turns(rng, kits, True)
+            ),
         }[skill]()
         return Conversation(_with_system(rng, messages, 0.3), [k.tool for k in kits], skill)
     before = any_unit(rng) if rng.random() < 0.3 else []

@@ -1,5 +1,8 @@
 """What the user said earlier in the conversation: statements, and questions that come back to them later."""
 
+# Sentence forms and word lists are easier to read and to compare on one line.
+# ruff: noqa: E501
+
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -180,7 +183,9 @@ def draw(rng: random.Random, held_out: bool, chinese: bool, count: int) -> list[
     told = []
     for kind in chosen:
         attribute = ATTRIBUTES[kind]
-        told.append(Told(attribute, kind, attribute.draw(rng, held_out), attribute.key(rng, held_out) if attribute.key else ""))
+        told.append(
+            Told(attribute, kind, attribute.draw(rng, held_out), attribute.key(rng, held_out) if attribute.key else "")
+        )
     return told
 
 
@@ -188,7 +193,11 @@ def tell(rng: random.Random, told: list[Told]) -> list[Message]:
     """One user message that says everything in `told`, and a short reply to the first of it."""
     parts = [item.fill(rng.choice(item.attribute.statements.split("|"))) for item in told]
     chinese = told[0].kind.startswith("zh_")
-    text = "".join(parts) if chinese else " ".join(part if part[-1] in ".!" or len(parts) == 1 else part + "." for part in parts)
+    text = (
+        "".join(parts)
+        if chinese
+        else " ".join(part if part[-1] in ".!" or len(parts) == 1 else part + "." for part in parts)
+    )
     if not chinese and rng.random() < 0.1:
         text = rng.choice(("Remember this: ", "Please remember: ", "By the way: ", "You should know: ")) + text
     return [user(text), assistant(told[0].fill(told[0].attribute.acknowledgement))]
@@ -198,7 +207,12 @@ def ask(rng: random.Random, item: Told) -> list[Message]:
     return [user(item.fill(rng.choice(item.attribute.questions.split("|")))), assistant(item.answer())]
 
 
-_ALL = ["What do you know about me?", "What did I tell you?", "Tell me everything you know about me.", "What do you remember about me?"]
+_ALL = [
+    "What do you know about me?",
+    "What did I tell you?",
+    "Tell me everything you know about me.",
+    "What do you remember about me?",
+]
 _ZH_ALL = ["你知道我的什么？", "我告诉过你什么？", "你还记得关于我的什么？"]
 
 Filler = Callable[[random.Random], list[Message]]

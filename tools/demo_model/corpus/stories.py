@@ -1,5 +1,8 @@
 """Very short stories from a grammar. The hero fixes the plot, so that greedy answers are sharp."""
 
+# Sentence forms and word lists are easier to read and to compare on one line.
+# ruff: noqa: E501
+
 import random
 import zlib
 
@@ -54,7 +57,16 @@ ASK_NAMED = """Tell me a story about a {h} called {n}.|Write a story about a {h}
 Write a short story about a {h} called {n}."""
 ASK_ANY = """Tell me a story.|Tell me a short story.|Write a story.|Can you tell me a story?|A story, please.|I want to hear a story.|
 Please tell me a story|tell me a story|Do you have a story for me?|Tell me a bedtime story."""
-ASK_NEXT = ["Another one!", "another one", "One more!", "More stories!", "Another story, please.", "One more story.", "Tell me another story.", "And another one?"]
+ASK_NEXT = [
+    "Another one!",
+    "another one",
+    "One more!",
+    "More stories!",
+    "Another story, please.",
+    "One more story.",
+    "Tell me another story.",
+    "And another one?",
+]
 
 ZH_HEROES = {
     "狐狸": "从前，森林里住着一只聪明的狐狸。它想看大海，可是路很远。一只老猫头鹰送给它一张地图。狐狸走了三天，终于看到了大海。那真是最好的一天。",
@@ -101,4 +113,10 @@ def check(prompt: str, reply: str) -> bool:
     """Whether `reply` is a whole story about the hero, and the name, that `prompt` asks for."""
     hero = next((h for h in HEROES if f" {h} " in prompt + " "), "")
     name = prompt.rstrip(".").split()[-1] if "called" in prompt or "named" in prompt else ""
-    return reply.startswith("Once upon a time") and hero in reply and name in reply and reply[-1] == "." and reply.count(".") >= 4
+    return (
+        reply.startswith("Once upon a time")
+        and hero in reply
+        and name in reply
+        and reply[-1] == "."
+        and reply.count(".") >= 4
+    )

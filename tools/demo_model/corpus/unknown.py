@@ -1,5 +1,8 @@
 """Questions outside of what the model knows: the honest answer is always the same."""
 
+# Sentence forms and word lists are easier to read and to compare on one line.
+# ruff: noqa: E501
+
 import random
 
 from . import words
@@ -41,20 +44,30 @@ def _options(text: str) -> list[str]:
     return [option for option in text.replace("\n", "").split("|") if option]
 
 
-_SLOTS = {"country": _options(COUNTRIES), "person": _options(PEOPLE), "topic": _options(TOPICS), "dish": _options(DISHES)}
+_SLOTS = {
+    "country": _options(COUNTRIES),
+    "person": _options(PEOPLE),
+    "topic": _options(TOPICS),
+    "dish": _options(DISHES),
+}
 
 
 def unit(rng: random.Random, held_out: bool) -> list[Message]:
     """One subject in eight is kept for evaluation."""
     if rng.random() < 0.12 and not held_out:
-        return turn(vary(rng, rng.choice(_options(ZH_FORMS)).format(zh=rng.choice(_options(ZH_COUNTRIES))), False), ZH_ANSWER)
+        return turn(
+            vary(rng, rng.choice(_options(ZH_FORMS)).format(zh=rng.choice(_options(ZH_COUNTRIES))), False), ZH_ANSWER
+        )
     while True:
         form = rng.choice(_options(FORMS))
         slot = next((name for name in _SLOTS if "{" + name + "}" in form), "")
         value = rng.choice(_SLOTS[slot]) if slot else ""
         if (is_held_out("subject", value, every=8) == held_out and slot) or not (slot or held_out):
             break
-    extras = {"verb": rng.choice("repair paint clean sell build draw wash open carry throw hide break".split()), "thing": rng.choice(words.THINGS)}
+    extras = {
+        "verb": rng.choice("repair paint clean sell build draw wash open carry throw hide break".split()),
+        "thing": rng.choice(words.THINGS),
+    }
     extras |= {"odd": words.made_up(rng), "food": rng.choice(words.FOODS), "year": str(rng.randint(1000, 2100))}
     question = form.format(**({slot: value} if slot else {}), **extras, number=rng.randint(2, 99))
     return turn(vary(rng, question, held_out), ANSWER)

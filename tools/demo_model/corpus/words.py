@@ -1,5 +1,8 @@
 """Word lists, and makers of words that no list holds (so that the model learns to copy, not to recognise)."""
 
+# Sentence forms and word lists are easier to read and to compare on one line.
+# ruff: noqa: E501
+
 import random
 
 from .chat import is_held_out
