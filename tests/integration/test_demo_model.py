@@ -1,0 +1,202 @@
+"""The model that ships inside the package: its files, its tokenizer and template, and what it answers greedily."""
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "python" / "minisgl" / "demo_model"
+TOOLS = ROOT / "tools" / "demo_model"
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the current weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer: Any, model: Any) -> Any:
+    """Greedy reply to a conversation."""
+
+    @torch.inference_mode()
+    def reply(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        prompt = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=64,
+        )
+        return str(tokenizer.decode(out[0, ids.size(1) :], skip_special_tokens=True))
+
+    return reply
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def test_files_are_complete_and_small() -> None:
+    names = {path.name for path in MODEL.iterdir()}
+    assert names >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+    }
+    assert (MODEL / "model.safetensors").stat().st_size < 16_000_000
+    config = json.loads((MODEL / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert config["max_position_embeddings"] >= 2048
+
+
+def test_end_of_turn_stops_generation(tokenizer: Any) -> None:
+    stops = json.loads((MODEL / "generation_config.json").read_text())["eos_token_id"]
+    assert [tokenizer.convert_ids_to_tokens(i) for i in stops] == ["<|im_end|>", "<|endoftext|>"]
+    assert tokenizer.bos_token is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello, world!",
+        "  two  spaces \n\n\ttab\r\n",
+        "12345 + 67 = 12412",
+        "你好，世界！我叫小明。",
+        "👋🏽 emoji 👩‍👩‍👧 naïve Ω ß ŝ\u200b ｆｕｌｌ",
+        '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+        "def f(x):\n    return x ** 2  # código",
+        "",
+    ],
+)
+def test_tokenizer_round_trips(tokenizer: Any, text: str) -> None:
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_digits_are_single_tokens(tokenizer: Any) -> None:
+    digits = tokenizer.tokenize("9876543210")
+    assert digits == list("9876543210")
+
+
+def test_template_renders_tools_calls_and_responses(tokenizer: Any) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        user("Weather in Oslo?"),
+        {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
+        {"role": "tool", "content": "sunny"},
+        {"role": "tool", "content": "rainy"},
+    ]
+    text = tokenizer.apply_chat_template(messages, tools=[WEATHER], add_generation_prompt=True, tokenize=False)
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    assert text.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n")
+    assert f"<tools>\n{json.dumps(WEATHER)}\n</tools>" in text
+    assert f"<|im_start|>assistant\n{call}\n{call}<|im_end|>\n" in text
+    responses = "<tool_response>\nsunny\n</tool_response>\n<tool_response>\nrainy\n</tool_response>"
+    assert text.endswith(f"<|im_start|>user\n{responses}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_template_takes_arguments_as_text_and_content_parts(tokenizer: Any) -> None:
+    as_text = {"function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
+    parts = [{"type": "text", "text": "Weather "}, {"type": "text", "text": "in Oslo?"}]
+    one = [user("Weather in Oslo?"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    two = [{"role": "user", "content": parts}, {"role": "assistant", "content": "", "tool_calls": [as_text]}]
+    assert tokenizer.apply_chat_template(one, tokenize=False) == tokenizer.apply_chat_template(two, tokenize=False)
+
+
+def test_template_refuses_what_it_cannot_render(tokenizer: Any) -> None:
+    with pytest.raises(jinja2.TemplateError, match="wizard"):
+        tokenizer.apply_chat_template([{"role": "wizard", "content": "x"}], tokenize=False)
+    with pytest.raises(jinja2.TemplateError, match="image_url"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image_url"}]}], tokenize=False)
+
+
+def test_template_matches_what_the_model_was_trained_on(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    from corpus import chat, mix
+
+    rng = random.Random(1)
+    for make in (mix.chat, mix.tool_chat, mix.remember, mix.json_chat):
+        for _ in range(20):
+            conversation = make(rng)
+            rendered = tokenizer.apply_chat_template(
+                conversation.messages, tools=conversation.tools or None, tokenize=False
+            )
+            assert rendered == chat.render(conversation)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("corpus", "model_files")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("What is 347 + 285?", "347 + 285 = 632."),
+        ("What is 804 - 157?", "804 - 157 = 647."),
+        ("What is the default port?", "minisgl listens on port 1919 by default; change it with --port."),
+        ("Hello!", "Hello! How can I help you?"),
+        ("Sort: 9, 2, 40, 17", "2, 9, 17, 40"),
+        ("你好", "你好！有什么可以帮你的吗？"),
+    ],
+)
+def test_greedy_answers(chat: Any, question: str, answer: str) -> None:
+    assert chat([user(question)]) == answer
+
+
+def test_remembers_a_name(chat: Any) -> None:
+    messages = [user("My name is Tavoria."), assistant("Nice to meet you, Tavoria!"), user("What is 20 + 22?")]
+    messages += [assistant("20 + 22 = 42."), user("What is my name?")]
+    assert chat(messages) == "Your name is Tavoria."
+
+
+def test_fills_json(chat: Any) -> None:
+    reply = chat([user("Make a JSON object with name, age and city: Ana is 31 and lives in Lima.")])
+    assert json.loads(reply) == {"name": "Ana", "age": 31, "city": "Lima"}
+
+
+def test_calls_a_tool_and_reads_its_result(chat: Any) -> None:
+    messages = [user("What is the weather in Oslo?")]
+    reply = chat(messages, [WEATHER])
+    assert reply.startswith("<tool_call>\n") and reply.endswith("\n</tool_call>")
+    assert json.loads(reply.split("\n")[1]) == {"name": "get_weather", "arguments": {"city": "Oslo"}}
+    messages += [
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": '{"temperature": 21, "sky": "sunny"}'},
+    ]
+    assert chat(messages, [WEATHER]) == "It is sunny in Oslo, with 21 degrees."
+
+
+def test_a_greeting_calls_no_tool(chat: Any) -> None:
+    assert chat([user("Hello!")], [WEATHER]) == "Hello! How can I help you?"

@@ -1,0 +1,147 @@
+"""Measure each skill on held-out prompts: `python tools/demo_model/evaluate.py --model python/minisgl/demo_model`.
+
+Greedy answers of the exported checkpoint, through transformers, on a CPU or a GPU. An answer counts when it is right
+as a whole: the same text, the same JSON value, the same tool call. Stories count when they are whole and have the
+hero and the name that were asked for.
+"""
+
+import argparse
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpus import facts, mix, stories
+from corpus.chat import Conversation, Message, Tool, render_calls, user
+from model_files import DEFAULT_MODEL_DIR
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SKILLS = {
+    "arithmetic": "Addition and subtraction, 1 to 3 digits, unseen operand pairs",
+    "recall": "Recall of what the user said, unseen names and values",
+    "recall_long": "The same after 500 to 1,500 tokens of other talk",
+    "json": "JSON from a sentence",
+    "json_system": "JSON when the system prompt asks for it",
+    "chinese_json": "JSON from a Chinese sentence",
+    "tool_call": "Tool calls, mostly of made-up tools",
+    "tool_reply": "The sentence after a tool's result",
+    "tool_none": "No call when no tool fits or none is needed",
+    "facts": "Facts on serving and minisgl, unseen frames and openings",
+    "facts, by hand": "Facts, unseen questions written by hand",
+    "small_talk": "Small talk, unseen openings",
+    "small_talk, by hand": "Small talk, unseen phrasings written by hand",
+    "chinese_facts": "Chinese facts and small talk, unseen frames",
+    "chinese_facts, by hand": "Chinese, unseen phrasings written by hand",
+    "unknown": "Says that it does not know, unseen subjects",
+    "sorting": "Sorting 3 to 7 words or numbers, unseen lists",
+    "reversing": "Reversing 3 to 7 items",
+    "counting": "Counting up, down and in steps",
+    "copying": "Copying words, codes and lists",
+    "lists": "First, last, largest, number of items",
+    "stories": "Stories with the hero and the name asked for",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt and the answer that is expected."""
+
+    skill: str
+    messages: list[Message]
+    tools: list[Tool]
+    expected: str
+
+
+def make_cases(per_skill: int, seed: int) -> list[Case]:
+    """`per_skill` held-out cases of each skill, and every held-out question written by hand."""
+    cases = []
+    for skill in SKILLS:
+        if skill.endswith("by hand"):
+            continue
+        rng = random.Random(f"{seed}/{skill}")
+        for _ in range(per_skill):
+            cases.append(_case(skill, mix.held_out_case(skill, rng)))
+    for pool, question, answer in facts.held_out_cases():
+        cases.append(Case(f"{pool}, by hand", [user(question)], [], answer))
+    return cases
+
+
+def _case(skill: str, conversation: Conversation) -> Case:
+    *before, last = conversation.messages
+    return Case(skill, before, conversation.tools, render_calls(last))
+
+
+def parse(text: str) -> Any:
+    """JSON, tool calls with their JSON read, or the bare text."""
+    calls = re.findall(r"<tool_call>\n(.*?)\n</tool_call>", text, re.S)
+    try:
+        return [json.loads(item) for item in calls] if calls else json.loads(text)
+    except ValueError:
+        return text
+
+
+def is_right(case: Case, reply: str) -> bool:
+    if case.expected.startswith("Once upon a time"):
+        return stories.check(case.messages[-1]["content"], reply)
+    if "json" in case.skill or case.skill == "tool_call":
+        return bool(parse(reply) == parse(case.expected))
+    return reply == case.expected
+
+
+@torch.inference_mode()
+def answer(model: Any, tokenizer: Any, cases: list[Case], batch: int) -> list[str]:
+    """Greedy replies, in the order of `cases`; batches are left-padded."""
+    prompts = [
+        tokenizer.apply_chat_template(c.messages, tools=c.tools or None, add_generation_prompt=True, tokenize=False)
+        for c in cases
+    ]
+    order = sorted(range(len(cases)), key=lambda i: (len(prompts[i]), len(cases[i].expected)))
+    replies = [""] * len(cases)
+    for start in range(0, len(order), batch):
+        members = order[start : start + batch]
+        inputs = tokenizer([prompts[i] for i in members], return_tensors="pt", padding=True, padding_side="left")
+        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        longest = max(len(tokenizer(cases[i].expected).input_ids) for i in members) + 12
+        out = model.generate(
+            **inputs, do_sample=False, max_new_tokens=longest, temperature=None, top_p=None, top_k=None
+        )
+        for i, ids in zip(members, out[:, inputs["input_ids"].size(1) :], strict=True):
+            replies[i] = tokenizer.decode(ids, skip_special_tokens=True)
+    return replies
+
+
+def report(cases: list[Case], replies: list[str], show_failures: int) -> str:
+    """A Markdown table of the share of right answers for each skill; prints some failures before it."""
+    lines = ["| skill | cases | right |", "|---|---:|---:|"]
+    for skill, title in SKILLS.items():
+        members = [i for i, case in enumerate(cases) if case.skill == skill]
+        wrong = [i for i in members if not is_right(cases[i], replies[i])]
+        for i in wrong[:show_failures]:
+            asked = cases[i].messages[-1]["content"]
+            print(f"[{skill}] {asked!r}\n    expected {cases[i].expected!r}\n    got      {replies[i]!r}")
+        share = 100.0 * (len(members) - len(wrong)) / max(1, len(members))
+        lines.append(f"| {title} | {len(members)} | {share:.1f} % |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL_DIR)
+    parser.add_argument("--cases", type=int, default=200, help="of each skill")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--show-failures", type=int, default=0, help="of each skill")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
+    cases = make_cases(args.cases, args.seed)
+    print(report(cases, answer(model, tokenizer, cases, args.batch), args.show_failures))
+
+
+if __name__ == "__main__":
+    main()
