@@ -7,7 +7,7 @@ import random
 
 from .chat import Message, is_held_out, turn
 
-_FORMS: dict[str, list[str]] = {
+_FORMS: dict[str, str] = {
     "+": """What is {a} + {b}?|{a} + {b}|{a}+{b}|{a} + {b} = ?|{a}+{b}=|What is {a} plus {b}?|Calculate {a} + {b}.|Add {a} and {b}.|
 How much is {a} + {b}?|How much is {a} plus {b}?|What's {a} + {b}?|what is {a}+{b}|Compute {a} + {b}.|Sum {a} and {b}.|
 What is the sum of {a} and {b}?|Please add {a} to {b}.|{a} plus {b}?|Can you add {a} and {b}?|

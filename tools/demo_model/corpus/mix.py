@@ -20,7 +20,8 @@ UNITS: dict[str, tuple[float, Unit]] = {
     "json": (11.0, json_fill.unit),
     "chinese_json": (1.6, json_fill.zh_unit),
     "missing": (1.0, recall.missing_unit),
-} | {name: (1.3 * weight, unit) for name, (weight, unit) in lists.SKILLS.items()}
+}
+UNITS.update({name: (1.3 * weight, unit) for name, (weight, unit) in lists.SKILLS.items()})
 _NAMES = list(UNITS)
 _WEIGHTS = [weight for weight, _ in UNITS.values()]
 
