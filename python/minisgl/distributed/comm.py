@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import timedelta
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -11,6 +12,8 @@ import torch.distributed as dist
 
 from minisgl.distributed.info import DistributedInfo
 from minisgl.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # Ranks wait this long for one another inside a step; a rank that died is noticed at once by its closed connection.
 TIMEOUT = timedelta(minutes=5)
@@ -87,8 +90,11 @@ class GlooCommunicator:
         return x
 
     def close(self) -> None:
-        """Leave together: rank 0 keeps the rendezvous alive until all are here."""
-        self._group.barrier().wait()
+        """Leave together: rank 0 keeps the rendezvous alive until all are here, or one is gone."""
+        try:
+            self._group.barrier().wait()
+        except RuntimeError as error:
+            logger.warning("rank %d leaves alone: %s", self.rank, error)
         del self._group, self._store
 
 
