@@ -2,7 +2,7 @@
 
     python benchmark/cpu_linear.py [--threads 2] [--rounds 9]
 
-Variants are interleaved and the median of the rounds is shown, in ms, with the ratio of F.linear's time to it.
+Variants are interleaved; the median of the rounds is shown, in milliseconds, and how many times F.linear takes that.
 With one thread, CPU time is measured, which a busy machine disturbs less.
 """
 
