@@ -103,14 +103,18 @@ def test_dummy_weights_need_no_files(tmp_path: Path) -> None:
 
 
 MEASURE = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from tests.driver import engine_config
 from minisgl.engine.engine import Runner
+
+def peak():  # of this program; getrusage() would count the parent's as well
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+
 Runner(engine_config(sys.argv[1], num_pages=1, max_seq_len=1), 0)  # imports, arenas, thread pools
-small = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+small = peak()
 runner = Runner(engine_config(sys.argv[2], num_pages=1, max_seq_len=1, num_threads=2), 0)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((peak - small) * 1024)
+print((peak() - small) * 1024)
 """
 
 
@@ -144,7 +148,7 @@ def test_peak_memory(tmp_path: Path, num_shards: int) -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True, env={"PYTHONPATH": "python:."})
     peak, kept = int(done.stdout), sum(4 * math.prod(shape) for shape in shapes.values())
     assert kept > 200e6
-    assert peak <= 1.15 * kept, f"{peak / kept:.3f}"
+    assert 0.9 * kept < peak <= 1.15 * kept, f"{peak / kept:.3f}"
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
