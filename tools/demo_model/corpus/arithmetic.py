@@ -41,7 +41,7 @@ def solve(a: int, op: str, b: int) -> int:
 def unit(rng: random.Random, held_out: bool) -> list[Message]:
     a, op, b = operands(rng, held_out)
     question = rng.choice(FORMS[op]).format(a=a, b=b)
-    if any(char >= "\u4e00" for char in question):
+    if any("\u4e00" <= char for char in question):
         return turn(question.replace(" ", ""), f"{a} {op} {b} = {solve(a, op, b)}。")
     return turn(question, f"{a} {op} {b} = {solve(a, op, b)}.")
 

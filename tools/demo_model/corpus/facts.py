@@ -57,12 +57,14 @@ CARRIERS = """{n} asked me this: |For my {w} project: |While eating {f} I wonder
 I work with {n} on a {w}. |My friend {n} says you know it. |Here is one for you: |We had {f} and then somebody asked: |
 I read it on a {w}. |Before we go to {c}: |It is late, but |First question: |Second question: |Good, |Right, |Let us talk about work. |
 No hurry, but |This is important. |I have a test tomorrow. |I looked at the {w} and thought: |About the server: |Listen, |Dear model, """
-_FILLERS = ["really", "actually", "just", "maybe", "please", "now", "then", "here", "simply", "basically", "still", "also", "again", "today", "even", "usually", "normally", "exactly", "roughly", "honestly", "quickly", "briefly"]
+_FILLERS = "really actually just maybe please now then here simply basically still also again today even usually normally exactly roughly honestly quickly briefly".split()
 TEST_FRAMES = """Help me understand {t}.|In a nutshell, what is {t}?|Please describe {t} to a beginner.|
 What exactly is {t}?|Someone mentioned {t}. What did they mean?|Any idea what {t} is?"""
 HELD_OUT_FRAMES = [f for f in TEST_FRAMES.replace("\n", "").split("|") if f]
-ZH_FRAMES = ["有谁懂{t}？", "给我讲讲{t}吧。", "{t}是怎么回事？", "{t}到底是什么？", "什么叫{t}？", "帮我解释{t}。", "告诉我{t}是什么。", "为什么要用{t}？", "我不懂{t}。", "学习{t}", "什么是{t}？", "{t}是什么？", "请解释一下{t}。", "介绍一下{t}。", "{t}是什么意思？", "你知道{t}吗？", "{t}有什么用？", "能讲讲{t}吗？", "说说{t}", "{t}"]
-ZH_HELD_OUT_FRAMES = ["我想了解{t}。", "简单说一下什么是{t}。", "请问{t}指的是什么？"]
+ZH_FRAMES = "有谁懂{t}？|给我讲讲{t}吧。|{t}是怎么回事？|{t}到底是什么？|什么叫{t}？|帮我解释{t}。|告诉我{t}是什么。|为什么要用{t}？|我不懂{t}。|学习{t}|什么是{t}？|{t}是什么？|请解释一下{t}。|介绍一下{t}。|{t}是什么意思？|你知道{t}吗？|{t}有什么用？|能讲讲{t}吗？|说说{t}|{t}".split(
+    "|"
+)
+ZH_HELD_OUT_FRAMES = "我想了解{t}。|简单说一下什么是{t}。|请问{t}指的是什么？".split("|")
 
 PREFIXES = """Please tell me: |Hey, |Hi! |Quick question: |Tell me, |One question: |So, |OK. |I wonder: |Sorry to ask, but |
 Hello, |Another question: |And |Now, |Well, |Could you help me? |I have a question. |Next: |Please, """
@@ -159,7 +161,7 @@ def misspell(rng: random.Random, text: str) -> str:
 
 
 def _lower_first(text: str) -> str:
-    return text[0].lower() + text[1:] if (len(text) > 1 and text[1].islower()) or text[:2] == "I " else text
+    return text[0].lower() + text[1:] if len(text) > 1 and text[1].islower() or text[:2] == "I " else text
 
 
 def vary(rng: random.Random, question: str, held_out: bool) -> str:
@@ -224,7 +226,7 @@ def _content_words(text: str) -> set[str]:
 
 
 _DULL = set(
-    ["that", "with", "from", "this", "have", "what", "which", "does", "they", "them", "then", "than", "when", "into", "only", "each", "more", "most", "such", "will", "your", "exactly", "describe", "beginner", "mentioned", "understand", "help", "idea", "mean"]
+    "that with from this have what which does they them then than when into only each more most such will your exactly describe beginner mentioned understand help idea mean".split()
 )
 
 

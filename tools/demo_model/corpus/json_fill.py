@@ -45,7 +45,7 @@ _BOOK: Clauses = {
 _ALIASES = {"favourite_food": ["favourite_food", "food"], "colour": ["colour", "color"], "phone": ["phone", "phone_number"],
             "guests": ["guests", "number_of_guests"], "job": ["job", "occupation", "profession"], "city": ["city", "place", "location"]}  # fmt: skip
 _SUBJECT_KEYS = {"person": "name", "product": "product", "event": "event", "book": "title"}
-EVENTS = ["concert", "meeting", "party", "workshop", "lecture", "dinner", "match", "festival", "lesson", "course", "race", "exhibition"]
+EVENTS = "concert meeting party workshop lecture dinner match festival lesson course race exhibition".split()
 
 
 def _value(rng: random.Random, key: str, held_out: bool) -> Any:
@@ -169,7 +169,7 @@ def unit(rng: random.Random, held_out: bool) -> list[Message]:
             [
                 key
                 for key in ("age", "city", "price", "colour", "email", "year", "country")
-                if (key not in fields and key != "city") or "place" not in fields
+                if key not in fields and key != "city" or "place" not in fields
             ]
         )
         if extra not in fields:

@@ -103,7 +103,7 @@ ATTRIBUTES: dict[str, Attribute] = {
         "My {k} is called {v}.|My {k}'s name is {v}.|I have a {k} named {v}.|I have a {k}. Her name is {v}.",
         "What is my {k}'s name?|What is my {k} called?|What is the name of my {k}?|Do you remember my {k}'s name?",
         "Your {k} is called {v}.", "I will remember that your {k} is called {v}.", "You have not told me about your {k}.", words.person,
-        _pick(["sister", "daughter", "mother", "aunt", "cousin", "teacher", "neighbour", "boss", "brother", "son", "father", "uncle", "colleague"]),
+        _pick("sister daughter mother aunt cousin teacher neighbour boss brother son father uncle colleague".split()),
     ),
     "code": Attribute(
         "The code is {v}.|Remember this code: {v}.|My code is {v}.|The secret code is {v}.|Please remember the code {v}.",
@@ -125,7 +125,7 @@ ATTRIBUTES: dict[str, Attribute] = {
         "I put my {k} in the {v}.|My {k} is in the {v}.|I left my {k} in the {v}.|The {k} lies in the {v}.",
         "Where is my {k}?|Where did I put my {k}?|Where did I leave my {k}?|Do you know where my {k} is?",
         "Your {k} is in the {v}.", "I will remember that your {k} is in the {v}.", "You have not told me where your {k} is.",
-        _pick(["kitchen", "garden", "garage", "cellar", "attic", "bathroom", "office", "hall", "bedroom", "drawer", "car", "cupboard", "shed", "library"]),
+        _pick("kitchen garden garage cellar attic bathroom office hall bedroom drawer car cupboard shed library".split()),
         _pick(words.THINGS),
     ),
     "zh_name": Attribute(

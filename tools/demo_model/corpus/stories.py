@@ -12,7 +12,7 @@ from .words import HEROES, person
 
 PLACES = """in a quiet forest|in a small town|in a house by the sea|in an old castle|in a green valley|in a tall tower|near a busy harbour|
 in a warm barn|on a snowy mountain|in a garden full of roses|in a village near a river|on an island in the lake"""
-TRAITS = ["kind", "brave", "shy", "clever", "curious", "sleepy", "hungry", "cheerful", "lonely", "patient", "tiny", "proud"]
+TRAITS = "kind|brave|shy|clever|curious|sleepy|hungry|cheerful|lonely|patient|tiny|proud".split("|")
 WISHES = """to see the sea|to learn a song|to find a friend|to bake a cake|to touch the moon|to cross the river|to read a book|
 to paint the sky|to win a race|to plant a tree|to build a boat|to hear a secret"""
 PROBLEMS = """the road was long and dark|nobody would show the way|it rained for seven days|the only bridge was broken|a strong wind blew|

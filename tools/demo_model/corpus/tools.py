@@ -217,7 +217,7 @@ def _translate(rng: random.Random) -> Toolkit:
 
     def task(rng: random.Random, held_out: bool) -> Task:
         text = " ".join(rng.sample(words.LIST_WORDS, rng.randint(1, 3)))
-        language = rng.choice(["French", "German", "Spanish", "Italian", "Chinese", "Japanese", "Polish", "Greek", "Turkish", "Dutch"])
+        language = rng.choice("French German Spanish Italian Chinese Japanese Polish Greek Turkish Dutch".split())
         request = rng.choice(
             (
                 'Translate "{t}" into {l}.',
@@ -290,7 +290,7 @@ def _calendar(rng: random.Random) -> Toolkit:
 
     def task(rng: random.Random, held_out: bool) -> Task:
         title = rng.choice(
-            ["lunch", "dinner", "meeting", "dentist", "party", "concert", "training", "interview", "walk", "call", "football", "chess"]
+            "lunch dinner meeting dentist party concert training interview walk call football chess".split()
         )
         day, time = rng.choice(words.DAYS), f"{rng.randint(7, 21)}:{rng.choice(('00', '15', '30'))}"
         when = f"{day} at {time}" if with_time else day
@@ -325,7 +325,9 @@ def _mail(rng: random.Random) -> Toolkit:
     def task(rng: random.Random, held_out: bool) -> Task:
         person = words.person(rng, held_out)
         text = rng.choice(
-            ["I am late", "see you soon", "happy birthday", "dinner is ready", "call me back", "the train is late", "good luck", "where are you", "thank you", "the meeting is over"]
+            "I am late|see you soon|happy birthday|dinner is ready|call me back|the train is late|good luck|where are you|thank you|the meeting is over".split(
+                "|"
+            )
         )
         request = rng.choice(
             (
@@ -384,7 +386,7 @@ def _light(rng: random.Random) -> Toolkit:
     )
 
     def task(rng: random.Random, held_out: bool) -> Task:
-        room, on = rng.choice(["kitchen", "bedroom", "garage", "office", "hall", "bathroom", "cellar", "garden"]), rng.random() < 0.5
+        room, on = rng.choice("kitchen bedroom garage office hall bathroom cellar garden".split()), rng.random() < 0.5
         word = "on" if on else "off"
         request = rng.choice(
             (
@@ -404,14 +406,16 @@ def _light(rng: random.Random) -> Toolkit:
     return Toolkit("light", tool, task)
 
 
-_ASPECTS = ["price", "status", "weight", "height", "colour", "size", "owner", "address", "length", "age", "speed", "rating", "schedule", "menu", "score", "balance", "distance", "temperature", "location", "title", "author", "duration", "capacity", "level", "phone", "email"]
-_ENTITIES = ["parcel", "order", "book", "song", "movie", "train", "flight", "bus", "planet", "river", "mountain", "recipe", "customer", "account", "invoice", "ticket", "hotel", "restaurant", "museum", "shop", "product", "machine", "server", "sensor", "robot", "game", "player", "team", "school", "room", "ship", "bridge", "animal", "plant", "medal", "coin"]
+_ASPECTS = """price status weight height colour size owner address length age speed rating schedule menu score balance distance
+temperature location title author duration capacity level phone email""".split()
+_ENTITIES = """parcel order book song movie train flight bus planet river mountain recipe customer account invoice ticket hotel
+restaurant museum shop product machine server sensor robot game player team school room ship bridge animal plant medal coin""".split()
 
 
 def _lookup(rng: random.Random) -> Toolkit:
     """A made-up tool, such as `find_river_length(river)`."""
     aspect, thing = rng.choice(_ASPECTS), rng.choice(_ENTITIES)
-    verb = rng.choice(["get", "find", "fetch", "lookup", "check", "show", "read", "query"])
+    verb = rng.choice("get find fetch lookup check show read query".split())
     name = rng.choice(
         (
             f"{verb}_{thing}_{aspect}",
@@ -473,7 +477,7 @@ def _lookup(rng: random.Random) -> Toolkit:
 def _action(rng: random.Random) -> Toolkit:
     """A made-up action with one to three parameters that the request names."""
     verb = rng.choice(
-        ["book", "order", "open", "close", "start", "stop", "delete", "create", "rename", "move", "paint", "repair", "print", "play", "buy", "sell", "rent"]
+        "book order open close start stop delete create rename move paint repair print play buy sell rent".split()
     )
     thing = rng.choice(_ENTITIES + ["table", "taxi", "file", "door", "window", "playlist", "report"])
     options = {"colour": ("string", words.COLOURS), "count": ("integer", None), "day": ("string", words.DAYS), "priority": ("integer", None), "size": ("integer", None),

@@ -65,7 +65,7 @@ def unit(rng: random.Random, held_out: bool) -> list[Message]:
         if (is_held_out("subject", value, every=8) == held_out and slot) or not (slot or held_out):
             break
     extras = {
-        "verb": rng.choice(["repair", "paint", "clean", "sell", "build", "draw", "wash", "open", "carry", "throw", "hide", "break"]),
+        "verb": rng.choice("repair paint clean sell build draw wash open carry throw hide break".split()),
         "thing": rng.choice(words.THINGS),
     }
     extras |= {"odd": words.made_up(rng), "food": rng.choice(words.FOODS), "year": str(rng.randint(1000, 2100))}
