@@ -118,11 +118,13 @@ def report(cases: list[Case], replies: list[str], show_failures: int) -> str:
     lines = ["| skill | cases | right |", "|---|---:|---:|"]
     for skill, title in SKILLS.items():
         members = [i for i, case in enumerate(cases) if case.skill == skill]
+        if not members:
+            continue
         wrong = [i for i in members if not is_right(cases[i], replies[i])]
         for i in wrong[:show_failures]:
             asked = cases[i].messages[-1]["content"]
             print(f"[{skill}] {asked!r}\n    expected {cases[i].expected!r}\n    got      {replies[i]!r}")
-        share = 100.0 * (len(members) - len(wrong)) / max(1, len(members))
+        share = 100.0 * (len(members) - len(wrong)) / len(members)
         lines.append(f"| {title} | {len(members)} | {share:.1f} % |")
     return "\n".join(lines)
 
@@ -131,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL_DIR)
     parser.add_argument("--cases", type=int, default=200, help="of each skill")
+    parser.add_argument("--skills", nargs="*", choices=SKILLS, default=list(SKILLS), help="only these")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--show-failures", type=int, default=0, help="of each skill")
@@ -139,7 +142,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
-    cases = make_cases(args.cases, args.seed)
+    cases = [case for case in make_cases(args.cases, args.seed) if case.skill in args.skills]
     print(report(cases, answer(model, tokenizer, cases, args.batch), args.show_failures))
 
 
