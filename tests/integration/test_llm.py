@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -193,3 +195,17 @@ def test_wrong_options_are_one_clear_error(model: Path, options: dict[str, Any],
         options["model_path"] = str(model)
     with pytest.raises(ConfigError, match=words):
         LLM(**options)
+
+
+def test_the_end_of_a_program_ends_everything(model: Path) -> None:
+    """Without `close`: no error, no child process and no socket directory are left."""
+    program = (
+        "import sys\nfrom minisgl import LLM, SamplingParams\n"
+        "if __name__ == '__main__':\n"
+        f"    llm = LLM({str(model)!r}, tp=2)\n"
+        "    print(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids)\n"
+        "    print(llm._directory)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert "rror" not in done.stderr
+    assert not Path(done.stdout.split()[-1]).exists()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +24,7 @@ from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport, RankFanout
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import Tokenizer
+from minisgl.utils.sockets import make_socket_directory
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[dict[str, Any]]
@@ -103,7 +104,7 @@ class LLM:
         if model is not None:
             engine_options["model_path"] = str(model)
         self.config = prepare(args_from_options(engine_options))
-        self._directory = tempfile.mkdtemp(prefix="minisgl-")
+        self._directory = make_socket_directory()
         self._closers: list[Callable[[], None]] = [lambda: shutil.rmtree(self._directory, ignore_errors=True)]
         self._pending: dict[int, _Pending] = {}
         self._next_uid = 0
@@ -115,6 +116,7 @@ class LLM:
         except BaseException:
             self.close()
             raise
+        atexit.register(self.close)  # last, so that it is first: the ranks above 0 must outlive rank 0's last step
 
     def __enter__(self) -> LLM:
         return self
@@ -123,7 +125,8 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """End the engine and its child processes. Idempotent."""
+        """End the engine and its child processes. Idempotent; the end of the program does it too."""
+        atexit.unregister(self.close)
         while self._closers:
             self._closers.pop()()
 

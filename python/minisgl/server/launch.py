@@ -7,7 +7,6 @@ import contextlib
 import shutil
 import signal
 import socket
-import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,11 +18,11 @@ from minisgl.config.runtime import Addresses, ServerConfig
 from minisgl.errors import ConfigError, WorkerDied
 from minisgl.server.supervisor import Supervisor, WorkerSpec
 from minisgl.server.workers import scheduler_main, tokenizer_main
+from minisgl.utils.sockets import make_socket_directory
 
 if TYPE_CHECKING:
     from minisgl.server.frontend import Frontend
 
-MAX_TEMPDIR_LEN = 70
 MakeSpecs = Callable[[ServerConfig, Addresses], list[WorkerSpec]]
 
 
@@ -51,9 +50,7 @@ def running_workers(
 
     Raises: ConfigError or WorkerDied when a child does not start.
     """
-    parent = tempfile.gettempdir()
-    # mkdtemp makes it 0700. Paths of sockets end at some 107 bytes.
-    directory = tempfile.mkdtemp(prefix="minisgl-", dir=parent if len(parent) <= MAX_TEMPDIR_LEN else "/tmp")
+    directory = make_socket_directory()
     try:
         addresses = Addresses(directory=directory, num_tokenizer=config.num_tokenizer)
         supervisor = Supervisor(make_specs(config, addresses))

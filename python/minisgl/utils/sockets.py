@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
@@ -9,6 +10,14 @@ import zmq
 import zmq.asyncio
 
 T = TypeVar("T")
+
+_MAX_TEMPDIR_LEN = 70  # the path of a Unix socket ends at some 107 bytes
+
+
+def make_socket_directory() -> str:
+    """A new directory for one server's sockets that nobody else may enter (0700). The caller removes it."""
+    parent = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="minisgl-", dir=parent if len(parent) <= _MAX_TEMPDIR_LEN else "/tmp")
 
 
 class MessageCodec(Protocol[T]):
