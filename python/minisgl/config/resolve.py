@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _CPU_PREFILL_LENGTH = 512  # tokens; see docs/adr/0002
 _CPU_PAGE_SIZE = 16  # tokens
+_ONE_THREAD_BYTES = 64 * 2**20  # of weights; below that, waking a second thread costs more than it computes
 _BACKENDS = ("sdpa",)
 _DEFAULT_SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float}
 
@@ -85,7 +86,7 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         max_seq_len=max_seq_len,
         prefill_backend=prefill_backend,
         decode_backend=decode_backend,
-        num_threads=max(1, machine.num_cores // args.tensor_parallel_size),
+        num_threads=_num_threads(machine.num_cores // args.tensor_parallel_size, model, dtype),
         dummy_weight=args.dummy_weight,
     )
     scheduler = SchedulerConfig(
@@ -125,6 +126,10 @@ def _auto_dtype(model: ModelConfig, machine: Capabilities) -> str:
     if model.dtype == "bfloat16" and machine.has_fast_bfloat16:
         return "bfloat16"
     return "float32"
+
+
+def _num_threads(num_cores: int, model: ModelConfig, dtype: str) -> int:
+    return 1 if model.weight_bytes(dtype) < _ONE_THREAD_BYTES else max(1, num_cores)
 
 
 def _backends(asked: str | None) -> tuple[str, str]:

@@ -114,6 +114,9 @@ def scheduler_main(
     For tests: MINISGL_CHECK_INTEGRITY makes a page accounting error fatal, MINISGL_CHECK_RANKS compares the plans of
     ranks 0 and `rank` at every turn.
     """
+    # Read when torch is imported. Threads that spin between two operators gain nothing on free cores, and on busy ones
+    # they take the time of the very thread that they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from minisgl.engine.engine import Engine
     from minisgl.scheduler.scheduler import Scheduler
     from minisgl.scheduler.transport import FollowerTransport, LeaderTransport, Transport
