@@ -78,7 +78,7 @@ def test_one_request_always_fits_the_cache() -> None:
 def test_threads_are_shared_between_ranks() -> None:
     assert decide().engine.num_threads == 8
     assert decide(tp=2).engine.num_threads == 4
-    small = replace(MODEL, vocab_size=4096, hidden_size=256, num_layers=10, intermediate_size=640)
+    small = replace(MODEL, vocab_size=4096, hidden_size=256, num_layers=10, intermediate_size=640, head_dim=16)
     assert decide(model=small).engine.num_threads == 1, "threads wait for one another longer than they compute"
     with pytest.raises(ConfigError, match="--tensor-parallel-size 3"):
         decide(tp=3)

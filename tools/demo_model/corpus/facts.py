@@ -289,12 +289,12 @@ def ask(rng: random.Random, fact: Fact, held_out: bool) -> str:
     chinese = is_chinese(fact.answer)
     if not chinese and fact.file != "small_talk":
         kind = rng.random()
-        if kind < 0.22 and (text := keyword_question(rng, fact)):
+        if kind < 0.12 and (text := keyword_question(rng, fact)):
             return misspell(rng, text) if rng.random() < 0.1 else text
-        if kind < 0.5 and fact.topics:
+        if kind < 0.3 and fact.topics:
             text = rng.choice(LEADS) + rng.choice(CORES).format(t=rng.choice(fact.topics)) + rng.choice(("?", ".", ""))
             return vary(rng, rephrase(rng, text) if rng.random() < 0.3 else text, False)
-    if fact.topics and (not fact.questions or rng.random() < 0.5):
+    if fact.topics and (not fact.questions or rng.random() < 0.35):
         frames = ZH_FRAMES if is_chinese(fact.answer) else TRAIN_FRAMES
         frame = rng.choice(frames)
         text = frame.format(t=rng.choice(fact.topics))
@@ -303,7 +303,7 @@ def ask(rng: random.Random, fact: Fact, held_out: bool) -> str:
     if fact.file == "small_talk":
         if rng.random() < 0.4:
             question = question.rstrip("!?.") + rng.choice(("!", ".", "?", "...", " :)", "!!", ""))
-    if not chinese and rng.random() < (0.15 if fact.file == "small_talk" else 0.65):
+    if not chinese and rng.random() < (0.15 if fact.file == "small_talk" else 0.5):
         question = rephrase(rng, question)
     return vary(rng, question, False)
 
