@@ -74,13 +74,15 @@ class ReqState(Enum):
 class Req:
     """A request inside the scheduler: the one mutable record. Only the planner changes it.
 
-    tokens: prompt, then the output ids that are known on the host. `num_tokens` counts those that have been planned
-    but whose ids are still on the device, too. `num_computed` of them have their KV in `pages` (or will, once the
-    steps already planned have run).
+    tokens: prompt, then the output ids that are known on the host. prefix: those of them that were known when it was
+    last queued, as an array, so that neither admission nor a chunk of prefill costs a conversion. `num_tokens` counts
+    those that have been planned but whose ids are still on the device, too. `num_computed` of them have their KV in
+    `pages` (or will, once the steps already planned have run).
     """
 
     uid: int
     tokens: list[int]
+    prefix: npt.NDArray[np.int32]
     prompt_len: int
     params: SamplingParams
     max_len: int  # prompt + output tokens at which the request ends with `length`
