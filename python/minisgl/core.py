@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 MAX_SEED = 2**63 - 1
+MAX_COUNT = 2**63 - 1  # of what a client may ask for; larger numbers fit neither messages nor tensors
 
 
 class FinishReason(str, Enum):
@@ -48,9 +49,10 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        limit = self.max_tokens
+        _check(limit is None or 1 <= limit <= MAX_COUNT, "max_tokens", "from 1 to 2**63 - 1", limit)
         _check(0.0 <= self.temperature <= 100.0, "temperature", "from 0 to 100", self.temperature)
-        _check(self.top_k >= -1, "top_k", "at least 1, or 0 for off", self.top_k)
+        _check(-1 <= self.top_k <= MAX_COUNT, "top_k", "from 1 to 2**63 - 1, or 0 for off", self.top_k)
         _check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1", self.top_p)
         _check(0.0 <= self.min_p <= 1.0, "min_p", "from 0 to 1", self.min_p)
         _check(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", "from 0 to 2**63 - 1", self.seed)
@@ -72,13 +74,15 @@ class ReqState(Enum):
 class Req:
     """A request inside the scheduler: the one mutable record. Only the planner changes it.
 
-    tokens: prompt, then the output ids that are known on the host. `num_tokens` counts those that have been planned
-    but whose ids are still on the device, too. `num_computed` of them have their KV in `pages` (or will, once the
-    steps already planned have run).
+    tokens: prompt, then the output ids that are known on the host. prefix: those of them that were known when it was
+    last queued, as an array, so that neither admission nor a chunk of prefill costs a conversion. `num_tokens` counts
+    those that have been planned but whose ids are still on the device, too. `num_computed` of them have their KV in
+    `pages` (or will, once the steps already planned have run).
     """
 
     uid: int
     tokens: list[int]
+    prefix: npt.NDArray[np.int32]
     prompt_len: int
     params: SamplingParams
     max_len: int  # prompt + output tokens at which the request ends with `length`

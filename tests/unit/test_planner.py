@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import FinishReason, SamplingParams, StepPlan
+from minisgl.core import FinishReason, SamplingParams, StepPlan, StepResult
 from minisgl.scheduler.planner import Planner, ReqOutput
 from tests.simulator import SimulatedEngine, expected_output
 
@@ -251,3 +252,22 @@ def test_an_integrity_check_notices_a_lost_page_and_a_shared_one() -> None:
     shared.planner._allocator.free([5])
     with pytest.raises(AssertionError, match="page 5 belongs to"):
         shared.planner.check_integrity()
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+def test_long_prompts_that_wait_cost_the_running_requests_nothing(policy: str) -> None:
+    config = SchedulerConfig(32, 8192, 131072, 10_000, 16, schedule_policy=policy)
+    planner = Planner(config)
+    planner.add(0, prompt(100), ENDLESS)
+    for uid in range(1, 130):
+        planner.add(uid, prompt(100_000, start=uid), ENDLESS)
+    seconds: list[float] = []
+    for _ in range(35):
+        begin = time.process_time()
+        plan = planner.plan()
+        seconds.append(time.process_time() - begin)
+        assert plan is not None
+        planner.retire(StepResult(plan.step_id, [1] * sum(req.sample for req in plan.reqs)))
+    assert planner.num_running < 5
+    assert planner.num_waiting > 120
+    assert sorted(seconds)[-5] < 0.002  # a conversion of one such prompt takes longer, and lpm looks at 128

@@ -113,3 +113,13 @@ def test_any_json_is_taken_or_refused(body: dict[str, Any], message: dict[str, A
             except RequestError as error:
                 refusal = error
             assert refusal is None or (refusal.status == 400 and "\n" not in str(refusal))
+
+
+@pytest.mark.parametrize("field", ["top_k", "max_tokens"])
+def test_numbers_that_no_message_can_carry_are_refused(field: str) -> None:
+    """A top_k of 2**63 would fail the step of everybody in the batch; 2**64 cannot even be sent."""
+    for value in (2**63, 2**64, 10**40):
+        with pytest.raises(RequestError) as refusal:
+            chat(**{field: value})
+        assert refusal.value.param == field
+    assert getattr(chat(**{field: 2**63 - 1}).params, field) == 2**63 - 1

@@ -78,7 +78,14 @@ def test_distribution(spread: float, params: dict[str, Any]) -> None:
 def test_greedy_and_tiny_top_k_agree() -> None:
     logits = torch.randn(50, VOCAB, generator=torch.Generator().manual_seed(2))
     best = logits.argmax(-1)
-    for params in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}):
+    for params in (
+        {"temperature": 0.0},
+        {"top_k": 1},
+        {"top_p": 1e-6},
+        {"top_p": 1e-60},
+        {"min_p": 1.0},
+        {"temperature": 1e-4},
+    ):
         assert torch.equal(sample(logits, batch(50, **params)), best), params
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 
 from minisgl.config.runtime import Addresses, SchedulerConfig
-from minisgl.core import FinishReason, SamplingParams, StepPlan
+from minisgl.core import FinishReason, SamplingParams, StepPlan, StepResult
 from minisgl.errors import EngineError
 from minisgl.message.backend import AbortMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
@@ -86,6 +87,38 @@ def test_with_overlap_the_next_step_is_submitted_before_the_last_result_is_taken
         transport.put([user(0, [1])])
         run(Scheduler(config, engine, transport), transport)
         assert engine.log[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_an_interrupted_turn_can_be_gone_on_from(overlap: bool) -> None:
+    """Ctrl-C in a notebook comes while a step is waited for; the next `generate` finds everything in order."""
+
+    class Interrupted(SimulatedHandle):
+        def __init__(self, result: StepResult | Exception) -> None:
+            super().__init__(result)
+            self.interrupts = 1
+
+        def wait(self, timeout: float | None = None) -> bool:
+            self.interrupts -= 1
+            if self.interrupts == 0:
+                raise KeyboardInterrupt
+            return True
+
+    class Engine(SimulatedEngine):
+        def submit(self, plan: StepPlan) -> SimulatedHandle:
+            return Interrupted(super().submit(plan).result())
+
+    config, transport = replace(CONFIG, overlap=overlap), LocalTransport()
+    scheduler = Scheduler(config, Engine(config), transport)
+    transport.put([user(0, [1, 2, 3])])
+    with pytest.raises(KeyboardInterrupt):
+        run(scheduler, transport)
+    outputs: list[DetokenizeMsg] = []
+    while not scheduler.planner.is_idle:
+        with contextlib.suppress(KeyboardInterrupt):
+            scheduler.turn()
+        outputs += transport.take_outputs()
+    assert token_ids(outputs) == expected_output([1, 2, 3], 8, ())
 
 
 def test_abort_of_known_unknown_and_finished_requests() -> None:

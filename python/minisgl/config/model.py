@@ -104,11 +104,12 @@ def read_model_config(model_dir: str | Path) -> ModelConfig:
     if not config_path.is_file():
         raise ConfigError(f"{str(path)!r} is not a model directory: config.json is missing")
     generation_path = path / "generation_config.json"
-    generation = _read_json(generation_path) if generation_path.is_file() else {}
-    return parse_model_config(_read_json(config_path), generation, str(config_path))
+    generation = read_json(generation_path) if generation_path.is_file() else {}
+    return parse_model_config(read_json(config_path), generation, str(config_path))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises: ConfigError naming the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

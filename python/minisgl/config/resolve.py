@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minisgl.config.args import ServerArgs
 from minisgl.config.locate import locate_model
-from minisgl.config.model import ModelConfig, read_model_config
+from minisgl.config.model import ModelConfig, read_json, read_model_config
 from minisgl.config.probe import Capabilities, probe
 from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
-from minisgl.errors import ConfigError
+from minisgl.core import SamplingParams
+from minisgl.errors import ConfigError, RequestError
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
@@ -45,16 +44,22 @@ def prepare(args: ServerArgs) -> ServerConfig:
 
 
 def read_default_sampling(path: Path) -> dict[str, float | int]:
-    """The sampling parameters that the model's authors recommend, from `generation_config.json`."""
-    try:
-        content: dict[str, Any] = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """The sampling parameters that the model's authors recommend, from `generation_config.json`.
+
+    Raises: ConfigError for values that no request could have.
+    """
+    file = path / "generation_config.json"
+    if not file.is_file():
         return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path / 'generation_config.json'}: {error}") from None
+    content = read_json(file)
     if content.get("do_sample") is False:
         return {"temperature": 0.0}
-    return {name: kind(content[name]) for name, kind in _DEFAULT_SAMPLING.items() if content.get(name) is not None}
+    try:
+        chosen = {n: kind(content[n]) for n, kind in _DEFAULT_SAMPLING.items() if content.get(n) is not None}
+        SamplingParams(**chosen)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RequestError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return chosen
 
 
 def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> ServerConfig:

@@ -94,6 +94,7 @@ def _filter(top: Tensor, total: Tensor, params: SamplingBatch, vocab_size: int) 
     after_top_k = torch.where(top_k <= num, mass[:, -1], total)
     limit = (torch.from_numpy(params.top_p).double() * after_top_k)[:, None]
     in_top_p = (mass - top < limit) | torch.from_numpy(params.top_p >= 1)[:, None]  # mass before the token
+    in_top_p[:, 0] = True  # a top-p too small for its float32 is 0
     in_min_p = top >= torch.from_numpy(params.min_p)[:, None] * top[:, :1]
     covered = (top_k == vocab_size) & torch.from_numpy(params.top_p < 1) & (mass[:, -1] >= limit[:, 0])
     settled = (top_k <= num) | covered | ~in_min_p[:, -1] | torch.tensor(num == vocab_size)

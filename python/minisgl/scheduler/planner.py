@@ -10,7 +10,8 @@ already, so the next step can be planned while this one is on the device; `retir
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +76,7 @@ class Planner:
         self._config = config
         self._page_size = config.page_size
         self._reqs: dict[int, Req] = {}  # those whose terminal output is still to come
-        self._waiting: deque[Req] = deque()
+        self._waiting: OrderedDict[int, Req] = OrderedDict()  # by uid, the next one first
         self._running: list[Req] = []  # in order of admission; only the last may be in the middle of its prefill
         self._leaving: list[Req] = []  # finished or preempted, their pages still in use by steps in flight
         self._inflight: deque[_InflightStep] = deque()
@@ -116,15 +117,15 @@ class Planner:
         max_len = self._config.max_seq_len
         if params.max_tokens is not None:
             max_len = min(max_len, len(token_ids) + params.max_tokens)
-        req = Req(uid, list(token_ids), len(token_ids), params, max_len, num_tokens=len(token_ids))
+        prefix = np.array(token_ids, np.int32)
+        req = Req(uid, list(token_ids), prefix, len(token_ids), params, max_len, num_tokens=len(token_ids))
         if uid in self._reqs:
             return [ReqOutput(req, (), FinishReason.ERROR, error=f"request id {uid} is in use")]
         if not 0 < len(token_ids) < max_len:
             req.state = ReqState.FINISHED
             error = f"{len(token_ids)} prompt tokens do not fit the context of {self._config.max_seq_len}"
             return [ReqOutput(req, (), FinishReason.ERROR, error=error)]
-        self._reqs[uid] = req
-        self._waiting.append(req)
+        self._reqs[uid] = self._waiting[uid] = req
         return []
 
     def abort(self, uid: int) -> list[ReqOutput]:
@@ -164,7 +165,7 @@ class Planner:
             num_new = self._admit(req, budget)
             if num_new == 0:
                 break
-            admissions.append(Admission(req.row, np.asarray(req.tokens, np.int32), req.params))
+            admissions.append(Admission(req.row, req.prefix, req.params))
             budget -= num_new
             reqs.append(req)
             scheduled.append(self._schedule(req, num_new))
@@ -239,7 +240,7 @@ class Planner:
         req.num_inflight += 1
         sample = end == req.num_tokens
         if num_new > 1 or not sample:  # prefill: others may share its pages from now on, even within this step
-            req.handle = self._cache.insert(req.handle, np.asarray(req.tokens[:end], np.int32), req.pages)
+            req.handle = self._cache.insert(req.handle, req.prefix[:end], req.pages)
         req.num_tokens += sample
         return ScheduledReq(req.row, start, num_new, sample)
 
@@ -280,14 +281,13 @@ class Planner:
 
     def _next_waiting(self) -> Req:
         if self._config.schedule_policy == "lpm" and self._num_admitted % _LPM_OLDEST_EVERY:
-            window = [self._waiting[i] for i in range(min(_LPM_WINDOW, len(self._waiting)))]
-            return max(window, key=lambda req: self._cache.match_len(np.asarray(req.tokens, np.int32)))
-        return self._waiting[0]
+            window = islice(self._waiting.values(), _LPM_WINDOW)
+            return max(window, key=lambda req: self._cache.match_len(req.prefix))
+        return next(iter(self._waiting.values()))
 
     def _admit(self, req: Req, budget: int) -> int:
         """Give a waiting request a row and pages for its first chunk: how many tokens, 0 if there is no room for it."""
-        token_ids = np.asarray(req.tokens, np.int32)
-        match = self._cache.match(token_ids[:-1])  # at least one token is left to compute
+        match = self._cache.match(req.prefix[:-1])  # at least one token is left to compute
         self._cache.lock(match.handle)
         num_cached = len(match.pages) * self._page_size
         num_new = min(len(req.tokens) - num_cached, budget)
@@ -295,7 +295,7 @@ class Planner:
         if not self._has_headroom(len(req.tokens) - num_cached) or not self._make_room(needed):
             self._cache.unlock(match.handle)
             return 0
-        self._waiting.remove(req)
+        del self._waiting[req.uid]
         self._running.append(req)
         self._num_admitted += 1
         req.state = ReqState.RUNNING
@@ -339,7 +339,7 @@ class Planner:
     ) -> ReqOutput:
         del self._reqs[req.uid]
         if req.state is ReqState.WAITING:
-            self._waiting.remove(req)
+            del self._waiting[req.uid]
         elif not req.preempted:
             self._running.remove(req)
             self._leaving.append(req)
@@ -374,8 +374,9 @@ class Planner:
         if req.preempted:
             req.preempted = False
             if req.state is not ReqState.FINISHED:
-                req.state = ReqState.WAITING
-                self._waiting.appendleft(req)
+                req.state, req.prefix = ReqState.WAITING, np.array(req.tokens, np.int32)
+                self._waiting[req.uid] = req
+                self._waiting.move_to_end(req.uid, last=False)
 
     def _private_pages(self, req: Req) -> list[int]:
         """The request's pages that the cache does not own: not full, or computed twice at the same time."""

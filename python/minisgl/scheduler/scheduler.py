@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections import deque
 
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import StepPlan
@@ -41,7 +42,7 @@ class Scheduler:
         self._tp_size = tp_size
         self._check_ranks = check_ranks
         self._digest = 0
-        self._submitted: tuple[StepPlan, StepHandle] | None = None
+        self._submitted: deque[tuple[StepPlan, StepHandle]] = deque()
         self._announced: set[int] = set()  # uids that the detokenizer knows; never iterated
         self._num_failures = 0
         self._checked = True
@@ -67,13 +68,11 @@ class Scheduler:
         plan = self.planner.plan()
         if self._check_ranks and plan is not None:
             self._digest = zlib.crc32(repr((plan.step_id, plan.page_updates, plan.reqs)).encode())
-        submitted = None if plan is None else (plan, self._executor.submit(plan))
-        if not self._overlap and submitted is not None:
-            self._retire(*submitted)
-            return
-        if self._submitted is not None:
-            self._retire(*self._submitted)
-        self._submitted = submitted
+        if plan is not None:
+            self._submitted.append((plan, self._executor.submit(plan)))
+        num_left = 1 if self._overlap and plan is not None else 0
+        while len(self._submitted) > num_left:
+            self._retire()
 
     def _check_idle(self) -> None:
         """Nothing is running: every page must be free or the cache's. A fault costs the cache, not the server."""
@@ -86,17 +85,23 @@ class Scheduler:
             logger.exception("the page accounting is broken; the prefix cache is flushed")
             self.planner.flush()
 
-    def _retire(self, plan: StepPlan, handle: StepHandle) -> None:
+    def _retire(self) -> None:
+        """Take in the oldest step. It stays submitted until it has run: an interrupt (under `LLM`) comes while we wait,
+        and the next turn goes on from there."""
         self._checked = False
+        plan, handle = self._submitted[0]
         while not handle.wait(_PUMP_SECONDS):
             self._transport.pump()
         try:
-            outputs = self.planner.retire(handle.result())
+            result = handle.result()
+            self._submitted.popleft()
+            outputs = self.planner.retire(result)
             self._num_failures = 0
         except EngineError as error:
             self._num_failures += 1
             if self._tp_size > 1 or self._num_failures >= _MAX_FAILURES:
                 raise  # other ranks may be waiting inside a collective, or the device is beyond help
+            self._submitted.popleft()
             logger.exception("step %d failed; its requests end with an error", plan.step_id)
             outputs = self.planner.fail(plan.step_id, f"the engine failed: {error}")
         self._send(outputs)

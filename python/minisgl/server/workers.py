@@ -6,6 +6,7 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -43,11 +44,15 @@ class Control:
         self._send(Ready(info=info))
 
     def beat(self) -> None:
-        """Tell that the main loop is alive. Call it as often as you like: it sends one message a second."""
+        """Tell that the main loop is alive. Call it as often as you like: it sends one message a second.
+
+        It never waits: with a parent that does not listen (stopped, or `LLM`), the pipe fills up and beats are lost.
+        """
         now = time.monotonic()
         if now >= self._next_beat:
             self._next_beat = now + HEARTBEAT_SECONDS
-            self._send(Heartbeat())
+            if select.select((), (self._connection,), (), 0)[1]:
+                self._send(Heartbeat())
 
     def failed(self, message: str, *, config: bool) -> None:
         self._send(Failed(message=message, config=config))
