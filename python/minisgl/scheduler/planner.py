@@ -37,6 +37,7 @@ from minisgl.utils.math import div_ceil
 # Room that must be left for each running request to grow before another one is admitted, in tokens. More wastes
 # pages; less admits requests only to retract them soon after.
 _GROWTH_TOKENS = 64
+_GROWTH_STEP = 16  # tokens of pages that a running request takes at a time
 # Longest-prefix-match looks at this many of the oldest waiting requests, and every so many admissions takes the
 # oldest one whatever it matches, so that none waits for ever.
 _LPM_WINDOW = 128
@@ -254,8 +255,14 @@ class Planner:
             self._retract(victim)
             if victim is req:
                 return False
-        self._take_pages(req, needed)
+        self._take_pages(req, max(needed, self._spare_pages(req)))
         return True
+
+    def _spare_pages(self, req: Req) -> int:
+        """While there are plenty, small pages are taken several at a time: one for each token would cost the plan more
+        than all the rest."""
+        wanted = min(_GROWTH_STEP // self._page_size, div_ceil(req.max_len, self._page_size) - len(req.pages))
+        return wanted if self._allocator.num_free > wanted * len(self._running) else 0
 
     def _make_room(self, count: int) -> bool:
         """Whether `count` pages are free, evicting cached ones where needed."""
