@@ -110,9 +110,10 @@ def test_recommended_sampling(tmp_path: Path) -> None:
     assert read_default_sampling(tmp_path) == {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
     file.write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
     assert read_default_sampling(tmp_path) == {"temperature": 0.0}
-    file.write_text("{")
-    with pytest.raises(ConfigError, match=r"generation_config\.json"):
-        read_default_sampling(tmp_path)
+    for wrong in ("{", '{"temperature": "hot"}', '{"top_k": [1]}', '{"top_p": 2}'):
+        file.write_text(wrong)
+        with pytest.raises(ConfigError, match=r"generation_config\.json"):
+            read_default_sampling(tmp_path)
 
 
 def test_where_models_are_found(tmp_path: Path) -> None:

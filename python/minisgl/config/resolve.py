@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from minisgl.config.locate import locate_model
 from minisgl.config.model import ModelConfig, read_model_config
 from minisgl.config.probe import Capabilities, probe
 from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
-from minisgl.errors import ConfigError
+from minisgl.core import SamplingParams
+from minisgl.errors import ConfigError, RequestError
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,12 @@ def read_default_sampling(path: Path) -> dict[str, float | int]:
         raise ConfigError(f"{path / 'generation_config.json'}: {error}") from None
     if content.get("do_sample") is False:
         return {"temperature": 0.0}
-    return {name: kind(content[name]) for name, kind in _DEFAULT_SAMPLING.items() if content.get(name) is not None}
+    given = {name: content[name] for name in _DEFAULT_SAMPLING if content.get(name) is not None}
+    try:
+        params = replace(SamplingParams(), **{name: _DEFAULT_SAMPLING[name](value) for name, value in given.items()})
+    except (TypeError, ValueError, RequestError):
+        raise ConfigError(f"{path / 'generation_config.json'}: not sampling parameters: {given}") from None
+    return {name: getattr(params, name) for name in given}
 
 
 def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> ServerConfig:
