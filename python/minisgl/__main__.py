@@ -18,6 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `minisgl … | head`: who reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return 141
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -34,6 +37,8 @@ def _dispatch(argv: list[str]) -> int:
     from minisgl.utils.log import setup_logging
 
     args = parse_args(argv)
+    if args.shell:
+        os.environ.setdefault("LOG_LEVEL", "WARNING")  # the workers' too: their lines would be among the answers
     setup_logging("shell" if args.shell else "server")
     from minisgl.server import launch
 

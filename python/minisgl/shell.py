@@ -139,8 +139,9 @@ class Stats:
         if not self.num_answers:
             return "no answers yet"
         hit = 100 * self.num_cached / max(1, self.num_prompt)
+        answers = "1 answer" if self.num_answers == 1 else f"{self.num_answers} answers"
         return (
-            f"{self.num_answers} answers: {self.num_prompt} prompt tokens ({hit:.0f}% from the cache), "
+            f"{answers}: {self.num_prompt} prompt tokens ({hit:.0f}% from the cache), "
             f"{self.num_output} output tokens\n"
             f"last answer: first token after {self.ttft * 1000:.0f} ms, then {self.tokens_per_second:.1f} tokens/s"
         )
@@ -242,18 +243,21 @@ class Shell:
             self._answering = None
 
     async def _stream_fitting(self, answer: list[str]) -> None:
-        """Stream the answer; as long as the conversation is too long for the context, forget its oldest turn."""
-        told = False
+        """Stream the answer; as long as the conversation is too long for the context, forget its oldest turn.
+
+        A question that is too long by itself costs no turns.
+        """
+        before = list(self.chat.turns)
         while True:
             try:
                 await self._stream(answer)
-                return
+                break
             except RequestError as error:
                 if "context" not in str(error) or answer or not self.chat.drop_oldest():
+                    self.chat.turns = before
                     raise
-            if not told:
-                self._notice("(the context is full: the oldest turns are forgotten; /reset forgets all)\n")
-                told = True
+        if len(self.chat.turns) < len(before):
+            self._notice("\n(the context is full: the oldest turns are forgotten; /reset forgets all)")
 
     async def _stream(self, answer: list[str]) -> None:
         """Write the pieces of one answer as they come, collect them in `answer` and count them."""

@@ -88,7 +88,7 @@ def test_a_session(terminal: Terminal, tmp_path: Path) -> None:
     terminal.ask("/set max_tokens 8", expect="max_tokens is 8")
     terminal.ask("/set temperature 0", expect="temperature is 0")
     terminal.ask("hello", expect=r"cut after 8 tokens")
-    stats = terminal.ask("/stats", expect=r"1 answers: \d+ prompt tokens .*? (\d+) output tokens")
+    stats = terminal.ask("/stats", expect=r"1 answer: \d+ prompt tokens .*? (\d+) output tokens")
     assert stats.endswith(" 8 output tokens")
     terminal.ask("again", expect=r"cut after 8 tokens")
     terminal.ask("/stats", expect=r"2 answers: \d+ prompt tokens \((?!0%)\d+% from the cache\)")
@@ -105,7 +105,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(terminal: Terminal) -> None:
     terminal.child.expect("everything")
     time.sleep(1)
     terminal.child.sendintr()
-    stats = terminal.ask("/stats", expect=r"\d+ answers: .*? (\d+) output tokens")
+    stats = terminal.ask("/stats", expect=r"\d+ answers?: .*? (\d+) output tokens")
     num_output = int(re.findall(r"(\d+) output tokens", stats)[0])
     assert 0 < num_output < 3000
     terminal.ask("/set max_tokens 4", expect="max_tokens is 4")
@@ -134,6 +134,7 @@ def run_piped(model: Path, home: Path, lines: str, **env: str) -> subprocess.Com
 def test_a_pipe(model: Path, tmp_path: Path) -> None:
     done = run_piped(model, tmp_path, "hello\n/set\n", MINISGL_SHELL_MAX_TOKENS="5", MINISGL_SHELL_TEMPERATURE="0")
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no log between questions and answers
     assert "max_tokens 5\n" in done.stdout
     assert "\x1b" not in done.stdout
     assert "> " not in done.stdout.partition("temperature 0")[0]
@@ -145,3 +146,21 @@ def test_a_bad_environment_variable_is_one_line(model: Path, tmp_path: Path) -> 
     errors = [line for line in done.stderr.splitlines() if "MINISGL_SHELL_TOP_P" in line]
     assert errors == ["minisgl: error: MINISGL_SHELL_TOP_P: top_p must be above 0 and at most 1, not 2.0"]
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(model: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        done = subprocess.run(
+            [sys.executable, *command(model)],
+            input="hello\n",
+            env=environment(tmp_path),
+            stdout=gone,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr

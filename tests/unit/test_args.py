@@ -67,6 +67,7 @@ def test_booleans_in_the_environment() -> None:
         (["--page-size"], ["--page-size"]),
         (["--model", ""], ["--model"]),
         (["stray"], ["stray"]),
+        (["serve", "--port", "1"], ["serve", "minisgl alone serves"]),
         (["--config", "/does/not/exist.yaml"], ["--config", "No such file"]),
     ],
 )

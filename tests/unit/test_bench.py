@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from minisgl import benchmark
+from minisgl.__main__ import main as minisgl_main
 from minisgl.benchmark import dataset, metrics, offline, serve
 from minisgl.benchmark.dataset import Lengths, Sample
 from minisgl.benchmark.metrics import Record
@@ -142,8 +143,8 @@ async def test_failures_are_counted(fault: str, expected: str) -> None:
 
 
 def test_no_server_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main(["serve", "--base-url", "http://127.0.0.1:9/v1"]) == 2
-    assert capsys.readouterr().err.startswith("minisgl bench: --base-url http://127.0.0.1:9/v1: ")
+    assert minisgl_main(["bench", "serve", "--base-url", "http://127.0.0.1:9/v1"]) == 2
+    assert capsys.readouterr().err.startswith("minisgl: error: --base-url http://127.0.0.1:9/v1: ")
 
 
 def test_report_files_and_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,7 +171,7 @@ def test_plot_without_matplotlib_is_one_line(
 ) -> None:
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert benchmark.main(["serve", "--plot", "x.png"]) == 2
+    assert minisgl_main(["bench", "serve", "--plot", "x.png"]) == 2
     assert "pip install 'minisgl[plot]'" in capsys.readouterr().err
 
 
@@ -218,12 +219,25 @@ def test_bad_dataset_names_the_line(content: str, expected: str, tmp_path: Path)
         dataset.load_jsonl(str(file), 2, Lengths(1, 1), np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("flags", [["--output-len", "0"], ["--input-len", "9:3"], ["--num-prompts", "0"]])
-def test_bad_flags_are_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        benchmark.main(["serve", *flags])
-    assert stopped.value.code == 2
-    assert flags[0] in capsys.readouterr().err
+@pytest.mark.parametrize("command", ["serve", "offline"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--output-len", "0"],
+        ["--input-len", "9:3"],
+        ["--num-prompts", "0"],
+        ["--seed", "-1"],
+        ["--warmup", "-1"],
+        ["--output", "/no/such/directory/out.json"],
+        ["--numprompts", "1"],
+    ],
+)
+def test_bad_flags_are_one_line(command: str, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert minisgl_main(["bench", command, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("minisgl: error: ")
+    assert error.count("\n") == 1
+    assert flags[0] in error
 
 
 def test_offline_workloads_are_repeatable() -> None:
@@ -241,11 +255,11 @@ def test_offline_takes_the_servers_flags(capsys: pytest.CaptureFixture[str]) -> 
     from minisgl.config.args import parse_args
 
     assert offline.engine_options(parse_args(flags, {})) == {"tensor_parallel_size": 2, "dtype": "float32"}
-    assert benchmark.main(["offline", "--dtype", "float13"]) == 2
+    assert minisgl_main(["bench", "offline", "--dtype", "float13"]) == 2
     assert "--dtype float13" in capsys.readouterr().err
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main([]) == 2
+    assert minisgl_main(["bench"]) == 2
     assert benchmark.main(["--help"]) == 0
     assert "offline" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from minisgl.message.backend import AbortMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.tokenizer import DetokenizeMsg
 from minisgl.scheduler.scheduler import Scheduler
+from minisgl.scheduler.status import StatusLog
 from minisgl.scheduler.transport import FollowerTransport, LocalTransport, RankFanout
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 
@@ -196,3 +197,30 @@ def test_ranks_make_the_same_plans_and_notice_when_they_do_not(tmp_path_factory:
             follower.turn()
     fanout.close()
     follower_transport.close()
+
+
+def test_the_log_tells_of_work_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="minisgl")
+    now = 100.0
+    status, transport = StatusLog(CONFIG.num_pages, lambda: now), LocalTransport()
+    scheduler = Scheduler(CONFIG, SimulatedEngine(CONFIG), transport, status=status)
+    transport.put([user(1, [1, 2, 3], 30), user(2, [4], 30)])
+    for _ in range(12):
+        scheduler.turn()
+        now += 1.0
+        status.update(scheduler.planner)
+    assert len(caplog.messages) == 1
+    assert "requests: 0 done, 2 running, 0 waiting; " in caplog.messages[0]
+    assert "(2/s)" in caplog.messages[0]
+    for _ in range(40):
+        scheduler.turn()
+        status.update(scheduler.planner)
+    assert caplog.messages[1].startswith("requests: 2 done, 0 running, 0 waiting; ")
+    assert caplog.messages[1].endswith("KV cache 0% in use")
+    for _ in range(3):  # short ones after each other share a line
+        transport.put([user(3, [5], 1)])
+        for _ in range(4):
+            now += 0.1
+            scheduler.turn()
+            status.update(scheduler.planner)
+    assert len(caplog.messages) == 3

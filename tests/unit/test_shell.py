@@ -160,6 +160,14 @@ async def test_a_full_context_forgets_the_oldest_turns() -> None:
     assert len(frontend.seen) == 1
 
 
+async def test_a_question_that_is_too_long_by_itself_costs_no_turns() -> None:
+    full = RequestError("the prompt has 99 tokens, but the context of this model is 64 tokens", param="messages")
+    frontend = FakeFrontend(["a1"], ["a2"], [full], [full], [full], ["a3"])
+    _, out = await play(frontend, "q1", "q2", "far too long", "q3")
+    assert [message["content"] for message in frontend.seen[-1][0]] == ["q1", "a1", "q2", "a2", "q3"]
+    assert "forgotten" not in out
+
+
 async def test_a_cut_answer_says_so_at_a_terminal_only() -> None:
     _, out = await play(FakeFrontend(["a"], finish=FinishReason.LENGTH), "q")
     assert "cut after 1 tokens" in out

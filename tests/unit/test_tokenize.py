@@ -202,3 +202,9 @@ def test_a_text_that_cannot_fit_is_refused_without_encoding_it(
     monkeypatch.setattr(HFTextCodec, "encode", encode)
     with pytest.raises(RequestError, match=r"at least \d+ tokens, but the context of this model is \d+ tokens"):
         Tokenizer(CONFIG, byte_level).encode(TextPrompt(text="a b " * 1_000_000))
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}')
+    with pytest.raises(ConfigError, match="cannot load the tokenizer"):
+        HFTextCodec(str(tmp_path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from minisgl.errors import ConfigError
@@ -16,24 +15,17 @@ minisgl bench serve --help and minisgl bench offline --help list the options."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command. Returns the exit status: 0, 1 when every request failed, 2 for what cannot be run."""
+    """Run the command. Returns the exit status: 0, or 1 when every request failed. Raises: ConfigError."""
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
     if command not in ("serve", "offline"):
-        print(USAGE, file=sys.stderr)
-        return 2
-    try:
-        if command == "serve":
-            from minisgl.benchmark import serve
+        raise ConfigError(f"bench {command or 'alone'}: expected serve or offline; see minisgl bench --help")
+    if command == "serve":
+        from minisgl.benchmark import serve
 
-            return serve.main(rest)
-        from minisgl.benchmark import offline
+        return serve.main(rest)
+    from minisgl.benchmark import offline
 
-        return offline.main(rest)
-    except ConfigError as error:
-        print(f"minisgl bench: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return offline.main(rest)

@@ -174,8 +174,16 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def require_matplotlib() -> None:
-    """Called before a run, which may take long. Raises: ConfigError when plots cannot be made."""
+def check_files(output: str | None, plot: str | None) -> None:
+    """Called before a run, which may take long. Raises: ConfigError when they could not be written after it."""
+    for flag, path in (("--output", output), ("--plot", plot)):
+        if path and not Path(path).parent.is_dir():
+            raise ConfigError(f"{flag} {path}: there is no such directory")
+    if plot:
+        _require_matplotlib()
+
+
+def _require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:

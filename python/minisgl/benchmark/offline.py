@@ -14,8 +14,8 @@ import numpy as np
 from minisgl.benchmark import dataset, metrics
 from minisgl.benchmark.dataset import Lengths, Sample
 from minisgl.benchmark.metrics import Record
-from minisgl.benchmark.serve import add_output_options, positive, report
-from minisgl.config.args import ServerArgs, parse_args
+from minisgl.benchmark.serve import add_output_options, natural, positive, report
+from minisgl.config.args import ArgumentParser, ServerArgs, parse_args
 from minisgl.core import SamplingParams
 from minisgl.errors import ConfigError, RequestError
 
@@ -48,7 +48,7 @@ WORKLOADS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="minisgl bench offline",
         description="Measure the engine in this process. The server's flags (--model, --dtype, --tp …) are taken too.",
         epilog="workloads: " + "; ".join(f"{name}: {workload.about}" for name, workload in WORKLOADS.items()),
@@ -61,8 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output-len", type=dataset.parse_lengths, help="output tokens, N or LOW:HIGH, in place of the workload's")
     add("--vocab-size", type=positive, default=256, help="prompts are random ids below this (default: %(default)s)")
     add("--temperature", type=float, default=0.0)
-    add("--warmup", type=int, default=1, help="requests before the measured ones (default: %(default)s)")
-    add("--seed", type=int, default=0)
+    add("--warmup", type=natural, default=1, help="requests before the measured ones (default: %(default)s)")
+    add("--seed", type=natural, default=0)
     add_output_options(parser)
     return parser
 
@@ -71,8 +71,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmark. Raises: ConfigError when it cannot be run."""
     args, engine_flags = make_parser().parse_known_args(argv)
     options = engine_options(parse_args(engine_flags))
-    if args.plot:
-        metrics.require_matplotlib()
+    metrics.check_files(args.output, args.plot)
     samples = make_samples(args)
     args.engine = options
     try:

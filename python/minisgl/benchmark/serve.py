@@ -19,13 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from minisgl.benchmark import dataset, metrics
 from minisgl.benchmark.client import measure, request_body
 from minisgl.benchmark.metrics import Record
+from minisgl.config.args import ArgumentParser, argument, integer
 from minisgl.errors import ConfigError
+
+natural, positive = argument(integer(0)), argument(integer(1))
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="minisgl bench serve", description="Measure a running OpenAI-compatible server."
-    )
+    parser = ArgumentParser(prog="minisgl bench serve", description="Measure a running OpenAI-compatible server.")
     add = parser.add_argument
     add("--base-url", default="http://127.0.0.1:1919/v1", help="the server's /v1 (default: %(default)s)")
     add("--model", help="model id (default: the first of /v1/models)")
@@ -39,8 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-concurrency", type=positive, help="most requests in flight")
     add("--temperature", type=float, default=0.0)
     add("--ignore-eos", action="store_true", help="always generate --output-len tokens")
-    add("--warmup", type=int, default=1, help="requests before the measured ones (default: %(default)s)")
-    add("--seed", type=int, default=0)
+    add("--warmup", type=natural, default=1, help="requests before the measured ones (default: %(default)s)")
+    add("--seed", type=natural, default=0)
     add("--time-limit", type=float, default=3600.0, help="seconds until what is unfinished counts as failed")
     add_output_options(parser)
     return parser
@@ -55,8 +56,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark. Raises: ConfigError when it cannot be run at all."""
     args = make_parser().parse_args(argv)
-    if args.plot:
-        metrics.require_matplotlib()
+    metrics.check_files(args.output, args.plot)
     samples = make_samples(args)
     records, duration = asyncio.run(run(args, samples))
     title = f"minisgl bench serve: {args.model}, {args.endpoint}"
@@ -118,7 +118,8 @@ async def first_model(client: httpx.AsyncClient, base_url: str) -> str:
         response.raise_for_status()
         return str(response.json()["data"][0]["id"])
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"--base-url {base_url}: {url} does not answer: {error or type(error).__name__}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"--base-url {base_url}: {url} does not answer: {reason}") from None
 
 
 async def _send_all(
@@ -157,13 +158,6 @@ def arrival_offsets(count: int, rate: float, seed: int) -> list[float]:
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
-
-
-def positive(text: str) -> int:
-    with contextlib.suppress(ValueError):
-        if int(text) >= 1:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
 
 
 def _rate(text: str) -> float:

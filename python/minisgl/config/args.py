@@ -27,7 +27,8 @@ def _text(value: Any) -> str:
     return value
 
 
-def _integer(low: int, high: int | None = None) -> Parser:
+def integer(low: int, high: int | None = None) -> Parser:
+    """A parser of whole numbers. It raises ValueError with what it expects."""
     expected = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
 
     def parse(value: Any) -> int:
@@ -40,6 +41,18 @@ def _integer(low: int, high: int | None = None) -> Parser:
         return number
 
     return parse
+
+
+def argument(parse: Parser) -> Parser:
+    """The parser as argparse wants it, for `type`."""
+
+    def checked(text: Any) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {error}") from None
+
+    return checked
 
 
 def _fraction(value: Any) -> float:
@@ -107,24 +120,24 @@ class ServerArgs:
     )
     device: str | None = _option(_auto(_choice("cpu", "cuda")), None, "auto or cpu (this release has no CUDA engine)")
     tensor_parallel_size: int = _option(
-        _integer(1, 64), 1, "tensor-parallel ranks, one process each", "--tp-size", "--tp"
+        integer(1, 64), 1, "tensor-parallel ranks, one process each", "--tp-size", "--tp"
     )
     host: str = _option(_text, "127.0.0.1", "HTTP address")
-    port: int = _option(_integer(0, 65535), 1919, "HTTP port; 0 picks a free one")
-    max_running_requests: int = _option(_integer(1, 65536), 256, "requests in one running batch")
+    port: int = _option(integer(0, 65535), 1919, "HTTP port; 0 picks a free one")
+    max_running_requests: int = _option(integer(1, 65536), 256, "requests in one running batch")
     max_prefill_length: int | None = _option(
-        _auto(_integer(1)), None, "tokens of one step, chunked prefill (auto: 512 on a CPU)", "--max-extend-length"
+        _auto(integer(1)), None, "tokens of one step, chunked prefill (auto: 512 on a CPU)", "--max-extend-length"
     )
     max_seq_len: int | None = _option(
-        _auto(_integer(2)), None, "longest prompt + output in tokens (auto: from the model)", "--max-seq-len-override"
+        _auto(integer(2)), None, "longest prompt + output in tokens (auto: from the model)", "--max-seq-len-override"
     )
     memory_ratio: float = _option(_fraction, 0.9, "share of the available memory for weights + KV cache")
-    num_pages: int | None = _option(_auto(_integer(1)), None, "KV cache size in pages (auto: from the memory)")
-    page_size: int | None = _option(_auto(_integer(1, 4096)), None, "tokens of one KV page (auto: per backend)")
+    num_pages: int | None = _option(_auto(integer(1)), None, "KV cache size in pages (auto: from the memory)")
+    page_size: int | None = _option(_auto(integer(1, 4096)), None, "tokens of one KV page (auto: per backend)")
     cache_type: str = _option(_choice("radix", "naive"), "radix", "prefix cache: radix or naive (none)", "--cache")
     attention_backend: str | None = _option(_auto(_text), None, "auto or sdpa; a,b = prefill,decode", "--attn")
     num_tokenizer: int = _option(
-        _integer(0, 64), 0, "tokenizer processes; 0 shares the detokenizer's", "--tokenizer-count"
+        integer(0, 64), 0, "tokenizer processes; 0 shares the detokenizer's", "--tokenizer-count"
     )
     schedule_policy: str = _option(
         _choice("fcfs", "lpm"), "fcfs", "order of waiting requests: fcfs or lpm (longest prefix match)"
@@ -208,19 +221,23 @@ class _Record(argparse.Action):
         setattr(namespace, self.dest, (option_string, "true" if self.nargs == 0 else values))
 
 
-class _ArgumentParser(argparse.ArgumentParser):
+class ArgumentParser(argparse.ArgumentParser):
+    """Tells a wrong command line in one line, by a ConfigError."""
+
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            flags = [flag for name in _FIELDS for flag in _flags(name)]
+            flags = [flag for action in self._actions for flag in action.option_strings]
             message = f"unknown argument {unknown}{_suggestion(unknown.split()[0], flags)}"
-        raise ConfigError(f"{message}; see --help")
+            if unknown.startswith(("serve", "chat")):
+                message += " (minisgl alone serves, minisgl --shell chats)"
+        raise ConfigError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
 def _build_parser() -> argparse.ArgumentParser:
     from minisgl import __version__
 
-    parser = _ArgumentParser(
+    parser = ArgumentParser(
         prog="minisgl",
         description="Serve a language model over an OpenAI-compatible HTTP API, or chat with it (--shell).",
         epilog="Each flag can also be given as MINISGL_<FLAG> or in a YAML file (--config). "

@@ -31,7 +31,7 @@ def _from_huggingface(repo_id: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=_PATTERNS))
     except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
-        raise ConfigError(f"--model {repo_id}: cannot be fetched: {_first_line(error)}") from error
+        raise ConfigError(f"--model {repo_id}: cannot be fetched: {_first_line(error)}") from None
 
 
 def _from_modelscope(repo_id: str) -> Path:
@@ -42,7 +42,7 @@ def _from_modelscope(repo_id: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=_PATTERNS))
     except Exception as error:  # as above
-        raise ConfigError(f"--model {repo_id}: cannot be fetched: {_first_line(error)}") from error
+        raise ConfigError(f"--model {repo_id}: cannot be fetched: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,6 @@ Exit status 0 when nothing fails, 1 otherwise, 2 for a wrong command line.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
+from minisgl.config.args import ArgumentParser, argument, integer
 from minisgl.doctor import system, toolchain
 from minisgl.doctor.row import Row, Status, guarded
 
@@ -64,13 +64,13 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="minisgl doctor", description=__doc__.splitlines()[0] if __doc__ else None)
+    """Run the command. Returns the exit status. Raises: ConfigError for a wrong command line."""
+    parser = ArgumentParser(prog="minisgl doctor", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "--model", "--model-path", help="directory or hub id to look at (default: the built-in demo model)"
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address that the server would listen on")
-    parser.add_argument("--port", type=int, default=1919, help="port that the server would listen on")
+    parser.add_argument("--host", default="127.0.0.1", help="address of the server")
+    parser.add_argument("--port", type=argument(integer(0, 65535)), default=1919, help="port of the server")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args = parser.parse_args(argv)
     rows = examine(args.model, args.host, args.port)

@@ -12,6 +12,7 @@ from pathlib import Path
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.config.model import read_model_config
 from minisgl.config.probe import Capabilities, probe
+from minisgl.config.resolve import read_default_sampling
 from minisgl.doctor.row import Row
 from minisgl.errors import ConfigError
 
@@ -118,6 +119,8 @@ def _check_model_directory(path: Path, label: str) -> Row:
         problems.append("no tokenizer (tokenizer.json)")
     if problems:
         fix = "Download the model again, completely; only safetensors weights are read."
+        if "not supported" in problems[0]:
+            fix = "Choose a model of a supported architecture."
         return Row(name, "fail", f"{label}: {'; '.join(problems)}", fix)
     config = read_model_config(path)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors")) / GIB
@@ -129,6 +132,7 @@ def _config_problems(config: Path) -> list[str]:
         return ["no config.json"]
     try:
         read_model_config(config.parent)
+        read_default_sampling(config.parent)
     except ConfigError as error:
         return [str(error)]
     return []

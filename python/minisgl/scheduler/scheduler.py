@@ -14,6 +14,7 @@ from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
 from minisgl.scheduler.executor import Executor, StepHandle
 from minisgl.scheduler.planner import Planner, ReqOutput
+from minisgl.scheduler.status import StatusLog
 from minisgl.scheduler.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class Scheduler:
         *,
         tp_size: int = 1,
         check_ranks: bool = False,
+        status: StatusLog | None = None,
     ) -> None:
         self.planner = Planner(config)
         self._executor = executor
@@ -41,6 +43,7 @@ class Scheduler:
         self._overlap = config.overlap
         self._tp_size = tp_size
         self._check_ranks = check_ranks
+        self._status = status
         self._digest = 0
         self._submitted: deque[tuple[StepPlan, StepHandle]] = deque()
         self._announced: set[int] = set()  # uids that the detokenizer knows; never iterated
@@ -52,6 +55,8 @@ class Scheduler:
         """Serve for ever. Raises: EngineError when the device is broken or the ranks have diverged."""
         while True:
             self.turn()
+            if self._status is not None:
+                self._status.update(self.planner)
 
     def turn(self) -> None:
         """One turn of the loop: with overlap, step n is submitted before the results of step n - 1 are taken in."""
@@ -64,6 +69,8 @@ class Scheduler:
                 outputs += self.planner.add(message.uid, unpack_ids(message.input_ids), message.params)
             else:
                 outputs += self.planner.abort(message.uid)
+        if idle and self._status is not None:
+            self._status.resume()
         self._send(outputs)
         plan = self.planner.plan()
         if self._check_ranks and plan is not None:
@@ -107,6 +114,8 @@ class Scheduler:
         self._send(outputs)
 
     def _send(self, outputs: list[ReqOutput]) -> None:
+        if self._status is not None:
+            self._status.count(outputs)
         if outputs:
             self._transport.send([self._message(output) for output in outputs])
 
@@ -118,6 +127,9 @@ class Scheduler:
             start = StreamStart(req.prompt_len, req.params.stop, tail)
         if output.finish_reason is not None:
             self._announced.discard(req.uid)
+            num_output = req.num_tokens - req.prompt_len
+            reason = output.error or output.finish_reason.value
+            logger.debug("request %d: %s after %d + %d tokens", req.uid, reason, req.prompt_len, num_output)
         return DetokenizeMsg(
             uid=req.uid,
             token_ids=pack_ids(output.token_ids),

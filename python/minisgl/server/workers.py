@@ -124,6 +124,7 @@ def scheduler_main(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from minisgl.engine.engine import Engine
     from minisgl.scheduler.scheduler import Scheduler
+    from minisgl.scheduler.status import StatusLog
     from minisgl.scheduler.transport import FollowerTransport, LeaderTransport, Transport
 
     config = replace(config, check_integrity=env_bool("MINISGL_CHECK_INTEGRITY"))
@@ -134,7 +135,15 @@ def scheduler_main(
         transport = LeaderTransport(addresses, engine_config.tp_size, control.beat)
     else:
         transport = FollowerTransport(addresses, rank, control.beat)
-    scheduler = Scheduler(config, engine, transport, tp_size=engine_config.tp_size, check_ranks=check_ranks)
+    status = StatusLog(config.num_pages) if rank == 0 else None
+    scheduler = Scheduler(
+        config, engine, transport, tp_size=engine_config.tp_size, check_ranks=check_ranks, status=status
+    )
+    if rank == 0:
+        kind, threads, room = engine_config.dtype, engine_config.num_threads, config.num_pages * config.page_size
+        logger.info(
+            "%s; threads: %d; KV cache: %d tokens, at most %d for one request", kind, threads, room, config.max_seq_len
+        )
     control.ready()
     scheduler.run()
 

@@ -125,7 +125,10 @@ def _load(model_path: str) -> Any:
             return PreTrainedTokenizerFast.from_pretrained(model_path, local_files_only=True)
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+            raise ValueError("its files are missing (tokenizer.json)")  # transformers makes an empty one up
+        return tokenizer
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"{model_path}: cannot load the tokenizer: {reason}") from error

@@ -1,0 +1,58 @@
+"""What the log says about the work at INFO: counts only, never a prompt."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from minisgl.scheduler.planner import Planner, ReqOutput
+
+logger = logging.getLogger(__name__)
+
+_BUSY_SECONDS = 10.0  # of work, between two lines
+_IDLE_SECONDS = 1.0  # at least, from any line to the one that says that the work is done
+
+
+class StatusLog:
+    """One line for each ten seconds of work, and one when it is done; none while there is nothing to do."""
+
+    def __init__(self, num_pages: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._num_pages = num_pages
+        self._clock = clock
+        self._logged = -_IDLE_SECONDS + clock()
+        self._resumed = clock()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._busy = 0.0
+        self._num_done = self._num_output = 0
+
+    def resume(self) -> None:
+        """There is work again: the time until now was not spent on it."""
+        self._resumed = self._clock()
+
+    def count(self, outputs: Sequence[ReqOutput]) -> None:
+        self._num_output += sum(len(output.token_ids) for output in outputs)
+        self._num_done += sum(output.finish_reason is not None for output in outputs)
+
+    def update(self, planner: Planner) -> None:
+        """Called after each turn of the scheduler."""
+        now = self._clock()
+        if not planner.is_idle and self._busy + now - self._resumed < _BUSY_SECONDS:
+            return
+        self._busy, self._resumed = self._busy + now - self._resumed, now
+        if planner.is_idle and now - self._logged < _IDLE_SECONDS:
+            return  # short requests in a row share a line
+        logger.info(
+            "requests: %d done, %d running, %d waiting; %d tokens in %.1f s (%.0f/s); KV cache %.0f%% in use",
+            self._num_done,
+            planner.num_running,
+            planner.num_waiting,
+            self._num_output,
+            self._busy,
+            self._num_output / max(self._busy, 1e-3),
+            100 * (1 - planner.num_free_pages / self._num_pages),
+        )
+        self._logged = now
+        self._clear()
