@@ -68,7 +68,7 @@ def fake_scheduler(control: Control, config: SchedulerConfig, addresses: Address
     scheduler.run()
 
 
-def broken(control: Control) -> None:
+def broken(control: Control, *_: object) -> None:
     raise ConfigError("the model is made of cheese")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -379,3 +380,12 @@ def test_health_answers_while_requests_run(client: openai.OpenAI, http: httpx.Cl
     thread.start()
     assert http.get("/health").status_code == 200
     thread.join()
+
+
+def test_a_client_that_goes_away_while_it_sends_is_no_error(server: Server, http: httpx.Client) -> None:
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port)) as leaving:
+        leaving.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+    assert http.get("/health").status_code == 200
+    time.sleep(0.2)
+    assert "Traceback" not in server.output()

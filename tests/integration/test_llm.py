@@ -14,6 +14,7 @@ import pytest
 from minisgl import LLM, SamplingParams
 from minisgl.core import FinishReason
 from minisgl.errors import ConfigError, RequestError
+from tests.fake_server import broken
 from tests.models import hf_generate, tiny_model
 from tests.tokenizers_fixture import make_byte_level
 
@@ -209,3 +210,11 @@ def test_the_end_of_a_program_ends_everything(model: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert "rror" not in done.stderr
     assert not Path(done.stdout.split()[-1]).exists()
+
+
+@pytest.mark.timeout(60)
+def test_a_rank_that_cannot_start_is_told_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 waits for it inside the rendezvous, five minutes long."""
+    monkeypatch.setattr("minisgl.server.workers.scheduler_main", broken)
+    with pytest.raises(ConfigError, match="minisgl-TP1-scheduler: the model is made of cheese"):
+        LLM(str(model), tp=2)

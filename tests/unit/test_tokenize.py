@@ -173,6 +173,29 @@ def test_an_abort_stays_behind_its_request(tmp_path: Path, byte_level: HFTextCod
     assert kinds.index(("UserMsg", 1)) < kinds.index(("AbortMsg", 1))
 
 
+def test_a_crowd_of_prompts_does_not_silence_the_heartbeat(
+    tmp_path: Path, byte_level: HFTextCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding is slow (a megabyte a second): what has piled up is handled in parts, with a beat between them."""
+    server = start_server(tmp_path, byte_level, num_tokenizer=1, tokenizer=True)
+    waiting = [request(TextPrompt(text="x"), uid) for uid in range(1000)]
+    monkeypatch.setattr(server._inbox, "receive", lambda _: waiting)
+    encoded: list[int] = []
+
+    def encode(self: HFTextCodec, texts: list[str], *, special: bool) -> list[list[int]]:
+        encoded.append(len(texts))
+        return [[5]] * len(texts)
+
+    def beat() -> None:
+        if encoded:
+            raise SystemExit
+
+    monkeypatch.setattr(HFTextCodec, "encode", encode)
+    with pytest.raises(SystemExit):
+        server.run(beat)
+    assert sum(encoded) <= 64
+
+
 @pytest.mark.parametrize("num_tokenizer", [0, 1])
 def test_pings_go_round_once(tmp_path: Path, byte_level: HFTextCodec, num_tokenizer: int) -> None:
     """Tokenizer to scheduler, detokenizer to frontend; in one process, by turns."""

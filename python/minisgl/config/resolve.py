@@ -56,7 +56,7 @@ def read_default_sampling(path: Path) -> dict[str, float | int]:
         return {"temperature": 0.0}
     try:
         chosen = {n: kind(content[n]) for n, kind in _DEFAULT_SAMPLING.items() if content.get(n) is not None}
-        SamplingParams(**chosen)  # type: ignore[arg-type]
+        SamplingParams(**chosen)
     except (TypeError, ValueError, OverflowError, RequestError) as error:
         raise ConfigError(f"{file}: {error}") from None
     return chosen

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -26,6 +28,10 @@ from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import Tokenizer
 from minisgl.utils.sockets import make_socket_directory
 
+if TYPE_CHECKING:
+    from minisgl.server.supervisor import Supervisor
+
+T = TypeVar("T")
 Prompt = str | Sequence[int]
 Conversation = Sequence[dict[str, Any]]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -111,8 +117,9 @@ class LLM:
         try:
             self._tokenizer = Tokenizer(self.config.tokenizer)
             self._detokenizer = Detokenizer(self._tokenizer.codec)
-            self._transport = LocalTransport(self._start_ranks(self.config))
-            self._scheduler = self._start_scheduler(self.config)
+            supervisor, fanout = self._start_ranks(self.config)
+            self._transport = LocalTransport(fanout)
+            self._scheduler = self._start_scheduler(self.config, supervisor)
         except BaseException:
             self.close()
             raise
@@ -182,11 +189,11 @@ class LLM:
         finally:
             self._abort([uid])
 
-    def _start_ranks(self, config: ServerConfig) -> RankFanout | None:
+    def _start_ranks(self, config: ServerConfig) -> tuple[Supervisor | None, RankFanout | None]:
         """Start the ranks above 0; they meet rank 0 when its engine starts."""
         tp_size = config.engine.tp_size
         if tp_size == 1:
-            return None
+            return None, None
         from minisgl.server.supervisor import Supervisor, WorkerSpec
         from minisgl.server.workers import scheduler_main
 
@@ -202,13 +209,17 @@ class LLM:
         supervisor.start()
         fanout = RankFanout(addresses, tp_size)
         self._closers.append(fanout.close)
-        return fanout
+        return supervisor, fanout
 
-    def _start_scheduler(self, config: ServerConfig) -> Scheduler:
+    def _start_scheduler(self, config: ServerConfig, supervisor: Supervisor | None) -> Scheduler:
         from minisgl.engine.engine import Engine
 
         addresses = Addresses(self._directory, num_tokenizer=0)
-        engine = Engine(replace(config.engine, init_method=addresses.rendezvous), rank=0)
+        engine_config = replace(config.engine, init_method=addresses.rendezvous)
+        if supervisor is None:
+            engine = Engine(engine_config)
+        else:
+            engine = _run_watched(lambda: Engine(engine_config), supervisor)
         self._closers.append(engine.close)
         return Scheduler(config.scheduler, engine, self._transport, tp_size=config.engine.tp_size)
 
@@ -277,6 +288,25 @@ class LLM:
             pending = self._pending.pop(uid, None)
             if pending is not None and not (pending.replies and pending.replies[-1].finish_reason):
                 self._transport.put([AbortMsg(uid)])
+
+
+def _run_watched(make: Callable[[], T], supervisor: Supervisor) -> T:
+    """What `make` returns, or raises. It waits for the child processes, so nothing may be waited for when one is gone.
+
+    Raises: ConfigError or WorkerDied with the words of a child that ends meanwhile.
+    """
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(make())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="minisgl-start", daemon=True).start()
+    while not future.done():
+        supervisor.check(0.1)
+    return future.result()
 
 
 def _is_conversation(value: Any) -> bool:

@@ -66,7 +66,10 @@ def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
     _add_schema(app)
 
     async def generate(request: Request, parse: Parser, make: Callable[[GenerationRequest], Renderer]) -> Response:
-        data = await _read_body(request)
+        try:
+            data = await _read_body(request)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody is there to see it
         parsed = parse(data, config.default_sampling)
         _check_model(parsed.model, config)
         return await _answer(frontend, request, parsed, make(parsed))

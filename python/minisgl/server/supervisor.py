@@ -87,15 +87,19 @@ class Supervisor:
         """
         deadline = time.monotonic() + self._start_timeout
         while not all(worker.ready for worker in self._workers):
-            self._receive(min(deadline - time.monotonic(), 1.0))
-            for worker in self._workers:
-                error = self._death(worker)
-                if error is not None:
-                    raise error
+            self.check(min(deadline - time.monotonic(), 1.0))
             if time.monotonic() >= deadline:
                 late = ", ".join(worker.name for worker in self._workers if not worker.ready)
                 raise WorkerDied(f"not ready after {self._start_timeout:g} s: {late} (MINISGL_START_TIMEOUT)")
         return {worker.name: worker.info for worker in self._workers}
+
+    def check(self, timeout: float) -> None:
+        """Wait up to `timeout` seconds for news from the children. Raises: as `wait_ready`."""
+        self._receive(timeout)
+        for worker in self._workers:
+            error = self._death(worker)
+            if error is not None:
+                raise error
 
     def watch(self, on_death: Callable[[WorkerDied], None]) -> None:
         """From now on call `on_death`, once and from a thread of its own, when a child ends or falls silent."""

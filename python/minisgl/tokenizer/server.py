@@ -16,6 +16,7 @@ from minisgl.utils.sockets import PullSocket, PushSocket
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+MAX_BATCH = 64  # messages handled at a time: a crowd of long prompts must not look like silence
 
 
 class TokenizerServer:
@@ -38,15 +39,17 @@ class TokenizerServer:
         self._frontend = PushSocket(addresses.frontend, frontend_codec)
 
     def run(self, beat: Callable[[], None]) -> None:
-        """Serve until an exception (the one that SIGTERM raises) ends it. `beat` is called at least each second."""
+        """Serve until an exception (the one that SIGTERM raises) ends it. `beat` is called at least each second,
+        and after every `MAX_BATCH` messages."""
         try:
             while True:
                 messages = self._inbox.receive(POLL_SECONDS)
                 beat()
-                if messages:
-                    to_backend, to_frontend = self.handle(messages)
+                for first in range(0, len(messages), MAX_BATCH):
+                    to_backend, to_frontend = self.handle(messages[first : first + MAX_BATCH])
                     self._frontend.send(to_frontend)
                     self._backend.send(to_backend)
+                    beat()
         finally:
             self.close()
 
