@@ -208,6 +208,7 @@ def write_plot(path: str, title: str, records: Sequence[Record]) -> None:
         ordered = np.sort(np.asarray(values, dtype=float)) * 1000
         axes.step(ordered, np.arange(1, len(ordered) + 1) / max(1, len(ordered)), where="post")
         axes.set(xlabel=f"{LATENCIES[name]} (ms)", ylabel="share of samples", ylim=(0, 1.02))
+        axes.ticklabel_format(axis="x", useOffset=False)
         axes.grid(alpha=0.3)
     try:
         figure.savefig(path, dpi=120)

@@ -60,7 +60,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
     counts = {status: sum(row.status == status for row in rows) for status in _STYLES}
     verdict = "cannot serve yet" if counts["fail"] else "ready to serve"
-    console.print(f"{verdict}: {counts['ok']} ok, {counts['warn']} warnings, {counts['fail']} failures")
+    console.print(f"{verdict}: {counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
