@@ -78,7 +78,7 @@ def config_for(model_path: str, port: int, num_tokenizer: int, max_seq_len: int,
     engine = EngineConfig(
         model_path, model, "float32", "cpu", 1, "", 8192, 1, 256, 8192, max_seq_len, "sdpa", "sdpa", 1, True
     )
-    tokenizer = TokenizerConfig(model_path, max_seq_len, VOCAB, (2,))
+    tokenizer = TokenizerConfig(model_path, max_seq_len, VOCAB)
     return ServerConfig(engine, scheduler, tokenizer, num_tokenizer, "fake-model", "127.0.0.1", port, {"top_k": 50})
 
 

@@ -50,9 +50,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         limit = self.max_tokens
-        _check(limit is None or 1 <= limit <= MAX_COUNT, "max_tokens", "from 1 to 2**63 - 1", limit)
+        _check(limit is None or 1 <= limit <= MAX_COUNT, "max_tokens", "at least 1 and below 2**63", limit)
         _check(0.0 <= self.temperature <= 100.0, "temperature", "from 0 to 100", self.temperature)
-        _check(-1 <= self.top_k <= MAX_COUNT, "top_k", "from 1 to 2**63 - 1, or 0 for off", self.top_k)
+        _check(-1 <= self.top_k <= MAX_COUNT, "top_k", "at least 1 and below 2**63, or 0 for off", self.top_k)
         _check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1", self.top_p)
         _check(0.0 <= self.min_p <= 1.0, "min_p", "from 0 to 1", self.min_p)
         _check(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", "from 0 to 2**63 - 1", self.seed)

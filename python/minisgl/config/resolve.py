@@ -108,7 +108,7 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
     return ServerConfig(
         engine=engine,
         scheduler=scheduler,
-        tokenizer=TokenizerConfig(str(files.path), max_seq_len, model.vocab_size, model.eos_token_ids),
+        tokenizer=TokenizerConfig(str(files.path), max_seq_len, model.vocab_size),
         num_tokenizer=args.num_tokenizer,
         served_model_name=args.served_model_name or args.model_path or "minisgl-demo",
         host=args.host,

@@ -52,7 +52,6 @@ class TokenizerConfig:
     model_path: str  # a local directory
     max_seq_len: int
     vocab_size: int  # of the model: ids from here on cannot be prompts
-    eos_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

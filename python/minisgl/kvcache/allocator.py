@@ -7,7 +7,6 @@ class PageAllocator:
     """Hands out page ids 0 … num_pages - 1. Freeing a page twice is caught by the planner's integrity check."""
 
     def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
 
     @property

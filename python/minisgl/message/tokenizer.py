@@ -31,11 +31,14 @@ class IdsPrompt(msgspec.Struct, frozen=True, tag="ids", forbid_unknown_fields=Tr
     input_ids: bytes
 
 
+Prompt = ChatPrompt | TextPrompt | IdsPrompt
+
+
 class TokenizeMsg(msgspec.Struct, frozen=True, tag="tokenize", forbid_unknown_fields=True):
     """A new request. `params.max_tokens` may be None (the tokenizer fills in what the context has room for)."""
 
     uid: int
-    prompt: ChatPrompt | TextPrompt | IdsPrompt
+    prompt: Prompt
     params: SamplingParams
 
 

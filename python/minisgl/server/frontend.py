@@ -15,12 +15,10 @@ from minisgl.core import MAX_SEED, FinishReason, SamplingParams
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
 from minisgl.message.backend import AbortMsg, PingMsg
 from minisgl.message.frontend import ErrorReply, FrontendMsg, PongReply, UserReply, frontend_codec
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt, TokenizeMsg, TokenizerMsg, tokenizer_codec
+from minisgl.message.tokenizer import Prompt, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.utils.sockets import AsyncPullSocket, PushSocket
 
 logger = logging.getLogger(__name__)
-
-Prompt = ChatPrompt | TextPrompt | IdsPrompt
 
 
 class Stream(AsyncIterator[UserReply]):

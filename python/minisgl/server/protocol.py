@@ -16,15 +16,13 @@ from pydantic_core import from_json
 from minisgl.core import MAX_SEED, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt
+from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_STOPS, MAX_STOP_LEN = 16, 1024
 ROLES = ("system", "developer", "user", "assistant")
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
-
-Prompt = ChatPrompt | TextPrompt | IdsPrompt
 
 
 def _is_empty(value: Any) -> bool:

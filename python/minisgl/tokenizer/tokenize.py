@@ -15,11 +15,9 @@ from minisgl.errors import ConfigError, RequestError
 from minisgl.message.backend import UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt, TokenizeMsg
+from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt, TokenizeMsg
 
 logger = logging.getLogger(__name__)
-
-Prompt = ChatPrompt | TextPrompt | IdsPrompt
 
 
 class TextCodec(Protocol):
