@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisgl.core import SamplingParams
@@ -100,6 +100,7 @@ FIELDS = sorted(
 )
 
 
+@settings(deadline=None)
 @given(
     body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4),
     message=st.dictionaries(st.sampled_from(["role", "content", "name", "tool_calls", "x"]), JSON),
@@ -123,3 +124,9 @@ def test_numbers_that_no_message_can_carry_are_refused(field: str) -> None:
             chat(**{field: value})
         assert refusal.value.param == field
     assert getattr(chat(**{field: 2**63 - 1}).params, field) == 2**63 - 1
+
+
+def test_one_request_makes_only_so_many_outputs() -> None:
+    body = {"prompt": ["a"] * 100, "n": 21}
+    with pytest.raises(RequestError, match="100 prompts with n=21"):
+        parse_completion(json.dumps(body).encode(), {})

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _PUMP_SECONDS = 0.1
 _PROMPT_TAIL = 8  # ids that the detokenizer gets as context
+_CHECK_EVERY = 16  # spells of work
 _MAX_FAILURES = 3  # steps in a row; after that the device is taken for broken
 
 
@@ -49,6 +50,7 @@ class Scheduler:
         self._announced: set[int] = set()  # uids that the detokenizer knows; never iterated
         self._num_failures = 0
         self._checked = True
+        self._num_spells = 0  # of work, with idleness after each
         self._strict = config.check_integrity
 
     def run(self) -> None:
@@ -82,8 +84,15 @@ class Scheduler:
             self._retire()
 
     def _check_idle(self) -> None:
-        """Nothing is running: every page must be free or the cache's. A fault costs the cache, not the server."""
+        """Nothing is running: every page must be free or the cache's. A fault costs the cache, not the server.
+
+        A large pool takes tens of milliseconds to walk, so only every so many spells of work are followed by a check:
+        a count, not a clock, so that all ranks check (and flush) at the same turn.
+        """
         self._checked = True
+        self._num_spells += 1
+        if self._num_spells % _CHECK_EVERY and not self._strict:
+            return
         try:
             self.planner.check_integrity()
         except AssertionError:

@@ -20,6 +20,7 @@ from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
+MAX_OUTPUTS = 2048  # choices of all prompts together
 MAX_STOPS, MAX_STOP_LEN = 16, 1024
 ROLES = ("system", "developer", "user", "assistant")
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
@@ -204,6 +205,8 @@ def _request(
     n = 1 if body.n is None else body.n
     if not 1 <= n <= MAX_CHOICES:
         raise RequestError(f"n must be from 1 to {MAX_CHOICES}, not {n}", param="n")
+    if n * len(prompts) > MAX_OUTPUTS:
+        raise RequestError(f"{len(prompts)} prompts with n={n} are more than {MAX_OUTPUTS} outputs", param="n")
     options = body.stream_options
     if options is not None and not body.stream:
         raise RequestError("stream_options is only allowed with stream", param="stream_options")
