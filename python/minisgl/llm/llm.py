@@ -101,7 +101,8 @@ class LLM:
 
     model: a local directory or hub repo id; None is the built-in demo model. The options are the command line's, under
     the flags' names (`dtype="float32"`, `page_size=16`, `tp=2` …). Use it as a context manager, or call `close`.
-    Not for several threads at a time.
+    Not for several threads at a time. Child processes are spawned: with more than one rank, a script must create the
+    LLM under `if __name__ == "__main__":`.
 
     Raises: ConfigError when an option, or the model, cannot be used.
     """
