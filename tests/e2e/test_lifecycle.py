@@ -273,13 +273,14 @@ def test_the_client_library_sees_the_error_of_a_stream(start: Start, model_path:
                 pass
 
 
-def test_a_real_scheduler_dies_like_a_fake_one(start: Start, tiny_path: Path) -> None:
-    server = start(real(tiny_path))
+@pytest.mark.parametrize(("tp_size", "victim"), [(1, 0), (2, 0), (2, 1)])
+def test_a_real_scheduler_dies_like_a_fake_one(start: Start, tiny_path: Path, tp_size: int, victim: int) -> None:
+    server = start(real(tiny_path, "--tp", str(tp_size)))
     with server.client() as client:
         body: Any = {"ignore_eos": True}
         stream = client.chat.completions.create(model="tiny", messages=HELLO, stream=True, extra_body=body)
         next(iter(stream))
-        server.child("minisgl-TP0-scheduler").kill()
+        server.child(f"minisgl-TP{victim}-scheduler").kill()
         with pytest.raises(openai.APIError, match="scheduler"):
             for _ in stream:
                 pass

@@ -85,12 +85,13 @@ def test_greedy_tokens_do_not_depend_on_the_schedule(model: Path, expected: list
         assert llm._scheduler.planner.num_free_pages == llm.config.engine.num_pages
 
 
+@pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3_moe"])
-def test_every_family_through_the_planner(family: str) -> None:
+def test_every_family_through_the_planner(family: str, tp_size: int) -> None:
     overrides = {"sliding_window": 16} if family == "mistral" else {}
     path = with_tokenizer(tiny_model(family, vocab_size=512, **overrides))
     prompts = make_prompts()[:6]
-    with LLM(str(path), max_prefill_length=33) as llm:
+    with LLM(str(path), max_prefill_length=33, tp=tp_size) as llm:
         outputs = llm.generate(prompts, GREEDY)
     assert [output.token_ids for output in outputs] == [hf_generate(path, prompt, NUM_TOKENS) for prompt in prompts]
 
