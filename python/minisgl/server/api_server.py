@@ -129,7 +129,7 @@ async def _answer(frontend: Frontend, request: Request, parsed: GenerationReques
         replies = _interleave(streams)
         # An error that comes instead of the first reply is still an HTTP status, not an event.
         first = await unless_disconnected(request.receive, anext(replies))
-        return EventStream(_events(first, replies, parsed, renderer, totals), streams)
+        return EventStream(_events(first, replies, renderer, totals), streams)
     except ClientDisconnect:
         _abort(streams)
         logger.debug("a client went away; its request is aborted")
@@ -192,7 +192,6 @@ async def _interleave(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Us
 async def _events(
     first: tuple[int, UserReply],
     replies: AsyncGenerator[tuple[int, UserReply], None],
-    parsed: GenerationRequest,
     renderer: Renderer,
     totals: Totals,
 ) -> AsyncGenerator[bytes, None]:
@@ -212,8 +211,8 @@ async def _events(
                 data = shown(index, reply)
                 if data:
                     yield data
-        if parsed.include_usage:
-            yield event(renderer.usage_chunk(totals))
+        for chunk in renderer.last_chunks(totals):
+            yield event(chunk)
         yield DONE
     except MiniSGLError as error:
         logger.debug("a stream ends with an error: %s", error)

@@ -69,8 +69,8 @@ class Renderer(Protocol):
         """The events for an increment of choice `index`."""
         ...
 
-    def usage_chunk(self, totals: Totals) -> dict[str, Any]:
-        """The event after the last choice, for clients that asked for it."""
+    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
+        """The events after the last choice: the usage, for clients that asked for it."""
         ...
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
@@ -95,8 +95,9 @@ class ChatRenderer:
             chunks.append(self._chunk(index, {}, reply.finish_reason))
         return chunks
 
-    def usage_chunk(self, totals: Totals) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": totals.usage()}
+    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
+        usage = {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": totals.usage()}
+        return [usage] if self._include_usage else []
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
         shown = [
@@ -139,8 +140,8 @@ class CompletionRenderer:
             chunk["usage"] = None
         return [chunk]
 
-    def usage_chunk(self, totals: Totals) -> dict[str, Any]:
-        return {**self._head, "choices": [], "usage": totals.usage()}
+    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
+        return [{**self._head, "choices": [], "usage": totals.usage()}] if self._include_usage else []
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
         shown = [
@@ -159,8 +160,8 @@ class GenerateRenderer:
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         return [self._shown([reply])]
 
-    def usage_chunk(self, totals: Totals) -> dict[str, Any]:
-        raise NotImplementedError("/generate has its counts in every event")
+    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:  # noqa: ARG002
+        return []  # the counts are in every event
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:  # noqa: ARG002
         return self._shown(choices[0])
