@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from minisgl.kernel.ops import RopeAngles
 from minisgl.kvcache.pool import KVPool
 
 IntArray = npt.NDArray[np.int64]
@@ -67,8 +68,7 @@ class StepContext:
     """What the layers of a model share in one step."""
 
     slots: torch.Tensor  # [num_tokens] int64: where this step's KV goes
-    cos: torch.Tensor  # [num_tokens, 1, head_dim] float32
-    sin: torch.Tensor
+    rope: RopeAngles  # of this step's tokens
     kv: KVPool
     backend: AttentionBackend
     metadata: Any

@@ -103,9 +103,8 @@ class Runner:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits of the tokens that sample: [n, vocab_size]."""
-        cos, sin = self._rope(batch.positions)
         metadata = self._backend.prepare(batch.attention)
-        step = StepContext(batch.slots, cos, sin, self._kv, self._backend, metadata)
+        step = StepContext(batch.slots, self._rope(batch.positions), self._kv, self._backend, metadata)
         logits: torch.Tensor = self._model(batch.input_ids, step, batch.logit_tokens)
         return logits
 

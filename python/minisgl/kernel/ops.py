@@ -7,10 +7,31 @@ dimension of activations is `num_tokens`, whatever requests the tokens belong to
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RopeAngles:
+    """Of a step's tokens. cos, sin: [num_tokens, 1, head_dim] float32, the first half of `sin` negated: x rotated is
+    x * cos + roll(x, head_dim / 2) * sin."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KVSlots:
+    """Where a step's keys and values go in one layer. k, v: [num_slots, num_kv_heads, head_dim]; slots: [num_tokens]
+    int64."""
+
+    k: Tensor
+    v: Tensor
+    slots: Tensor
 
 
 class TorchOps:
@@ -37,32 +58,62 @@ class TorchOps:
         scale = torch.rsqrt_(wide.square().mean(-1, keepdim=True).add_(eps))
         return wide.mul_(scale).to(x.dtype).mul_(weight)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(norm of x + residual, x + residual), the sum in place of `residual`."""
-        residual = residual.add_(x)
-        return self.rms_norm(residual, weight, eps), residual
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`linear` of the normalised x."""
+        return self.linear(self.rms_norm(x, norm, eps), weight, bias)
 
-    def qk_norm_rope(self, qk: Tensor, norm_weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-        """Norm of each head (where there is a weight), then rotate.
+    def norm_gate_up(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """silu(gate) * up of the normalised x; weight: [2 * n, in], gate's rows first → [num_tokens, n]."""
+        return self.silu_and_mul(self.norm_linear(x, norm, eps, weight, bias))
 
-        qk: [num_tokens, num_heads, head_dim], queries and keys together; norm_weight: [num_heads, head_dim];
-        cos, sin: [num_tokens, 1, head_dim] float32, the first half of `sin` negated (see `RotaryEmbedding`).
+    def linear_add(self, x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+        """residual + linear(x), in place of `residual`: [num_tokens, out]."""
+        return residual.add_(self.linear(x, weight, bias))
+
+    def qk_norm_rope_store(
+        self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots
+    ) -> Tensor:
+        """Norm of each query and key head (where there is a weight), rotate them, and store keys and values.
+
+        qkv: [num_tokens, num_q + 2 * num_kv, head_dim], which may be overwritten; norm: [num_q + num_kv, head_dim].
         The rotation pairs dimension i with i + head_dim / 2, as Hugging Face checkpoints do.
+        → the queries: [num_tokens, num_q, head_dim], perhaps with another stride between tokens.
         """
-        if norm_weight is not None:
-            qk = self.rms_norm(qk, norm_weight, eps)
-        cos, sin = cos.to(qk.dtype), sin.to(qk.dtype)
-        return (qk * cos).addcmul_(qk.roll(qk.shape[-1] // 2, -1), sin)
+        num_kv = cache.k.shape[1]
+        num_q = qkv.shape[1] - 2 * num_kv
+        qk = qkv[:, : num_q + num_kv]
+        if norm is not None:
+            qk = self.rms_norm(qk, norm, eps)
+        cos, sin = rope.cos.to(qk.dtype), rope.sin.to(qk.dtype)
+        qk = (qk * cos).addcmul_(qk.roll(qk.shape[-1] // 2, -1), sin)
+        cache.k.index_copy_(0, cache.slots, qk[:, num_q:])
+        cache.v.index_copy_(0, cache.slots, qkv[:, num_q + num_kv :])
+        return qk[:, :num_q]
+
+    def moe(self, x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, norm: bool) -> Tensor:
+        """Each token's `top_k` most probable experts, weighted by their probabilities (with `norm`, made to sum to 1).
+
+        x: [num_tokens, hidden]; router_logits: [num_tokens, num_experts]; gate_up: [num_experts, 2 * n, hidden];
+        down: [num_experts, hidden, n] → [num_tokens, hidden]. The reference loops over the experts that were hit.
+        """
+        weights, experts = router_logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
+        if norm:
+            weights = weights / weights.sum(-1, keepdim=True)
+        order = experts.flatten().argsort(stable=True)  # (token, choice) pairs by expert
+        tokens, weights = order // top_k, weights.to(x.dtype).flatten()[order, None]
+        out, begin = torch.zeros_like(x), 0
+        for expert, count in enumerate(experts.flatten().bincount(minlength=len(gate_up)).tolist()):
+            if count:
+                mine = tokens[begin : begin + count]
+                hidden = self.silu_and_mul(self.linear(x[mine], gate_up[expert]))
+                out.index_add_(0, mine, self.linear(hidden, down[expert]) * weights[begin : begin + count])
+                begin += count
+        return out
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up: [num_tokens, 2 * n] → silu(gate) * up, [num_tokens, n]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
-
-    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-        """Write k, v: [num_tokens, num_kv_heads, head_dim] to the slots [num_tokens] int64 of one layer's cache."""
-        k_cache.index_copy_(0, slots, k)
-        v_cache.index_copy_(0, slots, v)
 
 
 class CpuOps(TorchOps):
