@@ -27,6 +27,11 @@ class EngineConfig:
     num_threads: int  # per rank
     dummy_weight: bool
     seed: int = 0  # of dummy weights
+    memory_ratio: float = 0.9  # of a GPU's memory; num_pages 0: as many as fit
+    cuda_graph_max_bs: int = 0  # largest decode batch captured as a CUDA graph; 0: none
+    use_pynccl: bool = True
+    moe_backend: str = "torch"
+    gpu_arch: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

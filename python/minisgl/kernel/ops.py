@@ -115,6 +115,28 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
+    def step_inputs(
+        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int, angles: Tensor
+    ) -> tuple[Tensor, Tensor, RopeAngles]:
+        """Ids and slots of a step's tokens ([num_tokens] int64 both) and their angles.
+
+        rows, positions: [num_tokens] int32 into the tables token_ids: [rows, tokens] int32 and page_table: [rows,
+        pages] int32; angles: [positions, 2 * head_dim] float32, cosines then sines.
+        """
+        rows, positions = rows.long(), positions.long()
+        slots = page_table[rows, positions // page_size].long() * page_size + positions % page_size
+        cos, sin = angles.index_select(0, positions)[:, None].chunk(2, -1)
+        return token_ids[rows, positions].long(), slots, RopeAngles(cos, sin)
+
+    def scatter(self, table: Tensor, index: Tensor, values: Tensor) -> None:
+        """table.flatten()[index] = values, all int32; no index comes twice."""
+        table.view(-1).index_copy_(0, index.long(), values)
+
+    def store_ids(self, token_ids: Tensor, rows: Tensor, positions: Tensor, ids: Tensor) -> None:
+        """Sampled ids become input of later steps: token_ids[rows, positions] = ids, [n]. A failed row (-1) gets some
+        valid id, which nobody will see."""
+        token_ids[rows.long(), positions] = ids.clamp(min=0)
+
 
 class CpuOps(TorchOps):
     """oneDNN's inner product for fp32 on CPUs, on weights in its own blocked layout.
@@ -136,8 +158,12 @@ class CpuOps(TorchOps):
         return out
 
 
-def create_ops(device: str) -> TorchOps:
+def create_ops(device: torch.device) -> TorchOps:
     """The fastest operations available on `device`."""
-    if device == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if device.type == "cuda":
+        from minisgl.kernel.cuda import create_cuda_ops
+
+        return create_cuda_ops(device)
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return CpuOps()
     return TorchOps()
