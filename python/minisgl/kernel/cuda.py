@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
 
 import torch
 
+from minisgl.errors import ConfigError
+from minisgl.kernel import skinny
 from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
 from minisgl.kernel.sampling_reference import sample_reference
+
+logger = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 
@@ -29,16 +33,10 @@ def _whole_vectors(*tensors: Tensor) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedTokens:
-    """What `CudaOps.prepare` writes for n tokens: static buffers of a captured graph."""
-
-    input_ids: Tensor  # [n] int64
-    positions: Tensor  # [n] int64
-    slots: Tensor  # [n] int64
-    seq_lens: Tensor | None  # [n] int32: position + 1; for decode batches, where a token is a sequence
-    cos: Tensor  # [n, 1, head_dim] float32
-    sin: Tensor  # [n, 1, head_dim] float32
+def _is_skinny(x: Tensor, weight: Tensor, norm: Tensor | None = None) -> bool:
+    """Whether the kernels for few tokens take this product."""
+    m, k = x.shape
+    return skinny.supports(m, len(weight), k, x.dtype, norm is not None) and weight.is_contiguous()
 
 
 class CudaOps(TorchOps):
@@ -51,17 +49,8 @@ class CudaOps(TorchOps):
         self._elementwise, self._sampling, self._step = (load_kernel(name, arch) for name in KERNELS)
 
     def embedding(self, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
-        """Ids outside [first, first + len(weight)) belong to other ranks and give zeros."""
-        if (
-            not _whole_vectors(weight)
-            or ids.dtype != torch.int64
-            or not (ids.is_contiguous() and weight.is_contiguous())
-        ):
-            if first == 0:
-                return super().embedding(ids, weight)
-            local = ids - first
-            here = (local >= 0) & (local < len(weight))
-            return super().embedding(local.where(here, 0), weight).mul_(here[:, None])
+        if not (_whole_vectors(weight) and weight.is_contiguous()):
+            return super().embedding(ids, weight, first)
         out = weight.new_empty(len(ids), weight.shape[1])
         self._elementwise.embedding(ids, weight, first, len(weight), out)
         return out
@@ -77,16 +66,25 @@ class CudaOps(TorchOps):
         self._elementwise.rms_norm(x, weight, eps, out)
         return out
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """residual += x in place → norm of the sum. For sums that come out of an all-reduce."""
-        if not (self._norm_fits(x, weight) and residual.dtype == x.dtype and _whole_vectors(residual)):
-            return super().rms_norm(residual.add_(x), weight, eps)
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        self._elementwise.add_rms_norm(x, residual, weight, eps, out)
-        return out
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if _is_skinny(x, weight):
+            return skinny.norm_linear(x, None, 0.0, weight, bias)
+        return super().linear(x, weight, bias)
+
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if _is_skinny(x, weight, norm):
+            return skinny.norm_linear(x, norm, eps, weight, bias)
+        return super().norm_linear(x, norm, eps, weight, bias)
+
+    def norm_gate_up(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is None and len(weight) % 16 == 0 and _is_skinny(x, weight, norm):
+            return skinny.norm_gate_up(x, norm, eps, weight)
+        return super().norm_gate_up(x, norm, eps, weight, bias)
 
     def linear_add(self, x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
         """cuBLAS adds the product to `residual` itself."""
+        if _is_skinny(x, weight):
+            return skinny.linear_add(x, weight, residual, bias)
         residual.addmm_(x, weight.T)
         return residual if bias is None else residual.add_(bias)
 
@@ -135,47 +133,26 @@ class CudaOps(TorchOps):
         sample(logits, temperature, top_k, top_p, min_p, seed, position, out, token_ids, rows)
         return out
 
-    def prepare(
-        self,
-        rows: Tensor,
-        positions: Tensor,
-        token_ids: Tensor,
-        page_table: Tensor,
-        page_size: int,
-        cos_sin: Tensor,
-        out: PreparedTokens,
-    ) -> None:
-        """A step's ids, slots and angles, from the tables.
-
-        rows, positions: [n] int32 of the tokens to compute; token_ids: [num_rows, max_len] int32; page_table:
-        [num_rows, max_pages] int32; cos_sin: [max_positions, 2 * head_dim] float32, cos first, head_dim a multiple of 4.
-        """
-        self._step.prepare(
-            rows,
-            positions,
-            token_ids,
-            page_table,
-            page_size,
-            cos_sin,
-            out.input_ids,
-            out.positions,
-            out.slots,
-            out.seq_lens,
-            out.cos,
-            out.sin,
-        )
+    def step_inputs(
+        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int, angles: Tensor
+    ) -> tuple[Tensor, Tensor, RopeAngles]:
+        num, head_dim = len(rows), angles.shape[1] // 2
+        if head_dim % 4:
+            return super().step_inputs(rows, positions, token_ids, page_table, page_size, angles)
+        ids, wide, slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(3))
+        cos, sin = (torch.empty(num, 1, head_dim, device=rows.device) for _ in range(2))
+        self._step.prepare(rows, positions, token_ids, page_table, page_size, angles, ids, wide, slots, None, cos, sin)
+        return ids, slots, RopeAngles(cos, sin)
 
     def scatter(self, target: Tensor, index: Tensor, value: Tensor) -> None:
         """target.view(-1)[index] = value; target and value: int32, index: [m] int32 or int64, negative ones skipped."""
         self._step.scatter(target, index, value)
 
-    def apply_updates(
-        self, page_table: Tensor, token_ids: Tensor, buffer: Tensor, num_pages: int, num_tokens: int
-    ) -> None:
-        """Update both tables from one staging buffer.
 
-        buffer: int32, four lists one after the other: `num_pages` flat indices into page_table and as many values,
-        `num_tokens` flat indices into token_ids and as many values. Negative indices are skipped, so that a buffer of
-        fixed size can be part of a CUDA graph.
-        """
-        self._step.apply_updates(page_table, token_ids, buffer, num_pages, num_tokens)
+def create_cuda_ops(device: torch.device) -> TorchOps:
+    """Our kernels where they can be compiled; torch's operations, with a warning, elsewhere."""
+    try:
+        return CudaOps(torch.cuda.get_device_capability(device))
+    except ConfigError as error:
+        logger.warning("the fused kernels are not available, decoding will be slower: %s", error)
+        return TorchOps()
