@@ -17,10 +17,10 @@ def boolean(value: object) -> bool:
     raise ValueError("true or false")
 
 
-def env_bool(name: str) -> bool:
-    """The variable as a boolean; unset or empty is false. Raises: ConfigError naming the variable."""
+def env_bool(name: str, default: bool = False) -> bool:
+    """The variable as a boolean; unset or empty is the default. Raises: ConfigError naming the variable."""
     try:
-        return boolean(os.environ.get(name) or False)
+        return boolean(os.environ.get(name) or default)
     except ValueError as error:
         raise ConfigError(f"{name}={os.environ[name]!r}: expected {error}") from None
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
-from minisgl.engine.engine import Engine
+from minisgl.engine.engine import Engine, ThreadedRunner
 from minisgl.errors import ConfigError, EngineError
 from tests.driver import GREEDY, engine_config, generate
 from tests.models import hf_generate, random_prompt, tiny_model
@@ -75,8 +75,8 @@ def test_nan_ends_one_row_only() -> None:
     path = tiny_model("llama")
     config = engine_config(path, page_size=4, num_pages=64, max_running_requests=4)
     engine = Engine(config)
-    runner = engine._runner
-    assert runner is not None
+    assert isinstance(engine._runner, ThreadedRunner)
+    runner = engine._runner.runner
     with torch.inference_mode():
         for cache in (*runner._kv.k, *runner._kv.v):
             cache.fill_(float("nan"))
@@ -121,7 +121,7 @@ def test_sampled_tokens_do_not_depend_on_batch() -> None:
 
 def test_unknown_backend_and_device() -> None:
     path = tiny_model("llama")
-    with pytest.raises(ConfigError, match="'fa' is not available on cpu"):
+    with pytest.raises(ConfigError, match="fa,sdpa is not available on cpu"):
         Engine(engine_config(path, prefill_backend="fa"))
     with pytest.raises(ConfigError, match="--device tpu"):
         Engine(engine_config(path, device="tpu"))

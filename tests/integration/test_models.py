@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from minisgl.core import ScheduledReq, StepPlan
-from minisgl.engine.engine import Engine, Runner
+from minisgl.engine.engine import Engine
+from minisgl.engine.runner import Runner
 from tests.driver import GREEDY, engine_config, generate
 from tests.models import FAMILIES, hf_generate, hf_logits, random_prompt, tiny_model
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minisgl.engine.engine import Engine, Runner
+from minisgl.engine.engine import Engine
+from minisgl.engine.runner import Runner
 from minisgl.errors import ConfigError
 from tests.driver import engine_config, generate
 from tests.models import hf_generate, random_prompt, tiny_model
@@ -106,7 +107,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from tests.driver import engine_config
-from minisgl.engine.engine import Runner
+from minisgl.engine.runner import Runner
 
 def peak():  # of this program; getrusage() would count the parent's as well
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -44,16 +44,16 @@ def test_frequencies_equal_transformers(scaling: dict[str, Any]) -> None:
 def test_dynamic_angles_are_those_of_the_length_that_ends_there() -> None:
     hf, config = read(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
     positions = torch.tensor([0, 100, 4095, 4096, 9000])
-    cos, sin = RotaryEmbedding(config, 128, CPU)(positions)
+    rope = RotaryEmbedding(config, 128, CPU)(positions)
     for i, position in enumerate(positions.tolist()):
         inv_freq, _ = ROPE_INIT_FUNCTIONS["dynamic"](hf, CPU, seq_len=max(position + 1, 4096))
         angles = position * inv_freq
-        torch.testing.assert_close(cos[i, 0, :64], angles.cos(), atol=2e-3, rtol=0)
-        torch.testing.assert_close(sin[i, 0, 64:], angles.sin(), atol=2e-3, rtol=0)
+        torch.testing.assert_close(rope.cos[i, 0, :64], angles.cos(), atol=2e-3, rtol=0)
+        torch.testing.assert_close(rope.sin[i, 0, 64:], angles.sin(), atol=2e-3, rtol=0)
 
 
 def test_dynamic_angles_do_not_depend_on_the_batch() -> None:
     _, config = read(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
     rope = RotaryEmbedding(config, 128, CPU)
-    together = rope(torch.tensor([5, 9000]))[0][0]
-    torch.testing.assert_close(together, rope(torch.tensor([5]))[0][0], rtol=0, atol=0)
+    together = rope(torch.tensor([5, 9000])).cos[0]
+    torch.testing.assert_close(together, rope(torch.tensor([5])).cos[0], rtol=0, atol=0)

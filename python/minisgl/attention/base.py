@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from minisgl.kernel.ops import RopeAngles
 from minisgl.kvcache.pool import KVPool
 
 IntArray = npt.NDArray[np.int64]
@@ -28,6 +29,7 @@ class AttentionBatch:
     offsets: IntArray  # [n + 1]
     page_table: npt.NDArray[np.int32]  # [max_running_requests, max pages], the host's copy
     page_size: int
+    paged: PagedStep | None = None  # the same on the device, for backends that read the page table there
 
     @property
     def seq_lens(self) -> IntArray:
@@ -42,6 +44,31 @@ class AttentionBatch:
         page, offset = np.divmod(positions, self.page_size)
         slots: IntArray = self.page_table[rows, page].astype(np.int64) * self.page_size + offset
         return slots
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """Some sequences of a step, as kernels see them: int32 on the device. What is on the host are bounds that may be
+    built into a captured graph, and None or arrays that may not."""
+
+    page_table: torch.Tensor  # [rows, max pages]
+    rows: torch.Tensor  # [n] of the page table
+    seq_lens: torch.Tensor  # [n] tokens of KV, this step's included
+    cu_q: torch.Tensor  # [n + 1]: sequence i owns tokens [cu_q[i], cu_q[i + 1])
+    page_size: int
+    max_q_len: int
+    max_seq_len: int
+    starts_cpu: IntArray | None = None  # [n]
+    num_new_cpu: IntArray | None = None  # [n]
+
+
+@dataclass(frozen=True, slots=True)
+class PagedStep:
+    """A step's sequences: first those of one token (decode), then the longer ones (prefill)."""
+
+    num_decode: int
+    decode: PagedBatch
+    prefill: PagedBatch | None
 
 
 class AttentionBackend(Protocol):
@@ -67,8 +94,7 @@ class StepContext:
     """What the layers of a model share in one step."""
 
     slots: torch.Tensor  # [num_tokens] int64: where this step's KV goes
-    cos: torch.Tensor  # [num_tokens, 1, head_dim] float32
-    sin: torch.Tensor
+    rope: RopeAngles  # of this step's tokens
     kv: KVPool
     backend: AttentionBackend
     metadata: Any

@@ -1,35 +1,51 @@
-"""Attention backends by name."""
+"""Attention backends by name. Each module is imported only when its backend is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from minisgl.attention.base import AttentionBackend
+from minisgl.attention.paged import AttentionShape, PagedAttention
 from minisgl.attention.sdpa import SdpaBackend
+from minisgl.config.runtime import EngineConfig
 from minisgl.errors import ConfigError
 
-BACKENDS = {"sdpa": SdpaBackend}
+
+def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+    """The backend of one rank's layers. Raises: ConfigError for one, or a pair, that this device does not have."""
+    prefill, decode = config.prefill_backend, config.decode_backend
+    model, page_size = config.model, config.page_size
+    num_kv_heads = model.num_local_kv_heads(config.tp_size)
+    if prefill == decode == "sdpa":
+        windows = [model.sliding_window(layer) for layer in range(model.num_layers)]
+        return SdpaBackend(windows, num_kv_heads * model.head_dim * dtype.itemsize, dtype, device)
+    if device.type == "cpu" or "sdpa" in (prefill, decode):
+        raise ConfigError(f"--attention-backend {prefill},{decode} is not available on {device.type}")
+    num_qo_heads = model.num_qo_heads // config.tp_size
+    shape = AttentionShape(
+        num_qo_heads, num_kv_heads, model.head_dim, dtype, page_size, config.max_running_requests, config.max_seq_len
+    )
+    first = _create(prefill, shape, device)
+    return PagedAttention(first, first if decode == prefill else _create(decode, shape, device))
 
 
-def create_backend(
-    prefill: str,
-    decode: str,
-    windows: Iterable[int | None],
-    kv_bytes: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> AttentionBackend:
-    """The backend of a model whose layers have these windows; kv_bytes: of one slot's keys in one layer.
+def _create(name: str, shape: AttentionShape, device: torch.device) -> Any:
+    if name == "triton":
+        from minisgl.attention.triton import TritonBackend
 
-    Raises: ConfigError for a backend, or a pair of them, that this build does not have.
-    """
-    for name in (prefill, decode):
-        if name not in BACKENDS:
-            raise ConfigError(
-                f"--attention-backend {name!r} is not available on {device.type} (available: {', '.join(BACKENDS)})"
-            )
-    if prefill != decode:
-        raise ConfigError(f"--attention-backend {prefill},{decode}: this pair is not available")
-    return BACKENDS[prefill](windows, kv_bytes, dtype, device)
+        return TritonBackend(shape, device)
+    if name == "cuda":
+        from minisgl.attention.cuda import CudaBackend
+
+        return CudaBackend(shape, device)
+    if name == "fi":
+        from minisgl.attention.fi import FlashInferBackend
+
+        return FlashInferBackend(shape, device)
+    if name == "fa":
+        from minisgl.attention.fa import FlashAttentionBackend
+
+        return FlashAttentionBackend(shape, device)
+    raise ConfigError(f"--attention-backend {name!r} is unknown (known: sdpa, triton, cuda, fi, fa)")

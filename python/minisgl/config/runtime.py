@@ -30,7 +30,7 @@ class EngineConfig:
     # CUDA only, from here on.
     memory_ratio: float = 0.9  # share of a GPU's total memory that its rank may take (`memory.gpu_budget`)
     cuda_graph_max_bs: int = 0  # the largest decode batch that is captured; 0: none
-    use_pynccl: bool = False
+    use_pynccl: bool = True
     moe_backend: str = "torch"  # "triton" | "torch"
     gpu_arch: tuple[int, int] | None = None  # compute capability, the same on all ranks
 

@@ -52,11 +52,10 @@ class Batch:
     sampled_at: tuple[IntArray, IntArray]  # row and column of the token buffer where the sampled ids go
 
 
-class Tables:
-    """What the engine remembers of each running request, by row. Only the engine's thread touches it."""
+class RowTables:
+    """What the host remembers of each running request, by row. Only the engine touches it."""
 
     def __init__(self, num_rows: int, max_seq_len: int, page_size: int) -> None:
-        self.token_ids = np.zeros((num_rows, max_seq_len + 1), dtype=np.int32)
         self.pages = np.zeros((num_rows, div_ceil(max_seq_len + 1, page_size)), dtype=np.int32)
         self.page_size = page_size
         self._temperature = np.zeros(num_rows, dtype=np.float32)
@@ -67,15 +66,37 @@ class Tables:
 
     def apply(self, plan: StepPlan) -> None:
         """Write the plan's admissions and page updates."""
-        for admission in plan.admissions:
-            row, ids, params = admission
-            self.token_ids[row, : len(ids)] = ids
+        for row, _, params in plan.admissions:
             self._temperature[row], self._top_k[row] = params.temperature, max(params.top_k, 0)
             self._top_p[row], self._min_p[row] = params.top_p, params.min_p
             assert params.seed is not None
             self._seed[row] = params.seed
         for update in plan.page_updates:
             self.pages[update.row, update.first_index : update.first_index + len(update.pages)] = update.pages
+
+    def sampling(self, rows: IntArray, positions: IntArray) -> SamplingBatch:
+        """The parameters of these rows, for tokens at these positions."""
+        return SamplingBatch(
+            self._temperature[rows],
+            self._top_k[rows],
+            self._top_p[rows],
+            self._min_p[rows],
+            self._seed[rows],
+            positions,
+        )
+
+
+class Tables(RowTables):
+    """With the token ids too, where the host computes."""
+
+    def __init__(self, num_rows: int, max_seq_len: int, page_size: int) -> None:
+        super().__init__(num_rows, max_seq_len, page_size)
+        self.token_ids = np.zeros((num_rows, max_seq_len + 1), dtype=np.int32)
+
+    def apply(self, plan: StepPlan) -> None:
+        super().apply(plan)
+        for row, ids, _ in plan.admissions:
+            self.token_ids[row, : len(ids)] = ids
 
     def build(self, plan: StepPlan) -> Batch:
         """The step's indices and ids. plan.reqs is not empty."""
@@ -93,18 +114,8 @@ class Tables:
             slots=torch.from_numpy(attention.slots_of(token_rows, positions)),
             attention=attention,
             logit_tokens=logit_tokens,
-            sampling=self._sampling(sample_rows, columns),
+            sampling=self.sampling(sample_rows, columns),
             sampled_at=(sample_rows, columns),
-        )
-
-    def _sampling(self, rows: IntArray, positions: IntArray) -> SamplingBatch:
-        return SamplingBatch(
-            self._temperature[rows],
-            self._top_k[rows],
-            self._top_p[rows],
-            self._min_p[rows],
-            self._seed[rows],
-            positions,
         )
 
     def store_sampled(self, at: tuple[IntArray, IntArray], ids: list[int]) -> None:

@@ -1,46 +1,121 @@
-"""What differs between devices outside of kernels: threads and memory. A CUDA device adds streams, events, pinning."""
+"""The GPU of one rank, and the pinned buffers through which the host talks to it."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from minisgl.errors import ConfigError
 
+Tensor = torch.Tensor
 
-class Device(Protocol):
-    """The device of one rank."""
-
-    torch_device: torch.device
-
-    def enter_thread(self) -> None:
-        """Called first by the thread that will execute steps."""
-        ...
-
-    def to_host(self, ids: torch.Tensor) -> list[int]:
-        """Wait for a step's ids and bring them to the host."""
-        ...
+MIN_ARCH = (8, 0)
+NUM_BUFFERS = 4  # pinned ones, used in turn: more than there are steps in flight
 
 
-class CpuDevice:
-    """A share of the CPU: `num_threads` of it."""
+def open_gpu(rank: int) -> torch.device:
+    """Make GPU `rank` (of the visible ones) the current one. Raises: ConfigError saying why it cannot be used."""
+    if torch.version.cuda is None:
+        raise ConfigError("--device cuda: the installed PyTorch computes on CPUs only; install one built for CUDA")
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # its first line says what is wrong with the driver
+        raise ConfigError(f"--device cuda: {str(error).splitlines()[0]}") from error
+    count = torch.cuda.device_count()
+    if rank >= count:
+        raise ConfigError(f"--tensor-parallel-size: rank {rank} has no GPU, {count} are visible")
+    arch = torch.cuda.get_device_capability(rank)
+    if arch < MIN_ARCH:
+        name = torch.cuda.get_device_name(rank)
+        raise ConfigError(f"--device cuda: {name} has compute capability {arch[0]}.{arch[1]}; 8.0 or newer is needed")
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
 
-    def __init__(self, num_threads: int) -> None:
-        self.torch_device = torch.device("cpu")
-        self._num_threads = num_threads
-        torch.set_num_threads(num_threads)
 
-    def enter_thread(self) -> None:
-        torch.set_num_threads(self._num_threads)  # OpenMP keeps the number per thread
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """One step's numbers on the device. n samples, m sequences, t tokens."""
 
-    def to_host(self, ids: torch.Tensor) -> list[int]:
-        result: list[int] = ids.tolist()
-        return result
+    seed: Tensor  # [n] int64: the bits of a uint64
+    sample_position: Tensor  # [n] int64: of the token to be sampled
+    temperature: Tensor  # [n] float32
+    top_p: Tensor  # [n] float32
+    min_p: Tensor  # [n] float32
+    top_k: Tensor  # [n] int32; the rest too
+    sample_rows: Tensor  # [n] of the token table
+    logit_tokens: Tensor  # [n] tokens of the batch that sample
+    rows: Tensor  # [m] of the page table
+    seq_lens: Tensor  # [m]
+    cu_q: Tensor  # [m + 1]
+    token_rows: Tensor  # [t]
+    positions: Tensor  # [t]
 
 
-def create_device(name: str, num_threads: int) -> Device:
-    """Raises: ConfigError for a device that this build does not know."""
-    if name != "cpu":
-        raise ConfigError(f"--device {name} is not available (available: cpu)")
-    return CpuDevice(num_threads)
+_LONG = ("seed", "sample_position")
+_FLOAT = ("temperature", "top_p", "min_p")
+_PER_SAMPLE = (*_LONG, *_FLOAT, "top_k", "sample_rows", "logit_tokens")
+_PER_SEQ = ("rows", "seq_lens", "cu_q")
+_PER_TOKEN = ("token_rows", "positions")
+
+
+@lru_cache(maxsize=4096)
+def layout(num_samples: int, num_seqs: int, num_tokens: int) -> tuple[dict[str, tuple[int, int]], int]:
+    """Where each field of `StepTensors` begins and ends in the buffer, in 4-byte words; and where all end."""
+    fields, begin = {}, 0
+    for name in (*_PER_SAMPLE, *_PER_SEQ, *_PER_TOKEN):
+        size = num_samples if name in _PER_SAMPLE else num_seqs if name in _PER_SEQ else num_tokens
+        size = 2 * size if name in _LONG else size + (name == "cu_q")
+        fields[name] = (begin, begin + size)
+        begin += size
+    return fields, begin
+
+
+class Staging:
+    """A buffer on the device and its pinned twins: `put` what a step needs, then `flush` it with one copy."""
+
+    def __init__(self, num_words: int, device: torch.device) -> None:
+        self._device = torch.empty(num_words, dtype=torch.int32, device=device)
+        self._hosts = [torch.empty(num_words, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)]
+        self._copied = [torch.cuda.Event() for _ in range(NUM_BUFFERS)]
+        self._turn, self._end = 0, 0
+        self._host: npt.NDArray[np.int32] = self._hosts[0].numpy()
+
+    def begin(self, arrays: Mapping[str, npt.NDArray[np.generic]], counts: tuple[int, int, int]) -> StepTensors:
+        """Start a step's buffer with its fields, of these numbers of samples, sequences and tokens."""
+        self._turn = (self._turn + 1) % NUM_BUFFERS
+        self._copied[self._turn].synchronize()
+        self._host = self._hosts[self._turn].numpy()
+        fields, self._end = layout(*counts)
+        for name, (begin, end) in fields.items():
+            kind = np.int64 if name in _LONG else np.float32 if name in _FLOAT else np.int32
+            self._host[begin:end].view(kind)[:] = arrays[name]
+        return self.tensors(counts)
+
+    def tensors(self, counts: tuple[int, int, int]) -> StepTensors:
+        """Views of the device's buffer: at the same addresses for the same counts."""
+        fields, _ = layout(*counts)
+        views = {name: self._device[begin:end] for name, (begin, end) in fields.items()}
+        for name in _LONG:
+            views[name] = views[name].view(torch.int64)
+        for name in _FLOAT:
+            views[name] = views[name].view(torch.float32)
+        return StepTensors(**views)
+
+    def put(self, values: npt.NDArray[np.int32]) -> Tensor | None:
+        """Append int32 values; where they will be on the device, or None when there is no room."""
+        begin, end = self._end, self._end + len(values)
+        if end > len(self._host):
+            return None
+        self._host[begin:end] = values
+        self._end = end
+        return self._device[begin:end]
+
+    def flush(self) -> None:
+        host = self._hosts[self._turn]
+        self._device[: self._end].copy_(host[: self._end], non_blocking=True)
+        self._copied[self._turn].record()

@@ -1,38 +1,27 @@
-"""One rank's engine: executes plans in order, on a thread of its own, so that the host plans while the device works."""
+"""One rank's engine: executes plans in order while the host plans the next ones."""
 
 from __future__ import annotations
 
 import logging
 import queue
 import threading
-import time
+from typing import TYPE_CHECKING
 
 import torch
 
-from minisgl.attention.base import StepContext
-from minisgl.attention.registry import create_backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import StepPlan, StepResult
-from minisgl.distributed.comm import create_communicator
-from minisgl.distributed.info import DistributedInfo
-from minisgl.engine.batch import Batch, Tables
-from minisgl.engine.device import create_device
-from minisgl.engine.sample import sample
+from minisgl.engine.runner import Runner
 from minisgl.errors import EngineError
-from minisgl.kernel.ops import create_ops
-from minisgl.kvcache.pool import KVPool
-from minisgl.layers.base import LayerEnv
-from minisgl.layers.rope import RotaryEmbedding
-from minisgl.models.registry import build_model
-from minisgl.models.weights import fill_random, load_weights
+
+if TYPE_CHECKING:
+    from minisgl.engine.cuda import CudaHandle, CudaRunner
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class Handle:
-    """A submitted step; see `scheduler.executor.StepHandle`."""
+    """A step in the worker thread; see `scheduler.executor.StepHandle`."""
 
     def __init__(self, plan: StepPlan) -> None:
         self.plan = plan
@@ -54,105 +43,62 @@ class Handle:
         return StepResult(self.plan.step_id, self._token_ids)
 
 
-class Runner:
-    """Model, KV cache and tables of one rank; computes one step at a time, in the thread that calls it.
+class ThreadedRunner:
+    """Runs a synchronous `Runner` on a thread of its own."""
 
-    Raises: ConfigError when the model cannot be loaded or does not fit the configuration.
-    """
-
-    def __init__(self, config: EngineConfig, rank: int) -> None:
-        self._config = config
-        self.device = create_device(config.device, config.num_threads)
-        device, dtype = self.device.torch_device, DTYPES[config.dtype]
-        info = DistributedInfo(rank, config.tp_size, config.init_method)
-        self.comm = create_communicator(info, config.device)
-        model = config.model
-        with torch.inference_mode():
-            self._model = build_model(LayerEnv(self.comm, create_ops(config.device), dtype, device), model)
-            self._load(rank)
-            num_slots = config.num_pages * config.page_size
-            self._kv = KVPool(model, num_slots, config.tp_size, dtype, device)
-            self._rope = RotaryEmbedding(model.rope, model.head_dim, device)
-        windows = [model.sliding_window(layer) for layer in range(model.num_layers)]
-        kv_bytes = model.num_local_kv_heads(config.tp_size) * model.head_dim * dtype.itemsize
-        self._backend = create_backend(config.prefill_backend, config.decode_backend, windows, kv_bytes, dtype, device)
-        self._tables = Tables(config.max_running_requests, config.max_seq_len, config.page_size)
-
-    def _load(self, rank: int) -> None:
-        start = time.perf_counter()
-        if self._config.dummy_weight:
-            fill_random(self._model.weights(), self._config.seed)
-        else:
-            load_weights(self._model.weights(), self._config.model_path, show_progress=rank == 0)
-        self._model.pack()
-        logger.info("weights ready after %.1f s", time.perf_counter() - start)
-
-    def execute(self, plan: StepPlan) -> list[int]:
-        """The sampled ids of a plan, which are input of the plans after it."""
-        self._tables.apply(plan)
-        if not plan.reqs:
-            return []
-        batch = self._tables.build(plan)
-        logits = self.forward(batch)
-        if not len(batch.sampling.position):
-            return []
-        ids = self._sample(logits, batch)
-        token_ids = self.device.to_host(ids)
-        self._tables.store_sampled(batch.sampled_at, token_ids)
-        return token_ids
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits of the tokens that sample: [n, vocab_size]."""
-        cos, sin = self._rope(batch.positions)
-        metadata = self._backend.prepare(batch.attention)
-        step = StepContext(batch.slots, cos, sin, self._kv, self._backend, metadata)
-        logits: torch.Tensor = self._model(batch.input_ids, step, batch.logit_tokens)
-        return logits
-
-    def _sample(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Rank 0 decides, so that rounding cannot make ranks differ."""
-        if self.comm.rank == 0:
-            ids = sample(logits, batch.sampling)
-        else:
-            ids = torch.empty(len(batch.sampling.position), dtype=torch.int64, device=logits.device)
-        return self.comm.broadcast(ids)
-
-
-class Engine:
-    """`scheduler.executor.Executor` over a `Runner` in a worker thread. A failed step does not stop later ones.
-
-    Raises: ConfigError when the model cannot be loaded.
-    """
-
-    def __init__(self, config: EngineConfig, rank: int = 0) -> None:
-        self._runner: Runner | None = Runner(config, rank)
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.num_pages = runner, runner.num_pages
         self._queue: queue.SimpleQueue[Handle | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, args=(self._runner,), name="minisgl-engine", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="minisgl-engine", daemon=True)
         self._thread.start()
 
     def submit(self, plan: StepPlan) -> Handle:
-        """Queue a plan; returns at once. Raises: EngineError after `close`."""
-        if self._runner is None:
-            raise EngineError("the engine is closed")
         handle = Handle(plan)
         self._queue.put(handle)
         return handle
 
     def close(self) -> None:
-        """Finish what was submitted, leave the other ranks, free the memory. Idempotent."""
-        if self._runner is None:
-            return
-        self._runner = None
         self._queue.put(None)
         self._thread.join()
 
-    def _work(self, runner: Runner) -> None:
-        runner.device.enter_thread()
+    def _work(self) -> None:
+        self.runner.enter_thread()
         with torch.inference_mode():
             while (handle := self._queue.get()) is not None:
                 try:
-                    handle.finish(runner.execute(handle.plan))
+                    handle.finish(self.runner.execute(handle.plan))
                 except Exception as error:
                     logger.exception("step %d failed", handle.plan.step_id)
                     handle.finish([], error)
-        runner.comm.close()
+        self.runner.close()
+
+
+class Engine:
+    """`scheduler.executor.Executor` of one rank. A failed step does not stop later ones.
+
+    num_pages: of the KV cache, the same on every rank: the configuration's, or as many as fit the memory.
+
+    Raises: ConfigError when the model cannot be loaded, or the configuration does not fit the device.
+    """
+
+    def __init__(self, config: EngineConfig, rank: int = 0) -> None:
+        self._runner: ThreadedRunner | CudaRunner | None
+        if config.device == "cuda":
+            from minisgl.engine.cuda import CudaRunner
+
+            self._runner = CudaRunner(config, rank)
+        else:
+            self._runner = ThreadedRunner(Runner(config, rank))
+        self.num_pages = self._runner.num_pages
+
+    def submit(self, plan: StepPlan) -> Handle | CudaHandle:
+        """Queue a plan; returns at once. Raises: EngineError after `close`."""
+        if self._runner is None:
+            raise EngineError("the engine is closed")
+        return self._runner.submit(plan)
+
+    def close(self) -> None:
+        """Finish what was submitted, leave the other ranks, free the memory. Idempotent."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()

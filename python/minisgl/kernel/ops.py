@@ -7,10 +7,33 @@ dimension of activations is `num_tokens`, whatever requests the tokens belong to
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
+from minisgl.kernel.sampling_reference import sample_reference
+
 Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RopeAngles:
+    """Of a step's tokens. cos, sin: [num_tokens, 1, head_dim] float32, the first half of `sin` negated: x rotated is
+    x * cos + roll(x, head_dim / 2) * sin."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KVSlots:
+    """Where a step's keys and values go in one layer. k, v: [num_slots, num_kv_heads, head_dim]; slots: [num_tokens]
+    int64."""
+
+    k: Tensor
+    v: Tensor
+    slots: Tensor
 
 
 class TorchOps:
@@ -24,9 +47,14 @@ class TorchOps:
         """x: [num_tokens, in]; weight: [out, in], plain or packed → [num_tokens, out]."""
         return F.linear(x, weight, bias)
 
-    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
-        """ids: [num_tokens] int64; weight: [vocab, hidden] → [num_tokens, hidden]."""
-        return weight.index_select(0, ids)
+    def embedding(self, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+        """Rows of a table: ids [num_tokens] int64; weight: [num_ids, hidden] → [num_tokens, hidden].
+
+        first: the id of the table's first row. Ids outside the table belong to other ranks, and give zeros.
+        """
+        local = ids - first
+        here = (local >= 0) & (local < len(weight))
+        return weight.index_select(0, local.where(here, 0)).masked_fill_(~here[:, None], 0)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x: [..., n]; weight broadcasts against it. Root-mean-square norm (arXiv 1910.07467), statistics in fp32."""
@@ -37,32 +65,102 @@ class TorchOps:
         scale = torch.rsqrt_(wide.square().mean(-1, keepdim=True).add_(eps))
         return wide.mul_(scale).to(x.dtype).mul_(weight)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """(norm of x + residual, x + residual), the sum in place of `residual`."""
-        residual = residual.add_(x)
-        return self.rms_norm(residual, weight, eps), residual
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`linear` of the normalised x."""
+        return self.linear(self.rms_norm(x, norm, eps), weight, bias)
 
-    def qk_norm_rope(self, qk: Tensor, norm_weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-        """Norm of each head (where there is a weight), then rotate.
+    def norm_gate_up(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """silu(gate) * up of the normalised x; weight: [2 * n, in], gate's rows first → [num_tokens, n]."""
+        return self.silu_and_mul(self.norm_linear(x, norm, eps, weight, bias))
 
-        qk: [num_tokens, num_heads, head_dim], queries and keys together; norm_weight: [num_heads, head_dim];
-        cos, sin: [num_tokens, 1, head_dim] float32, the first half of `sin` negated (see `RotaryEmbedding`).
+    def linear_add(self, x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+        """residual + linear(x), in place of `residual`: [num_tokens, out]."""
+        return residual.add_(self.linear(x, weight, bias))
+
+    def qk_norm_rope_store(
+        self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots
+    ) -> Tensor:
+        """Norm of each query and key head (where there is a weight), rotate them, and store keys and values.
+
+        qkv: [num_tokens, num_q + 2 * num_kv, head_dim], which may be overwritten; norm: [num_q + num_kv, head_dim].
         The rotation pairs dimension i with i + head_dim / 2, as Hugging Face checkpoints do.
+        → the queries: [num_tokens, num_q, head_dim], perhaps with another stride between tokens.
         """
-        if norm_weight is not None:
-            qk = self.rms_norm(qk, norm_weight, eps)
-        cos, sin = cos.to(qk.dtype), sin.to(qk.dtype)
-        return (qk * cos).addcmul_(qk.roll(qk.shape[-1] // 2, -1), sin)
+        num_kv = cache.k.shape[1]
+        num_q = qkv.shape[1] - 2 * num_kv
+        qk = qkv[:, : num_q + num_kv]
+        if norm is not None:
+            qk = self.rms_norm(qk, norm, eps)
+        cos, sin = rope.cos.to(qk.dtype), rope.sin.to(qk.dtype)
+        qk = (qk * cos).addcmul_(qk.roll(qk.shape[-1] // 2, -1), sin)
+        cache.k.index_copy_(0, cache.slots, qk[:, num_q:])
+        cache.v.index_copy_(0, cache.slots, qkv[:, num_q + num_kv :])
+        return qk[:, :num_q]
+
+    def moe(self, x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, norm: bool) -> Tensor:
+        """Each token's `top_k` most probable experts, weighted by their probabilities (with `norm`, made to sum to 1).
+
+        x: [num_tokens, hidden]; router_logits: [num_tokens, num_experts]; gate_up: [num_experts, 2 * n, hidden];
+        down: [num_experts, hidden, n] → [num_tokens, hidden]. The reference loops over the experts that were hit.
+        """
+        weights, experts = router_logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
+        if norm:
+            weights = weights / weights.sum(-1, keepdim=True)
+        order = experts.flatten().argsort(stable=True)  # (token, choice) pairs by expert
+        tokens, weights = order // top_k, weights.to(x.dtype).flatten()[order, None]
+        out, begin = torch.zeros_like(x), 0
+        for expert, count in enumerate(experts.flatten().bincount(minlength=len(gate_up)).tolist()):
+            if count:
+                mine = tokens[begin : begin + count]
+                hidden = self.silu_and_mul(self.linear(x[mine], gate_up[expert]))
+                out.index_add_(0, mine, self.linear(hidden, down[expert]) * weights[begin : begin + count])
+                begin += count
+        return out
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up: [num_tokens, 2 * n] → silu(gate) * up, [num_tokens, n]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
-    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-        """Write k, v: [num_tokens, num_kv_heads, head_dim] to the slots [num_tokens] int64 of one layer's cache."""
-        k_cache.index_copy_(0, slots, k)
-        v_cache.index_copy_(0, slots, v)
+    def step_inputs(
+        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int, angles: Tensor
+    ) -> tuple[Tensor, Tensor, RopeAngles]:
+        """Ids and slots of a step's tokens ([num_tokens] int64 both) and their angles.
+
+        rows, positions: [num_tokens] int32 into the tables token_ids: [rows, tokens] int32 and page_table: [rows,
+        pages] int32; angles: [positions, 2 * head_dim] float32, cosines then sines.
+        """
+        rows, positions = rows.long(), positions.long()
+        slots = page_table[rows, positions // page_size].long() * page_size + positions % page_size
+        cos, sin = angles.index_select(0, positions)[:, None].chunk(2, -1)
+        return token_ids[rows, positions].long(), slots, RopeAngles(cos, sin)
+
+    def scatter(self, table: Tensor, index: Tensor, values: Tensor) -> None:
+        """table.flatten()[index] = values, all int32; no index comes twice."""
+        table.view(-1).index_copy_(0, index.long(), values)
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+        position: Tensor,
+        out: Tensor,
+        token_ids: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Sample each row of `logits`; see `sample_reference`."""
+        return sample_reference(
+            logits, temperature, top_k, top_p, min_p, seed, position, out, token_ids=token_ids, rows=rows
+        )
+
+    def store_ids(self, token_ids: Tensor, rows: Tensor, positions: Tensor, ids: Tensor) -> None:
+        """Sampled ids become input of later steps: token_ids[rows, positions] = ids, [n]. A failed row (-1) gets some
+        valid id, which nobody will see."""
+        token_ids.index_put_((rows.long(), positions), ids.clamp(min=0))
 
 
 class CpuOps(TorchOps):
@@ -85,8 +183,12 @@ class CpuOps(TorchOps):
         return out
 
 
-def create_ops(device: str) -> TorchOps:
+def create_ops(device: torch.device) -> TorchOps:
     """The fastest operations available on `device`."""
-    if device == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if device.type == "cuda":
+        from minisgl.kernel.cuda import create_cuda_ops
+
+        return create_cuda_ops(device)
+    if torch.backends.mkldnn.is_available():
         return CpuOps()
     return TorchOps()

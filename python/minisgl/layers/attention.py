@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from minisgl.attention.base import StepContext
 from minisgl.config.model import ModelConfig
+from minisgl.kernel.ops import KVSlots
 from minisgl.layers.base import Layer, LayerEnv, Tensor, WeightSlot, whole
 from minisgl.layers.linear import QKVLinear, RowLinear
 
@@ -25,16 +26,14 @@ class Attention(Layer):
         self._num_q, self._num_kv = self.qkv_proj.num_qo_heads, self.qkv_proj.num_kv_heads
         self.qk_norm = env.empty(self._num_q + self._num_kv, config.head_dim) if config.qk_norm else None
 
-    def forward(self, x: Tensor, step: StepContext) -> Tensor:
-        """x: [num_tokens, hidden] → [num_tokens, hidden]."""
-        num_tokens = x.shape[0]
-        qkv = self.qkv_proj(x).view(num_tokens, -1, self._head_dim)
-        num_q, num_rotated = self._num_q, self._num_q + self._num_kv
-        qk = self._ops.qk_norm_rope(qkv[:, :num_rotated], self.qk_norm, self._eps, step.cos, step.sin)
-        k_cache, v_cache = step.kv.k[self._layer], step.kv.v[self._layer]
-        self._ops.store_kv(qk[:, num_q:], qkv[:, num_rotated:], k_cache, v_cache, step.slots)
-        out = step.backend.forward(qk[:, :num_q], k_cache, v_cache, self._window, step.metadata)
-        projected: Tensor = self.o_proj(out.reshape(num_tokens, -1))
+    def forward(self, x: Tensor, norm: Tensor, step: StepContext) -> Tensor:
+        """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the layer's input → the new stream."""
+        qkv = self._ops.norm_linear(x, norm, self._eps, self.qkv_proj.matrix, self.qkv_proj.bias)
+        cache = KVSlots(step.kv.k[self._layer], step.kv.v[self._layer], step.slots)
+        qkv = qkv.view(x.shape[0], -1, self._head_dim)
+        q = self._ops.qk_norm_rope_store(qkv, self.qk_norm, self._eps, step.rope, cache)
+        out = step.backend.forward(q, cache.k, cache.v, self._window, step.metadata)
+        projected: Tensor = self.o_proj(out.reshape(x.shape[0], -1), x)
         return projected
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:

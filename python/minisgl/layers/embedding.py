@@ -22,12 +22,7 @@ class VocabParallelEmbedding(Layer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [num_tokens] int64 → [num_tokens, hidden]."""
-        if self._comm.size == 1:
-            return self._ops.embedding(ids, self.weight)
-        local = ids - self._first
-        mine = (local >= 0) & (local < self.weight.shape[0])
-        out = self._ops.embedding(local.where(mine, 0), self.weight).masked_fill_(~mine[:, None], 0)
-        return self._comm.all_reduce(out)
+        return self._comm.all_reduce(self._ops.embedding(ids, self.weight, self._first))
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield vocab_slot(f"{prefix}weight", self.weight, self._vocab_size, self._first)
@@ -36,17 +31,17 @@ class VocabParallelEmbedding(Layer):
 class LMHead(Layer):
     """Hidden states to logits, on the rows that sample. `tied` is the embedding's table, which then serves both."""
 
-    def __init__(self, env: LayerEnv, vocab_size: int, hidden_size: int, tied: nn.Parameter | None) -> None:
+    def __init__(self, env: LayerEnv, vocab_size: int, hidden_size: int, eps: float, tied: nn.Parameter | None) -> None:
         super().__init__()
-        self._ops, self._comm, self._vocab_size = env.ops, env.comm, vocab_size
+        self._ops, self._comm, self._vocab_size, self._eps = env.ops, env.comm, vocab_size, eps
         self._tied = tied is not None
         share = div_ceil(vocab_size, env.comm.size)
         self._first = env.comm.rank * share
         self.weight = env.empty(share, hidden_size) if tied is None else tied
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [n, hidden] → [n, vocab_size], the whole vocabulary on every rank."""
-        logits = self._comm.all_gather(self._ops.linear(x, self.weight))
+    def forward(self, x: Tensor, norm: Tensor) -> Tensor:
+        """x: [n, hidden], the residual stream; norm: [hidden] → [n, vocab_size], on rank 0, which samples."""
+        logits = self._comm.gather(self._ops.norm_linear(x, norm, self._eps, self.weight))
         return logits[:, : self._vocab_size]
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:

@@ -21,11 +21,10 @@ class Linear(Layer):
         self.bias = env.empty(out_features) if bias else None
         self._packed: Tensor | None = None  # `weight` in the kernels' layout, which replaces it
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._multiply(x, self.bias)
-
-    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self._ops.linear(x, self.weight if self._packed is None else self._packed, bias)
+    @property
+    def matrix(self) -> Tensor:
+        """`weight` as the operations take it."""
+        return self.weight if self._packed is None else self._packed
 
     def pack(self) -> None:
         packed = self._ops.pack_weight(self.weight)
@@ -36,6 +35,9 @@ class Linear(Layer):
 
 class ReplicatedLinear(Linear):
     """Every rank holds all of it (a router)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._ops.linear(x, self.matrix, self.bias)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from column_slots(prefix, self.weight, self.bias, self.weight.shape[0], 0)
@@ -99,9 +101,13 @@ class RowLinear(Linear):
         self._in_features = in_features
         super().__init__(env, env.share(in_features, what), out_features, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias if self._comm.rank == 0 else None
-        return self._comm.all_reduce(self._multiply(x, bias))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + y, in place of `residual`: rank 0 adds it, and the bias, to its part of the sum over ranks."""
+        if self._comm.rank == 0:
+            part = self._ops.linear_add(x, self.matrix, residual, self.bias)
+        else:
+            part = self._ops.linear(x, self.matrix)
+        return self._comm.all_reduce(part)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         rows, cols = self.weight.shape

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from minisgl.config.model import RopeConfig
+from minisgl.kernel.ops import RopeAngles
 
 Tensor = torch.Tensor
 
@@ -25,11 +26,8 @@ class RotaryEmbedding:
         self._inv_freq = inv_freq.to(device)
         self._exponents = (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim).to(device)
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [num_tokens] int64 → cos, sin: [num_tokens, 1, head_dim] float32.
-
-        The first half of `sin` is negated: x rotated is x * cos + roll(x, head_dim / 2) * sin.
-        """
+    def __call__(self, positions: Tensor) -> RopeAngles:
+        """positions: [num_tokens] int64."""
         if self._config.type == "dynamic":
             angles = positions[:, None].float() * self._dynamic_frequencies(positions)
         else:
@@ -38,7 +36,7 @@ class RotaryEmbedding:
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         if self._attention_factor != 1.0:
             cos, sin = cos * self._attention_factor, sin * self._attention_factor
-        return cos[:, None], sin[:, None]
+        return RopeAngles(cos[:, None], sin[:, None])
 
     def _dynamic_frequencies(self, positions: Tensor) -> Tensor:
         """NTK-aware scaling for the length that ends at each position: [num_tokens, head_dim / 2]."""

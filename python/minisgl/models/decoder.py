@@ -15,28 +15,24 @@ from minisgl.layers.mlp import GatedMLP, SparseMLP
 
 
 class DecoderLayer(Layer):
-    """Pre-norm attention and MLP. The residual stream is carried beside the activations and added inside the norms."""
+    """Pre-norm attention and MLP, each of which adds to the residual stream."""
 
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self._ops, self._eps = env.ops, config.rms_norm_eps
+        hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(env, config, layer)
         self.mlp: Layer
         if config.moe is not None and config.is_sparse(layer):
-            self.mlp = SparseMLP(env, config.hidden_size, config.moe)
+            self.mlp = SparseMLP(env, hidden, config.moe, eps)
         else:
-            self.mlp = GatedMLP(env, config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.input_layernorm = env.empty(config.hidden_size)
-        self.post_attention_layernorm = env.empty(config.hidden_size)
+            self.mlp = GatedMLP(env, hidden, config.intermediate_size, config.mlp_bias, eps)
+        self.input_layernorm = env.empty(hidden)
+        self.post_attention_layernorm = env.empty(hidden)
 
-    def forward(self, x: Tensor, residual: Tensor | None, step: StepContext) -> tuple[Tensor, Tensor]:
-        if residual is None:
-            x, residual = self._ops.rms_norm(x, self.input_layernorm, self._eps), x
-        else:
-            x, residual = self._ops.add_rms_norm(x, residual, self.input_layernorm, self._eps)
-        x = self.self_attn(x, step)
-        x, residual = self._ops.add_rms_norm(x, residual, self.post_attention_layernorm, self._eps)
-        return self.mlp(x), residual
+    def forward(self, x: Tensor, step: StepContext) -> Tensor:
+        x = self.self_attn(x, self.input_layernorm, step)
+        out: Tensor = self.mlp(x, self.post_attention_layernorm)
+        return out
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield whole(f"{prefix}input_layernorm.weight", self.input_layernorm)
@@ -50,13 +46,12 @@ class DecoderModel(Layer):
 
     def __init__(self, env: LayerEnv, config: ModelConfig) -> None:
         super().__init__()
-        self._ops, self._eps = env.ops, config.rms_norm_eps
         self._vocab_size = config.vocab_size
         self.embed_tokens = VocabParallelEmbedding(env, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(env, config, i) for i in range(config.num_layers))
         self.norm = env.empty(config.hidden_size)
         tied = self.embed_tokens.weight if config.tie_word_embeddings else None
-        self.lm_head = LMHead(env, config.vocab_size, config.hidden_size, tied)
+        self.lm_head = LMHead(env, config.vocab_size, config.hidden_size, config.rms_norm_eps, tied)
 
     def forward(self, input_ids: Tensor, step: StepContext, logit_tokens: Tensor | None) -> Tensor:
         """input_ids: [num_tokens] int64; logit_tokens: [n] int64, the tokens whose logits are wanted (None: all).
@@ -64,16 +59,13 @@ class DecoderModel(Layer):
         → [n, vocab_size] in the model's dtype.
         """
         x: Tensor = self.embed_tokens(input_ids)
-        residual: Tensor | None = None
         for layer in self.layers:
-            x, residual = layer(x, residual, step)
-        assert residual is not None
+            x = layer(x, step)
         if logit_tokens is not None:
-            if not len(logit_tokens):
-                return x.new_empty(0, self._vocab_size)
-            x, residual = x.index_select(0, logit_tokens), residual.index_select(0, logit_tokens)
-        x, _ = self._ops.add_rms_norm(x, residual, self.norm, self._eps)
-        logits: Tensor = self.lm_head(x)
+            x = x.index_select(0, logit_tokens)
+        if not len(x):
+            return x.new_empty(0, self._vocab_size)
+        logits: Tensor = self.lm_head(x, self.norm)
         return logits
 
     def weights(self, prefix: str = "") -> Iterator[WeightSlot]:

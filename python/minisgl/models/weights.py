@@ -165,13 +165,14 @@ def fill_random(slots: Iterable[WeightSlot], seed: int) -> None:
 
 
 def _fill_matrix(slot: WeightSlot, seed: int) -> None:
-    generator = torch.Generator()
+    device = slot.target.device
+    generator = torch.Generator(device)
     num_rows, width = slot.shape
     step = max(1, BLOCK_BYTES // (4 * width))
     begin, end = slot.rows
     for first in range(begin // step * step, end, step):  # blocks are aligned, so every rank draws the same ones
         generator.manual_seed((zlib.crc32(f"{seed}/{slot.name}/{first}".encode()) << 16) ^ seed)
-        block = torch.empty(min(step, num_rows - first), width).uniform_(-1, 1, generator=generator)
+        block = torch.empty(min(step, num_rows - first), width, device=device).uniform_(-1, 1, generator=generator)
         block *= (3.0 / width) ** 0.5
         low, high = max(begin, first), min(end, first + step)
         part = block[low - first : high - first]

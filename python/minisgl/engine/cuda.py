@@ -1,0 +1,331 @@
+"""The runner of a GPU: steps are launched and not waited for; sampled ids stay on the device for the next step.
+
+A decode step is one host-to-device copy, one graph replay and one copy of the ids back. Everything else of a step
+that is not in the graph (prompts and pages that rows gain, steps with prefill) is launched op by op.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from minisgl.attention.base import AttentionBatch, IntArray, PagedBatch, PagedStep, StepContext
+from minisgl.config.runtime import EngineConfig
+from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan, StepResult
+from minisgl.engine.batch import RowTables
+from minisgl.engine.device import NUM_BUFFERS, Staging, StepTensors, layout, open_gpu
+from minisgl.engine.graph import DecodeGraphs
+from minisgl.engine.runner import ModelShard
+from minisgl.errors import ConfigError, EngineError
+from minisgl.utils.math import div_ceil
+
+logger = logging.getLogger(__name__)
+
+Tensor = torch.Tensor
+
+_POLL_SECONDS = 2e-5
+_GRAPH_RESERVE = 512 << 20  # bytes for graphs and library workspaces that the largest step did not show
+
+
+class CudaHandle:
+    """A launched step; see `scheduler.executor.StepHandle`."""
+
+    def __init__(self, step_id: int, event: torch.cuda.Event, ids: Tensor, order: IntArray | None) -> None:
+        self._step_id, self._event, self._ids, self._order = step_id, event, ids, order
+        self.error: Exception | None = None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        deadline = None if timeout is None else time.perf_counter() + timeout
+        try:
+            while self.error is None and not self._event.query():
+                if deadline is not None and time.perf_counter() > deadline:
+                    return False
+                time.sleep(_POLL_SECONDS)
+        except RuntimeError as error:  # CUDA reports here what went wrong on the device
+            self.error = error
+        return True
+
+    def result(self) -> StepResult:
+        self.wait()
+        if self.error is not None:
+            raise EngineError(f"step {self._step_id} failed: {self.error}") from self.error
+        ids = self._ids if self._order is None else self._ids[torch.from_numpy(self._order)]
+        return StepResult(self._step_id, ids.tolist())
+
+
+class CudaRunner:
+    """Raises: ConfigError when the GPU cannot be used, or the model or the cache does not fit its memory."""
+
+    def __init__(self, config: EngineConfig, rank: int) -> None:
+        self._config, self._rank = config, rank
+        self._device = open_gpu(rank)
+        self._stream = torch.cuda.Stream(self._device)
+        try:
+            with self._on_device():
+                self._shard = ModelShard(config, rank, self._device)
+                self._set_up()
+        except torch.cuda.OutOfMemoryError as error:
+            total = torch.cuda.get_device_properties(self._device).total_memory / 2**30
+            raise ConfigError(
+                f"the model does not fit the GPU ({total:.0f} GiB): try --tensor-parallel-size, a lower "
+                f"--max-prefill-length or --max-running-requests ({str(error).splitlines()[0]})"
+            ) from error
+
+    def _set_up(self) -> None:
+        config = self._config
+        num_rows, page_size = config.max_running_requests, config.page_size
+        self._padding_row = num_rows  # of padded sequences, which own one page of their own
+        self._tables = RowTables(num_rows, config.max_seq_len, page_size)
+        self._token_ids = torch.zeros(num_rows + 1, config.max_seq_len + 2, dtype=torch.int32, device=self._device)
+        max_pages = div_ceil(config.max_seq_len + 1, page_size)
+        self._page_table = torch.zeros(num_rows + 1, max_pages, dtype=torch.int32, device=self._device)
+        angles = self._shard.rope(torch.arange(config.max_seq_len + 1, device=self._device))
+        self._angles = torch.cat((angles.cos[:, 0], angles.sin[:, 0]), -1).contiguous()
+        most = config.max_prefill_length
+        words = layout(num_rows, num_rows, max(most, num_rows))[1]
+        self._staging = Staging(words + 2 * max(most, 64 * num_rows), self._device)
+        self._out = [torch.empty(num_rows, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)]
+        self._backend = self._shard.create_attention()
+        self._graphs = DecodeGraphs(self._decode, 0, show_progress=False)
+        self.num_pages = self._plan_memory()
+        self._kv = self._shard.create_kv(self.num_pages + 1)
+        self._page_table[self._padding_row] = self.num_pages
+        self._graphs = DecodeGraphs(self._decode, config.cuda_graph_max_bs, show_progress=self._rank == 0)
+        torch.cuda.synchronize()
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        with torch.inference_mode(), torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            yield
+
+    # --- memory
+
+    def _plan_memory(self) -> int:
+        """Pages that fit beside the weights and the largest step, which is computed once to see what it takes."""
+        config = self._config
+        plan = _largest_step(config)
+        last = max(page for update in plan.page_updates for page in update.pages)
+        self._kv = self._shard.create_kv(last + 1)
+        torch.cuda.reset_peak_memory_stats()
+        self._launch(plan)
+        torch.cuda.synchronize()
+        activations = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        del self._kv
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        budget = free - int(total * (1 - config.memory_ratio)) - activations - _GRAPH_RESERVE
+        page_bytes = config.model.kv_bytes_per_token(config.dtype, config.tp_size) * config.page_size
+        affordable = self._shard.comm.all_reduce_min(budget // page_bytes) - 1
+        num_pages = config.num_pages or affordable
+        needed = div_ceil(config.max_seq_len, config.page_size)
+        if affordable < max(num_pages, needed):
+            raise ConfigError(
+                f"--memory-ratio {config.memory_ratio}: the KV cache would hold {max(affordable, 0)} pages of "
+                f"{config.page_size} tokens, {max(config.num_pages, needed)} are needed; lower --max-seq-len or "
+                f"--num-pages, or use more GPUs"
+            )
+        logger.info("KV cache: %.1f GiB, activations: %.2f GiB", num_pages * page_bytes / 2**30, activations / 2**30)
+        # More than all running requests could ever use would only be cache, and that is welcome: nothing is cut off.
+        return num_pages
+
+    # --- steps
+
+    def submit(self, plan: StepPlan) -> CudaHandle:
+        """Launch a step. What fails at once is reported by the handle, like what fails later."""
+        event = torch.cuda.Event()
+        try:
+            with self._on_device():
+                ids, order = self._launch(plan)
+                out = self._out[plan.step_id % NUM_BUFFERS][: len(ids)]
+                out.copy_(ids, non_blocking=True)
+                event.record()
+                return CudaHandle(plan.step_id, event, out, order)
+        except Exception as error:
+            logger.exception("step %d failed", plan.step_id)
+            handle = CudaHandle(plan.step_id, event, self._out[0][:0], None)
+            handle.error = error
+            return handle
+
+    def _launch(self, plan: StepPlan) -> tuple[Tensor, IntArray | None]:
+        """→ sampled ids on the device, and the order in which the plan wants them (None: this one)."""
+        self._tables.apply(plan)
+        if not plan.reqs:
+            return self._token_ids[0, :0], None
+        size = self._graphs.size_for(len(plan.reqs)) if plan.is_decode_only else None
+        if size is not None:
+            return self._launch_graph(plan, size), None
+        return self._launch_eager(plan)
+
+    def _launch_graph(self, plan: StepPlan, size: int) -> Tensor:
+        rows, starts = np.array(plan.reqs, dtype=np.int64).T[:2]
+        num, arrays = len(rows), self._padding(size)
+        for name in ("rows", "token_rows", "sample_rows"):
+            arrays[name][:num] = rows
+        arrays["positions"][:num] = starts
+        arrays["seq_lens"][:num] = starts + 1
+        self._put_sampling(arrays, rows, starts + 1)
+        self._staging.begin(arrays, (size, size, size))
+        self._flush(plan)
+        return self._graphs.replay(size)[:num]
+
+    def _put_sampling(self, arrays: dict[str, Any], rows: IntArray, positions: IntArray) -> None:
+        params = self._tables.sampling(rows, positions)
+        num = len(rows)
+        arrays["seed"][:num] = params.seed.view(np.int64)
+        arrays["sample_position"][:num] = positions
+        for name in ("temperature", "top_p", "min_p"):
+            arrays[name][:num] = getattr(params, name)
+        arrays["top_k"][:num] = np.minimum(params.top_k, self._config.model.vocab_size)
+
+    def _padding(self, size: int) -> dict[str, Any]:
+        """A decode step of `size` sequences that belong to nobody."""
+        row = self._padding_row
+        fill = {"rows": row, "token_rows": row, "sample_rows": row, "seq_lens": 1, "top_p": 1, "sample_position": 1}
+        arrays = {name: np.full(size, fill.get(name, 0), np.int64) for name in StepTensors.__slots__}
+        for name in ("temperature", "top_p", "min_p"):
+            arrays[name] = arrays[name].astype(np.float32)
+        arrays["cu_q"], arrays["logit_tokens"] = np.arange(size + 1), np.arange(size)
+        return arrays
+
+    def _decode(self, size: int) -> Tensor:
+        """What is captured: a decode step from the staging buffer."""
+        if not torch.cuda.is_current_stream_capturing():
+            self._staging.begin(self._padding(size), (size, size, size))
+            self._staging.flush()
+        tensors = self._staging.tensors((size, size, size))
+        decode = self._paged(tensors, slice(0, size), 1, self._config.max_seq_len)
+        return self._compute(tensors, PagedStep(size, decode, None), None)
+
+    def _launch_eager(self, plan: StepPlan) -> tuple[Tensor, IntArray | None]:
+        table = np.array(plan.reqs, dtype=np.int64)
+        order = np.argsort(table[:, 2] > 1, kind="stable")  # decode first
+        rows, starts, num_new, samples = table[order].T
+        offsets = np.concatenate(([0], np.cumsum(num_new)))
+        token_rows = np.repeat(rows, num_new)
+        positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], num_new)
+        sampling = samples.astype(bool)
+        sample_rows, columns = rows[sampling], (starts + num_new)[sampling]
+        counts = (len(sample_rows), len(rows), len(positions))
+        arrays: dict[str, Any] = {name: np.zeros(counts[0]) for name in ("temperature", "top_p", "min_p")}
+        arrays |= {name: np.zeros(counts[0], np.int64) for name in ("seed", "sample_position", "top_k")}
+        arrays |= {"sample_rows": sample_rows, "logit_tokens": offsets[1:][sampling] - 1}
+        arrays |= {"rows": rows, "seq_lens": starts + num_new, "cu_q": offsets}
+        arrays |= {"token_rows": token_rows, "positions": positions}
+        self._put_sampling(arrays, sample_rows, columns)
+        tensors = self._staging.begin(arrays, counts)
+        self._flush(plan)
+        attention = AttentionBatch(rows, starts, num_new, offsets, self._tables.pages, self._config.page_size)
+        step = self._paged_step(tensors, attention)
+        metadata = self._backend.prepare(
+            AttentionBatch(rows, starts, num_new, offsets, self._tables.pages, self._config.page_size, step)
+        )
+        ids = self._compute(tensors, metadata, tensors.logit_tokens)
+        return ids, np.argsort(order[sampling])
+
+    def _paged_step(self, tensors: StepTensors, batch: AttentionBatch) -> PagedStep:
+        num = int((batch.num_new == 1).sum())
+        lens = batch.seq_lens
+        decode = self._paged(tensors, slice(0, num), 1, int(lens[:num].max(initial=1)))
+        if num == len(lens):
+            return PagedStep(num, decode, None)
+        longest, max_len = int(batch.num_new[num:].max()), int(lens[num:].max())
+        prefill = self._paged(tensors, slice(num, len(lens)), longest, max_len, batch)
+        return PagedStep(num, decode, prefill)
+
+    def _paged(
+        self, tensors: StepTensors, seqs: slice, max_q_len: int, max_seq_len: int, host: AttentionBatch | None = None
+    ) -> PagedBatch:
+        cu_q = tensors.cu_q[seqs.start : seqs.stop + 1]
+        return PagedBatch(
+            self._page_table,
+            tensors.rows[seqs],
+            tensors.seq_lens[seqs],
+            cu_q if seqs.start == 0 else cu_q - cu_q[0],
+            self._config.page_size,
+            max_q_len,
+            max_seq_len,
+            None if host is None else host.starts[seqs],
+            None if host is None else host.num_new[seqs],
+        )
+
+    def _flush(self, plan: StepPlan) -> None:
+        """Send the step's buffer, with the prompts and pages that rows gain in it, and write those to the tables."""
+        prompts = [(row, ids, self._staging.put(ids)) for row, ids, _ in plan.admissions]
+        pages = self._put_pages(plan)
+        self._staging.flush()
+        for row, ids, staged in prompts:
+            source = torch.from_numpy(ids).to(self._device) if staged is None else staged
+            self._token_ids[row, : len(ids)].copy_(source)
+        if pages is not None:
+            self._shard.ops.scatter(self._page_table, *pages)
+
+    def _put_pages(self, plan: StepPlan) -> tuple[Tensor, Tensor] | None:
+        """Indices into the flat page table, and the pages that go there."""
+        if not plan.page_updates:
+            return None
+        width = self._page_table.shape[1]
+        index = [u.row * width + u.first_index + i for u in plan.page_updates for i in range(len(u.pages))]
+        values = [page for update in plan.page_updates for page in update.pages]
+        arrays = np.array(index, np.int32), np.array(values, np.int32)
+        staged = [self._staging.put(array) for array in arrays]
+        first, second = (
+            torch.from_numpy(array).to(self._device) if there is None else there
+            for array, there in zip(arrays, staged, strict=True)
+        )
+        return first, second
+
+    def _compute(self, tensors: StepTensors, metadata: Any, logit_tokens: Tensor | None) -> Tensor:
+        """Run the model and sample: [n] int32, written to the token table too."""
+        ops, comm = self._shard.ops, self._shard.comm
+        input_ids, slots, rope = ops.step_inputs(
+            tensors.token_rows,
+            tensors.positions,
+            self._token_ids,
+            self._page_table,
+            self._config.page_size,
+            self._angles,
+        )
+        step = StepContext(slots, rope, self._kv, self._backend, metadata)
+        logits = self._shard.model(input_ids, step, logit_tokens)
+        if not len(logits):
+            return self._token_ids[0, :0]
+        ids = torch.empty(len(logits), dtype=torch.int32, device=self._device)
+        t = tensors
+        params = (t.temperature, t.top_k, t.top_p, t.min_p, t.seed, t.sample_position)
+        if comm.size == 1:
+            return ops.sample(logits, *params, ids, self._token_ids, t.sample_rows)
+        if comm.rank == 0:  # it decides, so that rounding cannot make ranks differ
+            ops.sample(logits, *params, ids)
+        ids = comm.broadcast(ids)
+        ops.store_ids(self._token_ids, t.sample_rows, t.sample_position, ids)
+        return ids
+
+    def close(self) -> None:
+        with self._on_device():
+            torch.cuda.synchronize()
+            self._shard.comm.close()
+        del self._graphs, self._kv, self._shard, self._backend
+        torch.cuda.empty_cache()
+
+
+def _largest_step(config: EngineConfig) -> StepPlan:
+    """A step of as many tokens, and as many requests, as one can have."""
+    num_reqs = min(config.max_running_requests, config.max_prefill_length)
+    left, first_page = config.max_prefill_length - num_reqs, 0
+    admissions, updates, reqs = [], [], []
+    for row in range(num_reqs):
+        length = 1 + min(left, config.max_seq_len - 2)
+        left -= length - 1
+        pages = range(first_page, first_page + div_ceil(length, config.page_size))
+        first_page = pages.stop
+        params = SamplingParams(temperature=0.8, top_p=0.9, seed=0)
+        admissions.append(Admission(row, np.zeros(length, np.int32), params))
+        updates.append(PageUpdate(row, 0, tuple(pages)))
+        reqs.append(ScheduledReq(row, 0, length, True))
+    return StepPlan(0, tuple(admissions), tuple(updates), tuple(reqs))

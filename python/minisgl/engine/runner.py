@@ -1,0 +1,111 @@
+"""What every device's runner has: the model of one rank with its weights, and the tables of the running requests."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from minisgl.attention.base import AttentionBackend, StepContext
+from minisgl.attention.registry import create_backend
+from minisgl.config.runtime import EngineConfig
+from minisgl.core import StepPlan
+from minisgl.distributed.comm import create_communicator
+from minisgl.distributed.info import DistributedInfo
+from minisgl.engine.batch import Batch, Tables
+from minisgl.engine.sample import sample
+from minisgl.errors import ConfigError
+from minisgl.kernel.ops import create_ops
+from minisgl.kvcache.pool import KVPool
+from minisgl.layers.base import LayerEnv
+from minisgl.layers.rope import RotaryEmbedding
+from minisgl.models.registry import build_model
+from minisgl.models.weights import fill_random, load_weights
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelShard:
+    """The model of one rank, loaded, and what it computes with.
+
+    Raises: ConfigError when the model cannot be loaded or does not fit the configuration.
+    """
+
+    def __init__(self, config: EngineConfig, rank: int, device: torch.device) -> None:
+        self.config, self.device, self.dtype = config, device, DTYPES[config.dtype]
+        info = DistributedInfo(rank, config.tp_size, config.init_method)
+        rows = config.max_running_requests if config.device == "cuda" else 0
+        logit_bytes = rows * config.model.vocab_size * self.dtype.itemsize
+        self.comm = create_communicator(info, config.device, config.use_pynccl, logit_bytes)
+        self.ops = create_ops(device)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            self.model = build_model(LayerEnv(self.comm, self.ops, self.dtype, device), config.model)
+            if config.dummy_weight:
+                fill_random(self.model.weights(), config.seed)
+            else:
+                load_weights(self.model.weights(), config.model_path, show_progress=rank == 0)
+            self.model.pack()
+            self.rope = RotaryEmbedding(config.model.rope, config.model.head_dim, device)
+        logger.info("weights ready after %.1f s", time.perf_counter() - start)
+
+    def create_kv(self, num_pages: int) -> KVPool:
+        num_slots = num_pages * self.config.page_size
+        return KVPool(self.config.model, num_slots, self.config.tp_size, self.dtype, self.device)
+
+    def create_attention(self) -> AttentionBackend:
+        return create_backend(self.config, self.dtype, self.device)
+
+
+class Runner:
+    """The reference runner: one step at a time, in the thread that calls it, on the CPU."""
+
+    def __init__(self, config: EngineConfig, rank: int) -> None:
+        if config.device != "cpu":
+            raise ConfigError(f"--device {config.device} is not available (available: cpu, cuda)")
+        self._num_threads = config.num_threads
+        self.enter_thread()
+        self.num_pages = config.num_pages
+        self._shard = ModelShard(config, rank, torch.device("cpu"))
+        self._kv = self._shard.create_kv(config.num_pages)
+        self._backend = self._shard.create_attention()
+        self._tables = Tables(config.max_running_requests, config.max_seq_len, config.page_size)
+
+    def enter_thread(self) -> None:
+        """Called first by the thread that executes steps: OpenMP keeps its number of threads per thread."""
+        torch.set_num_threads(self._num_threads)
+
+    def execute(self, plan: StepPlan) -> list[int]:
+        """The sampled ids of a plan, which are input of the plans after it."""
+        self._tables.apply(plan)
+        if not plan.reqs:
+            return []
+        batch = self._tables.build(plan)
+        logits = self.forward(batch)
+        if not len(batch.sampling.position):
+            return []
+        token_ids: list[int] = self._sample(logits, batch).tolist()
+        self._tables.store_sampled(batch.sampled_at, token_ids)
+        return token_ids
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits of the tokens that sample: [n, vocab_size]."""
+        metadata = self._backend.prepare(batch.attention)
+        step = StepContext(batch.slots, self._shard.rope(batch.positions), self._kv, self._backend, metadata)
+        logits: torch.Tensor = self._shard.model(batch.input_ids, step, batch.logit_tokens)
+        return logits
+
+    def _sample(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Rank 0 decides, so that rounding cannot make ranks differ."""
+        comm = self._shard.comm
+        if comm.rank == 0:
+            ids = sample(logits, batch.sampling)
+        else:
+            ids = torch.empty(len(batch.sampling.position), dtype=torch.int64)
+        return comm.broadcast(ids)
+
+    def close(self) -> None:
+        self._shard.comm.close()

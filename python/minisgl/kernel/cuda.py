@@ -1,0 +1,158 @@
+"""The operations on NVIDIA GPUs: our kernels where they apply, torch (cuBLAS) elsewhere."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from minisgl.errors import ConfigError
+from minisgl.kernel import skinny
+from minisgl.kernel.jit import load_kernel
+from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
+from minisgl.kernel.sampling_reference import sample_reference
+
+logger = logging.getLogger(__name__)
+
+Tensor = torch.Tensor
+
+KERNELS = ("elementwise", "sampling", "step")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_VOCAB = 1 << 19  # of the sampling kernel's fixed-point masses
+
+
+def _whole_vectors(*tensors: Tensor) -> bool:
+    """Whether each tensor's rows (its last dimension) can be read as aligned 16-byte vectors."""
+    return all(
+        t.dtype in DTYPES
+        and t.stride(-1) == 1
+        and t.shape[-1] * t.itemsize % 16 == 0
+        and t.data_ptr() % 16 == 0
+        and all(s * t.itemsize % 16 == 0 for s in t.stride()[:-1])
+        for t in tensors
+    )
+
+
+def _is_skinny(x: Tensor, weight: Tensor, norm: Tensor | None = None) -> bool:
+    """Whether the kernels for few tokens take this product."""
+    m, k = x.shape
+    return skinny.supports(m, len(weight), k, x.dtype, norm is not None) and weight.is_contiguous()
+
+
+class CudaOps(TorchOps):
+    """For one GPU of compute capability `arch`. Compiles its kernels when it is made, on first use of the cache.
+
+    Everything can be captured in a CUDA graph. Raises: ConfigError where the kernels cannot be compiled.
+    """
+
+    def __init__(self, arch: tuple[int, int]) -> None:
+        self._elementwise, self._sampling, self._step = (load_kernel(name, arch) for name in KERNELS)
+
+    def embedding(self, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+        if not (_whole_vectors(weight) and weight.is_contiguous()):
+            return super().embedding(ids, weight, first)
+        out = weight.new_empty(len(ids), weight.shape[1])
+        self._elementwise.embedding(ids, weight, first, len(weight), out)
+        return out
+
+    def _norm_fits(self, x: Tensor, weight: Tensor) -> bool:
+        fits = x.dim() == 2 and weight.dim() == 1 and weight.dtype == x.dtype and _whole_vectors(x, weight)
+        return fits and x.shape[1] * x.itemsize <= 1 << 16
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not self._norm_fits(x, weight):
+            return super().rms_norm(x, weight, eps)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        self._elementwise.rms_norm(x, weight, eps, out)
+        return out
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if _is_skinny(x, weight):
+            return skinny.norm_linear(x, None, 0.0, weight, bias)
+        return super().linear(x, weight, bias)
+
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if _is_skinny(x, weight, norm):
+            return skinny.norm_linear(x, norm, eps, weight, bias)
+        return super().norm_linear(x, norm, eps, weight, bias)
+
+    def norm_gate_up(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is None and len(weight) % 16 == 0 and _is_skinny(x, weight, norm):
+            return skinny.norm_gate_up(x, norm, eps, weight)
+        return super().norm_gate_up(x, norm, eps, weight, bias)
+
+    def linear_add(self, x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+        """cuBLAS adds the product to `residual` itself."""
+        if _is_skinny(x, weight):
+            return skinny.linear_add(x, weight, residual, bias)
+        residual.addmm_(x, weight.T)
+        return residual if bias is None else residual.add_(bias)
+
+    def qk_norm_rope_store(
+        self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots
+    ) -> Tensor:
+        """→ a view of `qkv`, whose queries are rotated in place; its keys and values stay as they are."""
+        num_kv, head_dim = cache.k.shape[1:]
+        num_q = qkv.shape[1] - 2 * num_kv
+        fits = head_dim % 8 == 0 and head_dim <= 256 and qkv.is_contiguous() and _whole_vectors(qkv, cache.k, cache.v)
+        fits = fits and cache.k.dtype == cache.v.dtype == qkv.dtype and (norm is None or norm.dtype == qkv.dtype)
+        if not fits:
+            return super().qk_norm_rope_store(qkv, norm, eps, rope, cache)
+        norm = None if norm is None else norm.contiguous()
+        cos, sin = rope.cos.contiguous(), rope.sin.contiguous()
+        self._elementwise.qk_norm_rope_store(
+            qkv, num_q, num_kv, norm, eps, cos, sin, cache.k, cache.v, cache.slots.contiguous()
+        )
+        return qkv[:, :num_q]
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        inner = gate_up.shape[-1] // 2
+        if gate_up.dim() != 2 or inner * gate_up.itemsize % 16 or not _whole_vectors(gate_up):
+            return super().silu_and_mul(gate_up)
+        out = torch.empty((len(gate_up), inner), dtype=gate_up.dtype, device=gate_up.device)
+        self._elementwise.silu_and_mul(gate_up, out)
+        return out
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+        position: Tensor,
+        out: Tensor,
+        token_ids: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """As `sample_reference`, whose arguments these are; masses are rounded to 2^-44 of the largest."""
+        sample = self._sampling.sample
+        if logits.dtype not in DTYPES or logits.stride(-1) != 1 or logits.shape[-1] > MAX_VOCAB:
+            sample = sample_reference
+        sample(logits, temperature, top_k, top_p, min_p, seed, position, out, token_ids, rows)
+        return out
+
+    def step_inputs(
+        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int, angles: Tensor
+    ) -> tuple[Tensor, Tensor, RopeAngles]:
+        num, head_dim = len(rows), angles.shape[1] // 2
+        if head_dim % 4:
+            return super().step_inputs(rows, positions, token_ids, page_table, page_size, angles)
+        ids, wide, slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(3))
+        cos, sin = (torch.empty(num, 1, head_dim, device=rows.device) for _ in range(2))
+        self._step.prepare(rows, positions, token_ids, page_table, page_size, angles, ids, wide, slots, None, cos, sin)
+        return ids, slots, RopeAngles(cos, sin)
+
+    def scatter(self, target: Tensor, index: Tensor, value: Tensor) -> None:
+        """target.view(-1)[index] = value; target and value: int32, index: [m] int32 or int64, negative ones skipped."""
+        self._step.scatter(target, index, value)
+
+
+def create_cuda_ops(device: torch.device) -> TorchOps:
+    """Our kernels where they can be compiled; torch's operations, with a warning, elsewhere."""
+    try:
+        return CudaOps(torch.cuda.get_device_capability(device))
+    except ConfigError as error:
+        logger.warning("the fused kernels are not available, decoding will be slower: %s", error)
+        return TorchOps()
