@@ -68,7 +68,7 @@ class Load:
         while time.monotonic() < deadline:
             if len(self._open) < 24 and self._rng.random() < 0.5:
                 self._submit()
-            elif self._open and self._rng.random() < 0.05:
+            elif self._open and self._rng.random() < 0.02:
                 self._abort(self._rng.choice(list(self._open)))
             self._turn()
         for uid in list(self._open)[::2]:
@@ -84,7 +84,7 @@ class Load:
         for _ in range(self._rng.randint(1, 4)):
             tail = self._rng.choice(self._tails) if self._rng.random() < 0.7 else self._ids(self._rng.randint(1, 60))
             prompts.append(self._rng.choice(self._prefixes) + tail)
-            params.append(replace(self._rng.choice(KINDS), max_tokens=self._rng.choice([1, 2, 9, 30, 100])))
+            params.append(replace(self._rng.choice(KINDS), max_tokens=self._rng.choice([1, 9, 30, 150, 150])))
         uids = self._llm._submit([IdsPrompt(pack_ids(prompt)) for prompt in prompts], params)
         for uid, prompt, given in zip(uids, prompts, params, strict=True):
             self._open[uid] = (tuple(prompt), given)
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> Counter[str]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shape")
     args = parser.parse_args(argv)
-    options: dict[str, Any] = {"device": args.device, "tp": args.tp, "page_size": 8, "num_pages": 40}
+    options: dict[str, Any] = {"device": args.device, "tp": args.tp, "page_size": 8, "num_pages": 48}
     options |= {"max_running_requests": 16, "max_prefill_length": 64, "max_seq_len": 256}
     with tempfile.TemporaryDirectory() as directory:
         if args.shape:
