@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
 
 import torch
 
+from minisgl.errors import ConfigError
 from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
 from minisgl.kernel.sampling_reference import sample_reference
+
+logger = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 
@@ -29,19 +32,34 @@ def _whole_vectors(*tensors: Tensor) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedTokens:
-    """What `CudaOps.prepare` writes for n tokens: static buffers of a captured graph."""
-
-    input_ids: Tensor  # [n] int64
-    positions: Tensor  # [n] int64
-    slots: Tensor  # [n] int64
-    seq_lens: Tensor | None  # [n] int32: position + 1; for decode batches, where a token is a sequence
-    cos: Tensor  # [n, 1, head_dim] float32
-    sin: Tensor  # [n, 1, head_dim] float32
+def create_cuda_ops(device: torch.device) -> TorchOps:
+    """`CudaOps`, or plain torch with a warning where its kernels cannot be compiled."""
+    try:
+        return CudaOps(torch.cuda.get_device_capability(device))
+    except ConfigError as error:
+        logger.warning("running without own kernels, which is slower: %s", error)
+        return TorchGpuOps()
 
 
-class CudaOps(TorchOps):
+class TorchGpuOps(TorchOps):
+    """Plain torch, and a sampler for parameters that lie on the GPU."""
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+        position: Tensor,
+    ) -> Tensor:
+        """Ids: [b] int32, -1 where a row failed; see `sample_reference` for the arguments."""
+        out = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+        return sample_reference(logits, temperature, top_k, top_p, min_p, seed, position, out)
+
+
+class CudaOps(TorchGpuOps):
     """For one GPU of compute capability `arch`. Compiles its kernels when it is made, on first use of the cache.
 
     Everything can be captured in a CUDA graph. Raises: ConfigError where the kernels cannot be compiled.
@@ -124,58 +142,28 @@ class CudaOps(TorchOps):
         min_p: Tensor,
         seed: Tensor,
         position: Tensor,
-        out: Tensor,
-        token_ids: Tensor | None = None,
-        rows: Tensor | None = None,
     ) -> Tensor:
-        """As `sample_reference`, whose arguments these are; masses are rounded to 2^-44 of the largest."""
-        sample = self._sampling.sample
+        """Masses are rounded to 2^-44 of the largest weight: as exact as the float32 weights, and order-independent."""
         if logits.dtype not in DTYPES or logits.stride(-1) != 1 or logits.shape[-1] > MAX_VOCAB:
-            sample = sample_reference
-        sample(logits, temperature, top_k, top_p, min_p, seed, position, out, token_ids, rows)
+            return super().sample(logits, temperature, top_k, top_p, min_p, seed, position)
+        out = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+        self._sampling.sample(logits, temperature, top_k, top_p, min_p, seed, position, out, None, None)
         return out
 
-    def prepare(
-        self,
-        rows: Tensor,
-        positions: Tensor,
-        token_ids: Tensor,
-        page_table: Tensor,
-        page_size: int,
-        cos_sin: Tensor,
-        out: PreparedTokens,
-    ) -> None:
-        """A step's ids, slots and angles, from the tables.
+    def step_inputs(
+        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int, angles: Tensor
+    ) -> tuple[Tensor, Tensor, RopeAngles]:
+        n, head_dim = len(rows), angles.shape[1] // 2
+        if head_dim % 4 or not angles.is_contiguous():
+            return super().step_inputs(rows, positions, token_ids, page_table, page_size, angles)
+        ids, slots = torch.empty((2, n), dtype=torch.int64, device=rows.device)
+        cos, sin = torch.empty((2, n, 1, head_dim), dtype=torch.float32, device=rows.device)
+        self._step.prepare(rows, positions, token_ids, page_table, page_size, angles, ids, slots, cos, sin, None, None)
+        return ids, slots, RopeAngles(cos, sin)
 
-        rows, positions: [n] int32 of the tokens to compute; token_ids: [num_rows, max_len] int32; page_table:
-        [num_rows, max_pages] int32; cos_sin: [max_positions, 2 * head_dim] float32, cos first, head_dim a multiple of 4.
-        """
-        self._step.prepare(
-            rows,
-            positions,
-            token_ids,
-            page_table,
-            page_size,
-            cos_sin,
-            out.input_ids,
-            out.positions,
-            out.slots,
-            out.seq_lens,
-            out.cos,
-            out.sin,
-        )
+    def scatter(self, table: Tensor, index: Tensor, values: Tensor) -> None:
+        """Negative indices are skipped."""
+        self._step.scatter(table, index, values)
 
-    def scatter(self, target: Tensor, index: Tensor, value: Tensor) -> None:
-        """target.view(-1)[index] = value; target and value: int32, index: [m] int32 or int64, negative ones skipped."""
-        self._step.scatter(target, index, value)
-
-    def apply_updates(
-        self, page_table: Tensor, token_ids: Tensor, buffer: Tensor, num_pages: int, num_tokens: int
-    ) -> None:
-        """Update both tables from one staging buffer.
-
-        buffer: int32, four lists one after the other: `num_pages` flat indices into page_table and as many values,
-        `num_tokens` flat indices into token_ids and as many values. Negative indices are skipped, so that a buffer of
-        fixed size can be part of a CUDA graph.
-        """
-        self._step.apply_updates(page_table, token_ids, buffer, num_pages, num_tokens)
+    def store_ids(self, token_ids: Tensor, rows: Tensor, positions: Tensor, ids: Tensor) -> None:
+        self._step.store_ids(token_ids, rows, positions, ids)
