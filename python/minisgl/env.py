@@ -6,19 +6,23 @@ import os
 
 from minisgl.errors import ConfigError
 
-_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
+
+def boolean(value: object) -> bool:
+    """True or false, or a word for it. Raises: ValueError with what is expected."""
+    word = str(value).lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("true or false")
 
 
 def env_bool(name: str, default: bool = False) -> bool:
-    """The variable as a boolean. Raises: ConfigError for anything but 1/0, true/false, yes/no, on/off."""
-    value = os.environ.get(name)
-    if value is None:
-        return default
-    if value.lower() in _TRUE:
-        return True
-    if value.lower() in _FALSE:
-        return False
-    raise ConfigError(f"{name}={value!r}: expected a boolean such as 1 or 0")
+    """The variable as a boolean; unset or empty is the default. Raises: ConfigError naming the variable."""
+    try:
+        return boolean(os.environ.get(name) or default)
+    except ValueError as error:
+        raise ConfigError(f"{name}={os.environ[name]!r}: expected {error}") from None
 
 
 def env_number(name: str, default: float, *, low: float, high: float) -> float:

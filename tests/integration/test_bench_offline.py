@@ -10,7 +10,7 @@ import pytest
 
 from minisgl import benchmark
 from minisgl.errors import ConfigError
-from tests.models import tiny_model
+from tests.models import BASE, tiny_model
 from tests.tokenizers_fixture import make_byte_level
 
 
@@ -36,5 +36,22 @@ def test_offline_run_counts_what_it_generated(model: Path, tmp_path: Path, capsy
 
 def test_a_workload_that_does_not_fit_is_one_line(model: Path) -> None:
     flags = ["--num-prompts", "1", "--input-len", "600", "--warmup", "0"]
-    with pytest.raises(ConfigError, match=r"^--workload standard: prompt 0: .*600"):
+    with pytest.raises(ConfigError, match=r"^--workload mixed: prompt 0: .*600"):
         benchmark.main(["offline", *flags, "--model", str(model), "--num-pages", "64"])
+
+
+def test_streams_of_a_shape_without_weights_or_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`config.json` alone is enough, and ids beyond the stand-in tokenizer's vocabulary do no harm."""
+    shape = {**BASE, "vocab_size": 20_000, "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    lines = tmp_path / "lines.jsonl"
+    flags = ["--workload", "streams", "--streams", "3", "--tokens", "9", "--num-pages", "64", "--warmup", "1"]
+    flags += ["--bandwidth", "3e10", "--peak-flops", "1e11", "--json", str(lines)]
+    for model in (["--shape", str(tmp_path)], ["--model", str(tmp_path), "--dummy-weight"]):
+        assert benchmark.main(["offline", *flags, *model]) == 0
+    assert "per step; reached: " in capsys.readouterr().out
+    for line in map(json.loads, lines.read_text().splitlines()):
+        summary = line["summary"]
+        assert summary["num_output"] == 27
+        assert 0 < summary["step_floor"] < summary["latencies"]["step"]["p50"] / 1000
+        assert 0 < summary["floor"] < summary["duration"]

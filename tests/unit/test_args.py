@@ -32,6 +32,11 @@ def test_defaults() -> None:
         (["--disable-overlap"], "disable_overlap", True),
         (["--dtype", "auto"], "dtype", None),
         (["--page-size", "auto"], "page_size", None),
+        (["--graph", "0"], "cuda_graph_max_bs", 0),
+        (["--cuda-graph-max-bs", "64"], "cuda_graph_max_bs", 64),
+        (["--disable-pynccl"], "disable_pynccl", True),
+        (["--moe-backend", "triton"], "moe_backend", "triton"),
+        (["--device", "cuda"], "device", "cuda"),
     ],
 )
 def test_flags_and_aliases(argv: list[str], name: str, value: object) -> None:
@@ -50,6 +55,7 @@ def test_booleans_in_the_environment() -> None:
     assert parse_args([], {"MINISGL_DUMMY_WEIGHT": "1"}).dummy_weight
     assert not parse_args([], {"MINISGL_DUMMY_WEIGHT": "0"}).dummy_weight
     assert parse_args([], {"MINISGL_DISABLE_OVERLAP_SCHEDULING": "1"}).disable_overlap
+    assert parse_args([], {"MINISGL_DISABLE_PYNCCL": "yes"}).disable_pynccl
 
 
 @pytest.mark.parametrize(
@@ -64,6 +70,9 @@ def test_booleans_in_the_environment() -> None:
         (["--max-prefill-length", "-1"], ["--max-prefill-length -1", "auto"]),
         (["--schedule-policy", "random"], ["--schedule-policy random", "fcfs"]),
         (["--cache-type", "lru"], ["--cache-type lru"]),
+        (["--device", "tpu"], ["--device tpu", "cuda"]),
+        (["--moe-backend", "x"], ["--moe-backend x", "triton"]),
+        (["--graph", "-1"], ["--graph -1", "auto", "at least 0"]),
         (["--page-size"], ["--page-size"]),
         (["--model", ""], ["--model"]),
         (["stray"], ["stray"]),

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
-import numpy as np
 import pytest
 
 from minisgl import benchmark
 from minisgl.__main__ import main as minisgl_main
-from minisgl.benchmark import dataset, metrics, offline, serve
+from minisgl.benchmark import dataset, floor, metrics, offline, serve
 from minisgl.benchmark.dataset import Lengths, Sample
 from minisgl.benchmark.metrics import Record
+from minisgl.benchmark.shapes import write_shape
+from minisgl.config.model import read_model_config
 from minisgl.errors import ConfigError
 
 TTFT, GAP = 0.1, 0.04  # of the fake server, in seconds
@@ -148,7 +149,7 @@ def test_no_server_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_report_files_and_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--output", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    flags = ["--output", str(tmp_path / "out.json"), "--json", str(tmp_path / "lines"), "--shape", "qwen3-0.6b"]
     args = serve.make_parser().parse_args(flags)
     good = Record(0.0, 0.5, (0.1, 0.3, 0.5), 10, 3, 4)
     bad = Record(0.0, 0.1, error="HTTP 500: [no]")
@@ -162,17 +163,12 @@ def test_report_files_and_exit_status(tmp_path: Path, capsys: pytest.CaptureFixt
     assert document["summary"]["output_rate"] == 1.5
     assert document["requests"][0]["arrivals"] == [0.1, 0.3, 0.5]
     assert document["config"]["seed"] == 0
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    (line,) = (tmp_path / "lines").read_text().splitlines()
+    assert json.loads(line)["summary"] == document["summary"]
+    # Three steps: the prompt, and two that read 1.19 GB of weights and hardly any KV.
+    assert document["summary"]["floor"] == pytest.approx(3 * 1.192e9 / 4.3e12, rel=0.02)
+    assert "reached: 0.0%" in out
     assert serve.report(serve.make_parser().parse_args([]), "a title", [bad], 2.0) == 1
-
-
-def test_plot_without_matplotlib_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)
-    assert minisgl_main(["bench", "serve", "--plot", "x.png"]) == 2
-    assert "pip install 'minisgl[plot]'" in capsys.readouterr().err
 
 
 def test_latencies_of_one_request() -> None:
@@ -184,19 +180,36 @@ def test_latencies_of_one_request() -> None:
 
 
 def test_poisson_arrivals() -> None:
-    offsets = serve.arrival_offsets(2000, 50.0, seed=1)
+    samples = [Sample([1], 1)] * 2000
+    offsets = serve.arrival_offsets(samples, 50.0, seed=1)
     assert offsets[0] == 0
-    assert offsets == sorted(offsets) == serve.arrival_offsets(2000, 50.0, seed=1)
+    assert offsets == sorted(offsets) == serve.arrival_offsets(samples, 50.0, seed=1)
     assert 2000 / offsets[-1] == pytest.approx(50, rel=0.1)
-    assert serve.arrival_offsets(3, math.inf, seed=1) == [0, 0, 0]
+    assert serve.arrival_offsets(samples[:3], math.inf, seed=1) == [0, 0, 0]
+
+
+async def test_a_trace_says_when_and_how_much(tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    rows = [{"timestamp": 7 + i / 10, "prompt_len": 4 + i, "output_len": 1 + i} for i in range(3)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    fake = FakeServer()
+    records, _ = await bench(fake, "--trace", str(file), "--warmup", "0")
+    assert sorted((len(body["prompt"]), body["max_tokens"]) for body in fake.bodies) == [(4, 1), (5, 2), (6, 3)]
+    assert [record.start for record in records] == pytest.approx([0, 0.1, 0.2], abs=0.05)
+    file.write_text('{"prompt_len": 4, "output_len": 1}')
+    with pytest.raises(ConfigError, match="line 1: timestamp must be"):
+        await bench(fake, "--trace", str(file))
+
+
+def load(file: Path, count: int | None, outputs: Lengths) -> list[Sample]:
+    return dataset.load_jsonl("--dataset", str(file), count, outputs, Random(0), 256)
 
 
 def test_jsonl_dataset(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text('{"prompt": "a", "output_len": 5}\n\n{"messages": [{"role": "user", "content": "b"}]}\n')
-    samples = dataset.load_jsonl(str(file), 3, Lengths(9, 9), np.random.default_rng(0))
     chat = Sample([{"role": "user", "content": "b"}], 9)
-    assert samples == [Sample("a", 5), chat, Sample("a", 5)]
+    assert load(file, 3, Lengths(9, 9)) == [Sample("a", 5), chat, Sample("a", 5)]
     assert chat.is_chat
     args = serve.make_parser().parse_args(["--dataset", str(file)])
     with pytest.raises(ConfigError, match="need --endpoint chat"):
@@ -216,7 +229,7 @@ def test_bad_dataset_names_the_line(content: str, expected: str, tmp_path: Path)
     file = tmp_path / "data.jsonl"
     file.write_text(content)
     with pytest.raises(ConfigError, match=expected):
-        dataset.load_jsonl(str(file), 2, Lengths(1, 1), np.random.default_rng(0))
+        load(file, 2, Lengths(1, 1))
 
 
 @pytest.mark.parametrize("command", ["serve", "offline"])
@@ -229,6 +242,7 @@ def test_bad_dataset_names_the_line(content: str, expected: str, tmp_path: Path)
         ["--seed", "-1"],
         ["--warmup", "-1"],
         ["--output", "/no/such/directory/out.json"],
+        ["--bandwidth", "0"],
         ["--numprompts", "1"],
     ],
 )
@@ -240,14 +254,57 @@ def test_bad_flags_are_one_line(command: str, flags: list[str], capsys: pytest.C
     assert flags[0] in error
 
 
-def test_offline_workloads_are_repeatable() -> None:
-    for name, workload in offline.WORKLOADS.items():
-        args = offline.make_parser().parse_args(["--workload", name, "--num-prompts", "7", "--warmup", "1"])
-        samples = offline.make_samples(args)
-        assert samples == offline.make_samples(args)
-        assert len(samples) == 8
-        assert len({tuple(sample.prompt[: workload.prefix_len]) for sample in samples}) == 1 or not workload.prefix_len
-        assert len({str(sample.prompt) for sample in samples}) == 8
+def offline_samples(*flags: str) -> tuple[list[Sample], list[Sample]]:
+    args = offline.make_parser().parse_args(flags)
+    offline.fill_in(args)
+    return offline.make_samples(args)
+
+
+@pytest.mark.parametrize("workload", offline.WORKLOADS)
+def test_offline_workloads_are_repeatable(workload: str) -> None:
+    flags = ("--workload", workload, "--num-prompts", "7", "--warmup", "1", "--prefix-len", "3")
+    measured, warmup = offline_samples(*flags)
+    assert (measured, warmup) == offline_samples(*flags)
+    assert (len(measured), len(warmup)) == (7, 1)
+    assert len({tuple(sample.prompt[:3]) for sample in measured}) == 1
+    assert len({str(sample.prompt) for sample in measured}) == 7
+
+
+def test_the_standard_workload_is_the_fields() -> None:
+    measured, warmup = offline_samples("--workload", "standard")
+    assert (len(measured), len(warmup)) == (256, 8)
+    assert sum(len(sample.prompt) for sample in measured) == 142_827
+    assert sum(sample.output_len for sample in measured) == 133_966
+
+
+def floor_rate(shape: str, directory: Path, tp_size: int = 1) -> float:
+    """Tokens per second of the standard workload at the floor of the default machine."""
+    model = read_model_config(write_shape(shape, directory / shape))
+    samples, _ = offline_samples("--workload", "standard")
+    load = [(len(sample.prompt), sample.output_len, 0) for sample in samples]
+    return 133_966 / floor.floor_of(model, "bfloat16", load, tp_size=tp_size).seconds
+
+
+def test_floors_of_the_standard_workload(tmp_path: Path) -> None:
+    assert floor_rate("qwen3-0.6b", tmp_path) == pytest.approx(36_400, rel=0.01)
+    assert floor_rate("qwen3-14b", tmp_path) == pytest.approx(8_170, rel=0.02)
+    assert floor_rate("qwen3-32b", tmp_path, 4) == pytest.approx(15_600, rel=0.01)
+    assert floor_rate("qwen3-32b", tmp_path, 2) == pytest.approx(7_800, rel=0.01)
+
+
+def test_floors_of_single_steps(tmp_path: Path) -> None:
+    def milliseconds(shape: str, tp_size: int = 1) -> float:
+        model = read_model_config(write_shape(shape, tmp_path / shape))
+        num_bytes = floor.weights_read(model, "bfloat16", 1, tp_size) + floor.kv_read(model, "bfloat16", [128], tp_size)
+        return 1000 * num_bytes / 4.3e12
+
+    assert milliseconds("qwen3-0.6b") == pytest.approx(0.28, abs=0.005)
+    assert milliseconds("qwen3-14b") == pytest.approx(6.5, abs=0.05)
+    assert milliseconds("qwen3-32b", 4) == pytest.approx(3.7, abs=0.05)
+    # Of 128 experts one token chooses 8.
+    assert milliseconds("qwen3-30b-a3b") == pytest.approx(1.41, abs=0.02)
+    with pytest.raises(ConfigError, match=r"expected qwen3-0\.6b"):
+        write_shape("qwen9", tmp_path)
 
 
 def test_offline_takes_the_servers_flags(capsys: pytest.CaptureFixture[str]) -> None:

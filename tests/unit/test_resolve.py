@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 
 from minisgl.config.args import args_from_options
+from minisgl.config.gpus import Gpu, Nvidia, parse_torch_cuda, probe_nvidia, visible_devices
 from minisgl.config.locate import DEMO_MODEL, locate_model
 from minisgl.config.model import ModelConfig, RopeConfig
 from minisgl.config.probe import Capabilities, probe
@@ -84,13 +88,216 @@ def test_threads_are_shared_between_ranks() -> None:
         decide(tp=3)
 
 
-def test_backends_and_devices_that_are_not_here() -> None:
-    assert (decide(attention_backend="sdpa").engine.prefill_backend, decide().engine.decode_backend) == ("sdpa", "sdpa")
-    for backend in ("fi", "sdpa,fa", "sdpa,sdpa,sdpa", ","):
+def test_a_cpu_has_one_backend_and_no_graphs() -> None:
+    engine = decide(attention_backend="sdpa", cuda_graph_max_bs=0, disable_pynccl=True, moe_backend="torch").engine
+    assert (engine.device, engine.prefill_backend, engine.decode_backend) == ("cpu", "sdpa", "sdpa")
+    assert (engine.cuda_graph_max_bs, engine.use_pynccl, engine.gpu_arch) == (0, False, None)
+    for backend in ("fi", "sdpa,fa", "sdpa,sdpa,sdpa", ",", "cuda"):
         with pytest.raises(ConfigError, match="--attention-backend"):
             decide(attention_backend=backend)
-    with pytest.raises(ConfigError, match="--device cuda"):
-        decide(device="cuda")
+    with pytest.raises(ConfigError, match="--cuda-graph-max-bs 8"):
+        decide(cuda_graph_max_bs=8)
+    with pytest.raises(ConfigError, match="--moe-backend triton"):
+        decide(moe_backend="triton")
+
+
+def gpu(index: int = 0, arch: tuple[int, int] = (9, 0), total: int = 80, free: int = 79) -> Gpu:
+    return Gpu(index, "NVIDIA H100", arch, total * 2**30, free * 2**30)
+
+
+GPUS = replace(
+    MACHINE,
+    gpus=(gpu(0), gpu(1)),
+    gpu_problem="",
+    driver="580.1",
+    driver_cuda=(13, 0),
+    torch_cuda="13.0",
+    packages=frozenset({"triton", "tvm_ffi"}),
+    nvcc="/usr/local/cuda/bin/nvcc",
+)
+BIG = replace(MODEL, hidden_size=8192, intermediate_size=28672, num_layers=80, num_qo_heads=64, num_kv_heads=8)
+
+
+def test_a_gpu_is_used_where_there_is_one() -> None:
+    config = decide(GPUS)
+    engine, scheduler = config.engine, config.scheduler
+    assert (engine.device, engine.dtype, engine.gpu_arch, engine.memory_ratio) == ("cuda", "bfloat16", (9, 0), 0.9)
+    assert (engine.prefill_backend, engine.decode_backend, engine.moe_backend) == ("triton", "cuda", "triton")
+    assert (engine.page_size, scheduler.max_prefill_length, engine.cuda_graph_max_bs) == (16, 8192, 256)
+    assert engine.num_pages == scheduler.num_pages == 0, "the engine measures"
+    assert config.tokenizer.max_seq_len == engine.max_seq_len == 40960
+    assert not engine.use_pynccl
+    assert decide(GPUS, tp=2).engine.use_pynccl
+    assert not decide(GPUS, tp=2, disable_pynccl=True).engine.use_pynccl
+    assert decide(GPUS, device="cpu").engine.device == "cpu"
+    assert decide(GPUS, device="cuda", num_pages=5000).engine.num_pages == 5000
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_gpu_computes_in_the_checkpoints_dtype(dtype: str) -> None:
+    engine = decide(GPUS, replace(MODEL, dtype=dtype)).engine
+    assert engine.dtype == dtype
+    assert engine.decode_backend == ("triton" if dtype == "float32" else "cuda")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"gpus": (), "gpu_problem": "no NVIDIA driver on this machine"}, "no NVIDIA driver"),
+        ({"torch_cuda": None}, "torch is a CPU build; install one"),
+        ({"driver": "550.1", "driver_cuda": (12, 4)}, r"driver 550\.1 runs CUDA 12\.4 .* built for CUDA 13\.0; update"),
+        ({"gpus": (gpu(arch=(7, 0)),)}, r"GPU 0 .* compute capability 7\.0, and 8\.0 .* CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_gpus_that_cannot_be_used(
+    changes: dict[str, Any], problem: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for, it is an error; `auto` says in one line why it takes the CPU."""
+    machine = replace(GPUS, **changes)
+    with pytest.raises(ConfigError, match=f"^--device cuda: .*{problem}"):
+        decide(machine, device="cuda")
+    monkeypatch.setattr(logging.getLogger("minisgl"), "propagate", True)
+    with caplog.at_level(logging.INFO, "minisgl"):
+        assert decide(machine).engine.device == "cpu"
+    (record,) = caplog.records
+    assert record.getMessage().startswith("computing on the CPU: ")
+    assert record.levelname == ("WARNING" if machine.gpus else "INFO")
+
+
+def test_more_ranks_than_gpus() -> None:
+    with pytest.raises(ConfigError, match=r"^--tensor-parallel-size 4: 2 GPUs are visible; .*--device cpu"):
+        decide(GPUS, tp=4)
+    with pytest.raises(ConfigError, match=r"^--tensor-parallel-size 2: GPU 0 .* and GPU 1 .* differ"):
+        decide(replace(GPUS, gpus=(gpu(0), gpu(1, (8, 0)))), tp=2)
+
+
+def attention(machine: Capabilities = GPUS, model: ModelConfig = MODEL, **options: Any) -> tuple[str, str]:
+    engine = decide(machine, model, **options).engine
+    return engine.prefill_backend, engine.decode_backend
+
+
+def test_attention_backends_by_what_is_there() -> None:
+    everything = replace(GPUS, packages=GPUS.packages | {"sgl_kernel", "flashinfer"})
+    assert attention(everything) == ("fa", "cuda")
+    assert attention(everything, replace(MODEL, head_dim=80)) == ("triton", "triton")
+    ampere = replace(everything, gpus=(gpu(arch=(8, 6)),))
+    assert attention(ampere) == ("triton", "triton")
+    assert attention(replace(GPUS, nvcc=None)) == ("triton", "triton")
+    bare = decide(replace(GPUS, packages=frozenset())).engine
+    assert (bare.prefill_backend, bare.decode_backend, bare.cuda_graph_max_bs) == ("sdpa", "sdpa", 0)
+    assert bare.moe_backend == "torch"
+    assert attention(attention_backend="cuda") == ("triton", "cuda")
+    assert attention(attention_backend="triton") == ("triton", "triton")
+    assert attention(everything, attention_backend="fi,fa") == ("fi", "fa")
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        ("flash", "'flash' is unknown; choose from sdpa, triton, cuda, fi, fa"),
+        (",", "'' is unknown"),
+        ("fi", "fi needs a package: pip install flashinfer-python"),
+        ("triton,fa", "fa needs a package: pip install sglang-kernel"),
+        ("cuda,cuda", "cuda is for decode; use triton,cuda"),
+        ("sdpa,triton", "use sdpa alone"),
+        ("triton,triton,triton", "expected one backend, or prefill,decode"),
+    ],
+)
+def test_attention_backends_that_cannot_be_had(asked: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        decide(GPUS, attention_backend=asked)
+    assert str(caught.value).startswith(f"--attention-backend {asked}: ")
+    assert problem in str(caught.value)
+
+
+def test_a_decode_kernel_for_another_gpu_dtype_or_toolkit() -> None:
+    for machine, options, problem in (
+        (replace(GPUS, gpus=(gpu(arch=(8, 9)),)), {}, r"needs compute capability 9\.0, this GPU has 8\.9"),
+        (replace(GPUS, nvcc=None), {}, "needs nvcc: install CUDA 13"),
+        (GPUS, {"dtype": "float32"}, "does not compute float32"),
+    ):
+        with pytest.raises(ConfigError, match=f"^--attention-backend cuda: cuda {problem}"):
+            decide(machine, attention_backend="cuda", **options)
+
+
+def test_captured_batches() -> None:
+    assert decide(GPUS, max_running_requests=32).engine.cuda_graph_max_bs == 32
+    assert decide(GPUS, max_running_requests=1024).engine.cuda_graph_max_bs == 256
+    assert decide(GPUS, cuda_graph_max_bs=0).engine.cuda_graph_max_bs == 0
+    with pytest.raises(ConfigError, match="--cuda-graph-max-bs 8: sdpa cannot be captured"):
+        decide(GPUS, cuda_graph_max_bs=8, attention_backend="sdpa")
+    with pytest.raises(ConfigError, match=r"--moe-backend triton: .*pip install triton"):
+        decide(replace(GPUS, packages=frozenset()), moe_backend="triton")
+
+
+def test_what_does_not_fit_a_gpu() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^--memory-ratio 0\.9: GPU 0 .* 79\.0 of 80\.0 GiB free, the weights take 1\d\d"
+    ):
+        decide(GPUS, BIG)
+    with pytest.raises(ConfigError, match=r"^--memory-ratio 0\.9: GPU 1 .* 1\.0 of 80\.0 GiB free"):
+        decide(replace(GPUS, gpus=(gpu(0), gpu(1, free=1))), tp=2)
+    with pytest.raises(ConfigError, match=r"^--num-pages 100000: .* KV cache 170\.\d; lower it"):
+        decide(GPUS, num_pages=100_000)
+
+
+def test_the_longest_request_on_a_gpu_with_little_memory() -> None:
+    small = replace(GPUS, gpus=(gpu(total=8, free=7),))
+    longest = decide(small).engine.max_seq_len
+    assert 1000 < longest < 40960
+    assert longest * MODEL.kv_bytes_per_token("bfloat16") < 7 * 2**30 - MODEL.weight_bytes("bfloat16")
+    assert decide(small, memory_ratio=0.6).engine.max_seq_len < longest, "a share of the whole GPU"
+    with pytest.raises(ConfigError, match=r"^--max-seq-len 40960: the KV cache holds"):
+        decide(small, max_seq_len=40960)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "seen"),
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("-1", []),
+        ("2,0", [2, 0]),
+        ("0,9,1", [0]),
+        ("1,1", [1]),
+        ("GPU-b", [1]),
+        ("GPU-cc77, GPU-aa55", [2, 0]),
+        ("MIG-x", []),
+    ],
+)
+def test_visible_devices_as_cuda_reads_them(chosen: str | None, seen: list[int]) -> None:
+    assert visible_devices(["GPU-aa55", "GPU-bb66", "GPU-cc77"], chosen) == seen
+
+
+def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {
+        "Init": None,
+        "Shutdown": None,
+        "SystemGetDriverVersion": "580.1",
+        "SystemGetCudaDriverVersion_v2": 12040,
+        "DeviceGetCount": 2,
+        "DeviceGetHandleByIndex": "handle",
+        "DeviceGetUUID": "GPU-1",
+        "DeviceGetName": "NVIDIA H100",
+        "DeviceGetCudaComputeCapability": (9, 0),
+        "DeviceGetMemoryInfo": SimpleNamespace(total=80, free=79),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, f"nvml{name}", lambda *_, answer=answer: answer)
+    found = probe_nvidia("1")
+    assert found == Nvidia((Gpu(0, "NVIDIA H100", (9, 0), 80, 79),), "580.1", (12, 4))
+    assert "shows none of this machine's 2 GPUs" in probe_nvidia("").problem
+
+    def fail(*_: object) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    assert "driver does not run (Driver Not Loaded)" in probe_nvidia(None).problem
+
+
+def test_which_cuda_torch_is_built_for() -> None:
+    assert parse_torch_cuda("__version__ = '2.13.0'\ncuda: Optional[str] = '13.0'\nhip = None\n") == "13.0"
+    assert parse_torch_cuda("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: str = '6.1'\n") is None
 
 
 def test_the_rest_is_passed_on() -> None:
@@ -137,3 +344,4 @@ def test_this_machine_can_be_probed() -> None:
     machine = probe()
     assert machine.num_cores >= 1
     assert machine.memory > 2**20
+    assert bool(machine.gpus) != bool(machine.gpu_problem)

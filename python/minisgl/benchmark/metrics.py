@@ -1,4 +1,4 @@
-"""What a benchmark measures, as numbers, table, JSON and plot. Times are in seconds inside, milliseconds when shown."""
+"""What a benchmark measures, as numbers, table and JSON. Times are in seconds inside, milliseconds when shown."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ LATENCIES = {
     "ttft": "time to first token",
     "tpot": "time per output token",
     "itl": "inter-token latency",
+    "step": "time per step",
     "e2e": "end to end",
 }
 
@@ -68,7 +69,10 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A run's totals over its successful requests, rates per second of `duration`, latencies in milliseconds."""
+    """A run's totals over its successful requests, rates per second of `duration`, latencies in milliseconds.
+
+    floor: seconds that the machine needs at least, and step_floor: a decode step, where they were computed.
+    """
 
     num_requests: int
     num_failed: int
@@ -81,17 +85,43 @@ class Summary:
     output_rate: float
     latencies: dict[str, dict[str, float]]
     errors: dict[str, int]
+    floor: float | None = None
+    step_floor: float | None = None
+
+    def floor_texts(self) -> list[str]:
+        """The floor in words, with the share of it that was reached."""
+        texts = []
+        if self.floor and self.duration:
+            rate = self.num_output / self.floor
+            texts.append(f"{rate:.1f} tokens/s out; reached: {100 * self.floor / self.duration:.1f}%")
+        if self.step_floor and "step" in self.latencies:
+            share = 100_000 * self.step_floor / self.latencies["step"]["p50"]
+            texts.append(f"{1000 * self.step_floor:.3f} ms per step; reached: {share:.1f}%")
+        return texts
 
 
-def summarize(records: Sequence[Record], duration: float) -> Summary:
-    """The numbers of a run that took `duration` seconds."""
+def latency_samples(records: Sequence[Record], steps: Sequence[float] = ()) -> dict[str, list[float]]:
+    """All values of each kind of latency, in seconds; kinds without any are left out."""
     good = [record for record in records if record.error is None]
-    samples: dict[str, list[float]] = {
+    samples = {
         "ttft": [record.ttft for record in good if record.ttft is not None],
         "tpot": [record.tpot for record in good if record.tpot is not None],
         "itl": [gap for record in good for gap in record.itl],
+        "step": list(steps),
         "e2e": [record.e2e for record in good],
     }
+    return {name: values for name, values in samples.items() if values}
+
+
+def summarize(
+    records: Sequence[Record],
+    duration: float,
+    steps: Sequence[float] = (),
+    floor: float | None = None,
+    step_floor: float | None = None,
+) -> Summary:
+    """The numbers of a run that took `duration` seconds. steps: times of single decode steps, where known."""
+    good = [record for record in records if record.error is None]
     num_prompt = sum(record.num_prompt for record in good)
     num_output = sum(record.num_output for record in good)
     per_second = 1 / duration if duration > 0 else 0.0
@@ -105,8 +135,10 @@ def summarize(records: Sequence[Record], duration: float) -> Summary:
         request_rate=len(good) * per_second,
         prompt_rate=num_prompt * per_second,
         output_rate=num_output * per_second,
-        latencies={name: statistics(values) for name, values in samples.items() if values},
+        latencies={name: statistics(values) for name, values in latency_samples(records, steps).items()},
         errors=dict(Counter(record.error for record in records if record.error is not None).most_common()),
+        floor=floor,
+        step_floor=step_floor,
     )
 
 
@@ -130,6 +162,7 @@ def print_summary(title: str, summary: Summary, console: Console | None = None) 
         ("throughput", f"{summary.request_rate:.2f} requests/s"),
         ("", f"{summary.prompt_rate:.1f} tokens/s in"),
         ("", f"{summary.output_rate:.1f} tokens/s out"),
+        *(("floor", text) for text in summary.floor_texts()),
     ):
         totals.add_row(name, value)
     console.print(totals)
@@ -138,27 +171,23 @@ def print_summary(title: str, summary: Summary, console: Console | None = None) 
         for column in next(iter(summary.latencies.values())):
             table.add_column(column, justify="right")
         for name, values in summary.latencies.items():
-            table.add_row(f"{LATENCIES[name]} ({name})", *(f"{value:.1f}" for value in values.values()))
+            digits = 3 if name == "step" else 1
+            table.add_row(f"{LATENCIES[name]} ({name})", *(f"{value:.{digits}f}" for value in values.values()))
         console.print(table)
     for error, count in list(summary.errors.items())[:5]:
         console.print(f"{count} × {error}", style="red", markup=False)
 
 
-def write_json(path: str, config: Mapping[str, Any], summary: Summary, records: Sequence[Record]) -> None:
-    """Everything that makes the numbers repeatable, and the raw numbers. Raises: ConfigError when it cannot."""
-    document = {
+def make_document(config: Mapping[str, Any], summary: Summary) -> dict[str, Any]:
+    """The numbers, and everything that makes them repeatable."""
+    return {
         "version": __version__,
         "commit": _commit(),
         "command": ["minisgl", *sys.argv[1:]],
         "machine": describe_machine(),
         "config": dict(config),
         "summary": asdict(summary),
-        "requests": [asdict(record) for record in records],
     }
-    try:
-        Path(path).write_text(json.dumps(document, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--output {path}: {error.strerror}") from None
 
 
 def describe_machine() -> dict[str, Any]:
@@ -166,54 +195,41 @@ def describe_machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    torch = sys.modules.get("torch")
+    cuda = torch.cuda if torch is not None and torch.cuda.is_available() else None
     return {
         "cpu": model or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": f"{cuda.device_count()} x {cuda.get_device_name()}" if cuda else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
 
 
-def check_files(output: str | None, plot: str | None) -> None:
+def check_files(**files: str | None) -> None:
     """Called before a run, which may take long. Raises: ConfigError when they could not be written after it."""
-    for flag, path in (("--output", output), ("--plot", plot)):
+    for name, path in files.items():
         if path and not Path(path).parent.is_dir():
-            raise ConfigError(f"{flag} {path}: there is no such directory")
-    if plot:
-        _require_matplotlib()
+            raise ConfigError(f"--{name} {path}: there is no such directory")
 
 
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'minisgl[plot]'") from None
-
-
-def write_plot(path: str, title: str, records: Sequence[Record]) -> None:
-    """Cumulative distributions of the latencies. Raises: ConfigError when the file cannot be written."""
-    from matplotlib.figure import Figure
-
-    good = [record for record in records if record.error is None]
-    samples = {
-        "ttft": [record.ttft for record in good if record.ttft is not None],
-        "tpot": [record.tpot for record in good if record.tpot is not None],
-        "itl": [gap for record in good for gap in record.itl],
-        "e2e": [record.e2e for record in good],
+def write_files(args: Any, summary: Summary, records: Sequence[Record], steps: Sequence[float] = ()) -> None:
+    """What `--json` and `--output` ask for. Raises: ConfigError naming the file that cannot be written."""
+    config = {
+        name: value if isinstance(value, int | float | None | dict) else str(value)
+        for name, value in vars(args).items()
     }
-    samples = {name: values for name, values in samples.items() if values} or {"e2e": []}
-    figure = Figure(figsize=(4 * len(samples), 3.6), layout="constrained")
-    figure.suptitle(title)
-    for axes, (name, values) in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples.items(), strict=True):
-        ordered = np.sort(np.asarray(values, dtype=float)) * 1000
-        axes.step(ordered, np.arange(1, len(ordered) + 1) / max(1, len(ordered)), where="post")
-        axes.set(xlabel=f"{LATENCIES[name]} (ms)", ylabel="share of samples", ylim=(0, 1.02))
-        axes.ticklabel_format(axis="x", useOffset=False)
-        axes.grid(alpha=0.3)
+    document = make_document(config, summary)
     try:
-        figure.savefig(path, dpi=120)
+        if args.json:
+            with open(args.json, "a") as file:
+                file.write(json.dumps(document) + "\n")
+        if args.output:
+            document["requests"] = [asdict(record) for record in records]
+            document["steps"] = list(steps)
+            Path(args.output).write_text(json.dumps(document, indent=1) + "\n")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--plot {path}: {error}") from None
+        raise ConfigError(f"{args.json or args.output}: {error}") from None
 
 
 def _commit() -> str | None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from minisgl.benchmark import dataset, metrics
 from minisgl.benchmark.dataset import Lengths, Sample
+from minisgl.benchmark.floor import floor_of, kv_read, weights_read
 from minisgl.benchmark.metrics import Record
-from minisgl.benchmark.serve import add_output_options, natural, positive, report
+from minisgl.benchmark.serve import add_common_options, machine_of, natural, positive
+from minisgl.benchmark.shapes import SHAPES, write_shape
 from minisgl.config.args import ArgumentParser, ServerArgs, parse_args
 from minisgl.core import SamplingParams
 from minisgl.errors import ConfigError, RequestError
@@ -25,45 +31,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Kinds of requests: `parts` are equal shares of the load, each with its input and output lengths in tokens.
-
-    prefix_len: tokens that all prompts begin with.
-    """
+    """Requests with lengths in tokens, and ids below `vocab_size`. prefix_len: tokens that all prompts begin with."""
 
     about: str
-    parts: tuple[tuple[Lengths, Lengths], ...]
+    inputs: Lengths
+    outputs: Lengths
+    num_prompts: int = 32
+    vocab_size: int = 256
+    temperature: float = 0.0
+    warmup: int = 1
     prefix_len: int = 0
 
 
+_LONG = Lengths(100, 1024)
 WORKLOADS = {
-    "standard": Workload("inputs and outputs of very different lengths", ((Lengths(16, 256), Lengths(16, 256)),)),
-    "mixed": Workload(
-        "short chats, long documents and long answers together",
-        ((Lengths(16, 64), Lengths(32, 64)), (Lengths(256, 512), Lengths(8, 32)), (Lengths(16, 32), Lengths(128, 256))),
-    ),
-    "prefix": Workload("one long prefix, as of a system prompt", ((Lengths(8, 32), Lengths(16, 64)),), prefix_len=256),
-    "prefill": Workload("long prompts, one output token", ((Lengths(512, 512), Lengths(1, 1)),)),
-    "decode": Workload("short prompts, long outputs", ((Lengths(16, 16), Lengths(256, 256)),)),
+    "standard": Workload("256 random prompts and outputs of 100 to 1,024", _LONG, _LONG, 256, 10_001, 0.6, 8),
+    "streams": Workload("--streams requests in step", Lengths(128, 128), Lengths(128, 128), 1, 10_001, 0.6, 8),
+    "mixed": Workload("inputs and outputs of very different lengths", Lengths(16, 256), Lengths(16, 256)),
+    "prefix": Workload("one long prefix, as of a system prompt", Lengths(8, 32), Lengths(16, 64), prefix_len=256),
+    "prefill": Workload("long prompts, one output token", Lengths(512, 512), Lengths(1, 1)),
+    "decode": Workload("short prompts, long outputs", Lengths(16, 16), Lengths(256, 256)),
 }
+_WARMUP_INPUT, _WARMUP_OUTPUT = Lengths(16, 64), Lengths(16, 32)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="minisgl bench offline",
-        description="Measure the engine in this process. The server's flags (--model, --dtype, --tp …) are taken too.",
+        description="Measure the engine in this process. The server's flags (--model, --dtype, --tp …) are taken too. "
+        "Options that are not given are the workload's.",
         epilog="workloads: " + "; ".join(f"{name}: {workload.about}" for name, workload in WORKLOADS.items()),
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--workload", choices=tuple(WORKLOADS), default="standard")
-    add("--num-prompts", type=positive, default=32, help="requests (default: %(default)s)")
-    add("--input-len", type=dataset.parse_lengths, help="prompt tokens, N or LOW:HIGH, in place of the workload's")
-    add("--output-len", type=dataset.parse_lengths, help="output tokens, N or LOW:HIGH, in place of the workload's")
-    add("--vocab-size", type=positive, default=256, help="prompts are random ids below this (default: %(default)s)")
-    add("--temperature", type=float, default=0.0)
-    add("--warmup", type=natural, default=1, help="requests before the measured ones (default: %(default)s)")
-    add("--seed", type=natural, default=0)
-    add_output_options(parser)
+    add("--workload", choices=tuple(WORKLOADS), default="mixed")
+    add("--shape", help=f"random weights of a shape: {', '.join(SHAPES)}, or a directory with config.json")
+    add("--num-prompts", "--streams", type=positive, help="requests")
+    add("--input-len", type=dataset.parse_lengths, help="prompt tokens, N or LOW:HIGH")
+    add("--output-len", "--tokens", type=dataset.parse_lengths, help="output tokens, N or LOW:HIGH")
+    add("--prefix-len", type=natural, help="further tokens that all prompts begin with")
+    add("--vocab-size", type=positive, help="prompts are random ids below this")
+    add("--temperature", type=float)
+    add("--warmup", type=natural, help="short requests before the measured ones")
+    add_common_options(parser)
     return parser
 
 
@@ -71,15 +81,19 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmark. Raises: ConfigError when it cannot be run."""
     args, engine_flags = make_parser().parse_known_args(argv)
     options = engine_options(parse_args(engine_flags))
-    metrics.check_files(args.output, args.plot)
-    samples = make_samples(args)
+    metrics.check_files(json=args.json, output=args.output)
+    fill_in(args)
     args.engine = options
+    title = f"minisgl bench offline: {args.shape or options.get('model_path', 'built-in demo model')}, {args.workload}"
     try:
-        records, duration = run(args, options, samples)
+        with model_options(args.shape, options) as model:
+            run = Run(args, model)
     except RequestError as error:
         raise ConfigError(f"--workload {args.workload}: {error}") from None
-    title = f"minisgl bench offline: {options.get('model_path', 'built-in demo model')}, {args.workload}"
-    return report(args, title, records, duration)
+    summary = metrics.summarize(run.records, run.duration, run.steps, run.floor, run.step_floor)
+    metrics.print_summary(title, summary)
+    metrics.write_files(args, summary, run.records, run.steps)
+    return int(summary.num_failed == summary.num_requests)
 
 
 def engine_options(args: ServerArgs) -> dict[str, Any]:
@@ -88,41 +102,89 @@ def engine_options(args: ServerArgs) -> dict[str, Any]:
     return {f.name: values[f.name] for f in dataclasses.fields(args) if values[f.name] != f.default}
 
 
-def make_samples(args: argparse.Namespace) -> list[Sample]:
-    """The measured requests, parts of the workload in turn, the warm-up's behind them. A function of the seed."""
-    if args.vocab_size <= dataset.FIRST_ID:
-        raise ConfigError(f"--vocab-size {args.vocab_size}: must be above {dataset.FIRST_ID}")
+def fill_in(args: argparse.Namespace) -> None:
+    """What was not asked for is the workload's."""
     workload = WORKLOADS[args.workload]
-    count = args.num_prompts + args.warmup
-    share = -(-count // len(workload.parts))
-    columns = [
-        dataset.random_ids(
-            share,
-            args.input_len or inputs,
-            args.output_len or outputs,
-            # The prefix is drawn first: the same for all parts if each begins with the same generator.
-            np.random.default_rng(args.seed if workload.prefix_len else [args.seed, part]),
-            args.vocab_size,
-            workload.prefix_len,
-        )
-        for part, (inputs, outputs) in enumerate(workload.parts)
-    ]
-    return [sample for row in zip(*columns, strict=True) for sample in row][:count]
+    for name, own in (("input_len", workload.inputs), ("output_len", workload.outputs)):
+        setattr(args, name, getattr(args, name) or own)
+    for name in ("num_prompts", "vocab_size", "temperature", "warmup", "prefix_len"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(workload, name))
+    if args.workload == "streams" and args.output_len.low != args.output_len.high:
+        raise ConfigError(f"--tokens {args.output_len}: streams are of one length")
 
 
-def run(args: argparse.Namespace, options: dict[str, Any], samples: Sequence[Sample]) -> tuple[list[Record], float]:
-    """Load the model, warm up, generate. Returns records in order, and the seconds that generation took."""
-    from minisgl.llm import LLM
+@contextlib.contextmanager
+def model_options(shape: str | None, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """`LLM`'s options, with a model directory for `shape`, or for a --model that has `config.json` alone."""
+    path = options.get("model_path")
+    if shape is None and options.get("dummy_weight") and path and (Path(path) / "config.json").is_file():
+        shape = None if (Path(path) / "tokenizer.json").is_file() else path
+    if shape is None:
+        yield options
+        return
+    with tempfile.TemporaryDirectory(prefix="minisgl-shape-") as directory:
+        yield {**options, "model_path": str(write_shape(shape, directory)), "dummy_weight": True}
 
-    options = dict(options)
-    with LLM(options.pop("model_path", None), **options) as llm:
-        measured, warmup = samples[: args.num_prompts], samples[args.num_prompts :]
-        if warmup:
-            _generate(llm, warmup, args.temperature, progress=False)
-        begun = time.perf_counter()
-        outputs = _generate(llm, measured, args.temperature, progress=None)
-        duration = time.perf_counter() - begun
-    return [to_record(output) for output in outputs], duration
+
+def make_samples(args: argparse.Namespace) -> tuple[list[Sample], list[Sample]]:
+    """The measured requests, and the warm-up's. A function of the seed."""
+    rng = Random(args.seed)
+    measured = dataset.random_ids(
+        args.num_prompts, args.input_len, args.output_len, rng, args.vocab_size, args.prefix_len
+    )
+    return measured, dataset.random_ids(args.warmup, _WARMUP_INPUT, _WARMUP_OUTPUT, rng, args.vocab_size)
+
+
+class Run:
+    """Loads the model, warms up and generates: `records` in order, the `duration` in seconds, and the floors.
+
+    steps: seconds of each decode step of a streams workload.
+    """
+
+    def __init__(self, args: argparse.Namespace, options: dict[str, Any]) -> None:
+        from minisgl.llm import LLM
+
+        class TimedLLM(LLM):
+            """Notes when each turn of the loop ended: with all requests in step, that is when their tokens came."""
+
+            def _turn(self) -> list[int]:
+                finished = super()._turn()
+                turns.append(time.perf_counter())
+                return finished
+
+        turns: list[float] = []
+        measured, warmup = make_samples(args)
+        options = dict(options)
+        with TimedLLM(options.pop("model_path", None), **options) as llm:
+            self.engine = llm.config.engine
+            if warmup:
+                _generate(llm, warmup, args.temperature)
+            turns.clear()
+            begun = time.perf_counter()
+            outputs = _generate(llm, measured, args.temperature)
+            self.duration = time.perf_counter() - begun
+        self.records = [to_record(output) for output in outputs]
+        self.steps: list[float] = []
+        self.floor: float | None = None
+        self.step_floor: float | None = None
+        if args.workload == "streams":  # the last turns are the steps after the first token, the same for all
+            turns = turns[-args.output_len.high :]
+            self.steps = [after - before for before, after in itertools.pairwise(turns)]
+        self._add_floors(args)
+
+    def _add_floors(self, args: argparse.Namespace) -> None:
+        machine = machine_of(args, self.engine.device)
+        if machine is None:
+            return
+        engine = self.engine
+        shape = (engine.model, engine.dtype)
+        load = [(r.num_prompt, r.num_output, r.num_cached) for r in self.records]
+        self.floor = floor_of(*shape, load, machine, engine.tp_size, engine.max_running_requests).seconds
+        if self.steps:
+            contexts = [num_prompt + num_output // 2 for num_prompt, num_output, _ in load]
+            num_bytes = kv_read(*shape, contexts, engine.tp_size) + weights_read(*shape, len(load), engine.tp_size)
+            self.step_floor = num_bytes / machine.bandwidth
 
 
 def to_record(output: RequestOutput) -> Record:
@@ -140,7 +202,12 @@ def to_record(output: RequestOutput) -> Record:
     )
 
 
-def _generate(llm: LLM, samples: Sequence[Sample], temperature: float, progress: bool | None) -> list[RequestOutput]:
+def _generate(llm: LLM, samples: Sequence[Sample], temperature: float) -> list[RequestOutput]:
     params = [SamplingParams(sample.output_len, temperature, ignore_eos=True) for sample in samples]
-    prompts = [sample.token_ids for sample in samples]
-    return llm.generate(prompts, params, progress=progress)
+    # A bar would be redrawn from a thread of its own, in the way of the loop that is measured.
+    progress = _show_progress if sys.stderr.isatty() else False
+    return llm.generate([sample.prompt for sample in samples], params, progress=progress)
+
+
+def _show_progress(finished: int, total: int) -> None:
+    print(f"\r{finished}/{total} requests", end="" if finished < total else "\n", file=sys.stderr, flush=True)

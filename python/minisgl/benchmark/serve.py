@@ -5,21 +5,26 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from random import Random
 
 import httpx
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minisgl.benchmark import dataset, metrics
 from minisgl.benchmark.client import measure, request_body
+from minisgl.benchmark.floor import Machine, floor_of
 from minisgl.benchmark.metrics import Record
+from minisgl.benchmark.shapes import write_shape
 from minisgl.config.args import ArgumentParser, argument, integer
+from minisgl.config.model import read_model_config
 from minisgl.errors import ConfigError
 
 natural, positive = argument(integer(0)), argument(integer(1))
@@ -30,9 +35,11 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--base-url", default="http://127.0.0.1:1919/v1", help="the server's /v1 (default: %(default)s)")
     add("--model", help="model id (default: the first of /v1/models)")
+    add("--shape", help="directory with the model's config.json, or a shape's name: for the floor")
     add("--endpoint", choices=("completions", "chat"), default="completions")
     add("--dataset", default="random", help="random, or a JSONL file with `prompt` or `messages` in each line")
-    add("--num-prompts", type=positive, default=64, help="requests to send (default: %(default)s)")
+    add("--trace", metavar="FILE.jsonl", help="lines of timestamp (s), prompt_len and output_len: sent at those times")
+    add("--num-prompts", type=positive, help="requests to send (default: 64, or all of a trace)")
     add("--input-len", type=dataset.parse_lengths, default="128", help="prompt tokens, N or LOW:HIGH")
     add("--output-len", type=dataset.parse_lengths, default="64", help="output tokens, N or LOW:HIGH")
     add("--vocab-size", type=positive, default=256, help="random prompts use ids below this (default: %(default)s)")
@@ -41,54 +48,76 @@ def make_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0)
     add("--ignore-eos", action="store_true", help="always generate --output-len tokens")
     add("--warmup", type=natural, default=1, help="requests before the measured ones (default: %(default)s)")
-    add("--seed", type=natural, default=0)
     add("--time-limit", type=float, default=3600.0, help="seconds until what is unfinished counts as failed")
-    add_output_options(parser)
+    add_common_options(parser)
     return parser
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """What both benchmarks can write."""
-    parser.add_argument("--output", metavar="FILE.json", help="write configuration, summary and raw numbers")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the latency distributions (needs minisgl[plot])")
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """What both benchmarks take."""
+    add = parser.add_argument
+    add("--seed", type=natural, default=0)
+    add("--json", metavar="FILE.jsonl", help="append configuration and summary as one line")
+    add("--output", metavar="FILE.json", help="write configuration, summary and raw numbers")
+    add("--bandwidth", type=_rate, help="of the machine, bytes/s, for the floor (default on a GPU: 4.3e12)")
+    add("--peak-flops", type=_rate, help="of the machine, FLOP/s, for the floor (default on a GPU: 788e12)")
+
+
+def machine_of(args: argparse.Namespace, device: str) -> Machine | None:
+    """The ceilings that were given, or an H200's. None on a CPU without them: its own are not known."""
+    if device == "cpu" and not (args.bandwidth and args.peak_flops):
+        return None
+    given = {"bandwidth": args.bandwidth, "flops": args.peak_flops}
+    return Machine(**{name: value for name, value in given.items() if value})
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark. Raises: ConfigError when it cannot be run at all."""
     args = make_parser().parse_args(argv)
-    metrics.check_files(args.output, args.plot)
+    metrics.check_files(json=args.json, output=args.output)
     samples = make_samples(args)
     records, duration = asyncio.run(run(args, samples))
-    title = f"minisgl bench serve: {args.model}, {args.endpoint}"
-    return report(args, title, records, duration)
+    return report(args, f"minisgl bench serve: {args.model}, {args.endpoint}", records, duration)
 
 
 def report(args: argparse.Namespace, title: str, records: Sequence[Record], duration: float) -> int:
-    """Print, write and draw what was measured. Returns 1 when every request failed."""
-    summary = metrics.summarize(records, duration)
+    """Print and write what was measured. Returns 1 when every request failed."""
+    summary = metrics.summarize(records, duration, floor=_floor(args, records))
     metrics.print_summary(title, summary)
-    if args.output:
-        config = {name: value if isinstance(value, int | None) else str(value) for name, value in vars(args).items()}
-        metrics.write_json(args.output, config, summary, records)
-    if args.plot:
-        metrics.write_plot(args.plot, title, records)
+    metrics.write_files(args, summary, records)
     return int(summary.num_failed == summary.num_requests)
+
+
+def _floor(args: argparse.Namespace, records: Sequence[Record]) -> float | None:
+    """Seconds, with the shape's own dtype on one GPU, as if all requests had come at once."""
+    if args.shape is None:
+        return None
+    with tempfile.TemporaryDirectory() as directory:
+        model = read_model_config(write_shape(args.shape, directory))
+    load = [(r.num_prompt, r.num_output, r.num_cached) for r in records if r.error is None]
+    return floor_of(model, model.dtype, load, machine_of(args, "cuda")).seconds
 
 
 def make_samples(args: argparse.Namespace) -> list[dataset.Sample]:
     """The measured requests, the warm-up's behind them. The same seed gives the same requests."""
-    rng = np.random.default_rng(args.seed)
-    count = args.num_prompts + args.warmup
-    if args.dataset != "random":
-        samples = dataset.load_jsonl(args.dataset, count, args.output_len, rng)
-        if args.endpoint == "completions" and any(sample.is_chat for sample in samples):
-            raise ConfigError(f"--dataset {args.dataset}: `messages` need --endpoint chat")
-        return samples
-    if args.vocab_size <= dataset.FIRST_ID:
-        raise ConfigError(f"--vocab-size {args.vocab_size}: must be above {dataset.FIRST_ID}")
-    if args.endpoint == "chat":
-        return dataset.random_chats(count, args.input_len, args.output_len, rng)
-    return dataset.random_ids(count, args.input_len, args.output_len, rng, args.vocab_size)
+    rng, lengths = Random(args.seed), (args.input_len, args.output_len)
+    if args.trace:
+        load = (args.output_len, rng, args.vocab_size, args.endpoint == "chat")
+        samples = dataset.load_jsonl("--trace", args.trace, args.num_prompts, *load)[: args.num_prompts]
+        args.num_prompts = len(samples)
+        samples += (samples * args.warmup)[: args.warmup]
+    else:
+        args.num_prompts = args.num_prompts or 64
+        count = args.num_prompts + args.warmup
+        if args.dataset != "random":
+            samples = dataset.load_jsonl("--dataset", args.dataset, count, args.output_len, rng, args.vocab_size)
+        elif args.endpoint == "chat":
+            samples = dataset.random_chats(count, *lengths, rng)
+        else:
+            samples = dataset.random_ids(count, *lengths, rng, args.vocab_size)
+    if args.endpoint == "completions" and any(sample.is_chat for sample in samples):
+        raise ConfigError(f"--dataset {args.trace or args.dataset}: `messages` need --endpoint chat")
+    return samples
 
 
 async def run(args: argparse.Namespace, samples: Sequence[dataset.Sample]) -> tuple[list[Record], float]:
@@ -107,7 +136,8 @@ async def run(args: argparse.Namespace, samples: Sequence[dataset.Sample]) -> tu
         bodies = [request_body(s, args.model, args.endpoint, args.temperature, args.ignore_eos) for s in samples]
         for body in bodies[args.num_prompts :]:
             await measure(client, url, body, time.perf_counter())
-        return await _send_all(args, client, url, bodies[: args.num_prompts])
+        offsets = arrival_offsets(samples[: args.num_prompts], args.request_rate, args.seed)
+        return await _send_all(args, client, url, bodies[: args.num_prompts], offsets)
 
 
 async def first_model(client: httpx.AsyncClient, base_url: str) -> str:
@@ -123,7 +153,11 @@ async def first_model(client: httpx.AsyncClient, base_url: str) -> str:
 
 
 async def _send_all(
-    args: argparse.Namespace, client: httpx.AsyncClient, url: str, bodies: Sequence[dict[str, object]]
+    args: argparse.Namespace,
+    client: httpx.AsyncClient,
+    url: str,
+    bodies: Sequence[dict[str, object]],
+    offsets: Sequence[float],
 ) -> tuple[list[Record], float]:
     gate = asyncio.Semaphore(args.max_concurrency or len(bodies))
     epoch = time.perf_counter()
@@ -137,7 +171,6 @@ async def _send_all(
             progress.advance(bar)
             return record
 
-        offsets = arrival_offsets(len(bodies), args.request_rate, args.seed)
         tasks = [asyncio.create_task(one(body, offset)) for body, offset in zip(bodies, offsets, strict=True)]
         await asyncio.wait(tasks, timeout=args.time_limit)
         duration = time.perf_counter() - epoch
@@ -147,12 +180,13 @@ async def _send_all(
     return [lost if task.cancelled() else task.result() for task in tasks], duration
 
 
-def arrival_offsets(count: int, rate: float, seed: int) -> list[float]:
-    """When requests are sent, in seconds: a Poisson process of `rate` per second, the first at 0."""
-    if math.isinf(rate):
-        return [0.0] * count
-    gaps = np.random.default_rng([seed, 1]).exponential(1 / rate, count)
-    return [float(offset) for offset in np.cumsum(gaps) - gaps[0]]
+def arrival_offsets(samples: Sequence[dataset.Sample], rate: float, seed: int) -> list[float]:
+    """When requests are sent, in seconds, the first at 0: as their timestamps say, or a Poisson process of `rate`."""
+    times = [sample.timestamp for sample in samples if sample.timestamp is not None]
+    if len(times) < len(samples):
+        rng = Random(seed + 1)
+        times = list(itertools.accumulate(rng.expovariate(rate) if rate < math.inf else 0.0 for _ in samples))
+    return [offset - min(times) for offset in times]
 
 
 def _progress() -> Progress:
@@ -164,4 +198,4 @@ def _rate(text: str) -> float:
     with contextlib.suppress(ValueError):
         if float(text) > 0:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r}: expected requests per second above 0, or inf")
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, or inf")

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from minisgl.env import boolean
 from minisgl.errors import ConfigError
 
 Parser = Callable[[Any], Any]
@@ -65,17 +66,6 @@ def _fraction(value: Any) -> float:
     return number
 
 
-def _boolean(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    word = str(value).lower()
-    if word in ("1", "true", "yes", "on"):
-        return True
-    if word in ("0", "false", "no", "off"):
-        return False
-    raise ValueError("true or false")
-
-
 def _choice(*choices: str) -> Parser:
     def parse(value: Any) -> str:
         if value not in choices:
@@ -118,33 +108,53 @@ class ServerArgs:
     dtype: str | None = _option(
         _auto(_choice("float16", "bfloat16", "float32")), None, "auto, float16, bfloat16 or float32"
     )
-    device: str | None = _option(_auto(_choice("cpu", "cuda")), None, "auto or cpu (this release has no CUDA engine)")
+    device: str | None = _option(
+        _auto(_choice("cpu", "cuda")), None, "auto, cpu or cuda (auto: cuda where a GPU can be used)"
+    )
     tensor_parallel_size: int = _option(
-        integer(1, 64), 1, "tensor-parallel ranks, one process each", "--tp-size", "--tp"
+        integer(1, 64), 1, "tensor-parallel ranks, one process (and GPU) each", "--tp-size", "--tp"
     )
     host: str = _option(_text, "127.0.0.1", "HTTP address")
     port: int = _option(integer(0, 65535), 1919, "HTTP port; 0 picks a free one")
     max_running_requests: int = _option(integer(1, 65536), 256, "requests in one running batch")
     max_prefill_length: int | None = _option(
-        _auto(integer(1)), None, "tokens of one step, chunked prefill (auto: 512 on a CPU)", "--max-extend-length"
+        _auto(integer(1)),
+        None,
+        "tokens of one step, chunked prefill (auto: 512 on a CPU, 8192 on GPUs)",
+        "--max-extend-length",
     )
     max_seq_len: int | None = _option(
         _auto(integer(2)), None, "longest prompt + output in tokens (auto: from the model)", "--max-seq-len-override"
     )
-    memory_ratio: float = _option(_fraction, 0.9, "share of the available memory for weights + KV cache")
+    memory_ratio: float = _option(_fraction, 0.9, "share of a GPU's whole memory, or of a CPU's free memory, to use")
     num_pages: int | None = _option(_auto(integer(1)), None, "KV cache size in pages (auto: from the memory)")
-    page_size: int | None = _option(_auto(integer(1, 4096)), None, "tokens of one KV page (auto: per backend)")
+    page_size: int | None = _option(_auto(integer(1, 4096)), None, "tokens of one KV page (auto: 16)")
     cache_type: str = _option(_choice("radix", "naive"), "radix", "prefix cache: radix or naive (none)", "--cache")
-    attention_backend: str | None = _option(_auto(_text), None, "auto or sdpa; a,b = prefill,decode", "--attn")
+    attention_backend: str | None = _option(
+        _auto(_text),
+        None,
+        "auto, sdpa, triton, cuda (decode; prefill: triton), fi (FlashInfer) or fa (FlashAttention-3), on CPUs sdpa; "
+        "a,b = prefill,decode",
+        "--attn",
+    )
+    moe_backend: str | None = _option(
+        _auto(_choice("triton", "torch")), None, "mixture-of-experts products: auto, triton (GPUs) or torch"
+    )
+    cuda_graph_max_bs: int | None = _option(
+        _auto(integer(0)), None, "largest decode batch captured as a CUDA graph; 0 = off, as on CPUs", "--graph"
+    )
+    disable_pynccl: bool = _option(
+        boolean, False, "tensor parallelism through torch's NCCL rather than our own; no effect on CPUs"
+    )
     num_tokenizer: int = _option(
         integer(0, 64), 0, "tokenizer processes; 0 shares the detokenizer's", "--tokenizer-count"
     )
     schedule_policy: str = _option(
         _choice("fcfs", "lpm"), "fcfs", "order of waiting requests: fcfs or lpm (longest prefix match)"
     )
-    disable_overlap: bool = _option(_boolean, False, "run scheduling and execution in turn")
-    dummy_weight: bool = _option(_boolean, False, "random weights from config.json alone, for benchmarks")
-    shell: bool = _option(_boolean, False, "interactive shell instead of HTTP", "--shell-mode")
+    disable_overlap: bool = _option(boolean, False, "run scheduling and execution in turn")
+    dummy_weight: bool = _option(boolean, False, "random weights from config.json alone, for benchmarks")
+    shell: bool = _option(boolean, False, "interactive shell instead of HTTP", "--shell-mode")
 
 
 _FIELDS = {f.name: f for f in dataclasses.fields(ServerArgs)}
@@ -248,7 +258,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"minisgl {__version__}")
     parser.add_argument("--config", metavar="FILE", help="YAML file with options")
     for name, option in _FIELDS.items():
-        is_switch = option.metadata["parse"] is _boolean
+        is_switch = option.metadata["parse"] is boolean
         default = "" if option.default in (None, False) else f" (default: {option.default})"
         parser.add_argument(
             *_flags(name),

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
+
+from minisgl.config.gpus import Gpu, probe_nvidia, torch_cuda
+
+# Optional packages, by the name that is imported: what pip calls them, and what they are for.
+PACKAGES = {
+    "triton": ("triton", "Triton kernels"),
+    "tvm_ffi": ("apache-tvm-ffi", "CUDA C++ kernels"),
+    "flashinfer": ("flashinfer-python", "FlashInfer attention"),
+    "sgl_kernel": ("sglang-kernel", "FlashAttention-3"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +28,13 @@ class Capabilities:
     num_cores: int
     memory: int
     cpu_flags: frozenset[str]
+    gpus: tuple[Gpu, ...] = ()  # that CUDA_VISIBLE_DEVICES shows, in its order
+    gpu_problem: str = "no NVIDIA driver on this machine"  # why there are none
+    driver: str = ""  # version
+    driver_cuda: tuple[int, int] = (0, 0)  # the newest CUDA that the driver runs
+    torch_cuda: str | None = None  # the CUDA that torch is built for; None: a CPU build
+    packages: frozenset[str] = frozenset()  # of PACKAGES, those that are installed
+    nvcc: str | None = None  # path of the compiler
 
     @property
     def has_fast_bfloat16(self) -> bool:
@@ -24,31 +43,50 @@ class Capabilities:
 
 
 def probe() -> Capabilities:
-    """Look at the machine."""
-    return Capabilities(num_cores=_num_cores(), memory=_available_memory(), cpu_flags=_cpu_flags())
+    """Look at the machine. Takes some milliseconds, a few hundred where there are GPUs."""
+    nvidia = probe_nvidia(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return Capabilities(
+        num_cores=_num_cores(),
+        memory=_available_memory(),
+        cpu_flags=_cpu_flags(),
+        gpus=nvidia.gpus,
+        gpu_problem=nvidia.problem,
+        driver=nvidia.driver,
+        driver_cuda=nvidia.cuda,
+        torch_cuda=torch_cuda(),
+        packages=frozenset(name for name in PACKAGES if find_spec(name)),
+        nvcc=_find_nvcc(),
+    )
 
 
 def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The affinity mask's, or what the control group's quota allows where that is less."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    return min(cores, max(1, int(quota) // int(period))) if quota.isdecimal() and period.isdecimal() else cores
 
 
 def _available_memory() -> int:
     """Free memory, or what the control group leaves where that is less."""
     available = int(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return available if limit == "max" else min(available, max(0, int(limit) - used))
-    except (OSError, ValueError):
-        return available
+    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
+    return min(available, max(0, int(limit) - int(used))) if limit.isdecimal() and used.isdecimal() else available
 
 
 def _cpu_flags() -> frozenset[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
+    lines = (line for line in _read("/proc/cpuinfo").splitlines() if line.startswith(("flags", "Features")))
     return frozenset(next(lines, "").partition(":")[2].split())
+
+
+def _find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    beside = Path(home, "bin", "nvcc")
+    return str(beside) if beside.is_file() else shutil.which("nvcc")
+
+
+def _read(path: str) -> str:
+    """A system file's text, or nothing where there is no such file."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

@@ -5,25 +5,22 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from minisgl.config.args import ServerArgs
+from minisgl.config.cuda import choose_device, cuda_engine
 from minisgl.config.locate import locate_model
+from minisgl.config.memory import cpu_pages, fit_seq_len
 from minisgl.config.model import ModelConfig, read_json, read_model_config
 from minisgl.config.probe import Capabilities, probe
 from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import SamplingParams
 from minisgl.errors import ConfigError, RequestError
-from minisgl.utils.math import div_ceil
-
-logger = logging.getLogger(__name__)
 
 _CPU_PREFILL_LENGTH = 512  # tokens; see docs/adr/0002
 _CPU_PAGE_SIZE = 16  # tokens
 _ONE_THREAD_BYTES = 64 * 2**20  # of weights; below that, waking a second thread costs more than it computes
-_BACKENDS = ("sdpa",)
 _DEFAULT_SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float}
 
 
@@ -64,42 +61,19 @@ def read_default_sampling(path: Path) -> dict[str, float | int]:
 
 def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> ServerConfig:
     """Decide everything. Raises: ConfigError naming the flag that cannot be honoured, and why."""
-    model = files.model
-    if args.device == "cuda":
-        raise ConfigError("--device cuda: this release computes on CPUs only")
+    model, path = files.model, str(files.path)
     _check_tensor_parallel(args.tensor_parallel_size, model)
-    dtype = args.dtype or _auto_dtype(model, machine)
-    page_size = args.page_size or _CPU_PAGE_SIZE
-    prefill_backend, decode_backend = _backends(args.attention_backend)
     wanted_len = args.max_seq_len or model.max_position
     if wanted_len > model.max_position:
         raise ConfigError(f"--max-seq-len {wanted_len}: the model's context is {model.max_position} tokens")
-    num_pages = args.num_pages or _auto_num_pages(args, model, machine, dtype, page_size, wanted_len)
-    max_seq_len = _fit_seq_len(args, wanted_len, num_pages * page_size)
-    max_prefill_length = args.max_prefill_length or _CPU_PREFILL_LENGTH
-    engine = EngineConfig(
-        model_path=str(files.path),
-        model=model,
-        dtype=dtype,
-        device="cpu",
-        tp_size=args.tensor_parallel_size,
-        init_method="",
-        num_pages=num_pages,
-        page_size=page_size,
-        max_running_requests=args.max_running_requests,
-        max_prefill_length=max_prefill_length,
-        max_seq_len=max_seq_len,
-        prefill_backend=prefill_backend,
-        decode_backend=decode_backend,
-        num_threads=_num_threads(machine.num_cores // args.tensor_parallel_size, model, dtype),
-        dummy_weight=args.dummy_weight,
-    )
+    decide = cuda_engine if choose_device(args, machine) == "cuda" else _cpu_engine
+    engine = decide(args, path, model, wanted_len, machine)
     scheduler = SchedulerConfig(
-        max_running_requests=args.max_running_requests,
-        max_prefill_length=max_prefill_length,
-        max_seq_len=max_seq_len,
-        num_pages=num_pages,
-        page_size=page_size,
+        max_running_requests=engine.max_running_requests,
+        max_prefill_length=engine.max_prefill_length,
+        max_seq_len=engine.max_seq_len,
+        num_pages=engine.num_pages,
+        page_size=engine.page_size,
         cache_type=args.cache_type,
         schedule_policy=args.schedule_policy,
         eos_token_ids=model.eos_token_ids,
@@ -108,13 +82,47 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
     return ServerConfig(
         engine=engine,
         scheduler=scheduler,
-        tokenizer=TokenizerConfig(str(files.path), max_seq_len, model.vocab_size),
+        tokenizer=TokenizerConfig(path, engine.max_seq_len, model.vocab_size),
         num_tokenizer=args.num_tokenizer,
         served_model_name=args.served_model_name or args.model_path or "minisgl-demo",
         host=args.host,
         port=args.port,
         default_sampling=files.default_sampling,
     )
+
+
+def _cpu_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, machine: Capabilities) -> EngineConfig:
+    _refuse_gpu_options(args)
+    dtype = args.dtype or _auto_dtype(model, machine)
+    page_size = args.page_size or _CPU_PAGE_SIZE
+    num_pages = args.num_pages or cpu_pages(args, model, machine, dtype, page_size, seq_len)
+    return EngineConfig(
+        model_path=path,
+        model=model,
+        dtype=dtype,
+        device="cpu",
+        tp_size=args.tensor_parallel_size,
+        init_method="",
+        num_pages=num_pages,
+        page_size=page_size,
+        max_running_requests=args.max_running_requests,
+        max_prefill_length=args.max_prefill_length or _CPU_PREFILL_LENGTH,
+        max_seq_len=fit_seq_len(args, seq_len, num_pages * page_size),
+        prefill_backend="sdpa",
+        decode_backend="sdpa",
+        num_threads=_num_threads(machine.num_cores // args.tensor_parallel_size, model, dtype),
+        dummy_weight=args.dummy_weight,
+    )
+
+
+def _refuse_gpu_options(args: ServerArgs) -> None:
+    """What asks for less than a GPU would do is what a CPU does; the rest cannot be honoured."""
+    if args.attention_backend not in (None, "sdpa", "sdpa,sdpa"):
+        raise ConfigError(f"--attention-backend {args.attention_backend}: on a CPU there is sdpa only")
+    if args.moe_backend == "triton":
+        raise ConfigError("--moe-backend triton: it is for GPUs; a CPU has torch only")
+    if args.cuda_graph_max_bs:
+        raise ConfigError(f"--cuda-graph-max-bs {args.cuda_graph_max_bs}: it is for GPUs; leave it out on a CPU, or 0")
 
 
 def _check_tensor_parallel(tp_size: int, model: ModelConfig) -> None:
@@ -135,42 +143,3 @@ def _auto_dtype(model: ModelConfig, machine: Capabilities) -> str:
 
 def _num_threads(num_cores: int, model: ModelConfig, dtype: str) -> int:
     return 1 if model.weight_bytes(dtype) < _ONE_THREAD_BYTES else max(1, num_cores)
-
-
-def _backends(asked: str | None) -> tuple[str, str]:
-    names = (asked or "sdpa").split(",")
-    for name in names:
-        if name not in _BACKENDS:
-            raise ConfigError(f"--attention-backend {asked}: {name!r} is not available here; use sdpa")
-    if len(names) > 2:
-        raise ConfigError(f"--attention-backend {asked}: expected one backend, or prefill,decode")
-    return names[0], names[-1]
-
-
-def _auto_num_pages(
-    args: ServerArgs, model: ModelConfig, machine: Capabilities, dtype: str, page_size: int, seq_len: int
-) -> int:
-    """Pages that fit the memory, and no more than all running requests could ever use. Memory is taken on first use."""
-    tp_size = args.tensor_parallel_size
-    budget = int(machine.memory * args.memory_ratio) // tp_size - model.weight_bytes(dtype, tp_size)
-    affordable = budget // (model.kv_bytes_per_token(dtype, tp_size) * page_size)
-    if affordable < 1:
-        weights = model.weight_bytes(dtype, tp_size) * tp_size / 2**30
-        raise ConfigError(
-            f"--memory-ratio {args.memory_ratio}: {machine.memory / 2**30:.1f} GiB of memory are available, "
-            f"the weights take {weights:.1f} GiB, and no room is left for the KV cache"
-        )
-    usable = args.max_running_requests * div_ceil(seq_len, page_size)
-    return min(affordable, usable)
-
-
-def _fit_seq_len(args: ServerArgs, wanted: int, capacity: int) -> int:
-    """One request must be able to run alone in the KV cache."""
-    if wanted <= capacity:
-        return wanted
-    if args.max_seq_len is not None:
-        raise ConfigError(f"--max-seq-len {wanted}: the KV cache holds {capacity} tokens; see --num-pages")
-    if capacity < 2:
-        raise ConfigError("--num-pages: the KV cache must hold at least 2 tokens")
-    logger.warning("the KV cache holds %d tokens: --max-seq-len is lowered to that from %d", capacity, wanted)
-    return capacity

@@ -17,7 +17,7 @@ class EngineConfig:
     device: str  # "cpu" | "cuda"
     tp_size: int
     init_method: str  # torch.distributed rendezvous (`Addresses.rendezvous`; unused when tp_size is 1)
-    num_pages: int
+    num_pages: int  # 0: as many as the engine finds room for (`memory_ratio`); it tells by `Engine.num_pages`
     page_size: int  # tokens
     max_running_requests: int
     max_prefill_length: int  # tokens of one step, decode included
@@ -27,11 +27,12 @@ class EngineConfig:
     num_threads: int  # per rank
     dummy_weight: bool
     seed: int = 0  # of dummy weights
-    memory_ratio: float = 0.9  # of a GPU's memory; num_pages 0: as many as fit
-    cuda_graph_max_bs: int = 0  # largest decode batch captured as a CUDA graph; 0: none
+    # CUDA only, from here on.
+    memory_ratio: float = 0.9  # share of a GPU's total memory that its rank may take (`memory.gpu_budget`)
+    cuda_graph_max_bs: int = 0  # the largest decode batch that is captured; 0: none
     use_pynccl: bool = True
-    moe_backend: str = "torch"
-    gpu_arch: tuple[int, int] | None = None
+    moe_backend: str = "torch"  # "triton" | "torch"
+    gpu_arch: tuple[int, int] | None = None  # compute capability, the same on all ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class SchedulerConfig:
     max_running_requests: int
     max_prefill_length: int  # tokens of one step, decode included
     max_seq_len: int
-    num_pages: int
+    num_pages: int  # of the engine: `Engine.num_pages`
     page_size: int  # tokens
     cache_type: str = "radix"  # "radix" | "naive"
     schedule_policy: str = "fcfs"  # "fcfs" | "lpm"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from minisgl.distributed.info import DistributedInfo
+from minisgl.distributed.rendezvous import TIMEOUT, Rendezvous
 from minisgl.errors import ConfigError
-
-# Ranks wait this long for one another inside a step; a rank that died is noticed at once by its closed connection.
-TIMEOUT = timedelta(minutes=5)
 
 
 class Communicator(Protocol):
@@ -21,16 +18,27 @@ class Communicator(Protocol):
     rank: int
     size: int
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks; may work in place and return `x`."""
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum over ranks, in `out`, which is like x; without it, may work in place and return `x`."""
         ...
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., n] on every rank → [..., size * n], ranks in order along the last dimension."""
         ...
 
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """As `all_gather` of x: [rows, n], for rank 0 alone; elsewhere the result has no more than its shape.
+
+        The result is valid until the next `gather`.
+        """
+        ...
+
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's `x`, written in place on the other ranks."""
+        ...
+
+    def all_reduce_min(self, value: int) -> int:
+        """The smallest `value` of all ranks, by way of the host: for start-up, not for steps."""
         ...
 
     def close(self) -> None: ...
@@ -42,14 +50,20 @@ class NullCommunicator:
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return x if out is None else out.copy_(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+    def all_reduce_min(self, value: int) -> int:
+        return value
 
     def close(self) -> None:
         pass
@@ -60,18 +74,17 @@ class GlooCommunicator:
 
     def __init__(self, info: DistributedInfo) -> None:
         self.rank, self.size = info.rank, info.size
-        path = info.init_method.removeprefix("file://")
-        assert path != info.init_method, f"{info.init_method!r} is not a file:// rendezvous"
-        self._store = dist.FileStore(path, info.size)  # type: ignore[attr-defined]
+        self._meeting = Rendezvous(info)
         gloo: Any = dist.ProcessGroupGloo  # its stubs are incomplete
         options = gloo._Options()
         options._timeout = TIMEOUT
         options._devices = [gloo.create_device(hostname="127.0.0.1")]
-        self._group = gloo(self._store, info.rank, info.size, options)
+        self._group = gloo(self._meeting.store, info.rank, info.size, options)
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        self._group.allreduce([x]).wait()
-        return x
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        out = x if out is None else out.copy_(x)
+        self._group.allreduce([out]).wait()
+        return out
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
@@ -79,19 +92,37 @@ class GlooCommunicator:
         self._group.allgather([parts], [x]).wait()
         return torch.cat(parts, dim=-1)
 
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        return self.all_gather(x)
+
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         self._group.broadcast(x, 0).wait()
         return x
 
+    def all_reduce_min(self, value: int) -> int:
+        return self._meeting.minimum(value)
+
     def close(self) -> None:
         """Leave. Waits for nobody: the other ranks may be gone already."""
-        del self._group, self._store
+        del self._group, self._meeting
 
 
-def create_communicator(info: DistributedInfo, device: str) -> Communicator:
-    """Raises: ConfigError for a device without collectives."""
+def create_communicator(
+    info: DistributedInfo, device: str, use_pynccl: bool = True, gather_bytes: int = 0
+) -> Communicator:
+    """For ranks on "cpu" or "cuda" (rank r on GPU r).
+
+    use_pynccl: our binding of NCCL rather than torch's process group. gather_bytes: of the largest result of `gather`
+    that shall go through peer memory, which rank 0 sets aside.
+
+    Raises: ConfigError for a device without collectives, or where the ranks do not find one another.
+    """
     if info.size == 1:
         return NullCommunicator()
-    if device != "cpu":
-        raise ConfigError(f"tensor parallelism on {device!r} is not available (available: cpu)")
-    return GlooCommunicator(info)
+    if device == "cpu":
+        return GlooCommunicator(info)
+    if device == "cuda":
+        from minisgl.distributed.cuda import CudaCommunicator  # CPU ranks need none of it
+
+        return CudaCommunicator(info, torch.device("cuda", info.rank), use_pynccl, gather_bytes)
+    raise ConfigError(f"tensor parallelism on {device!r} is not available (available: cpu, cuda)")

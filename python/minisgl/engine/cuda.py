@@ -189,7 +189,7 @@ class CudaRunner:
         fill = {"rows": row, "token_rows": row, "sample_rows": row, "seq_lens": 1, "top_p": 1, "sample_position": 1}
         arrays = {name: np.full(size, fill.get(name, 0), np.int64) for name in StepTensors.__slots__}
         for name in ("temperature", "top_p", "min_p"):
-            arrays[name] = arrays[name].astype(np.float32)  # type: ignore[assignment]
+            arrays[name] = arrays[name].astype(np.float32)
         arrays["cu_q"], arrays["logit_tokens"] = np.arange(size + 1), np.arange(size)
         return arrays
 
@@ -295,11 +295,13 @@ class CudaRunner:
         logits = self._shard.model(input_ids, step, logit_tokens)
         if not len(logits):
             return self._token_ids[0, :0]
+        ids = torch.empty(len(logits), dtype=torch.int32, device=self._device)
         t = tensors
-        if comm.rank == 0:  # rank 0 decides, so that rounding cannot make ranks differ
-            ids = ops.sample(logits, t.temperature, t.top_k, t.top_p, t.min_p, t.seed, t.sample_position)
-        else:
-            ids = torch.empty(len(logits), dtype=torch.int32, device=self._device)
+        params = (t.temperature, t.top_k, t.top_p, t.min_p, t.seed, t.sample_position)
+        if comm.size == 1:
+            return ops.sample(logits, *params, ids, self._token_ids, t.sample_rows)
+        if comm.rank == 0:  # it decides, so that rounding cannot make ranks differ
+            ops.sample(logits, *params, ids)
         ids = comm.broadcast(ids)
         ops.store_ids(self._token_ids, t.sample_rows, t.sample_position, ids)
         return ids

@@ -37,7 +37,9 @@ class ModelShard:
     def __init__(self, config: EngineConfig, rank: int, device: torch.device) -> None:
         self.config, self.device, self.dtype = config, device, DTYPES[config.dtype]
         info = DistributedInfo(rank, config.tp_size, config.init_method)
-        self.comm = create_communicator(info, config.device)
+        rows = config.max_running_requests if config.device == "cuda" else 0
+        logit_bytes = rows * config.model.vocab_size * self.dtype.itemsize
+        self.comm = create_communicator(info, config.device, config.use_pynccl, logit_bytes)
         self.ops = create_ops(device)
         start = time.perf_counter()
         with torch.inference_mode():

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from minisgl.errors import ConfigError
+from minisgl.kernel import skinny
 from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
 from minisgl.kernel.sampling_reference import sample_reference
@@ -32,34 +33,13 @@ def _whole_vectors(*tensors: Tensor) -> bool:
     )
 
 
-def create_cuda_ops(device: torch.device) -> TorchOps:
-    """`CudaOps`, or plain torch with a warning where its kernels cannot be compiled."""
-    try:
-        return CudaOps(torch.cuda.get_device_capability(device))
-    except ConfigError as error:
-        logger.warning("running without own kernels, which is slower: %s", error)
-        return TorchGpuOps()
+def _is_skinny(x: Tensor, weight: Tensor, norm: Tensor | None = None) -> bool:
+    """Whether the kernels for few tokens take this product."""
+    m, k = x.shape
+    return skinny.supports(m, len(weight), k, x.dtype, norm is not None) and weight.is_contiguous()
 
 
-class TorchGpuOps(TorchOps):
-    """Plain torch, and a sampler for parameters that lie on the GPU."""
-
-    def sample(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        seed: Tensor,
-        position: Tensor,
-    ) -> Tensor:
-        """Ids: [b] int32, -1 where a row failed; see `sample_reference` for the arguments."""
-        out = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
-        return sample_reference(logits, temperature, top_k, top_p, min_p, seed, position, out)
-
-
-class CudaOps(TorchGpuOps):
+class CudaOps(TorchOps):
     """For one GPU of compute capability `arch`. Compiles its kernels when it is made, on first use of the cache.
 
     Everything can be captured in a CUDA graph. Raises: ConfigError where the kernels cannot be compiled.
@@ -69,17 +49,8 @@ class CudaOps(TorchGpuOps):
         self._elementwise, self._sampling, self._step = (load_kernel(name, arch) for name in KERNELS)
 
     def embedding(self, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
-        """Ids outside [first, first + len(weight)) belong to other ranks and give zeros."""
-        if (
-            not _whole_vectors(weight)
-            or ids.dtype != torch.int64
-            or not (ids.is_contiguous() and weight.is_contiguous())
-        ):
-            if first == 0:
-                return super().embedding(ids, weight)
-            local = ids - first
-            here = (local >= 0) & (local < len(weight))
-            return super().embedding(local.where(here, 0), weight).mul_(here[:, None])
+        if not (_whole_vectors(weight) and weight.is_contiguous()):
+            return super().embedding(ids, weight, first)
         out = weight.new_empty(len(ids), weight.shape[1])
         self._elementwise.embedding(ids, weight, first, len(weight), out)
         return out
@@ -103,8 +74,25 @@ class CudaOps(TorchGpuOps):
         self._elementwise.add_rms_norm(x, residual, weight, eps, out)
         return out
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if _is_skinny(x, weight):
+            return skinny.norm_linear(x, None, 0.0, weight, bias)
+        return super().linear(x, weight, bias)
+
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if _is_skinny(x, weight, norm):
+            return skinny.norm_linear(x, norm, eps, weight, bias)
+        return super().norm_linear(x, norm, eps, weight, bias)
+
+    def norm_gate_up(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is None and len(weight) % 16 == 0 and _is_skinny(x, weight, norm):
+            return skinny.norm_gate_up(x, norm, eps, weight)
+        return super().norm_gate_up(x, norm, eps, weight, bias)
+
     def linear_add(self, x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
         """cuBLAS adds the product to `residual` itself."""
+        if _is_skinny(x, weight):
+            return skinny.linear_add(x, weight, residual, bias)
         residual.addmm_(x, weight.T)
         return residual if bias is None else residual.add_(bias)
 
@@ -142,28 +130,40 @@ class CudaOps(TorchGpuOps):
         min_p: Tensor,
         seed: Tensor,
         position: Tensor,
+        out: Tensor,
+        token_ids: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Masses are rounded to 2^-44 of the largest weight: as exact as the float32 weights, and order-independent."""
+        """As `sample_reference`, whose arguments these are; masses are rounded to 2^-44 of the largest."""
+        sample = self._sampling.sample
         if logits.dtype not in DTYPES or logits.stride(-1) != 1 or logits.shape[-1] > MAX_VOCAB:
-            return super().sample(logits, temperature, top_k, top_p, min_p, seed, position)
-        out = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
-        self._sampling.sample(logits, temperature, top_k, top_p, min_p, seed, position, out, None, None)
+            sample = sample_reference
+        sample(logits, temperature, top_k, top_p, min_p, seed, position, out, token_ids, rows)
         return out
 
     def step_inputs(
         self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int, angles: Tensor
     ) -> tuple[Tensor, Tensor, RopeAngles]:
-        n, head_dim = len(rows), angles.shape[1] // 2
-        if head_dim % 4 or not angles.is_contiguous():
+        num, head_dim = len(rows), angles.shape[1] // 2
+        if head_dim % 4:
             return super().step_inputs(rows, positions, token_ids, page_table, page_size, angles)
-        ids, slots = torch.empty((2, n), dtype=torch.int64, device=rows.device)
-        cos, sin = torch.empty((2, n, 1, head_dim), dtype=torch.float32, device=rows.device)
+        ids, slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(2))
+        cos, sin = (torch.empty(num, 1, head_dim, dtype=torch.float32, device=rows.device) for _ in range(2))
         self._step.prepare(rows, positions, token_ids, page_table, page_size, angles, ids, slots, cos, sin, None, None)
         return ids, slots, RopeAngles(cos, sin)
 
     def scatter(self, table: Tensor, index: Tensor, values: Tensor) -> None:
-        """Negative indices are skipped."""
+        """index: int32 or int64; negative indices are skipped."""
         self._step.scatter(table, index, values)
 
     def store_ids(self, token_ids: Tensor, rows: Tensor, positions: Tensor, ids: Tensor) -> None:
         self._step.store_ids(token_ids, rows, positions, ids)
+
+
+def create_cuda_ops(device: torch.device) -> TorchOps:
+    """Our kernels where they can be compiled; torch's operations, with a warning, elsewhere."""
+    try:
+        return CudaOps(torch.cuda.get_device_capability(device))
+    except ConfigError as error:
+        logger.warning("the fused kernels are not available, decoding will be slower: %s", error)
+        return TorchOps()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from minisgl.kernel.sampling_reference import sample_reference
+
 Tensor = torch.Tensor
 
 
@@ -45,9 +47,14 @@ class TorchOps:
         """x: [num_tokens, in]; weight: [out, in], plain or packed → [num_tokens, out]."""
         return F.linear(x, weight, bias)
 
-    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
-        """ids: [num_tokens] int64; weight: [vocab, hidden] → [num_tokens, hidden]."""
-        return weight.index_select(0, ids)
+    def embedding(self, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
+        """Rows of a table: ids [num_tokens] int64; weight: [num_ids, hidden] → [num_tokens, hidden].
+
+        first: the id of the table's first row. Ids outside the table belong to other ranks, and give zeros.
+        """
+        local = ids - first
+        here = (local >= 0) & (local < len(weight))
+        return weight.index_select(0, local.where(here, 0)).masked_fill_(~here[:, None], 0)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x: [..., n]; weight broadcasts against it. Root-mean-square norm (arXiv 1910.07467), statistics in fp32."""
@@ -132,10 +139,28 @@ class TorchOps:
         """table.flatten()[index] = values, all int32; no index comes twice."""
         table.view(-1).index_copy_(0, index.long(), values)
 
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+        position: Tensor,
+        out: Tensor,
+        token_ids: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Sample each row of `logits`; see `sample_reference`."""
+        return sample_reference(
+            logits, temperature, top_k, top_p, min_p, seed, position, out, token_ids=token_ids, rows=rows
+        )
+
     def store_ids(self, token_ids: Tensor, rows: Tensor, positions: Tensor, ids: Tensor) -> None:
         """Sampled ids become input of later steps: token_ids[rows, positions] = ids, [n]. A failed row (-1) gets some
         valid id, which nobody will see."""
-        token_ids[rows.long(), positions] = ids.clamp(min=0)
+        token_ids.index_put_((rows.long(), positions), ids.clamp(min=0))
 
 
 class CpuOps(TorchOps):
@@ -164,6 +189,6 @@ def create_ops(device: torch.device) -> TorchOps:
         from minisgl.kernel.cuda import create_cuda_ops
 
         return create_cuda_ops(device)
-    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if torch.backends.mkldnn.is_available():
         return CpuOps()
     return TorchOps()

@@ -22,12 +22,7 @@ class VocabParallelEmbedding(Layer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [num_tokens] int64 → [num_tokens, hidden]."""
-        if self._comm.size == 1:
-            return self._ops.embedding(ids, self.weight)
-        local = ids - self._first
-        mine = (local >= 0) & (local < self.weight.shape[0])
-        out = self._ops.embedding(local.where(mine, 0), self.weight).masked_fill_(~mine[:, None], 0)
-        return self._comm.all_reduce(out)
+        return self._comm.all_reduce(self._ops.embedding(ids, self.weight, self._first))
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield vocab_slot(f"{prefix}weight", self.weight, self._vocab_size, self._first)
@@ -45,8 +40,8 @@ class LMHead(Layer):
         self.weight = env.empty(share, hidden_size) if tied is None else tied
 
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
-        """x: [n, hidden], the residual stream; norm: [hidden] → [n, vocab_size], the whole vocabulary on every rank."""
-        logits = self._comm.all_gather(self._ops.norm_linear(x, norm, self._eps, self.weight))
+        """x: [n, hidden], the residual stream; norm: [hidden] → [n, vocab_size], on rank 0, which samples."""
+        logits = self._comm.gather(self._ops.norm_linear(x, norm, self._eps, self.weight))
         return logits[:, : self._vocab_size]
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:

@@ -1,0 +1,100 @@
+"""The least time that a workload can take: what must be read and multiplied, over what the machine reaches.
+
+A step of continuous batching reads all weights once and the KV cache of every decoding request; prompts cost their
+products. Each is divided by a ceiling that was measured, and nothing else is counted: no launches, no communication, no
+writing, no activations. It is a bound for any engine, as the roofline model has it (Williams, Waterman and Patterson,
+"Roofline", CACM 2009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minisgl.config.model import DTYPE_BYTES, ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Ceilings of one GPU: bandwidth in bytes/s, of copies; flops in FLOP/s, of large bf16 products. Default: H200."""
+
+    bandwidth: float = 4.3e12
+    flops: float = 788e12
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Seconds, by what they are spent on, over `num_steps` steps."""
+
+    kv: float = 0.0
+    weights: float = 0.0
+    prefill: float = 0.0
+    num_steps: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return self.kv + self.weights + self.prefill
+
+
+def floor_of(
+    model: ModelConfig,
+    dtype: str,
+    requests: Sequence[tuple[int, int, int]],
+    machine: Machine | None = None,
+    tp_size: int = 1,
+    max_running: int = 256,
+) -> Floor:
+    """The floor of requests (prompt tokens, output tokens, cached prompt tokens) that are all submitted at once.
+
+    A waiting request is prefilled whole, in the step after one has ended; the step gives its first output token.
+    """
+    machine = machine or Machine()
+    waiting = list(reversed(requests))
+    running: list[list[int]] = []  # context length, tokens left
+    kv_bytes = weight_bytes = flops = 0.0
+    num_steps = 0
+    while waiting or running:
+        kv_bytes += kv_read(model, dtype, [length for length, _ in running], tp_size)
+        admitted = [waiting.pop() for _ in range(min(len(waiting), max_running - len(running)))]
+        flops += sum(prefill_flops(model, num_prompt, num_cached) for num_prompt, _, num_cached in admitted) / tp_size
+        running += [[num_prompt, num_output] for num_prompt, num_output, _ in admitted]
+        num_tokens = len(running) - len(admitted) + sum(num_prompt for num_prompt, _, _ in admitted)
+        weight_bytes += weights_read(model, dtype, num_tokens, tp_size)
+        running = [[length + 1, left - 1] for length, left in running if left > 1]
+        num_steps += 1
+    return Floor(kv_bytes / machine.bandwidth, weight_bytes / machine.bandwidth, flops / machine.flops, num_steps)
+
+
+def kv_read(model: ModelConfig, dtype: str, lengths: Sequence[int], tp_size: int = 1) -> float:
+    """Bytes of KV that one rank reads to decode requests of these context lengths (the new token included)."""
+    per_layer = model.kv_bytes_per_token(dtype, tp_size) / model.num_layers
+    windows = [model.sliding_window(layer) for layer in range(model.num_layers)]
+    tokens = sum(windows.count(w) * sum(min(n, w or n) for n in lengths) for w in set(windows))
+    return per_layer * tokens
+
+
+def weights_read(model: ModelConfig, dtype: str, num_tokens: int, tp_size: int = 1) -> float:
+    """Bytes of weights that one rank reads in a step of `num_tokens`: all but the rows of the embedding that it does
+    not look up, and the experts that no token is expected to choose."""
+    params = model.weight_bytes(dtype, tp_size) / DTYPE_BYTES[dtype]
+    if not model.tie_word_embeddings:
+        params -= model.vocab_size * model.hidden_size / tp_size
+    if (moe := model.moe) is not None:
+        idle = (1 - moe.num_experts_per_tok / moe.num_experts) ** num_tokens
+        expert = 3 * moe.intermediate_size * model.hidden_size / tp_size
+        params -= sum(moe.layers) * moe.num_experts * idle * expert
+    return params * DTYPE_BYTES[dtype]
+
+
+def prefill_flops(model: ModelConfig, num_tokens: int, num_cached: int = 0) -> float:
+    """Operations of one prompt on all ranks: the layers' products, causal attention, and the head at its last token."""
+    attention = 2 * (model.num_qo_heads + model.num_kv_heads) * model.head_dim * model.hidden_size
+    mlps = 0
+    for layer in range(model.num_layers):
+        inner = model.intermediate_size
+        if (moe := model.moe) is not None and moe.layers[layer]:
+            inner = moe.num_experts_per_tok * moe.intermediate_size
+        mlps += 3 * inner * model.hidden_size
+    products = 2 * (model.num_layers * attention + mlps)
+    scores = 4 * model.num_layers * model.num_qo_heads * model.head_dim * (num_tokens**2 - num_cached**2) / 2
+    return (num_tokens - num_cached) * products + scores + 2 * model.vocab_size * model.hidden_size

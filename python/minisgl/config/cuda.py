@@ -1,0 +1,194 @@
+"""What `resolve` decides for GPUs: whether they can be used, which kernels compute, what is captured."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from minisgl.config.args import ServerArgs
+from minisgl.config.gpus import Gpu
+from minisgl.config.memory import fit_seq_len, gpu_tokens
+from minisgl.config.model import ModelConfig
+from minisgl.config.probe import PACKAGES, Capabilities
+from minisgl.config.runtime import EngineConfig
+from minisgl.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+MIN_ARCH = (8, 0)
+_PREFILL_LENGTH = 8192  # tokens
+_PAGE_SIZE = 16  # tokens
+_GRAPH_MAX_BS = 256  # requests
+_NUM_THREADS = 4  # for loading weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Backend:
+    """What an attention backend needs. package: of PACKAGES. arch: the only compute capability that it is for."""
+
+    package: str = ""
+    arch: tuple[int, int] | None = None
+    head_dims: tuple[int, ...] = ()  # any
+    is_16_bit: bool = False  # float32 is refused
+    is_compiled: bool = False  # needs nvcc
+
+
+BACKENDS = {
+    "sdpa": _Backend(),
+    "triton": _Backend("triton"),
+    "cuda": _Backend("tvm_ffi", (9, 0), (64, 128), is_16_bit=True, is_compiled=True),
+    "fi": _Backend("flashinfer", None, (64, 128, 256), is_16_bit=True),
+    "fa": _Backend("sgl_kernel", (9, 0), (64, 96, 128, 192, 256), is_16_bit=True),
+}
+# What `auto` takes: the first that fits.
+_PREFILL = ("fa", "triton", "sdpa")
+_DECODE = ("cuda", "triton", "sdpa")
+
+
+def choose_device(args: ServerArgs, machine: Capabilities) -> str:
+    """ "cuda" or "cpu". Raises: ConfigError when GPUs were asked for and cannot be used."""
+    if args.device == "cpu":
+        return "cpu"
+    problem = _cuda_problem(machine, args.tensor_parallel_size)
+    if not problem:
+        return "cuda"
+    if args.device == "cuda":
+        raise ConfigError(f"--device cuda: {problem}")
+    logger.log(logging.WARNING if machine.gpus else logging.INFO, "computing on the CPU: %s", problem)
+    return "cpu"
+
+
+def cuda_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, machine: Capabilities) -> EngineConfig:
+    """Everything decided for GPUs. seq_len: the longest request that is wanted, in tokens.
+
+    Raises: ConfigError naming the flag that cannot be honoured.
+    """
+    tp_size = args.tensor_parallel_size
+    gpus = _gpus(tp_size, machine.gpus)
+    dtype = args.dtype or model.dtype
+    page_size = args.page_size or _PAGE_SIZE
+    max_prefill_length = args.max_prefill_length or _PREFILL_LENGTH
+    capacity = gpu_tokens(args, model, gpus, dtype, page_size, max_prefill_length)
+    prefill, decode = _attention(args.attention_backend, model, dtype, machine)
+    return EngineConfig(
+        model_path=path,
+        model=model,
+        dtype=dtype,
+        device="cuda",
+        tp_size=tp_size,
+        init_method="",
+        num_pages=args.num_pages or 0,
+        page_size=page_size,
+        max_running_requests=args.max_running_requests,
+        max_prefill_length=max_prefill_length,
+        max_seq_len=fit_seq_len(args, seq_len, capacity),
+        prefill_backend=prefill,
+        decode_backend=decode,
+        num_threads=max(1, min(_NUM_THREADS, machine.num_cores // tp_size)),
+        dummy_weight=args.dummy_weight,
+        memory_ratio=args.memory_ratio,
+        cuda_graph_max_bs=_graph_max_bs(args, decode),
+        use_pynccl=tp_size > 1 and not args.disable_pynccl,
+        moe_backend=_moe_backend(args.moe_backend, machine),
+        gpu_arch=gpus[0].arch,
+    )
+
+
+def _cuda_problem(machine: Capabilities, tp_size: int) -> str:
+    """Why the GPUs cannot be used, and what to do; "" when they can."""
+    if not machine.gpus:
+        return machine.gpu_problem
+    if machine.torch_cuda is None:
+        return "the installed torch is a CPU build; install one that is built for CUDA"
+    if machine.driver_cuda[0] < int(machine.torch_cuda.split(".")[0]):
+        newest = ".".join(map(str, machine.driver_cuda))
+        return (
+            f"driver {machine.driver} runs CUDA {newest} at most, and torch is built for CUDA {machine.torch_cuda}; "
+            f"update the driver, or install a torch for CUDA {newest} or older"
+        )
+    for gpu in machine.gpus[:tp_size]:
+        if gpu.arch < MIN_ARCH:
+            return (
+                f"{gpu} has compute capability {_dotted(gpu.arch)}, and {_dotted(MIN_ARCH)} is needed; "
+                "choose others with CUDA_VISIBLE_DEVICES, or compute with --device cpu"
+            )
+    return ""
+
+
+def _gpus(tp_size: int, visible: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    """Rank i's GPU is the i-th visible one; they must be alike, for ranks run the same kernels."""
+    gpus = visible[:tp_size]
+    if len(gpus) < tp_size:
+        raise ConfigError(
+            f"--tensor-parallel-size {tp_size}: {len(gpus)} GPU{'s are' if len(gpus) > 1 else ' is'} visible; "
+            "lower it, look at CUDA_VISIBLE_DEVICES, or compute with --device cpu"
+        )
+    for gpu in gpus:
+        if gpu.arch != gpus[0].arch:
+            raise ConfigError(
+                f"--tensor-parallel-size {tp_size}: {gpus[0]} and {gpu} differ in compute capability; "
+                "choose GPUs that are alike with CUDA_VISIBLE_DEVICES"
+            )
+    return gpus
+
+
+def _attention(asked: str | None, model: ModelConfig, dtype: str, machine: Capabilities) -> tuple[str, str]:
+    """Prefill and decode backend, told in one line of the log."""
+    why_not = {name: _unfit(backend, model, dtype, machine) for name, backend in BACKENDS.items()}
+    if asked is None:
+        prefill = next(name for name in _PREFILL if not why_not[name])
+        decode = "sdpa" if prefill == "sdpa" else next(name for name in _DECODE if not why_not[name])
+        passed = [*_PREFILL[: _PREFILL.index(prefill)], *_DECODE[: _DECODE.index(decode)]]
+        reasons = "; ".join(f"{name} {why_not[name]}" for name in dict.fromkeys(passed))
+        logger.info("attention: %s prefill, %s decode%s", prefill, decode, reasons and f" ({reasons})")
+        return prefill, decode
+    names = ["triton", "cuda"] if asked == "cuda" else asked.split(",")
+    prefill, decode = names[0], names[-1]
+    for name in names:
+        if name not in BACKENDS:
+            raise ConfigError(f"--attention-backend {asked}: {name!r} is unknown; choose from {', '.join(BACKENDS)}")
+        if why_not[name]:
+            raise ConfigError(f"--attention-backend {asked}: {name} {why_not[name]}")
+    if len(names) > 2:
+        raise ConfigError(f"--attention-backend {asked}: expected one backend, or prefill,decode")
+    if prefill == "cuda":
+        raise ConfigError(f"--attention-backend {asked}: cuda is for decode; use triton,cuda")
+    if "sdpa" in names and prefill != decode:
+        raise ConfigError(f"--attention-backend {asked}: sdpa computes both prefill and decode; use sdpa alone")
+    logger.info("attention: %s prefill, %s decode, as asked", prefill, decode)
+    return prefill, decode
+
+
+def _unfit(backend: _Backend, model: ModelConfig, dtype: str, machine: Capabilities) -> str:
+    """Why a backend cannot compute this model here, and what to do; "" when it can."""
+    arch = machine.gpus[0].arch
+    if backend.arch is not None and backend.arch != arch:
+        return f"needs compute capability {_dotted(backend.arch)}, this GPU has {_dotted(arch)}"
+    if backend.head_dims and model.head_dim not in backend.head_dims:
+        return f"does not compute head_dim {model.head_dim}"
+    if backend.is_16_bit and dtype == "float32":
+        return "does not compute float32 (--dtype)"
+    if backend.package and backend.package not in machine.packages:
+        return f"needs a package: pip install {PACKAGES[backend.package][0]}"
+    if backend.is_compiled and machine.nvcc is None:
+        return f"needs nvcc: install CUDA {machine.torch_cuda}'s toolkit, or set CUDA_HOME to it"
+    return ""
+
+
+def _graph_max_bs(args: ServerArgs, decode: str) -> int:
+    asked = args.cuda_graph_max_bs
+    if decode == "sdpa":
+        if asked:
+            raise ConfigError(f"--cuda-graph-max-bs {asked}: sdpa cannot be captured; choose another --attn, or 0")
+        return 0
+    return min(_GRAPH_MAX_BS if asked is None else asked, args.max_running_requests)
+
+
+def _moe_backend(asked: str | None, machine: Capabilities) -> str:
+    if asked == "triton" and "triton" not in machine.packages:
+        raise ConfigError("--moe-backend triton: needs a package: pip install triton")
+    return asked or ("triton" if "triton" in machine.packages else "torch")
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

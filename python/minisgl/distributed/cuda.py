@@ -1,0 +1,159 @@
+"""Collectives between GPUs of one host: peer memory for the messages of decode steps, NCCL for larger ones."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from minisgl.distributed.info import DistributedInfo
+from minisgl.distributed.peer_memory import BROADCAST_BYTES, open_peer_memory
+from minisgl.distributed.rendezvous import TIMEOUT, Rendezvous
+from minisgl.errors import ConfigError, EngineError
+from minisgl.kernel import pynccl
+
+logger = logging.getLogger(__name__)
+
+
+class Nccl(Protocol):
+    """NCCL on the current stream; tensors are contiguous."""
+
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None: ...
+
+    def all_gather(self, x: torch.Tensor, out: torch.Tensor) -> None: ...
+
+    def gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """out: [size, *x.shape], filled on rank 0 at least."""
+        ...
+
+    def broadcast(self, x: torch.Tensor) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TorchNccl:
+    """torch's NCCL process group, owned, not the default one."""
+
+    def __init__(self, meeting: Rendezvous, device: torch.device) -> None:
+        pynccl.load_nccl()  # for what it sets in the environment
+        nccl: Any = getattr(dist, "ProcessGroupNCCL")  # noqa: B009 (absent from a CPU build of torch)
+        options = nccl.Options()
+        options._timeout = meeting.timeout
+        store = dist.PrefixStore("nccl", meeting.store)  # type: ignore[attr-defined]
+        self._group = nccl(store, meeting.rank, meeting.size, options)
+        self._group.eager_connect_single_device(device)
+
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        if out is not x:
+            out.copy_(x)
+        self._group.allreduce([out]).wait()
+
+    def all_gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        self._group._allgather_base(out, x).wait()
+
+    gather = all_gather
+
+    def broadcast(self, x: torch.Tensor) -> None:
+        self._group.broadcast([x]).wait()
+
+    def close(self) -> None:
+        self._group.abort()  # waits for nobody
+        del self._group
+
+
+class CudaCommunicator:
+    """GPU ranks of one host, one process each. Runs on the current stream; everything can be captured.
+
+    Rank r uses GPU r. gather_bytes: rank 0 sets that much aside for results of `gather`. timeout: how long ranks wait
+    for one another, at start and in kernels over peer memory, which then fail.
+
+    Raises: ConfigError when the ranks do not find one another; EngineError with NCCL's words.
+    """
+
+    def __init__(
+        self,
+        info: DistributedInfo,
+        device: torch.device,
+        use_pynccl: bool = True,
+        gather_bytes: int = 0,
+        timeout: timedelta = TIMEOUT,
+    ) -> None:
+        if (num_gpus := torch.cuda.device_count()) < info.size:
+            raise ConfigError(
+                f"--tensor-parallel-size {info.size} needs {info.size} GPUs, this machine shows {num_gpus}"
+            )
+        self.rank, self.size, self._device = info.rank, info.size, device
+        torch.cuda.set_device(device)
+        self._meeting = Rendezvous(info, timeout)
+        self.nccl = self._open_nccl(use_pynccl)
+        self._warm_up()
+        self.peers = open_peer_memory(self._meeting, device, gather_bytes)
+
+    def _open_nccl(self, use_pynccl: bool) -> Nccl:
+        self._meeting.exchange("start", "")  # NCCL itself would wait for ever for a rank that never comes
+        if not use_pynccl:
+            return TorchNccl(self._meeting, self._device)
+        texts = self._meeting.exchange("nccl", pynccl.unique_id().hex() if self.rank == 0 else "")
+        return pynccl.PyNccl(self.rank, self.size, bytes.fromhex(texts[0]))
+
+    def _warm_up(self) -> None:
+        """Let NCCL connect and allocate now, for small and large messages, rather than inside a capture."""
+        for n in (1024, 1 << 20, 16 << 20):
+            x = torch.ones(n, dtype=torch.bfloat16, device=self._device)
+            self.nccl.all_reduce(x, x)
+            if not bool((x == self.size).all()):
+                raise EngineError(f"NCCL summed {n} ones of {self.size} ranks to something else")
+        out = torch.empty(self.size, n, dtype=torch.bfloat16, device=self._device)
+        self.nccl.all_gather(x, out)
+        self.nccl.broadcast(x)
+        torch.cuda.synchronize(self._device)
+
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        x = x.contiguous()
+        out = x if out is None else out
+        if self.peers is not None and self.peers.takes(x) and self.peers.takes(out):
+            self.peers.all_reduce(x, out)
+        elif x.numel():
+            self.nccl.all_reduce(x, out)
+        return out
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        parts = x.new_empty((self.size, *x.shape))
+        if x.numel():
+            self.nccl.all_gather(x, parts)
+        return self._side_by_side(parts)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        if self.peers is not None and self.peers.takes_rows(x):
+            return self.peers.gather(x)
+        parts = x.new_empty((self.size, *x.shape))
+        if x.numel():
+            self.nccl.gather(x, parts)
+        return self._side_by_side(parts)
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        words = x.view(torch.int32) if x.dtype in (torch.int32, torch.int64) and x.is_contiguous() else None
+        if self.peers is not None and words is not None and self.peers.takes(words, BROADCAST_BYTES):
+            self.peers.broadcast(words)
+        elif x.numel():
+            self.nccl.broadcast(x)
+        return x
+
+    def _side_by_side(self, parts: torch.Tensor) -> torch.Tensor:
+        """parts: [size, ..., n] → [..., size * n]."""
+        return parts.movedim(0, -2).reshape(*parts.shape[1:-1], self.size * parts.shape[-1])
+
+    def all_reduce_min(self, value: int) -> int:
+        return self._meeting.minimum(value)
+
+    def close(self) -> None:
+        """Leave. Waits for others a few seconds at most: they may be gone already."""
+        if self.peers is not None:
+            self.peers.close()
+            self.peers = None
+        self.nccl.close()

@@ -1,0 +1,175 @@
+"""NCCL through its C API: the collectives of `CudaCommunicator` for messages too large for peer memory.
+
+Calls go to torch's current stream and nothing else: no process group, no watchdog thread, no events between streams, so
+that a captured CUDA graph contains the collective alone. Reference: NCCL's API documentation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisgl.errors import ConfigError, EngineError
+
+SUM = 0  # ncclRedOp_t
+DTYPES = {  # ncclDataType_t
+    torch.int8: 0,
+    torch.uint8: 1,
+    torch.int32: 2,
+    torch.int64: 4,
+    torch.float16: 6,
+    torch.float32: 7,
+    torch.float64: 8,
+    torch.bfloat16: 9,
+}
+
+
+class UniqueId(ctypes.Structure):
+    """ncclUniqueId, passed by value."""
+
+    _fields_ = [("internal", ctypes.c_byte * 128)]
+
+
+_PTR, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+_SIGNATURES: dict[str, list[Any]] = {
+    "ncclGetVersion": [ctypes.POINTER(_INT)],
+    "ncclGetUniqueId": [ctypes.POINTER(UniqueId)],
+    "ncclCommInitRank": [ctypes.POINTER(_PTR), _INT, UniqueId, _INT],
+    "ncclAllReduce": [_PTR, _PTR, _SIZE, _INT, _INT, _PTR, _PTR],  # send, receive, count, dtype, op, comm, stream
+    "ncclAllGather": [_PTR, _PTR, _SIZE, _INT, _PTR, _PTR],  # send, receive, count sent, dtype, comm, stream
+    "ncclBroadcast": [_PTR, _PTR, _SIZE, _INT, _INT, _PTR, _PTR],  # send, receive, count, dtype, root, comm, stream
+    "ncclSend": [_PTR, _SIZE, _INT, _INT, _PTR, _PTR],  # buffer, count, dtype, peer, comm, stream
+    "ncclRecv": [_PTR, _SIZE, _INT, _INT, _PTR, _PTR],
+    "ncclGroupStart": [],
+    "ncclGroupEnd": [],
+    "ncclCommDestroy": [_PTR],
+    "ncclCommAbort": [_PTR],
+}
+
+
+def _candidates() -> Iterator[str]:
+    """Where NCCL may be: what torch has loaded already, the wheel that torch depends on, the system's."""
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        for line in maps.read_text().splitlines():
+            path = line.split(maxsplit=5)[-1]
+            if Path(path).name.startswith("libnccl.so"):
+                yield path
+                break
+    for package in ("nvidia-nccl-cu13", "nvidia-nccl-cu12"):
+        try:
+            files = metadata.files(package) or []
+        except metadata.PackageNotFoundError:
+            continue
+        yield from (str(file.locate()) for file in files if file.name.startswith("libnccl.so"))
+    yield "libnccl.so.2"
+
+
+@functools.cache
+def load_nccl() -> Any:
+    """The library, with its functions' signatures. Raises: ConfigError when there is none."""
+    # NVLink multicast buys NCCL bandwidth at sizes that peer memory serves here, and a fault in it can take the
+    # NVLink fabric of the whole host down. Whoever wants it sets the variable.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    errors = []
+    for path in _candidates():
+        try:
+            library = ctypes.CDLL(path)
+        except OSError as error:
+            errors.append(str(error))
+            continue
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, _INT
+        library.ncclGetErrorString.argtypes, library.ncclGetErrorString.restype = [_INT], ctypes.c_char_p
+        library.ncclGetLastError.argtypes, library.ncclGetLastError.restype = [_PTR], ctypes.c_char_p
+        return library
+    raise ConfigError(f"NCCL is not installed ({'; '.join(errors)}): install nvidia-nccl-cu13, or use --disable-pynccl")
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Raises: EngineError with NCCL's words."""
+    nccl = load_nccl()
+    if (status := getattr(nccl, name)(*arguments)) != 0:
+        detail = (nccl.ncclGetLastError(None) or b"").decode(errors="replace").strip()
+        text = nccl.ncclGetErrorString(status).decode()
+        raise EngineError(f"{name}: {text}" + (f" ({detail})" if detail else "") + "; NCCL_DEBUG=WARN says more")
+
+
+def version() -> str:
+    number = ctypes.c_int()
+    _call("ncclGetVersion", ctypes.byref(number))
+    return f"{number.value // 10000}.{number.value // 100 % 100}.{number.value % 100}"
+
+
+def unique_id() -> bytes:
+    """128 bytes by which ranks find one another: made by rank 0, given to all."""
+    result = UniqueId()
+    _call("ncclGetUniqueId", ctypes.byref(result))
+    return bytes(result)
+
+
+class PyNccl:
+    """One rank's NCCL communicator, on the device that is current when it is made. Tensors are contiguous.
+
+    Raises: EngineError with NCCL's words, from any method.
+    """
+
+    def __init__(self, rank: int, size: int, identity: bytes) -> None:
+        self.rank, self.size = rank, size
+        self._comm = ctypes.c_void_p()
+        _call("ncclCommInitRank", ctypes.byref(self._comm), size, UniqueId.from_buffer_copy(identity), rank)
+
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """out: like x, may be x."""
+        assert x.is_contiguous(), x.stride()
+        assert out.is_contiguous(), out.stride()
+        assert out.shape == x.shape, (x.shape, out.shape)
+        pointers = x.data_ptr(), out.data_ptr()
+        _call("ncclAllReduce", *pointers, x.numel(), DTYPES[x.dtype], SUM, self._comm, self._stream(x))
+
+    def all_gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """out: [size, *x.shape]."""
+        assert x.is_contiguous(), x.stride()
+        assert out.is_contiguous(), out.stride()
+        assert out.numel() == x.numel() * self.size, (x.shape, out.shape)
+        pointers = x.data_ptr(), out.data_ptr()
+        _call("ncclAllGather", *pointers, x.numel(), DTYPES[x.dtype], self._comm, self._stream(x))
+
+    def broadcast(self, x: torch.Tensor) -> None:
+        """Rank 0's x, in place."""
+        assert x.is_contiguous()
+        arguments = x.data_ptr(), x.data_ptr(), x.numel(), DTYPES[x.dtype], 0, self._comm, self._stream(x)
+        _call("ncclBroadcast", *arguments)
+
+    def gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """out: [size, *x.shape], filled on rank 0."""
+        assert x.is_contiguous(), x.stride()
+        assert out.is_contiguous(), out.stride()
+        count, dtype, stream = x.numel(), DTYPES[x.dtype], self._stream(x)
+        if self.rank == 0:
+            out[0].copy_(x)
+        _call("ncclGroupStart")
+        if self.rank == 0:
+            for peer in range(1, self.size):
+                _call("ncclRecv", out[peer].data_ptr(), count, dtype, peer, self._comm, stream)
+        else:
+            _call("ncclSend", x.data_ptr(), count, dtype, 0, self._comm, stream)
+        _call("ncclGroupEnd")
+
+    def close(self) -> None:
+        """Abort rather than destroy: destroying waits for the other ranks, which may be gone."""
+        if self._comm:
+            _call("ncclCommAbort", self._comm)
+            self._comm = ctypes.c_void_p()
+
+    @staticmethod
+    def _stream(x: torch.Tensor) -> int:
+        return torch.cuda.current_stream(x.device).cuda_stream

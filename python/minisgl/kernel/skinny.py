@@ -1,0 +1,122 @@
+"""Linear layers of a few tokens with their neighbours fused, bound by the reading of the weights.
+
+The kernels (csrc/src/skinny_gemm.cu) start before the kernel ahead of them ends and read their weights meanwhile, so
+weights must not be written by work that is still in flight on the stream.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from minisgl.kernel.jit import load_kernel
+
+MAX_TOKENS = 32
+MAX_NORM_K = 8192
+"""The norm's weight lies in shared memory beside the weights in flight."""
+
+
+def variants(tokens: int, gated: bool) -> list[int]:
+    """The numbers of the kernel's variants, as in `dispatch` of the kernel file."""
+    return [v for v in range(7) if not (gated and v == 0) and not (tokens > 16 and v == 3)]
+
+
+def supports(m: int, n: int, k: int, dtype: torch.dtype, norm: bool = False) -> bool:
+    """Whether `m` tokens times a weight of `n` outputs and `k` inputs can be computed here.
+
+    n: for `norm_gate_up` the outputs, half of the weight's rows. norm: with a norm weight.
+    """
+    shape_fits = 0 <= m <= MAX_TOKENS and n > 0 and n % 8 == 0 and k > 0 and k % 32 == 0
+    return shape_fits and (not norm or k <= MAX_NORM_K) and dtype in (torch.bfloat16, torch.float16)
+
+
+def choose_variant(tokens: int, n: int, k: int, gated: bool, num_sms: int) -> int:
+    """The variant for a shape: as many rows at once as a CTA has, up to where shared memory holds too few steps."""
+    octets = -(-(n // 8) // num_sms) * (2 if gated else 1)
+    for variant, limit in ((0, 1), (1, 2), (2, 4)):
+        if octets <= limit and not (gated and variant == 0):
+            return variant
+    if octets <= 6:
+        return 3 if k <= 4096 and tokens <= 16 else 4
+    if octets <= 8 or tokens <= 8:
+        return 5
+    return 6
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _module(device: torch.device, dtype: torch.dtype, token_tile: int) -> Any:
+    defines: dict[str, int | str] = {"MINISGL_TOKENS": token_tile}
+    if dtype == torch.float16:
+        defines["MINISGL_FP16"] = 1
+    return load_kernel("skinny_gemm", torch.cuda.get_device_capability(device), defines)
+
+
+def module_for(x: torch.Tensor, tokens: int) -> Any:
+    """The compiled kernels for `tokens` tokens of x's dtype on x's device; compiles them on first use."""
+    return _module(x.device, x.dtype, 8 if tokens <= 8 else 16 if tokens <= 16 else 32)
+
+
+def _prepare(x: torch.Tensor, n: int, gated: bool, variant: int | None) -> tuple[Any, int]:
+    tokens, k = x.shape
+    if variant is None:
+        variant = choose_variant(tokens, n, k, gated, _num_sms(x.device))
+    return module_for(x, tokens), variant
+
+
+def norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    variant: int | None = None,
+) -> torch.Tensor:
+    """linear(rms_norm(x)): x [m, k] with rows at any stride that is a multiple of 8, weight [n, k] -> [m, n].
+
+    Without `norm_weight` there is no norm.
+    """
+    module, variant = _prepare(x, weight.shape[0], False, variant)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    module.norm_linear(x, norm_weight, eps, weight, bias, out, variant)
+    return out
+
+
+def norm_gate_up(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    weight: torch.Tensor,
+    variant: int | None = None,
+) -> torch.Tensor:
+    """silu(gate) * up of [gate, up] = linear(rms_norm(x)).
+
+    x [m, k], weight [2 * inner, k], gate rows first -> [m, inner].
+    """
+    inner = weight.shape[0] // 2
+    module, variant = _prepare(x, inner, True, variant)
+    out = x.new_empty(x.shape[0], inner)
+    module.norm_gate_up(x, norm_weight, eps, weight, out, variant)
+    return out
+
+
+def linear_add(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    variant: int | None = None,
+) -> torch.Tensor:
+    """residual += linear(x), in place, rounded once.
+
+    x [m, k], weight [n, k], residual [m, n] contiguous -> residual.
+    """
+    module, variant = _prepare(x, weight.shape[0], False, variant)
+    module.linear_add(x, weight, bias, residual, variant)
+    return residual
