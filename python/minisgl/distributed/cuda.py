@@ -57,7 +57,7 @@ class TorchNccl:
     gather = all_gather
 
     def broadcast(self, x: torch.Tensor) -> None:
-        self._group.broadcast([x]).wait()
+        self._group.broadcast(x, 0).wait()
 
     def close(self) -> None:
         self._group.abort()  # waits for nobody
@@ -153,6 +153,12 @@ class CudaCommunicator:
 
     def close(self) -> None:
         """Leave. Waits for others a few seconds at most: they may be gone already."""
+        torch.cuda.set_device(self._device)
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError as error:
+            logger.warning("the device has failed, its memory is left to the end of the process: %s", error)
+            return
         if self.peers is not None:
             self.peers.close()
             self.peers = None

@@ -66,6 +66,14 @@ class CudaOps(TorchOps):
         self._elementwise.rms_norm(x, weight, eps, out)
         return out
 
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """residual += x in place → norm of the sum. For sums that come out of an all-reduce."""
+        if not (self._norm_fits(x, weight) and residual.dtype == x.dtype and _whole_vectors(residual)):
+            return super().rms_norm(residual.add_(x), weight, eps)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        self._elementwise.add_rms_norm(x, residual, weight, eps, out)
+        return out
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if _is_skinny(x, weight):
             return skinny.norm_linear(x, None, 0.0, weight, bias)
@@ -139,14 +147,17 @@ class CudaOps(TorchOps):
         num, head_dim = len(rows), angles.shape[1] // 2
         if head_dim % 4:
             return super().step_inputs(rows, positions, token_ids, page_table, page_size, angles)
-        ids, wide, slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(3))
-        cos, sin = (torch.empty(num, 1, head_dim, device=rows.device) for _ in range(2))
-        self._step.prepare(rows, positions, token_ids, page_table, page_size, angles, ids, wide, slots, None, cos, sin)
+        ids, slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(2))
+        cos, sin = (torch.empty(num, 1, head_dim, dtype=torch.float32, device=rows.device) for _ in range(2))
+        self._step.prepare(rows, positions, token_ids, page_table, page_size, angles, ids, slots, cos, sin, None, None)
         return ids, slots, RopeAngles(cos, sin)
 
-    def scatter(self, target: Tensor, index: Tensor, value: Tensor) -> None:
-        """target.view(-1)[index] = value; target and value: int32, index: [m] int32 or int64, negative ones skipped."""
-        self._step.scatter(target, index, value)
+    def scatter(self, table: Tensor, index: Tensor, values: Tensor) -> None:
+        """index: int32 or int64; negative indices are skipped."""
+        self._step.scatter(table, index, values)
+
+    def store_ids(self, token_ids: Tensor, rows: Tensor, positions: Tensor, ids: Tensor) -> None:
+        self._step.store_ids(token_ids, rows, positions, ids)
 
 
 def create_cuda_ops(device: torch.device) -> TorchOps:
