@@ -22,6 +22,7 @@ from minisgl.layers.base import LayerEnv
 from minisgl.layers.rope import RotaryEmbedding
 from minisgl.models.registry import build_model
 from minisgl.models.weights import fill_random, load_weights
+from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ class ModelShard:
         self.config, self.device, self.dtype = config, device, DTYPES[config.dtype]
         info = DistributedInfo(rank, config.tp_size, config.init_method)
         rows = config.max_running_requests if config.device == "cuda" else 0
-        logit_bytes = rows * config.model.vocab_size * self.dtype.itemsize
+        vocab_size = div_ceil(config.model.vocab_size, config.tp_size) * config.tp_size
+        logit_bytes = rows * vocab_size * self.dtype.itemsize
         self.comm = create_communicator(info, config.device, config.use_pynccl, logit_bytes)
         self.ops = create_ops(device)
         start = time.perf_counter()
