@@ -18,6 +18,11 @@ MAX_NORM_K = 8192
 """The norm's weight lies in shared memory beside the weights in flight."""
 
 
+def is_available(device: torch.device) -> bool:
+    """Whether the kernels run on this GPU: it has 113 KiB of shared memory for a block (A100, Hopper)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))
+
+
 def variants(tokens: int, gated: bool) -> list[int]:
     """The numbers of the kernel's variants, as in `dispatch` of the kernel file."""
     return [v for v in range(7) if not (gated and v == 0) and not (tokens > 16 and v == 3)]

@@ -1,0 +1,400 @@
+// Linear layers of a few tokens: Y^T = W X^T on tensor cores, bound by the reading of W, with the neighbours of the
+// layer fused: RMS norm before it, SwiGLU or the residual's sum after it. One module per dtype and token tile.
+//
+// Weights are the MMA's A (16 rows of W), tokens its B (8 columns). The order of k is free as long as A and B agree,
+// so a lane takes 16 contiguous bytes of a row of W as the fragments of two MMAs, and the same bytes of a row of x.
+// A lane therefore uses only what it loaded itself: the shared-memory ring that holds loads in flight needs no barrier.
+//
+// 8 rows of W are an octet. A CTA has a contiguous range of octets (gated: of pairs of a gate and an up octet), all k of
+// them, and takes up to kOctets at a time; its warps take turns at blocks of 32 k. The ring runs on into the next group
+// of octets. W does not depend on earlier kernels: the ring is filled before `pdl_wait`.
+//
+// Sums are in fp32 in a fixed order. The norm is applied to the sum: y = rstd * (x∘g) W^T, where the sum of squares
+// comes from the x that the MMAs read.
+#pragma once
+
+#include "minisgl/async_copy.cuh"
+#include "minisgl/common.cuh"
+
+namespace minisgl {
+namespace {
+
+#ifdef MINISGL_FP16
+using T = __half;
+using T2 = __half2;
+#else
+using T = __nv_bfloat16;
+using T2 = __nv_bfloat162;
+#endif
+
+#ifndef MINISGL_TOKENS
+#define MINISGL_TOKENS 8
+#endif
+
+constexpr int kTokenTiles = MINISGL_TOKENS / 8;
+constexpr int kBlock = 32;                 // k of one step of a warp: 16 bytes of each of 4 lanes
+constexpr int kSlot = 512;                 // bytes: 16 of each lane
+constexpr int kRingBytes = 86 * 1024;      // with what follows at most kSharedBytes
+constexpr int kPartialBytes = 16 * 1024;
+constexpr int kSharedBytes = 113 * 1024;   // half of an SM's, less what the system takes
+
+struct Args {
+  const T* x;
+  int64_t x_stride;
+  const T* weight;
+  const T* norm_weight;  // null: no norm
+  const T* bias;         // null: none
+  const T* residual;     // null: none; else equal to out
+  T* out;
+  float eps;
+  int tokens, outputs, k;
+};
+
+template <bool gated, int warps, int octets>
+struct Config {
+  static constexpr bool kGated = gated;
+  static constexpr int kWarps = warps;
+  static constexpr int kThreads = warps * 32;
+  static constexpr int kOctets = octets;
+  static constexpr int kTiles = (octets + 1) / 2;
+  static constexpr int kSlots = octets + kTokenTiles;
+  static constexpr int kStages = kRingBytes / (warps * kSlots * kSlot);
+  static constexpr int kRing = warps * kStages * kSlots * kSlot;
+  static constexpr int kFits = kPartialBytes / (warps * kTokenTiles * 512);
+  static constexpr int kPassTiles = kFits < kTiles ? kFits : kTiles;  // tiles whose partial sums are merged at a time
+  static constexpr int kPasses = (kTiles + kPassTiles - 1) / kPassTiles;
+  static constexpr int kPartial = warps * kPassTiles * kTokenTiles * 512;
+  static constexpr int kPositions = (kPassTiles * kTokenTiles + warps - 1) / warps;  // (tile, token tile)s of a warp
+  static constexpr int kSquares = warps * kTokenTiles * 8 * 4;
+  static constexpr int kFixedBytes = kRing + kPartial + kSquares;
+  static_assert(kStages >= 2);
+};
+
+// c += A B for 16 rows, 8 tokens and 16 k.
+__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
+#ifdef MINISGL_FP16
+#define MINISGL_MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#else
+#define MINISGL_MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#endif
+  asm(MINISGL_MMA " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// x∘g of two k. fp16 has no room for large residuals times large g: clamp (NaN and infinity come back through rstd).
+__device__ __forceinline__ uint32_t scale(uint32_t x, uint32_t g) {
+  T2 y = __hmul2(*reinterpret_cast<T2*>(&x), *reinterpret_cast<T2*>(&g));
+#ifdef MINISGL_FP16
+  y = __hmax2(__hmin2(y, __float2half2_rn(65504.f)), __float2half2_rn(-65504.f));
+#endif
+  return *reinterpret_cast<uint32_t*>(&y);
+}
+
+__device__ __forceinline__ float squares(uint32_t x) {
+#ifdef MINISGL_FP16
+  float2 v = __half22float2(*reinterpret_cast<T2*>(&x));
+#else
+  float2 v = __bfloat1622float2(*reinterpret_cast<T2*>(&x));
+#endif
+  return v.x * v.x + v.y * v.y;
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
+
+// What one lane adds to the four sums of a (tile, token tile), read early so that its latency is hidden.
+struct Addend {
+  T residual[4];
+  T bias[2];
+};
+
+struct Group {
+  int first;   // octet (gated: pair) of the whole matrix
+  int octets;  // in this group: a gated pair counts as two
+};
+
+template <typename C>
+struct Worker {
+  const Args& args;
+  char* smem;
+  uint32_t ring;           // this lane's slot of stage 0
+  uint32_t gains;          // shared address of the norm weight
+  int warp, row, quad;     // lane = 4 * row + quad: row of an octet (or token of a tile), quarter of a block
+  int first_unit, units, groups;
+  int blocks;              // of k, of this warp
+  int steps;               // blocks * groups
+  int load_group, load_block, load_octets, loaded;  // where the loads of W stand
+  const T* load_rows;
+  int x_block, x_loaded;   // where the loads of x stand
+
+  __device__ __forceinline__ Worker(const Args& arguments, char* shared) : args(arguments), smem(shared) {
+    int lane = threadIdx.x % 32;
+    warp = threadIdx.x / 32;
+    row = lane / 4;
+    quad = lane % 4;
+    uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(smem));
+    ring = base + warp * C::kStages * C::kSlots * kSlot + lane * 16;
+    gains = base + C::kFixedBytes;
+    int all = args.outputs / 8;
+    first_unit = static_cast<int>(static_cast<int64_t>(all) * blockIdx.x / gridDim.x);
+    units = static_cast<int>(static_cast<int64_t>(all) * (blockIdx.x + 1) / gridDim.x) - first_unit;
+    constexpr int kMax = C::kGated ? C::kOctets / 2 : C::kOctets;
+    groups = (units + kMax - 1) / kMax;
+    blocks = (args.k / kBlock - warp + C::kWarps - 1) / C::kWarps;
+    steps = blocks * groups;
+    load_group = load_block = loaded = x_block = x_loaded = 0;
+    enter_group();
+  }
+
+  __device__ __forceinline__ Group group_at(int index) const {
+    int begin = units * index / groups, end = units * (index + 1) / groups;
+    return {first_unit + begin, (end - begin) * (C::kGated ? 2 : 1)};
+  }
+
+  __device__ __forceinline__ void enter_group() {
+    Group group = group_at(load_group);
+    load_octets = group.octets;
+    load_rows = args.weight + static_cast<int64_t>(group.first * 8 + row) * args.k + warp * kBlock + quad * 8;
+  }
+
+  // Issue the next block of W into the slots at `slot`; nothing when all of it was.
+  __device__ __forceinline__ void load_weights(uint32_t slot) {
+    if (loaded == steps) return;
+    int64_t octet = static_cast<int64_t>(args.k) * 8;
+    int64_t half = static_cast<int64_t>(args.k) * args.outputs;
+    const T* source = load_rows + static_cast<int64_t>(load_block) * (C::kWarps * kBlock);
+#pragma unroll
+    for (int o = 0; o < C::kOctets; ++o) {
+      if (o < load_octets) {
+        const T* from = source + (C::kGated ? (o / 2) * octet + (o % 2) * half : o * octet);
+        cp_async(slot + o * kSlot, from);
+      }
+    }
+    ++loaded;
+    if (++load_block == blocks && loaded < steps) {
+      load_block = 0;
+      ++load_group;
+      enter_group();
+    }
+  }
+
+  __device__ __forceinline__ void load_x(uint32_t slot) {
+    if (x_loaded == steps) return;
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+      int token = n * 8 + row;
+      if (token < args.tokens) {
+        const T* from = args.x + token * args.x_stride + (warp + x_block * C::kWarps) * kBlock + quad * 8;
+        cp_async(slot + (C::kOctets + n) * kSlot, from);
+      }
+    }
+    ++x_loaded;
+    if (++x_block == blocks) x_block = 0;
+  }
+
+  // Each warp fetches the part of the norm weight that it uses.
+  __device__ __forceinline__ void load_gains() {
+    for (int b = row; b < blocks; b += 8) {
+      int k = (warp + b * C::kWarps) * kBlock + quad * 8;
+      cp_async(gains + k * sizeof(T), args.norm_weight + k);
+    }
+  }
+
+  __device__ __forceinline__ void read_x(uint32_t slot, int block, bool sum, uint4 (&x)[kTokenTiles],
+                                         float (&square)[kTokenTiles]) const {
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+      x[n] = make_uint4(0, 0, 0, 0);
+      if (n * 8 + row < args.tokens) x[n] = load_shared(slot + (C::kOctets + n) * kSlot);
+    }
+    if (args.norm_weight == nullptr) return;
+    uint4 g = load_shared(gains + ((warp + block * C::kWarps) * kBlock + quad * 8) * sizeof(T));
+#pragma unroll
+    for (int n = 0; n < kTokenTiles; ++n) {
+      if (sum) square[n] += (squares(x[n].x) + squares(x[n].y)) + (squares(x[n].z) + squares(x[n].w));
+      x[n] = make_uint4(scale(x[n].x, g.x), scale(x[n].y, g.y), scale(x[n].z, g.z), scale(x[n].w, g.w));
+    }
+  }
+
+  // Slots beyond `octets` hold stale rows: their sums are never written.
+  __device__ __forceinline__ void multiply(uint32_t slot, int octets, const uint4 (&x)[kTokenTiles],
+                                           float (&acc)[C::kTiles][kTokenTiles][4]) const {
+#pragma unroll
+    for (int tile = 0; tile < C::kTiles; ++tile) {
+      if (2 * tile < octets) {
+        uint4 a = load_shared(slot + 2 * tile * kSlot);
+        uint4 b = make_uint4(0, 0, 0, 0);
+        if (2 * tile + 1 < C::kOctets) b = load_shared(slot + (2 * tile + 1) * kSlot);
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+          mma(acc[tile][n], a.x, b.x, a.y, b.y, x[n].x, x[n].y);
+          mma(acc[tile][n], a.z, b.z, a.w, b.w, x[n].z, x[n].w);
+        }
+      }
+    }
+  }
+
+  // A lane's four sums belong to rows `row` and `row + 8` of a tile (gated: gate and up) and to this token and the next.
+  __device__ __forceinline__ int token_of(int n) const { return n * 8 + quad * 2; }
+
+  __device__ __forceinline__ void read_addends(const Group& group, Addend (&addends)[C::kPasses][C::kPositions]) const {
+#pragma unroll
+    for (int pass = 0; pass < C::kPasses; ++pass) {
+#pragma unroll
+      for (int p = 0; p < C::kPositions; ++p) {
+        int position = warp + p * C::kWarps;
+        int tile = pass * C::kPassTiles + position / kTokenTiles;
+        int token = token_of(position % kTokenTiles);
+        Addend& addend = addends[pass][p];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          int output = group.first * 8 + tile * 16 + half * 8 + row;
+          bool inside = position < C::kPassTiles * kTokenTiles && 2 * tile + half < group.octets;
+          addend.bias[half] = inside && args.bias != nullptr ? args.bias[output] : T(0.f);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            bool used = inside && args.residual != nullptr && token + i < args.tokens;
+            size_t at = static_cast<size_t>(token + i) * args.outputs + output;
+            addend.residual[half * 2 + i] = used ? args.residual[at] : T(0.f);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ float rstd(const float* square, int token) const {
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < C::kWarps; ++w) sum += square[w * kTokenTiles * 8 + token];
+#ifdef MINISGL_FP16
+    if (sum > 3e38f) return __int_as_float(0x7fffffff);  // NaN: an infinite x, which `scale` has clamped
+#endif
+    return rsqrtf(sum / static_cast<float>(args.k) + args.eps);
+  }
+
+  __device__ __forceinline__ void write(const Group& group, int tile, int n, const float (&sum)[4],
+                                        const Addend& addend, const float* square) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int token = token_of(n) + i;
+      if (token >= args.tokens) continue;
+      float factor = args.norm_weight != nullptr ? rstd(square, token) : 1.f;
+      size_t at = static_cast<size_t>(token) * args.outputs;
+      if constexpr (C::kGated) {
+        at += (group.first + tile) * 8 + row;
+        args.out[at] = from_float<T>(silu(sum[i] * factor) * (sum[2 + i] * factor));
+      } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (2 * tile + half >= group.octets) continue;
+          float y = sum[half * 2 + i] * factor + to_float(addend.bias[half]) + to_float(addend.residual[half * 2 + i]);
+          args.out[at + group.first * 8 + tile * 16 + half * 8 + row] = from_float<T>(y);
+        }
+      }
+    }
+  }
+
+  // Merge the warps' sums and write the outputs of `group`.
+  __device__ __forceinline__ void finish(const Group& group, bool first, float (&acc)[C::kTiles][kTokenTiles][4],
+                                         const float (&square)[kTokenTiles],
+                                         const Addend (&addends)[C::kPasses][C::kPositions]) {
+    float4* partial = reinterpret_cast<float4*>(smem + C::kRing);
+    float* all_squares = reinterpret_cast<float*>(smem + C::kRing + C::kPartial);
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int pass = 0; pass < C::kPasses; ++pass) {
+      __syncthreads();  // the sums of the pass before are read
+      store_partials(pass, partial + warp * 32 + lane, acc);
+      if (pass == 0 && first && args.norm_weight != nullptr) {
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+          float sum = warp_sum<4>(square[n]);  // over the quads
+          if (quad == 0) all_squares[warp * kTokenTiles * 8 + n * 8 + row] = sum;
+        }
+      }
+      __syncthreads();
+#pragma unroll
+      for (int p = 0; p < C::kPositions; ++p) {
+        int position = warp + p * C::kWarps;
+        int tile = pass * C::kPassTiles + position / kTokenTiles;
+        if (position >= C::kPassTiles * kTokenTiles || 2 * tile >= group.octets) continue;
+        float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int w = 0; w < C::kWarps; ++w) {
+          float4 v = partial[(position * C::kWarps + w) * 32 + lane];
+          sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+        }
+        write(group, tile, position % kTokenTiles, sum, addends[pass][p], all_squares);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_partials(int pass, float4* partial,
+                                                 const float (&acc)[C::kTiles][kTokenTiles][4]) const {
+#pragma unroll
+    for (int i = 0; i < C::kPassTiles * kTokenTiles; ++i) {
+      int tile = pass * C::kPassTiles + i / kTokenTiles;
+      if (tile < C::kTiles) {
+        const float(&c)[4] = acc[tile][i % kTokenTiles];
+        partial[i * C::kWarps * 32] = make_float4(c[0], c[1], c[2], c[3]);
+      }
+    }
+  }
+
+  // Before `pdl_wait`: weights only.
+  __device__ __forceinline__ void prefetch() {
+    if (args.norm_weight != nullptr) load_gains();
+#pragma unroll
+    for (int s = 0; s < C::kStages; ++s) load_weights(ring + s * C::kSlots * kSlot);
+    prefetch_l2();
+  }
+
+  // As much again of the first group's rows as the ring holds, to keep the memory busy while this kernel waits.
+  __device__ __forceinline__ void prefetch_l2() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    constexpr int kSpan = C::kStages * C::kWarps * kBlock;
+    int count = min(kSpan, args.k - kSpan);
+    if (count <= 0) return;
+    Group group = group_at(0);
+    for (int r = threadIdx.x; r < group.octets * 8; r += C::kThreads) {
+      int of_matrix = C::kGated ? (group.first + r / 16) * 8 + r % 8 + r / 8 % 2 * args.outputs : group.first * 8 + r;
+      const T* from = args.weight + static_cast<int64_t>(of_matrix) * args.k + kSpan;
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(count * int(sizeof(T))) : "memory");
+    }
+#endif
+  }
+
+  __device__ __forceinline__ void run() {
+    // The weights were not committed: they count as part of the first group, which is complete last of all.
+#pragma unroll
+    for (int s = 0; s < C::kStages; ++s) {
+      load_x(ring + s * C::kSlots * kSlot);
+      cp_async_commit();
+    }
+    int stage = 0;
+    float square[kTokenTiles] = {};
+    for (int index = 0; index < groups; ++index) {
+      Group group = group_at(index);
+      Addend addends[C::kPasses][C::kPositions];
+      if constexpr (!C::kGated) read_addends(group, addends);
+      float acc[C::kTiles][kTokenTiles][4] = {};
+      for (int block = 0; block < blocks; ++block) {
+        cp_async_wait<C::kStages - 1>();
+        __syncwarp();  // other lanes' part of the norm weight
+        uint32_t slot = ring + stage * C::kSlots * kSlot;
+        uint4 x[kTokenTiles];
+        read_x(slot, block, index == 0, x, square);
+        multiply(slot, group.octets, x, acc);
+        load_weights(slot);
+        load_x(slot);
+        cp_async_commit();
+        stage = stage + 1 == C::kStages ? 0 : stage + 1;
+      }
+      finish(group, index == 0, acc, square, addends);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace minisgl
