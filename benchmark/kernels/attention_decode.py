@@ -11,6 +11,7 @@ reads old tokens before the kernels before it are done. A row that fails says so
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import signal
@@ -34,7 +35,7 @@ REPLAYS = 15
 MIN_BYTES = 400 << 20  # of keys and values in a graph: several times the L2 cache
 
 
-def graph_of(body: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def graph_of(body: Callable[[], object]) -> torch.cuda.CUDAGraph:
     body()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -148,13 +149,13 @@ def variants(case: Case, shape: AttentionShape, quick: bool) -> Iterator[tuple[s
     for size in sizes:
         for early in (False, True):
             name = f"{f'cluster {size}' if size else 'stream'}{' +early' if early else ''}"
-            yield name + (" *" if size == chosen else ""), lambda size=size, early=early: cuda(size, early)
+            yield name + (" *" if size == chosen else ""), functools.partial(cuda, size, early)
     yield "triton", triton
 
 
-def cases(quick: bool, only: tuple[int, ...] | None) -> Iterator[tuple[AttentionShape, int, str, list[int], int]]:
+def cases(quick: bool, only: tuple[int, int, int] | None) -> Iterator[tuple[AttentionShape, int, str, list[int], int]]:
     generator = torch.Generator().manual_seed(1)
-    for num_qo, num_kv, dim in [only] if only else SHAPES:  # type: ignore[misc]
+    for num_qo, num_kv, dim in [only] if only else SHAPES:
         for n in BATCHES:
             uniform = torch.randint(100, 2001, (n,), generator=generator).tolist()
             for name, lens in (("1000", [1000] * n), ("100-2000", uniform)):

@@ -37,42 +37,7 @@ struct alignas(16) Scratch {
 };
 
 template <typename P>
-constexpr int kSmemBytes = P::kStages * P::kStageBytes + int(sizeof(Scratch<P>)) + 128;
-
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-
-// The same place in the shared memory of another block of the cluster.
-__device__ __forceinline__ uint32_t remote_address(const void* pointer, int rank) {
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem_address(pointer)), "r"(rank));
-  return address;
-}
-__device__ __forceinline__ void store_remote(uint32_t to, float4 x) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
-               : "memory");
-}
-__device__ __forceinline__ void store_remote(uint32_t to, float2 x) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x.x), "f"(x.y) : "memory");
-}
-
-// One query's result over some of the tokens, four elements of it: out / sum is attention over those tokens.
-struct Part {
-  float4 out{0, 0, 0, 0};
-  float max = -INFINITY, sum = 0;
-
-  __device__ void add(float4 other_out, float2 other_ml) {
-    float top = fmaxf(max, other_ml.x);
-    float mine = max == -INFINITY ? 0.f : exp2f(max - top);
-    float other = other_ml.x == -INFINITY ? 0.f : exp2f(other_ml.x - top);
-    out.x = out.x * mine + other_out.x * other;
-    out.y = out.y * mine + other_out.y * other;
-    out.z = out.z * mine + other_out.z * other;
-    out.w = out.w * mine + other_out.w * other;
-    sum = sum * mine + other_ml.y * other;
-    max = top;
-  }
-};
+constexpr int kSmemBytes = P::kStages * P::kStageBytes + int(sizeof(Scratch<P>));
 
 // Output elements of head h are permuted in shared memory, so that the four queries of a warp's store differ in banks.
 __device__ __forceinline__ int permute_out(int head, int element) { return element ^ (head / 2 % 4 * 8); }
@@ -327,7 +292,8 @@ __global__ void __launch_bounds__(P::kThreads) cluster_kernel(const Params p) {
   __syncthreads();
   if (gridDim.x > 1) return merge_cluster<P>(p, scratch, out, blockIdx.x, gridDim.x);
   for (int i = threadIdx.x; i < kGroup * kQuads; i += P::kThreads) {
-    store_out(p, walk.seq, blockIdx.y * kGroup + i / kQuads, i % kQuads, gather<P>(out, scratch.ml, i / kQuads, i % kQuads));
+    int head = i / kQuads, quad = i % kQuads;
+    store_out(p, walk.seq, blockIdx.y * kGroup + head, quad, gather<P>(out, scratch.ml, head, quad));
   }
 }
 
@@ -336,15 +302,18 @@ void check_inputs(TensorView q, TensorView k_cache, TensorView v_cache, TensorVi
   constexpr int kBits = 16, kCode = std::is_same_v<Element, __half> ? kDLFloat : kDLBfloat;
   for (const TensorView& t : {q, k_cache, v_cache, out}) {
     MINISGL_CHECK(is_dtype(t, kCode, kBits)) << "q, the caches and out must have the dtype of this build";
-    MINISGL_CHECK(t.ndim() == 3 && t.size(2) == kHeadDim && t.stride(2) == 1 && t.stride(1) == kHeadDim)
+    // The stride of a dimension of size 1 may be anything.
+    MINISGL_CHECK(t.ndim() == 3 && t.size(2) == kHeadDim && t.stride(2) == 1 &&
+                  (t.size(1) == 1 || t.stride(1) == kHeadDim))
         << "q, the caches and out are [n, heads, " << kHeadDim << "], dense but for q's first dimension";
     MINISGL_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0) << "unaligned tensor";
   }
   for (const TensorView& t : {k_cache, v_cache}) {
-    MINISGL_CHECK(t.size(1) == kNumKV && t.stride(0) == kNumKV * kHeadDim) << "the caches have " << kNumKV << " heads";
+    MINISGL_CHECK(t.size(1) == kNumKV && (t.size(0) == 1 || t.stride(0) == kNumKV * kHeadDim))
+        << "the caches are [num_slots, " << kNumKV << ", " << kHeadDim << "]";
   }
   int64_t n = q.size(0);
-  MINISGL_CHECK(q.size(1) == kNumKV * kGroup && q.stride(0) % 2 == 0);
+  MINISGL_CHECK(q.size(1) == kNumKV * kGroup && (n < 2 || q.stride(0) % 2 == 0));
   MINISGL_CHECK(out.size(0) == n && out.size(1) == q.size(1) && (n < 2 || out.stride(0) == q.size(1) * kHeadDim));
   MINISGL_CHECK(is_int32(page_table) && page_table.ndim() == 2 && page_table.stride(1) == 1);
   for (const TensorView& t : {rows, seq_lens}) {
@@ -352,17 +321,23 @@ void check_inputs(TensorView q, TensorView k_cache, TensorView v_cache, TensorVi
   }
 }
 
+template <typename P>
+void allow_shared_memory(void (*kernel)(Params)) {
+  MINISGL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes<P>));
+  MINISGL_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+}
+
 // Once per device, before the first launch and outside of graph capture.
 void attention_decode_prepare() {
-  MINISGL_CUDA_CHECK(
-      cudaFuncSetAttribute(stream_kernel<Stream>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes<Stream>));
-  MINISGL_CUDA_CHECK(
-      cudaFuncSetAttribute(cluster_kernel<Cluster>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes<Cluster>));
-  MINISGL_CUDA_CHECK(cudaFuncSetAttribute(cluster_kernel<Cluster>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  allow_shared_memory<Stream>(stream_kernel<Stream>);
+  allow_shared_memory<Cluster>(cluster_kernel<Cluster>);
+  auto* kernel = cluster_kernel<Cluster>;
+  MINISGL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
 }
 
 // q [n, heads, head_dim] may be strided in its first dimension; caches [num_slots, kNumKV, head_dim]; page_table
-// [requests, pages] int32; rows, seq_lens [n] int32, tokens including the new one; out [n, heads, head_dim], zeros where
+// [requests, pages] int32; rows, seq_lens [n] int32, the new token counted; out [n, heads, head_dim], zeros where
 // seq_lens is 0. partial (float32) and counters (int32, zero) are workspaces of the stream kernel. window: tokens that
 // a query sees, itself included; 0 for all. cluster: blocks that share a sequence's KV head (a power of two up to 16),
 // or 0 for the stream kernel with num_blocks blocks.

@@ -1,4 +1,4 @@
-// What one warp of a decode attention kernel does: copy a tile of tokens into shared memory, attend to 16 of them.
+// What one warp of a decode attention kernel does: copy tokens into shared memory, attend to 16 of them, merge results.
 //
 // For `src/attention_decode.cu` alone, which see; the shapes are macros that its build defines.
 #pragma once
@@ -114,6 +114,23 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   Vec<Element, 2> pair{from_float<Element>(low), from_float<Element>(high)};
   return *reinterpret_cast<uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// The same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ uint32_t remote_address(const void* pointer, int rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem_address(pointer)), "r"(rank));
+  return address;
+}
+__device__ __forceinline__ void store_remote(uint32_t to, float4 x) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_remote(uint32_t to, float2 x) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x.x), "f"(x.y) : "memory");
 }
 
 // A place in a sequence: the tile of tokens that starts at `pos` and ends before `end`.
@@ -320,6 +337,24 @@ __device__ __forceinline__ void attend(Accumulator& acc, const Queries& q, uint3
     for (int n = 0; n < kNumTiles; n++) mma(acc.out[n][step], a, weights[n]);
   }
 }
+
+// One query's result over some of the tokens, four elements of it: out / sum is attention over those tokens.
+struct Part {
+  float4 out{0, 0, 0, 0};
+  float max = -INFINITY, sum = 0;
+
+  __device__ void add(float4 other_out, float2 other_ml) {
+    float top = fmaxf(max, other_ml.x);
+    float mine = max == -INFINITY ? 0.f : exp2f(max - top);
+    float other = other_ml.x == -INFINITY ? 0.f : exp2f(other_ml.x - top);
+    out.x = out.x * mine + other_out.x * other;
+    out.y = out.y * mine + other_out.y * other;
+    out.z = out.z * mine + other_out.z * other;
+    out.w = out.w * mine + other_out.w * other;
+    sum = sum * mine + other_ml.y * other;
+    max = top;
+  }
+};
 
 }  // namespace
 }  // namespace minisgl
