@@ -32,14 +32,17 @@ class DecodeConfig:
     num_stages: int
 
 
-# What `benchmark/kernels/attention_prefill.py` sweeps.
+# Swept by `benchmark/kernels/attention_prefill.py`.
+# Of num_stages, half are in flight where a page number must be loaded before the keys.
 VARIANTS = (
     DecodeConfig(64, 4, 3),
-    DecodeConfig(64, 4, 4),
+    DecodeConfig(64, 4, 5),
     DecodeConfig(64, 2, 3),
+    DecodeConfig(64, 8, 5),
     DecodeConfig(128, 4, 3),
     DecodeConfig(128, 8, 3),
-    DecodeConfig(32, 2, 4),
+    DecodeConfig(32, 2, 5),
+    DecodeConfig(32, 4, 7),
 )
 
 
@@ -65,7 +68,7 @@ def num_splits(batch_size: int, num_kv_heads: int, max_seq_len: int, block_n: in
     return max(1, min(wanted, -(-max_seq_len // (2 * block_n)), MAX_SPLITS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -81,6 +84,7 @@ def _decode_kernel(
     q_stride,
     kv_stride,
     table_stride,
+    splits,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -88,7 +92,7 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -103,7 +107,7 @@ def _decode_kernel(
     low = tl.maximum(seq_len - window, 0) if HAS_WINDOW else seq_len * 0
     first_block = low // BLOCK_N
     num_blocks = (seq_len + BLOCK_N - 1) // BLOCK_N - first_block
-    per_split = (num_blocks + SPLITS - 1) // SPLITS
+    per_split = (num_blocks + splits - 1) // splits
     begin = (first_block + split * per_split) * BLOCK_N
     end = tl.minimum(begin + per_split * BLOCK_N, seq_len)
 
@@ -143,23 +147,23 @@ def _decode_kernel(
         m = m_new
     acc = acc / tl.where(denom == 0.0, 1.0, denom)[:, None]
     index = (seq * (NUM_KV_HEADS * GROUP) + head).to(tl.int64)  # of (sequence, query head)
-    if SPLITS == 1:
-        out_at = (index * HEAD_DIM)[:, None] + dims[None, :]
-        tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=valid)
-    else:
-        part = index * SPLITS + split
+    if SPLIT:
+        part = index * splits + split
         tl.store(lse_ptr + part, tl.where(denom == 0.0, float("-inf"), m + tl.log2(denom)), mask=rows < GROUP)
         tl.store(acc_ptr + (part * HEAD_DIM)[:, None] + dims[None, :], acc, mask=valid & (begin < end))
+    else:
+        out_at = (index * HEAD_DIM)[:, None] + dims[None, :]
+        tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
     acc_ptr,
     lse_ptr,
     out_ptr,
+    splits,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STEP: tl.constexpr,
     PDL: tl.constexpr,
@@ -170,16 +174,16 @@ def _merge_kernel(
         gdc_launch_dependents()
     index = tl.program_id(0).to(tl.int64)
     all_splits = tl.arange(0, BLOCK_S)
-    lse = tl.load(lse_ptr + index * SPLITS + all_splits, mask=all_splits < SPLITS, other=float("-inf"))
+    lse = tl.load(lse_ptr + index * splits + all_splits, mask=all_splits < splits, other=float("-inf"))
     top = tl.max(lse, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp2(lse - top), 0)
     dims = tl.arange(0, BLOCK_D)
     out = tl.zeros((BLOCK_D,), tl.float32)
-    for first in tl.static_range(0, SPLITS, STEP):
+    for first in tl.range(0, splits, STEP):
         split = first + tl.arange(0, STEP)
-        part = index * SPLITS + split
-        weight = tl.exp2(tl.load(lse_ptr + part, mask=split < SPLITS, other=float("-inf")) - top)
+        part = index * splits + split
+        weight = tl.exp2(tl.load(lse_ptr + part, mask=split < splits, other=float("-inf")) - top)
         used = (weight > 0.0)[:, None] & (dims < HEAD_DIM)[None, :]  # a split without keys has written nothing
         acc = tl.load(acc_ptr + (part * HEAD_DIM)[:, None] + dims[None, :], mask=used, other=0.0)
         out += tl.sum(acc * weight[:, None], 0)
@@ -215,7 +219,7 @@ def decode_attention(
     _decode_kernel[(num_kv_heads, batch, splits)](
         q, k_cache, v_cache, out, partials.acc, partials.lse, seqs.page_table, seqs.rows, seqs.seq_lens,
         head_dim**-0.5 * math.log2(math.e), window or 0,
-        q.stride(0), k_cache.stride(0), seqs.page_table.stride(0),
+        q.stride(0), k_cache.stride(0), seqs.page_table.stride(0), splits,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -223,7 +227,7 @@ def decode_attention(
         BLOCK_D=block_d,
         BLOCK_N=config.block_n,
         PAGE_SIZE=seqs.page_size,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         HAS_WINDOW=window is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         PDL=pdl,
@@ -233,7 +237,7 @@ def decode_attention(
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(batch * num_heads,)](
-            partials.acc, partials.lse, out, head_dim, block_d, splits, triton.next_power_of_2(splits), MERGE_STEP,
-            pdl, num_warps=2 if head_dim <= 128 else 4, **launch,
+            partials.acc, partials.lse, out, splits, head_dim, block_d, MAX_SPLITS, MERGE_STEP, pdl,
+             num_warps=2 if head_dim <= 128 else 4, **launch,
         )  # fmt: skip
     return out

@@ -99,7 +99,7 @@ def _route_kernel(
     tl.store(experts_ptr + at, experts, mask=choice < TOP_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _count_kernel(experts_ptr, counts_ptr, num_pairs, SCAN: tl.constexpr, PDL: tl.constexpr):
     """Program (expert): how many pairs chose it."""
     if PDL:
@@ -114,7 +114,7 @@ def _count_kernel(experts_ptr, counts_ptr, num_pairs, SCAN: tl.constexpr, PDL: t
     tl.store(counts_ptr + expert, tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "max_blocks"])
 def _sort_kernel(
     experts_ptr, counts_ptr, order_ptr, blocks_ptr, num_pairs, max_blocks, NUM_EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, SCAN: tl.constexpr, PDL: tl.constexpr,

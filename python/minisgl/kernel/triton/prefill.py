@@ -44,13 +44,13 @@ class PagedSequences:
 def prefill_config(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> PrefillConfig:
     """What fits the shared memory: 227 KB on 9.0, 163 KB on 8.0, 99 KB on 8.6 and 8.9."""
     wide = head_dim > 128
-    if dtype == torch.float32:  # no tensor cores: registers are what is short
-        return PrefillConfig(32, 32, 8 if wide else 4, 1)
-    if capability[0] == 9 or capability == (10, 0):
-        return PrefillConfig(128, 64, 8, 2 if wide else 3)
-    if capability == (8, 0):
-        return PrefillConfig(128, 32 if wide else 64, 8, 2)
-    return PrefillConfig(64, 32 if wide else 64, 4, 2)
+    if dtype == torch.float32:  # no tensor cores: larger blocks do not fit the registers
+        return PrefillConfig(16, 16, 4, 1)
+    if capability in ((9, 0), (10, 0)):
+        return PrefillConfig(128, 32 if wide else 64, 8, 3)
+    if capability == (8, 0) and not wide:
+        return PrefillConfig(128, 32, 8, 3)
+    return PrefillConfig(64, 32 if wide else 64, 8, 2)
 
 
 def prefill_blocks(

@@ -1,0 +1,66 @@
+"""FlashAttention-3 (arXiv 2407.08608) by the optional package `sglang-kernel`: Hopper, bf16 and fp16."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from minisgl.errors import ConfigError
+
+Tensor = torch.Tensor
+
+
+class FlashAttentionBackend:
+    """Same interface as `TritonBackend`. Raises: ConfigError for a machine, package or shape that does not serve."""
+
+    def __init__(self, shape: Any, device: torch.device) -> None:
+        name = "--attention-backend fa"
+        if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+            raise ConfigError(f"{name}: FlashAttention-3 needs a GPU of compute capability 9.x; use triton")
+        if shape.dtype not in (torch.bfloat16, torch.float16):
+            raise ConfigError(f"{name}: dtype must be bfloat16 or float16, not {shape.dtype}; use triton")
+        if shape.head_dim % 8 or shape.head_dim > 256:
+            raise ConfigError(f"{name}: head_dim must be a multiple of 8 up to 256, not {shape.head_dim}; use sdpa")
+        try:
+            self._attend = importlib.import_module("sgl_kernel.flash_attn").flash_attn_with_kvcache
+        except (ImportError, OSError) as error:  # OSError: a library of another CUDA version
+            raise ConfigError(f"{name} needs sgl_kernel ({error}): pip install sglang-kernel") from error
+        self._planned: Any = None
+        self._pages = torch.empty((0, 0), dtype=torch.int32, device=device)
+
+    def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: Any) -> Tensor:
+        """q: [num_tokens, num_qo_heads, head_dim] → the same shape."""
+        if batch is not self._planned:  # every layer gets the same object
+            self._planned, self._pages = batch, _pages(batch)
+        return self._run(q, k_cache, v_cache, window, batch, self._pages, batch.max_q_len)
+
+    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: Any) -> Tensor:
+        """As `prefill`, of one token per sequence. May be captured: each layer gathers the pages anew, as what an eager
+        run gathered must not be frozen into a graph."""
+        return self._run(q, k_cache, v_cache, window, batch, _pages(batch), 1)
+
+    def _run(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: Any, pages: Tensor, max_q_len: int
+    ) -> Tensor:
+        shape = (-1, batch.page_size, *k_cache.shape[1:])
+        out: Tensor = self._attend(
+            q=q,
+            k_cache=k_cache.view(shape),
+            v_cache=v_cache.view(shape),
+            cache_seqlens=batch.seq_lens,
+            page_table=pages,
+            cu_seqlens_q=batch.cu_q,
+            max_seqlen_q=max_q_len,
+            causal=True,
+            window_size=(window - 1, 0) if window else (-1, -1),
+        )
+        return out
+
+
+def _pages(batch: Any) -> Tensor:
+    """[num_seqs, max pages]: each sequence's row of the page table."""
+    max_pages = -(-batch.max_seq_len // batch.page_size)
+    pages: Tensor = batch.page_table[:, :max_pages].index_select(0, batch.rows)
+    return pages

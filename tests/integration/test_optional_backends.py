@@ -1,0 +1,61 @@
+"""FlashInfer and FlashAttention-3 where they cannot run: one line says why; and what FlashInfer is told of a batch."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from minisgl.attention.fa import FlashAttentionBackend
+from minisgl.attention.fi import FlashInferBackend, _page_lists
+from minisgl.errors import ConfigError
+
+
+def shape(**changes: object) -> SimpleNamespace:
+    usual = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": torch.bfloat16, "windows": (None,)}
+    return SimpleNamespace(**{**usual, "page_size": 16, "max_running_requests": 4, "max_seq_len": 64, **changes})
+
+
+@pytest.mark.parametrize("backend", [FlashAttentionBackend, FlashInferBackend])
+def test_refused_on_a_cpu(backend: type) -> None:
+    with pytest.raises(ConfigError, match="--attention-backend f[ai].* needs a GPU"):
+        backend(shape(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        (FlashAttentionBackend, {"dtype": torch.float32}),
+        (FlashAttentionBackend, {"head_dim": 288}),
+        (FlashAttentionBackend, {}),  # the package is missing
+        (FlashInferBackend, {"dtype": torch.float32}),
+        (FlashInferBackend, {"head_dim": 80}),
+        (FlashInferBackend, {}),
+    ],
+)
+def test_refused_shapes(backend: type, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(__import__("sys").modules, "flashinfer", None)
+    monkeypatch.setitem(__import__("sys").modules, "sgl_kernel", None)
+    expected = next((name for name in changes), "pip install")
+    with pytest.raises(ConfigError, match=expected) as error:
+        backend(shape(**changes), torch.device("cuda"))
+    assert "\n" not in str(error.value)
+
+
+def test_pages_of_a_batch() -> None:
+    table = np.arange(20, dtype=np.int32).reshape(4, 5)
+    batch = SimpleNamespace(
+        page_size=4,
+        rows_cpu=np.array([2, 0, 3]),
+        starts_cpu=np.array([7, 0, 8]),
+        num_new_cpu=np.array([1, 1, 5]),
+        page_table_cpu=table,
+    )
+    offsets, pages, last = _page_lists(batch)
+    assert offsets.tolist() == [0, 2, 3, 7]
+    assert pages.tolist() == [10, 11, 0, 15, 16, 17, 18]
+    assert last.tolist() == [4, 1, 1]
+    assert {x.dtype for x in (offsets, pages, last)} == {torch.int32}
