@@ -52,7 +52,15 @@ WORKLOADS = {
     "prefill": Workload("long prompts, one output token", Lengths(512, 512), Lengths(1, 1)),
     "decode": Workload("short prompts, long outputs", Lengths(16, 16), Lengths(256, 256)),
 }
-_RESOLVED = ("dtype", "device", "num_pages", "page_size", "max_prefill_length", "prefill_backend", "decode_backend")
+_RESOLVED = (
+    "dtype",
+    "device",
+    "page_size",
+    "max_prefill_length",
+    "prefill_backend",
+    "decode_backend",
+    "cuda_graph_max_bs",
+)
 _WARMUP_INPUT, _WARMUP_OUTPUT = Lengths(16, 64), Lengths(16, 32)
 
 
