@@ -31,11 +31,11 @@ from minisgl.config.model import DTYPE_BYTES, ModelConfig
 
 WARM_STEPS = 24
 # The first kernel of a step, and what ends one: between the two the host may keep the GPU waiting.
-FIRST = re.compile(r"embed|indexSelect|gather", re.IGNORECASE)
-LAST = re.compile(r"sample|argmax|Memcpy DtoH", re.IGNORECASE)
+FIRST = re.compile(r"prepare_kernel|embed|indexSelect", re.IGNORECASE)
+LAST = re.compile(r"sample|store_ids|argmax|Memcpy DtoH", re.IGNORECASE)
 # Kernels by name, the first that matches. Products of unnamed libraries are told apart by their order in the step.
 ROLES = [
-    ("attention", r"attn|attention|flash|fmha|decode_kernel|split_kv|BatchDecode|BatchPrefill"),
+    ("attention", r"stream_kernel|cluster_kernel|decode_kernel|attn|attention|flash|fmha|BatchDecode|BatchPrefill"),
     ("", r"merge|combine|reduce"),
     ("gate_up", r"gate_up"),
     ("down", r"down"),

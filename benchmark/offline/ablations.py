@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3-0.6b")
     parser.add_argument("--only", nargs="+", default=[], help="groups; the defaults are always measured")
-    parser.add_argument("--backends", nargs="+", default=["triton", "cuda", "triton,cuda", "fi", "fa", "fa,fi"])
+    parser.add_argument("--backends", nargs="+", default=["triton", "triton,cuda", "fa,cuda", "fa", "fi"])
     parser.add_argument("--chunks", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--quick", action="store_true", help="64 requests with short outputs")
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds of one run")

@@ -19,8 +19,12 @@ from minisgl.llm import llm as llm_module
 
 DEVICE = os.environ.get("MINISGL_TEST_DEVICE", "cuda")
 NUM_DEVICES = torch.cuda.device_count() if DEVICE == "cuda" else 4
-# What the options of `LLM` are here unless a test says otherwise: exact arithmetic, and few graphs to capture.
-DEFAULTS: dict[str, Any] = {"device": DEVICE, "dtype": "float32", "max_running_requests": 16}
+# Ranks share memory, which the allocator's expandable segments cannot, and rank 0 is in this process: it must not
+# begin with them for an engine of one rank.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+# What the options of `LLM` are here unless a test says otherwise: exact arithmetic, few graphs to capture, and not all
+# of a GPU's memory for a tiny model's KV cache, which would be millions of pages.
+DEFAULTS: dict[str, Any] = {"device": DEVICE, "dtype": "float32", "max_running_requests": 16, "num_pages": 4096}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ from tests.gpu.conftest import DEVICE
 
 def refused(path: Path, **options: object) -> str:
     with pytest.raises(ConfigError) as caught:
-        LLM(str(path), dummy_weight=True, dtype="bfloat16", **options)
+        LLM(str(path), dummy_weight=True, dtype="bfloat16", num_pages="auto", **options)
     message = str(caught.value)
     assert "\n" not in message
     return message

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minisgl import LLM, SamplingParams
-from minisgl.config.args import ServerArgs
+from tests.gpu.conftest import DEVICE
 from tests.integration.test_llm import (
     GREEDY,
     NUM_TOKENS,
@@ -39,8 +39,7 @@ __all__ = [
     "test_streams_can_be_read_in_turn_and_left_early",
 ]
 
-HAS_GRAPHS = any(field.name == "cuda_graph_max_bs" for field in dataclasses.fields(ServerArgs))
-EAGER = {"cuda_graph_max_bs": 0} if HAS_GRAPHS else {}
+EAGER = {"cuda_graph_max_bs": 0}
 SEEDED = [
     SamplingParams(1, 0.8, seed=1),
     SamplingParams(1, 0.8, top_k=20, seed=2),
@@ -62,7 +61,7 @@ def test_eager_gives_the_tokens_of_hugging_face(
     assert [output.token_ids for output in outputs] == expected
 
 
-@pytest.mark.skipif(not HAS_GRAPHS, reason="no CUDA graphs in this build")
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no graphs")
 def test_graphs_do_not_change_sampled_tokens(model: Path) -> None:
     params = [dataclasses.replace(SEEDED[i % 4], max_tokens=NUM_TOKENS - i, seed=i, ignore_eos=True) for i in range(16)]
     runs = []
@@ -74,7 +73,7 @@ def test_graphs_do_not_change_sampled_tokens(model: Path) -> None:
 
 def test_more_requests_than_a_graph_holds(model: Path, expected: list[list[int]]) -> None:
     """Batches above and below the largest captured one, in one run."""
-    options = {"cuda_graph_max_bs": 4} if HAS_GRAPHS else {}
+    options = {"cuda_graph_max_bs": 0 if DEVICE == "cpu" else 4}
     params = [dataclasses.replace(GREEDY, max_tokens=4 + 4 * i) for i in range(16)]
     with LLM(str(model), **options) as llm:
         outputs = llm.generate(make_prompts(), params)

@@ -16,16 +16,14 @@ minisgl bench serve --help and minisgl bench offline --help list the options."""
 
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit status: 0, or 1 when every request failed. Raises: ConfigError."""
-    command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    command = argv[0] if argv else ""
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
-    if command not in ("serve", "offline"):
-        raise ConfigError(f"bench {command or 'alone'}: expected serve or offline; see minisgl bench --help")
     if command == "serve":
-        from minisgl.benchmark import serve
-
-        return serve.main(rest)
-    from minisgl.benchmark import offline
-
-    return offline.main(rest)
+        from minisgl.benchmark.serve import main as run
+    elif command == "offline":
+        from minisgl.benchmark.offline import main as run
+    else:
+        raise ConfigError(f"bench {command or 'alone'}: expected serve or offline; see minisgl bench --help")
+    return run(argv[1:])

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from minisgl.benchmark import dataset, metrics
 from minisgl.benchmark.dataset import Lengths, Sample
 from minisgl.benchmark.floor import floor_of, kv_read, weights_read
 from minisgl.benchmark.metrics import Record
-from minisgl.benchmark.serve import add_common_options, machine_of, natural, positive
+from minisgl.benchmark.serve import add_common_options, machine_of, natural, positive, show_progress
 from minisgl.benchmark.shapes import SHAPES, write_shape
 from minisgl.config.args import ArgumentParser, ServerArgs, parse_args
 from minisgl.core import SamplingParams
@@ -52,7 +51,15 @@ WORKLOADS = {
     "prefill": Workload("long prompts, one output token", Lengths(512, 512), Lengths(1, 1)),
     "decode": Workload("short prompts, long outputs", Lengths(16, 16), Lengths(256, 256)),
 }
-_RESOLVED = ("dtype", "device", "num_pages", "page_size", "max_prefill_length", "prefill_backend", "decode_backend")
+_RESOLVED = (
+    "dtype",
+    "device",
+    "page_size",
+    "max_prefill_length",
+    "prefill_backend",
+    "decode_backend",
+    "cuda_graph_max_bs",
+)
 _WARMUP_INPUT, _WARMUP_OUTPUT = Lengths(16, 64), Lengths(16, 32)
 
 
@@ -206,10 +213,4 @@ def to_record(output: RequestOutput) -> Record:
 
 def _generate(llm: LLM, samples: Sequence[Sample], temperature: float) -> list[RequestOutput]:
     params = [SamplingParams(sample.output_len, temperature, ignore_eos=True) for sample in samples]
-    # A bar would be redrawn from a thread of its own, in the way of the loop that is measured.
-    progress = _show_progress if sys.stderr.isatty() else False
-    return llm.generate([sample.prompt for sample in samples], params, progress=progress)
-
-
-def _show_progress(finished: int, total: int) -> None:
-    print(f"\r{finished}/{total} requests", end="" if finished < total else "\n", file=sys.stderr, flush=True)
+    return llm.generate([sample.prompt for sample in samples], params, progress=show_progress)

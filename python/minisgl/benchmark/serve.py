@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from random import Random
 
 import httpx
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minisgl.benchmark import dataset, metrics
 from minisgl.benchmark.client import measure, request_body
@@ -161,21 +159,20 @@ async def _send_all(
 ) -> tuple[list[Record], float]:
     gate = asyncio.Semaphore(args.max_concurrency or len(bodies))
     epoch = time.perf_counter()
-    with _progress() as progress:
-        bar = progress.add_task("requests", total=len(bodies))
+    num_done = itertools.count(1)
 
-        async def one(body: dict[str, object], offset: float) -> Record:
-            await asyncio.sleep(epoch + offset - time.perf_counter())
-            async with gate:
-                record = await measure(client, url, body, epoch)
-            progress.advance(bar)
-            return record
+    async def one(body: dict[str, object], offset: float) -> Record:
+        await asyncio.sleep(epoch + offset - time.perf_counter())
+        async with gate:
+            record = await measure(client, url, body, epoch)
+        show_progress(next(num_done), len(bodies))
+        return record
 
-        tasks = [asyncio.create_task(one(body, offset)) for body, offset in zip(bodies, offsets, strict=True)]
-        await asyncio.wait(tasks, timeout=args.time_limit)
-        duration = time.perf_counter() - epoch
-        late = [task for task in tasks if task.cancel()]
-        await asyncio.gather(*late, return_exceptions=True)
+    tasks = [asyncio.create_task(one(body, offset)) for body, offset in zip(bodies, offsets, strict=True)]
+    await asyncio.wait(tasks, timeout=args.time_limit)
+    duration = time.perf_counter() - epoch
+    late = [task for task in tasks if task.cancel()]
+    await asyncio.gather(*late, return_exceptions=True)
     lost = Record(0.0, duration, error=f"not finished within --time-limit {args.time_limit:g} s")
     return [lost if task.cancelled() else task.result() for task in tasks], duration
 
@@ -189,9 +186,10 @@ def arrival_offsets(samples: Sequence[dataset.Sample], rate: float, seed: int) -
     return [offset - min(times) for offset in times]
 
 
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+def show_progress(finished: int, total: int) -> None:
+    """A line on a terminal. A bar would be redrawn by a thread of its own, in the way of what is measured."""
+    if sys.stderr.isatty():
+        print(f"\r{finished}/{total} requests", end="" if finished < total else "\n", file=sys.stderr, flush=True)
 
 
 def _rate(text: str) -> float:
