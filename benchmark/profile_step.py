@@ -118,7 +118,7 @@ def role_bytes(model: ModelConfig, dtype: str, lengths: list[int], tp_size: int)
 
 
 def roles_of(step: list[Event], model: ModelConfig) -> list[str]:
-    """What each event of a step does, "" if that is not known. Products come in the order of the layer, then the head."""
+    """What each event of a step does, "" if not known. Products come in the order of the layer, then the head."""
     roles = [next((role for role, words in ROLES if re.search(words, e.name, re.IGNORECASE)), "") for e in step]
     order = ["qkv", "o", "router"] if model.moe else ["qkv", "o", "gate_up", "down"]
     order = [role for role in order if role not in roles] * model.num_layers + ["head"]

@@ -80,7 +80,8 @@ def check(comm: CudaCommunicator) -> None:
 
 def check_replays(comm: CudaCommunicator, replays: int = 300) -> None:
     """A graph of mixed sizes with changing inputs; ranks sleep at random. Counts wrong sums on the device."""
-    assert comm.peers is not None
+    peers = comm.peers
+    assert peers is not None
     sizes = (5120, 640, 2 << 20, 81920, 8, 5120, 1 << 20, 40)
     seed = torch.zeros((), dtype=torch.int64, device="cuda")
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -89,15 +90,19 @@ def check_replays(comm: CudaCommunicator, replays: int = 300) -> None:
     def part(pattern: torch.Tensor, rank: int) -> torch.Tensor:  # whole numbers whose sums are exact in bf16
         return (pattern * (rank + 3) + seed * (rank + 1)) % 31
 
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    def step() -> None:
         for i, pattern in enumerate(patterns):
             out = part(pattern, comm.rank).bfloat16()
-            comm.peers.all_reduce(out, out, i % 3 == 2 or None)
+            peers.all_reduce(out, out, i % 3 == 2 or None)
             right = sum((part(pattern, rank) for rank in range(1, comm.size)), part(pattern, 0))
             wrong.add_((out != right).sum())
         seed.add_(1)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
     for i in range(replays):
         torch.cuda._sleep((i * 7919 * (comm.rank + 1)) % 200_000)
         graph.replay()

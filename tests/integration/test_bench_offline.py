@@ -31,6 +31,7 @@ def test_offline_run_counts_what_it_generated(model: Path, tmp_path: Path, capsy
     assert document["summary"]["num_output"] == 12
     assert set(document["summary"]["latencies"]) == {"ttft", "tpot", "e2e"}
     assert "num_pages" in document["config"]["engine"]
+    assert document["config"]["resolved"]["page_size"] == 16
     assert all(0 < request["arrivals"][0] <= request["e2e"] for request in document["requests"])
 
 

@@ -91,7 +91,7 @@ def test_threads_are_shared_between_ranks() -> None:
 def test_a_cpu_has_one_backend_and_no_graphs() -> None:
     engine = decide(attention_backend="sdpa", cuda_graph_max_bs=0, disable_pynccl=True, moe_backend="torch").engine
     assert (engine.device, engine.prefill_backend, engine.decode_backend) == ("cpu", "sdpa", "sdpa")
-    assert (engine.cuda_graph_max_bs, engine.use_pynccl, engine.gpu_arch) == (0, False, None)
+    assert (engine.cuda_graph_max_bs, engine.gpu_arch) == (0, None)
     for backend in ("fi", "sdpa,fa", "sdpa,sdpa,sdpa", ",", "cuda"):
         with pytest.raises(ConfigError, match="--attention-backend"):
             decide(attention_backend=backend)
@@ -180,6 +180,8 @@ def test_attention_backends_by_what_is_there() -> None:
     everything = replace(GPUS, packages=GPUS.packages | {"sgl_kernel", "flashinfer"})
     assert attention(everything) == ("fa", "cuda")
     assert attention(everything, replace(MODEL, head_dim=80)) == ("triton", "triton")
+    assert attention(everything, replace(MODEL, head_dim=90)) == ("sdpa", "sdpa")
+    assert attention(everything, replace(MODEL, num_qo_heads=34, num_kv_heads=2)) == ("fa", "triton")
     ampere = replace(everything, gpus=(gpu(arch=(8, 6)),))
     assert attention(ampere) == ("triton", "triton")
     assert attention(replace(GPUS, nvcc=None)) == ("triton", "triton")

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+from dataclasses import replace
 
 import pytest
 
+from minisgl.config.locate import DEMO_MODEL
+from minisgl.config.model import read_model_config
+from minisgl.config.runtime import EngineConfig
 from minisgl.message.control import Ready, decode_control
 from minisgl.server import workers
+
+CONFIG = EngineConfig(
+    "/m", read_model_config(DEMO_MODEL), "float32", "cpu", 1, "", 8, 1, 8, 8, 8, "sdpa", "sdpa", 1, True
+)
 
 
 @pytest.mark.timeout(20)
@@ -22,3 +31,19 @@ def test_beats_never_wait_for_a_parent_that_does_not_listen(monkeypatch: pytest.
     assert decode_control(ours.recv_bytes()) == Ready(info={"pages": 1})
     ours.close()
     theirs.close()
+
+
+def test_the_environment_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["CUDA_DEVICE_ORDER", "CUDA_MODULE_LOADING", "PYTORCH_ALLOC_CONF"]
+
+    def set_for(device: str, tp_size: int, **given: str) -> list[str | None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", dict(given))
+            workers.set_cuda_environment(replace(CONFIG, device=device, tp_size=tp_size))
+            return [os.environ.get(name) for name in names]
+
+    assert set_for("cpu", 1) == [None, None, None]
+    assert set_for("cuda", 1) == ["PCI_BUS_ID", "LAZY", "expandable_segments:True"]
+    assert set_for("cuda", 2)[2] is None, "ranks map each other's memory"
+    assert set_for("cuda", 1, PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:64")[2] is None
+    assert set_for("cuda", 1, PYTORCH_ALLOC_CONF="x", CUDA_MODULE_LOADING="EAGER") == ["PCI_BUS_ID", "EAGER", "x"]

@@ -52,6 +52,7 @@ WORKLOADS = {
     "prefill": Workload("long prompts, one output token", Lengths(512, 512), Lengths(1, 1)),
     "decode": Workload("short prompts, long outputs", Lengths(16, 16), Lengths(256, 256)),
 }
+_RESOLVED = ("dtype", "device", "num_pages", "page_size", "max_prefill_length", "prefill_backend", "decode_backend")
 _WARMUP_INPUT, _WARMUP_OUTPUT = Lengths(16, 64), Lengths(16, 32)
 
 
@@ -88,6 +89,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         with model_options(args.shape, options) as model:
             run = Run(args, model)
+            args.resolved = {name: getattr(run.engine, name) for name in _RESOLVED}
     except RequestError as error:
         raise ConfigError(f"--workload {args.workload}: {error}") from None
     summary = metrics.summarize(run.records, run.duration, run.steps, run.floor, run.step_floor)

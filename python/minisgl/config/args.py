@@ -126,7 +126,9 @@ class ServerArgs:
     max_seq_len: int | None = _option(
         _auto(integer(2)), None, "longest prompt + output in tokens (auto: from the model)", "--max-seq-len-override"
     )
-    memory_ratio: float = _option(_fraction, 0.9, "share of a GPU's whole memory, or of a CPU's free memory, to use")
+    memory_ratio: float = _option(
+        _fraction, 0.9, "share of a GPU's whole memory that may be in use, or of a CPU's free memory"
+    )
     num_pages: int | None = _option(_auto(integer(1)), None, "KV cache size in pages (auto: from the memory)")
     page_size: int | None = _option(_auto(integer(1, 4096)), None, "tokens of one KV page (auto: 16)")
     cache_type: str = _option(_choice("radix", "naive"), "radix", "prefix cache: radix or naive (none)", "--cache")

@@ -12,6 +12,7 @@ from minisgl.config.model import ModelConfig
 from minisgl.config.probe import PACKAGES, Capabilities
 from minisgl.config.runtime import EngineConfig
 from minisgl.errors import ConfigError
+from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +30,15 @@ class _Backend:
     package: str = ""
     arch: tuple[int, int] | None = None
     head_dims: tuple[int, ...] = ()  # any
+    max_group: int = 0  # query heads per KV head; 0: any number
     is_16_bit: bool = False  # float32 is refused
     is_compiled: bool = False  # needs nvcc
 
 
 BACKENDS = {
     "sdpa": _Backend(),
-    "triton": _Backend("triton"),
-    "cuda": _Backend("tvm_ffi", (9, 0), (64, 128), is_16_bit=True, is_compiled=True),
+    "triton": _Backend("triton", None, tuple(range(16, 257, 16))),
+    "cuda": _Backend("tvm_ffi", (9, 0), (64, 128), max_group=16, is_16_bit=True, is_compiled=True),
     "fi": _Backend("flashinfer", None, (64, 128, 256), is_16_bit=True),
     "fa": _Backend("sgl_kernel", (9, 0), (64, 96, 128, 192, 256), is_16_bit=True),
 }
@@ -161,11 +163,13 @@ def _attention(asked: str | None, model: ModelConfig, dtype: str, machine: Capab
 
 def _unfit(backend: _Backend, model: ModelConfig, dtype: str, machine: Capabilities) -> str:
     """Why a backend cannot compute this model here, and what to do; "" when it can."""
-    arch = machine.gpus[0].arch
+    arch, group = machine.gpus[0].arch, div_ceil(model.num_qo_heads, model.num_kv_heads)
     if backend.arch is not None and backend.arch != arch:
         return f"needs compute capability {_dotted(backend.arch)}, this GPU has {_dotted(arch)}"
     if backend.head_dims and model.head_dim not in backend.head_dims:
         return f"does not compute head_dim {model.head_dim}"
+    if backend.max_group and group > backend.max_group:
+        return f"computes up to {backend.max_group} query heads per KV head, not {group}"
     if backend.is_16_bit and dtype == "float32":
         return "does not compute float32 (--dtype)"
     if backend.package and backend.package not in machine.packages:

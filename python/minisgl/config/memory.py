@@ -35,9 +35,9 @@ def cpu_pages(
     return min(affordable, args.max_running_requests * div_ceil(seq_len, page_size))
 
 
-def gpu_budget(total: int, free: int, ratio: float) -> int:
-    """Bytes of a GPU that one rank may take: its share of the whole, as far as other programs leave it."""
-    return min(int(total * ratio), free)
+def gpu_budget(gpu: Gpu, ratio: float) -> int:
+    """Bytes of a GPU that one rank may take: the share `ratio` of the whole, less what other programs hold."""
+    return gpu.free_memory - int(gpu.total_memory * (1 - ratio))
 
 
 def gpu_tokens(
@@ -48,8 +48,8 @@ def gpu_tokens(
     Raises: ConfigError when the weights, or the pages that were asked for, do not fit.
     """
     tp_size, ratio = args.tensor_parallel_size, args.memory_ratio
-    gpu = min(gpus, key=lambda gpu: gpu_budget(gpu.total_memory, gpu.free_memory, ratio))
-    budget = gpu_budget(gpu.total_memory, gpu.free_memory, ratio)
+    gpu = min(gpus, key=lambda gpu: gpu_budget(gpu, ratio))
+    budget = gpu_budget(gpu, ratio)
     weights, kv_bytes = model.weight_bytes(dtype, tp_size), model.kv_bytes_per_token(dtype, tp_size)
     room = f"{gpu} has {gpu.free_memory / GIB:.1f} of {gpu.total_memory / GIB:.1f} GiB free"
     if args.num_pages is not None:

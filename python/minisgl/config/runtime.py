@@ -28,7 +28,7 @@ class EngineConfig:
     dummy_weight: bool
     seed: int = 0  # of dummy weights
     # CUDA only, from here on.
-    memory_ratio: float = 0.9  # share of a GPU's total memory that its rank may take (`memory.gpu_budget`)
+    memory_ratio: float = 0.9  # share of a GPU's whole memory that may be in use, other programs' included
     cuda_graph_max_bs: int = 0  # the largest decode batch that is captured; 0: none
     use_pynccl: bool = True
     moe_backend: str = "torch"  # "triton" | "torch"

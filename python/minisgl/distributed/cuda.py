@@ -57,7 +57,7 @@ class TorchNccl:
     gather = all_gather
 
     def broadcast(self, x: torch.Tensor) -> None:
-        self._group.broadcast([x]).wait()
+        self._group.broadcast(x, 0).wait()
 
     def close(self) -> None:
         self._group.abort()  # waits for nobody
@@ -110,6 +110,8 @@ class CudaCommunicator:
         self.nccl.all_gather(x, out)
         self.nccl.broadcast(x)
         torch.cuda.synchronize(self._device)
+        del x, out
+        torch.cuda.empty_cache()  # a quarter of a GiB, which would look like the model's
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         x = x.contiguous()
@@ -153,6 +155,12 @@ class CudaCommunicator:
 
     def close(self) -> None:
         """Leave. Waits for others a few seconds at most: they may be gone already."""
+        torch.cuda.set_device(self._device)
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError as error:
+            logger.warning("the device has failed, its memory is left to the end of the process: %s", error)
+            return
         if self.peers is not None:
             self.peers.close()
             self.peers = None

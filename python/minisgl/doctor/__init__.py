@@ -6,13 +6,14 @@ Exit status 0 when nothing fails, 1 otherwise, 2 for a wrong command line.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
 
 from minisgl.config.args import ArgumentParser, argument, integer
+from minisgl.config.probe import PACKAGES, probe
 from minisgl.doctor import system, toolchain
 from minisgl.doctor.row import Row, Status, guarded
 
@@ -25,25 +26,24 @@ _STYLES: dict[Status, tuple[str, str]] = {
 
 
 def examine(model: str | None, host: str, port: int) -> list[Row]:
-    """All checks, in the table's order. Takes some seconds; changes nothing on the machine."""
-    torch = toolchain.probe_torch()
-    smi = toolchain.ask_nvidia_smi()
-    rows = [
-        guarded("Python", system.check_python),
-        guarded("torch", lambda: toolchain.check_torch(torch)),
-        guarded("NVIDIA driver", lambda: toolchain.check_driver(smi, torch)),
-        guarded("GPUs", lambda: toolchain.check_gpus(smi, torch)),
-        guarded("CPU", system.check_cpu),
-        guarded("Memory", lambda: system.check_memory(needed=system.weight_bytes(model))),
-        guarded("libstdc++", toolchain.check_libstdcxx),
-        guarded("C++ compiler", lambda: toolchain.check_compiler(toolchain.find_compiler())),
-        guarded("Python headers", toolchain.check_headers),
-        guarded("nvcc", lambda: toolchain.check_nvcc(toolchain.find_nvcc(), torch)),
-        guarded("backends", lambda: toolchain.check_backends(torch)),
-        guarded("Port", lambda: system.check_port(host, port)),
-        guarded("Model", lambda: system.check_model(model)),
-    ]
-    return [row for group in rows for row in group]
+    """All checks, in the table's order. Takes some seconds, a minute where a kernel is compiled for the first time."""
+    torch, machine, path = toolchain.probe_torch(), probe(), system.find_model(model)
+    checks: dict[str, Callable[[], Row | list[Row]]] = {
+        "Python": system.check_python,
+        "torch": lambda: toolchain.check_torch(torch),
+        "NVIDIA driver": lambda: toolchain.check_driver(machine, torch),
+        "GPUs": lambda: toolchain.check_gpus(machine, torch),
+        "CPU": lambda: system.check_cpu(machine),
+        "Memory": lambda: system.check_memory(machine),
+        "libstdc++": toolchain.check_libstdcxx,
+        "C++ compiler": lambda: toolchain.check_compiler(toolchain.find_compiler()),
+        "nvcc": lambda: toolchain.check_nvcc(machine, torch),
+        "packages": lambda: [toolchain.check_package(module, bool(machine.gpus)) for module in PACKAGES],
+        "Port": lambda: system.check_port(host, port),
+        "Model": lambda: system.check_model(model, path),
+        "Configuration": lambda: system.check_configuration(path, machine),
+    }
+    return [row for name, check in checks.items() for row in guarded(name, check)]
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:

@@ -1,6 +1,6 @@
-"""Checks of what kernels need: torch, driver and GPUs, C++ library, compilers, optional backends.
+"""Checks of what kernels need: torch, driver and GPUs, C++ library, compilers, optional packages.
 
-torch and the backends are imported in child processes only, so one that crashes is a row of the table.
+torch and the packages are imported in child processes only, so one that crashes is a row of the table.
 """
 
 from __future__ import annotations
@@ -15,28 +15,21 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisgl.doctor.row import Answer, Row, Status, ask
+from minisgl.config.cuda import MIN_ARCH
+from minisgl.config.probe import PACKAGES, Capabilities
+from minisgl.doctor.row import Row, ask
 
 MIN_TORCH = (2, 11)
-MIN_CAPABILITY = (7, 5)
-# Import name, distribution and use of each optional backend.
-BACKENDS = (
-    ("tvm_ffi", "apache-tvm-ffi", "JIT-built kernels"),
-    ("triton", "triton", "Triton attention and fused kernels"),
-    ("flashinfer", "flashinfer-python", "FlashInfer attention"),
-    ("sgl_kernel", "sgl-kernel", "FlashAttention-3"),
-    ("flash_attn", "flash-attn", "FlashAttention"),
-)
+KERNEL_SECONDS = 300.0  # to compile one
 
 _TORCH_PROBE = """
 import json, torch
-count = torch.cuda.device_count() if torch.version.cuda else 0
-gpus = [torch.cuda.get_device_properties(i) for i in range(count)]
-print(json.dumps({
-    "version": torch.__version__, "cuda": torch.version.cuda, "cpu": torch.backends.cpu.get_cpu_capability(),
-    "gpus": [{"name": g.name, "capability": [g.major, g.minor], "memory": g.total_memory} for g in gpus],
-    "archs": torch.cuda.get_arch_list() if torch.version.cuda else [],
-}))
+count, problem = torch.cuda.device_count() if torch.version.cuda else 0, ""
+try:
+    torch.zeros(1, device="cuda" if count else "cpu")
+except Exception as error:
+    problem = str(error).splitlines()[0]
+print(json.dumps([torch.__version__, torch.version.cuda, torch.backends.cpu.get_cpu_capability(), count, problem]))
 """
 _LIBSTDCXX_PROBE = """
 import ctypes
@@ -54,36 +47,27 @@ extern "C" int minisgl_probe(int n) {
     return total;
 }
 """
-_CUDA_SOURCE = "__global__ void scale(float *x) { x[threadIdx.x] *= 2.0f; }\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    name: str
-    capability: tuple[int, int]
-    memory: int  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class TorchInfo:
-    """What a child process that imported torch found; `error` when it could not."""
+    """What a child process that imported torch found; `error` when it could not.
+
+    num_gpus: that torch sees. gpu_error: why it cannot use the first of them.
+    """
 
     version: str = ""
     cuda: str | None = None
     cpu: str = ""
-    gpus: tuple[Gpu, ...] = ()
-    archs: tuple[str, ...] = ()
+    num_gpus: int = 0
+    gpu_error: str = ""
     error: str = ""
 
 
 def probe_torch(python: str = sys.executable) -> TorchInfo:
     """Import torch in a child process and ask it."""
     answer = ask([python, "-c", _TORCH_PROBE], timeout=120)
-    if not answer.ok:
-        return TorchInfo(error=answer.reason)
-    found = json.loads(answer.out.splitlines()[-1])
-    gpus = tuple(Gpu(gpu["name"], (gpu["capability"][0], gpu["capability"][1]), gpu["memory"]) for gpu in found["gpus"])
-    return TorchInfo(found["version"], found["cuda"], found["cpu"], gpus, tuple(found["archs"]))
+    return TorchInfo(*json.loads(answer.out.splitlines()[-1])) if answer.ok else TorchInfo(error=answer.reason)
 
 
 def check_torch(torch: TorchInfo) -> Row:
@@ -93,45 +77,45 @@ def check_torch(torch: TorchInfo) -> Row:
     build = f"built for CUDA {torch.cuda}" if torch.cuda else "CPU build"
     detail = f"{torch.version}, {build}, CPU kernels: {torch.cpu}"
     if numbers(torch.version)[:2] < MIN_TORCH:
-        return Row("torch", "fail", detail, f"Install torch {'.'.join(map(str, MIN_TORCH))} or newer.")
+        return Row("torch", "fail", detail, f"Install torch {_dotted(MIN_TORCH)} or newer.")
     return Row("torch", "ok", detail)
 
 
-def ask_nvidia_smi() -> Answer | None:
-    """nvidia-smi's table, or None on a machine that has no NVIDIA driver."""
-    return ask(["nvidia-smi"], timeout=30) if shutil.which("nvidia-smi") else None
-
-
-def check_driver(smi: Answer | None, torch: TorchInfo) -> Row:
+def check_driver(machine: Capabilities, torch: TorchInfo) -> Row:
     """The NVIDIA driver runs, and supports the CUDA version that torch was built for."""
     name = "NVIDIA driver"
-    if smi is None:
-        return Row(name, "n/a", "no NVIDIA driver on this machine: the CPU engine is used")
-    if not smi.ok:
-        return Row(name, "fail", f"nvidia-smi failed: {smi.reason}", "Load or reinstall the driver, then restart.")
-    driver, cuda = _after("Driver Version:", smi.out), _after("CUDA Version:", smi.out)
-    detail = f"driver {driver}, up to CUDA {cuda}"
-    if torch.cuda and numbers(cuda) and numbers(cuda)[0] < numbers(torch.cuda)[0]:
-        fix = f"Update the driver, or install a torch that is built for CUDA {cuda} or older."
+    if not machine.driver:
+        if "no NVIDIA driver" in machine.gpu_problem:
+            return Row(name, "n/a", "none on this machine: the CPU engine is used")
+        return Row(name, "fail", machine.gpu_problem, "Load or reinstall the driver, then restart.")
+    newest = _dotted(machine.driver_cuda)
+    detail = f"driver {machine.driver}, up to CUDA {newest}"
+    if torch.cuda and machine.driver_cuda[0] < numbers(torch.cuda)[0]:
+        fix = f"Update the driver, or install a torch that is built for CUDA {newest} or older."
         return Row(name, "fail", f"{detail}, but torch is built for CUDA {torch.cuda}", fix)
     return Row(name, "ok", detail)
 
 
-def check_gpus(smi: Answer | None, torch: TorchInfo) -> Row:
-    """GPUs that torch sees, and their compute capability."""
-    name = "GPUs"
-    if torch.gpus:
-        parts = [f"{g.name} (sm_{g.capability[0]}{g.capability[1]}, {g.memory >> 30} GiB)" for g in torch.gpus]
-        old = [g.name for g in torch.gpus if g.capability < MIN_CAPABILITY]
-        if old:
-            return Row(name, "warn", "; ".join(parts), f"{old[0]} is older than compute capability 7.5: not tested.")
-        return Row(name, "ok", "; ".join(parts))
-    if smi is None or not smi.ok:
-        return Row(name, "n/a", "none")
+def check_gpus(machine: Capabilities, torch: TorchInfo) -> list[Row]:
+    """Each GPU that CUDA_VISIBLE_DEVICES shows, and whether torch can use them."""
+    if not machine.gpus:
+        seen = bool(machine.driver)
+        return [
+            Row("GPUs", "warn" if seen else "n/a", machine.gpu_problem, "Set CUDA_VISIBLE_DEVICES." if seen else "")
+        ]
+    rows = []
+    for gpu in machine.gpus:
+        free, total = gpu.free_memory >> 30, gpu.total_memory >> 30
+        detail = f"{gpu.name}, compute capability {_dotted(gpu.arch)}, {free} of {total} GiB free"
+        fix = f"{_dotted(MIN_ARCH)} is needed: choose others with CUDA_VISIBLE_DEVICES." if gpu.arch < MIN_ARCH else ""
+        rows.append(Row(f"GPU {gpu.index}", "warn" if fix else "ok", detail, fix))
     if not torch.cuda:
-        return Row(name, "warn", "the driver runs, but torch is a CPU build", "Install a torch that is built for CUDA.")
-    fix = "Check CUDA_VISIBLE_DEVICES, and that driver and torch agree on CUDA (rows above)."
-    return Row(name, "fail", "the driver runs, but torch sees no GPU", fix)
+        fix = "Install a torch that is built for CUDA."
+        rows.append(Row("GPUs", "warn", "torch is a CPU build", fix))
+    elif torch.gpu_error or torch.num_gpus != len(machine.gpus):
+        detail = torch.gpu_error or f"torch sees {torch.num_gpus} of {len(machine.gpus)}"
+        rows.append(Row("GPUs", "fail", detail, "Update the driver and restart it; look at nvidia-smi."))
+    return rows
 
 
 def check_libstdcxx(loaded: str | None = None, built_with: str | None = None) -> Row:
@@ -149,9 +133,8 @@ def check_libstdcxx(loaded: str | None = None, built_with: str | None = None) ->
     if built_with is None:
         compiler = find_compiler()
         built_with = ask([compiler, "-print-file-name=libstdc++.so.6"]).out.strip() if compiler else ""
-    have = glibcxx(loaded)
+    have, need = glibcxx(loaded), glibcxx(built_with)
     detail = f"{loaded}: up to GLIBCXX_{_dotted(have)}"
-    need = glibcxx(built_with)
     if need > have:
         fix = (
             "Update it (conda install -c conda-forge 'libstdcxx-ng>=13'), or start with "
@@ -177,11 +160,11 @@ def find_compiler() -> str | None:
     return next((path for path in map(shutil.which, candidates) if path), None)
 
 
-def check_compiler(compiler: str | None) -> Row:
-    """The C++ compiler is there, and a library that it builds can be loaded and called from Python."""
+def check_compiler(compiler: str | None, include: str = sysconfig.get_paths()["include"]) -> Row:
+    """The C++ compiler is there, a library that it builds can be loaded and called, and it finds Python's headers."""
     name = "C++ compiler"
     if compiler is None:
-        return Row(name, "warn", "none found", "Kernels in C++ need one (apt install g++); the sdpa backend does not.")
+        return Row(name, "warn", "none found", "GPU kernels need one (apt install g++); the CPU engine does not.")
     version = ask([compiler, "--version"]).out.splitlines() or ["?"]
     with tempfile.TemporaryDirectory(prefix="minisgl-doctor-") as folder:
         source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
@@ -194,53 +177,38 @@ def check_compiler(compiler: str | None) -> Row:
         run = ask([sys.executable, "-c", call])
     if not run.ok:
         return Row(name, "fail", f"{version[0]}: builds, but {run.reason}", "See the row of libstdc++.")
-    return Row(name, "ok", f"{compiler}: {version[0]}; built and loaded a C++20 library")
+    detail = f"{compiler}: {version[0]}; built and loaded a C++20 library"
+    if not Path(include, "Python.h").is_file():
+        fix = "Triton's kernels need it: install Python's headers (apt install python3-dev)."
+        return Row(name, "warn", f"{detail}, but there is no {include}/Python.h", fix)
+    return Row(name, "ok", detail)
 
 
-def check_headers(include: str | None = None) -> Row:
-    """Python's headers, which some JIT-built extensions include."""
-    include = include or sysconfig.get_paths()["include"]
-    if Path(include, "Python.h").is_file():
-        return Row("Python headers", "ok", include)
-    return Row("Python headers", "warn", f"no Python.h in {include}", "Install them (apt install python3-dev).")
-
-
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    beside = Path(home, "bin", "nvcc")
-    return str(beside) if beside.is_file() else shutil.which("nvcc")
-
-
-def check_nvcc(nvcc: str | None, torch: TorchInfo) -> Row:
-    """nvcc builds a kernel, and is of the CUDA version that torch was built for."""
-    name = "nvcc"
+def check_nvcc(machine: Capabilities, torch: TorchInfo) -> Row:
+    """nvcc is of the CUDA version that torch was built for, and builds one of our kernels through TVM-FFI."""
+    name, nvcc = "nvcc", machine.nvcc
     if nvcc is None:
-        if not torch.cuda:
-            return Row(name, "n/a", "not found, and torch is a CPU build")
-        return Row(name, "warn", "not found", f"Install CUDA {torch.cuda}'s toolkit, or set CUDA_HOME.")
+        if not torch.cuda or not machine.gpus:
+            return Row(name, "n/a", "not found; it is for GPUs")
+        return Row(name, "warn", "not found", f"Install CUDA {torch.cuda}'s toolkit, or set CUDA_HOME to it.")
     release = re.search(r"release (\d+\.\d+)", ask([nvcc, "--version"]).out)
     detail = f"{nvcc}: CUDA {release[1] if release else '?'}"
     if torch.cuda and release and numbers(release[1])[0] != numbers(torch.cuda)[0]:
         fix = f"Install CUDA {torch.cuda}'s toolkit and set CUDA_HOME to it, or a torch for CUDA {release[1]}."
         return Row(name, "fail", f"{detail}, but torch is built for CUDA {torch.cuda}", fix)
-    with tempfile.TemporaryDirectory(prefix="minisgl-doctor-") as folder:
-        source = Path(folder, "probe.cu")
-        source.write_text(_CUDA_SOURCE)
-        built = ask([nvcc, "-c", str(source), "-o", str(source.with_suffix(".o"))], timeout=120)
+    if not machine.gpus or "tvm_ffi" not in machine.packages:
+        return Row(name, "ok", f"{detail}; built nothing without a GPU and apache-tvm-ffi")
+    build = f"from minisgl.kernel.jit import load_kernel; load_kernel('step', {machine.gpus[0].arch})"
+    built = ask([sys.executable, "-c", build], timeout=KERNEL_SECONDS)
     if not built.ok:
-        status: Status = "fail" if torch.gpus else "warn"
-        fix = "Check that nvcc supports the C++ compiler's version (nvcc -ccbin), and its installation."
-        return Row(name, status, f"{detail}: cannot build a kernel: {built.reason}", fix)
-    return Row(name, "ok", f"{detail}; built a kernel")
+        fix = "Check that nvcc supports the C++ compiler's version (nvcc -ccbin), ninja, and MINISGL_CACHE_DIR."
+        return Row(name, "fail", f"{detail}: cannot build a kernel: {built.reason}", fix)
+    return Row(name, "ok", f"{detail}; built and loaded a kernel")
 
 
-def check_backends(torch: TorchInfo) -> list[Row]:
-    """Each optional backend: importable, and if not, why."""
-    return [check_backend(module, package, use, bool(torch.gpus)) for module, package, use in BACKENDS]
-
-
-def check_backend(module: str, package: str, use: str, has_gpu: bool) -> Row:
-    """One optional backend. One that is installed and cannot be imported is a warning everywhere."""
+def check_package(module: str, has_gpu: bool) -> Row:
+    """One optional package. One that is installed and cannot be imported is a warning everywhere."""
+    package, use = PACKAGES[module]
     version = f"import importlib.metadata as m; print(m.version({package!r}))"
     probe = (
         f"import importlib.util as u, sys\nif u.find_spec({module!r}) is None: sys.exit(77)\nimport {module}\n{version}"
@@ -264,8 +232,3 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version)) or "?"
-
-
-def _after(label: str, text: str) -> str:
-    match = re.search(re.escape(label) + r"\s*(\S+)", text)
-    return match[1] if match else "?"

@@ -213,6 +213,9 @@ class LLM:
         return supervisor, fanout
 
     def _start_scheduler(self, config: ServerConfig, supervisor: Supervisor | None) -> Scheduler:
+        from minisgl.server.workers import set_cuda_environment
+
+        set_cuda_environment(config.engine)
         from minisgl.engine.engine import Engine
 
         addresses = Addresses(self._directory, num_tokenizer=0)
@@ -222,7 +225,8 @@ class LLM:
         else:
             engine = _run_watched(lambda: Engine(engine_config), supervisor)
         self._closers.append(engine.close)
-        return Scheduler(config.scheduler, engine, self._transport, tp_size=config.engine.tp_size)
+        scheduler_config = replace(config.scheduler, num_pages=engine.num_pages)
+        return Scheduler(scheduler_config, engine, self._transport, tp_size=config.engine.tp_size)
 
     def _run(
         self,

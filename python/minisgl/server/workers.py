@@ -122,14 +122,15 @@ def scheduler_main(
     # Read when torch is imported. Threads that spin between two operators gain nothing on free cores, and on busy ones
     # they take the time of the very thread that they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_cuda_environment(engine_config)
     from minisgl.engine.engine import Engine
     from minisgl.scheduler.scheduler import Scheduler
     from minisgl.scheduler.status import StatusLog
     from minisgl.scheduler.transport import FollowerTransport, LeaderTransport, Transport
 
-    config = replace(config, check_integrity=env_bool("MINISGL_CHECK_INTEGRITY"))
-    check_ranks = env_bool("MINISGL_CHECK_RANKS")
+    check_integrity, check_ranks = env_bool("MINISGL_CHECK_INTEGRITY"), env_bool("MINISGL_CHECK_RANKS")
     engine = Engine(replace(engine_config, init_method=addresses.rendezvous), rank)
+    config = replace(config, num_pages=engine.num_pages, check_integrity=check_integrity)
     transport: Transport
     if rank == 0:
         transport = LeaderTransport(addresses, engine_config.tp_size, control.beat)
@@ -140,12 +141,22 @@ def scheduler_main(
         config, engine, transport, tp_size=engine_config.tp_size, check_ranks=check_ranks, status=status
     )
     if rank == 0:
-        kind, threads, room = engine_config.dtype, engine_config.num_threads, config.num_pages * config.page_size
-        logger.info(
-            "%s; threads: %d; KV cache: %d tokens, at most %d for one request", kind, threads, room, config.max_seq_len
-        )
+        where, room = f"{engine_config.dtype} on {engine_config.device}", config.num_pages * config.page_size
+        threads, longest = engine_config.num_threads, config.max_seq_len
+        logger.info("%s; threads: %d; KV cache: %d tokens, at most %d for one request", where, threads, room, longest)
     control.ready()
     scheduler.run()
+
+
+def set_cuda_environment(config: EngineConfig) -> None:
+    """What CUDA and torch read from the environment before their first use, unless the user has set it."""
+    if config.device != "cuda":
+        return
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order in which `config.gpus` counts them
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+    # Less fragmentation, so more pages; but such memory cannot be shared between processes, as ranks share theirs.
+    if config.tp_size == 1 and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _hide_torch() -> None:

@@ -1,153 +1,11 @@
 // Collectives over peer memory (NVLink, CUDA IPC) for the messages of decode steps, up to a few MiB.
 //
-// Every rank owns a region that all ranks have mapped: a header and two halves of slots. A call pushes 16-byte packets
-// straight into the peers' slots, and data is its own flag: an empty slot holds kEmpty in each 32-bit word, which no
-// packet ever holds, and a reader polls its own memory until no word is kEmpty. So a message costs one trip over
-// NVLink and needs no fence: words are written at once, and no order between words matters (the idea of NCCL's LL
-// protocol and of Lamport's buffers, without flags in between the data).
-//
-// Reuse: call k works in half k % 2, and a reader empties each slot as soon as it has read it. A peer writes into that
-// half again in its call k + 2; to get there it has finished call k + 1, which needed packets that this rank sent in
-// its own call k + 1, after its call k was complete, emptying included (pdl_wait, or plain stream order). All these
-// stores meet in the L2 cache of the GPU that owns the slot, so a peer's later store cannot be overtaken by an earlier
-// emptying. It follows that every call must need something from every rank: broadcast therefore sends from all ranks.
-//
 // The number of the call is kept on the device, so that a captured CUDA graph can be replayed any number of times; all
 // ranks make the same calls with the same sizes in the same order. Nothing waits for other blocks of its own grid.
-#include <type_traits>
-
-#include "minisgl/common.cuh"
+#include "minisgl/peer.cuh"
 
 namespace minisgl {
 namespace {
-
-constexpr int kMaxRanks = 8;
-constexpr int kMaxBlocks = 128;
-constexpr int kMaxThreads = 512;
-// Two negative zeros in bf16 and fp16, a negligible subnormal in fp32, and not a token id: sent as zero.
-constexpr uint32_t kEmpty = 0x80008000u;
-constexpr int64_t kHeaderBytes = 16 << 10;
-
-struct Header {
-  alignas(128) uint32_t calls;         // finished by this rank, all-reduces and broadcasts
-  alignas(128) uint32_t gathers;       // finished by this rank
-  alignas(128) uint32_t blocks_done;   // of the kernel that runs now
-  alignas(128) uint32_t ready[kMaxBlocks];             // by rank 0: the gather that it is ready for
-  alignas(128) uint32_t sent[kMaxBlocks][kMaxRanks];   // on rank 0: the gather whose rows that rank has written
-};
-static_assert(sizeof(Header) <= kHeaderBytes);
-
-struct Group {
-  int rank;
-  int size;
-  int64_t half_packets;        // 16-byte packets in one half
-  uint64_t timeout_ns;         // a peer that is silent for that long is dead
-  char* regions[kMaxRanks];    // of every rank, as mapped into this process
-  char* gathered;              // rank 0's buffer for `gather`, as mapped into this process
-  int64_t gathered_bytes;
-
-  __device__ Header* header(int owner) const { return reinterpret_cast<Header*>(regions[owner]); }
-  __device__ uint4* slots(int owner, uint32_t call) const {
-    return reinterpret_cast<uint4*>(regions[owner] + kHeaderBytes) + (call & 1) * half_packets;
-  }
-};
-
-// No "memory" clobbers: what is sent and received passes through registers, and volatile keeps these in order.
-__device__ __forceinline__ void put(uint4* slot, uint4 packet) {
-  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(slot), "r"(packet.x), "r"(packet.y),
-               "r"(packet.z), "r"(packet.w));
-}
-
-__device__ __forceinline__ uint4 peek(const uint4* slot) {
-  uint4 packet;
-  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(packet.x), "=r"(packet.y), "=r"(packet.z), "=r"(packet.w)
-               : "l"(slot));
-  return packet;
-}
-
-__device__ __forceinline__ bool is_full(uint4 packet) {
-  return packet.x != kEmpty && packet.y != kEmpty && packet.z != kEmpty && packet.w != kEmpty;
-}
-
-__device__ __forceinline__ uint4 without_empty(uint4 packet) {
-  packet.x = packet.x == kEmpty ? 0 : packet.x;
-  packet.y = packet.y == kEmpty ? 0 : packet.y;
-  packet.z = packet.z == kEmpty ? 0 : packet.z;
-  packet.w = packet.w == kEmpty ? 0 : packet.w;
-  return packet;
-}
-
-// Ends the process's CUDA context after `timeout_ns` of polling: its rank fails, and the supervisor sees it.
-struct Watchdog {
-  uint32_t polls = 0;
-  uint64_t start = 0;
-
-  __device__ __forceinline__ void poll(uint64_t timeout_ns) {
-    if ((++polls & 4095) != 0) return;
-    uint64_t now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    if (start == 0) start = now;
-    if (now - start > timeout_ns) __trap();
-  }
-};
-
-// packets[r] = what rank r put into slot[r * stride], which is empty afterwards; packets[rank] is left alone.
-template <int kRanks>
-__device__ __forceinline__ void receive(uint4 (&packets)[kRanks], uint4* slot, uint32_t stride, const Group& group) {
-  Watchdog watchdog;
-  while (true) {
-    bool full = true;
-#pragma unroll
-    for (int r = 0; r < kRanks; ++r) {
-      if (r != group.rank) packets[r] = peek(slot + static_cast<int64_t>(r) * stride);
-    }
-#pragma unroll
-    for (int r = 0; r < kRanks; ++r) {
-      if (r != group.rank) full = full && is_full(packets[r]);
-    }
-    if (full) break;
-    watchdog.poll(group.timeout_ns);
-  }
-#pragma unroll
-  for (int r = 0; r < kRanks; ++r) {
-    if (r != group.rank) put(slot + static_cast<int64_t>(r) * stride, make_uint4(kEmpty, kEmpty, kEmpty, kEmpty));
-  }
-}
-
-// Packet `index` of x: [n], zeros beyond its end; a null `x` is all zeros.
-template <typename T>
-__device__ __forceinline__ uint4 load_packet(const T* x, uint32_t index, uint32_t n) {
-  constexpr uint32_t kElements = 16 / sizeof(T);
-  const uint32_t begin = index * kElements;
-  uint4 packet = make_uint4(0, 0, 0, 0);
-  if (x == nullptr || begin >= n) return packet;
-  if (begin + kElements <= n) {
-    packet = *reinterpret_cast<const uint4*>(x + begin);
-  } else {
-    T* elements = reinterpret_cast<T*>(&packet);
-#pragma unroll
-    for (uint32_t e = 0; e < kElements; ++e) {
-      if (begin + e < n) elements[e] = x[begin + e];
-    }
-  }
-  return without_empty(packet);
-}
-
-template <typename T>
-__device__ __forceinline__ void store_packet(T* x, uint32_t index, uint32_t n, uint4 packet) {
-  constexpr uint32_t kElements = 16 / sizeof(T);
-  const uint32_t begin = index * kElements;
-  if (begin + kElements <= n) {
-    *reinterpret_cast<uint4*>(x + begin) = packet;
-  } else {
-    const T* elements = reinterpret_cast<const T*>(&packet);
-#pragma unroll
-    for (uint32_t e = 0; e < kElements; ++e) {
-      if (begin + e < n) x[begin + e] = elements[e];
-    }
-  }
-}
 
 // The sum in the order of ranks, in fp32 (int32 for integers), rounded once: the same bits wherever it is computed.
 template <typename T, int kRanks>
@@ -260,20 +118,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   finish(header, &header->calls, call);
 }
 
-__device__ __forceinline__ void wait_for(const uint32_t* flag, uint32_t call, uint64_t timeout_ns) {
-  Watchdog watchdog;
-  while (true) {
-    uint32_t seen;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
-    if (static_cast<int32_t>(seen - call) >= 0) return;
-    watchdog.poll(timeout_ns);
-  }
-}
-
-__device__ __forceinline__ void signal(uint32_t* flag, uint32_t call) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(call) : "memory");
-}
-
 // x: [rows, row_packets] of every rank → rank 0's buffer [rows, size * row_packets]. Rank 0 first says that it no
 // longer reads the previous content, which is so once its own kernel has passed pdl_wait; each block has its own flags.
 __global__ void __launch_bounds__(kMaxThreads)
@@ -382,6 +226,7 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 Message message(const TensorView& x, const TensorView& out) {
   MINISGL_CHECK(x.IsContiguous() && out.IsContiguous() && x.numel() == out.numel() && x.numel() > 0);
   MINISGL_CHECK(x.dtype().code == out.dtype().code && x.dtype().bits == out.dtype().bits);
+  MINISGL_CHECK(is_int32(x) || x.numel() * (x.dtype().bits / 8) % 16 == 0) << "a multiple of 16 bytes";
   MINISGL_CHECK(is_aligned(x.data_ptr()) && is_aligned(out.data_ptr())) << "16-byte alignment";
   const int64_t bytes = x.numel() * (x.dtype().bits / 8);
   return {x.data_ptr(), out.data_ptr(), x.numel(), (bytes + 15) / 16};
@@ -447,7 +292,7 @@ int64_t create_group(int64_t rank, TensorView regions, int64_t half_bytes, int64
 
 void destroy_group(int64_t group) { delete reinterpret_cast<Group*>(group); }
 
-// x, out: contiguous, 16-byte aligned, bf16, fp16, fp32 or int32; may be the same. max_blocks 0: as many as pay.
+// x, out: contiguous, 16-byte aligned; bf16, fp16 or fp32 of a multiple of 16 bytes, or int32; may be the same. max_blocks 0: as many as pay.
 void all_reduce(int64_t handle, TensorView x, TensorView out, bool two_shot, int64_t max_blocks) {
   const Group& group = *reinterpret_cast<const Group*>(handle);
   const DeviceGuard guard(x);

@@ -1,0 +1,105 @@
+"""Decode attention by the kernels of `kernel/csrc/src/attention_decode.cu`. Prefill is left to another backend."""
+
+from __future__ import annotations
+
+import torch
+
+from minisgl.attention.base import PagedBatch
+from minisgl.attention.paged import AttentionShape
+from minisgl.errors import ConfigError
+from minisgl.kernel.jit import load_kernel
+
+Tensor = torch.Tensor
+
+MAX_CLUSTER = 16  # blocks; what Hopper allows
+CLUSTER_BLOCKS_PER_SM = 2  # up to this many, clusters beat the stream kernel
+MIN_COUNTERS = 1024  # sequences; a captured batch may be padded past max_running_requests
+_DTYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
+
+
+def check_shape(shape: AttentionShape, capability: tuple[int, int]) -> None:
+    """Raises: ConfigError when the kernels cannot serve this shape on a GPU of this compute capability."""
+    group, rest = divmod(shape.num_qo_heads, shape.num_kv_heads)
+    problem = None
+    if capability[0] != 9:
+        problem = f"needs a Hopper GPU (compute capability 9.0), this one has {capability[0]}.{capability[1]}"
+    elif shape.dtype not in _DTYPES:
+        problem = f"computes in bfloat16 or float16, not {str(shape.dtype).removeprefix('torch.')}"
+    elif shape.head_dim not in (64, 128):
+        problem = f"serves a head_dim of 64 or 128, not {shape.head_dim}"
+    elif rest or not 1 <= group <= 16:
+        problem = f"serves 1 to 16 query heads per KV head, not {shape.num_qo_heads}/{shape.num_kv_heads}"
+    if problem:
+        raise ConfigError(f"--attention-backend cuda {problem}; use triton")
+
+
+def cluster_size(num_seqs: int, num_kv_heads: int, num_sms: int) -> int:
+    """Blocks that share a sequence's KV head, or 0: there are sequences enough for the stream kernel."""
+    limit = CLUSTER_BLOCKS_PER_SM * num_sms // max(1, num_seqs * num_kv_heads)
+    return min(MAX_CLUSTER, 1 << (limit.bit_length() - 1)) if limit else 0
+
+
+class CudaBackend:
+    """Decode for one shape. The kernels are compiled on first use; workspaces live as long as the backend, and serve
+    one launch at a time."""
+
+    def __init__(self, shape: AttentionShape, device: torch.device) -> None:
+        capability = torch.cuda.get_device_capability(device)
+        check_shape(shape, capability)
+        self._shape = shape
+        self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        group = shape.num_qo_heads // shape.num_kv_heads
+        defines: dict[str, int | str] = {
+            "ATTN_DTYPE": _DTYPES[shape.dtype],
+            "ATTN_HEAD_DIM": shape.head_dim,
+            "ATTN_NUM_KV": shape.num_kv_heads,
+            "ATTN_GROUP": group,
+        }
+        self._kernel = load_kernel("attention_decode", capability, defines)
+        with torch.cuda.device(device):
+            self._kernel.attention_decode_prepare()
+        # Two partial results per block of at most 8 KV heads: head_dim sums, a maximum and a sum of weights per query.
+        num_partial = 2 * max(self._num_sms, shape.num_kv_heads) * min(8, shape.num_kv_heads) * group
+        self._partial = torch.empty(num_partial * (shape.head_dim + 2), dtype=torch.float32, device=device)
+        num_counters = shape.num_kv_heads * max(shape.max_running_requests, MIN_COUNTERS)
+        self._counters = torch.zeros(num_counters, dtype=torch.int32, device=device)
+
+    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: PagedBatch) -> Tensor:
+        """q: [n, num_qo_heads, head_dim], perhaps strided between tokens; caches: [num_slots, num_kv_heads, head_dim];
+        window: tokens that a position sees, itself included → [n, num_qo_heads, head_dim], contiguous."""
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        cluster = cluster_size(q.shape[0], self._shape.num_kv_heads, self._num_sms)
+        # A captured graph begins when all before it is done, and nothing in it writes the page table, the lengths or
+        # older tokens. Launched one by one, the kernel may overlap one that does.
+        early = torch.cuda.is_current_stream_capturing()
+        self.launch(q, k_cache, v_cache, window, batch, out, cluster, early)
+        return out
+
+    def launch(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        window: int | None,
+        batch: PagedBatch,
+        out: Tensor,
+        cluster: int,
+        early: bool,
+    ) -> None:
+        """`decode` with the choices made: `cluster` as from `cluster_size`; `early`: see the kernel."""
+        self._kernel.attention_decode(
+            q,
+            k_cache,
+            v_cache,
+            batch.page_table,
+            batch.rows,
+            batch.seq_lens,
+            out,
+            self._partial,
+            self._counters,
+            batch.page_size,
+            window or 0,
+            cluster,
+            self._num_sms,
+            early,
+        )

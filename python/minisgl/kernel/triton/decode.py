@@ -1,0 +1,239 @@
+"""Attention of one query token per sequence over the paged cache: each sequence's keys are split among programs.
+
+Partial softmaxes are merged by their log-sum-exp (Flash-Decoding, and FlashAttention, arXiv 2205.14135, section 3.1).
+The number of splits is fixed by the host, what each reads is computed on the device from the sequence's length: a CUDA
+graph that holds the launch serves any lengths. A split without keys ends at once.
+"""
+# mypy: allow-untyped-decorators, disable-error-code="import-not-found, no-untyped-def"
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from minisgl.kernel.triton.prefill import PagedSequences
+
+MAX_SPLITS = 64
+MERGE_STEP = 8  # splits that the merge loads at once
+WAVES = 4  # programs per multiprocessor to aim for
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """block_n: keys that a program loads at once."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# What `benchmark/kernels/attention_prefill.py` sweeps.
+VARIANTS = (
+    DecodeConfig(64, 4, 3),
+    DecodeConfig(64, 4, 4),
+    DecodeConfig(64, 2, 3),
+    DecodeConfig(128, 4, 3),
+    DecodeConfig(128, 8, 3),
+    DecodeConfig(32, 2, 4),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Partials:
+    """Workspace of the splits, float32, of as many elements at least. acc: [batch * heads * splits * head_dim];
+    lse: [batch * heads * splits], base 2."""
+
+    acc: torch.Tensor
+    lse: torch.Tensor
+
+
+def decode_config(dtype: torch.dtype, head_dim: int) -> DecodeConfig:
+    """At most 64 KB of shared memory, which every GPU since 8.0 has."""
+    if dtype == torch.float32:
+        return DecodeConfig(32, 4, 1)
+    return DecodeConfig(32 if head_dim > 128 else 64, 4, 3)
+
+
+def num_splits(batch_size: int, num_kv_heads: int, max_seq_len: int, block_n: int, num_sms: int) -> int:
+    """Enough programs for the chip, each with two blocks of keys at least; 1 where the batch alone fills it."""
+    wanted = round(WAVES * num_sms / (batch_size * num_kv_heads))
+    return max(1, min(wanted, -(-max_seq_len // (2 * block_n)), MAX_SPLITS))
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    acc_ptr,
+    lse_ptr,
+    page_table_ptr,
+    rows_ptr,
+    seq_lens_ptr,
+    scale,
+    window,
+    q_stride,
+    kv_stride,
+    table_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (sequence, KV head, split): the group's query heads, padded to BLOCK_G rows of the dot products."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    pages_ptr = page_table_ptr + tl.load(rows_ptr + seq).to(tl.int64) * table_stride
+    low = tl.maximum(seq_len - window, 0) if HAS_WINDOW else seq_len * 0
+    first_block = low // BLOCK_N
+    num_blocks = (seq_len + BLOCK_N - 1) // BLOCK_N - first_block
+    per_split = (num_blocks + SPLITS - 1) // SPLITS
+    begin = (first_block + split * per_split) * BLOCK_N
+    end = tl.minimum(begin + per_split * BLOCK_N, seq_len)
+
+    rows = tl.arange(0, BLOCK_G)
+    dims = tl.arange(0, BLOCK_D)
+    offsets = tl.arange(0, BLOCK_N)
+    head = kv_head * GROUP + rows
+    valid = (rows < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    q_at = seq.to(tl.int64) * q_stride + (head * HEAD_DIM)[:, None] + dims[None, :]
+    q = tl.load(q_ptr + q_at, mask=valid, other=0.0)
+    k_ptr += kv_head * HEAD_DIM
+    v_ptr += kv_head * HEAD_DIM
+    m = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    denom = tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    for start in tl.range(begin, end, BLOCK_N):
+        pos = start + offsets
+        seen = (pos >= low) & (pos < end)
+        if PAGE_SIZE % BLOCK_N == 0:
+            page = tl.load(pages_ptr + start // PAGE_SIZE).to(tl.int64)
+            at = (page * PAGE_SIZE + start % PAGE_SIZE) * kv_stride + (offsets[:, None] * kv_stride + dims[None, :])
+        else:
+            page = tl.load(pages_ptr + pos // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
+            at = ((page * PAGE_SIZE + pos % PAGE_SIZE) * kv_stride)[:, None] + dims[None, :]
+        loaded = seen[:, None]
+        if HEAD_DIM != BLOCK_D:
+            loaded = loaded & (dims < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + at, mask=loaded, other=0.0)
+        v = tl.load(v_ptr + at, mask=loaded, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        s = tl.where(seen[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))  # finite: every block holds a key that is seen
+        p = tl.exp2(s - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        denom = denom * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+    acc = acc / tl.where(denom == 0.0, 1.0, denom)[:, None]
+    index = (seq * (NUM_KV_HEADS * GROUP) + head).to(tl.int64)  # of (sequence, query head)
+    if SPLITS == 1:
+        out_at = (index * HEAD_DIM)[:, None] + dims[None, :]
+        tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=valid)
+    else:
+        part = index * SPLITS + split
+        tl.store(lse_ptr + part, tl.where(denom == 0.0, float("-inf"), m + tl.log2(denom)), mask=rows < GROUP)
+        tl.store(acc_ptr + (part * HEAD_DIM)[:, None] + dims[None, :], acc, mask=valid & (begin < end))
+
+
+@triton.jit
+def _merge_kernel(
+    acc_ptr,
+    lse_ptr,
+    out_ptr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    STEP: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (sequence, query head): the mean of its partial results, weighted by exp2(lse)."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    index = tl.program_id(0).to(tl.int64)
+    all_splits = tl.arange(0, BLOCK_S)
+    lse = tl.load(lse_ptr + index * SPLITS + all_splits, mask=all_splits < SPLITS, other=float("-inf"))
+    top = tl.max(lse, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2(lse - top), 0)
+    dims = tl.arange(0, BLOCK_D)
+    out = tl.zeros((BLOCK_D,), tl.float32)
+    for first in tl.static_range(0, SPLITS, STEP):
+        split = first + tl.arange(0, STEP)
+        part = index * SPLITS + split
+        weight = tl.exp2(tl.load(lse_ptr + part, mask=split < SPLITS, other=float("-inf")) - top)
+        used = (weight > 0.0)[:, None] & (dims < HEAD_DIM)[None, :]  # a split without keys has written nothing
+        acc = tl.load(acc_ptr + (part * HEAD_DIM)[:, None] + dims[None, :], mask=used, other=0.0)
+        out += tl.sum(acc * weight[:, None], 0)
+    out = out / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + index * HEAD_DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    seqs: PagedSequences,
+    window: int | None,
+    splits: int,
+    partials: Partials,
+    config: DecodeConfig,
+    pdl: bool,
+) -> torch.Tensor:
+    """Attention of each sequence's only query to its last `window` keys; zeros where a sequence has none.
+
+    q: [batch, num_qo_heads, head_dim], any stride between tokens; caches: [num_slots, num_kv_heads, head_dim],
+    contiguous → [batch, num_qo_heads, head_dim].
+    """
+    batch, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[1]
+    group, block_d = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
+    assert q.stride()[1:] == (head_dim, 1)
+    assert k_cache.is_contiguous()
+    assert v_cache.is_contiguous()
+    assert splits == 1 or batch * num_heads * splits <= partials.lse.numel()
+    out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    launch = {"launch_pdl": True} if pdl else {}
+    _decode_kernel[(num_kv_heads, batch, splits)](
+        q, k_cache, v_cache, out, partials.acc, partials.lse, seqs.page_table, seqs.rows, seqs.seq_lens,
+        head_dim**-0.5 * math.log2(math.e), window or 0,
+        q.stride(0), k_cache.stride(0), seqs.page_table.stride(0),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_G=max(16, triton.next_power_of_2(group)),
+        BLOCK_D=block_d,
+        BLOCK_N=config.block_n,
+        PAGE_SIZE=seqs.page_size,
+        SPLITS=splits,
+        HAS_WINDOW=window is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PDL=pdl,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch,
+    )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[(batch * num_heads,)](
+            partials.acc, partials.lse, out, head_dim, block_d, splits, triton.next_power_of_2(splits), MERGE_STEP,
+            pdl, num_warps=2 if head_dim <= 128 else 4, **launch,
+        )  # fmt: skip
+    return out

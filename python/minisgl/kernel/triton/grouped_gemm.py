@@ -1,0 +1,346 @@
+"""Mixture of experts: route tokens, sort (token, choice) pairs by expert, two grouped GEMMs, sum over the choices.
+
+Nothing waits for the device. Grids are upper bounds that follow from shapes alone, so every launch can be captured in a
+CUDA graph: `num_pairs` pairs over `num_experts` experts need at most `num_pairs // block_m + min(num_pairs,
+num_experts)` blocks of `block_m` rows, since each expert that is hit leaves one block partly filled at most. Pairs of
+one expert keep their order and choices are summed in order: results do not depend on timing.
+
+A pair is numbered token * top_k + choice.
+"""
+# mypy: allow-untyped-decorators, disable-error-code="import-not-found, no-untyped-def"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+SCAN = 1024  # pairs that a sorting program looks at together
+
+
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    """block_m: pairs of one expert; block_n: output features; block_k: input features."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoeConfig:
+    """Both GEMMs share block_m: it is what pairs are sorted into."""
+
+    gate_up: GemmConfig
+    down: GemmConfig
+
+
+@dataclass(frozen=True, slots=True)
+class SortedPairs:
+    """int32 on the device. order: [num_pairs], pairs by expert; blocks: [max_blocks, 3]: expert, first and end index
+    into `order`, first == end where there is no block."""
+
+    order: torch.Tensor
+    blocks: torch.Tensor
+
+
+def moe_config(num_pairs: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> MoeConfig:
+    """By how many pairs an expert gets on average: few are bound by reading weights, many by the tensor cores."""
+    if dtype == torch.float32:
+        config = GemmConfig(16, 32, 32, 4, 1)
+        return MoeConfig(config, config)
+    per_expert = num_pairs / num_experts
+    large = capability in ((8, 0), (9, 0), (10, 0))  # 163 KB of shared memory and more
+    if per_expert <= 12:
+        stages = 4 if large else 3
+        return MoeConfig(GemmConfig(16, 64, 128, 4, 3 if large else 2), GemmConfig(16, 64, 128, 4, stages))
+    if per_expert <= 48:
+        stages = 4 if large else 2
+        return MoeConfig(GemmConfig(32, 64, 64, 4, stages), GemmConfig(32, 128, 64, 4, stages))
+    if per_expert <= 256 or not large:
+        return MoeConfig(GemmConfig(64, 64, 64, 4, 3), GemmConfig(64, 128, 64, 4, 3))
+    return MoeConfig(GemmConfig(128, 64, 64, 8, 3), GemmConfig(128, 128, 64, 8, 3))
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr, weights_ptr, experts_ptr, stride, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, TOP_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, RENORMALIZE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (token). Equal probabilities: the lower expert first."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, BLOCK_E)
+    real = expert < NUM_EXPERTS
+    logits = tl.load(logits_ptr + token * stride + expert, mask=real, other=float("-inf")).to(tl.float32)
+    exp = tl.exp(logits - tl.max(logits, 0))
+    left = tl.where(real, exp / tl.sum(exp, 0), -1.0)
+    left = tl.where(real & (left != left), 0.0, left)  # NaN logits must still name experts that exist
+    choice = tl.arange(0, BLOCK_K)
+    weights = tl.zeros((BLOCK_K,), tl.float32)
+    experts = tl.zeros((BLOCK_K,), tl.int32)
+    for i in tl.static_range(TOP_K):
+        best = tl.max(left, 0)
+        chosen = tl.min(tl.where(left == best, expert, BLOCK_E), 0)
+        weights = tl.where(choice == i, best, weights)
+        experts = tl.where(choice == i, chosen, experts)
+        left = tl.where(expert == chosen, -1.0, left)
+    if RENORMALIZE:
+        weights = weights / tl.sum(weights, 0)
+    at = token * TOP_K + choice
+    tl.store(weights_ptr + at, weights, mask=choice < TOP_K)
+    tl.store(experts_ptr + at, experts, mask=choice < TOP_K)
+
+
+@triton.jit
+def _count_kernel(experts_ptr, counts_ptr, num_pairs, SCAN: tl.constexpr, PDL: tl.constexpr):
+    """Program (expert): how many pairs chose it."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.program_id(0)
+    offsets = tl.arange(0, SCAN)
+    total = tl.zeros((SCAN,), tl.int32)
+    for start in tl.range(0, num_pairs, SCAN):
+        pair = start + offsets
+        total += (tl.load(experts_ptr + pair, mask=pair < num_pairs, other=-1) == expert).to(tl.int32)
+    tl.store(counts_ptr + expert, tl.sum(total, 0))
+
+
+@triton.jit
+def _sort_kernel(
+    experts_ptr, counts_ptr, order_ptr, blocks_ptr, num_pairs, max_blocks, NUM_EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, SCAN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (expert): its part of `order` and of `blocks`. The last one marks the blocks that nobody needs."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.program_id(0)
+    ids = tl.arange(0, BLOCK_E)
+    counts = tl.load(counts_ptr + ids, mask=ids < NUM_EXPERTS, other=0)
+    before = ids < expert
+    num_blocks = (counts + BLOCK_M - 1) // BLOCK_M
+    first = tl.sum(tl.where(before, counts, 0), 0)
+    first_block = tl.sum(tl.where(before, num_blocks, 0), 0)
+    count = tl.sum(tl.where(ids == expert, counts, 0), 0)
+    end = first + count
+    end_block = first_block + (count + BLOCK_M - 1) // BLOCK_M
+    for block in tl.range(first_block, end_block):
+        begin = first + (block - first_block) * BLOCK_M
+        tl.store(blocks_ptr + block * 3, expert)
+        tl.store(blocks_ptr + block * 3 + 1, begin)
+        tl.store(blocks_ptr + block * 3 + 2, tl.minimum(begin + BLOCK_M, end))
+    if expert == NUM_EXPERTS - 1:
+        for block in tl.range(end_block, max_blocks):
+            tl.store(blocks_ptr + block * 3, 0)
+            tl.store(blocks_ptr + block * 3 + 1, 0)
+            tl.store(blocks_ptr + block * 3 + 2, 0)
+    if count > 0:
+        offsets = tl.arange(0, SCAN)
+        at = first
+        for start in tl.range(0, num_pairs, SCAN):
+            pair = start + offsets
+            mine = tl.load(experts_ptr + pair, mask=pair < num_pairs, other=-1) == expert
+            rank = tl.cumsum(mine.to(tl.int32), 0)
+            tl.store(order_ptr + at + rank - 1, pair, mask=mine)
+            at += tl.sum(mine.to(tl.int32), 0)
+
+
+@triton.jit
+def _gate_up_kernel(
+    x_ptr, w_ptr, out_ptr, order_ptr, blocks_ptr, x_stride, HIDDEN: tl.constexpr, INNER: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (features, block): silu(x @ gate.T) * (x @ up.T) of the block's pairs → out [num_pairs, INNER], sorted.
+
+    w: [experts, 2 * INNER, HIDDEN], gate's rows first.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    block_ptr = blocks_ptr + tl.program_id(1) * 3
+    expert, first, end = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
+    if first < end:
+        row = first + tl.arange(0, BLOCK_M)
+        feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        row_ok, feature_ok = (row < end)[:, None], (feature < INNER)[None, :]
+        token = tl.load(order_ptr + row, mask=row < end, other=0).to(tl.int64) // TOP_K
+        x_ptrs = x_ptr + (token * x_stride)[:, None] + k[None, :]
+        gate_ptrs = w_ptr + expert.to(tl.int64) * (2 * INNER * HIDDEN) + feature[None, :] * HIDDEN + k[:, None]
+        up_ptrs = gate_ptrs + INNER * HIDDEN
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in tl.range(0, HIDDEN, BLOCK_K):
+            x_ok, w_ok = row_ok, feature_ok
+            if HIDDEN % BLOCK_K != 0:
+                x_ok = x_ok & (start + k < HIDDEN)[None, :]
+                w_ok = w_ok & (start + k < HIDDEN)[:, None]
+            x = tl.load(x_ptrs + start, mask=x_ok, other=0.0)
+            if INNER % BLOCK_N == 0 and HIDDEN % BLOCK_K == 0:
+                w_gate, w_up = tl.load(gate_ptrs + start), tl.load(up_ptrs + start)
+            else:
+                w_gate = tl.load(gate_ptrs + start, mask=w_ok, other=0.0)
+                w_up = tl.load(up_ptrs + start, mask=w_ok, other=0.0)
+            gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
+            up = tl.dot(x, w_up, up, input_precision=PRECISION)
+        hidden = gate / (1.0 + tl.exp(-gate)) * up
+        at = row.to(tl.int64)[:, None] * INNER + feature[None, :]
+        tl.store(out_ptr + at, hidden.to(out_ptr.dtype.element_ty), mask=row_ok & feature_ok)
+
+
+@triton.jit
+def _down_kernel(
+    x_ptr, w_ptr, weights_ptr, out_ptr, order_ptr, blocks_ptr, HIDDEN: tl.constexpr, INNER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (features, block): weight * (x @ w.T) of sorted rows x [num_pairs, INNER] → out [num_pairs, HIDDEN], by
+    pair. w: [experts, HIDDEN, INNER]."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    block_ptr = blocks_ptr + tl.program_id(1) * 3
+    expert, first, end = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
+    if first < end:
+        row = first + tl.arange(0, BLOCK_M)
+        feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        row_ok, feature_ok = (row < end)[:, None], (feature < HIDDEN)[None, :]
+        pair = tl.load(order_ptr + row, mask=row < end, other=0)
+        weight = tl.load(weights_ptr + pair, mask=row < end, other=0.0)
+        x_ptrs = x_ptr + row.to(tl.int64)[:, None] * INNER + k[None, :]
+        w_ptrs = w_ptr + expert.to(tl.int64) * (HIDDEN * INNER) + feature[None, :] * INNER + k[:, None]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in tl.range(0, INNER, BLOCK_K):
+            x_ok, w_ok = row_ok, feature_ok
+            if INNER % BLOCK_K != 0:
+                x_ok = x_ok & (start + k < INNER)[None, :]
+                w_ok = w_ok & (start + k < INNER)[:, None]
+            x = tl.load(x_ptrs + start, mask=x_ok, other=0.0)
+            if HIDDEN % BLOCK_N == 0 and INNER % BLOCK_K == 0:
+                w = tl.load(w_ptrs + start)
+            else:
+                w = tl.load(w_ptrs + start, mask=w_ok, other=0.0)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        at = pair.to(tl.int64)[:, None] * HIDDEN + feature[None, :]
+        tl.store(out_ptr + at, (acc * weight[:, None]).to(out_ptr.dtype.element_ty), mask=row_ok & feature_ok)
+
+
+@triton.jit
+def _sum_kernel(
+    x_ptr, out_ptr, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """Program (token, features): the sum of the token's pairs."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(TOP_K):
+        x = tl.load(x_ptr + (token * TOP_K + i) * HIDDEN + feature, mask=feature < HIDDEN, other=0.0)
+        total += x.to(tl.float32)
+    tl.store(out_ptr + token * HIDDEN + feature, total.to(out_ptr.dtype.element_ty), mask=feature < HIDDEN)
+
+
+def route(
+    router_logits: torch.Tensor, top_k: int, renormalize: bool, pdl: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """router_logits: [num_tokens, num_experts] → weights, float32, and experts, int32, of each token's most probable
+    experts: [num_tokens, top_k]; with `renormalize` a token's weights add up to 1."""
+    num_tokens, num_experts = router_logits.shape
+    assert router_logits.stride(1) == 1
+    assert 0 < top_k <= num_experts
+    weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=router_logits.device)
+    experts = torch.empty((num_tokens, top_k), dtype=torch.int32, device=router_logits.device)
+    _route_kernel[(num_tokens,)](
+        router_logits, weights, experts, router_logits.stride(0), num_experts, triton.next_power_of_2(num_experts),
+        top_k, triton.next_power_of_2(top_k), renormalize, pdl, num_warps=1, **_launch(pdl),
+    )  # fmt: skip
+    return weights, experts
+
+
+def sort_pairs(experts: torch.Tensor, num_experts: int, block_m: int, pdl: bool = False) -> SortedPairs:
+    """experts: [num_tokens, top_k] int32."""
+    num_pairs, device = experts.numel(), experts.device
+    max_blocks = num_pairs // block_m + min(num_pairs, num_experts)
+    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
+    result = SortedPairs(
+        torch.empty(num_pairs, dtype=torch.int32, device=device),
+        torch.empty((max_blocks, 3), dtype=torch.int32, device=device),
+    )
+    _count_kernel[(num_experts,)](experts, counts, num_pairs, SCAN, pdl, num_warps=4, **_launch(pdl))
+    _sort_kernel[(num_experts,)](
+        experts, counts, result.order, result.blocks, num_pairs, max_blocks, num_experts,
+        triton.next_power_of_2(num_experts), block_m, SCAN, pdl, num_warps=4, **_launch(pdl),
+    )  # fmt: skip
+    return result
+
+
+def fused_moe(
+    x: torch.Tensor,
+    router_logits: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    top_k: int,
+    renormalize: bool,
+    config: MoeConfig | None = None,
+) -> torch.Tensor:
+    """Each token's `top_k` most probable experts' gated MLPs, weighted by their probabilities.
+
+    x: [num_tokens, hidden]; router_logits: [num_tokens, num_experts]; gate_up: [num_experts, 2 * inner, hidden], gate's
+    rows first; down: [num_experts, hidden, inner] → [num_tokens, hidden]. Softmax, sums and silu are in float32.
+    Temporary memory: num_tokens * top_k * (inner + hidden) elements of x's dtype.
+    """
+    num_experts, hidden, inner = down.shape
+    num_tokens, capability = x.shape[0], _capability(x.device)
+    assert x.stride(1) == 1
+    assert gate_up.is_contiguous()
+    assert down.is_contiguous()
+    assert gate_up.shape == (num_experts, 2 * inner, hidden)
+    assert x.dtype == gate_up.dtype == down.dtype
+    out = torch.empty((num_tokens, hidden), dtype=x.dtype, device=x.device)
+    if not num_tokens:
+        return out
+    pdl, num_pairs = capability >= (9, 0), num_tokens * top_k
+    config = config or moe_config(num_pairs, num_experts, x.dtype, capability)
+    weights, experts = route(router_logits, top_k, renormalize, pdl)
+    pairs = sort_pairs(experts, num_experts, config.gate_up.block_m, pdl)
+    max_blocks, launch = len(pairs.blocks), _launch(pdl)
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    gated = torch.empty((num_pairs, inner), dtype=x.dtype, device=x.device)
+    scaled = torch.empty((num_pairs, hidden), dtype=x.dtype, device=x.device)
+    c = config.gate_up
+    _gate_up_kernel[(triton.cdiv(inner, c.block_n), max_blocks)](
+        x, gate_up, gated, pairs.order, pairs.blocks, x.stride(0), hidden, inner, top_k, c.block_m, c.block_n,
+        c.block_k, precision, pdl, num_warps=c.num_warps, num_stages=c.num_stages, **launch,
+    )  # fmt: skip
+    c = config.down
+    assert c.block_m == config.gate_up.block_m
+    _down_kernel[(triton.cdiv(hidden, c.block_n), max_blocks)](
+        gated, down, weights, scaled, pairs.order, pairs.blocks, hidden, inner, c.block_m, c.block_n, c.block_k,
+        precision, pdl, num_warps=c.num_warps, num_stages=c.num_stages, **launch,
+    )  # fmt: skip
+    _sum_kernel[(num_tokens, triton.cdiv(hidden, 1024))](
+        scaled, out, hidden, top_k, min(1024, triton.next_power_of_2(hidden)), pdl, num_warps=4, **launch
+    )
+    return out
+
+
+def _launch(pdl: bool) -> dict[str, bool]:
+    """Programmatic dependent launch: a kernel is set up while the one before it ends."""
+    return {"launch_pdl": True} if pdl else {}
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """(0, 0) for Triton's interpreter on the CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

@@ -1,0 +1,256 @@
+"""Causal attention of ragged prompts, or further chunks of them, over the paged cache.
+
+Online softmax over blocks of keys (FlashAttention-2, arXiv 2307.08691, section 3.1), in powers of two. The query heads
+that share a KV head are packed with the tokens into the rows of a block, row r being head r % GROUP of token
+r // GROUP: keys are read once per group, and a short chunk still fills the block.
+"""
+# mypy: allow-untyped-decorators, disable-error-code="import-not-found, no-untyped-def"
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """block_m: rows (tokens times heads of a group); block_n: keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class PagedSequences:
+    """Of a launch; int32 on the device. page_table: [rows, max pages]; rows, seq_lens: [n]; cu_q: [n + 1] offsets of
+    the sequences' tokens in q. seq_lens counts this step's tokens too, which come last."""
+
+    page_table: torch.Tensor
+    rows: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_q: torch.Tensor
+    page_size: int  # tokens
+
+
+def prefill_config(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> PrefillConfig:
+    """What fits the shared memory: 227 KB on 9.0, 163 KB on 8.0, 99 KB on 8.6 and 8.9."""
+    wide = head_dim > 128
+    if dtype == torch.float32:  # no tensor cores: registers are what is short
+        return PrefillConfig(32, 32, 8 if wide else 4, 1)
+    if capability[0] == 9 or capability == (10, 0):
+        return PrefillConfig(128, 64, 8, 2 if wide else 3)
+    if capability == (8, 0):
+        return PrefillConfig(128, 32 if wide else 64, 8, 2)
+    return PrefillConfig(64, 32 if wide else 64, 4, 2)
+
+
+def prefill_blocks(
+    starts: npt.NDArray[np.int64], num_new: npt.NDArray[np.int64], group: int, block_m: int
+) -> npt.NDArray[np.int32]:
+    """[num_blocks, 2]: sequence and first row of each block of queries; those with the most keys first, so that the
+    last to start are short."""
+    num_blocks = -(-(num_new * group) // block_m)
+    seq = np.repeat(np.arange(len(num_new)), num_blocks)
+    first = np.concatenate(([0], np.cumsum(num_blocks)))[seq]
+    row = (np.arange(len(seq)) - first) * block_m
+    last_token = np.minimum((row + block_m - 1) // group, num_new[seq] - 1)
+    order = np.argsort(-(starts[seq] + last_token), kind="stable")
+    return np.stack((seq, row), axis=1)[order].astype(np.int32)
+
+
+@triton.jit
+def _keys(
+    q,
+    m,
+    denom,
+    acc,
+    k_ptr,
+    v_ptr,
+    pages_ptr,
+    begin,
+    end,
+    q_pos,
+    seq_len,
+    scale,
+    window,
+    kv_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attends to the keys of positions [begin, end), `begin` a multiple of BLOCK_N: → m, denom, acc."""
+    dims = tl.arange(0, BLOCK_D)
+    offsets = tl.arange(0, BLOCK_N)
+    # With NaN in a row that no query may see, 0 * NaN would spoil the sum: values out of range are loaded as 0.
+    for start in tl.range(begin, end, BLOCK_N):
+        pos = start + offsets
+        if PAGE_SIZE % BLOCK_N == 0:
+            page = tl.load(pages_ptr + start // PAGE_SIZE).to(tl.int64)
+            base = (page * PAGE_SIZE + start % PAGE_SIZE) * kv_stride
+            at = base + (offsets[:, None] * kv_stride + dims[None, :])
+        else:
+            if MASKED:
+                page = tl.load(pages_ptr + pos // PAGE_SIZE, mask=pos < seq_len, other=0)
+            else:
+                page = tl.load(pages_ptr + pos // PAGE_SIZE)
+            slot = page.to(tl.int64) * PAGE_SIZE + pos % PAGE_SIZE
+            at = (slot * kv_stride)[:, None] + dims[None, :]
+        if MASKED or HEAD_DIM != BLOCK_D:
+            valid = (pos < seq_len)[:, None] & (dims < HEAD_DIM)[None, :]
+            k = tl.load(k_ptr + at, mask=valid, other=0.0)
+            v = tl.load(v_ptr + at, mask=valid, other=0.0)
+        else:
+            k = tl.load(k_ptr + at)
+            v = tl.load(v_ptr + at)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            seen = pos[None, :] <= q_pos[:, None]
+            if HAS_WINDOW:
+                seen &= pos[None, :] > q_pos[:, None] - window
+            s = tl.where(seen, s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, 1) * scale)
+            base_m = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may see nothing of this block
+        else:
+            m_new = tl.maximum(m, tl.max(s, 1) * scale)
+            base_m = m_new
+        p = tl.exp2(s * scale - base_m[:, None])
+        alpha = tl.exp2(m - base_m)
+        denom = denom * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+    return m, denom, acc
+
+
+@triton.jit
+def _prefill_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    blocks_ptr,
+    page_table_ptr,
+    rows_ptr,
+    seq_lens_ptr,
+    cu_q_ptr,
+    scale,
+    window,
+    q_stride,
+    out_stride,
+    kv_stride,
+    table_stride,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (block, KV head). Strides in elements; a head is contiguous. scale: of the scores, times log2(e)."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    kv_head = tl.program_id(0)
+    seq = tl.load(blocks_ptr + tl.program_id(1) * 2)
+    first_row = tl.load(blocks_ptr + tl.program_id(1) * 2 + 1)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    first_token = tl.load(cu_q_ptr + seq)
+    q_len = tl.load(cu_q_ptr + seq + 1) - first_token
+    pages_ptr = page_table_ptr + tl.load(rows_ptr + seq).to(tl.int64) * table_stride
+
+    row = first_row + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    token, head = row // GROUP, kv_head * GROUP + row % GROUP
+    valid = (token < q_len)[:, None] & (dims < HEAD_DIM)[None, :]
+    token_at = (first_token + token).to(tl.int64)
+    q_at = (token_at * q_stride + head * HEAD_DIM)[:, None] + dims[None, :]
+    q = tl.load(q_ptr + q_at, mask=valid, other=0.0)
+    q_pos = seq_len - q_len + token
+    k_ptr += kv_head * HEAD_DIM
+    v_ptr += kv_head * HEAD_DIM
+
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    denom = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    # Blocks of keys: [low, left) the window's edge, [left, diagonal) seen by every row, [diagonal, end) the diagonal.
+    first_pos = seq_len - q_len + first_row // GROUP
+    last_pos = tl.minimum(seq_len - q_len + (first_row + BLOCK_M - 1) // GROUP, seq_len - 1)
+    end = last_pos + 1
+    low = first_pos * 0
+    diagonal = (first_pos + 1) // BLOCK_N * BLOCK_N
+    if HAS_WINDOW:
+        low = tl.maximum(first_pos + 1 - window, 0) // BLOCK_N * BLOCK_N
+        diagonal = tl.maximum(diagonal, low)
+        left = tl.maximum(last_pos + 1 - window, 0)
+        left = tl.minimum((left + BLOCK_N - 1) // BLOCK_N * BLOCK_N, diagonal)
+        m, denom, acc = _keys(
+            q, m, denom, acc, k_ptr, v_ptr, pages_ptr, low, left, q_pos, seq_len, scale, window, kv_stride,
+            HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, True, PRECISION,
+        )  # fmt: skip
+        low = left
+    m, denom, acc = _keys(
+        q, m, denom, acc, k_ptr, v_ptr, pages_ptr, low, diagonal, q_pos, seq_len, scale, window, kv_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, False, PRECISION,
+    )  # fmt: skip
+    m, denom, acc = _keys(
+        q, m, denom, acc, k_ptr, v_ptr, pages_ptr, diagonal, end, q_pos, seq_len, scale, window, kv_stride,
+        HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, True, PRECISION,
+    )  # fmt: skip
+    out_at = (token_at * out_stride + head * HEAD_DIM)[:, None] + dims[None, :]
+    tl.store(out_ptr + out_at, (acc / denom[:, None]).to(out_ptr.dtype.element_ty), mask=valid)
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    seqs: PagedSequences,
+    blocks: torch.Tensor,
+    window: int | None,
+    config: PrefillConfig,
+    pdl: bool,
+) -> torch.Tensor:
+    """Attention of each query to the keys up to its own position, at most `window` of them.
+
+    q: [num_tokens, num_qo_heads, head_dim], any stride between tokens; caches: [num_slots, num_kv_heads, head_dim],
+    contiguous; blocks: of `prefill_blocks`, on the device → [num_tokens, num_qo_heads, head_dim].
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[1]
+    assert q.stride()[1:] == (head_dim, 1)
+    assert k_cache.is_contiguous()
+    assert v_cache.is_contiguous()
+    out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    _prefill_kernel[(num_kv_heads, blocks.shape[0])](
+        q, k_cache, v_cache, out, blocks, seqs.page_table, seqs.rows, seqs.seq_lens, seqs.cu_q,
+        head_dim**-0.5 * math.log2(math.e), window or 0,
+        q.stride(0), out.stride(0), k_cache.stride(0), seqs.page_table.stride(0),
+        GROUP=num_heads // num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        PAGE_SIZE=seqs.page_size,
+        HAS_WINDOW=window is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PDL=pdl,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out

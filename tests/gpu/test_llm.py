@@ -1,0 +1,92 @@
+"""`LLM` on the device in fp32: greedy tokens are Hugging Face's, whatever the schedule, graphs, cache or ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minisgl import LLM, SamplingParams
+from minisgl.config.args import ServerArgs
+from tests.integration.test_llm import (
+    GREEDY,
+    NUM_TOKENS,
+    expected,
+    llm,
+    make_prompts,
+    model,
+    test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch,
+    test_bad_prompts_are_refused_before_anything_runs,
+    test_every_family_through_the_planner,
+    test_greedy_tokens_do_not_depend_on_the_schedule,
+    test_seeded_sampling_survives_retraction,
+    test_streams_can_be_read_in_turn_and_left_early,
+    with_tokenizer,
+)
+from tests.models import hf_generate, tiny_model
+
+__all__ = [
+    "expected",
+    "llm",
+    "model",
+    "test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch",
+    "test_bad_prompts_are_refused_before_anything_runs",
+    "test_every_family_through_the_planner",
+    "test_greedy_tokens_do_not_depend_on_the_schedule",
+    "test_seeded_sampling_survives_retraction",
+    "test_streams_can_be_read_in_turn_and_left_early",
+]
+
+HAS_GRAPHS = any(field.name == "cuda_graph_max_bs" for field in dataclasses.fields(ServerArgs))
+EAGER = {"cuda_graph_max_bs": 0} if HAS_GRAPHS else {}
+SEEDED = [
+    SamplingParams(1, 0.8, seed=1),
+    SamplingParams(1, 0.8, top_k=20, seed=2),
+    SamplingParams(1, 0.8, top_p=0.9, seed=3),
+    SamplingParams(1, 0.8, top_k=40, top_p=0.9, min_p=0.05, seed=4),
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"disable_overlap": True}, {"page_size": 1, "max_prefill_length": 7}, {"num_pages": 24, "page_size": 8}],
+    ids=str,
+)
+def test_eager_gives_the_tokens_of_hugging_face(
+    model: Path, expected: list[list[int]], options: dict[str, Any]
+) -> None:
+    with LLM(str(model), **EAGER, **options) as llm:
+        outputs = llm.generate(make_prompts(), GREEDY)
+    assert [output.token_ids for output in outputs] == expected
+
+
+@pytest.mark.skipif(not HAS_GRAPHS, reason="no CUDA graphs in this build")
+def test_graphs_do_not_change_sampled_tokens(model: Path) -> None:
+    params = [dataclasses.replace(SEEDED[i % 4], max_tokens=NUM_TOKENS - i, seed=i, ignore_eos=True) for i in range(16)]
+    runs = []
+    for options in ({}, EAGER, {"disable_overlap": True}, {**EAGER, "disable_overlap": True}):
+        with LLM(str(model), **options) as llm:
+            runs.append([output.token_ids for output in llm.generate(make_prompts(), params)])
+    assert runs[1:] == runs[:1] * 3
+
+
+def test_more_requests_than_a_graph_holds(model: Path, expected: list[list[int]]) -> None:
+    """Batches above and below the largest captured one, in one run."""
+    options = {"cuda_graph_max_bs": 4} if HAS_GRAPHS else {}
+    params = [dataclasses.replace(GREEDY, max_tokens=4 + 4 * i) for i in range(16)]
+    with LLM(str(model), **options) as llm:
+        outputs = llm.generate(make_prompts(), params)
+    assert [output.token_ids for output in outputs] == [ids[: 4 + 4 * i] for i, ids in enumerate(expected)]
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "llama"])
+def test_ranks_give_the_tokens_of_one(family: str, tp_size: int) -> None:
+    """With fewer KV heads than ranks for tp_size 4, and a vocabulary that no number of ranks divides."""
+    path = with_tokenizer(tiny_model(family, vocab_size=509))
+    prompts = make_prompts()[:8]
+    with LLM(str(path), tp=tp_size, max_prefill_length=33) as llm:
+        outputs = llm.generate(prompts, GREEDY)
+    assert [output.token_ids for output in outputs] == [hf_generate(path, prompt, NUM_TOKENS) for prompt in prompts]

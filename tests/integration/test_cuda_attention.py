@@ -1,0 +1,142 @@
+"""The CUDA decode backend against a definition in float32: scattered pages, lengths, windows, groups, both kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minisgl.attention.base import PagedBatch
+from minisgl.attention.paged import AttentionShape
+from minisgl.errors import ConfigError
+
+Tensor = torch.Tensor
+HOPPER = (9, 0)
+
+
+def make_shape(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> AttentionShape:
+    return AttentionShape(num_qo, num_kv, dim, dtype, page_size=1, max_running_requests=64, max_seq_len=8192)
+
+
+class Case:
+    """Sequences whose pages are scattered over a pool; slots that no token has hold NaN."""
+
+    def __init__(self, shape: AttentionShape, lens: list[int], page_size: int) -> None:
+        torch.manual_seed(len(lens) * 1000 + page_size)
+        n, width = len(lens), -(-max(lens) // page_size) + 1
+        table = torch.randperm(n * width, device="cuda").view(n, width).int()
+        rows = torch.randperm(n, device="cuda").int()
+        heads, dim = shape.num_qo_heads + 2 * shape.num_kv_heads, shape.head_dim
+        self.q = torch.randn(n, heads, dim, device="cuda").to(shape.dtype)[:, : shape.num_qo_heads]
+        size = (n * width * page_size, shape.num_kv_heads, dim)
+        self.k, self.v = (torch.full(size, float("nan"), dtype=shape.dtype, device="cuda") for _ in range(2))
+        self.slots = []
+        for row, length in zip(rows.tolist(), lens, strict=True):
+            pos = torch.arange(length, device="cuda")
+            self.slots.append(table[row].long()[pos // page_size] * page_size + pos % page_size)
+            for cache in (self.k, self.v):
+                cache[self.slots[-1]] = torch.randn(length, *size[1:], device="cuda").to(shape.dtype)
+        seq_lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
+        cu_q = torch.arange(n + 1, dtype=torch.int32, device="cuda")
+        self.batch = PagedBatch(table, rows, seq_lens, cu_q, page_size, 1, max(lens))
+
+    def reference(self, window: int | None) -> Tensor:
+        """In float32; zeros for an empty sequence."""
+        out = torch.zeros(self.q.shape, device="cuda")
+        group = self.q.shape[1] // self.k.shape[1]
+        for i, slots in enumerate(self.slots):
+            seen = slots[-window:] if window else slots
+            keys, values = (x[seen].float().repeat_interleave(group, dim=1) for x in (self.k, self.v))
+            scores = torch.einsum("hd,khd->hk", self.q[i].float(), keys) / self.q.shape[2] ** 0.5
+            out[i] = torch.einsum("hk,khd->hd", scores.softmax(-1), values)
+        return out
+
+
+def check(out: Tensor, expected: Tensor) -> None:
+    """Every (sequence, head) by itself, so that one wrong one does not hide among many; empty sequences are zero."""
+    error = (out.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)
+    assert error.isfinite().all()
+    assert error.max() < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("num_qo", "num_kv", "dim", "dtype"),
+    [
+        (16, 8, 128, torch.bfloat16),
+        (40, 8, 128, torch.bfloat16),
+        (64, 8, 128, torch.float16),
+        (16, 1, 128, torch.bfloat16),  # two tensor-core tiles of queries
+        (16, 2, 128, torch.bfloat16),
+        (32, 8, 64, torch.bfloat16),
+        (3, 3, 64, torch.float16),
+        (28, 4, 128, torch.bfloat16),
+        (32, 16, 64, torch.bfloat16),
+    ],
+)
+def test_decode(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype) -> None:
+    from minisgl.attention.cuda import CudaBackend
+
+    shape = make_shape(num_qo, num_kv, dim, dtype)
+    backend = CudaBackend(shape, torch.device("cuda", torch.cuda.current_device()))
+    batches = [[1], [1000], [5000], [0, 1, 2, 15, 16, 17, 127, 128, 129], [1, 3000, 1, 700], [63, 64, 65] * 20]
+    for page_size in (1, 7, 16):
+        for lens in batches:
+            case = Case(shape, lens, page_size)
+            for window in (None, 1, 100):
+                expected = case.reference(window)
+                for cluster in (0, 1, 2, 8, 16):
+                    for early in (False, True):
+                        out = torch.full(case.q.shape, float("nan"), dtype=dtype, device="cuda")
+                        backend.launch(case.q, case.k, case.v, window, case.batch, out, cluster, early)
+                        check(out, expected)
+                check(backend.decode(case.q, case.k, case.v, window, case.batch), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_decode_many_sequences_twice_in_a_graph() -> None:
+    """The counters of split sequences are zero again after each launch; lengths may change between replays."""
+    from minisgl.attention.cuda import CudaBackend
+
+    shape = make_shape(16, 8, 128)
+    backend = CudaBackend(shape, torch.device("cuda", torch.cuda.current_device()))
+    lens = [1 + 37 * i % 1500 for i in range(300)]
+    case = Case(shape, lens, 16)
+    backend.decode(case.q, case.k, case.v, None, case.batch)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [backend.decode(case.q, case.k, case.v, None, case.batch) for _ in range(3)]
+    for shorter in (0, 0, 1, 5):
+        case.batch.seq_lens.copy_(torch.tensor([max(1, x - shorter) for x in lens], dtype=torch.int32))
+        case.slots = [slots[: max(1, x - shorter)] for slots, x in zip(case.slots, lens, strict=True)]
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        expected = case.reference(None)
+        for out in outs:
+            check(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "capability", "word"),
+    [
+        (make_shape(16, 8, 128), (8, 0), "Hopper"),
+        (make_shape(16, 8, 128, torch.float32), HOPPER, "float32"),
+        (make_shape(16, 8, 96), HOPPER, "head_dim"),
+        (make_shape(17, 8, 128), HOPPER, "query heads"),
+        (make_shape(17, 1, 128), HOPPER, "query heads"),
+    ],
+)
+def test_shapes_that_are_refused(shape: AttentionShape, capability: tuple[int, int], word: str) -> None:
+    from minisgl.attention.cuda import check_shape
+
+    with pytest.raises(ConfigError, match=word):
+        check_shape(shape, capability)
+
+
+def test_cluster_size_fills_the_gpu_then_leaves_it_to_the_stream_kernel() -> None:
+    from minisgl.attention.cuda import cluster_size
+
+    assert [cluster_size(n, 8, 132) for n in (1, 2, 4, 16, 33, 34, 256)] == [16, 16, 8, 2, 1, 0, 0]

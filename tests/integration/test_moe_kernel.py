@@ -1,0 +1,105 @@
+"""Triton's mixture of experts against the layer's loop; on a GPU, or with TRITON_INTERPRET=1 on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minisgl.kernel.ops import TorchOps
+from tests.triton_cpu import DEVICE, DTYPES, INTERPRET, MARKS, needs_gpu
+
+pytestmark = MARKS
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def reference(
+    x: torch.Tensor, logits: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, top_k: int, renormalize: bool
+) -> torch.Tensor:
+    """The loop over experts of `SparseMLP`, with the same routing, in float32."""
+    ops, out = TorchOps(), torch.zeros(x.shape, device=x.device)
+    weights, experts = logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    for expert in range(len(gate_up)):
+        token, choice = (experts == expert).nonzero(as_tuple=True)
+        hidden = ops.silu_and_mul(x[token].float() @ gate_up[expert].float().T)
+        out.index_add_(0, token, (hidden @ down[expert].float().T) * weights[token, choice, None])
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, 40] if INTERPRET else [0, 1, 3, 40, 150, 3000])
+@pytest.mark.parametrize(("num_experts", "hidden", "inner", "top_k"), [(4, 64, 96, 2), (9, 40, 24, 3), (3, 128, 64, 1)])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_moe(
+    dtype: torch.dtype, num_tokens: int, num_experts: int, hidden: int, inner: int, top_k: int, renormalize: bool
+) -> None:
+    from minisgl.kernel.triton.grouped_gemm import fused_moe
+
+    torch.manual_seed(num_tokens)
+    x = torch.randn(num_tokens, hidden).to(DEVICE, dtype)
+    logits = torch.randn(num_tokens, num_experts).to(DEVICE, dtype)
+    if num_tokens > 2:
+        logits[:, 1] -= 50  # an expert that nobody chooses, but for the choices left
+    gate_up = (torch.randn(num_experts, 2 * inner, hidden) / hidden**0.5).to(DEVICE, dtype)
+    down = (torch.randn(num_experts, hidden, inner) / inner**0.5).to(DEVICE, dtype)
+    logits += torch.arange(num_experts, device=DEVICE) * 0.02  # no ties after rounding to bf16
+    out = fused_moe(x, logits.float(), gate_up, down, top_k, renormalize)
+    expected = reference(x, logits.float(), gate_up, down, top_k, renormalize)
+    torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(1, 8, 2), (700, 5, 3), (33, 128, 8)])
+def test_sorted_pairs(block_m: int, num_tokens: int, num_experts: int, top_k: int) -> None:
+    """Pairs by expert, those of one expert in order; blocks cover each once and hold one expert's pairs only."""
+    from minisgl.kernel.triton.grouped_gemm import sort_pairs
+
+    torch.manual_seed(0)
+    experts = torch.rand(num_tokens, num_experts).argsort(-1)[:, :top_k].int().to(DEVICE)
+    pairs = sort_pairs(experts, num_experts, block_m)
+    flat = experts.flatten()
+    assert pairs.order.tolist() == flat.argsort(stable=True).tolist()
+    covered: list[int] = []
+    for expert, first, end in pairs.blocks.tolist():
+        assert end - first <= block_m
+        covered += range(first, end)
+        assert (flat[pairs.order[first:end].long()] == expert).all()
+    assert covered == list(range(flat.numel()))
+
+
+def test_nan_stays_in_its_token() -> None:
+    from minisgl.kernel.triton.grouped_gemm import fused_moe
+
+    torch.manual_seed(0)
+    x, logits = torch.randn(6, 32, device=DEVICE), torch.randn(6, 4, device=DEVICE)
+    gate_up, down = torch.randn(4, 32, 32, device=DEVICE), torch.randn(4, 32, 16, device=DEVICE)
+    expected = fused_moe(x, logits, gate_up, down, 2, True)
+    x[2], logits[2] = float("nan"), float("nan")
+    out = fused_moe(x, logits, gate_up, down, 2, True)
+    assert out[2].isnan().all()
+    others = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(out[others], expected[others], atol=0, rtol=0)
+
+
+@needs_gpu
+def test_moe_in_a_graph() -> None:
+    """What is captured serves other routings."""
+    from minisgl.kernel.triton.grouped_gemm import fused_moe
+
+    torch.manual_seed(0)
+    x = torch.randn(24, 128, device=DEVICE, dtype=torch.bfloat16)
+    logits = torch.randn(24, 16, device=DEVICE)
+    gate_up = torch.randn(16, 128, 128, device=DEVICE, dtype=torch.bfloat16) / 11
+    down = torch.randn(16, 128, 64, device=DEVICE, dtype=torch.bfloat16) / 8
+    fused_moe(x, logits, gate_up, down, 4, True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fused_moe(x, logits, gate_up, down, 4, True)
+    for _ in range(2):
+        x.normal_()
+        logits.normal_()
+        logits[:, 3] += 5  # one expert gets everything
+        graph.replay()
+        expected = reference(x, logits, gate_up, down, 4, True)
+        torch.testing.assert_close(out.float(), expected, atol=3e-2, rtol=3e-2)
