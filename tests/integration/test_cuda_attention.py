@@ -11,6 +11,9 @@ from minisgl.errors import ConfigError
 
 Tensor = torch.Tensor
 HOPPER = (9, 0)
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != HOPPER, reason="needs a Hopper GPU"
+)
 
 
 def make_shape(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> AttentionShape:
@@ -59,6 +62,7 @@ def check(out: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.gpu
+@needs_hopper
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("num_qo", "num_kv", "dim", "dtype"),
@@ -94,6 +98,7 @@ def test_decode(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@needs_hopper
 @pytest.mark.timeout(300)
 def test_decode_many_sequences_twice_in_a_graph() -> None:
     """The counters of split sequences are zero again after each launch; lengths may change between replays."""
