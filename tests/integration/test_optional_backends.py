@@ -20,7 +20,7 @@ def shape(**changes: object) -> SimpleNamespace:
 
 @pytest.mark.parametrize("backend", [FlashAttentionBackend, FlashInferBackend])
 def test_refused_on_a_cpu(backend: type) -> None:
-    with pytest.raises(ConfigError, match="--attention-backend f[ai].* needs a GPU"):
+    with pytest.raises(ConfigError, match=r"--attention-backend f[ai].* needs a GPU"):
         backend(shape(), torch.device("cpu"))
 
 
