@@ -50,8 +50,8 @@ class Config:
     tma: bool = True
 
 
-MEASURED: dict[tuple[int, int], tuple[tuple[int, Config], ...]] = {}
-"""(outputs, inputs) → the fastest configurations, each with the number of tokens up to which it holds."""
+MEASURED: dict[tuple[int, int, bool], tuple[tuple[int, Config], ...]] = {}
+"""(outputs, inputs, with norm) → the fastest configurations, each with the number of tokens up to which it holds."""
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def _accumulate(
     num_rows = 2 * n if GATED else n
     acc = tl.zeros((rows, columns), tl.float32)
     other = tl.zeros((rows, columns), tl.float32) if GATED else 0.0
-    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32) if norm_ptr is not None else 0.0
+    squares = tl.zeros((BLOCK_M,), tl.float32) if norm_ptr is not None else 0.0
     for step in tl.range(first, last):
         start = step * BLOCK_K
         x = _tile(x_source, row_m, start, num_tokens, x_stride, BLOCK_M, BLOCK_K, TMA)
@@ -107,13 +107,13 @@ def _accumulate(
         if norm_ptr is not None:
             gain = tl.load(norm_ptr + start + tl.arange(0, BLOCK_K)).to(tl.float32)
             wide = x.to(tl.float32)
-            squares += wide * wide
+            squares += tl.sum(wide * wide, 1)
             x = (wide * gain[None, :]).to(x.dtype)
         acc = _dot(x, w, acc, SWAP)
         if GATED:
             up = _tile(w_source, row_n + n, start, num_rows, k, BLOCK_N, BLOCK_K, TMA)
             other = _dot(x, up, other, SWAP)
-    return acc, other, tl.sum(squares, 1) if norm_ptr is not None else 0.0
+    return acc, other, squares
 
 
 @triton.jit
@@ -185,17 +185,15 @@ def _linear_kernel(
     tiles_m = tl.cdiv(num_tokens, BLOCK_M)
     begin = program * share
     end = tl.minimum(begin + share, tiles_m * tl.cdiv(n, BLOCK_N) * steps)
-    if PREFETCH:
-        if begin < end:
-            row = begin // steps // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-            start = begin % steps * BLOCK_K
-            _prefetch(w_ptr, row, start, PLANES * n, k, PREFETCH)
-            if GATED:
-                _prefetch(w_ptr, row + n, start, PLANES * n, k, PREFETCH)
+    if PREFETCH and begin < end:
+        row = begin // steps // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+        start = begin % steps * BLOCK_K
+        _prefetch(w_ptr, row, start, PLANES * n, k, PREFETCH)
+        if GATED:
+            _prefetch(w_ptr, row + n, start, PLANES * n, k, PREFETCH)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    inner = tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
     for tile in tl.range(begin // steps, tl.cdiv(end, steps), num_stages=1):
         row_m, row_n = tile % tiles_m * BLOCK_M, tile // tiles_m * BLOCK_N
         first = tl.maximum(begin - tile * steps, 0)
@@ -204,18 +202,14 @@ def _linear_kernel(
             x_source, w_source, norm_ptr, row_m, row_n, first, last, num_tokens, n, k, x_stride, GATED, BLOCK_M,
             BLOCK_N, BLOCK_K, SWAP, TMA,
         )  # fmt: skip
-        if not STREAM:
-            _finish(
-                acc, other, squares, bias_ptr, norm_ptr, out_ptr, row_m, row_n, num_tokens, n, k, eps, FORM, BLOCK_M,
-                BLOCK_N, SWAP,
-            )  # fmt: skip
-        elif last - first == steps:
+        if not STREAM or last - first == steps:
             _finish(
                 acc, other, squares, bias_ptr, norm_ptr, out_ptr, row_m, row_n, num_tokens, n, k, eps, FORM, BLOCK_M,
                 BLOCK_N, SWAP,
             )  # fmt: skip
         else:
             slot = program * 2 + (begin < tile * steps).to(tl.int32)
+            inner = tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
             pointers = partial_ptr + slot * (PLANES * TILE) + inner
             tl.store(pointers, acc)
             if GATED:
@@ -248,7 +242,7 @@ def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 def prepare(device: torch.device) -> None:
     """Get the workspace. To be called before the first capture of a CUDA graph, which must not own it."""
-    _workspace(device)
+    _workspace(torch.empty(0, device=device).device)  # with its index, as tensors name it
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -283,7 +277,7 @@ def _launch(
     assert weight.is_contiguous()
     assert out.is_contiguous()
     assert x.stride(1) == 1
-    c = config or choose(m, n, k, planes == 2)
+    c = config or choose(m, n, k, planes == 2, norm is not None)
     assert k % c.block_k == 0
     steps, num_tiles = k // c.block_k, triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n)
     assert num_tiles <= MAX_TILES
@@ -324,10 +318,10 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def choose(m: int, n: int, k: int, gated: bool = False) -> Config:
+def choose(m: int, n: int, k: int, gated: bool = False, norm: bool = False) -> Config:
     """The configuration for m tokens, n outputs (gated: half of the weight's rows) and k inputs: as measured on an
     H200, else by the rules that follow from there."""
-    for limit, config in MEASURED.get((n, k), ()):
+    for limit, config in MEASURED.get((n, k, norm), ()):
         if m <= limit:
             return config
     block_m = 32 if m <= 32 else 64 if m <= 64 else 128
