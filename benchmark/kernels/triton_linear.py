@@ -77,7 +77,8 @@ def large(tokens: int) -> list[Config]:
             Config(64, 128, 64, 4, 4, 264, swap=False), Config(64, 128, 64, 4, 4, 264, tma=False),
         ]  # fmt: skip
     middle = [
-        Config(128, 256, 64, 8, 4, 132), Config(128, 128, 64, 8, 3, 264), Config(128, 128, 64, 4, 3, 264),
+        Config(128, 256, 64, 8, 4, 132), Config(128, 128, 64, 8, 3, 264, max_registers=128),
+        Config(128, 128, 64, 4, 3, 264),
         Config(128, 128, 128, 8, 3, 132), Config(128, 256, 64, 8, 4, 132, swap=False), Config(128, 256, 64, 8, 4, 0),
     ]  # fmt: skip
     if tokens <= 128:

@@ -37,7 +37,7 @@ class Config:
 
     block_m: tokens; block_n: outputs; block_k: inputs of a step. programs: how many share the steps, 0: one program
     for each tile. swap: the weights are the tensor cores' left operand, of which they take at least 64 rows. tma: tiles
-    come through tensor descriptors.
+    come through tensor descriptors. max_registers: of a thread, for more programs on an SM.
     """
 
     block_m: int
@@ -48,6 +48,7 @@ class Config:
     programs: int = 0
     swap: bool = True
     tma: bool = True
+    max_registers: int | None = None
 
 
 MEASURED: dict[tuple[int, int, bool], tuple[tuple[int, Config], ...]] = {}
@@ -286,7 +287,7 @@ def _launch(
     x_source = _descriptor(x, c.block_m, c.block_k) if c.tma else x
     w_source = _descriptor(weight, c.block_n, c.block_k) if c.tma else weight
     on_gpu = os.environ.get("TRITON_INTERPRET") != "1"
-    options = {"launch_pdl": True} if on_gpu else {}
+    options = {"launch_pdl": True, "maxnreg": c.max_registers} if on_gpu else {}
     _linear_kernel[(programs,)](
         x_source, w_source, weight, bias, norm, out, partial, squares, counters, m, n, k, x.stride(0), share,
         float(eps), form, c.block_m, c.block_n, c.block_k, c.swap, c.tma, c.programs > 0, PREFETCHED if on_gpu else 0,
