@@ -3,9 +3,9 @@
 // The filters each keep a prefix of the tokens in order of (logit descending, index ascending), so that together they
 // keep one prefix: all tokens with a logit above a threshold, and the first few of those that equal it. Instead of
 // sorting, the threshold is looked for among the ordered bits of the logits ("keys"). Logits of 16 bits are counted by
-// key, from the largest down, and equal logits weigh the same: the counts tell the masses. Where the counted keys do not
-// reach down to the threshold (logits all close to zero have very many), and for logits of 32 bits, it is searched for:
-// first in steps of doubling distance from the largest logit, then by bisection, one pass over the row for each.
+// key, from the largest down, and equal logits weigh the same: the counts tell the masses. Where the counted keys end
+// above the threshold (there are very many close to zero), and for logits of 32 bits, it is searched for: first in steps
+// of doubling distance from the largest logit, then by bisection, one pass over the row for each.
 //
 // Masses are sums of 64-bit fixed-point numbers, which do not depend on the order of summation: a row's token depends
 // on that row alone. A weight below 2^-44 of the largest counts as zero.
@@ -323,7 +323,8 @@ __device__ __forceinline__ void write_token(const SampleArgs& args, int row, int
   if (args.token_ids == nullptr) return;
   const int64_t position = args.position[row];
   // A failed row (-1) gets some valid id, which nobody will see.
-  if (position >= 0 && position < args.max_len) args.token_ids[args.rows[row] * args.max_len + position] = max(token, 0);
+  if (position < 0 || position >= args.max_len) return;
+  args.token_ids[args.rows[row] * args.max_len + position] = max(token, 0);
 }
 
 template <typename T, int kRanks, int kThreads, bool kStaged>
