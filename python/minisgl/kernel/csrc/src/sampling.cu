@@ -4,7 +4,7 @@
 // keep one prefix: all tokens with a logit above a threshold, and the first few of those that equal it. Instead of
 // sorting, the threshold is looked for among the ordered bits of the logits ("keys"). Logits of 16 bits are counted by
 // key, from the largest down, and equal logits weigh the same: the counts tell the masses. Where the counted keys end
-// above the threshold (there are very many close to zero), and for logits of 32 bits, it is searched for: first in steps
+// above the threshold (very many lie close to zero), and for logits of 32 bits, it is searched for: first in steps
 // of doubling distance from the largest logit, then by bisection, one pass over the row for each.
 //
 // Masses are sums of 64-bit fixed-point numbers, which do not depend on the order of summation: a row's token depends
