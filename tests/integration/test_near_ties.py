@@ -1,0 +1,129 @@
+"""`tests/near_ties.py` accepts whatever rounding can do to an output, and little else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minisgl import SamplingParams
+from minisgl.engine import sample as engine
+from minisgl.engine.batch import SamplingBatch
+from minisgl.kernel.sampling_reference import kept_weights, sample_reference
+from tests.gpu.soak import KINDS
+from tests.models import hf_logits, random_prompt, tiny_model
+from tests.near_ties import EPS, check_answer, explained, kept_bounds
+
+NUM, VOCAB, FIRST = 400, 512, 17
+FILTERED = SamplingParams(1, 0.7, top_k=40, top_p=0.9, min_p=0.01, seed=8)
+SAMPLED = [*KINDS[2:], FILTERED, SamplingParams(1, 1.3, top_k=3, seed=9)]
+
+
+def columns(params: SamplingParams, num: int) -> SamplingBatch:
+    return SamplingBatch(
+        np.full(num, params.temperature, np.float32),
+        np.full(num, params.top_k, np.int64),
+        np.full(num, params.top_p, np.float32),
+        np.full(num, params.min_p, np.float32),
+        np.full(num, params.seed, np.uint64),
+        FIRST + np.arange(num),
+    )
+
+
+def choose(logits: torch.Tensor, params: SamplingParams, by_index: bool) -> torch.Tensor:
+    """Tokens at positions FIRST and on, of the engine's sampler on the CPU or of the reference of that on a GPU."""
+    batch = columns(params, len(logits))
+    if not by_index or params.temperature == 0:
+        return engine.sample(logits, batch)
+    rows = (batch.temperature, batch.top_k.astype(np.int32), batch.top_p, batch.min_p)
+    rows = (*rows, batch.seed.astype(np.int64), batch.position)
+    out = torch.empty(len(logits), dtype=torch.int32)
+    return sample_reference(logits, *map(torch.from_numpy, rows), out).long()
+
+
+def make_logits(num: int = NUM) -> torch.Tensor:
+    return torch.randn(num, VOCAB, generator=torch.Generator().manual_seed(0)) * 1.5
+
+
+def orders(params: SamplingParams) -> list[bool]:
+    return [True, False] if params.top_k or params.top_p < 1 or params.min_p else [True]
+
+
+@pytest.mark.parametrize("params", [KINDS[0], *SAMPLED], ids=str)
+def test_errors_up_to_eps_are_explained_and_larger_ones_are_not(params: SamplingParams) -> None:
+    logits = make_logits()
+    generator = torch.Generator().manual_seed(1)
+    for by_index in orders(params):
+        for size in (0.0, 0.5, 1.0):  # of EPS: each logit moves by that, up or down
+            signs = torch.randint(0, 2, logits.shape, generator=generator) * 2 - 1
+            tokens = choose(logits + signs * size * 0.99 * EPS, params, by_index)
+            assert explained(logits, tokens, params, FIRST, by_index).all()
+        assert not explained(logits, (tokens + 1) % VOCAB, params, FIRST, by_index).all()
+        moved = choose(logits + 0.05 * torch.randn(logits.shape, generator=generator), params, by_index)
+        changed = moved != choose(logits, params, by_index)
+        refused = ~explained(logits, moved, params, FIRST, by_index)
+        assert changed.any() and refused.sum() > 0.8 * changed.sum()
+
+
+@pytest.mark.parametrize("params", [KINDS[0], *SAMPLED], ids=str)
+def test_exact_choices_are_no_near_ties(params: SamplingParams) -> None:
+    logits = make_logits()
+    for by_index in orders(params):
+        exact = explained(logits, choose(logits, params, by_index), params, FIRST, by_index, eps=0.0)
+        assert (~exact).sum() <= 1  # weights are rounded to fp32
+
+
+@pytest.mark.parametrize("params", SAMPLED, ids=str)
+def test_bounds_without_slack_are_the_filters(params: SamplingParams) -> None:
+    logits = make_logits()
+    batch = columns(params, len(logits))
+    weights = ((logits - logits.max(1, keepdim=True).values) / params.temperature).exp()
+    filters = (batch.top_k, batch.top_p, batch.min_p)
+    expected = kept_weights(logits, weights, *map(torch.from_numpy, filters)) > 0
+    core, broad = kept_bounds(logits.double(), weights.double(), params, 0.0)
+    assert torch.equal(core, expected) and torch.equal(broad, expected)
+    core, broad = kept_bounds(logits.double(), weights.double(), params, EPS)
+    assert (core <= expected).all() and (expected <= broad).all()
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return tiny_model("qwen3", vocab_size=VOCAB)
+
+
+def answer(model: Path, prompt: list[int], params: SamplingParams, num: int) -> list[int]:
+    ids: list[int] = []
+    for _ in range(num):
+        row = hf_logits(model, [*prompt, *ids])[-1:]
+        # The rows before hold the positions before, for `choose` begins at FIRST.
+        ids.append(int(choose(row.expand(len(prompt) + len(ids) - FIRST + 1, -1), params, by_index=True)[-1]))
+    return ids
+
+
+@pytest.mark.parametrize("params", KINDS, ids=str)
+def test_a_replaced_token_is_found(model: Path, params: SamplingParams) -> None:
+    prompt = random_prompt(30)
+    ids = answer(model, prompt, params, 40)
+    assert check_answer(model, prompt, ids, params, by_index=True) == 0
+    for position in (0, 20, 39):
+        for token in ((ids[position] + 1) % VOCAB, (ids[position] + 200) % VOCAB):
+            with pytest.raises(AssertionError, match=rf"tokens \[{position}\b"):
+                check_answer(model, prompt, [*ids[:position], token, *ids[position + 1 :]], params, by_index=True)
+    other = [*prompt[:10], prompt[10] + 1, *prompt[11:]]  # as if the KV of one token were another's
+    with pytest.raises(AssertionError, match="are not what"):
+        check_answer(model, other, ids, params, by_index=True)
+
+
+def test_rounding_is_a_tenth_of_eps(model: Path) -> None:
+    """A sequence whole and in parts, and in double precision; matrix products differ by the number of rows."""
+    largest = 0.0
+    for seed in range(3):
+        tokens = random_prompt(200, seed)
+        logits = hf_logits(model, tokens)
+        largest = max(largest, float((hf_logits(model, tokens, "float64") - logits).abs().max()))
+        for num in (1, 7, 64):
+            largest = max(largest, float((hf_logits(model, tokens[:num]) - logits[:num]).abs().max()))
+    print(f"largest error of a logit {largest:.1e}")
+    assert largest < EPS / 10
