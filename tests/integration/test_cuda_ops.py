@@ -261,6 +261,8 @@ def test_a_rows_token_does_not_depend_on_the_batch(ops):
     ids = sampled(ops, logits, p)
     for _ in range(3):
         assert torch.equal(sampled(ops, logits, p), ids)
+    # Batches of this size and of one row run with more threads per block.
+    assert torch.equal(sampled(ops, logits[:24], [x[:24] for x in p]), ids[:24])
     for row in range(0, 64, 9):
         alone = sampled(ops, logits[row : row + 1], [x[row : row + 1] for x in p])
         assert int(alone[0]) == int(ids[row])

@@ -48,8 +48,8 @@ class AttentionBatch:
 
 @dataclass(frozen=True, slots=True)
 class PagedBatch:
-    """Some sequences of a step, as kernels see them: int32 on the device. What is on the host are bounds that may be
-    built into a captured graph, and None or arrays that may not."""
+    """Some sequences of a step, as kernels see them: int32 on the device. The bounds may be built into a captured
+    graph; the arrays on the host are for backends that plan there, before the step."""
 
     page_table: torch.Tensor  # [rows, max pages]
     rows: torch.Tensor  # [n] of the page table
@@ -58,8 +58,10 @@ class PagedBatch:
     page_size: int
     max_q_len: int
     max_seq_len: int
-    starts_cpu: IntArray | None = None  # [n]
-    num_new_cpu: IntArray | None = None  # [n]
+    rows_cpu: IntArray  # [n]
+    starts_cpu: IntArray  # [n]
+    num_new_cpu: IntArray  # [n]
+    page_table_cpu: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)

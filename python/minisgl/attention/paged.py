@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,7 @@ class AttentionShape:
     page_size: int
     max_running_requests: int
     max_seq_len: int
+    windows: tuple[int | None, ...] = (None,)  # that layers have
 
 
 class PrefillBackend(Protocol):
@@ -34,7 +36,8 @@ class PrefillBackend(Protocol):
 
 class DecodeBackend(Protocol):
     """As `PrefillBackend`, for one token per sequence; captured in CUDA graphs, so nothing may depend on the values on
-    the device but what the device does."""
+    the device but what the device does. One that plans on the host has a method `plan_decode(batch, graph)` too, called
+    before each step, and before a step is captured."""
 
     def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: PagedBatch) -> Tensor: ...
 
@@ -44,9 +47,12 @@ class PagedAttention:
 
     def __init__(self, prefill: PrefillBackend, decode: DecodeBackend) -> None:
         self._prefill, self._decode = prefill, decode
+        self.plan_decode: Callable[[PagedBatch, bool], None] | None = getattr(decode, "plan_decode", None)
 
     def prepare(self, batch: AttentionBatch) -> PagedStep:
         assert batch.paged is not None
+        if self.plan_decode is not None and batch.paged.num_decode:
+            self.plan_decode(batch.paged.decode, False)
         return batch.paged
 
     def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, metadata: PagedStep) -> Tensor:

@@ -18,15 +18,14 @@ def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.devic
     prefill, decode = config.prefill_backend, config.decode_backend
     model, page_size = config.model, config.page_size
     num_kv_heads = model.num_local_kv_heads(config.tp_size)
+    windows = tuple(dict.fromkeys(model.sliding_window(layer) for layer in range(model.num_layers)))
     if prefill == decode == "sdpa":
-        windows = [model.sliding_window(layer) for layer in range(model.num_layers)]
         return SdpaBackend(windows, num_kv_heads * model.head_dim * dtype.itemsize, dtype, device)
     if device.type == "cpu" or "sdpa" in (prefill, decode):
         raise ConfigError(f"--attention-backend {prefill},{decode} is not available on {device.type}")
     num_qo_heads = model.num_qo_heads // config.tp_size
-    shape = AttentionShape(
-        num_qo_heads, num_kv_heads, model.head_dim, dtype, page_size, config.max_running_requests, config.max_seq_len
-    )
+    rows, length = config.max_running_requests, config.max_seq_len
+    shape = AttentionShape(num_qo_heads, num_kv_heads, model.head_dim, dtype, page_size, rows, length, windows)
     first = _create(prefill, shape, device)
     return PagedAttention(first, first if decode == prefill else _create(decode, shape, device))
 

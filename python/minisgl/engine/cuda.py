@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 
+WARM_UP_TOKENS = (64, 512, 2048)
 _POLL_SECONDS = 2e-5
 _GRAPH_RESERVE = 512 << 20  # bytes for graphs and library workspaces that the largest step did not show
 
@@ -81,7 +83,7 @@ class CudaRunner:
         config = self._config
         num_rows, page_size = config.max_running_requests, config.page_size
         self._padding_row = num_rows  # of padded sequences, which own one page of their own
-        self._tables = RowTables(num_rows, config.max_seq_len, page_size)
+        self._tables = RowTables(num_rows + 1, config.max_seq_len, page_size)
         self._token_ids = torch.zeros(num_rows + 1, config.max_seq_len + 2, dtype=torch.int32, device=self._device)
         max_pages = div_ceil(config.max_seq_len + 1, page_size)
         self._page_table = torch.zeros(num_rows + 1, max_pages, dtype=torch.int32, device=self._device)
@@ -95,7 +97,7 @@ class CudaRunner:
         self._graphs = DecodeGraphs(self._decode, 0, show_progress=False)
         self.num_pages = self._plan_memory()
         self._kv = self._shard.create_kv(self.num_pages + 1)
-        self._page_table[self._padding_row] = self.num_pages
+        self._page_table[self._padding_row] = self._tables.pages[self._padding_row] = self.num_pages
         self._graphs = DecodeGraphs(self._decode, config.cuda_graph_max_bs, show_progress=self._rank == 0)
         torch.cuda.synchronize()
 
@@ -109,9 +111,12 @@ class CudaRunner:
     def _plan_memory(self) -> int:
         """Pages that fit beside the weights and the largest step, which is computed once to see what it takes."""
         config = self._config
-        plan = _largest_step(config)
+        plan = _large_step(config, config.max_prefill_length)
         last = max(page for update in plan.page_updates for page in update.pages)
         self._kv = self._shard.create_kv(last + 1)
+        for num_tokens in WARM_UP_TOKENS:  # libraries load kernels by size, and Triton compiles some
+            if num_tokens < config.max_prefill_length:
+                self._launch(_large_step(config, num_tokens))
         torch.cuda.reset_peak_memory_stats()
         self._launch(plan)
         torch.cuda.synchronize()
@@ -170,8 +175,10 @@ class CudaRunner:
         arrays["positions"][:num] = starts
         arrays["seq_lens"][:num] = starts + 1
         self._put_sampling(arrays, rows, starts + 1)
-        self._staging.begin(arrays, (size, size, size))
+        tensors = self._staging.begin(arrays, (size, size, size))
         self._flush(plan)
+        if (plan_decode := getattr(self._backend, "plan_decode", None)) is not None:
+            plan_decode(self._paged_padded(tensors, arrays), True)
         return self._graphs.replay(size)[:num]
 
     def _put_sampling(self, arrays: dict[str, Any], rows: IntArray, positions: IntArray) -> None:
@@ -195,12 +202,21 @@ class CudaRunner:
 
     def _decode(self, size: int) -> Tensor:
         """What is captured: a decode step from the staging buffer."""
+        arrays, counts = self._padding(size), (size, size, size)
+        tensors = self._staging.tensors(counts)
+        batch = self._paged_padded(tensors, arrays)
         if not torch.cuda.is_current_stream_capturing():
-            self._staging.begin(self._padding(size), (size, size, size))
+            self._staging.begin(arrays, counts)
             self._staging.flush()
-        tensors = self._staging.tensors((size, size, size))
-        decode = self._paged(tensors, slice(0, size), 1, self._config.max_seq_len)
-        return self._compute(tensors, PagedStep(size, decode, None), None)
+            if (plan_decode := getattr(self._backend, "plan_decode", None)) is not None:
+                plan_decode(batch, True)
+        return self._compute(tensors, PagedStep(size, batch, None), None)
+
+    def _paged_padded(self, tensors: StepTensors, arrays: dict[str, Any]) -> PagedBatch:
+        rows, starts = arrays["rows"], arrays["positions"]
+        ones = np.ones_like(rows)
+        host = AttentionBatch(rows, starts, ones, arrays["cu_q"], self._tables.pages, self._config.page_size)
+        return self._paged(tensors, slice(0, len(rows)), 1, self._config.max_seq_len, host)
 
     def _launch_eager(self, plan: StepPlan) -> tuple[Tensor, IntArray | None]:
         table = np.array(plan.reqs, dtype=np.int64)
@@ -220,26 +236,21 @@ class CudaRunner:
         self._put_sampling(arrays, sample_rows, columns)
         tensors = self._staging.begin(arrays, counts)
         self._flush(plan)
-        attention = AttentionBatch(rows, starts, num_new, offsets, self._tables.pages, self._config.page_size)
-        step = self._paged_step(tensors, attention)
-        metadata = self._backend.prepare(
-            AttentionBatch(rows, starts, num_new, offsets, self._tables.pages, self._config.page_size, step)
-        )
+        host = AttentionBatch(rows, starts, num_new, offsets, self._tables.pages, self._config.page_size)
+        metadata = self._backend.prepare(replace(host, paged=self._paged_step(tensors, host)))
         ids = self._compute(tensors, metadata, tensors.logit_tokens)
         return ids, np.argsort(order[sampling])
 
     def _paged_step(self, tensors: StepTensors, batch: AttentionBatch) -> PagedStep:
-        num = int((batch.num_new == 1).sum())
-        lens = batch.seq_lens
-        decode = self._paged(tensors, slice(0, num), 1, int(lens[:num].max(initial=1)))
+        num, lens = int((batch.num_new == 1).sum()), batch.seq_lens
+        decode = self._paged(tensors, slice(0, num), 1, int(lens[:num].max(initial=1)), batch)
         if num == len(lens):
             return PagedStep(num, decode, None)
         longest, max_len = int(batch.num_new[num:].max()), int(lens[num:].max())
-        prefill = self._paged(tensors, slice(num, len(lens)), longest, max_len, batch)
-        return PagedStep(num, decode, prefill)
+        return PagedStep(num, decode, self._paged(tensors, slice(num, len(lens)), longest, max_len, batch))
 
     def _paged(
-        self, tensors: StepTensors, seqs: slice, max_q_len: int, max_seq_len: int, host: AttentionBatch | None = None
+        self, tensors: StepTensors, seqs: slice, max_q_len: int, max_seq_len: int, host: AttentionBatch
     ) -> PagedBatch:
         cu_q = tensors.cu_q[seqs.start : seqs.stop + 1]
         return PagedBatch(
@@ -250,8 +261,10 @@ class CudaRunner:
             self._config.page_size,
             max_q_len,
             max_seq_len,
-            None if host is None else host.starts[seqs],
-            None if host is None else host.num_new[seqs],
+            host.rows[seqs],
+            host.starts[seqs],
+            host.num_new[seqs],
+            host.page_table,
         )
 
     def _flush(self, plan: StepPlan) -> None:
@@ -314,10 +327,10 @@ class CudaRunner:
         torch.cuda.empty_cache()
 
 
-def _largest_step(config: EngineConfig) -> StepPlan:
-    """A step of as many tokens, and as many requests, as one can have."""
-    num_reqs = min(config.max_running_requests, config.max_prefill_length)
-    left, first_page = config.max_prefill_length - num_reqs, 0
+def _large_step(config: EngineConfig, num_tokens: int) -> StepPlan:
+    """A step of so many tokens, of as many requests as there can be."""
+    num_reqs = min(config.max_running_requests, num_tokens)
+    left, first_page = num_tokens - num_reqs, 0
     admissions, updates, reqs = [], [], []
     for row in range(num_reqs):
         length = 1 + min(left, config.max_seq_len - 2)

@@ -121,6 +121,13 @@ class CudaOps(TorchOps):
         self._elementwise.silu_and_mul(gate_up, out)
         return out
 
+    def moe(self, x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, norm: bool) -> Tensor:
+        try:
+            from minisgl.kernel.triton.grouped_gemm import fused_moe
+        except ModuleNotFoundError:
+            return super().moe(x, router_logits, gate_up, down, top_k, norm)
+        return fused_moe(x, router_logits, gate_up, down, top_k, norm)
+
     def sample(
         self,
         logits: Tensor,

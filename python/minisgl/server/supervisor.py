@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_START_TIMEOUT = 1800.0  # seconds; large models load slowly
 DEFAULT_HEARTBEAT_TIMEOUT = 60.0
-STOP_SECONDS = 5.0  # from STOP_SIGNAL to SIGKILL
+STOP_SECONDS = 20.0  # from STOP_SIGNAL to SIGKILL; the driver takes its time to give back a GPU
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ def num_splits(batch_size: int, num_kv_heads: int, max_seq_len: int, block_n: in
     return max(1, min(wanted, -(-max_seq_len // (2 * block_n)), MAX_SPLITS))
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["rows_ptr", "seq_lens_ptr"])
 def _decode_kernel(
     q_ptr,
     k_ptr,

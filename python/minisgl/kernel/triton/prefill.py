@@ -134,7 +134,8 @@ def _keys(
     return m, denom, acc
 
 
-@triton.jit
+# Views of a step's buffer begin anywhere; a kernel for each alignment would be compiled while requests wait.
+@triton.jit(do_not_specialize_on_alignment=["blocks_ptr", "rows_ptr", "seq_lens_ptr", "cu_q_ptr"])
 def _prefill_kernel(
     q_ptr,
     k_ptr,

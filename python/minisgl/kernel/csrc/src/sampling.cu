@@ -2,15 +2,17 @@
 //
 // The filters each keep a prefix of the tokens in order of (logit descending, index ascending), so that together they
 // keep one prefix: all tokens with a logit above a threshold, and the first few of those that equal it. Instead of
-// sorting, the threshold is found by a search over the ordered bits of the logits ("keys"): first in steps of doubling
-// distance from the largest logit, then by bisection. Only tokens inside the undecided range are weighed.
+// sorting, the threshold is looked for among the ordered bits of the logits ("keys"). Logits of 16 bits are counted by
+// key, from the largest down, and equal logits weigh the same: the counts tell the masses. Where the counted keys end
+// above the threshold (very many lie close to zero), and for logits of 32 bits, it is searched for: first in steps
+// of doubling distance from the largest logit, then by bisection, one pass over the row for each.
 //
 // Masses are sums of 64-bit fixed-point numbers, which do not depend on the order of summation: a row's token depends
 // on that row alone. A weight below 2^-44 of the largest counts as zero.
 //
 // From sm_90 a cluster of 8 blocks holds one row in shared memory, an eighth each; otherwise, and for rows too long for
 // that, one block reads its row again and again, through the caches.
-#include <minisgl/common.cuh>
+#include <minisgl/sampling_row.cuh>
 
 #include <algorithm>
 
@@ -23,270 +25,6 @@ constexpr float kMassScale = 17592186044416.0f;  // 2^44; the sum over 2^19 toke
 constexpr int64_t kMaxVocab = int64_t(1) << 19;
 constexpr float kNegligible = 32.0f;  // nats below the largest: beyond the fixed point
 
-// Keys: the bits of a logit, mapped so that integers order as the logits do. -0 is +0, every NaN is the largest.
-template <typename T>
-struct Logit;
-
-template <>
-struct Logit<__nv_bfloat16> {
-  using Raw = uint16_t;
-  static constexpr uint32_t kSign = 0x8000u, kMask = 0xffffu, kPosInf = 0xff80u;
-  static __device__ __forceinline__ float value(uint32_t raw) { return __uint_as_float(raw << 16); }
-};
-
-template <>
-struct Logit<__half> {
-  using Raw = uint16_t;
-  static constexpr uint32_t kSign = 0x8000u, kMask = 0xffffu, kPosInf = 0xfc00u;
-  static __device__ __forceinline__ float value(uint32_t raw) {
-    return __half2float(__ushort_as_half(static_cast<uint16_t>(raw)));
-  }
-};
-
-template <>
-struct Logit<float> {
-  using Raw = uint32_t;
-  static constexpr uint32_t kSign = 0x80000000u, kMask = 0xffffffffu, kPosInf = 0xff800000u;
-  static __device__ __forceinline__ float value(uint32_t raw) { return __uint_as_float(raw); }
-};
-
-template <typename T>
-constexpr uint32_t kNegInf = Logit<T>::kMask - Logit<T>::kPosInf;
-
-template <typename T>
-__device__ __forceinline__ uint32_t encode(uint32_t raw) {
-  using L = Logit<T>;
-  uint32_t key = raw ^ ((raw & L::kSign) ? L::kMask : L::kSign);
-  if (key == L::kSign - 1) key = L::kSign;
-  return key < kNegInf<T> ? L::kMask : key;
-}
-
-template <typename T>
-__device__ __forceinline__ float decode(uint32_t key) {
-  using L = Logit<T>;
-  return L::value(key ^ ((key & L::kSign) ? L::kSign : L::kMask));
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t key_of(float x) {
-  const T rounded = from_float<T>(x);
-  return encode<T>(*reinterpret_cast<const typename Logit<T>::Raw*>(&rounded));
-}
-
-__device__ __forceinline__ void cluster_arrive() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#endif
-}
-
-// *p = value, in the shared memory of block `rank` of the cluster; p is this block's own address of the variable.
-[[maybe_unused]] __device__ __forceinline__ void store_remote(uint64_t* p, unsigned rank, uint64_t value) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  const uint32_t local = static_cast<uint32_t>(__cvta_generic_to_shared(p));
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(remote), "l"(value) : "memory");
-#endif
-}
-
-struct Sum {
-  static __device__ __forceinline__ uint64_t apply(uint64_t a, uint64_t b) { return a + b; }
-};
-struct Max {
-  static __device__ __forceinline__ uint64_t apply(uint64_t a, uint64_t b) { return a > b ? a : b; }
-};
-
-// Communication among the threads of a row: kRanks blocks of kThreads. Values cross blocks through `slots`, which each
-// block writes into all others; they alternate, so that one barrier per exchange is enough: who writes a slot for the
-// second time has passed the barrier of the exchange between, before which everyone had read the first.
-template <int kRanks, int kThreads>
-struct Team {
-  static constexpr int kWarps = kThreads / 32;
-  struct Shared {
-    uint64_t partial[kWarps];
-    uint64_t slots[2][kRanks];
-  };
-  Shared& shared;
-  unsigned rank;
-  unsigned parity = 0;
-
-  // Thread r of the first warp sends `value` to block r; afterwards slots[parity] is complete in every block.
-  __device__ __forceinline__ void exchange(uint64_t value) {
-    parity ^= 1;
-    if constexpr (kRanks > 1) {
-      if (threadIdx.x < kRanks) store_remote(&shared.slots[parity][rank], threadIdx.x, value);
-      cluster_arrive();
-      cluster_wait();
-    } else {
-      if (threadIdx.x == 0) shared.slots[parity][0] = value;
-      __syncthreads();
-    }
-  }
-
-  template <typename Op>
-  __device__ uint64_t reduce(uint64_t value) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) value = Op::apply(value, __shfl_xor_sync(0xffffffffu, value, d));
-    if (lane == 0) shared.partial[warp] = value;
-    __syncthreads();
-    if (warp == 0) {
-      value = lane < kWarps ? shared.partial[lane] : 0;
-#pragma unroll
-      for (int d = 16; d > 0; d /= 2) value = Op::apply(value, __shfl_xor_sync(0xffffffffu, value, d));
-    }
-    exchange(value);
-    uint64_t result = shared.slots[parity][0];
-#pragma unroll
-    for (int r = 1; r < kRanks; ++r) result = Op::apply(result, shared.slots[parity][r]);
-    return result;
-  }
-
-  // Sum over the threads before this one, in order of rank and thread; `total` is that over all.
-  __device__ uint64_t exclusive_sum(uint64_t value, uint64_t& total) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    uint64_t inclusive = inclusive_warp_sum(value, lane);
-    if (lane == 31) shared.partial[warp] = inclusive;
-    __syncthreads();
-    uint64_t warps = 0;
-    if (warp == 0) {
-      const uint64_t own = lane < kWarps ? shared.partial[lane] : 0;
-      warps = inclusive_warp_sum(own, lane);
-      if (lane < kWarps) shared.partial[lane] = warps - own;
-    }
-    exchange(__shfl_sync(0xffffffffu, warps, 31));
-    uint64_t before = 0;
-    total = 0;
-#pragma unroll
-    for (int r = 0; r < kRanks; ++r) {
-      if (r == rank) before = total;
-      total += shared.slots[parity][r];
-    }
-    before += shared.partial[warp] + inclusive - value;
-    __syncthreads();  // `partial` is free again
-    return before;
-  }
-
-  static __device__ __forceinline__ uint64_t inclusive_warp_sum(uint64_t value, int lane) {
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const uint64_t other = __shfl_up_sync(0xffffffffu, value, d);
-      if (lane >= d) value += other;
-    }
-    return value;
-  }
-};
-
-struct SampleArgs {
-  const void* logits;        // [b, vocab], rows `stride` elements apart
-  const float* temperature;  // [b], and so on
-  const int32_t* top_k;
-  const float* top_p;
-  const float* min_p;
-  const int64_t* seed;
-  const int64_t* position;
-  int32_t* out;
-  int32_t* token_ids;    // [num_rows, max_len] or null
-  const int32_t* rows;   // [b]
-  int64_t stride, max_len;
-  int vocab, slice;      // slice: tokens per block
-  int vecs;              // vectors per thread
-};
-
-// This block's slice of a row. Thread t owns the `vecs` vectors from t * vecs on, so that threads are in index order.
-// Vectors are aligned where the row need not be: `shift` positions before the slice, and all behind it, are padding.
-template <typename T, int kThreads, bool kStaged>
-struct Slice {
-  using Raw = typename Logit<T>::Raw;
-  static constexpr int kLen = 16 / sizeof(T);
-  using Raws = Vec<Raw, kLen>;
-  const Raw* aligned;  // address of position 0
-  Raws* staged;        // keys, in shared memory
-  int first, shift, end, vecs;  // first: index of position `shift`; end: position behind the last token
-
-  __device__ Slice(const SampleArgs& args, int row, int rank, void* memory) : vecs(args.vecs) {
-    const Raw* begin = static_cast<const Raw*>(args.logits) + row * args.stride;
-    shift = static_cast<int>(reinterpret_cast<uintptr_t>(begin) % 16 / sizeof(Raw));
-    first = min(rank * args.slice, args.vocab);  // slices are whole vectors: all are shifted alike
-    end = shift + min(args.slice, args.vocab - first);
-    aligned = begin + first - shift;
-    staged = static_cast<Raws*>(memory);
-  }
-
-  __device__ __forceinline__ int index(int position) const { return first + position - shift; }
-
-  // Vector v of the slice as it is in memory; `whole` where no part of it is padding.
-  __device__ __forceinline__ Raws read(int v, bool& whole) const {
-    const int position = v * kLen;
-    whole = position >= shift && position + kLen <= end;
-    return whole ? *reinterpret_cast<const Raws*>(aligned + position) : Raws{};
-  }
-
-  __device__ __forceinline__ void to_keys(int v, bool whole, Raws raws, uint32_t (&keys)[kLen]) const {
-#pragma unroll
-    for (int j = 0; j < kLen; ++j) {
-      const int position = v * kLen + j;
-      if (whole) keys[j] = encode<T>(raws.data[j]);
-      else keys[j] = position >= shift && position < end ? encode<T>(aligned[position]) : kNegInf<T>;
-    }
-  }
-
-  // Fill shared memory (where kStaged) and find this thread's largest key.
-  __device__ uint32_t stage() const {
-    constexpr int kBatch = 4;  // loads in flight
-    uint32_t best = kNegInf<T>;
-    for (int begin = 0; begin < vecs; begin += kBatch) {
-      Raws raws[kBatch];
-      bool whole[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (begin + i < vecs) raws[i] = read(vector(begin + i), whole[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (begin + i >= vecs) break;
-        uint32_t keys[kLen];
-        to_keys(vector(begin + i), whole[i], raws[i], keys);
-#pragma unroll
-        for (int j = 0; j < kLen; ++j) {
-          best = max(best, keys[j]);
-          raws[i].data[j] = static_cast<Raw>(keys[j]);
-        }
-        if constexpr (kStaged) staged[vector(begin + i)] = raws[i];
-      }
-    }
-    return best;
-  }
-
-  // Which vector a thread stages i-th: neighbours take neighbouring ones.
-  static __device__ __forceinline__ int vector(int i) { return threadIdx.x + i * kThreads; }
-
-  // f(position of the first, keys) for this thread's own vectors in order, until it returns true.
-  template <typename F>
-  __device__ __forceinline__ void visit(F&& f) const {
-    for (int i = 0; i < vecs; ++i) {
-      const int v = threadIdx.x * vecs + i;
-      uint32_t keys[kLen];
-      if constexpr (kStaged) {
-        const Raws raws = staged[v];
-#pragma unroll
-        for (int j = 0; j < kLen; ++j) keys[j] = raws.data[j];
-      } else {
-        bool whole;
-        const Raws raws = read(v, whole);
-        to_keys(v, whole, raws, keys);
-      }
-      if (f(v * kLen, keys)) return;
-    }
-  }
-};
-
 // Tokens that the filters keep: keys above `key`, the first `ties` (in index order) of those that equal it; and of all
 // these the ones that weigh at least `min_weight`.
 struct Cut {
@@ -295,39 +33,99 @@ struct Cut {
   float min_weight = 0.0f;
 };
 
+// The same for one warp, in terms of logits: those from `from` on, and those that equal `tied` up to an index.
+struct WarpCut {
+  float from, tied, min_weight;
+  int last_tied;
+};
+
 template <typename T, int kRanks, int kThreads, bool kStaged>
 struct Sampler {
+  using L = Logit<T>;
   using Tokens = Slice<T, kThreads, kStaged>;
+  using Words = typename Tokens::Words;
+  using RowTeam = Team<kRanks, kThreads>;
   static constexpr int kLen = Tokens::kLen;
+  static constexpr bool kCounted = sizeof(T) == 2;
   Tokens tokens;
-  Team<kRanks, kThreads> team;
+  RowTeam team;
   uint32_t best;      // largest key of the row
   float best_logit, temperature;
   float rate;         // log2(weight) per unit of logit
 
   // Unnormalised: the largest weighs 1.
-  __device__ __forceinline__ float weight(uint32_t key) const {
-    return exp2f((decode<T>(key) - best_logit) * rate);
-  }
+  __device__ __forceinline__ float weight(float logit) const { return exp2f((logit - best_logit) * rate); }
 
   static __device__ __forceinline__ uint64_t mass(float weight) { return __float2ull_rz(weight * kMassScale); }
+  __device__ __forceinline__ uint64_t mass_of(uint32_t key) const { return mass(weight(decode<T>(key))); }
+
+  static __device__ __forceinline__ uint32_t key(const Words& words, int j) {
+    return L::to_keys(words.data[j / Tokens::kPerWord]) >> (j % Tokens::kPerWord * 16) & L::kMask;
+  }
+
+  // How far the smallest prefix reaches whose mass before its last token is below top_p of all: the first always.
+  static __device__ __forceinline__ uint64_t needed(float top_p, uint64_t all) {
+    const uint64_t need = __double2ull_ru(static_cast<double>(top_p) * static_cast<double>(all));
+    return min(max(need, uint64_t(1)), all);
+  }
+
+  // Count this block's tokens by key. Returns the mass of this thread's tokens beyond the bins, where it is wanted.
+  __device__ uint64_t count_keys(bool weigh_rest) {
+    uint64_t rest = 0;
+    tokens.visit([&](int, const Words& words) {
+#pragma unroll
+      for (int j = 0; j < kLen; ++j) {
+        const uint32_t bin = best - key(words, j);
+        if (bin < RowTeam::kBins) atomicAdd(&team.shared.bins[bin], 1u);
+        else if (weigh_rest) rest += mass(weight(L::value(Tokens::raw(words, j))));
+      }
+    });
+    return rest;
+  }
+
+  // Find the cut among the counted keys; false where it lies below them. Bins are zero before.
+  __device__ bool find_counted(uint32_t top_k, float top_p, Cut& cut) {
+    const uint64_t rest = count_keys(top_k == 0);
+    team.sync(true);
+    const uint32_t count = team.own_bin();
+    const uint32_t own_key = best - (team.rank * (RowTeam::kBins / kRanks) + threadIdx.x);
+    uint64_t total;
+    uint32_t kept = count, ties = 0;  // ties: in the thread of the last token that is kept
+    if (top_k > 0) {
+      const uint64_t before = team.exclusive_sum(count, total);
+      if (total < top_k) return false;
+      kept = before < top_k ? min(count, static_cast<uint32_t>(top_k - before)) : 0;
+      if (kept > 0 && before + kept == top_k) ties = kept;
+    }
+    if (top_p < 1.0f) {
+      const uint64_t each = kept > 0 ? mass_of(own_key) : 0, own = kept * each;
+      const uint64_t before = team.exclusive_sum(own, total);
+      if (top_k == 0) total += team.template reduce<Sum>(rest);
+      const uint64_t need = needed(top_p, total);
+      ties = before < need && need <= before + own ? static_cast<uint32_t>((need - before + each - 1) / each) : 0;
+    }
+    // Where all of a key are kept they need not be told apart.
+    uint64_t found = ties == 0 ? 0 : ties < count ? uint64_t(own_key) << 32 | ties : uint64_t(own_key - 1) << 32;
+    found = team.template reduce<Max>(found);
+    cut.key = static_cast<uint32_t>(found >> 32);
+    cut.ties = static_cast<uint32_t>(found);
+    return found != 0;
+  }
 
   // Number (or mass) of the row's tokens with low <= key < high.
   template <bool kMass>
   __device__ uint64_t measure(uint32_t low, uint32_t high) {
     const uint32_t width = high - low;
     uint64_t total = 0;
-    uint32_t count = 0;
-    tokens.visit([&](int, const uint32_t(&keys)[kLen]) {
+    tokens.visit([&](int, const Words& words) {
 #pragma unroll
       for (int j = 0; j < kLen; ++j) {
-        if (keys[j] - low >= width) continue;
-        if constexpr (kMass) total += mass(weight(keys[j]));
-        else ++count;
+        if (key(words, j) - low >= width) continue;
+        if constexpr (kMass) total += mass(weight(L::value(Tokens::raw(words, j))));
+        else ++total;
       }
-      return false;
     });
-    return team.template reduce<Sum>(kMass ? total : count);
+    return team.template reduce<Sum>(total);
   }
 
   // The largest key such that the tokens from it on measure at least `need` > 0; `above`: what those beyond it measure.
@@ -365,96 +163,150 @@ struct Sampler {
     return low;
   }
 
-  __device__ Cut filter(uint32_t top_k, float top_p, float min_p) {
-    Cut cut;
-    cut.min_weight = fminf(min_p, 1.0f);
+  __device__ void find_searched(uint32_t top_k, float top_p, Cut& cut) {
     uint64_t above;
+    cut.key = cut.ties = 0;
     if (top_k > 0) {
       cut.key = search<false>(top_k, above);
       if (cut.key > 0) cut.ties = static_cast<uint32_t>(top_k - above);
     }
-    if (top_p < 1.0f) {
-      uint64_t left = measure<true>(cut.key + 1, best + 1);  // what top-k left
-      if (cut.ties > 0) left += cut.ties * mass(weight(cut.key));
-      // Keep while the mass before a token is below top_p * left: integers, so below its ceiling. The first always.
-      uint64_t need = __double2ull_ru(static_cast<double>(top_p) * static_cast<double>(left));
-      need = min(max(need, uint64_t(1)), left);
-      cut.key = search<true>(need, above);
-      const uint64_t each = mass(weight(cut.key));
-      cut.ties = static_cast<uint32_t>((need - above + each - 1) / max(each, uint64_t(1)));
+    if (top_p >= 1.0f) return;
+    uint64_t left = measure<true>(cut.key + 1, best + 1);  // what top-k left
+    if (cut.ties > 0) left += cut.ties * mass_of(cut.key);
+    const uint64_t need = needed(top_p, left);
+    cut.key = search<true>(need, above);
+    const uint64_t each = mass_of(cut.key);
+    cut.ties = static_cast<uint32_t>((need - above + each - 1) / max(each, uint64_t(1)));
+  }
+
+  __device__ Cut filter(uint32_t top_k, float top_p, float min_p) {
+    Cut cut;
+    cut.min_weight = fminf(min_p, 1.0f);
+    if (top_k == 0 && top_p >= 1.0f) return cut;
+    if constexpr (kCounted) {
+      if (find_counted(top_k, top_p, cut)) return cut;
     }
+    find_searched(top_k, top_p, cut);
     return cut;
   }
 
-  // How many tokens with the threshold's key this thread keeps.
-  __device__ uint32_t own_ties(const Cut& cut) {
-    if (cut.ties == 0) return 0;
-    uint64_t own = 0, total;
-    tokens.visit([&](int, const uint32_t(&keys)[kLen]) {
-#pragma unroll
-      for (int j = 0; j < kLen; ++j) own += keys[j] == cut.key;
-      return false;
-    });
-    const uint64_t before = team.exclusive_sum(own, total);
-    return before >= cut.ties ? 0 : cut.ties - static_cast<uint32_t>(before);
+  // A sum over the threads of this warp and of those before it.
+  __device__ __forceinline__ uint64_t warp_sums(uint64_t own, uint64_t& before, uint64_t& total) {
+    const uint64_t mine = team.exclusive_sum(own, total);
+    before = __shfl_sync(0xffffffffu, mine, 0);
+    return __shfl_sync(0xffffffffu, mine + own, 31) - before;
   }
 
-  // Running sums of the kept weights of one vector. Takes from `ties` what it keeps of them.
-  __device__ __forceinline__ void running_sums(const uint32_t (&keys)[kLen], const Cut& cut, uint32_t& ties,
+  // Which of the tokens with the threshold's key this warp keeps: those up to an index.
+  __device__ WarpCut for_warp(const Cut& cut) {
+    constexpr int kAll = 0x7fffffff;
+    const float infinity = __uint_as_float(0x7f800000u);
+    WarpCut result{-infinity, -infinity, cut.min_weight, -1};
+    if (cut.key > kNegInf<T>) result.from = decode<T>(cut.key + 1), result.tied = decode<T>(cut.key);
+    if (cut.ties == 0) return result;
+    const uint32_t tied = to_raw<T>(cut.key);
+    const auto count = [&](const Words& words) {
+      uint32_t own = 0;
+#pragma unroll
+      for (int j = 0; j < kLen; ++j) own += Tokens::raw(words, j) == tied;
+      return own;
+    };
+    uint64_t own = 0, before, total;
+    tokens.visit([&](int, const Words& words) { own += count(words); });
+    const uint64_t in_warp = warp_sums(own, before, total);
+    if (before >= cut.ties) return result;
+    uint64_t left = cut.ties - before;
+    result.last_tied = kAll;
+    if (left >= in_warp) return result;
+    tokens.visit([&](int position, const Words& words) {  // this warp holds the border
+      const uint64_t here = count(words), up_to = RowTeam::inclusive_warp_sum(here, threadIdx.x % 32);
+      int last = kAll;
+      if (up_to - here < left && left <= up_to) {
+        uint64_t number = up_to - here;
+#pragma unroll
+        for (int j = 0; j < kLen; ++j) {
+          if (Tokens::raw(words, j) == tied && ++number == left) last = tokens.index(position + j);
+        }
+      }
+      const uint64_t in_row = __shfl_sync(0xffffffffu, up_to, 31);
+      if (left > 0) result.last_tied = __reduce_min_sync(0xffffffffu, last);
+      left = in_row < left ? left - in_row : 0;
+    });
+    return result;
+  }
+
+  // Running sums of the kept weights of one vector.
+  template <bool kFiltered>
+  __device__ __forceinline__ void running_sums(const Words& words, const WarpCut& cut, int position,
                                                float (&sums)[kLen]) const {
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kLen; ++j) {
-      const float w = weight(keys[j]);
-      bool keep = keys[j] > cut.key;
-      if (keys[j] == cut.key && ties > 0) {
-        keep = true;
-        --ties;
+      const float logit = L::value(Tokens::raw(words, j));
+      const float w = weight(logit);
+      if constexpr (kFiltered) {
+        const bool keep = logit >= cut.from || (logit == cut.tied && tokens.index(position + j) <= cut.last_tied);
+        if (keep && w >= cut.min_weight) sum += w;
+      } else {
+        sum += w;
       }
-      if (keep && w >= cut.min_weight) sum += w;
       sums[j] = sum;
     }
   }
 
-  // Invert the CDF over the kept tokens in index order. Returns the token in the one thread that holds it, else -1.
-  __device__ int pick(const Cut& cut, uint64_t number) {
-    const uint32_t ties = own_ties(cut);
-    uint64_t own = 0, total;
-    uint32_t left = ties;
-    float sums[kLen];
-    tokens.visit([&](int, const uint32_t(&keys)[kLen]) {
-      running_sums(keys, cut, left, sums);
-      own += mass(sums[kLen - 1]);
-      return false;
-    });
-    uint64_t before = team.exclusive_sum(own, total);
-    const uint64_t target = __umul64hi(number, total);  // floor(uniform * total)
-    if (target < before || target >= before + own) return -1;
-    int found = -1;
-    left = ties;
-    tokens.visit([&](int position, const uint32_t(&keys)[kLen]) {
-      running_sums(keys, cut, left, sums);
-#pragma unroll
-      for (int j = kLen - 1; j >= 0; --j) {
-        if (before + mass(sums[j]) > target) found = tokens.index(position + j);
+  template <bool kFiltered>
+  __device__ __forceinline__ uint64_t own_mass(const WarpCut& cut) const {
+    uint64_t own = 0;
+    tokens.visit([&](int position, const Words& words) {
+      if constexpr (kFiltered) {
+        uint32_t largest = words.data[0];
+        Tokens::take(words, largest);
+        float top = L::value(largest & L::kMask);
+        if constexpr (kCounted) top = fmaxf(top, L::value(largest >> 16));
+        if (top < cut.tied) return;
       }
-      before += mass(sums[kLen - 1]);
-      return found >= 0;
+      float sums[kLen];
+      running_sums<kFiltered>(words, cut, position, sums);
+      own += mass(sums[kLen - 1]);
+    });
+    return own;
+  }
+
+  // Invert the CDF over the kept tokens in index order. Returns the token in the one thread that holds it, else -1.
+  template <bool kFiltered>
+  __device__ int pick(const WarpCut& cut, uint64_t number) {
+    uint64_t before, total;
+    const uint64_t in_warp = warp_sums(own_mass<kFiltered>(cut), before, total);
+    const uint64_t target = __umul64hi(number, total);  // floor(uniform * total)
+    if (target < before || target >= before + in_warp) return -1;
+    int found = -1;
+    tokens.visit([&](int position, const Words& words) {
+      float sums[kLen];
+      running_sums<kFiltered>(words, cut, position, sums);
+      const uint64_t own = mass(sums[kLen - 1]);
+      const uint64_t up_to = before + RowTeam::inclusive_warp_sum(own, threadIdx.x % 32);
+      if (up_to - own <= target && target < up_to) {
+#pragma unroll
+        for (int j = kLen - 1; j >= 0; --j) {
+          if (up_to - own + mass(sums[j]) > target) found = tokens.index(position + j);
+        }
+      }
+      before = __shfl_sync(0xffffffffu, up_to, 31);
     });
     return found;
   }
 
-  // The lowest index with the largest key.
-  __device__ int arg_max() {
+  // The lowest index with the largest key among this warp's tokens.
+  __device__ int arg_max() const {
+    const uint32_t wanted = to_raw<T>(best);
     int own = 0x7fffffff;
-    tokens.visit([&](int position, const uint32_t(&keys)[kLen]) {
+    tokens.visit([&](int position, const Words& words) {
 #pragma unroll
-      for (int j = kLen - 1; j >= 0; --j) {
-        if (keys[j] == best) own = tokens.index(position + j);
+      for (int j = 0; j < kLen; ++j) {
+        if (Tokens::raw(words, j) == wanted) own = min(own, tokens.index(position + j));
       }
-      return own != 0x7fffffff;
     });
-    return 0x7fffffff - static_cast<int>(team.template reduce<Max>(0x7fffffff - own));
+    return __reduce_min_sync(0xffffffffu, own);
   }
 };
 
@@ -471,39 +323,51 @@ __device__ __forceinline__ void write_token(const SampleArgs& args, int row, int
   if (args.token_ids == nullptr) return;
   const int64_t position = args.position[row];
   // A failed row (-1) gets some valid id, which nobody will see.
-  if (position >= 0 && position < args.max_len) args.token_ids[args.rows[row] * args.max_len + position] = max(token, 0);
+  if (position < 0 || position >= args.max_len) return;
+  args.token_ids[args.rows[row] * args.max_len + position] = max(token, 0);
 }
 
 template <typename T, int kRanks, int kThreads, bool kStaged>
-__global__ void __launch_bounds__(kThreads) sample_kernel(const SampleArgs args) {
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads) sample_kernel(const SampleArgs args) {
   using Row = Sampler<T, kRanks, kThreads, kStaged>;
+  using RowTeam = typename Row::RowTeam;
   extern __shared__ __align__(16) unsigned char memory[];
-  __shared__ typename Team<kRanks, kThreads>::Shared shared;
+  __shared__ typename RowTeam::Shared shared;
   const int row = blockIdx.x / kRanks, rank = blockIdx.x % kRanks;
-  if constexpr (kRanks > 1) cluster_arrive();
+  if constexpr (kRanks > 1) cluster_arrive(false);
   pdl_trigger();
+  for (int i = threadIdx.x; i < RowTeam::kBins; i += kThreads) shared.bins[i] = 0;
   pdl_wait();
   Row sampler{{args, row, rank, memory}, {shared, static_cast<unsigned>(rank)}};
   const uint32_t own_best = sampler.tokens.stage();
   if constexpr (kRanks > 1) cluster_wait();  // no block writes to another that has not started
-  sampler.best = static_cast<uint32_t>(sampler.team.template reduce<Max>(own_best));
+  // The largest key, and of the warps that have it the first.
+  const uint32_t warp = rank * (kThreads / 32) + threadIdx.x / 32;
+  const uint64_t first_best = sampler.team.template reduce<Max>(uint64_t(own_best) << 32 | (0xffffu - warp));
+  sampler.best = static_cast<uint32_t>(first_best >> 32);
   if (sampler.best == kNegInf<T> || sampler.best >= Logit<T>::kPosInf) {
     if (rank == 0 && threadIdx.x == 0) write_token(args, row, -1);
     return;
   }
   const float temperature = args.temperature[row];
   if (!(temperature > 0.0f)) {
+    if (static_cast<uint32_t>(first_best) != 0xffffu - warp) return;
     const int token = sampler.arg_max();
-    if (rank == 0 && threadIdx.x == 0) write_token(args, row, token);
+    if (threadIdx.x % 32 == 0) write_token(args, row, token);
     return;
   }
   sampler.temperature = temperature;
   sampler.best_logit = decode<T>(sampler.best);
   sampler.rate = fminf(kLog2e / temperature, 3e38f);
   const int top_k = args.top_k[row] > 0 && args.top_k[row] < args.vocab ? args.top_k[row] : 0;
-  const Cut cut = sampler.filter(top_k, args.top_p[row], args.min_p[row]);
+  const float top_p = args.top_p[row], min_p = args.min_p[row];
   const uint64_t number = splitmix(splitmix(args.seed[row]) ^ args.position[row]) & ~uint64_t(0xfff);
-  const int token = sampler.pick(cut, number);
+  int token;
+  if (top_k == 0 && top_p >= 1.0f && !(min_p > 0.0f)) {
+    token = sampler.template pick<false>({}, number);
+  } else {
+    token = sampler.template pick<true>(sampler.for_warp(sampler.filter(top_k, top_p, min_p)), number);
+  }
   if (token >= 0) write_token(args, row, token);
 }
 
@@ -511,8 +375,7 @@ template <typename T, int kRanks, int kThreads, bool kStaged>
 void launch_sample(SampleArgs args, int64_t num_rows, cudaStream_t stream) {
   constexpr int kLen = 16 / sizeof(T);
   args.slice = (args.vocab + kRanks * kLen - 1) / (kRanks * kLen) * kLen;
-  // Odd, for then neighbouring threads' vectors lie in different banks.
-  args.vecs = ((args.slice + 2 * kLen - 2) / kLen + kThreads - 1) / kThreads | 1;
+  args.vecs = (args.slice / kLen + 1 + kThreads - 1) / kThreads;  // one more vector where the row is not aligned
   LaunchConfig config{dim3(num_rows * kRanks), dim3(kThreads)};
   config.cluster = kRanks;
   const auto kernel = sample_kernel<T, kRanks, kThreads, kStaged>;
@@ -526,11 +389,17 @@ void launch_sample(SampleArgs args, int64_t num_rows, cudaStream_t stream) {
 template <typename T>
 void choose_sample(const SampleArgs& args, int64_t num_rows, int device, cudaStream_t stream) {
 #ifdef MINISGL_PDL  // set from sm_90 on, which has clusters too
-  int limit = 0;
+  int limit = 0, num_sms = 0;
   MINISGL_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  constexpr int kRanks = 8, kThreads = 512;
-  const int64_t bytes = (args.vocab / kRanks + 2 * kThreads * 16) * int64_t(sizeof(T));  // and rounding, at most
-  if (bytes + 1024 <= limit) return launch_sample<T, kRanks, kThreads, true>(args, num_rows, stream);
+  MINISGL_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+  // Always 8 blocks, in which sums of vectors are the same, with as many threads as lets all blocks run at once.
+  constexpr int kRanks = 8;
+  const int64_t bytes = args.vocab / kRanks * int64_t(sizeof(T)) + (1024 + 2) * 16;  // and rounding, at most
+  if (bytes + 10240 <= limit) {
+    if (num_rows * kRanks <= num_sms) return launch_sample<T, kRanks, 1024, true>(args, num_rows, stream);
+    if (num_rows * kRanks <= 2 * num_sms) return launch_sample<T, kRanks, 512, true>(args, num_rows, stream);
+    return launch_sample<T, kRanks, 256, true>(args, num_rows, stream);
+  }
 #endif
   launch_sample<T, 1, 1024, false>(args, num_rows, stream);
 }

@@ -347,22 +347,6 @@ struct Worker {
     if (args.norm_weight != nullptr) load_gains();
 #pragma unroll
     for (int s = 0; s < C::kStages; ++s) load_weights(ring + s * C::kSlots * kSlot);
-    prefetch_l2();
-  }
-
-  // As much again of the first group's rows as the ring holds, to keep the memory busy while this kernel waits.
-  __device__ __forceinline__ void prefetch_l2() const {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    constexpr int kSpan = C::kStages * C::kWarps * kBlock;
-    int count = min(kSpan, args.k - kSpan);
-    if (count <= 0) return;
-    Group group = group_at(0);
-    for (int r = threadIdx.x; r < group.octets * 8; r += C::kThreads) {
-      int of_matrix = C::kGated ? (group.first + r / 16) * 8 + r % 8 + r / 8 % 2 * args.outputs : group.first * 8 + r;
-      const T* from = args.weight + static_cast<int64_t>(of_matrix) * args.k + kSpan;
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(count * int(sizeof(T))) : "memory");
-    }
-#endif
   }
 
   __device__ __forceinline__ void run() {
