@@ -1,11 +1,14 @@
 """Decode attention on one GPU: is it right, how many microseconds, what share of the bandwidth of a copy?
 
-    python benchmark/kernels/attention_decode.py [--quick] [--seconds 540] [--shape 16,8,128]
+    python benchmark/kernels/attention_decode.py [--quick | --sweep] [--seconds 540] [--shape 16,8,128]
 
 Every variant is first compared with float32 (rows of others hold NaN, the output too; the second of two graph replays
 counts). Then a CUDA graph of as many layers as it takes to exceed the L2 cache is replayed; the median of the replays,
 divided by the layers, is the time of a call. `stream` and `cluster N` are the two kernels of the cuda backend, `+early`
 reads old tokens before the kernels before it are done. A row that fails says so and the rest goes on.
+
+`--sweep` times the plans of the stream kernel (`stream WARPSxBLOCKS`), clusters and Triton at pages of 16 tokens, with
+early reads, and ends with the fastest of each batch.
 """
 
 from __future__ import annotations
@@ -18,19 +21,24 @@ import signal
 import statistics
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from minisgl.attention.base import PagedBatch
-from minisgl.attention.cuda import CudaBackend, cluster_size
+from minisgl.attention.cuda import MAX_CLUSTER, CudaBackend, cluster_size, stream_plan
 from minisgl.attention.paged import AttentionShape
 
 Tensor = torch.Tensor
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k_cache, v_cache → out
 SHAPES = [(16, 8, 128), (40, 8, 128), (64, 8, 128), (16, 2, 128), (32, 8, 64)]
 BATCHES = (1, 16, 64, 256)
+SWEEP_BATCHES = (16, 32, 64, 128, 256)
+SWEEP_PLANS = {64: ((8, 1), (4, 1), (8, 2), (16, 1)), 128: ((8, 1), (4, 1), (4, 2))}  # by head_dim: warps, blocks
+SWEEP_CLUSTER_BLOCKS_PER_SM = 4  # clusters of more blocks are not tried
 REPLAYS = 15
 MIN_BYTES = 400 << 20  # of keys and values in a graph: several times the L2 cache
 
@@ -90,7 +98,10 @@ class Case:
         heads = shape.num_qo_heads + 2 * shape.num_kv_heads
         self.q = torch.randn(n, heads, shape.head_dim, device="cuda", dtype=shape.dtype)[:, : shape.num_qo_heads]
 
-    def expected(self, k: Tensor, v: Tensor) -> Tensor:
+    @functools.cached_property
+    def expected(self) -> Tensor:
+        """Of the first layer."""
+        k, v = self.caches[0]
         group = self.shape.num_qo_heads // self.shape.num_kv_heads
         out = torch.empty(self.q.shape, device="cuda")
         for i, slots in enumerate(self.slots):
@@ -108,7 +119,7 @@ class Case:
         for _ in range(2):
             out.fill_(float("nan"))
             graph.replay()
-        expected = self.expected(k, v)
+        expected = self.expected
         assert out.isfinite().all(), f"{int((~out.isfinite()).sum())} values are not finite"
         error = float((out.float() - expected).norm() / expected.norm())
         worst = float(((out.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
@@ -123,52 +134,83 @@ class Case:
         return median_us(graph_of(layers)) / len(self.caches)
 
 
-def variants(case: Case, shape: AttentionShape, quick: bool) -> Iterator[tuple[str, Callable[[], Call]]]:
-    """Names, and functions that make the call; making it may fail too."""
+def cuda_call(case: Case, cluster: int, early: bool, plan: tuple[int, int] | None = None) -> Call:
     device = torch.device("cuda", torch.cuda.current_device())
+    backend = CudaBackend(case.shape, device, plan)
+    out = torch.empty(case.q.shape, dtype=case.q.dtype, device=device)
 
-    def cuda(cluster: int, early: bool) -> Call:
-        backend = CudaBackend(shape, device)
-        out = torch.empty(case.q.shape, dtype=case.q.dtype, device=device)
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        backend.launch(q, k, v, None, case.batch, out, cluster, early)
+        return out
 
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            backend.launch(q, k, v, None, case.batch, out, cluster, early)
-            return out
+    return call
 
-        return call
 
-    def triton() -> Call:
-        from minisgl.attention.triton import TritonBackend
+def triton_call(case: Case) -> Call:
+    from minisgl.attention.triton import TritonBackend
 
-        backend = TritonBackend(shape, device)
-        return lambda q, k, v: backend.decode(q, k, v, None, case.batch)
+    backend = TritonBackend(case.shape, torch.device("cuda", torch.cuda.current_device()))
+    return lambda q, k, v: backend.decode(q, k, v, None, case.batch)
 
-    n, sms = len(case.lens), torch.cuda.get_device_properties(device).multi_processor_count
-    chosen = cluster_size(n, shape.num_kv_heads, sms)
-    sizes = [chosen] if quick else sorted({0, 1, chosen, *([2, 4, 8, 16] if n * shape.num_kv_heads < 256 else [])})
+
+def variants(case: Case, quick: bool) -> Iterator[tuple[str, Callable[[], Call]]]:
+    """Names, and functions that make the call; making it may fail too. * is what the backend chooses."""
+    n, num_kv = len(case.lens), case.shape.num_kv_heads
+    chosen = cluster_size(n, num_kv, num_sms())
+    sizes = [chosen] if quick else sorted({0, 1, chosen, *([2, 4, 8, 16] if n * num_kv < 256 else [])})
     for size in sizes:
         for early in (False, True):
             name = f"{f'cluster {size}' if size else 'stream'}{' +early' if early else ''}"
-            yield name + (" *" if size == chosen else ""), functools.partial(cuda, size, early)
-    yield "triton", triton
+            yield name + (" *" if size == chosen else ""), functools.partial(cuda_call, case, size, early)
+    yield "triton", functools.partial(triton_call, case)
 
 
-def cases(quick: bool, only: tuple[int, int, int] | None) -> Iterator[tuple[AttentionShape, int, str, list[int], int]]:
+def sweep_variants(case: Case) -> Iterator[tuple[str, Callable[[], Call]]]:
+    n, num_kv = len(case.lens), case.shape.num_kv_heads
+    chosen = cluster_size(n, num_kv, num_sms())
+    for plan in SWEEP_PLANS[case.shape.head_dim]:
+        star = " *" if not chosen and plan == stream_plan(case.shape) else ""
+        yield f"stream {plan[0]}x{plan[1]}{star}", functools.partial(cuda_call, case, 0, True, plan)
+    size = 1
+    while size <= MAX_CLUSTER and n * num_kv * size <= SWEEP_CLUSTER_BLOCKS_PER_SM * num_sms():
+        star = " *" if chosen == size else ""
+        yield f"cluster {size}{star}", functools.partial(cuda_call, case, size, True, stream_plan(case.shape))
+        size *= 2
+    yield "triton", functools.partial(triton_call, case)
+
+
+def num_sms() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+def compile_all(shapes: list[tuple[int, int, int]]) -> None:
+    """The kernels of a sweep, at once: each takes a compiler some 20 s. What fails says so when it is used."""
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def build(shape: tuple[int, int, int], plan: tuple[int, int]) -> None:
+        try:
+            CudaBackend(AttentionShape(*shape, torch.bfloat16, 16, 256, 4096), device, plan)
+        except Exception:
+            traceback.print_exc()
+
+    jobs = [(shape, plan) for shape in shapes for plan in SWEEP_PLANS[shape[2]]]
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+        for future in [pool.submit(build, *job) for job in jobs]:
+            future.result()
+
+
+def cases(args: argparse.Namespace) -> Iterator[tuple[AttentionShape, int, str, list[int], int]]:
+    """Shapes, batch sizes, names of the lengths, lengths, page sizes."""
     generator = torch.Generator().manual_seed(1)
-    for num_qo, num_kv, dim in [only] if only else SHAPES:
-        for n in BATCHES:
+    for num_qo, num_kv, dim in [args.shape] if args.shape else SHAPES:
+        for n in SWEEP_BATCHES if args.sweep else BATCHES:
             uniform = torch.randint(100, 2001, (n,), generator=generator).tolist()
             for name, lens in (("1000", [1000] * n), ("100-2000", uniform)):
-                for page_size in (1, 16):
-                    if quick and (page_size == 16) == (name == "1000"):
+                for page_size in (16,) if args.sweep else (1, 16):
+                    if args.quick and (page_size == 16) == (name == "1000"):
                         continue
-                    yield (
-                        AttentionShape(num_qo, num_kv, dim, torch.bfloat16, page_size, 256, 4096),
-                        n,
-                        name,
-                        lens,
-                        page_size,
-                    )
+                    shape = AttentionShape(num_qo, num_kv, dim, torch.bfloat16, page_size, 256, 4096)
+                    yield shape, n, name, lens, page_size
 
 
 def alive() -> bool:
@@ -179,34 +221,55 @@ def alive() -> bool:
     return True
 
 
+def measure(case: Case, start: str, peak: float, name: str, make: Callable[[], Call]) -> tuple[str, float | None, bool]:
+    """→ a row of the table, microseconds, whether it failed."""
+    try:
+        call = make()
+        case.check(call)
+        us = case.time_us(call)
+        speed = case.num_bytes / us / 1000
+        return f"{start} {us:8.2f} {speed:6.0f} {speed / peak:6.1%}  {name}", us, False
+    except ImportError as error:
+        return f"{start} {'-':>8} {'-':>6} {'-':>6}  {name}: {error}", None, False
+    except Exception as error:
+        traceback.print_exc()
+        return f"{start}  FAILED  {name}: {type(error).__name__}: {str(error)[:200]}", None, True
+
+
+def best_of(start: str, times: dict[str, float]) -> str:
+    """The case's times, fastest first."""
+    return f"{start}  " + "  ".join(f"{name} {us:.1f}" for name, us in sorted(times.items(), key=lambda item: item[1]))
+
+
 def run(args: argparse.Namespace, rows: list[str]) -> int:
     """Fills `rows` with lines of the table → failures."""
+    if args.sweep:
+        begin = time.monotonic()
+        compile_all([args.shape] if args.shape else SHAPES)
+        print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
     peak = copy_bandwidth()
     rows.append(f"{torch.cuda.get_device_name()}: a copy moves {peak:.0f} GB/s; * is what the backend chooses")
-    rows.append(f"{'Hq,Hkv,D':>10} {'batch':>5} {'tokens':>8} {'page':>4} {'us':>8} {'GB/s':>6} {'share':>6}  variant")
+    columns = "fastest first, us" if args.sweep else f"{'us':>8} {'GB/s':>6} {'share':>6}  variant"
+    rows.append(f"{'Hq,Hkv,D':>10} {'batch':>5} {'tokens':>8} {'page':>4} {columns}")
     failures = 0
-    for shape, n, name, lens, page_size in cases(args.quick, args.shape):
-        label = f"{shape.num_qo_heads},{shape.num_kv_heads},{shape.head_dim}"
+    for shape, n, name, lens, page_size in cases(args):
+        start = f"{shape.num_qo_heads},{shape.num_kv_heads},{shape.head_dim}"
+        start = f"{start:>10} {n:>5} {name:>8} {page_size:>4}"
         case = Case(shape, lens, page_size)
-        for variant, make in variants(case, shape, args.quick):
-            start = f"{label:>10} {n:>5} {name:>8} {page_size:>4}"
-            try:
-                call = make()
-                case.check(call)
-                us = case.time_us(call)
-                speed = case.num_bytes / us / 1000
-                row = f"{start} {us:8.2f} {speed:6.0f} {speed / peak:6.1%}  {variant}"
-            except ImportError as error:
-                row = f"{start} {'-':>8} {'-':>6} {'-':>6}  {variant}: {error}"
-            except Exception as error:
-                failures += 1
-                row = f"{start}  FAILED  {variant}: {type(error).__name__}: {str(error)[:200]}"
-                traceback.print_exc()
-            rows.append(row)
+        times: dict[str, float] = {}
+        for variant, make in sweep_variants(case) if args.sweep else variants(case, args.quick):
+            row, us, failed = measure(case, start, peak, variant, make)
             print(row, flush=True)
+            failures += failed
+            if us is not None:
+                times[variant] = us
+            if failed or not args.sweep:
+                rows.append(row)
             if failures and not alive():
                 rows.append("the GPU's context is lost; the rest was not run")
                 return failures
+        if args.sweep:
+            rows.append(best_of(start, times))
         del case
     return failures
 
@@ -214,6 +277,7 @@ def run(args: argparse.Namespace, rows: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="what the backend chooses, half of the cases")
+    parser.add_argument("--sweep", action="store_true", help="the kernels' variants against each other")
     parser.add_argument("--seconds", type=int, default=540, help="stop after this long")
     parser.add_argument("--shape", type=lambda text: tuple(map(int, text.split(","))), help="query heads,KV heads,dim")
     args = parser.parse_args()

@@ -65,24 +65,30 @@ def check(out: Tensor, expected: Tensor) -> None:
 @needs_hopper
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("num_qo", "num_kv", "dim", "dtype"),
+    ("num_qo", "num_kv", "dim", "dtype", "plan"),
     [
-        (16, 8, 128, torch.bfloat16),
-        (40, 8, 128, torch.bfloat16),
-        (64, 8, 128, torch.float16),
-        (16, 1, 128, torch.bfloat16),  # two tensor-core tiles of queries
-        (16, 2, 128, torch.bfloat16),
-        (32, 8, 64, torch.bfloat16),
-        (3, 3, 64, torch.float16),
-        (28, 4, 128, torch.bfloat16),
-        (32, 16, 64, torch.bfloat16),
+        (16, 8, 128, torch.bfloat16, None),
+        (40, 8, 128, torch.bfloat16, None),
+        (64, 8, 128, torch.float16, None),
+        (16, 1, 128, torch.bfloat16, None),  # two tensor-core tiles of queries
+        (16, 2, 128, torch.bfloat16, None),
+        (32, 8, 64, torch.bfloat16, None),
+        (3, 3, 64, torch.float16, None),
+        (28, 4, 128, torch.bfloat16, None),
+        (32, 16, 64, torch.bfloat16, None),
+        (16, 8, 128, torch.bfloat16, (4, 1)),
+        (40, 8, 128, torch.bfloat16, (4, 2)),
+        (16, 2, 128, torch.bfloat16, (4, 1)),
+        (16, 1, 128, torch.bfloat16, (4, 2)),
+        (32, 8, 64, torch.bfloat16, (16, 1)),
+        (32, 8, 64, torch.bfloat16, (8, 2)),
     ],
 )
-def test_decode(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype) -> None:
+def test_decode(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype, plan: tuple[int, int] | None) -> None:
     from minisgl.attention.cuda import CudaBackend
 
     shape = make_shape(num_qo, num_kv, dim, dtype)
-    backend = CudaBackend(shape, torch.device("cuda", torch.cuda.current_device()))
+    backend = CudaBackend(shape, torch.device("cuda", torch.cuda.current_device()), plan)
     batches = [[1], [1000], [5000], [0, 1, 2, 15, 16, 17, 127, 128, 129], [1, 3000, 1, 700], [63, 64, 65] * 20]
     for page_size in (1, 7, 16):
         for lens in batches:
@@ -100,12 +106,13 @@ def test_decode(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.timeout(300)
-def test_decode_many_sequences_twice_in_a_graph() -> None:
+@pytest.mark.parametrize("plan", [(8, 1), (4, 1), (4, 2)])
+def test_decode_many_sequences_twice_in_a_graph(plan: tuple[int, int]) -> None:
     """The counters of split sequences are zero again after each launch; lengths may change between replays."""
     from minisgl.attention.cuda import CudaBackend
 
     shape = make_shape(16, 8, 128)
-    backend = CudaBackend(shape, torch.device("cuda", torch.cuda.current_device()))
+    backend = CudaBackend(shape, torch.device("cuda", torch.cuda.current_device()), plan)
     lens = [1 + 37 * i % 1500 for i in range(300)]
     case = Case(shape, lens, 16)
     backend.decode(case.q, case.k, case.v, None, case.batch)

@@ -13,6 +13,9 @@ Tensor = torch.Tensor
 
 MAX_CLUSTER = 16  # blocks; what Hopper allows
 CLUSTER_BLOCKS_PER_SM = 2  # up to this many, clusters beat the stream kernel
+DEFAULT_PLAN = (8, 1)
+PLANS: dict[tuple[int, int], tuple[int, int]] = {}
+"""(query heads per KV head, head_dim) → plan of the stream kernel, where another than the default is faster."""
 MIN_COUNTERS = 1024  # sequences; a captured batch may be padded past max_running_requests
 _DTYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 
@@ -39,28 +42,36 @@ def cluster_size(num_seqs: int, num_kv_heads: int, num_sms: int) -> int:
     return min(MAX_CLUSTER, 1 << (limit.bit_length() - 1)) if limit else 0
 
 
+def stream_plan(shape: AttentionShape) -> tuple[int, int]:
+    """Warps of a block, and blocks on an SM, of the stream kernel."""
+    return PLANS.get((shape.num_qo_heads // shape.num_kv_heads, shape.head_dim), DEFAULT_PLAN)
+
+
 class CudaBackend:
     """Decode for one shape. The kernels are compiled on first use; workspaces live as long as the backend, and serve
-    one launch at a time."""
+    one launch at a time. `plan`: see `stream_plan`, whose choice is the default."""
 
-    def __init__(self, shape: AttentionShape, device: torch.device) -> None:
+    def __init__(self, shape: AttentionShape, device: torch.device, plan: tuple[int, int] | None = None) -> None:
         capability = torch.cuda.get_device_capability(device)
         check_shape(shape, capability)
         self._shape = shape
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         group = shape.num_qo_heads // shape.num_kv_heads
+        warps, blocks_per_sm = plan or stream_plan(shape)
+        self._num_blocks = blocks_per_sm * self._num_sms
         defines: dict[str, int | str] = {
             "ATTN_DTYPE": _DTYPES[shape.dtype],
             "ATTN_HEAD_DIM": shape.head_dim,
             "ATTN_NUM_KV": shape.num_kv_heads,
             "ATTN_GROUP": group,
+            "ATTN_WARPS": warps,
+            "ATTN_BLOCKS": blocks_per_sm,
         }
         self._kernel = load_kernel("attention_decode", capability, defines)
         with torch.cuda.device(device):
             self._kernel.attention_decode_prepare()
-        # Two partial results per block of at most 8 KV heads: head_dim sums, a maximum and a sum of weights per query.
-        num_partial = 2 * max(self._num_sms, shape.num_kv_heads) * min(8, shape.num_kv_heads) * group
-        self._partial = torch.empty(num_partial * (shape.head_dim + 2), dtype=torch.float32, device=device)
+        num_partial = self._kernel.attention_decode_workspace(self._num_blocks)
+        self._partial = torch.empty(num_partial, dtype=torch.float32, device=device)
         num_counters = shape.num_kv_heads * max(shape.max_running_requests, MIN_COUNTERS)
         self._counters = torch.zeros(num_counters, dtype=torch.int32, device=device)
 
@@ -100,6 +111,6 @@ class CudaBackend:
             batch.page_size,
             window or 0,
             cluster,
-            self._num_sms,
+            self._num_blocks,
             early,
         )

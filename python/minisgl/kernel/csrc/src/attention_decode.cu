@@ -3,16 +3,19 @@
 // Shapes are fixed at compile time: ATTN_DTYPE, ATTN_HEAD_DIM (64 or 128), ATTN_NUM_KV (heads on this rank), ATTN_GROUP
 // (query heads per KV head, up to 16). Two kernels share the arithmetic:
 //
-//   stream   for many sequences. One block per SM takes an equal share of all tiles of tokens, whatever sequence they
-//            belong to (the idea of stream-K, Osama et al. 2023). A sequence that lies in several shares leaves partial
-//            results in a workspace, which the last of its blocks merges.
+//   stream   for many sequences. As many blocks as the GPU holds take equal shares of all tiles of tokens, whatever
+//            sequence they belong to (the idea of stream-K, Osama et al. 2023). A sequence that lies in several shares
+//            leaves partial results in a workspace, which the last of its blocks merges.
 //   cluster  for few sequences. A thread-block cluster shares out the tokens of one (sequence, KV head) and merges
 //            through distributed shared memory, which takes less time than a round trip through global memory.
 //
 // Each warp multiplies 16 tokens with one KV head's queries, transposed so that tokens, of which there are many, fill
 // the long side of the tensor-core tile: S^T = K Q^T, then O^T = V^T P^T, with a running maximum (online softmax,
-// Milakov and Gimelshein 2018). Keys and values arrive through a ring in shared memory; tokens outside the sequence are
-// filled with zeros there and masked, so no other request's NaN is ever multiplied.
+// Milakov and Gimelshein 2018). Keys and values arrive through a ring in shared memory, one for each warp, which copies
+// what it will read: no barrier of the block holds back the copies of one warp while another merges. Tokens outside the
+// sequence are filled with zeros there and masked, so no other request's NaN is ever multiplied.
+//
+// ATTN_WARPS and ATTN_BLOCKS shape the stream kernel: warps of a block, and blocks of an SM.
 #include <minisgl/attention_tile.cuh>
 
 #include <algorithm>
@@ -21,28 +24,41 @@
 namespace minisgl {
 namespace {
 
-// KV heads that a block of 8 warps takes: the largest power of two that divides them all.
-constexpr int kStreamHeads = kNumKV % 8 == 0 ? 8 : kNumKV % 4 == 0 ? 4 : kNumKV % 2 == 0 ? 2 : 1;
-using Stream = Plan<kStreamHeads, 8, kHeadDim == 128 ? 3 : 6>;
-using Cluster = Plan<1, 4, kHeadDim == 128 ? 2 : 4>;
+#ifndef ATTN_WARPS
+#define ATTN_WARPS 8
+#define ATTN_BLOCKS 1
+#endif
 
-template <typename P>
-struct alignas(16) Scratch {
-  float2 ml[P::kWarps * kNumTiles * 8];  // maximum and sum of each warp's queries
-  float4 recv[kGroup * kQuads];          // cluster: [rank][slice], what this block merges
-  float2 recv_ml[kMaxCluster * kGroup];
-  int scan[P::kWarps];
-  int found[2];
-  int is_last;
+// KV heads that a block of the stream kernel takes: the largest power of two that divides them all, up to its warps.
+constexpr int kDivisor = kNumKV & -kNumKV;
+constexpr int kStreamHeads = kDivisor < ATTN_WARPS ? kDivisor : ATTN_WARPS;
+using Stream = Plan<kStreamHeads, ATTN_WARPS, ATTN_BLOCKS>;
+using Cluster = Plan<1, 4, 2>;
+
+// A warp's partial result in the workspace: [kNumTiles, kSteps, 8, kPairs], then stats [kNumTiles, 4].
+constexpr int kPieceQuads = kNumTiles * kSteps * 8 * kPairs;
+constexpr int kPartialQuads = kPieceQuads + kNumTiles * 4;
+// Parts that are loaded at once, as registers allow.
+constexpr int kMergeUnroll = std::max(1, (ATTN_WARPS * ATTN_BLOCKS > 8 ? 8 : kNumTiles > 1 ? 16 : 32) / (kNumTiles * kSteps));
+
+struct alignas(16) StreamScratch {
+  float4 stats[ATTN_WARPS * kNumTiles * 4];
 };
 
-template <typename P>
-constexpr int kSmemBytes = P::kStages * P::kStageBytes + int(sizeof(Scratch<P>));
+struct alignas(16) ClusterScratch {
+  float2 ml[Cluster::kWarps * kNumTiles * 8];  // maximum and sum of each warp's queries
+  float4 recv[kGroup * kQuads];                // [rank][slice], what this block merges
+  float2 recv_ml[kMaxCluster * kGroup];
+};
+
+template <typename P, typename Scratch>
+constexpr int kSmemBytes = P::kWarps * P::kRingBytes + int(sizeof(Scratch));
 
 // Output elements of head h are permuted in shared memory, so that the four queries of a warp's store differ in banks.
 __device__ __forceinline__ int permute_out(int head, int element) { return element ^ (head / 2 % 4 * 8); }
 
-// To shared memory: out [kWarps, kGroup, kHeadDim], ml [kWarps, kNumTiles * 8].
+// To shared memory: out [kGroup, kHeadDim] at the start of each warp's ring, ml [kWarps, kNumTiles * 8].
+template <typename P>
 __device__ __forceinline__ void spill(const Accumulator& acc, float* out, float2* ml) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
@@ -55,7 +71,7 @@ __device__ __forceinline__ void spill(const Accumulator& acc, float* out, float2
       for (int offset = 4; offset < 32; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
       if (lane < 4) ml[warp * kNumTiles * 8 + head] = {acc.max[n][i], sum};
       if (head >= kGroup) continue;
-      float* row = out + (warp * kGroup + head) * kHeadDim;
+      float* row = out + warp * (P::kRingBytes / 4) + head * kHeadDim;
 #pragma unroll
       for (int step = 0; step < kSteps; step++) {
         row[permute_out(head, step * 16 + lane / 4)] = acc.out[n][step][i];
@@ -65,22 +81,24 @@ __device__ __forceinline__ void spill(const Accumulator& acc, float* out, float2
   }
 }
 
-// The warps of a KV head together. head: of the block's kHeads * kGroup query heads.
+// The warps of a block that has one KV head, together.
 template <typename P>
-__device__ __forceinline__ Part gather(const float* out, const float2* ml, int head, int quad) {
-  int query = head % kGroup;
+__device__ __forceinline__ Part gather(const float* out, const float2* ml, int query, int quad) {
   Part part;
 #pragma unroll
-  for (int i = 0; i < P::kShare; i++) {
-    int warp = head / kGroup * P::kShare + i;
-    const float* from = out + (warp * kGroup + query) * kHeadDim + permute_out(query, quad * 4);
+  for (int warp = 0; warp < P::kWarps; warp++) {
+    const float* from = out + warp * (P::kRingBytes / 4) + query * kHeadDim + permute_out(query, quad * 4);
     part.add(*reinterpret_cast<const float4*>(from), ml[warp * kNumTiles * 8 + query]);
   }
   return part;
 }
 
+__device__ __forceinline__ float reciprocal(float sum) {
+  return sum > 0 ? 1.f / sum : sum == 0 ? 0.f : sum;  // no tokens: zeros; NaN stays visible
+}
+
 __device__ __forceinline__ void store_out(const Params& p, int seq, int head, int quad, const Part& part) {
-  float scale = part.sum > 0 ? 1.f / part.sum : part.sum == 0 ? 0.f : part.sum;  // NaN stays visible
+  float scale = reciprocal(part.sum);
   Vec<Element, 4> x{from_float<Element>(part.out.x * scale), from_float<Element>(part.out.y * scale),
                     from_float<Element>(part.out.z * scale), from_float<Element>(part.out.w * scale)};
   int64_t index = (int64_t(seq) * kNumKV * kGroup + head) * kHeadDim + quad * 4;
@@ -92,146 +110,198 @@ struct Share {
   int size, first, count, seq, seq_first;
 };
 
-template <typename P>
-__device__ Share find_share(const Params& p, Scratch<P>& scratch) {
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int per_thread = (p.num_seqs + P::kThreads - 1) / P::kThreads;
-  int begin = min(int(threadIdx.x) * per_thread, p.num_seqs), end = min(begin + per_thread, p.num_seqs);
-  int tiles = 0;
-  for (int i = begin; i < end; i++) tiles += tiles_of<P>(p, p.seq_lens[i]);
-  int before = tiles;  // inclusive scan of the warp, then made exclusive
+__device__ __forceinline__ int inclusive_scan(int x) {
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
-    int other = __shfl_up_sync(0xffffffffu, before, offset);
-    if (lane >= offset) before += other;
+    int other = __shfl_up_sync(0xffffffffu, x, offset);
+    if (int(threadIdx.x % 32) >= offset) x += other;
   }
-  if (lane == 31) scratch.scan[warp] = before;
-  before -= tiles;
-  __syncthreads();
-  int total = 0;
-#pragma unroll
-  for (int i = 0; i < P::kWarps; i++) {
-    if (i < warp) before += scratch.scan[i];
-    total += scratch.scan[i];
-  }
-  Share share;
-  share.size = (total + gridDim.x - 1) / gridDim.x;
-  share.first = blockIdx.x * share.size;
+  return x;
+}
+
+// Every warp finds it by itself: first which lane's run of sequences holds the tile, then which of these. Seen from the
+// launch, all this is before the first copy begins, so it is as few loads after one another as can be.
+template <typename P>
+__device__ Share find_share(const Params& p) {
+  int lane = threadIdx.x % 32, n = p.num_seqs;
+  if (lane * 32 < n) prefetch_near(p.rows + lane * 32);
+  int per_lane = (n + 31) / 32, begin = min(lane * per_lane, n), end = min(begin + per_lane, n);
+  int tiles = 0;
+#pragma unroll 8
+  for (int i = begin; i < end; i++) tiles += tiles_of<P>(p, p.seq_lens[i]);
+  int after = inclusive_scan(tiles);
+  int total = __shfl_sync(0xffffffffu, after, 31);
+  Share share{};
+  share.size = (total + int(gridDim.x) - 1) / int(gridDim.x);
+  share.first = int(blockIdx.x) * share.size;
   share.count = min(share.size, total - share.first);
-  if (before <= share.first && share.first < before + tiles) {
-    for (int i = begin; i < end; i++) {
-      int next = before + tiles_of<P>(p, p.seq_lens[i]);
-      if (share.first < next) {
-        scratch.found[0] = i, scratch.found[1] = before;
-        break;
-      }
-      before = next;
+  if (share.count <= 0) return share;
+  int found = __ffs(__ballot_sync(0xffffffffu, after > share.first)) - 1;
+  share.seq = found * per_lane;
+  share.seq_first = __shfl_sync(0xffffffffu, after - tiles, found);
+  for (;; share.seq += 32) {
+    int index = share.seq + lane;
+    tiles = index < n ? tiles_of<P>(p, p.seq_lens[index]) : 0;
+    after = share.seq_first + inclusive_scan(tiles);
+    unsigned beyond = __ballot_sync(0xffffffffu, after > share.first);
+    found = beyond ? __ffs(beyond) - 1 : 31;
+    share.seq_first = __shfl_sync(0xffffffffu, beyond ? after - tiles : after, found);
+    if (!beyond) continue;
+    share.seq += found;
+    return share;
+  }
+}
+
+// The warps of a KV head together, in the first of them. `ring`: this warp's; the stage is one that it has used, and is
+// free again afterwards.
+template <typename P>
+__device__ __forceinline__ void combine(Accumulator& acc, StreamScratch& scratch, char* ring, int stage) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  auto* pieces = reinterpret_cast<float4*>(ring + stage * kStageBytes) + lane;
+  __syncwarp();  // every lane has read the stage
+  if (warp % P::kShare > 0) {
+#pragma unroll
+    for (int i = 0; i < kNumTiles * kSteps; i++) pieces[i * 32] = acc.piece(i / kSteps, i % kSteps);
+#pragma unroll
+    for (int n = 0; n < kNumTiles; n++) {
+      if (lane < 4) scratch.stats[(warp * kNumTiles + n) * 4 + lane] = acc.stats(n);
     }
   }
-  __syncthreads();
-  share.seq = scratch.found[0], share.seq_first = scratch.found[1];
-  return share;
+  group_barrier<P::kShare * 32>(warp / P::kShare);
+  if (warp % P::kShare == 0) {
+#pragma unroll 1
+    for (int i = 1; i < P::kShare; i++) {
+      const float4* stats = scratch.stats + (warp + i) * kNumTiles * 4 + lane % 4;
+      const float4* from = pieces + i * (P::kRingBytes / 16);
+      acc.merge([&](int n) { return stats[n * 4]; }, [&](int n, int step) { return from[(n * kSteps + step) * 32]; });
+    }
+  }
+  group_barrier<P::kShare * 32>(warp / P::kShare);
 }
 
 // Where a block keeps a partial result: [0] of a sequence that begins in an earlier block, [1] in this one.
-template <typename P>
-__device__ __forceinline__ int64_t partial_row(int block, bool begins, int head) {
-  return ((int64_t(blockIdx.y) * gridDim.x + block) * 2 + begins) * (P::kHeads * kGroup) + head;
+__device__ __forceinline__ float4* partial_of(const Params& p, int kv_head, int block, bool begins) {
+  return p.partial + ((int64_t(kv_head) * gridDim.x + block) * 2 + begins) * kPartialQuads;
 }
 
-// The block that arrives last merges the sequence's parts, in the order of its tokens.
-template <typename P>
-__device__ void merge_blocks(const Params& p, Scratch<P>& scratch, int seq, int first_block, int last_block) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int* counter = p.counters + blockIdx.y * p.num_seqs + seq;
-    scratch.is_last = atomicAdd(counter, 1) == last_block - first_block;
-    if (scratch.is_last) *counter = 0;  // for the next launch
-  }
-  __syncthreads();
-  if (!scratch.is_last) return;
-  __threadfence();
-  for (int i = threadIdx.x; i < P::kHeads * kGroup * kQuads; i += P::kThreads) {
-    int head = i / kQuads, quad = i % kQuads;
-    Part part;
-#pragma unroll 4
-    for (int block = first_block; block <= last_block; block++) {
-      int64_t row = partial_row<P>(block, block == first_block, head);
-      part.add(__ldcg(p.partial + row * kQuads + quad), __ldcg(p.partial_ml + row));
-    }
-    store_out(p, seq, blockIdx.y * P::kHeads * kGroup + head, quad, part);
-  }
-}
-
-// The block has seen all its tokens of a sequence. `out`: a stage of the ring that nobody uses. All warps have passed a
-// barrier since they read it, and pass another before it is filled again.
-template <typename P>
-__device__ void end_sequence(const Params& p, Scratch<P>& scratch, float* out, const Accumulator& acc, int seq,
-                             int first_block, int last_block) {
-  spill(acc, out, scratch.ml);
-  __syncthreads();
-  bool whole = first_block == last_block, begins = first_block == blockIdx.x;
-  for (int i = threadIdx.x; i < P::kHeads * kGroup * kQuads; i += P::kThreads) {
-    int head = i / kQuads, quad = i % kQuads;
-    Part part = gather<P>(out, scratch.ml, head, quad);
-    if (whole) {
-      store_out(p, seq, blockIdx.y * P::kHeads * kGroup + head, quad, part);
-    } else {
-      int64_t row = partial_row<P>(blockIdx.x, begins, head);
-      p.partial[row * kQuads + quad] = part.out;
-      if (quad == 0) p.partial_ml[row] = {part.max, part.sum};
+__device__ __forceinline__ void store_partial(const Accumulator& acc, float4* to) {
+  int lane = threadIdx.x % 32, pair = lane % 4;
+  if (pair < kPairs) {
+#pragma unroll
+    for (int i = 0; i < kNumTiles * kSteps; i++) {
+      to[(i * 8 + lane / 4) * kPairs + pair] = acc.piece(i / kSteps, i % kSteps);
     }
   }
-  if (!whole) merge_blocks<P>(p, scratch, seq, first_block, last_block);
-  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < kNumTiles; n++) {
+    if (lane < 4) to[kPieceQuads + n * 4 + lane] = acc.stats(n);
+  }
+}
+
+__device__ __forceinline__ void merge_partial(Accumulator& acc, const float4* from) {
+  int lane = threadIdx.x % 32, pair = lane % 4;
+  acc.merge([&](int n) { return __ldcg(from + kPieceQuads + n * 4 + pair); },
+            [&](int n, int step) {
+              float4 zero{0, 0, 0, 0};
+              return pair < kPairs ? __ldcg(from + ((n * kSteps + step) * 8 + lane / 4) * kPairs + pair) : zero;
+            });
+}
+
+// Pairs of queries become pairs of elements by transposing, so that four lanes write 16 bytes of a row.
+__device__ __forceinline__ void store_heads(const Params& p, int seq, int kv_head, const Accumulator& acc) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < kNumTiles; n++) {
+    float scale[2] = {reciprocal(acc.sum[n][0]), reciprocal(acc.sum[n][1])};
+    int query = n * 8 + lane / 4;
+    Element* row = p.out + ((int64_t(seq) * kNumKV + kv_head) * kGroup + query) * kHeadDim + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kSteps * 2; i++) {
+      const float* pair = acc.out[n][i / 2] + i % 2 * 2;
+      uint32_t elements = transpose_8x8(pack(pair[0] * scale[0], pair[1] * scale[1]));
+      if (query < kGroup) *reinterpret_cast<uint32_t*>(row + i * 8) = elements;
+    }
+  }
+}
+
+// One sequence's tiles within a block's share; the blocks that hold the sequence's first and last tile.
+struct Segment {
+  int seq, first_block, last_block;
+};
+
+// The warp has seen all its tokens of a sequence. Of the warps that share the sequence, that which arrives last merges
+// them, in the order of the tokens.
+__device__ __forceinline__ void end_segment(const Params& p, Accumulator& acc, int kv_head, Segment segment) {
+  int num_others = segment.last_block - segment.first_block;
+  if (num_others > 0) {
+    store_partial(acc, partial_of(p, kv_head, blockIdx.x, segment.first_block == blockIdx.x));
+    __threadfence();
+    __syncwarp();
+    int* counter = p.counters + kv_head * p.num_seqs + segment.seq;
+    int arrived = threadIdx.x % 32 == 0 ? atomicAdd(counter, 1) : 0;
+    if (__shfl_sync(0xffffffffu, arrived, 0) != num_others) return;
+    __threadfence();
+    if (threadIdx.x % 32 == 0) *counter = 0;  // for the next launch
+    acc.reset();
+#pragma unroll kMergeUnroll
+    for (int block = segment.first_block; block <= segment.last_block; block++) {
+      merge_partial(acc, partial_of(p, kv_head, block, block == segment.first_block));
+    }
+  }
+  store_heads(p, segment.seq, kv_head, acc);
 }
 
 template <typename P>
-__global__ void __launch_bounds__(P::kThreads, 1) stream_kernel(const Params p) {
+__global__ void __launch_bounds__(P::kThreads, P::kBlocks) stream_kernel(const Params p) {
   extern __shared__ __align__(128) char smem[];
-  auto& scratch = *reinterpret_cast<Scratch<P>*>(smem + P::kStages * P::kStageBytes);
+  auto& scratch = *reinterpret_cast<StreamScratch*>(smem + P::kWarps * P::kRingBytes);
   if (!p.early) pdl_wait();
   pdl_trigger();
-  Share share = find_share<P>(p, scratch);
+  Share share = find_share<P>(p);
   if (share.count <= 0) return pdl_wait();
   int warp = threadIdx.x / 32, kv_head = blockIdx.y * P::kHeads + warp / P::kShare, token = warp % P::kShare * 16;
   Walk walk;
   walk.enter(p, share.seq);
   walk.pos += (share.first - share.seq_first) * P::kTile;
-  Loader<P> loader{walk, {}, share.count, int(blockIdx.y) * P::kHeads, smem_address(smem)};
+  char* ring = smem + warp * P::kRingBytes;
+  Loader<P> loader{walk, {}, share.count, kv_head, smem_address(ring)};
   loader.start(p);
 
   Queries q;
   Accumulator acc;
   q.load(p, walk.seq, kv_head);
   acc.reset();
-  for (int j = 0, stage = 0; j < share.count; j++, stage = stage + 1 == P::kStages ? 0 : stage + 1) {
-    copy_wait<P::kStages - 1>();
-    __syncthreads();
-    uint32_t keys = loader.ring + stage * P::kStageBytes + token * P::kRowBytes + warp / P::kShare * kHeadDim * 2;
+  for (int j = 0, stage = 0;; j++, stage = stage + 1 == P::kStages ? 0 : stage + 1) {
+    loader.wait();
+    uint32_t keys = loader.ring + stage * kStageBytes;
     int num_valid = walk.end - walk.pos - token;
-    if (num_valid > 0) attend<P>(acc, q, keys, keys + P::kPlane, num_valid, p.scale);
-    __syncthreads();
-    bool ends = walk.pos + P::kTile >= walk.end, last = j + 1 == share.count;
-    if (ends || last) {
-      int seq_last = share.seq_first + tiles_of<P>(p, walk.len) - 1;
-      end_sequence<P>(p, scratch, reinterpret_cast<float*>(smem + stage * P::kStageBytes), acc, walk.seq,
-                      share.seq_first / share.size, seq_last / share.size);
-      share.seq_first = seq_last + 1;
+    if (num_valid > 0) attend(acc, q, keys, keys + kPlane, num_valid, p.scale);
+    bool last = j + 1 == share.count, ends = last || walk.pos + P::kTile >= walk.end;
+    if (ends) {
+      acc.add_up();
+      if constexpr (P::kShare > 1) combine<P>(acc, scratch, ring, stage);
     }
     loader.refill(p, j, stage);
+    if (!ends) {
+      walk.pos += P::kTile;
+      continue;
+    }
+    int seq_end = share.seq_first + tiles_of<P>(p, walk.len);
+    Segment segment{walk.seq, share.seq_first / share.size, (seq_end - 1) / share.size};
+    if (!last) {
+      walk.advance(p, P::kTile);
+      q.load(p, walk.seq, kv_head);
+    }
+    if (token == 0) end_segment(p, acc, kv_head, segment);
     if (last) break;
-    walk.advance(p, P::kTile);
-    if (!ends) continue;
-    q.load(p, walk.seq, kv_head);
+    share.seq_first = seq_end;
     acc.reset();
   }
 }
 
 // Each block sends every block of its cluster a slice of its result; each merges the slices it gets.
 template <typename P>
-__device__ void merge_cluster(const Params& p, Scratch<P>& scratch, const float* out, int rank, int num_ranks) {
+__device__ void merge_cluster(const Params& p, ClusterScratch& scratch, const float* out, int rank, int num_ranks) {
   int slice = kGroup * kQuads / num_ranks;
   cluster_wait();  // every block has begun, so its shared memory exists
   for (int i = threadIdx.x; i < kGroup * kQuads; i += P::kThreads) {
@@ -256,13 +326,13 @@ __device__ void merge_cluster(const Params& p, Scratch<P>& scratch, const float*
 
 // Grid [blocks of a cluster, KV heads, sequences].
 template <typename P>
-__global__ void __launch_bounds__(P::kThreads) cluster_kernel(const Params p) {
+__global__ void __launch_bounds__(P::kThreads, P::kBlocks) cluster_kernel(const Params p) {
   extern __shared__ __align__(128) char smem[];
-  auto& scratch = *reinterpret_cast<Scratch<P>*>(smem + P::kStages * P::kStageBytes);
+  auto& scratch = *reinterpret_cast<ClusterScratch*>(smem + P::kWarps * P::kRingBytes);
   if (!p.early) pdl_wait();
   pdl_trigger();
   if (gridDim.x > 1) cluster_arrive();
-  int token = threadIdx.x / 32 * 16;
+  int warp = threadIdx.x / 32;
   Walk walk;
   walk.enter(p, blockIdx.z);
   int units = (walk.len - walk.pos + 15) / 16;  // as even as multiples of 16 tokens can be
@@ -270,7 +340,7 @@ __global__ void __launch_bounds__(P::kThreads) cluster_kernel(const Params p) {
   walk.pos += blockIdx.x * per_rank;
   walk.end = min(walk.len, walk.pos + per_rank);
   int count = max(0, (walk.end - walk.pos + P::kTile - 1) / P::kTile);
-  Loader<P> loader{walk, {}, count, int(blockIdx.y), smem_address(smem)};
+  Loader<P> loader{walk, {}, count, int(blockIdx.y), smem_address(smem) + warp * P::kRingBytes};
   loader.start(p);
 
   Queries q;
@@ -278,17 +348,15 @@ __global__ void __launch_bounds__(P::kThreads) cluster_kernel(const Params p) {
   q.load(p, walk.seq, blockIdx.y);
   acc.reset();
   for (int j = 0, stage = 0; j < count; j++, stage = stage + 1 == P::kStages ? 0 : stage + 1) {
-    copy_wait<P::kStages - 1>();
-    __syncthreads();
-    uint32_t keys = loader.ring + stage * P::kStageBytes + token * P::kRowBytes;
-    int num_valid = walk.end - walk.pos - token;
-    if (num_valid > 0) attend<P>(acc, q, keys, keys + P::kPlane, num_valid, p.scale);
-    __syncthreads();
+    loader.wait();
+    uint32_t keys = loader.ring + stage * kStageBytes;
+    int num_valid = walk.end - walk.pos - warp * 16;
+    if (num_valid > 0) attend(acc, q, keys, keys + kPlane, num_valid, p.scale);
     loader.refill(p, j, stage);
     walk.pos += P::kTile;
   }
-  float* out = reinterpret_cast<float*>(smem);  // the ring is empty
-  spill(acc, out, scratch.ml);
+  float* out = reinterpret_cast<float*>(smem);  // the rings are empty
+  spill<P>(acc, out, scratch.ml);
   __syncthreads();
   if (gridDim.x > 1) return merge_cluster<P>(p, scratch, out, blockIdx.x, gridDim.x);
   for (int i = threadIdx.x; i < kGroup * kQuads; i += P::kThreads) {
@@ -321,19 +389,26 @@ void check_inputs(TensorView q, TensorView k_cache, TensorView v_cache, TensorVi
   }
 }
 
-template <typename P>
-void allow_shared_memory(void (*kernel)(Params)) {
-  MINISGL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes<P>));
+void allow_shared_memory(void (*kernel)(Params), int num_bytes) {
+  MINISGL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
   MINISGL_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
 }
 
 // Once per device, before the first launch and outside of graph capture.
 void attention_decode_prepare() {
-  allow_shared_memory<Stream>(stream_kernel<Stream>);
-  allow_shared_memory<Cluster>(cluster_kernel<Cluster>);
+  allow_shared_memory(stream_kernel<Stream>, kSmemBytes<Stream, StreamScratch>);
+  allow_shared_memory(cluster_kernel<Cluster>, kSmemBytes<Cluster, ClusterScratch>);
   auto* kernel = cluster_kernel<Cluster>;
   MINISGL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+}
+
+// Blocks along x of the stream kernel: num_blocks is how many the GPU is to hold.
+int64_t num_columns(int64_t num_blocks) { return std::max<int64_t>(1, num_blocks / (kNumKV / kStreamHeads)); }
+
+// Elements of `partial` that the stream kernel needs.
+int64_t attention_decode_workspace(int64_t num_blocks) {
+  return num_columns(num_blocks) * kNumKV * 2 * kPartialQuads * 4;
 }
 
 // q [n, heads, head_dim] may be strided in its first dimension; caches [num_slots, kNumKV, head_dim]; page_table
@@ -366,26 +441,24 @@ void attention_decode(TensorView q, TensorView k_cache, TensorView v_cache, Tens
   p.early = early;
   cudaStream_t stream = current_stream(q);
   if (cluster > 0) {
-    LaunchConfig config{dim3(cluster, kNumKV, num_seqs), dim3(Cluster::kThreads), size_t(kSmemBytes<Cluster>)};
+    LaunchConfig config{dim3(cluster, kNumKV, num_seqs), dim3(Cluster::kThreads), size_t(kSmemBytes<Cluster, ClusterScratch>)};
     config.cluster = static_cast<unsigned>(cluster);
     return launch(config, stream, cluster_kernel<Cluster>, p);
   }
-  constexpr int kHeadBlocks = kNumKV / kStreamHeads;
-  int64_t columns = std::max<int64_t>(1, num_blocks / kHeadBlocks), rows_of_block = kStreamHeads * kGroup;
-  int64_t partial_rows = columns * kHeadBlocks * 2 * rows_of_block;
-  MINISGL_CHECK(is_fp32(partial) && partial.ndim() == 1 && partial.size(0) >= partial_rows * (kHeadDim + 2))
+  MINISGL_CHECK(is_fp32(partial) && partial.ndim() == 1 && partial.size(0) >= attention_decode_workspace(num_blocks))
       << "the workspace is too small";
-  MINISGL_CHECK(is_int32(counters) && counters.ndim() == 1 && counters.size(0) >= kHeadBlocks * num_seqs);
+  MINISGL_CHECK(is_int32(counters) && counters.ndim() == 1 && counters.size(0) >= int64_t(kNumKV) * num_seqs);
   p.partial = static_cast<float4*>(partial.data_ptr());
-  p.partial_ml = reinterpret_cast<float2*>(p.partial + partial_rows * kQuads);
   p.counters = static_cast<int*>(counters.data_ptr());
-  LaunchConfig config{dim3(columns, kHeadBlocks), dim3(Stream::kThreads), size_t(kSmemBytes<Stream>)};
+  dim3 grid(static_cast<unsigned>(num_columns(num_blocks)), kNumKV / kStreamHeads);
+  LaunchConfig config{grid, dim3(Stream::kThreads), size_t(kSmemBytes<Stream, StreamScratch>)};
   launch(config, stream, stream_kernel<Stream>, p);
 }
 
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_decode, minisgl::attention_decode);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_decode_workspace, minisgl::attention_decode_workspace);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attention_decode_prepare, minisgl::attention_decode_prepare);
 
 }  // namespace minisgl

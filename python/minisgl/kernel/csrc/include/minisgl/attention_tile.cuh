@@ -27,7 +27,13 @@ static_assert(kGroup >= 1 && kGroup <= 16 && kNumKV >= 1, "1 to 16 query heads p
 constexpr int kNumTiles = (kGroup + 7) / 8;  // tensor-core tiles are 8 queries wide
 constexpr int kSteps = kHeadDim / 16;        // and 16 elements deep
 constexpr int kQuads = kHeadDim / 4;         // float4s of a head's output
+constexpr int kPairs = kGroup < 8 ? (kGroup + 1) / 2 : 4;  // pairs of queries in use in a tensor-core tile
 constexpr int kMaxCluster = 16;
+
+// What a warp copies, and attends to, at a time: keys, then values, of 16 tokens of one KV head.
+constexpr int kRowBytes = kHeadDim * 2;
+constexpr int kPlane = 16 * kRowBytes;
+constexpr int kStageBytes = 2 * kPlane;
 
 struct Params {
   const Element* q;  // [num_seqs, kNumKV * kGroup, kHeadDim], tokens q_stride elements apart
@@ -37,8 +43,7 @@ struct Params {
   const int* rows;        // [num_seqs]
   const int* seq_lens;    // [num_seqs]
   Element* out;           // [num_seqs, kNumKV * kGroup, kHeadDim]
-  float4* partial;        // [blocks, 2, heads of a block, kQuads]; stream only, like the next two
-  float2* partial_ml;     // [blocks, 2, heads of a block]: maximum, sum
+  float4* partial;        // [kNumKV, blocks, 2, kPartialQuads]; stream only, like the counters
   int* counters;          // [kNumKV, num_seqs], zero between launches
   int64_t q_stride;
   int64_t table_stride;
@@ -49,19 +54,18 @@ struct Params {
   bool early;     // see `attention_decode`
 };
 
-// What a block works on: kHeads KV heads, kWarps / kHeads warps for each, a ring of kStages tiles.
-template <int kHeads_, int kWarps_, int kStages_>
+// What a block works on: kHeads KV heads, kWarps / kHeads warps for each, kBlocks such blocks on an SM. A warp has a ring
+// of its own, so that warps wait for one another only where they combine results.
+template <int kHeads_, int kWarps_, int kBlocks_>
 struct Plan {
-  static constexpr int kHeads = kHeads_, kWarps = kWarps_, kStages = kStages_;
+  static constexpr int kHeads = kHeads_, kWarps = kWarps_, kBlocks = kBlocks_;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kShare = kWarps / kHeads;          // warps of a KV head: each takes 16 of the tile's tokens
-  static constexpr int kTile = 16 * kShare;               // tokens
-  static constexpr int kRowBytes = kHeads * kHeadDim * 2;
-  static constexpr int kPlane = kTile * kRowBytes;        // keys, or values, of a tile
-  static constexpr int kStageBytes = 2 * kPlane;
-  static constexpr int kLookups = kTile / kWarps;         // tokens that a warp copies
-  static_assert(kShare * kHeads == kWarps && kLookups >= 1 && kLookups <= 32);
-  static_assert(kWarps * kGroup * kHeadDim * 4 <= kStageBytes, "partial results must fit a stage");
+  static constexpr int kShare = kWarps / kHeads;  // warps of a KV head: each takes 16 of the tile's tokens
+  static constexpr int kTile = 16 * kShare;       // tokens
+  static constexpr int kStages = 220 * 1024 / kBlocks / (kWarps * kStageBytes);
+  static constexpr int kRingBytes = kStages * kStageBytes;
+  static_assert(kShare * kHeads == kWarps && kStages >= 2);
+  static_assert(kGroup * kHeadDim * 4 <= kRingBytes, "a warp's result must fit its ring");
 };
 
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
@@ -72,6 +76,12 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
+}
+// Into the L2 cache.
+__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+// Into the L1 cache.
+__device__ __forceinline__ void prefetch_near(const void* from) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(from));
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -114,6 +124,12 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   Vec<Element, 2> pair{from_float<Element>(low), from_float<Element>(high)};
   return *reinterpret_cast<uint32_t*>(&pair);
+}
+
+// The warps that share a KV head of the block.
+template <int kThreads>
+__device__ __forceinline__ void group_barrier(int head) {
+  asm volatile("bar.sync %0, %1;" ::"r"(head + 1), "n"(kThreads) : "memory");
 }
 
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
@@ -163,38 +179,39 @@ struct Lookup {
 
 template <typename P>
 __device__ __forceinline__ Lookup look_up(const Params& p, const Walk& walk) {
+  constexpr int kAhead = 32;  // entries: a cache line. A miss in L2 takes longer than the tile that hides this load.
   int lane = threadIdx.x % 32;
-  int pos = walk.pos + int(threadIdx.x / 32) * P::kLookups + lane;
-  if (lane >= P::kLookups || pos >= walk.end) return {0, -1};
-  return {p.page_table[walk.row * p.table_stride + pos / p.page_size], pos % p.page_size};
+  int pos = walk.pos + int(threadIdx.x / 32) % P::kShare * 16 + lane;
+  if (lane >= 16 || pos >= walk.end) return {0, -1};
+  int index = pos / p.page_size;
+  const int* entry = p.page_table + walk.row * p.table_stride + index;
+  if (lane == 0 && index + kAhead < p.table_stride) prefetch(entry + kAhead);
+  return {*entry, pos - index * p.page_size};
 }
 
-// Start copying this warp's tokens of a tile. 16-byte pieces are permuted by their token so that ldmatrix, which reads
-// the same piece of eight tokens, meets eight different groups of banks.
-template <typename P>
-__device__ __forceinline__ void copy_tokens(const Params& p, Lookup lookup, int first_head, uint32_t stage) {
-  constexpr int kPieces = P::kRowBytes / 16, kHeadPieces = kHeadDim / 8;
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// Start copying 16 tokens of a KV head. 16-byte pieces are permuted by their token so that ldmatrix, which reads the
+// same piece of eight tokens, meets eight different groups of banks.
+__device__ __forceinline__ void copy_tokens(const Params& p, Lookup lookup, int kv_head, uint32_t stage) {
+  constexpr int kPieces = kRowBytes / 16;
+  int lane = threadIdx.x % 32;
   int slot = lookup.offset < 0 ? -1 : lookup.page * p.page_size + lookup.offset;
 #pragma unroll
-  for (int i = 0; i < P::kLookups * kPieces / 32; i++) {
-    int local = (i * 32 + lane) / kPieces, piece = (i * 32 + lane) % kPieces;
-    int from = __shfl_sync(0xffffffffu, slot, local);
-    int token = warp * P::kLookups + local;
-    int permuted = piece / kHeadPieces * kHeadPieces + ((piece % kHeadPieces) ^ (token % 8));
-    uint32_t to = stage + token * P::kRowBytes + permuted * 16;
-    int64_t offset = (int64_t(max(from, 0)) * kNumKV + first_head) * kHeadDim + piece * 8;
+  for (int i = 0; i < kPieces / 2; i++) {
+    int token = (i * 32 + lane) / kPieces, piece = lane % kPieces;
+    int from = __shfl_sync(0xffffffffu, slot, token);
+    uint32_t to = stage + token * kRowBytes + (piece ^ (token % 8)) * 16;
+    int64_t offset = (int64_t(max(from, 0)) * kNumKV + kv_head) * kHeadDim + piece * 8;
     copy_async(to, p.k + offset, from >= 0);
-    copy_async(to + P::kPlane, p.v + offset, from >= 0);
+    copy_async(to + kPlane, p.v + offset, from >= 0);
   }
 }
 
-// The ring of tiles: `start` fills it, `refill` copies tile j + kStages over tile j, which every warp has used.
+// A warp's ring of tiles: `start` fills it, `refill` copies tile j + kStages over tile j, which the warp has used.
 template <typename P>
 struct Loader {
   Walk walk;    // of the tile that `next` belongs to
   Lookup next;  // tile kStages + (tiles used so far)
-  int count, first_head;
+  int count, kv_head;
   uint32_t ring;
 
   // Before pdl_wait (where p.early) only tiles without their sequence's newest token are read.
@@ -215,16 +232,23 @@ struct Loader {
 #pragma unroll
     for (int s = 0; s < P::kStages; s++) {
       if (newest[s]) pdl_wait();
-      if (s < count) copy_tokens<P>(p, lookups[s], first_head, ring + s * P::kStageBytes);
+      if (s < count) copy_tokens(p, lookups[s], kv_head, ring + s * kStageBytes);
       copy_commit();
     }
     pdl_wait();
   }
 
+  // The oldest tile, copied and seen by every lane.
+  __device__ __forceinline__ void wait() const {
+    copy_wait<P::kStages - 1>();
+    __syncwarp();
+  }
+
   __device__ void refill(const Params& p, int used, int stage) {
     int tile = used + P::kStages;
+    __syncwarp();  // every lane has read what is copied over
     if (tile < count) {
-      copy_tokens<P>(p, next, first_head, ring + stage * P::kStageBytes);
+      copy_tokens(p, next, kv_head, ring + stage * kStageBytes);
       if (tile + 1 < count) {
         walk.advance(p, P::kTile);
         next = look_up<P>(p, walk);
@@ -251,8 +275,8 @@ struct Queries {
   }
 };
 
-// Of the queries 8n + 2 (lane % 4) + {0, 1}: maximum, this lane's part of the sum, and output elements
-// 16i + lane / 4 + {0, 8}, not yet divided by the sum.
+// Of the queries 8n + 2 (lane % 4) + {0, 1}: maximum, this lane's part of the sum (all of it once `add_up` was called),
+// and output elements 16i + lane / 4 + {0, 8}, not yet divided by the sum.
 struct Accumulator {
   float max[kNumTiles][2];
   float sum[kNumTiles][2];
@@ -267,13 +291,54 @@ struct Accumulator {
       for (int i = 0; i < kSteps * 4; i++) out[n][i / 4][i % 4] = 0;
     }
   }
+
+  __device__ void add_up() {
+#pragma unroll
+    for (int n = 0; n < kNumTiles; n++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2) sum[n][i] += __shfl_xor_sync(0xffffffffu, sum[n][i], offset);
+      }
+    }
+  }
+
+  // This lane's maxima and sums of a tile of queries, and its elements of a step.
+  __device__ float4 stats(int n) const { return {max[n][0], sum[n][0], max[n][1], sum[n][1]}; }
+  __device__ float4 piece(int n, int step) const {
+    return {out[n][step][0], out[n][step][1], out[n][step][2], out[n][step][3]};
+  }
+
+  // Another accumulator over other tokens, given by functions like `stats` and `piece`. Both are added up.
+  template <typename Stats, typename Piece>
+  __device__ __forceinline__ void merge(Stats other_stats, Piece other_piece) {
+#pragma unroll
+    for (int n = 0; n < kNumTiles; n++) {
+      float4 other = other_stats(n);
+      float other_max[2] = {other.x, other.z}, other_sum[2] = {other.y, other.w}, mine[2], theirs[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float top = fmaxf(max[n][i], other_max[i]);
+        mine[i] = max[n][i] == -INFINITY ? 0.f : exp2f(max[n][i] - top);
+        theirs[i] = other_max[i] == -INFINITY ? 0.f : exp2f(other_max[i] - top);
+        sum[n][i] = sum[n][i] * mine[i] + other_sum[i] * theirs[i];
+        max[n][i] = top;
+      }
+#pragma unroll
+      for (int step = 0; step < kSteps; step++) {
+        float4 x = other_piece(n, step);
+        float(&to)[4] = out[n][step];
+        to[0] = to[0] * mine[0] + x.x * theirs[0], to[1] = to[1] * mine[1] + x.y * theirs[1];
+        to[2] = to[2] * mine[0] + x.z * theirs[0], to[3] = to[3] * mine[1] + x.w * theirs[1];
+      }
+    }
+  }
 };
 
 // scores[n]: tokens lane / 4 + {0, 0, 8, 8}, queries 8n + 2 (lane % 4) + {0, 1, 0, 1}, in units of log2.
-template <typename P>
 __device__ __forceinline__ void score(float (&scores)[kNumTiles][4], const Queries& q, uint32_t keys, float scale) {
   int lane = threadIdx.x % 32;
-  uint32_t row = keys + lane % 16 * P::kRowBytes;
+  uint32_t row = keys + lane % 16 * kRowBytes;
   float halves[2][kNumTiles][4] = {};  // two chains, for the latency of mma
 #pragma unroll
   for (int step = 0; step < kSteps; step++) {
@@ -315,11 +380,10 @@ __device__ __forceinline__ void soften(float (&scores)[kNumTiles][4], Accumulato
 }
 
 // num_valid of the 16 tokens at `keys` and `values` (shared memory, one KV head) belong to the sequence; at least one.
-template <typename P>
 __device__ __forceinline__ void attend(Accumulator& acc, const Queries& q, uint32_t keys, uint32_t values,
                                        int num_valid, float scale) {
   float scores[kNumTiles][4];
-  score<P>(scores, q, keys, scale);
+  score(scores, q, keys, scale);
   soften(scores, acc, num_valid);
   uint32_t weights[kNumTiles][2];
 #pragma unroll
@@ -328,7 +392,7 @@ __device__ __forceinline__ void attend(Accumulator& acc, const Queries& q, uint3
     weights[n][1] = transpose_8x8(pack(scores[n][2], scores[n][3]));
   }
   int lane = threadIdx.x % 32;
-  uint32_t row = values + (lane % 8 + lane / 16 * 8) * P::kRowBytes;
+  uint32_t row = values + (lane % 8 + lane / 16 * 8) * kRowBytes;
 #pragma unroll
   for (int step = 0; step < kSteps; step++) {
     uint32_t a[4];
