@@ -136,7 +136,7 @@ def smoke() -> None:
     ):
         shape = Shape("smoke", "gate_up" if gated else "linear", 256 if gated else 512, 320)
         variant = Variant(rows, split)
-        if not decode_gemm.fits(variant, tile, shape.rows, shape.k):
+        if not decode_gemm.fits(variant, tile, shape.k):
             continue
         print(f"smoke {tile:3d} tokens {shape.form} {tuple(variant)} ", end="", flush=True)
         w = torch.randn(shape.rows, shape.k, device="cuda").bfloat16() * shape.k**-0.5
@@ -168,7 +168,7 @@ def variants(tokens: int, shape: Shape, quick: bool) -> list[Variant]:
         blocks = tiles * split
         worthwhile = blocks <= slots * 1.05 and blocks >= slots * 0.4 if split else tiles * 4 >= slots
         variant = Variant(rows, split, per_sm)
-        if worthwhile and decode_gemm.fits(variant, tokens, shape.rows, shape.k) and variant != chosen:
+        if worthwhile and decode_gemm.fits(variant, tokens, shape.k) and variant != chosen:
             found.append(variant)
     return found[:1] if quick else found
 

@@ -1,8 +1,8 @@
 """Linear layers of a decode batch (up to 256 tokens) on Hopper's tensor cores, with their neighbours fused.
 
-The kernels (csrc/include/minisgl/decode_gemm.cuh) start before the kernel ahead of them ends and read weights meanwhile,
-so weights must not be written by work that is still in flight on the stream. One stream of a device at a time: launches
-share a workspace.
+The kernels (csrc/include/minisgl/decode_gemm.cuh) start before the kernel ahead of them ends and read their weights
+meanwhile, so weights must not be written by work that is still in flight on the stream. Launches share a workspace: use
+one stream of a device at a time.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def token_tile(m: int) -> int:
     return next(tile for tile in TOKEN_TILES if m <= tile)
 
 
-def fits(variant: Variant, m: int, rows: int, k: int) -> bool:
-    """Whether a variant exists for `m` tokens and `rows` rows of weights: registers and shared memory limit it."""
+def fits(variant: Variant, m: int, k: int) -> bool:
+    """Whether a variant exists for `m` tokens and `k` inputs: registers and shared memory limit it."""
     tile = token_tile(m)
-    if variant.rows == 192 and tile > 192 or variant.rows == 256 and tile > 128:
+    if (variant.rows == 192 and tile > 192) or (variant.rows == 256 and tile > 128):
         return False
-    if variant.per_sm == 2 and (variant.rows > 128 or variant.rows == 128 and tile > 128):
+    if variant.per_sm == 2 and (variant.rows > 128 or (variant.rows == 128 and tile > 128)):
         return False
     stage = 128 * (variant.rows + tile)
     stages = ((227 if variant.per_sm == 1 else 113) * 1024 - 1408 - 1280 * variant.rows // 16) // stage
@@ -67,14 +67,14 @@ def choose(m: int, n: int, k: int, gated: bool, num_sms: int) -> Variant:
     """
     rows = 2 * n if gated else n
     for tall in (256, 128):
-        if -(-rows // tall) >= num_sms and fits(Variant(tall, 0), m, rows, k):
+        if -(-rows // tall) >= num_sms and fits(Variant(tall, 0), m, k):
             return Variant(tall, 0)
     best, best_blocks = Variant(64, 1), 0
     for tall in (128, 64):
         tiles = -(-rows // tall)
         split = max(1, min(MAX_SPLIT, num_sms // tiles, k // 64))
         variant = Variant(tall, split)
-        if fits(variant, m, rows, k) and tiles * split > best_blocks:
+        if fits(variant, m, k) and tiles * split > best_blocks:
             best, best_blocks = variant, tiles * split
         if best_blocks >= 0.8 * num_sms:
             break

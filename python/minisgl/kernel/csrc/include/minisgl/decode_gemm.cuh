@@ -74,7 +74,7 @@ struct Config {
   static constexpr int kStageBytes = kRows * kK * 2 + kTokenBytes;
   static constexpr int kFixedBytes = 1024 + kConsumers / 32 * kStagingBytes + 2 * kMaxStages * 8;  // 1024: alignment
   static constexpr int kPartial = kRows * kTokens;  // floats
-  static constexpr int kBlocks = 2 * kThreads * (kTiles * kSums + 48) <= 65536 ? 2 : 1;
+  static constexpr int kBlocks = kRows <= 128 && 2 * kThreads * (kTiles * kSums + 48) <= 65536 ? 2 : 1;
   static constexpr bool kFits = kTiles * kSums <= 128 && kThreads * (kTiles * kSums + 48) <= 65536;
 };
 
@@ -115,7 +115,7 @@ __device__ __forceinline__ void produce(const Args& args, const Shared<C>& share
              step / args.steps * (C::kRows / 16));
   };
   auto load_x = [&](int i, int stage) {
-    tma_load(shared.stage(stage) + C::kRows * kK * 2, x, shared.full + stage * 8, kEvictLast,
+    tma_load(shared.stage(stage) + C::kRows * kK * 2, x, shared.full + stage * 8, kEvictNormal,
              (begin + i) % args.steps * kK, 0);
   };
   int num = end - begin;
