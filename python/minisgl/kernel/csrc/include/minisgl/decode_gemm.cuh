@@ -1,0 +1,386 @@
+// Linear layers of up to 256 tokens, for the tensor cores of Hopper (sm_90a): out [m, n] = x [m, k] weight [n, k]^T.
+//
+// The weights are the tall operand of the products (64 rows for each warpgroup), the tokens the wide one, so that a
+// batch of any size wastes little. One warp copies tiles of 64 elements of k into a ring of stages with the copy engine;
+// the others multiply. The weights do not depend on earlier kernels: the ring is filled with them before `pdl_wait`.
+//
+// Work is counted in steps: (tile of rows, 64 elements of k). It is shared out in one of two ways:
+//  - split >= 1: a cluster of `split` blocks has a tile, each a part of its k. They leave their sums in shared memory and
+//    each adds up a share of the tile.
+//  - split == 0 (stream-K, Osama et al. 2023, section 4): every block has the same number of consecutive steps. A block
+//    that begins inside of a tile leaves its sums in `partials` before anything else; the block that began the tile
+//    adds them to its own. It waits for blocks that wait for nobody before they deliver, and all are resident.
+// Either way sums are added in an order that the shape alone determines.
+//
+// With gate and up rows, the rows of a tile alternate, 8 gate rows, then the 8 up rows of the same outputs (the tensor
+// map does that): a thread then holds both sums of an output.
+//
+// Compiled once per dtype (MINISGL_FP16) and number of tokens (MINISGL_TOKENS).
+#pragma once
+
+#ifndef MINISGL_TOKENS
+#define MINISGL_TOKENS 128
+#endif
+#define WGMMA_N MINISGL_TOKENS
+#ifdef MINISGL_FP16
+#define WGMMA_TYPE "f16"
+#else
+#define WGMMA_TYPE "bf16"
+#endif
+#include <minisgl/common.cuh>
+#include <minisgl/tma.cuh>
+#include <minisgl/wgmma.cuh>
+
+namespace minisgl {
+namespace {
+
+#ifdef MINISGL_FP16
+using T = __half;
+#else
+using T = __nv_bfloat16;
+#endif
+
+constexpr int kTokens = MINISGL_TOKENS;
+constexpr int kSums = kTokens / 2;         // of a thread, for 64 rows
+constexpr int kK = 64;                     // elements of k in a step: 128 bytes, as wide as the swizzle
+constexpr int kTileBytes = 64 * kK * 2;    // 64 rows of weights
+constexpr int kTokenBytes = kTokens * kK * 2;
+constexpr int kMaxStages = 24;
+constexpr int kPitch = 20;                 // floats; of a token's 16 outputs: free of bank conflicts
+constexpr int kStagingBytes = 16 * kPitch * 4;  // of a warp: 16 tokens
+constexpr int kMaxSplit = 8;
+
+struct Args {
+  T* out;             // [tokens, outputs]
+  const T* bias;      // [outputs] or null
+  const T* residual;  // null, or `out`
+  float* partials;    // [blocks, rows * kTokens], for stream-K only, like the next
+  unsigned* flags;    // [blocks], zero between launches
+  int tokens, outputs;
+  int steps;  // of a tile
+  int tiles;
+  int split;
+  int stages;
+};
+
+template <int kWarpgroups_, int kTiles_, bool kGated_>
+struct Config {
+  static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr int kTiles = kTiles_;  // of 64 rows, for each warpgroup
+  static constexpr bool kGated = kGated_;
+  static constexpr int kRows = 64 * kWarpgroups * kTiles;
+  static constexpr int kConsumers = 128 * kWarpgroups;
+  static constexpr int kThreads = kConsumers + 32;
+  static constexpr int kStageBytes = kRows * kK * 2 + kTokenBytes;
+  static constexpr int kFixedBytes = 1024 + kConsumers / 32 * kStagingBytes + 2 * kMaxStages * 8;  // 1024: alignment
+  static constexpr int kPartial = kRows * kTokens;  // floats
+  static constexpr int kBlocks = kRows <= 128 && 2 * kThreads * (kTiles * kSums + 48) <= 65536 ? 2 : 1;
+  static constexpr bool kFits = kTiles * kSums <= 128 && kThreads * (kTiles * kSums + 48) <= 65536;
+};
+
+// Where things lie in shared memory.
+template <typename C>
+struct Shared {
+  char* ring;
+  float* staging;  // of this warp
+  uint32_t full, empty;
+  int stages;
+
+  __device__ __forceinline__ Shared(char* raw, int stages_) : stages(stages_) {
+    ring = raw + (1024 - shared_address(raw) % 1024) % 1024;
+    char* after = ring + stages * C::kStageBytes;
+    full = shared_address(after);
+    empty = full + kMaxStages * 8;
+    staging = reinterpret_cast<float*>(after + 2 * kMaxStages * 8 + threadIdx.x / 32 * kStagingBytes);
+  }
+  __device__ __forceinline__ uint32_t stage(int i) const { return shared_address(ring) + i * C::kStageBytes; }
+};
+
+// The first step of a block.
+__device__ __forceinline__ int first_step(const Args& args, int block) {
+  if (args.split == 0) {
+    return static_cast<int>(static_cast<int64_t>(args.tiles) * args.steps * block / gridDim.x);
+  }
+  return block / args.split * args.steps + args.steps * (block % args.split) / args.split;
+}
+
+// The warp that copies: one thread of it.
+template <typename C>
+__device__ __forceinline__ void produce(const Args& args, const Shared<C>& shared, const CUtensorMap* weights,
+                                        const CUtensorMap* x, int begin, int end) {
+  auto load_weights = [&](int i, int stage) {
+    int step = begin + i;
+    barrier_expect(shared.full + stage * 8, C::kStageBytes);
+    tma_load(shared.stage(stage), weights, shared.full + stage * 8, kEvictFirst, step % args.steps * kK, 0, 0,
+             step / args.steps * (C::kRows / 16));
+  };
+  auto load_x = [&](int i, int stage) {
+    tma_load(shared.stage(stage) + C::kRows * kK * 2, x, shared.full + stage * 8, kEvictNormal,
+             (begin + i) % args.steps * kK, 0);
+  };
+  int num = end - begin;
+  int ahead = min(num, args.stages);
+  for (int i = 0; i < ahead; ++i) load_weights(i, i);
+  pdl_wait();
+  for (int i = 0; i < ahead; ++i) load_x(i, i);
+  int stage = 0;
+  uint32_t parity = 0;
+  for (int i = ahead; i < num; ++i) {
+    barrier_wait(shared.empty + stage * 8, parity);
+    load_weights(i, stage);
+    load_x(i, stage);
+    if (++stage == args.stages) stage = 0, parity ^= 1;
+  }
+}
+
+// All threads that multiply.
+template <typename C>
+__device__ __forceinline__ void consumers_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(C::kConsumers) : "memory");
+}
+
+// Keeps the compiler from moving uses of the sums across products in flight.
+template <int kTiles>
+__device__ __forceinline__ void pin(float (&sums)[kTiles][kSums]) {
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[t][i])::"memory");
+  }
+}
+
+// A place in the ring.
+struct Cursor {
+  int stage = 0;
+  uint32_t parity = 0;
+};
+
+// sums += the products of the next `num` steps (at least 1).
+template <typename C>
+__device__ __forceinline__ void multiply(const Shared<C>& shared, Cursor& cursor, int num,
+                                         float (&sums)[C::kTiles][kSums]) {
+  int warpgroup = threadIdx.x / 128;
+  bool leader = threadIdx.x % 32 == 0;
+  int last = -1;
+  pin(sums);
+  for (int i = 0; i < num; ++i) {
+    barrier_wait(shared.full + cursor.stage * 8, cursor.parity);
+    uint32_t base = shared.stage(cursor.stage);
+    uint64_t a = wgmma_descriptor(base + warpgroup * C::kTiles * kTileBytes);
+    uint64_t b = wgmma_descriptor(base + C::kRows * kK * 2);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kK / 16; ++k) {
+#pragma unroll
+      for (int t = 0; t < C::kTiles; ++t) wgmma(sums[t], a + t * (kTileBytes >> 4) + 2 * k, b + 2 * k, 1);
+    }
+    wgmma_commit();
+    wgmma_wait<1>();  // the step before this one
+    if (leader && last >= 0) barrier_arrive(shared.empty + last * 8);
+    last = cursor.stage;
+    if (++cursor.stage == shared.stages) cursor.stage = 0, cursor.parity ^= 1;
+  }
+  wgmma_wait<0>();
+  pin(sums);
+  if (leader) barrier_arrive(shared.empty + last * 8);
+}
+
+__device__ __forceinline__ float silu_times(float gate, float up) { return gate / (1.f + __expf(-gate)) * up; }
+
+// Four consecutive outputs of a token.
+template <typename C>
+__device__ __forceinline__ void write(const Args& args, int token, int output, float4 v) {
+  if (token >= args.tokens || output >= args.outputs) return;
+  using Four = Vec<T, 4>;
+  float y[4] = {v.x, v.y, v.z, v.w};
+  size_t at = static_cast<size_t>(token) * args.outputs + output;
+  if (!C::kGated && args.bias != nullptr) {
+    Four bias = *reinterpret_cast<const Four*>(args.bias + output);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] += to_float(bias.data[i]);
+  }
+  if (!C::kGated && args.residual != nullptr) {
+    Four residual = *reinterpret_cast<const Four*>(args.residual + at);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] += to_float(residual.data[i]);
+  }
+  Four out;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) out.data[i] = from_float<T>(y[i]);
+  *reinterpret_cast<Four*>(args.out + at) = out;
+}
+
+// Write the warp's outputs for 16 tokens from `token` on. a and b: the thread's sums (see `wgmma`) for the first and the
+// second 8 of them, of the warp's 16 rows in tile `t` of its warpgroup. They are transposed in shared memory.
+template <typename C>
+__device__ __forceinline__ void emit(const Args& args, float* staging, int tile, int t, int token, float4 a, float4 b) {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int row = lane / 4, column = lane % 4 * 2;
+  int sixteen = tile * (C::kRows / 16) + (warp / 4 * C::kTiles + t) * 4 + warp % 4;  // index of the warp's 16 rows
+  if constexpr (C::kGated) {
+    constexpr int kHalfPitch = 12;
+    staging[column * kHalfPitch + row] = silu_times(a.x, a.z);
+    staging[(column + 1) * kHalfPitch + row] = silu_times(a.y, a.w);
+    staging[(column + 8) * kHalfPitch + row] = silu_times(b.x, b.z);
+    staging[(column + 9) * kHalfPitch + row] = silu_times(b.y, b.w);
+    __syncwarp();
+    float4 v = *reinterpret_cast<const float4*>(staging + lane / 2 * kHalfPitch + lane % 2 * 4);
+    write<C>(args, token + lane / 2, sixteen * 8 + lane % 2 * 4, v);
+  } else {
+    float* to = staging + column * kPitch + row;
+    to[0] = a.x, to[kPitch] = a.y, to[8] = a.z, to[kPitch + 8] = a.w;
+    to += 8 * kPitch;
+    to[0] = b.x, to[kPitch] = b.y, to[8] = b.z, to[kPitch + 8] = b.w;
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int of = half * 8 + lane / 4;
+      float4 v = *reinterpret_cast<const float4*>(staging + of * kPitch + lane % 4 * 4);
+      write<C>(args, token + of, sixteen * 16 + lane % 4 * 4, v);
+    }
+  }
+  __syncwarp();  // read before the next call writes
+}
+
+template <int kTiles>
+__device__ __forceinline__ float4 four(const float (&sums)[kTiles][kSums], int t, int j) {
+  return make_float4(sums[t][4 * j], sums[t][4 * j + 1], sums[t][4 * j + 2], sums[t][4 * j + 3]);
+}
+
+// The sums of a block as an array of float4: [kTiles][kTokens / 8][kConsumers].
+template <typename C>
+__device__ __forceinline__ int partial_index(int t, int j) {
+  return (t * (kTokens / 8) + j) * C::kConsumers + threadIdx.x;
+}
+
+template <typename C>
+__device__ __forceinline__ void store_partials(const Args& args, float4* to, const float (&sums)[C::kTiles][kSums]) {
+#pragma unroll
+  for (int t = 0; t < C::kTiles; ++t) {
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      if (j / 2 * 16 < args.tokens) to[partial_index<C>(t, j)] = four(sums, t, j);
+    }
+  }
+}
+
+// Add what the blocks that have the rest of a tile left, in their order. `end`: the step after the tile.
+template <typename C>
+__device__ __forceinline__ void collect(const Args& args, int end, float (&sums)[C::kTiles][kSums]) {
+  for (int block = blockIdx.x + 1; block < gridDim.x && first_step(args, block) < end; ++block) {
+    if (threadIdx.x == 0) {
+      unsigned ready = 0;
+      while (ready == 0) {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(ready) : "l"(args.flags + block) : "memory");
+      }
+      args.flags[block] = 0;  // for the next launch; nobody else reads it in this one
+    }
+    consumers_sync<C>();
+    const float4* from = reinterpret_cast<const float4*>(args.partials + static_cast<size_t>(block) * C::kPartial);
+#pragma unroll
+    for (int t = 0; t < C::kTiles; ++t) {
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+        if (j / 2 * 16 >= args.tokens) continue;
+        float4 v = __ldcg(from + partial_index<C>(t, j));  // not from L1, which may hold an earlier launch's
+        sums[t][4 * j] += v.x, sums[t][4 * j + 1] += v.y, sums[t][4 * j + 2] += v.z, sums[t][4 * j + 3] += v.w;
+      }
+    }
+  }
+}
+
+// After the steps [begin, end) of `tile`, without a cluster.
+template <typename C>
+__device__ __forceinline__ void finish(const Args& args, float* staging, int tile, int begin, int end,
+                                       float (&sums)[C::kTiles][kSums]) {
+  if (begin > 0) {
+    float* slot = args.partials + static_cast<size_t>(blockIdx.x) * C::kPartial;
+    store_partials<C>(args, reinterpret_cast<float4*>(slot), sums);
+    __threadfence();
+    consumers_sync<C>();
+    if (threadIdx.x == 0) {
+      asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(args.flags + blockIdx.x), "r"(1) : "memory");
+    }
+    return;
+  }
+  if (end < args.steps) collect<C>(args, (tile + 1) * args.steps, sums);
+#pragma unroll
+  for (int t = 0; t < C::kTiles; ++t) {
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; j += 2) {
+      if (j * 8 < args.tokens) emit<C>(args, staging, tile, t, j * 8, four(sums, t, j), four(sums, t, j + 1));
+    }
+  }
+}
+
+// This block's share of a tile, from the sums of all blocks of the cluster.
+template <typename C>
+__device__ __forceinline__ void reduce(const Args& args, const Shared<C>& shared, int tile, int rank) {
+  int groups = (args.tokens + 15) / 16;
+  int items = C::kTiles * groups;
+  for (int item = items * rank / args.split; item < items * (rank + 1) / args.split; ++item) {
+    int t = item / groups, j = item % groups * 2;
+    uint32_t at = shared_address(shared.ring) + partial_index<C>(t, j) * 16;
+    float4 a = make_float4(0.f, 0.f, 0.f, 0.f), b = a;
+#pragma unroll 4
+    for (int r = 0; r < args.split; ++r) {
+      float4 v = load_remote(at, r), w = load_remote(at + C::kConsumers * 16, r);
+      a.x += v.x, a.y += v.y, a.z += v.z, a.w += v.w;
+      b.x += w.x, b.y += w.y, b.z += w.z, b.w += w.w;
+    }
+    emit<C>(args, shared.staging, tile, t, j * 8, a, b);
+  }
+}
+
+template <typename C>
+__device__ __forceinline__ void consume(const Args& args, const Shared<C>& shared, int begin, int end) {
+  pdl_wait();
+  Cursor cursor;
+  for (int step = begin; step < end;) {
+    int tile = step / args.steps;
+    int from = step - tile * args.steps, to = min(args.steps, end - tile * args.steps);
+    float sums[C::kTiles][kSums] = {};
+    multiply<C>(shared, cursor, to - from, sums);
+    if (args.split > 1) {
+      consumers_sync<C>();  // the ring is not read any more
+      store_partials<C>(args, reinterpret_cast<float4*>(shared.ring), sums);
+    } else {
+      finish<C>(args, shared.staging, tile, from, to, sums);
+    }
+    step = tile * args.steps + to;
+  }
+}
+
+template <typename C>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    decode_gemm(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap x,
+                const __grid_constant__ Args args) {
+  extern __shared__ __align__(1024) char raw[];
+  Shared<C> shared(raw, args.stages);
+  pdl_trigger();
+  if (threadIdx.x == C::kConsumers) {
+    tma_prefetch(&weights);
+    tma_prefetch(&x);
+    for (int i = 0; i < args.stages; ++i) {
+      barrier_init(shared.full + i * 8, 1);
+      barrier_init(shared.empty + i * 8, C::kConsumers / 32);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  int begin = first_step(args, blockIdx.x), end = first_step(args, blockIdx.x + 1);
+  if (threadIdx.x < C::kConsumers) {
+    consume<C>(args, shared, begin, end);
+  } else if (threadIdx.x == C::kConsumers) {
+    produce<C>(args, shared, &weights, &x, begin, end);
+  }
+  if (args.split <= 1) return;
+  __syncwarp();
+  cluster_sync();
+  if (threadIdx.x < C::kConsumers) reduce<C>(args, shared, begin / args.steps, blockIdx.x % args.split);
+  __syncwarp();
+  cluster_sync();  // others read this block's shared memory
+}
+
+}  // namespace
+}  // namespace minisgl

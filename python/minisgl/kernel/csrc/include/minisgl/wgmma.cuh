@@ -1,0 +1,119 @@
+// Matrix products of a warpgroup (128 threads) with both operands in shared memory (wgmma, sm_90a).
+//
+// Facts: PTX ISA, "Asynchronous warpgroup level matrix instructions". Define WGMMA_N, the width of the product, and
+// WGMMA_TYPE, "bf16" or "f16", first: one width per compilation, since each needs its own list of registers.
+#pragma once
+
+#include <cstdint>
+
+namespace minisgl {
+
+// A tile of rows of 64 two-byte elements, 128-byte swizzled, 8 rows (1024 bytes) after 8 rows, at a multiple of 1024.
+// Adding 2 to the descriptor moves it by 16 elements along the rows: the hardware swizzles addresses, not offsets.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared) {
+  constexpr uint64_t kSwizzle128 = 1ull << 62;
+  constexpr uint64_t kEightRows = uint64_t(1024 >> 4) << 32;
+  constexpr uint64_t kUnused = 1ull << 16;  // the leading offset means nothing in this layout
+  return kSwizzle128 | kEightRows | kUnused | ((shared & 0x3FFFF) >> 4);
+}
+
+// Before the first product, and whenever registers of the sums were touched.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+#define WGMMA_D0 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define WGMMA_D1 "%8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_D2 "%16, %17, %18, %19, %20, %21, %22, %23"
+#define WGMMA_D3 "%24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_D4 "%32, %33, %34, %35, %36, %37, %38, %39"
+#define WGMMA_D5 "%40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_D6 "%48, %49, %50, %51, %52, %53, %54, %55"
+#define WGMMA_D7 "%56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_D8 "%64, %65, %66, %67, %68, %69, %70, %71"
+#define WGMMA_D9 "%72, %73, %74, %75, %76, %77, %78, %79"
+#define WGMMA_D10 "%80, %81, %82, %83, %84, %85, %86, %87"
+#define WGMMA_D11 "%88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_D12 "%96, %97, %98, %99, %100, %101, %102, %103"
+#define WGMMA_D13 "%104, %105, %106, %107, %108, %109, %110, %111"
+#define WGMMA_D14 "%112, %113, %114, %115, %116, %117, %118, %119"
+#define WGMMA_D15 "%120, %121, %122, %123, %124, %125, %126, %127"
+#define WGMMA_O8(i) \
+  "+f"(c[i + 0]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), \
+      "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+
+#if WGMMA_N == 32
+#define WGMMA_REGISTERS \
+  WGMMA_D0 ", " WGMMA_D1
+#define WGMMA_OPERANDS \
+  WGMMA_O8(0), WGMMA_O8(8)
+#define WGMMA_A "%16"
+#define WGMMA_B "%17"
+#define WGMMA_KEEP "%18"
+#define WGMMA_WIDTH "n32"
+#elif WGMMA_N == 64
+#define WGMMA_REGISTERS \
+  WGMMA_D0 ", " WGMMA_D1 ", " WGMMA_D2 ", " WGMMA_D3
+#define WGMMA_OPERANDS \
+  WGMMA_O8(0), WGMMA_O8(8), WGMMA_O8(16), WGMMA_O8(24)
+#define WGMMA_A "%32"
+#define WGMMA_B "%33"
+#define WGMMA_KEEP "%34"
+#define WGMMA_WIDTH "n64"
+#elif WGMMA_N == 128
+#define WGMMA_REGISTERS \
+  WGMMA_D0 ", " WGMMA_D1 ", " WGMMA_D2 ", " WGMMA_D3 ", " WGMMA_D4 ", " WGMMA_D5 ", " WGMMA_D6 ", " \
+  WGMMA_D7
+#define WGMMA_OPERANDS \
+  WGMMA_O8(0), WGMMA_O8(8), WGMMA_O8(16), WGMMA_O8(24), WGMMA_O8(32), WGMMA_O8(40), WGMMA_O8(48), \
+  WGMMA_O8(56)
+#define WGMMA_A "%64"
+#define WGMMA_B "%65"
+#define WGMMA_KEEP "%66"
+#define WGMMA_WIDTH "n128"
+#elif WGMMA_N == 192
+#define WGMMA_REGISTERS \
+  WGMMA_D0 ", " WGMMA_D1 ", " WGMMA_D2 ", " WGMMA_D3 ", " WGMMA_D4 ", " WGMMA_D5 ", " WGMMA_D6 ", " \
+  WGMMA_D7 ", " WGMMA_D8 ", " WGMMA_D9 ", " WGMMA_D10 ", " WGMMA_D11
+#define WGMMA_OPERANDS \
+  WGMMA_O8(0), WGMMA_O8(8), WGMMA_O8(16), WGMMA_O8(24), WGMMA_O8(32), WGMMA_O8(40), WGMMA_O8(48), \
+  WGMMA_O8(56), WGMMA_O8(64), WGMMA_O8(72), WGMMA_O8(80), WGMMA_O8(88)
+#define WGMMA_A "%96"
+#define WGMMA_B "%97"
+#define WGMMA_KEEP "%98"
+#define WGMMA_WIDTH "n192"
+#elif WGMMA_N == 256
+#define WGMMA_REGISTERS \
+  WGMMA_D0 ", " WGMMA_D1 ", " WGMMA_D2 ", " WGMMA_D3 ", " WGMMA_D4 ", " WGMMA_D5 ", " WGMMA_D6 ", " \
+  WGMMA_D7 ", " WGMMA_D8 ", " WGMMA_D9 ", " WGMMA_D10 ", " WGMMA_D11 ", " WGMMA_D12 ", " WGMMA_D13 ", \
+  " WGMMA_D14 ", " WGMMA_D15
+#define WGMMA_OPERANDS \
+  WGMMA_O8(0), WGMMA_O8(8), WGMMA_O8(16), WGMMA_O8(24), WGMMA_O8(32), WGMMA_O8(40), WGMMA_O8(48), \
+  WGMMA_O8(56), WGMMA_O8(64), WGMMA_O8(72), WGMMA_O8(80), WGMMA_O8(88), WGMMA_O8(96), WGMMA_O8(104), \
+  WGMMA_O8(112), WGMMA_O8(120)
+#define WGMMA_A "%128"
+#define WGMMA_B "%129"
+#define WGMMA_KEEP "%130"
+#define WGMMA_WIDTH "n256"
+#else
+#error "no such width"
+#endif
+
+// c (64 x WGMMA_N) = a (64 x 16) b (WGMMA_N x 16)^T, plus c where `keep`. Thread t of the warpgroup holds in
+// c[4j .. 4j+3] the rows r = 16 (t / 32) + t % 32 / 4, r, r + 8, r + 8 of columns q = 8j + 2 (t % 4), q + 1, q, q + 1.
+__device__ __forceinline__ void wgmma(float (&c)[WGMMA_N / 2], uint64_t a, uint64_t b, int keep) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, " WGMMA_KEEP ", 0;\n"
+      "wgmma.mma_async.sync.aligned.m64" WGMMA_WIDTH "k16.f32." WGMMA_TYPE "." WGMMA_TYPE " {" WGMMA_REGISTERS "}, "
+      WGMMA_A ", " WGMMA_B ", p, 1, 1, 0, 0;\n"
+      "}\n"
+      : WGMMA_OPERANDS
+      : "l"(a), "l"(b), "r"(keep));
+}
+
+}  // namespace minisgl
