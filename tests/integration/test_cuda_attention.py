@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,7 +41,8 @@ class Case:
                 cache[self.slots[-1]] = torch.randn(length, *size[1:], device="cuda").to(shape.dtype)
         seq_lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
         cu_q = torch.arange(n + 1, dtype=torch.int32, device="cuda")
-        self.batch = PagedBatch(table, rows, seq_lens, cu_q, page_size, 1, max(lens))
+        host = (rows.cpu().numpy(), seq_lens.cpu().numpy() - 1, np.ones(n, dtype=np.int32), table.cpu().numpy())
+        self.batch = PagedBatch(table, rows, seq_lens, cu_q, page_size, 1, max(lens), *host)
 
     def reference(self, window: int | None) -> Tensor:
         """In float32; zeros for an empty sequence."""
