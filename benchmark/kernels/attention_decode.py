@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from minisgl.attention.base import PagedBatch
@@ -84,7 +85,10 @@ class Case:
         seq_lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
         rows = torch.arange(n, dtype=torch.int32, device="cuda")
         cu_q = torch.arange(n + 1, dtype=torch.int32, device="cuda")
-        self.batch = PagedBatch(table, rows, seq_lens, cu_q, page_size, 1, max(lens))
+        rows_cpu, starts_cpu = rows.cpu().long().numpy(), seq_lens.cpu().long().numpy() - 1
+        ones, table_cpu = np.ones(n, dtype=np.int64), table.cpu().numpy()
+        bounds = page_size, 1, max(lens)
+        self.batch = PagedBatch(table, rows, seq_lens, cu_q, *bounds, rows_cpu, starts_cpu, ones, table_cpu)
         self.num_bytes = sum(lens) * shape.num_kv_heads * shape.head_dim * 4
         num_layers = min(128, max(8, -(-MIN_BYTES // self.num_bytes))) if n < 256 else 4
         size = (n * width * page_size, shape.num_kv_heads, shape.head_dim)

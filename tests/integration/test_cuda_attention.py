@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,7 +41,10 @@ class Case:
                 cache[self.slots[-1]] = torch.randn(length, *size[1:], device="cuda").to(shape.dtype)
         seq_lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
         cu_q = torch.arange(n + 1, dtype=torch.int32, device="cuda")
-        self.batch = PagedBatch(table, rows, seq_lens, cu_q, page_size, 1, max(lens))
+        rows_cpu, starts_cpu = rows.cpu().long().numpy(), seq_lens.cpu().long().numpy() - 1
+        ones, table_cpu = np.ones(n, dtype=np.int64), table.cpu().numpy()
+        bounds = page_size, 1, max(lens)
+        self.batch = PagedBatch(table, rows, seq_lens, cu_q, *bounds, rows_cpu, starts_cpu, ones, table_cpu)
 
     def reference(self, window: int | None) -> Tensor:
         """In float32; zeros for an empty sequence."""
