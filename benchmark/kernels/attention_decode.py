@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from minisgl.attention.base import PagedBatch
-from minisgl.attention.cuda import MAX_CLUSTER, CudaBackend, cluster_size, stream_plan
+from minisgl.attention.cuda import MAX_CLUSTER, PLANS, CudaBackend, cluster_size
 from minisgl.attention.paged import AttentionShape
 
 Tensor = torch.Tensor
@@ -173,12 +173,12 @@ def sweep_variants(case: Case) -> Iterator[tuple[str, Callable[[], Call]]]:
     n, num_kv = len(case.lens), case.shape.num_kv_heads
     chosen = cluster_size(n, num_kv, num_sms())
     for plan in SWEEP_PLANS[case.shape.head_dim]:
-        star = " *" if not chosen and plan == stream_plan(case.shape) else ""
+        star = " *" if not chosen and plan == PLANS[case.shape.head_dim] else ""
         yield f"stream {plan[0]}x{plan[1]}{star}", functools.partial(cuda_call, case, 0, True, plan)
     size = 1
     while size <= MAX_CLUSTER and n * num_kv * size <= SWEEP_CLUSTER_BLOCKS_PER_SM * num_sms():
         star = " *" if chosen == size else ""
-        yield f"cluster {size}{star}", functools.partial(cuda_call, case, size, True, stream_plan(case.shape))
+        yield f"cluster {size}{star}", functools.partial(cuda_call, case, size, True, PLANS[case.shape.head_dim])
         size *= 2
     yield "triton", functools.partial(triton_call, case)
 

@@ -13,9 +13,7 @@ Tensor = torch.Tensor
 
 MAX_CLUSTER = 16  # blocks; what Hopper allows
 CLUSTER_BLOCKS_PER_SM = 2  # up to this many, clusters beat the stream kernel
-DEFAULT_PLAN = (8, 1)
-PLANS: dict[tuple[int, int], tuple[int, int]] = {}
-"""(query heads per KV head, head_dim) → plan of the stream kernel, where another than the default is faster."""
+PLANS = {64: (16, 1), 128: (8, 1)}  # by head_dim: warps of a block, and blocks on an SM, of the stream kernel
 MIN_COUNTERS = 1024  # sequences; a captured batch may be padded past max_running_requests
 _DTYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 
@@ -42,14 +40,9 @@ def cluster_size(num_seqs: int, num_kv_heads: int, num_sms: int) -> int:
     return min(MAX_CLUSTER, 1 << (limit.bit_length() - 1)) if limit else 0
 
 
-def stream_plan(shape: AttentionShape) -> tuple[int, int]:
-    """Warps of a block, and blocks on an SM, of the stream kernel."""
-    return PLANS.get((shape.num_qo_heads // shape.num_kv_heads, shape.head_dim), DEFAULT_PLAN)
-
-
 class CudaBackend:
     """Decode for one shape. The kernels are compiled on first use; workspaces live as long as the backend, and serve
-    one launch at a time. `plan`: see `stream_plan`, whose choice is the default."""
+    one launch at a time. `plan`: as in PLANS."""
 
     def __init__(self, shape: AttentionShape, device: torch.device, plan: tuple[int, int] | None = None) -> None:
         capability = torch.cuda.get_device_capability(device)
@@ -57,7 +50,7 @@ class CudaBackend:
         self._shape = shape
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         group = shape.num_qo_heads // shape.num_kv_heads
-        warps, blocks_per_sm = plan or stream_plan(shape)
+        warps, blocks_per_sm = plan or PLANS[shape.head_dim]
         self._num_blocks = blocks_per_sm * self._num_sms
         defines: dict[str, int | str] = {
             "ATTN_DTYPE": _DTYPES[shape.dtype],

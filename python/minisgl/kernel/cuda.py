@@ -7,7 +7,7 @@ import logging
 import torch
 
 from minisgl.errors import ConfigError
-from minisgl.kernel import skinny
+from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
 from minisgl.kernel.sampling_reference import sample_reference
@@ -33,10 +33,25 @@ def _whole_vectors(*tensors: Tensor) -> bool:
     )
 
 
+SKINNY_TOKENS = 8  # of a large weight; up to twice as many of one whose reading takes less than a launch
+
+
 def _is_skinny(x: Tensor, weight: Tensor, norm: Tensor | None = None) -> bool:
     """Whether the kernels for few tokens take this product."""
     m, k = x.shape
-    return skinny.supports(m, len(weight), k, x.dtype, norm is not None) and weight.is_contiguous()
+    few = SKINNY_TOKENS * (2 if weight.numel() <= decode_gemm.SMALL_WEIGHTS else 1)
+    return m <= few and skinny.supports(m, len(weight), k, x.dtype, norm is not None) and weight.is_contiguous()
+
+
+def _decode_variant(x: Tensor, weight: Tensor, gated: bool = False) -> decode_gemm.Variant | None:
+    """How the kernels for decode batches compute this product; None where they do not, or cuBLAS is faster."""
+    (m, k), n = x.shape, len(weight) // (2 if gated else 1)
+    if m > decode_gemm.MAX_TOKENS or not (decode_gemm.supports(m, n, k, x.dtype) and weight.is_contiguous()):
+        return None
+    if not decode_gemm.is_available(x.device):
+        return None
+    variant = decode_gemm.choose(m, n, k, gated)
+    return variant if variant is not None and decode_gemm.fits(variant, m, k) else None
 
 
 class CudaOps(TorchOps):
@@ -77,6 +92,8 @@ class CudaOps(TorchOps):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if _is_skinny(x, weight):
             return skinny.norm_linear(x, None, 0.0, weight, bias)
+        if (variant := _decode_variant(x, weight)) is not None:
+            return decode_gemm.linear(x, weight, bias, variant)
         return super().linear(x, weight, bias)
 
     def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -87,12 +104,16 @@ class CudaOps(TorchOps):
     def norm_gate_up(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if bias is None and len(weight) % 16 == 0 and _is_skinny(x, weight, norm):
             return skinny.norm_gate_up(x, norm, eps, weight)
+        if bias is None and (variant := _decode_variant(x, weight, gated=True)) is not None:
+            return decode_gemm.gate_up(self.rms_norm(x, norm, eps), weight, variant)
         return super().norm_gate_up(x, norm, eps, weight, bias)
 
     def linear_add(self, x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
         """cuBLAS adds the product to `residual` itself."""
         if _is_skinny(x, weight):
             return skinny.linear_add(x, weight, residual, bias)
+        if (variant := _decode_variant(x, weight)) is not None:
+            return decode_gemm.linear_add(x, weight, residual, bias, variant)
         residual.addmm_(x, weight.T)
         return residual if bias is None else residual.add_(bias)
 

@@ -17,6 +17,7 @@ from minisgl.kernel.jit import load_kernel
 MAX_TOKENS = 256
 TOKEN_TILES = (32, 64, 128, 192, 256)
 MAX_SPLIT = 8
+SMALL_WEIGHTS = 8 << 20  # elements
 
 
 class Variant(NamedTuple):
@@ -59,37 +60,33 @@ def fits(variant: Variant, m: int, k: int) -> bool:
     return stages >= 2 and min(stages, 24) * stage >= sums and variant.split <= min(MAX_SPLIT, k // 64)
 
 
-def choose(m: int, n: int, k: int, gated: bool, num_sms: int) -> Variant:
-    """The variant for `m` tokens, `n` outputs (of gate_up: one half) and `k` inputs.
+def choose(m: int, n: int, k: int, gated: bool) -> Variant | None:
+    """The fastest variant for `m` tokens, `n` outputs (of gate_up: one half) and `k` inputs; None: cuBLAS is faster.
 
-    Many tiles: equal shares, with tall tiles, which read the tokens less often. Few: a cluster for each tile, as many
-    blocks as there are SMs or a little fewer.
+    Measured on an H200 with the layers of Qwen3-0.6B and 14B (docs/performance-log.md).
     """
     rows = 2 * n if gated else n
-    for tall in (256, 128):
-        if -(-rows // tall) >= num_sms and fits(Variant(tall, 0), m, k):
-            return Variant(tall, 0)
-    best, best_blocks = Variant(64, 1), 0
-    for tall in (128, 64):
-        tiles = -(-rows // tall)
-        split = max(1, min(MAX_SPLIT, num_sms // tiles, k // 64))
-        variant = Variant(tall, split)
-        if fits(variant, m, k) and tiles * split > best_blocks:
-            best, best_blocks = variant, tiles * split
-        if best_blocks >= 0.8 * num_sms:
-            break
-    return best
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    if rows * k <= SMALL_WEIGHTS:  # what counts is that many blocks share the little there is
+        if m > 64 and not gated:
+            return None
+        tiles, steps = -(-rows // 64), k // 64
+        split = max((s for s in (1, 2, 3, 4, 6, 8) if tiles * s <= 96 and s * 8 <= steps), default=1)
+        return Variant(64, 1 if gated else split)
+    if gated:
+        return Variant(128, 0) if m <= 192 else None
+    if n >= 1 << 15:  # a head
+        return Variant(192, 0) if m <= 64 else None
+    if k > 2 * n and m <= 192:
+        return Variant(192, 4)
+    if m <= 32:
+        return Variant(192, 4) if n <= k else Variant(128, 2)
+    return None
 
 
 @functools.cache
 def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums that blocks leave for others, and their flags (zero between launches)."""
-    blocks = 2 * _num_sms(device)
+    blocks = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     partials = torch.empty(blocks * 256 * 128, dtype=torch.float32, device=device)
     flags = torch.zeros(blocks, dtype=torch.int32, device=device)
     torch.cuda.synchronize(device)
@@ -126,7 +123,7 @@ def _run(
     if m == 0:
         return out
     module = prepare(x.device, x.dtype, m)
-    variant = variant or choose(m, out.shape[1], k, gated, _num_sms(x.device))
+    variant = variant or choose(m, out.shape[1], k, gated) or Variant(128 if m <= 128 else 64, 1)
     module.decode_linear(x, weight, bias, out, *_workspace(x.device), add, gated, *variant)
     return out
 

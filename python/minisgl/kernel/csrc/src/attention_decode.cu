@@ -251,12 +251,14 @@ __device__ __forceinline__ void end_segment(const Params& p, Accumulator& acc, i
   store_heads(p, segment.seq, kv_head, acc);
 }
 
+// Neither kernel triggers the next one before it ends. Blocks of a product that start beside these find some SMs full
+// and others empty, and those that share an SM then read their weights at half the speed, while other SMs idle: 12 % of
+// a step of a 14B model (docs/performance-log.md).
 template <typename P>
 __global__ void __launch_bounds__(P::kThreads, P::kBlocks) stream_kernel(const Params p) {
   extern __shared__ __align__(128) char smem[];
   auto& scratch = *reinterpret_cast<StreamScratch*>(smem + P::kWarps * P::kRingBytes);
   if (!p.early) pdl_wait();
-  pdl_trigger();
   Share share = find_share<P>(p);
   if (share.count <= 0) return pdl_wait();
   int warp = threadIdx.x / 32, kv_head = blockIdx.y * P::kHeads + warp / P::kShare, token = warp % P::kShare * 16;
@@ -330,7 +332,6 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocks) cluster_kernel(const 
   extern __shared__ __align__(128) char smem[];
   auto& scratch = *reinterpret_cast<ClusterScratch*>(smem + P::kWarps * P::kRingBytes);
   if (!p.early) pdl_wait();
-  pdl_trigger();
   if (gridDim.x > 1) cluster_arrive();
   int warp = threadIdx.x / 32;
   Walk walk;
