@@ -72,11 +72,13 @@ def choose(m: int, n: int, k: int, gated: bool) -> Variant | None:
         tiles, steps = -(-rows // 64), k // 64
         split = max((s for s in (1, 2, 3, 4, 6, 8) if tiles * s <= 96 and s * 8 <= steps), default=1)
         return Variant(64, 1 if gated else split)
+    if 128 < m <= 160 or m > 192:  # a tile of 192 tokens computes too much for the one, of 256 reads too much
+        return None
     if gated:
-        return Variant(128, 0) if m <= 192 else None
+        return Variant(128, 0)
     if n >= 1 << 15:  # a head
         return Variant(192, 0) if m <= 64 else None
-    if k > 2 * n and m <= 192:
+    if k > 2 * n:
         return Variant(192, 4)
     if m <= 32:
         return Variant(192, 4) if n <= k else Variant(128, 2)
