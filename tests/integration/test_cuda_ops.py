@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -238,6 +240,52 @@ def test_ties_are_kept_from_the_lowest_index(ops):
     assert set(ids.tolist()) == {20000, 20001, 20002, 20003}
     assert set(sampled(ops, logits, params(400, temperature=0.0)).tolist()) == {20000}
     assert set(sampled(ops, logits, params(400, temperature=0.01, top_p=0.35)).tolist()) == {20000, 20001, 20002, 20003}
+
+
+def check_equal_weights(ops, logits, p, kept):
+    """`kept`: the ids that the filters keep, ascending; all must weigh the same, which makes the token exact."""
+    number = uniform(p[4], p[5]) * len(kept)
+    assert torch.equal(sampled(ops, logits, p).long(), kept[number.long()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [-1.0, 0.0, 3.0])
+@pytest.mark.parametrize("vocab", [30011, 152064])
+@pytest.mark.parametrize("batch", [1, 24, 400])
+def test_rows_of_equal_logits(ops, dtype, value, vocab, batch):
+    logits = torch.full((batch, vocab), value, dtype=dtype, device="cuda")
+    ids = torch.arange(vocab, device="cuda")
+    top_p = 0.3
+    part = float(torch.tensor(top_p))  # as float32
+    for kwargs, count in (
+        ({}, vocab),
+        ({"top_k": 1}, 1),
+        ({"top_k": 3}, 3),
+        ({"top_k": 2000}, 2000),
+        ({"top_k": vocab - 1}, vocab - 1),
+        ({"top_p": top_p}, math.ceil(part * vocab)),
+        ({"top_k": 2000, "top_p": top_p}, math.ceil(part * 2000)),
+        ({"top_k": 3, "min_p": 1.0}, 3),
+    ):
+        check_equal_weights(ops, logits, params(batch, **kwargs), ids[:count])
+    assert not sampled(ops, logits, params(batch, temperature=0.0)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("batch", [1, 24, 400])
+def test_subnormal_logits_are_not_zero(ops, dtype, batch):
+    logits = torch.zeros(batch, 30011, dtype=dtype, device="cuda")
+    bits = logits.view({2: torch.int16, 4: torch.int32}[dtype.itemsize])
+    lowest = torch.iinfo(bits.dtype).min
+    bits[:, 1::3] = lowest  # -0, which is 0
+    bits[:, 2::3] = lowest + 1  # the largest below 0
+    bits[:, 5000:5004] = 1  # the smallest above 0
+    above, below = (bits[0] == 1).nonzero()[:, 0], (bits[0] == lowest + 1).nonzero()[:, 0]
+    zero = ((bits[0] == 0) | (bits[0] == lowest)).nonzero()[:, 0]
+    order = torch.cat((above, zero, below))
+    for top_k in (1, 4, 6, 4 + len(zero) - 1, 4 + len(zero), 4 + len(zero) + 2, 30010):
+        check_equal_weights(ops, logits, params(batch, top_k=top_k), order[:top_k].sort().values)
+    assert set(sampled(ops, logits, params(batch, temperature=0.0)).tolist()) == {5000}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -245,7 +245,8 @@ struct Sampler {
       const float logit = L::value(Tokens::raw(words, j));
       const float w = weight(logit);
       if constexpr (kFiltered) {
-        const bool keep = logit >= cut.from || (logit == cut.tied && tokens.index(position + j) <= cut.last_tied);
+        const bool is_tied = __float_as_uint(logit) == __float_as_uint(cut.tied);  // there is no -0
+        const bool keep = at_least(logit, cut.from) || (is_tied && tokens.index(position + j) <= cut.last_tied);
         if (keep && w >= cut.min_weight) sum += w;
       } else {
         sum += w;
@@ -263,7 +264,7 @@ struct Sampler {
         Tokens::take(words, largest);
         float top = L::value(largest & L::kMask);
         if constexpr (kCounted) top = fmaxf(top, L::value(largest >> 16));
-        if (top < cut.tied) return;
+        if (top < cut.tied) return;  // subnormal numbers count as zero here, and then stay
       }
       float sums[kLen];
       running_sums<kFiltered>(words, cut, position, sums);

@@ -89,6 +89,14 @@ __device__ __forceinline__ uint32_t key_of(float x) {
   return Logit<T>::to_keys(Logit<T>::normal(raw)) & Logit<T>::kMask;
 }
 
+// a >= b, where the compiler's comparisons (fast math) take subnormal numbers for zero: the bfloat16 or float32 next to
+// zero is one, and often the bound.
+__device__ __forceinline__ bool at_least(float a, float b) {
+  uint32_t result;
+  asm("set.ge.u32.f32 %0, %1, %2;" : "=r"(result) : "f"(a), "f"(b));
+  return result != 0;
+}
+
 // `release`: what this thread wrote is seen by those that wait. A fence, costly where every warp has one.
 __device__ __forceinline__ void cluster_arrive(bool release) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
