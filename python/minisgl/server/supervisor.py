@@ -152,6 +152,7 @@ class Supervisor:
                 error: MiniSGLError | None = self._death(worker)
                 if error is None and worker.last_beat < silent_since:
                     error = WorkerDied(f"{worker.name} has been silent for {self._heartbeat_timeout:g} s")
+                    worker.process.kill()  # it would not follow STOP_SIGNAL either
                 if error is not None and not self._stopping.is_set():
                     on_death(WorkerDied(str(error)))
                     return
