@@ -73,8 +73,8 @@ def run_child(
 
     The process has `name` as its title, leaves Ctrl-C and SIGTERM to the parent (both may reach the whole process
     group, and the parent drains first), ends at STOP_SIGNAL by an exception in the main thread (before it is ready, at
-    once: an import may swallow the exception), ends when the parent does, and reports an error as one line. Exit status:
-    0 after STOP_SIGNAL, 2 for a ConfigError, else 1. from_main: the parent's main thread started it.
+    once: an import may swallow the exception), ends when the parent does, and reports an error as one line. Exit
+    status: 0 after STOP_SIGNAL, 2 for a ConfigError, else 1. from_main: the parent's main thread started it.
     """
     control = Control(connection)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
