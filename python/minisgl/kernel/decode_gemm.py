@@ -15,7 +15,7 @@ import torch
 from minisgl.kernel.jit import load_kernel
 
 MAX_TOKENS = 256
-TOKEN_TILES = (32, 64, 128, 192, 256)
+TOKEN_TILES = (32, 64, 128, 160, 192, 224, 256)
 MAX_SPLIT = 8
 SMALL_WEIGHTS = 8 << 20  # elements
 
@@ -24,11 +24,9 @@ class Variant(NamedTuple):
     """How a product is shared out among thread blocks."""
 
     rows: int
-    """Of weights in a tile: 64, 128, 192 or 256."""
+    """Of weights in a tile: 64, 128 or 192."""
     split: int
     """Blocks that share a tile's inputs; 0: every block has the same amount of consecutive work (stream-K)."""
-    per_sm: int = 1
-    """Blocks on an SM at a time: 2 halve each one's shared memory."""
 
 
 def is_available(device: torch.device) -> bool:
@@ -47,42 +45,44 @@ def token_tile(m: int) -> int:
     return next(tile for tile in TOKEN_TILES if m <= tile)
 
 
-def fits(variant: Variant, m: int, k: int) -> bool:
+def fits(variant: Variant, m: int, k: int, normed: bool = False) -> bool:
     """Whether a variant exists for `m` tokens and `k` inputs: registers and shared memory limit it."""
-    tile = token_tile(m)
-    if (variant.rows == 192 and tile > 192) or (variant.rows == 256 and tile > 128):
-        return False
-    if variant.per_sm == 2 and (variant.rows > 128 or (variant.rows == 128 and tile > 128)):
-        return False
-    stage = 128 * (variant.rows + tile)
-    stages = ((227 if variant.per_sm == 1 else 113) * 1024 - 1408 - 1280 * variant.rows // 16) // stage
-    sums = 4 * variant.rows * tile if variant.split > 1 else 0
-    return stages >= 2 and min(stages, 24) * stage >= sums and variant.split <= min(MAX_SPLIT, k // 64)
+    tile, rows = token_tile(m), variant.rows
+    threads = 2 * rows + 32
+    registers = tile // 2 + 48 + (8 + -(-tile * 8 // (2 * rows)) if normed else 0)
+    stage = 128 * (rows + tile)
+    stages = (227 * 1024 - 1408 - 4 * tile - 80 * rows) // stage
+    sums = 4 * rows * tile if variant.split > 1 else 0
+    room = stages >= 2 and min(stages, 24) * stage >= sums
+    return room and threads * registers <= 65536 and variant.split <= min(MAX_SPLIT, k // 64)
 
 
-def choose(m: int, n: int, k: int, gated: bool) -> Variant | None:
+def choose(m: int, n: int, k: int, *, normed: bool = False, gated: bool = False) -> Variant | None:
     """The fastest variant for `m` tokens, `n` outputs (of gate_up: one half) and `k` inputs; None: cuBLAS is faster.
 
     Measured on an H200 with the layers of Qwen3-0.6B and 14B (docs/performance-log.md).
     """
-    rows = 2 * n if gated else n
-    if rows * k <= SMALL_WEIGHTS:  # what counts is that many blocks share the little there is
-        if m > 64 and not gated:
-            return None
-        tiles, steps = -(-rows // 64), k // 64
-        split = max((s for s in (1, 2, 3, 4, 6, 8) if tiles * s <= 96 and s * 8 <= steps), default=1)
-        return Variant(64, 1 if gated else split)
-    if 128 < m <= 160 or m > 192:  # a tile of 192 tokens computes too much for the one, of 256 reads too much
-        return None
+    if (2 * n if gated else n) * k <= SMALL_WEIGHTS:  # what counts is that many blocks share the little there is
+        if gated:
+            return Variant(64, 1)
+        return Variant(64, _split(-(-n // 64), k, 96)) if m <= (160 if normed else 64) else None
     if gated:
-        return Variant(128, 0)
+        return Variant(128, 0) if m <= 224 else None
+    if normed:
+        tiles = -(-n // 128)
+        return Variant(128, _split(tiles, k, 132) if tiles <= 132 else 0) if m <= 192 else None
     if n >= 1 << 15:  # a head
         return Variant(192, 0) if m <= 64 else None
     if k > 2 * n:
-        return Variant(192, 4)
+        return Variant(192, 4) if m <= 192 else None
     if m <= 32:
         return Variant(192, 4) if n <= k else Variant(128, 2)
     return None
+
+
+def _split(tiles: int, k: int, blocks: int) -> int:
+    """Among how many blocks to share each tile, to have about `blocks` of them with enough to do."""
+    return max((s for s in (1, 2, 3, 4, 6, 8) if tiles * s <= blocks and s * 8 <= k // 64), default=1)
 
 
 @functools.cache
@@ -112,8 +112,35 @@ def prepare(device: torch.device, dtype: torch.dtype, tokens: int) -> Any:
     return _module(device, dtype, token_tile(tokens))
 
 
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    variant: Variant | None = None,
+    *,
+    eps: float | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [m, k] with rows at any stride that is a multiple of 8, weight [n, k], bias [n] -> [m, n].
+
+    eps: of an RMSNorm without a weight that x goes through first. residual: [m, n] contiguous, to which the result is
+    added in place, rounded once.
+    """
+    out = x.new_empty(x.shape[0], weight.shape[0]) if residual is None else residual
+    variant = variant or choose(len(x), len(weight), x.shape[1], normed=eps is not None)
+    return _run(x, eps, weight, bias, out, residual is not None, False, variant)
+
+
+def gate_up(x: torch.Tensor, eps: float, weight: torch.Tensor, variant: Variant | None = None) -> torch.Tensor:
+    """silu(gate) * up of [gate, up] = linear(x, eps=eps): weight [2 * inner, k], gate rows first -> [m, inner]."""
+    out = x.new_empty(x.shape[0], weight.shape[0] // 2)
+    variant = variant or choose(len(x), out.shape[1], x.shape[1], gated=True)
+    return _run(x, eps, weight, None, out, False, True, variant)
+
+
 def _run(
     x: torch.Tensor,
+    eps: float | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
@@ -121,33 +148,8 @@ def _run(
     gated: bool,
     variant: Variant | None,
 ) -> torch.Tensor:
-    m, k = x.shape
-    if m == 0:
-        return out
-    module = prepare(x.device, x.dtype, m)
-    variant = variant or choose(m, out.shape[1], k, gated) or Variant(128 if m <= 128 else 64, 1)
-    module.decode_linear(x, weight, bias, out, *_workspace(x.device), add, gated, *variant)
+    if len(x):
+        variant = variant or Variant(128 if len(x) <= 128 else 64, 1)
+        module = prepare(x.device, x.dtype, len(x))
+        module.decode_linear(x, eps, weight, bias, out, *_workspace(x.device), add, gated, *variant)
     return out
-
-
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, variant: Variant | None = None
-) -> torch.Tensor:
-    """x [m, k] with rows at any stride that is a multiple of 8, weight [n, k], bias [n] -> [m, n]."""
-    return _run(x, weight, bias, x.new_empty(x.shape[0], weight.shape[0]), False, False, variant)
-
-
-def linear_add(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    variant: Variant | None = None,
-) -> torch.Tensor:
-    """residual += linear(x), in place, rounded once: residual [m, n] contiguous -> residual."""
-    return _run(x, weight, bias, residual, True, False, variant)
-
-
-def gate_up(x: torch.Tensor, weight: torch.Tensor, variant: Variant | None = None) -> torch.Tensor:
-    """silu(gate) * up of [gate, up] = linear(x): x [m, k], weight [2 * inner, k], gate rows first -> [m, inner]."""
-    return _run(x, weight, None, x.new_empty(x.shape[0], weight.shape[0] // 2), False, True, variant)

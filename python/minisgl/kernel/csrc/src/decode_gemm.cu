@@ -8,8 +8,7 @@ namespace {
 
 using tvm::ffi::Optional;
 
-constexpr int kMaxShared = 227 * 1024;   // bytes of a block
-constexpr int kHalfShared = 113 * 1024;  // of each of two blocks of an SM, of which 1 KiB each is reserved
+constexpr int kMaxShared = 227 * 1024;  // bytes of a block
 
 int sm_count(int device) {
   static int counts[64] = {};
@@ -25,9 +24,8 @@ int sm_count(int device) {
 
 // How the caller wants it done; minisgl/kernel/decode_gemm.py chooses.
 struct Variant {
-  int64_t rows;    // of weights in a tile
-  int64_t split;   // see the kernel
-  int64_t per_sm;  // blocks
+  int64_t rows;   // of weights in a tile
+  int64_t split;  // see the kernel
 };
 
 struct Operands {
@@ -52,7 +50,6 @@ void run(Args args, const Operands& operands, const Variant& variant) {
                                             cudaSharedmemCarveoutMaxShared));
     prepared[operands.device] = true;
   }
-  MINISGL_CHECK(variant.per_sm == 1 || (variant.per_sm == 2 && C::kBlocks == 2)) << "too many blocks for an SM";
   uint64_t k = operands.k, half = args.outputs;
   uint64_t octet = k * sizeof(T) * 8;
   uint64_t groups = C::kGated ? args.outputs / 8 : args.outputs / 16;  // of 16 rows of a tile
@@ -61,12 +58,11 @@ void run(Args args, const Operands& operands, const Variant& variant) {
   args.split = static_cast<int>(variant.split);
   MINISGL_CHECK(variant.split >= 0 && variant.split <= kMaxSplit && args.split <= args.steps) << "no such split";
   int total = args.tiles * args.steps;
-  int resident = sms * static_cast<int>(variant.per_sm);
-  int blocks = args.split > 0 ? args.tiles * args.split : (total < resident ? total : resident);
+  int blocks = args.split > 0 ? args.tiles * args.split : (total < sms ? total : sms);
   int most = args.split > 0 ? (args.steps + args.split - 1) / args.split : (total + blocks - 1) / blocks;
 
-  int room = (variant.per_sm == 1 ? kMaxShared : kHalfShared) - C::kFixedBytes;
-  int least = args.split > 1 ? (C::kPartial * 4 + C::kStageBytes - 1) / C::kStageBytes : 1;
+  int room = kMaxShared - C::kFixedBytes;
+  int least = args.split > 1 ? (C::kRows * kTokens * 4 + C::kStageBytes - 1) / C::kStageBytes : 1;
   int stages = room / C::kStageBytes < kMaxStages ? room / C::kStageBytes : kMaxStages;
   MINISGL_CHECK(stages >= 2 && stages >= least) << "the tile needs more shared memory";
   args.stages = stages < most ? stages : (most < least ? least : most);
@@ -96,9 +92,9 @@ void run(Args args, const Operands& operands, const Variant& variant) {
   launch(config, operands.stream, kernel, weights, x, args);
 }
 
-template <int kWarpgroups, int kTiles, bool kGated>
+template <int kWarpgroups, Kind kKind>
 void try_run(const Args& args, const Operands& operands, const Variant& variant) {
-  using C = Config<kWarpgroups, kTiles, kGated>;
+  using C = Config<kWarpgroups, kKind>;
   if constexpr (C::kFits) {
     run<C>(args, operands, variant);
   } else {
@@ -106,17 +102,15 @@ void try_run(const Args& args, const Operands& operands, const Variant& variant)
   }
 }
 
-template <bool kGated>
+template <Kind kKind>
 void dispatch(const Args& args, const Operands& operands, const Variant& variant) {
   switch (variant.rows) {
     case 64:
-      return try_run<1, 1, kGated>(args, operands, variant);
+      return try_run<1, kKind>(args, operands, variant);
     case 128:
-      return try_run<2, 1, kGated>(args, operands, variant);
+      return try_run<2, kKind>(args, operands, variant);
     case 192:
-      return try_run<3, 1, kGated>(args, operands, variant);
-    case 256:
-      return try_run<2, 2, kGated>(args, operands, variant);
+      return try_run<3, kKind>(args, operands, variant);
   }
   TVM_FFI_THROW(ValueError) << "no such number of rows: " << variant.rows;
 }
@@ -138,10 +132,11 @@ const T* matrix_of(const TensorView& t, int64_t rows, int64_t columns) {
   return data_of(t);
 }
 
-// out [m, n] = x [m, k] weight [n, k]^T + bias (+ out if `add`, rounded once); or, if `gated`, silu(gate) * up of
-// [gate, up] = x weight [2n, k]^T. partials and flags: the workspace of split 0, flags zero.
-void decode_linear(TensorView x, TensorView weight, Optional<TensorView> bias, TensorView out, TensorView partials,
-                   TensorView flags, bool add, bool gated, int64_t rows, int64_t split, int64_t per_sm) {
+// out [m, n] = norm(x [m, k]) weight [n, k]^T + bias (+ out if `add`, rounded once); or, if `gated`, silu(gate) * up of
+// [gate, up] = norm(x) weight [2n, k]^T. Without `eps` there is no norm. partials and flags: the workspace of split 0,
+// flags zero.
+void decode_linear(TensorView x, Optional<double> eps, TensorView weight, Optional<TensorView> bias, TensorView out,
+                   TensorView partials, TensorView flags, bool add, bool gated, int64_t rows, int64_t split) {
   MINISGL_CHECK(x.ndim() == 2 && out.ndim() == 2) << "expected matrices";
   int64_t tokens = x.size(0), k = x.size(1), outputs = out.size(1);
   if (tokens == 0) return;
@@ -149,7 +144,8 @@ void decode_linear(TensorView x, TensorView weight, Optional<TensorView> bias, T
       << "unsupported shape: " << tokens << " tokens, " << outputs << " x " << k;
   MINISGL_CHECK(k < (1 << 20) && outputs < (1 << 20)) << "too large";
   MINISGL_CHECK(x.stride(1) == 1 && (x.stride(0) % 8 == 0 || tokens == 1)) << "expected rows at 16-byte boundaries";
-  MINISGL_CHECK(!gated || (!add && !bias.has_value())) << "gate and up have no bias and add to nothing";
+  MINISGL_CHECK(!gated || (eps.has_value() && !add && !bias.has_value()))
+      << "gate and up have a norm, no bias, and add to nothing";
   MINISGL_CHECK(is_fp32(partials) && is_int32(flags)) << "expected fp32 and int32 workspaces";
   Args args{};
   args.out = const_cast<T*>(matrix_of(out, tokens, outputs));
@@ -158,18 +154,17 @@ void decode_linear(TensorView x, TensorView weight, Optional<TensorView> bias, T
     args.bias = data_of(*bias);
   }
   args.residual = add ? args.out : nullptr;
+  args.eps = eps.has_value() ? static_cast<float>(*eps) : 0.f;
   args.partials = static_cast<float*>(partials.data_ptr());
   args.flags = static_cast<unsigned*>(flags.data_ptr());
   args.tokens = static_cast<int>(tokens);
   args.outputs = static_cast<int>(outputs);
   Operands operands{data_of(x), matrix_of(weight, gated ? 2 * outputs : outputs, k), tokens == 1 ? k : x.stride(0), k,
                     partials.size(0), flags.size(0), x.device().device_id, current_stream(x)};
-  Variant variant{rows, split, per_sm};
-  if (gated) {
-    dispatch<true>(args, operands, variant);
-  } else {
-    dispatch<false>(args, operands, variant);
-  }
+  Variant variant{rows, split};
+  if (gated) return dispatch<Kind::kGated>(args, operands, variant);
+  if (eps.has_value()) return dispatch<Kind::kNormed>(args, operands, variant);
+  dispatch<Kind::kPlain>(args, operands, variant);
 }
 
 }  // namespace
