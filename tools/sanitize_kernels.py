@@ -1,0 +1,364 @@
+"""Runs our CUDA and Triton kernels on small odd shapes, under NVIDIA's checkers or by itself.
+
+    compute-sanitizer --tool memcheck python tools/sanitize_kernels.py decode_gemm    # groups that begin so; none: all
+    python tools/sanitize_kernels.py --all-tools --seconds 60 --logs DIR
+
+The second compiles first, then runs every tool over every group, each pair in a process of its own, and prints a table.
+Results are compared with the torch reference on the host, so that hardly any kernel but ours is launched. all_reduce,
+which needs several GPUs, is left out. What the checkers cannot do (their release notes and known limitations):
+ - racecheck looks at shared memory only: races through global memory (stream-K's partial sums and flags, what
+   programmatic launches overlap) are for the tests. Before 2026.3 it may report hazards that mbarriers rule out, which
+   order decode_gemm's ring; that it follows copies by tensor maps is not documented. There judge each report, and do
+   not take silence for proof.
+ - memcheck checks copies by tensor maps from 2026.2 on, initcheck not all of them: what they read may count as unset.
+ - Before 2026.4, memcheck and initcheck may take copies that fill with zeros (attention_decode) for real reads.
+CUDA 13.0 has 2025.3; --sanitizer names another one, as in the package nvidia-cuda-sanitizer-api.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else a neighbour's memory hides what is out of bounds
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from minisgl.attention.base import PagedBatch
+from minisgl.attention.cuda import CudaBackend
+from minisgl.attention.paged import AttentionShape
+from minisgl.kernel import decode_gemm, skinny
+from minisgl.kernel.cuda import CudaOps
+from minisgl.kernel.jit import load_kernel
+from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
+
+Tensor = torch.Tensor
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # without a GPU: Triton's, with TRITON_INTERPRET=1
+REFERENCE, EPS, TOLERANCE = TorchOps(), 1e-6, 0.02  # of the largest value; bfloat16 rounds to 0.004
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+BUILD_SECONDS = 400
+
+
+def randn(*shape: int) -> Tensor:
+    """Values of DTYPE, in float32."""
+    return torch.randn(shape).to(DTYPE).float()
+
+
+def up(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy on the device, of DTYPE where it is float32, that has arrived: some kernels read weights before the stream
+    reaches them."""
+    return x.to(DEVICE, dtype or (DTYPE if x.dtype == torch.float32 else x.dtype), copy=True)
+
+
+def check(what: object, actual: Sequence[Tensor], expected: Sequence[Tensor], num_wrong: int = 0) -> None:
+    """Integers must be equal, but for `num_wrong` of each tensor. Raises: ValueError."""
+    for i, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        ours = ours.cpu()
+        if ours.shape != theirs.shape:
+            raise ValueError(f"{what}, result {i}: {tuple(ours.shape)}, not {tuple(theirs.shape)}")
+        if theirs.is_floating_point():
+            error = float((ours.float() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
+        else:
+            error = float((ours != theirs).sum())
+        if not error <= (TOLERANCE if theirs.is_floating_point() else num_wrong):
+            raise ValueError(f"{what}, result {i}: differs from the reference by {error:.3g}")
+
+
+def elementwise() -> None:
+    ops = CudaOps(torch.cuda.get_device_capability())
+    for n, hidden in ((1, 72), (7, 1024), (3, 5120), (2, 12288)):
+        x, gain, residual, both = randn(n, hidden), randn(hidden), randn(n, hidden), randn(n, 2 * hidden)
+        strided, total = up(F.pad(x, (0, 16)))[:, :hidden], up(residual)
+        actual = ops.rms_norm(strided, up(gain), EPS), ops.add_rms_norm(up(x), total, up(gain), EPS), total
+        norms = REFERENCE.rms_norm(x, gain, EPS), REFERENCE.rms_norm(x + residual, gain, EPS)
+        check(("norms", n, hidden), actual, (*norms, x + residual))
+        check(("silu_and_mul", n, hidden), [ops.silu_and_mul(up(both))], [REFERENCE.silu_and_mul(both)])
+    for n, num_q, num_kv, dim in ((1, 1, 1, 16), (5, 14, 2, 72), (3, 5, 1, 256), (37, 16, 8, 128)):
+        cos, sin = torch.randn(2, n, 1, dim)
+        rope = RopeAngles(up(cos, torch.float32), up(sin, torch.float32))
+        slots = torch.cat((torch.tensor([n + 2]), torch.randperm(n + 2)[: n - 1]))  # the last that there is
+        for norm in (None, randn(num_q + num_kv, dim)):
+            qkv, k, v = randn(n, num_q + 2 * num_kv, dim), *torch.zeros(2, n + 3, num_kv, dim)
+            ours = KVSlots(up(k), up(v), up(slots))
+            q = ops.qk_norm_rope_store(up(qkv), None if norm is None else up(norm), EPS, rope, ours)
+            theirs = REFERENCE.qk_norm_rope_store(qkv, norm, EPS, RopeAngles(cos, sin), KVSlots(k, v, slots))
+            check(("rope", n, num_q, num_kv, dim, norm is not None), (q, ours.k, ours.v), (theirs, k, v))
+    for n, first in ((1, 0), (41, 40)):
+        ids, weight = torch.randint(0, 60, (n,)), randn(60 - first, 520)
+        out = ops.embedding(up(ids), up(weight), first)
+        check(("embedding", n, first), [out], [REFERENCE.embedding(ids, weight, first)])
+
+
+def step() -> None:
+    ops, kernels = CudaOps(torch.cuda.get_device_capability()), load_kernel("step", torch.cuda.get_device_capability())
+    for n, page_size, dim in ((1, 1, 80), (300, 1, 128), (37, 16, 256), (3, 16, 64)):
+        table, ids = (torch.randint(0, 5000, (9, length), dtype=torch.int32) for length in (128 // page_size, 128))
+        cells = (
+            9 * 128 - 1 - torch.cat((torch.zeros(1).int(), 1 + torch.randperm(9 * 128 - 1)[: n - 1]))
+        )  # the last, too
+        rows, positions, angles = (cells // 128).int(), (cells % 128).int(), torch.randn(128, 2 * dim)
+        inputs = up(rows), up(positions), up(ids), up(table), page_size, up(angles, torch.float32)
+        expected_ids, expected_slots, rope = REFERENCE.step_inputs(rows, positions, ids, table, page_size, angles)
+        expected = expected_ids, expected_slots, rope.cos, rope.sin
+        ours = ops.step_inputs(*inputs)
+        check(("step_inputs", n), (*ours[:2], ours[2].cos, ours[2].sin), expected)
+        out = [torch.empty_like(x, device=DEVICE) for x in (*expected, positions.long(), positions)]
+        kernels.prepare(*inputs, *out)
+        check(("prepare", n), out, (*expected, positions.long(), positions + 1))
+        sampled = torch.randint(-1, 99, (n,), dtype=torch.int32)
+        ops.store_ids(inputs[2], inputs[0], out[4], up(sampled))
+        REFERENCE.store_ids(ids, rows, positions.long(), sampled)
+        check(("store_ids", n), [inputs[2]], [ids])
+    for dtype in (torch.int32, torch.int64):
+        index, values = (
+            torch.cat((torch.tensor([-1, 699]), torch.randperm(699)[:299])).to(dtype),
+            torch.arange(301).int(),
+        )
+        theirs = torch.zeros(7, 100, dtype=torch.int32)
+        target = up(theirs)
+        ops.scatter(target, up(index), up(values))
+        REFERENCE.scatter(theirs, index[1:], values[1:])
+        check(("scatter", dtype), [target], [theirs])
+
+
+def sampling() -> None:
+    ops = CudaOps(torch.cuda.get_device_capability())
+    modes = [(0.0, 0, 1.0, 0.0), (0.8, 0, 1.0, 0.0), (1.0, 50, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (0.7, 3000, 0.95, 0.01)]
+    kinds = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
+    for n, vocab in ((1, 5003), (24, 5003), (40, 5003), (3, 5), (2, 1 << 19)):
+        dtype = torch.float32 if vocab > 5003 else torch.bfloat16  # a row too large for shared memory
+        logits = torch.randn(n, vocab).to(dtype)
+        logits[1:2, 3] = torch.inf  # a row that fails
+        for mode in modes if vocab <= 5003 else modes[-1:]:
+            values = zip(kinds.items(), mode, strict=True)
+            columns = {name: torch.full((n,), value, dtype=kind) for (name, kind), value in values}
+            columns |= {"seed": torch.randint(0, 1 << 40, (n,)), "position": torch.randint(0, 20, (n,))}
+            theirs = torch.zeros(n).int(), torch.zeros(n, 20).int()
+            ours, rows = [up(x) for x in theirs], torch.arange(n).int()
+            inputs = {name: up(x, x.dtype) for name, x in columns.items()}
+            ops.sample(up(logits, dtype), **inputs, out=ours[0], token_ids=ours[1], rows=up(rows))
+            REFERENCE.sample(logits, **columns, out=theirs[0], token_ids=theirs[1], rows=rows)
+            check(("sample", n, vocab, mode), ours, theirs, n // 20)  # a number may fall on the border of two tokens
+
+
+def skinny_gemm() -> None:
+    for m, (n, k) in itertools.product((7, 13, 29), ((152, 416), (18424, 96))):  # octets of rows: fewer than SMs; more
+        x, gain, weight, both = randn(m, k), randn(k), randn(n, k), randn(2 * n, k)
+        bias, residual = randn(n), randn(m, n)
+        plain, normed = F.linear(x, weight, bias), REFERENCE.norm_linear(x, gain, EPS, weight, bias)
+        gated, inputs = REFERENCE.norm_gate_up(x, gain, EPS, both), [up(t) for t in (x, gain, weight, both, bias)]
+        x, gain, weight, both, bias = inputs
+        for v in skinny.variants(m, False):
+            linear, norm_linear = (skinny.norm_linear(x, g, EPS, weight, bias, v) for g in (None, gain))
+            added = skinny.linear_add(x, weight, up(residual), bias, v)
+            check(("skinny_gemm", m, n, k, v), (linear, norm_linear, added), (plain, normed, plain + residual))
+        for v in skinny.variants(m, True):
+            check(("skinny_gemm gated", m, n, k, v), [skinny.norm_gate_up(x, gain, EPS, both, v)], [gated])
+
+
+def gemm(m: int) -> None:
+    # Few blocks where two share an SM, else no more than there are SMs: those of stream-K (split 0) wait for each
+    # other, and a checker may leave room for fewer.
+    how = ((0, 1), (0, 2), (1, 1), (3, 2), (4, 1))
+    small = [decode_gemm.Variant(rows, *rest) for rows in (64, 128, 192, 256) for rest in how]
+    large = [decode_gemm.Variant(rows, 0) for rows in (64, 128)]  # blocks whose work spans tiles
+    for n, k, variants in ((176, 512, small), (1360, 960, large)):
+        x, weight, both, bias, residual = randn(m, k), randn(n, k), randn(2 * n, k), randn(n), randn(m, n)
+        plain, gated = F.linear(x, weight), REFERENCE.silu_and_mul(F.linear(x, both))
+        expected = plain + bias, plain + residual, gated
+        x, weight, both, bias = (up(t) for t in (x, weight, both, bias))
+        for v in (v for v in variants if decode_gemm.fits(v, m, k)):
+            added = decode_gemm.linear_add(x, weight, up(residual), None, v)
+            actual = decode_gemm.linear(x, weight, bias, v), added, decode_gemm.gate_up(x, both, v)
+            check(("decode_gemm", m, n, k, tuple(v)), actual, expected)
+
+
+class Paged:
+    """Sequences whose pages are scattered over a pool that holds no others; slots that no token has hold NaN."""
+
+    def __init__(self, num_q: int, num_kv: int, dim: int, page_size: int, lens: list[int], num_new: list[int]) -> None:
+        self.shape = AttentionShape(num_q, num_kv, dim, DTYPE, page_size, max_running_requests=64, max_seq_len=512)
+        n, width, self.num_new = len(lens), -(-max(lens) // page_size), num_new
+        table, rows = torch.randperm(n * width).view(n, width).int(), torch.randperm(n).int()
+        self.k, self.v = torch.full((2, n * width * page_size, num_kv, dim), torch.nan)
+        self.slots = []
+        for row, length in zip(rows.tolist(), lens, strict=True):
+            pos = torch.arange(length)
+            self.slots.append(table[row].long()[pos // page_size] * page_size + pos % page_size)
+            self.k[self.slots[-1]], self.v[self.slots[-1]] = randn(2, length, num_kv, dim)
+        self.q = randn(sum(num_new), num_q, dim)
+        cu_q = torch.tensor([0, *itertools.accumulate(num_new)]).int()
+        self.batch = PagedBatch(
+            up(table), up(rows), up(torch.tensor(lens).int()), up(cu_q), page_size, max(num_new), max(lens),
+            rows.long().numpy(), np.array(lens) - np.array(num_new), np.array(num_new), table.numpy(),
+        )  # fmt: skip
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return up(F.pad(self.q, (0, 0, 0, 2)))[:, :-2], up(self.k), up(self.v)  # q: strided between tokens
+
+    def reference(self, window: int | None) -> Tensor:
+        """Zeros for a sequence without keys."""
+        out = []
+        for q, slots in zip(torch.split(self.q, self.num_new), self.slots, strict=True):
+            keys, values = (
+                x[slots].repeat_interleave(q.shape[1] // x.shape[1], 1).transpose(0, 1) for x in (self.k, self.v)
+            )
+            behind = (torch.arange(len(slots) - len(q), len(slots))[:, None] - torch.arange(len(slots))).expand(
+                1, -1, -1
+            )
+            seen = (behind >= 0) & (behind < (window or len(slots) + 1))
+            out.append(
+                F.scaled_dot_product_attention(q.transpose(0, 1), keys, values, seen).transpose(0, 1).nan_to_num(0)
+            )
+        return torch.cat(out)
+
+
+def attention_decode(num_q: int, num_kv: int, dim: int) -> None:
+    for page_size, lens in itertools.product((1, 16), ([300], [0, 1, 17, 129, 304])):
+        paged = Paged(num_q, num_kv, dim, page_size, lens, [1] * len(lens))
+        (q, k, v), backend = paged.inputs(), CudaBackend(paged.shape, DEVICE)
+        for window, cluster in ((None, 0), (100, 0), (1, 0), (None, 1), (100, 2), (None, 16), (1, 16)):
+            for early in (False, True):
+                out = torch.empty(paged.q.shape, dtype=DTYPE, device=DEVICE)
+                backend.launch(q, k, v, window, paged.batch, out, cluster, early)
+                what = "attention_decode", num_q, num_kv, dim, page_size, lens, window, cluster, early
+                check(what, [out], [paged.reference(window)])
+
+
+def triton_attention(method: str, lens: list[int], num_new: list[int]) -> None:
+    from minisgl.attention.triton import TritonBackend
+
+    for num_q, num_kv, dim, page_size in ((10, 2, 128, 1), (10, 2, 128, 64), (3, 3, 80, 5)):
+        paged = Paged(num_q, num_kv, dim, page_size, lens, num_new)
+        for window in (None, 20):
+            out = getattr(TritonBackend(paged.shape, DEVICE), method)(*paged.inputs(), window, paged.batch)
+            check((method, num_q, num_kv, dim, page_size, window), [out], [paged.reference(window)])
+
+
+def grouped_gemm() -> None:
+    from minisgl.kernel.triton.grouped_gemm import fused_moe
+
+    for n, num_experts, hidden, inner, top_k in ((1, 4, 64, 96, 2), (40, 9, 40, 24, 3), (150, 3, 128, 64, 1)):
+        x, logits = randn(n, hidden), torch.randn(n, num_experts)
+        weights = randn(num_experts, 2 * inner, hidden), randn(num_experts, hidden, inner)
+        out = fused_moe(up(x), up(logits, torch.float32), up(weights[0]), up(weights[1]), top_k, True)
+        check(("moe", n, num_experts), [out], [REFERENCE.moe(x, logits, *weights, top_k, True)])
+
+
+GROUPS: dict[str, Callable[[], None]] = {f"decode_gemm_{m}": partial(gemm, m) for m in (17, 50, 100, 150, 201)}
+GROUPS |= {
+    f"attention_decode_{q}_{kv}_{dim}": partial(attention_decode, q, kv, dim)
+    for q, kv, dim in ((40, 8, 128), (16, 1, 128), (3, 3, 64))
+}
+GROUPS |= {"skinny_gemm": skinny_gemm, "elementwise": elementwise, "step": step, "sampling": sampling}
+GROUPS["triton_prefill"] = partial(triton_attention, "prefill", [1, 70, 145], [1, 33, 45])
+GROUPS["triton_decode"] = partial(triton_attention, "decode", [0, 1, 64, 304], [1, 1, 1, 1])
+GROUPS["triton_grouped_gemm"] = grouped_gemm
+
+
+def run_groups(names: list[str]) -> int:
+    num_failed = 0
+    for name in names:
+        torch.manual_seed(0)
+        begin = time.monotonic()
+        try:
+            GROUPS[name]()
+        except Exception as error:  # a kernel's fault, or the checker's; the others are still worth a line
+            num_failed += 1
+            print(f"{name}: FAILED: {type(error).__name__}: {error}", flush=True)
+        else:
+            print(f"{name}: ok in {time.monotonic() - begin:.1f} s", flush=True)
+    return int(num_failed > 0)
+
+
+def run_one(command: list[str], log: Path, deadline: float) -> str:
+    """What the command wrote, which goes to `log` too; it and its children are killed at `deadline`."""
+    if time.monotonic() >= deadline:
+        return "not started: no time left"
+    with log.open("wb") as out:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True, env=environment)
+        try:
+            process.wait(deadline - time.monotonic())
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out.write(b"\nkilled: no time left\n")
+    return log.read_text(errors="replace")
+
+
+def run_tools(names: list[str], seconds: float, sanitizer: str, logs: Path, jobs: int) -> int:
+    """One line for each tool and group. Exit status 0: every group ended well, without an error."""
+    this, num_bad = [sys.executable, str(Path(__file__).resolve())], 0
+    with ThreadPoolExecutor(jobs) as pool:
+        limit = time.monotonic() + BUILD_SECONDS
+        built = {name: pool.submit(run_one, [*this, name], logs / f"{name}.log", limit) for name in names}
+        usable = [name for name in names if f"{name}: ok" in built[name].result()]
+        limit = time.monotonic() + seconds
+        pairs = [(tool, name) for name in usable for tool in TOOLS]
+        futures = []
+        for i, (tool, name) in enumerate(pairs):
+            # Each needs ports of its own: it takes one of ten from the base on.
+            options = ["--tool", tool, "--port", str(49152 + 10 * i), "--launch-timeout", "120", "--print-limit", "20"]
+            options += ["--target-processes", "application-only", "--show-backtrace", "device"]
+            if tool == "memcheck":  # PyTorch asks CUDA things that may fail
+                options += ["--padding", "64", "--report-api-errors", "no"]
+            command = [sanitizer, *options, *this, name]
+            futures.append(pool.submit(run_one, command, logs / f"{tool}-{name}.log", limit))
+    results = [("(none)", name, built[name].result()) for name in names]
+    results += [(tool, name, future.result()) for (tool, name), future in zip(pairs, futures, strict=True)]
+    for tool, name, text in results:
+        counts = re.findall(r"SUMMARY: (\d+) (?:error|hazard)", text)
+        errors, ended = (counts[-1] if counts else "-"), f"{name}: ok" in text
+        lines = [line.lstrip("= ") for line in text.splitlines() if "SUMMARY" not in line and "COMPUTE-SAN" not in line]
+        note = next(
+            (line for line in lines if re.search(r"FAILED|no time|[Ee]rror|Invalid|Race|Uninit|hazard", line)), ""
+        )
+        is_good = ended and (tool == "(none)" or errors == "0")
+        num_bad += not is_good
+        print(f"{tool:10} {name:28} {errors:>6}  {'ok' if is_good else note or 'no report'}"[:200])
+    print(f"{num_bad} of {len(results)} are not clean; logs: {logs}")
+    return int(num_bad > 0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=[""], metavar="NAME", help="beginnings of: " + ", ".join(GROUPS))
+    parser.add_argument("--all-tools", action="store_true", help="run compute-sanitizer, with each of its tools")
+    parser.add_argument("--seconds", type=float, default=60, help="for all of --all-tools, once it has compiled")
+    parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes at a time")
+    parser.add_argument("--sanitizer", help="compute-sanitizer's path; default: that on PATH, or of the CUDA toolkit")
+    parser.add_argument("--logs", type=Path, help="folder for what the tools write; default: a new one in the system's")
+    args = parser.parse_args()
+    names = [name for name in GROUPS if any(name.startswith(start) for start in args.names)]
+    if not names:
+        parser.error(f"no group begins with {' or '.join(args.names)}")
+    if not args.all_tools:
+        with torch.inference_mode():
+            return run_groups(names)
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "compute-sanitizer")
+    sanitizer = args.sanitizer or shutil.which("compute-sanitizer") or str(toolkit)
+    if not shutil.which(sanitizer):
+        parser.error(f"{sanitizer} is not there: --sanitizer names another")
+    logs = args.logs or Path(tempfile.mkdtemp(prefix="sanitize-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    return run_tools(names, args.seconds, sanitizer, logs, max(1, args.jobs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
