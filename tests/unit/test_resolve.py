@@ -185,6 +185,7 @@ def test_attention_backends_by_what_is_there() -> None:
     ampere = replace(everything, gpus=(gpu(arch=(8, 6)),))
     assert attention(ampere) == ("triton", "triton")
     assert attention(replace(GPUS, nvcc=None)) == ("triton", "triton")
+    assert attention(replace(GPUS, packages=frozenset({"sgl_kernel"}))) == ("fa", "fa")
     bare = decide(replace(GPUS, packages=frozenset())).engine
     assert (bare.prefill_backend, bare.decode_backend, bare.cuda_graph_max_bs) == ("sdpa", "sdpa", 0)
     assert bare.moe_backend == "torch"

@@ -42,9 +42,9 @@ BACKENDS = {
     "fi": _Backend("flashinfer", None, (64, 128, 256), is_16_bit=True),
     "fa": _Backend("sgl_kernel", (9, 0), (64, 96, 128, 192, 256), is_16_bit=True),
 }
-# What `auto` takes: the first that fits.
+# What `auto` takes: the first that fits, and for decode in the end what computes prefill.
 _PREFILL = ("fa", "triton", "sdpa")
-_DECODE = ("cuda", "triton", "sdpa")
+_DECODE = ("cuda", "triton")
 
 
 def choose_device(args: ServerArgs, machine: Capabilities) -> str:
@@ -139,9 +139,10 @@ def _attention(asked: str | None, model: ModelConfig, dtype: str, machine: Capab
     why_not = {name: _unfit(backend, model, dtype, machine) for name, backend in BACKENDS.items()}
     if asked is None:
         prefill = next(name for name in _PREFILL if not why_not[name])
-        decode = "sdpa" if prefill == "sdpa" else next(name for name in _DECODE if not why_not[name])
-        passed = [*_PREFILL[: _PREFILL.index(prefill)], *_DECODE[: _DECODE.index(decode)]]
-        reasons = "; ".join(f"{name} {why_not[name]}" for name in dict.fromkeys(passed))
+        choices = (*_DECODE, prefill)
+        decode = prefill if prefill == "sdpa" else next(name for name in choices if not why_not[name])
+        passed = [*_PREFILL[: _PREFILL.index(prefill)], *choices[: choices.index(decode)]]
+        reasons = "; ".join(f"{name} {why_not[name]}" for name in dict.fromkeys(passed) if why_not[name])
         logger.info("attention: %s prefill, %s decode%s", prefill, decode, reasons and f" ({reasons})")
         return prefill, decode
     names = ["triton", "cuda"] if asked == "cuda" else asked.split(",")
