@@ -16,7 +16,7 @@ from minisgl.config.args import ServerArgs
 from minisgl.config.resolve import prepare
 from minisgl.config.runtime import Addresses, ServerConfig
 from minisgl.errors import ConfigError, WorkerDied
-from minisgl.server.supervisor import Supervisor, WorkerSpec
+from minisgl.server.supervisor import Supervisor, WorkerSpec, signals_deferred
 from minisgl.server.workers import scheduler_main, tokenizer_main
 from minisgl.utils.sockets import make_socket_directory
 
@@ -148,8 +148,9 @@ def bind_port(host: str, port: int) -> socket.socket:
 
 
 def _import_http() -> None:
-    """FastAPI and uvicorn take most of a second."""
-    import minisgl.server.http  # noqa: F401
+    """FastAPI and uvicorn take most of a second. An exception from a signal could be lost inside of an import."""
+    with signals_deferred():
+        import minisgl.server.http  # noqa: F401
 
 
 @contextmanager

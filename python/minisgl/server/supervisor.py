@@ -77,7 +77,7 @@ class Supervisor:
         """Start all children, without waiting for them."""
         atexit.register(self.stop)  # before multiprocessing's own end, which would wait for them for ever
         for spec in self._specs:
-            with _signals_deferred():
+            with signals_deferred():
                 self._spawn(spec)
 
     def wait_ready(self) -> dict[str, dict[str, Any]]:
@@ -208,8 +208,8 @@ def _describe(exitcode: int | None) -> str:
 
 
 @contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """SIGINT and SIGTERM wait until a child is on its way: one that is half started would complain about it.
+def signals_deferred() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the end of the block. A child that is half started would complain about them.
 
     Children are born with SIGINT blocked, so that a Ctrl-C during their first moments is the parent's to handle.
     """

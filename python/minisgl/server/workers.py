@@ -42,6 +42,7 @@ class Control:
         self._next_beat = 0.0
 
     def ready(self, **info: str | int | float | bool) -> None:
+        signal.signal(STOP_SIGNAL, _on_stop)
         self._send(Ready(info=info))
 
     def beat(self) -> None:
@@ -71,14 +72,14 @@ def run_child(
     """The entry of every child: `body(control, *args)` in an orderly process.
 
     The process has `name` as its title, leaves Ctrl-C and SIGTERM to the parent (both may reach the whole process
-    group, and the parent drains first), ends at STOP_SIGNAL by an exception in the main thread, ends when the parent
-    does, and reports an error as one line. Exit status: 0 after STOP_SIGNAL, 2 for a
-    ConfigError, else 1. from_main: the parent's main thread started it.
+    group, and the parent drains first), ends at STOP_SIGNAL by an exception in the main thread (before it is ready, at
+    once: an import may swallow the exception), ends when the parent does, and reports an error as one line. Exit
+    status: 0 after STOP_SIGNAL, 2 for a ConfigError, else 1. from_main: the parent's main thread started it.
     """
     control = Control(connection)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(STOP_SIGNAL, _on_stop)
+    signal.signal(STOP_SIGNAL, lambda *_: os._exit(0))
     _die_with_parent(from_main)
     _set_title(name)
     status = 1
