@@ -133,8 +133,8 @@ class CudaRunner:
         if affordable < max(num_pages, needed):
             raise ConfigError(
                 f"--memory-ratio {config.memory_ratio}: the KV cache would hold {max(affordable, 0)} pages of "
-                f"{config.page_size} tokens, {max(config.num_pages, needed)} are needed; raise it, lower --max-seq-len, "
-                "--num-pages or --max-prefill-length, or use more GPUs"
+                f"{config.page_size} tokens, {max(config.num_pages, needed)} are needed; raise it, lower "
+                "--max-seq-len, --num-pages or --max-prefill-length, or use more GPUs"
             )
         logger.info("KV cache: %.1f GiB, activations: %.2f GiB", num_pages * page_bytes / 2**30, activations / 2**30)
         # More than all running requests could ever use would only be cache, and that is welcome: nothing is cut off.
