@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from minisgl import LLM, SamplingParams
 from minisgl.core import FinishReason
-from minisgl.errors import ConfigError, RequestError
+from minisgl.errors import ConfigError, RequestError, WorkerDied
 from tests.fake_server import broken
 from tests.models import hf_generate, tiny_model
 from tests.tokenizers_fixture import make_byte_level
@@ -211,6 +214,55 @@ def test_the_end_of_a_program_ends_everything(model: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert "rror" not in done.stderr
     assert not Path(done.stdout.split()[-1]).exists()
+
+
+@pytest.mark.parametrize("moment", ["plan", "submit", "wait"])
+def test_ctrl_c_whenever_it_comes(model: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """The next `generate` finds everything in order. A GPU's steps are launched by the thread that is interrupted."""
+    with LLM(str(model)) as llm:
+        expected = llm.generate([5, 6, 7], GREEDY)[0].token_ids
+        engine = llm._scheduler._executor
+        owner, name = {
+            "plan": (llm._scheduler.planner, "plan"),
+            "submit": (engine, "submit"),
+            "wait": (llm._transport, "pump"),
+        }[moment]
+        real = getattr(owner, name)
+
+        def interrupted(*args: Any) -> Any:
+            result = real(*args)
+            signal.raise_signal(signal.SIGINT)
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            patch.setattr("minisgl.scheduler.scheduler._PUMP_SECONDS", 0.0)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate([5, 6, 7], GREEDY)
+        assert llm.generate([5, 6, 7], GREEDY)[0].token_ids == expected
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.timeout(60)
+def test_a_rank_that_dies_is_told_though_rank_0_waits_for_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs, whose collectives do not notice. What `close` ends is ended, whatever goes wrong meanwhile."""
+
+    class Waiting:
+        def wait(self, timeout: float | None = None) -> bool:
+            time.sleep(timeout or 0)
+            return False
+
+    llm = LLM(str(model), tp=2)
+    (worker,) = llm._supervisor._workers  # type: ignore[union-attr]
+    engine = llm._scheduler._executor
+    monkeypatch.setattr(engine, "submit", lambda _: Waiting())
+    worker.process.kill()
+    with pytest.raises(WorkerDied, match="minisgl-TP1-scheduler ended unexpectedly"):
+        llm.generate([5, 6, 7], GREEDY)
+    monkeypatch.setattr(engine, "_runner", SimpleNamespace(close=lambda: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        llm.close()
+    assert not Path(llm._directory).exists()
 
 
 @pytest.mark.timeout(60)

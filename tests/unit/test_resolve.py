@@ -15,7 +15,7 @@ import pytest
 from minisgl.config.args import args_from_options
 from minisgl.config.gpus import Gpu, Nvidia, parse_torch_cuda, probe_nvidia, visible_devices
 from minisgl.config.locate import DEMO_MODEL, locate_model
-from minisgl.config.model import ModelConfig, RopeConfig
+from minisgl.config.model import ModelConfig, MoEConfig, RopeConfig
 from minisgl.config.probe import Capabilities, probe
 from minisgl.config.resolve import ModelFiles, read_default_sampling, resolve
 from minisgl.config.runtime import ServerConfig
@@ -185,6 +185,7 @@ def test_attention_backends_by_what_is_there() -> None:
     ampere = replace(everything, gpus=(gpu(arch=(8, 6)),))
     assert attention(ampere) == ("triton", "triton")
     assert attention(replace(GPUS, nvcc=None)) == ("triton", "triton")
+    assert attention(replace(GPUS, packages=frozenset({"sgl_kernel"}))) == ("fa", "fa")
     bare = decide(replace(GPUS, packages=frozenset())).engine
     assert (bare.prefill_backend, bare.decode_backend, bare.cuda_graph_max_bs) == ("sdpa", "sdpa", 0)
     assert bare.moe_backend == "torch"
@@ -228,6 +229,11 @@ def test_captured_batches() -> None:
     assert decide(GPUS, cuda_graph_max_bs=0).engine.cuda_graph_max_bs == 0
     with pytest.raises(ConfigError, match="--cuda-graph-max-bs 8: sdpa cannot be captured"):
         decide(GPUS, cuda_graph_max_bs=8, attention_backend="sdpa")
+    mixture = replace(MODEL, moe=MoEConfig(8, 2, 64, True, (True,) * 28))
+    assert decide(GPUS, mixture).engine.cuda_graph_max_bs == 256
+    assert decide(GPUS, mixture, moe_backend="torch").engine.cuda_graph_max_bs == 0
+    with pytest.raises(ConfigError, match="--cuda-graph-max-bs 8: --moe-backend torch cannot be captured"):
+        decide(GPUS, mixture, cuda_graph_max_bs=8, moe_backend="torch")
     with pytest.raises(ConfigError, match=r"--moe-backend triton: .*pip install triton"):
         decide(replace(GPUS, packages=frozenset()), moe_backend="triton")
 

@@ -42,9 +42,9 @@ BACKENDS = {
     "fi": _Backend("flashinfer", None, (64, 128, 256), is_16_bit=True),
     "fa": _Backend("sgl_kernel", (9, 0), (64, 96, 128, 192, 256), is_16_bit=True),
 }
-# What `auto` takes: the first that fits.
+# What `auto` takes: the first that fits, and for decode in the end what computes prefill.
 _PREFILL = ("fa", "triton", "sdpa")
-_DECODE = ("cuda", "triton", "sdpa")
+_DECODE = ("cuda", "triton")
 
 
 def choose_device(args: ServerArgs, machine: Capabilities) -> str:
@@ -72,6 +72,7 @@ def cuda_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, m
     max_prefill_length = args.max_prefill_length or _PREFILL_LENGTH
     capacity = gpu_tokens(args, model, gpus, dtype, page_size, max_prefill_length)
     prefill, decode = _attention(args.attention_backend, model, dtype, machine)
+    moe_backend = _moe_backend(args.moe_backend, machine)
     return EngineConfig(
         model_path=path,
         model=model,
@@ -89,9 +90,9 @@ def cuda_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, m
         num_threads=max(1, min(_NUM_THREADS, machine.num_cores // tp_size)),
         dummy_weight=args.dummy_weight,
         memory_ratio=args.memory_ratio,
-        cuda_graph_max_bs=_graph_max_bs(args, decode),
+        cuda_graph_max_bs=_graph_max_bs(args, model, decode, moe_backend),
         use_pynccl=tp_size > 1 and not args.disable_pynccl,
-        moe_backend=_moe_backend(args.moe_backend, machine),
+        moe_backend=moe_backend,
         gpu_arch=gpus[0].arch,
     )
 
@@ -139,9 +140,10 @@ def _attention(asked: str | None, model: ModelConfig, dtype: str, machine: Capab
     why_not = {name: _unfit(backend, model, dtype, machine) for name, backend in BACKENDS.items()}
     if asked is None:
         prefill = next(name for name in _PREFILL if not why_not[name])
-        decode = "sdpa" if prefill == "sdpa" else next(name for name in _DECODE if not why_not[name])
-        passed = [*_PREFILL[: _PREFILL.index(prefill)], *_DECODE[: _DECODE.index(decode)]]
-        reasons = "; ".join(f"{name} {why_not[name]}" for name in dict.fromkeys(passed))
+        choices = (*_DECODE, prefill)
+        decode = prefill if prefill == "sdpa" else next(name for name in choices if not why_not[name])
+        passed = [*_PREFILL[: _PREFILL.index(prefill)], *choices[: choices.index(decode)]]
+        reasons = "; ".join(f"{name} {why_not[name]}" for name in dict.fromkeys(passed) if why_not[name])
         logger.info("attention: %s prefill, %s decode%s", prefill, decode, reasons and f" ({reasons})")
         return prefill, decode
     names = ["triton", "cuda"] if asked == "cuda" else asked.split(",")
@@ -179,13 +181,15 @@ def _unfit(backend: _Backend, model: ModelConfig, dtype: str, machine: Capabilit
     return ""
 
 
-def _graph_max_bs(args: ServerArgs, decode: str) -> int:
-    asked = args.cuda_graph_max_bs
+def _graph_max_bs(args: ServerArgs, model: ModelConfig, decode: str, moe_backend: str) -> int:
+    asked, problem = args.cuda_graph_max_bs, ""
     if decode == "sdpa":
-        if asked:
-            raise ConfigError(f"--cuda-graph-max-bs {asked}: sdpa cannot be captured; choose another --attn, or 0")
-        return 0
-    return min(_GRAPH_MAX_BS if asked is None else asked, args.max_running_requests)
+        problem = "sdpa cannot be captured; choose another --attn, or 0"
+    elif model.moe is not None and moe_backend == "torch":
+        problem = "--moe-backend torch cannot be captured; choose triton, or 0"
+    if asked and problem:
+        raise ConfigError(f"--cuda-graph-max-bs {asked}: {problem}")
+    return 0 if problem else min(_GRAPH_MAX_BS if asked is None else asked, args.max_running_requests)
 
 
 def _moe_backend(asked: str | None, machine: Capabilities) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import time
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from minisgl.distributed.rendezvous import TIMEOUT, Rendezvous
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel import pynccl
 
-logger = logging.getLogger(__name__)
+SECONDS_TO_FINISH = 10.0  # more than any step takes whose ranks are all there
 
 
 class Nccl(Protocol):
@@ -154,14 +154,24 @@ class CudaCommunicator:
         return self._meeting.minimum(value)
 
     def close(self) -> None:
-        """Leave. Waits for others a few seconds at most: they may be gone already."""
+        """Leave. Waits for others a few seconds at most: they may be gone already.
+
+        Raises: RuntimeError when the device has failed; EngineError when it still waits for a rank that is gone.
+        """
         torch.cuda.set_device(self._device)
-        try:
-            torch.cuda.synchronize(self._device)
-        except RuntimeError as error:
-            logger.warning("the device has failed, its memory is left to the end of the process: %s", error)
-            return
-        if self.peers is not None:
+        has_finished = self._finished()
+        if has_finished and self.peers is not None:
             self.peers.close()
             self.peers = None
-        self.nccl.close()
+        self.nccl.close()  # what waits in it ends
+        if not has_finished and not self._finished():
+            raise EngineError("it waits for a rank that is gone")
+
+    def _finished(self) -> bool:
+        """Whether the current stream has come to its end within a few seconds."""
+        event, deadline = torch.cuda.current_stream().record_event(), time.monotonic() + SECONDS_TO_FINISH
+        while not event.query():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True

@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 
-WARM_UP_TOKENS = (64, 512, 2048)
+# The first seven are the tiles that products are compiled for: none shall be while requests wait.
+WARM_UP_TOKENS = (8, 16, 32, 64, 128, 192, 256, 512, 2048)
 _POLL_SECONDS = 2e-5
 _GRAPH_RESERVE = 512 << 20  # bytes for graphs and library workspaces that the largest step did not show
 
@@ -132,8 +133,8 @@ class CudaRunner:
         if affordable < max(num_pages, needed):
             raise ConfigError(
                 f"--memory-ratio {config.memory_ratio}: the KV cache would hold {max(affordable, 0)} pages of "
-                f"{config.page_size} tokens, {max(config.num_pages, needed)} are needed; lower --max-seq-len or "
-                f"--num-pages, or use more GPUs"
+                f"{config.page_size} tokens, {max(config.num_pages, needed)} are needed; raise it, lower "
+                "--max-seq-len, --num-pages or --max-prefill-length, or use more GPUs"
             )
         logger.info("KV cache: %.1f GiB, activations: %.2f GiB", num_pages * page_bytes / 2**30, activations / 2**30)
         # More than all running requests could ever use would only be cache, and that is welcome: nothing is cut off.
@@ -320,23 +321,27 @@ class CudaRunner:
         return ids
 
     def close(self) -> None:
-        with self._on_device():
-            torch.cuda.synchronize()
-            self._shard.comm.close()
-        del self._graphs, self._kv, self._shard, self._backend
-        torch.cuda.empty_cache()
+        """Raises nothing: it may be a failure that ends the engine."""
+        try:
+            with self._on_device():
+                self._shard.comm.close()
+                torch.cuda.synchronize()
+            del self._graphs, self._kv, self._shard, self._backend
+            torch.cuda.empty_cache()
+        except (RuntimeError, EngineError) as error:  # of the GPU, or of other ranks, and reported when it happened
+            logger.warning("the GPU's memory is left to the end of the process: %s", str(error).splitlines()[0])
 
 
 def _large_step(config: EngineConfig, num_tokens: int) -> StepPlan:
-    """A step of so many tokens, of as many requests as there can be."""
+    """A step of so many tokens, of as many requests as there can be. All use the same pages: what they compute does not
+    matter, and large pages for each would take more than there is."""
     num_reqs = min(config.max_running_requests, num_tokens)
-    left, first_page = num_tokens - num_reqs, 0
+    left = num_tokens - num_reqs
     admissions, updates, reqs = [], [], []
     for row in range(num_reqs):
         length = 1 + min(left, config.max_seq_len - 2)
         left -= length - 1
-        pages = range(first_page, first_page + div_ceil(length, config.page_size))
-        first_page = pages.stop
+        pages = range(div_ceil(length, config.page_size))
         params = SamplingParams(temperature=0.8, top_p=0.9, seed=0)
         admissions.append(Admission(row, np.zeros(length, np.int32), params))
         updates.append(PageUpdate(row, 0, tuple(pages)))

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from minisgl.config.cuda import MIN_ARCH
 from minisgl.errors import ConfigError
 
 Tensor = torch.Tensor
 
-MIN_ARCH = (8, 0)
 NUM_BUFFERS = 4  # pinned ones, used in turn: more than there are steps in flight
 
 
@@ -22,19 +22,23 @@ def open_gpu(rank: int) -> torch.device:
     """Make GPU `rank` (of the visible ones) the current one. Raises: ConfigError saying why it cannot be used."""
     if torch.version.cuda is None:
         raise ConfigError("--device cuda: the installed PyTorch computes on CPUs only; install one built for CUDA")
+    device = torch.device("cuda", rank)
     try:
         torch.cuda.init()
+        if rank >= (count := torch.cuda.device_count()):
+            raise ConfigError(f"--tensor-parallel-size: rank {rank} has no GPU, {count} are visible")
+        if (arch := torch.cuda.get_device_capability(rank)) < MIN_ARCH:
+            found, needed = (f"{major}.{minor}" for major, minor in (arch, MIN_ARCH))
+            raise ConfigError(
+                f"--device cuda: {torch.cuda.get_device_name(rank)} has compute capability {found}; {needed} or newer "
+                "is needed"
+            )
+        torch.cuda.set_device(rank)
+        torch.zeros(1, device=device)  # a GPU that is full, or another program's alone, refuses
     except (RuntimeError, AssertionError) as error:  # its first line says what is wrong with the driver
-        raise ConfigError(f"--device cuda: {str(error).splitlines()[0]}") from error
-    count = torch.cuda.device_count()
-    if rank >= count:
-        raise ConfigError(f"--tensor-parallel-size: rank {rank} has no GPU, {count} are visible")
-    arch = torch.cuda.get_device_capability(rank)
-    if arch < MIN_ARCH:
-        name = torch.cuda.get_device_name(rank)
-        raise ConfigError(f"--device cuda: {name} has compute capability {arch[0]}.{arch[1]}; 8.0 or newer is needed")
-    torch.cuda.set_device(rank)
-    return torch.device("cuda", rank)
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device cuda: GPU {rank}: {reason}; look at nvidia-smi and minisgl doctor") from error
+    return device
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +28,7 @@ from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport, RankFanout
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import Tokenizer
+from minisgl.utils.interrupts import HeldInterrupts
 from minisgl.utils.sockets import make_socket_directory
 
 if TYPE_CHECKING:
@@ -113,15 +115,17 @@ class LLM:
             engine_options["model_path"] = str(model)
         self.config = prepare(args_from_options(engine_options))
         self._directory = make_socket_directory()
-        self._closers: list[Callable[[], None]] = [lambda: shutil.rmtree(self._directory, ignore_errors=True)]
+        self._closers = ExitStack()  # all of them run, whatever one raises
+        self._closers.callback(shutil.rmtree, self._directory, ignore_errors=True)
+        self._interrupts = HeldInterrupts()
         self._pending: dict[int, _Pending] = {}
         self._next_uid = 0
         try:
             self._tokenizer = Tokenizer(self.config.tokenizer)
             self._detokenizer = Detokenizer(self._tokenizer.codec)
-            supervisor, fanout = self._start_ranks(self.config)
-            self._transport = LocalTransport(fanout)
-            self._scheduler = self._start_scheduler(self.config, supervisor)
+            self._supervisor, fanout = self._start_ranks(self.config)
+            self._transport = LocalTransport(fanout, self._while_waiting)
+            self._scheduler = self._start_scheduler(self.config, self._supervisor)
         except BaseException:
             self.close()
             raise
@@ -136,8 +140,7 @@ class LLM:
     def close(self) -> None:
         """End the engine and its child processes. Idempotent; the end of the program does it too."""
         atexit.unregister(self.close)
-        while self._closers:
-            self._closers.pop()()
+        self._closers.close()
 
     def generate(
         self,
@@ -207,10 +210,10 @@ class LLM:
             for rank in range(1, tp_size)
         ]
         supervisor = Supervisor(specs)
-        self._closers.append(supervisor.stop)
+        self._closers.callback(supervisor.stop)
         supervisor.start()
         fanout = RankFanout(addresses, tp_size)
-        self._closers.append(fanout.close)
+        self._closers.callback(fanout.close)
         return supervisor, fanout
 
     def _start_scheduler(self, config: ServerConfig, supervisor: Supervisor | None) -> Scheduler:
@@ -225,7 +228,7 @@ class LLM:
             engine = Engine(engine_config)
         else:
             engine = _run_watched(lambda: Engine(engine_config), supervisor)
-        self._closers.append(engine.close)
+        self._closers.callback(engine.close)
         scheduler_config = replace(config.scheduler, num_pages=engine.num_pages)
         return Scheduler(scheduler_config, engine, self._transport, tp_size=config.engine.tp_size)
 
@@ -275,21 +278,31 @@ class LLM:
         return uids
 
     def _turn(self) -> list[int]:
-        """One turn of the scheduler's loop. Returns the requests that finished in it."""
-        self._scheduler.turn()
+        """One turn of the scheduler's loop. Returns the requests that finished in it.
+
+        A step that is half planned, or half launched, could not be gone on from: Ctrl-C waits for a better moment.
+        """
         finished = []
-        for message in self._transport.take_outputs():
-            reply, abort = self._detokenizer.detokenize(message)
-            if abort is not None:
-                self._transport.put([abort])
-            if reply is None or reply.uid not in self._pending:
-                continue
-            pending = self._pending[reply.uid]
-            pending.first_token = pending.first_token or time.perf_counter()
-            pending.replies.append(reply)
-            if reply.finish_reason is not None:
-                finished.append(reply.uid)
+        with self._interrupts:
+            self._scheduler.turn()
+            for message in self._transport.take_outputs():
+                reply, abort = self._detokenizer.detokenize(message)
+                if abort is not None:
+                    self._transport.put([abort])
+                if reply is None or reply.uid not in self._pending:
+                    continue
+                pending = self._pending[reply.uid]
+                pending.first_token = pending.first_token or time.perf_counter()
+                pending.replies.append(reply)
+                if reply.finish_reason is not None:
+                    finished.append(reply.uid)
         return finished
+
+    def _while_waiting(self) -> None:
+        """Now and then while a step runs. Raises: WorkerDied when it waits for a rank that is gone."""
+        self._interrupts.release()
+        if self._supervisor is not None:
+            self._supervisor.check(0.0)
 
     def _abort(self, uids: Sequence[int]) -> None:
         for uid in uids:

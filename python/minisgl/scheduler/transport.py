@@ -117,10 +117,10 @@ class FollowerTransport:
 
 
 class LocalTransport:
-    """Rank 0 inside the caller's process: messages are put in, outputs are taken out."""
+    """Rank 0 inside the caller's process: messages are put in, outputs are taken out. pump: as the method."""
 
-    def __init__(self, fanout: RankFanout | None = None) -> None:
-        self._fanout = fanout
+    def __init__(self, fanout: RankFanout | None = None, pump: Callable[[], None] | None = None) -> None:
+        self._fanout, self._pump = fanout, pump
         self._received: list[PlannerMsg] = []
         self._outputs: list[DetokenizeMsg] = []
 
@@ -138,7 +138,8 @@ class LocalTransport:
         return messages
 
     def pump(self) -> None:
-        pass
+        if self._pump is not None:
+            self._pump()
 
     def send(self, messages: Sequence[DetokenizeMsg]) -> None:
         self._outputs += messages
