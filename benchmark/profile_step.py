@@ -118,14 +118,12 @@ def role_bytes(model: ModelConfig, dtype: str, lengths: list[int], tp_size: int)
 
 
 def roles_of(step: list[Event], model: ModelConfig) -> list[str]:
-    """What each event of a step does, "" if not known. Products come in the order of the layer, then the head."""
+    """What each event of a step does, "" if not known. Products come in the order of the layer, then the head; where
+    there is another number of them, they stay "product"."""
     roles = [next((role for role, words in ROLES if re.search(words, e.name, re.IGNORECASE)), "") for e in step]
     order = ["qkv", "o", "router"] if model.moe else ["qkv", "o", "gate_up", "down"]
     order = [role for role in order if role not in roles] * model.num_layers + ["head"]
     if roles.count("product") != len(order):
-        print(
-            f"\n{roles.count('product')} products in a step, {len(order)} expected: their bytes are not told apart.\n"
-        )
         return roles
     names = iter(order)
     return [next(names) if role == "product" else role for role in roles]
@@ -152,7 +150,8 @@ def print_report(args: argparse.Namespace, engine: Any, lengths: list[int], even
         f"Attention: {engine.prefill_backend},{engine.decode_backend}. A step takes {wall:.1f} us (median of ", end=""
     )
     print(f"{len(steps)}); floor {floor:.1f} us, {100 * floor / wall:.1f} % of it reached.\n")
-    print_kernels(steps, roles_of(steps[0], engine.model), role_bytes(*shape, lengths, tp_size), args.bandwidth)
+    roles = [roles_of(step, engine.model) for step in steps]
+    print_kernels(steps, roles, role_bytes(*shape, lengths, tp_size), args.bandwidth)
     print("\n| idle | median, us | p99, us |\n|---|---|---|")
     for name, values in zip(("between steps", "inside a step", "single gap"), idle_times(steps), strict=True):
         ordered = sorted(values)
@@ -160,11 +159,11 @@ def print_report(args: argparse.Namespace, engine: Any, lengths: list[int], even
     print(flush=True)
 
 
-def print_kernels(steps: list[list[Event]], roles: list[str], sizes: dict[str, float], bandwidth: float) -> None:
-    """The kernels of a step by the time that they take. roles: of the events of each step; sizes: bytes by role."""
+def print_kernels(steps: list[list[Event]], roles: list[list[str]], sizes: dict[str, float], bandwidth: float) -> None:
+    """The kernels of a step by the time that they take. roles: of each step's events; sizes: bytes by role."""
     totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for step in steps:
-        for role, event in zip(roles if len(step) == len(roles) else [""] * len(step), step, strict=True):
+    for names, step in zip(roles, steps, strict=True):
+        for role, event in zip(names, step, strict=True):
             total = totals[role, short(event.name)]
             total[0] += 1 / len(steps)
             total[1] += event.duration / len(steps)

@@ -173,19 +173,18 @@ def skinny_gemm() -> None:
 
 
 def gemm(m: int) -> None:
-    # Few blocks where two share an SM, else no more than there are SMs: those of stream-K (split 0) wait for each
-    # other, and a checker may leave room for fewer.
-    how = ((0, 1), (0, 2), (1, 1), (3, 2), (4, 1))
-    small = [decode_gemm.Variant(rows, *rest) for rows in (64, 128, 192, 256) for rest in how]
+    small = [decode_gemm.Variant(rows, split) for rows in (64, 128, 192) for split in (0, 1, 3, 4)]
     large = [decode_gemm.Variant(rows, 0) for rows in (64, 128)]  # blocks whose work spans tiles
     for n, k, variants in ((176, 512, small), (1360, 960, large)):
         x, weight, both, bias, residual = randn(m, k), randn(n, k), randn(2 * n, k), randn(n), randn(m, n)
-        plain, gated = F.linear(x, weight), REFERENCE.silu_and_mul(F.linear(x, both))
-        expected = plain + bias, plain + residual, gated
+        plain, normed = F.linear(x, weight), F.rms_norm(x, (k,), eps=EPS)
+        gated = REFERENCE.silu_and_mul(F.linear(normed, both))
+        expected = plain + bias, plain + residual, F.linear(normed, weight) + bias, gated
         x, weight, both, bias = (up(t) for t in (x, weight, both, bias))
-        for v in (v for v in variants if decode_gemm.fits(v, m, k)):
-            added = decode_gemm.linear_add(x, weight, up(residual), None, v)
-            actual = decode_gemm.linear(x, weight, bias, v), added, decode_gemm.gate_up(x, both, v)
+        for v in (v for v in variants if decode_gemm.fits(v, m, k, normed=True)):
+            added = decode_gemm.linear(x, weight, None, v, residual=up(residual))
+            fused = decode_gemm.linear(x, weight, bias, v, eps=EPS), decode_gemm.gate_up(x, EPS, both, v)
+            actual = decode_gemm.linear(x, weight, bias, v), added, *fused
             check(("decode_gemm", m, n, k, tuple(v)), actual, expected)
 
 
@@ -261,7 +260,8 @@ def grouped_gemm() -> None:
         check(("moe", n, num_experts), [out], [REFERENCE.moe(x, logits, *weights, top_k, True)])
 
 
-GROUPS: dict[str, Callable[[], None]] = {f"decode_gemm_{m}": partial(gemm, m) for m in (17, 50, 100, 150, 201)}
+TOKENS = (17, 50, 100, 150, 180, 201, 250)  # for every tile
+GROUPS: dict[str, Callable[[], None]] = {f"decode_gemm_{m}": partial(gemm, m) for m in TOKENS}
 GROUPS |= {
     f"attention_decode_{q}_{kv}_{dim}": partial(attention_decode, q, kv, dim)
     for q, kv, dim in ((40, 8, 128), (16, 1, 128), (3, 3, 64))

@@ -108,10 +108,10 @@ def seconds(calls: list[Callable[[], Any]], repeats: int = 7) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second that a large copy reads and writes."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    """Bytes per second that a kernel's large copy reads and writes."""
+    source = torch.empty(1 << 28, dtype=torch.float32, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds([lambda: target.copy_(source)] * 4)
+    return 8 * source.numel() / seconds([lambda: torch.neg(source, out=target)] * 4)
 
 
 def check(out: Tensor, expected: Tensor) -> None:

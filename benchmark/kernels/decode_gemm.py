@@ -242,7 +242,6 @@ def sweep(shape: Shape, tokens: int, pool: Tensor, quick: bool) -> str:
 def compile_all(tokens: list[int]) -> None:
     started = time.perf_counter()
     device = torch.device("cuda", torch.cuda.current_device())
-    decode_gemm._workspace(device)  # before the threads
     with ThreadPoolExecutor() as executor:
         list(executor.map(lambda m: decode_gemm.prepare(device, torch.bfloat16, m), tokens))
     report(f"compiled in {time.perf_counter() - started:.1f} s")

@@ -208,7 +208,7 @@ def compile_all(tokens: list[int]) -> None:
     torch.cuda.get_device_capability()
     tiles = sorted({8 if m <= 8 else 16 if m <= 16 else 32 for m in tokens})
     with ThreadPoolExecutor() as executor:
-        list(executor.map(lambda m: skinny.module_for(torch.empty(0, dtype=torch.bfloat16, device="cuda:0"), m), tiles))
+        list(executor.map(lambda m: skinny.prepare(torch.device("cuda", 0), torch.bfloat16, m), tiles))
     print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
 
 

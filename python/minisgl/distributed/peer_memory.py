@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 # Bytes up to which one trip to every peer beats two trips with less traffic: (size - 1) * n bytes leave each GPU
 # against 2 * (size - 1) / size * n (benchmark/kernels/all_reduce.py measures the crossover).
-ONE_SHOT_BYTES = {2: 4 << 20, 4: 512 << 10, 8: 128 << 10}
+ONE_SHOT_BYTES = {2: 4 << 20, 4: 256 << 10, 8: 128 << 10}
 TWO_SHOT_BYTES = 8 << 20  # above, NCCL
 # One-shot takes `size * n` bytes of a half, two-shot `2 * n`, both rounded up to packets per rank.
 HALF_BYTES = 2 * TWO_SHOT_BYTES + (64 << 10)

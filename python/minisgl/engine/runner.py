@@ -42,7 +42,7 @@ class ModelShard:
         vocab_size = div_ceil(config.model.vocab_size, config.tp_size) * config.tp_size
         logit_bytes = rows * vocab_size * self.dtype.itemsize
         self.comm = create_communicator(info, config.device, config.use_pynccl, logit_bytes)
-        self.ops = create_ops(device)
+        self.ops = create_ops(device, self.dtype, config.moe_backend)
         start = time.perf_counter()
         with torch.inference_mode():
             self.model = build_model(LayerEnv(self.comm, self.ops, self.dtype, device), config.model)

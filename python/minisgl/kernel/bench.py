@@ -9,15 +9,12 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from minisgl.errors import ConfigError
-from minisgl.kernel import skinny
-from minisgl.kernel.cuda import CudaOps
-from minisgl.kernel.jit import CSRC, load_kernel
+from minisgl.kernel.cuda import CudaOps, compile_kernels
 from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
 
 Tensor = torch.Tensor
@@ -237,31 +234,10 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a copy of one GiB."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    """Bytes per second, read and written, of a copy of one GiB by a kernel; the copy engine is slower."""
+    source = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / measure([lambda: target.copy_(source)]) * 1e6
-
-
-def prebuild(arch: tuple[int, int]) -> None:
-    """Compile, side by side, everything that a server would compile when it is first needed."""
-
-    def linear(tokens: int) -> object:
-        return skinny.module_for(torch.empty(0, dtype=DTYPE, device="cuda"), tokens)
-
-    begin = time.perf_counter()
-    tasks: dict[str, Callable[[], object]] = {
-        f"skinny_gemm, {n} tokens": functools.partial(linear, n) for n in (8, 16, 32)
-    }
-    for path in sorted((CSRC / "src").glob("*.cu")):
-        if path.stem != "skinny_gemm":  # which has a variant for each number of tokens
-            tasks[path.stem] = functools.partial(load_kernel, path.stem, arch)
-    with ThreadPoolExecutor(4) as pool:
-        futures = {name: pool.submit(task) for name, task in tasks.items()}
-    for name, future in futures.items():
-        if error := future.exception():
-            print(f"{name} FAILED to build: {error}")
-    print(f"built {len(tasks)} modules for sm_{arch[0]}{arch[1]} in {time.perf_counter() - begin:.0f} s")
+    return 8 * source.numel() / measure([lambda: torch.neg(source, out=target)]) * 1e6
 
 
 def main() -> int:
@@ -274,7 +250,9 @@ def main() -> int:
     with torch.inference_mode():
         try:
             arch = torch.cuda.get_device_capability()
-            prebuild(arch)
+            begin = time.perf_counter()
+            compile_kernels(torch.device("cuda", torch.cuda.current_device()), DTYPE)
+            print(f"kernels for sm_{arch[0]}{arch[1]} ready after {time.perf_counter() - begin:.0f} s")
             ops = CudaOps(arch)
         except ConfigError as error:
             print(error)

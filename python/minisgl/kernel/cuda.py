@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -61,13 +63,29 @@ def _ones(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones(size, dtype=dtype, device=device)
 
 
-class CudaOps(TorchOps):
-    """For one GPU of compute capability `arch`. Compiles its kernels when it is made, on first use of the cache.
+class TritonOps(TorchOps):
+    """Torch's operations, but for the mixture of experts, which torch cannot compute without waiting for the device."""
+
+    def __init__(self, moe_backend: str = "triton") -> None:
+        """moe_backend: "triton" or "torch"."""
+        self._moe_backend = moe_backend
+
+    def moe(self, x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, norm: bool) -> Tensor:
+        if self._moe_backend == "torch":
+            return super().moe(x, router_logits, gate_up, down, top_k, norm)
+        from minisgl.kernel.triton.grouped_gemm import fused_moe
+
+        return fused_moe(x, router_logits, gate_up, down, top_k, norm)
+
+
+class CudaOps(TritonOps):
+    """For GPUs of compute capability `arch`. Compiles its kernels when it is made, on first use of the cache.
 
     Everything can be captured in a CUDA graph. Raises: ConfigError where the kernels cannot be compiled.
     """
 
-    def __init__(self, arch: tuple[int, int]) -> None:
+    def __init__(self, arch: tuple[int, int], moe_backend: str = "triton") -> None:
+        super().__init__(moe_backend)
         self._elementwise, self._sampling, self._step = (load_kernel(name, arch) for name in KERNELS)
         self.folds_norms = arch == (9, 0)
 
@@ -160,13 +178,6 @@ class CudaOps(TorchOps):
         self._elementwise.silu_and_mul(gate_up, out)
         return out
 
-    def moe(self, x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, norm: bool) -> Tensor:
-        try:
-            from minisgl.kernel.triton.grouped_gemm import fused_moe
-        except ModuleNotFoundError:
-            return super().moe(x, router_logits, gate_up, down, top_k, norm)
-        return fused_moe(x, router_logits, gate_up, down, top_k, norm)
-
     def sample(
         self,
         logits: Tensor,
@@ -206,10 +217,28 @@ class CudaOps(TorchOps):
         self._step.store_ids(token_ids, rows, positions, ids)
 
 
-def create_cuda_ops(device: torch.device) -> TorchOps:
+def create_cuda_ops(device: torch.device, dtype: torch.dtype, moe_backend: str) -> TorchOps:
     """Our kernels where they can be compiled; torch's operations, with a warning, elsewhere."""
     try:
-        return CudaOps(torch.cuda.get_device_capability(device))
+        compile_kernels(device, dtype)
+        return CudaOps(torch.cuda.get_device_capability(device), moe_backend)
     except ConfigError as error:
         logger.warning("the fused kernels are not available, decoding will be slower: %s", error)
-        return TorchOps()
+        return TritonOps(moe_backend)
+
+
+def compile_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Compile, side by side, what `CudaOps` and its products need for a dtype, or find it in the cache.
+
+    Raises: ConfigError.
+    """
+    arch = torch.cuda.get_device_capability(device)
+    tasks = [functools.partial(load_kernel, name, arch) for name in KERNELS]
+    for module in (skinny, decode_gemm):
+        if dtype != torch.float32 and module.is_available(device):
+            tasks += [functools.partial(module.prepare, device, dtype, tile) for tile in module.TOKEN_TILES]
+    begin = time.perf_counter()
+    with ThreadPoolExecutor() as pool:
+        for future in [pool.submit(task) for task in tasks]:
+            future.result()
+    logger.info("kernels ready after %.1f s", time.perf_counter() - begin)

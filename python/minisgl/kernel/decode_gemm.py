@@ -2,7 +2,7 @@
 
 The kernels (csrc/include/minisgl/decode_gemm.cuh) start before the kernel ahead of them ends and read their weights
 meanwhile, so weights must not be written by work that is still in flight on the stream. Launches share a workspace: use
-one stream of a device at a time.
+one stream of a device at a time, and let the first launch be outside of a graph capture.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Variant(NamedTuple):
     """Blocks that share a tile's inputs; 0: every block has the same amount of consecutive work (stream-K)."""
 
 
+@functools.cache
 def is_available(device: torch.device) -> bool:
     """Whether the kernels run on this GPU (Hopper)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
@@ -96,20 +97,12 @@ def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @functools.cache
-def _module(device: torch.device, dtype: torch.dtype, tile: int) -> Any:
-    _workspace(device)
-    defines: dict[str, int | str] = {"MINISGL_TOKENS": tile}
+def prepare(device: torch.device, dtype: torch.dtype, tokens: int) -> Any:
+    """The kernels for `tokens` tokens, compiled on first use. device: with an index."""
+    defines: dict[str, int | str] = {"MINISGL_TOKENS": token_tile(tokens)}
     if dtype == torch.float16:
         defines["MINISGL_FP16"] = 1
     return load_kernel("decode_gemm", torch.cuda.get_device_capability(device), defines)
-
-
-def prepare(device: torch.device, dtype: torch.dtype, tokens: int) -> Any:
-    """The compiled kernels for `tokens` tokens. The first call of a device and tile must not be inside a graph capture.
-
-    device: with an index.
-    """
-    return _module(device, dtype, token_tile(tokens))
 
 
 def linear(

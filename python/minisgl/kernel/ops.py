@@ -192,12 +192,12 @@ class CpuOps(TorchOps):
         return out
 
 
-def create_ops(device: torch.device) -> TorchOps:
-    """The fastest operations available on `device`."""
+def create_ops(device: torch.device, dtype: torch.dtype, moe_backend: str) -> TorchOps:
+    """The fastest operations available on `device`, for a model of this dtype."""
     if device.type == "cuda":
         from minisgl.kernel.cuda import create_cuda_ops
 
-        return create_cuda_ops(device)
+        return create_cuda_ops(device, dtype, moe_backend)
     if torch.backends.mkldnn.is_available():
         return CpuOps()
     return TorchOps()

@@ -13,11 +13,13 @@ import torch
 
 from minisgl.kernel.jit import load_kernel
 
-MAX_TOKENS = 32
+TOKEN_TILES = (8, 16, 32)
+MAX_TOKENS = TOKEN_TILES[-1]
 MAX_NORM_K = 8192
 """The norm's weight lies in shared memory beside the weights in flight."""
 
 
+@functools.cache
 def is_available(device: torch.device) -> bool:
     """Whether the kernels run on this GPU: it has 113 KiB of shared memory for a block (A100, Hopper)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))
@@ -56,23 +58,19 @@ def _num_sms(device: torch.device) -> int:
 
 
 @functools.cache
-def _module(device: torch.device, dtype: torch.dtype, token_tile: int) -> Any:
-    defines: dict[str, int | str] = {"MINISGL_TOKENS": token_tile}
+def prepare(device: torch.device, dtype: torch.dtype, tokens: int) -> Any:
+    """The kernels for `tokens` tokens, compiled on first use. device: with an index."""
+    defines: dict[str, int | str] = {"MINISGL_TOKENS": next(tile for tile in TOKEN_TILES if tokens <= tile)}
     if dtype == torch.float16:
         defines["MINISGL_FP16"] = 1
     return load_kernel("skinny_gemm", torch.cuda.get_device_capability(device), defines)
-
-
-def module_for(x: torch.Tensor, tokens: int) -> Any:
-    """The compiled kernels for `tokens` tokens of x's dtype on x's device; compiles them on first use."""
-    return _module(x.device, x.dtype, 8 if tokens <= 8 else 16 if tokens <= 16 else 32)
 
 
 def _prepare(x: torch.Tensor, n: int, gated: bool, variant: int | None) -> tuple[Any, int]:
     tokens, k = x.shape
     if variant is None:
         variant = choose_variant(tokens, n, k, gated, _num_sms(x.device))
-    return module_for(x, tokens), variant
+    return prepare(x.device, x.dtype, tokens), variant
 
 
 def norm_linear(

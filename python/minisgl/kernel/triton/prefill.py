@@ -47,7 +47,7 @@ def prefill_config(dtype: torch.dtype, head_dim: int, capability: tuple[int, int
     if dtype == torch.float32:  # no tensor cores: larger blocks do not fit the registers
         return PrefillConfig(16, 16, 4, 1)
     if capability in ((9, 0), (10, 0)):
-        return PrefillConfig(128, 32 if wide else 64, 8, 3)
+        return PrefillConfig(128, 32, 8, 3) if wide else PrefillConfig(128, 64, 8, 5)
     if capability == (8, 0) and not wide:
         return PrefillConfig(128, 32, 8, 3)
     return PrefillConfig(64, 32 if wide else 64, 8, 2)
