@@ -32,24 +32,19 @@ Tensor = torch.Tensor
 PEAK = 4.3e12  # bytes per second that an H200 reads
 COPIES_BYTES = 400_000_000
 ODD_TOKENS = (17, 33, 100, 129, 180, 200, 256)
-EPS = 1e-6
 OPS = functools.cache(lambda: CudaOps(torch.cuda.get_device_capability()))
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     name: str
-    form: str  # linear, normed, add or gate_up
+    form: str  # linear, add or gate_up
     n: int  # outputs
     k: int
 
     @property
     def gated(self) -> bool:
         return self.form == "gate_up"
-
-    @property
-    def normed(self) -> bool:
-        return self.form in ("normed", "gate_up")
 
     @property
     def rows(self) -> int:
@@ -62,7 +57,7 @@ class Shape:
 
 def model(name: str, hidden: int, qkv: int, attention: int, inner: int) -> list[Shape]:
     return [
-        Shape(f"{name} qkv", "normed", qkv, hidden),
+        Shape(f"{name} qkv", "linear", qkv, hidden),
         Shape(f"{name} o", "add", hidden, attention),
         Shape(f"{name} gate_up", "gate_up", inner, hidden),
         Shape(f"{name} down", "add", hidden, inner),
@@ -75,24 +70,20 @@ SHAPES = [*model("0.6B", 1024, 4096, 2048, 3072), *model("14B", 5120, 7168, 5120
 
 def own(shape: Shape, x: Tensor, w: Tensor, residual: Tensor, variant: Variant | None) -> Tensor:
     if shape.gated:
-        return decode_gemm.gate_up(x, EPS, w, variant)
+        return decode_gemm.gate_up(x, w, variant)
     if shape.form == "add":
         return decode_gemm.linear(x, w, None, variant, residual=residual)
-    return decode_gemm.linear(x, w, None, variant, eps=EPS if shape.normed else None)
+    return decode_gemm.linear(x, w, None, variant)
 
 
 def with_torch(shape: Shape, x: Tensor, w: Tensor, residual: Tensor) -> Tensor:
     if shape.form == "add":
         return residual.addmm_(x, w.T)
-    if shape.normed:
-        x = OPS().rms_norm(x, torch.ones_like(x[0]), EPS)
     y = F.linear(x, w)
     return OPS().silu_and_mul(y) if shape.gated else y
 
 
 def reference(shape: Shape, x: Tensor, w: Tensor, residual: Tensor) -> Tensor:
-    if shape.normed:
-        x = F.rms_norm(x.float(), (shape.k,), eps=EPS)
     y = torch.cat([x.float() @ part.float().T for part in w.split(16384)], dim=-1)
     if shape.gated:
         gate, up = y.chunk(2, dim=-1)
@@ -140,11 +131,11 @@ def attempt(label: str, check: Callable[[], str]) -> bool:
 
 def smoke() -> None:
     """One product of each compiled kernel: a hang is between two of these lines."""
-    forms = ("linear", "normed", "gate_up")
+    forms = ("linear", "gate_up")
     for tile, form, rows, split in itertools.product(decode_gemm.TOKEN_TILES, forms, (64, 128, 192), (1, 2, 0)):
         shape = Shape("smoke", form, 256 if form == "gate_up" else 512, 320)
         variant = Variant(rows, split)
-        if not decode_gemm.fits(variant, tile, shape.k, shape.normed):
+        if not decode_gemm.fits(variant, tile, shape.k):
             continue
         print(f"smoke {tile:3d} tokens {shape.form} {tuple(variant)} ", end="", flush=True)
         w = torch.randn(shape.rows, shape.k, device="cuda").bfloat16() * shape.k**-0.5
@@ -155,7 +146,7 @@ def smoke() -> None:
 
 def odd_shapes(pool: Tensor) -> None:
     count = failed = 0
-    shapes = [Shape("odd", f, n, k) for f in ("add", "normed", "gate_up") for n, k in ((2000, 640), (9008, 192))]
+    shapes = [Shape("odd", f, n, k) for f in ("linear", "add", "gate_up") for n, k in ((2000, 640), (9008, 192))]
     for tokens, shape in itertools.product(ODD_TOKENS, shapes):
         w = pool[: shape.rows * shape.k].view(shape.rows, shape.k)
         for variant in [None, *variants(tokens, shape, quick=False)]:
@@ -168,15 +159,14 @@ def odd_shapes(pool: Tensor) -> None:
 def variants(tokens: int, shape: Shape, quick: bool) -> list[Variant]:
     """Those worth a measurement: neither too few blocks nor many more than fit at a time."""
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    normed, gated = shape.normed and not shape.gated, shape.gated
-    chosen = decode_gemm.choose(tokens, shape.n, shape.k, normed=normed, gated=gated) or decode_gemm.Variant(64, 1)
+    chosen = decode_gemm.choose(tokens, shape.n, shape.k, shape.gated) or decode_gemm.Variant(64, 1)
     found = [chosen]
     for rows, split in itertools.product((64, 128, 192), (0, 1, 2, 3, 4, 6, 8)):
         tiles = -(-shape.rows // rows)
         blocks = tiles * split
         worthwhile = 0.4 * num_sms <= blocks <= 1.05 * num_sms if split else tiles * 4 >= num_sms
         variant = Variant(rows, split)
-        if worthwhile and decode_gemm.fits(variant, tokens, shape.k, shape.normed) and variant != chosen:
+        if worthwhile and decode_gemm.fits(variant, tokens, shape.k) and variant != chosen:
             found.append(variant)
     return found[:1] if quick else found
 

@@ -20,17 +20,11 @@ on_gpu = [
 SHAPES = [(17, 64, 128), (33, 176, 512), (64, 1024, 2048), (100, 4096, 1024), (129, 2000, 640), (180, 2000, 640),
           (200, 9008, 192), (256, 20480, 320)]  # fmt: skip
 VARIANTS = [Variant(r, s) for r in (64, 128, 192) for s in (0, 1, 2, 3, 8)]
-EPS = 0.1  # as large as the squares, so that forgetting it shows
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator("cuda").manual_seed(seed + sum(shape))
     return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
-
-
-def normed(x: torch.Tensor) -> torch.Tensor:
-    wide = x.float()
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -55,23 +49,13 @@ class TestAgainstTheReference:
             assert decode_gemm.linear(x, weight, bias, variant, residual=target) is target
             assert_close(target, residual.float() + product + bias.float())
 
-    def test_normed_linear(self, m: int, n: int, k: int, dtype: torch.dtype) -> None:
-        """Tokens of different sizes, so that each must have its own scale."""
-        x = random(m, k, dtype=dtype) * torch.linspace(0.2, 3, m, device="cuda")[:, None].to(dtype)
-        weight, bias = random(n, k, dtype=dtype, scale=k**-0.5), random(n, dtype=dtype, seed=1)
-        expected = normed(x) @ weight.float().T + bias.float()
-        torch.cuda.synchronize()
-        for variant in [None, *(v for v in VARIANTS if decode_gemm.fits(v, m, k, normed=True))]:
-            assert_close(decode_gemm.linear(x, weight, bias, variant, eps=EPS), expected)
-
     def test_gate_up(self, m: int, n: int, k: int, dtype: torch.dtype) -> None:
-        x = random(m, k, dtype=dtype) * torch.linspace(0.2, 3, m, device="cuda")[:, None].to(dtype)
-        weight = random(2 * n, k, dtype=dtype, scale=k**-0.5)
-        gate, up = (normed(x) @ weight.float().T).chunk(2, dim=-1)
+        x, weight = random(m, k, dtype=dtype), random(2 * n, k, dtype=dtype, scale=k**-0.5)
+        gate, up = (x.float() @ weight.float().T).chunk(2, dim=-1)
         expected = torch.nn.functional.silu(gate) * up
         torch.cuda.synchronize()
-        for variant in [None, *(v for v in VARIANTS if decode_gemm.fits(v, m, k, normed=True))]:
-            assert_close(decode_gemm.gate_up(x, EPS, weight, variant), expected)
+        for variant in [None, *(v for v in VARIANTS if decode_gemm.fits(v, m, k))]:
+            assert_close(decode_gemm.gate_up(x, weight, variant), expected)
 
 
 class TestOnStreams:
@@ -94,7 +78,7 @@ class TestOnStreams:
         def chain() -> None:
             torch.mul(x, 1, out=residual)  # a kernel: a copy would be a memcpy node, ahead of a programmatic launch
             for _ in range(8):
-                hidden = decode_gemm.gate_up(residual, EPS, up, variant)
+                hidden = decode_gemm.gate_up(residual, up, variant)
                 decode_gemm.linear(hidden, down, None, variant, residual=residual)
 
         chain()
@@ -119,11 +103,9 @@ def test_unsupported_shapes_are_named() -> None:
 
 @pytest.mark.parametrize("m", [17, 64, 100, 150, 180, 220, 256])
 def test_the_chosen_variant_exists(m: int) -> None:
-    for n, k, form in [(4096, 1024, "normed"), (1024, 2048, ""), (17408, 5120, "gated"), (7168, 5120, "normed"),
-                       (2560, 5120, "normed"), (25600, 5120, "normed"), (151936, 5120, "")]:  # fmt: skip
-        variant = decode_gemm.choose(m, n, k, normed=form == "normed", gated=form == "gated")
-        assert variant is None or decode_gemm.fits(variant, m, k, normed=form != "")
+    for n, k, gated in [(4096, 1024, False), (1024, 2048, False), (17408, 5120, True), (151936, 5120, False)]:
+        variant = decode_gemm.choose(m, n, k, gated)
+        assert variant is None or decode_gemm.fits(variant, m, k)
     for n in range(16, 3000, 272):
-        for normed in (False, True):
-            variant = decode_gemm.choose(m, n, 64, normed=normed)
-            assert variant is None or decode_gemm.fits(variant, m, 64, normed)
+        variant = decode_gemm.choose(m, n, 64, False)
+        assert variant is None or decode_gemm.fits(variant, m, 64)

@@ -30,8 +30,7 @@ logger = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 
-# The first seven are the tiles that products are compiled for: none shall be while requests wait.
-WARM_UP_TOKENS = (8, 16, 32, 64, 128, 192, 256, 512, 2048)
+WARM_UP_TOKENS = (64, 512, 2048)
 _POLL_SECONDS = 2e-5
 _GRAPH_RESERVE = 512 << 20  # bytes for graphs and library workspaces that the largest step did not show
 

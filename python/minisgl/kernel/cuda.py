@@ -47,20 +47,15 @@ def _is_skinny(x: Tensor, weight: Tensor, norm: Tensor | None = None) -> bool:
     return fits and skinny.supports(m, len(weight), k, x.dtype, norm is not None) and weight.is_contiguous()
 
 
-def _decode_variant(x: Tensor, weight: Tensor, normed: bool = False, gated: bool = False) -> decode_gemm.Variant | None:
+def _decode_variant(x: Tensor, weight: Tensor, gated: bool = False) -> decode_gemm.Variant | None:
     """How the kernels for decode batches compute this product; None where they do not, or cuBLAS is faster."""
     (m, k), n = x.shape, len(weight) // (2 if gated else 1)
     if m > decode_gemm.MAX_TOKENS or not (decode_gemm.supports(m, n, k, x.dtype) and weight.is_contiguous()):
         return None
     if not decode_gemm.is_available(x.device):
         return None
-    variant = decode_gemm.choose(m, n, k, normed=normed, gated=gated)
-    return variant if variant is not None and decode_gemm.fits(variant, m, k, normed or gated) else None
-
-
-@functools.cache
-def _ones(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones(size, dtype=dtype, device=device)
+    variant = decode_gemm.choose(m, n, k, gated)
+    return variant if variant is not None and decode_gemm.fits(variant, m, k) else None
 
 
 class TritonOps(TorchOps):
@@ -87,7 +82,6 @@ class CudaOps(TritonOps):
     def __init__(self, arch: tuple[int, int], moe_backend: str = "triton") -> None:
         super().__init__(moe_backend)
         self._elementwise, self._sampling, self._step = (load_kernel(name, arch) for name in KERNELS)
-        self.folds_norms = arch == (9, 0)
 
     def embedding(self, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
         if not (_whole_vectors(weight) and weight.is_contiguous()):
@@ -122,26 +116,16 @@ class CudaOps(TritonOps):
             return decode_gemm.linear(x, weight, bias, variant)
         return super().linear(x, weight, bias)
 
-    def norm_linear(
-        self, x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        unit = norm is None
-        norm = _ones(x.shape[1], x.dtype, x.device) if norm is None else norm
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if _is_skinny(x, weight, norm):
             return skinny.norm_linear(x, norm, eps, weight, bias)
-        if unit and (variant := _decode_variant(x, weight, normed=True)) is not None:
-            return decode_gemm.linear(x, weight, bias, variant, eps=eps)
         return super().norm_linear(x, norm, eps, weight, bias)
 
-    def norm_gate_up(
-        self, x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        unit = norm is None
-        norm = _ones(x.shape[1], x.dtype, x.device) if norm is None else norm
+    def norm_gate_up(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if bias is None and len(weight) % 16 == 0 and _is_skinny(x, weight, norm):
             return skinny.norm_gate_up(x, norm, eps, weight)
-        if unit and bias is None and (variant := _decode_variant(x, weight, gated=True)) is not None:
-            return decode_gemm.gate_up(x, eps, weight, variant)
+        if bias is None and (variant := _decode_variant(x, weight, gated=True)) is not None:
+            return decode_gemm.gate_up(self.rms_norm(x, norm, eps), weight, variant)
         return super().norm_gate_up(x, norm, eps, weight, bias)
 
     def linear_add(self, x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from minisgl.kernel.jit import load_kernel
 
 MAX_TOKENS = 256
-TOKEN_TILES = (32, 64, 128, 160, 192, 224, 256)
+TOKEN_TILES = (32, 64, 128, 160, 192, 256)
 MAX_SPLIT = 8
 SMALL_WEIGHTS = 8 << 20  # elements
 
@@ -46,19 +46,17 @@ def token_tile(m: int) -> int:
     return next(tile for tile in TOKEN_TILES if m <= tile)
 
 
-def fits(variant: Variant, m: int, k: int, normed: bool = False) -> bool:
+def fits(variant: Variant, m: int, k: int) -> bool:
     """Whether a variant exists for `m` tokens and `k` inputs: registers and shared memory limit it."""
     tile, rows = token_tile(m), variant.rows
-    threads = 2 * rows + 32
-    registers = tile // 2 + 48 + (8 + -(-tile * 8 // (2 * rows)) if normed else 0)
     stage = 128 * (rows + tile)
-    stages = (227 * 1024 - 1408 - 4 * tile - 80 * rows) // stage
+    stages = (227 * 1024 - 1408 - 80 * rows) // stage
     sums = 4 * rows * tile if variant.split > 1 else 0
     room = stages >= 2 and min(stages, 24) * stage >= sums
-    return room and threads * registers <= 65536 and variant.split <= min(MAX_SPLIT, k // 64)
+    return room and (2 * rows + 32) * (tile // 2 + 48) <= 65536 and variant.split <= min(MAX_SPLIT, k // 64)
 
 
-def choose(m: int, n: int, k: int, *, normed: bool = False, gated: bool = False) -> Variant | None:
+def choose(m: int, n: int, k: int, gated: bool) -> Variant | None:
     """The fastest variant for `m` tokens, `n` outputs (of gate_up: one half) and `k` inputs; None: cuBLAS is faster.
 
     Measured on an H200 with the layers of Qwen3-0.6B and 14B (docs/performance-log.md).
@@ -66,24 +64,20 @@ def choose(m: int, n: int, k: int, *, normed: bool = False, gated: bool = False)
     if (2 * n if gated else n) * k <= SMALL_WEIGHTS:  # what counts is that many blocks share the little there is
         if gated:
             return Variant(64, 1)
-        return Variant(64, _split(-(-n // 64), k, 96)) if m <= (160 if normed else 64) else None
+        tiles, steps = -(-n // 64), k // 64
+        split = max((s for s in (1, 2, 3, 4, 6, 8) if tiles * s <= 96 and s * 8 <= steps), default=1)
+        return Variant(64, split) if m <= 64 else None
+    if m > 192:
+        return None
     if gated:
-        return Variant(128, 0) if m <= 224 else None
-    if normed:
-        tiles = -(-n // 128)
-        return Variant(128, _split(tiles, k, 132) if tiles <= 132 else 0) if m <= 192 else None
+        return Variant(128, 0)
     if n >= 1 << 15:  # a head
         return Variant(192, 0) if m <= 64 else None
     if k > 2 * n:
-        return Variant(192, 4) if m <= 192 else None
+        return Variant(192, 4)
     if m <= 32:
         return Variant(192, 4) if n <= k else Variant(128, 2)
     return None
-
-
-def _split(tiles: int, k: int, blocks: int) -> int:
-    """Among how many blocks to share each tile, to have about `blocks` of them with enough to do."""
-    return max((s for s in (1, 2, 3, 4, 6, 8) if tiles * s <= blocks and s * 8 <= k // 64), default=1)
 
 
 @functools.cache
@@ -111,29 +105,23 @@ def linear(
     bias: torch.Tensor | None = None,
     variant: Variant | None = None,
     *,
-    eps: float | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [m, k] with rows at any stride that is a multiple of 8, weight [n, k], bias [n] -> [m, n].
 
-    eps: of an RMSNorm without a weight that x goes through first. residual: [m, n] contiguous, to which the result is
-    added in place, rounded once.
+    residual: [m, n] contiguous, to which the result is added in place, rounded once.
     """
     out = x.new_empty(x.shape[0], weight.shape[0]) if residual is None else residual
-    variant = variant or choose(len(x), len(weight), x.shape[1], normed=eps is not None)
-    return _run(x, eps, weight, bias, out, residual is not None, False, variant)
+    return _run(x, weight, bias, out, residual is not None, False, variant)
 
 
-def gate_up(x: torch.Tensor, eps: float, weight: torch.Tensor, variant: Variant | None = None) -> torch.Tensor:
-    """silu(gate) * up of [gate, up] = linear(x, eps=eps): weight [2 * inner, k], gate rows first -> [m, inner]."""
-    out = x.new_empty(x.shape[0], weight.shape[0] // 2)
-    variant = variant or choose(len(x), out.shape[1], x.shape[1], gated=True)
-    return _run(x, eps, weight, None, out, False, True, variant)
+def gate_up(x: torch.Tensor, weight: torch.Tensor, variant: Variant | None = None) -> torch.Tensor:
+    """silu(gate) * up of [gate, up] = linear(x): x [m, k], weight [2 * inner, k], gate rows first -> [m, inner]."""
+    return _run(x, weight, None, x.new_empty(x.shape[0], weight.shape[0] // 2), False, True, variant)
 
 
 def _run(
     x: torch.Tensor,
-    eps: float | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
@@ -141,8 +129,9 @@ def _run(
     gated: bool,
     variant: Variant | None,
 ) -> torch.Tensor:
-    if len(x):
-        variant = variant or Variant(128 if len(x) <= 128 else 64, 1)
-        module = prepare(x.device, x.dtype, len(x))
-        module.decode_linear(x, eps, weight, bias, out, *_workspace(x.device), add, gated, *variant)
+    m, k = x.shape
+    if m > 0:
+        module = prepare(x.device, x.dtype, m)
+        variant = variant or choose(m, out.shape[1], k, gated) or Variant(128 if m <= 128 else 64, 1)
+        module.decode_linear(x, weight, bias, out, *_workspace(x.device), add, gated, *variant)
     return out

@@ -39,9 +39,6 @@ class KVSlots:
 class TorchOps:
     """The reference: plain torch, any device and dtype."""
 
-    folds_norms = False
-    """Whether `norm_linear` and `norm_gate_up` do better with a norm whose weight has been multiplied into theirs."""
-
     def pack_weight(self, weight: Tensor) -> Tensor:
         """weight: [out, in], in whatever layout `linear` likes best. The plain one may be freed by the caller."""
         return weight
@@ -68,18 +65,12 @@ class TorchOps:
         scale = torch.rsqrt_(wide.square().mean(-1, keepdim=True).add_(eps))
         return wide.mul_(scale).to(x.dtype).mul_(weight)
 
-    def norm_linear(
-        self, x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """`linear` of the normalised x. norm: None where it is part of `weight` (see `folds_norms`)."""
-        assert norm is not None
+    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`linear` of the normalised x."""
         return self.linear(self.rms_norm(x, norm, eps), weight, bias)
 
-    def norm_gate_up(
-        self, x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """silu(gate) * up of x normalised as for `norm_linear`; weight: [2 * n, in], gate's rows first
-        → [num_tokens, n]."""
+    def norm_gate_up(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """silu(gate) * up of the normalised x; weight: [2 * n, in], gate's rows first → [num_tokens, n]."""
         return self.silu_and_mul(self.norm_linear(x, norm, eps, weight, bias))
 
     def linear_add(self, x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:

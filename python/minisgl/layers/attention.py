@@ -26,9 +26,8 @@ class Attention(Layer):
         self._num_q, self._num_kv = self.qkv_proj.num_qo_heads, self.qkv_proj.num_kv_heads
         self.qk_norm = env.empty(self._num_q + self._num_kv, config.head_dim) if config.qk_norm else None
 
-    def forward(self, x: Tensor, norm: Tensor | None, step: StepContext) -> Tensor:
-        """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the layer's input (None: the weights have
-        it) → the new stream."""
+    def forward(self, x: Tensor, norm: Tensor, step: StepContext) -> Tensor:
+        """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the layer's input → the new stream."""
         qkv = self._ops.norm_linear(x, norm, self._eps, self.qkv_proj.matrix, self.qkv_proj.bias)
         cache = KVSlots(step.kv.k[self._layer], step.kv.v[self._layer], step.slots)
         qkv = qkv.view(x.shape[0], -1, self._head_dim)

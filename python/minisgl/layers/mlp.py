@@ -19,9 +19,8 @@ class GatedMLP(Layer):
         self.gate_up_proj = MergedColumnLinear(env, hidden_size, sizes, bias)
         self.down_proj = RowLinear(env, intermediate_size, hidden_size, bias, "intermediate features")
 
-    def forward(self, x: Tensor, norm: Tensor | None) -> Tensor:
-        """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input (None: the weights have
-        it) → the new stream."""
+    def forward(self, x: Tensor, norm: Tensor) -> Tensor:
+        """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input → the new stream."""
         proj = self.gate_up_proj
         out: Tensor = self.down_proj(self._ops.norm_gate_up(x, norm, self._eps, proj.matrix, proj.bias), x)
         return out
@@ -47,9 +46,8 @@ class SparseMLP(Layer):
         self.gate_up = env.empty(config.num_experts, 2 * share, hidden_size)
         self.down = env.empty(config.num_experts, hidden_size, share)
 
-    def forward(self, x: Tensor, norm: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, norm: Tensor) -> Tensor:
         """As `GatedMLP.forward`."""
-        assert norm is not None  # the router and the experts have it in common
         hidden = self._ops.rms_norm(x, norm, self._eps)
         top_k, renormalize = self._config.num_experts_per_tok, self._config.norm_topk_prob
         part = self._ops.moe(hidden, self.gate(hidden), self.gate_up, self.down, top_k, renormalize)

@@ -19,16 +19,15 @@ class DecoderLayer(Layer):
 
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self._folds_norms = env.ops.folds_norms
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(env, config, layer)
-        self.mlp: GatedMLP | SparseMLP
+        self.mlp: Layer
         if config.moe is not None and config.is_sparse(layer):
             self.mlp = SparseMLP(env, hidden, config.moe, eps)
         else:
             self.mlp = GatedMLP(env, hidden, config.intermediate_size, config.mlp_bias, eps)
-        self.input_layernorm: nn.Parameter | None = env.empty(hidden)
-        self.post_attention_layernorm: nn.Parameter | None = env.empty(hidden)
+        self.input_layernorm = env.empty(hidden)
+        self.post_attention_layernorm = env.empty(hidden)
 
     def forward(self, x: Tensor, step: StepContext) -> Tensor:
         x = self.self_attn(x, self.input_layernorm, step)
@@ -36,21 +35,10 @@ class DecoderLayer(Layer):
         return out
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        assert self.input_layernorm is not None
-        assert self.post_attention_layernorm is not None
         yield whole(f"{prefix}input_layernorm.weight", self.input_layernorm)
         yield from self.self_attn.weights(f"{prefix}self_attn.")
         yield whole(f"{prefix}post_attention_layernorm.weight", self.post_attention_layernorm)
         yield from self.mlp.weights(f"{prefix}mlp.")
-
-    def pack(self) -> None:
-        """A norm and the linear after it are two diagonal and dense matrices in a row: one can hold both."""
-        if self._folds_norms and self.input_layernorm is not None:
-            self.self_attn.qkv_proj.weight.mul_(self.input_layernorm)
-            self.input_layernorm = None
-        if self._folds_norms and self.post_attention_layernorm is not None and isinstance(self.mlp, GatedMLP):
-            self.mlp.gate_up_proj.weight.mul_(self.post_attention_layernorm)
-            self.post_attention_layernorm = None
 
 
 class DecoderModel(Layer):

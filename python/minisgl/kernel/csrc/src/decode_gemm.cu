@@ -92,9 +92,9 @@ void run(Args args, const Operands& operands, const Variant& variant) {
   launch(config, operands.stream, kernel, weights, x, args);
 }
 
-template <int kWarpgroups, Kind kKind>
+template <int kWarpgroups, bool kGated>
 void try_run(const Args& args, const Operands& operands, const Variant& variant) {
-  using C = Config<kWarpgroups, kKind>;
+  using C = Config<kWarpgroups, kGated>;
   if constexpr (C::kFits) {
     run<C>(args, operands, variant);
   } else {
@@ -102,15 +102,15 @@ void try_run(const Args& args, const Operands& operands, const Variant& variant)
   }
 }
 
-template <Kind kKind>
+template <bool kGated>
 void dispatch(const Args& args, const Operands& operands, const Variant& variant) {
   switch (variant.rows) {
     case 64:
-      return try_run<1, kKind>(args, operands, variant);
+      return try_run<1, kGated>(args, operands, variant);
     case 128:
-      return try_run<2, kKind>(args, operands, variant);
+      return try_run<2, kGated>(args, operands, variant);
     case 192:
-      return try_run<3, kKind>(args, operands, variant);
+      return try_run<3, kGated>(args, operands, variant);
   }
   TVM_FFI_THROW(ValueError) << "no such number of rows: " << variant.rows;
 }
@@ -132,11 +132,10 @@ const T* matrix_of(const TensorView& t, int64_t rows, int64_t columns) {
   return data_of(t);
 }
 
-// out [m, n] = norm(x [m, k]) weight [n, k]^T + bias (+ out if `add`, rounded once); or, if `gated`, silu(gate) * up of
-// [gate, up] = norm(x) weight [2n, k]^T. Without `eps` there is no norm. partials and flags: the workspace of split 0,
-// flags zero.
-void decode_linear(TensorView x, Optional<double> eps, TensorView weight, Optional<TensorView> bias, TensorView out,
-                   TensorView partials, TensorView flags, bool add, bool gated, int64_t rows, int64_t split) {
+// out [m, n] = x [m, k] weight [n, k]^T + bias (+ out if `add`, rounded once); or, if `gated`, silu(gate) * up of
+// [gate, up] = x weight [2n, k]^T. partials and flags: the workspace of split 0, flags zero.
+void decode_linear(TensorView x, TensorView weight, Optional<TensorView> bias, TensorView out, TensorView partials,
+                   TensorView flags, bool add, bool gated, int64_t rows, int64_t split) {
   MINISGL_CHECK(x.ndim() == 2 && out.ndim() == 2) << "expected matrices";
   int64_t tokens = x.size(0), k = x.size(1), outputs = out.size(1);
   if (tokens == 0) return;
@@ -144,8 +143,7 @@ void decode_linear(TensorView x, Optional<double> eps, TensorView weight, Option
       << "unsupported shape: " << tokens << " tokens, " << outputs << " x " << k;
   MINISGL_CHECK(k < (1 << 20) && outputs < (1 << 20)) << "too large";
   MINISGL_CHECK(x.stride(1) == 1 && (x.stride(0) % 8 == 0 || tokens == 1)) << "expected rows at 16-byte boundaries";
-  MINISGL_CHECK(!gated || (eps.has_value() && !add && !bias.has_value()))
-      << "gate and up have a norm, no bias, and add to nothing";
+  MINISGL_CHECK(!gated || (!add && !bias.has_value())) << "gate and up have no bias and add to nothing";
   MINISGL_CHECK(is_fp32(partials) && is_int32(flags)) << "expected fp32 and int32 workspaces";
   Args args{};
   args.out = const_cast<T*>(matrix_of(out, tokens, outputs));
@@ -154,7 +152,6 @@ void decode_linear(TensorView x, Optional<double> eps, TensorView weight, Option
     args.bias = data_of(*bias);
   }
   args.residual = add ? args.out : nullptr;
-  args.eps = eps.has_value() ? static_cast<float>(*eps) : 0.f;
   args.partials = static_cast<float*>(partials.data_ptr());
   args.flags = static_cast<unsigned*>(flags.data_ptr());
   args.tokens = static_cast<int>(tokens);
@@ -162,9 +159,11 @@ void decode_linear(TensorView x, Optional<double> eps, TensorView weight, Option
   Operands operands{data_of(x), matrix_of(weight, gated ? 2 * outputs : outputs, k), tokens == 1 ? k : x.stride(0), k,
                     partials.size(0), flags.size(0), x.device().device_id, current_stream(x)};
   Variant variant{rows, split};
-  if (gated) return dispatch<Kind::kGated>(args, operands, variant);
-  if (eps.has_value()) return dispatch<Kind::kNormed>(args, operands, variant);
-  dispatch<Kind::kPlain>(args, operands, variant);
+  if (gated) {
+    dispatch<true>(args, operands, variant);
+  } else {
+    dispatch<false>(args, operands, variant);
+  }
 }
 
 }  // namespace

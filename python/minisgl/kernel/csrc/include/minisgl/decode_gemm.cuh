@@ -12,10 +12,7 @@
 //    adds them to its own. It waits for blocks that wait for nobody before they deliver, and all are resident.
 // Either way sums are added in an order that the shape alone determines.
 //
-// With a norm (RMSNorm without a weight, of x): the threads that multiply also add up the squares of the tokens, which
-// pass through shared memory anyway, and each output is multiplied by 1 / rms of its token.
-//
-// With gate and up rows, which always have a norm, the rows of a tile alternate, 8 gate rows, then the 8 up rows of the same outputs (the tensor
+// With gate and up rows, the rows of a tile alternate, 8 gate rows, then the 8 up rows of the same outputs (the tensor
 // map does that): a thread then holds both sums of an output.
 //
 // Compiled once per dtype (MINISGL_FP16) and number of tokens (MINISGL_TOKENS).
@@ -58,7 +55,6 @@ struct Args {
   const T* residual;  // null, or `out`
   float* partials;    // [blocks, rows * kTokens], for stream-K only, like the next
   unsigned* flags;    // [blocks], zero between launches
-  float eps;          // of the norm
   int tokens, outputs;
   int steps;  // of a tile
   int tiles;
@@ -66,37 +62,23 @@ struct Args {
   int stages;
 };
 
-enum class Kind { kPlain, kNormed, kGated };
-
-template <int kWarpgroups, Kind kKind>
+template <int kWarpgroups, bool kGated_>
 struct Config {
-  static constexpr bool kGated = kKind == Kind::kGated;
-  static constexpr bool kNormed = kKind != Kind::kPlain;
+  static constexpr bool kGated = kGated_;
   static constexpr int kRows = 64 * kWarpgroups;
   static constexpr int kConsumers = 128 * kWarpgroups;  // threads
-  static constexpr int kChunks = kNormed ? (kTokens * 8 + kConsumers - 1) / kConsumers : 0;  // see add_squares
   static constexpr int kThreads = kConsumers + 32;
   static constexpr int kStageBytes = kRows * kK * 2 + kTokenBytes;
-  static constexpr int kFixedBytes =  // 1024: alignment
-      1024 + 2 * kMaxStages * 8 + kTokens * 4 + kConsumers / 32 * kStagingBytes;
-  static constexpr int kPartial = kRows * kTokens + kChunks * kConsumers;  // floats
-  static constexpr int kRegisters = kSums + (kNormed ? kChunks + 8 : 0) + 48;
-  static constexpr int kBlocks = kRows <= 128 && 2 * kThreads * kRegisters <= 65536 ? 2 : 1;
-  static constexpr bool kFits = kThreads * kRegisters <= 65536;
-};
-
-// What a thread adds up of a tile.
-template <typename C>
-struct Sums {
-  float products[kSums] = {};
-  float squares[C::kChunks > 0 ? C::kChunks : 1] = {};
+  static constexpr int kFixedBytes = 1024 + kConsumers / 32 * kStagingBytes + 2 * kMaxStages * 8;  // 1024: alignment
+  static constexpr int kPartial = kRows * kTokens;  // floats
+  static constexpr int kBlocks = kRows <= 128 && 2 * kThreads * (kSums + 48) <= 65536 ? 2 : 1;
+  static constexpr bool kFits = kThreads * (kSums + 48) <= 65536;
 };
 
 // Where things lie in shared memory.
 template <typename C>
 struct Shared {
   char* ring;
-  float* squares;  // [kTokens], of the tokens
   float* staging;  // of this warp
   uint32_t full, empty;
   int stages;
@@ -106,11 +88,9 @@ struct Shared {
     char* after = ring + stages * C::kStageBytes;
     full = shared_address(after);
     empty = full + kMaxStages * 8;
-    squares = reinterpret_cast<float*>(after + 2 * kMaxStages * 8);
-    staging = squares + kTokens + threadIdx.x / 32 * (kStagingBytes / 4);
+    staging = reinterpret_cast<float*>(after + 2 * kMaxStages * 8 + threadIdx.x / 32 * kStagingBytes);
   }
   __device__ __forceinline__ uint32_t stage(int i) const { return shared_address(ring) + i * C::kStageBytes; }
-  __device__ __forceinline__ const char* tokens(int i) const { return ring + i * C::kStageBytes + C::kRows * kK * 2; }
 };
 
 // The first step of a block.
@@ -162,31 +142,6 @@ __device__ __forceinline__ void pin(float (&sums)[kSums]) {
   for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// Squares of the tokens of a step, in 16-byte chunks: 8 threads have a token's. Which of them has which chunk depends on
-// the swizzle, and does not matter.
-template <typename C>
-__device__ __forceinline__ void add_squares(const char* tokens, float (&squares)[C::kChunks]) {
-#pragma unroll
-  for (int i = 0; i < C::kChunks; ++i) {
-    int chunk = i * C::kConsumers + threadIdx.x;
-    if (kTokens * 8 % C::kConsumers != 0 && chunk >= kTokens * 8) continue;
-    auto x = *reinterpret_cast<const Vec<T, 8>*>(tokens + chunk * 16);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) squares[i] += to_float(x.data[j]) * to_float(x.data[j]);
-  }
-}
-
-// To shared memory, for the tokens that this thread's group of 8 has.
-template <typename C>
-__device__ __forceinline__ void write_squares(float* to, const float (&squares)[C::kChunks]) {
-#pragma unroll
-  for (int i = 0; i < C::kChunks; ++i) {
-    float sum = warp_sum<8>(squares[i]);
-    int token = (i * C::kConsumers + threadIdx.x) / 8;
-    if (threadIdx.x % 8 == 0 && token < kTokens) to[token] = sum;
-  }
-}
-
 // A place in the ring.
 struct Cursor {
   int stage = 0;
@@ -195,11 +150,11 @@ struct Cursor {
 
 // sums += the products of the next `num` steps (at least 1).
 template <typename C>
-__device__ __forceinline__ void multiply(const Shared<C>& shared, Cursor& cursor, int num, Sums<C>& sums) {
+__device__ __forceinline__ void multiply(const Shared<C>& shared, Cursor& cursor, int num, float (&sums)[kSums]) {
   int warpgroup = threadIdx.x / 128;
   bool leader = threadIdx.x % 32 == 0;
   int last = -1;
-  pin(sums.products);
+  pin(sums);
   for (int i = 0; i < num; ++i) {
     barrier_wait(shared.full + cursor.stage * 8, cursor.parity);
     uint32_t base = shared.stage(cursor.stage);
@@ -207,18 +162,15 @@ __device__ __forceinline__ void multiply(const Shared<C>& shared, Cursor& cursor
     uint64_t b = wgmma_descriptor(base + C::kRows * kK * 2);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kK / 16; ++k) wgmma(sums.products, a + 2 * k, b + 2 * k, 1);
+    for (int k = 0; k < kK / 16; ++k) wgmma(sums, a + 2 * k, b + 2 * k, 1);
     wgmma_commit();
-    if constexpr (C::kNormed) add_squares<C>(shared.tokens(cursor.stage), sums.squares);
     wgmma_wait<1>();  // the step before this one
-    __syncwarp();
     if (leader && last >= 0) barrier_arrive(shared.empty + last * 8);
     last = cursor.stage;
     if (++cursor.stage == shared.stages) cursor.stage = 0, cursor.parity ^= 1;
   }
   wgmma_wait<0>();
-  pin(sums.products);
-  __syncwarp();
+  pin(sums);
   if (leader) barrier_arrive(shared.empty + last * 8);
 }
 
@@ -247,24 +199,13 @@ __device__ __forceinline__ void write(const Args& args, int token, int output, f
   *reinterpret_cast<Four*>(args.out + at) = out;
 }
 
-__device__ __forceinline__ float inverse_rms(const Args& args, float squares) {
-  return rsqrtf(squares / (args.steps * kK) + args.eps);
-}
-
 // Write the warp's outputs for 16 tokens from `token` on. a and b: the thread's sums (see `wgmma`) for the first and the
-// second 8 of them; they are transposed in shared memory. squares: of the thread's tokens, those of a and those of b.
+// second 8 of them; they are transposed in shared memory.
 template <typename C>
-__device__ __forceinline__ void emit(const Args& args, float* staging, int tile, int token, float4 a, float4 b,
-                                     float4 squares) {
+__device__ __forceinline__ void emit(const Args& args, float* staging, int tile, int token, float4 a, float4 b) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int row = lane / 4, column = lane % 4 * 2;
   int sixteen = tile * (C::kRows / 16) + warp;  // index of the warp's 16 rows
-  if constexpr (C::kNormed) {
-    float4 scale = {inverse_rms(args, squares.x), inverse_rms(args, squares.y), inverse_rms(args, squares.z),
-                    inverse_rms(args, squares.w)};
-    a.x *= scale.x, a.y *= scale.y, a.z *= scale.x, a.w *= scale.y;
-    b.x *= scale.z, b.y *= scale.w, b.z *= scale.z, b.w *= scale.w;
-  }
   if constexpr (C::kGated) {
     constexpr int kHalfPitch = 12;
     staging[column * kHalfPitch + row] = silu_times(a.x, a.z);
@@ -294,33 +235,25 @@ __device__ __forceinline__ float4 four(const float (&sums)[kSums], int j) {
   return make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
 }
 
-// The products of a block as an array of float4: [kTokens / 8][kConsumers].
+// The sums of a block as an array of float4: [kTokens / 8][kConsumers].
 template <typename C>
 __device__ __forceinline__ int partial_index(int j) {
   return j * C::kConsumers + threadIdx.x;
 }
 
 template <typename C>
-__device__ __forceinline__ void store_partials(const Args& args, float4* to, const Sums<C>& sums) {
+__device__ __forceinline__ void store_partials(const Args& args, float4* to, const float (&sums)[kSums]) {
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j) {
-    if (j / 2 * 16 < args.tokens) to[partial_index<C>(j)] = four(sums.products, j);
+    if (j / 2 * 16 < args.tokens) to[partial_index<C>(j)] = four(sums, j);
   }
-}
-
-// Where the squares lie in a block's slot of args.partials: after its products.
-template <typename C>
-__device__ __forceinline__ int squares_index(int i) {
-  return C::kRows * kTokens + i * C::kConsumers + threadIdx.x;
 }
 
 // Leave the sums for the block that began the tile.
 template <typename C>
-__device__ __forceinline__ void deliver(const Args& args, const Sums<C>& sums) {
+__device__ __forceinline__ void deliver(const Args& args, const float (&sums)[kSums]) {
   float* slot = args.partials + static_cast<size_t>(blockIdx.x) * C::kPartial;
   store_partials<C>(args, reinterpret_cast<float4*>(slot), sums);
-#pragma unroll
-  for (int i = 0; i < C::kChunks; ++i) slot[squares_index<C>(i)] = sums.squares[i];
   __threadfence();
   consumers_sync<C>();
   if (threadIdx.x == 0) {
@@ -330,7 +263,7 @@ __device__ __forceinline__ void deliver(const Args& args, const Sums<C>& sums) {
 
 // Add what the blocks that have the rest of a tile left, in their order. `end`: the step after the tile.
 template <typename C>
-__device__ __forceinline__ void collect(const Args& args, int end, Sums<C>& sums) {
+__device__ __forceinline__ void collect(const Args& args, int end, float (&sums)[kSums]) {
   for (int block = blockIdx.x + 1; block < gridDim.x && first_step(args, block) < end; ++block) {
     if (threadIdx.x == 0) {
       unsigned ready = 0;
@@ -346,37 +279,20 @@ __device__ __forceinline__ void collect(const Args& args, int end, Sums<C>& sums
       if (j / 2 * 16 >= args.tokens) continue;
       // Not from L1, which may hold an earlier launch's.
       float4 v = __ldcg(reinterpret_cast<const float4*>(slot) + partial_index<C>(j));
-      float* to = sums.products + 4 * j;
-      to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
+      sums[4 * j] += v.x, sums[4 * j + 1] += v.y, sums[4 * j + 2] += v.z, sums[4 * j + 3] += v.w;
     }
-#pragma unroll
-    for (int i = 0; i < C::kChunks; ++i) sums.squares[i] += __ldcg(slot + squares_index<C>(i));
   }
-}
-
-// Squares of the tokens whose products this thread has, of 16 from `token` on; see `emit`.
-__device__ __forceinline__ float4 own_squares(const float* squares, int token) {
-  const float2* from = reinterpret_cast<const float2*>(squares + token) + threadIdx.x % 4;
-  float2 low = from[0], high = from[4];
-  return make_float4(low.x, low.y, high.x, high.y);
 }
 
 // After the steps [begin, end) of `tile`, without a cluster.
 template <typename C>
 __device__ __forceinline__ void finish(const Args& args, const Shared<C>& shared, int tile, int begin, int end,
-                                       Sums<C>& sums) {
+                                       float (&sums)[kSums]) {
   if (begin > 0) return deliver<C>(args, sums);
   if (end < args.steps) collect<C>(args, (tile + 1) * args.steps, sums);
-  if constexpr (C::kNormed) {
-    consumers_sync<C>();  // the tile before is written
-    write_squares<C>(shared.squares, sums.squares);
-    consumers_sync<C>();
-  }
 #pragma unroll
   for (int j = 0; j < kTokens / 8; j += 2) {
-    if (j * 8 >= args.tokens) continue;
-    float4 squares = own_squares(shared.squares, j * 8);
-    emit<C>(args, shared.staging, tile, j * 8, four(sums.products, j), four(sums.products, j + 1), squares);
+    if (j * 8 < args.tokens) emit<C>(args, shared.staging, tile, j * 8, four(sums, j), four(sums, j + 1));
   }
 }
 
@@ -386,19 +302,14 @@ __device__ __forceinline__ void reduce(const Args& args, const Shared<C>& shared
   int groups = (args.tokens + 15) / 16;
   for (int group = groups * rank / args.split; group < groups * (rank + 1) / args.split; ++group) {
     uint32_t at = shared_address(shared.ring) + partial_index<C>(group * 2) * 16;
-    uint32_t squares_at = shared_address(shared.squares) + group * 64 + threadIdx.x % 4 * 8;
-    float4 a = make_float4(0.f, 0.f, 0.f, 0.f), b = a, squares = a;
+    float4 a = make_float4(0.f, 0.f, 0.f, 0.f), b = a;
 #pragma unroll 4
     for (int r = 0; r < args.split; ++r) {
       float4 v = load_remote(at, r), w = load_remote(at + C::kConsumers * 16, r);
       a.x += v.x, a.y += v.y, a.z += v.z, a.w += v.w;
       b.x += w.x, b.y += w.y, b.z += w.z, b.w += w.w;
-      if constexpr (C::kNormed) {
-        float2 low = load_remote_pair(squares_at, r), high = load_remote_pair(squares_at + 32, r);
-        squares.x += low.x, squares.y += low.y, squares.z += high.x, squares.w += high.y;
-      }
     }
-    emit<C>(args, shared.staging, tile, group * 16, a, b, squares);
+    emit<C>(args, shared.staging, tile, group * 16, a, b);
   }
 }
 
@@ -409,12 +320,11 @@ __device__ __forceinline__ void consume(const Args& args, const Shared<C>& share
   for (int step = begin; step < end;) {
     int tile = step / args.steps;
     int from = step - tile * args.steps, to = min(args.steps, end - tile * args.steps);
-    Sums<C> sums;
+    float sums[kSums] = {};
     multiply<C>(shared, cursor, to - from, sums);
     if (args.split > 1) {
       consumers_sync<C>();  // the ring is not read any more
       store_partials<C>(args, reinterpret_cast<float4*>(shared.ring), sums);
-      if constexpr (C::kNormed) write_squares<C>(shared.squares, sums.squares);
     } else {
       finish<C>(args, shared, tile, from, to, sums);
     }

@@ -96,20 +96,6 @@ __device__ __forceinline__ float4 load_remote(uint32_t shared, int rank) {
   return v;
 }
 
-__device__ __forceinline__ float2 load_remote_pair(uint32_t shared, int rank) {
-  float2 v;
-  asm volatile(
-      "{\n"
-      ".reg .b32 address;\n"
-      "mapa.shared::cluster.u32 address, %2, %3;\n"
-      "ld.shared::cluster.v2.f32 {%0, %1}, [address];\n"
-      "}\n"
-      : "=f"(v.x), "=f"(v.y)
-      : "r"(shared), "r"(rank)
-      : "memory");
-  return v;
-}
-
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                                  CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
