@@ -27,6 +27,23 @@ class FinishReason(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an output has to match.
+
+    kind: of `text`: "json" (a JSON schema), "regex", "choice" (a JSON list of strings) or "grammar" (Lark or EBNF).
+    prefix, suffix: texts that the output has around that. after: any text may come before, up to and with this one
+    (the end of a reasoning part). param: the field of the request that it came from.
+    """
+
+    kind: str
+    text: str
+    prefix: str = ""
+    suffix: str = ""
+    after: str = ""
+    param: str = field(default="response_format", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.
 
@@ -34,7 +51,8 @@ class SamplingParams:
     temperature: 0 is greedy (arg max). top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
     seed: the same seed gives the same tokens whatever else is in the batch; None draws one.
     stop: strings that end the output; the stop string itself is cut.
-    ignore_eos: generate past end-of-sequence tokens, up to max_tokens.
+    ignore_eos: generate past end-of-sequence tokens, up to max_tokens. A grammar's output ends there all the same.
+    grammar: what the output has to match; None is anything.
 
     Raises: RequestError naming the field whose value is out of range.
     """
@@ -47,6 +65,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         limit = self.max_tokens
