@@ -97,7 +97,7 @@ def plot(documents: Sequence[dict[str, Any]], path: Path) -> None:
         ):
             if number:
                 share = 100 * (floor / number if row.streams else number / floor)
-                label = name if position == len(measured) - 1 else None
+                label = name if position == 0 else None
                 bars = axes.barh(position + 0.27 * (offset - 1), share, 0.25, color=color, label=label)
                 axes.bar_label(bars, [f"{number:,.2f} ms" if row.streams else f"{number:,.0f} tok/s"], padding=2)
     axes.set(yticks=range(len(measured)), yticklabels=[row.label for row, _ in measured], xlim=(0, 115))

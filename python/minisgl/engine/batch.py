@@ -66,7 +66,7 @@ class RowTables:
 
     def apply(self, plan: StepPlan) -> None:
         """Write the plan's admissions and page updates."""
-        for row, _, params in plan.admissions:
+        for row, _, params, *_ in plan.admissions:
             self._temperature[row], self._top_k[row] = params.temperature, max(params.top_k, 0)
             self._top_p[row], self._min_p[row] = params.top_p, params.min_p
             assert params.seed is not None
@@ -95,7 +95,7 @@ class Tables(RowTables):
 
     def apply(self, plan: StepPlan) -> None:
         super().apply(plan)
-        for row, ids, _ in plan.admissions:
+        for row, ids, *_ in plan.admissions:
             self.token_ids[row, : len(ids)] = ids
 
     def build(self, plan: StepPlan) -> Batch:

@@ -269,7 +269,7 @@ class CudaRunner:
 
     def _flush(self, plan: StepPlan) -> None:
         """Send the step's buffer, with the prompts and pages that rows gain in it, and write those to the tables."""
-        prompts = [(row, ids, self._staging.put(ids)) for row, ids, _ in plan.admissions]
+        prompts = [(row, ids, self._staging.put(ids)) for row, ids, *_ in plan.admissions]
         pages = self._put_pages(plan)
         self._staging.flush()
         for row, ids, staged in prompts:

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from llguidance import LLMatcher
 
+from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
 from minisgl.grammar.limits import MAX_STORED_BYTES, parser_limits
@@ -132,3 +133,8 @@ class GrammarStore:
         self._refused[grammar] = why
         while len(self._refused) > _MAX_REFUSED:
             self._refused.popitem(last=False)
+
+
+def open_store(engine: EngineConfig, scheduler: SchedulerConfig) -> GrammarStore:
+    """For the model of these configurations."""
+    return GrammarStore(VocabularyConfig(engine.model_path, engine.model.vocab_size, scheduler.eos_token_ids))

@@ -24,6 +24,8 @@ from minisgl.message.backend import AbortMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply, UserReply
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt, TokenizeMsg
+from minisgl.grammar.store import open_store
+from minisgl.scheduler.grammar import Grammars
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport, RankFanout
 from minisgl.tokenizer.detokenize import Detokenizer
@@ -124,8 +126,10 @@ class LLM:
             self._tokenizer = Tokenizer(self.config.tokenizer)
             self._detokenizer = Detokenizer(self._tokenizer.codec)
             self._supervisor, fanout = self._start_ranks(self.config)
-            self._transport = LocalTransport(fanout, self._while_waiting)
-            self._scheduler = self._start_scheduler(self.config, self._supervisor)
+            grammars = Grammars(open_store(self.config.engine, self.config.scheduler))
+            self._closers.callback(grammars.close)
+            self._transport = LocalTransport(fanout, self._while_waiting, grammars)
+            self._scheduler = self._start_scheduler(self.config, self._supervisor, grammars)
         except BaseException:
             self.close()
             raise
@@ -216,7 +220,7 @@ class LLM:
         self._closers.callback(fanout.close)
         return supervisor, fanout
 
-    def _start_scheduler(self, config: ServerConfig, supervisor: Supervisor | None) -> Scheduler:
+    def _start_scheduler(self, config: ServerConfig, supervisor: Supervisor | None, grammars: Grammars) -> Scheduler:
         from minisgl.server.workers import set_cuda_environment
 
         set_cuda_environment(config.engine)
@@ -230,7 +234,8 @@ class LLM:
             engine = _run_watched(lambda: Engine(engine_config), supervisor)
         self._closers.callback(engine.close)
         scheduler_config = replace(config.scheduler, num_pages=engine.num_pages)
-        return Scheduler(scheduler_config, engine, self._transport, tp_size=config.engine.tp_size)
+        tp_size = config.engine.tp_size
+        return Scheduler(scheduler_config, engine, self._transport, tp_size=tp_size, grammars=grammars)
 
     def _run(
         self,

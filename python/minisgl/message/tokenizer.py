@@ -9,6 +9,7 @@ import msgspec
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.message.backend import AbortMsg, PingMsg
 from minisgl.message.codec import Codec
+from minisgl.message.frontend import ErrorReply
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, tag="chat", forbid_unknown_fields=True):
@@ -66,5 +67,6 @@ class DetokenizeMsg(msgspec.Struct, frozen=True, tag="detokenize", forbid_unknow
     error: str | None = None
 
 
-TokenizerMsg = TokenizeMsg | DetokenizeMsg | AbortMsg | PingMsg
+# An error reply is of the scheduler's, to a request that it does not take; the detokenizer passes it on.
+TokenizerMsg = TokenizeMsg | DetokenizeMsg | AbortMsg | PingMsg | ErrorReply
 tokenizer_codec: Codec[TokenizerMsg] = Codec(TokenizerMsg)

@@ -27,6 +27,7 @@ from minisgl.core import (
     ScheduledReq,
     StepPlan,
     StepResult,
+    TokenBitmask,
 )
 from minisgl.kvcache.allocator import PageAllocator
 from minisgl.kvcache.base import PrefixCache
@@ -85,6 +86,7 @@ class Planner:
         self._step_id = 0
         self._num_admitted = 0
         self._page_updates: list[PageUpdate] = []
+        self.masked_reqs: list[Req] = []  # of the last plan: those that its bitmask is for
         self._allocator = PageAllocator(config.num_pages)
         self._cache = _create_cache(config)
         self._rows = list(range(config.max_running_requests - 1, -1, -1))
@@ -149,6 +151,8 @@ class Planner:
             num_tokens, start = req.num_tokens, req.num_computed
             if num_tokens >= req.max_len:
                 continue  # its last token is planned already
+            if req.params.grammar is not None and num_tokens > len(req.tokens):
+                continue  # what may come next depends on a token that is still on the device
             if budget == 0:
                 break
             num_new = num_tokens - start
@@ -172,7 +176,8 @@ class Planner:
             scheduled.append(self._schedule(req, num_new))
         if not scheduled:
             return None
-        plan = StepPlan(self._step_id, tuple(admissions), tuple(self._page_updates), tuple(scheduled))
+        bitmask = self._bitmask(reqs, scheduled)
+        plan = StepPlan(self._step_id, tuple(admissions), tuple(self._page_updates), tuple(scheduled), bitmask)
         self._inflight.append(_InflightStep(plan, reqs))
         self._step_id += 1
         return plan
@@ -244,6 +249,16 @@ class Planner:
             req.handle = self._cache.insert(req.handle, req.prefix[:end], req.pages)
         req.num_tokens += sample
         return ScheduledReq(req.row, start, num_new, sample)
+
+    def _bitmask(self, reqs: list[Req], scheduled: list[ScheduledReq]) -> TokenBitmask | None:
+        """Which of the sampled tokens have to match a grammar. The words are added on rank 0, which has the matchers."""
+        self.masked_reqs = []
+        if all(req.params.grammar is None for req in reqs):
+            return None
+        sampling = [req for req, share in zip(reqs, scheduled, strict=True) if share.sample]
+        samples = tuple(index for index, req in enumerate(sampling) if req.params.grammar is not None)
+        self.masked_reqs = [sampling[index] for index in samples]
+        return TokenBitmask(samples, None) if samples else None
 
     def _grow(self, req: Req, num_new: int) -> bool:
         """Give a running request the pages for `num_new` tokens, retracting younger ones if need be."""
@@ -329,7 +344,7 @@ class Planner:
             error = "the model's output was not finite (NaN or infinity)"
             return self._finish(req, (), FinishReason.ERROR, error=error)
         req.tokens.append(token_id)
-        if token_id in self._eos and not req.params.ignore_eos:
+        if token_id in self._eos and not (req.params.ignore_eos and req.params.grammar is None):
             return self._finish(req, (token_id,), FinishReason.STOP, num_hidden=1)
         if len(req.tokens) >= req.max_len:
             return self._finish(req, (token_id,), FinishReason.LENGTH)
