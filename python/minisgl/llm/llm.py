@@ -20,11 +20,11 @@ from minisgl.config.resolve import prepare
 from minisgl.config.runtime import Addresses, ServerConfig
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
+from minisgl.grammar.store import open_store
 from minisgl.message.backend import AbortMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply, UserReply
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt, TokenizeMsg
-from minisgl.grammar.store import open_store
+from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, IdsPrompt, TextPrompt, TokenizeMsg
 from minisgl.scheduler.grammar import Grammars
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport, RankFanout
@@ -291,6 +291,8 @@ class LLM:
         with self._interrupts:
             self._scheduler.turn()
             for message in self._transport.take_outputs():
+                if isinstance(message, ErrorReply):
+                    message = _refusal(message)
                 reply, abort = self._detokenizer.detokenize(message)
                 if abort is not None:
                     self._transport.put([abort])
@@ -333,6 +335,11 @@ def _run_watched(make: Callable[[], T], supervisor: Supervisor) -> T:
     while not future.done():
         supervisor.check(0.1)
     return future.result()
+
+
+def _refusal(error: ErrorReply) -> DetokenizeMsg:
+    """The end of a request that the scheduler did not take."""
+    return DetokenizeMsg(error.uid, b"", finish_reason=FinishReason.ERROR, error=error.message)
 
 
 def _is_conversation(value: Any) -> bool:

@@ -251,7 +251,7 @@ class Planner:
         return ScheduledReq(req.row, start, num_new, sample)
 
     def _bitmask(self, reqs: list[Req], scheduled: list[ScheduledReq]) -> TokenBitmask | None:
-        """Which of the sampled tokens have to match a grammar. The words are added on rank 0, which has the matchers."""
+        """Which of the sampled tokens have to match a grammar. Rank 0, which has the matchers, adds the words."""
         self.masked_reqs = []
         if all(req.params.grammar is None for req in reqs):
             return None

@@ -149,7 +149,7 @@ class LocalTransport:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:  # noqa: ARG002
+    def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:
         messages, self._received = self._grammars.admit(self._received), []
         self._outputs += self._grammars.take_replies()
         if block and not messages and self._grammars.is_holding:
