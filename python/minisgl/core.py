@@ -33,14 +33,16 @@ class Grammar:
     """What an output has to match.
 
     kind: of `text`: "json" (a JSON schema), "regex", "choice" (a JSON list of strings) or "grammar" (Lark or EBNF).
-    prefix, suffix: texts that the output has around that. after: any text may come before, up to and with this one
-    (the end of a reasoning part). param: the field of the request that it came from.
+    prefix, suffix: texts that the output has around that. separator: with one, prefix, match and suffix come once or
+    more, with the separator between them. after: any text may come before all that, up to and with this one (the end of
+    a reasoning part). param: the field of the request that it came from.
     """
 
     kind: str
     text: str
     prefix: str = ""
     suffix: str = ""
+    separator: str | None = None
     after: str = ""
     param: str = field(default="response_format", compare=False)
 

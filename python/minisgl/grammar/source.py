@@ -28,16 +28,17 @@ def to_llguidance(grammar: Grammar, special: Mapping[str, int]) -> str:
         body = _BODIES[grammar.kind](grammar.text, special)
     except (GbnfToLarkError, RecursionError, ValueError) as error:
         raise RequestError(f"{grammar.param}: {error}", param=grammar.param) from None
-    if not (grammar.prefix or grammar.suffix or grammar.after):
+    if not (grammar.prefix or grammar.suffix or grammar.after or grammar.separator is not None):
         return body
-    parts = []
+    parts = [_literal(grammar.prefix, special), "@body", _literal(grammar.suffix, special)]
+    rules = {"start": "match", "match": " ".join(filter(None, parts))}
+    if grammar.separator is not None:
+        rules["start"] = f"match ({_literal(grammar.separator, special)} match)*"
     if grammar.after:
-        parts.append(f"before_body {_literal(grammar.after, special)}")
-    parts += [_literal(grammar.prefix, special), "@body", _literal(grammar.suffix, special)]
-    start = "start: " + " ".join(filter(None, parts))
-    if grammar.after:
-        start += "\nbefore_body: /(.|\\n)*/"
-    grammars = [{"name": "outer", "lark_grammar": start}, {**json.loads(body)["grammars"][0], "name": "body"}]
+        rules["start"] = f"before {_literal(grammar.after, special)} {rules['start']}"
+        rules["before"] = r"/(.|\n)*/"
+    lark = "\n".join(f"{name}: {rule}" for name, rule in rules.items())
+    grammars = [{"name": "outer", "lark_grammar": lark}, {**json.loads(body)["grammars"][0], "name": "body"}]
     return json.dumps({"grammars": grammars})
 
 

@@ -17,6 +17,7 @@ from minisgl.core import MAX_SEED, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
+from minisgl.server.protocol_grammar import parse_grammar
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -54,7 +55,6 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "presence_penalty": _is(0),
     "reasoning_effort": _is_empty,
     "repetition_penalty": _is(1),
-    "response_format": _is({"type": "text"}),
     "suffix": _is_empty,
     "tool_choice": _is("none", "auto"),
     "tools": _is_empty,
@@ -104,6 +104,7 @@ class _Sampling(_Body):
             seed=self.seed,
             stop=_stops(self.stop),
             ignore_eos=bool(self.ignore_eos),
+            grammar=parse_grammar(dict(self)),
             **chosen,
         )
 
@@ -114,6 +115,14 @@ class _OpenAIBody(_Sampling):
     max_tokens: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_decoding_backend: str | None = None
+    guided_whitespace_pattern: str | None = None
 
 
 class ChatBody(_OpenAIBody):
@@ -134,6 +143,9 @@ class GenerateSampling(_Sampling):
 
     max_tokens: int | None = None
     max_new_tokens: int | None = None
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
 
 
 class GenerateBody(_Body):
