@@ -246,7 +246,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str]] = [
     ({"functions": [{}]}, "functions"),
     ({"logprobs": True}, "logprobs"),
     ({"top_logprobs": 3}, "top_logprobs"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
     ({"presence_penalty": 0.5}, "presence_penalty"),
     ({"frequency_penalty": -0.5}, "frequency_penalty"),
     ({"repetition_penalty": 1.1}, "repetition_penalty"),
