@@ -151,8 +151,6 @@ class Planner:
             num_tokens, start = req.num_tokens, req.num_computed
             if num_tokens >= req.max_len:
                 continue  # its last token is planned already
-            if req.params.grammar is not None and num_tokens > len(req.tokens):
-                continue  # what may come next depends on a token that is still on the device
             if budget == 0:
                 break
             num_new = num_tokens - start
