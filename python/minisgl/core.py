@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from minisgl.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
     import numpy.typing as npt
 
@@ -119,6 +121,14 @@ class SamplingParams:
             _check(count is None or 0 <= count <= MAX_LOGPROBS, name, f"from 0 to {MAX_LOGPROBS}", count)
         _check(abs(self.priority) <= MAX_PRIORITY, "priority", f"from -{MAX_PRIORITY} to {MAX_PRIORITY}", self.priority)
 
+    def end_ids(self, eos: Iterable[int]) -> tuple[int, ...]:
+        """The tokens that end the output, where the model's end-of-sequence tokens are these."""
+        return (*self.stop_token_ids, *(() if self.ignore_eos else eos))
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None or self.prompt_logprobs is not None
+
     @property
     def has_logit_rules(self) -> bool:
         """Whether its logits are changed before a token is sampled from them; `min_tokens` aside."""
@@ -165,6 +175,11 @@ class Req:
     started: bool = False  # was ever admitted
     preempted: bool = False  # retract as soon as no step in flight touches it
     failed: bool = False  # what it computed must not be reused
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the chunks so far, until its first output
+
+    @property
+    def has_output(self) -> bool:
+        return len(self.tokens) > self.prompt_len
 
 
 class Admission(NamedTuple):

@@ -26,7 +26,7 @@ from minisgl.message.backend import AbortMsg, UserMsg
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.tokenizer import DetokenizeMsg
 from minisgl.scheduler.executor import StepHandle
-from minisgl.scheduler.planner import ReqOutput
+from minisgl.scheduler.output import ReqOutput
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
