@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import httpx
 import jsonschema
 import openai
+import psutil
 import pytest
 from pydantic import BaseModel
 
@@ -184,6 +186,20 @@ def test_nobody_notices_a_pathological_grammar(demo: Server) -> None:
             model=name, prompt="a", max_tokens=9, extra_body={"structured_outputs": {"regex": "[ab]{3}"}}
         )
     assert re.fullmatch("[ab]{3}", fine.choices[0].text)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_running(start: Callable[..., Server], tiny_path: Path, signum: int) -> None:
+    """The processes that try grammars out end with the server, however that ends."""
+    server = start(["-m", "minisgl", "--model", str(tiny_path), "--port", "0", "--max-seq-len", "256"])
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        answers = [http.post("/v1/completions", json={"prompt": "a", "guided_regex": f"a{{{i}}}"}) for i in (1, 2)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    server.children = psutil.Process(server.process.pid).children(recursive=True)
+    assert any("minisgl.grammar.trial" in " ".join(child.cmdline()) for child in server.children)
+    server.process.send_signal(signum)
+    server.wait_exit()
+    assert server.orphans() == []
 
 
 def test_two_ranks(start: Callable[..., Server], tiny_path: Path) -> None:

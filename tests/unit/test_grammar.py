@@ -220,6 +220,27 @@ def test_compiled_once(store: GrammarStore) -> None:
     assert store.find(Grammar("regex", "never asked for")) is None
 
 
+def test_the_oldest_go_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not while a request holds them."""
+    monkeypatch.setattr("minisgl.grammar.store.MAX_STORED_BYTES", 0)
+    store = GrammarStore(VocabularyConfig(str(MODEL), 4096, (EOS,)))
+    grammars = [Grammar("regex", f"a{{{count}}}") for count in (1, 2, 3)]
+    held = store.request(grammars[0]).result()
+    for grammar in grammars[1:]:
+        store.request(grammar).result()
+    assert store.find(grammars[0]) is held is store.request(grammars[0]).result()
+    assert store.find(grammars[1]) is None
+    store.close()
+
+
+def test_a_model_without_a_usable_tokenizer_refuses(tmp_path: Path) -> None:
+    store = GrammarStore(VocabularyConfig(str(tmp_path), 4096, (EOS,)))
+    with pytest.raises(RequestError, match=r"tokenizer\.json") as caught:
+        store.request(Grammar("regex", "a", param="guided_regex")).result()
+    assert caught.value.param == "guided_regex"
+    store.close()
+
+
 def test_matchers_are_independent(store: GrammarStore) -> None:
     first, second = (compile_in(store, "regex", "a{3}") for _ in range(2))
     before = allowed(second)
