@@ -152,7 +152,9 @@ class ServerArgs:
         integer(0, 64), 0, "tokenizer processes; 0 shares the detokenizer's", "--tokenizer-count"
     )
     schedule_policy: str = _option(
-        _choice("fcfs", "lpm"), "fcfs", "order of waiting requests: fcfs or lpm (longest prefix match)"
+        _choice("fcfs", "lpm", "priority"),
+        "fcfs",
+        "order of waiting requests: fcfs, lpm (longest prefix match) or priority (lowest number first)",
     )
     disable_overlap: bool = _option(boolean, False, "run scheduling and execution in turn")
     dummy_weight: bool = _option(boolean, False, "random weights from config.json alone, for benchmarks")

@@ -44,7 +44,7 @@ class SchedulerConfig:
     num_pages: int  # of the engine: `Engine.num_pages`
     page_size: int  # tokens
     cache_type: str = "radix"  # "radix" | "naive"
-    schedule_policy: str = "fcfs"  # "fcfs" | "lpm"
+    schedule_policy: str = "fcfs"  # "fcfs" | "lpm" | "priority"
     eos_token_ids: tuple[int, ...] = ()
     overlap: bool = True
     check_integrity: bool = False  # walk all pages after every step; a mismatch is fatal

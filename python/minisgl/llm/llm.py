@@ -23,6 +23,7 @@ from minisgl.errors import RequestError
 from minisgl.message.backend import AbortMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply, UserReply
+from minisgl.message.logprobs import TokenLogprob
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt, TokenizeMsg
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport, RankFanout
@@ -54,6 +55,7 @@ class RequestOutput:
     """One finished request. `token_ids` includes the end-of-sequence token that ended it; `text` does not.
 
     error: why the request failed, if `finish_reason` is `error`; the others of a batch are not affected.
+    logprobs: of `token_ids`; prompt_logprobs: of `prompt_token_ids`. Empty unless the parameters ask for them.
     """
 
     text: str
@@ -63,6 +65,8 @@ class RequestOutput:
     cached_tokens: int
     metrics: RequestMetrics
     error: str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,8 @@ class _Pending:
             cached_tokens=last.num_cached_tokens,
             metrics=RequestMetrics((self.first_token or now) - self.submitted, now - self.submitted),
             error=last.error,
+            logprobs=[token for reply in self.replies for token in reply.logprobs],
+            prompt_logprobs=[token for reply in self.replies for token in reply.prompt_logprobs],
         )
 
 

@@ -7,13 +7,15 @@ import zlib
 from collections import deque
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import StepPlan
+from minisgl.core import Req, StepPlan
 from minisgl.errors import EngineError
 from minisgl.message.backend import UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
+from minisgl.message.logprobs import pack_logprobs
 from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
 from minisgl.scheduler.executor import Executor, StepHandle
-from minisgl.scheduler.planner import Planner, ReqOutput
+from minisgl.scheduler.output import ReqOutput
+from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.status import StatusLog
 from minisgl.scheduler.transport import Transport
 
@@ -132,8 +134,7 @@ class Scheduler:
         req, start = output.req, None
         if req.uid not in self._announced:
             self._announced.add(req.uid)
-            tail = pack_ids(req.tokens[max(0, req.prompt_len - _PROMPT_TAIL) : req.prompt_len])
-            start = StreamStart(req.prompt_len, req.params.stop, tail)
+            start = _stream_start(req)
         if output.finish_reason is not None:
             self._announced.discard(req.uid)
             num_output = req.num_tokens - req.prompt_len
@@ -147,4 +148,20 @@ class Scheduler:
             start=start,
             finish_reason=output.finish_reason,
             error=output.error,
+            logprobs=None if output.logprobs is None else pack_logprobs([output.logprobs]),
+            prompt_logprobs=None if output.prompt_logprobs is None else pack_logprobs(output.prompt_logprobs),
         )
+
+
+def _stream_start(req: Req) -> StreamStart:
+    params, prompt = req.params, req.tokens[: req.prompt_len]
+    return StreamStart(
+        num_prompt_tokens=req.prompt_len,
+        stop=params.stop,
+        prompt_tail=pack_ids(prompt[-_PROMPT_TAIL:]),
+        include_stop=params.include_stop_str_in_output,
+        skip_special=params.skip_special_tokens,
+        min_tokens=params.min_tokens,
+        echo=params.echo,
+        prompt=pack_ids(prompt) if params.echo or params.prompt_logprobs is not None else b"",
+    )

@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from minisgl.scheduler.planner import Planner, ReqOutput
+from minisgl.scheduler.output import ReqOutput
+from minisgl.scheduler.planner import Planner
 
 logger = logging.getLogger(__name__)
 

@@ -35,6 +35,7 @@ from minisgl.server.protocol import (
     parse_completion,
     parse_generate,
 )
+from minisgl.server.protocol_sampling import check_policy
 from minisgl.server.render import (
     DONE,
     ChatRenderer,
@@ -47,6 +48,7 @@ from minisgl.server.render import (
     error_status,
     event,
 )
+from minisgl.server.render_logprobs import mean_logprob
 
 logger = logging.getLogger(__name__)
 
@@ -72,20 +74,25 @@ def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
             return Response(status_code=499)  # nobody is there to see it
         parsed = parse(data, config.default_sampling)
         _check_model(parsed.model, config)
+        check_policy(parsed.params, config.scheduler.schedule_policy)
         return await _answer(frontend, request, parsed, make(parsed))
 
     @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
         name = config.served_model_name
-        return await generate(request, parse_chat, lambda r: ChatRenderer(name, include_usage=r.include_usage))
+        return await generate(
+            request, parse_chat, lambda r: ChatRenderer(name, include_usage=r.include_usage, logprobs=r.logprobs)
+        )
 
     @app.post("/v1/completions", openapi_extra=_body_schema(CompletionBody))
     async def completions(request: Request) -> Response:
         """Continue a text, or several."""
         name = config.served_model_name
         return await generate(
-            request, parse_completion, lambda r: CompletionRenderer(name, include_usage=r.include_usage)
+            request,
+            parse_completion,
+            lambda r: CompletionRenderer(name, include_usage=r.include_usage, logprobs=r.logprobs),
         )
 
     @app.post("/generate", openapi_extra=_body_schema(GenerateBody))
@@ -121,11 +128,11 @@ def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
 async def _answer(frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer) -> Response:
     """Run the request and show its replies. A client that goes away takes its request with it."""
     streams = _submit(frontend, parsed)
-    totals = Totals(len(streams), parsed.n)
+    totals = Totals(len(streams), parsed.num_choices)
     try:
         if not parsed.stream:
             choices = await unless_disconnected(request.receive, _collect(streams, totals))
-            return _json(renderer.body(choices, totals))
+            return _json(renderer.body(_best(choices, parsed), totals))
         replies = _interleave(streams)
         # An error that comes instead of the first reply is still an HTTP status, not an event.
         first = await unless_disconnected(request.receive, anext(replies))
@@ -140,16 +147,24 @@ async def _answer(frontend: Frontend, request: Request, parsed: GenerationReques
 
 
 def _submit(frontend: Frontend, parsed: GenerationRequest) -> list[Stream]:
-    """One stream per choice: `n` for each prompt, in order."""
+    """One stream per choice, for each prompt in order."""
     streams: list[Stream] = []
     try:
         for prompt in parsed.prompts:
-            for seed in choice_seeds(parsed.params, parsed.n):
+            for seed in choice_seeds(parsed.params, parsed.num_choices):
                 streams.append(frontend.submit(prompt, replace(parsed.params, seed=seed)))
     except BaseException:
         _abort(streams)
         raise
     return streams
+
+
+def _best(choices: Sequence[Sequence[UserReply]], parsed: GenerationRequest) -> Sequence[Sequence[UserReply]]:
+    """Of each prompt's choices the `n` most probable ones per token, best first; all where there are no more."""
+    if parsed.num_choices == parsed.n:
+        return choices
+    groups = (choices[first : first + parsed.num_choices] for first in range(0, len(choices), parsed.num_choices))
+    return [choice for group in groups for choice in sorted(group, key=mean_logprob, reverse=True)[: parsed.n]]
 
 
 def _abort(streams: Sequence[Stream]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
 from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import UserReply
+from minisgl.server.render_logprobs import TextCursor, chat_logprobs, completion_logprobs
 
 DONE = b"data: [DONE]\n\n"
 
@@ -81,16 +83,17 @@ class Renderer(Protocol):
 class ChatRenderer:
     """/v1/chat/completions."""
 
-    def __init__(self, model: str, *, include_usage: bool) -> None:
-        self._include_usage = include_usage
+    def __init__(self, model: str, *, include_usage: bool, logprobs: bool = False) -> None:
+        self._include_usage, self._logprobs = include_usage, logprobs
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
         chunks = []
         if first:
             chunks.append(self._chunk(index, {"role": "assistant", "content": ""}, None))
-        if reply.text:
-            chunks.append(self._chunk(index, {"content": reply.text}, None))
+        if reply.text or (self._logprobs and reply.logprobs):
+            logprobs = chat_logprobs([reply]) if self._logprobs else None
+            chunks.append(self._chunk(index, {"content": reply.text}, None, logprobs))
         if reply.finish_reason is not None:
             chunks.append(self._chunk(index, {}, reply.finish_reason))
         return chunks
@@ -104,15 +107,21 @@ class ChatRenderer:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": _text(replies), "refusal": None},
-                "logprobs": None,
+                "logprobs": chat_logprobs(replies) if self._logprobs else None,
                 "finish_reason": replies[-1].finish_reason,
             }
             for index, replies in enumerate(choices)
         ]
         return {**self._head, "object": "chat.completion", "choices": shown, "usage": totals.usage()}
 
-    def _chunk(self, index: int, delta: dict[str, str], finish_reason: FinishReason | None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        finish_reason: FinishReason | None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
         if self._include_usage:
             chunk["usage"] = None
@@ -122,8 +131,9 @@ class ChatRenderer:
 class CompletionRenderer:
     """/v1/completions."""
 
-    def __init__(self, model: str, *, include_usage: bool) -> None:
-        self._include_usage = include_usage
+    def __init__(self, model: str, *, include_usage: bool, logprobs: bool = False) -> None:
+        self._include_usage, self._logprobs = include_usage, logprobs
+        self._cursors: defaultdict[int, TextCursor] = defaultdict(TextCursor)  # by choice
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -132,9 +142,9 @@ class CompletionRenderer:
         }
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
-        if not (reply.text or first or reply.finish_reason is not None):
+        if not (reply.text or first or reply.finish_reason is not None or reply.logprobs):
             return []
-        choice = _completion_choice(index, reply.text, reply.finish_reason)
+        choice = self._choice(index, [reply])
         chunk: dict[str, Any] = {**self._head, "choices": [choice]}
         if self._include_usage:
             chunk["usage"] = None
@@ -144,11 +154,19 @@ class CompletionRenderer:
         return [{**self._head, "choices": [], "usage": totals.usage()}] if self._include_usage else []
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
-        shown = [
-            _completion_choice(index, _text(replies), replies[-1].finish_reason)
-            for index, replies in enumerate(choices)
-        ]
+        shown = [self._choice(index, replies) for index, replies in enumerate(choices)]
         return {**self._head, "choices": shown, "usage": totals.usage()}
+
+    def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
+        logprobs = None
+        if self._logprobs:
+            logprobs = completion_logprobs(replies, self._cursors[index])
+        return {
+            "text": _text(replies),
+            "index": index,
+            "logprobs": logprobs,
+            "finish_reason": replies[-1].finish_reason,
+        }
 
 
 class GenerateRenderer:
@@ -179,10 +197,6 @@ class GenerateRenderer:
                 "cached_tokens": last.num_cached_tokens,
             },
         }
-
-
-def _completion_choice(index: int, text: str, finish_reason: FinishReason | None) -> dict[str, Any]:
-    return {"text": text, "index": index, "logprobs": None, "finish_reason": finish_reason}
 
 
 def _text(replies: Sequence[UserReply]) -> str:

@@ -16,6 +16,7 @@ from minisgl.message.backend import UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt, TokenizeMsg
+from minisgl.tokenizer.pieces import TokenBytes
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,11 @@ class TextCodec(Protocol):
         """Token ids of each text; with `special`, in the frame of special tokens that the model expects (BOS …)."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text: perhaps a part of a character, or a special token's name."""
+        ...
 
     @property
     def longest_token(self) -> int:
@@ -66,6 +71,7 @@ class HFTextCodec:
             backend.no_padding()
         self._backend = backend
         self._special_ids = frozenset(_special_ids(self._tokenizer))
+        self._pieces = TokenBytes(self._tokenizer)
         self._longest_token = max(len(token.encode()) for token in self._tokenizer.get_vocab())
 
     @property
@@ -87,12 +93,15 @@ class HFTextCodec:
             return [self._backend.encode(texts[0], add_special_tokens=special).ids]
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         if self._backend is not None:
-            return str(self._backend.decode(token_ids, skip_special_tokens=True))
+            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special))
         return str(
-            self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            self._tokenizer.decode(token_ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         )  # pragma: no cover
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._pieces[token_id]
 
     def render_chat(self, prompt: ChatPrompt) -> str:
         if not self._tokenizer.chat_template:
@@ -248,5 +257,18 @@ class Tokenizer:
                 param="messages" if isinstance(request.prompt, ChatPrompt) else "prompt",
             )
         params = request.params
+        self._check_token_params(params)
         seed = params.seed if params.seed is not None else random.randint(0, MAX_SEED)
-        return replace(params, max_tokens=min(params.max_tokens or room, room), seed=seed)
+        limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        return replace(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit), seed=seed)
+
+    def _check_token_params(self, params: SamplingParams) -> None:
+        for name, ids in (
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", [token for token, _ in params.logit_bias]),
+        ):
+            bad = next((token for token in ids if not 0 <= token < self._vocab_size), None)
+            if bad is not None:
+                raise RequestError(
+                    f"{name}: token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})", param=name
+                )
