@@ -27,6 +27,7 @@ from minisgl.core import (
     ScheduledReq,
     StepPlan,
     StepResult,
+    TokenBitmask,
 )
 from minisgl.kvcache.allocator import PageAllocator
 from minisgl.kvcache.base import PrefixCache
@@ -73,6 +74,7 @@ class Planner:
         self._step_id = 0
         self._num_admitted = 0
         self._page_updates: list[PageUpdate] = []
+        self.masked_reqs: list[Req] = []  # of the last plan: those that its bitmask is for
         self._allocator = PageAllocator(config.num_pages)
         self._cache = _create_cache(config)
         self._rows = list(range(config.max_running_requests - 1, -1, -1))
@@ -137,6 +139,8 @@ class Planner:
             num_tokens, start = req.num_tokens, req.num_computed
             if num_tokens >= req.max_len:
                 continue  # its last token is planned already
+            if req.params.grammar is not None and num_tokens > len(req.tokens):
+                continue  # what may come next depends on a token that is still on the device
             if budget == 0:
                 break
             num_new = num_tokens - start
@@ -161,7 +165,8 @@ class Planner:
             scheduled.append(self._schedule(req, num_new))
         if not scheduled:
             return None
-        plan = StepPlan(self._step_id, tuple(admissions), tuple(self._page_updates), tuple(scheduled))
+        bitmask = self._bitmask(reqs, scheduled)
+        plan = StepPlan(self._step_id, tuple(admissions), tuple(self._page_updates), tuple(scheduled), bitmask)
         self._inflight.append(_InflightStep(plan, reqs))
         self._step_id += 1
         return plan
@@ -236,6 +241,16 @@ class Planner:
             req.handle = self._cache.insert(req.handle, req.prefix[:end], req.pages)
         req.num_tokens += sample
         return ScheduledReq(req.row, start, num_new, sample)
+
+    def _bitmask(self, reqs: list[Req], scheduled: list[ScheduledReq]) -> TokenBitmask | None:
+        """Which of the sampled tokens have to match a grammar. Rank 0, which has the matchers, adds the words."""
+        self.masked_reqs = []
+        if all(req.params.grammar is None for req in reqs):
+            return None
+        sampling = [req for req, share in zip(reqs, scheduled, strict=True) if share.sample]
+        samples = tuple(index for index, req in enumerate(sampling) if req.params.grammar is not None)
+        self.masked_reqs = [sampling[index] for index in samples]
+        return TokenBitmask(samples, None) if samples else None
 
     def _grow(self, req: Req, num_new: int) -> bool:
         """Give a running request the pages for `num_new` tokens, retracting younger ones if need be."""
@@ -328,7 +343,8 @@ class Planner:
         if params.max_tokens == 0:
             return self._finish(req, (), FinishReason.LENGTH)
         req.tokens.append(token_id)
-        ends = token_id in params.stop_token_ids or (token_id in self._eos and not params.ignore_eos)
+        grammar_ends = token_id in self._eos and not (params.ignore_eos and params.grammar is None)
+        ends = token_id in params.stop_token_ids or grammar_ends
         if ends and len(req.tokens) - req.prompt_len > params.min_tokens:
             num_hidden = 0 if params.include_stop_str_in_output else 1
             return self._finish(req, (token_id,), FinishReason.STOP, num_hidden=num_hidden)

@@ -47,7 +47,6 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "parallel_tool_calls": _is(True, False),
     "prediction": _is_empty,
     "reasoning_effort": _is_empty,
-    "response_format": _is({"type": "text"}),
     "suffix": _is_empty,
     "tool_choice": _is("none", "auto"),
     "tools": _is_empty,
@@ -82,6 +81,14 @@ class _OpenAIBody(_Body, SamplingFields):
     max_tokens: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_decoding_backend: str | None = None
+    guided_whitespace_pattern: str | None = None
 
 
 class ChatBody(_OpenAIBody):
@@ -107,6 +114,9 @@ class GenerateSampling(_Body, SamplingFields):
 
     max_tokens: int | None = None
     max_new_tokens: int | None = None
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
 
 
 class GenerateBody(_Body):
