@@ -19,6 +19,7 @@ class UserReply(msgspec.Struct, frozen=True, tag="reply", forbid_unknown_fields=
     num_cached_tokens: int
     finish_reason: FinishReason | None = None
     error: str | None = None
+    prompt_end: str = ""  # in the first reply: the text of the prompt's last tokens
 
 
 class ErrorReply(msgspec.Struct, frozen=True, tag="error", forbid_unknown_fields=True):

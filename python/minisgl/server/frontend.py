@@ -82,7 +82,7 @@ def _merge(replies: deque[UserReply]) -> UserReply:
     """All waiting replies as one: texts and ids joined, counts and end of the last."""
     text = "".join(reply.text for reply in replies)
     token_ids = b"".join(reply.token_ids for reply in replies)
-    last = replies[-1]
+    first, last = replies[0], replies[-1]
     replies.clear()
     return UserReply(
         uid=last.uid,
@@ -93,6 +93,7 @@ def _merge(replies: deque[UserReply]) -> UserReply:
         num_cached_tokens=last.num_cached_tokens,
         finish_reason=last.finish_reason,
         error=last.error,
+        prompt_end=first.prompt_end,
     )
 
 

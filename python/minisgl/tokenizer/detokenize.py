@@ -26,13 +26,14 @@ class IncrementalDecoder:
     context: the last prompt tokens.
     """
 
-    __slots__ = ("_codec", "_ids", "_num_chars", "_num_context")
+    __slots__ = ("_codec", "_ids", "_num_chars", "_num_context", "context_text")
 
     def __init__(self, codec: TextCodec, context: Sequence[int] = ()) -> None:
         self._codec = codec
         self._ids = self._visible(context)
         self._num_context = len(self._ids)
-        self._num_chars = len(self._decode(self._ids))  # of the window's text that are out
+        self.context_text = self._decode(self._ids)
+        self._num_chars = len(self.context_text)  # of the window's text that are out
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that is certain after these tokens and was not before."""
@@ -173,6 +174,7 @@ class Detokenizer:
 
     def _advance(self, stream: _Stream, message: DetokenizeMsg) -> UserReply:
         token_ids = unpack_ids(message.token_ids)
+        prompt_end = "" if message.start is None else stream.decoder.context_text
         stream.num_output += len(token_ids)
         stream.num_cached = max(stream.num_cached, message.num_cached)
         finish_reason = message.finish_reason
@@ -193,4 +195,5 @@ class Detokenizer:
             num_cached_tokens=stream.num_cached,
             finish_reason=finish_reason,
             error=message.error,
+            prompt_end=prompt_end,
         )
