@@ -7,7 +7,7 @@ the one value that changes nothing (`_UNSUPPORTED`), or refused with a 400 that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,12 +17,13 @@ from minisgl.core import MAX_SEED, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
+from minisgl.server.protocol_tools import MESSAGE_FIELDS, Tool, ToolUse, message_fields, template_kwargs, tool_use
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_OUTPUTS = 2048  # choices of all prompts together
 MAX_STOPS, MAX_STOP_LEN = 16, 1024
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
 
@@ -49,15 +50,12 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "logit_bias": _is_empty,
     "logprobs": _is(False),
     "modalities": _is(["text"]),
-    "parallel_tool_calls": _is(True, False),
     "prediction": _is_empty,
     "presence_penalty": _is(0),
     "reasoning_effort": _is_empty,
     "repetition_penalty": _is(1),
     "response_format": _is({"type": "text"}),
     "suffix": _is_empty,
-    "tool_choice": _is("none", "auto"),
-    "tools": _is_empty,
     "top_logprobs": _is(0),
     "verbosity": _is("medium"),
     "web_search_options": lambda value: value is None,
@@ -68,8 +66,6 @@ _MESSAGE_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "audio": _is_empty,
     "function_call": _is_empty,
     "refusal": _is_empty,
-    "tool_call_id": _is_empty,
-    "tool_calls": _is_empty,
 }
 
 
@@ -121,6 +117,10 @@ class ChatBody(_OpenAIBody):
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class CompletionBody(_OpenAIBody):
@@ -155,6 +155,7 @@ class GenerationRequest:
     model: str | None = None
     stream: bool = False
     include_usage: bool = False
+    tools: ToolUse | None = None  # None: the model is not to know of any
 
 
 def parse_chat(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
@@ -166,7 +167,12 @@ def parse_chat(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRe
     messages = [_message(message, f"messages[{index}]") for index, message in enumerate(body.messages)]
     if not messages:
         raise RequestError("messages must not be empty", param="messages")
-    return _request(body, (ChatPrompt(messages=messages),), max_tokens, defaults)
+    tools = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
+    if tools is not None and tools.required:
+        raise RequestError("tool_choice: a call cannot be demanded yet, only auto or none", param="tool_choice")
+    described = None if tools is None else list(tools.tools)
+    prompt = ChatPrompt(messages, described, template_kwargs(body.chat_template_kwargs))
+    return replace(_request(body, (prompt,), max_tokens, defaults), tools=tools)
 
 
 def parse_completion(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
@@ -269,15 +275,16 @@ def _refusal(error: ValidationError) -> RequestError:
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """One message of a chat as templates expect it: a role, and its text as one string."""
+    """One message of a chat as templates expect it: a role, its text as one string, and what goes with the role."""
     message = dict(message)
     _drop_known(message, f"{where}.")
-    unknown = [name for name in message if name not in ("role", "content", "name")]
-    if unknown:
-        raise RequestError(f"unknown field: {where}.{unknown[0]}", param=f"{where}.{unknown[0]}")
     role = message.get("role")
     if role not in ROLES:
         raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}", param=f"{where}.role")
+    known = ("role", "content", "name", *MESSAGE_FIELDS.get(role, ()))
+    unknown = [name for name, value in message.items() if name not in known and value is not None]
+    if unknown:
+        raise RequestError(f"unknown field: {where}.{unknown[0]}", param=f"{where}.{unknown[0]}")
     content = message.get("content")
     if content is None and role == "assistant":
         content = ""
@@ -287,7 +294,7 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(name, str):
             raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
         result["name"] = name
-    return result
+    return {**result, **message_fields(message, role, where)}
 
 
 def _text(content: Any, where: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import orjson
@@ -13,6 +13,7 @@ from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
 from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import UserReply
+from minisgl.server.assemble import Assembler
 
 DONE = b"data: [DONE]\n\n"
 
@@ -79,9 +80,11 @@ class Renderer(Protocol):
 
 
 class ChatRenderer:
-    """/v1/chat/completions."""
+    """/v1/chat/completions. `assembler` makes what reads one choice."""
 
-    def __init__(self, model: str, *, include_usage: bool) -> None:
+    def __init__(self, model: str, *, include_usage: bool, assembler: Callable[[], Assembler] = Assembler) -> None:
+        self._new_assembler = assembler
+        self._assemblers: dict[int, Assembler] = {}  # of choices that stream
         self._include_usage = include_usage
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
@@ -89,10 +92,11 @@ class ChatRenderer:
         chunks = []
         if first:
             chunks.append(self._chunk(index, {"role": "assistant", "content": ""}, None))
-        if reply.text:
-            chunks.append(self._chunk(index, {"content": reply.text}, None))
+            self._assemblers[index] = self._new_assembler()
+        assembler = self._assemblers[index]
+        chunks += [self._chunk(index, delta, None) for delta in assembler.deltas(reply)]
         if reply.finish_reason is not None:
-            chunks.append(self._chunk(index, {}, reply.finish_reason))
+            chunks.append(self._chunk(index, {}, assembler.finish_reason(reply)))
         return chunks
 
     def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
@@ -100,18 +104,19 @@ class ChatRenderer:
         return [usage] if self._include_usage else []
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
-        shown = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": _text(replies), "refusal": None},
-                "logprobs": None,
-                "finish_reason": replies[-1].finish_reason,
-            }
-            for index, replies in enumerate(choices)
-        ]
+        shown = [self._choice(index, replies) for index, replies in enumerate(choices)]
         return {**self._head, "object": "chat.completion", "choices": shown, "usage": totals.usage()}
 
-    def _chunk(self, index: int, delta: dict[str, str], finish_reason: FinishReason | None) -> dict[str, Any]:
+    def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
+        assembler = self._new_assembler()
+        return {
+            "index": index,
+            "message": assembler.message(replies),
+            "logprobs": None,
+            "finish_reason": assembler.finish_reason(replies[-1]),
+        }
+
+    def _chunk(self, index: int, delta: dict[str, Any], finish_reason: FinishReason | None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
         if self._include_usage:
