@@ -245,15 +245,15 @@ def test_reasoning_is_apart() -> None:
     assert choice.finish_reason == "tool_calls"
 
 
-def test_demanded_calls_are_read_once_there_is_a_grammar() -> None:
+def test_demanded_calls_are_read_in_the_format_of_their_grammar() -> None:
     named = ToolUse((WEATHER, TIME), required=True, function="get_weather")
-    assert named.schema() == PARAMETERS
-    choice = answer(replies('{"city": ', '"Paris"}'), named, "deepseek_r1")
+    forced = named.forced("pythonic")
+    assert forced is not None and forced.schema == PARAMETERS
+    choice = answer(replies('{"city": ', '"Paris"}'), named, "deepseek_r1", "pythonic")
     assert (choice.finish_reason, choice.message.tool_calls[0].function.arguments) == (
         "tool_calls",
         '{"city": "Paris"}',
     )
-    required = ToolUse((WEATHER, TIME), required=True)
-    choice = answer(replies('[{"name": "get_time", ', '"arguments": {}}]'), required)
-    assert choice.message.tool_calls[0].function.name == "get_time"
-    assert TOOLS.schema() is None
+    choice = answer(replies(*HERMES), named, "deepseek_r1")
+    assert (choice.finish_reason, choice.message.tool_calls[0].function.name) == ("tool_calls", "get_weather")
+    assert TOOLS.forced("hermes") is None

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisgl.parser.calls import python_calls
-from minisgl.parser.forced import ForcedParser, forced_schema
+from minisgl.parser.forced import ForcedCall, forced_call
 from minisgl.parser.parts import CallPart, Parser, Part, TextPart
-from minisgl.parser.registry import TOOL_PARSERS, make_tool_parser
+from minisgl.parser.registry import TOOL_PARSERS, make_forced_parser, make_tool_parser
 
 NAMES = ("get_weather", "get_time", "f", "math.add")
 PARIS = {"city": "Paris"}
@@ -171,7 +171,7 @@ def messages(draw: st.DrawFn) -> tuple[str, list[str]]:
     return name, [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(messages())
 def test_the_result_does_not_depend_on_the_cuts(message: tuple[str, list[str]]) -> None:
     name, pieces = message
@@ -253,43 +253,77 @@ TOOLS = [
 ]
 
 
+POINT = {"at": {"x": 1}, "self": {"at": {"x": 2}}, "$ref": {"$ref": "#/x"}}
+FORMATS = [*sorted(TOOL_PARSERS), None]
+
+
 def accepts(schema: dict[str, Any], value: Any) -> bool:
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema).is_valid(value)
 
 
-def test_schema_of_a_named_call_is_that_of_its_arguments() -> None:
-    schema = forced_schema(TOOLS, "f", parallel=True)
-    assert accepts(schema, {"at": {"x": 1}, "self": {"at": {"x": 2}}, "$ref": {"$ref": "#/x"}})
-    assert not accepts(schema, {"at": {"x": "1"}})
-    assert accepts(forced_schema(TOOLS, "get_time", parallel=True), {})
-    assert not accepts(forced_schema(TOOLS, "get_time", parallel=True), [])
+def forced(name: str | None, function: str | None, *, parallel: bool = True) -> ForcedCall:
+    return forced_call(name, TOOLS, function, parallel=parallel)
 
 
-def test_schema_of_required_calls() -> None:
-    schema = forced_schema(TOOLS, None, parallel=True)
-    time, f = (
-        {"name": "get_time", "arguments": {}},
-        {"name": "f", "arguments": {"at": {"x": 1}, "self": {"at": {"x": 2}}}},
-    )
-    assert accepts(schema, [time, f])
-    assert accepts(forced_schema(TOOLS, None, parallel=False), [f])
-    assert not accepts(forced_schema(TOOLS, None, parallel=False), [time, f])
-    for bad in ([], time, [{"name": "g", "arguments": {}}], [{"name": "f", "arguments": {"at": {"x": "1"}}}]):
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("parallel", [False, True])
+def test_forced_calls_are_read_back(name: str | None, parallel: bool) -> None:
+    """What the grammar lets through is what the parser takes."""
+    form = forced(name, None, parallel=parallel)
+    key = "parameters" if name == "llama3_json" else "arguments"
+    calls = [{"name": "f", key: POINT}, {"name": "get_time", key: {}}] if parallel else [{"name": "f", key: POINT}]
+    if form.schema.get("type") == "array":
+        assert accepts(form.schema, calls)
+        assert accepts(form.schema, calls * 2) == parallel
+        text = form.prefix + json.dumps(calls) + form.suffix
+    else:
+        assert all(accepts(form.schema, call) for call in calls)
+        assert (form.separator is not None) == parallel
+        text = (form.separator or "").join(form.prefix + json.dumps(call) + form.suffix for call in calls)
+    expected = [(call["name"], call[key]) for call in calls]
+    for pieces in ([text], list(text)):
+        assert parse(make_forced_parser(name, NAMES, None), *pieces) == ("", expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_forced_calls_follow_the_schema_of_their_function(name: str | None) -> None:
+    schema = forced(name, None).schema
+    key = "parameters" if name == "llama3_json" else "arguments"
+
+    def call(function: str, arguments: Any) -> Any:
+        made = {"name": function, key: arguments}
+        return [made] if schema.get("type") == "array" else made
+
+    assert accepts(schema, call("get_time", {}))
+    for bad in (
+        [],
+        call("g", {}),
+        call("get_time", []),
+        call("f", {"at": {"x": "1"}}),
+        call("f", {"at": {"x": 1}, "self": {}}),
+        call("f", {"at": {"x": 1}, "more": 1}),
+    ):
         assert not accepts(schema, bad)
-    assert not accepts(schema, [{"name": "f", "arguments": {"at": {"x": 1}, "self": {}}}])
 
 
-def test_forced_calls_are_read_back() -> None:
-    def named() -> Parser:
-        return ForcedParser(NAMES, "get_weather")
-
+def test_the_only_call_of_a_named_function() -> None:
+    for name in ("hermes", "llama3_json", "mistral"):
+        schema = forced(name, "f").schema
+        assert "get_time" not in json.dumps(schema)
+    schema = forced(None, "f").schema
+    assert accepts(schema, POINT)
+    assert not accepts(schema, {"at": {"x": "1"}})
+    assert accepts(forced("pythonic", "get_time").schema, {})
+    assert not accepts(forced("pythonic", "get_time").schema, [])
     text = ' {"city": "Paris"}'
-    assert parse(named(), *text) == parse(named(), text) == ("", [WEATHER])
-    assert named().push('{"ci') == [CallPart(0, "get_weather", '{"ci')]
+    for pieces in ([text], list(text)):
+        assert parse(make_forced_parser(None, NAMES, "get_weather"), *pieces) == ("", [WEATHER])
+    begun = make_forced_parser(None, NAMES, "get_weather").push('{"ci')
+    assert begun == [CallPart(0, "get_weather", '{"ci')]
+
+
+def test_plain_calls_that_are_cut_off() -> None:
     calls = '[{"name": "get_weather", "arguments": {"city": "Paris"}},\n {"name": "get_time", "arguments": {}}]'
-    for pieces in ([calls], list(calls)):
-        assert parse(ForcedParser(NAMES, None), *pieces) == ("", [WEATHER, TIME])
-    cut = calls[:-15]
-    content, found = parse(ForcedParser(NAMES, None), *cut)
+    content, found = parse(make_forced_parser(None, NAMES, None), *calls[:-15])
     assert found == [WEATHER] and content.startswith('{"name": "get_time"')

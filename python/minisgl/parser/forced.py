@@ -4,6 +4,7 @@ a grammar to hold the model to, and the parser of such output."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from minisgl.parser.calls import BracketScanner, json_calls
@@ -12,29 +13,62 @@ from minisgl.parser.parts import CallPart, Part, TextPart
 _LITERAL_KEYS = ("const", "default", "enum", "examples")  # of JSON schemas: their values are data, not schemas
 
 
-def forced_schema(tools: Sequence[Mapping[str, Any]], name: str | None, *, parallel: bool) -> dict[str, Any]:
-    """The JSON schema of the whole output.
+@dataclass(frozen=True, slots=True)
+class ForcedCall:
+    """What an output of calls looks like: JSON that matches `schema`, between `prefix` and `suffix`; all that once or
+    more where there is a `separator`. Its parser is `registry.make_forced_parser`."""
 
+    schema: dict[str, Any]
+    prefix: str = ""
+    suffix: str = ""
+    separator: str | None = None
+
+
+def forced_call(
+    parser: str | None, tools: Sequence[Mapping[str, Any]], function: str | None, *, parallel: bool
+) -> ForcedCall:
+    """Calls in the model's own format where that is JSON, which is what it knows best; else plain JSON.
+
+    parser: the name of the format, as for `--tool-call-parser`; None: unknown.
     tools: as in the request (`{"type": "function", "function": {…}}`).
-    name: the function to call; the output is its arguments. None: any; the output is a list of calls, each with `name`
-    and `arguments`, at least one, and only one unless `parallel`.
+    function: the name of the one to call; None: any.
+    parallel: there may be several calls.
     """
-    if name is not None:
-        return _parameters(next(tool["function"] for tool in tools if tool["function"]["name"] == name), "#")
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool["function"]["name"]},
-                "arguments": _parameters(tool["function"], f"#/items/anyOf/{index}/properties/arguments"),
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for index, tool in enumerate(tools)
-    ]
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+    functions = [tool["function"] for tool in tools if function in (None, tool["function"]["name"])]
+    if parser in ("hermes", "qwen"):
+        separator = "\n" if parallel else None
+        return ForcedCall(_call(functions, "arguments", "#"), "<tool_call>\n", "\n</tool_call>", separator)
+    if parser == "llama3_json":
+        return ForcedCall(_call(functions, "parameters", "#"), separator="; " if parallel else None)
+    if parser == "mistral":
+        return ForcedCall(_calls(functions, parallel), prefix="[TOOL_CALLS] ")
+    if function is not None:
+        return ForcedCall(_parameters(functions[0], "#"))
+    return ForcedCall(_calls(functions, parallel))
+
+
+def _calls(functions: Sequence[Mapping[str, Any]], parallel: bool) -> dict[str, Any]:
+    """The schema of a list of calls, one at least, and one only unless `parallel`."""
+    schema = {"type": "array", "minItems": 1, "items": _call(functions, "arguments", "#/items")}
     return schema if parallel else {**schema, "maxItems": 1}
+
+
+def _call(functions: Sequence[Mapping[str, Any]], arguments: str, root: str) -> dict[str, Any]:
+    """The schema, standing at `root`, of an object with `name` and `arguments` (as the format calls them)."""
+    return {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": function["name"]},
+                    arguments: _parameters(function, f"{root}/anyOf/{index}/properties/{arguments}"),
+                },
+                "required": ["name", arguments],
+                "additionalProperties": False,
+            }
+            for index, function in enumerate(functions)
+        ]
+    }
 
 
 def _parameters(function: Mapping[str, Any], root: str) -> dict[str, Any]:
@@ -57,13 +91,13 @@ def _moved(schema: Any, root: str) -> Any:
     return moved
 
 
-class ForcedParser:
-    """Output that matches `forced_schema`. The arguments of a named function come as they are written; of others, call
-    by call. Output that was cut off before its end: of a named function, the arguments so far; else it is text."""
+class PlainParser:
+    """Forced calls in plain JSON. The arguments of a named function come as they are written; of others, call by call.
+    Output that was cut off before its end: of a named function, the arguments so far; else it is text."""
 
     def __init__(self, names: Collection[str], name: str | None) -> None:
         self._names = names
-        self._name = name
+        self._name = name  # of the one function; the output is its arguments
         self._buffer = ""
         self._started = False
         self._scanner = BracketScanner()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+from minisgl.parser.forced import PlainParser
 from minisgl.parser.parts import Parser
 from minisgl.parser.reasoning import ThinkParser
 from minisgl.parser.tools import HermesParser, LlamaParser, MistralParser, PythonicParser, ToolParser
@@ -23,6 +24,13 @@ REASONING_PARSERS: dict[str, Callable[[str], ThinkParser]] = {
 
 def make_tool_parser(name: str, functions: Collection[str]) -> Parser:
     return TOOL_PARSERS[name](functions)
+
+
+def make_forced_parser(name: str | None, functions: Collection[str], function: str | None) -> Parser:
+    """For output in the form of `forced.forced_call`."""
+    if name is None or name == "pythonic":
+        return PlainParser(functions, function)
+    return make_tool_parser(name, functions)
 
 
 def make_reasoning_parser(name: str, prompt_end: str) -> Parser:

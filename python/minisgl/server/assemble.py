@@ -8,9 +8,8 @@ from typing import Any
 
 from minisgl.core import FinishReason
 from minisgl.message.frontend import UserReply
-from minisgl.parser.forced import ForcedParser
 from minisgl.parser.parts import CallPart, Chain, Parser, Part, ReasoningPart, TextPart
-from minisgl.parser.registry import make_reasoning_parser, make_tool_parser
+from minisgl.parser.registry import make_forced_parser, make_reasoning_parser, make_tool_parser
 from minisgl.server.protocol_tools import ToolUse
 
 MakeParser = Callable[[str], Parser]  # from the text with which the prompt ends
@@ -19,7 +18,7 @@ MakeParser = Callable[[str], Parser]  # from the text with which the prompt ends
 def message_parser(tool_parser: str | None, reasoning_parser: str | None, tools: ToolUse | None) -> MakeParser | None:
     """What reads the answers to a request with these tools; None: they are text and nothing else."""
     if tools is not None and tools.required:
-        return lambda _: ForcedParser(tools.names, tools.function)
+        return lambda _: make_forced_parser(tool_parser, tools.names, tools.function)
     if reasoning_parser is None and (tools is None or tool_parser is None):
         return None
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from minisgl.errors import RequestError
-from minisgl.parser.forced import forced_schema
+from minisgl.parser.forced import ForcedCall, forced_call
 
 MAX_TOOLS = 512
 _NAME = re.compile(r"[\w.:/-]{1,128}")
@@ -84,9 +84,11 @@ class ToolUse:
     def names(self) -> frozenset[str]:
         return frozenset(tool["function"]["name"] for tool in self.tools)
 
-    def schema(self) -> dict[str, Any] | None:
-        """The JSON schema that the whole output must match; None when the model is free to call or not."""
-        return forced_schema(self.tools, self.function, parallel=self.parallel) if self.required else None
+    def forced(self, parser: str | None) -> ForcedCall | None:
+        """What the whole output must look like, in the format of `parser`; None when the model is free to call or not.
+
+        Output that a grammar holds to it has no reasoning."""
+        return forced_call(parser, self.tools, self.function, parallel=self.parallel) if self.required else None
 
 
 def tool_use(tools: list[Tool] | None, choice: str | dict[str, Any] | None, parallel: bool | None) -> ToolUse | None:
