@@ -23,7 +23,7 @@ class PlannerMachine(RuleBasedStateMachine):
         rows=st.integers(1, 6),
         budget=st.sampled_from([1, 3, 7, 64]),
         cache=st.sampled_from(["radix", "radix", "naive"]),
-        policy=st.sampled_from(["fcfs", "lpm"]),
+        policy=st.sampled_from(["fcfs", "lpm", "priority"]),
         depth=st.integers(0, 2),
     )
     def start(
@@ -85,7 +85,8 @@ class PlannerMachine(RuleBasedStateMachine):
         self.prompts[uid] = (prompt, min(40, len(prompt) + max_tokens), ignore_eos)
         self.outputs[uid] = []
         self.history.append(prompt)
-        self.take(self.planner.add(uid, prompt, SamplingParams(max_tokens=max_tokens, seed=0, ignore_eos=ignore_eos)))
+        params = SamplingParams(max_tokens=max_tokens, seed=0, ignore_eos=ignore_eos, priority=-(uid % 3))
+        self.take(self.planner.add(uid, prompt, params))
 
     @rule(pick=st.integers(0, 1_000))
     def abort(self, pick: int) -> None:
