@@ -93,7 +93,6 @@ def cuda_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, m
         cuda_graph_max_bs=_graph_max_bs(args, model, decode, moe_backend),
         use_pynccl=tp_size > 1 and not args.disable_pynccl,
         moe_backend=moe_backend,
-        gpu_arch=gpus[0].arch,
     )
 
 

@@ -32,7 +32,6 @@ class EngineConfig:
     cuda_graph_max_bs: int = 0  # the largest decode batch that is captured; 0: none
     use_pynccl: bool = True
     moe_backend: str = "torch"  # "triton" | "torch"
-    gpu_arch: tuple[int, int] | None = None  # compute capability, the same on all ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,6 @@ class UniqueId(ctypes.Structure):
 
 _PTR, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 _SIGNATURES: dict[str, list[Any]] = {
-    "ncclGetVersion": [ctypes.POINTER(_INT)],
     "ncclGetUniqueId": [ctypes.POINTER(UniqueId)],
     "ncclCommInitRank": [ctypes.POINTER(_PTR), _INT, UniqueId, _INT],
     "ncclAllReduce": [_PTR, _PTR, _SIZE, _INT, _INT, _PTR, _PTR],  # send, receive, count, dtype, op, comm, stream
@@ -101,12 +100,6 @@ def _call(name: str, *arguments: Any) -> None:
         detail = (nccl.ncclGetLastError(None) or b"").decode(errors="replace").strip()
         text = nccl.ncclGetErrorString(status).decode()
         raise EngineError(f"{name}: {text}" + (f" ({detail})" if detail else "") + "; NCCL_DEBUG=WARN says more")
-
-
-def version() -> str:
-    number = ctypes.c_int()
-    _call("ncclGetVersion", ctypes.byref(number))
-    return f"{number.value // 10000}.{number.value // 100 % 100}.{number.value % 100}"
 
 
 def unique_id() -> bytes:
