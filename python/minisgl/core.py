@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from minisgl.errors import RequestError
 
@@ -214,14 +214,21 @@ class ScheduledReq(NamedTuple):
     sample: bool
 
 
+class BitmaskWords(Protocol):
+    """Rows of words: an array, or what behaves like one."""
+
+    def __getitem__(self, index: int, /) -> npt.NDArray[np.int32]: ...
+
+
 class TokenBitmask(NamedTuple):
     """Which tokens some rows may sample: bit t % 32 of word t // 32 is set if token t is allowed.
 
-    words: [len(samples), ceil(vocab_size / 32)] int32; None on ranks above 0, which do not sample.
+    words: [len(samples), ceil(vocab_size / 32)] int32; None on ranks above 0, which do not sample. It may wait for the
+    step before to end when it is first indexed, so that is done as late as can be.
     """
 
     samples: tuple[int, ...]  # indices into the plan's requests with `sample`, ascending
-    words: npt.NDArray[np.int32] | None
+    words: BitmaskWords | None
 
 
 class StepPlan(NamedTuple):

@@ -138,6 +138,17 @@ def test_text_around(store: GrammarStore) -> None:
     assert not accepts(compile_in(store, "json", schema, **thinking), '<tool_call>\n{"a": 1}\n</tool_call>')
 
 
+def test_several_of_them(store: GrammarStore) -> None:
+    """Parallel tool calls."""
+    call = '<tool_call>\n{"a": 1}\n</tool_call>'
+    around = {"prefix": "<tool_call>\n", "suffix": "\n</tool_call>", "separator": "\n"}
+    matcher = compile_in(store, "json", {"type": "object", "properties": {"a": {"const": 1}}}, **around)
+    assert accepts(matcher.deep_copy(), call)
+    assert accepts(matcher.deep_copy(), f"{call}\n{call}\n{call}")
+    assert not accepts(matcher.deep_copy(), f"{call}{call}")
+    assert not accepts(matcher.deep_copy(), f"{call}\n")
+
+
 def test_added_tokens_in_strings(store: GrammarStore) -> None:
     """Prescribed strings that look like tokens can be written: the mask never allows what cannot be taken."""
     rng = random.Random(0)

@@ -115,12 +115,14 @@ class PlannerMachine(RuleBasedStateMachine):
             self.planner.check_integrity()
 
     def check_bitmask(self, plan: StepPlan) -> None:
-        """Before a token that has to match a grammar, all others are known."""
+        """Of a token that has to match a grammar, all before it are known, or sampled by the steps in flight."""
         reqs = self.planner.masked_reqs
         rows = [req.row for req in plan.reqs if req.sample]
         assert [rows[index] for index in (plan.bitmask.samples if plan.bitmask else ())] == [req.row for req in reqs]
         for req in reqs:
-            assert req.params.grammar is not None and len(req.tokens) == req.num_tokens - 1
+            unknown = req.num_tokens - 1 - len(req.tokens)
+            rows = [[share.row for share in step.reqs if share.sample] for step, _ in self.inflight]
+            assert req.params.grammar is not None and unknown == sum(req.row in some for some in rows)
             assert req.tokens == self.history[req.uid] + self.outputs[req.uid]
 
     @precondition(lambda self: self.inflight)

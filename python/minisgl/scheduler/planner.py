@@ -27,12 +27,12 @@ from minisgl.core import (
     ScheduledReq,
     StepPlan,
     StepResult,
-    TokenBitmask,
 )
 from minisgl.kvcache.allocator import PageAllocator
 from minisgl.kvcache.base import PrefixCache
 from minisgl.kvcache.naive import NaiveCache
 from minisgl.kvcache.radix import RadixCache
+from minisgl.scheduler.bitmask import bitmask_of
 from minisgl.scheduler.output import ReqOutput, with_logprobs
 from minisgl.utils.math import div_ceil
 
@@ -139,8 +139,6 @@ class Planner:
             num_tokens, start = req.num_tokens, req.num_computed
             if num_tokens >= req.max_len:
                 continue  # its last token is planned already
-            if req.params.grammar is not None and num_tokens > len(req.tokens):
-                continue  # what may come next depends on a token that is still on the device
             if budget == 0:
                 break
             num_new = num_tokens - start
@@ -165,7 +163,7 @@ class Planner:
             scheduled.append(self._schedule(req, num_new))
         if not scheduled:
             return None
-        bitmask = self._bitmask(reqs, scheduled)
+        bitmask, self.masked_reqs = bitmask_of(reqs, scheduled)
         plan = StepPlan(self._step_id, tuple(admissions), tuple(self._page_updates), tuple(scheduled), bitmask)
         self._inflight.append(_InflightStep(plan, reqs))
         self._step_id += 1
@@ -241,16 +239,6 @@ class Planner:
             req.handle = self._cache.insert(req.handle, req.prefix[:end], req.pages)
         req.num_tokens += sample
         return ScheduledReq(req.row, start, num_new, sample)
-
-    def _bitmask(self, reqs: list[Req], scheduled: list[ScheduledReq]) -> TokenBitmask | None:
-        """Which of the sampled tokens have to match a grammar. Rank 0, which has the matchers, adds the words."""
-        self.masked_reqs = []
-        if all(req.params.grammar is None for req in reqs):
-            return None
-        sampling = [req for req, share in zip(reqs, scheduled, strict=True) if share.sample]
-        samples = tuple(index for index, req in enumerate(sampling) if req.params.grammar is not None)
-        self.masked_reqs = [sampling[index] for index in samples]
-        return TokenBitmask(samples, None) if samples else None
 
     def _grow(self, req: Req, num_new: int) -> bool:
         """Give a running request the pages for `num_new` tokens, retracting younger ones if need be."""
@@ -343,8 +331,8 @@ class Planner:
         if params.max_tokens == 0:
             return self._finish(req, (), FinishReason.LENGTH)
         req.tokens.append(token_id)
-        grammar_ends = token_id in self._eos and not (params.ignore_eos and params.grammar is None)
-        ends = token_id in params.stop_token_ids or grammar_ends
+        eos_ends = not params.ignore_eos or params.grammar is not None
+        ends = token_id in params.stop_token_ids or (token_id in self._eos and eos_ends)
         if ends and len(req.tokens) - req.prompt_len > params.min_tokens:
             num_hidden = 0 if params.include_stop_str_in_output else 1
             return self._finish(req, (token_id,), FinishReason.STOP, num_hidden=num_hidden)

@@ -83,7 +83,7 @@ class Scheduler:
         if self._check_ranks and plan is not None:
             self._digest = zlib.crc32(repr((plan.step_id, plan.page_updates, plan.reqs)).encode())
         if plan is not None and self._grammars is not None:
-            plan = self._grammars.add_words(plan, self.planner.masked_reqs)
+            plan = self._grammars.add_words(plan, self.planner.masked_reqs, self._submitted)
         if plan is not None:
             self._submitted.append((plan, self._executor.submit(plan)))
         num_left = 1 if self._overlap and plan is not None else 0

@@ -17,6 +17,7 @@ from minisgl.core import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
+from minisgl.server.protocol_grammar import GrammarFields
 from minisgl.server.protocol_sampling import SamplingFields, check_count
 from minisgl.server.protocol_tools import MESSAGE_FIELDS, Tool, ToolUse, message_fields, template_kwargs, tool_use
 
@@ -71,20 +72,12 @@ class StreamOptions(_Body):
     include_obfuscation: bool | None = None
 
 
-class _OpenAIBody(_Body, SamplingFields):
+class _OpenAIBody(_Body, SamplingFields, GrammarFields):
     model: str | None = None
     n: int | None = None
     max_tokens: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    guided_decoding_backend: str | None = None
-    guided_whitespace_pattern: str | None = None
 
 
 class ChatBody(_OpenAIBody):

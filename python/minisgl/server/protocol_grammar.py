@@ -10,12 +10,27 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydantic import BaseModel
+
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
 from minisgl.grammar.limits import MAX_TEXT
 
 MAX_CHOICES = 4096
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+class GrammarFields(BaseModel):
+    """To be inherited by request bodies of OpenAI's endpoints."""
+
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_decoding_backend: str | None = None
+    guided_whitespace_pattern: str | None = None
 
 
 def parse_grammar(fields: Mapping[str, Any]) -> Grammar | None:
