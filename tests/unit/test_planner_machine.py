@@ -25,7 +25,7 @@ class PlannerMachine(RuleBasedStateMachine):
         rows=st.integers(1, 6),
         budget=st.sampled_from([1, 3, 7, 64]),
         cache=st.sampled_from(["radix", "radix", "naive"]),
-        policy=st.sampled_from(["fcfs", "lpm"]),
+        policy=st.sampled_from(["fcfs", "lpm", "priority"]),
         depth=st.integers(0, 2),
     )
     def start(
@@ -88,8 +88,9 @@ class PlannerMachine(RuleBasedStateMachine):
         self.prompts[uid] = (prompt, min(40, len(prompt) + max_tokens), ignore_eos and not grammar)
         self.outputs[uid] = []
         self.history.append(prompt)
+        held_to = GRAMMAR if grammar else None
         params = SamplingParams(
-            max_tokens=max_tokens, seed=0, ignore_eos=ignore_eos, grammar=GRAMMAR if grammar else None
+            max_tokens=max_tokens, seed=0, ignore_eos=ignore_eos, grammar=held_to, priority=-(uid % 3)
         )
         self.take(self.planner.add(uid, prompt, params))
 
