@@ -85,7 +85,13 @@ class PlannerMachine(RuleBasedStateMachine):
         self.prompts[uid] = (prompt, min(40, len(prompt) + max_tokens), ignore_eos)
         self.outputs[uid] = []
         self.history.append(prompt)
-        params = SamplingParams(max_tokens=max_tokens, seed=0, ignore_eos=ignore_eos, priority=-(uid % 3))
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            seed=0,
+            ignore_eos=ignore_eos,
+            priority=-(uid % 3),
+            prompt_logprobs=None if uid % 4 else 0,  # computes what is cached again
+        )
         self.take(self.planner.add(uid, prompt, params))
 
     @rule(pick=st.integers(0, 1_000))
