@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from minisgl.errors import RequestError
 
@@ -31,6 +31,25 @@ class FinishReason(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an output has to match.
+
+    kind: of `text`: "json" (a JSON schema), "regex", "choice" (a JSON list of strings) or "grammar" (Lark or EBNF).
+    prefix, suffix: texts that the output has around that. separator: with one, prefix, match and suffix come once or
+    more, with the separator between them. after: any text may come before all that, up to and with this one (the end of
+    a reasoning part). param: the field of the request that it came from.
+    """
+
+    kind: str
+    text: str
+    prefix: str = ""
+    suffix: str = ""
+    separator: str | None = None
+    after: str = ""
+    param: str = field(default="response_format", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.
 
@@ -38,7 +57,7 @@ class SamplingParams:
     temperature: 0 is greedy (arg max). top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
     seed: the same seed gives the same tokens whatever else is in the batch; None draws one.
     stop: strings that end the output; the stop string itself is cut, unless include_stop_str_in_output.
-    ignore_eos: generate past end-of-sequence tokens, up to max_tokens.
+    ignore_eos: generate past end-of-sequence tokens, up to max_tokens; a grammar's output ends there all the same.
     stop_token_ids: end the output as end-of-sequence tokens do, also with ignore_eos.
     min_tokens: so many output tokens come before any end; what would end it sooner is not sampled or not looked for.
     skip_special_tokens: special tokens do not become text.
@@ -50,6 +69,7 @@ class SamplingParams:
     prompt_logprobs: the same for each prompt token but the first, which nothing precedes.
     echo: the text begins with the prompt's. Only then may max_tokens be 0.
     priority: of waiting requests the one with the lowest number runs first, under that policy.
+    grammar: what the output has to match; None is anything. It ends where the grammar does, so min_tokens must be 0.
 
     Log-probabilities are the model's own: of the logits as they were before temperature, penalties and biases.
 
@@ -76,6 +96,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     echo: bool = False
     priority: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         limit, least = self.max_tokens, 0 if self.echo else 1
@@ -87,6 +108,7 @@ class SamplingParams:
         _check(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", "from 0 to 2**63 - 1", self.seed)
         _check(all(self.stop), "stop", "free of empty strings", list(self.stop))
         most = MAX_COUNT if limit is None else limit
+        _check(not self.min_tokens or self.grammar is None, "min_tokens", "0 with structured output", self.min_tokens)
         _check(0 <= self.min_tokens <= most, "min_tokens", "from 0 to max_tokens", self.min_tokens)
         for name in ("presence_penalty", "frequency_penalty"):
             _check(-2.0 <= getattr(self, name) <= 2.0, name, "from -2 to 2", getattr(self, name))
@@ -192,14 +214,21 @@ class ScheduledReq(NamedTuple):
     sample: bool
 
 
+class BitmaskWords(Protocol):
+    """Rows of words: an array, or what behaves like one."""
+
+    def __getitem__(self, index: int, /) -> npt.NDArray[np.int32]: ...
+
+
 class TokenBitmask(NamedTuple):
     """Which tokens some rows may sample: bit t % 32 of word t // 32 is set if token t is allowed.
 
-    words: [len(samples), ceil(vocab_size / 32)] int32; None on ranks above 0, which do not sample.
+    words: [len(samples), ceil(vocab_size / 32)] int32; None on ranks above 0, which do not sample. It may wait for the
+    step before to end when it is first indexed, so that is done as late as can be.
     """
 
     samples: tuple[int, ...]  # indices into the plan's requests with `sample`, ascending
-    words: npt.NDArray[np.int32] | None
+    words: BitmaskWords | None
 
 
 class StepPlan(NamedTuple):

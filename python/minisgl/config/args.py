@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from minisgl.config.chat import REASONING_PARSERS, TOOL_PARSERS
 from minisgl.env import boolean
 from minisgl.errors import ConfigError
 
@@ -158,6 +159,16 @@ class ServerArgs:
     )
     disable_overlap: bool = _option(boolean, False, "run scheduling and execution in turn")
     dummy_weight: bool = _option(boolean, False, "random weights from config.json alone, for benchmarks")
+    tool_call_parser: str | None = _option(
+        _auto(_choice(*TOOL_PARSERS, "none")),
+        None,
+        f"format of the model's tool calls: auto (from the chat template), {', '.join(TOOL_PARSERS)} or none",
+    )
+    reasoning_parser: str | None = _option(
+        _auto(_choice(*REASONING_PARSERS, "none")),
+        None,
+        f"format of the model's reasoning: auto (from the chat template), {', '.join(REASONING_PARSERS)} or none",
+    )
     shell: bool = _option(boolean, False, "interactive shell instead of HTTP", "--shell-mode")
 
 

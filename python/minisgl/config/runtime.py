@@ -57,6 +57,7 @@ class TokenizerConfig:
     model_path: str  # a local directory
     max_seq_len: int
     vocab_size: int  # of the model: ids from here on cannot be prompts
+    visible_tokens: tuple[str, ...] = ()  # special tokens that are part of the output's text nevertheless
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +107,5 @@ class ServerConfig:
     host: str
     port: int
     default_sampling: dict[str, float | int]  # from generation_config.json: temperature, top_p, top_k, min_p
+    tool_call_parser: str | None = None  # None: the format of tool calls is not known
+    reasoning_parser: str | None = None  # None: the model does not reason, as far as the server knows

@@ -20,11 +20,13 @@ from minisgl.config.resolve import prepare
 from minisgl.config.runtime import Addresses, ServerConfig
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
+from minisgl.grammar.store import open_store
 from minisgl.message.backend import AbortMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply, UserReply
 from minisgl.message.logprobs import TokenLogprob
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt, TokenizeMsg
+from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, IdsPrompt, TextPrompt, TokenizeMsg
+from minisgl.scheduler.grammar import Grammars
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport, RankFanout
 from minisgl.tokenizer.detokenize import Detokenizer
@@ -132,8 +134,10 @@ class LLM:
             self._tokenizer = Tokenizer(self.config.tokenizer)
             self._detokenizer = Detokenizer(self._tokenizer.codec)
             self._supervisor, fanout = self._start_ranks(self.config)
-            self._transport = LocalTransport(fanout, self._while_waiting)
-            self._scheduler = self._start_scheduler(self.config, self._supervisor)
+            grammars = Grammars(open_store(self.config.engine, self.config.scheduler))
+            self._closers.callback(grammars.close)
+            self._transport = LocalTransport(fanout, self._while_waiting, grammars)
+            self._scheduler = self._start_scheduler(self.config, self._supervisor, grammars)
         except BaseException:
             self.close()
             raise
@@ -231,7 +235,7 @@ class LLM:
         self._closers.callback(fanout.close)
         return supervisor, fanout
 
-    def _start_scheduler(self, config: ServerConfig, supervisor: Supervisor | None) -> Scheduler:
+    def _start_scheduler(self, config: ServerConfig, supervisor: Supervisor | None, grammars: Grammars) -> Scheduler:
         from minisgl.server.workers import set_cuda_environment
 
         set_cuda_environment(config.engine)
@@ -245,7 +249,8 @@ class LLM:
             engine = _run_watched(lambda: Engine(engine_config), supervisor)
         self._closers.callback(engine.close)
         scheduler_config = replace(config.scheduler, num_pages=engine.num_pages)
-        return Scheduler(scheduler_config, engine, self._transport, tp_size=config.engine.tp_size)
+        tp_size = config.engine.tp_size
+        return Scheduler(scheduler_config, engine, self._transport, tp_size=tp_size, grammars=grammars)
 
     def _run(
         self,
@@ -301,6 +306,8 @@ class LLM:
         with self._interrupts:
             self._scheduler.turn()
             for message in self._transport.take_outputs():
+                if isinstance(message, ErrorReply):
+                    message = _refusal(message)
                 reply, abort = self._detokenizer.detokenize(message)
                 if abort is not None:
                     self._transport.put([abort])
@@ -343,6 +350,11 @@ def _run_watched(make: Callable[[], T], supervisor: Supervisor) -> T:
     while not future.done():
         supervisor.check(0.1)
     return future.result()
+
+
+def _refusal(error: ErrorReply) -> DetokenizeMsg:
+    """The end of a request that the scheduler did not take."""
+    return DetokenizeMsg(error.uid, b"", finish_reason=FinishReason.ERROR, error=error.message)
 
 
 def _is_conversation(value: Any) -> bool:

@@ -22,6 +22,7 @@ class UserReply(msgspec.Struct, frozen=True, tag="reply", forbid_unknown_fields=
     error: str | None = None
     logprobs: list[TokenLogprob] = []  # of `token_ids`, and with the first reply of the prompt, where they are wanted
     prompt_logprobs: list[TokenLogprob] = []
+    prompt_end: str = ""  # in the first reply: the text of the prompt's last tokens
 
 
 class ErrorReply(msgspec.Struct, frozen=True, tag="error", forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ import msgspec
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.message.backend import AbortMsg, PingMsg
 from minisgl.message.codec import Codec
+from minisgl.message.frontend import ErrorReply
 from minisgl.message.logprobs import PackedLogprobs
 
 
@@ -74,5 +75,6 @@ class DetokenizeMsg(msgspec.Struct, frozen=True, tag="detokenize", forbid_unknow
     prompt_logprobs: PackedLogprobs | None = None  # of all prompt ids but the first
 
 
-TokenizerMsg = TokenizeMsg | DetokenizeMsg | AbortMsg | PingMsg
+# An error reply is of the scheduler's, to a request that it does not take; the detokenizer passes it on.
+TokenizerMsg = TokenizeMsg | DetokenizeMsg | AbortMsg | PingMsg | ErrorReply
 tokenizer_codec: Codec[TokenizerMsg] = Codec(TokenizerMsg)

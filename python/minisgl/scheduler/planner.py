@@ -32,6 +32,7 @@ from minisgl.kvcache.allocator import PageAllocator
 from minisgl.kvcache.base import PrefixCache
 from minisgl.kvcache.naive import NaiveCache
 from minisgl.kvcache.radix import RadixCache
+from minisgl.scheduler.bitmask import bitmask_of
 from minisgl.scheduler.output import ReqOutput, with_logprobs
 from minisgl.utils.math import div_ceil
 
@@ -73,6 +74,7 @@ class Planner:
         self._step_id = 0
         self._num_admitted = 0
         self._page_updates: list[PageUpdate] = []
+        self.masked_reqs: list[Req] = []  # of the last plan: those that its bitmask is for
         self._allocator = PageAllocator(config.num_pages)
         self._cache = _create_cache(config)
         self._rows = list(range(config.max_running_requests - 1, -1, -1))
@@ -161,7 +163,8 @@ class Planner:
             scheduled.append(self._schedule(req, num_new))
         if not scheduled:
             return None
-        plan = StepPlan(self._step_id, tuple(admissions), tuple(self._page_updates), tuple(scheduled))
+        bitmask, self.masked_reqs = bitmask_of(reqs, scheduled)
+        plan = StepPlan(self._step_id, tuple(admissions), tuple(self._page_updates), tuple(scheduled), bitmask)
         self._inflight.append(_InflightStep(plan, reqs))
         self._step_id += 1
         return plan
@@ -328,7 +331,8 @@ class Planner:
         if params.max_tokens == 0:
             return self._finish(req, (), FinishReason.LENGTH)
         req.tokens.append(token_id)
-        ends = token_id in params.stop_token_ids or (token_id in self._eos and not params.ignore_eos)
+        eos_ends = not params.ignore_eos or params.grammar is not None
+        ends = token_id in params.stop_token_ids or (token_id in self._eos and eos_ends)
         if ends and len(req.tokens) - req.prompt_len > params.min_tokens:
             num_hidden = 0 if params.include_stop_str_in_output else 1
             return self._finish(req, (token_id,), FinishReason.STOP, num_hidden=num_hidden)

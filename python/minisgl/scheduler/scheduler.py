@@ -14,6 +14,7 @@ from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.logprobs import pack_logprobs
 from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
 from minisgl.scheduler.executor import Executor, StepHandle
+from minisgl.scheduler.grammar import Grammars
 from minisgl.scheduler.output import ReqOutput
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.status import StatusLog
@@ -39,6 +40,7 @@ class Scheduler:
         tp_size: int = 1,
         check_ranks: bool = False,
         status: StatusLog | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.planner = Planner(config)
         self._executor = executor
@@ -47,6 +49,7 @@ class Scheduler:
         self._tp_size = tp_size
         self._check_ranks = check_ranks
         self._status = status
+        self._grammars = grammars  # on rank 0; the transport's too
         self._digest = 0
         self._submitted: deque[tuple[StepPlan, StepHandle]] = deque()
         self._announced: set[int] = set()  # uids that the detokenizer knows; never iterated
@@ -79,6 +82,8 @@ class Scheduler:
         plan = self.planner.plan()
         if self._check_ranks and plan is not None:
             self._digest = zlib.crc32(repr((plan.step_id, plan.page_updates, plan.reqs)).encode())
+        if plan is not None and self._grammars is not None:
+            plan = self._grammars.add_words(plan, self.planner.masked_reqs, self._submitted)
         if plan is not None:
             self._submitted.append((plan, self._executor.submit(plan)))
         num_left = 1 if self._overlap and plan is not None else 0
@@ -125,6 +130,8 @@ class Scheduler:
         self._send(outputs)
 
     def _send(self, outputs: list[ReqOutput]) -> None:
+        if self._grammars is not None:
+            outputs = self._grammars.finish(outputs)
         if self._status is not None:
             self._status.count(outputs)
         if outputs:

@@ -24,6 +24,7 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
+from minisgl.server.assemble import Assembler, message_parser
 from minisgl.server.frontend import Frontend, Stream
 from minisgl.server.protocol import (
     ChatBody,
@@ -35,6 +36,7 @@ from minisgl.server.protocol import (
     parse_completion,
     parse_generate,
 )
+from minisgl.server.protocol_grammar import schema_grammar
 from minisgl.server.protocol_sampling import check_policy
 from minisgl.server.render import (
     DONE,
@@ -80,10 +82,11 @@ def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
     @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
-        name = config.served_model_name
-        return await generate(
-            request, parse_chat, lambda r: ChatRenderer(name, include_usage=r.include_usage, logprobs=r.logprobs)
-        )
+
+        def parse(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
+            return _with_forced_call(parse_chat(data, defaults), config.tool_call_parser)
+
+        return await generate(request, parse, lambda parsed: _chat_renderer(config, parsed))
 
     @app.post("/v1/completions", openapi_extra=_body_schema(CompletionBody))
     async def completions(request: Request) -> Response:
@@ -123,6 +126,32 @@ def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
         return _json({"status": "ok", "server": "minisgl", "version": minisgl.__version__})
 
     return app
+
+
+def _with_forced_call(parsed: GenerationRequest, tool_parser: str | None) -> GenerationRequest:
+    """With the grammar of the call that the client demands, if it does."""
+    forced = None if parsed.tools is None else parsed.tools.forced(tool_parser)
+    if forced is None:
+        return parsed
+    grammar = schema_grammar(
+        forced.schema, "tools", prefix=forced.prefix, suffix=forced.suffix, separator=forced.separator
+    )
+    return replace(parsed, params=replace(parsed.params, grammar=grammar))
+
+
+def _chat_renderer(config: ServerConfig, parsed: GenerationRequest) -> ChatRenderer:
+    """Raises: RequestError when the request has tools and the format of this model's calls is not known."""
+    tools, tool_parser = parsed.tools, config.tool_call_parser
+    if tools is not None and not tools.required and tool_parser is None:
+        message = "tools: the format of this model's tool calls is not known; start the server with --tool-call-parser"
+        raise RequestError(message, param="tools")
+    make = message_parser(tool_parser, config.reasoning_parser, tools)
+    parallel, short_ids = tools is None or tools.parallel, tool_parser == "mistral"
+    return ChatRenderer(
+        config.served_model_name,
+        include_usage=parsed.include_usage,
+        assembler=lambda: Assembler(make, parallel=parallel, short_ids=short_ids),
+    )
 
 
 async def _answer(frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer) -> Response:

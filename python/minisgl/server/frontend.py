@@ -84,7 +84,7 @@ def _merge(replies: deque[UserReply]) -> UserReply:
     token_ids = b"".join(reply.token_ids for reply in replies)
     logprobs = [token for reply in replies for token in reply.logprobs]
     prompt_logprobs = [token for reply in replies for token in reply.prompt_logprobs]
-    last = replies[-1]
+    first, last = replies[0], replies[-1]
     replies.clear()
     return UserReply(
         uid=last.uid,
@@ -97,6 +97,7 @@ def _merge(replies: deque[UserReply]) -> UserReply:
         error=last.error,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        prompt_end=first.prompt_end,
     )
 
 

@@ -17,12 +17,14 @@ from minisgl.core import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
+from minisgl.server.protocol_grammar import GrammarFields
 from minisgl.server.protocol_sampling import SamplingFields, check_count
+from minisgl.server.protocol_tools import MESSAGE_FIELDS, Tool, ToolUse, message_fields, template_kwargs, tool_use
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_OUTPUTS = 2048  # choices of all prompts together
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
 
@@ -44,13 +46,9 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "function_call": _is("none", "auto"),
     "functions": _is_empty,
     "modalities": _is(["text"]),
-    "parallel_tool_calls": _is(True, False),
     "prediction": _is_empty,
     "reasoning_effort": _is_empty,
-    "response_format": _is({"type": "text"}),
     "suffix": _is_empty,
-    "tool_choice": _is("none", "auto"),
-    "tools": _is_empty,
     "verbosity": _is("medium"),
     "web_search_options": lambda value: value is None,
 }
@@ -60,8 +58,6 @@ _MESSAGE_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "audio": _is_empty,
     "function_call": _is_empty,
     "refusal": _is_empty,
-    "tool_call_id": _is_empty,
-    "tool_calls": _is_empty,
 }
 
 
@@ -76,7 +72,7 @@ class StreamOptions(_Body):
     include_obfuscation: bool | None = None
 
 
-class _OpenAIBody(_Body, SamplingFields):
+class _OpenAIBody(_Body, SamplingFields, GrammarFields):
     model: str | None = None
     n: int | None = None
     max_tokens: int | None = None
@@ -91,6 +87,10 @@ class ChatBody(_OpenAIBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class CompletionBody(_OpenAIBody):
@@ -107,6 +107,9 @@ class GenerateSampling(_Body, SamplingFields):
 
     max_tokens: int | None = None
     max_new_tokens: int | None = None
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
 
 
 class GenerateBody(_Body):
@@ -128,6 +131,7 @@ class GenerationRequest:
     model: str | None = None
     stream: bool = False
     include_usage: bool = False
+    tools: ToolUse | None = None  # None: the model is not to know of any
     best_of: int = 0  # so many choices for each prompt, of which the `n` most probable ones are shown; 0: n
     logprobs: bool = False  # are shown
 
@@ -150,7 +154,13 @@ def parse_chat(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRe
         raise RequestError("top_logprobs is only allowed with logprobs", param="top_logprobs")
     check_count("top_logprobs", body.top_logprobs, MAX_LOGPROBS)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _request(body, (ChatPrompt(messages=messages),), body._params(max_tokens, defaults, logprobs))
+    tools = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
+    described = None if tools is None else list(tools.tools)
+    prompt = ChatPrompt(messages, described, template_kwargs(body.chat_template_kwargs))
+    params = body._params(max_tokens, defaults, logprobs)
+    if tools is not None and tools.required and params.grammar is not None:
+        raise RequestError("tool_choice demands a call: no other form can be given", param=params.grammar.param)
+    return replace(_request(body, (prompt,), params), tools=tools)
 
 
 def parse_completion(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
@@ -273,15 +283,16 @@ def _refusal(error: ValidationError) -> RequestError:
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """One message of a chat as templates expect it: a role, and its text as one string."""
+    """One message of a chat as templates expect it: a role, its text as one string, and what goes with the role."""
     message = dict(message)
     _drop_known(message, f"{where}.")
-    unknown = [name for name in message if name not in ("role", "content", "name")]
-    if unknown:
-        raise RequestError(f"unknown field: {where}.{unknown[0]}", param=f"{where}.{unknown[0]}")
     role = message.get("role")
     if role not in ROLES:
         raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}", param=f"{where}.role")
+    known = ("role", "content", "name", *MESSAGE_FIELDS.get(role, ()))
+    unknown = [name for name, value in message.items() if name not in known and value is not None]
+    if unknown:
+        raise RequestError(f"unknown field: {where}.{unknown[0]}", param=f"{where}.{unknown[0]}")
     content = message.get("content")
     if content is None and role == "assistant":
         content = ""
@@ -291,7 +302,7 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(name, str):
             raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
         result["name"] = name
-    return result
+    return {**result, **message_fields(message, role, where)}
 
 
 def _text(content: Any, where: str) -> str:

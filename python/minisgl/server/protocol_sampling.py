@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from minisgl.core import SamplingParams
 from minisgl.errors import RequestError
+from minisgl.server.protocol_grammar import parse_grammar
 
 MAX_STOPS, MAX_STOP_LEN = 16, 1024
 MAX_STOP_IDS = 128
@@ -62,6 +63,7 @@ class SamplingFields(BaseModel):
             stop_token_ids=_stop_ids(self.stop_token_ids),
             logit_bias=_biases(self.logit_bias),
             logprobs=logprobs,
+            grammar=parse_grammar(dict(self)),
             **chosen,
         )
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import orjson
 
-from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
 from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import UserReply
+from minisgl.server.assemble import Assembler
 from minisgl.server.render_logprobs import TextCursor, chat_logprobs, completion_logprobs
 
 DONE = b"data: [DONE]\n\n"
@@ -81,21 +81,34 @@ class Renderer(Protocol):
 
 
 class ChatRenderer:
-    """/v1/chat/completions."""
+    """/v1/chat/completions. `assembler` makes what reads one choice."""
 
-    def __init__(self, model: str, *, include_usage: bool, logprobs: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        include_usage: bool,
+        logprobs: bool = False,
+        assembler: Callable[[], Assembler] = Assembler,
+    ) -> None:
         self._include_usage, self._logprobs = include_usage, logprobs
+        self._new_assembler = assembler
+        self._assemblers: dict[int, Assembler] = {}  # of choices that stream
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
         chunks = []
         if first:
             chunks.append(self._chunk(index, {"role": "assistant", "content": ""}, None))
-        if reply.text or (self._logprobs and reply.logprobs):
-            logprobs = chat_logprobs([reply]) if self._logprobs else None
-            chunks.append(self._chunk(index, {"content": reply.text}, None, logprobs))
+            self._assemblers[index] = self._new_assembler()
+        assembler = self._assemblers[index]
+        deltas = assembler.deltas(reply)
+        if self._logprobs and reply.logprobs:  # with the first delta, if need be an empty one
+            deltas = deltas or [{"content": ""}]
+            chunks.append(self._chunk(index, deltas.pop(0), None, chat_logprobs([reply])))
+        chunks += [self._chunk(index, delta, None) for delta in deltas]
         if reply.finish_reason is not None:
-            chunks.append(self._chunk(index, {}, reply.finish_reason))
+            chunks.append(self._chunk(index, {}, assembler.finish_reason(reply)))
         return chunks
 
     def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
@@ -103,23 +116,20 @@ class ChatRenderer:
         return [usage] if self._include_usage else []
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
-        shown = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": _text(replies), "refusal": None},
-                "logprobs": chat_logprobs(replies) if self._logprobs else None,
-                "finish_reason": replies[-1].finish_reason,
-            }
-            for index, replies in enumerate(choices)
-        ]
+        shown = [self._choice(index, replies) for index, replies in enumerate(choices)]
         return {**self._head, "object": "chat.completion", "choices": shown, "usage": totals.usage()}
 
+    def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
+        assembler = self._new_assembler()
+        return {
+            "index": index,
+            "message": assembler.message(replies),
+            "logprobs": chat_logprobs(replies) if self._logprobs else None,
+            "finish_reason": assembler.finish_reason(replies[-1]),
+        }
+
     def _chunk(
-        self,
-        index: int,
-        delta: dict[str, str],
-        finish_reason: FinishReason | None,
-        logprobs: dict[str, Any] | None = None,
+        self, index: int, delta: dict[str, Any], finish_reason: str | None, logprobs: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}

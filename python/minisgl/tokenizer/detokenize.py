@@ -27,14 +27,15 @@ class IncrementalDecoder:
     context: the last prompt tokens.
     """
 
-    __slots__ = ("_codec", "_ids", "_num_chars", "_num_context", "_skip_special")
+    __slots__ = ("_codec", "_ids", "_num_chars", "_num_context", "_skip_special", "context_text")
 
     def __init__(self, codec: TextCodec, context: Sequence[int] = (), *, skip_special: bool = True) -> None:
         self._codec = codec
         self._skip_special = skip_special
         self._ids = self._visible(context)
         self._num_context = len(self._ids)
-        self._num_chars = len(self._decode(self._ids))  # of the window's text that are out
+        self.context_text = self._decode(self._ids)
+        self._num_chars = len(self.context_text)  # of the window's text that are out
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that is certain after these tokens and was not before."""
@@ -188,6 +189,7 @@ class Detokenizer:
     def _advance(self, stream: _Stream, message: DetokenizeMsg) -> UserReply:
         token_ids = unpack_ids(message.token_ids)
         num_free = max(0, stream.min_tokens - stream.num_output)  # tokens too early for a stop string
+        prompt_end = "" if message.start is None else stream.decoder.context_text
         stream.num_output += len(token_ids)
         stream.num_cached = max(stream.num_cached, message.num_cached)
         finish_reason = message.finish_reason
@@ -212,6 +214,7 @@ class Detokenizer:
             error=message.error,
             logprobs=self._logprobs(token_ids, message.logprobs, stream.hidden),
             prompt_logprobs=self._prompt_logprobs(message),
+            prompt_end=prompt_end,
         )
 
     def _prompt_text(self, start: StreamStart | None) -> str:

@@ -60,19 +60,24 @@ class HFTextCodec:
     `tokenizer.json` is complete by itself, so it is loaded with the plain class: that takes a second, where
     `AutoTokenizer` first imports every model's configuration. Directories without it go the long way.
 
+    visible: special tokens that become text nevertheless.
+
     Raises: ConfigError naming the directory when there is no usable tokenizer in it.
     """
 
-    def __init__(self, model_path: str) -> None:
+    def __init__(self, model_path: str, visible: Sequence[str] = ()) -> None:
         self._tokenizer = _load(model_path)
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is not None:
             backend.no_truncation()
             backend.no_padding()
         self._backend = backend
-        self._special_ids = frozenset(_special_ids(self._tokenizer))
+        special_ids = frozenset(_special_ids(self._tokenizer))
+        vocab = self._tokenizer.get_vocab()
+        self._special_ids = special_ids.difference(vocab[token] for token in visible if token in vocab)
+        self._skip_special = self._special_ids == special_ids  # the tokenizer's own choice is ours
+        self._longest_token = max(len(token.encode()) for token in vocab)
         self._pieces = TokenBytes(self._tokenizer)
-        self._longest_token = max(len(token.encode()) for token in self._tokenizer.get_vocab())
 
     @property
     def vocab_size(self) -> int:
@@ -94,10 +99,13 @@ class HFTextCodec:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
+        skip = skip_special and self._skip_special
+        if skip_special and not skip:
+            token_ids = [token for token in token_ids if token not in self._special_ids]
         if self._backend is not None:
-            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special))
+            return str(self._backend.decode(token_ids, skip_special_tokens=skip))
         return str(
-            self._tokenizer.decode(token_ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+            self._tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         )  # pragma: no cover
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -151,7 +159,7 @@ class Tokenizer:
     """Turns requests into what the scheduler takes: ids within the vocabulary that leave room for output."""
 
     def __init__(self, config: TokenizerConfig, codec: TextCodec | None = None) -> None:
-        self.codec: TextCodec = codec if codec is not None else HFTextCodec(config.model_path)
+        self.codec: TextCodec = codec if codec is not None else HFTextCodec(config.model_path, config.visible_tokens)
         self._vocab_size = config.vocab_size
         self._max_seq_len = config.max_seq_len
         # A text with more characters cannot fit the context: it is refused before it is encoded, which takes a while.
