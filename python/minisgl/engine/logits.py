@@ -177,7 +177,7 @@ def _penalize(logits: Tensor, penalties: Penalties, token_ids: Tensor) -> None:
 def apply_bitmask(logits: Tensor, index: Tensor, words: Tensor) -> None:
     """In place: logits[index[i], t] = -inf where bit t % 32 of words[i, t // 32] is not set.
 
-    index: [k] int64; words: [k, ceil(vocab / 32)] int32.
+    index: [k] int64, ascending, none twice; words: [k, ceil(vocab / 32)] int32.
     """
     shifts = torch.arange(8, device=logits.device, dtype=torch.uint8)
     missing = words.bitwise_not().view(torch.uint8)[:, :, None] >> shifts  # the lowest byte of a word comes first
