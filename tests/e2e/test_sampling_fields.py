@@ -189,6 +189,31 @@ def test_several_prompts_are_echoed_and_scored(client: openai.OpenAI) -> None:
     assert answer.usage.prompt_tokens == 6
 
 
+def test_log_likelihoods_as_an_evaluation_reads_them(client: openai.OpenAI, tiny_path: Path) -> None:
+    """Of continuations, and whether they are what greedy decoding gives: what comes after the context and before the
+    one token of output. Contexts repeat, as those of multiple-choice tasks do."""
+    context = [60, 61, 90, 75]
+    best = int(values_of(tiny_path, context)[-1].argmax())
+    ends = [[best], [best, 99], [70, 80, 90], [int(values_of(tiny_path, [*context, 5])[-1].argmax())]]
+    answer = complete(client, [context + end for end in ends], echo=True, logprobs=1, max_tokens=1, seed=1234)
+    for choice, end in zip(sorted(answer.choices, key=lambda c: c.index), ends, strict=True):
+        values = choice.logprobs.token_logprobs[len(context) : -1]
+        tops = choice.logprobs.top_logprobs[len(context) : -1]
+        expected = values_of(tiny_path, context + end)[len(context) - 1 : -1]
+        likelihood = sum(float(row[token]) for row, token in zip(expected, end, strict=True))
+        assert sum(values) == pytest.approx(likelihood, abs=1e-3)
+        greedy = all(value == max(top.values()) for value, top in zip(values, tops, strict=True))
+        assert greedy == (expected.argmax(-1).tolist() == end)
+
+
+def test_offsets_are_in_the_text_however_the_prompt_begins(client: openai.OpenAI) -> None:
+    """Special tokens of the prompt are no text, and have log-probabilities."""
+    choice = complete(client, [0, 1, 60, 61], echo=True, logprobs=0, max_tokens=2).choices[0]
+    assert choice.logprobs.tokens[:2] == ["<|endoftext|>", "<|im_start|>"]
+    assert choice.logprobs.text_offset[:4] == [0, 0, 0, 1]
+    assert choice.text.startswith("".join(choice.logprobs.tokens[2:4]))
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

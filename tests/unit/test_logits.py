@@ -76,6 +76,29 @@ def test_a_bitmask_forbids_what_it_leaves_out_and_nothing_undoes_it() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitmasks_of_several_rows(dtype: torch.dtype) -> None:
+    """Of some rows, in any order, and of all; what is only forbidden stays in the logits' own type."""
+    rng = np.random.default_rng(2)
+    words = rng.integers(-(2**31), 2**31, (3, 3)).astype(np.int32)
+    allowed = (words.view(np.uint32)[:, :, None] >> np.arange(32, dtype=np.uint32) & 1).reshape(3, -1)[:, :VOCAB] > 0
+    source, tokens, rows = logits(4).to(dtype), torch.zeros(4, 8, dtype=torch.int32), np.arange(4)
+    for samples in ((0, 2, 3), (3, 1, 0), (0, 1, 2)):
+        (step,) = LogitRules().steps(rows, rows + 1, TokenBitmask(samples, words))
+        found = process(source, step, tokens)
+        assert found.dtype == dtype
+        assert step.samples.tolist() == sorted(samples)
+        for row, sample in zip(found, step.samples, strict=True):
+            expected = source[sample].masked_fill(~torch.from_numpy(allowed[samples.index(sample)]), float("-inf"))
+            assert torch.equal(row, expected)
+    rules = LogitRules()
+    rules.apply([Admission(1, np.array([1], np.int32), SamplingParams(seed=0, logit_bias=((2, 1.0),)), 1)])
+    (step,) = rules.steps(rows, rows + 1, TokenBitmask((3,), words[:1]))
+    found = process(source, step, tokens)
+    assert found.dtype == torch.float32
+    assert torch.equal(found[1], source[3].float().masked_fill(~torch.from_numpy(allowed[0]), float("-inf")))
+
+
 def test_rows_in_any_mix_are_treated_as_alone() -> None:
     """More rows than are processed at once, most of them plain; half precision is widened first."""
     rng, num = np.random.default_rng(1), 3 * ROWS_AT_ONCE

@@ -90,7 +90,12 @@ class PlannerMachine(RuleBasedStateMachine):
         self.history.append(prompt)
         held_to = GRAMMAR if grammar else None
         params = SamplingParams(
-            max_tokens=max_tokens, seed=0, ignore_eos=ignore_eos, grammar=held_to, priority=-(uid % 3)
+            max_tokens=max_tokens,
+            seed=0,
+            ignore_eos=ignore_eos,
+            grammar=held_to,
+            priority=-(uid % 3),
+            prompt_logprobs=None if uid % 4 else 0,  # computes what is cached again
         )
         self.take(self.planner.add(uid, prompt, params))
 

@@ -59,6 +59,45 @@ def test_defaults_are_the_model_s_unless_the_client_says_otherwise() -> None:
     assert chat().params == SamplingParams()
 
 
+def test_every_sampling_field_arrives() -> None:
+    given: dict[str, Any] = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"7": 3, "9": -100.0},
+        "stop_token_ids": [4, 5],
+        "include_stop_str_in_output": True,
+        "min_tokens": 2,
+        "skip_special_tokens": False,
+        "priority": -3,
+        "max_tokens": 9,
+    }
+    expected = SamplingParams(**{**given, "logit_bias": ((7, 3.0), (9, -100.0)), "stop_token_ids": (4, 5)})
+    assert chat(**given).params == expected
+    native = json.dumps({"text": "a", "sampling_params": given}).encode()
+    assert parse_generate(native, {}).params == expected
+    assert chat(**dict.fromkeys(given)).params == SamplingParams()
+
+
+def completion(**body: Any) -> Any:
+    return parse_completion(json.dumps({"prompt": "a", **body}).encode(), {})
+
+
+def test_what_log_probabilities_become() -> None:
+    def wanted(parsed: Any) -> tuple[Any, ...]:
+        return parsed.logprobs, parsed.params.logprobs, parsed.params.prompt_logprobs
+
+    assert wanted(chat()) == wanted(completion()) == (False, None, None)
+    assert wanted(chat(logprobs=True)) == (True, 0, None)
+    assert wanted(chat(logprobs=True, top_logprobs=5)) == (True, 5, None)
+    assert wanted(chat(logprobs=False, top_logprobs=0)) == (False, None, None)
+    assert wanted(completion(logprobs=3)) == (True, 3, None)
+    assert wanted(completion(logprobs=3, echo=True)) == (True, 3, 3)
+    assert wanted(completion(echo=True, max_tokens=0)) == (False, None, None)
+    assert wanted(completion(best_of=3)) == (False, 0, None)  # to choose by
+    assert (completion(best_of=3).num_choices, completion(best_of=3, n=3).best_of) == (3, 0)
+
+
 def test_parts_are_joined_and_developers_are_the_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     parsed = chat(messages=[{"role": "developer", "content": parts}, {"role": "assistant", "content": None}])

@@ -1,9 +1,9 @@
 """What happens to some rows' logits before a token is sampled from them.
 
 Per row: repetition, presence and frequency penalties, then `logit_bias`, then the tokens that are forbidden (ends of
-the output before `min_tokens`, and what a bitmask leaves out). All in float32, in plain torch on the logits' device;
-the history of a row is read from the engine's token table, so nothing is kept that an abort or a retraction could
-leave behind. A step without such rows pays for a look at an empty dictionary.
+the output before `min_tokens`, and what a bitmask leaves out). All in plain torch on the logits' device; sums are in
+float32. The history of a row is read from the engine's token table, so nothing is kept that an abort or a retraction
+could leave behind. A step without such rows pays for a look at an empty dictionary.
 """
 
 from __future__ import annotations
@@ -135,10 +135,13 @@ def _penalties(entries: Sequence[tuple[int, _Rules, int, int]]) -> Penalties | N
 def process(logits: Tensor, step: LogitStep, token_ids: Tensor) -> Tensor:
     """logits: [n, vocab] of all rows that sample; token_ids: [rows, tokens] int32, the engine's token table.
 
-    → [m, vocab] float32: what `step.samples` are to be sampled from, in a copy.
+    → [m, vocab]: what `step.samples` are to be sampled from, in a copy. float32, unless tokens are only forbidden: then
+    in the logits' own type, of which less is to be read.
     """
     device = logits.device
-    changed = logits.index_select(0, on(device, step.samples)).float()
+    changed = logits.index_select(0, on(device, step.samples))
+    if step.penalties is not None or len(step.bias[0]):
+        changed = changed.float()
     if step.penalties is not None:
         _penalize(changed, step.penalties, token_ids)
     index, tokens, values = step.bias
@@ -174,12 +177,15 @@ def _penalize(logits: Tensor, penalties: Penalties, token_ids: Tensor) -> None:
 def apply_bitmask(logits: Tensor, index: Tensor, words: Tensor) -> None:
     """In place: logits[index[i], t] = -inf where bit t % 32 of words[i, t // 32] is not set.
 
-    index: [k] int64; words: [k, ceil(vocab / 32)] int32.
+    index: [k] int64, ascending, none twice; words: [k, ceil(vocab / 32)] int32.
     """
-    bits = torch.arange(32, device=logits.device, dtype=torch.int32)
-    allowed = ((words[:, :, None] >> bits) & 1).bool().flatten(1)[:, : logits.shape[1]]
-    rows = logits.index_select(0, index)
-    logits.index_copy_(0, index, rows.masked_fill_(~allowed, float("-inf")))
+    shifts = torch.arange(8, device=logits.device, dtype=torch.uint8)
+    missing = words.bitwise_not().view(torch.uint8)[:, :, None] >> shifts  # the lowest byte of a word comes first
+    forbidden = missing.bitwise_and_(1).view(torch.bool).flatten(1)[:, : logits.shape[1]]
+    if len(index) == len(logits):
+        logits.masked_fill_(forbidden, float("-inf"))
+    else:
+        logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(forbidden, float("-inf")))
 
 
 def on(device: torch.device, array: npt.NDArray[np.generic]) -> Tensor:

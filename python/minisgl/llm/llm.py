@@ -79,6 +79,8 @@ class Increment:
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     error: str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # with the first increment
 
 
 @dataclass(slots=True)
@@ -198,7 +200,14 @@ class LLM:
                     self._turn()
                 reply = pending.replies[taken]
                 taken += 1
-                yield Increment(reply.text, unpack_ids(reply.token_ids), reply.finish_reason, reply.error)
+                yield Increment(
+                    reply.text,
+                    unpack_ids(reply.token_ids),
+                    reply.finish_reason,
+                    reply.error,
+                    reply.logprobs,
+                    reply.prompt_logprobs,
+                )
                 if reply.finish_reason is not None:
                     return
         finally:

@@ -37,6 +37,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     token: bytes
     logprob: float | None
     top: list[TopLogprob]
+    is_text: bool = True  # part of the text: no special token, unless those are
 
 
 def pack_logprobs(parts: Sequence[TokenLogprobs]) -> PackedLogprobs:

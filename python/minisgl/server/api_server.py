@@ -150,6 +150,7 @@ def _chat_renderer(config: ServerConfig, parsed: GenerationRequest) -> ChatRende
     return ChatRenderer(
         config.served_model_name,
         include_usage=parsed.include_usage,
+        logprobs=parsed.logprobs,
         assembler=lambda: Assembler(make, parallel=parallel, short_ids=short_ids),
     )
 

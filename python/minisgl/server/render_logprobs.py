@@ -42,18 +42,18 @@ def completion_logprobs(replies: Sequence[UserReply], cursor: TextCursor) -> dic
     """`logprobs` of a completion's choice, or of a chunk of it, which the cursor passes.
 
     A prompt's tokens come first, where they were asked for; nothing precedes its first token, which has no values. The
-    alternatives always include the token itself.
+    alternatives always include the token itself. Of different tokens with one text the most probable one is shown.
     """
     tokens = [token for reply in replies for token in (*reply.prompt_logprobs, *reply.logprobs)]
     texts = [_text(token.token, "bytes:") for token in tokens]
     return {
-        "text_offset": [cursor.pass_token(token.token) for token in tokens],
+        "text_offset": [cursor.pass_token(token.token if token.is_text else b"") for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
         "tokens": texts,
         "top_logprobs": [
             None
             if token.logprob is None
-            else {_text(top.token, "bytes:"): top.logprob for top in reversed(token.top)} | {text: token.logprob}
+            else {text: token.logprob} | {_text(top.token, "bytes:"): top.logprob for top in reversed(token.top)}
             for token, text in zip(tokens, texts, strict=True)
         ],
     }

@@ -131,10 +131,15 @@ class StopFinder:
         return 0
 
 
+def _hidden_ids(codec: TextCodec, start: StreamStart) -> frozenset[int]:
+    """Tokens that do not become text."""
+    return codec.special_ids if start.skip_special else frozenset()
+
+
 class _Stream:
     """One request's output so far."""
 
-    __slots__ = ("decoder", "min_tokens", "num_cached", "num_output", "num_prompt", "stop", "stopped")
+    __slots__ = ("decoder", "hidden", "min_tokens", "num_cached", "num_output", "num_prompt", "stop", "stopped")
 
     def __init__(self, codec: TextCodec, start: StreamStart | None) -> None:
         start = start or StreamStart(0, (), b"")
@@ -142,6 +147,7 @@ class _Stream:
         self.decoder = IncrementalDecoder(codec, tail, skip_special=start.skip_special)
         self.stop = StopFinder(start.stop, include=start.include_stop)
         self.min_tokens = start.min_tokens
+        self.hidden = _hidden_ids(codec, start)
         self.stopped = False  # the terminal reply went out at a stop string
         self.num_prompt = start.num_prompt_tokens
         self.num_output = 0
@@ -206,7 +212,7 @@ class Detokenizer:
             num_cached_tokens=stream.num_cached,
             finish_reason=finish_reason,
             error=message.error,
-            logprobs=self._logprobs(token_ids, message.logprobs),
+            logprobs=self._logprobs(token_ids, message.logprobs, stream.hidden),
             prompt_logprobs=self._prompt_logprobs(message),
             prompt_end=prompt_end,
         )
@@ -217,12 +223,20 @@ class Detokenizer:
         known = [token for token in unpack_ids(start.prompt) if token < self._codec.vocab_size]
         return self._codec.decode(known, skip_special=start.skip_special)
 
-    def _logprobs(self, token_ids: Sequence[int], packed: PackedLogprobs | None) -> list[TokenLogprob]:
+    def _logprobs(
+        self, token_ids: Sequence[int], packed: PackedLogprobs | None, hidden: frozenset[int]
+    ) -> list[TokenLogprob]:
         if packed is None:
             return []
         token_bytes = self._codec.token_bytes
         return [
-            TokenLogprob(token, token_bytes(token), logprob, [TopLogprob(i, token_bytes(i), x) for i, x in top])
+            TokenLogprob(
+                token,
+                token_bytes(token),
+                logprob,
+                [TopLogprob(i, token_bytes(i), x) for i, x in top],
+                token not in hidden,
+            )
             for token, (logprob, top) in zip(token_ids, unpack_logprobs(packed), strict=True)
         ]
 
@@ -233,5 +247,6 @@ class Detokenizer:
         first, *others = unpack_ids(message.start.prompt)
         if others and message.prompt_logprobs is None:
             return []
-        logprobs = self._logprobs(others, message.prompt_logprobs)
-        return [TokenLogprob(first, self._codec.token_bytes(first), None, []), *logprobs]
+        hidden = _hidden_ids(self._codec, message.start)
+        logprobs = self._logprobs(others, message.prompt_logprobs, hidden)
+        return [TokenLogprob(first, self._codec.token_bytes(first), None, [], first not in hidden), *logprobs]
