@@ -1,7 +1,7 @@
 """A server whose engine is a formula: everything but the model is real. Run: python -m tests.fake_server MODEL [k=v …]
 
 Keys: port, num_tokenizer, delay (seconds per step), max_seq_len, max_running,
-die (name of a worker that fails at start-up).
+die (name of a worker that fails at start-up), and the access options of the real server.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import sys
 import time
 from dataclasses import replace
 
+from minisgl.config.access import access_config
+from minisgl.config.args import args_from_options
 from minisgl.config.model import ModelConfig, RopeConfig
 from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import StepPlan, StepResult
@@ -22,6 +24,7 @@ from minisgl.server.workers import Control
 from minisgl.utils.log import setup_logging
 
 VOCAB = 400
+ACCESS = ("api_key", "ssl_certfile", "ssl_keyfile", "cors_origin")
 
 
 class FakeHandle:
@@ -92,6 +95,8 @@ def main(argv: list[str]) -> int:
         int(options.get("max_seq_len", 512)),
         int(options.get("max_running", 256)),
     )
+    given = {name: options[name] for name in ACCESS if name in options}
+    config = replace(config, access=access_config(args_from_options(given)))
     delay = float(options.get("delay", 0.0))
 
     def specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]:

@@ -1,0 +1,54 @@
+"""Bodies of requests and answers, as every route has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from fastapi import Request, Response
+from pydantic import BaseModel
+
+from minisgl.errors import RequestError
+
+MAX_BODY_BYTES = 64 * 2**20  # unless MINISGL_MAX_BODY_BYTES says otherwise
+SCHEMA_REF = "#/components/schemas/{model}"
+
+
+def json_response(payload: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(payload), status, headers, media_type="application/json")
+
+
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The request body for the OpenAPI document: routes parse bodies themselves (`protocol`)."""
+    schema = {"$ref": SCHEMA_REF.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+async def read_json(request: Request, limit: int) -> bytes:
+    """The body, unparsed. Raises: RequestError when it is too long (413) or says that it is no JSON (415)."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_long(limit)
+    _check_content_type(request.headers.get("content-type"))
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            raise _too_long(limit)
+    return b"".join(chunks)
+
+
+def _check_content_type(value: str | None) -> None:
+    """JSON must be said to be JSON: forms and texts are what any web page may send without asking."""
+    media, _, parameters = (value or "").lower().partition(";")
+    named = [parameter.strip().partition("=") for parameter in parameters.split(";")]
+    charsets = [text.strip('"') for name, _, text in named if name == "charset"]
+    if media.strip() != "application/json" or any(charset not in ("utf-8", "utf8") for charset in charsets):
+        given = "has none" if value is None else f"is {value[:100]!r}"
+        raise RequestError(f"Content-Type must be application/json in UTF-8; it {given}", status=415)
+
+
+def _too_long(limit: int) -> RequestError:
+    return RequestError(f"the body is longer than {limit} bytes", status=413)
