@@ -17,6 +17,7 @@ from minisgl.core import MAX_SEED, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
+from minisgl.server.content import text_of
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -281,27 +282,13 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     content = message.get("content")
     if content is None and role == "assistant":
         content = ""
-    result = {"role": "system" if role == "developer" else role, "content": _text(content, f"{where}.content")}
+    result = {"role": "system" if role == "developer" else role, "content": text_of(content, f"{where}.content")}
     name = message.get("name")
     if name is not None:
         if not isinstance(name, str):
             raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
         result["name"] = name
     return result
-
-
-def _text(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RequestError(f"{where} must be a string or a list of text parts", param=where)
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise RequestError(f"{where}[{index}]: only text parts are supported, not {kind!r}", param=where)
-        if not isinstance(part.get("text"), str) or len(part) != 2:
-            raise RequestError(f"{where}[{index}] must have a text and nothing else", param=where)
-    return "".join(part["text"] for part in content)
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
