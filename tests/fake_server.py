@@ -17,6 +17,7 @@ from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, Ser
 from minisgl.core import StepPlan, StepResult
 from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.scheduler.scheduler import Scheduler
+from minisgl.scheduler.status import StepStats
 from minisgl.scheduler.transport import LeaderTransport
 from minisgl.server.launch import bind_port, run_server, worker_specs
 from minisgl.server.supervisor import WorkerSpec
@@ -65,8 +66,9 @@ class FakeExecutor:
 
 
 def fake_scheduler(control: Control, config: SchedulerConfig, addresses: Addresses, delay: float) -> None:
-    transport = LeaderTransport(addresses, 1, control.beat)
-    scheduler = Scheduler(config, FakeExecutor(delay), transport)
+    stats = StepStats(config.num_pages)
+    transport = LeaderTransport(addresses, 1, control.beat, stats.reply)
+    scheduler = Scheduler(config, FakeExecutor(delay), transport, stats=stats)
     control.ready()
     scheduler.run()
 

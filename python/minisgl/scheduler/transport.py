@@ -11,12 +11,22 @@ from typing import Protocol
 
 from minisgl.config.runtime import Addresses
 from minisgl.errors import EngineError
-from minisgl.message.backend import AbortMsg, PingMsg, RankBatch, UserMsg, backend_codec, rank_codec
+from minisgl.message.backend import (
+    AbortMsg,
+    FlushMsg,
+    PingMsg,
+    RankBatch,
+    StatsMsg,
+    UserMsg,
+    backend_codec,
+    rank_codec,
+)
+from minisgl.message.frontend import FrontendMsg, StatsReply, frontend_codec
 from minisgl.message.tokenizer import DetokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.utils.sockets import PullSocket, PushSocket
 
 _IDLE_SECONDS = 0.5  # between heartbeats while nothing happens
-PlannerMsg = UserMsg | AbortMsg
+PlannerMsg = UserMsg | AbortMsg | FlushMsg
 
 
 class Transport(Protocol):
@@ -31,6 +41,10 @@ class Transport(Protocol):
         ...
 
     def send(self, messages: Sequence[DetokenizeMsg]) -> None: ...
+
+    def answer(self, message: FrontendMsg) -> None:
+        """Tell the API server what it has asked for itself. Only rank 0's answer goes out."""
+        ...
 
 
 class RankFanout:
@@ -51,11 +65,19 @@ class RankFanout:
 
 
 class LeaderTransport:
-    """Rank 0 of a server."""
+    """Rank 0 of a server. stats: what to answer to whoever asks for the counts."""
 
-    def __init__(self, addresses: Addresses, tp_size: int, heartbeat: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        addresses: Addresses,
+        tp_size: int,
+        heartbeat: Callable[[], None],
+        stats: Callable[[int], StatsReply] | None = None,
+    ) -> None:
         self._pull = PullSocket(addresses.backend, backend_codec)
         self._push: PushSocket[TokenizerMsg] = PushSocket(addresses.detokenizer, tokenizer_codec)
+        self._frontend: PushSocket[FrontendMsg] = PushSocket(addresses.frontend, frontend_codec)
+        self._stats = stats
         self._fanout = RankFanout(addresses, tp_size)
         self._heartbeat = heartbeat
         self._received: list[PlannerMsg] = []
@@ -74,11 +96,17 @@ class LeaderTransport:
     def send(self, messages: Sequence[DetokenizeMsg]) -> None:
         self._push.send(messages)
 
+    def answer(self, message: FrontendMsg) -> None:
+        self._frontend.send([message])
+
     def _take(self, timeout: float) -> None:
         self._heartbeat()
         for message in self._pull.receive(timeout):
             if isinstance(message, PingMsg):
                 self._push.send([message])
+            elif isinstance(message, StatsMsg):
+                if self._stats is not None:
+                    self.answer(self._stats(message.uid))
             else:
                 self._received.append(message)
 
@@ -112,6 +140,9 @@ class FollowerTransport:
     def send(self, messages: Sequence[DetokenizeMsg]) -> None:
         pass
 
+    def answer(self, message: FrontendMsg) -> None:
+        pass
+
     def close(self) -> None:
         self._pull.close()
 
@@ -143,3 +174,6 @@ class LocalTransport:
 
     def send(self, messages: Sequence[DetokenizeMsg]) -> None:
         self._outputs += messages
+
+    def answer(self, message: FrontendMsg) -> None:
+        pass  # nobody asks

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,10 +19,12 @@ from starlette.types import Receive, Scope, Send
 import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
-from minisgl.errors import MiniSGLError, RequestError
+from minisgl.errors import MiniSGLError
 from minisgl.message.frontend import UserReply
-from minisgl.server.bodies import MAX_BODY_BYTES, SCHEMA_REF, body_schema, json_response, read_json
+from minisgl.server.bodies import MAX_BODY_BYTES, SCHEMA_REF, body_schema, check_model, json_response, read_json
+from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend, Stream
+from minisgl.server.operations import BODIES, Limits, add_admin_routes, add_metrics_route, add_text_routes
 from minisgl.server.protocol import (
     ChatBody,
     CompletionBody,
@@ -55,22 +56,19 @@ T = TypeVar("T")
 Parser = Callable[[bytes, Mapping[str, float | int]], GenerationRequest]
 
 
-def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
-    """The application. It has no state of its own: requests live in `frontend`."""
+def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition) -> FastAPI:
+    """The application. It has no state of its own: requests live in `frontend`, counts in `exposition`."""
     app = FastAPI(title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None)
     created = int(time.time())
     health_seconds = env_number("MINISGL_HEALTH_TIMEOUT", DEFAULT_HEALTH_SECONDS, low=0.1, high=3600)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
+    limits = Limits(max_body, health_seconds)
     _add_error_handlers(app)
     _add_schema(app)
 
     async def generate(request: Request, parse: Parser, make: Callable[[GenerationRequest], Renderer]) -> Response:
-        try:
-            data = await read_json(request, max_body)
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody is there to see it
-        parsed = parse(data, config.default_sampling)
-        _check_model(parsed.model, config)
+        parsed = parse(await read_json(request, max_body), config.default_sampling)
+        check_model(parsed.model, config)
         return await _answer(frontend, request, parsed, make(parsed))
 
     @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
@@ -100,7 +98,7 @@ def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
         """The model, if it is the one that is served."""
-        _check_model(model, config)
+        check_model(model, config)
         return json_response(_model_card(config, created))
 
     @app.get("/health")
@@ -114,12 +112,15 @@ def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
         """That this is a server of this API."""
         return json_response({"status": "ok", "server": "minisgl", "version": minisgl.__version__})
 
+    add_text_routes(app, frontend, config, limits)
+    add_admin_routes(app, frontend, config, limits)
+    add_metrics_route(app, frontend, exposition)
     return app
 
 
 async def _answer(frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer) -> Response:
     """Run the request and show its replies. A client that goes away takes its request with it."""
-    streams = _submit(frontend, parsed)
+    streams = _submit(frontend, parsed, (request.state.request_id, renderer.id))
     totals = request.state.totals = Totals(len(streams), parsed.n)
     try:
         if not parsed.stream:
@@ -138,13 +139,13 @@ async def _answer(frontend: Frontend, request: Request, parsed: GenerationReques
         raise
 
 
-def _submit(frontend: Frontend, parsed: GenerationRequest) -> list[Stream]:
+def _submit(frontend: Frontend, parsed: GenerationRequest, request_ids: Sequence[str]) -> list[Stream]:
     """One stream per choice: `n` for each prompt, in order."""
     streams: list[Stream] = []
     try:
         for prompt in parsed.prompts:
             for seed in choice_seeds(parsed.params, parsed.n):
-                streams.append(frontend.submit(prompt, replace(parsed.params, seed=seed)))
+                streams.append(frontend.submit(prompt, replace(parsed.params, seed=seed), request_ids))
     except BaseException:
         _abort(streams)
         raise
@@ -264,13 +265,6 @@ async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.gather(task, watcher, return_exceptions=True)
 
 
-def _check_model(model: str | None, config: ServerConfig) -> None:
-    path = config.engine.model_path
-    if model is not None and model not in (config.served_model_name, path, os.path.basename(path.rstrip("/"))):
-        message = f"the model {model!r} does not exist; this server has {config.served_model_name!r}"
-        raise RequestError(message, param="model", code="model_not_found", status=404)
-
-
 def _model_card(config: ServerConfig, created: int) -> dict[str, Any]:
     return {
         "id": config.served_model_name,
@@ -287,6 +281,10 @@ def _add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, MiniSGLError)
         return json_response(error_payload(error), error_status(error))
 
+    async def gone(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ClientDisconnect)
+        return Response(status_code=499)  # nobody is there to see it
+
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = error.detail
@@ -300,6 +298,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         return json_response(error_body(f"internal error: {type(error).__name__}", 500), 500)
 
     app.add_exception_handler(MiniSGLError, refused)
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, failed)
 
@@ -311,7 +310,7 @@ def _add_schema(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, routes=app.routes)
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (ChatBody, CompletionBody, GenerateBody):
+            for model in (ChatBody, CompletionBody, GenerateBody, *BODIES):
                 schema = model.model_json_schema(ref_template=SCHEMA_REF)
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema

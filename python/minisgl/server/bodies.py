@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import orjson
 from fastapi import Request, Response
 from pydantic import BaseModel
 
+from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
 
 MAX_BODY_BYTES = 64 * 2**20  # unless MINISGL_MAX_BODY_BYTES says otherwise
@@ -52,3 +54,11 @@ def _check_content_type(value: str | None) -> None:
 
 def _too_long(limit: int) -> RequestError:
     return RequestError(f"the body is longer than {limit} bytes", status=413)
+
+
+def check_model(model: str | None, config: ServerConfig) -> None:
+    """Raises: RequestError (404) unless it is the model that is served, by one of its names."""
+    path = config.engine.model_path
+    if model is not None and model not in (config.served_model_name, path, os.path.basename(path.rstrip("/"))):
+        message = f"the model {model!r} does not exist; this server has {config.served_model_name!r}"
+        raise RequestError(message, param="model", code="model_not_found", status=404)

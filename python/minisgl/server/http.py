@@ -16,6 +16,7 @@ from minisgl.env import env_bool, env_number
 from minisgl.errors import WorkerDied
 from minisgl.server.access import guarded
 from minisgl.server.api_server import create_app
+from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend
 from minisgl.server.launch import call_in
 from minisgl.server.supervisor import Supervisor
@@ -91,9 +92,10 @@ async def serve_http(
     drain = env_number("MINISGL_DRAIN_TIMEOUT", DEFAULT_DRAIN_SECONDS, low=0, high=86400)
     loop = asyncio.get_running_loop()
     async with Frontend(addresses) as frontend:
-        app = create_app(frontend, config)
+        exposition = Exposition(config.served_model_name, frontend.metrics)
+        app = create_app(frontend, config, exposition)
         uvicorn_config = uvicorn.Config(
-            guarded(app, config.access, log=env_bool("MINISGL_ACCESS_LOG", True)),
+            guarded(app, config.access, exposition.count_http, log=env_bool("MINISGL_ACCESS_LOG", True)),
             log_config=None,
             access_log=False,
             lifespan="off",

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel
 
 from minisgl.core import MAX_SEED, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
 from minisgl.server.content import text_of
+from minisgl.server.strict import Body, load_object, validate
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -74,18 +74,12 @@ _MESSAGE_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
 }
 
 
-class _Body(BaseModel):
-    """Strict: no conversion of strings to numbers; unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class _Sampling(_Body):
+class _Sampling(Body):
     """Sampling fields under the names that all endpoints share."""
 
     temperature: float | None = None
@@ -137,7 +131,7 @@ class GenerateSampling(_Sampling):
     max_new_tokens: int | None = None
 
 
-class GenerateBody(_Body):
+class GenerateBody(Body):
     """POST /generate: `text` or `input_ids`."""
 
     text: str | None = None
@@ -227,18 +221,10 @@ B = TypeVar("B", bound=BaseModel)
 
 
 def _parse(model: type[B], data: bytes) -> B:
-    try:
-        raw = from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(f"the body is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise RequestError("the body must be a JSON object")
+    raw = load_object(data)
     if issubclass(model, _OpenAIBody):
         _drop_known(raw, "")
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        raise _refusal(error) from None
+    return validate(model, raw)
 
 
 def _drop_known(raw: dict[str, Any], where: str) -> None:
@@ -248,25 +234,6 @@ def _drop_known(raw: dict[str, Any], where: str) -> None:
         value = raw.pop(name)
         if name in table and not table[name](value):
             raise RequestError(f"{where}{name} is not supported", param=f"{where}{name}")
-
-
-def _refusal(error: ValidationError) -> RequestError:
-    """The first problem, in one line."""
-    problem = error.errors(include_url=False, include_context=False)[0]
-    path = [part for part in problem["loc"] if isinstance(part, int) or part.isidentifier()]
-    param = ""
-    for part in path:
-        if isinstance(part, int):
-            param += f"[{part}]"
-        elif part not in ("str", "int", "float", "bool"):  # pydantic's names for the members of a union
-            param += f".{part}" if param else part
-    if problem["type"] == "extra_forbidden":
-        message = f"unknown field: {param}"
-    elif problem["type"] == "missing":
-        message = f"{param} is required"
-    else:
-        message = f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
-    return RequestError(message, param=param or None)
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:

@@ -65,6 +65,11 @@ class Totals:
 class Renderer(Protocol):
     """One endpoint's way to show a request's replies."""
 
+    @property
+    def id(self) -> str:
+        """What the answer is called in itself."""
+        ...
+
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
         """The events for an increment of choice `index`."""
         ...
@@ -84,6 +89,10 @@ class ChatRenderer:
     def __init__(self, model: str, *, include_usage: bool) -> None:
         self._include_usage = include_usage
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    @property
+    def id(self) -> str:
+        return str(self._head["id"])
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
         chunks = []
@@ -131,6 +140,10 @@ class CompletionRenderer:
             "model": model,
         }
 
+    @property
+    def id(self) -> str:
+        return str(self._head["id"])
+
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
         if not (reply.text or first or reply.finish_reason is not None):
             return []
@@ -156,6 +169,10 @@ class GenerateRenderer:
 
     def __init__(self) -> None:
         self._id = uuid.uuid4().hex
+
+    @property
+    def id(self) -> str:
+        return self._id
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         return [self._shown([reply])]

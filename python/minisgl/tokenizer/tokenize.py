@@ -37,7 +37,7 @@ class TextCodec(Protocol):
         """Token ids of each text; with `special`, in the frame of special tokens that the model expects (BOS …)."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str: ...
 
     @property
     def longest_token(self) -> int:
@@ -87,11 +87,11 @@ class HFTextCodec:
             return [self._backend.encode(texts[0], add_special_tokens=special).ids]
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         if self._backend is not None:
-            return str(self._backend.decode(token_ids, skip_special_tokens=True))
+            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special))
         return str(
-            self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            self._tokenizer.decode(token_ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         )  # pragma: no cover
 
     def render_chat(self, prompt: ChatPrompt) -> str:
@@ -152,6 +152,21 @@ class Tokenizer:
         """One answer for each request, in order: its tokens, or why it is refused. Never raises."""
         prompts = self._encode_all([request.prompt for request in requests])
         return [self._finish(request, ids) for request, ids in zip(requests, prompts, strict=True)]
+
+    def encode_only(self, prompt: ChatPrompt | TextPrompt, *, special: bool) -> list[int]:
+        """The ids that a prompt has, which may be none and may be too many. Raises: RequestError."""
+        if isinstance(prompt, ChatPrompt):
+            text, special = self._render(prompt)
+        else:
+            text = self._bounded(prompt.text)
+        return self.codec.encode([text], special=special)[0]
+
+    def decode_only(self, token_ids: list[int], *, skip_special: bool) -> str:
+        """The text of the ids. Raises: RequestError when one of them is not in the vocabulary."""
+        if token_ids:
+            self._check(token_ids)
+        size = self.codec.vocab_size
+        return self.codec.decode([token for token in token_ids if token < size], skip_special=skip_special)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of one prompt. Raises: RequestError when it is empty, malformed or outside the vocabulary."""
