@@ -67,7 +67,7 @@ class FakeExecutor:
 
 def fake_scheduler(control: Control, config: SchedulerConfig, addresses: Addresses, delay: float) -> None:
     stats = StepStats(config.num_pages)
-    transport = LeaderTransport(addresses, 1, control.beat, stats.reply)
+    transport = LeaderTransport(addresses, 1, control.beat, stats=stats.reply)
     scheduler = Scheduler(config, FakeExecutor(delay), transport, stats=stats)
     control.ready()
     scheduler.run()

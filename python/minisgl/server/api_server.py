@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
-from minisgl.errors import MiniSGLError
+from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.server.bodies import MAX_BODY_BYTES, SCHEMA_REF, body_schema, check_model, json_response, read_json
 from minisgl.server.exposition import Exposition
@@ -35,8 +35,8 @@ from minisgl.server.protocol import (
     parse_completion,
     parse_generate,
 )
+from minisgl.server.protocol_responses import ResponsesBody, as_responses_say, parse_responses
 from minisgl.server.render import (
-    DONE,
     ChatRenderer,
     CompletionRenderer,
     GenerateRenderer,
@@ -47,6 +47,7 @@ from minisgl.server.render import (
     error_status,
     event,
 )
+from minisgl.server.render_responses import ResponsesRenderer
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,16 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
         return await generate(
             request, parse_completion, lambda r: CompletionRenderer(name, include_usage=r.include_usage)
         )
+
+    @app.post("/v1/responses", openapi_extra=body_schema(ResponsesBody))
+    async def responses(request: Request) -> Response:
+        """Answer a conversation, which is sent as a whole each time."""
+        body, parsed = parse_responses(await read_json(request, max_body), config.default_sampling)
+        check_model(parsed.model, config)
+        try:
+            return await _answer(frontend, request, parsed, ResponsesRenderer(config.served_model_name, body, parsed))
+        except RequestError as error:
+            raise as_responses_say(error) from None
 
     @app.post("/generate", openapi_extra=body_schema(GenerateBody))
     async def generate_native(request: Request) -> Response:
@@ -213,10 +224,12 @@ async def _events(
                     yield data
         for chunk in renderer.last_chunks(totals):
             yield event(chunk)
-        yield DONE
+        if renderer.done:
+            yield renderer.done
     except MiniSGLError as error:
         logger.debug("a stream ends with an error: %s", error)
-        yield event(error_payload(error))
+        for chunk in renderer.failure(error):
+            yield event(chunk)
 
 
 class EventStream(Response):
@@ -310,7 +323,7 @@ def _add_schema(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, routes=app.routes)
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (ChatBody, CompletionBody, GenerateBody, *BODIES):
+            for model in (ChatBody, CompletionBody, GenerateBody, ResponsesBody, *BODIES):
                 schema = model.model_json_schema(ref_template=SCHEMA_REF)
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema

@@ -79,7 +79,7 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
-class _Sampling(Body):
+class SamplingFields(Body):
     """Sampling fields under the names that all endpoints share."""
 
     temperature: float | None = None
@@ -103,7 +103,7 @@ class _Sampling(Body):
         )
 
 
-class _OpenAIBody(_Sampling):
+class _OpenAIBody(SamplingFields):
     model: str | None = None
     n: int | None = None
     max_tokens: int | None = None
@@ -124,7 +124,7 @@ class CompletionBody(_OpenAIBody):
     prompt: str | list[str] | list[int] | list[list[int]]
 
 
-class GenerateSampling(_Sampling):
+class GenerateSampling(SamplingFields):
     """`sampling_params` of POST /generate."""
 
     max_tokens: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import orjson
@@ -17,9 +17,11 @@ from minisgl.message.frontend import UserReply
 DONE = b"data: [DONE]\n\n"
 
 
-def event(payload: object) -> bytes:
-    """One SSE event. JSON has no raw newlines, so text cannot break it."""
-    return b"data: " + orjson.dumps(payload) + b"\n\n"
+def event(payload: Mapping[str, Any]) -> bytes:
+    """One SSE event, named by its `type` if it has one. JSON has no raw newlines, so text cannot break it."""
+    name = payload.get("type")
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + orjson.dumps(payload) + b"\n\n"
 
 
 def error_status(error: MiniSGLError) -> int:
@@ -65,6 +67,8 @@ class Totals:
 class Renderer(Protocol):
     """One endpoint's way to show a request's replies."""
 
+    done: bytes = DONE  # what ends a stream that went well
+
     @property
     def id(self) -> str:
         """What the answer is called in itself."""
@@ -78,12 +82,16 @@ class Renderer(Protocol):
         """The events after the last choice: the usage, for clients that asked for it."""
         ...
 
+    def failure(self, error: MiniSGLError) -> list[dict[str, Any]]:
+        """The events at the end of a stream that failed after it began."""
+        return [error_payload(error)]
+
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
         """The whole answer of a request that does not stream: the replies to each choice."""
         ...
 
 
-class ChatRenderer:
+class ChatRenderer(Renderer):
     """/v1/chat/completions."""
 
     def __init__(self, model: str, *, include_usage: bool) -> None:
@@ -128,7 +136,7 @@ class ChatRenderer:
         return chunk
 
 
-class CompletionRenderer:
+class CompletionRenderer(Renderer):
     """/v1/completions."""
 
     def __init__(self, model: str, *, include_usage: bool) -> None:
@@ -164,7 +172,7 @@ class CompletionRenderer:
         return {**self._head, "choices": shown, "usage": totals.usage()}
 
 
-class GenerateRenderer:
+class GenerateRenderer(Renderer):
     """/generate: text and token ids, with counts in `meta_info`; streams send increments."""
 
     def __init__(self) -> None:

@@ -136,7 +136,7 @@ def scheduler_main(
     transport: Transport
     stats = StepStats(config.num_pages)
     if rank == 0:
-        transport = LeaderTransport(addresses, engine_config.tp_size, control.beat, stats.reply)
+        transport = LeaderTransport(addresses, engine_config.tp_size, control.beat, stats=stats.reply)
     else:
         transport = FollowerTransport(addresses, rank, control.beat)
     status = StatusLog(config.num_pages) if rank == 0 else None
