@@ -194,10 +194,17 @@ def test_openapi_describes_the_bodies(http: httpx.Client) -> None:
         "/v1/chat/completions": "ChatBody",
         "/v1/completions": "CompletionBody",
         "/generate": "GenerateBody",
+        "/v1/responses": "ResponsesBody",
+        "/tokenize": "TokenizeBody",
+        "/detokenize": "DetokenizeBody",
+        "/abort_request": "AbortBody",
     }.items():
         content = document["paths"][path]["post"]["requestBody"]["content"]
         assert content["application/json"]["schema"]["$ref"] == f"#/components/schemas/{name}"
         assert name in document["components"]["schemas"]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert {"200", "400", "401", "413", "415", "503"} <= set(operation["responses"]), path
 
 
 def test_sse_headers_and_framing(http: httpx.Client) -> None:

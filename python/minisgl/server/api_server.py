@@ -21,7 +21,15 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
-from minisgl.server.bodies import MAX_BODY_BYTES, SCHEMA_REF, body_schema, check_model, json_response, read_json
+from minisgl.server.bodies import (
+    MAX_BODY_BYTES,
+    SCHEMA_REF,
+    body_schema,
+    check_model,
+    error_responses,
+    json_response,
+    read_json,
+)
 from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend, Stream
 from minisgl.server.operations import BODIES, Limits, add_admin_routes, add_metrics_route, add_text_routes
@@ -35,7 +43,7 @@ from minisgl.server.protocol import (
     parse_completion,
     parse_generate,
 )
-from minisgl.server.protocol_responses import ResponsesBody, as_responses_say, parse_responses
+from minisgl.server.protocol_responses import ResponsesBody, parse_responses
 from minisgl.server.render import (
     ChatRenderer,
     CompletionRenderer,
@@ -54,12 +62,15 @@ logger = logging.getLogger(__name__)
 DEFAULT_HEALTH_SECONDS = 10.0
 
 T = TypeVar("T")
-Parser = Callable[[bytes, Mapping[str, float | int]], GenerationRequest]
+R = TypeVar("R", bound=GenerationRequest)
+Parser = Callable[[bytes, Mapping[str, float | int]], R]
 
 
 def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition) -> FastAPI:
     """The application. It has no state of its own: requests live in `frontend`, counts in `exposition`."""
-    app = FastAPI(title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None, responses=error_responses()
+    )
     created = int(time.time())
     health_seconds = env_number("MINISGL_HEALTH_TIMEOUT", DEFAULT_HEALTH_SECONDS, low=0.1, high=3600)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
@@ -67,7 +78,7 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     _add_error_handlers(app)
     _add_schema(app)
 
-    async def generate(request: Request, parse: Parser, make: Callable[[GenerationRequest], Renderer]) -> Response:
+    async def generate(request: Request, parse: Parser[R], make: Callable[[R], Renderer]) -> Response:
         parsed = parse(await read_json(request, max_body), config.default_sampling)
         check_model(parsed.model, config)
         return await _answer(frontend, request, parsed, make(parsed))
@@ -89,12 +100,8 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     @app.post("/v1/responses", openapi_extra=body_schema(ResponsesBody))
     async def responses(request: Request) -> Response:
         """Answer a conversation, which is sent as a whole each time."""
-        body, parsed = parse_responses(await read_json(request, max_body), config.default_sampling)
-        check_model(parsed.model, config)
-        try:
-            return await _answer(frontend, request, parsed, ResponsesRenderer(config.served_model_name, body, parsed))
-        except RequestError as error:
-            raise as_responses_say(error) from None
+        name = config.served_model_name
+        return await generate(request, parse_responses, lambda parsed: ResponsesRenderer(name, parsed))
 
     @app.post("/generate", openapi_extra=body_schema(GenerateBody))
     async def generate_native(request: Request) -> Response:
@@ -145,6 +152,9 @@ async def _answer(frontend: Frontend, request: Request, parsed: GenerationReques
         _abort(streams)
         logger.debug("a client went away; its request is aborted")
         return Response(status_code=499)
+    except RequestError as error:
+        _abort(streams)
+        raise renderer.refusal(error) from None
     except BaseException:
         _abort(streams)
         raise

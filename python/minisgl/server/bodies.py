@@ -26,6 +26,35 @@ def body_schema(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+class ErrorDetail(BaseModel):
+    """What went wrong, as OpenAI tells it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is an error."""
+
+    error: ErrorDetail
+
+
+def error_responses() -> dict[int | str, dict[str, Any]]:
+    """The statuses of errors, for the OpenAPI document."""
+    texts = {
+        400: "The request cannot be served as it was asked; `param` names the field.",
+        401: "No API key that the server knows.",
+        404: "No such path or model.",
+        413: "The body is too long.",
+        415: "The body does not say that it is JSON.",
+        500: "A fault of the server's.",
+        503: "A process of the server is gone, or does not answer.",
+    }
+    return {status: {"model": ErrorBody, "description": text} for status, text in texts.items()}
+
+
 async def read_json(request: Request, limit: int) -> bytes:
     """The body, unparsed. Raises: RequestError when it is too long (413) or says that it is no JSON (415)."""
     declared = request.headers.get("content-length", "0")

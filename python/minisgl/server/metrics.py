@@ -20,10 +20,11 @@ _LENGTH_BOUNDS = tuple(digit * 10**power for power in range(6) for digit in (1, 
 class Timing:
     """One output's times so far."""
 
-    __slots__ = ("begin", "last", "num_output")
+    __slots__ = ("begin", "has_prompt", "last", "num_output")
 
     def __init__(self) -> None:
         self.begin = self.last = time.perf_counter()
+        self.has_prompt = False  # its prompt is counted
         self.num_output = 0
 
 
@@ -42,13 +43,15 @@ class RequestMetrics:
     def take(self, timing: Timing, reply: UserReply) -> None:
         """More output of a request has come. Tokens that come together share the time since those before them."""
         now = time.perf_counter()
+        if not timing.has_prompt and reply.num_prompt_tokens:
+            timing.has_prompt = True
+            self.num_prompt += reply.num_prompt_tokens
+            self.num_cached += reply.num_cached_tokens
+            self.prompt_len.add(reply.num_prompt_tokens)
         new = reply.num_output_tokens - timing.num_output
         if new > 0:
             if timing.num_output == 0:
                 self.time_to_first_token.add(now - timing.begin)
-                self.num_prompt += reply.num_prompt_tokens
-                self.num_cached += reply.num_cached_tokens
-                self.prompt_len.add(reply.num_prompt_tokens)
             else:
                 self.inter_token_latency.add((now - timing.last) / new, new)
             self.num_output += new

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from minisgl.core import MAX_COUNT
@@ -67,11 +68,15 @@ class ResponsesBody(SamplingFields):
     prompt_cache_key: str | None = None
 
 
-def parse_responses(data: bytes, defaults: Mapping[str, float | int]) -> tuple[ResponsesBody, GenerationRequest]:
-    """The body, some of which comes back in the answer, and what is to be generated.
+@dataclass(frozen=True, slots=True)
+class ResponsesRequest(GenerationRequest):
+    """Some of the body comes back in the answer."""
 
-    Raises: RequestError naming the field at fault.
-    """
+    body: ResponsesBody = field(kw_only=True)
+
+
+def parse_responses(data: bytes, defaults: Mapping[str, float | int]) -> ResponsesRequest:
+    """Raises: RequestError naming the field at fault."""
     raw = load_object(data)
     _drop_known(raw)
     body = validate(ResponsesBody, raw)
@@ -86,9 +91,10 @@ def parse_responses(data: bytes, defaults: Mapping[str, float | int]) -> tuple[R
         chat["response_format"] = _response_format(body.text.format)
     chat.update(model=body.model, stream=body.stream)
     try:
-        return body, parse_chat(json.dumps(chat).encode(), defaults)
+        parsed = parse_chat(json.dumps(chat).encode(), defaults)
     except RequestError as error:
         raise as_responses_say(error) from None
+    return ResponsesRequest(**{part.name: getattr(parsed, part.name) for part in fields(parsed)}, body=body)
 
 
 def as_responses_say(error: RequestError) -> RequestError:

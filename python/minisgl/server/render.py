@@ -82,6 +82,10 @@ class Renderer(Protocol):
         """The events after the last choice: the usage, for clients that asked for it."""
         ...
 
+    def refusal(self, error: RequestError) -> RequestError:
+        """What to say when the request is refused instead of answered."""
+        return error
+
     def failure(self, error: MiniSGLError) -> list[dict[str, Any]]:
         """The events at the end of a stream that failed after it began."""
         return [error_payload(error)]

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from minisgl.core import FinishReason
-from minisgl.errors import MiniSGLError
+from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
-from minisgl.server.protocol import GenerationRequest
-from minisgl.server.protocol_responses import ResponsesBody
+from minisgl.server.protocol_responses import ResponsesRequest, as_responses_say
 from minisgl.server.render import Renderer, Totals
 
 _STATUS = {FinishReason.LENGTH: "incomplete", FinishReason.ABORT: "cancelled"}  # else: completed
@@ -22,11 +21,11 @@ class ResponsesRenderer(Renderer):
 
     done = b""
 
-    def __init__(self, model: str, body: ResponsesBody, parsed: GenerationRequest) -> None:
+    def __init__(self, model: str, request: ResponsesRequest) -> None:
         self._id = f"resp_{uuid.uuid4().hex}"
         self._item_id = f"msg_{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._settings = _settings(model, body, parsed)
+        self._settings = _settings(model, request)
         self._texts: list[str] = []
         self._reason: FinishReason | None = None
         self._num_events = 0
@@ -49,6 +48,9 @@ class ResponsesRenderer(Renderer):
         response = self._finished("".join(self._texts), self._reason or FinishReason.STOP, totals)
         kind = "completed" if response["status"] == "completed" else "incomplete"
         return [self._event(f"response.{kind}", response=response)]
+
+    def refusal(self, error: RequestError) -> RequestError:
+        return as_responses_say(error)
 
     def failure(self, error: MiniSGLError) -> list[dict[str, Any]]:
         response = self._response("failed", [])
@@ -118,8 +120,9 @@ def _item_status(reason: FinishReason | None) -> str:
     return "incomplete" if reason in _STATUS else "completed"
 
 
-def _settings(model: str, body: ResponsesBody, parsed: GenerationRequest) -> dict[str, Any]:
+def _settings(model: str, request: ResponsesRequest) -> dict[str, Any]:
     """What was asked for, and how it was understood."""
+    body = request.body
     text_format = body.text.format if body.text is not None else None
     return {
         "background": False,
@@ -134,12 +137,12 @@ def _settings(model: str, body: ResponsesBody, parsed: GenerationRequest) -> dic
         "reasoning": {"effort": None, "summary": None},
         "safety_identifier": body.safety_identifier,
         "service_tier": "default",
-        "temperature": parsed.params.temperature,
+        "temperature": request.params.temperature,
         "text": {"format": text_format or {"type": "text"}, "verbosity": "medium"},
         "tool_choice": "auto",
         "tools": [],
         "top_logprobs": 0,
-        "top_p": parsed.params.top_p,
+        "top_p": request.params.top_p,
         "truncation": "disabled",
         "user": body.user,
     }

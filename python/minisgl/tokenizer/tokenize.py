@@ -158,13 +158,13 @@ class Tokenizer:
         if isinstance(prompt, ChatPrompt):
             text, special = self._render(prompt)
         else:
-            text = self._bounded(prompt.text)
+            text = self._bounded(prompt.text, "prompt")
         return self.codec.encode([text], special=special)[0]
 
     def decode_only(self, token_ids: list[int], *, skip_special: bool) -> str:
         """The text of the ids. Raises: RequestError when one of them is not in the vocabulary."""
         if token_ids:
-            self._check(token_ids)
+            self._check(token_ids, "tokens")
         size = self.codec.vocab_size
         return self.codec.decode([token for token in token_ids if token < size], skip_special=skip_special)
 
@@ -213,28 +213,28 @@ class Tokenizer:
         if isinstance(prompt, ChatPrompt):
             if not prompt.messages:
                 raise RequestError("messages must not be empty", param="messages")
-            return self._bounded(self.codec.render_chat(prompt)), False
+            return self._bounded(self.codec.render_chat(prompt), "messages"), False
         if not prompt.text:
             raise RequestError("the prompt must not be empty", param="prompt")
-        return self._bounded(prompt.text), True
+        return self._bounded(prompt.text, "prompt"), True
 
-    def _bounded(self, text: str) -> str:
+    def _bounded(self, text: str, param: str) -> str:
         if len(text) > self._max_chars:
             at_least = len(text) // self.codec.longest_token
             raise RequestError(
                 f"the prompt has at least {at_least} tokens, but the context of this model is "
                 f"{self._max_seq_len} tokens",
-                param="messages",
+                param=param,
             )
         return text
 
-    def _check(self, ids: list[int]) -> list[int]:
+    def _check(self, ids: list[int], param: str = "prompt") -> list[int]:
         if not ids:
             raise RequestError("the prompt must not be empty", param="prompt")
         low, high = min(ids), max(ids)
         if low < 0 or high >= self._vocab_size:
             bad = low if low < 0 else high
-            raise RequestError(f"token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})", param="prompt")
+            raise RequestError(f"token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})", param=param)
         return ids
 
     def _finish(self, request: TokenizeMsg, ids: list[int] | Exception) -> UserMsg | ErrorReply:
