@@ -91,7 +91,7 @@ def _plan(step: int, seqs: list[_Seq], free: list[int], page_size: int, budget: 
         if step < s.arrival or s.length >= len(s.prompt) + s.num_tokens or budget == 0:
             continue
         if s.computed == 0:
-            admissions.append(Admission(s.row, np.array(s.prompt, dtype=np.int32), s.params))
+            admissions.append(Admission(s.row, np.array(s.prompt, dtype=np.int32), s.params, len(s.prompt)))
         num_new = min(s.length - s.computed, budget)
         num_pages = -(-(s.computed + num_new) // page_size)
         if num_pages > s.num_pages:

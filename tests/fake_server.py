@@ -1,7 +1,8 @@
 """A server whose engine is a formula: everything but the model is real. Run: python -m tests.fake_server MODEL [k=v …]
 
 Keys: port, num_tokenizer, delay (seconds per step), max_seq_len, max_running,
-die (name of a worker that fails at start-up), and the access options of the real server.
+die (name of a worker that fails at start-up), answer (a file with the text of every answer, read for each),
+tools and reasoning (names of parsers), and the access options of the real server.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from minisgl.config.access import access_config
 from minisgl.config.args import args_from_options
+from minisgl.config.chat import visible_tokens
 from minisgl.config.model import ModelConfig, RopeConfig
 from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import StepPlan, StepResult
@@ -22,10 +25,12 @@ from minisgl.scheduler.transport import LeaderTransport
 from minisgl.server.launch import bind_port, run_server, worker_specs
 from minisgl.server.supervisor import WorkerSpec
 from minisgl.server.workers import Control
+from minisgl.tokenizer.tokenize import HFTextCodec
 from minisgl.utils.log import setup_logging
 
 VOCAB = 400
 ACCESS = ("api_key", "ssl_certfile", "ssl_keyfile", "cors_origin")
+EOS = 2
 
 
 class FakeHandle:
@@ -46,29 +51,47 @@ class FakeHandle:
 class FakeExecutor:
     """The token at a position is a function of the position, and of the seed unless decoding is greedy."""
 
-    def __init__(self, delay: float) -> None:
+    def __init__(self, delay: float, answer: Answer | None = None) -> None:
         self._delay = delay
+        self._answer = answer
+        self._answers: dict[int, tuple[int, list[int]]] = {}  # by row: the prompt's length, the tokens after it
         self._seeds: dict[int, int] = {}
 
     def submit(self, plan: StepPlan) -> FakeHandle:
         for admission in plan.admissions:
             greedy = admission.params.temperature == 0
             self._seeds[admission.row] = 0 if greedy else admission.params.seed or 0
-        ids = [
-            3 + (self._seeds[req.row] * 7919 + (req.start + req.num_new) * 31) % (VOCAB - 3)
-            for req in plan.reqs
-            if req.sample
-        ]
+            if self._answer is not None:
+                self._answers[admission.row] = (len(admission.token_ids), self._answer())
+        ids = [self._token(req.row, req.start + req.num_new) for req in plan.reqs if req.sample]
         return FakeHandle(StepResult(plan.step_id, ids), time.monotonic() + self._delay)
 
     def close(self) -> None:
         pass
 
+    def _token(self, row: int, position: int) -> int:
+        if self._answer is None:
+            return 3 + (self._seeds[row] * 7919 + position * 31) % (VOCAB - 3)
+        prompt_len, ids = self._answers[row]
+        return ids[min(position - prompt_len, len(ids) - 1)]
 
-def fake_scheduler(control: Control, config: SchedulerConfig, addresses: Addresses, delay: float) -> None:
-    stats = StepStats(config.num_pages)
+
+class Answer:
+    """The tokens of what a file says, and the end."""
+
+    def __init__(self, tokenizer: TokenizerConfig, file: str) -> None:
+        self._codec = HFTextCodec(tokenizer.model_path)
+        self._file = Path(file)
+
+    def __call__(self) -> list[int]:
+        return [*self._codec.encode([self._file.read_text(encoding="utf-8")], special=False)[0], EOS]
+
+
+def fake_scheduler(control: Control, config: ServerConfig, addresses: Addresses, delay: float, answer: str) -> None:
+    stats = StepStats(config.scheduler.num_pages)
     transport = LeaderTransport(addresses, 1, control.beat, stats=stats.reply)
-    scheduler = Scheduler(config, FakeExecutor(delay), transport, stats=stats)
+    executor = FakeExecutor(delay, Answer(config.tokenizer, answer) if answer else None)
+    scheduler = Scheduler(config.scheduler, executor, transport, stats=stats)
     control.ready()
     scheduler.run()
 
@@ -79,7 +102,7 @@ def broken(control: Control, *_: object) -> None:
 
 def config_for(model_path: str, port: int, num_tokenizer: int, max_seq_len: int, max_running: int) -> ServerConfig:
     model = ModelConfig("Fake", VOCAB, 8, 8, 1, 1, 1, 8, 1e-6, RopeConfig(1e4), max_seq_len)
-    scheduler = SchedulerConfig(max_running, 8192, max_seq_len, 8192, 1, eos_token_ids=(2,), check_integrity=True)
+    scheduler = SchedulerConfig(max_running, 8192, max_seq_len, 8192, 1, eos_token_ids=(EOS,), check_integrity=True)
     engine = EngineConfig(
         model_path, model, "float32", "cpu", 1, "", 8192, 1, 256, 8192, max_seq_len, "sdpa", "sdpa", 1, True
     )
@@ -99,11 +122,14 @@ def main(argv: list[str]) -> int:
     )
     given = {name: options[name] for name in ACCESS if name in options}
     config = replace(config, access=access_config(args_from_options(given)))
+    tools, reasoning = options.get("tools"), options.get("reasoning")
+    tokenizer = replace(config.tokenizer, visible_tokens=visible_tokens(tools, reasoning))
+    config = replace(config, tokenizer=tokenizer, tool_call_parser=tools, reasoning_parser=reasoning)
     delay = float(options.get("delay", 0.0))
 
     def specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]:
         made = worker_specs(config, addresses)
-        made[0] = replace(made[0], body=fake_scheduler, args=(config.scheduler, addresses, delay))
+        made[0] = replace(made[0], body=fake_scheduler, args=(config, addresses, delay, options.get("answer", "")))
         return [replace(s, body=broken, args=()) if s.name == options.get("die") else s for s in made]
 
     try:

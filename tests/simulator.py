@@ -57,7 +57,7 @@ class SimulatedEngine:
         assert plan.reqs
         assert plan.num_tokens <= self.config.max_prefill_length
         assert len({req.row for req in plan.reqs}) == len(plan.reqs), "a row is scheduled twice"
-        for row, ids, params in plan.admissions:
+        for row, ids, params, *_ in plan.admissions:
             assert params.seed is not None
             self._tokens[row] = -1
             self._page_table[row] = -1

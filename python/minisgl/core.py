@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from minisgl.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
     import numpy.typing as npt
 
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**63 - 1  # of what a client may ask for; larger numbers fit neither messages nor tensors
+MAX_LOGPROBS = 20  # alternatives at each position: OpenAI's limit
+MAX_PRIORITY = 2**31 - 1
 
 
 class FinishReason(str, Enum):
@@ -27,14 +31,47 @@ class FinishReason(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an output has to match.
+
+    kind: of `text`: "json" (a JSON schema), "regex", "choice" (a JSON list of strings) or "grammar" (Lark or EBNF).
+    prefix, suffix: texts that the output has around that. separator: with one, prefix, match and suffix come once or
+    more, with the separator between them. after: any text may come before all that, up to and with this one (the end of
+    a reasoning part). param: the field of the request that it came from.
+    """
+
+    kind: str
+    text: str
+    prefix: str = ""
+    suffix: str = ""
+    separator: str | None = None
+    after: str = ""
+    param: str = field(default="response_format", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.
 
     max_tokens: most output tokens; None means as many as the context has room for.
     temperature: 0 is greedy (arg max). top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
     seed: the same seed gives the same tokens whatever else is in the batch; None draws one.
-    stop: strings that end the output; the stop string itself is cut.
-    ignore_eos: generate past end-of-sequence tokens, up to max_tokens.
+    stop: strings that end the output; the stop string itself is cut, unless include_stop_str_in_output.
+    ignore_eos: generate past end-of-sequence tokens, up to max_tokens; a grammar's output ends there all the same.
+    stop_token_ids: end the output as end-of-sequence tokens do, also with ignore_eos.
+    min_tokens: so many output tokens come before any end; what would end it sooner is not sampled or not looked for.
+    skip_special_tokens: special tokens do not become text.
+    presence_penalty, frequency_penalty: taken from the logits of tokens that are in the output, once or for each time.
+    repetition_penalty: divides the positive logits of tokens in prompt and output, and multiplies the negative ones
+    (arXiv 1909.05858, section 4.1). 1 is off.
+    logit_bias: (token id, what is added to its logit).
+    logprobs: of each output token, and of so many most probable ones in its place; None: not wanted.
+    prompt_logprobs: the same for each prompt token but the first, which nothing precedes.
+    echo: the text begins with the prompt's. Only then may max_tokens be 0.
+    priority: of waiting requests the one with the lowest number runs first, under that policy.
+    grammar: what the output has to match; None is anything. It ends where the grammar does, so min_tokens must be 0.
+
+    Log-probabilities are the model's own: of the logits as they were before temperature, penalties and biases.
 
     Raises: RequestError naming the field whose value is out of range.
     """
@@ -47,16 +84,57 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool = False
+    priority: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        limit = self.max_tokens
-        _check(limit is None or 1 <= limit <= MAX_COUNT, "max_tokens", "at least 1 and below 2**63", limit)
+        limit, least = self.max_tokens, 0 if self.echo else 1
+        _check(limit is None or least <= limit <= MAX_COUNT, "max_tokens", f"at least {least} and below 2**63", limit)
         _check(0.0 <= self.temperature <= 100.0, "temperature", "from 0 to 100", self.temperature)
         _check(-1 <= self.top_k <= MAX_COUNT, "top_k", "at least 1 and below 2**63, or 0 for off", self.top_k)
         _check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1", self.top_p)
         _check(0.0 <= self.min_p <= 1.0, "min_p", "from 0 to 1", self.min_p)
         _check(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", "from 0 to 2**63 - 1", self.seed)
         _check(all(self.stop), "stop", "free of empty strings", list(self.stop))
+        most = MAX_COUNT if limit is None else limit
+        _check(not self.min_tokens or self.grammar is None, "min_tokens", "0 with structured output", self.min_tokens)
+        _check(0 <= self.min_tokens <= most, "min_tokens", "from 0 to max_tokens", self.min_tokens)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(-2.0 <= getattr(self, name) <= 2.0, name, "from -2 to 2", getattr(self, name))
+        penalty = self.repetition_penalty
+        _check(0.0 < penalty <= 100.0, "repetition_penalty", "above 0 and at most 100", penalty)
+        for token, bias in self.logit_bias:
+            _check(-100.0 <= bias <= 100.0, "logit_bias", "from -100 to 100 for each token", {token: bias})
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            _check(count is None or 0 <= count <= MAX_LOGPROBS, name, f"from 0 to {MAX_LOGPROBS}", count)
+        _check(abs(self.priority) <= MAX_PRIORITY, "priority", f"from -{MAX_PRIORITY} to {MAX_PRIORITY}", self.priority)
+
+    def end_ids(self, eos: Iterable[int]) -> tuple[int, ...]:
+        """The tokens that end the output, where the model's end-of-sequence tokens are these."""
+        return (*self.stop_token_ids, *(() if self.ignore_eos else eos))
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None or self.prompt_logprobs is not None
+
+    @property
+    def has_logit_rules(self) -> bool:
+        """Whether its logits are changed before a token is sampled from them; `min_tokens` aside."""
+        return bool(
+            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.logit_bias
+        )
 
 
 def _check(valid: bool, name: str, expected: str, value: object) -> None:
@@ -97,6 +175,11 @@ class Req:
     started: bool = False  # was ever admitted
     preempted: bool = False  # retract as soon as no step in flight touches it
     failed: bool = False  # what it computed must not be reused
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the chunks so far, until its first output
+
+    @property
+    def has_output(self) -> bool:
+        return len(self.tokens) > self.prompt_len
 
 
 class Admission(NamedTuple):
@@ -105,6 +188,8 @@ class Admission(NamedTuple):
     row: int
     token_ids: npt.NDArray[np.int32]  # every id known so far: the prompt, and after a retraction the output
     params: SamplingParams  # `seed` is never None here
+    prompt_len: int = 0  # how many of `token_ids` are prompt
+    end_ids: tuple[int, ...] = ()  # ids that must not be sampled while the output has fewer than `min_tokens`
 
 
 class PageUpdate(NamedTuple):
@@ -129,6 +214,23 @@ class ScheduledReq(NamedTuple):
     sample: bool
 
 
+class BitmaskWords(Protocol):
+    """Rows of words: an array, or what behaves like one."""
+
+    def __getitem__(self, index: int, /) -> npt.NDArray[np.int32]: ...
+
+
+class TokenBitmask(NamedTuple):
+    """Which tokens some rows may sample: bit t % 32 of word t // 32 is set if token t is allowed.
+
+    words: [len(samples), ceil(vocab_size / 32)] int32; None on ranks above 0, which do not sample. It may wait for the
+    step before to end when it is first indexed, so that is done as late as can be.
+    """
+
+    samples: tuple[int, ...]  # indices into the plan's requests with `sample`, ascending
+    words: BitmaskWords | None
+
+
 class StepPlan(NamedTuple):
     """What the engine computes in one step. Plans are executed in order; a later one may rely on an earlier one's KV.
 
@@ -139,6 +241,7 @@ class StepPlan(NamedTuple):
     admissions: tuple[Admission, ...]
     page_updates: tuple[PageUpdate, ...]
     reqs: tuple[ScheduledReq, ...]
+    bitmask: TokenBitmask | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -149,8 +252,23 @@ class StepPlan(NamedTuple):
         return all(req.num_new == 1 and req.sample for req in self.reqs)
 
 
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities of n tokens and of the k most probable ones in the place of each, in descending order."""
+
+    chosen: npt.NDArray[np.float32]  # [n]
+    top_ids: npt.NDArray[np.int32]  # [n, k]
+    top: npt.NDArray[np.float32]  # [n, k]
+
+
 class StepResult(NamedTuple):
-    """The sampled ids, one per `ScheduledReq` with `sample`, in plan order; -1 where the logits were not finite."""
+    """The sampled ids, one per `ScheduledReq` with `sample`, in plan order; -1 where the logits were not finite.
+
+    Log-probabilities are there on rank 0, for the requests that want them: of sampled tokens by index into
+    `token_ids`; of the prompt tokens from start + 1 to start + num_new, as far as they are prompt, by index into the
+    plan's requests.
+    """
 
     step_id: int
     token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] | None = None
+    prompt_logprobs: dict[int, TokenLogprobs] | None = None

@@ -6,10 +6,11 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
@@ -260,3 +261,20 @@ def test_a_response_that_is_aborted_or_fails(start: Callable[..., Server], model
     failed = kinds_after(lambda _: server.child("minisgl-TP0-scheduler").kill())[-1]
     assert (failed.type, failed.response.status) == ("response.failed", "failed")
     assert "minisgl-TP0-scheduler" in failed.response.error.message
+
+
+class Verdict(pydantic.BaseModel):
+    good: bool
+    marks: Literal[1, 2, 3]
+
+
+def test_parsed_responses_have_the_form_that_is_asked_for(client: openai.OpenAI, http: httpx.Client) -> None:
+    made = client.responses.parse(model="tiny", input="hello", text_format=Verdict, max_output_tokens=60)
+    assert isinstance(made.output_parsed, Verdict)
+    assert made.status == "completed"
+    assert made.text is not None
+    assert made.text.format is not None
+    assert made.text.format.type == "json_schema"
+    bad = {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}
+    answer = http.post("/v1/responses", json={"input": "hello", "text": {"format": bad}})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "text.format")

@@ -25,6 +25,12 @@ from tests.integration.test_llm import (
     test_streams_can_be_read_in_turn_and_left_early,
     with_tokenizer,
 )
+from tests.integration.test_llm_sampling import (
+    test_ends_before_min_tokens_are_not_sampled,
+    test_frequency_and_presence_follow_the_formula,
+    test_logprobs_equal_hugging_face_s,
+    test_penalties_biases_and_plain_requests_in_one_batch,
+)
 from tests.models import hf_generate, tiny_model
 
 __all__ = [
@@ -33,8 +39,12 @@ __all__ = [
     "model",
     "test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch",
     "test_bad_prompts_are_refused_before_anything_runs",
+    "test_ends_before_min_tokens_are_not_sampled",
     "test_every_family_through_the_planner",
+    "test_frequency_and_presence_follow_the_formula",
     "test_greedy_tokens_do_not_depend_on_the_schedule",
+    "test_logprobs_equal_hugging_face_s",
+    "test_penalties_biases_and_plain_requests_in_one_batch",
     "test_seeded_sampling_survives_retraction",
     "test_streams_can_be_read_in_turn_and_left_early",
 ]

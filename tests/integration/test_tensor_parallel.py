@@ -18,6 +18,7 @@ from tests.driver import GREEDY, engine_config, generate
 from tests.models import random_prompt, tiny_model
 
 PARAMS = [GREEDY, SamplingParams(temperature=0.9, seed=5), SamplingParams(top_k=30, top_p=0.9, seed=6), GREEDY]
+PARAMS += [SamplingParams(seed=7, repetition_penalty=1.3, frequency_penalty=0.5, logprobs=2, prompt_logprobs=1)]
 PROMPTS = [random_prompt(4 + 9 * i, seed=i) for i in range(len(PARAMS))]
 
 

@@ -69,13 +69,15 @@ async def test_a_slow_reader_gets_everything_at_once(frontend: Frontend, peers: 
     stream = frontend.submit(PROMPT, PARAMS)
     peers.outbox.send(
         [
-            UserReply(stream.uid, "a", b"\1\0\0\0", 3, 1, 2),
+            UserReply(stream.uid, "a", b"\1\0\0\0", 3, 1, 2, prompt_end="<think>"),
             UserReply(stream.uid, "b", b"\2\0\0\0", 3, 2, 2, finish_reason=FinishReason.STOP),
         ]
     )
     await asyncio.sleep(0.1)
     (reply,) = [reply async for reply in stream]
-    expected = UserReply(stream.uid, "ab", b"\1\0\0\0\2\0\0\0", 3, 2, 2, finish_reason=FinishReason.STOP)
+    expected = UserReply(
+        stream.uid, "ab", b"\1\0\0\0\2\0\0\0", 3, 2, 2, finish_reason=FinishReason.STOP, prompt_end="<think>"
+    )
     assert reply == expected
 
 

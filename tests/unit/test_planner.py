@@ -214,6 +214,38 @@ def test_lpm_prefers_the_longest_cached_prefix_but_takes_the_oldest_in_turn() ->
     assert order.index(1) < 8, "a request that matches nothing does not wait for ever"
 
 
+def test_priority_takes_the_lowest_number_and_of_equal_ones_the_oldest() -> None:
+    driver = Driver(replace(CONFIG, schedule_policy="priority", max_running_requests=1))
+    priorities = [0, 5, -1, 5, 0, -7]
+    for uid, priority in enumerate(priorities):
+        driver.planner.add(uid, prompt(6, start=uid), SamplingParams(max_tokens=2, seed=0, priority=priority))
+    driver.finish()
+    assert list(driver.reasons) == [5, 2, 0, 4, 1, 3]
+
+
+def test_a_retracted_request_comes_first_among_its_equals() -> None:
+    """However many others wait, with whatever priority; all outputs are exact."""
+    config = replace(CONFIG, schedule_policy="priority", num_pages=16)
+    driver = Driver(config)
+    for uid in range(6):
+        params = replace(ENDLESS, priority=uid % 2)
+        driver.planner.add(uid, prompt(12, start=3 * uid), params)
+    driver.finish()
+    for uid in range(6):
+        assert driver.outputs[uid] == expected_output(prompt(12, start=3 * uid), 52, ())
+
+
+def test_stop_token_ids_end_a_request_after_min_tokens() -> None:
+    driver, full = Driver(), expected_output(prompt(6), 46, ())
+    for uid, (least, include) in enumerate([(0, False), (full.index(full[9]) + 1, True)]):
+        params = replace(ENDLESS, stop_token_ids=(full[9],), min_tokens=least, include_stop_str_in_output=include)
+        driver.planner.add(uid, prompt(6), params)
+    driver.finish()
+    first = full.index(full[9])
+    assert driver.outputs[0] == full[: first + 1]
+    assert len(driver.outputs[1]) > first + 1  # an engine would not even have sampled it
+
+
 def test_a_failed_step_ends_running_requests_and_nothing_it_computed_is_reused() -> None:
     driver = Driver()
     driver.planner.add(0, prompt(12), ENDLESS)

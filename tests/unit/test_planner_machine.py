@@ -10,10 +10,12 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import FinishReason, SamplingParams, StepPlan
+from minisgl.core import FinishReason, Grammar, SamplingParams, StepPlan
 from minisgl.errors import EngineError
 from minisgl.scheduler.planner import Planner, ReqOutput
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
+
+GRAMMAR = Grammar("regex", ".*")
 
 
 class PlannerMachine(RuleBasedStateMachine):
@@ -23,7 +25,7 @@ class PlannerMachine(RuleBasedStateMachine):
         rows=st.integers(1, 6),
         budget=st.sampled_from([1, 3, 7, 64]),
         cache=st.sampled_from(["radix", "radix", "naive"]),
-        policy=st.sampled_from(["fcfs", "lpm"]),
+        policy=st.sampled_from(["fcfs", "lpm", "priority"]),
         depth=st.integers(0, 2),
     )
     def start(
@@ -77,15 +79,20 @@ class PlannerMachine(RuleBasedStateMachine):
         fresh=st.lists(st.integers(0, 4), max_size=20),
         max_tokens=st.integers(1, 30),
         ignore_eos=st.booleans(),
+        grammar=st.booleans(),
     )
-    def add(self, shared: int, keep: int, fresh: list[int], max_tokens: int, ignore_eos: bool) -> None:
+    def add(self, shared: int, keep: int, fresh: list[int], max_tokens: int, ignore_eos: bool, grammar: bool) -> None:
         base = self.history[shared % len(self.history)] if self.history else []
         prompt = (base[:keep] + fresh)[:39] or [1]
         uid = len(self.prompts)
-        self.prompts[uid] = (prompt, min(40, len(prompt) + max_tokens), ignore_eos)
+        self.prompts[uid] = (prompt, min(40, len(prompt) + max_tokens), ignore_eos and not grammar)
         self.outputs[uid] = []
         self.history.append(prompt)
-        self.take(self.planner.add(uid, prompt, SamplingParams(max_tokens=max_tokens, seed=0, ignore_eos=ignore_eos)))
+        held_to = GRAMMAR if grammar else None
+        params = SamplingParams(
+            max_tokens=max_tokens, seed=0, ignore_eos=ignore_eos, grammar=held_to, priority=-(uid % 3)
+        )
+        self.take(self.planner.add(uid, prompt, params))
 
     @rule(pick=st.integers(0, 1_000))
     def abort(self, pick: int) -> None:
@@ -100,11 +107,23 @@ class PlannerMachine(RuleBasedStateMachine):
         for _ in range(count):
             plan = self.planner.plan()
             if plan is not None:
+                self.check_bitmask(plan)
                 self.inflight.append((plan, self.engine.submit(plan)))
                 self.touched[plan.step_id] = self.engine.pages_of(plan)
             if len(self.inflight) > self.depth or (plan is None and self.inflight):
                 self.retire()
             self.planner.check_integrity()
+
+    def check_bitmask(self, plan: StepPlan) -> None:
+        """Of a token that has to match a grammar, all before it are known, or sampled by the steps in flight."""
+        reqs = self.planner.masked_reqs
+        rows = [req.row for req in plan.reqs if req.sample]
+        assert [rows[index] for index in (plan.bitmask.samples if plan.bitmask else ())] == [req.row for req in reqs]
+        for req in reqs:
+            unknown = req.num_tokens - 1 - len(req.tokens)
+            rows = [[share.row for share in step.reqs if share.sample] for step, _ in self.inflight]
+            assert req.params.grammar is not None and unknown == sum(req.row in some for some in rows)
+            assert req.tokens == self.history[req.uid] + self.outputs[req.uid]
 
     @precondition(lambda self: self.inflight)
     @rule()

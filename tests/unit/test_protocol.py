@@ -103,7 +103,7 @@ FIELDS = sorted(
 @settings(deadline=None)
 @given(
     body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4),
-    message=st.dictionaries(st.sampled_from(["role", "content", "name", "tool_calls", "x"]), JSON),
+    message=st.dictionaries(st.sampled_from(["role", "content", "name", "tool_calls", "tool_call_id", "x"]), JSON),
 )
 def test_any_json_is_taken_or_refused(body: dict[str, Any], message: dict[str, Any]) -> None:
     for data in (body, {"messages": [message], **body}, {"messages": HELLO, **body}, {"prompt": "a", **body}):

@@ -130,7 +130,7 @@ class Moody(HFTextCodec):
             raise RuntimeError("secret")
         return super().encode(texts, special=special)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         if 13 in token_ids:
             raise RuntimeError("secret")
         return super().decode(token_ids)

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from minisgl.config.chat import REASONING_PARSERS, TOOL_PARSERS
 from minisgl.env import boolean
 from minisgl.errors import ConfigError
 
@@ -190,10 +191,22 @@ class ServerArgs:
         integer(0, 64), 0, "tokenizer processes; 0 shares the detokenizer's", "--tokenizer-count"
     )
     schedule_policy: str = _option(
-        _choice("fcfs", "lpm"), "fcfs", "order of waiting requests: fcfs or lpm (longest prefix match)"
+        _choice("fcfs", "lpm", "priority"),
+        "fcfs",
+        "order of waiting requests: fcfs, lpm (longest prefix match) or priority (lowest number first)",
     )
     disable_overlap: bool = _option(boolean, False, "run scheduling and execution in turn")
     dummy_weight: bool = _option(boolean, False, "random weights from config.json alone, for benchmarks")
+    tool_call_parser: str | None = _option(
+        _auto(_choice(*TOOL_PARSERS, "none")),
+        None,
+        f"format of the model's tool calls: auto (from the chat template), {', '.join(TOOL_PARSERS)} or none",
+    )
+    reasoning_parser: str | None = _option(
+        _auto(_choice(*REASONING_PARSERS, "none")),
+        None,
+        f"format of the model's reasoning: auto (from the chat template), {', '.join(REASONING_PARSERS)} or none",
+    )
     shell: bool = _option(boolean, False, "interactive shell instead of HTTP", "--shell-mode")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from minisgl.config.access import access_config
 from minisgl.config.args import ServerArgs
+from minisgl.config.chat import choose_reasoning_parser, choose_tool_parser, read_chat_template, visible_tokens
 from minisgl.config.cuda import choose_device, cuda_engine
 from minisgl.config.locate import locate_model
 from minisgl.config.memory import cpu_pages, fit_seq_len
@@ -32,13 +33,14 @@ class ModelFiles:
     path: Path
     model: ModelConfig
     default_sampling: dict[str, float | int]
+    chat_template: str = ""
 
 
 def prepare(args: ServerArgs) -> ServerConfig:
     """Find the model, look at the machine, and resolve. Raises: ConfigError."""
     access = access_config(args)
     path = locate_model(args.model_path, args.model_source)
-    files = ModelFiles(path, read_model_config(path), read_default_sampling(path))
+    files = ModelFiles(path, read_model_config(path), read_default_sampling(path), read_chat_template(path))
     return replace(resolve(args, files, probe()), access=access)
 
 
@@ -81,15 +83,20 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         eos_token_ids=model.eos_token_ids,
         overlap=not args.disable_overlap,
     )
+    tool_call_parser = choose_tool_parser(args.tool_call_parser, files.chat_template)
+    reasoning_parser = choose_reasoning_parser(args.reasoning_parser, files.chat_template)
+    visible = visible_tokens(tool_call_parser, reasoning_parser)
     return ServerConfig(
         engine=engine,
         scheduler=scheduler,
-        tokenizer=TokenizerConfig(path, engine.max_seq_len, model.vocab_size),
+        tokenizer=TokenizerConfig(path, engine.max_seq_len, model.vocab_size, visible),
         num_tokenizer=args.num_tokenizer,
         served_model_name=args.served_model_name or args.model_path or "minisgl-demo",
         host=args.host,
         port=args.port,
         default_sampling=files.default_sampling,
+        tool_call_parser=tool_call_parser,
+        reasoning_parser=reasoning_parser,
     )
 
 

@@ -44,7 +44,7 @@ class SchedulerConfig:
     num_pages: int  # of the engine: `Engine.num_pages`
     page_size: int  # tokens
     cache_type: str = "radix"  # "radix" | "naive"
-    schedule_policy: str = "fcfs"  # "fcfs" | "lpm"
+    schedule_policy: str = "fcfs"  # "fcfs" | "lpm" | "priority"
     eos_token_ids: tuple[int, ...] = ()
     overlap: bool = True
     check_integrity: bool = False  # walk all pages after every step; a mismatch is fatal
@@ -57,6 +57,7 @@ class TokenizerConfig:
     model_path: str  # a local directory
     max_seq_len: int
     vocab_size: int  # of the model: ids from here on cannot be prompts
+    visible_tokens: tuple[str, ...] = ()  # special tokens that are part of the output's text nevertheless
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,4 +117,6 @@ class ServerConfig:
     host: str
     port: int
     default_sampling: dict[str, float | int]  # from generation_config.json: temperature, top_p, top_k, min_p
+    tool_call_parser: str | None = None  # None: the format of tool calls is not known
+    reasoning_parser: str | None = None  # None: the model does not reason, as far as the server knows
     access: AccessConfig = AccessConfig()

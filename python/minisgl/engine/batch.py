@@ -10,6 +10,8 @@ import torch
 
 from minisgl.attention.base import AttentionBatch, IntArray
 from minisgl.core import StepPlan
+from minisgl.engine.logits import LogitRules
+from minisgl.engine.logprobs import LogprobRules
 from minisgl.utils.math import div_ceil
 
 
@@ -63,10 +65,14 @@ class RowTables:
         self._top_p = np.ones(num_rows, dtype=np.float32)
         self._min_p = np.zeros(num_rows, dtype=np.float32)
         self._seed = np.zeros(num_rows, dtype=np.uint64)
+        self.logit_rules = LogitRules()
+        self.logprob_rules = LogprobRules()
 
     def apply(self, plan: StepPlan) -> None:
         """Write the plan's admissions and page updates."""
-        for row, _, params in plan.admissions:
+        self.logit_rules.apply(plan.admissions)
+        self.logprob_rules.apply(plan.admissions)
+        for row, _, params, *_ in plan.admissions:
             self._temperature[row], self._top_k[row] = params.temperature, max(params.top_k, 0)
             self._top_p[row], self._min_p[row] = params.top_p, params.min_p
             assert params.seed is not None
@@ -95,7 +101,7 @@ class Tables(RowTables):
 
     def apply(self, plan: StepPlan) -> None:
         super().apply(plan)
-        for row, ids, _ in plan.admissions:
+        for row, ids, *_ in plan.admissions:
             self.token_ids[row, : len(ids)] = ids
 
     def build(self, plan: StepPlan) -> Batch:

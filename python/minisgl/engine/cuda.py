@@ -7,8 +7,7 @@ that is not in the graph (prompts and pages that rows gain, steps with prefill) 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,10 +17,13 @@ import torch
 
 from minisgl.attention.base import AttentionBatch, IntArray, PagedBatch, PagedStep, StepContext
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan, StepResult
+from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.batch import RowTables
 from minisgl.engine.device import NUM_BUFFERS, Staging, StepTensors, layout, open_gpu
 from minisgl.engine.graph import DecodeGraphs
+from minisgl.engine.launched import CudaHandle, Launched
+from minisgl.engine.logits import LogitStep, on, process
+from minisgl.engine.logprobs import DeviceLogprobs, LogprobStep, report
 from minisgl.engine.runner import ModelShard
 from minisgl.errors import ConfigError, EngineError
 from minisgl.utils.math import div_ceil
@@ -31,34 +33,7 @@ logger = logging.getLogger(__name__)
 Tensor = torch.Tensor
 
 WARM_UP_TOKENS = (64, 512, 2048)
-_POLL_SECONDS = 2e-5
 _GRAPH_RESERVE = 512 << 20  # bytes for graphs and library workspaces that the largest step did not show
-
-
-class CudaHandle:
-    """A launched step; see `scheduler.executor.StepHandle`."""
-
-    def __init__(self, step_id: int, event: torch.cuda.Event, ids: Tensor, order: IntArray | None) -> None:
-        self._step_id, self._event, self._ids, self._order = step_id, event, ids, order
-        self.error: Exception | None = None
-
-    def wait(self, timeout: float | None = None) -> bool:
-        deadline = None if timeout is None else time.perf_counter() + timeout
-        try:
-            while self.error is None and not self._event.query():
-                if deadline is not None and time.perf_counter() > deadline:
-                    return False
-                time.sleep(_POLL_SECONDS)
-        except RuntimeError as error:  # CUDA reports here what went wrong on the device
-            self.error = error
-        return True
-
-    def result(self) -> StepResult:
-        self.wait()
-        if self.error is not None:
-            raise EngineError(f"step {self._step_id} failed: {self.error}") from self.error
-        ids = self._ids if self._order is None else self._ids[torch.from_numpy(self._order)]
-        return StepResult(self._step_id, ids.tolist())
 
 
 class CudaRunner:
@@ -146,28 +121,27 @@ class CudaRunner:
         event = torch.cuda.Event()
         try:
             with self._on_device():
-                ids, order = self._launch(plan)
-                out = self._out[plan.step_id % NUM_BUFFERS][: len(ids)]
-                out.copy_(ids, non_blocking=True)
+                launched = self._launch(plan)
+                out = self._out[plan.step_id % NUM_BUFFERS][: len(launched.ids)]
+                out.copy_(launched.ids, non_blocking=True)
                 event.record()
-                return CudaHandle(plan.step_id, event, out, order)
+                return CudaHandle(plan.step_id, event, launched._replace(ids=out))
         except Exception as error:
             logger.exception("step %d failed", plan.step_id)
-            handle = CudaHandle(plan.step_id, event, self._out[0][:0], None)
+            handle = CudaHandle(plan.step_id, event, Launched(self._out[0][:0]))
             handle.error = error
             return handle
 
-    def _launch(self, plan: StepPlan) -> tuple[Tensor, IntArray | None]:
-        """→ sampled ids on the device, and the order in which the plan wants them (None: this one)."""
+    def _launch(self, plan: StepPlan) -> Launched:
         self._tables.apply(plan)
         if not plan.reqs:
-            return self._token_ids[0, :0], None
+            return Launched(self._token_ids[0, :0])
         size = self._graphs.size_for(len(plan.reqs)) if plan.is_decode_only else None
         if size is not None:
-            return self._launch_graph(plan, size), None
+            return self._launch_graph(plan, size)
         return self._launch_eager(plan)
 
-    def _launch_graph(self, plan: StepPlan, size: int) -> Tensor:
+    def _launch_graph(self, plan: StepPlan, size: int) -> Launched:
         rows, starts = np.array(plan.reqs, dtype=np.int64).T[:2]
         num, arrays = len(rows), self._padding(size)
         for name in ("rows", "token_rows", "sample_rows"):
@@ -179,7 +153,38 @@ class CudaRunner:
         self._flush(plan)
         if (plan_decode := getattr(self._backend, "plan_decode", None)) is not None:
             plan_decode(self._paged_padded(tensors, arrays), True)
-        return self._graphs.replay(size)[:num]
+        ids = self._graphs.replay(size)[:num]
+        steps = self._tables.logit_rules.steps(rows, starts + 1, plan.bitmask)
+        wanted = self._tables.logprob_rules.sampled(rows)
+        if not steps and wanted is None:
+            return Launched(ids)
+        logits = self._graphs.logits(size)
+        self._sample_again(logits, steps, tensors, ids)
+        return Launched(ids, None, self._report(wanted, logits, ids))
+
+    def _sample_again(self, logits: Tensor, steps: Sequence[LogitStep], tensors: StepTensors, ids: Tensor) -> None:
+        """Sample some rows from changed logits, in place of what the step has sampled for them: so a captured step
+        stays whole, and those that need nothing pay nothing."""
+        ops, comm = self._shard.ops, self._shard.comm
+        for step in steps:
+            index = on(self._device, step.samples)
+            t = (tensors.temperature, tensors.top_k, tensors.top_p, tensors.min_p, tensors.seed)
+            temperature, top_k, top_p, min_p, seed = (x.index_select(0, index) for x in t)
+            position, rows = tensors.sample_position.index_select(0, index), tensors.sample_rows.index_select(0, index)
+            new = torch.empty(len(index), dtype=torch.int32, device=self._device)
+            if comm.rank == 0:
+                changed = process(logits, step, self._token_ids)
+                ops.sample(changed, temperature, top_k, top_p, min_p, seed, position, new)
+            new = comm.broadcast(new)
+            ops.store_ids(self._token_ids, rows, position, new)
+            ids.index_copy_(0, index, new)
+
+    def _report(self, wanted: LogprobStep | None, logits: Tensor, ids: Tensor) -> DeviceLogprobs | None:
+        """Log-probabilities of sampled tokens, on rank 0."""
+        if wanted is None or self._shard.comm.rank > 0:
+            return None
+        chosen = ids.index_select(0, on(self._device, wanted.index))
+        return report(wanted, lambda index: logits.index_select(0, index), chosen, self._device)
 
     def _put_sampling(self, arrays: dict[str, Any], rows: IntArray, positions: IntArray) -> None:
         params = self._tables.sampling(rows, positions)
@@ -200,8 +205,8 @@ class CudaRunner:
         arrays["cu_q"], arrays["logit_tokens"] = np.arange(size + 1), np.arange(size)
         return arrays
 
-    def _decode(self, size: int) -> Tensor:
-        """What is captured: a decode step from the staging buffer."""
+    def _decode(self, size: int) -> tuple[Tensor, Tensor]:
+        """What is captured: a decode step from the staging buffer. → its ids and logits."""
         arrays, counts = self._padding(size), (size, size, size)
         tensors = self._staging.tensors(counts)
         batch = self._paged_padded(tensors, arrays)
@@ -210,7 +215,8 @@ class CudaRunner:
             self._staging.flush()
             if (plan_decode := getattr(self._backend, "plan_decode", None)) is not None:
                 plan_decode(batch, True)
-        return self._compute(tensors, PagedStep(size, batch, None), None)
+        logits = self._shard.model.logits(self._hidden(tensors, PagedStep(size, batch, None)), None)
+        return self._sample(logits, tensors), logits
 
     def _paged_padded(self, tensors: StepTensors, arrays: dict[str, Any]) -> PagedBatch:
         rows, starts = arrays["rows"], arrays["positions"]
@@ -218,7 +224,7 @@ class CudaRunner:
         host = AttentionBatch(rows, starts, ones, arrays["cu_q"], self._tables.pages, self._config.page_size)
         return self._paged(tensors, slice(0, len(rows)), 1, self._config.max_seq_len, host)
 
-    def _launch_eager(self, plan: StepPlan) -> tuple[Tensor, IntArray | None]:
+    def _launch_eager(self, plan: StepPlan) -> Launched:
         table = np.array(plan.reqs, dtype=np.int64)
         order = np.argsort(table[:, 2] > 1, kind="stable")  # decode first
         rows, starts, num_new, samples = table[order].T
@@ -238,8 +244,26 @@ class CudaRunner:
         self._flush(plan)
         host = AttentionBatch(rows, starts, num_new, offsets, self._tables.pages, self._config.page_size)
         metadata = self._backend.prepare(replace(host, paged=self._paged_step(tensors, host)))
-        ids = self._compute(tensors, metadata, tensors.logit_tokens)
-        return ids, np.argsort(order[sampling])
+        hidden = self._hidden(tensors, metadata)
+        ranks = np.argsort(order)
+        of_prompts = self._prompt_logprobs(plan, hidden, offsets[ranks])
+        logits = self._shard.model.logits(hidden, tensors.logit_tokens)
+        if not len(logits):
+            return Launched(self._token_ids[0, :0], None, None, of_prompts)
+        ids = self._sample(logits, tensors)
+        in_plan = order[sampling].argsort()  # where the plan's samples are here
+        here = None if plan.bitmask is None else tuple(in_plan[list(plan.bitmask.samples)].tolist())
+        bitmask = None if plan.bitmask is None or here is None else plan.bitmask._replace(samples=here)
+        self._sample_again(logits, self._tables.logit_rules.steps(sample_rows, columns, bitmask), tensors, ids)
+        reported = self._report(self._tables.logprob_rules.sampled(sample_rows), logits, ids)
+        return Launched(ids, in_plan, reported, of_prompts)
+
+    def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor, offsets: IntArray) -> DeviceLogprobs | None:
+        """Every rank takes part: each has a share of the logits."""
+        wanted = self._tables.logprob_rules.prompt(plan.reqs, offsets)
+        if wanted is None:
+            return None
+        return report(wanted, lambda index: self._shard.model.logits(hidden, index), None, self._device)
 
     def _paged_step(self, tensors: StepTensors, batch: AttentionBatch) -> PagedStep:
         num, lens = int((batch.num_new == 1).sum()), batch.seq_lens
@@ -269,7 +293,7 @@ class CudaRunner:
 
     def _flush(self, plan: StepPlan) -> None:
         """Send the step's buffer, with the prompts and pages that rows gain in it, and write those to the tables."""
-        prompts = [(row, ids, self._staging.put(ids)) for row, ids, _ in plan.admissions]
+        prompts = [(row, ids, self._staging.put(ids)) for row, ids, *_ in plan.admissions]
         pages = self._put_pages(plan)
         self._staging.flush()
         for row, ids, staged in prompts:
@@ -293,10 +317,9 @@ class CudaRunner:
         )
         return first, second
 
-    def _compute(self, tensors: StepTensors, metadata: Any, logit_tokens: Tensor | None) -> Tensor:
-        """Run the model and sample: [n] int32, written to the token table too."""
-        ops, comm = self._shard.ops, self._shard.comm
-        input_ids, slots, rope = ops.step_inputs(
+    def _hidden(self, tensors: StepTensors, metadata: Any) -> Tensor:
+        """Run the model's layers: [num_tokens, hidden]."""
+        input_ids, slots, rope = self._shard.ops.step_inputs(
             tensors.token_rows,
             tensors.positions,
             self._token_ids,
@@ -304,12 +327,15 @@ class CudaRunner:
             self._config.page_size,
             self._angles,
         )
-        step = StepContext(slots, rope, self._kv, self._backend, metadata)
-        logits = self._shard.model(input_ids, step, logit_tokens)
-        if not len(logits):
-            return self._token_ids[0, :0]
+        hidden: Tensor = self._shard.model.hidden(
+            input_ids, StepContext(slots, rope, self._kv, self._backend, metadata)
+        )
+        return hidden
+
+    def _sample(self, logits: Tensor, tensors: StepTensors) -> Tensor:
+        """[n] int32, written to the token table too."""
+        ops, comm, t = self._shard.ops, self._shard.comm, tensors
         ids = torch.empty(len(logits), dtype=torch.int32, device=self._device)
-        t = tensors
         params = (t.temperature, t.top_k, t.top_p, t.min_p, t.seed, t.sample_position)
         if comm.size == 1:
             return ops.sample(logits, *params, ids, self._token_ids, t.sample_rows)

@@ -15,7 +15,8 @@ from minisgl.engine.runner import Runner
 from minisgl.errors import EngineError
 
 if TYPE_CHECKING:
-    from minisgl.engine.cuda import CudaHandle, CudaRunner
+    from minisgl.engine.cuda import CudaRunner
+    from minisgl.engine.launched import CudaHandle
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +27,10 @@ class Handle:
     def __init__(self, plan: StepPlan) -> None:
         self.plan = plan
         self._done = threading.Event()
-        self._token_ids: list[int] = []
-        self._error: BaseException | None = None
+        self._result: StepResult | Exception = StepResult(plan.step_id, [])
 
-    def finish(self, token_ids: list[int], error: BaseException | None = None) -> None:
-        self._token_ids, self._error = token_ids, error
+    def finish(self, result: StepResult | Exception) -> None:
+        self._result = result
         self._done.set()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -38,9 +38,9 @@ class Handle:
 
     def result(self) -> StepResult:
         self._done.wait()
-        if self._error is not None:
-            raise EngineError(f"step {self.plan.step_id} failed: {self._error}") from self._error
-        return StepResult(self.plan.step_id, self._token_ids)
+        if isinstance(self._result, Exception):
+            raise EngineError(f"step {self.plan.step_id} failed: {self._result}") from self._result
+        return self._result
 
 
 class ThreadedRunner:
@@ -69,7 +69,7 @@ class ThreadedRunner:
                     handle.finish(self.runner.execute(handle.plan))
                 except Exception as error:
                     logger.exception("step %d failed", handle.plan.step_id)
-                    handle.finish([], error)
+                    handle.finish(error)
         self.runner.close()
 
 

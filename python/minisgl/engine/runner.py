@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import time
 
+import numpy as np
 import torch
 
 from minisgl.attention.base import AttentionBackend, StepContext
 from minisgl.attention.registry import create_backend
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import StepPlan
+from minisgl.core import StepPlan, StepResult, TokenBitmask, TokenLogprobs
 from minisgl.distributed.comm import create_communicator
 from minisgl.distributed.info import DistributedInfo
 from minisgl.engine.batch import Batch, Tables
+from minisgl.engine.logits import process
+from minisgl.engine.logprobs import report
 from minisgl.engine.sample import sample
 from minisgl.errors import ConfigError
 from minisgl.kernel.ops import create_ops
@@ -80,34 +83,62 @@ class Runner:
         """Called first by the thread that executes steps: OpenMP keeps its number of threads per thread."""
         torch.set_num_threads(self._num_threads)
 
-    def execute(self, plan: StepPlan) -> list[int]:
-        """The sampled ids of a plan, which are input of the plans after it."""
+    def execute(self, plan: StepPlan) -> StepResult:
+        """What a plan yields; its ids are input of the plans after it."""
         self._tables.apply(plan)
         if not plan.reqs:
-            return []
+            return StepResult(plan.step_id, [])
         batch = self._tables.build(plan)
-        logits = self.forward(batch)
+        hidden = self._hidden(batch)
+        prompts = self._prompt_logprobs(plan, batch, hidden)
+        logits = self._shard.model.logits(hidden, batch.logit_tokens)
         if not len(batch.sampling.position):
-            return []
-        token_ids: list[int] = self._sample(logits, batch).tolist()
+            return StepResult(plan.step_id, [], None, prompts)
+        ids = self._sample(logits, batch, plan.bitmask)
+        token_ids: list[int] = ids.tolist()
         self._tables.store_sampled(batch.sampled_at, token_ids)
-        return token_ids
+        return StepResult(plan.step_id, token_ids, self._logprobs(logits, batch, ids), prompts)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits of the tokens that sample: [n, vocab_size]."""
-        metadata = self._backend.prepare(batch.attention)
-        step = StepContext(batch.slots, self._shard.rope(batch.positions), self._kv, self._backend, metadata)
-        logits: torch.Tensor = self._shard.model(batch.input_ids, step, batch.logit_tokens)
+        logits: torch.Tensor = self._shard.model.logits(self._hidden(batch), batch.logit_tokens)
         return logits
 
-    def _sample(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        metadata = self._backend.prepare(batch.attention)
+        step = StepContext(batch.slots, self._shard.rope(batch.positions), self._kv, self._backend, metadata)
+        hidden: torch.Tensor = self._shard.model.hidden(batch.input_ids, step)
+        return hidden
+
+    def _sample(self, logits: torch.Tensor, batch: Batch, bitmask: TokenBitmask | None) -> torch.Tensor:
         """Rank 0 decides, so that rounding cannot make ranks differ."""
-        comm = self._shard.comm
-        if comm.rank == 0:
-            ids = sample(logits, batch.sampling)
-        else:
-            ids = torch.empty(len(batch.sampling.position), dtype=torch.int64)
+        comm, params = self._shard.comm, batch.sampling
+        if comm.rank > 0:
+            return comm.broadcast(torch.empty(len(params.position), dtype=torch.int64))
+        steps = self._tables.logit_rules.steps(*batch.sampled_at, bitmask)
+        if not steps:
+            return comm.broadcast(sample(logits, params))
+        ids = torch.empty(len(params.position), dtype=torch.int64)
+        plain = np.setdiff1d(np.arange(len(ids)), np.concatenate([step.samples for step in steps]))
+        if len(plain):
+            ids[plain] = sample(logits[plain], params.select(plain))
+        for step in steps:
+            changed = process(logits, step, torch.from_numpy(self._tables.token_ids))
+            ids[step.samples] = sample(changed, params.select(step.samples))
         return comm.broadcast(ids)
+
+    def _logprobs(self, logits: torch.Tensor, batch: Batch, ids: torch.Tensor) -> dict[int, TokenLogprobs] | None:
+        step = self._tables.logprob_rules.sampled(batch.sampled_at[0])
+        if step is None or self._shard.comm.rank > 0:
+            return None
+        return report(step, lambda index: logits[index], ids[step.index], logits.device).result()
+
+    def _prompt_logprobs(self, plan: StepPlan, batch: Batch, hidden: torch.Tensor) -> dict[int, TokenLogprobs] | None:
+        """Every rank takes part: each has a share of the logits."""
+        step = self._tables.logprob_rules.prompt(plan.reqs, batch.attention.offsets)
+        if step is None:
+            return None
+        return report(step, lambda index: self._shard.model.logits(hidden, index), None, hidden.device).result()
 
     def close(self) -> None:
         self._shard.comm.close()

@@ -20,10 +20,13 @@ from minisgl.config.resolve import prepare
 from minisgl.config.runtime import Addresses, ServerConfig
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
+from minisgl.grammar.store import open_store
 from minisgl.message.backend import AbortMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply, UserReply
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt, TokenizeMsg
+from minisgl.message.logprobs import TokenLogprob
+from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, IdsPrompt, TextPrompt, TokenizeMsg
+from minisgl.scheduler.grammar import Grammars
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport, RankFanout
 from minisgl.tokenizer.detokenize import Detokenizer
@@ -54,6 +57,7 @@ class RequestOutput:
     """One finished request. `token_ids` includes the end-of-sequence token that ended it; `text` does not.
 
     error: why the request failed, if `finish_reason` is `error`; the others of a batch are not affected.
+    logprobs: of `token_ids`; prompt_logprobs: of `prompt_token_ids`. Empty unless the parameters ask for them.
     """
 
     text: str
@@ -63,6 +67,8 @@ class RequestOutput:
     cached_tokens: int
     metrics: RequestMetrics
     error: str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,8 @@ class _Pending:
             cached_tokens=last.num_cached_tokens,
             metrics=RequestMetrics((self.first_token or now) - self.submitted, now - self.submitted),
             error=last.error,
+            logprobs=[token for reply in self.replies for token in reply.logprobs],
+            prompt_logprobs=[token for reply in self.replies for token in reply.prompt_logprobs],
         )
 
 
@@ -124,8 +132,10 @@ class LLM:
             self._tokenizer = Tokenizer(self.config.tokenizer)
             self._detokenizer = Detokenizer(self._tokenizer.codec)
             self._supervisor, fanout = self._start_ranks(self.config)
-            self._transport = LocalTransport(fanout, self._while_waiting)
-            self._scheduler = self._start_scheduler(self.config, self._supervisor)
+            grammars = Grammars(open_store(self.config.engine, self.config.scheduler))
+            self._closers.callback(grammars.close)
+            self._transport = LocalTransport(fanout, self._while_waiting, grammars)
+            self._scheduler = self._start_scheduler(self.config, self._supervisor, grammars)
         except BaseException:
             self.close()
             raise
@@ -216,7 +226,7 @@ class LLM:
         self._closers.callback(fanout.close)
         return supervisor, fanout
 
-    def _start_scheduler(self, config: ServerConfig, supervisor: Supervisor | None) -> Scheduler:
+    def _start_scheduler(self, config: ServerConfig, supervisor: Supervisor | None, grammars: Grammars) -> Scheduler:
         from minisgl.server.workers import set_cuda_environment
 
         set_cuda_environment(config.engine)
@@ -230,7 +240,8 @@ class LLM:
             engine = _run_watched(lambda: Engine(engine_config), supervisor)
         self._closers.callback(engine.close)
         scheduler_config = replace(config.scheduler, num_pages=engine.num_pages)
-        return Scheduler(scheduler_config, engine, self._transport, tp_size=config.engine.tp_size)
+        tp_size = config.engine.tp_size
+        return Scheduler(scheduler_config, engine, self._transport, tp_size=tp_size, grammars=grammars)
 
     def _run(
         self,
@@ -286,6 +297,8 @@ class LLM:
         with self._interrupts:
             self._scheduler.turn()
             for message in self._transport.take_outputs():
+                if isinstance(message, ErrorReply):
+                    message = _refusal(message)
                 reply, abort = self._detokenizer.detokenize(message)
                 if abort is not None:
                     self._transport.put([abort])
@@ -328,6 +341,11 @@ def _run_watched(make: Callable[[], T], supervisor: Supervisor) -> T:
     while not future.done():
         supervisor.check(0.1)
     return future.result()
+
+
+def _refusal(error: ErrorReply) -> DetokenizeMsg:
+    """The end of a request that the scheduler did not take."""
+    return DetokenizeMsg(error.uid, b"", finish_reason=FinishReason.ERROR, error=error.message)
 
 
 def _is_conversation(value: Any) -> bool:

@@ -7,6 +7,7 @@ import msgspec
 
 from minisgl.core import FinishReason
 from minisgl.message.codec import Codec
+from minisgl.message.logprobs import TokenLogprob
 
 
 class UserReply(msgspec.Struct, frozen=True, tag="reply", forbid_unknown_fields=True):
@@ -20,6 +21,9 @@ class UserReply(msgspec.Struct, frozen=True, tag="reply", forbid_unknown_fields=
     num_cached_tokens: int
     finish_reason: FinishReason | None = None
     error: str | None = None
+    logprobs: list[TokenLogprob] = []  # of `token_ids`, and with the first reply of the prompt, where they are wanted
+    prompt_logprobs: list[TokenLogprob] = []
+    prompt_end: str = ""  # in the first reply: the text of the prompt's last tokens
 
 
 class ErrorReply(msgspec.Struct, frozen=True, tag="error", forbid_unknown_fields=True):

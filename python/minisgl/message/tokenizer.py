@@ -9,6 +9,8 @@ import msgspec
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.message.backend import AbortMsg, PingMsg
 from minisgl.message.codec import Codec
+from minisgl.message.frontend import ErrorReply
+from minisgl.message.logprobs import PackedLogprobs
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, tag="chat", forbid_unknown_fields=True):
@@ -64,6 +66,11 @@ class StreamStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_prompt_tokens: int
     stop: tuple[str, ...]
     prompt_tail: bytes  # the last few prompt ids, packed: some tokenizers decode a token by what precedes it
+    include_stop: bool = False  # stop strings stay in the text
+    skip_special: bool = True
+    min_tokens: int = 0  # stop strings are not looked for in the text of so many first tokens
+    echo: bool = False  # the text begins with the prompt's
+    prompt: bytes = b""  # all prompt ids, packed, where they are to be shown
 
 
 class DetokenizeMsg(msgspec.Struct, frozen=True, tag="detokenize", forbid_unknown_fields=True):
@@ -80,7 +87,10 @@ class DetokenizeMsg(msgspec.Struct, frozen=True, tag="detokenize", forbid_unknow
     start: StreamStart | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    logprobs: PackedLogprobs | None = None  # of `token_ids`
+    prompt_logprobs: PackedLogprobs | None = None  # of all prompt ids but the first
 
 
-TokenizerMsg = TokenizeMsg | DetokenizeMsg | EncodeMsg | DecodeMsg | AbortMsg | PingMsg
+# An error reply is of the scheduler's, to a request that it does not take; the detokenizer passes it on.
+TokenizerMsg = TokenizeMsg | DetokenizeMsg | EncodeMsg | DecodeMsg | AbortMsg | PingMsg | ErrorReply
 tokenizer_codec: Codec[TokenizerMsg] = Codec(TokenizerMsg)

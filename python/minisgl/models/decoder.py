@@ -58,9 +58,17 @@ class DecoderModel(Layer):
 
         → [n, vocab_size] in the model's dtype.
         """
+        return self.logits(self.hidden(input_ids, step), logit_tokens)
+
+    def hidden(self, input_ids: Tensor, step: StepContext) -> Tensor:
+        """The residual stream after the last layer: [num_tokens, hidden]."""
         x: Tensor = self.embed_tokens(input_ids)
         for layer in self.layers:
             x = layer(x, step)
+        return x
+
+    def logits(self, x: Tensor, logit_tokens: Tensor | None) -> Tensor:
+        """Logits of these tokens (None: all) of `hidden`'s result, as `forward` gives them."""
         if logit_tokens is not None:
             x = x.index_select(0, logit_tokens)
         if not len(x):

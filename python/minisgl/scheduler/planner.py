@@ -32,6 +32,8 @@ from minisgl.kvcache.allocator import PageAllocator
 from minisgl.kvcache.base import PrefixCache
 from minisgl.kvcache.naive import NaiveCache
 from minisgl.kvcache.radix import RadixCache
+from minisgl.scheduler.bitmask import bitmask_of
+from minisgl.scheduler.output import ReqOutput, with_logprobs
 from minisgl.utils.math import div_ceil
 
 # Room that must be left for each running request to grow before another one is admitted, in tokens. More wastes
@@ -42,19 +44,6 @@ _GROWTH_STEP = 16  # tokens of pages that a running request takes at a time
 # oldest one whatever it matches, so that none waits for ever.
 _LPM_WINDOW = 128
 _LPM_OLDEST_EVERY = 8
-
-
-class ReqOutput(NamedTuple):
-    """New tokens of one request. The last output of a request, and only that, has a `finish_reason`.
-
-    num_hidden: how many of the last ids are end-of-sequence tokens that ended it (0 or 1).
-    """
-
-    req: Req
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None = None
-    num_hidden: int = 0
-    error: str | None = None
 
 
 class _InflightStep(NamedTuple):
@@ -86,6 +75,7 @@ class Planner:
         self._num_admitted = 0
         self.num_retracted = 0  # times that a running request was sent back to the queue
         self._page_updates: list[PageUpdate] = []
+        self.masked_reqs: list[Req] = []  # of the last plan: those that its bitmask is for
         self._allocator = PageAllocator(config.num_pages)
         self._cache = _create_cache(config)
         self._rows = list(range(config.max_running_requests - 1, -1, -1))
@@ -124,7 +114,7 @@ class Planner:
         """Queue a request. `params.seed` is set. A request that can never run ends with an error at once."""
         max_len = self._config.max_seq_len
         if params.max_tokens is not None:
-            max_len = min(max_len, len(token_ids) + params.max_tokens)
+            max_len = min(max_len, len(token_ids) + max(1, params.max_tokens))
         prefix = np.array(token_ids, np.int32)
         req = Req(uid, list(token_ids), prefix, len(token_ids), params, max_len, num_tokens=len(token_ids))
         if uid in self._reqs:
@@ -173,13 +163,15 @@ class Planner:
             num_new = self._admit(req, budget)
             if num_new == 0:
                 break
-            admissions.append(Admission(req.row, req.prefix, req.params))
+            ends = req.params.end_ids(self._config.eos_token_ids) if req.params.min_tokens else ()
+            admissions.append(Admission(req.row, req.prefix, req.params, req.prompt_len, ends))
             budget -= num_new
             reqs.append(req)
             scheduled.append(self._schedule(req, num_new))
         if not scheduled:
             return None
-        plan = StepPlan(self._step_id, tuple(admissions), tuple(self._page_updates), tuple(scheduled))
+        bitmask, self.masked_reqs = bitmask_of(reqs, scheduled)
+        plan = StepPlan(self._step_id, tuple(admissions), tuple(self._page_updates), tuple(scheduled), bitmask)
         self._inflight.append(_InflightStep(plan, reqs))
         self._step_id += 1
         return plan
@@ -189,13 +181,16 @@ class Planner:
         plan, reqs = self._inflight.popleft()
         assert plan.step_id == result.step_id, f"step {result.step_id} retired, {plan.step_id} expected"
         outputs: list[ReqOutput] = []
-        token_ids = iter(result.token_ids)
-        for req, scheduled in zip(reqs, plan.reqs, strict=True):
+        token_ids = iter(enumerate(result.token_ids))
+        for index, (req, scheduled) in enumerate(zip(reqs, plan.reqs, strict=True)):
             req.num_inflight -= 1
+            if result.prompt_logprobs is not None and index in result.prompt_logprobs:
+                req.prompt_logprobs.append(result.prompt_logprobs[index])
             if scheduled.sample:
-                token_id = next(token_ids)
+                sample, token_id = next(token_ids)
                 if req.state is not ReqState.FINISHED:
-                    outputs.append(self._accept(req, token_id))
+                    output = self._accept(req, token_id)
+                    outputs.append(with_logprobs(output, result, sample) if req.params.wants_logprobs else output)
         self._release_leaving()
         if self._config.check_integrity:
             self.check_integrity()
@@ -295,6 +290,8 @@ class Planner:
             self._release_leaving()
 
     def _next_waiting(self) -> Req:
+        if self._config.schedule_policy == "priority":  # of equal ones the first
+            return min(self._waiting.values(), key=lambda req: req.params.priority)
         if self._config.schedule_policy == "lpm" and self._num_admitted % _LPM_OLDEST_EVERY:
             window = islice(self._waiting.values(), _LPM_WINDOW)
             return max(window, key=lambda req: self._cache.match_len(req.prefix))
@@ -302,7 +299,9 @@ class Planner:
 
     def _admit(self, req: Req, budget: int) -> int:
         """Give a waiting request a row and pages for its first chunk: how many tokens, 0 if there is no room for it."""
-        match = self._cache.match(req.prefix[:-1])  # at least one token is left to compute
+        # At least one token is left to compute; and all prompt tokens whose log-probabilities are still to be told.
+        num_reusable = 0 if req.params.prompt_logprobs is not None and not req.has_output else len(req.prefix) - 1
+        match = self._cache.match(req.prefix[:num_reusable])
         self._cache.lock(match.handle)
         num_cached = len(match.pages) * self._page_size
         num_new = min(len(req.tokens) - num_cached, budget)
@@ -313,7 +312,7 @@ class Planner:
         del self._waiting[req.uid]
         self._running.append(req)
         self._num_admitted += 1
-        req.state = ReqState.RUNNING
+        req.state, req.prompt_logprobs = ReqState.RUNNING, []
         req.row = self._rows.pop()
         req.handle, req.pages, req.num_computed = match.handle, list(match.pages), num_cached
         if not req.started:
@@ -336,9 +335,15 @@ class Planner:
         if token_id < 0:
             error = "the model's output was not finite (NaN or infinity)"
             return self._finish(req, (), FinishReason.ERROR, error=error)
+        params = req.params
+        if params.max_tokens == 0:
+            return self._finish(req, (), FinishReason.LENGTH)
         req.tokens.append(token_id)
-        if token_id in self._eos and not req.params.ignore_eos:
-            return self._finish(req, (token_id,), FinishReason.STOP, num_hidden=1)
+        eos_ends = not params.ignore_eos or params.grammar is not None
+        ends = token_id in params.stop_token_ids or (token_id in self._eos and eos_ends)
+        if ends and len(req.tokens) - req.prompt_len > params.min_tokens:
+            num_hidden = 0 if params.include_stop_str_in_output else 1
+            return self._finish(req, (token_id,), FinishReason.STOP, num_hidden=num_hidden)
         if len(req.tokens) >= req.max_len:
             return self._finish(req, (token_id,), FinishReason.LENGTH)
         return ReqOutput(req, (token_id,))

@@ -7,14 +7,17 @@ import zlib
 from collections import deque
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import StepPlan
+from minisgl.core import Req, StepPlan
 from minisgl.errors import EngineError
 from minisgl.message.backend import AbortMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import FlushReply
+from minisgl.message.logprobs import pack_logprobs
 from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
 from minisgl.scheduler.executor import Executor, StepHandle
-from minisgl.scheduler.planner import Planner, ReqOutput
+from minisgl.scheduler.grammar import Grammars
+from minisgl.scheduler.output import ReqOutput
+from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.status import StatusLog, StepStats
 from minisgl.scheduler.transport import Transport
 
@@ -39,6 +42,7 @@ class Scheduler:
         check_ranks: bool = False,
         status: StatusLog | None = None,
         stats: StepStats | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.planner = Planner(config)
         self._executor = executor
@@ -50,6 +54,7 @@ class Scheduler:
         self._stats = stats
         if stats is not None:
             stats.watch(self.planner)
+        self._grammars = grammars  # on rank 0; the transport's too
         self._digest = 0
         self._submitted: deque[tuple[StepPlan, StepHandle]] = deque()
         self._announced: set[int] = set()  # uids that the detokenizer knows; never iterated
@@ -84,6 +89,8 @@ class Scheduler:
         plan = self.planner.plan()
         if self._check_ranks and plan is not None:
             self._digest = zlib.crc32(repr((plan.step_id, plan.page_updates, plan.reqs)).encode())
+        if plan is not None and self._grammars is not None:
+            plan = self._grammars.add_words(plan, self.planner.masked_reqs, self._submitted)
         if plan is not None:
             if self._stats is not None:
                 self._stats.count(plan)
@@ -132,6 +139,8 @@ class Scheduler:
         self._send(outputs)
 
     def _send(self, outputs: list[ReqOutput]) -> None:
+        if self._grammars is not None:
+            outputs = self._grammars.finish(outputs)
         if self._status is not None:
             self._status.count(outputs)
         if outputs:
@@ -141,8 +150,7 @@ class Scheduler:
         req, start = output.req, None
         if req.uid not in self._announced:
             self._announced.add(req.uid)
-            tail = pack_ids(req.tokens[max(0, req.prompt_len - _PROMPT_TAIL) : req.prompt_len])
-            start = StreamStart(req.prompt_len, req.params.stop, tail)
+            start = _stream_start(req)
         if output.finish_reason is not None:
             self._announced.discard(req.uid)
             num_output = req.num_tokens - req.prompt_len
@@ -156,4 +164,20 @@ class Scheduler:
             start=start,
             finish_reason=output.finish_reason,
             error=output.error,
+            logprobs=None if output.logprobs is None else pack_logprobs([output.logprobs]),
+            prompt_logprobs=None if output.prompt_logprobs is None else pack_logprobs(output.prompt_logprobs),
         )
+
+
+def _stream_start(req: Req) -> StreamStart:
+    params, prompt = req.params, req.tokens[: req.prompt_len]
+    return StreamStart(
+        num_prompt_tokens=req.prompt_len,
+        stop=params.stop,
+        prompt_tail=pack_ids(prompt[-_PROMPT_TAIL:]),
+        include_stop=params.include_stop_str_in_output,
+        skip_special=params.skip_special_tokens,
+        min_tokens=params.min_tokens,
+        echo=params.echo,
+        prompt=pack_ids(prompt) if params.echo or params.prompt_logprobs is not None else b"",
+    )

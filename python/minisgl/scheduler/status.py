@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from minisgl.core import StepPlan
 from minisgl.message.frontend import Counts, StatsReply
-from minisgl.scheduler.planner import Planner, ReqOutput
+from minisgl.scheduler.output import ReqOutput
+from minisgl.scheduler.planner import Planner
 from minisgl.utils.histogram import Histogram
 
 logger = logging.getLogger(__name__)

@@ -6,27 +6,19 @@ its loop; the others take their turns from those. So every rank's planner sees t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from minisgl.config.runtime import Addresses
 from minisgl.errors import EngineError
-from minisgl.message.backend import (
-    AbortMsg,
-    FlushMsg,
-    PingMsg,
-    RankBatch,
-    StatsMsg,
-    UserMsg,
-    backend_codec,
-    rank_codec,
-)
+from minisgl.message.backend import PingMsg, RankBatch, StatsMsg, backend_codec, rank_codec
 from minisgl.message.frontend import FrontendMsg, StatsReply, frontend_codec
-from minisgl.message.tokenizer import DetokenizeMsg, TokenizerMsg, tokenizer_codec
+from minisgl.message.tokenizer import TokenizerMsg, tokenizer_codec
+from minisgl.scheduler.grammar import WAIT_SECONDS, Grammars, PlannerMsg, Reply
 from minisgl.utils.sockets import PullSocket, PushSocket
 
 _IDLE_SECONDS = 0.5  # between heartbeats while nothing happens
-PlannerMsg = UserMsg | AbortMsg | FlushMsg
 
 
 class Transport(Protocol):
@@ -40,7 +32,7 @@ class Transport(Protocol):
         """Called now and then while a step runs: answer health checks, show that this process is alive."""
         ...
 
-    def send(self, messages: Sequence[DetokenizeMsg]) -> None: ...
+    def send(self, messages: Sequence[Reply]) -> None: ...
 
     def answer(self, message: FrontendMsg) -> None:
         """Tell the API server what it has asked for itself. Only rank 0's answer goes out."""
@@ -65,13 +57,18 @@ class RankFanout:
 
 
 class LeaderTransport:
-    """Rank 0 of a server. stats: what to answer to whoever asks for the counts."""
+    """Rank 0 of a server.
+
+    grammars: see that what requests have to match is compiled before anyone hears of them.
+    stats: what to answer to whoever asks for the counts.
+    """
 
     def __init__(
         self,
         addresses: Addresses,
         tp_size: int,
         heartbeat: Callable[[], None],
+        grammars: Grammars | None = None,
         stats: Callable[[int], StatsReply] | None = None,
     ) -> None:
         self._pull = PullSocket(addresses.backend, backend_codec)
@@ -81,23 +78,32 @@ class LeaderTransport:
         self._fanout = RankFanout(addresses, tp_size)
         self._heartbeat = heartbeat
         self._received: list[PlannerMsg] = []
+        self._grammars = grammars if grammars is not None else Grammars(None)
 
     def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:
         self._take(0.0)
-        while block and not self._received:
-            self._take(_IDLE_SECONDS)
-        messages, self._received = self._received, []
+        messages = self._admit()
+        while block and not messages:
+            self._take(WAIT_SECONDS if self._grammars.is_holding else _IDLE_SECONDS)
+            messages = self._admit()
         self._fanout.send(messages, digest)
         return messages
 
     def pump(self) -> None:
         self._take(0.0)
 
-    def send(self, messages: Sequence[DetokenizeMsg]) -> None:
+    def send(self, messages: Sequence[Reply]) -> None:
         self._push.send(messages)
 
     def answer(self, message: FrontendMsg) -> None:
         self._frontend.send([message])
+
+    def _admit(self) -> list[PlannerMsg]:
+        messages, self._received = self._grammars.admit(self._received), []
+        replies = self._grammars.take_replies()
+        if replies:
+            self.send(replies)
+        return messages
 
     def _take(self, timeout: float) -> None:
         self._heartbeat()
@@ -137,7 +143,7 @@ class FollowerTransport:
     def pump(self) -> None:
         self._heartbeat()
 
-    def send(self, messages: Sequence[DetokenizeMsg]) -> None:
+    def send(self, messages: Sequence[Reply]) -> None:
         pass
 
     def answer(self, message: FrontendMsg) -> None:
@@ -150,20 +156,29 @@ class FollowerTransport:
 class LocalTransport:
     """Rank 0 inside the caller's process: messages are put in, outputs are taken out. pump: as the method."""
 
-    def __init__(self, fanout: RankFanout | None = None, pump: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        fanout: RankFanout | None = None,
+        pump: Callable[[], None] | None = None,
+        grammars: Grammars | None = None,
+    ) -> None:
         self._fanout, self._pump = fanout, pump
+        self._grammars = grammars if grammars is not None else Grammars(None)
         self._received: list[PlannerMsg] = []
-        self._outputs: list[DetokenizeMsg] = []
+        self._outputs: list[Reply] = []
 
     def put(self, messages: Sequence[PlannerMsg]) -> None:
         self._received += messages
 
-    def take_outputs(self) -> list[DetokenizeMsg]:
+    def take_outputs(self) -> list[Reply]:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:  # noqa: ARG002
-        messages, self._received = self._received, []
+    def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:
+        messages, self._received = self._grammars.admit(self._received), []
+        self._outputs += self._grammars.take_replies()
+        if block and not messages and self._grammars.is_holding:
+            time.sleep(WAIT_SECONDS)
         if self._fanout is not None:
             self._fanout.send(messages, digest)
         return messages
@@ -172,7 +187,7 @@ class LocalTransport:
         if self._pump is not None:
             self._pump()
 
-    def send(self, messages: Sequence[DetokenizeMsg]) -> None:
+    def send(self, messages: Sequence[Reply]) -> None:
         self._outputs += messages
 
     def answer(self, message: FrontendMsg) -> None:

@@ -21,6 +21,7 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
+from minisgl.server.assemble import Assembler, message_parser
 from minisgl.server.bodies import (
     MAX_BODY_BYTES,
     SCHEMA_REF,
@@ -43,7 +44,9 @@ from minisgl.server.protocol import (
     parse_completion,
     parse_generate,
 )
+from minisgl.server.protocol_grammar import schema_grammar
 from minisgl.server.protocol_responses import ResponsesBody, parse_responses
+from minisgl.server.protocol_sampling import check_policy
 from minisgl.server.render import (
     ChatRenderer,
     CompletionRenderer,
@@ -55,6 +58,7 @@ from minisgl.server.render import (
     error_status,
     event,
 )
+from minisgl.server.render_logprobs import mean_logprob
 from minisgl.server.render_responses import ResponsesRenderer
 
 logger = logging.getLogger(__name__)
@@ -81,20 +85,26 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     async def generate(request: Request, parse: Parser[R], make: Callable[[R], Renderer]) -> Response:
         parsed = parse(await read_json(request, max_body), config.default_sampling)
         check_model(parsed.model, config)
+        check_policy(parsed.params, config.scheduler.schedule_policy)
         return await _answer(frontend, request, parsed, make(parsed))
 
     @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
-        name = config.served_model_name
-        return await generate(request, parse_chat, lambda r: ChatRenderer(name, include_usage=r.include_usage))
+
+        def parse(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
+            return _with_forced_call(parse_chat(data, defaults), config.tool_call_parser)
+
+        return await generate(request, parse, lambda parsed: _chat_renderer(config, parsed))
 
     @app.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
     async def completions(request: Request) -> Response:
         """Continue a text, or several."""
         name = config.served_model_name
         return await generate(
-            request, parse_completion, lambda r: CompletionRenderer(name, include_usage=r.include_usage)
+            request,
+            parse_completion,
+            lambda r: CompletionRenderer(name, include_usage=r.include_usage, logprobs=r.logprobs),
         )
 
     @app.post("/v1/responses", openapi_extra=body_schema(ResponsesBody))
@@ -136,14 +146,41 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     return app
 
 
+def _with_forced_call(parsed: GenerationRequest, tool_parser: str | None) -> GenerationRequest:
+    """With the grammar of the call that the client demands, if it does."""
+    forced = None if parsed.tools is None else parsed.tools.forced(tool_parser)
+    if forced is None:
+        return parsed
+    grammar = schema_grammar(
+        forced.schema, "tools", prefix=forced.prefix, suffix=forced.suffix, separator=forced.separator
+    )
+    return replace(parsed, params=replace(parsed.params, grammar=grammar))
+
+
+def _chat_renderer(config: ServerConfig, parsed: GenerationRequest) -> ChatRenderer:
+    """Raises: RequestError when the request has tools and the format of this model's calls is not known."""
+    tools, tool_parser = parsed.tools, config.tool_call_parser
+    if tools is not None and not tools.required and tool_parser is None:
+        message = "tools: the format of this model's tool calls is not known; start the server with --tool-call-parser"
+        raise RequestError(message, param="tools")
+    make = message_parser(tool_parser, config.reasoning_parser, tools)
+    parallel, short_ids = tools is None or tools.parallel, tool_parser == "mistral"
+    return ChatRenderer(
+        config.served_model_name,
+        include_usage=parsed.include_usage,
+        logprobs=parsed.logprobs,
+        assembler=lambda: Assembler(make, parallel=parallel, short_ids=short_ids),
+    )
+
+
 async def _answer(frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer) -> Response:
     """Run the request and show its replies. A client that goes away takes its request with it."""
     streams = _submit(frontend, parsed, (request.state.request_id, renderer.id))
-    totals = request.state.totals = Totals(len(streams), parsed.n)
+    totals = request.state.totals = Totals(len(streams), parsed.num_choices)
     try:
         if not parsed.stream:
             choices = await unless_disconnected(request.receive, _collect(streams, totals))
-            return json_response(renderer.body(choices, totals))
+            return json_response(renderer.body(_best(choices, parsed), totals))
         replies = _interleave(streams)
         # An error that comes instead of the first reply is still an HTTP status, not an event.
         first = await unless_disconnected(request.receive, anext(replies))
@@ -161,16 +198,24 @@ async def _answer(frontend: Frontend, request: Request, parsed: GenerationReques
 
 
 def _submit(frontend: Frontend, parsed: GenerationRequest, request_ids: Sequence[str]) -> list[Stream]:
-    """One stream per choice: `n` for each prompt, in order."""
+    """One stream per choice, for each prompt in order."""
     streams: list[Stream] = []
     try:
         for prompt in parsed.prompts:
-            for seed in choice_seeds(parsed.params, parsed.n):
+            for seed in choice_seeds(parsed.params, parsed.num_choices):
                 streams.append(frontend.submit(prompt, replace(parsed.params, seed=seed), request_ids))
     except BaseException:
         _abort(streams)
         raise
     return streams
+
+
+def _best(choices: Sequence[Sequence[UserReply]], parsed: GenerationRequest) -> Sequence[Sequence[UserReply]]:
+    """Of each prompt's choices the `n` most probable ones per token, best first; all where there are no more."""
+    if parsed.num_choices == parsed.n:
+        return choices
+    groups = (choices[first : first + parsed.num_choices] for first in range(0, len(choices), parsed.num_choices))
+    return [choice for group in groups for choice in sorted(group, key=mean_logprob, reverse=True)[: parsed.n]]
 
 
 def _abort(streams: Sequence[Stream]) -> None:

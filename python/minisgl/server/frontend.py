@@ -107,7 +107,9 @@ def _merge(replies: deque[UserReply]) -> UserReply:
     """All waiting replies as one: texts and ids joined, counts and end of the last."""
     text = "".join(reply.text for reply in replies)
     token_ids = b"".join(reply.token_ids for reply in replies)
-    last = replies[-1]
+    logprobs = [token for reply in replies for token in reply.logprobs]
+    prompt_logprobs = [token for reply in replies for token in reply.prompt_logprobs]
+    first, last = replies[0], replies[-1]
     replies.clear()
     return UserReply(
         uid=last.uid,
@@ -118,6 +120,9 @@ def _merge(replies: deque[UserReply]) -> UserReply:
         num_cached_tokens=last.num_cached_tokens,
         finish_reason=last.finish_reason,
         error=last.error,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        prompt_end=first.prompt_end,
     )
 
 

@@ -7,23 +7,25 @@ the one value that changes nothing (`_UNSUPPORTED`), or refused with a 400 that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from minisgl.core import MAX_SEED, SamplingParams
+from minisgl.core import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
 from minisgl.server.content import text_of
+from minisgl.server.protocol_grammar import GrammarFields
+from minisgl.server.protocol_sampling import SamplingFields, check_count
+from minisgl.server.protocol_tools import MESSAGE_FIELDS, Tool, ToolUse, message_fields, template_kwargs, tool_use
 from minisgl.server.strict import Body, load_object, validate
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_OUTPUTS = 2048  # choices of all prompts together
-MAX_STOPS, MAX_STOP_LEN = 16, 1024
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
 
@@ -42,24 +44,12 @@ _NO_EFFECT = frozenset(
 # Known, and not supported: the test says which values mean the same as leaving the field out.
 _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "audio": _is_empty,
-    "best_of": _is(1),
-    "echo": _is(False),
-    "frequency_penalty": _is(0),
     "function_call": _is("none", "auto"),
     "functions": _is_empty,
-    "logit_bias": _is_empty,
-    "logprobs": _is(False),
     "modalities": _is(["text"]),
-    "parallel_tool_calls": _is(True, False),
     "prediction": _is_empty,
-    "presence_penalty": _is(0),
     "reasoning_effort": _is_empty,
-    "repetition_penalty": _is(1),
-    "response_format": _is({"type": "text"}),
     "suffix": _is_empty,
-    "tool_choice": _is("none", "auto"),
-    "tools": _is_empty,
-    "top_logprobs": _is(0),
     "verbosity": _is("medium"),
     "web_search_options": lambda value: value is None,
 }
@@ -69,8 +59,6 @@ _MESSAGE_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "audio": _is_empty,
     "function_call": _is_empty,
     "refusal": _is_empty,
-    "tool_call_id": _is_empty,
-    "tool_calls": _is_empty,
 }
 
 
@@ -79,31 +67,7 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None
 
 
-class SamplingFields(Body):
-    """Sampling fields under the names that all endpoints share."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    ignore_eos: bool | None = None
-
-    def _params(self, max_tokens: int | None, defaults: Mapping[str, float | int]) -> SamplingParams:
-        """Raises: RequestError naming the field that is out of range."""
-        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p")}
-        chosen: dict[str, Any] = {**defaults, **{name: value for name, value in given.items() if value is not None}}
-        return SamplingParams(
-            max_tokens=max_tokens,
-            seed=self.seed,
-            stop=_stops(self.stop),
-            ignore_eos=bool(self.ignore_eos),
-            **chosen,
-        )
-
-
-class _OpenAIBody(SamplingFields):
+class _OpenAIBody(Body, SamplingFields, GrammarFields):
     model: str | None = None
     n: int | None = None
     max_tokens: int | None = None
@@ -116,19 +80,31 @@ class ChatBody(_OpenAIBody):
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class CompletionBody(_OpenAIBody):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
 
 
-class GenerateSampling(SamplingFields):
+class GenerateSampling(Body, SamplingFields):
     """`sampling_params` of POST /generate."""
 
     max_tokens: int | None = None
     max_new_tokens: int | None = None
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
 
 
 class GenerateBody(Body):
@@ -150,6 +126,14 @@ class GenerationRequest:
     model: str | None = None
     stream: bool = False
     include_usage: bool = False
+    tools: ToolUse | None = None  # None: the model is not to know of any
+    best_of: int = 0  # so many choices for each prompt, of which the `n` most probable ones are shown; 0: n
+    logprobs: bool = False  # are shown
+
+    @property
+    def num_choices(self) -> int:
+        """Outputs for each prompt."""
+        return self.best_of or self.n
 
 
 def parse_chat(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
@@ -161,7 +145,17 @@ def parse_chat(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRe
     messages = [_message(message, f"messages[{index}]") for index, message in enumerate(body.messages)]
     if not messages:
         raise RequestError("messages must not be empty", param="messages")
-    return _request(body, (ChatPrompt(messages=messages),), max_tokens, defaults)
+    if body.top_logprobs and not body.logprobs:
+        raise RequestError("top_logprobs is only allowed with logprobs", param="top_logprobs")
+    check_count("top_logprobs", body.top_logprobs, MAX_LOGPROBS)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    tools = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
+    described = None if tools is None else list(tools.tools)
+    prompt = ChatPrompt(messages, described, template_kwargs(body.chat_template_kwargs))
+    params = body._params(max_tokens, defaults, logprobs)
+    if tools is not None and tools.required and params.grammar is not None:
+        raise RequestError("tool_choice demands a call: no other form can be given", param=params.grammar.param)
+    return replace(_request(body, (prompt,), params), tools=tools)
 
 
 def parse_completion(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
@@ -178,7 +172,28 @@ def parse_completion(data: bytes, defaults: Mapping[str, float | int]) -> Genera
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise RequestError(f"prompt must hold from 1 to {MAX_PROMPTS} prompts, not {len(prompts)}", param="prompt")
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    return _request(body, prompts, max_tokens, defaults)
+    check_count("logprobs", body.logprobs, MAX_LOGPROBS)
+    echo = bool(body.echo)
+    if max_tokens == 0 and not echo:
+        raise RequestError("max_tokens must be at least 1 without echo, not 0", param="max_tokens")
+    params = body._params(max_tokens or 1, defaults, body.logprobs)
+    of_prompt = body.logprobs if echo else None
+    params = replace(params, max_tokens=max_tokens, echo=echo, prompt_logprobs=of_prompt)
+    return _best_of(_request(body, prompts, params), body.best_of)
+
+
+def _best_of(request: GenerationRequest, best_of: int | None) -> GenerationRequest:
+    if best_of is None or best_of == request.n:
+        return request
+    if not request.n <= best_of <= MAX_CHOICES:
+        raise RequestError(f"best_of must be from n={request.n} to {MAX_CHOICES}, not {best_of}", param="best_of")
+    if best_of * len(request.prompts) > MAX_OUTPUTS:
+        raise RequestError(f"best_of={best_of} makes more than {MAX_OUTPUTS} outputs", param="best_of")
+    if request.stream:
+        raise RequestError("best_of above n cannot be streamed", param="best_of")
+    params = request.params
+    ranked = params if params.logprobs is not None else replace(params, logprobs=0)
+    return replace(request, params=ranked, best_of=best_of)
 
 
 def parse_generate(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
@@ -194,9 +209,7 @@ def parse_generate(data: bytes, defaults: Mapping[str, float | int]) -> Generati
     return GenerationRequest((prompt,), sampling._params(max_tokens, defaults), stream=bool(body.stream))
 
 
-def _request(
-    body: _OpenAIBody, prompts: tuple[Prompt, ...], max_tokens: int | None, defaults: Mapping[str, float | int]
-) -> GenerationRequest:
+def _request(body: _OpenAIBody, prompts: tuple[Prompt, ...], params: SamplingParams) -> GenerationRequest:
     n = 1 if body.n is None else body.n
     if not 1 <= n <= MAX_CHOICES:
         raise RequestError(f"n must be from 1 to {MAX_CHOICES}, not {n}", param="n")
@@ -209,11 +222,12 @@ def _request(
         raise RequestError("stream_options.include_obfuscation is not supported", param="stream_options")
     return GenerationRequest(
         prompts=prompts,
-        params=body._params(max_tokens, defaults),
+        params=params,
         n=n,
         model=body.model,
         stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),
+        logprobs=params.logprobs is not None,
     )
 
 
@@ -237,15 +251,16 @@ def _drop_known(raw: dict[str, Any], where: str) -> None:
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """One message of a chat as templates expect it: a role, and its text as one string."""
+    """One message of a chat as templates expect it: a role, its text as one string, and what goes with the role."""
     message = dict(message)
     _drop_known(message, f"{where}.")
-    unknown = [name for name in message if name not in ("role", "content", "name")]
-    if unknown:
-        raise RequestError(f"unknown field: {where}.{unknown[0]}", param=f"{where}.{unknown[0]}")
     role = message.get("role")
     if role not in ROLES:
         raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}", param=f"{where}.role")
+    known = ("role", "content", "name", *MESSAGE_FIELDS.get(role, ()))
+    unknown = [name for name, value in message.items() if name not in known and value is not None]
+    if unknown:
+        raise RequestError(f"unknown field: {where}.{unknown[0]}", param=f"{where}.{unknown[0]}")
     content = message.get("content")
     if content is None and role == "assistant":
         content = ""
@@ -255,16 +270,7 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(name, str):
             raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
         result["name"] = name
-    return result
-
-
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(stops) > MAX_STOPS:
-        raise RequestError(f"stop must hold at most {MAX_STOPS} strings, not {len(stops)}", param="stop")
-    if any(len(string) > MAX_STOP_LEN for string in stops):
-        raise RequestError(f"stop strings must have at most {MAX_STOP_LEN} characters", param="stop")
-    return stops
+    return {**result, **message_fields(message, role, where)}
 
 
 def _ids_prompt(token_ids: Any, name: str) -> IdsPrompt:

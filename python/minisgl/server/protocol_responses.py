@@ -13,7 +13,8 @@ from typing import Any
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
 from minisgl.server.content import RESPONSE_PARTS, text_of
-from minisgl.server.protocol import GenerationRequest, SamplingFields, parse_chat
+from minisgl.server.protocol import GenerationRequest, parse_chat
+from minisgl.server.protocol_sampling import SamplingFields
 from minisgl.server.strict import Body, load_object, validate
 
 
@@ -52,7 +53,7 @@ class TextConfig(Body):
     verbosity: str | None = None
 
 
-class ResponsesBody(SamplingFields):
+class ResponsesBody(Body, SamplingFields):
     """POST /v1/responses."""
 
     model: str | None = None

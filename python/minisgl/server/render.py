@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import orjson
 
-from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
 from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import UserReply
+from minisgl.server.assemble import Assembler
+from minisgl.server.render_logprobs import TextCursor, chat_logprobs, completion_logprobs
 
 DONE = b"data: [DONE]\n\n"
 
@@ -96,10 +98,19 @@ class Renderer(Protocol):
 
 
 class ChatRenderer(Renderer):
-    """/v1/chat/completions."""
+    """/v1/chat/completions. `assembler` makes what reads one choice."""
 
-    def __init__(self, model: str, *, include_usage: bool) -> None:
-        self._include_usage = include_usage
+    def __init__(
+        self,
+        model: str,
+        *,
+        include_usage: bool,
+        logprobs: bool = False,
+        assembler: Callable[[], Assembler] = Assembler,
+    ) -> None:
+        self._include_usage, self._logprobs = include_usage, logprobs
+        self._new_assembler = assembler
+        self._assemblers: dict[int, Assembler] = {}  # of choices that stream
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     @property
@@ -110,10 +121,15 @@ class ChatRenderer(Renderer):
         chunks = []
         if first:
             chunks.append(self._chunk(index, {"role": "assistant", "content": ""}, None))
-        if reply.text:
-            chunks.append(self._chunk(index, {"content": reply.text}, None))
+            self._assemblers[index] = self._new_assembler()
+        assembler = self._assemblers[index]
+        deltas = assembler.deltas(reply)
+        if self._logprobs and reply.logprobs:  # with the first delta, if need be an empty one
+            deltas = deltas or [{"content": ""}]
+            chunks.append(self._chunk(index, deltas.pop(0), None, chat_logprobs([reply])))
+        chunks += [self._chunk(index, delta, None) for delta in deltas]
         if reply.finish_reason is not None:
-            chunks.append(self._chunk(index, {}, reply.finish_reason))
+            chunks.append(self._chunk(index, {}, assembler.finish_reason(reply)))
         return chunks
 
     def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
@@ -121,19 +137,22 @@ class ChatRenderer(Renderer):
         return [usage] if self._include_usage else []
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
-        shown = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": _text(replies), "refusal": None},
-                "logprobs": None,
-                "finish_reason": replies[-1].finish_reason,
-            }
-            for index, replies in enumerate(choices)
-        ]
+        shown = [self._choice(index, replies) for index, replies in enumerate(choices)]
         return {**self._head, "object": "chat.completion", "choices": shown, "usage": totals.usage()}
 
-    def _chunk(self, index: int, delta: dict[str, str], finish_reason: FinishReason | None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
+        assembler = self._new_assembler()
+        return {
+            "index": index,
+            "message": assembler.message(replies),
+            "logprobs": chat_logprobs(replies) if self._logprobs else None,
+            "finish_reason": assembler.finish_reason(replies[-1]),
+        }
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], finish_reason: str | None, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
         if self._include_usage:
             chunk["usage"] = None
@@ -143,8 +162,9 @@ class ChatRenderer(Renderer):
 class CompletionRenderer(Renderer):
     """/v1/completions."""
 
-    def __init__(self, model: str, *, include_usage: bool) -> None:
-        self._include_usage = include_usage
+    def __init__(self, model: str, *, include_usage: bool, logprobs: bool = False) -> None:
+        self._include_usage, self._logprobs = include_usage, logprobs
+        self._cursors: defaultdict[int, TextCursor] = defaultdict(TextCursor)  # by choice
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -157,9 +177,9 @@ class CompletionRenderer(Renderer):
         return str(self._head["id"])
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
-        if not (reply.text or first or reply.finish_reason is not None):
+        if not (reply.text or first or reply.finish_reason is not None or reply.logprobs):
             return []
-        choice = _completion_choice(index, reply.text, reply.finish_reason)
+        choice = self._choice(index, [reply])
         chunk: dict[str, Any] = {**self._head, "choices": [choice]}
         if self._include_usage:
             chunk["usage"] = None
@@ -169,11 +189,19 @@ class CompletionRenderer(Renderer):
         return [{**self._head, "choices": [], "usage": totals.usage()}] if self._include_usage else []
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
-        shown = [
-            _completion_choice(index, _text(replies), replies[-1].finish_reason)
-            for index, replies in enumerate(choices)
-        ]
+        shown = [self._choice(index, replies) for index, replies in enumerate(choices)]
         return {**self._head, "choices": shown, "usage": totals.usage()}
+
+    def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
+        logprobs = None
+        if self._logprobs:
+            logprobs = completion_logprobs(replies, self._cursors[index])
+        return {
+            "text": _text(replies),
+            "index": index,
+            "logprobs": logprobs,
+            "finish_reason": replies[-1].finish_reason,
+        }
 
 
 class GenerateRenderer(Renderer):
@@ -208,10 +236,6 @@ class GenerateRenderer(Renderer):
                 "cached_tokens": last.num_cached_tokens,
             },
         }
-
-
-def _completion_choice(index: int, text: str, finish_reason: FinishReason | None) -> dict[str, Any]:
-    return {"text": text, "index": index, "logprobs": None, "finish_reason": finish_reason}
 
 
 def _text(replies: Sequence[UserReply]) -> str:

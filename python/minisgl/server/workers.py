@@ -126,22 +126,33 @@ def scheduler_main(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     set_cuda_environment(engine_config)
     from minisgl.engine.engine import Engine
+    from minisgl.grammar.store import open_store
+    from minisgl.scheduler.grammar import Grammars
     from minisgl.scheduler.scheduler import Scheduler
     from minisgl.scheduler.status import StatusLog, StepStats
     from minisgl.scheduler.transport import FollowerTransport, LeaderTransport, Transport
 
     check_integrity, check_ranks = env_bool("MINISGL_CHECK_INTEGRITY"), env_bool("MINISGL_CHECK_RANKS")
+    # Before the engine: loading the vocabulary holds Python up, which is not noticed now.
+    grammars = Grammars(open_store(engine_config, config)) if rank == 0 else None
     engine = Engine(replace(engine_config, init_method=addresses.rendezvous), rank)
     config = replace(config, num_pages=engine.num_pages, check_integrity=check_integrity)
     transport: Transport
     stats = StepStats(config.num_pages)
     if rank == 0:
-        transport = LeaderTransport(addresses, engine_config.tp_size, control.beat, stats=stats.reply)
+        transport = LeaderTransport(addresses, engine_config.tp_size, control.beat, grammars, stats.reply)
     else:
         transport = FollowerTransport(addresses, rank, control.beat)
     status = StatusLog(config.num_pages) if rank == 0 else None
     scheduler = Scheduler(
-        config, engine, transport, tp_size=engine_config.tp_size, check_ranks=check_ranks, status=status, stats=stats
+        config,
+        engine,
+        transport,
+        tp_size=engine_config.tp_size,
+        check_ranks=check_ranks,
+        status=status,
+        stats=stats,
+        grammars=grammars,
     )
     if rank == 0:
         where, room = f"{engine_config.dtype} on {engine_config.device}", config.num_pages * config.page_size

@@ -8,6 +8,7 @@ from minisgl.core import FinishReason
 from minisgl.message.backend import AbortMsg
 from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import UserReply
+from minisgl.message.logprobs import PackedLogprobs, TokenLogprob, TopLogprob, unpack_logprobs
 from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
 from minisgl.tokenizer.tokenize import TextCodec
 
@@ -26,13 +27,15 @@ class IncrementalDecoder:
     context: the last prompt tokens.
     """
 
-    __slots__ = ("_codec", "_ids", "_num_chars", "_num_context")
+    __slots__ = ("_codec", "_ids", "_num_chars", "_num_context", "_skip_special", "context_text")
 
-    def __init__(self, codec: TextCodec, context: Sequence[int] = ()) -> None:
+    def __init__(self, codec: TextCodec, context: Sequence[int] = (), *, skip_special: bool = True) -> None:
         self._codec = codec
+        self._skip_special = skip_special
         self._ids = self._visible(context)
         self._num_context = len(self._ids)
-        self._num_chars = len(self._decode(self._ids))  # of the window's text that are out
+        self.context_text = self._decode(self._ids)
+        self._num_chars = len(self.context_text)  # of the window's text that are out
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that is certain after these tokens and was not before."""
@@ -61,11 +64,12 @@ class IncrementalDecoder:
         return delta
 
     def _visible(self, token_ids: Sequence[int]) -> list[int]:
-        special, vocab_size = self._codec.special_ids, self._codec.vocab_size
+        special = self._codec.special_ids if self._skip_special else ()
+        vocab_size = self._codec.vocab_size
         return [token for token in token_ids if token < vocab_size and token not in special]
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._codec.decode(token_ids) if token_ids else ""
+        return self._codec.decode(token_ids, skip_special=self._skip_special) if token_ids else ""
 
     def _advance(self, split: int) -> None:
         """All tokens before `split` are out: the pending ones become the context."""
@@ -94,9 +98,10 @@ class StopFinder:
     Holds back only text that may be the beginning of a stop string.
     """
 
-    __slots__ = ("_held", "_max_len", "_stops")
+    __slots__ = ("_held", "_include", "_max_len", "_stops")
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        self._include = include  # the stop string stays
         self._stops = tuple(stops)
         self._max_len = max(map(len, self._stops), default=0)
         self._held = ""
@@ -109,7 +114,8 @@ class StopFinder:
         matches = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if matches:
             self._held = ""
-            return text[: min(matches)[1]], True
+            end, start = min(matches)
+            return text[: end if self._include else start], True
         keep = self._num_held(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
@@ -128,13 +134,16 @@ class StopFinder:
 class _Stream:
     """One request's output so far."""
 
-    __slots__ = ("decoder", "num_cached", "num_output", "num_prompt", "stop", "stopped")
+    __slots__ = ("decoder", "min_tokens", "num_cached", "num_output", "num_prompt", "stop", "stopped")
 
     def __init__(self, codec: TextCodec, start: StreamStart | None) -> None:
-        self.decoder = IncrementalDecoder(codec, unpack_ids(start.prompt_tail) if start else ())
-        self.stop = StopFinder(start.stop if start else ())
+        start = start or StreamStart(0, (), b"")
+        tail = unpack_ids(start.prompt_tail)
+        self.decoder = IncrementalDecoder(codec, tail, skip_special=start.skip_special)
+        self.stop = StopFinder(start.stop, include=start.include_stop)
+        self.min_tokens = start.min_tokens
         self.stopped = False  # the terminal reply went out at a stop string
-        self.num_prompt = start.num_prompt_tokens if start else 0
+        self.num_prompt = start.num_prompt_tokens
         self.num_output = 0
         self.num_cached = 0
 
@@ -173,10 +182,14 @@ class Detokenizer:
 
     def _advance(self, stream: _Stream, message: DetokenizeMsg) -> UserReply:
         token_ids = unpack_ids(message.token_ids)
+        num_free = max(0, stream.min_tokens - stream.num_output)  # tokens too early for a stop string
+        prompt_end = "" if message.start is None else stream.decoder.context_text
         stream.num_output += len(token_ids)
         stream.num_cached = max(stream.num_cached, message.num_cached)
         finish_reason = message.finish_reason
-        delta = stream.decoder.push(token_ids[: len(token_ids) - message.num_hidden])
+        shown = token_ids[: len(token_ids) - message.num_hidden]
+        head = self._prompt_text(message.start) + stream.decoder.push(shown[:num_free])
+        delta = stream.decoder.push(shown[num_free:])
         if finish_reason is not None:
             delta += stream.decoder.flush()
         text, found = stream.stop.push(delta)
@@ -186,11 +199,39 @@ class Detokenizer:
             text += stream.stop.flush()
         return UserReply(
             uid=message.uid,
-            text=text,
+            text=head + text,
             token_ids=message.token_ids,
             num_prompt_tokens=stream.num_prompt,
             num_output_tokens=stream.num_output,
             num_cached_tokens=stream.num_cached,
             finish_reason=finish_reason,
             error=message.error,
+            logprobs=self._logprobs(token_ids, message.logprobs),
+            prompt_logprobs=self._prompt_logprobs(message),
+            prompt_end=prompt_end,
         )
+
+    def _prompt_text(self, start: StreamStart | None) -> str:
+        if start is None or not start.echo:
+            return ""
+        known = [token for token in unpack_ids(start.prompt) if token < self._codec.vocab_size]
+        return self._codec.decode(known, skip_special=start.skip_special)
+
+    def _logprobs(self, token_ids: Sequence[int], packed: PackedLogprobs | None) -> list[TokenLogprob]:
+        if packed is None:
+            return []
+        token_bytes = self._codec.token_bytes
+        return [
+            TokenLogprob(token, token_bytes(token), logprob, [TopLogprob(i, token_bytes(i), x) for i, x in top])
+            for token, (logprob, top) in zip(token_ids, unpack_logprobs(packed), strict=True)
+        ]
+
+    def _prompt_logprobs(self, message: DetokenizeMsg) -> list[TokenLogprob]:
+        """Of the whole prompt, with the stream's first message: nothing precedes the first token."""
+        if message.start is None or not message.start.prompt or message.finish_reason is FinishReason.ERROR:
+            return []
+        first, *others = unpack_ids(message.start.prompt)
+        if others and message.prompt_logprobs is None:
+            return []
+        logprobs = self._logprobs(others, message.prompt_logprobs)
+        return [TokenLogprob(first, self._codec.token_bytes(first), None, []), *logprobs]

@@ -70,6 +70,8 @@ class TokenizerServer:
                 self._detokenize(message, to_backend, to_frontend)
             elif isinstance(message, AbortMsg):
                 to_backend.append(message)
+            elif isinstance(message, ErrorReply):
+                to_frontend.append(message)
             elif isinstance(message, PingMsg):
                 self._ping(message, to_backend, to_frontend)
             elif isinstance(message, (EncodeMsg, DecodeMsg)):

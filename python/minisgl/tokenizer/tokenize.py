@@ -16,6 +16,7 @@ from minisgl.message.backend import UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt, TokenizeMsg
+from minisgl.tokenizer.pieces import TokenBytes
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ class TextCodec(Protocol):
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str: ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text: perhaps a part of a character, or a special token's name."""
+        ...
+
     @property
     def longest_token(self) -> int:
         """Bytes that one token stands for at most."""
@@ -55,18 +60,24 @@ class HFTextCodec:
     `tokenizer.json` is complete by itself, so it is loaded with the plain class: that takes a second, where
     `AutoTokenizer` first imports every model's configuration. Directories without it go the long way.
 
+    visible: special tokens that become text nevertheless.
+
     Raises: ConfigError naming the directory when there is no usable tokenizer in it.
     """
 
-    def __init__(self, model_path: str) -> None:
+    def __init__(self, model_path: str, visible: Sequence[str] = ()) -> None:
         self._tokenizer = _load(model_path)
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is not None:
             backend.no_truncation()
             backend.no_padding()
         self._backend = backend
-        self._special_ids = frozenset(_special_ids(self._tokenizer))
-        self._longest_token = max(len(token.encode()) for token in self._tokenizer.get_vocab())
+        special_ids = frozenset(_special_ids(self._tokenizer))
+        vocab = self._tokenizer.get_vocab()
+        self._special_ids = special_ids.difference(vocab[token] for token in visible if token in vocab)
+        self._skip_special = self._special_ids == special_ids  # the tokenizer's own choice is ours
+        self._longest_token = max(len(token.encode()) for token in vocab)
+        self._pieces = TokenBytes(self._tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -88,11 +99,17 @@ class HFTextCodec:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
+        skip = skip_special and self._skip_special
+        if skip_special and not skip:
+            token_ids = [token for token in token_ids if token not in self._special_ids]
         if self._backend is not None:
-            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special))
+            return str(self._backend.decode(token_ids, skip_special_tokens=skip))
         return str(
-            self._tokenizer.decode(token_ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+            self._tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         )  # pragma: no cover
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._pieces[token_id]
 
     def render_chat(self, prompt: ChatPrompt) -> str:
         if not self._tokenizer.chat_template:
@@ -142,7 +159,7 @@ class Tokenizer:
     """Turns requests into what the scheduler takes: ids within the vocabulary that leave room for output."""
 
     def __init__(self, config: TokenizerConfig, codec: TextCodec | None = None) -> None:
-        self.codec: TextCodec = codec if codec is not None else HFTextCodec(config.model_path)
+        self.codec: TextCodec = codec if codec is not None else HFTextCodec(config.model_path, config.visible_tokens)
         self._vocab_size = config.vocab_size
         self._max_seq_len = config.max_seq_len
         # A text with more characters cannot fit the context: it is refused before it is encoded, which takes a while.
@@ -263,5 +280,18 @@ class Tokenizer:
                 param="messages" if isinstance(request.prompt, ChatPrompt) else "prompt",
             )
         params = request.params
+        self._check_token_params(params)
         seed = params.seed if params.seed is not None else random.randint(0, MAX_SEED)
-        return replace(params, max_tokens=min(params.max_tokens or room, room), seed=seed)
+        limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        return replace(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit), seed=seed)
+
+    def _check_token_params(self, params: SamplingParams) -> None:
+        for name, ids in (
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", [token for token, _ in params.logit_bias]),
+        ):
+            bad = next((token for token in ids if not 0 <= token < self._vocab_size), None)
+            if bad is not None:
+                raise RequestError(
+                    f"{name}: token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})", param=name
+                )

@@ -1,0 +1,75 @@
+"""How a model speaks, read from its chat template: the format of its tool calls, and whether it reasons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minisgl.config.model import read_json
+
+TOOL_PARSERS = ("hermes", "qwen", "llama3_json", "mistral", "pythonic")
+REASONING_PARSERS = ("qwen3", "deepseek_r1")
+
+# Special tokens that are markers of a format: they must reach the parser as text.
+_MARKERS = {
+    "hermes": ("<tool_call>", "</tool_call>"),
+    "qwen": ("<tool_call>", "</tool_call>"),
+    "llama3_json": ("<|python_tag|>",),
+    "mistral": ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+    "pythonic": ("<|python_tag|>", "<|python_start|>", "<|python_end|>"),
+    "qwen3": ("<think>", "</think>"),
+    "deepseek_r1": ("<think>", "</think>"),
+}
+# Formats that share a marker with one of ours.
+_OTHER_FORMATS = ("<function=", "<arg_key>", "<tool_call_begin>", "<｜tool▁call▁begin｜>")
+
+
+def read_chat_template(path: Path) -> str:
+    """All chat templates of a model directory, one after the other; "" when it has none.
+
+    Raises: ConfigError when a file that may hold them is no JSON.
+    """
+    files = [path / "chat_template.jinja", *sorted(path.glob("additional_chat_templates/*.jinja"))]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (path / name).is_file():
+            texts += _texts(read_json(path / name).get("chat_template"))
+    return "\n".join(texts)
+
+
+def _texts(value: Any) -> list[str]:
+    """A template stands alone, or there is a list of named ones."""
+    if isinstance(value, list):
+        return [text for item in value if isinstance(item, dict) for text in _texts(item.get("template"))]
+    return [value] if isinstance(value, str) else []
+
+
+def choose_tool_parser(wanted: str | None, template: str) -> str | None:
+    """The parser that was asked for ("none": none), or by default the one that the template's format needs."""
+    if wanted is not None:
+        return None if wanted == "none" else wanted
+    if "[TOOL_CALLS]" in template:
+        return "mistral"
+    if any(marker in template for marker in _OTHER_FORMATS):
+        return None
+    if "<tool_call>" in template:
+        return "hermes"
+    if "<|python_start|>" in template or "[func_name1(" in template:
+        return "pythonic"
+    if "<|python_tag|>" in template or '"parameters": dictionary of argument name' in template:
+        return "llama3_json"
+    return None
+
+
+def choose_reasoning_parser(wanted: str | None, template: str) -> str | None:
+    """The same for reasoning. DeepSeek-R1's kind of models think without being told to, and its tag may be missing."""
+    if wanted is not None:
+        return None if wanted == "none" else wanted
+    if "</think>" not in template:
+        return None
+    return "deepseek_r1" if "<｜Assistant｜>" in template and "thinking" not in template else "qwen3"
+
+
+def visible_tokens(*parsers: str | None) -> tuple[str, ...]:
+    """What the parsers must see of the output, even where a tokenizer holds it for special."""
+    return tuple(dict.fromkeys(marker for parser in parsers if parser for marker in _MARKERS[parser]))

@@ -1,0 +1,188 @@
+"""What happens to some rows' logits before a token is sampled from them.
+
+Per row: repetition, presence and frequency penalties, then `logit_bias`, then the tokens that are forbidden (ends of
+the output before `min_tokens`, and what a bitmask leaves out). All in float32, in plain torch on the logits' device;
+the history of a row is read from the engine's token table, so nothing is kept that an abort or a retraction could
+leave behind. A step without such rows pays for a look at an empty dictionary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from minisgl.attention.base import IntArray
+from minisgl.core import Admission, SamplingParams, TokenBitmask
+
+Tensor = torch.Tensor
+
+ROWS_AT_ONCE = 64  # a row takes up to 24 bytes per token of the vocabulary
+
+
+class _Rules(NamedTuple):
+    """What a running request asks for beyond plain sampling."""
+
+    params: SamplingParams
+    prompt_len: int
+    end_ids: tuple[int, ...]
+    min_len: int  # tokens before which none of `end_ids` may come
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """m rows, as indices into the changed ones of a step."""
+
+    index: IntArray  # [m]
+    rows: IntArray  # [m] of the token table
+    prompt_lens: IntArray  # [m]
+    positions: IntArray  # [m] of the token to be sampled
+    repetition: npt.NDArray[np.float32]  # [m]; 1 is off, of the others 0
+    presence: npt.NDArray[np.float32]  # [m]
+    frequency: npt.NDArray[np.float32]  # [m]
+
+
+@dataclass(frozen=True, slots=True)
+class LogitStep:
+    """Some of a step's rows whose logits are changed, `ROWS_AT_ONCE` at most. All fields but the first speak of them by
+    index into it."""
+
+    samples: IntArray  # [m] indices into the rows that sample, ascending
+    penalties: Penalties | None
+    bias: tuple[IntArray, IntArray, npt.NDArray[np.float32]]  # which of the m, token, what is added
+    forbidden: tuple[IntArray, IntArray]  # which of the m, token
+    masked: tuple[IntArray, npt.NDArray[np.int32]] | None  # which of the m, and their packed bitmasks
+
+
+class LogitRules:
+    """The rules of the running requests, by row of the engine's tables. On the host; no tensors."""
+
+    def __init__(self) -> None:
+        self._rules: dict[int, _Rules] = {}
+
+    def apply(self, admissions: Iterable[Admission]) -> None:
+        """Remember what newly admitted requests ask for, and forget who had their rows before."""
+        for row, _, params, prompt_len, end_ids in admissions:
+            if params.has_logit_rules or params.min_tokens:
+                self._rules[row] = _Rules(params, prompt_len, end_ids, prompt_len + params.min_tokens)
+            else:
+                self._rules.pop(row, None)
+
+    def steps(self, rows: IntArray, positions: IntArray, bitmask: TokenBitmask | None) -> list[LogitStep]:
+        """What is to be done to the logits of the rows that sample, for tokens at these positions; mostly nothing."""
+        if not self._rules and bitmask is None:
+            return []
+        found: dict[int, _Found] = {}
+        for sample, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+            rules = self._rules.get(row)
+            if rules is not None and (rules.params.has_logit_rules or position < rules.min_len):
+                found[sample] = _Found(row, position, rules)
+        if bitmask is not None:
+            for i, sample in enumerate(bitmask.samples):
+                words = bitmask.words[i] if bitmask.words is not None else None
+                before = found.get(sample, _Found(0, 0, None))
+                found[sample] = before._replace(words=words)
+        samples = sorted(found)
+        parts = [samples[first : first + ROWS_AT_ONCE] for first in range(0, len(samples), ROWS_AT_ONCE)]
+        return [_step(part, [found[sample] for sample in part]) for part in parts]
+
+
+class _Found(NamedTuple):
+    """What one row of a step is due."""
+
+    row: int
+    position: int
+    rules: _Rules | None
+    words: npt.NDArray[np.int32] | None = None
+
+
+def _step(samples: list[int], found: list[_Found]) -> LogitStep:
+    ruled = [(i, one, one.rules) for i, one in enumerate(found) if one.rules is not None]
+    bias = [(i, *pair) for i, _, rules in ruled for pair in rules.params.logit_bias]
+    ends = [(i, token) for i, one, rules in ruled if one.position < rules.min_len for token in rules.end_ids]
+    words = [(i, one.words) for i, one in enumerate(found) if one.words is not None]
+    return LogitStep(
+        samples=np.array(samples, np.int64),
+        penalties=_penalties([(i, rules, one.row, one.position) for i, one, rules in ruled]),
+        bias=(_ints(bias, 0), _ints(bias, 1), np.array([entry[2] for entry in bias], np.float32)),
+        forbidden=(_ints(ends, 0), _ints(ends, 1)),
+        masked=(_ints(words, 0), np.stack([row for _, row in words])) if words else None,
+    )
+
+
+def _ints(entries: Sequence[tuple[Any, ...]], column: int) -> IntArray:
+    return np.array([entry[column] for entry in entries], np.int64)
+
+
+def _penalties(entries: Sequence[tuple[int, _Rules, int, int]]) -> Penalties | None:
+    """entries: index, rules, row and position of each row that may have some."""
+    table = [
+        (i, row, rules.prompt_len, position, p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+        for i, rules, row, position in entries
+        if (p := rules.params).repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+    ]
+    if not table:
+        return None
+    index, rows, prompt_lens, positions = (_ints(table, column) for column in range(4))
+    repetition, presence, frequency = np.array([entry[4:] for entry in table], np.float32).T
+    return Penalties(index, rows, prompt_lens, positions, *map(np.ascontiguousarray, (repetition, presence, frequency)))
+
+
+def process(logits: Tensor, step: LogitStep, token_ids: Tensor) -> Tensor:
+    """logits: [n, vocab] of all rows that sample; token_ids: [rows, tokens] int32, the engine's token table.
+
+    → [m, vocab] float32: what `step.samples` are to be sampled from, in a copy.
+    """
+    device = logits.device
+    changed = logits.index_select(0, on(device, step.samples)).float()
+    if step.penalties is not None:
+        _penalize(changed, step.penalties, token_ids)
+    index, tokens, values = step.bias
+    if len(index):
+        changed.index_put_((on(device, index), on(device, tokens)), on(device, values), accumulate=True)
+    index, tokens = step.forbidden
+    if len(index):
+        changed[on(device, index), on(device, tokens)] = float("-inf")
+    if step.masked is not None:
+        apply_bitmask(changed, on(device, step.masked[0]), on(device, step.masked[1]))
+    return changed
+
+
+def _penalize(logits: Tensor, penalties: Penalties, token_ids: Tensor) -> None:
+    """In place. Counts are taken from the token table, in a matrix as large as the penalised rows' logits."""
+    device = logits.device
+    index, starts, ends = (on(device, x) for x in (penalties.index, penalties.prompt_lens, penalties.positions))
+    scores = logits.index_select(0, index)
+    history = token_ids[on(device, penalties.rows), : int(penalties.positions.max())].long()
+    place = torch.arange(history.shape[1], device=device)
+    known = (place < ends[:, None]).float()
+    if (penalties.repetition != 1).any():
+        factor = on(device, penalties.repetition)[:, None]
+        seen = torch.zeros_like(scores).scatter_add_(1, history, known) > 0
+        scores = torch.where(seen, torch.where(scores > 0, scores / factor, scores * factor), scores)
+    if penalties.presence.any() or penalties.frequency.any():
+        counts = torch.zeros_like(scores).scatter_add_(1, history, known * (place >= starts[:, None]))
+        scores -= on(device, penalties.frequency)[:, None] * counts
+        scores -= on(device, penalties.presence)[:, None] * (counts > 0)
+    logits.index_copy_(0, index, scores)
+
+
+def apply_bitmask(logits: Tensor, index: Tensor, words: Tensor) -> None:
+    """In place: logits[index[i], t] = -inf where bit t % 32 of words[i, t // 32] is not set.
+
+    index: [k] int64; words: [k, ceil(vocab / 32)] int32.
+    """
+    bits = torch.arange(32, device=logits.device, dtype=torch.int32)
+    allowed = ((words[:, :, None] >> bits) & 1).bool().flatten(1)[:, : logits.shape[1]]
+    rows = logits.index_select(0, index)
+    logits.index_copy_(0, index, rows.masked_fill_(~allowed, float("-inf")))
+
+
+def on(device: torch.device, array: npt.NDArray[np.generic]) -> Tensor:
+    """A host array on the device, without waiting for it: through pinned memory, which torch keeps until it is read."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,140 @@
+"""Compiled grammars: made off the caller's thread, kept for the next request that asks for the same."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from llguidance import LLMatcher
+
+from minisgl.config.runtime import EngineConfig, SchedulerConfig
+from minisgl.core import Grammar
+from minisgl.errors import RequestError
+from minisgl.grammar.limits import MAX_STORED_BYTES, parser_limits
+from minisgl.grammar.trial import Trial, reason
+from minisgl.grammar.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
+
+logger = logging.getLogger(__name__)
+
+_NUM_WORKERS = 2  # one that has to do with a grammar that never ends does not stop the others
+_MAX_REFUSED = 256
+
+
+class CompiledGrammar:
+    """As long as someone holds it, `GrammarStore.find` knows it."""
+
+    def __init__(self, matcher: LLMatcher, num_bytes: int) -> None:
+        self._matcher = matcher
+        self.num_bytes = num_bytes
+
+    def start(self) -> LLMatcher:
+        """A matcher at the beginning of an output."""
+        return self._matcher.deep_copy()
+
+
+class GrammarStore:
+    """Compiles on threads of its own, each with a trial process. Methods may be called from any thread.
+
+    The vocabulary is loaded at once, in the background: later that would be felt by the requests that run.
+    """
+
+    def __init__(self, config: VocabularyConfig) -> None:
+        self.vocab_size = config.vocab_size
+        self._config = config
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._num_bytes = 0
+        self._live: weakref.WeakValueDictionary[Grammar, CompiledGrammar] = weakref.WeakValueDictionary()
+        self._refused: OrderedDict[Grammar, str] = OrderedDict()
+        self._compiling: dict[Grammar, Future[CompiledGrammar]] = {}
+        self._local = threading.local()
+        self._trials: list[Trial] = []
+        self._pool = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="minisgl-grammar")
+        self._vocabulary: Future[Vocabulary] = self._pool.submit(load_vocabulary, config)
+
+    def request(self, grammar: Grammar) -> Future[CompiledGrammar]:
+        """The compiled grammar, now or later. Its exception is a RequestError that says what is wrong with it."""
+        with self._lock:
+            running = self._compiling.get(grammar)
+            if running is not None:
+                return running
+            future: Future[CompiledGrammar] = Future()
+            compiled = self._live.get(grammar)
+            if compiled is not None:
+                self._remember(grammar, compiled)
+                future.set_result(compiled)
+            elif grammar in self._refused:
+                message = f"{grammar.param}{self._refused[grammar]}"
+                future.set_exception(RequestError(message, param=grammar.param))
+            else:
+                future = self._compiling[grammar] = self._pool.submit(self._compile, grammar)
+            return future
+
+    def find(self, grammar: Grammar) -> CompiledGrammar | None:
+        """A grammar that is compiled and still held."""
+        return self._live.get(grammar)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            trials, self._trials = self._trials, []
+        for trial in trials:
+            trial.close()
+
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        try:
+            source, num_bytes = self._trial().compile(grammar)
+            vocabulary = self._vocabulary.result()
+            matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=parser_limits())
+            if not matcher.is_error():
+                matcher.compute_bitmask()  # what is built for the first mask is there for all that are copied from it
+            if matcher.is_error():
+                raise RequestError(f"{grammar.param}: {reason(matcher)}", param=grammar.param)
+            compiled = CompiledGrammar(matcher, num_bytes)
+        except RequestError as error:
+            logger.debug("a grammar is refused: %s", error)
+            with self._lock:
+                self._compiling.pop(grammar, None)
+                if error.status == 400:
+                    self._refuse(grammar, str(error).removeprefix(grammar.param))
+            raise
+        except BaseException as error:
+            with self._lock:
+                self._compiling.pop(grammar, None)
+            raise RequestError(f"structured output is not available: {error}", param=grammar.param) from error
+        with self._lock:
+            self._compiling.pop(grammar, None)
+            self._live[grammar] = compiled
+            self._remember(grammar, compiled)
+        return compiled
+
+    def _trial(self) -> Trial:
+        """This thread's."""
+        trial: Trial | None = getattr(self._local, "trial", None)
+        if trial is None:
+            self._vocabulary.result()  # what is wrong with it is better told by this process
+            trial = self._local.trial = Trial(self._config)
+            with self._lock:
+                self._trials.append(trial)
+        return trial
+
+    def _remember(self, grammar: Grammar, compiled: CompiledGrammar) -> None:
+        if self._recent.pop(grammar, None) is None:
+            self._num_bytes += compiled.num_bytes
+        self._recent[grammar] = compiled
+        while self._num_bytes > MAX_STORED_BYTES and len(self._recent) > 1:
+            self._num_bytes -= self._recent.popitem(last=False)[1].num_bytes
+
+    def _refuse(self, grammar: Grammar, why: str) -> None:
+        self._refused[grammar] = why
+        while len(self._refused) > _MAX_REFUSED:
+            self._refused.popitem(last=False)
+
+
+def open_store(engine: EngineConfig, scheduler: SchedulerConfig) -> GrammarStore:
+    """For the model of these configurations."""
+    return GrammarStore(VocabularyConfig(engine.model_path, engine.model.vocab_size, scheduler.eos_token_ids))

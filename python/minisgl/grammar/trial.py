@@ -1,0 +1,164 @@
+"""Grammars are tried out in a process of their own before they come near the scheduler.
+
+The compiler is native code that cannot be interrupted, and recursion in a grammar can overflow its stack. Here the
+kernel ends it: after some seconds of one core, or when memory or stack run out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+from typing import IO
+
+import psutil
+from llguidance import LLMatcher
+
+from minisgl.core import Grammar
+from minisgl.errors import RequestError
+from minisgl.grammar.limits import COMPILE_SECONDS, TRIAL_BYTES, TRIAL_SECONDS, TRIAL_STACK, parser_limits
+from minisgl.grammar.source import to_llguidance
+from minisgl.grammar.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
+
+_START_SECONDS = 60.0
+_TOO_LONG = f"the grammar takes more than {COMPILE_SECONDS} s to compile"
+_TOO_MUCH = "the grammar is too large or too deeply nested to compile"
+
+
+class Trial:
+    """A trial process, started at first use and again after it was killed. For one thread at a time."""
+
+    def __init__(self, config: VocabularyConfig) -> None:
+        self._config = config
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def compile(self, grammar: Grammar) -> tuple[str, int]:
+        """The grammar in llguidance's language, and about how many bytes it takes when compiled.
+
+        Raises: RequestError with what is wrong with it.
+        """
+        process = self._process
+        if process is None or process.poll() is not None:
+            process = self._process = self._start()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(asdict(grammar)).encode() + b"\n")
+            process.stdin.flush()
+        except OSError:
+            self.close()
+            raise RequestError("the grammar compiler ended; try again", status=500) from None
+        answer = _read_line(process, TRIAL_SECONDS)
+        if not answer:
+            ended_by_limit = answer is None or process.wait() == -signal.SIGPROF
+            self.close()
+            why = _TOO_LONG if ended_by_limit else _TOO_MUCH
+            raise RequestError(f"{grammar.param}: {why}", param=grammar.param)
+        result = json.loads(answer)
+        if "error" in result:
+            raise RequestError(result["error"], param=grammar.param)
+        return result["source"], result["num_bytes"]
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                _close(pipe)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        config = self._config
+        arguments = [config.model_path, str(config.vocab_size), *map(str, config.eos_token_ids)]
+        folder = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+        paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "minisgl.grammar.trial", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # what native code says when it is killed
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"},
+            start_new_session=True,  # Ctrl-C is for the parent
+        )
+        if not _read_line(process, _START_SECONDS):
+            process.kill()
+            process.wait()
+            raise RequestError("the grammar compiler could not be started", status=500)
+        return process
+
+
+def _close(pipe: IO[bytes] | None) -> None:
+    try:
+        if pipe is not None:
+            pipe.close()
+    except OSError:  # what was still to be written to a process that is gone
+        return
+
+
+def _read_line(process: subprocess.Popen[bytes], timeout: float) -> bytes | None:
+    """None when nothing comes in time, nothing (b"") when the process has ended."""
+    assert process.stdout is not None
+    if not select.select([process.stdout], (), (), timeout)[0]:
+        return None
+    return process.stdout.readline()
+
+
+def try_out(grammar: Grammar, vocabulary: Vocabulary) -> dict[str, str | int]:
+    """Compile a grammar and compute its first mask; what `Trial.compile` needs to know of it."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    try:
+        source = to_llguidance(grammar, vocabulary.special)
+    except RequestError as error:
+        return {"error": str(error)}
+    matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=parser_limits())
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    if matcher.is_error():
+        return {"error": f"{grammar.param}: {reason(matcher)}"}
+    return {"source": source, "num_bytes": max(0, process.memory_info().rss - before) + len(source)}
+
+
+def reason(matcher: LLMatcher) -> str:
+    """llguidance's error in one line: its first, and that of the regex compiler behind it."""
+    lines = [line.strip() for line in matcher.get_error().splitlines() if line.strip() not in ("", "<non-verbose/>")]
+    lines = lines[:1] + [line for line in lines[1:] if line.startswith("error:")]
+    text = " ".join(lines) or "it cannot be compiled"
+    return text if len(text) <= 500 else text[:500] + " …"
+
+
+def _serve(vocabulary: Vocabulary) -> None:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        grammar = Grammar(**json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, COMPILE_SECONDS)  # its signal ends the process, whatever it is at
+        answer = try_out(grammar, vocabulary)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(answer), flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    """Serve grammars, a line of JSON each, until standard input ends."""
+    os.nice(5)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ends = tuple(map(int, arguments[2:]))
+    vocabulary = load_vocabulary(VocabularyConfig(arguments[0], int(arguments[1]), ends))
+    _limit_memory()
+    threading.stack_size(TRIAL_STACK)
+    worker = threading.Thread(target=_serve, args=(vocabulary,))
+    worker.start()
+    worker.join()
+
+
+def _limit_memory() -> None:
+    limit = psutil.Process().memory_info().vms + TRIAL_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

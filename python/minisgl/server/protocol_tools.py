@@ -1,0 +1,201 @@
+"""What chats say of tools and reasoning: the fields of a request, and of messages in both directions.
+
+Everything here ends up in a chat template, so it must be data that templates and messages between processes can carry.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
+
+from minisgl.errors import RequestError
+from minisgl.parser.forced import ForcedCall, forced_call
+
+MAX_TOOLS = 512
+_NAME = re.compile(r"[\w.:/-]{1,128}")
+_CHOICES = ("none", "auto", "required")
+# What the server says itself when it renders a template: no client may.
+_RESERVED_KWARGS = frozenset(
+    (
+        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    )
+)
+MESSAGE_FIELDS: Mapping[str, tuple[str, ...]] = {  # by role, beside role, content and name
+    "assistant": ("tool_calls", "reasoning_content"),
+    "tool": ("tool_call_id",),
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class FunctionSpec(_Strict):
+    """A function that the client has. `parameters` is the JSON schema of its arguments.
+
+    strict: honoured where a call is forced, which always follows the schema.
+    """
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class _CalledFunction(_Strict):
+    name: str
+    arguments: str
+
+
+class _ToolCall(_Strict):
+    """A call in an assistant's message that a client sends back."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: _CalledFunction
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The tools of a request, and how the model may use them.
+
+    required: it must call one; `function`: which one, if the client names it.
+    """
+
+    tools: tuple[dict[str, Any], ...]
+    required: bool = False
+    function: str | None = None
+    parallel: bool = True
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(tool["function"]["name"] for tool in self.tools)
+
+    def forced(self, parser: str | None) -> ForcedCall | None:
+        """What the whole output must look like, in the format of `parser`; None when the model is free to call or not.
+
+        Output that a grammar holds to it has no reasoning."""
+        return forced_call(parser, self.tools, self.function, parallel=self.parallel) if self.required else None
+
+
+def tool_use(tools: list[Tool] | None, choice: str | dict[str, Any] | None, parallel: bool | None) -> ToolUse | None:
+    """None when the model is not to know of tools. Raises: RequestError naming the field at fault."""
+    described = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools or ()))
+    names = [tool["function"]["name"] for tool in described]
+    if len(described) > MAX_TOOLS:
+        raise RequestError(f"tools must hold at most {MAX_TOOLS} tools, not {len(described)}", param="tools")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RequestError(f"tools: there are two functions with the name {twice!r}", param="tools")
+    function = _named(choice) if isinstance(choice, dict) else None
+    if function is None and choice is not None and choice not in _CHOICES:
+        raise RequestError(f"tool_choice must be one of {', '.join(_CHOICES)}, or a function", param="tool_choice")
+    required = function is not None or choice == "required"
+    if required and not described:
+        raise RequestError("tool_choice asks for a call, but there are no tools", param="tool_choice")
+    if function is not None and function not in names:
+        raise RequestError(f"tool_choice: there is no function {function!r} in tools", param="tool_choice")
+    if not described or choice == "none":
+        return None
+    return ToolUse(described, required, function, parallel is not False)
+
+
+def _named(choice: dict[str, Any]) -> str:
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if choice.get("type") != "function" or not isinstance(name, str):
+        expected = '{"type": "function", "function": {"name": …}}'
+        raise RequestError(f"tool_choice must be a text, or {expected}", param="tool_choice")
+    return name
+
+
+def _tool(tool: Tool, where: str) -> dict[str, Any]:
+    """As templates expect it."""
+    function = tool.function
+    if not _NAME.fullmatch(function.name):
+        raise RequestError(
+            f"{where}.function.name must have 1 to 128 letters, digits or _ - . : /", param=f"{where}.function.name"
+        )
+    described = {
+        "name": function.name,
+        "description": function.description,
+        "parameters": carried(function.parameters, f"{where}.function.parameters"),
+        "strict": function.strict,
+    }
+    kept = {key: value for key, value in described.items() if value is not None}
+    return {"type": "function", "function": kept}
+
+
+def template_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
+    """`chat_template_kwargs`. Raises: RequestError when a client would take the server's place."""
+    reserved = sorted(_RESERVED_KWARGS.intersection(given or {}))
+    if reserved:
+        raise RequestError(f"chat_template_kwargs must not have {reserved[0]}", param="chat_template_kwargs")
+    return carried(given or {}, "chat_template_kwargs")
+
+
+def message_fields(message: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
+    """Fields of a message beside role, content and name, as templates expect them. Raises: RequestError."""
+    if role == "tool":
+        call_id = message.get("tool_call_id")
+        if not isinstance(call_id, str):
+            raise RequestError(f"{where}.tool_call_id must be a string", param=f"{where}.tool_call_id")
+        return {"tool_call_id": call_id}
+    fields: dict[str, Any] = {}
+    if message.get("tool_calls"):
+        calls = message["tool_calls"]
+        if not isinstance(calls, list):
+            raise RequestError(f"{where}.tool_calls must be a list", param=f"{where}.tool_calls")
+        fields["tool_calls"] = [_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
+    reasoning = message.get("reasoning_content")
+    if reasoning is not None:
+        if not isinstance(reasoning, str):
+            raise RequestError(f"{where}.reasoning_content must be a string", param=f"{where}.reasoning_content")
+        fields["reasoning_content"] = reasoning
+    return fields
+
+
+def _call(value: Any, where: str) -> dict[str, Any]:
+    """A call with its arguments as an object, which is what templates write as JSON."""
+    try:
+        call = _ToolCall.model_validate(value)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        param = ".".join([where, *map(str, problem["loc"])])
+        raise RequestError(f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}", param=param) from None
+    param = f"{where}.function.arguments"
+    try:
+        arguments = from_json(call.function.arguments, allow_inf_nan=False) if call.function.arguments.strip() else {}
+    except ValueError as error:
+        raise RequestError(f"{param} must be JSON: {error}", param=param) from None
+    if not isinstance(arguments, dict):
+        raise RequestError(f"{param} must be a JSON object", param=param)
+    function = {"name": call.function.name, "arguments": carried(arguments, param)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def carried(value: Any, where: str) -> Any:
+    """The value itself. Raises: RequestError when it has a number that messages between processes cannot carry."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            stack += item.values()
+        elif isinstance(item, list):
+            stack += item
+        elif isinstance(item, int) and not -(2**63) <= item < 2**64:
+            raise RequestError(f"{where}: {str(item)[:20]}… is too large a number", param=where)
+    return value

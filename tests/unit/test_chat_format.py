@@ -1,0 +1,102 @@
+"""What a chat template tells of a model, and what its tokenizer lets through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer
+
+from minisgl.config.chat import (
+    REASONING_PARSERS,
+    TOOL_PARSERS,
+    choose_reasoning_parser,
+    choose_tool_parser,
+    read_chat_template,
+    visible_tokens,
+)
+from minisgl.config.locate import DEMO_MODEL
+from minisgl.message.codec import pack_ids
+from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
+from minisgl.parser import registry
+from minisgl.tokenizer.detokenize import Detokenizer
+from minisgl.tokenizer.tokenize import HFTextCodec
+from tests.tokenizers_fixture import make_byte_level
+
+# The lines of the families' published templates that tell their formats.
+QWEN3 = """For each function call, return a json object with function name and arguments within <tool_call></tool_call>
+{%- if '</think>' in content %}...{%- if enable_thinking is defined and enable_thinking is false %}<think>"""
+LLAMA = """{{- 'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
+{{- "<|python_tag|>" + tool_call.name + ".call(" }}"""
+DEEPSEEK = "{{'<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>'}}{% if '</think>' in content %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "tools", "reasoning"),
+    [
+        ("", None, None),
+        (QWEN3, "hermes", "qwen3"),
+        ("<tool_call>\n<function=example_function_name>", None, None),
+        (LLAMA, "llama3_json", None),
+        ('"[TOOL_CALLS] [" ~ tool_calls', "mistral", None),
+        ("[func_name1(params_name1=params_value1, params_name2=params_value2...)]", "pythonic", None),
+        (DEEPSEEK, None, "deepseek_r1"),
+        (read_chat_template(DEMO_MODEL), "hermes", None),
+    ],
+)
+def test_formats_are_told_by_the_template(template: str, tools: str | None, reasoning: str | None) -> None:
+    assert choose_tool_parser(None, template) == tools
+    assert choose_reasoning_parser(None, template) == reasoning
+    assert choose_tool_parser("none", template) is choose_reasoning_parser("none", template) is None
+    assert choose_tool_parser("pythonic", template) == "pythonic"
+    assert choose_reasoning_parser("qwen3", template) == "qwen3"
+
+
+def test_every_name_has_a_parser() -> None:
+    assert set(TOOL_PARSERS) == set(registry.TOOL_PARSERS)
+    assert set(REASONING_PARSERS) == set(registry.REASONING_PARSERS)
+    for name in (*TOOL_PARSERS, *REASONING_PARSERS):
+        assert visible_tokens(name, None)
+    for name, parser in registry.TOOL_PARSERS.items():
+        assert set(parser.markers) <= set(visible_tokens(name))
+
+
+def test_templates_are_found_wherever_models_keep_them(tmp_path: Path) -> None:
+    named: Any = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}, 5]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert read_chat_template(tmp_path) == "one\ntwo"
+    (tmp_path / "chat_template.jinja").write_text("three")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("four")
+    assert set(read_chat_template(tmp_path).split("\n")) == {"one", "two", "three", "four"}
+    assert read_chat_template(tmp_path / "nowhere") == ""
+
+
+@pytest.fixture
+def marked(tmp_path: Path) -> Path:
+    """A tokenizer that holds markers for special tokens, as Mistral's and Llama's do."""
+    path = make_byte_level(tmp_path / "marked")
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("[TOOL_CALLS]", "<s>")])
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def test_markers_that_are_special_tokens_are_text(marked: Path) -> None:
+    text = '<s>Hi [TOOL_CALLS]f{"ä": 1}<|im_end|>'
+    plain, seeing = HFTextCodec(str(marked)), HFTextCodec(str(marked), visible_tokens("mistral"))
+    ids = plain.encode([text], special=False)[0]
+    assert plain.decode(ids) == 'Hi f{"ä": 1}'
+    for codec, expected in ((plain, 'Hi f{"ä": 1}'), (seeing, 'Hi [TOOL_CALLS]f{"ä": 1}')):
+        assert codec.decode(ids) == expected
+        detokenizer = Detokenizer(codec)
+        shown = ""
+        start: StreamStart | None = StreamStart(2, (), pack_ids(ids[:3]))
+        for token in ids[3:]:
+            reply, _ = detokenizer.detokenize(DetokenizeMsg(7, pack_ids([token]), start=start))
+            assert reply is not None
+            assert reply.prompt_end == (codec.decode(ids[:3]) if start else "")
+            shown, start = shown + reply.text, None
+        assert codec.decode(ids[:3]) + shown == expected

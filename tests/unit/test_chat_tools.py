@@ -1,0 +1,259 @@
+"""Tools and reasoning in requests and answers: checked fields, what templates make of them, assembled messages."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from minisgl.config.locate import DEMO_MODEL
+from minisgl.core import FinishReason
+from minisgl.errors import RequestError
+from minisgl.message.frontend import UserReply
+from minisgl.message.tokenizer import TokenizeMsg, tokenizer_codec
+from minisgl.server.assemble import Assembler, message_parser
+from minisgl.server.protocol import GenerationRequest, parse_chat
+from minisgl.server.protocol_tools import ToolUse
+from minisgl.server.render import ChatRenderer, Totals
+from minisgl.tokenizer.tokenize import HFTextCodec
+
+HELLO = [{"role": "user", "content": "hello"}]
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "default": None}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Weather.", "parameters": PARAMETERS}}
+TIME = {"type": "function", "function": {"name": "get_time"}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+ANSWERED = [
+    *HELLO,
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None},
+    {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+]
+
+
+def parse(**body: Any) -> GenerationRequest:
+    return parse_chat(json.dumps({"messages": HELLO, **body}).encode(), {})
+
+
+def prompt_of(**body: Any) -> Any:
+    return parse(**body).prompts[0]
+
+
+def test_tools_reach_the_template_as_they_are() -> None:
+    parsed = parse(tools=[WEATHER, TIME])
+    assert parsed.prompts[0].tools == [WEATHER, TIME]  # type: ignore[union-attr]
+    assert parsed.tools == ToolUse((WEATHER, TIME))
+    assert parsed.tools.names == {"get_weather", "get_time"}
+    assert parse(tools=[TIME], tool_choice="auto", parallel_tool_calls=False).tools == ToolUse((TIME,), parallel=False)
+    for body in ({"tools": [TIME], "tool_choice": "none"}, {"tools": []}, {"tools": None}, {"tool_choice": "auto"}):
+        assert parse(**body).tools is None
+        assert prompt_of(**body).tools is None
+
+
+def test_calls_and_results_reach_the_template_with_arguments_as_objects() -> None:
+    messages = prompt_of(messages=ANSWERED).messages
+    arguments = messages[1]["tool_calls"][0]["function"]["arguments"]
+    assert arguments == {"city": "Paris"}
+    assert messages[2] == {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}
+    empty = {**CALL, "function": {"name": "get_time", "arguments": ""}}
+    messages = prompt_of(messages=[{"role": "assistant", "tool_calls": [empty], "reasoning_content": "Hm."}]).messages
+    assert messages[0]["tool_calls"][0]["function"]["arguments"] == {}
+    assert messages[0]["reasoning_content"] == "Hm."
+
+
+def test_a_conversation_with_tools_through_a_real_template() -> None:
+    text = HFTextCodec(str(DEMO_MODEL)).render_chat(prompt_of(messages=ANSWERED, tools=[WEATHER]))
+    assert json.dumps(WEATHER) in text
+    assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>' in text
+    assert "<tool_response>\nsunny\n</tool_response>" in text
+
+
+def test_template_kwargs_reach_the_template() -> None:
+    assert prompt_of(chat_template_kwargs={"enable_thinking": False}).template_kwargs == {"enable_thinking": False}
+
+
+CASES: list[tuple[dict[str, Any], str]] = [
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+    ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "x": 1}}]}, "tools[0].function.x"),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"maximum": 10**30}}}]},
+        "tools[0].function.parameters",
+    ),
+    ({"tools": [TIME, TIME]}, "tools"),
+    ({"tools": [TIME], "tool_choice": "always"}, "tool_choice"),
+    ({"tools": [TIME], "tool_choice": "required"}, "tool_choice"),
+    ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "get_time"}}}, "tool_choice"),
+    ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    ({"tools": [TIME], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"x": [10**30]}}, "chat_template_kwargs"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "tool", "tool_call_id": "1"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "reasoning_content": 5}]}, "messages[0].reasoning_content"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "x"}}]}]},
+        "messages[0].tool_calls[0].function.arguments",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "[]"}}]}]},
+        "messages[0].tool_calls[0].function.arguments",
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), CASES, ids=lambda value: str(value)[:60])
+def test_bad_fields_are_refused_by_name(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as refusal:
+        parse(**body)
+    assert refusal.value.status == 400
+    assert refusal.value.param == param
+    assert param.split(".")[-1].split("[")[0] in str(refusal.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["function", "f"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["type", "function", "name", "arguments", "parameters", "id"]), inner, max_size=4
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["assistant", "tool", "user"]), JSON, JSON, JSON, JSON)
+def test_whatever_is_taken_can_be_sent_on(role: str, calls: Any, tools: Any, choice: Any, kwargs: Any) -> None:
+    message = {"role": role, "content": "", "tool_calls": calls, "tool_call_id": calls, "reasoning_content": calls}
+    message = {name: value for name, value in message.items() if value is not None}
+    for body in (
+        {"messages": [message]},
+        {"tools": tools, "tool_choice": choice, "parallel_tool_calls": choice},
+        {"tools": [tools, TIME], "tool_choice": choice},
+        {"chat_template_kwargs": kwargs},
+    ):
+        with contextlib.suppress(RequestError):
+            parsed = parse(**body)
+            tokenizer_codec.encode([TokenizeMsg(1, parsed.prompts[0], parsed.params)])
+
+
+HERMES = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+STOP = FinishReason.STOP
+
+
+def replies(*texts: str, finish: FinishReason = STOP, prompt_end: str = "") -> list[UserReply]:
+    made = [UserReply(1, text, b"", 5, index + 1, 0) for index, text in enumerate(texts)]
+    made[0] = UserReply(1, texts[0], b"", 5, 1, 0, prompt_end=prompt_end)
+    return [*made, UserReply(1, "", b"", 5, len(texts), 0, finish_reason=finish)]
+
+
+def answer(
+    given: list[UserReply], tools: ToolUse | None, reasoning: str | None = None, tool_parser: str = "hermes"
+) -> Any:
+    """The choice, from a whole answer; and the same from a stream. Both in the shapes that the openai package knows."""
+
+    def renderer() -> ChatRenderer:
+        make = message_parser(tool_parser, reasoning, tools)
+        parallel, short = tools is None or tools.parallel, tool_parser == "mistral"
+        return ChatRenderer(
+            "m", include_usage=False, assembler=lambda: Assembler(make, parallel=parallel, short_ids=short)
+        )
+
+    totals = Totals(1, 1)
+    totals.add(0, given[-1])
+    whole = ChatCompletion.model_validate(renderer().body([given], totals), strict=True).choices[0]
+    streaming = renderer()
+    chunks = [
+        ChatCompletionChunk.model_validate(chunk, strict=True).choices[0]
+        for index, reply in enumerate(given)
+        for chunk in streaming.chunk(0, reply, first=index == 0)
+    ]
+    content, reasoned, calls = "", "", []
+    for chunk in chunks:
+        content += chunk.delta.content or ""
+        reasoned += (chunk.delta.model_extra or {}).get("reasoning_content", "")
+        for call in chunk.delta.tool_calls or []:
+            if call.id is not None:
+                assert call.index == len(calls) and call.type == "function"
+                calls.append([call.function.name, ""])  # type: ignore[union-attr]
+            calls[call.index][1] += call.function.arguments or ""  # type: ignore[union-attr]
+    assert chunks[-1].finish_reason == whole.finish_reason
+    assert content == (whole.message.content or "")
+    assert reasoned == (whole.message.model_extra or {}).get("reasoning_content", "")
+    assert calls == [[c.function.name, c.function.arguments] for c in whole.message.tool_calls or []]  # type: ignore[union-attr]
+    return whole
+
+
+TOOLS = ToolUse((WEATHER, TIME))
+
+
+def test_a_message_with_calls() -> None:
+    for texts in ([HERMES], list(HERMES)):
+        choice = answer(replies(*texts), TOOLS)
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content is None
+        (call,) = choice.message.tool_calls
+        assert call.id.startswith("call_")
+        assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})
+
+
+def test_ids_differ_and_are_short_for_mistral() -> None:
+    text = '[TOOL_CALLS][{"name": "get_time"}, {"name": "get_time"}]'
+    first, second = answer(replies(text), TOOLS, tool_parser="mistral").message.tool_calls
+    assert first.id != second.id
+    assert all(len(call.id) == 9 and call.id.isalnum() for call in (first, second))
+
+
+def test_without_parallel_calls_the_first_is_the_only_one() -> None:
+    choice = answer(replies(HERMES, HERMES), ToolUse((WEATHER,), parallel=False))
+    assert len(choice.message.tool_calls) == 1
+    assert choice.finish_reason == "tool_calls"
+
+
+def test_a_message_that_is_cut_off_ends_with_length() -> None:
+    choice = answer(replies(HERMES, HERMES[:-14], finish=FinishReason.LENGTH), TOOLS)
+    assert (choice.finish_reason, len(choice.message.tool_calls), choice.message.content) == ("length", 1, HERMES[:-14])
+
+
+def test_text_alone() -> None:
+    for tools in (None, TOOLS):
+        choice = answer(replies("Hello", " there. "), tools)
+        assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (
+            "Hello there. ", None, "stop",
+        )  # fmt: skip
+        assert "reasoning_content" not in choice.message.model_extra
+
+
+def test_reasoning_is_apart() -> None:
+    choice = answer(replies("<think>\nHm", ".\n</think>", "\n\nYes."), None, "qwen3")
+    assert (choice.message.model_extra, choice.message.content) == ({"reasoning_content": "Hm."}, "Yes.")
+    choice = answer(replies("Hm.", "</think>", HERMES, prompt_end="assistant\n<think>\n"), TOOLS, "qwen3")
+    assert choice.message.model_extra == {"reasoning_content": "Hm."}
+    assert choice.message.content is None
+    assert choice.finish_reason == "tool_calls"
+
+
+def test_demanded_calls_are_read_in_the_format_of_their_grammar() -> None:
+    named = ToolUse((WEATHER, TIME), required=True, function="get_weather")
+    forced = named.forced("pythonic")
+    assert forced is not None and forced.schema == PARAMETERS
+    choice = answer(replies('{"city": ', '"Paris"}'), named, "deepseek_r1", "pythonic")
+    assert (choice.finish_reason, choice.message.tool_calls[0].function.arguments) == (
+        "tool_calls",
+        '{"city": "Paris"}',
+    )
+    choice = answer(replies(*HERMES), named, "deepseek_r1")
+    assert (choice.finish_reason, choice.message.tool_calls[0].function.name) == ("tool_calls", "get_weather")
+    assert TOOLS.forced("hermes") is None

@@ -1,0 +1,227 @@
+"""Grammars: what their masks allow is what they say, and one that costs too much harms nobody."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import wait
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from llguidance import LLMatcher
+from tokenizers import Tokenizer
+
+import minisgl
+from minisgl.core import Grammar
+from minisgl.errors import RequestError
+from minisgl.grammar.store import GrammarStore
+from minisgl.grammar.vocabulary import VocabularyConfig
+from tests.schemas import schemas
+
+MODEL = Path(minisgl.__file__).parent / "demo_model"
+EOS = 2
+TOKENIZER = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+SPECIAL = {0, 1, 2}
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[GrammarStore]:
+    store = GrammarStore(VocabularyConfig(str(MODEL), 4096, (EOS,)))
+    yield store
+    store.close()
+
+
+def compile_in(store: GrammarStore, kind: str, text: Any, **around: str) -> LLMatcher:
+    text = text if isinstance(text, str) else json.dumps(text)
+    return store.request(Grammar(kind, text, **around)).result().start()
+
+
+def allowed(matcher: LLMatcher) -> list[int]:
+    bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+    return np.flatnonzero(bits).tolist()  # type: ignore[no-any-return]
+
+
+def walk(matcher: LLMatcher, rng: random.Random, limit: int = 400) -> str | None:
+    """A random output; None when it is longer than `limit`. Special tokens but the end are never allowed."""
+    ids: list[int] = []
+    while len(ids) < limit:
+        choices = allowed(matcher)
+        assert choices, "nothing is allowed"
+        if EOS in choices and (len(choices) < 3 or rng.random() < 0.5):
+            return TOKENIZER.decode(ids, skip_special_tokens=False)
+        token = rng.choice([token for token in choices if token != EOS])
+        assert token not in SPECIAL
+        assert matcher.consume_token(token), matcher.get_error()
+        ids.append(token)
+    return None
+
+
+def accepts(matcher: LLMatcher, text: str) -> bool:
+    ids = TOKENIZER.encode(text, add_special_tokens=False).ids
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+
+SLOW = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@SLOW
+@given(schema=schemas(), seed=st.integers(0, 1000))
+def test_every_output_validates(store: GrammarStore, schema: dict[str, Any], seed: int) -> None:
+    text = walk(compile_in(store, "json", schema), random.Random(seed))
+    if text is not None:
+        jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
+
+
+LEAVES = [
+    ({"type": "integer"}, st.integers()),
+    ({"type": "number"}, st.floats(-1e6, 1e6, allow_subnormal=False).map(lambda x: round(x, 3))),
+    ({"type": "boolean"}, st.booleans()),
+    ({"type": "string"}, st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=8)),
+    ({"enum": ["größe", "b"]}, st.sampled_from(["größe", "b"])),
+    ({"type": "array", "items": {"type": "null"}}, st.lists(st.none(), max_size=3)),
+]
+
+
+@SLOW
+@given(data=st.data())
+def test_every_object_is_allowed(store: GrammarStore, data: st.DataObject) -> None:
+    """In the schema's order of properties, compact or pretty."""
+    fields = data.draw(st.lists(st.sampled_from(LEAVES), max_size=4))
+    schema: dict[str, Any] = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
+    value = {}
+    for index, (leaf, values) in enumerate(fields):
+        schema["properties"][f"f{index}"] = leaf
+        if data.draw(st.booleans()):
+            schema["required"].append(f"f{index}")
+        if f"f{index}" in schema["required"] or data.draw(st.booleans()):
+            value[f"f{index}"] = data.draw(values)
+    jsonschema.validate(value, schema)
+    for indent, separators in ((None, None), (None, (",", ":")), (2, None)):
+        text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators)
+        assert accepts(compile_in(store, "json", schema), text), text
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "good", "bad"),
+    [
+        ("regex", r"\d{3}-[a-z]+", "123-abc", "12-abc"),
+        ("choice", ["yes", "no", "a <tool_call>"], "a <tool_call>", "maybe"),
+        ("grammar", 'start: "a" | "b" X\nX: /[0-9]+/', "b12", "b"),
+        ("grammar", 'root ::= "a" | "b" x\nx ::= [0-9]+', "b12", "b"),
+        ("json", {"type": "object"}, '{"any": ["thing"]}', "[]"),
+        ("json", {"oneOf": [{"type": "integer"}, {"type": "string"}]}, '"s"', "null"),
+    ],
+)
+def test_kinds(store: GrammarStore, kind: str, text: Any, good: str, bad: str) -> None:
+    assert accepts(compile_in(store, kind, text), good)
+    assert not accepts(compile_in(store, kind, text), bad)
+
+
+def test_text_around(store: GrammarStore) -> None:
+    """The marks of a tool call are the model's own tokens for them."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    around = {"prefix": "<tool_call>\n", "suffix": "\n</tool_call>"}
+    assert accepts(compile_in(store, "json", schema, **around), '<tool_call>\n{"a": 1}\n</tool_call>')
+    assert allowed(compile_in(store, "json", schema, **around)) == [TOKENIZER.token_to_id("<tool_call>")]
+    thinking = {**around, "after": "</think>", "prefix": "\n\n<tool_call>\n"}
+    assert accepts(
+        compile_in(store, "json", schema, **thinking),
+        'so {"a": 0}?\n</think>\n\n<tool_call>\n{"a": 1}\n</tool_call>',
+    )
+    assert not accepts(compile_in(store, "json", schema, **thinking), '<tool_call>\n{"a": 1}\n</tool_call>')
+
+
+def test_several_of_them(store: GrammarStore) -> None:
+    """Parallel tool calls."""
+    call = '<tool_call>\n{"a": 1}\n</tool_call>'
+    around = {"prefix": "<tool_call>\n", "suffix": "\n</tool_call>", "separator": "\n"}
+    matcher = compile_in(store, "json", {"type": "object", "properties": {"a": {"const": 1}}}, **around)
+    assert accepts(matcher.deep_copy(), call)
+    assert accepts(matcher.deep_copy(), f"{call}\n{call}\n{call}")
+    assert not accepts(matcher.deep_copy(), f"{call}{call}")
+    assert not accepts(matcher.deep_copy(), f"{call}\n")
+
+
+def test_added_tokens_in_strings(store: GrammarStore) -> None:
+    """Prescribed strings that look like tokens can be written: the mask never allows what cannot be taken."""
+    rng = random.Random(0)
+    assert walk(compile_in(store, "json", {"const": "a <tool_call> <|im_end|>"}), rng) == '"a <tool_call> <|im_end|>"'
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "why"),
+    [
+        ("json", '{"type": "strin"}', "Invalid type: strin"),
+        ("json", '{"type": "array", "uniqueItems": true}', "uniqueItems"),
+        ("json", '{"enum": []}', "Unsatisfiable"),
+        ("json", "{", "parsing"),
+        ("regex", "(a", "regex"),
+        ("regex", "(?=a)b", "look-around"),
+        ("grammar", 'start: "a" | "b" X', 'unknown name: "X"'),
+        ("grammar", 'root ::= (("a"', "Expected"),
+    ],
+)
+def test_invalid(store: GrammarStore, kind: str, text: str, why: str) -> None:
+    for _ in range(2):  # the second time from memory
+        with pytest.raises(RequestError) as caught:
+            store.request(Grammar(kind, text, param="here")).result()
+        assert caught.value.param == "here" and caught.value.status == 400
+        assert str(caught.value).startswith("here: ") and why in str(caught.value), str(caught.value)
+
+
+def _chain(count: int) -> str:
+    return "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(count)) + f'r{count}: "a"'
+
+
+PATHOLOGICAL = {
+    "stack": ("grammar", _chain(20_000)),
+    "nesting": ("grammar", "root ::= " + "(" * 5000 + '"a"' + ")" * 5000),
+    "schema nesting": ("json", '{"items":' * 5000 + "{}" + "}" * 5000),
+    "time": ("json", '{"type": "integer", "multipleOf": 9999991, "minimum": 0}'),
+    "size": ("json", json.dumps({"enum": [f"value number {i}" for i in range(150_000)]})),
+    "references": (
+        "json",
+        json.dumps(
+            {
+                "$ref": "#/$defs/d0",
+                "$defs": {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{(i + 1) % 3000}"}, {}]} for i in range(3000)},
+            }
+        ),
+    ),
+}
+
+
+def test_pathological_ones_end_within_seconds(store: GrammarStore) -> None:
+    """All of them at once, and a sane one behind them."""
+    compile_in(store, "regex", "[ab]")
+    start = time.monotonic()
+    futures = {name: store.request(Grammar(*source)) for name, source in PATHOLOGICAL.items()}
+    assert accepts(compile_in(store, "regex", "[abc]"), "c")
+    wait(futures.values())
+    assert time.monotonic() - start < 30
+    for name, future in futures.items():
+        assert isinstance(future.exception(), RequestError), name
+    assert "3 s" in str(futures["time"].exception())
+    assert "nested" in str(futures["stack"].exception())
+
+
+def test_compiled_once(store: GrammarStore) -> None:
+    grammar = Grammar("regex", "[0-9]{1,7}")
+    first, second = store.request(grammar), store.request(Grammar("regex", "[0-9]{1,7}", param="other"))
+    assert first.result() is second.result() is store.request(grammar).result()
+    assert store.find(grammar) is first.result()
+    assert store.find(Grammar("regex", "never asked for")) is None
+
+
+def test_matchers_are_independent(store: GrammarStore) -> None:
+    first, second = (compile_in(store, "regex", "a{3}") for _ in range(2))
+    before = allowed(second)
+    assert first.consume_token(allowed(first)[0])
+    assert allowed(second) == before

@@ -1,0 +1,114 @@
+"""Single tokens as bytes, and what the detokenizer makes of log-probabilities."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minisgl.core import FinishReason, TokenLogprobs
+from minisgl.message.codec import pack_ids
+from minisgl.message.frontend import UserReply
+from minisgl.message.logprobs import pack_logprobs, unpack_logprobs
+from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
+from minisgl.server.render_logprobs import TextCursor, chat_logprobs, completion_logprobs
+from minisgl.tokenizer.detokenize import Detokenizer
+from minisgl.tokenizer.tokenize import HFTextCodec
+from tests.tokenizers_fixture import make_byte_level, make_sentencepiece
+
+
+@pytest.fixture(scope="module")
+def codecs(tmp_path_factory: pytest.TempPathFactory) -> list[HFTextCodec]:
+    directory = tmp_path_factory.mktemp("models")
+    return [HFTextCodec(str(make_byte_level(directory / "b"))), HFTextCodec(str(make_sentencepiece(directory / "s")))]
+
+
+@given(text=st.text("abc dehloHwT.ä 🙂你\n\x00ß", min_size=1, max_size=20))
+def test_bytes_of_tokens_add_up_to_the_text(codecs: list[HFTextCodec], text: str) -> None:
+    byte_level, sentencepiece = codecs
+    ids = byte_level.encode([text], special=False)[0]
+    assert b"".join(map(byte_level.token_bytes, ids)) == text.encode()
+    ids = sentencepiece.encode([text], special=False)[0]
+    assert b"".join(map(sentencepiece.token_bytes, ids)) == b" " + text.encode()
+
+
+def test_special_and_unknown_tokens_have_bytes_too(codecs: list[HFTextCodec]) -> None:
+    assert codecs[0].token_bytes(1) == b"<|im_start|>"
+    assert codecs[1].token_bytes(2) == b"</s>"
+    assert codecs[0].token_bytes(10**6) == b""
+
+
+def logprobs_of(num: int, num_top: int) -> TokenLogprobs:
+    values = -np.arange(num * num_top, dtype=np.float32).reshape(num, num_top)
+    ids = np.arange(num * num_top, dtype=np.int32).reshape(num, num_top)
+    return TokenLogprobs(-np.arange(num, dtype=np.float32) / 2, ids, values)
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 3])
+def test_packing_keeps_numbers_and_bounds_those_that_json_has_not(num_top: int) -> None:
+    parts = [logprobs_of(2, num_top), logprobs_of(1, num_top)]
+    parts[1].chosen[0] = -np.inf
+    unpacked = unpack_logprobs(pack_logprobs(parts))
+    assert [logprob for logprob, _ in unpacked] == [0, -0.5, -9999]
+    assert [len(top) for _, top in unpacked] == [num_top] * 3
+    assert unpacked[1][1] == [(num_top + i, -num_top - i) for i in range(num_top)]
+    parts[0].chosen[0] = np.nan
+    assert unpack_logprobs(pack_logprobs(parts))[0][0] == -9999
+
+
+def replies(codec: HFTextCodec, text: str, *, echo: str = "", num_top: int = 0) -> list[UserReply]:
+    """Of one request whose output is `text`, token by token."""
+    detokenizer, prompt = Detokenizer(codec), codec.encode([echo or "a"], special=False)[0]
+    start = StreamStart(len(prompt), (), b"", echo=bool(echo), prompt=pack_ids(prompt) if echo else b"")
+    ids = codec.encode([text], special=False)[0]
+    messages = [
+        DetokenizeMsg(
+            uid=1,
+            token_ids=pack_ids([token]),
+            start=None if i else start,
+            finish_reason=FinishReason.LENGTH if i == len(ids) - 1 else None,
+            logprobs=pack_logprobs([logprobs_of(1, num_top)]),
+            prompt_logprobs=pack_logprobs([logprobs_of(len(prompt) - 1, num_top)])
+            if not i and len(prompt) > 1
+            else None,
+        )
+        for i, token in enumerate(ids)
+    ]
+    answers = [detokenizer.detokenize(message)[0] for message in messages]
+    return [answer for answer in answers if answer is not None]
+
+
+def test_parts_of_characters_are_written_out(codecs: list[HFTextCodec]) -> None:
+    """As OpenAI does; and a token's offset is where its text is, or the character that it helps to make."""
+    shown = completion_logprobs(replies(codecs[0], "xшy", echo="ab", num_top=2), TextCursor())
+    assert shown["tokens"] == ["a", "b", "x", *(f"bytes:\\x{byte:02x}" for byte in "ш".encode()), "y"]
+    assert shown["text_offset"] == [0, 1, 2, 3, 3, 4]
+    assert shown["token_logprobs"][0] is None
+    assert shown["top_logprobs"][0] is None
+    content = chat_logprobs(replies(codecs[0], "xшy"))["content"]
+    assert bytes(byte for token in content for byte in token["bytes"]).decode() == "xшy"
+    assert content[1]["token"] == "\\xd1"
+
+
+def test_an_echo_comes_before_the_text_and_is_not_searched_for_stop_strings(codecs: list[HFTextCodec]) -> None:
+    answers = replies(codecs[0], "def", echo="abc")
+    assert "".join(answer.text for answer in answers) == "abcdef"
+    start = StreamStart(3, ("b",), b"", echo=True, prompt=pack_ids(codecs[0].encode(["abc"], special=False)[0]))
+    ids = codecs[0].encode(["xbz"], special=False)[0]
+    reply, _ = Detokenizer(codecs[0]).detokenize(DetokenizeMsg(uid=1, token_ids=pack_ids(ids), start=start))
+    assert reply is not None
+    assert (reply.text, reply.finish_reason) == ("abcx", "stop")
+
+
+def test_stop_strings_before_min_tokens_are_text(codecs: list[HFTextCodec]) -> None:
+    ids = codecs[0].encode(["bxbyb"], special=False)[0]
+    assert len(ids) == 5
+    for size in (1, 2, 5):
+        detokenizer, text = Detokenizer(codecs[0]), ""
+        for first in range(0, 5, size):
+            start = None if first else StreamStart(1, ("b",), b"", min_tokens=3)
+            message = DetokenizeMsg(uid=1, token_ids=pack_ids(ids[first : first + size]), start=start)
+            reply, _ = detokenizer.detokenize(message)
+            text += reply.text if reply is not None else ""
+        assert text == "bxby"

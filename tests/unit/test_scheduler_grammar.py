@@ -1,0 +1,204 @@
+"""Requests with a grammar in the scheduler's loop: when they are let in, what their matchers see, how they end."""
+
+from __future__ import annotations
+
+import ctypes
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minisgl.config.runtime import SchedulerConfig
+from minisgl.core import FinishReason, Grammar, SamplingParams, StepPlan
+from minisgl.errors import RequestError
+from minisgl.grammar.store import CompiledGrammar
+from minisgl.message.backend import AbortMsg, UserMsg
+from minisgl.message.codec import pack_ids, unpack_ids
+from minisgl.message.frontend import ErrorReply
+from minisgl.scheduler.grammar import Grammars
+from minisgl.scheduler.scheduler import Scheduler
+from minisgl.scheduler.transport import LocalTransport
+from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
+
+VOCAB = 64
+CONFIG = SchedulerConfig(
+    max_running_requests=4, max_prefill_length=16, max_seq_len=64, num_pages=64, page_size=4, check_integrity=True
+)
+
+
+class FakeMatcher:
+    """Remembers what it is told. It breaks after `limit` tokens."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.seen = limit, []  # type: ignore[var-annotated]
+
+    def deep_copy(self) -> FakeMatcher:
+        return self
+
+    def is_stopped(self) -> bool:
+        return False
+
+    def is_error(self) -> bool:
+        return len(self.seen) >= self.limit
+
+    def get_error(self) -> str:
+        return "too complex\nand more"
+
+    def consume_tokens(self, ids: list[int]) -> bool:
+        self.seen += ids
+        return True
+
+    def unsafe_compute_mask_ptr(self, pointer: int, size: int) -> None:
+        assert size == VOCAB // 8
+        ctypes.memset(pointer, len(self.seen) % 256, size)
+
+
+class FakeStore:
+    vocab_size = VOCAB
+
+    def __init__(self) -> None:
+        self.future: Future[CompiledGrammar] = Future()
+
+    def request(self, grammar: Grammar) -> Future[CompiledGrammar]:
+        return self.future
+
+    def close(self) -> None: ...
+
+
+class MaskedEngine(SimulatedEngine):
+    """Asks for words as engines do, and remembers their first."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        self.words: list[int] = []
+
+    def submit(self, plan: StepPlan) -> SimulatedHandle:
+        if plan.bitmask is not None:
+            assert plan.bitmask.words is not None
+            self.words += [int(plan.bitmask.words[i][0]) & 255 for i in range(len(plan.bitmask.samples))]
+        return super().submit(plan)
+
+
+class Loop:
+    def __init__(self, limit: int = 1000, overlap: bool = True) -> None:
+        self.store, self.matcher = FakeStore(), FakeMatcher(limit)
+        grammars = Grammars(self.store)  # type: ignore[arg-type]
+        self.grammars = grammars
+        self.transport = LocalTransport(grammars=grammars)
+        config = SchedulerConfig(**{name: getattr(CONFIG, name) for name in CONFIG.__slots__} | {"overlap": overlap})
+        self.engine = MaskedEngine(config)
+        self.scheduler = Scheduler(config, self.engine, self.transport, grammars=grammars)
+        self.outputs: dict[int, list[Any]] = {}
+
+    def compiled(self) -> None:
+        self.store.future.set_result(CompiledGrammar(self.matcher, 1))  # type: ignore[arg-type]
+
+    def put(self, uid: int, prompt: list[int], grammar: bool = True, max_tokens: int = 6) -> None:
+        params = SamplingParams(max_tokens=max_tokens, seed=0, grammar=Grammar("regex", "x") if grammar else None)
+        self.transport.put([UserMsg(uid, pack_ids(prompt), params)])
+
+    def turn(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.scheduler.turn()
+            for message in self.transport.take_outputs():
+                self.outputs.setdefault(message.uid, []).append(message)
+
+    def ids(self, uid: int) -> list[int]:
+        return [token for message in self.outputs[uid] for token in unpack_ids(message.token_ids)]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_matcher_has_seen_all_tokens_before_each_mask(overlap: bool) -> None:
+    loop = Loop(overlap=overlap)
+    loop.compiled()
+    loop.put(1, [1, 2, 3])
+    loop.put(2, [4, 5], grammar=False)
+    loop.turn(20)
+    assert loop.ids(1) == expected_output([1, 2, 3], 9, ())
+    assert loop.engine.words == [0, 1, 2, 3, 4, 5]
+    assert loop.matcher.seen == loop.ids(1)[:5]
+    assert loop.engine.num_steps == 6, "the two requests shared every step"
+
+
+def test_a_request_waits_for_its_grammar_and_others_do_not() -> None:
+    loop = Loop()
+    loop.put(1, [1, 2, 3])
+    loop.put(2, [4, 5], grammar=False)
+    loop.turn(20)
+    assert list(loop.outputs) == [2] and loop.outputs[2][-1].finish_reason is FinishReason.LENGTH
+    loop.compiled()
+    loop.turn(20)
+    assert loop.ids(1) == expected_output([1, 2, 3], 9, ())
+
+
+def test_a_refused_grammar_never_reaches_the_planner() -> None:
+    loop = Loop()
+    loop.put(1, [1, 2, 3])
+    loop.turn()
+    loop.store.future.set_exception(RequestError("guided_regex: no", param="guided_regex"))
+    loop.turn()
+    assert loop.outputs[1] == [ErrorReply(1, "guided_regex: no", status=400, param="guided_regex")]
+    assert loop.scheduler.planner.is_idle and loop.engine.num_steps == 0
+
+
+def test_a_server_without_grammars_refuses_them() -> None:
+    grammars = Grammars(None)
+    params = SamplingParams(max_tokens=3, seed=0, grammar=Grammar("regex", "x", param="regex"))
+    assert grammars.admit([UserMsg(1, pack_ids([1]), params)]) == []
+    (reply,) = grammars.take_replies()
+    assert isinstance(reply, ErrorReply) and (reply.status, reply.param) == (400, "regex")
+
+
+def test_an_abort_while_it_waits_is_the_end() -> None:
+    loop = Loop()
+    loop.put(1, [1, 2, 3])
+    loop.turn()
+    loop.transport.put([AbortMsg(1)])
+    loop.turn()
+    assert [message.finish_reason for message in loop.outputs[1]] == [FinishReason.ABORT]
+    loop.compiled()
+    loop.turn(5)
+    assert len(loop.outputs[1]) == 1 and loop.engine.num_steps == 0
+
+
+@pytest.mark.parametrize("after", range(8))
+def test_an_abort_at_any_turn_leaves_nothing_behind(after: int) -> None:
+    loop = Loop()
+    loop.compiled()
+    loop.put(1, [1, 2, 3])
+    loop.turn(after)
+    loop.transport.put([AbortMsg(1)])
+    loop.turn(12)
+    assert sum(message.finish_reason is not None for message in loop.outputs[1]) == 1
+    assert not loop.grammars._outputs and loop.scheduler.planner.is_idle
+
+
+def test_a_grammar_that_grows_too_complex_is_an_error_of_its_own() -> None:
+    loop = Loop(limit=3)
+    loop.compiled()
+    loop.put(1, [1, 2, 3], max_tokens=30)
+    loop.put(2, [4, 5], grammar=False)
+    loop.turn(40)
+    last = loop.outputs[1][-1]
+    assert last.finish_reason is FinishReason.ERROR and "too complex" in last.error and "and more" not in last.error
+    assert loop.ids(2) == expected_output([4, 5], 8, ())
+    assert not loop.grammars._outputs
+
+
+def test_a_failed_step_ends_its_requests_and_the_next_one_works() -> None:
+    loop = Loop()
+    loop.compiled()
+    loop.put(1, [1, 2, 3])
+    loop.turn(2)
+    loop.engine.fail_next = True
+    loop.turn(3)
+    loop.engine.broken = False
+    loop.turn(3)
+    assert loop.outputs[1][-1].finish_reason is FinishReason.ERROR
+    loop.matcher.seen = []
+    loop.put(3, [9, 8])
+    loop.turn(20)
+    assert loop.ids(3) == expected_output([9, 8], 8, ())
+    assert loop.matcher.seen == loop.ids(3)[:5]
+    assert np.array(loop.engine.words[-6:]).tolist() == [0, 1, 2, 3, 4, 5]
