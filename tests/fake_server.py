@@ -2,7 +2,7 @@
 
 Keys: port, num_tokenizer, delay (seconds per step), max_seq_len, max_running,
 die (name of a worker that fails at start-up), answer (a file with the text of every answer, read for each),
-tools and reasoning (names of parsers).
+tools and reasoning (names of parsers), and the access options of the real server.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from minisgl.config.access import access_config
+from minisgl.config.args import args_from_options
 from minisgl.config.chat import visible_tokens
 from minisgl.config.model import ModelConfig, RopeConfig
 from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import StepPlan, StepResult
 from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.scheduler.scheduler import Scheduler
+from minisgl.scheduler.status import StepStats
 from minisgl.scheduler.transport import LeaderTransport
 from minisgl.server.launch import bind_port, run_server, worker_specs
 from minisgl.server.supervisor import WorkerSpec
@@ -26,6 +29,7 @@ from minisgl.tokenizer.tokenize import HFTextCodec
 from minisgl.utils.log import setup_logging
 
 VOCAB = 400
+ACCESS = ("api_key", "ssl_certfile", "ssl_keyfile", "cors_origin")
 EOS = 2
 
 
@@ -84,9 +88,10 @@ class Answer:
 
 
 def fake_scheduler(control: Control, config: ServerConfig, addresses: Addresses, delay: float, answer: str) -> None:
-    transport = LeaderTransport(addresses, 1, control.beat)
+    stats = StepStats(config.scheduler.num_pages)
+    transport = LeaderTransport(addresses, 1, control.beat, stats=stats.reply)
     executor = FakeExecutor(delay, Answer(config.tokenizer, answer) if answer else None)
-    scheduler = Scheduler(config.scheduler, executor, transport)
+    scheduler = Scheduler(config.scheduler, executor, transport, stats=stats)
     control.ready()
     scheduler.run()
 
@@ -115,6 +120,8 @@ def main(argv: list[str]) -> int:
         int(options.get("max_seq_len", 512)),
         int(options.get("max_running", 256)),
     )
+    given = {name: options[name] for name in ACCESS if name in options}
+    config = replace(config, access=access_config(args_from_options(given)))
     tools, reasoning = options.get("tools"), options.get("reasoning")
     tokenizer = replace(config.tokenizer, visible_tokens=visible_tokens(tools, reasoning))
     config = replace(config, tokenizer=tokenizer, tool_call_parser=tools, reasoning_parser=reasoning)

@@ -10,11 +10,11 @@ import pytest
 from minisgl.config.runtime import Addresses, SchedulerConfig
 from minisgl.core import FinishReason, SamplingParams, StepPlan, StepResult
 from minisgl.errors import EngineError
-from minisgl.message.backend import AbortMsg, UserMsg
+from minisgl.message.backend import AbortMsg, FlushMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.tokenizer import DetokenizeMsg
 from minisgl.scheduler.scheduler import Scheduler
-from minisgl.scheduler.status import StatusLog
+from minisgl.scheduler.status import StatusLog, StepStats
 from minisgl.scheduler.transport import FollowerTransport, LocalTransport, RankFanout
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 
@@ -186,7 +186,7 @@ def test_ranks_make_the_same_plans_and_notice_when_they_do_not(tmp_path_factory:
         if turn < 6:
             leader_transport.put([user(turn, list(range(turn + 1)))])
         if turn == 8:
-            leader_transport.put([AbortMsg(2)])
+            leader_transport.put([AbortMsg(2), FlushMsg(0)])
         leader.turn()
         follower.turn()
     assert engines[0].log == engines[1].log
@@ -226,3 +226,45 @@ def test_the_log_tells_of_work_now_and_then(caplog: pytest.LogCaptureFixture) ->
             scheduler.turn()
             status.update(scheduler.planner)
     assert len(caplog.messages) == 3
+
+
+def test_flushing_takes_what_nobody_uses() -> None:
+    transport = LocalTransport()
+    scheduler = Scheduler(CONFIG, SimulatedEngine(CONFIG), transport)
+    prompt = list(range(20))
+    transport.put([user(1, prompt)])
+    run(scheduler, transport)
+
+    def cached(uid: int) -> int:
+        transport.put([user(uid, prompt)])
+        return run(scheduler, transport)[uid][0].num_cached
+
+    assert cached(2) == 16
+    assert scheduler.planner.flush_unused() >= 5
+    assert scheduler.planner.flush_unused() == 0
+    assert cached(3) == 0
+    transport.put([user(4, prompt, 30)])
+    scheduler.turn()
+    assert scheduler.planner.num_running == 1
+    scheduler.planner.flush_unused()  # it has these pages, and goes on with them
+    outputs = run(scheduler, transport)[4]
+    ids = [token for message in outputs for token in unpack_ids(message.token_ids)]
+    assert ids == expected_output(prompt, 50, CONFIG.eos_token_ids)
+
+
+def test_steps_are_counted() -> None:
+    stats, transport = StepStats(CONFIG.num_pages), LocalTransport()
+    scheduler = Scheduler(CONFIG, SimulatedEngine(CONFIG), transport, stats=stats)
+    transport.put([user(uid, [uid] * 10, 8) for uid in range(1, 7)])  # four run at once
+    scheduler.turn()
+    scheduler.turn()
+    reply = stats.reply(9)
+    assert (reply.uid, reply.num_pages) == (9, CONFIG.num_pages)
+    assert (reply.num_running, reply.num_waiting) == (scheduler.planner.num_running, scheduler.planner.num_waiting)
+    assert reply.num_waiting >= 2
+    assert reply.num_free_pages < CONFIG.num_pages
+    run(scheduler, transport)
+    after = stats.reply(10)
+    assert (after.num_running, after.num_waiting, after.num_free_pages) == (0, 0, CONFIG.num_pages)
+    assert sum(after.step_requests.counts) == sum(after.step_tokens.counts)
+    assert after.step_tokens.total == 6 * (10 + 7)  # the last token of each is never computed

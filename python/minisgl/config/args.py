@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,9 +91,34 @@ def _auto(inner: Parser) -> Parser:
     return parse
 
 
-def _option(parse: Parser, default: Any, help: str, *aliases: str) -> Any:
-    metadata = {"parse": parse, "help": help, "aliases": aliases}
-    return field(default=default, metadata=metadata)
+def _several(inner: Parser) -> Parser:
+    """A list: comma-separated, or a list in the YAML file. A flag of this kind may also be repeated."""
+
+    def parse(value: Any) -> tuple[Any, ...]:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not items:
+            raise ValueError("one value, or several with commas between them")
+        return tuple(inner(item.strip() if isinstance(item, str) else item) for item in items)
+
+    return parse
+
+
+def _key(value: Any) -> str:
+    if not isinstance(value, str) or not value or not all("!" <= character <= "~" for character in value):
+        raise ValueError("printable ASCII characters without spaces")  # what fits an HTTP header
+    return value
+
+
+def _origin(value: Any) -> str:
+    if value != "*" and not re.fullmatch(r"https?://[^/\s]+", str(value)):
+        raise ValueError("origins such as https://example.org, or *")
+    return str(value)
+
+
+def _option(parse: Parser, default: Any, help: str, *aliases: str, many: bool = False, secret: bool = False) -> Any:
+    """many: the flag may be repeated. secret: no message shows its value."""
+    metadata = {"parse": parse, "help": help, "aliases": aliases, "many": many, "secret": secret}
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +143,18 @@ class ServerArgs:
     )
     host: str = _option(_text, "127.0.0.1", "HTTP address")
     port: int = _option(integer(0, 65535), 1919, "HTTP port; 0 picks a free one")
+    api_key: tuple[str, ...] = _option(
+        _several(_key),
+        (),
+        "key that clients must send as a bearer token; may be repeated (default: no key is asked for)",
+        many=True,
+        secret=True,
+    )
+    ssl_certfile: str | None = _option(_auto(_text), None, "certificate chain (PEM): serve HTTPS")
+    ssl_keyfile: str | None = _option(_auto(_text), None, "private key (PEM), unless it is in the certificate's file")
+    cors_origin: tuple[str, ...] = _option(
+        _several(_origin), (), "origin whose web pages may use the API, or * for all; may be repeated", many=True
+    )
     max_running_requests: int = _option(integer(1, 65536), 256, "requests in one running batch")
     max_prefill_length: int | None = _option(
         _auto(integer(1)),
@@ -226,6 +264,8 @@ def _parse(name: str, value: Any, source: str) -> Any:
     try:
         return _FIELDS[name].metadata["parse"](value)
     except ValueError as error:
+        if _FIELDS[name].metadata["secret"]:
+            source = _flags(name)[0]
         raise ConfigError(f"{source}: expected {error}") from None
 
 
@@ -243,7 +283,11 @@ class _Record(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         del parser
-        setattr(namespace, self.dest, (option_string, "true" if self.nargs == 0 else values))
+        value: Any = "true" if self.nargs == 0 else values
+        if _FIELDS[self.dest].metadata["many"]:
+            _, before = getattr(namespace, self.dest, (None, []))
+            value = [*before, *str(values).split(",")]
+        setattr(namespace, self.dest, (option_string, value))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -274,7 +318,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="YAML file with options")
     for name, option in _FIELDS.items():
         is_switch = option.metadata["parse"] is boolean
-        default = "" if option.default in (None, False) else f" (default: {option.default})"
+        default = "" if option.default in (None, False, ()) else f" (default: {option.default})"
         parser.add_argument(
             *_flags(name),
             dest=name,

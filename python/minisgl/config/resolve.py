@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from minisgl.config.access import access_config
 from minisgl.config.args import ServerArgs
 from minisgl.config.chat import choose_reasoning_parser, choose_tool_parser, read_chat_template, visible_tokens
 from minisgl.config.cuda import choose_device, cuda_engine
@@ -37,9 +38,10 @@ class ModelFiles:
 
 def prepare(args: ServerArgs) -> ServerConfig:
     """Find the model, look at the machine, and resolve. Raises: ConfigError."""
+    access = access_config(args)
     path = locate_model(args.model_path, args.model_source)
     files = ModelFiles(path, read_model_config(path), read_default_sampling(path), read_chat_template(path))
-    return resolve(args, files, probe())
+    return replace(resolve(args, files, probe()), access=access)
 
 
 def read_default_sampling(path: Path) -> dict[str, float | int]:

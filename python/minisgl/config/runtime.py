@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from minisgl.config.model import ModelConfig
 
@@ -96,6 +96,16 @@ class Addresses:
 
 
 @dataclass(frozen=True, slots=True)
+class AccessConfig:
+    """Who may use the HTTP API, and how."""
+
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # none: nobody is asked for one
+    ssl_certfile: str | None = None  # set: HTTPS
+    ssl_keyfile: str | None = None  # None: the key is in the certificate's file
+    cors_origins: tuple[str, ...] = ()  # whose web pages may use the API; "*": all
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """Everything that a running server is made of."""
 
@@ -109,3 +119,4 @@ class ServerConfig:
     default_sampling: dict[str, float | int]  # from generation_config.json: temperature, top_p, top_k, min_p
     tool_call_parser: str | None = None  # None: the format of tool calls is not known
     reasoning_parser: str | None = None  # None: the model does not reason, as far as the server knows
+    access: AccessConfig = AccessConfig()

@@ -1,4 +1,5 @@
-"""To the scheduler: from tokenizers (new requests, aborts, pings) and from the detokenizer (stop string found)."""
+"""To the scheduler: from tokenizers (new requests, aborts, pings), from the detokenizer (stop string found), and from
+the API server (what is not about one request)."""
 
 from __future__ import annotations
 
@@ -28,7 +29,19 @@ class PingMsg(msgspec.Struct, frozen=True, tag="ping", forbid_unknown_fields=Tru
     uid: int
 
 
-BackendMsg = UserMsg | AbortMsg | PingMsg
+class StatsMsg(msgspec.Struct, frozen=True, tag="stats", forbid_unknown_fields=True):
+    """Asks rank 0 for its counts; answered by a `StatsReply`, also while a step is running."""
+
+    uid: int
+
+
+class FlushMsg(msgspec.Struct, frozen=True, tag="flush", forbid_unknown_fields=True):
+    """Forget the cached prefixes that no running request uses; answered by a `FlushReply`."""
+
+    uid: int
+
+
+BackendMsg = UserMsg | AbortMsg | PingMsg | StatsMsg | FlushMsg
 backend_codec: Codec[BackendMsg] = Codec(BackendMsg)
 
 
@@ -39,7 +52,7 @@ class RankBatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     number: int
-    messages: list[UserMsg | AbortMsg]
+    messages: list[UserMsg | AbortMsg | FlushMsg]
     digest: int = 0
 
 

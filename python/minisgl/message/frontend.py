@@ -1,4 +1,5 @@
-"""To the API server: increments of text (from the detokenizer), refusals (from the tokenizers), answers to pings."""
+"""To the API server: increments of text (from the detokenizer), refusals (from the tokenizers), and answers to what is
+not about one request."""
 
 from __future__ import annotations
 
@@ -40,5 +41,47 @@ class PongReply(msgspec.Struct, frozen=True, tag="pong", forbid_unknown_fields=T
     uid: int
 
 
-FrontendMsg = UserReply | ErrorReply | PongReply
+class EncodedReply(msgspec.Struct, frozen=True, tag="encoded", forbid_unknown_fields=True):
+    """The token ids of an `EncodeMsg`."""
+
+    uid: int
+    token_ids: bytes
+
+
+class DecodedReply(msgspec.Struct, frozen=True, tag="decoded", forbid_unknown_fields=True):
+    """The text of a `DecodeMsg`."""
+
+    uid: int
+    text: str
+
+
+class Counts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A histogram: `counts[i]` values of at most `bounds[i]` and above the bound before; the last has no bound."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float  # all values added up
+
+
+class StatsReply(msgspec.Struct, frozen=True, tag="stats", forbid_unknown_fields=True):
+    """What rank 0 is doing, and what it has done since it started."""
+
+    uid: int
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_free_pages: int  # those of the prefix cache that nobody uses included
+    num_retracted: int
+    step_requests: Counts  # per step
+    step_tokens: Counts
+
+
+class FlushReply(msgspec.Struct, frozen=True, tag="flushed", forbid_unknown_fields=True):
+    """The prefix cache was flushed; so many pages were freed."""
+
+    uid: int
+    num_pages: int
+
+
+FrontendMsg = UserReply | ErrorReply | PongReply | EncodedReply | DecodedReply | StatsReply | FlushReply
 frontend_codec: Codec[FrontendMsg] = Codec(FrontendMsg)

@@ -44,6 +44,22 @@ class TokenizeMsg(msgspec.Struct, frozen=True, tag="tokenize", forbid_unknown_fi
     params: SamplingParams
 
 
+class EncodeMsg(msgspec.Struct, frozen=True, tag="encode", forbid_unknown_fields=True):
+    """Asks for the token ids of a prompt, and no more: `EncodedReply`, or `ErrorReply`."""
+
+    uid: int
+    prompt: ChatPrompt | TextPrompt
+    special: bool = True  # with the frame of special tokens around plain text
+
+
+class DecodeMsg(msgspec.Struct, frozen=True, tag="decode", forbid_unknown_fields=True):
+    """Asks for the text of token ids: `DecodedReply`, or `ErrorReply`."""
+
+    uid: int
+    token_ids: bytes
+    skip_special: bool = True
+
+
 class StreamStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the detokenizer must know of a request, sent with its first message."""
 
@@ -76,5 +92,5 @@ class DetokenizeMsg(msgspec.Struct, frozen=True, tag="detokenize", forbid_unknow
 
 
 # An error reply is of the scheduler's, to a request that it does not take; the detokenizer passes it on.
-TokenizerMsg = TokenizeMsg | DetokenizeMsg | AbortMsg | PingMsg | ErrorReply
+TokenizerMsg = TokenizeMsg | DetokenizeMsg | EncodeMsg | DecodeMsg | AbortMsg | PingMsg | ErrorReply
 tokenizer_codec: Codec[TokenizerMsg] = Codec(TokenizerMsg)

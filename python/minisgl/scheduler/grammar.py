@@ -22,7 +22,7 @@ from minisgl.core import FinishReason, Req, StepPlan
 from minisgl.errors import EngineError, RequestError
 from minisgl.grammar.store import CompiledGrammar, GrammarStore
 from minisgl.grammar.trial import reason
-from minisgl.message.backend import AbortMsg, UserMsg
+from minisgl.message.backend import AbortMsg, FlushMsg, UserMsg
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.tokenizer import DetokenizeMsg
 from minisgl.scheduler.executor import StepHandle
@@ -35,7 +35,7 @@ WAIT_SECONDS = 0.005  # between looks at grammars that are being compiled, while
 _MAX_THREADS = 8
 _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
 
-PlannerMsg = UserMsg | AbortMsg
+PlannerMsg = UserMsg | AbortMsg | FlushMsg
 Submitted = tuple[StepPlan, StepHandle]
 Reply = DetokenizeMsg | ErrorReply
 

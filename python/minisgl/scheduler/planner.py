@@ -73,6 +73,7 @@ class Planner:
         self._eos = frozenset(config.eos_token_ids)
         self._step_id = 0
         self._num_admitted = 0
+        self.num_retracted = 0  # times that a running request was sent back to the queue
         self._page_updates: list[PageUpdate] = []
         self.masked_reqs: list[Req] = []  # of the last plan: those that its bitmask is for
         self._allocator = PageAllocator(config.num_pages)
@@ -85,6 +86,12 @@ class Planner:
         self._allocator = PageAllocator(self._config.num_pages)
         self._cache = _create_cache(self._config)
         self._rows = list(range(self._config.max_running_requests - 1, -1, -1))
+
+    def flush_unused(self) -> int:
+        """Forget what is cached and in use by no running request. Returns the number of pages freed."""
+        pages = self._cache.evict(self._cache.num_evictable)
+        self._allocator.free(pages)
+        return len(pages)
 
     @property
     def num_waiting(self) -> int:
@@ -204,7 +211,7 @@ class Planner:
         victims = [req for req in self._reqs.values() if req.row >= 0]
         outputs = [self._finish(req, (), FinishReason.ERROR, error=error) for req in victims]
         self._release_leaving()
-        self._allocator.free(self._cache.evict(self._cache.num_evictable))
+        self.flush_unused()
         return outputs
 
     def free_pages(self) -> list[int]:
@@ -276,6 +283,7 @@ class Planner:
     def _retract(self, req: Req) -> None:
         """Send a running request back to the queue. What it has computed stays in the cache while there is room."""
         self._running.remove(req)
+        self.num_retracted += 1
         req.preempted = True
         self._leaving.append(req)
         if req.num_inflight == 0:

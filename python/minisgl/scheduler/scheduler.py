@@ -9,15 +9,16 @@ from collections import deque
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Req, StepPlan
 from minisgl.errors import EngineError
-from minisgl.message.backend import UserMsg
+from minisgl.message.backend import AbortMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
+from minisgl.message.frontend import FlushReply
 from minisgl.message.logprobs import pack_logprobs
 from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
 from minisgl.scheduler.executor import Executor, StepHandle
 from minisgl.scheduler.grammar import Grammars
 from minisgl.scheduler.output import ReqOutput
 from minisgl.scheduler.planner import Planner
-from minisgl.scheduler.status import StatusLog
+from minisgl.scheduler.status import StatusLog, StepStats
 from minisgl.scheduler.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Scheduler:
         tp_size: int = 1,
         check_ranks: bool = False,
         status: StatusLog | None = None,
+        stats: StepStats | None = None,
         grammars: Grammars | None = None,
     ) -> None:
         self.planner = Planner(config)
@@ -49,6 +51,9 @@ class Scheduler:
         self._tp_size = tp_size
         self._check_ranks = check_ranks
         self._status = status
+        self._stats = stats
+        if stats is not None:
+            stats.watch(self.planner)
         self._grammars = grammars  # on rank 0; the transport's too
         self._digest = 0
         self._submitted: deque[tuple[StepPlan, StepHandle]] = deque()
@@ -74,8 +79,10 @@ class Scheduler:
         for message in self._transport.receive(block=idle, digest=self._digest):
             if isinstance(message, UserMsg):
                 outputs += self.planner.add(message.uid, unpack_ids(message.input_ids), message.params)
-            else:
+            elif isinstance(message, AbortMsg):
                 outputs += self.planner.abort(message.uid)
+            else:
+                self._transport.answer(FlushReply(message.uid, self.planner.flush_unused()))
         if idle and self._status is not None:
             self._status.resume()
         self._send(outputs)
@@ -85,6 +92,8 @@ class Scheduler:
         if plan is not None and self._grammars is not None:
             plan = self._grammars.add_words(plan, self.planner.masked_reqs, self._submitted)
         if plan is not None:
+            if self._stats is not None:
+                self._stats.count(plan)
             self._submitted.append((plan, self._executor.submit(plan)))
         num_left = 1 if self._overlap and plan is not None else 0
         while len(self._submitted) > num_left:

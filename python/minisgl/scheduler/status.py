@@ -1,4 +1,4 @@
-"""What the log says about the work at INFO: counts only, never a prompt."""
+"""What the log says about the work at INFO, and what `/metrics` asks: counts only, never a prompt."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from minisgl.core import StepPlan
+from minisgl.message.frontend import Counts, StatsReply
 from minisgl.scheduler.output import ReqOutput
 from minisgl.scheduler.planner import Planner
+from minisgl.utils.histogram import Histogram
 
 logger = logging.getLogger(__name__)
 
@@ -57,3 +60,44 @@ class StatusLog:
         )
         self._logged = now
         self._clear()
+
+
+_REQUEST_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class StepStats:
+    """Counts of rank 0's steps, for whoever asks."""
+
+    def __init__(self, num_pages: int) -> None:
+        self._num_pages = num_pages
+        self._requests = Histogram(_REQUEST_BOUNDS)
+        self._tokens = Histogram(_TOKEN_BOUNDS)
+        self._planner: Planner | None = None
+
+    def watch(self, planner: Planner) -> None:
+        """Whose queues are counted."""
+        self._planner = planner
+
+    def count(self, plan: StepPlan) -> None:
+        """Called for each step."""
+        self._requests.add(len(plan.reqs))
+        self._tokens.add(plan.num_tokens)
+
+    def reply(self, uid: int) -> StatsReply:
+        planner = self._planner
+        assert planner is not None, "nobody is watched yet"
+        return StatsReply(
+            uid=uid,
+            num_running=planner.num_running,
+            num_waiting=planner.num_waiting,
+            num_pages=self._num_pages,
+            num_free_pages=planner.num_free_pages,
+            num_retracted=planner.num_retracted,
+            step_requests=_counts(self._requests),
+            step_tokens=_counts(self._tokens),
+        )
+
+
+def _counts(histogram: Histogram) -> Counts:
+    return Counts(histogram.bounds, tuple(histogram.counts), histogram.total)

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from minisgl.config.runtime import Addresses
 from minisgl.errors import EngineError
-from minisgl.message.backend import PingMsg, RankBatch, backend_codec, rank_codec
+from minisgl.message.backend import PingMsg, RankBatch, StatsMsg, backend_codec, rank_codec
+from minisgl.message.frontend import FrontendMsg, StatsReply, frontend_codec
 from minisgl.message.tokenizer import TokenizerMsg, tokenizer_codec
 from minisgl.scheduler.grammar import WAIT_SECONDS, Grammars, PlannerMsg, Reply
 from minisgl.utils.sockets import PullSocket, PushSocket
@@ -33,6 +34,10 @@ class Transport(Protocol):
 
     def send(self, messages: Sequence[Reply]) -> None: ...
 
+    def answer(self, message: FrontendMsg) -> None:
+        """Tell the API server what it has asked for itself. Only rank 0's answer goes out."""
+        ...
+
 
 class RankFanout:
     """Rank 0's sockets to the other ranks."""
@@ -52,13 +57,24 @@ class RankFanout:
 
 
 class LeaderTransport:
-    """Rank 0 of a server. grammars: see that what requests have to match is compiled before anyone hears of them."""
+    """Rank 0 of a server.
+
+    grammars: see that what requests have to match is compiled before anyone hears of them.
+    stats: what to answer to whoever asks for the counts.
+    """
 
     def __init__(
-        self, addresses: Addresses, tp_size: int, heartbeat: Callable[[], None], grammars: Grammars | None = None
+        self,
+        addresses: Addresses,
+        tp_size: int,
+        heartbeat: Callable[[], None],
+        grammars: Grammars | None = None,
+        stats: Callable[[int], StatsReply] | None = None,
     ) -> None:
         self._pull = PullSocket(addresses.backend, backend_codec)
         self._push: PushSocket[TokenizerMsg] = PushSocket(addresses.detokenizer, tokenizer_codec)
+        self._frontend: PushSocket[FrontendMsg] = PushSocket(addresses.frontend, frontend_codec)
+        self._stats = stats
         self._fanout = RankFanout(addresses, tp_size)
         self._heartbeat = heartbeat
         self._received: list[PlannerMsg] = []
@@ -79,6 +95,9 @@ class LeaderTransport:
     def send(self, messages: Sequence[Reply]) -> None:
         self._push.send(messages)
 
+    def answer(self, message: FrontendMsg) -> None:
+        self._frontend.send([message])
+
     def _admit(self) -> list[PlannerMsg]:
         messages, self._received = self._grammars.admit(self._received), []
         replies = self._grammars.take_replies()
@@ -91,6 +110,9 @@ class LeaderTransport:
         for message in self._pull.receive(timeout):
             if isinstance(message, PingMsg):
                 self._push.send([message])
+            elif isinstance(message, StatsMsg):
+                if self._stats is not None:
+                    self.answer(self._stats(message.uid))
             else:
                 self._received.append(message)
 
@@ -122,6 +144,9 @@ class FollowerTransport:
         self._heartbeat()
 
     def send(self, messages: Sequence[Reply]) -> None:
+        pass
+
+    def answer(self, message: FrontendMsg) -> None:
         pass
 
     def close(self) -> None:
@@ -164,3 +189,6 @@ class LocalTransport:
 
     def send(self, messages: Sequence[Reply]) -> None:
         self._outputs += messages
+
+    def answer(self, message: FrontendMsg) -> None:
+        pass  # nobody asks

@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -25,7 +22,18 @@ from minisgl.env import env_number
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.server.assemble import Assembler, message_parser
+from minisgl.server.bodies import (
+    MAX_BODY_BYTES,
+    SCHEMA_REF,
+    body_schema,
+    check_model,
+    error_responses,
+    json_response,
+    read_json,
+)
+from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend, Stream
+from minisgl.server.operations import BODIES, Limits, add_admin_routes, add_metrics_route, add_text_routes
 from minisgl.server.protocol import (
     ChatBody,
     CompletionBody,
@@ -37,9 +45,9 @@ from minisgl.server.protocol import (
     parse_generate,
 )
 from minisgl.server.protocol_grammar import schema_grammar
+from minisgl.server.protocol_responses import ResponsesBody, parse_responses
 from minisgl.server.protocol_sampling import check_policy
 from minisgl.server.render import (
-    DONE,
     ChatRenderer,
     CompletionRenderer,
     GenerateRenderer,
@@ -51,35 +59,36 @@ from minisgl.server.render import (
     event,
 )
 from minisgl.server.render_logprobs import mean_logprob
+from minisgl.server.render_responses import ResponsesRenderer
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 * 2**20
 DEFAULT_HEALTH_SECONDS = 10.0
 
 T = TypeVar("T")
-Parser = Callable[[bytes, Mapping[str, float | int]], GenerationRequest]
+R = TypeVar("R", bound=GenerationRequest)
+Parser = Callable[[bytes, Mapping[str, float | int]], R]
 
 
-def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
-    """The application. It has no state of its own: requests live in `frontend`."""
-    app = FastAPI(title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None)
+def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition) -> FastAPI:
+    """The application. It has no state of its own: requests live in `frontend`, counts in `exposition`."""
+    app = FastAPI(
+        title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None, responses=error_responses()
+    )
     created = int(time.time())
     health_seconds = env_number("MINISGL_HEALTH_TIMEOUT", DEFAULT_HEALTH_SECONDS, low=0.1, high=3600)
+    max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
+    limits = Limits(max_body, health_seconds)
     _add_error_handlers(app)
     _add_schema(app)
 
-    async def generate(request: Request, parse: Parser, make: Callable[[GenerationRequest], Renderer]) -> Response:
-        try:
-            data = await _read_body(request)
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody is there to see it
-        parsed = parse(data, config.default_sampling)
-        _check_model(parsed.model, config)
+    async def generate(request: Request, parse: Parser[R], make: Callable[[R], Renderer]) -> Response:
+        parsed = parse(await read_json(request, max_body), config.default_sampling)
+        check_model(parsed.model, config)
         check_policy(parsed.params, config.scheduler.schedule_policy)
         return await _answer(frontend, request, parsed, make(parsed))
 
-    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatBody))
+    @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
 
@@ -88,7 +97,7 @@ def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
 
         return await generate(request, parse, lambda parsed: _chat_renderer(config, parsed))
 
-    @app.post("/v1/completions", openapi_extra=_body_schema(CompletionBody))
+    @app.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
     async def completions(request: Request) -> Response:
         """Continue a text, or several."""
         name = config.served_model_name
@@ -98,7 +107,13 @@ def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
             lambda r: CompletionRenderer(name, include_usage=r.include_usage, logprobs=r.logprobs),
         )
 
-    @app.post("/generate", openapi_extra=_body_schema(GenerateBody))
+    @app.post("/v1/responses", openapi_extra=body_schema(ResponsesBody))
+    async def responses(request: Request) -> Response:
+        """Answer a conversation, which is sent as a whole each time."""
+        name = config.served_model_name
+        return await generate(request, parse_responses, lambda parsed: ResponsesRenderer(name, parsed))
+
+    @app.post("/generate", openapi_extra=body_schema(GenerateBody))
     async def generate_native(request: Request) -> Response:
         """Continue a text or token ids; the answer has token ids too."""
         return await generate(request, parse_generate, lambda _: GenerateRenderer())
@@ -106,25 +121,28 @@ def create_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> Response:
         """The model that is served."""
-        return _json({"object": "list", "data": [_model_card(config, created)]})
+        return json_response({"object": "list", "data": [_model_card(config, created)]})
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
         """The model, if it is the one that is served."""
-        _check_model(model, config)
-        return _json(_model_card(config, created))
+        check_model(model, config)
+        return json_response(_model_card(config, created))
 
     @app.get("/health")
     async def health() -> Response:
         """Whether a message makes the round trip through all processes: 200, or 503."""
         await frontend.ping(health_seconds)
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     @app.get("/v1")
     async def root() -> Response:
         """That this is a server of this API."""
-        return _json({"status": "ok", "server": "minisgl", "version": minisgl.__version__})
+        return json_response({"status": "ok", "server": "minisgl", "version": minisgl.__version__})
 
+    add_text_routes(app, frontend, config, limits)
+    add_admin_routes(app, frontend, config, limits)
+    add_metrics_route(app, frontend, exposition)
     return app
 
 
@@ -157,12 +175,12 @@ def _chat_renderer(config: ServerConfig, parsed: GenerationRequest) -> ChatRende
 
 async def _answer(frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer) -> Response:
     """Run the request and show its replies. A client that goes away takes its request with it."""
-    streams = _submit(frontend, parsed)
-    totals = Totals(len(streams), parsed.num_choices)
+    streams = _submit(frontend, parsed, (request.state.request_id, renderer.id))
+    totals = request.state.totals = Totals(len(streams), parsed.num_choices)
     try:
         if not parsed.stream:
             choices = await unless_disconnected(request.receive, _collect(streams, totals))
-            return _json(renderer.body(_best(choices, parsed), totals))
+            return json_response(renderer.body(_best(choices, parsed), totals))
         replies = _interleave(streams)
         # An error that comes instead of the first reply is still an HTTP status, not an event.
         first = await unless_disconnected(request.receive, anext(replies))
@@ -171,18 +189,21 @@ async def _answer(frontend: Frontend, request: Request, parsed: GenerationReques
         _abort(streams)
         logger.debug("a client went away; its request is aborted")
         return Response(status_code=499)
+    except RequestError as error:
+        _abort(streams)
+        raise renderer.refusal(error) from None
     except BaseException:
         _abort(streams)
         raise
 
 
-def _submit(frontend: Frontend, parsed: GenerationRequest) -> list[Stream]:
+def _submit(frontend: Frontend, parsed: GenerationRequest, request_ids: Sequence[str]) -> list[Stream]:
     """One stream per choice, for each prompt in order."""
     streams: list[Stream] = []
     try:
         for prompt in parsed.prompts:
             for seed in choice_seeds(parsed.params, parsed.num_choices):
-                streams.append(frontend.submit(prompt, replace(parsed.params, seed=seed)))
+                streams.append(frontend.submit(prompt, replace(parsed.params, seed=seed), request_ids))
     except BaseException:
         _abort(streams)
         raise
@@ -258,10 +279,12 @@ async def _events(
                     yield data
         for chunk in renderer.last_chunks(totals):
             yield event(chunk)
-        yield DONE
+        if renderer.done:
+            yield renderer.done
     except MiniSGLError as error:
         logger.debug("a stream ends with an error: %s", error)
-        yield event(error_payload(error))
+        for chunk in renderer.failure(error):
+            yield event(chunk)
 
 
 class EventStream(Response):
@@ -310,31 +333,6 @@ async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.gather(task, watcher, return_exceptions=True)
 
 
-async def _read_body(request: Request) -> bytes:
-    """Raises: RequestError (413) when it is too long."""
-    chunks: list[bytes] = []
-    size = 0
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-        size = int(declared)
-    else:
-        async for chunk in request.stream():
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > MAX_BODY_BYTES:
-                break
-    if size > MAX_BODY_BYTES:
-        raise RequestError(f"the body is longer than {MAX_BODY_BYTES} bytes", status=413)
-    return b"".join(chunks)
-
-
-def _check_model(model: str | None, config: ServerConfig) -> None:
-    path = config.engine.model_path
-    if model is not None and model not in (config.served_model_name, path, os.path.basename(path.rstrip("/"))):
-        message = f"the model {model!r} does not exist; this server has {config.served_model_name!r}"
-        raise RequestError(message, param="model", code="model_not_found", status=404)
-
-
 def _model_card(config: ServerConfig, created: int) -> dict[str, Any]:
     return {
         "id": config.served_model_name,
@@ -346,39 +344,31 @@ def _model_card(config: ServerConfig, created: int) -> dict[str, Any]:
     }
 
 
-def _json(payload: object, status: int = 200) -> Response:
-    return Response(orjson.dumps(payload), status, media_type="application/json")
-
-
 def _add_error_handlers(app: FastAPI) -> None:
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, MiniSGLError)
-        return _json(error_payload(error), error_status(error))
+        return json_response(error_payload(error), error_status(error))
+
+    async def gone(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ClientDisconnect)
+        return Response(status_code=499)  # nobody is there to see it
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         message = error.detail
         if error.status_code in (404, 405):
             message = f"{request.method} {request.url.path}: {error.detail.lower()}"
-        response = _json(error_body(message, error.status_code), error.status_code)
+        response = json_response(error_body(message, error.status_code), error.status_code)
         response.headers.update(error.headers or {})
         return response
 
     async def failed(_: Request, error: Exception) -> Response:
-        return _json(error_body(f"internal error: {type(error).__name__}", 500), 500)
+        return json_response(error_body(f"internal error: {type(error).__name__}", 500), 500)
 
     app.add_exception_handler(MiniSGLError, refused)
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, failed)
-
-
-_REF = "#/components/schemas/{model}"
-
-
-def _body_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The request body for the OpenAPI document: routes parse bodies themselves (`protocol`)."""
-    schema = {"$ref": _REF.format(model=model.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _add_schema(app: FastAPI) -> None:
@@ -388,8 +378,8 @@ def _add_schema(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, routes=app.routes)
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (ChatBody, CompletionBody, GenerateBody):
-                schema = model.model_json_schema(ref_template=_REF)
+            for model in (ChatBody, CompletionBody, GenerateBody, ResponsesBody, *BODIES):
+                schema = model.model_json_schema(ref_template=SCHEMA_REF)
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema
             app.openapi_schema = document

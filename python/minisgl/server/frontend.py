@@ -7,18 +7,41 @@ import contextlib
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from minisgl.config.runtime import Addresses
 from minisgl.core import MAX_SEED, FinishReason, SamplingParams
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
-from minisgl.message.backend import AbortMsg, PingMsg
-from minisgl.message.frontend import ErrorReply, FrontendMsg, PongReply, UserReply, frontend_codec
-from minisgl.message.tokenizer import Prompt, TokenizeMsg, TokenizerMsg, tokenizer_codec
+from minisgl.message.backend import AbortMsg, BackendMsg, FlushMsg, PingMsg, StatsMsg, backend_codec
+from minisgl.message.codec import pack_ids, unpack_ids
+from minisgl.message.frontend import (
+    DecodedReply,
+    EncodedReply,
+    ErrorReply,
+    FlushReply,
+    FrontendMsg,
+    StatsReply,
+    UserReply,
+    frontend_codec,
+)
+from minisgl.message.tokenizer import (
+    ChatPrompt,
+    DecodeMsg,
+    EncodeMsg,
+    Prompt,
+    TextPrompt,
+    TokenizeMsg,
+    TokenizerMsg,
+    tokenizer_codec,
+)
+from minisgl.server.metrics import RequestMetrics, Timing
 from minisgl.utils.sockets import AsyncPullSocket, PushSocket
 
 logger = logging.getLogger(__name__)
+
+Question = PingMsg | EncodeMsg | DecodeMsg | StatsMsg | FlushMsg
 
 
 class Stream(AsyncIterator[UserReply]):
@@ -28,10 +51,12 @@ class Stream(AsyncIterator[UserReply]):
     Raises: RequestError when the request is refused or fails, WorkerDied when a child process is gone.
     """
 
-    __slots__ = ("_error", "_finished", "_frontend", "_replies", "_waiter", "uid")
+    __slots__ = ("_error", "_finished", "_frontend", "_replies", "_waiter", "request_ids", "timing", "uid")
 
-    def __init__(self, frontend: Frontend, uid: int) -> None:
+    def __init__(self, frontend: Frontend, uid: int, request_ids: Sequence[str] = ()) -> None:
         self.uid = uid
+        self.request_ids = request_ids  # by which clients know it
+        self.timing = Timing()
         self._frontend = frontend
         self._replies: deque[UserReply] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -109,8 +134,10 @@ class Frontend:
         self._tokenizers: list[PushSocket[TokenizerMsg]] = [
             PushSocket(addresses.tokenizer(index), tokenizer_codec) for index in range(max(1, addresses.num_tokenizer))
         ]
+        self._backend: PushSocket[BackendMsg] = PushSocket(addresses.backend, backend_codec)
+        self.metrics = RequestMetrics()
         self._streams: dict[int, Stream] = {}
-        self._pings: dict[int, asyncio.Future[None]] = {}
+        self._asked: dict[int, asyncio.Future[FrontendMsg]] = {}  # what is not a stream: one answer each
         self._next_uid = 1
         self._down: MiniSGLError | None = None  # set: every new request gets this error
         self._receiver: asyncio.Task[None] | None = None
@@ -139,44 +166,81 @@ class Frontend:
                 await self._receiver
             self._receiver = None
             self._inbox.close()
+            self._backend.close()
             for socket in self._tokenizers:
                 socket.close(linger_ms=100)  # the last aborts
 
-    def submit(self, prompt: Prompt, params: SamplingParams) -> Stream:
-        """Send a request on its way. Raises: WorkerDied when the server is going down."""
+    def submit(self, prompt: Prompt, params: SamplingParams, request_ids: Sequence[str] = ()) -> Stream:
+        """Send a request on its way. request_ids: for `cancel`. Raises: WorkerDied when the server is going down."""
         if self._down is not None:
             raise self._down
         if params.seed is None:
             params = replace(params, seed=random.randint(0, MAX_SEED))
         uid = self._take_uid()
         self._tokenizer_of(uid).send([TokenizeMsg(uid=uid, prompt=prompt, params=params)])
-        stream = self._streams[uid] = Stream(self, uid)
+        stream = self._streams[uid] = Stream(self, uid, request_ids)
         return stream
 
     def abort(self, stream: Stream) -> None:
         """End a stream that nobody reads any more. The abort goes the way of its request, so it cannot come first."""
         if self._streams.pop(stream.uid, None) is None:
             return
+        self.metrics.finish(stream.timing, FinishReason.ABORT)
         stream.fail(RequestError("the request was aborted", status=499))
         if self._down is None:
             self._tokenizer_of(stream.uid).send([AbortMsg(uid=stream.uid)])
+
+    def cancel(self, request_id: str | None = None) -> int:
+        """End the streams with this id (None: all) with `abort`, which their readers see. Returns how many they are."""
+        chosen = [s for s in self._streams.values() if request_id is None or request_id in s.request_ids]
+        for stream in chosen:
+            self._tokenizer_of(stream.uid).send([AbortMsg(uid=stream.uid)])
+        return len(chosen)
 
     async def ping(self, timeout: float) -> None:
         """A round trip through tokenizer, scheduler and detokenizer.
 
         Raises: WorkerDied when a child is gone or no answer comes within `timeout` seconds.
         """
+        await self._ask(self._tokenizers[0], PingMsg(uid=self._take_uid()), timeout)
+
+    async def encode(self, prompt: ChatPrompt | TextPrompt, *, special: bool) -> list[int]:
+        """The token ids of a prompt, which is not run. Raises: RequestError when it is refused, WorkerDied."""
+        uid = self._take_uid()
+        reply = await self._ask(self._tokenizer_of(uid), EncodeMsg(uid, prompt, special))
+        assert isinstance(reply, EncodedReply)
+        return unpack_ids(reply.token_ids)
+
+    async def decode(self, token_ids: Sequence[int], *, skip_special: bool) -> str:
+        """The text of token ids. Raises: RequestError when one of them does not exist, WorkerDied."""
+        uid = self._take_uid()
+        reply = await self._ask(self._tokenizer_of(uid), DecodeMsg(uid, pack_ids(token_ids), skip_special))
+        assert isinstance(reply, DecodedReply)
+        return reply.text
+
+    async def stats(self, timeout: float) -> StatsReply:
+        """Rank 0's counts. Raises: WorkerDied, as `ping`."""
+        reply = await self._ask(self._backend, StatsMsg(uid=self._take_uid()), timeout)
+        assert isinstance(reply, StatsReply)
+        return reply
+
+    async def flush_cache(self, timeout: float) -> int:
+        """Forget the cached prefixes that nobody uses. Returns the number of pages freed. Raises: WorkerDied."""
+        reply = await self._ask(self._backend, FlushMsg(uid=self._take_uid()), timeout)
+        assert isinstance(reply, FlushReply)
+        return reply.num_pages
+
+    async def _ask(self, socket: PushSocket[Any], message: Question, timeout: float | None = None) -> FrontendMsg:
         if self._down is not None:
             raise self._down
-        uid = self._take_uid()
-        answer = self._pings[uid] = asyncio.get_running_loop().create_future()
-        self._tokenizers[0].send([PingMsg(uid=uid)])
+        answer = self._asked[message.uid] = asyncio.get_running_loop().create_future()
+        socket.send([message])
         try:
-            await asyncio.wait_for(answer, timeout)
+            return await asyncio.wait_for(answer, timeout)
         except asyncio.TimeoutError:
             raise WorkerDied(f"the scheduler did not answer in {timeout:g} s") from None
         finally:
-            del self._pings[uid]
+            del self._asked[message.uid]
 
     def refuse(self, error: MiniSGLError) -> None:
         """From now on every new request gets this error; those in flight go on."""
@@ -189,7 +253,7 @@ class Frontend:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(error)
-        for answer in self._pings.values():
+        for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(error)
 
@@ -211,21 +275,34 @@ class Frontend:
             self.fail(WorkerDied("the API server cannot receive replies any more"))
 
     def _dispatch(self, message: FrontendMsg) -> None:
-        if isinstance(message, PongReply):
-            answer = self._pings.get(message.uid)
-            if answer is not None and not answer.done():
-                answer.set_result(None)
+        if not isinstance(message, (UserReply, ErrorReply)) or message.uid in self._asked:
+            self._take_answer(message)
             return
         stream = self._streams.get(message.uid)
         if stream is None:
             return  # aborted here; the reply was under way
         if isinstance(message, ErrorReply):
             del self._streams[message.uid]
-            stream.fail(RequestError(message.message, param=message.param, status=message.status))
+            self.metrics.finish(stream.timing, FinishReason.ERROR)
+            stream.fail(_request_error(message))
             return
+        self.metrics.take(stream.timing, message)
         if message.finish_reason is not None:
             del self._streams[message.uid]
         if message.finish_reason is FinishReason.ERROR:
             stream.fail(RequestError(message.error or "the request failed", status=500))
         else:
             stream.push(message)
+
+    def _take_answer(self, message: FrontendMsg) -> None:
+        answer = self._asked.get(message.uid)
+        if answer is None or answer.done():
+            return  # nobody waits for it any more
+        if isinstance(message, ErrorReply):
+            answer.set_exception(_request_error(message))
+        else:
+            answer.set_result(message)
+
+
+def _request_error(reply: ErrorReply) -> RequestError:
+    return RequestError(reply.message, param=reply.param, status=reply.status)

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from minisgl.config.runtime import Addresses, ServerConfig
-from minisgl.env import env_number
+from minisgl.env import env_bool, env_number
 from minisgl.errors import WorkerDied
+from minisgl.server.access import guarded
 from minisgl.server.api_server import create_app
+from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend
 from minisgl.server.launch import call_in
 from minisgl.server.supervisor import Supervisor
@@ -90,13 +92,17 @@ async def serve_http(
     drain = env_number("MINISGL_DRAIN_TIMEOUT", DEFAULT_DRAIN_SECONDS, low=0, high=86400)
     loop = asyncio.get_running_loop()
     async with Frontend(addresses) as frontend:
+        exposition = Exposition(config.served_model_name, frontend.metrics)
+        app = create_app(frontend, config, exposition)
         uvicorn_config = uvicorn.Config(
-            create_app(frontend, config),
+            guarded(app, config.access, exposition.count_http, log=env_bool("MINISGL_ACCESS_LOG", True)),
             log_config=None,
             access_log=False,
             lifespan="off",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=int(drain) + 5,
+            ssl_certfile=config.access.ssl_certfile,
+            ssl_keyfile=config.access.ssl_keyfile,
         )
         server = HttpServer(uvicorn_config, frontend, drain, lambda: _announce(config, listener))
         supervisor.watch(lambda error: call_in(loop, server.on_death, error))
@@ -107,4 +113,5 @@ async def serve_http(
 def _announce(config: ServerConfig, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"minisgl serves {config.served_model_name} at http://{host}:{port}/v1", flush=True)
+    scheme = "https" if config.access.ssl_certfile else "http"
+    print(f"minisgl serves {config.served_model_name} at {scheme}://{host}:{port}/v1", flush=True)

@@ -10,16 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel
 
 from minisgl.core import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
+from minisgl.server.content import text_of
 from minisgl.server.protocol_grammar import GrammarFields
 from minisgl.server.protocol_sampling import SamplingFields, check_count
 from minisgl.server.protocol_tools import MESSAGE_FIELDS, Tool, ToolUse, message_fields, template_kwargs, tool_use
+from minisgl.server.strict import Body, load_object, validate
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -61,18 +62,12 @@ _MESSAGE_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
 }
 
 
-class _Body(BaseModel):
-    """Strict: no conversion of strings to numbers; unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class _OpenAIBody(_Body, SamplingFields, GrammarFields):
+class _OpenAIBody(Body, SamplingFields, GrammarFields):
     model: str | None = None
     n: int | None = None
     max_tokens: int | None = None
@@ -102,7 +97,7 @@ class CompletionBody(_OpenAIBody):
     logprobs: int | None = None
 
 
-class GenerateSampling(_Body, SamplingFields):
+class GenerateSampling(Body, SamplingFields):
     """`sampling_params` of POST /generate."""
 
     max_tokens: int | None = None
@@ -112,7 +107,7 @@ class GenerateSampling(_Body, SamplingFields):
     ebnf: str | None = None
 
 
-class GenerateBody(_Body):
+class GenerateBody(Body):
     """POST /generate: `text` or `input_ids`."""
 
     text: str | None = None
@@ -240,18 +235,10 @@ B = TypeVar("B", bound=BaseModel)
 
 
 def _parse(model: type[B], data: bytes) -> B:
-    try:
-        raw = from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(f"the body is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise RequestError("the body must be a JSON object")
+    raw = load_object(data)
     if issubclass(model, _OpenAIBody):
         _drop_known(raw, "")
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        raise _refusal(error) from None
+    return validate(model, raw)
 
 
 def _drop_known(raw: dict[str, Any], where: str) -> None:
@@ -261,25 +248,6 @@ def _drop_known(raw: dict[str, Any], where: str) -> None:
         value = raw.pop(name)
         if name in table and not table[name](value):
             raise RequestError(f"{where}{name} is not supported", param=f"{where}{name}")
-
-
-def _refusal(error: ValidationError) -> RequestError:
-    """The first problem, in one line."""
-    problem = error.errors(include_url=False, include_context=False)[0]
-    path = [part for part in problem["loc"] if isinstance(part, int) or part.isidentifier()]
-    param = ""
-    for part in path:
-        if isinstance(part, int):
-            param += f"[{part}]"
-        elif part not in ("str", "int", "float", "bool"):  # pydantic's names for the members of a union
-            param += f".{part}" if param else part
-    if problem["type"] == "extra_forbidden":
-        message = f"unknown field: {param}"
-    elif problem["type"] == "missing":
-        message = f"{param} is required"
-    else:
-        message = f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
-    return RequestError(message, param=param or None)
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
@@ -296,27 +264,13 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     content = message.get("content")
     if content is None and role == "assistant":
         content = ""
-    result = {"role": "system" if role == "developer" else role, "content": _text(content, f"{where}.content")}
+    result = {"role": "system" if role == "developer" else role, "content": text_of(content, f"{where}.content")}
     name = message.get("name")
     if name is not None:
         if not isinstance(name, str):
             raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
         result["name"] = name
     return {**result, **message_fields(message, role, where)}
-
-
-def _text(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RequestError(f"{where} must be a string or a list of text parts", param=where)
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise RequestError(f"{where}[{index}]: only text parts are supported, not {kind!r}", param=where)
-        if not isinstance(part.get("text"), str) or len(part) != 2:
-            raise RequestError(f"{where}[{index}] must have a text and nothing else", param=where)
-    return "".join(part["text"] for part in content)
 
 
 def _ids_prompt(token_ids: Any, name: str) -> IdsPrompt:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import orjson
@@ -19,9 +19,11 @@ from minisgl.server.render_logprobs import TextCursor, chat_logprobs, completion
 DONE = b"data: [DONE]\n\n"
 
 
-def event(payload: object) -> bytes:
-    """One SSE event. JSON has no raw newlines, so text cannot break it."""
-    return b"data: " + orjson.dumps(payload) + b"\n\n"
+def event(payload: Mapping[str, Any]) -> bytes:
+    """One SSE event, named by its `type` if it has one. JSON has no raw newlines, so text cannot break it."""
+    name = payload.get("type")
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + orjson.dumps(payload) + b"\n\n"
 
 
 def error_status(error: MiniSGLError) -> int:
@@ -67,6 +69,13 @@ class Totals:
 class Renderer(Protocol):
     """One endpoint's way to show a request's replies."""
 
+    done: bytes = DONE  # what ends a stream that went well
+
+    @property
+    def id(self) -> str:
+        """What the answer is called in itself."""
+        ...
+
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
         """The events for an increment of choice `index`."""
         ...
@@ -75,12 +84,20 @@ class Renderer(Protocol):
         """The events after the last choice: the usage, for clients that asked for it."""
         ...
 
+    def refusal(self, error: RequestError) -> RequestError:
+        """What to say when the request is refused instead of answered."""
+        return error
+
+    def failure(self, error: MiniSGLError) -> list[dict[str, Any]]:
+        """The events at the end of a stream that failed after it began."""
+        return [error_payload(error)]
+
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
         """The whole answer of a request that does not stream: the replies to each choice."""
         ...
 
 
-class ChatRenderer:
+class ChatRenderer(Renderer):
     """/v1/chat/completions. `assembler` makes what reads one choice."""
 
     def __init__(
@@ -95,6 +112,10 @@ class ChatRenderer:
         self._new_assembler = assembler
         self._assemblers: dict[int, Assembler] = {}  # of choices that stream
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    @property
+    def id(self) -> str:
+        return str(self._head["id"])
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
         chunks = []
@@ -138,7 +159,7 @@ class ChatRenderer:
         return chunk
 
 
-class CompletionRenderer:
+class CompletionRenderer(Renderer):
     """/v1/completions."""
 
     def __init__(self, model: str, *, include_usage: bool, logprobs: bool = False) -> None:
@@ -150,6 +171,10 @@ class CompletionRenderer:
             "created": int(time.time()),
             "model": model,
         }
+
+    @property
+    def id(self) -> str:
+        return str(self._head["id"])
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
         if not (reply.text or first or reply.finish_reason is not None or reply.logprobs):
@@ -179,11 +204,15 @@ class CompletionRenderer:
         }
 
 
-class GenerateRenderer:
+class GenerateRenderer(Renderer):
     """/generate: text and token ids, with counts in `meta_info`; streams send increments."""
 
     def __init__(self) -> None:
         self._id = uuid.uuid4().hex
+
+    @property
+    def id(self) -> str:
+        return self._id
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         return [self._shown([reply])]

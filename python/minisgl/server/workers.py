@@ -129,7 +129,7 @@ def scheduler_main(
     from minisgl.grammar.store import open_store
     from minisgl.scheduler.grammar import Grammars
     from minisgl.scheduler.scheduler import Scheduler
-    from minisgl.scheduler.status import StatusLog
+    from minisgl.scheduler.status import StatusLog, StepStats
     from minisgl.scheduler.transport import FollowerTransport, LeaderTransport, Transport
 
     check_integrity, check_ranks = env_bool("MINISGL_CHECK_INTEGRITY"), env_bool("MINISGL_CHECK_RANKS")
@@ -138,8 +138,9 @@ def scheduler_main(
     engine = Engine(replace(engine_config, init_method=addresses.rendezvous), rank)
     config = replace(config, num_pages=engine.num_pages, check_integrity=check_integrity)
     transport: Transport
+    stats = StepStats(config.num_pages)
     if rank == 0:
-        transport = LeaderTransport(addresses, engine_config.tp_size, control.beat, grammars)
+        transport = LeaderTransport(addresses, engine_config.tp_size, control.beat, grammars, stats.reply)
     else:
         transport = FollowerTransport(addresses, rank, control.beat)
     status = StatusLog(config.num_pages) if rank == 0 else None
@@ -150,6 +151,7 @@ def scheduler_main(
         tp_size=engine_config.tp_size,
         check_ranks=check_ranks,
         status=status,
+        stats=stats,
         grammars=grammars,
     )
     if rank == 0:

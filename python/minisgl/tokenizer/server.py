@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable, Sequence
 
 from minisgl.config.runtime import Addresses, TokenizerConfig
+from minisgl.errors import RequestError
 from minisgl.message.backend import AbortMsg, BackendMsg, PingMsg, backend_codec
-from minisgl.message.frontend import ErrorReply, FrontendMsg, PongReply, frontend_codec
-from minisgl.message.tokenizer import DetokenizeMsg, TokenizeMsg, TokenizerMsg, tokenizer_codec
+from minisgl.message.codec import pack_ids, unpack_ids
+from minisgl.message.frontend import DecodedReply, EncodedReply, ErrorReply, FrontendMsg, PongReply, frontend_codec
+from minisgl.message.tokenizer import DecodeMsg, DetokenizeMsg, EncodeMsg, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import TextCodec, Tokenizer
 from minisgl.utils.sockets import PullSocket, PushSocket
@@ -72,6 +74,8 @@ class TokenizerServer:
                 to_frontend.append(message)
             elif isinstance(message, PingMsg):
                 self._ping(message, to_backend, to_frontend)
+            elif isinstance(message, (EncodeMsg, DecodeMsg)):
+                to_frontend.append(self._answer(message))
         return to_backend, to_frontend
 
     def close(self) -> None:
@@ -93,6 +97,19 @@ class TokenizerServer:
             to_frontend.append(reply)
         if abort is not None:
             to_backend.append(abort)
+
+    def _answer(self, message: EncodeMsg | DecodeMsg) -> FrontendMsg:
+        try:
+            if isinstance(message, EncodeMsg):
+                ids = self._tokenizer.encode_only(message.prompt, special=message.special)
+                return EncodedReply(message.uid, pack_ids(ids))
+            ids = unpack_ids(message.token_ids)
+            return DecodedReply(message.uid, self._tokenizer.decode_only(ids, skip_special=message.skip_special))
+        except RequestError as error:
+            return ErrorReply(message.uid, str(error), error.status, error.param)
+        except Exception as error:
+            logger.exception("/tokenize or /detokenize failed")
+            return ErrorReply(message.uid, f"tokenization failed: {type(error).__name__}", 500)
 
     def _ping(self, message: PingMsg, to_backend: list[BackendMsg], to_frontend: list[FrontendMsg]) -> None:
         """A tokenizer passes a ping on, the detokenizer answers it; a process that is both sees it twice."""

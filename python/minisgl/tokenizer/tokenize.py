@@ -170,6 +170,21 @@ class Tokenizer:
         prompts = self._encode_all([request.prompt for request in requests])
         return [self._finish(request, ids) for request, ids in zip(requests, prompts, strict=True)]
 
+    def encode_only(self, prompt: ChatPrompt | TextPrompt, *, special: bool) -> list[int]:
+        """The ids that a prompt has, which may be none and may be too many. Raises: RequestError."""
+        if isinstance(prompt, ChatPrompt):
+            text, special = self._render(prompt)
+        else:
+            text = self._bounded(prompt.text, "prompt")
+        return self.codec.encode([text], special=special)[0]
+
+    def decode_only(self, token_ids: list[int], *, skip_special: bool) -> str:
+        """The text of the ids. Raises: RequestError when one of them is not in the vocabulary."""
+        if token_ids:
+            self._check(token_ids, "tokens")
+        size = self.codec.vocab_size
+        return self.codec.decode([token for token in token_ids if token < size], skip_special=skip_special)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of one prompt. Raises: RequestError when it is empty, malformed or outside the vocabulary."""
         if isinstance(prompt, IdsPrompt):
@@ -215,28 +230,28 @@ class Tokenizer:
         if isinstance(prompt, ChatPrompt):
             if not prompt.messages:
                 raise RequestError("messages must not be empty", param="messages")
-            return self._bounded(self.codec.render_chat(prompt)), False
+            return self._bounded(self.codec.render_chat(prompt), "messages"), False
         if not prompt.text:
             raise RequestError("the prompt must not be empty", param="prompt")
-        return self._bounded(prompt.text), True
+        return self._bounded(prompt.text, "prompt"), True
 
-    def _bounded(self, text: str) -> str:
+    def _bounded(self, text: str, param: str) -> str:
         if len(text) > self._max_chars:
             at_least = len(text) // self.codec.longest_token
             raise RequestError(
                 f"the prompt has at least {at_least} tokens, but the context of this model is "
                 f"{self._max_seq_len} tokens",
-                param="messages",
+                param=param,
             )
         return text
 
-    def _check(self, ids: list[int]) -> list[int]:
+    def _check(self, ids: list[int], param: str = "prompt") -> list[int]:
         if not ids:
             raise RequestError("the prompt must not be empty", param="prompt")
         low, high = min(ids), max(ids)
         if low < 0 or high >= self._vocab_size:
             bad = low if low < 0 else high
-            raise RequestError(f"token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})", param="prompt")
+            raise RequestError(f"token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})", param=param)
         return ids
 
     def _finish(self, request: TokenizeMsg, ids: list[int] | Exception) -> UserMsg | ErrorReply:

@@ -1,0 +1,134 @@
+"""Around all routes: request ids and the access log, CORS, API keys. Plain ASGI: a stream's events pass untouched."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from minisgl.config.runtime import AccessConfig
+from minisgl.server.bodies import json_response
+from minisgl.server.render import error_body
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = "x-request-id"
+OPEN_PATHS = ("/health",)  # no key is asked for: load balancers have none
+QUIET_PATHS = ("/health", "/metrics")  # asked every few seconds: in the log at DEBUG only
+_CLIENT_ID = re.compile(r"[!-~]{1,128}")  # what a client's id may be, to be echoed and logged
+
+OnRequest = Callable[[str, str, int], None]
+
+
+def guarded(app: ASGIApp, access: AccessConfig, on_request: OnRequest | None = None, *, log: bool = True) -> ASGIApp:
+    """The application as it meets the world. on_request: told method, route and status of each request that has ended.
+
+    CORS is outside of the keys: browsers ask whether they may send one without sending it.
+    """
+    if access.api_keys:
+        app = ApiKeys(app, access.api_keys)
+    if access.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=access.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID],
+        )
+    return RequestLog(app, on_request, log=log)
+
+
+class ApiKeys:
+    """Answers 401 to requests without one of the keys as bearer token."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._knows(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        message = "this server asks for an API key, as 'Authorization: Bearer KEY'; the request has none that it knows"
+        refusal = error_body(message, 401, code="invalid_api_key")
+        await json_response(refusal, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
+
+    def _knows(self, headers: Headers) -> bool:
+        """Takes the same time whichever key it is, and however much of a wrong one is right."""
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = _digest(token.strip().encode("latin-1"))
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+class RequestLog:
+    """Gives each request an id, which its answer has too, and a line in the log when it has ended.
+
+    Routes and we tell each other through `scope["state"]`: `request_id` from here, `totals` (a `Totals`) from them.
+    """
+
+    def __init__(self, app: ASGIApp, on_request: OnRequest | None, *, log: bool) -> None:
+        self._app = app
+        self._on_request = on_request
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = given if _CLIENT_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        begin = time.perf_counter()
+        status, first_byte = 499, 0.0  # unless an answer begins, the client has gone
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status, first_byte
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            elif not first_byte:
+                first_byte = time.perf_counter() - begin
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_marked)
+        finally:
+            if self._on_request is not None:
+                route = getattr(scope.get("route"), "path", "none")  # not the path: anybody may make those up
+                self._on_request(scope["method"], route, status)
+            if self._log:
+                _log_line(scope, status, first_byte, time.perf_counter() - begin)
+
+
+def _log_line(scope: Scope, status: int, first_byte: float, seconds: float) -> None:
+    state = scope["state"]
+    totals = state.get("totals")
+    usage = totals.usage() if totals is not None else None
+    tokens = f", {usage['prompt_tokens']} + {usage['completion_tokens']} tokens" if usage else ""
+    path = scope.get("raw_path") or b""  # still quoted, so that it cannot break the line; without the query
+    client = scope["client"][0] if scope.get("client") else "-"
+    logger.log(
+        logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO,
+        "%s %s %s %d in %.3f s, first byte after %.3f s%s, id %s",
+        client,
+        scope["method"],
+        path.decode("ascii", "backslashreplace"),
+        status,
+        seconds,
+        first_byte,
+        tokens,
+        state["request_id"],
+    )

@@ -1,0 +1,93 @@
+"""Bodies of requests and answers, as every route has them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import orjson
+from fastapi import Request, Response
+from pydantic import BaseModel
+
+from minisgl.config.runtime import ServerConfig
+from minisgl.errors import RequestError
+
+MAX_BODY_BYTES = 64 * 2**20  # unless MINISGL_MAX_BODY_BYTES says otherwise
+SCHEMA_REF = "#/components/schemas/{model}"
+
+
+def json_response(payload: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(payload), status, headers, media_type="application/json")
+
+
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The request body for the OpenAPI document: routes parse bodies themselves (`protocol`)."""
+    schema = {"$ref": SCHEMA_REF.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, as OpenAI tells it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is an error."""
+
+    error: ErrorDetail
+
+
+def error_responses() -> dict[int | str, dict[str, Any]]:
+    """The statuses of errors, for the OpenAPI document."""
+    texts = {
+        400: "The request cannot be served as it was asked; `param` names the field.",
+        401: "No API key that the server knows.",
+        404: "No such path or model.",
+        413: "The body is too long.",
+        415: "The body does not say that it is JSON.",
+        500: "A fault of the server's.",
+        503: "A process of the server is gone, or does not answer.",
+    }
+    return {status: {"model": ErrorBody, "description": text} for status, text in texts.items()}
+
+
+async def read_json(request: Request, limit: int) -> bytes:
+    """The body, unparsed. Raises: RequestError when it is too long (413) or says that it is no JSON (415)."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_long(limit)
+    _check_content_type(request.headers.get("content-type"))
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            raise _too_long(limit)
+    return b"".join(chunks)
+
+
+def _check_content_type(value: str | None) -> None:
+    """JSON must be said to be JSON: forms and texts are what any web page may send without asking."""
+    media, _, parameters = (value or "").lower().partition(";")
+    named = [parameter.strip().partition("=") for parameter in parameters.split(";")]
+    charsets = [text.strip('"') for name, _, text in named if name == "charset"]
+    if media.strip() != "application/json" or any(charset not in ("utf-8", "utf8") for charset in charsets):
+        given = "has none" if value is None else f"is {value[:100]!r}"
+        raise RequestError(f"Content-Type must be application/json in UTF-8; it {given}", status=415)
+
+
+def _too_long(limit: int) -> RequestError:
+    return RequestError(f"the body is longer than {limit} bytes", status=413)
+
+
+def check_model(model: str | None, config: ServerConfig) -> None:
+    """Raises: RequestError (404) unless it is the model that is served, by one of its names."""
+    path = config.engine.model_path
+    if model is not None and model not in (config.served_model_name, path, os.path.basename(path.rstrip("/"))):
+        message = f"the model {model!r} does not exist; this server has {config.served_model_name!r}"
+        raise RequestError(message, param="model", code="model_not_found", status=404)

@@ -1,0 +1,173 @@
+"""Routes for whoever runs the server, and for clients that count tokens: no text is generated here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+import minisgl
+from minisgl.config.runtime import ServerConfig
+from minisgl.errors import RequestError, WorkerDied
+from minisgl.message.tokenizer import ChatPrompt, TextPrompt
+from minisgl.server.bodies import body_schema, check_model, json_response, read_json
+from minisgl.server.exposition import Exposition
+from minisgl.server.frontend import Frontend
+from minisgl.server.protocol import parse_chat
+from minisgl.server.strict import Body, load_object, validate
+
+SCRAPE_SECONDS = 2.0  # how long /metrics waits for the scheduler
+_CHAT_FIELDS = ("messages", "tools", "chat_template_kwargs")
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: `prompt`, or `messages` and what goes with them as in /v1/chat/completions."""
+
+    model: str | None = None
+    prompt: str | None = None
+    add_special_tokens: bool | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+    skip_special_tokens: bool | None = None
+
+
+class AbortBody(Body):
+    """POST /abort_request: ids (`x-request-id`, or the `id` of an answer), or `abort_all`."""
+
+    rid: str | list[str] | None = None
+    abort_all: bool | None = None
+
+
+BODIES = (TokenizeBody, DetokenizeBody, AbortBody)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What requests may take."""
+
+    body_bytes: int
+    answer_seconds: float  # until the scheduler has answered
+
+
+def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limits: Limits) -> None:
+    """/tokenize and /detokenize."""
+
+    @app.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
+    async def tokenize(request: Request) -> Response:
+        """The token ids of a text or a chat, as a request would have them."""
+        body = validate(TokenizeBody, load_object(await read_json(request, limits.body_bytes)))
+        check_model(body.model, config)
+        prompt, special = _prompt(body)
+        tokens = await frontend.encode(prompt, special=special)
+        max_len = config.scheduler.max_seq_len
+        return json_response({"count": len(tokens), "max_model_len": max_len, "tokens": tokens})
+
+    @app.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids."""
+        body = validate(DetokenizeBody, load_object(await read_json(request, limits.body_bytes)))
+        check_model(body.model, config)
+        bad = next((token for token in body.tokens if not 0 <= token < 2**31), None)
+        if bad is not None:
+            raise RequestError(f"tokens: {bad} is not a token id", param="tokens")
+        skip = body.skip_special_tokens is not False
+        text = await frontend.decode(body.tokens, skip_special=skip)
+        return json_response({"prompt": text, "text": text})  # vLLM's name for it, and SGLang's
+
+
+def _prompt(body: TokenizeBody) -> tuple[ChatPrompt | TextPrompt, bool]:
+    given = {name: value for name in _CHAT_FIELDS if (value := getattr(body, name)) is not None}
+    if body.prompt is not None:
+        if given:
+            raise RequestError(f"give either prompt or {next(iter(given))}", param="prompt")
+        return TextPrompt(text=body.prompt), body.add_special_tokens is not False
+    if body.messages is None:
+        raise RequestError("give prompt or messages", param="prompt")
+    if body.add_special_tokens:
+        raise RequestError("add_special_tokens is for prompt: a chat template has its own", param="add_special_tokens")
+    prompt = parse_chat(json.dumps(given).encode(), {}).prompts[0]
+    assert isinstance(prompt, ChatPrompt)
+    return prompt, False
+
+
+def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limits: Limits) -> None:
+    """What the operator asks and does."""
+
+    @app.get("/version")
+    async def version() -> Response:
+        """The version of minisgl."""
+        return json_response({"version": minisgl.__version__})
+
+    @app.get("/server_info")
+    async def server_info() -> Response:
+        """What was decided at start, and what is going on."""
+        stats = await frontend.stats(limits.answer_seconds)
+        load = {
+            "num_running_requests": stats.num_running,
+            "num_waiting_requests": stats.num_waiting,
+            "num_pages_in_use": stats.num_pages - stats.num_free_pages,
+        }
+        return json_response({**_settings(config), "num_pages": stats.num_pages, "load": load})
+
+    @app.post("/flush_cache")
+    async def flush_cache() -> Response:
+        """Forget all cached prefixes that no running request uses."""
+        return json_response({"status": "ok", "num_pages": await frontend.flush_cache(limits.answer_seconds)})
+
+    @app.post("/abort_request", openapi_extra=body_schema(AbortBody))
+    async def abort_request(request: Request) -> Response:
+        """End requests: their answers end with `abort`. Ids that are not there (any more) are no error."""
+        body = validate(AbortBody, load_object(await read_json(request, limits.body_bytes)))
+        if (body.rid is None) == (not body.abort_all):
+            raise RequestError("give either rid or abort_all: true", param="rid")
+        if body.abort_all:
+            return json_response({"num_aborted": frontend.cancel()})
+        rids = [body.rid] if isinstance(body.rid, str) else dict.fromkeys(body.rid or ())
+        return json_response({"num_aborted": sum(frontend.cancel(rid) for rid in rids)})
+
+
+def add_metrics_route(app: FastAPI, frontend: Frontend, exposition: Exposition) -> None:
+    """/metrics."""
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """Counts and timings, in Prometheus' text format."""
+        try:
+            stats = await frontend.stats(SCRAPE_SECONDS)
+        except WorkerDied:
+            stats = None  # what is known here may tell why
+        data, media_type = exposition.render(stats, request.headers.get("accept", ""))
+        return Response(data, headers={"content-type": media_type})
+
+
+def _settings(config: ServerConfig) -> dict[str, Any]:
+    engine, scheduler = config.engine, config.scheduler
+    return {
+        "version": minisgl.__version__,
+        "model_path": engine.model_path,
+        "served_model_name": config.served_model_name,
+        "architecture": engine.model.architecture,
+        "dtype": engine.dtype,
+        "device": engine.device,
+        "tensor_parallel_size": engine.tp_size,
+        "max_running_requests": scheduler.max_running_requests,
+        "max_prefill_length": scheduler.max_prefill_length,
+        "max_seq_len": scheduler.max_seq_len,
+        "page_size": scheduler.page_size,
+        "cache_type": scheduler.cache_type,
+        "schedule_policy": scheduler.schedule_policy,
+        "overlap": scheduler.overlap,
+        "attention_backend": f"{engine.prefill_backend},{engine.decode_backend}",
+        "num_tokenizer": config.num_tokenizer,
+        "default_sampling": config.default_sampling,
+    }

@@ -1,0 +1,146 @@
+"""POST /v1/responses: what clients may send, turned into the chat that it means.
+
+The server keeps nothing: a conversation is sent as a whole each time. The rule for fields is that of `protocol`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from minisgl.core import MAX_COUNT
+from minisgl.errors import RequestError
+from minisgl.server.content import RESPONSE_PARTS, text_of
+from minisgl.server.protocol import GenerationRequest, parse_chat
+from minisgl.server.protocol_sampling import SamplingFields
+from minisgl.server.strict import Body, load_object, validate
+
+
+def _is(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value is None or value in values
+
+
+# Known, without bearing on the output. Nothing is stored, whatever `store` says.
+_NO_EFFECT = frozenset({"store", "service_tier", "prompt_cache_retention", "prompt_cache_options"})
+_STATELESS = ("conversation", "previous_response_id", "prompt")
+# Known, and not supported but for the values that mean the same as leaving the field out.
+_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(_STATELESS, _is()),
+    "access_programs": _is(),
+    "background": _is(False),
+    "context_management": _is([]),
+    "image": _is(),
+    "include": _is([]),
+    "max_tool_calls": _is(),
+    "moderation": _is(),
+    "reasoning": lambda value: value is None or (isinstance(value, dict) and not any(value.values())),
+    "stream_options": _is({}, {"include_obfuscation": False}, {"include_obfuscation": None}),
+    "tool_choice": _is("auto", "none"),
+    "tools": _is([]),
+    "top_logprobs": _is(0),
+    "truncation": _is("disabled"),
+}
+# How `parse_chat` and the tokenizer name what they refuse.
+_PARAMS = {"messages": "input", "prompt": "input", "response_format": "text.format"}
+
+
+class TextConfig(Body):
+    """`text`: what the output looks like."""
+
+    format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
+class ResponsesBody(Body, SamplingFields):
+    """POST /v1/responses."""
+
+    model: str | None = None
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    stream: bool | None = None
+    text: TextConfig | None = None
+    metadata: dict[str, str] | None = None
+    parallel_tool_calls: bool | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResponsesRequest(GenerationRequest):
+    """Some of the body comes back in the answer."""
+
+    body: ResponsesBody = field(kw_only=True)
+
+
+def parse_responses(data: bytes, defaults: Mapping[str, float | int]) -> ResponsesRequest:
+    """Raises: RequestError naming the field at fault."""
+    raw = load_object(data)
+    _drop_known(raw)
+    body = validate(ResponsesBody, raw)
+    if body.text is not None and body.text.verbosity not in (None, "medium"):
+        raise RequestError("text.verbosity is not supported", param="text.verbosity")
+    limit = body.max_output_tokens
+    if limit is not None and not 1 <= limit <= MAX_COUNT:
+        raise RequestError(f"max_output_tokens must be at least 1, not {limit}", param="max_output_tokens")
+    sampling = {name: getattr(body, name) for name in SamplingFields.model_fields if name in body.model_fields_set}
+    chat = {**sampling, "messages": _messages(body), "max_completion_tokens": limit}
+    if body.text is not None and body.text.format is not None:
+        chat["response_format"] = _response_format(body.text.format)
+    chat.update(model=body.model, stream=body.stream)
+    try:
+        parsed = parse_chat(json.dumps(chat).encode(), defaults)
+    except RequestError as error:
+        raise as_responses_say(error) from None
+    return ResponsesRequest(**{part.name: getattr(parsed, part.name) for part in fields(parsed)}, body=body)
+
+
+def as_responses_say(error: RequestError) -> RequestError:
+    """An error about the chat, with the parameter's name in this API."""
+    param = error.param
+    if param is None or param.partition("[")[0] not in _PARAMS:
+        return error
+    old, new = param.partition("[")[0], _PARAMS[param.partition("[")[0]]
+    message = str(error).replace(old, new, 1) if str(error).startswith(old) else str(error)
+    return RequestError(message, param=new, code=error.code, status=error.status)
+
+
+def _drop_known(raw: dict[str, Any]) -> None:
+    for name in [name for name in raw if name in _UNSUPPORTED or name in _NO_EFFECT]:
+        value = raw.pop(name)
+        if name in _UNSUPPORTED and not _UNSUPPORTED[name](value):
+            why = ": this server keeps no state, send the whole conversation as input" if name in _STATELESS else ""
+            raise RequestError(f"{name} is not supported{why}", param=name)
+
+
+def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
+    messages = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
+    if isinstance(body.input, str):
+        return [*messages, {"role": "user", "content": body.input}]
+    if not body.input:
+        raise RequestError("input must not be empty", param="input")
+    return messages + [_message(item, f"input[{index}]") for index, item in enumerate(body.input)]
+
+
+def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message of the chat. What was our output may come back as it is."""
+    kind = item.get("type", "message")
+    if kind != "message":
+        raise RequestError(f"{where}.type: only messages are supported, not {kind!r}", param=f"{where}.type")
+    unknown = [name for name in item if name not in ("type", "role", "content", "id", "status", "phase")]
+    if unknown:
+        raise RequestError(f"unknown field: {where}.{unknown[0]}", param=f"{where}.{unknown[0]}")
+    role = item.get("role")
+    if role not in ("user", "assistant", "system", "developer"):
+        raise RequestError(f"{where}.role must be user, assistant, system or developer", param=f"{where}.role")
+    return {"role": role, "content": text_of(item.get("content"), f"{where}.content", RESPONSE_PARTS)}
+
+
+def _response_format(given: dict[str, Any]) -> dict[str, Any]:
+    """`text.format` as chats have it: there, a schema has an object of its own."""
+    if given.get("type") != "json_schema":
+        return given
+    return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
