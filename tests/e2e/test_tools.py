@@ -216,3 +216,20 @@ def test_the_built_in_model_calls_a_tool(start: Callable[..., Server]) -> None:
             (call,) = choice.message.tool_calls or []
             assert call.function.name == "get_weather"
             assert isinstance(json.loads(call.function.arguments)["city"], str)
+
+
+def test_structured_output_is_no_reasoning(start: Callable[..., Server]) -> None:
+    """Though this parser takes all that comes before `</think>` for such."""
+    server = start(["-m", "minisgl", "--port", "0", "--reasoning-parser", "deepseek_r1"])
+    with server.client() as client:
+        made = client.chat.completions.create(
+            model="minisgl-demo",
+            messages=HELLO,
+            temperature=0,
+            max_tokens=60,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"type": "object", "additionalProperties": False}},
+            },
+        )
+    assert json.loads(made.choices[0].message.content or "") == {}

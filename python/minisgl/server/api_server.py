@@ -164,6 +164,8 @@ def _chat_renderer(config: ServerConfig, parsed: GenerationRequest) -> ChatRende
         message = "tools: the format of this model's tool calls is not known; start the server with --tool-call-parser"
         raise RequestError(message, param="tools")
     make = message_parser(tool_parser, config.reasoning_parser, tools)
+    if parsed.params.grammar is not None and (tools is None or not tools.required):
+        make = None  # what the client has given a form is text, from its beginning to its end
     parallel, short_ids = tools is None or tools.parallel, tool_parser == "mistral"
     return ChatRenderer(
         config.served_model_name,

@@ -154,7 +154,8 @@ def parse_chat(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRe
     prompt = ChatPrompt(messages, described, template_kwargs(body.chat_template_kwargs))
     params = body._params(max_tokens, defaults, logprobs)
     if tools is not None and tools.required and params.grammar is not None:
-        raise RequestError("tool_choice demands a call: no other form can be given", param=params.grammar.param)
+        field = params.grammar.param
+        raise RequestError(f"{field} cannot be given with a tool_choice that demands a call", param=field)
     return replace(_request(body, (prompt,), params), tools=tools)
 
 
