@@ -1,0 +1,232 @@
+// Attention over the paged cache. Query heads that share a key/value head share one read of it; softmax is online
+// (M. Milakov and N. Gimelshein, arXiv 1805.02867), over blocks of `kBlock` tokens.
+//
+// A single new token (decode) takes dot products with the keys as they lie in the cache; long caches are split, and the
+// parts put together afterwards (Flash-Decoding). Several new tokens (prefill) multiply their queries with panels of
+// keys, and the weights with panels of values, as linear layers do.
+#pragma once
+
+#include <limits>
+#include <vector>
+
+#include "linear.h"
+
+namespace minisgl::cpu {
+
+constexpr int kBlock = 64;        // tokens of the cache at a time
+constexpr int kQueryRows = 48;    // queries times heads of a group, of one piece of a prefill
+constexpr int kSplitTokens = 512; // a decode is split into parts of no fewer tokens
+constexpr int kMaxGroup = 8;      // query heads that one pass over the keys serves
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+// One layer's cache: [slots, num_kv, dim].
+template <class T>
+struct Cache {
+  T* k;
+  T* v;
+};
+
+// A sequence of the step: tokens [first, first + count) of the batch stand at positions start, start + 1, ….
+struct Sequence {
+  int64_t first, count, start;
+  const int32_t* pages;
+};
+
+struct Heads {
+  int64_t num_q, num_kv, dim;
+  int64_t page_size;
+
+  int64_t group() const { return num_q / num_kv; }
+  int64_t padded() const { return (dim + kPanel - 1) / kPanel * kPanel; }
+  int64_t slot(const int32_t* pages, int64_t position) const {
+    return pages[position / page_size] * page_size + position % page_size;
+  }
+};
+
+// A piece of the work: some heads of one sequence; of a decode, part `part` of `parts` of its cache; of a prefill, the
+// tokens from `token` on.
+struct Piece {
+  int32_t sequence, head, group_begin, group_size;
+  int32_t part, parts;  // parts 0: prefill
+  int64_t token, partial;  // partial: the first of its rows among the partial results
+};
+
+// What is summed up for one query head: e^(score - most) and their products with the values.
+struct Partial {
+  float most, total;
+};
+
+template <class T>
+inline float dot(const float* q, const T* k, int64_t dim) {
+  Floats acc[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= dim; i += 2 * kLanes) {
+    acc[0] += load(q + i) * load(k + i);
+    acc[1] += load(q + i + kLanes) * load(k + i + kLanes);
+  }
+  for (; i + kLanes <= dim; i += kLanes) acc[0] += load(q + i) * load(k + i);
+  float total = sum(acc[0] + acc[1]);
+  for (; i < dim; ++i) total += q[i] * widen(k[i]);
+  return total;
+}
+
+// scores[g][t] = q[g] · k[t] for G heads and the tokens of a block; offsets: of their keys.
+template <class T, int G>
+inline void decode_scores(const float* q, const T* k, const int64_t* offsets, int count, int64_t dim, float* scores) {
+  constexpr int kTokens = G == 1 ? 4 : G <= 3 ? 2 : 1;
+  int t = 0;
+  if (dim % kLanes == 0) {
+    for (; t + kTokens <= count; t += kTokens) {
+      Floats acc[kTokens][G] = {};
+      for (int64_t i = 0; i < dim; i += kLanes)
+#pragma GCC unroll 4
+        for (int j = 0; j < kTokens; ++j) {
+          Floats key = load(k + offsets[t + j] + i);
+#pragma GCC unroll 8
+          for (int g = 0; g < G; ++g) acc[j][g] += load(q + g * dim + i) * key;
+        }
+      for (int j = 0; j < kTokens; ++j)
+        for (int g = 0; g < G; ++g) scores[g * kBlock + t + j] = sum(acc[j][g]);
+    }
+  }
+  for (; t < count; ++t)
+    for (int g = 0; g < G; ++g) scores[g * kBlock + t] = dot(q + g * dim, k + offsets[t], dim);
+}
+
+// out[g] += sum over t of weights[g][t] * v[t].
+template <class T, int G>
+inline void decode_values(const float* weights, const T* v, const int64_t* offsets, int count, int64_t dim, float* out) {
+  constexpr int kVectors = G <= 2 ? 4 : G <= 4 ? 2 : 1;
+  int64_t i = 0;
+  auto columns = [&]<int V>(std::integral_constant<int, V>) {
+    Floats acc[G][V];
+    for (int g = 0; g < G; ++g)
+      for (int j = 0; j < V; ++j) acc[g][j] = load(out + g * dim + i + j * kLanes);
+    for (int t = 0; t < count; ++t) {
+      const T* row = v + offsets[t] + i;
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) {
+        Floats value = load(row + j * kLanes);
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) acc[g][j] += broadcast(weights[g * kBlock + t]) * value;
+      }
+    }
+    for (int g = 0; g < G; ++g)
+      for (int j = 0; j < V; ++j) store(out + g * dim + i + j * kLanes, acc[g][j]);
+    i += V * kLanes;
+  };
+  while (i + kVectors * kLanes <= dim) columns(std::integral_constant<int, kVectors>{});
+  while (i + kLanes <= dim) columns(std::integral_constant<int, 1>{});
+  for (; i < dim; ++i)
+    for (int g = 0; g < G; ++g)
+      for (int t = 0; t < count; ++t) out[g * dim + i] += weights[g * kBlock + t] * widen(v[offsets[t] + i]);
+}
+
+// One block of scores becomes weights, in place; what was summed up before is scaled to the new maximum.
+inline void online_softmax(float* scores, int count, Partial& partial, float* out, int64_t dim) {
+  for (int t = count; t < kBlock; ++t) scores[t] = kNone;
+  Floats high = load(scores);
+  for (int t = kLanes; t < kBlock; t += kLanes) high = maximum(load(scores + t), high);
+  float most = std::max(largest(high), partial.most);
+  float base = most == kNone ? 0.0f : most;
+  Floats total{};
+  for (int t = 0; t < kBlock; t += kLanes) {
+    Floats weight = exponential(load(scores + t) - base);
+    total += weight;
+    store(scores + t, weight);
+  }
+  if (partial.most != most) {
+    float factor = partial.most == kNone ? 0.0f : std::exp(partial.most - most);
+    partial.total *= factor;
+    for (int64_t i = 0; i < dim; ++i) out[i] *= factor;
+  }
+  partial.total += sum(total);
+  partial.most = most;
+}
+
+// G query heads of one new token over positions [begin, end). q: [G, dim], scaled; out: [G, dim] and partials: [G].
+template <class T, int G>
+inline void decode(const float* q, const T* k, const T* v, const Heads& heads, const int32_t* pages, int64_t begin,
+                   int64_t end, float* out, Partial* partials) {
+  alignas(64) float scores[G * kBlock];
+  int64_t offsets[kBlock];
+  int64_t stride = heads.num_kv * heads.dim;
+  std::fill(out, out + G * heads.dim, 0.0f);
+  for (int g = 0; g < G; ++g) partials[g] = {kNone, 0.0f};
+  for (int64_t first = begin; first < end; first += kBlock) {
+    int count = int(std::min<int64_t>(kBlock, end - first));
+    for (int t = 0; t < count; ++t) offsets[t] = heads.slot(pages, first + t) * stride;
+    decode_scores<T, G>(q, k, offsets, count, heads.dim, scores);
+    for (int g = 0; g < G; ++g) online_softmax(scores + g * kBlock, count, partials[g], out + g * heads.dim, heads.dim);
+    decode_values<T, G>(scores, v, offsets, count, heads.dim, out);
+  }
+}
+
+template <class T, int G = kMaxGroup>
+inline void decode_group(int group, const float* q, const T* k, const T* v, const Heads& heads, const int32_t* pages,
+                         int64_t begin, int64_t end, float* out, Partial* partials) {
+  if constexpr (G > 1) {
+    if (group < G) return decode_group<T, G - 1>(group, q, k, v, heads, pages, begin, end, out, partials);
+  }
+  decode<T, G>(q, k, v, heads, pages, begin, end, out, partials);
+}
+
+// Room that a thread needs for `prefill`, in floats.
+inline int64_t prefill_floats(const Heads& heads) {
+  int64_t rows = std::max<int64_t>(kQueryRows, heads.group());
+  return rows * (heads.dim + kBlock + heads.padded()) + kBlock * heads.dim + kBlock * heads.padded() + 2 * rows;
+}
+
+// Several tokens of one sequence, all heads that share head `head`. q: the step's queries, [tokens, …] with `stride`
+// floats between tokens, the group's first head at 0; out: [tokens, …] likewise, with `out_stride`.
+template <class T>
+inline void prefill(const float* q, int64_t stride, float scale, Cache<T> cache, const Heads& heads, int64_t head,
+                    int64_t group, const Sequence& sequence, int64_t token, int64_t count, int64_t window, float* out,
+                    int64_t out_stride, float* room) {
+  int64_t dim = heads.dim, padded = heads.padded(), rows = count * group, cache_stride = heads.num_kv * dim;
+  float* queries = room;
+  float* scores = queries + rows * dim;
+  float* result = scores + rows * kBlock;
+  float* keys = result + rows * padded;         // panels: [kBlock / kPanel, dim, kPanel]
+  float* values = keys + kBlock * dim;          // panels: [padded / kPanel, kBlock, kPanel]
+  Partial* partials = reinterpret_cast<Partial*>(values + kBlock * padded);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* from = q + (token + r / group) * stride + (r % group) * dim;
+    for (int64_t i = 0; i < dim; ++i) queries[r * dim + i] = from[i] * scale;
+    partials[r] = {kNone, 0.0f};
+  }
+  std::fill(result, result + rows * padded, 0.0f);
+  int64_t position = sequence.start + token - sequence.first, end = position + count;
+  int64_t begin = window ? std::max<int64_t>(0, position - window + 1) : 0;
+  for (int64_t first = begin; first < end; first += kBlock) {
+    int tokens = int(std::min<int64_t>(kBlock, end - first));
+    std::fill(keys, keys + kBlock * dim, 0.0f);
+    std::fill(values, values + kBlock * padded, 0.0f);
+    for (int t = 0; t < tokens; ++t) {
+      int64_t offset = heads.slot(sequence.pages, first + t) * cache_stride + head * dim;
+      float* key = keys + t / kPanel * dim * kPanel + t % kPanel;
+      for (int64_t i = 0; i < dim; ++i) key[i * kPanel] = widen(cache.k[offset + i]);
+      for (int64_t i = 0; i < dim; ++i)
+        values[(i / kPanel * kBlock + t) * kPanel + i % kPanel] = widen(cache.v[offset + i]);
+    }
+    for (int p = 0; p < kBlock / kPanel; ++p)
+      multiply_rows(rows, keys + p * dim * kPanel, queries, dim, dim, scores + p * kPanel, kBlock, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t last = position + r / group;  // the token's own position
+      float* row = scores + r * kBlock;
+      if (window)
+        for (int64_t t = 0; t < std::min<int64_t>(kBlock, last - window + 1 - first); ++t) row[t] = kNone;
+      int seen = int(std::clamp<int64_t>(last + 1 - first, 0, tokens));
+      online_softmax(row, seen, partials[r], result + r * padded, dim);
+    }
+    for (int64_t i = 0; i < padded; i += kPanel)
+      multiply_rows(rows, values + i * kBlock, scores, kBlock, tokens, result + i, padded, true);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* to = out + (token + r / group) * out_stride + (r % group) * dim;
+    float inverse = 1.0f / partials[r].total;
+    for (int64_t i = 0; i < dim; ++i) to[i] = result[r * padded + i] * inverse;
+  }
+}
+
+}  // namespace minisgl::cpu

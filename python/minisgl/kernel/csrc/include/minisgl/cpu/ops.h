@@ -1,0 +1,333 @@
+// The parts of a step. Each is called by all threads of a pool's task, shares its work out, and ends with a barrier.
+#pragma once
+
+#include <memory>
+
+#include "attention.h"
+#include "linear.h"
+#include "pool.h"
+
+namespace minisgl::cpu {
+
+// Memory that only grows, aligned to cache lines, not initialised.
+template <class T>
+class Buffer {
+ public:
+  T* reserve(int64_t count) {
+    if (count > size_) {
+      data_.reset(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
+      size_ = count;
+    }
+    return data_.get();
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
+};
+
+// Strides that keep rows out of each other's way in the caches, whose sets repeat every 4 KiB.
+inline int64_t padded_stride(int64_t count) { return (count + 15) / 16 * 16 + 16; }
+
+// A pool, and the room that each of its threads has for itself.
+class Workers {
+ public:
+  explicit Workers(int threads) : pool(threads), chunks_(threads), sums_(threads), rooms_(threads) {
+    for (auto& chunk : chunks_) chunk.reserve(kChunkBytes);
+  }
+
+  char* chunk(int thread) { return chunks_[thread].get(); }
+  float* sums(int thread, int64_t count) { return sums_[thread].reserve(count); }
+  float* room(int thread, int64_t count) { return rooms_[thread].reserve(count); }
+
+  Pool pool;
+
+ private:
+  std::vector<Buffer<char>> chunks_;
+  std::vector<Buffer<float>> sums_, rooms_;
+};
+
+inline int64_t grain_of(int64_t count, int threads) { return std::max<int64_t>(1, std::min<int64_t>(8, count / (threads * 8))); }
+
+// out = x * rsqrt(mean(x²) + eps) * weight (arXiv 1910.07467).
+inline void rms_norm(const float* x, const float* weight, float eps, int64_t count, float* out) {
+  Floats squares[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    squares[0] += load(x + i) * load(x + i);
+    squares[1] += load(x + i + kLanes) * load(x + i + kLanes);
+  }
+  float total = sum(squares[0] + squares[1]);
+  for (; i < count; ++i) total += x[i] * x[i];
+  float factor = 1.0f / std::sqrt(total / count + eps);
+  for (int64_t j = 0; j < count; ++j) out[j] = x[j] * factor * weight[j];
+}
+
+// The rows as the weights' products want them: normalised where there is a norm, 16-bit for int8 weights.
+// values, pairs and scales: where they go, if anywhere.
+struct Input {
+  const float* x;
+  int64_t count, width, stride;
+  const float* norm;  // [width] or null
+  float eps;
+};
+
+class InputRoom {
+ public:
+  void reserve(int64_t count, int64_t width) {
+    values_.reserve(count * padded_stride(width));
+    pairs_.reserve(count * padded_stride(width));
+    scales_.reserve(count);
+  }
+
+  // All threads call it; `reserve` was called before.
+  Rows prepare(Workers& workers, const Input& in, Type type) {
+    int64_t stride = padded_stride(in.width);
+    Rows rows{in.count, in.x, in.stride, pairs_.get(), stride, scales_.get()};
+    if (in.norm != nullptr) rows.values = values_.get(), rows.stride = stride;
+    if (in.norm == nullptr && type != Type::kInt8) return rows;
+    workers.pool.share(in.count, grain_of(in.count, workers.pool.size()), [&](int64_t r) {
+      const float* row = in.x + r * in.stride;
+      if (in.norm != nullptr) {
+        rms_norm(row, in.norm, in.eps, in.width, values_.get() + r * stride);
+        row = values_.get() + r * stride;
+      }
+      if (type == Type::kInt8) scales_.get()[r] = to_pairs(row, in.width, pairs_.get() + r * stride);
+    });
+    return rows;
+  }
+
+ private:
+  Buffer<float> values_, scales_;
+  Buffer<int16_t> pairs_;
+};
+
+enum class Into : int64_t { kStore = 0, kAdd = 1, kGated = 2 };
+
+// sums: [rows, kPanel] of output features first … → out: [rows, stride].
+inline void write_panel(const float* sums, int64_t rows, int64_t first, const Linear& w, Into into, float* out,
+                        int64_t stride) {
+  int64_t width = std::min<int64_t>(kPanel, w.out - first);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* to = out + r * stride + first;
+    const float* from = sums + r * kPanel;
+    for (int64_t j = 0; j < width; ++j) {
+      float value = w.bias == nullptr ? from[j] : from[j] + w.bias[first + j];
+      to[j] = into == Into::kAdd ? to[j] + value : value;
+    }
+  }
+}
+
+// out (+)= rows * wᵀ + bias. kGated: w's panels are those of gate and up in turn, and out = silu(gate) * up has half as
+// many features as w; w.bias is in the panels' order too.
+inline void linear(Workers& workers, int thread, const Linear& w, const Rows& x, Into into, float* out, int64_t stride) {
+  int64_t panels = w.num_panels(), size = x.count * kPanel;
+  float* sums = workers.sums(thread, 2 * size);
+  if (into != Into::kGated) {
+    workers.pool.share(panels, grain_of(panels, workers.pool.size()), [&](int64_t p) {
+      panel_product(w, p, x, workers.chunk(thread), sums);
+      write_panel(sums, x.count, p * kPanel, w, into, out, stride);
+    });
+    return;
+  }
+  workers.pool.share(panels / 2, grain_of(panels / 2, workers.pool.size()), [&](int64_t p) {
+    panel_product(w, 2 * p, x, workers.chunk(thread), sums);
+    panel_product(w, 2 * p + 1, x, workers.chunk(thread), sums + size);
+    int64_t first = p * kPanel;
+    for (int64_t r = 0; r < x.count; ++r)
+      for (int h = 0; h < 2; ++h) {
+        Floats gate = load(sums + r * kPanel + h * kLanes), up = load(sums + size + r * kPanel + h * kLanes);
+        if (w.bias != nullptr) {
+          gate += load(w.bias + 2 * first + h * kLanes);
+          up += load(w.bias + 2 * first + kPanel + h * kLanes);
+        }
+        store(out + r * stride + first + h * kLanes, gated(gate, up));
+      }
+  });
+}
+
+// Plain weights to panels. Row `row` of `weight` is output feature `row`; gate's and up's panels take turns if `gated`.
+// T: of the plain weights; panels have the same type, or int8 with a scale for each feature.
+template <class T>
+void pack(Workers& workers, const T* weight, int64_t out, int64_t in, bool gated, bool to_int8, void* data, float* scale) {
+  int64_t half = out / 2, per_part = ((gated ? half : out) + kPanel - 1) / kPanel, panels = gated ? 2 * per_part : per_part;
+  workers.pool.run([&](int) {
+    workers.pool.share(panels, 1, [&](int64_t p) {
+      int64_t part = gated ? p % 2 : 0, first = (gated ? p / 2 : p) * kPanel;
+      int64_t count = std::min<int64_t>(kPanel, (gated ? half : out) - first);
+      const T* rows = weight + (part * half + first) * in;
+      if (!to_int8) {
+        T* to = static_cast<T*>(data) + p * in * kPanel;
+        for (int64_t i = 0; i < in; ++i)
+          for (int64_t j = 0; j < kPanel; ++j) to[i * kPanel + j] = j < count ? rows[j * in + i] : T{};
+        return;
+      }
+      int64_t pairs = (in + 1) / 2;
+      int8_t* to = static_cast<int8_t*>(data) + p * pairs * 2 * kPanel;
+      for (int64_t j = 0; j < kPanel; ++j) {
+        float most = 0;
+        for (int64_t i = 0; j < count && i < in; ++i) most = std::max(most, std::fabs(widen(rows[j * in + i])));
+        float inverse = most > 0 ? 127.0f / most : 0.0f;
+        scale[p * kPanel + j] = most / 127.0f;
+        for (int64_t i = 0; i < 2 * pairs; ++i) {
+          float value = j < count && i < in ? widen(rows[j * in + i]) * inverse : 0.0f;
+          to[(i / 2 * kPanel + j) * 2 + i % 2] = int8_t(std::lrintf(value));
+        }
+      }
+    });
+  });
+}
+
+// Rows of a packed table: ids outside [first, first + table.out) give zeros. out: [count, stride].
+inline void embed(Workers& workers, const Linear& table, const int64_t* ids, int64_t count, int64_t first, float* out,
+                  int64_t stride) {
+  workers.pool.share(count, 1, [&](int64_t r) {
+    int64_t id = ids[r] - first, in = table.in;
+    float* to = out + r * stride;
+    if (id < 0 || id >= table.out) {
+      std::fill(to, to + in, 0.0f);
+      return;
+    }
+    int64_t panel = id / kPanel, lane = id % kPanel;
+    for (int64_t i = 0; i < in; ++i) {
+      if (table.type == Type::kFloat32)
+        to[i] = static_cast<const float*>(table.data)[(panel * in + i) * kPanel + lane];
+      else if (table.type == Type::kBFloat16)
+        to[i] = widen(static_cast<const BFloat16*>(table.data)[(panel * in + i) * kPanel + lane]);
+      else
+        to[i] = static_cast<const int8_t*>(table.data)[((panel * table.num_pairs() + i / 2) * kPanel + lane) * 2 + i % 2] *
+                table.scale[id];
+    }
+  });
+}
+
+// Norm of each query and key head (where there are weights, [num_q + num_kv, dim]), rotation of pairs (i, i + dim / 2),
+// and keys and values to their slots. qkv: [tokens, stride], queries in place. angles: [positions, 2, dim]: cosines, and
+// sines of which the first half is negated.
+template <class T>
+void norm_rope_store(Workers& workers, float* qkv, int64_t tokens, int64_t stride, const float* norm, float eps,
+                     const float* angles, const int64_t* positions, const int64_t* slots, const Heads& heads, Cache<T> cache) {
+  int64_t dim = heads.dim, half = dim / 2;
+  workers.pool.share(tokens, grain_of(tokens, workers.pool.size()), [&](int64_t t) {
+    const float* cosine = angles + positions[t] * 2 * dim;
+    const float* sine = cosine + dim;
+    for (int64_t h = 0; h < heads.num_q + heads.num_kv; ++h) {
+      float* x = qkv + t * stride + h * dim;
+      if (norm != nullptr) rms_norm(x, norm + h * dim, eps, dim, x);
+      for (int64_t i = 0; i < half; ++i) {
+        float low = x[i], high = x[i + half];
+        x[i] = low * cosine[i] + high * sine[i];
+        x[i + half] = high * cosine[i + half] + low * sine[i + half];
+      }
+    }
+    const float* k = qkv + t * stride + heads.num_q * dim;
+    const float* v = k + heads.num_kv * dim;
+    int64_t place = slots[t] * heads.num_kv * dim;
+    for (int64_t i = 0; i < heads.num_kv * dim; ++i) {
+      narrow(cache.k + place + i, k[i]);
+      narrow(cache.v + place + i, v[i]);
+    }
+  });
+}
+
+// The pieces of one step's attention, and the partial results of split decodes.
+struct AttentionPlan {
+  std::vector<Piece> pieces;
+  std::vector<int32_t> split;  // pieces whose part is 0 and parts > 1
+  int64_t num_partials = 0;
+};
+
+inline void plan_attention(const std::vector<Sequence>& sequences, const Heads& heads, int64_t window, int threads,
+                           AttentionPlan& plan) {
+  plan.pieces.clear();
+  plan.split.clear();
+  plan.num_partials = 0;
+  int64_t group = heads.group(), decodes = 0;
+  for (auto& s : sequences) decodes += s.count == 1;
+  for (int32_t i = 0; i < int32_t(sequences.size()); ++i) {
+    const Sequence& s = sequences[i];
+    int64_t step = std::max<int64_t>(1, kQueryRows / group);
+    int64_t length = window ? std::min(window, s.start + 1) : s.start + 1;
+    int64_t parts = std::min<int64_t>(length / kSplitTokens, 4 * threads / std::max<int64_t>(1, decodes * heads.num_kv));
+    parts = std::max<int64_t>(1, parts);
+    for (int32_t h = 0; h < heads.num_kv; ++h) {
+      if (s.count > 1) {  // later tokens see more: the longest pieces first
+        for (int64_t t = (s.count - 1) / step * step; t >= 0; t -= step) plan.pieces.push_back({i, h, 0, int32_t(group), 0, 0, s.first + t, 0});
+        continue;
+      }
+      for (int64_t g = 0; g < group; g += kMaxGroup) {
+        int32_t size = int32_t(std::min<int64_t>(kMaxGroup, group - g));
+        if (parts > 1) plan.split.push_back(int32_t(plan.pieces.size()));
+        for (int32_t part = 0; part < parts; ++part) {
+          plan.pieces.push_back({i, h, int32_t(g), size, part, int32_t(parts), s.first, plan.num_partials});
+          if (parts > 1) plan.num_partials += size;
+        }
+      }
+    }
+  }
+}
+
+struct PartialRoom {
+  Buffer<float> results;
+  Buffer<Partial> partials;
+};
+
+// q: [tokens, stride], rotated; out: [tokens, out_stride].
+template <class T>
+void attention(Workers& workers, int thread, const float* q, int64_t stride, const std::vector<Sequence>& sequences,
+               const AttentionPlan& plan, const Heads& heads, int64_t window, Cache<T> cache, PartialRoom& partial, float* out,
+               int64_t out_stride) {
+  int64_t dim = heads.dim, group = heads.group();
+  float scale = 1.0f / std::sqrt(float(dim));
+  float* room = workers.room(thread, std::max(prefill_floats(heads), 2 * kMaxGroup * dim));
+  workers.pool.share(plan.pieces.size(), 1, [&](int64_t index) {
+    const Piece& piece = plan.pieces[index];
+    const Sequence& s = sequences[piece.sequence];
+    int64_t head = piece.head * group + piece.group_begin;
+    if (piece.parts == 0) {
+      int64_t count = std::min(std::max<int64_t>(1, kQueryRows / group), s.first + s.count - piece.token);
+      prefill(q + head * dim, stride, scale, cache, heads, piece.head, group, s, piece.token, count, window,
+              out + head * dim, out_stride, room);
+      return;
+    }
+    float* queries = room;
+    float* result = room + kMaxGroup * dim;
+    const float* from = q + piece.token * stride + head * dim;
+    for (int64_t i = 0; i < piece.group_size * dim; ++i) queries[i] = from[i] * scale;
+    int64_t end = s.start + 1, begin = window ? std::max<int64_t>(0, end - window) : 0, length = end - begin;
+    Partial own[kMaxGroup];
+    bool is_split = piece.parts > 1;
+    Partial* partials = is_split ? partial.partials.get() + piece.partial : own;
+    if (is_split) result = partial.results.get() + piece.partial * dim;
+    decode_group(piece.group_size, queries, cache.k + piece.head * dim, cache.v + piece.head * dim, heads, s.pages,
+                 begin + length * piece.part / piece.parts, begin + length * (piece.part + 1) / piece.parts, result, partials);
+    if (is_split) return;
+    float* to = out + piece.token * out_stride + head * dim;
+    for (int64_t i = 0; i < piece.group_size * dim; ++i) to[i] = result[i] / partials[i / dim].total;
+  });
+  if (plan.split.empty()) return;
+  workers.pool.share(plan.split.size(), 1, [&](int64_t index) {
+    const Piece& piece = plan.pieces[plan.split[index]];
+    for (int g = 0; g < piece.group_size; ++g) {
+      float* to = out + piece.token * out_stride + (piece.head * group + piece.group_begin + g) * dim;
+      const Partial* partials = partial.partials.get() + piece.partial + g;
+      const float* results = partial.results.get() + (piece.partial + g) * dim;
+      float most = kNone, total = 0;
+      for (int p = 0; p < piece.parts; ++p) most = std::max(most, partials[p * piece.group_size].most);
+      std::fill(to, to + dim, 0.0f);
+      for (int p = 0; p < piece.parts; ++p) {
+        const Partial& one = partials[p * piece.group_size];
+        float factor = std::exp(one.most - most);
+        total += one.total * factor;
+        for (int64_t i = 0; i < dim; ++i) to[i] += results[p * piece.group_size * dim + i] * factor;
+      }
+      for (int64_t i = 0; i < dim; ++i) to[i] /= total;
+    }
+  });
+}
+
+}  // namespace minisgl::cpu

@@ -1,0 +1,148 @@
+// Vectors of the widest registers that the compiler may use (-march=native), in the compilers' own vector types, so
+// that one source serves AVX2, AVX-512 and NEON. Only the 16-bit dot product needs instructions by name.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace minisgl::cpu {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+using Floats = float __attribute__((vector_size(kLanes * 4)));
+using Ints = int32_t __attribute__((vector_size(kLanes * 4)));
+using Words = uint32_t __attribute__((vector_size(kLanes * 4)));
+using Shorts = int16_t __attribute__((vector_size(kLanes * 4)));       // pairs of 16-bit numbers, one pair a lane
+using Halves = uint16_t __attribute__((vector_size(kLanes * 2)));
+using Bytes = int8_t __attribute__((vector_size(kLanes * 2)));
+
+// How numbers lie in memory. All arithmetic on them is in float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class V, class T>
+inline V load_as(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Floats load(const float* p) { return load_as<Floats>(p); }
+inline Floats load(const BFloat16* p) {
+  return (Floats)(__builtin_convertvector(load_as<Halves>(p), Words) << 16);
+}
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+
+inline float widen(float x) { return x; }
+inline float widen(BFloat16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Round to nearest even; a NaN stays one.
+inline void store(BFloat16* p, Floats v) {
+  Words bits = (Words)v;
+  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  Words quiet = (bits >> 16) | 0x40;
+  Ints is_nan = v != v;
+  rounded = (quiet & (Words)is_nan) | (rounded & ~(Words)is_nan);
+  Halves halves = __builtin_convertvector(rounded, Halves);
+  std::memcpy(p, &halves, sizeof halves);
+}
+
+inline void narrow(float* p, float x) { *p = x; }
+inline void narrow(BFloat16* p, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  p->bits = x != x ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline Floats broadcast(float x) {
+  Ints bits;
+  std::memcpy(&bits, &x, sizeof x);
+  int32_t first = bits[0];
+  return (Floats)(Ints{} + first);
+}
+
+// Folds a vector: its halves, their halves, and so on.
+template <int N, class F>
+inline Floats fold(Floats v, F f) {
+  if constexpr (N == 1) {
+    return v;
+  } else {
+    Ints lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i ^ (N / 2);
+#if defined(__clang__)
+    Floats swapped;
+    for (int i = 0; i < kLanes; ++i) swapped[i] = v[lane[i]];
+#else
+    Floats swapped = __builtin_shuffle(v, lane);
+#endif
+    return fold<N / 2>(f(v, swapped), f);
+  }
+}
+
+inline float sum(Floats v) {
+  return fold<kLanes>(v, [](Floats a, Floats b) { return a + b; })[0];
+}
+
+inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float largest(Floats v) { return fold<kLanes>(v, maximum)[0]; }
+
+// acc + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in each lane i.
+inline Ints dot_pairs(Ints acc, Shorts a, Shorts b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return acc + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__) && defined(__AVX2__)
+  return (Ints)_mm256_dpwssd_avx_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+  return acc + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  Ints low_a = ((Ints)a << 16) >> 16, low_b = ((Ints)b << 16) >> 16;
+  return acc + low_a * low_b + ((Ints)a >> 16) * ((Ints)b >> 16);
+#endif
+}
+
+// e^x to within 2 units in the last place; 0 below -87.3, and what is above 88 counts as 88. The polynomial is Cephes'
+// expf (S. L. Moshier).
+inline Floats exponential(Floats x) {
+  Ints tiny = x < -87.3f;
+  x = x > 88.0f ? broadcast(88.0f) : x;
+  x = tiny ? broadcast(-87.3f) : x;
+  Floats scaled = x * 1.44269504088896341f;
+  Floats n = (scaled + 12582912.0f) - 12582912.0f;  // the nearest integer
+  Floats r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Floats p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Ints exponent = __builtin_convertvector(n, Ints) + 127;
+  Floats result = p * (Floats)(exponent << 23);
+  return tiny ? Floats{} : result;
+}
+
+// silu(gate) * up.
+inline Floats gated(Floats gate, Floats up) { return gate / (1.0f + exponential(-gate)) * up; }
+
+}  // namespace minisgl::cpu
