@@ -11,9 +11,12 @@ from minisgl.attention.paged import AttentionShape, PagedAttention
 from minisgl.attention.sdpa import SdpaBackend
 from minisgl.config.runtime import EngineConfig
 from minisgl.errors import ConfigError
+from minisgl.kernel.ops import TorchOps
 
 
-def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+def create_backend(
+    config: EngineConfig, dtype: torch.dtype, device: torch.device, ops: TorchOps
+) -> AttentionBackend:
     """The backend of one rank's layers. Raises: ConfigError for one, or a pair, that this device does not have."""
     prefill, decode = config.prefill_backend, config.decode_backend
     model, page_size = config.model, config.page_size
@@ -21,6 +24,12 @@ def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.devic
     windows = tuple(dict.fromkeys(model.sliding_window(layer) for layer in range(model.num_layers)))
     if prefill == decode == "sdpa":
         return SdpaBackend(windows, num_kv_heads * model.head_dim * dtype.itemsize, dtype, device)
+    if prefill == decode == "cpu":
+        from minisgl.attention.cpu import CpuBackend
+        from minisgl.kernel.cpu import CpuOps
+
+        if isinstance(ops, CpuOps):
+            return CpuBackend(ops)
     if device.type == "cpu" or "sdpa" in (prefill, decode):
         raise ConfigError(f"--attention-backend {prefill},{decode} is not available on {device.type}")
     num_qo_heads = model.num_qo_heads // config.tp_size
@@ -47,4 +56,4 @@ def _create(name: str, shape: AttentionShape, device: torch.device) -> Any:
         from minisgl.attention.fa import FlashAttentionBackend
 
         return FlashAttentionBackend(shape, device)
-    raise ConfigError(f"--attention-backend {name!r} is unknown (known: sdpa, triton, cuda, fi, fa)")
+    raise ConfigError(f"--attention-backend {name!r} is unknown (known: sdpa, cpu, triton, cuda, fi, fa)")

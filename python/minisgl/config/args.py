@@ -135,6 +135,15 @@ class ServerArgs:
     dtype: str | None = _option(
         _auto(_choice("float16", "bfloat16", "float32")), None, "auto, float16, bfloat16 or float32"
     )
+    quantization: str | None = _option(
+        _auto(_choice("int8")), None, "int8: weights become 8-bit integers while they are loaded (CPU only)"
+    )
+    kv_cache_dtype: str | None = _option(
+        _auto(_choice("float16", "bfloat16", "float32")), None, "auto (as the weights), float16, bfloat16 or float32"
+    )
+    cpu_threads: int | None = _option(
+        _auto(integer(1, 1024)), None, "threads of each rank that compute on a CPU (auto: the cores it may use)"
+    )
     device: str | None = _option(
         _auto(_choice("cpu", "cuda")), None, "auto, cpu or cuda (auto: cuda where a GPU can be used)"
     )

@@ -68,6 +68,7 @@ def cuda_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, m
     tp_size = args.tensor_parallel_size
     gpus = _gpus(tp_size, machine.gpus)
     dtype = args.dtype or model.dtype
+    _refuse_cpu_options(args, dtype)
     page_size = args.page_size or _PAGE_SIZE
     max_prefill_length = args.max_prefill_length or _PREFILL_LENGTH
     capacity = gpu_tokens(args, model, gpus, dtype, page_size, max_prefill_length)
@@ -89,11 +90,19 @@ def cuda_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, m
         decode_backend=decode,
         num_threads=max(1, min(_NUM_THREADS, machine.num_cores // tp_size)),
         dummy_weight=args.dummy_weight,
+        kv_cache_dtype=dtype,
         memory_ratio=args.memory_ratio,
         cuda_graph_max_bs=_graph_max_bs(args, model, decode, moe_backend),
         use_pynccl=tp_size > 1 and not args.disable_pynccl,
         moe_backend=moe_backend,
     )
+
+
+def _refuse_cpu_options(args: ServerArgs, dtype: str) -> None:
+    if args.quantization:
+        raise ConfigError(f"--quantization {args.quantization}: it is for CPUs so far")
+    if args.kv_cache_dtype not in (None, dtype):
+        raise ConfigError(f"--kv-cache-dtype {args.kv_cache_dtype}: on GPUs it is that of the weights, {dtype}")
 
 
 def _cuda_problem(machine: Capabilities, tp_size: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from minisgl.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_WEIGHT_BYTES = {**DTYPE_BYTES, "int8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class ModelConfig:
         return 2 * self.num_layers * self.num_local_kv_heads(tp_size) * self.head_dim * DTYPE_BYTES[dtype]
 
     def weight_bytes(self, dtype: str, tp_size: int = 1) -> int:
-        """Bytes of weights on one rank, to within the few that are replicated or padded."""
+        """Bytes of weights (also "int8") on one rank, to within the few that are replicated or padded."""
         qkv = (self.num_qo_heads // tp_size + 2 * self.num_local_kv_heads(tp_size)) * self.head_dim * self.hidden_size
         attention = qkv + self.num_qo_heads * self.head_dim * self.hidden_size // tp_size
         params = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) // tp_size
@@ -86,7 +87,7 @@ class ModelConfig:
             else:
                 mlp = 3 * self.intermediate_size * self.hidden_size // tp_size
             params += attention + mlp + 2 * self.hidden_size
-        return params * DTYPE_BYTES[dtype]
+        return params * _WEIGHT_BYTES[dtype]
 
 
 def read_model_config(model_dir: str | Path) -> ModelConfig:

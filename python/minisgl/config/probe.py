@@ -15,7 +15,7 @@ from minisgl.config.gpus import Gpu, probe_nvidia, torch_cuda
 # Optional packages, by the name that is imported: what pip calls them, and what they are for.
 PACKAGES = {
     "triton": ("triton", "Triton kernels"),
-    "tvm_ffi": ("apache-tvm-ffi", "CUDA C++ kernels"),
+    "tvm_ffi": ("apache-tvm-ffi", "C++ kernels"),
     "flashinfer": ("flashinfer-python", "FlashInfer attention"),
     "sgl_kernel": ("sglang-kernel", "FlashAttention-3"),
 }
@@ -35,6 +35,7 @@ class Capabilities:
     torch_cuda: str | None = None  # the CUDA that torch is built for; None: a CPU build
     packages: frozenset[str] = frozenset()  # of PACKAGES, those that are installed
     nvcc: str | None = None  # path of the compiler
+    cxx: str | None = None  # path of the C++ compiler
 
     @property
     def has_fast_bfloat16(self) -> bool:
@@ -56,6 +57,7 @@ def probe() -> Capabilities:
         torch_cuda=torch_cuda(),
         packages=frozenset(name for name in PACKAGES if find_spec(name)),
         nvcc=_find_nvcc(),
+        cxx=shutil.which(os.environ.get("CXX") or "c++"),
     )
 
 

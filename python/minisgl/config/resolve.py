@@ -11,18 +11,15 @@ from pathlib import Path
 from minisgl.config.access import access_config
 from minisgl.config.args import ServerArgs
 from minisgl.config.chat import choose_reasoning_parser, choose_tool_parser, read_chat_template, visible_tokens
+from minisgl.config.cpu import cpu_engine
 from minisgl.config.cuda import choose_device, cuda_engine
 from minisgl.config.locate import locate_model
-from minisgl.config.memory import cpu_pages, fit_seq_len
 from minisgl.config.model import ModelConfig, read_json, read_model_config
 from minisgl.config.probe import Capabilities, probe
 from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import SamplingParams
 from minisgl.errors import ConfigError, RequestError
 
-_CPU_PREFILL_LENGTH = 512  # tokens; see docs/adr/0002
-_CPU_PAGE_SIZE = 16  # tokens
-_ONE_THREAD_BYTES = 64 * 2**20  # of weights; below that, waking a second thread costs more than it computes
 _DEFAULT_SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float}
 
 
@@ -70,7 +67,7 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
     wanted_len = args.max_seq_len or model.max_position
     if wanted_len > model.max_position:
         raise ConfigError(f"--max-seq-len {wanted_len}: the model's context is {model.max_position} tokens")
-    decide = cuda_engine if choose_device(args, machine) == "cuda" else _cpu_engine
+    decide = cuda_engine if choose_device(args, machine) == "cuda" else cpu_engine
     engine = decide(args, path, model, wanted_len, machine)
     scheduler = SchedulerConfig(
         max_running_requests=engine.max_running_requests,
@@ -100,40 +97,6 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
     )
 
 
-def _cpu_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, machine: Capabilities) -> EngineConfig:
-    _refuse_gpu_options(args)
-    dtype = args.dtype or _auto_dtype(model, machine)
-    page_size = args.page_size or _CPU_PAGE_SIZE
-    num_pages = args.num_pages or cpu_pages(args, model, machine, dtype, page_size, seq_len)
-    return EngineConfig(
-        model_path=path,
-        model=model,
-        dtype=dtype,
-        device="cpu",
-        tp_size=args.tensor_parallel_size,
-        init_method="",
-        num_pages=num_pages,
-        page_size=page_size,
-        max_running_requests=args.max_running_requests,
-        max_prefill_length=args.max_prefill_length or _CPU_PREFILL_LENGTH,
-        max_seq_len=fit_seq_len(args, seq_len, num_pages * page_size),
-        prefill_backend="sdpa",
-        decode_backend="sdpa",
-        num_threads=_num_threads(machine.num_cores // args.tensor_parallel_size, model, dtype),
-        dummy_weight=args.dummy_weight,
-    )
-
-
-def _refuse_gpu_options(args: ServerArgs) -> None:
-    """What asks for less than a GPU would do is what a CPU does; the rest cannot be honoured."""
-    if args.attention_backend not in (None, "sdpa", "sdpa,sdpa"):
-        raise ConfigError(f"--attention-backend {args.attention_backend}: on a CPU there is sdpa only")
-    if args.moe_backend == "triton":
-        raise ConfigError("--moe-backend triton: it is for GPUs; a CPU has torch only")
-    if args.cuda_graph_max_bs:
-        raise ConfigError(f"--cuda-graph-max-bs {args.cuda_graph_max_bs}: it is for GPUs; leave it out on a CPU, or 0")
-
-
 def _check_tensor_parallel(tp_size: int, model: ModelConfig) -> None:
     heads, kv_heads = model.num_qo_heads, model.num_kv_heads
     if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
@@ -141,14 +104,3 @@ def _check_tensor_parallel(tp_size: int, model: ModelConfig) -> None:
             f"--tensor-parallel-size {tp_size}: does not divide the model's {heads} attention heads "
             f"and {kv_heads} KV heads"
         )
-
-
-def _auto_dtype(model: ModelConfig, machine: Capabilities) -> str:
-    """The checkpoint's own type, unless this CPU multiplies it far slower than float32."""
-    if model.dtype == "bfloat16" and machine.has_fast_bfloat16:
-        return "bfloat16"
-    return "float32"
-
-
-def _num_threads(num_cores: int, model: ModelConfig, dtype: str) -> int:
-    return 1 if model.weight_bytes(dtype) < _ONE_THREAD_BYTES else max(1, num_cores)

@@ -13,7 +13,7 @@ class EngineConfig:
 
     model_path: str  # a local directory
     model: ModelConfig
-    dtype: str  # "float32" | "bfloat16" | "float16": weights, activations and KV
+    dtype: str  # "float32" | "bfloat16" | "float16": weights, and without `cpu_kernels` activations
     device: str  # "cpu" | "cuda"
     tp_size: int
     init_method: str  # torch.distributed rendezvous (`Addresses.rendezvous`; unused when tp_size is 1)
@@ -27,6 +27,10 @@ class EngineConfig:
     num_threads: int  # per rank
     dummy_weight: bool
     seed: int = 0  # of dummy weights
+    kv_cache_dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
+    # CPU only.
+    cpu_kernels: bool = False  # our own; else torch computes
+    quantization: str | None = None  # "int8"
     # CUDA only, from here on.
     memory_ratio: float = 0.9  # share of a GPU's whole memory that may be in use, other programs' included
     cuda_graph_max_bs: int = 0  # the largest decode batch that is captured; 0: none

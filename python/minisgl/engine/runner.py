@@ -8,18 +8,20 @@ import time
 import numpy as np
 import torch
 
-from minisgl.attention.base import AttentionBackend, StepContext
+from minisgl.attention.base import AttentionBackend
 from minisgl.attention.registry import create_backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import StepPlan, StepResult, TokenBitmask, TokenLogprobs
 from minisgl.distributed.comm import create_communicator
 from minisgl.distributed.info import DistributedInfo
 from minisgl.engine.batch import Batch, Tables
+from minisgl.engine.forward import Forward, LayerByLayer, WholeStep
 from minisgl.engine.logits import process
 from minisgl.engine.logprobs import report
 from minisgl.engine.sample import sample
 from minisgl.errors import ConfigError
-from minisgl.kernel.ops import create_ops
+from minisgl.kernel.cpu import CpuOps
+from minisgl.kernel.ops import CpuKernels, create_ops
 from minisgl.kvcache.pool import KVPool
 from minisgl.layers.base import LayerEnv
 from minisgl.layers.rope import RotaryEmbedding
@@ -45,7 +47,8 @@ class ModelShard:
         vocab_size = div_ceil(config.model.vocab_size, config.tp_size) * config.tp_size
         logit_bytes = rows * vocab_size * self.dtype.itemsize
         self.comm = create_communicator(info, config.device, config.use_pynccl, logit_bytes)
-        self.ops = create_ops(device, self.dtype, config.moe_backend)
+        cpu = CpuKernels(config.num_threads, config.quantization == "int8") if config.cpu_kernels else None
+        self.ops = create_ops(device, self.dtype, config.moe_backend, cpu)
         start = time.perf_counter()
         with torch.inference_mode():
             self.model = build_model(LayerEnv(self.comm, self.ops, self.dtype, device), config.model)
@@ -59,10 +62,19 @@ class ModelShard:
 
     def create_kv(self, num_pages: int) -> KVPool:
         num_slots = num_pages * self.config.page_size
-        return KVPool(self.config.model, num_slots, self.config.tp_size, self.dtype, self.device)
+        kv_dtype = DTYPES[self.config.kv_cache_dtype]
+        return KVPool(self.config.model, num_slots, self.config.tp_size, kv_dtype, self.device)
+
+    def create_forward(self, num_pages: int) -> Forward:
+        """How a CPU computes a step, with a cache of its own."""
+        kv, config = self.create_kv(num_pages), self.config
+        if isinstance(self.ops, CpuOps) and config.tp_size == 1 and config.decode_backend == "cpu":
+            if WholeStep.fits(self.model):
+                return WholeStep(config.model, self.model, self.rope, kv, self.ops, config.max_seq_len)
+        return LayerByLayer(self.model, self.rope, kv, self.create_attention())
 
     def create_attention(self) -> AttentionBackend:
-        return create_backend(self.config, self.dtype, self.device)
+        return create_backend(self.config, self.dtype, self.device, self.ops)
 
 
 class Runner:
@@ -75,8 +87,7 @@ class Runner:
         self.enter_thread()
         self.num_pages = config.num_pages
         self._shard = ModelShard(config, rank, torch.device("cpu"))
-        self._kv = self._shard.create_kv(config.num_pages)
-        self._backend = self._shard.create_attention()
+        self._forward = self._shard.create_forward(config.num_pages)
         self._tables = Tables(config.max_running_requests, config.max_seq_len, config.page_size)
 
     def enter_thread(self) -> None:
@@ -89,9 +100,8 @@ class Runner:
         if not plan.reqs:
             return StepResult(plan.step_id, [])
         batch = self._tables.build(plan)
-        hidden = self._hidden(batch)
-        prompts = self._prompt_logprobs(plan, batch, hidden)
-        logits = self._shard.model.logits(hidden, batch.logit_tokens)
+        logits = self._forward(batch)
+        prompts = self._prompt_logprobs(plan, batch)
         if not len(batch.sampling.position):
             return StepResult(plan.step_id, [], None, prompts)
         ids = self._sample(logits, batch, plan.bitmask)
@@ -101,14 +111,7 @@ class Runner:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits of the tokens that sample: [n, vocab_size]."""
-        logits: torch.Tensor = self._shard.model.logits(self._hidden(batch), batch.logit_tokens)
-        return logits
-
-    def _hidden(self, batch: Batch) -> torch.Tensor:
-        metadata = self._backend.prepare(batch.attention)
-        step = StepContext(batch.slots, self._shard.rope(batch.positions), self._kv, self._backend, metadata)
-        hidden: torch.Tensor = self._shard.model.hidden(batch.input_ids, step)
-        return hidden
+        return self._forward(batch)
 
     def _sample(self, logits: torch.Tensor, batch: Batch, bitmask: TokenBitmask | None) -> torch.Tensor:
         """Rank 0 decides, so that rounding cannot make ranks differ."""
@@ -133,12 +136,12 @@ class Runner:
             return None
         return report(step, lambda index: logits[index], ids[step.index], logits.device).result()
 
-    def _prompt_logprobs(self, plan: StepPlan, batch: Batch, hidden: torch.Tensor) -> dict[int, TokenLogprobs] | None:
+    def _prompt_logprobs(self, plan: StepPlan, batch: Batch) -> dict[int, TokenLogprobs] | None:
         """Every rank takes part: each has a share of the logits."""
         step = self._tables.logprob_rules.prompt(plan.reqs, batch.attention.offsets)
         if step is None:
             return None
-        return report(step, lambda index: self._shard.model.logits(hidden, index), None, hidden.device).result()
+        return report(step, self._forward.logits, None, self._shard.device).result()
 
     def close(self) -> None:
         self._shard.comm.close()

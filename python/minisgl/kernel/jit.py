@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 CSRC = Path(__file__).parent / "csrc"
 INCLUDE = CSRC / "include"
+CPU = "cpu"  # the source whose functions run on the processor
 
 
 def cache_dir() -> Path:
@@ -24,11 +26,16 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MINISGL_CACHE_DIR") or default) / "kernels"
 
 
+def _source(name: str) -> Path:
+    return CSRC / "src" / (f"{name}.cc" if name == CPU else f"{name}.cu")
+
+
 @functools.cache
 def _source_digest(name: str) -> str:
     """Changes with the kernel file and every header."""
     digest = hashlib.sha256()
-    for path in [CSRC / "src" / f"{name}.cu", *sorted(INCLUDE.rglob("*.cuh"))]:
+    headers = INCLUDE.rglob("*.cuh") if name != CPU else (INCLUDE / "minisgl" / "cpu").glob("*.h")
+    for path in [_source(name), *sorted(headers)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -75,6 +82,46 @@ def _load(name: str, arch: tuple[int, int], defines: tuple[tuple[str, int | str]
             f"cannot compile the kernel {name} for sm_{target}: {_reason(error)}; see minisgl doctor (nvcc, C++ "
             "compiler), and MINISGL_CACHE_DIR for where kernels are kept"
         ) from error
+
+
+@functools.cache
+def load_cpu_kernels(flags: tuple[str, ...] = ("-march=native",)) -> Any:
+    """The module of `csrc/src/cpu.cc`. flags: what the compiler may use of the processor.
+
+    Raises: ConfigError when it cannot be compiled, with the compiler's first error.
+    """
+    try:
+        import tvm_ffi
+        from tvm_ffi import cpp
+    except (ImportError, OSError) as error:
+        raise ConfigError(f"the CPU kernels need the package apache-tvm-ffi ({error})") from error
+    flags = ("-std=gnu++20", "-O3", "-pthread", *flags)
+    key = hashlib.sha256(repr((_source_digest(CPU), flags, _processor(), tvm_ffi.__version__)).encode()).hexdigest()[:16]
+    try:
+        directory = cache_dir() / f"{CPU}-{key}"
+        if not directory.exists():
+            logger.info("compiling the CPU kernels: once, some seconds")
+        directory.mkdir(parents=True, exist_ok=True)
+        return cpp.load(
+            f"minisgl_{CPU}",
+            cpp_files=[str(_source(CPU))],
+            extra_cflags=list(flags),
+            extra_ldflags=["-pthread"],
+            extra_include_paths=[str(INCLUDE)],
+            build_directory=str(directory),
+        )
+    except (RuntimeError, OSError) as error:
+        logger.debug("the CPU kernels cannot be compiled", exc_info=True)
+        raise ConfigError(
+            f"cannot compile the CPU kernels: {_reason(error)}; see minisgl doctor (C++ compiler), or set "
+            "MINISGL_DISABLE_CPU_KERNELS=1 to compute with torch, more slowly"
+        ) from error
+
+
+def _processor() -> str:
+    """A cache may be shared by machines with other processors."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
 def _reason(error: Exception) -> str:

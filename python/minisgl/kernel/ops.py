@@ -8,6 +8,7 @@ dimension of activations is `num_tokens`, whatever requests the tokens belong to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +37,28 @@ class KVSlots:
     slots: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class CpuKernels:
+    """What our CPU kernels are started with."""
+
+    num_threads: int
+    to_int8: bool  # weights of linear layers and the embedding
+
+
 class TorchOps:
     """The reference: plain torch, any device and dtype."""
 
-    def pack_weight(self, weight: Tensor) -> Tensor:
-        """weight: [out, in], in whatever layout `linear` likes best. The plain one may be freed by the caller."""
+    vector_dtype: torch.dtype | None = None  # of norms and biases; None: the weights' own
+
+    def pack_weight(self, weight: Tensor, *, pair: bool = False, exact: bool = False) -> Any:
+        """weight: [out, in], in whatever layout `linear` likes best. The plain one may be freed by the caller.
+
+        pair: it is for `gate_up`. exact: not to be quantised.
+        """
+        return weight
+
+    def pack_table(self, weight: Tensor) -> Any:
+        """weight: [num_ids, hidden], as `embedding` likes it best, and `linear` where it is the LM head too."""
         return weight
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,8 +88,12 @@ class TorchOps:
         return self.linear(self.rms_norm(x, norm, eps), weight, bias)
 
     def norm_gate_up(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """silu(gate) * up of the normalised x; weight: [2 * n, in], gate's rows first → [num_tokens, n]."""
+        """`gate_up` of the normalised x."""
         return self.silu_and_mul(self.norm_linear(x, norm, eps, weight, bias))
+
+    def gate_up(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """silu(gate) * up; weight: [2 * n, in], gate's rows first → [num_tokens, n]."""
+        return self.silu_and_mul(self.linear(x, weight, bias))
 
     def linear_add(self, x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
         """residual + linear(x), in place of `residual`: [num_tokens, out]."""
@@ -112,7 +134,7 @@ class TorchOps:
         for expert, count in enumerate(experts.flatten().bincount(minlength=len(gate_up)).tolist()):
             if count:
                 mine = tokens[begin : begin + count]
-                hidden = self.silu_and_mul(self.linear(x[mine], gate_up[expert]))
+                hidden = self.gate_up(x[mine], gate_up[expert])
                 out.index_add_(0, mine, self.linear(hidden, down[expert]) * weights[begin : begin + count])
                 begin += count
         return out
@@ -163,14 +185,14 @@ class TorchOps:
         token_ids.index_put_((rows.long(), positions), ids.clamp(min=0))
 
 
-class CpuOps(TorchOps):
+class OneDnnOps(TorchOps):
     """oneDNN's inner product for fp32 on CPUs, on weights in its own blocked layout.
 
     From 2 to 64 rows, a decode batch, it is two to three times as fast as MKL's GEMM; otherwise equal. One layout,
     made for 16 rows, serves all numbers of rows (`benchmark/cpu_linear.py`, docs/performance-log.md).
     """
 
-    def pack_weight(self, weight: Tensor) -> Tensor:
+    def pack_weight(self, weight: Tensor, *, pair: bool = False, exact: bool = False) -> Tensor:  # noqa: ARG002
         if weight.dtype != torch.float32:
             return weight
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
@@ -183,12 +205,18 @@ class CpuOps(TorchOps):
         return out
 
 
-def create_ops(device: torch.device, dtype: torch.dtype, moe_backend: str) -> TorchOps:
-    """The fastest operations available on `device`, for a model of this dtype."""
+def create_ops(
+    device: torch.device, dtype: torch.dtype, moe_backend: str, cpu: CpuKernels | None = None
+) -> TorchOps:
+    """The fastest operations available on `device`, for a model of this dtype. cpu: our own, on a CPU."""
     if device.type == "cuda":
         from minisgl.kernel.cuda import create_cuda_ops
 
         return create_cuda_ops(device, dtype, moe_backend)
+    if cpu is not None:
+        from minisgl.kernel.cpu import CpuOps
+
+        return CpuOps(cpu.num_threads, to_int8=cpu.to_int8)
     if torch.backends.mkldnn.is_available():
-        return CpuOps()
+        return OneDnnOps()
     return TorchOps()

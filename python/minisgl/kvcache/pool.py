@@ -18,8 +18,8 @@ class KVPool:
         self, model: ModelConfig, num_slots: int, tp_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (model.num_layers, num_slots, model.num_local_kv_heads(tp_size), model.head_dim)
-        self.k = _lazy_zeros(shape, dtype, device).unbind(0)
-        self.v = _lazy_zeros(shape, dtype, device).unbind(0)
+        self.keys, self.values = (_lazy_zeros(shape, dtype, device) for _ in range(2))
+        self.k, self.v = self.keys.unbind(0), self.values.unbind(0)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -25,8 +25,13 @@ class LayerEnv:
     device: torch.device
 
     def empty(self, *shape: int) -> nn.Parameter:
-        """An uninitialised parameter: memory is committed when the loader writes it."""
+        """An uninitialised matrix: memory is committed when the loader writes it."""
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
+
+    def vector(self, *shape: int) -> nn.Parameter:
+        """The same for norms and biases, in the type that the operations want them in."""
+        dtype = self.ops.vector_dtype or self.dtype
+        return nn.Parameter(torch.empty(shape, dtype=dtype, device=self.device), requires_grad=False)
 
     def share(self, total: int, what: str) -> int:
         """This rank's part of `total`. Raises: ConfigError when the ranks cannot share it evenly."""

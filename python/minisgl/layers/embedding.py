@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 from minisgl.layers.base import Layer, LayerEnv, Tensor, WeightSlot
@@ -19,34 +21,54 @@ class VocabParallelEmbedding(Layer):
         share = div_ceil(vocab_size, env.comm.size)
         self._first = env.comm.rank * share
         self.weight = env.empty(share, hidden_size)
+        self._packed: Any = None
+
+    @property
+    def matrix(self) -> Any:
+        """`weight` as the operations take it."""
+        return self.weight if self._packed is None else self._packed
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [num_tokens] int64 → [num_tokens, hidden]."""
-        return self._comm.all_reduce(self._ops.embedding(ids, self.weight, self._first))
+        return self._comm.all_reduce(self._ops.embedding(ids, self.matrix, self._first))
+
+    def pack(self) -> None:
+        packed = self._ops.pack_table(self.weight)
+        if packed is not self.weight:
+            self._packed = packed
+            self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield vocab_slot(f"{prefix}weight", self.weight, self._vocab_size, self._first)
 
 
 class LMHead(Layer):
-    """Hidden states to logits, on the rows that sample. `tied` is the embedding's table, which then serves both."""
+    """Hidden states to logits, on the rows that sample. `tied`: the embedding, whose table then serves both."""
 
-    def __init__(self, env: LayerEnv, vocab_size: int, hidden_size: int, eps: float, tied: nn.Parameter | None) -> None:
+    def __init__(
+        self, env: LayerEnv, vocab_size: int, hidden_size: int, eps: float, tied: VocabParallelEmbedding | None
+    ) -> None:
         super().__init__()
         self._ops, self._comm, self._vocab_size, self._eps = env.ops, env.comm, vocab_size, eps
+        self._table = (tied or VocabParallelEmbedding(env, vocab_size, hidden_size),)  # no module of this one's own
         self._tied = tied is not None
-        share = div_ceil(vocab_size, env.comm.size)
-        self._first = env.comm.rank * share
-        self.weight = env.empty(share, hidden_size) if tied is None else tied
+
+    @property
+    def matrix(self) -> Any:
+        return self._table[0].matrix
 
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
         """x: [n, hidden], the residual stream; norm: [hidden] → [n, vocab_size], on rank 0, which samples."""
-        logits = self._comm.gather(self._ops.norm_linear(x, norm, self._eps, self.weight))
+        logits = self._comm.gather(self._ops.norm_linear(x, norm, self._eps, self.matrix))
         return logits[:, : self._vocab_size]
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         if not self._tied:
-            yield vocab_slot(f"{prefix}weight", self.weight, self._vocab_size, self._first)
+            yield from self._table[0].weights(prefix)
+
+    def pack(self) -> None:
+        if not self._tied:
+            self._table[0].pack()
 
 
 def vocab_slot(name: str, weight: Tensor, vocab_size: int, first: int) -> WeightSlot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,23 +19,29 @@ class Linear(Layer):
         super().__init__()
         self._ops, self._comm = env.ops, env.comm
         self.weight = env.empty(out_features, in_features)
-        self.bias = env.empty(out_features) if bias else None
-        self._packed: Tensor | None = None  # `weight` in the kernels' layout, which replaces it
+        self.bias = env.vector(out_features) if bias else None
+        self._packed: Any = None  # `weight` in the kernels' layout, which replaces it
 
     @property
-    def matrix(self) -> Tensor:
+    def matrix(self) -> Any:
         """`weight` as the operations take it."""
         return self.weight if self._packed is None else self._packed
 
     def pack(self) -> None:
-        packed = self._ops.pack_weight(self.weight)
+        packed = self._packed_weight()
         if packed is not self.weight:
             self._packed = packed
             self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
+    def _packed_weight(self) -> Any:
+        return self._ops.pack_weight(self.weight)
+
 
 class ReplicatedLinear(Linear):
-    """Every rank holds all of it (a router)."""
+    """Every rank holds all of it (a router), and exactly: small errors would choose other experts."""
+
+    def _packed_weight(self) -> Any:
+        return self._ops.pack_weight(self.weight, exact=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._ops.linear(x, self.matrix, self.bias)
@@ -61,6 +68,16 @@ class MergedColumnLinear(Linear):
             weight = self.weight[begin : begin + share]
             yield from column_slots(f"{prefix}{name}.", weight, bias, self._sizes[name], self._comm.rank * share)
             begin += share
+
+
+class GateUpLinear(MergedColumnLinear):
+    """Gate and up projection of a gated MLP, for `norm_gate_up`."""
+
+    def __init__(self, env: LayerEnv, in_features: int, inner: int, bias: bool) -> None:
+        super().__init__(env, in_features, {"gate_proj": inner, "up_proj": inner}, bias)
+
+    def _packed_weight(self) -> Any:
+        return self._ops.pack_weight(self.weight, pair=True)
 
 
 class QKVLinear(Linear):

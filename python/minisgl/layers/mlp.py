@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
 
 from minisgl.config.model import MoEConfig
 from minisgl.layers.base import Layer, LayerEnv, Tensor, WeightSlot
-from minisgl.layers.linear import MergedColumnLinear, ReplicatedLinear, RowLinear
+from minisgl.layers.linear import GateUpLinear, ReplicatedLinear, RowLinear
 
 
 class GatedMLP(Layer):
@@ -15,8 +19,7 @@ class GatedMLP(Layer):
     def __init__(self, env: LayerEnv, hidden_size: int, intermediate_size: int, bias: bool, eps: float) -> None:
         super().__init__()
         self._ops, self._eps = env.ops, eps
-        sizes = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
-        self.gate_up_proj = MergedColumnLinear(env, hidden_size, sizes, bias)
+        self.gate_up_proj = GateUpLinear(env, hidden_size, intermediate_size, bias)
         self.down_proj = RowLinear(env, intermediate_size, hidden_size, bias, "intermediate features")
 
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
@@ -45,13 +48,20 @@ class SparseMLP(Layer):
         self.gate = ReplicatedLinear(env, hidden_size, config.num_experts, bias=False)
         self.gate_up = env.empty(config.num_experts, 2 * share, hidden_size)
         self.down = env.empty(config.num_experts, hidden_size, share)
+        self._experts: tuple[Any, Any] = (self.gate_up, self.down)
 
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
         """As `GatedMLP.forward`."""
         hidden = self._ops.rms_norm(x, norm, self._eps)
         top_k, renormalize = self._config.num_experts_per_tok, self._config.norm_topk_prob
-        part = self._ops.moe(hidden, self.gate(hidden), self.gate_up, self.down, top_k, renormalize)
+        part = self._ops.moe(hidden, self.gate(hidden), *self._experts, top_k, renormalize)
         return self._comm.all_reduce(x.add_(part) if self._comm.rank == 0 else part)
+
+    def pack(self) -> None:
+        if self._ops.vector_dtype is not None:
+            pairs = [self._ops.pack_weight(weight, pair=True) for weight in self.gate_up]
+            self._experts = pairs, [self._ops.pack_weight(weight) for weight in self.down]
+            self.gate_up = self.down = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.gate.weights(f"{prefix}gate.")

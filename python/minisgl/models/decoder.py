@@ -26,8 +26,8 @@ class DecoderLayer(Layer):
             self.mlp = SparseMLP(env, hidden, config.moe, eps)
         else:
             self.mlp = GatedMLP(env, hidden, config.intermediate_size, config.mlp_bias, eps)
-        self.input_layernorm = env.empty(hidden)
-        self.post_attention_layernorm = env.empty(hidden)
+        self.input_layernorm = env.vector(hidden)
+        self.post_attention_layernorm = env.vector(hidden)
 
     def forward(self, x: Tensor, step: StepContext) -> Tensor:
         x = self.self_attn(x, self.input_layernorm, step)
@@ -49,8 +49,8 @@ class DecoderModel(Layer):
         self._vocab_size = config.vocab_size
         self.embed_tokens = VocabParallelEmbedding(env, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(env, config, i) for i in range(config.num_layers))
-        self.norm = env.empty(config.hidden_size)
-        tied = self.embed_tokens.weight if config.tie_word_embeddings else None
+        self.norm = env.vector(config.hidden_size)
+        tied = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = LMHead(env, config.vocab_size, config.hidden_size, config.rms_norm_eps, tied)
 
     def forward(self, input_ids: Tensor, step: StepContext, logit_tokens: Tensor | None) -> Tensor:

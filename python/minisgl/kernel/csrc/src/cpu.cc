@@ -51,16 +51,23 @@ void pack_weight(int64_t workers, TensorView weight, bool gated, TensorView pack
     pack(at<Workers>(workers), data_of<float>(weight, 32), weight.size(0), weight.size(1), gated, to_int8, data, scales);
 }
 
-int64_t create_linear(TensorView packed, Optional<TensorView> scale, Optional<TensorView> bias, int64_t out, int64_t in) {
+int64_t create_linear(TensorView packed, Optional<TensorView> scale, int64_t out, int64_t in, bool is_pair) {
   Type type = scale.has_value() ? Type::kInt8 : is_bfloat16(packed) ? Type::kBFloat16 : Type::kFloat32;
-  return handle_of(new Linear{type, out, in, packed.data_ptr(), data_of<float>(scale, 32), data_of<float>(bias, 32)});
+  return handle_of(new Linear{type, is_pair, out, in, packed.data_ptr(), data_of<float>(scale, 32), nullptr});
 }
 void destroy_linear(int64_t linear) { delete &at<Linear>(linear); }
 
+Linear with_bias(int64_t handle, const Optional<TensorView>& bias) {
+  Linear linear = at<Linear>(handle);
+  linear.bias = data_of<float>(bias, 32);
+  return linear;
+}
+
 // out (+)= norm(x) * wᵀ + bias, or silu(gate) * up. x, out: [tokens, …] float32 with contiguous rows.
-void linear_rows(int64_t workers, int64_t weight, TensorView x, Optional<TensorView> norm, double eps, int64_t into, TensorView out) {
+void linear_rows(int64_t workers, int64_t weight, TensorView x, Optional<TensorView> norm, double eps, Optional<TensorView> bias,
+                 int64_t into, TensorView out) {
   Workers& w = at<Workers>(workers);
-  const Linear& matrix = at<Linear>(weight);
+  const Linear matrix = with_bias(weight, bias);
   static thread_local InputRoom room;
   InputRoom& own = room;
   own.reserve(x.size(0), matrix.in);
@@ -159,9 +166,11 @@ int64_t create_model(int64_t workers, int64_t num_q, double eps, int64_t embeddi
 }
 void destroy_model(int64_t model) { delete &at<Model>(model); }
 
-void add_layer(int64_t model, int64_t qkv, int64_t o, int64_t gate_up, int64_t down, TensorView input_norm, TensorView post_norm,
-               Optional<TensorView> qk_norm, int64_t window) {
-  at<Model>(model).layers.push_back({at<Linear>(qkv), at<Linear>(o), at<Linear>(gate_up), at<Linear>(down),
+void add_layer(int64_t model, int64_t qkv, Optional<TensorView> qkv_bias, int64_t o, Optional<TensorView> o_bias, int64_t gate_up,
+               Optional<TensorView> gate_up_bias, int64_t down, Optional<TensorView> down_bias, TensorView input_norm,
+               TensorView post_norm, Optional<TensorView> qk_norm, int64_t window) {
+  at<Model>(model).layers.push_back({with_bias(qkv, qkv_bias), with_bias(o, o_bias), with_bias(gate_up, gate_up_bias),
+                                     with_bias(down, down_bias),
                                      data_of<float>(input_norm, 32), data_of<float>(post_norm, 32), data_of<float>(qk_norm, 32), window});
 }
 

@@ -23,15 +23,18 @@ constexpr int kDirectRows = 2 * kBlockRows;  // from here on, widening a chunk o
 
 enum class Type : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
-// weight: [out, in]. data: [panels, in, kPanel] float or bfloat16, or [panels, ceil(in / 2), kPanel, 2] int8.
+// weight: [out, in]. data: [panels, in, kPanel] float or bfloat16, or [panels, ceil(in / 2), kPanel, 2] int8. Where two
+// matrices lie one below the other in a weight, as gate and up do, their panels take turns.
 struct Linear {
   Type type;
+  bool is_pair;
   int64_t out, in;
   const void* data;
   const float* scale;  // [panels * kPanel], of int8
   const float* bias;   // [out] or null
 
-  int64_t num_panels() const { return (out + kPanel - 1) / kPanel; }
+  int64_t part() const { return is_pair ? out / 2 : out; }
+  int64_t num_panels() const { return (part() + kPanel - 1) / kPanel * (is_pair ? 2 : 1); }
   int64_t num_pairs() const { return (in + 1) / 2; }
 };
 
@@ -47,7 +50,7 @@ struct Rows {
 
 // sums: [M, ldt] (+)= x: [M, ldx] * w: [k, kPanel].
 template <class T, int M>
-inline void multiply(const T* w, const float* x, int64_t ldx, int64_t k, float* sums, int64_t ldt, bool add,
+[[gnu::noinline]] void multiply(const T* w, const float* x, int64_t ldx, int64_t k, float* sums, int64_t ldt, bool add,
                      const char* next, int64_t next_step) {
   constexpr int kSets = M == 1 ? 4 : M == 2 ? 2 : 1;  // against the latency of an addition
   Floats acc[kSets][M][2];
@@ -85,7 +88,7 @@ inline Shorts load_pairs(const int8_t* p) { return __builtin_convertvector(load_
 
 // The same for integers: w: [pairs, kPanel, 2], x: [M, ldx] 16-bit.
 template <class T, int M>
-inline void multiply(const T* w, const int16_t* x, int64_t ldx, int64_t pairs, float* sums, int64_t ldt, bool add,
+[[gnu::noinline]] void multiply(const T* w, const int16_t* x, int64_t ldx, int64_t pairs, float* sums, int64_t ldt, bool add,
                      const char* next, int64_t next_step) {
   Ints acc[M][2] = {};
   for (int64_t i = 0; i < pairs; ++i) {

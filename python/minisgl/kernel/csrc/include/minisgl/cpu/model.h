@@ -63,7 +63,7 @@ class Model {
   int64_t hidden_stride() const { return padded_stride(embedding.in); }
   int64_t qkv_stride() const { return padded_stride((heads_.num_q + 2 * heads_.num_kv) * heads_.dim); }
   int64_t attended_stride() const { return padded_stride(heads_.num_q * heads_.dim); }
-  int64_t inner_stride() const { return padded_stride(layers[0].gate_up.out / 2); }
+  int64_t inner_stride() const { return padded_stride(layers[0].gate_up.part()); }
 
   void reserve(const Step& step) {
     int64_t tokens = step.num_tokens, threads = workers_.pool.size();
@@ -73,7 +73,7 @@ class Model {
       qkv_.reserve(tokens * qkv_stride());
       attended_.reserve(tokens * attended_stride());
       inner_.reserve(tokens * inner_stride());
-      int64_t inner = layers[0].gate_up.out / 2, widest = std::max({embedding.in, heads_.num_q * heads_.dim, inner});
+      int64_t inner = layers[0].gate_up.part(), widest = std::max({embedding.in, heads_.num_q * heads_.dim, inner});
       input_.reserve(tokens, widest);
       plans_.clear();
       for (auto& one : layers) {

@@ -122,8 +122,21 @@ inline void write_panel(const float* sums, int64_t rows, int64_t first, const Li
   }
 }
 
-// out (+)= rows * wᵀ + bias. kGated: w's panels are those of gate and up in turn, and out = silu(gate) * up has half as
-// many features as w; w.bias is in the panels' order too.
+inline void write_gated(const float* gates, const float* ups, int64_t rows, int64_t first, const Linear& w, float* out,
+                        int64_t stride) {
+  alignas(64) float biases[2][kPanel] = {};
+  int64_t width = std::min<int64_t>(kPanel, w.part() - first);
+  for (int64_t j = 0; w.bias != nullptr && j < width; ++j)
+    biases[0][j] = w.bias[first + j], biases[1][j] = w.bias[w.part() + first + j];
+  for (int64_t r = 0; r < rows; ++r) {
+    alignas(64) float result[kPanel];
+    for (int h = 0; h < kPanel; h += kLanes)
+      store(result + h, gated(load(gates + r * kPanel + h) + load(biases[0] + h), load(ups + r * kPanel + h) + load(biases[1] + h)));
+    std::copy(result, result + width, out + r * stride + first);
+  }
+}
+
+// out (+)= rows * wᵀ + bias. kGated: of a pair, out = silu(gate) * up.
 inline void linear(Workers& workers, int thread, const Linear& w, const Rows& x, Into into, float* out, int64_t stride) {
   int64_t panels = w.num_panels(), size = x.count * kPanel;
   float* sums = workers.sums(thread, 2 * size);
@@ -137,21 +150,11 @@ inline void linear(Workers& workers, int thread, const Linear& w, const Rows& x,
   workers.pool.share(panels / 2, grain_of(panels / 2, workers.pool.size()), [&](int64_t p) {
     panel_product(w, 2 * p, x, workers.chunk(thread), sums);
     panel_product(w, 2 * p + 1, x, workers.chunk(thread), sums + size);
-    int64_t first = p * kPanel;
-    for (int64_t r = 0; r < x.count; ++r)
-      for (int h = 0; h < 2; ++h) {
-        Floats gate = load(sums + r * kPanel + h * kLanes), up = load(sums + size + r * kPanel + h * kLanes);
-        if (w.bias != nullptr) {
-          gate += load(w.bias + 2 * first + h * kLanes);
-          up += load(w.bias + 2 * first + kPanel + h * kLanes);
-        }
-        store(out + r * stride + first + h * kLanes, gated(gate, up));
-      }
+    write_gated(sums, sums + size, x.count, p * kPanel, w, out, stride);
   });
 }
 
-// Plain weights to panels. Row `row` of `weight` is output feature `row`; gate's and up's panels take turns if `gated`.
-// T: of the plain weights; panels have the same type, or int8 with a scale for each feature.
+// Plain weights to panels. // T: of the plain weights; panels have the same type, or int8 with a scale for each feature.
 template <class T>
 void pack(Workers& workers, const T* weight, int64_t out, int64_t in, bool gated, bool to_int8, void* data, float* scale) {
   int64_t half = out / 2, per_part = ((gated ? half : out) + kPanel - 1) / kPanel, panels = gated ? 2 * per_part : per_part;

@@ -1,0 +1,108 @@
+"""What `resolve` decides for CPUs: what computes, in which types, on how many threads."""
+
+from __future__ import annotations
+
+import logging
+
+from minisgl.config.args import ServerArgs
+from minisgl.config.memory import cpu_pages, fit_seq_len
+from minisgl.config.model import ModelConfig
+from minisgl.config.probe import Capabilities
+from minisgl.config.runtime import EngineConfig
+from minisgl.env import env_bool
+from minisgl.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_PAGE_SIZE = 16
+_PREFILL_LENGTH = 512
+_ONE_THREAD_BYTES = 64 * 2**20  # of weights; below that, waking torch's second thread costs more than it computes
+
+
+def cpu_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, machine: Capabilities) -> EngineConfig:
+    """Everything decided for CPUs. seq_len: the longest request that is wanted, in tokens.
+
+    Raises: ConfigError naming the flag that cannot be honoured.
+    """
+    problem = _kernel_problem(machine)
+    _refuse_gpu_options(args)
+    dtype = args.dtype or _auto_dtype(model, machine, has_kernels=not problem)
+    attention = _attention(args.attention_backend, problem)
+    kernels = not problem and dtype in ("float32", "bfloat16")
+    if args.quantization and not kernels:
+        raise ConfigError(f"--quantization {args.quantization}: {problem or f'not with --dtype {dtype}'}")
+    kv_dtype = _kv_dtype(args.kv_cache_dtype, dtype, exact=attention == "sdpa", kernels=kernels)
+    if problem:
+        logger.warning("torch computes, since %s: decoding is several times slower", problem)
+    page_size = args.page_size or _PAGE_SIZE
+    weights = args.quantization or dtype
+    num_pages = args.num_pages or cpu_pages(args, model, machine, weights, kv_dtype, page_size, seq_len)
+    return EngineConfig(
+        model_path=path,
+        model=model,
+        dtype=dtype,
+        device="cpu",
+        tp_size=args.tensor_parallel_size,
+        init_method="",
+        num_pages=num_pages,
+        page_size=page_size,
+        max_running_requests=args.max_running_requests,
+        max_prefill_length=args.max_prefill_length or _PREFILL_LENGTH,
+        max_seq_len=fit_seq_len(args, seq_len, num_pages * page_size),
+        prefill_backend=attention if kernels else "sdpa",
+        decode_backend=attention if kernels else "sdpa",
+        num_threads=args.cpu_threads or _num_threads(args, model, machine, dtype, kernels),
+        dummy_weight=args.dummy_weight,
+        kv_cache_dtype=kv_dtype,
+        cpu_kernels=kernels,
+        quantization=args.quantization,
+    )
+
+
+def _kernel_problem(machine: Capabilities) -> str:
+    """Why our kernels cannot be had; "" when they can."""
+    if env_bool("MINISGL_DISABLE_CPU_KERNELS"):
+        return "MINISGL_DISABLE_CPU_KERNELS is set"
+    if machine.cxx is None:
+        return "there is no C++ compiler (c++, or what CXX names)"
+    if "tvm_ffi" not in machine.packages:
+        return "the package apache-tvm-ffi is missing"
+    return ""
+
+
+def _auto_dtype(model: ModelConfig, machine: Capabilities, *, has_kernels: bool) -> str:
+    """bfloat16 checkpoints stay so in memory; torch alone computes them well only where the processor does."""
+    if model.dtype == "bfloat16" and (has_kernels or machine.has_fast_bfloat16):
+        return "bfloat16"
+    return "float32"
+
+
+def _attention(asked: str | None, problem: str) -> str:
+    names = set((asked or "cpu").split(","))
+    if not names <= {"cpu", "sdpa"} or len(names) > 1:
+        raise ConfigError(f"--attention-backend {asked}: on a CPU there are cpu and sdpa")
+    if asked and names == {"cpu"} and problem:
+        raise ConfigError(f"--attention-backend {asked}: {problem}")
+    return names.pop()
+
+
+def _kv_dtype(asked: str | None, dtype: str, *, exact: bool, kernels: bool) -> str:
+    """exact: the cache has the type that attention computes in."""
+    computed = "float32" if kernels else dtype
+    if asked and (asked != computed if exact or not kernels else asked == "float16"):
+        raise ConfigError(f"--kv-cache-dtype {asked}: here it must be {computed}" + (", or bfloat16" * (not exact)))
+    return asked or (computed if exact else dtype)
+
+
+def _num_threads(args: ServerArgs, model: ModelConfig, machine: Capabilities, dtype: str, kernels: bool) -> int:
+    if not kernels and model.weight_bytes(dtype) < _ONE_THREAD_BYTES:
+        return 1
+    return max(1, machine.num_cores // args.tensor_parallel_size)
+
+
+def _refuse_gpu_options(args: ServerArgs) -> None:
+    """What asks for less than a GPU would do is what a CPU does; the rest cannot be honoured."""
+    if args.moe_backend == "triton":
+        raise ConfigError("--moe-backend triton: it is for GPUs; a CPU has torch only")
+    if args.cuda_graph_max_bs:
+        raise ConfigError(f"--cuda-graph-max-bs {args.cuda_graph_max_bs}: it is for GPUs; leave it out on a CPU, or 0")
