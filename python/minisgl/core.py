@@ -36,8 +36,9 @@ class Grammar:
 
     kind: of `text`: "json" (a JSON schema), "regex", "choice" (a JSON list of strings) or "grammar" (Lark or EBNF).
     prefix, suffix: texts that the output has around that. separator: with one, prefix, match and suffix come once or
-    more, with the separator between them. after: any text may come before all that, up to and with this one (the end of
-    a reasoning part). param: the field of the request that it came from.
+    more, with the separator between them. reasoning: whether text between `<think>` and `</think>` comes before all
+    that: "" never, "optional", or "always" (the first tag may be missing then); what the end of the prompt says comes
+    first (`config.chat.reasoning_after`). param: the field of the request that it came from.
     """
 
     kind: str
@@ -45,7 +46,7 @@ class Grammar:
     prefix: str = ""
     suffix: str = ""
     separator: str | None = None
-    after: str = ""
+    reasoning: str = ""
     param: str = field(default="response_format", compare=False)
 
 

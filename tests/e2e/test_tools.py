@@ -218,18 +218,38 @@ def test_the_built_in_model_calls_a_tool(start: Callable[..., Server]) -> None:
             assert isinstance(json.loads(call.function.arguments)["city"], str)
 
 
-def test_structured_output_is_no_reasoning(start: Callable[..., Server]) -> None:
-    """Though this parser takes all that comes before `</think>` for such."""
-    server = start(["-m", "minisgl", "--port", "0", "--reasoning-parser", "deepseek_r1"])
+THINK, THOUGHT = "7", "8"  # the built-in model's ids of the tags, which it does not use by itself
+
+
+def test_the_answer_has_its_form_after_the_reasoning(start: Callable[..., Server]) -> None:
+    server = start(["-m", "minisgl", "--port", "0", "--reasoning-parser", "qwen3", "--max-seq-len", "1024"])
+    schema: dict[str, Any] = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema["additionalProperties"] = False
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    function: Any = {"type": "function", "function": {"name": "report", "parameters": schema}}
+    asked: dict[str, Any] = {"model": "minisgl-demo", "messages": HELLO, "max_tokens": 900}
     with server.client() as client:
-        made = client.chat.completions.create(
-            model="minisgl-demo",
-            messages=HELLO,
-            temperature=0,
-            max_tokens=60,
-            response_format={
-                "type": "json_schema",
-                "json_schema": {"name": "x", "schema": {"type": "object", "additionalProperties": False}},
-            },
-        )
-    assert json.loads(made.choices[0].message.content or "") == {}
+
+        def answers(**options: Any) -> list[Any]:
+            """To the question asked a few times: it thinks, now more, now less."""
+            made = [
+                client.chat.completions.create(
+                    **asked, **options, seed=strength, logit_bias={THINK: 100, THOUGHT: strength}
+                )
+                for strength in (16, 19, 22, 25)
+            ]
+            assert any((one.choices[0].message.model_extra or {}).get("reasoning_content") for one in made)
+            for one in made:
+                assert one.usage is not None and one.usage.completion_tokens_details is not None
+                thought = one.usage.completion_tokens_details.reasoning_tokens
+                assert thought and 2 <= thought < one.usage.completion_tokens
+            return [one.choices[0] for one in made]
+
+        for choice in answers(response_format=form):
+            assert isinstance(json.loads(choice.message.content)["ok"], bool)
+        for choice in answers(tools=[function], tool_choice="required"):
+            assert choice.finish_reason == "tool_calls"
+            (call,) = choice.message.tool_calls
+            assert isinstance(json.loads(call.function.arguments)["ok"], bool)
+        plain = client.chat.completions.create(**asked, temperature=0, response_format=form).choices[0].message
+        assert json.loads(plain.content or "").keys() == {"ok"} and not plain.model_extra

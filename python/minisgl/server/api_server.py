@@ -21,7 +21,7 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
-from minisgl.server.assemble import Assembler, message_parser
+from minisgl.server.assemble import new_assembler, with_grammar
 from minisgl.server.bodies import (
     MAX_BODY_BYTES,
     SCHEMA_REF,
@@ -44,7 +44,6 @@ from minisgl.server.protocol import (
     parse_completion,
     parse_generate,
 )
-from minisgl.server.protocol_grammar import schema_grammar
 from minisgl.server.protocol_responses import ResponsesBody, parse_responses
 from minisgl.server.protocol_sampling import check_policy
 from minisgl.server.render import (
@@ -83,7 +82,7 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     _add_schema(app)
 
     async def generate(request: Request, parse: Parser[R], make: Callable[[R], Renderer]) -> Response:
-        parsed = parse(await read_json(request, max_body), config.default_sampling)
+        parsed = with_grammar(parse(await read_json(request, max_body), config.default_sampling), config)
         check_model(parsed.model, config)
         check_policy(parsed.params, config.scheduler.schedule_policy)
         return await _answer(frontend, request, parsed, make(parsed))
@@ -91,11 +90,16 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
-
-        def parse(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
-            return _with_forced_call(parse_chat(data, defaults), config.tool_call_parser)
-
-        return await generate(request, parse, lambda parsed: _chat_renderer(config, parsed))
+        return await generate(
+            request,
+            parse_chat,
+            lambda r: ChatRenderer(
+                config.served_model_name,
+                include_usage=r.include_usage,
+                logprobs=r.logprobs,
+                new_assembler=lambda: new_assembler(r, config),
+            ),
+        )
 
     @app.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
     async def completions(request: Request) -> Response:
@@ -111,7 +115,7 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     async def responses(request: Request) -> Response:
         """Answer a conversation, which is sent as a whole each time."""
         name = config.served_model_name
-        return await generate(request, parse_responses, lambda parsed: ResponsesRenderer(name, parsed))
+        return await generate(request, parse_responses, lambda r: ResponsesRenderer(name, r, new_assembler(r, config)))
 
     @app.post("/generate", openapi_extra=body_schema(GenerateBody))
     async def generate_native(request: Request) -> Response:
@@ -144,35 +148,6 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     add_admin_routes(app, frontend, config, limits)
     add_metrics_route(app, frontend, exposition)
     return app
-
-
-def _with_forced_call(parsed: GenerationRequest, tool_parser: str | None) -> GenerationRequest:
-    """With the grammar of the call that the client demands, if it does."""
-    forced = None if parsed.tools is None else parsed.tools.forced(tool_parser)
-    if forced is None:
-        return parsed
-    grammar = schema_grammar(
-        forced.schema, "tools", prefix=forced.prefix, suffix=forced.suffix, separator=forced.separator
-    )
-    return replace(parsed, params=replace(parsed.params, grammar=grammar))
-
-
-def _chat_renderer(config: ServerConfig, parsed: GenerationRequest) -> ChatRenderer:
-    """Raises: RequestError when the request has tools and the format of this model's calls is not known."""
-    tools, tool_parser = parsed.tools, config.tool_call_parser
-    if tools is not None and not tools.required and tool_parser is None:
-        message = "tools: the format of this model's tool calls is not known; start the server with --tool-call-parser"
-        raise RequestError(message, param="tools")
-    make = message_parser(tool_parser, config.reasoning_parser, tools)
-    if parsed.params.grammar is not None and (tools is None or not tools.required):
-        make = None  # what the client has given a form is text, from its beginning to its end
-    parallel, short_ids = tools is None or tools.parallel, tool_parser == "mistral"
-    return ChatRenderer(
-        config.served_model_name,
-        include_usage=parsed.include_usage,
-        logprobs=parsed.logprobs,
-        assembler=lambda: Assembler(make, parallel=parallel, short_ids=short_ids),
-    )
 
 
 async def _answer(frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer) -> Response:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
-
 from minisgl.core import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
@@ -138,7 +136,12 @@ class GenerationRequest:
 
 def parse_chat(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    body = _parse(ChatBody, data)
+    return chat_request(load_object(data), defaults)
+
+
+def chat_request(raw: dict[str, Any], defaults: Mapping[str, float | int]) -> GenerationRequest:
+    """The body of a chat, checked. Raises: RequestError naming the field at fault."""
+    body = _checked(ChatBody, raw)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise RequestError("max_tokens and max_completion_tokens cannot both be given", param="max_tokens")
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
@@ -161,7 +164,7 @@ def parse_chat(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRe
 
 def parse_completion(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    body = _parse(CompletionBody, data)
+    body = _checked(CompletionBody, load_object(data))
     prompt = body.prompt
     prompts: tuple[Prompt, ...]
     if isinstance(prompt, str):
@@ -199,7 +202,7 @@ def _best_of(request: GenerationRequest, best_of: int | None) -> GenerationReque
 
 def parse_generate(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    body = _parse(GenerateBody, data)
+    body = validate(GenerateBody, load_object(data))
     if (body.text is None) == (body.input_ids is None):
         raise RequestError("give either text or input_ids", param="text")
     sampling = body.sampling_params or GenerateSampling()
@@ -232,13 +235,11 @@ def _request(body: _OpenAIBody, prompts: tuple[Prompt, ...], params: SamplingPar
     )
 
 
-B = TypeVar("B", bound=BaseModel)
+B = TypeVar("B", bound=_OpenAIBody)
 
 
-def _parse(model: type[B], data: bytes) -> B:
-    raw = load_object(data)
-    if issubclass(model, _OpenAIBody):
-        _drop_known(raw, "")
+def _checked(model: type[B], raw: dict[str, Any]) -> B:
+    _drop_known(raw, "")
     return validate(model, raw)
 
 

@@ -51,7 +51,7 @@ def parse_grammar(fields: Mapping[str, Any]) -> Grammar | None:
 
 
 def schema_grammar(
-    schema: Any, param: str, *, prefix: str = "", suffix: str = "", separator: str | None = None, after: str = ""
+    schema: Any, param: str, *, prefix: str = "", suffix: str = "", separator: str | None = None
 ) -> Grammar:
     """JSON that matches a schema (an object, or its text), between two texts; with a separator, as often as the model
     likes. That is the grammar of tool calls that the model has to make.
@@ -66,7 +66,7 @@ def schema_grammar(
     if not isinstance(schema, dict):
         raise RequestError(f"{param} must be a JSON schema: an object", param=param)
     text = _bounded(json.dumps(schema), param)
-    return Grammar("json", text, prefix=prefix, suffix=suffix, separator=separator, after=after, param=param)
+    return Grammar("json", text, prefix=prefix, suffix=suffix, separator=separator, param=param)
 
 
 def _response_format(value: Any, name: str) -> Grammar | None:

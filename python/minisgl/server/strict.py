@@ -30,19 +30,19 @@ def load_object(data: bytes) -> dict[str, Any]:
     return raw
 
 
-def validate(model: type[B], raw: dict[str, Any]) -> B:
-    """Raises: RequestError naming the first field at fault."""
+def validate(model: type[B], raw: Any, where: str = "") -> B:
+    """where: it stands in the body. Raises: RequestError naming the first field at fault."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise _refusal(error, where) from None
 
 
-def _refusal(error: ValidationError) -> RequestError:
+def _refusal(error: ValidationError, where: str) -> RequestError:
     """The first problem, in one line."""
     problem = error.errors(include_url=False, include_context=False)[0]
     path = [part for part in problem["loc"] if isinstance(part, int) or part.isidentifier()]
-    param = ""
+    param = where
     for part in path:
         if isinstance(part, int):
             param += f"[{part}]"

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from minisgl.config.chat import reasoning_after
 from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import MAX_SEED, SamplingParams
 from minisgl.errors import ConfigError, RequestError
 from minisgl.message.backend import UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt, TokenizeMsg
+from minisgl.message.tokenizer import PROMPT_TAIL, ChatPrompt, IdsPrompt, Prompt, TextPrompt, TokenizeMsg
 from minisgl.tokenizer.pieces import TokenBytes
 
 logger = logging.getLogger(__name__)
@@ -258,7 +259,7 @@ class Tokenizer:
         try:
             if isinstance(ids, Exception):
                 raise ids
-            params = self._finish_params(request, len(ids))
+            params = self._finish_params(request, ids)
             return UserMsg(uid=request.uid, input_ids=pack_ids(ids), params=params)
         except RequestError as error:
             return ErrorReply(uid=request.uid, message=str(error), status=error.status, param=error.param)
@@ -266,12 +267,14 @@ class Tokenizer:
             logger.exception("request %d: tokenization failed", request.uid)
             return ErrorReply(uid=request.uid, message=f"tokenization failed: {type(error).__name__}", status=500)
 
-    def _finish_params(self, request: TokenizeMsg, prompt_len: int) -> SamplingParams:
-        """The parameters with nothing left open: `seed` drawn, `max_tokens` set and within the context.
+    def _finish_params(self, request: TokenizeMsg, ids: list[int]) -> SamplingParams:
+        """The parameters with nothing left open: `seed` drawn, `max_tokens` set and within the context, and whether
+        reasoning comes before what a grammar is about.
 
         A larger `max_tokens` than the context has room for is no error: the output ends with `length` there.
         Raises: RequestError when the prompt alone fills the context.
         """
+        prompt_len = len(ids)
         room = self._max_seq_len - prompt_len
         if room < 1:
             raise RequestError(
@@ -283,7 +286,12 @@ class Tokenizer:
         self._check_token_params(params)
         seed = params.seed if params.seed is not None else random.randint(0, MAX_SEED)
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        return replace(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit), seed=seed)
+        grammar = params.grammar
+        if grammar is not None and grammar.reasoning:
+            end = self.codec.decode(ids[-PROMPT_TAIL:])
+            grammar = replace(grammar, reasoning=reasoning_after(end, grammar.reasoning))
+        least = min(params.min_tokens, limit)
+        return replace(params, max_tokens=limit, min_tokens=least, seed=seed, grammar=grammar)
 
     def _check_token_params(self, params: SamplingParams) -> None:
         for name, ids in (
