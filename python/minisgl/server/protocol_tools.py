@@ -57,6 +57,7 @@ class Tool(_Strict):
 class _CalledFunction(_Strict):
     name: str
     arguments: str
+    parsed_arguments: Any = None  # what the `openai` library makes of them, and sends back
 
 
 class _ToolCall(_Strict):

@@ -117,11 +117,11 @@ class ChatRenderer(Renderer):
     def id(self) -> str:
         return str(self._head["id"])
 
-    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
+    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         chunks = []
-        if first:
-            chunks.append(self._chunk(index, {"role": "assistant", "content": ""}, None))
-            self._assemblers[index] = self._new_assembler()
+        for begun in range(len(self._assemblers), index + 1):  # in order: clients number choices as they begin
+            chunks.append(self._chunk(begun, {"role": "assistant", "content": ""}, None))
+            self._assemblers[begun] = self._new_assembler()
         assembler = self._assemblers[index]
         deltas = assembler.deltas(reply)
         if self._logprobs and reply.logprobs:  # with the first delta, if need be an empty one
