@@ -144,41 +144,6 @@ def test_tools_need_a_known_format(start: Callable[..., Server], model_path: Pat
     assert "--tool-call-parser" in str(caught.value)
 
 
-def test_the_built_in_model_calls_a_tool(start: Callable[..., Server]) -> None:
-    server = start(["-m", "minisgl", "--port", "0", "--max-seq-len", "1024"])
-    tools: Any = [
-        {
-            "type": "function",
-            "function": {
-                "name": "get_weather",
-                "description": "Get the weather in a city.",
-                "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-            },
-        }
-    ]
-    messages: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
-    with server.client() as client:
-        made = client.chat.completions.create(model="minisgl-demo", messages=messages, tools=tools, temperature=0)
-        choice = made.choices[0]
-        assert choice.finish_reason == "tool_calls", choice
-        (call,) = choice.message.tool_calls or []
-        assert call.type == "function"
-        assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})
-        result: Any = {"role": "tool", "tool_call_id": call.id, "content": '{"sky": "sunny"}'}
-        asked: Any = [*messages, choice.message, result]
-        final = client.chat.completions.create(model="minisgl-demo", messages=asked, tools=tools, temperature=0)
-        assert "sunny" in (final.choices[0].message.content or "")
-        named = {"type": "function", "function": {"name": "get_weather"}}
-        for forced in ("required", named):  # though nothing in the chat asks for one
-            demanded: dict[str, Any] = {"tools": tools, "tool_choice": forced, "temperature": 0, "max_tokens": 100}
-            made = client.chat.completions.create(model="minisgl-demo", messages=HELLO, **demanded)
-            choice = made.choices[0]
-            assert choice.finish_reason == "tool_calls", choice
-            (call,) = choice.message.tool_calls or []
-            assert call.function.name == "get_weather"
-            assert isinstance(json.loads(call.function.arguments)["city"], str)
-
-
 THINK, THOUGHT = "7", "8"  # the built-in model's ids of the tags, which it does not use by itself
 
 

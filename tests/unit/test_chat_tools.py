@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from minisgl.config.locate import DEMO_MODEL
@@ -196,6 +197,17 @@ def answer(
 
 
 TOOLS = ToolUse((WEATHER, TIME))
+
+
+def test_choices_begin_in_order_whichever_is_first() -> None:
+    """The openai package's sum of a stream numbers them so."""
+    streaming, state = ChatRenderer("m", include_usage=False), ChatCompletionStreamState()
+    texts = ["zero", "one", "two"]
+    for index in (2, 0, 1):
+        for reply in replies(texts[index]):
+            for chunk in streaming.chunk(index, reply, first=False):
+                state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
+    assert [choice.message.content for choice in state.get_final_completion().choices] == texts
 
 
 def test_a_message_with_calls() -> None:

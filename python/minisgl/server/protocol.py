@@ -6,7 +6,7 @@ the one value that changes nothing (`_UNSUPPORTED`), or refused with a 400 that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -57,6 +57,18 @@ _MESSAGE_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "audio": _is_empty,
     "function_call": _is_empty,
     "refusal": _is_empty,
+}
+# What client libraries put beside a message of ours, and send back with it: it says nothing that the message does not.
+_MESSAGE_NO_EFFECT = frozenset({"parsed", "provider_specific_fields"})
+# Of SGLang's /generate, whose benchmark sends them all.
+_GENERATE_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
+    "image_data": _is_empty,
+    "logprob_start_len": _is(-1),
+    "lora_path": _is_empty,
+    "return_logprob": _is(False),
+    "return_routed_experts": _is(False),
+    "token_ids_logprob": _is_empty,
+    "top_logprobs_num": _is(0),
 }
 
 
@@ -202,7 +214,9 @@ def _best_of(request: GenerationRequest, best_of: int | None) -> GenerationReque
 
 def parse_generate(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    body = validate(GenerateBody, load_object(data))
+    raw = load_object(data)
+    _drop_known(raw, _GENERATE_UNSUPPORTED)
+    body = validate(GenerateBody, raw)
     if (body.text is None) == (body.input_ids is None):
         raise RequestError("give either text or input_ids", param="text")
     sampling = body.sampling_params or GenerateSampling()
@@ -239,14 +253,18 @@ B = TypeVar("B", bound=_OpenAIBody)
 
 
 def _checked(model: type[B], raw: dict[str, Any]) -> B:
-    _drop_known(raw, "")
+    _drop_known(raw, _UNSUPPORTED, _NO_EFFECT)
     return validate(model, raw)
 
 
-def _drop_known(raw: dict[str, Any], where: str) -> None:
+def _drop_known(
+    raw: dict[str, Any],
+    table: Mapping[str, Callable[[Any], bool]],
+    no_effect: Collection[str] = (),
+    where: str = "",
+) -> None:
     """Remove fields that change nothing. Raises: RequestError naming a field that would and is not supported."""
-    table = _MESSAGE_UNSUPPORTED if where else _UNSUPPORTED
-    for name in [name for name in raw if name in table or (not where and name in _NO_EFFECT)]:
+    for name in [name for name in raw if name in table or name in no_effect]:
         value = raw.pop(name)
         if name in table and not table[name](value):
             raise RequestError(f"{where}{name} is not supported", param=f"{where}{name}")
@@ -255,7 +273,7 @@ def _drop_known(raw: dict[str, Any], where: str) -> None:
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     """One message of a chat as templates expect it: a role, its text as one string, and what goes with the role."""
     message = dict(message)
-    _drop_known(message, f"{where}.")
+    _drop_known(message, _MESSAGE_UNSUPPORTED, _MESSAGE_NO_EFFECT, f"{where}.")
     role = message.get("role")
     if role not in ROLES:
         raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}", param=f"{where}.role")

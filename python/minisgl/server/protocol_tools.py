@@ -53,6 +53,7 @@ class Tool(Body):
 class _CalledFunction(Body):
     name: str
     arguments: str
+    parsed_arguments: Any = None  # what the `openai` library makes of them, and sends back
 
 
 class _ToolCall(Body):

@@ -109,17 +109,19 @@ class ChatRenderer(Renderer):
         new_assembler: Callable[[], Assembler] = Assembler,
     ) -> None:
         self._include_usage, self._logprobs = include_usage, logprobs
-        self._assemblers: defaultdict[int, Assembler] = defaultdict(new_assembler)  # by choice
+        self._new_assembler = new_assembler
+        self._assemblers: dict[int, Assembler] = {}  # by choice
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     @property
     def id(self) -> str:
         return str(self._head["id"])
 
-    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
+    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         chunks = []
-        if first:
-            chunks.append(self._chunk(index, {"role": "assistant", "content": ""}, None))
+        for begun in range(len(self._assemblers), index + 1):  # in order: clients number choices as they begin
+            chunks.append(self._chunk(begun, {"role": "assistant", "content": ""}, None))
+            self._assemblers[begun] = self._new_assembler()
         assembler = self._assemblers[index]
         deltas = assembler.deltas(reply)
         if self._logprobs and reply.logprobs:  # with the first delta, if need be an empty one
@@ -139,7 +141,7 @@ class ChatRenderer(Renderer):
         return {**self._head, "object": "chat.completion", "choices": shown, "usage": self._usage(totals)}
 
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
-        assembler = self._assemblers[index]
+        assembler = self._assemblers[index] = self._new_assembler()
         return {
             "index": index,
             "message": assembler.message(replies),
