@@ -6,41 +6,38 @@ The server keeps nothing: a conversation is sent as a whole each time. The rule 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from pydantic import ConfigDict, Field
 
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
 from minisgl.server.content import RESPONSE_PARTS, text_of
 from minisgl.server.protocol import GenerationRequest, parse_chat
 from minisgl.server.protocol_sampling import SamplingFields
-from minisgl.server.strict import Body, load_object, validate
-
-
-def _is(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: value is None or value in values
-
+from minisgl.server.strict import Body, beside, load_object, optional, validate
 
 # Known, without bearing on the output. Nothing is stored, whatever `store` says.
 _NO_EFFECT = frozenset({"store", "service_tier", "prompt_cache_retention", "prompt_cache_options"})
 _STATELESS = ("conversation", "previous_response_id", "prompt")
-# Known, and not supported but for the values that mean the same as leaving the field out.
-_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(_STATELESS, _is()),
-    "access_programs": _is(),
-    "background": _is(False),
-    "context_management": _is([]),
-    "image": _is(),
-    "include": _is([]),
-    "max_tool_calls": _is(),
-    "moderation": _is(),
-    "reasoning": lambda value: value is None or (isinstance(value, dict) and not any(value.values())),
-    "stream_options": _is({}, {"include_obfuscation": False}, {"include_obfuscation": None}),
-    "tool_choice": _is("auto", "none"),
-    "tools": _is([]),
-    "top_logprobs": _is(0),
-    "truncation": _is("disabled"),
+# Known, and not supported: the values, beside null, that mean the same as leaving the field out.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_STATELESS, ()),
+    "access_programs": (),
+    "background": (False,),
+    "context_management": ([],),
+    "image": (),
+    "include": ([],),
+    "max_tool_calls": (),
+    "moderation": (),
+    "reasoning": ({}, {"effort": None}, {"summary": None}, {"effort": None, "summary": None}),
+    "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": None}),
+    "tool_choice": ("auto", "none"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
 }
 # How `parse_chat` and the tokenizer name what they refuse.
 _PARAMS = {"messages": "input", "prompt": "input", "response_format": "text.format"}
@@ -56,10 +53,12 @@ class TextConfig(Body):
 class ResponsesBody(Body, SamplingFields):
     """POST /v1/responses."""
 
+    model_config = ConfigDict(json_schema_extra=beside(_NO_EFFECT, _UNSUPPORTED))
+
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | list[dict[str, Any]] = Field(json_schema_extra={"minItems": 1})
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: int | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
     stream: bool | None = None
     text: TextConfig | None = None
     metadata: dict[str, str] | None = None
@@ -83,11 +82,8 @@ def parse_responses(data: bytes, defaults: Mapping[str, float | int]) -> Respons
     body = validate(ResponsesBody, raw)
     if body.text is not None and body.text.verbosity not in (None, "medium"):
         raise RequestError("text.verbosity is not supported", param="text.verbosity")
-    limit = body.max_output_tokens
-    if limit is not None and not 1 <= limit <= MAX_COUNT:
-        raise RequestError(f"max_output_tokens must be at least 1, not {limit}", param="max_output_tokens")
     sampling = {name: getattr(body, name) for name in SamplingFields.model_fields if name in body.model_fields_set}
-    chat = {**sampling, "messages": _messages(body), "max_completion_tokens": limit}
+    chat = {**sampling, "messages": _messages(body), "max_completion_tokens": body.max_output_tokens}
     if body.text is not None and body.text.format is not None:
         chat["response_format"] = _response_format(body.text.format)
     chat.update(model=body.model, stream=body.stream)
@@ -111,7 +107,7 @@ def as_responses_say(error: RequestError) -> RequestError:
 def _drop_known(raw: dict[str, Any]) -> None:
     for name in [name for name in raw if name in _UNSUPPORTED or name in _NO_EFFECT]:
         value = raw.pop(name)
-        if name in _UNSUPPORTED and not _UNSUPPORTED[name](value):
+        if name in _UNSUPPORTED and value is not None and value not in _UNSUPPORTED[name]:
             why = ": this server keeps no state, send the whole conversation as input" if name in _STATELESS else ""
             raise RequestError(f"{name} is not supported{why}", param=name)
 
