@@ -6,7 +6,7 @@ one against the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from fastapi import FastAPI
@@ -199,7 +199,7 @@ def documented(
     *,
     errors: Iterable[int] = (),
     events: str | None = None,
-    texts: Iterable[str] = (),
+    texts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What the decorator of a route is to be told.
 
@@ -208,7 +208,8 @@ def documented(
     """
     content: Json = {media: {"schema": answer} for media in texts or ["application/json"] if isinstance(answer, dict)}
     if events is not None:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": events}}
+        event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+        content["text/event-stream"] = {"itemSchema": {"description": events, **event}}
     statuses = sorted({*errors, *((400, 413, 415) if body is not None else ()), 500})
     shown = {"description": "As asked.", "content": content}
     route: Json = {"responses": {200: shown if isinstance(answer, dict) else {**shown, "model": answer}}}

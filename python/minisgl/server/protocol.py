@@ -113,7 +113,9 @@ class ChatBody(_OpenAIBody):
 class CompletionBody(_OpenAIBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(json_schema_extra={"minItems": 1})
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
+        json_schema_extra={"minItems": 1, "minLength": 1}
+    )
     best_of: int | None = optional("So many outputs, of which the `n` most probable come back.", ge=1, le=MAX_CHOICES)
     max_tokens: int | None = optional("Most tokens of an output; 0 with `echo` only.", ge=0, le=MAX_COUNT)
     echo: bool | None = optional("The text begins with the prompt's.")
@@ -133,8 +135,8 @@ class GenerateSampling(Body, SamplingFields):
 class GenerateBody(Body):
     """POST /generate: `text` or `input_ids`."""
 
-    text: str | None = optional("The prompt.")
-    input_ids: list[TokenId] | None = optional("The prompt as token ids.")
+    text: str | None = optional("The prompt.", minLength=1)
+    input_ids: list[TokenId] | None = optional("The prompt as token ids.", minItems=1)
     sampling_params: GenerateSampling | None = optional("How to continue it.")
     stream: bool | None = optional("Answer with server-sent events.")
 
