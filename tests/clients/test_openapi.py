@@ -19,11 +19,18 @@ schemathesis = pytest.importorskip("schemathesis")  # of the extra `clients`
 from schemathesis.checks import not_a_server_error  # noqa: E402
 from schemathesis.specs.openapi.checks import (  # noqa: E402
     content_type_conformance,
+    negative_data_rejection,
     response_schema_conformance,
     status_code_conformance,
 )
 
-CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    negative_data_rejection,  # so the document names all ranges
+]
 KEY = {"authorization": "Bearer sk-of-this-test"}
 EXAMPLES = 14  # for each operation and mode
 SECONDS = 20  # that any answer may take

@@ -30,7 +30,7 @@ from minisgl.server.protocol_tools import (
     template_kwargs,
     tool_use,
 )
-from minisgl.server.strict import Body, TokenId, beside, load_object, optional, validate
+from minisgl.server.strict import Body, TokenId, asks_for_nothing, beside, load_object, optional, validate
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -268,7 +268,7 @@ def _drop_known(raw: dict[str, Any], where: str) -> None:
     table = _MESSAGE_UNSUPPORTED if where else _UNSUPPORTED
     for name in [name for name in raw if name in table or (not where and name in _NO_EFFECT)]:
         value = raw.pop(name)
-        if name in table and value is not None and value not in table[name]:
+        if name in table and not asks_for_nothing(value, table[name]):
             raise RequestError(f"{where}{name} is not supported", param=f"{where}{name}")
 
 

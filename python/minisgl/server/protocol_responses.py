@@ -17,7 +17,7 @@ from minisgl.errors import RequestError
 from minisgl.server.content import RESPONSE_PARTS, text_of
 from minisgl.server.protocol import GenerationRequest, parse_chat
 from minisgl.server.protocol_sampling import SamplingFields
-from minisgl.server.strict import Body, beside, load_object, optional, validate
+from minisgl.server.strict import Body, asks_for_nothing, beside, load_object, optional, validate
 
 # Known, without bearing on the output. Nothing is stored, whatever `store` says.
 _NO_EFFECT = frozenset({"store", "service_tier", "prompt_cache_retention", "prompt_cache_options"})
@@ -107,7 +107,7 @@ def as_responses_say(error: RequestError) -> RequestError:
 def _drop_known(raw: dict[str, Any]) -> None:
     for name in [name for name in raw if name in _UNSUPPORTED or name in _NO_EFFECT]:
         value = raw.pop(name)
-        if name in _UNSUPPORTED and value is not None and value not in _UNSUPPORTED[name]:
+        if name in _UNSUPPORTED and not asks_for_nothing(value, _UNSUPPORTED[name]):
             why = ": this server keeps no state, send the whole conversation as input" if name in _STATELESS else ""
             raise RequestError(f"{name} is not supported{why}", param=name)
 

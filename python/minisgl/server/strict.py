@@ -42,6 +42,11 @@ def beside(no_effect: Iterable[str], unsupported: Mapping[str, Sequence[Any]]) -
     return extend
 
 
+def asks_for_nothing(value: Any, neutral: Sequence[Any]) -> bool:
+    """Whether it is null, or one of these values as JSON knows them: there, false is not 0."""
+    return value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
+
+
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than_equal")
 
 
