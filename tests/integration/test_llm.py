@@ -219,6 +219,7 @@ def test_the_end_of_a_program_ends_everything(model: Path) -> None:
 @pytest.mark.parametrize("moment", ["plan", "submit", "wait"])
 def test_ctrl_c_whenever_it_comes(model: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """The next `generate` finds everything in order. A GPU's steps are launched by the thread that is interrupted."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without
     with LLM(str(model)) as llm:
         expected = llm.generate([5, 6, 7], GREEDY)[0].token_ids
         engine = llm._scheduler._executor
