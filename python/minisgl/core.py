@@ -18,6 +18,7 @@ MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**63 - 1  # of what a client may ask for; larger numbers fit neither messages nor tensors
 MAX_LOGPROBS = 20  # alternatives at each position: OpenAI's limit
 MAX_PRIORITY = 2**31 - 1
+MIN_REPETITION_PENALTY = 0.01  # logits divided by less leave what numbers can hold
 
 
 class FinishReason(str, Enum):
@@ -114,7 +115,8 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             _check(-2.0 <= getattr(self, name) <= 2.0, name, "from -2 to 2", getattr(self, name))
         penalty = self.repetition_penalty
-        _check(0.0 < penalty <= 100.0, "repetition_penalty", "above 0 and at most 100", penalty)
+        least_penalty = MIN_REPETITION_PENALTY
+        _check(least_penalty <= penalty <= 100.0, "repetition_penalty", f"from {least_penalty} to 100", penalty)
         for token, bias in self.logit_bias:
             _check(-100.0 <= bias <= 100.0, "logit_bias", "from -100 to 100 for each token", {token: bias})
         for name in ("logprobs", "prompt_logprobs"):

@@ -15,22 +15,47 @@ from pydantic import BaseModel
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
 from minisgl.grammar.limits import MAX_TEXT
+from minisgl.server.strict import optional
 
 MAX_CHOICES = 4096
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
+_SPECIFIED = {
+    "type": ["object", "null"],
+    "required": ["name"],
+    "properties": {"name": {"type": "string", "minLength": 1}, "schema": {"type": ["object", "null"]}},
+}
+_FORMAT_SCHEMA: dict[str, Any] = {
+    "required": ["type"],
+    "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}, "json_schema": _SPECIFIED},
+}
+_KINDS_SCHEMA: dict[str, Any] = {
+    "properties": {
+        "json": {"type": ["object", "string", "null"]},
+        "regex": {"type": ["string", "null"]},
+        "choice": {"type": ["array", "null"], "items": {"type": "string"}},
+        "grammar": {"type": ["string", "null"]},
+        "json_object": {"type": ["boolean", "null"]},
+    },
+    "additionalProperties": False,
+}
+# Which engine is to follow a grammar is not a client's choice; nor where whitespace may stand.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "guided_decoding_backend": (None, "auto", "guidance", "llguidance"),
+    "guided_whitespace_pattern": (None,),
+}
 
 
 class GrammarFields(BaseModel):
     """To be inherited by request bodies of OpenAI's endpoints."""
 
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    guided_decoding_backend: str | None = None
-    guided_whitespace_pattern: str | None = None
+    response_format: dict[str, Any] | None = optional("OpenAI's way to ask for JSON.", **_FORMAT_SCHEMA)
+    structured_outputs: dict[str, Any] | None = optional("What the output matches: one of these.", **_KINDS_SCHEMA)
+    guided_json: dict[str, Any] | str | None = optional("The output is JSON that matches the schema.")
+    guided_regex: str | None = optional("The output matches.", minLength=1)
+    guided_choice: list[str] | None = optional("The output is one of these.", minItems=1, maxItems=MAX_CHOICES)
+    guided_grammar: str | None = optional("The output follows the grammar, Lark or EBNF.", minLength=1)
+    guided_decoding_backend: str | None = optional("There is but one.", enum=[*_ONLY["guided_decoding_backend"]])
+    guided_whitespace_pattern: str | None = optional("Not supported.", enum=[None])
 
 
 def parse_grammar(fields: Mapping[str, Any]) -> Grammar | None:
@@ -152,9 +177,4 @@ _PARSERS: dict[str, Callable[[Any, str], Grammar | None]] = {
     "json_schema": schema_grammar,
     "regex": _text("regex"),
     "ebnf": _text("grammar"),
-}
-# Which engine is to follow a grammar is not a client's choice; nor where whitespace may stand.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "guided_decoding_backend": (None, "auto", "guidance", "llguidance"),
-    "guided_whitespace_pattern": (None,),
 }

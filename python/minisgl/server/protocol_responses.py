@@ -5,38 +5,35 @@ The server keeps nothing: a conversation is sent as a whole each time. The rule 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from pydantic import ConfigDict, Field
 
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
 from minisgl.server.protocol import GenerationRequest, chat_request
 from minisgl.server.protocol_sampling import SamplingFields
 from minisgl.server.response_items import messages_of
-from minisgl.server.strict import Body, load_object, validate
-
-
-def _is(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: value is None or value in values
-
+from minisgl.server.strict import Body, asks_for_nothing, beside, load_object, optional, validate
 
 # Known, without bearing on the output. Nothing is stored, whatever `store` says.
 _NO_EFFECT = frozenset({"store", "service_tier", "prompt_cache_retention", "prompt_cache_options"})
 _STATELESS = ("conversation", "previous_response_id", "prompt")
-# Known, and not supported but for the values that mean the same as leaving the field out.
-_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(_STATELESS, _is()),
-    "access_programs": _is(),
-    "background": _is(False),
-    "context_management": _is([]),
-    "image": _is(),
-    "include": _is([]),
-    "max_tool_calls": _is(),
-    "moderation": _is(),
-    "stream_options": _is({}, {"include_obfuscation": False}, {"include_obfuscation": None}),
-    "top_logprobs": _is(0),
-    "truncation": _is("disabled"),
+# Known, and not supported: the values, beside null, that mean the same as leaving the field out.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_STATELESS, ()),
+    "access_programs": (),
+    "background": (False,),
+    "context_management": ([],),
+    "image": (),
+    "include": ([],),
+    "max_tool_calls": (),
+    "moderation": (),
+    "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": None}),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
 }
 # How `chat_request` and the tokenizer name what they refuse.
 _PARAMS = {"messages": "input", "prompt": "input", "response_format": "text.format"}
@@ -52,10 +49,12 @@ class TextConfig(Body):
 class ResponsesBody(Body, SamplingFields):
     """POST /v1/responses."""
 
+    model_config = ConfigDict(json_schema_extra=beside(_NO_EFFECT, _UNSUPPORTED))
+
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | list[dict[str, Any]] = Field(json_schema_extra={"minItems": 1})
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: int | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
     stream: bool | None = None
     text: TextConfig | None = None
     tools: list[dict[str, Any]] | None = None
@@ -86,11 +85,8 @@ def parse_responses(data: bytes, defaults: Mapping[str, float | int]) -> Respons
     wish = next((f"reasoning.{name}" for name, value in (body.reasoning or {}).items() if value is not None), None)
     if wish is not None:
         raise RequestError(f"{wish} is not supported; chat_template_kwargs may be, by the model", param=wish)
-    limit = body.max_output_tokens
-    if limit is not None and not 1 <= limit <= MAX_COUNT:
-        raise RequestError(f"max_output_tokens must be at least 1, not {limit}", param="max_output_tokens")
     sampling = {name: getattr(body, name) for name in SamplingFields.model_fields if name in body.model_fields_set}
-    chat = {**sampling, "messages": _messages(body), "max_completion_tokens": limit}
+    chat = {**sampling, "messages": _messages(body), "max_completion_tokens": body.max_output_tokens}
     if body.text is not None and body.text.format is not None:
         chat["response_format"] = _response_format(body.text.format)
     for name in ("model", "stream", "parallel_tool_calls", "chat_template_kwargs"):
@@ -121,7 +117,7 @@ def as_responses_say(error: RequestError) -> RequestError:
 def _drop_known(raw: dict[str, Any]) -> None:
     for name in [name for name in raw if name in _UNSUPPORTED or name in _NO_EFFECT]:
         value = raw.pop(name)
-        if name in _UNSUPPORTED and not _UNSUPPORTED[name](value):
+        if name in _UNSUPPORTED and not asks_for_nothing(value, _UNSUPPORTED[name]):
             why = ": this server keeps no state, send the whole conversation as input" if name in _STATELESS else ""
             raise RequestError(f"{name} is not supported{why}", param=name)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, WithJsonSchema
 from pydantic_core import from_json
 
 from minisgl.errors import RequestError
@@ -39,7 +40,7 @@ class FunctionSpec(Body):
     strict: honoured where a call is forced, which always follows the schema.
     """
 
-    name: str
+    name: str = Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"})
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -63,6 +64,31 @@ class _ToolCall(Body):
     type: Literal["function"] = "function"
     function: _CalledFunction
     index: int | None = None
+
+
+CALL_SCHEMA = {
+    "type": "object",
+    "required": ["id", "function"],
+    "properties": {
+        "id": {"type": "string"},
+        "type": {"const": "function"},
+        "index": {"type": ["integer", "null"]},
+        "function": {
+            "type": "object",
+            "required": ["name", "arguments"],
+            "properties": {"name": {"type": "string"}, "arguments": {"type": "string", "description": "JSON"}},
+            "additionalProperties": False,
+        },
+    },
+    "additionalProperties": False,
+}
+_FUNCTION = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
+_NAMED = {
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {"type": {"const": "function"}, "function": _FUNCTION},
+}
+ToolChoice = Annotated[str | dict[str, Any], WithJsonSchema({"anyOf": [{"enum": list(_CHOICES)}, _NAMED]})]
 
 
 @dataclass(frozen=True, slots=True)
