@@ -77,12 +77,14 @@ class HFTextCodec:
         vocab = self._tokenizer.get_vocab()
         self._special_ids = special_ids.difference(vocab[token] for token in visible if token in vocab)
         self._skip_special = self._special_ids == special_ids  # the tokenizer's own choice is ours
+        self._alone: dict[tuple[int, bool], str] = {}  # texts of single tokens, which streams ask for again and again
+        self._vocab_size = len(self._tokenizer)  # asked for at each token, and slow to count
         self._longest_token = max(len(token.encode()) for token in vocab)
         self._pieces = TokenBytes(self._tokenizer)
 
     @property
     def vocab_size(self) -> int:
-        return len(self._tokenizer)
+        return self._vocab_size
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -100,6 +102,15 @@ class HFTextCodec:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
+        if len(token_ids) != 1:
+            return self._decode(token_ids, skip_special)
+        key = token_ids[0], skip_special
+        text = self._alone.get(key)
+        if text is None:
+            text = self._alone[key] = self._decode(token_ids, skip_special)
+        return text
+
+    def _decode(self, token_ids: Sequence[int], skip_special: bool) -> str:
         skip = skip_special and self._skip_special
         if skip_special and not skip:
             token_ids = [token for token in token_ids if token not in self._special_ids]
