@@ -7,6 +7,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+CLIENTS := $(VENV)/.installed-clients
 
 .DEFAULT_GOAL := help
 .PHONY: help serve chat doctor bench test lint format docs clean
@@ -27,6 +28,13 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(CORE) $@
 
+$(CLIENTS): pyproject.toml constraints.txt tests/clients/instructor.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev,clients]'
+	rm -rf $(VENV)/instructor
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+	    --target $(VENV)/instructor -r tests/clients/instructor.txt
+	@touch $(CORE) $(DEV) $@
+
 serve: $(CORE)  ## Serve the OpenAI-compatible API on 127.0.0.1:1919
 	$(BIN)/python -m minisgl $(ARGS)
 
@@ -39,7 +47,7 @@ doctor: $(CORE)  ## Check this machine: one table, and how to mend what fails
 bench: $(CORE)  ## Measure the engine in this process; for a running server: minisgl bench serve
 	$(BIN)/python -m minisgl bench offline $(ARGS)
 
-test: $(DEV)  ## Run the tests
+test: $(CLIENTS)  ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(DEV)  ## Check format, style, types, layers and size

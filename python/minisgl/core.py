@@ -18,6 +18,7 @@ MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**63 - 1  # of what a client may ask for; larger numbers fit neither messages nor tensors
 MAX_LOGPROBS = 20  # alternatives at each position: OpenAI's limit
 MAX_PRIORITY = 2**31 - 1
+MIN_REPETITION_PENALTY = 0.01  # logits divided by less leave what numbers can hold
 
 
 class FinishReason(str, Enum):
@@ -36,8 +37,9 @@ class Grammar:
 
     kind: of `text`: "json" (a JSON schema), "regex", "choice" (a JSON list of strings) or "grammar" (Lark or EBNF).
     prefix, suffix: texts that the output has around that. separator: with one, prefix, match and suffix come once or
-    more, with the separator between them. after: any text may come before all that, up to and with this one (the end of
-    a reasoning part). param: the field of the request that it came from.
+    more, with the separator between them. reasoning: whether text between `<think>` and `</think>` comes before all
+    that: "" never, "optional", or "always" (the first tag may be missing then); what the end of the prompt says comes
+    first (`config.chat.reasoning_after`). param: the field of the request that it came from.
     """
 
     kind: str
@@ -45,7 +47,7 @@ class Grammar:
     prefix: str = ""
     suffix: str = ""
     separator: str | None = None
-    after: str = ""
+    reasoning: str = ""
     param: str = field(default="response_format", compare=False)
 
 
@@ -113,7 +115,8 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             _check(-2.0 <= getattr(self, name) <= 2.0, name, "from -2 to 2", getattr(self, name))
         penalty = self.repetition_penalty
-        _check(0.0 < penalty <= 100.0, "repetition_penalty", "above 0 and at most 100", penalty)
+        least_penalty = MIN_REPETITION_PENALTY
+        _check(least_penalty <= penalty <= 100.0, "repetition_penalty", f"from {least_penalty} to 100", penalty)
         for token, bias in self.logit_bias:
             _check(-100.0 <= bias <= 100.0, "logit_bias", "from -100 to 100 for each token", {token: bias})
         for name in ("logprobs", "prompt_logprobs"):

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -147,3 +148,49 @@ def real(model_path: Path, *flags: str) -> list[str]:
 def fake(model_path: Path, **options: object) -> list[str]:
     """The command of a server whose engine is a formula (`tests.fake_server`)."""
     return ["-m", "tests.fake_server", str(model_path), *(f"{name}={value}" for name, value in options.items())]
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}{{ call.function.arguments.city }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if forbidden %}{{ raise_exception('forbidden') }}{% endif %}"
+    "<|im_start|>assistant\n{% if thinking %}<think>\n{% endif %}"
+)
+
+
+class Scripted:
+    """A server, and what its model says: it has tools in the format of Hermes, and reasons as Qwen3 does."""
+
+    def __init__(self, server: Server, answer: Path) -> None:
+        self.client = server.client()
+        self.url = server.url
+        self._answer = answer
+
+    def says(self, text: str) -> None:
+        self._answer.write_text(text, encoding="utf-8")
+
+    def chat(self, says: str, **options: Any) -> Any:
+        self.says(says)
+        return self.client.chat.completions.create(
+            **{"model": "fake-model", "messages": [{"role": "user", "content": "hello"}], **options}
+        )
+
+    def stream(self, says: str, **options: Any) -> Any:
+        """What the client's own accumulation makes of a stream."""
+        self.says(says)
+        defaults: dict[str, Any] = {"model": "fake-model", "messages": [{"role": "user", "content": "hello"}]}
+        with self.client.chat.completions.stream(**{**defaults, **options}) as stream:
+            return list(stream), stream.get_final_completion()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
+    directory = tmp_path_factory.mktemp("tools")
+    path = make_byte_level(directory / "model", template=TEMPLATE)
+    answer = directory / "answer.txt"
+    server = Server(fake(path, answer=answer, tools="hermes", reasoning="qwen3"), directory / "server.log")
+    made = Scripted(server, answer)
+    yield made
+    made.client.close()
+    server.close()
+    assert "Traceback" not in server.output()

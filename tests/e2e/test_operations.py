@@ -255,7 +255,11 @@ def test_metrics_show_what_runs_and_waits(slow: Server, slow_http: httpx.Client)
 
 
 def test_metrics_come_in_the_format_that_is_asked_for(slow_http: httpx.Client) -> None:
-    asked = "application/openmetrics-text; version=1.0.0"
-    answer = slow_http.get("/metrics", headers={"accept": asked})
-    assert answer.headers["content-type"].startswith("application/openmetrics-text")
-    assert answer.text.endswith("# EOF\n")
+    open_metrics = "application/openmetrics-text"
+    for version in ("", "; version=1.0.0", ";version=0.0.1;q=0.5", "; version=\u00b2", "; version=9.9; escaping=a"):
+        for asked in (f"{open_metrics}{version}", f"text/html, {open_metrics}{version}"):
+            answer = slow_http.get("/metrics", headers={b"accept": asked.encode()})
+            assert answer.headers["content-type"].startswith(f"{open_metrics}; version=1.0.0")
+            assert answer.text.endswith("# EOF\n")
+        answer = slow_http.get("/metrics", headers={b"accept": f"text/plain{version}".encode()})
+        assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")

@@ -9,11 +9,15 @@ import pytest
 from openai.pagination import SyncPage
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response, ResponseStreamEvent
 from openai.types.shared import ErrorObject
 from pydantic import TypeAdapter
 
+from tests.e2e.conftest import Scripted
 from tests.strictly import validated
 
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": [1, "ü"]}}\n</tool_call>'
+CHAT_EXTENSIONS = ("reasoning_content",)
 MODEL_EXTENSIONS = ("root", "max_model_len")
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5, "seed": 1}
 TEXT = {"prompt": ["a", "b"], "max_tokens": 5, "seed": 1}
@@ -46,6 +50,32 @@ def test_answers_and_chunks(
         usage = chunks[-1].usage
         assert (usage.total_tokens == made.usage.total_tokens) if options else usage is None
         assert len({made.id for made in chunks}) == 1
+
+
+@pytest.mark.parametrize("says", [f"<think>\nHm.\n</think>\n\nYes.\n{CALL}", CALL, "<think>Hm.", "Yes."])
+def test_calls_and_reasoning(model: Scripted, says: str) -> None:
+    """Of the answers and every event, in chats and responses."""
+    model.says(says)
+    function: dict[str, Any] = {"name": "f", "parameters": {"type": "object"}}
+    chat = {**CHAT, "max_tokens": 200, "tools": [{"type": "function", "function": function}]}
+    responses = {"input": "hello", "tools": [{"type": "function", **function}]}
+    thinks = says.startswith("<think>")
+    with httpx.Client(base_url=model.url, timeout=30) as http:
+        made = validated(ChatCompletion, http.post("/v1/chat/completions", json=chat).content, CHAT_EXTENSIONS)
+        assert ("reasoning_content" in (made.choices[0].message.model_extra or {})) == thinks
+        assert (made.usage.completion_tokens_details.reasoning_tokens > 0) == thinks
+        for event in events_of(http, "/v1/chat/completions", chat)[:-1]:
+            validated(ChatCompletionChunk, event, CHAT_EXTENSIONS)
+        whole = validated(Response, http.post("/v1/responses", json=responses).content)
+        assert any(item.type == "reasoning" for item in whole.output) == thinks
+        events = [validated(ResponseStreamEvent, event) for event in events_of(http, "/v1/responses", responses)]
+    assert [item.type for item in events[-1].response.output] == [item.type for item in whole.output]
+    assert (made.choices[0].finish_reason == "tool_calls") == (whole.output[-1].type == "function_call")
+
+
+def events_of(http: httpx.Client, path: str, body: dict[str, Any]) -> list[str]:
+    frames = http.post(path, json={**body, "stream": True}).text.split("\n\n")
+    return [frame.split("data: ", 1)[1] for frame in frames[:-1]]
 
 
 def test_models(http: httpx.Client) -> None:

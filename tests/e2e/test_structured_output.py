@@ -9,14 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import jsonschema
 import openai
 import psutil
 import pytest
-from pydantic import BaseModel
 
 from tests.e2e.conftest import Server
 
@@ -47,19 +46,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def http(demo: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=demo.url, timeout=30) as made:
         yield made
-
-
-class Kind(BaseModel):
-    kind: Literal["cat", "dog"]
-    legs: int
-
-
-def test_parse_gives_an_object(demo: Server) -> None:
-    with demo.client() as client:
-        completion = client.chat.completions.parse(
-            model=client.models.list().data[0].id, messages=HELLO, max_tokens=200, response_format=Kind
-        )
-    assert isinstance(completion.choices[0].message.parsed, Kind)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,8 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.e2e.conftest import Server, fake
-from tests.tokenizers_fixture import make_byte_level
+from tests.e2e.conftest import Scripted, Server, fake
 
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
-    "{% for call in message.tool_calls or [] %}{{ call.function.arguments.city }}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if forbidden %}{{ raise_exception('forbidden') }}{% endif %}"
-    "<|im_start|>assistant\n{% if thinking %}<think>\n{% endif %}"
-)
 HELLO: Any = [{"role": "user", "content": "hello"}]
 CALL = '<tool_call>\n{"name": "GetWeather", "arguments": {"city": "Köln 🌧"}}\n</tool_call>'
 
@@ -33,39 +26,7 @@ class GetWeather(BaseModel):
 TOOLS: Any = [openai.pydantic_function_tool(GetWeather)]
 
 
-class Model:
-    """A server and what its model says."""
-
-    def __init__(self, server: Server, answer: Path) -> None:
-        self.client = server.client()
-        self._answer = answer
-
-    def chat(self, says: str, **options: Any) -> Any:
-        self._answer.write_text(says, encoding="utf-8")
-        return self.client.chat.completions.create(**{"model": "fake-model", "messages": HELLO, **options})
-
-    def stream(self, says: str, **options: Any) -> Any:
-        """What the client's own accumulation makes of a stream."""
-        self._answer.write_text(says, encoding="utf-8")
-        defaults: dict[str, Any] = {"model": "fake-model", "messages": HELLO}
-        with self.client.chat.completions.stream(**{**defaults, **options}) as stream:
-            return list(stream), stream.get_final_completion()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    directory = tmp_path_factory.mktemp("tools")
-    path = make_byte_level(directory / "model", template=TEMPLATE)
-    answer = directory / "answer.txt"
-    server = Server(fake(path, answer=answer, tools="hermes", reasoning="qwen3"), directory / "server.log")
-    made = Model(server, answer)
-    yield made
-    made.client.close()
-    server.close()
-    assert "Traceback" not in server.output()
-
-
-def test_a_call(model: Model) -> None:
+def test_a_call(model: Scripted) -> None:
     choice = model.chat(f"I look.\n{CALL}", tools=TOOLS).choices[0]
     assert choice.finish_reason == "tool_calls"
     assert choice.message.content == "I look."
@@ -77,7 +38,7 @@ def test_a_call(model: Model) -> None:
     assert (again.choices[0].message.content, again.choices[0].finish_reason) == ("It rains.", "stop")
 
 
-def test_calls_stream(model: Model) -> None:
+def test_calls_stream(model: Scripted) -> None:
     chunks = list(model.chat(f"I look.\n{CALL}{CALL}", tools=TOOLS, stream=True))
     deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
     assert [call.index for call in deltas] == [0, 0, 1, 1]
@@ -86,7 +47,7 @@ def test_calls_stream(model: Model) -> None:
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
-def test_the_client_s_own_stream_parses_the_arguments(model: Model) -> None:
+def test_the_client_s_own_stream_parses_the_arguments(model: Scripted) -> None:
     events, completion = model.stream(CALL, tools=TOOLS)
     done = [event for event in events if event.type == "tool_calls.function.arguments.done"]
     assert [event.parsed_arguments for event in done] == [GetWeather(city="Köln 🌧")]
@@ -95,8 +56,8 @@ def test_the_client_s_own_stream_parses_the_arguments(model: Model) -> None:
     assert choice.message.tool_calls[0].function.parsed_arguments == GetWeather(city="Köln 🌧")
 
 
-def test_parse(model: Model) -> None:
-    model._answer.write_text(CALL, encoding="utf-8")
+def test_parse(model: Scripted) -> None:
+    model.says(CALL)
     parsed = model.client.chat.completions.parse(model="fake-model", messages=HELLO, tools=TOOLS).choices[0].message
     assert parsed.tool_calls is not None
     assert parsed.tool_calls[0].function.parsed_arguments == GetWeather(city="Köln 🌧")
@@ -104,7 +65,7 @@ def test_parse(model: Model) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("says", [CALL.replace("GetWeather", "GetLost"), CALL[:-20], "<tool_call>\n{}</tool_call>"])
-def test_what_is_no_call_is_content(model: Model, says: str, stream: bool) -> None:
+def test_what_is_no_call_is_content(model: Scripted, says: str, stream: bool) -> None:
     if stream:
         chunks = [chunk.choices[0] for chunk in model.chat(says, tools=TOOLS, stream=True)]
         content, finish = "".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason
@@ -115,18 +76,18 @@ def test_what_is_no_call_is_content(model: Model, says: str, stream: bool) -> No
     assert (content, finish) == (says, "stop")
 
 
-def test_without_tools_nothing_is_a_call(model: Model) -> None:
+def test_without_tools_nothing_is_a_call(model: Scripted) -> None:
     for options in ({}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []}):
         choice = model.chat(CALL, **options).choices[0]
         assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (CALL, None, "stop")
 
 
-def test_one_call_only(model: Model) -> None:
+def test_one_call_only(model: Scripted) -> None:
     message = model.chat(CALL + CALL, tools=TOOLS, parallel_tool_calls=False).choices[0].message
     assert len(message.tool_calls) == 1
 
 
-def test_n_choices_have_their_own_calls(model: Model) -> None:
+def test_n_choices_have_their_own_calls(model: Scripted) -> None:
     choices = model.chat(CALL, tools=TOOLS, n=3).choices
     assert len({choice.message.tool_calls[0].id for choice in choices}) == 3
     chunks = model.chat(CALL, tools=TOOLS, n=3, stream=True)
@@ -136,7 +97,7 @@ def test_n_choices_have_their_own_calls(model: Model) -> None:
     assert sorted(name for name in names if name[1]) == [(index, "GetWeather") for index in range(3)]
 
 
-def test_reasoning(model: Model) -> None:
+def test_reasoning(model: Scripted) -> None:
     says = f"<think>\nShall I? {CALL}\n</think>\n\nYes.\n{CALL}"
     message = model.chat(says, tools=TOOLS).choices[0].message
     assert message.model_extra == {"reasoning_content": f"Shall I? {CALL}"}
@@ -149,7 +110,7 @@ def test_reasoning(model: Model) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_reasoning_that_the_prompt_has_opened(model: Model, stream: bool) -> None:
+def test_reasoning_that_the_prompt_has_opened(model: Scripted, stream: bool) -> None:
     options = {"extra_body": {"chat_template_kwargs": {"thinking": True}}}
     if stream:
         deltas = [chunk.choices[0].delta for chunk in model.chat("Hm.\n</think>\n\nYes.", stream=True, **options)]
@@ -170,7 +131,7 @@ def test_reasoning_that_the_prompt_has_opened(model: Model, stream: bool) -> Non
         ({"extra_body": {"chat_template_kwargs": {"forbidden": True}}}, "messages"),
     ],
 )
-def test_refusals(model: Model, options: dict[str, Any], param: str) -> None:
+def test_refusals(model: Scripted, options: dict[str, Any], param: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         model.chat("x", **options)
     assert caught.value.param == param
@@ -183,53 +144,39 @@ def test_tools_need_a_known_format(start: Callable[..., Server], model_path: Pat
     assert "--tool-call-parser" in str(caught.value)
 
 
-def test_the_built_in_model_calls_a_tool(start: Callable[..., Server]) -> None:
-    server = start(["-m", "minisgl", "--port", "0", "--max-seq-len", "1024"])
-    tools: Any = [
-        {
-            "type": "function",
-            "function": {
-                "name": "get_weather",
-                "description": "Get the weather in a city.",
-                "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-            },
-        }
-    ]
-    messages: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
-    with server.client() as client:
-        made = client.chat.completions.create(model="minisgl-demo", messages=messages, tools=tools, temperature=0)
-        choice = made.choices[0]
-        assert choice.finish_reason == "tool_calls", choice
-        (call,) = choice.message.tool_calls or []
-        assert call.type == "function"
-        assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})
-        result: Any = {"role": "tool", "tool_call_id": call.id, "content": '{"sky": "sunny"}'}
-        asked: Any = [*messages, choice.message, result]
-        final = client.chat.completions.create(model="minisgl-demo", messages=asked, tools=tools, temperature=0)
-        assert "sunny" in (final.choices[0].message.content or "")
-        named = {"type": "function", "function": {"name": "get_weather"}}
-        for forced in ("required", named):  # though nothing in the chat asks for one
-            demanded: dict[str, Any] = {"tools": tools, "tool_choice": forced, "temperature": 0, "max_tokens": 100}
-            made = client.chat.completions.create(model="minisgl-demo", messages=HELLO, **demanded)
-            choice = made.choices[0]
-            assert choice.finish_reason == "tool_calls", choice
-            (call,) = choice.message.tool_calls or []
-            assert call.function.name == "get_weather"
-            assert isinstance(json.loads(call.function.arguments)["city"], str)
+THINK, THOUGHT = "7", "8"  # the built-in model's ids of the tags, which it does not use by itself
 
 
-def test_structured_output_is_no_reasoning(start: Callable[..., Server]) -> None:
-    """Though this parser takes all that comes before `</think>` for such."""
-    server = start(["-m", "minisgl", "--port", "0", "--reasoning-parser", "deepseek_r1"])
+def test_the_answer_has_its_form_after_the_reasoning(start: Callable[..., Server]) -> None:
+    server = start(["-m", "minisgl", "--port", "0", "--reasoning-parser", "qwen3", "--max-seq-len", "1024"])
+    schema: dict[str, Any] = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema["additionalProperties"] = False
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    function: Any = {"type": "function", "function": {"name": "report", "parameters": schema}}
+    asked: dict[str, Any] = {"model": "minisgl-demo", "messages": HELLO, "max_tokens": 900}
     with server.client() as client:
-        made = client.chat.completions.create(
-            model="minisgl-demo",
-            messages=HELLO,
-            temperature=0,
-            max_tokens=60,
-            response_format={
-                "type": "json_schema",
-                "json_schema": {"name": "x", "schema": {"type": "object", "additionalProperties": False}},
-            },
-        )
-    assert json.loads(made.choices[0].message.content or "") == {}
+
+        def answers(**options: Any) -> list[Any]:
+            """To the question asked a few times: it thinks, now more, now less."""
+            made = [
+                client.chat.completions.create(
+                    **asked, **options, seed=strength, logit_bias={THINK: 100, THOUGHT: strength}
+                )
+                for strength in (16, 19, 22, 25)
+            ]
+            assert any((one.choices[0].message.model_extra or {}).get("reasoning_content") for one in made)
+            for one in made:
+                assert one.usage is not None and one.usage.completion_tokens_details is not None
+                thought = one.usage.completion_tokens_details.reasoning_tokens
+                assert thought is not None and thought <= one.usage.completion_tokens
+                assert thought >= 3 or not one.choices[0].message.model_extra
+            return [one.choices[0] for one in made]
+
+        for choice in answers(response_format=form):
+            assert isinstance(json.loads(choice.message.content)["ok"], bool)
+        for choice in answers(tools=[function], tool_choice="required"):
+            assert choice.finish_reason == "tool_calls"
+            for call in choice.message.tool_calls:
+                assert isinstance(json.loads(call.function.arguments)["ok"], bool)
+        plain = client.chat.completions.create(**asked, temperature=0, response_format=form).choices[0].message
+        assert json.loads(plain.content or "").keys() == {"ok"} and not plain.model_extra

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from minisgl.config.locate import DEMO_MODEL
-from minisgl.core import FinishReason
+from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.frontend import UserReply
-from minisgl.message.tokenizer import TokenizeMsg, tokenizer_codec
-from minisgl.server.assemble import Assembler, message_parser
+from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
+from minisgl.server.assemble import new_assembler, with_grammar
 from minisgl.server.protocol import GenerationRequest, parse_chat
 from minisgl.server.protocol_tools import ToolUse
 from minisgl.server.render import ChatRenderer, Totals
@@ -163,12 +165,11 @@ def answer(
 ) -> Any:
     """The choice, from a whole answer; and the same from a stream. Both in the shapes that the openai package knows."""
 
+    config: Any = SimpleNamespace(tool_call_parser=tool_parser, reasoning_parser=reasoning)
+    parsed = with_grammar(GenerationRequest((ChatPrompt([]),), SamplingParams(), tools=tools), config)
+
     def renderer() -> ChatRenderer:
-        make = message_parser(tool_parser, reasoning, tools)
-        parallel, short = tools is None or tools.parallel, tool_parser == "mistral"
-        return ChatRenderer(
-            "m", include_usage=False, assembler=lambda: Assembler(make, parallel=parallel, short_ids=short)
-        )
+        return ChatRenderer("m", include_usage=False, new_assembler=lambda: new_assembler(parsed, config))
 
     totals = Totals(1, 1)
     totals.add(0, given[-1])
@@ -196,6 +197,17 @@ def answer(
 
 
 TOOLS = ToolUse((WEATHER, TIME))
+
+
+def test_choices_begin_in_order_whichever_is_first() -> None:
+    """The openai package's sum of a stream numbers them so."""
+    streaming, state = ChatRenderer("m", include_usage=False), ChatCompletionStreamState()
+    texts = ["zero", "one", "two"]
+    for index in (2, 0, 1):
+        for reply in replies(texts[index]):
+            for chunk in streaming.chunk(index, reply, first=False):
+                state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
+    assert [choice.message.content for choice in state.get_final_completion().choices] == texts
 
 
 def test_a_message_with_calls() -> None:
@@ -248,11 +260,13 @@ def test_demanded_calls_are_read_in_the_format_of_their_grammar() -> None:
     named = ToolUse((WEATHER, TIME), required=True, function="get_weather")
     forced = named.forced("pythonic")
     assert forced is not None and forced.schema == PARAMETERS
-    choice = answer(replies('{"city": ', '"Paris"}'), named, "deepseek_r1", "pythonic")
+    given = replies("Hm", "</think>", '{"city": ', '"Paris"}')
+    choice = answer(given, named, "deepseek_r1", "pythonic")
+    assert choice.message.model_extra == {"reasoning_content": "Hm"}
     assert (choice.finish_reason, choice.message.tool_calls[0].function.arguments) == (
         "tool_calls",
         '{"city": "Paris"}',
     )
-    choice = answer(replies(*HERMES), named, "deepseek_r1")
+    choice = answer(replies(*HERMES), named, "qwen3")
     assert (choice.finish_reason, choice.message.tool_calls[0].function.name) == ("tool_calls", "get_weather")
     assert TOOLS.forced("hermes") is None

@@ -24,6 +24,7 @@ from minisgl.errors import RequestError
 from minisgl.grammar.store import GrammarStore
 from minisgl.grammar.vocabulary import VocabularyConfig
 from tests.schemas import schemas
+from tests.tokenizers_fixture import make_byte_level
 
 MODEL = Path(minisgl.__file__).parent / "demo_model"
 EOS = 2
@@ -130,12 +131,44 @@ def test_text_around(store: GrammarStore) -> None:
     around = {"prefix": "<tool_call>\n", "suffix": "\n</tool_call>"}
     assert accepts(compile_in(store, "json", schema, **around), '<tool_call>\n{"a": 1}\n</tool_call>')
     assert allowed(compile_in(store, "json", schema, **around)) == [TOKENIZER.token_to_id("<tool_call>")]
-    thinking = {**around, "after": "</think>", "prefix": "\n\n<tool_call>\n"}
-    assert accepts(
-        compile_in(store, "json", schema, **thinking),
-        'so {"a": 0}?\n</think>\n\n<tool_call>\n{"a": 1}\n</tool_call>',
+
+
+@pytest.mark.parametrize("around", [{}, {"prefix": "<tool_call>\n", "suffix": "\n</tool_call>"}], ids=["alone", "call"])
+@pytest.mark.parametrize("kind", ["json", "regex", "choice"])
+def test_reasoning_comes_before_the_answer(store: GrammarStore, kind: str, around: dict[str, str]) -> None:
+    text = {"json": {"const": {"a": 1}}, "regex": r"\{\"a\": 1\}", "choice": ['{"a": 1}', "b"]}[kind]
+    answer = around.get("prefix", "") + '{"a": 1}' + around.get("suffix", "")
+    optional = compile_in(store, kind, text, reasoning="optional", **around)
+    always = compile_in(store, kind, text, reasoning="always", **around)
+    thought = 'so {"a": 0}?\n größer 🙂\n' * 50 + "</think>"
+    for tagged in (f"<think>\n{thought}\n\n", "<think></think>", "<think>\n\n</think>\n\n"):
+        assert accepts(optional.deep_copy(), tagged + answer)
+        assert accepts(always.deep_copy(), tagged + answer)
+        assert not accepts(optional.deep_copy(), tagged)
+        assert not accepts(optional.deep_copy(), tagged + "no")
+    assert accepts(optional.deep_copy(), answer)
+    assert not accepts(optional.deep_copy(), thought + answer)
+    assert not accepts(always.deep_copy(), answer)
+    assert accepts(always.deep_copy(), thought + answer)
+    assert EOS not in allowed(always)
+
+
+def test_reasoning_tags_that_are_no_tokens(tmp_path: Path) -> None:
+    """They are found in the text then, at the first place where it has them."""
+    model = make_byte_level(tmp_path)
+    store, tokenizer = (
+        GrammarStore(VocabularyConfig(str(model), 400, (2,))),
+        Tokenizer.from_file(f"{model}/tokenizer.json"),
     )
-    assert not accepts(compile_in(store, "json", schema, **thinking), '<tool_call>\n{"a": 1}\n</tool_call>')
+    try:
+        for reasoning, head in (("always", "so </thin"), ("optional", "<think>so ")):
+            matcher = compile_in(store, "choice", ["yes", "no"], reasoning=reasoning)
+            for text, good in ((f"{head}</think>\nyes", True), (f"{head}</think>x", False), (f"{head}yes", False)):
+                ids = tokenizer.encode(text, add_special_tokens=False).ids
+                trial = matcher.deep_copy()
+                assert (trial.try_consume_tokens(ids) == len(ids) and trial.is_accepting()) is good, text
+    finally:
+        store.close()
 
 
 def test_several_of_them(store: GrammarStore) -> None:

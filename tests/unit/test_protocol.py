@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisgl.core import SamplingParams
+from minisgl.core import MAX_COUNT, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import unpack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt
@@ -22,6 +22,7 @@ from minisgl.server.protocol import (
     parse_completion,
     parse_generate,
 )
+from minisgl.server.protocol_sampling import SamplingFields
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -169,3 +170,13 @@ def test_one_request_makes_only_so_many_outputs() -> None:
     body = {"prompt": ["a"] * 100, "n": 21}
     with pytest.raises(RequestError, match="100 prompts with n=21"):
         parse_completion(json.dumps(body).encode(), {})
+
+
+@pytest.mark.parametrize("name", SamplingFields.model_fields)
+def test_documented_bounds_are_accepted(name: str) -> None:
+    """That nothing beyond them is, schemathesis tests."""
+    kinds = SamplingFields.model_json_schema()["properties"][name].get("anyOf", [])
+    for bound in [kind[end] for kind in kinds for end in ("minimum", "maximum") if end in kind]:
+        body = {"prompt": "a", "max_tokens": MAX_COUNT, name: bound}
+        (value,) = [getattr(parse_completion(json.dumps(body).encode(), {}).params, name)]
+        assert value == bound

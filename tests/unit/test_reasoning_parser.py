@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisgl.config.chat import REASONING_PARSERS
 from minisgl.parser.parts import CallPart, Chain, Parser, Part, ReasoningPart, TextPart
-from minisgl.parser.registry import REASONING_PARSERS, make_reasoning_parser, make_tool_parser
+from minisgl.parser.registry import make_reasoning_parser, make_tool_parser
 
 
 def parse(parser: Parser, *texts: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minisgl.config.runtime import Addresses, TokenizerConfig
-from minisgl.core import SamplingParams
+from minisgl.core import Grammar, SamplingParams
 from minisgl.errors import ConfigError, RequestError
 from minisgl.message.backend import AbortMsg, PingMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
@@ -17,7 +17,7 @@ from minisgl.message.frontend import ErrorReply, PongReply, UserReply
 from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, IdsPrompt, StreamStart, TextPrompt, TokenizeMsg
 from minisgl.tokenizer.server import TokenizerServer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
-from tests.tokenizers_fixture import make_byte_level
+from tests.tokenizers_fixture import CHATML, make_byte_level
 
 CONFIG = TokenizerConfig(model_path="", max_seq_len=64, vocab_size=400)
 HELLO = ChatPrompt(messages=[{"role": "user", "content": "hello"}])
@@ -94,6 +94,26 @@ def test_max_tokens_is_what_the_context_has_room_for(byte_level: HFTextCodec, as
     answer = tokenize_one(byte_level, IdsPrompt(input_ids=pack_ids([3, 4])), max_tokens=asked)
     assert isinstance(answer, UserMsg)
     assert answer.params.max_tokens == got
+
+
+@pytest.mark.parametrize(
+    ("end", "usually", "does"),
+    [
+        ("", "optional", "optional"),
+        ("<think>\n", "optional", "always"),
+        ("<think>\n\n</think>\n\n", "optional", ""),
+        ("", "always", "always"),
+        ("</think>", "always", ""),
+    ],
+)
+def test_the_end_of_the_prompt_says_whether_reasoning_comes_before_a_grammar(
+    tmp_path: Path, end: str, usually: str, does: str
+) -> None:
+    codec = HFTextCodec(str(make_byte_level(tmp_path, template=CHATML.replace("assistant\n", "assistant\n" + end))))
+    chat = ChatPrompt([{"role": "user", "content": "a <think> b"}])
+    made = tokenize_one(codec, chat, grammar=Grammar("regex", "x", reasoning=usually))
+    assert isinstance(made, UserMsg)
+    assert made.params.grammar == Grammar("regex", "x", reasoning=does)
 
 
 def test_seeds_are_drawn_where_none_is_given(byte_level: HFTextCodec) -> None:

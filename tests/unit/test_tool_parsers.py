@@ -287,6 +287,11 @@ def test_forced_calls_are_read_back(name: str | None, parallel: bool) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_a_function_by_name_is_called_once(name: str | None) -> None:
+    assert forced(name, "get_time") == forced(name, "get_time", parallel=False)
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_forced_calls_follow_the_schema_of_their_function(name: str | None) -> None:
     schema = forced(name, None).schema
     key = "parameters" if name == "llama3_json" else "arguments"

@@ -8,7 +8,8 @@ from typing import Any
 from minisgl.config.model import read_json
 
 TOOL_PARSERS = ("hermes", "qwen", "llama3_json", "mistral", "pythonic")
-REASONING_PARSERS = ("qwen3", "deepseek_r1")
+REASONING_PARSERS = {"qwen3": "optional", "deepseek_r1": "always"}  # name: whether models reason (`core.Grammar`)
+OPENING, CLOSING = "<think>", "</think>"
 
 # Special tokens that are markers of a format: they must reach the parser as text.
 _MARKERS = {
@@ -17,8 +18,8 @@ _MARKERS = {
     "llama3_json": ("<|python_tag|>",),
     "mistral": ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
     "pythonic": ("<|python_tag|>", "<|python_start|>", "<|python_end|>"),
-    "qwen3": ("<think>", "</think>"),
-    "deepseek_r1": ("<think>", "</think>"),
+    "qwen3": (OPENING, CLOSING),
+    "deepseek_r1": (OPENING, CLOSING),
 }
 # Formats that share a marker with one of ours.
 _OTHER_FORMATS = ("<function=", "<arg_key>", "<tool_call_begin>", "<｜tool▁call▁begin｜>")
@@ -65,9 +66,18 @@ def choose_reasoning_parser(wanted: str | None, template: str) -> str | None:
     """The same for reasoning. DeepSeek-R1's kind of models think without being told to, and its tag may be missing."""
     if wanted is not None:
         return None if wanted == "none" else wanted
-    if "</think>" not in template:
+    if CLOSING not in template:
         return None
     return "deepseek_r1" if "<｜Assistant｜>" in template and "thinking" not in template else "qwen3"
+
+
+def reasoning_after(prompt_end: str, usually: str) -> str:
+    """Whether the output begins with reasoning, for a model that `usually` does so: templates that force or forbid it
+    put the tags at the end of the prompt."""
+    prompt_end = prompt_end.rstrip()
+    if prompt_end.endswith(CLOSING):
+        return ""
+    return "always" if prompt_end.endswith(OPENING) else usually
 
 
 def visible_tokens(*parsers: str | None) -> tuple[str, ...]:

@@ -349,9 +349,10 @@ class CudaRunner:
         """Raises nothing: it may be a failure that ends the engine."""
         try:
             with self._on_device():
+                del self._graphs  # first: NCCL waits for the end of all graphs that have captured it
                 self._shard.comm.close()
                 torch.cuda.synchronize()
-            del self._graphs, self._kv, self._shard, self._backend
+            del self._kv, self._shard, self._backend
             torch.cuda.empty_cache()
         except (RuntimeError, EngineError) as error:  # of the GPU, or of other ranks, and reported when it happened
             logger.warning("the GPU's memory is left to the end of the process: %s", str(error).splitlines()[0])

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
+from minisgl.config.chat import CLOSING, OPENING
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
 
@@ -28,18 +29,28 @@ def to_llguidance(grammar: Grammar, special: Mapping[str, int]) -> str:
         body = _BODIES[grammar.kind](grammar.text, special)
     except (GbnfToLarkError, RecursionError, ValueError) as error:
         raise RequestError(f"{grammar.param}: {error}", param=grammar.param) from None
-    if not (grammar.prefix or grammar.suffix or grammar.after or grammar.separator is not None):
+    if not (grammar.prefix or grammar.suffix or grammar.reasoning or grammar.separator is not None):
         return body
     parts = [_literal(grammar.prefix, special), "@body", _literal(grammar.suffix, special)]
     rules = {"start": "match", "match": " ".join(filter(None, parts))}
     if grammar.separator is not None:
         rules["start"] = f"match ({_literal(grammar.separator, special)} match)*"
-    if grammar.after:
-        rules["start"] = f"before {_literal(grammar.after, special)} {rules['start']}"
-        rules["before"] = r"/(.|\n)*/"
+    if grammar.reasoning:
+        rules = {**rules, **_reasoning(grammar.reasoning, special), "start": f"reasoning {rules['start']}"}
     lark = "\n".join(f"{name}: {rule}" for name, rule in rules.items())
     grammars = [{"name": "outer", "lark_grammar": lark}, {**json.loads(body)["grammars"][0], "name": "body"}]
     return json.dumps({"grammars": grammars})
+
+
+def _reasoning(reasoning: str, special: Mapping[str, int]) -> dict[str, str]:
+    """Rules of what comes before the answer, tags and whitespace included. No token that ends the output does."""
+    opening = _literal(OPENING, special)
+    if CLOSING in special:
+        thought = {"thought": f"ANYTHING {_literal(CLOSING, special)}", "ANYTHING": r"/(.|\n)*/"}
+    else:  # a text as any other
+        thought = {"thought[lazy]": r"/(.|\n)*" + CLOSING.replace("/", r"\/") + "/"}
+    start = f"({opening})? thought SPACE?" if reasoning == "always" else f"({opening} thought SPACE?)?"
+    return {"reasoning": start, "SPACE": r"/[ \t\n]{1,32}/", **thought}
 
 
 def _json_body(text: str, special: Mapping[str, int]) -> str:  # noqa: ARG001
@@ -52,17 +63,22 @@ def _regex_body(text: str, special: Mapping[str, int]) -> str:  # noqa: ARG001
 
 def _choice_body(text: str, special: Mapping[str, int]) -> str:
     choices = " | ".join(_literal(choice, special) or '""' for choice in json.loads(text))
-    return LLMatcher.grammar_from_lark(f"start: {choices}")
+    return _lark_body(f"start: {choices}")
 
 
 def _grammar_body(text: str, special: Mapping[str, int]) -> str:  # noqa: ARG001
     """Lark, or EBNF as llama.cpp writes it (`root ::= …`)."""
     if re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE):
         text = gbnf_to_lark(text)
-    return LLMatcher.grammar_from_lark(text)
+    return _lark_body(text)
 
 
+# Each makes a list of one grammar, as JSON.
 _BODIES = {"json": _json_body, "regex": _regex_body, "choice": _choice_body, "grammar": _grammar_body}
+
+
+def _lark_body(text: str) -> str:
+    return json.dumps({"grammars": [{"lark_grammar": text}]})
 
 
 def _literal(text: str, special: Mapping[str, int]) -> str:

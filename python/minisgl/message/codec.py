@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
-import numpy as np
 
 T = TypeVar("T")
 
@@ -29,11 +29,10 @@ class Codec(Generic[T]):
 
 
 def pack_ids(token_ids: Sequence[int]) -> bytes:
-    """Token ids as little-endian int32 bytes."""
-    return np.asarray(token_ids, dtype="<i4").tobytes()
+    """Token ids as int32 bytes, of this machine's order."""
+    return array("i", token_ids).tobytes()
 
 
 def unpack_ids(data: bytes) -> list[int]:
     """The inverse of `pack_ids`."""
-    token_ids: list[int] = np.frombuffer(data, dtype="<i4").tolist()
-    return token_ids
+    return memoryview(data).cast("i").tolist()

@@ -12,6 +12,8 @@ from minisgl.message.codec import Codec
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.logprobs import PackedLogprobs
 
+PROMPT_TAIL = 16  # prompt ids that say how the prompt ends: more than a tag and whitespace, spelled out, have
+
 
 class ChatPrompt(msgspec.Struct, frozen=True, tag="chat", forbid_unknown_fields=True):
     """Messages for the chat template, as the template expects them (OpenAI's shape)."""

@@ -32,8 +32,9 @@ def forced_call(
     parser: the name of the format, as for `--tool-call-parser`; None: unknown.
     tools: as in the request (`{"type": "function", "function": {…}}`).
     function: the name of the one to call; None: any.
-    parallel: there may be several calls.
+    parallel: there may be several calls, unless one function is named: that is one call.
     """
+    parallel = parallel and function is None
     functions = [tool["function"] for tool in tools if function in (None, tool["function"]["name"])]
     if parser in ("hermes", "qwen"):
         separator = "\n" if parallel else None

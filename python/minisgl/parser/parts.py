@@ -45,6 +45,16 @@ class Parser(Protocol):
         ...
 
 
+class PlainText:
+    """The parser of what is text and nothing else."""
+
+    def push(self, text: str) -> list[Part]:
+        return [TextPart(text)] if text else []
+
+    def finish(self) -> list[Part]:
+        return []
+
+
 class Chain:
     """What `first` makes plain text of goes through `second`."""
 

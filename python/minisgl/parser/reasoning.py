@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from minisgl.config.chat import CLOSING, OPENING
 from minisgl.parser.parts import Part, ReasoningPart, TextPart, num_certain
-
-OPENING, CLOSING = "<think>", "</think>"
 
 
 class ThinkParser:
@@ -13,17 +12,18 @@ class ThinkParser:
     Whitespace around reasoning and before the answer is formatting, and dropped. A text that ends while the model still
     thinks is reasoning as a whole.
 
-    prompt_end: the text with which the prompt ends; templates that force or forbid thinking put the tags there.
-    always: a text without an opening tag is reasoning, too (DeepSeek-R1), unless the prompt has closed it.
+    reasoning: as in `core.Grammar`. "always": a text without an opening tag is reasoning, too.
     """
 
-    def __init__(self, prompt_end: str = "", *, always: bool = False) -> None:
-        prompt_end = prompt_end.rstrip()
+    def __init__(self, reasoning: str) -> None:
         self._buffer = ""
-        self._without_tag = self._text
-        if prompt_end.endswith(OPENING) or (always and not prompt_end.endswith(CLOSING)):
-            self._without_tag = self._reasoning
-        self._state = self._text if prompt_end.endswith(CLOSING) else self._begin
+        self._without_tag = self._reasoning if reasoning == "always" else self._text
+        self._state = self._begin if reasoning else self._text
+
+    @property
+    def is_thinking(self) -> bool:
+        """The reasoning has begun, and goes on as far as can be seen."""
+        return self._state in (self._leading, self._reasoning)
 
     def push(self, text: str) -> list[Part]:
         self._buffer += text

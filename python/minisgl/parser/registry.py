@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
+from minisgl.config.chat import REASONING_PARSERS, reasoning_after
 from minisgl.parser.forced import PlainParser
 from minisgl.parser.parts import Parser
 from minisgl.parser.reasoning import ThinkParser
@@ -15,10 +16,6 @@ TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "llama3_json": LlamaParser,
     "mistral": MistralParser,
     "pythonic": PythonicParser,
-}
-REASONING_PARSERS: dict[str, Callable[[str], ThinkParser]] = {
-    "qwen3": ThinkParser,
-    "deepseek_r1": lambda prompt_end: ThinkParser(prompt_end, always=True),
 }
 
 
@@ -33,6 +30,6 @@ def make_forced_parser(name: str | None, functions: Collection[str], function: s
     return make_tool_parser(name, functions)
 
 
-def make_reasoning_parser(name: str, prompt_end: str) -> Parser:
+def make_reasoning_parser(name: str, prompt_end: str) -> ThinkParser:
     """prompt_end: the text with which the prompt ends."""
-    return REASONING_PARSERS[name](prompt_end)
+    return ThinkParser(reasoning_after(prompt_end, REASONING_PARSERS[name]))

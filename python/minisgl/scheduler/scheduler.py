@@ -13,7 +13,7 @@ from minisgl.message.backend import AbortMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import FlushReply
 from minisgl.message.logprobs import pack_logprobs
-from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
+from minisgl.message.tokenizer import PROMPT_TAIL, DetokenizeMsg, StreamStart
 from minisgl.scheduler.executor import Executor, StepHandle
 from minisgl.scheduler.grammar import Grammars
 from minisgl.scheduler.output import ReqOutput
@@ -24,7 +24,6 @@ from minisgl.scheduler.transport import Transport
 logger = logging.getLogger(__name__)
 
 _PUMP_SECONDS = 0.1
-_PROMPT_TAIL = 8  # ids that the detokenizer gets as context
 _CHECK_EVERY = 16  # spells of work
 _MAX_FAILURES = 3  # steps in a row; after that the device is taken for broken
 
@@ -174,7 +173,7 @@ def _stream_start(req: Req) -> StreamStart:
     return StreamStart(
         num_prompt_tokens=req.prompt_len,
         stop=params.stop,
-        prompt_tail=pack_ids(prompt[-_PROMPT_TAIL:]),
+        prompt_tail=pack_ids(prompt[-PROMPT_TAIL:]),
         include_stop=params.include_stop_str_in_output,
         skip_special=params.skip_special_tokens,
         min_tokens=params.min_tokens,

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -21,18 +20,28 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
-from minisgl.server.assemble import Assembler, message_parser
+from minisgl.server.assemble import new_assembler, with_grammar
 from minisgl.server.bodies import (
     MAX_BODY_BYTES,
-    SCHEMA_REF,
-    body_schema,
     check_model,
-    error_responses,
     json_response,
     read_json,
 )
 from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend, Stream
+from minisgl.server.openapi import (
+    EVENTS,
+    RESPONSE_EVENTS,
+    ChatCompletion,
+    Generated,
+    ModelCard,
+    ModelList,
+    ModelResponse,
+    TextCompletion,
+    describe,
+    documented,
+    fields,
+)
 from minisgl.server.operations import BODIES, Limits, add_admin_routes, add_metrics_route, add_text_routes
 from minisgl.server.protocol import (
     ChatBody,
@@ -44,7 +53,6 @@ from minisgl.server.protocol import (
     parse_completion,
     parse_generate,
 )
-from minisgl.server.protocol_grammar import schema_grammar
 from minisgl.server.protocol_responses import ResponsesBody, parse_responses
 from minisgl.server.protocol_sampling import check_policy
 from minisgl.server.render import (
@@ -72,32 +80,36 @@ Parser = Callable[[bytes, Mapping[str, float | int]], R]
 
 def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition) -> FastAPI:
     """The application. It has no state of its own: requests live in `frontend`, counts in `exposition`."""
-    app = FastAPI(
-        title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None, responses=error_responses()
-    )
+    app = FastAPI(title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None)
     created = int(time.time())
     health_seconds = env_number("MINISGL_HEALTH_TIMEOUT", DEFAULT_HEALTH_SECONDS, low=0.1, high=3600)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
     limits = Limits(max_body, health_seconds)
     _add_error_handlers(app)
-    _add_schema(app)
+    bodies = (ChatBody, CompletionBody, GenerateBody, ResponsesBody, *BODIES)
+    describe(app, bodies, keys=bool(config.access.api_keys))
 
     async def generate(request: Request, parse: Parser[R], make: Callable[[R], Renderer]) -> Response:
-        parsed = parse(await read_json(request, max_body), config.default_sampling)
+        parsed = with_grammar(parse(await read_json(request, max_body), config.default_sampling), config)
         check_model(parsed.model, config)
         check_policy(parsed.params, config.scheduler.schedule_policy)
         return await _answer(frontend, request, parsed, make(parsed))
 
-    @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
+    @app.post("/v1/chat/completions", **documented(ChatCompletion, ChatBody, errors=(404, 503), events=EVENTS))
     async def chat_completions(request: Request) -> Response:
         """Answer a chat."""
+        return await generate(
+            request,
+            parse_chat,
+            lambda r: ChatRenderer(
+                config.served_model_name,
+                include_usage=r.include_usage,
+                logprobs=r.logprobs,
+                new_assembler=lambda: new_assembler(r, config),
+            ),
+        )
 
-        def parse(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
-            return _with_forced_call(parse_chat(data, defaults), config.tool_call_parser)
-
-        return await generate(request, parse, lambda parsed: _chat_renderer(config, parsed))
-
-    @app.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
+    @app.post("/v1/completions", **documented(TextCompletion, CompletionBody, errors=(404, 503), events=EVENTS))
     async def completions(request: Request) -> Response:
         """Continue a text, or several."""
         name = config.served_model_name
@@ -107,35 +119,35 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
             lambda r: CompletionRenderer(name, include_usage=r.include_usage, logprobs=r.logprobs),
         )
 
-    @app.post("/v1/responses", openapi_extra=body_schema(ResponsesBody))
+    @app.post("/v1/responses", **documented(ModelResponse, ResponsesBody, errors=(404, 503), events=RESPONSE_EVENTS))
     async def responses(request: Request) -> Response:
         """Answer a conversation, which is sent as a whole each time."""
         name = config.served_model_name
-        return await generate(request, parse_responses, lambda parsed: ResponsesRenderer(name, parsed))
+        return await generate(request, parse_responses, lambda r: ResponsesRenderer(name, r, new_assembler(r, config)))
 
-    @app.post("/generate", openapi_extra=body_schema(GenerateBody))
+    @app.post("/generate", **documented(Generated, GenerateBody, errors=(503,), events=EVENTS))
     async def generate_native(request: Request) -> Response:
         """Continue a text or token ids; the answer has token ids too."""
         return await generate(request, parse_generate, lambda _: GenerateRenderer())
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", **documented(ModelList))
     async def models() -> Response:
         """The model that is served."""
         return json_response({"object": "list", "data": [_model_card(config, created)]})
 
-    @app.get("/v1/models/{model:path}")
+    @app.get("/v1/models/{model:path}", **documented(ModelCard, errors=(404,)))
     async def model(model: str) -> Response:
         """The model, if it is the one that is served."""
         check_model(model, config)
         return json_response(_model_card(config, created))
 
-    @app.get("/health")
+    @app.get("/health", **documented(fields(status="string"), errors=(503,)))
     async def health() -> Response:
         """Whether a message makes the round trip through all processes: 200, or 503."""
         await frontend.ping(health_seconds)
         return json_response({"status": "ok"})
 
-    @app.get("/v1")
+    @app.get("/v1", **documented(fields(status="string", server="string", version="string")))
     async def root() -> Response:
         """That this is a server of this API."""
         return json_response({"status": "ok", "server": "minisgl", "version": minisgl.__version__})
@@ -144,35 +156,6 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     add_admin_routes(app, frontend, config, limits)
     add_metrics_route(app, frontend, exposition)
     return app
-
-
-def _with_forced_call(parsed: GenerationRequest, tool_parser: str | None) -> GenerationRequest:
-    """With the grammar of the call that the client demands, if it does."""
-    forced = None if parsed.tools is None else parsed.tools.forced(tool_parser)
-    if forced is None:
-        return parsed
-    grammar = schema_grammar(
-        forced.schema, "tools", prefix=forced.prefix, suffix=forced.suffix, separator=forced.separator
-    )
-    return replace(parsed, params=replace(parsed.params, grammar=grammar))
-
-
-def _chat_renderer(config: ServerConfig, parsed: GenerationRequest) -> ChatRenderer:
-    """Raises: RequestError when the request has tools and the format of this model's calls is not known."""
-    tools, tool_parser = parsed.tools, config.tool_call_parser
-    if tools is not None and not tools.required and tool_parser is None:
-        message = "tools: the format of this model's tool calls is not known; start the server with --tool-call-parser"
-        raise RequestError(message, param="tools")
-    make = message_parser(tool_parser, config.reasoning_parser, tools)
-    if parsed.params.grammar is not None and (tools is None or not tools.required):
-        make = None  # what the client has given a form is text, from its beginning to its end
-    parallel, short_ids = tools is None or tools.parallel, tool_parser == "mistral"
-    return ChatRenderer(
-        config.served_model_name,
-        include_usage=parsed.include_usage,
-        logprobs=parsed.logprobs,
-        assembler=lambda: Assembler(make, parallel=parallel, short_ids=short_ids),
-    )
 
 
 async def _answer(frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer) -> Response:
@@ -371,20 +354,3 @@ def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, failed)
-
-
-def _add_schema(app: FastAPI) -> None:
-    """Give the OpenAPI document the schemas that the routes' bodies refer to."""
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (ChatBody, CompletionBody, GenerateBody, ResponsesBody, *BODIES):
-                schema = model.model_json_schema(ref_template=SCHEMA_REF)
-                schemas.update(schema.pop("$defs", {}))
-                schemas[model.__name__] = schema
-            app.openapi_schema = document
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]

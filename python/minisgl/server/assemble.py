@@ -1,72 +1,94 @@
-"""A choice's replies as an assistant's message in OpenAI's shape: content, reasoning and tool calls."""
+"""What an assistant says: content, reasoning and tool calls; what holds a model to them, and what reads them."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
+from minisgl.config.chat import REASONING_PARSERS
+from minisgl.config.runtime import ServerConfig
 from minisgl.core import FinishReason
+from minisgl.errors import RequestError
 from minisgl.message.frontend import UserReply
-from minisgl.parser.parts import CallPart, Chain, Parser, Part, ReasoningPart, TextPart
+from minisgl.message.tokenizer import ChatPrompt
+from minisgl.parser.parts import CallPart, Chain, Parser, Part, PlainText, ReasoningPart, TextPart
+from minisgl.parser.reasoning import ThinkParser
 from minisgl.parser.registry import make_forced_parser, make_reasoning_parser, make_tool_parser
-from minisgl.server.protocol_tools import ToolUse
+from minisgl.server.protocol import GenerationRequest
+from minisgl.server.protocol_grammar import schema_grammar
 
-MakeParser = Callable[[str], Parser]  # from the text with which the prompt ends
+R = TypeVar("R", bound=GenerationRequest)
 
 
-def message_parser(tool_parser: str | None, reasoning_parser: str | None, tools: ToolUse | None) -> MakeParser | None:
-    """What reads the answers to a request with these tools; None: they are text and nothing else."""
+def with_grammar(parsed: R, config: ServerConfig) -> R:
+    """If it is a chat, with the grammar of calls that the client demands, and of reasoning before any grammar.
+
+    Raises: RequestError when the request has tools and the format of this model's calls is not known.
+    """
+    if not isinstance(parsed.prompts[0], ChatPrompt):
+        return parsed
+    tools, grammar = parsed.tools, parsed.params.grammar
+    if tools is not None and not tools.required and config.tool_call_parser is None:
+        message = "tools: the format of this model's tool calls is not known; start the server with --tool-call-parser"
+        raise RequestError(message, param="tools")
+    call = None if tools is None else tools.forced(config.tool_call_parser)
+    if call is not None:
+        grammar = schema_grammar(call.schema, "tools", prefix=call.prefix, suffix=call.suffix, separator=call.separator)
+    if grammar is not None and config.reasoning_parser is not None:
+        grammar = replace(grammar, reasoning=REASONING_PARSERS[config.reasoning_parser])
+    return replace(parsed, params=replace(parsed.params, grammar=grammar))
+
+
+def new_assembler(parsed: GenerationRequest, config: ServerConfig) -> Assembler:
+    """What reads one of the answers to this request."""
+    tools, format_name = parsed.tools, config.tool_call_parser
+    answer: Parser | None = None
     if tools is not None and tools.required:
-        return lambda _: make_forced_parser(tool_parser, tools.names, tools.function)
-    if reasoning_parser is None and (tools is None or tool_parser is None):
-        return None
-
-    def make(prompt_end: str) -> Parser:
-        parsers = []
-        if reasoning_parser is not None:
-            parsers.append(make_reasoning_parser(reasoning_parser, prompt_end))
-        if tools is not None and tool_parser is not None:
-            parsers.append(make_tool_parser(tool_parser, tools.names))
-        return Chain(*parsers) if len(parsers) == 2 else parsers[0]
-
-    return make
-
-
-def new_call_id(*, short: bool) -> str:
-    """short: nine letters and digits, which Mistral's templates insist on."""
-    return uuid.uuid4().hex[:9] if short else f"call_{uuid.uuid4().hex[:24]}"
+        answer = make_forced_parser(format_name, tools.names, tools.function)
+    elif tools is not None and format_name is not None and parsed.params.grammar is None:
+        answer = make_tool_parser(format_name, tools.names)
+    parallel, short_ids = tools is None or tools.parallel, format_name == "mistral"
+    return Assembler(config.reasoning_parser, answer, parallel=parallel, short_ids=short_ids)
 
 
 class Assembler:
     """Reads one choice's replies, from the first to the last.
 
-    make_parser: None when text is all there is.
+    reasoning: the name of its parser, if the model may reason. answer: the parser of what comes after that; None: text.
     parallel: without it, calls after the first are dropped.
+    short_ids: nine letters and digits, which Mistral's templates insist on.
     """
 
     def __init__(
-        self, make_parser: MakeParser | None = None, *, parallel: bool = True, short_ids: bool = False
+        self,
+        reasoning: str | None = None,
+        answer: Parser | None = None,
+        *,
+        parallel: bool = True,
+        short_ids: bool = False,
     ) -> None:
-        self._make_parser = make_parser
+        self._reasoning, self._answer = reasoning, answer
+        self._thinker: ThinkParser | None = None
         self._parser: Parser | None = None
         self._parallel = parallel
         self._short_ids = short_ids
         self._num_calls = 0
+        self.num_reasoning = 0  # tokens; of those that came together with the end of the reasoning, all
 
     def deltas(self, reply: UserReply) -> list[dict[str, Any]]:
         """The increments of a streamed message."""
-        if self._make_parser is None:
-            return [{"content": reply.text}] if reply.text else []
         deltas: list[dict[str, Any]] = []
-        for part in self._parts(reply):
+        for part in self.parts(reply):
             if isinstance(part, TextPart):
                 deltas.append({"content": part.text})
             elif isinstance(part, ReasoningPart):
                 deltas.append({"reasoning_content": part.text})
             else:
                 if part.name is not None:
-                    deltas.append(_call_delta(part.index, self._new_call(part.name)))
+                    call = {"id": self.new_call_id(), "type": "function"}
+                    deltas.append(_call_delta(part.index, {**call, "function": {"name": part.name, "arguments": ""}}))
                 if part.arguments:
                     deltas.append(_call_delta(part.index, {"function": {"arguments": part.arguments}}))
         return deltas
@@ -98,19 +120,28 @@ class Assembler:
         is_done = reply.finish_reason is FinishReason.STOP and self._num_calls
         return FinishReason.TOOL_CALLS if is_done else reply.finish_reason
 
-    def _parts(self, reply: UserReply) -> list[Part]:
-        assert self._make_parser is not None
+    def parts(self, reply: UserReply) -> list[Part]:
+        """What a reply adds to the message."""
         if self._parser is None:
             self._parser = self._make_parser(reply.prompt_end)
+        was_thinking = self._thinker is not None and self._thinker.is_thinking
         parts = self._parser.push(reply.text) if reply.text else []
         if reply.finish_reason is not None:
             parts = parts + self._parser.finish()
+        if was_thinking or any(isinstance(part, ReasoningPart) for part in parts):
+            self.num_reasoning = reply.num_output_tokens
         self._num_calls += sum(isinstance(part, CallPart) and part.name is not None for part in parts)
         return [part for part in parts if self._parallel or not isinstance(part, CallPart) or part.index == 0]
 
-    def _new_call(self, name: str) -> dict[str, Any]:
-        call_id = new_call_id(short=self._short_ids)
-        return {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
+    def new_call_id(self) -> str:
+        return uuid.uuid4().hex[:9] if self._short_ids else f"call_{uuid.uuid4().hex[:24]}"
+
+    def _make_parser(self, prompt_end: str) -> Parser:
+        answer = self._answer or PlainText()
+        if self._reasoning is None:
+            return answer
+        self._thinker = make_reasoning_parser(self._reasoning, prompt_end)
+        return Chain(self._thinker, answer)
 
 
 def _call_delta(index: int, call: dict[str, Any]) -> dict[str, Any]:

@@ -3,56 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import orjson
 from fastapi import Request, Response
-from pydantic import BaseModel
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
 
 MAX_BODY_BYTES = 64 * 2**20  # unless MINISGL_MAX_BODY_BYTES says otherwise
-SCHEMA_REF = "#/components/schemas/{model}"
 
 
 def json_response(payload: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(orjson.dumps(payload), status, headers, media_type="application/json")
-
-
-def body_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The request body for the OpenAPI document: routes parse bodies themselves (`protocol`)."""
-    schema = {"$ref": SCHEMA_REF.format(model=model.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong, as OpenAI tells it."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """Every answer that is an error."""
-
-    error: ErrorDetail
-
-
-def error_responses() -> dict[int | str, dict[str, Any]]:
-    """The statuses of errors, for the OpenAPI document."""
-    texts = {
-        400: "The request cannot be served as it was asked; `param` names the field.",
-        401: "No API key that the server knows.",
-        404: "No such path or model.",
-        413: "The body is too long.",
-        415: "The body does not say that it is JSON.",
-        500: "A fault of the server's.",
-        503: "A process of the server is gone, or does not answer.",
-    }
-    return {status: {"model": ErrorBody, "description": text} for status, text in texts.items()}
 
 
 async def read_json(request: Request, limit: int) -> bytes:

@@ -15,6 +15,7 @@ from minisgl.message.frontend import StatsReply
 from minisgl.server.metrics import RequestMetrics
 
 _METHODS = ("GET", "POST", "OPTIONS", "HEAD", "PUT", "PATCH", "DELETE")
+_OPENMETRICS = "application/openmetrics-text"
 _LABELS = ("model_name",)
 
 
@@ -34,7 +35,9 @@ class Exposition:
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         registry.register(_Fixed([*self._scheduler(stats), *self._counts(), *self._timings()]))
-        encode, content_type = choose_encoder(accept)
+        # The header is not passed on: the library takes versions from it that it does not know, or fails.
+        accepted = [media.partition(";")[0].strip() for media in accept.split(",")]
+        encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS in accepted else "")
         return encode(registry), content_type
 
     def _scheduler(self, stats: StatsReply | None) -> Iterator[Metric]:

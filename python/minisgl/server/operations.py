@@ -12,40 +12,44 @@ import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError, WorkerDied
 from minisgl.message.tokenizer import ChatPrompt, TextPrompt
-from minisgl.server.bodies import body_schema, check_model, json_response, read_json
+from minisgl.server.bodies import check_model, json_response, read_json
 from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend
-from minisgl.server.protocol import parse_chat
-from minisgl.server.strict import Body, load_object, validate
+from minisgl.server.openapi import documented, fields
+from minisgl.server.protocol import Message, parse_chat
+from minisgl.server.protocol_tools import Tool
+from minisgl.server.strict import Body, TokenId, load_object, optional, validate
 
 SCRAPE_SECONDS = 2.0  # how long /metrics waits for the scheduler
-_CHAT_FIELDS = ("messages", "tools", "chat_template_kwargs")
+_TOKENS = fields(count="integer", max_model_len="integer", tokens="array")
+_TEXT = fields(prompt="string", text="string")
+_CHAT_FIELDS = {"messages", "tools", "chat_template_kwargs"}
 
 
 class TokenizeBody(Body):
     """POST /tokenize: `prompt`, or `messages` and what goes with them as in /v1/chat/completions."""
 
-    model: str | None = None
-    prompt: str | None = None
-    add_special_tokens: bool | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    model: str | None = optional("The id that /v1/models shows.")
+    prompt: str | None = optional("A text.")
+    add_special_tokens: bool | None = optional("Those that the tokenizer puts around a `prompt`; true unless given.")
+    messages: list[Message] | None = optional("A chat.", minItems=1)
+    tools: list[Tool] | None = optional("Functions that the model may call.")
+    chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")
 
 
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
-    model: str | None = None
-    tokens: list[int]
-    skip_special_tokens: bool | None = None
+    model: str | None = optional("The id that /v1/models shows.")
+    tokens: list[TokenId]
+    skip_special_tokens: bool | None = optional("false: special tokens are text.")
 
 
 class AbortBody(Body):
     """POST /abort_request: ids (`x-request-id`, or the `id` of an answer), or `abort_all`."""
 
-    rid: str | list[str] | None = None
-    abort_all: bool | None = None
+    rid: str | list[str] | None = optional("Of the requests to end.")
+    abort_all: bool | None = optional("All of them.")
 
 
 BODIES = (TokenizeBody, DetokenizeBody, AbortBody)
@@ -62,7 +66,7 @@ class Limits:
 def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limits: Limits) -> None:
     """/tokenize and /detokenize."""
 
-    @app.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
+    @app.post("/tokenize", **documented(_TOKENS, TokenizeBody, errors=(404, 503)))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or a chat, as a request would have them."""
         body = validate(TokenizeBody, load_object(await read_json(request, limits.body_bytes)))
@@ -72,7 +76,7 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limi
         max_len = config.scheduler.max_seq_len
         return json_response({"count": len(tokens), "max_model_len": max_len, "tokens": tokens})
 
-    @app.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
+    @app.post("/detokenize", **documented(_TEXT, DetokenizeBody, errors=(404, 503)))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
         body = validate(DetokenizeBody, load_object(await read_json(request, limits.body_bytes)))
@@ -86,7 +90,7 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limi
 
 
 def _prompt(body: TokenizeBody) -> tuple[ChatPrompt | TextPrompt, bool]:
-    given = {name: value for name in _CHAT_FIELDS if (value := getattr(body, name)) is not None}
+    given = body.model_dump(include=_CHAT_FIELDS, exclude_none=True)
     if body.prompt is not None:
         if given:
             raise RequestError(f"give either prompt or {next(iter(given))}", param="prompt")
@@ -103,12 +107,12 @@ def _prompt(body: TokenizeBody) -> tuple[ChatPrompt | TextPrompt, bool]:
 def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limits: Limits) -> None:
     """What the operator asks and does."""
 
-    @app.get("/version")
+    @app.get("/version", **documented(fields(version="string")))
     async def version() -> Response:
         """The version of minisgl."""
         return json_response({"version": minisgl.__version__})
 
-    @app.get("/server_info")
+    @app.get("/server_info", **documented(fields(version="string", load="object"), errors=(503,)))
     async def server_info() -> Response:
         """What was decided at start, and what is going on."""
         stats = await frontend.stats(limits.answer_seconds)
@@ -119,12 +123,12 @@ def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, lim
         }
         return json_response({**_settings(config), "num_pages": stats.num_pages, "load": load})
 
-    @app.post("/flush_cache")
+    @app.post("/flush_cache", **documented(fields(status="string", num_pages="integer"), errors=(503,)))
     async def flush_cache() -> Response:
         """Forget all cached prefixes that no running request uses."""
         return json_response({"status": "ok", "num_pages": await frontend.flush_cache(limits.answer_seconds)})
 
-    @app.post("/abort_request", openapi_extra=body_schema(AbortBody))
+    @app.post("/abort_request", **documented(fields(num_aborted="integer"), AbortBody))
     async def abort_request(request: Request) -> Response:
         """End requests: their answers end with `abort`. Ids that are not there (any more) are no error."""
         body = validate(AbortBody, load_object(await read_json(request, limits.body_bytes)))
@@ -139,7 +143,7 @@ def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, lim
 def add_metrics_route(app: FastAPI, frontend: Frontend, exposition: Exposition) -> None:
     """/metrics."""
 
-    @app.get("/metrics")
+    @app.get("/metrics", **documented({"type": "string"}, texts=("text/plain", "application/openmetrics-text")))
     async def metrics(request: Request) -> Response:
         """Counts and timings, in Prometheus' text format."""
         try:

@@ -6,21 +6,31 @@ the one value that changes nothing (`_UNSUPPORTED`), or refused with a 400 that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import ConfigDict, Field, WithJsonSchema
 
-from minisgl.core import MAX_LOGPROBS, MAX_SEED, SamplingParams
+from minisgl.core import MAX_COUNT, MAX_LOGPROBS, MAX_SEED, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
-from minisgl.server.content import text_of
+from minisgl.server.content import CHAT_PARTS, text_of
 from minisgl.server.protocol_grammar import GrammarFields
-from minisgl.server.protocol_sampling import SamplingFields, check_count
-from minisgl.server.protocol_tools import MESSAGE_FIELDS, Tool, ToolUse, message_fields, template_kwargs, tool_use
-from minisgl.server.strict import Body, load_object, validate
+from minisgl.server.protocol_sampling import SamplingFields
+from minisgl.server.protocol_tools import (
+    CALL_SCHEMA,
+    MAX_TOOLS,
+    MESSAGE_FIELDS,
+    Tool,
+    ToolChoice,
+    ToolUse,
+    message_fields,
+    template_kwargs,
+    tool_use,
+)
+from minisgl.server.strict import Body, TokenId, asks_for_nothing, beside, load_object, optional, validate
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -29,91 +39,121 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
 
-def _is_empty(value: Any) -> bool:
-    return value is None or value in ({}, [], 0, "")  # 0 == False
-
-
-def _is(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: value is None or value in values
-
-
+_EMPTY: tuple[Any, ...] = ({}, [], 0, "", False)
 # Known to OpenAI's API, without bearing on what is generated.
 _NO_EFFECT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 )
-# Known, and not supported: the test says which values mean the same as leaving the field out.
-_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
-    "audio": _is_empty,
-    "function_call": _is("none", "auto"),
-    "functions": _is_empty,
-    "modalities": _is(["text"]),
-    "prediction": _is_empty,
-    "reasoning_effort": _is_empty,
-    "suffix": _is_empty,
-    "verbosity": _is("medium"),
-    "web_search_options": lambda value: value is None,
+# Known, and not supported: the values, beside null, that mean the same as leaving the field out.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": _EMPTY,
+    "function_call": ("none", "auto"),
+    "functions": _EMPTY,
+    "modalities": (["text"],),
+    "prediction": _EMPTY,
+    "reasoning_effort": _EMPTY,
+    "suffix": _EMPTY,
+    "verbosity": ("medium",),
+    "web_search_options": (),
 }
 # The same, in a message of a chat: what a client sends back as it got it from us.
-_MESSAGE_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
-    "annotations": _is_empty,
-    "audio": _is_empty,
-    "function_call": _is_empty,
-    "refusal": _is_empty,
+_MESSAGE_UNSUPPORTED = dict.fromkeys(("annotations", "audio", "function_call", "refusal"), _EMPTY)
+# What client libraries put beside a message of ours, and send back with it: it says nothing that the message does not.
+_MESSAGE_NO_EFFECT = frozenset({"parsed", "provider_specific_fields"})
+# Of SGLang's /generate, whose benchmark sends them all.
+_GENERATE_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "image_data": _EMPTY,
+    "logprob_start_len": (-1,),
+    "lora_path": _EMPTY,
+    "return_logprob": (False,),
+    "return_routed_experts": (False,),
+    "token_ids_logprob": _EMPTY,
+    "top_logprobs_num": (0,),
 }
+
+_TEXT = {"type": "string"}
+_PART = {"required": ["type"], "properties": {"type": {"enum": list(CHAT_PARTS)}, **dict.fromkeys(CHAT_PARTS, _TEXT)}}
+Message = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "required": ["role"],
+            "properties": {
+                "role": {"enum": list(ROLES)},
+                "content": {"type": ["string", "array", "null"], "minItems": 1, "items": {"type": "object", **_PART}},
+                "name": {"type": ["string", "null"]},
+                "tool_calls": {"type": ["array", "null"], "items": CALL_SCHEMA},
+                "tool_call_id": {"type": ["string", "null"]},
+                "reasoning_content": {"type": ["string", "null"]},
+                **{name: {"enum": [None, *_EMPTY]} for name in _MESSAGE_UNSUPPORTED},
+                **{name: {} for name in _MESSAGE_NO_EFFECT},
+            },
+            "additionalProperties": {"type": "null"},
+        }
+    ),
+]
 
 
 class StreamOptions(Body):
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
+    include_usage: bool | None = optional("Counts of tokens, in a last event.")
+    include_obfuscation: bool | None = optional("Not supported but for false.", enum=[None, False])
 
 
 class _OpenAIBody(Body, SamplingFields, GrammarFields):
-    model: str | None = None
-    n: int | None = None
-    max_tokens: int | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    model_config = ConfigDict(json_schema_extra=beside(_NO_EFFECT, _UNSUPPORTED))
+
+    model: str | None = optional("The id that /v1/models shows.")
+    n: int | None = optional("Outputs of each prompt.", ge=1, le=MAX_CHOICES)
+    stream: bool | None = optional("Answer with server-sent events.")
+    stream_options: StreamOptions | None = optional("For streams only.")
 
 
 class ChatBody(_OpenAIBody):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[Tool] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    messages: list[Message] = Field(json_schema_extra={"minItems": 1})
+    max_tokens: int | None = optional("Most tokens of an output.", ge=1, le=MAX_COUNT)
+    max_completion_tokens: int | None = optional("The same, by its name of today.", ge=1, le=MAX_COUNT)
+    logprobs: bool | None = optional("Log-probabilities of the output's tokens.")
+    top_logprobs: int | None = optional("So many alternatives to each; with `logprobs`.", ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] | None = optional("Functions that the model may call.", maxItems=MAX_TOOLS)
+    tool_choice: ToolChoice | None = optional("Whether it has to.")
+    parallel_tool_calls: bool | None = optional("false: one call at most.")
+    chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")
 
 
 class CompletionBody(_OpenAIBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    best_of: int | None = None
-    echo: bool | None = None
-    logprobs: int | None = None
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
+        json_schema_extra={"minItems": 1, "minLength": 1}
+    )
+    best_of: int | None = optional("So many outputs, of which the `n` most probable come back.", ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = optional("Most tokens of an output; 0 with `echo` only.", ge=0, le=MAX_COUNT)
+    echo: bool | None = optional("The text begins with the prompt's.")
+    logprobs: int | None = optional("Log-probabilities, and so many alternatives to each token.", ge=0, le=MAX_LOGPROBS)
 
 
 class GenerateSampling(Body, SamplingFields):
     """`sampling_params` of POST /generate."""
 
-    max_tokens: int | None = None
-    max_new_tokens: int | None = None
-    json_schema: dict[str, Any] | str | None = None
-    regex: str | None = None
-    ebnf: str | None = None
+    max_tokens: int | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
+    max_new_tokens: int | None = optional("The same.", ge=1, le=MAX_COUNT)
+    json_schema: dict[str, Any] | str | None = optional("The output is JSON that matches.")
+    regex: str | None = optional("The output matches.")
+    ebnf: str | None = optional("The output follows the grammar, Lark or EBNF.")
 
 
 class GenerateBody(Body):
     """POST /generate: `text` or `input_ids`."""
 
-    text: str | None = None
-    input_ids: list[int] | None = None
-    sampling_params: GenerateSampling | None = None
-    stream: bool | None = None
+    model_config = ConfigDict(json_schema_extra=beside((), _GENERATE_UNSUPPORTED))
+
+    text: str | None = optional("The prompt.", minLength=1)
+    input_ids: list[TokenId] | None = optional("The prompt as token ids.", minItems=1)
+    sampling_params: GenerateSampling | None = optional("How to continue it.")
+    stream: bool | None = optional("Answer with server-sent events.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +178,12 @@ class GenerationRequest:
 
 def parse_chat(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    body = _parse(ChatBody, data)
+    return chat_request(load_object(data), defaults)
+
+
+def chat_request(raw: dict[str, Any], defaults: Mapping[str, float | int]) -> GenerationRequest:
+    """The body of a chat, checked. Raises: RequestError naming the field at fault."""
+    body = _checked(ChatBody, raw)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise RequestError("max_tokens and max_completion_tokens cannot both be given", param="max_tokens")
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
@@ -147,7 +192,6 @@ def parse_chat(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRe
         raise RequestError("messages must not be empty", param="messages")
     if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs is only allowed with logprobs", param="top_logprobs")
-    check_count("top_logprobs", body.top_logprobs, MAX_LOGPROBS)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     tools = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
     described = None if tools is None else list(tools.tools)
@@ -161,7 +205,7 @@ def parse_chat(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRe
 
 def parse_completion(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    body = _parse(CompletionBody, data)
+    body = _checked(CompletionBody, load_object(data))
     prompt = body.prompt
     prompts: tuple[Prompt, ...]
     if isinstance(prompt, str):
@@ -173,7 +217,6 @@ def parse_completion(data: bytes, defaults: Mapping[str, float | int]) -> Genera
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise RequestError(f"prompt must hold from 1 to {MAX_PROMPTS} prompts, not {len(prompts)}", param="prompt")
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    check_count("logprobs", body.logprobs, MAX_LOGPROBS)
     echo = bool(body.echo)
     if max_tokens == 0 and not echo:
         raise RequestError("max_tokens must be at least 1 without echo, not 0", param="max_tokens")
@@ -186,8 +229,8 @@ def parse_completion(data: bytes, defaults: Mapping[str, float | int]) -> Genera
 def _best_of(request: GenerationRequest, best_of: int | None) -> GenerationRequest:
     if best_of is None or best_of == request.n:
         return request
-    if not request.n <= best_of <= MAX_CHOICES:
-        raise RequestError(f"best_of must be from n={request.n} to {MAX_CHOICES}, not {best_of}", param="best_of")
+    if best_of < request.n:
+        raise RequestError(f"best_of must be at least n={request.n}, not {best_of}", param="best_of")
     if best_of * len(request.prompts) > MAX_OUTPUTS:
         raise RequestError(f"best_of={best_of} makes more than {MAX_OUTPUTS} outputs", param="best_of")
     if request.stream:
@@ -199,7 +242,9 @@ def _best_of(request: GenerationRequest, best_of: int | None) -> GenerationReque
 
 def parse_generate(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    body = _parse(GenerateBody, data)
+    raw = load_object(data)
+    _drop_known(raw, _GENERATE_UNSUPPORTED)
+    body = validate(GenerateBody, raw)
     if (body.text is None) == (body.input_ids is None):
         raise RequestError("give either text or input_ids", param="text")
     sampling = body.sampling_params or GenerateSampling()
@@ -212,8 +257,6 @@ def parse_generate(data: bytes, defaults: Mapping[str, float | int]) -> Generati
 
 def _request(body: _OpenAIBody, prompts: tuple[Prompt, ...], params: SamplingParams) -> GenerationRequest:
     n = 1 if body.n is None else body.n
-    if not 1 <= n <= MAX_CHOICES:
-        raise RequestError(f"n must be from 1 to {MAX_CHOICES}, not {n}", param="n")
     if n * len(prompts) > MAX_OUTPUTS:
         raise RequestError(f"{len(prompts)} prompts with n={n} are more than {MAX_OUTPUTS} outputs", param="n")
     options = body.stream_options
@@ -232,29 +275,31 @@ def _request(body: _OpenAIBody, prompts: tuple[Prompt, ...], params: SamplingPar
     )
 
 
-B = TypeVar("B", bound=BaseModel)
+B = TypeVar("B", bound=_OpenAIBody)
 
 
-def _parse(model: type[B], data: bytes) -> B:
-    raw = load_object(data)
-    if issubclass(model, _OpenAIBody):
-        _drop_known(raw, "")
+def _checked(model: type[B], raw: dict[str, Any]) -> B:
+    _drop_known(raw, _UNSUPPORTED, _NO_EFFECT)
     return validate(model, raw)
 
 
-def _drop_known(raw: dict[str, Any], where: str) -> None:
+def _drop_known(
+    raw: dict[str, Any],
+    table: Mapping[str, tuple[Any, ...]],
+    no_effect: Collection[str] = (),
+    where: str = "",
+) -> None:
     """Remove fields that change nothing. Raises: RequestError naming a field that would and is not supported."""
-    table = _MESSAGE_UNSUPPORTED if where else _UNSUPPORTED
-    for name in [name for name in raw if name in table or (not where and name in _NO_EFFECT)]:
+    for name in [name for name in raw if name in table or name in no_effect]:
         value = raw.pop(name)
-        if name in table and not table[name](value):
+        if name in table and not asks_for_nothing(value, table[name]):
             raise RequestError(f"{where}{name} is not supported", param=f"{where}{name}")
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     """One message of a chat as templates expect it: a role, its text as one string, and what goes with the role."""
     message = dict(message)
-    _drop_known(message, f"{where}.")
+    _drop_known(message, _MESSAGE_UNSUPPORTED, _MESSAGE_NO_EFFECT, f"{where}.")
     role = message.get("role")
     if role not in ROLES:
         raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}", param=f"{where}.role")

@@ -15,22 +15,47 @@ from pydantic import BaseModel
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
 from minisgl.grammar.limits import MAX_TEXT
+from minisgl.server.strict import optional
 
 MAX_CHOICES = 4096
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
+_SPECIFIED = {
+    "type": ["object", "null"],
+    "required": ["name"],
+    "properties": {"name": {"type": "string", "minLength": 1}, "schema": {"type": ["object", "null"]}},
+}
+_FORMAT_SCHEMA: dict[str, Any] = {
+    "required": ["type"],
+    "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}, "json_schema": _SPECIFIED},
+}
+_KINDS_SCHEMA: dict[str, Any] = {
+    "properties": {
+        "json": {"type": ["object", "string", "null"]},
+        "regex": {"type": ["string", "null"]},
+        "choice": {"type": ["array", "null"], "items": {"type": "string"}},
+        "grammar": {"type": ["string", "null"]},
+        "json_object": {"type": ["boolean", "null"]},
+    },
+    "additionalProperties": False,
+}
+# Which engine is to follow a grammar is not a client's choice; nor where whitespace may stand.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "guided_decoding_backend": (None, "auto", "guidance", "llguidance"),
+    "guided_whitespace_pattern": (None,),
+}
 
 
 class GrammarFields(BaseModel):
     """To be inherited by request bodies of OpenAI's endpoints."""
 
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    guided_decoding_backend: str | None = None
-    guided_whitespace_pattern: str | None = None
+    response_format: dict[str, Any] | None = optional("OpenAI's way to ask for JSON.", **_FORMAT_SCHEMA)
+    structured_outputs: dict[str, Any] | None = optional("What the output matches: one of these.", **_KINDS_SCHEMA)
+    guided_json: dict[str, Any] | str | None = optional("The output is JSON that matches the schema.")
+    guided_regex: str | None = optional("The output matches.", minLength=1)
+    guided_choice: list[str] | None = optional("The output is one of these.", minItems=1, maxItems=MAX_CHOICES)
+    guided_grammar: str | None = optional("The output follows the grammar, Lark or EBNF.", minLength=1)
+    guided_decoding_backend: str | None = optional("There is but one.", enum=[*_ONLY["guided_decoding_backend"]])
+    guided_whitespace_pattern: str | None = optional("Not supported.", enum=[None])
 
 
 def parse_grammar(fields: Mapping[str, Any]) -> Grammar | None:
@@ -51,7 +76,7 @@ def parse_grammar(fields: Mapping[str, Any]) -> Grammar | None:
 
 
 def schema_grammar(
-    schema: Any, param: str, *, prefix: str = "", suffix: str = "", separator: str | None = None, after: str = ""
+    schema: Any, param: str, *, prefix: str = "", suffix: str = "", separator: str | None = None
 ) -> Grammar:
     """JSON that matches a schema (an object, or its text), between two texts; with a separator, as often as the model
     likes. That is the grammar of tool calls that the model has to make.
@@ -66,7 +91,7 @@ def schema_grammar(
     if not isinstance(schema, dict):
         raise RequestError(f"{param} must be a JSON schema: an object", param=param)
     text = _bounded(json.dumps(schema), param)
-    return Grammar("json", text, prefix=prefix, suffix=suffix, separator=separator, after=after, param=param)
+    return Grammar("json", text, prefix=prefix, suffix=suffix, separator=separator, param=param)
 
 
 def _response_format(value: Any, name: str) -> Grammar | None:
@@ -152,9 +177,4 @@ _PARSERS: dict[str, Callable[[Any, str], Grammar | None]] = {
     "json_schema": schema_grammar,
     "regex": _text("regex"),
     "ebnf": _text("grammar"),
-}
-# Which engine is to follow a grammar is not a client's choice; nor where whitespace may stand.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "guided_decoding_backend": (None, "auto", "guidance", "llguidance"),
-    "guided_whitespace_pattern": (None,),
 }

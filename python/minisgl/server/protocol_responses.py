@@ -5,44 +5,37 @@ The server keeps nothing: a conversation is sent as a whole each time. The rule 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pydantic import ConfigDict, Field
+
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
-from minisgl.server.content import RESPONSE_PARTS, text_of
-from minisgl.server.protocol import GenerationRequest, parse_chat
+from minisgl.server.protocol import GenerationRequest, chat_request
 from minisgl.server.protocol_sampling import SamplingFields
-from minisgl.server.strict import Body, load_object, validate
-
-
-def _is(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: value is None or value in values
-
+from minisgl.server.response_items import messages_of
+from minisgl.server.strict import Body, asks_for_nothing, beside, load_object, optional, validate
 
 # Known, without bearing on the output. Nothing is stored, whatever `store` says.
 _NO_EFFECT = frozenset({"store", "service_tier", "prompt_cache_retention", "prompt_cache_options"})
 _STATELESS = ("conversation", "previous_response_id", "prompt")
-# Known, and not supported but for the values that mean the same as leaving the field out.
-_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(_STATELESS, _is()),
-    "access_programs": _is(),
-    "background": _is(False),
-    "context_management": _is([]),
-    "image": _is(),
-    "include": _is([]),
-    "max_tool_calls": _is(),
-    "moderation": _is(),
-    "reasoning": lambda value: value is None or (isinstance(value, dict) and not any(value.values())),
-    "stream_options": _is({}, {"include_obfuscation": False}, {"include_obfuscation": None}),
-    "tool_choice": _is("auto", "none"),
-    "tools": _is([]),
-    "top_logprobs": _is(0),
-    "truncation": _is("disabled"),
+# Known, and not supported: the values, beside null, that mean the same as leaving the field out.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_STATELESS, ()),
+    "access_programs": (),
+    "background": (False,),
+    "context_management": ([],),
+    "image": (),
+    "include": ([],),
+    "max_tool_calls": (),
+    "moderation": (),
+    "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": None}),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
 }
-# How `parse_chat` and the tokenizer name what they refuse.
+# How `chat_request` and the tokenizer name what they refuse.
 _PARAMS = {"messages": "input", "prompt": "input", "response_format": "text.format"}
 
 
@@ -56,14 +49,20 @@ class TextConfig(Body):
 class ResponsesBody(Body, SamplingFields):
     """POST /v1/responses."""
 
+    model_config = ConfigDict(json_schema_extra=beside(_NO_EFFECT, _UNSUPPORTED))
+
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | list[dict[str, Any]] = Field(json_schema_extra={"minItems": 1})
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: int | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
     stream: bool | None = None
     text: TextConfig | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
     parallel_tool_calls: bool | None = None
+    reasoning: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -83,16 +82,20 @@ def parse_responses(data: bytes, defaults: Mapping[str, float | int]) -> Respons
     body = validate(ResponsesBody, raw)
     if body.text is not None and body.text.verbosity not in (None, "medium"):
         raise RequestError("text.verbosity is not supported", param="text.verbosity")
-    limit = body.max_output_tokens
-    if limit is not None and not 1 <= limit <= MAX_COUNT:
-        raise RequestError(f"max_output_tokens must be at least 1, not {limit}", param="max_output_tokens")
+    wish = next((f"reasoning.{name}" for name, value in (body.reasoning or {}).items() if value is not None), None)
+    if wish is not None:
+        raise RequestError(f"{wish} is not supported; chat_template_kwargs may be, by the model", param=wish)
     sampling = {name: getattr(body, name) for name in SamplingFields.model_fields if name in body.model_fields_set}
-    chat = {**sampling, "messages": _messages(body), "max_completion_tokens": limit}
+    chat = {**sampling, "messages": _messages(body), "max_completion_tokens": body.max_output_tokens}
     if body.text is not None and body.text.format is not None:
         chat["response_format"] = _response_format(body.text.format)
-    chat.update(model=body.model, stream=body.stream)
+    for name in ("model", "stream", "parallel_tool_calls", "chat_template_kwargs"):
+        chat[name] = getattr(body, name)
+    chat["tools"] = body.tools and [_tool(tool) for tool in body.tools]
+    choice = body.tool_choice
+    chat["tool_choice"] = _tool(choice) if isinstance(choice, dict) else choice
     try:
-        parsed = parse_chat(json.dumps(chat).encode(), defaults)
+        parsed = chat_request(chat, defaults)
     except RequestError as error:
         raise as_responses_say(error) from None
     return ResponsesRequest(**{part.name: getattr(parsed, part.name) for part in fields(parsed)}, body=body)
@@ -101,6 +104,9 @@ def parse_responses(data: bytes, defaults: Mapping[str, float | int]) -> Respons
 def as_responses_say(error: RequestError) -> RequestError:
     """An error about the chat, with the parameter's name in this API."""
     param = error.param
+    if param is not None and param.startswith("tools["):
+        message, param = str(error).replace(".function", "", 1), param.replace(".function", "", 1)
+        return RequestError(message, param=param, code=error.code, status=error.status)
     if param is None or param.partition("[")[0] not in _PARAMS:
         return error
     old, new = param.partition("[")[0], _PARAMS[param.partition("[")[0]]
@@ -111,7 +117,7 @@ def as_responses_say(error: RequestError) -> RequestError:
 def _drop_known(raw: dict[str, Any]) -> None:
     for name in [name for name in raw if name in _UNSUPPORTED or name in _NO_EFFECT]:
         value = raw.pop(name)
-        if name in _UNSUPPORTED and not _UNSUPPORTED[name](value):
+        if name in _UNSUPPORTED and not asks_for_nothing(value, _UNSUPPORTED[name]):
             why = ": this server keeps no state, send the whole conversation as input" if name in _STATELESS else ""
             raise RequestError(f"{name} is not supported{why}", param=name)
 
@@ -122,21 +128,12 @@ def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
         return [*messages, {"role": "user", "content": body.input}]
     if not body.input:
         raise RequestError("input must not be empty", param="input")
-    return messages + [_message(item, f"input[{index}]") for index, item in enumerate(body.input)]
+    return messages + messages_of(body.input)
 
 
-def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
-    """A message of the chat. What was our output may come back as it is."""
-    kind = item.get("type", "message")
-    if kind != "message":
-        raise RequestError(f"{where}.type: only messages are supported, not {kind!r}", param=f"{where}.type")
-    unknown = [name for name in item if name not in ("type", "role", "content", "id", "status", "phase")]
-    if unknown:
-        raise RequestError(f"unknown field: {where}.{unknown[0]}", param=f"{where}.{unknown[0]}")
-    role = item.get("role")
-    if role not in ("user", "assistant", "system", "developer"):
-        raise RequestError(f"{where}.role must be user, assistant, system or developer", param=f"{where}.role")
-    return {"role": role, "content": text_of(item.get("content"), f"{where}.content", RESPONSE_PARTS)}
+def _tool(given: dict[str, Any]) -> dict[str, Any]:
+    """A tool as chats have it: there, a function has an object of its own."""
+    return {"type": given.get("type"), "function": {name: given[name] for name in given if name != "type"}}
 
 
 def _response_format(given: dict[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,26 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from minisgl.core import SamplingParams
+from minisgl.core import MAX_COUNT, MAX_PRIORITY, MAX_SEED, MIN_REPETITION_PENALTY, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.server.protocol_grammar import parse_grammar
+from minisgl.server.strict import TokenId, optional
 
 MAX_STOPS, MAX_STOP_LEN = 16, 1024
 MAX_STOP_IDS = 128
 MAX_BIASES = 1024  # OpenAI's client libraries know of 300
+_BIAS_SCHEMA = {"type": "number", "minimum": -100, "maximum": 100}
+_BIASES_SCHEMA: dict[str, Any] = {
+    "maxProperties": MAX_BIASES,
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": _BIAS_SCHEMA,
+}
+_STOP_SCHEMA: dict[str, Any] = {
+    "maxItems": MAX_STOPS,
+    "minLength": 1,
+    "maxLength": MAX_STOP_LEN,
+    "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LEN},
+}
 _PLAIN = (
     "temperature",
     "top_p",
@@ -33,22 +46,28 @@ _PLAIN = (
 class SamplingFields(BaseModel):
     """To be inherited by request bodies. None is the same as leaving a field out."""
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    priority: int | None = None
+    temperature: float | None = optional("0 is greedy.", ge=0, le=100)
+    top_p: float | None = optional("Only the most probable tokens that have so much together.", gt=0, le=1)
+    top_k: int | None = optional("Only so many most probable tokens; 0 and -1: all.", ge=-1, le=MAX_COUNT)
+    min_p: float | None = optional("Only tokens with this share of the highest probability.", ge=0, le=1)
+    presence_penalty: float | None = optional("Taken from logits of tokens in the output, once.", ge=-2, le=2)
+    frequency_penalty: float | None = optional("The same, for each time.", ge=-2, le=2)
+    repetition_penalty: float | None = optional(
+        "Divides positive logits of tokens in prompt and output, multiplies negative ones.",
+        ge=MIN_REPETITION_PENALTY,
+        le=100,
+    )
+    logit_bias: dict[str, float] | None = optional("Token id: what is added to its logit.", **_BIASES_SCHEMA)
+    seed: int | None = optional("The same seed, the same output.", ge=0, le=MAX_SEED)
+    stop: str | list[str] | None = optional("What ends the output; it is cut off.", **_STOP_SCHEMA)
+    stop_token_ids: list[TokenId] | None = optional("Tokens that end the output.", maxItems=MAX_STOP_IDS)
+    include_stop_str_in_output: bool | None = optional("Do not cut the stop string off.")
+    min_tokens: int | None = optional("No end before so many tokens; at most `max_tokens`.", ge=0, le=MAX_COUNT)
+    ignore_eos: bool | None = optional("Go on after end-of-sequence tokens.")
+    skip_special_tokens: bool | None = optional("false: special tokens are text.")
+    priority: int | None = optional(
+        "The lowest goes first; for `--schedule-policy priority`.", ge=-MAX_PRIORITY, le=MAX_PRIORITY
+    )
 
     def _params(
         self, max_tokens: int | None, defaults: Mapping[str, float | int], logprobs: int | None = None
@@ -99,12 +118,6 @@ def _biases(biases: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
     if bad is not None:
         raise RequestError(f"logit_bias: {bad!r} is not a token id", param="logit_bias")
     return tuple({int(key): float(value) for key, value in biases.items()}.items())
-
-
-def check_count(name: str, value: int | None, most: int) -> None:
-    """Raises: RequestError unless the field is left out or from 0 to `most`."""
-    if value is not None and not 0 <= value <= most:
-        raise RequestError(f"{name} must be from 0 to {most}, not {value}", param=name)
 
 
 def check_policy(params: SamplingParams, policy: str) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, WithJsonSchema
 from pydantic_core import from_json
 
 from minisgl.errors import RequestError
 from minisgl.parser.forced import ForcedCall, forced_call
+from minisgl.server.strict import Body, validate
 
 MAX_TOOLS = 512
 _NAME = re.compile(r"[\w.:/-]{1,128}")
@@ -33,39 +34,61 @@ MESSAGE_FIELDS: Mapping[str, tuple[str, ...]] = {  # by role, beside role, conte
 }
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class FunctionSpec(_Strict):
+class FunctionSpec(Body):
     """A function that the client has. `parameters` is the JSON schema of its arguments.
 
     strict: honoured where a call is forced, which always follows the schema.
     """
 
-    name: str
+    name: str = Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"})
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(_Strict):
+class Tool(Body):
     type: Literal["function"]
     function: FunctionSpec
 
 
-class _CalledFunction(_Strict):
+class _CalledFunction(Body):
     name: str
     arguments: str
+    parsed_arguments: Any = None  # what the `openai` library makes of them, and sends back
 
 
-class _ToolCall(_Strict):
+class _ToolCall(Body):
     """A call in an assistant's message that a client sends back."""
 
     id: str
     type: Literal["function"] = "function"
     function: _CalledFunction
     index: int | None = None
+
+
+CALL_SCHEMA = {
+    "type": "object",
+    "required": ["id", "function"],
+    "properties": {
+        "id": {"type": "string"},
+        "type": {"const": "function"},
+        "index": {"type": ["integer", "null"]},
+        "function": {
+            "type": "object",
+            "required": ["name", "arguments"],
+            "properties": {"name": {"type": "string"}, "arguments": {"type": "string", "description": "JSON"}},
+            "additionalProperties": False,
+        },
+    },
+    "additionalProperties": False,
+}
+_FUNCTION = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
+_NAMED = {
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {"type": {"const": "function"}, "function": _FUNCTION},
+}
+ToolChoice = Annotated[str | dict[str, Any], WithJsonSchema({"anyOf": [{"enum": list(_CHOICES)}, _NAMED]})]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +108,7 @@ class ToolUse:
         return frozenset(tool["function"]["name"] for tool in self.tools)
 
     def forced(self, parser: str | None) -> ForcedCall | None:
-        """What the whole output must look like, in the format of `parser`; None when the model is free to call or not.
-
-        Output that a grammar holds to it has no reasoning."""
+        """What the output must look like, in the format of `parser`; None when the model is free to call or not."""
         return forced_call(parser, self.tools, self.function, parallel=self.parallel) if self.required else None
 
 
@@ -101,8 +122,8 @@ def tool_use(tools: list[Tool] | None, choice: str | dict[str, Any] | None, para
         twice = next(name for name in names if names.count(name) > 1)
         raise RequestError(f"tools: there are two functions with the name {twice!r}", param="tools")
     function = _named(choice) if isinstance(choice, dict) else None
-    if function is None and choice is not None and choice not in _CHOICES:
-        raise RequestError(f"tool_choice must be one of {', '.join(_CHOICES)}, or a function", param="tool_choice")
+    if function is None and choice not in (None, *_CHOICES):
+        raise RequestError(f"tool_choice must be {', '.join(_CHOICES)}, or name a function", param="tool_choice")
     required = function is not None or choice == "required"
     if required and not described:
         raise RequestError("tool_choice asks for a call, but there are no tools", param="tool_choice")
@@ -113,13 +134,11 @@ def tool_use(tools: list[Tool] | None, choice: str | dict[str, Any] | None, para
     return ToolUse(described, required, function, parallel is not False)
 
 
-def _named(choice: dict[str, Any]) -> str:
+def _named(choice: dict[str, Any]) -> str | None:
+    """The function that it names, and nothing else."""
     function = choice.get("function")
     name = function.get("name") if isinstance(function, dict) else None
-    if choice.get("type") != "function" or not isinstance(name, str):
-        expected = '{"type": "function", "function": {"name": …}}'
-        raise RequestError(f"tool_choice must be a text, or {expected}", param="tool_choice")
-    return name
+    return name if isinstance(name, str) and choice == {"type": "function", "function": {"name": name}} else None
 
 
 def _tool(tool: Tool, where: str) -> dict[str, Any]:
@@ -170,21 +189,21 @@ def message_fields(message: Mapping[str, Any], role: str, where: str) -> dict[st
 
 def _call(value: Any, where: str) -> dict[str, Any]:
     """A call with its arguments as an object, which is what templates write as JSON."""
+    call = validate(_ToolCall, value, where)
+    arguments = call_arguments(call.function.arguments, f"{where}.function.arguments")
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
+def call_arguments(text: str, param: str) -> dict[str, Any]:
+    """Raises: RequestError when they are no JSON object."""
     try:
-        call = _ToolCall.model_validate(value)
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False)[0]
-        param = ".".join([where, *map(str, problem["loc"])])
-        raise RequestError(f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}", param=param) from None
-    param = f"{where}.function.arguments"
-    try:
-        arguments = from_json(call.function.arguments, allow_inf_nan=False) if call.function.arguments.strip() else {}
+        arguments = from_json(text, allow_inf_nan=False) if text.strip() else {}
     except ValueError as error:
         raise RequestError(f"{param} must be JSON: {error}", param=param) from None
     if not isinstance(arguments, dict):
         raise RequestError(f"{param} must be a JSON object", param=param)
-    function = {"name": call.function.name, "arguments": carried(arguments, param)}
-    return {"id": call.id, "type": "function", "function": function}
+    carried(arguments, param)
+    return arguments
 
 
 def carried(value: Any, where: str) -> Any:

@@ -98,7 +98,7 @@ class Renderer(Protocol):
 
 
 class ChatRenderer(Renderer):
-    """/v1/chat/completions. `assembler` makes what reads one choice."""
+    """/v1/chat/completions. `new_assembler` makes what reads one choice."""
 
     def __init__(
         self,
@@ -106,22 +106,22 @@ class ChatRenderer(Renderer):
         *,
         include_usage: bool,
         logprobs: bool = False,
-        assembler: Callable[[], Assembler] = Assembler,
+        new_assembler: Callable[[], Assembler] = Assembler,
     ) -> None:
         self._include_usage, self._logprobs = include_usage, logprobs
-        self._new_assembler = assembler
-        self._assemblers: dict[int, Assembler] = {}  # of choices that stream
+        self._new_assembler = new_assembler
+        self._assemblers: dict[int, Assembler] = {}  # by choice
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     @property
     def id(self) -> str:
         return str(self._head["id"])
 
-    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
+    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         chunks = []
-        if first:
-            chunks.append(self._chunk(index, {"role": "assistant", "content": ""}, None))
-            self._assemblers[index] = self._new_assembler()
+        for begun in range(len(self._assemblers), index + 1):  # in order: clients number choices as they begin
+            chunks.append(self._chunk(begun, {"role": "assistant", "content": ""}, None))
+            self._assemblers[begun] = self._new_assembler()
         assembler = self._assemblers[index]
         deltas = assembler.deltas(reply)
         if self._logprobs and reply.logprobs:  # with the first delta, if need be an empty one
@@ -133,21 +133,25 @@ class ChatRenderer(Renderer):
         return chunks
 
     def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
-        usage = {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": totals.usage()}
+        usage = {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage(totals)}
         return [usage] if self._include_usage else []
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
         shown = [self._choice(index, replies) for index, replies in enumerate(choices)]
-        return {**self._head, "object": "chat.completion", "choices": shown, "usage": totals.usage()}
+        return {**self._head, "object": "chat.completion", "choices": shown, "usage": self._usage(totals)}
 
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
-        assembler = self._new_assembler()
+        assembler = self._assemblers[index] = self._new_assembler()
         return {
             "index": index,
             "message": assembler.message(replies),
             "logprobs": chat_logprobs(replies) if self._logprobs else None,
             "finish_reason": assembler.finish_reason(replies[-1]),
         }
+
+    def _usage(self, totals: Totals) -> dict[str, Any]:
+        num_reasoning = sum(assembler.num_reasoning for assembler in self._assemblers.values())
+        return {**totals.usage(), "completion_tokens_details": {"reasoning_tokens": num_reasoning}}
 
     def _chunk(
         self, index: int, delta: dict[str, Any], finish_reason: str | None, logprobs: dict[str, Any] | None = None

@@ -1,33 +1,66 @@
-"""Replies as /v1/responses shows them: one output item, a message, whose only part is the text."""
+"""Replies as /v1/responses shows them: output items one after the other, of reasoning, text and calls."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
+from minisgl.parser.parts import CallPart, Part, TextPart
+from minisgl.server.assemble import Assembler
 from minisgl.server.protocol_responses import ResponsesRequest, as_responses_say
 from minisgl.server.render import Renderer, Totals
 
 _STATUS = {FinishReason.LENGTH: "incomplete", FinishReason.ABORT: "cancelled"}  # else: completed
+_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}  # of items' ids
+_TEXTS = {"message": "output_text", "reasoning": "reasoning_text", "function_call": "function_call_arguments"}
+
+
+@dataclass(slots=True)
+class _Item:
+    """An output item, as far as it has come. call: the name and id of a call."""
+
+    kind: str  # message, reasoning or function_call
+    id: str
+    call: dict[str, str]
+    text: str = ""  # or reasoning, or arguments
+
+    def shown(self, status: str) -> dict[str, Any]:
+        item: dict[str, Any] = {"id": self.id, "type": self.kind, "status": status}
+        if self.kind == "function_call":
+            return {**item, **self.call, "arguments": self.text}
+        content = [] if status == "in_progress" else [self.part(self.text)]
+        if self.kind == "reasoning":
+            return {**item, "summary": [], "content": content}
+        return {**item, "role": "assistant", "content": content}
+
+    def part(self, text: str) -> dict[str, Any]:
+        if self.kind == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 class ResponsesRenderer(Renderer):
-    """The answer to one request. Events are numbered, and carry the whole text again where it ends."""
+    """The answer to one request. Events are numbered, and carry the whole text again where it ends.
+
+    A whole body is made of the same events, which nobody gets to see.
+    """
 
     done = b""
 
-    def __init__(self, model: str, request: ResponsesRequest) -> None:
+    def __init__(self, model: str, request: ResponsesRequest, assembler: Assembler) -> None:
         self._id = f"resp_{uuid.uuid4().hex}"
-        self._item_id = f"msg_{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._settings = _settings(model, request)
-        self._texts: list[str] = []
-        self._reason: FinishReason | None = None
+        self._assembler = assembler
+        self._item: _Item | None = None  # that grows
+        self._output: list[dict[str, Any]] = []  # those that do not any more
+        self._reason = FinishReason.STOP
         self._num_events = 0
 
     @property
@@ -35,17 +68,21 @@ class ResponsesRenderer(Renderer):
         return self._id
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
-        events = self._begin() if first else []
-        if reply.text:
-            self._texts.append(reply.text)
-            events.append(self._text_event("output_text.delta", delta=reply.text, logprobs=[]))
+        events: list[dict[str, Any]] = []
+        if first:
+            for kind in ("response.created", "response.in_progress"):
+                events.append(self._event(kind, response=self._response("in_progress", [])))
+        for part in self._assembler.parts(reply):
+            events += self._add(part)
         if reply.finish_reason is not None:
             self._reason = reply.finish_reason
-            events += self._end()
+            if self._item is None:
+                events += self._open("message")
+            events += self._close("incomplete" if self._reason in _STATUS else "completed")
         return events
 
     def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
-        response = self._finished("".join(self._texts), self._reason or FinishReason.STOP, totals)
+        response = self._finished(totals)
         kind = "completed" if response["status"] == "completed" else "incomplete"
         return [self._event(f"response.{kind}", response=response)]
 
@@ -58,40 +95,73 @@ class ResponsesRenderer(Renderer):
         return [self._event("response.failed", response=response)]
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
-        (replies,) = choices
-        reason = replies[-1].finish_reason or FinishReason.STOP
-        return self._finished("".join(reply.text for reply in replies), reason, totals)
+        for reply in choices[0]:
+            self.chunk(0, reply, first=False)
+        return self._finished(totals)
 
-    def _begin(self) -> list[dict[str, Any]]:
-        item = self._item("in_progress", None)
-        return [
-            self._event("response.created", response=self._response("in_progress", [])),
-            self._event("response.in_progress", response=self._response("in_progress", [])),
-            self._event("response.output_item.added", output_index=0, item=item),
-            self._text_event("content_part.added", part=_part("")),
-        ]
+    def _add(self, part: Part) -> list[dict[str, Any]]:
+        events: list[dict[str, Any]] = []
+        if isinstance(part, CallPart):
+            kind, text = "function_call", part.arguments
+        else:
+            kind, text = ("message" if isinstance(part, TextPart) else "reasoning"), part.text
+        name = part.name if isinstance(part, CallPart) else None
+        if self._item is None or self._item.kind != kind or name is not None:
+            events += self._close("completed") + self._open(kind, name)
+        assert self._item is not None
+        if text:
+            self._item.text += text
+            events.append(self._item_event("delta", delta=text))
+        return events
 
-    def _end(self) -> list[dict[str, Any]]:
-        text = "".join(self._texts)
-        item = self._item(_item_status(self._reason), text)
-        return [
-            self._text_event("output_text.done", text=text, logprobs=[]),
-            self._text_event("content_part.done", part=_part(text)),
-            self._event("response.output_item.done", output_index=0, item=item),
-        ]
+    def _open(self, kind: str, name: str | None = None) -> list[dict[str, Any]]:
+        call = {} if name is None else {"name": name, "call_id": self._assembler.new_call_id()}
+        item = self._item = _Item(kind, f"{_PREFIXES[kind]}_{uuid.uuid4().hex}", call)
+        events = [self._event("response.output_item.added", output_index=self._index, item=item.shown("in_progress"))]
+        if kind != "function_call":
+            events.append(self._item_event("added", part=item.part("")))
+        return events
+
+    def _close(self, status: str) -> list[dict[str, Any]]:
+        item = self._item
+        if item is None:
+            return []
+        whole = "arguments" if item.kind == "function_call" else "text"
+        events = [self._item_event("done", **{whole: item.text})]
+        if item.kind != "function_call":
+            events.append(self._item_event("done", part=item.part(item.text)))
+        shown = item.shown(status)
+        events.append(self._event("response.output_item.done", output_index=self._index, item=shown))
+        self._output.append(shown)
+        self._item = None
+        return events
+
+    @property
+    def _index(self) -> int:
+        """Of the item that grows."""
+        return len(self._output)
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         number, self._num_events = self._num_events, self._num_events + 1
         return {"type": kind, "sequence_number": number, **fields}
 
-    def _text_event(self, kind: str, **fields: Any) -> dict[str, Any]:
-        return self._event(f"response.{kind}", item_id=self._item_id, output_index=0, content_index=0, **fields)
+    def _item_event(self, what: str, **fields: Any) -> dict[str, Any]:
+        """About the text of the item that grows, or about the part that holds it."""
+        item = self._item
+        assert item is not None
+        about = "content_part" if "part" in fields else _TEXTS[item.kind]
+        if item.kind != "function_call":
+            fields["content_index"] = 0
+        if about == "output_text":
+            fields["logprobs"] = []
+        return self._event(f"response.{about}.{what}", item_id=item.id, output_index=self._index, **fields)
 
-    def _finished(self, text: str, reason: FinishReason, totals: Totals) -> dict[str, Any]:
-        response = self._response(_STATUS.get(reason, "completed"), [self._item(_item_status(reason), text)])
-        if reason is FinishReason.LENGTH:
+    def _finished(self, totals: Totals) -> dict[str, Any]:
+        response = self._response(_STATUS.get(self._reason, "completed"), self._output)
+        if self._reason is FinishReason.LENGTH:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
-        return {**response, "completed_at": int(time.time()), "usage": _usage(totals.usage())}
+        usage = _usage(totals.usage(), self._assembler.num_reasoning)
+        return {**response, "completed_at": int(time.time()), "usage": usage}
 
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -106,18 +176,6 @@ class ResponsesRenderer(Renderer):
             "output": output,
             "usage": None,
         }
-
-    def _item(self, status: str, text: str | None) -> dict[str, Any]:
-        content = [] if text is None else [_part(text)]
-        return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
-
-
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _item_status(reason: FinishReason | None) -> str:
-    return "incomplete" if reason in _STATUS else "completed"
 
 
 def _settings(model: str, request: ResponsesRequest) -> dict[str, Any]:
@@ -139,8 +197,8 @@ def _settings(model: str, request: ResponsesRequest) -> dict[str, Any]:
         "service_tier": "default",
         "temperature": request.params.temperature,
         "text": {"format": text_format or {"type": "text"}, "verbosity": "medium"},
-        "tool_choice": "auto",
-        "tools": [],
+        "tool_choice": body.tool_choice or "auto",
+        "tools": [{"description": None, "parameters": None, "strict": None, **tool} for tool in body.tools or ()],
         "top_logprobs": 0,
         "top_p": request.params.top_p,
         "truncation": "disabled",
@@ -148,11 +206,11 @@ def _settings(model: str, request: ResponsesRequest) -> dict[str, Any]:
     }
 
 
-def _usage(usage: dict[str, Any]) -> dict[str, Any]:
+def _usage(usage: dict[str, Any], num_reasoning: int) -> dict[str, Any]:
     return {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},  # writing costs nobody
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": num_reasoning},
         "total_tokens": usage["total_tokens"],
     }

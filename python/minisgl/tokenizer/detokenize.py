@@ -189,13 +189,17 @@ class Detokenizer:
     def _advance(self, stream: _Stream, message: DetokenizeMsg) -> UserReply:
         token_ids = unpack_ids(message.token_ids)
         num_free = max(0, stream.min_tokens - stream.num_output)  # tokens too early for a stop string
-        prompt_end = "" if message.start is None else stream.decoder.context_text
+        head = prompt_end = ""
+        if message.start is not None:
+            head, prompt_end = self._prompt_text(message.start), stream.decoder.context_text
         stream.num_output += len(token_ids)
         stream.num_cached = max(stream.num_cached, message.num_cached)
         finish_reason = message.finish_reason
-        shown = token_ids[: len(token_ids) - message.num_hidden]
-        head = self._prompt_text(message.start) + stream.decoder.push(shown[:num_free])
-        delta = stream.decoder.push(shown[num_free:])
+        shown = token_ids[: len(token_ids) - message.num_hidden] if message.num_hidden else token_ids
+        if num_free:
+            head += stream.decoder.push(shown[:num_free])
+            shown = shown[num_free:]
+        delta = stream.decoder.push(shown)
         if finish_reason is not None:
             delta += stream.decoder.flush()
         text, found = stream.stop.push(delta)
@@ -217,8 +221,8 @@ class Detokenizer:
             prompt_end=prompt_end,
         )
 
-    def _prompt_text(self, start: StreamStart | None) -> str:
-        if start is None or not start.echo:
+    def _prompt_text(self, start: StreamStart) -> str:
+        if not start.echo:
             return ""
         known = [token for token in unpack_ids(start.prompt) if token < self._codec.vocab_size]
         return self._codec.decode(known, skip_special=start.skip_special)

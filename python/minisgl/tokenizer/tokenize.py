@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from minisgl.config.chat import reasoning_after
 from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import MAX_SEED, SamplingParams
 from minisgl.errors import ConfigError, RequestError
 from minisgl.message.backend import UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt, TokenizeMsg
+from minisgl.message.tokenizer import PROMPT_TAIL, ChatPrompt, IdsPrompt, Prompt, TextPrompt, TokenizeMsg
 from minisgl.tokenizer.pieces import TokenBytes
 
 logger = logging.getLogger(__name__)
@@ -76,12 +77,14 @@ class HFTextCodec:
         vocab = self._tokenizer.get_vocab()
         self._special_ids = special_ids.difference(vocab[token] for token in visible if token in vocab)
         self._skip_special = self._special_ids == special_ids  # the tokenizer's own choice is ours
+        self._alone: dict[tuple[int, bool], str] = {}  # texts of single tokens, which streams ask for again and again
+        self._vocab_size = len(self._tokenizer)  # asked for at each token, and slow to count
         self._longest_token = max(len(token.encode()) for token in vocab)
         self._pieces = TokenBytes(self._tokenizer)
 
     @property
     def vocab_size(self) -> int:
-        return len(self._tokenizer)
+        return self._vocab_size
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -99,6 +102,15 @@ class HFTextCodec:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
+        if len(token_ids) != 1:
+            return self._decode(token_ids, skip_special)
+        key = token_ids[0], skip_special
+        text = self._alone.get(key)
+        if text is None:
+            text = self._alone[key] = self._decode(token_ids, skip_special)
+        return text
+
+    def _decode(self, token_ids: Sequence[int], skip_special: bool) -> str:
         skip = skip_special and self._skip_special
         if skip_special and not skip:
             token_ids = [token for token in token_ids if token not in self._special_ids]
@@ -258,7 +270,7 @@ class Tokenizer:
         try:
             if isinstance(ids, Exception):
                 raise ids
-            params = self._finish_params(request, len(ids))
+            params = self._finish_params(request, ids)
             return UserMsg(uid=request.uid, input_ids=pack_ids(ids), params=params)
         except RequestError as error:
             return ErrorReply(uid=request.uid, message=str(error), status=error.status, param=error.param)
@@ -266,12 +278,14 @@ class Tokenizer:
             logger.exception("request %d: tokenization failed", request.uid)
             return ErrorReply(uid=request.uid, message=f"tokenization failed: {type(error).__name__}", status=500)
 
-    def _finish_params(self, request: TokenizeMsg, prompt_len: int) -> SamplingParams:
-        """The parameters with nothing left open: `seed` drawn, `max_tokens` set and within the context.
+    def _finish_params(self, request: TokenizeMsg, ids: list[int]) -> SamplingParams:
+        """The parameters with nothing left open: `seed` drawn, `max_tokens` set and within the context, and whether
+        reasoning comes before what a grammar is about.
 
         A larger `max_tokens` than the context has room for is no error: the output ends with `length` there.
         Raises: RequestError when the prompt alone fills the context.
         """
+        prompt_len = len(ids)
         room = self._max_seq_len - prompt_len
         if room < 1:
             raise RequestError(
@@ -283,7 +297,12 @@ class Tokenizer:
         self._check_token_params(params)
         seed = params.seed if params.seed is not None else random.randint(0, MAX_SEED)
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        return replace(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit), seed=seed)
+        grammar = params.grammar
+        if grammar is not None and grammar.reasoning:
+            end = self.codec.decode(ids[-PROMPT_TAIL:])
+            grammar = replace(grammar, reasoning=reasoning_after(end, grammar.reasoning))
+        least = min(params.min_tokens, limit)
+        return replace(params, max_tokens=limit, min_tokens=least, seed=seed, grammar=grammar)
 
     def _check_token_params(self, params: SamplingParams) -> None:
         for name, ids in (

@@ -117,7 +117,7 @@ class Model {
   void logits(int thread, const Step& step) {
     int64_t count = step.num_logits;
     if (count == 0) return;
-    workers_.pool.share(count, 1, [&](int64_t r) {
+    workers_.pool.share(count, 16, [&](int64_t r) {
       const float* from = x_.get() + (step.logit_tokens == nullptr ? r : step.logit_tokens[r]) * hidden_stride();
       std::copy(from, from + embedding.in, last_.get() + r * hidden_stride());
     });

@@ -90,7 +90,7 @@ class InputRoom {
     Rows rows{in.count, in.x, in.stride, pairs_.get(), stride, scales_.get()};
     if (in.norm != nullptr) rows.values = values_.get(), rows.stride = stride;
     if (in.norm == nullptr && type != Type::kInt8) return rows;
-    workers.pool.share(in.count, grain_of(in.count, workers.pool.size()), [&](int64_t r) {
+    workers.pool.share(in.count, 4, [&](int64_t r) {
       const float* row = in.x + r * in.stride;
       if (in.norm != nullptr) {
         rms_norm(row, in.norm, in.eps, in.width, values_.get() + r * stride);
@@ -188,7 +188,7 @@ void pack(Workers& workers, const T* weight, int64_t out, int64_t in, bool gated
 // Rows of a packed table: ids outside [first, first + table.out) give zeros. out: [count, stride].
 inline void embed(Workers& workers, const Linear& table, const int64_t* ids, int64_t count, int64_t first, float* out,
                   int64_t stride) {
-  workers.pool.share(count, 1, [&](int64_t r) {
+  workers.pool.share(count, 8, [&](int64_t r) {
     int64_t id = ids[r] - first, in = table.in;
     float* to = out + r * stride;
     if (id < 0 || id >= table.out) {
@@ -215,7 +215,7 @@ template <class T>
 void norm_rope_store(Workers& workers, float* qkv, int64_t tokens, int64_t stride, const float* norm, float eps,
                      const float* angles, const int64_t* positions, const int64_t* slots, const Heads& heads, Cache<T> cache) {
   int64_t dim = heads.dim, half = dim / 2;
-  workers.pool.share(tokens, grain_of(tokens, workers.pool.size()), [&](int64_t t) {
+  workers.pool.share(tokens, 2, [&](int64_t t) {
     const float* cosine = angles + positions[t] * 2 * dim;
     const float* sine = cosine + dim;
     for (int64_t h = 0; h < heads.num_q + heads.num_kv; ++h) {

@@ -1,6 +1,12 @@
-// Threads that run one step together: the same function on each, with barriers between its parts.
+// Threads that compute one step together. All run the same task, a sequence of parts whose items they share out.
+//
+// Nobody waits for a thread that has no item in hand: on a busy machine a thread that was put aside would otherwise hold
+// up every part. It skips what was done without it when it comes back.
 #pragma once
 
+#include <sched.h>
+
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -17,15 +23,17 @@ inline void relax() {
 #endif
 }
 
-// Waits for a value to change: spins for about `kSpins` pauses, as between the parts of a step, then sleeps.
-constexpr int kSpins = 4096;
+constexpr int kSpins = 2000;  // some 20 to 50 microseconds
 
-inline void wait_while(std::atomic<uint32_t>& value, uint32_t old) {
-  for (int i = 0; i < kSpins; ++i) {
-    if (value.load(std::memory_order_acquire) != old) return;
-    relax();
+// Waits within a step, which is short: spins, then lets other programs run.
+template <class F>
+inline void spin_until(F&& done) {
+  for (int i = 0; !done(); ++i) {
+    if (i < kSpins)
+      relax();
+    else
+      sched_yield();
   }
-  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
 
 class Pool {
@@ -36,72 +44,91 @@ class Pool {
 
   ~Pool() {
     task_ = nullptr;
-    round_.fetch_add(1, std::memory_order_release);
+    is_open_.store(true);
+    round_.fetch_add(1);
     round_.notify_all();
     for (auto& thread : threads_) thread.join();
   }
 
   int size() const { return size_; }
 
-  // Runs task(i) for each thread i, the caller being number 0, and returns when all have ended.
+  // Runs task(i) for each thread i that has time, the caller being number 0. All threads call `share` in the same order.
   void run(const std::function<void(int)>& task) {
     task_ = &task;
-    next_.store(0, std::memory_order_relaxed);
-    round_.fetch_add(1, std::memory_order_release);
+    ticket_.store(0);
+    done_.store(0);
+    part_ = 0;
+    thread_ = 0;
+    is_open_.store(true);
+    round_.fetch_add(1);
     round_.notify_all();
     task(0);
-    barrier();
+    is_open_.store(false);
+    spin_until([&] { return active_.load() == 0; });
   }
 
-  // Every thread of a task calls it equally often. The last to come starts the shared counter again.
-  void barrier() {
-    if (size_ == 1) {
-      next_.store(0, std::memory_order_relaxed);
-      return;
-    }
-    uint32_t phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      next_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
-      phase_.notify_all();
-    } else {
-      wait_while(phase_, phase);
-    }
-  }
-
-  // Shares out items 0 … count - 1 of one part of a task, `grain` at a time, to whichever thread is free. The part ends
-  // with a barrier.
+  // Shares out items 0 … count - 1 of one part, `grain` at a time, to whoever is free. After it, all of them are done. What
+  // is no more than one grain is left to the caller of `run`.
   template <class F>
   void share(int64_t count, int64_t grain, F&& f) {
-    for (;;) {
-      int64_t begin = next_.fetch_add(grain, std::memory_order_relaxed);
-      if (begin >= count) break;
-      int64_t end = begin + grain < count ? begin + grain : count;
-      for (int64_t i = begin; i < end; ++i) f(i);
+    uint32_t part = part_++;
+    auto is_over = [&] { return uint32_t(ticket_.load(std::memory_order_acquire) >> 32) > part; };
+    if (size_ == 1) {
+      for (int64_t i = 0; i < count; ++i) f(i);
+      return;
     }
-    barrier();
+    if (count <= grain && thread_ != 0) return;
+    spin_until([&] { return uint32_t(ticket_.load(std::memory_order_acquire) >> 32) >= part; });
+    if (count == 0) {
+      uint64_t expected = uint64_t(part) << 32;
+      ticket_.compare_exchange_strong(expected, uint64_t(part + 1) << 32);
+      return;
+    }
+    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+    while (uint32_t(ticket >> 32) == part) {
+      int64_t begin = uint32_t(ticket);
+      if (begin >= count) break;
+      int64_t end = std::min(begin + grain, count);
+      if (!ticket_.compare_exchange_weak(ticket, (uint64_t(part) << 32) | uint64_t(end))) continue;
+      for (int64_t i = begin; i < end; ++i) f(i);
+      if (done_.fetch_add(end - begin) + (end - begin) == count) {
+        done_.store(0);
+        ticket_.store(uint64_t(part + 1) << 32, std::memory_order_release);
+      }
+      ticket = ticket_.load(std::memory_order_acquire);
+    }
+    if (thread_ == 0) spin_until(is_over);
   }
 
  private:
   void work(int index) {
     uint32_t seen = 0;
     for (;;) {
-      wait_while(round_, seen);
-      seen = round_.load(std::memory_order_acquire);
-      if (task_ == nullptr) return;
-      (*task_)(index);
-      barrier();
+      for (int i = 0; i < kSpins && round_.load() == seen; ++i) relax();
+      while (round_.load() == seen) round_.wait(seen);
+      seen = round_.load();
+      active_.fetch_add(1);
+      if (is_open_.load()) {
+        if (task_ == nullptr) return;
+        part_ = 0;
+        thread_ = index;
+        (*task_)(index);
+      }
+      active_.fetch_sub(1);
     }
   }
+
+  static inline thread_local uint32_t part_ = 0;
+  static inline thread_local int thread_ = 0;
 
   int size_;
   const std::function<void(int)>* task_ = nullptr;
   std::vector<std::thread> threads_;
-  alignas(64) std::atomic<uint32_t> round_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int64_t> next_{0};
+  std::atomic<uint32_t> round_{0};
+  std::atomic<bool> is_open_{false};
+  std::atomic<int> active_{0};
+  alignas(64) std::atomic<uint64_t> ticket_{0};  // the part, and its first item that nobody has
+  alignas(64) std::atomic<int64_t> done_{0};
 };
 
 }  // namespace minisgl::cpu
