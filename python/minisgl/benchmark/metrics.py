@@ -182,7 +182,7 @@ def make_document(config: Mapping[str, Any], summary: Summary) -> dict[str, Any]
     """The numbers, and everything that makes them repeatable."""
     return {
         "version": __version__,
-        "commit": _commit(),
+        "commit": describe_commit(),
         "command": ["minisgl", *sys.argv[1:]],
         "machine": describe_machine(),
         "config": dict(config),
@@ -232,7 +232,7 @@ def write_files(args: Any, summary: Summary, records: Sequence[Record], steps: S
         raise ConfigError(f"{args.json or args.output}: {error}") from None
 
 
-def _commit() -> str | None:
+def describe_commit() -> str | None:
     """The commit that the package was run from, with a mark for local changes; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

@@ -1,0 +1,142 @@
+"""The weights that all engines get: a model directory, and GGUF files with the same numbers."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from minisgl.benchmark.shapes import SHAPES, write_shape
+from minisgl.config.locate import DEMO_MODEL
+
+TINY = SHAPES["qwen3-0.6b"] | {  # for tests of this benchmark
+    "vocab_size": 4096,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+
+
+def prepare(model: str, work_dir: Path) -> Path:
+    """The directory of a model: `built-in`, a directory with weights, or a shape that gets random ones in `work_dir`.
+
+    Raises: SystemExit when it is none of them.
+    """
+    if model == "built-in":
+        return Path(DEMO_MODEL)
+    if any(Path(model).glob("*.safetensors")):
+        return Path(model)
+    directory = work_dir / model
+    file = directory / "model.safetensors"
+    if file.is_file():
+        return directory
+    if model == "qwen3-tiny":
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps(TINY))
+        write_shape(str(directory), directory)
+    elif SHAPES.get(model, {}).get("model_type") == "qwen3":
+        write_shape(model, directory)
+    else:
+        names = [name for name, shape in SHAPES.items() if shape["model_type"] == "qwen3"]
+        raise SystemExit(f"--model {model}: expected a directory, built-in, qwen3-tiny, {', '.join(names)}")
+    save_file(random_weights(read_config(directory)), partial := file.with_suffix(".partial"))
+    partial.rename(file)
+    return directory
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())
+
+
+def random_weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """In bf16. Products keep the variance, and norms differ: a weight in the wrong place shows in the logits."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = (config[f"num_{kind}_heads"] * head_dim for kind in ("attention", "key_value"))
+
+    def matrix(num_out: int, num_in: int, scale: float | None = None) -> torch.Tensor:
+        values = torch.randn(num_out, num_in, generator=generator)
+        return values.mul_(scale or num_in**-0.5).bfloat16()
+
+    def norm(size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).mul_(0.2).add_(1).bfloat16()
+
+    weights = {"model.embed_tokens": matrix(config["vocab_size"], hidden, 0.02), "model.norm": norm(hidden)}
+    if not config["tie_word_embeddings"]:
+        weights["lm_head"] = matrix(config["vocab_size"], hidden, 0.02)
+    for layer in range(config["num_hidden_layers"]):
+        parts = {
+            "input_layernorm": norm(hidden),
+            "self_attn.q_proj": matrix(queries, hidden),
+            "self_attn.k_proj": matrix(keys, hidden),
+            "self_attn.v_proj": matrix(keys, hidden),
+            "self_attn.o_proj": matrix(hidden, queries),
+            "self_attn.q_norm": norm(head_dim),
+            "self_attn.k_norm": norm(head_dim),
+            "post_attention_layernorm": norm(hidden),
+            "mlp.gate_proj": matrix(inner, hidden),
+            "mlp.up_proj": matrix(inner, hidden),
+            "mlp.down_proj": matrix(hidden, inner),
+        }
+        weights |= {f"model.layers.{layer}.{name}": tensor for name, tensor in parts.items()}
+    return {f"{name}.weight": tensor for name, tensor in weights.items()}
+
+
+def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names without `.weight`, and tensors, one at a time."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name.removesuffix(".weight"), file.get_tensor(name)
+
+
+def write_gguf(directory: Path, precision: str, work_dir: Path) -> Path:
+    """The GGUF file of a dense Qwen3 model in F32, BF16, F16 or Q8_0, made once; norms are F32, as everywhere.
+
+    It has no tokenizer: prompts are ids. Raises: SystemExit for another architecture.
+    """
+    import gguf
+
+    config = read_config(directory)
+    if config["model_type"] != "qwen3":
+        raise SystemExit(f"{directory}: only dense Qwen3 models can be written as GGUF here")
+    place = zlib.crc32(str(directory.resolve()).encode())  # directories may share a name
+    path = work_dir / f"{directory.name}-{place:08x}-{precision}.gguf"
+    if path.is_file() and path.stat().st_mtime > max(f.stat().st_mtime for f in directory.glob("*.safetensors")):
+        return path
+    work_dir.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(partial := path.with_suffix(".partial"), "qwen3")
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    file_types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
+    writer.add_file_type(gguf.LlamaFileType[file_types[precision]])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
+    for name, tensor in read_weights(directory):
+        kind = gguf.GGMLQuantizationType["F32" if tensor.dim() == 1 else precision]
+        data = gguf.quants.quantize(tensor.float().numpy(), kind)
+        writer.add_tensor(f"{names.get_name(name)}.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.rename(path)
+    return path
