@@ -1,4 +1,4 @@
-"""Our CPU kernel: paged attention in float32 over a float32 or bfloat16 cache (`csrc/include/minisgl/cpu/attention.h`)."""
+"""Our CPU kernel: attention in float32 over a float32 or bfloat16 cache (`csrc/include/minisgl/cpu/attention.h`)."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ class CpuBackend:
         sequences = np.stack((batch.rows, batch.offsets[:-1], batch.num_new, batch.starts), 1)
         return CpuMetadata(torch.from_numpy(sequences), torch.from_numpy(batch.page_table), batch.page_size)
 
-    def forward(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, metadata: CpuMetadata
-    ) -> Tensor:
+    def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, metadata: CpuMetadata) -> Tensor:
         out = torch.empty(q.shape)
         self._ops.module.attend(self._ops.workers, q, k_cache, v_cache, *metadata, window or 0, out)
         return out

@@ -14,9 +14,7 @@ from minisgl.errors import ConfigError
 from minisgl.kernel.ops import TorchOps
 
 
-def create_backend(
-    config: EngineConfig, dtype: torch.dtype, device: torch.device, ops: TorchOps
-) -> AttentionBackend:
+def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.device, ops: TorchOps) -> AttentionBackend:
     """The backend of one rank's layers. Raises: ConfigError for one, or a pair, that this device does not have."""
     prefill, decode = config.prefill_backend, config.decode_backend
     model, page_size = config.model, config.page_size

@@ -22,7 +22,9 @@ _ESTIMATE = 0.9  # share of an estimated KV cache that is counted on, before the
 def cpu_pages(
     args: ServerArgs, model: ModelConfig, machine: Capabilities, dtype: str, kv_dtype: str, page_size: int, seq_len: int
 ) -> int:
-    """dtype: of the weights, or "int8". Pages that fit the memory, and no more than all running requests could ever use. Memory is taken on first use."""
+    """dtype: of the weights, or "int8".
+
+    Pages that fit the memory, and no more than all running requests could ever use. Memory is taken on first use."""
     tp_size = args.tensor_parallel_size
     budget = int(machine.memory * args.memory_ratio) // tp_size - model.weight_bytes(dtype, tp_size)
     affordable = budget // (model.kv_bytes_per_token(kv_dtype, tp_size) * page_size)

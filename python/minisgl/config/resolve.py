@@ -16,7 +16,7 @@ from minisgl.config.cuda import choose_device, cuda_engine
 from minisgl.config.locate import locate_model
 from minisgl.config.model import ModelConfig, read_json, read_model_config
 from minisgl.config.probe import Capabilities, probe
-from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
+from minisgl.config.runtime import SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import SamplingParams
 from minisgl.errors import ConfigError, RequestError
 

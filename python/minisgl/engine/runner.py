@@ -14,7 +14,7 @@ from minisgl.config.runtime import EngineConfig
 from minisgl.core import StepPlan, StepResult, TokenBitmask, TokenLogprobs
 from minisgl.distributed.comm import create_communicator
 from minisgl.distributed.info import DistributedInfo
-from minisgl.engine.batch import Batch, Tables
+from minisgl.engine.batch import Batch, SamplingBatch, Tables
 from minisgl.engine.forward import Forward, LayerByLayer, WholeStep
 from minisgl.engine.logits import process
 from minisgl.engine.logprobs import report
@@ -68,9 +68,9 @@ class ModelShard:
     def create_forward(self, num_pages: int) -> Forward:
         """How a CPU computes a step, with a cache of its own."""
         kv, config = self.create_kv(num_pages), self.config
-        if isinstance(self.ops, CpuOps) and config.tp_size == 1 and config.decode_backend == "cpu":
-            if WholeStep.fits(self.model):
-                return WholeStep(config.model, self.model, self.rope, kv, self.ops, config.max_seq_len)
+        is_whole = config.tp_size == 1 and config.decode_backend == "cpu" and WholeStep.fits(self.model)
+        if isinstance(self.ops, CpuOps) and is_whole:
+            return WholeStep(config.model, self.model, self.rope, kv, self.ops, config.max_seq_len)
         return LayerByLayer(self.model, self.rope, kv, self.create_attention())
 
     def create_attention(self) -> AttentionBackend:
@@ -120,15 +120,21 @@ class Runner:
             return comm.broadcast(torch.empty(len(params.position), dtype=torch.int64))
         steps = self._tables.logit_rules.steps(*batch.sampled_at, bitmask)
         if not steps:
-            return comm.broadcast(sample(logits, params))
+            return comm.broadcast(self._choose(logits, params))
         ids = torch.empty(len(params.position), dtype=torch.int64)
         plain = np.setdiff1d(np.arange(len(ids)), np.concatenate([step.samples for step in steps]))
         if len(plain):
-            ids[plain] = sample(logits[plain], params.select(plain))
+            ids[plain] = self._choose(logits[plain], params.select(plain))
         for step in steps:
             changed = process(logits, step, torch.from_numpy(self._tables.token_ids))
-            ids[step.samples] = sample(changed, params.select(step.samples))
+            ids[step.samples] = self._choose(changed, params.select(step.samples))
         return comm.broadcast(ids)
+
+    def _choose(self, logits: torch.Tensor, params: SamplingBatch) -> torch.Tensor:
+        ops, p = self._shard.ops, params
+        if not isinstance(ops, CpuOps):
+            return sample(logits, params)
+        return ops.sample_on_host(logits, (p.temperature, p.top_k, p.top_p, p.min_p, p.seed, p.position))
 
     def _logprobs(self, logits: torch.Tensor, batch: Batch, ids: torch.Tensor) -> dict[int, TokenLogprobs] | None:
         step = self._tables.logprob_rules.sampled(batch.sampled_at[0])

@@ -7,8 +7,11 @@ whatever the weights are.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from minisgl.kernel.jit import load_cpu_kernels
@@ -41,7 +44,7 @@ class Matrix:
 
 
 class CpuOps(TorchOps):
-    """num_threads: that compute, the caller included. to_int8: weights of linear layers and the embedding become int8."""
+    """num_threads: that compute, the caller's included. to_int8: weights become int8, but for exact ones."""
 
     vector_dtype = torch.float32
 
@@ -84,6 +87,13 @@ class CpuOps(TorchOps):
         out = torch.empty(len(ids), weight.shape[1])
         self.module.embed_ids(self.workers, weight.handle, ids, first, out)
         return out
+
+    def sample_on_host(self, logits: Tensor, params: Sequence[npt.NDArray[Any]]) -> Tensor:
+        """As `engine.sample.sample`. params: temperature, top_k, top_p, min_p, seed and position, [n] each."""
+        ids = torch.empty(len(logits), dtype=torch.int64)
+        arrays = (torch.from_numpy(x.view(np.int64) if x.dtype == np.uint64 else x) for x in params)
+        self.module.sample(self.workers, logits, *arrays, ids)
+        return ids
 
     def qk_norm_rope_store(
         self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots

@@ -96,7 +96,9 @@ def load_cpu_kernels(flags: tuple[str, ...] = ("-march=native",)) -> Any:
     except (ImportError, OSError) as error:
         raise ConfigError(f"the CPU kernels need the package apache-tvm-ffi ({error})") from error
     flags = ("-std=gnu++20", "-O3", "-pthread", *flags)
-    key = hashlib.sha256(repr((_source_digest(CPU), flags, _processor(), tvm_ffi.__version__)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((_source_digest(CPU), flags, _processor(), tvm_ffi.__version__)).encode()).hexdigest()[
+        :16
+    ]
     try:
         directory = cache_dir() / f"{CPU}-{key}"
         if not directory.exists():

@@ -50,7 +50,7 @@ class TorchOps:
 
     vector_dtype: torch.dtype | None = None  # of norms and biases; None: the weights' own
 
-    def pack_weight(self, weight: Tensor, *, pair: bool = False, exact: bool = False) -> Any:
+    def pack_weight(self, weight: Tensor, *, pair: bool = False, exact: bool = False) -> Any:  # noqa: ARG002
         """weight: [out, in], in whatever layout `linear` likes best. The plain one may be freed by the caller.
 
         pair: it is for `gate_up`. exact: not to be quantised.
@@ -205,9 +205,7 @@ class OneDnnOps(TorchOps):
         return out
 
 
-def create_ops(
-    device: torch.device, dtype: torch.dtype, moe_backend: str, cpu: CpuKernels | None = None
-) -> TorchOps:
+def create_ops(device: torch.device, dtype: torch.dtype, moe_backend: str, cpu: CpuKernels | None = None) -> TorchOps:
     """The fastest operations available on `device`, for a model of this dtype. cpu: our own, on a CPU."""
     if device.type == "cuda":
         from minisgl.kernel.cuda import create_cuda_ops

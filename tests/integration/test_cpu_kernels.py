@@ -1,0 +1,216 @@
+"""`csrc/src/cpu.cc` against torch: products in all weight types, attention, rotation and cache, sampling.
+
+Each with one and two threads; `MINISGL_TEST_CPU_FLAGS` (compiler flags) tries instructions other than this processor's.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minisgl.attention.base import AttentionBatch
+from minisgl.attention.cpu import CpuBackend
+from minisgl.engine.batch import SamplingBatch
+from minisgl.engine.sample import sample
+from minisgl.kernel.cpu import CpuOps
+from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
+
+Tensor = torch.Tensor
+FLAGS = tuple(os.environ.get("MINISGL_TEST_CPU_FLAGS", "-march=native").split())
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-6, "int8": 5e-6}  # of the largest output: only sums are rounded
+ROWS = (1, 2, 3, 5, 6, 7, 8, 12, 13, 16, 31, 64, 65)
+
+
+@cache
+def cpu_ops(num_threads: int, to_int8: bool = False) -> CpuOps:
+    return CpuOps(num_threads, to_int8=to_int8, flags=FLAGS)
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def as_stored(weight: Tensor, kind: str) -> Tensor:
+    """What is left of a weight in memory."""
+    if kind == "bfloat16":
+        return weight.bfloat16().float()
+    if kind == "int8":
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        return (weight * (127 / weight.abs().amax(1, keepdim=True))).round() * scale
+    return weight
+
+
+def close(out: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = (out - expected).abs().max() / expected.abs().max()
+    assert error < tolerance, f"off by {error:.2e} of the largest"
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (40, 33), (96, 300), (258, 1024), (7, 515), (1, 1)], ids=str)
+@pytest.mark.parametrize("kind", TOLERANCE)
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_products(num_threads: int, kind: str, shape: tuple[int, int]) -> None:
+    ops = cpu_ops(num_threads, kind == "int8")
+    num_out, num_in = shape
+    weight = random(num_out, num_in, seed=1, scale=num_in**-0.5)
+    bias, norm = random(num_out, seed=2), random(num_in, seed=3).abs()
+    stored = as_stored(weight, kind).double()
+    matrix = ops.pack_weight(weight.bfloat16() if kind == "bfloat16" else weight)
+    for rows in ROWS:
+        x = random(rows, num_in, seed=rows)
+        plain = x.double() @ stored.T + bias
+        normed = TorchOps().rms_norm(x, norm, 1e-6)
+        tolerance = TOLERANCE[kind] * 20 if kind == "int8" else TOLERANCE[kind]  # 15 bits of each row
+        close(ops.linear(x, matrix, bias), plain, tolerance)
+        close(ops.norm_linear(x, norm, 1e-6, matrix), normed.double() @ stored.T, tolerance)
+        residual = random(rows, num_out, seed=9)
+        close(ops.linear_add(x, matrix, residual.clone(), bias), plain + residual, tolerance)
+
+
+@pytest.mark.parametrize("inner", [8, 16, 48, 100])
+@pytest.mark.parametrize("kind", TOLERANCE)
+def test_gate_and_up(kind: str, inner: int) -> None:
+    ops, weight, bias = cpu_ops(2, kind == "int8"), random(2 * inner, 72, seed=1, scale=0.1), random(2 * inner, seed=2)
+    matrix = ops.pack_weight(weight.bfloat16() if kind == "bfloat16" else weight, pair=True)
+    for rows in ROWS:
+        x = random(rows, 72, seed=rows)
+        gate, up = (x.double() @ as_stored(weight, kind).double().T + bias).chunk(2, -1)
+        close(ops.gate_up(x, matrix, bias), F.silu(gate) * up, 20 * TOLERANCE[kind])
+
+
+@pytest.mark.parametrize("kind", TOLERANCE)
+def test_rows_of_a_table(kind: str) -> None:
+    ops, table = cpu_ops(2, kind == "int8"), random(50, 33)
+    packed = ops.pack_table(table.bfloat16() if kind == "bfloat16" else table)
+    rows = ops.embedding(torch.tensor([10, 9, 59, 60, 33]), packed, first=10)
+    expected = as_stored(table, kind)[[0, 0, 49, 0, 23]]
+    expected[[1, 3]] = 0  # ids of other ranks
+    torch.testing.assert_close(rows, expected)
+
+
+def test_a_row_with_a_nan_spoils_no_other() -> None:
+    for to_int8 in (False, True):
+        ops = cpu_ops(2, to_int8)
+        matrix, x = ops.pack_weight(random(40, 64)), random(9, 64)
+        before = ops.linear(x, matrix)
+        x[4, 7] = torch.nan
+        after = ops.linear(x, matrix)
+        assert after[4].isnan().all()
+        assert torch.equal(after[[0, 1, 2, 3, 5, 8]], before[[0, 1, 2, 3, 5, 8]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_norm_rotation_and_cache(with_norm: bool, dtype: torch.dtype) -> None:
+    num_q, num_kv, dim, tokens = 6, 2, 80, 5
+    norm = random(num_q + num_kv, dim, seed=1) if with_norm else None
+    angle = random(tokens, 1, dim // 2, seed=2)
+    cos, sin = torch.cat((angle.cos(),) * 2, -1), torch.cat((-angle.sin(), angle.sin()), -1)
+    slots = torch.tensor([3, 0, 11, 7, 5])
+    caches = [KVSlots(*torch.zeros(2, 12, num_kv, dim, dtype=dtype), slots) for _ in range(2)]
+    outs = [
+        ops.qk_norm_rope_store(random(tokens, num_q + 2 * num_kv, dim, seed=3), norm, 1e-6, RopeAngles(cos, sin), cache)
+        for ops, cache in zip((cpu_ops(2), InFloat32()), caches, strict=True)
+    ]
+    torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=1e-5)
+    for mine, theirs in ((caches[0].k, caches[1].k), (caches[0].v, caches[1].v)):
+        torch.testing.assert_close(mine.float(), theirs.float(), atol=1e-5, rtol=1e-2 if dtype.itemsize == 2 else 1e-5)
+
+
+class InFloat32(TorchOps):
+    """The reference, whose cache may have another type."""
+
+    def qk_norm_rope_store(
+        self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots
+    ) -> Tensor:
+        wide = KVSlots(cache.k.float(), cache.v.float(), cache.slots)
+        out = super().qk_norm_rope_store(qkv, norm, eps, rope, wide)
+        cache.k.copy_(wide.k)
+        cache.v.copy_(wide.v)
+        return out
+
+
+HEADS = [(4, 4), (4, 2), (12, 4), (16, 2), (9, 3), (10, 1), (7, 1), (20, 2), (6, 1)]
+LENGTHS = [(1, 0), (1, 130), (9, 0), (77, 40), (1, 63), (1, 700)]  # new tokens, and those before them
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("dim", [24, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_attention(num_threads: int, heads: tuple[int, int], dim: int, page_size: int) -> None:
+    (num_q, num_kv), generator = heads, torch.Generator().manual_seed(dim)
+    dtype = torch.bfloat16 if dim % 64 == 0 else torch.float32
+    num_slots = 2048
+    keys, values = (torch.randn(num_slots, num_kv, dim, generator=generator).to(dtype) for _ in range(2))
+    pages = np.zeros((8, 1024 // page_size + 1), np.int32)
+    free = torch.randperm(num_slots // page_size, generator=generator).numpy()
+    rows = np.array([3, 0, 6, 1, 2, 7])
+    num_new, starts = np.array(LENGTHS).T
+    for row, length in zip(rows, num_new + starts, strict=True):
+        count = -(-length // page_size)
+        pages[row, :count], free = free[:count], free[count:]
+    for slot in free:  # what belongs to nobody must not matter
+        keys[slot * page_size : (slot + 1) * page_size] = torch.nan
+        values[slot * page_size : (slot + 1) * page_size] = torch.nan
+    offsets = np.concatenate(([0], np.cumsum(num_new)))
+    batch = AttentionBatch(rows, starts, num_new, offsets, pages, page_size)
+    backend = CpuBackend(cpu_ops(num_threads))
+    q = torch.randn(int(offsets[-1]), num_q, dim, generator=generator)
+    for window in (None, 50):
+        out = backend.forward(q, keys, values, window, backend.prepare(batch))
+        for i in range(len(rows)):
+            slots = torch.from_numpy(batch.slots(rows[i], 0, starts[i] + num_new[i]))
+            mine = slice(offsets[i], offsets[i + 1])
+            expected = reference(q[mine], keys[slots].float(), values[slots].float(), int(starts[i]), window)
+            torch.testing.assert_close(out[mine], expected, atol=2e-5, rtol=1e-4)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None) -> Tensor:
+    """One sequence: its new tokens, from position `start` on, and all its keys and values."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    place, at = torch.arange(len(k)), start + torch.arange(len(q))[:, None]
+    seen = (place <= at) if window is None else (place <= at) & (place > at - window)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+def sampling(n: int, **given: float | int) -> SamplingBatch:
+    values = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | given
+    floats = {name: np.full(n, values[name], np.float32) for name in ("temperature", "top_p", "min_p")}
+    top_k = np.full(n, values["top_k"], np.int64)
+    return SamplingBatch(
+        floats["temperature"], top_k, floats["top_p"], floats["min_p"], np.arange(n, dtype=np.uint64), np.arange(n)
+    )
+
+
+@pytest.mark.parametrize("vocab_size", [5, 128, 4096, 50_001])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 0.0},
+        {},
+        {"top_k": 20},
+        {"top_k": 300, "top_p": 0.9},
+        {"top_p": 0.9},
+        {"top_p": 0.999, "temperature": 3.0},
+        {"min_p": 0.05},
+        {"top_k": 40, "top_p": 0.8, "min_p": 0.02},
+    ],
+    ids=str,
+)
+def test_sampled_tokens_are_the_reference_s(given: dict[str, float], vocab_size: int) -> None:
+    n = 64
+    logits = random(n, vocab_size, seed=vocab_size, scale=2.0)
+    logits[1] = 0.0  # all equal
+    logits[2, vocab_size // 2 :] = -torch.inf
+    logits[3, 4], logits[4, 0] = torch.nan, torch.inf
+    params = sampling(n, **given)
+    p = (params.temperature, params.top_k, params.top_p, params.min_p, params.seed, params.position)
+    mine, theirs = cpu_ops(2).sample_on_host(logits, p), sample(logits, params)
+    assert mine[3] == mine[4] == -1
+    assert (mine != theirs).sum() <= (0 if not given.get("temperature", 1) else 1), "a sum may fall on the other side"
