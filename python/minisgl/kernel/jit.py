@@ -26,8 +26,9 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MINISGL_CACHE_DIR") or default) / "kernels"
 
 
-def _source(name: str) -> Path:
-    return CSRC / "src" / (f"{name}.cc" if name == CPU else f"{name}.cu")
+def _sources(name: str) -> list[Path]:
+    files = (f"{CPU}.cc", f"{CPU}_bindings.cc") if name == CPU else (f"{name}.cu",)
+    return [CSRC / "src" / file for file in files]
 
 
 @functools.cache
@@ -35,7 +36,7 @@ def _source_digest(name: str) -> str:
     """Changes with the kernel file and every header."""
     digest = hashlib.sha256()
     headers = INCLUDE.rglob("*.cuh") if name != CPU else (INCLUDE / "minisgl" / "cpu").glob("*.h")
-    for path in [_source(name), *sorted(headers)]:
+    for path in [*_sources(name), *sorted(headers)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -106,7 +107,7 @@ def load_cpu_kernels(flags: tuple[str, ...] = ("-march=native",)) -> Any:
         directory.mkdir(parents=True, exist_ok=True)
         return cpp.load(
             f"minisgl_{CPU}",
-            cpp_files=[str(_source(CPU))],
+            cpp_files=[str(path) for path in _sources(CPU)],
             extra_cflags=list(flags),
             extra_ldflags=["-pthread"],
             extra_include_paths=[str(INCLUDE)],

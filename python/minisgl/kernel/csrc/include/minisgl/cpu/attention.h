@@ -16,32 +16,10 @@ namespace minisgl::cpu {
 constexpr int kBlock = 64;        // tokens of the cache at a time
 constexpr int kQueryRows = 48;    // queries times heads of a group, of one piece of a prefill
 constexpr int kSplitTokens = 512; // a decode is split into parts of no fewer tokens
-constexpr int kMaxGroup = 8;      // query heads that one pass over the keys serves
+constexpr int kMaxGroup = 8;      // query heads that one pass over the keys serves: 1, 2, 4 or 8
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-// One layer's cache: [slots, num_kv, dim].
-template <class T>
-struct Cache {
-  T* k;
-  T* v;
-};
-
-// A sequence of the step: tokens [first, first + count) of the batch stand at positions start, start + 1, ….
-struct Sequence {
-  int64_t first, count, start;
-  const int32_t* pages;
-};
-
-struct Heads {
-  int64_t num_q, num_kv, dim;
-  int64_t page_size;
-
-  int64_t group() const { return num_q / num_kv; }
-  int64_t padded() const { return (dim + kPanel - 1) / kPanel * kPanel; }
-  int64_t slot(const int32_t* pages, int64_t position) const {
-    return pages[position / page_size] * page_size + position % page_size;
-  }
-};
+inline int64_t padded_dim(const Heads& heads) { return (heads.dim + kPanel - 1) / kPanel * kPanel; }
 
 // A piece of the work: some heads of one sequence; of a decode, part `part` of `parts` of its cache; of a prefill, the
 // tokens from `token` on.
@@ -73,7 +51,7 @@ inline float dot(const float* q, const T* k, int64_t dim) {
 // scores[g][t] = q[g] · k[t] for G heads and the tokens of a block; offsets: of their keys.
 template <class T, int G>
 inline void decode_scores(const float* q, const T* k, const int64_t* offsets, int count, int64_t dim, float* scores) {
-  constexpr int kTokens = G == 1 ? 4 : G <= 3 ? 2 : 1;
+  constexpr int kTokens = G == 1 ? 4 : G == 2 ? 2 : 1;
   int t = 0;
   if (dim % kLanes == 0) {
     for (; t + kTokens <= count; t += kTokens) {
@@ -123,7 +101,7 @@ inline void decode_values(const float* weights, const T* v, const int64_t* offse
 }
 
 // One block of scores becomes weights, in place; what was summed up before is scaled to the new maximum.
-inline void online_softmax(float* scores, int count, Partial& partial, float* out, int64_t dim) {
+[[gnu::noinline]] inline void online_softmax(float* scores, int count, Partial& partial, float* out, int64_t dim) {
   for (int t = count; t < kBlock; ++t) scores[t] = kNone;
   Floats high = load(scores);
   for (int t = kLanes; t < kBlock; t += kLanes) high = maximum(load(scores + t), high);
@@ -146,7 +124,7 @@ inline void online_softmax(float* scores, int count, Partial& partial, float* ou
 
 // G query heads of one new token over positions [begin, end). q: [G, dim], scaled; out: [G, dim] and partials: [G].
 template <class T, int G>
-inline void decode(const float* q, const T* k, const T* v, const Heads& heads, const int32_t* pages, int64_t begin,
+[[gnu::noinline]] void decode(const float* q, const T* k, const T* v, const Heads& heads, const int32_t* pages, int64_t begin,
                    int64_t end, float* out, Partial* partials) {
   alignas(64) float scores[G * kBlock];
   int64_t offsets[kBlock];
@@ -166,7 +144,7 @@ template <class T, int G = kMaxGroup>
 inline void decode_group(int group, const float* q, const T* k, const T* v, const Heads& heads, const int32_t* pages,
                          int64_t begin, int64_t end, float* out, Partial* partials) {
   if constexpr (G > 1) {
-    if (group < G) return decode_group<T, G - 1>(group, q, k, v, heads, pages, begin, end, out, partials);
+    if (group < G) return decode_group<T, G / 2>(group, q, k, v, heads, pages, begin, end, out, partials);
   }
   decode<T, G>(q, k, v, heads, pages, begin, end, out, partials);
 }
@@ -174,7 +152,7 @@ inline void decode_group(int group, const float* q, const T* k, const T* v, cons
 // Room that a thread needs for `prefill`, in floats.
 inline int64_t prefill_floats(const Heads& heads) {
   int64_t rows = std::max<int64_t>(kQueryRows, heads.group());
-  return rows * (heads.dim + kBlock + heads.padded()) + kBlock * heads.dim + kBlock * heads.padded() + 2 * rows;
+  return rows * (heads.dim + kBlock + padded_dim(heads)) + kBlock * heads.dim + kBlock * padded_dim(heads) + 2 * rows;
 }
 
 // Several tokens of one sequence, all heads that share head `head`. q: the step's queries, [tokens, …] with `stride`
@@ -183,7 +161,7 @@ template <class T>
 inline void prefill(const float* q, int64_t stride, float scale, Cache<T> cache, const Heads& heads, int64_t head,
                     int64_t group, const Sequence& sequence, int64_t token, int64_t count, int64_t window, float* out,
                     int64_t out_stride, float* room) {
-  int64_t dim = heads.dim, padded = heads.padded(), rows = count * group, cache_stride = heads.num_kv * dim;
+  int64_t dim = heads.dim, padded = padded_dim(heads), rows = count * group, cache_stride = heads.num_kv * dim;
   float* queries = room;
   float* scores = queries + rows * dim;
   float* result = scores + rows * kBlock;

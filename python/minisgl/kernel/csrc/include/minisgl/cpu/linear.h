@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <type_traits>
 
+#include "api.h"
 #include "simd.h"
 
 namespace minisgl::cpu {
@@ -21,22 +22,7 @@ constexpr int kChunk = 256;
 constexpr int kPairs = 256;
 constexpr int kDirectRows = 2 * kBlockRows;  // from here on, widening a chunk once is cheaper than widening it for each block
 
-enum class Type : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
-
-// weight: [out, in]. data: [panels, in, kPanel] float or bfloat16, or [panels, ceil(in / 2), kPanel, 2] int8. Where two
-// matrices lie one below the other in a weight, as gate and up do, their panels take turns.
-struct Linear {
-  Type type;
-  bool is_pair;
-  int64_t out, in;
-  const void* data;
-  const float* scale;  // [panels * kPanel], of int8
-  const float* bias;   // [out] or null
-
-  int64_t part() const { return is_pair ? out / 2 : out; }
-  int64_t num_panels() const { return (part() + kPanel - 1) / kPanel * (is_pair ? 2 : 1); }
-  int64_t num_pairs() const { return (in + 1) / 2; }
-};
+inline int64_t num_panels(const Linear& w) { return (w.part() + kPanel - 1) / kPanel * (w.is_pair ? 2 : 1); }
 
 // The rows to multiply with. For int8 weights: `pairs`, which hold value * scale.
 struct Rows {

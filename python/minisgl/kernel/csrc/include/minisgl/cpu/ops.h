@@ -106,8 +106,6 @@ class InputRoom {
   Buffer<int16_t> pairs_;
 };
 
-enum class Into : int64_t { kStore = 0, kAdd = 1, kGated = 2 };
-
 // sums: [rows, kPanel] of output features first … → out: [rows, stride].
 inline void write_panel(const float* sums, int64_t rows, int64_t first, const Linear& w, Into into, float* out,
                         int64_t stride) {
@@ -138,7 +136,7 @@ inline void write_gated(const float* gates, const float* ups, int64_t rows, int6
 
 // out (+)= rows * wᵀ + bias. kGated: of a pair, out = silu(gate) * up.
 inline void linear(Workers& workers, int thread, const Linear& w, const Rows& x, Into into, float* out, int64_t stride) {
-  int64_t panels = w.num_panels(), size = x.count * kPanel;
+  int64_t panels = num_panels(w), size = x.count * kPanel;
   float* sums = workers.sums(thread, 2 * size);
   if (into != Into::kGated) {
     workers.pool.share(panels, grain_of(panels, workers.pool.size()), [&](int64_t p) {
@@ -156,14 +154,14 @@ inline void linear(Workers& workers, int thread, const Linear& w, const Rows& x,
 
 // Plain weights to panels. // T: of the plain weights; panels have the same type, or int8 with a scale for each feature.
 template <class T>
-void pack(Workers& workers, const T* weight, int64_t out, int64_t in, bool gated, bool to_int8, void* data, float* scale) {
-  int64_t half = out / 2, per_part = ((gated ? half : out) + kPanel - 1) / kPanel, panels = gated ? 2 * per_part : per_part;
+void pack(Workers& workers, const T* weight, int64_t out, int64_t in, bool is_pair, void* data, float* scale) {
+  int64_t half = out / 2, per_part = ((is_pair ? half : out) + kPanel - 1) / kPanel, panels = is_pair ? 2 * per_part : per_part;
   workers.pool.run([&](int) {
     workers.pool.share(panels, 1, [&](int64_t p) {
-      int64_t part = gated ? p % 2 : 0, first = (gated ? p / 2 : p) * kPanel;
-      int64_t count = std::min<int64_t>(kPanel, (gated ? half : out) - first);
+      int64_t part = is_pair ? p % 2 : 0, first = (is_pair ? p / 2 : p) * kPanel;
+      int64_t count = std::min<int64_t>(kPanel, (is_pair ? half : out) - first);
       const T* rows = weight + (part * half + first) * in;
-      if (!to_int8) {
+      if (scale == nullptr) {
         T* to = static_cast<T*>(data) + p * in * kPanel;
         for (int64_t i = 0; i < in; ++i)
           for (int64_t j = 0; j < kPanel; ++j) to[i * kPanel + j] = j < count ? rows[j * in + i] : T{};
@@ -262,11 +260,11 @@ inline void plan_attention(const std::vector<Sequence>& sequences, const Heads& 
         for (int64_t t = (s.count - 1) / step * step; t >= 0; t -= step) plan.pieces.push_back({i, h, 0, int32_t(group), 0, 0, s.first + t, 0});
         continue;
       }
-      for (int64_t g = 0; g < group; g += kMaxGroup) {
-        int32_t size = int32_t(std::min<int64_t>(kMaxGroup, group - g));
+      for (int64_t g = 0, size; g < group; g += size) {
+        for (size = kMaxGroup; size > group - g;) size /= 2;
         if (parts > 1) plan.split.push_back(int32_t(plan.pieces.size()));
         for (int32_t part = 0; part < parts; ++part) {
-          plan.pieces.push_back({i, h, int32_t(g), size, part, int32_t(parts), s.first, plan.num_partials});
+          plan.pieces.push_back({i, h, int32_t(g), int32_t(size), part, int32_t(parts), s.first, plan.num_partials});
           if (parts > 1) plan.num_partials += size;
         }
       }
@@ -277,6 +275,11 @@ inline void plan_attention(const std::vector<Sequence>& sequences, const Heads& 
 struct PartialRoom {
   Buffer<float> results;
   Buffer<Partial> partials;
+
+  void reserve(const AttentionPlan& plan, const Heads& heads) {
+    partials.reserve(plan.num_partials);
+    results.reserve(plan.num_partials * heads.dim);
+  }
 };
 
 // q: [tokens, stride], rotated; out: [tokens, out_stride].

@@ -8,15 +8,6 @@
 
 namespace minisgl::cpu {
 
-struct Sampling {
-  const float* temperature;  // 0: greedy
-  const int64_t* top_k;      // 0: off
-  const float* top_p;        // 1: off
-  const float* min_p;        // 0: off
-  const uint64_t* seed;
-  const int64_t* position;
-};
-
 constexpr int64_t kCandidates = 128;  // filtered rows look at so many first
 constexpr int64_t kSumBlock = 1024;
 
@@ -82,7 +73,7 @@ class Sampler {
     if (top_k == count && params.top_p[row] >= 1 && params.min_p[row] <= 0)
       return invert_blocks(weights_.get(), count, sums_.get(), number);
     find_candidates(count, std::min(kCandidates, count));
-    int64_t kept;
+    int64_t kept = 0;
     if (!filter(count, total, top_k, params.top_p[row], params.min_p[row], kept)) {
       find_candidates(count, count);
       filter(count, total, top_k, params.top_p[row], params.min_p[row], kept);

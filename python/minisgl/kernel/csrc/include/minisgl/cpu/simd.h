@@ -10,6 +10,8 @@
 #include <immintrin.h>
 #endif
 
+#include "api.h"
+
 namespace minisgl::cpu {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
@@ -26,11 +28,6 @@ using Words = uint32_t __attribute__((vector_size(kLanes * 4)));
 using Shorts = int16_t __attribute__((vector_size(kLanes * 4)));       // pairs of 16-bit numbers, one pair a lane
 using Halves = uint16_t __attribute__((vector_size(kLanes * 2)));
 using Bytes = int8_t __attribute__((vector_size(kLanes * 2)));
-
-// How numbers lie in memory. All arithmetic on them is in float32.
-struct BFloat16 {
-  uint16_t bits;
-};
 
 template <class V, class T>
 inline V load_as(const T* p) {

@@ -1,0 +1,119 @@
+// What the kernels are called with, and the functions that call them: all that the bindings see, so that these compile
+// beside the kernels and not with them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace minisgl::cpu {
+
+// Numbers of 16 bits as they lie in memory.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+enum class Type : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+
+// weight: [out, in]. data: [panels, in, kPanel] float or bfloat16, or [panels, ceil(in / 2), kPanel, 2] int8. Where two
+// matrices lie one below the other in a weight, as gate and up do, their panels take turns.
+struct Linear {
+  Type type;
+  bool is_pair;
+  int64_t out, in;
+  const void* data;
+  const float* scale;  // [panels * kPanel], of int8
+  const float* bias;   // [out] or null
+
+  int64_t part() const { return is_pair ? out / 2 : out; }
+  int64_t num_pairs() const { return (in + 1) / 2; }
+};
+
+// One layer's cache: [slots, num_kv, dim].
+template <class T>
+struct Cache {
+  T* k;
+  T* v;
+};
+
+// A sequence of the step: tokens [first, first + count) of the batch stand at positions start, start + 1, ….
+struct Sequence {
+  int64_t first, count, start;
+  const int32_t* pages;
+};
+
+struct Heads {
+  int64_t num_q, num_kv, dim;
+  int64_t page_size;
+
+  int64_t group() const { return num_q / num_kv; }
+  int64_t slot(const int32_t* pages, int64_t position) const {
+    return pages[position / page_size] * page_size + position % page_size;
+  }
+};
+
+struct Sampling {
+  const float* temperature;  // 0: greedy
+  const int64_t* top_k;      // 0: off
+  const float* top_p;        // 1: off
+  const float* min_p;        // 0: off
+  const uint64_t* seed;
+  const int64_t* position;
+};
+
+enum class Into : int64_t { kStore = 0, kAdd = 1, kGated = 2 };
+
+struct Layer {
+  Linear qkv, o, gate_up, down;
+  const float *input_norm, *post_norm, *qk_norm;  // qk_norm: [num_q + num_kv, dim] or null
+  int64_t window;                                 // 0: none
+};
+
+struct Step {
+  int64_t num_tokens;
+  const int64_t *ids, *positions, *slots;  // [num_tokens]
+  std::vector<Sequence> sequences;
+  int64_t page_size;
+  const float* angles;          // [positions, 2, dim]
+  const int64_t* logit_tokens;  // [num_logits], or null: all tokens
+  int64_t num_logits;
+  float* logits;  // [num_logits, vocab]
+  const Sampling* sampling;  // of the logits' rows, or null
+  int64_t* sampled;          // [num_logits]
+};
+
+class Workers;
+class Model;
+
+// A cache in either type.
+struct AnyCache {
+  bool is_bfloat16;
+  void *k, *v;
+};
+
+Workers* create_workers(int threads);
+void destroy_workers(Workers* workers);
+int panel_size();
+
+// Plain weights to panels of the same type, or of int8 where there is room for scales.
+void pack_weight(Workers& workers, bool is_bfloat16, const void* weight, int64_t out, int64_t in, bool is_pair, void* data,
+                 float* scales);
+// out (+)= norm(x) * wᵀ + bias, or silu(gate) * up. x: [rows, stride], out: [rows, out_stride].
+void linear_rows(Workers& workers, const Linear& w, const float* x, int64_t rows, int64_t stride, const float* norm, float eps,
+                 Into into, float* out, int64_t out_stride);
+void embed_ids(Workers& workers, const Linear& table, const int64_t* ids, int64_t count, int64_t first, float* out);
+void rope_store(Workers& workers, float* qkv, int64_t tokens, const float* norm, float eps, const float* angles,
+                const int64_t* positions, const int64_t* slots, const Heads& heads, AnyCache cache);
+void attend(Workers& workers, const float* q, int64_t stride, const std::vector<Sequence>& sequences, const Heads& heads,
+            int64_t window, AnyCache cache, float* out);
+void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vocab, int64_t stride, const Sampling& params,
+                 int64_t* ids);
+
+// The whole model. caches: [layers, slots, num_kv, dim].
+Model* create_model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm,
+                    AnyCache caches, int64_t num_slots);
+void destroy_model(Model* model);
+void add_layer(Model& model, const Layer& layer);
+void forward(Model& model, const Step& step);
+void more_logits(Model& model, const int64_t* tokens, int64_t count, float* logits);
+
+}  // namespace minisgl::cpu

@@ -1,0 +1,171 @@
+// The CPU kernels as functions of tensors, for Python. Handles are pointers to what was created here; their Python owners
+// keep alive the tensors that these point into.
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+
+#include "minisgl/cpu/api.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O1")  // each call takes a microsecond as it is; optimising these takes the compiler ten seconds
+#endif
+
+namespace {
+
+using namespace minisgl::cpu;
+using tvm::ffi::Optional;
+using tvm::ffi::TensorView;
+
+template <class T>
+T& at(int64_t handle) {
+  return *reinterpret_cast<T*>(handle);
+}
+
+template <class T>
+int64_t handle_of(T* object) {
+  return reinterpret_cast<int64_t>(object);
+}
+
+// A tensor of numbers as wide as T, whose rows (and, but for `is_strided`, all) are contiguous.
+template <class T>
+T* data_of(const TensorView& t, bool is_strided = false) {
+  TVM_FFI_CHECK(t.dtype().bits == 8 * sizeof(T) && t.device().device_type == kDLCPU, TypeError)
+      << "a tensor of " << 8 * sizeof(T) << " bits on the CPU is wanted";
+  TVM_FFI_CHECK(is_strided ? t.stride(t.ndim() - 1) == 1 : t.IsContiguous(), ValueError) << "the tensor is not contiguous";
+  return static_cast<T*>(t.data_ptr());
+}
+
+template <class T>
+T* data_of(const Optional<TensorView>& t) {
+  return t.has_value() ? data_of<T>(t.value()) : nullptr;
+}
+
+bool is_bfloat16(const TensorView& t) { return t.dtype().code == kDLBfloat; }
+
+AnyCache cache_of(const TensorView& k, const TensorView& v) {
+  bool narrow = is_bfloat16(k);
+  return {narrow, narrow ? data_of<BFloat16>(k) : static_cast<void*>(data_of<float>(k)),
+          narrow ? data_of<BFloat16>(v) : static_cast<void*>(data_of<float>(v))};
+}
+
+// sequences: [n, 4] int64: row of the page table, first token, number of tokens, position of the first.
+std::vector<Sequence> sequences_of(const TensorView& sequences, const TensorView& pages) {
+  const int64_t* table = data_of<int64_t>(sequences);
+  const int32_t* rows = data_of<int32_t>(pages);
+  std::vector<Sequence> result;
+  for (int64_t i = 0; i < sequences.size(0); ++i, table += 4)
+    result.push_back({table[1], table[2], table[3], rows + table[0] * pages.size(1)});
+  return result;
+}
+
+Linear with_bias(int64_t handle, const Optional<TensorView>& bias) {
+  Linear linear = at<Linear>(handle);
+  linear.bias = data_of<float>(bias);
+  return linear;
+}
+
+int64_t py_create_workers(int64_t threads) { return handle_of(create_workers(int(threads))); }
+void py_destroy_workers(int64_t workers) { destroy_workers(&at<Workers>(workers)); }
+int64_t py_panel_size() { return panel_size(); }
+
+void py_pack_weight(int64_t workers, TensorView weight, bool is_pair, TensorView packed, Optional<TensorView> scale) {
+  const void* plain = is_bfloat16(weight) ? data_of<BFloat16>(weight) : static_cast<void*>(data_of<float>(weight));
+  pack_weight(at<Workers>(workers), is_bfloat16(weight), plain, weight.size(0), weight.size(1), is_pair, packed.data_ptr(),
+              data_of<float>(scale));
+}
+
+int64_t py_create_linear(TensorView packed, Optional<TensorView> scale, int64_t out, int64_t in, bool is_pair) {
+  Type type = scale.has_value() ? Type::kInt8 : is_bfloat16(packed) ? Type::kBFloat16 : Type::kFloat32;
+  return handle_of(new Linear{type, is_pair, out, in, packed.data_ptr(), data_of<float>(scale), nullptr});
+}
+void py_destroy_linear(int64_t linear) { delete &at<Linear>(linear); }
+
+void py_linear_rows(int64_t workers, int64_t weight, TensorView x, Optional<TensorView> norm, double eps, Optional<TensorView> bias,
+                    int64_t into, TensorView out) {
+  linear_rows(at<Workers>(workers), with_bias(weight, bias), data_of<float>(x, true), x.size(0), x.stride(0), data_of<float>(norm),
+              float(eps), Into(into), data_of<float>(out, true), out.stride(0));
+}
+
+void py_embed_ids(int64_t workers, int64_t table, TensorView ids, int64_t first, TensorView out) {
+  embed_ids(at<Workers>(workers), at<Linear>(table), data_of<int64_t>(ids), ids.size(0), first, data_of<float>(out));
+}
+
+// qkv: [tokens, num_q + 2 * num_kv, dim] float32, in place; k, v: [slots, num_kv, dim] float32 or bfloat16.
+void py_rope_store(int64_t workers, TensorView qkv, Optional<TensorView> norm, double eps, TensorView angles, TensorView positions,
+                   TensorView slots, TensorView k, TensorView v) {
+  Heads heads{qkv.size(1) - 2 * k.size(1), k.size(1), k.size(2), 1};
+  rope_store(at<Workers>(workers), data_of<float>(qkv), qkv.size(0), data_of<float>(norm), float(eps), data_of<float>(angles),
+             data_of<int64_t>(positions), data_of<int64_t>(slots), heads, cache_of(k, v));
+}
+
+// q: [tokens, num_q, dim] float32, perhaps with another stride between tokens; out: [tokens, num_q, dim].
+void py_attend(int64_t workers, TensorView q, TensorView k, TensorView v, TensorView sequences, TensorView pages, int64_t page_size,
+               int64_t window, TensorView out) {
+  Heads heads{q.size(1), k.size(1), k.size(2), page_size};
+  attend(at<Workers>(workers), data_of<float>(q, true), q.stride(0), sequences_of(sequences, pages), heads, window, cache_of(k, v),
+         data_of<float>(out));
+}
+
+// logits: [n, vocab] float32 → out: [n] int64.
+void py_sample(int64_t workers, TensorView logits, TensorView temperature, TensorView top_k, TensorView top_p, TensorView min_p,
+               TensorView seed, TensorView position, TensorView out) {
+  Sampling params{data_of<float>(temperature), data_of<int64_t>(top_k), data_of<float>(top_p),
+                  data_of<float>(min_p), data_of<uint64_t>(seed), data_of<int64_t>(position)};
+  sample_rows(at<Workers>(workers), data_of<float>(logits, true), logits.size(0), logits.size(1), logits.stride(0), params,
+              data_of<int64_t>(out));
+}
+
+int64_t py_create_model(int64_t workers, int64_t num_q, double eps, int64_t embedding, int64_t head, TensorView norm, TensorView k,
+                        TensorView v) {
+  Heads heads{num_q, k.size(2), k.size(3), 1};
+  return handle_of(create_model(at<Workers>(workers), heads, float(eps), at<Linear>(embedding), at<Linear>(head), data_of<float>(norm),
+                                cache_of(k, v), k.size(1)));
+}
+void py_destroy_model(int64_t model) { destroy_model(&at<Model>(model)); }
+
+void py_add_layer(int64_t model, int64_t qkv, Optional<TensorView> qkv_bias, int64_t o, Optional<TensorView> o_bias, int64_t gate_up,
+                  Optional<TensorView> gate_up_bias, int64_t down, Optional<TensorView> down_bias, TensorView input_norm,
+                  TensorView post_norm, Optional<TensorView> qk_norm, int64_t window) {
+  add_layer(at<Model>(model), {with_bias(qkv, qkv_bias), with_bias(o, o_bias), with_bias(gate_up, gate_up_bias),
+                               with_bias(down, down_bias), data_of<float>(input_norm), data_of<float>(post_norm),
+                               data_of<float>(qk_norm), window});
+}
+
+void py_forward(int64_t model, TensorView ids, TensorView positions, TensorView slots, TensorView sequences, TensorView pages,
+                int64_t page_size, TensorView angles, Optional<TensorView> logit_tokens, TensorView logits) {
+  Step step{};
+  step.num_tokens = ids.size(0);
+  step.ids = data_of<int64_t>(ids);
+  step.positions = data_of<int64_t>(positions);
+  step.slots = data_of<int64_t>(slots);
+  step.sequences = sequences_of(sequences, pages);
+  step.page_size = page_size;
+  step.angles = data_of<float>(angles);
+  step.logit_tokens = data_of<int64_t>(logit_tokens);
+  step.num_logits = logits.size(0);
+  step.logits = data_of<float>(logits);
+  forward(at<Model>(model), step);
+}
+
+void py_more_logits(int64_t model, TensorView tokens, TensorView logits) {
+  more_logits(at<Model>(model), data_of<int64_t>(tokens), tokens.size(0), data_of<float>(logits));
+}
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_workers, py_create_workers);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_workers, py_destroy_workers);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(panel_size, py_panel_size);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_weight, py_pack_weight);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_linear, py_create_linear);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_linear, py_destroy_linear);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_rows, py_linear_rows);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(embed_ids, py_embed_ids);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope_store, py_rope_store);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(attend, py_attend);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample, py_sample);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_model, py_create_model);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_model, py_destroy_model);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_layer, py_add_layer);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, py_forward);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(more_logits, py_more_logits);
