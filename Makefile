@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 BIN := $(VENV)/bin
 CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
@@ -48,7 +49,7 @@ bench: $(CORE)  ## Measure the engine in this process; for a running server: min
 	$(BIN)/python -m minisgl bench offline $(ARGS)
 
 test: $(CLIENTS)  ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(DEV)  ## Check format, style, types, layers and size
 	$(BIN)/ruff format --check .

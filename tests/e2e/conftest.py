@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,13 @@ from tests.tokenizers_fixture import make_byte_level
 ROOT = Path(__file__).parents[2]
 PYTHONPATH = f"{ROOT / 'python'}{os.pathsep}{ROOT}"
 START_SECONDS = 60
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory for sockets: their paths have 107 bytes at most, and pytest's own directories are deep."""
+    with tempfile.TemporaryDirectory(prefix="t") as directory:
+        yield Path(directory)
 
 
 class Server:

@@ -160,9 +160,9 @@ def test_a_second_ctrl_c_does_not_wait(start: Start, model_path: Path) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 @pytest.mark.parametrize("delay", [0.0, 0.4])
 def test_a_signal_during_start_up_leaves_nothing(
-    start: Start, model_path: Path, tmp_path: Path, signum: signal.Signals, delay: float
+    start: Start, model_path: Path, short_path: Path, signum: signal.Signals, delay: float
 ) -> None:
-    server = start(fake(model_path, num_tokenizer=1), wait=False, TMPDIR=str(tmp_path))
+    server = start(fake(model_path, num_tokenizer=1), wait=False, TMPDIR=str(short_path))
     parent = psutil.Process(server.process.pid)
     while len(parent.children()) < 2:
         time.sleep(0.01)
@@ -172,12 +172,12 @@ def test_a_signal_during_start_up_leaves_nothing(
     assert server.wait_exit() == 130
     assert server.orphans() == []
     assert server.output() == ""
-    assert not list(tmp_path.glob("minisgl-*"))
+    assert not list(short_path.glob("minisgl-*"))
 
 
-def test_the_private_directory_is_gone_afterwards(start: Start, model_path: Path, tmp_path: Path) -> None:
-    server = start(fake(model_path), TMPDIR=str(tmp_path))
-    (directory,) = tmp_path.glob("minisgl-*")
+def test_the_private_directory_is_gone_afterwards(start: Start, model_path: Path, short_path: Path) -> None:
+    server = start(fake(model_path), TMPDIR=str(short_path))
+    (directory,) = short_path.glob("minisgl-*")
     assert directory.stat().st_mode & 0o777 == 0o700
     server.process.terminate()
     assert server.wait_exit() == 0

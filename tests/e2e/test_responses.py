@@ -271,7 +271,9 @@ class Verdict(pydantic.BaseModel):
 
 
 def test_parsed_responses_have_the_form_that_is_asked_for(client: openai.OpenAI, http: httpx.Client) -> None:
-    made = client.responses.parse(model="tiny", input="hello", text_format=Verdict, max_output_tokens=60)
+    made = client.responses.parse(
+        model="tiny", input="hello", text_format=Verdict, max_output_tokens=200, temperature=0
+    )
     assert isinstance(made.output_parsed, Verdict)
     assert made.status == "completed"
     assert made.text is not None

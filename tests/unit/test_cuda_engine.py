@@ -87,6 +87,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal access\n"), EngineError("a rank is gone")])
 def test_an_engine_whose_gpu_has_failed_can_be_closed(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     runner = object.__new__(CudaRunner)
+    runner._graphs = None  # type: ignore[assignment]
     monkeypatch.setattr(CudaRunner, "_on_device", lambda _: nullcontext())
     monkeypatch.setattr(runner, "_shard", SimpleNamespace(comm=SimpleNamespace(close=raises(error))), raising=False)
     runner.close()
