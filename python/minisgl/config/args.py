@@ -183,8 +183,8 @@ class ServerArgs:
     attention_backend: str | None = _option(
         _auto(_text),
         None,
-        "auto, sdpa, triton, cuda (decode; prefill: triton), fi (FlashInfer) or fa (FlashAttention-3), on CPUs sdpa; "
-        "a,b = prefill,decode",
+        "auto, sdpa, triton, cuda (decode; prefill: triton), fi (FlashInfer) or fa (FlashAttention-3), on CPUs cpu "
+        "or sdpa; a,b = prefill,decode",
         "--attn",
     )
     moe_backend: str | None = _option(

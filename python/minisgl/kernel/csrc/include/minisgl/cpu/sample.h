@@ -70,7 +70,7 @@ class Sampler {
     double number = uniform(params.seed[row], params.position[row]);
     double total = weigh(logits, count, logits[best], temperature);
     int64_t top_k = params.top_k[row] > 0 ? std::min(params.top_k[row], count) : count;
-    if (top_k == count && params.top_p[row] >= 1 && params.min_p[row] <= 0)
+    if (params.top_k[row] <= 0 && params.top_p[row] >= 1 && params.min_p[row] <= 0)
       return invert_blocks(weights_.get(), count, sums_.get(), number);
     find_candidates(count, std::min(kCandidates, count));
     int64_t kept = 0;
