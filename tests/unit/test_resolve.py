@@ -38,6 +38,7 @@ MODEL = ModelConfig(
     eos_token_ids=(7, 8),
 )
 MACHINE = Capabilities(num_cores=8, memory=24 * 2**30, cpu_flags=frozenset({"avx2", "fma"}))
+COMPILES = replace(MACHINE, cxx="/usr/bin/c++", packages=frozenset({"tvm_ffi"}))
 
 
 def decide(machine: Capabilities = MACHINE, model: ModelConfig = MODEL, **options: Any) -> ServerConfig:
@@ -50,6 +51,42 @@ def test_bfloat16_only_where_the_cpu_multiplies_it() -> None:
     assert decide(fast).engine.dtype == "bfloat16"
     assert decide(fast, replace(MODEL, dtype="float32")).engine.dtype == "float32"
     assert decide(dtype="bfloat16").engine.dtype == "bfloat16"
+
+
+def test_cpu_kernels_keep_what_the_checkpoint_has() -> None:
+    engine = decide(COMPILES).engine
+    assert (engine.cpu_kernels, engine.dtype, engine.kv_cache_dtype) == (True, "bfloat16", "bfloat16")
+    assert (engine.prefill_backend, engine.decode_backend, engine.num_threads) == ("cpu", "cpu", 8)
+    exact = decide(COMPILES, attention_backend="sdpa").engine
+    assert (exact.decode_backend, exact.dtype, exact.kv_cache_dtype) == ("sdpa", "bfloat16", "float32")
+    narrow = decide(COMPILES, quantization="int8", kv_cache_dtype="float32", cpu_threads=3, num_pages=7).engine
+    assert (narrow.quantization, narrow.kv_cache_dtype, narrow.num_threads) == ("int8", "float32", 3)
+    assert decide(COMPILES, tp=2).engine.num_threads == 4
+    assert not decide(COMPILES, dtype="float16").engine.cpu_kernels
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "says"),
+    [
+        (MACHINE, {"quantization": "int8"}, "--quantization int8: there is no C"),
+        (MACHINE, {"attention_backend": "cpu"}, "--attention-backend cpu: there is no C"),
+        (replace(COMPILES, packages=frozenset()), {"quantization": "int8"}, "apache-tvm-ffi is missing"),
+        (COMPILES, {"quantization": "int8", "dtype": "float16"}, "not with --dtype float16"),
+        (COMPILES, {"kv_cache_dtype": "float16"}, "--kv-cache-dtype float16: here it must be float32, or bfloat16"),
+        (COMPILES, {"kv_cache_dtype": "bfloat16", "attention_backend": "sdpa"}, "must be float32$"),
+        (MACHINE, {"kv_cache_dtype": "bfloat16"}, "must be float32$"),
+    ],
+    ids=str,
+)
+def test_what_cpu_kernels_cannot_do(machine: Capabilities, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        decide(machine, **options)
+
+
+def test_cpu_kernels_can_be_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINISGL_DISABLE_CPU_KERNELS", "1")
+    engine = decide(COMPILES).engine
+    assert (engine.cpu_kernels, engine.dtype, engine.decode_backend) == (False, "float32", "sdpa")
 
 
 def test_kv_cache_fills_the_memory_that_the_weights_leave() -> None:
@@ -159,7 +196,7 @@ def test_gpus_that_cannot_be_used(
     monkeypatch.setattr(logging.getLogger("minisgl"), "propagate", True)
     with caplog.at_level(logging.INFO, "minisgl"):
         assert decide(machine).engine.device == "cpu"
-    (record,) = caplog.records
+    record = caplog.records[0]
     assert record.getMessage().startswith("computing on the CPU: ")
     assert record.levelname == ("WARNING" if machine.gpus else "INFO")
 

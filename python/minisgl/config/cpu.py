@@ -31,7 +31,8 @@ def cpu_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, ma
     kernels = not problem and dtype in ("float32", "bfloat16")
     if args.quantization and not kernels:
         raise ConfigError(f"--quantization {args.quantization}: {problem or f'not with --dtype {dtype}'}")
-    kv_dtype = _kv_dtype(args.kv_cache_dtype, dtype, exact=attention == "sdpa", kernels=kernels)
+    attention = attention if kernels else "sdpa"
+    kv_dtype = _kv_dtype(args.kv_cache_dtype, "float32" if kernels else dtype, dtype, attention)
     if problem:
         logger.warning("torch computes, since %s: decoding is several times slower", problem)
     page_size = args.page_size or _PAGE_SIZE
@@ -49,8 +50,8 @@ def cpu_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, ma
         max_running_requests=args.max_running_requests,
         max_prefill_length=args.max_prefill_length or _PREFILL_LENGTH,
         max_seq_len=fit_seq_len(args, seq_len, num_pages * page_size),
-        prefill_backend=attention if kernels else "sdpa",
-        decode_backend=attention if kernels else "sdpa",
+        prefill_backend=attention,
+        decode_backend=attention,
         num_threads=args.cpu_threads or _num_threads(args, model, machine, dtype, kernels),
         dummy_weight=args.dummy_weight,
         kv_cache_dtype=kv_dtype,
@@ -78,20 +79,20 @@ def _auto_dtype(model: ModelConfig, machine: Capabilities, *, has_kernels: bool)
 
 
 def _attention(asked: str | None, problem: str) -> str:
-    names = set((asked or "cpu").split(","))
-    if not names <= {"cpu", "sdpa"} or len(names) > 1:
+    names = (asked or "cpu").split(",")
+    if not set(names) <= {"cpu", "sdpa"} or len(set(names)) > 1 or len(names) > 2:
         raise ConfigError(f"--attention-backend {asked}: on a CPU there are cpu and sdpa")
-    if asked and names == {"cpu"} and problem:
+    if asked and names[0] == "cpu" and problem:
         raise ConfigError(f"--attention-backend {asked}: {problem}")
-    return names.pop()
+    return names[0] if not problem else "sdpa"
 
 
-def _kv_dtype(asked: str | None, dtype: str, *, exact: bool, kernels: bool) -> str:
-    """exact: the cache has the type that attention computes in."""
-    computed = "float32" if kernels else dtype
-    if asked and (asked != computed if exact or not kernels else asked == "float16"):
-        raise ConfigError(f"--kv-cache-dtype {asked}: here it must be {computed}" + (", or bfloat16" * (not exact)))
-    return asked or (computed if exact else dtype)
+def _kv_dtype(asked: str | None, computed: str, stored: str, attention: str) -> str:
+    """computed: the type that attention computes in, and that sdpa wants its cache in; stored: that of the weights."""
+    allowed = (computed,) if attention == "sdpa" else (computed, "bfloat16")
+    if asked is not None and asked not in allowed:
+        raise ConfigError(f"--kv-cache-dtype {asked}: here it must be {', or '.join(allowed)}")
+    return asked or (stored if stored in allowed else computed)
 
 
 def _num_threads(args: ServerArgs, model: ModelConfig, machine: Capabilities, dtype: str, kernels: bool) -> int:

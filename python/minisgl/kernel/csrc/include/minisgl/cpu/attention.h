@@ -14,7 +14,7 @@
 namespace minisgl::cpu {
 
 constexpr int kBlock = 64;        // tokens of the cache at a time
-constexpr int kQueryRows = 48;    // queries times heads of a group, of one piece of a prefill
+constexpr int kQueryRows = 96;    // queries times heads of a group, of one piece of a prefill
 constexpr int kSplitTokens = 512; // a decode is split into parts of no fewer tokens
 constexpr int kMaxGroup = 8;      // query heads that one pass over the keys serves: 1, 2, 4 or 8
 constexpr float kNone = -std::numeric_limits<float>::infinity();
@@ -184,8 +184,9 @@ inline void prefill(const float* q, int64_t stride, float scale, Cache<T> cache,
       int64_t offset = heads.slot(sequence.pages, first + t) * cache_stride + head * dim;
       float* key = keys + t / kPanel * dim * kPanel + t % kPanel;
       for (int64_t i = 0; i < dim; ++i) key[i * kPanel] = widen(cache.k[offset + i]);
-      for (int64_t i = 0; i < dim; ++i)
-        values[(i / kPanel * kBlock + t) * kPanel + i % kPanel] = widen(cache.v[offset + i]);
+      for (int64_t p = 0; p < dim; p += kPanel)
+        for (int64_t i = p; i < std::min<int64_t>(dim, p + kPanel); ++i)
+          values[p * kBlock + t * kPanel + i - p] = widen(cache.v[offset + i]);
     }
     for (int p = 0; p < kBlock / kPanel; ++p)
       multiply_rows(rows, keys + p * dim * kPanel, queries, dim, dim, scores + p * kPanel, kBlock, false);

@@ -169,13 +169,22 @@ inline void panel_product(const Linear& w, int64_t panel, const Rows& x, void* c
 
 // 16-bit integers with one scale, which is returned; NaN where a value is not finite. An odd count is padded with a zero.
 inline float to_pairs(const float* x, int64_t count, int16_t* pairs) {
-  float most = 0, poison = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    most = std::max(most, std::fabs(x[i]));
-    poison += x[i] * 0.0f;
+  Floats high{}, nothing{};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Floats v = load(x + i);
+    high = maximum(v, maximum(-v, high));
+    nothing += v * 0.0f;
   }
+  float most = largest(high), poison = sum(nothing);
+  for (; i < count; ++i) most = std::max(most, std::fabs(x[i])), poison += x[i] * 0.0f;
   float inverse = most > 0 ? 32767.0f / most : 0.0f;
-  for (int64_t i = 0; i < count; ++i) pairs[i] = int16_t(std::lrintf(x[i] * inverse));
+  for (i = 0; i + kLanes <= count; i += kLanes) {
+    Ints nearest = (Ints)(load(x + i) * inverse + 12582912.0f) - 0x4b400000;  // what is added leaves no room for fractions
+    auto narrow = __builtin_convertvector(nearest, HalfInts);
+    std::memcpy(pairs + i, &narrow, sizeof narrow);
+  }
+  for (; i < count; ++i) pairs[i] = int16_t(std::lrintf(x[i] * inverse));
   if (count % 2) pairs[count] = 0;
   return most / 32767.0f + poison;
 }

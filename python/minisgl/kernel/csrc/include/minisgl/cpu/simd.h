@@ -27,6 +27,7 @@ using Ints = int32_t __attribute__((vector_size(kLanes * 4)));
 using Words = uint32_t __attribute__((vector_size(kLanes * 4)));
 using Shorts = int16_t __attribute__((vector_size(kLanes * 4)));       // pairs of 16-bit numbers, one pair a lane
 using Halves = uint16_t __attribute__((vector_size(kLanes * 2)));
+using HalfInts = int16_t __attribute__((vector_size(kLanes * 2)));
 using Bytes = int8_t __attribute__((vector_size(kLanes * 2)));
 
 template <class V, class T>
