@@ -20,10 +20,8 @@ from tests.e2e.conftest import PYTHONPATH, Server
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("logs") / "demo.log"
     flags = ["--port", "0", "--device", "cpu", "--dtype", "float32", "--served-model-name", MODEL]
-    running = Server(["-m", "minisgl", *flags], log, MINISGL_CHECK_INTEGRITY="1")
-    yield running
-    running.close()
-    assert "Traceback" not in running.output()
+    with Server.running(["-m", "minisgl", *flags], log, MINISGL_CHECK_INTEGRITY="1") as server:
+        yield server
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ class Server:
         self.children: list[psutil.Process] = []
         if wait:
             self.wait_ready()
+
+    @classmethod
+    @contextmanager
+    def running(cls, args: list[str], log: Path, **env: str) -> Iterator[Server]:
+        """For as long as it is used. Its log must have no traceback then."""
+        server = cls(args, log, **env)
+        yield server
+        server.close()
+        assert "Traceback" not in server.output()
 
     def wait_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS

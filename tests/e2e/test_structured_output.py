@@ -36,10 +36,8 @@ def json_schema(schema: dict[str, Any]) -> dict[str, Any]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The built-in model."""
     log = tmp_path_factory.mktemp("logs") / "demo.log"
-    running = Server(["-m", "minisgl", "--port", "0", "--device", "cpu", "--dtype", "float32"], log)
-    yield running
-    running.close()
-    assert "Traceback" not in running.output()
+    with Server.running(["-m", "minisgl", "--port", "0", "--device", "cpu", "--dtype", "float32"], log) as server:
+        yield server
 
 
 @pytest.fixture

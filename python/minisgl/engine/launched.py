@@ -53,7 +53,8 @@ class CudaHandle:
         logprobs = None if of_tokens is None else of_tokens.result()
         if order is not None:
             ids = ids[torch.from_numpy(order)]
+        if order is not None and logprobs is not None:
             in_plan = order.argsort().tolist()
-            logprobs = None if logprobs is None else {in_plan[key]: value for key, value in logprobs.items()}
+            logprobs = {in_plan[key]: value for key, value in logprobs.items()}
         prompts = None if of_prompts is None else of_prompts.result()
         return StepResult(self._step_id, ids.tolist(), logprobs, prompts)

@@ -102,7 +102,8 @@ class GrammarStore:
                 if error.status == 400:
                     self._refuse(grammar, str(error).removeprefix(grammar.param))
             raise
-        except BaseException as error:
+        except BaseException as error:  # a panic of llguidance is no Exception
+            logger.warning("a grammar cannot be compiled: %s", error)
             with self._lock:
                 self._compiling.pop(grammar, None)
             raise RequestError(f"structured output is not available: {error}", param=grammar.param) from error

@@ -205,8 +205,8 @@ class LLM:
                     unpack_ids(reply.token_ids),
                     reply.finish_reason,
                     reply.error,
-                    reply.logprobs,
-                    reply.prompt_logprobs,
+                    list(reply.logprobs),
+                    list(reply.prompt_logprobs),
                 )
                 if reply.finish_reason is not None:
                     return

@@ -21,8 +21,10 @@ class UserReply(msgspec.Struct, frozen=True, tag="reply", forbid_unknown_fields=
     num_cached_tokens: int
     finish_reason: FinishReason | None = None
     error: str | None = None
-    logprobs: list[TokenLogprob] = []  # of `token_ids`, and with the first reply of the prompt, where they are wanted
-    prompt_logprobs: list[TokenLogprob] = []
+    # Of `token_ids`, and with the first reply of the prompt, where they are wanted. Not lists: an empty tuple is no
+    # work for the garbage collector, and there is one reply for each token.
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     prompt_end: str = ""  # in the first reply: the text of the prompt's last tokens
 
 

@@ -7,6 +7,7 @@ off, or names a function that the client does not have, comes back as the text t
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
@@ -32,7 +33,7 @@ class Candidate(Protocol):
         ...
 
 
-class ToolParser:
+class ToolParser(ABC):
     """Text and calls in turn. Formats say where a candidate begins and what it is.
 
     names: the functions that can be called.
@@ -57,9 +58,9 @@ class ToolParser:
     def finish(self) -> list[Part]:
         return self._run(final=True)
 
+    @abstractmethod
     def open(self) -> Candidate:
         """A new candidate."""
-        raise NotImplementedError
 
     def _run(self, *, final: bool) -> list[Part]:
         parts: list[Part] = []

@@ -107,8 +107,8 @@ def _merge(replies: deque[UserReply]) -> UserReply:
     """All waiting replies as one: texts and ids joined, counts and end of the last."""
     text = "".join(reply.text for reply in replies)
     token_ids = b"".join(reply.token_ids for reply in replies)
-    logprobs = [token for reply in replies for token in reply.logprobs]
-    prompt_logprobs = [token for reply in replies for token in reply.prompt_logprobs]
+    logprobs = tuple(token for reply in replies for token in reply.logprobs)
+    prompt_logprobs = tuple(token for reply in replies for token in reply.prompt_logprobs)
     first, last = replies[0], replies[-1]
     replies.clear()
     return UserReply(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 from minisgl.errors import RequestError
@@ -12,16 +13,16 @@ from minisgl.server.strict import Body, validate
 Message = dict[str, Any]
 
 
-class _Item(Body):
+class _Item(Body, ABC):
     """id, status: what they were called; without bearing on what comes next."""
 
     type: str = "message"
     id: str | None = None
     status: str | None = None
 
+    @abstractmethod
     def add_to(self, messages: list[Message], where: str) -> None:
         """Raises: RequestError when it is not as templates need it."""
-        raise NotImplementedError
 
 
 class _MessageItem(_Item):

@@ -229,11 +229,11 @@ class Detokenizer:
 
     def _logprobs(
         self, token_ids: Sequence[int], packed: PackedLogprobs | None, hidden: frozenset[int]
-    ) -> list[TokenLogprob]:
+    ) -> tuple[TokenLogprob, ...]:
         if packed is None:
-            return []
+            return ()
         token_bytes = self._codec.token_bytes
-        return [
+        return tuple(
             TokenLogprob(
                 token,
                 token_bytes(token),
@@ -242,15 +242,15 @@ class Detokenizer:
                 token not in hidden,
             )
             for token, (logprob, top) in zip(token_ids, unpack_logprobs(packed), strict=True)
-        ]
+        )
 
-    def _prompt_logprobs(self, message: DetokenizeMsg) -> list[TokenLogprob]:
+    def _prompt_logprobs(self, message: DetokenizeMsg) -> tuple[TokenLogprob, ...]:
         """Of the whole prompt, with the stream's first message: nothing precedes the first token."""
         if message.start is None or not message.start.prompt or message.finish_reason is FinishReason.ERROR:
-            return []
+            return ()
         first, *others = unpack_ids(message.start.prompt)
         if others and message.prompt_logprobs is None:
-            return []
+            return ()
         hidden = _hidden_ids(self._codec, message.start)
         logprobs = self._logprobs(others, message.prompt_logprobs, hidden)
-        return [TokenLogprob(first, self._codec.token_bytes(first), None, [], first not in hidden), *logprobs]
+        return (TokenLogprob(first, self._codec.token_bytes(first), None, [], first not in hidden), *logprobs)
