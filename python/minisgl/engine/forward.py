@@ -24,7 +24,7 @@ class Forward(Protocol):
     """One step at a time."""
 
     def __call__(self, batch: Batch) -> Tensor:
-        """The logits of the tokens that sample: [n, vocab_size]."""
+        """The logits of the tokens that sample: [n, vocab_size], valid until the next step."""
         ...
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -59,6 +59,7 @@ class WholeStep:
         self._vocab_size, self._keep = config.vocab_size, (model, kv, ops)
         angles = rope(torch.arange(max_seq_len + 1))
         self._angles = torch.cat((angles.cos, angles.sin), 1)
+        self._logits = torch.empty(0, self._vocab_size)
         self._handle: int = self._module.create_model(
             ops.workers,
             config.num_qo_heads,
@@ -89,7 +90,9 @@ class WholeStep:
 
     def __call__(self, batch: Batch) -> Tensor:
         num_logits = len(batch.input_ids) if batch.logit_tokens is None else len(batch.logit_tokens)
-        logits = torch.empty(num_logits, self._vocab_size)
+        if num_logits > len(self._logits):  # kept, since new memory costs a fault for each page
+            self._logits = torch.empty(num_logits, self._vocab_size)
+        logits = self._logits[:num_logits]
         metadata = self._backend.prepare(batch.attention)
         self._module.forward(
             self._handle,

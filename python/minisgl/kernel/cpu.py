@@ -30,10 +30,9 @@ class Matrix:
         module, panel = ops.module, ops.module.panel_size()
         self.shape = num_out, num_in = weight.shape
         num_panels = 2 * div_ceil(num_out // 2, panel) if pair else div_ceil(num_out, panel)
-        if to_int8:
-            self.data = torch.empty(num_panels, div_ceil(num_in, 2), panel, 2, dtype=torch.int8)
-        else:
-            self.data = torch.empty(num_panels, num_in, panel, dtype=weight.dtype)
+        dtype = torch.int8 if to_int8 else weight.dtype
+        depth = 4 // dtype.itemsize
+        self.data = torch.empty(num_panels, div_ceil(num_in, depth), panel, depth, dtype=dtype)
         self.scale = torch.empty(num_panels * panel) if to_int8 else None
         module.pack_weight(ops.workers, weight.detach(), pair, self.data, self.scale)
         self.handle: int = module.create_linear(self.data, self.scale, num_out, num_in, pair)

@@ -14,8 +14,9 @@ struct BFloat16 {
 
 enum class Type : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
-// weight: [out, in]. data: [panels, in, kPanel] float or bfloat16, or [panels, ceil(in / 2), kPanel, 2] int8. Where two
-// matrices lie one below the other in a weight, as gate and up do, their panels take turns.
+// weight: [out, in]. data: [panels, in, kPanel] float, [panels, ceil(in / 2), kPanel, 2] bfloat16, or [panels,
+// ceil(in / 4), kPanel, 4] int8. Where two matrices lie one below the other in a weight, as gate and up do, their panels
+// take turns.
 struct Linear {
   Type type;
   bool is_pair;
@@ -25,7 +26,6 @@ struct Linear {
   const float* bias;   // [out] or null
 
   int64_t part() const { return is_pair ? out / 2 : out; }
-  int64_t num_pairs() const { return (in + 1) / 2; }
 };
 
 // One layer's cache: [slots, num_kv, dim].

@@ -1,14 +1,14 @@
-// Products with weights that lie in panels: `kPanel` output features side by side, one input feature after the other.
+// Products with weights that lie in panels: `kPanel` output features side by side, and of each of them 32 bits: one float,
+// two bfloat16 or four int8, which belong to input features that follow one another. Such a unit of a panel is two
+// vectors, whatever the type is; 16 and 8 bits are widened in registers, by a shift or a mask.
 //
 // One layout serves one row (a stream through memory), a few rows, and a prefill: `multiply` keeps a block of rows by
 // one panel in registers (K. Goto and R. van de Geijn, "Anatomy of high-performance matrix multiplication", 2008).
-// Weights of 16 and 8 bits are widened in registers, or, for more rows than one block, once into a chunk that stays in
-// the first-level cache. For int8 weights the rows are 16-bit integers with a scale each, and sums are 32-bit integers.
+// For int8 weights the rows are 16-bit integers with a scale each, and sums are 32-bit integers.
 #pragma once
 
 #include <algorithm>
 #include <cstdlib>
-#include <type_traits>
 
 #include "api.h"
 #include "simd.h"
@@ -16,51 +16,67 @@
 namespace minisgl::cpu {
 
 constexpr int kPanel = 2 * kLanes;
+constexpr int kUnitBytes = kPanel * 4;
 constexpr int kBlockRows = kLanes == 8 ? 6 : 12;  // so that the sums fit the registers
-// Input features at a time: a widened chunk of a panel is 16 KiB with 8 lanes. 512 products of 16 by 8 bits fit 32.
-constexpr int kChunk = 256;
-constexpr int kPairs = 256;
-constexpr int kDirectRows = 2 * kBlockRows;  // from here on, widening a chunk once is cheaper than widening it for each block
+constexpr int kAhead = 16 * kUnitBytes;           // how far ahead of a stream to prefetch
+// Units that several blocks of rows find in the first-level cache. 512 products of 16 by 8 bits fit 32.
+constexpr int kChunkUnits = 128;
 
+inline int64_t depth_of(Type type) { return type == Type::kInt8 ? 4 : type == Type::kBFloat16 ? 2 : 1; }
+inline int64_t num_units(const Linear& w) { return (w.in + depth_of(w.type) - 1) / depth_of(w.type); }
 inline int64_t num_panels(const Linear& w) { return (w.part() + kPanel - 1) / kPanel * (w.is_pair ? 2 : 1); }
+inline int64_t panel_bytes(const Linear& w) { return num_units(w) * kUnitBytes; }
 
-// The rows to multiply with. For int8 weights: `pairs`, which hold value * scale.
+// The rows to multiply with, as far as the weights' last units reach. For int8 weights: `shorts`, which hold value / scale.
 struct Rows {
   int64_t count;
   const float* values;  // [count, stride]
   int64_t stride;
-  const int16_t* pairs;  // [count, pair_stride]
-  int64_t pair_stride;   // of 16-bit numbers
-  const float* scales;   // [count]
+  const int16_t* shorts;  // [count, short_stride]
+  int64_t short_stride;
+  const float* scales;  // [count]
 };
 
-// sums: [M, ldt] (+)= x: [M, ldx] * w: [k, kPanel].
+// The input features of a unit's four bytes: shifts make pairs of 16 bits out of the even bytes, and of the odd.
+constexpr int kQuad[4] = {0, 2, 1, 3};
+
+// Input feature d of the unit's 32 bits.
+inline Floats part_of(const float*, Words v, int) { return (Floats)v; }
+inline Floats part_of(const BFloat16*, Words v, int d) { return (Floats)(d == 0 ? v << 16 : v & 0xffff0000u); }
+
+// sums: [M, ldt] (+)= x: [M, ldx] * w: [units, kPanel] of T. ahead: what is prefetched as w is read.
 template <class T, int M>
-[[gnu::noinline]] void multiply(const T* w, const float* x, int64_t ldx, int64_t k, float* sums, int64_t ldt, bool add,
-                     const char* next, int64_t next_step) {
-  constexpr int kSets = M == 1 ? 4 : M == 2 ? 2 : 1;  // against the latency of an addition
+[[gnu::noinline]] void multiply(const T* w, const float* x, int64_t ldx, int64_t units, float* sums, int64_t ldt, bool add,
+                                const char* ahead) {
+  constexpr int kDepth = 4 / sizeof(T);
+  constexpr int kSets = M == 1 ? 4 : M <= 3 ? 2 : 1;  // against the latency of an addition
+  constexpr int kUnroll = 8 / kDepth;
+  const char* from = reinterpret_cast<const char*>(w);
   Floats acc[kSets][M][2];
   for (int s = 0; s < kSets; ++s)
     for (int m = 0; m < M; ++m)
-      for (int h = 0; h < 2; ++h)
-        acc[s][m][h] = add && s == 0 ? load(sums + m * ldt + h * kLanes) : Floats{};
-  int64_t i = 0;
-  for (; i + kSets <= k; i += kSets) {
-#pragma GCC unroll 4
-    for (int s = 0; s < kSets; ++s) {
-      __builtin_prefetch(next + (i + s) * next_step);
-      Floats low = load(w + (i + s) * kPanel), high = load(w + (i + s) * kPanel + kLanes);
+      for (int h = 0; h < 2; ++h) acc[s][m][h] = add && s == 0 ? load(sums + m * ldt + h * kLanes) : Floats{};
+  auto unit = [&](int64_t i, int first) __attribute__((always_inline)) {
+    for (int b = 0; b < kUnitBytes; b += 64) __builtin_prefetch(ahead + i * kUnitBytes + b);
+    Words v[2] = {load_as<Words>(from + i * kUnitBytes), load_as<Words>(from + i * kUnitBytes + kUnitBytes / 2)};
+#pragma GCC unroll 2
+    for (int d = 0; d < kDepth; ++d) {
+      Floats low = part_of(w, v[0], d), high = part_of(w, v[1], d);
+      if constexpr (M > 1) keep(low), keep(high);
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
-        Floats value = broadcast(x[m * ldx + i + s]);
-        acc[s][m][0] += value * low;
-        acc[s][m][1] += value * high;
+        Floats value = broadcast(x[m * ldx + i * kDepth + d]);
+        acc[(first + d) % kSets][m][0] += value * low;
+        acc[(first + d) % kSets][m][1] += value * high;
       }
     }
+  };
+  int64_t i = 0;
+  for (; i + kUnroll <= units; i += kUnroll) {
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnroll; ++u) unit(i + u, u * kDepth);
   }
-  for (; i < k; ++i)
-    for (int m = 0; m < M; ++m)
-      for (int h = 0; h < 2; ++h) acc[0][m][h] += broadcast(x[m * ldx + i]) * load(w + i * kPanel + h * kLanes);
+  for (; i < units; ++i) unit(i, 0);
   for (int m = 0; m < M; ++m)
     for (int h = 0; h < 2; ++h) {
       Floats total = acc[0][m][h];
@@ -69,24 +85,24 @@ template <class T, int M>
     }
 }
 
-inline Shorts load_pairs(const int16_t* p) { return load_as<Shorts>(p); }
-inline Shorts load_pairs(const int8_t* p) { return __builtin_convertvector(load_as<Bytes>(p), Shorts); }
-
-// The same for integers: w: [pairs, kPanel, 2], x: [M, ldx] 16-bit.
+// The same for int8 weights and 16-bit rows; units: no more than `kChunkUnits`.
 template <class T, int M>
-[[gnu::noinline]] void multiply(const T* w, const int16_t* x, int64_t ldx, int64_t pairs, float* sums, int64_t ldt, bool add,
-                     const char* next, int64_t next_step) {
+[[gnu::noinline]] void multiply(const int8_t* w, const int16_t* x, int64_t ldx, int64_t units, float* sums, int64_t ldt, bool add,
+                                const char* ahead) {
   Ints acc[M][2] = {};
-  for (int64_t i = 0; i < pairs; ++i) {
-    __builtin_prefetch(next + i * next_step);
-    Shorts low = load_pairs(w + i * 2 * kPanel), high = load_pairs(w + i * 2 * kPanel + kPanel);
+  for (int64_t i = 0; i < units; ++i) {
+    for (int b = 0; b < kUnitBytes; b += 64) __builtin_prefetch(ahead + i * kUnitBytes + b);
+    Shorts v[2] = {load_as<Shorts>(w + i * kUnitBytes), load_as<Shorts>(w + i * kUnitBytes + kUnitBytes / 2)};
+#pragma GCC unroll 2
+    for (int d = 0; d < 2; ++d) {
+      Shorts low = d == 0 ? (v[0] << 8) >> 8 : v[0] >> 8, high = d == 0 ? (v[1] << 8) >> 8 : v[1] >> 8;
+      if constexpr (M > 1) keep(low), keep(high);
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) {
-      int32_t pair;
-      std::memcpy(&pair, x + m * ldx + 2 * i, 4);
-      Shorts value = (Shorts)(Ints{} + pair);
-      acc[m][0] = dot_pairs(acc[m][0], low, value);
-      acc[m][1] = dot_pairs(acc[m][1], high, value);
+      for (int m = 0; m < M; ++m) {
+        Shorts value = (Shorts)(Ints{} + load_as<int32_t>(x + m * ldx + 4 * i + 2 * d));
+        acc[m][0] = dot_pairs(acc[m][0], low, value);
+        acc[m][1] = dot_pairs(acc[m][1], high, value);
+      }
     }
   }
   for (int m = 0; m < M; ++m)
@@ -97,78 +113,51 @@ template <class T, int M>
     }
 }
 
-// Any number of rows, in blocks of nearly equal size.
 template <class T, class X, int M = kBlockRows>
-inline void multiply_block(int m, const T* w, const X* x, int64_t ldx, int64_t k, float* sums, int64_t ldt, bool add,
-                           const char* next, int64_t next_step) {
+inline void multiply_block(int m, const T* w, const X* x, int64_t ldx, int64_t units, float* sums, int64_t ldt, bool add,
+                           const char* ahead) {
   if constexpr (M > 1) {
-    if (m < M) return multiply_block<T, X, M - 1>(m, w, x, ldx, k, sums, ldt, add, next, next_step);
+    if (m < M) return multiply_block<T, X, M - 1>(m, w, x, ldx, units, sums, ldt, add, ahead);
   }
-  multiply<T, M>(w, x, ldx, k, sums, ldt, add, next, next_step);
+  multiply<T, M>(w, x, ldx, units, sums, ldt, add, ahead);
 }
 
+// Any number of rows, in blocks of nearly equal size; units: no more than stay in the cache. What follows w in memory is
+// prefetched.
 template <class T, class X>
-inline void multiply_rows(int64_t rows, const T* w, const X* x, int64_t ldx, int64_t k, float* sums, int64_t ldt, bool add,
-                          const void* next = nullptr, int64_t next_step = 0) {
+inline void multiply_rows(int64_t rows, const T* w, const X* x, int64_t ldx, int64_t units, float* sums, int64_t ldt, bool add) {
   int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const char* from = reinterpret_cast<const char*>(w);
   for (int64_t b = 0; b < blocks; ++b) {
     int64_t begin = rows * b / blocks, end = rows * (b + 1) / blocks;
-    bool last = b + 1 == blocks && next != nullptr;
-    multiply_block(int(end - begin), w, x + begin * ldx, ldx, k, sums + begin * ldt, ldt, add,
-                   static_cast<const char*>(last ? next : w), last ? next_step : 0);
+    const char* ahead = from + (blocks == 1 ? kAhead : b + 1 == blocks ? units * kUnitBytes : 0);
+    multiply_block(int(end - begin), w, x + begin * ldx, ldx, units, sums + begin * ldt, ldt, add, ahead);
   }
 }
 
-// One panel by all rows, chunk by chunk → sums: [rows, kPanel], not scaled. `chunk` has room for a widened one.
-template <class T, class Wide, class X>
-inline void multiply_panel(int64_t rows, const T* w, int64_t row_len, const X* x, int64_t ldx, int64_t k, int64_t step,
-                           int64_t x_step, Wide* chunk, float* sums) {
-  for (int64_t first = 0; first < k; first += step) {
-    int64_t count = std::min(step, k - first);
-    const T* part = w + first * row_len;
-    const X* values = x + first * x_step;
-    const T* next = part + step * row_len;
-    if (std::is_same_v<T, Wide> || rows <= kDirectRows) {
-      multiply_rows(rows, part, values, ldx, count, sums, kPanel, first > 0, next, row_len * int64_t(sizeof(T)));
-      continue;
-    }
-    for (int64_t i = 0; i < count * row_len; i += sizeof(Floats) / sizeof(Wide)) {
-      if constexpr (std::is_same_v<Wide, int16_t>) {
-        Shorts wide = load_pairs(part + i);
-        std::memcpy(chunk + i, &wide, sizeof wide);
-      } else {
-        store(chunk + i, load(part + i));
-      }
-    }
-    multiply_rows(rows, chunk, values, ldx, count, sums, kPanel, first > 0, next, row_len * int64_t(sizeof(T)));
-  }
+// One panel by all rows → sums: [rows, kPanel], not scaled.
+template <class T, class X>
+inline void multiply_panel(int64_t rows, const T* w, const X* x, int64_t ldx, int64_t units, float* sums) {
+  constexpr int kDepth = 4 / sizeof(T);
+  int64_t step = sizeof(T) > 1 && rows <= kBlockRows ? units : kChunkUnits;
+  for (int64_t first = 0; first < units; first += step)
+    multiply_rows(rows, w + first * kPanel * kDepth, x + first * kDepth, ldx, std::min(step, units - first), sums, kPanel, first > 0);
 }
 
-constexpr int64_t kChunkBytes = std::max(kChunk * kPanel * 4, kPairs * kPanel * 4);
-
-// sums: [rows, kPanel] = rows * panel, scaled, with the bias.
-inline void panel_product(const Linear& w, int64_t panel, const Rows& x, void* chunk, float* sums) {
-  int64_t size = w.in * kPanel;
-  if (w.type == Type::kFloat32) {
-    multiply_panel(x.count, static_cast<const float*>(w.data) + panel * size, kPanel, x.values, x.stride, w.in, kChunk, 1,
-                   static_cast<float*>(chunk), sums);
-  } else if (w.type == Type::kBFloat16) {
-    multiply_panel(x.count, static_cast<const BFloat16*>(w.data) + panel * size, kPanel, x.values, x.stride, w.in, kChunk, 1,
-                   static_cast<float*>(chunk), sums);
-  } else {
-    size = w.num_pairs() * 2 * kPanel;
-    multiply_panel(x.count, static_cast<const int8_t*>(w.data) + panel * size, 2 * kPanel, x.pairs, x.pair_stride,
-                   w.num_pairs(), kPairs, 2, static_cast<int16_t*>(chunk), sums);
-    for (int64_t m = 0; m < x.count; ++m)
-      for (int h = 0; h < 2; ++h) {
-        float* place = sums + m * kPanel + h * kLanes;
-        store(place, load(place) * (load(w.scale + panel * kPanel + h * kLanes) * x.scales[m]));
-      }
-  }
+// sums: [rows, kPanel] = rows * panel, scaled.
+inline void panel_product(const Linear& w, int64_t panel, const Rows& x, float* sums) {
+  const char* data = static_cast<const char*>(w.data) + panel * panel_bytes(w);
+  int64_t units = num_units(w);
+  if (w.type == Type::kFloat32) return multiply_panel(x.count, reinterpret_cast<const float*>(data), x.values, x.stride, units, sums);
+  if (w.type == Type::kBFloat16) return multiply_panel(x.count, reinterpret_cast<const BFloat16*>(data), x.values, x.stride, units, sums);
+  multiply_panel(x.count, reinterpret_cast<const int8_t*>(data), x.shorts, x.short_stride, units, sums);
+  for (int64_t m = 0; m < x.count; ++m)
+    for (int h = 0; h < kPanel; h += kLanes)
+      store(sums + m * kPanel + h, load(sums + m * kPanel + h) * (load(w.scale + panel * kPanel + h) * x.scales[m]));
 }
 
-// 16-bit integers with one scale, which is returned; NaN where a value is not finite. An odd count is padded with a zero.
-inline float to_pairs(const float* x, int64_t count, int16_t* pairs) {
+// 16-bit integers with one scale, which is returned; NaN where a value is not finite. The last four are filled with zeros.
+inline float to_shorts(const float* x, int64_t count, int16_t* shorts) {
   Floats high{}, nothing{};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -182,10 +171,9 @@ inline float to_pairs(const float* x, int64_t count, int16_t* pairs) {
   for (i = 0; i + kLanes <= count; i += kLanes) {
     Ints nearest = (Ints)(load(x + i) * inverse + 12582912.0f) - 0x4b400000;  // what is added leaves no room for fractions
     auto narrow = __builtin_convertvector(nearest, HalfInts);
-    std::memcpy(pairs + i, &narrow, sizeof narrow);
+    std::memcpy(shorts + i, &narrow, sizeof narrow);
   }
-  for (; i < count; ++i) pairs[i] = int16_t(std::lrintf(x[i] * inverse));
-  if (count % 2) pairs[count] = 0;
+  for (; i < (count + 3) / 4 * 4; ++i) shorts[i] = i < count ? int16_t(std::lrintf(x[i] * inverse)) : 0;
   return most / 32767.0f + poison;
 }
 

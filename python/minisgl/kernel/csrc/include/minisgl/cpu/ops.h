@@ -36,22 +36,18 @@ inline int64_t padded_stride(int64_t count) { return (count + 15) / 16 * 16 + 16
 // A pool, and the room that each of its threads has for itself.
 class Workers {
  public:
-  explicit Workers(int threads) : pool(threads), chunks_(threads), sums_(threads), rooms_(threads) {
-    for (auto& chunk : chunks_) chunk.reserve(kChunkBytes);
-  }
+  explicit Workers(int threads) : pool(threads), sums_(threads), rooms_(threads) {}
 
-  char* chunk(int thread) { return chunks_[thread].get(); }
   float* sums(int thread, int64_t count) { return sums_[thread].reserve(count); }
   float* room(int thread, int64_t count) { return rooms_[thread].reserve(count); }
 
   Pool pool;
 
  private:
-  std::vector<Buffer<char>> chunks_;
   std::vector<Buffer<float>> sums_, rooms_;
 };
 
-inline int64_t grain_of(int64_t count, int threads) { return std::max<int64_t>(1, std::min<int64_t>(8, count / (threads * 8))); }
+inline int64_t grain_of(int64_t count, int threads) { return std::max<int64_t>(1, std::min<int64_t>(8, count / (threads * 16))); }
 
 // out = x * rsqrt(mean(x²) + eps) * weight (arXiv 1910.07467).
 inline void rms_norm(const float* x, const float* weight, float eps, int64_t count, float* out) {
@@ -67,8 +63,7 @@ inline void rms_norm(const float* x, const float* weight, float eps, int64_t cou
   for (int64_t j = 0; j < count; ++j) out[j] = x[j] * factor * weight[j];
 }
 
-// The rows as the weights' products want them: normalised where there is a norm, 16-bit for int8 weights.
-// values, pairs and scales: where they go, if anywhere.
+// What is to be multiplied with weights; x: [count, stride].
 struct Input {
   const float* x;
   int64_t count, width, stride;
@@ -76,34 +71,39 @@ struct Input {
   float eps;
 };
 
+// The rows as the weights' products want them: normalised where there is a norm, 16-bit for int8 weights, and as long as
+// whole units are.
 class InputRoom {
  public:
   void reserve(int64_t count, int64_t width) {
     values_.reserve(count * padded_stride(width));
-    pairs_.reserve(count * padded_stride(width));
+    shorts_.reserve(count * padded_stride(width));
     scales_.reserve(count);
   }
 
   // All threads call it; `reserve` was called before.
   Rows prepare(Workers& workers, const Input& in, Type type) {
     int64_t stride = padded_stride(in.width);
-    Rows rows{in.count, in.x, in.stride, pairs_.get(), stride, scales_.get()};
-    if (in.norm != nullptr) rows.values = values_.get(), rows.stride = stride;
-    if (in.norm == nullptr && type != Type::kInt8) return rows;
+    bool is_short = type == Type::kInt8, is_copied = in.norm != nullptr || (!is_short && in.width % depth_of(type) != 0);
+    Rows rows{in.count, in.x, in.stride, shorts_.get(), stride, scales_.get()};
+    if (is_copied) rows.values = values_.get(), rows.stride = stride;
+    if (!is_copied && !is_short) return rows;
     workers.pool.share(in.count, 4, [&](int64_t r) {
       const float* row = in.x + r * in.stride;
-      if (in.norm != nullptr) {
-        rms_norm(row, in.norm, in.eps, in.width, values_.get() + r * stride);
-        row = values_.get() + r * stride;
-      }
-      if (type == Type::kInt8) scales_.get()[r] = to_pairs(row, in.width, pairs_.get() + r * stride);
+      float* copy = values_.get() + r * stride;
+      if (in.norm != nullptr)
+        rms_norm(row, in.norm, in.eps, in.width, copy);
+      else if (is_copied)
+        std::copy(row, row + in.width, copy);
+      if (is_copied) copy[in.width] = 0;
+      if (is_short) scales_.get()[r] = to_shorts(is_copied ? copy : row, in.width, shorts_.get() + r * stride);
     });
     return rows;
   }
 
  private:
   Buffer<float> values_, scales_;
-  Buffer<int16_t> pairs_;
+  Buffer<int16_t> shorts_;
 };
 
 // sums: [rows, kPanel] of output features first … → out: [rows, stride].
@@ -113,6 +113,14 @@ inline void write_panel(const float* sums, int64_t rows, int64_t first, const Li
   for (int64_t r = 0; r < rows; ++r) {
     float* to = out + r * stride + first;
     const float* from = sums + r * kPanel;
+    if (width == kPanel) {
+      for (int h = 0; h < kPanel; h += kLanes) {
+        Floats value = load(from + h);
+        if (w.bias != nullptr) value += load(w.bias + first + h);
+        store(to + h, into == Into::kAdd ? load(to + h) + value : value);
+      }
+      continue;
+    }
     for (int64_t j = 0; j < width; ++j) {
       float value = w.bias == nullptr ? from[j] : from[j] + w.bias[first + j];
       to[j] = into == Into::kAdd ? to[j] + value : value;
@@ -140,45 +148,49 @@ inline void linear(Workers& workers, int thread, const Linear& w, const Rows& x,
   float* sums = workers.sums(thread, 2 * size);
   if (into != Into::kGated) {
     workers.pool.share(panels, grain_of(panels, workers.pool.size()), [&](int64_t p) {
-      panel_product(w, p, x, workers.chunk(thread), sums);
+      panel_product(w, p, x, sums);
       write_panel(sums, x.count, p * kPanel, w, into, out, stride);
     });
     return;
   }
   workers.pool.share(panels / 2, grain_of(panels / 2, workers.pool.size()), [&](int64_t p) {
-    panel_product(w, 2 * p, x, workers.chunk(thread), sums);
-    panel_product(w, 2 * p + 1, x, workers.chunk(thread), sums + size);
+    panel_product(w, 2 * p, x, sums);
+    panel_product(w, 2 * p + 1, x, sums + size);
     write_gated(sums, sums + size, x.count, p * kPanel, w, out, stride);
   });
 }
 
-// Plain weights to panels. // T: of the plain weights; panels have the same type, or int8 with a scale for each feature.
+// Features of one panel, of which there may be fewer than it holds. scale: [kPanel].
+template <class T>
+void pack_int8(const T* rows, int64_t count, int64_t in, int8_t* panel, float* scale) {
+  std::memset(panel, 0, (in + 3) / 4 * kUnitBytes);
+  std::fill(scale, scale + kPanel, 0.0f);
+  for (int64_t j = 0; j < count; ++j) {
+    float most = 0;
+    for (int64_t i = 0; i < in; ++i) most = std::max(most, std::fabs(widen(rows[j * in + i])));
+    float inverse = most > 0 ? 127.0f / most : 0.0f;
+    scale[j] = most / 127.0f;
+    for (int64_t i = 0; i < in; ++i)
+      panel[i / 4 * kUnitBytes + j * 4 + kQuad[i % 4]] = int8_t(std::lrintf(widen(rows[j * in + i]) * inverse));
+  }
+}
+
+// Plain weights of type T to panels of the same type, or of int8 with a scale for each feature.
 template <class T>
 void pack(Workers& workers, const T* weight, int64_t out, int64_t in, bool is_pair, void* data, float* scale) {
-  int64_t half = out / 2, per_part = ((is_pair ? half : out) + kPanel - 1) / kPanel, panels = is_pair ? 2 * per_part : per_part;
+  Linear w{scale != nullptr ? Type::kInt8 : sizeof(T) == 2 ? Type::kBFloat16 : Type::kFloat32, is_pair, out, in};
   workers.pool.run([&](int) {
-    workers.pool.share(panels, 1, [&](int64_t p) {
+    workers.pool.share(num_panels(w), 1, [&](int64_t p) {
       int64_t part = is_pair ? p % 2 : 0, first = (is_pair ? p / 2 : p) * kPanel;
-      int64_t count = std::min<int64_t>(kPanel, (is_pair ? half : out) - first);
-      const T* rows = weight + (part * half + first) * in;
-      if (scale == nullptr) {
-        T* to = static_cast<T*>(data) + p * in * kPanel;
-        for (int64_t i = 0; i < in; ++i)
-          for (int64_t j = 0; j < kPanel; ++j) to[i * kPanel + j] = j < count ? rows[j * in + i] : T{};
-        return;
-      }
-      int64_t pairs = (in + 1) / 2;
-      int8_t* to = static_cast<int8_t*>(data) + p * pairs * 2 * kPanel;
-      for (int64_t j = 0; j < kPanel; ++j) {
-        float most = 0;
-        for (int64_t i = 0; j < count && i < in; ++i) most = std::max(most, std::fabs(widen(rows[j * in + i])));
-        float inverse = most > 0 ? 127.0f / most : 0.0f;
-        scale[p * kPanel + j] = most / 127.0f;
-        for (int64_t i = 0; i < 2 * pairs; ++i) {
-          float value = j < count && i < in ? widen(rows[j * in + i]) * inverse : 0.0f;
-          to[(i / 2 * kPanel + j) * 2 + i % 2] = int8_t(std::lrintf(value));
-        }
-      }
+      int64_t count = std::min<int64_t>(kPanel, w.part() - first);
+      const T* rows = weight + (part * w.part() + first) * in;
+      char* panel = static_cast<char*>(data) + p * panel_bytes(w);
+      if (scale != nullptr) return pack_int8(rows, count, in, reinterpret_cast<int8_t*>(panel), scale + p * kPanel);
+      T* to = reinterpret_cast<T*>(panel);
+      constexpr int64_t kDepth = 4 / sizeof(T);
+      std::memset(panel, 0, panel_bytes(w));
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t i = 0; i < in; ++i) to[(i / kDepth * kPanel + j) * kDepth + i % kDepth] = rows[j * in + i];
     });
   });
 }
@@ -193,15 +205,14 @@ inline void embed(Workers& workers, const Linear& table, const int64_t* ids, int
       std::fill(to, to + in, 0.0f);
       return;
     }
-    int64_t panel = id / kPanel, lane = id % kPanel;
+    const char* from = static_cast<const char*>(table.data) + id / kPanel * panel_bytes(table) + id % kPanel * 4;
     for (int64_t i = 0; i < in; ++i) {
       if (table.type == Type::kFloat32)
-        to[i] = static_cast<const float*>(table.data)[(panel * in + i) * kPanel + lane];
+        to[i] = load_as<float>(from + i * kUnitBytes);
       else if (table.type == Type::kBFloat16)
-        to[i] = widen(static_cast<const BFloat16*>(table.data)[(panel * in + i) * kPanel + lane]);
+        to[i] = widen(load_as<BFloat16>(from + i / 2 * kUnitBytes + i % 2 * 2));
       else
-        to[i] = static_cast<const int8_t*>(table.data)[((panel * table.num_pairs() + i / 2) * kPanel + lane) * 2 + i % 2] *
-                table.scale[id];
+        to[i] = load_as<int8_t>(from + i / 4 * kUnitBytes + kQuad[i % 4]) * table.scale[id];
     }
   });
 }

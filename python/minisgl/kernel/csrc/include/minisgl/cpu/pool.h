@@ -38,7 +38,7 @@ inline void spin_until(F&& done) {
 
 class Pool {
  public:
-  explicit Pool(int size) : size_(size) {
+  explicit Pool(int size) : size_(size), ranges_(size) {
     for (int i = 1; i < size; ++i) threads_.emplace_back([this, i] { work(i); });
   }
 
@@ -55,8 +55,9 @@ class Pool {
   // Runs task(i) for each thread i that has time, the caller being number 0. All threads call `share` in the same order.
   void run(const std::function<void(int)>& task) {
     task_ = &task;
-    ticket_.store(0);
+    current_.store(0);
     done_.store(0);
+    for (auto& range : ranges_) range.taken.store(0);
     part_ = 0;
     thread_ = 0;
     is_open_.store(true);
@@ -67,40 +68,49 @@ class Pool {
     spin_until([&] { return active_.load() == 0; });
   }
 
-  // Shares out items 0 … count - 1 of one part, `grain` at a time, to whoever is free. After it, all of them are done. What
-  // is no more than one grain is left to the caller of `run`.
+  // Shares out items 0 … count - 1 of one part. Each thread has a range of neighbours, from which it takes `grain` at a
+  // time, and helps the others when it is through. After it, all items are done. What is no more than one grain is left to
+  // the caller of `run`.
   template <class F>
   void share(int64_t count, int64_t grain, F&& f) {
-    uint32_t part = part_++;
-    auto is_over = [&] { return uint32_t(ticket_.load(std::memory_order_acquire) >> 32) > part; };
+    uint32_t part = ++part_;
     if (size_ == 1) {
       for (int64_t i = 0; i < count; ++i) f(i);
       return;
     }
     if (count <= grain && thread_ != 0) return;
-    spin_until([&] { return uint32_t(ticket_.load(std::memory_order_acquire) >> 32) >= part; });
-    if (count == 0) {
-      uint64_t expected = uint64_t(part) << 32;
-      ticket_.compare_exchange_strong(expected, uint64_t(part + 1) << 32);
-      return;
-    }
-    uint64_t ticket = ticket_.load(std::memory_order_acquire);
-    while (uint32_t(ticket >> 32) == part) {
-      int64_t begin = uint32_t(ticket);
-      if (begin >= count) break;
-      int64_t end = std::min(begin + grain, count);
-      if (!ticket_.compare_exchange_weak(ticket, (uint64_t(part) << 32) | uint64_t(end))) continue;
-      for (int64_t i = begin; i < end; ++i) f(i);
-      if (done_.fetch_add(end - begin) + (end - begin) == count) {
-        done_.store(0);
-        ticket_.store(uint64_t(part + 1) << 32, std::memory_order_release);
-      }
-      ticket = ticket_.load(std::memory_order_acquire);
-    }
-    if (thread_ == 0) spin_until(is_over);
+    spin_until([&] { return current_.load(std::memory_order_acquire) + 1 >= part; });
+    for (int turn = 0; turn < size_ && current_.load(std::memory_order_acquire) < part; ++turn)
+      take(part, (thread_ + turn) % size_, count, grain, f);
+    if (count == 0 && thread_ == 0) current_.store(part);
+    if (thread_ == 0) spin_until([&] { return current_.load(std::memory_order_acquire) >= part; });
   }
 
  private:
+  // How many items of a thread's range are taken, below the part that this is about.
+  struct alignas(64) Range {
+    std::atomic<uint64_t> taken{0};
+  };
+
+  template <class F>
+  void take(uint32_t part, int owner, int64_t count, int64_t grain, F&& f) {
+    int64_t first = count * owner / size_, size = count * (owner + 1) / size_ - first;
+    auto& taken = ranges_[owner].taken;
+    uint64_t seen = taken.load(std::memory_order_acquire);
+    while (uint32_t(seen >> 32) <= part) {
+      int64_t begin = uint32_t(seen >> 32) == part ? uint32_t(seen) : 0, end = std::min(begin + grain, size);
+      if (begin >= size) return;
+      if (!taken.compare_exchange_weak(seen, (uint64_t(part) << 32) | uint64_t(end))) continue;
+      for (int64_t i = begin; i < end; ++i) f(first + i);
+      if (done_.fetch_add(end - begin) + (end - begin) == count) {
+        done_.store(0);
+        current_.store(part, std::memory_order_release);
+        return;
+      }
+      seen = taken.load(std::memory_order_acquire);
+    }
+  }
+
   void work(int index) {
     uint32_t seen = 0;
     for (;;) {
@@ -127,8 +137,9 @@ class Pool {
   std::atomic<uint32_t> round_{0};
   std::atomic<bool> is_open_{false};
   std::atomic<int> active_{0};
-  alignas(64) std::atomic<uint64_t> ticket_{0};  // the part, and its first item that nobody has
-  alignas(64) std::atomic<int64_t> done_{0};
+  std::vector<Range> ranges_;
+  alignas(64) std::atomic<uint32_t> current_{0};  // the last part that is done; the first is 1
+  alignas(64) std::atomic<int64_t> done_{0};      // items of the part after it
 };
 
 }  // namespace minisgl::cpu

@@ -43,6 +43,16 @@ inline Floats load(const BFloat16* p) {
 }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
+// Keeps a vector in a register: a compiler would rather load it again for each use.
+template <class V>
+inline void keep(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 inline float widen(float x) { return x; }
 inline float widen(BFloat16 x) {
   uint32_t bits = uint32_t(x.bits) << 16;
