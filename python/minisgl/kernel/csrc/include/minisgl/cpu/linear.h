@@ -18,7 +18,7 @@ namespace minisgl::cpu {
 constexpr int kPanel = 2 * kLanes;
 constexpr int kUnitBytes = kPanel * 4;
 constexpr int kBlockRows = kLanes == 8 ? 6 : 12;  // so that the sums fit the registers
-constexpr int kAhead = 16 * kUnitBytes;           // how far ahead of a stream to prefetch
+constexpr int kAhead = 8 * kUnitBytes;            // how far ahead of a stream to prefetch
 // Units that several blocks of rows find in the first-level cache. 512 products of 16 by 8 bits fit 32.
 constexpr int kChunkUnits = 128;
 
@@ -26,6 +26,10 @@ inline int64_t depth_of(Type type) { return type == Type::kInt8 ? 4 : type == Ty
 inline int64_t num_units(const Linear& w) { return (w.in + depth_of(w.type) - 1) / depth_of(w.type); }
 inline int64_t num_panels(const Linear& w) { return (w.part() + kPanel - 1) / kPanel * (w.is_pair ? 2 : 1); }
 inline int64_t panel_bytes(const Linear& w) { return num_units(w) * kUnitBytes; }
+
+// Panels that are read side by side: a core gets more from memory by several streams than by one. Fewer rows leave the
+// registers for that; more keep it busy.
+constexpr int streams_of(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
 // The rows to multiply with, as far as the weights' last units reach. For int8 weights: `shorts`, which hold value / scale.
 struct Rows {
@@ -44,116 +48,143 @@ constexpr int kQuad[4] = {0, 2, 1, 3};
 inline Floats part_of(const float*, Words v, int) { return (Floats)v; }
 inline Floats part_of(const BFloat16*, Words v, int d) { return (Floats)(d == 0 ? v << 16 : v & 0xffff0000u); }
 
-// sums: [M, ldt] (+)= x: [M, ldx] * w: [units, kPanel] of T. ahead: what is prefetched as w is read.
-template <class T, int M>
-[[gnu::noinline]] void multiply(const T* w, const float* x, int64_t ldx, int64_t units, float* sums, int64_t ldt, bool add,
-                                const char* ahead) {
+// Where a product goes: panel p's sums are [M, stride] from sums + p * next on.
+struct Sums {
+  float* sums;
+  int64_t stride, next;
+};
+
+// to (+)= x: [M, ldx] * w: P panels of [units, kPanel] of T, `panel` bytes apart. ahead: what is prefetched beside w.
+template <class T, int M, int P>
+[[gnu::noinline]] void multiply(const T* w, int64_t panel, const float* x, int64_t ldx, int64_t units, Sums to, bool add,
+                                int64_t ahead) {
   constexpr int kDepth = 4 / sizeof(T);
-  constexpr int kSets = M == 1 ? 4 : M <= 3 ? 2 : 1;  // against the latency of an addition
   constexpr int kUnroll = 8 / kDepth;
   const char* from = reinterpret_cast<const char*>(w);
-  Floats acc[kSets][M][2];
-  for (int s = 0; s < kSets; ++s)
+  Floats acc[P][M][2];
+  for (int p = 0; p < P; ++p)
     for (int m = 0; m < M; ++m)
-      for (int h = 0; h < 2; ++h) acc[s][m][h] = add && s == 0 ? load(sums + m * ldt + h * kLanes) : Floats{};
-  auto unit = [&](int64_t i, int first) __attribute__((always_inline)) {
-    for (int b = 0; b < kUnitBytes; b += 64) __builtin_prefetch(ahead + i * kUnitBytes + b);
-    Words v[2] = {load_as<Words>(from + i * kUnitBytes), load_as<Words>(from + i * kUnitBytes + kUnitBytes / 2)};
+      for (int h = 0; h < 2; ++h) acc[p][m][h] = add ? load(to.sums + p * to.next + m * to.stride + h * kLanes) : Floats{};
+  auto unit = [&](int64_t i) __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (int d = 0; d < kDepth; ++d) {
-      Floats low = part_of(w, v[0], d), high = part_of(w, v[1], d);
-      if constexpr (M > 1) keep(low), keep(high);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        const char* place = from + p * panel + i * kUnitBytes;
+        if (d == 0)
+          for (int b = 0; b < kUnitBytes; b += 64) __builtin_prefetch(place + ahead + b);
+        Floats low = part_of(w, load_as<Words>(place), d), high = part_of(w, load_as<Words>(place + kUnitBytes / 2), d);
+        if constexpr (M > 1) keep(low), keep(high);
 #pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) {
-        Floats value = broadcast(x[m * ldx + i * kDepth + d]);
-        acc[(first + d) % kSets][m][0] += value * low;
-        acc[(first + d) % kSets][m][1] += value * high;
+        for (int m = 0; m < M; ++m) {
+          Floats value = broadcast(x[m * ldx + i * kDepth + d]);
+          acc[p][m][0] += value * low;
+          acc[p][m][1] += value * high;
+        }
       }
     }
   };
   int64_t i = 0;
   for (; i + kUnroll <= units; i += kUnroll) {
 #pragma GCC unroll 8
-    for (int u = 0; u < kUnroll; ++u) unit(i + u, u * kDepth);
+    for (int u = 0; u < kUnroll; ++u) unit(i + u);
   }
-  for (; i < units; ++i) unit(i, 0);
-  for (int m = 0; m < M; ++m)
-    for (int h = 0; h < 2; ++h) {
-      Floats total = acc[0][m][h];
-      for (int s = 1; s < kSets; ++s) total += acc[s][m][h];
-      store(sums + m * ldt + h * kLanes, total);
-    }
+  for (; i < units; ++i) unit(i);
+  for (int p = 0; p < P; ++p)
+    for (int m = 0; m < M; ++m)
+      for (int h = 0; h < 2; ++h) store(to.sums + p * to.next + m * to.stride + h * kLanes, acc[p][m][h]);
 }
 
 // The same for int8 weights and 16-bit rows; units: no more than `kChunkUnits`.
-template <class T, int M>
-[[gnu::noinline]] void multiply(const int8_t* w, const int16_t* x, int64_t ldx, int64_t units, float* sums, int64_t ldt, bool add,
-                                const char* ahead) {
-  Ints acc[M][2] = {};
+template <class T, int M, int P>
+[[gnu::noinline]] void multiply(const int8_t* w, int64_t panel, const int16_t* x, int64_t ldx, int64_t units, Sums to, bool add,
+                                int64_t ahead) {
+  Ints acc[P][M][2] = {};
   for (int64_t i = 0; i < units; ++i) {
-    for (int b = 0; b < kUnitBytes; b += 64) __builtin_prefetch(ahead + i * kUnitBytes + b);
-    Shorts v[2] = {load_as<Shorts>(w + i * kUnitBytes), load_as<Shorts>(w + i * kUnitBytes + kUnitBytes / 2)};
 #pragma GCC unroll 2
     for (int d = 0; d < 2; ++d) {
-      Shorts low = d == 0 ? (v[0] << 8) >> 8 : v[0] >> 8, high = d == 0 ? (v[1] << 8) >> 8 : v[1] >> 8;
-      if constexpr (M > 1) keep(low), keep(high);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        const int8_t* place = w + p * panel + i * kUnitBytes;
+        if (d == 0)
+          for (int b = 0; b < kUnitBytes; b += 64) __builtin_prefetch(place + ahead + b);
+        Shorts low = load_as<Shorts>(place), high = load_as<Shorts>(place + kUnitBytes / 2);
+        low = d == 0 ? (low << 8) >> 8 : low >> 8, high = d == 0 ? (high << 8) >> 8 : high >> 8;
+        if constexpr (M > 1) keep(low), keep(high);
 #pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) {
-        Shorts value = (Shorts)(Ints{} + load_as<int32_t>(x + m * ldx + 4 * i + 2 * d));
-        acc[m][0] = dot_pairs(acc[m][0], low, value);
-        acc[m][1] = dot_pairs(acc[m][1], high, value);
+        for (int m = 0; m < M; ++m) {
+          Shorts value = (Shorts)(Ints{} + load_as<int32_t>(x + m * ldx + 4 * i + 2 * d));
+          acc[p][m][0] = dot_pairs(acc[p][m][0], low, value);
+          acc[p][m][1] = dot_pairs(acc[p][m][1], high, value);
+        }
       }
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int h = 0; h < 2; ++h) {
-      float* place = sums + m * ldt + h * kLanes;
-      Floats total = __builtin_convertvector(acc[m][h], Floats);
-      store(place, add ? load(place) + total : total);
-    }
+  for (int p = 0; p < P; ++p)
+    for (int m = 0; m < M; ++m)
+      for (int h = 0; h < 2; ++h) {
+        float* place = to.sums + p * to.next + m * to.stride + h * kLanes;
+        Floats total = __builtin_convertvector(acc[p][m][h], Floats);
+        store(place, add ? load(place) + total : total);
+      }
 }
 
 template <class T, class X, int M = kBlockRows>
-inline void multiply_block(int m, const T* w, const X* x, int64_t ldx, int64_t units, float* sums, int64_t ldt, bool add,
-                           const char* ahead) {
+inline void multiply_block(int m, const T* w, const X* x, int64_t ldx, int64_t units, Sums to, bool add, int64_t ahead) {
   if constexpr (M > 1) {
-    if (m < M) return multiply_block<T, X, M - 1>(m, w, x, ldx, units, sums, ldt, add, ahead);
+    if (m < M) return multiply_block<T, X, M - 1>(m, w, x, ldx, units, to, add, ahead);
   }
-  multiply<T, M>(w, x, ldx, units, sums, ldt, add, ahead);
+  multiply<T, M, 1>(w, 0, x, ldx, units, to, add, ahead);
 }
 
-// Any number of rows, in blocks of nearly equal size; units: no more than stay in the cache. What follows w in memory is
-// prefetched.
+// One panel by any number of rows, in blocks of nearly equal size; units: no more than stay in the cache. What follows w in
+// memory is prefetched.
 template <class T, class X>
 inline void multiply_rows(int64_t rows, const T* w, const X* x, int64_t ldx, int64_t units, float* sums, int64_t ldt, bool add) {
   int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  const char* from = reinterpret_cast<const char*>(w);
   for (int64_t b = 0; b < blocks; ++b) {
     int64_t begin = rows * b / blocks, end = rows * (b + 1) / blocks;
-    const char* ahead = from + (blocks == 1 ? kAhead : b + 1 == blocks ? units * kUnitBytes : 0);
-    multiply_block(int(end - begin), w, x + begin * ldx, ldx, units, sums + begin * ldt, ldt, add, ahead);
+    int64_t ahead = blocks == 1 ? kAhead : b + 1 == blocks ? units * kUnitBytes : 0;
+    multiply_block(int(end - begin), w, x + begin * ldx, ldx, units, {sums + begin * ldt, ldt, 0}, add, ahead);
   }
 }
 
-// One panel by all rows → sums: [rows, kPanel], not scaled.
+// `panels` of them, not scaled.
 template <class T, class X>
-inline void multiply_panel(int64_t rows, const T* w, const X* x, int64_t ldx, int64_t units, float* sums) {
+inline void multiply_panels(int64_t panels, int64_t panel, int64_t rows, const char* data, const X* x, int64_t ldx, int64_t units,
+                            float* sums) {
   constexpr int kDepth = 4 / sizeof(T);
   int64_t step = sizeof(T) > 1 && rows <= kBlockRows ? units : kChunkUnits;
-  for (int64_t first = 0; first < units; first += step)
-    multiply_rows(rows, w + first * kPanel * kDepth, x + first * kDepth, ldx, std::min(step, units - first), sums, kPanel, first > 0);
+  for (int64_t first = 0; first < units; first += step) {
+    int64_t count = std::min(step, units - first);
+    const X* values = x + first * kDepth;
+    auto w = reinterpret_cast<const T*>(data + first * kUnitBytes);
+    Sums to{sums, kPanel, rows * kPanel};
+    if (rows == 1 && panels == streams_of(1))
+      multiply<T, 1, streams_of(1)>(w, panel, values, ldx, count, to, first > 0, kAhead);
+    else if (rows == 2 && panels == streams_of(2))
+      multiply<T, 2, streams_of(2)>(w, panel, values, ldx, count, to, first > 0, kAhead);
+    else if (rows == 3 && panels == streams_of(3))
+      multiply<T, 3, streams_of(3)>(w, panel, values, ldx, count, to, first > 0, kAhead);
+    else
+      for (int64_t p = 0; p < panels; ++p)
+        multiply_rows(rows, w + p * panel / int64_t(sizeof(T)), values, ldx, count, sums + p * to.next, kPanel, first > 0);
+  }
 }
 
-// sums: [rows, kPanel] = rows * panel, scaled.
-inline void panel_product(const Linear& w, int64_t panel, const Rows& x, float* sums) {
-  const char* data = static_cast<const char*>(w.data) + panel * panel_bytes(w);
-  int64_t units = num_units(w);
-  if (w.type == Type::kFloat32) return multiply_panel(x.count, reinterpret_cast<const float*>(data), x.values, x.stride, units, sums);
-  if (w.type == Type::kBFloat16) return multiply_panel(x.count, reinterpret_cast<const BFloat16*>(data), x.values, x.stride, units, sums);
-  multiply_panel(x.count, reinterpret_cast<const int8_t*>(data), x.shorts, x.short_stride, units, sums);
-  for (int64_t m = 0; m < x.count; ++m)
-    for (int h = 0; h < kPanel; h += kLanes)
-      store(sums + m * kPanel + h, load(sums + m * kPanel + h) * (load(w.scale + panel * kPanel + h) * x.scales[m]));
+// sums: [panels, rows, kPanel] = rows * panels from `first` on, scaled.
+inline void panel_products(const Linear& w, int64_t first, int64_t panels, const Rows& x, float* sums) {
+  const char* data = static_cast<const char*>(w.data) + first * panel_bytes(w);
+  int64_t units = num_units(w), size = panel_bytes(w);
+  if (w.type == Type::kFloat32) return multiply_panels<float>(panels, size, x.count, data, x.values, x.stride, units, sums);
+  if (w.type == Type::kBFloat16) return multiply_panels<BFloat16>(panels, size, x.count, data, x.values, x.stride, units, sums);
+  multiply_panels<int8_t>(panels, size, x.count, data, x.shorts, x.short_stride, units, sums);
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t m = 0; m < x.count; ++m)
+      for (int h = 0; h < kPanel; h += kLanes) {
+        float* place = sums + (p * x.count + m) * kPanel + h;
+        store(place, load(place) * (load(w.scale + (first + p) * kPanel + h) * x.scales[m]));
+      }
 }
 
 // 16-bit integers with one scale, which is returned; NaN where a value is not finite. The last four are filled with zeros.

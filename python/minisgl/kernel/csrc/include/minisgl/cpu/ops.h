@@ -47,7 +47,7 @@ class Workers {
   std::vector<Buffer<float>> sums_, rooms_;
 };
 
-inline int64_t grain_of(int64_t count, int threads) { return std::max<int64_t>(1, std::min<int64_t>(8, count / (threads * 16))); }
+inline int64_t grain_of(int64_t count, int threads) { return std::max<int64_t>(1, std::min<int64_t>(4, count / (threads * 16))); }
 
 // out = x * rsqrt(mean(x²) + eps) * weight (arXiv 1910.07467).
 inline void rms_norm(const float* x, const float* weight, float eps, int64_t count, float* out) {
@@ -145,18 +145,17 @@ inline void write_gated(const float* gates, const float* ups, int64_t rows, int6
 // out (+)= rows * wᵀ + bias. kGated: of a pair, out = silu(gate) * up.
 inline void linear(Workers& workers, int thread, const Linear& w, const Rows& x, Into into, float* out, int64_t stride) {
   int64_t panels = num_panels(w), size = x.count * kPanel;
-  float* sums = workers.sums(thread, 2 * size);
-  if (into != Into::kGated) {
-    workers.pool.share(panels, grain_of(panels, workers.pool.size()), [&](int64_t p) {
-      panel_product(w, p, x, sums);
-      write_panel(sums, x.count, p * kPanel, w, into, out, stride);
-    });
-    return;
-  }
-  workers.pool.share(panels / 2, grain_of(panels / 2, workers.pool.size()), [&](int64_t p) {
-    panel_product(w, 2 * p, x, sums);
-    panel_product(w, 2 * p + 1, x, sums + size);
-    write_gated(sums, sums + size, x.count, p * kPanel, w, out, stride);
+  int64_t together = std::max(streams_of(x.count), into == Into::kGated ? 2 : 1), items = (panels + together - 1) / together;
+  float* sums = workers.sums(thread, together * size);
+  workers.pool.share(items, grain_of(items, workers.pool.size()), [&](int64_t item) {
+    int64_t first = item * together, count = std::min(together, panels - first);
+    panel_products(w, first, count, x, sums);
+    for (int64_t p = 0; p < count; ++p) {
+      if (into != Into::kGated)
+        write_panel(sums + p * size, x.count, (first + p) * kPanel, w, into, out, stride);
+      else if (p % 2 == 0)
+        write_gated(sums + p * size, sums + (p + 1) * size, x.count, (first + p) / 2 * kPanel, w, out, stride);
+    }
   });
 }
 
