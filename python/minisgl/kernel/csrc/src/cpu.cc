@@ -1,7 +1,25 @@
 // The CPU kernels, compiled once for the processor at hand.
 #include "minisgl/cpu/model.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace minisgl::cpu {
+
+namespace {
+
+// Large memory, before it is touched: first touches and look-ups of small pages take time that shows.
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = 2 << 20;
+  uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
 
 Workers* create_workers(int threads) { return new Workers(threads); }
 void destroy_workers(Workers* workers) { delete workers; }
@@ -9,6 +27,8 @@ int panel_size() { return kPanel; }
 
 void pack_weight(Workers& workers, bool is_bfloat16, const void* weight, int64_t out, int64_t in, bool is_pair, void* data,
                  float* scales) {
+  Linear w{scales != nullptr ? Type::kInt8 : is_bfloat16 ? Type::kBFloat16 : Type::kFloat32, is_pair, out, in};
+  prefer_huge_pages(data, num_panels(w) * panel_bytes(w));
   if (is_bfloat16)
     pack(workers, static_cast<const BFloat16*>(weight), out, in, is_pair, data, scales);
   else
@@ -69,7 +89,10 @@ void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vo
 }
 
 Model* create_model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm,
-                    AnyCache caches, int64_t num_slots) {
+                    AnyCache caches, int64_t num_layers, int64_t num_slots) {
+  int64_t cache_bytes = num_layers * num_slots * heads.num_kv * heads.dim * (caches.is_bfloat16 ? 2 : 4);
+  prefer_huge_pages(caches.k, cache_bytes);
+  prefer_huge_pages(caches.v, cache_bytes);
   return new Model(workers, heads, eps, embedding, head, norm, caches, num_slots);
 }
 void destroy_model(Model* model) { delete model; }

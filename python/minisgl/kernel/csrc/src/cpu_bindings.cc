@@ -119,7 +119,7 @@ int64_t py_create_model(int64_t workers, int64_t num_q, double eps, int64_t embe
                         TensorView v) {
   Heads heads{num_q, k.size(2), k.size(3), 1};
   return handle_of(create_model(at<Workers>(workers), heads, float(eps), at<Linear>(embedding), at<Linear>(head), data_of<float>(norm),
-                                cache_of(k, v), k.size(1)));
+                                cache_of(k, v), k.size(0), k.size(1)));
 }
 void py_destroy_model(int64_t model) { destroy_model(&at<Model>(model)); }
 

@@ -110,7 +110,7 @@ void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vo
 
 // The whole model. caches: [layers, slots, num_kv, dim].
 Model* create_model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm,
-                    AnyCache caches, int64_t num_slots);
+                    AnyCache caches, int64_t num_layers, int64_t num_slots);
 void destroy_model(Model* model);
 void add_layer(Model& model, const Layer& layer);
 void forward(Model& model, const Step& step);

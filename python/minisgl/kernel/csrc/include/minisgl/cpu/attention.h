@@ -48,14 +48,18 @@ inline float dot(const float* q, const T* k, int64_t dim) {
   return total;
 }
 
-// scores[g][t] = q[g] · k[t] for G heads and the tokens of a block; offsets: of their keys.
+// scores[g][t] = q[g] · k[t] for G heads and the tokens of a block; offsets: of their keys. `later`, of which the same
+// tokens come next, is prefetched.
 template <class T, int G>
-inline void decode_scores(const float* q, const T* k, const int64_t* offsets, int count, int64_t dim, float* scores) {
+inline void decode_scores(const float* q, const T* k, const int64_t* offsets, int count, int64_t dim, const T* later,
+                          float* scores) {
   constexpr int kTokens = G == 1 ? 4 : G == 2 ? 2 : 1;
   int t = 0;
   if (dim % kLanes == 0) {
     for (; t + kTokens <= count; t += kTokens) {
       Floats acc[kTokens][G] = {};
+      for (int j = 0; j < kTokens; ++j)
+        for (int64_t i = 0; i < dim; i += 64 / sizeof(T)) __builtin_prefetch(later + offsets[t + j] + i);
       for (int64_t i = 0; i < dim; i += kLanes)
 #pragma GCC unroll 4
         for (int j = 0; j < kTokens; ++j) {
@@ -71,9 +75,10 @@ inline void decode_scores(const float* q, const T* k, const int64_t* offsets, in
     for (int g = 0; g < G; ++g) scores[g * kBlock + t] = dot(q + g * dim, k + offsets[t], dim);
 }
 
-// out[g] += sum over t of weights[g][t] * v[t].
+// out[g] += sum over t of weights[g][t] * v[t]. `later` at offsets `next` is prefetched.
 template <class T, int G>
-inline void decode_values(const float* weights, const T* v, const int64_t* offsets, int count, int64_t dim, float* out) {
+inline void decode_values(const float* weights, const T* v, const int64_t* offsets, int count, int64_t dim, const T* later,
+                          const int64_t* next, float* out) {
   constexpr int kVectors = G <= 2 ? 4 : G <= 4 ? 2 : 1;
   int64_t i = 0;
   auto columns = [&]<int V>(std::integral_constant<int, V>) {
@@ -82,6 +87,7 @@ inline void decode_values(const float* weights, const T* v, const int64_t* offse
       for (int j = 0; j < V; ++j) acc[g][j] = load(out + g * dim + i + j * kLanes);
     for (int t = 0; t < count; ++t) {
       const T* row = v + offsets[t] + i;
+      if (i * sizeof(T) % 64 == 0) __builtin_prefetch(later + next[t] + i);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) {
         Floats value = load(row + j * kLanes);
@@ -127,16 +133,25 @@ template <class T, int G>
 [[gnu::noinline]] void decode(const float* q, const T* k, const T* v, const Heads& heads, const int32_t* pages, int64_t begin,
                    int64_t end, float* out, Partial* partials) {
   alignas(64) float scores[G * kBlock];
-  int64_t offsets[kBlock];
+  int64_t rooms[2][kBlock], *offsets = rooms[0], *next = rooms[1];
   int64_t stride = heads.num_kv * heads.dim;
+  auto find = [&](int64_t first, int64_t* offsets) {  // behind the end: somewhere
+    int64_t page = std::min(first, end - 1) / heads.page_size, within = std::min(first, end - 1) % heads.page_size;
+    for (int t = 0; t < kBlock; ++t) {
+      offsets[t] = (pages[page] * heads.page_size + within) * stride;
+      if (first + t + 1 < end && ++within == heads.page_size) within = 0, ++page;
+    }
+  };
   std::fill(out, out + G * heads.dim, 0.0f);
   for (int g = 0; g < G; ++g) partials[g] = {kNone, 0.0f};
+  find(begin, offsets);
   for (int64_t first = begin; first < end; first += kBlock) {
     int count = int(std::min<int64_t>(kBlock, end - first));
-    for (int t = 0; t < count; ++t) offsets[t] = heads.slot(pages, first + t) * stride;
-    decode_scores<T, G>(q, k, offsets, count, heads.dim, scores);
+    find(first + kBlock, next);
+    decode_scores<T, G>(q, k, offsets, count, heads.dim, v, scores);
     for (int g = 0; g < G; ++g) online_softmax(scores + g * kBlock, count, partials[g], out + g * heads.dim, heads.dim);
-    decode_values<T, G>(scores, v, offsets, count, heads.dim, out);
+    decode_values<T, G>(scores, v, offsets, count, heads.dim, k, next, out);
+    std::swap(offsets, next);
   }
 }
 
@@ -161,11 +176,13 @@ template <class T>
 inline void prefill(const float* q, int64_t stride, float scale, Cache<T> cache, const Heads& heads, int64_t head,
                     int64_t group, const Sequence& sequence, int64_t token, int64_t count, int64_t window, float* out,
                     int64_t out_stride, float* room) {
+  constexpr int64_t depth = 4 / sizeof(T);
   int64_t dim = heads.dim, padded = padded_dim(heads), rows = count * group, cache_stride = heads.num_kv * dim;
+  int64_t units = dim / depth;
   float* queries = room;
   float* scores = queries + rows * dim;
   float* result = scores + rows * kBlock;
-  float* keys = result + rows * padded;         // panels: [kBlock / kPanel, dim, kPanel]
+  float* keys = result + rows * padded;         // panels of T: [kBlock / kPanel, units, kPanel]
   float* values = keys + kBlock * dim;          // panels: [padded / kPanel, kBlock, kPanel]
   Partial* partials = reinterpret_cast<Partial*>(values + kBlock * padded);
   for (int64_t r = 0; r < rows; ++r) {
@@ -178,18 +195,21 @@ inline void prefill(const float* q, int64_t stride, float scale, Cache<T> cache,
   int64_t begin = window ? std::max<int64_t>(0, position - window + 1) : 0;
   for (int64_t first = begin; first < end; first += kBlock) {
     int tokens = int(std::min<int64_t>(kBlock, end - first));
-    std::fill(keys, keys + kBlock * dim, 0.0f);
+    std::fill(keys, keys + kBlock * units, 0.0f);
     std::fill(values, values + kBlock * padded, 0.0f);
     for (int t = 0; t < tokens; ++t) {
       int64_t offset = heads.slot(sequence.pages, first + t) * cache_stride + head * dim;
-      float* key = keys + t / kPanel * dim * kPanel + t % kPanel;
-      for (int64_t i = 0; i < dim; ++i) key[i * kPanel] = widen(cache.k[offset + i]);
-      for (int64_t p = 0; p < dim; p += kPanel)
-        for (int64_t i = p; i < std::min<int64_t>(dim, p + kPanel); ++i)
-          values[p * kBlock + t * kPanel + i - p] = widen(cache.v[offset + i]);
+      float* key = keys + t / kPanel * units * kPanel + t % kPanel;
+      for (int64_t u = 0; u < units; ++u) std::memcpy(key + u * kPanel, cache.k + offset + u * depth, 4);
+      for (int64_t i = 0; i < dim / kLanes * kLanes; i += kLanes)
+        store(values + i / kPanel * kPanel * kBlock + t * kPanel + i % kPanel, load(cache.v + offset + i));
+      for (int64_t i = dim / kLanes * kLanes; i < dim; ++i)
+        values[i / kPanel * kPanel * kBlock + t * kPanel + i % kPanel] = widen(cache.v[offset + i]);
     }
-    for (int p = 0; p < kBlock / kPanel; ++p)
-      multiply_rows(rows, keys + p * dim * kPanel, queries, dim, dim, scores + p * kPanel, kBlock, false);
+    for (int p = 0; p < kBlock / kPanel; ++p) {
+      auto panel = reinterpret_cast<const T*>(keys + p * units * kPanel);
+      multiply_rows(rows, panel, queries, dim, units, scores + p * kPanel, kBlock, false);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       int64_t last = position + r / group;  // the token's own position
       float* row = scores + r * kBlock;

@@ -19,8 +19,10 @@ constexpr int kPanel = 2 * kLanes;
 constexpr int kUnitBytes = kPanel * 4;
 constexpr int kBlockRows = kLanes == 8 ? 6 : 12;  // so that the sums fit the registers
 constexpr int kAhead = 8 * kUnitBytes;            // how far ahead of a stream to prefetch
-// Units that several blocks of rows find in the first-level cache. 512 products of 16 by 8 bits fit 32.
+// Units that several blocks of rows find in the first-level cache, the second where there are many. 512 products of 16 by 8
+// bits fit 32.
 constexpr int kChunkUnits = 128;
+constexpr int kLongChunkUnits = 256;
 
 inline int64_t depth_of(Type type) { return type == Type::kInt8 ? 4 : type == Type::kBFloat16 ? 2 : 1; }
 inline int64_t num_units(const Linear& w) { return (w.in + depth_of(w.type) - 1) / depth_of(w.type); }
@@ -140,12 +142,12 @@ inline void multiply_block(int m, const T* w, const X* x, int64_t ldx, int64_t u
 // One panel by any number of rows, in blocks of nearly equal size; units: no more than stay in the cache. What follows w in
 // memory is prefetched.
 template <class T, class X>
-inline void multiply_rows(int64_t rows, const T* w, const X* x, int64_t ldx, int64_t units, float* sums, int64_t ldt, bool add) {
+inline void multiply_rows(int64_t rows, const T* w, const X* x, int64_t ldx, int64_t units, float* sums, int64_t stride, bool add) {
   int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   for (int64_t b = 0; b < blocks; ++b) {
     int64_t begin = rows * b / blocks, end = rows * (b + 1) / blocks;
     int64_t ahead = blocks == 1 ? kAhead : b + 1 == blocks ? units * kUnitBytes : 0;
-    multiply_block(int(end - begin), w, x + begin * ldx, ldx, units, {sums + begin * ldt, ldt, 0}, add, ahead);
+    multiply_block(int(end - begin), w, x + begin * ldx, ldx, units, {sums + begin * stride, stride, 0}, add, ahead);
   }
 }
 
@@ -154,7 +156,8 @@ template <class T, class X>
 inline void multiply_panels(int64_t panels, int64_t panel, int64_t rows, const char* data, const X* x, int64_t ldx, int64_t units,
                             float* sums) {
   constexpr int kDepth = 4 / sizeof(T);
-  int64_t step = sizeof(T) > 1 && rows <= kBlockRows ? units : kChunkUnits;
+  int64_t step = sizeof(T) == 1 || rows <= 2 * kBlockRows ? kChunkUnits : kLongChunkUnits;
+  if (sizeof(T) > 1 && rows <= kBlockRows) step = units;
   for (int64_t first = 0; first < units; first += step) {
     int64_t count = std::min(step, units - first);
     const X* values = x + first * kDepth;

@@ -229,7 +229,13 @@ void norm_rope_store(Workers& workers, float* qkv, int64_t tokens, int64_t strid
     for (int64_t h = 0; h < heads.num_q + heads.num_kv; ++h) {
       float* x = qkv + t * stride + h * dim;
       if (norm != nullptr) rms_norm(x, norm + h * dim, eps, dim, x);
-      for (int64_t i = 0; i < half; ++i) {
+      int64_t i = 0;
+      for (; i + kLanes <= half; i += kLanes) {
+        Floats low = load(x + i), high = load(x + i + half);
+        store(x + i, low * load(cosine + i) + high * load(sine + i));
+        store(x + i + half, high * load(cosine + i + half) + low * load(sine + i + half));
+      }
+      for (; i < half; ++i) {
         float low = x[i], high = x[i + half];
         x[i] = low * cosine[i] + high * sine[i];
         x[i + half] = high * cosine[i + half] + low * sine[i + half];
@@ -238,7 +244,12 @@ void norm_rope_store(Workers& workers, float* qkv, int64_t tokens, int64_t strid
     const float* k = qkv + t * stride + heads.num_q * dim;
     const float* v = k + heads.num_kv * dim;
     int64_t place = slots[t] * heads.num_kv * dim;
-    for (int64_t i = 0; i < heads.num_kv * dim; ++i) {
+    int64_t i = 0;
+    for (; i + kLanes <= heads.num_kv * dim; i += kLanes) {
+      store(cache.k + place + i, load(k + i));
+      store(cache.v + place + i, load(v + i));
+    }
+    for (; i < heads.num_kv * dim; ++i) {
       narrow(cache.k + place + i, k[i]);
       narrow(cache.v + place + i, v[i]);
     }
