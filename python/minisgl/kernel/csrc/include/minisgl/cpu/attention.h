@@ -1,8 +1,9 @@
 // Attention over the paged cache. Query heads that share a key/value head share one read of it; softmax is online
 // (M. Milakov and N. Gimelshein, arXiv 1805.02867), over blocks of `kBlock` tokens.
 //
-// A single new token (decode) takes dot products with the keys as they lie in the cache; long caches are split, and the
-// parts put together afterwards (Flash-Decoding). Several new tokens (prefill) multiply their queries with panels of
+// A single new token (decode) takes dot products with the keys as they lie in the cache, token by token, so that memory is
+// read from one end to the other; where there are fewer sequences than threads, caches are split, and the parts put
+// together afterwards (Flash-Decoding). Several new tokens (prefill) multiply their queries with panels of
 // keys, and the weights with panels of values, as linear layers do.
 #pragma once
 
@@ -15,16 +16,15 @@ namespace minisgl::cpu {
 
 constexpr int kBlock = 64;        // tokens of the cache at a time
 constexpr int kQueryRows = 96;    // queries times heads of a group, of one piece of a prefill
-constexpr int kSplitTokens = 512; // a decode is split into parts of no fewer tokens
-constexpr int kMaxGroup = 8;      // query heads that one pass over the keys serves: 1, 2, 4 or 8
+constexpr int kSplitTokens = 64;  // a decode is split into parts of no fewer tokens
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 inline int64_t padded_dim(const Heads& heads) { return (heads.dim + kPanel - 1) / kPanel * kPanel; }
 
-// A piece of the work: some heads of one sequence; of a decode, part `part` of `parts` of its cache; of a prefill, the
-// tokens from `token` on.
+// A piece of the work: `size` key/value heads of one sequence from `head` on; of a decode, part `part` of `parts` of its
+// cache; of a prefill, the tokens from `token` on.
 struct Piece {
-  int32_t sequence, head, group_begin, group_size;
+  int32_t sequence, head, size;
   int32_t part, parts;  // parts 0: prefill
   int64_t token, partial;  // partial: the first of its rows among the partial results
 };
@@ -48,18 +48,14 @@ inline float dot(const float* q, const T* k, int64_t dim) {
   return total;
 }
 
-// scores[g][t] = q[g] · k[t] for G heads and the tokens of a block; offsets: of their keys. `later`, of which the same
-// tokens come next, is prefetched.
+// scores[g][t] = q[g] · k[t] for G query heads and `count` tokens of a block; offsets: of their keys.
 template <class T, int G>
-inline void decode_scores(const float* q, const T* k, const int64_t* offsets, int count, int64_t dim, const T* later,
-                          float* scores) {
+inline void decode_scores(const float* q, const T* k, const int64_t* offsets, int count, int64_t dim, float* scores) {
   constexpr int kTokens = G == 1 ? 4 : G == 2 ? 2 : 1;
   int t = 0;
   if (dim % kLanes == 0) {
     for (; t + kTokens <= count; t += kTokens) {
       Floats acc[kTokens][G] = {};
-      for (int j = 0; j < kTokens; ++j)
-        for (int64_t i = 0; i < dim; i += 64 / sizeof(T)) __builtin_prefetch(later + offsets[t + j] + i);
       for (int64_t i = 0; i < dim; i += kLanes)
 #pragma GCC unroll 4
         for (int j = 0; j < kTokens; ++j) {
@@ -75,10 +71,9 @@ inline void decode_scores(const float* q, const T* k, const int64_t* offsets, in
     for (int g = 0; g < G; ++g) scores[g * kBlock + t] = dot(q + g * dim, k + offsets[t], dim);
 }
 
-// out[g] += sum over t of weights[g][t] * v[t]. `later` at offsets `next` is prefetched.
+// out[g] += sum over t of weights[g][t] * v[t].
 template <class T, int G>
-inline void decode_values(const float* weights, const T* v, const int64_t* offsets, int count, int64_t dim, const T* later,
-                          const int64_t* next, float* out) {
+inline void decode_values(const float* weights, const T* v, const int64_t* offsets, int count, int64_t dim, float* out) {
   constexpr int kVectors = G <= 2 ? 4 : G <= 4 ? 2 : 1;
   int64_t i = 0;
   auto columns = [&]<int V>(std::integral_constant<int, V>) {
@@ -87,7 +82,6 @@ inline void decode_values(const float* weights, const T* v, const int64_t* offse
       for (int j = 0; j < V; ++j) acc[g][j] = load(out + g * dim + i + j * kLanes);
     for (int t = 0; t < count; ++t) {
       const T* row = v + offsets[t] + i;
-      if (i * sizeof(T) % 64 == 0) __builtin_prefetch(later + next[t] + i);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) {
         Floats value = load(row + j * kLanes);
@@ -104,6 +98,23 @@ inline void decode_values(const float* weights, const T* v, const int64_t* offse
   for (; i < dim; ++i)
     for (int g = 0; g < G; ++g)
       for (int t = 0; t < count; ++t) out[g * dim + i] += weights[g * kBlock + t] * widen(v[offsets[t] + i]);
+}
+
+// f(key/value head, query head of the piece, integral_constant G) for groups of query heads that share a key.
+template <class F>
+inline void for_groups(int64_t num_kv, int64_t group, F&& f) {
+  for (int64_t h = 0; h < num_kv; ++h)
+    for (int64_t g = 0; g < group;) {
+      int64_t left = group - g, at = h * group + g;
+      if (left >= 8)
+        f(h, at, std::integral_constant<int, 8>{}), g += 8;
+      else if (left >= 4)
+        f(h, at, std::integral_constant<int, 4>{}), g += 4;
+      else if (left >= 2)
+        f(h, at, std::integral_constant<int, 2>{}), g += 2;
+      else
+        f(h, at, std::integral_constant<int, 1>{}), g += 1;
+    }
 }
 
 // One block of scores becomes weights, in place; what was summed up before is scaled to the new maximum.
@@ -128,43 +139,36 @@ inline void decode_values(const float* weights, const T* v, const int64_t* offse
   partial.most = most;
 }
 
-// G query heads of one new token over positions [begin, end). q: [G, dim], scaled; out: [G, dim] and partials: [G].
-template <class T, int G>
-[[gnu::noinline]] void decode(const float* q, const T* k, const T* v, const Heads& heads, const int32_t* pages, int64_t begin,
-                   int64_t end, float* out, Partial* partials) {
-  alignas(64) float scores[G * kBlock];
-  int64_t rooms[2][kBlock], *offsets = rooms[0], *next = rooms[1];
-  int64_t stride = heads.num_kv * heads.dim;
-  auto find = [&](int64_t first, int64_t* offsets) {  // behind the end: somewhere
-    int64_t page = std::min(first, end - 1) / heads.page_size, within = std::min(first, end - 1) % heads.page_size;
-    for (int t = 0; t < kBlock; ++t) {
-      offsets[t] = (pages[page] * heads.page_size + within) * stride;
-      if (first + t + 1 < end && ++within == heads.page_size) within = 0, ++page;
-    }
-  };
-  std::fill(out, out + G * heads.dim, 0.0f);
-  for (int g = 0; g < G; ++g) partials[g] = {kNone, 0.0f};
-  find(begin, offsets);
+// One new token over positions [begin, end). q: [num_kv * group, dim], scaled; k, v: at the first head; out: like q, and
+// partials: one for each query head; scores: room for [num_kv * group, kBlock].
+template <class T>
+void decode(const float* q, const T* k, const T* v, int64_t num_kv, const Heads& heads, const int32_t* pages, int64_t begin,
+            int64_t end, float* out, Partial* partials, float* scores) {
+  constexpr int kTile = 16 / sizeof(T);  // tokens whose keys stay in the first-level cache
+  int64_t offsets[kBlock], dim = heads.dim, group = heads.group(), stride = heads.num_kv * dim;
+  std::fill(out, out + num_kv * group * dim, 0.0f);
+  std::fill(partials, partials + num_kv * group, Partial{kNone, 0.0f});
   for (int64_t first = begin; first < end; first += kBlock) {
     int count = int(std::min<int64_t>(kBlock, end - first));
-    find(first + kBlock, next);
-    decode_scores<T, G>(q, k, offsets, count, heads.dim, v, scores);
-    for (int g = 0; g < G; ++g) online_softmax(scores + g * kBlock, count, partials[g], out + g * heads.dim, heads.dim);
-    decode_values<T, G>(scores, v, offsets, count, heads.dim, k, next, out);
-    std::swap(offsets, next);
+    int64_t page = first / heads.page_size, within = first % heads.page_size;
+    for (int t = 0; t < count; ++t) {
+      offsets[t] = (pages[page] * heads.page_size + within) * stride;
+      if (++within == heads.page_size) within = 0, ++page;
+    }
+    for (int t = 0; t < count; t += kTile)
+      for_groups(num_kv, group, [&]<int G>(int64_t h, int64_t at, std::integral_constant<int, G>) {
+        decode_scores<T, G>(q + at * dim, k + h * dim, offsets + t, std::min(kTile, count - t), dim, scores + at * kBlock + t);
+      });
+    for (int64_t h = 0; h < num_kv * group; ++h) online_softmax(scores + h * kBlock, count, partials[h], out + h * dim, dim);
+    for (int t = 0; t < count; t += kTile)
+      for_groups(num_kv, group, [&]<int G>(int64_t h, int64_t at, std::integral_constant<int, G>) {
+        decode_values<T, G>(scores + at * kBlock + t, v + h * dim, offsets + t, std::min(kTile, count - t), dim, out + at * dim);
+      });
   }
 }
 
-template <class T, int G = kMaxGroup>
-inline void decode_group(int group, const float* q, const T* k, const T* v, const Heads& heads, const int32_t* pages,
-                         int64_t begin, int64_t end, float* out, Partial* partials) {
-  if constexpr (G > 1) {
-    if (group < G) return decode_group<T, G / 2>(group, q, k, v, heads, pages, begin, end, out, partials);
-  }
-  decode<T, G>(q, k, v, heads, pages, begin, end, out, partials);
-}
-
-// Room that a thread needs for `prefill`, in floats.
+// Room that a thread needs, in floats.
+inline int64_t decode_floats(const Heads& heads) { return heads.num_q * (2 * heads.dim + kBlock + 2); }
 inline int64_t prefill_floats(const Heads& heads) {
   int64_t rows = std::max<int64_t>(kQueryRows, heads.group());
   return rows * (heads.dim + kBlock + padded_dim(heads)) + kBlock * heads.dim + kBlock * padded_dim(heads) + 2 * rows;

@@ -268,26 +268,25 @@ inline void plan_attention(const std::vector<Sequence>& sequences, const Heads& 
   plan.pieces.clear();
   plan.split.clear();
   plan.num_partials = 0;
-  int64_t group = heads.group(), decodes = 0;
+  int64_t decodes = 0, step = std::max<int64_t>(1, kQueryRows / heads.group());
   for (auto& s : sequences) decodes += s.count == 1;
+  int64_t wanted = (2 * threads + decodes - 1) / std::max<int64_t>(1, decodes);  // pieces of each decode
   for (int32_t i = 0; i < int32_t(sequences.size()); ++i) {
     const Sequence& s = sequences[i];
-    int64_t step = std::max<int64_t>(1, kQueryRows / group);
+    if (s.count > 1) {  // later tokens see more: the longest pieces first
+      for (int64_t t = (s.count - 1) / step * step; t >= 0; t -= step)
+        for (int32_t h = 0; h < heads.num_kv; ++h) plan.pieces.push_back({i, h, 1, 0, 0, s.first + t, 0});
+      continue;
+    }
     int64_t length = window ? std::min(window, s.start + 1) : s.start + 1;
-    int64_t parts = std::min<int64_t>(length / kSplitTokens, 4 * threads / std::max<int64_t>(1, decodes * heads.num_kv));
-    parts = std::max<int64_t>(1, parts);
-    for (int32_t h = 0; h < heads.num_kv; ++h) {
-      if (s.count > 1) {  // later tokens see more: the longest pieces first
-        for (int64_t t = (s.count - 1) / step * step; t >= 0; t -= step) plan.pieces.push_back({i, h, 0, int32_t(group), 0, 0, s.first + t, 0});
-        continue;
-      }
-      for (int64_t g = 0, size; g < group; g += size) {
-        for (size = kMaxGroup; size > group - g;) size /= 2;
-        if (parts > 1) plan.split.push_back(int32_t(plan.pieces.size()));
-        for (int32_t part = 0; part < parts; ++part) {
-          plan.pieces.push_back({i, h, int32_t(g), int32_t(size), part, int32_t(parts), s.first, plan.num_partials});
-          if (parts > 1) plan.num_partials += size;
-        }
+    int64_t parts = std::clamp<int64_t>(length / kSplitTokens, 1, wanted);
+    int64_t ranges = std::min(heads.num_kv, (wanted + parts - 1) / parts);
+    for (int64_t r = 0; r < ranges; ++r) {
+      int32_t head = int32_t(heads.num_kv * r / ranges), size = int32_t(heads.num_kv * (r + 1) / ranges) - head;
+      if (parts > 1) plan.split.push_back(int32_t(plan.pieces.size()));
+      for (int32_t part = 0; part < parts; ++part) {
+        plan.pieces.push_back({i, head, size, part, int32_t(parts), s.first, plan.num_partials});
+        if (parts > 1) plan.num_partials += size * heads.group();
       }
     }
   }
@@ -310,11 +309,11 @@ void attention(Workers& workers, int thread, const float* q, int64_t stride, con
                int64_t out_stride) {
   int64_t dim = heads.dim, group = heads.group();
   float scale = 1.0f / std::sqrt(float(dim));
-  float* room = workers.room(thread, std::max(prefill_floats(heads), 2 * kMaxGroup * dim));
+  float* room = workers.room(thread, std::max(prefill_floats(heads), decode_floats(heads)));
   workers.pool.share(plan.pieces.size(), 1, [&](int64_t index) {
     const Piece& piece = plan.pieces[index];
     const Sequence& s = sequences[piece.sequence];
-    int64_t head = piece.head * group + piece.group_begin;
+    int64_t head = piece.head * group, num_heads = piece.size * group;
     if (piece.parts == 0) {
       int64_t count = std::min(std::max<int64_t>(1, kQueryRows / group), s.first + s.count - piece.token);
       prefill(q + head * dim, stride, scale, cache, heads, piece.head, group, s, piece.token, count, window,
@@ -322,35 +321,37 @@ void attention(Workers& workers, int thread, const float* q, int64_t stride, con
       return;
     }
     float* queries = room;
-    float* result = room + kMaxGroup * dim;
+    float* result = queries + num_heads * dim;
+    float* scores = result + num_heads * dim;
+    Partial* partials = reinterpret_cast<Partial*>(scores + num_heads * kBlock);
     const float* from = q + piece.token * stride + head * dim;
-    for (int64_t i = 0; i < piece.group_size * dim; ++i) queries[i] = from[i] * scale;
+    for (int64_t i = 0; i < num_heads * dim; ++i) queries[i] = from[i] * scale;
     int64_t end = s.start + 1, begin = window ? std::max<int64_t>(0, end - window) : 0, length = end - begin;
-    Partial own[kMaxGroup];
     bool is_split = piece.parts > 1;
-    Partial* partials = is_split ? partial.partials.get() + piece.partial : own;
-    if (is_split) result = partial.results.get() + piece.partial * dim;
-    decode_group(piece.group_size, queries, cache.k + piece.head * dim, cache.v + piece.head * dim, heads, s.pages,
-                 begin + length * piece.part / piece.parts, begin + length * (piece.part + 1) / piece.parts, result, partials);
+    if (is_split) partials = partial.partials.get() + piece.partial, result = partial.results.get() + piece.partial * dim;
+    decode(queries, cache.k + piece.head * dim, cache.v + piece.head * dim, piece.size, heads, s.pages,
+           begin + length * piece.part / piece.parts, begin + length * (piece.part + 1) / piece.parts, result, partials, scores);
     if (is_split) return;
     float* to = out + piece.token * out_stride + head * dim;
-    for (int64_t i = 0; i < piece.group_size * dim; ++i) to[i] = result[i] / partials[i / dim].total;
+    for (int64_t h = 0; h < num_heads; ++h)
+      for (int64_t i = 0; i < dim; ++i) to[h * dim + i] = result[h * dim + i] / partials[h].total;
   });
   if (plan.split.empty()) return;
   workers.pool.share(plan.split.size(), 1, [&](int64_t index) {
     const Piece& piece = plan.pieces[plan.split[index]];
-    for (int g = 0; g < piece.group_size; ++g) {
-      float* to = out + piece.token * out_stride + (piece.head * group + piece.group_begin + g) * dim;
-      const Partial* partials = partial.partials.get() + piece.partial + g;
-      const float* results = partial.results.get() + (piece.partial + g) * dim;
+    int64_t num_heads = piece.size * group;
+    for (int64_t h = 0; h < num_heads; ++h) {
+      float* to = out + piece.token * out_stride + (piece.head * group + h) * dim;
+      const Partial* partials = partial.partials.get() + piece.partial + h;
+      const float* results = partial.results.get() + (piece.partial + h) * dim;
       float most = kNone, total = 0;
-      for (int p = 0; p < piece.parts; ++p) most = std::max(most, partials[p * piece.group_size].most);
+      for (int p = 0; p < piece.parts; ++p) most = std::max(most, partials[p * num_heads].most);
       std::fill(to, to + dim, 0.0f);
       for (int p = 0; p < piece.parts; ++p) {
-        const Partial& one = partials[p * piece.group_size];
+        const Partial& one = partials[p * num_heads];
         float factor = std::exp(one.most - most);
         total += one.total * factor;
-        for (int64_t i = 0; i < dim; ++i) to[i] += results[p * piece.group_size * dim + i] * factor;
+        for (int64_t i = 0; i < dim; ++i) to[i] += results[p * num_heads * dim + i] * factor;
       }
       for (int64_t i = 0; i < dim; ++i) to[i] /= total;
     }
