@@ -11,7 +11,7 @@ DEV := $(VENV)/.installed-dev
 CLIENTS := $(VENV)/.installed-clients
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat doctor bench test lint format docs clean
+.PHONY: help serve chat doctor bench test sanitize lint format docs clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -50,6 +50,13 @@ bench: $(CORE)  ## Measure the engine in this process; for a running server: min
 
 test: $(CLIENTS)  ## Run the tests
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+SANITIZE := c++ -std=gnu++20 -O1 -g -march=native -pthread -fno-sanitize-recover=all -Ipython/minisgl/kernel/csrc/include \
+    python/minisgl/kernel/csrc/src/cpu.cc tests/native/cpu_kernels.cc
+sanitize:  ## Run the CPU kernels under the sanitizers of addresses, undefined behaviour and threads (for a nightly run)
+	@mkdir -p build
+	$(SANITIZE) -fsanitize=address,undefined -o build/kernels-address && build/kernels-address
+	$(SANITIZE) -fsanitize=thread -o build/kernels-thread && build/kernels-thread
 
 lint: $(DEV)  ## Check format, style, types, layers and size
 	$(BIN)/ruff format --check .

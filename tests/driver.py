@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from minisgl.config.model import read_model_config
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.engine import Engine
+from minisgl.engine.runner import Runner
 
 GREEDY = SamplingParams(temperature=0.0, seed=0)
+CPU_KERNELS = {"cpu_kernels": True, "prefill_backend": "cpu", "decode_backend": "cpu", "num_threads": 2}
 
 
 def engine_config(path: Path, **overrides: Any) -> EngineConfig:
@@ -37,6 +40,22 @@ def engine_config(path: Path, **overrides: Any) -> EngineConfig:
         "dummy_weight": False,
     }
     return EngineConfig(**{**fields, **overrides})
+
+
+def engine_logits(path: Path, tokens: list[int], **overrides: Any) -> torch.Tensor:
+    """Logits of every position of one sequence: [num_tokens, vocab]."""
+    config = engine_config(path, **overrides)
+    runner = Runner(config, rank=0)
+    num_pages = -(-len(tokens) // config.page_size)
+    admission = Admission(0, torch.tensor(tokens, dtype=torch.int32).numpy(), GREEDY)
+    plan = StepPlan(
+        0, (admission,), (PageUpdate(0, 0, tuple(range(num_pages))),), (ScheduledReq(0, 0, len(tokens), True),)
+    )
+    with torch.inference_mode():
+        runner._tables.apply(plan)
+        batch = runner._tables.build(plan)
+        batch = type(batch)(**{**{f: getattr(batch, f) for f in batch.__slots__}, "logit_tokens": None})
+        return runner.forward(batch).float()
 
 
 @dataclass

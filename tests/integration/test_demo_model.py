@@ -11,6 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from minisgl.engine.engine import Engine
+from tests.driver import CPU_KERNELS, engine_config, engine_logits, generate
+
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "python" / "minisgl" / "demo_model"
 TOOLS = ROOT / "tools" / "demo_model"
@@ -200,3 +203,30 @@ def test_calls_a_tool_and_reads_its_result(chat: Any) -> None:
 
 def test_a_greeting_calls_no_tool(chat: Any) -> None:
     assert chat([user("Hello!")], [WEATHER]) == "Hello! How can I help you?"
+
+
+def test_int8_chooses_the_same_tokens(tokenizer: Any) -> None:
+    """Greedy, after the same prefix: at least 95 of 100 tokens of replies are those of float32."""
+    texts = [
+        "What is 17 + 25?",
+        "What is a KV cache?",
+        "Tell me a story about a fox named Lily.",
+        "Sort these words: pear, apple, fig, kiwi",
+        "Count from 3 to 15.",
+        "Answer in JSON: Anna is 31 years old and lives in Rome.",
+        "What does continuous batching do?",
+        "你好",
+    ]
+    prompts = [
+        tokenizer(tokenizer.apply_chat_template([user(text)], add_generation_prompt=True, tokenize=False)).input_ids
+        for text in texts
+    ]
+    config = engine_config(MODEL, **CPU_KERNELS)
+    engine = Engine(config)
+    replies = generate(engine, config, prompts, 48)
+    engine.close()
+    same = []
+    for prompt, reply in zip(prompts, replies, strict=True):
+        logits = engine_logits(MODEL, prompt + reply, quantization="int8", **CPU_KERNELS)
+        same += (logits[len(prompt) - 1 : -1].argmax(-1) == torch.tensor(reply)).tolist()
+    assert sum(same) / len(same) >= 0.95

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from minisgl.core import ScheduledReq, StepPlan
 from minisgl.engine.engine import Engine
-from minisgl.engine.runner import Runner
-from tests.driver import GREEDY, engine_config, generate
+from tests.driver import CPU_KERNELS, engine_config, engine_logits, generate
 from tests.models import FAMILIES, hf_generate, hf_logits, random_prompt, tiny_model
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -75,37 +73,22 @@ def model(request: pytest.FixtureRequest) -> Path:
     return tiny_model(family, **overrides)
 
 
-def engine_logits(path: Path, tokens: list[int], **overrides: Any) -> torch.Tensor:
-    """Logits of every position of one sequence: [num_tokens, vocab]."""
-    from minisgl.core import Admission, PageUpdate
-
-    config = engine_config(path, **overrides)
-    runner = Runner(config, rank=0)
-    num_pages = -(-len(tokens) // config.page_size)
-    admission = Admission(0, torch.tensor(tokens, dtype=torch.int32).numpy(), GREEDY)
-    plan = StepPlan(
-        0, (admission,), (PageUpdate(0, 0, tuple(range(num_pages))),), (ScheduledReq(0, 0, len(tokens), True),)
-    )
-    with torch.inference_mode():
-        runner._tables.apply(plan)
-        batch = runner._tables.build(plan)
-        batch = type(batch)(**{**{f: getattr(batch, f) for f in batch.__slots__}, "logit_tokens": None})
-        return runner.forward(batch).float()
-
-
 def test_greedy_tokens_equal_hf(model: Path) -> None:
     prompts = [random_prompt(length, seed=length) for length in (1, 7, 40)]
     expected = [hf_generate(model, prompt, 64) for prompt in prompts]
     assert all(len(set(tokens)) > 8 for tokens in expected[1:]), "a degenerate sequence proves little"
-    config = engine_config(model, page_size=4)
-    engine = Engine(config)
-    assert generate(engine, config, prompts, 64, chunk=13) == expected
-    engine.close()
+    for kernels in ({}, CPU_KERNELS):
+        config = engine_config(model, page_size=4, **kernels)
+        engine = Engine(config)
+        assert generate(engine, config, prompts, 64, chunk=13) == expected
+        engine.close()
 
 
 def test_logits_equal_hf(model: Path) -> None:
     tokens = random_prompt(50)
-    torch.testing.assert_close(engine_logits(model, tokens), hf_logits(model, tokens), atol=1e-4, rtol=1e-4)
+    expected = hf_logits(model, tokens)
+    for kernels in ({}, CPU_KERNELS):
+        torch.testing.assert_close(engine_logits(model, tokens, **kernels), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -121,3 +104,22 @@ def test_half_precision(family: str, dtype: str, tolerance: float) -> None:
     engine = Engine(config)
     assert len(generate(engine, config, [tokens], 8)[0]) == 8
     engine.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_weights_are_computed_with_in_float32(family: str) -> None:
+    """The same weights, widened, give nearly the same logits; so they do with a bfloat16 cache."""
+    path = tiny_model(family, dtype="bfloat16")
+    tokens = random_prompt(50)
+    expected = hf_logits(path, tokens)
+    for kv_dtype, tolerance in (("float32", 1e-5), ("bfloat16", 1e-2)):
+        logits = engine_logits(path, tokens, dtype="bfloat16", kv_cache_dtype=kv_dtype, **CPU_KERNELS)
+        assert (logits - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_weights_are_near(family: str) -> None:
+    path, tokens = tiny_model(family), random_prompt(50)
+    expected = hf_logits(path, tokens)
+    logits = engine_logits(path, tokens, quantization="int8", **CPU_KERNELS)
+    assert 1e-4 < (logits - expected).norm() / expected.norm() < 0.05

@@ -14,7 +14,7 @@ import pytest
 from minisgl.core import SamplingParams
 from minisgl.engine.engine import Engine
 from minisgl.errors import ConfigError
-from tests.driver import GREEDY, engine_config, generate
+from tests.driver import CPU_KERNELS, GREEDY, engine_config, generate
 from tests.models import random_prompt, tiny_model
 
 PARAMS = [GREEDY, SamplingParams(temperature=0.9, seed=5), SamplingParams(top_k=30, top_p=0.9, seed=6), GREEDY]
@@ -71,7 +71,7 @@ def test_ranks_agree_with_one_rank() -> None:
         (tiny_model("llama", num_key_value_heads=1), 2),  # fewer KV heads than ranks
         (tiny_model("qwen3_moe"), 2),
     ]
-    found = run_ranks(models)
+    found = run_ranks(models, **{**CPU_KERNELS, "num_threads": 1})
     for case, (path, tp_size) in enumerate(models):
         config = engine_config(path)
         engine = Engine(config)

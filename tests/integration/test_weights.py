@@ -159,4 +159,5 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     from minisgl.models.registry import build_model
 
     env = LayerEnv(NullCommunicator(), TorchOps(), torch.float32, torch.device("meta"))
-    return {slot.name: slot.shape for slot in build_model(env, engine_config(path).model).weights()}
+    parts = build_model(env, engine_config(path).model).parts()
+    return {slot.name: slot.shape for part in parts for slot in part.slots}

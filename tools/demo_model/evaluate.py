@@ -1,6 +1,7 @@
 """Measure each skill on held-out prompts: `python tools/demo_model/evaluate.py --model python/minisgl/demo_model`.
 
-Greedy answers of the exported checkpoint, through transformers, on a CPU or a GPU. An answer counts when it is right
+Greedy answers of the exported checkpoint, through transformers, on a CPU or a GPU, or with --minisgl through this
+project's engine. An answer counts when it is right
 as a whole: the same text, the same JSON value, the same tool call. Stories count when they are whole and have the
 hero and the name that were asked for.
 """
@@ -113,6 +114,20 @@ def answer(model: Any, tokenizer: Any, cases: list[Case], batch: int) -> list[st
     return replies
 
 
+def answer_by_minisgl(options: dict[str, Any], tokenizer: Any, cases: list[Case]) -> list[str]:
+    """The same through `LLM`, which batches on its own."""
+    from minisgl import LLM, SamplingParams
+
+    prompts = [
+        tokenizer.apply_chat_template(c.messages, tools=c.tools or None, add_generation_prompt=True, tokenize=False)
+        for c in cases
+    ]
+    params = [SamplingParams(len(tokenizer(case.expected).input_ids) + 12, 0.0) for case in cases]
+    with LLM(**options) as llm:
+        outputs = llm.generate([tokenizer(prompt).input_ids for prompt in prompts], params)
+    return [tokenizer.decode(output.token_ids, skip_special_tokens=True) for output in outputs]
+
+
 def report(cases: list[Case], replies: list[str], show_failures: int) -> str:
     """A Markdown table of the share of right answers for each skill; prints some failures before it."""
     lines = ["| skill | cases | right |", "|---|---:|---:|"]
@@ -139,11 +154,19 @@ def main() -> None:
     parser.add_argument("--show-failures", type=int, default=0, help="of each skill")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--minisgl", action="store_true", help="through this project's engine, with --dtype")
+    parser.add_argument("--quantization", choices=["int8"], help="with --minisgl")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
     cases = [case for case in make_cases(args.cases, args.seed) if case.skill in args.skills]
-    print(report(cases, answer(model, tokenizer, cases, args.batch), args.show_failures))
+    if args.minisgl:
+        options = {"dtype": args.dtype, "quantization": args.quantization, "device": args.device}
+        replies = answer_by_minisgl({"model_path": str(args.model), **options}, tokenizer, cases)
+    else:
+        dtype = getattr(torch, args.dtype)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+        replies = answer(model, tokenizer, cases, args.batch)
+    print(report(cases, replies, args.show_failures))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -53,10 +56,9 @@ class ModelShard:
         with torch.inference_mode():
             self.model = build_model(LayerEnv(self.comm, self.ops, self.dtype, device), config.model)
             if config.dummy_weight:
-                fill_random(self.model.weights(), config.seed)
+                fill_random(self.model.parts(), config.seed)
             else:
-                load_weights(self.model.weights(), config.model_path, show_progress=rank == 0)
-            self.model.pack()
+                load_weights(self.model.parts(), config.model_path, show_progress=rank == 0)
             self.rope = RotaryEmbedding(config.model.rope, config.model.head_dim, device)
         logger.info("weights ready after %.1f s", time.perf_counter() - start)
 
@@ -77,6 +79,28 @@ class ModelShard:
         return create_backend(self.config, self.dtype, self.device, self.ops)
 
 
+def rank_cores(rank: int, tp_size: int) -> list[int]:
+    """The cores that a rank's threads keep to, so that ranks do not get into each other's way; []: all."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if tp_size == 1 or len(cores) < tp_size:
+        return []
+    return cores[rank * len(cores) // tp_size : (rank + 1) * len(cores) // tp_size]
+
+
+@contextmanager
+def _keep_to(cores: list[int]) -> Iterator[None]:
+    """Meanwhile, this thread and those that it starts run on these cores; []: on any."""
+    if not cores:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 class Runner:
     """The reference runner: one step at a time, in the thread that calls it, on the CPU."""
 
@@ -84,15 +108,19 @@ class Runner:
         if config.device != "cpu":
             raise ConfigError(f"--device {config.device} is not available (available: cpu, cuda)")
         self._num_threads = config.num_threads
-        self.enter_thread()
+        self._cores = rank_cores(rank, config.tp_size)
         self.num_pages = config.num_pages
-        self._shard = ModelShard(config, rank, torch.device("cpu"))
+        with _keep_to(self._cores):  # the threads that it starts, not the caller's
+            torch.set_num_threads(self._num_threads)
+            self._shard = ModelShard(config, rank, torch.device("cpu"))
         self._forward = self._shard.create_forward(config.num_pages)
         self._tables = Tables(config.max_running_requests, config.max_seq_len, config.page_size)
 
     def enter_thread(self) -> None:
         """Called first by the thread that executes steps: OpenMP keeps its number of threads per thread."""
         torch.set_num_threads(self._num_threads)
+        if self._cores:
+            os.sched_setaffinity(0, self._cores)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """What a plan yields; its ids are input of the plans after it."""

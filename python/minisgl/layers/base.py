@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -52,6 +53,13 @@ class WeightSlot:
     cols: tuple[int, int] | None = None
 
 
+class Part(NamedTuple):
+    """Some of a model's slots, and what is to be called once they are filled."""
+
+    slots: Sequence[WeightSlot]
+    finish: Callable[[], None]
+
+
 class Layer(nn.Module):
     """A module that says where its checkpoint tensors go."""
 
@@ -61,6 +69,9 @@ class Layer(nn.Module):
 
     def pack(self) -> None:
         """Called once all slots are filled: bring weights into the layout that the kernels like best."""
+        for child in self.children():
+            if isinstance(child, Layer):
+                child.pack()
 
 
 def whole(name: str, target: Tensor) -> WeightSlot:

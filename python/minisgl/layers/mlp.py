@@ -58,6 +58,7 @@ class SparseMLP(Layer):
         return self._comm.all_reduce(x.add_(part) if self._comm.rank == 0 else part)
 
     def pack(self) -> None:
+        super().pack()
         if self._ops.vector_dtype is not None:
             pairs = [self._ops.pack_weight(weight, pair=True) for weight in self.gate_up]
             self._experts = pairs, [self._ops.pack_weight(weight) for weight in self.down]

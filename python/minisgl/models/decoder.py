@@ -9,7 +9,7 @@ from torch import nn
 from minisgl.attention.base import StepContext
 from minisgl.config.model import ModelConfig
 from minisgl.layers.attention import Attention
-from minisgl.layers.base import Layer, LayerEnv, Tensor, WeightSlot, whole
+from minisgl.layers.base import Layer, LayerEnv, Part, Tensor, WeightSlot, whole
 from minisgl.layers.embedding import LMHead, VocabParallelEmbedding
 from minisgl.layers.mlp import GatedMLP, SparseMLP
 
@@ -41,7 +41,7 @@ class DecoderLayer(Layer):
         yield from self.mlp.weights(f"{prefix}mlp.")
 
 
-class DecoderModel(Layer):
+class DecoderModel(nn.Module):
     """Token ids to logits."""
 
     def __init__(self, env: LayerEnv, config: ModelConfig) -> None:
@@ -76,15 +76,10 @@ class DecoderModel(Layer):
         logits: Tensor = self.lm_head(x, self.norm)
         return logits
 
-    def weights(self, prefix: str = "") -> Iterator[WeightSlot]:
-        yield from self.embed_tokens.weights(f"{prefix}model.embed_tokens.")
+    def parts(self) -> Iterator[Part]:
+        """All that is to be filled. No more than one part is in memory both as it was loaded and as it is packed."""
+        yield Part([*self.embed_tokens.weights("model.embed_tokens.")], self.embed_tokens.pack)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
-            yield from layer.weights(f"{prefix}model.layers.{i}.")
-        yield whole(f"{prefix}model.norm.weight", self.norm)
-        yield from self.lm_head.weights(f"{prefix}lm_head.")
-
-    def pack(self) -> None:
-        for module in self.modules():
-            if isinstance(module, Layer) and module is not self:
-                module.pack()
+            yield Part([*layer.weights(f"model.layers.{i}.")], layer.pack)
+        yield Part([whole("model.norm.weight", self.norm), *self.lm_head.weights("lm_head.")], self.lm_head.pack)

@@ -1,6 +1,6 @@
 """Fills a model's parameters, from safetensors or at random, without ever holding a second copy of them.
 
-Each checkpoint tensor is read in blocks of rows straight into its place, converted on the way; a rank reads only what
+A model comes in parts, each of which packs its weights once it is filled. Each checkpoint tensor is read in blocks of rows straight into its place, converted on the way; a rank reads only what
 it keeps. Files are mapped into memory by safetensors, and pages that were read count as resident until the file is
 closed, so it is reopened every `REOPEN_BYTES`.
 """
@@ -11,7 +11,6 @@ import json
 import logging
 import sys
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minisgl.errors import ConfigError
-from minisgl.layers.base import WeightSlot
+from minisgl.layers.base import Part, WeightSlot
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +71,14 @@ class ShardReader:
         self._file, self._num_bytes = None, 0
 
 
-def load_weights(slots: Iterable[WeightSlot], model_dir: str | Path, show_progress: bool) -> None:
-    """Fill all slots from the safetensors of `model_dir`.
+def load_weights(parts: Iterable[Part], model_dir: str | Path, show_progress: bool) -> None:
+    """Fill all parts from the safetensors of `model_dir`, one after the other.
 
     Raises: ConfigError naming the files or tensors that are missing, unexpected or of another shape.
     """
     readers = {path.name: ShardReader(path) for path in _shard_paths(Path(model_dir))}
-    wanted = list(slots)
+    parts = list(parts)
+    wanted = [slot for slots, _ in parts for slot in slots]
     files: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file, reader in readers.items():
@@ -86,15 +86,14 @@ def load_weights(slots: Iterable[WeightSlot], model_dir: str | Path, show_progre
         shapes.update(found)
         files.update(dict.fromkeys(found, file))
     _check(wanted, shapes, str(model_dir))
-    by_file: dict[str, list[WeightSlot]] = defaultdict(list)
-    for slot in wanted:
-        by_file[files[slot.name]].append(slot)
     with torch.inference_mode(), _progress(len(wanted), show_progress) as advance:
-        for file, file_slots in by_file.items():
-            for slot in file_slots:
-                readers[file].fill(slot)
+        for slots, finish in parts:
+            for slot in slots:
+                readers[files[slot.name]].fill(slot)
                 advance()
-            readers[file].close()
+            finish()
+    for reader in readers.values():
+        reader.close()
 
 
 def _shard_paths(model_dir: Path) -> list[Path]:
@@ -151,17 +150,19 @@ def _progress(total: int, show: bool) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
-def fill_random(slots: Iterable[WeightSlot], seed: int) -> None:
+def fill_random(parts: Iterable[Part], seed: int) -> None:
     """Seeded random weights of a sane scale: the same model whatever the number of ranks.
 
     Matrices have standard deviation 1 / sqrt(fan in), so that activations keep their scale; norms are one, biases zero.
     """
     with torch.inference_mode():
-        for slot in slots:
-            if len(slot.shape) == 1:
-                slot.target.fill_(0.0 if slot.name.endswith("bias") else 1.0)
-            else:
-                _fill_matrix(slot, seed)
+        for slots, finish in parts:
+            for slot in slots:
+                if len(slot.shape) == 1:
+                    slot.target.fill_(0.0 if slot.name.endswith("bias") else 1.0)
+                else:
+                    _fill_matrix(slot, seed)
+            finish()
 
 
 def _fill_matrix(slot: WeightSlot, seed: int) -> None:

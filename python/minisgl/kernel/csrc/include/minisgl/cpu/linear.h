@@ -61,7 +61,7 @@ template <class T, int M, int P>
 [[gnu::noinline]] void multiply(const T* w, int64_t panel, const float* x, int64_t ldx, int64_t units, Sums to, bool add,
                                 int64_t ahead) {
   constexpr int kDepth = 4 / sizeof(T);
-  constexpr int kUnroll = 8 / kDepth;
+  constexpr int kUnroll = std::max(1, (M * P <= 6 ? 8 : 2) / kDepth);
   const char* from = reinterpret_cast<const char*>(w);
   Floats acc[P][M][2];
   for (int p = 0; p < P; ++p)

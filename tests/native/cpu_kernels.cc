@@ -1,0 +1,145 @@
+// Drives the CPU kernels over odd shapes on several threads, for sanitizers (`make sanitize`): every buffer is exactly as
+// long as it has to be. Results must not depend on the number of threads.
+#include <bit>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "minisgl/cpu/api.h"
+
+using namespace minisgl::cpu;
+
+namespace {
+
+std::mt19937 generator(1);
+
+std::vector<float> random(int64_t count, float scale = 1.0f) {
+  std::normal_distribution<float> normal(0.0f, scale);
+  std::vector<float> values(count);
+  for (auto& value : values) value = normal(generator);
+  return values;
+}
+
+void check(bool is_right, const char* what) {
+  if (is_right) return;
+  std::fprintf(stderr, "wrong: %s\n", what);
+  std::exit(1);
+}
+
+void near(const std::vector<float>& a, const std::vector<float>& b, const char* what) {
+  check(a.size() == b.size(), what);
+  for (size_t i = 0; i < a.size(); ++i) check(std::fabs(a[i] - b[i]) <= 1e-3f * (1.0f + std::fabs(b[i])), what);
+}
+
+struct Weight {
+  std::vector<char> data;
+  std::vector<float> scales;
+  Linear linear;
+
+  Weight(Workers& workers, Type type, const std::vector<float>& plain, int64_t out, int64_t in, bool is_pair = false) {
+    int64_t panel = panel_size(), part = is_pair ? out / 2 : out, panels = (part + panel - 1) / panel * (is_pair ? 2 : 1);
+    int64_t depth = type == Type::kInt8 ? 4 : type == Type::kBFloat16 ? 2 : 1;
+    data.resize(panels * ((in + depth - 1) / depth) * panel * 4);
+    if (type == Type::kInt8) scales.resize(panels * panel);
+    std::vector<BFloat16> narrow(plain.size());
+    for (size_t i = 0; i < plain.size(); ++i) narrow[i].bits = uint16_t(std::bit_cast<uint32_t>(plain[i]) >> 16);
+    const void* from = type == Type::kBFloat16 ? static_cast<const void*>(narrow.data()) : plain.data();
+    pack_weight(workers, type == Type::kBFloat16, from, out, in, is_pair, data.data(), scales.empty() ? nullptr : scales.data());
+    linear = {type, is_pair, out, in, data.data(), scales.empty() ? nullptr : scales.data(), nullptr};
+  }
+};
+
+struct Free {
+  void operator()(Workers* workers) const { destroy_workers(workers); }
+  void operator()(Model* model) const { destroy_model(model); }
+};
+
+void products(Type type, int threads) {
+  std::unique_ptr<Workers, Free> workers(create_workers(threads)), alone(create_workers(1));
+  for (auto [out, in] : {std::pair<int64_t, int64_t>{1, 1}, {7, 33}, {40, 515}, {97, 64}}) {
+    Weight weight(*workers, type, random(out * in, 0.1f), out, in);
+    std::vector<float> norm = random(in);
+    for (int64_t rows : {1, 2, 3, 4, 6, 7, 13, 65}) {
+      std::vector<float> x = random(rows * in), results[2];
+      for (int i = 0; i < 2; ++i) {
+        results[i].resize(rows * out);
+        Workers& used = i == 0 ? *workers : *alone;
+        linear_rows(used, weight.linear, x.data(), rows, in, rows % 2 ? norm.data() : nullptr, 1e-6f, Into::kStore, results[i].data(), out);
+      }
+      near(results[0], results[1], "product");
+    }
+  }
+}
+
+// Two layers; sequences that start, go on and end at different times.
+std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
+  generator.seed(2);
+  const int64_t num_q = 6, num_kv = 2, dim = 24, hidden = 44, inner = 52, vocab = 77, page_size = 4, num_pages = 200, num_layers = 2;
+  std::unique_ptr<Workers, Free> workers(create_workers(threads));
+  std::vector<std::unique_ptr<Weight>> weights;
+  auto add = [&](int64_t out, int64_t in, bool is_pair = false) -> Linear {
+    weights.push_back(std::make_unique<Weight>(*workers, type, random(out * in, 1.0f / std::sqrt(float(in))), out, in, is_pair));
+    return weights.back()->linear;
+  };
+  Linear table = add(vocab, hidden);
+  std::vector<float> norm(hidden, 1.0f), head_norm((num_q + num_kv) * dim, 1.0f), angles = random(256 * 2 * dim);
+  std::vector<char> cache[2];
+  for (auto& one : cache) one.resize(num_layers * num_pages * page_size * num_kv * dim * (is_narrow_cache ? 2 : 4));
+  AnyCache caches{is_narrow_cache, cache[0].data(), cache[1].data()};
+  std::unique_ptr<Model, Free> model(create_model(*workers, {num_q, num_kv, dim, page_size}, 1e-6f, table, table, norm.data(),
+                                                  caches, num_layers, num_pages * page_size));
+  for (int64_t i = 0; i < num_layers; ++i) {
+    Linear qkv = add((num_q + 2 * num_kv) * dim, hidden), o = add(hidden, num_q * dim);
+    Linear gate_up = add(2 * inner, hidden, true), down = add(hidden, inner);
+    add_layer(*model, {qkv, o, gate_up, down, norm.data(), norm.data(), head_norm.data(), i == 0 ? 0 : 9});
+  }
+  std::vector<float> all;
+  std::vector<std::vector<int32_t>> pages(3);
+  for (int32_t s = 0; s < 3; ++s)
+    for (int32_t p = 0; p < 60; ++p) pages[s].push_back(s + 3 * p);
+  std::vector<int64_t> lengths(3, 0);
+  for (auto counts : {std::vector<int64_t>{5, 0, 0}, {1, 130, 0}, {1, 1, 3}, {1, 1, 1}, {1, 1, 1}, {0, 1, 1}}) {
+    std::vector<int64_t> ids, positions, slots, last;
+    Step step{};
+    for (int s = 0; s < 3; ++s) {
+      if (counts[s] == 0) continue;
+      step.sequences.push_back({int64_t(ids.size()), counts[s], lengths[s], pages[s].data()});
+      for (int64_t i = 0; i < counts[s]; ++i, ++lengths[s]) {
+        ids.push_back((7 * lengths[s] + s) % vocab);
+        positions.push_back(lengths[s]);
+        slots.push_back(pages[s][lengths[s] / page_size] * page_size + lengths[s] % page_size);
+      }
+      last.push_back(int64_t(ids.size()) - 1);
+    }
+    std::vector<float> logits(last.size() * vocab);
+    step.num_tokens = int64_t(ids.size()), step.num_logits = int64_t(last.size());
+    step.ids = ids.data(), step.positions = positions.data(), step.slots = slots.data(), step.logit_tokens = last.data();
+    step.page_size = page_size, step.angles = angles.data(), step.logits = logits.data();
+    forward(*model, step);
+    all.insert(all.end(), logits.begin(), logits.end());
+    std::vector<float> temperature(last.size(), 0.7f), top_p(last.size(), 0.9f), min_p(last.size(), 0.01f);
+    std::vector<int64_t> top_k(last.size(), 30), place(last.size(), 3), sampled(last.size());
+    std::vector<uint64_t> seed(last.size(), 11);
+    Sampling params{temperature.data(), top_k.data(), top_p.data(), min_p.data(), seed.data(), place.data()};
+    sample_rows(*workers, logits.data(), int64_t(last.size()), vocab, vocab, params, sampled.data());
+    for (int64_t id : sampled) check(id >= 0 && id < vocab, "a sampled id");
+  }
+  return all;
+}
+
+}  // namespace
+
+int main() {
+  for (Type type : {Type::kFloat32, Type::kBFloat16, Type::kInt8}) {
+    for (int threads : {2, 5}) products(type, threads);
+    for (bool is_narrow : {false, true}) {
+      std::vector<float> alone = steps(type, is_narrow, 1);
+      for (int threads : {2, 5})
+        for (int turn = 0; turn < 3; ++turn) near(steps(type, is_narrow, threads), alone, "logits of a step");
+    }
+  }
+  std::puts("CPU kernels: clean");
+}
