@@ -38,6 +38,7 @@ def engine_config(path: Path, **overrides: Any) -> EngineConfig:
         "decode_backend": "sdpa",
         "num_threads": 1,
         "dummy_weight": False,
+        "kv_cache_dtype": overrides.get("dtype", "float32"),
     }
     return EngineConfig(**{**fields, **overrides})
 

@@ -76,7 +76,6 @@ def test_cpu_kernels_keep_what_the_checkpoint_has() -> None:
         (COMPILES, {"kv_cache_dtype": "bfloat16", "attention_backend": "sdpa"}, "must be float32$"),
         (MACHINE, {"kv_cache_dtype": "bfloat16"}, "must be float32$"),
     ],
-    ids=str,
 )
 def test_what_cpu_kernels_cannot_do(machine: Capabilities, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):

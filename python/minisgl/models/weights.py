@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,20 +78,22 @@ def load_weights(parts: Iterable[Part], model_dir: str | Path, show_progress: bo
     Raises: ConfigError naming the files or tensors that are missing, unexpected or of another shape.
     """
     readers = {path.name: ShardReader(path) for path in _shard_paths(Path(model_dir))}
-    parts = list(parts)
-    wanted = [slot for slots, _ in parts for slot in slots]
+    waiting = deque(parts)
     files: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file, reader in readers.items():
         found = reader.shapes()
         shapes.update(found)
         files.update(dict.fromkeys(found, file))
-    _check(wanted, shapes, str(model_dir))
-    with torch.inference_mode(), _progress(len(wanted), show_progress) as advance:
-        for slots, finish in parts:
+    _check([slot for slots, _ in waiting for slot in slots], shapes, str(model_dir))
+    total = sum(len(slots) for slots, _ in waiting)
+    with torch.inference_mode(), _progress(total, show_progress) as advance:
+        while waiting:
+            slots, finish = waiting.popleft()
             for slot in slots:
                 readers[files[slot.name]].fill(slot)
                 advance()
+            del slots, slot  # which hold what packing frees
             finish()
     for reader in readers.values():
         reader.close()
@@ -162,6 +165,7 @@ def fill_random(parts: Iterable[Part], seed: int) -> None:
                     slot.target.fill_(0.0 if slot.name.endswith("bias") else 1.0)
                 else:
                     _fill_matrix(slot, seed)
+            del slots, slot  # as above
             finish()
 
 
