@@ -1,8 +1,9 @@
 """Fills a model's parameters, from safetensors or at random, without ever holding a second copy of them.
 
-A model comes in parts, each of which packs its weights once it is filled. Each checkpoint tensor is read in blocks of rows straight into its place, converted on the way; a rank reads only what
-it keeps. Files are mapped into memory by safetensors, and pages that were read count as resident until the file is
-closed, so it is reopened every `REOPEN_BYTES`.
+A model comes in parts, each of which packs its weights once it is filled. Each checkpoint tensor is read in blocks of
+rows straight into its place, converted on the way; a rank reads only what it keeps. Files are mapped into memory by
+safetensors, and pages that were read count as resident until the file is closed, so it is reopened every
+`REOPEN_BYTES`.
 """
 
 from __future__ import annotations
