@@ -15,6 +15,7 @@ import pexpect
 import psutil
 import pytest
 
+from minisgl.kernel.jit import cache_dir
 from tests.e2e.conftest import ROOT
 from tests.models import tiny_model
 from tests.tokenizers_fixture import make_byte_level
@@ -38,7 +39,8 @@ def command(model: Path) -> list[str]:
 def environment(home: Path, **more: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MINISGL_")}
     paths = {"HOME": str(home), "XDG_STATE_HOME": str(home / "state"), "PYTHONPATH": str(ROOT / "python")}
-    return {**inherited, **paths, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", **more}
+    compiled = {"MINISGL_CACHE_DIR": str(cache_dir().parent)}  # which would else be in the home
+    return {**inherited, **paths, **compiled, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", **more}
 
 
 class Terminal:
