@@ -6,7 +6,9 @@ Each with one and two threads; `MINISGL_TEST_CPU_FLAGS` (compiler flags) tries i
 from __future__ import annotations
 
 import os
+import platform
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,9 +28,17 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-6, "int8": 5e-6}  # of the largest 
 ROWS = (1, 2, 3, 5, 6, 7, 8, 12, 13, 16, 31, 64, 65)
 
 
+def narrower() -> list[str]:
+    """Instructions that this processor has too, beside its widest."""
+    if platform.machine() != "x86_64":
+        return []
+    has_avx512 = "avx512bw" in Path("/proc/cpuinfo").read_text()
+    return ["-march=x86-64-v2", *(["-march=x86-64-v3"] if has_avx512 else [])]
+
+
 @cache
-def cpu_ops(num_threads: int, to_int8: bool = False) -> CpuOps:
-    return CpuOps(num_threads, to_int8=to_int8, flags=FLAGS)
+def cpu_ops(num_threads: int, to_int8: bool = False, flags: tuple[str, ...] = FLAGS) -> CpuOps:
+    return CpuOps(num_threads, to_int8=to_int8, flags=flags)
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -52,9 +62,11 @@ def close(out: Tensor, expected: Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("shape", [(16, 32), (40, 33), (96, 300), (258, 1024), (7, 515), (1, 1)], ids=str)
 @pytest.mark.parametrize("kind", TOLERANCE)
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_products(num_threads: int, kind: str, shape: tuple[int, int]) -> None:
-    ops = cpu_ops(num_threads, kind == "int8")
+@pytest.mark.parametrize(
+    ("num_threads", "flags"), [(1, FLAGS), (2, FLAGS), *((2, (isa,)) for isa in narrower())], ids=str
+)
+def test_products(num_threads: int, flags: tuple[str, ...], kind: str, shape: tuple[int, int]) -> None:
+    ops = cpu_ops(num_threads, kind == "int8", flags)
     num_out, num_in = shape
     weight = random(num_out, num_in, seed=1, scale=num_in**-0.5)
     bias, norm = random(num_out, seed=2), random(num_in, seed=3).abs()
