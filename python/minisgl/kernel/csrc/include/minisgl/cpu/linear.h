@@ -34,6 +34,7 @@ inline int64_t panel_bytes(const Linear& w) { return num_units(w) * kUnitBytes; 
 constexpr int streams_of(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
 // The rows to multiply with, as far as the weights' last units reach. For int8 weights: `shorts`, which hold value / scale.
+// Many rows may be `tiles` instead (amx.h).
 struct Rows {
   int64_t count;
   const float* values;  // [count, stride]
@@ -41,6 +42,7 @@ struct Rows {
   const int16_t* shorts;  // [count, short_stride]
   int64_t short_stride;
   const float* scales;  // [count]
+  const char* tiles;    // or null
 };
 
 // The input features of a unit's four bytes: shifts make pairs of 16 bits out of the even bytes, and of the odd.

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "amx.h"
 #include "attention.h"
 #include "linear.h"
 #include "pool.h"
@@ -72,22 +73,24 @@ struct Input {
 };
 
 // The rows as the weights' products want them: normalised where there is a norm, 16-bit for int8 weights, and as long as
-// whole units are.
+// whole units are, or in tiles.
 class InputRoom {
  public:
   void reserve(int64_t count, int64_t width) {
     values_.reserve(count * padded_stride(width));
     shorts_.reserve(count * padded_stride(width));
     scales_.reserve(count);
+    if (uses_tiles(count, width, Type::kBFloat16)) tiles_.reserve(tiles_size(count, width, Type::kBFloat16));
   }
 
   // All threads call it; `reserve` was called before.
   Rows prepare(Workers& workers, const Input& in, Type type) {
     int64_t stride = padded_stride(in.width);
     bool is_short = type == Type::kInt8, is_copied = in.norm != nullptr || (!is_short && in.width % depth_of(type) != 0);
-    Rows rows{in.count, in.x, in.stride, shorts_.get(), stride, scales_.get()};
+    char* tiles = uses_tiles(in.count, in.width, type) ? tiles_.get() : nullptr;
+    Rows rows{in.count, in.x, in.stride, shorts_.get(), stride, scales_.get(), tiles};
     if (is_copied) rows.values = values_.get(), rows.stride = stride;
-    if (!is_copied && !is_short) return rows;
+    if (!is_copied && !is_short && tiles == nullptr) return rows;
     workers.pool.share(in.count, 4, [&](int64_t r) {
       const float* row = in.x + r * in.stride;
       float* copy = values_.get() + r * stride;
@@ -96,7 +99,10 @@ class InputRoom {
       else if (is_copied)
         std::copy(row, row + in.width, copy);
       if (is_copied) copy[in.width] = 0;
-      if (is_short) scales_.get()[r] = to_shorts(is_copied ? copy : row, in.width, shorts_.get() + r * stride);
+      if (is_copied) row = copy;
+      if (is_short) scales_.get()[r] = to_shorts(row, in.width, shorts_.get() + r * stride);
+      if (tiles != nullptr && is_short) tile_row(shorts_.get() + r * stride, r, in.width, tiles);
+      if (tiles != nullptr && !is_short) tile_row(row, r, in.width, tiles);
     });
     return rows;
   }
@@ -104,6 +110,7 @@ class InputRoom {
  private:
   Buffer<float> values_, scales_;
   Buffer<int16_t> shorts_;
+  Buffer<char> tiles_;
 };
 
 // sums: [rows, kPanel] of output features first … → out: [rows, stride].
@@ -144,17 +151,24 @@ inline void write_gated(const float* gates, const float* ups, int64_t rows, int6
 
 // out (+)= rows * wᵀ + bias. kGated: of a pair, out = silu(gate) * up.
 inline void linear(Workers& workers, int thread, const Linear& w, const Rows& x, Into into, float* out, int64_t stride) {
-  int64_t panels = num_panels(w), size = x.count * kPanel;
-  int64_t together = std::max(streams_of(x.count), into == Into::kGated ? 2 : 1), items = (panels + together - 1) / together;
+  bool is_tiled = x.tiles != nullptr;
+  int64_t block = is_tiled ? tile_block(w) : std::max<int64_t>(1, x.count), blocks = (x.count + block - 1) / block;
+  int64_t panels = num_panels(w), size = block * kPanel * (is_tiled ? 2 : 1);
+  int64_t together = std::max(streams_of(x.count), into == Into::kGated ? 2 : 1), groups = (panels + together - 1) / together;
   float* sums = workers.sums(thread, together * size);
-  workers.pool.share(items, grain_of(items, workers.pool.size()), [&](int64_t item) {
-    int64_t first = item * together, count = std::min(together, panels - first);
-    panel_products(w, first, count, x, sums);
+  TileUse use(is_tiled);
+  workers.pool.share(blocks * groups, grain_of(blocks * groups, workers.pool.size()), [&](int64_t item) {
+    int64_t first = item % groups * together, count = std::min(together, panels - first), row = item / groups * block;
+    Rows rows = is_tiled ? tile_rows(w, x, row) : x;
+    if (is_tiled)
+      tile_products(w, first, count, rows, sums, size);
+    else
+      panel_products(w, first, count, rows, sums);
     for (int64_t p = 0; p < count; ++p) {
       if (into != Into::kGated)
-        write_panel(sums + p * size, x.count, (first + p) * kPanel, w, into, out, stride);
+        write_panel(sums + p * size, rows.count, (first + p) * kPanel, w, into, out + row * stride, stride);
       else if (p % 2 == 0)
-        write_gated(sums + p * size, sums + (p + 1) * size, x.count, (first + p) / 2 * kPanel, w, out, stride);
+        write_gated(sums + p * size, sums + (p + 1) * size, rows.count, (first + p) / 2 * kPanel, w, out + row * stride, stride);
     }
   });
 }
