@@ -164,7 +164,7 @@ def check_compiler(compiler: str | None, include: str = sysconfig.get_paths()["i
     """The C++ compiler is there, a library that it builds can be loaded and called, and it finds Python's headers."""
     name = "C++ compiler"
     if compiler is None:
-        return Row(name, "warn", "none found", "Our kernels need one (apt install g++); without, torch computes, slowly.")
+        return Row(name, "warn", "none found", "Our kernels need one (apt install g++); torch alone is slow.")
     version = ask([compiler, "--version"]).out.splitlines() or ["?"]
     with tempfile.TemporaryDirectory(prefix="minisgl-doctor-") as folder:
         source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
