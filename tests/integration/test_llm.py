@@ -70,9 +70,9 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "longest prefix match": {"schedule_policy": "lpm", "max_running_requests": 3},
     "retraction": {"num_pages": 24, "page_size": 8},
     "tensor parallel": {"tensor_parallel_size": 2},
-    "tensor parallel, chunks of 7, retraction": {
+    "tensor parallel, chunks of 20, retraction": {
         "tensor_parallel_size": 2,
-        "max_prefill_length": 7,
+        "max_prefill_length": 20,
         "num_pages": 24,
         "page_size": 8,
     },

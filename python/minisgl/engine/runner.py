@@ -80,9 +80,12 @@ class ModelShard:
 
 
 def rank_cores(rank: int, tp_size: int) -> list[int]:
-    """The cores that a rank's threads keep to, so that ranks do not get into each other's way; []: all."""
+    """The cores that a rank's threads keep to, so that ranks do not get into each other's way; []: all.
+
+    Few cores are left to the scheduler of the system, which knows what else has to run on them.
+    """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if tp_size == 1 or len(cores) < tp_size:
+    if tp_size == 1 or len(cores) < 4 * tp_size:
         return []
     return cores[rank * len(cores) // tp_size : (rank + 1) * len(cores) // tp_size]
 
