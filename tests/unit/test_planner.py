@@ -303,3 +303,12 @@ def test_long_prompts_that_wait_cost_the_running_requests_nothing(policy: str) -
     assert planner.num_running < 5
     assert planner.num_waiting > 120
     assert sorted(seconds)[-5] < 0.002  # a conversion of one such prompt takes longer, and lpm looks at 128
+
+
+def test_a_prompt_that_is_computed_again_does_not_hold_on_to_its_cached_copy() -> None:
+    driver = Driver(replace(CONFIG, num_pages=24))  # 96 tokens: fewer than two copies of the prompt
+    driver.planner.add(0, prompt(56), replace(ENDLESS, max_tokens=2))
+    driver.finish()
+    driver.planner.add(1, prompt(56), replace(ENDLESS, max_tokens=2, prompt_logprobs=0))
+    driver.finish()
+    assert len(driver.outputs[1]) == 2

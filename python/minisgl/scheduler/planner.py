@@ -55,6 +55,12 @@ def _create_cache(config: SchedulerConfig) -> PrefixCache:
     return RadixCache(config.page_size) if config.cache_type == "radix" else NaiveCache()
 
 
+def _tells_prompt(req: Req) -> bool:
+    """Whether it computes all of its prompt, even what is cached. Meanwhile it must not hold on to that: alone with
+    both copies, it might never get the pages that it needs."""
+    return req.params.prompt_logprobs is not None and not req.has_output
+
+
 class Planner:
     """Owns the queues, every `Req`, all page ids and the prefix cache.
 
@@ -242,7 +248,8 @@ class Planner:
         end = req.num_computed = start + num_new
         req.num_inflight += 1
         sample = end == req.num_tokens
-        if num_new > 1 or not sample:  # prefill: others may share its pages from now on, even within this step
+        is_prefill = num_new > 1 or not sample
+        if is_prefill and not _tells_prompt(req):  # others may share its pages from now on, even within this step
             req.handle = self._cache.insert(req.handle, req.prefix[:end], req.pages)
         req.num_tokens += sample
         return ScheduledReq(req.row, start, num_new, sample)
@@ -300,7 +307,7 @@ class Planner:
     def _admit(self, req: Req, budget: int) -> int:
         """Give a waiting request a row and pages for its first chunk: how many tokens, 0 if there is no room for it."""
         # At least one token is left to compute; and all prompt tokens whose log-probabilities are still to be told.
-        num_reusable = 0 if req.params.prompt_logprobs is not None and not req.has_output else len(req.prefix) - 1
+        num_reusable = 0 if _tells_prompt(req) else len(req.prefix) - 1
         match = self._cache.match(req.prefix[:num_reusable])
         self._cache.lock(match.handle)
         num_cached = len(match.pages) * self._page_size
