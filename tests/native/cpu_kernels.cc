@@ -127,7 +127,7 @@ std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
     return weights.back()->linear;
   };
   Linear table = add(vocab, hidden);
-  std::vector<float> norm(hidden, 1.0f), head_norm((num_q + num_kv) * dim, 1.0f), angles = random(256 * 2 * dim);
+  std::vector<float> norm(hidden, 1.0f), head_norm((num_q + num_kv) * dim, 1.0f), cosines = random(256 * dim), sines = random(256 * dim);
   std::vector<char> cache[2];
   for (auto& one : cache) one.resize(num_layers * num_pages * page_size * num_kv * dim * (is_narrow_cache ? 2 : 4));
   AnyCache caches{is_narrow_cache, cache[0].data(), cache[1].data()};
@@ -159,7 +159,7 @@ std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
     std::vector<float> logits(last.size() * vocab);
     step.num_tokens = int64_t(ids.size()), step.num_logits = int64_t(last.size());
     step.ids = ids.data(), step.positions = positions.data(), step.slots = slots.data(), step.logit_tokens = last.data();
-    step.page_size = page_size, step.angles = angles.data(), step.logits = logits.data();
+    step.page_size = page_size, step.rotation = {cosines.data(), sines.data()}, step.logits = logits.data();
     forward(*model, step);
     all.insert(all.end(), logits.begin(), logits.end());
     std::vector<float> temperature(last.size(), 0.7f), top_p(last.size(), 0.9f), min_p(last.size(), 0.01f);

@@ -72,6 +72,11 @@ def test_cpu_kernels_keep_what_the_checkpoint_has() -> None:
         (MACHINE, {"attention_backend": "cpu"}, "--attention-backend cpu: there is no C"),
         (replace(COMPILES, packages=frozenset()), {"quantization": "int8"}, "apache-tvm-ffi is missing"),
         (COMPILES, {"quantization": "int8", "dtype": "float16"}, "not with --dtype float16"),
+        (
+            COMPILES,
+            {"attention_backend": "cpu", "dtype": "float16"},
+            "--attention-backend cpu: not with --dtype float16",
+        ),
         (COMPILES, {"kv_cache_dtype": "float16"}, "--kv-cache-dtype float16: here it must be float32, or bfloat16"),
         (COMPILES, {"kv_cache_dtype": "bfloat16", "attention_backend": "sdpa"}, "must be float32$"),
         (MACHINE, {"kv_cache_dtype": "bfloat16"}, "must be float32$"),

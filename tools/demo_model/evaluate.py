@@ -92,13 +92,17 @@ def is_right(case: Case, reply: str) -> bool:
     return reply == case.expected
 
 
-@torch.inference_mode()
-def answer(model: Any, tokenizer: Any, cases: list[Case], batch: int) -> list[str]:
-    """Greedy replies, in the order of `cases`; batches are left-padded."""
-    prompts = [
+def render(tokenizer: Any, cases: list[Case]) -> list[str]:
+    return [
         tokenizer.apply_chat_template(c.messages, tools=c.tools or None, add_generation_prompt=True, tokenize=False)
         for c in cases
     ]
+
+
+@torch.inference_mode()
+def answer(model: Any, tokenizer: Any, cases: list[Case], batch: int) -> list[str]:
+    """Greedy replies, in the order of `cases`; batches are left-padded."""
+    prompts = render(tokenizer, cases)
     order = sorted(range(len(cases)), key=lambda i: (len(prompts[i]), len(cases[i].expected)))
     replies = [""] * len(cases)
     for start in range(0, len(order), batch):
@@ -118,10 +122,7 @@ def answer_by_minisgl(options: dict[str, Any], tokenizer: Any, cases: list[Case]
     """The same through `LLM`, which batches on its own."""
     from minisgl import LLM, SamplingParams
 
-    prompts = [
-        tokenizer.apply_chat_template(c.messages, tools=c.tools or None, add_generation_prompt=True, tokenize=False)
-        for c in cases
-    ]
+    prompts = render(tokenizer, cases)
     params = [SamplingParams(len(tokenizer(case.expected).input_ids) + 12, 0.0) for case in cases]
     with LLM(**options) as llm:
         outputs = llm.generate([tokenizer(prompt).input_ids for prompt in prompts], params)

@@ -27,11 +27,11 @@ def cpu_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, ma
     problem = _kernel_problem(machine)
     _refuse_gpu_options(args)
     dtype = args.dtype or _auto_dtype(model, machine, has_kernels=not problem)
-    attention = _attention(args.attention_backend, problem)
-    kernels = not problem and dtype in ("float32", "bfloat16")
-    if args.quantization and not kernels:
-        raise ConfigError(f"--quantization {args.quantization}: {problem or f'not with --dtype {dtype}'}")
-    attention = attention if kernels else "sdpa"
+    lack = problem or ("" if dtype in ("float32", "bfloat16") else f"not with --dtype {dtype}")
+    kernels = not lack
+    if args.quantization and lack:
+        raise ConfigError(f"--quantization {args.quantization}: {lack}")
+    attention = _attention(args.attention_backend, lack)
     kv_dtype = _kv_dtype(args.kv_cache_dtype, "float32" if kernels else dtype, dtype, attention)
     if problem:
         logger.warning("torch computes, since %s: decoding is several times slower", problem)
@@ -78,13 +78,14 @@ def _auto_dtype(model: ModelConfig, machine: Capabilities, *, has_kernels: bool)
     return "float32"
 
 
-def _attention(asked: str | None, problem: str) -> str:
-    names = (asked or "cpu").split(",")
+def _attention(asked: str | None, lack: str) -> str:
+    """lack: why our kernels do not compute."""
+    names = (asked or ("sdpa" if lack else "cpu")).split(",")
     if not set(names) <= {"cpu", "sdpa"} or len(set(names)) > 1 or len(names) > 2:
         raise ConfigError(f"--attention-backend {asked}: on a CPU there are cpu and sdpa")
-    if asked and names[0] == "cpu" and problem:
-        raise ConfigError(f"--attention-backend {asked}: {problem}")
-    return names[0] if not problem else "sdpa"
+    if names[0] == "cpu" and lack:
+        raise ConfigError(f"--attention-backend {asked}: {lack}")
+    return names[0]
 
 
 def _kv_dtype(asked: str | None, computed: str, stored: str, attention: str) -> str:

@@ -57,8 +57,7 @@ class WholeStep:
     ) -> None:
         self._module, self._backend = ops.module, CpuBackend(ops)
         self._vocab_size, self._keep = config.vocab_size, (model, kv, ops)
-        angles = rope(torch.arange(max_seq_len + 1))
-        self._angles = torch.cat((angles.cos, angles.sin), 1)
+        self._rotation = rope(torch.arange(max_seq_len + 1))
         self._logits = torch.empty(0, self._vocab_size)
         self._handle: int = self._module.create_model(
             ops.workers,
@@ -100,7 +99,8 @@ class WholeStep:
             batch.positions,
             batch.slots,
             *metadata,
-            self._angles,
+            self._rotation.cos,
+            self._rotation.sin,
             batch.logit_tokens,
             logits,
         )

@@ -97,7 +97,5 @@ class CpuOps(TorchOps):
     def qk_norm_rope_store(
         self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots
     ) -> Tensor:
-        angles = torch.cat((rope.cos, rope.sin), 1)
-        positions = torch.arange(len(qkv))
-        self.module.rope_store(self.workers, qkv, norm, eps, angles, positions, cache.slots, cache.k, cache.v)
+        self.module.rope_store(self.workers, qkv, norm, eps, rope.cos, rope.sin, cache.slots, cache.k, cache.v)
         return qkv[:, : qkv.shape[1] - 2 * cache.k.shape[1]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -60,12 +61,12 @@ class Part(NamedTuple):
     finish: Callable[[], None]
 
 
-class Layer(nn.Module):
+class Layer(nn.Module, ABC):
     """A module that says where its checkpoint tensors go."""
 
+    @abstractmethod
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         """The slots of this layer, whose checkpoint names start with `prefix`."""
-        raise NotImplementedError
 
     def pack(self) -> None:
         """Called once all slots are filled: bring weights into the layout that the kernels like best."""

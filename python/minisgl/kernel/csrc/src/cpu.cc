@@ -1,5 +1,6 @@
 // The CPU kernels, compiled once for the processor at hand.
 #include "minisgl/cpu/model.h"
+#include "minisgl/cpu/sample.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -57,12 +58,12 @@ void with_type(const AnyCache& cache, F&& f) {
     f(Cache<float>{static_cast<float*>(cache.k), static_cast<float*>(cache.v)});
 }
 
-void rope_store(Workers& workers, float* qkv, int64_t tokens, const float* norm, float eps, const float* angles,
+void rope_store(Workers& workers, float* qkv, int64_t tokens, const float* norm, float eps, const Rotation& rotation,
                 const int64_t* positions, const int64_t* slots, const Heads& heads, AnyCache cache) {
   with_type(cache, [&](auto typed) {
     int64_t stride = (heads.num_q + 2 * heads.num_kv) * heads.dim;
     workers.pool.run([&](int) {
-      norm_rope_store(workers, qkv, tokens, stride, norm, eps, angles, positions, slots, heads, typed);
+      norm_rope_store(workers, qkv, tokens, stride, norm, eps, rotation, positions, slots, heads, typed);
     });
   });
 }

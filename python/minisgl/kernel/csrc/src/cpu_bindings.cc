@@ -91,11 +91,12 @@ void py_embed_ids(int64_t workers, int64_t table, TensorView ids, int64_t first,
 }
 
 // qkv: [tokens, num_q + 2 * num_kv, dim] float32, in place; k, v: [slots, num_kv, dim] float32 or bfloat16.
-void py_rope_store(int64_t workers, TensorView qkv, Optional<TensorView> norm, double eps, TensorView angles, TensorView positions,
+void py_rope_store(int64_t workers, TensorView qkv, Optional<TensorView> norm, double eps, TensorView cosines, TensorView sines,
                    TensorView slots, TensorView k, TensorView v) {
   Heads heads{qkv.size(1) - 2 * k.size(1), k.size(1), k.size(2), 1};
-  rope_store(at<Workers>(workers), data_of<float>(qkv), qkv.size(0), data_of<float>(norm), float(eps), data_of<float>(angles),
-             data_of<int64_t>(positions), data_of<int64_t>(slots), heads, cache_of(k, v));
+  Rotation rotation{data_of<float>(cosines), data_of<float>(sines)};
+  rope_store(at<Workers>(workers), data_of<float>(qkv), qkv.size(0), data_of<float>(norm), float(eps), rotation, nullptr,
+             data_of<int64_t>(slots), heads, cache_of(k, v));
 }
 
 // q: [tokens, num_q, dim] float32, perhaps with another stride between tokens; out: [tokens, num_q, dim].
@@ -132,7 +133,7 @@ void py_add_layer(int64_t model, int64_t qkv, Optional<TensorView> qkv_bias, int
 }
 
 void py_forward(int64_t model, TensorView ids, TensorView positions, TensorView slots, TensorView sequences, TensorView pages,
-                int64_t page_size, TensorView angles, Optional<TensorView> logit_tokens, TensorView logits) {
+                int64_t page_size, TensorView cosines, TensorView sines, Optional<TensorView> logit_tokens, TensorView logits) {
   Step step{};
   step.num_tokens = ids.size(0);
   step.ids = data_of<int64_t>(ids);
@@ -140,7 +141,7 @@ void py_forward(int64_t model, TensorView ids, TensorView positions, TensorView 
   step.slots = data_of<int64_t>(slots);
   step.sequences = sequences_of(sequences, pages);
   step.page_size = page_size;
-  step.angles = data_of<float>(angles);
+  step.rotation = {data_of<float>(cosines), data_of<float>(sines)};
   step.logit_tokens = data_of<int64_t>(logit_tokens);
   step.num_logits = logits.size(0);
   step.logits = data_of<float>(logits);

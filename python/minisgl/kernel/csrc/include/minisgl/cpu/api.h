@@ -51,6 +51,11 @@ struct Heads {
   }
 };
 
+// Cosines and sines of positions, [positions, dim] each; the first half of the sines is negated.
+struct Rotation {
+  const float *cosines, *sines;
+};
+
 struct Sampling {
   const float* temperature;  // 0: greedy
   const int64_t* top_k;      // 0: off
@@ -73,12 +78,10 @@ struct Step {
   const int64_t *ids, *positions, *slots;  // [num_tokens]
   std::vector<Sequence> sequences;
   int64_t page_size;
-  const float* angles;          // [positions, 2, dim]
+  Rotation rotation;
   const int64_t* logit_tokens;  // [num_logits], or null: all tokens
   int64_t num_logits;
   float* logits;  // [num_logits, vocab]
-  const Sampling* sampling;  // of the logits' rows, or null
-  int64_t* sampled;          // [num_logits]
 };
 
 class Workers;
@@ -101,7 +104,7 @@ void pack_weight(Workers& workers, bool is_bfloat16, const void* weight, int64_t
 void linear_rows(Workers& workers, const Linear& w, const float* x, int64_t rows, int64_t stride, const float* norm, float eps,
                  Into into, float* out, int64_t out_stride);
 void embed_ids(Workers& workers, const Linear& table, const int64_t* ids, int64_t count, int64_t first, float* out);
-void rope_store(Workers& workers, float* qkv, int64_t tokens, const float* norm, float eps, const float* angles,
+void rope_store(Workers& workers, float* qkv, int64_t tokens, const float* norm, float eps, const Rotation& rotation,
                 const int64_t* positions, const int64_t* slots, const Heads& heads, AnyCache cache);
 void attend(Workers& workers, const float* q, int64_t stride, const std::vector<Sequence>& sequences, const Heads& heads,
             int64_t window, AnyCache cache, float* out);

@@ -1,8 +1,7 @@
-// A whole step of a dense decoder in one call: all layers, the logits of the tokens that sample, and their ids.
+// A whole step of a dense decoder in one call: all layers, and the logits of the tokens that sample.
 #pragma once
 
 #include "ops.h"
-#include "sample.h"
 
 namespace minisgl::cpu {
 
@@ -64,7 +63,6 @@ class Model {
     }
     last_.reserve(step.num_logits * hidden_stride());
     last_input_.reserve(step.num_logits, embedding_.in);
-    samplers_.resize(threads);
   }
 
   const AttentionPlan* plan_of(int64_t window) const {
@@ -80,7 +78,7 @@ class Model {
     Cache<T> cache{static_cast<T*>(caches_.k) + index * size, static_cast<T*>(caches_.v) + index * size};
     Rows rows = input_.prepare(workers_, {x_.get(), tokens, embedding_.in, hidden_stride(), w.input_norm, eps_}, w.qkv.type);
     linear(workers_, thread, w.qkv, rows, Into::kStore, qkv_.get(), qkv_stride());
-    norm_rope_store(workers_, qkv_.get(), tokens, qkv_stride(), w.qk_norm, eps_, step.angles, step.positions, step.slots, heads_, cache);
+    norm_rope_store(workers_, qkv_.get(), tokens, qkv_stride(), w.qk_norm, eps_, step.rotation, step.positions, step.slots, heads_, cache);
     attention(workers_, thread, qkv_.get(), qkv_stride(), step.sequences, *plan_of(w.window), heads_, w.window, cache, partial_,
               attended_.get(), attended_stride());
     rows = input_.prepare(workers_, {attended_.get(), tokens, w.o.in, attended_stride(), nullptr, 0}, w.o.type);
@@ -100,10 +98,6 @@ class Model {
     });
     Rows rows = last_input_.prepare(workers_, {last_.get(), count, embedding_.in, hidden_stride(), norm_, eps_}, head_.type);
     linear(workers_, thread, head_, rows, Into::kStore, step.logits, head_.out);
-    if (step.sampling == nullptr) return;
-    workers_.pool.share(count, 1, [&](int64_t r) {
-      step.sampled[r] = samplers_[thread](step.logits + r * head_.out, head_.out, *step.sampling, r);
-    });
   }
 
   Workers& workers_;
@@ -117,7 +111,6 @@ class Model {
   InputRoom input_, last_input_;
   std::vector<std::pair<int64_t, AttentionPlan>> plans_;
   PartialRoom partial_;
-  std::vector<Sampler> samplers_;
 };
 
 }  // namespace minisgl::cpu

@@ -231,15 +231,16 @@ inline void embed(Workers& workers, const Linear& table, const int64_t* ids, int
 }
 
 // Norm of each query and key head (where there are weights, [num_q + num_kv, dim]), rotation of pairs (i, i + dim / 2),
-// and keys and values to their slots. qkv: [tokens, stride], queries in place. angles: [positions, 2, dim]: cosines, and
-// sines of which the first half is negated.
+// and keys and values to their slots. qkv: [tokens, stride], queries in place. positions: null where token t is at row t of
+// the rotation.
 template <class T>
 void norm_rope_store(Workers& workers, float* qkv, int64_t tokens, int64_t stride, const float* norm, float eps,
-                     const float* angles, const int64_t* positions, const int64_t* slots, const Heads& heads, Cache<T> cache) {
+                     const Rotation& rotation, const int64_t* positions, const int64_t* slots, const Heads& heads, Cache<T> cache) {
   int64_t dim = heads.dim, half = dim / 2;
   workers.pool.share(tokens, 2, [&](int64_t t) {
-    const float* cosine = angles + positions[t] * 2 * dim;
-    const float* sine = cosine + dim;
+    int64_t row = (positions == nullptr ? t : positions[t]) * dim;
+    const float* cosine = rotation.cosines + row;
+    const float* sine = rotation.sines + row;
     for (int64_t h = 0; h < heads.num_q + heads.num_kv; ++h) {
       float* x = qkv + t * stride + h * dim;
       if (norm != nullptr) rms_norm(x, norm + h * dim, eps, dim, x);
