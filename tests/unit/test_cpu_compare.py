@@ -6,6 +6,7 @@ import multiprocessing as mp
 import os
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -99,7 +100,6 @@ def test_minisgl_and_transformers_read_the_same_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("precision", "error"), [("F32", 0.0), ("BF16", 0.0), ("F16", 1e-3), ("Q8_0", 1e-2)])
 def test_gguf_files_hold_the_weights(tmp_path: Path, precision: str, error: float) -> None:
-    gguf = pytest.importorskip("gguf")
     directory = prepare("qwen3-tiny", tmp_path)
     path = write_gguf(directory, precision, tmp_path)
     assert write_gguf(directory, precision, tmp_path) == path, "made once"
