@@ -109,7 +109,7 @@ def test_stops_are_honoured(client: openai.OpenAI) -> None:
 
 
 def test_events_in_order(http: httpx.Client) -> None:
-    body = {"input": "hello", "max_output_tokens": 12, "temperature": 0, "metadata": {"a": "b"}}
+    body = {"input": "hello", "max_output_tokens": 64, "temperature": 0, "metadata": {"a": "b"}}
     events = events_of(http, **body)
     whole = json.loads(http.post("/v1/responses", json={**body, **PAST_EOS}).content)
     kinds = [event.type.removeprefix("response.") for event in events]
