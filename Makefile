@@ -10,6 +10,9 @@ CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 CLIENTS := $(VENV)/.installed-clients
 
+# .venv is ours to write to: without its bytecode, each of the many processes compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help serve chat doctor bench test sanitize lint format docs clean
 
