@@ -38,10 +38,9 @@ void pack_weight(Workers& workers, bool is_bfloat16, const void* weight, int64_t
 
 void linear_rows(Workers& workers, const Linear& w, const float* x, int64_t rows, int64_t stride, const float* norm, float eps,
                  Into into, float* out, int64_t out_stride) {
-  InputRoom room;
-  room.reserve(rows, w.in);
+  workers.input.reserve(rows, w.in);
   workers.pool.run([&](int thread) {
-    Rows input = room.prepare(workers, {x, rows, w.in, stride, norm, eps}, w.type);
+    Rows input = workers.input.prepare(workers.pool, {x, rows, w.in, stride, norm, eps}, w.type);
     linear(workers, thread, w, input, into, out, out_stride);
   });
 }
@@ -83,9 +82,9 @@ void attend(Workers& workers, const float* q, int64_t stride, const std::vector<
 
 void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vocab, int64_t stride, const Sampling& params,
                  int64_t* ids) {
-  std::vector<Sampler> samplers(workers.pool.size());
-  workers.pool.run([&](int thread) {
-    workers.pool.share(rows, 1, [&](int64_t r) { ids[r] = samplers[thread](logits + r * stride, vocab, params, r); });
+  workers.pool.run([&](int) {
+    thread_local Sampler sampler;
+    workers.pool.share(rows, 1, [&](int64_t r) { ids[r] = sampler(logits + r * stride, vocab, params, r); });
   });
 }
 

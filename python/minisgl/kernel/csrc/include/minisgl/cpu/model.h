@@ -7,9 +7,16 @@ namespace minisgl::cpu {
 
 class Model {
  public:
-  Model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm, AnyCache caches,
-        int64_t num_slots)
-      : workers_(workers), heads_(heads), eps_(eps), embedding_(embedding), head_(head), norm_(norm), caches_(caches), num_slots_(num_slots) {}
+  Model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm,
+        AnyCache caches, int64_t num_slots)
+      : workers_(workers),
+        heads_(heads),
+        eps_(eps),
+        embedding_(embedding),
+        head_(head),
+        norm_(norm),
+        caches_(caches),
+        num_slots_(num_slots) {}
 
   std::vector<Layer> layers;
 
@@ -52,7 +59,7 @@ class Model {
       attended_.reserve(tokens * attended_stride());
       inner_.reserve(tokens * inner_stride());
       int64_t inner = layers[0].gate_up.part(), widest = std::max({embedding_.in, heads_.num_q * heads_.dim, inner});
-      input_.reserve(tokens, widest);
+      workers_.input.reserve(tokens, widest);
       plans_.clear();
       for (auto& one : layers) {
         if (plan_of(one.window) != nullptr) continue;
@@ -62,7 +69,7 @@ class Model {
       }
     }
     last_.reserve(step.num_logits * hidden_stride());
-    last_input_.reserve(step.num_logits, embedding_.in);
+    workers_.input.reserve(step.num_logits, embedding_.in);
   }
 
   const AttentionPlan* plan_of(int64_t window) const {
@@ -71,21 +78,26 @@ class Model {
     return nullptr;
   }
 
+  // x: [count, stride] as the product with w wants it.
+  Rows rows_of(const float* x, int64_t count, int64_t stride, const float* norm, const Linear& w) {
+    return workers_.input.prepare(workers_.pool, {x, count, w.in, stride, norm, eps_}, w.type);
+  }
+
   template <class T>
   void layer(int thread, const Step& step, size_t index) {
     const Layer& w = layers[index];
     int64_t tokens = step.num_tokens, size = num_slots_ * heads_.num_kv * heads_.dim;
     Cache<T> cache{static_cast<T*>(caches_.k) + index * size, static_cast<T*>(caches_.v) + index * size};
-    Rows rows = input_.prepare(workers_, {x_.get(), tokens, embedding_.in, hidden_stride(), w.input_norm, eps_}, w.qkv.type);
+    Rows rows = rows_of(x_.get(), tokens, hidden_stride(), w.input_norm, w.qkv);
     linear(workers_, thread, w.qkv, rows, Into::kStore, qkv_.get(), qkv_stride());
     norm_rope_store(workers_, qkv_.get(), tokens, qkv_stride(), w.qk_norm, eps_, step.rotation, step.positions, step.slots, heads_, cache);
     attention(workers_, thread, qkv_.get(), qkv_stride(), step.sequences, *plan_of(w.window), heads_, w.window, cache, partial_,
               attended_.get(), attended_stride());
-    rows = input_.prepare(workers_, {attended_.get(), tokens, w.o.in, attended_stride(), nullptr, 0}, w.o.type);
+    rows = rows_of(attended_.get(), tokens, attended_stride(), nullptr, w.o);
     linear(workers_, thread, w.o, rows, Into::kAdd, x_.get(), hidden_stride());
-    rows = input_.prepare(workers_, {x_.get(), tokens, embedding_.in, hidden_stride(), w.post_norm, eps_}, w.gate_up.type);
+    rows = rows_of(x_.get(), tokens, hidden_stride(), w.post_norm, w.gate_up);
     linear(workers_, thread, w.gate_up, rows, Into::kGated, inner_.get(), inner_stride());
-    rows = input_.prepare(workers_, {inner_.get(), tokens, w.down.in, inner_stride(), nullptr, 0}, w.down.type);
+    rows = rows_of(inner_.get(), tokens, inner_stride(), nullptr, w.down);
     linear(workers_, thread, w.down, rows, Into::kAdd, x_.get(), hidden_stride());
   }
 
@@ -96,7 +108,7 @@ class Model {
       const float* from = x_.get() + (step.logit_tokens == nullptr ? r : step.logit_tokens[r]) * hidden_stride();
       std::copy(from, from + embedding_.in, last_.get() + r * hidden_stride());
     });
-    Rows rows = last_input_.prepare(workers_, {last_.get(), count, embedding_.in, hidden_stride(), norm_, eps_}, head_.type);
+    Rows rows = rows_of(last_.get(), count, hidden_stride(), norm_, head_);
     linear(workers_, thread, head_, rows, Into::kStore, step.logits, head_.out);
   }
 
@@ -108,7 +120,6 @@ class Model {
   AnyCache caches_;
   int64_t num_slots_;
   Buffer<float> x_, qkv_, attended_, inner_, last_;
-  InputRoom input_, last_input_;
   std::vector<std::pair<int64_t, AttentionPlan>> plans_;
   PartialRoom partial_;
 };

@@ -34,20 +34,6 @@ class Buffer {
 // Strides that keep rows out of each other's way in the caches, whose sets repeat every 4 KiB.
 inline int64_t padded_stride(int64_t count) { return (count + 15) / 16 * 16 + 16; }
 
-// A pool, and the room that each of its threads has for itself.
-class Workers {
- public:
-  explicit Workers(int threads) : pool(threads), sums_(threads), rooms_(threads) {}
-
-  float* sums(int thread, int64_t count) { return sums_[thread].reserve(count); }
-  float* room(int thread, int64_t count) { return rooms_[thread].reserve(count); }
-
-  Pool pool;
-
- private:
-  std::vector<Buffer<float>> sums_, rooms_;
-};
-
 inline int64_t grain_of(int64_t count, int threads) { return std::max<int64_t>(1, std::min<int64_t>(4, count / (threads * 16))); }
 
 // out = x * rsqrt(mean(x²) + eps) * weight (arXiv 1910.07467).
@@ -84,14 +70,14 @@ class InputRoom {
   }
 
   // All threads call it; `reserve` was called before.
-  Rows prepare(Workers& workers, const Input& in, Type type) {
+  Rows prepare(Pool& pool, const Input& in, Type type) {
     int64_t stride = padded_stride(in.width);
     bool is_short = type == Type::kInt8, is_copied = in.norm != nullptr || (!is_short && in.width % depth_of(type) != 0);
     char* tiles = uses_tiles(in.count, in.width, type) ? tiles_.get() : nullptr;
     Rows rows{in.count, in.x, in.stride, shorts_.get(), stride, scales_.get(), tiles};
     if (is_copied) rows.values = values_.get(), rows.stride = stride;
     if (!is_copied && !is_short && tiles == nullptr) return rows;
-    workers.pool.share(in.count, 4, [&](int64_t r) {
+    pool.share(in.count, 4, [&](int64_t r) {
       const float* row = in.x + r * in.stride;
       float* copy = values_.get() + r * stride;
       if (in.norm != nullptr)
@@ -111,6 +97,21 @@ class InputRoom {
   Buffer<float> values_, scales_;
   Buffer<int16_t> shorts_;
   Buffer<char> tiles_;
+};
+
+// A pool, the room that each of its threads has for itself, and that which they share.
+class Workers {
+ public:
+  explicit Workers(int threads) : pool(threads), sums_(threads), rooms_(threads) {}
+
+  float* sums(int thread, int64_t count) { return sums_[thread].reserve(count); }
+  float* room(int thread, int64_t count) { return rooms_[thread].reserve(count); }
+
+  Pool pool;
+  InputRoom input;
+
+ private:
+  std::vector<Buffer<float>> sums_, rooms_;
 };
 
 // sums: [rows, kPanel] of output features first … → out: [rows, stride].

@@ -2,13 +2,16 @@
 // number, a function of seed and position, inverts the cumulative distribution.
 #pragma once
 
+#include <array>
+#include <bit>
 #include <numeric>
 
 #include "ops.h"
 
 namespace minisgl::cpu {
 
-constexpr int64_t kCandidates = 128;  // filtered rows look at so many first
+constexpr int kShift = 18;  // what is left of a float's bits are its sign, its exponent and 5 bits of mantissa
+constexpr int64_t kBuckets = (0x3f800000 >> kShift) + 1;  // of numbers from 0 to 1
 constexpr int64_t kSumBlock = 1024;
 
 inline uint64_t splitmix(uint64_t x) {  // Steele et al., OOPSLA 2014
@@ -40,17 +43,7 @@ inline int64_t arg_max(const float* x, int64_t count) {
   return std::find(x, x + count, most) - x;
 }
 
-// The first index whose cumulative weight is above `number` times the total.
-inline int64_t invert(const float* weights, int64_t count, double number) {
-  double total = 0;
-  for (int64_t i = 0; i < count; ++i) total += weights[i];
-  double target = number * total, mass = 0;
-  for (int64_t i = 0; i < count; ++i)
-    if ((mass += weights[i]) > target) return i;
-  return count - 1;
-}
-
-// The same for a whole vocabulary, with the sums of blocks, which were taken on the way.
+// The first index whose cumulative weight is above `number` times the total. sums: of blocks of the weights.
 inline int64_t invert_blocks(const float* weights, int64_t count, const double* sums, double number) {
   int64_t blocks = (count + kSumBlock - 1) / kSumBlock, block = 0;
   double target = number * std::accumulate(sums, sums + blocks, 0.0), mass = 0;
@@ -70,15 +63,13 @@ class Sampler {
     double number = uniform(params.seed[row], params.position[row]);
     double total = weigh(logits, count, logits[best], temperature);
     int64_t top_k = params.top_k[row] > 0 ? std::min(params.top_k[row], count) : count;
-    if (params.top_k[row] <= 0 && params.top_p[row] >= 1 && params.min_p[row] <= 0)
-      return invert_blocks(weights_.get(), count, sums_.get(), number);
-    find_candidates(count, std::min(kCandidates, count));
-    int64_t kept = 0;
-    if (!filter(count, total, top_k, params.top_p[row], params.min_p[row], kept)) {
-      find_candidates(count, count);
-      filter(count, total, top_k, params.top_p[row], params.min_p[row], kept);
-    }
-    return order_[invert(top_.data(), kept, number)];
+    float top_p = params.top_p[row], min_p = params.min_p[row];
+    bool is_filtered = params.top_k[row] > 0 || top_p < 1 || min_p > 0;
+    if (!is_filtered) return invert_blocks(weights_.get(), count, sums_.get(), number);
+    sort_into_buckets(count);
+    double of_top_k = top_k < count ? largest_weights(count, top_k, kAll, 0).mass : total;
+    Largest kept = largest_weights(count, top_k, top_p < 1 ? top_p * of_top_k : kAll, min_p * weights_.get()[best]);
+    return largest_weights(count, kept.count, std::nextafter(number * kept.mass, kAll), 0).last;
   }
 
  private:
@@ -92,56 +83,71 @@ class Sampler {
       int64_t begin = b * kSumBlock, end = std::min(count, begin + kSumBlock), i = begin;
       for (; i + kLanes <= end; i += kLanes) store(weights + i, exponential((load(logits + i) - best) / temperature));
       for (; i < end; ++i) weights[i] = exponential(broadcast((logits[i] - best) / temperature))[0];
-      double part = 0;
-      for (i = begin; i < end; ++i) part += weights[i];
+      double parts[kLanes] = {}, part = 0;  // one addition after the other takes longer than all the rest
+      for (i = begin; i + kLanes <= end; i += kLanes)
+        for (int j = 0; j < kLanes; ++j) parts[j] += weights[i + j];
+      for (; i < end; ++i) part += weights[i];
+      for (int j = 0; j < kLanes; ++j) part += parts[j];
       total += sums[b] = part;
     }
     return total;
   }
 
-  // The `num` largest weights, largest first, of equal ones the first: order_ and top_.
-  void find_candidates(int64_t count, int64_t num) {
+  // A bucket has the weights whose upper bits are its number. Nearly all that is asked of sorted weights is in the numbers of
+  // weights in the buckets and their sums, so that no more than one bucket at a time has to be sorted.
+  void sort_into_buckets(int64_t count) {
     const float* weights = weights_.get();
-    auto larger = [&](int32_t a, int32_t b) { return weights[a] != weights[b] ? weights[a] > weights[b] : a < b; };
-    order_.clear();
-    if (num == count) {
-      order_.resize(count);
-      std::iota(order_.begin(), order_.end(), 0);
-      std::sort(order_.begin(), order_.end(), larger);
-    } else {
-      float least = 0;  // of the heap, whose smallest is in front
-      for (int64_t i = 0; i < count; ++i) {
-        if (int64_t(order_.size()) == num && weights[i] <= least) continue;
-        if (int64_t(order_.size()) == num) std::pop_heap(order_.begin(), order_.end(), larger), order_.pop_back();
-        order_.push_back(int32_t(i));
-        std::push_heap(order_.begin(), order_.end(), larger);
-        least = weights[order_.front()];
-      }
-      std::sort(order_.begin(), order_.end(), larger);
+    counts_.fill(0);
+    masses_.fill(0);
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t bucket = bucket_of(weights[i]);
+      ++counts_[bucket];
+      masses_[bucket] += weights[i];
     }
-    top_.resize(num);
-    for (int64_t i = 0; i < num; ++i) top_[i] = weights[order_[i]];
   }
 
-  // Which of the candidates are left: the first `kept`. False: more candidates are needed to tell.
-  bool filter(int64_t count, double total, int64_t top_k, float top_p, float min_p, int64_t& kept) {
-    int64_t num = top_.size(), within = std::min(top_k, num);
-    if (num < top_k && top_k < count && top_p < 1) return false;  // what top-p is a share of is not known
-    double after_top_k = total;
-    if (top_k <= num) after_top_k = std::accumulate(top_.begin(), top_.begin() + within, 0.0);
-    double limit = double(top_p) * after_top_k, mass = 0;
-    for (kept = 0; kept < within; ++kept) {
-      if (kept > 0 && top_p < 1 && mass >= limit) break;
-      if (top_[kept] < min_p * top_[0]) break;
-      mass += top_[kept];
+  static uint32_t bucket_of(float weight) { return std::bit_cast<uint32_t>(weight) >> kShift; }
+
+  // The first of the weights, largest first and of equal ones the first: how many, their sum, and the index of the last.
+  struct Largest {
+    int64_t count;
+    double mass;
+    int32_t last;
+  };
+
+  // At least one, `most` of them, or fewer whose sum is `enough`, or that are no less than `least`.
+  Largest largest_weights(int64_t count, int64_t most, double enough, float least) {
+    const float* weights = weights_.get();
+    Largest all{0, 0, -1};
+    auto is_all = [&] { return all.count >= most || (all.count > 0 && all.mass >= enough); };
+    for (int64_t b = kBuckets - 1; b >= 0 && !is_all(); --b) {
+      if (counts_[b] == 0) continue;
+      bool is_beyond = all.count + counts_[b] >= most || all.mass + masses_[b] >= enough;
+      if (!is_beyond && std::bit_cast<float>(uint32_t(b) << kShift) >= least) {
+        all.count += counts_[b];
+        all.mass += masses_[b];
+        continue;
+      }
+      bucket_.clear();
+      for (int64_t i = 0; i < count; ++i)
+        if (bucket_of(weights[i]) == b) bucket_.push_back(int32_t(i));
+      std::sort(bucket_.begin(), bucket_.end(),
+                [&](int32_t a, int32_t c) { return weights[a] != weights[c] ? weights[a] > weights[c] : a < c; });
+      for (int32_t i : bucket_) {
+        if (is_all() || weights[i] < least) return all;
+        all = {all.count + 1, all.mass + weights[i], i};
+      }
     }
-    return kept < within || top_k <= num || num == count;
+    return all;
   }
+
+  static constexpr double kAll = std::numeric_limits<double>::infinity();
 
   Buffer<float> weights_;
   Buffer<double> sums_;
-  std::vector<int32_t> order_;
-  std::vector<float> top_;
+  std::array<int32_t, kBuckets> counts_;
+  std::array<double, kBuckets> masses_;
+  std::vector<int32_t> bucket_;
 };
 
 }  // namespace minisgl::cpu
