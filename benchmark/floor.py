@@ -1,8 +1,8 @@
 """The floor of the standard workload and of single decode steps: what no engine can beat on a machine.
 
-    python benchmark/floor.py [--shape NAME|DIR ...] [--tp N ...] [--bandwidth 4.3e12] [--peak-flops 788e12]
+    python benchmark/floor.py [--shape NAME|DIR ...] [--tp N ...] [--bandwidth 4.3e12 --peak-flops 788e12]
 
-`minisgl.benchmark.floor` says what is counted.
+`minisgl.benchmark.floor` says what is counted. The ceilings are those of the GPU at hand, measured, or else an H200's.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 
-from minisgl.benchmark import offline
+from minisgl.benchmark import offline, run_script
 from minisgl.benchmark.floor import Machine, floor_of, kv_read, weights_read
+from minisgl.benchmark.serve import machine_of
 from minisgl.benchmark.shapes import SHAPES, write_shape
 from minisgl.config.model import read_model_config
 
@@ -28,11 +29,12 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=list(SHAPES), help=", ".join(SHAPES) + ", or a directory")
     parser.add_argument("--tp", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--bandwidth", type=float, default=4.3e12)
-    parser.add_argument("--peak-flops", type=float, default=788e12)
+    parser.add_argument("--bandwidth", type=float)
+    parser.add_argument("--peak-flops", type=float)
     parser.add_argument("--context", type=int, default=192, help="tokens of a stream's context in a step")
     args = parser.parse_args()
-    machine, load = Machine(args.bandwidth, args.peak_flops), standard_load()
+    machine, load = machine_of(args, "cuda") or Machine(), standard_load()
+    print(f"ceilings: {machine}")
     num_output = sum(n for _, n, _ in load)
     print(f"standard workload: {sum(n for n, _, _ in load)} prompt tokens, {num_output} output tokens")
     print("| shape | GPUs | floor, tok/s | s: KV + weights + prefill | 1 stream, ms | 16 streams, ms |")
@@ -52,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

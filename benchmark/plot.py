@@ -17,9 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from minisgl.benchmark import run_script
 from minisgl.benchmark.metrics import LATENCIES, Record, latency_samples
+from minisgl.errors import ConfigError
+
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    Figure = None
 
 DOCS = Path(__file__).parent.parent / "docs"
 MARKS = ("<!-- results -->", "<!-- end of results -->")
@@ -110,7 +115,10 @@ def plot(documents: Sequence[dict[str, Any]], path: Path) -> None:
 
 def plot_latencies(source: Path, path: Path) -> None:
     """Cumulative distributions of the latencies of one run."""
-    document = json.loads(source.read_text())
+    try:
+        document = json.loads(source.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--latencies {source}: {error}") from None
     records = [Record(**request) for request in document["requests"]]
     samples = latency_samples(records, document["steps"])
     figure = Figure(figsize=(4 * len(samples), 3.6), layout="constrained")
@@ -122,17 +130,27 @@ def plot_latencies(source: Path, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def read_documents(file: Path) -> list[dict[str, Any]]:
+    """The lines of `minisgl bench offline --json` in a file. Raises: ConfigError naming the file."""
+    try:
+        lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return [line for line in lines if isinstance(line, dict) and "engine" in line.get("config", {})]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md and docs/img/benchmarks.png")
     parser.add_argument("--latencies", nargs=2, type=Path, metavar=("FILE.json", "OUT.png"))
     args = parser.parse_args()
+    if Figure is None and (args.latencies or args.write):
+        raise ConfigError("plots need matplotlib: pip install matplotlib, or minisgl's extra `plot`")
     if args.latencies:
         plot_latencies(*args.latencies)
         return
-    documents = [json.loads(line) for file in args.files for line in file.read_text().splitlines() if line.strip()]
-    documents = [document for document in documents if "engine" in document.get("config", {})]
+    documents = [document for file in args.files for document in read_documents(file)]
     print(table(documents))
     if args.write:
         page = DOCS / "benchmarks.md"
@@ -143,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,8 +25,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from minisgl.benchmark.floor import Machine, kv_read, weights_read
+from minisgl.benchmark import run_script
+from minisgl.benchmark.floor import kv_read, measure_gpu, weights_read
 from minisgl.benchmark.shapes import write_shape
+from minisgl.config.args import parse_args
 from minisgl.config.model import DTYPE_BYTES, ModelConfig
 
 WARM_STEPS = 24
@@ -189,7 +191,6 @@ def profile(args: argparse.Namespace, flags: list[str]) -> None:
 
     from minisgl import LLM, SamplingParams
     from minisgl.benchmark.offline import engine_options
-    from minisgl.config.args import parse_args
 
     if not torch.cuda.is_available():
         raise SystemExit("profile_step.py needs a GPU")
@@ -240,9 +241,14 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1000, help="prompt tokens of each request")
     parser.add_argument("--steps", type=int, default=24, help="steps to profile")
     parser.add_argument("--overlap", nargs="+", choices=("on", "off"), default=["on", "off"])
-    parser.add_argument("--bandwidth", type=float, default=Machine().bandwidth, help="bytes/s")
+    parser.add_argument("--bandwidth", type=float, help="bytes/s (default: measured)")
     parser.add_argument("--trace", type=Path, help="keep the Chrome trace here")
     args, flags = parser.parse_known_args()
+    parse_args(flags)  # a wrong one is told once
+    if args.bandwidth is None and (machine := measure_gpu()) is not None:
+        args.bandwidth = machine.bandwidth
+        sys.argv += ["--bandwidth", str(machine.bandwidth)]  # for the processes below
+        print(f"ceilings of {machine}")
     if len(args.overlap) == 1:
         profile(args, flags)
         return
@@ -251,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

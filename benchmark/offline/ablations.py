@@ -17,10 +17,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from minisgl.benchmark import offline, run_script
+from minisgl.config.args import parse_args
+
 # With prompts that share most of their tokens, so that a cache has something to find.
 SHARED = ["--workload", "prefix", "--num-prompts", "256", "--prefix-len", "1024", "--input-len", "16:128"]
 SHARED += ["--output-len", "64:256", "--vocab-size", "10001", "--temperature", "0.6", "--warmup", "8"]
 STANDARD = ["--workload", "standard"]
+GROUPS = ("overlap", "graphs", "radix", "backends", "chunks")
 QUICK = ["--num-prompts", "64", "--output-len", "64:128"]
 
 
@@ -67,13 +71,17 @@ def row(name: str, document: dict[str, Any], base: float | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3-0.6b")
-    parser.add_argument("--only", nargs="+", default=[], help="groups; the defaults are always measured")
+    parser.add_argument(
+        "--only", nargs="+", default=[], choices=GROUPS, help="groups; the defaults are always measured"
+    )
     parser.add_argument("--backends", nargs="+", default=["triton", "triton,cuda", "fa,cuda", "fa", "fi"])
     parser.add_argument("--chunks", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--quick", action="store_true", help="64 requests with short outputs")
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds of one run")
     parser.add_argument("--json", type=Path, metavar="FILE.jsonl", help="append one line for each run")
     args, further = parser.parse_known_args()
+    _, flags = offline.make_parser().parse_known_args(further)
+    parse_args(flags)  # a wrong one is told once, before any run
     print("| | tok/s | share of the floor | ratio | TTFT p50, ms |\n|---|---|---|---|---|", flush=True)
     bases: dict[str, float] = {}  # of each workload: its first run
     for group, name, flags in make_runs(args.backends, args.chunks):
@@ -89,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from minisgl import LLM, SamplingParams
+from minisgl.benchmark import run_script
 from minisgl.benchmark.metrics import describe_machine
 from minisgl.benchmark.offline import engine_options
 from minisgl.config.args import parse_args
@@ -81,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,7 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minisgl.benchmark import run_script
 from minisgl.benchmark.shapes import write_shape
+from minisgl.config.args import parse_args
 
 
 @contextlib.contextmanager
@@ -81,6 +83,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds of one run, and to start the server")
     parser.add_argument("--json", type=Path, metavar="FILE.jsonl", help="append one line for each run")
     args, server_flags = parser.parse_known_args()
+    parse_args(server_flags)  # a wrong one is told before anything is started
     load = ["--shape", args.shape, "--ignore-eos", "--temperature", "0.6", "--warmup", "8", "--vocab-size", "4096"]
     load += ["--num-prompts", str(args.num_prompts), "--input-len", args.input_len, "--output-len", args.output_len]
     with tempfile.TemporaryDirectory() as directory:
@@ -100,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

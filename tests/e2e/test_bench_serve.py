@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from minisgl.benchmark.shapes import write_shape
 from tests.e2e.conftest import ROOT, Server
+from tests.models import BASE
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 def test_load(server: Server, endpoint: str, tmp_path: Path) -> None:
     output = tmp_path / "out.json"
-    flags = ["--base-url", f"{server.url}/v1", "--endpoint", endpoint, "--num-prompts", "8", "--input-len", "5:10"]
+    flags = ["--base-url", server.url, "--endpoint", endpoint, "--num-prompts", "8", "--input-len", "5:10"]
     flags += ["--output-len", "10", "--ignore-eos", "--max-concurrency", "4", "--output", str(output)]
     command = [sys.executable, "-m", "minisgl", "bench", "serve", *flags]
     done = subprocess.run(command, cwd=ROOT / "python", capture_output=True, text=True, timeout=60, check=False)
@@ -25,3 +28,21 @@ def test_load(server: Server, endpoint: str, tmp_path: Path) -> None:
     assert summary["num_output"] == 80
     assert summary["num_prompt"] >= 8 * 5
     assert summary["latencies"]["ttft"]["p50"] > 0
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_every_token_of_a_shape_is_seen(start: Callable[..., Server], endpoint: str, tmp_path: Path) -> None:
+    """Most ids of a large vocabulary once were no text, and the first token that a client saw came near the end."""
+    shape = {**BASE, "vocab_size": 150_000, "hidden_size": 8, "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    model = write_shape(str(tmp_path), tmp_path / "model")
+    server = start(["-m", "minisgl", "--model", str(model), "--dummy-weight", "--port", "0", "--num-pages", "64"])
+    output = tmp_path / "out.json"
+    flags = ["--base-url", f"{server.url}/v1", "--endpoint", endpoint, "--num-prompts", "3", "--input-len", "20"]
+    flags += ["--output-len", "40", "--ignore-eos", "--max-concurrency", "1", "--temperature", "1", "--warmup", "0"]
+    command = [sys.executable, "-m", "minisgl", "bench", "serve", *flags, "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT / "python", capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    requests = json.loads(output.read_text())["requests"]
+    assert [request["num_output"] for request in requests] == [40] * 3
+    assert min(len(request["arrivals"]) for request in requests) >= 5  # a busy machine puts several into one event

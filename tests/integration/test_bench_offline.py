@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from minisgl import benchmark
+from minisgl.benchmark.shapes import write_shape
 from minisgl.errors import ConfigError
 from tests.models import BASE, tiny_model
 from tests.tokenizers_fixture import make_byte_level
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -42,7 +48,7 @@ def test_a_workload_that_does_not_fit_is_one_line(model: Path) -> None:
 
 
 def test_streams_of_a_shape_without_weights_or_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`config.json` alone is enough, and ids beyond the stand-in tokenizer's vocabulary do no harm."""
+    """`config.json` alone is enough."""
     shape = {**BASE, "vocab_size": 20_000, "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
     (tmp_path / "config.json").write_text(json.dumps(shape))
     lines = tmp_path / "lines.jsonl"
@@ -56,3 +62,29 @@ def test_streams_of_a_shape_without_weights_or_tokenizer(tmp_path: Path, capsys:
         assert summary["num_output"] == 27
         assert 0 < summary["step_floor"] < summary["latencies"]["step"]["p50"] / 1000
         assert 0 < summary["floor"] < summary["duration"]
+
+
+@pytest.mark.parametrize("workload", ["standard", "streams"])
+def test_workloads_fit_the_built_in_model(workload: str, tmp_path: Path) -> None:
+    """It has fewer tokens than the workload's ids; ids that are asked for are taken at their word."""
+    lines = tmp_path / "lines.jsonl"
+    flags = ["--workload", workload, "--num-prompts", "2", "--output-len", "5", "--warmup", "1", "--num-pages", "300"]
+    assert benchmark.main(["offline", *flags, "--json", str(lines)]) == 0
+    document = json.loads(lines.read_text())
+    assert document["config"]["vocab_size"] == 4096
+    assert document["summary"]["num_output"] == 10
+    with pytest.raises(ConfigError, match="--vocab-size 10001: the model has 4096 tokens"):
+        benchmark.main(["offline", *flags, "--vocab-size", "10001"])
+
+
+def test_what_features_cost_with_a_stand_in_tokenizer(tmp_path: Path) -> None:
+    """The script of features on random weights of a shape: grammars need a tokenizer that covers the vocabulary."""
+    shape = {**BASE, "vocab_size": 20_000, "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "eos_token_id": 7}))
+    model = write_shape(str(tmp_path), tmp_path / "model")
+    command = [sys.executable, str(ROOT / "benchmark" / "offline" / "features.py"), "--streams", "2", "--tokens", "8"]
+    command += ["--rounds", "1", "--model", str(model), "--dummy-weight", "--num-pages", "64"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n| ") == 11  # plain, and five features in all and in half of the streams

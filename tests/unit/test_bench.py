@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import httpx
 import pytest
 
 from minisgl import benchmark
@@ -18,10 +22,11 @@ from minisgl.__main__ import main as minisgl_main
 from minisgl.benchmark import dataset, floor, metrics, offline, serve
 from minisgl.benchmark.dataset import Lengths, Sample
 from minisgl.benchmark.metrics import Record
-from minisgl.benchmark.shapes import write_shape
+from minisgl.benchmark.shapes import stand_in_tokenizer, write_shape
 from minisgl.config.model import read_model_config
 from minisgl.errors import ConfigError
 
+ROOT = Path(__file__).parents[2]
 TTFT, GAP = 0.1, 0.04  # of the fake server, in seconds
 KNOWN_LATENCIES = {"ttft": TTFT, "tpot": GAP, "itl": GAP, "e2e": TTFT + 4 * GAP}
 
@@ -154,9 +159,106 @@ def test_no_server_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err.startswith("minisgl: error: --base-url http://127.0.0.1:9/v1: ")
 
 
+class ModelsAt:
+    """A server that lists its models at one path only."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        found = request.url.path == self.path
+        return httpx.Response(200, json={"data": [{"id": "m"}]}) if found else httpx.Response(404)
+
+
+@pytest.mark.parametrize(
+    ("given", "listed", "expected"),
+    [
+        ("http://s", "/v1/models", "http://s/v1"),
+        ("http://s/", "/v1/models", "http://s/v1"),
+        ("http://s/v1", "/v1/models", "http://s/v1"),
+        ("http://s/v1/", "/v1/models", "http://s/v1"),
+        ("http://s/v1/chat/completions", "/v1/models", "http://s/v1"),
+        ("http://s/v1/completions", "/v1/models", "http://s/v1"),
+        ("http://s/api/v3", "/api/v3/models", "http://s/api/v3"),
+        ("http://s/proxy", "/proxy/v1/models", "http://s/proxy/v1"),
+    ],
+)
+async def test_the_base_url_with_or_without_its_end(given: str, listed: str, expected: str) -> None:
+    async with httpx.AsyncClient(transport=httpx.MockTransport(ModelsAt(listed))) as client:
+        assert await serve.find_server(client, given, None) == (expected, "m")
+        assert await serve.find_server(client, given, "mine") == (expected, "mine")
+    async with httpx.AsyncClient(transport=httpx.MockTransport(ModelsAt("/none"))) as client:
+        with pytest.raises(ConfigError, match=f"^--base-url {given}: .*models does not answer"):
+            await serve.find_server(client, given, None)
+        assert (await serve.find_server(client, given, "mine"))[1] == "mine"  # some servers list none
+
+
+def test_no_floor_without_ceilings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "measure_gpu", lambda: None)
+    assert minisgl_main(["bench", "serve", "--shape", "qwen3-0.6b"]) == 2
+    assert "--bandwidth and --peak-flops" in capsys.readouterr().err
+    monkeypatch.setattr(serve, "measure_gpu", lambda: floor.Machine(3e12, 7e14, "a card, measured"))
+    args = serve.make_parser().parse_args(["--peak-flops", "5e14"])
+    assert serve.machine_of(args, "cpu") is None
+    assert str(serve.machine_of(args, "cuda")) == "a card, measured: 3 TB/s, 500 TFLOP/s"
+
+
+@pytest.mark.parametrize("vocab_size", [64, 256, 4096, 151_936])
+def test_every_token_of_the_stand_in_tokenizer_is_text(vocab_size: int) -> None:
+    tokenizer = stand_in_tokenizer(vocab_size)
+    assert tokenizer.get_vocab_size() == vocab_size
+    texts = [tokenizer.decode([token], skip_special_tokens=True) for token in range(vocab_size)]
+    assert all(texts)
+    assert not any("\ufffd" in text for text in texts)
+    assert len(set(texts)) == vocab_size
+    if vocab_size > 200:
+        assert tokenizer.encode(" time year day").ids == [
+            tokenizer.token_to_id(f"Ġ{w}") for w in ("time", "year", "day")
+        ]
+        text = 'A line: {"a": 1}\n'
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+        assert tokenizer.encode("ä").ids == [ord("?")] * 2
+
+
+def run_script(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmark" / name), *flags]
+    hidden = "import sys; sys.modules['matplotlib'] = None; import runpy; sys.argv = sys.argv[1:]"
+    if name == "plot.py":  # as if matplotlib were not installed
+        command = [sys.executable, "-c", f"{hidden}; runpy.run_path(sys.argv[0], run_name='__main__')", *command[1:]]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "python")},
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "expected"),
+    [
+        ("plot.py", ["--latencies", "run.json", "out.png"], "matplotlib"),
+        ("plot.py", ["no_such_file.jsonl"], "no_such_file.jsonl"),
+        ("offline/ablations.py", ["--tpp", "4"], "unknown argument --tpp"),
+        ("offline/ablations.py", ["--only", "radox"], "radox"),
+        ("offline/features.py", ["--modle", "x"], "unknown argument --modle"),
+        ("online/serve.py", ["--page-siez", "16"], "unknown argument --page-siez"),
+        ("profile_step.py", ["--dtype", "float13"], "--dtype float13"),
+        ("floor.py", ["--shape", "qwen9"], "shape 'qwen9'"),
+    ],
+)
+def test_scripts_tell_what_is_wrong_in_one_line(script: str, flags: list[str], expected: str) -> None:
+    done = run_script(script, *flags)
+    assert done.returncode == 2
+    assert expected in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_report_files_and_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--output", str(tmp_path / "out.json"), "--json", str(tmp_path / "lines"), "--shape", "qwen3-0.6b"]
     args = serve.make_parser().parse_args(flags)
+    args.machine = floor.Machine()
     good = Record(0.0, 0.5, (0.1, 0.3, 0.5), 10, 3, 4)
     bad = Record(0.0, 0.1, error="HTTP 500: [no]")
     assert serve.report(args, "a title", [good, bad], 2.0) == 0
@@ -174,6 +276,7 @@ def test_report_files_and_exit_status(tmp_path: Path, capsys: pytest.CaptureFixt
     # Three steps: the prompt, and two that read 1.19 GB of weights and hardly any KV.
     assert document["summary"]["floor"] == pytest.approx(3 * 1.192e9 / 4.3e12, rel=0.02)
     assert "reached: 0.0%" in out
+    assert "by these ceilings: an H200's: 4.3 TB/s, 788 TFLOP/s" in out
     assert serve.report(serve.make_parser().parse_args([]), "a title", [bad], 2.0) == 1
 
 
@@ -288,7 +391,7 @@ def floor_rate(shape: str, directory: Path, tp_size: int = 1) -> float:
     model = read_model_config(write_shape(shape, directory / shape))
     samples, _ = offline_samples("--workload", "standard")
     load = [(len(sample.prompt), sample.output_len, 0) for sample in samples]
-    return 133_966 / floor.floor_of(model, "bfloat16", load, tp_size=tp_size).seconds
+    return 133_966 / floor.floor_of(model, "bfloat16", load, floor.Machine(), tp_size).seconds
 
 
 def test_floors_of_the_standard_workload(tmp_path: Path) -> None:

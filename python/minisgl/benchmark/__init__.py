@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 from minisgl.errors import ConfigError
 
@@ -27,3 +28,11 @@ def main(argv: Sequence[str]) -> int:
     else:
         raise ConfigError(f"bench {command or 'alone'}: expected serve or offline; see minisgl bench --help")
     return run(argv[1:])
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """The `main` of a script in `benchmark/`: what is wrong with its flags or files is one line, and status 2."""
+    try:
+        main()
+    except ConfigError as error:
+        raise SystemExit(print(f"{sys.argv[0]}: error: {error}", file=sys.stderr) or 2) from None

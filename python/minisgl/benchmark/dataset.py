@@ -9,9 +9,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from minisgl.benchmark.shapes import WORDS
 from minisgl.errors import ConfigError
-
-WORDS = ["time", "year", "day", "way", "man", "world", "life", "hand", "part", "place", "week", "case", "work", "point"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,18 +8,62 @@ writing, no activations. It is a bound for any engine, as the roofline model has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from minisgl.config.model import DTYPE_BYTES, ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Ceilings of one GPU: bandwidth in bytes/s, of copies; flops in FLOP/s, of large bf16 products. Default: H200."""
+    """Ceilings of one GPU: bandwidth in bytes/s, of copies; flops in FLOP/s, of large bf16 products.
+
+    name: of the GPU, or where the figures come from. Default: an H200, as measured.
+    """
 
     bandwidth: float = 4.3e12
     flops: float = 788e12
+    name: str = "an H200's"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.bandwidth / 1e12:.3g} TB/s, {self.flops / 1e12:.4g} TFLOP/s"
+
+
+def measure_gpu(seconds: float = 1.0) -> Machine | None:
+    """The ceilings of the first GPU, each measured for so long; None where there is none, or too little memory."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    try:
+        num_bytes, size = min(2**30, torch.cuda.mem_get_info()[0] // 4), 8192
+        buffers = torch.empty(2, num_bytes, dtype=torch.uint8, device="cuda")
+        copy = _best_seconds(lambda: buffers[0].copy_(buffers[1]), seconds)
+        matrices = torch.randn(2, size, size, dtype=torch.bfloat16, device="cuda")
+        product = _best_seconds(lambda: matrices[0] @ matrices[1], seconds)
+    except torch.OutOfMemoryError:
+        return None
+    return Machine(2 * num_bytes / copy, 2 * size**3 / product, f"{torch.cuda.get_device_name()}, measured")
+
+
+def _best_seconds(launch: Callable[[], object], seconds: float) -> float:
+    """Of one launch, on the device: the best mean of ten in a row, over so many seconds."""
+    import torch
+
+    event: Any = torch.cuda.Event
+    begin, end = event(enable_timing=True), event(enable_timing=True)
+    best, deadline = math.inf, time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        begin.record()
+        for _ in range(10):
+            launch()
+        end.record()
+        end.synchronize()
+        best = min(best, begin.elapsed_time(end) / 1e4)
+    return best
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +84,7 @@ def floor_of(
     model: ModelConfig,
     dtype: str,
     requests: Sequence[tuple[int, int, int]],
-    machine: Machine | None = None,
+    machine: Machine,
     tp_size: int = 1,
     max_running: int = 256,
 ) -> Floor:
@@ -48,7 +92,6 @@ def floor_of(
 
     A waiting request is prefilled whole, in the step after one has ended; the step gives its first output token.
     """
-    machine = machine or Machine()
     waiting = list(reversed(requests))
     running: list[list[int]] = []  # context length, tokens left
     kv_bytes = weight_bytes = flops = 0.0

@@ -71,7 +71,8 @@ class Record:
 class Summary:
     """A run's totals over its successful requests, rates per second of `duration`, latencies in milliseconds.
 
-    floor: seconds that the machine needs at least, and step_floor: a decode step, where they were computed.
+    floor: seconds that the machine needs at least, and step_floor: a decode step, where they were computed; with the
+    machine's `ceilings` in words.
     """
 
     num_requests: int
@@ -87,6 +88,7 @@ class Summary:
     errors: dict[str, int]
     floor: float | None = None
     step_floor: float | None = None
+    ceilings: str | None = None
 
     def floor_texts(self) -> list[str]:
         """The floor in words, with the share of it that was reached."""
@@ -97,7 +99,7 @@ class Summary:
         if self.step_floor and "step" in self.latencies:
             share = 100_000 * self.step_floor / self.latencies["step"]["p50"]
             texts.append(f"{1000 * self.step_floor:.3f} ms per step; reached: {share:.1f}%")
-        return texts
+        return [*texts, f"by these ceilings: {self.ceilings}"] if texts and self.ceilings else texts
 
 
 def latency_samples(records: Sequence[Record], steps: Sequence[float] = ()) -> dict[str, list[float]]:
@@ -119,6 +121,7 @@ def summarize(
     steps: Sequence[float] = (),
     floor: float | None = None,
     step_floor: float | None = None,
+    ceilings: str | None = None,
 ) -> Summary:
     """The numbers of a run that took `duration` seconds. steps: times of single decode steps, where known."""
     good = [record for record in records if record.error is None]
@@ -139,6 +142,7 @@ def summarize(
         errors=dict(Counter(record.error for record in records if record.error is not None).most_common()),
         floor=floor,
         step_floor=step_floor,
+        ceilings=ceilings,
     )
 
 

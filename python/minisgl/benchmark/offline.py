@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
             args.resolved = {name: getattr(run.engine, name) for name in _RESOLVED}
     except RequestError as error:
         raise ConfigError(f"--workload {args.workload}: {error}") from None
-    summary = metrics.summarize(run.records, run.duration, run.steps, run.floor, run.step_floor)
+    summary = metrics.summarize(run.records, run.duration, run.steps, run.floor, run.step_floor, run.ceilings)
     metrics.print_summary(title, summary)
     metrics.write_files(args, summary, run.records, run.steps)
     return int(summary.num_failed == summary.num_requests)
@@ -116,7 +116,7 @@ def fill_in(args: argparse.Namespace) -> None:
     workload = WORKLOADS[args.workload]
     for name, own in (("input_len", workload.inputs), ("output_len", workload.outputs)):
         setattr(args, name, getattr(args, name) or own)
-    for name in ("num_prompts", "vocab_size", "temperature", "warmup", "prefix_len"):
+    for name in ("num_prompts", "temperature", "warmup", "prefix_len"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(workload, name))
     if args.workload == "streams" and args.output_len.low != args.output_len.high:
@@ -136,13 +136,21 @@ def model_options(shape: str | None, options: dict[str, Any]) -> Iterator[dict[s
         yield {**options, "model_path": str(write_shape(shape, directory)), "dummy_weight": True}
 
 
+def vocab_size_for(args: argparse.Namespace, model: int | None = None) -> int:
+    """Prompts are random ids below this: what was asked for, or the workload's as far as the `model` has so many."""
+    if args.vocab_size is None:
+        own = WORKLOADS[args.workload].vocab_size
+        return own if model is None else min(own, model)
+    if model is not None and args.vocab_size > model:
+        raise ConfigError(f"--vocab-size {args.vocab_size}: the model has {model} tokens")
+    return int(args.vocab_size)
+
+
 def make_samples(args: argparse.Namespace) -> tuple[list[Sample], list[Sample]]:
     """The measured requests, and the warm-up's. A function of the seed."""
-    rng = Random(args.seed)
-    measured = dataset.random_ids(
-        args.num_prompts, args.input_len, args.output_len, rng, args.vocab_size, args.prefix_len
-    )
-    return measured, dataset.random_ids(args.warmup, _WARMUP_INPUT, _WARMUP_OUTPUT, rng, args.vocab_size)
+    rng, vocab_size = Random(args.seed), vocab_size_for(args)
+    measured = dataset.random_ids(args.num_prompts, args.input_len, args.output_len, rng, vocab_size, args.prefix_len)
+    return measured, dataset.random_ids(args.warmup, _WARMUP_INPUT, _WARMUP_OUTPUT, rng, vocab_size)
 
 
 class Run:
@@ -163,10 +171,11 @@ class Run:
                 return finished
 
         turns: list[float] = []
-        measured, warmup = make_samples(args)
         options = dict(options)
         with TimedLLM(options.pop("model_path", None), **options) as llm:
             self.engine = llm.config.engine
+            args.vocab_size = vocab_size_for(args, self.engine.model.vocab_size)
+            measured, warmup = make_samples(args)
             if warmup:
                 _generate(llm, warmup, args.temperature)
             turns.clear()
@@ -177,6 +186,7 @@ class Run:
         self.steps: list[float] = []
         self.floor: float | None = None
         self.step_floor: float | None = None
+        self.ceilings: str | None = None
         if args.workload == "streams":  # the last turns are the steps after the first token, the same for all
             turns = turns[-args.output_len.high :]
             self.steps = [after - before for before, after in itertools.pairwise(turns)]
@@ -186,6 +196,7 @@ class Run:
         machine = machine_of(args, self.engine.device)
         if machine is None:
             return
+        self.ceilings = str(machine)
         engine = self.engine
         shape = (engine.model, engine.dtype)
         load = [(r.num_prompt, r.num_output, r.num_cached) for r in self.records]

@@ -8,17 +8,19 @@ import contextlib
 import itertools
 import math
 import os
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 import httpx
 
 from minisgl.benchmark import dataset, metrics
 from minisgl.benchmark.client import measure, request_body
-from minisgl.benchmark.floor import Machine, floor_of
+from minisgl.benchmark.floor import Machine, floor_of, measure_gpu
 from minisgl.benchmark.metrics import Record
 from minisgl.benchmark.shapes import write_shape
 from minisgl.config.args import ArgumentParser, argument, integer
@@ -31,7 +33,7 @@ natural, positive = argument(integer(0)), argument(integer(1))
 def make_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="minisgl bench serve", description="Measure a running OpenAI-compatible server.")
     add = parser.add_argument
-    add("--base-url", default="http://127.0.0.1:1919/v1", help="the server's /v1 (default: %(default)s)")
+    add("--base-url", default="http://127.0.0.1:1919/v1", help="the server, with or without /v1 (default: %(default)s)")
     add("--model", help="model id (default: the first of /v1/models)")
     add("--shape", help="directory with the model's config.json, or a shape's name: for the floor")
     add("--endpoint", choices=("completions", "chat"), default="completions")
@@ -48,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--warmup", type=natural, default=1, help="requests before the measured ones (default: %(default)s)")
     add("--time-limit", type=float, default=3600.0, help="seconds until what is unfinished counts as failed")
     add_common_options(parser)
+    parser.set_defaults(machine=None)
     return parser
 
 
@@ -57,22 +60,28 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=natural, default=0)
     add("--json", metavar="FILE.jsonl", help="append configuration and summary as one line")
     add("--output", metavar="FILE.json", help="write configuration, summary and raw numbers")
-    add("--bandwidth", type=_rate, help="of the machine, bytes/s, for the floor (default on a GPU: 4.3e12)")
-    add("--peak-flops", type=_rate, help="of the machine, FLOP/s, for the floor (default on a GPU: 788e12)")
+    add("--bandwidth", type=_rate, help="of a GPU, bytes/s, for the floor (default: measured on the GPU at hand)")
+    add("--peak-flops", type=_rate, help="of a GPU, FLOP/s, for the floor (default: measured on the GPU at hand)")
 
 
 def machine_of(args: argparse.Namespace, device: str) -> Machine | None:
-    """The ceilings that were given, or an H200's. None on a CPU without them: its own are not known."""
-    if device == "cpu" and not (args.bandwidth and args.peak_flops):
+    """The ceilings that were given, or the measured ones of the GPU at hand; None, and so no floor, without either."""
+    if args.bandwidth and args.peak_flops:
+        return Machine(args.bandwidth, args.peak_flops, "as given")
+    machine = measure_gpu() if device == "cuda" else None
+    if machine is None:
         return None
-    given = {"bandwidth": args.bandwidth, "flops": args.peak_flops}
-    return Machine(**{name: value for name, value in given.items() if value})
+    return replace(machine, bandwidth=args.bandwidth or machine.bandwidth, flops=args.peak_flops or machine.flops)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark. Raises: ConfigError when it cannot be run at all."""
     args = make_parser().parse_args(argv)
     metrics.check_files(json=args.json, output=args.output)
+    if args.shape is not None:
+        args.machine = machine_of(args, "cuda")
+        if args.machine is None:
+            raise ConfigError("--shape: without a GPU at hand the floor needs --bandwidth and --peak-flops")
     samples = make_samples(args)
     records, duration = asyncio.run(run(args, samples))
     return report(args, f"minisgl bench serve: {args.model}, {args.endpoint}", records, duration)
@@ -80,7 +89,8 @@ def main(argv: Sequence[str]) -> int:
 
 def report(args: argparse.Namespace, title: str, records: Sequence[Record], duration: float) -> int:
     """Print and write what was measured. Returns 1 when every request failed."""
-    summary = metrics.summarize(records, duration, floor=_floor(args, records))
+    ceilings = None if args.machine is None else str(args.machine)
+    summary = metrics.summarize(records, duration, floor=_floor(args, records), ceilings=ceilings)
     metrics.print_summary(title, summary)
     metrics.write_files(args, summary, records)
     return int(summary.num_failed == summary.num_requests)
@@ -88,12 +98,12 @@ def report(args: argparse.Namespace, title: str, records: Sequence[Record], dura
 
 def _floor(args: argparse.Namespace, records: Sequence[Record]) -> float | None:
     """Seconds, with the shape's own dtype on one GPU, as if all requests had come at once."""
-    if args.shape is None:
+    if args.machine is None:
         return None
     with tempfile.TemporaryDirectory() as directory:
         model = read_model_config(write_shape(args.shape, directory))
     load = [(r.num_prompt, r.num_output, r.num_cached) for r in records if r.error is None]
-    return floor_of(model, model.dtype, load, machine_of(args, "cuda")).seconds
+    return floor_of(model, model.dtype, load, args.machine).seconds
 
 
 def make_samples(args: argparse.Namespace) -> list[dataset.Sample]:
@@ -128,9 +138,9 @@ async def run(args: argparse.Namespace, samples: Sequence[dataset.Sample]) -> tu
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx.Timeout(args.time_limit, connect=30.0)
     async with httpx.AsyncClient(headers=headers, limits=limits, timeout=timeout, trust_env=False) as client:
-        args.model = args.model or await first_model(client, args.base_url)
-        path = "/chat/completions" if args.endpoint == "chat" else "/completions"
-        url = args.base_url.rstrip("/") + path
+        base_url, model = await find_server(client, args.base_url, args.model)
+        args.model = model
+        url = base_url + ("/chat/completions" if args.endpoint == "chat" else "/completions")
         bodies = [request_body(s, args.model, args.endpoint, args.temperature, args.ignore_eos) for s in samples]
         for body in bodies[args.num_prompts :]:
             await measure(client, url, body, time.perf_counter())
@@ -138,16 +148,24 @@ async def run(args: argparse.Namespace, samples: Sequence[dataset.Sample]) -> tu
         return await _send_all(args, client, url, bodies[: args.num_prompts], offsets)
 
 
-async def first_model(client: httpx.AsyncClient, base_url: str) -> str:
-    """The id of the first model that the server lists. Raises: ConfigError when there is no such server."""
-    url = base_url.rstrip("/") + "/models"
-    try:
-        response = await client.get(url, timeout=30)
-        response.raise_for_status()
-        return str(response.json()["data"][0]["id"])
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"--base-url {base_url}: {url} does not answer: {reason}") from None
+async def find_server(client: httpx.AsyncClient, given: str, model: str | None) -> tuple[str, str]:
+    """Where the API is, for a `--base-url` with or without `/v1`, and the model: unless named, the first of the list.
+
+    Raises: ConfigError when no list of models answers there, unless the model is named: some servers have no list.
+    """
+    base_url = re.sub(r"(/chat)?/completions$", "", given.rstrip("/"))
+    problem = ""
+    for url in dict.fromkeys((base_url.removesuffix("/v1") + "/v1", base_url)):
+        try:
+            response = await client.get(f"{url}/models", timeout=30)
+            response.raise_for_status()
+            return url, model or str(response.json()["data"][0]["id"])
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            problem = problem or f"--base-url {given}: {url}/models does not answer: {reason}"
+    if model is None:
+        raise ConfigError(problem)
+    return base_url, model
 
 
 async def _send_all(

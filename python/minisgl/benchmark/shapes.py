@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from minisgl.config.locate import DEMO_MODEL
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from minisgl.config.model import read_model_config
 from minisgl.errors import ConfigError
 
 _COMMON: dict[str, Any] = {
@@ -48,18 +50,45 @@ SHAPES = {
 }
 
 
+# What random chats are made of: each word is one token of the stand-in tokenizer, and of most real ones.
+WORDS = ("time", "year", "day", "way", "man", "world", "life", "hand", "part", "place", "week", "case", "work", "point")
+_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+
+
 def write_shape(name: str, directory: str | Path) -> Path:
     """Make `directory` a model directory of the shape `name`, or of the `config.json` in the directory `name`.
 
-    The tokenizer is the built-in model's: prompts are ids, and ids that it does not know become no text.
-    Raises: ConfigError when there is no such shape.
+    The tokenizer is that of the directory `name` if it has one, else a stand-in (`stand_in_tokenizer`).
+    Raises: ConfigError when there is no such shape, or its configuration is not one that is served.
     """
     path = Path(directory)
-    source = Path(name) / "config.json"
-    if name not in SHAPES and not source.is_file():
+    source = Path(name)
+    if name not in SHAPES and not (source / "config.json").is_file():
         raise ConfigError(f"shape {name!r}: expected {', '.join(SHAPES)}, or a directory with config.json")
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(SHAPES[name]) if name in SHAPES else source.read_text())
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_MODEL / file, path)
+    (path / "config.json").write_text(
+        json.dumps(SHAPES[name]) if name in SHAPES else (source / "config.json").read_text()
+    )
+    model = read_model_config(path)
+    if name not in SHAPES and (source / "tokenizer.json").is_file():
+        for file in source.glob("tokenizer*.json"):
+            shutil.copy(file, path)
+        return path
+    stand_in_tokenizer(model.vocab_size).save(str(path / "tokenizer.json"), pretty=False)
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (path / "tokenizer_config.json").write_text(json.dumps({**kind, "chat_template": _TEMPLATE}))
     return path
+
+
+def stand_in_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer of `vocab_size` tokens, each of which is text: so that each step of a stream shows, as it would with
+    real weights. Ids below 128 are ASCII characters, the next ones are `WORDS`, the others made up."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens = [byte_level.pre_tokenize_str(chr(code))[0][0] for code in range(128)] + [f"Ġ{word}" for word in WORDS]
+    tokens += [f"Ġw{number}" for number in range(len(tokens), vocab_size)]
+    vocab = {token: number for number, token in enumerate(tokens[:vocab_size])}
+    unknown = "?" if "?" in vocab else tokens[0]  # for characters beyond ASCII
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=unknown, ignore_merges=True))
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
