@@ -12,7 +12,7 @@ from minisgl.config.runtime import Addresses
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError, WorkerDied
 from minisgl.message.backend import AbortMsg, PingMsg
-from minisgl.message.frontend import ErrorReply, PongReply, UserReply, frontend_codec
+from minisgl.message.frontend import AcceptedReply, ErrorReply, PongReply, UserReply, frontend_codec
 from minisgl.message.tokenizer import TextPrompt, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.server.frontend import Frontend
 from minisgl.utils.sockets import AsyncPullSocket, PushSocket
@@ -79,6 +79,24 @@ async def test_a_slow_reader_gets_everything_at_once(frontend: Frontend, peers: 
         stream.uid, "ab", b"\1\0\0\0\2\0\0\0", 3, 2, 2, finish_reason=FinishReason.STOP, prompt_end="<think>"
     )
     assert reply == expected
+
+
+async def test_a_stream_is_accepted_when_the_tokenizer_says_so_or_something_comes(
+    frontend: Frontend, peers: Peers
+) -> None:
+    streams = [frontend.submit(PROMPT, PARAMS, notify=True) for _ in range(3)]
+    messages = [message for index in (0, 1, 1) for message in await peers.receive(index)]
+    assert all(isinstance(message, TokenizeMsg) and message.notify for message in messages)
+    waiting = [asyncio.ensure_future(stream.accepted()) for stream in streams]
+    await asyncio.sleep(0.05)
+    assert not any(task.done() for task in waiting)
+    peers.outbox.send([AcceptedReply(streams[0].uid), ErrorReply(streams[1].uid, "too long")])
+    peers.reply(streams[2].uid, "a")
+    await asyncio.wait_for(waiting[0], 5)
+    await asyncio.wait_for(waiting[2], 5)
+    with pytest.raises(RequestError, match="too long"):
+        await asyncio.wait_for(waiting[1], 5)
+    assert (await anext(streams[2])).text == "a"  # it was no more than a look
 
 
 async def test_an_abort_goes_the_way_of_its_request(frontend: Frontend, peers: Peers) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from minisgl.config.runtime import Addresses, TokenizerConfig
@@ -13,7 +14,7 @@ from minisgl.core import Grammar, SamplingParams
 from minisgl.errors import ConfigError, RequestError
 from minisgl.message.backend import AbortMsg, PingMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import ErrorReply, PongReply, UserReply
+from minisgl.message.frontend import AcceptedReply, ErrorReply, PongReply, UserReply
 from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, IdsPrompt, StreamStart, TextPrompt, TokenizeMsg
 from minisgl.tokenizer.server import TokenizerServer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
@@ -183,6 +184,17 @@ def test_one_bad_request_harms_nobody_else(tmp_path: Path, caplog: pytest.LogCap
     assert all("secret" not in error.message for error in errors)
     assert [message.uid for message in to_frontend if isinstance(message, UserReply)] == [5]
     assert sum(record.exc_info is not None for record in caplog.records) == 2
+
+
+def test_who_asks_is_told_that_the_prompt_is_taken(tmp_path: Path, byte_level: HFTextCodec) -> None:
+    """Not of a grammar: the scheduler may still refuse the request for it."""
+    server = start_server(tmp_path, byte_level, num_tokenizer=1, tokenizer=True)
+    asking = [request(TextPrompt(text=text), uid) for uid, text in enumerate(["x", "", "x"])]
+    asking.append(request(TextPrompt(text="x"), 3, grammar=Grammar("regex", "a")))
+    asking = [msgspec.structs.replace(message, notify=message.uid != 2) for message in asking]
+    _, to_frontend = server.handle(asking)
+    server.close()
+    assert [(type(message), message.uid) for message in to_frontend] == [(AcceptedReply, 0), (ErrorReply, 1)]
 
 
 def test_an_abort_stays_behind_its_request(tmp_path: Path, byte_level: HFTextCodec) -> None:

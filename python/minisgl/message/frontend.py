@@ -26,6 +26,13 @@ class UserReply(msgspec.Struct, frozen=True, tag="reply", forbid_unknown_fields=
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     prompt_end: str = ""  # in the first reply: the text of the prompt's last tokens
+    stop: str | None = None  # in the last: the stop string that ended it
+
+
+class AcceptedReply(msgspec.Struct, frozen=True, tag="accepted", forbid_unknown_fields=True):
+    """The prompt is encoded and fits: the request has gone on to the scheduler."""
+
+    uid: int
 
 
 class ErrorReply(msgspec.Struct, frozen=True, tag="error", forbid_unknown_fields=True):
@@ -85,5 +92,5 @@ class FlushReply(msgspec.Struct, frozen=True, tag="flushed", forbid_unknown_fiel
     num_pages: int
 
 
-FrontendMsg = UserReply | ErrorReply | PongReply | EncodedReply | DecodedReply | StatsReply | FlushReply
+FrontendMsg = UserReply | AcceptedReply | ErrorReply | PongReply | EncodedReply | DecodedReply | StatsReply | FlushReply
 frontend_codec: Codec[FrontendMsg] = Codec(FrontendMsg)

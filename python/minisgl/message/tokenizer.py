@@ -39,11 +39,15 @@ Prompt = ChatPrompt | TextPrompt | IdsPrompt
 
 
 class TokenizeMsg(msgspec.Struct, frozen=True, tag="tokenize", forbid_unknown_fields=True):
-    """A new request. `params.max_tokens` may be None (the tokenizer fills in what the context has room for)."""
+    """A new request. `params.max_tokens` may be None (the tokenizer fills in what the context has room for).
+
+    notify: answer with an `AcceptedReply`, unless the scheduler may still refuse the request for its grammar.
+    """
 
     uid: int
     prompt: Prompt
     params: SamplingParams
+    notify: bool = False
 
 
 class EncodeMsg(msgspec.Struct, frozen=True, tag="encode", forbid_unknown_fields=True):

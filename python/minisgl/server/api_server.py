@@ -72,6 +72,8 @@ from minisgl.server.render_responses import ResponsesRenderer
 logger = logging.getLogger(__name__)
 
 DEFAULT_HEALTH_SECONDS = 10.0
+DEFAULT_KEEPALIVE_SECONDS = 10.0
+ACCEPT_SECONDS = 5.0  # that a stream's header waits for what may refuse the request: encoding, and compiling a grammar
 
 T = TypeVar("T")
 R = TypeVar("R", bound=GenerationRequest)
@@ -83,6 +85,7 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     app = FastAPI(title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None)
     created = int(time.time())
     health_seconds = env_number("MINISGL_HEALTH_TIMEOUT", DEFAULT_HEALTH_SECONDS, low=0.1, high=3600)
+    keepalive = env_number("MINISGL_SSE_KEEPALIVE", DEFAULT_KEEPALIVE_SECONDS, low=0, high=86400)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
     limits = Limits(max_body, health_seconds)
     _add_error_handlers(app)
@@ -93,7 +96,7 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
         parsed = with_grammar(parse(await read_json(request, max_body), config.default_sampling), config)
         check_model(parsed.model, config)
         check_policy(parsed.params, config.scheduler.schedule_policy)
-        return await _answer(frontend, request, parsed, make(parsed))
+        return await _answer(frontend, request, parsed, make(parsed), keepalive)
 
     @app.post("/v1/chat/completions", **documented(ChatCompletion, ChatBody, errors=(404, 503), events=EVENTS))
     async def chat_completions(request: Request) -> Response:
@@ -158,7 +161,9 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     return app
 
 
-async def _answer(frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer) -> Response:
+async def _answer(
+    frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer, keepalive: float
+) -> Response:
     """Run the request and show its replies. A client that goes away takes its request with it."""
     streams = _submit(frontend, parsed, (request.state.request_id, renderer.id))
     totals = request.state.totals = Totals(len(streams), parsed.num_choices)
@@ -166,10 +171,9 @@ async def _answer(frontend: Frontend, request: Request, parsed: GenerationReques
         if not parsed.stream:
             choices = await unless_disconnected(request.receive, _collect(streams, totals))
             return json_response(renderer.body(_best(choices, parsed), totals))
-        replies = _interleave(streams)
-        # An error that comes instead of the first reply is still an HTTP status, not an event.
-        first = await unless_disconnected(request.receive, anext(replies))
-        return EventStream(_events(first, replies, renderer, totals), streams)
+        # What is refused gets an HTTP status; once the request is on its way, an error is an event.
+        await unless_disconnected(request.receive, _accepted(streams))
+        return EventStream(_events(streams, renderer, totals), streams, renderer.keep_alive, keepalive)
     except ClientDisconnect:
         _abort(streams)
         logger.debug("a client went away; its request is aborted")
@@ -188,7 +192,9 @@ def _submit(frontend: Frontend, parsed: GenerationRequest, request_ids: Sequence
     try:
         for prompt in parsed.prompts:
             for seed in choice_seeds(parsed.params, parsed.num_choices):
-                streams.append(frontend.submit(prompt, replace(parsed.params, seed=seed), request_ids))
+                streams.append(
+                    frontend.submit(prompt, replace(parsed.params, seed=seed), request_ids, notify=parsed.stream)
+                )
     except BaseException:
         _abort(streams)
         raise
@@ -206,6 +212,16 @@ def _best(choices: Sequence[Sequence[UserReply]], parsed: GenerationRequest) -> 
 def _abort(streams: Sequence[Stream]) -> None:
     for stream in streams:
         stream.abort()
+
+
+async def _accepted(streams: Sequence[Stream]) -> None:
+    """Wait until none of them is refused any more, or one has taken `ACCEPT_SECONDS`.
+
+    Raises: RequestError, WorkerDied.
+    """
+    with contextlib.suppress(asyncio.TimeoutError):
+        for stream in streams:
+            await asyncio.wait_for(stream.accepted(), ACCEPT_SECONDS)
 
 
 async def _collect(streams: Sequence[Stream], totals: Totals) -> list[list[UserReply]]:
@@ -240,12 +256,7 @@ async def _interleave(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Us
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _events(
-    first: tuple[int, UserReply],
-    replies: AsyncGenerator[tuple[int, UserReply], None],
-    renderer: Renderer,
-    totals: Totals,
-) -> AsyncGenerator[bytes, None]:
+async def _events(streams: Sequence[Stream], renderer: Renderer, totals: Totals) -> AsyncGenerator[bytes, None]:
     """The SSE body, an error event included if it comes to that."""
     started: set[int] = set()
 
@@ -256,8 +267,7 @@ async def _events(
         return b"".join(map(event, chunks))
 
     try:
-        yield shown(*first)
-        async with contextlib.aclosing(replies):
+        async with contextlib.aclosing(_interleave(streams)) as replies:
             async for index, reply in replies:
                 data = shown(index, reply)
                 if data:
@@ -273,15 +283,24 @@ async def _events(
 
 
 class EventStream(Response):
-    """Sends events as they come, until they end or the client goes away; then aborts what is left of `streams`."""
+    """Sends events as they come, until they end or the client goes away; then aborts what is left of `streams`.
+
+    keep_alive: what is sent after so many `seconds` of nothing else (0: never), for proxies and clients that would give
+    up. Events go out whole, so it stands between two of them.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], streams: Sequence[Stream]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], streams: Sequence[Stream], keep_alive: bytes, seconds: float
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._streams = streams
+        self._keep_alive = keep_alive
+        self._seconds = seconds
+        self._last_sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         try:
@@ -294,9 +313,23 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for data in self._events:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+        keeper = asyncio.ensure_future(self._keep(send))
+        try:
+            async for data in self._events:
+                self._last_sent = time.monotonic()
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        finally:
+            keeper.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep(self, send: Send) -> None:
+        self._last_sent = time.monotonic()
+        while self._seconds:
+            left = self._last_sent + self._seconds - time.monotonic()
+            if left <= 0:
+                self._last_sent, left = time.monotonic(), self._seconds
+                await send({"type": "http.response.body", "body": self._keep_alive, "more_body": True})
+            await asyncio.sleep(left)
 
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:

@@ -13,8 +13,21 @@ from minisgl.errors import RequestError
 MAX_BODY_BYTES = 64 * 2**20  # unless MINISGL_MAX_BODY_BYTES says otherwise
 
 
+# JSON needs no escape for them, but many a reader of lines ends one there (Python's `str.splitlines`, JavaScript's).
+_LINE_ENDS = (("\x85", b"\\u0085"), ("\u2028", b"\\u2028"), ("\u2029", b"\\u2029"))
+
+
+def dump_json(payload: object) -> bytes:
+    """JSON on one line, whoever reads it."""
+    data = orjson.dumps(payload)
+    if not data.isascii():
+        for character, escaped in _LINE_ENDS:
+            data = data.replace(character.encode(), escaped)
+    return data
+
+
 def json_response(payload: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(payload), status, headers, media_type="application/json")
+    return Response(dump_json(payload), status, headers, media_type="application/json")
 
 
 async def read_json(request: Request, limit: int) -> bytes:

@@ -11,12 +11,15 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from minisgl.config.runtime import Addresses
 from minisgl.core import MAX_SEED, FinishReason, SamplingParams
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
 from minisgl.message.backend import AbortMsg, BackendMsg, FlushMsg, PingMsg, StatsMsg, backend_codec
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import (
+    AcceptedReply,
     DecodedReply,
     EncodedReply,
     ErrorReply,
@@ -51,7 +54,7 @@ class Stream(AsyncIterator[UserReply]):
     Raises: RequestError when the request is refused or fails, WorkerDied when a child process is gone.
     """
 
-    __slots__ = ("_error", "_finished", "_frontend", "_replies", "_waiter", "request_ids", "timing", "uid")
+    __slots__ = ("_accepted", "_error", "_finished", "_frontend", "_replies", "_waiter", "request_ids", "timing", "uid")
 
     def __init__(self, frontend: Frontend, uid: int, request_ids: Sequence[str] = ()) -> None:
         self.uid = uid
@@ -61,6 +64,7 @@ class Stream(AsyncIterator[UserReply]):
         self._replies: deque[UserReply] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._error: MiniSGLError | None = None
+        self._accepted = False  # the tokenizer has no objection
         self._finished = False  # nothing more is to come
 
     def __aiter__(self) -> Stream:
@@ -72,13 +76,26 @@ class Stream(AsyncIterator[UserReply]):
                 raise self._error
             if self._finished:
                 raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._change()
         replies = self._replies
         return replies.popleft() if len(replies) == 1 else _merge(replies)
+
+    async def accepted(self) -> None:
+        """Wait until the request, if it asked for a notice, has passed the tokenizer, or until its first reply.
+
+        Raises: RequestError when it is refused, WorkerDied.
+        """
+        while not (self._accepted or self._replies):
+            if self._error is not None:
+                raise self._error
+            await self._change()
+
+    async def _change(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
     async def aclose(self) -> None:
         """Abort the request unless it has ended. Idempotent."""
@@ -91,6 +108,10 @@ class Stream(AsyncIterator[UserReply]):
     def push(self, reply: UserReply) -> None:
         self._replies.append(reply)
         self._finished = reply.finish_reason is not None
+        self._wake()
+
+    def accept(self) -> None:
+        self._accepted = True
         self._wake()
 
     def fail(self, error: MiniSGLError) -> None:
@@ -111,15 +132,10 @@ def _merge(replies: deque[UserReply]) -> UserReply:
     prompt_logprobs = tuple(token for reply in replies for token in reply.prompt_logprobs)
     first, last = replies[0], replies[-1]
     replies.clear()
-    return UserReply(
-        uid=last.uid,
+    return msgspec.structs.replace(
+        last,
         text=text,
         token_ids=token_ids,
-        num_prompt_tokens=last.num_prompt_tokens,
-        num_output_tokens=last.num_output_tokens,
-        num_cached_tokens=last.num_cached_tokens,
-        finish_reason=last.finish_reason,
-        error=last.error,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         prompt_end=first.prompt_end,
@@ -170,14 +186,19 @@ class Frontend:
             for socket in self._tokenizers:
                 socket.close(linger_ms=100)  # the last aborts
 
-    def submit(self, prompt: Prompt, params: SamplingParams, request_ids: Sequence[str] = ()) -> Stream:
-        """Send a request on its way. request_ids: for `cancel`. Raises: WorkerDied when the server is going down."""
+    def submit(
+        self, prompt: Prompt, params: SamplingParams, request_ids: Sequence[str] = (), *, notify: bool = False
+    ) -> Stream:
+        """Send a request on its way. request_ids: for `cancel`; notify: for `Stream.accepted`.
+
+        Raises: WorkerDied when the server is going down.
+        """
         if self._down is not None:
             raise self._down
         if params.seed is None:
             params = replace(params, seed=random.randint(0, MAX_SEED))
         uid = self._take_uid()
-        self._tokenizer_of(uid).send([TokenizeMsg(uid=uid, prompt=prompt, params=params)])
+        self._tokenizer_of(uid).send([TokenizeMsg(uid=uid, prompt=prompt, params=params, notify=notify)])
         stream = self._streams[uid] = Stream(self, uid, request_ids)
         return stream
 
@@ -275,12 +296,15 @@ class Frontend:
             self.fail(WorkerDied("the API server cannot receive replies any more"))
 
     def _dispatch(self, message: FrontendMsg) -> None:
-        if not isinstance(message, (UserReply, ErrorReply)) or message.uid in self._asked:
+        if not isinstance(message, (UserReply, AcceptedReply, ErrorReply)) or message.uid in self._asked:
             self._take_answer(message)
             return
         stream = self._streams.get(message.uid)
         if stream is None:
             return  # aborted here; the reply was under way
+        if isinstance(message, AcceptedReply):
+            stream.accept()
+            return
         if isinstance(message, ErrorReply):
             del self._streams[message.uid]
             self.metrics.finish(stream.timing, FinishReason.ERROR)

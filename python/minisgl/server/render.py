@@ -8,22 +8,21 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import orjson
-
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
 from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import UserReply
 from minisgl.server.assemble import Assembler
+from minisgl.server.bodies import dump_json
 from minisgl.server.render_logprobs import TextCursor, chat_logprobs, completion_logprobs
 
 DONE = b"data: [DONE]\n\n"
 
 
 def event(payload: Mapping[str, Any]) -> bytes:
-    """One SSE event, named by its `type` if it has one. JSON has no raw newlines, so text cannot break it."""
+    """One SSE event, named by its `type` if it has one. The JSON is one line, so text cannot break it."""
     name = payload.get("type")
     head = f"event: {name}\n".encode() if name else b""
-    return head + b"data: " + orjson.dumps(payload) + b"\n\n"
+    return head + b"data: " + dump_json(payload) + b"\n\n"
 
 
 def error_status(error: MiniSGLError) -> int:
@@ -70,6 +69,7 @@ class Renderer(Protocol):
     """One endpoint's way to show a request's replies."""
 
     done: bytes = DONE  # what ends a stream that went well
+    keep_alive: bytes = b": keep-alive\n\n"  # sent when there has been nothing else to send for a while
 
     @property
     def id(self) -> str:

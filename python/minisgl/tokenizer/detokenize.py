@@ -98,13 +98,14 @@ class StopFinder:
     Holds back only text that may be the beginning of a stop string.
     """
 
-    __slots__ = ("_held", "_include", "_max_len", "_stops")
+    __slots__ = ("_held", "_include", "_max_len", "_stops", "found")
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._include = include  # the stop string stays
         self._stops = tuple(stops)
         self._max_len = max(map(len, self._stops), default=0)
         self._held = ""
+        self.found: str | None = None  # the stop string that was
 
     def push(self, text: str) -> tuple[str, bool]:
         """The text to let out, and whether a stop string was found (then it ends there)."""
@@ -115,6 +116,7 @@ class StopFinder:
         if matches:
             self._held = ""
             end, start = min(matches)
+            self.found = text[start:end]
             return text[: end if self._include else start], True
         keep = self._num_held(text)
         self._held = text[len(text) - keep :]
@@ -219,6 +221,7 @@ class Detokenizer:
             logprobs=self._logprobs(token_ids, message.logprobs, stream.hidden),
             prompt_logprobs=self._prompt_logprobs(message),
             prompt_end=prompt_end,
+            stop=stream.stop.found,
         )
 
     def _prompt_text(self, start: StreamStart) -> str:

@@ -9,7 +9,15 @@ from minisgl.config.runtime import Addresses, TokenizerConfig
 from minisgl.errors import RequestError
 from minisgl.message.backend import AbortMsg, BackendMsg, PingMsg, backend_codec
 from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import DecodedReply, EncodedReply, ErrorReply, FrontendMsg, PongReply, frontend_codec
+from minisgl.message.frontend import (
+    AcceptedReply,
+    DecodedReply,
+    EncodedReply,
+    ErrorReply,
+    FrontendMsg,
+    PongReply,
+    frontend_codec,
+)
 from minisgl.message.tokenizer import DecodeMsg, DetokenizeMsg, EncodeMsg, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import TextCodec, Tokenizer
@@ -60,11 +68,13 @@ class TokenizerServer:
         to_backend: list[BackendMsg] = []
         to_frontend: list[FrontendMsg] = []
         requests = [message for message in messages if isinstance(message, TokenizeMsg)]
-        for answer in self._tokenizer.tokenize(requests):
+        for request, answer in zip(requests, self._tokenizer.tokenize(requests), strict=True):
             if isinstance(answer, ErrorReply):
                 to_frontend.append(answer)
-            else:
-                to_backend.append(answer)
+                continue
+            to_backend.append(answer)
+            if request.notify and request.params.grammar is None:
+                to_frontend.append(AcceptedReply(request.uid))
         for message in messages:
             if isinstance(message, DetokenizeMsg):
                 self._detokenize(message, to_backend, to_frontend)
