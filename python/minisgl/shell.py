@@ -78,10 +78,7 @@ def shell_params(default_sampling: Mapping[str, float | int], environ: Mapping[s
 
     Raises: ConfigError naming the variable whose value cannot be used.
     """
-    params = DEFAULTS
-    for name in SETTINGS:
-        if name in default_sampling:
-            params = changed(params, name, str(default_sampling[name]))
+    params = replace(DEFAULTS, **default_sampling)  # type: ignore[arg-type]
     for name in ENV_SETTINGS:
         variable = f"MINISGL_SHELL_{name.upper()}"
         if environ.get(variable):

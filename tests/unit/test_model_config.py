@@ -1,15 +1,20 @@
-"""Reading `config.json`: both forms of RoPE, windows, EOS ids, refusals."""
+"""Reading `config.json`: RoPE, windows, ends, refusals; defaults and meanings are those of transformers."""
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
+from minisgl.config.families import FAMILIES, ROPE_TYPES, parse_model_config
+from minisgl.config.fields import Fields
 from minisgl.config.model import ModelConfig, read_model_config
 from minisgl.errors import ConfigError
 
@@ -59,6 +64,45 @@ def test_eos_ids(tmp_path: Path, generation: Any, model: Any, expected: tuple[in
     assert read(tmp_path, generation, eos_token_id=model).eos_token_ids == expected
 
 
+@pytest.mark.parametrize("wrong", [7.0, "7", True, -1, 128, [7], {"id": 7}, None])
+def test_what_is_no_token_id_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture, wrong: Any) -> None:
+    assert read(tmp_path, {"eos_token_id": [5, wrong, 6]}, eos_token_id=9).eos_token_ids == (5, 6, 9)
+    assert f"generation_config.json: eos_token_id {wrong!r} is no token id" in caplog.text
+    assert "\n" not in caplog.records[-1].getMessage()
+
+
+ADDED = {"tokenizer.json": {"added_tokens": [{"id": 11, "content": "<|im_end|>"}], "model": {"vocab": {"</s>": 12}}}}
+END = {"eos_token": "<|im_end|>"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"tokenizer_config.json": END, **ADDED}, (7, 11)),
+        ({"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>", "lstrip": False}}, **ADDED}, (7, 11)),
+        ({"tokenizer_config.json": {"eos_token": "</s>"}, **ADDED}, (7, 12)),
+        ({"tokenizer_config.json": END | {"added_tokens_decoder": {"13": {"content": "<|im_end|>"}}}}, (7, 13)),
+        (
+            {"tokenizer_config.json": END, "tokenizer.json": {"model": {"vocab": [["a", 0], ["<|im_end|>", -1]]}}},
+            (7, 1),
+        ),
+        ({"tokenizer_config.json": END, "added_tokens.json": {"<|im_end|>": 14}}, (7, 14)),
+        ({"tokenizer_config.json": END, "vocab.json": {"<|im_end|>": 7}}, (7,)),
+        ({"special_tokens_map.json": END, "vocab.json": {"<|im_end|>": 0}}, (7, 0)),
+        ({"tokenizer_config.json": {"eos_token": None}, **ADDED}, (7,)),
+        ({"tokenizer_config.json": {"eos_token": "<|gone|>"}, **ADDED}, (7,)),
+        ({"tokenizer_config.json": END, "vocab.json": {"<|im_end|>": 128}}, (7,)),
+    ],
+)
+def test_the_tokenizer_s_end_counts_too(
+    tmp_path: Path, files: dict[str, Any], expected: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert read(tmp_path, eos_token_id=7).eos_token_ids == expected
+    assert ("'<|gone|>' is not in the vocabulary" in caplog.text) == ("gone" in str(files))
+
+
 def test_rope_forms_agree(tmp_path: Path) -> None:
     scaling = {"factor": 4.0, "original_max_position_embeddings": 256}
     old = read(tmp_path, rope_theta=5e5, rope_scaling={"type": "yarn", **scaling})
@@ -74,11 +118,55 @@ def test_rope_forms_agree(tmp_path: Path) -> None:
         ({"type": "dynamic", "factor": 2.0}, 2048),
         ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, 4096),
         ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 900}, 3600),
+        ({"type": "yarn", "factor": None, "original_max_position_embeddings": 256}, 1024),
+        ({"type": "yarn", "factor": 4.0}, 4096),
+        ({"type": "linear", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+        ({"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 256}, 2048),
+        (
+            {"type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}
+            | {"original_max_position_embeddings": 256},
+            1024,
+        ),
         ({"rope_type": "default"}, 1024),
     ],
 )
 def test_longest_sequence(tmp_path: Path, scaling: dict[str, Any], longest: int) -> None:
-    assert read(tmp_path, rope_scaling=scaling).max_position == longest
+    for key in ("rope_scaling", "rope_parameters"):
+        assert read(tmp_path, **{key: scaling}).max_position == longest
+
+
+RECIPE = {"factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "max_position", "scaling"),
+    [  # as their model cards have it
+        ("Qwen3ForCausalLM", 40960, {"rope_type": "yarn", **RECIPE}),
+        ("Qwen3MoeForCausalLM", 40960, {"rope_type": "yarn", **RECIPE}),
+        ("Qwen2ForCausalLM", 32768, {"type": "yarn", **RECIPE}),
+    ],
+)
+def test_published_yarn_recipes(tmp_path: Path, architecture: str, max_position: int, scaling: dict[str, Any]) -> None:
+    fields = {"architectures": [architecture], "max_position_embeddings": max_position, "rope_theta": 1e6}
+    config = read(tmp_path, **fields, rope_scaling=scaling)
+    assert (config.max_position, config.rope.max_position, config.rope.theta) == (131072, 32768, 1e6)
+
+
+def test_rope_scaling_replaces_rope_parameters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All of them, `rope_theta` included, as transformers does; it is said, since it is hardly meant."""
+    fields: dict[str, Any] = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+    }
+    config = read(tmp_path, **fields)
+    hf = transformers.LlamaConfig(**{**LLAMA, **json.loads(json.dumps(fields))})
+    assert (config.rope.type, config.rope.theta) == ("yarn", hf.rope_parameters["rope_theta"]) == ("yarn", 1e4)
+    assert "rope_scaling replaces rope_parameters, rope_theta 500000.0 included" in caplog.text
+    caplog.clear()
+    assert read(tmp_path, **fields, rope_theta=7e5).rope.theta == 7e5
+    assert not caplog.text
+    assert read(tmp_path, **fields | {"rope_scaling": {}}).rope.type == "default"
 
 
 def test_qwen_windows(tmp_path: Path) -> None:
@@ -97,6 +185,38 @@ def test_mistral_window(tmp_path: Path) -> None:
     arch = {"architectures": ["MistralForCausalLM"]}
     assert read(tmp_path, **arch, sliding_window=16).sliding_windows == (16,) * 4
     assert read(tmp_path, **arch, sliding_window=None).sliding_windows == ()
+
+
+def test_layer_types_say_which_layers_slide(tmp_path: Path) -> None:
+    """In the families that have them; as for transformers, Mistral with them is Ministral."""
+    kinds = ["sliding_attention", "full_attention", "attention", "sliding_attention"]
+    for name in ("MistralForCausalLM", "MinistralForCausalLM"):
+        fields = {"architectures": [name], "sliding_window": 16}
+        assert read(tmp_path, **fields, layer_types=kinds).sliding_windows == (16, None, None, 16)
+        assert read(tmp_path, **fields, layer_types=None).sliding_windows == (16,) * 4
+        assert read(tmp_path, **fields, layer_types=["full_attention"] * 4).sliding_windows == ()
+    assert read(tmp_path, layer_types=kinds, sliding_window=16).sliding_windows == ()
+    moe = {"architectures": ["Qwen3MoeForCausalLM"], "use_sliding_window": True, "sliding_window": 16}
+    assert read(tmp_path, **moe, layer_types=kinds).sliding_windows == (16,) * 4
+    with pytest.raises(ConfigError, match="layer_types has 3 entries, but num_hidden_layers is 4"):
+        read(tmp_path, architectures=["MistralForCausalLM"], layer_types=kinds[:3])
+
+
+def test_the_architecture_may_be_told_otherwise(tmp_path: Path) -> None:
+    for fields in (
+        {"architectures": None, "model_type": "qwen3"},
+        {"architectures": [], "model_type": "qwen3"},
+        {"architectures": ["Qwen3Model"]},
+        {"architectures": ["SomethingElse", "Qwen3ForCausalLM"]},
+    ):
+        assert read(tmp_path, **fields).architecture == "Qwen3ForCausalLM"
+
+
+def test_an_override_is_merged_before_anything_is_read(tmp_path: Path) -> None:
+    read(tmp_path, rope_scaling={"type": "linear", "factor": 2.0})
+    override = {"max_position_embeddings": 100, "rope_scaling": {"factor": 3.0}, "num_key_value_heads": None}
+    config = read_model_config(tmp_path, override)
+    assert (config.max_position, config.rope.type, config.num_kv_heads) == (300, "linear", 8)
 
 
 def test_moe_layers(tmp_path: Path) -> None:
@@ -125,6 +245,126 @@ def test_moe_layers(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(tmp_path, **changes)
+
+
+FULL: dict[str, Any] = {
+    **LLAMA,
+    "num_hidden_layers": 3,
+    "model_type": "llama",
+    "rope_theta": 1e4,
+    "rope_parameters": {"rope_type": "yarn", "factor": 2.0},
+    "use_sliding_window": True,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+WRONG = (
+    *(
+        "",
+        "64",
+        "yarn",
+        0,
+        1,
+        -1,
+        2,
+        3,
+        8,
+        64,
+        0.5,
+        -0.5,
+        1.5,
+        8.0,
+        10**400,
+        1e308,
+        float("nan"),
+        float("inf"),
+        True,
+        False,
+    ),
+    *(None, [], [0], [3, 1], ["x"], [None], [["x"]], {}, {"x": 1}, {"x": {}}, ["full_attention"] * 3),
+)
+
+
+class Spy(dict[str, Any]):
+    """Notes the keys that are asked for."""
+
+    def __init__(self, data: dict[str, Any], asked: set[str]) -> None:
+        super().__init__(data)
+        self._asked = asked
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._asked.add(key)
+        return super().get(key, default)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_wrong_values_are_one_line_or_mean_what_transformers_makes_of_them(architecture: str) -> None:
+    """Every key that is read, at the top or in `rope_parameters`, with every kind of value."""
+    full = {**FULL, "architectures": [architecture], "model_type": FAMILIES[architecture].model_type}
+    top: set[str] = set()
+    inner: set[str] = set()
+    for kind, (needed, _) in ROPE_TYPES.items():
+        rope = Spy({"rope_type": kind, **dict.fromkeys(needed, 2.0)}, inner)
+        parse_model_config(Fields(Spy({**full, "rope_parameters": rope}, top), "config.json"))
+    assert len(top) > 20 and len(inner) > 10
+    changed = [{**full, key: value} for key in sorted(top) for value in WRONG]
+    changed += [
+        {**full, "rope_parameters": {**full["rope_parameters"], key: value}} for key in sorted(inner) for value in WRONG
+    ]
+    num_read = 0
+    for config in changed:
+        ours = result_of(lambda config=config: parse_model_config(Fields(config, "config.json")))
+        if isinstance(ours, ModelConfig):
+            num_read += 1
+            compare_with_transformers(ours, config)
+        else:
+            assert ours.startswith("config.json: ") and "\n" not in ours and len(ours) < 300
+    assert num_read > 100
+
+
+def result_of(read: Callable[[], ModelConfig]) -> ModelConfig | str:
+    """Or the error's line."""
+    try:
+        return read()
+    except ConfigError as error:
+        return str(error)
+
+
+def compare_with_transformers(ours: ModelConfig, config: dict[str, Any]) -> None:
+    """Where transformers refuses, we may be more lenient: null as if left out, an even division that it insists on."""
+    kind = {f.model_type: f for f in FAMILIES.values()}
+    model_type = config["model_type"] if config["model_type"] in kind else FAMILIES[ours.architecture].model_type
+    if ours.architecture != next((n for n, f in FAMILIES.items() if f.model_type == model_type), None):
+        return
+    try:
+        hf = transformers.CONFIG_MAPPING[model_type](**copy.deepcopy(config))
+        hf.standardize_rope_params()
+    except Exception:
+        return
+    theirs = hf.rope_parameters
+    if None in theirs.values():
+        return  # such a model computes nothing
+    assert ours.num_kv_heads == hf.num_key_value_heads, config
+    assert ours.head_dim == (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads), config
+    assert ours.rms_norm_eps == hf.rms_norm_eps, config
+    assert ours.tie_word_embeddings == hf.tie_word_embeddings, config
+    assert (ours.rope.type, ours.rope.theta) == (theirs["rope_type"], theirs["rope_theta"]), config
+    if ours.rope.type == "yarn":
+        assert ours.rope.max_position == theirs["original_max_position_embeddings"], config
+    if ours.moe is not None and hf.num_experts is not None:
+        assert (ours.moe.num_experts, ours.moe.norm_topk_prob) == (hf.num_experts, hf.norm_topk_prob), config
+
+
+@pytest.mark.parametrize("key", ["eos_token", "added_tokens_decoder", "vocab", "added_tokens"])
+def test_wrong_values_of_a_tokenizer_are_no_traceback(tmp_path: Path, key: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "x"}))
+    for value in WRONG:
+        if key in ("vocab", "added_tokens"):
+            tokenizer = {"added_tokens": value} if key == "added_tokens" else {"model": {"vocab": value}}
+            (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+        else:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "x", key: value}))
+        config = result_of(lambda: read(tmp_path))
+        assert isinstance(config, ModelConfig) or f"tokenizer_config.json: {key}" in config
 
 
 def test_broken_directories(tmp_path: Path) -> None:

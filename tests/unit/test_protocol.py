@@ -60,6 +60,13 @@ def test_defaults_are_the_model_s_unless_the_client_says_otherwise() -> None:
     assert chat().params == SamplingParams()
 
 
+@pytest.mark.parametrize(("fields", "limit"), [({}, 50), ({"max_tokens": 9}, 9), ({"min_tokens": 60}, 60)])
+def test_the_model_s_default_of_max_tokens(fields: dict[str, Any], limit: int) -> None:
+    data = json.dumps({"messages": HELLO, **fields}).encode()
+    params = parse_chat(data, {"max_tokens": 50, "repetition_penalty": 1.05}).params
+    assert (params.max_tokens, params.repetition_penalty) == (limit, 1.05)
+
+
 def test_every_sampling_field_arrives() -> None:
     given: dict[str, Any] = {
         "presence_penalty": 0.5,

@@ -366,10 +366,37 @@ def test_recommended_sampling(tmp_path: Path) -> None:
     assert read_default_sampling(tmp_path) == {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
     file.write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
     assert read_default_sampling(tmp_path) == {"temperature": 0.0}
-    for wrong in ("{", "[]", '{"temperature": "hot"}', '{"temperature": -1}', '{"top_p": 0}', '{"top_k": [1]}'):
+    for wrong in ("{", "[]"):
         file.write_text(wrong)
         with pytest.raises(ConfigError, match=r"generation_config\.json"):
             read_default_sampling(tmp_path)
+
+
+def test_all_that_others_read_is_recommended_too(tmp_path: Path) -> None:
+    """vLLM's and SGLang's lists. Qwen2.5 ships a repetition penalty."""
+    file = tmp_path / "generation_config.json"
+    given = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.05}
+    file.write_text(json.dumps({"do_sample": True, "max_new_tokens": 2048, "max_length": 9, "typical_p": 0.5, **given}))
+    assert read_default_sampling(tmp_path) == {**given, "max_tokens": 2048}
+    file.write_text(json.dumps({"do_sample": False, "max_new_tokens": 2048, **given}))
+    greedy = read_default_sampling(tmp_path)
+    assert greedy == {"temperature": 0.0, "repetition_penalty": 1.05, "max_tokens": 2048}
+    file.write_text(json.dumps(dict.fromkeys([*given, "do_sample", "max_new_tokens"])))
+    assert read_default_sampling(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "key", ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens", "do_sample"]
+)
+def test_recommendations_that_no_request_could_have_are_one_line(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "generation_config.json"
+    for value in ("hot", "0.5", -2, -0.5, 1000.5, True, [1], {}, float("nan"), 10**30):
+        file.write_text(json.dumps({key: value}))
+        if (key, value) == ("do_sample", True):
+            continue
+        with pytest.raises(ConfigError, match=rf"generation_config\.json: {key} must be .*, not ") as caught:
+            read_default_sampling(tmp_path)
+        assert "\n" not in str(caught.value)
 
 
 def test_where_models_are_found(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minisgl.config.families import parse_model_config
+from minisgl.config.fields import Fields
 from minisgl.config.model import RopeConfig
 from minisgl.layers.rope import RotaryEmbedding, inverse_frequencies
 
@@ -25,16 +27,29 @@ SCALINGS: list[dict[str, Any]] = [
 
 
 def read(**fields: Any) -> tuple[LlamaConfig, RopeConfig]:
-    hf = LlamaConfig(hidden_size=256, num_attention_heads=2, max_position_embeddings=4096, **fields)
-    return hf, parse_model_config({**hf.to_dict(), "architectures": ["LlamaForCausalLM"]}, {}, "test").rope
+    file = {"hidden_size": 256, "num_attention_heads": 2, "max_position_embeddings": 4096, **fields}
+    hf = LlamaConfig(**copy.deepcopy(file))
+    shape = {"vocab_size": 32, "intermediate_size": 8, "num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"]}
+    return hf, parse_model_config(Fields({**file, **shape}, "test")).rope
 
 
+def old_spelling(scaling: dict[str, Any]) -> dict[str, Any]:
+    """As files have it that transformers 4 wrote."""
+    rest = {key: value for key, value in scaling.items() if key not in ("rope_type", "rope_theta")}
+    return {"rope_theta": scaling["rope_theta"], "rope_scaling": {"type": scaling["rope_type"], **rest}}
+
+
+@pytest.mark.parametrize("original", ["inside", "outside", "both", "none"])
+@pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda s: "-".join(str(v) for v in s.values()))
-def test_frequencies_equal_transformers(scaling: dict[str, Any]) -> None:
-    extra = {"rope_theta": 500000.0}
-    if scaling["rope_type"] in ("yarn", "llama3"):
-        extra["original_max_position_embeddings"] = 1024
-    hf, config = read(rope_parameters={**scaling, **extra})
+def test_frequencies_equal_transformers(scaling: dict[str, Any], old: bool, original: str) -> None:
+    scaling = {**scaling, "rope_theta": 500000.0}
+    if original in ("inside", "both") and scaling["rope_type"] in ("yarn", "llama3"):
+        scaling["original_max_position_embeddings"] = 1024
+    fields = old_spelling(scaling) if old else {"rope_parameters": scaling}
+    if original in ("outside", "both"):
+        fields["original_max_position_embeddings"] = 2048
+    hf, config = read(**fields)
     expected, expected_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](hf, CPU)
     inv_freq, factor = inverse_frequencies(config, 128)
     torch.testing.assert_close(inv_freq, expected, rtol=1e-5, atol=0)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,8 @@ async def test_a_dead_server_ends_the_shell() -> None:
 
 def test_where_sampling_starts() -> None:
     assert shell_params({}, {}) == DEFAULTS
-    model = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
+    model = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1, "max_tokens": 100}
+    assert shell_params(model, {}) == replace(DEFAULTS, **model)
     params = shell_params(model, {"MINISGL_SHELL_TEMPERATURE": "0", "MINISGL_SHELL_MAX_TOKENS": "9"})
     assert (params.temperature, params.top_k, params.max_tokens) == (0.0, 20, 9)
 

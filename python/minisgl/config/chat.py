@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from minisgl.config.model import read_json
+from minisgl.config.fields import read_json
 
 TOOL_PARSERS = ("hermes", "qwen", "llama3_json", "mistral", "pythonic")
 REASONING_PARSERS = {"qwen3": "optional", "deepseek_r1": "always"}  # name: whether models reason (`core.Grammar`)

@@ -6,190 +6,235 @@ it has the default.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from minisgl.config.fields import MAX_INT, Fields
 from minisgl.config.model import DTYPE_BYTES, ModelConfig, MoEConfig, RopeConfig
 from minisgl.errors import ConfigError
 
-Json = dict[str, Any]
+logger = logging.getLogger(__name__)
+MAX_LAYERS = 4096
 
-# Scaling types with the keys that they need besides `rope_theta`.
-ROPE_TYPES: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+# Scaling types with the numbers that they need besides `rope_theta`, and those that they may have.
+ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "yarn": ((), ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
 }
+_ACTIVATIONS = ("silu", "swish")  # two names of one function
+_FULL_ATTENTION = ("full_attention", "attention")  # the second is an older name
+_LAYER_TYPES = (*_FULL_ATTENTION, "sliding_attention")
 
 
-def _llama(c: Json) -> Json:
-    bias = bool(c.get("attention_bias", False))
-    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(c.get("mlp_bias", False))}
+@dataclass(frozen=True, slots=True)
+class Family:
+    """An architecture: the `model_type` that it goes by, what only it reads, and defaults where families differ."""
+
+    model_type: str
+    read: Callable[[Fields, int], dict[str, Any]]  # the file's fields, number of layers → fields of `ModelConfig`
+    max_position: int
+    num_kv_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden size / query heads
 
 
-def _mistral(c: Json) -> Json:
-    return {"sliding_windows": _every_layer(c, c.get("sliding_window", 4096))}
+def _llama(f: Fields, _: int) -> dict[str, Any]:
+    return {**_biases(f), "mlp_bias": f.boolean("mlp_bias", False)}
 
 
-def _qwen2(c: Json) -> Json:
-    return {"qkv_bias": True, "sliding_windows": _qwen_windows(c)}
+def _mistral(f: Fields, num_layers: int) -> dict[str, Any]:
+    """`layer_types` says which layers slide; without it all do."""
+    kinds = _layer_types(f, num_layers) or ["sliding_attention"] * num_layers
+    return {"sliding_windows": _windows(kinds, _window(f))}
 
 
-def _qwen3(c: Json) -> Json:
-    bias = bool(c.get("attention_bias", False))
-    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "sliding_windows": _qwen_windows(c)}
+def _qwen2(f: Fields, num_layers: int) -> dict[str, Any]:
+    return {"qkv_bias": True, "sliding_windows": _qwen_windows(f, num_layers)}
 
 
-def _qwen3_moe(c: Json) -> Json:
-    bias = bool(c.get("attention_bias", False))
-    num_layers, dense = c["num_hidden_layers"], c.get("mlp_only_layers") or []
-    step: int = c.get("decoder_sparse_step") or 1
-    num_experts: int = c.get("num_experts") or c.get("num_local_experts") or 128
+def _qwen3(f: Fields, num_layers: int) -> dict[str, Any]:
+    return {**_biases(f), "qk_norm": True, "sliding_windows": _qwen_windows(f, num_layers)}
+
+
+def _qwen3_moe(f: Fields, num_layers: int) -> dict[str, Any]:
+    dense, step = f.integers("mlp_only_layers"), f.integer("decoder_sparse_step", 1)
+    num_experts = f.integer("num_local_experts", None, 0)
+    num_experts = f.integer("num_experts", 128, 0) if num_experts is None else num_experts
     moe = MoEConfig(
         num_experts=num_experts,
-        num_experts_per_tok=c.get("num_experts_per_tok", 8),
-        intermediate_size=c.get("moe_intermediate_size", 768),
-        norm_topk_prob=bool(c.get("norm_topk_prob", False)),
+        num_experts_per_tok=f.integer("num_experts_per_tok", 8),
+        intermediate_size=f.integer("moe_intermediate_size", 768),
+        norm_topk_prob=f.boolean("norm_topk_prob", False),
         layers=tuple(i not in dense and num_experts > 0 and (i + 1) % step == 0 for i in range(num_layers)),
     )
-    window = c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
+    if any(moe.layers) and moe.num_experts_per_tok > num_experts:
+        raise f.wrong("num_experts_per_tok", f"at most the number of experts, {num_experts}")
+    window = _window(f) if f.boolean("use_sliding_window", False) else None
     return {
-        "qkv_bias": bias,
-        "o_bias": bias,
+        **_biases(f),
         "qk_norm": True,
-        "moe": moe,
-        "sliding_windows": _every_layer(c, window),
+        "moe": moe if any(moe.layers) else None,
+        "sliding_windows": _windows(["sliding_attention"] * num_layers, window),
     }
 
 
-FAMILIES: dict[str, Callable[[Json], Json]] = {
-    "LlamaForCausalLM": _llama,
-    "MistralForCausalLM": _mistral,
-    "Qwen2ForCausalLM": _qwen2,
-    "Qwen3ForCausalLM": _qwen3,
-    "Qwen3MoeForCausalLM": _qwen3_moe,
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family("llama", _llama, 2048),
+    "MistralForCausalLM": Family("mistral", _mistral, 131072, num_kv_heads=8),
+    "MinistralForCausalLM": Family("ministral", _mistral, 131072, num_kv_heads=8),
+    "Qwen2ForCausalLM": Family("qwen2", _qwen2, 32768, num_kv_heads=32),
+    "Qwen3ForCausalLM": Family("qwen3", _qwen3, 32768, num_kv_heads=32, head_dim=128),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", _qwen3_moe, 32768, num_kv_heads=4),
 }
 
 
-def parse_model_config(config: Json, generation: Json, source: str) -> ModelConfig:
-    """The `ModelConfig` of a parsed `config.json`; `source` names the file in errors.
+def parse_model_config(f: Fields) -> ModelConfig:
+    """The `ModelConfig` of a parsed `config.json`, but for `eos_token_ids`.
 
-    Raises: ConfigError naming what is missing or unsupported, and what is supported.
+    Raises: ConfigError naming what is missing, of the wrong kind, or unsupported, and what is supported.
     """
-    architecture = _architecture(config, source)
-    _refuse_unsupported(config, source)
+    architecture = _architecture(f)
+    family = FAMILIES[architecture]
+    _refuse_unsupported(f)
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    missing = [key for key in required if not isinstance(config.get(key), int)]
-    if missing:
-        raise ConfigError(f"{source}: {', '.join(missing)} missing")
-    num_heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    default_head_dim = 128 if architecture == "Qwen3ForCausalLM" else hidden // num_heads
-    rope, max_position = _rope(config, source)
+    if missing := [key for key in required if f.get(key) is None]:
+        raise ConfigError(f"{f.source}: {', '.join(missing)} missing")
+    num_layers = f.integer("num_hidden_layers", 0, most=MAX_LAYERS)
+    num_heads, hidden = f.integer("num_attention_heads", 0), f.integer("hidden_size", 0)
+    default_kv_heads = num_heads if "num_key_value_heads" in f else family.num_kv_heads or num_heads
+    num_kv_heads = f.integer("num_key_value_heads", default_kv_heads)
+    if num_heads % num_kv_heads:
+        raise ConfigError(f"{f.source}: {num_kv_heads} key-value heads do not divide {num_heads} attention heads")
+    head_dim = f.integer("head_dim", family.head_dim or hidden // num_heads)
+    if head_dim < 2 or head_dim % 2:
+        raise ConfigError(f"{f.source}: head_dim is {head_dim}, but rotary embeddings need an even one")
+    rope, max_position = _rope(f, f.integer("max_position_embeddings", family.max_position))
     return ModelConfig(
         architecture=architecture,
-        vocab_size=config["vocab_size"],
+        vocab_size=f.integer("vocab_size", 0),
         hidden_size=hidden,
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
+        intermediate_size=f.integer("intermediate_size", 0),
+        num_layers=num_layers,
         num_qo_heads=num_heads,
-        num_kv_heads=config.get("num_key_value_heads") or num_heads,
-        head_dim=config.get("head_dim") or default_head_dim,
-        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=f.number("rms_norm_eps", 1e-6, above=0),
         rope=rope,
         max_position=max_position,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        dtype=_dtype(config, source),
-        eos_token_ids=_eos_ids(generation, config),
-        **FAMILIES[architecture](config),
+        tie_word_embeddings=f.boolean("tie_word_embeddings", False),
+        dtype=_dtype(f),
+        **family.read(f, num_layers),
     )
 
 
-def _architecture(config: Json, source: str) -> str:
-    names = config.get("architectures") or []
-    for name in names:
+def _architecture(f: Fields) -> str:
+    """The first that is supported; without any, the one that goes by this `model_type`, as in transformers."""
+    names = f.texts("architectures")
+    if not names:
+        names = [name for name, family in FAMILIES.items() if family.model_type == f.text("model_type", None)]
+    # A file may name the model without its head (`LlamaModel`); whether it has one, the weights tell.
+    for name in (name.removesuffix("Model") + "ForCausalLM" * name.endswith("Model") for name in names):
         if name in FAMILIES:
-            return str(name)
-    found = ", ".join(map(str, names)) or "none given"
-    raise ConfigError(f"{source}: architecture not supported: {found} (supported: {', '.join(FAMILIES)})")
+            return name
+    found = ", ".join(names) or "none given"
+    raise ConfigError(f"{f.source}: architecture not supported: {found} (supported: {', '.join(FAMILIES)})")
 
 
-def _refuse_unsupported(config: Json, source: str) -> None:
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ConfigError(f"{source}: quantization_config ({method}) not supported; use an unquantized checkpoint")
-    if (act := config.get("hidden_act", "silu")) != "silu":
-        raise ConfigError(f"{source}: hidden_act {act!r} not supported (supported: silu)")
-    layer_types = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-    if layer_types:
+def _refuse_unsupported(f: Fields) -> None:
+    for key in ("quantization_config", "compression_config"):
+        if f.get(key):
+            method = f.child(key).text("quant_method", "unknown")
+            raise ConfigError(f"{f.source}: {key} ({method}) not supported; use an unquantized checkpoint")
+    if (act := f.text("hidden_act", "silu")) not in _ACTIVATIONS:
+        raise ConfigError(f"{f.source}: hidden_act {act!r} not supported (supported: silu)")
+    if others := set(f.texts("layer_types")) - set(_LAYER_TYPES):
         raise ConfigError(
-            f"{source}: layer_types {', '.join(sorted(layer_types))} not supported "
+            f"{f.source}: layer_types {', '.join(sorted(others))} not supported "
             "(supported: full_attention, sliding_attention)"
         )
 
 
-def _rope(config: Json, source: str) -> tuple[RopeConfig, int]:
-    """RoPE in transformers-5 form (`rope_parameters`) or the older (`rope_theta`, `rope_scaling`); longest sequence."""
-    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if any(isinstance(value, dict) for value in scaling.values()):
-        raise ConfigError(f"{source}: rope_parameters that differ by layer type are not supported")
-    theta = float(scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
-    old_type = scaling.pop("type", "default")
-    kind = scaling.pop("rope_type", old_type)
+def _rope(f: Fields, max_position: int) -> tuple[RopeConfig, int]:
+    """RoPE in transformers-5 form (`rope_parameters`) or the older (`rope_theta`, `rope_scaling`, which wins as a whole
+    where both are given), and the longest sequence."""
+    scaling, parameters = f.child("rope_scaling") if f.get("rope_scaling") else None, f.child("rope_parameters")
+    rope = scaling or parameters
+    if any(isinstance(value, dict) for _, value in rope.items()):
+        raise ConfigError(f"{f.source}: rope_parameters that differ by layer type are not supported")
+    theta = rope.number("rope_theta", f.number("rope_theta", None, above=1), above=1)
+    if theta is None and rope is scaling and parameters.get("rope_theta") is not None:
+        lost = parameters.get("rope_theta")
+        logger.warning("%s: rope_scaling replaces rope_parameters, rope_theta %s included", f.source, lost)
+    kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in ROPE_TYPES:
-        raise ConfigError(f"{source}: rope type {kind!r} not supported (supported: {', '.join(ROPE_TYPES)})")
-    partial = scaling.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise ConfigError(f"{source}: partial_rotary_factor {partial} not supported (supported: 1)")
-    absent = [key for key in ROPE_TYPES[kind] if scaling.get(key) is None]
-    if absent:
-        raise ConfigError(f"{source}: rope type {kind!r} needs {', '.join(absent)}")
-    max_position = config.get("max_position_embeddings", 32768 if "Qwen" in str(config["architectures"]) else 2048)
-    original = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
-    if kind == "dynamic" or not original:  # HF's dynamic scaling starts at max_position_embeddings, whatever else says
+        raise ConfigError(f"{f.source}: rope type {kind!r} not supported (supported: {', '.join(ROPE_TYPES)})")
+    partial = rope.number("partial_rotary_factor", f.number("partial_rotary_factor", 1.0))
+    if partial != 1:
+        raise ConfigError(f"{f.source}: partial_rotary_factor {partial:g} not supported (supported: 1)")
+    needed, optional = ROPE_TYPES[kind]
+    if absent := [key for key in needed if rope.get(key) is None]:
+        raise ConfigError(f"{f.source}: rope type {kind!r} needs {', '.join(absent)}")
+    given = [key for key in (*needed, *optional) if rope.get(key) or (rope.get(key) is not None and "factor" in key)]
+    numbers: dict[str, float] = {key: rope.number(key, 0.0, above=0) for key in given}  # mscale 0 is the same as none
+    original = f.integer("original_max_position_embeddings", rope.integer("original_max_position_embeddings", None))
+    if original is None or kind == "dynamic":  # which starts at max_position_embeddings, whatever else a file says
         original = max_position
-    rope = RopeConfig(theta=theta, type=kind, max_position=int(original), scaling=scaling)
-    return rope, _scaled_max_position(rope, max_position)
+    if kind == "yarn":
+        numbers.setdefault("factor", max_position / original)
+        numbers["truncate"] = rope.boolean("truncate", True)
+    config = RopeConfig(10000.0 if theta is None else theta, kind, original, numbers)
+    return config, _longest(config, max_position)
 
 
-def _scaled_max_position(rope: RopeConfig, max_position: int) -> int:
-    """Longest sequence: `max_position_embeddings`, times the factor where the file gives the unscaled length.
+def _longest(rope: RopeConfig, max_position: int) -> int:
+    """The longest sequence, in tokens: for llama3 `max_position_embeddings`. For yarn at least the original length
+    times the factor: some files have that as `max_position_embeddings` too, others the original one, or one a little
+    longer (Qwen3). For others, `max_position_embeddings` times the factor, unless the original length is another."""
+    factor = rope.scaling.get("factor", 1.0)
+    if rope.type == "yarn":
+        return max(max_position, int(min(rope.max_position * factor, MAX_INT)))
+    if rope.type in ("linear", "dynamic") and rope.max_position == max_position:
+        return max(1, int(min(max_position * factor, MAX_INT)))
+    return max_position
 
-    llama3 and some yarn files give the scaled length (it differs from the original one); the others do not.
-    """
-    if rope.type == "default" or rope.type == "llama3" or rope.max_position != max_position:
-        return max_position
-    return int(max_position * rope.scaling["factor"])
 
-
-def _dtype(config: Json, source: str) -> str:
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+def _dtype(f: Fields) -> str:
+    dtype = (f.text("dtype", None) or f.text("torch_dtype", None) or "float32").removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
-        raise ConfigError(f"{source}: dtype {dtype!r} not supported (supported: {', '.join(DTYPE_BYTES)})")
+        raise ConfigError(f"{f.source}: dtype {dtype!r} not supported (supported: {', '.join(DTYPE_BYTES)})")
     return dtype
 
 
-def _every_layer(config: Json, window: int | None) -> tuple[int | None, ...]:
-    return (window,) * config["num_hidden_layers"] if window else ()
+def _biases(f: Fields) -> dict[str, Any]:
+    bias = f.boolean("attention_bias", False)
+    return {"qkv_bias": bias, "o_bias": bias}
 
 
-def _qwen_windows(config: Json) -> tuple[int | None, ...]:
-    """Qwen2/3: `layer_types` says which layers slide; without it those from `max_window_layers` on."""
-    if not config.get("use_sliding_window"):
-        return ()
-    window = config.get("sliding_window", 4096)
-    if not window:
-        return ()
-    num_layers, first = config["num_hidden_layers"], config.get("max_window_layers", 28)
-    kinds = config.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * num_layers
-    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds[:num_layers])
+def _layer_types(f: Fields, num_layers: int) -> list[str]:
+    kinds = f.texts("layer_types")
+    if kinds and len(kinds) != num_layers:
+        raise ConfigError(f"{f.source}: layer_types has {len(kinds)} entries, but num_hidden_layers is {num_layers}")
+    return kinds
+
+
+def _window(f: Fields) -> int | None:
+    """`sliding_window`: 4096 where a file has none; null is none at all."""
+    return f.integer("sliding_window", None if "sliding_window" in f else 4096)
+
+
+def _windows(kinds: list[str], window: int | None) -> tuple[int | None, ...]:
+    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return windows if any(windows) else ()
 
 
-def _eos_ids(*sources: Json) -> tuple[int, ...]:
-    ids: dict[int, None] = {}
-    for source in sources:
-        value = source.get("eos_token_id")
-        ids.update(dict.fromkeys(value if isinstance(value, list) else [] if value is None else [value]))
-    return tuple(ids)
+def _qwen_windows(f: Fields, num_layers: int) -> tuple[int | None, ...]:
+    """Qwen2/3: `layer_types` says which layers slide; without it those from `max_window_layers` on."""
+    if not f.boolean("use_sliding_window", False):
+        return ()
+    first = f.integer("max_window_layers", 28, 0)
+    kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+    return _windows(_layer_types(f, num_layers) or kinds, _window(f))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from minisgl.config.ends import read_ends
+from minisgl.config.fields import Fields, merge, read_fields, read_json
 from minisgl.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -20,7 +22,7 @@ class RopeConfig:
     theta: float
     type: str = "default"
     max_position: int = 0  # of the unscaled model (`original_max_position_embeddings` where given)
-    scaling: dict[str, Any] = field(default_factory=dict)
+    scaling: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +92,11 @@ class ModelConfig:
         return params * _WEIGHT_BYTES[dtype]
 
 
-def read_model_config(model_dir: str | Path) -> ModelConfig:
-    """Read `config.json`, and the EOS ids of `generation_config.json`, of a local Hugging Face model directory.
+def read_model_config(model_dir: str | Path, override: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Read `config.json` of a local Hugging Face model directory, and the ends that its other files name.
 
-    EOS ids are those of both files, `generation_config.json` first: a chat model often adds its end-of-turn there.
-    Raises: ConfigError naming the missing file, or the architecture or feature that is not supported.
+    override: merged into `config.json` before it is read.
+    Raises: ConfigError naming the missing file, the value of the wrong kind, or what is not supported.
     """
     from minisgl.config.families import parse_model_config  # it builds the classes above
 
@@ -104,17 +106,7 @@ def read_model_config(model_dir: str | Path) -> ModelConfig:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise ConfigError(f"{str(path)!r} is not a model directory: config.json is missing")
-    generation_path = path / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.is_file() else {}
-    return parse_model_config(read_json(config_path), generation, str(config_path))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises: ConfigError naming the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {str(path)!r}: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{str(path)!r} does not hold a JSON object")
-    return data
+    fields = Fields(merge(read_json(config_path), override or {}), str(config_path))
+    model = parse_model_config(fields)
+    ends = read_ends(path, read_fields(path / "generation_config.json"), fields, model.vocab_size)
+    return replace(model, eos_token_ids=ends)

@@ -13,14 +13,13 @@ from minisgl.config.args import ServerArgs
 from minisgl.config.chat import choose_reasoning_parser, choose_tool_parser, read_chat_template, visible_tokens
 from minisgl.config.cpu import cpu_engine
 from minisgl.config.cuda import choose_device, cuda_engine
+from minisgl.config.fields import read_fields
 from minisgl.config.locate import locate_model
-from minisgl.config.model import ModelConfig, read_json, read_model_config
+from minisgl.config.model import ModelConfig, read_model_config
 from minisgl.config.probe import Capabilities, probe
 from minisgl.config.runtime import SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import SamplingParams
 from minisgl.errors import ConfigError, RequestError
-
-_DEFAULT_SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +43,25 @@ def prepare(args: ServerArgs) -> ServerConfig:
 def read_default_sampling(path: Path) -> dict[str, float | int]:
     """The sampling parameters that the model's authors recommend, from `generation_config.json`.
 
-    Raises: ConfigError for values that no request could have.
+    Without sampling (`do_sample: false`) it is greedy, as in transformers. Raises: ConfigError for values that no
+    request could have.
     """
-    file = path / "generation_config.json"
-    if not file.is_file():
-        return {}
-    content = read_json(file)
-    if content.get("do_sample") is False:
-        return {"temperature": 0.0}
+    fields = read_fields(path / "generation_config.json")
+    values: dict[str, float | int | None] = {
+        "temperature": fields.number("temperature", None),
+        "top_p": fields.number("top_p", None),
+        "top_k": fields.integer("top_k", None, -1),
+        "min_p": fields.number("min_p", None),
+    }
+    if fields.boolean("do_sample", True) is False:
+        values = {"temperature": 0.0}
+    values["repetition_penalty"] = fields.number("repetition_penalty", None)
+    values["max_tokens"] = fields.integer("max_new_tokens", None)
+    chosen = {name: value for name, value in values.items() if value is not None}
     try:
-        chosen = {n: kind(content[n]) for n, kind in _DEFAULT_SAMPLING.items() if content.get(n) is not None}
-        SamplingParams(**chosen)
-    except (TypeError, ValueError, OverflowError, RequestError) as error:
-        raise ConfigError(f"{file}: {error}") from None
+        SamplingParams(**chosen)  # type: ignore[arg-type]
+    except RequestError as error:
+        raise ConfigError(f"{fields.source}: {error}") from None
     return chosen
 
 

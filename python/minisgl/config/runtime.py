@@ -120,7 +120,7 @@ class ServerConfig:
     served_model_name: str
     host: str
     port: int
-    default_sampling: dict[str, float | int]  # from generation_config.json: temperature, top_p, top_k, min_p
+    default_sampling: dict[str, float | int]  # from generation_config.json, by the names of `SamplingParams`
     tool_call_parser: str | None = None  # None: the format of tool calls is not known
     reasoning_parser: str | None = None  # None: the model does not reason, as far as the server knows
     access: AccessConfig = AccessConfig()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -76,7 +75,7 @@ def _yarn(config: RopeConfig, dim: int) -> Tensor:
     def dimension(turns: float) -> float:  # whose wave makes that many turns over the original context
         return dim * math.log(config.max_position / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
 
-    low, high = dimension(s.get("beta_fast") or 32), dimension(s.get("beta_slow") or 1)
+    low, high = dimension(s.get("beta_fast", 32)), dimension(s.get("beta_slow", 1))
     if s.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -87,14 +86,14 @@ def _yarn(config: RopeConfig, dim: int) -> Tensor:
     return inv_freq
 
 
-def _yarn_attention_factor(scaling: dict[str, Any]) -> float:
+def _yarn_attention_factor(scaling: dict[str, float]) -> float:
     """YaRN, section 3.4: attention temperature; `mscale` and `mscale_all_dim` as DeepSeek's checkpoints use them."""
 
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
 
-    if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+    if "attention_factor" in scaling:
+        return scaling["attention_factor"]
+    if "mscale" in scaling and "mscale_all_dim" in scaling:
         return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
     return mscale(1.0)

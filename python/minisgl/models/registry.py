@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from minisgl.config.families import FAMILIES
 from minisgl.config.model import ModelConfig
 from minisgl.errors import ConfigError
 from minisgl.layers.base import LayerEnv
 from minisgl.models.decoder import DecoderModel
 
 # Families differ only in what `config/families.py` reads; one that needs other layers gets a module of its own.
-MODELS: dict[str, type[DecoderModel]] = {
-    "LlamaForCausalLM": DecoderModel,
-    "MistralForCausalLM": DecoderModel,
-    "Qwen2ForCausalLM": DecoderModel,
-    "Qwen3ForCausalLM": DecoderModel,
-    "Qwen3MoeForCausalLM": DecoderModel,
-}
+MODELS: dict[str, type[DecoderModel]] = dict.fromkeys(FAMILIES, DecoderModel)
 
 
 def build_model(env: LayerEnv, config: ModelConfig) -> DecoderModel:

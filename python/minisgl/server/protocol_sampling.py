@@ -74,9 +74,11 @@ class SamplingFields(BaseModel):
     ) -> SamplingParams:
         """Raises: RequestError naming the field that is out of range."""
         given = {name: getattr(self, name) for name in _PLAIN}
+        if max_tokens is None and "max_tokens" in defaults:  # which is no limit to what the request asks for
+            max_tokens = max(int(defaults["max_tokens"]), self.min_tokens or 0)
+        given["max_tokens"] = max_tokens
         chosen: dict[str, Any] = {**defaults, **{name: value for name, value in given.items() if value is not None}}
         return SamplingParams(
-            max_tokens=max_tokens,
             seed=self.seed,
             stop=_stops(self.stop),
             stop_token_ids=_stop_ids(self.stop_token_ids),
