@@ -125,6 +125,7 @@ def main(argv: list[str]) -> int:
     tools, reasoning = options.get("tools"), options.get("reasoning")
     tokenizer = replace(config.tokenizer, visible_tokens=visible_tokens(tools, reasoning))
     config = replace(config, tokenizer=tokenizer, tool_call_parser=tools, reasoning_parser=reasoning)
+    config = replace(config, strict_requests="strict_requests" in options)
     delay = float(options.get("delay", 0.0))
 
     def specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]:

@@ -81,10 +81,15 @@ def operations(server: Server) -> list[Any]:
     return [result.ok() for result in api.get_all_operations()]
 
 
-def soften(body: Any, chance: random.Random) -> None:
+LEAST = {"/generate": {"text": "a"}, "/tokenize": {"prompt": "a"}, "/abort_request": {"rid": "a"}}
+
+
+def soften(body: Any, path: str, chance: random.Random) -> None:
     """Take out of a body what would most likely have it refused."""
     if not isinstance(body, dict):
         return
+    if all(value is None for value in body.values()):
+        body.update(LEAST.get(path, {}))
     for part in (body, body.get("sampling_params")):
         if isinstance(part, dict):
             given_names = ([name for name in names if part.get(name) is not None] for names in EXCLUSIVE)
@@ -125,7 +130,7 @@ def test_every_answer_is_documented(server: Server, operations: list[Any]) -> No
         @given(case=operation.as_strategy(mode))
         def run(case: Any) -> None:
             if mode.is_positive:
-                soften(case.body, chance)
+                soften(case.body, operation.path, chance)
             answer = case.call(headers=KEY, timeout=SECONDS)
             answered[operation.path, answer.status_code] += 1
             case.validate_response(answer, checks=CHECKS)

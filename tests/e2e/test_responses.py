@@ -170,7 +170,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input": 7}, "input"),
     ({"input": [{"role": "user"}]}, "input[0].content"),
     ({"input": [{"role": "tool", "content": "a"}]}, "input[0].role"),
-    ({"input": [{"role": "user", "content": "a", "x": 1}]}, "input[0].x"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
     ({"input": [{"type": "custom_tool_call", "call_id": "x", "name": "y", "input": "z"}]}, "input[0].type"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content"),
@@ -179,7 +178,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"instructions": 7}, "instructions"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"max_output_tokens": 2**63}, "max_output_tokens"),
-    ({"max_tokens": 5}, "max_tokens"),
     ({"messages": HELLO}, "messages"),
     ({"n": 2}, "n"),
     ({"temperature": -1}, "temperature"),
@@ -197,10 +195,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
     ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
     ({"top_logprobs": 2}, "top_logprobs"),
-    ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"text": {"format": {"type": "yaml"}}}, "text.format"),
-    ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"flavour": "sweet"}, "flavour"),
 ]
 
 

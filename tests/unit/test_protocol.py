@@ -126,7 +126,7 @@ def test_prompts_of_completions(prompt: Any, expected: list[Any]) -> None:
 def test_generate_takes_text_or_ids_and_not_both() -> None:
     assert parse_generate(b'{"text": "a"}', {}).prompts == (TextPrompt(text="a"),)
     assert parse_generate(b'{"text": "a", "sampling_params": {"max_new_tokens": 3}}', {}).params.max_tokens == 3
-    for body in (b"{}", b'{"text": "a", "input_ids": [1]}', b'{"text": "a", "sampling_params": {"colour": 1}}'):
+    for body in (b"{}", b'{"text": "a", "input_ids": [1]}', b'{"text": "a", "temperature": 1}'):
         with pytest.raises(RequestError):
             parse_generate(body, {})
 

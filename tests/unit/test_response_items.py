@@ -97,7 +97,6 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"input": [OUTPUT, {**CALL, "arguments": "[]"}]}, "input[1].arguments"),
     ({"input": [{**CALL, "arguments": "{"}]}, "input[0].arguments"),
     ({"input": [{**CALL, "arguments": f'{{"x": {10**30}}}'}]}, "input[0].arguments"),
-    ({"input": [{**CALL, "namespace": "x"}]}, "input[0].namespace"),
     ({"input": [{**OUTPUT, "output": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].output"),
     ({"input": [{**OUTPUT, "output": None}]}, "input[0].output"),
     ({"input": [{"type": "reasoning", "encrypted_content": "x"}]}, "input[0].encrypted_content"),
@@ -107,7 +106,6 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{}]}, "tools[0].type"),
     ({"tools": [FUNCTION]}, "tools[0].name"),
     ({"tools": [{**TOOL, "name": "a b"}]}, "tools[0].name"),
-    ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading"),
     ({"tools": [TOOL, TOOL]}, "tools"),
     ({"tools": TOOL}, "tools"),
     ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
@@ -124,7 +122,7 @@ def test_bad_fields_are_refused_by_name(body: dict[str, Any], param: str) -> Non
     with pytest.raises(RequestError) as refusal:
         parse(**body)
     assert (refusal.value.status, refusal.value.param) == (400, param)
-    assert str(refusal.value).replace("unknown field: ", "").startswith(param)
+    assert str(refusal.value).startswith(param)
     assert "function.name" not in str(refusal.value)
 
 

@@ -216,6 +216,7 @@ class ServerArgs:
         None,
         f"format of the model's reasoning: auto (from the chat template), {', '.join(REASONING_PARSERS)} or none",
     )
+    strict_requests: bool = _option(boolean, False, "refuse unknown fields of requests rather than ignore them")
     shell: bool = _option(boolean, False, "interactive shell instead of HTTP", "--shell-mode")
 
 

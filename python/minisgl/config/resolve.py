@@ -99,6 +99,7 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         default_sampling=files.default_sampling,
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,
+        strict_requests=args.strict_requests,
     )
 
 

@@ -124,3 +124,4 @@ class ServerConfig:
     tool_call_parser: str | None = None  # None: the format of tool calls is not known
     reasoning_parser: str | None = None  # None: the model does not reason, as far as the server knows
     access: AccessConfig = AccessConfig()
+    strict_requests: bool = False  # unknown fields are refused

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import hmac
 import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -21,6 +23,9 @@ from minisgl.server.render import error_body
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
+IGNORED = "x-minisgl-ignored"  # the fields of the request that were
+MAX_IGNORED_CHARS = 1000
+MAX_TOLD = 512  # names of ignored fields that the log has
 OPEN_PATHS = ("/health",)  # no key is asked for: load balancers have none
 QUIET_PATHS = ("/health", "/metrics")  # asked every few seconds: in the log at DEBUG only
 _CLIENT_ID = re.compile(r"[!-~]{1,128}")  # what a client's id may be, to be echoed and logged
@@ -41,7 +46,7 @@ def guarded(app: ASGIApp, access: AccessConfig, on_request: OnRequest | None = N
             allow_origins=access.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[REQUEST_ID],
+            expose_headers=[REQUEST_ID, IGNORED],
         )
     return RequestLog(app, on_request, log=log)
 
@@ -76,13 +81,15 @@ def _digest(key: bytes) -> bytes:
 class RequestLog:
     """Gives each request an id, which its answer has too, and a line in the log when it has ended.
 
-    Routes and we tell each other through `scope["state"]`: `request_id` from here, `totals` (a `Totals`) from them.
+    Routes and we tell each other through `scope["state"]`: `request_id` from here, `totals` (a `Totals`) and `reading`
+    (a `Reading`) from them.
     """
 
     def __init__(self, app: ASGIApp, on_request: OnRequest | None, *, log: bool) -> None:
         self._app = app
         self._on_request = on_request
         self._log = log
+        self._told: set[str] = set()  # ignored fields
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -98,7 +105,12 @@ class RequestLog:
             nonlocal status, first_byte
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = request_id
+                reading = scope["state"].get("reading")
+                if reading is not None and reading.ignored:
+                    headers[IGNORED] = _listed(reading.ignored)
+                    self._tell(reading.ignored)
             elif not first_byte:
                 first_byte = time.perf_counter() - begin
             await send(message)
@@ -111,6 +123,26 @@ class RequestLog:
                 self._on_request(scope["method"], route, status)
             if self._log:
                 _log_line(scope, status, first_byte, time.perf_counter() - begin)
+
+    def _tell(self, ignored: Mapping[str, Collection[str]]) -> None:
+        """Once for each name, so that nobody's requests fill the log or the memory."""
+        for name, known in ignored.items():
+            if name not in self._told and len(self._told) < MAX_TOLD:
+                self._told.add(name)
+                close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1, cutoff=0.8)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                logger.log(
+                    logging.WARNING if close else logging.INFO,
+                    "requests have a field %s, which has no effect here (told once)%s",
+                    name,
+                    hint,
+                )
+
+
+def _listed(names: Iterable[str]) -> str:
+    """As a header may have it: ASCII, with commas between them only."""
+    text = ", ".join(quote(name, safe="[]$@:/+ ") for name in names)
+    return text if len(text) <= MAX_IGNORED_CHARS else text[:MAX_IGNORED_CHARS].rpartition(",")[0] + ", ..."
 
 
 def _log_line(scope: Scope, status: int, first_byte: float, seconds: float) -> None:

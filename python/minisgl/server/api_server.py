@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -26,6 +27,7 @@ from minisgl.server.bodies import (
     check_model,
     json_response,
     read_json,
+    reading_of,
 )
 from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend, Stream
@@ -42,8 +44,10 @@ from minisgl.server.openapi import (
     documented,
     fields,
 )
-from minisgl.server.operations import BODIES, Limits, add_admin_routes, add_metrics_route, add_text_routes
+from minisgl.server.operations import BODIES as MORE_BODIES
+from minisgl.server.operations import Limits, add_admin_routes, add_metrics_route, add_text_routes
 from minisgl.server.protocol import (
+    BODIES,
     ChatBody,
     CompletionBody,
     GenerateBody,
@@ -53,7 +57,7 @@ from minisgl.server.protocol import (
     parse_completion,
     parse_generate,
 )
-from minisgl.server.protocol_responses import ResponsesBody, parse_responses
+from minisgl.server.protocol_responses import RESPONSES, ResponsesBody, parse_responses
 from minisgl.server.protocol_sampling import check_policy
 from minisgl.server.render import (
     ChatRenderer,
@@ -68,6 +72,7 @@ from minisgl.server.render import (
 )
 from minisgl.server.render_logprobs import mean_logprob
 from minisgl.server.render_responses import ResponsesRenderer
+from minisgl.server.strict import Fields, Reading
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +80,12 @@ DEFAULT_HEALTH_SECONDS = 10.0
 DEFAULT_KEEPALIVE_SECONDS = 10.0
 ACCEPT_SECONDS = 5.0  # that a stream's header waits for what may refuse the request: encoding, and compiling a grammar
 
+# What requests may have.
+ALL_BODIES: dict[type[BaseModel], Fields] = {**BODIES, ResponsesBody: RESPONSES, **MORE_BODIES}
+
 T = TypeVar("T")
 R = TypeVar("R", bound=GenerationRequest)
-Parser = Callable[[bytes, Mapping[str, float | int]], R]
+Parser = Callable[[bytes, Mapping[str, float | int], Reading], R]
 
 
 def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition) -> FastAPI:
@@ -89,11 +97,11 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
     limits = Limits(max_body, health_seconds)
     _add_error_handlers(app)
-    bodies = (ChatBody, CompletionBody, GenerateBody, ResponsesBody, *BODIES)
-    describe(app, bodies, keys=bool(config.access.api_keys))
+    describe(app, ALL_BODIES, keys=bool(config.access.api_keys))
 
     async def generate(request: Request, parse: Parser[R], make: Callable[[R], Renderer]) -> Response:
-        parsed = with_grammar(parse(await read_json(request, max_body), config.default_sampling), config)
+        data = await read_json(request, max_body)
+        parsed = with_grammar(parse(data, config.default_sampling, reading_of(request, config)), config)
         check_model(parsed.model, config)
         check_policy(parsed.params, config.scheduler.schedule_policy)
         return await _answer(frontend, request, parsed, make(parsed), keepalive)

@@ -9,6 +9,7 @@ from fastapi import Request, Response
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
+from minisgl.server.strict import Reading
 
 MAX_BODY_BYTES = 64 * 2**20  # unless MINISGL_MAX_BODY_BYTES says otherwise
 
@@ -44,6 +45,12 @@ async def read_json(request: Request, limit: int) -> bytes:
         if size > limit:
             raise _too_long(limit)
     return b"".join(chunks)
+
+
+def reading_of(request: Request, config: ServerConfig) -> Reading:
+    """How the body is to be read. Whoever sends the answer tells the client what of it was ignored."""
+    request.state.reading = reading = Reading(config.strict_requests)
+    return reading
 
 
 def _check_content_type(value: str | None) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 from minisgl.errors import RequestError
 
 CHAT_PARTS = {"text": "text", "refusal": "refusal"}  # type of a part: the field that has its text
-# Of /v1/responses; what a client sends back as it got it from us has more fields, which hold nothing.
 RESPONSE_PARTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
-_EMPTY_FIELDS = ("annotations", "logprobs")
 _OTHER_MEDIA = {
     "image_url": "images",
     "input_image": "images",
@@ -46,7 +44,6 @@ def _part(part: Any, where: str, here: str, parts: Mapping[str, str]) -> str:
         raise RequestError(f"{here}: the type must be one of {', '.join(parts)}, not {kind!r}", param=where)
     field = parts[kind]
     text = part.get(field)
-    others = [name for name in part if name not in ("type", field) and (name not in _EMPTY_FIELDS or part[name])]
-    if not isinstance(text, str) or others:
-        raise RequestError(f"{here} must have a {field} and nothing else", param=where)
+    if not isinstance(text, str):
+        raise RequestError(f"{here} must have a {field}", param=where)
     return text

@@ -22,7 +22,7 @@ _MODE: Literal["validation"] = "validation"
 Finish = Literal["stop", "length", "tool_calls", "abort"]
 
 _ABOUT = (
-    "In requests, a field that is null counts as left out, and a field that is unknown is refused. Every answer has a "
+    "In requests, a field that is null counts as left out, and one that is unknown is ignored. Every answer has a "
     "header `x-request-id`: the request's, if it had one."
 )
 EVENTS = "Server-sent events, each the JSON of a part of the answer, and `data: [DONE]`. An `error` may be the last."

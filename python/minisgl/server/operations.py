@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
 
 import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError, WorkerDied
 from minisgl.message.tokenizer import ChatPrompt, TextPrompt
-from minisgl.server.bodies import check_model, json_response, read_json
+from minisgl.server.bodies import check_model, json_response, read_json, reading_of
 from minisgl.server.exposition import Exposition
+from minisgl.server.fields import fields_of
 from minisgl.server.frontend import Frontend
 from minisgl.server.openapi import documented, fields
-from minisgl.server.protocol import Message, parse_chat
+from minisgl.server.protocol import Message, chat_request
 from minisgl.server.protocol_tools import Tool
-from minisgl.server.strict import Body, TokenId, load_object, optional, validate
+from minisgl.server.strict import Body, Fields, TokenId, load_object, optional, validate
 
 SCRAPE_SECONDS = 2.0  # how long /metrics waits for the scheduler
 _TOKENS = fields(count="integer", max_model_len="integer", tokens="array")
@@ -52,7 +54,10 @@ class AbortBody(Body):
     abort_all: bool | None = optional("All of them.")
 
 
-BODIES = (TokenizeBody, DetokenizeBody, AbortBody)
+TOKENIZE = fields_of(TokenizeBody, others=dict.fromkeys(("content", "text"), "prompt"))
+DETOKENIZE = Fields(DetokenizeBody.model_fields)
+ABORT = Fields(AbortBody.model_fields)
+BODIES: dict[type[BaseModel], Fields] = {TokenizeBody: TOKENIZE, DetokenizeBody: DETOKENIZE, AbortBody: ABORT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +68,21 @@ class Limits:
     answer_seconds: float  # until the scheduler has answered
 
 
+def _reader(config: ServerConfig, limits: Limits) -> Callable[[Fields, Request], Awaitable[dict[str, Any]]]:
+    async def read(fields: Fields, request: Request) -> dict[str, Any]:
+        return load_object(await read_json(request, limits.body_bytes), fields, reading_of(request, config))
+
+    return read
+
+
 def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limits: Limits) -> None:
     """/tokenize and /detokenize."""
+    checked = _reader(config, limits)
 
     @app.post("/tokenize", **documented(_TOKENS, TokenizeBody, errors=(404, 503)))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or a chat, as a request would have them."""
-        body = validate(TokenizeBody, load_object(await read_json(request, limits.body_bytes)))
+        body = validate(TokenizeBody, await checked(TOKENIZE, request))
         check_model(body.model, config)
         prompt, special = _prompt(body)
         tokens = await frontend.encode(prompt, special=special)
@@ -79,7 +92,7 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limi
     @app.post("/detokenize", **documented(_TEXT, DetokenizeBody, errors=(404, 503)))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        body = validate(DetokenizeBody, load_object(await read_json(request, limits.body_bytes)))
+        body = validate(DetokenizeBody, await checked(DETOKENIZE, request))
         check_model(body.model, config)
         bad = next((token for token in body.tokens if not 0 <= token < 2**31), None)
         if bad is not None:
@@ -99,13 +112,14 @@ def _prompt(body: TokenizeBody) -> tuple[ChatPrompt | TextPrompt, bool]:
         raise RequestError("give prompt or messages", param="prompt")
     if body.add_special_tokens:
         raise RequestError("add_special_tokens is for prompt: a chat template has its own", param="add_special_tokens")
-    prompt = parse_chat(json.dumps(given).encode(), {}).prompts[0]
+    prompt = chat_request(given, {}).prompts[0]
     assert isinstance(prompt, ChatPrompt)
     return prompt, False
 
 
 def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limits: Limits) -> None:
     """What the operator asks and does."""
+    checked = _reader(config, limits)
 
     @app.get("/version", **documented(fields(version="string")))
     async def version() -> Response:
@@ -131,7 +145,7 @@ def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, lim
     @app.post("/abort_request", **documented(fields(num_aborted="integer"), AbortBody))
     async def abort_request(request: Request) -> Response:
         """End requests: their answers end with `abort`. Ids that are not there (any more) are no error."""
-        body = validate(AbortBody, load_object(await read_json(request, limits.body_bytes)))
+        body = validate(AbortBody, await checked(ABORT, request))
         if (body.rid is None) == (not body.abort_all):
             raise RequestError("give either rid or abort_all: true", param="rid")
         if body.abort_all:

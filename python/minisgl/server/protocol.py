@@ -1,28 +1,27 @@
 """What clients may send: request bodies, checked and turned into prompts and sampling parameters.
 
-Each field of OpenAI's API is honoured, accepted because it has no bearing on the output (`_NO_EFFECT`), accepted with
-the one value that changes nothing (`_UNSUPPORTED`), or refused with a 400 that names it. Unknown fields are refused.
+What becomes of fields that no body here has, `fields` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, Field, WithJsonSchema
 
 from minisgl.core import MAX_COUNT, MAX_LOGPROBS, MAX_SEED, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
 from minisgl.server.content import CHAT_PARTS, text_of
+from minisgl.server.fields import fields_of
 from minisgl.server.protocol_grammar import GrammarFields
 from minisgl.server.protocol_sampling import SamplingFields
 from minisgl.server.protocol_tools import (
     CALL_SCHEMA,
     MAX_TOOLS,
-    MESSAGE_FIELDS,
     Tool,
     ToolChoice,
     ToolUse,
@@ -30,7 +29,7 @@ from minisgl.server.protocol_tools import (
     template_kwargs,
     tool_use,
 )
-from minisgl.server.strict import Body, TokenId, asks_for_nothing, beside, load_object, optional, validate
+from minisgl.server.strict import Body, Fields, Reading, TokenId, load_object, optional, validate
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -38,38 +37,6 @@ MAX_OUTPUTS = 2048  # choices of all prompts together
 ROLES = ("system", "developer", "user", "assistant", "tool")
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
-
-_EMPTY: tuple[Any, ...] = ({}, [], 0, "", False)
-# Known to OpenAI's API, without bearing on what is generated.
-_NO_EFFECT = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-)
-# Known, and not supported: the values, beside null, that mean the same as leaving the field out.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": _EMPTY,
-    "function_call": ("none", "auto"),
-    "functions": _EMPTY,
-    "modalities": (["text"],),
-    "prediction": _EMPTY,
-    "reasoning_effort": _EMPTY,
-    "suffix": _EMPTY,
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-# The same, in a message of a chat: what a client sends back as it got it from us.
-_MESSAGE_UNSUPPORTED = dict.fromkeys(("annotations", "audio", "function_call", "refusal"), _EMPTY)
-# What client libraries put beside a message of ours, and send back with it: it says nothing that the message does not.
-_MESSAGE_NO_EFFECT = frozenset({"parsed", "provider_specific_fields"})
-# Of SGLang's /generate, whose benchmark sends them all.
-_GENERATE_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "image_data": _EMPTY,
-    "logprob_start_len": (-1,),
-    "lora_path": _EMPTY,
-    "return_logprob": (False,),
-    "return_routed_experts": (False,),
-    "token_ids_logprob": _EMPTY,
-    "top_logprobs_num": (0,),
-}
 
 _TEXT = {"type": "string"}
 _PART = {"required": ["type"], "properties": {"type": {"enum": list(CHAT_PARTS)}, **dict.fromkeys(CHAT_PARTS, _TEXT)}}
@@ -86,10 +53,7 @@ Message = Annotated[
                 "tool_calls": {"type": ["array", "null"], "items": CALL_SCHEMA},
                 "tool_call_id": {"type": ["string", "null"]},
                 "reasoning_content": {"type": ["string", "null"]},
-                **{name: {"enum": [None, *_EMPTY]} for name in _MESSAGE_UNSUPPORTED},
-                **{name: {} for name in _MESSAGE_NO_EFFECT},
             },
-            "additionalProperties": {"type": "null"},
         }
     ),
 ]
@@ -97,12 +61,9 @@ Message = Annotated[
 
 class StreamOptions(Body):
     include_usage: bool | None = optional("Counts of tokens, in a last event.")
-    include_obfuscation: bool | None = optional("Not supported but for false.", enum=[None, False])
 
 
 class _OpenAIBody(Body, SamplingFields, GrammarFields):
-    model_config = ConfigDict(json_schema_extra=beside(_NO_EFFECT, _UNSUPPORTED))
-
     model: str | None = optional("The id that /v1/models shows.")
     n: int | None = optional("Outputs of each prompt.", ge=1, le=MAX_CHOICES)
     stream: bool | None = optional("Answer with server-sent events.")
@@ -148,12 +109,22 @@ class GenerateSampling(Body, SamplingFields):
 class GenerateBody(Body):
     """POST /generate: `text` or `input_ids`."""
 
-    model_config = ConfigDict(json_schema_extra=beside((), _GENERATE_UNSUPPORTED))
-
     text: str | None = optional("The prompt.", minLength=1)
     input_ids: list[TokenId] | None = optional("The prompt as token ids.", minItems=1)
     sampling_params: GenerateSampling | None = optional("How to continue it.")
     stream: bool | None = optional("Answer with server-sent events.")
+
+
+CHAT = fields_of(ChatBody)
+COMPLETION = fields_of(CompletionBody)
+_SAMPLING = fields_of(GenerateSampling)
+GENERATE = fields_of(
+    GenerateBody,
+    dict.fromkeys(_SAMPLING.known, ()),  # they belong into `sampling_params`
+    {"sampling_params": _SAMPLING},
+    {"prompt": "text", "inputs": "text", "parameters": "sampling_params"},
+)
+BODIES: dict[type[BaseModel], Fields] = {ChatBody: CHAT, CompletionBody: COMPLETION, GenerateBody: GENERATE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,14 +147,14 @@ class GenerationRequest:
         return self.best_of or self.n
 
 
-def parse_chat(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
+def parse_chat(data: bytes, defaults: Mapping[str, float | int], reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    return chat_request(load_object(data), defaults)
+    return chat_request(load_object(data, CHAT, reading), defaults)
 
 
 def chat_request(raw: dict[str, Any], defaults: Mapping[str, float | int]) -> GenerationRequest:
     """The body of a chat, checked. Raises: RequestError naming the field at fault."""
-    body = _checked(ChatBody, raw)
+    body = validate(ChatBody, raw)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise RequestError("max_tokens and max_completion_tokens cannot both be given", param="max_tokens")
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
@@ -203,9 +174,11 @@ def chat_request(raw: dict[str, Any], defaults: Mapping[str, float | int]) -> Ge
     return replace(_request(body, (prompt,), params), tools=tools)
 
 
-def parse_completion(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
+def parse_completion(
+    data: bytes, defaults: Mapping[str, float | int], reading: Reading | None = None
+) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    body = _checked(CompletionBody, load_object(data))
+    body = validate(CompletionBody, load_object(data, COMPLETION, reading))
     prompt = body.prompt
     prompts: tuple[Prompt, ...]
     if isinstance(prompt, str):
@@ -240,11 +213,11 @@ def _best_of(request: GenerationRequest, best_of: int | None) -> GenerationReque
     return replace(request, params=ranked, best_of=best_of)
 
 
-def parse_generate(data: bytes, defaults: Mapping[str, float | int]) -> GenerationRequest:
+def parse_generate(
+    data: bytes, defaults: Mapping[str, float | int], reading: Reading | None = None
+) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    raw = load_object(data)
-    _drop_known(raw, _GENERATE_UNSUPPORTED)
-    body = validate(GenerateBody, raw)
+    body = validate(GenerateBody, load_object(data, GENERATE, reading))
     if (body.text is None) == (body.input_ids is None):
         raise RequestError("give either text or input_ids", param="text")
     sampling = body.sampling_params or GenerateSampling()
@@ -262,8 +235,6 @@ def _request(body: _OpenAIBody, prompts: tuple[Prompt, ...], params: SamplingPar
     options = body.stream_options
     if options is not None and not body.stream:
         raise RequestError("stream_options is only allowed with stream", param="stream_options")
-    if options is not None and options.include_obfuscation:
-        raise RequestError("stream_options.include_obfuscation is not supported", param="stream_options")
     return GenerationRequest(
         prompts=prompts,
         params=params,
@@ -275,38 +246,11 @@ def _request(body: _OpenAIBody, prompts: tuple[Prompt, ...], params: SamplingPar
     )
 
 
-B = TypeVar("B", bound=_OpenAIBody)
-
-
-def _checked(model: type[B], raw: dict[str, Any]) -> B:
-    _drop_known(raw, _UNSUPPORTED, _NO_EFFECT)
-    return validate(model, raw)
-
-
-def _drop_known(
-    raw: dict[str, Any],
-    table: Mapping[str, tuple[Any, ...]],
-    no_effect: Collection[str] = (),
-    where: str = "",
-) -> None:
-    """Remove fields that change nothing. Raises: RequestError naming a field that would and is not supported."""
-    for name in [name for name in raw if name in table or name in no_effect]:
-        value = raw.pop(name)
-        if name in table and not asks_for_nothing(value, table[name]):
-            raise RequestError(f"{where}{name} is not supported", param=f"{where}{name}")
-
-
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     """One message of a chat as templates expect it: a role, its text as one string, and what goes with the role."""
-    message = dict(message)
-    _drop_known(message, _MESSAGE_UNSUPPORTED, _MESSAGE_NO_EFFECT, f"{where}.")
     role = message.get("role")
     if role not in ROLES:
         raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}", param=f"{where}.role")
-    known = ("role", "content", "name", *MESSAGE_FIELDS.get(role, ()))
-    unknown = [name for name, value in message.items() if name not in known and value is not None]
-    if unknown:
-        raise RequestError(f"unknown field: {where}.{unknown[0]}", param=f"{where}.{unknown[0]}")
     content = message.get("content")
     if content is None and role == "assistant":
         content = ""

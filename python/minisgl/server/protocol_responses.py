@@ -1,6 +1,6 @@
 """POST /v1/responses: what clients may send, turned into the chat that it means.
 
-The server keeps nothing: a conversation is sent as a whole each time. The rule for fields is that of `protocol`.
+The server keeps nothing: a conversation is sent as a whole each time.
 """
 
 from __future__ import annotations
@@ -9,32 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
+from minisgl.server.fields import ANY, EMPTY, FUNCTION, ITEM, JSON_SCHEMA, fields_of
 from minisgl.server.protocol import GenerationRequest, chat_request
 from minisgl.server.protocol_sampling import SamplingFields
 from minisgl.server.response_items import messages_of
-from minisgl.server.strict import Body, asks_for_nothing, beside, load_object, optional, validate
+from minisgl.server.strict import Body, Fields, Reading, load_object, optional, validate
 
-# Known, without bearing on the output. Nothing is stored, whatever `store` says.
-_NO_EFFECT = frozenset({"store", "service_tier", "prompt_cache_retention", "prompt_cache_options"})
-_STATELESS = ("conversation", "previous_response_id", "prompt")
-# Known, and not supported: the values, beside null, that mean the same as leaving the field out.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(_STATELESS, ()),
-    "access_programs": (),
-    "background": (False,),
-    "context_management": ([],),
-    "image": (),
-    "include": ([],),
-    "max_tool_calls": (),
-    "moderation": (),
-    "stream_options": ({}, {"include_obfuscation": False}, {"include_obfuscation": None}),
-    "top_logprobs": (0,),
-    "truncation": ("disabled",),
-}
 # How `chat_request` and the tokenizer name what they refuse.
 _PARAMS = {"messages": "input", "prompt": "input", "response_format": "text.format"}
 
@@ -43,13 +27,10 @@ class TextConfig(Body):
     """`text`: what the output looks like."""
 
     format: dict[str, Any] | None = None
-    verbosity: str | None = None
 
 
 class ResponsesBody(Body, SamplingFields):
     """POST /v1/responses."""
-
-    model_config = ConfigDict(json_schema_extra=beside(_NO_EFFECT, _UNSUPPORTED))
 
     model: str | None = None
     input: str | list[dict[str, Any]] = Field(json_schema_extra={"minItems": 1})
@@ -68,6 +49,24 @@ class ResponsesBody(Body, SamplingFields):
     prompt_cache_key: str | None = None
 
 
+RESPONSES = fields_of(
+    ResponsesBody,
+    {
+        **dict.fromkeys(("conversation", "previous_response_id", "prompt"), ()),
+        **dict.fromkeys(("access_programs", "context_management", "image", "include", "moderation"), EMPTY),
+        "truncation": ("disabled",),
+    },
+    {
+        "input": ITEM,
+        "text": Fields(("format",), ignored=("verbosity",), nested={"format": Fields(("type", *JSON_SCHEMA.known))}),
+        "tools": Fields(("type", *FUNCTION.known)),
+        "reasoning": ANY,
+        "stream_options": Fields(ignored=("include_obfuscation",)),
+    },
+    dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_output_tokens"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest(GenerationRequest):
     """Some of the body comes back in the answer."""
@@ -75,13 +74,11 @@ class ResponsesRequest(GenerationRequest):
     body: ResponsesBody = field(kw_only=True)
 
 
-def parse_responses(data: bytes, defaults: Mapping[str, float | int]) -> ResponsesRequest:
+def parse_responses(
+    data: bytes, defaults: Mapping[str, float | int], reading: Reading | None = None
+) -> ResponsesRequest:
     """Raises: RequestError naming the field at fault."""
-    raw = load_object(data)
-    _drop_known(raw)
-    body = validate(ResponsesBody, raw)
-    if body.text is not None and body.text.verbosity not in (None, "medium"):
-        raise RequestError("text.verbosity is not supported", param="text.verbosity")
+    body = validate(ResponsesBody, load_object(data, RESPONSES, reading))
     wish = next((f"reasoning.{name}" for name, value in (body.reasoning or {}).items() if value is not None), None)
     if wish is not None:
         raise RequestError(f"{wish} is not supported; chat_template_kwargs may be, by the model", param=wish)
@@ -112,14 +109,6 @@ def as_responses_say(error: RequestError) -> RequestError:
     old, new = param.partition("[")[0], _PARAMS[param.partition("[")[0]]
     message = str(error).replace(old, new, 1) if str(error).startswith(old) else str(error)
     return RequestError(message, param=new, code=error.code, status=error.status)
-
-
-def _drop_known(raw: dict[str, Any]) -> None:
-    for name in [name for name in raw if name in _UNSUPPORTED or name in _NO_EFFECT]:
-        value = raw.pop(name)
-        if name in _UNSUPPORTED and not asks_for_nothing(value, _UNSUPPORTED[name]):
-            why = ": this server keeps no state, send the whole conversation as input" if name in _STATELESS else ""
-            raise RequestError(f"{name} is not supported{why}", param=name)
 
 
 def _messages(body: ResponsesBody) -> list[dict[str, Any]]:

@@ -28,10 +28,6 @@ _RESERVED_KWARGS = frozenset(
         *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
     )
 )
-MESSAGE_FIELDS: Mapping[str, tuple[str, ...]] = {  # by role, beside role, content and name
-    "assistant": ("tool_calls", "reasoning_content"),
-    "tool": ("tool_call_id",),
-}
 
 
 class FunctionSpec(Body):
@@ -54,7 +50,6 @@ class Tool(Body):
 class _CalledFunction(Body):
     name: str
     arguments: str
-    parsed_arguments: Any = None  # what the `openai` library makes of them, and sends back
 
 
 class _ToolCall(Body):
@@ -63,7 +58,6 @@ class _ToolCall(Body):
     id: str
     type: Literal["function"] = "function"
     function: _CalledFunction
-    index: int | None = None
 
 
 CALL_SCHEMA = {
@@ -72,15 +66,12 @@ CALL_SCHEMA = {
     "properties": {
         "id": {"type": "string"},
         "type": {"const": "function"},
-        "index": {"type": ["integer", "null"]},
         "function": {
             "type": "object",
             "required": ["name", "arguments"],
             "properties": {"name": {"type": "string"}, "arguments": {"type": "string", "description": "JSON"}},
-            "additionalProperties": False,
         },
     },
-    "additionalProperties": False,
 }
 _FUNCTION = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
 _NAMED = {

@@ -28,7 +28,6 @@ class _Item(Body, ABC):
 class _MessageItem(_Item):
     role: Literal["user", "assistant", "system", "developer"]
     content: str | list[dict[str, Any]] | None = None
-    phase: str | None = None
 
     def add_to(self, messages: list[Message], where: str) -> None:
         text = text_of(self.content, f"{where}.content", RESPONSE_PARTS)
@@ -98,8 +97,7 @@ def messages_of(items: list[dict[str, Any]]) -> list[Message]:
         where, kind = f"input[{index}]", item.get("type", "message")
         if not isinstance(kind, str) or kind not in _ITEMS:
             raise RequestError(f"{where}.type must be one of {', '.join(_ITEMS)}, not {kind!r}", param=f"{where}.type")
-        given = {name: value for name, value in item.items() if value is not None}
-        validate(_ITEMS[kind], given, where).add_to(messages, where)
+        validate(_ITEMS[kind], item, where).add_to(messages, where)
     return messages
 
 

@@ -1,8 +1,14 @@
-"""JSON bodies, taken literally: no conversions, no unknown fields, and one line that names what is wrong."""
+"""JSON bodies: no conversions, one line that names what is wrong, and what becomes of fields that nobody reads.
+
+A field is known: something is made of it. Or it would change the answer and is not supported: it is refused, unless its
+value asks for nothing. Or it is neither: it is ignored, and the client and the log are told so.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -10,16 +16,97 @@ from pydantic_core import from_json
 
 from minisgl.errors import RequestError
 
+MAX_IGNORED = 64  # names of one request that are remembered
+MAX_SHOWN = 64  # characters of a client's name for something, in messages
+
 
 class Body(BaseModel):
-    """Strict: no conversion of strings to numbers; unknown fields are errors."""
+    """Strict: no conversion of strings to numbers. Fields that it has not are left out: see `Fields`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
 
 
 B = TypeVar("B", bound=BaseModel)
 SCHEMA_REF = "#/components/schemas/{model}"
 TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 2**31 - 1})]
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """Which fields an object in a request may have.
+
+    known: something is made of them. refused: not supported, with the values beside null that ask for nothing.
+    ignored: OpenAI's, without bearing on the answer. nested: those that are objects, or lists of objects. others: names
+    that other servers have for known fields. by, kinds: the field that says of which kind the object is, and the fields
+    of each kind. any_name: all are known, they are names that the client gives.
+    """
+
+    known: Collection[str] = ()
+    refused: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    ignored: Collection[str] = ()
+    nested: Mapping[str, Fields] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
+    by: str = ""
+    kinds: Mapping[str, Fields] = field(default_factory=dict)
+    any_name: bool = False
+
+    def of(self, given: Mapping[str, Any]) -> Fields:
+        kind = given.get(self.by)
+        return self.kinds.get(kind, self) if isinstance(kind, str) else self
+
+
+@dataclass(slots=True)
+class Reading:
+    """The reading of one request. strict: what would be ignored is refused.
+
+    ignored: the fields that were, `messages[].id`, with the known ones beside each.
+    """
+
+    strict: bool = False
+    ignored: dict[str, Collection[str]] = field(default_factory=dict)
+
+    def read(self, given: Any, fields: Fields, where: str = "") -> Any:
+        """The object, or list of objects, with known fields only; null is the same as leaving a field out.
+
+        Raises: RequestError naming a field that is refused.
+        """
+        if isinstance(given, list):
+            return [self.read(item, fields, f"{where}[{index}]") for index, item in enumerate(given)]
+        if not isinstance(given, dict):
+            return given
+        fields = fields.of(given)
+        kept = {}
+        for name, value in given.items():
+            if value is None:
+                continue
+            here = f"{where}.{shown(name)}" if where else shown(name)
+            meant = fields.others.get(name, name)
+            unknown = meant not in fields.known or (meant != name and given.get(meant) is not None)
+            if unknown and name in fields.refused and not asks_for_nothing(value, fields.refused[name]):
+                raise RequestError(f"{here} is not supported", param=here, code="unsupported_parameter")
+            if meant in fields.nested:
+                value = self.read(value, fields.nested[meant], here)
+            if not unknown or fields.any_name:
+                kept[meant] = value
+            else:
+                self.ignore(here, fields, needless=name in fields.refused or name in fields.ignored)
+        return kept
+
+    def ignore(self, where: str, fields: Fields, *, needless: bool = False) -> None:
+        """needless: it asks for nothing, so there is nothing that the client may have meant instead.
+
+        Raises: RequestError if that is not to be.
+        """
+        if self.strict and not needless:
+            raise RequestError(f"unknown field: {where}", param=where, code="unknown_parameter")
+        if len(self.ignored) < MAX_IGNORED:
+            self.ignored.setdefault(re.sub(r"\[\d+\]", "[]", where), () if needless else fields.known)
+
+
+def shown(name: str) -> str:
+    """A client's name for something, fit for one line."""
+    text = name if name.isprintable() else name.encode("unicode_escape").decode("ascii")
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def optional(
@@ -29,36 +116,24 @@ def optional(
     return Field(None, description=text, ge=ge, gt=gt, le=le, json_schema_extra=schema or None)
 
 
-def beside(no_effect: Iterable[str], unsupported: Mapping[str, Sequence[Any]]) -> Callable[[dict[str, Any]], None]:
-    """Tells the OpenAPI document of fields that are taken out before a model sees them."""
-
-    def extend(schema: dict[str, Any]) -> None:
-        properties = schema["properties"]
-        for name in sorted(no_effect):
-            properties[name] = {"description": "Accepted, without effect."}
-        for name, neutral in unsupported.items():
-            properties[name] = {"description": "Not supported; these values ask for nothing.", "enum": [None, *neutral]}
-
-    return extend
-
-
 def asks_for_nothing(value: Any, neutral: Sequence[Any]) -> bool:
-    """Whether it is null, or one of these values as JSON knows them: there, false is not 0."""
-    return value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
+    """Whether it is one of these values as JSON knows them: there, false is not 0."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
 
 _OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than_equal")
 
 
-def load_object(data: bytes) -> dict[str, Any]:
-    """Raises: RequestError when it is no JSON object."""
+def load_object(data: bytes, fields: Fields, reading: Reading | None = None) -> dict[str, Any]:
+    """The body, as `Reading.read` leaves it. Raises: RequestError when it is no JSON object, or has refused fields."""
     try:
         raw = from_json(data, allow_inf_nan=False)
     except ValueError as error:
         raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise RequestError("the body must be a JSON object")
-    return raw
+    kept: dict[str, Any] = (reading or Reading()).read(raw, fields)
+    return kept
 
 
 def validate(model: type[B], raw: Any, where: str = "") -> B:
@@ -66,25 +141,24 @@ def validate(model: type[B], raw: Any, where: str = "") -> B:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise _refusal(error, where) from None
+        raise _refusal(error, raw, where) from None
 
 
-def _refusal(error: ValidationError, where: str) -> RequestError:
+def _refusal(error: ValidationError, raw: Any, where: str) -> RequestError:
     """The first problem, in one line."""
     problem = error.errors(include_url=False, include_context=False)[0]
-    path = [part for part in problem["loc"] if isinstance(part, int) or part.isidentifier()]
     param = where
-    for part in path:
+    for part in problem["loc"]:
         if isinstance(part, int):
             param += f"[{part}]"
-        elif part not in ("str", "int", "float", "bool"):  # pydantic's names for the members of a union
-            param += f".{part}" if param else part
-    if problem["type"] == "extra_forbidden":
-        message = f"unknown field: {param}"
-    elif problem["type"] == "missing":
-        message = f"{param} is required"
-    else:
-        message = f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
-        if problem["type"] in _OUT_OF_RANGE:
-            message += f", not {problem['input']}"
-    return RequestError(message, param=param or None)
+            raw = raw[part] if isinstance(raw, list) and part < len(raw) else None
+        elif (isinstance(raw, dict) and part in raw) or problem["type"] == "missing":
+            param += f".{shown(part)}" if param else shown(part)
+            raw = raw.get(part) if isinstance(raw, dict) else None
+        # else it is pydantic's name for a member of a union
+    if problem["type"] == "missing":
+        return RequestError(f"{param} is required", param=param or None, code="missing_required_parameter")
+    message = f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+    if problem["type"] in _OUT_OF_RANGE:
+        message += f", not {str(problem['input'])[:MAX_SHOWN]}"
+    return RequestError(message, param=param or None, code="invalid_value")
