@@ -49,7 +49,7 @@ def probe() -> Capabilities:
     return Capabilities(
         num_cores=_num_cores(),
         memory=_available_memory(),
-        cpu_flags=_cpu_flags(),
+        cpu_flags=cpu_flags(),
         gpus=nvidia.gpus,
         gpu_problem=nvidia.problem,
         driver=nvidia.driver,
@@ -75,7 +75,7 @@ def _available_memory() -> int:
     return min(available, max(0, int(limit) - int(used))) if limit.isdecimal() and used.isdecimal() else available
 
 
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
     lines = (line for line in _read("/proc/cpuinfo").splitlines() if line.startswith(("flags", "Features")))
     return frozenset(next(lines, "").partition(":")[2].split())
 

@@ -1,4 +1,4 @@
-"""Our CPU kernels as operations: `csrc/src/cpu.cc`, compiled for this processor on first use.
+"""Our CPU kernels as operations: `csrc/src/cpu.cc`, compiled for this processor's level on first use.
 
 Weights lie in panels (`csrc/include/minisgl/cpu/linear.h`) and keep their type, or become int8; activations are float32
 whatever the weights are.
@@ -43,12 +43,14 @@ class Matrix:
 
 
 class CpuOps(TorchOps):
-    """num_threads: that compute, the caller's included. to_int8: weights become int8, but for exact ones."""
+    """num_threads: that compute, the caller's included. to_int8: weights become int8, but for exact ones.
+
+    target: as for `kernel.jit.load_cpu_kernels`."""
 
     vector_dtype = torch.float32
 
-    def __init__(self, num_threads: int, *, to_int8: bool = False, flags: tuple[str, ...] = ("-march=native",)) -> None:
-        self.module = load_cpu_kernels(flags)
+    def __init__(self, num_threads: int, *, to_int8: bool = False, target: str = "") -> None:
+        self.module = load_cpu_kernels(target)
         self.workers: int = self.module.create_workers(num_threads)
         self._to_int8 = to_int8
         weakref.finalize(self, self.module.destroy_workers, self.workers)

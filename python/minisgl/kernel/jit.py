@@ -1,23 +1,52 @@
-"""The one loader of C++ and CUDA sources: compiled on first use through TVM-FFI, kept in a cache on disk."""
+"""The one loader of C++ and CUDA sources: compiled on first use through TVM-FFI, kept in a cache on disk.
+
+A library's name has a digest of all that it is made of, and of nothing else: not of where the sources lie, so that
+checkouts, wheels and images share it, nor of the compiler, so that a machine without one can load it. It is made in a
+private folder and put into the cache whole (docs/adr/0011-kernel-cache.md).
+"""
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import logging
 import os
 import platform
-from collections.abc import Mapping
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from minisgl.config.gpus import torch_cuda
+from minisgl.config.probe import cpu_flags
 from minisgl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 CSRC = Path(__file__).parent / "csrc"
-INCLUDE = CSRC / "include"
 CPU = "cpu"  # the source whose functions run on the processor
+LOCK_SECONDS = 300.0  # that one process waits for another's compiler
+_DIGEST_BYTES = 32  # at the end of a library: of what stands before
+
+_V3 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_AMX = {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
+# What the compiler may use: the first level whose features (as Linux names them) the processor has. Processors of one
+# level share a library, and images bring libraries for processors that they have not seen.
+LEVELS: Mapping[str, tuple[set[str], str]] = {
+    "x86-64-v4-amx": (
+        _V4 | _AMX | {"avx512_vnni"},
+        "-march=x86-64-v4 -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16",
+    ),
+    "x86-64-v4-vnni": (_V4 | {"avx512_vnni"}, "-march=x86-64-v4 -mavx512vnni"),
+    "x86-64-v4": (_V4, "-march=x86-64-v4"),
+    "x86-64-v3-vnni": (_V3 | {"avx_vnni"}, "-march=x86-64-v3 -mavxvnni"),
+    "x86-64-v3": (_V3, "-march=x86-64-v3"),
+}
 
 
 def cache_dir() -> Path:
@@ -26,36 +55,16 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MINISGL_CACHE_DIR") or default) / "kernels"
 
 
-def _sources(name: str) -> list[Path]:
-    files = (f"{CPU}.cc", f"{CPU}_bindings.cc") if name == CPU else (f"{name}.cu",)
-    return [CSRC / "src" / file for file in files]
-
-
-@functools.cache
-def _source_digest(name: str) -> str:
-    """Changes with the kernel file and every header."""
-    digest = hashlib.sha256()
-    headers = INCLUDE.rglob("*.cuh") if name != CPU else (INCLUDE / "minisgl" / "cpu").glob("*.h")
-    for path in [*_sources(name), *sorted(headers)]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def load_kernel(name: str, arch: tuple[int, int], defines: Mapping[str, int | str] | None = None) -> Any:
     """The module of `csrc/src/NAME.cu` for a GPU of compute capability `arch`; its exported functions are attributes.
 
     Raises: ConfigError when it cannot be compiled, with the compiler's first error.
     """
-    return _load(name, arch, tuple(sorted((defines or {}).items())))
+    return _load_cuda(name, arch, tuple(sorted((defines or {}).items())))
 
 
 @functools.cache
-def _load(name: str, arch: tuple[int, int], defines: tuple[tuple[str, int | str], ...]) -> Any:
-    try:
-        import tvm_ffi
-        from tvm_ffi import cpp
-    except (ImportError, OSError) as error:  # OSError: a library that does not load
-        raise ConfigError(f"CUDA kernels need the package apache-tvm-ffi ({error}); install minisgl[cuda]") from error
+def _load_cuda(name: str, arch: tuple[int, int], defines: tuple[tuple[str, int | str], ...]) -> Any:
     target = f"{arch[0]}{arch[1]}" + ("a" if arch[0] >= 9 else "")
     flags = [
         "--use_fast_math",
@@ -63,68 +72,172 @@ def _load(name: str, arch: tuple[int, int], defines: tuple[tuple[str, int | str]
         *(["-DMINISGL_PDL"] if arch[0] >= 9 else []),
         *(f"-D{key}={value}" for key, value in defines),
     ]
-    key = hashlib.sha256(repr((_source_digest(name), target, flags, tvm_ffi.__version__)).encode()).hexdigest()[:16]
     # The only way to tell it the architecture; otherwise it asks nvidia-smi for that of the first GPU.
     os.environ["TVM_FFI_CUDA_ARCH_LIST"] = f"{arch[0]}.{target[len(str(arch[0])) :]}"
-    try:
-        directory = cache_dir() / f"{name}-{key}"
-        directory.mkdir(parents=True, exist_ok=True)
-        return cpp.load(
-            f"minisgl_{name}",
-            cuda_files=[str(CSRC / "src" / f"{name}.cu")],
-            extra_cuda_cflags=flags,
-            extra_include_paths=[str(INCLUDE)],
-            build_directory=str(directory),
-            backend="cuda",
-        )
-    except (RuntimeError, OSError) as error:
-        logger.debug("the kernel %s cannot be compiled", name, exc_info=True)
-        raise ConfigError(
-            f"cannot compile the kernel {name} for sm_{target}: {_reason(error)}; see minisgl doctor (nvcc, C++ "
-            "compiler), and MINISGL_CACHE_DIR for where kernels are kept"
-        ) from error
+    cudart = (torch_cuda() or "").partition(".")[0]  # the library asks for that version of it
+    return _library(name, f"sm_{target}", flags, cudart)
 
 
 @functools.cache
-def load_cpu_kernels(flags: tuple[str, ...] = ("-march=native",)) -> Any:
-    """The module of `csrc/src/cpu.cc`. flags: what the compiler may use of the processor.
+def load_cpu_kernels(target: str = "") -> Any:
+    """The module of `csrc/src/cpu.cc`. target: as for `compile_cpu_kernels`; by default this processor's level.
 
     Raises: ConfigError when it cannot be compiled, with the compiler's first error.
     """
+    return _cpu_library(target or cpu_level())
+
+
+def compile_cpu_kernels(target: str) -> Path:
+    """Have the CPU kernels in the cache, for other machines too. target: of `LEVELS`, or what `-march` takes.
+
+    Raises: ConfigError when they cannot be compiled.
+    """
+    return Path(_cpu_library(target, use=lambda path: path))
+
+
+def cpu_level() -> str:
+    """The best of `LEVELS` that this processor has; "native" for those that have none."""
+    has = cpu_flags()
+    return next((level for level, (needed, _) in LEVELS.items() if needed <= has), "native")
+
+
+def _cpu_library(target: str, **options: Callable[[Path], Any]) -> Any:
+    flags = LEVELS[target][1].split() if target in LEVELS else [f"-march={target}"]
+    machine = platform.machine()
+    if target == "native":  # what the compiler then finds out itself: a cache may be shared with other processors
+        machine += " ".join(sorted(cpu_flags())) or platform.processor()
+    return _library(CPU, target, ["-std=gnu++20", "-O3", "-pthread", *flags], machine, **options)
+
+
+@functools.cache
+def _files(name: str) -> dict[str, bytes]:
+    """What a library is made of: the contents of sources and headers, by their paths below `CSRC`."""
+    sources = (f"{CPU}.cc", f"{CPU}_bindings.cc") if name == CPU else (f"{name}.cu",)
+    headers = (CSRC / "include").rglob("*.h" if name == CPU else "*.cuh")
+    paths = [*(CSRC / "src" / source for source in sources), *sorted(headers)]
+    return {path.relative_to(CSRC).as_posix(): path.read_bytes() for path in paths}
+
+
+def _load_module(path: Path) -> Any:
+    import tvm_ffi
+
+    return tvm_ffi.load_module(str(path))
+
+
+def _library(
+    name: str, target: str, flags: list[str], machine: str, *, use: Callable[[Path], Any] = _load_module
+) -> Any:
+    """What `use` makes of the library in the cache, which is compiled if it is not there, is damaged, or does not load.
+
+    Raises: ConfigError saying why not.
+    """
+    title = f"the {'CPU kernels' if name == CPU else f'kernel {name}'} for {target}"
     try:
-        import tvm_ffi
-        from tvm_ffi import cpp
-    except (ImportError, OSError) as error:
-        raise ConfigError(f"the CPU kernels need the package apache-tvm-ffi ({error})") from error
-    flags = ("-std=gnu++20", "-O3", "-pthread", *flags)
-    key = hashlib.sha256(repr((_source_digest(CPU), flags, _processor(), tvm_ffi.__version__)).encode()).hexdigest()[
-        :16
-    ]
-    try:
-        directory = cache_dir() / f"{CPU}-{key}"
-        if not directory.exists():
-            logger.info("compiling the CPU kernels: once, some seconds")
-        directory.mkdir(parents=True, exist_ok=True)
-        return cpp.load(
-            f"minisgl_{CPU}",
-            cpp_files=[str(path) for path in _sources(CPU)],
-            extra_cflags=list(flags),
-            extra_ldflags=["-pthread"],
-            extra_include_paths=[str(INCLUDE)],
-            build_directory=str(directory),
-        )
-    except (RuntimeError, OSError) as error:
-        logger.debug("the CPU kernels cannot be compiled", exc_info=True)
+        from tvm_ffi import __version__ as tvm_ffi_version
+
+        parts = (sorted(_files(name).items()), flags, machine, tvm_ffi_version)
+        key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        path = cache_dir() / f"{name}-{target}-{key}.so"
+        if (found := _use_compiled(path, use, logging.DEBUG)) is not None:
+            return found
+        with _locked(path, title):  # by the time it is ours, another process may have made it
+            found = _use_compiled(path, use, logging.WARNING)
+            return found if found is not None else _use_new(name, title, flags, path, use)
+    except (RuntimeError, OSError, ImportError) as error:  # OSError: TVM-FFI's own library does not load
+        logger.debug("cannot compile %s", title, exc_info=True)
+        hint = "or set MINISGL_DISABLE_CPU_KERNELS=1 to compute with torch, more slowly" if name == CPU else "and nvcc"
         raise ConfigError(
-            f"cannot compile the CPU kernels: {_reason(error)}; see minisgl doctor (C++ compiler), or set "
-            "MINISGL_DISABLE_CPU_KERNELS=1 to compute with torch, more slowly"
+            f"cannot compile {title}: {_reason(error)}; see minisgl doctor, C++ compiler, {hint}"
         ) from error
 
 
-def _processor() -> str:
-    """A cache may be shared by machines with other processors."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+def _use_compiled(path: Path, use: Callable[[Path], Any], level: int) -> Any | None:
+    """level: of the log's line that says why a library that is there is not used."""
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data[:-_DIGEST_BYTES]).digest() == data[-_DIGEST_BYTES:]:
+            return use(path)
+        logger.log(level, "%s is damaged", path)  # to load half of a library would end the process
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (RuntimeError, OSError) as error:
+        logger.log(level, "%s does not load here: %s", path, _reason(error))
+    return None
+
+
+def _use_new(name: str, title: str, flags: list[str], path: Path, use: Callable[[Path], Any]) -> Any:
+    # Warnings are shown by the shell too, and by a program that has not set up logging.
+    logger.warning("compiling %s: once, about %s", title, "half a minute" if name == CPU else "a minute")
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="minisgl-kernel-") as folder:
+        built = _build(name, flags, Path(folder))
+        data = built.read_bytes()
+        built.write_bytes(data + hashlib.sha256(data).digest())
+        logger.info("compiled %s in %.0f s", title, time.perf_counter() - begin)
+        try:
+            _put_in_place(built, path)
+        except OSError as error:
+            reason = error.strerror or error
+            logger.warning("%s cannot be kept, each start compiles: %s: %s (MINISGL_CACHE_DIR)", title, path, reason)
+            return use(built)
+        return use(path)
+
+
+def _build(name: str, flags: list[str], folder: Path) -> Path:
+    """Compile copies of the sources in a folder, which may go when the library has been loaded."""
+    from tvm_ffi import cpp
+
+    for path, content in _files(name).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    sources = [str(folder / path) for path in _files(name) if path.startswith("src/")]
+    options: dict[str, Any] = {"cuda_files": sources, "extra_cuda_cflags": flags, "backend": "cuda"}
+    if name == CPU:
+        options = {"cpp_files": sources, "extra_cflags": flags, "extra_ldflags": ["-pthread"]}
+    include = [str(folder / "include")]
+    try:
+        built = cpp.build(f"minisgl_{name}", extra_include_paths=include, build_directory=str(folder), **options)
+    except RuntimeError as error:
+        raise RuntimeError(str(error).replace(str(folder), str(CSRC))) from error
+    return Path(built)
+
+
+def _put_in_place(built: Path, path: Path) -> None:
+    """Whole or not at all, whoever else does the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
+        os.replace(shutil.copy(built, folder), path)
+
+
+@contextmanager
+def _locked(path: Path, title: str) -> Iterator[None]:
+    """One process compiles, and others wait for it: not for ever, and not where a folder cannot be locked."""
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(path.with_suffix(".lock").open("a"))
+            _wait_for(lock.fileno(), title)
+        except OSError as error:
+            logger.debug("no lock for %s: %s", path, error)
+        yield
+
+
+def _wait_for(lock: int, title: str) -> None:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            _tell_that_we_wait()
+            time.sleep(0.1)
+    logger.warning("another process has been compiling %s for %.0f s: doing it here", title, LOCK_SECONDS)
+
+
+@functools.cache
+def _tell_that_we_wait() -> None:
+    """Once: each rank waits for some ten kernels."""
+    logger.warning("waiting for another process, which compiles kernels")
 
 
 def _reason(error: Exception) -> str:
