@@ -54,6 +54,7 @@ SELDOM = (
         "tool_choice",
         "metadata",
     ),
+    *("continue_final_message", "add_generation_prompt"),
     *("chat_template_kwargs", "stop_token_ids", "logit_bias", "json_schema", "regex", "ebnf", "add_special_tokens"),
 )
 

@@ -123,6 +123,23 @@ def test_reasoning_that_the_prompt_has_opened(model: Scripted, stream: bool) -> 
 
 
 @pytest.mark.parametrize(
+    ("begun", "says", "reasoning", "content"),
+    [
+        ("The sum", " is 7.", None, " is 7."),
+        ("<think>Hm.</think>", "7.", None, "7."),
+        ("<think>Let me", " see.</think>7.", "see.", "7."),
+    ],
+)
+def test_a_message_that_goes_on(model: Scripted, begun: str, says: str, reasoning: str | None, content: str) -> None:
+    """The answer is the rest: reasoning only where the message breaks off in it."""
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": begun}]
+    made = model.chat(says, messages=messages, extra_body={"continue_final_message": True})
+    message = made.choices[0].message
+    assert getattr(message, "reasoning_content", None) == reasoning
+    assert message.content == content
+
+
+@pytest.mark.parametrize(
     ("options", "param"),
     [
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "GetLost"}}}, "tool_choice"),

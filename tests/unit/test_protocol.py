@@ -52,6 +52,27 @@ def test_what_a_chat_becomes() -> None:
     assert (parsed.model, parsed.n, parsed.stream, parsed.include_usage) == ("m", 2, True, True)
 
 
+def test_the_last_message_goes_on_if_the_client_says_so() -> None:
+    said = {"role": "assistant", "content": "b"}
+    plain, on, without = (
+        chat(messages=[*HELLO, said], **fields).prompts[0]
+        for fields in ({}, {"continue_final_message": True}, {"add_generation_prompt": False})
+    )
+    assert (plain.add_generation_prompt, plain.continue_final) == (True, False)
+    assert on.continue_final
+    assert (without.add_generation_prompt, without.continue_final) == (False, False)
+    assert chat(messages=[*HELLO, said], continue_final_message=True, add_generation_prompt=False)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for last, fields in (
+        (said, {"add_generation_prompt": True}),
+        (HELLO[0], {}),
+        ({"role": "assistant", "tool_calls": [call]}, {}),
+    ):
+        with pytest.raises(RequestError) as refused:
+            chat(messages=[*HELLO, last], continue_final_message=True, **fields)
+        assert refused.value.param == "continue_final_message"
+
+
 def test_defaults_are_the_model_s_unless_the_client_says_otherwise() -> None:
     defaults = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     data = json.dumps({"messages": HELLO, "temperature": 0, "top_p": None}).encode()

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from minisgl.config.runtime import Addresses, TokenizerConfig
 from minisgl.core import Grammar, SamplingParams
@@ -38,6 +39,41 @@ def test_a_chat_is_encoded_as_its_template_says(byte_level: HFTextCodec) -> None
     text = byte_level._tokenizer.decode(ids)
     assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert ids.count(1) == 2  # <|im_start|> is one token, not its characters
+
+
+HARD = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] | trim }}"
+    "</s>{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, HARD])
+@pytest.mark.parametrize("said", ["The sum", "The sum ", " is\n\n", "", "is is is", "</s>", "größer 🙂"])
+def test_a_message_that_goes_on_ends_where_it_ends(tmp_path: Path, template: str, said: str) -> None:
+    """However the template trims it, and whatever it puts behind; the prompt before it is as ever."""
+    codec = HFTextCodec(str(make_byte_level(tmp_path / "model", template=template)))
+    asked = [{"role": "user", "content": "is"}]
+    begun = codec.render_chat(ChatPrompt(asked))
+    text = codec.render_chat(ChatPrompt([*asked, {"role": "assistant", "content": said}], continue_final=True))
+    assert text in (begun + said, begun + said.lstrip())
+    ended = codec.render_chat(ChatPrompt(asked, add_generation_prompt=False))
+    assert begun.startswith(ended)
+    assert not ended.endswith(("assistant\n", "[assistant]"))
+
+
+@pytest.mark.parametrize("said", ["The sum", "is\n", "naïve"])
+def test_it_ends_as_in_transformers(byte_level: HFTextCodec, tmp_path: Path, said: str) -> None:
+    messages = [{"role": "user", "content": "is"}, {"role": "assistant", "content": said}]
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(make_byte_level(tmp_path / "model")))
+    expected = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert byte_level.render_chat(ChatPrompt(messages, continue_final=True)) == expected
+
+
+def test_a_template_that_hides_the_end_is_refused(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content[:2] }}{% endfor %}"
+    codec = HFTextCodec(str(make_byte_level(tmp_path / "model", template=template)))
+    with pytest.raises(RequestError, match="does not show how the last message ends"):
+        codec.render_chat(ChatPrompt([{"role": "assistant", "content": "abc"}], continue_final=True))
 
 
 def test_no_second_bos(byte_level_bos: HFTextCodec) -> None:

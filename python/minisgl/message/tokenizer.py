@@ -16,11 +16,17 @@ PROMPT_TAIL = 16  # prompt ids that say how the prompt ends: more than a tag and
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, tag="chat", forbid_unknown_fields=True):
-    """Messages for the chat template, as the template expects them (OpenAI's shape)."""
+    """Messages for the chat template, as the template expects them (OpenAI's shape).
+
+    add_generation_prompt: the prompt ends where an assistant begins to speak. continue_final: instead it ends in the
+    middle of the last message, which is an assistant's and goes on.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool = True
+    continue_final: bool = False
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag="text", forbid_unknown_fields=True):

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from minisgl.config.runtime import AccessConfig
 from minisgl.server.bodies import json_response
 from minisgl.server.render import error_body
+from minisgl.server.render_messages import as_asked
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def guarded(app: ASGIApp, access: AccessConfig, on_request: OnRequest | None = N
 
 
 class ApiKeys:
-    """Answers 401 to requests without one of the keys as bearer token."""
+    """Answers 401 to requests without one of the keys, as bearer token or as Anthropic's clients send it."""
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
         self._app = app
@@ -62,16 +63,19 @@ class ApiKeys:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._knows(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
-        message = "this server asks for an API key, as 'Authorization: Bearer KEY'; the request has none that it knows"
-        refusal = error_body(message, 401, code="invalid_api_key")
+        message = (
+            "this server asks for an API key (Authorization: Bearer KEY, or x-api-key: KEY); none that it knows came"
+        )
+        refusal = as_asked(scope, error_body(message, 401, code="invalid_api_key"), 401)
         await json_response(refusal, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
 
     def _knows(self, headers: Headers) -> bool:
         """Takes the same time whichever key it is, and however much of a wrong one is right."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = _digest(token.strip().encode("latin-1"))
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        given = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip()]
+        digests = [_digest(key.encode("latin-1")) for key in given if key]
+        matches = [hmac.compare_digest(one, digest) for one in digests for digest in self._digests]
+        return any(matches)
 
 
 def _digest(key: bytes) -> bytes:
@@ -106,7 +110,7 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID] = request_id
+                headers[REQUEST_ID] = headers["request-id"] = request_id  # the second is Anthropic's name for it
                 reading = scope["state"].get("reading")
                 if reading is not None and reading.ignored:
                     headers[IGNORED] = _listed(reading.ignored)

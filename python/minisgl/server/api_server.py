@@ -21,21 +21,18 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
+from minisgl.message.tokenizer import ChatPrompt
 from minisgl.server.assemble import new_assembler, with_grammar
-from minisgl.server.bodies import (
-    MAX_BODY_BYTES,
-    check_model,
-    json_response,
-    read_json,
-    reading_of,
-)
+from minisgl.server.bodies import MAX_BODY_BYTES, check_model, json_response, read_json, reading_of
 from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend, Stream
 from minisgl.server.openapi import (
     EVENTS,
+    MESSAGE_EVENTS,
     RESPONSE_EVENTS,
     ChatCompletion,
     Generated,
+    MessageAnswer,
     ModelCard,
     ModelList,
     ModelResponse,
@@ -57,7 +54,8 @@ from minisgl.server.protocol import (
     parse_completion,
     parse_generate,
 )
-from minisgl.server.protocol_responses import RESPONSES, ResponsesBody, parse_responses
+from minisgl.server.protocol_messages import MESSAGES, MessagesBody, parse_messages
+from minisgl.server.protocol_responses import RESPONSES, ResponsesBody, ResponsesRequest, parse_responses
 from minisgl.server.protocol_sampling import check_policy
 from minisgl.server.render import (
     ChatRenderer,
@@ -71,6 +69,7 @@ from minisgl.server.render import (
     event,
 )
 from minisgl.server.render_logprobs import mean_logprob
+from minisgl.server.render_messages import MessagesRenderer, as_asked
 from minisgl.server.render_responses import ResponsesRenderer
 from minisgl.server.strict import Fields, Reading
 
@@ -81,17 +80,18 @@ DEFAULT_KEEPALIVE_SECONDS = 10.0
 ACCEPT_SECONDS = 5.0  # that a stream's header waits for what may refuse the request: encoding, and compiling a grammar
 
 # What requests may have.
-ALL_BODIES: dict[type[BaseModel], Fields] = {**BODIES, ResponsesBody: RESPONSES, **MORE_BODIES}
+ALL_BODIES: dict[type[BaseModel], Fields] = {**BODIES, ResponsesBody: RESPONSES, MessagesBody: MESSAGES, **MORE_BODIES}
 
 T = TypeVar("T")
 R = TypeVar("R", bound=GenerationRequest)
 Parser = Callable[[bytes, Mapping[str, float | int], Reading], R]
+Make = Callable[[R], Renderer]
 
 
 def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition) -> FastAPI:
     """The application. It has no state of its own: requests live in `frontend`, counts in `exposition`."""
     app = FastAPI(title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None)
-    created = int(time.time())
+    name, created = config.served_model_name, int(time.time())
     health_seconds = env_number("MINISGL_HEALTH_TIMEOUT", DEFAULT_HEALTH_SECONDS, low=0.1, high=3600)
     keepalive = env_number("MINISGL_SSE_KEEPALIVE", DEFAULT_KEEPALIVE_SECONDS, low=0, high=86400)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
@@ -99,47 +99,55 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     _add_error_handlers(app)
     describe(app, ALL_BODIES, keys=bool(config.access.api_keys))
 
-    async def generate(request: Request, parse: Parser[R], make: Callable[[R], Renderer]) -> Response:
+    async def generate(request: Request, parse: Parser[R], make: Make[R]) -> Response:
         data = await read_json(request, max_body)
         parsed = with_grammar(parse(data, config.default_sampling, reading_of(request, config)), config)
         check_model(parsed.model, config)
         check_policy(parsed.params, config.scheduler.schedule_policy)
         return await _answer(frontend, request, parsed, make(parsed), keepalive)
 
-    @app.post("/v1/chat/completions", **documented(ChatCompletion, ChatBody, errors=(404, 503), events=EVENTS))
-    async def chat_completions(request: Request) -> Response:
-        """Answer a chat."""
-        return await generate(
-            request,
-            parse_chat,
-            lambda r: ChatRenderer(
-                config.served_model_name,
-                include_usage=r.include_usage,
-                logprobs=r.logprobs,
-                new_assembler=lambda: new_assembler(r, config),
-            ),
-        )
+    def add(
+        path: str, about: str, answer: Any, parse: Parser[R], body: Any, make: Make[R], events: str = EVENTS
+    ) -> None:
+        async def route(request: Request) -> Response:
+            return await generate(request, parse, make)
 
-    @app.post("/v1/completions", **documented(TextCompletion, CompletionBody, errors=(404, 503), events=EVENTS))
-    async def completions(request: Request) -> Response:
-        """Continue a text, or several."""
-        name = config.served_model_name
-        return await generate(
-            request,
-            parse_completion,
-            lambda r: CompletionRenderer(name, include_usage=r.include_usage, logprobs=r.logprobs),
-        )
+        app.post(path, description=about, **documented(answer, body, errors=(404, 503), events=events))(route)
 
-    @app.post("/v1/responses", **documented(ModelResponse, ResponsesBody, errors=(404, 503), events=RESPONSE_EVENTS))
-    async def responses(request: Request) -> Response:
-        """Answer a conversation, which is sent as a whole each time."""
-        name = config.served_model_name
-        return await generate(request, parse_responses, lambda r: ResponsesRenderer(name, r, new_assembler(r, config)))
+    def chat(r: GenerationRequest) -> Renderer:
+        options = {"include_usage": r.include_usage, "logprobs": r.logprobs}
+        return ChatRenderer(name, **options, new_assembler=lambda: new_assembler(r, config))
 
-    @app.post("/generate", **documented(Generated, GenerateBody, errors=(503,), events=EVENTS))
-    async def generate_native(request: Request) -> Response:
-        """Continue a text or token ids; the answer has token ids too."""
-        return await generate(request, parse_generate, lambda _: GenerateRenderer())
+    def completion(r: GenerationRequest) -> Renderer:
+        return CompletionRenderer(name, include_usage=r.include_usage, logprobs=r.logprobs)
+
+    def response(r: ResponsesRequest) -> Renderer:
+        return ResponsesRenderer(name, r, new_assembler(r, config))
+
+    def message(r: GenerationRequest) -> Renderer:
+        return MessagesRenderer(name, new_assembler(r, config))
+
+    add("/v1/chat/completions", "Answer a chat.", ChatCompletion, parse_chat, ChatBody, chat)
+    about = "Continue a text, or several."
+    add("/v1/completions", about, TextCompletion, parse_completion, CompletionBody, completion)
+    about = "Answer a conversation, in the words of OpenAI's newer API."
+    add("/v1/responses", about, ModelResponse, parse_responses, ResponsesBody, response, RESPONSE_EVENTS)
+    about = "Answer a conversation, in Anthropic's words."
+    add("/v1/messages", about, MessageAnswer, parse_messages, MessagesBody, message, MESSAGE_EVENTS)
+    about = "Continue a text or token ids; the answer has token ids too."
+    add("/generate", about, Generated, parse_generate, GenerateBody, lambda _: GenerateRenderer())
+
+    @app.post(
+        "/v1/messages/count_tokens", **documented(fields(input_tokens="integer"), MessagesBody, errors=(404, 503))
+    )
+    async def count_tokens(request: Request) -> Response:
+        """So many tokens a conversation has."""
+        data = await read_json(request, max_body)
+        parsed = with_grammar(parse_messages(data, {}, reading_of(request, config)), config)
+        check_model(parsed.model, config)
+        prompt = parsed.prompts[0]
+        assert isinstance(prompt, ChatPrompt)
+        return json_response({"input_tokens": len(await frontend.encode(prompt, special=False))})
 
     @app.get("/v1/models", **documented(ModelList))
     async def models() -> Response:
@@ -371,9 +379,12 @@ def _model_card(config: ServerConfig, created: int) -> dict[str, Any]:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    async def refused(_: Request, error: Exception) -> Response:
+    def answer(request: Request, payload: dict[str, Any], status: int) -> Response:
+        return json_response(as_asked(request.scope, payload, status), status)
+
+    async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, MiniSGLError)
-        return json_response(error_payload(error), error_status(error))
+        return answer(request, error_payload(error), error_status(error))
 
     async def gone(_: Request, error: Exception) -> Response:
         assert isinstance(error, ClientDisconnect)
@@ -384,12 +395,12 @@ def _add_error_handlers(app: FastAPI) -> None:
         message = error.detail
         if error.status_code in (404, 405):
             message = f"{request.method} {request.url.path}: {error.detail.lower()}"
-        response = json_response(error_body(message, error.status_code), error.status_code)
+        response = answer(request, error_body(message, error.status_code), error.status_code)
         response.headers.update(error.headers or {})
         return response
 
-    async def failed(_: Request, error: Exception) -> Response:
-        return json_response(error_body(f"internal error: {type(error).__name__}", 500), 500)
+    async def failed(request: Request, error: Exception) -> Response:
+        return answer(request, error_body(f"internal error: {type(error).__name__}", 500), 500)
 
     app.add_exception_handler(MiniSGLError, refused)
     app.add_exception_handler(ClientDisconnect, gone)

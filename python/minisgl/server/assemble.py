@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from minisgl.config.chat import REASONING_PARSERS
+from minisgl.config.chat import CLOSING, OPENING, REASONING_PARSERS
 from minisgl.config.runtime import ServerConfig
 from minisgl.core import FinishReason
 from minisgl.errors import RequestError
@@ -36,9 +36,19 @@ def with_grammar(parsed: R, config: ServerConfig) -> R:
     call = None if tools is None else tools.forced(config.tool_call_parser)
     if call is not None:
         grammar = schema_grammar(call.schema, "tools", prefix=call.prefix, suffix=call.suffix, separator=call.separator)
-    if grammar is not None and config.reasoning_parser is not None:
-        grammar = replace(grammar, reasoning=REASONING_PARSERS[config.reasoning_parser])
+    reasoning = _reasoning_parser(parsed, config)
+    if grammar is not None and reasoning is not None:
+        grammar = replace(grammar, reasoning=REASONING_PARSERS[reasoning])
     return replace(parsed, params=replace(parsed.params, grammar=grammar))
+
+
+def _reasoning_parser(parsed: GenerationRequest, config: ServerConfig) -> str | None:
+    """Its name. The rest of a message begins with reasoning only if the message breaks off in the middle of it."""
+    prompt = parsed.prompts[0]
+    if config.reasoning_parser is None or not (isinstance(prompt, ChatPrompt) and prompt.continue_final):
+        return config.reasoning_parser
+    text = prompt.messages[-1]["content"]
+    return "deepseek_r1" if text.rfind(OPENING) > text.rfind(CLOSING) else None
 
 
 def new_assembler(parsed: GenerationRequest, config: ServerConfig) -> Assembler:
@@ -50,7 +60,7 @@ def new_assembler(parsed: GenerationRequest, config: ServerConfig) -> Assembler:
     elif tools is not None and format_name is not None and parsed.params.grammar is None:
         answer = make_tool_parser(format_name, tools.names)
     parallel, short_ids = tools is None or tools.parallel, format_name == "mistral"
-    return Assembler(config.reasoning_parser, answer, parallel=parallel, short_ids=short_ids)
+    return Assembler(_reasoning_parser(parsed, config), answer, parallel=parallel, short_ids=short_ids)
 
 
 class Assembler:

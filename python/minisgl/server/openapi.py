@@ -12,14 +12,14 @@ from typing import Any, Literal
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, TypeAdapter, create_model
 
 from minisgl.server.access import OPEN_PATHS
+from minisgl.server.render_messages import PATHS
 from minisgl.server.strict import SCHEMA_REF
 
 Json = dict[str, Any]
 _MODE: Literal["validation"] = "validation"
-Finish = Literal["stop", "length", "tool_calls", "abort"]
 
 _ABOUT = (
     "In requests, a field that is null counts as left out, and one that is unknown is ignored. Every answer has a "
@@ -27,6 +27,7 @@ _ABOUT = (
 )
 EVENTS = "Server-sent events, each the JSON of a part of the answer, and `data: [DONE]`. An `error` may be the last."
 RESPONSE_EVENTS = "Server-sent events, named and made as OpenAI's."
+MESSAGE_EVENTS = "Server-sent events, named and made as Anthropic's."
 _ERRORS = {
     400: "The request cannot be served as it was asked; `param` names the field.",
     401: "No API key that the server knows.",
@@ -38,158 +39,81 @@ _ERRORS = {
 }
 
 
-class ErrorDetail(BaseModel):
-    """What went wrong, as OpenAI tells it."""
-
-    message: str
-    type: Literal["invalid_request_error", "server_error"]
-    param: str | None
-    code: str | None
+_KINDS = {"": str, "int": int, "float": float, "ints": list[int], "object": Json, "objects": list[Json], "null": None}
 
 
-class ErrorBody(BaseModel):
-    """Every answer that is an error."""
-
-    error: ErrorDetail
-
-
-class PromptDetails(BaseModel):
-    cached_tokens: int
-
-
-class CompletionDetails(BaseModel):
-    reasoning_tokens: int
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptDetails
+def _object(name: str, about: str, words: str = "", /, **types: Any) -> Any:
+    """The model of an object in answers. words: its fields, as `text`, `count:int` (a kind), `object=list` (one of some
+    values, with | between them); with a ? behind the name, null is one too. types: fields of other types, each with a
+    default if it may be missing.
+    """
+    fields: dict[str, Any] = {}
+    for word in words.split():
+        field, is_value, values = word.partition("=")
+        field, _, kind = field.partition(":")
+        type_: Any = Literal[tuple(values.split("|"))] if is_value else _KINDS[kind]
+        fields[field.removesuffix("?")] = (type_ | None if field.endswith("?") else type_, ...)
+    fields |= {field: type_ if isinstance(type_, tuple) else (type_, ...) for field, type_ in types.items()}
+    return create_model(name, __doc__=about, **fields)
 
 
-class ChatUsage(Usage):
-    completion_tokens_details: CompletionDetails
+def _many(kind: Any) -> Any:
+    return list[kind]
 
 
-class CalledFunction(BaseModel):
-    name: str
-    arguments: str
+_COUNTS = "prompt_tokens:int completion_tokens:int total_tokens:int"
+_TOKEN = "token logprob:float bytes:ints"
+_TYPE = "type=invalid_request_error|server_error"
+_FINISH = "finish_reason=stop|length|tool_calls|abort"
+_STOP = "stop_reason=end_turn|max_tokens|stop_sequence|tool_use stop_sequence?"
+_INPUT = "input_tokens:int cache_creation_input_tokens:int cache_read_input_tokens:int output_tokens:int"
 
-
-class ToolCall(BaseModel):
-    id: str
-    type: Literal["function"]
-    function: CalledFunction
-
-
-class ChatMessage(BaseModel):
-    """`reasoning_content` and `tool_calls` are there if there are any."""
-
-    role: Literal["assistant"]
-    content: str | None
-    refusal: None
-    reasoning_content: str = ""
-    tool_calls: list[ToolCall] = []
-
-
-class TokenLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprobs(TokenLogprob):
-    top_logprobs: list[TokenLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[TokenLogprobs]
-    refusal: None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: Finish
-
-
-class ChatCompletion(BaseModel):
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: ChatUsage
-
-
-class TextLogprobs(BaseModel):
-    """By token. A prompt's first token has null for its values."""
-
-    text_offset: list[int]
-    token_logprobs: list[float | None]
-    tokens: list[str]
-    top_logprobs: list[dict[str, float] | None]
-
-
-class TextChoice(BaseModel):
-    text: str
-    index: int
-    logprobs: TextLogprobs | None
-    finish_reason: Finish
-
-
-class TextCompletion(BaseModel):
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: Usage
-
-
-class ModelResponse(BaseModel):
-    """The fields of OpenAI's `Response`; those of the request come back in it."""
-
-    id: str
-    object: Literal["response"]
-    created_at: int
-    completed_at: int | None
-    status: Literal["completed", "incomplete", "cancelled"]
-    error: None
-    incomplete_details: Json | None
-    model: str
-    output: list[Json]
-    usage: Json
-
-
-class GeneratedMeta(BaseModel):
-    id: str
-    finish_reason: Finish
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-
-
-class Generated(BaseModel):
-    text: str
-    output_ids: list[int]
-    meta_info: GeneratedMeta
-
-
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    root: str
-    max_model_len: int
-
-
-class ModelList(BaseModel):
-    object: Literal["list"]
-    data: list[ModelCard]
+ErrorDetail = _object("ErrorDetail", "What went wrong, as OpenAI tells it.", f"message {_TYPE} param? code?")
+ErrorBody = _object("ErrorBody", "Every answer that is an error.", error=ErrorDetail)
+AnthropicDetail = _object("AnthropicDetail", "", "type message")
+_about = "An error, on the paths of Anthropic's API."
+AnthropicError = _object("AnthropicError", _about, "type=error request_id", error=AnthropicDetail)
+PromptDetails = _object("PromptDetails", "", "cached_tokens:int")
+CompletionDetails = _object("CompletionDetails", "", "reasoning_tokens:int")
+_details = {"prompt_tokens_details": PromptDetails}
+Usage = _object("Usage", "", _COUNTS, **_details)
+ChatUsage = _object("ChatUsage", "", _COUNTS, **_details, completion_tokens_details=CompletionDetails)
+CalledFunction = _object("CalledFunction", "", "name arguments")
+ToolCall = _object("ToolCall", "", "id type=function", function=CalledFunction)
+_about = "`reasoning_content` and `tool_calls` are there if there are any."
+_may = {"reasoning_content": (str, ""), "tool_calls": (_many(ToolCall), [])}
+ChatMessage = _object("ChatMessage", _about, "role=assistant content? refusal:null", **_may)
+TokenLogprob = _object("TokenLogprob", "", _TOKEN)
+TokenLogprobs = _object("TokenLogprobs", "", _TOKEN, top_logprobs=_many(TokenLogprob))
+ChatLogprobs = _object("ChatLogprobs", "", "refusal:null", content=_many(TokenLogprobs))
+ChatChoice = _object("ChatChoice", "", f"index:int {_FINISH}", message=ChatMessage, logprobs=ChatLogprobs | None)
+_head = "id object=chat.completion created:int model"
+ChatCompletion = _object("ChatCompletion", "", _head, choices=_many(ChatChoice), usage=ChatUsage)
+TextLogprobs = _object(
+    "TextLogprobs",
+    "By token. A prompt's first token has null for its values.",
+    "text_offset:ints",
+    token_logprobs=list[float | None],
+    tokens=list[str],
+    top_logprobs=list[dict[str, float] | None],
+)
+TextChoice = _object("TextChoice", "", f"text index:int {_FINISH}", logprobs=TextLogprobs | None)
+_head = "id object=text_completion created:int model"
+TextCompletion = _object("TextCompletion", "", _head, choices=_many(TextChoice), usage=Usage)
+ModelResponse = _object(
+    "ModelResponse",
+    "The fields of OpenAI's `Response`; those of the request come back in it.",
+    "id object=response created_at:int completed_at?:int status=completed|incomplete|cancelled error:null"
+    " incomplete_details?:object model output:objects usage:object",
+)
+MessageUsage = _object("MessageUsage", "What was cached is no input.", _INPUT)
+_head = f"id type=message role=assistant model content:objects {_STOP}"
+MessageAnswer = _object("MessageAnswer", "The fields of Anthropic's `Message`.", _head, usage=MessageUsage)
+_head = f"id {_FINISH} prompt_tokens:int completion_tokens:int cached_tokens:int"
+GeneratedMeta = _object("GeneratedMeta", "", _head)
+Generated = _object("Generated", "", "text output_ids:ints", meta_info=GeneratedMeta)
+ModelCard = _object("ModelCard", "", "id object=model created:int owned_by root max_model_len:int")
+ModelList = _object("ModelList", "", "object=list", data=_many(ModelCard))
 
 
 def fields(**types: str) -> Json:
@@ -250,7 +174,7 @@ def _document(app: FastAPI, bodies: Iterable[type[BaseModel]], keys: bool) -> Js
         separate_input_output_schemas=False,
     )
     components = document["components"]
-    models: list[type[BaseModel]] = [ErrorBody, *bodies]
+    models: list[type[BaseModel]] = [ErrorBody, AnthropicError, *bodies]
     adapters = [(model.__name__, _MODE, TypeAdapter[Any](model)) for model in models]
     components["schemas"] |= TypeAdapter.json_schemas(adapters, ref_template=SCHEMA_REF)[1]["$defs"]
     for unused in ("HTTPValidationError", "ValidationError"):  # our routes check what they get by themselves
@@ -263,6 +187,9 @@ def _document(app: FastAPI, bodies: Iterable[type[BaseModel]], keys: bool) -> Js
             if keys and path not in OPEN_PATHS:
                 operation["security"] = [{"key": []}]
                 operation["responses"]["401"] = _error(401)
+            if PATHS.match(path):
+                for answer in (answer for status, answer in operation["responses"].items() if int(status) >= 400):
+                    answer["content"]["application/json"]["schema"] = _ref(AnthropicError)
     return document
 
 

@@ -25,7 +25,7 @@ from minisgl.server.strict import Body, Fields, TokenId, load_object, optional, 
 SCRAPE_SECONDS = 2.0  # how long /metrics waits for the scheduler
 _TOKENS = fields(count="integer", max_model_len="integer", tokens="array")
 _TEXT = fields(prompt="string", text="string")
-_CHAT_FIELDS = {"messages", "tools", "chat_template_kwargs"}
+_CHAT_FIELDS = {"messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
 
 
 class TokenizeBody(Body):
@@ -37,6 +37,8 @@ class TokenizeBody(Body):
     messages: list[Message] | None = optional("A chat.", minItems=1)
     tools: list[Tool] | None = optional("Functions that the model may call.")
     chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")
+    add_generation_prompt: bool | None = optional("As in a chat.")
+    continue_final_message: bool | None = optional("As in a chat.")
 
 
 class DetokenizeBody(Body):

@@ -82,6 +82,8 @@ class ChatBody(_OpenAIBody):
     tool_choice: ToolChoice | None = optional("Whether it has to.")
     parallel_tool_calls: bool | None = optional("false: one call at most.")
     chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")
+    add_generation_prompt: bool | None = optional("false: nobody's turn is begun after the messages.")
+    continue_final_message: bool | None = optional("The last message, an assistant's, goes on; the answer is the rest.")
 
 
 class CompletionBody(_OpenAIBody):
@@ -166,7 +168,14 @@ def chat_request(raw: dict[str, Any], defaults: Mapping[str, float | int]) -> Ge
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     tools = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
     described = None if tools is None else list(tools.tools)
-    prompt = ChatPrompt(messages, described, template_kwargs(body.chat_template_kwargs))
+    goes_on = bool(body.continue_final_message)
+    if goes_on and body.add_generation_prompt:
+        raise RequestError("continue_final_message needs add_generation_prompt=false", param="continue_final_message")
+    if goes_on and (messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]):
+        message = "continue_final_message: the last message must be an assistant's, without tool calls"
+        raise RequestError(message, param="continue_final_message")
+    kwargs = template_kwargs(body.chat_template_kwargs)
+    prompt = ChatPrompt(messages, described, kwargs, body.add_generation_prompt is not False, goes_on)
     params = body._params(max_tokens, defaults, logprobs)
     if tools is not None and tools.required and params.grammar is not None:
         field = params.grammar.param

@@ -21,6 +21,8 @@ from minisgl.tokenizer.pieces import TokenBytes
 
 logger = logging.getLogger(__name__)
 
+_END = "\ue000end\ue001"  # put behind a message that goes on: what a template adds is cut off there
+
 
 class TextCodec(Protocol):
     """What tokenizer and detokenizer need of a tokenizer. `HFTextCodec` is the real one; tests bring others."""
@@ -126,18 +128,27 @@ class HFTextCodec:
     def render_chat(self, prompt: ChatPrompt) -> str:
         if not self._tokenizer.chat_template:
             raise RequestError("this model has no chat template: use /v1/completions", param="messages")
+        messages, last = prompt.messages, prompt.messages[-1]
+        if prompt.continue_final:
+            messages = [*messages[:-1], {**last, "content": last["content"] + _END}]
         try:
-            return str(
+            text = str(
                 self._tokenizer.apply_chat_template(
-                    prompt.messages,
+                    messages,
                     tools=prompt.tools,
                     tokenize=False,
-                    add_generation_prompt=True,
+                    add_generation_prompt=prompt.add_generation_prompt and not prompt.continue_final,
                     **prompt.template_kwargs,
                 )
             )
         except Exception as error:  # templates run arbitrary code on the client's data: whatever fails is about it
             raise RequestError(f"the chat template refused the messages: {error}", param="messages") from error
+        if not prompt.continue_final:
+            return text
+        text, found, _ = text.rpartition(_END)
+        if not found:
+            raise RequestError("this chat template does not show how the last message ends", param="messages")
+        return text
 
 
 def _load(model_path: str) -> Any:

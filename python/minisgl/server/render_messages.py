@@ -1,0 +1,161 @@
+"""Replies and errors as /v1/messages shows them, in Anthropic's shapes: blocks of thinking, text and calls."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic_core import from_json
+from starlette.types import Scope
+
+from minisgl.core import FinishReason
+from minisgl.errors import MiniSGLError, RequestError
+from minisgl.message.frontend import UserReply
+from minisgl.parser.parts import CallPart, Part, TextPart
+from minisgl.server.assemble import Assembler
+from minisgl.server.protocol_messages import as_messages_say
+from minisgl.server.render import Renderer, Totals, error_payload, error_status, event
+
+PATHS = re.compile(r"(/v1)?/messages\b")  # whose errors are Anthropic's
+_REASONS = {FinishReason.STOP: "end_turn", FinishReason.TOOL_CALLS: "tool_use"}  # else: it was cut off
+_ERRORS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking")}  # of blocks, and their field
+_CALL_DELTA = "input_json_delta", "partial_json"
+
+
+def as_asked(scope: Scope, payload: dict[str, Any], status: int) -> dict[str, Any]:
+    """OpenAI's error object, or on the paths of Anthropic's API the one that its clients read."""
+    if not PATHS.match(scope["path"]):
+        return payload
+    return {**_error(payload, status), "request_id": scope.get("state", {}).get("request_id")}
+
+
+def _error(payload: dict[str, Any], status: int) -> dict[str, Any]:
+    message, code = payload["error"]["message"], payload["error"]["code"]
+    numbers = re.findall(r"\d+", message)
+    if code == "context_length_exceeded" and len(numbers) > 1:  # by these words clients know that they must compact
+        message = f"prompt is too long: {numbers[1]} tokens > {numbers[0]} maximum"
+    kind = _ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+class MessagesRenderer(Renderer):
+    """The answer to one request. A whole body is made of the same blocks as the events."""
+
+    done = b""
+    keep_alive = event({"type": "ping"})
+
+    def __init__(self, model: str, assembler: Assembler) -> None:
+        self._id = f"msg_{uuid.uuid4().hex}"
+        self._model = model
+        self._assembler = assembler
+        self._blocks: list[dict[str, Any]] = []  # the last one grows, while it is open
+        self._is_open = False
+        self._arguments = ""  # of the call that grows
+        self._end: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
+
+    @property
+    def id(self) -> str:
+        return self._id
+
+    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
+        events: list[dict[str, Any]] = []
+        if first:
+            usage = _usage(reply.num_prompt_tokens, reply.num_cached_tokens, reply.num_output_tokens)
+            events += [{"type": "message_start", "message": self._message(usage)}, {"type": "ping"}]
+        for part in self._assembler.parts(reply):
+            events += self._add(part)
+        if reply.finish_reason is not None:
+            if not self._blocks:
+                events += self._open({"type": "text", "text": ""})
+            events += self._close()
+            reason = self._assembler.finish_reason(reply)
+            self._end["stop_reason"] = _REASONS.get(reason or FinishReason.STOP, "max_tokens")
+            if reply.stop is not None and reason is FinishReason.STOP:
+                self._end = {"stop_reason": "stop_sequence", "stop_sequence": reply.stop}
+        return events
+
+    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
+        return [{"type": "message_delta", "delta": self._end, "usage": _of(totals)}, {"type": "message_stop"}]
+
+    def refusal(self, error: RequestError) -> RequestError:
+        return as_messages_say(error)
+
+    def failure(self, error: MiniSGLError) -> list[dict[str, Any]]:
+        return [_error(error_payload(error), error_status(error))]
+
+    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
+        for reply in choices[0]:
+            self.chunk(0, reply, first=False)
+        return {**self._message(_of(totals)), "content": self._blocks, **self._end}
+
+    def _message(self, usage: dict[str, int]) -> dict[str, Any]:
+        head = {"id": self._id, "type": "message", "role": "assistant", "model": self._model, "content": []}
+        return {**head, "stop_reason": None, "stop_sequence": None, "usage": usage}
+
+    def _add(self, part: Part) -> list[dict[str, Any]]:
+        events: list[dict[str, Any]] = []
+        if isinstance(part, CallPart):
+            if part.name is not None:
+                call_id = self._assembler.new_call_id().replace("call_", "toolu_")
+                events += self._open({"type": "tool_use", "id": call_id, "name": part.name, "input": {}})
+            self._arguments += part.arguments
+            kind, field, text = *_CALL_DELTA, part.arguments
+        else:
+            block = "text" if isinstance(part, TextPart) else "thinking"
+            if not (self._is_open and self._blocks[-1]["type"] == block):
+                events += self._open({"type": block, block: "", **({} if block == "text" else {"signature": ""})})
+            self._blocks[-1][block] += part.text
+            kind, field, text = *_DELTAS[block], part.text
+        return [*events, self._delta({"type": kind, field: text})] if text else events
+
+    def _open(self, block: dict[str, Any]) -> list[dict[str, Any]]:
+        events = self._close()
+        self._blocks.append(block)
+        self._is_open, self._arguments = True, ""
+        return [*events, {"type": "content_block_start", "index": len(self._blocks) - 1, "content_block": dict(block)}]
+
+    def _close(self) -> list[dict[str, Any]]:
+        if not self._is_open:
+            return []
+        self._is_open = False
+        block, events = self._blocks[-1], []
+        if block["type"] == "thinking":  # Anthropic's proof that it thought so itself: clients send it back
+            block["signature"] = self._id
+            events.append(self._delta({"type": "signature_delta", "signature": self._id}))
+        elif block["type"] == "tool_use":
+            block["input"] = _object(self._arguments)
+        return [*events, {"type": "content_block_stop", "index": len(self._blocks) - 1}]
+
+    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
+
+
+def _object(arguments: str) -> dict[str, Any]:
+    """The arguments of a call, or what there is of them where it was cut off."""
+    try:
+        value = from_json(arguments, allow_partial=True)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _of(totals: Totals) -> dict[str, int]:
+    usage = totals.usage()
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return _usage(usage["prompt_tokens"], cached, usage["completion_tokens"])
+
+
+def _usage(num_prompt: int, num_cached: int, num_output: int) -> dict[str, int]:
+    """Here, what was cached is no input."""
+    counts = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": num_cached}
+    return {"input_tokens": num_prompt - num_cached, **counts, "output_tokens": num_output}
