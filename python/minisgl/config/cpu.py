@@ -92,7 +92,8 @@ def _kv_dtype(asked: str | None, computed: str, stored: str, attention: str) -> 
     """computed: the type that attention computes in, and that sdpa wants its cache in; stored: that of the weights."""
     allowed = (computed,) if attention == "sdpa" else (computed, "bfloat16")
     if asked is not None and asked not in allowed:
-        raise ConfigError(f"--kv-cache-dtype {asked}: here it must be {', or '.join(allowed)}")
+        why = "attention sdpa computes in it; " if attention == "sdpa" else ""
+        raise ConfigError(f"--kv-cache-dtype {asked}: {why}here it must be {', or '.join(allowed)}")
     return asked or (stored if stored in allowed else computed)
 
 

@@ -76,7 +76,8 @@ class ModelShard:
         return LayerByLayer(self.model, self.rope, kv, self.create_attention())
 
     def create_attention(self) -> AttentionBackend:
-        return create_backend(self.config, self.dtype, self.device, self.ops)
+        """It computes in the type of its cache, which on a CPU need not be that of the weights."""
+        return create_backend(self.config, DTYPES[self.config.kv_cache_dtype], self.device, self.ops)
 
 
 def rank_cores(rank: int, tp_size: int) -> list[int]:
