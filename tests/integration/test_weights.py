@@ -87,7 +87,7 @@ def test_incomplete_directories(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read .*model\.safetensors"):
         Runner(engine_config(path), 0)
     (path / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"model\.safetensors missing"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors is missing"):
         Runner(engine_config(path), 0)
 
 

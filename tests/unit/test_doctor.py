@@ -104,7 +104,7 @@ def test_a_complete_model(model: Path) -> None:
     [
         ("config.json", "no config.json"),
         ("tokenizer.json", "no tokenizer"),
-        ("model-00002-of-00002.safetensors", "1 of 2 weight files are missing"),
+        ("model-00002-of-00002.safetensors", "is incomplete: model-00002-of-00002.safetensors missing"),
     ],
 )
 def test_a_model_with_a_file_missing(model: Path, file: str, expected: str) -> None:
@@ -118,9 +118,9 @@ def test_a_model_with_damaged_files(model: Path) -> None:
     _write_shard(model / "model-00001-of-00002.safetensors", cut=3)
     assert "model-00001-of-00002.safetensors cannot be read" in system.check_model(str(model), model).detail
     (model / "model-00001-of-00002.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    assert "model-00001-of-00002.safetensors cannot be read" in system.check_model(str(model), model).detail
+    assert "safetensors cannot be read: it is a Git LFS pointer" in system.check_model(str(model), model).detail
     (model / "model.safetensors.index.json").write_text("[]")
-    assert "index.json cannot be read" in system.check_model(str(model), model).detail
+    assert "index.json' does not hold a JSON object" in system.check_model(str(model), model).detail
     (model / "config.json").write_text("{")
     assert "cannot read" in system.check_model(str(model), model).detail
     (model / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')

@@ -4,47 +4,65 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from minisgl.config.directory import check_directory
 from minisgl.errors import ConfigError
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+_WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
+_TORCH_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+# What is read besides weights. In a hub's patterns `*` matches `/` too: none begins with it.
+_PATTERNS = [
+    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "additional_chat_templates/*.jinja", "vocab.*", "merges.txt", "tekken.json", "*.tiktoken"),
+]
+_IGNORED = ["*/*.tiktoken", "tokenizer*/*", "model*/*", "*.py"]
 
 
-def locate_model(model: str | None, source: str) -> Path:
+def split_revision(model: str | None, revision: str | None) -> tuple[str | None, str | None]:
+    """`org/name@revision` apart, unless there is such a directory. Raises: ConfigError for two revisions."""
+    if model is None or "@" not in model or Path(model).expanduser().exists():
+        return model, revision
+    name, _, own = model.rpartition("@")
+    if revision is not None and revision != own:
+        raise ConfigError(f"--revision {revision}: --model {model} already names one")
+    return name, own
+
+
+def locate_model(model: str | None, source: str, revision: str | None = None) -> Path:
     """The model's directory: the built-in one for None, a local one as it is, else a download from the hub.
 
     Raises: ConfigError in one line when it is neither a directory nor a repository that can be fetched.
     """
-    if model is None:
-        return DEMO_MODEL
-    path = Path(model).expanduser()
-    if path.is_dir():
+    model, revision = split_revision(model, revision)
+    path = DEMO_MODEL if model is None else Path(model).expanduser()
+    if model is None or path.is_dir():
+        if revision is not None:
+            raise ConfigError(f"--revision {revision}: it is of repos on a hub, and {path} is a directory")
         return path.resolve()
+    if path.is_file():
+        check_directory(path)
     if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise ConfigError(f"--model {model}: neither a directory nor a repo id such as Qwen/Qwen3-0.6B")
-    return _from_modelscope(model) if source == "modelscope" else _from_huggingface(model)
+    return _download(model, source, revision)
 
 
-def _from_huggingface(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
+def _download(repo_id: str, source: str, revision: str | None) -> Path:
+    """The repo's files that are read; those of torch only where it has no safetensors."""
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=_PATTERNS))
-    except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
-        raise ConfigError(f"--model {repo_id}: cannot be fetched: {_first_line(error)}") from None
-
-
-def _from_modelscope(repo_id: str) -> Path:
-    try:
-        from modelscope import snapshot_download
+        if source == "modelscope":
+            from modelscope import snapshot_download
+        else:
+            from huggingface_hub import snapshot_download
     except ImportError:
         raise ConfigError("--model-source modelscope needs the extra: pip install 'minisgl[modelscope]'") from None
+    at = f"{repo_id}@{revision}" if revision else repo_id
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=_PATTERNS))
-    except Exception as error:  # as above
-        raise ConfigError(f"--model {repo_id}: cannot be fetched: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        for weights in (_WEIGHTS, _TORCH_WEIGHTS):
+            patterns = {"allow_patterns": _PATTERNS + weights, "ignore_patterns": _IGNORED}
+            path = Path(snapshot_download(repo_id, revision=revision, **patterns))
+            if any(path.glob("model*.safetensors")):
+                break
+    except Exception as error:  # the hubs' clients raise their own, requests', httpx' and OS errors
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"--model {at}: cannot be fetched: {reason}") from None
+    return path

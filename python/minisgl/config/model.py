@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from minisgl.config.directory import check_directory
 from minisgl.config.ends import read_ends
 from minisgl.config.fields import Fields, merge, read_fields, read_json
-from minisgl.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WEIGHT_BYTES = {**DTYPE_BYTES, "int8": 1}
@@ -101,11 +101,8 @@ def read_model_config(model_dir: str | Path, override: Mapping[str, Any] | None 
     from minisgl.config.families import parse_model_config  # it builds the classes above
 
     path = Path(model_dir)
-    if not path.is_dir():
-        raise ConfigError(f"model directory {str(path)!r} does not exist")
+    check_directory(path)
     config_path = path / "config.json"
-    if not config_path.is_file():
-        raise ConfigError(f"{str(path)!r} is not a model directory: config.json is missing")
     fields = Fields(merge(read_json(config_path), override or {}), str(config_path))
     model = parse_model_config(fields)
     ends = read_ends(path, read_fields(path / "generation_config.json"), fields, model.vocab_size)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
-import json
 import platform
 import socket
 import sys
 from pathlib import Path
 
 from minisgl.config.args import ServerArgs
+from minisgl.config.directory import weight_files
+from minisgl.config.fields import lfs_hint
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.config.model import read_model_config
 from minisgl.config.probe import Capabilities
@@ -103,11 +104,11 @@ def check_model(model: str | None, path: Path | None) -> Row:
     if not any((path / file).is_file() for file in TOKENIZER_FILES):
         problems.append("no tokenizer (tokenizer.json)")
     if problems:
-        fix = "Download the model again, completely; only safetensors weights are read."
+        fix = "Download the model again, completely."
         if "not supported" in problems[0]:
             fix = "Choose a model of a supported architecture."
         return Row("Model", "fail", f"{label}: {'; '.join(problems)}", fix)
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors")) / GIB
+    size = sum(file.stat().st_size for file in weight_files(path)) / GIB
     return Row("Model", "ok", f"{path}: {read_model_config(path).architecture}, {size:.2f} GiB of weights")
 
 
@@ -138,29 +139,22 @@ def _config_problems(path: Path) -> list[str]:
 
 
 def _shard_problems(path: Path) -> list[str]:
-    """Weight files that the index names, or the single file, and that are missing or unreadable."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            return [f"{index.name} cannot be read: {type(error).__name__}: {error}"]
-    else:
-        shards = sorted(file.name for file in path.glob("*.safetensors"))
-        if not shards:
-            return ["no *.safetensors"]
-    missing = [shard for shard in shards if not (path / shard).is_file()]
-    if missing:
-        return [f"{len(missing)} of {len(shards)} weight files are missing ({missing[0]} …)"]
-    return [problem for shard in shards if (problem := _safetensors_problem(path / shard))]
+    """Weight files that are missing or unreadable."""
+    try:
+        files = weight_files(path)
+    except ConfigError as error:
+        return [str(error)]
+    return [problem for file in files if (problem := _safetensors_problem(file))]
 
 
 def _safetensors_problem(file: Path) -> str | None:
     """A file whose length is not what its own header says was cut off while it was copied."""
     from safetensors import SafetensorError, safe_open
 
+    if file.suffix != ".safetensors":
+        return lfs_hint(file) or None
     try:
         with safe_open(file, "numpy"):
             return None
     except (OSError, SafetensorError) as error:
-        return f"{file.name} cannot be read: {error}"
+        return f"{file.name} cannot be read: {lfs_hint(file) or error}"

@@ -28,6 +28,7 @@ from minisgl.kernel.ops import CpuKernels, create_ops
 from minisgl.kvcache.pool import KVPool
 from minisgl.layers.base import LayerEnv
 from minisgl.layers.rope import RotaryEmbedding
+from minisgl.models.checkpoint import Checkpoint
 from minisgl.models.registry import build_model
 from minisgl.models.weights import fill_random, load_weights
 from minisgl.utils.math import div_ceil
@@ -54,11 +55,14 @@ class ModelShard:
         self.ops = create_ops(device, self.dtype, config.moe_backend, cpu)
         start = time.perf_counter()
         with torch.inference_mode():
-            self.model = build_model(LayerEnv(self.comm, self.ops, self.dtype, device), config.model)
-            if config.dummy_weight:
-                fill_random(self.model.parts(), config.seed)
+            env, checkpoint = LayerEnv(self.comm, self.ops, self.dtype, device), None
+            if not config.dummy_weight:
+                checkpoint = Checkpoint(config.model_path)
+            self.model = build_model(env, checkpoint.untied(config.model) if checkpoint else config.model)
+            if checkpoint:
+                load_weights(self.model.parts(), checkpoint, show_progress=rank == 0)
             else:
-                load_weights(self.model.parts(), config.model_path, show_progress=rank == 0)
+                fill_random(self.model.parts(), config.seed)
             self.rope = RotaryEmbedding(config.model.rope, config.model.head_dim, device)
         logger.info("weights ready after %.1f s", time.perf_counter() - start)
 

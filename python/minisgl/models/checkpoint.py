@@ -1,0 +1,152 @@
+"""Where a checkpoint has the tensors of a model: names differ between files, and some have several tensors in one."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from minisgl.config.directory import listing, weight_files
+from minisgl.config.model import ModelConfig
+from minisgl.errors import ConfigError
+from minisgl.layers.base import WeightSlot
+from minisgl.models.shards import Shard, Stored
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BLOCK_BYTES = 16 << 20
+# What may stand before the names of a decoder: it was a part of something larger, or had no head.
+_OUTER = r"(?:(?:model|language_model|text_model|base_model|module|_orig_mod)\.)*"
+_DECODER = re.compile(_OUTER + r"((?:layers|embed_tokens|norm)\..*)")
+_HEAD = re.compile(_OUTER + r"(lm_head\..*)")
+# Tensors that may be stored one below the other, in one.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)\.weight")
+# Buffers that follow from the configuration, and state of training; scales of a quantized KV cache.
+_IGNORED = re.compile(
+    r"(^|\.)(rotary(_pos)?_emb\..*|position_ids|masked_bias|(self_)?attn\.bias|_extra_state|[kv]_scale)$"
+)
+_QUANTIZED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_(scale|packed|zero_point).*|absmax|quant_map|SCB)$")
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+class Source(NamedTuple):
+    """Where a slot's tensor is: in `stored`, of this expert if experts are stacked, from row `first` on."""
+
+    stored: Stored
+    expert: int | None
+    first: int
+
+    def read(self, begin: int, end: int) -> torch.Tensor:
+        rows = slice(self.first + begin, self.first + end)
+        return self.stored.shard.read(self.stored.name, rows if self.expert is None else (self.expert, rows))
+
+
+class Checkpoint:
+    """The tensors of a model directory. Raises: ConfigError naming a file that is missing or cannot be read."""
+
+    def __init__(self, model_dir: str | Path) -> None:
+        self._source = str(model_dir)
+        self._stored: dict[str, Stored] = {}
+        self._shards = [Shard(path) for path in weight_files(Path(model_dir))]
+        for stored in (stored for shard in self._shards for stored in shard.stored()):
+            ours = our_name(stored.name)
+            if ours == stored.name or ours not in self._stored:
+                self._stored[ours] = stored
+
+    def untied(self, model: ModelConfig) -> ModelConfig:
+        """`model`, whose head is its own where the file has one that differs from the embedding, whatever the
+        configuration says; as in transformers. Where a tied model's file has the head alone, it is both."""
+        head, table = self._stored.get(HEAD), self._stored.get(EMBEDDING)
+        if not model.tie_word_embeddings or head is None:
+            return model
+        table = self._stored.setdefault(EMBEDDING, head)
+        if _equal(head, table):
+            return model
+        logger.warning("%s: tie_word_embeddings is not true of these weights, whose lm_head differs", self._source)
+        return replace(model, tie_word_embeddings=False)
+
+    def sources(self, slots: list[WeightSlot]) -> list[Source]:
+        """Where each slot's tensor is. Raises: ConfigError with all that is missing, left over or of another shape."""
+        shapes = {slot.name: slot.shape for slot in slots}
+        num_experts = len({match[2] for name in shapes if (match := _EXPERT.fullmatch(name))})
+        found: dict[str, Source] = {}
+        wrong: list[str] = []
+        used: set[str] = set()
+        for slot in slots:
+            for name, index, rows in _places(slot.name, shapes):
+                stored = self._stored.get(name)
+                if stored is None:
+                    continue
+                used.add(name)
+                wanted = (rows[1] or slot.shape[0], *slot.shape[1:])
+                wanted = wanted if index is None else (num_experts, *wanted)
+                if stored.shape != wanted:
+                    wrong.append(f"{stored.name} is {list(stored.shape)}, not {list(wanted)}")
+                found[slot.name] = Source(stored, index, rows[0])
+                break
+        self._check_rest(used, {_region(name) for name in shapes}, [n for n in shapes if n not in found], wrong)
+        return [found[slot.name] for slot in slots]
+
+    def _check_rest(self, used: set[str], regions: set[str], missing: list[str], wrong: list[str]) -> None:
+        rest = [n for n in self._stored if n not in used and n != HEAD and not _IGNORED.search(n)]
+        unexpected = [n for n in rest if _region(n) in regions]  # with these, the model would compute something else
+        for name in [*used, *unexpected]:
+            if self._stored[name].dtype not in _FLOATS or _QUANTIZED.search(name):
+                kind = f"{self._stored[name].name} is {self._stored[name].dtype}"
+                raise ConfigError(
+                    f"the weights in {self._source!r} are quantized ({kind}), which config.json does not say; "
+                    "use an unquantized checkpoint"
+                )
+        titled = (("missing", missing), ("unexpected", unexpected), ("wrong shape", list(dict.fromkeys(wrong))))
+        if problems := [f"{title}: {listing(items)}" for title, items in titled if items]:
+            raise ConfigError(f"the weights in {self._source!r} do not fit config.json; " + "; ".join(problems))
+        if rest:
+            logger.warning("%s: tensors that are no part of the model are left out: %s", self._source, listing(rest, 4))
+
+    def close(self) -> None:
+        for shard in self._shards:
+            shard.close()
+
+
+def our_name(name: str) -> str:
+    """The name of a stored tensor as our layers have it; any other stays as it is."""
+    if match := _DECODER.fullmatch(name):
+        return f"model.{match[1]}"
+    match = _HEAD.fullmatch(name)
+    return match[1] if match else name
+
+
+def _places(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int | None, tuple[int, int]]]:
+    """Names under which a tensor may be stored: with each, the index in a stack of experts, and the first row in a
+    fused tensor with its number of rows (0: it is not fused)."""
+    alone: list[tuple[str, int | None]] = [(name, None)]
+    if match := _EXPERT.fullmatch(name):
+        alone += [(f"{match[1]}{match[3]}{end}", int(match[2])) for end in ("", ".weight")]
+    yield from ((stored, index, (0, 0)) for stored, index in alone)
+    for fused, parts in _FUSED.items():
+        part = next((part for part in parts if f".{part}." in name), None)
+        if part is not None:
+            sizes = [shapes[name.replace(f".{part}.", f".{sibling}.")][0] for sibling in parts]
+            rows = sum(sizes[: parts.index(part)]), sum(sizes)
+            yield from ((stored.replace(f".{part}", f".{fused}"), index, rows) for stored, index in alone)
+
+
+def _region(name: str) -> str:
+    """The layer, or other part of the model, that a tensor belongs to."""
+    depth = 3 if name.startswith("model.layers.") else 2 if name.startswith("model.") else 1
+    return ".".join(name.split(".")[:depth])
+
+
+def _equal(a: Stored, b: Stored) -> bool:
+    if a is b or a.shape != b.shape:
+        return a is b
+    step = max(1, BLOCK_BYTES // (4 * a.shape[-1]))
+    blocks = (slice(first, first + step) for first in range(0, a.shape[0], step))
+    return all(bool((a.shard.read(a.name, rows) == b.shard.read(b.name, rows)).all()) for rows in blocks)
