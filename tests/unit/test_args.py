@@ -37,6 +37,9 @@ def test_defaults() -> None:
         (["--disable-pynccl"], "disable_pynccl", True),
         (["--moe-backend", "triton"], "moe_backend", "triton"),
         (["--device", "cuda"], "device", "cuda"),
+        (["--revision", "v1.0"], "revision", "v1.0"),
+        (["--chat-template", "x.jinja"], "chat_template", "x.jinja"),
+        (["--config-override", '{"a": {"b": null}}'], "config_override", {"a": {"b": None}}),
     ],
 )
 def test_flags_and_aliases(argv: list[str], name: str, value: object) -> None:
@@ -73,6 +76,10 @@ def test_booleans_in_the_environment() -> None:
         (["--device", "tpu"], ["--device tpu", "cuda"]),
         (["--moe-backend", "x"], ["--moe-backend x", "triton"]),
         (["--graph", "-1"], ["--graph -1", "auto", "at least 0"]),
+        *(
+            (["--config-override", text], ["--config-override", "a JSON object"])
+            for text in ("{", "[]", "3", "a=b", "")
+        ),
         (["--page-size"], ["--page-size"]),
         (["--model", ""], ["--model"]),
         (["stray"], ["stray"]),

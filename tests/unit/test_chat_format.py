@@ -15,11 +15,13 @@ from minisgl.config.chat import (
     choose_reasoning_parser,
     choose_tool_parser,
     read_chat_template,
+    read_template_file,
     visible_tokens,
 )
 from minisgl.config.locate import DEMO_MODEL
+from minisgl.errors import ConfigError
 from minisgl.message.codec import pack_ids
-from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
+from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, StreamStart
 from minisgl.parser import registry
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import HFTextCodec
@@ -72,6 +74,37 @@ def test_templates_are_found_wherever_models_keep_them(tmp_path: Path) -> None:
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("four")
     assert set(read_chat_template(tmp_path).split("\n")) == {"one", "two", "three", "four"}
     assert read_chat_template(tmp_path / "nowhere") == ""
+
+
+def test_a_template_of_the_user_s(tmp_path: Path) -> None:
+    codec = HFTextCodec(str(make_byte_level(tmp_path)), (), "{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    assert codec.render_chat(ChatPrompt(messages=[{"role": "user", "content": "x"}])) == "[x]"
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps({"chat_template": "{{ 'a' }}"}))
+    assert read_template_file(str(file)) == "{{ 'a' }}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("t.jinja", b"{% for m in messages %}", r"line 1: Unexpected end of template"),
+        ("t.jinja", b"a\n{{ x y }}", r"line 2: expected token 'end of print statement'"),
+        ("t.jinja", b" \n", "there is no template in it"),
+        ("t.jinja", b"\xff\xfe", "codec can't decode"),
+        ("t.jinja", None, "No such file"),
+        (".", None, "Is a directory"),
+        ("t.json", b"{", "cannot read"),
+        ("t.json", b"{}", "there is no template in it"),
+        ("t.json", b'{"chat_template": ["x"]}', "chat_template must be a string"),
+        ("t.json", b'{"chat_template": "{% if %}"}', "line 1: Expected an expression"),
+    ],
+)
+def test_a_template_that_is_none_is_one_line(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^--chat-template {tmp_path / name}: .*{says}") as caught:
+        read_template_file(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture

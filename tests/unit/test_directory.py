@@ -22,7 +22,11 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize
 CONFIG = json.dumps(
     {
         "architectures": ["LlamaForCausalLM"],
-        **{"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
     }
 )
 
@@ -124,8 +128,9 @@ REPO = {  # what large repos hold: what we read of it, and what only costs time
     False: "consolidated.safetensors consolidated.00.pth original/params.json original/tokenizer.model "
     "original/consolidated.00.pth adapter_config.json adapter_model.safetensors pytorch_model.bin "
     "pytorch_model.bin.index.json onnx/model.onnx onnx/config.json q4.gguf README.md modeling_x.py "
-    "tokenization_x.py tokenizer.py coreml/model.mlpackage flax_model.msgpack tf_model.h5 runs/x.json model/x.safetensors "
-    "checkpoint-5/model.safetensors checkpoint-5/optimizer.pt training_args.bin LICENSE metal/model.bin",
+    "tokenization_x.py tokenizer.py coreml/model.mlpackage flax_model.msgpack tf_model.h5 runs/x.json "
+    "model/x.safetensors checkpoint-5/model.safetensors "
+    "checkpoint-5/optimizer.pt training_args.bin LICENSE metal/model.bin",
 }
 
 
@@ -146,7 +151,7 @@ def test_what_is_downloaded(
     if source == "modelscope":
         monkeypatch.setitem(__import__("sys").modules, "modelscope", type("M", (), {"snapshot_download": download}))
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert locate_model("org/name@v1.0", source) == tmp_path
+    assert locate_model("org/name", source, "v1.0") == tmp_path
     taken = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     expected = {name for name in REPO[True].split() if name in repo}
     if not has_safetensors:

@@ -12,12 +12,12 @@ from typing import Any
 import pynvml
 import pytest
 
-from minisgl.config.args import args_from_options
+from minisgl.config.args import args_from_options, parse_args
 from minisgl.config.gpus import Gpu, Nvidia, parse_torch_cuda, probe_nvidia, visible_devices
 from minisgl.config.locate import DEMO_MODEL, locate_model
 from minisgl.config.model import ModelConfig, MoEConfig, RopeConfig
 from minisgl.config.probe import Capabilities, probe
-from minisgl.config.resolve import ModelFiles, read_default_sampling, resolve
+from minisgl.config.resolve import ModelFiles, prepare, read_default_sampling, resolve
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import ConfigError
 
@@ -397,6 +397,43 @@ def test_recommendations_that_no_request_could_have_are_one_line(tmp_path: Path,
         with pytest.raises(ConfigError, match=rf"generation_config\.json: {key} must be .*, not ") as caught:
             read_default_sampling(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def test_what_changes_a_model_without_touching_its_files(tmp_path: Path) -> None:
+    """--chat-template and --config-override, also in the environment, a YAML file and `LLM`."""
+    template, yaml = tmp_path / "t.jinja", tmp_path / "c.yaml"
+    template.write_text("<tool_call>{% for m in messages %}{% generation %}x{% endgeneration %}{% break %}{% endfor %}")
+    yaml.write_text(f"chat-template: {template}\nconfig_override: {{max_position_embeddings: 96}}\n")
+    override = {"max_position_embeddings": 96}
+    options = {"chat_template": str(template), "config_override": override}
+    flags = ["--chat-template", str(template), "--config-override", json.dumps(override)]
+    environ = {f"MINISGL_{name.upper()}": json.dumps(v) if isinstance(v, dict) else v for name, v in options.items()}
+    for args in (
+        args_from_options(options),
+        parse_args(flags, {}),
+        parse_args([], environ),
+        parse_args(["--config", str(yaml)], {}),
+    ):
+        config = prepare(args)
+        assert config.tokenizer.chat_template == template.read_text()
+        assert config.scheduler.max_seq_len == 96
+        assert config.tool_call_parser == "hermes"  # as the new template has it
+    assert prepare(args_from_options({})).tokenizer.chat_template is None
+    with pytest.raises(ConfigError, match=r"config\.json: hidden_size must be a whole number of at least 1, not 'x'"):
+        prepare(args_from_options({"config_override": {"hidden_size": "x"}}))
+
+
+def test_a_revision_is_no_part_of_the_served_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(repo_id: str, *, revision: str | None, **patterns: object) -> str:
+        asked.append((repo_id, revision))
+        return str(DEMO_MODEL)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for options in ({"model": "org/name@abc"}, {"model": "org/name", "revision": "abc"}):
+        assert prepare(args_from_options(options)).served_model_name == "org/name"
+    assert set(asked) == {("org/name", "abc")}
 
 
 def test_where_models_are_found(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -103,6 +104,16 @@ def _several(inner: Parser) -> Parser:
     return parse
 
 
+def _object(value: Any) -> dict[str, Any]:
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError('a JSON object such as {"max_position_embeddings": 8192}')
+    return value
+
+
 def _key(value: Any) -> str:
     if not isinstance(value, str) or not value or not all("!" <= character <= "~" for character in value):
         raise ValueError("printable ASCII characters without spaces")  # what fits an HTTP header
@@ -131,7 +142,18 @@ class ServerArgs:
     model_source: str = _option(
         _choice("huggingface", "modelscope"), "huggingface", "hub that repo ids refer to: huggingface or modelscope"
     )
+    revision: str | None = _option(
+        _auto(_text), None, "branch, tag or commit of a hub repo; --model org/name@revision says it too"
+    )
     served_model_name: str | None = _option(_auto(_text), None, "id shown by /v1/models (default: the model path)")
+    chat_template: str | None = _option(
+        _auto(_text),
+        None,
+        "file with a chat template (Jinja, or JSON as tokenizer_config.json) in place of the model's",
+    )
+    config_override: Mapping[str, Any] | None = _option(
+        _auto(_object), None, "JSON object that is merged into the model's config.json before it is read"
+    )
     dtype: str | None = _option(
         _auto(_choice("float16", "bfloat16", "float32")), None, "auto, float16, bfloat16 or float32"
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from minisgl.config.fields import read_json
+from minisgl.config.fields import Fields, read_json
+from minisgl.errors import ConfigError
 
 TOOL_PARSERS = ("hermes", "qwen", "llama3_json", "mistral", "pythonic")
 REASONING_PARSERS = {"qwen3": "optional", "deepseek_r1": "always"}  # name: whether models reason (`core.Grammar`)
@@ -23,6 +25,27 @@ _MARKERS = {
 }
 # Formats that share a marker with one of ours.
 _OTHER_FORMATS = ("<function=", "<arg_key>", "<tool_call_begin>", "<｜tool▁call▁begin｜>")
+
+
+def read_template_file(file: str) -> str:
+    """The chat template of a Jinja file, or of a JSON file's `chat_template`. Raises: ConfigError naming the file and
+    what is wrong with it."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    path = Path(file).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            text = Fields(read_json(path), file).text("chat_template", "")
+        # transformers' own tag, which marks what a model has said
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text))
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"--chat-template {file}: line {error.lineno}: {error.message}") from None
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"--chat-template {file}: {error}") from None
+    if not text.strip():
+        raise ConfigError(f"--chat-template {file}: there is no template in it")
+    return text
 
 
 def read_chat_template(path: Path) -> str:

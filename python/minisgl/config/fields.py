@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minisgl.errors import ConfigError
+from minisgl.utils.hf_tokenizer import lfs_hint
 
 T = TypeVar("T")
 MAX_INT = 2**31 - 1
-LFS_POINTER = b"version https://git-lfs"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -25,16 +25,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{str(path)!r} does not hold a JSON object")
     return data
-
-
-def lfs_hint(path: Path) -> str:
-    """What to do about a file whose content Git LFS has not fetched; "" for any other file."""
-    try:
-        with path.open("rb") as file:
-            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:
-        return ""
-    return "it is a Git LFS pointer, not the file itself; run git lfs pull, or download the model again" * is_pointer
 
 
 def read_fields(path: Path) -> Fields:

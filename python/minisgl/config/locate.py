@@ -33,7 +33,6 @@ def locate_model(model: str | None, source: str, revision: str | None = None) ->
 
     Raises: ConfigError in one line when it is neither a directory nor a repository that can be fetched.
     """
-    model, revision = split_revision(model, revision)
     path = DEMO_MODEL if model is None else Path(model).expanduser()
     if model is None or path.is_dir():
         if revision is not None:

@@ -10,11 +10,17 @@ from pathlib import Path
 
 from minisgl.config.access import access_config
 from minisgl.config.args import ServerArgs
-from minisgl.config.chat import choose_reasoning_parser, choose_tool_parser, read_chat_template, visible_tokens
+from minisgl.config.chat import (
+    choose_reasoning_parser,
+    choose_tool_parser,
+    read_chat_template,
+    read_template_file,
+    visible_tokens,
+)
 from minisgl.config.cpu import cpu_engine
 from minisgl.config.cuda import choose_device, cuda_engine
 from minisgl.config.fields import read_fields
-from minisgl.config.locate import locate_model
+from minisgl.config.locate import locate_model, split_revision
 from minisgl.config.model import ModelConfig, read_model_config
 from minisgl.config.probe import Capabilities, probe
 from minisgl.config.runtime import SchedulerConfig, ServerConfig, TokenizerConfig
@@ -35,8 +41,13 @@ class ModelFiles:
 def prepare(args: ServerArgs) -> ServerConfig:
     """Find the model, look at the machine, and resolve. Raises: ConfigError."""
     access = access_config(args)
-    path = locate_model(args.model_path, args.model_source)
-    files = ModelFiles(path, read_model_config(path), read_default_sampling(path), read_chat_template(path))
+    name, revision = split_revision(args.model_path, args.revision)
+    args = replace(args, model_path=name)
+    template = None if args.chat_template is None else read_template_file(args.chat_template)
+    path = locate_model(name, args.model_source, revision)
+    model = read_model_config(path, args.config_override)
+    template = read_chat_template(path) if template is None else template
+    files = ModelFiles(path, model, read_default_sampling(path), template)
     return replace(resolve(args, files, probe()), access=access)
 
 
@@ -88,10 +99,11 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
     tool_call_parser = choose_tool_parser(args.tool_call_parser, files.chat_template)
     reasoning_parser = choose_reasoning_parser(args.reasoning_parser, files.chat_template)
     visible = visible_tokens(tool_call_parser, reasoning_parser)
+    own_template = None if args.chat_template is None else files.chat_template
     return ServerConfig(
         engine=engine,
         scheduler=scheduler,
-        tokenizer=TokenizerConfig(path, engine.max_seq_len, model.vocab_size, visible),
+        tokenizer=TokenizerConfig(path, engine.max_seq_len, model.vocab_size, visible, own_template),
         num_tokenizer=args.num_tokenizer,
         served_model_name=args.served_model_name or args.model_path or "minisgl-demo",
         host=args.host,

@@ -62,6 +62,7 @@ class TokenizerConfig:
     max_seq_len: int
     vocab_size: int  # of the model: ids from here on cannot be prompts
     visible_tokens: tuple[str, ...] = ()  # special tokens that are part of the output's text nevertheless
+    chat_template: str | None = None  # in place of the model's own
 
 
 @dataclass(frozen=True, slots=True)

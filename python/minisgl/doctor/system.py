@@ -10,13 +10,13 @@ from pathlib import Path
 
 from minisgl.config.args import ServerArgs
 from minisgl.config.directory import weight_files
-from minisgl.config.fields import lfs_hint
-from minisgl.config.locate import DEMO_MODEL
+from minisgl.config.locate import DEMO_MODEL, split_revision
 from minisgl.config.model import read_model_config
 from minisgl.config.probe import Capabilities
 from minisgl.config.resolve import ModelFiles, read_default_sampling, resolve
 from minisgl.doctor.row import Row
 from minisgl.errors import ConfigError
+from minisgl.utils.hf_tokenizer import lfs_hint
 
 GIB = 1 << 30
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -87,7 +87,8 @@ def find_model(model: str | None) -> Path | None:
     if path.exists() or model.startswith(("/", ".", "~")):
         return path
     try:
-        return Path(snapshot_download(model, local_files_only=True))
+        name, revision = split_revision(model, None)
+        return Path(snapshot_download(name or model, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
 

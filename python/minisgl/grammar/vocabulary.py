@@ -11,11 +11,12 @@ from llguidance import LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 
 from minisgl.errors import ConfigError
+from minisgl.utils.hf_tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class VocabularyConfig:
-    """model_path: with a `tokenizer.json`. vocab_size: of the model's logits. eos_token_ids: what ends an output."""
+    """model_path: with a tokenizer. vocab_size: of the model's logits. eos_token_ids: what ends an output."""
 
     model_path: str
     vocab_size: int
@@ -32,23 +33,44 @@ class Vocabulary:
 
 def load_vocabulary(config: VocabularyConfig) -> Vocabulary:
     """It takes a second with a hundred thousand tokens. Raises: ConfigError when the model has no such tokenizer."""
-    path = os.path.join(config.model_path, "tokenizer.json")
-    if not os.path.isfile(path):
-        raise ConfigError("this model has no tokenizer.json, which structured output needs")
     if not config.eos_token_ids:
         raise ConfigError("this model has no end-of-sequence token, which structured output needs")
     try:
-        tokenizer = Tokenizer.from_file(path)
+        tokenizer = _load(config.model_path)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         _add_configured(tokenizer, config.model_path)
         data = json.loads(tokenizer.to_str())
+        _leave_out(data, config.vocab_size)
         special = {token["content"]: token["id"] for token in data["added_tokens"]}
         _rename_added(data)
         ends = [token for token in config.eos_token_ids if token < config.vocab_size]
         return Vocabulary(LLTokenizer(json.dumps(data), n_vocab=config.vocab_size, eos_token=ends), special)
     except Exception as error:  # whatever the two libraries find wrong with the file
         raise ConfigError(f"structured output cannot use this model's tokenizer: {error}") from error
+
+
+def _load(model_path: str) -> Tokenizer:
+    path = os.path.join(model_path, "tokenizer.json")
+    if os.path.isfile(path):
+        return Tokenizer.from_file(path)
+    converted = getattr(load_tokenizer(model_path), "backend_tokenizer", None)
+    if converted is None:
+        raise ConfigError("it is of a kind that has no tokenizer.json")
+    return Tokenizer.from_str(converted.to_str())
+
+
+def _leave_out(data: dict[str, Any], vocab_size: int) -> None:
+    """Tokens for which the model has no logits, and merges that need them."""
+    model = data["model"]
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < vocab_size]
+    if isinstance(vocab := model.get("vocab"), list):
+        model["vocab"] = vocab[:vocab_size]
+    elif any(index >= vocab_size for index in vocab.values()):
+        model["vocab"] = vocab = {token: index for token, index in vocab.items() if index < vocab_size}
+        pairs = [(*pair.split(" "),) if isinstance(pair, str) else pair for pair in model.get("merges", ())]
+        if pairs:
+            model["merges"] = [[a, b] for a, b in pairs if a in vocab and b in vocab and a + b in vocab]
 
 
 def _add_configured(tokenizer: Tokenizer, model_path: str) -> None:

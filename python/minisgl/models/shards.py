@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from minisgl.config.fields import lfs_hint
 from minisgl.errors import ConfigError
+from minisgl.utils.hf_tokenizer import lfs_hint
 
 REOPEN_BYTES = 16 << 20
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,12 +11,13 @@ from typing import Any, Protocol
 from minisgl.config.chat import reasoning_after
 from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import MAX_SEED, SamplingParams
-from minisgl.errors import ConfigError, RequestError
+from minisgl.errors import RequestError
 from minisgl.message.backend import UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.tokenizer import PROMPT_TAIL, ChatPrompt, IdsPrompt, Prompt, TextPrompt, TokenizeMsg
 from minisgl.tokenizer.pieces import TokenBytes
+from minisgl.utils.hf_tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -58,18 +58,17 @@ class TextCodec(Protocol):
 
 
 class HFTextCodec:
-    """A Hugging Face tokenizer, loaded from a local directory and never from the network.
+    """A Hugging Face tokenizer, loaded from a local directory.
 
-    `tokenizer.json` is complete by itself, so it is loaded with the plain class: that takes a second, where
-    `AutoTokenizer` first imports every model's configuration. Directories without it go the long way.
-
-    visible: special tokens that become text nevertheless.
+    visible: special tokens that become text nevertheless. chat_template: in place of the model's own.
 
     Raises: ConfigError naming the directory when there is no usable tokenizer in it.
     """
 
-    def __init__(self, model_path: str, visible: Sequence[str] = ()) -> None:
-        self._tokenizer = _load(model_path)
+    def __init__(self, model_path: str, visible: Sequence[str] = (), chat_template: str | None = None) -> None:
+        self._tokenizer = load_tokenizer(model_path)
+        if chat_template is not None:
+            self._tokenizer.chat_template = chat_template
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is not None:
             backend.no_truncation()
@@ -151,27 +150,6 @@ class HFTextCodec:
         return text
 
 
-def _load(model_path: str) -> Any:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-    if not os.path.isdir(model_path):
-        raise ConfigError(f"{model_path}: no such model directory")
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        if os.path.isfile(os.path.join(model_path, "tokenizer.json")):
-            return PreTrainedTokenizerFast.from_pretrained(model_path, local_files_only=True)
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
-        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
-            raise ValueError("its files are missing (tokenizer.json)")  # transformers makes an empty one up
-        return tokenizer
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{model_path}: cannot load the tokenizer: {reason}") from error
-
-
 def _special_ids(tokenizer: Any) -> list[int]:
     """Every added token that is marked special, and the named ones (BOS, EOS, PAD …)."""
     added = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
@@ -182,7 +160,7 @@ class Tokenizer:
     """Turns requests into what the scheduler takes: ids within the vocabulary that leave room for output."""
 
     def __init__(self, config: TokenizerConfig, codec: TextCodec | None = None) -> None:
-        self.codec: TextCodec = codec if codec is not None else HFTextCodec(config.model_path, config.visible_tokens)
+        self.codec: TextCodec = codec or HFTextCodec(config.model_path, config.visible_tokens, config.chat_template)
         self._vocab_size = config.vocab_size
         self._max_seq_len = config.max_seq_len
         # A text with more characters cannot fit the context: it is refused before it is encoded, which takes a while.
