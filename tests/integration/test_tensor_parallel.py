@@ -100,7 +100,7 @@ def test_dummy_weights_do_not_depend_on_ranks() -> None:
 )
 def test_ranks_that_do_not_fit(overrides: dict[str, Any], message: str) -> None:
     from minisgl.layers.base import LayerEnv
-    from minisgl.models.registry import build_model
+    from minisgl.models.decoder import DecoderModel
 
     class TwoRanks:
         rank, size = 0, 2
@@ -111,4 +111,4 @@ def test_ranks_that_do_not_fit(overrides: dict[str, Any], message: str) -> None:
 
     env = LayerEnv(TwoRanks(), TorchOps(), torch.float32, torch.device("cpu"))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"--tensor-parallel-size 2 .*{message}"):
-        build_model(env, engine_config(tiny_model("llama", **overrides)).model)
+        DecoderModel(env, engine_config(tiny_model("llama", **overrides)).model)

@@ -156,8 +156,8 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     from minisgl.distributed.comm import NullCommunicator
     from minisgl.kernel.ops import TorchOps
     from minisgl.layers.base import LayerEnv
-    from minisgl.models.registry import build_model
+    from minisgl.models.decoder import DecoderModel
 
     env = LayerEnv(NullCommunicator(), TorchOps(), torch.float32, torch.device("meta"))
-    parts = build_model(env, engine_config(path).model).parts()
+    parts = DecoderModel(env, engine_config(path).model).parts()
     return {slot.name: slot.shape for part in parts for slot in part.slots}

@@ -66,12 +66,11 @@ def test_no_model_at_all(tmp_path: Path, files: list[str], says: str) -> None:
         (["adapter_model.bin"], "an adapter"),
         (["consolidated.safetensors"], "in their authors' own format"),
         (["q4.gguf"], "GGUF files are not supported"),
-        (["weights.safetensors"], "must be called model.safetensors"),
-        (["weights.bin"], "must be called pytorch_model.bin"),
+        (["weights.safetensors"], "name must be model.safetensors"),
+        (["weights.bin"], "name must be pytorch_model.bin"),
         (["model.pt"], "take the model's safetensors"),
         (["onnx/model.safetensors"], "it is in .*/onnx"),
-        (["model-00002-of-00002.safetensors"], "is incomplete: model-00001-of-00002.safetensors missing"),
-        (["pytorch_model-00002-of-00002.bin"], "is incomplete: pytorch_model-00001-of-00002.bin missing"),
+        (["model-00002-of-00002.safetensors"], "be in a model.safetensors.index.json"),
     ],
 )
 def test_no_weights(tmp_path: Path, files: list[str], says: str) -> None:

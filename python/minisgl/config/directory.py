@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from minisgl.config.fields import read_fields
@@ -17,8 +16,8 @@ _OTHERS = {  # files by which something else is known
     "model_index.json": "it holds a pipeline of diffusers, not a language model",
     "consolidated*": _ORIGINAL,
     "params.json": _ORIGINAL,
-    "*.safetensors": "weights must be called model.safetensors, or as model.safetensors.index.json says",
-    "*.bin": "weights must be called pytorch_model.bin, or as pytorch_model.bin.index.json says",
+    "*.safetensors": "its name must be model.safetensors, or be in a model.safetensors.index.json",
+    "*.bin": "its name must be pytorch_model.bin, or be in a pytorch_model.bin.index.json",
     "*.pt*": "take the model's safetensors",
     "*.onnx": "take the model's safetensors",
 }
@@ -37,30 +36,17 @@ def check_directory(path: Path) -> None:
 
 def weight_files(path: Path) -> list[Path]:
     """The files with the model's weights, in transformers' order of preference: safetensors in one file, or as the
-    index has them, or as their names say; then files of torch. Raises: ConfigError saying what is missing."""
+    index has them; then the same for files of torch. Raises: ConfigError saying what is missing."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = path / f"{whole}.index.json"
         if (path / whole).is_file():
             return [path / whole]
-        if index.is_file():
-            weights = read_fields(index).child("weight_map")
-            names = sorted({weights.text(tensor, "") for tensor in weights})
-        else:
-            names = _numbered(path, whole)
+        weights = read_fields(path / f"{whole}.index.json").child("weight_map")
+        names = sorted({weights.text(tensor, "") for tensor in weights.data})
         if missing := [name for name in names if not (path / name).is_file()]:
             raise ConfigError(f"{str(path)!r} is incomplete: {listing(missing)} missing")
         if names:
             return [path / name for name in names]
     raise _no_model(path, "model.safetensors")
-
-
-def _numbered(path: Path, whole: str) -> list[str]:
-    """The parts of a file that is not whole and has no index: each says how many there are."""
-    stem, _, ending = whole.rpartition(".")
-    for file in path.glob(f"{stem}-*-of-*.{ending}"):
-        if match := re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\..*)", file.name):
-            return [f"{match[1]}{number:05}{match[2]}" for number in range(1, int(match[3]) + 1)]
-    return []
 
 
 def listing(items: list[str], limit: int = 8) -> str:

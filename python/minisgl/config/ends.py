@@ -17,52 +17,46 @@ def read_ends(path: Path, generation: Fields, config: Fields, vocab_size: int) -
     model is left out, with a warning. Raises: ConfigError naming a file that cannot be read."""
     ids: dict[int, None] = {}
     for fields in (generation, config):
-        value = fields.get("eos_token_id")
+        value = fields.data.get("eos_token_id")
         for token in value if isinstance(value, list) else [] if value is None else [value]:
-            if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size:
+            if type(token) is int and 0 <= token < vocab_size:
                 ids[token] = None
             else:
                 reason = f"no token id (a whole number from 0 to {vocab_size - 1})"
                 logger.warning("%s: eos_token_id %.80r is %s and has no effect", fields.source, token, reason)
     own = _tokenizer_end(path)
-    if own is not None and own < vocab_size:
-        ids[own] = None
-    return tuple(ids)
+    return tuple(ids if own is None or own >= vocab_size else ids | {own: None})
 
 
 def _tokenizer_end(path: Path) -> int | None:
     """The id of the tokenizer's `eos_token`, which a file gives as text, alone or with the token's properties."""
     config = read_fields(path / "tokenizer_config.json")
     for fields in (config, read_fields(path / "special_tokens_map.json")):
-        token = fields.get("eos_token")
-        if isinstance(token, dict):
-            token = fields.child("eos_token").text("content", None)
+        token = fields.data.get("eos_token")
+        token = fields.child("eos_token").text("content", None) if isinstance(token, dict) else token
+        if token is not None and not isinstance(token, str):
+            raise fields.wrong("eos_token", "a string")
         if token is not None:
+            ids = (index for pairs in _vocabularies(path, config) for text, index in pairs if text == token)
+            found = str(next(ids, None))
+            if found.isdecimal():
+                return int(found)
+            logger.warning("%s: eos_token %.80r is not in the vocabulary and has no effect", fields.source, token)
             break
-    else:
-        return None
-    if not isinstance(token, str):
-        raise fields.wrong("eos_token", "a string")
-    for vocabulary in _vocabularies(path, config):
-        found = next((index for text, index in vocabulary if text == token), None)
-        if found is not None and str(found).isdecimal():
-            return int(found)
-    logger.warning("%s: eos_token %.80r is not in the vocabulary and has no effect", fields.source, token)
     return None
 
 
 def _vocabularies(path: Path, config: Fields) -> Iterator[Iterable[tuple[Any, Any]]]:
     """Texts and ids that a tokenizer's files have, the smallest file first."""
     decoder = config.child("added_tokens_decoder")
-    yield [(decoder.child(index).get("content"), index) for index in decoder]
+    yield [(decoder.child(index).data.get("content"), index) for index in decoder.data]
     tokenizer = read_fields(path / "tokenizer.json")
-    added = tokenizer.get("added_tokens")
-    items = [item for item in added if isinstance(item, dict)] if isinstance(added, list) else []
-    yield [(item.get("content"), item.get("id")) for item in items]
-    vocab = tokenizer.child("model").get("vocab")
+    added = tokenizer.data.get("added_tokens")
+    items = added if isinstance(added, list) else []
+    yield [(item.get("content"), item.get("id")) for item in items if isinstance(item, dict)]
+    vocab = tokenizer.child("model").data.get("vocab")
     if isinstance(vocab, list):  # Unigram: pieces with their scores, in order
         yield [(piece[0], index) for index, piece in enumerate(vocab) if isinstance(piece, list) and piece]
-    elif isinstance(vocab, dict):
-        yield vocab.items()
+    yield vocab.items() if isinstance(vocab, dict) else ()
     for name in ("added_tokens.json", "vocab.json"):
-        yield list(read_fields(path / name).items())
+        yield read_fields(path / name).data.items()

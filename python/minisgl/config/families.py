@@ -27,8 +27,7 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
 }
 _ACTIVATIONS = ("silu", "swish")  # two names of one function
-_FULL_ATTENTION = ("full_attention", "attention")  # the second is an older name
-_LAYER_TYPES = (*_FULL_ATTENTION, "sliding_attention")
+_LAYER_TYPES = ("full_attention", "sliding_attention", "attention")  # the last is an older name of the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ def _llama(f: Fields, _: int) -> dict[str, Any]:
 
 def _mistral(f: Fields, num_layers: int) -> dict[str, Any]:
     """`layer_types` says which layers slide; without it all do."""
-    kinds = _layer_types(f, num_layers) or ["sliding_attention"] * num_layers
+    kinds = f.list_of(str, "layer_types") or ["sliding_attention"] * num_layers
     return {"sliding_windows": _windows(kinds, _window(f))}
 
 
@@ -61,7 +60,7 @@ def _qwen3(f: Fields, num_layers: int) -> dict[str, Any]:
 
 
 def _qwen3_moe(f: Fields, num_layers: int) -> dict[str, Any]:
-    dense, step = f.integers("mlp_only_layers"), f.integer("decoder_sparse_step", 1)
+    dense, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
     num_experts = f.integer("num_local_experts", None, 0)
     num_experts = f.integer("num_experts", 128, 0) if num_experts is None else num_experts
     moe = MoEConfig(
@@ -99,13 +98,13 @@ def parse_model_config(f: Fields) -> ModelConfig:
     """
     architecture = _architecture(f)
     family = FAMILIES[architecture]
-    _refuse_unsupported(f)
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    if missing := [key for key in required if f.get(key) is None]:
+    if missing := [key for key in required if f.data.get(key) is None]:
         raise ConfigError(f"{f.source}: {', '.join(missing)} missing")
-    num_layers = f.integer("num_hidden_layers", 0, most=MAX_LAYERS)
-    num_heads, hidden = f.integer("num_attention_heads", 0), f.integer("hidden_size", 0)
-    default_kv_heads = num_heads if "num_key_value_heads" in f else family.num_kv_heads or num_heads
+    _refuse_unsupported(f)
+    num_layers, num_heads = f.integer("num_hidden_layers", 0), f.integer("num_attention_heads", 0)
+    hidden = f.integer("hidden_size", 0)
+    default_kv_heads = num_heads if "num_key_value_heads" in f.data else family.num_kv_heads or num_heads
     num_kv_heads = f.integer("num_key_value_heads", default_kv_heads)
     if num_heads % num_kv_heads:
         raise ConfigError(f"{f.source}: {num_kv_heads} key-value heads do not divide {num_heads} attention heads")
@@ -122,7 +121,7 @@ def parse_model_config(f: Fields) -> ModelConfig:
         num_qo_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=f.number("rms_norm_eps", 1e-6, above=0),
+        rms_norm_eps=float(f.number("rms_norm_eps", 1e-6, above=0)),
         rope=rope,
         max_position=max_position,
         tie_word_embeddings=f.boolean("tie_word_embeddings", False),
@@ -133,7 +132,7 @@ def parse_model_config(f: Fields) -> ModelConfig:
 
 def _architecture(f: Fields) -> str:
     """The first that is supported; without any, the one that goes by this `model_type`, as in transformers."""
-    names = f.texts("architectures")
+    names = f.list_of(str, "architectures")
     if not names:
         names = [name for name, family in FAMILIES.items() if family.model_type == f.text("model_type", None)]
     # A file may name the model without its head (`LlamaModel`); whether it has one, the weights tell.
@@ -146,28 +145,28 @@ def _architecture(f: Fields) -> str:
 
 def _refuse_unsupported(f: Fields) -> None:
     for key in ("quantization_config", "compression_config"):
-        if f.get(key):
+        if f.data.get(key):
             method = f.child(key).text("quant_method", "unknown")
             raise ConfigError(f"{f.source}: {key} ({method}) not supported; use an unquantized checkpoint")
     if (act := f.text("hidden_act", "silu")) not in _ACTIVATIONS:
         raise ConfigError(f"{f.source}: hidden_act {act!r} not supported (supported: silu)")
-    if others := set(f.texts("layer_types")) - set(_LAYER_TYPES):
-        raise ConfigError(
-            f"{f.source}: layer_types {', '.join(sorted(others))} not supported "
-            "(supported: full_attention, sliding_attention)"
-        )
+    kinds, num_layers = f.list_of(str, "layer_types"), f.integer("num_hidden_layers", 0, most=MAX_LAYERS)
+    if others := set(kinds) - set(_LAYER_TYPES):
+        names = ", ".join(sorted(others))
+        raise ConfigError(f"{f.source}: layer_types {names} not supported (supported: {', '.join(_LAYER_TYPES)})")
+    if kinds and len(kinds) != num_layers:
+        raise ConfigError(f"{f.source}: layer_types has {len(kinds)} entries, but num_hidden_layers is {num_layers}")
 
 
 def _rope(f: Fields, max_position: int) -> tuple[RopeConfig, int]:
     """RoPE in transformers-5 form (`rope_parameters`) or the older (`rope_theta`, `rope_scaling`, which wins as a whole
     where both are given), and the longest sequence."""
-    scaling, parameters = f.child("rope_scaling") if f.get("rope_scaling") else None, f.child("rope_parameters")
-    rope = scaling or parameters
-    if any(isinstance(value, dict) for _, value in rope.items()):
+    parameters = f.child("rope_parameters")
+    rope = f.child("rope_scaling") if f.data.get("rope_scaling") else parameters
+    if any(isinstance(value, dict) for value in rope.data.values()):
         raise ConfigError(f"{f.source}: rope_parameters that differ by layer type are not supported")
     theta = rope.number("rope_theta", f.number("rope_theta", None, above=1), above=1)
-    if theta is None and rope is scaling and parameters.get("rope_theta") is not None:
-        lost = parameters.get("rope_theta")
+    if theta is None and (lost := parameters.data.get("rope_theta")) is not None:
         logger.warning("%s: rope_scaling replaces rope_parameters, rope_theta %s included", f.source, lost)
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in ROPE_TYPES:
@@ -176,17 +175,17 @@ def _rope(f: Fields, max_position: int) -> tuple[RopeConfig, int]:
     if partial != 1:
         raise ConfigError(f"{f.source}: partial_rotary_factor {partial:g} not supported (supported: 1)")
     needed, optional = ROPE_TYPES[kind]
-    if absent := [key for key in needed if rope.get(key) is None]:
+    given = [key for key in (*needed, *optional) if rope.data.get(key) not in (None, 0)]
+    numbers: dict[str, float] = {key: rope.number(key, 0.0, above=0) for key in given}
+    if absent := [key for key in needed if key not in given]:
         raise ConfigError(f"{f.source}: rope type {kind!r} needs {', '.join(absent)}")
-    given = [key for key in (*needed, *optional) if rope.get(key) or (rope.get(key) is not None and "factor" in key)]
-    numbers: dict[str, float] = {key: rope.number(key, 0.0, above=0) for key in given}  # mscale 0 is the same as none
     original = f.integer("original_max_position_embeddings", rope.integer("original_max_position_embeddings", None))
     if original is None or kind == "dynamic":  # which starts at max_position_embeddings, whatever else a file says
         original = max_position
     if kind == "yarn":
         numbers.setdefault("factor", max_position / original)
         numbers["truncate"] = rope.boolean("truncate", True)
-    config = RopeConfig(10000.0 if theta is None else theta, kind, original, numbers)
+    config = RopeConfig(float(theta or 10000), kind, original, numbers)
     return config, _longest(config, max_position)
 
 
@@ -214,16 +213,9 @@ def _biases(f: Fields) -> dict[str, Any]:
     return {"qkv_bias": bias, "o_bias": bias}
 
 
-def _layer_types(f: Fields, num_layers: int) -> list[str]:
-    kinds = f.texts("layer_types")
-    if kinds and len(kinds) != num_layers:
-        raise ConfigError(f"{f.source}: layer_types has {len(kinds)} entries, but num_hidden_layers is {num_layers}")
-    return kinds
-
-
 def _window(f: Fields) -> int | None:
     """`sliding_window`: 4096 where a file has none; null is none at all."""
-    return f.integer("sliding_window", None if "sliding_window" in f else 4096)
+    return f.integer("sliding_window", None if "sliding_window" in f.data else 4096)
 
 
 def _windows(kinds: list[str], window: int | None) -> tuple[int | None, ...]:
@@ -237,4 +229,4 @@ def _qwen_windows(f: Fields, num_layers: int) -> tuple[int | None, ...]:
         return ()
     first = f.integer("max_window_layers", 28, 0)
     kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
-    return _windows(_layer_types(f, num_layers) or kinds, _window(f))
+    return _windows(f.list_of(str, "layer_types") or kinds, _window(f))

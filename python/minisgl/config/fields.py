@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ from minisgl.utils.hf_tokenizer import lfs_hint
 
 T = TypeVar("T")
 MAX_INT = 2**31 - 1
+MAX_NUMBER = 1e300
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -34,11 +34,12 @@ def read_fields(path: Path) -> Fields:
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the values of `changes`, objects within objects likewise."""
-    merged = dict(base)
-    for key, value in changes.items():
-        before = merged.get(key)
-        merged[key] = merge(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
-    return merged
+    nested = {key: merge(base[key], new) for key, new in changes.items() if _are_objects(base.get(key), new)}
+    return {**base, **changes, **nested}
+
+
+def _are_objects(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 class Fields:
@@ -48,69 +49,37 @@ class Fields:
     """
 
     def __init__(self, data: Mapping[str, Any], source: str, path: str = "") -> None:
-        self._data, self.source, self._path = data, source, path
-
-    def get(self, key: str) -> Any:
-        """The value as it is; None where there is none."""
-        return self._data.get(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._data)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._data
-
-    def items(self) -> Iterable[tuple[str, Any]]:
-        return self._data.items()
+        self.data, self.source, self._path = data, source, path
 
     def wrong(self, key: str, expected: str) -> ConfigError:
         """The error to raise for a value that is not what it must be."""
-        return ConfigError(f"{self.source}: {self._path}{key} must be {expected}, not {reprlib.repr(self.get(key))}")
+        value = reprlib.repr(self.data.get(key))
+        return ConfigError(f"{self.source}: {self._path}{key} must be {expected}, not {value}")
 
     def integer(self, key: str, default: T, least: int = 1, most: int = MAX_INT) -> int | T:
         expected = f"a whole number of at least {least}" if most == MAX_INT else f"a whole number, {least} to {most}"
-        return self._read(key, default, lambda value: _is_integer(value) and least <= value <= most, expected)
+        return self._read(key, default, lambda value: type(value) is int and least <= value <= most, expected)
 
-    def number(self, key: str, default: T, above: float = -math.inf) -> float | T:
-        expected = "a finite number" if above == -math.inf else f"a finite number above {above:g}"
-        value = self._read(key, default, lambda value: _is_number(value) and value > above, expected)
-        return float(value) if isinstance(value, int) and value is not default else value
+    def number(self, key: str, default: T, above: float = -MAX_NUMBER) -> float | T:
+        expected = "a number" if above == -MAX_NUMBER else f"a number above {above:g}"
+        return self._read(key, default, lambda v: type(v) in (int, float) and above < v < MAX_NUMBER, expected)
 
     def boolean(self, key: str, default: T) -> bool | T:
-        return self._read(key, default, lambda value: isinstance(value, bool), "true or false")
+        return self._read(key, default, lambda value: type(value) is bool, "true or false")
 
     def text(self, key: str, default: T) -> str | T:
-        return self._read(key, default, lambda value: isinstance(value, str), "a string")
+        return self._read(key, default, lambda value: type(value) is str, "a string")
 
-    def texts(self, key: str) -> list[str]:
-        return self._read(key, [], lambda value: _is_list(value, str), "a list of strings")
-
-    def integers(self, key: str) -> list[int]:
-        return self._read(key, [], lambda value: _is_list(value, int), "a list of whole numbers")
+    def list_of(self, kind: type[T], key: str) -> list[T]:
+        expected = f"a list of {'strings' if kind is str else 'whole numbers'}"
+        return self._read(key, [], lambda v: type(v) is list and all(type(item) is kind for item in v), expected)
 
     def child(self, key: str) -> Fields:
         """The object at `key`; an empty one where there is none."""
-        data: Mapping[str, Any] = self._read(key, {}, lambda value: isinstance(value, dict), "an object")
-        return Fields(data, self.source, f"{self._path}{key}.")
+        return Fields(self._read(key, {}, _are_objects, "an object"), self.source, f"{self._path}{key}.")
 
     def _read(self, key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
-        value = self.get(key)
-        if value is None:
-            return default
-        if not fits(value):
+        value = self.data.get(key)
+        if value is not None and not fits(value):
             raise self.wrong(key, expected)
-        return value
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    if not isinstance(value, float):
-        return _is_integer(value) and abs(value) < 1 << 1000
-    return math.isfinite(value)
-
-
-def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+        return default if value is None else value

@@ -29,7 +29,7 @@ from minisgl.kvcache.pool import KVPool
 from minisgl.layers.base import LayerEnv
 from minisgl.layers.rope import RotaryEmbedding
 from minisgl.models.checkpoint import Checkpoint
-from minisgl.models.registry import build_model
+from minisgl.models.decoder import DecoderModel
 from minisgl.models.weights import fill_random, load_weights
 from minisgl.utils.math import div_ceil
 
@@ -58,7 +58,7 @@ class ModelShard:
             env, checkpoint = LayerEnv(self.comm, self.ops, self.dtype, device), None
             if not config.dummy_weight:
                 checkpoint = Checkpoint(config.model_path)
-            self.model = build_model(env, checkpoint.untied(config.model) if checkpoint else config.model)
+            self.model = DecoderModel(env, checkpoint.untied(config.model) if checkpoint else config.model)
             if checkpoint:
                 load_weights(self.model.parts(), checkpoint, show_progress=rank == 0)
             else:

@@ -21,10 +21,9 @@ logger = logging.getLogger(__name__)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK_BYTES = 16 << 20
-# What may stand before the names of a decoder: it was a part of something larger, or had no head.
+# A decoder's tensors, after what may stand before them: it was a part of something larger, or had no head.
 _OUTER = r"(?:(?:model|language_model|text_model|base_model|module|_orig_mod)\.)*"
-_DECODER = re.compile(_OUTER + r"((?:layers|embed_tokens|norm)\..*)")
-_HEAD = re.compile(_OUTER + r"(lm_head\..*)")
+_NAME = re.compile(_OUTER + r"(?:(lm_head\..*)|((?:layers|embed_tokens|norm)\..*))")
 # Tensors that may be stored one below the other, in one.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)\.weight")
@@ -76,37 +75,37 @@ class Checkpoint:
         """Where each slot's tensor is. Raises: ConfigError with all that is missing, left over or of another shape."""
         shapes = {slot.name: slot.shape for slot in slots}
         num_experts = len({match[2] for name in shapes if (match := _EXPERT.fullmatch(name))})
-        found: dict[str, Source] = {}
-        wrong: list[str] = []
+        found: list[Source] = []
+        missing: list[str] = []
+        wrong: dict[str, str] = {}
         used: set[str] = set()
         for slot in slots:
-            for name, index, rows in _places(slot.name, shapes):
-                stored = self._stored.get(name)
-                if stored is None:
-                    continue
-                used.add(name)
-                wanted = (rows[1] or slot.shape[0], *slot.shape[1:])
-                wanted = wanted if index is None else (num_experts, *wanted)
-                if stored.shape != wanted:
-                    wrong.append(f"{stored.name} is {list(stored.shape)}, not {list(wanted)}")
-                found[slot.name] = Source(stored, index, rows[0])
-                break
-        self._check_rest(used, {_region(name) for name in shapes}, [n for n in shapes if n not in found], wrong)
-        return [found[slot.name] for slot in slots]
+            places = _places(slot.name, shapes)
+            name, expert, first, num_rows = next((p for p in places if p[0] in self._stored), ("", None, 0, 0))
+            if not name:
+                missing.append(slot.name)
+                continue
+            stored, wanted = self._stored[name], (num_rows or slot.shape[0], *slot.shape[1:])
+            wanted = wanted if expert is None else (num_experts, *wanted)
+            if stored.shape != wanted:
+                wrong[name] = f"{stored.name} is {list(stored.shape)}, not {list(wanted)}"
+            used.add(name)
+            found.append(Source(stored, expert, first))
+        self._check_rest(used, {_region(name) for name in shapes}, missing, list(wrong.values()))
+        return found
 
     def _check_rest(self, used: set[str], regions: set[str], missing: list[str], wrong: list[str]) -> None:
+        where = f"the weights in {self._source!r}"
         rest = [n for n in self._stored if n not in used and n != HEAD and not _IGNORED.search(n)]
         unexpected = [n for n in rest if _region(n) in regions]  # with these, the model would compute something else
         for name in [*used, *unexpected]:
             if self._stored[name].dtype not in _FLOATS or _QUANTIZED.search(name):
                 kind = f"{self._stored[name].name} is {self._stored[name].dtype}"
-                raise ConfigError(
-                    f"the weights in {self._source!r} are quantized ({kind}), which config.json does not say; "
-                    "use an unquantized checkpoint"
-                )
-        titled = (("missing", missing), ("unexpected", unexpected), ("wrong shape", list(dict.fromkeys(wrong))))
+                reason = "which config.json does not say; use an unquantized checkpoint"
+                raise ConfigError(f"{where} are quantized ({kind}), {reason}")
+        titled = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
         if problems := [f"{title}: {listing(items)}" for title, items in titled if items]:
-            raise ConfigError(f"the weights in {self._source!r} do not fit config.json; " + "; ".join(problems))
+            raise ConfigError(f"{where} do not fit config.json; " + "; ".join(problems))
         if rest:
             logger.warning("%s: tensors that are no part of the model are left out: %s", self._source, listing(rest, 4))
 
@@ -117,25 +116,25 @@ class Checkpoint:
 
 def our_name(name: str) -> str:
     """The name of a stored tensor as our layers have it; any other stays as it is."""
-    if match := _DECODER.fullmatch(name):
-        return f"model.{match[1]}"
-    match = _HEAD.fullmatch(name)
-    return match[1] if match else name
+    match = _NAME.fullmatch(name)
+    return name if match is None else match[1] or f"model.{match[2]}"
 
 
-def _places(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int | None, tuple[int, int]]]:
+def _places(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int | None, int, int]]:
     """Names under which a tensor may be stored: with each, the index in a stack of experts, and the first row in a
     fused tensor with its number of rows (0: it is not fused)."""
     alone: list[tuple[str, int | None]] = [(name, None)]
     if match := _EXPERT.fullmatch(name):
         alone += [(f"{match[1]}{match[3]}{end}", int(match[2])) for end in ("", ".weight")]
-    yield from ((stored, index, (0, 0)) for stored, index in alone)
+    yield from ((stored, expert, 0, 0) for stored, expert in alone)
     for fused, parts in _FUSED.items():
         part = next((part for part in parts if f".{part}." in name), None)
         if part is not None:
             sizes = [shapes[name.replace(f".{part}.", f".{sibling}.")][0] for sibling in parts]
-            rows = sum(sizes[: parts.index(part)]), sum(sizes)
-            yield from ((stored.replace(f".{part}", f".{fused}"), index, rows) for stored, index in alone)
+            first = sum(sizes[: parts.index(part)])
+            yield from (
+                (stored.replace(f".{part}", f".{fused}"), expert, first, sum(sizes)) for stored, expert in alone
+            )
 
 
 def _region(name: str) -> str:
