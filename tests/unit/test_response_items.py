@@ -91,16 +91,10 @@ def test_choices_of_tools() -> None:
 
 
 CASES: list[tuple[dict[str, Any], str]] = [
-    ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
-    ({"input": [{"type": "function_call", "call_id": "x", "name": "f", "arguments": {}}]}, "input[0].arguments"),
     ({"input": ["x", CALL]}, "input"),
-    ({"input": [OUTPUT, {**CALL, "arguments": "[]"}]}, "input[1].arguments"),
-    ({"input": [{**CALL, "arguments": "{"}]}, "input[0].arguments"),
-    ({"input": [{**CALL, "arguments": f'{{"x": {10**30}}}'}]}, "input[0].arguments"),
+    ({"input": [{"type": "function_call", "call_id": "x"}]}, "input[0].name"),
+    ({"input": [{"type": "banana"}]}, "input[0].type"),
     ({"input": [{**OUTPUT, "output": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].output"),
-    ({"input": [{**OUTPUT, "output": None}]}, "input[0].output"),
-    ({"input": [{"type": "reasoning", "encrypted_content": "x"}]}, "input[0].encrypted_content"),
-    ({"input": [{**REASONING, "content": [{"type": "x"}]}]}, "input[0].content"),
     ({"tools": [{"type": "web_search", "search_context_size": "low"}]}, "tools[0].type"),
     ({"tools": [TOOL, {"type": "custom", "name": "x"}]}, "tools[1].type"),
     ({"tools": [{}]}, "tools[0].type"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from minisgl.errors import RequestError
 
-CHAT_PARTS = {"text": "text", "refusal": "refusal"}  # type of a part: the field that has its text
-RESPONSE_PARTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
+# Type of a part: the field that has its text.
+TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_THOUGHTS = ("thinking", "reasoning", "reasoning_text", "summary_text")
+_IN_THOUGHTS = ("thinking", "reasoning", "text", "summary", "content")
 _OTHER_MEDIA = {
     "image_url": "images",
     "input_image": "images",
@@ -23,27 +24,41 @@ _OTHER_MEDIA = {
 }
 
 
-def text_of(content: Any, where: str, parts: Mapping[str, str] = CHAT_PARTS) -> str:
+def text_of(content: Any, where: str, thoughts: list[str] | None = None) -> str:
     """The text of a message's content, one string or parts. Raises: RequestError naming `where` it is something else.
 
     Parts follow each other with nothing between them, as in templates that read lists of parts themselves.
+    thoughts: given for what a model has said, whose reasoning is added to it. Parts without text are left out there.
     """
     if isinstance(content, str):
         return content
-    if not isinstance(content, list) or not content:
+    if not isinstance(content, list):
         raise RequestError(f"{where} must be a string or a list of text parts", param=where)
-    return "".join(_part(part, where, f"{where}[{index}]", parts) for index, part in enumerate(content))
+    return "".join(_part(part, where, f"{where}[{index}]", thoughts) for index, part in enumerate(content))
 
 
-def _part(part: Any, where: str, here: str, parts: Mapping[str, str]) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
+def _part(part: Any, where: str, here: str, thoughts: list[str] | None) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    field = TEXTS.get(kind, "") if isinstance(kind, str) else ""
+    if field and isinstance(part.get(field), str):
+        return str(part[field])
+    if thoughts is not None:
+        thoughts.append(thought_of(part) if kind in _THOUGHTS else "")
+        return ""
+    if field:
+        raise RequestError(f"{here} must have a {field}", param=where)
     if isinstance(kind, str) and kind in _OTHER_MEDIA:
         message = f"{here}: this model is text-only and cannot take {_OTHER_MEDIA[kind]} ({kind})"
         raise RequestError(message, param=where)
-    if not isinstance(kind, str) or kind not in parts:
-        raise RequestError(f"{here}: the type must be one of {', '.join(parts)}, not {kind!r}", param=where)
-    field = parts[kind]
-    text = part.get(field)
-    if not isinstance(text, str):
-        raise RequestError(f"{here} must have a {field}", param=where)
-    return text
+    raise RequestError(f"{here}: the type must be one of {', '.join(TEXTS)}, not {kind!r}", param=where)
+
+
+def thought_of(given: Any) -> str:
+    """The text of reasoning, in any of the forms that servers and client libraries have for it."""
+    if isinstance(given, list):
+        return "".join(map(thought_of, given))
+    if isinstance(given, dict):
+        return thought_of(next((given[name] for name in _IN_THOUGHTS if given.get(name)), None))
+    return given if isinstance(given, str) else ""

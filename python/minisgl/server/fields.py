@@ -77,14 +77,24 @@ OTHER_NAMES = {
     "stop_sequences": "stop",
 }
 
+REASONING = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
 ANY = Fields(any_name=True)
-PART = Fields(("type", "text", "refusal"))
+LEFT_OUT = Fields(left_out=True)
+PART = Fields(
+    ("type", "text", "refusal", "thinking", "reasoning", "summary", "content"), ignored=("annotations", "logprobs")
+)
 FUNCTION = Fields(("name", "description", "parameters", "strict"))
 TOOL = Fields(("type", "function"), nested={"function": FUNCTION})
-CALL = Fields(("id", "type", "function"), nested={"function": Fields(("name", "arguments"))})
+_CALLED = Fields(("name", "arguments", "args", "input"), ignored=("parsed_arguments",))
+CALL = Fields(
+    ("id", "type", "function", "custom", *_CALLED.known),
+    ignored=("index",),
+    nested={"function": _CALLED, "custom": _CALLED},
+)
 _SAID = ("role", "content", "name")
 _IN_PARTS = {"content": PART}
 _NO_IMAGES = {"images": EMPTY}
+_RESULT = Fields((*_SAID, "tool_call_id"), _NO_IMAGES, nested=_IN_PARTS)
 MESSAGE = Fields(
     _SAID,
     _NO_IMAGES,
@@ -92,15 +102,24 @@ MESSAGE = Fields(
     by="role",
     kinds={
         "assistant": Fields(
-            (*_SAID, "tool_calls", "reasoning_content"),
-            {**_NO_IMAGES, "prefix": EMPTY},
-            nested={**_IN_PARTS, "tool_calls": CALL},
+            (*_SAID, "refusal", "tool_calls", "function_call", *REASONING),
+            {"prefix": EMPTY},
+            # What servers and client libraries put beside a message, and clients send back with it.
+            ("annotations", "audio", "parsed", "provider_specific_fields"),
+            {**_IN_PARTS, "tool_calls": CALL},
         ),
-        "tool": Fields((*_SAID, "tool_call_id"), _NO_IMAGES, nested=_IN_PARTS),
+        "tool": _RESULT,
+        "function": _RESULT,
     },
 )
 _OF_ITEMS = ("type", "id", "status")
 _MESSAGE_ITEM = Fields((*_OF_ITEMS, "role", "content"), ignored=("phase",), nested=_IN_PARTS)
+_CALL_ITEM = Fields((*_OF_ITEMS, "call_id", "name", "arguments", "input"), ignored=("parsed_arguments",))
+_OUTPUT_ITEM = Fields((*_OF_ITEMS, "call_id", "name", "output"), nested={"output": PART})
+_OTHER_ITEMS = """apply_patch_call apply_patch_call_output code_interpreter_call compaction computer_call
+    computer_call_output file_search_call image_generation_call local_shell_call local_shell_call_output
+    mcp_approval_request mcp_approval_response mcp_call mcp_list_tools program program_output shell_call
+    shell_call_output tool_search_call tool_search_output web_search_call"""
 ITEM = Fields(  # of /v1/responses; one without a type is a message
     _MESSAGE_ITEM.known,
     ignored=_MESSAGE_ITEM.ignored,
@@ -108,11 +127,12 @@ ITEM = Fields(  # of /v1/responses; one without a type is a message
     by="type",
     kinds={
         "message": _MESSAGE_ITEM,
-        "reasoning": Fields(
-            (*_OF_ITEMS, "summary", "content", "encrypted_content"), nested={**_IN_PARTS, "summary": PART}
-        ),
-        "function_call": Fields((*_OF_ITEMS, "call_id", "name", "arguments")),
-        "function_call_output": Fields((*_OF_ITEMS, "call_id", "name", "output"), nested={"output": PART}),
+        "reasoning": Fields((*_OF_ITEMS, "summary", "content"), ignored=("encrypted_content",)),
+        "function_call": _CALL_ITEM,
+        "function_call_output": _OUTPUT_ITEM,
+        "custom_tool_call": _CALL_ITEM,
+        "custom_tool_call_output": _OUTPUT_ITEM,
+        **dict.fromkeys(_OTHER_ITEMS.split(), LEFT_OUT),
     },
 )
 JSON_SCHEMA = Fields(("name", "description", "schema", "strict"))

@@ -17,8 +17,9 @@ from minisgl.server.bodies import check_model, json_response, read_json, reading
 from minisgl.server.exposition import Exposition
 from minisgl.server.fields import fields_of
 from minisgl.server.frontend import Frontend
+from minisgl.server.messages import Message
 from minisgl.server.openapi import documented, fields
-from minisgl.server.protocol import Message, chat_request
+from minisgl.server.protocol import chat_request
 from minisgl.server.protocol_tools import Tool
 from minisgl.server.strict import Body, Fields, TokenId, load_object, optional, validate
 

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field, WithJsonSchema
+from pydantic import BaseModel, Field
 
 from minisgl.core import MAX_COUNT, MAX_LOGPROBS, MAX_SEED, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
-from minisgl.server.content import CHAT_PARTS, text_of
 from minisgl.server.fields import fields_of
+from minisgl.server.messages import Message, chat_messages
 from minisgl.server.protocol_grammar import GrammarFields
 from minisgl.server.protocol_sampling import SamplingFields
 from minisgl.server.protocol_tools import (
-    CALL_SCHEMA,
     MAX_TOOLS,
     Tool,
     ToolChoice,
     ToolUse,
-    message_fields,
     template_kwargs,
     tool_use,
 )
@@ -34,29 +32,7 @@ from minisgl.server.strict import Body, Fields, Reading, TokenId, load_object, o
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_OUTPUTS = 2048  # choices of all prompts together
-ROLES = ("system", "developer", "user", "assistant", "tool")
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
-
-
-_TEXT = {"type": "string"}
-_PART = {"required": ["type"], "properties": {"type": {"enum": list(CHAT_PARTS)}, **dict.fromkeys(CHAT_PARTS, _TEXT)}}
-Message = Annotated[
-    dict[str, Any],
-    WithJsonSchema(
-        {
-            "type": "object",
-            "required": ["role"],
-            "properties": {
-                "role": {"enum": list(ROLES)},
-                "content": {"type": ["string", "array", "null"], "minItems": 1, "items": {"type": "object", **_PART}},
-                "name": {"type": ["string", "null"]},
-                "tool_calls": {"type": ["array", "null"], "items": CALL_SCHEMA},
-                "tool_call_id": {"type": ["string", "null"]},
-                "reasoning_content": {"type": ["string", "null"]},
-            },
-        }
-    ),
-]
 
 
 class StreamOptions(Body):
@@ -160,7 +136,7 @@ def chat_request(raw: dict[str, Any], defaults: Mapping[str, float | int]) -> Ge
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise RequestError("max_tokens and max_completion_tokens cannot both be given", param="max_tokens")
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    messages = [_message(message, f"messages[{index}]") for index, message in enumerate(body.messages)]
+    messages = chat_messages(body.messages)
     if not messages:
         raise RequestError("messages must not be empty", param="messages")
     if body.top_logprobs and not body.logprobs:
@@ -253,23 +229,6 @@ def _request(body: _OpenAIBody, prompts: tuple[Prompt, ...], params: SamplingPar
         include_usage=bool(options and options.include_usage),
         logprobs=params.logprobs is not None,
     )
-
-
-def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """One message of a chat as templates expect it: a role, its text as one string, and what goes with the role."""
-    role = message.get("role")
-    if role not in ROLES:
-        raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}", param=f"{where}.role")
-    content = message.get("content")
-    if content is None and role == "assistant":
-        content = ""
-    result = {"role": "system" if role == "developer" else role, "content": text_of(content, f"{where}.content")}
-    name = message.get("name")
-    if name is not None:
-        if not isinstance(name, str):
-            raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
-        result["name"] = name
-    return {**result, **message_fields(message, role, where)}
 
 
 def _ids_prompt(token_ids: Any, name: str) -> IdsPrompt:

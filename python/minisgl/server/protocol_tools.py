@@ -6,16 +6,15 @@ Everything here ends up in a chat template, so it must be data that templates an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema
-from pydantic_core import from_json
 
 from minisgl.errors import RequestError
 from minisgl.parser.forced import ForcedCall, forced_call
-from minisgl.server.strict import Body, validate
+from minisgl.server.messages import carried as can_be_carried
+from minisgl.server.strict import Body
 
 MAX_TOOLS = 512
 _NAME = re.compile(r"[\w.:/-]{1,128}")
@@ -47,32 +46,6 @@ class Tool(Body):
     function: FunctionSpec
 
 
-class _CalledFunction(Body):
-    name: str
-    arguments: str
-
-
-class _ToolCall(Body):
-    """A call in an assistant's message that a client sends back."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: _CalledFunction
-
-
-CALL_SCHEMA = {
-    "type": "object",
-    "required": ["id", "function"],
-    "properties": {
-        "id": {"type": "string"},
-        "type": {"const": "function"},
-        "function": {
-            "type": "object",
-            "required": ["name", "arguments"],
-            "properties": {"name": {"type": "string"}, "arguments": {"type": "string", "description": "JSON"}},
-        },
-    },
-}
 _FUNCTION = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
 _NAMED = {
     "type": "object",
@@ -157,55 +130,8 @@ def template_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
     return carried(given or {}, "chat_template_kwargs")
 
 
-def message_fields(message: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
-    """Fields of a message beside role, content and name, as templates expect them. Raises: RequestError."""
-    if role == "tool":
-        call_id = message.get("tool_call_id")
-        if not isinstance(call_id, str):
-            raise RequestError(f"{where}.tool_call_id must be a string", param=f"{where}.tool_call_id")
-        return {"tool_call_id": call_id}
-    fields: dict[str, Any] = {}
-    if message.get("tool_calls"):
-        calls = message["tool_calls"]
-        if not isinstance(calls, list):
-            raise RequestError(f"{where}.tool_calls must be a list", param=f"{where}.tool_calls")
-        fields["tool_calls"] = [_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
-    reasoning = message.get("reasoning_content")
-    if reasoning is not None:
-        if not isinstance(reasoning, str):
-            raise RequestError(f"{where}.reasoning_content must be a string", param=f"{where}.reasoning_content")
-        fields["reasoning_content"] = reasoning
-    return fields
-
-
-def _call(value: Any, where: str) -> dict[str, Any]:
-    """A call with its arguments as an object, which is what templates write as JSON."""
-    call = validate(_ToolCall, value, where)
-    arguments = call_arguments(call.function.arguments, f"{where}.function.arguments")
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
-
-
-def call_arguments(text: str, param: str) -> dict[str, Any]:
-    """Raises: RequestError when they are no JSON object."""
-    try:
-        arguments = from_json(text, allow_inf_nan=False) if text.strip() else {}
-    except ValueError as error:
-        raise RequestError(f"{param} must be JSON: {error}", param=param) from None
-    if not isinstance(arguments, dict):
-        raise RequestError(f"{param} must be a JSON object", param=param)
-    carried(arguments, param)
-    return arguments
-
-
 def carried(value: Any, where: str) -> Any:
     """The value itself. Raises: RequestError when it has a number that messages between processes cannot carry."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            stack += item.values()
-        elif isinstance(item, list):
-            stack += item
-        elif isinstance(item, int) and not -(2**63) <= item < 2**64:
-            raise RequestError(f"{where}: {str(item)[:20]}… is too large a number", param=where)
+    if not can_be_carried(value):
+        raise RequestError(f"{where} has a number that is too large", param=where)
     return value

@@ -2,89 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 from minisgl.errors import RequestError
-from minisgl.server.content import RESPONSE_PARTS, text_of
-from minisgl.server.protocol_tools import call_arguments
-from minisgl.server.strict import Body, validate
+from minisgl.server.content import text_of, thought_of
+from minisgl.server.fields import ITEM
 
 Message = dict[str, Any]
-
-
-class _Item(Body, ABC):
-    """id, status: what they were called; without bearing on what comes next."""
-
-    type: str = "message"
-    id: str | None = None
-    status: str | None = None
-
-    @abstractmethod
-    def add_to(self, messages: list[Message], where: str) -> None:
-        """Raises: RequestError when it is not as templates need it."""
-
-
-class _MessageItem(_Item):
-    role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[dict[str, Any]] | None = None
-
-    def add_to(self, messages: list[Message], where: str) -> None:
-        text = text_of(self.content, f"{where}.content", RESPONSE_PARTS)
-        turn = _turn(messages) if self.role == "assistant" else None
-        if turn is not None and ("tool_calls" in turn or not turn["content"]):
-            turn["content"] += text
-        else:
-            messages.append({"role": self.role, "content": text})
-
-
-class _ReasoningItem(_Item):
-    summary: list[dict[str, Any]] | None = None
-    content: list[dict[str, Any]] | None = None
-    encrypted_content: str | None = None
-
-    def add_to(self, messages: list[Message], where: str) -> None:
-        if self.encrypted_content:
-            param = f"{where}.encrypted_content"
-            raise RequestError(f"{param} cannot be read by this server", param=param)
-        name, kind = ("content", "reasoning_text") if self.content else ("summary", "summary_text")
-        parts = self.content or self.summary
-        if parts:
-            text = text_of(parts, f"{where}.{name}", {kind: "text"})
-            messages.append({"role": "assistant", "content": "", "reasoning_content": text})
-
-
-class _CallItem(_Item):
-    call_id: str
-    name: str
-    arguments: str
-
-    def add_to(self, messages: list[Message], where: str) -> None:
-        call_arguments(self.arguments, f"{where}.arguments")
-        function = {"name": self.name, "arguments": self.arguments}
-        turn = _turn(messages)
-        if turn is None:
-            turn = {"role": "assistant", "content": ""}
-            messages.append(turn)
-        turn.setdefault("tool_calls", []).append({"id": self.call_id, "type": "function", "function": function})
-
-
-class _OutputItem(_Item):
-    call_id: str
-    output: str | list[dict[str, Any]]
-    name: str | None = None
-
-    def add_to(self, messages: list[Message], where: str) -> None:
-        text = text_of(self.output, f"{where}.output", RESPONSE_PARTS)
-        messages.append({"role": "tool", "tool_call_id": self.call_id, "content": text, "name": self.name})
-
-
-_ITEMS: dict[str, type[_Item]] = {
-    "message": _MessageItem,
-    "reasoning": _ReasoningItem,
-    "function_call": _CallItem,
-    "function_call_output": _OutputItem,
-}
+_ROLES = ("user", "assistant", "system", "developer")
 
 
 def messages_of(items: list[dict[str, Any]]) -> list[Message]:
@@ -95,10 +21,58 @@ def messages_of(items: list[dict[str, Any]]) -> list[Message]:
     messages: list[Message] = []
     for index, item in enumerate(items):
         where, kind = f"input[{index}]", item.get("type", "message")
-        if not isinstance(kind, str) or kind not in _ITEMS:
-            raise RequestError(f"{where}.type must be one of {', '.join(_ITEMS)}, not {kind!r}", param=f"{where}.type")
-        validate(_ITEMS[kind], item, where).add_to(messages, where)
+        if not isinstance(kind, str) or kind not in ITEM.kinds:
+            expected = ", ".join(_ITEMS)
+            raise RequestError(f"{where}.type must be one of {expected}, not {kind!r}", param=f"{where}.type")
+        if kind in _ITEMS:  # the others came from tools that are not ours, and say nothing to this model
+            _ITEMS[kind](item, messages, where)
     return messages
+
+
+def _add_message(item: dict[str, Any], messages: list[Message], where: str) -> None:
+    role = item.get("role")
+    if role not in _ROLES:
+        raise RequestError(f"{where}.role must be one of {', '.join(_ROLES)}, not {role!r}", param=f"{where}.role")
+    thoughts: list[str] | None = [] if role == "assistant" else None
+    text = text_of(item.get("content", "" if role == "assistant" else None), f"{where}.content", thoughts)
+    turn = _turn(messages) if role == "assistant" else None
+    if turn is not None and ("tool_calls" in turn or not turn["content"]):
+        turn["content"] += text
+    else:
+        messages.append({"role": role, "content": text})
+
+
+def _add_reasoning(item: dict[str, Any], messages: list[Message], where: str) -> None:  # noqa: ARG001
+    thought = thought_of(item.get("content")) or thought_of(item.get("summary"))
+    if thought:
+        messages.append({"role": "assistant", "content": "", "reasoning_content": thought})
+
+
+def _add_call(item: dict[str, Any], messages: list[Message], where: str) -> None:
+    turn = _turn(messages)
+    if turn is None:
+        turn = {"role": "assistant", "content": ""}
+        messages.append(turn)
+    call_id = item.get("call_id", item.get("id"))
+    if not isinstance(item.get("name"), str):
+        raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
+    function = {"name": item["name"], "arguments": item.get("arguments", item.get("input"))}
+    turn.setdefault("tool_calls", []).append({"id": call_id, "type": "function", "function": function})
+
+
+def _add_output(item: dict[str, Any], messages: list[Message], where: str) -> None:
+    text = text_of(item.get("output", ""), f"{where}.output")
+    messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text, "name": item.get("name")})
+
+
+_ITEMS: dict[str, Callable[[dict[str, Any], list[Message], str], None]] = {
+    "message": _add_message,
+    "reasoning": _add_reasoning,
+    "function_call": _add_call,
+    "function_call_output": _add_output,
+    "custom_tool_call": _add_call,
+    "custom_tool_call_output": _add_output,
+}
 
 
 def _turn(messages: list[Message]) -> Message | None:

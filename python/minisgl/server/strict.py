@@ -38,7 +38,7 @@ class Fields:
     known: something is made of them. refused: not supported, with the values beside null that ask for nothing.
     ignored: OpenAI's, without bearing on the answer. nested: those that are objects, or lists of objects. others: names
     that other servers have for known fields. by, kinds: the field that says of which kind the object is, and the fields
-    of each kind. any_name: all are known, they are names that the client gives.
+    of each kind. any_name: all are known, they are names that the client gives. left_out: the whole object is ignored.
     """
 
     known: Collection[str] = ()
@@ -49,6 +49,7 @@ class Fields:
     by: str = ""
     kinds: Mapping[str, Fields] = field(default_factory=dict)
     any_name: bool = False
+    left_out: bool = False
 
     def of(self, given: Mapping[str, Any]) -> Fields:
         kind = given.get(self.by)
@@ -74,7 +75,10 @@ class Reading:
             return [self.read(item, fields, f"{where}[{index}]") for index, item in enumerate(given)]
         if not isinstance(given, dict):
             return given
-        fields = fields.of(given)
+        kind, fields = given.get(fields.by), fields.of(given)
+        if fields.left_out:
+            self.ignore(f"{where}.{kind}", fields)
+            return {"type": kind}
         kept = {}
         for name, value in given.items():
             if value is None:

@@ -16,6 +16,7 @@ from minisgl.message.backend import UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.tokenizer import PROMPT_TAIL, ChatPrompt, IdsPrompt, Prompt, TextPrompt, TokenizeMsg
+from minisgl.tokenizer.history import CallForm, learn
 from minisgl.tokenizer.pieces import TokenBytes
 from minisgl.utils.hf_tokenizer import load_tokenizer
 
@@ -82,6 +83,7 @@ class HFTextCodec:
         self._vocab_size = len(self._tokenizer)  # asked for at each token, and slow to count
         self._longest_token = max(len(token.encode()) for token in vocab)
         self._pieces = TokenBytes(self._tokenizer)
+        self._call_form: CallForm | None = None  # not known until a conversation has calls
 
     @property
     def vocab_size(self) -> int:
@@ -130,16 +132,12 @@ class HFTextCodec:
         messages, last = prompt.messages, prompt.messages[-1]
         if prompt.continue_final:
             messages = [*messages[:-1], {**last, "content": last["content"] + _END}]
+        if any(message.get("tool_calls") for message in messages):
+            if self._call_form is None:
+                self._call_form = learn(lambda probe: self._render(probe, ChatPrompt([])))
+            messages = self._call_form.fit(messages)
         try:
-            text = str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=prompt.tools,
-                    tokenize=False,
-                    add_generation_prompt=prompt.add_generation_prompt and not prompt.continue_final,
-                    **prompt.template_kwargs,
-                )
-            )
+            text = self._render(messages, prompt)
         except Exception as error:  # templates run arbitrary code on the client's data: whatever fails is about it
             raise RequestError(f"the chat template refused the messages: {error}", param="messages") from error
         if not prompt.continue_final:
@@ -148,6 +146,17 @@ class HFTextCodec:
         if not found:
             raise RequestError("this chat template does not show how the last message ends", param="messages")
         return text
+
+    def _render(self, messages: list[dict[str, Any]], prompt: ChatPrompt) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages,
+                tools=prompt.tools,
+                tokenize=False,
+                add_generation_prompt=prompt.add_generation_prompt and not prompt.continue_final,
+                **prompt.template_kwargs,
+            )
+        )
 
 
 def _special_ids(tokenizer: Any) -> list[int]:

@@ -1,0 +1,132 @@
+"""Messages of a chat, as templates take them. What a model has said is never refused, however it comes back."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import WithJsonSchema
+from pydantic_core import from_json
+
+from minisgl.errors import RequestError
+from minisgl.server.content import text_of, thought_of
+from minisgl.server.fields import REASONING
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_OTHER_ROLES = {"developer": "system", "function": "tool"}  # what templates know them as
+_OPTIONAL_TEXT = {"type": ["string", "null"]}
+Message = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "required": ["role"],
+            "properties": {
+                "role": {"enum": list(ROLES)},
+                "content": {
+                    "type": ["string", "array", "null"],
+                    "items": {"type": "object", "required": ["text"], "properties": {"text": {"type": "string"}}},
+                },
+                "name": _OPTIONAL_TEXT,
+                "tool_calls": {
+                    "type": ["array", "null"],
+                    "description": "An assistant's calls, as they were answered.",
+                },
+                "tool_call_id": _OPTIONAL_TEXT,
+                "reasoning_content": _OPTIONAL_TEXT,
+            },
+        }
+    ),
+]
+
+
+def chat_messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each with its text as one string, and what goes with the role. Raises: RequestError naming the field at fault."""
+    messages = [_message(message, f"messages[{index}]") for index, message in enumerate(given)]
+    waiting: dict[str, None] = {}  # calls that have no result yet
+    for index, message in enumerate(messages):
+        for number, call in enumerate(message.get("tool_calls", ())):
+            call["id"] = call["id"] or f"call_{index}_{number}"
+            waiting[call["id"]] = None
+        if message["role"] == "tool":
+            message["tool_call_id"] = message["tool_call_id"] or next(iter(waiting), f"call_{index}")
+            waiting.pop(message["tool_call_id"], None)
+    return messages
+
+
+def _message(given: dict[str, Any], where: str) -> dict[str, Any]:
+    role = given.get("role")
+    if role not in ROLES:
+        raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}", param=f"{where}.role")
+    template_role = _OTHER_ROLES.get(role, role)
+    content = given.get("content")
+    thoughts: list[str] | None = [] if role == "assistant" else None
+    if content is None and template_role in ("assistant", "tool"):  # nothing but calls, a function that gives nothing
+        content = _text(given.get("refusal"))
+    message = {"role": template_role, "content": text_of(content, f"{where}.content", thoughts)}
+    name = given.get("name")
+    if name is not None:
+        if not isinstance(name, str):
+            raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
+        message["name"] = name
+    if template_role == "tool":
+        message["tool_call_id"] = _text(given.get("tool_call_id"))
+    if thoughts is not None:
+        message |= _said(given, thoughts, where)
+    return message
+
+
+def _said(given: dict[str, Any], thoughts: list[str], where: str) -> dict[str, Any]:
+    """Reasoning and calls of an assistant's message."""
+    fields: dict[str, Any] = {}
+    calls = given.get("tool_calls") or ([given["function_call"]] if given.get("function_call") else [])
+    if not isinstance(calls, list):
+        raise RequestError(f"{where}.tool_calls must be a list", param=f"{where}.tool_calls")
+    if calls:
+        fields["tool_calls"] = [_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
+    reasoning = next(filter(None, (thought_of(given.get(name)) for name in REASONING)), "".join(thoughts))
+    if reasoning or given.get("reasoning_content") == "":
+        fields["reasoning_content"] = reasoning
+    return fields
+
+
+def _call(given: Any, where: str) -> dict[str, Any]:
+    """A call: of a function, of a custom tool, or flat as the older API and some libraries have it."""
+    function = given.get("function", given.get("custom", given)) if isinstance(given, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str):
+        raise RequestError(f"{where}.function.name must be a string", param=f"{where}.function.name")
+    arguments = next((function[key] for key in ("arguments", "input", "args") if key in function), None)
+    return {"id": _text(given.get("id")), "type": "function", "function": {"name": name, "arguments": sent(arguments)}}
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def sent(arguments: Any) -> dict[str, Any] | str:
+    """A call's arguments as messages between processes carry them: an object if that can be, otherwise their text."""
+    value = arguments
+    for _ in range(2):  # some clients write the text of JSON as JSON
+        if isinstance(value, str):
+            try:
+                value = from_json(value) if value.strip() else {}
+            except ValueError:
+                break
+    if isinstance(value, dict) and carried(value):
+        return value
+    return {} if value is None else arguments if isinstance(arguments, str) else json.dumps(arguments)
+
+
+def carried(value: Any) -> bool:
+    """Whether it has only numbers that messages between processes can carry."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            stack += item.values()
+        elif isinstance(item, list):
+            stack += item
+        elif isinstance(item, int) and not -(2**63) <= item < 2**64:
+            return False
+    return True
