@@ -97,7 +97,7 @@ def parse_messages(
     body = validate(MessagesBody, load_object(data, MESSAGES, reading))
     chat = {name: getattr(body, name) for name in (*SamplingFields.model_fields, "model", "max_tokens", "stream")}
     messages = _messages(body)
-    goes_on = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
+    goes_on = bool(messages) and messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
     chat |= {"messages": messages, "continue_final_message": goes_on, "stop": body.stop_sequences or body.stop}
     chat["chat_template_kwargs"] = {**_thinking(body.thinking), **(body.chat_template_kwargs or {})}
     chat["tools"] = _functions(body.tools or (), reading)
