@@ -6,6 +6,17 @@ import os
 
 from minisgl.errors import ConfigError
 
+PREFIX = "MINISGL_"
+VARIABLES = frozenset(
+    PREFIX + name
+    for name in (
+        *("CONFIG", "CACHE_DIR", "DISABLE_CPU_KERNELS", "PEER_MEMORY", "MAX_BODY_BYTES", "SSE_KEEPALIVE", "ACCESS_LOG"),
+        *("START_TIMEOUT", "HEARTBEAT_TIMEOUT", "HEALTH_TIMEOUT", "DRAIN_TIMEOUT"),
+        *("SHELL_MAX_TOKENS", "SHELL_TEMPERATURE", "SHELL_TOP_P", "SHELL_TOP_K"),
+        *("CHECK_INTEGRITY", "CHECK_RANKS", "TEST_DEVICE", "TEST_CPU_TARGET"),
+    )
+)
+
 
 def boolean(value: object) -> bool:
     """True or false, or a word for it. Raises: ValueError with what is expected."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import runpy
 import signal
 import sys
 import time
@@ -424,3 +425,8 @@ def on_sigint(callback: Callable[[], None]) -> Iterator[None]:
     finally:
         loop.remove_signal_handler(signal.SIGINT)
         signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":  # python -m minisgl.shell
+    sys.argv.insert(1, "--shell")
+    runpy.run_module("minisgl", run_name="__main__", alter_sys=True)

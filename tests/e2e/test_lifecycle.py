@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ import openai
 import psutil
 import pytest
 
+from minisgl.config.args import parse_args
+from minisgl.config.probe import probe
+from minisgl.errors import ConfigError
+from minisgl.server.launch import serve
 from tests.e2e.conftest import ROOT, Server, fake, real
 
 Start = Callable[..., Server]
@@ -196,8 +201,39 @@ def test_a_taken_port_is_one_line_and_at_once(start: Start, model_path: Path) ->
             assert server.wait_exit() == 2
             assert time.monotonic() - begin < 3
             (line,) = server.output().splitlines()
-            assert line.startswith("minisgl: error:")
-            assert f"127.0.0.1:{port}" in line
+            holder = f" by {psutil.Process().name()} (process {os.getpid()})" if listening else ""
+            assert line == f"minisgl: error: --port {port}: 127.0.0.1:{port} is taken{holder}; choose another"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model", "/does/not/exist"], "--model /does/not/exist: "),
+        (["--model", "org/name", "--device", "cuda", "--config", "{file}"], "--device cuda: "),
+        (["--device", "cuda"], "--device cuda: "),
+        (["--attn", "abacus"], "--attention-backend abacus: "),
+        (["--dtype", "float16", "--attn", "cpu"], "--attention-backend cpu: "),
+        (["--max-seq-len", "1000000"], "--max-seq-len 1000000: "),
+        (["--chat-template", "/does/not/exist"], "--chat-template /does/not/exist: "),
+        (["--model", "org/name"], "--port "),  # to fetch it would take a while
+        ([], "--port "),
+    ],
+)
+def test_what_is_answered_at_once_comes_before_the_port(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.yaml").write_text("{}")
+    monkeypatch.setattr("minisgl.config.resolve.probe", lambda: replace(probe(), gpus=()))
+    monkeypatch.setattr("minisgl.config.locate._download", lambda *_: pytest.fail("it is fetched"))
+    monkeypatch.setattr("minisgl.server.launch.run_server", lambda *_: pytest.fail("it is started"))
+    options = [option.format(file=tmp_path / "empty.yaml") for option in options]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        args = parse_args([*options, "--port", str(taken.getsockname()[1])], {})
+        with pytest.raises(ConfigError) as caught:
+            serve(args)
+    assert str(caught.value).startswith(says)
 
 
 def test_a_restart_takes_the_same_port(start: Start, model_path: Path) -> None:

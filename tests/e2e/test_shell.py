@@ -77,6 +77,23 @@ class Terminal:
         return status
 
 
+def test_the_module_starts_the_shell(model: Path, tmp_path: Path) -> None:
+    """As `python -m minisgl --shell` does, with the same flags."""
+    args = [argument for argument in command(model) if argument not in ("minisgl", "--shell")]
+    done = subprocess.run(
+        [sys.executable, args[0], "minisgl.shell", *args[1:]],
+        input="hello\n",
+        env=environment(tmp_path, MINISGL_SHELL_MAX_TOKENS="5"),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture
 def terminal(model: Path, tmp_path: Path) -> Iterator[Terminal]:
     running = Terminal(model, tmp_path)

@@ -202,6 +202,26 @@ def test_wrong_options_are_one_clear_error(model: Path, options: dict[str, Any],
         LLM(**options)
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from minisgl import LLM\nLLM({model!r}, tensor_parallel_size=2)\n",
+        "from minisgl import LLM\ndef use():\n    LLM({model!r}, tp=2).generate('a')\nuse()\n",
+        "import minisgl.__main__ as m\nm.main(['--model', {model!r}, '--port', '0'])\n",
+        "import minisgl.__main__ as m\nm.main(['bench', 'offline', '--model', {model!r}, '--tp', '2'])\n",
+    ],
+)
+def test_a_script_without_a_main_guard_is_told_so(model: Path, tmp_path: Path, program: str) -> None:
+    """Each child would run it, and start children: one line says what is missing, and nothing is left."""
+    script = tmp_path / "script.py"
+    script.write_text(program.format(model=str(model)))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    (line,) = [line for line in done.stderr.splitlines() if "__main__" in line and "File" not in line]
+    assert 'must stand under `if __name__ == "__main__":`' in line
+    assert "ConfigError" in line or line.startswith("minisgl: error: ")
+    assert "bootstrapping" not in done.stderr
+
+
 def test_the_end_of_a_program_ends_everything(model: Path) -> None:
     """Without `close`: no error, no child process and no socket directory are left."""
     program = (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from minisgl import config
 from minisgl.config.args import ServerArgs, args_from_options, parse_args
+from minisgl.env import VARIABLES
 from minisgl.errors import ConfigError
 
 
@@ -59,6 +62,74 @@ def test_booleans_in_the_environment() -> None:
     assert not parse_args([], {"MINISGL_DUMMY_WEIGHT": "0"}).dummy_weight
     assert parse_args([], {"MINISGL_DISABLE_OVERLAP_SCHEDULING": "1"}).disable_overlap
     assert parse_args([], {"MINISGL_DISABLE_PYNCCL": "yes"}).disable_pynccl
+
+
+@pytest.mark.parametrize(
+    ("variable", "raw", "name", "value"),
+    [
+        ("MINISGL_MODEL", "m", "model_path", "m"),
+        ("MINISGL_MODEL_PATH", "m", "model_path", "m"),
+        ("MINISGL_TP", "2", "tensor_parallel_size", 2),
+        ("MINISGL_TP_SIZE", "2", "tensor_parallel_size", 2),
+        ("MINISGL_ATTN", "sdpa", "attention_backend", "sdpa"),
+        ("MINISGL_CACHE", "naive", "cache_type", "naive"),
+        ("MINISGL_GRAPH", "0", "cuda_graph_max_bs", 0),
+        ("MINISGL_MAX_EXTEND_LENGTH", "7", "max_prefill_length", 7),
+        ("MINISGL_SHELL_MODE", "1", "shell", True),
+        ("MINISGL_DISABLE_OVERLAP_SCHEDULING", "1", "disable_overlap", True),
+        ("MINISGL_TP", "", "tensor_parallel_size", 1),
+    ],
+)
+def test_variables_have_the_flags_aliases(
+    caplog: pytest.LogCaptureFixture, variable: str, raw: str, name: str, value: object
+) -> None:
+    assert getattr(parse_args([], {variable: raw}), name) == value
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("variable", "hint"),
+    [
+        ("MINISGL_PROT", "MINISGL_PORT"),
+        ("MINISGL_MODLE", "MINISGL_MODEL"),
+        ("MINISGL_CACHEDIR", "MINISGL_CACHE_DIR"),
+        ("MINISGL_LOG_REQUESTS", ""),
+        ("MINISGL_", ""),
+    ],
+)
+def test_an_unknown_variable_is_warned_about(caplog: pytest.LogCaptureFixture, variable: str, hint: str) -> None:
+    assert parse_args([], {variable: "secret", "MINISGLX": "1", "PORT": "2"}) == ServerArgs()
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{variable} in the environment is unknown")
+    assert f"did you mean {hint}?" in record.getMessage() if hint else True
+    assert "secret" not in record.getMessage()
+
+
+def test_each_variable_that_is_read_is_known_and_documented() -> None:
+    """No list may forget one: neither that of `env.py` nor that of docs/features.md."""
+    package = Path(config.__file__).parents[1]
+    text = "".join(file.read_text() for file in package.rglob("*.py"))
+    read = set(re.findall(r"""(?:environ\b[^"\n]*|env_[a-z]+\()"(MINISGL_\w+)""", text))
+    assert len(read) > 10
+    assert read <= VARIABLES
+    table = (package.parents[1] / "docs" / "features.md").read_text().partition("## Environment variables")[2]
+    for variable in VARIABLES - {"MINISGL_TEST_CPU_TARGET"}:
+        assert variable in table or variable.startswith("MINISGL_SHELL_"), variable
+
+
+@pytest.mark.parametrize("other", ["MINISGL_MODEL_PATH", "MINISGL_MODEL"])
+def test_two_names_of_one_option_must_agree(tmp_path: Path, other: str) -> None:
+    variables = {"MINISGL_MODEL": "a", "MINISGL_MODEL_PATH": "a"}
+    assert parse_args([], variables).model_path == "a"
+    with pytest.raises(ConfigError, match="MINISGL_MODEL_PATH and MINISGL_MODEL mean the same, and differ"):
+        parse_args([], variables | {other: "b"})
+    with pytest.raises(ConfigError, match="option tp and tp_size mean the same"):
+        args_from_options({"tp": 2, "tp_size": 3})
+    file = tmp_path / "config.yaml"
+    file.write_text("api-key: first\napi_key: second\n")
+    with pytest.raises(ConfigError, match=r"config.yaml: api-key and api_key mean the same") as caught:
+        parse_args(["--config", str(file)], {})
+    assert "first" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -449,8 +450,47 @@ def test_a_repo_that_cannot_be_fetched_is_one_line(monkeypatch: pytest.MonkeyPat
         raise OSError("no route to the hub\ndetails")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(ConfigError, match=r"^--model org/name: cannot be fetched: no route to the hub$"):
+    with pytest.raises(ConfigError, match=r"^--model org/name: cannot be fetched: no route to the hub; without a n.*$"):
         locate_model("org/name", "huggingface")
+
+
+@pytest.mark.parametrize(
+    ("status", "source", "hints"),
+    [
+        (None, "huggingface", ["local directory", "HF_ENDPOINT", "--model-source modelscope"]),
+        (503, "huggingface", ["local directory", "HF_ENDPOINT"]),
+        (None, "modelscope", ["local directory", "--model-source huggingface"]),
+        (401, "huggingface", ["check its name", "HF_TOKEN"]),
+        (404, "modelscope", ["check its name", "MODELSCOPE_API_TOKEN"]),
+    ],
+)
+def test_what_to_do_about_a_repo_that_cannot_be_fetched(
+    monkeypatch: pytest.MonkeyPatch, status: int | None, source: str, hints: list[str]
+) -> None:
+    """By what the hubs' clients raise: an error of the connection, or one with the answer."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        error = OSError("refused")
+        error.response = SimpleNamespace(status_code=status) if status else None  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setitem(sys.modules, "modelscope", SimpleNamespace(snapshot_download=fail))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ConfigError) as caught:
+        locate_model("org/name", source)
+    message = str(caught.value)
+    assert message.startswith("--model org/name: cannot be fetched: refused; ")
+    assert all(hint in message for hint in hints)
+    assert ("HF_ENDPOINT" in message) == ("HF_ENDPOINT" in hints)
+
+
+def test_a_hub_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the real client: this address answers nobody."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^--model org/name: cannot be fetched: .*HF_ENDPOINT to a mirror") as caught:
+        locate_model("org/name", "huggingface")
+    assert "\n" not in str(caught.value)
 
 
 def test_this_machine_can_be_probed() -> None:

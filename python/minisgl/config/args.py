@@ -1,6 +1,6 @@
 """What the user asked for: one table of options, read from the command line, the environment and a YAML file.
 
-The order is flag, environment (`MINISGL_<FLAG>`), file (`--config`), default. None stands for "auto".
+The order is flag, environment (`MINISGL_<FLAG>`, for aliases too), file (`--config`), default. None stands for "auto".
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,10 @@ from typing import Any, NoReturn
 import yaml
 
 from minisgl.config.chat import REASONING_PARSERS, TOOL_PARSERS
-from minisgl.env import boolean
+from minisgl.env import PREFIX, VARIABLES, boolean
 from minisgl.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 Parser = Callable[[Any], Any]
 
@@ -253,13 +256,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
     given = vars(_build_parser().parse_args(argv))
     config_file = given.pop("config", None) or environ.get("MINISGL_CONFIG")
     values = _from_file(config_file) if config_file else {}
-    for name in _FIELDS:
-        variable = f"MINISGL_{name.upper()}"
-        if environ.get(variable):
-            values[name] = _parse(name, environ[variable], f"{variable}={environ[variable]}")
-    if environ.get("MINISGL_DISABLE_OVERLAP_SCHEDULING"):
-        raw = environ["MINISGL_DISABLE_OVERLAP_SCHEDULING"]
-        values["disable_overlap"] = _parse("disable_overlap", raw, f"MINISGL_DISABLE_OVERLAP_SCHEDULING={raw}")
+    values |= _from_environment(environ)
     for name, (flag, raw) in given.items():
         values[name] = _parse(name, raw, f"{flag} {raw}")
     return ServerArgs(**values)
@@ -267,7 +264,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
 
 def args_from_options(options: Mapping[str, Any]) -> ServerArgs:
     """The same from keyword options, by the flags' names. Raises: ConfigError naming the option that is wrong."""
-    return ServerArgs(**_from_mapping(options, "option"))
+    return ServerArgs(**_from_mapping(options, "option "))
 
 
 def _from_file(path: str) -> dict[str, Any]:
@@ -277,19 +274,39 @@ def _from_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: expected a mapping of options to values")
-    return _from_mapping(content, f"{path}:")
+    return _from_mapping(content, f"{path}: ")
 
 
-def _from_mapping(options: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """Names may be spelled as fields or as any of the flags, with or without dashes."""
-    names = {flag.lstrip("-").replace("-", "_"): name for name in _FIELDS for flag in _flags(name)}
-    values = {}
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """`MINISGL_<FLAG>`, by any of a flag's names. An unknown one is warned about: it may be another program's."""
+    names = {PREFIX + name.upper(): field for name, field in _names().items()}
+    names["MINISGL_DISABLE_OVERLAP_SCHEDULING"] = "disable_overlap"
+    for variable in environ:
+        if variable.startswith(PREFIX) and variable not in VARIABLES | names.keys():
+            hint = _suggestion(variable, [*VARIABLES, *names])
+            logger.warning("%s in the environment is unknown, and ignored%s", variable, hint)
+    return _from_mapping({name: environ[name] for name in names if environ.get(name)}, "", names)
+
+
+def _from_mapping(options: Mapping[Any, Any], where: str, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Names, by default those of fields and flags, with or without dashes. where: what messages put before them."""
+    names = names or _names()
+    values: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
     for key, value in options.items():
         name = names.get(str(key).replace("-", "_"))
         if name is None:
-            raise ConfigError(f"{where} {key} is unknown{_suggestion(str(key), names)}")
-        values[name] = _parse(name, value, f"{where} {key}={value!r}")
+            raise ConfigError(f"{where}{key} is unknown{_suggestion(str(key), names)}")
+        parsed = _parse(name, value, f"{where}{key}={repr(value) if where else value}")
+        if values.setdefault(name, parsed) != parsed:
+            raise ConfigError(f"{where}{spelled[name]} and {key} mean the same, and differ; leave one of them out")
+        spelled[name] = str(key)
     return values
+
+
+def _names() -> dict[str, str]:
+    """What an option may be called, and its field."""
+    return {flag.lstrip("-").replace("-", "_"): name for name in _FIELDS for flag in _flags(name)}
 
 
 def _parse(name: str, value: Any, source: str) -> Any:

@@ -28,6 +28,13 @@ def split_revision(model: str | None, revision: str | None) -> tuple[str | None,
     return name, own
 
 
+def is_remote(model: str | None) -> bool:
+    """Whether it is a repo id, which takes a while to fetch."""
+    if model is None or model.startswith(("/", ".", "~")) or Path(model).expanduser().exists():
+        return False
+    return model.count("/") == 1
+
+
 def locate_model(model: str | None, source: str, revision: str | None = None) -> Path:
     """The model's directory: the built-in one for None, a local one as it is, else a download from the hub.
 
@@ -40,7 +47,7 @@ def locate_model(model: str | None, source: str, revision: str | None = None) ->
         return path.resolve()
     if path.is_file():
         check_directory(path)
-    if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") != 1:
+    if not is_remote(model):
         raise ConfigError(f"--model {model}: neither a directory nor a repo id such as Qwen/Qwen3-0.6B")
     return _download(model, source, revision)
 
@@ -63,5 +70,14 @@ def _download(repo_id: str, source: str, revision: str | None) -> Path:
                 break
     except Exception as error:  # the hubs' clients raise their own, requests', httpx' and OS errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"--model {at}: cannot be fetched: {reason}") from None
+        raise ConfigError(f"--model {at}: cannot be fetched: {reason}; {_fetch_hint(error, source)}") from None
     return path
+
+
+def _fetch_hint(error: Exception, source: str) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403, 404):
+        return "check its name; private and gated repos need the hub's token (HF_TOKEN, MODELSCOPE_API_TOKEN)"
+    other = "huggingface" if source == "modelscope" else "modelscope"
+    mirror = ", set HF_ENDPOINT to a mirror" if source == "huggingface" else ""
+    return f"without a network, give a local directory{mirror}, or try --model-source {other}"

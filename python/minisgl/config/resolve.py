@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,12 +21,13 @@ from minisgl.config.chat import (
 from minisgl.config.cpu import cpu_engine
 from minisgl.config.cuda import choose_device, cuda_engine
 from minisgl.config.fields import read_fields
-from minisgl.config.locate import locate_model, split_revision
+from minisgl.config.locate import is_remote, locate_model, split_revision
 from minisgl.config.model import ModelConfig, read_model_config
 from minisgl.config.probe import Capabilities, probe
 from minisgl.config.runtime import SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import SamplingParams
 from minisgl.errors import ConfigError, RequestError
+from minisgl.utils.spawned import end_if_spawned
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +40,25 @@ class ModelFiles:
     chat_template: str = ""
 
 
-def prepare(args: ServerArgs) -> ServerConfig:
-    """Find the model, look at the machine, and resolve. Raises: ConfigError."""
-    access = access_config(args)
+def prepare(args: ServerArgs, before_fetch: Callable[[], object] = lambda: None) -> ServerConfig:
+    """Find the model, look at the machine, and resolve. Raises: ConfigError.
+
+    before_fetch: called before a model is fetched from a hub, since that may take a while.
+    """
+    end_if_spawned()
+    access, machine = access_config(args), probe()
     name, revision = split_revision(args.model_path, args.revision)
     args = replace(args, model_path=name)
     template = None if args.chat_template is None else read_template_file(args.chat_template)
+    if is_remote(name):
+        if args.device == "cuda":
+            choose_device(args, machine)
+        before_fetch()
     path = locate_model(name, args.model_source, revision)
     model = read_model_config(path, args.config_override)
     template = read_chat_template(path) if template is None else template
     files = ModelFiles(path, model, read_default_sampling(path), template)
-    return replace(resolve(args, files, probe()), access=access)
+    return replace(resolve(args, files, machine), access=access)
 
 
 def read_default_sampling(path: Path) -> dict[str, float | int]:

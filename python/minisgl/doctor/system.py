@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import platform
-import socket
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from minisgl.config.probe import Capabilities
 from minisgl.config.resolve import ModelFiles, read_default_sampling, resolve
 from minisgl.doctor.row import Row
 from minisgl.errors import ConfigError
+from minisgl.server.launch import bind_port
 from minisgl.utils.hf_tokenizer import lfs_hint
 
 GIB = 1 << 30
@@ -62,17 +61,12 @@ def check_memory(machine: Capabilities) -> Row:
 
 def check_port(host: str, port: int) -> Row:
     """Whether the server could listen at the address."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-                fix = f"Stop the program that uses it (ss -ltnp 'sport = :{port}'), or choose another with --port."
-                return Row("Port", "fail", f"{host}:{port} is taken", fix)
-            fix = "Choose a port from 1024 to 65535 and a local address."
-            return Row("Port", "fail", f"{host}:{port}: {error}", fix)
+    try:
+        bind_port(host, port).close()
+    except ConfigError as error:
+        return Row(
+            "Port", "fail", str(error), "Choose a port from 1024 to 65535 (--port) and a local address (--host)."
+        )
     return Row("Port", "ok", f"{host}:{port} is free")
 
 

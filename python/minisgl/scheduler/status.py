@@ -14,17 +14,17 @@ from minisgl.utils.histogram import Histogram
 
 logger = logging.getLogger(__name__)
 
-_BUSY_SECONDS = 10.0  # of work, between two lines
-_IDLE_SECONDS = 1.0  # at least, from any line to the one that says that the work is done
+_SECONDS = 10.0  # of work between two lines, and at least that from any line to the one that says that the work is done
 
 
 class StatusLog:
-    """One line for each ten seconds of work, and one when it is done; none while there is nothing to do."""
+    """One line for each ten seconds of work, and one when it is done unless there was one just now; then the next tells
+    of it. None while there is nothing to do."""
 
     def __init__(self, num_pages: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._num_pages = num_pages
         self._clock = clock
-        self._logged = -_IDLE_SECONDS + clock()
+        self._logged = clock() - _SECONDS
         self._resumed = clock()
         self._clear()
 
@@ -43,10 +43,10 @@ class StatusLog:
     def update(self, planner: Planner) -> None:
         """Called after each turn of the scheduler."""
         now = self._clock()
-        if not planner.is_idle and self._busy + now - self._resumed < _BUSY_SECONDS:
+        if not planner.is_idle and self._busy + now - self._resumed < _SECONDS:
             return
         self._busy, self._resumed = self._busy + now - self._resumed, now
-        if planner.is_idle and now - self._logged < _IDLE_SECONDS:
+        if self._busy < _SECONDS and (now - self._logged < _SECONDS or not self._num_done):
             return  # short requests in a row share a line
         logger.info(
             "requests: %d done, %d running, %d waiting; %d tokens in %.1f s (%.0f/s); KV cache %.0f%% in use",

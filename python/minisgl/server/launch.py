@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import functools
 import shutil
 import signal
 import socket
@@ -11,6 +13,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
+
+import psutil
 
 from minisgl.config.args import ServerArgs
 from minisgl.config.resolve import prepare
@@ -69,10 +73,12 @@ def running_workers(
 def serve(args: ServerArgs) -> int:
     """The server that the user asked for, from the port to the last child. Returns the exit status.
 
-    Raises: ConfigError, WorkerDied when it cannot start. The port comes first: a model takes a while to fetch and load.
+    Raises: ConfigError, WorkerDied when it cannot start. What is answered at once comes first, then the port, and then
+    what takes a while: to fetch and to load a model.
     """
-    with contextlib.closing(bind_port(args.host, args.port)) as listener:
-        return run_server(prepare(args), listener)
+    with contextlib.ExitStack() as stack:
+        take_port = functools.cache(lambda: stack.enter_context(contextlib.closing(bind_port(args.host, args.port))))
+        return run_server(prepare(args, before_fetch=take_port), take_port())
 
 
 def run_server(config: ServerConfig, listener: socket.socket, make_specs: MakeSpecs = worker_specs) -> int:
@@ -130,7 +136,7 @@ def call_in(loop: asyncio.AbstractEventLoop, function: Callable[[WorkerDied], No
 
 
 def bind_port(host: str, port: int) -> socket.socket:
-    """Take the TCP port, without listening yet. Raises: ConfigError naming host and port."""
+    """Take the TCP port, without listening yet. Raises: ConfigError naming the flag, and who has the port."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -139,12 +145,30 @@ def bind_port(host: str, port: int) -> socket.socket:
     try:
         # Old connections in TIME_WAIT must not stop us; a second server that has not begun to listen must.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        listener.bind((address[0], port, *address[2:]))  # getaddrinfo takes 65537 for 1
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {(error.strerror or str(error)).lower()}") from None
+        code, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+        flag = f"--host {host}" if code == errno.EADDRNOTAVAIL else f"--port {port}"
+        why = (
+            f"is taken{_holder(port)}; choose another"
+            if code == errno.EADDRINUSE
+            else f"cannot be taken: {reason.lower()}"
+        )
+        raise ConfigError(f"{flag}: {host}:{port} {why}") from None
     return listener
+
+
+def _holder(port: int) -> str:
+    """Who listens on a port, as far as this user may know."""
+    try:
+        sockets = psutil.net_connections("tcp")
+        pids = [s.pid for s in sockets if s.status == psutil.CONN_LISTEN and s.laddr and s.laddr.port == port]
+        pid = next(filter(None, pids), None)
+        return f" by {psutil.Process(pid).name()} (process {pid})" if pid else " by another user" if pids else ""
+    except (psutil.Error, OSError):
+        return ""
 
 
 def _import_http() -> None:

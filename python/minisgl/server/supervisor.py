@@ -20,6 +20,7 @@ from minisgl.env import env_number
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
 from minisgl.message.control import Failed, Heartbeat, Ready, decode_control
 from minisgl.server.workers import STOP_SIGNAL, run_child
+from minisgl.utils.spawned import UNGUARDED
 
 logger = logging.getLogger(__name__)
 
@@ -189,6 +190,11 @@ class Supervisor:
             kind = ConfigError if worker.failure.config else WorkerDied
             return kind(f"{worker.name}: {worker.failure.message}")
         worker.process.join(1.0)
+        if worker.process.exitcode == UNGUARDED:
+            return ConfigError(
+                f"{worker.name} has run this script again: child processes import it, so what starts them (LLM with "
+                'several ranks, or a server) must stand under `if __name__ == "__main__":`'
+            )
         return WorkerDied(f"{worker.name} ended unexpectedly ({_describe(worker.process.exitcode)})")
 
 
