@@ -306,5 +306,5 @@ def test_items_of_responses_in_every_form() -> None:
     first, result, second, done, last = prompt.messages[1:]
     assert (first["reasoning_content"], first["content"], first["tool_calls"][0]["id"]) == ("Hm.", "a", "fc")
     assert (result["tool_call_id"], result["content"]) == ("fc", "")
-    assert second["tool_calls"][0]["function"] == {"name": "g", "arguments": "raw text"}
+    assert second["tool_calls"][0]["function"] == {"name": "g", "arguments": {"input": "raw text"}}
     assert (done["content"], last["content"]) == ("done", "")

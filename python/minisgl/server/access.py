@@ -60,7 +60,10 @@ class ApiKeys:
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._knows(Headers(scope=scope)):
+        known = scope["type"] == "http" and self._known(Headers(scope=scope))
+        if known:
+            scope.setdefault("state", {})["owner"] = known
+        if known or scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         message = (
@@ -69,13 +72,13 @@ class ApiKeys:
         refusal = as_asked(scope, error_body(message, 401, code="invalid_api_key"), 401)
         await json_response(refusal, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
 
-    def _knows(self, headers: Headers) -> bool:
-        """Takes the same time whichever key it is, and however much of a wrong one is right."""
+    def _known(self, headers: Headers) -> str:
+        """The digest of the key, or "". It takes the same time whichever it is, and however right a wrong one is."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip()]
         digests = [_digest(key.encode("latin-1")) for key in given if key]
-        matches = [hmac.compare_digest(one, digest) for one in digests for digest in self._digests]
-        return any(matches)
+        matches = [one.hex() for one in digests for digest in self._digests if hmac.compare_digest(one, digest)]
+        return matches[0] if matches else ""
 
 
 def _digest(key: bytes) -> bytes:
@@ -85,8 +88,8 @@ def _digest(key: bytes) -> bytes:
 class RequestLog:
     """Gives each request an id, which its answer has too, and a line in the log when it has ended.
 
-    Routes and we tell each other through `scope["state"]`: `request_id` from here, `totals` (a `Totals`) and `reading`
-    (a `Reading`) from them.
+    Routes and we tell each other through `scope["state"]`: `request_id`, and `owner` where there are keys, from here,
+    `totals` (a `Totals`) and `reading` (a `Reading`) from them.
     """
 
     def __init__(self, app: ASGIApp, on_request: OnRequest | None, *, log: bool) -> None:

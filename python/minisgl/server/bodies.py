@@ -47,6 +47,11 @@ async def read_json(request: Request, limit: int) -> bytes:
     return b"".join(chunks)
 
 
+def owner_of(request: Request) -> str:
+    """Whose what it stores is, by API key."""
+    return str(getattr(request.state, "owner", ""))
+
+
 def reading_of(request: Request, config: ServerConfig) -> Reading:
     """How the body is to be read. Whoever sends the answer tells the client what of it was ignored."""
     request.state.reading = reading = Reading(config.strict_requests)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +13,22 @@ import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError, WorkerDied
 from minisgl.message.tokenizer import ChatPrompt, TextPrompt
-from minisgl.server.bodies import check_model, json_response, read_json, reading_of
+from minisgl.server.bodies import check_model, json_response, owner_of, read_json, reading_of
 from minisgl.server.exposition import Exposition
 from minisgl.server.fields import fields_of
 from minisgl.server.frontend import Frontend
 from minisgl.server.messages import Message
-from minisgl.server.openapi import documented, fields
+from minisgl.server.openapi import ModelResponse, documented, fields
 from minisgl.server.protocol import chat_request
 from minisgl.server.protocol_tools import Tool
-from minisgl.server.strict import Body, Fields, TokenId, load_object, optional, validate
+from minisgl.server.response_store import ResponseStore
+from minisgl.server.strict import Body, Fields, TokenId, load_object, optional, shown, validate
 
 SCRAPE_SECONDS = 2.0  # how long /metrics waits for the scheduler
 _TOKENS = fields(count="integer", max_model_len="integer", tokens="array")
 _TEXT = fields(prompt="string", text="string")
+_PAGE = fields(object="string", data="array", has_more="boolean")
+MAX_PAGE = 100  # items
 _CHAT_FIELDS = {"messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
 
 
@@ -155,6 +158,52 @@ def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, lim
             return json_response({"num_aborted": frontend.cancel()})
         rids = [body.rid] if isinstance(body.rid, str) else dict.fromkeys(body.rid or ())
         return json_response({"num_aborted": sum(frontend.cancel(rid) for rid in rids)})
+
+
+def add_response_routes(app: FastAPI, store: ResponseStore) -> None:
+    """What /v1/responses has kept."""
+
+    def kept(request: Request, response_id: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        return store.get(owner_of(request), response_id)
+
+    @app.get("/v1/responses/{response_id}", **documented(ModelResponse, errors=(404,)))
+    async def retrieve(request: Request, response_id: str) -> Response:
+        """A response that was stored."""
+        return json_response(kept(request, response_id)[0])
+
+    _deleted = fields(id="string", object="string", deleted="boolean")
+
+    @app.delete("/v1/responses/{response_id}", **documented(_deleted, errors=(404,)))
+    async def delete(request: Request, response_id: str) -> Response:
+        """Forget a response."""
+        store.delete(owner_of(request), response_id)
+        return json_response({"id": response_id, "object": "response", "deleted": True})
+
+    @app.get("/v1/responses/{response_id}/input_items", **documented(_PAGE, errors=(400, 404)))
+    async def input_items(request: Request, response_id: str) -> Response:
+        """The items that it answers, the last one first."""
+        return json_response(_page(kept(request, response_id)[1], request.query_params))
+
+    @app.post("/v1/responses/{response_id}/cancel", **documented(ModelResponse, errors=(400, 404)))
+    async def cancel(request: Request, response_id: str) -> Response:
+        """Refused: none is made in the background. `/abort_request` ends one that is under way."""
+        kept(request, response_id)
+        raise RequestError("only a response that is made in the background can be cancelled", param="response_id")
+
+
+def _page(items: list[dict[str, Any]], query: Mapping[str, str]) -> dict[str, Any]:
+    order, limit, after = query.get("order", "desc"), query.get("limit", "20"), query.get("after")
+    if order not in ("asc", "desc"):
+        raise RequestError(f"order must be asc or desc, not {shown(order)!r}", param="order")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_PAGE):
+        raise RequestError(f"limit must be a whole number from 1 to {MAX_PAGE}, not {shown(limit)!r}", param="limit")
+    items = items if order == "asc" else items[::-1]
+    ids = [item["id"] for item in items]
+    first = ids.index(after) + 1 if after in ids else 0
+    page = items[first : first + int(limit)]
+    ends = [item["id"] for item in page] or [None]
+    has_more = first + len(page) < len(items)
+    return {"object": "list", "data": page, "first_id": ends[0], "last_id": ends[-1], "has_more": has_more}
 
 
 def add_metrics_route(app: FastAPI, frontend: Frontend, exposition: Exposition) -> None:

@@ -5,7 +5,7 @@ What becomes of fields that no body here has, `fields` says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,20 +19,15 @@ from minisgl.server.fields import fields_of
 from minisgl.server.messages import Message, chat_messages
 from minisgl.server.protocol_grammar import GrammarFields
 from minisgl.server.protocol_sampling import SamplingFields
-from minisgl.server.protocol_tools import (
-    MAX_TOOLS,
-    Tool,
-    ToolChoice,
-    ToolUse,
-    template_kwargs,
-    tool_use,
-)
-from minisgl.server.strict import Body, Fields, Reading, TokenId, load_object, optional, validate
+from minisgl.server.protocol_tools import MAX_TOOLS, Tool, ToolChoice, ToolUse, template_kwargs, tool_use
+from minisgl.server.strict import Body, Fields, Reading, TokenId, load_object, optional, shown, validate
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_OUTPUTS = 2048  # choices of all prompts together
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
+
+Describe = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class StreamOptions(Body):
@@ -236,6 +231,32 @@ def _ids_prompt(token_ids: Any, name: str) -> IdsPrompt:
     if bad is not None:
         raise RequestError(f"{name}: {bad} is not a token id", param=name)
     return IdsPrompt(input_ids=pack_ids(token_ids))
+
+
+def functions_of(
+    tools: Sequence[dict[str, Any]], kinds: Mapping[str, Describe], reading: Reading, known: Fields
+) -> list[dict[str, Any]]:
+    """Tools of another API as chats have them. kinds: what makes functions of them; without a kind, a tool is of the
+    first. Other kinds are run by another server, or known to another model: they are ignored."""
+    functions = []
+    for index, tool in enumerate(tools):
+        kind = tool.get("type", next(iter(kinds)))
+        if isinstance(kind, str) and kind in kinds:
+            functions.append({"type": "function", "function": kinds[kind](tool)})
+        else:
+            reading.ignore(f"tools[{index}].{shown(str(kind))}", known)
+    return functions
+
+
+def renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    """An error about a chat, as another API says it. names: that it has for parameters; a function is flat there."""
+    old, message = (error.param or "").partition("[")[0], str(error)
+    param = names.get(old, error.param)
+    message = names[old] + message.removeprefix(old) if old in names and message.startswith(old) else message
+    for text, other in {**names, ".function": ""}.items():
+        if text.startswith("."):
+            message, param = message.replace(text, other, 1), param and param.replace(text, other, 1)
+    return RequestError(message, param=param, code=error.code, status=error.status)
 
 
 def choice_seeds(params: SamplingParams, count: int) -> list[int | None]:

@@ -1,10 +1,11 @@
 """POST /v1/responses: what clients may send, turned into the chat that it means.
 
-The server keeps nothing: a conversation is sent as a whole each time.
+A conversation is sent as a whole each time, or goes on from a response that `ResponseStore` has.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -14,11 +15,13 @@ from pydantic import Field
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
 from minisgl.server.fields import ANY, EMPTY, FUNCTION, ITEM, JSON_SCHEMA, fields_of
-from minisgl.server.protocol import GenerationRequest, chat_request
+from minisgl.server.protocol import GenerationRequest, chat_request, functions_of, renamed
 from minisgl.server.protocol_sampling import SamplingFields
 from minisgl.server.response_items import messages_of
+from minisgl.server.response_store import Item, ResponseStore
 from minisgl.server.strict import Body, Fields, Reading, load_object, optional, validate
 
+_LOGPROBS = "message.output_text.logprobs"
 # How `chat_request` and the tokenizer name what they refuse.
 _PARAMS = {"messages": "input", "prompt": "input", "response_format": "text.format"}
 
@@ -44,22 +47,28 @@ class ResponsesBody(Body, SamplingFields):
     parallel_tool_calls: bool | None = None
     reasoning: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    previous_response_id: str | None = optional("The conversation goes on from there; `input` is what is new.")
+    store: bool | None = optional("false: the response is not kept.")
+    include: list[str] | None = optional(
+        "Without effect: there is nothing to add.", items={"not": {"const": _LOGPROBS}}
+    )
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
 
+_TOOL = Fields(("type", "format", *FUNCTION.known))
 RESPONSES = fields_of(
     ResponsesBody,
     {
-        **dict.fromkeys(("conversation", "previous_response_id", "prompt"), ()),
-        **dict.fromkeys(("access_programs", "context_management", "image", "include", "moderation"), EMPTY),
+        **dict.fromkeys(("conversation", "prompt"), ()),
+        **dict.fromkeys(("access_programs", "context_management", "image", "moderation"), EMPTY),
         "truncation": ("disabled",),
     },
     {
         "input": ITEM,
         "text": Fields(("format",), ignored=("verbosity",), nested={"format": Fields(("type", *JSON_SCHEMA.known))}),
-        "tools": Fields(("type", *FUNCTION.known)),
+        "tools": _TOOL,
         "reasoning": ANY,
         "stream_options": Fields(ignored=("include_obfuscation",)),
     },
@@ -69,60 +78,100 @@ RESPONSES = fields_of(
 
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest(GenerationRequest):
-    """Some of the body comes back in the answer."""
+    """Some of the body comes back in the answer. items: of the whole conversation."""
 
     body: ResponsesBody = field(kw_only=True)
+    items: list[Item] = field(kw_only=True)
+
+    @property
+    def tools_used(self) -> list[dict[str, Any]]:
+        """Those that the model knows of."""
+        typed = ({"type": "function", **tool} for tool in self.body.tools or ())
+        return [tool for tool in typed if tool["type"] in _FUNCTIONS]
 
 
 def parse_responses(
-    data: bytes, defaults: Mapping[str, float | int], reading: Reading | None = None
+    data: bytes,
+    defaults: Mapping[str, float | int],
+    reading: Reading | None = None,
+    store: ResponseStore | None = None,
+    owner: str = "",
 ) -> ResponsesRequest:
-    """Raises: RequestError naming the field at fault."""
+    """store, owner: where `previous_response_id` is. Raises: RequestError naming the field at fault."""
+    reading = reading or Reading()
     body = validate(ResponsesBody, load_object(data, RESPONSES, reading))
-    wish = next((f"reasoning.{name}" for name, value in (body.reasoning or {}).items() if value is not None), None)
-    if wish is not None:
-        raise RequestError(f"{wish} is not supported; chat_template_kwargs may be, by the model", param=wish)
+    if _LOGPROBS in (body.include or ()):
+        raise RequestError(f"include: {_LOGPROBS} is not supported", param="include")
+    items = _conversation(body, store or ResponseStore(), owner)
     sampling = {name: getattr(body, name) for name in SamplingFields.model_fields if name in body.model_fields_set}
-    chat = {**sampling, "messages": _messages(body), "max_completion_tokens": body.max_output_tokens}
+    chat = {**sampling, "messages": _messages(body, items), "max_completion_tokens": body.max_output_tokens}
+    chat["reasoning_effort"] = (body.reasoning or {}).get("effort")
     if body.text is not None and body.text.format is not None:
         chat["response_format"] = _response_format(body.text.format)
     for name in ("model", "stream", "parallel_tool_calls", "chat_template_kwargs"):
         chat[name] = getattr(body, name)
-    chat["tools"] = body.tools and [_tool(tool) for tool in body.tools]
+    chat["tools"] = functions_of(body.tools or (), _FUNCTIONS, reading, _TOOL)
     choice = body.tool_choice
-    chat["tool_choice"] = _tool(choice) if isinstance(choice, dict) else choice
+    chat["tool_choice"] = (
+        {"type": choice.get("type"), "function": _function(choice)} if isinstance(choice, dict) else choice
+    )
     try:
         parsed = chat_request(chat, defaults)
     except RequestError as error:
         raise as_responses_say(error) from None
-    return ResponsesRequest(**{part.name: getattr(parsed, part.name) for part in fields(parsed)}, body=body)
+    return ResponsesRequest(
+        **{part.name: getattr(parsed, part.name) for part in fields(parsed)}, body=body, items=items
+    )
 
 
 def as_responses_say(error: RequestError) -> RequestError:
-    """An error about the chat, with the parameter's name in this API."""
-    param = error.param
-    if param is not None and param.startswith("tools["):
-        message, param = str(error).replace(".function", "", 1), param.replace(".function", "", 1)
-        return RequestError(message, param=param, code=error.code, status=error.status)
-    if param is None or param.partition("[")[0] not in _PARAMS:
-        return error
-    old, new = param.partition("[")[0], _PARAMS[param.partition("[")[0]]
-    message = str(error).replace(old, new, 1) if str(error).startswith(old) else str(error)
-    return RequestError(message, param=new, code=error.code, status=error.status)
+    return renamed(error, _PARAMS)
 
 
-def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
-    messages = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
-    if isinstance(body.input, str):
-        return [*messages, {"role": "user", "content": body.input}]
-    if not body.input:
+def _conversation(body: ResponsesBody, store: ResponseStore, owner: str) -> list[Item]:
+    """All items up to the answer, with what they refer to in its place; a reference to what is not kept is left out."""
+    given = body.input if isinstance(body.input, list) else [{"role": "user", "content": body.input}]
+    if not given:
         raise RequestError("input must not be empty", param="input")
-    return messages + messages_of(body.input)
+    items: list[Item] = []
+    if body.previous_response_id is not None:
+        messages_of(given)  # what is wrong with them is told by their own numbers
+        response, items = store.get(owner, body.previous_response_id, previous=True)
+        items += response["output"]
+    known: dict[str, Item] = {}
+    for item in given:
+        kind, item_id = item.get("type", "message"), item.get("id") or f"item_{uuid.uuid4().hex}"
+        if kind == "item_reference":
+            if item_id not in known:
+                known |= {item["id"]: item for item in store.output(owner, item_id)}
+            items += [known[item_id]] if item_id in known else []
+            continue
+        content = item.get("content")
+        if kind == "message" and isinstance(content, str):
+            text = "output_text" if item.get("role") == "assistant" else "input_text"
+            item = {**item, "content": [{"type": text, "text": content}]}
+        items.append({**item, "type": kind, "id": item_id})
+    return items
 
 
-def _tool(given: dict[str, Any]) -> dict[str, Any]:
-    """A tool as chats have it: there, a function has an object of its own."""
-    return {"type": given.get("type"), "function": {name: given[name] for name in given if name != "type"}}
+def _messages(body: ResponsesBody, items: list[Item]) -> list[dict[str, Any]]:
+    """Free text is what `_free` makes of it."""
+    messages = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
+    free = ({"arguments": {"input": item["input"]}} if item["type"] == "custom_tool_call" else {} for item in items)
+    return messages + messages_of([{**item, **more} for item, more in zip(items, free, strict=True)])
+
+
+def _function(tool: dict[str, Any]) -> dict[str, Any]:
+    return {name: tool[name] for name in FUNCTION.known if name in tool}
+
+
+def _free(tool: dict[str, Any]) -> dict[str, Any]:
+    """What takes free text is a function of one string."""
+    return {**_function(tool), "parameters": _ONE_STRING}
+
+
+_ONE_STRING = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+_FUNCTIONS = {"function": _function, "custom": _free}
 
 
 def _response_format(given: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from pydantic_core import from_json
+
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
 from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import UserReply
@@ -43,6 +45,15 @@ def error_payload(error: MiniSGLError) -> dict[str, Any]:
     return error_body(str(error), error_status(error))
 
 
+def partial_object(arguments: str) -> dict[str, Any]:
+    """The arguments of a call, or what there is of them where it was cut off."""
+    try:
+        value = from_json(arguments, allow_partial=True)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 class Totals:
     """Token counts of all choices of one request. A prompt counts once, however many choices it has."""
 
@@ -68,21 +79,17 @@ class Totals:
 class Renderer(Protocol):
     """One endpoint's way to show a request's replies."""
 
+    id: str  # what the answer is called in itself
     done: bytes = DONE  # what ends a stream that went well
     keep_alive: bytes = b": keep-alive\n\n"  # sent when there has been nothing else to send for a while
-
-    @property
-    def id(self) -> str:
-        """What the answer is called in itself."""
-        ...
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
         """The events for an increment of choice `index`."""
         ...
 
-    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
+    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:  # noqa: ARG002
         """The events after the last choice: the usage, for clients that asked for it."""
-        ...
+        return []
 
     def refusal(self, error: RequestError) -> RequestError:
         """What to say when the request is refused instead of answered."""
@@ -111,11 +118,8 @@ class ChatRenderer(Renderer):
         self._include_usage, self._logprobs = include_usage, logprobs
         self._new_assembler = new_assembler
         self._assemblers: dict[int, Assembler] = {}  # by choice
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-    @property
-    def id(self) -> str:
-        return str(self._head["id"])
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._head = {"id": self.id, "created": int(time.time()), "model": model}
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         chunks = []
@@ -169,16 +173,8 @@ class CompletionRenderer(Renderer):
     def __init__(self, model: str, *, include_usage: bool, logprobs: bool = False) -> None:
         self._include_usage, self._logprobs = include_usage, logprobs
         self._cursors: defaultdict[int, TextCursor] = defaultdict(TextCursor)  # by choice
-        self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    @property
-    def id(self) -> str:
-        return str(self._head["id"])
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self._head = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model}
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
         if not (reply.text or first or reply.finish_reason is not None or reply.logprobs):
@@ -197,32 +193,19 @@ class CompletionRenderer(Renderer):
         return {**self._head, "choices": shown, "usage": totals.usage()}
 
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
-        logprobs = None
-        if self._logprobs:
-            logprobs = completion_logprobs(replies, self._cursors[index])
-        return {
-            "text": _text(replies),
-            "index": index,
-            "logprobs": logprobs,
-            "finish_reason": replies[-1].finish_reason,
-        }
+        logprobs = completion_logprobs(replies, self._cursors[index]) if self._logprobs else None
+        choice = {"text": _text(replies), "index": index, "logprobs": logprobs}
+        return {**choice, "finish_reason": replies[-1].finish_reason}
 
 
 class GenerateRenderer(Renderer):
     """/generate: text and token ids, with counts in `meta_info`; streams send increments."""
 
     def __init__(self) -> None:
-        self._id = uuid.uuid4().hex
-
-    @property
-    def id(self) -> str:
-        return self._id
+        self.id = uuid.uuid4().hex
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         return [self._shown([reply])]
-
-    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:  # noqa: ARG002
-        return []  # the counts are in every event
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:  # noqa: ARG002
         return self._shown(choices[0])
@@ -233,7 +216,7 @@ class GenerateRenderer(Renderer):
             "text": _text(replies),
             "output_ids": unpack_ids(b"".join(reply.token_ids for reply in replies)),
             "meta_info": {
-                "id": self._id,
+                "id": self.id,
                 "finish_reason": last.finish_reason,
                 "prompt_tokens": last.num_prompt_tokens,
                 "completion_tokens": last.num_output_tokens,

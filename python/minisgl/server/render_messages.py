@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic_core import from_json
 from starlette.types import Scope
 
 from minisgl.core import FinishReason
@@ -16,7 +15,7 @@ from minisgl.message.frontend import UserReply
 from minisgl.parser.parts import CallPart, Part, TextPart
 from minisgl.server.assemble import Assembler
 from minisgl.server.protocol_messages import as_messages_say
-from minisgl.server.render import Renderer, Totals, error_payload, error_status, event
+from minisgl.server.render import Renderer, Totals, error_payload, error_status, event, partial_object
 
 PATHS = re.compile(r"(/v1)?/messages\b")  # whose errors are Anthropic's
 _REASONS = {FinishReason.STOP: "end_turn", FinishReason.TOOL_CALLS: "tool_use"}  # else: it was cut off
@@ -55,17 +54,13 @@ class MessagesRenderer(Renderer):
     keep_alive = event({"type": "ping"})
 
     def __init__(self, model: str, assembler: Assembler) -> None:
-        self._id = f"msg_{uuid.uuid4().hex}"
+        self.id = f"msg_{uuid.uuid4().hex}"
         self._model = model
         self._assembler = assembler
         self._blocks: list[dict[str, Any]] = []  # the last one grows, while it is open
         self._is_open = False
         self._arguments = ""  # of the call that grows
         self._end: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
-
-    @property
-    def id(self) -> str:
-        return self._id
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         events: list[dict[str, Any]] = []
@@ -99,7 +94,7 @@ class MessagesRenderer(Renderer):
         return {**self._message(_of(totals)), "content": self._blocks, **self._end}
 
     def _message(self, usage: dict[str, int]) -> dict[str, Any]:
-        head = {"id": self._id, "type": "message", "role": "assistant", "model": self._model, "content": []}
+        head = {"id": self.id, "type": "message", "role": "assistant", "model": self._model, "content": []}
         return {**head, "stop_reason": None, "stop_sequence": None, "usage": usage}
 
     def _add(self, part: Part) -> list[dict[str, Any]]:
@@ -130,23 +125,14 @@ class MessagesRenderer(Renderer):
         self._is_open = False
         block, events = self._blocks[-1], []
         if block["type"] == "thinking":  # Anthropic's proof that it thought so itself: clients send it back
-            block["signature"] = self._id
-            events.append(self._delta({"type": "signature_delta", "signature": self._id}))
+            block["signature"] = self.id
+            events.append(self._delta({"type": "signature_delta", "signature": self.id}))
         elif block["type"] == "tool_use":
-            block["input"] = _object(self._arguments)
+            block["input"] = partial_object(self._arguments)
         return [*events, {"type": "content_block_stop", "index": len(self._blocks) - 1}]
 
     def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
         return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
-
-
-def _object(arguments: str) -> dict[str, Any]:
-    """The arguments of a call, or what there is of them where it was cut off."""
-    try:
-        value = from_json(arguments, allow_partial=True)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _of(totals: Totals) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,26 +14,33 @@ from minisgl.message.frontend import UserReply
 from minisgl.parser.parts import CallPart, Part, TextPart
 from minisgl.server.assemble import Assembler
 from minisgl.server.protocol_responses import ResponsesRequest, as_responses_say
-from minisgl.server.render import Renderer, Totals
+from minisgl.server.render import Renderer, Totals, partial_object
+from minisgl.server.response_store import Item
 
 _STATUS = {FinishReason.LENGTH: "incomplete", FinishReason.ABORT: "cancelled"}  # else: completed
-_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}  # of items' ids
-_TEXTS = {"message": "output_text", "reasoning": "reasoning_text", "function_call": "function_call_arguments"}
+_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}  # of items' ids
+_TEXTS = {
+    "message": "output_text",
+    "reasoning": "reasoning_text",
+    "function_call": "function_call_arguments",
+    "custom_tool_call": "custom_tool_call_input",
+}
+_WHOLE = {"function_call": "arguments", "custom_tool_call": "input"}  # the field that has it all; else: text
 
 
 @dataclass(slots=True)
 class _Item:
     """An output item, as far as it has come. call: the name and id of a call."""
 
-    kind: str  # message, reasoning or function_call
+    kind: str  # of _PREFIXES
     id: str
     call: dict[str, str]
     text: str = ""  # or reasoning, or arguments
 
     def shown(self, status: str) -> dict[str, Any]:
         item: dict[str, Any] = {"id": self.id, "type": self.kind, "status": status}
-        if self.kind == "function_call":
-            return {**item, **self.call, "arguments": self.text}
+        if self.kind in _WHOLE:
+            return {**item, **self.call, _WHOLE[self.kind]: self.text}
         content = [] if status == "in_progress" else [self.part(self.text)]
         if self.kind == "reasoning":
             return {**item, "summary": [], "content": content}
@@ -48,24 +55,28 @@ class _Item:
 class ResponsesRenderer(Renderer):
     """The answer to one request. Events are numbered, and carry the whole text again where it ends.
 
-    A whole body is made of the same events, which nobody gets to see.
+    A whole body is made of the same events, which nobody gets to see. keep: stores the response and what it answers.
     """
 
     done = b""
 
-    def __init__(self, model: str, request: ResponsesRequest, assembler: Assembler) -> None:
-        self._id = f"resp_{uuid.uuid4().hex}"
+    def __init__(
+        self,
+        model: str,
+        request: ResponsesRequest,
+        assembler: Assembler,
+        keep: Callable[[dict[str, Any], list[Item]], None] | None = None,
+    ) -> None:
+        self.id = f"resp_{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._settings = _settings(model, request)
         self._assembler = assembler
+        self._request, self._keep = request, keep
+        self._custom = [tool["name"] for tool in request.tools_used if tool["type"] == "custom"]
         self._item: _Item | None = None  # that grows
         self._output: list[dict[str, Any]] = []  # those that do not any more
         self._reason = FinishReason.STOP
         self._num_events = 0
-
-    @property
-    def id(self) -> str:
-        return self._id
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         events: list[dict[str, Any]] = []
@@ -106,19 +117,21 @@ class ResponsesRenderer(Renderer):
         else:
             kind, text = ("message" if isinstance(part, TextPart) else "reasoning"), part.text
         name = part.name if isinstance(part, CallPart) else None
-        if self._item is None or self._item.kind != kind or name is not None:
+        if name is not None or self._item is None or self._item.kind != kind != "function_call":
+            kind = "custom_tool_call" if name in self._custom else kind
             events += self._close("completed") + self._open(kind, name)
         assert self._item is not None
         if text:
             self._item.text += text
-            events.append(self._item_event("delta", delta=text))
+            if self._item.kind != "custom_tool_call":  # whose input must be read first
+                events.append(self._item_event("delta", delta=text))
         return events
 
     def _open(self, kind: str, name: str | None = None) -> list[dict[str, Any]]:
         call = {} if name is None else {"name": name, "call_id": self._assembler.new_call_id()}
         item = self._item = _Item(kind, f"{_PREFIXES[kind]}_{uuid.uuid4().hex}", call)
         events = [self._event("response.output_item.added", output_index=self._index, item=item.shown("in_progress"))]
-        if kind != "function_call":
+        if kind not in _WHOLE:
             events.append(self._item_event("added", part=item.part("")))
         return events
 
@@ -126,9 +139,12 @@ class ResponsesRenderer(Renderer):
         item = self._item
         if item is None:
             return []
-        whole = "arguments" if item.kind == "function_call" else "text"
-        events = [self._item_event("done", **{whole: item.text})]
-        if item.kind != "function_call":
+        events = []
+        if item.kind == "custom_tool_call":
+            item.text = str(partial_object(item.text).get("input", item.text))
+            events.append(self._item_event("delta", delta=item.text))
+        events.append(self._item_event("done", **{_WHOLE.get(item.kind, "text"): item.text}))
+        if item.kind not in _WHOLE:
             events.append(self._item_event("done", part=item.part(item.text)))
         shown = item.shown(status)
         events.append(self._event("response.output_item.done", output_index=self._index, item=shown))
@@ -150,7 +166,7 @@ class ResponsesRenderer(Renderer):
         item = self._item
         assert item is not None
         about = "content_part" if "part" in fields else _TEXTS[item.kind]
-        if item.kind != "function_call":
+        if item.kind not in _WHOLE:
             fields["content_index"] = 0
         if about == "output_text":
             fields["logprobs"] = []
@@ -161,11 +177,14 @@ class ResponsesRenderer(Renderer):
         if self._reason is FinishReason.LENGTH:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         usage = _usage(totals.usage(), self._assembler.num_reasoning)
-        return {**response, "completed_at": int(time.time()), "usage": usage}
+        response |= {"completed_at": int(time.time()), "usage": usage}
+        if self._keep is not None and self._request.body.store is not False:
+            self._keep(response, self._request.items)
+        return response
 
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": self._id,
+            "id": self.id,
             "object": "response",
             "created_at": self._created,
             "completed_at": None,
@@ -176,6 +195,12 @@ class ResponsesRenderer(Renderer):
             "output": output,
             "usage": None,
         }
+
+
+_EMPTY_TOOL: dict[str, Any] = {
+    "function": {"description": None, "parameters": None, "strict": None},
+    "custom": {"description": None},
+}
 
 
 def _settings(model: str, request: ResponsesRequest) -> dict[str, Any]:
@@ -190,15 +215,15 @@ def _settings(model: str, request: ResponsesRequest) -> dict[str, Any]:
         "metadata": body.metadata or {},
         "model": model,
         "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "previous_response_id": None,
+        "previous_response_id": body.previous_response_id,
         "prompt_cache_key": body.prompt_cache_key,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
         "safety_identifier": body.safety_identifier,
         "service_tier": "default",
         "temperature": request.params.temperature,
         "text": {"format": text_format or {"type": "text"}, "verbosity": "medium"},
         "tool_choice": body.tool_choice or "auto",
-        "tools": [{"description": None, "parameters": None, "strict": None, **tool} for tool in body.tools or ()],
+        "tools": [_EMPTY_TOOL[tool["type"]] | tool for tool in request.tools_used],
         "top_logprobs": 0,
         "top_p": request.params.top_p,
         "truncation": "disabled",

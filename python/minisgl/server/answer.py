@@ -1,0 +1,219 @@
+"""The answer to a request: its replies collected, or streamed as they come; and its end when the client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from minisgl.errors import MiniSGLError, RequestError
+from minisgl.message.frontend import UserReply
+from minisgl.server.bodies import json_response
+from minisgl.server.frontend import Frontend, Stream
+from minisgl.server.protocol import GenerationRequest, choice_seeds
+from minisgl.server.render import Renderer, Totals, event
+from minisgl.server.render_logprobs import mean_logprob
+
+logger = logging.getLogger(__name__)
+
+ACCEPT_SECONDS = 5.0  # that a stream's header waits for what may refuse the request: encoding, and compiling a grammar
+
+T = TypeVar("T")
+
+
+async def answer_request(
+    frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer, keepalive: float
+) -> Response:
+    """Run the request and show its replies. A client that goes away takes its request with it."""
+    streams = _submit(frontend, parsed, (request.state.request_id, renderer.id))
+    totals = request.state.totals = Totals(len(streams), parsed.num_choices)
+    try:
+        if not parsed.stream:
+            choices = await unless_disconnected(request.receive, _collect(streams, totals))
+            return json_response(renderer.body(_best(choices, parsed), totals))
+        # What is refused gets an HTTP status; once the request is on its way, an error is an event.
+        await unless_disconnected(request.receive, _accepted(streams))
+        return EventStream(_events(streams, renderer, totals), streams, renderer.keep_alive, keepalive)
+    except ClientDisconnect:
+        _abort(streams)
+        logger.debug("a client went away; its request is aborted")
+        return Response(status_code=499)
+    except RequestError as error:
+        _abort(streams)
+        raise renderer.refusal(error) from None
+    except BaseException:
+        _abort(streams)
+        raise
+
+
+def _submit(frontend: Frontend, parsed: GenerationRequest, request_ids: Sequence[str]) -> list[Stream]:
+    """One stream per choice, for each prompt in order."""
+    streams: list[Stream] = []
+    try:
+        for prompt in parsed.prompts:
+            for seed in choice_seeds(parsed.params, parsed.num_choices):
+                streams.append(
+                    frontend.submit(prompt, replace(parsed.params, seed=seed), request_ids, notify=parsed.stream)
+                )
+    except BaseException:
+        _abort(streams)
+        raise
+    return streams
+
+
+def _best(choices: Sequence[Sequence[UserReply]], parsed: GenerationRequest) -> Sequence[Sequence[UserReply]]:
+    """Of each prompt's choices the `n` most probable ones per token, best first; all where there are no more."""
+    if parsed.num_choices == parsed.n:
+        return choices
+    groups = (choices[first : first + parsed.num_choices] for first in range(0, len(choices), parsed.num_choices))
+    return [choice for group in groups for choice in sorted(group, key=mean_logprob, reverse=True)[: parsed.n]]
+
+
+def _abort(streams: Sequence[Stream]) -> None:
+    for stream in streams:
+        stream.abort()
+
+
+async def _accepted(streams: Sequence[Stream]) -> None:
+    """Wait until none of them is refused any more, or one has taken `ACCEPT_SECONDS`.
+
+    Raises: RequestError, WorkerDied.
+    """
+    with contextlib.suppress(asyncio.TimeoutError):
+        for stream in streams:
+            await asyncio.wait_for(stream.accepted(), ACCEPT_SECONDS)
+
+
+async def _collect(streams: Sequence[Stream], totals: Totals) -> list[list[UserReply]]:
+    """All replies of each choice. The first error ends it."""
+    choices: list[list[UserReply]] = [[] for _ in streams]
+    async with contextlib.aclosing(_interleave(streams)) as replies:
+        async for index, reply in replies:
+            choices[index].append(reply)
+            totals.add(index, reply)
+    return choices
+
+
+async def _interleave(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, UserReply], None]:
+    """The replies of all streams as they come, each with its stream's index."""
+    if len(streams) == 1:
+        async for reply in streams[0]:
+            yield 0, reply
+        return
+    tasks = {asyncio.ensure_future(anext(stream)): index for index, stream in enumerate(streams)}
+    try:
+        while tasks:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = tasks.pop(task)
+                reply = task.result()
+                if reply.finish_reason is None:
+                    tasks[asyncio.ensure_future(anext(streams[index]))] = index
+                yield index, reply
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _events(streams: Sequence[Stream], renderer: Renderer, totals: Totals) -> AsyncGenerator[bytes, None]:
+    """The SSE body, an error event included if it comes to that."""
+    started: set[int] = set()
+
+    def shown(index: int, reply: UserReply) -> bytes:
+        totals.add(index, reply)
+        chunks = renderer.chunk(index, reply, first=index not in started)
+        started.add(index)
+        return b"".join(map(event, chunks))
+
+    try:
+        async with contextlib.aclosing(_interleave(streams)) as replies:
+            async for index, reply in replies:
+                data = shown(index, reply)
+                if data:
+                    yield data
+        for chunk in renderer.last_chunks(totals):
+            yield event(chunk)
+        if renderer.done:
+            yield renderer.done
+    except MiniSGLError as error:
+        logger.debug("a stream ends with an error: %s", error)
+        for chunk in renderer.failure(error):
+            yield event(chunk)
+
+
+class EventStream(Response):
+    """Sends events as they come, until they end or the client goes away; then aborts what is left of `streams`.
+
+    keep_alive: what is sent after so many `seconds` of nothing else (0: never), for proxies and clients that would give
+    up. Events go out whole, so it stands between two of them.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], streams: Sequence[Stream], keep_alive: bytes, seconds: float
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._streams = streams
+        self._keep_alive = keep_alive
+        self._seconds = seconds
+        self._last_sent = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        try:
+            await unless_disconnected(receive, self._send(send))
+        except ClientDisconnect:
+            logger.debug("a client went away; its stream is aborted")
+        finally:
+            await self._events.aclose()
+            _abort(self._streams)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        keeper = asyncio.ensure_future(self._keep(send))
+        try:
+            async for data in self._events:
+                self._last_sent = time.monotonic()
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        finally:
+            keeper.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _keep(self, send: Send) -> None:
+        self._last_sent = time.monotonic()
+        while self._seconds:
+            left = self._last_sent + self._seconds - time.monotonic()
+            if left <= 0:
+                self._last_sent, left = time.monotonic(), self._seconds
+                await send({"type": "http.response.body", "body": self._keep_alive, "more_body": True})
+            await asyncio.sleep(left)
+
+
+async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
+    """Wait for `work`, and cancel it when the client goes away. Raises: ClientDisconnect then."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
