@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 CLIENTS := $(VENV)/.installed-clients
+APART := $(wildcard tests/clients/apart/*.txt)
 
 # .venv is ours to write to: without its bytecode, each of the many processes compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
@@ -32,11 +33,13 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(CORE) $@
 
-$(CLIENTS): pyproject.toml constraints.txt tests/clients/instructor.txt | $(BIN)/python
+$(CLIENTS): pyproject.toml constraints.txt $(APART) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev,clients]'
-	rm -rf $(VENV)/instructor
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
-	    --target $(VENV)/instructor -r tests/clients/instructor.txt
+	rm -rf $(VENV)/apart
+	set -e; for list in $(APART); do \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+	        --target $(VENV)/apart/$$(basename $$list .txt) -r $$list; \
+	done
 	@touch $(CORE) $(DEV) $@
 
 serve: $(CORE)  ## Serve the OpenAI-compatible API on 127.0.0.1:1919

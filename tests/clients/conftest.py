@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -30,12 +31,19 @@ def http(demo: Server) -> Iterator[httpx.Client]:
         yield made
 
 
-def run_client(name: str, *args: str, **environment: str) -> Any:
-    """What a program of this folder prints as JSON. It is a process of its own: see there why."""
-    paths = [environment.pop("PYTHONPATH", ""), PYTHONPATH]
+def run_client(name: str, *args: str, apart: str = "", **environment: str) -> Any:
+    """What a program of this folder prints as JSON. It is a process of its own: see there why.
+
+    `apart`: a list of packages in the folder of that name, which go before the environment's.
+    """
+    paths = [PYTHONPATH]
+    if apart:
+        packages = Path(sys.prefix) / "apart" / apart
+        assert packages.is_dir(), f"{packages} is missing: `make test` installs tests/clients/apart/{apart}.txt there"
+        paths.insert(0, str(packages))
     ran = subprocess.run(
-        [sys.executable, "-m", f"tests.clients.{name}", *args],
-        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        [sys.executable, "-m", "tests.clients.offline", name, *args],
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=110,

@@ -14,18 +14,11 @@ from typing import Any
 import instructor
 import openai
 from instructor.core.exceptions import InstructorRetryException
-from pydantic import BaseModel, field_validator
+from pydantic import field_validator
 
-from tests.clients.prompts import ANNA
+from tests.clients.prompts import ANNA, Person
 
 MODES = ("TOOLS", "TOOLS_STRICT", "JSON", "JSON_SCHEMA")
-
-
-class Person(BaseModel):
-    """A person."""
-
-    name: str
-    age: int
 
 
 class Shouted(Person):

@@ -12,17 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import litellm
-from pydantic import BaseModel
 
-from tests.clients.prompts import ANNA, GET_WEATHER, SUM, WEATHER
+from tests.clients.prompts import ANNA, GET_WEATHER, SUM, WEATHER, Person
 
 PROVIDERS = ("openai", "hosted_vllm")
 TEXT_PROVIDERS = (*PROVIDERS, "text-completion-openai")
-
-
-class Person(BaseModel):
-    name: str
-    age: int
 
 
 def text(answer: Any) -> str:

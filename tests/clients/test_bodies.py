@@ -17,6 +17,7 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Hello!"}]}]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 FILTERS = {"top_p": 0.9, "top_k": 20, "min_p": 0.05, "temperature": 0.7}
+GUIDELLM = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 PENALTIES = {"frequency_penalty": 0.1, "presence_penalty": 0.1, "repetition_penalty": 1.05}
 # Open WebUI sends calls back as its stream had them, each with its index.
 CALL = {
@@ -39,6 +40,7 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
     "vllm of old": {"prompt": "Hi", "temperature": 0.0, "best_of": 1, "logprobs": None, "stream": True},
     "sglang": {"prompt": "Hi", "temperature": 0.0, "best_of": 1, "stream": True, "ignore_eos": True},
     "sglang, whole": {"prompt": "Hi", "temperature": 0.0, "best_of": 1, "stream": False, "ignore_eos": True},
+    "GuideLLM": {"prompt": "Hi", "max_tokens": 4, "stop": None, "ignore_eos": True, **GUIDELLM},
     "lm-eval": {"prompt": [[300, 301]], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True},
 }
 CHATS: dict[str, dict[str, Any]] = {

@@ -11,20 +11,12 @@ import pytest
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
-from pydantic import BaseModel
 
-from tests.clients.prompts import ANNA, MODEL, SUM, WEATHER
+from tests.clients.prompts import ANNA, MODEL, SUM, WEATHER, Person
 from tests.e2e.conftest import Server
 
 # What pydantic says of the `openai` library's own generic classes when LangChain makes them JSON again.
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")
-
-
-class Person(BaseModel):
-    """A person."""
-
-    name: str
-    age: int
 
 
 @tool

@@ -17,18 +17,13 @@ import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from pydantic import BaseModel, Field
 
-from tests.clients.prompts import ANNA, GET_WEATHER, MODEL, SUM, WEATHER
+from tests.clients.prompts import ANNA, GET_WEATHER, MODEL, SUM, WEATHER, Person
 from tests.e2e.conftest import Server
 
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0}
 ENDLESS: dict[str, Any] = {"model": MODEL, "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
 # What pydantic says of the library's own generic classes when they are made JSON again.
 REPEATED = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")
-
-
-class Person(BaseModel):
-    name: str
-    age: int
 
 
 class get_weather(BaseModel):

@@ -96,6 +96,7 @@ async def serve_http(
         app = create_app(frontend, config, exposition)
         uvicorn_config = uvicorn.Config(
             guarded(app, config.access, exposition.count_http, log=env_bool("MINISGL_ACCESS_LOG", True)),
+            http="h11",  # whatever else is installed: this one's limits and answers are tested
             log_config=None,
             access_log=False,
             lifespan="off",
