@@ -60,9 +60,8 @@ def _submit(frontend: Frontend, parsed: GenerationRequest, request_ids: Sequence
     try:
         for prompt in parsed.prompts:
             for seed in choice_seeds(parsed.params, parsed.num_choices):
-                streams.append(
-                    frontend.submit(prompt, replace(parsed.params, seed=seed), request_ids, notify=parsed.stream)
-                )
+                params = replace(parsed.params, seed=seed)
+                streams.append(frontend.submit(prompt, params, request_ids, notify=parsed.stream))
     except BaseException:
         _abort(streams)
         raise
@@ -83,10 +82,7 @@ def _abort(streams: Sequence[Stream]) -> None:
 
 
 async def _accepted(streams: Sequence[Stream]) -> None:
-    """Wait until none of them is refused any more, or one has taken `ACCEPT_SECONDS`.
-
-    Raises: RequestError, WorkerDied.
-    """
+    """Wait until none of them is refused any more, or one has taken too long. Raises: RequestError, WorkerDied."""
     with contextlib.suppress(asyncio.TimeoutError):
         for stream in streams:
             await asyncio.wait_for(stream.accepted(), ACCEPT_SECONDS)
@@ -127,27 +123,18 @@ async def _interleave(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Us
 async def _events(streams: Sequence[Stream], renderer: Renderer, totals: Totals) -> AsyncGenerator[bytes, None]:
     """The SSE body, an error event included if it comes to that."""
     started: set[int] = set()
-
-    def shown(index: int, reply: UserReply) -> bytes:
-        totals.add(index, reply)
-        chunks = renderer.chunk(index, reply, first=index not in started)
-        started.add(index)
-        return b"".join(map(event, chunks))
-
     try:
         async with contextlib.aclosing(_interleave(streams)) as replies:
             async for index, reply in replies:
-                data = shown(index, reply)
-                if data:
-                    yield data
-        for chunk in renderer.last_chunks(totals):
-            yield event(chunk)
-        if renderer.done:
-            yield renderer.done
+                totals.add(index, reply)
+                chunks = renderer.chunk(index, reply, first=index not in started)
+                started.add(index)
+                if chunks:
+                    yield b"".join(map(event, chunks))
+        yield b"".join(map(event, renderer.last_chunks(totals))) + renderer.done
     except MiniSGLError as error:
         logger.debug("a stream ends with an error: %s", error)
-        for chunk in renderer.failure(error):
-            yield event(chunk)
+        yield b"".join(map(event, renderer.failure(error)))
 
 
 class EventStream(Response):
@@ -164,11 +151,8 @@ class EventStream(Response):
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
-        self._streams = streams
-        self._keep_alive = keep_alive
-        self._seconds = seconds
-        self._last_sent = 0.0
+        self._events, self._streams = events, streams
+        self._keep_alive, self._seconds, self._last_sent = keep_alive, seconds, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         try:
