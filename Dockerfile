@@ -1,6 +1,6 @@
 # GPU image:  docker build -t minisgl .
 #             docker run --rm --gpus all --ipc host -p 1919:1919 -v ~/.cache/huggingface:/home/minisgl/.cache/huggingface \
-#                 minisgl --model Qwen/Qwen3-0.6B
+#                 -v minisgl-kernels:/var/cache/minisgl minisgl --model Qwen/Qwen3-0.6B
 # The `devel` base has nvcc, which kernels built on first use need.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
@@ -13,7 +13,12 @@ WORKDIR /opt/minisgl
 ARG PIP_ARGS=""
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY python python
-RUN pip install --no-cache-dir -c constraints.txt ${PIP_ARGS} '.[cuda]' && useradd --create-home minisgl
+RUN pip install --no-cache-dir -c constraints.txt ${PIP_ARGS} . && useradd --create-home minisgl
+
+# Kernels are compiled for the GPU at hand by the first start, and stay in the volume.
+ENV MINISGL_CACHE_DIR=/var/cache/minisgl
+RUN install -d -o minisgl /var/cache/minisgl
+VOLUME /var/cache/minisgl
 
 USER minisgl
 EXPOSE 1919

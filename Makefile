@@ -25,6 +25,18 @@ $(BIN)/python:
 	    { echo "minisgl needs Python 3.10 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# Where there is no NVIDIA GPU, torch's CPU build is enough: a small part of the download. uv knows where it is; if it
+# cannot be had from there, pip brings what it takes by itself. TORCH=default: always that.
+TORCH ?= $(shell [ "$$(uname -sm)" != 'Linux x86_64' ] || ls /dev/nvidiactl /dev/dxg 2>/dev/null | grep -q . || echo cpu)
+$(CORE) $(DEV) $(CLIENTS): $(VENV)/.torch
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+ifeq ($(TORCH),cpu)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv && \
+	    $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu --no-deps -c constraints.txt torch \
+	    2>/dev/null || echo "torch's CPU build cannot be had: pip brings what it takes by itself"
+endif
+	@touch $@
+
 $(CORE): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from minisgl.errors import ConfigError
 
@@ -16,6 +17,15 @@ VARIABLES = frozenset(
         *("CHECK_INTEGRITY", "CHECK_RANKS", "TEST_DEVICE", "TEST_CPU_TARGET"),
     )
 )
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept: `MINISGL_CACHE_DIR`, or the user's cache. Raises: ConfigError without any."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(os.environ.get("MINISGL_CACHE_DIR") or Path(base, "minisgl"), "kernels")
+    if folder.parts[0] == "~":
+        raise ConfigError("there is no home directory for compiled kernels: set MINISGL_CACHE_DIR")
+    return folder
 
 
 def boolean(value: object) -> bool:

@@ -498,3 +498,26 @@ def test_this_machine_can_be_probed() -> None:
     assert machine.num_cores >= 1
     assert machine.memory > 2**20
     assert bool(machine.gpus) != bool(machine.gpu_problem)
+
+
+def test_kernels_that_an_image_brought_need_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MINISGL_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    machine = probe()
+    assert (machine.cxx, machine.has_compiled) == (None, False)
+    assert not decide(replace(machine, gpus=(), memory=MACHINE.memory)).engine.cpu_kernels
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "cpu-x86-64-v3-0.so").touch()
+    assert decide(replace(probe(), gpus=(), memory=MACHINE.memory)).engine.cpu_kernels
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MINISGL_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def getpwuid(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", getpwuid)
+    with pytest.raises(ConfigError, match="MINISGL_CACHE_DIR"):
+        probe()

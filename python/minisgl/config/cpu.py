@@ -64,7 +64,7 @@ def _kernel_problem(machine: Capabilities) -> str:
     """Why our kernels cannot be had; "" when they can."""
     if env_bool("MINISGL_DISABLE_CPU_KERNELS"):
         return "MINISGL_DISABLE_CPU_KERNELS is set"
-    if machine.cxx is None:
+    if machine.cxx is None and not machine.has_compiled:
         return "there is no C++ compiler (c++, or what CXX names)"
     if "tvm_ffi" not in machine.packages:
         return "the package apache-tvm-ffi is missing"

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from minisgl.config.gpus import Gpu, probe_nvidia, torch_cuda
+from minisgl.env import cache_dir
 
 # Optional packages, by the name that is imported: what pip calls them, and what they are for.
 PACKAGES = {
@@ -36,6 +37,7 @@ class Capabilities:
     packages: frozenset[str] = frozenset()  # of PACKAGES, those that are installed
     nvcc: str | None = None  # path of the compiler
     cxx: str | None = None  # path of the C++ compiler
+    has_compiled: bool = False  # CPU kernels in the cache
 
     @property
     def has_fast_bfloat16(self) -> bool:
@@ -58,6 +60,7 @@ def probe() -> Capabilities:
         packages=frozenset(name for name in PACKAGES if find_spec(name)),
         nvcc=_find_nvcc(),
         cxx=shutil.which(os.environ.get("CXX") or "c++"),
+        has_compiled=any(cache_dir().glob("cpu-*.so")),
     )
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from minisgl.config.gpus import torch_cuda
 from minisgl.config.probe import cpu_flags
+from minisgl.env import cache_dir
 from minisgl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -47,12 +48,6 @@ LEVELS: Mapping[str, tuple[set[str], str]] = {
     "x86-64-v3-vnni": (_V3 | {"avx_vnni"}, "-march=x86-64-v3 -mavxvnni"),
     "x86-64-v3": (_V3, "-march=x86-64-v3"),
 }
-
-
-def cache_dir() -> Path:
-    """Where compiled kernels are kept: `MINISGL_CACHE_DIR`, or the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minisgl"
-    return Path(os.environ.get("MINISGL_CACHE_DIR") or default) / "kernels"
 
 
 def load_kernel(name: str, arch: tuple[int, int], defines: Mapping[str, int | str] | None = None) -> Any:
