@@ -147,14 +147,13 @@ def test_ids_are_as_short_as_the_template_wants_them(demo: HFTextCodec) -> None:
 
 
 def test_several_calls_are_one_by_one_where_the_template_takes_but_one(demo: HFTextCodec) -> None:
-    """As those of Llama 3 do. Each call has its result behind it."""
+    """As those of Llama 3 do."""
     check = "{% if m.tool_calls | length != 1 %}{{ raise_exception('single calls only') }}{% endif %}"
     codec = codec_of(demo, TEMPLATES["object"], before=check)
     said = {"role": "assistant", "content": "both", "tool_calls": [call({"a": 1}, id="x"), call({"a": 2}, id="y")]}
-    results = [{"role": "tool", "tool_call_id": i, "content": f"of {i}"} for i in ("y", "x")]
-    text = shown(codec, said, *results, HELLO, said, results[1])
-    both = 'assistant:f({"a": 1});tool:of x;assistant:f({"a": 2});'
-    assert text == f"user:hello;{both}tool:of y;user:hello;{both}"
+    results = [{"role": "tool", "tool_call_id": i, "content": f"of {i}"} for i in ("x", "y")]
+    both = 'assistant:f({"a": 1});assistant:f({"a": 2});'
+    assert shown(codec, said, *results, HELLO) == f"user:hello;{both}tool:of x;tool:of y;user:hello;"
     assert CallForm().fit(messages(said, *results)) == messages(said, *results)
 
 

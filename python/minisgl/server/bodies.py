@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import orjson
 from fastapi import Request, Response
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
-from minisgl.server.strict import Reading
+from minisgl.server.strict import Fields, Reading, load_object
 
 MAX_BODY_BYTES = 64 * 2**20  # unless MINISGL_MAX_BODY_BYTES says otherwise
 
@@ -56,6 +57,11 @@ def reading_of(request: Request, config: ServerConfig) -> Reading:
     """How the body is to be read. Whoever sends the answer tells the client what of it was ignored."""
     request.state.reading = reading = Reading(config.strict_requests)
     return reading
+
+
+async def read_object(request: Request, fields: Fields, config: ServerConfig, limit: int) -> dict[str, Any]:
+    """The body, with known fields only. Raises: RequestError."""
+    return load_object(await read_json(request, limit), fields, reading_of(request, config))
 
 
 def _check_content_type(value: str | None) -> None:

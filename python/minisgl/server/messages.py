@@ -14,30 +14,19 @@ from minisgl.server.fields import REASONING
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _OTHER_ROLES = {"developer": "system", "function": "tool"}  # what templates know them as
-_OPTIONAL_TEXT = {"type": ["string", "null"]}
-Message = Annotated[
-    dict[str, Any],
-    WithJsonSchema(
-        {
-            "type": "object",
-            "required": ["role"],
-            "properties": {
-                "role": {"enum": list(ROLES)},
-                "content": {
-                    "type": ["string", "array", "null"],
-                    "items": {"type": "object", "required": ["text"], "properties": {"text": {"type": "string"}}},
-                },
-                "name": _OPTIONAL_TEXT,
-                "tool_calls": {
-                    "type": ["array", "null"],
-                    "description": "An assistant's calls, as they were answered.",
-                },
-                "tool_call_id": _OPTIONAL_TEXT,
-                "reasoning_content": _OPTIONAL_TEXT,
-            },
-        }
-    ),
-]
+_SCHEMA = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": {"enum": list(ROLES)},
+        "content": {"type": ["string", "array", "null"], "items": {"type": "object", "required": ["text"]}},
+        "name": {"type": ["string", "null"]},
+        "tool_calls": {"type": ["array", "null"], "description": "An assistant's calls, as they were answered."},
+        "tool_call_id": {"type": ["string", "null"]},
+        "reasoning_content": {"type": ["string", "null"]},
+    },
+}
+Message = Annotated[dict[str, Any], WithJsonSchema(_SCHEMA)]
 
 
 def chat_messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError, WorkerDied
 from minisgl.message.tokenizer import ChatPrompt, TextPrompt
-from minisgl.server.bodies import check_model, json_response, owner_of, read_json, reading_of
+from minisgl.server.bodies import check_model, json_response, owner_of, read_object
 from minisgl.server.exposition import Exposition
 from minisgl.server.fields import fields_of
 from minisgl.server.frontend import Frontend
@@ -22,7 +22,7 @@ from minisgl.server.openapi import ModelResponse, documented, fields
 from minisgl.server.protocol import chat_request
 from minisgl.server.protocol_tools import Tool
 from minisgl.server.response_store import ResponseStore
-from minisgl.server.strict import Body, Fields, TokenId, load_object, optional, shown, validate
+from minisgl.server.strict import Body, Fields, TokenId, optional, shown, validate
 
 SCRAPE_SECONDS = 2.0  # how long /metrics waits for the scheduler
 _TOKENS = fields(count="integer", max_model_len="integer", tokens="array")
@@ -74,21 +74,13 @@ class Limits:
     answer_seconds: float  # until the scheduler has answered
 
 
-def _reader(config: ServerConfig, limits: Limits) -> Callable[[Fields, Request], Awaitable[dict[str, Any]]]:
-    async def read(fields: Fields, request: Request) -> dict[str, Any]:
-        return load_object(await read_json(request, limits.body_bytes), fields, reading_of(request, config))
-
-    return read
-
-
 def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limits: Limits) -> None:
     """/tokenize and /detokenize."""
-    checked = _reader(config, limits)
 
     @app.post("/tokenize", **documented(_TOKENS, TokenizeBody, errors=(404, 503)))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or a chat, as a request would have them."""
-        body = validate(TokenizeBody, await checked(TOKENIZE, request))
+        body = validate(TokenizeBody, await read_object(request, TOKENIZE, config, limits.body_bytes))
         check_model(body.model, config)
         prompt, special = _prompt(body)
         tokens = await frontend.encode(prompt, special=special)
@@ -98,7 +90,7 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limi
     @app.post("/detokenize", **documented(_TEXT, DetokenizeBody, errors=(404, 503)))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        body = validate(DetokenizeBody, await checked(DETOKENIZE, request))
+        body = validate(DetokenizeBody, await read_object(request, DETOKENIZE, config, limits.body_bytes))
         check_model(body.model, config)
         bad = next((token for token in body.tokens if not 0 <= token < 2**31), None)
         if bad is not None:
@@ -125,7 +117,6 @@ def _prompt(body: TokenizeBody) -> tuple[ChatPrompt | TextPrompt, bool]:
 
 def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limits: Limits) -> None:
     """What the operator asks and does."""
-    checked = _reader(config, limits)
 
     @app.get("/version", **documented(fields(version="string")))
     async def version() -> Response:
@@ -151,7 +142,7 @@ def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, lim
     @app.post("/abort_request", **documented(fields(num_aborted="integer"), AbortBody))
     async def abort_request(request: Request) -> Response:
         """End requests: their answers end with `abort`. Ids that are not there (any more) are no error."""
-        body = validate(AbortBody, await checked(ABORT, request))
+        body = validate(AbortBody, await read_object(request, ABORT, config, limits.body_bytes))
         if (body.rid is None) == (not body.abort_all):
             raise RequestError("give either rid or abort_all: true", param="rid")
         if body.abort_all:

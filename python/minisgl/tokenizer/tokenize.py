@@ -133,8 +133,7 @@ class HFTextCodec:
         if prompt.continue_final:
             messages = [*messages[:-1], {**last, "content": last["content"] + _END}]
         if any(message.get("tool_calls") for message in messages):
-            if self._call_form is None:
-                self._call_form = learn(lambda probe: self._render(probe, ChatPrompt([])))
+            self._call_form = self._call_form or learn(lambda probe: self._render(probe, ChatPrompt([])))
             messages = self._call_form.fit(messages)
         try:
             text = self._render(messages, prompt)
