@@ -35,18 +35,17 @@ class FinishReason(str, Enum):
 class Grammar:
     """What an output has to match.
 
-    kind: of `text`: "json" (a JSON schema), "regex", "choice" (a JSON list of strings) or "grammar" (Lark or EBNF).
-    prefix, suffix: texts that the output has around that. separator: with one, prefix, match and suffix come once or
-    more, with the separator between them. reasoning: whether text between `<think>` and `</think>` comes before all
+    kind: of `text`: "json" (a JSON schema), "regex", "choice" (a JSON list of strings), "grammar" (Lark or EBNF), or
+    "form" (JSON that puts such together, see `grammar/source.py`).
+    whitespace: of "json", beside what is in strings: "compact" (at most a space after commas and colons, which models
+    write and need), or "any". reasoning: whether text between `<think>` and `</think>` comes before all
     that: "" never, "optional", or "always" (the first tag may be missing then); what the end of the prompt says comes
     first (`config.chat.reasoning_after`). param: the field of the request that it came from.
     """
 
     kind: str
     text: str
-    prefix: str = ""
-    suffix: str = ""
-    separator: str | None = None
+    whitespace: str = "compact"
     reasoning: str = ""
     param: str = field(default="response_format", compare=False)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
 from pydantic import BaseModel
 
 from tests.e2e.conftest import Scripted, Server, fake
@@ -41,8 +42,12 @@ def test_a_call(model: Scripted) -> None:
 def test_calls_stream(model: Scripted) -> None:
     chunks = list(model.chat(f"I look.\n{CALL}{CALL}", tools=TOOLS, stream=True))
     deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
-    assert [call.index for call in deltas] == [0, 0, 1, 1]
-    assert deltas[0].id and deltas[0].function.name == "GetWeather" and deltas[1].id is None
+    for index in (0, 1):  # each begins with its name, and its arguments follow in pieces
+        first, *rest = [call for call in deltas if call.index == index]
+        assert first.id and first.function.name == "GetWeather" and not first.function.arguments
+        assert len(rest) > 3 and not any(call.id or call.function.name for call in rest)
+        assert json.loads("".join(call.function.arguments for call in rest)) == {"city": "Köln 🌧"}
+    assert [call.index for call in deltas] == sorted(call.index for call in deltas)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "I look."
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
@@ -64,7 +69,7 @@ def test_parse(model: Scripted) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("says", [CALL.replace("GetWeather", "GetLost"), CALL[:-20], "<tool_call>\n{}</tool_call>"])
+@pytest.mark.parametrize("says", [CALL.replace("GetWeather", "GetLost"), CALL[:25], "<tool_call>\n{}</tool_call>"])
 def test_what_is_no_call_is_content(model: Scripted, says: str, stream: bool) -> None:
     if stream:
         chunks = [chunk.choices[0] for chunk in model.chat(says, tools=TOOLS, stream=True)]
@@ -74,6 +79,21 @@ def test_what_is_no_call_is_content(model: Scripted, says: str, stream: bool) ->
         assert choice.message.tool_calls is None
         content, finish = choice.message.content, choice.finish_reason
     assert (content, finish) == (says, "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_call_that_is_cut_off_has_the_arguments_so_far(model: Scripted, stream: bool) -> None:
+    asked: dict[str, Any] = {"tools": TOOLS, "max_tokens": len(CALL[: CALL.index(" 🌧")].encode())}
+    if stream:
+        state = ChatCompletionStreamState()
+        for chunk in model.chat(CALL, **asked, stream=True):
+            state.handle_chunk(chunk)
+        choice: Any = state.current_completion_snapshot.choices[0]
+    else:
+        choice = model.chat(CALL, **asked).choices[0]
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "length" and not choice.message.content
+    assert '{"city": "Köln'.startswith(call.function.arguments) and call.function.arguments.startswith('{"city')
 
 
 def test_without_tools_nothing_is_a_call(model: Scripted) -> None:
@@ -143,7 +163,6 @@ def test_a_message_that_goes_on(model: Scripted, begun: str, says: str, reasonin
     ("options", "param"),
     [
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "GetLost"}}}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format"),
         ({"extra_body": {"chat_template_kwargs": {"tokenize": True}}}, "chat_template_kwargs"),
         ({"extra_body": {"chat_template_kwargs": {"forbidden": True}}}, "messages"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from minisgl.config.locate import DEMO_MODEL
-from minisgl.core import FinishReason, SamplingParams
+from minisgl.core import FinishReason, Grammar, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
@@ -48,7 +49,7 @@ def test_tools_reach_the_template_as_they_are() -> None:
     parsed = parse(tools=[WEATHER, TIME])
     assert parsed.prompts[0].tools == [WEATHER, TIME]  # type: ignore[union-attr]
     assert parsed.tools == ToolUse((WEATHER, TIME))
-    assert parsed.tools.names == {"get_weather", "get_time"}
+    assert parsed.tools.functions == {"get_weather": PARAMETERS, "get_time": None}
     assert parse(tools=[TIME], tool_choice="auto", parallel_tool_calls=False).tools == ToolUse((TIME,), parallel=False)
     for body in ({"tools": [TIME], "tool_choice": "none"}, {"tools": []}, {"tools": None}, {"tool_choice": "auto"}):
         assert parse(**body).tools is None
@@ -87,9 +88,13 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"tools": [TIME, TIME]}, "tools"),
     ({"tools": [TIME], "tool_choice": "always"}, "tool_choice"),
-    ({"tools": [TIME], "tool_choice": "required", "guided_regex": "x"}, "guided_regex"),
     ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
     ({"tools": [TIME], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice"),
+    ({"tools": [TIME], "tool_choice": {"type": "allowed_tools", "tools": [{"name": "g"}]}}, "tool_choice"),
+    ({"tools": [TIME], "tool_choice": {"type": "allowed_tools", "tools": [TIME], "mode": "none"}}, "tool_choice"),
+    ({"tools": [TIME], "tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice"),
+    ({"tools": [TIME], "tool_choice": {"type": ["function"]}}, "tool_choice"),
+    ({"tools": [TIME], "tool_choice": {}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
@@ -221,8 +226,12 @@ def test_without_parallel_calls_the_first_is_the_only_one() -> None:
 
 
 def test_a_message_that_is_cut_off_ends_with_length() -> None:
-    choice = answer(replies(HERMES, HERMES[:-14], finish=FinishReason.LENGTH), TOOLS)
-    assert (choice.finish_reason, len(choice.message.tool_calls), choice.message.content) == ("length", 1, HERMES[:-14])
+    """Its last call has the arguments so far, if it had begun, as in OpenAI's API."""
+    for rest, num_calls, content in ((HERMES[:-20], 2, None), (HERMES[:20], 1, HERMES[:20])):
+        choice = answer(replies(HERMES, rest, finish=FinishReason.LENGTH), TOOLS)
+        assert (choice.finish_reason, choice.message.content) == ("length", content)
+        assert len(choice.message.tool_calls) == num_calls
+    assert answer(replies(HERMES[:-20]), TOOLS).message.tool_calls[0].function.arguments == '{"city": "P'
 
 
 def test_text_alone() -> None:
@@ -244,16 +253,76 @@ def test_reasoning_is_apart() -> None:
 
 
 def test_demanded_calls_are_read_in_the_format_of_their_grammar() -> None:
-    named = ToolUse((WEATHER, TIME), required=True, function="get_weather")
-    forced = named.forced("pythonic")
-    assert forced is not None and forced.schema == PARAMETERS
-    given = replies("Hm", "</think>", '{"city": ', '"Paris"}')
-    choice = answer(given, named, "deepseek_r1", "pythonic")
-    assert choice.message.model_extra == {"reasoning_content": "Hm"}
-    assert (choice.finish_reason, choice.message.tool_calls[0].function.arguments) == (
-        "tool_calls",
-        '{"city": "Paris"}',
-    )
-    choice = answer(replies(*HERMES), named, "qwen3")
-    assert (choice.finish_reason, choice.message.tool_calls[0].function.name) == ("tool_calls", "get_weather")
-    assert TOOLS.forced("hermes") is None
+    named = ToolUse((WEATHER, TIME), required=True, allowed=frozenset({"get_weather"}), parallel=False)
+    for parser, call in (("pythonic", '[get_weather(city="Paris")]'), ("hermes", HERMES)):
+        choice = answer(replies("Hm", "</think>", *call), named, "deepseek_r1", parser)
+        assert choice.message.model_extra == {"reasoning_content": "Hm"}
+        (made,) = choice.message.tool_calls
+        assert (choice.finish_reason, made.function.name) == ("tool_calls", "get_weather")
+        assert json.loads(made.function.arguments) == {"city": "Paris"}
+
+
+def grammar_of(tools: ToolUse | None, grammar: Grammar | None, **options: Any) -> Any:
+    config: Any = SimpleNamespace(tool_call_parser="hermes", reasoning_parser=None)
+    parsed = GenerationRequest((ChatPrompt([]),), SamplingParams(grammar=grammar), tools=tools)
+    return with_grammar(parsed, config).params.grammar
+
+
+def test_which_grammar_an_answer_has() -> None:
+    answer = Grammar("json", "{}")
+    assert grammar_of(None, answer) == answer
+    assert grammar_of(TOOLS, None) is None
+    both = json.loads(grammar_of(TOOLS, answer).text)["any"]
+    assert both == [TOOLS.form("hermes"), asdict(answer)]
+    forced = replace(TOOLS, required=True)
+    assert json.loads(grammar_of(forced, answer).text) == json.loads(grammar_of(forced, None).text)
+    assert json.loads(grammar_of(forced, None).text) == forced.form("hermes")
+
+
+BOTH = [WEATHER, TIME]
+CHOICES: list[tuple[Any, bool, set[str] | None, bool]] = [
+    ("auto", False, None, True),
+    ({"type": "auto"}, False, None, True),
+    ("required", True, None, True),
+    ("any", True, None, True),
+    ({"type": "any"}, True, None, True),
+    ({"type": "required"}, True, None, True),
+    ({"type": "any", "disable_parallel_tool_use": True}, True, None, False),
+    *(
+        (form, True, {"get_time"}, False)
+        for form in (
+            "get_time",
+            {"type": "function", "function": {"name": "get_time"}},
+            {"type": "function", "name": "get_time"},
+            {"type": "tool", "name": "get_time"},
+            {"function": {"name": "get_time"}},
+            {"name": "get_time"},
+            {"type": "function", "function": "get_time"},
+            {"type": "function", "function": {"name": "get_time"}, "name": None, "cache_control": None},
+        )
+    ),
+    *(
+        (form, mode == "required", {"get_time"}, True)
+        for mode in ("auto", "required")
+        for form in (
+            {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": "get_time"}]},
+            {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [TIME]}},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("choice", "required", "names", "parallel"), CHOICES, ids=str)
+def test_every_form_of_tool_choice(choice: Any, required: bool, names: set[str] | None, parallel: bool) -> None:
+    parsed = parse(tools=BOTH, tool_choice=choice)
+    tools = parsed.tools
+    assert tools is not None
+    assert (tools.required, tools.parallel) == (required, parallel)
+    assert set(tools.functions) == (names or {"get_weather", "get_time"})
+    shown = [tool["function"]["name"] for tool in parsed.prompts[0].tools]  # type: ignore[union-attr]
+    assert shown == (["get_time"] if names and not required else ["get_weather", "get_time"])
+
+
+@pytest.mark.parametrize("choice", ["none", {"type": "none"}])
+def test_no_tools_by_choice(choice: Any) -> None:
+    assert parse(tools=BOTH, tool_choice=choice).tools is None

@@ -44,6 +44,11 @@ def compile_in(store: GrammarStore, kind: str, text: Any, **around: str) -> LLMa
     return store.request(Grammar(kind, text, **around)).result().start()
 
 
+def part(kind: str, text: Any) -> dict[str, Any]:
+    """Of a form."""
+    return {"kind": kind, "text": text if isinstance(text, str) else json.dumps(text), "whitespace": "compact"}
+
+
 def allowed(matcher: LLMatcher) -> list[int]:
     bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
     return np.flatnonzero(bits).tolist()  # type: ignore[no-any-return]
@@ -93,7 +98,7 @@ LEAVES = [
 @SLOW
 @given(data=st.data())
 def test_every_object_is_allowed(store: GrammarStore, data: st.DataObject) -> None:
-    """In the schema's order of properties, compact or pretty."""
+    """In the schema's order of properties, compact, or pretty where whitespace may stand anywhere."""
     fields = data.draw(st.lists(st.sampled_from(LEAVES), max_size=4))
     schema: dict[str, Any] = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
     value = {}
@@ -104,9 +109,10 @@ def test_every_object_is_allowed(store: GrammarStore, data: st.DataObject) -> No
         if f"f{index}" in schema["required"] or data.draw(st.booleans()):
             value[f"f{index}"] = data.draw(values)
     jsonschema.validate(value, schema)
-    for indent, separators in ((None, None), (None, (",", ":")), (2, None)):
-        text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators)
-        assert accepts(compile_in(store, "json", schema), text), text
+    compact = [json.dumps(value, ensure_ascii=False, separators=(",", space)) for space in (":", ": ")]
+    for text in (*compact, json.dumps(value, ensure_ascii=False), json.dumps(value, ensure_ascii=False, indent=2)):
+        assert accepts(compile_in(store, "json", schema, whitespace="any"), text), text
+        assert accepts(compile_in(store, "json", schema), text) == ("\n" not in text), text
 
 
 @pytest.mark.parametrize(
@@ -116,7 +122,7 @@ def test_every_object_is_allowed(store: GrammarStore, data: st.DataObject) -> No
         ("choice", ["yes", "no", "a <tool_call>"], "a <tool_call>", "maybe"),
         ("grammar", 'start: "a" | "b" X\nX: /[0-9]+/', "b12", "b"),
         ("grammar", 'root ::= "a" | "b" x\nx ::= [0-9]+', "b12", "b"),
-        ("json", {"type": "object"}, '{"any": ["thing"]}', "[]"),
+        ("json", {"type": "object"}, '{"any":["thing"]}', "[]"),
         ("json", {"oneOf": [{"type": "integer"}, {"type": "string"}]}, '"s"', "null"),
     ],
 )
@@ -128,18 +134,21 @@ def test_kinds(store: GrammarStore, kind: str, text: Any, good: str, bad: str) -
 def test_text_around(store: GrammarStore) -> None:
     """The marks of a tool call are the model's own tokens for them."""
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-    around = {"prefix": "<tool_call>\n", "suffix": "\n</tool_call>"}
-    assert accepts(compile_in(store, "json", schema, **around), '<tool_call>\n{"a": 1}\n</tool_call>')
-    assert allowed(compile_in(store, "json", schema, **around)) == [TOKENIZER.token_to_id("<tool_call>")]
+    form = ["<tool_call>\n", part("json", schema), "\n</tool_call>"]
+    assert accepts(compile_in(store, "form", form), '<tool_call>\n{"a":1}\n</tool_call>')
+    assert allowed(compile_in(store, "form", form)) == [TOKENIZER.token_to_id("<tool_call>")]
 
 
-@pytest.mark.parametrize("around", [{}, {"prefix": "<tool_call>\n", "suffix": "\n</tool_call>"}], ids=["alone", "call"])
+@pytest.mark.parametrize("call", [False, True])
 @pytest.mark.parametrize("kind", ["json", "regex", "choice"])
-def test_reasoning_comes_before_the_answer(store: GrammarStore, kind: str, around: dict[str, str]) -> None:
-    text = {"json": {"const": {"a": 1}}, "regex": r"\{\"a\": 1\}", "choice": ['{"a": 1}', "b"]}[kind]
-    answer = around.get("prefix", "") + '{"a": 1}' + around.get("suffix", "")
-    optional = compile_in(store, kind, text, reasoning="optional", **around)
-    always = compile_in(store, kind, text, reasoning="always", **around)
+def test_reasoning_comes_before_the_answer(store: GrammarStore, kind: str, call: bool) -> None:
+    text: Any = {"json": {"const": {"a": 1}}, "regex": r"\{\"a\":1\}", "choice": ['{"a":1}', "b"]}[kind]
+    answer = '{"a":1}'
+    if call:
+        kind, text = "form", ["<tool_call>\n", part(kind, text), "\n</tool_call>"]
+        answer = f"<tool_call>\n{answer}\n</tool_call>"
+    optional = compile_in(store, kind, text, reasoning="optional")
+    always = compile_in(store, kind, text, reasoning="always")
     thought = 'so {"a": 0}?\n größer 🙂\n' * 50 + "</think>"
     for tagged in (f"<think>\n{thought}\n\n", "<think></think>", "<think>\n\n</think>\n\n"):
         assert accepts(optional.deep_copy(), tagged + answer)
@@ -173,9 +182,9 @@ def test_reasoning_tags_that_are_no_tokens(tmp_path: Path) -> None:
 
 def test_several_of_them(store: GrammarStore) -> None:
     """Parallel tool calls."""
-    call = '<tool_call>\n{"a": 1}\n</tool_call>'
-    around = {"prefix": "<tool_call>\n", "suffix": "\n</tool_call>", "separator": "\n"}
-    matcher = compile_in(store, "json", {"type": "object", "properties": {"a": {"const": 1}}}, **around)
+    call = '<tool_call>\n{"a":1}\n</tool_call>'
+    once = ["<tool_call>\n", part("json", {"type": "object", "properties": {"a": {"const": 1}}}), "\n</tool_call>"]
+    matcher = compile_in(store, "form", {"many": once, "between": "\n"})
     assert accepts(matcher.deep_copy(), call)
     assert accepts(matcher.deep_copy(), f"{call}\n{call}\n{call}")
     assert not accepts(matcher.deep_copy(), f"{call}{call}")
@@ -194,7 +203,7 @@ def test_added_tokens_in_strings(store: GrammarStore) -> None:
         ("json", '{"type": "strin"}', "Invalid type: strin"),
         ("json", '{"type": "array", "uniqueItems": true}', "uniqueItems"),
         ("json", '{"enum": []}', "Unsatisfiable"),
-        ("json", "{", "parsing"),
+        ("json", "{", "not valid JSON"),
         ("regex", "(a", "regex"),
         ("regex", "(?=a)b", "look-around"),
         ("grammar", 'start: "a" | "b" X', 'unknown name: "X"'),
@@ -279,3 +288,15 @@ def test_matchers_are_independent(store: GrammarStore) -> None:
     before = allowed(second)
     assert first.consume_token(allowed(first)[0])
     assert allowed(second) == before
+
+
+@pytest.mark.parametrize("text", ['{"a":1,"b":[2,3]}', '{"a": 1, "b": [2, 3]}', '{"a":1, "b":[2,3]}'])
+def test_json_has_no_room_for_blanks(store: GrammarStore, text: str) -> None:
+    """A weak model would fill its tokens with them. One after a comma or colon is what models have learnt to write."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "array"}}}
+    compact, free = (compile_in(store, "json", schema, whitespace=name) for name in ("compact", "any"))
+    assert accepts(compact.deep_copy(), text) and accepts(free.deep_copy(), text)
+    for more in (text.replace(",", ",  ", 1), text.replace(":", " :", 1), text.replace("{", "{\n"), text[:-1] + " }"):
+        assert not accepts(compact.deep_copy(), more)
+        assert accepts(free.deep_copy(), more)
+    assert not accepts(free, "{" + " " * 33 + text[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ import pytest
 from minisgl.core import Grammar, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.server.protocol import parse_chat, parse_completion, parse_generate
-from minisgl.server.protocol_grammar import schema_grammar
 
 SCHEMA = {"type": "object", "properties": {"z": {}, "a": {}}}
 HELLO = [{"role": "user", "content": "hello"}]
@@ -43,7 +43,50 @@ def test_what_fields_become(fields: dict[str, Any], expected: Grammar | None) ->
 
 def test_a_schema_keeps_its_order() -> None:
     """It is the order of the output."""
-    assert schema_grammar(SCHEMA, "x").text.index('"z"') < schema_grammar(SCHEMA, "x").text.index('"a"')
+    body = {"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}
+    text = parse_chat(json.dumps(body).encode(), {}).params.grammar.text  # type: ignore[union-attr]
+    assert text.index('"z"') < text.index('"a"')
+
+
+OBJECT = Grammar("json", '{"type": "object"}')
+WITH_SCHEMA = Grammar("json", json.dumps(SCHEMA))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"type": "json_object", "schema": SCHEMA}, WITH_SCHEMA),
+        ({"type": "json_object", "schema": None}, OBJECT),
+        ({"type": "json_object", "json_schema": {"schema": SCHEMA}}, WITH_SCHEMA),
+        ({"type": "json_schema", "schema": SCHEMA}, WITH_SCHEMA),
+        ({"type": "json_schema", "name": "n", "strict": True, "schema": SCHEMA}, WITH_SCHEMA),
+        ({"type": "json_schema", "json_schema": {"schema": SCHEMA}}, WITH_SCHEMA),
+        ({"type": "json_object", "whitespace": "any"}, replace(OBJECT, whitespace="any")),
+        ({"type": "json_object", "whitespace": "compact"}, OBJECT),
+        (
+            {"type": "json_schema", "json_schema": {"schema": SCHEMA, "whitespace": "any"}},
+            replace(WITH_SCHEMA, whitespace="any"),
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"schema": SCHEMA}, "whitespace": "any"},
+            replace(WITH_SCHEMA, whitespace="any"),
+        ),
+    ],
+)
+def test_every_form_of_response_format(value: dict[str, Any], expected: Grammar) -> None:
+    body = {"messages": HELLO, "response_format": value}
+    assert parse_chat(json.dumps(body).encode(), {}).params.grammar == expected
+
+
+def test_whitespace_is_asked_for() -> None:
+    body: dict[str, Any] = {"prompt": "a", "structured_outputs": {"json": SCHEMA, "whitespace": "any"}}
+    assert parse_completion(json.dumps(body).encode(), {}).params.grammar == replace(WITH_SCHEMA, whitespace="any")
+    for fields in (
+        {"structured_outputs": {"json": SCHEMA, "whitespace": "some"}},
+        {"structured_outputs": {"json": SCHEMA, "whitespace": 3}},
+    ):
+        with pytest.raises(RequestError, match="compact or any"):
+            parse_completion(json.dumps({"prompt": "a", **fields}).encode(), {})
 
 
 def test_native_fields() -> None:

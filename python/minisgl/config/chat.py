@@ -9,7 +9,7 @@ from typing import Any
 from minisgl.config.fields import Fields, read_json
 from minisgl.errors import ConfigError
 
-TOOL_PARSERS = ("hermes", "qwen", "llama3_json", "mistral", "pythonic")
+TOOL_PARSERS = ("hermes", "qwen", "qwen3_coder", "llama3_json", "mistral", "pythonic")
 REASONING_PARSERS = {"qwen3": "optional", "deepseek_r1": "always"}  # name: whether models reason (`core.Grammar`)
 OPENING, CLOSING = "<think>", "</think>"
 
@@ -17,6 +17,7 @@ OPENING, CLOSING = "<think>", "</think>"
 _MARKERS = {
     "hermes": ("<tool_call>", "</tool_call>"),
     "qwen": ("<tool_call>", "</tool_call>"),
+    "qwen3_coder": ("<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>"),
     "llama3_json": ("<|python_tag|>",),
     "mistral": ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
     "pythonic": ("<|python_tag|>", "<|python_start|>", "<|python_end|>"),
@@ -24,7 +25,7 @@ _MARKERS = {
     "deepseek_r1": (OPENING, CLOSING),
 }
 # Formats that share a marker with one of ours.
-_OTHER_FORMATS = ("<function=", "<arg_key>", "<tool_call_begin>", "<｜tool▁call▁begin｜>")
+_OTHER_FORMATS = ("<arg_key>", "<tool_call_begin>", "<｜tool▁call▁begin｜>")
 
 
 def read_template_file(file: str) -> str:
@@ -75,6 +76,10 @@ def choose_tool_parser(wanted: str | None, template: str) -> str | None:
     if "[TOOL_CALLS]" in template:
         return "mistral"
     if any(marker in template for marker in _OTHER_FORMATS):
+        return None
+    if "<function=" in template and "<parameter=" in template:
+        return "qwen3_coder"
+    if "<function=" in template:
         return None
     if "<tool_call>" in template:
         return "hermes"

@@ -1,13 +1,13 @@
-"""A request's grammar in the language of llguidance: Lark, with JSON schemas inline.
-
-A schema is compiled as it is or refused: what llguidance does not know of it is an error and never left out.
-"""
+"""A request's grammar in the language of llguidance: Lark, with what is in other languages as grammars beside it."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
@@ -15,9 +15,15 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 from minisgl.config.chat import CLOSING, OPENING
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
+from minisgl.grammar.schema import SchemaError, children, followed
 
-# JSON between whose parts any amount of whitespace may stand would let a model go on with it for ever.
-_WHITESPACE = r"[ \t\n]{0,32}"
+_WHITESPACE: dict[str, Any] = {
+    "compact": {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"},
+    # Any amount would let a model go on with it for ever.
+    "any": {"whitespace_pattern": r"[ \t\n]{0,32}"},
+}
+_WHITESPACE["python"] = {**_WHITESPACE["compact"], "json_allowed_escapes": 'nrbtf\\"'}  # literals of both languages
+_LOCATE_SECONDS = 0.5
 
 
 def to_llguidance(grammar: Grammar, special: Mapping[str, int]) -> str:
@@ -25,21 +31,62 @@ def to_llguidance(grammar: Grammar, special: Mapping[str, int]) -> str:
 
     Raises: RequestError when the grammar is not even well-formed.
     """
+    writer = _Writer(special, grammar.param)
     try:
-        body = _BODIES[grammar.kind](grammar.text, special)
-    except (GbnfToLarkError, RecursionError, ValueError) as error:
-        raise RequestError(f"{grammar.param}: {error}", param=grammar.param) from None
-    if not (grammar.prefix or grammar.suffix or grammar.reasoning or grammar.separator is not None):
-        return body
-    parts = [_literal(grammar.prefix, special), "@body", _literal(grammar.suffix, special)]
-    rules = {"start": "match", "match": " ".join(filter(None, parts))}
-    if grammar.separator is not None:
-        rules["start"] = f"match ({_literal(grammar.separator, special)} match)*"
-    if grammar.reasoning:
-        rules = {**rules, **_reasoning(grammar.reasoning, special), "start": f"reasoning {rules['start']}"}
-    lark = "\n".join(f"{name}: {rule}" for name, rule in rules.items())
-    grammars = [{"name": "outer", "lark_grammar": lark}, {**json.loads(body)["grammars"][0], "name": "body"}]
-    return json.dumps({"grammars": grammars})
+        form = json.loads(grammar.text) if grammar.kind == "form" else asdict(grammar)
+        rules = {"start": writer.expression(form)}
+        if grammar.reasoning:
+            rules = {"start": f"reasoning ({rules['start']})", **_reasoning(grammar.reasoning, special)}
+    except RecursionError:
+        raise RequestError(f"{grammar.param} is too deeply nested", param=grammar.param) from None
+    lark = "\n".join(f"{name}: {rule}" for name, rule in {**rules, **writer.rules}.items())
+    return json.dumps({"grammars": [{"name": "outer", "lark_grammar": lark}, *writer.grammars.values()]})
+
+
+class _Writer:
+    """Writes forms in Lark, with what stands in other languages as grammars of their own.
+
+    A form is a text, a list of forms that follow each other, or one of these: `{"any": [form, …]}`, one of them;
+    `{"many": form, "between": text}`, once or more; `{"until": text}`, whatever comes before that text, and the text;
+    or the fields of a `Grammar`, whose `param` names what is wrong, unless `"or"` has another form for that case.
+    """
+
+    def __init__(self, special: Mapping[str, int], param: str) -> None:
+        self._special, self._param = special, param
+        self.rules: dict[str, str] = {}
+        self.grammars: dict[str, dict[str, Any]] = {}  # by what they are made of
+
+    def expression(self, form: Any) -> str:
+        """Raises: RequestError."""
+        if isinstance(form, str):
+            return _literal(form, self._special) or '""'
+        if isinstance(form, list):
+            return " ".join(map(self.expression, form)) or '""'
+        if "any" in form:
+            return f"({' | '.join(map(self.expression, form['any']))})"
+        if "many" in form:
+            match, between = self.expression(form["many"]), _literal(form["between"], self._special)
+            return f"{match} ({between} {match})*"
+        if "until" in form:
+            name = f"until{len(self.rules)}"
+            self.rules[f"{name}[lazy]"] = rf"/(.|\n)*{_escaped(form['until'])}/"
+            return name
+        return self._body(form)
+
+    def _body(self, form: Mapping[str, Any]) -> str:
+        key = json.dumps([form["kind"], form["text"], form.get("whitespace")])
+        if key not in self.grammars:
+            param = form.get("param", self._param)
+            try:
+                body = _BODIES[form["kind"]](form, self._special)
+                if why := LLMatcher.validate_grammar(body):
+                    raise ValueError(one_line(why))
+            except (GbnfToLarkError, ValueError) as error:
+                if "or" in form:
+                    return self.expression(form["or"])
+                raise RequestError(f"{param}: {error}", param=param) from None
+            self.grammars[key] = {**json.loads(body)["grammars"][0], "name": f"body{len(self.grammars)}"}
+        return f"@{self.grammars[key]['name']}"
 
 
 def _reasoning(reasoning: str, special: Mapping[str, int]) -> dict[str, str]:
@@ -48,29 +95,67 @@ def _reasoning(reasoning: str, special: Mapping[str, int]) -> dict[str, str]:
     if CLOSING in special:
         thought = {"thought": f"ANYTHING {_literal(CLOSING, special)}", "ANYTHING": r"/(.|\n)*/"}
     else:  # a text as any other
-        thought = {"thought[lazy]": r"/(.|\n)*" + CLOSING.replace("/", r"\/") + "/"}
+        thought = {"thought[lazy]": r"/(.|\n)*" + _escaped(CLOSING) + "/"}
     start = f"({opening})? thought SPACE?" if reasoning == "always" else f"({opening} thought SPACE?)?"
     return {"reasoning": start, "SPACE": r"/[ \t\n]{1,32}/", **thought}
 
 
-def _json_body(text: str, special: Mapping[str, int]) -> str:  # noqa: ARG001
-    return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
+def _json_body(form: Mapping[str, Any], special: Mapping[str, int]) -> str:  # noqa: ARG001
+    """Raises: SchemaError with the place of what llguidance does not follow, if that can be found."""
+    overrides = _WHITESPACE[form["whitespace"]]
+
+    def problem(schema: Any) -> tuple[str, str]:
+        source = LLMatcher.grammar_from_json_schema(schema, overrides=overrides)
+        return source, LLMatcher.validate_grammar(source)
+
+    try:
+        schema = json.loads(form["text"])
+    except ValueError as error:
+        raise SchemaError(f"it is not valid JSON: {error}", ()) from None
+    schema = followed(schema)
+    source, why = problem(schema)
+    if why:
+        raise SchemaError(one_line(why), _place(schema, lambda inner: problem(inner)[1] == why))
+    return source
 
 
-def _regex_body(text: str, special: Mapping[str, int]) -> str:  # noqa: ARG001
-    return LLMatcher.grammar_from_regex(text)
+def _place(schema: Any, is_cause: Callable[[Any], bool]) -> tuple[str, ...]:
+    """The way to the innermost schema that is the cause by itself."""
+    path: tuple[str, ...] = ()
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema} if isinstance(schema, dict) else {}
+    deadline = time.monotonic() + _LOCATE_SECONDS
+    while isinstance(schema, dict):
+        inside = (way for way in children(schema) if isinstance(way[1], dict) and time.monotonic() < deadline)
+        found = next((way for way in inside if is_cause({**shared, **way[1]})), None)
+        if found is None:
+            break
+        path, schema = (*path, *found[0]), found[1]
+    return path
 
 
-def _choice_body(text: str, special: Mapping[str, int]) -> str:
-    choices = " | ".join(_literal(choice, special) or '""' for choice in json.loads(text))
+def _regex_body(form: Mapping[str, Any], special: Mapping[str, int]) -> str:  # noqa: ARG001
+    return LLMatcher.grammar_from_regex(form["text"])
+
+
+def _choice_body(form: Mapping[str, Any], special: Mapping[str, int]) -> str:
+    choices = " | ".join(_literal(choice, special) or '""' for choice in json.loads(form["text"]))
     return _lark_body(f"start: {choices}")
 
 
-def _grammar_body(text: str, special: Mapping[str, int]) -> str:  # noqa: ARG001
+def _grammar_body(form: Mapping[str, Any], special: Mapping[str, int]) -> str:  # noqa: ARG001
     """Lark, or EBNF as llama.cpp writes it (`root ::= …`)."""
+    text = form["text"]
     if re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE):
         text = gbnf_to_lark(text)
     return _lark_body(text)
+
+
+def one_line(error: str) -> str:
+    """llguidance's error: its first line, and that of the regex compiler behind it."""
+    lines = [line.strip() for line in error.splitlines() if line.strip() not in ("", "<non-verbose/>")]
+    lines = lines[:1] + [line for line in lines[1:] if line.startswith("error:")]
+    text = " ".join(lines) or "it cannot be compiled"
+    return text if len(text) <= 500 else text[:500] + " …"
 
 
 # Each makes a list of one grammar, as JSON.
@@ -81,10 +166,16 @@ def _lark_body(text: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": text}]})
 
 
+def _escaped(text: str) -> str:
+    """A text in a regular expression between slashes."""
+    return re.escape(text).replace("/", r"\/").replace("\n", "n")  # `re` writes a backslash before the line break
+
+
 def _literal(text: str, special: Mapping[str, int]) -> str:
-    """A text as Lark terms: quoted, with special tokens by id."""
-    if not special:
-        return json.dumps(text) if text else ""
+    """A text as Lark terms: quoted, with special tokens by id. Strings and brackets are terms of their own, so that
+    JSON that begins in the same way can stand beside it."""
     pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
-    parts = re.split(f"({pattern})", text)
-    return " ".join(f"<[{special[part]}]>" if part in special else json.dumps(part) for part in parts if part)
+    parts = re.split(f"({pattern})" if special else "$^", text)
+    terms = [[part] if part in special else re.findall(r'"[^"]*"|[\[\]{}]|[^"\[\]{}]+|"', part) for part in parts]
+    flat = [term for part in terms for term in part]
+    return " ".join(f"<[{special[term]}]>" if term in special else json.dumps(term) for term in flat)

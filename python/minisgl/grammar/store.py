@@ -48,7 +48,7 @@ class GrammarStore:
         self._recent: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
         self._num_bytes = 0
         self._live: weakref.WeakValueDictionary[Grammar, CompiledGrammar] = weakref.WeakValueDictionary()
-        self._refused: OrderedDict[Grammar, str] = OrderedDict()
+        self._refused: OrderedDict[Grammar, tuple[str, str | None]] = OrderedDict()  # what to say after which field
         self._compiling: dict[Grammar, Future[CompiledGrammar]] = {}
         self._local = threading.local()
         self._trials: list[Trial] = []
@@ -67,8 +67,9 @@ class GrammarStore:
                 self._remember(grammar, compiled)
                 future.set_result(compiled)
             elif grammar in self._refused:
-                message = f"{grammar.param}{self._refused[grammar]}"
-                future.set_exception(RequestError(message, param=grammar.param))
+                why, where = self._refused[grammar]
+                where = where or grammar.param
+                future.set_exception(RequestError(f"{where}{why}", param=where))
             else:
                 future = self._compiling[grammar] = self._pool.submit(self._compile, grammar)
             return future
@@ -100,7 +101,7 @@ class GrammarStore:
             with self._lock:
                 self._compiling.pop(grammar, None)
                 if error.status == 400:
-                    self._refuse(grammar, str(error).removeprefix(grammar.param))
+                    self._refuse(grammar, error)
             raise
         except BaseException as error:  # a panic of llguidance is no Exception
             logger.warning("a grammar cannot be compiled: %s", error)
@@ -130,8 +131,10 @@ class GrammarStore:
         while self._num_bytes > MAX_STORED_BYTES and len(self._recent) > 1:
             self._num_bytes -= self._recent.popitem(last=False)[1].num_bytes
 
-    def _refuse(self, grammar: Grammar, why: str) -> None:
-        self._refused[grammar] = why
+    def _refuse(self, grammar: Grammar, error: RequestError) -> None:
+        where = error.param or grammar.param
+        why = str(error).removeprefix(where)
+        self._refused[grammar] = why, None if where == grammar.param else where  # requests name the field differently
         while len(self._refused) > _MAX_REFUSED:
             self._refused.popitem(last=False)
 

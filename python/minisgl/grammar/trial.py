@@ -23,7 +23,7 @@ from llguidance import LLMatcher
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
 from minisgl.grammar.limits import COMPILE_SECONDS, TRIAL_BYTES, TRIAL_SECONDS, TRIAL_STACK, parser_limits
-from minisgl.grammar.source import to_llguidance
+from minisgl.grammar.source import one_line, to_llguidance
 from minisgl.grammar.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
 
 _START_SECONDS = 60.0
@@ -61,7 +61,7 @@ class Trial:
             raise RequestError(f"{grammar.param}: {why}", param=grammar.param)
         result = json.loads(answer)
         if "error" in result:
-            raise RequestError(result["error"], param=grammar.param)
+            raise RequestError(result["error"], param=result["param"])
         return result["source"], result["num_bytes"]
 
     def close(self) -> None:
@@ -115,21 +115,18 @@ def try_out(grammar: Grammar, vocabulary: Vocabulary) -> dict[str, str | int]:
     try:
         source = to_llguidance(grammar, vocabulary.special)
     except RequestError as error:
-        return {"error": str(error)}
+        return {"error": str(error), "param": error.param or grammar.param}
     matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=parser_limits())
     if not matcher.is_error():
         matcher.compute_bitmask()
     if matcher.is_error():
-        return {"error": f"{grammar.param}: {reason(matcher)}"}
+        return {"error": f"{grammar.param}: {reason(matcher)}", "param": grammar.param}
     return {"source": source, "num_bytes": max(0, process.memory_info().rss - before) + len(source)}
 
 
 def reason(matcher: LLMatcher) -> str:
-    """llguidance's error in one line: its first, and that of the regex compiler behind it."""
-    lines = [line.strip() for line in matcher.get_error().splitlines() if line.strip() not in ("", "<non-verbose/>")]
-    lines = lines[:1] + [line for line in lines[1:] if line.startswith("error:")]
-    text = " ".join(lines) or "it cannot be compiled"
-    return text if len(text) <= 500 else text[:500] + " …"
+    """llguidance's error in one line."""
+    return one_line(matcher.get_error())
 
 
 def _serve(vocabulary: Vocabulary) -> None:

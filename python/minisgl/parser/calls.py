@@ -6,8 +6,12 @@ import ast
 import json
 import warnings
 from collections.abc import Collection
+from itertools import chain
 from typing import Any, NamedTuple, NoReturn
 
+from minisgl.grammar.schema import resolved
+
+_MAX_TYPES = 8  # within types, which a schema may have without end
 MAX_DEPTH = 64  # of brackets in Python literals: enough for arguments, and no work for Python's parser
 
 
@@ -29,14 +33,6 @@ def json_calls(text: str, names: Collection[str]) -> list[Call] | None:
     except (ValueError, RecursionError):
         return None
     return calls or None
-
-
-def named_call(name: str, arguments: str, names: Collection[str]) -> list[Call] | None:
-    """A call whose name stands before its arguments. None: it is no call."""
-    try:
-        return [_json_call({"name": name, "arguments": _load(arguments)}, names)]
-    except (ValueError, RecursionError):
-        return None
 
 
 def python_calls(text: str, names: Collection[str]) -> list[Call] | None:
@@ -110,48 +106,78 @@ class _JsonNames(ast.NodeTransformer):
         return ast.Constant(self._VALUES[node.id]) if node.id in self._VALUES else node
 
 
-class BracketScanner:
-    """Finds where a bracketed value ends, reading each character once. Brackets within strings do not count.
+class BracketReader:
+    """Passes a bracketed value on as it comes, to its end. Brackets within strings do not count, and line breaks
+    in them, which models leave as they are, are escaped; nothing else is changed or checked.
 
     quotes: the characters that delimit strings.
     """
 
-    __slots__ = ("_depth", "_end", "_escaped", "_position", "_quote", "_quotes", "too_deep")
-
-    def __init__(self, position: int = 0, quotes: str = '"') -> None:
-        self._position = position  # of the next character to read
+    def __init__(self, quotes: str = '"') -> None:
         self._quotes = quotes
         self._quote = ""  # of the string that is open
         self._escaped = False
         self._depth = 0
-        self._end: int | None = None
         self.too_deep = False
 
-    def scan(self, text: str) -> int | None:
-        """The end of the value, exclusive, in `text`: the same text as before, and more. None: it goes on."""
-        for position in range(self._position, len(text) if self._end is None else 0):
-            character = text[position]
+    def read(self, text: str) -> tuple[int, str, bool]:
+        """How many characters of the text belong to the value, what they are, and whether it ends with them."""
+        read: list[str] = []
+        for character in text:
             if self._escaped:
                 self._escaped = False
             elif self._quote:
-                if character == "\\":
-                    self._escaped = True
-                elif character == self._quote:
-                    self._quote = ""
-            elif character in self._quotes and self._depth:
+                self._escaped = character == "\\"
+                self._quote = "" if character == self._quote else self._quote
+            elif character in self._quotes:
                 self._quote = character
             elif character in "([{":
                 self._depth += 1
                 self.too_deep |= self._depth > MAX_DEPTH
             elif character in ")]}":
                 self._depth -= 1
-                if self._depth <= 0:
-                    self._end = position + 1
-                    break
-        self._position = len(text)
-        return self._end
+            read.append(json.dumps(character)[1:-1] if self._quote and character < " " else character)
+            if self._depth <= 0:
+                return len(read), "".join(read), True
+        return len(read), "".join(read), False
 
-    def in_string_at(self, text: str, position: int) -> bool:
-        """Whether `position` of `text` is within a string of the value."""
-        self.scan(text[:position])
-        return bool(self._quote)
+
+def json_kinds(schema: Any, root: Any, depth: int = 0) -> set[str]:
+    """The types that values of a schema have, as JSON schema names them; none when any may be."""
+    schema = resolved(schema, root)
+    if not isinstance(schema, dict) or depth > _MAX_TYPES:
+        return set()
+    kinds = schema.get("type")
+    if isinstance(kinds, str | list):
+        return {kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if isinstance(kind, str)}
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list):
+        return {_KINDS[type(value)] for value in values}
+    lists = [schema[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(key), list)]
+    branches: list[set[str]] = [json_kinds(branch, root, depth + 1) for branch in chain(*lists)]
+    return set().union(*branches) if all(branches) else set()
+
+
+_KINDS = {
+    str: "string",
+    bool: "boolean",
+    type(None): "null",
+    int: "integer",
+    float: "number",
+    dict: "object",
+    list: "array",
+}
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
+
+
+def typed_value(text: str, kinds: set[str]) -> str:
+    """What is written without quotes, as JSON: of these types if it can be read as one of them, else a string."""
+    if kinds != {"string"}:
+        try:
+            value = _load(_PYTHON.get(text.strip(), text))
+            kind = _KINDS[type(value)]
+            if not kinds or kind in kinds or (kind == "integer" and "number" in kinds):
+                return _dump(value)
+        except (ValueError, RecursionError):
+            pass
+    return _dump(text)

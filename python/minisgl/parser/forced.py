@@ -1,143 +1,190 @@
-"""Calls that the client demands (`tool_choice` `required`, or a function by name): what the output must look like, for
-a grammar to hold the model to, and the parser of such output."""
+"""What tool calls look like to a grammar, in each format: for outputs that must be calls (`tool_choice` `required`, or
+a function by name), or calls or an answer that has a form of its own (`response_format` beside `tools`)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from minisgl.parser.calls import BracketScanner, json_calls
-from minisgl.parser.parts import CallPart, Part, TextPart
+from minisgl.errors import RequestError
+from minisgl.grammar.schema import PATTERNS, resolved
 
-_LITERAL_KEYS = ("const", "default", "enum", "examples")  # of JSON schemas: their values are data, not schemas
+Form = Any  # of `grammar/source.py`
+UNKNOWN = "llama3_json"  # the format of a model whose own is not known
+_OTHER = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties", "propertyNames", "additionalProperties")
+_MAX_BRANCHES = 8  # of types within types, which a schema may have without end
 
 
-@dataclass(frozen=True, slots=True)
-class ForcedCall:
-    """What an output of calls looks like: JSON that matches `schema`, between `prefix` and `suffix`; all that once or
-    more where there is a `separator`. Its parser is `registry.make_forced_parser`."""
+class Part(NamedTuple):
+    """A function, or one of its arguments: its name and schema, and the field that this is from.
 
+    binds: the schema has to be followed, or the request is refused. needed: the argument must be there.
+    """
+
+    name: str
     schema: dict[str, Any]
-    prefix: str = ""
-    suffix: str = ""
-    separator: str | None = None
+    param: str
+    binds: bool
+    needed: bool = True
+
+    def json(self, whitespace: str, otherwise: dict[str, Any]) -> Form:
+        form = {"kind": "json", "text": json.dumps(self.schema), "whitespace": whitespace, "param": self.param}
+        return form if self.binds else {**form, "or": {**form, "text": json.dumps(otherwise)}}
 
 
-def forced_call(
-    parser: str | None, tools: Sequence[Mapping[str, Any]], function: str | None, *, parallel: bool
-) -> ForcedCall:
-    """Calls in the model's own format where that is JSON, which is what it knows best; else plain JSON.
+def calls_form(
+    parser: str | None, tools: Sequence[Mapping[str, Any]], names: Collection[str], *, parallel: bool, required: bool
+) -> Form:
+    """Calls in the model's own format, which is what it knows best.
 
     parser: the name of the format, as for `--tool-call-parser`; None: unknown.
-    tools: as in the request (`{"type": "function", "function": {…}}`).
-    function: the name of the one to call; None: any.
-    parallel: there may be several calls, unless one function is named: that is one call.
+    tools: as in the request (`{"type": "function", "function": {…}}`); those with these names can be called.
+    parallel: there may be several calls. required: arguments match their schema, or the request is refused; else that
+    is so for functions that are `strict`, and others whose schema cannot be followed have any arguments.
     """
-    parallel = parallel and function is None
-    functions = [tool["function"] for tool in tools if function in (None, tool["function"]["name"])]
-    if parser in ("hermes", "qwen"):
-        separator = "\n" if parallel else None
-        return ForcedCall(_call(functions, "arguments", "#"), "<tool_call>\n", "\n</tool_call>", separator)
-    if parser == "llama3_json":
-        return ForcedCall(_call(functions, "parameters", "#"), separator="; " if parallel else None)
-    if parser == "mistral":
-        return ForcedCall(_calls(functions, parallel), prefix="[TOOL_CALLS] ")
-    if function is not None:
-        return ForcedCall(_parameters(functions[0], "#"))
-    return ForcedCall(_calls(functions, parallel))
+    functions = [
+        Part(function["name"], _of_object(function), f"tools[{index}].function.parameters", required or binds)
+        for index, function in enumerate(tool["function"] for tool in tools)
+        if (binds := bool(function.get("strict"))) is not None and function["name"] in names
+    ]
+    return _FORMATS[parser or UNKNOWN](functions, parallel)
 
 
-def _calls(functions: Sequence[Mapping[str, Any]], parallel: bool) -> dict[str, Any]:
-    """The schema of a list of calls, one at least, and one only unless `parallel`."""
-    schema = {"type": "array", "minItems": 1, "items": _call(functions, "arguments", "#/items")}
-    return schema if parallel else {**schema, "maxItems": 1}
+def _of_object(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of its arguments: of an object, and without parameters of an empty one."""
+    schema = {key: value for key, value in (function.get("parameters") or {}).items() if value is not None}
+    if not any(key in schema for key in ("properties", *_OTHER)):
+        schema["properties"] = {}
+    return schema if "$ref" in schema else {"type": "object", **schema}
 
 
-def _call(functions: Sequence[Mapping[str, Any]], arguments: str, root: str) -> dict[str, Any]:
-    """The schema, standing at `root`, of an object with `name` and `arguments` (as the format calls them)."""
-    return {
-        "anyOf": [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": function["name"]},
-                    arguments: _parameters(function, f"{root}/anyOf/{index}/properties/{arguments}"),
-                },
-                "required": ["name", arguments],
-                "additionalProperties": False,
-            }
-            for index, function in enumerate(functions)
-        ]
-    }
+def _many(forms: Sequence[Form], between: str, parallel: bool) -> Form:
+    return {"many": {"any": forms}, "between": between} if parallel else {"any": forms}
 
 
-def _parameters(function: Mapping[str, Any], root: str) -> dict[str, Any]:
-    """The schema of a function's arguments when it stands at `root` of a larger one: always of an object."""
-    schema = _moved(function.get("parameters") or {}, root)
-    assert isinstance(schema, dict)
-    return schema if "type" in schema or "$ref" in schema else {"type": "object", **schema}
+def _json_calls(
+    functions: Sequence[Part],
+    parallel: bool,
+    between: str,
+    key: str = "arguments",
+    opening: str = "",
+    closing: str = "",
+) -> Form:
+    heads = [f'{opening}{{"name": {_quoted(function.name)}, "{key}": ' for function in functions]
+    calls = [[head, _arguments(f), "}" + closing] for head, f in zip(heads, functions, strict=True)]
+    return _many(calls, between, parallel)
 
 
-def _moved(schema: Any, root: str) -> Any:
-    """The schema with the references that start at its own root made to start at `root`."""
-    if isinstance(schema, list):
-        return [_moved(item, root) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {key: value if key in _LITERAL_KEYS else _moved(value, root) for key, value in schema.items()}
-    reference = moved.get("$ref")
-    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
-        moved["$ref"] = root + reference[1:]
-    return moved
+def _arguments(function: Part) -> Form:
+    return function.json("compact", {"type": "object"})
 
 
-class PlainParser:
-    """Forced calls in plain JSON. The arguments of a named function come as they are written; of others, call by call.
-    Output that was cut off before its end: of a named function, the arguments so far; else it is text."""
+def _hermes(functions: Sequence[Part], parallel: bool) -> Form:
+    return _json_calls(functions, parallel, "\n", opening="<tool_call>\n", closing="\n</tool_call>")
 
-    def __init__(self, names: Collection[str], name: str | None) -> None:
-        self._names = names
-        self._name = name  # of the one function; the output is its arguments
-        self._buffer = ""
-        self._started = False
-        self._scanner = BracketScanner()
-        self._num_calls = 0
 
-    def push(self, text: str) -> list[Part]:
-        if self._name is not None:
-            return self._arguments(text)
-        self._buffer += text
-        parts: list[Part] = []
-        while (call := self._next_call()) is not None:
-            parts.append(call)
-        return parts
+def _llama3_json(functions: Sequence[Part], parallel: bool) -> Form:
+    return _json_calls(functions, parallel, "; ", "parameters")
 
-    def finish(self) -> list[Part]:
-        rest, self._buffer = self._buffer, ""
-        return [TextPart(rest)] if rest.strip(" \t\r\n[],") else []
 
-    def _arguments(self, text: str) -> list[Part]:
-        if not self._started:
-            text = text.lstrip()
-            if not text:
-                return []
-        name = None if self._started else self._name
-        self._started = True
-        return [CallPart(0, name, text)] if text else []
+def _mistral(functions: Sequence[Part], parallel: bool) -> Form:
+    """As the model's version has it: a list, or each by itself."""
+    calls = ["[TOOL_CALLS]", {"any": [" ", ""]}, "[", _json_calls(functions, parallel, ", "), "]"]
+    named = [[f"[TOOL_CALLS]{function.name}[ARGS]", _arguments(function)] for function in functions]
+    return {"any": [calls, _many(named, "", parallel)]}
 
-    def _next_call(self) -> CallPart | None:
-        """The next element of the list, once it is whole."""
-        start = len(self._buffer) - len(self._buffer.lstrip(" \t\r\n[,"))
-        if start:
-            self._buffer = self._buffer[start:]
-            self._scanner = BracketScanner()
-        if not self._buffer.startswith("{"):
-            return None
-        end = self._scanner.scan(self._buffer)
-        calls = None if end is None else json_calls(self._buffer[:end], self._names)
-        if not calls:
-            return None
-        self._buffer, self._scanner = self._buffer[end:], BracketScanner()
-        self._num_calls += 1
-        return CallPart(self._num_calls - 1, calls[0].name, calls[0].arguments)
+
+def _pythonic(functions: Sequence[Part], parallel: bool) -> Form:
+    calls = [[f"{function.name}(", _separated(_fields(function)), ")"] for function in functions]
+    return ["[", _many(calls, ", ", parallel), "]"]
+
+
+def _separated(fields: Sequence[Part]) -> Form:
+    """Arguments follow each other with commas between them; those that are not needed may be missing."""
+    items = [[f"{field.name}=", field.json("python", {})] for field in fields]
+    behind = [[", ", item] if f.needed else {"any": [[", ", item], []]} for f, item in zip(fields, items, strict=True)]
+    first = next((index for index, field in enumerate(fields) if field.needed), len(items))
+    starts: list[Form] = [[item, *behind[index + 1 :]] for index, item in enumerate(items[: first + 1])]
+    return {"any": starts if first < len(items) else [*starts, []]}
+
+
+def _qwen3_coder(functions: Sequence[Part], parallel: bool) -> Form:
+    def argument(field: Part) -> Form:
+        form = [f"<parameter={field.name}>\n", _value(field)]
+        return form if field.needed else {"any": [form, []]}
+
+    end = "</function>\n</tool_call>"
+    calls = [[f"<tool_call>\n<function={f.name}>\n", *map(argument, _fields(f)), end] for f in functions]
+    return _many(calls, "\n", parallel)
+
+
+_END = "\n</parameter>\n"
+
+
+def _value(field: Part, depth: int = 0) -> Form:
+    """An argument as Qwen3-Coder writes it, up to the end of its tag: strings without quotes, and JSON."""
+    schema = resolved(field.schema, field.schema)
+    branches = schema.get("anyOf")
+    if isinstance(schema.get("type"), list):
+        branches = [{**schema, "type": kind} for kind in schema["type"]]
+    if isinstance(branches, list) and depth < _MAX_BRANCHES and all(isinstance(branch, dict) for branch in branches):
+        shared = _definitions(field.schema)
+        return {"any": [_value(field._replace(schema={**shared, **branch}), depth + 1) for branch in branches]}
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if isinstance(values, list):
+        return {"any": [[value if isinstance(value, str) else json.dumps(value), _END] for value in values]}
+    if schema.get("type") != "string":
+        return [field.json("compact", {}), _END]
+    patterns = [f"^({PATTERNS[name]})$" for name in PATTERNS if name == schema.get("format")]
+    patterns += [schema["pattern"]] if isinstance(schema.get("pattern"), str) else []
+    least, most = schema.get("minLength") or 0, schema.get("maxLength")
+    if least or most is not None:
+        patterns.append(f"^(?s:.{{{least},{'' if most is None else most}}})$")
+    if not patterns:
+        return {"until": _END}
+    lark = f"start: V {_quoted(_END)}\nV: " + " & ".join(f"/{_searched(pattern)}/" for pattern in patterns)
+    form = {"kind": "grammar", "text": lark, "param": field.param}
+    return form if field.binds else {**form, "or": {"until": _END}}
+
+
+def _searched(pattern: str) -> str:
+    """A pattern of JSON schema, which matches anywhere, as one that matches the whole."""
+    start, end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
+    inner = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", pattern[start : len(pattern) - end])
+    return f"{'' if start else '(?s:.*)'}({inner}){'' if end else '(?s:.*)'}"
+
+
+def _fields(function: Part) -> list[Part]:
+    """The arguments of a function. Raises: RequestError when its schema has no list of them."""
+    schema = resolved(function.schema, function.schema)
+    fields = schema.get("properties") or {}
+    if any(schema.get(key) not in (None, True, False, {}) for key in _OTHER) or not isinstance(fields, dict):
+        message = f"{function.param} must be an object of named properties, for this model's format of calls"
+        raise RequestError(message, param=function.param)
+    shared = _definitions(function.schema)
+    required = schema["required"] if isinstance(schema.get("required"), list) else ()
+    return [
+        Part(name, shared | inner, f"{function.param}.properties.{name}", function.binds, name in required)
+        for name, schema in fields.items()
+        if isinstance(inner := {} if schema is True else schema, dict)
+    ]
+
+
+def _definitions(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+_FORMATS: dict[str, Callable[[Sequence[Part], bool], Form]] = {
+    "hermes": _hermes,
+    "qwen": _hermes,
+    "llama3_json": _llama3_json,
+    "mistral": _mistral,
+    "pythonic": _pythonic,
+    "qwen3_coder": _qwen3_coder,
+}

@@ -1,55 +1,98 @@
 """Parsers of tool calls in the text of a message, one for each format that model families use.
 
-All hold back only what may belong to a call, and a call until it is whole: one that turns out to be malformed, is cut
-off, or names a function that the client does not have, comes back as the text that it is.
+All hold back only what may belong to a call: what turns out to be none, or names a function that the client does not
+have, comes back as the text that it is. A call whose name and first bracket of arguments are there has begun, and its
+arguments are passed on as they come, to where they end or the text does.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Collection
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
-from minisgl.parser.calls import BracketScanner, Call, json_calls, named_call, python_calls
+from minisgl.grammar.schema import resolved
+from minisgl.parser.calls import BracketReader, Call, json_calls, json_kinds, python_calls, typed_value
 from minisgl.parser.parts import CallPart, Part, TextPart, num_certain
 
 
-class Found(NamedTuple):
-    """What a candidate turned out to be: `end` characters, and the calls in them; None: they are text."""
+class Rest:
+    """What follows a call that has begun: its arguments, unless they have come with it, and texts that close the call,
+    each of which may be missing.
 
-    end: int
-    calls: list[Call] | None
-
-
-class Candidate(Protocol):
-    """A text that may be a call. It keeps what it has seen of it, so that no character is read twice."""
-
-    def read(self, text: str, *, final: bool) -> Found | None:
-        """What the beginning of `text` is; None as long as more of it decides. `text` is what it was before, and more.
-
-        final: there is no more; a candidate that is not whole is text then.
-        """
-        ...
-
-
-class ToolParser(ABC):
-    """Text and calls in turn. Formats say where a candidate begins and what it is.
-
-    names: the functions that can be called.
+    in_list: at the end, another call may follow after a comma.
     """
 
-    markers: tuple[str, ...] = ()  # a candidate begins with one of these, wherever they stand
-    bare = ""  # or with this character, at the beginning of the message or after a call
-    between = ""  # what may stand between a call and the next, beside whitespace
+    def __init__(self, *closers: str, in_list: bool = False) -> None:
+        self.in_list = in_list
+        self._closers = [closer for closer in closers if closer]
+        self._has_arguments = False
 
-    def __init__(self, names: Collection[str]) -> None:
-        self._names = frozenset(names)
+    def take_arguments(self, text: str, *, final: bool) -> tuple[int, str, bool]:  # noqa: ARG002
+        """How many characters of the text are read, the JSON of arguments in them, and whether they end there."""
+        return 0, "", True
+
+    def take(self, text: str, *, final: bool) -> tuple[int, str, bool]:
+        """The same of the whole call."""
+        end, arguments = 0, ""
+        if not self._has_arguments:
+            end, arguments, self._has_arguments = self.take_arguments(text, final=final)
+        while self._has_arguments and self._closers:
+            closer, rest = self._closers[0], text[end:].lstrip()
+            if closer == "}" and rest.startswith(","):  # other fields, such as an id
+                rest = re.sub("^[^][{}<]*", "", rest)
+            if rest.startswith(closer):
+                end = len(text) - len(rest) + len(closer)
+                self.in_list &= closer != "]"
+            elif closer.startswith(rest) and not final:
+                return end, arguments, False
+            self._closers.pop(0)
+        return end, arguments, self._has_arguments
+
+
+class Found(NamedTuple):
+    """What may be a call turned out to be: `end` characters, and the calls in them; None: they are text. rest: of the
+    last call."""
+
+    end: int
+    calls: list[Call] | None = None
+    rest: Rest | None = None
+
+
+class ToolParser:
+    """Text and calls in turn. A call is JSON, `{"name": …, "arguments": {…}}`, or a list of such, unless a format says
+    otherwise.
+
+    functions: those that can be called, and the JSON schemas of their arguments.
+    """
+
+    markers: tuple[str, ...] = ()  # what may be a call begins with one of these, wherever they stand
+    bare = ""  # or with this character, at the beginning of the message or after a call
+    closing = ""  # the tag behind it
+    between = ""  # what may stand between a call and the next, beside whitespace
+    brackets, quotes = "{[", '"'  # of a call, and of strings in it
+    read_calls = staticmethod(json_calls)
+    HEAD: ClassVar[re.Pattern[str]] = re.compile(
+        r'\s*(\[?)\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*'
+        r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
+    )
+    # The beginning of an object that is no call, so that it need not be waited for.
+    OTHER: ClassVar[re.Pattern[str]] = re.compile(
+        r'\{\s*(?:[^"\s]|"(?!(?:name|type|function|arguments|parameters|id)")[^"\\]*"|'
+        r'"name"\s*:\s*(?:[^"\s]|"([^"\\]*)"))'
+    )
+
+    def __init__(self, functions: Mapping[str, Any]) -> None:
+        self._functions = functions
         self._buffer = ""
         self._at_start = True  # of the message, or behind a call: whitespace may turn out to be formatting
         self._num_calls = 0
-        self._candidate: Candidate | None = None  # `_buffer` begins with it then
+        self._reader: BracketReader | None = None  # of what may be a call, with which `_buffer` begins then
+        self._num_read = 0  # characters of it that the reader has seen
         self._lead = ""  # what stood before it, and is formatting if it is a call
+        self._rest: Rest | None = None  # of a call, with which `_buffer` begins
+        self._in_list = False  # the last call stood in a JSON list that goes on
 
     def push(self, text: str) -> list[Part]:
         self._buffer += text
@@ -58,23 +101,53 @@ class ToolParser(ABC):
     def finish(self) -> list[Part]:
         return self._run(final=True)
 
-    @abstractmethod
-    def open(self) -> Candidate:
-        """A new candidate."""
+    def read(self, text: str, *, final: bool) -> Found | None:
+        """What the beginning of `text` is, a marker included; None as long as more of it decides. `text` is what it was
+        before, and more.
+
+        final: there is no more; what is not whole is text then.
+        """
+        start = next((len(marker) for marker in self.markers if text.startswith(marker)), 0)
+        head = self.HEAD.match(text, start)
+        in_list = self._in_list and not start
+        if head is not None and head[2] in self._functions:
+            in_list |= bool(head[1])
+            rest = JsonArguments("}", "]" if in_list else "", self.closing, in_list=in_list)
+            return Found(head.end(), [Call(head[2], "")], rest)
+        start = len(text) - len(text[start:].lstrip())
+        if start == len(text):
+            return Found(start) if final else None
+        other = self.OTHER.match(text, start)
+        if text[start] not in self.brackets or (other is not None and other[1] not in self._functions):
+            return Found(start + 1)
+        assert self._reader is not None
+        self._num_read = self._num_read or start
+        size, _, ended = self._reader.read(text[self._num_read :])
+        self._num_read += size
+        if not ended:
+            return Found(len(text)) if final else None
+        calls = None if self._reader.too_deep else self.read_calls(text[start : self._num_read], self._functions)
+        return Found(self._num_read, calls, Rest("]" if in_list else "", self.closing, in_list=in_list))
 
     def _run(self, *, final: bool) -> list[Part]:
         parts: list[Part] = []
         progress = True
         while progress and self._buffer:
-            progress = self._read_text(parts, final) if self._candidate is None else self._read_call(parts, final)
+            if self._rest is not None:
+                progress = self._read_rest(self._rest, parts, final)
+            elif self._reader is not None:
+                progress = self._read_call(parts, final)
+            else:
+                progress = self._read_text(parts, final)
         return parts
 
     def _read_text(self, parts: list[Part], final: bool) -> bool:
-        """Let out text up to the next candidate. False: nothing more can be said yet."""
+        """Let out text up to what may be a call. False: nothing more can be said yet."""
         if self._at_start:
             num_lead = self._num_lead()
             rest = self._buffer[num_lead:]
-            if self.bare and rest.startswith(self.bare):
+            bare = "{" if self._in_list else self.bare
+            if bare and rest.startswith(bare):
                 self._begin_call(num_lead)
                 return True
             if not rest:
@@ -88,7 +161,7 @@ class ToolParser(ABC):
         else:
             end = len(self._buffer) if final else num_certain(self._buffer, (*self.markers, self.between))
         if end:
-            self._at_start = False
+            self._at_start = self._in_list = False
             self._emit(parts, end)
             start -= end
         if start >= 0:
@@ -97,38 +170,59 @@ class ToolParser(ABC):
         return False
 
     def _num_lead(self) -> int:
-        """Characters at the beginning of the buffer that are formatting if a candidate follows."""
+        """Characters at the beginning of the buffer that are formatting if a call follows."""
         lead = len(self._buffer) - len(self._buffer.lstrip())
-        if self.between and self._num_calls and self._buffer.startswith(self.between, lead):
-            rest = self._buffer[lead + len(self.between) :]
+        between = "," if self._in_list else self.between
+        if between and self._num_calls and self._buffer.startswith(between, lead):
+            rest = self._buffer[lead + len(between) :]
             lead = len(self._buffer) - len(rest.lstrip())
         return lead
 
     def _begin_call(self, start: int) -> None:
         self._lead, self._buffer = self._buffer[:start], self._buffer[start:]
-        self._candidate = self.open()
+        self._reader, self._num_read = BracketReader(self.quotes), 0
 
     def _read_call(self, parts: list[Part], final: bool) -> bool:
-        assert self._candidate is not None
-        found = self._candidate.read(self._buffer, final=final)
+        found = self.read(self._buffer, final=final)
         if found is None:
             return False
-        self._candidate = None
+        self._reader = None
         self._at_start = found.calls is not None
         if found.calls is None:
             self._buffer = self._lead + self._buffer
             self._emit(parts, len(self._lead) + found.end)
-        else:
-            self._buffer = self._buffer[found.end :]
-            for call in found.calls:
-                parts.append(CallPart(self._num_calls, call.name, call.arguments))
-                self._num_calls += 1
+            return True
+        self._buffer = self._buffer[found.end :]
+        for call in found.calls:
+            parts.append(CallPart(self._num_calls, call.name, call.arguments))
+            self._num_calls += 1
+        self._rest = found.rest
         return True
+
+    def _read_rest(self, rest: Rest, parts: list[Part], final: bool) -> bool:
+        num_read, text, ended = rest.take(self._buffer, final=final)
+        self._buffer = self._buffer[num_read:]
+        if text:
+            parts.append(CallPart(self._num_calls - 1, None, text))
+        if ended:
+            self._rest, self._in_list = None, rest.in_list
+        return ended
 
     def _emit(self, parts: list[Part], size: int) -> None:
         if size:
             parts.append(TextPart(self._buffer[:size]))
             self._buffer = self._buffer[size:]
+
+
+class JsonArguments(Rest):
+    """A JSON object, and then what closes the call."""
+
+    def __init__(self, *closers: str, in_list: bool = False) -> None:
+        super().__init__(*closers, in_list=in_list)
+        self._object = BracketReader()
+
+    def take_arguments(self, text: str, *, final: bool) -> tuple[int, str, bool]:  # noqa: ARG002
+        return self._object.read(text)
 
 
 class HermesParser(ToolParser):
@@ -138,37 +232,7 @@ class HermesParser(ToolParser):
     """
 
     markers = ("<tool_call>",)
-
-    def open(self) -> Candidate:
-        return _Tagged("<tool_call>", "</tool_call>", self._names)
-
-
-class _Tagged:
-    def __init__(self, opening: str, closing: str, names: Collection[str]) -> None:
-        self._opening, self._closing, self._names = opening, closing, names
-        self._scanner = BracketScanner(len(opening))
-        self._searched = len(opening)
-
-    def read(self, text: str, *, final: bool) -> Found | None:
-        while (tag := self._next_tag(text)) is not None:
-            start, end = tag
-            if not self._scanner.in_string_at(text, start):
-                return self._found(text, start, end)
-            self._searched = start + 1
-        if final:
-            return self._found(text, len(text), len(text))
-        self._searched = max(self._searched, len(text) - len(self._closing))  # longer than the opening tag
-        return None
-
-    def _next_tag(self, text: str) -> tuple[int, int] | None:
-        """Where the call ends, and what follows begins: a closing tag, or without one the next call."""
-        closing, opening = text.find(self._closing, self._searched), text.find(self._opening, self._searched)
-        if opening >= 0 and (opening < closing or closing < 0):
-            return opening, opening
-        return (closing, closing + len(self._closing)) if closing >= 0 else None
-
-    def _found(self, text: str, start: int, end: int) -> Found:
-        return Found(end, json_calls(text[len(self._opening) : start], self._names))
+    closing = "</tool_call>"
 
 
 class LlamaParser(ToolParser):
@@ -179,9 +243,6 @@ class LlamaParser(ToolParser):
     bare = "{"
     between = ";"
 
-    def open(self) -> Candidate:
-        return _Bracketed(self.markers, "{", self._names)
-
 
 class PythonicParser(ToolParser):
     """Llama 3.2 and 4 and others: a message that is a Python list of calls, `[f(a=1), g(b="x")]`."""
@@ -189,82 +250,95 @@ class PythonicParser(ToolParser):
     markers = ("<|python_start|>", "<|python_tag|>")
     bare = "["
     between = "<|python_end|>"
-
-    def open(self) -> Candidate:
-        return _Bracketed(self.markers, "[", self._names)
-
-
-class _Bracketed:
-    """A value in brackets, after one of the markers or none. `[`: Python; `{`: JSON."""
-
-    def __init__(self, markers: tuple[str, ...], bracket: str, names: Collection[str]) -> None:
-        self._markers, self._bracket, self._names = markers, bracket, names
-        self._start: int | None = None  # of the value
-        self._scanner = BracketScanner()
-
-    def read(self, text: str, *, final: bool) -> Found | None:
-        if self._start is None:
-            marker = next((marker for marker in self._markers if text.startswith(marker)), "")
-            start = len(text) - len(text[len(marker) :].lstrip())
-            if start == len(text):
-                return Found(start, None) if final else None
-            if text[start] != self._bracket:
-                return Found(start, None)
-            self._start = start
-            self._scanner = BracketScanner(start, "\"'" if self._bracket == "[" else '"')
-        end = self._scanner.scan(text)
-        if end is None:
-            return Found(len(text), None) if final else None
-        read_calls = python_calls if self._bracket == "[" else json_calls
-        calls = None if self._scanner.too_deep else read_calls(text[self._start : end], self._names)
-        return Found(end, calls)
+    brackets, quotes = "[", "\"'"
+    read_calls = staticmethod(python_calls)
+    HEAD = re.compile("$^")
 
 
 class MistralParser(ToolParser):
     """Mistral: `[TOOL_CALLS]` before a list `[{"name": …, "arguments": {…}}]`, or before each name and its arguments:
-    `[TOOL_CALLS]name[ARGS]{…}`, with `[CALL_ID]…` between them in some versions, and without `[ARGS]` in others."""
+    `[TOOL_CALLS]name[ARGS]{…}`, in some versions with `[CALL_ID]…` between them, in others without `[ARGS]`."""
 
     markers = ("[TOOL_CALLS]",)
-
-    def open(self) -> Candidate:
-        return _MistralCalls(self._names)
-
-
-class _MistralCalls:
-    _OPENING = "[TOOL_CALLS]"
-    _NAME = re.compile(r"\s*([^\s\[\]{}]{1,128})\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\]\s*)?$")
-    _MAX_HEAD = 256  # characters between the marker and the first brace
-
-    def __init__(self, names: Collection[str]) -> None:
-        self._names = names
-        self._start: int | None = None  # of the JSON
-        self._scanner = BracketScanner()
-        self._name = ""
+    NAMED = re.compile(r"\[TOOL_CALLS\]\s*([^\s\[\]{}]{1,128})\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\]\s*)?(?=\{)")
+    MAX_HEAD = 256  # characters before the first brace
 
     def read(self, text: str, *, final: bool) -> Found | None:
-        if self._start is None:
-            start = self._json_start(text)
-            if start is None:
-                too_long = len(text) > len(self._OPENING) + self._MAX_HEAD
-                return Found(len(self._OPENING), None) if final or too_long else None
-            head = text[len(self._OPENING) : start]
-            match = self._NAME.match(head)
-            if head.strip() and match is None:
-                return Found(len(self._OPENING), None)
-            self._name = match[1] if match else ""
-            self._start, self._scanner = start, BracketScanner(start)
-        end = self._scanner.scan(text)
-        if end is None:
-            return Found(len(text), None) if final else None
-        value = text[self._start : end]
-        calls = named_call(self._name, value, self._names) if self._name else json_calls(value, self._names)
-        return Found(end, calls)
+        named = self.NAMED.match(text)
+        if named is not None and named[1] in self._functions:
+            return Found(named.end(), [Call(named[1], "")], JsonArguments())
+        rest = text.removeprefix(self.markers[0]).lstrip()
+        if rest[:1] in ("", *self.brackets):
+            return super().read(text, final=final)
+        is_other = named is not None or "{" in rest or len(text) > self.MAX_HEAD or final
+        return Found(len(self.markers[0])) if is_other else None
 
-    def _json_start(self, text: str) -> int | None:
-        """Where the list or, after a name, the object begins."""
-        body = len(self._OPENING)
-        start = len(text) - len(text[body:].lstrip())
-        if text.startswith("[", start):
-            return start
-        brace = text.find("{", body, body + self._MAX_HEAD)
-        return brace if brace >= 0 else None
+
+class QwenCoderParser(ToolParser):
+    """Qwen3-Coder: `<tool_call><function=name><parameter=x>…</parameter></function></tool_call>`. Strings stand there
+    as they are, other values in JSON. What opens or closes the call may be missing."""
+
+    markers = ("<tool_call>", "<function=")
+    HEAD = re.compile(r"(?:<tool_call>)?\s*<function=\s*([^<>\n]{1,128})>")
+    BEGUN = re.compile(r"(?:<tool_call>)?\s*<function=[^<>\n]{0,128}")
+
+    def read(self, text: str, *, final: bool) -> Found | None:
+        head = self.HEAD.match(text)
+        if head is not None and (name := head[1].strip()) in self._functions:
+            return Found(head.end(), [Call(name, "")], TaggedArguments(self._functions[name] or {}))
+        rest = text.removeprefix("<tool_call>").lstrip()
+        if not final and ("<function=".startswith(rest) or self.BEGUN.fullmatch(text)):
+            return None
+        return Found(1)
+
+
+class TaggedArguments(Rest):
+    """`<parameter=x>…</parameter>`, once for each argument, and then what closes the call."""
+
+    _OPENING = re.compile(r"\s*<parameter=([^<>\n]*)>(?:\n|(?=[^\n]))")
+    _BEGUN = re.compile(r"<parameter=[^<>\n]*>?")
+    _STOPS = ("</parameter>", "\n<parameter=", "\n</function>")
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        super().__init__("</function>", "</tool_call>")
+        self._schema = schema
+        self._lead = "{"  # before the next argument
+        self._kinds: set[str] | None = None  # of the value that is open
+        self._quote = '"'  # before more of a string
+
+    def take_arguments(self, text: str, *, final: bool) -> tuple[int, str, bool]:
+        end, made = 0, ""
+        while True:
+            if self._kinds is not None:
+                size, value = self._value(text[end:], final)
+                end, made = end + size, made + value
+                if self._kinds is not None:
+                    return end, made, False
+            elif (opening := self._OPENING.match(text, end)) is not None:
+                properties = resolved(self._schema, self._schema).get("properties")
+                known = properties.get(opening[1]) if isinstance(properties, dict) else None
+                self._kinds = json_kinds(known, self._schema)
+                made += f"{self._lead}{json.dumps(opening[1], ensure_ascii=False)}: "
+                end, self._lead, self._quote = opening.end(), ", ", '"'
+            else:
+                rest = text[end:].lstrip()
+                if not final and ("<parameter=".startswith(rest) or self._BEGUN.fullmatch(rest)):
+                    return end, made, False
+                return end, made + ("{}" if self._lead == "{" else "}"), True
+
+    def _value(self, text: str, final: bool) -> tuple[int, str]:
+        """How much of the value that is open is there, and its JSON. `_kinds` is None once it ends."""
+        stops = [(at, stop) for stop in self._STOPS if (at := text.find(stop)) >= 0]
+        is_text = self._kinds == {"string"}  # else the type is known at the end
+        if stops:
+            at, stop = min(stops)
+            value, kinds = text[:at].removesuffix("\n"), self._kinds or set()
+            self._kinds = None
+            end = at + len(stop) if stop == self._STOPS[0] else at
+            return end, self._string(value) + '"' if is_text else typed_value(value, kinds)
+        size = num_certain(text, self._STOPS) if is_text else 0  # a part of a tag is none of the string
+        return len(text) if final else size, self._string(text[:size]) if is_text else ""
+
+    def _string(self, text: str) -> str:
+        quote, self._quote = self._quote, ""
+        return quote + json.dumps(text, ensure_ascii=False)[1:-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from minisgl.config.chat import CLOSING, OPENING, REASONING_PARSERS
@@ -15,15 +15,16 @@ from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt
 from minisgl.parser.parts import CallPart, Chain, Parser, Part, PlainText, ReasoningPart, TextPart
 from minisgl.parser.reasoning import ThinkParser
-from minisgl.parser.registry import make_forced_parser, make_reasoning_parser, make_tool_parser
+from minisgl.parser.registry import make_reasoning_parser, make_tool_parser
 from minisgl.server.protocol import GenerationRequest
-from minisgl.server.protocol_grammar import schema_grammar
+from minisgl.server.protocol_grammar import form_grammar
 
 R = TypeVar("R", bound=GenerationRequest)
 
 
 def with_grammar(parsed: R, config: ServerConfig) -> R:
-    """If it is a chat, with the grammar of calls that the client demands, and of reasoning before any grammar.
+    """If it is a chat, with the grammar of calls that the client demands, or that may come instead of an answer
+    that has a grammar; and of reasoning before any grammar.
 
     Raises: RequestError when the request has tools and the format of this model's calls is not known.
     """
@@ -33,9 +34,10 @@ def with_grammar(parsed: R, config: ServerConfig) -> R:
     if tools is not None and not tools.required and config.tool_call_parser is None:
         message = "tools: the format of this model's tool calls is not known; start the server with --tool-call-parser"
         raise RequestError(message, param="tools")
-    call = None if tools is None else tools.forced(config.tool_call_parser)
-    if call is not None:
-        grammar = schema_grammar(call.schema, "tools", prefix=call.prefix, suffix=call.suffix, separator=call.separator)
+    if tools is not None and tools.required:  # calls are the answer, so that nothing else has a form
+        grammar = form_grammar(tools.form(config.tool_call_parser), "tools")
+    elif tools is not None and grammar is not None:
+        grammar = form_grammar({"any": [tools.form(config.tool_call_parser), asdict(grammar)]}, grammar.param)
     reasoning = _reasoning_parser(parsed, config)
     if grammar is not None and reasoning is not None:
         grammar = replace(grammar, reasoning=REASONING_PARSERS[reasoning])
@@ -54,11 +56,7 @@ def _reasoning_parser(parsed: GenerationRequest, config: ServerConfig) -> str | 
 def new_assembler(parsed: GenerationRequest, config: ServerConfig) -> Assembler:
     """What reads one of the answers to this request."""
     tools, format_name = parsed.tools, config.tool_call_parser
-    answer: Parser | None = None
-    if tools is not None and tools.required:
-        answer = make_forced_parser(format_name, tools.names, tools.function)
-    elif tools is not None and format_name is not None and parsed.params.grammar is None:
-        answer = make_tool_parser(format_name, tools.names)
+    answer = None if tools is None else make_tool_parser(format_name, tools.functions)
     parallel, short_ids = tools is None or tools.parallel, format_name == "mistral"
     return Assembler(_reasoning_parser(parsed, config), answer, parallel=parallel, short_ids=short_ids)
 

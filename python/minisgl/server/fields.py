@@ -135,10 +135,10 @@ ITEM = Fields(  # of /v1/responses; one without a type is a message
         **dict.fromkeys(_OTHER_ITEMS.split(), LEFT_OUT),
     },
 )
-JSON_SCHEMA = Fields(("name", "description", "schema", "strict"))
-RESPONSE_FORMAT = Fields(("type", "json_schema", "schema"), nested={"json_schema": JSON_SCHEMA})
+JSON_SCHEMA = Fields(("name", "description", "schema", "strict", "whitespace"))
+RESPONSE_FORMAT = Fields(("type", "json_schema", *JSON_SCHEMA.known), nested={"json_schema": JSON_SCHEMA})
 STRUCTURED = Fields(
-    ("json", "regex", "choice", "grammar", "json_object"),
+    ("json", "regex", "choice", "grammar", "json_object", "whitespace"),
     _each("structural_tag disable_additional_properties whitespace_pattern", *EMPTY),
 )
 STREAM_OPTIONS = Fields(("include_usage",), ignored=("include_obfuscation",))

@@ -19,7 +19,7 @@ from minisgl.server.fields import fields_of
 from minisgl.server.messages import Message, chat_messages
 from minisgl.server.protocol_grammar import GrammarFields
 from minisgl.server.protocol_sampling import SamplingFields
-from minisgl.server.protocol_tools import MAX_TOOLS, Tool, ToolChoice, ToolUse, template_kwargs, tool_use
+from minisgl.server.protocol_tools import MAX_TOOLS, Tool, ToolUse, template_kwargs, tool_use
 from minisgl.server.strict import Body, Fields, Reading, TokenId, load_object, optional, shown, validate
 
 MAX_CHOICES = 128
@@ -50,7 +50,7 @@ class ChatBody(_OpenAIBody):
     logprobs: bool | None = optional("Log-probabilities of the output's tokens.")
     top_logprobs: int | None = optional("So many alternatives to each; with `logprobs`.", ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] | None = optional("Functions that the model may call.", maxItems=MAX_TOOLS)
-    tool_choice: ToolChoice | None = optional("Whether it has to.")
+    tool_choice: str | dict[str, Any] | None = optional("Whether it has to.")
     parallel_tool_calls: bool | None = optional("false: one call at most.")
     chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")
     add_generation_prompt: bool | None = optional("false: nobody's turn is begun after the messages.")
@@ -138,7 +138,7 @@ def chat_request(raw: dict[str, Any], defaults: Mapping[str, float | int]) -> Ge
         raise RequestError("top_logprobs is only allowed with logprobs", param="top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     tools = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
-    described = None if tools is None else list(tools.tools)
+    described = None if tools is None else tools.shown
     goes_on = bool(body.continue_final_message)
     if goes_on and body.add_generation_prompt:
         raise RequestError("continue_final_message needs add_generation_prompt=false", param="continue_final_message")
@@ -148,9 +148,6 @@ def chat_request(raw: dict[str, Any], defaults: Mapping[str, float | int]) -> Ge
     kwargs = template_kwargs(body.chat_template_kwargs)
     prompt = ChatPrompt(messages, described, kwargs, body.add_generation_prompt is not False, goes_on)
     params = body._params(max_tokens, defaults, logprobs)
-    if tools is not None and tools.required and params.grammar is not None:
-        field = params.grammar.param
-        raise RequestError(f"{field} cannot be given with a tool_choice that demands a call", param=field)
     return replace(_request(body, (prompt,), params), tools=tools)
 
 

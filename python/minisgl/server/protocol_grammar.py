@@ -19,15 +19,12 @@ from minisgl.server.strict import optional
 
 MAX_CHOICES = 4096
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
-_SPECIFIED = {
-    "type": ["object", "null"],
-    "required": ["name"],
-    "properties": {"name": {"type": "string", "minLength": 1}, "schema": {"type": ["object", "null"]}},
-}
-_FORMAT_SCHEMA: dict[str, Any] = {
-    "required": ["type"],
-    "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}, "json_schema": _SPECIFIED},
-}
+_WHITESPACE = ("compact", "any")
+_SPACES: dict[str, Any] = {"whitespace": {"enum": [*_WHITESPACE, None]}}
+_SCHEMA: dict[str, Any] = {"type": ["object", "null"]}
+_SPECIFIED = {**_SCHEMA, "properties": {"name": {"type": ["string", "null"]}, "schema": _SCHEMA, **_SPACES}}
+_FORMAT_SCHEMA: dict[str, Any] = {"type": {"enum": ["text", "json_object", "json_schema"]}, **_SPACES}
+_FORMAT_SCHEMA = {"required": ["type"], "properties": {**_FORMAT_SCHEMA, "json_schema": _SPECIFIED, "schema": _SCHEMA}}
 _KINDS_SCHEMA: dict[str, Any] = {
     "properties": {
         "json": {"type": ["object", "string", "null"]},
@@ -35,6 +32,7 @@ _KINDS_SCHEMA: dict[str, Any] = {
         "choice": {"type": ["array", "null"], "items": {"type": "string"}},
         "grammar": {"type": ["string", "null"]},
         "json_object": {"type": ["boolean", "null"]},
+        **_SPACES,
     },
     "additionalProperties": False,
 }
@@ -75,14 +73,13 @@ def parse_grammar(fields: Mapping[str, Any]) -> Grammar | None:
     return found[0] if found else None
 
 
-def schema_grammar(
-    schema: Any, param: str, *, prefix: str = "", suffix: str = "", separator: str | None = None
-) -> Grammar:
-    """JSON that matches a schema (an object, or its text), between two texts; with a separator, as often as the model
-    likes. That is the grammar of tool calls that the model has to make.
+def form_grammar(form: Any, param: str) -> Grammar:
+    """Of calls, and what may come in their place. Raises: RequestError when it is too long."""
+    return Grammar("form", _bounded(json.dumps(form), param), param=param)
 
-    Raises: RequestError when it is no schema, or too long.
-    """
+
+def _schema(schema: Any, param: str, whitespace: Any = None) -> Grammar:
+    """JSON that matches a schema (an object, or its text). Raises: RequestError when it is no schema, or too long."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
@@ -90,46 +87,43 @@ def schema_grammar(
             raise RequestError(f"{param} is not valid JSON: {error}", param=param) from None
     if not isinstance(schema, dict):
         raise RequestError(f"{param} must be a JSON schema: an object", param=param)
-    text = _bounded(json.dumps(schema), param)
-    return Grammar("json", text, prefix=prefix, suffix=suffix, separator=separator, param=param)
+    if whitespace not in (None, *_WHITESPACE):
+        raise RequestError(f"{param}.whitespace must be compact or any, not {whitespace!r:.40}", param=param)
+    return Grammar("json", _bounded(json.dumps(schema), param), whitespace or "compact", param=param)
 
 
 def _response_format(value: Any, name: str) -> Grammar | None:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind not in ("text", "json_object", "json_schema"):
         raise RequestError(f"{name}.type must be text, json_object or json_schema, not {kind!r}", param=name)
-    _known(value, ("type", "json_schema") if kind == "json_schema" else ("type",), name)
     if kind == "text":
         return None
-    if kind == "json_object":
-        return schema_grammar(_ANY_OBJECT, name)
-    inner = value.get("json_schema")
+    schema, inner = value.get("schema"), value.get("json_schema")
     where = f"{name}.json_schema"
+    if inner is None and (kind == "json_object" or schema is not None):  # a schema beside the type, as others have it
+        return _schema(_ANY_OBJECT if schema is None else schema, name, value.get("whitespace"))
     if not isinstance(inner, dict):
         raise RequestError(f"{where} must be an object", param=name)
-    _known(inner, ("name", "description", "schema", "strict"), where)
     for key, types in (("name", str), ("description", str), ("strict", bool)):
         if inner.get(key) is not None and not isinstance(inner[key], types):
             raise RequestError(f"{where}.{key} must be a {types.__name__}", param=name)
-    if not inner.get("name"):
-        raise RequestError(f"{where}.name is required", param=name)
-    schema = inner.get("schema")
-    return schema_grammar(_ANY_OBJECT if schema is None else schema, name)
+    schema, whitespace = inner.get("schema"), value.get("whitespace", inner.get("whitespace"))
+    return _schema(_ANY_OBJECT if schema is None else schema, name, whitespace)
 
 
 def _structured_outputs(value: Any, name: str) -> Grammar | None:
     if not isinstance(value, dict):
         raise RequestError(f"{name} must be an object", param=name)
-    _known(value, (*_KINDS, "json_object"), name)
-    given = {key: part for key, part in value.items() if part is not None and (key, part) != ("json_object", False)}
+    whitespace = value.get("whitespace")
+    given = {key: part for key, part in value.items() if key != "whitespace" and part not in (None, False)}
     if len(given) != 1:
         raise RequestError(f"{name} must have exactly one of {', '.join(_KINDS)}, json_object", param=name)
     ((key, part),) = given.items()
     if key == "json_object":
         if part is not True:
             raise RequestError(f"{name}.json_object must be true or false", param=name)
-        return schema_grammar(_ANY_OBJECT, name)
-    return _KINDS[key](part, name)
+        return _schema(_ANY_OBJECT, name, whitespace)
+    return _schema(part, name, whitespace) if key == "json" else _KINDS[key](part, name)
 
 
 def _text(kind: str) -> Callable[[Any, str], Grammar]:
@@ -149,12 +143,6 @@ def _choice(value: Any, name: str) -> Grammar:
     return Grammar("choice", _bounded(json.dumps(value), name), param=name)
 
 
-def _known(value: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
-    for key in value:
-        if key not in names:
-            raise RequestError(f"unknown field: {where}.{key}", param=where.partition(".")[0])
-
-
 def _bounded(text: str, name: str) -> str:
     if len(text) > MAX_TEXT:
         raise RequestError(f"{name} has {len(text)} characters, more than {MAX_TEXT}", param=name)
@@ -162,7 +150,7 @@ def _bounded(text: str, name: str) -> str:
 
 
 _KINDS: dict[str, Callable[[Any, str], Grammar]] = {
-    "json": schema_grammar,
+    "json": _schema,
     "regex": _text("regex"),
     "choice": _choice,
     "grammar": _text("grammar"),
@@ -170,11 +158,8 @@ _KINDS: dict[str, Callable[[Any, str], Grammar]] = {
 _PARSERS: dict[str, Callable[[Any, str], Grammar | None]] = {
     "response_format": _response_format,
     "structured_outputs": _structured_outputs,
-    "guided_json": schema_grammar,
-    "guided_regex": _text("regex"),
-    "guided_choice": _choice,
-    "guided_grammar": _text("grammar"),
-    "json_schema": schema_grammar,
+    **{f"guided_{kind}": parse for kind, parse in _KINDS.items()},
+    "json_schema": _schema,
     "regex": _text("regex"),
     "ebnf": _text("grammar"),
 }

@@ -111,10 +111,7 @@ def parse_responses(
     for name in ("model", "stream", "parallel_tool_calls", "chat_template_kwargs"):
         chat[name] = getattr(body, name)
     chat["tools"] = functions_of(body.tools or (), _FUNCTIONS, reading, _TOOL)
-    choice = body.tool_choice
-    chat["tool_choice"] = (
-        {"type": choice.get("type"), "function": _function(choice)} if isinstance(choice, dict) else choice
-    )
+    chat["tool_choice"] = body.tool_choice
     try:
         parsed = chat_request(chat, defaults)
     except RequestError as error:

@@ -6,19 +6,20 @@ Everything here ends up in a chat template, so it must be data that templates an
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, WithJsonSchema
+from pydantic import Field
 
 from minisgl.errors import RequestError
-from minisgl.parser.forced import ForcedCall, forced_call
+from minisgl.parser.forced import calls_form
 from minisgl.server.messages import carried as can_be_carried
 from minisgl.server.strict import Body
 
 MAX_TOOLS = 512
 _NAME = re.compile(r"[\w.:/-]{1,128}")
-_CHOICES = ("none", "auto", "required")
+_CHOICES = {"none": "none", "auto": "auto", "required": "required", "any": "required"}
 # What the server says itself when it renders a template: no client may.
 _RESERVED_KWARGS = frozenset(
     (
@@ -32,7 +33,7 @@ _RESERVED_KWARGS = frozenset(
 class FunctionSpec(Body):
     """A function that the client has. `parameters` is the JSON schema of its arguments.
 
-    strict: honoured where a call is forced, which always follows the schema.
+    strict: honoured where a grammar has the calls, which follows the schema of forced ones always.
     """
 
     name: str = Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"})
@@ -46,34 +47,32 @@ class Tool(Body):
     function: FunctionSpec
 
 
-_FUNCTION = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
-_NAMED = {
-    "type": "object",
-    "required": ["type", "function"],
-    "properties": {"type": {"const": "function"}, "function": _FUNCTION},
-}
-ToolChoice = Annotated[str | dict[str, Any], WithJsonSchema({"anyOf": [{"enum": list(_CHOICES)}, _NAMED]})]
-
-
 @dataclass(frozen=True, slots=True)
 class ToolUse:
     """The tools of a request, and how the model may use them.
 
-    required: it must call one; `function`: which one, if the client names it.
+    required: it must call one. allowed: only these may be called; None: all.
     """
 
     tools: tuple[dict[str, Any], ...]
     required: bool = False
-    function: str | None = None
+    allowed: frozenset[str] | None = None
     parallel: bool = True
 
     @property
-    def names(self) -> frozenset[str]:
-        return frozenset(tool["function"]["name"] for tool in self.tools)
+    def functions(self) -> dict[str, Any]:
+        """The functions that may be called, and the schemas of their arguments."""
+        functions = (tool["function"] for tool in self.tools)
+        return {f["name"]: f.get("parameters") for f in functions if self.allowed is None or f["name"] in self.allowed}
 
-    def forced(self, parser: str | None) -> ForcedCall | None:
-        """What the output must look like, in the format of `parser`; None when the model is free to call or not."""
-        return forced_call(parser, self.tools, self.function, parallel=self.parallel) if self.required else None
+    @property
+    def shown(self) -> list[dict[str, Any]]:
+        """The tools of which the model knows. Where it is free, it must not know of those that it may not call."""
+        return [tool for tool in self.tools if self.required or tool["function"]["name"] in self.functions]
+
+    def form(self, parser: str | None) -> Any:
+        """What calls look like, in the format of `parser`."""
+        return calls_form(parser, self.tools, self.functions, parallel=self.parallel, required=self.required)
 
 
 def tool_use(tools: list[Tool] | None, choice: str | dict[str, Any] | None, parallel: bool | None) -> ToolUse | None:
@@ -85,24 +84,48 @@ def tool_use(tools: list[Tool] | None, choice: str | dict[str, Any] | None, para
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise RequestError(f"tools: there are two functions with the name {twice!r}", param="tools")
-    function = _named(choice) if isinstance(choice, dict) else None
-    if function is None and choice not in (None, *_CHOICES):
-        raise RequestError(f"tool_choice must be {', '.join(_CHOICES)}, or name a function", param="tool_choice")
-    required = function is not None or choice == "required"
-    if required and not described:
+    mode, allowed, single = _chosen(choice, names)
+    if mode == "required" and not described:
         raise RequestError("tool_choice asks for a call, but there are no tools", param="tool_choice")
-    if function is not None and function not in names:
-        raise RequestError(f"tool_choice: there is no function {function!r} in tools", param="tool_choice")
-    if not described or choice == "none":
+    unknown = next((name for name in allowed or () if name not in names), None)
+    if unknown is not None:
+        raise RequestError(f"tool_choice: there is no function {unknown!r} in tools", param="tool_choice")
+    if not described or mode == "none":
         return None
-    return ToolUse(described, required, function, parallel is not False)
+    return ToolUse(described, mode == "required", allowed, parallel is not False and not single)
 
 
-def _named(choice: dict[str, Any]) -> str | None:
-    """The function that it names, and nothing else."""
-    function = choice.get("function")
-    name = function.get("name") if isinstance(function, dict) else None
-    return name if isinstance(name, str) and choice == {"type": "function", "function": {"name": name}} else None
+def _chosen(choice: Any, names: Collection[str]) -> tuple[str, frozenset[str] | None, bool]:
+    """What `tool_choice` asks for, in any form that clients have for it: how free the model is, of which functions
+    (None: all), and whether there is one call only."""
+    if choice is None:
+        return "auto", None, False
+    kind = choice.get("type") if isinstance(choice, dict) else choice
+    single = isinstance(choice, dict) and choice.get("disable_parallel_tool_use") is True  # Anthropic's
+    if isinstance(kind, str) and kind in _CHOICES:
+        return _CHOICES[kind], None, single
+    if isinstance(choice, str) and choice in names:
+        return "required", frozenset({choice}), True
+    if isinstance(choice, dict) and kind == "allowed_tools":
+        inner = choice.get("allowed_tools", choice)  # the Responses API has no object within
+        tools = inner.get("tools") if isinstance(inner, dict) else None
+        names_in = [_name(tool) for tool in tools] if isinstance(tools, list) else []
+        allowed = [name for name in names_in if isinstance(name, str)]  # tools of other types are not ours
+        mode = inner.get("mode") or "auto" if isinstance(inner, dict) else None
+        if allowed and mode in ("auto", "required"):
+            return mode, frozenset(allowed), single
+    elif isinstance(choice, dict) and kind in ("function", "tool", None) and isinstance(name := _name(choice), str):
+        return "required", frozenset({name}), True
+    raise RequestError(
+        f"tool_choice must be {', '.join(_CHOICES)}, name a function, or be of type allowed_tools, with mode and tools",
+        param="tool_choice",
+    )
+
+
+def _name(value: Any) -> Any:
+    """Of the function that an object names: by itself, or in an object `function`."""
+    inner = value.get("function", value) if isinstance(value, dict) else None
+    return inner.get("name") if isinstance(inner, dict) else inner
 
 
 def _tool(tool: Tool, where: str) -> dict[str, Any]:

@@ -1,0 +1,253 @@
+"""JSON schemas, in the part of the language that llguidance follows, and with objects closed.
+
+What llguidance does not follow is said in other keywords where that means the same, or is refused by the path of the
+property that has it; annotations are left out. An object has no properties but those that its schema names, unless
+`additionalProperties` says otherwise: models invent them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")  # of names and schemas
+_IN_PLACE = ("allOf", "anyOf", "oneOf")  # their schemas hold for the same value
+_LISTS = (*_IN_PLACE, "prefixItems", "items")
+_NAMING = ("properties", "patternProperties")
+_LITERALS = ("const", "enum", "default", "examples")  # their values are data
+# Keywords that cannot be followed, and the values with which they say nothing.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "uniqueItems": (False,),
+    **dict.fromkeys(("not", "if", "contains", "unevaluatedItems", "$dynamicRef", "$recursiveRef"), ()),
+    **dict.fromkeys(("dependentRequired", "dependentSchemas", "dependencies"), ({},)),
+    **dict.fromkeys(("propertyNames", "unevaluatedProperties"), (True, {})),
+}
+_IDLE = {"then": "if", "else": "if", "minContains": "contains", "maxContains": "contains"}  # without the other
+_FORMATS = ("date", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # llguidance has them
+_DECIMAL = "^(?!^[-+.]*$)"  # how older versions of pydantic say that a decimal number has a digit
+
+_UUID = "[0-9a-f]{{8}}-[0-9a-f]{{4}}-{}[0-9a-f]{{3}}-[89ab][0-9a-f]{{3}}-[0-9a-f]{{12}}"
+_8BIT = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+_V4, _V6 = rf"{_8BIT}(\.{_8BIT}){{3}}", r"[0-9a-f]{1,4}(:[0-9a-f]{1,4}){7}"
+_NET4 = rf"{_8BIT}\.(0\.0\.0/8|{_8BIT}\.(0\.0/16|{_8BIT}\.(0/24|{_8BIT}(/32)?)))"  # no bits of hosts are set
+_INTERFACE4 = rf"{_V4}(/(3[0-2]|[12]?\d))?"
+_DATE = r"\d{4}-((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\d|30)|02-(0[1-9]|[12]\d))"
+_TIME = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
+_SPAN = r"(\d{{1,5}}{0}(\d{{1,5}}{1})?(\d{{1,5}}{2})?|\d{{1,5}}{1}(\d{{1,5}}{2})?|\d{{1,7}}{2})"
+_DAYS, _HOURS = _SPAN.format(*"YMD"), "T" + _SPAN.format(*"HMS")
+_HOST = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*"
+# Formats that llguidance does not have, or has not as Python's types read them; and the others, for strings without
+# quotes. Each is a part of what the format allows.
+PATTERNS = {
+    **{f"uuid{version}": _UUID.format(version) for version in range(1, 9)},
+    "uuid": _UUID.format("[1-8]"),
+    "ipv6": _V6,
+    "hostname": _HOST,
+    "ipv6interface": rf"{_V6}(/\d\d?)?",
+    **dict.fromkeys(("ipv4", "ipvanyaddress"), _V4),
+    **dict.fromkeys(("ipv4network", "ipvanynetwork"), _NET4),
+    **dict.fromkeys(("ipv4interface", "ipvanyinterface"), _INTERFACE4),
+    "ipv6network": rf"{_V6}(/128)?|[0-9a-f]{{1,4}}(:[0-9a-f]{{1,4}}){{1,3}}::/64",
+    **dict.fromkeys(("base64", "byte"), r"([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"),
+    "base64url": r"([A-Za-z0-9_-]{4})*([A-Za-z0-9_-]{2}==|[A-Za-z0-9_-]{3}=)?",
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f"{_DATE}T{_TIME}",
+    "duration": rf"P(\d{{1,5}}W|{_DAYS}({_HOURS})?|{_HOURS})",
+    "email": rf"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*@{_HOST}",
+    "uri": rf"[a-z][a-z0-9+.-]*://{_HOST}(:\d{{1,4}})?(/[A-Za-z0-9._~!$&'()*+,;=:@/?#-]*)?",
+}
+
+
+class SchemaError(ValueError):
+    """What is wrong with a schema, and where: "uniqueItems is not supported (at properties.tags)"."""
+
+    def __init__(self, what: str, path: tuple[str, ...] = ()) -> None:
+        super().__init__(f"{what} (at {'.'.join(path)})" if path else what)
+
+
+def children(schema: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The schemas in a schema, and the way to each."""
+    for key, value in schema.items():
+        if key in _MAPS and isinstance(value, dict):
+            yield from (((key, name), inner) for name, inner in value.items())
+        elif key in _LISTS and isinstance(value, list):
+            yield from (((key, str(index)), inner) for index, inner in enumerate(value))
+        elif key in ("items", "additionalItems", "additionalProperties") and isinstance(value, dict):
+            yield (key,), value
+
+
+def resolved(schema: Any, root: Any) -> Any:
+    """What a schema that is a reference within `root` stands for; the schema itself when it is none."""
+    for _ in range(16):
+        reference = schema.get("$ref") if isinstance(schema, dict) else None
+        if not isinstance(reference, str) or reference[:2] not in ("#", "#/"):
+            return schema
+        target = root
+        for step in filter(None, reference[1:].split("/")):
+            target = target.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
+        if not isinstance(target, dict):
+            return schema
+        schema = target
+    return schema
+
+
+def followed(schema: Any) -> dict[str, Any]:
+    """The schema as it is compiled. Raises: SchemaError."""
+    made = _Follower(schema).node(schema, ())
+    return ({} if made else {"enum": []}) if isinstance(made, bool) else made
+
+
+class _Follower:
+    """Copies one schema after the other. A composition (`allOf`; `$ref` or `anyOf` beside properties) is closed as a
+    whole, by the names of all its parts, which stay open therefore; as definitions, wherever else they are used."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._used: set[str] = set()  # references
+        self._open: set[str] = set()  # those to parts of compositions
+        self._collect(root, ())
+
+    def _collect(self, schema: Any, path: tuple[str, ...]) -> None:
+        if not isinstance(schema, dict):
+            return
+        for kind, keys in ((dict, _MAPS), (list, ("required", "enum", "prefixItems", *_IN_PLACE))):
+            wrong = next((key for key in keys if not isinstance(schema.get(key), kind | None)), None)
+            if wrong is not None:
+                raise SchemaError(f"{wrong} must be {'an object' if kind is dict else 'a list'}", path)
+        self._used.add(str(schema.get("$ref")))
+        if _is_composed(schema):
+            self._open.update(str(part.get("$ref")) for part in (schema, *self._parts(schema, set())))
+        for way, inner in children(schema):
+            self._collect(inner, (*path, *way))
+
+    def _parts(self, schema: Mapping[str, Any], seen: set[str]) -> Iterator[Mapping[str, Any]]:
+        """The schemas that hold for the same value as this one."""
+        inner = [part for key in _IN_PLACE for part in schema.get(key) or ()]
+        if "$ref" in schema and str(schema["$ref"]) not in seen:
+            seen.add(str(schema["$ref"]))
+            inner.append(resolved(schema, self._root))
+        for part in inner:
+            if isinstance(part, dict) and part is not schema:
+                yield part
+                yield from self._parts(part, seen)
+
+    def node(
+        self, schema: Any, path: tuple[str, ...], closing: str = "all", shared: frozenset[str] = frozenset()
+    ) -> Any:
+        """closing: "all"; "inner": not this schema, which is a part of a composition; or "none": several parts have it.
+        shared: names that several parts of a composition, of which this is one, have."""
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, dict):
+            raise SchemaError(f"a schema must be an object, not {schema!r:.40}", path)
+        seals = schema.get("unevaluatedProperties") is False
+        schema, composed = self._plain(schema, path), _is_composed(schema)
+        names: set[str] | None = None
+        if composed:
+            parts = [schema, *self._parts(schema, set())]
+            named = [name for part in parts for name in part.get("properties") or ()]
+            shared |= {name for name in named if named.count(name) > 1}
+            is_map = any("additionalProperties" in part or "patternProperties" in part for part in parts)
+            if not is_map and any("properties" in part for part in parts):
+                names = {*named, *(str(name) for part in parts for name in part.get("required") or ())}
+        made: dict[str, Any] = {
+            key: value.copy() if isinstance(value, dict | list) else value for key, value in schema.items()
+        }
+        for way, inner in children(schema):
+            key, where = way[0], (*path, *way)
+            pointer = "/".join(("#", *(step.replace("~", "~0").replace("/", "~1") for step in where)))
+            if key in _IN_PLACE:
+                new = self.node(inner, where, "inner" if composed and closing == "all" else closing, shared)
+            elif closing == "none" or (key == "properties" and way[1] in shared):
+                new = self.node(inner, where, "none")
+            elif key in ("$defs", "definitions") and pointer not in self._used:
+                new = True
+            else:
+                new = self.node(inner, where, "inner" if pointer in self._open else "all")
+            if len(way) == 1:
+                made[key] = new
+            else:
+                made[key][int(way[1]) if key in _LISTS else way[1]] = new
+        if names is not None and (closing == "all" or seals):
+            made["properties"] = {**dict.fromkeys(sorted(names), True), **made.get("properties", {})}
+            made["additionalProperties"] = False
+        elif not composed and (seals or (closing == "all" and any(key in schema for key in _NAMING))):
+            made.setdefault("additionalProperties", False)
+        elif seals:
+            raise SchemaError("unevaluatedProperties is not supported here", path)
+        return made
+
+    def _plain(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+        """Its own keywords, in those of llguidance."""
+        made = {key: value for key, value in schema.items() if value is not None or key in _LITERALS}
+        gone = ["x-guidance", *(key for key, other in _IDLE.items() if other not in made)]
+        gone += ["uniqueItems"] if made.get("maxItems") in (0, 1) else []
+        gone += ["unevaluatedProperties"] if made.get("unevaluatedProperties") is False else []
+        made = {key: value for key, value in made.items() if key not in gone}
+        if "propertyNames" in made and not any(key in made for key in _NAMING):
+            self._name(made)
+        for key, neutral in _REFUSED.items():
+            if key in made and made.pop(key) not in neutral:
+                raise SchemaError(f"{key} is not supported", path)
+        for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+            if isinstance(made.get(exclusive), bool) and made.pop(exclusive) and bound in made:  # as in draft 4
+                made[exclusive] = made.pop(bound)
+        patterns = [made.pop("pattern")] if "pattern" in made else []
+        if patterns and str(patterns[0]).startswith(_DECIMAL):
+            patterns = ["^" + patterns[0].removeprefix(_DECIMAL), "[0-9]"]
+        if "format" in made and made["format"] not in _FORMATS:
+            patterns += [f"^({PATTERNS[name]})$" for name in (str(made.pop("format")),) if name in PATTERNS]
+        if patterns:
+            made["pattern"] = patterns.pop()
+        if patterns:
+            made["allOf"] = [*(made.get("allOf") or ()), *({"pattern": pattern} for pattern in patterns)]
+        if "oneOf" in made and "anyOf" not in made and (branches := self._exclusive(made)):
+            made = {("anyOf" if key == "oneOf" else key): value for key, value in made.items()}
+            made["anyOf"] = branches
+        return made
+
+    def _name(self, schema: dict[str, Any]) -> None:
+        """Make a map whose names match a schema of one with such properties, if there is a way."""
+        names, values = resolved(schema["propertyNames"], self._root), schema.get("additionalProperties", True)
+        if not isinstance(names, dict):
+            return
+        known = [names["const"]] if "const" in names else names.get("enum")
+        pattern = names.get("pattern") or (
+            f"^({PATTERNS[names['format']]})$" if names.get("format") in PATTERNS else ""
+        )
+        if "minLength" in names or "maxLength" in names:
+            pattern = (pattern and "") or f"^(?s:.{{{names.get('minLength', 0)},{names.get('maxLength', '')}}})$"
+        if isinstance(known, list):
+            schema["properties"] = {name: values for name in known if isinstance(name, str)}
+        elif pattern:
+            schema["patternProperties"] = {pattern: values}
+        else:
+            return
+        del schema["propertyNames"]
+        schema["additionalProperties"] = False
+
+    def _exclusive(self, schema: Mapping[str, Any]) -> list[Any] | None:
+        """The branches of `oneOf`, where a property of theirs says which one it is."""
+        objects = [resolved(branch, self._root) for branch in schema["oneOf"]]
+        if not all(isinstance(branch, dict) and isinstance(branch.get("properties"), dict) for branch in objects):
+            return None
+        discriminator = schema.get("discriminator")
+        told = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
+        for tag in objects[0]["properties"] if told is None else (told,):
+            literals = [_literals(branch["properties"].get(tag)) for branch in objects]
+            values = [value for some in literals for value in some]
+            required = told is not None or all(tag in (branch.get("required") or ()) for branch in objects)
+            if required and all(literals) and all(values.count(value) == 1 for value in values):
+                return [{**branch, "required": [*(branch.get("required") or ()), tag]} for branch in schema["oneOf"]]
+        return None
+
+
+def _is_composed(schema: Mapping[str, Any]) -> bool:
+    own = any(key in schema for key in (*_NAMING, "required"))
+    return own + len(schema.get("allOf") or ()) + sum(key in schema for key in ("$ref", "anyOf", "oneOf")) > 1
+
+
+def _literals(schema: Any) -> list[Any]:
+    values = schema.get("enum", [schema["const"]] if "const" in schema else []) if isinstance(schema, dict) else []
+    return [value for value in values if isinstance(value, str)]

@@ -1,0 +1,198 @@
+"""Grammars of tool calls, alone and beside answers: what they let through, the parsers read back, and it matches."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict
+from typing import Any
+
+import jsonschema
+import pytest
+
+from minisgl.core import Grammar
+from minisgl.errors import RequestError
+from minisgl.grammar.store import GrammarStore
+from minisgl.parser.forced import calls_form
+from minisgl.parser.registry import TOOL_PARSERS, make_tool_parser
+from tests.unit.test_grammar import accepts, compile_in, store, walk
+from tests.unit.test_tool_parsers import parse
+
+__all__ = ["store"]
+POINT = {"type": "object", "properties": {"x": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["x"]}
+PARAMETERS: dict[str, dict[str, Any] | None] = {
+    "get_time": None,
+    "ping": {"type": "object", "properties": {}},
+    "plain": {"properties": {"deep": POINT}, "required": ["deep"]},
+    "f": {
+        "type": "object",
+        "properties": {
+            "at": {"$ref": "#/$defs/Point"},
+            "unit": {"enum": ["C", "F"]},
+            "maybe": {"anyOf": [{"type": "string", "maxLength": 3}, {"type": "null"}]},
+            "code": {"type": "string", "pattern": "^[a-z]{2}$"},
+            "day": {"type": "string", "format": "date"},
+            "flags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2},
+        },
+        "required": ["at", "code"],
+        "$defs": {"Point": POINT},
+    },
+}
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": s}} for name, s in PARAMETERS.items()]
+ARGUMENTS = {"at": {"x": 1}, "unit": "C", "maybe": None, "code": "ab", "day": "2026-01-02", "flags": [True]}
+FORMATS = [*sorted(TOOL_PARSERS), None]
+ANSWER = Grammar("json", json.dumps({"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}))
+
+
+def form(name: str | None, *names: str, required: bool = True, parallel: bool = True, tools: Any = TOOLS) -> Any:
+    return calls_form(name, tools, names or tuple(PARAMETERS), parallel=parallel, required=required)
+
+
+def compiled(store: GrammarStore, form: Any, **more: str) -> Any:
+    return compile_in(store, "form", form, **more)
+
+
+def closed(schema: Any) -> Any:
+    """As `additionalProperties: false` everywhere would have it."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: closed(value) for key, value in schema.items()}
+    return {**inner, "additionalProperties": False} if isinstance(schema.get("properties"), dict) else inner
+
+
+def checked(text: str, name: str | None) -> list[tuple[str, Any]]:
+    """The calls of an output, which has nothing else."""
+    functions: dict[str, Any] = PARAMETERS
+    content, calls = parse(make_tool_parser(name, functions), text)
+    assert content == "" and calls, text
+    assert parse(make_tool_parser(name, functions), *text) == (content, calls)
+    for function, arguments in calls:
+        jsonschema.validate(arguments, closed(PARAMETERS[function]) or {"type": "object", "maxProperties": 0})
+    return calls
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_the_grammar_lets_through_is_a_call_that_matches(store: GrammarStore, name: str | None) -> None:
+    matcher = compiled(store, form(name))
+    texts = [walk(matcher.deep_copy(), random.Random(seed), 200) for seed in range(30)]
+    calls = [call for text in texts if text is not None for call in checked(text, name)]
+    assert {function for function, _ in calls} == set(PARAMETERS)
+    assert all(arguments == {} for function, arguments in calls if PARAMETERS[function] in (None, PARAMETERS["ping"]))
+
+
+def written(name: str | None, function: str, arguments: dict[str, Any]) -> str:
+    """As the model's own template writes it."""
+    text = json.dumps(arguments)
+    if name in ("hermes", "qwen"):
+        return f'<tool_call>\n{{"name": "{function}", "arguments": {text}}}\n</tool_call>'
+    if name == "mistral":
+        return f"[TOOL_CALLS]{function}[ARGS]{text}"
+    if name == "pythonic":
+        return f"[{function}({', '.join(f'{key}={json.dumps(value)}' for key, value in arguments.items())})]"
+    if name == "qwen3_coder":
+        values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
+        inner = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+        return f"<tool_call>\n<function={function}>\n{inner}</function>\n</tool_call>"
+    return f'{{"name": "{function}", "parameters": {text}}}'
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_model_s_own_way_to_write_calls_is_let_through(store: GrammarStore, name: str | None) -> None:
+    matcher = compiled(store, form(name))
+    for arguments in (ARGUMENTS, {"at": {"x": 1}, "code": "ab"}, {"at": {"x": 0}, "unit": "F", "code": "xy"}):
+        text = written(name, "f", arguments)
+        assert accepts(matcher.deep_copy(), text), text
+        assert checked(text, name) == [("f", arguments)]
+    for bad in ({}, {"at": {"x": 10}, "code": "ab"}, {"at": {"x": 1}, "code": "abc"}, {**ARGUMENTS, "day": "1.2.2026"}):
+        assert not accepts(matcher.deep_copy(), written(name, "f", bad)), bad
+    for bad in ({"at": {"x": 1, "y": 2}, "code": "ab"}, {"at": {"x": 1}, "code": "ab", "more": 1}):
+        assert not accepts(matcher.deep_copy(), written(name, "f", bad)), bad
+    assert not accepts(matcher.deep_copy(), written(name, "g", {}))
+    assert not accepts(matcher.deep_copy(), written(name, "ping", {"made": "up"}))
+
+
+BETWEEN = {"llama3_json": "; ", None: "; ", "mistral": ""}
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "pythonic"])
+def test_one_call_or_several(store: GrammarStore, name: str | None) -> None:
+    call = written(name, "plain", {"deep": {"x": 1}})
+    several = BETWEEN.get(name, "\n").join([call] * 3)
+    one, many = compiled(store, form(name, parallel=False)), compiled(store, form(name))
+    assert accepts(one.deep_copy(), call) and not accepts(one, several)
+    assert accepts(many.deep_copy(), call) and accepts(many, several)
+    assert len(checked(several, name)) == 3
+
+
+def test_lists_of_calls(store: GrammarStore) -> None:
+    for name, text in (
+        ("pythonic", '[ping(), plain(deep={"x": 1}), get_time()]'),
+        ("mistral", '[TOOL_CALLS] [{"name": "ping", "arguments": {}}, {"name": "get_time", "arguments": {}}]'),
+        ("mistral", '[TOOL_CALLS][{"name": "ping", "arguments": {}}]'),
+    ):
+        assert accepts(compiled(store, form(name)), text)
+        assert len(checked(text, name)) == text.count("ping") + text.count("plain") + text.count("get_time")
+        assert accepts(compiled(store, form(name, parallel=False)), text) == (len(checked(text, name)) == 1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_only_functions_that_are_asked_for(store: GrammarStore, name: str | None) -> None:
+    matcher = compiled(store, form(name, "ping"))
+    assert accepts(matcher.deep_copy(), written(name, "ping", {}))
+    assert not accepts(matcher, written(name, "plain", {"deep": {"x": 1}}))
+
+
+@pytest.mark.parametrize("reasoning", ["", "optional", "always"])
+@pytest.mark.parametrize("name", sorted(TOOL_PARSERS))
+def test_calls_or_an_answer(store: GrammarStore, name: str, reasoning: str) -> None:
+    """Of JSON, and of other kinds; after reasoning as well."""
+    call = written(name, "f", ARGUMENTS)
+    for answer, text, bad in (
+        (ANSWER, '{"a":1}', '{"a":3}'),
+        (Grammar("json", '{"type": "array", "items": {"type": "integer"}}'), "[1,2]", '["f"]'),
+        (Grammar("regex", "[0-9]{3}"), "123", "12"),
+        (Grammar("choice", '["yes", "no"]'), "yes", "maybe"),
+        (Grammar("grammar", 'start: "x" y\ny: "z"+'), "xzz", "x"),
+    ):
+        matcher = compiled(store, {"any": [form(name, required=False), asdict(answer)]}, reasoning=reasoning)
+        before = "<think>\nHm.\n</think>\n\n" if reasoning else ""
+        assert accepts(matcher.deep_copy(), before + text), text
+        assert accepts(matcher.deep_copy(), before + call), call
+        assert not accepts(matcher.deep_copy(), before + bad)
+        assert not accepts(matcher.deep_copy(), before + text + call)
+        assert not accepts(matcher.deep_copy(), before)
+        assert parse(make_tool_parser(name, PARAMETERS), text) == (text, [])
+
+
+def tool(name: str, parameters: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **more}}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_schema_that_cannot_be_followed(store: GrammarStore, name: str | None) -> None:
+    """Binds, or else the arguments are any object: the model was free to write them before."""
+    tags = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}
+    word = {"type": "object", "properties": {"tags": {"type": "string", "pattern": "(?=a)b"}}}
+    for parameters, value in ((tags, [1]), (word, "b")):
+        tools = [tool("ping", {}), tool("f", parameters)]
+        text = written(name, "f", {"tags": value})
+        assert accepts(compiled(store, form(name, "f", "ping", tools=tools, required=False)), text)
+        for bad in (
+            form(name, "f", tools=tools),
+            form(name, "f", tools=[tool("ping", {}), tool("f", parameters, strict=True)], required=False),
+        ):
+            with pytest.raises(RequestError, match="tags") as caught:
+                compiled(store, bad)
+            assert str(caught.value.param).startswith("tools[1].function.parameters")
+            with pytest.raises(RequestError):  # from memory
+                compiled(store, bad)
+
+
+@pytest.mark.parametrize("name", ["pythonic", "qwen3_coder"])
+def test_arguments_that_have_no_list(name: str) -> None:
+    tools = [tool("f", {"anyOf": [POINT, {"type": "object", "properties": {"y": {}}}]})]
+    with pytest.raises(RequestError, match="named properties") as caught:
+        form(name, "f", tools=tools)
+    assert caught.value.param == "tools[0].function.parameters"
