@@ -45,7 +45,7 @@ def test_calls_stream(model: Scripted) -> None:
     for index in (0, 1):  # each begins with its name, and its arguments follow in pieces
         first, *rest = [call for call in deltas if call.index == index]
         assert first.id and first.function.name == "GetWeather" and not first.function.arguments
-        assert len(rest) > 3 and not any(call.id or call.function.name for call in rest)
+        assert rest and not any(call.id or call.function.name for call in rest)
         assert json.loads("".join(call.function.arguments for call in rest)) == {"city": "Köln 🌧"}
     assert [call.index for call in deltas] == sorted(call.index for call in deltas)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "I look."
@@ -93,7 +93,8 @@ def test_a_call_that_is_cut_off_has_the_arguments_so_far(model: Scripted, stream
         choice = model.chat(CALL, **asked).choices[0]
     (call,) = choice.message.tool_calls
     assert choice.finish_reason == "length" and not choice.message.content
-    assert '{"city": "Köln'.startswith(call.function.arguments) and call.function.arguments.startswith('{"city')
+    arguments = call.function.arguments.rstrip("\ufffd")  # half of a character
+    assert '{"city": "Köln 🌧"}'.startswith(arguments) and arguments.startswith('{"city": "K')
 
 
 def test_without_tools_nothing_is_a_call(model: Scripted) -> None:

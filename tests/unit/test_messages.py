@@ -15,7 +15,7 @@ from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
-from minisgl.parser.forced import PlainParser
+from minisgl.parser.parts import CallPart, Part, PlainText
 from minisgl.server.assemble import Assembler
 from minisgl.server.protocol_messages import parse_messages
 from minisgl.server.render import Totals
@@ -83,12 +83,19 @@ def test_an_assistant_s_last_words_go_on_unless_they_are_calls() -> None:
     assert [chat(messages=[ASKED, *last]).continue_final for last in ([said], [called], [said, ASKED])] == [1, 0, 0]
 
 
+class Calling(PlainText):
+    """Whatever is written are the arguments of one call."""
+
+    def push(self, text: str) -> list[Part]:
+        return [CallPart(0, "f", text)] if text else []
+
+
 @pytest.mark.parametrize(
     ("written", "shown"), [('{"a": [1, "b', {"a": [1]}), ("{", {}), ("[1", {}), ("", {}), ("}", {})]
 )
 def test_a_call_that_is_cut_off_is_an_object_as_far_as_it_came(written: str, shown: dict[str, Any]) -> None:
-    """The grammar of a forced call makes it end anywhere."""
-    renderer = MessagesRenderer("m", Assembler(None, PlainParser(["f"], "f")))
+    """`max_tokens` makes it end anywhere."""
+    renderer = MessagesRenderer("m", Assembler(None, Calling()))
     totals = Totals(1, 1)
     reply = UserReply(1, written, pack_ids([1]), 1, 1, 0, finish_reason=FinishReason.LENGTH)
     totals.add(0, reply)

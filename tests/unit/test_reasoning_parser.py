@@ -85,12 +85,13 @@ def test_reasoning_comes_as_it_is_thought() -> None:
 def test_calls_after_reasoning() -> None:
     call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     text = f"<think>\nI could {call}\n</think>\n\nLet me.\n{call}"
-    expected = {"reasoning": f"I could {call}", "text": "Let me.", "calls": [CallPart(0, "f", "{}")]}
+    expected = {"reasoning": f"I could {call}", "text": "Let me.", "names": ["f"], "arguments": "{}"}
     for pieces in ([text], list(text)):
-        parser = Chain(make_reasoning_parser("qwen3", ""), make_tool_parser("hermes", ["f"]))
+        parser = Chain(make_reasoning_parser("qwen3", ""), make_tool_parser("hermes", {"f": None}))
         parts = [part for piece in pieces for part in parser.push(piece)] + parser.finish()
         assert expected == {
             "reasoning": "".join(part.text for part in parts if isinstance(part, ReasoningPart)),
             "text": "".join(part.text for part in parts if isinstance(part, TextPart)),
-            "calls": [part for part in parts if isinstance(part, CallPart)],
+            "names": [part.name for part in parts if isinstance(part, CallPart) and part.name],
+            "arguments": "".join(part.arguments for part in parts if isinstance(part, CallPart)),
         }

@@ -83,7 +83,7 @@ def test_choices_of_tools() -> None:
         tools=[TOOL], tool_choice={"type": "function", "name": "get_weather"}, parallel_tool_calls=False
     ).tools
     assert named is not None
-    assert (named.required, named.function, named.parallel) == (True, "get_weather", False)
+    assert (named.required, named.allowed, named.parallel) == (True, {"get_weather"}, False)
     assert parse(tools=[TOOL], tool_choice="none").tools is None
     assert parse(chat_template_kwargs={"enable_thinking": False}).prompts[0].template_kwargs == {  # type: ignore[union-attr]
         "enable_thinking": False
@@ -109,7 +109,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "custom", "name": "other"}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"tools": [TOOL], "tool_choice": "required", "text": {"format": {"type": "json_object"}}}, "text.format"),
+    ({"tools": [TOOL], "text": {"format": {"type": "json_object", "whitespace": "some"}}}, "text.format"),
 ]
 
 
