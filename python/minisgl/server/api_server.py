@@ -83,7 +83,7 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
         return await answer_request(frontend, request, parsed, make(parsed), keepalive)
 
     def add(
-        path: str, about: str, answer: Any, parse: Parser[R], body: Any, make: Make[R], events: str = doc.EVENTS
+        path: str, about: str, answer: str, parse: Parser[R], body: Any, make: Make[R], events: str = doc.EVENTS
     ) -> None:
         async def route(request: Request) -> Response:
             return await generate(request, parse, make)
@@ -100,13 +100,13 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     def message(r: GenerationRequest) -> Renderer:
         return MessagesRenderer(name, new_assembler(r, config))
 
-    add("/v1/chat/completions", "Answer a chat.", doc.ChatCompletion, parse_chat, ChatBody, chat)
+    add("/v1/chat/completions", "Answer a chat.", "ChatCompletion", parse_chat, ChatBody, chat)
     about = "Continue a text, or several."
-    add("/v1/completions", about, doc.TextCompletion, parse_completion, CompletionBody, completion)
+    add("/v1/completions", about, "TextCompletion", parse_completion, CompletionBody, completion)
 
     @app.post(
         "/v1/responses",
-        **doc.documented(doc.ModelResponse, ResponsesBody, errors=(404, 503), events=doc.RESPONSE_EVENTS),
+        **doc.documented("ModelResponse", ResponsesBody, errors=(404, 503), events=doc.RESPONSE_EVENTS),
     )
     async def responses(request: Request) -> Response:
         """Answer a conversation, in the words of OpenAI's newer API."""
@@ -115,9 +115,9 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
         return await generate(request, parse, lambda r: ResponsesRenderer(name, r, new_assembler(r, config), keep))
 
     about = "Answer a conversation, in Anthropic's words."
-    add("/v1/messages", about, doc.MessageAnswer, parse_messages, MessagesBody, message, doc.MESSAGE_EVENTS)
+    add("/v1/messages", about, "MessageAnswer", parse_messages, MessagesBody, message, doc.MESSAGE_EVENTS)
     about = "Continue a text or token ids; the answer has token ids too."
-    add("/generate", about, doc.Generated, parse_generate, GenerateBody, lambda _: GenerateRenderer())
+    add("/generate", about, "Generated", parse_generate, GenerateBody, lambda _: GenerateRenderer())
 
     @app.post(
         "/v1/messages/count_tokens",
@@ -132,12 +132,12 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
         assert isinstance(prompt, ChatPrompt)
         return json_response({"input_tokens": len(await frontend.encode(prompt, special=False))})
 
-    @app.get("/v1/models", **doc.documented(doc.ModelList))
+    @app.get("/v1/models", **doc.documented("ModelList"))
     async def models() -> Response:
         """The model that is served."""
         return json_response({"object": "list", "data": [_model_card(config, created)]})
 
-    @app.get("/v1/models/{model:path}", **doc.documented(doc.ModelCard, errors=(404,)))
+    @app.get("/v1/models/{model:path}", **doc.documented("ModelCard", errors=(404,)))
     async def model(model: str) -> Response:
         """The model, if it is the one that is served."""
         check_model(model, config)

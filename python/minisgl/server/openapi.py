@@ -1,18 +1,19 @@
 """The OpenAPI document: what each route takes and what it may answer.
 
-Bodies are those that `protocol` parses requests with. Answers are described here and built in `render`; tests hold the
-one against the other.
+Bodies are those that `protocol` parses requests with. Answers are described in `answers.yaml`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, TypeAdapter, create_model
+from pydantic import BaseModel, TypeAdapter
 
 from minisgl.server.access import OPEN_PATHS
 from minisgl.server.render_messages import PATHS
@@ -39,83 +40,6 @@ _ERRORS = {
 }
 
 
-_KINDS = {"": str, "int": int, "float": float, "ints": list[int], "object": Json, "objects": list[Json], "null": None}
-
-
-def _object(name: str, about: str, words: str = "", /, **types: Any) -> Any:
-    """The model of an object in answers. words: its fields, as `text`, `count:int` (a kind), `object=list` (one of some
-    values, with | between them); with a ? behind the name, null is one too. types: fields of other types, each with a
-    default if it may be missing.
-    """
-    fields: dict[str, Any] = {}
-    for word in words.split():
-        field, is_value, values = word.partition("=")
-        field, _, kind = field.partition(":")
-        type_: Any = Literal[tuple(values.split("|"))] if is_value else _KINDS[kind]
-        fields[field.removesuffix("?")] = (type_ | None if field.endswith("?") else type_, ...)
-    fields |= {field: type_ if isinstance(type_, tuple) else (type_, ...) for field, type_ in types.items()}
-    return create_model(name, __doc__=about, **fields)
-
-
-def _many(kind: Any) -> Any:
-    return list[kind]
-
-
-_COUNTS = "prompt_tokens:int completion_tokens:int total_tokens:int"
-_TOKEN = "token logprob:float bytes:ints"
-_TYPE = "type=invalid_request_error|server_error"
-_FINISH = "finish_reason=stop|length|tool_calls|abort"
-_STOP = "stop_reason=end_turn|max_tokens|stop_sequence|tool_use stop_sequence?"
-_INPUT = "input_tokens:int cache_creation_input_tokens:int cache_read_input_tokens:int output_tokens:int"
-
-ErrorDetail = _object("ErrorDetail", "What went wrong, as OpenAI tells it.", f"message {_TYPE} param? code?")
-ErrorBody = _object("ErrorBody", "Every answer that is an error.", error=ErrorDetail)
-AnthropicDetail = _object("AnthropicDetail", "", "type message")
-_about = "An error, on the paths of Anthropic's API."
-AnthropicError = _object("AnthropicError", _about, "type=error request_id", error=AnthropicDetail)
-PromptDetails = _object("PromptDetails", "", "cached_tokens:int")
-CompletionDetails = _object("CompletionDetails", "", "reasoning_tokens:int")
-_details = {"prompt_tokens_details": PromptDetails}
-Usage = _object("Usage", "", _COUNTS, **_details)
-ChatUsage = _object("ChatUsage", "", _COUNTS, **_details, completion_tokens_details=CompletionDetails)
-CalledFunction = _object("CalledFunction", "", "name arguments")
-ToolCall = _object("ToolCall", "", "id type=function", function=CalledFunction)
-_about = "`reasoning_content` and `tool_calls` are there if there are any."
-_may = {"reasoning_content": (str, ""), "tool_calls": (_many(ToolCall), [])}
-ChatMessage = _object("ChatMessage", _about, "role=assistant content? refusal:null", **_may)
-TokenLogprob = _object("TokenLogprob", "", _TOKEN)
-TokenLogprobs = _object("TokenLogprobs", "", _TOKEN, top_logprobs=_many(TokenLogprob))
-ChatLogprobs = _object("ChatLogprobs", "", "refusal:null", content=_many(TokenLogprobs))
-ChatChoice = _object("ChatChoice", "", f"index:int {_FINISH}", message=ChatMessage, logprobs=ChatLogprobs | None)
-_head = "id object=chat.completion created:int model"
-ChatCompletion = _object("ChatCompletion", "", _head, choices=_many(ChatChoice), usage=ChatUsage)
-TextLogprobs = _object(
-    "TextLogprobs",
-    "By token. A prompt's first token has null for its values.",
-    "text_offset:ints",
-    token_logprobs=list[float | None],
-    tokens=list[str],
-    top_logprobs=list[dict[str, float] | None],
-)
-TextChoice = _object("TextChoice", "", f"text index:int {_FINISH}", logprobs=TextLogprobs | None)
-_head = "id object=text_completion created:int model"
-TextCompletion = _object("TextCompletion", "", _head, choices=_many(TextChoice), usage=Usage)
-ModelResponse = _object(
-    "ModelResponse",
-    "The fields of OpenAI's `Response`; those of the request come back in it.",
-    "id object=response created_at:int completed_at?:int status=completed|incomplete|cancelled error:null"
-    " incomplete_details?:object model output:objects usage:object",
-)
-MessageUsage = _object("MessageUsage", "What was cached is no input.", _INPUT)
-_head = f"id type=message role=assistant model content:objects {_STOP}"
-MessageAnswer = _object("MessageAnswer", "The fields of Anthropic's `Message`.", _head, usage=MessageUsage)
-_head = f"id {_FINISH} prompt_tokens:int completion_tokens:int cached_tokens:int"
-GeneratedMeta = _object("GeneratedMeta", "", _head)
-Generated = _object("Generated", "", "text output_ids:ints", meta_info=GeneratedMeta)
-ModelCard = _object("ModelCard", "", "id object=model created:int owned_by root max_model_len:int")
-ModelList = _object("ModelList", "", "object=list", data=_many(ModelCard))
-
-
 def fields(**types: str) -> Json:
     """The schema of an object that has these fields, of these types."""
     return {
@@ -126,7 +50,7 @@ def fields(**types: str) -> Json:
 
 
 def documented(
-    answer: type[BaseModel] | Json,
+    answer: str | Json,
     body: type[BaseModel] | None = None,
     *,
     errors: Iterable[int] = (),
@@ -135,21 +59,21 @@ def documented(
 ) -> dict[str, Any]:
     """What the decorator of a route is to be told.
 
-    answer: its model or its schema. errors: statuses beside those of all routes, and of all that have a body.
-    events: what a stream consists of. texts: media types of an answer that is no JSON.
+    answer: its name in `answers.yaml`, or its schema. errors: statuses beside those of all routes, and of all that have
+    a body. events: what a stream consists of. texts: media types of an answer that is no JSON.
     """
-    content: Json = {media: {"schema": answer} for media in texts or ["application/json"] if isinstance(answer, dict)}
+    schema = _ref(answer) if isinstance(answer, str) else answer
+    content: Json = {media: {"schema": schema} for media in texts or ["application/json"]}
     if events is not None:
         event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
         content["text/event-stream"] = {"itemSchema": {"description": events, **event}}
     statuses = sorted({*errors, *((400, 413, 415) if body is not None else ()), 500})
-    shown = {"description": "As asked.", "content": content}
-    route: Json = {"responses": {200: shown if isinstance(answer, dict) else {**shown, "model": answer}}}
+    route: Json = {"responses": {200: {"description": "As asked.", "content": content}}}
     route["responses"] |= {status: _error(status) for status in statuses}
     if texts:
         route["response_class"] = PlainTextResponse
     if body is not None:
-        request = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
+        request = {"required": True, "content": {"application/json": {"schema": _ref(body.__name__)}}}
         route["openapi_extra"] = {"requestBody": request}
     return route
 
@@ -174,9 +98,9 @@ def _document(app: FastAPI, bodies: Iterable[type[BaseModel]], keys: bool) -> Js
         separate_input_output_schemas=False,
     )
     components = document["components"]
-    models: list[type[BaseModel]] = [ErrorBody, AnthropicError, *bodies]
-    adapters = [(model.__name__, _MODE, TypeAdapter[Any](model)) for model in models]
+    adapters = [(model.__name__, _MODE, TypeAdapter[Any](model)) for model in bodies]
     components["schemas"] |= TypeAdapter.json_schemas(adapters, ref_template=SCHEMA_REF)[1]["$defs"]
+    components["schemas"] |= yaml.safe_load(Path(__file__).with_name("answers.yaml").read_text(encoding="utf-8"))
     for unused in ("HTTPValidationError", "ValidationError"):  # our routes check what they get by themselves
         components["schemas"].pop(unused, None)
     if keys:
@@ -189,13 +113,13 @@ def _document(app: FastAPI, bodies: Iterable[type[BaseModel]], keys: bool) -> Js
                 operation["responses"]["401"] = _error(401)
             if PATHS.match(path):
                 for answer in (answer for status, answer in operation["responses"].items() if int(status) >= 400):
-                    answer["content"]["application/json"]["schema"] = _ref(AnthropicError)
+                    answer["content"]["application/json"]["schema"] = _ref("AnthropicError")
     return document
 
 
 def _error(status: int) -> Json:
-    return {"description": _ERRORS[status], "content": {"application/json": {"schema": _ref(ErrorBody)}}}
+    return {"description": _ERRORS[status], "content": {"application/json": {"schema": _ref("ErrorBody")}}}
 
 
-def _ref(model: type[BaseModel]) -> Json:
-    return {"$ref": SCHEMA_REF.format(model=model.__name__)}
+def _ref(name: str) -> Json:
+    return {"$ref": SCHEMA_REF.format(model=name)}

@@ -18,7 +18,7 @@ from minisgl.server.exposition import Exposition
 from minisgl.server.fields import fields_of
 from minisgl.server.frontend import Frontend
 from minisgl.server.messages import Message
-from minisgl.server.openapi import ModelResponse, documented, fields
+from minisgl.server.openapi import documented, fields
 from minisgl.server.protocol import chat_request
 from minisgl.server.protocol_tools import Tool
 from minisgl.server.response_store import ResponseStore
@@ -157,7 +157,7 @@ def add_response_routes(app: FastAPI, store: ResponseStore) -> None:
     def kept(request: Request, response_id: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return store.get(owner_of(request), response_id)
 
-    @app.get("/v1/responses/{response_id}", **documented(ModelResponse, errors=(404,)))
+    @app.get("/v1/responses/{response_id}", **documented("ModelResponse", errors=(404,)))
     async def retrieve(request: Request, response_id: str) -> Response:
         """A response that was stored."""
         return json_response(kept(request, response_id)[0])
@@ -175,7 +175,7 @@ def add_response_routes(app: FastAPI, store: ResponseStore) -> None:
         """The items that it answers, the last one first."""
         return json_response(_page(kept(request, response_id)[1], request.query_params))
 
-    @app.post("/v1/responses/{response_id}/cancel", **documented(ModelResponse, errors=(400, 404)))
+    @app.post("/v1/responses/{response_id}/cancel", **documented("ModelResponse", errors=(400, 404)))
     async def cancel(request: Request, response_id: str) -> Response:
         """Refused: none is made in the background. `/abort_request` ends one that is under way."""
         kept(request, response_id)
