@@ -18,8 +18,7 @@ import pytest
 import torch
 
 from minisgl.distributed.comm import create_communicator
-from minisgl.distributed.info import DistributedInfo
-from minisgl.distributed.rendezvous import Rendezvous
+from minisgl.distributed.rendezvous import DistributedInfo, Rendezvous
 from minisgl.errors import ConfigError
 
 NUM_GPUS = torch.cuda.device_count()

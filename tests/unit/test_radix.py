@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minisgl.kvcache.base import TokenIds
-from minisgl.kvcache.radix import RadixCache
+from minisgl.kvcache.radix import RadixCache, TokenIds
 
 
 def ids(*tokens: int) -> TokenIds:

@@ -78,7 +78,6 @@ class AttentionBackend(Protocol):
 
     def prepare(self, batch: AttentionBatch) -> Any:
         """What `forward` needs of the step: indices, masks, a schedule. The same object goes to every layer."""
-        ...
 
     def forward(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int | None, metadata: Any
@@ -88,7 +87,6 @@ class AttentionBackend(Protocol):
 
         → [num_tokens, num_qo_heads, head_dim]. Stale or non-finite values of other requests never leak in.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)

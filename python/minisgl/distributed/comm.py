@@ -7,8 +7,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from minisgl.distributed.info import DistributedInfo
-from minisgl.distributed.rendezvous import TIMEOUT, Rendezvous
+from minisgl.distributed.rendezvous import TIMEOUT, DistributedInfo, Rendezvous
 from minisgl.errors import ConfigError
 
 
@@ -20,26 +19,21 @@ class Communicator(Protocol):
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The sum over ranks, in `out`, which is like x; without it, may work in place and return `x`."""
-        ...
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., n] on every rank → [..., size * n], ranks in order along the last dimension."""
-        ...
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """As `all_gather` of x: [rows, n], for rank 0 alone; elsewhere the result has no more than its shape.
 
         The result is valid until the next `gather`.
         """
-        ...
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's `x`, written in place on the other ranks."""
-        ...
 
     def all_reduce_min(self, value: int) -> int:
         """The smallest `value` of all ranks, by way of the host: for start-up, not for steps."""
-        ...
 
     def close(self) -> None: ...
 
@@ -56,11 +50,7 @@ class NullCommunicator:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+    gather = broadcast = all_gather
 
     def all_reduce_min(self, value: int) -> int:
         return value
@@ -92,8 +82,7 @@ class GlooCommunicator:
         self._group.allgather([parts], [x]).wait()
         return torch.cat(parts, dim=-1)
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        return self.all_gather(x)
+    gather = all_gather
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         self._group.broadcast(x, 0).wait()

@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from minisgl.distributed.info import DistributedInfo
 from minisgl.distributed.peer_memory import BROADCAST_BYTES, open_peer_memory
-from minisgl.distributed.rendezvous import TIMEOUT, Rendezvous
+from minisgl.distributed.rendezvous import TIMEOUT, DistributedInfo, Rendezvous
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel import pynccl
 
@@ -27,7 +26,6 @@ class Nccl(Protocol):
 
     def gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """out: [size, *x.shape], filled on rank 0 at least."""
-        ...
 
     def broadcast(self, x: torch.Tensor) -> None: ...
 

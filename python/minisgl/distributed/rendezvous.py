@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from minisgl.distributed.info import DistributedInfo
 from minisgl.errors import ConfigError
 
 # Ranks wait this long for one another; a rank may be compiling kernels, or reading a checkpoint, meanwhile.
 TIMEOUT = timedelta(minutes=5)
+
+
+@dataclass(frozen=True, slots=True)
+class DistributedInfo:
+    """This process is rank `rank` of `size`.
+
+    init_method: the rendezvous, "file://PATH" of a file that does not exist yet; unused for one rank.
+    """
+
+    rank: int = 0
+    size: int = 1
+    init_method: str = ""
 
 
 class Rendezvous:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +16,7 @@ from minisgl.engine.logprobs import LogprobRules
 from minisgl.utils.math import div_ceil
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingBatch:
+class SamplingBatch(NamedTuple):
     """Parameters of the rows that sample, one column per parameter: [n]. On the host."""
 
     temperature: npt.NDArray[np.float32]  # 0: greedy
@@ -31,14 +31,7 @@ class SamplingBatch:
         return not self.temperature.any()
 
     def select(self, index: IntArray) -> SamplingBatch:
-        return SamplingBatch(
-            self.temperature[index],
-            self.top_k[index],
-            self.top_p[index],
-            self.min_p[index],
-            self.seed[index],
-            self.position[index],
-        )
+        return SamplingBatch._make(column[index] for column in self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +53,8 @@ class RowTables:
     def __init__(self, num_rows: int, max_seq_len: int, page_size: int) -> None:
         self.pages = np.zeros((num_rows, div_ceil(max_seq_len + 1, page_size)), dtype=np.int32)
         self.page_size = page_size
-        self._temperature = np.zeros(num_rows, dtype=np.float32)
-        self._top_k = np.zeros(num_rows, dtype=np.int64)
-        self._top_p = np.ones(num_rows, dtype=np.float32)
-        self._min_p = np.zeros(num_rows, dtype=np.float32)
-        self._seed = np.zeros(num_rows, dtype=np.uint64)
+        types = (np.float32, np.int64, np.float32, np.float32, np.uint64, np.int64)
+        self._sampling = SamplingBatch._make(np.zeros(num_rows, dtype) for dtype in types)  # positions: of no use here
         self.logit_rules = LogitRules()
         self.logprob_rules = LogprobRules()
 
@@ -72,24 +62,18 @@ class RowTables:
         """Write the plan's admissions and page updates."""
         self.logit_rules.apply(plan.admissions)
         self.logprob_rules.apply(plan.admissions)
+        columns = self._sampling
         for row, _, params, *_ in plan.admissions:
-            self._temperature[row], self._top_k[row] = params.temperature, max(params.top_k, 0)
-            self._top_p[row], self._min_p[row] = params.top_p, params.min_p
+            columns.temperature[row], columns.top_k[row] = params.temperature, max(params.top_k, 0)
+            columns.top_p[row], columns.min_p[row] = params.top_p, params.min_p
             assert params.seed is not None
-            self._seed[row] = params.seed
+            columns.seed[row] = params.seed
         for update in plan.page_updates:
             self.pages[update.row, update.first_index : update.first_index + len(update.pages)] = update.pages
 
     def sampling(self, rows: IntArray, positions: IntArray) -> SamplingBatch:
         """The parameters of these rows, for tokens at these positions."""
-        return SamplingBatch(
-            self._temperature[rows],
-            self._top_k[rows],
-            self._top_p[rows],
-            self._min_p[rows],
-            self._seed[rows],
-            positions,
-        )
+        return self._sampling.select(rows)._replace(position=positions)
 
 
 class Tables(RowTables):

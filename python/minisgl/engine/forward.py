@@ -25,11 +25,9 @@ class Forward(Protocol):
 
     def __call__(self, batch: Batch) -> Tensor:
         """The logits of the tokens that sample: [n, vocab_size], valid until the next step."""
-        ...
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Those of any tokens of the last step. tokens: [n] int64 → [n, vocab_size]."""
-        ...
 
 
 class LayerByLayer:

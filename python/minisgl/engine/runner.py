@@ -16,7 +16,7 @@ from minisgl.attention.registry import create_backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import StepPlan, StepResult, TokenBitmask, TokenLogprobs
 from minisgl.distributed.comm import create_communicator
-from minisgl.distributed.info import DistributedInfo
+from minisgl.distributed.rendezvous import DistributedInfo
 from minisgl.engine.batch import Batch, SamplingBatch, Tables
 from minisgl.engine.forward import Forward, LayerByLayer, WholeStep
 from minisgl.engine.logits import process

@@ -2,16 +2,25 @@
 
 The idea is RadixAttention's (Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs", 2024,
 section 3), here at page granularity: an edge spells a whole number of pages, and children differ in their first page.
+
+The cache owns pages; requests own the rest. A request holds one *handle*: a locked position in the tree whose path from
+the root spells the request's first tokens. Locked paths are never evicted, so a request may keep pointing at the pages
+that it found there. Where it computed a prefix that someone else cached at the same time, it keeps its own pages until
+it ends: `path_pages` tells which of a request's pages are the cache's.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from minisgl.kvcache.base import Match, TokenIds
 from minisgl.utils.math import align_down
+
+TokenIds = npt.NDArray[np.int32]
 
 
 class RadixNode:
@@ -31,55 +40,46 @@ class RadixNode:
         self.stamp = stamp
 
 
+class Match(NamedTuple):
+    """The longest cached prefix, in whole pages; `handle` is not locked yet."""
+
+    handle: RadixNode
+    pages: list[int]
+
+
 class RadixCache:
-    """A `PrefixCache`. Evicts unlocked leaves, least recently used first. Every operation is deterministic."""
+    """Evicts unlocked leaves, least recently used first. Every operation is deterministic. Token counts are whole pages
+    everywhere; trailing partial pages are ignored."""
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
         self._clock = 0
         self._root = RadixNode(np.empty(0, np.int32), [], None, 0)
         self._root.num_locks = 1
-        self._num_pages = 0
-        self._num_evictable = 0
+        self.num_pages = 0  # that the cache owns
+        self.num_evictable = 0  # of those, what `evict` could give back now
         # Candidates for eviction as (stamp, serial, node); entries go stale when the node is used, locked or gains
         # children, and are checked when popped.
         self._heap: list[tuple[int, int, RadixNode]] = []
         self._serial = 0
 
-    @property
-    def num_pages(self) -> int:
-        return self._num_pages
-
-    @property
-    def num_evictable(self) -> int:
-        return self._num_evictable
-
     def match(self, token_ids: TokenIds) -> Match:
         node, pages = self._root, list[int]()
-        position, end = 0, align_down(len(token_ids), self._page_size)
+        rest = token_ids[: align_down(len(token_ids), self._page_size)]
         self._clock += 1
-        while position < end:
-            child = node.children.get(self._child_key(token_ids, position))
-            if child is None:
-                break
-            shared = self._shared_len(child.key, token_ids[position:end])
-            if shared < len(child.key):
-                child = self._split(child, shared)
-            child.stamp = self._clock
+        while (child := self._descend(node, rest)) is not None:
             pages += child.pages
-            position += shared
+            rest = rest[len(child.key) :]
             node = child
         if node.num_locks == 0 and not node.children:
             self._push(node)
         return Match(node, pages)
 
     def match_len(self, token_ids: TokenIds) -> int:
+        """Tokens that `match` would find, without touching anything."""
         node, position = self._root, 0
         end = align_down(len(token_ids), self._page_size)
-        while position < end:
-            child = node.children.get(self._child_key(token_ids, position))
-            if child is None:
-                break
+        while (child := node.children.get(self._first_page(token_ids[position:end]))) is not None:
             shared = self._shared_len(child.key, token_ids[position:end])
             position += shared
             if shared < len(child.key):
@@ -88,46 +88,42 @@ class RadixCache:
         return position
 
     def lock(self, handle: RadixNode) -> None:
-        node: RadixNode | None = handle
-        while node is not None:
+        for node in _path(handle):
             if node.num_locks == 0:
-                self._num_evictable -= len(node.pages)
+                self.num_evictable -= len(node.pages)
             node.num_locks += 1
-            node = node.parent
 
     def unlock(self, handle: RadixNode) -> None:
-        node: RadixNode | None = handle
-        while node is not None:
+        for node in _path(handle):
             node.num_locks -= 1
             assert node.num_locks >= 0, "a handle was unlocked twice"
             if node.num_locks == 0:
-                self._num_evictable += len(node.pages)
+                self.num_evictable += len(node.pages)
                 if not node.children:
                     self._push(node)
-            node = node.parent
 
     def insert(self, handle: RadixNode, token_ids: TokenIds, pages: list[int]) -> RadixNode:
+        """Move a request's lock to the end of all its whole pages, adding those that are not cached yet.
+
+        `token_ids` and `pages` are the request's from its first token on; `handle` is its lock so far. Pages added
+        become the cache's. Returns the new handle, locked in place of the old one.
+        """
         end = align_down(len(token_ids), self._page_size)
-        position = self._depth(handle)
+        position = sum(len(node.key) for node in _path(handle))
         if end <= position:
             return handle
         self._clock += 1
         node = handle
         while position < end:
-            child = node.children.get(self._child_key(token_ids, position))
+            child = self._descend(node, token_ids[position:end])
             if child is None:
                 # A copy: the caller's array may be a view of something much longer.
                 key = np.array(token_ids[position:end], np.int32)
                 first, last = position // self._page_size, end // self._page_size
                 child = RadixNode(key, pages[first:last], node, self._clock)
-                node.children[self._child_key(key, 0)] = child
-                self._num_pages += last - first
-                self._num_evictable += last - first
-            else:
-                shared = self._shared_len(child.key, token_ids[position:end])
-                if shared < len(child.key):
-                    child = self._split(child, shared)
-                child.stamp = self._clock
+                node.children[self._first_page(key)] = child
+                self.num_pages += last - first
+                self.num_evictable += last - first
             position += len(child.key)
             node = child
         self.lock(node)
@@ -135,14 +131,12 @@ class RadixCache:
         return node
 
     def path_pages(self, handle: RadixNode) -> list[int]:
-        edges: list[list[int]] = []
-        node: RadixNode | None = handle
-        while node is not None:
-            edges.append(node.pages)
-            node = node.parent
+        """The cache's pages from the root to `handle`."""
+        edges = [node.pages for node in _path(handle)]
         return [page for pages in reversed(edges) for page in pages]
 
     def evict(self, count: int) -> list[int]:
+        """Give up at least `count` pages if that many are evictable."""
         freed: list[int] = []
         while len(freed) < count and self._heap:
             entry = heapq.heappop(self._heap)
@@ -151,6 +145,7 @@ class RadixCache:
         return freed
 
     def discard(self, handle: RadixNode) -> list[int]:
+        """Give up what only this (unlocked) handle's path leads to: its KV must not be used again."""
         freed: list[int] = []
         node = handle
         while self._is_evictable_leaf(node):
@@ -161,6 +156,7 @@ class RadixCache:
         return freed
 
     def owned_pages(self) -> list[int]:
+        """Every page that the cache owns, by walking it. Raises: AssertionError if the structure is broken."""
         owned: list[int] = []
         evictable = 0
         stack = [self._root]
@@ -170,31 +166,34 @@ class RadixCache:
             assert node.num_locks >= max((child.num_locks for child in node.children.values()), default=0)
             for key, child in node.children.items():
                 assert child.parent is node, "a child does not know its parent"
-                assert key == self._child_key(child.key, 0), "a child is filed under another key"
+                assert key == self._first_page(child.key), "a child is filed under another key"
                 stack.append(child)
             owned += node.pages
             evictable += len(node.pages) if node.num_locks == 0 else 0
-        assert len(owned) == self._num_pages, f"{len(owned)} pages in the tree, {self._num_pages} counted"
-        assert evictable == self._num_evictable, f"{evictable} evictable, {self._num_evictable} counted"
+        assert len(owned) == self.num_pages, f"{len(owned)} pages in the tree, {self.num_pages} counted"
+        assert evictable == self.num_evictable, f"{evictable} evictable, {self.num_evictable} counted"
         return owned
 
-    def _child_key(self, token_ids: TokenIds, position: int) -> bytes:
-        return token_ids[position : position + self._page_size].tobytes()
+    def _first_page(self, token_ids: TokenIds) -> bytes:
+        """By which a child is filed; of no tokens, that of no child."""
+        return token_ids[: self._page_size].tobytes()
+
+    def _descend(self, node: RadixNode, token_ids: TokenIds) -> RadixNode | None:
+        """The child whose first page these tokens begin with, cut to what they share, and used just now."""
+        child = node.children.get(self._first_page(token_ids))
+        if child is None:
+            return None
+        shared = self._shared_len(child.key, token_ids)
+        if shared < len(child.key):
+            child = self._split(child, shared)
+        child.stamp = self._clock
+        return child
 
     def _shared_len(self, a: TokenIds, b: TokenIds) -> int:
         length = min(len(a), len(b))
         differs = a[:length] != b[:length]
-        first = int(differs.argmax()) if length else 0
-        shared = first if length and differs[first] else length
-        return align_down(shared, self._page_size)
-
-    def _depth(self, handle: RadixNode) -> int:
-        depth = 0
-        node: RadixNode | None = handle
-        while node is not None:
-            depth += len(node.key)
-            node = node.parent
-        return depth
+        first = int(differs.argmax())
+        return align_down(first if differs[first] else length, self._page_size)
 
     def _split(self, node: RadixNode, length: int) -> RadixNode:
         """Cut the edge after `length` tokens. The lower half stays the same object, so handles keep their meaning."""
@@ -203,9 +202,9 @@ class RadixCache:
         num_pages = length // self._page_size
         upper = RadixNode(node.key[:length], node.pages[:num_pages], parent, node.stamp)
         upper.num_locks = node.num_locks
-        parent.children[self._child_key(node.key, 0)] = upper
+        parent.children[self._first_page(node.key)] = upper
         node.key, node.pages, node.parent = node.key[length:], node.pages[num_pages:], upper
-        upper.children[self._child_key(node.key, 0)] = node
+        upper.children[self._first_page(node.key)] = node
         return upper
 
     def _is_candidate(self, entry: tuple[int, int, RadixNode]) -> bool:
@@ -218,7 +217,7 @@ class RadixCache:
     def _push(self, node: RadixNode) -> None:
         if node.parent is None:
             return
-        if len(self._heap) > 64 + 4 * self._num_pages:  # mostly stale: a popular prefix leaves one entry per use
+        if len(self._heap) > 64 + 4 * self.num_pages:  # mostly stale: a popular prefix leaves one entry per use
             self._heap = [entry for entry in self._heap if self._is_candidate(entry)]
             heapq.heapify(self._heap)
         self._serial += 1
@@ -227,10 +226,25 @@ class RadixCache:
     def _remove(self, leaf: RadixNode) -> list[int]:
         parent = leaf.parent
         assert parent is not None
-        del parent.children[self._child_key(leaf.key, 0)]
+        del parent.children[self._first_page(leaf.key)]
         leaf.parent = None
-        self._num_pages -= len(leaf.pages)
-        self._num_evictable -= len(leaf.pages)
+        self.num_pages -= len(leaf.pages)
+        self.num_evictable -= len(leaf.pages)
         if self._is_evictable_leaf(parent):
             self._push(parent)
         return leaf.pages
+
+
+class NaiveCache(RadixCache):
+    """No prefix cache: nothing is kept, so nothing is found (`--cache-type naive`)."""
+
+    def insert(self, handle: RadixNode, token_ids: TokenIds, pages: list[int]) -> RadixNode:  # noqa: ARG002
+        return handle
+
+
+def _path(handle: RadixNode) -> Iterator[RadixNode]:
+    """The nodes from here up to the root."""
+    node: RadixNode | None = handle
+    while node is not None:
+        yield node
+        node = node.parent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -18,14 +18,8 @@ class Codec(Generic[T]):
     """
 
     def __init__(self, union: Any) -> None:
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(list[union])
-
-    def encode(self, messages: Sequence[T]) -> bytes:
-        return self._encoder.encode(messages)
-
-    def decode(self, data: bytes) -> list[T]:
-        return self._decoder.decode(data)
+        self.encode: Callable[[Sequence[T]], bytes] = msgspec.msgpack.Encoder().encode
+        self.decode: Callable[[bytes], list[T]] = msgspec.msgpack.Decoder(list[union]).decode
 
 
 def pack_ids(token_ids: Sequence[int]) -> bytes:

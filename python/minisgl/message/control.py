@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 
@@ -23,13 +25,5 @@ class Failed(msgspec.Struct, frozen=True, tag="failed", forbid_unknown_fields=Tr
 
 
 ControlMsg = Ready | Heartbeat | Failed
-_encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[ControlMsg] = msgspec.msgpack.Decoder(ControlMsg)
-
-
-def encode_control(message: ControlMsg) -> bytes:
-    return _encoder.encode(message)
-
-
-def decode_control(data: bytes) -> ControlMsg:
-    return _decoder.decode(data)
+encode_control: Callable[[ControlMsg], bytes] = msgspec.msgpack.Encoder().encode
+decode_control: Callable[[bytes], ControlMsg] = msgspec.msgpack.Decoder(ControlMsg).decode

@@ -38,11 +38,9 @@ class Parser(Protocol):
 
     def push(self, text: str) -> list[Part]:
         """The parts that are certain after this text and were not before."""
-        ...
 
     def finish(self) -> list[Part]:
         """The parts that waited for more, at the end of the text."""
-        ...
 
 
 class PlainText:

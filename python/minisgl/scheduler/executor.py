@@ -12,11 +12,9 @@ class StepHandle(Protocol):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait up to `timeout` seconds (None: for ever); whether the step has finished."""
-        ...
 
     def result(self) -> StepResult:
         """Wait for the step. Raises: EngineError when it failed on the device."""
-        ...
 
 
 class Executor(Protocol):
@@ -26,4 +24,3 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Finish what was submitted and free the device. Idempotent."""
-        ...

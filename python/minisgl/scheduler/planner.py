@@ -27,12 +27,10 @@ from minisgl.core import (
     ScheduledReq,
     StepPlan,
     StepResult,
+    TokenBitmask,
 )
 from minisgl.kvcache.allocator import PageAllocator
-from minisgl.kvcache.base import PrefixCache
-from minisgl.kvcache.naive import NaiveCache
-from minisgl.kvcache.radix import RadixCache
-from minisgl.scheduler.bitmask import bitmask_of
+from minisgl.kvcache.radix import NaiveCache, RadixCache
 from minisgl.scheduler.output import ReqOutput, with_logprobs
 from minisgl.utils.math import div_ceil
 
@@ -49,10 +47,6 @@ _LPM_OLDEST_EVERY = 8
 class _InflightStep(NamedTuple):
     plan: StepPlan
     reqs: list[Req]  # one for each of plan.reqs
-
-
-def _create_cache(config: SchedulerConfig) -> PrefixCache:
-    return RadixCache(config.page_size) if config.cache_type == "radix" else NaiveCache()
 
 
 def _tells_prompt(req: Req) -> bool:
@@ -82,15 +76,13 @@ class Planner:
         self.num_retracted = 0  # times that a running request was sent back to the queue
         self._page_updates: list[PageUpdate] = []
         self.masked_reqs: list[Req] = []  # of the last plan: those that its bitmask is for
-        self._allocator = PageAllocator(config.num_pages)
-        self._cache = _create_cache(config)
-        self._rows = list(range(config.max_running_requests - 1, -1, -1))
+        self.flush()
 
     def flush(self) -> None:
         """Forget everything cached. Only when idle."""
         assert self.is_idle
         self._allocator = PageAllocator(self._config.num_pages)
-        self._cache = _create_cache(self._config)
+        self._cache = (RadixCache if self._config.cache_type == "radix" else NaiveCache)(self._page_size)
         self._rows = list(range(self._config.max_running_requests - 1, -1, -1))
 
     def flush_unused(self) -> int:
@@ -176,7 +168,7 @@ class Planner:
             scheduled.append(self._schedule(req, num_new))
         if not scheduled:
             return None
-        bitmask, self.masked_reqs = bitmask_of(reqs, scheduled)
+        bitmask, self.masked_reqs = _bitmask_of(reqs, scheduled)
         plan = StepPlan(self._step_id, tuple(admissions), tuple(self._page_updates), tuple(scheduled), bitmask)
         self._inflight.append(_InflightStep(plan, reqs))
         self._step_id += 1
@@ -409,3 +401,12 @@ class Planner:
         """The request's pages that the cache does not own: not full, or computed twice at the same time."""
         cached = self._cache.path_pages(req.handle)
         return [page for i, page in enumerate(req.pages) if i >= len(cached) or page != cached[i]]
+
+
+def _bitmask_of(reqs: list[Req], scheduled: list[ScheduledReq]) -> tuple[TokenBitmask | None, list[Req]]:
+    """The bitmask of a step without its words, which rank 0 adds: it has the matchers. And whose tokens it is for."""
+    if all(req.params.grammar is None for req in reqs):
+        return None, []
+    sampling = [req for req, share in zip(reqs, scheduled, strict=True) if share.sample]
+    samples = tuple(index for index, req in enumerate(sampling) if req.params.grammar is not None)
+    return (TokenBitmask(samples, None) if samples else None), [sampling[index] for index in samples]

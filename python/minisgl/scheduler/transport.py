@@ -26,17 +26,14 @@ class Transport(Protocol):
 
     def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:
         """The messages for this turn. With `block`, wait for at least one. `digest` is that of the last plan."""
-        ...
 
     def pump(self) -> None:
         """Called now and then while a step runs: answer health checks, show that this process is alive."""
-        ...
 
     def send(self, messages: Sequence[Reply]) -> None: ...
 
     def answer(self, message: FrontendMsg) -> None:
         """Tell the API server what it has asked for itself. Only rank 0's answer goes out."""
-        ...
 
 
 class RankFanout:

@@ -85,7 +85,6 @@ class Renderer(Protocol):
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
         """The events for an increment of choice `index`."""
-        ...
 
     def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:  # noqa: ARG002
         """The events after the last choice: the usage, for clients that asked for it."""
@@ -101,7 +100,6 @@ class Renderer(Protocol):
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
         """The whole answer of a request that does not stream: the replies to each choice."""
-        ...
 
 
 class ChatRenderer(Renderer):

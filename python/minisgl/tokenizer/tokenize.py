@@ -31,31 +31,25 @@ class TextCodec(Protocol):
     @property
     def vocab_size(self) -> int:
         """Ids from here on mean nothing to the tokenizer."""
-        ...
 
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids that never become text."""
-        ...
 
     def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         """Token ids of each text; with `special`, in the frame of special tokens that the model expects (BOS …)."""
-        ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str: ...
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to a text: perhaps a part of a character, or a special token's name."""
-        ...
 
     @property
     def longest_token(self) -> int:
         """Bytes that one token stands for at most."""
-        ...
 
     def render_chat(self, prompt: ChatPrompt) -> str:
         """The text that the chat template makes of the messages. Raises: RequestError when it cannot."""
-        ...
 
 
 class HFTextCodec:
