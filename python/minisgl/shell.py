@@ -152,11 +152,7 @@ class Shell:
     """
 
     def __init__(
-        self,
-        frontend: ChatFrontend,
-        params: SamplingParams,
-        write: Callable[[str], object],
-        verbose: bool = True,
+        self, frontend: ChatFrontend, params: SamplingParams, write: Callable[[str], object], verbose: bool = True
     ) -> None:
         self.params = params
         self.chat = Conversation()
@@ -167,18 +163,14 @@ class Shell:
         self._done = False
         self._answering: asyncio.Future[None] | None = None
         self._interrupted = False
-        self._commands: dict[str, Callable[[str], None]] = {
+        self.commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/reset": self._reset,
             "/system": self._system,
             "/set": self._set,
-            "/stats": self._stats,
+            "/stats": lambda _: self._say(str(self.stats)),
             "/exit": self._exit,
         }
-
-    @property
-    def command_names(self) -> list[str]:
-        return list(self._commands)
 
     async def run(self, reader: LineReader) -> None:
         """Read and answer lines until /exit or the end of input. Raises: WorkerDied when the server is gone."""
@@ -207,11 +199,10 @@ class Shell:
             await self._answer(line)
             return
         name, _, rest = line.partition(" ")
-        command = self._commands.get(name)
-        if command is None:
+        if name in self.commands:
+            self.commands[name](rest.strip())
+        else:
             self._say(f"unknown command {name}; /help lists the commands")
-            return
-        command(rest.strip())
 
     async def _answer(self, text: str) -> None:
         """Ask the model, with an answer that Ctrl-C can stop. A refused question leaves no trace in the history."""
@@ -309,9 +300,6 @@ class Shell:
             return
         self._say(f"{name} is {_shown(getattr(self.params, name))}")
 
-    def _stats(self, _: str) -> None:
-        self._say(str(self.stats))
-
     def _exit(self, _: str) -> None:
         self._done = True
 
@@ -402,7 +390,7 @@ async def run_shell(frontend: ChatFrontend, config: ServerConfig) -> None:
         return
     _write_out(f"minisgl: {config.served_model_name} is ready. /help lists the commands, Ctrl-D leaves.\n")
     with on_sigint(shell.interrupt):
-        await shell.run(TerminalReader(shell.command_names, history_file(os.environ)))
+        await shell.run(TerminalReader(list(shell.commands), history_file(os.environ)))
 
 
 def _write_out(text: str) -> None:

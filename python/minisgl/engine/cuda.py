@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from minisgl.attention.base import AttentionBatch, IntArray, PagedBatch, PagedStep, StepContext
@@ -293,12 +294,11 @@ class CudaRunner:
 
     def _flush(self, plan: StepPlan) -> None:
         """Send the step's buffer, with the prompts and pages that rows gain in it, and write those to the tables."""
-        prompts = [(row, ids, self._staging.put(ids)) for row, ids, *_ in plan.admissions]
+        prompts = [(row, self._put(ids)) for row, ids, *_ in plan.admissions]
         pages = self._put_pages(plan)
         self._staging.flush()
-        for row, ids, staged in prompts:
-            source = torch.from_numpy(ids).to(self._device) if staged is None else staged
-            self._token_ids[row, : len(ids)].copy_(source)
+        for row, ids in prompts:
+            self._token_ids[row, : len(ids)].copy_(ids)
         if pages is not None:
             self._shard.ops.scatter(self._page_table, *pages)
 
@@ -309,13 +309,12 @@ class CudaRunner:
         width = self._page_table.shape[1]
         index = [u.row * width + u.first_index + i for u in plan.page_updates for i in range(len(u.pages))]
         values = [page for update in plan.page_updates for page in update.pages]
-        arrays = np.array(index, np.int32), np.array(values, np.int32)
-        staged = [self._staging.put(array) for array in arrays]
-        first, second = (
-            torch.from_numpy(array).to(self._device) if there is None else there
-            for array, there in zip(arrays, staged, strict=True)
-        )
-        return first, second
+        return self._put(np.array(index, np.int32)), self._put(np.array(values, np.int32))
+
+    def _put(self, values: npt.NDArray[np.int32]) -> Tensor:
+        """Values on the device: in the staging buffer, to be read after its flush, or by themselves if it is full."""
+        staged = self._staging.put(values)
+        return torch.from_numpy(values).to(self._device) if staged is None else staged
 
     def _hidden(self, tensors: StepTensors, metadata: Any) -> Tensor:
         """Run the model's layers: [num_tokens, hidden]."""

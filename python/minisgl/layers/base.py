@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -73,6 +73,30 @@ class Layer(nn.Module, ABC):
         for child in self.children():
             if isinstance(child, Layer):
                 child.pack()
+
+
+class MatrixLayer(Layer):
+    """A layer with one matrix, which `pack` replaces where the kernels like another layout better."""
+
+    def __init__(self, env: LayerEnv, num_rows: int, num_cols: int) -> None:
+        super().__init__()
+        self._ops, self._comm = env.ops, env.comm
+        self.weight = env.empty(num_rows, num_cols)
+        self._packed: Any = None
+
+    @property
+    def matrix(self) -> Any:
+        """`weight` as the operations take it."""
+        return self.weight if self._packed is None else self._packed
+
+    def pack(self) -> None:
+        packed = self._packed_weight()
+        if packed is not self.weight:
+            self._packed = packed
+            self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    @abstractmethod
+    def _packed_weight(self) -> Any: ...
 
 
 def whole(name: str, target: Tensor) -> WeightSlot:

@@ -5,38 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import nn
-
-from minisgl.layers.base import Layer, LayerEnv, Tensor, WeightSlot
+from minisgl.layers.base import Layer, LayerEnv, MatrixLayer, Tensor, WeightSlot
 from minisgl.utils.math import div_ceil
 
 
-class VocabParallelEmbedding(Layer):
+class VocabParallelEmbedding(MatrixLayer):
     """Rank r holds rows [r * share, (r + 1) * share) of the table; the last rank's share is padded."""
 
     def __init__(self, env: LayerEnv, vocab_size: int, hidden_size: int) -> None:
-        super().__init__()
-        self._ops, self._comm, self._vocab_size = env.ops, env.comm, vocab_size
         share = div_ceil(vocab_size, env.comm.size)
-        self._first = env.comm.rank * share
-        self.weight = env.empty(share, hidden_size)
-        self._packed: Any = None
-
-    @property
-    def matrix(self) -> Any:
-        """`weight` as the operations take it."""
-        return self.weight if self._packed is None else self._packed
+        super().__init__(env, share, hidden_size)
+        self._vocab_size, self._first = vocab_size, env.comm.rank * share
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [num_tokens] int64 → [num_tokens, hidden]."""
         return self._comm.all_reduce(self._ops.embedding(ids, self.matrix, self._first))
 
-    def pack(self) -> None:
-        packed = self._ops.pack_table(self.weight)
-        if packed is not self.weight:
-            self._packed = packed
-            self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    def _packed_weight(self) -> Any:
+        return self._ops.pack_table(self.weight)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield vocab_slot(f"{prefix}weight", self.weight, self._vocab_size, self._first)

@@ -5,33 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import nn
-
 from minisgl.errors import ConfigError
-from minisgl.layers.base import Layer, LayerEnv, Tensor, WeightSlot
+from minisgl.layers.base import LayerEnv, MatrixLayer, Tensor, WeightSlot
 
 
-class Linear(Layer):
+class Linear(MatrixLayer):
     """y = x Wᵀ + b with `weight`: [out, in] of this rank. Subclasses say which rows or columns those are."""
 
     def __init__(self, env: LayerEnv, in_features: int, out_features: int, bias: bool) -> None:
-        super().__init__()
-        self._ops, self._comm = env.ops, env.comm
-        self.weight = env.empty(out_features, in_features)
+        super().__init__(env, out_features, in_features)
         self.bias = env.vector(out_features) if bias else None
-        self._packed: Any = None  # `weight` in the kernels' layout, which replaces it
-
-    @property
-    def matrix(self) -> Any:
-        """`weight` as the operations take it."""
-        return self.weight if self._packed is None else self._packed
-
-    def pack(self) -> None:
-        packed = self._packed_weight()
-        if packed is not self.weight:
-            self._packed = packed
-            self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def _packed_weight(self) -> Any:
         return self._ops.pack_weight(self.weight)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from minisgl.config.args import args_from_options
 from minisgl.config.resolve import prepare
-from minisgl.config.runtime import Addresses, ServerConfig
+from minisgl.config.runtime import Addresses
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.grammar.store import open_store
@@ -124,20 +124,20 @@ class LLM:
         if model is not None:
             engine_options["model_path"] = str(model)
         self.config = prepare(args_from_options(engine_options))
-        self._directory = make_socket_directory()
+        self._addresses = Addresses(make_socket_directory(), num_tokenizer=0)
         self._closers = ExitStack()  # all of them run, whatever one raises
-        self._closers.callback(shutil.rmtree, self._directory, ignore_errors=True)
+        self._closers.callback(shutil.rmtree, self._addresses.directory, ignore_errors=True)
         self._interrupts = HeldInterrupts()
         self._pending: dict[int, _Pending] = {}
         self._next_uid = 0
         try:
             self._tokenizer = Tokenizer(self.config.tokenizer)
             self._detokenizer = Detokenizer(self._tokenizer.codec)
-            self._supervisor, fanout = self._start_ranks(self.config)
+            self._supervisor, fanout = self._start_ranks()
             grammars = Grammars(open_store(self.config.engine, self.config.scheduler))
             self._closers.callback(grammars.close)
             self._transport = LocalTransport(fanout, self._while_waiting, grammars)
-            self._scheduler = self._start_scheduler(self.config, self._supervisor, grammars)
+            self._scheduler = self._start_scheduler(grammars)
         except BaseException:
             self.close()
             raise
@@ -213,44 +213,35 @@ class LLM:
         finally:
             self._abort([uid])
 
-    def _start_ranks(self, config: ServerConfig) -> tuple[Supervisor | None, RankFanout | None]:
+    def _start_ranks(self) -> tuple[Supervisor | None, RankFanout | None]:
         """Start the ranks above 0; they meet rank 0 when its engine starts."""
-        tp_size = config.engine.tp_size
+        engine, tp_size = self.config.engine, self.config.engine.tp_size
         if tp_size == 1:
             return None, None
         from minisgl.server.supervisor import Supervisor, WorkerSpec
         from minisgl.server.workers import scheduler_main
 
-        addresses = Addresses(self._directory, num_tokenizer=0)
-        specs = [
-            WorkerSpec(
-                f"minisgl-TP{rank}-scheduler", scheduler_main, (config.engine, config.scheduler, addresses, rank)
-            )
-            for rank in range(1, tp_size)
-        ]
-        supervisor = Supervisor(specs)
+        args = (engine, self.config.scheduler, self._addresses)
+        supervisor = Supervisor(
+            [WorkerSpec(f"minisgl-TP{rank}-scheduler", scheduler_main, (*args, rank)) for rank in range(1, tp_size)]
+        )
         self._closers.callback(supervisor.stop)
         supervisor.start()
-        fanout = RankFanout(addresses, tp_size)
+        fanout = RankFanout(self._addresses, tp_size)
         self._closers.callback(fanout.close)
         return supervisor, fanout
 
-    def _start_scheduler(self, config: ServerConfig, supervisor: Supervisor | None, grammars: Grammars) -> Scheduler:
+    def _start_scheduler(self, grammars: Grammars) -> Scheduler:
         from minisgl.server.workers import set_cuda_environment
 
-        set_cuda_environment(config.engine)
+        config = replace(self.config.engine, init_method=self._addresses.rendezvous)
+        set_cuda_environment(config)
         from minisgl.engine.engine import Engine
 
-        addresses = Addresses(self._directory, num_tokenizer=0)
-        engine_config = replace(config.engine, init_method=addresses.rendezvous)
-        if supervisor is None:
-            engine = Engine(engine_config)
-        else:
-            engine = _run_watched(lambda: Engine(engine_config), supervisor)
+        engine = Engine(config) if self._supervisor is None else _run_watched(lambda: Engine(config), self._supervisor)
         self._closers.callback(engine.close)
-        scheduler_config = replace(config.scheduler, num_pages=engine.num_pages)
-        tp_size = config.engine.tp_size
-        return Scheduler(scheduler_config, engine, self._transport, tp_size=tp_size, grammars=grammars)
+        scheduler_config = replace(self.config.scheduler, num_pages=engine.num_pages)
+        return Scheduler(scheduler_config, engine, self._transport, tp_size=config.tp_size, grammars=grammars)
 
     def _run(
         self,
@@ -370,28 +361,15 @@ def _prompt(prompt: Any) -> TextPrompt | IdsPrompt:
         raise RequestError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}") from None
 
 
-class _progress:
+@contextmanager
+def _progress(progress: bool | ProgressCallback | None, total: int) -> Iterator[ProgressCallback]:
     """A progress bar, a callback, or nothing, behind one call `report(finished, total)`."""
-
-    def __init__(self, progress: bool | ProgressCallback | None, total: int) -> None:
-        self._bar: Progress | None = None
-        self._report: ProgressCallback = progress if callable(progress) else _ignore
-        if progress is True or (progress is None and total >= 16):
-            columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, transient=progress is None)
-            task = self._bar.add_task("", total=total)
-            bar = self._bar
-            self._report = lambda finished, _: bar.update(task, completed=finished)
-
-    def __enter__(self) -> ProgressCallback:
-        if self._bar is not None:
-            self._bar.start()
-        return self._report
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-def _ignore(finished: int, total: int) -> None:
-    del finished, total
+    if callable(progress):
+        yield progress
+    elif progress or (progress is None and total >= 16):
+        columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, transient=progress is None) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda finished, _: bar.update(task, completed=finished)
+    else:
+        yield lambda _finished, _total: None

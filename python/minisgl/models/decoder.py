@@ -53,22 +53,16 @@ class DecoderModel(nn.Module):
         tied = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = LMHead(env, config.vocab_size, config.hidden_size, config.rms_norm_eps, tied)
 
-    def forward(self, input_ids: Tensor, step: StepContext, logit_tokens: Tensor | None) -> Tensor:
-        """input_ids: [num_tokens] int64; logit_tokens: [n] int64, the tokens whose logits are wanted (None: all).
-
-        → [n, vocab_size] in the model's dtype.
-        """
-        return self.logits(self.hidden(input_ids, step), logit_tokens)
-
     def hidden(self, input_ids: Tensor, step: StepContext) -> Tensor:
-        """The residual stream after the last layer: [num_tokens, hidden]."""
+        """input_ids: [num_tokens] int64 → the residual stream after the last layer: [num_tokens, hidden]."""
         x: Tensor = self.embed_tokens(input_ids)
         for layer in self.layers:
             x = layer(x, step)
         return x
 
     def logits(self, x: Tensor, logit_tokens: Tensor | None) -> Tensor:
-        """Logits of these tokens (None: all) of `hidden`'s result, as `forward` gives them."""
+        """x: `hidden`'s result; logit_tokens: [n] int64, of those whose logits are wanted (None: all) → [n, vocab_size]
+        in the model's dtype."""
         if logit_tokens is not None:
             x = x.index_select(0, logit_tokens)
         if not len(x):

@@ -73,11 +73,6 @@ class Chain:
         return passed
 
 
-def parse_whole(parser: Parser, text: str) -> list[Part]:
-    """All parts of a complete text."""
-    return parser.push(text) + parser.finish()
-
-
 def num_certain(text: str, markers: Sequence[str]) -> int:
     """Characters of `text` that stay what they are whatever follows: its end may be the beginning of a marker, and
     whitespace before a marker belongs to it."""

@@ -154,10 +154,7 @@ class LocalTransport:
     """Rank 0 inside the caller's process: messages are put in, outputs are taken out. pump: as the method."""
 
     def __init__(
-        self,
-        fanout: RankFanout | None = None,
-        pump: Callable[[], None] | None = None,
-        grammars: Grammars | None = None,
+        self, fanout: RankFanout | None = None, pump: Callable[[], None] | None = None, grammars: Grammars | None = None
     ) -> None:
         self._fanout, self._pump = fanout, pump
         self._grammars = grammars if grammars is not None else Grammars(None)

@@ -143,7 +143,7 @@ def _merge(replies: deque[UserReply]) -> UserReply:
 
 
 class Frontend:
-    """Owns the streams by uid. Lives in one asyncio loop; use as an async context manager, or `start` and `close`."""
+    """Owns the streams by uid. Lives in one asyncio loop; use as an async context manager."""
 
     def __init__(self, addresses: Addresses) -> None:
         self._inbox = AsyncPullSocket(addresses.frontend, frontend_codec)
@@ -159,7 +159,7 @@ class Frontend:
         self._receiver: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Frontend:
-        self.start()
+        self._receiver = asyncio.get_running_loop().create_task(self._receive(), name="frontend-receive")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -169,9 +169,6 @@ class Frontend:
     def num_streams(self) -> int:
         """Requests in flight."""
         return len(self._streams)
-
-    def start(self) -> None:
-        self._receiver = asyncio.get_running_loop().create_task(self._receive(), name="frontend-receive")
 
     async def close(self) -> None:
         """End every stream with an error and close the sockets. Idempotent."""

@@ -51,25 +51,12 @@ class _Worker:
 
 
 class Supervisor:
-    """Owner of all child processes of one server. Use: `start`, `wait_ready`, `watch`, and `stop` whatever happened.
+    """Owner of all child processes of one server. Use: `start`, `wait_ready`, `watch`, and `stop` whatever happened."""
 
-    start_timeout, heartbeat_timeout: seconds; by default from MINISGL_START_TIMEOUT and MINISGL_HEARTBEAT_TIMEOUT.
-    """
-
-    def __init__(
-        self,
-        specs: Sequence[WorkerSpec],
-        *,
-        start_timeout: float | None = None,
-        heartbeat_timeout: float | None = None,
-    ) -> None:
-        if start_timeout is None:
-            start_timeout = env_number("MINISGL_START_TIMEOUT", DEFAULT_START_TIMEOUT, low=1, high=1e6)
-        if heartbeat_timeout is None:
-            heartbeat_timeout = env_number("MINISGL_HEARTBEAT_TIMEOUT", DEFAULT_HEARTBEAT_TIMEOUT, low=2, high=1e6)
+    def __init__(self, specs: Sequence[WorkerSpec]) -> None:
         self._specs = specs
-        self._start_timeout = start_timeout
-        self._heartbeat_timeout = heartbeat_timeout
+        self._start_timeout = env_number("MINISGL_START_TIMEOUT", DEFAULT_START_TIMEOUT, low=1, high=1e6)
+        self._heartbeat_timeout = env_number("MINISGL_HEARTBEAT_TIMEOUT", DEFAULT_HEARTBEAT_TIMEOUT, low=2, high=1e6)
         self._workers: list[_Worker] = []
         self._stopping = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -98,8 +85,7 @@ class Supervisor:
         """Wait up to `timeout` seconds for news from the children. Raises: as `wait_ready`."""
         self._receive(timeout)
         for worker in self._workers:
-            error = self._death(worker)
-            if error is not None:
+            if (error := self._death(worker)) is not None:
                 raise error
 
     def watch(self, on_death: Callable[[WorkerDied], None]) -> None:
@@ -115,7 +101,9 @@ class Supervisor:
         atexit.unregister(self.stop)
         alive = [worker for worker in self._workers if worker.process.is_alive()]
         for worker in alive:
-            _send_stop(worker.process)
+            assert worker.process.pid is not None
+            with suppress(ProcessLookupError):
+                os.kill(worker.process.pid, STOP_SIGNAL)
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join()
         deadline = time.monotonic() + STOP_SECONDS
@@ -196,12 +184,6 @@ class Supervisor:
                 'several ranks, or a server) must stand under `if __name__ == "__main__":`'
             )
         return WorkerDied(f"{worker.name} ended unexpectedly ({_describe(worker.process.exitcode)})")
-
-
-def _send_stop(process: BaseProcess) -> None:
-    assert process.pid is not None
-    with suppress(ProcessLookupError):
-        os.kill(process.pid, STOP_SIGNAL)
 
 
 def _describe(exitcode: int | None) -> str:

@@ -81,7 +81,9 @@ def run_child(
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(STOP_SIGNAL, lambda *_: os._exit(0))
     _die_with_parent(from_main)
-    _set_title(name)
+    from setproctitle import setproctitle
+
+    setproctitle(name)
     status = 1
     try:
         setup_logging(name.removeprefix("minisgl-").removesuffix("-scheduler"))
@@ -201,12 +203,6 @@ def _die_with_parent(from_main: bool) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-
-
-def _set_title(name: str) -> None:
-    import setproctitle
-
-    setproctitle.setproctitle(name)
 
 
 def _one_line(error: BaseException) -> str:
