@@ -1,4 +1,4 @@
-"""LangChain's `langchain-openai`, with the built-in model."""
+"""LangChain's `langchain-openai` and `langchain-anthropic`, with the built-in model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+import anthropic
 import openai
 import pytest
+from langchain_anthropic import ChatAnthropic
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
@@ -114,3 +116,25 @@ def test_what_is_refused_is_the_library_s_error(demo: Server) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         chat_model(demo, top_p=3).invoke(SUM)
     assert caught.value.param == "top_p"
+
+
+async def test_messages(demo: Server) -> None:
+    """Anthropic's API: what it is asked for by chats above."""
+
+    def made(name: str = MODEL) -> ChatAnthropic:
+        options: dict[str, Any] = {"model": name, "api_key": "none", "max_retries": 0}
+        return ChatAnthropic(base_url=demo.url, temperature=0, max_tokens=100, **options)
+
+    model = made()
+    whole = model.invoke(SUM)
+    assert whole.text == "3 + 4 = 7." == "".join([chunk.text async for chunk in model.astream(SUM)])
+    assert whole.usage_metadata and whole.usage_metadata["output_tokens"] > 0
+    able = model.bind_tools([get_weather])
+    for message in (able.invoke(WEATHER), reduce(add, able.stream(WEATHER))):
+        (call,) = message.tool_calls
+        assert (call["name"], call["args"]) == ("get_weather", {"city": "Paris"})
+        assert "sunny" in able.invoke([HumanMessage(WEATHER[0]["content"]), message, get_weather.invoke(call)]).text
+    for method in ("function_calling", "json_schema"):
+        assert model.with_structured_output(Person, method=method).invoke(ANNA) == Person(name="Anna", age=31)
+    with pytest.raises(anthropic.NotFoundError, match="'demo-9' does not exist"):
+        made("demo-9").invoke(SUM)
