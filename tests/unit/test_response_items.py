@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.errors import RequestError
 from minisgl.message.tokenizer import TokenizeMsg, tokenizer_codec
+from minisgl.server.assemble import Assembler
 from minisgl.server.protocol import parse_chat
 from minisgl.server.protocol_responses import ResponsesRequest, parse_responses
+from minisgl.server.render_responses import ResponsesRenderer
 from minisgl.tokenizer.tokenize import HFTextCodec
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -122,8 +124,35 @@ def test_bad_fields_are_refused_by_name(body: dict[str, Any], param: str) -> Non
     assert "function.name" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": [{"role": "user", "content": "a"}, {"type": "item_reference", "id": [1]}]},
+        {"input": [{"type": "custom_tool_call", "name": "f", "call_id": "c"}]},
+        {"tools": [{"type": ["function"]}, {"type": {}}, {"type": None, "name": "f"}]},
+        {"input": [{"role": "user", "content": "a", "id": {"a": 1}}]},
+    ],
+    ids=str,
+)
+def test_odd_values_are_no_failure(body: dict[str, Any]) -> None:
+    parsed = parse(**body)
+    assert ResponsesRenderer("m", parsed, Assembler()).id
+    assert all(isinstance(item["id"], str) for item in parsed.items)
+
+
 NAMES = ["type", "role", "content", "id", "name", "arguments", "call_id", "output", "summary", "text", "parameters"]
-TYPES = ["message", "function_call", "function_call_output", "reasoning", "function", "assistant", "reasoning_text"]
+TYPES = [
+    "custom",
+    "custom_tool_call",
+    "item_reference",
+    "message",
+    "function_call",
+    "function_call_output",
+    "reasoning",
+    "function",
+    "assistant",
+    "reasoning_text",
+]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from([*TYPES, "{}"]),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=5),
@@ -138,4 +167,5 @@ def test_whatever_is_taken_can_be_sent_on(items: Any, tools: Any, choice: Any) -
     for body in ({"input": items}, {"tools": [tools, TOOL], "tool_choice": choice}, {"tools": tools}):
         with contextlib.suppress(RequestError):
             parsed = parse(**body)
+            ResponsesRenderer("m", parsed, Assembler())
             tokenizer_codec.encode([TokenizeMsg(1, parsed.prompts[0], parsed.params)])

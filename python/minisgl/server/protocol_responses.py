@@ -87,7 +87,7 @@ class ResponsesRequest(GenerationRequest):
     def tools_used(self) -> list[dict[str, Any]]:
         """Those that the model knows of."""
         typed = ({"type": "function", **tool} for tool in self.body.tools or ())
-        return [tool for tool in typed if tool["type"] in _FUNCTIONS]
+        return [tool for tool in typed if tool["type"] in tuple(_FUNCTIONS)]
 
 
 def parse_responses(
@@ -137,7 +137,8 @@ def _conversation(body: ResponsesBody, store: ResponseStore, owner: str) -> list
         items += response["output"]
     known: dict[str, Item] = {}
     for item in given:
-        kind, item_id = item.get("type", "message"), item.get("id") or f"item_{uuid.uuid4().hex}"
+        kind, item_id = item.get("type", "message"), item.get("id")
+        item_id = item_id if item_id and isinstance(item_id, str) else f"item_{uuid.uuid4().hex}"
         if kind == "item_reference":
             if item_id not in known:
                 known |= {item["id"]: item for item in store.output(owner, item_id)}
@@ -154,7 +155,7 @@ def _conversation(body: ResponsesBody, store: ResponseStore, owner: str) -> list
 def _messages(body: ResponsesBody, items: list[Item]) -> list[dict[str, Any]]:
     """Free text is what `_free` makes of it."""
     messages = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
-    free = ({"arguments": {"input": item["input"]}} if item["type"] == "custom_tool_call" else {} for item in items)
+    free = ({"arguments": {"input": item.get("input")}} if item["type"] == "custom_tool_call" else {} for item in items)
     return messages + messages_of([{**item, **more} for item, more in zip(items, free, strict=True)])
 
 
