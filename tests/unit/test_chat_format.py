@@ -41,6 +41,7 @@ DEEPSEEK = "{{'<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁be
         ("", None, None),
         (QWEN3, "hermes", "qwen3"),
         ("<tool_call>\n<function=example_function_name>", None, None),
+        ("<tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>\n", "qwen3_coder", None),
         (LLAMA, "llama3_json", None),
         ('"[TOOL_CALLS] [" ~ tool_calls', "mistral", None),
         ("[func_name1(params_name1=params_value1, params_name2=params_value2...)]", "pythonic", None),

@@ -185,7 +185,7 @@ class _Follower:
         gone += ["uniqueItems"] if made.get("maxItems") in (0, 1) else []
         gone += ["unevaluatedProperties"] if made.get("unevaluatedProperties") is False else []
         made = {key: value for key, value in made.items() if key not in gone}
-        if "propertyNames" in made and not any(key in made for key in _NAMING):
+        if isinstance(made.get("propertyNames"), dict) and not any(key in made for key in _NAMING):
             self._name(made)
         for key, neutral in _REFUSED.items():
             if key in made and made.pop(key) not in neutral:
@@ -210,18 +210,12 @@ class _Follower:
     def _name(self, schema: dict[str, Any]) -> None:
         """Make a map whose names match a schema of one with such properties, if there is a way."""
         names, values = resolved(schema["propertyNames"], self._root), schema.get("additionalProperties", True)
-        if not isinstance(names, dict):
-            return
         known = [names["const"]] if "const" in names else names.get("enum")
-        pattern = names.get("pattern") or (
-            f"^({PATTERNS[names['format']]})$" if names.get("format") in PATTERNS else ""
-        )
-        if "minLength" in names or "maxLength" in names:
-            pattern = (pattern and "") or f"^(?s:.{{{names.get('minLength', 0)},{names.get('maxLength', '')}}})$"
+        pattern = names.get("pattern") or PATTERNS.get(str(names.get("format")))
         if isinstance(known, list):
             schema["properties"] = {name: values for name in known if isinstance(name, str)}
-        elif pattern:
-            schema["patternProperties"] = {pattern: values}
+        elif pattern and not names.keys() & {"minLength", "maxLength", *_IN_PLACE}:
+            schema["patternProperties"] = {pattern if "pattern" in names else f"^({pattern})$": values}
         else:
             return
         del schema["propertyNames"]

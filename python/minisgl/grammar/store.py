@@ -14,7 +14,8 @@ from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
 from minisgl.grammar.limits import MAX_STORED_BYTES, parser_limits
-from minisgl.grammar.trial import Trial, reason
+from minisgl.grammar.source import one_line
+from minisgl.grammar.trial import Trial
 from minisgl.grammar.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class GrammarStore:
             if not matcher.is_error():
                 matcher.compute_bitmask()  # what is built for the first mask is there for all that are copied from it
             if matcher.is_error():
-                raise RequestError(f"{grammar.param}: {reason(matcher)}", param=grammar.param)
+                raise RequestError(f"{grammar.param}: {one_line(matcher.get_error())}", param=grammar.param)
             compiled = CompiledGrammar(matcher, num_bytes)
         except RequestError as error:
             logger.debug("a grammar is refused: %s", error)

@@ -120,13 +120,8 @@ def try_out(grammar: Grammar, vocabulary: Vocabulary) -> dict[str, str | int]:
     if not matcher.is_error():
         matcher.compute_bitmask()
     if matcher.is_error():
-        return {"error": f"{grammar.param}: {reason(matcher)}", "param": grammar.param}
+        return {"error": f"{grammar.param}: {one_line(matcher.get_error())}", "param": grammar.param}
     return {"source": source, "num_bytes": max(0, process.memory_info().rss - before) + len(source)}
-
-
-def reason(matcher: LLMatcher) -> str:
-    """llguidance's error in one line."""
-    return one_line(matcher.get_error())
 
 
 def _serve(vocabulary: Vocabulary) -> None:

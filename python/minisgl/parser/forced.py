@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from minisgl.errors import RequestError
@@ -49,7 +49,8 @@ def calls_form(
         for index, function in enumerate(tool["function"] for tool in tools)
         if (binds := bool(function.get("strict"))) is not None and function["name"] in names
     ]
-    return _FORMATS[parser or UNKNOWN](functions, parallel)
+    name = parser or UNKNOWN
+    return _json_calls(functions, parallel, *_JSON[name]) if name in _JSON else _FORMATS[name](functions, parallel)
 
 
 def _of_object(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,14 +65,7 @@ def _many(forms: Sequence[Form], between: str, parallel: bool) -> Form:
     return {"many": {"any": forms}, "between": between} if parallel else {"any": forms}
 
 
-def _json_calls(
-    functions: Sequence[Part],
-    parallel: bool,
-    between: str,
-    key: str = "arguments",
-    opening: str = "",
-    closing: str = "",
-) -> Form:
+def _json_calls(functions: Sequence[Part], parallel: bool, opening: str, key: str, closing: str, between: str) -> Form:
     heads = [f'{opening}{{"name": {_quoted(function.name)}, "{key}": ' for function in functions]
     calls = [[head, _arguments(f), "}" + closing] for head, f in zip(heads, functions, strict=True)]
     return _many(calls, between, parallel)
@@ -81,17 +75,9 @@ def _arguments(function: Part) -> Form:
     return function.json("compact", {"type": "object"})
 
 
-def _hermes(functions: Sequence[Part], parallel: bool) -> Form:
-    return _json_calls(functions, parallel, "\n", opening="<tool_call>\n", closing="\n</tool_call>")
-
-
-def _llama3_json(functions: Sequence[Part], parallel: bool) -> Form:
-    return _json_calls(functions, parallel, "; ", "parameters")
-
-
 def _mistral(functions: Sequence[Part], parallel: bool) -> Form:
     """As the model's version has it: a list, or each by itself."""
-    calls = ["[TOOL_CALLS]", {"any": [" ", ""]}, "[", _json_calls(functions, parallel, ", "), "]"]
+    calls = ["[TOOL_CALLS]", {"any": [" ", ""]}, "[", _json_calls(functions, parallel, "", "arguments", "", ", "), "]"]
     named = [[f"[TOOL_CALLS]{function.name}[ARGS]", _arguments(function)] for function in functions]
     return {"any": [calls, _many(named, "", parallel)]}
 
@@ -180,11 +166,6 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-_FORMATS: dict[str, Callable[[Sequence[Part], bool], Form]] = {
-    "hermes": _hermes,
-    "qwen": _hermes,
-    "llama3_json": _llama3_json,
-    "mistral": _mistral,
-    "pythonic": _pythonic,
-    "qwen3_coder": _qwen3_coder,
-}
+_HERMES = ("<tool_call>\n", "arguments", "\n</tool_call>", "\n")
+_JSON = {"hermes": _HERMES, "qwen": _HERMES, "llama3_json": ("", "parameters", "", "; ")}
+_FORMATS = {"mistral": _mistral, "pythonic": _pythonic, "qwen3_coder": _qwen3_coder}

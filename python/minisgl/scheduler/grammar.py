@@ -20,8 +20,8 @@ from llguidance import LLExecutor, LLMatcher
 
 from minisgl.core import FinishReason, Req, StepPlan
 from minisgl.errors import EngineError, RequestError
+from minisgl.grammar.source import one_line
 from minisgl.grammar.store import CompiledGrammar, GrammarStore
-from minisgl.grammar.trial import reason
 from minisgl.message.backend import AbortMsg, FlushMsg, UserMsg
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.tokenizer import DetokenizeMsg
@@ -198,7 +198,7 @@ class Grammars:
 
     def _fail(self, row: _Row, matcher: LLMatcher) -> None:
         """The grammar has grown too complex. All ranks end its request at their next turn."""
-        row.output.error = f"the grammar cannot be followed any further: {reason(matcher)}"
+        row.output.error = f"the grammar cannot be followed any further: {one_line(matcher.get_error())}"
         row.output.matcher = None
         logger.debug("request %d: %s", row.req.uid, row.output.error)
         self._aborts.append(AbortMsg(row.req.uid))
