@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from dataclasses import asdict
@@ -9,9 +10,12 @@ from typing import Any
 
 import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
+from minisgl.grammar.schema import SchemaError, followed
 from minisgl.grammar.store import GrammarStore
 from minisgl.parser.forced import calls_form
 from minisgl.parser.registry import TOOL_PARSERS, make_tool_parser
@@ -196,3 +200,34 @@ def test_arguments_that_have_no_list(name: str) -> None:
     with pytest.raises(RequestError, match="named properties") as caught:
         form(name, "f", tools=tools)
     assert caught.value.param == "tools[0].function.parameters"
+
+
+KEYWORDS = st.sampled_from(
+    """type properties required items anyOf oneOf allOf $ref $defs enum const format pattern minLength maxLength x
+    additionalProperties patternProperties propertyNames unevaluatedProperties uniqueItems discriminator #/$defs/x
+    definitions maxItems exclusiveMinimum minimum prefixItems""".split()  # noqa: SIM905
+)
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 2)
+    | KEYWORDS
+    | st.sampled_from(["string", "object", "#", "#/$defs/x", "("]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYWORDS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(KEYWORDS, JUNK, max_size=5), st.booleans())
+def test_whatever_a_client_takes_for_a_schema_is_refused_or_read(schema: dict[str, Any], required: bool) -> None:
+    """By what runs in the API server, and by what prepares schemas for the compiler."""
+    with contextlib.suppress(SchemaError):
+        followed(schema)
+    for name in FORMATS:
+        with contextlib.suppress(RequestError):
+            form(name, "f", tools=[tool("f", schema)], required=required)
+        for value in ("5", "x", "{}"):
+            arguments = {"x": value, "type": value}
+            text = written(name, "f", arguments)
+            assert len(parse(make_tool_parser(name, {"f": schema}), text)[1]) == 1

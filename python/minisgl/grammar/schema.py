@@ -123,7 +123,7 @@ class _Follower:
 
     def _parts(self, schema: Mapping[str, Any], seen: set[str]) -> Iterator[Mapping[str, Any]]:
         """The schemas that hold for the same value as this one."""
-        inner = [part for key in _IN_PLACE for part in schema.get(key) or ()]
+        inner = [part for key in _IN_PLACE for part in _listed(schema, key)]
         if "$ref" in schema and str(schema["$ref"]) not in seen:
             seen.add(str(schema["$ref"]))
             inner.append(resolved(schema, self._root))
@@ -146,11 +146,11 @@ class _Follower:
         names: set[str] | None = None
         if composed:
             parts = [schema, *self._parts(schema, set())]
-            named = [name for part in parts for name in part.get("properties") or ()]
+            named = [name for part in parts for name in _listed(part, "properties")]
             shared |= {name for name in named if named.count(name) > 1}
             is_map = any("additionalProperties" in part or "patternProperties" in part for part in parts)
             if not is_map and any("properties" in part for part in parts):
-                names = {*named, *(str(name) for part in parts for name in part.get("required") or ())}
+                names = {*named, *(str(name) for part in parts for name in _listed(part, "required"))}
         made: dict[str, Any] = {
             key: value.copy() if isinstance(value, dict | list) else value for key, value in schema.items()
         }
@@ -201,7 +201,7 @@ class _Follower:
         if patterns:
             made["pattern"] = patterns.pop()
         if patterns:
-            made["allOf"] = [*(made.get("allOf") or ()), *({"pattern": pattern} for pattern in patterns)]
+            made["allOf"] = [*_listed(made, "allOf"), *({"pattern": pattern} for pattern in patterns)]
         if "oneOf" in made and "anyOf" not in made and (branches := self._exclusive(made)):
             made = {("anyOf" if key == "oneOf" else key): value for key, value in made.items()}
             made["anyOf"] = branches
@@ -224,22 +224,31 @@ class _Follower:
     def _exclusive(self, schema: Mapping[str, Any]) -> list[Any] | None:
         """The branches of `oneOf`, where a property of theirs says which one it is."""
         objects = [resolved(branch, self._root) for branch in schema["oneOf"]]
-        if not all(isinstance(branch, dict) and isinstance(branch.get("properties"), dict) for branch in objects):
+        if (
+            not all(isinstance(branch, dict) and isinstance(branch.get("properties"), dict) for branch in objects)
+            or not objects
+        ):
             return None
         discriminator = schema.get("discriminator")
         told = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
         for tag in objects[0]["properties"] if told is None else (told,):
             literals = [_literals(branch["properties"].get(tag)) for branch in objects]
             values = [value for some in literals for value in some]
-            required = told is not None or all(tag in (branch.get("required") or ()) for branch in objects)
+            required = told is not None or all(tag in _listed(branch, "required") for branch in objects)
             if required and all(literals) and all(values.count(value) == 1 for value in values):
-                return [{**branch, "required": [*(branch.get("required") or ()), tag]} for branch in schema["oneOf"]]
+                return [{**branch, "required": [*_listed(branch, "required"), tag]} for branch in schema["oneOf"]]
         return None
+
+
+def _listed(schema: Mapping[str, Any], key: str) -> list[Any]:
+    """The members, or names, that a keyword has."""
+    value = schema.get(key)
+    return list(value) if isinstance(value, list | dict) else []
 
 
 def _is_composed(schema: Mapping[str, Any]) -> bool:
     own = any(key in schema for key in (*_NAMING, "required"))
-    return own + len(schema.get("allOf") or ()) + sum(key in schema for key in ("$ref", "anyOf", "oneOf")) > 1
+    return own + len(_listed(schema, "allOf")) + sum(key in schema for key in ("$ref", "anyOf", "oneOf")) > 1
 
 
 def _literals(schema: Any) -> list[Any]:
