@@ -71,7 +71,7 @@ def ask(engine: str, url: str, model: str) -> dict[str, Any]:
     plain = dspy.LM(f"openai/{model}", api_base=url, api_key="none", **options)
     able = dspy.LM(f"minisgl/{model}", **options)
     with dspy.context(lm=able):
-        call = called(dspy.ChatAdapter(use_native_function_calling=True))
+        calls = [called(dspy.ChatAdapter(use_native_function_calling=True)), called(dspy.JSONAdapter())]
         made = [dspy.Predict(Find)(text="Anna comes.")]
         with dspy.context(adapter=dspy.JSONAdapter()):
             made += [dspy.Predict(Find)(text="Anna comes."), asyncio.run(streamed())]
@@ -79,7 +79,7 @@ def ask(engine: str, url: str, model: str) -> dict[str, Any]:
         "texts": [plain(SUM), able(SUM)],
         "usage": able.history[-1]["usage"]["completion_tokens"],
         "types": [[type(answer.sure).__name__, type(answer.guest).__name__] for answer in made],
-        "call": call,
+        "calls": calls,
         "missing": error(dspy.LM(f"minisgl/{model}-9", **options), SUM),
         "long": error(able, prompts.LONG[0]["content"]),
     }

@@ -41,10 +41,10 @@ def calling(model: OpenAIModel, **options: Any) -> dict[str, Any]:
     """What its agent of calls did, which demands one in each step."""
     agent = ToolCallingAgent(tools=[get_weather], model=model, max_steps=2, verbosity_level=LogLevel.OFF, **options)
     agent.run(QUESTION)
-    steps = [step for step in agent.memory.steps if isinstance(step, ActionStep)]
+    answers = [step.model_output_message for step in agent.memory.steps if isinstance(step, ActionStep)]
+    calls = [call.function for answer in answers if answer for call in answer.tool_calls or []]
     return {
-        "calls": [[call.name, sorted(call.arguments)] for step in steps for call in step.tool_calls or []],
-        "errors": [str(step.error) for step in steps if step.error],
+        "calls": [[call.name, sorted(call.arguments)] for call in calls],
         "tokens": agent.monitor.get_total_token_counts().total_tokens,
     }
 

@@ -10,6 +10,8 @@ from tests.clients.conftest import run_client
 from tests.clients.prompts import MODEL
 from tests.e2e.conftest import Server
 
+ARGUMENTS = {"get_weather": ["city"], "final_answer": ["answer"]}
+
 
 @pytest.fixture(scope="module")
 def found(demo: Server) -> Any:
@@ -18,6 +20,13 @@ def found(demo: Server) -> Any:
 
 def test_texts(found: Any) -> None:
     assert found["texts"] == ["3 + 4 = 7."] * 2
+
+
+@pytest.mark.parametrize("how", ["calling", "streamed"])
+def test_demanded_calls_are_of_its_tools(found: Any, how: str) -> None:
+    made = found[how]
+    assert made["calls"] and all(arguments == ARGUMENTS[name] for name, arguments in made["calls"])
+    assert made["tokens"] > 0
 
 
 def test_code_comes_in_a_schema(found: Any) -> None:
