@@ -125,7 +125,8 @@ def main(argv: list[str]) -> int:
     tools, reasoning = options.get("tools"), options.get("reasoning")
     tokenizer = replace(config.tokenizer, visible_tokens=visible_tokens(tools, reasoning))
     config = replace(config, tokenizer=tokenizer, tool_call_parser=tools, reasoning_parser=reasoning)
-    config = replace(config, strict_requests="strict_requests" in options)
+    checked = options.get("model_name_check") != "off"
+    config = replace(config, strict_requests="strict_requests" in options, model_name_check=checked)
     delay = float(options.get("delay", 0.0))
 
     def specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]:

@@ -75,12 +75,13 @@ def fields(**asked: Any) -> dict[str, Any]:
 def errors(**asked: Any) -> dict[str, Any]:
     def error(**options: Any) -> list[str]:
         try:
-            litellm.completion(**{**asked, **options}, messages=SUM)
+            litellm.completion(**{"messages": SUM, **asked, **options})
         except Exception as caught:
             return [type(caught).__name__, str(caught)]
         return []
 
-    return {"bad": error(top_p=3), "missing": error(model=asked["model"] + "-9")}
+    long = [{"role": "user", "content": "many words " * 5000}]
+    return {"bad": error(top_p=3), "missing": error(model=asked["model"] + "-9"), "long": error(messages=long)}
 
 
 def responses(**asked: Any) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def test_errors_keep_their_kind(found: Any) -> None:
     kind, message = found["errors"]["bad"]
     assert kind == "BadRequestError" and "top_p: input should be" in message
     assert found["errors"]["missing"][0] == "NotFoundError"
+    assert found["errors"]["long"][0] == "ContextWindowExceededError"
 
 
 def test_responses(found: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import shutil
 import ssl
 import subprocess
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,7 +58,8 @@ def test_each_key_opens_and_nothing_else_does(guarded: Server) -> None:
 
 def test_every_path_but_health_asks_for_a_key(guarded: Server) -> None:
     assert httpx.get(f"{guarded.url}/health").status_code == 200
-    for path in ("/v1/models", "/v1", "/openapi.json", "/nope", "/health/", "//health", "/health/../v1"):
+    assert httpx.get(f"{guarded.url}/v1/health/").status_code == 200  # the same by another name
+    for path in ("/v1/models", "/v1", "/openapi.json", "/nope", "/models/", "/healthy", "/health/../v1"):
         answer = httpx.get(f"{guarded.url}{path}")
         assert answer.status_code == 401, path
         assert answer.headers["www-authenticate"] == "Bearer"
@@ -144,6 +147,82 @@ def test_bodies_must_say_that_they_are_json(http: httpx.Client, content_type: st
         answer = http.post(path, content=body, headers=headers)
         assert answer.status_code == status
         assert status == 200 or "Content-Type" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("data", "encoding", "word"),
+    [
+        (gzip.compress(b"{}"), "gzip", "gzip"),
+        (gzip.compress(b"{}"), None, "gzip"),
+        (b"x", "br", "br"),
+        (zlib.compress(b"{}"), "deflate", "deflate"),
+        (b"x", "gzip, deflate", "compressed"),
+        ("\ufeff{}".encode(), None, "byte order mark"),
+        ("{}".encode("utf-16"), None, "UTF-16"),
+        ("{}".encode("utf-16-be"), None, "UTF-16"),
+        ("{}".encode("utf-16-le"), None, "UTF-16"),
+        ("{}".encode("utf-32-be"), None, "UTF-32"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_bodies_that_are_not_plain_json_are_a_415(
+    http: httpx.Client, data: bytes, encoding: str | None, word: str
+) -> None:
+    headers = {"content-type": "application/json", **({"content-encoding": encoding} if encoding else {})}
+    for path in ("/v1/completions", "/tokenize"):
+        answer = http.post(path, content=data, headers=headers)
+        assert (answer.status_code, "\n" in answer.json()["error"]["message"]) == (415, False)
+        assert word in answer.json()["error"]["message"]
+    plain = {"content-type": "application/json", "content-encoding": "identity"}
+    assert http.post("/v1/completions", content=b'{"prompt": "a", "max_tokens": 1}', headers=plain).status_code == 200
+
+
+def test_the_access_log_says_why_a_request_is_refused(http: httpx.Client, guarded: Server) -> None:
+    secret = "this is what they asked"
+    for body in (
+        {"prompt": secret, "temperature": 1000},
+        {"prompt": secret, "use_beam_search": True},
+        {"prompt": secret, "model": "gpt-9"},
+        {"prompt": secret, "stop": [[secret]]},
+        {"prompt": [secret, {}]},
+    ):
+        assert 400 <= http.post("/v1/completions", json=body).status_code < 500
+    httpx.get(f"{guarded.url}/v1/models")
+    lines = guarded.output()
+    for why in (
+        "400 in .* refused for temperature \\(invalid_value\\)",
+        "400 in .* refused for use_beam_search \\(unsupported_parameter\\)",
+        "404 in .* refused for model \\(model_not_found\\)",
+        "401 in .* refused for .* \\(invalid_api_key\\)",
+    ):
+        assert re.search(why, lines), why
+    assert secret not in lines
+
+
+def test_head_wherever_there_is_get_and_paths_by_other_spellings(http: httpx.Client) -> None:
+    for path in ("/v1/models", "/models", "/v1", "/health", "/v1/health/", "/version", "/metrics", "/openapi.json"):
+        got, headed = http.get(path), http.head(path)
+        assert (got.status_code, headed.status_code, headed.content) == (200, 200, b""), path
+        assert headed.headers["content-type"] == got.headers["content-type"]
+    assert http.head("/nope").status_code == 404
+    assert http.head("/v1/completions").status_code == 405
+    for path in ("/completions", "/v1/completions/", "//v1//completions", "/v1/v1/completions"):
+        assert http.post(path, json=BODY).status_code == 200, path
+    assert http.post("/v1/tokenize/", json={"prompt": "a"}).status_code == 200
+    assert http.post("/v1/generate", json={"text": "a"}).status_code == 200
+
+
+def test_any_model_name_if_the_operator_says_so(start: Callable[..., Server], model_path: Path) -> None:
+    server = start(fake(model_path, model_name_check="off"))
+    for path, body in (("/v1/completions", BODY), ("/tokenize", {"prompt": "a"})):
+        assert httpx.post(server.url + path, json={**body, "model": "gpt-9"}, timeout=30).status_code == 200
+    answer = httpx.post(f"{server.url}/v1/completions", json={**BODY, "model": "gpt-9"}, timeout=30)
+    assert answer.json()["model"] == "fake-model"
+    assert parse_args(["--model-name-check", "off"], {}).model_name_check is False
+    assert parse_args([], {"MINISGL_MODEL_NAME_CHECK": "on"}).model_name_check is True
+    assert args_from_options({"model_name_check": False}).model_name_check is False
+    with pytest.raises(ConfigError, match="--model-name-check maybe"):
+        parse_args(["--model-name-check", "maybe"], {})
 
 
 def test_request_ids_come_back(http: httpx.Client, guarded: Server) -> None:

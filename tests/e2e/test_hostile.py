@@ -60,12 +60,12 @@ def test_hostile_values(http: httpx.Client, path: str) -> None:
 
 
 def test_methods_and_slashes(http: httpx.Client) -> None:
-    for method in ("HEAD", "OPTIONS", "PUT", "TRACE", "BREW"):
+    for method in ("OPTIONS", "PUT", "TRACE", "BREW"):
         for path in ("/v1/chat/completions", "/health", "/metrics", "/v1/models/tiny"):
             answer = http.request(method, path)
             assert answer.status_code == 405
             assert answer.headers["allow"]
-    assert http.post("/v1/completions/").headers["location"].endswith("/v1/completions")
+    assert http.post("/v1/completions/").status_code == 415  # the same without the slash
     for path in ("/v1/models/%00", "/v1/models/%ff", "/v1/models/a/b", "/%2e%2e/v1"):
         assert http.get(path).status_code == 404
         assert set(http.get(path).json()) == {"error"}

@@ -186,6 +186,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"include": ["message.output_text.logprobs"]}, "include"),
     ({"truncation": "auto"}, "truncation"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"reasoning": {"effort": "a lot"}}, "reasoning.effort"),
     ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"text": {"format": {"type": "yaml"}}}, "text.format"),

@@ -17,7 +17,7 @@ from minisgl.core import FinishReason, SamplingParams
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
 from minisgl.server.assemble import Assembler
-from minisgl.server.fields import ITEM
+from minisgl.server.fields import OBJECTS
 from minisgl.server.protocol import parse_chat
 from minisgl.server.protocol_responses import parse_responses
 from minisgl.server.render import ChatRenderer, Totals
@@ -285,7 +285,7 @@ def test_each_item_that_a_model_may_have_made_is_taken(kind: str) -> None:
     item |= {"content": [{"type": "input_text", "text": "a"}], "output": "y", "action": {"type": "z"}, "input": "{}"}
     parsed = parse_responses(json.dumps({"input": [HELLO, item, HELLO]}).encode(), {}).prompts[0]
     assert isinstance(parsed, ChatPrompt)
-    assert len(parsed.messages) == 3 - ITEM.kinds[kind].left_out
+    assert len(parsed.messages) == 3 - OBJECTS["item"].kinds[kind].left_out
 
 
 def test_items_of_responses_in_every_form() -> None:

@@ -22,6 +22,7 @@ from minisgl.server.protocol import (
     parse_completion,
     parse_generate,
 )
+from minisgl.server.protocol_responses import parse_responses
 from minisgl.server.protocol_sampling import SamplingFields
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -200,11 +201,80 @@ def test_one_request_makes_only_so_many_outputs() -> None:
         parse_completion(json.dumps(body).encode(), {})
 
 
+def test_valid_values_however_they_are_written() -> None:
+    assert chat(top_p=0).params == SamplingParams(temperature=0.0)
+    assert chat(top_p=0.0, temperature=0.7).params.temperature == 0
+    assert chat(seed=-1).params.seed is chat().params.seed is None
+    seeds = [chat(seed=seed).params.seed for seed in (-2, -(2**63), 2**63 - 1, 7)]
+    assert len(set(seeds)) == 4
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert chat(max_tokens=5, max_completion_tokens=9).params.max_tokens == 9
+    both = {"text": "a", "sampling_params": {"max_tokens": 5, "max_new_tokens": 9}}
+    assert parse_generate(json.dumps(both).encode(), {}).params.max_tokens == 9
+    assert chat(stream_options={"include_usage": True}).stream is False
+    assert chat(verbosity="low").params == SamplingParams()
+
+
+def test_whole_numbers_may_have_a_fraction() -> None:
+    body = {"max_tokens": 16.0, "n": 2.0, "seed": 7.0, "top_k": -1.0, "min_tokens": 1.0, "stop_token_ids": [5.0, 6]}
+    parsed = chat(**body, logprobs=True, top_logprobs=3.0, priority=2.0)
+    assert (
+        parsed.params
+        == chat(**json.loads(json.dumps(body).replace(".0", "")), logprobs=True, top_logprobs=3, priority=2).params
+    )
+    assert (parsed.n, parsed.params.max_tokens, parsed.params.stop_token_ids) == (2, 16, (5, 6))
+    for prompt in ([1.0, 2], [[1, 2.0], [3.0]]):
+        made = parse_completion(json.dumps({"prompt": prompt, "logprobs": 2.0, "best_of": 2.0}).encode(), {}).prompts
+        assert [unpack_ids(p.input_ids) for p in made if isinstance(p, IdsPrompt)] in ([[1, 2]], [[1, 2], [3]])
+    for bad in ({"max_tokens": 16.5}, {"max_tokens": 1e300}, {"n": True}, {"stop_token_ids": [5.5]}, {"seed": "7"}):
+        with pytest.raises(RequestError) as refusal:
+            chat(**bad)
+        assert refusal.value.param is not None
+        assert len(str(refusal.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({}, {}),
+        ({"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
+        ({"reasoning_effort": "minimal"}, {"reasoning_effort": "minimal"}),
+        ({"reasoning": {"effort": "high", "summary": "auto"}}, {"reasoning_effort": "high"}),
+        ({"reasoning_effort": "none"}, {"reasoning_effort": "none", "enable_thinking": False, "thinking": False}),
+        ({"reasoning": {"enabled": False}}, {"enable_thinking": False, "thinking": False}),
+        ({"enable_thinking": False}, {"enable_thinking": False, "thinking": False}),
+        ({"think": True}, {"enable_thinking": True, "thinking": True}),
+        ({"thinking": {"type": "enabled", "budget_tokens": 99}}, {"enable_thinking": True, "thinking": True}),
+        ({"thinking": {"type": "disabled"}}, {"enable_thinking": False, "thinking": False}),
+        (
+            {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}},
+            {"reasoning_effort": "none", "enable_thinking": True, "thinking": False},
+        ),
+    ],
+    ids=str,
+)
+def test_what_templates_are_told_of_reasoning(body: dict[str, Any], told: dict[str, Any]) -> None:
+    assert chat(**body).prompts[0].template_kwargs == told
+    if "reasoning" in body or not body:
+        data = json.dumps({"input": "hello", **body}).encode()
+        prompt = parse_responses(data, {}).prompts[0]
+        assert isinstance(prompt, ChatPrompt)
+        assert prompt.template_kwargs == told
+
+
+@pytest.mark.parametrize("body", [{"reasoning_effort": "a lot"}, {"reasoning": {"effort": "a\nlot"}}])
+def test_efforts_that_nobody_knows_are_refused(body: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="must be one of none, minimal, low"):
+        chat(**body)
+
+
 @pytest.mark.parametrize("name", SamplingFields.model_fields)
 def test_documented_bounds_are_accepted(name: str) -> None:
     """That nothing beyond them is, schemathesis tests."""
     kinds = SamplingFields.model_json_schema()["properties"][name].get("anyOf", [])
     for bound in [kind[end] for kind in kinds for end in ("minimum", "maximum") if end in kind]:
         body = {"prompt": "a", "max_tokens": MAX_COUNT, name: bound}
+        if (name, bound) in (("top_p", 0), ("seed", -(2**63))):
+            continue  # they become something else
         (value,) = [getattr(parse_completion(json.dumps(body).encode(), {}).params, name)]
         assert value == bound

@@ -242,6 +242,7 @@ class ServerArgs:
         f"format of the model's reasoning: auto (from the chat template), {', '.join(REASONING_PARSERS)} or none",
     )
     strict_requests: bool = _option(boolean, False, "refuse unknown fields of requests rather than ignore them")
+    model_name_check: bool = _option(_auto(boolean), True, "off: requests may have any `model`")
     shell: bool = _option(boolean, False, "interactive shell instead of HTTP", "--shell-mode")
 
 

@@ -122,6 +122,7 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,
         strict_requests=args.strict_requests,
+        model_name_check=args.model_name_check is not False,
     )
 
 

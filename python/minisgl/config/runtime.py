@@ -126,3 +126,4 @@ class ServerConfig:
     reasoning_parser: str | None = None  # None: the model does not reason, as far as the server knows
     access: AccessConfig = AccessConfig()
     strict_requests: bool = False  # unknown fields are refused
+    model_name_check: bool = True

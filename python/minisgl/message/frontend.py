@@ -42,6 +42,7 @@ class ErrorReply(msgspec.Struct, frozen=True, tag="error", forbid_unknown_fields
     message: str
     status: int = 400
     param: str | None = None
+    code: str | None = None
 
 
 class PongReply(msgspec.Struct, frozen=True, tag="pong", forbid_unknown_fields=True):

@@ -39,6 +39,7 @@ def guarded(app: ASGIApp, access: AccessConfig, on_request: OnRequest | None = N
 
     CORS is outside of the keys: browsers ask whether they may send one without sending it.
     """
+    routes = [route.path for route in getattr(app, "routes", ())]
     if access.api_keys:
         app = ApiKeys(app, access.api_keys)
     if access.cors_origins:
@@ -49,7 +50,30 @@ def guarded(app: ASGIApp, access: AccessConfig, on_request: OnRequest | None = N
             allow_headers=["*"],
             expose_headers=[REQUEST_ID, IGNORED],
         )
-    return RequestLog(app, on_request, log=log)
+    return Paths(RequestLog(app, on_request, log=log), routes)
+
+
+class Paths:
+    """Finds routes however they are spelt: with and without /v1, with slashes too many; and HEAD where there is GET."""
+
+    def __init__(self, app: ASGIApp, routes: Iterable[str]) -> None:
+        parts = [route.split("/") for route in routes]
+        self._app = app
+        self._versioned = {part[2] for part in parts if part[1] == "v1" and len(part) > 2}
+        self._others = {part[1] for part in parts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path, found, model = scope["path"].partition("/models/")  # whose id may have slashes of its own
+            parts = [part for part in [*path.split("/"), found.strip("/")] if part]
+            while parts[:1] == ["v1"] and len(parts) > 1 and parts[1] in self._others - self._versioned:
+                parts = parts[1:]
+            if parts and parts[0] in self._versioned:
+                parts = ["v1", *parts]
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server sends no body, then
+            path = "/" + "/".join([*parts, model.rstrip("/")] if model.strip("/") else parts)
+            scope = {**scope, "method": method, "path": path}
+        await self._app(scope, receive, send)
 
 
 class ApiKeys:
@@ -70,6 +94,7 @@ class ApiKeys:
             "this server asks for an API key (Authorization: Bearer KEY, or x-api-key: KEY); none that it knows came"
         )
         refusal = as_asked(scope, error_body(message, 401, code="invalid_api_key"), 401)
+        scope["state"]["refused"] = None, "invalid_api_key"
         await json_response(refusal, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
 
     def _known(self, headers: Headers) -> str:
@@ -157,11 +182,13 @@ def _log_line(scope: Scope, status: int, first_byte: float, seconds: float) -> N
     totals = state.get("totals")
     usage = totals.usage() if totals is not None else None
     tokens = f", {usage['prompt_tokens']} + {usage['completion_tokens']} tokens" if usage else ""
+    param, code = state.get("refused", ("", None))
+    why = f", refused for {param or 'the whole'} ({code or 'invalid_value'})" if "refused" in state else ""
     path = scope.get("raw_path") or b""  # still quoted, so that it cannot break the line; without the query
     client = scope["client"][0] if scope.get("client") else "-"
     logger.log(
         logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO,
-        "%s %s %s %d in %.3f s, first byte after %.3f s%s, id %s",
+        "%s %s %s %d in %.3f s, first byte after %.3f s%s%s, id %s",
         client,
         scope["method"],
         path.decode("ascii", "backslashreplace"),
@@ -169,5 +196,6 @@ def _log_line(scope: Scope, status: int, first_byte: float, seconds: float) -> N
         seconds,
         first_byte,
         tokens,
+        why[:200],
         state["request_id"],
     )

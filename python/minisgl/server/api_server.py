@@ -179,6 +179,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         headers, status, payload = None, 500, error_body(f"internal error: {type(error).__name__}", 500)
         if isinstance(error, MiniSGLError):
             status, payload = error_status(error), error_payload(error)
+            request.state.refused = payload["error"]["param"], payload["error"]["code"]
         elif isinstance(error, HTTPException):
             message, status, headers = error.detail, error.status_code, error.headers
             if status in (404, 405):

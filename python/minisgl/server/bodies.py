@@ -17,6 +17,15 @@ MAX_BODY_BYTES = 64 * 2**20  # unless MINISGL_MAX_BODY_BYTES says otherwise
 
 # JSON needs no escape for them, but many a reader of lines ends one there (Python's `str.splitlines`, JavaScript's).
 _LINE_ENDS = (("\x85", b"\\u0085"), ("\u2028", b"\\u2028"), ("\u2029", b"\\u2029"))
+# What a body that cannot be read begins with.
+_UNREADABLE = {
+    b"\x1f\x8b": "is compressed with gzip",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd",
+    b"\xef\xbb\xbf": "begins with a byte order mark (BOM)",
+    b"\xff\xfe": "is in UTF-16, with a byte order mark (BOM)",
+    b"\xfe\xff": "is in UTF-16, with a byte order mark (BOM)",
+    b"\0": "is in UTF-16 or UTF-32",
+}
 
 
 def dump_json(payload: object) -> bytes:
@@ -38,6 +47,9 @@ async def read_json(request: Request, limit: int) -> bytes:
     if declared.isdigit() and int(declared) > limit:
         raise _too_long(limit)
     _check_content_type(request.headers.get("content-type"))
+    encoding = request.headers.get("content-encoding", "").lower()
+    if encoding not in ("", "identity"):
+        raise _unreadable(f"is compressed (Content-Encoding: {encoding[:50]!r})")
     chunks: list[bytes] = []
     size = 0
     async for chunk in request.stream():
@@ -45,7 +57,11 @@ async def read_json(request: Request, limit: int) -> bytes:
         size += len(chunk)
         if size > limit:
             raise _too_long(limit)
-    return b"".join(chunks)
+    data = b"".join(chunks)
+    for beginning, what in _UNREADABLE.items():
+        if data.startswith(beginning) or (beginning == b"\0" and b"\0" in data[:2]):
+            raise _unreadable(what)
+    return data
 
 
 def owner_of(request: Request) -> str:
@@ -74,6 +90,10 @@ def _check_content_type(value: str | None) -> None:
         raise RequestError(f"Content-Type must be application/json in UTF-8; it {given}", status=415)
 
 
+def _unreadable(what: str) -> RequestError:
+    return RequestError(f"the body {what}; send plain JSON in UTF-8", status=415)
+
+
 def _too_long(limit: int) -> RequestError:
     return RequestError(f"the body is longer than {limit} bytes", status=413)
 
@@ -81,6 +101,10 @@ def _too_long(limit: int) -> RequestError:
 def check_model(model: str | None, config: ServerConfig) -> None:
     """Raises: RequestError (404) unless it is the model that is served, by one of its names."""
     path = config.engine.model_path
-    if model is not None and model not in (config.served_model_name, path, os.path.basename(path.rstrip("/"))):
+    if (
+        config.model_name_check
+        and model is not None
+        and model not in (config.served_model_name, path, os.path.basename(path.rstrip("/")))
+    ):
         message = f"the model {model!r} does not exist; this server has {config.served_model_name!r}"
         raise RequestError(message, param="model", code="model_not_found", status=404)

@@ -326,4 +326,4 @@ class Frontend:
 
 
 def _request_error(reply: ErrorReply) -> RequestError:
-    return RequestError(reply.message, param=reply.param, status=reply.status)
+    return RequestError(reply.message, param=reply.param, code=reply.code, status=reply.status)

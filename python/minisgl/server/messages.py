@@ -10,9 +10,9 @@ from pydantic_core import from_json
 
 from minisgl.errors import RequestError
 from minisgl.server.content import text_of, thought_of
-from minisgl.server.fields import REASONING
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+REASONING = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
 _OTHER_ROLES = {"developer": "system", "function": "tool"}  # what templates know them as
 _SCHEMA = {
     "type": "object",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
@@ -22,7 +22,7 @@ from minisgl.server.openapi import documented, fields
 from minisgl.server.protocol import chat_request
 from minisgl.server.protocol_tools import Tool
 from minisgl.server.response_store import ResponseStore
-from minisgl.server.strict import Body, Fields, TokenId, optional, shown, validate
+from minisgl.server.strict import WHOLE, Body, Fields, TokenId, optional, shown, validate
 
 SCRAPE_SECONDS = 2.0  # how long /metrics waits for the scheduler
 _TOKENS = fields(count="integer", max_model_len="integer", tokens="array")
@@ -49,7 +49,7 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = optional("The id that /v1/models shows.")
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], WHOLE]
     skip_special_tokens: bool | None = optional("false: special tokens are text.")
 
 
@@ -60,7 +60,7 @@ class AbortBody(Body):
     abort_all: bool | None = optional("All of them.")
 
 
-TOKENIZE = fields_of(TokenizeBody, others=dict.fromkeys(("content", "text"), "prompt"))
+TOKENIZE = fields_of(TokenizeBody)
 DETOKENIZE = Fields(DetokenizeBody.model_fields)
 ABORT = Fields(AbortBody.model_fields)
 BODIES: dict[type[BaseModel], Fields] = {TokenizeBody: TOKENIZE, DetokenizeBody: DETOKENIZE, AbortBody: ABORT}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
@@ -20,11 +20,12 @@ from minisgl.server.messages import Message, chat_messages
 from minisgl.server.protocol_grammar import GrammarFields
 from minisgl.server.protocol_sampling import SamplingFields
 from minisgl.server.protocol_tools import MAX_TOOLS, Tool, ToolUse, template_kwargs, tool_use
-from minisgl.server.strict import Body, Fields, Reading, TokenId, load_object, optional, shown, validate
+from minisgl.server.strict import WHOLE, Body, Count, Fields, Reading, TokenId, load_object, optional, shown, validate
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_OUTPUTS = 2048  # choices of all prompts together
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "default", "auto")
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
 Describe = Callable[[dict[str, Any]], dict[str, Any]]
@@ -36,23 +37,36 @@ class StreamOptions(Body):
 
 class _OpenAIBody(Body, SamplingFields, GrammarFields):
     model: str | None = optional("The id that /v1/models shows.")
-    n: int | None = optional("Outputs of each prompt.", ge=1, le=MAX_CHOICES)
+    n: Count | None = optional("Outputs of each prompt.", ge=1, le=MAX_CHOICES)
     stream: bool | None = optional("Answer with server-sent events.")
     stream_options: StreamOptions | None = optional("For streams only.")
+
+
+class Reasoning(Body):
+    effort: str | None = optional("As `reasoning_effort`.", enum=[None, *EFFORTS])
+    enabled: bool | None = optional("false: no reasoning.")
+
+
+class Thinking(Body):
+    type: str = "enabled"
 
 
 class ChatBody(_OpenAIBody):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(json_schema_extra={"minItems": 1})
-    max_tokens: int | None = optional("Most tokens of an output.", ge=1, le=MAX_COUNT)
-    max_completion_tokens: int | None = optional("The same, by its name of today.", ge=1, le=MAX_COUNT)
+    max_tokens: Count | None = optional("Most tokens of an output.", ge=1, le=MAX_COUNT)
+    max_completion_tokens: Count | None = optional("The same, by its name of today.", ge=1, le=MAX_COUNT)
     logprobs: bool | None = optional("Log-probabilities of the output's tokens.")
-    top_logprobs: int | None = optional("So many alternatives to each; with `logprobs`.", ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Count | None = optional("So many alternatives to each; with `logprobs`.", ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] | None = optional("Functions that the model may call.", maxItems=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = optional("Whether it has to.")
     parallel_tool_calls: bool | None = optional("false: one call at most.")
     chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")
+    reasoning_effort: str | None = optional("For the chat template; none: no reasoning.", enum=[None, *EFFORTS])
+    reasoning: Reasoning | None = optional("The same, as OpenRouter and /v1/responses have it.")
+    enable_thinking: bool | None = optional("For the chat template.")
+    thinking: bool | Thinking | None = optional("The same, as Anthropic, DeepSeek and others have it.")
     add_generation_prompt: bool | None = optional("false: nobody's turn is begun after the messages.")
     continue_final_message: bool | None = optional("The last message, an assistant's, goes on; the answer is the rest.")
 
@@ -60,20 +74,22 @@ class ChatBody(_OpenAIBody):
 class CompletionBody(_OpenAIBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
+    prompt: Annotated[str | list[str] | list[TokenId] | list[list[TokenId]], WHOLE] = Field(
         json_schema_extra={"minItems": 1, "minLength": 1}
     )
-    best_of: int | None = optional("So many outputs, of which the `n` most probable come back.", ge=1, le=MAX_CHOICES)
-    max_tokens: int | None = optional("Most tokens of an output; 0 with `echo` only.", ge=0, le=MAX_COUNT)
+    best_of: Count | None = optional("So many outputs, of which the `n` most probable come back.", ge=1, le=MAX_CHOICES)
+    max_tokens: Count | None = optional("Most tokens of an output; 0 with `echo` only.", ge=0, le=MAX_COUNT)
     echo: bool | None = optional("The text begins with the prompt's.")
-    logprobs: int | None = optional("Log-probabilities, and so many alternatives to each token.", ge=0, le=MAX_LOGPROBS)
+    logprobs: Count | None = optional(
+        "Log-probabilities, and so many alternatives to each token.", ge=0, le=MAX_LOGPROBS
+    )
 
 
 class GenerateSampling(Body, SamplingFields):
     """`sampling_params` of POST /generate."""
 
-    max_tokens: int | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
-    max_new_tokens: int | None = optional("The same.", ge=1, le=MAX_COUNT)
+    max_tokens: Count | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
+    max_new_tokens: Count | None = optional("The same.", ge=1, le=MAX_COUNT)
     json_schema: dict[str, Any] | str | None = optional("The output is JSON that matches.")
     regex: str | None = optional("The output matches.")
     ebnf: str | None = optional("The output follows the grammar, Lark or EBNF.")
@@ -83,20 +99,14 @@ class GenerateBody(Body):
     """POST /generate: `text` or `input_ids`."""
 
     text: str | None = optional("The prompt.", minLength=1)
-    input_ids: list[TokenId] | None = optional("The prompt as token ids.", minItems=1)
+    input_ids: Annotated[list[TokenId] | None, WHOLE] = optional("The prompt as token ids.", minItems=1)
     sampling_params: GenerateSampling | None = optional("How to continue it.")
     stream: bool | None = optional("Answer with server-sent events.")
 
 
 CHAT = fields_of(ChatBody)
 COMPLETION = fields_of(CompletionBody)
-_SAMPLING = fields_of(GenerateSampling)
-GENERATE = fields_of(
-    GenerateBody,
-    dict.fromkeys(_SAMPLING.known, ()),  # they belong into `sampling_params`
-    {"sampling_params": _SAMPLING},
-    {"prompt": "text", "inputs": "text", "parameters": "sampling_params"},
-)
+GENERATE = fields_of(GenerateBody, {"sampling_params": fields_of(GenerateSampling)})
 BODIES: dict[type[BaseModel], Fields] = {ChatBody: CHAT, CompletionBody: COMPLETION, GenerateBody: GENERATE}
 
 
@@ -128,9 +138,7 @@ def parse_chat(data: bytes, defaults: Mapping[str, float | int], reading: Readin
 def chat_request(raw: dict[str, Any], defaults: Mapping[str, float | int]) -> GenerationRequest:
     """The body of a chat, checked. Raises: RequestError naming the field at fault."""
     body = validate(ChatBody, raw)
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise RequestError("max_tokens and max_completion_tokens cannot both be given", param="max_tokens")
-    max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = chat_messages(body.messages)
     if not messages:
         raise RequestError("messages must not be empty", param="messages")
@@ -145,7 +153,7 @@ def chat_request(raw: dict[str, Any], defaults: Mapping[str, float | int]) -> Ge
     if goes_on and (messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]):
         message = "continue_final_message: the last message must be an assistant's, without tool calls"
         raise RequestError(message, param="continue_final_message")
-    kwargs = template_kwargs(body.chat_template_kwargs)
+    kwargs = _reasoning(body) | template_kwargs(body.chat_template_kwargs)
     prompt = ChatPrompt(messages, described, kwargs, body.add_generation_prompt is not False, goes_on)
     params = body._params(max_tokens, defaults, logprobs)
     return replace(_request(body, (prompt,), params), tools=tools)
@@ -198,9 +206,7 @@ def parse_generate(
     if (body.text is None) == (body.input_ids is None):
         raise RequestError("give either text or input_ids", param="text")
     sampling = body.sampling_params or GenerateSampling()
-    if sampling.max_tokens is not None and sampling.max_new_tokens is not None:
-        raise RequestError("max_tokens and max_new_tokens cannot both be given", param="max_tokens")
-    max_tokens = sampling.max_new_tokens if sampling.max_tokens is None else sampling.max_tokens
+    max_tokens = sampling.max_tokens if sampling.max_new_tokens is None else sampling.max_new_tokens
     prompt = TextPrompt(text=body.text) if body.text is not None else _ids_prompt(body.input_ids or [], "input_ids")
     return GenerationRequest((prompt,), sampling._params(max_tokens, defaults), stream=bool(body.stream))
 
@@ -210,8 +216,6 @@ def _request(body: _OpenAIBody, prompts: tuple[Prompt, ...], params: SamplingPar
     if n * len(prompts) > MAX_OUTPUTS:
         raise RequestError(f"{len(prompts)} prompts with n={n} are more than {MAX_OUTPUTS} outputs", param="n")
     options = body.stream_options
-    if options is not None and not body.stream:
-        raise RequestError("stream_options is only allowed with stream", param="stream_options")
     return GenerationRequest(
         prompts=prompts,
         params=params,
@@ -221,6 +225,21 @@ def _request(body: _OpenAIBody, prompts: tuple[Prompt, ...], params: SamplingPar
         include_usage=bool(options and options.include_usage),
         logprobs=params.logprobs is not None,
     )
+
+
+def _reasoning(body: ChatBody) -> dict[str, Any]:
+    """What the chat template is told of reasoning, by the names that templates have for it."""
+    reasoning, thinking = body.reasoning or Reasoning(), body.thinking
+    effort = body.reasoning_effort or reasoning.effort
+    if effort not in (None, *EFFORTS):
+        where = "reasoning_effort" if body.reasoning_effort else "reasoning.effort"
+        raise RequestError(f"{where} must be one of {', '.join(EFFORTS)}, not {shown(effort)!r}", param=where)
+    if isinstance(thinking, Thinking):
+        thinking = thinking.type != "disabled"
+    wishes = (body.enable_thinking, thinking, reasoning.enabled, False if effort == "none" else None)
+    thinks = next((wish for wish in wishes if wish is not None), None)
+    told: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    return told if thinks is None else {**told, "enable_thinking": thinks, "thinking": thinks}
 
 
 def _ids_prompt(token_ids: Any, name: str) -> IdsPrompt:

@@ -14,16 +14,21 @@ from pydantic import Field
 
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
-from minisgl.server.fields import ANY, EMPTY, FUNCTION, ITEM, JSON_SCHEMA, fields_of
+from minisgl.server.fields import OBJECTS, fields_of
 from minisgl.server.protocol import GenerationRequest, chat_request, functions_of, renamed
 from minisgl.server.protocol_sampling import SamplingFields
 from minisgl.server.response_items import messages_of
 from minisgl.server.response_store import Item, ResponseStore
-from minisgl.server.strict import Body, Fields, Reading, load_object, optional, validate
+from minisgl.server.strict import Body, Count, Reading, load_object, optional, validate
 
 _LOGPROBS = "message.output_text.logprobs"
 # How `chat_request` and the tokenizer name what they refuse.
-_PARAMS = {"messages": "input", "prompt": "input", "response_format": "text.format"}
+_PARAMS = {
+    "messages": "input",
+    "prompt": "input",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
 
 
 class TextConfig(Body):
@@ -38,7 +43,7 @@ class ResponsesBody(Body, SamplingFields):
     model: str | None = None
     input: str | list[dict[str, Any]] = Field(json_schema_extra={"minItems": 1})
     instructions: str | None = None
-    max_output_tokens: int | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
+    max_output_tokens: Count | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
     stream: bool | None = None
     text: TextConfig | None = None
     tools: list[dict[str, Any]] | None = None
@@ -57,23 +62,8 @@ class ResponsesBody(Body, SamplingFields):
     prompt_cache_key: str | None = None
 
 
-_TOOL = Fields(("type", "format", *FUNCTION.known))
-RESPONSES = fields_of(
-    ResponsesBody,
-    {
-        **dict.fromkeys(("conversation", "prompt"), ()),
-        **dict.fromkeys(("access_programs", "context_management", "image", "moderation"), EMPTY),
-        "truncation": ("disabled",),
-    },
-    {
-        "input": ITEM,
-        "text": Fields(("format",), ignored=("verbosity",), nested={"format": Fields(("type", *JSON_SCHEMA.known))}),
-        "tools": _TOOL,
-        "reasoning": ANY,
-        "stream_options": Fields(ignored=("include_obfuscation",)),
-    },
-    dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_output_tokens"),
-)
+_TOOL = OBJECTS["flat_tool"]
+RESPONSES = fields_of(ResponsesBody)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +95,9 @@ def parse_responses(
     items = _conversation(body, store or ResponseStore(), owner)
     sampling = {name: getattr(body, name) for name in SamplingFields.model_fields if name in body.model_fields_set}
     chat = {**sampling, "messages": _messages(body, items), "max_completion_tokens": body.max_output_tokens}
-    chat["reasoning_effort"] = (body.reasoning or {}).get("effort")
     if body.text is not None and body.text.format is not None:
         chat["response_format"] = _response_format(body.text.format)
-    for name in ("model", "stream", "parallel_tool_calls", "chat_template_kwargs"):
+    for name in ("model", "stream", "parallel_tool_calls", "chat_template_kwargs", "reasoning"):
         chat[name] = getattr(body, name)
     chat["tools"] = functions_of(body.tools or (), _FUNCTIONS, reading, _TOOL)
     chat["tool_choice"] = body.tool_choice
@@ -160,7 +149,7 @@ def _messages(body: ResponsesBody, items: list[Item]) -> list[dict[str, Any]]:
 
 
 def _function(tool: dict[str, Any]) -> dict[str, Any]:
-    return {name: tool[name] for name in FUNCTION.known if name in tool}
+    return {name: tool[name] for name in OBJECTS["function"].known if name in tool}
 
 
 def _free(tool: dict[str, Any]) -> dict[str, Any]:

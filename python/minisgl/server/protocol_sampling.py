@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel
 
 from minisgl.core import MAX_COUNT, MAX_PRIORITY, MAX_SEED, MIN_REPETITION_PENALTY, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.server.protocol_grammar import parse_grammar
-from minisgl.server.strict import TokenId, optional
+from minisgl.server.strict import WHOLE, Count, TokenId, optional
 
 MAX_STOPS, MAX_STOP_LEN = 16, 1024
 MAX_STOP_IDS = 128
@@ -47,8 +47,8 @@ class SamplingFields(BaseModel):
     """To be inherited by request bodies. None is the same as leaving a field out."""
 
     temperature: float | None = optional("0 is greedy.", ge=0, le=100)
-    top_p: float | None = optional("Only the most probable tokens that have so much together.", gt=0, le=1)
-    top_k: int | None = optional("Only so many most probable tokens; 0 and -1: all.", ge=-1, le=MAX_COUNT)
+    top_p: float | None = optional("Only the most probable tokens that have so much together; 0: greedy.", ge=0, le=1)
+    top_k: Count | None = optional("Only so many most probable tokens; 0 and -1: all.", ge=-1, le=MAX_COUNT)
     min_p: float | None = optional("Only tokens with this share of the highest probability.", ge=0, le=1)
     presence_penalty: float | None = optional("Taken from logits of tokens in the output, once.", ge=-2, le=2)
     frequency_penalty: float | None = optional("The same, for each time.", ge=-2, le=2)
@@ -58,14 +58,16 @@ class SamplingFields(BaseModel):
         le=100,
     )
     logit_bias: dict[str, float] | None = optional("Token id: what is added to its logit.", **_BIASES_SCHEMA)
-    seed: int | None = optional("The same seed, the same output.", ge=0, le=MAX_SEED)
+    seed: Count | None = optional("The same seed, the same output; -1 is none.", ge=-MAX_SEED - 1, le=MAX_SEED)
     stop: str | list[str] | None = optional("What ends the output; it is cut off.", **_STOP_SCHEMA)
-    stop_token_ids: list[TokenId] | None = optional("Tokens that end the output.", maxItems=MAX_STOP_IDS)
+    stop_token_ids: Annotated[list[TokenId] | None, WHOLE] = optional(
+        "Tokens that end the output.", maxItems=MAX_STOP_IDS
+    )
     include_stop_str_in_output: bool | None = optional("Do not cut the stop string off.")
-    min_tokens: int | None = optional("No end before so many tokens; at most `max_tokens`.", ge=0, le=MAX_COUNT)
+    min_tokens: Count | None = optional("No end before so many tokens; at most `max_tokens`.", ge=0, le=MAX_COUNT)
     ignore_eos: bool | None = optional("Go on after end-of-sequence tokens.")
     skip_special_tokens: bool | None = optional("false: special tokens are text.")
-    priority: int | None = optional(
+    priority: Count | None = optional(
         "The lowest goes first; for `--schedule-policy priority`.", ge=-MAX_PRIORITY, le=MAX_PRIORITY
     )
 
@@ -78,8 +80,10 @@ class SamplingFields(BaseModel):
             max_tokens = max(int(defaults["max_tokens"]), self.min_tokens or 0)
         given["max_tokens"] = max_tokens
         chosen: dict[str, Any] = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+        if self.top_p == 0:
+            chosen |= {"top_p": 1.0, "temperature": 0.0}
         return SamplingParams(
-            seed=self.seed,
+            seed=None if self.seed in (None, -1) else self.seed % (MAX_SEED + 1),
             stop=_stops(self.stop),
             stop_token_ids=_stop_ids(self.stop_token_ids),
             logit_bias=_biases(self.logit_bias),

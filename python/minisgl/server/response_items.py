@@ -7,7 +7,7 @@ from typing import Any
 
 from minisgl.errors import RequestError
 from minisgl.server.content import text_of, thought_of
-from minisgl.server.fields import ITEM
+from minisgl.server.fields import OBJECTS
 
 Message = dict[str, Any]
 _ROLES = ("user", "assistant", "system", "developer")
@@ -21,7 +21,7 @@ def messages_of(items: list[dict[str, Any]]) -> list[Message]:
     messages: list[Message] = []
     for index, item in enumerate(items):
         where, kind = f"input[{index}]", item.get("type", "message")
-        if not isinstance(kind, str) or kind not in ITEM.kinds:
+        if not isinstance(kind, str) or kind not in OBJECTS["item"].kinds:
             expected = ", ".join(_ITEMS)
             raise RequestError(f"{where}.type must be one of {expected}, not {kind!r}", param=f"{where}.type")
         if kind in _ITEMS:  # the others came from tools that are not ours, and say nothing to this model

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import from_json
 
 from minisgl.errors import RequestError
@@ -28,6 +28,17 @@ class Body(BaseModel):
 
 B = TypeVar("B", bound=BaseModel)
 SCHEMA_REF = "#/components/schemas/{model}"
+
+
+def whole(value: Any) -> Any:
+    """Whole numbers may be written with a fraction, 16.0, as JavaScript and Lua do not tell them apart."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return [whole(item) for item in value] if isinstance(value, list) and {float, list} & {*map(type, value)} else value
+
+
+WHOLE = BeforeValidator(whole)
+Count = Annotated[int, WHOLE]
 TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 2**31 - 1})]
 
 

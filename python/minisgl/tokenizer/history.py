@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -29,28 +30,25 @@ class CallForm:
         """The conversation in this form."""
         fitted: list[Message] = []
         for message in messages:
-            calls = message.get("tool_calls") or ()
             message = self._with_id(message, "tool_call_id")
-            made = [{**self._with_id(call, "id"), "function": self._called(call["function"])} for call in calls]
-            for turn in [made] if self.several or not made else [[call] for call in made]:
+            given = message.get("tool_calls") or ()
+            calls = [{**self._with_id(call, "id"), "function": self._called(call["function"])} for call in given]
+            for turn in [calls] if self.several or not calls else [[call] for call in calls]:
                 fitted.append({**message, "tool_calls": turn} if turn else message)
                 message = {**message, "content": ""}
         return fitted
 
     def _with_id(self, message: Message, name: str) -> Message:
-        given = str(message.get(name) or "")
-        if not self.short_ids or name not in message or (len(given) == 9 and given.isalnum()):
-            return message
-        return {**message, name: hashlib.sha256(given.encode()).hexdigest()[:9]}
+        given = str(message.get(name, ""))
+        fits = not self.short_ids or name not in message or (len(given) == 9 and given.isalnum())
+        return message if fits else {**message, name: hashlib.sha256(given.encode()).hexdigest()[:9]}
 
     def _called(self, function: Message) -> Message:
         arguments = function.get("arguments", {})
         if isinstance(arguments, str) and not self.texts:
-            try:  # what of it can be parsed: the model may have been cut off
-                value = from_json(arguments, allow_partial="trailing-strings")
-            except ValueError:
-                value = None
-            arguments = value if isinstance(value, dict) else {}
+            with contextlib.suppress(ValueError):  # what of it can be parsed: the model may have been cut off
+                arguments = from_json(arguments, allow_partial="trailing-strings")
+            arguments = arguments if isinstance(arguments, dict) else {}
         if not self.objects and not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
         return {**function, "arguments": arguments}

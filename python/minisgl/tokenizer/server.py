@@ -116,7 +116,7 @@ class TokenizerServer:
             ids = unpack_ids(message.token_ids)
             return DecodedReply(message.uid, self._tokenizer.decode_only(ids, skip_special=message.skip_special))
         except RequestError as error:
-            return ErrorReply(message.uid, str(error), error.status, error.param)
+            return ErrorReply(message.uid, str(error), error.status, error.param, error.code)
         except Exception as error:
             logger.exception("/tokenize or /detokenize failed")
             return ErrorReply(message.uid, f"tokenization failed: {type(error).__name__}", 500)

@@ -126,10 +126,10 @@ class HFTextCodec:
         messages, last = prompt.messages, prompt.messages[-1]
         if prompt.continue_final:
             messages = [*messages[:-1], {**last, "content": last["content"] + _END}]
-        if any(message.get("tool_calls") for message in messages):
-            self._call_form = self._call_form or learn(lambda probe: self._render(probe, ChatPrompt([])))
-            messages = self._call_form.fit(messages)
         try:
+            if any(message.get("tool_calls") for message in messages):
+                self._call_form = self._call_form or learn(lambda probe: self._render(probe, ChatPrompt([])))
+                messages = self._call_form.fit(messages)
             text = self._render(messages, prompt)
         except Exception as error:  # templates run arbitrary code on the client's data: whatever fails is about it
             raise RequestError(f"the chat template refused the messages: {error}", param="messages") from error
@@ -240,13 +240,16 @@ class Tokenizer:
 
     def _bounded(self, text: str, param: str) -> str:
         if len(text) > self._max_chars:
-            at_least = len(text) // self.codec.longest_token
-            raise RequestError(
-                f"the prompt has at least {at_least} tokens, but the context of this model is "
-                f"{self._max_seq_len} tokens",
-                param=param,
-            )
+            raise self._too_long(f"at least {len(text) // self.codec.longest_token}", param)
         return text
+
+    def _too_long(self, num_tokens: str, param: str) -> RequestError:
+        """In OpenAI's words, which clients look for."""
+        message = (
+            f"This model's maximum context length is {self._max_seq_len} tokens. However, your {param} resulted in "
+        )
+        message += f"{num_tokens} tokens, and at least 1 is for the output. Please reduce the length of the {param}."
+        return RequestError(message, param=param, code="context_length_exceeded")
 
     def _check(self, ids: list[int], param: str = "prompt") -> list[int]:
         if not ids:
@@ -264,7 +267,7 @@ class Tokenizer:
             params = self._finish_params(request, ids)
             return UserMsg(uid=request.uid, input_ids=pack_ids(ids), params=params)
         except RequestError as error:
-            return ErrorReply(uid=request.uid, message=str(error), status=error.status, param=error.param)
+            return ErrorReply(request.uid, str(error), error.status, error.param, error.code)
         except Exception as error:
             logger.exception("request %d: tokenization failed", request.uid)
             return ErrorReply(uid=request.uid, message=f"tokenization failed: {type(error).__name__}", status=500)
@@ -276,14 +279,9 @@ class Tokenizer:
         A larger `max_tokens` than the context has room for is no error: the output ends with `length` there.
         Raises: RequestError when the prompt alone fills the context.
         """
-        prompt_len = len(ids)
-        room = self._max_seq_len - prompt_len
+        room = self._max_seq_len - len(ids)
         if room < 1:
-            raise RequestError(
-                f"the prompt has {prompt_len} tokens, but the context of this model is {self._max_seq_len} tokens, "
-                "of which at least 1 is for the output",
-                param="messages" if isinstance(request.prompt, ChatPrompt) else "prompt",
-            )
+            raise self._too_long(str(len(ids)), "messages" if isinstance(request.prompt, ChatPrompt) else "prompt")
         params = request.params
         self._check_token_params(params)
         seed = params.seed if params.seed is not None else random.randint(0, MAX_SEED)
