@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -30,7 +31,10 @@ _UNREADABLE = {
 
 def dump_json(payload: object) -> bytes:
     """JSON on one line, whoever reads it."""
-    data = orjson.dumps(payload)
+    try:
+        data = orjson.dumps(payload)
+    except TypeError:  # a client's number, which comes back, is too large for it
+        data = json.dumps(payload).encode()
     if not data.isascii():
         for character, escaped in _LINE_ENDS:
             data = data.replace(character.encode(), escaped)
