@@ -47,8 +47,7 @@ def _llama(f: Fields, _: int) -> dict[str, Any]:
 
 def _mistral(f: Fields, num_layers: int) -> dict[str, Any]:
     """`layer_types` says which layers slide; without it all do."""
-    kinds = f.list_of(str, "layer_types") or ["sliding_attention"] * num_layers
-    return {"sliding_windows": _windows(kinds, _window(f))}
+    return {"sliding_windows": _windows(f, f.list_of(str, "layer_types") or ["sliding_attention"] * num_layers)}
 
 
 def _qwen2(f: Fields, num_layers: int) -> dict[str, Any]:
@@ -72,13 +71,9 @@ def _qwen3_moe(f: Fields, num_layers: int) -> dict[str, Any]:
     )
     if any(moe.layers) and moe.num_experts_per_tok > num_experts:
         raise f.wrong("num_experts_per_tok", f"at most the number of experts, {num_experts}")
-    window = _window(f) if f.boolean("use_sliding_window", False) else None
-    return {
-        **_biases(f),
-        "qk_norm": True,
-        "moe": moe if any(moe.layers) else None,
-        "sliding_windows": _windows(["sliding_attention"] * num_layers, window),
-    }
+    kinds = ["sliding_attention"] * num_layers if f.boolean("use_sliding_window", False) else []
+    moe_fields = {"qk_norm": True, "moe": moe if any(moe.layers) else None, "sliding_windows": _windows(f, kinds)}
+    return {**_biases(f), **moe_fields}
 
 
 FAMILIES: dict[str, Family] = {
@@ -213,12 +208,9 @@ def _biases(f: Fields) -> dict[str, Any]:
     return {"qkv_bias": bias, "o_bias": bias}
 
 
-def _window(f: Fields) -> int | None:
-    """`sliding_window`: 4096 where a file has none; null is none at all."""
-    return f.integer("sliding_window", None if "sliding_window" in f.data else 4096)
-
-
-def _windows(kinds: list[str], window: int | None) -> tuple[int | None, ...]:
+def _windows(f: Fields, kinds: list[str]) -> tuple[int | None, ...]:
+    """`sliding_window` (4096 where a file has none; null is none at all) of the layers that slide."""
+    window = f.integer("sliding_window", None if "sliding_window" in f.data else 4096)
     windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return windows if any(windows) else ()
 
@@ -227,6 +219,5 @@ def _qwen_windows(f: Fields, num_layers: int) -> tuple[int | None, ...]:
     """Qwen2/3: `layer_types` says which layers slide; without it those from `max_window_layers` on."""
     if not f.boolean("use_sliding_window", False):
         return ()
-    first = f.integer("max_window_layers", 28, 0)
-    kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
-    return _windows(f.list_of(str, "layer_types") or kinds, _window(f))
+    full = ["full_attention"] * f.integer("max_window_layers", 28, 0, MAX_LAYERS)
+    return _windows(f, f.list_of(str, "layer_types") or [*full, *["sliding_attention"] * num_layers][:num_layers])

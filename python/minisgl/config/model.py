@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minisgl.config.directory import check_directory
-from minisgl.config.ends import read_ends
 from minisgl.config.fields import Fields, merge, read_fields, read_json
+from minisgl.config.locate import check_directory
 
+logger = logging.getLogger(__name__)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WEIGHT_BYTES = {**DTYPE_BYTES, "int8": 1}
 
@@ -105,5 +106,53 @@ def read_model_config(model_dir: str | Path, override: Mapping[str, Any] | None 
     config_path = path / "config.json"
     fields = Fields(merge(read_json(config_path), override or {}), str(config_path))
     model = parse_model_config(fields)
-    ends = read_ends(path, read_fields(path / "generation_config.json"), fields, model.vocab_size)
+    ends = _ends(path, read_fields(path / "generation_config.json"), fields, model.vocab_size)
     return replace(model, eos_token_ids=ends)
+
+
+def _ends(path: Path, generation: Fields, config: Fields, vocab_size: int) -> tuple[int, ...]:
+    """The ids, generation_config.json's first: a chat model often adds its end of turn there. What is no id of the
+    model is left out, with a warning. Raises: ConfigError naming a file that cannot be read."""
+    ids: dict[int, None] = {}
+    for fields in (generation, config):
+        value = fields.data.get("eos_token_id")
+        for token in value if isinstance(value, list) else [] if value is None else [value]:
+            if type(token) is int and 0 <= token < vocab_size:
+                ids[token] = None
+            else:
+                reason = f"no token id (a whole number from 0 to {vocab_size - 1})"
+                logger.warning("%s: eos_token_id %.80r is %s and has no effect", fields.source, token, reason)
+    own = _tokenizer_end(path)
+    return tuple(ids if own is None or own >= vocab_size else ids | {own: None})
+
+
+def _tokenizer_end(path: Path) -> int | None:
+    """The id of the tokenizer's `eos_token`, which a file gives as text, alone or with the token's properties."""
+    config = fields = read_fields(path / "tokenizer_config.json")
+    if fields.data.get("eos_token") is None:
+        fields = read_fields(path / "special_tokens_map.json")
+    is_object = isinstance(fields.data.get("eos_token"), dict)
+    token = fields.child("eos_token").text("content", None) if is_object else fields.text("eos_token", None)
+    if token is None:
+        return None
+    ids = (index for pairs in _vocabularies(path, config) for text, index in pairs if text == token)
+    if (found := str(next(ids, None))).isdecimal():
+        return int(found)
+    logger.warning("%s: eos_token %.80r is not in the vocabulary and has no effect", fields.source, token)
+    return None
+
+
+def _vocabularies(path: Path, config: Fields) -> Iterator[Iterable[tuple[Any, Any]]]:
+    """Texts and ids that a tokenizer's files have, the smallest file first."""
+    decoder = config.child("added_tokens_decoder")
+    yield [(decoder.child(index).data.get("content"), index) for index in decoder.data]
+    tokenizer = read_fields(path / "tokenizer.json")
+    added = tokenizer.data.get("added_tokens")
+    items = added if isinstance(added, list) else []
+    yield [(item.get("content"), item.get("id")) for item in items if isinstance(item, dict)]
+    vocab = tokenizer.child("model").data.get("vocab")
+    if isinstance(vocab, list):  # Unigram: pieces with their scores, in order
+        yield [(piece[0], index) for index, piece in enumerate(vocab) if isinstance(piece, list) and piece]
+    yield vocab.items() if isinstance(vocab, dict) else ()
+    for name in ("added_tokens.json", "vocab.json"):
+        yield read_fields(path / name).data.items()

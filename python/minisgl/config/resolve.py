@@ -9,15 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from minisgl.config import chat
 from minisgl.config.access import access_config
 from minisgl.config.args import ServerArgs
-from minisgl.config.chat import (
-    choose_reasoning_parser,
-    choose_tool_parser,
-    read_chat_template,
-    read_template_file,
-    visible_tokens,
-)
 from minisgl.config.cpu import cpu_engine
 from minisgl.config.cuda import choose_device, cuda_engine
 from minisgl.config.fields import read_fields
@@ -49,15 +43,14 @@ def prepare(args: ServerArgs, before_fetch: Callable[[], object] = lambda: None)
     access, machine = access_config(args), probe()
     name, revision = split_revision(args.model_path, args.revision)
     args = replace(args, model_path=name)
-    template = None if args.chat_template is None else read_template_file(args.chat_template)
+    template = chat.read_template_file(args.chat_template) if args.chat_template else None
     if is_remote(name):
         if args.device == "cuda":
             choose_device(args, machine)
         before_fetch()
     path = locate_model(name, args.model_source, revision)
     model = read_model_config(path, args.config_override)
-    template = read_chat_template(path) if template is None else template
-    files = ModelFiles(path, model, read_default_sampling(path), template)
+    files = ModelFiles(path, model, read_default_sampling(path), template or chat.read_chat_template(path))
     return replace(resolve(args, files, machine), access=access)
 
 
@@ -106,10 +99,10 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         eos_token_ids=model.eos_token_ids,
         overlap=not args.disable_overlap,
     )
-    tool_call_parser = choose_tool_parser(args.tool_call_parser, files.chat_template)
-    reasoning_parser = choose_reasoning_parser(args.reasoning_parser, files.chat_template)
-    visible = visible_tokens(tool_call_parser, reasoning_parser)
-    own_template = None if args.chat_template is None else files.chat_template
+    tool_call_parser = chat.choose_tool_parser(args.tool_call_parser, files.chat_template)
+    reasoning_parser = chat.choose_reasoning_parser(args.reasoning_parser, files.chat_template)
+    visible = chat.visible_tokens(tool_call_parser, reasoning_parser)
+    own_template = files.chat_template if args.chat_template else None
     return ServerConfig(
         engine=engine,
         scheduler=scheduler,

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 from minisgl.config.args import ServerArgs
-from minisgl.config.directory import weight_files
-from minisgl.config.locate import DEMO_MODEL, split_revision
+from minisgl.config.locate import DEMO_MODEL, split_revision, weight_files
 from minisgl.config.model import read_model_config
 from minisgl.config.probe import Capabilities
 from minisgl.config.resolve import ModelFiles, read_default_sampling, resolve
