@@ -36,14 +36,12 @@ _DIGEST_BYTES = 32  # at the end of a library: of what stands before
 _V3 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _AMX = {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
+_V4_VNNI = _V4 | {"avx512_vnni"}
 # What the compiler may use: the first level whose features (as Linux names them) the processor has. Processors of one
 # level share a library, and images bring libraries for processors that they have not seen.
 LEVELS: Mapping[str, tuple[set[str], str]] = {
-    "x86-64-v4-amx": (
-        _V4 | _AMX | {"avx512_vnni"},
-        "-march=x86-64-v4 -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16",
-    ),
-    "x86-64-v4-vnni": (_V4 | {"avx512_vnni"}, "-march=x86-64-v4 -mavx512vnni"),
+    "x86-64-v4-amx": (_V4_VNNI | _AMX, "-march=x86-64-v4 -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16"),
+    "x86-64-v4-vnni": (_V4_VNNI, "-march=x86-64-v4 -mavx512vnni"),
     "x86-64-v4": (_V4, "-march=x86-64-v4"),
     "x86-64-v3-vnni": (_V3 | {"avx_vnni"}, "-march=x86-64-v3 -mavxvnni"),
     "x86-64-v3": (_V3, "-march=x86-64-v3"),
@@ -83,10 +81,7 @@ def load_cpu_kernels(target: str = "") -> Any:
 
 
 def compile_cpu_kernels(target: str) -> Path:
-    """Have the CPU kernels in the cache, for other machines too. target: of `LEVELS`, or what `-march` takes.
-
-    Raises: ConfigError when they cannot be compiled.
-    """
+    """Have the CPU kernels in the cache, for other machines too. target: of `LEVELS`, or what `-march` takes."""
     return Path(_cpu_library(target, use=lambda path: path))
 
 
@@ -96,12 +91,12 @@ def cpu_level() -> str:
     return next((level for level, (needed, _) in LEVELS.items() if needed <= has), "native")
 
 
-def _cpu_library(target: str, **options: Callable[[Path], Any]) -> Any:
+def _cpu_library(target: str, use: Callable[[Path], Any] | None = None) -> Any:
     flags = LEVELS[target][1].split() if target in LEVELS else [f"-march={target}"]
     machine = platform.machine()
     if target == "native":  # what the compiler then finds out itself: a cache may be shared with other processors
         machine += " ".join(sorted(cpu_flags())) or platform.processor()
-    return _library(CPU, target, ["-std=gnu++20", "-O3", "-pthread", *flags], machine, **options)
+    return _library(CPU, target, ["-std=gnu++20", "-O3", "-pthread", *flags], machine, use)
 
 
 @functools.cache
@@ -113,24 +108,16 @@ def _files(name: str) -> dict[str, bytes]:
     return {path.relative_to(CSRC).as_posix(): path.read_bytes() for path in paths}
 
 
-def _load_module(path: Path) -> Any:
-    import tvm_ffi
-
-    return tvm_ffi.load_module(str(path))
-
-
-def _library(
-    name: str, target: str, flags: list[str], machine: str, *, use: Callable[[Path], Any] = _load_module
-) -> Any:
-    """What `use` makes of the library in the cache, which is compiled if it is not there, is damaged, or does not load.
-
-    Raises: ConfigError saying why not.
+def _library(name: str, target: str, flags: list[str], machine: str, use: Callable[[Path], Any] | None = None) -> Any:
+    """The library in the cache, loaded, or what `use` makes of it. It is compiled if it is not there, damaged, or does
+    not load. Raises: ConfigError saying why not.
     """
     title = f"the {'CPU kernels' if name == CPU else f'kernel {name}'} for {target}"
     try:
-        from tvm_ffi import __version__ as tvm_ffi_version
+        import tvm_ffi
 
-        parts = (sorted(_files(name).items()), flags, machine, tvm_ffi_version)
+        use = use or (lambda path: tvm_ffi.load_module(str(path)))
+        parts = (sorted(_files(name).items()), flags, machine, tvm_ffi.__version__)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         path = cache_dir() / f"{name}-{target}-{key}.so"
         if (found := _use_compiled(path, use, logging.DEBUG)) is not None:
@@ -229,9 +216,8 @@ def _wait_for(lock: int, title: str) -> None:
     logger.warning("another process has been compiling %s for %.0f s: doing it here", title, LOCK_SECONDS)
 
 
-@functools.cache
+@functools.cache  # once: each rank waits for some ten kernels
 def _tell_that_we_wait() -> None:
-    """Once: each rank waits for some ten kernels."""
     logger.warning("waiting for another process, which compiles kernels")
 
 
