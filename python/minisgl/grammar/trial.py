@@ -6,6 +6,7 @@ kernel ends it: after some seconds of one core, or when memory or stack run out.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -15,7 +16,6 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict
-from typing import IO
 
 import psutil
 from llguidance import LLMatcher
@@ -67,10 +67,8 @@ class Trial:
     def close(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                _close(pipe)
+            with contextlib.suppress(OSError), process:  # there may be something to be written to it still
+                process.kill()
 
     def _start(self) -> subprocess.Popen[bytes]:
         config = self._config
@@ -90,14 +88,6 @@ class Trial:
             process.wait()
             raise RequestError("the grammar compiler could not be started", status=500)
         return process
-
-
-def _close(pipe: IO[bytes] | None) -> None:
-    try:
-        if pipe is not None:
-            pipe.close()
-    except OSError:  # what was still to be written to a process that is gone
-        return
 
 
 def _read_line(process: subprocess.Popen[bytes], timeout: float) -> bytes | None:

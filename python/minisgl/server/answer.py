@@ -33,9 +33,14 @@ async def answer_request(
     frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer, keepalive: float
 ) -> Response:
     """Run the request and show its replies. A client that goes away takes its request with it."""
-    streams = _submit(frontend, parsed, (request.state.request_id, renderer.id))
-    totals = request.state.totals = Totals(len(streams), parsed.num_choices)
+    streams: list[Stream] = []  # one per choice, for each prompt in order
+    request_ids = (request.state.request_id, renderer.id)
     try:
+        for prompt in parsed.prompts:
+            for seed in choice_seeds(parsed.params, parsed.num_choices):
+                params = replace(parsed.params, seed=seed)
+                streams.append(frontend.submit(prompt, params, request_ids, notify=parsed.stream))
+        totals = request.state.totals = Totals(len(streams), parsed.num_choices)
         if not parsed.stream:
             choices = await unless_disconnected(request.receive, _collect(streams, totals))
             return json_response(renderer.body(_best(choices, parsed), totals))
@@ -52,20 +57,6 @@ async def answer_request(
     except BaseException:
         _abort(streams)
         raise
-
-
-def _submit(frontend: Frontend, parsed: GenerationRequest, request_ids: Sequence[str]) -> list[Stream]:
-    """One stream per choice, for each prompt in order."""
-    streams: list[Stream] = []
-    try:
-        for prompt in parsed.prompts:
-            for seed in choice_seeds(parsed.params, parsed.num_choices):
-                params = replace(parsed.params, seed=seed)
-                streams.append(frontend.submit(prompt, params, request_ids, notify=parsed.stream))
-    except BaseException:
-        _abort(streams)
-        raise
-    return streams
 
 
 def _best(choices: Sequence[Sequence[UserReply]], parsed: GenerationRequest) -> Sequence[Sequence[UserReply]]:

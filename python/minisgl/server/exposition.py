@@ -11,8 +11,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from minisgl.message.frontend import StatsReply
+from minisgl.message.frontend import Counts, StatsReply
 from minisgl.server.metrics import RequestMetrics
+from minisgl.utils.histogram import Histogram
 
 _METHODS = ("GET", "POST", "OPTIONS", "HEAD", "PUT", "PATCH", "DELETE")
 _OPENMETRICS = "application/openmetrics-text"
@@ -48,11 +49,8 @@ class Exposition:
         yield self._gauge("num_requests_waiting", "Requests waiting to be run.", stats.num_waiting)
         yield self._gauge("kv_cache_usage_perc", "KV cache in use by running requests; 1 is all of it.", used)
         yield self._counter("num_preemptions", "Times that a running request went back.", stats.num_retracted)
-        for name, text, counts in (
-            ("iteration_num_requests", "Requests per engine step.", stats.step_requests),
-            ("iteration_tokens_total", "Tokens per engine step.", stats.step_tokens),
-        ):
-            yield self._histogram(name, text, counts.bounds, counts.counts, counts.total)
+        yield self._histogram("iteration_num_requests", "Requests per engine step.", stats.step_requests)
+        yield self._histogram("iteration_tokens_total", "Tokens per engine step.", stats.step_tokens)
 
     def _counts(self) -> Iterator[Metric]:
         requests = self._requests
@@ -72,15 +70,12 @@ class Exposition:
         yield http
 
     def _timings(self) -> Iterator[Metric]:
-        requests = self._requests
-        for name, text, histogram in (
-            ("time_to_first_token_seconds", "Until the first token.", requests.time_to_first_token),
-            ("inter_token_latency_seconds", "Between tokens.", requests.inter_token_latency),
-            ("e2e_request_latency_seconds", "Until the end of a request.", requests.end_to_end),
-            ("request_prompt_tokens", "Prompt tokens of a request.", requests.prompt_len),
-            ("request_generation_tokens", "Generated tokens of a request.", requests.output_len),
-        ):
-            yield self._histogram(name, text, histogram.bounds, histogram.counts, histogram.total)
+        requests, shown = self._requests, self._histogram
+        yield shown("time_to_first_token_seconds", "Until the first token.", requests.time_to_first_token)
+        yield shown("inter_token_latency_seconds", "Between tokens.", requests.inter_token_latency)
+        yield shown("e2e_request_latency_seconds", "Until the end of a request.", requests.end_to_end)
+        yield shown("request_prompt_tokens", "Prompt tokens of a request.", requests.prompt_len)
+        yield shown("request_generation_tokens", "Generated tokens of a request.", requests.output_len)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"minisgl:{name}", text, labels=_LABELS)
@@ -92,10 +87,10 @@ class Exposition:
         family.add_metric((self._model_name,), value)
         return family
 
-    def _histogram(self, name: str, text: str, bounds: Sequence[float], counts: Sequence[int], total: float) -> Metric:
+    def _histogram(self, name: str, text: str, values: Histogram | Counts) -> Metric:
         family = HistogramMetricFamily(f"minisgl:{name}", text, labels=_LABELS)
-        limits = [*(str(float(bound)) for bound in bounds), "+Inf"]
-        family.add_metric((self._model_name,), list(zip(limits, accumulate(counts), strict=True)), total)
+        limits = [*(str(float(bound)) for bound in values.bounds), "+Inf"]
+        family.add_metric((self._model_name,), list(zip(limits, accumulate(values.counts), strict=True)), values.total)
         return family
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import random
 from collections import deque
@@ -154,7 +155,7 @@ class Frontend:
         self.metrics = RequestMetrics()
         self._streams: dict[int, Stream] = {}
         self._asked: dict[int, asyncio.Future[FrontendMsg]] = {}  # what is not a stream: one answer each
-        self._next_uid = 1
+        self._uids = itertools.count(1)
         self._down: MiniSGLError | None = None  # set: every new request gets this error
         self._receiver: asyncio.Task[None] | None = None
 
@@ -194,7 +195,7 @@ class Frontend:
             raise self._down
         if params.seed is None:
             params = replace(params, seed=random.randint(0, MAX_SEED))
-        uid = self._take_uid()
+        uid = next(self._uids)
         self._tokenizer_of(uid).send([TokenizeMsg(uid=uid, prompt=prompt, params=params, notify=notify)])
         stream = self._streams[uid] = Stream(self, uid, request_ids)
         return stream
@@ -220,31 +221,31 @@ class Frontend:
 
         Raises: WorkerDied when a child is gone or no answer comes within `timeout` seconds.
         """
-        await self._ask(self._tokenizers[0], PingMsg(uid=self._take_uid()), timeout)
+        await self._ask(self._tokenizers[0], PingMsg(uid=next(self._uids)), timeout)
 
     async def encode(self, prompt: ChatPrompt | TextPrompt, *, special: bool) -> list[int]:
         """The token ids of a prompt, which is not run. Raises: RequestError when it is refused, WorkerDied."""
-        uid = self._take_uid()
+        uid = next(self._uids)
         reply = await self._ask(self._tokenizer_of(uid), EncodeMsg(uid, prompt, special))
         assert isinstance(reply, EncodedReply)
         return unpack_ids(reply.token_ids)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special: bool) -> str:
         """The text of token ids. Raises: RequestError when one of them does not exist, WorkerDied."""
-        uid = self._take_uid()
+        uid = next(self._uids)
         reply = await self._ask(self._tokenizer_of(uid), DecodeMsg(uid, pack_ids(token_ids), skip_special))
         assert isinstance(reply, DecodedReply)
         return reply.text
 
     async def stats(self, timeout: float) -> StatsReply:
         """Rank 0's counts. Raises: WorkerDied, as `ping`."""
-        reply = await self._ask(self._backend, StatsMsg(uid=self._take_uid()), timeout)
+        reply = await self._ask(self._backend, StatsMsg(uid=next(self._uids)), timeout)
         assert isinstance(reply, StatsReply)
         return reply
 
     async def flush_cache(self, timeout: float) -> int:
         """Forget the cached prefixes that nobody uses. Returns the number of pages freed. Raises: WorkerDied."""
-        reply = await self._ask(self._backend, FlushMsg(uid=self._take_uid()), timeout)
+        reply = await self._ask(self._backend, FlushMsg(uid=next(self._uids)), timeout)
         assert isinstance(reply, FlushReply)
         return reply.num_pages
 
@@ -274,11 +275,6 @@ class Frontend:
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(error)
-
-    def _take_uid(self) -> int:
-        uid = self._next_uid
-        self._next_uid += 1
-        return uid
 
     def _tokenizer_of(self, uid: int) -> PushSocket[TokenizerMsg]:
         return self._tokenizers[uid % len(self._tokenizers)]

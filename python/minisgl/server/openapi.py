@@ -91,11 +91,7 @@ def describe(app: FastAPI, bodies: Iterable[type[BaseModel]], *, keys: bool) -> 
 
 def _document(app: FastAPI, bodies: Iterable[type[BaseModel]], keys: bool) -> Json:
     document = get_openapi(
-        title=app.title,
-        version=app.version,
-        description=_ABOUT,
-        routes=app.routes,
-        separate_input_output_schemas=False,
+        title=app.title, version=app.version, description=_ABOUT, routes=app.routes, separate_input_output_schemas=False
     )
     components = document["components"]
     adapters = [(model.__name__, _MODE, TypeAdapter[Any](model)) for model in bodies]
