@@ -39,4 +39,4 @@ def test_output_types(found: Any) -> None:
 def test_errors(found: Any) -> None:
     (missing, long) = found["errors"]
     assert missing[0] == long[0] == "ERROR"
-    assert "'missing' does not exist" in missing[1] and "2048 tokens" in long[1]
+    assert "'missing' does not exist" in missing[1] and "maximum context length is 2048 tokens" in long[1]

@@ -39,4 +39,4 @@ def test_a_team(found: Any) -> None:
 
 def test_errors(found: Any) -> None:
     assert found["missing"] == ["NotFoundError", "model_not_found"]
-    assert found["long"][0] == "BadRequestError"
+    assert found["long"] == ["BadRequestError", "context_length_exceeded"]

@@ -44,4 +44,4 @@ def test_calls(found: Any) -> None:
 
 def test_errors(found: Any) -> None:
     assert found["missing"][0] == "LMUnsupportedModelError"
-    assert "2048 tokens" in found["long"][1]
+    assert found["long"][0] == "ContextWindowExceededError"

@@ -50,5 +50,5 @@ def test_response_format(client: InferenceClient) -> None:
 def test_errors_have_our_words(client: InferenceClient) -> None:
     with pytest.raises(HfHubHTTPError, match="'demo-9' does not exist"):
         client.chat_completion(model="demo-9", messages=SUM)
-    with pytest.raises(HfHubHTTPError, match="2048 tokens"):
+    with pytest.raises(HfHubHTTPError, match="maximum context length is 2048 tokens"):
         client.chat_completion(**GREEDY, messages=LONG)

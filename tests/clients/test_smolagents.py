@@ -34,4 +34,4 @@ def test_code_comes_in_a_schema(found: Any) -> None:
 
 
 def test_a_prompt_that_is_too_long_is_its_error(found: Any) -> None:
-    assert "2048 tokens" in found["long"]
+    assert "maximum context length is 2048 tokens" in found["long"]
