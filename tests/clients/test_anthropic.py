@@ -6,14 +6,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import httpx
 import pytest
-from pydantic import BaseModel
 
-from tests.clients.prompts import ANNA, MODEL, SUM, WEATHER
+from tests.clients.prompts import ANNA, MODEL, SUM, WEATHER, Person, get_weather
 from tests.e2e.conftest import Server
-
-anthropic = pytest.importorskip("anthropic")  # of the extra `clients`
 
 TOOL: Any = {
     "name": "get_weather",
@@ -28,11 +26,6 @@ SUNNY = '{"sky": "sunny"}'
 def client(demo: Server) -> Iterator[Any]:
     with anthropic.Anthropic(base_url=demo.url, api_key="none", max_retries=0, timeout=60) as made:
         yield made
-
-
-class Person(BaseModel):
-    name: str
-    age: int
 
 
 def test_a_message(client: Any) -> None:
@@ -73,6 +66,17 @@ def test_a_tool(client: Any, how: str, beta: bool) -> None:
         final = api.create(**{**asked, "messages": turns})
         assert "sunny" in final.content[0].text
         assert final.usage.cache_read_input_tokens > 100
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_library_runs_tools(client: Any, stream: bool) -> None:
+    asked: Any = {"messages": WEATHER, "tools": [anthropic.beta_tool(get_weather)], "stream": stream}
+    made = [
+        turn.get_final_message() if stream else turn for turn in client.beta.messages.tool_runner(**GREEDY, **asked)
+    ]
+    assert [turn.stop_reason for turn in made] == ["tool_use", "end_turn"]
+    assert (made[0].content[0].name, made[0].content[0].input) == ("get_weather", {"city": "Paris"})
+    assert made[1].content[0].text
 
 
 @pytest.mark.parametrize(
