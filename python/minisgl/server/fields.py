@@ -17,6 +17,8 @@ from minisgl.server.strict import Fields
 
 Refused = dict[str, tuple[Any, ...]]
 _TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+NO_EFFECT = frozenset(_TABLE["no_effect"].split())
+OTHER_NAMES: dict[str, str] = _TABLE["other_names"]
 EMPTY = tuple(_TABLE["refused"][0]["unless"])
 UNSUPPORTED: Refused = {
     name: tuple(group["unless"])
@@ -58,7 +60,7 @@ def fields_of(model: type[BaseModel], nested: Mapping[str, Fields] | None = None
     return Fields(
         known,
         {name: unless for name, unless in refused.items() if name not in known},
-        frozenset(_TABLE["no_effect"].split()) - known,
+        NO_EFFECT - known,
         _NESTED | {name: OBJECTS[of] for name, of in own.get("nested", {}).items()} | dict(nested or {}),
-        {name: of for name, of in (_TABLE["other_names"] | own.get("other_names", {})).items() if name not in known},
+        {name: of for name, of in (OTHER_NAMES | own.get("other_names", {})).items() if name not in known},
     )

@@ -76,8 +76,9 @@ class MessagesBody(Body, SamplingFields):
 
 _OF_CALLS = ("id", "name", "input", "tool_use_id", "content", "is_error")
 _OF_TEXTS = ("type", "text", "thinking", "data", "signature", "source", "title", "context")
-_BLOCK = Fields((*_OF_CALLS, *_OF_TEXTS), ignored=("cache_control", "citations"))
-_TOOL = Fields(("type", "name", "description", "input_schema", "strict"), ignored=("cache_control",))
+_BLOCK = Fields((*_OF_CALLS, *_OF_TEXTS), ignored=("cache_control", "caller", "citations", "toolset_name"))
+_UNREAD = ("allowed_callers", "cache_control", "defer_loading", "eager_input_streaming", "input_examples")
+_TOOL = Fields(("type", "name", "description", "input_schema", "strict"), ignored=_UNREAD)
 _MODELS: dict[str, type[Body]] = {"tool_choice": ToolUseChoice, "output_config": OutputConfig, "thinking": Thinking}
 MESSAGES = fields_of(
     MessagesBody,
