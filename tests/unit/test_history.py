@@ -172,6 +172,8 @@ SAID: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"content": "a", "refusal": "No."}, {"content": "a"}),
     ({"content": ["a", {"text": "b"}, {"type": "output_text", "text": "c"}]}, {"content": "abc"}),
     ({"content": [{"type": "refusal", "refusal": "No."}]}, {"content": "No."}),
+    ({"content": {"a": ["ü"]}}, {"content": '{"a": ["ü"]}'}),
+    ({"content": 7}, {"content": "7"}),
     ({"content": [{"type": "text", "text": None}, {"type": "text", "text": "a"}]}, {"content": "a"}),
     ({"content": [{"type": "image_url", "image_url": {"url": "x"}}, "a"]}, {"content": "a"}),
     ({"content": [{"type": "tool_use", "id": "x", "name": "f", "input": {}}, "a"]}, {"content": "a"}),
@@ -225,11 +227,17 @@ def test_calls_without_ids_find_their_results(calls: Any) -> None:
         {"role": "tool", "content": None},
         {"role": "tool", "content": [{"type": "text", "text": "x"}]},
         {"role": "tool", "content": [], "tool_call_id": "unasked"},
+        {"role": "tool", "content": {"sky": "clear"}, "tool_call_id": 5},
     )
     ids = [one["id"] for one in made[0]["tool_calls"]]
     assert len({*ids, ""}) == 3
     assert [one["function"] for one in made[0]["tool_calls"]] == [{"name": "f", "arguments": {}}] * 2
-    assert [(m["content"], m["tool_call_id"]) for m in made[1:]] == [("", ids[0]), ("x", ids[1]), ("", "unasked")]
+    assert [(m["content"], m["tool_call_id"]) for m in made[1:]] == [
+        ("", ids[0]),
+        ("x", ids[1]),
+        ("", "unasked"),
+        ('{"sky": "clear"}', "5"),
+    ]
 
 
 def test_the_older_function_calls() -> None:
@@ -295,7 +303,7 @@ def test_items_of_responses_in_every_form() -> None:
         {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "Hm."}], "content": None},
         {"role": "assistant", "content": [part]},
         {"type": "function_call", "id": "fc", "name": "f", "arguments": "{", "parsed_arguments": None, "status": None},
-        {"type": "function_call_output", "call_id": "fc", "output": None},
+        {"type": "function_call_output", "call_id": "fc", "output": {"a": None}},
         {"type": "custom_tool_call", "call_id": "k", "name": "g", "input": "raw text"},
         {"type": "custom_tool_call_output", "call_id": "k", "output": [{"type": "input_text", "text": "done"}]},
         {"type": "message", "role": "assistant", "content": []},
@@ -304,6 +312,6 @@ def test_items_of_responses_in_every_form() -> None:
     assert isinstance(prompt, ChatPrompt)
     first, result, second, done, last = prompt.messages[1:]
     assert (first["reasoning_content"], first["content"], first["tool_calls"][0]["id"]) == ("Hm.", "a", "fc")
-    assert (result["tool_call_id"], result["content"]) == ("fc", "")
+    assert (result["tool_call_id"], result["content"]) == ("fc", '{"a": null}')
     assert second["tool_calls"][0]["function"] == {"name": "g", "arguments": {"input": "raw text"}}
     assert (done["content"], last["content"]) == ("done", "")

@@ -244,6 +244,7 @@ def test_whole_numbers_may_have_a_fraction() -> None:
         ({"reasoning": {"enabled": False}}, {"enable_thinking": False, "thinking": False}),
         ({"enable_thinking": False}, {"enable_thinking": False, "thinking": False}),
         ({"think": True}, {"enable_thinking": True, "thinking": True}),
+        ({"think": "high"}, {"reasoning_effort": "high"}),
         ({"thinking": {"type": "enabled", "budget_tokens": 99}}, {"enable_thinking": True, "thinking": True}),
         ({"thinking": {"type": "disabled"}}, {"enable_thinking": False, "thinking": False}),
         (

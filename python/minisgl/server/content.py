@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from minisgl.errors import RequestError
@@ -35,6 +36,13 @@ def text_of(content: Any, where: str, thoughts: list[str] | None = None) -> str:
     if not isinstance(content, list):
         raise RequestError(f"{where} must be a string or a list of text parts", param=where)
     return "".join(_part(part, where, f"{where}[{index}]", thoughts) for index, part in enumerate(content))
+
+
+def kept_as_text(content: Any) -> Any:
+    """What a tool gave or a model said, where a client has kept JSON rather than text or parts."""
+    if content is None or isinstance(content, (str, list)):
+        return content or ""
+    return json.dumps(content, ensure_ascii=False)
 
 
 def _part(part: Any, where: str, here: str, thoughts: list[str] | None) -> str:

@@ -41,6 +41,7 @@ def _objects() -> dict[str, Fields]:
             kinds={kind: made[of] for of, kinds in entry.get("kinds", {}).items() for kind in kinds.split()},
             any_name=entry.get("any_name", False),
             left_out=entry.get("left_out", False),
+            in_lists=entry.get("in_lists", False),
         )
     return made
 

@@ -9,7 +9,7 @@ from pydantic import WithJsonSchema
 from pydantic_core import from_json
 
 from minisgl.errors import RequestError
-from minisgl.server.content import text_of, thought_of
+from minisgl.server.content import kept_as_text, text_of, thought_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 REASONING = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
@@ -50,8 +50,8 @@ def _message(given: dict[str, Any], where: str) -> dict[str, Any]:
     template_role = _OTHER_ROLES.get(role, role)
     content = given.get("content")
     thoughts: list[str] | None = [] if role == "assistant" else None
-    if content is None and template_role in ("assistant", "tool"):  # nothing but calls, a function that gives nothing
-        content = _text(given.get("refusal"))
+    if template_role in ("assistant", "tool"):  # it may be nothing, beside calls and of functions that give nothing
+        content = kept_as_text(_text(given.get("refusal")) if content is None else content)
     message = {"role": template_role, "content": text_of(content, f"{where}.content", thoughts)}
     name = given.get("name")
     if name is not None:

@@ -66,7 +66,7 @@ class ChatBody(_OpenAIBody):
     reasoning_effort: str | None = optional("For the chat template; none: no reasoning.", enum=[None, *EFFORTS])
     reasoning: Reasoning | None = optional("The same, as OpenRouter and /v1/responses have it.")
     enable_thinking: bool | None = optional("For the chat template.")
-    thinking: bool | Thinking | None = optional("The same, as Anthropic, DeepSeek and others have it.")
+    thinking: bool | str | Thinking | None = optional("The same, as Anthropic, DeepSeek and others have it.")
     add_generation_prompt: bool | None = optional("false: nobody's turn is begun after the messages.")
     continue_final_message: bool | None = optional("The last message, an assistant's, goes on; the answer is the rest.")
 
@@ -230,14 +230,14 @@ def _request(body: _OpenAIBody, prompts: tuple[Prompt, ...], params: SamplingPar
 def _reasoning(body: ChatBody) -> dict[str, Any]:
     """What the chat template is told of reasoning, by the names that templates have for it."""
     reasoning, thinking = body.reasoning or Reasoning(), body.thinking
-    effort = body.reasoning_effort or reasoning.effort
+    given = {"reasoning_effort": body.reasoning_effort, "reasoning.effort": reasoning.effort}
+    given["thinking"] = thinking if isinstance(thinking, str) else None  # as Ollama has it
+    where, effort = next(((name, value) for name, value in given.items() if value), ("", None))
     if effort not in (None, *EFFORTS):
-        where = "reasoning_effort" if body.reasoning_effort else "reasoning.effort"
         raise RequestError(f"{where} must be one of {', '.join(EFFORTS)}, not {shown(effort)!r}", param=where)
-    if isinstance(thinking, Thinking):
-        thinking = thinking.type != "disabled"
-    wishes = (body.enable_thinking, thinking, reasoning.enabled, False if effort == "none" else None)
-    thinks = next((wish for wish in wishes if wish is not None), None)
+    switched = thinking.type != "disabled" if isinstance(thinking, Thinking) else thinking
+    wishes = (body.enable_thinking, switched, reasoning.enabled, False if effort == "none" else None)
+    thinks = next((wish for wish in wishes if isinstance(wish, bool)), None)
     told: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
     return told if thinks is None else {**told, "enable_thinking": thinks, "thinking": thinks}
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from minisgl.errors import RequestError
-from minisgl.server.content import text_of, thought_of
+from minisgl.server.content import kept_as_text, text_of, thought_of
 from minisgl.server.fields import OBJECTS
 
 Message = dict[str, Any]
@@ -34,7 +34,8 @@ def _add_message(item: dict[str, Any], messages: list[Message], where: str) -> N
     if role not in _ROLES:
         raise RequestError(f"{where}.role must be one of {', '.join(_ROLES)}, not {role!r}", param=f"{where}.role")
     thoughts: list[str] | None = [] if role == "assistant" else None
-    text = text_of(item.get("content", "" if role == "assistant" else None), f"{where}.content", thoughts)
+    content = kept_as_text(item.get("content")) if role == "assistant" else item.get("content")
+    text = text_of(content, f"{where}.content", thoughts)
     turn = _turn(messages) if role == "assistant" else None
     if turn is not None and ("tool_calls" in turn or not turn["content"]):
         turn["content"] += text
@@ -61,7 +62,7 @@ def _add_call(item: dict[str, Any], messages: list[Message], where: str) -> None
 
 
 def _add_output(item: dict[str, Any], messages: list[Message], where: str) -> None:
-    text = text_of(item.get("output", ""), f"{where}.output")
+    text = text_of(kept_as_text(item.get("output")), f"{where}.output")
     messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text, "name": item.get("name")})
 
 

@@ -49,7 +49,8 @@ class Fields:
     known: something is made of them. refused: not supported, with the values beside null that ask for nothing.
     ignored: OpenAI's, without bearing on the answer. nested: those that are objects, or lists of objects. others: names
     that other servers have for known fields. by, kinds: the field that says of which kind the object is, and the fields
-    of each kind. any_name: all are known, they are names that the client gives. left_out: the whole object is ignored.
+    of each kind. any_name: all are known, they are names that the client gives. left_out: the whole object is
+    ignored. in_lists: an object that is in none is another.
     """
 
     known: Collection[str] = ()
@@ -61,6 +62,7 @@ class Fields:
     kinds: Mapping[str, Fields] = field(default_factory=dict)
     any_name: bool = False
     left_out: bool = False
+    in_lists: bool = False
 
     def of(self, given: Mapping[str, Any]) -> Fields:
         kind = given.get(self.by)
@@ -99,8 +101,9 @@ class Reading:
             unknown = meant not in fields.known or (meant != name and given.get(meant) is not None)
             if unknown and name in fields.refused and not asks_for_nothing(value, fields.refused[name]):
                 raise RequestError(f"{here} is not supported", param=here, code="unsupported_parameter")
-            if meant in fields.nested:
-                value = self.read(value, fields.nested[meant], here)
+            inner = fields.nested.get(meant)
+            if inner is not None and not (inner.in_lists and isinstance(value, dict)):
+                value = self.read(value, inner, here)
             if not unknown or fields.any_name:
                 kept[meant] = value
             else:
@@ -120,7 +123,7 @@ class Reading:
 
 def shown(name: str) -> str:
     """A client's name for something, fit for one line."""
-    text = name if name.isprintable() else name.encode("unicode_escape").decode("ascii")
+    text = (name or '""') if name.isprintable() else name.encode("unicode_escape").decode("ascii")
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
