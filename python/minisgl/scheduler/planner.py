@@ -55,6 +55,10 @@ def _tells_prompt(req: Req) -> bool:
     return req.params.prompt_logprobs is not None and not req.has_output
 
 
+def _create_cache(config: SchedulerConfig) -> RadixCache:
+    return (RadixCache if config.cache_type == "radix" else NaiveCache)(config.page_size)
+
+
 class Planner:
     """Owns the queues, every `Req`, all page ids and the prefix cache.
 
@@ -76,13 +80,15 @@ class Planner:
         self.num_retracted = 0  # times that a running request was sent back to the queue
         self._page_updates: list[PageUpdate] = []
         self.masked_reqs: list[Req] = []  # of the last plan: those that its bitmask is for
-        self.flush()
+        self._allocator = PageAllocator(config.num_pages)
+        self._cache = _create_cache(config)
+        self._rows = list(range(config.max_running_requests - 1, -1, -1))
 
     def flush(self) -> None:
         """Forget everything cached. Only when idle."""
         assert self.is_idle
         self._allocator = PageAllocator(self._config.num_pages)
-        self._cache = (RadixCache if self._config.cache_type == "radix" else NaiveCache)(self._page_size)
+        self._cache = _create_cache(self._config)
         self._rows = list(range(self._config.max_running_requests - 1, -1, -1))
 
     def flush_unused(self) -> int:
