@@ -46,9 +46,9 @@ class CheckedLLM(LLM):
 
     num_retracted = 0
 
-    def _start_scheduler(self, config: Any, supervisor: Any) -> Any:
-        strict = replace(config, scheduler=replace(config.scheduler, check_integrity=True))
-        scheduler = super()._start_scheduler(strict, supervisor)
+    def _start_scheduler(self, grammars: Any) -> Any:
+        self.config = replace(self.config, scheduler=replace(self.config.scheduler, check_integrity=True))
+        scheduler = super()._start_scheduler(grammars)
         retract = scheduler.planner._retract
 
         def counted(req: Any) -> None:

@@ -229,7 +229,7 @@ def test_the_end_of_a_program_ends_everything(model: Path) -> None:
         "if __name__ == '__main__':\n"
         f"    llm = LLM({str(model)!r}, tp=2)\n"
         "    print(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids)\n"
-        "    print(llm._directory)\n"
+        "    print(llm._addresses.directory)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert "rror" not in done.stderr
@@ -283,7 +283,7 @@ def test_a_rank_that_dies_is_told_though_rank_0_waits_for_it(model: Path, monkey
     monkeypatch.setattr(engine, "_runner", SimpleNamespace(close=lambda: 1 / 0))
     with pytest.raises(ZeroDivisionError):
         llm.close()
-    assert not Path(llm._directory).exists()
+    assert not Path(llm._addresses.directory).exists()
 
 
 @pytest.mark.timeout(60)
