@@ -158,17 +158,12 @@ class RequestLog:
 
     def _tell(self, ignored: Mapping[str, Collection[str]]) -> None:
         """Once for each name, so that nobody's requests fill the log or the memory."""
-        for name, known in ignored.items():
-            if name not in self._told and len(self._told) < MAX_TOLD:
-                self._told.add(name)
-                close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1, cutoff=0.8)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                logger.log(
-                    logging.WARNING if close else logging.INFO,
-                    "requests have a field %s, which has no effect here (told once)%s",
-                    name,
-                    hint,
-                )
+        for name in [name for name in ignored if name not in self._told][: MAX_TOLD - len(self._told)]:
+            self._told.add(name)
+            close = difflib.get_close_matches(name.rpartition(".")[2], ignored[name], n=1, cutoff=0.8)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            level = logging.WARNING if close else logging.INFO
+            logger.log(level, "requests have a field %s, which has no effect here (told once)%s", name, hint)
 
 
 def _listed(names: Iterable[str]) -> str:

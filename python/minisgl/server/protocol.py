@@ -18,7 +18,7 @@ from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
 from minisgl.server.fields import fields_of
 from minisgl.server.messages import Message, chat_messages
 from minisgl.server.protocol_grammar import GrammarFields
-from minisgl.server.protocol_sampling import SamplingFields
+from minisgl.server.protocol_sampling import Defaults, SamplingFields
 from minisgl.server.protocol_tools import MAX_TOOLS, Tool, ToolUse, template_kwargs, tool_use
 from minisgl.server.strict import WHOLE, Body, Count, Fields, Reading, TokenId, load_object, optional, shown, validate
 
@@ -130,12 +130,12 @@ class GenerationRequest:
         return self.best_of or self.n
 
 
-def parse_chat(data: bytes, defaults: Mapping[str, float | int], reading: Reading | None = None) -> GenerationRequest:
+def parse_chat(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
     return chat_request(load_object(data, CHAT, reading), defaults)
 
 
-def chat_request(raw: dict[str, Any], defaults: Mapping[str, float | int]) -> GenerationRequest:
+def chat_request(raw: dict[str, Any], defaults: Defaults) -> GenerationRequest:
     """The body of a chat, checked. Raises: RequestError naming the field at fault."""
     body = validate(ChatBody, raw)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -159,9 +159,7 @@ def chat_request(raw: dict[str, Any], defaults: Mapping[str, float | int]) -> Ge
     return replace(_request(body, (prompt,), params), tools=tools)
 
 
-def parse_completion(
-    data: bytes, defaults: Mapping[str, float | int], reading: Reading | None = None
-) -> GenerationRequest:
+def parse_completion(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
     body = validate(CompletionBody, load_object(data, COMPLETION, reading))
     prompt = body.prompt
@@ -198,9 +196,7 @@ def _best_of(request: GenerationRequest, best_of: int | None) -> GenerationReque
     return replace(request, params=ranked, best_of=best_of)
 
 
-def parse_generate(
-    data: bytes, defaults: Mapping[str, float | int], reading: Reading | None = None
-) -> GenerationRequest:
+def parse_generate(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
     body = validate(GenerateBody, load_object(data, GENERATE, reading))
     if (body.text is None) == (body.input_ids is None):

@@ -34,12 +34,6 @@ _KINDS_SCHEMA: dict[str, Any] = {
         "json_object": {"type": ["boolean", "null"]},
         **_SPACES,
     },
-    "additionalProperties": False,
-}
-# Which engine is to follow a grammar is not a client's choice; nor where whitespace may stand.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "guided_decoding_backend": (None, "auto", "guidance", "llguidance"),
-    "guided_whitespace_pattern": (None,),
 }
 
 
@@ -52,15 +46,10 @@ class GrammarFields(BaseModel):
     guided_regex: str | None = optional("The output matches.", minLength=1)
     guided_choice: list[str] | None = optional("The output is one of these.", minItems=1, maxItems=MAX_CHOICES)
     guided_grammar: str | None = optional("The output follows the grammar, Lark or EBNF.", minLength=1)
-    guided_decoding_backend: str | None = optional("There is but one.", enum=[*_ONLY["guided_decoding_backend"]])
-    guided_whitespace_pattern: str | None = optional("Not supported.", enum=[None])
 
 
 def parse_grammar(fields: Mapping[str, Any]) -> Grammar | None:
     """fields: of a request, None where not given. Raises: RequestError naming the field at fault."""
-    for name, values in _ONLY.items():
-        if fields.get(name) not in values:
-            raise RequestError(f"{name}={fields[name]!r} is not supported", param=name)
     found: list[Grammar] = []
     for name, value in fields.items():
         if value is not None and name in _PARSERS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
 from minisgl.server.fields import fields_of
 from minisgl.server.protocol import GenerationRequest, chat_request, functions_of, renamed
-from minisgl.server.protocol_sampling import SamplingFields
+from minisgl.server.protocol_sampling import Defaults, SamplingFields
 from minisgl.server.protocol_tools import MAX_TOOLS
 from minisgl.server.strict import Body, Fields, Reading, load_object, optional, validate
 
@@ -91,9 +90,7 @@ MESSAGES = fields_of(
 )
 
 
-def parse_messages(
-    data: bytes, defaults: Mapping[str, float | int], reading: Reading | None = None
-) -> GenerationRequest:
+def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
     reading = reading or Reading()
     body = validate(MessagesBody, load_object(data, MESSAGES, reading))

@@ -6,7 +6,6 @@ A conversation is sent as a whole each time, or goes on from a response that `Re
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,7 +15,7 @@ from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
 from minisgl.server.fields import OBJECTS, fields_of
 from minisgl.server.protocol import GenerationRequest, chat_request, functions_of, renamed
-from minisgl.server.protocol_sampling import SamplingFields
+from minisgl.server.protocol_sampling import Defaults, SamplingFields
 from minisgl.server.response_items import messages_of
 from minisgl.server.response_store import Item, ResponseStore
 from minisgl.server.strict import Body, Count, Reading, load_object, optional, validate
@@ -82,7 +81,7 @@ class ResponsesRequest(GenerationRequest):
 
 def parse_responses(
     data: bytes,
-    defaults: Mapping[str, float | int],
+    defaults: Defaults,
     reading: Reading | None = None,
     store: ResponseStore | None = None,
     owner: str = "",

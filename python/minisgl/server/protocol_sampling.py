@@ -12,6 +12,7 @@ from minisgl.errors import RequestError
 from minisgl.server.protocol_grammar import parse_grammar
 from minisgl.server.strict import WHOLE, Count, TokenId, optional
 
+Defaults = Mapping[str, float | int]  # of the model: sampling fields that a request may leave out
 MAX_STOPS, MAX_STOP_LEN = 16, 1024
 MAX_STOP_IDS = 128
 MAX_BIASES = 1024  # OpenAI's client libraries know of 300
@@ -71,9 +72,7 @@ class SamplingFields(BaseModel):
         "The lowest goes first; for `--schedule-policy priority`.", ge=-MAX_PRIORITY, le=MAX_PRIORITY
     )
 
-    def _params(
-        self, max_tokens: int | None, defaults: Mapping[str, float | int], logprobs: int | None = None
-    ) -> SamplingParams:
+    def _params(self, max_tokens: int | None, defaults: Defaults, logprobs: int | None = None) -> SamplingParams:
         """Raises: RequestError naming the field that is out of range."""
         given = {name: getattr(self, name) for name in _PLAIN}
         if max_tokens is None and "max_tokens" in defaults:  # which is no limit to what the request asks for
