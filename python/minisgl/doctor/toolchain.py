@@ -198,6 +198,7 @@ def check_nvcc(machine: Capabilities, torch: TorchInfo) -> Row:
         return Row(name, "fail", f"{detail}, but torch is built for CUDA {torch.cuda}", fix)
     if not machine.gpus or "tvm_ffi" not in machine.packages:
         return Row(name, "ok", f"{detail}; built nothing without a GPU and apache-tvm-ffi")
+    print("building a kernel with nvcc: about a minute, the first time", file=sys.stderr)
     build = f"from minisgl.kernel.jit import load_kernel; load_kernel('step', {machine.gpus[0].arch})"
     built = ask([sys.executable, "-c", build], timeout=KERNEL_SECONDS)
     if not built.ok:
