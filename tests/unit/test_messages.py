@@ -15,7 +15,7 @@ from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
-from minisgl.parser.parts import CallPart, Part, PlainText
+from minisgl.parser.parts import CallPart, Parser, Part
 from minisgl.server.assemble import Assembler
 from minisgl.server.protocol_messages import parse_messages
 from minisgl.server.render import Totals
@@ -83,7 +83,7 @@ def test_an_assistant_s_last_words_go_on_unless_they_are_calls() -> None:
     assert [chat(messages=[ASKED, *last]).continue_final for last in ([said], [called], [said, ASKED])] == [1, 0, 0]
 
 
-class Calling(PlainText):
+class Calling(Parser):
     """Whatever is written are the arguments of one call."""
 
     def push(self, text: str) -> list[Part]:

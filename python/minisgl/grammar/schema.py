@@ -7,8 +7,13 @@ property that has it; annotations are left out. An object has no properties but 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from copy import copy
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")  # of names and schemas
 _IN_PLACE = ("allOf", "anyOf", "oneOf")  # their schemas hold for the same value
@@ -26,37 +31,17 @@ _IDLE = {"then": "if", "else": "if", "minContains": "contains", "maxContains": "
 _FORMATS = ("date", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # llguidance has them
 _DECIMAL = "^(?!^[-+.]*$)"  # how older versions of pydantic say that a decimal number has a digit
 
-_UUID = "[0-9a-f]{{8}}-[0-9a-f]{{4}}-{}[0-9a-f]{{3}}-[89ab][0-9a-f]{{3}}-[0-9a-f]{{12}}"
-_8BIT = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-_V4, _V6 = rf"{_8BIT}(\.{_8BIT}){{3}}", r"[0-9a-f]{1,4}(:[0-9a-f]{1,4}){7}"
-_NET4 = rf"{_8BIT}\.(0\.0\.0/8|{_8BIT}\.(0\.0/16|{_8BIT}\.(0/24|{_8BIT}(/32)?)))"  # no bits of hosts are set
-_INTERFACE4 = rf"{_V4}(/(3[0-2]|[12]?\d))?"
-_DATE = r"\d{4}-((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\d|30)|02-(0[1-9]|[12]\d))"
-_TIME = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
-_SPAN = r"(\d{{1,5}}{0}(\d{{1,5}}{1})?(\d{{1,5}}{2})?|\d{{1,5}}{1}(\d{{1,5}}{2})?|\d{{1,7}}{2})"
-_DAYS, _HOURS = _SPAN.format(*"YMD"), "T" + _SPAN.format(*"HMS")
-_HOST = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*"
-# Formats that llguidance does not have, or has not as Python's types read them; and the others, for strings without
-# quotes. Each is a part of what the format allows.
-PATTERNS = {
-    **{f"uuid{version}": _UUID.format(version) for version in range(1, 9)},
-    "uuid": _UUID.format("[1-8]"),
-    "ipv6": _V6,
-    "hostname": _HOST,
-    "ipv6interface": rf"{_V6}(/\d\d?)?",
-    **dict.fromkeys(("ipv4", "ipvanyaddress"), _V4),
-    **dict.fromkeys(("ipv4network", "ipvanynetwork"), _NET4),
-    **dict.fromkeys(("ipv4interface", "ipvanyinterface"), _INTERFACE4),
-    "ipv6network": rf"{_V6}(/128)?|[0-9a-f]{{1,4}}(:[0-9a-f]{{1,4}}){{1,3}}::/64",
-    **dict.fromkeys(("base64", "byte"), r"([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"),
-    "base64url": r"([A-Za-z0-9_-]{4})*([A-Za-z0-9_-]{2}==|[A-Za-z0-9_-]{3}=)?",
-    "date": _DATE,
-    "time": _TIME,
-    "date-time": f"{_DATE}T{_TIME}",
-    "duration": rf"P(\d{{1,5}}W|{_DAYS}({_HOURS})?|{_HOURS})",
-    "email": rf"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*@{_HOST}",
-    "uri": rf"[a-z][a-z0-9+.-]*://{_HOST}(:\d{{1,4}})?(/[A-Za-z0-9._~!$&'()*+,;=:@/?#-]*)?",
-}
+
+def _patterns() -> dict[str, str]:
+    table = yaml.safe_load(Path(__file__).with_name("formats.yaml").read_text(encoding="utf-8"))
+
+    def whole(pattern: str) -> str:
+        return re.sub(r"<(\w+)>", lambda part: whole(table["parts"][part[1]]), pattern)
+
+    return {name: f"^({whole(text)})$" for names, text in table["formats"].items() for name in names.split()}
+
+
+PATTERNS = _patterns()  # of the formats in `formats.yaml`
 
 
 class SchemaError(ValueError):
@@ -90,6 +75,19 @@ def resolved(schema: Any, root: Any) -> Any:
             return schema
         schema = target
     return schema
+
+
+def literals(schema: Any) -> list[Any]:
+    """The only values that it allows, where it lists them."""
+    if not isinstance(schema, dict):
+        return []
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    return values if isinstance(values, list) else []
+
+
+def definitions(schema: Any) -> dict[str, Any]:
+    """What references in a schema name, which its parts need too."""
+    return {key: schema[key] for key in ("$defs", "definitions") if key in schema} if isinstance(schema, dict) else {}
 
 
 def followed(schema: Any) -> dict[str, Any]:
@@ -151,9 +149,7 @@ class _Follower:
             is_map = any("additionalProperties" in part or "patternProperties" in part for part in parts)
             if not is_map and any("properties" in part for part in parts):
                 names = {*named, *(str(name) for part in parts for name in _listed(part, "required"))}
-        made: dict[str, Any] = {
-            key: value.copy() if isinstance(value, dict | list) else value for key, value in schema.items()
-        }
+        made = {key: copy(value) for key, value in schema.items()}
         for way, inner in children(schema):
             key, where = way[0], (*path, *way)
             pointer = "/".join(("#", *(step.replace("~", "~0").replace("/", "~1") for step in where)))
@@ -197,7 +193,7 @@ class _Follower:
         if patterns and str(patterns[0]).startswith(_DECIMAL):
             patterns = ["^" + patterns[0].removeprefix(_DECIMAL), "[0-9]"]
         if "format" in made and made["format"] not in _FORMATS:
-            patterns += [f"^({PATTERNS[name]})$" for name in (str(made.pop("format")),) if name in PATTERNS]
+            patterns += [PATTERNS[name] for name in (str(made.pop("format")),) if name in PATTERNS]
         if patterns:
             made["pattern"] = patterns.pop()
         if patterns:
@@ -210,12 +206,11 @@ class _Follower:
     def _name(self, schema: dict[str, Any]) -> None:
         """Make a map whose names match a schema of one with such properties, if there is a way."""
         names, values = resolved(schema["propertyNames"], self._root), schema.get("additionalProperties", True)
-        known = [names["const"]] if "const" in names else names.get("enum")
         pattern = names.get("pattern") or PATTERNS.get(str(names.get("format")))
-        if isinstance(known, list):
+        if known := literals(names):
             schema["properties"] = {name: values for name in known if isinstance(name, str)}
-        elif pattern and not names.keys() & {"minLength", "maxLength", *_IN_PLACE}:
-            schema["patternProperties"] = {pattern if "pattern" in names else f"^({pattern})$": values}
+        elif isinstance(pattern, str) and not names.keys() & {"minLength", "maxLength", *_IN_PLACE}:
+            schema["patternProperties"] = {pattern: values}
         else:
             return
         del schema["propertyNames"]
@@ -223,19 +218,17 @@ class _Follower:
 
     def _exclusive(self, schema: Mapping[str, Any]) -> list[Any] | None:
         """The branches of `oneOf`, where a property of theirs says which one it is."""
-        objects = [resolved(branch, self._root) for branch in schema["oneOf"]]
-        if (
-            not all(isinstance(branch, dict) and isinstance(branch.get("properties"), dict) for branch in objects)
-            or not objects
-        ):
+        resolved_ones = [resolved(branch, self._root) for branch in schema["oneOf"]]
+        objects = [one for one in resolved_ones if isinstance(one, dict) and isinstance(one.get("properties"), dict)]
+        if not objects or len(objects) < len(resolved_ones):
             return None
         discriminator = schema.get("discriminator")
         told = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
         for tag in objects[0]["properties"] if told is None else (told,):
-            literals = [_literals(branch["properties"].get(tag)) for branch in objects]
-            values = [value for some in literals for value in some]
+            tags = [literals(branch["properties"].get(tag)) for branch in objects]
+            values = [value for some in tags for value in some]
             required = told is not None or all(tag in _listed(branch, "required") for branch in objects)
-            if required and all(literals) and all(values.count(value) == 1 for value in values):
+            if required and all(tags) and all(values.count(value) == 1 for value in values):
                 return [{**branch, "required": [*_listed(branch, "required"), tag]} for branch in schema["oneOf"]]
         return None
 
@@ -249,8 +242,3 @@ def _listed(schema: Mapping[str, Any], key: str) -> list[Any]:
 def _is_composed(schema: Mapping[str, Any]) -> bool:
     own = any(key in schema for key in (*_NAMING, "required"))
     return own + len(_listed(schema, "allOf")) + sum(key in schema for key in ("$ref", "anyOf", "oneOf")) > 1
-
-
-def _literals(schema: Any) -> list[Any]:
-    values = schema.get("enum", [schema["const"]] if "const" in schema else []) if isinstance(schema, dict) else []
-    return [value for value in values if isinstance(value, str)]

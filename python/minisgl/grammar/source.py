@@ -15,7 +15,7 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 from minisgl.config.chat import CLOSING, OPENING
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
-from minisgl.grammar.schema import SchemaError, children, followed
+from minisgl.grammar.schema import SchemaError, children, definitions, followed
 
 _WHITESPACE: dict[str, Any] = {
     "compact": {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"},
@@ -33,10 +33,9 @@ def to_llguidance(grammar: Grammar, special: Mapping[str, int]) -> str:
     """
     writer = _Writer(special, grammar.param)
     try:
-        form = json.loads(grammar.text) if grammar.kind == "form" else asdict(grammar)
-        rules = {"start": writer.expression(form)}
+        rules = {"start": writer.expression(asdict(grammar))}
         if grammar.reasoning:
-            rules = {"start": f"reasoning ({rules['start']})", **_reasoning(grammar.reasoning, special)}
+            rules = {"start": f"reasoning ({rules['start']})", **writer.reasoning(grammar.reasoning)}
     except RecursionError:
         raise RequestError(f"{grammar.param} is too deeply nested", param=grammar.param) from None
     lark = "\n".join(f"{name}: {rule}" for name, rule in {**rules, **writer.rules}.items())
@@ -59,26 +58,36 @@ class _Writer:
     def expression(self, form: Any) -> str:
         """Raises: RequestError."""
         if isinstance(form, str):
-            return _literal(form, self._special) or '""'
+            return self._literal(form) or '""'
         if isinstance(form, list):
             return " ".join(map(self.expression, form)) or '""'
         if "any" in form:
             return f"({' | '.join(map(self.expression, form['any']))})"
         if "many" in form:
-            match, between = self.expression(form["many"]), _literal(form["between"], self._special)
+            match, between = self.expression(form["many"]), self._literal(form["between"])
             return f"{match} ({between} {match})*"
         if "until" in form:
             name = f"until{len(self.rules)}"
             self.rules[f"{name}[lazy]"] = rf"/(.|\n)*{_escaped(form['until'])}/"
             return name
-        return self._body(form)
+        return self.expression(json.loads(form["text"])) if form["kind"] == "form" else self._body(form)
+
+    def reasoning(self, reasoning: str) -> dict[str, str]:
+        """Rules of what comes before the answer, tags and whitespace included. No token that ends the output does."""
+        opening = self._literal(OPENING)
+        if CLOSING in self._special:
+            thought = {"thought": f"ANYTHING {self._literal(CLOSING)}", "ANYTHING": r"/(.|\n)*/"}
+        else:  # a text as any other
+            thought = {"thought[lazy]": r"/(.|\n)*" + _escaped(CLOSING) + "/"}
+        start = f"({opening})? thought SPACE?" if reasoning == "always" else f"({opening} thought SPACE?)?"
+        return {"reasoning": start, "SPACE": r"/[ \t\n]{1,32}/", **thought}
 
     def _body(self, form: Mapping[str, Any]) -> str:
         key = json.dumps([form["kind"], form["text"], form.get("whitespace")])
         if key not in self.grammars:
             param = form.get("param", self._param)
             try:
-                body = _BODIES[form["kind"]](form, self._special)
+                body = self._compiled(form)
                 if why := LLMatcher.validate_grammar(body):
                     raise ValueError(one_line(why))
             except (GbnfToLarkError, ValueError) as error:
@@ -88,28 +97,39 @@ class _Writer:
             self.grammars[key] = {**json.loads(body)["grammars"][0], "name": f"body{len(self.grammars)}"}
         return f"@{self.grammars[key]['name']}"
 
+    def _compiled(self, form: Mapping[str, Any]) -> str:
+        """A list of one grammar, as JSON. Raises: ValueError or GbnfToLarkError."""
+        text: str = form["text"]
+        if form["kind"] == "json":
+            return _of_schema(text, form["whitespace"])
+        if form["kind"] == "regex":
+            return LLMatcher.grammar_from_regex(text)
+        if form["kind"] == "choice":
+            text = f"start: {self.expression({'any': json.loads(text)})}"
+        elif re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE):  # EBNF as llama.cpp writes it (`root ::= …`)
+            text = gbnf_to_lark(text)
+        return json.dumps({"grammars": [{"lark_grammar": text}]})
 
-def _reasoning(reasoning: str, special: Mapping[str, int]) -> dict[str, str]:
-    """Rules of what comes before the answer, tags and whitespace included. No token that ends the output does."""
-    opening = _literal(OPENING, special)
-    if CLOSING in special:
-        thought = {"thought": f"ANYTHING {_literal(CLOSING, special)}", "ANYTHING": r"/(.|\n)*/"}
-    else:  # a text as any other
-        thought = {"thought[lazy]": r"/(.|\n)*" + _escaped(CLOSING) + "/"}
-    start = f"({opening})? thought SPACE?" if reasoning == "always" else f"({opening} thought SPACE?)?"
-    return {"reasoning": start, "SPACE": r"/[ \t\n]{1,32}/", **thought}
+    def _literal(self, text: str) -> str:
+        """A text as Lark terms: quoted, with special tokens by id. Strings and brackets are terms of their own, so that
+        JSON that begins in the same way can stand beside it."""
+        special = self._special
+        pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
+        parts = re.split(f"({pattern})" if special else "$^", text)
+        terms = [[part] if part in special else re.findall(r'"[^"]*"|[\[\]{}]|[^"\[\]{}]+|"', part) for part in parts]
+        flat = [term for part in terms for term in part]
+        return " ".join(f"<[{special[term]}]>" if term in special else json.dumps(term) for term in flat)
 
 
-def _json_body(form: Mapping[str, Any], special: Mapping[str, int]) -> str:  # noqa: ARG001
+def _of_schema(text: str, whitespace: str) -> str:
     """Raises: SchemaError with the place of what llguidance does not follow, if that can be found."""
-    overrides = _WHITESPACE[form["whitespace"]]
 
     def problem(schema: Any) -> tuple[str, str]:
-        source = LLMatcher.grammar_from_json_schema(schema, overrides=overrides)
+        source = LLMatcher.grammar_from_json_schema(schema, overrides=_WHITESPACE[whitespace])
         return source, LLMatcher.validate_grammar(source)
 
     try:
-        schema = json.loads(form["text"])
+        schema = json.loads(text)
     except ValueError as error:
         raise SchemaError(f"it is not valid JSON: {error}", ()) from None
     schema = followed(schema)
@@ -122,7 +142,7 @@ def _json_body(form: Mapping[str, Any], special: Mapping[str, int]) -> str:  # n
 def _place(schema: Any, is_cause: Callable[[Any], bool]) -> tuple[str, ...]:
     """The way to the innermost schema that is the cause by itself."""
     path: tuple[str, ...] = ()
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema} if isinstance(schema, dict) else {}
+    shared = definitions(schema)
     deadline = time.monotonic() + _LOCATE_SECONDS
     while isinstance(schema, dict):
         inside = (way for way in children(schema) if isinstance(way[1], dict) and time.monotonic() < deadline)
@@ -133,23 +153,6 @@ def _place(schema: Any, is_cause: Callable[[Any], bool]) -> tuple[str, ...]:
     return path
 
 
-def _regex_body(form: Mapping[str, Any], special: Mapping[str, int]) -> str:  # noqa: ARG001
-    return LLMatcher.grammar_from_regex(form["text"])
-
-
-def _choice_body(form: Mapping[str, Any], special: Mapping[str, int]) -> str:
-    choices = " | ".join(_literal(choice, special) or '""' for choice in json.loads(form["text"]))
-    return _lark_body(f"start: {choices}")
-
-
-def _grammar_body(form: Mapping[str, Any], special: Mapping[str, int]) -> str:  # noqa: ARG001
-    """Lark, or EBNF as llama.cpp writes it (`root ::= …`)."""
-    text = form["text"]
-    if re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE):
-        text = gbnf_to_lark(text)
-    return _lark_body(text)
-
-
 def one_line(error: str) -> str:
     """llguidance's error: its first line, and that of the regex compiler behind it."""
     lines = [line.strip() for line in error.splitlines() if line.strip() not in ("", "<non-verbose/>")]
@@ -158,24 +161,6 @@ def one_line(error: str) -> str:
     return text if len(text) <= 500 else text[:500] + " …"
 
 
-# Each makes a list of one grammar, as JSON.
-_BODIES = {"json": _json_body, "regex": _regex_body, "choice": _choice_body, "grammar": _grammar_body}
-
-
-def _lark_body(text: str) -> str:
-    return json.dumps({"grammars": [{"lark_grammar": text}]})
-
-
 def _escaped(text: str) -> str:
     """A text in a regular expression between slashes."""
     return re.escape(text).replace("/", r"\/").replace("\n", "n")  # `re` writes a backslash before the line break
-
-
-def _literal(text: str, special: Mapping[str, int]) -> str:
-    """A text as Lark terms: quoted, with special tokens by id. Strings and brackets are terms of their own, so that
-    JSON that begins in the same way can stand beside it."""
-    pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
-    parts = re.split(f"({pattern})" if special else "$^", text)
-    terms = [[part] if part in special else re.findall(r'"[^"]*"|[\[\]{}]|[^"\[\]{}]+|"', part) for part in parts]
-    flat = [term for part in terms for term in part]
-    return " ".join(f"<[{special[term]}]>" if term in special else json.dumps(term) for term in flat)

@@ -13,14 +13,13 @@ from llguidance import LLMatcher
 from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
-from minisgl.grammar.limits import MAX_STORED_BYTES, parser_limits
-from minisgl.grammar.source import one_line
 from minisgl.grammar.trial import Trial
 from minisgl.grammar.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
 
 logger = logging.getLogger(__name__)
 
 _NUM_WORKERS = 2  # one that has to do with a grammar that never ends does not stop the others
+MAX_STORED_BYTES = 512 << 20  # compiled grammars that no request uses
 _MAX_REFUSED = 256
 
 
@@ -88,32 +87,25 @@ class GrammarStore:
             trial.close()
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        compiled = None
         try:
             source, num_bytes = self._trial().compile(grammar)
-            vocabulary = self._vocabulary.result()
-            matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=parser_limits())
-            if not matcher.is_error():
-                matcher.compute_bitmask()  # what is built for the first mask is there for all that are copied from it
-            if matcher.is_error():
-                raise RequestError(f"{grammar.param}: {one_line(matcher.get_error())}", param=grammar.param)
-            compiled = CompiledGrammar(matcher, num_bytes)
+            compiled = CompiledGrammar(self._vocabulary.result().matcher(source, grammar.param), num_bytes)
+            return compiled
         except RequestError as error:
             logger.debug("a grammar is refused: %s", error)
-            with self._lock:
-                self._compiling.pop(grammar, None)
-                if error.status == 400:
-                    self._refuse(grammar, error)
+            if error.status == 400:
+                self._refuse(grammar, error)
             raise
         except BaseException as error:  # a panic of llguidance is no Exception
             logger.warning("a grammar cannot be compiled: %s", error)
+            raise RequestError(f"structured output is not available: {error}", param=grammar.param) from error
+        finally:
             with self._lock:
                 self._compiling.pop(grammar, None)
-            raise RequestError(f"structured output is not available: {error}", param=grammar.param) from error
-        with self._lock:
-            self._compiling.pop(grammar, None)
-            self._live[grammar] = compiled
-            self._remember(grammar, compiled)
-        return compiled
+                if compiled is not None:
+                    self._live[grammar] = compiled
+                    self._remember(grammar, compiled)
 
     def _trial(self) -> Trial:
         """This thread's."""
@@ -135,9 +127,10 @@ class GrammarStore:
     def _refuse(self, grammar: Grammar, error: RequestError) -> None:
         where = error.param or grammar.param
         why = str(error).removeprefix(where)
-        self._refused[grammar] = why, None if where == grammar.param else where  # requests name the field differently
-        while len(self._refused) > _MAX_REFUSED:
-            self._refused.popitem(last=False)
+        with self._lock:  # without the field where it is the grammar's: requests name that differently
+            self._refused[grammar] = why, None if where == grammar.param else where
+            if len(self._refused) > _MAX_REFUSED:
+                self._refused.popitem(last=False)
 
 
 def open_store(engine: EngineConfig, scheduler: SchedulerConfig) -> GrammarStore:

@@ -18,16 +18,19 @@ import threading
 from dataclasses import asdict
 
 import psutil
-from llguidance import LLMatcher
 
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
-from minisgl.grammar.limits import COMPILE_SECONDS, TRIAL_BYTES, TRIAL_SECONDS, TRIAL_STACK, parser_limits
-from minisgl.grammar.source import one_line, to_llguidance
+from minisgl.grammar.source import to_llguidance
 from minisgl.grammar.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
 
 _START_SECONDS = 60.0
-_TOO_LONG = f"the grammar takes more than {COMPILE_SECONDS} s to compile"
+# What a grammar may cost. One that costs more is refused, and must not be felt by anyone else.
+_COMPILE_SECONDS = 3  # of one core
+_TRIAL_SECONDS = 10.0  # by the clock, when cores are busy
+_TRIAL_BYTES = 1 << 30  # of memory, beyond what the trial process has when it starts
+_TRIAL_STACK = 2 << 20  # bytes, a quarter of what threads have: what passes the trial passes everywhere
+_TOO_LONG = f"the grammar takes more than {_COMPILE_SECONDS} s to compile"
 _TOO_MUCH = "the grammar is too large or too deeply nested to compile"
 
 
@@ -53,7 +56,7 @@ class Trial:
         except OSError:
             self.close()
             raise RequestError("the grammar compiler ended; try again", status=500) from None
-        answer = _read_line(process, TRIAL_SECONDS)
+        answer = _read_line(process, _TRIAL_SECONDS)
         if not answer:
             ended_by_limit = answer is None or process.wait() == -signal.SIGPROF
             self.close()
@@ -104,13 +107,9 @@ def try_out(grammar: Grammar, vocabulary: Vocabulary) -> dict[str, str | int]:
     before = process.memory_info().rss
     try:
         source = to_llguidance(grammar, vocabulary.special)
+        _held = vocabulary.matcher(source, grammar.param)  # while its memory is measured
     except RequestError as error:
         return {"error": str(error), "param": error.param or grammar.param}
-    matcher = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=parser_limits())
-    if not matcher.is_error():
-        matcher.compute_bitmask()
-    if matcher.is_error():
-        return {"error": f"{grammar.param}: {one_line(matcher.get_error())}", "param": grammar.param}
     return {"source": source, "num_bytes": max(0, process.memory_info().rss - before) + len(source)}
 
 
@@ -118,7 +117,7 @@ def _serve(vocabulary: Vocabulary) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         grammar = Grammar(**json.loads(line))
-        signal.setitimer(signal.ITIMER_PROF, COMPILE_SECONDS)  # its signal ends the process, whatever it is at
+        signal.setitimer(signal.ITIMER_PROF, _COMPILE_SECONDS)  # its signal ends the process, whatever it is at
         answer = try_out(grammar, vocabulary)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(answer), flush=True)
@@ -130,16 +129,12 @@ def main(arguments: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ends = tuple(map(int, arguments[2:]))
     vocabulary = load_vocabulary(VocabularyConfig(arguments[0], int(arguments[1]), ends))
-    _limit_memory()
-    threading.stack_size(TRIAL_STACK)
+    num_bytes = psutil.Process().memory_info().vms + _TRIAL_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
+    threading.stack_size(_TRIAL_STACK)
     worker = threading.Thread(target=_serve, args=(vocabulary,))
     worker.start()
     worker.join()
-
-
-def _limit_memory() -> None:
-    limit = psutil.Process().memory_info().vms + TRIAL_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 if __name__ == "__main__":

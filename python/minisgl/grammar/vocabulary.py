@@ -7,11 +7,22 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from llguidance import LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 
-from minisgl.errors import ConfigError
+from minisgl.errors import ConfigError, RequestError
+from minisgl.grammar.source import one_line
 from minisgl.utils.hf_tokenizer import load_tokenizer
+
+# A mask is computed between two tokens, so the limits of a step are milliseconds.
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=100_000,
+    step_max_items=50_000,
+    max_lexer_states=50_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +40,16 @@ class Vocabulary:
 
     tokenizer: LLTokenizer
     special: dict[str, int]
+
+    def matcher(self, source: str, param: str) -> LLMatcher:
+        """Of a grammar in llguidance's language, at the beginning of an output. What is built for the first mask is
+        there for all that are copied from it. Raises: RequestError naming `param`."""
+        matcher = LLMatcher(self.tokenizer, source, log_level=0, limits=_LIMITS)
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            raise RequestError(f"{param}: {one_line(matcher.get_error())}", param=param)
+        return matcher
 
 
 def load_vocabulary(config: VocabularyConfig) -> Vocabulary:

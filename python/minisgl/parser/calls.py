@@ -9,7 +9,7 @@ from collections.abc import Collection
 from itertools import chain
 from typing import Any, NamedTuple, NoReturn
 
-from minisgl.grammar.schema import resolved
+from minisgl.grammar.schema import literals, resolved
 
 _MAX_TYPES = 8  # within types, which a schema may have without end
 MAX_DEPTH = 64  # of brackets in Python literals: enough for arguments, and no work for Python's parser
@@ -29,10 +29,9 @@ def json_calls(text: str, names: Collection[str]) -> list[Call] | None:
     """
     try:
         value = _load(text)
-        calls = [_json_call(item, names) for item in (value if isinstance(value, list) else [value])]
+        return [_call(item, names) for item in (value if isinstance(value, list) else [value])] or None
     except (ValueError, RecursionError):
         return None
-    return calls or None
 
 
 def python_calls(text: str, names: Collection[str]) -> list[Call] | None:
@@ -41,12 +40,10 @@ def python_calls(text: str, names: Collection[str]) -> list[Call] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python warns of odd escape sequences
             tree = ast.parse(text.strip(), mode="eval").body
-        if not isinstance(tree, ast.List):
-            return None
-        calls = [_python_call(node, names) for node in tree.elts]
+        nodes = tree.elts if isinstance(tree, ast.List) else []
+        return [_call(_python_call(node), names) for node in nodes] or None
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
-    return calls or None
 
 
 def _load(text: str) -> Any:
@@ -65,7 +62,7 @@ def _dump(value: Any) -> str:
     return text
 
 
-def _json_call(value: Any, names: Collection[str]) -> Call:
+def _call(value: Any, names: Collection[str]) -> Call:
     """Raises: ValueError when it is no call of one of these functions."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
@@ -82,19 +79,16 @@ def _json_call(value: Any, names: Collection[str]) -> Call:
     return Call(name, _dump(arguments))
 
 
-def _python_call(node: ast.expr, names: Collection[str]) -> Call:
-    """Raises: ValueError or TypeError when it is no call of one of these functions."""
+def _python_call(node: ast.expr) -> dict[str, Any]:
+    """A call in Python as it is in JSON. Raises: ValueError or TypeError when it is none."""
     if not isinstance(node, ast.Call) or node.args:
         raise ValueError("no call with keyword arguments")
-    name = ast.unparse(node.func)
-    if name not in names:
-        raise ValueError("no call of a known function")
     arguments = {}
     for keyword in node.keywords:
         if keyword.arg is None or keyword.arg in arguments:
             raise ValueError("** and repeated keywords are no arguments")
         arguments[keyword.arg] = ast.literal_eval(_JsonNames().visit(keyword.value))
-    return Call(name, _dump(arguments))
+    return {"name": ast.unparse(node.func), "arguments": arguments}
 
 
 class _JsonNames(ast.NodeTransformer):
@@ -120,7 +114,7 @@ class BracketReader:
         self._depth = 0
         self.too_deep = False
 
-    def read(self, text: str) -> tuple[int, str, bool]:
+    def read(self, text: str, *, final: bool = False) -> tuple[int, str, bool]:  # noqa: ARG002
         """How many characters of the text belong to the value, what they are, and whether it ends with them."""
         read: list[str] = []
         for character in text:
@@ -150,8 +144,7 @@ def json_kinds(schema: Any, root: Any, depth: int = 0) -> set[str]:
     kinds = schema.get("type")
     if isinstance(kinds, str | list):
         return {kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if isinstance(kind, str)}
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list):
+    if values := literals(schema):
         return {_KINDS[type(value)] for value in values}
     lists = [schema[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(key), list)]
     branches: list[set[str]] = [json_kinds(branch, root, depth + 1) for branch in chain(*lists)]

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from minisgl.errors import RequestError
-from minisgl.grammar.schema import PATTERNS, resolved
+from minisgl.grammar.schema import PATTERNS, definitions, literals, resolved
 
 Form = Any  # of `grammar/source.py`
 UNKNOWN = "llama3_json"  # the format of a model whose own is not known
@@ -45,9 +45,9 @@ def calls_form(
     is so for functions that are `strict`, and others whose schema cannot be followed have any arguments.
     """
     functions = [
-        Part(function["name"], _of_object(function), f"tools[{index}].function.parameters", required or binds)
-        for index, function in enumerate(tool["function"] for tool in tools)
-        if (binds := bool(function.get("strict"))) is not None and function["name"] in names
+        Part(f["name"], _of_object(f), f"tools[{index}].function.parameters", required or f.get("strict") is True)
+        for index, f in enumerate(tool["function"] for tool in tools)
+        if f["name"] in names
     ]
     name = parser or UNKNOWN
     return _json_calls(functions, parallel, *_JSON[name]) if name in _JSON else _FORMATS[name](functions, parallel)
@@ -116,14 +116,13 @@ def _value(field: Part, depth: int = 0) -> Form:
     if isinstance(schema.get("type"), list):
         branches = [{**schema, "type": kind} for kind in schema["type"]]
     if isinstance(branches, list) and depth < _MAX_BRANCHES and all(isinstance(branch, dict) for branch in branches):
-        shared = _definitions(field.schema)
+        shared = definitions(field.schema)
         return {"any": [_value(field._replace(schema={**shared, **branch}), depth + 1) for branch in branches]}
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if isinstance(values, list):
+    if values := literals(schema):
         return {"any": [[value if isinstance(value, str) else json.dumps(value), _END] for value in values]}
     if schema.get("type") != "string":
         return [field.json("compact", {}), _END]
-    patterns = [f"^({PATTERNS[name]})$" for name in PATTERNS if name == schema.get("format")]
+    patterns = [PATTERNS[name] for name in (str(schema.get("format")),) if name in PATTERNS]
     patterns += [schema["pattern"]] if isinstance(schema.get("pattern"), str) else []
     least, most = schema.get("minLength") or 0, schema.get("maxLength")
     if least or most is not None:
@@ -149,17 +148,13 @@ def _fields(function: Part) -> list[Part]:
     if any(schema.get(key) not in (None, True, False, {}) for key in _OTHER) or not isinstance(fields, dict):
         message = f"{function.param} must be an object of named properties, for this model's format of calls"
         raise RequestError(message, param=function.param)
-    shared = _definitions(function.schema)
+    shared = definitions(function.schema)
     required = schema["required"] if isinstance(schema.get("required"), list) else ()
     return [
         Part(name, shared | inner, f"{function.param}.properties.{name}", function.binds, name in required)
         for name, schema in fields.items()
         if isinstance(inner := {} if schema is True else schema, dict)
     ]
-
-
-def _definitions(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
 
 
 def _quoted(text: str) -> str:

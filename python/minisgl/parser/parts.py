@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,44 +32,43 @@ class CallPart:
 Part = TextPart | ReasoningPart | CallPart
 
 
-class Parser(Protocol):
-    """One message's parser. The parts, put together, do not depend on how the text was cut. Nothing raises."""
+class Parser:
+    """One message's parser. The parts, put together, do not depend on how the text was cut. Nothing raises.
+
+    By itself, it makes plain text of all.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = ""  # what is not certain yet
 
     def push(self, text: str) -> list[Part]:
         """The parts that are certain after this text and were not before."""
+        self._buffer += text
+        return self._run(final=False)
 
     def finish(self) -> list[Part]:
         """The parts that waited for more, at the end of the text."""
+        return self._run(final=True)
 
-
-class PlainText:
-    """The parser of what is text and nothing else."""
-
-    def push(self, text: str) -> list[Part]:
+    def _run(self, *, final: bool) -> list[Part]:  # noqa: ARG002
+        """What can be said of the buffer, and is taken off it. final: no more text follows."""
+        text, self._buffer = self._buffer, ""
         return [TextPart(text)] if text else []
 
-    def finish(self) -> list[Part]:
-        return []
 
-
-class Chain:
+class Chain(Parser):
     """What `first` makes plain text of goes through `second`."""
 
     def __init__(self, first: Parser, second: Parser) -> None:
-        self._first = first
-        self._second = second
+        super().__init__()
+        self._first, self._second = first, second
 
-    def push(self, text: str) -> list[Part]:
-        return self._pass_on(self._first.push(text))
-
-    def finish(self) -> list[Part]:
-        return self._pass_on(self._first.finish()) + self._second.finish()
-
-    def _pass_on(self, parts: Sequence[Part]) -> list[Part]:
+    def _run(self, *, final: bool) -> list[Part]:
+        text, self._buffer = self._buffer, ""
         passed: list[Part] = []
-        for part in parts:
+        for part in self._first.push(text) + (self._first.finish() if final else []):
             passed += self._second.push(part.text) if isinstance(part, TextPart) else [part]
-        return passed
+        return passed + (self._second.finish() if final else [])
 
 
 def num_certain(text: str, markers: Sequence[str]) -> int:

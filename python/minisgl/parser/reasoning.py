@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from minisgl.config.chat import CLOSING, OPENING
-from minisgl.parser.parts import Part, ReasoningPart, TextPart, num_certain
+from minisgl.parser.parts import Parser, Part, ReasoningPart, num_certain
 
 
-class ThinkParser:
+class ThinkParser(Parser):
     """`<think>reasoning</think>answer`; the opening tag may stand at the end of the prompt instead.
 
     Whitespace around reasoning and before the answer is formatting, and dropped. A text that ends while the model still
@@ -16,64 +16,36 @@ class ThinkParser:
     """
 
     def __init__(self, reasoning: str) -> None:
-        self._buffer = ""
-        self._without_tag = self._reasoning if reasoning == "always" else self._text
-        self._state = self._begin if reasoning else self._text
-
-    @property
-    def is_thinking(self) -> bool:
-        """The reasoning has begun, and goes on as far as can be seen."""
-        return self._state in (self._leading, self._reasoning)
-
-    def push(self, text: str) -> list[Part]:
-        self._buffer += text
-        return self._run(final=False)
-
-    def finish(self) -> list[Part]:
-        return self._run(final=True)
+        super().__init__()
+        self._without_tag = reasoning == "always"
+        self._is_known = not reasoning  # whether the text begins with reasoning
+        self._is_leading = False  # whitespace that comes next is formatting
+        self.is_thinking = False  # the reasoning has begun, and goes on as far as can be seen
 
     def _run(self, *, final: bool) -> list[Part]:
         parts: list[Part] = []
-        while True:
-            state = self._state
-            parts += self._state(final)
-            if self._state == state:
-                return parts
+        if not self._is_known:
+            text = self._buffer.lstrip()
+            has_tag = text.startswith(OPENING)
+            if OPENING.startswith(text) and not (has_tag or final):
+                return []
+            self._buffer = text.removeprefix(OPENING) if has_tag else self._buffer
+            self._is_known, self.is_thinking = True, has_tag or self._without_tag
+            self._is_leading = self.is_thinking
+        if self.is_thinking:
+            self._strip()
+            text, closing, rest = self._buffer.partition(CLOSING)
+            size = len(text.rstrip()) if closing or final else num_certain(text, (CLOSING,))
+            parts += [ReasoningPart(text[:size])] if size else []
+            self._buffer = rest if closing else text[size:]
+            if closing:
+                self.is_thinking, self._is_leading = False, True
+        if not self.is_thinking:
+            self._strip()
+            parts += super()._run(final=final)
+        return parts
 
-    def _begin(self, final: bool) -> list[Part]:
-        """Nothing but whitespace yet, or a part of the tag."""
-        text = self._buffer.lstrip()
-        if text.startswith(OPENING):
-            self._buffer = text[len(OPENING) :]
-            self._state = self._leading
-        elif final or not OPENING.startswith(text):
-            self._state = self._leading if self._without_tag == self._reasoning else self._text
-        return []
-
-    def _leading(self, final: bool) -> list[Part]:  # noqa: ARG002
-        """Whitespace before the reasoning."""
-        self._buffer = self._buffer.lstrip()
-        if self._buffer:
-            self._state = self._reasoning
-        return []
-
-    def _reasoning(self, final: bool) -> list[Part]:
-        end = self._buffer.find(CLOSING)
-        if end >= 0:
-            text, self._buffer = self._buffer[:end].rstrip(), self._buffer[end + len(CLOSING) :]
-            self._state = self._closed
-        else:
-            size = len(self._buffer.rstrip()) if final else num_certain(self._buffer, (CLOSING,))
-            text, self._buffer = self._buffer[:size], self._buffer[size:]
-        return [ReasoningPart(text)] if text else []
-
-    def _closed(self, final: bool) -> list[Part]:  # noqa: ARG002
-        """Whitespace before the answer."""
-        self._buffer = self._buffer.lstrip()
-        if self._buffer:
-            self._state = self._text
-        return []
-
-    def _text(self, final: bool) -> list[Part]:  # noqa: ARG002
-        text, self._buffer = self._buffer, ""
-        return [TextPart(text)] if text else []
+    def _strip(self) -> None:
+        if self._is_leading:
+            self._buffer = self._buffer.lstrip()
+            self._is_leading = not self._buffer

@@ -26,6 +26,6 @@ def make_tool_parser(name: str | None, functions: Mapping[str, Any]) -> Parser:
     return TOOL_PARSERS[name or UNKNOWN](functions)
 
 
-def make_reasoning_parser(name: str, prompt_end: str) -> ThinkParser:
-    """prompt_end: the text with which the prompt ends."""
-    return ThinkParser(reasoning_after(prompt_end, REASONING_PARSERS[name]))
+def make_reasoning_parser(name: str | None, prompt_end: str) -> ThinkParser:
+    """name: None when the model does not reason. prompt_end: the text with which the prompt ends."""
+    return ThinkParser(reasoning_after(prompt_end, REASONING_PARSERS[name]) if name else "")

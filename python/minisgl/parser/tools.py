@@ -14,31 +14,30 @@ from typing import Any, ClassVar, NamedTuple
 
 from minisgl.grammar.schema import resolved
 from minisgl.parser.calls import BracketReader, Call, json_calls, json_kinds, python_calls, typed_value
-from minisgl.parser.parts import CallPart, Part, TextPart, num_certain
+from minisgl.parser.parts import CallPart, Parser, Part, TextPart, num_certain
 
 
 class Rest:
-    """What follows a call that has begun: its arguments, unless they have come with it, and texts that close the call,
-    each of which may be missing.
+    """What follows a call that has begun: its arguments, and texts that close the call, each of which may be missing.
 
-    in_list: at the end, another call may follow after a comma.
+    arguments: what reads them; None: they have come with the call. in_list: at the end, another call may follow after
+    a comma.
     """
 
-    def __init__(self, *closers: str, in_list: bool = False) -> None:
+    def __init__(self, arguments: Arguments | None, *closers: str, in_list: bool = False) -> None:
         self.in_list = in_list
+        self._arguments = arguments
         self._closers = [closer for closer in closers if closer]
-        self._has_arguments = False
-
-    def take_arguments(self, text: str, *, final: bool) -> tuple[int, str, bool]:  # noqa: ARG002
-        """How many characters of the text are read, the JSON of arguments in them, and whether they end there."""
-        return 0, "", True
 
     def take(self, text: str, *, final: bool) -> tuple[int, str, bool]:
-        """The same of the whole call."""
+        """How many characters of the text are read, the JSON of arguments in them, and whether the call ends there."""
         end, arguments = 0, ""
-        if not self._has_arguments:
-            end, arguments, self._has_arguments = self.take_arguments(text, final=final)
-        while self._has_arguments and self._closers:
+        if self._arguments is not None:
+            end, arguments, ended = self._arguments.read(text, final=final)
+            if not ended:
+                return end, arguments, False
+            self._arguments = None
+        while self._closers:
             closer, rest = self._closers[0], text[end:].lstrip()
             if closer == "}" and rest.startswith(","):  # other fields, such as an id
                 rest = re.sub("^[^][{}<]*", "", rest)
@@ -48,7 +47,7 @@ class Rest:
             elif closer.startswith(rest) and not final:
                 return end, arguments, False
             self._closers.pop(0)
-        return end, arguments, self._has_arguments
+        return end, arguments, True
 
 
 class Found(NamedTuple):
@@ -60,7 +59,7 @@ class Found(NamedTuple):
     rest: Rest | None = None
 
 
-class ToolParser:
+class ToolParser(Parser):
     """Text and calls in turn. A call is JSON, `{"name": …, "arguments": {…}}`, or a list of such, unless a format says
     otherwise.
 
@@ -84,8 +83,8 @@ class ToolParser:
     )
 
     def __init__(self, functions: Mapping[str, Any]) -> None:
+        super().__init__()
         self._functions = functions
-        self._buffer = ""
         self._at_start = True  # of the message, or behind a call: whitespace may turn out to be formatting
         self._num_calls = 0
         self._reader: BracketReader | None = None  # of what may be a call, with which `_buffer` begins then
@@ -93,13 +92,6 @@ class ToolParser:
         self._lead = ""  # what stood before it, and is formatting if it is a call
         self._rest: Rest | None = None  # of a call, with which `_buffer` begins
         self._in_list = False  # the last call stood in a JSON list that goes on
-
-    def push(self, text: str) -> list[Part]:
-        self._buffer += text
-        return self._run(final=False)
-
-    def finish(self) -> list[Part]:
-        return self._run(final=True)
 
     def read(self, text: str, *, final: bool) -> Found | None:
         """What the beginning of `text` is, a marker included; None as long as more of it decides. `text` is what it was
@@ -112,7 +104,7 @@ class ToolParser:
         in_list = self._in_list and not start
         if head is not None and head[2] in self._functions:
             in_list |= bool(head[1])
-            rest = JsonArguments("}", "]" if in_list else "", self.closing, in_list=in_list)
+            rest = Rest(BracketReader(), "}", "]" if in_list else "", self.closing, in_list=in_list)
             return Found(head.end(), [Call(head[2], "")], rest)
         start = len(text) - len(text[start:].lstrip())
         if start == len(text):
@@ -127,7 +119,7 @@ class ToolParser:
         if not ended:
             return Found(len(text)) if final else None
         calls = None if self._reader.too_deep else self.read_calls(text[start : self._num_read], self._functions)
-        return Found(self._num_read, calls, Rest("]" if in_list else "", self.closing, in_list=in_list))
+        return Found(self._num_read, calls, Rest(None, "]" if in_list else "", self.closing, in_list=in_list))
 
     def _run(self, *, final: bool) -> list[Part]:
         parts: list[Part] = []
@@ -144,11 +136,11 @@ class ToolParser:
     def _read_text(self, parts: list[Part], final: bool) -> bool:
         """Let out text up to what may be a call. False: nothing more can be said yet."""
         if self._at_start:
-            num_lead = self._num_lead()
-            rest = self._buffer[num_lead:]
+            between = "," if self._in_list else self.between if self._num_calls else ""
+            rest = re.sub(rf"\s*(?:{re.escape(between)})?\s*", "", self._buffer, count=1)
             bare = "{" if self._in_list else self.bare
             if bare and rest.startswith(bare):
-                self._begin_call(num_lead)
+                self._begin_call(len(self._buffer) - len(rest))
                 return True
             if not rest:
                 if final:
@@ -168,15 +160,6 @@ class ToolParser:
             self._begin_call(start)
             return True
         return False
-
-    def _num_lead(self) -> int:
-        """Characters at the beginning of the buffer that are formatting if a call follows."""
-        lead = len(self._buffer) - len(self._buffer.lstrip())
-        between = "," if self._in_list else self.between
-        if between and self._num_calls and self._buffer.startswith(between, lead):
-            rest = self._buffer[lead + len(between) :]
-            lead = len(self._buffer) - len(rest.lstrip())
-        return lead
 
     def _begin_call(self, start: int) -> None:
         self._lead, self._buffer = self._buffer[:start], self._buffer[start:]
@@ -212,17 +195,6 @@ class ToolParser:
         if size:
             parts.append(TextPart(self._buffer[:size]))
             self._buffer = self._buffer[size:]
-
-
-class JsonArguments(Rest):
-    """A JSON object, and then what closes the call."""
-
-    def __init__(self, *closers: str, in_list: bool = False) -> None:
-        super().__init__(*closers, in_list=in_list)
-        self._object = BracketReader()
-
-    def take_arguments(self, text: str, *, final: bool) -> tuple[int, str, bool]:  # noqa: ARG002
-        return self._object.read(text)
 
 
 class HermesParser(ToolParser):
@@ -266,7 +238,7 @@ class MistralParser(ToolParser):
     def read(self, text: str, *, final: bool) -> Found | None:
         named = self.NAMED.match(text)
         if named is not None and named[1] in self._functions:
-            return Found(named.end(), [Call(named[1], "")], JsonArguments())
+            return Found(named.end(), [Call(named[1], "")], Rest(BracketReader()))
         rest = text.removeprefix(self.markers[0]).lstrip()
         if rest[:1] in ("", *self.brackets):
             return super().read(text, final=final)
@@ -285,28 +257,28 @@ class QwenCoderParser(ToolParser):
     def read(self, text: str, *, final: bool) -> Found | None:
         head = self.HEAD.match(text)
         if head is not None and (name := head[1].strip()) in self._functions:
-            return Found(head.end(), [Call(name, "")], TaggedArguments(self._functions[name] or {}))
+            arguments = TaggedArguments(self._functions[name] or {})
+            return Found(head.end(), [Call(name, "")], Rest(arguments, "</function>", "</tool_call>"))
         rest = text.removeprefix("<tool_call>").lstrip()
         if not final and ("<function=".startswith(rest) or self.BEGUN.fullmatch(text)):
             return None
         return Found(1)
 
 
-class TaggedArguments(Rest):
-    """`<parameter=x>…</parameter>`, once for each argument, and then what closes the call."""
+class TaggedArguments:
+    """`<parameter=x>…</parameter>`, once for each argument."""
 
     _OPENING = re.compile(r"\s*<parameter=([^<>\n]*)>(?:\n|(?=[^\n]))")
     _BEGUN = re.compile(r"<parameter=[^<>\n]*>?")
     _STOPS = ("</parameter>", "\n<parameter=", "\n</function>")
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
-        super().__init__("</function>", "</tool_call>")
         self._schema = schema
         self._lead = "{"  # before the next argument
         self._kinds: set[str] | None = None  # of the value that is open
         self._quote = '"'  # before more of a string
 
-    def take_arguments(self, text: str, *, final: bool) -> tuple[int, str, bool]:
+    def read(self, text: str, *, final: bool) -> tuple[int, str, bool]:
         end, made = 0, ""
         while True:
             if self._kinds is not None:
@@ -342,3 +314,6 @@ class TaggedArguments(Rest):
     def _string(self, text: str) -> str:
         quote, self._quote = self._quote, ""
         return quote + json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+Arguments = BracketReader | TaggedArguments

@@ -13,7 +13,7 @@ from minisgl.core import FinishReason
 from minisgl.errors import RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt
-from minisgl.parser.parts import CallPart, Chain, Parser, Part, PlainText, ReasoningPart, TextPart
+from minisgl.parser.parts import CallPart, Chain, Parser, Part, ReasoningPart, TextPart
 from minisgl.parser.reasoning import ThinkParser
 from minisgl.parser.registry import make_reasoning_parser, make_tool_parser
 from minisgl.server.protocol import GenerationRequest
@@ -77,9 +77,8 @@ class Assembler:
         parallel: bool = True,
         short_ids: bool = False,
     ) -> None:
-        self._reasoning, self._answer = reasoning, answer
-        self._thinker: ThinkParser | None = None
-        self._parser: Parser | None = None
+        self._reasoning, self._answer = reasoning, answer or Parser()
+        self._parser: tuple[ThinkParser, Parser] | None = None  # what thinks, and all
         self._parallel = parallel
         self._short_ids = short_ids
         self._num_calls = 0
@@ -95,28 +94,26 @@ class Assembler:
                 deltas.append({"reasoning_content": part.text})
             else:
                 if part.name is not None:
-                    call = {"id": self.new_call_id(), "type": "function"}
-                    deltas.append(_call_delta(part.index, {**call, "function": {"name": part.name, "arguments": ""}}))
+                    deltas.append({"tool_calls": [{"index": part.index, **self._call(part.name)}]})
                 if part.arguments:
-                    deltas.append(_call_delta(part.index, {"function": {"arguments": part.arguments}}))
+                    more = {"index": part.index, "function": {"arguments": part.arguments}}
+                    deltas.append({"tool_calls": [more]})
         return deltas
 
     def message(self, replies: Sequence[UserReply]) -> dict[str, Any]:
         """The whole message."""
         content, reasoning = "", ""
         calls: list[dict[str, Any]] = []
-        for reply in replies:
-            for delta in self.deltas(reply):
-                content += delta.get("content", "")
-                reasoning += delta.get("reasoning_content", "")
-                for call in delta.get("tool_calls", ()):
-                    if "id" in call:
-                        calls.append({key: value for key, value in call.items() if key != "index"})
-                    else:
-                        calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if not content and (calls or reasoning):
-            message["content"] = None
+        for part in (part for reply in replies for part in self.parts(reply)):
+            if isinstance(part, TextPart):
+                content += part.text
+            elif isinstance(part, ReasoningPart):
+                reasoning += part.text
+            else:
+                calls += [self._call(part.name)] if part.name is not None else []
+                calls[part.index]["function"]["arguments"] += part.arguments
+        nothing = None if calls or reasoning else ""
+        message: dict[str, Any] = {"role": "assistant", "content": content or nothing, "refusal": None}
         if reasoning:
             message["reasoning_content"] = reasoning
         if calls:
@@ -131,11 +128,11 @@ class Assembler:
     def parts(self, reply: UserReply) -> list[Part]:
         """What a reply adds to the message."""
         if self._parser is None:
-            self._parser = self._make_parser(reply.prompt_end)
-        was_thinking = self._thinker is not None and self._thinker.is_thinking
-        parts = self._parser.push(reply.text) if reply.text else []
-        if reply.finish_reason is not None:
-            parts = parts + self._parser.finish()
+            thinker = make_reasoning_parser(self._reasoning, reply.prompt_end)
+            self._parser = thinker, Chain(thinker, self._answer)
+        thinker, parser = self._parser
+        was_thinking = thinker.is_thinking
+        parts = parser.push(reply.text) + (parser.finish() if reply.finish_reason is not None else [])
         if was_thinking or any(isinstance(part, ReasoningPart) for part in parts):
             self.num_reasoning = reply.num_output_tokens
         self._num_calls += sum(isinstance(part, CallPart) and part.name is not None for part in parts)
@@ -144,13 +141,6 @@ class Assembler:
     def new_call_id(self) -> str:
         return uuid.uuid4().hex[:9] if self._short_ids else f"call_{uuid.uuid4().hex[:24]}"
 
-    def _make_parser(self, prompt_end: str) -> Parser:
-        answer = self._answer or PlainText()
-        if self._reasoning is None:
-            return answer
-        self._thinker = make_reasoning_parser(self._reasoning, prompt_end)
-        return Chain(self._thinker, answer)
-
-
-def _call_delta(index: int, call: dict[str, Any]) -> dict[str, Any]:
-    return {"tool_calls": [{"index": index, **call}]}
+    def _call(self, name: str) -> dict[str, Any]:
+        """The beginning of a call."""
+        return {"id": self.new_call_id(), "type": "function", "function": {"name": name, "arguments": ""}}

@@ -14,10 +14,10 @@ from pydantic import BaseModel
 
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
-from minisgl.grammar.limits import MAX_TEXT
 from minisgl.server.strict import optional
 
 MAX_CHOICES = 4096
+MAX_TEXT = 256 << 10  # characters of a schema, or a grammar
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _WHITESPACE = ("compact", "any")
 _SPACES: dict[str, Any] = {"whitespace": {"enum": [*_WHITESPACE, None]}}
