@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -231,8 +232,11 @@ def test_what_is_answered_at_once_comes_before_the_port(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         args = parse_args([*options, "--port", str(taken.getsockname()[1])], {})
+        root = logging.getLogger("minisgl")
+        level = root.level
         with pytest.raises(ConfigError) as caught:
             serve(args)
+        root.setLevel(level)
     assert str(caught.value).startswith(says)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import logging
 import shutil
 import signal
 import socket
@@ -73,12 +74,21 @@ def running_workers(
 def serve(args: ServerArgs) -> int:
     """The server that the user asked for, from the port to the last child. Returns the exit status.
 
-    Raises: ConfigError, WorkerDied when it cannot start. What is answered at once comes first, then the port, and then
-    what takes a while: to fetch and to load a model.
+    Raises: ConfigError, WorkerDied when it cannot start. Where the port is taken, what else is wrong and can be told at
+    once comes first, and nothing is fetched or loaded.
     """
-    with contextlib.ExitStack() as stack:
-        take_port = functools.cache(lambda: stack.enter_context(contextlib.closing(bind_port(args.host, args.port))))
-        return run_server(prepare(args, before_fetch=take_port), take_port())
+    try:
+        listener = bind_port(args.host, args.port)
+    except ConfigError as problem:
+        logging.getLogger("minisgl").setLevel(logging.ERROR)  # whatever comes, it is one line
+        prepare(args, before_fetch=functools.partial(_raise, problem))
+        raise
+    with contextlib.closing(listener):
+        return run_server(prepare(args), listener)
+
+
+def _raise(problem: ConfigError) -> None:
+    raise problem
 
 
 def run_server(config: ServerConfig, listener: socket.socket, make_specs: MakeSpecs = worker_specs) -> int:
