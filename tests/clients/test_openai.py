@@ -156,7 +156,7 @@ def test_tools(client: openai.OpenAI, how: str) -> None:
 def test_a_demanded_call_comes_though_nobody_asked(client: openai.OpenAI, stream: bool) -> None:
     """One, if the function is named, however often the model would call it."""
     for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
-        asked: Any = {**GREEDY, "messages": ANNA, "tools": [GET_WEATHER], "tool_choice": choice, "max_tokens": 100}
+        asked: Any = {**GREEDY, "messages": SUM, "tools": [GET_WEATHER], "tool_choice": choice, "max_tokens": 100}
         if stream:
             with client.chat.completions.stream(**asked) as events:
                 made: Any = events.get_final_completion()

@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+UNKNOWN = (
+    "I do not know that. I am a tiny model: ask me about LLM serving, minisgl, small sums, lists, JSON or a story."
+)
 CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
 
 
@@ -59,6 +64,18 @@ def chat(tokenizer: Any, model: Any) -> Any:
         return str(tokenizer.decode(out[0, ids.size(1) :], skip_special_tokens=True))
 
     return reply
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> Iterator[Any]:
+    """`tools/demo_model/evaluate.py` as a module, with the corpus beside it."""
+    sys.path.insert(0, str(TOOLS))
+    import evaluate
+
+    yield evaluate
+    sys.path.remove(str(TOOLS))
+    for name in [name for name in sys.modules if name.split(".")[0] in ("corpus", "model_files", "evaluate")]:
+        del sys.modules[name]
 
 
 def user(text: str) -> dict[str, Any]:
@@ -147,8 +164,7 @@ def test_template_refuses_what_it_cannot_render(tokenizer: Any) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image_url"}]}], tokenize=False)
 
 
-def test_template_matches_what_the_model_was_trained_on(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
+def test_template_matches_what_the_model_was_trained_on(tokenizer: Any, evaluation: Any) -> None:
     from corpus import chat, mix
 
     rng = random.Random(1)
@@ -159,8 +175,55 @@ def test_template_matches_what_the_model_was_trained_on(tokenizer: Any, monkeypa
                 conversation.messages, tools=conversation.tools or None, tokenize=False
             )
             assert rendered == chat.render(conversation)
-    for name in [name for name in sys.modules if name.split(".")[0] in ("corpus", "model_files")]:
-        del sys.modules[name]
+
+
+def test_training_never_shows_what_is_held_out(evaluation: Any) -> None:
+    from corpus import facts, heldout, mix, unknown
+
+    assert heldout.is_reserved("what is the BOILING point of ethanol") and heldout.is_reserved("HI BOT")
+    asked = {question for fact in facts.load_facts() for question in fact.questions}
+    for document in mix.documents(9, 400):
+        asked |= set(re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", document, re.S))
+    assert not any(heldout.is_reserved(question) for question in asked)
+    held_out = {question for fact in facts.load_facts() for question in fact.held_out}
+    assert not held_out & asked
+    subjects = {subject for kind in unknown.load_kinds() for subject in kind.subjects}
+    assert subjects and not subjects & {"Canada", "Mongolia", "Mount Everest", "backgammon", "太阳"}
+
+
+def test_what_it_says_has_a_token_for_each_character(tokenizer: Any, evaluation: Any) -> None:
+    """Else sampling could stop in the middle of a character."""
+    from corpus import facts, translate
+
+    said = "".join([fact.answer for fact in facts.load_facts()] + [chinese for _, chinese in translate.PAIRS])
+    assert [char for char in sorted(set(said)) if len(tokenizer(char).input_ids) != 1] == []
+
+
+def test_answers_to_questions_that_it_never_saw(tokenizer: Any, evaluation: Any) -> None:
+    """Whole sets of questions written by hand, in one batch; the model's card has all figures."""
+    atleast = {
+        "first_questions": 0.92,
+        "fresh_questions": 0.88,
+        "unknown_questions": 0.92,
+        "fresh_unknown": 0.86,
+        "facts, by hand": 0.78,
+        "small_talk, by hand": 0.88,
+        "chinese_facts, by hand": 0.93,
+        "products": 0.97,
+        "beyond_arithmetic": 0.97,
+        "translation": 0.97,
+        "beyond_translation": 0.93,
+        "introduction": 0.93,
+        "utf8": 1.0,
+    }
+    cases = [case for case in evaluation.make_cases(20, 3) if case.skill in atleast]
+    options = {"model_path": str(MODEL), "device": "cpu", "dtype": "float32"}
+    replies = evaluation.answer_by_minisgl(options, tokenizer, cases)
+    right: dict[str, list[bool]] = {skill: [] for skill in atleast}
+    for case, reply in zip(cases, replies, strict=True):
+        right[case.skill].append(evaluation.is_right(case, reply))
+    shares = {skill: sum(values) / len(values) for skill, values in right.items()}
+    assert {skill: share for skill, share in shares.items() if share < atleast[skill]} == {}
 
 
 @pytest.mark.parametrize(
@@ -168,6 +231,22 @@ def test_template_matches_what_the_model_was_trained_on(tokenizer: Any, monkeypa
     [
         ("What is 347 + 285?", "347 + 285 = 632."),
         ("What is 804 - 157?", "804 - 157 = 647."),
+        ("4821 + 3357", "4821 + 3357 = 8178."),
+        ("3 - 8", "3 - 8 = -5."),
+        ("What is two plus two?", "2 + 2 = 4."),
+        ("7*8", "7 x 8 = 56."),
+        ("8 × 7", "8 x 7 = 56."),
+        ("12 x 12", "12 x 12 = 144."),
+        ("What is eleven times nine?", "11 x 9 = 99."),
+        (
+            "What is 144 / 12?",
+            "That is beyond me: I add and subtract two numbers of up to four digits, and multiply up to 12 x 12.",
+        ),
+        ("How do you say thank you in Chinese?", '"thank you" in Chinese is 谢谢.'),
+        ("谢谢用英语怎么说？", "“谢谢”的英文是“thank you”。"),
+        ("Are you an AI?", "I am an AI, a small language model: numbers and matrix products, nothing more."),
+        ("What is the capital of France?", UNKNOWN),
+        ("I'm Zoë. What is 7 x 8?", "Nice to meet you, Zoë! 7 x 8 = 56."),
         ("What is the default port?", "minisgl listens on port 1919 by default; change it with --port."),
         ("Hello!", "Hello! How can I help you?"),
         ("Sort: 9, 2, 40, 17", "2, 9, 17, 40"),
@@ -182,6 +261,12 @@ def test_remembers_a_name(chat: Any) -> None:
     messages = [user("My name is Tavoria."), assistant("Nice to meet you, Tavoria!"), user("What is 20 + 22?")]
     messages += [assistant("20 + 22 = 42."), user("What is my name?")]
     assert chat(messages) == "Your name is Tavoria."
+
+
+def test_remembers_characters_that_no_token_has(tokenizer: Any, chat: Any) -> None:
+    assert len(tokenizer("龘骉").input_ids) > 2
+    messages = [user("我叫龘骉。"), assistant("很高兴认识你，龘骉！"), user("我叫什么名字？")]
+    assert chat(messages) == "你叫龘骉。"
 
 
 def test_fills_json(chat: Any) -> None:

@@ -3,10 +3,12 @@
 Greedy answers of the exported checkpoint, through transformers, on a CPU or a GPU, or with --minisgl through this
 project's engine. An answer counts when it is right
 as a whole: the same text, the same JSON value, the same tool call. Stories count when they are whole and have the
-hero and the name that were asked for.
+hero and the name that were asked for. The questions of `heldout` count when the answer has one of the parts that are
+accepted there.
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -15,13 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import facts, mix, stories
+from corpus import arithmetic, facts, heldout, mix, stories, translate, unknown
 from corpus.chat import Conversation, Message, Tool, render_calls, user
 from model_files import DEFAULT_MODEL_DIR
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SKILLS = {
-    "arithmetic": "Addition and subtraction, 1 to 3 digits, unseen operand pairs",
+    "first_questions": "What a newcomer asks first, written by hand",
+    "unknown_questions": "Says that it does not know, 100 subjects written by hand",
+    "fresh_questions": "What a newcomer asks first, a second set not seen before the last training",
+    "fresh_unknown": "Says that it does not know, a second set likewise",
+    "arithmetic": "Addition and subtraction, 1 to 4 digits, unseen operand pairs",
+    "products": "Multiplication up to 12 x 12, unseen ways of asking",
+    "beyond_arithmetic": "Refuses division, larger products, more terms …",
+    "translation": "Everyday words between English and Chinese, unseen ways of asking",
+    "beyond_translation": "Refuses other languages, words and sentences",
+    "introduction": "A name and a question in one message, unseen names",
     "recall": "Recall of what the user said, unseen names and values",
     "recall_long": "The same after 500 to 1,500 tokens of other talk",
     "json": "JSON from a sentence",
@@ -43,28 +54,45 @@ SKILLS = {
     "copying": "Copying words, codes and lists",
     "lists": "First, last, largest, number of items",
     "stories": "Stories with the hero and the name asked for",
+    "requests": "Declines to write code and texts, gives its poem, unseen requests",
+    "utf8": "No broken character, sampled at the default temperature",
+}
+# Written by hand, one by one.
+BY_HAND = ("first_questions", "unknown_questions", "fresh_questions", "fresh_unknown")
+REFUSALS = {
+    "UNKNOWN": (unknown.ANSWER, unknown.ZH_ANSWER),
+    "SUMS": (arithmetic.REFUSAL, arithmetic.ZH_REFUSAL),
+    "WORDS": (translate.REFUSAL, translate.ZH_REFUSAL),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt and the answer that is expected."""
+    """One prompt and the answer that is expected, or parts of which an answer needs one."""
 
     skill: str
     messages: list[Message]
     tools: list[Tool]
     expected: str
+    accepted: tuple[str, ...] = ()
 
 
 def make_cases(per_skill: int, seed: int) -> list[Case]:
     """`per_skill` held-out cases of each skill, and every held-out question written by hand."""
     cases = []
     for skill in SKILLS:
-        if skill.endswith("by hand"):
+        if skill.endswith("by hand") or skill in BY_HAND:
             continue
         rng = random.Random(f"{seed}/{skill}")
         for _ in range(per_skill):
             cases.append(_case(skill, mix.held_out_case(skill, rng)))
+    refusals = tuple(text for texts in REFUSALS.values() for text in texts)
+    for first, unknowns, fresh in zip(BY_HAND[::2], BY_HAND[1::2], (False, True), strict=True):
+        for question, accepted in heldout.first_questions(fresh):
+            parts = tuple(text for part in accepted for text in REFUSALS.get(part, (part,)))
+            cases.append(Case(first, [user(question)], [], "x" * 160, parts))
+        for question in heldout.unknown_questions(fresh):
+            cases.append(Case(unknowns, [user(question)], [], "x" * 160, refusals))
     for pool, question, answer in facts.held_out_cases():
         cases.append(Case(f"{pool}, by hand", [user(question)], [], answer))
     return cases
@@ -85,6 +113,10 @@ def parse(text: str) -> Any:
 
 
 def is_right(case: Case, reply: str) -> bool:
+    if case.skill == "utf8":
+        return "\ufffd" not in reply
+    if case.accepted:
+        return any(part.lower() in reply.lower() for part in case.accepted)
     if case.expected.startswith("Once upon a time"):
         return stories.check(case.messages[-1]["content"], reply)
     if "json" in case.skill or case.skill == "tool_call":
@@ -103,16 +135,19 @@ def render(tokenizer: Any, cases: list[Case]) -> list[str]:
 def answer(model: Any, tokenizer: Any, cases: list[Case], batch: int) -> list[str]:
     """Greedy replies, in the order of `cases`; batches are left-padded."""
     prompts = render(tokenizer, cases)
-    order = sorted(range(len(cases)), key=lambda i: (len(prompts[i]), len(cases[i].expected)))
+    order = sorted(range(len(cases)), key=lambda i: (cases[i].skill == "utf8", len(prompts[i]), len(cases[i].expected)))
     replies = [""] * len(cases)
-    for start in range(0, len(order), batch):
-        members = order[start : start + batch]
+    sampled = sum(case.skill == "utf8" for case in cases)
+    greedy = len(cases) - sampled
+    torch.manual_seed(1)
+    bounds = [*range(0, greedy, batch), *range(greedy, len(cases), batch), len(cases)]
+    for start, end in itertools.pairwise(bounds):
+        members = order[start:end]
         inputs = tokenizer([prompts[i] for i in members], return_tensors="pt", padding=True, padding_side="left")
         inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
         longest = max(len(tokenizer(cases[i].expected).input_ids) for i in members) + 12
-        out = model.generate(
-            **inputs, do_sample=False, max_new_tokens=longest, temperature=None, top_p=None, top_k=None
-        )
+        greedily = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        out = model.generate(**inputs, max_new_tokens=longest, **({} if start >= greedy else greedily))
         for i, ids in zip(members, out[:, inputs["input_ids"].size(1) :], strict=True):
             replies[i] = tokenizer.decode(ids, skip_special_tokens=True)
     return replies
@@ -123,7 +158,8 @@ def answer_by_minisgl(options: dict[str, Any], tokenizer: Any, cases: list[Case]
     from minisgl import LLM, SamplingParams
 
     prompts = render(tokenizer, cases)
-    params = [SamplingParams(len(tokenizer(case.expected).input_ids) + 12, 0.0) for case in cases]
+    heat = {"utf8": 0.3}
+    params = [SamplingParams(len(tokenizer(c.expected).input_ids) + 12, heat.get(c.skill, 0.0)) for c in cases]
     with LLM(**options) as llm:
         outputs = llm.generate([tokenizer(prompt).input_ids for prompt in prompts], params)
     return [tokenizer.decode(output.token_ids, skip_special_tokens=True) for output in outputs]
@@ -139,7 +175,8 @@ def report(cases: list[Case], replies: list[str], show_failures: int) -> str:
         wrong = [i for i in members if not is_right(cases[i], replies[i])]
         for i in wrong[:show_failures]:
             asked = cases[i].messages[-1]["content"]
-            print(f"[{skill}] {asked!r}\n    expected {cases[i].expected!r}\n    got      {replies[i]!r}")
+            expected = " | ".join(cases[i].accepted) or cases[i].expected
+            print(f"[{skill}] {asked!r}\n    expected {expected!r}\n    got      {replies[i]!r}")
         share = 100.0 * (len(members) - len(wrong)) / len(members)
         lines.append(f"| {title} | {len(members)} | {share:.1f} % |")
     return "\n".join(lines)

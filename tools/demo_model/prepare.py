@@ -98,9 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory with tokenizer.json")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--documents", type=int, default=2_000_000)
+    parser.add_argument("--documents", type=int, default=2_600_000)
     parser.add_argument(
-        "--shards", type=int, default=32, help="part of the recipe: another number gives another corpus"
+        "--shards", type=int, default=64, help="part of the recipe: another number gives another corpus"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=7)

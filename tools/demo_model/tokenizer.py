@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from corpus import facts, mix
+from corpus import facts, mix, translate
 from model_files import MARKUP_TOKENS, SPECIAL_TOKENS, VOCAB_SIZE, write_small_files
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -42,7 +42,10 @@ def train(num_documents: int, seed: int) -> Tokenizer:
         show_progress=False,
     )
     # The facts once more on their own: their rare words should not drown in arithmetic.
-    sample = [fact.answer for fact in facts.load_facts() for _ in range(20)]
+    answers = [fact.answer for fact in facts.load_facts()] + [chinese for _, chinese in translate.PAIRS]
+    sample = answers * 20
+    # What the model says has no character in pieces, which sampling could tear apart.
+    sample += sorted({char for answer in answers for char in answer if not char.isascii()}) * 1000
     markup = SPECIAL_TOKENS + MARKUP_TOKENS
     for document in mix.documents(seed, num_documents):
         for token in markup:

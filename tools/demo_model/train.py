@@ -1,17 +1,20 @@
-"""Train the demo model on one GPU: `python tools/demo_model/train.py --data DIR --model DIR`.
+"""Train the demo model: `python tools/demo_model/train.py --data DIR --model DIR`.
 
 The network is Qwen3's, written out here so that packed documents can be masked from each other and compiled; its
-parameters carry Hugging Face's names, and the export is an ordinary checkpoint.
+parameters carry Hugging Face's names, and the export is an ordinary checkpoint. On several GPUs of one machine:
+`torchrun --nproc-per-node 4 tools/demo_model/train.py ...`; each then takes `--rows` rows in a step.
 """
 
 import argparse
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from model_files import CONFIG, CONTEXT, write_small_files
 from safetensors.torch import load_file, save_file
@@ -79,32 +82,35 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    """`dropout` is the share of what attention and MLP add that training leaves out."""
+
+    def __init__(self, dropout: float) -> None:
         super().__init__()
+        self.dropout = dropout
         self.self_attn = Attention()
         self.mlp = MLP()
         self.input_layernorm = Norm(HIDDEN)
         self.post_attention_layernorm = Norm(HIDDEN)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + F.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask), self.dropout)
+        return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), self.dropout)
 
 
 class Decoder(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dropout: float) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(CONFIG["vocab_size"], HIDDEN)
-        self.layers = nn.ModuleList(Layer() for _ in range(CONFIG["num_hidden_layers"]))
+        self.layers = nn.ModuleList(Layer(dropout) for _ in range(CONFIG["num_hidden_layers"]))
         self.norm = Norm(HIDDEN)
 
 
 class Qwen3(nn.Module):
     """Token ids [batch, length] to hidden states [batch, length, hidden]; the embedding is also the LM head."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.model = Decoder()
+        self.model = Decoder(dropout)
         inverse = 1.0 / CONFIG["rope_theta"] ** (torch.arange(0, HEAD_DIM, 2).float() / HEAD_DIM)
         angles = torch.arange(CONTEXT).float()[:, None] * inverse
         self.register_buffer("cos", torch.cat((angles, angles), dim=-1).cos(), persistent=False)
@@ -137,7 +143,7 @@ class Muon:
     model's own step.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01) -> None:
+    def __init__(self, parameters: list[nn.Parameter], lr: float, decay: float, momentum: float = 0.95) -> None:
         self.lr, self.momentum, self.decay = lr, momentum, decay
         shapes = sorted({tuple(p.shape) for p in parameters})
         self.groups = [[p for p in parameters if tuple(p.shape) == shape] for shape in shapes]
@@ -210,46 +216,73 @@ def schedule(progress: float) -> float:
     return min(1.0, progress / 0.01 + 0.02, 2.0 * (1.0 - progress) + 1e-3)
 
 
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """The mean over all processes, in one message."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat, op=dist.ReduceOp.AVG)
+    parts = flat.split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+
+
+def steps_that_fit(args: argparse.Namespace, seconds_per_step: float) -> int:
+    """How many steps `--max-seconds` leaves time for; all processes take the first one's word."""
+    fit = torch.tensor(min(args.steps, int(args.max_seconds / seconds_per_step)), device=args.device)
+    if dist.is_initialized():
+        dist.broadcast(fit, 0)
+    return int(fit)
+
+
 def train(args: argparse.Namespace) -> Qwen3:
     device = args.device
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        torch.cuda.set_device(rank)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    model = Qwen3().to(device)
+    model = Qwen3(args.dropout).to(device)
     if args.init:
         model.load_state_dict(load_file(args.init / "model.safetensors", device=device))
-    rows = Rows(args.data, device, args.seed)
+    torch.manual_seed(args.seed + rank)
+    rows = Rows(args.data, device, args.seed + rank)
+    parameters = list(model.parameters())
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
-    muon = Muon(matrices, args.lr)
+    muon = Muon(matrices, args.lr, args.decay)
     adam = torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
     loss_of = weighted_loss
     if device == "cuda":
         for layer in model.model.layers:
             layer.compile(fullgraph=True)
         loss_of = torch.compile(weighted_loss)
-    print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(rows.tokens)} rows", flush=True)
-    began = 0.0
-    for step in range(args.steps):
-        if step == 5:  # The first steps compile; the clock of --max-seconds starts after them.
+    say = print if rank == 0 else (lambda *args, **options: None)
+    say(f"{sum(p.numel() for p in parameters)} parameters, {len(rows.tokens)} rows", flush=True)
+    began, steps, step = 0.0, args.steps, 0
+    while step < steps:
+        if step == 10:  # The first steps compile; the clock of --max-seconds starts after them.
             began = time.perf_counter()
-        elapsed = time.perf_counter() - began if began else 0.0
-        progress = max(step / args.steps, elapsed / args.max_seconds)
-        if progress >= 1.0:
-            break
-        scale = schedule(progress)
+        scale = schedule(step / steps)
         ids, targets, weights, numbers = rows.next(args.rows, args.prompt_weight)
         with torch.autocast(device, dtype=torch.bfloat16):
             hidden = model(ids, document_mask(numbers))
             loss = loss_of(hidden, model.model.embed_tokens.weight, targets, weights)
         loss.backward()
+        if world > 1:
+            average_gradients(parameters)
         for group in adam.param_groups:
             group["lr"] = args.adam_lr * scale
         adam.step()
         muon.step(scale)
         model.zero_grad(set_to_none=True)
-        if step % args.log_every == 0 or step == args.steps - 1:
-            speed = (step - 5) * args.rows * CONTEXT / elapsed / 1e6 if elapsed > 0 else 0.0
-            print(f"step {step} loss {loss.item():.4f} {elapsed:.0f} s {speed:.2f} M tokens/s", flush=True)
+        step += 1
+        if step % args.log_every == 0 or step == steps:
+            last = loss.item()
+            elapsed = time.perf_counter() - began if began else 0.0
+            if elapsed and step >= 200:
+                steps = min(steps, steps_that_fit(args, elapsed / (step - 10)))
+            speed = (step - 10) * args.rows * world * CONTEXT / elapsed / 1e6 if elapsed else 0.0
+            say(f"step {step} of {steps} loss {last:.4f} {elapsed:.0f} s {speed:.2f} M tokens/s", flush=True)
     return model
 
 
@@ -265,17 +298,23 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="directory of the tokenizer; the weights go there")
     parser.add_argument("--init", type=Path, help="go on from this checkpoint instead of random weights")
-    parser.add_argument("--steps", type=int, default=7800)
-    parser.add_argument("--max-seconds", type=float, default=800.0, help="the schedule ends by then, at any step")
+    parser.add_argument("--steps", type=int, default=7352)
+    parser.add_argument("--max-seconds", type=float, default=800.0, help="fewer steps, if they would take longer")
     parser.add_argument("--rows", type=int, default=32, help="rows of 2,048 tokens in one step")
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon")
     parser.add_argument("--adam-lr", type=float, default=0.003, help="of the embedding and the norms")
+    parser.add_argument("--decay", type=float, default=0.01, help="weight decay of the matrices")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of what attention and MLP add")
     parser.add_argument("--prompt-weight", type=float, default=0.1, help="loss weight of what the model does not say")
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    export_args = parser.parse_args()
-    export(train(export_args), export_args.model)
+    args = parser.parse_args()
+    model = train(args)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        export(model, args.model)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from . import words
+from . import heldout, words
 from .chat import Message, assistant, turn, user
 
 
@@ -112,23 +112,44 @@ turn off:disable,switch off,deactivate|turn on:enable,switch on,activate|happens
 slow:sluggish|measured:computed,determined|expensive:costly|small:little,tiny|default:standard,usual|find:locate,get|add:support|code:source|
 decides:determines|forget:drop,clear|talk:chat,speak|wrong:broken|terminal:console,command line|key:password|support:have,offer,know"""
 SYNONYMS = {k: v.split(",") for k, v in (item.split(":") for item in _SYNONYMS_TEXT.replace("\n", "").split("|"))}
+# Groups in which every word can stand for the others.
+_GROUPS_TEXT = """how do I:how can I:how to:what is the way to:how should I:is there a way to|I want to:I'd like to:I would like to:I need to:I am trying to:let me|can I:may I:could I:am I able to:is it possible to|
+download:fetch:pull:get|install:set up:put in place|delete:remove:erase:get rid of|error:failure:message:problem|fails:breaks:crashes:does not work|fix:mend:solve:repair|explain:describe:tell me about:clarify|
+difference:distinction:contrast|compare:contrast|folder:directory:place|weights:checkpoint:model files|laptop:computer:PC:notebook|card:GPU:video card|cards:GPUs|users:people:clients:customers|prompt:input:question|
+answer:reply:output:response|tokens:words:pieces|quick:fast:speedy|faster:quicker:speedier|slower:less quick|improve:raise:increase:boost|lower:reduce:decrease:cut|bigger:larger:greater|smaller:tinier:lesser|
+benefit:advantage:gain:use|drawback:disadvantage:downside|happens:occurs:goes on|several:multiple:many:more than one|at once:at the same time:together:in parallel|why:for what reason:how come|purpose:point:aim:goal|
+allowed:permitted:OK|supported:possible:available:accepted|support:handle:accept:take|configure:set:adjust:change|set:choose:pick:specify|parameter:option:flag:setting|server:service:endpoint|host:serve:run:deploy|
+run:start:launch:execute|stop:end:quit:halt|docker:container|windows:Windows 11|mac:macOS:MacBook|internet:network:web|offline:without internet|password:key:secret|private:confidential|log:record|memory:RAM:VRAM|
+long:lengthy|short:brief|correct:right|wrong:bad:incorrect|begin:start|reuse:share:recycle|store:keep:save:hold|split:divide:shard:spread|wait:queue|wasted:lost:unused|algorithm:method:technique|called:named|
+name of:term for:word for|mean:stand for:signify|exactly:precisely|example:sample|newcomer:beginner:novice|documentation:docs:manual|bug:issue:defect|cost:price|free:gratis|licence:license|program:app:tool|
+text:string:words|number:count:amount|measure:benchmark:test|guess:predict|copy:duplicate|send:post:submit|receive:get|requests:queries:calls|request:query:call|finished:done:complete|first:initial|per:for each"""
+for _group in _GROUPS_TEXT.replace("\n", "").split("|"):
+    for _word in _group.split(":"):
+        if " " not in _word:
+            SYNONYMS.setdefault(_word, [other for other in _group.split(":") if other != _word])
 _STOP_WORDS = {"the", "a", "an", "is", "are", "do", "does", "of", "to", "it", "in", "i", "that", "what", "how", "you"}
 
 
 @cache
 def load_facts() -> tuple[Fact, ...]:
-    """All facts of `facts/*.txt`, in file order.
+    """All facts of `facts/*.txt`, in file order; blocks with the same answer are one fact.
 
     Raises:
         ValueError: if a block has no answer, more than one, or nothing that asks for it.
     """
-    facts = []
+    facts: dict[str, Fact] = {}
     for path in sorted((Path(__file__).parent / "facts").glob("*.txt")):
         for block in re.split(r"\n\s*\n", path.read_text(encoding="utf-8").strip()):
             lines = [line for line in block.splitlines() if not line.startswith("#")]
             if lines:
-                facts.append(_parse(path.stem, lines))
-    return tuple(facts)
+                fact = _parse(path.stem, lines)
+                facts[fact.answer] = _merge(facts[fact.answer], fact) if fact.answer in facts else fact
+    return tuple(facts.values())
+
+
+def _merge(one: Fact, two: Fact) -> Fact:
+    asked = tuple(dict.fromkeys(one.questions + two.questions))
+    return Fact(one.file, one.topics + two.topics, asked, one.held_out + two.held_out, one.answer)
 
 
 def _parse(file: str, lines: list[str]) -> Fact:
@@ -138,7 +159,24 @@ def _parse(file: str, lines: list[str]) -> Fact:
     topics = [name.strip() for line in by_mark["="] for name in line.split("|")]
     if len(by_mark[">"]) != 1 or not topics + by_mark["?"]:
         raise ValueError(f"{file}.txt: a fact needs one answer and a way to ask for it: {lines}")
-    return Fact(file, tuple(topics), tuple(by_mark["?"]), tuple(by_mark["!"]), by_mark[">"][0])
+    # A special token in a question would end the message.
+    asked = tuple(text for text in by_mark["?"] if not heldout.is_reserved(text) and "<|" not in text)
+    return Fact(file, tuple(topics), asked, tuple(by_mark["!"]), by_mark[">"][0])
+
+
+_SMALL_WORDS = set(
+    """a an the is are am was do does did of to it its in i me my you your we us our they that this these those there here what how why which who when
+where can could would should will shall may might must if and or but so for on at by with from as be been have has had not no any some please just
+tell explain give show want need like get let s t m ve re d""".split()
+)
+ZH_SYNONYMS = [
+    group.split()
+    for group in """怎么 如何 怎样 咋|什么 啥 哪种|可以 能 能不能|使用 用|支持 能用 兼容|显卡 GPU 卡|启动 运行 跑起来 开启|模型 大模型|有没有 有无 是否有|多少 几|为什么 为啥 为何|哪里 哪儿 什么地方|
+怎么办 怎么解决 如何处理|区别 不同 差别|安装 装|下载 拉取|服务 服务器 服务端|参数 选项 设置|需要 要|想 想要 打算|请问 问一下 麻烦问下|解释 说明 讲讲|电脑 机器 计算机|现在 目前|一下 下|吗 么 不|很 非常 特别|
+你 您|帮我 替我 给我|告诉我 跟我说|知道 清楚 了解|显存 内存 GPU内存|快 迅速|慢 卡|和 跟 与|接口 API 端点|命令 指令|端口 端口号|文件 档案|关闭 关掉 停用 禁用|打开 开启 启用|多用户 很多人|回答 答案 回复|错误 报错 出错""".replace(
+        "\n", ""
+    ).split("|")
+]
 
 
 def is_chinese(text: str) -> bool:
@@ -167,10 +205,11 @@ def _lower_first(text: str) -> str:
 def vary(rng: random.Random, question: str, held_out: bool) -> str:
     """`question` with other openings, politeness, case, punctuation and slips, as people type."""
     if is_chinese(question):
-        text = question if rng.random() < 0.7 else rng.choice(ZH_PREFIXES) + question
+        text = rephrase_chinese(rng, question) if not held_out and rng.random() < 0.5 else question
+        text = text if rng.random() < 0.7 else rng.choice(ZH_PREFIXES) + text
         if rng.random() < 0.2:
             text = text.translate(_HALF_WIDTH)
-        return text.rstrip("\uff1f?。") if rng.random() < 0.3 else text
+        return (text.rstrip("\uff1f?。") if rng.random() < 0.3 else text) or question
     text = question
     if rng.random() < 0.35:
         for opening, others in REWRITES:
@@ -194,23 +233,67 @@ def vary(rng: random.Random, question: str, held_out: bool) -> str:
         text = misspell(rng, text)
     if rng.random() < 0.25:
         text = text.rstrip("?.")
-    return text.lower() if rng.random() < 0.25 else text
+    return (text.lower() if rng.random() < 0.25 else text) or question
 
 
 def rephrase(rng: random.Random, question: str) -> str:
     """Synonyms, dropped words and filler words: what is left are the words that matter."""
     parts = question.split(" ")
-    drop = rng.choice((0.0, 0.0, 0.08, 0.2))
+    drop = rng.choice((0.0, 0.0, 0.1, 0.2, 0.3))
     out = []
     for word in parts:
         bare = word.rstrip("?.,")
-        if bare in SYNONYMS and rng.random() < 0.4:
-            word = rng.choice(SYNONYMS[bare]) + word[len(bare) :]
+        others = SYNONYMS.get(bare) or SYNONYMS.get(bare.lower())
+        if others and rng.random() < 0.4:
+            word = rng.choice(others) + word[len(bare) :]
         if rng.random() >= drop or len(parts) < 4:
             out.append(word)
         if rng.random() < 0.04:
             out.append(rng.choice(_FILLERS))
     return " ".join(out) if out else question
+
+
+def rephrase_chinese(rng: random.Random, question: str) -> str:
+    """Other words for the same, and small words left out or put in."""
+    text = question
+    for group in rng.sample(ZH_SYNONYMS, len(ZH_SYNONYMS)):
+        found = [word for word in group if word in text]
+        if found and rng.random() < 0.3:
+            text = text.replace(found[0], rng.choice(group), 1)
+    if rng.random() < 0.2:
+        text = re.sub(rng.choice("的了吗呢啊一请我个"), "", text, count=1) or text
+    if rng.random() < 0.15 and len(text) > 6:
+        place = rng.randrange(len(text))
+        text = text[:place] + text[place + 1 :]
+    if rng.random() < 0.15:
+        text = text.rstrip("\uff1f?。") + rng.choice(("呢", "啊", "呀", "吗", "？？", "，谢谢", "，急"))
+    return text
+
+
+def fragment(rng: random.Random, fact: Fact) -> str:
+    """What is left of one of the fact's questions when it is typed into a search box; "" where that may mean others."""
+    question = rng.choice(fact.questions)
+    parts = [w for w in re.findall(r"[\w./+-]+", question) if w.lower() not in _SMALL_WORDS]
+    for _ in range(3):
+        if len(parts) < 2:
+            break
+        keep = rng.randint(2, len(parts))
+        chosen = (
+            sorted(rng.sample(range(len(parts)), keep)) if rng.random() < 0.7 else rng.sample(range(len(parts)), keep)
+        )
+        content = _content_words(" ".join(parts[i] for i in chosen))
+        if len(content) > 1 and sum(1 for bag in word_bags() if bag >= content) == 1:
+            return " ".join(parts[i] for i in chosen) + rng.choice(("", "", "?"))
+    return ""
+
+
+def swap_clauses(rng: random.Random, question: str) -> str:
+    """ "I have two cards, how do I use both?" the other way round."""
+    parts = re.split(r"(?<=[.?!]) |, ", question)
+    if len(parts) != 2 or min(map(len, parts)) < 8:
+        return question
+    second = parts[1].rstrip("?.!")
+    return f"{second[0].upper()}{second[1:]}{rng.choice(('?', '.', ','))} {_lower_first(parts[0].rstrip('.?!,'))}"
 
 
 def carrier(rng: random.Random) -> str:
@@ -289,8 +372,10 @@ def ask(rng: random.Random, fact: Fact, held_out: bool) -> str:
     chinese = is_chinese(fact.answer)
     if not chinese and fact.file != "small_talk":
         kind = rng.random()
-        if kind < 0.12 and (text := keyword_question(rng, fact)):
+        if kind < 0.08 and (text := keyword_question(rng, fact)):
             return misspell(rng, text) if rng.random() < 0.1 else text
+        if kind < 0.2 and fact.questions and (text := fragment(rng, fact)):
+            return vary(rng, text, False)
         if kind < 0.3 and fact.topics:
             text = rng.choice(LEADS) + rng.choice(CORES).format(t=rng.choice(fact.topics)) + rng.choice(("?", ".", ""))
             return vary(rng, rephrase(rng, text) if rng.random() < 0.3 else text, False)
@@ -302,8 +387,10 @@ def ask(rng: random.Random, fact: Fact, held_out: bool) -> str:
     question = rng.choice(fact.questions)
     if fact.file == "small_talk":
         if rng.random() < 0.4:
-            question = question.rstrip("!?.") + rng.choice(("!", ".", "?", "...", " :)", "!!", ""))
-    if not chinese and rng.random() < (0.15 if fact.file == "small_talk" else 0.5):
+            question = (question.rstrip("!?.") or question) + rng.choice(("!", ".", "?", "...", " :)", "!!", ""))
+    if not chinese and rng.random() < 0.25:
+        question = swap_clauses(rng, question)
+    if not chinese and rng.random() < (0.3 if fact.file == "small_talk" else 0.6):
         question = rephrase(rng, question)
     return vary(rng, question, False)
 
@@ -355,17 +442,23 @@ def _facts_of(files: str) -> list[int]:
 def pools() -> dict[str, list[int]]:
     """Indexes into `load_facts()` by skill."""
     return {
-        "facts": _facts_of("serving_basics serving_speed serving_models minisgl_use minisgl_inside"),
+        "facts": _facts_of("serving_basics serving_speed serving_models minisgl_use minisgl_inside product"),
         "small_talk": _facts_of("small_talk"),
-        "chinese_facts": _facts_of("chinese"),
+        "chinese_facts": _facts_of("chinese chinese_product"),
     }
+
+
+@cache
+def _pool_weights(pool: str) -> tuple[float, ...]:
+    """Facts that people ask for in many ways come more often, but not in proportion."""
+    return tuple((len(load_facts()[i].questions) + 3 * len(load_facts()[i].topics)) ** 0.5 for i in pools()[pool])
 
 
 def fact_unit(pool: str, rng: random.Random, held_out: bool) -> list[Message]:
     """A question and its answer, now and then followed by "tell me more" or "say that again"."""
     facts = load_facts()
     members = pools()[pool]
-    k = rng.randrange(len(members))
+    k = rng.choices(range(len(members)), _pool_weights(pool))[0]
     fact = facts[members[k]]
     messages = turn(ask(rng, fact, held_out), fact.answer)
     if not held_out and pool == "small_talk" and fact.answer in JOKES[:-1] and rng.random() < 0.5:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from . import words
 from .chat import Message, is_held_out, turn
-from .words import LIST_WORDS, NAMES, ZH_FOODS, made_up
+from .words import ACCENTED, EMOJI, LIST_WORDS, NAMES, ZH_FOODS, made_up, rare_character
 
 _WORDS = LIST_WORDS + [name.lower() for name in NAMES[:60]]
 
@@ -130,8 +130,12 @@ def _sentence(rng: random.Random) -> str:
         )
     if kind < 0.6:
         return "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 10)))
-    if kind < 0.7:
+    if kind < 0.66:
         return "".join(rng.sample(ZH_FOODS, rng.randint(1, 3)))
+    if kind < 0.74:
+        return "".join(rare_character(rng) for _ in range(rng.randint(1, 6)))
+    if kind < 0.78:
+        return rng.choice(EMOJI) + " " + " ".join(rng.sample(ACCENTED, 2))
     parts = [rng.choice(_WORDS) for _ in range(rng.randint(2, 8))]
     return " ".join(["the", *parts]) if rng.random() < 0.5 else " ".join(parts)
 

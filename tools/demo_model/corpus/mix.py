@@ -7,15 +7,20 @@ import random
 from collections.abc import Iterator
 from functools import partial
 
-from . import arithmetic, facts, json_fill, lists, recall, stories, tools, unknown, words
+from . import arithmetic, facts, heldout, json_fill, lists, recall, requests, stories, tools, translate, unknown, words
 from .chat import Conversation, Message, Unit, render, turn
 
 UNITS: dict[str, tuple[float, Unit]] = {
-    "facts": (44.0, partial(facts.fact_unit, "facts")),
-    "small_talk": (12.0, partial(facts.fact_unit, "small_talk")),
-    "chinese_facts": (8.0, partial(facts.fact_unit, "chinese_facts")),
-    "unknown": (6.0, unknown.unit),
+    "facts": (48.0, partial(facts.fact_unit, "facts")),
+    "small_talk": (14.0, partial(facts.fact_unit, "small_talk")),
+    "chinese_facts": (15.0, partial(facts.fact_unit, "chinese_facts")),
+    "unknown": (18.0, unknown.unit),
+    "requests": (3.0, requests.unit),
     "arithmetic": (10.0, arithmetic.unit),
+    "products": (2.5, arithmetic.product_unit),
+    "beyond_arithmetic": (2.5, arithmetic.beyond_unit),
+    "translation": (3.0, translate.unit),
+    "beyond_translation": (1.6, translate.beyond_unit),
     "stories": (3.0, stories.unit),
     "json": (11.0, json_fill.unit),
     "chinese_json": (1.6, json_fill.zh_unit),
@@ -28,7 +33,10 @@ _WEIGHTS = [weight for weight, _ in UNITS.values()]
 SYSTEMS = """You are a helpful assistant.|You are minisgl's demo model.|Be brief.|You are a friendly assistant.|Answer in one sentence.|
 You are a chat bot.|You help people who serve language models.|Be polite.|You are a small model built into minisgl.|Answer briefly and correctly.|
 You are a helpful AI assistant.|Keep your answers short.|You are an expert on LLM serving.|You are a kind teacher.|Always be honest.|
-You are an assistant for new users.|Please help the user.|You are a concise assistant.|你是一个有用的助手。|请简短回答。"""
+You are an assistant for new users.|Please help the user.|You are a concise assistant.|你是一个有用的助手。|请简短回答。|You are a helpful, respectful and honest assistant.|
+You are Qwen, created by Alibaba Cloud. You are a helpful assistant.|Answer the user's questions.|You are a coding assistant.|Think before you answer.|You are an agent that can use tools.|Use tools when they help.|
+You are a helpful assistant with access to functions. Use them if required.|Today's date is 28 November.|Do not use Markdown.|You are a customer support agent.|Always answer in English.|你是一个AI助手，请用中文回答。|You are an expert.|
+Answer concisely. If you do not know something, say so.|You are a command line assistant. Work step by step, and use the tools that you are given."""
 SYSTEM_PROMPTS = SYSTEMS.replace("\n", "").split("|")
 
 
@@ -46,8 +54,8 @@ def _with_system(rng: random.Random, messages: list[Message], share: float = 0.2
 def chat(rng: random.Random) -> Conversation:
     """One to six unrelated turns."""
     messages: list[Message] = []
-    if rng.random() < 0.06:
-        messages += introduction(rng)
+    if rng.random() < 0.1:
+        messages += introduction(rng, False)
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 4, 6))):
         messages += any_unit(rng)
         if (
@@ -59,13 +67,38 @@ def chat(rng: random.Random) -> Conversation:
     return Conversation(_with_system(rng, messages))
 
 
-def introduction(rng: random.Random) -> list[Message]:
+_ZH_GREETINGS = ("", "", "你好，", "您好，", "嗨，")
+_BESIDES = ("", "By the way, ", "And ", "btw ", "Oh, and ")
+
+
+def introduction(rng: random.Random, held_out: bool) -> list[Message]:
     """A name and a question in one message, and perhaps the question for the name."""
-    item = recall.Told(recall.ATTRIBUTES["name"], "name", words.person(rng, False), "")
-    (asked, answered), told = facts.fact_unit("facts", rng, False)[:2], recall.tell(rng, [item])
-    text = told[0]["content"].rstrip(".!") + ". " + asked["content"]
-    messages = turn(text, f"{told[1]['content']} {answered['content']}")
+    chinese = rng.random() < 0.2
+    kind = "zh_name" if chinese else "name"
+    draw = words.zh_person if chinese else words.person
+    item = recall.Told(recall.ATTRIBUTES[kind], kind, draw(rng, held_out), "")
+    asked, answered = _question(rng, chinese, held_out)
+    said, greeted = (message["content"] for message in recall.tell(rng, [item]))
+    if chinese:
+        said = rng.choice(_ZH_GREETINGS) + said.removeprefix("你好，").rstrip("。") + rng.choice("，。！")
+        text = said + asked
+    elif rng.random() < 0.15:
+        text = f"{asked.rstrip('.')}{'' if asked[-1:] in '?!' else '.'} {rng.choice(_BESIDES)}{said}"
+    else:
+        said = said.rstrip(".!") + rng.choice((". ", ". ", "! ", ", ", " and ", " - ", "; ", ".\n"))
+        text = rng.choice(("", "", "", "Hi! ", "Hello, ", "Hey ", "Good morning. ")) + said + asked
+    messages = turn(text, f"{greeted}{'' if chinese else ' '}{answered}")
     return messages + (recall.ask(rng, item) if rng.random() < 0.4 else [])
+
+
+def _question(rng: random.Random, chinese: bool, held_out: bool) -> tuple[str, str]:
+    """Something that a newcomer asks: a fact, small talk with a question mark, a sum."""
+    names = ["chinese_facts"] if chinese else ["facts", "facts", "facts", "small_talk", "arithmetic", "unknown"]
+    while True:
+        name = rng.choice(names)
+        asked, answered = (message["content"] for message in UNITS[name][1](rng, held_out)[:2])
+        if facts.is_chinese(asked + answered) == chinese and (name == "facts" or asked.endswith(("?", "\uff1f"))):
+            return asked, answered
 
 
 def drill(rng: random.Random) -> Conversation:
@@ -112,6 +145,9 @@ def tool_chat(rng: random.Random) -> Conversation:
     return Conversation(_with_system(rng, messages, 0.4), [kit.tool for kit in kits])
 
 
+_TOOL_WORDS = "time weather rain day date alarm book order call send play turn price stock translat sell buy paint repair open".split()
+
+
 def _plain_turns(rng: random.Random, offered: set[str]) -> list[Message]:
     """Talk that needs no tool, although tools are there."""
     names = ["small_talk", "small_talk", "facts", "sorting", "copying", "stories", "json"]
@@ -121,10 +157,7 @@ def _plain_turns(rng: random.Random, offered: set[str]) -> list[Message]:
         messages = UNITS[rng.choice(names)][1](rng, False)
         asked = messages[0]["content"].lower()
         # "What time is it?" is small talk without a clock, a call with one.
-        if (
-            not any(word in asked for word in ("time", "weather", "rain", "day is", "date"))
-            or "Once upon" in messages[1]["content"]
-        ):
+        if not any(word in asked for word in _TOOL_WORDS) or "Once upon" in messages[1]["content"]:
             return messages
 
 
@@ -138,7 +171,7 @@ def plain_text(rng: random.Random) -> str:
     if kind < 0.85:
         start = rng.randint(0, 50)
         return ", ".join(str(n) for n in range(start, start + rng.randint(5, 40)))
-    a, op, b = arithmetic.operands(rng, False)
+    a, op, b = arithmetic.operands(rng, False, 4)
     return f"{a} {op} {b} = {arithmetic.solve(a, op, b)}."
 
 
@@ -158,7 +191,10 @@ def document(rng: random.Random) -> str:
         return plain_text(rng) + "<|endoftext|>"
     weights = [weight for weight, _ in _KINDS]
     makers = [maker for _, maker in _KINDS]
-    return render(rng.choices(makers, weights)[0](rng))
+    while True:
+        conversation = rng.choices(makers, weights)[0](rng)
+        if not any(m["role"] == "user" and heldout.is_reserved(m["content"]) for m in conversation.messages):
+            return render(conversation)
 
 
 def documents(seed: int, count: int) -> Iterator[str]:
@@ -166,6 +202,20 @@ def documents(seed: int, count: int) -> Iterator[str]:
     rng = random.Random(seed)
     for _ in range(count):
         yield document(rng)
+
+
+def _many_bytes(rng: random.Random) -> list[Message]:
+    """Talk whose answer has characters of several bytes, tokens of their own or not."""
+    while True:
+        name = rng.choice(
+            ("chinese_facts", "copying", "chinese_json", "translation", "unknown", "introduction", "recall")
+        )
+        if name == "recall":
+            messages = remember(rng, True).messages
+        else:
+            messages = introduction(rng, True)[:2] if name == "introduction" else UNITS[name][1](rng, True)[:2]
+        if not messages[-1]["content"].isascii():
+            return messages
 
 
 def held_out_case(skill: str, rng: random.Random) -> Conversation:
@@ -187,5 +237,9 @@ def held_out_case(skill: str, rng: random.Random) -> Conversation:
             ),
         }[skill]()
         return Conversation(_with_system(rng, messages, 0.3), [k.tool for k in kits], skill)
+    if skill == "utf8":
+        return Conversation(_many_bytes(rng), skill=skill)
+    if skill == "introduction":
+        return Conversation(introduction(rng, True)[:2], skill=skill)
     before = any_unit(rng) if rng.random() < 0.3 else []
     return Conversation(before + UNITS[skill][1](rng, True)[:2], skill=skill)

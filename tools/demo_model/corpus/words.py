@@ -17,6 +17,12 @@ Freya Ingrid Lars Olga Boris Katya Mikhail Natasha Ahmed Layla Khalid Samira Tar
 Kenji Yuki Haruto Aiko Minho Jisoo Wei Jun Xiu Feng Thabo Zanele Amara Chidi Ngozi Kwame Carlos Isabel Javier Carmen Miguel
 Teresa Luca Giulia Matteo Chiara Pierre Camille Antoine Juliette Jan Piotr Agnes Zofia Milos Jelena Stefan Mirela""".split()
 
+# Letters that the tokenizer writes byte by byte: all bytes of a character have to follow each other.
+ACCENTED = """José Zoë Łukasz François Jürgen Søren Ñusta Şebnem Çağla Ólafur Åsa Émile Noël Renée Žofia Dvořák Øyvind Þóra Ígor Märta Günther Kärt
+Ángel Inés Iñaki Mãe João Gonçalo Böðvar Ștefan Răzvan Gražina Đorđe Ömer Ümit Chloé Maël Anaïs Göran Väinö Jiří Růžena Matěj Zdeněk""".split()
+
+EMOJI = "😀 😂 👍 🎉 ❤️ 🚀 🔥 🤖 🐱 🐶 🍕 ☕ 🌍 ✅ 👋 🙏 😎 🥳".split()
+
 CITIES = """Lima Paris Berlin Tokyo Rome Madrid Oslo Cairo Delhi Boston Chicago Dublin Vienna Prague Warsaw Athens Lisbon
 Zurich Geneva Munich Hamburg London Leeds Milan Naples Turin Seville Porto Lyon Nice Ghent Bruges Helsinki Stockholm Bergen
 Riga Vilnius Tallinn Sofia Bucharest Budapest Belgrade Zagreb Istanbul Ankara Beirut Amman Dubai Doha Mumbai Chennai Dhaka
@@ -89,7 +95,7 @@ def _draw(rng: random.Random, words: list[str], held_out: bool, made_up_share: f
 
 def person(rng: random.Random, held_out: bool) -> str:
     """A first name; held-out names never occur in training."""
-    return _draw(rng, NAMES, held_out, 0.35)
+    return _draw(rng, ACCENTED if rng.random() < 0.04 else NAMES, held_out, 0.35)
 
 
 def city(rng: random.Random, held_out: bool) -> str:
@@ -113,8 +119,19 @@ def zh_person(rng: random.Random, held_out: bool) -> str:
         name = rng.choice(ZH_NAMES)
         if rng.random() < 0.7:
             name = rng.choice(_ZH_FAMILY) + "".join(rng.choice(_ZH_GIVEN) for _ in range(rng.choice((1, 1, 2))))
+        if rng.random() < 0.15:
+            name = rng.choice(_ZH_FAMILY) + "".join(rare_character(rng) for _ in range(rng.choice((1, 2))))
         if is_held_out("name", name, every=10) == held_out:
             return name
+
+
+def rare_character(rng: random.Random) -> str:
+    """One of the 3,755 common characters of GB 2312: most of them have no token of their own."""
+    while True:
+        try:
+            return bytes((rng.randint(0xB0, 0xD7), rng.randint(0xA1, 0xFE))).decode("gb2312")
+        except UnicodeDecodeError:
+            continue
 
 
 def number(rng: random.Random, low: int, high: int) -> int:
