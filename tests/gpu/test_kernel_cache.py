@@ -24,7 +24,8 @@ def test_two_installations_share_the_cuda_kernels(tmp_path: Path) -> None:
     said = []
     for place in (tmp_path / "first", tmp_path / "second"):
         shutil.copytree(PACKAGE, place / "minisgl", ignore=shutil.ignore_patterns("__pycache__"))
-        environment = {**os.environ, "PYTHONPATH": str(place), "MINISGL_CACHE_DIR": str(tmp_path / "cache")}
+        paths = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]  # its libraries may be there
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "MINISGL_CACHE_DIR": str(tmp_path / "cache")}
         done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         said.append([line for line in done.stderr.splitlines() if "compil" in line])
