@@ -18,7 +18,7 @@ from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.server.bodies import json_response
 from minisgl.server.frontend import Frontend, Stream
-from minisgl.server.protocol import GenerationRequest, choice_seeds
+from minisgl.server.protocol import GenerationRequest, choice_seeds, renamed
 from minisgl.server.render import Renderer, Totals, event
 from minisgl.server.render_logprobs import mean_logprob
 
@@ -53,7 +53,7 @@ async def answer_request(
         return Response(status_code=499)
     except RequestError as error:
         _abort(streams)
-        raise renderer.refusal(error) from None
+        raise renamed(error, parsed.names) from None
     except BaseException:
         _abort(streams)
         raise

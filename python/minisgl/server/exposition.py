@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
+from typing import Any
 
-from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import ProcessCollector
+from prometheus_client.core import CounterMetricFamily as Counted
+from prometheus_client.core import GaugeMetricFamily as Gauge
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -33,72 +36,62 @@ class Exposition:
 
     def render(self, stats: StatsReply | None, accept: str) -> tuple[bytes, str]:
         """The text and its content type, in the format that the header `accept` asks for."""
-        registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        registry.register(_Fixed([*self._scheduler(stats), *self._counts(), *self._timings()]))
+        families = [*ProcessCollector(registry=None).collect(), *self._of_scheduler(stats), *self._of_requests()]
         # The header is not passed on: the library takes versions from it that it does not know, or fails.
         accepted = [media.partition(";")[0].strip() for media in accept.split(",")]
         encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS in accepted else "")
-        return encode(registry), content_type
+        return encode(_Fixed(families)), content_type
 
-    def _scheduler(self, stats: StatsReply | None) -> Iterator[Metric]:
+    def _of_scheduler(self, stats: StatsReply | None) -> Iterator[Metric]:
         if stats is None:
             return
         used = 1 - stats.num_free_pages / max(1, stats.num_pages)
-        yield self._gauge("num_requests_running", "Requests in the running batch.", stats.num_running)
-        yield self._gauge("num_requests_waiting", "Requests waiting to be run.", stats.num_waiting)
-        yield self._gauge("kv_cache_usage_perc", "KV cache in use by running requests; 1 is all of it.", used)
-        yield self._counter("num_preemptions", "Times that a running request went back.", stats.num_retracted)
+        yield self._family(Gauge, "num_requests_running", "Requests in the running batch.", stats.num_running)
+        yield self._family(Gauge, "num_requests_waiting", "Requests waiting to be run.", stats.num_waiting)
+        yield self._family(Gauge, "kv_cache_usage_perc", "KV cache in use by running requests; 1 is all of it.", used)
+        yield self._family(Counted, "num_preemptions", "Times that a running request went back.", stats.num_retracted)
         yield self._histogram("iteration_num_requests", "Requests per engine step.", stats.step_requests)
         yield self._histogram("iteration_tokens_total", "Tokens per engine step.", stats.step_tokens)
 
-    def _counts(self) -> Iterator[Metric]:
+    def _of_requests(self) -> Iterator[Metric]:
         requests = self._requests
-        yield self._counter("prompt_tokens", "Prompt tokens, cached ones included.", requests.num_prompt)
-        yield self._counter("generation_tokens", "Generated tokens.", requests.num_output)
-        yield self._counter("prefix_cache_queries", "Prompt tokens looked up in the cache.", requests.num_prompt)
-        yield self._counter("prefix_cache_hits", "Prompt tokens found in the cache.", requests.num_cached)
-        ended = CounterMetricFamily(
-            "minisgl:request_success", "Requests that have ended.", labels=(*_LABELS, "finished_reason")
+        yield self._family(Counted, "prompt_tokens", "Prompt tokens, cached ones included.", requests.num_prompt)
+        yield self._family(Counted, "generation_tokens", "Generated tokens.", requests.num_output)
+        yield self._family(
+            Counted, "prefix_cache_queries", "Prompt tokens looked up in the cache.", requests.num_prompt
         )
+        yield self._family(Counted, "prefix_cache_hits", "Prompt tokens found in the cache.", requests.num_cached)
+        labels = (*_LABELS, "finished_reason")
+        ended = Counted("minisgl:request_success", "Requests that have ended.", labels=labels)
         for reason, count in requests.num_finished.items():
             ended.add_metric((self._model_name, reason.value), count)
         yield ended
-        http = CounterMetricFamily("http_requests", "HTTP requests.", labels=("method", "handler", "status"))
-        for labels, count in self._http.items():
-            http.add_metric(labels, count)
+        http = Counted("http_requests", "HTTP requests.", labels=("method", "handler", "status"))
+        for values, count in self._http.items():
+            http.add_metric(values, count)
         yield http
+        yield self._histogram("time_to_first_token_seconds", "Until the first token.", requests.time_to_first_token)
+        yield self._histogram("inter_token_latency_seconds", "Between tokens.", requests.inter_token_latency)
+        yield self._histogram("e2e_request_latency_seconds", "Until the end of a request.", requests.end_to_end)
+        yield self._histogram("request_prompt_tokens", "Prompt tokens of a request.", requests.prompt_len)
+        yield self._histogram("request_generation_tokens", "Generated tokens of a request.", requests.output_len)
 
-    def _timings(self) -> Iterator[Metric]:
-        requests, shown = self._requests, self._histogram
-        yield shown("time_to_first_token_seconds", "Until the first token.", requests.time_to_first_token)
-        yield shown("inter_token_latency_seconds", "Between tokens.", requests.inter_token_latency)
-        yield shown("e2e_request_latency_seconds", "Until the end of a request.", requests.end_to_end)
-        yield shown("request_prompt_tokens", "Prompt tokens of a request.", requests.prompt_len)
-        yield shown("request_generation_tokens", "Generated tokens of a request.", requests.output_len)
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(f"minisgl:{name}", text, labels=_LABELS)
-        family.add_metric((self._model_name,), value)
-        return family
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(f"minisgl:{name}", text, labels=_LABELS)
-        family.add_metric((self._model_name,), value)
+    def _family(self, kind: type[Counted | Gauge | HistogramMetricFamily], name: str, text: str, *value: Any) -> Metric:
+        family = kind(f"minisgl:{name}", text, labels=_LABELS)
+        family.add_metric((self._model_name,), *value)
         return family
 
     def _histogram(self, name: str, text: str, values: Histogram | Counts) -> Metric:
-        family = HistogramMetricFamily(f"minisgl:{name}", text, labels=_LABELS)
-        limits = [*(str(float(bound)) for bound in values.bounds), "+Inf"]
-        family.add_metric((self._model_name,), list(zip(limits, accumulate(values.counts), strict=True)), values.total)
-        return family
+        limits = [*map(str, map(float, values.bounds)), "+Inf"]
+        buckets = list(zip(limits, accumulate(values.counts), strict=True))
+        return self._family(HistogramMetricFamily, name, text, buckets, values.total)
 
 
 class _Fixed(Collector):
     """Hands out what was collected already."""
 
-    def __init__(self, families: Sequence[Metric]) -> None:
+    def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families
 
-    def collect(self) -> Sequence[Metric]:
+    def collect(self) -> Iterable[Metric]:
         return self._families

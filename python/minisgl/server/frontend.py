@@ -10,42 +10,24 @@ import random
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from minisgl.config.runtime import Addresses
 from minisgl.core import MAX_SEED, FinishReason, SamplingParams
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
+from minisgl.message import frontend as replies
+from minisgl.message import tokenizer
 from minisgl.message.backend import AbortMsg, BackendMsg, FlushMsg, PingMsg, StatsMsg, backend_codec
 from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import (
-    AcceptedReply,
-    DecodedReply,
-    EncodedReply,
-    ErrorReply,
-    FlushReply,
-    FrontendMsg,
-    StatsReply,
-    UserReply,
-    frontend_codec,
-)
-from minisgl.message.tokenizer import (
-    ChatPrompt,
-    DecodeMsg,
-    EncodeMsg,
-    Prompt,
-    TextPrompt,
-    TokenizeMsg,
-    TokenizerMsg,
-    tokenizer_codec,
-)
+from minisgl.message.frontend import FrontendMsg, UserReply
 from minisgl.server.metrics import RequestMetrics, Timing
 from minisgl.utils.sockets import AsyncPullSocket, PushSocket
 
 logger = logging.getLogger(__name__)
 
-Question = PingMsg | EncodeMsg | DecodeMsg | StatsMsg | FlushMsg
+A = TypeVar("A")
 
 
 class Stream(AsyncIterator[UserReply]):
@@ -55,7 +37,7 @@ class Stream(AsyncIterator[UserReply]):
     Raises: RequestError when the request is refused or fails, WorkerDied when a child process is gone.
     """
 
-    __slots__ = ("_accepted", "_error", "_finished", "_frontend", "_replies", "_waiter", "request_ids", "timing", "uid")
+    __slots__ = ("_accepted", "_error", "_finished", "_frontend", "_news", "_replies", "request_ids", "timing", "uid")
 
     def __init__(self, frontend: Frontend, uid: int, request_ids: Sequence[str] = ()) -> None:
         self.uid = uid
@@ -63,7 +45,7 @@ class Stream(AsyncIterator[UserReply]):
         self.timing = Timing()
         self._frontend = frontend
         self._replies: deque[UserReply] = deque()
-        self._waiter: asyncio.Future[None] | None = None
+        self._news = asyncio.Event()
         self._error: MiniSGLError | None = None
         self._accepted = False  # the tokenizer has no objection
         self._finished = False  # nothing more is to come
@@ -92,11 +74,8 @@ class Stream(AsyncIterator[UserReply]):
             await self._change()
 
     async def _change(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        self._news.clear()
+        await self._news.wait()
 
     async def aclose(self) -> None:
         """Abort the request unless it has ended. Idempotent."""
@@ -109,47 +88,39 @@ class Stream(AsyncIterator[UserReply]):
     def push(self, reply: UserReply) -> None:
         self._replies.append(reply)
         self._finished = reply.finish_reason is not None
-        self._wake()
+        self._news.set()
 
     def accept(self) -> None:
         self._accepted = True
-        self._wake()
+        self._news.set()
 
     def fail(self, error: MiniSGLError) -> None:
         self._error = error
-        self._finished = True
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._news.set()
 
 
 def _merge(replies: deque[UserReply]) -> UserReply:
     """All waiting replies as one: texts and ids joined, counts and end of the last."""
-    text = "".join(reply.text for reply in replies)
-    token_ids = b"".join(reply.token_ids for reply in replies)
-    logprobs = tuple(token for reply in replies for token in reply.logprobs)
-    prompt_logprobs = tuple(token for reply in replies for token in reply.prompt_logprobs)
-    first, last = replies[0], replies[-1]
-    replies.clear()
-    return msgspec.structs.replace(
-        last,
-        text=text,
-        token_ids=token_ids,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        prompt_end=first.prompt_end,
+    merged = msgspec.structs.replace(
+        replies[-1],
+        text="".join(reply.text for reply in replies),
+        token_ids=b"".join(reply.token_ids for reply in replies),
+        logprobs=tuple(token for reply in replies for token in reply.logprobs),
+        prompt_logprobs=tuple(token for reply in replies for token in reply.prompt_logprobs),
+        prompt_end=replies[0].prompt_end,
     )
+    replies.clear()
+    return merged
 
 
 class Frontend:
     """Owns the streams by uid. Lives in one asyncio loop; use as an async context manager."""
 
     def __init__(self, addresses: Addresses) -> None:
-        self._inbox = AsyncPullSocket(addresses.frontend, frontend_codec)
-        self._tokenizers: list[PushSocket[TokenizerMsg]] = [
-            PushSocket(addresses.tokenizer(index), tokenizer_codec) for index in range(max(1, addresses.num_tokenizer))
+        self._inbox = AsyncPullSocket(addresses.frontend, replies.frontend_codec)
+        self._tokenizers: list[PushSocket[tokenizer.TokenizerMsg]] = [
+            PushSocket(addresses.tokenizer(index), tokenizer.tokenizer_codec)
+            for index in range(max(1, addresses.num_tokenizer))
         ]
         self._backend: PushSocket[BackendMsg] = PushSocket(addresses.backend, backend_codec)
         self.metrics = RequestMetrics()
@@ -157,35 +128,29 @@ class Frontend:
         self._asked: dict[int, asyncio.Future[FrontendMsg]] = {}  # what is not a stream: one answer each
         self._uids = itertools.count(1)
         self._down: MiniSGLError | None = None  # set: every new request gets this error
-        self._receiver: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Frontend:
-        self._receiver = asyncio.get_running_loop().create_task(self._receive(), name="frontend-receive")
+        self._receiver = asyncio.create_task(self._receive(), name="frontend-receive")
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.close()
+        """End every stream with an error and close the sockets."""
+        self.fail(WorkerDied("the server is shutting down"))
+        self._receiver.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._receiver
+        self._inbox.close()
+        self._backend.close()
+        for socket in self._tokenizers:
+            socket.close(linger_ms=100)  # the last aborts
 
     @property
     def num_streams(self) -> int:
         """Requests in flight."""
         return len(self._streams)
 
-    async def close(self) -> None:
-        """End every stream with an error and close the sockets. Idempotent."""
-        self.fail(WorkerDied("the server is shutting down"))
-        if self._receiver is not None:
-            self._receiver.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._receiver
-            self._receiver = None
-            self._inbox.close()
-            self._backend.close()
-            for socket in self._tokenizers:
-                socket.close(linger_ms=100)  # the last aborts
-
     def submit(
-        self, prompt: Prompt, params: SamplingParams, request_ids: Sequence[str] = (), *, notify: bool = False
+        self, prompt: tokenizer.Prompt, params: SamplingParams, request_ids: Sequence[str] = (), *, notify: bool = False
     ) -> Stream:
         """Send a request on its way. request_ids: for `cancel`; notify: for `Stream.accepted`.
 
@@ -196,7 +161,7 @@ class Frontend:
         if params.seed is None:
             params = replace(params, seed=random.randint(0, MAX_SEED))
         uid = next(self._uids)
-        self._tokenizer_of(uid).send([TokenizeMsg(uid=uid, prompt=prompt, params=params, notify=notify)])
+        self._tokenizer_of(uid).send([tokenizer.TokenizeMsg(uid=uid, prompt=prompt, params=params, notify=notify)])
         stream = self._streams[uid] = Stream(self, uid, request_ids)
         return stream
 
@@ -221,45 +186,42 @@ class Frontend:
 
         Raises: WorkerDied when a child is gone or no answer comes within `timeout` seconds.
         """
-        await self._ask(self._tokenizers[0], PingMsg(uid=next(self._uids)), timeout)
+        await self._ask(self._tokenizers[0], PingMsg(next(self._uids)), replies.PongReply, timeout)
 
-    async def encode(self, prompt: ChatPrompt | TextPrompt, *, special: bool) -> list[int]:
+    async def encode(self, prompt: tokenizer.ChatPrompt | tokenizer.TextPrompt, *, special: bool) -> list[int]:
         """The token ids of a prompt, which is not run. Raises: RequestError when it is refused, WorkerDied."""
         uid = next(self._uids)
-        reply = await self._ask(self._tokenizer_of(uid), EncodeMsg(uid, prompt, special))
-        assert isinstance(reply, EncodedReply)
-        return unpack_ids(reply.token_ids)
+        question = tokenizer.EncodeMsg(uid, prompt, special)
+        return unpack_ids((await self._ask(self._tokenizer_of(uid), question, replies.EncodedReply)).token_ids)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special: bool) -> str:
         """The text of token ids. Raises: RequestError when one of them does not exist, WorkerDied."""
         uid = next(self._uids)
-        reply = await self._ask(self._tokenizer_of(uid), DecodeMsg(uid, pack_ids(token_ids), skip_special))
-        assert isinstance(reply, DecodedReply)
-        return reply.text
+        question = tokenizer.DecodeMsg(uid, pack_ids(token_ids), skip_special)
+        return (await self._ask(self._tokenizer_of(uid), question, replies.DecodedReply)).text
 
-    async def stats(self, timeout: float) -> StatsReply:
+    async def stats(self, timeout: float) -> replies.StatsReply:
         """Rank 0's counts. Raises: WorkerDied, as `ping`."""
-        reply = await self._ask(self._backend, StatsMsg(uid=next(self._uids)), timeout)
-        assert isinstance(reply, StatsReply)
-        return reply
+        return await self._ask(self._backend, StatsMsg(next(self._uids)), replies.StatsReply, timeout)
 
     async def flush_cache(self, timeout: float) -> int:
         """Forget the cached prefixes that nobody uses. Returns the number of pages freed. Raises: WorkerDied."""
-        reply = await self._ask(self._backend, FlushMsg(uid=next(self._uids)), timeout)
-        assert isinstance(reply, FlushReply)
-        return reply.num_pages
+        return (await self._ask(self._backend, FlushMsg(next(self._uids)), replies.FlushReply, timeout)).num_pages
 
-    async def _ask(self, socket: PushSocket[Any], message: Question, timeout: float | None = None) -> FrontendMsg:
+    async def _ask(self, socket: PushSocket[Any], question: Any, kind: type[A], timeout: float | None = None) -> A:
+        """question: a message, with the uid that its answer has. kind: of the answer."""
         if self._down is not None:
             raise self._down
-        answer = self._asked[message.uid] = asyncio.get_running_loop().create_future()
-        socket.send([message])
+        answer = self._asked[question.uid] = asyncio.get_running_loop().create_future()
+        socket.send([question])
         try:
-            return await asyncio.wait_for(answer, timeout)
+            reply = await asyncio.wait_for(answer, timeout)
+            assert isinstance(reply, kind)
+            return reply
         except asyncio.TimeoutError:
             raise WorkerDied(f"the scheduler did not answer in {timeout:g} s") from None
         finally:
-            del self._asked[message.uid]
+            del self._asked[question.uid]
 
     def refuse(self, error: MiniSGLError) -> None:
         """From now on every new request gets this error; those in flight go on."""
@@ -276,7 +238,7 @@ class Frontend:
             if not answer.done():
                 answer.set_exception(error)
 
-    def _tokenizer_of(self, uid: int) -> PushSocket[TokenizerMsg]:
+    def _tokenizer_of(self, uid: int) -> PushSocket[tokenizer.TokenizerMsg]:
         return self._tokenizers[uid % len(self._tokenizers)]
 
     async def _receive(self) -> None:
@@ -289,37 +251,27 @@ class Frontend:
             self.fail(WorkerDied("the API server cannot receive replies any more"))
 
     def _dispatch(self, message: FrontendMsg) -> None:
-        if not isinstance(message, (UserReply, AcceptedReply, ErrorReply)) or message.uid in self._asked:
-            self._take_answer(message)
-            return
-        stream = self._streams.get(message.uid)
+        stream, answer, error = self._streams.get(message.uid), self._asked.get(message.uid), None
+        if isinstance(message, replies.ErrorReply):
+            error = RequestError(message.message, param=message.param, code=message.code, status=message.status)
+        if answer is not None and not answer.done():
+            if error is None:
+                answer.set_result(message)
+            else:
+                answer.set_exception(error)
         if stream is None:
-            return  # aborted here; the reply was under way
-        if isinstance(message, AcceptedReply):
-            stream.accept()
-            return
-        if isinstance(message, ErrorReply):
+            return  # not a stream's, or one that was aborted here while the reply was under way
+        if error is not None:
             del self._streams[message.uid]
             self.metrics.finish(stream.timing, FinishReason.ERROR)
-            stream.fail(_request_error(message))
-            return
-        self.metrics.take(stream.timing, message)
-        if message.finish_reason is not None:
-            del self._streams[message.uid]
-        if message.finish_reason is FinishReason.ERROR:
-            stream.fail(RequestError(message.error or "the request failed", status=500))
-        else:
-            stream.push(message)
-
-    def _take_answer(self, message: FrontendMsg) -> None:
-        answer = self._asked.get(message.uid)
-        if answer is None or answer.done():
-            return  # nobody waits for it any more
-        if isinstance(message, ErrorReply):
-            answer.set_exception(_request_error(message))
-        else:
-            answer.set_result(message)
-
-
-def _request_error(reply: ErrorReply) -> RequestError:
-    return RequestError(reply.message, param=reply.param, code=reply.code, status=reply.status)
+            stream.fail(error)
+        elif isinstance(message, UserReply):
+            self.metrics.take(stream.timing, message)
+            if message.finish_reason is not None:
+                del self._streams[message.uid]
+            if message.finish_reason is FinishReason.ERROR:
+                stream.fail(RequestError(message.error or "the request failed", status=500))
+            else:
+                stream.push(message)
+        elif isinstance(message, replies.AcceptedReply):
+            stream.accept()

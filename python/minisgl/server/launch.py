@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -45,7 +44,7 @@ def worker_specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]
     return specs
 
 
-@contextmanager
+@contextlib.contextmanager
 def running_workers(
     config: ServerConfig, make_specs: MakeSpecs = worker_specs, meanwhile: Callable[[], None] | None = None
 ) -> Iterator[tuple[Supervisor, Addresses]]:
@@ -55,20 +54,17 @@ def running_workers(
 
     Raises: ConfigError or WorkerDied when a child does not start.
     """
-    directory = make_socket_directory()
-    try:
+    with contextlib.ExitStack() as stack:
+        directory = make_socket_directory()
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
         addresses = Addresses(directory=directory, num_tokenizer=config.num_tokenizer)
         supervisor = Supervisor(make_specs(config, addresses))
-        try:
-            supervisor.start()
-            if meanwhile is not None:
-                meanwhile()
-            supervisor.wait_ready()
-            yield supervisor, addresses
-        finally:
-            supervisor.stop()
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        stack.callback(supervisor.stop)
+        supervisor.start()
+        if meanwhile is not None:
+            meanwhile()
+        supervisor.wait_ready()
+        yield supervisor, addresses
 
 
 def serve(args: ServerArgs) -> int:
@@ -117,26 +113,21 @@ def run_local(args: ServerArgs, use: Callable[[Frontend, ServerConfig], Awaitabl
     Raises: ConfigError, WorkerDied when a child does not start; WorkerDied, from the streams, when one dies.
     """
     config = prepare(args)
+
+    async def run(supervisor: Supervisor, addresses: Addresses) -> None:
+        from minisgl.server.frontend import Frontend
+
+        loop = asyncio.get_running_loop()
+        async with Frontend(addresses) as frontend:
+            supervisor.watch(lambda error: call_in(loop, frontend.fail, error))
+            await use(frontend, config)
+
     try:
         with _stop_signals(), running_workers(config) as (supervisor, addresses), _uninterrupted_end():
-            asyncio.run(_run_local(config, supervisor, addresses, use))
+            asyncio.run(run(supervisor, addresses))
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-async def _run_local(
-    config: ServerConfig,
-    supervisor: Supervisor,
-    addresses: Addresses,
-    use: Callable[[Frontend, ServerConfig], Awaitable[None]],
-) -> None:
-    from minisgl.server.frontend import Frontend
-
-    loop = asyncio.get_running_loop()
-    async with Frontend(addresses) as frontend:
-        supervisor.watch(lambda error: call_in(loop, frontend.fail, error))
-        await use(frontend, config)
 
 
 def call_in(loop: asyncio.AbstractEventLoop, function: Callable[[WorkerDied], None], error: WorkerDied) -> None:
@@ -187,7 +178,7 @@ def _import_http() -> None:
         import minisgl.server.http  # noqa: F401
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_signals() -> Iterator[None]:
     """SIGTERM does what Ctrl-C does: an exception that lets everything be put away. Restored at the end."""
 
@@ -205,7 +196,7 @@ def _stop_signals() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _uninterrupted_end() -> Iterator[None]:
     """After this block the children are stopped, and no signal may stop that half way."""
     try:

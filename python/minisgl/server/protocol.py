@@ -18,7 +18,7 @@ from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
 from minisgl.server.fields import fields_of
 from minisgl.server.messages import Message, chat_messages
 from minisgl.server.protocol_grammar import GrammarFields
-from minisgl.server.protocol_sampling import Defaults, SamplingFields
+from minisgl.server.protocol_sampling import Defaults, SamplingFields, check_ids
 from minisgl.server.protocol_tools import MAX_TOOLS, Tool, ToolUse, template_kwargs, tool_use
 from minisgl.server.strict import WHOLE, Body, Count, Fields, Reading, TokenId, load_object, optional, shown, validate
 
@@ -123,6 +123,7 @@ class GenerationRequest:
     tools: ToolUse | None = None  # None: the model is not to know of any
     best_of: int = 0  # so many choices for each prompt, of which the `n` most probable ones are shown; 0: n
     logprobs: bool = False  # are shown
+    names: Mapping[str, str] | None = None  # another API's, for fields of a chat: see `renamed`
 
     @property
     def num_choices(self) -> int:
@@ -135,9 +136,15 @@ def parse_chat(data: bytes, defaults: Defaults, reading: Reading | None = None) 
     return chat_request(load_object(data, CHAT, reading), defaults)
 
 
-def chat_request(raw: dict[str, Any], defaults: Defaults) -> GenerationRequest:
-    """The body of a chat, checked. Raises: RequestError naming the field at fault."""
-    body = validate(ChatBody, raw)
+def chat_request(raw: dict[str, Any], defaults: Defaults, names: Mapping[str, str] | None = None) -> GenerationRequest:
+    """The body of a chat, checked. names: see `renamed`. Raises: RequestError naming the field at fault."""
+    try:
+        return replace(_chat_request(validate(ChatBody, raw), defaults), names=names)
+    except RequestError as error:
+        raise renamed(error, names) from None
+
+
+def _chat_request(body: ChatBody, defaults: Defaults) -> GenerationRequest:
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = chat_messages(body.messages)
     if not messages:
@@ -239,9 +246,7 @@ def _reasoning(body: ChatBody) -> dict[str, Any]:
 
 
 def _ids_prompt(token_ids: Any, name: str) -> IdsPrompt:
-    bad = next((token for token in token_ids if not 0 <= token < 2**31), None)
-    if bad is not None:
-        raise RequestError(f"{name}: {bad} is not a token id", param=name)
+    check_ids(name, token_ids)
     return IdsPrompt(input_ids=pack_ids(token_ids))
 
 
@@ -260,8 +265,11 @@ def functions_of(
     return functions
 
 
-def renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
-    """An error about a chat, as another API says it. names: that it has for parameters; a function is flat there."""
+def renamed(error: RequestError, names: Mapping[str, str] | None) -> RequestError:
+    """An error about a chat, as another API says it. names: that it has for parameters (None: it is no other); a
+    function is flat there."""
+    if names is None:
+        return error
     old, message = (error.param or "").partition("[")[0], str(error)
     param = names.get(old, error.param)
     message = names[old] + message.removeprefix(old) if old in names and message.startswith(old) else message

@@ -11,7 +11,7 @@ from pydantic import Field
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
 from minisgl.server.fields import fields_of
-from minisgl.server.protocol import GenerationRequest, chat_request, functions_of, renamed
+from minisgl.server.protocol import GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
 from minisgl.server.protocol_tools import MAX_TOOLS
 from minisgl.server.strict import Body, Fields, Reading, load_object, optional, validate
@@ -110,14 +110,7 @@ def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = No
     if (shape := config.format or body.output_format) is not None:
         specified = {"name": "output", "schema": shape.get("schema")}
         chat["response_format"] = {"type": shape.get("type"), "json_schema": specified}
-    try:
-        return chat_request(chat, defaults)
-    except RequestError as error:
-        raise as_messages_say(error) from None
-
-
-def as_messages_say(error: RequestError) -> RequestError:
-    return renamed(error, _PARAMS)
+    return chat_request(chat, defaults, _PARAMS)
 
 
 def _function(tool: dict[str, Any]) -> dict[str, Any]:

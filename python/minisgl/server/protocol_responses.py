@@ -14,7 +14,7 @@ from pydantic import Field
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
 from minisgl.server.fields import OBJECTS, fields_of
-from minisgl.server.protocol import GenerationRequest, chat_request, functions_of, renamed
+from minisgl.server.protocol import GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
 from minisgl.server.response_items import messages_of
 from minisgl.server.response_store import Item, ResponseStore
@@ -80,11 +80,7 @@ class ResponsesRequest(GenerationRequest):
 
 
 def parse_responses(
-    data: bytes,
-    defaults: Defaults,
-    reading: Reading | None = None,
-    store: ResponseStore | None = None,
-    owner: str = "",
+    data: bytes, defaults: Defaults, reading: Reading | None = None, store: ResponseStore | None = None, owner: str = ""
 ) -> ResponsesRequest:
     """store, owner: where `previous_response_id` is. Raises: RequestError naming the field at fault."""
     reading = reading or Reading()
@@ -100,17 +96,10 @@ def parse_responses(
         chat[name] = getattr(body, name)
     chat["tools"] = functions_of(body.tools or (), _FUNCTIONS, reading, _TOOL)
     chat["tool_choice"] = body.tool_choice
-    try:
-        parsed = chat_request(chat, defaults)
-    except RequestError as error:
-        raise as_responses_say(error) from None
+    parsed = chat_request(chat, defaults, _PARAMS)
     return ResponsesRequest(
         **{part.name: getattr(parsed, part.name) for part in fields(parsed)}, body=body, items=items
     )
-
-
-def as_responses_say(error: RequestError) -> RequestError:
-    return renamed(error, _PARAMS)
 
 
 def _conversation(body: ResponsesBody, store: ResponseStore, owner: str) -> list[Item]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Annotated, Any
 
 from pydantic import BaseModel
@@ -28,20 +28,7 @@ _STOP_SCHEMA: dict[str, Any] = {
     "maxLength": MAX_STOP_LEN,
     "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LEN},
 }
-_PLAIN = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "min_tokens",
-    "priority",
-    "ignore_eos",
-    "skip_special_tokens",
-    "include_stop_str_in_output",
-)
+Defaults = Mapping[str, float | int]  # the model's own, by the names of `SamplingParams`
 
 
 class SamplingFields(BaseModel):
@@ -84,45 +71,51 @@ class SamplingFields(BaseModel):
         return SamplingParams(
             seed=None if self.seed in (None, -1) else self.seed % (MAX_SEED + 1),
             stop=_stops(self.stop),
-            stop_token_ids=_stop_ids(self.stop_token_ids),
-            logit_bias=_biases(self.logit_bias),
+            stop_token_ids=_stop_ids(self.stop_token_ids or []),
+            logit_bias=_biases(self.logit_bias or {}),
             logprobs=logprobs,
             grammar=parse_grammar(dict(self)),
             **chosen,
         )
 
 
+# Of those fields: what `SamplingParams` has by the same name and in the same form.
+_PLAIN = SamplingFields.model_fields.keys() - {"logit_bias", "seed", "stop", "stop_token_ids"}
+
+
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(stops) > MAX_STOPS:
-        raise RequestError(f"stop must hold at most {MAX_STOPS} strings, not {len(stops)}", param="stop")
+    _check_count("stop", stops, MAX_STOPS, "strings")
     if any(len(string) > MAX_STOP_LEN for string in stops):
         raise RequestError(f"stop strings must have at most {MAX_STOP_LEN} characters", param="stop")
     return stops
 
 
-def _stop_ids(token_ids: list[int] | None) -> tuple[int, ...]:
-    if token_ids is None:
-        return ()
-    if len(token_ids) > MAX_STOP_IDS:
-        message = f"stop_token_ids must hold at most {MAX_STOP_IDS} ids, not {len(token_ids)}"
-        raise RequestError(message, param="stop_token_ids")
-    bad = next((token for token in token_ids if not 0 <= token < 2**31), None)
-    if bad is not None:
-        raise RequestError(f"stop_token_ids: {bad} is not a token id", param="stop_token_ids")
+def _stop_ids(token_ids: list[int]) -> tuple[int, ...]:
+    _check_count("stop_token_ids", token_ids, MAX_STOP_IDS, "ids")
+    check_ids("stop_token_ids", token_ids)
     return tuple(token_ids)
 
 
-def _biases(biases: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
+def _biases(biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
     """JSON has no numbers as keys: token ids are written as strings."""
-    if not biases:
-        return ()
-    if len(biases) > MAX_BIASES:
-        raise RequestError(f"logit_bias must hold at most {MAX_BIASES} tokens, not {len(biases)}", param="logit_bias")
+    _check_count("logit_bias", biases, MAX_BIASES, "tokens")
     bad = next((key for key in biases if not (key.isascii() and key.isdigit() and len(key) < 10)), None)
     if bad is not None:
         raise RequestError(f"logit_bias: {bad!r} is not a token id", param="logit_bias")
     return tuple({int(key): float(value) for key, value in biases.items()}.items())
+
+
+def _check_count(name: str, values: Sized, most: int, what: str) -> None:
+    if len(values) > most:
+        raise RequestError(f"{name} must hold at most {most} {what}, not {len(values)}", param=name)
+
+
+def check_ids(name: str, token_ids: Iterable[int]) -> None:
+    """Raises: RequestError naming the field when one of them can be no token of any model."""
+    bad = next((token for token in token_ids if not 0 <= token < 2**31), None)
+    if bad is not None:
+        raise RequestError(f"{name}: {bad} is not a token id", param=name)
 
 
 def check_policy(params: SamplingParams, policy: str) -> None:

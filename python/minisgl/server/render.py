@@ -90,10 +90,6 @@ class Renderer(Protocol):
         """The events after the last choice: the usage, for clients that asked for it."""
         return []
 
-    def refusal(self, error: RequestError) -> RequestError:
-        """What to say when the request is refused instead of answered."""
-        return error
-
     def failure(self, error: MiniSGLError) -> list[dict[str, Any]]:
         """The events at the end of a stream that failed after it began."""
         return [error_payload(error)]
@@ -102,45 +98,60 @@ class Renderer(Protocol):
         """The whole answer of a request that does not stream: the replies to each choice."""
 
 
-class ChatRenderer(Renderer):
+class _OpenAIRenderer(Renderer):
+    """What the answers of /v1/chat/completions and /v1/completions have in common."""
+
+    _prefix, _whole, _part = "", "", ""  # what the id begins with; what the answer and a chunk call themselves
+
+    def __init__(self, model: str, *, include_usage: bool, logprobs: bool = False) -> None:
+        self._include_usage, self._logprobs = include_usage, logprobs
+        self.id = f"{self._prefix}-{uuid.uuid4().hex}"
+        self._head = {"id": self.id, "created": int(time.time()), "model": model}
+
+    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
+        usage = {**self._head, "object": self._part, "choices": [], "usage": self._usage(totals)}
+        return [usage] if self._include_usage else []
+
+    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
+        shown = [self._choice(index, replies) for index, replies in enumerate(choices)]
+        return {**self._head, "object": self._whole, "choices": shown, "usage": self._usage(totals)}
+
+    def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
+        """What these replies say of a choice."""
+        raise NotImplementedError
+
+    def _usage(self, totals: Totals) -> dict[str, Any]:
+        return totals.usage()
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        usage = {"usage": None} if self._include_usage else {}
+        return {**self._head, "object": self._part, "choices": [choice], **usage}
+
+
+class ChatRenderer(_OpenAIRenderer):
     """/v1/chat/completions. `new_assembler` makes what reads one choice."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        include_usage: bool,
-        logprobs: bool = False,
-        new_assembler: Callable[[], Assembler] = Assembler,
-    ) -> None:
-        self._include_usage, self._logprobs = include_usage, logprobs
+    _prefix, _whole, _part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, model: str, *, new_assembler: Callable[[], Assembler] = Assembler, **options: bool) -> None:
+        super().__init__(model, **options)
         self._new_assembler = new_assembler
         self._assemblers: dict[int, Assembler] = {}  # by choice
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._head = {"id": self.id, "created": int(time.time()), "model": model}
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         chunks = []
         for begun in range(len(self._assemblers), index + 1):  # in order: clients number choices as they begin
-            chunks.append(self._chunk(begun, {"role": "assistant", "content": ""}, None))
+            chunks.append(self._delta(begun, {"role": "assistant", "content": ""}))
             self._assemblers[begun] = self._new_assembler()
         assembler = self._assemblers[index]
         deltas = assembler.deltas(reply)
         if self._logprobs and reply.logprobs:  # with the first delta, if need be an empty one
             deltas = deltas or [{"content": ""}]
-            chunks.append(self._chunk(index, deltas.pop(0), None, chat_logprobs([reply])))
-        chunks += [self._chunk(index, delta, None) for delta in deltas]
+            chunks.append(self._delta(index, deltas.pop(0), logprobs=chat_logprobs([reply])))
+        chunks += [self._delta(index, delta) for delta in deltas]
         if reply.finish_reason is not None:
-            chunks.append(self._chunk(index, {}, assembler.finish_reason(reply)))
+            chunks.append(self._delta(index, {}, finish_reason=assembler.finish_reason(reply)))
         return chunks
-
-    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
-        usage = {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage(totals)}
-        return [usage] if self._include_usage else []
-
-    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
-        shown = [self._choice(index, replies) for index, replies in enumerate(choices)]
-        return {**self._head, "object": "chat.completion", "choices": shown, "usage": self._usage(totals)}
 
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
         assembler = self._assemblers[index] = self._new_assembler()
@@ -155,40 +166,23 @@ class ChatRenderer(Renderer):
         num_reasoning = sum(assembler.num_reasoning for assembler in self._assemblers.values())
         return {**totals.usage(), "completion_tokens_details": {"reasoning_tokens": num_reasoning}}
 
-    def _chunk(
-        self, index: int, delta: dict[str, Any], finish_reason: str | None, logprobs: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
-        if self._include_usage:
-            chunk["usage"] = None
-        return chunk
+    def _delta(self, index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more})
 
 
-class CompletionRenderer(Renderer):
+class CompletionRenderer(_OpenAIRenderer):
     """/v1/completions."""
 
-    def __init__(self, model: str, *, include_usage: bool, logprobs: bool = False) -> None:
-        self._include_usage, self._logprobs = include_usage, logprobs
+    _prefix, _whole, _part = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, model: str, **options: bool) -> None:
+        super().__init__(model, **options)
         self._cursors: defaultdict[int, TextCursor] = defaultdict(TextCursor)  # by choice
-        self.id = f"cmpl-{uuid.uuid4().hex}"
-        self._head = {"id": self.id, "object": "text_completion", "created": int(time.time()), "model": model}
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
         if not (reply.text or first or reply.finish_reason is not None or reply.logprobs):
             return []
-        choice = self._choice(index, [reply])
-        chunk: dict[str, Any] = {**self._head, "choices": [choice]}
-        if self._include_usage:
-            chunk["usage"] = None
-        return [chunk]
-
-    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
-        return [{**self._head, "choices": [], "usage": totals.usage()}] if self._include_usage else []
-
-    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
-        shown = [self._choice(index, replies) for index, replies in enumerate(choices)]
-        return {**self._head, "choices": shown, "usage": totals.usage()}
+        return [self._chunk(self._choice(index, [reply]))]
 
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
         logprobs = completion_logprobs(replies, self._cursors[index]) if self._logprobs else None

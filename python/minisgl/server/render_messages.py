@@ -10,11 +10,10 @@ from typing import Any
 from starlette.types import Scope
 
 from minisgl.core import FinishReason
-from minisgl.errors import MiniSGLError, RequestError
+from minisgl.errors import MiniSGLError
 from minisgl.message.frontend import UserReply
 from minisgl.parser.parts import CallPart, Part, TextPart
 from minisgl.server.assemble import Assembler
-from minisgl.server.protocol_messages import as_messages_say
 from minisgl.server.render import Renderer, Totals, error_payload, error_status, event, partial_object
 
 PATHS = re.compile(r"(/v1)?/messages\b")  # whose errors are Anthropic's
@@ -81,9 +80,6 @@ class MessagesRenderer(Renderer):
 
     def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
         return [{"type": "message_delta", "delta": self._end, "usage": _of(totals)}, {"type": "message_stop"}]
-
-    def refusal(self, error: RequestError) -> RequestError:
-        return as_messages_say(error)
 
     def failure(self, error: MiniSGLError) -> list[dict[str, Any]]:
         return [_error(error_payload(error), error_status(error))]

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisgl.core import FinishReason
-from minisgl.errors import MiniSGLError, RequestError
+from minisgl.errors import MiniSGLError
 from minisgl.message.frontend import UserReply
 from minisgl.parser.parts import CallPart, Part, TextPart
 from minisgl.server.assemble import Assembler
-from minisgl.server.protocol_responses import ResponsesRequest, as_responses_say
+from minisgl.server.protocol_responses import ResponsesRequest
 from minisgl.server.render import Renderer, Totals, partial_object
 from minisgl.server.response_store import Item
 
@@ -96,9 +96,6 @@ class ResponsesRenderer(Renderer):
         response = self._finished(totals)
         kind = "completed" if response["status"] == "completed" else "incomplete"
         return [self._event(f"response.{kind}", response=response)]
-
-    def refusal(self, error: RequestError) -> RequestError:
-        return as_responses_say(error)
 
     def failure(self, error: MiniSGLError) -> list[dict[str, Any]]:
         response = self._response("failed", [])
