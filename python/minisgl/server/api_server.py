@@ -24,7 +24,7 @@ from minisgl.server.bodies import MAX_BODY_BYTES, check_model, json_response, ow
 from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend
 from minisgl.server.operations import BODIES as MORE_BODIES
-from minisgl.server.operations import Limits, add_admin_routes, add_metrics_route, add_response_routes, add_text_routes
+from minisgl.server.operations import add_admin_routes, add_metrics_route, add_response_routes, add_text_routes
 from minisgl.server.protocol import (
     BODIES,
     ChatBody,
@@ -71,7 +71,6 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     health_seconds = env_number("MINISGL_HEALTH_TIMEOUT", DEFAULT_HEALTH_SECONDS, low=0.1, high=3600)
     keepalive = env_number("MINISGL_SSE_KEEPALIVE", DEFAULT_KEEPALIVE_SECONDS, low=0, high=86400)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
-    limits = Limits(max_body, health_seconds)
     _add_error_handlers(app)
     doc.describe(app, ALL_BODIES, keys=bool(config.access.api_keys))
 
@@ -154,9 +153,9 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
         """That this is a server of this API."""
         return json_response({"status": "ok", "server": "minisgl", "version": minisgl.__version__})
 
-    add_text_routes(app, frontend, config, limits)
+    add_text_routes(app, frontend, config, max_body)
     add_response_routes(app, store)
-    add_admin_routes(app, frontend, config, limits)
+    add_admin_routes(app, frontend, config, max_body, health_seconds)
     add_metrics_route(app, frontend, exposition)
     return app
 

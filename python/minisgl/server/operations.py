@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
@@ -20,6 +19,7 @@ from minisgl.server.frontend import Frontend
 from minisgl.server.messages import Message
 from minisgl.server.openapi import documented, fields
 from minisgl.server.protocol import chat_request
+from minisgl.server.protocol_sampling import check_ids
 from minisgl.server.protocol_tools import Tool
 from minisgl.server.response_store import ResponseStore
 from minisgl.server.strict import WHOLE, Body, Fields, TokenId, optional, shown, validate
@@ -66,21 +66,13 @@ ABORT = Fields(AbortBody.model_fields)
 BODIES: dict[type[BaseModel], Fields] = {TokenizeBody: TOKENIZE, DetokenizeBody: DETOKENIZE, AbortBody: ABORT}
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What requests may take."""
-
-    body_bytes: int
-    answer_seconds: float  # until the scheduler has answered
-
-
-def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limits: Limits) -> None:
+def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, max_body: int) -> None:
     """/tokenize and /detokenize."""
 
     @app.post("/tokenize", **documented(_TOKENS, TokenizeBody, errors=(404, 503)))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or a chat, as a request would have them."""
-        body = validate(TokenizeBody, await read_object(request, TOKENIZE, config, limits.body_bytes))
+        body = validate(TokenizeBody, await read_object(request, TOKENIZE, config, max_body))
         check_model(body.model, config)
         prompt, special = _prompt(body)
         tokens = await frontend.encode(prompt, special=special)
@@ -90,11 +82,9 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limi
     @app.post("/detokenize", **documented(_TEXT, DetokenizeBody, errors=(404, 503)))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        body = validate(DetokenizeBody, await read_object(request, DETOKENIZE, config, limits.body_bytes))
+        body = validate(DetokenizeBody, await read_object(request, DETOKENIZE, config, max_body))
         check_model(body.model, config)
-        bad = next((token for token in body.tokens if not 0 <= token < 2**31), None)
-        if bad is not None:
-            raise RequestError(f"tokens: {bad} is not a token id", param="tokens")
+        check_ids("tokens", body.tokens)
         skip = body.skip_special_tokens is not False
         text = await frontend.decode(body.tokens, skip_special=skip)
         return json_response({"prompt": text, "text": text})  # vLLM's name for it, and SGLang's
@@ -115,8 +105,8 @@ def _prompt(body: TokenizeBody) -> tuple[ChatPrompt | TextPrompt, bool]:
     return prompt, False
 
 
-def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, limits: Limits) -> None:
-    """What the operator asks and does."""
+def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, max_body: int, seconds: float) -> None:
+    """What the operator asks and does. seconds: that the scheduler has to answer."""
 
     @app.get("/version", **documented(fields(version="string")))
     async def version() -> Response:
@@ -126,7 +116,7 @@ def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, lim
     @app.get("/server_info", **documented(fields(version="string", load="object"), errors=(503,)))
     async def server_info() -> Response:
         """What was decided at start, and what is going on."""
-        stats = await frontend.stats(limits.answer_seconds)
+        stats = await frontend.stats(seconds)
         load = {
             "num_running_requests": stats.num_running,
             "num_waiting_requests": stats.num_waiting,
@@ -137,12 +127,12 @@ def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, lim
     @app.post("/flush_cache", **documented(fields(status="string", num_pages="integer"), errors=(503,)))
     async def flush_cache() -> Response:
         """Forget all cached prefixes that no running request uses."""
-        return json_response({"status": "ok", "num_pages": await frontend.flush_cache(limits.answer_seconds)})
+        return json_response({"status": "ok", "num_pages": await frontend.flush_cache(seconds)})
 
     @app.post("/abort_request", **documented(fields(num_aborted="integer"), AbortBody))
     async def abort_request(request: Request) -> Response:
         """End requests: their answers end with `abort`. Ids that are not there (any more) are no error."""
-        body = validate(AbortBody, await read_object(request, ABORT, config, limits.body_bytes))
+        body = validate(AbortBody, await read_object(request, ABORT, config, max_body))
         if (body.rid is None) == (not body.abort_all):
             raise RequestError("give either rid or abort_all: true", param="rid")
         if body.abort_all:
@@ -211,23 +201,18 @@ def add_metrics_route(app: FastAPI, frontend: Frontend, exposition: Exposition) 
         return Response(data, headers={"content-type": media_type})
 
 
+_OF_SCHEDULER = "max_running_requests max_prefill_length max_seq_len page_size cache_type schedule_policy overlap"
+
+
 def _settings(config: ServerConfig) -> dict[str, Any]:
     engine, scheduler = config.engine, config.scheduler
     return {
         "version": minisgl.__version__,
-        "model_path": engine.model_path,
         "served_model_name": config.served_model_name,
         "architecture": engine.model.architecture,
-        "dtype": engine.dtype,
-        "device": engine.device,
         "tensor_parallel_size": engine.tp_size,
-        "max_running_requests": scheduler.max_running_requests,
-        "max_prefill_length": scheduler.max_prefill_length,
-        "max_seq_len": scheduler.max_seq_len,
-        "page_size": scheduler.page_size,
-        "cache_type": scheduler.cache_type,
-        "schedule_policy": scheduler.schedule_policy,
-        "overlap": scheduler.overlap,
+        **{name: getattr(engine, name) for name in ("model_path", "dtype", "device")},
+        **{name: getattr(scheduler, name) for name in _OF_SCHEDULER.split()},
         "attention_backend": f"{engine.prefill_backend},{engine.decode_backend}",
         "num_tokenizer": config.num_tokenizer,
         "default_sampling": config.default_sampling,

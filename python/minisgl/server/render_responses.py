@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from minisgl.core import FinishReason
@@ -68,15 +69,16 @@ class ResponsesRenderer(Renderer):
         keep: Callable[[dict[str, Any], list[Item]], None] | None = None,
     ) -> None:
         self.id = f"resp_{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._settings = _settings(model, request)
+        head = {"id": self.id, "object": "response", "created_at": int(time.time())}
+        nothing = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))
+        self._head = {**head, **nothing, **_settings(model, request)}
         self._assembler = assembler
         self._request, self._keep = request, keep
         self._custom = [tool["name"] for tool in request.tools_used if tool["type"] == "custom"]
         self._item: _Item | None = None  # that grows
         self._output: list[dict[str, Any]] = []  # those that do not any more
         self._reason = FinishReason.STOP
-        self._num_events = 0
+        self._numbers = count()  # of events
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         events: list[dict[str, Any]] = []
@@ -127,7 +129,9 @@ class ResponsesRenderer(Renderer):
     def _open(self, kind: str, name: str | None = None) -> list[dict[str, Any]]:
         call = {} if name is None else {"name": name, "call_id": self._assembler.new_call_id()}
         item = self._item = _Item(kind, f"{_PREFIXES[kind]}_{uuid.uuid4().hex}", call)
-        events = [self._event("response.output_item.added", output_index=self._index, item=item.shown("in_progress"))]
+        events = [
+            self._event("response.output_item.added", output_index=len(self._output), item=item.shown("in_progress"))
+        ]
         if kind not in _WHOLE:
             events.append(self._item_event("added", part=item.part("")))
         return events
@@ -144,19 +148,13 @@ class ResponsesRenderer(Renderer):
         if item.kind not in _WHOLE:
             events.append(self._item_event("done", part=item.part(item.text)))
         shown = item.shown(status)
-        events.append(self._event("response.output_item.done", output_index=self._index, item=shown))
+        events.append(self._event("response.output_item.done", output_index=len(self._output), item=shown))
         self._output.append(shown)
         self._item = None
         return events
 
-    @property
-    def _index(self) -> int:
-        """Of the item that grows."""
-        return len(self._output)
-
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
-        number, self._num_events = self._num_events, self._num_events + 1
-        return {"type": kind, "sequence_number": number, **fields}
+        return {"type": kind, "sequence_number": next(self._numbers), **fields}
 
     def _item_event(self, what: str, **fields: Any) -> dict[str, Any]:
         """About the text of the item that grows, or about the part that holds it."""
@@ -167,7 +165,7 @@ class ResponsesRenderer(Renderer):
             fields["content_index"] = 0
         if about == "output_text":
             fields["logprobs"] = []
-        return self._event(f"response.{about}.{what}", item_id=item.id, output_index=self._index, **fields)
+        return self._event(f"response.{about}.{what}", item_id=item.id, output_index=len(self._output), **fields)
 
     def _finished(self, totals: Totals) -> dict[str, Any]:
         response = self._response(_STATUS.get(self._reason, "completed"), self._output)
@@ -180,20 +178,12 @@ class ResponsesRenderer(Renderer):
         return response
 
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": "response",
-            "created_at": self._created,
-            "completed_at": None,
-            "status": status,
-            "error": None,
-            "incomplete_details": None,
-            **self._settings,
-            "output": output,
-            "usage": None,
-        }
+        return {**self._head, "status": status, "output": output}
 
 
+# Fields of the answer that come back as they were sent, and those that say the same to everyone.
+_SENT = ("instructions", "max_output_tokens", "previous_response_id", "prompt_cache_key", "safety_identifier", "user")
+_SAME = {"background": False, "max_tool_calls": None, "service_tier": "default", "top_logprobs": 0}
 _EMPTY_TOOL: dict[str, Any] = {
     "function": {"description": None, "parameters": None, "strict": None},
     "custom": {"description": None},
@@ -205,26 +195,18 @@ def _settings(model: str, request: ResponsesRequest) -> dict[str, Any]:
     body = request.body
     text_format = body.text.format if body.text is not None else None
     return {
-        "background": False,
-        "instructions": body.instructions,
-        "max_output_tokens": body.max_output_tokens,
-        "max_tool_calls": None,
+        **_SAME,
+        **{name: getattr(body, name) for name in _SENT},
         "metadata": body.metadata or {},
         "model": model,
         "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "previous_response_id": body.previous_response_id,
-        "prompt_cache_key": body.prompt_cache_key,
         "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
-        "safety_identifier": body.safety_identifier,
-        "service_tier": "default",
         "temperature": request.params.temperature,
         "text": {"format": text_format or {"type": "text"}, "verbosity": "medium"},
         "tool_choice": body.tool_choice or "auto",
         "tools": [_EMPTY_TOOL[tool["type"]] | tool for tool in request.tools_used],
-        "top_logprobs": 0,
         "top_p": request.params.top_p,
         "truncation": "disabled",
-        "user": body.user,
     }
 
 
