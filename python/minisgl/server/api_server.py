@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -18,56 +17,38 @@ from minisgl.env import env_number
 from minisgl.errors import MiniSGLError
 from minisgl.message.tokenizer import ChatPrompt
 from minisgl.server import openapi as doc
+from minisgl.server import operations, protocol, render
 from minisgl.server.answer import answer_request
 from minisgl.server.assemble import new_assembler, with_grammar
 from minisgl.server.bodies import MAX_BODY_BYTES, check_model, json_response, owner_of, read_json, reading_of
 from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend
-from minisgl.server.operations import BODIES as MORE_BODIES
-from minisgl.server.operations import add_admin_routes, add_metrics_route, add_response_routes, add_text_routes
-from minisgl.server.protocol import (
-    BODIES,
-    ChatBody,
-    CompletionBody,
-    GenerateBody,
-    GenerationRequest,
-    parse_chat,
-    parse_completion,
-    parse_generate,
-)
 from minisgl.server.protocol_messages import MESSAGES, MessagesBody, parse_messages
 from minisgl.server.protocol_responses import RESPONSES, ResponsesBody, parse_responses
-from minisgl.server.protocol_sampling import check_policy
-from minisgl.server.render import (
-    ChatRenderer,
-    CompletionRenderer,
-    GenerateRenderer,
-    Renderer,
-    error_body,
-    error_payload,
-    error_status,
-)
+from minisgl.server.protocol_sampling import Defaults, check_policy
 from minisgl.server.render_messages import MessagesRenderer, as_asked
 from minisgl.server.render_responses import ResponsesRenderer
 from minisgl.server.response_store import ResponseStore
-from minisgl.server.strict import Fields, Reading
+from minisgl.server.strict import Reading
 
 DEFAULT_HEALTH_SECONDS = 10.0
 DEFAULT_KEEPALIVE_SECONDS = 10.0
 
 # What requests may have.
-ALL_BODIES: dict[type[BaseModel], Fields] = {**BODIES, ResponsesBody: RESPONSES, MessagesBody: MESSAGES, **MORE_BODIES}
+ALL_BODIES = protocol.BODIES | {ResponsesBody: RESPONSES, MessagesBody: MESSAGES} | operations.BODIES
 
-R = TypeVar("R", bound=GenerationRequest)
-Parser = Callable[[bytes, Mapping[str, float | int], Reading], R]
-Make = Callable[[R], Renderer]
+R = TypeVar("R", bound=protocol.GenerationRequest)
+Parser = Callable[[bytes, Defaults, Reading], R]
+Make = Callable[[R], render.Renderer]
 
 
 def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition) -> FastAPI:
     """The application. It has no state of its own: requests live in `frontend`, counts in `exposition`."""
     app = FastAPI(title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None)
     store = ResponseStore()
-    name, created = config.served_model_name, int(time.time())
+    name = config.served_model_name
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "minisgl"}
+    card |= {"root": config.engine.model_path, "max_model_len": config.scheduler.max_seq_len}
     health_seconds = env_number("MINISGL_HEALTH_TIMEOUT", DEFAULT_HEALTH_SECONDS, low=0.1, high=3600)
     keepalive = env_number("MINISGL_SSE_KEEPALIVE", DEFAULT_KEEPALIVE_SECONDS, low=0, high=86400)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
@@ -89,19 +70,22 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
 
         app.post(path, description=about, **doc.documented(answer, body, errors=(404, 503), events=events))(route)
 
-    def chat(r: GenerationRequest) -> Renderer:
+    def chat(r: protocol.GenerationRequest) -> render.Renderer:
         options = {"include_usage": r.include_usage, "logprobs": r.logprobs}
-        return ChatRenderer(name, **options, new_assembler=lambda: new_assembler(r, config))
+        return render.ChatRenderer(name, **options, new_assembler=lambda: new_assembler(r, config))
 
-    def completion(r: GenerationRequest) -> Renderer:
-        return CompletionRenderer(name, include_usage=r.include_usage, logprobs=r.logprobs)
+    def completion(r: protocol.GenerationRequest) -> render.Renderer:
+        return render.CompletionRenderer(name, include_usage=r.include_usage, logprobs=r.logprobs)
 
-    def message(r: GenerationRequest) -> Renderer:
+    def message(r: protocol.GenerationRequest) -> render.Renderer:
         return MessagesRenderer(name, new_assembler(r, config))
 
-    add("/v1/chat/completions", "Answer a chat.", "ChatCompletion", parse_chat, ChatBody, chat)
+    def generated(_: protocol.GenerationRequest) -> render.Renderer:
+        return render.GenerateRenderer()
+
+    add("/v1/chat/completions", "Answer a chat.", "ChatCompletion", protocol.parse_chat, protocol.ChatBody, chat)
     about = "Continue a text, or several."
-    add("/v1/completions", about, "TextCompletion", parse_completion, CompletionBody, completion)
+    add("/v1/completions", about, "TextCompletion", protocol.parse_completion, protocol.CompletionBody, completion)
 
     @app.post(
         "/v1/responses",
@@ -116,7 +100,7 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     about = "Answer a conversation, in Anthropic's words."
     add("/v1/messages", about, "MessageAnswer", parse_messages, MessagesBody, message, doc.MESSAGE_EVENTS)
     about = "Continue a text or token ids; the answer has token ids too."
-    add("/generate", about, "Generated", parse_generate, GenerateBody, lambda _: GenerateRenderer())
+    add("/generate", about, "Generated", protocol.parse_generate, protocol.GenerateBody, generated)
 
     @app.post(
         "/v1/messages/count_tokens",
@@ -134,13 +118,13 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     @app.get("/v1/models", **doc.documented("ModelList"))
     async def models() -> Response:
         """The model that is served."""
-        return json_response({"object": "list", "data": [_model_card(config, created)]})
+        return json_response({"object": "list", "data": [card]})
 
     @app.get("/v1/models/{model:path}", **doc.documented("ModelCard", errors=(404,)))
     async def model(model: str) -> Response:
         """The model, if it is the one that is served."""
         check_model(model, config)
-        return json_response(_model_card(config, created))
+        return json_response(card)
 
     @app.get("/health", **doc.documented(doc.fields(status="string"), errors=(503,)))
     async def health() -> Response:
@@ -153,37 +137,26 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
         """That this is a server of this API."""
         return json_response({"status": "ok", "server": "minisgl", "version": minisgl.__version__})
 
-    add_text_routes(app, frontend, config, max_body)
-    add_response_routes(app, store)
-    add_admin_routes(app, frontend, config, max_body, health_seconds)
-    add_metrics_route(app, frontend, exposition)
+    operations.add_text_routes(app, frontend, config, max_body)
+    operations.add_response_routes(app, store)
+    operations.add_admin_routes(app, frontend, config, max_body, health_seconds)
+    operations.add_metrics_route(app, frontend, exposition)
     return app
-
-
-def _model_card(config: ServerConfig, created: int) -> dict[str, Any]:
-    return {
-        "id": config.served_model_name,
-        "object": "model",
-        "created": created,
-        "owned_by": "minisgl",
-        "root": config.engine.model_path,
-        "max_model_len": config.scheduler.max_seq_len,
-    }
 
 
 def _add_error_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
             return Response(status_code=499)  # nobody is there to see it
-        headers, status, payload = None, 500, error_body(f"internal error: {type(error).__name__}", 500)
+        headers, status, payload = None, 500, render.error_body(f"internal error: {type(error).__name__}", 500)
         if isinstance(error, MiniSGLError):
-            status, payload = error_status(error), error_payload(error)
+            status, payload = render.error_status(error), render.error_payload(error)
             request.state.refused = payload["error"]["param"], payload["error"]["code"]
         elif isinstance(error, HTTPException):
             message, status, headers = error.detail, error.status_code, error.headers
             if status in (404, 405):
                 message = f"{request.method} {request.url.path}: {message.lower()}"
-            payload = error_body(message, status)
+            payload = render.error_body(message, status)
         return json_response(as_asked(request.scope, payload, status), status, dict(headers or {}))
 
     for kind in (MiniSGLError, ClientDisconnect, HTTPException, Exception):

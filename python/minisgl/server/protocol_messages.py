@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
 
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
-from minisgl.server.fields import fields_of
+from minisgl.server.fields import OBJECTS, fields_of
 from minisgl.server.protocol import GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
 from minisgl.server.protocol_tools import MAX_TOOLS
-from minisgl.server.strict import Body, Fields, Reading, load_object, optional, validate
+from minisgl.server.strict import Body, Reading, load_object, optional, validate
 
 # What Anthropic's own client puts before its system prompt (`x-anthropic-billing-header: …`), for Anthropic's servers.
 # It changes with each request: with it, no prompt would find its beginning in the prefix cache.
@@ -73,21 +72,8 @@ class MessagesBody(Body, SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")
 
 
-_OF_CALLS = ("id", "name", "input", "tool_use_id", "content", "is_error")
-_OF_TEXTS = ("type", "text", "thinking", "data", "signature", "source", "title", "context")
-_BLOCK = Fields((*_OF_CALLS, *_OF_TEXTS), ignored=("cache_control", "caller", "citations", "toolset_name"))
-_UNREAD = ("allowed_callers", "cache_control", "defer_loading", "eager_input_streaming", "input_examples")
-_TOOL = Fields(("type", "name", "description", "input_schema", "strict"), ignored=_UNREAD)
-_MODELS: dict[str, type[Body]] = {"tool_choice": ToolUseChoice, "output_config": OutputConfig, "thinking": Thinking}
-MESSAGES = fields_of(
-    MessagesBody,
-    nested={
-        "messages": Fields(("role", "content"), nested={"content": replace(_BLOCK, nested={"content": _BLOCK})}),
-        "system": _BLOCK,
-        "tools": _TOOL,
-        **{name: Fields(model.model_fields) for name, model in _MODELS.items()},
-    },
-)
+_TOOL = OBJECTS["described_tool"]
+MESSAGES = fields_of(MessagesBody)
 
 
 def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
