@@ -28,7 +28,6 @@ _STOP_SCHEMA: dict[str, Any] = {
     "maxLength": MAX_STOP_LEN,
     "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LEN},
 }
-Defaults = Mapping[str, float | int]  # the model's own, by the names of `SamplingParams`
 
 
 class SamplingFields(BaseModel):
