@@ -11,7 +11,15 @@ from __future__ import annotations
 
 
 class MiniSGLError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose.
+
+    What clients are told: `status` is the HTTP status, `param` names the offending field and `code` the kind of fault
+    (as in OpenAI's error objects).
+    """
+
+    status = 500
+    param: str | None = None
+    code: str | None = None
 
 
 class ConfigError(MiniSGLError):
@@ -19,11 +27,7 @@ class ConfigError(MiniSGLError):
 
 
 class RequestError(MiniSGLError):
-    """A request cannot be served as it was asked.
-
-    `param` names the offending field and `code` the kind of fault (as in OpenAI's error objects); `status` is the
-    HTTP status that it maps to.
-    """
+    """A request cannot be served as it was asked."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -38,3 +42,5 @@ class EngineError(MiniSGLError):
 
 class WorkerDied(MiniSGLError):
     """A child process ended, or stopped answering, while the server needed it."""
+
+    status = 503

@@ -25,10 +25,10 @@ def test_beats_never_wait_for_a_parent_that_does_not_listen(monkeypatch: pytest.
     monkeypatch.setattr(workers, "HEARTBEAT_SECONDS", 0.0)
     ours, theirs = multiprocessing.Pipe(duplex=False)
     control = workers.Control(theirs)
-    control.ready(pages=1)
+    control.ready()
     for _ in range(10_000):
         control.beat()
-    assert decode_control(ours.recv_bytes()) == Ready(info={"pages": 1})
+    assert decode_control(ours.recv_bytes()) == Ready()
     ours.close()
     theirs.close()
 

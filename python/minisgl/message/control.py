@@ -8,9 +8,7 @@ import msgspec
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready", forbid_unknown_fields=True):
-    """Start-up is over. `info` is what the others may want to know (the scheduler's page count …)."""
-
-    info: dict[str, str | int | float | bool] = {}
+    """Start-up is over."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", forbid_unknown_fields=True):

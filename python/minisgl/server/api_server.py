@@ -150,7 +150,7 @@ def _add_error_handlers(app: FastAPI) -> None:
             return Response(status_code=499)  # nobody is there to see it
         headers, status, payload = None, 500, render.error_body(f"internal error: {type(error).__name__}", 500)
         if isinstance(error, MiniSGLError):
-            status, payload = render.error_status(error), render.error_payload(error)
+            status, payload = error.status, render.error_payload(error)
             request.state.refused = payload["error"]["param"], payload["error"]["code"]
         elif isinstance(error, HTTPException):
             message, status, headers = error.detail, error.status_code, error.headers

@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import psutil
@@ -181,14 +180,8 @@ def _import_http() -> None:
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[None]:
     """SIGTERM does what Ctrl-C does: an exception that lets everything be put away. Restored at the end."""
-
-    def interrupt(_signum: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt),
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
-    }
+    stop = signal.default_int_handler
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 
 from minisgl.core import FinishReason
 from minisgl.message.frontend import UserReply
@@ -17,15 +18,14 @@ _REQUEST_BOUNDS = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0
 _LENGTH_BOUNDS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))  # tokens
 
 
+@dataclass(slots=True)
 class Timing:
     """One output's times so far."""
 
-    __slots__ = ("begin", "has_prompt", "last", "num_output")
-
-    def __init__(self) -> None:
-        self.begin = self.last = time.perf_counter()
-        self.has_prompt = False  # its prompt is counted
-        self.num_output = 0
+    begin: float = field(default_factory=time.perf_counter)
+    last: float = 0.0  # when tokens have come
+    has_prompt: bool = False  # its prompt is counted
+    num_output: int = 0
 
 
 class RequestMetrics:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from pydantic_core import from_json
 
-from minisgl.errors import MiniSGLError, RequestError, WorkerDied
+from minisgl.errors import MiniSGLError
 from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import UserReply
 from minisgl.server.assemble import Assembler
@@ -27,12 +27,6 @@ def event(payload: Mapping[str, Any]) -> bytes:
     return head + b"data: " + dump_json(payload) + b"\n\n"
 
 
-def error_status(error: MiniSGLError) -> int:
-    if isinstance(error, RequestError):
-        return error.status
-    return 503 if isinstance(error, WorkerDied) else 500
-
-
 def error_body(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """OpenAI's error object."""
     kind = "invalid_request_error" if status < 500 else "server_error"
@@ -40,9 +34,7 @@ def error_body(message: str, status: int, *, param: str | None = None, code: str
 
 
 def error_payload(error: MiniSGLError) -> dict[str, Any]:
-    if isinstance(error, RequestError):
-        return error_body(str(error), error.status, param=error.param, code=error.code)
-    return error_body(str(error), error_status(error))
+    return error_body(str(error), error.status, param=error.param, code=error.code)
 
 
 def partial_object(arguments: str) -> dict[str, Any]:

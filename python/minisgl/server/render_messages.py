@@ -14,7 +14,7 @@ from minisgl.errors import MiniSGLError
 from minisgl.message.frontend import UserReply
 from minisgl.parser.parts import CallPart, Part, TextPart
 from minisgl.server.assemble import Assembler
-from minisgl.server.render import Renderer, Totals, error_payload, error_status, event, partial_object
+from minisgl.server.render import Renderer, Totals, error_payload, event, partial_object
 
 PATHS = re.compile(r"(/v1)?/messages\b")  # whose errors are Anthropic's
 _REASONS = {FinishReason.STOP: "end_turn", FinishReason.TOOL_CALLS: "tool_use"}  # else: it was cut off
@@ -82,7 +82,7 @@ class MessagesRenderer(Renderer):
         return [{"type": "message_delta", "delta": self._end, "usage": _of(totals)}, {"type": "message_stop"}]
 
     def failure(self, error: MiniSGLError) -> list[dict[str, Any]]:
-        return [_error(error_payload(error), error_status(error))]
+        return [_error(error_payload(error), error.status)]
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
         for reply in choices[0]:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -45,7 +45,6 @@ class _Worker:
     connection: Connection
     last_beat: float
     ready: bool = False
-    info: dict[str, Any] = field(default_factory=dict)
     failure: Failed | None = None
     closed: bool = False  # its end of the pipe
 
@@ -68,8 +67,8 @@ class Supervisor:
             with signals_deferred():
                 self._spawn(spec)
 
-    def wait_ready(self) -> dict[str, dict[str, Any]]:
-        """Wait until each child is ready. Returns what each has told about itself, by name.
+    def wait_ready(self) -> None:
+        """Wait until each child is ready.
 
         Raises: ConfigError or WorkerDied with the failing child's own words, at once; `stop` the others then.
         """
@@ -79,7 +78,6 @@ class Supervisor:
             if time.monotonic() >= deadline:
                 late = ", ".join(worker.name for worker in self._workers if not worker.ready)
                 raise WorkerDied(f"not ready after {self._start_timeout:g} s: {late} (MINISGL_START_TIMEOUT)")
-        return {worker.name: worker.info for worker in self._workers}
 
     def check(self, timeout: float) -> None:
         """Wait up to `timeout` seconds for news from the children. Raises: as `wait_ready`."""
@@ -160,7 +158,7 @@ class Supervisor:
                 message = decode_control(worker.connection.recv_bytes())
                 worker.last_beat = time.monotonic()
                 if isinstance(message, Ready):
-                    worker.ready, worker.info = True, message.info
+                    worker.ready = True
                 elif isinstance(message, Failed):
                     worker.failure = message
                 else:

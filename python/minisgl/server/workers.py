@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, TokenizerConfig
@@ -41,9 +40,9 @@ class Control:
         self._connection = connection
         self._next_beat = 0.0
 
-    def ready(self, **info: str | int | float | bool) -> None:
-        signal.signal(STOP_SIGNAL, _on_stop)
-        self._send(Ready(info=info))
+    def ready(self) -> None:
+        signal.signal(STOP_SIGNAL, lambda *_: sys.exit(0))
+        self.send(Ready())
 
     def beat(self) -> None:
         """Tell that the main loop is alive. Call it as often as you like: it sends one message a second.
@@ -54,12 +53,9 @@ class Control:
         if now >= self._next_beat:
             self._next_beat = now + HEARTBEAT_SECONDS
             if select.select((), (self._connection,), (), 0)[1]:
-                self._send(Heartbeat())
+                self.send(Heartbeat())
 
-    def failed(self, message: str, *, config: bool) -> None:
-        self._send(Failed(message=message, config=config))
-
-    def _send(self, message: ControlMsg) -> None:
+    def send(self, message: ControlMsg) -> None:
         try:
             self._connection.send_bytes(encode_control(message))
         except (BrokenPipeError, ConnectionResetError):
@@ -94,10 +90,10 @@ def run_child(
     except MiniSGLError as error:
         logger.debug("%s ends", name, exc_info=True)
         status = 2 if isinstance(error, ConfigError) else 1
-        control.failed(_one_line(error), config=isinstance(error, ConfigError))
+        control.send(Failed(_one_line(error), config=isinstance(error, ConfigError)))
     except Exception as error:
         logger.exception("%s ends", name)
-        control.failed(f"{type(error).__name__}: {_one_line(error)}", config=False)
+        control.send(Failed(f"{type(error).__name__}: {_one_line(error)}", config=False))
     finally:
         sys.stderr.flush()
         os._exit(status)  # threads of libraries must not keep a finished process alive
@@ -107,7 +103,9 @@ def tokenizer_main(
     control: Control, config: TokenizerConfig, addresses: Addresses, endpoint: str, codec: TextCodec | None = None
 ) -> None:
     """A tokenizer, the detokenizer, or both: `endpoint` tells."""
-    _hide_torch()
+    # Tokenizers do not need torch, but transformers imports it where it finds it: seconds, and hundreds of MB.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would report that models are unavailable
+    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say "not importable"
     from minisgl.tokenizer.server import TokenizerServer
 
     server = TokenizerServer(config, addresses, endpoint, codec)
@@ -177,16 +175,6 @@ def set_cuda_environment(config: EngineConfig) -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-def _hide_torch() -> None:
-    """Tokenizers do not need torch, but transformers imports it where it finds it: seconds, and hundreds of MB."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would report that models are unavailable
-    sys.modules["torch"] = None  # type: ignore[assignment]  # Python's own way to say "not importable"
-
-
-def _on_stop(_signum: int, _frame: FrameType | None) -> None:
-    raise SystemExit(0)
-
-
 def _die_with_parent(from_main: bool) -> None:
     """End with the parent, whatever ends it. The kernel's signal is at once, but is tied to the parent's thread
     that started us, so it is asked for only if that was the main thread; the watching thread is for all cases."""
@@ -206,5 +194,4 @@ def _die_with_parent(from_main: bool) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else "no details"
+    return next(filter(None, map(str.strip, str(error).splitlines())), "no details")
