@@ -22,22 +22,11 @@ from minisgl.server.strict import SCHEMA_REF
 Json = dict[str, Any]
 _MODE: Literal["validation"] = "validation"
 
-_ABOUT = (
-    "In requests, a field that is null counts as left out, and one that is unknown is ignored. Every answer has a "
-    "header `x-request-id`: the request's, if it had one."
-)
+_DATA = Path(__file__).with_name("answers.yaml").read_text(encoding="utf-8")
+_ABOUT, _ERRORS, _ANSWERS = yaml.safe_load_all(_DATA)
 EVENTS = "Server-sent events, each the JSON of a part of the answer, and `data: [DONE]`. An `error` may be the last."
 RESPONSE_EVENTS = "Server-sent events, named and made as OpenAI's."
 MESSAGE_EVENTS = "Server-sent events, named and made as Anthropic's."
-_ERRORS = {
-    400: "The request cannot be served as it was asked; `param` names the field.",
-    401: "No API key that the server knows.",
-    404: "There is no such model.",
-    413: "The body is too long.",
-    415: "The body does not say that it is JSON.",
-    500: "A fault of the server's.",
-    503: "A process of the server is gone, or does not answer.",
-}
 
 
 def fields(**types: str) -> Json:
@@ -91,12 +80,16 @@ def describe(app: FastAPI, bodies: Iterable[type[BaseModel]], *, keys: bool) -> 
 
 def _document(app: FastAPI, bodies: Iterable[type[BaseModel]], keys: bool) -> Json:
     document = get_openapi(
-        title=app.title, version=app.version, description=_ABOUT, routes=app.routes, separate_input_output_schemas=False
+        title=app.title,
+        version=app.version,
+        description=_ABOUT,
+        routes=app.routes,
+        separate_input_output_schemas=False,
     )
     components = document["components"]
     adapters = [(model.__name__, _MODE, TypeAdapter[Any](model)) for model in bodies]
     components["schemas"] |= TypeAdapter.json_schemas(adapters, ref_template=SCHEMA_REF)[1]["$defs"]
-    components["schemas"] |= yaml.safe_load(Path(__file__).with_name("answers.yaml").read_text(encoding="utf-8"))
+    components["schemas"] |= _ANSWERS
     for unused in ("HTTPValidationError", "ValidationError"):  # our routes check what they get by themselves
         components["schemas"].pop(unused, None)
     if keys:
