@@ -47,10 +47,6 @@ async def answer_request(
         # What is refused gets an HTTP status; once the request is on its way, an error is an event.
         await unless_disconnected(request.receive, _accepted(streams))
         return EventStream(_events(streams, renderer, totals), streams, renderer.keep_alive, keepalive)
-    except ClientDisconnect:
-        _abort(streams)
-        logger.debug("a client went away; its request is aborted")
-        return Response(status_code=499)
     except RequestError as error:
         _abort(streams)
         raise renamed(error, parsed.names) from None
@@ -149,7 +145,7 @@ class EventStream(Response):
         try:
             await unless_disconnected(receive, self._send(send))
         except ClientDisconnect:
-            logger.debug("a client went away; its stream is aborted")
+            pass  # which has been told
         finally:
             await self._events.aclose()
             _abort(self._streams)
@@ -187,6 +183,7 @@ async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
+        logger.debug("a client went away; its request is aborted")
         raise ClientDisconnect
     finally:
         task.cancel()

@@ -31,9 +31,6 @@ from minisgl.server.render_responses import ResponsesRenderer
 from minisgl.server.response_store import ResponseStore
 from minisgl.server.strict import Reading
 
-DEFAULT_HEALTH_SECONDS = 10.0
-DEFAULT_KEEPALIVE_SECONDS = 10.0
-
 # What requests may have.
 ALL_BODIES = protocol.BODIES | {ResponsesBody: RESPONSES, MessagesBody: MESSAGES} | operations.BODIES
 
@@ -49,8 +46,8 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     name = config.served_model_name
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "minisgl"}
     card |= {"root": config.engine.model_path, "max_model_len": config.scheduler.max_seq_len}
-    health_seconds = env_number("MINISGL_HEALTH_TIMEOUT", DEFAULT_HEALTH_SECONDS, low=0.1, high=3600)
-    keepalive = env_number("MINISGL_SSE_KEEPALIVE", DEFAULT_KEEPALIVE_SECONDS, low=0, high=86400)
+    health_seconds = env_number("MINISGL_HEALTH_TIMEOUT", 10, low=0.1, high=3600)
+    keepalive = env_number("MINISGL_SSE_KEEPALIVE", 10, low=0, high=86400)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
     _add_error_handlers(app)
     doc.describe(app, ALL_BODIES, keys=bool(config.access.api_keys))

@@ -151,11 +151,9 @@ def bind_port(host: str, port: int) -> socket.socket:
         listener.close()
         code, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
         flag = f"--host {host}" if code == errno.EADDRNOTAVAIL else f"--port {port}"
-        why = (
-            f"is taken{_holder(port)}; choose another"
-            if code == errno.EADDRINUSE
-            else f"cannot be taken: {reason.lower()}"
-        )
+        why = f"cannot be taken: {reason.lower()}"
+        if code == errno.EADDRINUSE:
+            why = f"is taken{_holder(port)}; choose another"
         raise ConfigError(f"{flag}: {host}:{port} {why}") from None
     return listener
 

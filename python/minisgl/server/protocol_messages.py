@@ -102,8 +102,8 @@ def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = No
 def _function(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool as chats have it."""
     return {
-        **{name: tool.get(name) for name in ("name", "description", "strict")},
         "parameters": tool.get("input_schema"),
+        **{name: tool.get(name) for name in ("name", "description", "strict")},
     }
 
 

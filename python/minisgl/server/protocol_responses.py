@@ -89,7 +89,8 @@ def parse_responses(
         raise RequestError(f"include: {_LOGPROBS} is not supported", param="include")
     items = _conversation(body, store or ResponseStore(), owner)
     sampling = {name: getattr(body, name) for name in SamplingFields.model_fields if name in body.model_fields_set}
-    chat = {**sampling, "messages": _messages(body, items), "max_completion_tokens": body.max_output_tokens}
+    messages = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
+    chat = {**sampling, "messages": messages + messages_of(items), "max_completion_tokens": body.max_output_tokens}
     if body.text is not None and body.text.format is not None:
         chat["response_format"] = _response_format(body.text.format)
     for name in ("model", "stream", "parallel_tool_calls", "chat_template_kwargs", "reasoning"):
@@ -127,13 +128,6 @@ def _conversation(body: ResponsesBody, store: ResponseStore, owner: str) -> list
             item = {**item, "content": [{"type": text, "text": content}]}
         items.append({**item, "type": kind, "id": item_id})
     return items
-
-
-def _messages(body: ResponsesBody, items: list[Item]) -> list[dict[str, Any]]:
-    """Free text is what `_free` makes of it."""
-    messages = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
-    free = ({"arguments": {"input": item.get("input")}} if item["type"] == "custom_tool_call" else {} for item in items)
-    return messages + messages_of([{**item, **more} for item, more in zip(items, free, strict=True)])
 
 
 def _function(tool: dict[str, Any]) -> dict[str, Any]:

@@ -16,18 +16,6 @@ Defaults = Mapping[str, float | int]  # of the model: sampling fields that a req
 MAX_STOPS, MAX_STOP_LEN = 16, 1024
 MAX_STOP_IDS = 128
 MAX_BIASES = 1024  # OpenAI's client libraries know of 300
-_BIAS_SCHEMA = {"type": "number", "minimum": -100, "maximum": 100}
-_BIASES_SCHEMA: dict[str, Any] = {
-    "maxProperties": MAX_BIASES,
-    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-    "additionalProperties": _BIAS_SCHEMA,
-}
-_STOP_SCHEMA: dict[str, Any] = {
-    "maxItems": MAX_STOPS,
-    "minLength": 1,
-    "maxLength": MAX_STOP_LEN,
-    "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LEN},
-}
 
 
 class SamplingFields(BaseModel):
@@ -44,9 +32,20 @@ class SamplingFields(BaseModel):
         ge=MIN_REPETITION_PENALTY,
         le=100,
     )
-    logit_bias: dict[str, float] | None = optional("Token id: what is added to its logit.", **_BIASES_SCHEMA)
+    logit_bias: dict[str, float] | None = optional(
+        "Token id: what is added to its logit.",
+        maxProperties=MAX_BIASES,
+        propertyNames={"pattern": "^[0-9]{1,9}$"},
+        additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
+    )
     seed: Count | None = optional("The same seed, the same output; -1 is none.", ge=-MAX_SEED - 1, le=MAX_SEED)
-    stop: str | list[str] | None = optional("What ends the output; it is cut off.", **_STOP_SCHEMA)
+    stop: str | list[str] | None = optional(
+        "What ends the output; it is cut off.",
+        maxItems=MAX_STOPS,
+        minLength=1,
+        maxLength=MAX_STOP_LEN,
+        items={"type": "string", "minLength": 1, "maxLength": MAX_STOP_LEN},
+    )
     stop_token_ids: Annotated[list[TokenId] | None, WHOLE] = optional(
         "Tokens that end the output.", maxItems=MAX_STOP_IDS
     )

@@ -26,8 +26,11 @@ _ERRORS = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-_DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking")}  # of blocks, and their field
-_CALL_DELTA = "input_json_delta", "partial_json"
+_DELTAS = {  # of blocks, and their field
+    "text": ("text_delta", "text"),
+    "thinking": ("thinking_delta", "thinking"),
+    "tool_use": ("input_json_delta", "partial_json"),
+}
 
 
 def as_asked(scope: Scope, payload: dict[str, Any], status: int) -> dict[str, Any]:
@@ -96,17 +99,17 @@ class MessagesRenderer(Renderer):
     def _add(self, part: Part) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         if isinstance(part, CallPart):
+            text = part.arguments
             if part.name is not None:
                 call_id = self._assembler.new_call_id().replace("call_", "toolu_")
-                events += self._open({"type": "tool_use", "id": call_id, "name": part.name, "input": {}})
-            self._arguments += part.arguments
-            kind, field, text = *_CALL_DELTA, part.arguments
+                events = self._open({"type": "tool_use", "id": call_id, "name": part.name, "input": {}})
+            self._arguments += text
         else:
-            block = "text" if isinstance(part, TextPart) else "thinking"
+            block, text = "text" if isinstance(part, TextPart) else "thinking", part.text
             if not (self._is_open and self._blocks[-1]["type"] == block):
-                events += self._open({"type": block, block: "", **({} if block == "text" else {"signature": ""})})
-            self._blocks[-1][block] += part.text
-            kind, field, text = *_DELTAS[block], part.text
+                events = self._open({"type": block, block: "", **({} if block == "text" else {"signature": ""})})
+            self._blocks[-1][block] += text
+        kind, field = _DELTAS[self._blocks[-1]["type"]]
         return [*events, self._delta({"type": kind, field: text})] if text else events
 
     def _open(self, block: dict[str, Any]) -> list[dict[str, Any]]:

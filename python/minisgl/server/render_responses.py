@@ -28,6 +28,8 @@ _TEXTS = {
 }
 _WHOLE = {"function_call": "arguments", "custom_tool_call": "input"}  # the field that has it all; else: text
 
+Keep = Callable[[dict[str, Any], list[Item]], None]
+
 
 @dataclass(slots=True)
 class _Item:
@@ -61,13 +63,7 @@ class ResponsesRenderer(Renderer):
 
     done = b""
 
-    def __init__(
-        self,
-        model: str,
-        request: ResponsesRequest,
-        assembler: Assembler,
-        keep: Callable[[dict[str, Any], list[Item]], None] | None = None,
-    ) -> None:
+    def __init__(self, model: str, request: ResponsesRequest, assembler: Assembler, keep: Keep | None = None) -> None:
         self.id = f"resp_{uuid.uuid4().hex}"
         head = {"id": self.id, "object": "response", "created_at": int(time.time())}
         nothing = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))
@@ -100,9 +96,8 @@ class ResponsesRenderer(Renderer):
         return [self._event(f"response.{kind}", response=response)]
 
     def failure(self, error: MiniSGLError) -> list[dict[str, Any]]:
-        response = self._response("failed", [])
-        response["error"] = {"code": "server_error", "message": str(error)}
-        return [self._event("response.failed", response=response)]
+        told = {"code": "server_error", "message": str(error)}
+        return [self._event("response.failed", response={**self._response("failed", []), "error": told})]
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
         for reply in choices[0]:

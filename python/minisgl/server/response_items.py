@@ -57,7 +57,10 @@ def _add_call(item: dict[str, Any], messages: list[Message], where: str) -> None
     call_id = item.get("call_id", item.get("id"))
     if not isinstance(item.get("name"), str):
         raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
-    function = {"name": item["name"], "arguments": item.get("arguments", item.get("input"))}
+    arguments = item.get("arguments", item.get("input"))
+    if item["type"] == "custom_tool_call":  # a function of one string, as `protocol_responses` tells the model
+        arguments = {"input": item.get("input")}
+    function = {"name": item["name"], "arguments": arguments}
     turn.setdefault("tool_calls", []).append({"id": call_id, "type": "function", "function": function})
 
 
