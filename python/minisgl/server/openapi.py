@@ -5,6 +5,7 @@ Bodies are those that `protocol` parses requests with. Answers are described in 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -70,12 +71,7 @@ def documented(
 def describe(app: FastAPI, bodies: Iterable[type[BaseModel]], *, keys: bool) -> None:
     """Give the application its document. bodies: of all routes. keys: are asked for, but on `OPEN_PATHS`."""
 
-    def openapi() -> Json:
-        if app.openapi_schema is None:
-            app.openapi_schema = _document(app, bodies, keys)
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
+    app.openapi = functools.cache(lambda: _document(app, bodies, keys))  # type: ignore[method-assign]
 
 
 def _document(app: FastAPI, bodies: Iterable[type[BaseModel]], keys: bool) -> Json:
