@@ -136,8 +136,7 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
 
     operations.add_text_routes(app, frontend, config, max_body)
     operations.add_response_routes(app, store)
-    operations.add_admin_routes(app, frontend, config, max_body, health_seconds)
-    operations.add_metrics_route(app, frontend, exposition)
+    operations.add_admin_routes(app, frontend, config, exposition, max_body, health_seconds)
     return app
 
 

@@ -58,7 +58,7 @@ class HttpServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         if self.should_exit:
             self._end_requests()
-            loop.call_later(NOTICE_SECONDS, self._force)
+            loop.call_later(NOTICE_SECONDS, self._exit, True)
             return
         if self._frontend.num_streams:
             logger.info("stopping; %d requests may finish, for %g s", self._frontend.num_streams, self._drain)
@@ -72,17 +72,15 @@ class HttpServer(uvicorn.Server):
         logger.error("%s; the server stops", error)
         self.status = 1
         self._frontend.fail(error)
-        asyncio.get_running_loop().call_later(NOTICE_SECONDS, self._leave)
-
-    def _leave(self) -> None:
-        self.should_exit = True
-        asyncio.get_running_loop().call_later(NOTICE_SECONDS, self._force)
+        loop = asyncio.get_running_loop()
+        loop.call_later(NOTICE_SECONDS, self._exit)
+        loop.call_later(2 * NOTICE_SECONDS, self._exit, True)
 
     def _end_requests(self) -> None:
         self._frontend.fail(WorkerDied("the server is shutting down"))
 
-    def _force(self) -> None:
-        self.force_exit = True
+    def _exit(self, force: bool = False) -> None:
+        self.should_exit, self.force_exit = True, force or self.force_exit
 
 
 async def serve_http(

@@ -105,7 +105,9 @@ def _prompt(body: TokenizeBody) -> tuple[ChatPrompt | TextPrompt, bool]:
     return prompt, False
 
 
-def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, max_body: int, seconds: float) -> None:
+def add_admin_routes(
+    app: FastAPI, frontend: Frontend, config: ServerConfig, exposition: Exposition, max_body: int, seconds: float
+) -> None:
     """What the operator asks and does. seconds: that the scheduler has to answer."""
 
     @app.get("/version", **documented(fields(version="string")))
@@ -123,6 +125,16 @@ def add_admin_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, max
             "num_pages_in_use": stats.num_pages - stats.num_free_pages,
         }
         return json_response({**_settings(config), "num_pages": stats.num_pages, "load": load})
+
+    @app.get("/metrics", **documented({"type": "string"}, texts=("text/plain", "application/openmetrics-text")))
+    async def metrics(request: Request) -> Response:
+        """Counts and timings, in Prometheus' text format."""
+        try:
+            stats = await frontend.stats(SCRAPE_SECONDS)
+        except WorkerDied:
+            stats = None  # what is known here may tell why
+        data, media_type = exposition.render(stats, request.headers.get("accept", ""))
+        return Response(data, headers={"content-type": media_type})
 
     @app.post("/flush_cache", **documented(fields(status="string", num_pages="integer"), errors=(503,)))
     async def flush_cache() -> Response:
@@ -185,20 +197,6 @@ def _page(items: list[dict[str, Any]], query: Mapping[str, str]) -> dict[str, An
     ends = [item["id"] for item in page] or [None]
     has_more = first + len(page) < len(items)
     return {"object": "list", "data": page, "first_id": ends[0], "last_id": ends[-1], "has_more": has_more}
-
-
-def add_metrics_route(app: FastAPI, frontend: Frontend, exposition: Exposition) -> None:
-    """/metrics."""
-
-    @app.get("/metrics", **documented({"type": "string"}, texts=("text/plain", "application/openmetrics-text")))
-    async def metrics(request: Request) -> Response:
-        """Counts and timings, in Prometheus' text format."""
-        try:
-            stats = await frontend.stats(SCRAPE_SECONDS)
-        except WorkerDied:
-            stats = None  # what is known here may tell why
-        data, media_type = exposition.render(stats, request.headers.get("accept", ""))
-        return Response(data, headers={"content-type": media_type})
 
 
 _OF_SCHEDULER = "max_running_requests max_prefill_length max_seq_len page_size cache_type schedule_policy overlap"

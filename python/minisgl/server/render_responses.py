@@ -179,10 +179,8 @@ class ResponsesRenderer(Renderer):
 # Fields of the answer that come back as they were sent, and those that say the same to everyone.
 _SENT = ("instructions", "max_output_tokens", "previous_response_id", "prompt_cache_key", "safety_identifier", "user")
 _SAME = {"background": False, "max_tool_calls": None, "service_tier": "default", "top_logprobs": 0}
-_EMPTY_TOOL: dict[str, Any] = {
-    "function": {"description": None, "parameters": None, "strict": None},
-    "custom": {"description": None},
-}
+_FUNCTION = dict.fromkeys(("description", "parameters", "strict"))
+_EMPTY_TOOL: dict[str, dict[str, Any]] = {"function": _FUNCTION, "custom": {"description": None}}
 
 
 def _settings(model: str, request: ResponsesRequest) -> dict[str, Any]:
