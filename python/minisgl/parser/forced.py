@@ -33,6 +33,9 @@ class Part(NamedTuple):
         form = {"kind": "json", "text": json.dumps(self.schema), "whitespace": whitespace, "param": self.param}
         return form if self.binds else {**form, "or": {**form, "text": json.dumps(otherwise)}}
 
+    def maybe(self, form: Form) -> Form:
+        return form if self.needed else {"any": [form, []]}
+
 
 def calls_form(
     parser: str | None, tools: Sequence[Mapping[str, Any]], names: Collection[str], *, parallel: bool, required: bool
@@ -90,19 +93,17 @@ def _pythonic(functions: Sequence[Part], parallel: bool) -> Form:
 def _separated(fields: Sequence[Part]) -> Form:
     """Arguments follow each other with commas between them; those that are not needed may be missing."""
     items = [[f"{field.name}=", field.json("python", {})] for field in fields]
-    behind = [[", ", item] if f.needed else {"any": [[", ", item], []]} for f, item in zip(fields, items, strict=True)]
+    behind = [field.maybe([", ", item]) for field, item in zip(fields, items, strict=True)]
     first = next((index for index, field in enumerate(fields) if field.needed), len(items))
     starts: list[Form] = [[item, *behind[index + 1 :]] for index, item in enumerate(items[: first + 1])]
     return {"any": starts if first < len(items) else [*starts, []]}
 
 
 def _qwen3_coder(functions: Sequence[Part], parallel: bool) -> Form:
-    def argument(field: Part) -> Form:
-        form = [f"<parameter={field.name}>\n", _value(field)]
-        return form if field.needed else {"any": [form, []]}
-
-    end = "</function>\n</tool_call>"
-    calls = [[f"<tool_call>\n<function={f.name}>\n", *map(argument, _fields(f)), end] for f in functions]
+    calls = []
+    for function in functions:
+        arguments = [field.maybe([f"<parameter={field.name}>\n", _value(field)]) for field in _fields(function)]
+        calls.append([f"<tool_call>\n<function={function.name}>\n", *arguments, "</function>\n</tool_call>"])
     return _many(calls, "\n", parallel)
 
 

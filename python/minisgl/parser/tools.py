@@ -87,10 +87,11 @@ class ToolParser(Parser):
         self._functions = functions
         self._at_start = True  # of the message, or behind a call: whitespace may turn out to be formatting
         self._num_calls = 0
-        self._reader: BracketReader | None = None  # of what may be a call, with which `_buffer` begins then
+        self._state = self._read_text  # what reads on; False: nothing more can be said yet
+        self._reader = BracketReader()  # of what may be a call, with which `_buffer` begins then
         self._num_read = 0  # characters of it that the reader has seen
         self._lead = ""  # what stood before it, and is formatting if it is a call
-        self._rest: Rest | None = None  # of a call, with which `_buffer` begins
+        self._rest = Rest(None)  # of a call, with which `_buffer` begins
         self._in_list = False  # the last call stood in a JSON list that goes on
 
     def read(self, text: str, *, final: bool) -> Found | None:
@@ -112,7 +113,6 @@ class ToolParser(Parser):
         other = self.OTHER.match(text, start)
         if text[start] not in self.brackets or (other is not None and other[1] not in self._functions):
             return Found(start + 1)
-        assert self._reader is not None
         self._num_read = self._num_read or start
         size, _, ended = self._reader.read(text[self._num_read :])
         self._num_read += size
@@ -123,72 +123,60 @@ class ToolParser(Parser):
 
     def _run(self, *, final: bool) -> list[Part]:
         parts: list[Part] = []
-        progress = True
-        while progress and self._buffer:
-            if self._rest is not None:
-                progress = self._read_rest(self._rest, parts, final)
-            elif self._reader is not None:
-                progress = self._read_call(parts, final)
-            else:
-                progress = self._read_text(parts, final)
+        while self._buffer and self._state(parts, final):
+            pass
         return parts
 
     def _read_text(self, parts: list[Part], final: bool) -> bool:
-        """Let out text up to what may be a call. False: nothing more can be said yet."""
+        """Let out text up to what may be a call."""
+        starts = [at for marker in self.markers if (at := self._buffer.find(marker)) >= 0]
+        if starts or final:
+            end = len(self._buffer[: min(starts)].rstrip()) if starts else len(self._buffer)
+        else:
+            end = num_certain(self._buffer, (*self.markers, self.between))
         if self._at_start:
             between = "," if self._in_list else self.between if self._num_calls else ""
             rest = re.sub(rf"\s*(?:{re.escape(between)})?\s*", "", self._buffer, count=1)
             bare = "{" if self._in_list else self.bare
             if bare and rest.startswith(bare):
-                self._begin_call(len(self._buffer) - len(rest))
-                return True
-            if not rest:
-                if final:
-                    self._emit(parts, 0 if self._num_calls else len(self._buffer))
-                    self._buffer = ""
+                starts, end = [len(self._buffer) - len(rest)], 0
+            elif not rest and (self._num_calls or not final):
+                self._buffer = "" if final else self._buffer
                 return False
-        start = min((at for marker in self.markers if (at := self._buffer.find(marker)) >= 0), default=-1)
-        if start >= 0:
-            end = len(self._buffer[:start].rstrip())
-        else:
-            end = len(self._buffer) if final else num_certain(self._buffer, (*self.markers, self.between))
         if end:
             self._at_start = self._in_list = False
             self._emit(parts, end)
-            start -= end
-        if start >= 0:
-            self._begin_call(start)
-            return True
-        return False
-
-    def _begin_call(self, start: int) -> None:
-        self._lead, self._buffer = self._buffer[:start], self._buffer[start:]
-        self._reader, self._num_read = BracketReader(self.quotes), 0
+        if starts:
+            size = min(starts) - end
+            self._lead, self._buffer = self._buffer[:size], self._buffer[size:]
+            self._reader, self._num_read = BracketReader(self.quotes), 0
+            self._state = self._read_call
+        return bool(starts)
 
     def _read_call(self, parts: list[Part], final: bool) -> bool:
         found = self.read(self._buffer, final=final)
         if found is None:
             return False
-        self._reader = None
         self._at_start = found.calls is not None
         if found.calls is None:
             self._buffer = self._lead + self._buffer
             self._emit(parts, len(self._lead) + found.end)
+            self._state = self._read_text
             return True
         self._buffer = self._buffer[found.end :]
         for call in found.calls:
             parts.append(CallPart(self._num_calls, call.name, call.arguments))
             self._num_calls += 1
-        self._rest = found.rest
+        self._rest, self._state = found.rest or Rest(None), self._read_rest
         return True
 
-    def _read_rest(self, rest: Rest, parts: list[Part], final: bool) -> bool:
-        num_read, text, ended = rest.take(self._buffer, final=final)
+    def _read_rest(self, parts: list[Part], final: bool) -> bool:
+        num_read, text, ended = self._rest.take(self._buffer, final=final)
         self._buffer = self._buffer[num_read:]
         if text:
             parts.append(CallPart(self._num_calls - 1, None, text))
         if ended:
-            self._rest, self._in_list = None, rest.in_list
+            self._in_list, self._state = self._rest.in_list, self._read_text
         return ended
 
     def _emit(self, parts: list[Part], size: int) -> None:

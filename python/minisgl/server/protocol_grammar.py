@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 
 from minisgl.core import Grammar
@@ -20,21 +22,7 @@ MAX_CHOICES = 4096
 MAX_TEXT = 256 << 10  # characters of a schema, or a grammar
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _WHITESPACE = ("compact", "any")
-_SPACES: dict[str, Any] = {"whitespace": {"enum": [*_WHITESPACE, None]}}
-_SCHEMA: dict[str, Any] = {"type": ["object", "null"]}
-_SPECIFIED = {**_SCHEMA, "properties": {"name": {"type": ["string", "null"]}, "schema": _SCHEMA, **_SPACES}}
-_FORMAT_SCHEMA: dict[str, Any] = {"type": {"enum": ["text", "json_object", "json_schema"]}, **_SPACES}
-_FORMAT_SCHEMA = {"required": ["type"], "properties": {**_FORMAT_SCHEMA, "json_schema": _SPECIFIED, "schema": _SCHEMA}}
-_KINDS_SCHEMA: dict[str, Any] = {
-    "properties": {
-        "json": {"type": ["object", "string", "null"]},
-        "regex": {"type": ["string", "null"]},
-        "choice": {"type": ["array", "null"], "items": {"type": "string"}},
-        "grammar": {"type": ["string", "null"]},
-        "json_object": {"type": ["boolean", "null"]},
-        **_SPACES,
-    },
-}
+_FORMAT_SCHEMA, _KINDS_SCHEMA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).values()
 
 
 class GrammarFields(BaseModel):
@@ -50,12 +38,8 @@ class GrammarFields(BaseModel):
 
 def parse_grammar(fields: Mapping[str, Any]) -> Grammar | None:
     """fields: of a request, None where not given. Raises: RequestError naming the field at fault."""
-    found: list[Grammar] = []
-    for name, value in fields.items():
-        if value is not None and name in _PARSERS:
-            grammar = _PARSERS[name](value, name)
-            if grammar is not None:
-                found.append(grammar)
+    given = {name: value for name, value in fields.items() if value is not None and name in _PARSERS}
+    found = [grammar for name, value in given.items() if (grammar := _PARSERS[name](value, name)) is not None]
     if len(found) > 1:
         both = f"{found[0].param} and {found[1].param}"
         raise RequestError(f"{both} cannot both be given", param=found[1].param)

@@ -135,14 +135,8 @@ def _tool(tool: Tool, where: str) -> dict[str, Any]:
         raise RequestError(
             f"{where}.function.name must have 1 to 128 letters, digits or _ - . : /", param=f"{where}.function.name"
         )
-    described = {
-        "name": function.name,
-        "description": function.description,
-        "parameters": carried(function.parameters, f"{where}.function.parameters"),
-        "strict": function.strict,
-    }
-    kept = {key: value for key, value in described.items() if value is not None}
-    return {"type": "function", "function": kept}
+    carried(function.parameters, f"{where}.function.parameters")
+    return {"type": "function", "function": {key: value for key, value in function if value is not None}}
 
 
 def template_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
