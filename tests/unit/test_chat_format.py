@@ -22,7 +22,7 @@ from minisgl.config.locate import DEMO_MODEL
 from minisgl.errors import ConfigError
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, StreamStart
-from minisgl.parser import registry
+from minisgl.parser import tools
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import HFTextCodec
 from tests.tokenizers_fixture import make_byte_level
@@ -58,11 +58,11 @@ def test_formats_are_told_by_the_template(template: str, tools: str | None, reas
 
 
 def test_every_name_has_a_parser() -> None:
-    assert set(TOOL_PARSERS) == set(registry.TOOL_PARSERS)
+    assert set(TOOL_PARSERS) == set(tools.TOOL_PARSERS)
     assert set(REASONING_PARSERS.values()) == {"optional", "always"}
     for name in (*TOOL_PARSERS, *REASONING_PARSERS):
         assert visible_tokens(name, None)
-    for name, parser in registry.TOOL_PARSERS.items():
+    for name, parser in tools.TOOL_PARSERS.items():
         assert set(parser.markers) <= set(visible_tokens(name))
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from minisgl.config.chat import REASONING_PARSERS
 from minisgl.parser.parts import CallPart, Chain, Parser, Part, ReasoningPart, TextPart
-from minisgl.parser.registry import make_reasoning_parser, make_tool_parser
+from minisgl.parser.reasoning import make_reasoning_parser
+from minisgl.parser.tools import make_tool_parser
 
 
 def parse(parser: Parser, *texts: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minisgl.parser.calls import python_calls
 from minisgl.parser.parts import CallPart, Parser, Part, TextPart
-from minisgl.parser.registry import TOOL_PARSERS, make_tool_parser
+from minisgl.parser.tools import TOOL_PARSERS, make_tool_parser
 
 ANY_TYPE = {"type": "object", "properties": {"s": {"type": "string"}, "n": {"type": ["integer", "null"]}}}
 NAMES: dict[str, Any] = {"get_weather": {"properties": {"city": {"$ref": "#/$defs/Name"}}, "$defs": {"Name": {}}}}

@@ -25,9 +25,10 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "uniqueItems": (False,),
     **dict.fromkeys(("not", "if", "contains", "unevaluatedItems", "$dynamicRef", "$recursiveRef"), ()),
     **dict.fromkeys(("dependentRequired", "dependentSchemas", "dependencies"), ({},)),
-    **dict.fromkeys(("propertyNames", "unevaluatedProperties"), (True, {})),
+    "propertyNames": (True, {}),
+    "unevaluatedProperties": (True, False, {}),
 }
-_IDLE = {"then": "if", "else": "if", "minContains": "contains", "maxContains": "contains"}  # without the other
+_IDLE = ("then", "else", "minContains", "maxContains", "x-guidance")  # without those; and what is not a client's
 _FORMATS = ("date", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # llguidance has them
 _DECIMAL = "^(?!^[-+.]*$)"  # how older versions of pydantic say that a decimal number has a digit
 
@@ -121,7 +122,7 @@ class _Follower:
 
     def _parts(self, schema: Mapping[str, Any], seen: set[str]) -> Iterator[Mapping[str, Any]]:
         """The schemas that hold for the same value as this one."""
-        inner = [part for key in _IN_PLACE for part in _listed(schema, key)]
+        inner = [part for key in _IN_PLACE for part in listed(schema, key)]
         if "$ref" in schema and str(schema["$ref"]) not in seen:
             seen.add(str(schema["$ref"]))
             inner.append(resolved(schema, self._root))
@@ -144,11 +145,11 @@ class _Follower:
         names: set[str] | None = None
         if composed:
             parts = [schema, *self._parts(schema, set())]
-            named = [name for part in parts for name in _listed(part, "properties")]
+            named = [name for part in parts for name in listed(part, "properties")]
             shared |= {name for name in named if named.count(name) > 1}
             is_map = any("additionalProperties" in part or "patternProperties" in part for part in parts)
             if not is_map and any("properties" in part for part in parts):
-                names = {*named, *(str(name) for part in parts for name in _listed(part, "required"))}
+                names = {*named, *(str(name) for part in parts for name in listed(part, "required"))}
         made = {key: copy(value) for key, value in schema.items()}
         for way, inner in children(schema):
             key, where = way[0], (*path, *way)
@@ -161,10 +162,8 @@ class _Follower:
                 new = True
             else:
                 new = self.node(inner, where, "inner" if pointer in self._open else "all")
-            if len(way) == 1:
-                made[key] = new
-            else:
-                made[key][int(way[1]) if key in _LISTS else way[1]] = new
+            holder, step = (made, key) if len(way) == 1 else (made[key], way[1])
+            holder[int(step) if isinstance(holder, list) else step] = new
         if names is not None and (closing == "all" or seals):
             made["properties"] = {**dict.fromkeys(sorted(names), True), **made.get("properties", {})}
             made["additionalProperties"] = False
@@ -176,11 +175,9 @@ class _Follower:
 
     def _plain(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
         """Its own keywords, in those of llguidance."""
-        made = {key: value for key, value in schema.items() if value is not None or key in _LITERALS}
-        gone = ["x-guidance", *(key for key, other in _IDLE.items() if other not in made)]
-        gone += ["uniqueItems"] if made.get("maxItems") in (0, 1) else []
-        gone += ["unevaluatedProperties"] if made.get("unevaluatedProperties") is False else []
-        made = {key: value for key, value in made.items() if key not in gone}
+        gone = (*_IDLE, "uniqueItems") if schema.get("maxItems") in (0, 1) else _IDLE
+        said = {key: value for key, value in schema.items() if value is not None or key in _LITERALS}
+        made = {key: value for key, value in said.items() if key not in gone}
         if isinstance(made.get("propertyNames"), dict) and not any(key in made for key in _NAMING):
             self._name(made)
         for key, neutral in _REFUSED.items():
@@ -197,7 +194,7 @@ class _Follower:
         if patterns:
             made["pattern"] = patterns.pop()
         if patterns:
-            made["allOf"] = [*_listed(made, "allOf"), *({"pattern": pattern} for pattern in patterns)]
+            made["allOf"] = [*listed(made, "allOf"), *({"pattern": pattern} for pattern in patterns)]
         if "oneOf" in made and "anyOf" not in made and (branches := self._exclusive(made)):
             made = {("anyOf" if key == "oneOf" else key): value for key, value in made.items()}
             made["anyOf"] = branches
@@ -227,13 +224,13 @@ class _Follower:
         for tag in objects[0]["properties"] if told is None else (told,):
             tags = [literals(branch["properties"].get(tag)) for branch in objects]
             values = [value for some in tags for value in some]
-            required = told is not None or all(tag in _listed(branch, "required") for branch in objects)
+            required = told is not None or all(tag in listed(branch, "required") for branch in objects)
             if required and all(tags) and all(values.count(value) == 1 for value in values):
-                return [{**branch, "required": [*_listed(branch, "required"), tag]} for branch in schema["oneOf"]]
+                return [{**branch, "required": [*listed(branch, "required"), tag]} for branch in schema["oneOf"]]
         return None
 
 
-def _listed(schema: Mapping[str, Any], key: str) -> list[Any]:
+def listed(schema: Mapping[str, Any], key: str) -> list[Any]:
     """The members, or names, that a keyword has."""
     value = schema.get(key)
     return list(value) if isinstance(value, list | dict) else []
@@ -241,4 +238,4 @@ def _listed(schema: Mapping[str, Any], key: str) -> list[Any]:
 
 def _is_composed(schema: Mapping[str, Any]) -> bool:
     own = any(key in schema for key in (*_NAMING, "required"))
-    return own + len(_listed(schema, "allOf")) + sum(key in schema for key in ("$ref", "anyOf", "oneOf")) > 1
+    return own + len(listed(schema, "allOf")) + sum(key in schema for key in ("$ref", "anyOf", "oneOf")) > 1

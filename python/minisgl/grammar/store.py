@@ -43,15 +43,14 @@ class GrammarStore:
 
     def __init__(self, config: VocabularyConfig) -> None:
         self.vocab_size = config.vocab_size
-        self._config = config
         self._lock = threading.Lock()
         self._recent: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
         self._num_bytes = 0
         self._live: weakref.WeakValueDictionary[Grammar, CompiledGrammar] = weakref.WeakValueDictionary()
         self._refused: OrderedDict[Grammar, tuple[str, str | None]] = OrderedDict()  # what to say after which field
         self._compiling: dict[Grammar, Future[CompiledGrammar]] = {}
-        self._local = threading.local()
-        self._trials: list[Trial] = []
+        self._trials = [Trial(config) for _ in range(_NUM_WORKERS)]
+        self._idle = [*self._trials]
         self._pool = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="minisgl-grammar")
         self._vocabulary: Future[Vocabulary] = self._pool.submit(load_vocabulary, config)
 
@@ -81,16 +80,15 @@ class GrammarStore:
     def close(self) -> None:
         """Idempotent."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        with self._lock:
-            trials, self._trials = self._trials, []
-        for trial in trials:
+        for trial in self._trials:
             trial.close()
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
-        compiled = None
+        compiled, trial = None, self._idle.pop()
         try:
-            source, num_bytes = self._trial().compile(grammar)
-            compiled = CompiledGrammar(self._vocabulary.result().matcher(source, grammar.param), num_bytes)
+            vocabulary = self._vocabulary.result()  # what is wrong with it is better told by this process
+            source, num_bytes = trial.compile(grammar)
+            compiled = CompiledGrammar(vocabulary.matcher(source, grammar.param), num_bytes)
             return compiled
         except RequestError as error:
             logger.debug("a grammar is refused: %s", error)
@@ -101,21 +99,12 @@ class GrammarStore:
             logger.warning("a grammar cannot be compiled: %s", error)
             raise RequestError(f"structured output is not available: {error}", param=grammar.param) from error
         finally:
+            self._idle.append(trial)
             with self._lock:
                 self._compiling.pop(grammar, None)
                 if compiled is not None:
                     self._live[grammar] = compiled
                     self._remember(grammar, compiled)
-
-    def _trial(self) -> Trial:
-        """This thread's."""
-        trial: Trial | None = getattr(self._local, "trial", None)
-        if trial is None:
-            self._vocabulary.result()  # what is wrong with it is better told by this process
-            trial = self._local.trial = Trial(self._config)
-            with self._lock:
-                self._trials.append(trial)
-        return trial
 
     def _remember(self, grammar: Grammar, compiled: CompiledGrammar) -> None:
         if self._recent.pop(grammar, None) is None:

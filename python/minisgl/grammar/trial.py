@@ -74,12 +74,10 @@ class Trial:
                 process.kill()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        config = self._config
-        arguments = [config.model_path, str(config.vocab_size), *map(str, config.eos_token_ids)]
         folder = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-        paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = filter(None, (folder, os.environ.get("PYTHONPATH")))
         process = subprocess.Popen(
-            [sys.executable, "-m", "minisgl.grammar.trial", *arguments],
+            [sys.executable, "-m", "minisgl.grammar.trial", json.dumps(asdict(self._config))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # what native code says when it is killed
@@ -123,12 +121,11 @@ def _serve(vocabulary: Vocabulary) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def main(arguments: list[str]) -> None:
-    """Serve grammars, a line of JSON each, until standard input ends."""
+def main(config: str) -> None:
+    """Serve grammars, a line of JSON each, until standard input ends. config: of the vocabulary, as JSON."""
     os.nice(5)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    ends = tuple(map(int, arguments[2:]))
-    vocabulary = load_vocabulary(VocabularyConfig(arguments[0], int(arguments[1]), ends))
+    vocabulary = load_vocabulary(VocabularyConfig(**json.loads(config)))
     num_bytes = psutil.Process().memory_info().vms + _TRIAL_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
     threading.stack_size(_TRIAL_STACK)
@@ -138,4 +135,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1])

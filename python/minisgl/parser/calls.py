@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import warnings
 from collections.abc import Collection
-from itertools import chain
 from typing import Any, NamedTuple, NoReturn
 
-from minisgl.grammar.schema import literals, resolved
+from minisgl.grammar.schema import listed, literals, resolved
 
 _MAX_TYPES = 8  # within types, which a schema may have without end
 MAX_DEPTH = 64  # of brackets in Python literals: enough for arguments, and no work for Python's parser
@@ -145,32 +145,22 @@ def json_kinds(schema: Any, root: Any, depth: int = 0) -> set[str]:
     if isinstance(kinds, str | list):
         return {kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if isinstance(kind, str)}
     if values := literals(schema):
-        return {_KINDS[type(value)] for value in values}
-    lists = [schema[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(key), list)]
-    branches: list[set[str]] = [json_kinds(branch, root, depth + 1) for branch in chain(*lists)]
+        return {_KINDS.get(type(value), "null") for value in values}
+    schemas = [branch for key in ("anyOf", "oneOf", "allOf") for branch in listed(schema, key)]
+    branches: list[set[str]] = [json_kinds(branch, root, depth + 1) for branch in schemas]
     return set().union(*branches) if all(branches) else set()
 
 
-_KINDS = {
-    str: "string",
-    bool: "boolean",
-    type(None): "null",
-    int: "integer",
-    float: "number",
-    dict: "object",
-    list: "array",
-}
+_KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
 def typed_value(text: str, kinds: set[str]) -> str:
     """What is written without quotes, as JSON: of these types if it can be read as one of them, else a string."""
     if kinds != {"string"}:
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             value = _load(_PYTHON.get(text.strip(), text))
-            kind = _KINDS[type(value)]
+            kind = _KINDS.get(type(value), "null")
             if not kinds or kind in kinds or (kind == "integer" and "number" in kinds):
                 return _dump(value)
-        except (ValueError, RecursionError):
-            pass
     return _dump(text)

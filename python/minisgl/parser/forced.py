@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from minisgl.errors import RequestError
-from minisgl.grammar.schema import PATTERNS, definitions, literals, resolved
+from minisgl.grammar.schema import PATTERNS, definitions, listed, literals, resolved
 
 Form = Any  # of `grammar/source.py`
 UNKNOWN = "llama3_json"  # the format of a model whose own is not known
@@ -69,8 +69,8 @@ def _many(forms: Sequence[Form], between: str, parallel: bool) -> Form:
 
 
 def _json_calls(functions: Sequence[Part], parallel: bool, opening: str, key: str, closing: str, between: str) -> Form:
-    heads = [f'{opening}{{"name": {_quoted(function.name)}, "{key}": ' for function in functions]
-    calls = [[head, _arguments(f), "}" + closing] for head, f in zip(heads, functions, strict=True)]
+    before, behind = opening + '{"name": ', "}" + closing
+    calls = [[f'{before}{_quoted(f.name)}, "{key}": ', _arguments(f), behind] for f in functions]
     return _many(calls, between, parallel)
 
 
@@ -150,7 +150,7 @@ def _fields(function: Part) -> list[Part]:
         message = f"{function.param} must be an object of named properties, for this model's format of calls"
         raise RequestError(message, param=function.param)
     shared = definitions(function.schema)
-    required = schema["required"] if isinstance(schema.get("required"), list) else ()
+    required = listed(schema, "required")
     return [
         Part(name, shared | inner, f"{function.param}.properties.{name}", function.binds, name in required)
         for name, schema in fields.items()

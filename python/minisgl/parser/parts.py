@@ -74,9 +74,6 @@ class Chain(Parser):
 def num_certain(text: str, markers: Sequence[str]) -> int:
     """Characters of `text` that stay what they are whatever follows: its end may be the beginning of a marker, and
     whitespace before a marker belongs to it."""
-    end = len(text)
-    for start in range(max(0, end - max(map(len, markers), default=1) + 1), end):
-        if any(marker.startswith(text[start:]) for marker in markers):
-            end = start
-            break
+    starts = range(max(0, len(text) - max(map(len, markers), default=1) + 1), len(text))
+    end = next((start for start in starts if any(marker.startswith(text[start:]) for marker in markers)), len(text))
     return len(text[:end].rstrip())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minisgl.config.chat import CLOSING, OPENING
+from minisgl.config.chat import CLOSING, OPENING, REASONING_PARSERS, reasoning_after
 from minisgl.parser.parts import Parser, Part, ReasoningPart, num_certain
 
 
@@ -49,3 +49,8 @@ class ThinkParser(Parser):
         if self._is_leading:
             self._buffer = self._buffer.lstrip()
             self._is_leading = not self._buffer
+
+
+def make_reasoning_parser(name: str | None, prompt_end: str) -> ThinkParser:
+    """name: None when the model does not reason. prompt_end: the text with which the prompt ends."""
+    return ThinkParser(reasoning_after(prompt_end, REASONING_PARSERS[name]) if name else "")

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from minisgl.grammar.schema import resolved
 from minisgl.parser.calls import BracketReader, Call, json_calls, json_kinds, python_calls, typed_value
+from minisgl.parser.forced import UNKNOWN
 from minisgl.parser.parts import CallPart, Parser, Part, TextPart, num_certain
 
 
@@ -145,7 +146,8 @@ class ToolParser(Parser):
                 return False
         if end:
             self._at_start = self._in_list = False
-            self._emit(parts, end)
+            parts.append(TextPart(self._buffer[:end]))
+            self._buffer = self._buffer[end:]
         if starts:
             size = min(starts) - end
             self._lead, self._buffer = self._buffer[:size], self._buffer[size:]
@@ -159,9 +161,9 @@ class ToolParser(Parser):
             return False
         self._at_start = found.calls is not None
         if found.calls is None:
-            self._buffer = self._lead + self._buffer
-            self._emit(parts, len(self._lead) + found.end)
-            self._state = self._read_text
+            text, end = self._lead + self._buffer, len(self._lead) + found.end
+            parts.append(TextPart(text[:end]))
+            self._buffer, self._state = text[end:], self._read_text
             return True
         self._buffer = self._buffer[found.end :]
         for call in found.calls:
@@ -178,11 +180,6 @@ class ToolParser(Parser):
         if ended:
             self._in_list, self._state = self._rest.in_list, self._read_text
         return ended
-
-    def _emit(self, parts: list[Part], size: int) -> None:
-        if size:
-            parts.append(TextPart(self._buffer[:size]))
-            self._buffer = self._buffer[size:]
 
 
 class HermesParser(ToolParser):
@@ -253,6 +250,9 @@ class QwenCoderParser(ToolParser):
         return Found(1)
 
 
+_TEXT = {"string"}  # the types of a value of which each part can be passed on
+
+
 class TaggedArguments:
     """`<parameter=x>…</parameter>`, once for each argument."""
 
@@ -264,44 +264,58 @@ class TaggedArguments:
         self._schema = schema
         self._lead = "{"  # before the next argument
         self._kinds: set[str] | None = None  # of the value that is open
-        self._quote = '"'  # before more of a string
 
     def read(self, text: str, *, final: bool) -> tuple[int, str, bool]:
         end, made = 0, ""
         while True:
-            if self._kinds is not None:
-                size, value = self._value(text[end:], final)
-                end, made = end + size, made + value
-                if self._kinds is not None:
-                    return end, made, False
-            elif (opening := self._OPENING.match(text, end)) is not None:
+            if self._kinds is None:
+                opening = self._OPENING.match(text, end)
+                if opening is None:
+                    rest = text[end:].lstrip()
+                    if not final and ("<parameter=".startswith(rest) or self._BEGUN.fullmatch(rest)):
+                        return end, made, False
+                    return end, made + ("{}" if self._lead == "{" else "}"), True
                 properties = resolved(self._schema, self._schema).get("properties")
                 known = properties.get(opening[1]) if isinstance(properties, dict) else None
                 self._kinds = json_kinds(known, self._schema)
                 made += f"{self._lead}{json.dumps(opening[1], ensure_ascii=False)}: "
-                end, self._lead, self._quote = opening.end(), ", ", '"'
-            else:
-                rest = text[end:].lstrip()
-                if not final and ("<parameter=".startswith(rest) or self._BEGUN.fullmatch(rest)):
-                    return end, made, False
-                return end, made + ("{}" if self._lead == "{" else "}"), True
+                made += '"' if self._kinds == _TEXT else ""
+                end, self._lead = opening.end(), ", "
+            size, value = self._value(text[end:], self._kinds, final)
+            end, made = end + size, made + value
+            if self._kinds is not None:
+                return end, made, False
 
-    def _value(self, text: str, final: bool) -> tuple[int, str]:
+    def _value(self, text: str, kinds: set[str], final: bool) -> tuple[int, str]:
         """How much of the value that is open is there, and its JSON. `_kinds` is None once it ends."""
         stops = [(at, stop) for stop in self._STOPS if (at := text.find(stop)) >= 0]
-        is_text = self._kinds == {"string"}  # else the type is known at the end
         if stops:
             at, stop = min(stops)
-            value, kinds = text[:at].removesuffix("\n"), self._kinds or set()
-            self._kinds = None
+            value, self._kinds = text[:at].removesuffix("\n"), None
             end = at + len(stop) if stop == self._STOPS[0] else at
-            return end, self._string(value) + '"' if is_text else typed_value(value, kinds)
-        size = num_certain(text, self._STOPS) if is_text else 0  # a part of a tag is none of the string
-        return len(text) if final else size, self._string(text[:size]) if is_text else ""
+            return end, _within(value) + '"' if kinds == _TEXT else typed_value(value, kinds)
+        if kinds != _TEXT:  # the type is known at the end
+            return len(text) if final else 0, ""
+        size = num_certain(text, self._STOPS)  # a part of a tag is none of the string
+        return len(text) if final else size, _within(text[:size])
 
-    def _string(self, text: str) -> str:
-        quote, self._quote = self._quote, ""
-        return quote + json.dumps(text, ensure_ascii=False)[1:-1]
+
+def _within(text: str) -> str:
+    """A part of a JSON string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 Arguments = BracketReader | TaggedArguments
+TOOL_PARSERS: dict[str, type[ToolParser]] = {  # by the names of `--tool-call-parser`
+    "hermes": HermesParser,
+    "qwen": HermesParser,
+    "qwen3_coder": QwenCoderParser,
+    "llama3_json": LlamaParser,
+    "mistral": MistralParser,
+    "pythonic": PythonicParser,
+}
+
+
+def make_tool_parser(name: str | None, functions: Mapping[str, Any]) -> Parser:
+    """name: None when the format is not known. functions: the JSON schemas of their arguments, by name."""
+    return TOOL_PARSERS[name or UNKNOWN](functions)

@@ -81,8 +81,8 @@ def tool_use(tools: list[Tool] | None, choice: str | dict[str, Any] | None, para
     names = [tool["function"]["name"] for tool in described]
     if len(described) > MAX_TOOLS:
         raise RequestError(f"tools must hold at most {MAX_TOOLS} tools, not {len(described)}", param="tools")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
         raise RequestError(f"tools: there are two functions with the name {twice!r}", param="tools")
     mode, allowed, single = _chosen(choice, names)
     if mode == "required" and not described:
