@@ -69,8 +69,7 @@ def _many(forms: Sequence[Form], between: str, parallel: bool) -> Form:
 
 
 def _json_calls(functions: Sequence[Part], parallel: bool, opening: str, key: str, closing: str, between: str) -> Form:
-    before, behind = opening + '{"name": ', "}" + closing
-    calls = [[f'{before}{_quoted(f.name)}, "{key}": ', _arguments(f), behind] for f in functions]
+    calls = [[f'{opening}{{"name": "{f.name}", "{key}": ', _arguments(f), "}" + closing] for f in functions]
     return _many(calls, between, parallel)
 
 
@@ -130,7 +129,7 @@ def _value(field: Part, depth: int = 0) -> Form:
         patterns.append(f"^(?s:.{{{least},{'' if most is None else most}}})$")
     if not patterns:
         return {"until": _END}
-    lark = f"start: V {_quoted(_END)}\nV: " + " & ".join(f"/{_searched(pattern)}/" for pattern in patterns)
+    lark = f"start: V {json.dumps(_END)}\nV: " + " & ".join(f"/{_searched(pattern)}/" for pattern in patterns)
     form = {"kind": "grammar", "text": lark, "param": field.param}
     return form if field.binds else {**form, "or": {"until": _END}}
 
@@ -156,10 +155,6 @@ def _fields(function: Part) -> list[Part]:
         for name, schema in fields.items()
         if isinstance(inner := {} if schema is True else schema, dict)
     ]
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 _HERMES = ("<tool_call>\n", "arguments", "\n</tool_call>", "\n")

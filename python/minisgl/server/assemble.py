@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from minisgl.config.chat import CLOSING, OPENING, REASONING_PARSERS
@@ -56,33 +56,27 @@ def _reasoning_parser(parsed: GenerationRequest, config: ServerConfig) -> str | 
 def new_assembler(parsed: GenerationRequest, config: ServerConfig) -> Assembler:
     """What reads one of the answers to this request."""
     tools, format_name = parsed.tools, config.tool_call_parser
-    answer = None if tools is None else make_tool_parser(format_name, tools.functions)
+    answer = Parser() if tools is None else make_tool_parser(format_name, tools.functions)
     parallel, short_ids = tools is None or tools.parallel, format_name == "mistral"
     return Assembler(_reasoning_parser(parsed, config), answer, parallel=parallel, short_ids=short_ids)
 
 
+@dataclass(slots=True)
 class Assembler:
     """Reads one choice's replies, from the first to the last.
 
-    reasoning: the name of its parser, if the model may reason. answer: the parser of what comes after that; None: text.
+    reasoning: the name of its parser, if the model may reason. answer: the parser of what comes after that.
     parallel: without it, calls after the first are dropped.
     short_ids: nine letters and digits, which Mistral's templates insist on.
     """
 
-    def __init__(
-        self,
-        reasoning: str | None = None,
-        answer: Parser | None = None,
-        *,
-        parallel: bool = True,
-        short_ids: bool = False,
-    ) -> None:
-        self._reasoning, self._answer = reasoning, answer or Parser()
-        self._parser: tuple[ThinkParser, Parser] | None = None  # what thinks, and all
-        self._parallel = parallel
-        self._short_ids = short_ids
-        self._num_calls = 0
-        self.num_reasoning = 0  # tokens; of those that came together with the end of the reasoning, all
+    reasoning: str | None = None
+    answer: Parser = field(default_factory=Parser)
+    parallel: bool = True
+    short_ids: bool = False
+    num_reasoning: int = 0  # tokens; of those that came together with the end of the reasoning, all
+    _num_calls: int = 0
+    _parser: tuple[ThinkParser, Parser] | None = None  # what thinks, and all
 
     def deltas(self, reply: UserReply) -> list[dict[str, Any]]:
         """The increments of a streamed message."""
@@ -128,18 +122,18 @@ class Assembler:
     def parts(self, reply: UserReply) -> list[Part]:
         """What a reply adds to the message."""
         if self._parser is None:
-            thinker = make_reasoning_parser(self._reasoning, reply.prompt_end)
-            self._parser = thinker, Chain(thinker, self._answer)
+            thinker = make_reasoning_parser(self.reasoning, reply.prompt_end)
+            self._parser = thinker, Chain(thinker, self.answer)
         thinker, parser = self._parser
         was_thinking = thinker.is_thinking
         parts = parser.push(reply.text) + (parser.finish() if reply.finish_reason is not None else [])
         if was_thinking or any(isinstance(part, ReasoningPart) for part in parts):
             self.num_reasoning = reply.num_output_tokens
         self._num_calls += sum(isinstance(part, CallPart) and part.name is not None for part in parts)
-        return [part for part in parts if self._parallel or not isinstance(part, CallPart) or part.index == 0]
+        return [part for part in parts if self.parallel or not isinstance(part, CallPart) or part.index == 0]
 
     def new_call_id(self) -> str:
-        return uuid.uuid4().hex[:9] if self._short_ids else f"call_{uuid.uuid4().hex[:24]}"
+        return uuid.uuid4().hex[:9] if self.short_ids else f"call_{uuid.uuid4().hex[:24]}"
 
     def _call(self, name: str) -> dict[str, Any]:
         """The beginning of a call."""
