@@ -80,7 +80,7 @@ def checked(text: str, name: str | None) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_the_grammar_lets_through_is_a_call_that_matches(store: GrammarStore, name: str | None) -> None:
     matcher = compiled(store, form(name))
-    texts = [walk(matcher.deep_copy(), random.Random(seed), 200) for seed in range(30)]
+    texts = [walk(matcher.deep_copy(), random.Random(seed), 200) for seed in range(60)]
     calls = [call for text in texts if text is not None for call in checked(text, name)]
     assert {function for function, _ in calls} == set(PARAMETERS)
     assert all(arguments == {} for function, arguments in calls if PARAMETERS[function] in (None, PARAMETERS["ping"]))

@@ -246,9 +246,11 @@ def test_types_of_pydantic_are_followed(store: GrammarStore, kind: Any, value: A
         text = json.dumps(encode(value if isinstance(value, bytes) else value.encode()).decode())
     else:
         text = adapter.dump_json(value).decode()
-    matcher = compile_in(store, "json", adapter.json_schema())
+    schema = adapter.json_schema()
+    matcher = compile_in(store, "json", schema)
     assert accepts(matcher.deep_copy(), text), text
-    if kind in (bytes, pydantic.NewPath, pathlib.Path) or value == [1, 2]:
+    any_text = {"type": "string"} in schema.get("anyOf", ())  # as newer versions have it for decimals
+    if kind in (bytes, pydantic.NewPath, pathlib.Path) or value == [1, 2] or any_text:
         return  # of these any text matches
     for seed in range(5):
         made = walk(matcher.deep_copy(), random.Random(seed), 120)

@@ -74,9 +74,10 @@ class Assembler:
     answer: Parser = field(default_factory=Parser)
     parallel: bool = True
     short_ids: bool = False
-    num_reasoning: int = 0  # tokens; of those that came together with the end of the reasoning, all
-    _num_calls: int = 0
-    _parser: tuple[ThinkParser, Parser] | None = None  # what thinks, and all
+    # Tokens; of those that came together with the end of the reasoning, all.
+    num_reasoning: int = field(default=0, init=False)
+    _num_calls: int = field(default=0, init=False)
+    _parser: tuple[ThinkParser, Parser] | None = field(default=None, init=False)  # what thinks, and all
 
     def deltas(self, reply: UserReply) -> list[dict[str, Any]]:
         """The increments of a streamed message."""
