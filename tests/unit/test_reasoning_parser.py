@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minisgl.config.chat import REASONING_PARSERS
 from minisgl.parser.parts import CallPart, Chain, Parser, Part, ReasoningPart, TextPart
-from minisgl.parser.reasoning import make_reasoning_parser
+from minisgl.parser.reasoning import ThinkParser
 from minisgl.parser.tools import make_tool_parser
 
 
@@ -49,8 +49,8 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "prompt_end", "text", "reasoning", "answer"), CASES)
 def test_formats(name: str, prompt_end: str, text: str, reasoning: str, answer: str) -> None:
-    assert parse(make_reasoning_parser(name, prompt_end), text) == (reasoning, answer)
-    assert parse(make_reasoning_parser(name, prompt_end), *text) == (reasoning, answer)
+    assert parse(ThinkParser(name, prompt_end), text) == (reasoning, answer)
+    assert parse(ThinkParser(name, prompt_end), *text) == (reasoning, answer)
 
 
 @settings(max_examples=300, deadline=None)
@@ -66,16 +66,16 @@ def test_the_result_does_not_depend_on_the_cuts(
     text = "".join(fragments)
     bounds = [0, *sorted(cuts), len(text)]
     pieces = [text[start:end] for start, end in pairwise(bounds)]
-    whole = parse(make_reasoning_parser(name, prompt_end), text)
-    assert parse(make_reasoning_parser(name, prompt_end), *pieces) == whole
-    assert parse(make_reasoning_parser(name, prompt_end), *text) == whole
+    whole = parse(ThinkParser(name, prompt_end), text)
+    assert parse(ThinkParser(name, prompt_end), *pieces) == whole
+    assert parse(ThinkParser(name, prompt_end), *text) == whole
     words = "".join(whole).replace(" ", "").replace("\n", "")
     lost = len(text.replace(" ", "").replace("\n", "")) - len(words)
     assert lost in (0, len("<think>"), len("</think>"), len("<think></think>"))  # one tag of each at most
 
 
 def test_reasoning_comes_as_it_is_thought() -> None:
-    parser = make_reasoning_parser("qwen3", "")
+    parser = ThinkParser("qwen3", "")
     assert parser.push("<think>\n") == []
     assert parser.push("one ") == [ReasoningPart("one")]
     assert parser.push("two") == [ReasoningPart(" two")]
@@ -88,7 +88,7 @@ def test_calls_after_reasoning() -> None:
     text = f"<think>\nI could {call}\n</think>\n\nLet me.\n{call}"
     expected = {"reasoning": f"I could {call}", "text": "Let me.", "names": ["f"], "arguments": "{}"}
     for pieces in ([text], list(text)):
-        parser = Chain(make_reasoning_parser("qwen3", ""), make_tool_parser("hermes", {"f": None}))
+        parser = Chain(ThinkParser("qwen3", ""), make_tool_parser("hermes", {"f": None}))
         parts = [part for piece in pieces for part in parser.push(piece)] + parser.finish()
         assert expected == {
             "reasoning": "".join(part.text for part in parts if isinstance(part, ReasoningPart)),

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+Way = tuple[str, ...]  # to a schema within another
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")  # of names and schemas
 _IN_PLACE = ("allOf", "anyOf", "oneOf")  # their schemas hold for the same value
 _LISTS = (*_IN_PLACE, "prefixItems", "items")
@@ -48,11 +49,11 @@ PATTERNS = _patterns()  # of the formats in `formats.yaml`
 class SchemaError(ValueError):
     """What is wrong with a schema, and where: "uniqueItems is not supported (at properties.tags)"."""
 
-    def __init__(self, what: str, path: tuple[str, ...] = ()) -> None:
+    def __init__(self, what: str, path: Way = ()) -> None:
         super().__init__(f"{what} (at {'.'.join(path)})" if path else what)
 
 
-def children(schema: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def children(schema: Mapping[str, Any]) -> Iterator[tuple[Way, Any]]:
     """The schemas in a schema, and the way to each."""
     for key, value in schema.items():
         if key in _MAPS and isinstance(value, dict):
@@ -107,7 +108,7 @@ class _Follower:
         self._open: set[str] = set()  # those to parts of compositions
         self._collect(root, ())
 
-    def _collect(self, schema: Any, path: tuple[str, ...]) -> None:
+    def _collect(self, schema: Any, path: Way) -> None:
         if not isinstance(schema, dict):
             return
         for kind, keys in ((dict, _MAPS), (list, ("required", "enum", "prefixItems", *_IN_PLACE))):
@@ -131,9 +132,7 @@ class _Follower:
                 yield part
                 yield from self._parts(part, seen)
 
-    def node(
-        self, schema: Any, path: tuple[str, ...], closing: str = "all", shared: frozenset[str] = frozenset()
-    ) -> Any:
+    def node(self, schema: Any, path: Way, closing: str = "all", shared: frozenset[str] = frozenset()) -> Any:
         """closing: "all"; "inner": not this schema, which is a part of a composition; or "none": several parts have it.
         shared: names that several parts of a composition, of which this is one, have."""
         if isinstance(schema, bool):
@@ -173,7 +172,7 @@ class _Follower:
             raise SchemaError("unevaluatedProperties is not supported here", path)
         return made
 
-    def _plain(self, schema: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    def _plain(self, schema: Mapping[str, Any], path: Way) -> dict[str, Any]:
         """Its own keywords, in those of llguidance."""
         gone = (*_IDLE, "uniqueItems") if schema.get("maxItems") in (0, 1) else _IDLE
         said = {key: value for key, value in schema.items() if value is not None or key in _LITERALS}

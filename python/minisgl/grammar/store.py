@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from llguidance import LLMatcher
 
@@ -23,16 +24,16 @@ MAX_STORED_BYTES = 512 << 20  # compiled grammars that no request uses
 _MAX_REFUSED = 256
 
 
+@dataclass(eq=False)
 class CompiledGrammar:
     """As long as someone holds it, `GrammarStore.find` knows it."""
 
-    def __init__(self, matcher: LLMatcher, num_bytes: int) -> None:
-        self._matcher = matcher
-        self.num_bytes = num_bytes
+    matcher: LLMatcher
+    num_bytes: int
 
     def start(self) -> LLMatcher:
         """A matcher at the beginning of an output."""
-        return self._matcher.deep_copy()
+        return self.matcher.deep_copy()
 
 
 class GrammarStore:
@@ -57,9 +58,8 @@ class GrammarStore:
     def request(self, grammar: Grammar) -> Future[CompiledGrammar]:
         """The compiled grammar, now or later. Its exception is a RequestError that says what is wrong with it."""
         with self._lock:
-            running = self._compiling.get(grammar)
-            if running is not None:
-                return running
+            if grammar in self._compiling:
+                return self._compiling[grammar]
             future: Future[CompiledGrammar] = Future()
             compiled = self._live.get(grammar)
             if compiled is not None:

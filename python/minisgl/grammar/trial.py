@@ -30,8 +30,6 @@ _COMPILE_SECONDS = 3  # of one core
 _TRIAL_SECONDS = 10.0  # by the clock, when cores are busy
 _TRIAL_BYTES = 1 << 30  # of memory, beyond what the trial process has when it starts
 _TRIAL_STACK = 2 << 20  # bytes, a quarter of what threads have: what passes the trial passes everywhere
-_TOO_LONG = f"the grammar takes more than {_COMPILE_SECONDS} s to compile"
-_TOO_MUCH = "the grammar is too large or too deeply nested to compile"
 
 
 class Trial:
@@ -60,8 +58,8 @@ class Trial:
         if not answer:
             ended_by_limit = answer is None or process.wait() == -signal.SIGPROF
             self.close()
-            why = _TOO_LONG if ended_by_limit else _TOO_MUCH
-            raise RequestError(f"{grammar.param}: {why}", param=grammar.param)
+            why = f"takes more than {_COMPILE_SECONDS} s" if ended_by_limit else "is too large or too deeply nested"
+            raise RequestError(f"{grammar.param}: the grammar {why} to compile", param=grammar.param)
         result = json.loads(answer)
         if "error" in result:
             raise RequestError(result["error"], param=result["param"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import re
 import warnings
 from collections.abc import Collection
 from typing import Any, NamedTuple, NoReturn
@@ -55,11 +56,8 @@ def _load(text: str) -> Any:
 
 def _dump(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair can be escaped in JSON, but not sent as UTF-8
-        text = json.dumps(value)
-    return text
+    # Half of a surrogate pair can be escaped in JSON, but not sent as UTF-8.
+    return json.dumps(value) if re.search("[\ud800-\udfff]", text) else text
 
 
 def _call(value: Any, names: Collection[str]) -> Call:

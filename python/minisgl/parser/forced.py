@@ -14,6 +14,7 @@ from minisgl.grammar.schema import PATTERNS, definitions, listed, literals, reso
 Form = Any  # of `grammar/source.py`
 UNKNOWN = "llama3_json"  # the format of a model whose own is not known
 _OTHER = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties", "propertyNames", "additionalProperties")
+_OBJECT = {"type": "object"}
 _MAX_BRANCHES = 8  # of types within types, which a schema may have without end
 
 
@@ -29,7 +30,7 @@ class Part(NamedTuple):
     binds: bool
     needed: bool = True
 
-    def json(self, whitespace: str, otherwise: dict[str, Any]) -> Form:
+    def json(self, otherwise: dict[str, Any], whitespace: str = "compact") -> Form:
         form = {"kind": "json", "text": json.dumps(self.schema), "whitespace": whitespace, "param": self.param}
         return form if self.binds else {**form, "or": {**form, "text": json.dumps(otherwise)}}
 
@@ -69,18 +70,14 @@ def _many(forms: Sequence[Form], between: str, parallel: bool) -> Form:
 
 
 def _json_calls(functions: Sequence[Part], parallel: bool, opening: str, key: str, closing: str, between: str) -> Form:
-    calls = [[f'{opening}{{"name": "{f.name}", "{key}": ', _arguments(f), "}" + closing] for f in functions]
+    calls = [[f'{opening}{{"name": "{f.name}", "{key}": ', f.json(_OBJECT), "}" + closing] for f in functions]
     return _many(calls, between, parallel)
-
-
-def _arguments(function: Part) -> Form:
-    return function.json("compact", {"type": "object"})
 
 
 def _mistral(functions: Sequence[Part], parallel: bool) -> Form:
     """As the model's version has it: a list, or each by itself."""
     calls = ["[TOOL_CALLS]", {"any": [" ", ""]}, "[", _json_calls(functions, parallel, "", "arguments", "", ", "), "]"]
-    named = [[f"[TOOL_CALLS]{function.name}[ARGS]", _arguments(function)] for function in functions]
+    named = [[f"[TOOL_CALLS]{function.name}[ARGS]", function.json(_OBJECT)] for function in functions]
     return {"any": [calls, _many(named, "", parallel)]}
 
 
@@ -91,7 +88,7 @@ def _pythonic(functions: Sequence[Part], parallel: bool) -> Form:
 
 def _separated(fields: Sequence[Part]) -> Form:
     """Arguments follow each other with commas between them; those that are not needed may be missing."""
-    items = [[f"{field.name}=", field.json("python", {})] for field in fields]
+    items = [[f"{field.name}=", field.json({}, "python")] for field in fields]
     behind = [field.maybe([", ", item]) for field, item in zip(fields, items, strict=True)]
     first = next((index for index, field in enumerate(fields) if field.needed), len(items))
     starts: list[Form] = [[item, *behind[index + 1 :]] for index, item in enumerate(items[: first + 1])]
@@ -121,7 +118,7 @@ def _value(field: Part, depth: int = 0) -> Form:
     if values := literals(schema):
         return {"any": [[value if isinstance(value, str) else json.dumps(value), _END] for value in values]}
     if schema.get("type") != "string":
-        return [field.json("compact", {}), _END]
+        return [field.json({}), _END]
     patterns = [PATTERNS[name] for name in (str(schema.get("format")),) if name in PATTERNS]
     patterns += [schema["pattern"]] if isinstance(schema.get("pattern"), str) else []
     least, most = schema.get("minLength") or 0, schema.get("maxLength")

@@ -12,11 +12,13 @@ class ThinkParser(Parser):
     Whitespace around reasoning and before the answer is formatting, and dropped. A text that ends while the model still
     thinks is reasoning as a whole.
 
-    reasoning: as in `core.Grammar`. "always": a text without an opening tag is reasoning, too.
+    name: as for `--reasoning-parser`; None when the model does not reason. prompt_end: the text with which the prompt
+    ends.
     """
 
-    def __init__(self, reasoning: str) -> None:
+    def __init__(self, name: str | None, prompt_end: str) -> None:
         super().__init__()
+        reasoning = reasoning_after(prompt_end, REASONING_PARSERS[name]) if name else ""  # as in `core.Grammar`
         self._without_tag = reasoning == "always"
         self._is_known = not reasoning  # whether the text begins with reasoning
         self._is_leading = False  # whitespace that comes next is formatting
@@ -49,8 +51,3 @@ class ThinkParser(Parser):
         if self._is_leading:
             self._buffer = self._buffer.lstrip()
             self._is_leading = not self._buffer
-
-
-def make_reasoning_parser(name: str | None, prompt_end: str) -> ThinkParser:
-    """name: None when the model does not reason. prompt_end: the text with which the prompt ends."""
-    return ThinkParser(reasoning_after(prompt_end, REASONING_PARSERS[name]) if name else "")

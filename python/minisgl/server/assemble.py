@@ -14,7 +14,7 @@ from minisgl.errors import RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt
 from minisgl.parser.parts import CallPart, Chain, Parser, Part, ReasoningPart, TextPart
-from minisgl.parser.reasoning import ThinkParser, make_reasoning_parser
+from minisgl.parser.reasoning import ThinkParser
 from minisgl.parser.tools import make_tool_parser
 from minisgl.server.protocol import GenerationRequest
 from minisgl.server.protocol_grammar import form_grammar
@@ -123,7 +123,7 @@ class Assembler:
     def parts(self, reply: UserReply) -> list[Part]:
         """What a reply adds to the message."""
         if self._parser is None:
-            thinker = make_reasoning_parser(self.reasoning, reply.prompt_end)
+            thinker = ThinkParser(self.reasoning, reply.prompt_end)
             self._parser = thinker, Chain(thinker, self.answer)
         thinker, parser = self._parser
         was_thinking = thinker.is_thinking

@@ -71,10 +71,9 @@ def _response_format(value: Any, name: str) -> Grammar | None:
         raise RequestError(f"{name}.type must be text, json_object or json_schema, not {kind!r}", param=name)
     if kind == "text":
         return None
-    schema, inner = value.get("schema"), value.get("json_schema")
-    where = f"{name}.json_schema"
-    if inner is None and (kind == "json_object" or schema is not None):  # a schema beside the type, as others have it
-        return _schema(_ANY_OBJECT if schema is None else schema, name, value.get("whitespace"))
+    inner, where = value.get("json_schema"), f"{name}.json_schema"
+    if inner is None and (kind == "json_object" or value.get("schema") is not None):
+        inner = {"schema": value.get("schema")}  # beside the type, as others have it
     if not isinstance(inner, dict):
         raise RequestError(f"{where} must be an object", param=name)
     for key, types in (("name", str), ("description", str), ("strict", bool)):
@@ -92,9 +91,9 @@ def _structured_outputs(value: Any, name: str) -> Grammar | None:
     if len(given) != 1:
         raise RequestError(f"{name} must have exactly one of {', '.join(_KINDS)}, json_object", param=name)
     ((key, part),) = given.items()
+    if key == "json_object" and part is not True:
+        raise RequestError(f"{name}.json_object must be true or false", param=name)
     if key == "json_object":
-        if part is not True:
-            raise RequestError(f"{name}.json_object must be true or false", param=name)
         return _schema(_ANY_OBJECT, name, whitespace)
     return _schema(part, name, whitespace) if key == "json" else _KINDS[key](part, name)
 

@@ -98,8 +98,7 @@ def tool_use(tools: list[Tool] | None, choice: str | dict[str, Any] | None, para
 def _chosen(choice: Any, names: Collection[str]) -> tuple[str, frozenset[str] | None, bool]:
     """What `tool_choice` asks for, in any form that clients have for it: how free the model is, of which functions
     (None: all), and whether there is one call only."""
-    if choice is None:
-        return "auto", None, False
+    choice = "auto" if choice is None else choice
     kind = choice.get("type") if isinstance(choice, dict) else choice
     single = isinstance(choice, dict) and choice.get("disable_parallel_tool_use") is True  # Anthropic's
     if isinstance(kind, str) and kind in _CHOICES:
