@@ -71,6 +71,7 @@ def test_kept_responses_are_as_they_were(model: Scripted) -> None:
     made = create(model, f"<think>Hm.</think>Yes.{CALL}", tools=[FUNCTION], metadata={"a": "b"})
     kept = model.client.responses.retrieve(made.id)
     assert kept.model_dump() == made.model_dump()
+    assert httpx.get(f"{model.url}/v1/responses/{made.id}?stream=true").status_code == 400
     answer = httpx.get(f"{model.url}/v1/responses/{made.id}")
     validated(Response, answer.content)
     items = model.client.responses.input_items.list(made.id)

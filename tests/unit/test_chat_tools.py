@@ -78,6 +78,32 @@ def test_template_kwargs_reach_the_template() -> None:
     assert prompt_of(chat_template_kwargs={"enable_thinking": False}).template_kwargs == {"enable_thinking": False}
 
 
+KINDS: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": "1"}, "temperature: input should be a valid number, not a string"),
+    ({"n": True}, "n: input should be a valid integer, not true"),
+    ({"seed": 1.5}, "seed: input should be a valid integer, not 1.5"),
+    ({"stop": 5}, "stop: input should be a valid string, not 5"),
+    ({"tools": {}}, "tools: input should be a valid list, not an object"),
+    ({"stream_options": []}, "stream_options: input should be a valid object, not a list"),
+    ({"stop_token_ids": [None]}, "stop_token_ids[0]: input should be a valid integer, not null"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), KINDS, ids=lambda value: str(value)[:40])
+def test_a_refusal_says_what_kind_of_value_came(body: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError) as refusal:
+        parse(**body)
+    assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize(
+    "choice", [{"type": "custom", "custom": {"name": "get_time"}}, {"type": "custom", "name": "get_time"}]
+)
+def test_a_custom_tool_is_chosen_as_functions_are(choice: Any) -> None:
+    used = parse(tools=[TIME], tool_choice=choice).tools
+    assert used is not None and used.required
+
+
 CASES: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
     ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
@@ -101,6 +127,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"x": [10**30]}}, "chat_template_kwargs"),
     ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "content": "a", "partial": True}]}, "messages[0].partial"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "messages[0].tool_calls[0].function.name"),
 ]
 

@@ -208,6 +208,9 @@ def test_added_tokens_in_strings(store: GrammarStore) -> None:
         ("regex", "(?=a)b", "look-around"),
         ("grammar", 'start: "a" | "b" X', 'unknown name: "X"'),
         ("grammar", 'root ::= (("a"', "Expected"),
+        ("grammar", 'x ::= "a"', "No 'root' rule"),
+        ("grammar", "root ::= x", "Rule 'x' not found"),
+        ("json", '{"$ref": "#"}', "nothing matches"),
     ],
 )
 def test_invalid(store: GrammarStore, kind: str, text: str, why: str) -> None:

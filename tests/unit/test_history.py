@@ -240,6 +240,43 @@ def test_calls_without_ids_find_their_results(calls: Any) -> None:
     ]
 
 
+RESULTS: list[tuple[Any, str]] = [
+    ([{"id": 1, "text": "a", "more": None}, 2], '[{"id": 1, "text": "a", "more": null}, 2]'),
+    ([{"type": "file", "name": "a.txt"}], '[{"type": "file", "name": "a.txt"}]'),
+    ([{"type": {"a": "b"}}, [None]], '[{"type": {"a": "b"}}, [null]]'),
+    ([None], "[null]"),
+    ([{"text": "a"}, {"type": "text", "text": "b", "cache_control": {}}, "c"], "abc"),
+]
+
+
+@pytest.mark.parametrize(("given", "kept"), RESULTS, ids=lambda value: str(value)[:30])
+def test_results_that_are_lists_of_their_own(given: Any, kept: str) -> None:
+    """No parts: what a function gave is told as it is."""
+    assert messages({"role": "tool", "tool_call_id": "c", "content": given})[0]["content"] == kept
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    items = [call, {"type": "function_call_output", "call_id": "c", "output": given}]
+    prompt = parse_responses(json.dumps({"input": items}).encode(), {}).prompts[0]
+    assert isinstance(prompt, ChatPrompt)
+    assert prompt.messages[1]["content"] == kept
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (r"a\ud83d", "a\ufffd"),
+        (r"a\\ud83d\ud83d", "a\\ud83d\ufffd"),
+        (r"\uD83D\ude00\ud83d", "\U0001f600\ufffd"),
+        (r"\ude00\ud83d\u0041", "\ufffd\ufffdA"),
+    ],
+)
+def test_text_that_was_cut_within_a_character(written: str, read: str) -> None:
+    """As JavaScript and Python write the half that is left."""
+    body = b'{"messages": [{"role": "assistant", "content": "%s"}]}' % written.encode()
+    prompt = parse_chat(body, {}).prompts[0]
+    assert isinstance(prompt, ChatPrompt)
+    assert prompt.messages[0]["content"] == read
+
+
 def test_the_older_function_calls() -> None:
     legacy = messages(
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},

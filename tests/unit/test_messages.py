@@ -30,6 +30,15 @@ def chat(**body: Any) -> ChatPrompt:
     return prompt
 
 
+def test_tools_by_the_names_of_chats() -> None:
+    """A schema by another name is taken; a tool whose description the model would not see is refused."""
+    (tool,) = chat(tools=[{"name": "f", "parameters": {"type": "object"}}], max_tokens=16.0).tools or ()
+    assert tool["function"] == {"name": "f", "parameters": {"type": "object"}}
+    with pytest.raises(RequestError) as refusal:
+        chat(tools=[{"type": "function", "function": {"name": "f"}}])
+    assert refusal.value.param == "tools[0].function"
+
+
 def test_turns_are_messages() -> None:
     """As templates have them: results before what the user says to them, arguments as objects."""
     turns = [

@@ -130,6 +130,7 @@ def test_null_is_the_same_as_leaving_a_field_out_also_within() -> None:
         "structured_outputs": None,
         "logit_bias": {"5": None},
         "chat_template_kwargs": {"enable_thinking": None},
+        "tool_choice": {"type": "function", "name": "f", "function": None},
     }
     parsed, ignored = read(parse_chat, body, strict=True)
     assert ignored == []
@@ -234,12 +235,18 @@ def answers(requests: list[dict[str, Any]]) -> list[httpx.Response]:
 ALL_BODIES_CHAT = next(fields for model, fields in ALL_BODIES.items() if model.__name__ == "ChatBody")
 
 
+SPACED = {" temperature": 1, " ": 1}  # a header may neither begin nor end so
+
+
 def test_the_header_and_the_log_tell_what_was_ignored(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "minisgl")
-    plain, one, *others = answers([{}, {"cache_prompt": True, "max_token": 3}, {"cache_prompt": False, "a,b\r\nü": 1}])
+    plain, one, *others = answers(
+        [{}, {"cache_prompt": True, "max_token": 3}, {"cache_prompt": False, "a,b\r\nü": 1}, SPACED]
+    )
     assert IGNORED not in plain.headers
     assert one.headers[IGNORED] == "cache_prompt, max_token"
-    (other,) = others
+    other, spaced = others
+    assert spaced.headers[IGNORED] == "%20temperature, %20"
     names = other.headers[IGNORED].split(", ")
     assert names[0] == "cache_prompt"
     assert len(names) == 2
@@ -247,7 +254,7 @@ def test_the_header_and_the_log_tell_what_was_ignored(caplog: pytest.LogCaptureF
     lines = [record.getMessage() for record in caplog.records]
     assert sum("cache_prompt" in line for line in lines) == 1
     assert [line for line in lines if "did you mean max_tokens?" in line] == [lines[1]]
-    assert len(lines) == 3
+    assert len(lines) == 5
     assert all(line.isprintable() for line in lines)
 
 

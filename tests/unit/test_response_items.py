@@ -93,7 +93,7 @@ def test_choices_of_tools() -> None:
 
 
 CASES: list[tuple[dict[str, Any], str]] = [
-    ({"input": ["x", CALL]}, "input"),
+    ({"input": ["x", CALL]}, "input[0]"),
     ({"input": [{"type": "function_call", "call_id": "x"}]}, "input[0].name"),
     ({"input": [{"type": "banana"}]}, "input[0].type"),
     ({"input": [{**OUTPUT, "output": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].output"),

@@ -267,6 +267,15 @@ def test_what_older_libraries_write(store: GrammarStore) -> None:
     assert [value for value in range(5) if takes(store, limits, value)] == [2, 3]
 
 
+def test_what_zod_writes(store: GrammarStore) -> None:
+    """Patterns with look-around beside their formats, and what the names of a record are. A null is no keyword."""
+    pattern = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+    for text, good in (("a@b.cd", True), ("a", False)):
+        assert takes(store, {"type": "string", "format": "email", "pattern": pattern, "enum": None}, text) == good
+    record = {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "integer"}}
+    assert takes(store, record, {"a": 1}) and not takes(store, record, {"a": "b"})
+
+
 def test_branches_told_apart(store: GrammarStore) -> None:
     """`oneOf` with references, as of discriminated unions, by `discriminator` or what is required."""
     defs = {

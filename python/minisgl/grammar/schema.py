@@ -26,7 +26,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "uniqueItems": (False,),
     **dict.fromkeys(("not", "if", "contains", "unevaluatedItems", "$dynamicRef", "$recursiveRef"), ()),
     **dict.fromkeys(("dependentRequired", "dependentSchemas", "dependencies"), ({},)),
-    "propertyNames": (True, {}),
+    "propertyNames": (True, {}, {"type": "string"}),
     "unevaluatedProperties": (True, False, {}),
 }
 _IDLE = ("then", "else", "minContains", "maxContains", "x-guidance")  # without those; and what is not a client's
@@ -175,7 +175,7 @@ class _Follower:
     def _plain(self, schema: Mapping[str, Any], path: Way) -> dict[str, Any]:
         """Its own keywords, in those of llguidance."""
         gone = (*_IDLE, "uniqueItems") if schema.get("maxItems") in (0, 1) else _IDLE
-        said = {key: value for key, value in schema.items() if value is not None or key in _LITERALS}
+        said = {key: value for key, value in schema.items() if value is not None or key == "const"}
         made = {key: value for key, value in said.items() if key not in gone}
         if isinstance(made.get("propertyNames"), dict) and not any(key in made for key in _NAMING):
             self._name(made)
@@ -188,6 +188,8 @@ class _Follower:
         patterns = [made.pop("pattern")] if "pattern" in made else []
         if patterns and str(patterns[0]).startswith(_DECIMAL):
             patterns = ["^" + patterns[0].removeprefix(_DECIMAL), "[0-9]"]
+        elif patterns and made.get("format") in (*PATTERNS,) and re.search(r"\(\?<?[=!]", str(patterns[0])):
+            patterns = []  # as Zod has them: it cannot be followed, but says what the format does
         if "format" in made and made["format"] not in _FORMATS:
             patterns += [PATTERNS[name] for name in (str(made.pop("format")),) if name in PATTERNS]
         if patterns:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from minisgl.config.chat import CLOSING, OPENING
 from minisgl.core import Grammar
@@ -90,7 +90,7 @@ class _Writer:
                 body = self._compiled(form)
                 if why := LLMatcher.validate_grammar(body):
                     raise ValueError(one_line(why))
-            except (GbnfToLarkError, ValueError) as error:
+            except ValueError as error:
                 if "or" in form:
                     return self.expression(form["or"])
                 raise RequestError(f"{param}: {error}", param=param) from None
@@ -98,7 +98,7 @@ class _Writer:
         return f"@{self.grammars[key]['name']}"
 
     def _compiled(self, form: Mapping[str, Any]) -> str:
-        """A list of one grammar, as JSON. Raises: ValueError or GbnfToLarkError."""
+        """A list of one grammar, as JSON. Raises: ValueError."""
         text: str = form["text"]
         if form["kind"] == "json":
             return _of_schema(text, form["whitespace"])
@@ -107,7 +107,10 @@ class _Writer:
         if form["kind"] == "choice":
             text = f"start: {self.expression({'any': json.loads(text)})}"
         elif re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE):  # EBNF as llama.cpp writes it (`root ::= …`)
-            text = gbnf_to_lark(text)
+            try:
+                text = gbnf_to_lark(text)
+            except Exception as error:  # that is what it raises
+                raise ValueError(error) from None
         return json.dumps({"grammars": [{"lark_grammar": text}]})
 
     def _literal(self, text: str) -> str:
@@ -157,7 +160,7 @@ def one_line(error: str) -> str:
     """llguidance's error: its first line, and that of the regex compiler behind it."""
     lines = [line.strip() for line in error.splitlines() if line.strip() not in ("", "<non-verbose/>")]
     lines = lines[:1] + [line for line in lines[1:] if line.startswith("error:")]
-    text = " ".join(lines) or "it cannot be compiled"
+    text = " ".join(lines).replace("NoExtensionBias", "nothing matches it") or "it cannot be compiled"
     return text if len(text) <= 500 else text[:500] + " …"
 
 

@@ -38,11 +38,19 @@ def text_of(content: Any, where: str, thoughts: list[str] | None = None) -> str:
     return "".join(_part(part, where, f"{where}[{index}]", thoughts) for index, part in enumerate(content))
 
 
-def kept_as_text(content: Any) -> Any:
-    """What a tool gave or a model said, where a client has kept JSON rather than text or parts."""
-    if content is None or isinstance(content, (str, list)):
-        return content or ""
-    return json.dumps(content, ensure_ascii=False)
+def kept_as_text(content: Any, *, parts: bool = True) -> Any:
+    """What a tool gave or a model said, where a client has kept JSON. parts: of these a list is, whatever it has."""
+    taken = isinstance(content, list) and (parts or all(map(_is_part, content)))
+    taken = taken or content is None or isinstance(content, str)
+    return content or "" if taken else json.dumps(content, ensure_ascii=False)
+
+
+def _is_part(item: Any) -> bool:
+    """Objects of other lists may have a type as well, and be files."""
+    if not isinstance(item, dict):
+        return isinstance(item, str)
+    kind = item.get("type", "text" if item.keys() == {"text"} else None)
+    return kind in tuple(TEXTS) or (kind in tuple(_OTHER_MEDIA) and (kind in item or kind.startswith("input_")))
 
 
 def _part(part: Any, where: str, here: str, thoughts: list[str] | None) -> str:

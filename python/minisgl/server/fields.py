@@ -37,6 +37,7 @@ def _objects() -> dict[str, Fields]:
             dict.fromkeys(words.get("refused", ()), EMPTY),
             words.get("ignored", ()),
             {field: made[of] for field, of in entry.get("nested", {}).items()},
+            entry.get("other_names", {}),
             by=entry.get("by", ""),
             kinds={kind: made[of] for of, kinds in entry.get("kinds", {}).items() for kind in kinds.split()},
             any_name=entry.get("any_name", False),

@@ -51,7 +51,8 @@ def _message(given: dict[str, Any], where: str) -> dict[str, Any]:
     content = given.get("content")
     thoughts: list[str] | None = [] if role == "assistant" else None
     if template_role in ("assistant", "tool"):  # it may be nothing, beside calls and of functions that give nothing
-        content = kept_as_text(_text(given.get("refusal")) if content is None else content)
+        said = _text(given.get("refusal")) if content is None else content
+        content = kept_as_text(said, parts=template_role == "assistant")
     message = {"role": template_role, "content": text_of(content, f"{where}.content", thoughts)}
     name = given.get("name")
     if name is not None:

@@ -159,9 +159,11 @@ def add_response_routes(app: FastAPI, store: ResponseStore) -> None:
     def kept(request: Request, response_id: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return store.get(owner_of(request), response_id)
 
-    @app.get("/v1/responses/{response_id}", **documented("ModelResponse", errors=(404,)))
+    @app.get("/v1/responses/{response_id}", **documented("ModelResponse", errors=(400, 404)))
     async def retrieve(request: Request, response_id: str) -> Response:
         """A response that was stored."""
+        if request.query_params.get("stream", "false").lower() == "true":
+            raise RequestError("stream: what is stored is not streamed again", param="stream")
         return json_response(kept(request, response_id)[0])
 
     _deleted = fields(id="string", object="string", deleted="boolean")

@@ -13,7 +13,7 @@ from minisgl.server.fields import OBJECTS, fields_of
 from minisgl.server.protocol import GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
 from minisgl.server.protocol_tools import MAX_TOOLS
-from minisgl.server.strict import Body, Reading, load_object, optional, validate
+from minisgl.server.strict import Body, Count, Reading, load_object, optional, validate
 
 # What Anthropic's own client puts before its system prompt (`x-anthropic-billing-header: …`), for Anthropic's servers.
 # It changes with each request: with it, no prompt would find its beginning in the prefix cache.
@@ -61,7 +61,7 @@ class MessagesBody(Body, SamplingFields):
     model: str | None = optional("The id that /v1/models shows.")
     messages: list[Turn] = Field(json_schema_extra={"minItems": 1})
     system: Blocks | None = optional("The system prompt.")
-    max_tokens: int | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
+    max_tokens: Count | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
     stop_sequences: list[str] | None = optional("What ends the output; it is cut off.")
     stream: bool | None = optional("Answer with server-sent events.")
     tools: list[dict[str, Any]] | None = optional("Those that the client describes.", maxItems=MAX_TOOLS)

@@ -113,7 +113,7 @@ def _chosen(choice: Any, names: Collection[str]) -> tuple[str, frozenset[str] | 
         mode = inner.get("mode") or "auto" if isinstance(inner, dict) else None
         if allowed and mode in ("auto", "required"):
             return mode, frozenset(allowed), single
-    elif isinstance(choice, dict) and kind in ("function", "tool", None) and isinstance(name := _name(choice), str):
+    elif kind in ("function", "tool", "custom", None) and isinstance(name := _name(choice), str):
         return "required", frozenset({name}), True
     raise RequestError(
         f"tool_choice must be {', '.join(_CHOICES)}, name a function, or be of type allowed_tools, with mode and tools",
@@ -122,8 +122,8 @@ def _chosen(choice: Any, names: Collection[str]) -> tuple[str, frozenset[str] | 
 
 
 def _name(value: Any) -> Any:
-    """Of the function that an object names: by itself, or in an object `function`."""
-    inner = value.get("function", value) if isinstance(value, dict) else None
+    """Of the function that an object names: by itself, or in an object `function` or `custom`."""
+    inner = value.get("function", value.get("custom", value)) if isinstance(value, dict) else None
     return inner.get("name") if isinstance(inner, dict) else inner
 
 

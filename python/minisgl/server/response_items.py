@@ -65,7 +65,7 @@ def _add_call(item: dict[str, Any], messages: list[Message], where: str) -> None
 
 
 def _add_output(item: dict[str, Any], messages: list[Message], where: str) -> None:
-    text = text_of(kept_as_text(item.get("output")), f"{where}.output")
+    text = text_of(kept_as_text(item.get("output"), parts=False), f"{where}.output")
     messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text, "name": item.get("name")})
 
 

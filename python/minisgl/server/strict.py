@@ -6,6 +6,7 @@ value asks for nothing. Or it is neither: it is ignored, and the client and the 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,8 @@ class Reading:
         if not isinstance(given, dict):
             return given
         kind, fields = given.get(fields.by), fields.of(given)
+        if fields.any_name and fields.by:  # of no kind that we know: a client's own data
+            return given
         if fields.left_out:
             self.ignore(f"{where}.{kind}", fields)
             return {"type": kind}
@@ -139,7 +142,9 @@ def asks_for_nothing(value: Any, neutral: Sequence[Any]) -> bool:
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
 
-_OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than_equal")
+# Halves of characters beyond 16 bits, where a client has cut a text between them; and what looks like one.
+_HALVES = re.compile(rb"(\\\\|\\u[dD][89abAB]%b\\u[dD][c-fC-F]%b)|\\u[dD][89a-fA-F]%b" % ((b"[0-9a-fA-F]{2}",) * 3))
+_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
 
 
 def load_object(data: bytes, fields: Fields, reading: Reading | None = None) -> dict[str, Any]:
@@ -147,6 +152,9 @@ def load_object(data: bytes, fields: Fields, reading: Reading | None = None) -> 
     try:
         raw = from_json(data, allow_inf_nan=False)
     except ValueError as error:
+        mended = _HALVES.sub(lambda found: found[1] or rb"\ufffd", data)
+        if mended != data:
+            return load_object(mended, fields, reading)
         raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise RequestError("the body must be a JSON object")
@@ -163,8 +171,9 @@ def validate(model: type[B], raw: Any, where: str = "") -> B:
 
 
 def _refusal(error: ValidationError, raw: Any, where: str) -> RequestError:
-    """The first problem, in one line."""
-    problem = error.errors(include_url=False, include_context=False)[0]
+    """The first problem, in one line: of several ways to read a value, that of the one that got furthest."""
+    problems = error.errors(include_url=False, include_context=False)
+    problem = max((p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
     param = where
     for part in problem["loc"]:
         if isinstance(part, int):
@@ -176,7 +185,8 @@ def _refusal(error: ValidationError, raw: Any, where: str) -> RequestError:
         # else it is pydantic's name for a member of a union
     if problem["type"] == "missing":
         return RequestError(f"{param} is required", param=param or None, code="missing_required_parameter")
-    message = f"{param}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
-    if problem["type"] in _OUT_OF_RANGE:
-        message += f", not {str(problem['input'])[:MAX_SHOWN]}"
+    said = re.sub(r"dictionary( or instance of \w+)?", "object", problem["msg"])
+    message = f"{param}: {said[:1].lower()}{said[1:]}"
+    if problem["type"].endswith(("_type", "_equal", "greater_than")):
+        message += f", not {_KINDS.get(type(problem['input'])) or json.dumps(problem['input'])[:MAX_SHOWN]}"
     return RequestError(message, param=param or None, code="invalid_value")
