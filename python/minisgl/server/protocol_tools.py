@@ -129,11 +129,9 @@ def _name(value: Any) -> Any:
 
 def _tool(tool: Tool, where: str) -> dict[str, Any]:
     """As templates expect it."""
-    function = tool.function
+    function, named = tool.function, f"{where}.function.name"
     if not _NAME.fullmatch(function.name):
-        raise RequestError(
-            f"{where}.function.name must have 1 to 128 letters, digits or _ - . : /", param=f"{where}.function.name"
-        )
+        raise RequestError(f"{named} must have 1 to 128 letters, digits or _ - . : /", param=named)
     carried(function.parameters, f"{where}.function.parameters")
     return {"type": "function", "function": {key: value for key, value in function if value is not None}}
 
