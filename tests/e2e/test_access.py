@@ -98,6 +98,8 @@ def test_pages_of_the_origin_may_call(http: httpx.Client) -> None:
     allowed = httpx.options(http.base_url.join("/v1/chat/completions"), headers=asks)  # without a key
     assert allowed.status_code == 200
     assert allowed.headers["access-control-allow-origin"] == PAGE
+    deletes = {**asks, "access-control-request-method": "DELETE"}
+    assert httpx.options(http.base_url.join("/v1/responses/x"), headers=deletes).status_code == 200
     answer = http.post("/v1/completions", json=BODY, headers={"origin": PAGE})
     assert answer.headers["access-control-allow-origin"] == PAGE
     assert "x-request-id" in answer.headers["access-control-expose-headers"]

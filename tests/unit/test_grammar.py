@@ -23,6 +23,7 @@ from minisgl.core import Grammar
 from minisgl.errors import RequestError
 from minisgl.grammar.store import GrammarStore
 from minisgl.grammar.vocabulary import VocabularyConfig
+from minisgl.server.protocol_grammar import MAX_CHOICES
 from tests.schemas import schemas
 from tests.tokenizers_fixture import make_byte_level
 
@@ -129,6 +130,11 @@ def test_every_object_is_allowed(store: GrammarStore, data: st.DataObject) -> No
 def test_kinds(store: GrammarStore, kind: str, text: Any, good: str, bad: str) -> None:
     assert accepts(compile_in(store, kind, text), good)
     assert not accepts(compile_in(store, kind, text), bad)
+
+
+def test_as_many_choices_as_there_may_be(store: GrammarStore) -> None:
+    choices = [f"c{index}" for index in range(MAX_CHOICES)]
+    assert accepts(compile_in(store, "choice", choices), choices[-1])
 
 
 def test_text_around(store: GrammarStore) -> None:

@@ -182,6 +182,7 @@ def test_a_grammar_that_grows_too_complex_is_an_error_of_its_own() -> None:
     loop.turn(40)
     last = loop.outputs[1][-1]
     assert last.finish_reason is FinishReason.ERROR and "too complex" in last.error and "and more" not in last.error
+    assert last.error_status == 400
     assert loop.ids(2) == expected_output([4, 5], 8, ())
     assert not loop.grammars._outputs
 

@@ -21,6 +21,7 @@ class UserReply(msgspec.Struct, frozen=True, tag="reply", forbid_unknown_fields=
     num_cached_tokens: int
     finish_reason: FinishReason | None = None
     error: str | None = None
+    error_status: int = 500  # HTTP's
     # Of `token_ids`, and with the first reply of the prompt, where they are wanted. Not lists: an empty tuple is no
     # work for the garbage collector, and there is one reply for each token.
     logprobs: tuple[TokenLogprob, ...] = ()

@@ -99,6 +99,7 @@ class DetokenizeMsg(msgspec.Struct, frozen=True, tag="detokenize", forbid_unknow
     start: StreamStart | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    error_status: int = 500
     logprobs: PackedLogprobs | None = None  # of `token_ids`
     prompt_logprobs: PackedLogprobs | None = None  # of all prompt ids but the first
 

@@ -146,7 +146,7 @@ class Grammars:
         for output in outputs:
             ended = self._outputs.pop(output.req.uid, None) if output.finish_reason is not None else None
             if ended is not None and ended.error is not None and output.finish_reason is FinishReason.ABORT:
-                output = output._replace(finish_reason=FinishReason.ERROR, error=ended.error)
+                output = output._replace(finish_reason=FinishReason.ERROR, error=ended.error, error_status=400)
             finished.append(output)
         return finished
 
@@ -198,7 +198,8 @@ class Grammars:
 
     def _fail(self, row: _Row, matcher: LLMatcher) -> None:
         """The grammar has grown too complex. All ranks end its request at their next turn."""
-        row.output.error = f"the grammar cannot be followed any further: {one_line(matcher.get_error())}"
+        param = row.req.params.grammar.param if row.req.params.grammar else "the grammar"
+        row.output.error = f"{param} cannot be followed any further: {one_line(matcher.get_error())}"
         row.output.matcher = None
         logger.debug("request %d: %s", row.req.uid, row.output.error)
         self._aborts.append(AbortMsg(row.req.uid))

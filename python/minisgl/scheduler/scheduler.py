@@ -163,6 +163,7 @@ class Scheduler:
             start=start,
             finish_reason=output.finish_reason,
             error=output.error,
+            error_status=output.error_status,
             logprobs=None if output.logprobs is None else pack_logprobs([output.logprobs]),
             prompt_logprobs=None if output.prompt_logprobs is None else pack_logprobs(output.prompt_logprobs),
         )

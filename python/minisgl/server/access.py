@@ -46,7 +46,7 @@ def guarded(app: ASGIApp, access: AccessConfig, on_request: OnRequest | None = N
         app = CORSMiddleware(
             app,
             allow_origins=access.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=[REQUEST_ID, IGNORED],
         )

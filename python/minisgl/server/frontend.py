@@ -270,7 +270,7 @@ class Frontend:
             if message.finish_reason is not None:
                 del self._streams[message.uid]
             if message.finish_reason is FinishReason.ERROR:
-                stream.fail(RequestError(message.error or "the request failed", status=500))
+                stream.fail(RequestError(message.error or "the request failed", status=message.error_status))
             else:
                 stream.push(message)
         elif isinstance(message, replies.AcceptedReply):

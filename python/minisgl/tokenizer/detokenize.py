@@ -218,6 +218,7 @@ class Detokenizer:
             num_cached_tokens=stream.num_cached,
             finish_reason=finish_reason,
             error=message.error,
+            error_status=message.error_status,
             logprobs=self._logprobs(token_ids, message.logprobs, stream.hidden),
             prompt_logprobs=self._prompt_logprobs(message),
             prompt_end=prompt_end,
