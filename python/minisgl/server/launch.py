@@ -36,8 +36,7 @@ def worker_specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]
         for rank in range(config.engine.tp_size)
     ]
     endpoints = {"minisgl-detokenizer-0": addresses.detokenizer}
-    for index in range(addresses.num_tokenizer):
-        endpoints[f"minisgl-tokenizer-{index}"] = addresses.tokenizer(index)
+    endpoints |= {f"minisgl-tokenizer-{index}": addresses.tokenizer(index) for index in range(addresses.num_tokenizer)}
     for name, endpoint in endpoints.items():
         specs.append(WorkerSpec(name, tokenizer_main, (config.tokenizer, addresses, endpoint)))
     return specs

@@ -80,13 +80,13 @@ def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = No
     """Raises: RequestError naming the field at fault."""
     reading = reading or Reading()
     body = validate(MessagesBody, load_object(data, MESSAGES, reading))
-    chat = {name: getattr(body, name) for name in (*SamplingFields.model_fields, "model", "max_tokens", "stream")}
+    named = (*SamplingFields.model_fields, "model", "max_tokens", "stream", "chat_template_kwargs")
+    chat = {name: getattr(body, name) for name in named}
     chat["messages"] = messages = _messages(body)
     last = messages[-1] if messages else {}
     chat["continue_final_message"] = last.get("role") == "assistant" and not last["tool_calls"]
     chat["stop"] = body.stop_sequences or body.stop
-    thinks = body.thinking and dict.fromkeys(("enable_thinking", "thinking"), body.thinking.type != "disabled")
-    chat["chat_template_kwargs"] = {**(thinks or {}), **(body.chat_template_kwargs or {})}
+    chat["thinking"] = body.thinking and {"type": body.thinking.type}
     chat["tools"] = functions_of(body.tools or (), {"custom": _function}, reading, _TOOL)
     if (choice := body.tool_choice) is not None:
         chat["tool_choice"] = _CHOICES.get(choice.type) or {"type": "function", "function": {"name": choice.name}}

@@ -63,9 +63,16 @@ class Supervisor:
     def start(self) -> None:
         """Start all children, without waiting for them."""
         atexit.register(self.stop)  # before multiprocessing's own end, which would wait for them for ever
+        context = multiprocessing.get_context("spawn")
+        from_main = threading.current_thread() is threading.main_thread()
         for spec in self._specs:
             with signals_deferred():
-                self._spawn(spec)
+                ours, theirs = context.Pipe(duplex=False)
+                args = (spec.name, theirs, from_main, spec.body, spec.args)
+                process = context.Process(target=run_child, args=args, name=spec.name, daemon=True)
+                process.start()
+                theirs.close()
+                self._workers.append(_Worker(spec.name, process, ours, time.monotonic()))
 
     def wait_ready(self) -> None:
         """Wait until each child is ready.
@@ -115,16 +122,6 @@ class Supervisor:
         for worker in self._workers:
             worker.connection.close()
         self._workers = []
-
-    def _spawn(self, spec: WorkerSpec) -> None:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe(duplex=False)
-        from_main = threading.current_thread() is threading.main_thread()
-        args = (spec.name, theirs, from_main, spec.body, spec.args)
-        process = context.Process(target=run_child, args=args, name=spec.name, daemon=True)
-        process.start()
-        theirs.close()
-        self._workers.append(_Worker(spec.name, process, ours, time.monotonic()))
 
     def _watch(self, on_death: Callable[[WorkerDied], None]) -> None:
         last_look = time.monotonic()
