@@ -12,16 +12,10 @@ TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal":
 _THOUGHTS = ("thinking", "reasoning", "reasoning_text", "summary_text")
 _IN_THOUGHTS = ("thinking", "reasoning", "text", "summary", "content")
 _OTHER_MEDIA = {
-    "image_url": "images",
-    "input_image": "images",
-    "image": "images",
-    "input_audio": "audio",
-    "audio": "audio",
-    "audio_url": "audio",
-    "video_url": "videos",
-    "input_video": "videos",
-    "file": "files",
-    "input_file": "files",
+    **dict.fromkeys(("image_url", "input_image", "image"), "images"),
+    **dict.fromkeys(("input_audio", "audio", "audio_url"), "audio"),
+    **dict.fromkeys(("video_url", "input_video"), "videos"),
+    **dict.fromkeys(("file", "input_file"), "files"),
 }
 
 

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import WithJsonSchema
 from pydantic_core import from_json
 
 from minisgl.errors import RequestError
 from minisgl.server.content import kept_as_text, text_of, thought_of
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 REASONING = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
 _OTHER_ROLES = {"developer": "system", "function": "tool"}  # what templates know them as
-_SCHEMA = {
-    "type": "object",
-    "required": ["role"],
-    "properties": {
-        "role": {"enum": list(ROLES)},
-        "content": {"type": ["string", "array", "null"], "items": {"type": "object", "required": ["text"]}},
-        "name": {"type": ["string", "null"]},
-        "tool_calls": {"type": ["array", "null"], "description": "An assistant's calls, as they were answered."},
-        "tool_call_id": {"type": ["string", "null"]},
-        "reasoning_content": {"type": ["string", "null"]},
-    },
-}
+_SCHEMA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+ROLES: list[str] = _SCHEMA["properties"]["role"]["enum"]
 Message = Annotated[dict[str, Any], WithJsonSchema(_SCHEMA)]
 
 
