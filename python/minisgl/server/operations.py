@@ -26,7 +26,6 @@ from minisgl.server.strict import WHOLE, Body, Fields, TokenId, optional, shown,
 
 SCRAPE_SECONDS = 2.0  # how long /metrics waits for the scheduler
 _TOKENS = fields(count="integer", max_model_len="integer", tokens="array")
-_TEXT = fields(prompt="string", text="string")
 _PAGE = fields(object="string", data="array", has_more="boolean")
 MAX_PAGE = 100  # items
 _CHAT_FIELDS = {"messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
@@ -79,7 +78,7 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, max_
         max_len = config.scheduler.max_seq_len
         return json_response({"count": len(tokens), "max_model_len": max_len, "tokens": tokens})
 
-    @app.post("/detokenize", **documented(_TEXT, DetokenizeBody, errors=(404, 503)))
+    @app.post("/detokenize", **documented(fields(prompt="string", text="string"), DetokenizeBody, errors=(404, 503)))
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
         body = validate(DetokenizeBody, await read_object(request, DETOKENIZE, config, max_body))

@@ -14,7 +14,7 @@ from pydantic import Field
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
 from minisgl.server.fields import OBJECTS, fields_of
-from minisgl.server.protocol import GenerationRequest, chat_request, functions_of
+from minisgl.server.protocol import Describe, GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
 from minisgl.server.response_items import messages_of
 from minisgl.server.response_store import Item, ResponseStore
@@ -134,13 +134,11 @@ def _function(tool: dict[str, Any]) -> dict[str, Any]:
     return {name: tool[name] for name in OBJECTS["function"].known if name in tool}
 
 
-def _free(tool: dict[str, Any]) -> dict[str, Any]:
-    """What takes free text is a function of one string."""
-    return {**_function(tool), "parameters": _ONE_STRING}
-
-
 _ONE_STRING = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-_FUNCTIONS = {"function": _function, "custom": _free}
+_FUNCTIONS: dict[str, Describe] = {
+    "function": _function,
+    "custom": lambda tool: {**_function(tool), "parameters": _ONE_STRING},  # what takes free text has one string
+}
 
 
 def _response_format(given: dict[str, Any]) -> dict[str, Any]:

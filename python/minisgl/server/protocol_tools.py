@@ -21,13 +21,8 @@ MAX_TOOLS = 512
 _NAME = re.compile(r"[\w.:/-]{1,128}")
 _CHOICES = {"none": "none", "auto": "auto", "required": "required", "any": "required"}
 # What the server says itself when it renders a template: no client may.
-_RESERVED_KWARGS = frozenset(
-    (
-        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt"),
-        *("continue_final_message", "tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length"),
-        *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
-    )
-)
+_RESERVED_KWARGS = """messages conversation tools documents chat_template add_generation_prompt continue_final_message
+    tokenize tokenizer_kwargs padding truncation max_length return_tensors return_dict return_assistant_tokens_mask"""
 
 
 class FunctionSpec(Body):
@@ -138,7 +133,7 @@ def _tool(tool: Tool, where: str) -> dict[str, Any]:
 
 def template_kwargs(given: dict[str, Any] | None) -> dict[str, Any]:
     """`chat_template_kwargs`. Raises: RequestError when a client would take the server's place."""
-    reserved = sorted(_RESERVED_KWARGS.intersection(given or {}))
+    reserved = sorted({*_RESERVED_KWARGS.split()}.intersection(given or {}))
     if reserved:
         raise RequestError(f"chat_template_kwargs must not have {reserved[0]}", param="chat_template_kwargs")
     return carried(given or {}, "chat_template_kwargs")

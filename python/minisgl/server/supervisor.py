@@ -183,10 +183,9 @@ class Supervisor:
 
 def _describe(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
-        try:
+        with suppress(ValueError):
             return f"killed by {signal.Signals(-exitcode).name}"
-        except ValueError:
-            return f"killed by signal {-exitcode}"
+        return f"killed by signal {-exitcode}"
     return f"exit status {exitcode}"
 
 
