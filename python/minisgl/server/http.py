@@ -23,7 +23,6 @@ from minisgl.server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_DRAIN_SECONDS = 10.0
 NOTICE_SECONDS = 0.5  # for the last errors to reach the clients
 KEEP_ALIVE_SECONDS = 60
 
@@ -87,7 +86,7 @@ async def serve_http(
     config: ServerConfig, addresses: Addresses, supervisor: Supervisor, listener: socket.socket
 ) -> int:
     """Serve on `listener` until a signal or a dead worker ends it. Returns the exit status."""
-    drain = env_number("MINISGL_DRAIN_TIMEOUT", DEFAULT_DRAIN_SECONDS, low=0, high=86400)
+    drain = env_number("MINISGL_DRAIN_TIMEOUT", 10, low=0, high=86400)
     loop = asyncio.get_running_loop()
     async with Frontend(addresses) as frontend:
         exposition = Exposition(config.served_model_name, frontend.metrics)

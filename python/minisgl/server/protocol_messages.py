@@ -123,9 +123,8 @@ def _messages(body: MessagesBody) -> list[Message]:
             messages.append({"role": "system", "content": "\n".join(filter(None, steady))})
         elif turn.role == "assistant":
             calls = [block for block in blocks if block.get("type") == "tool_use"]
-            messages.append(
-                {"role": "assistant", "content": [b for b in blocks if b not in calls], "tool_calls": calls}
-            )
+            said = [block for block in blocks if block not in calls]
+            messages.append({"role": "assistant", "content": said, "tool_calls": calls})
         else:
             _ask(messages, blocks, where)
     return messages

@@ -20,13 +20,8 @@ from minisgl.server.response_store import Item
 
 _STATUS = {FinishReason.LENGTH: "incomplete", FinishReason.ABORT: "cancelled"}  # else: completed
 _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}  # of items' ids
-_TEXTS = {
-    "message": "output_text",
-    "reasoning": "reasoning_text",
-    "function_call": "function_call_arguments",
-    "custom_tool_call": "custom_tool_call_input",
-}
 _WHOLE = {"function_call": "arguments", "custom_tool_call": "input"}  # the field that has it all; else: text
+_TEXTS = {"message": "output_text", "reasoning": "reasoning_text"} | {kind: f"{kind}_{_WHOLE[kind]}" for kind in _WHOLE}
 
 Keep = Callable[[dict[str, Any], list[Item]], None]
 

@@ -24,8 +24,6 @@ from minisgl.utils.spawned import UNGUARDED
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_START_TIMEOUT = 1800.0  # seconds; large models load slowly
-DEFAULT_HEARTBEAT_TIMEOUT = 60.0
 STOP_SECONDS = 20.0  # from STOP_SIGNAL to SIGKILL; the driver takes its time to give back a GPU
 
 
@@ -54,8 +52,9 @@ class Supervisor:
 
     def __init__(self, specs: Sequence[WorkerSpec]) -> None:
         self._specs = specs
-        self._start_timeout = env_number("MINISGL_START_TIMEOUT", DEFAULT_START_TIMEOUT, low=1, high=1e6)
-        self._heartbeat_timeout = env_number("MINISGL_HEARTBEAT_TIMEOUT", DEFAULT_HEARTBEAT_TIMEOUT, low=2, high=1e6)
+        # Seconds. Large models load slowly.
+        self._start_timeout = env_number("MINISGL_START_TIMEOUT", 1800, low=1, high=1e6)
+        self._heartbeat_timeout = env_number("MINISGL_HEARTBEAT_TIMEOUT", 60, low=2, high=1e6)
         self._workers: list[_Worker] = []
         self._stopping = threading.Event()
         self._watcher: threading.Thread | None = None
