@@ -21,6 +21,7 @@ from minisgl.server.protocol_messages import parse_messages
 from minisgl.server.render import Totals
 from minisgl.server.render_messages import MessagesRenderer
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 ASKED: Any = {"role": "user", "content": "a"}
 
 
@@ -37,6 +38,21 @@ def test_tools_by_the_names_of_chats() -> None:
     with pytest.raises(RequestError) as refusal:
         chat(tools=[{"type": "function", "function": {"name": "f"}}])
     assert refusal.value.param == "tools[0].function"
+
+
+def test_the_shape_of_an_answer_in_any_form() -> None:
+    shapes = [
+        {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+        {"output_format": {"type": "json_schema", "schema": SCHEMA, "name": "a"}},
+        {"output_config": {"format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}},
+    ]
+    for shape in shapes:
+        grammar = parse_messages(json.dumps({"messages": [ASKED], **shape}).encode(), {}).params.grammar
+        assert grammar is not None and json.loads(grammar.text) == SCHEMA
+    for wrong in ({"type": "json_schema"}, {"type": "json_schema", "json_schema": SCHEMA}):
+        with pytest.raises(RequestError) as refusal:
+            chat(output_config={"format": wrong})
+        assert str(refusal.value.param).startswith("output_config.format")
 
 
 def test_turns_are_messages() -> None:

@@ -57,6 +57,7 @@ WITH_SCHEMA = Grammar("json", json.dumps(SCHEMA))
     [
         ({"type": "json_object", "schema": SCHEMA}, WITH_SCHEMA),
         ({"type": "json_object", "schema": None}, OBJECT),
+        ({"type": "json_object", "value": SCHEMA}, WITH_SCHEMA),
         ({"type": "json_object", "json_schema": {"schema": SCHEMA}}, WITH_SCHEMA),
         ({"type": "json_schema", "schema": SCHEMA}, WITH_SCHEMA),
         ({"type": "json_schema", "name": "n", "strict": True, "schema": SCHEMA}, WITH_SCHEMA),
@@ -76,6 +77,14 @@ WITH_SCHEMA = Grammar("json", json.dumps(SCHEMA))
 def test_every_form_of_response_format(value: dict[str, Any], expected: Grammar) -> None:
     body = {"messages": HELLO, "response_format": value}
     assert parse_chat(json.dumps(body).encode(), {}).params.grammar == expected
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, {"$ref": "#/$defs/a", "$defs": {"a": {}}}, {"anyOf": [SCHEMA]}], ids=str)
+def test_a_schema_in_the_wrong_place_is_not_forgotten(schema: dict[str, Any]) -> None:
+    body = {"messages": HELLO, "response_format": {"type": "json_schema", "json_schema": schema}}
+    with pytest.raises(RequestError, match="is not supported") as refusal:
+        parse_chat(json.dumps(body).encode(), {})
+    assert str(refusal.value.param).startswith("response_format.json_schema.")
 
 
 def test_whitespace_is_asked_for() -> None:

@@ -93,9 +93,7 @@ def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = No
         chat["parallel_tool_calls"] = not choice.disable_parallel_tool_use
     config = body.output_config or OutputConfig()
     chat["reasoning_effort"] = config.effort
-    if (shape := config.format or body.output_format) is not None:
-        specified = {"name": "output", "schema": shape.get("schema")}
-        chat["response_format"] = {"type": shape.get("type"), "json_schema": specified}
+    chat["response_format"] = config.format or body.output_format
     return chat_request(chat, defaults, _PARAMS)
 
 

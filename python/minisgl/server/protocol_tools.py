@@ -22,7 +22,8 @@ _NAME = re.compile(r"[\w.:/-]{1,128}")
 _CHOICES = {"none": "none", "auto": "auto", "required": "required", "any": "required"}
 # What the server says itself when it renders a template: no client may.
 _RESERVED_KWARGS = """messages conversation tools documents chat_template add_generation_prompt continue_final_message
-    tokenize tokenizer_kwargs padding truncation max_length return_tensors return_dict return_assistant_tokens_mask"""
+    tokenize tokenizer_kwargs padding truncation max_length return_tensors return_dict return_assistant_tokens_mask
+    sanitize_control_tokens self"""
 
 
 class FunctionSpec(Body):
