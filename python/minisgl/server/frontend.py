@@ -128,6 +128,7 @@ class Frontend:
         self._asked: dict[int, asyncio.Future[FrontendMsg]] = {}  # what is not a stream: one answer each
         self._uids = itertools.count(1)
         self._down: MiniSGLError | None = None  # set: every new request gets this error
+        self._receiver: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Frontend:
         self._receiver = asyncio.create_task(self._receive(), name="frontend-receive")
@@ -136,6 +137,7 @@ class Frontend:
     async def __aexit__(self, *_: object) -> None:
         """End every stream with an error and close the sockets."""
         self.fail(WorkerDied("the server is shutting down"))
+        assert self._receiver is not None
         self._receiver.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._receiver
@@ -182,10 +184,7 @@ class Frontend:
         return len(chosen)
 
     async def ping(self, timeout: float) -> None:
-        """A round trip through tokenizer, scheduler and detokenizer.
-
-        Raises: WorkerDied when a child is gone or no answer comes within `timeout` seconds.
-        """
+        """A round trip through all children. Raises: WorkerDied when one is gone, or after so many seconds."""
         await self._ask(self._tokenizers[0], PingMsg(next(self._uids)), replies.PongReply, timeout)
 
     async def encode(self, prompt: tokenizer.ChatPrompt | tokenizer.TextPrompt, *, special: bool) -> list[int]:
