@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -108,9 +109,9 @@ class _OpenAIRenderer(Renderer):
         shown = [self._choice(index, replies) for index, replies in enumerate(choices)]
         return {**self._head, "object": self._whole, "choices": shown, "usage": self._usage(totals)}
 
+    @abstractmethod
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
         """What these replies say of a choice."""
-        raise NotImplementedError
 
     def _usage(self, totals: Totals) -> dict[str, Any]:
         return totals.usage()
