@@ -185,7 +185,7 @@ def _settings(model: str, request: ResponsesRequest) -> dict[str, Any]:
     return {
         **_SAME,
         **{name: getattr(body, name) for name in _SENT},
-        "metadata": body.metadata or {},
+        "metadata": {key: str(value) for key, value in (body.metadata or {}).items()},  # OpenAI has texts only
         "model": model,
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
