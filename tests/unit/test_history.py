@@ -352,3 +352,11 @@ def test_items_of_responses_in_every_form() -> None:
     assert (result["tool_call_id"], result["content"]) == ("fc", '{"a": null}')
     assert second["tool_calls"][0]["function"] == {"name": "g", "arguments": {"input": "raw text"}}
     assert (done["content"], last["content"]) == ("done", "")
+
+
+def test_what_goes_with_several_calls_is_said_once() -> None:
+    called = [{"id": i, "type": "function", "function": {"name": "f", "arguments": {}}} for i in "ab"]
+    said = {"role": "assistant", "content": "Two.", "reasoning_content": "Hm.", "tool_calls": called}
+    first, second = CallForm(several=False).fit([said])
+    assert first == {**said, "tool_calls": called[:1]}
+    assert second == {"role": "assistant", "content": "", "tool_calls": called[1:]}

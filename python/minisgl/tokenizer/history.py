@@ -35,7 +35,7 @@ class CallForm:
             calls = [{**self._with_id(call, "id"), "function": self._called(call["function"])} for call in given]
             for turn in [calls] if self.several or not calls else [[call] for call in calls]:
                 fitted.append({**message, "tool_calls": turn} if turn else message)
-                message = {**message, "content": ""}
+                message = {"role": message["role"], "content": ""}  # what else was said, is said once
         return fitted
 
     def _with_id(self, message: Message, name: str) -> Message:
