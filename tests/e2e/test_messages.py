@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,16 @@ def test_what_does_not_count(model: Scripted) -> None:
     assert tokens(model, messages=[*HELLO, *HELLO]) == tokens(
         model, messages=[{"role": "user", "content": "hello\nhello"}]
     )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_is_too_long_is_told_as_its_clients_know_it(model: Scripted, stream: bool) -> None:
+    body = {"messages": [{"role": "user", "content": "a b " * 100_000}], "max_tokens": 5, "stream": stream}
+    answer = httpx.post(f"{model.url}/v1/messages", json=body, timeout=30)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert re.fullmatch(r"prompt is too long: \d+ tokens > \d+ maximum", error["message"])
 
 
 @pytest.fixture(scope="module")
