@@ -20,6 +20,7 @@ from minisgl.scheduler.output import ReqOutput
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.status import StatusLog, StepStats
 from minisgl.scheduler.transport import Transport
+from minisgl.utils.faults import fault
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class Scheduler:
         if plan is not None and self._grammars is not None:
             plan = self._grammars.add_words(plan, self.planner.masked_reqs, self._submitted)
         if plan is not None:
+            fault("turn")
             if self._stats is not None:
                 self._stats.count(plan)
             self._submitted.append((plan, self._executor.submit(plan)))

@@ -21,6 +21,7 @@ from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, Tok
 from minisgl.env import env_bool
 from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.message.control import ControlMsg, Failed, Heartbeat, Ready, encode_control
+from minisgl.utils.faults import fault
 from minisgl.utils.log import setup_logging
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ class Control:
         """
         now = time.monotonic()
         if now >= self._next_beat:
-            self._next_beat = now + HEARTBEAT_SECONDS
-            if select.select((), (self._connection,), (), 0)[1]:
+            dropped = (fault("beat") or "").split()
+            self._next_beat = now + (float(dropped[1]) if dropped else HEARTBEAT_SECONDS)
+            if not dropped and select.select((), (self._connection,), (), 0)[1]:
                 self.send(Heartbeat())
 
     def send(self, message: ControlMsg) -> None:
@@ -83,6 +85,7 @@ def run_child(
     status = 1
     try:
         setup_logging(name.removeprefix("minisgl-").removesuffix("-scheduler"))
+        fault("start")
         body(control, *args)
         status = 0
     except SystemExit:

@@ -21,6 +21,7 @@ from minisgl.message.frontend import (
 from minisgl.message.tokenizer import DecodeMsg, DetokenizeMsg, EncodeMsg, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import TextCodec, Tokenizer
+from minisgl.utils.faults import fault
 from minisgl.utils.sockets import PullSocket, PushSocket
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class TokenizerServer:
                 messages = self._inbox.receive(POLL_SECONDS)
                 beat()
                 for first in range(0, len(messages), MAX_BATCH):
+                    fault("message")
                     to_backend, to_frontend = self.handle(messages[first : first + MAX_BATCH])
                     self._frontend.send(to_frontend)
                     self._backend.send(to_backend)
