@@ -1,9 +1,9 @@
 """A device that computes nothing, but notices every wrong read.
 
-Instead of keys and values, a slot of its KV pool remembers the exact token prefix that was computed into it. When a
-step attends to a position, the slot that the page table names must hold that very prefix; a page that was freed too
-early, shared wrongly or never written is caught at its first use. The next token is a hash of the prefix, so outputs
-do not depend on how the work was scheduled unless something is wrong.
+Instead of keys and values, a slot of its KV pool remembers the exact token prefix that was computed into it, and for
+which salt. When a step attends to a position, the slot that the page table names must hold that very prefix; a page
+that was freed too early, shared wrongly or never written is caught at its first use. The next token is a hash of the
+prefix, so outputs do not depend on how the work was scheduled unless something is wrong.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class SimulatedEngine:
         max_pages = -(-config.max_seq_len // config.page_size)
         self._tokens = np.full((config.max_running_requests, config.max_seq_len + 1), -1, np.int64)
         self._page_table = np.full((config.max_running_requests, max_pages), -1, np.int64)
-        self._kv: dict[int, tuple[int, ...]] = {}
+        self._salts = [""] * config.max_running_requests
+        self._kv: dict[int, tuple[str, tuple[int, ...]]] = {}
 
     def submit(self, plan: StepPlan) -> SimulatedHandle:
         self.num_steps += 1
@@ -59,7 +60,7 @@ class SimulatedEngine:
         assert len({req.row for req in plan.reqs}) == len(plan.reqs), "a row is scheduled twice"
         for row, ids, params, *_ in plan.admissions:
             assert params.seed is not None
-            self._tokens[row] = -1
+            self._tokens[row], self._salts[row] = -1, params.cache_salt
             self._page_table[row] = -1
             self._tokens[row, : len(ids)] = ids
         for row, first, pages in plan.page_updates:
@@ -75,13 +76,14 @@ class SimulatedEngine:
             ids = tuple(self._tokens[row, : start + num_new].tolist())
             assert -1 not in ids, "a token is computed before it is known"
             for position in range(start, start + num_new):
-                self._kv[self._slot(row, position)] = ids[: position + 1]
+                self._kv[self._slot(row, position)] = self._salts[row], ids[: position + 1]
         sampled = []
         for row, start, num_new, sample in plan.reqs:
             end = start + num_new
             ids = tuple(self._tokens[row, :end].tolist())
             for position in range(end):
-                assert self._kv.get(self._slot(row, position)) == ids[: position + 1], "someone else's KV is read"
+                known = self._salts[row], ids[: position + 1]
+                assert self._kv.get(self._slot(row, position)) == known, "someone else's KV is read"
             if sample:
                 token = next_token(ids, self.vocab_size)
                 self._tokens[row, end] = token
@@ -100,7 +102,7 @@ class SimulatedEngine:
     def _run_broken(self, plan: StepPlan) -> list[int]:
         for row, start, num_new, sample in plan.reqs:
             for position in range(start, start + num_new):
-                self._kv[self._slot(row, position)] = (-1,)
+                self._kv[self._slot(row, position)] = "", (-1,)
             if sample:
                 self._tokens[row, start + num_new] = 0
         return [0 for req in plan.reqs if req.sample]

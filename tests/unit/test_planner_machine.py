@@ -80,8 +80,11 @@ class PlannerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 30),
         ignore_eos=st.booleans(),
         grammar=st.booleans(),
+        salt=st.sampled_from(["", "", "a", "b"]),
     )
-    def add(self, shared: int, keep: int, fresh: list[int], max_tokens: int, ignore_eos: bool, grammar: bool) -> None:
+    def add(
+        self, shared: int, keep: int, fresh: list[int], max_tokens: int, ignore_eos: bool, grammar: bool, salt: str
+    ) -> None:
         base = self.history[shared % len(self.history)] if self.history else []
         prompt = (base[:keep] + fresh)[:39] or [1]
         uid = len(self.prompts)
@@ -94,6 +97,7 @@ class PlannerMachine(RuleBasedStateMachine):
             seed=0,
             ignore_eos=ignore_eos,
             grammar=held_to,
+            cache_salt=salt,
             priority=-(uid % 3),
             prompt_logprobs=None if uid % 4 else 0,  # computes what is cached again
         )

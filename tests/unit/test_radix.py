@@ -12,11 +12,11 @@ def ids(*tokens: int) -> TokenIds:
     return np.asarray(tokens, np.int32)
 
 
-def put(cache: RadixCache, tokens: TokenIds, pages: list[int]) -> None:
+def put(cache: RadixCache, tokens: TokenIds, pages: list[int], namespace: str = "") -> None:
     """What a request does that computes `tokens` into `pages` and ends."""
-    handle = cache.match(tokens).handle
+    handle = cache.match(tokens, namespace).handle
     cache.lock(handle)
-    cache.unlock(cache.insert(handle, tokens, pages))
+    cache.unlock(cache.insert(handle, tokens, pages, namespace))
 
 
 def test_longest_prefix_in_whole_pages() -> None:
@@ -103,25 +103,61 @@ def test_a_popular_prefix_does_not_grow_the_heap() -> None:
     assert sorted(cache.evict(3)) == [0, 1, 2]
 
 
+def test_a_prefix_of_one_namespace_is_not_found_in_another() -> None:
+    cache = RadixCache(page_size=2)
+    for number, namespace in enumerate(("", "a", "b")):
+        put(cache, ids(1, 2, 3, 4, 5, 6), [10 * number, 10 * number + 1, 10 * number + 2], namespace)
+        put(cache, ids(1, 2, 3, 4, 8, 8), [10 * number, 10 * number + 1, 10 * number + 3], namespace)
+    assert cache.num_pages == 12
+    for number, namespace in enumerate(("", "a", "b")):
+        assert cache.match(ids(1, 2, 3, 4), namespace).pages == [10 * number, 10 * number + 1]
+        assert cache.match_len(ids(1, 2, 3, 4, 8, 8), namespace) == 6
+    assert cache.match(ids(1, 2), "c").pages == []
+    assert cache.match_len(ids(1, 2), "ab") == cache.match_len(ids(), "a") == 0
+    assert len(cache.owned_pages()) == 12
+
+
+def test_no_namespace_looks_like_a_page_of_another() -> None:
+    cache = RadixCache(page_size=2)
+    page = ids(0x61616161, 0x62626262)
+    put(cache, page, [0])
+    put(cache, page, [1], "aaaabbbb")
+    assert cache.match(ids(), "aaaabbbb").pages == []
+    assert cache.match(ids(1), "aaaabbbb").pages == []
+    assert cache.match(page, "aaaabbbb").pages == [1]
+    assert cache.match(ids(*page, *page)).pages == [0]
+
+
+def test_eviction_is_one_for_all_namespaces_and_leaves_nothing_of_them() -> None:
+    cache = RadixCache(page_size=1)
+    for number in range(1000):
+        put(cache, ids(1, number), [2 * number, 2 * number + 1], f"tenant {number}")
+    cache.match(ids(1, 0), "tenant 0")
+    assert cache.evict(2) == [2, 3], "tenant 1 is now the least recently used"
+    assert len(cache.evict(cache.num_evictable)) == 1998
+    assert cache._root.children == {}
+    assert cache.owned_pages() == []
+
+
 @pytest.mark.parametrize("page_size", [1, 3])
 def test_against_a_dictionary_of_prefixes(page_size: int) -> None:
     rng = np.random.default_rng(0)
     cache = RadixCache(page_size)
-    known: dict[bytes, int] = {}
+    known: dict[tuple[str, bytes], int] = {}
     next_page = 0
     for _ in range(500):
-        tokens = rng.integers(0, 3, rng.integers(1, 12)).astype(np.int32)
+        tokens, salt = rng.integers(0, 3, rng.integers(1, 12)).astype(np.int32), "ab"[rng.integers(2)]
         expected = []
         for end in range(page_size, len(tokens) + 1, page_size):
-            page = known.get(tokens[:end].tobytes())
+            page = known.get((salt, tokens[:end].tobytes()))
             if page is None:
                 break
             expected.append(page)
-        assert cache.match(tokens).pages == expected
+        assert cache.match(tokens, salt).pages == expected
         pages = list(expected)
         while len(pages) < len(tokens) // page_size:
             pages.append(next_page)
             next_page += 1
-            known[tokens[: len(pages) * page_size].tobytes()] = pages[-1]
-        put(cache, tokens, pages)
+            known[salt, tokens[: len(pages) * page_size].tobytes()] = pages[-1]
+        put(cache, tokens, pages, salt)
         assert sorted(cache.owned_pages()) == sorted(known.values())

@@ -47,7 +47,7 @@ def read(parse: Callable[..., Any], body: dict[str, Any], *, strict: bool = Fals
     "body",
     [
         {"cache_prompt": True, "id_slot": 0, "slot_id": -1},
-        {"rid": "r1", "request_id": "r", "cache_salt": "x", "kv_transfer_params": {"a": [1]}},
+        {"rid": "r1", "request_id": "r", "kv_transfer_params": {"a": [1]}},
         {"provider": {"order": ["x"]}, "models": ["a", "b"], "transforms": ["middle-out"], "route": "fallback"},
         {"keep_alive": "5m", "anthropic_version": "2023-06-01", "cache_control": {"type": "ephemeral"}},
         {"metadata": {"a": "b"}, "store": True, "service_tier": "flex"},

@@ -26,12 +26,14 @@ TokenIds = npt.NDArray[np.int32]
 class RadixNode:
     """An edge of the tree with the node at its end. `pages[i]` holds the KV of the i-th page of `key`.
 
-    num_locks: requests whose handle is here or below. stamp: when it was last used, in ticks of the tree's own clock.
+    name: by which its parent has it. num_locks: requests whose handle is here or below. stamp: when it was last used,
+    in ticks of the tree's own clock.
     """
 
-    __slots__ = ("children", "key", "num_locks", "pages", "parent", "stamp")
+    __slots__ = ("children", "key", "name", "num_locks", "pages", "parent", "stamp")
 
-    def __init__(self, key: TokenIds, pages: list[int], parent: RadixNode | None, stamp: int) -> None:
+    def __init__(self, name: bytes, key: TokenIds, pages: list[int], parent: RadixNode | None, stamp: int) -> None:
+        self.name = name
         self.key = key
         self.pages = pages
         self.parent = parent
@@ -49,12 +51,16 @@ class Match(NamedTuple):
 
 class RadixCache:
     """Evicts unlocked leaves, least recently used first. Every operation is deterministic. Token counts are whole pages
-    everywhere; trailing partial pages are ignored."""
+    everywhere; trailing partial pages are ignored.
+
+    namespace: prefixes of one are not found in another. It is part of the names of the root's children, so that one in
+    which nothing is cached costs nothing; all share the pages, and their eviction.
+    """
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
         self._clock = 0
-        self._root = RadixNode(np.empty(0, np.int32), [], None, 0)
+        self._root = RadixNode(b"", np.empty(0, np.int32), [], None, 0)
         self._root.num_locks = 1
         self.num_pages = 0  # that the cache owns
         self.num_evictable = 0  # of those, what `evict` could give back now
@@ -63,11 +69,11 @@ class RadixCache:
         self._heap: list[tuple[int, int, RadixNode]] = []
         self._serial = 0
 
-    def match(self, token_ids: TokenIds) -> Match:
+    def match(self, token_ids: TokenIds, namespace: str = "") -> Match:
         node, pages = self._root, list[int]()
         rest = token_ids[: align_down(len(token_ids), self._page_size)]
         self._clock += 1
-        while (child := self._descend(node, rest)) is not None:
+        while (child := self._descend(node, rest, namespace)) is not None:
             pages += child.pages
             rest = rest[len(child.key) :]
             node = child
@@ -75,11 +81,11 @@ class RadixCache:
             self._push(node)
         return Match(node, pages)
 
-    def match_len(self, token_ids: TokenIds) -> int:
+    def match_len(self, token_ids: TokenIds, namespace: str = "") -> int:
         """Tokens that `match` would find, without touching anything."""
         node, position = self._root, 0
         end = align_down(len(token_ids), self._page_size)
-        while (child := node.children.get(self._first_page(token_ids[position:end]))) is not None:
+        while (child := node.children.get(self._name(node, token_ids[position:end], namespace))) is not None:
             shared = self._shared_len(child.key, token_ids[position:end])
             position += shared
             if shared < len(child.key):
@@ -102,11 +108,11 @@ class RadixCache:
                 if not node.children:
                     self._push(node)
 
-    def insert(self, handle: RadixNode, token_ids: TokenIds, pages: list[int]) -> RadixNode:
+    def insert(self, handle: RadixNode, token_ids: TokenIds, pages: list[int], namespace: str = "") -> RadixNode:
         """Move a request's lock to the end of all its whole pages, adding those that are not cached yet.
 
         `token_ids` and `pages` are the request's from its first token on; `handle` is its lock so far. Pages added
-        become the cache's. Returns the new handle, locked in place of the old one.
+        become the cache's. namespace: that of the match. Returns the new handle, locked in place of the old one.
         """
         end = align_down(len(token_ids), self._page_size)
         position = sum(len(node.key) for node in _path(handle))
@@ -115,13 +121,13 @@ class RadixCache:
         self._clock += 1
         node = handle
         while position < end:
-            child = self._descend(node, token_ids[position:end])
+            child = self._descend(node, token_ids[position:end], namespace)
             if child is None:
                 # A copy: the caller's array may be a view of something much longer.
                 key = np.array(token_ids[position:end], np.int32)
                 first, last = position // self._page_size, end // self._page_size
-                child = RadixNode(key, pages[first:last], node, self._clock)
-                node.children[self._first_page(key)] = child
+                name = self._name(node, key, namespace)
+                child = node.children[name] = RadixNode(name, key, pages[first:last], node, self._clock)
                 self.num_pages += last - first
                 self.num_evictable += last - first
             position += len(child.key)
@@ -166,7 +172,8 @@ class RadixCache:
             assert node.num_locks >= max((child.num_locks for child in node.children.values()), default=0)
             for key, child in node.children.items():
                 assert child.parent is node, "a child does not know its parent"
-                assert key == self._first_page(child.key), "a child is filed under another key"
+                filed = key == child.name and key.startswith(self._first_page(child.key))
+                assert filed, "a child is filed under another name"
                 stack.append(child)
             owned += node.pages
             evictable += len(node.pages) if node.num_locks == 0 else 0
@@ -175,12 +182,16 @@ class RadixCache:
         return owned
 
     def _first_page(self, token_ids: TokenIds) -> bytes:
-        """By which a child is filed; of no tokens, that of no child."""
         return token_ids[: self._page_size].tobytes()
 
-    def _descend(self, node: RadixNode, token_ids: TokenIds) -> RadixNode | None:
+    def _name(self, parent: RadixNode, token_ids: TokenIds, namespace: str) -> bytes:
+        """Of the child that begins so: its first page, below the root with the namespace; of no tokens, no child's."""
+        first = self._first_page(token_ids)
+        return first + namespace.encode("utf-8", "surrogatepass") if first and parent is self._root else first
+
+    def _descend(self, node: RadixNode, token_ids: TokenIds, namespace: str) -> RadixNode | None:
         """The child whose first page these tokens begin with, cut to what they share, and used just now."""
-        child = node.children.get(self._first_page(token_ids))
+        child = node.children.get(self._name(node, token_ids, namespace))
         if child is None:
             return None
         shared = self._shared_len(child.key, token_ids)
@@ -200,11 +211,12 @@ class RadixCache:
         parent = node.parent
         assert parent is not None
         num_pages = length // self._page_size
-        upper = RadixNode(node.key[:length], node.pages[:num_pages], parent, node.stamp)
+        upper = RadixNode(node.name, node.key[:length], node.pages[:num_pages], parent, node.stamp)
         upper.num_locks = node.num_locks
-        parent.children[self._first_page(node.key)] = upper
+        parent.children[node.name] = upper
         node.key, node.pages, node.parent = node.key[length:], node.pages[num_pages:], upper
-        upper.children[self._first_page(node.key)] = node
+        node.name = self._first_page(node.key)
+        upper.children[node.name] = node
         return upper
 
     def _is_candidate(self, entry: tuple[int, int, RadixNode]) -> bool:
@@ -226,7 +238,7 @@ class RadixCache:
     def _remove(self, leaf: RadixNode) -> list[int]:
         parent = leaf.parent
         assert parent is not None
-        del parent.children[self._first_page(leaf.key)]
+        del parent.children[leaf.name]
         leaf.parent = None
         self.num_pages -= len(leaf.pages)
         self.num_evictable -= len(leaf.pages)
@@ -238,7 +250,7 @@ class RadixCache:
 class NaiveCache(RadixCache):
     """No prefix cache: nothing is kept, so nothing is found (`--cache-type naive`)."""
 
-    def insert(self, handle: RadixNode, token_ids: TokenIds, pages: list[int]) -> RadixNode:  # noqa: ARG002
+    def insert(self, handle: RadixNode, token_ids: TokenIds, pages: list[int], namespace: str = "") -> RadixNode:  # noqa: ARG002
         return handle
 
 

@@ -248,7 +248,7 @@ class Planner:
         sample = end == req.num_tokens
         is_prefill = num_new > 1 or not sample
         if is_prefill and not _tells_prompt(req):  # others may share its pages from now on, even within this step
-            req.handle = self._cache.insert(req.handle, req.prefix[:end], req.pages)
+            req.handle = self._cache.insert(req.handle, req.prefix[:end], req.pages, req.params.cache_salt)
         req.num_tokens += sample
         return ScheduledReq(req.row, start, num_new, sample)
 
@@ -299,14 +299,14 @@ class Planner:
             return min(self._waiting.values(), key=lambda req: req.params.priority)
         if self._config.schedule_policy == "lpm" and self._num_admitted % _LPM_OLDEST_EVERY:
             window = islice(self._waiting.values(), _LPM_WINDOW)
-            return max(window, key=lambda req: self._cache.match_len(req.prefix))
+            return max(window, key=lambda req: self._cache.match_len(req.prefix, req.params.cache_salt))
         return next(iter(self._waiting.values()))
 
     def _admit(self, req: Req, budget: int) -> int:
         """Give a waiting request a row and pages for its first chunk: how many tokens, 0 if there is no room for it."""
         # At least one token is left to compute; and all prompt tokens whose log-probabilities are still to be told.
         num_reusable = 0 if _tells_prompt(req) else len(req.prefix) - 1
-        match = self._cache.match(req.prefix[:num_reusable])
+        match = self._cache.match(req.prefix[:num_reusable], req.params.cache_salt)
         self._cache.lock(match.handle)
         num_cached = len(match.pages) * self._page_size
         num_new = min(len(req.tokens) - num_cached, budget)
@@ -389,7 +389,8 @@ class Planner:
         if not req.failed:
             # A step planned before the request's end was known may have computed tokens whose ids were dropped.
             known = min(req.num_computed, len(req.tokens))
-            req.handle = self._cache.insert(req.handle, np.asarray(req.tokens[:known], np.int32), req.pages)
+            tokens = np.asarray(req.tokens[:known], np.int32)
+            req.handle = self._cache.insert(req.handle, tokens, req.pages, req.params.cache_salt)
         self._allocator.free(self._private_pages(req))
         self._cache.unlock(req.handle)
         if req.failed:

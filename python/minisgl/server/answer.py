@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
-from minisgl.server.bodies import json_response
+from minisgl.server.bodies import json_response, owner_of
 from minisgl.server.frontend import Frontend, Stream
 from minisgl.server.protocol import GenerationRequest, choice_seeds, renamed
 from minisgl.server.render import Renderer, Totals, event
@@ -38,7 +38,7 @@ async def answer_request(
     try:
         for prompt in parsed.prompts:
             for seed in choice_seeds(parsed.params, parsed.num_choices):
-                params = replace(parsed.params, seed=seed)
+                params = replace(parsed.params, seed=seed, cache_salt=owner_of(request) + parsed.params.cache_salt)
                 streams.append(frontend.submit(prompt, params, request_ids, notify=parsed.stream))
         totals = request.state.totals = Totals(len(streams), parsed.num_choices)
         if not parsed.stream:

@@ -18,7 +18,7 @@ from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
 from minisgl.server.fields import fields_of
 from minisgl.server.messages import Message, chat_messages
 from minisgl.server.protocol_grammar import GrammarFields
-from minisgl.server.protocol_sampling import Defaults, SamplingFields, check_ids
+from minisgl.server.protocol_sampling import Defaults, Salt, SamplingFields, check_ids
 from minisgl.server.protocol_tools import MAX_TOOLS, Tool, ToolUse, template_kwargs, tool_use
 from minisgl.server.strict import WHOLE, Body, Count, Fields, Reading, TokenId, load_object, optional, shown, validate
 
@@ -101,6 +101,7 @@ class GenerateBody(Body):
     text: str | None = optional("The prompt.", minLength=1)
     input_ids: Annotated[list[TokenId] | None, WHOLE] = optional("The prompt as token ids.", minItems=1)
     sampling_params: GenerateSampling | None = optional("How to continue it.")
+    cache_salt: Salt | None = optional("As in `sampling_params`.")
     stream: bool | None = optional("Answer with server-sent events.")
 
 
@@ -211,6 +212,7 @@ def parse_generate(data: bytes, defaults: Defaults, reading: Reading | None = No
     sampling = body.sampling_params or GenerateSampling()
     max_tokens = sampling.max_tokens if sampling.max_new_tokens is None else sampling.max_new_tokens
     prompt = TextPrompt(text=body.text) if body.text is not None else _ids_prompt(body.input_ids or [], "input_ids")
+    sampling.cache_salt = body.cache_salt or sampling.cache_salt
     return GenerationRequest((prompt,), sampling._params(max_tokens, defaults), stream=bool(body.stream))
 
 

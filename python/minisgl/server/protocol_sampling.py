@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sized
 from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, StringConstraints
 
 from minisgl.core import MAX_COUNT, MAX_PRIORITY, MAX_SEED, MIN_REPETITION_PENALTY, SamplingParams
 from minisgl.errors import RequestError
@@ -16,6 +16,7 @@ Defaults = Mapping[str, float | int]  # of the model: sampling fields that a req
 MAX_STOPS, MAX_STOP_LEN = 16, 1024
 MAX_STOP_IDS = 128
 MAX_BIASES = 1024  # OpenAI's client libraries know of 300
+Salt = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
 class SamplingFields(BaseModel):
@@ -56,6 +57,8 @@ class SamplingFields(BaseModel):
     priority: Count | None = optional(
         "The lowest goes first; for `--schedule-policy priority`.", ge=-MAX_PRIORITY, le=MAX_PRIORITY
     )
+
+    cache_salt: Salt | None = optional("Cached prefixes are shared with requests of the same salt and API key only.")
 
     def _params(self, max_tokens: int | None, defaults: Defaults, logprobs: int | None = None) -> SamplingParams:
         """Raises: RequestError naming the field that is out of range."""
