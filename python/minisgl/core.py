@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -128,6 +128,10 @@ class SamplingParams:
     def end_ids(self, eos: Iterable[int]) -> tuple[int, ...]:
         """The tokens that end the output, where the model's end-of-sequence tokens are these."""
         return (*self.stop_token_ids, *(() if self.ignore_eos else eos))
+
+    def of_choice(self, index: int) -> SamplingParams:
+        """Those of one of the outputs of a request: their seeds follow one another."""
+        return replace(self, seed=((self.seed or 0) + index) % (MAX_SEED + 1)) if index else self
 
     @property
     def wants_logprobs(self) -> bool:

@@ -14,7 +14,7 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +51,7 @@ class ReplyStream(Protocol):
 class ChatFrontend(Protocol):
     """What the shell needs of `minisgl.server.frontend.Frontend`."""
 
-    def submit(self, prompt: ChatPrompt, params: SamplingParams) -> ReplyStream: ...
+    def submit(self, prompt: ChatPrompt, params: SamplingParams) -> Sequence[ReplyStream]: ...
 
 
 class LineReader(Protocol):
@@ -252,7 +252,7 @@ class Shell:
         """Write the pieces of one answer as they come, collect them in `answer` and count them."""
         started = first = time.perf_counter()
         last: UserReply | None = None
-        stream = self._frontend.submit(ChatPrompt(messages=self.chat.messages()), self.params)
+        (stream,) = self._frontend.submit(ChatPrompt(messages=self.chat.messages()), self.params)
         try:
             async for last in stream:
                 if last.num_output_tokens and first == started:

@@ -54,7 +54,7 @@ async def frontend(addresses: Addresses) -> AsyncIterator[Frontend]:
 
 
 async def test_replies_reach_their_stream_and_end_it(frontend: Frontend, peers: Peers) -> None:
-    first, second = frontend.submit(PROMPT, PARAMS), frontend.submit(PROMPT, PARAMS)
+    first, second = frontend.submit(PROMPT, PARAMS)[0], frontend.submit(PROMPT, PARAMS)[0]
     assert frontend.num_streams == 2
     peers.reply(second.uid, "b", FinishReason.STOP)
     peers.reply(first.uid, "a")
@@ -66,7 +66,7 @@ async def test_replies_reach_their_stream_and_end_it(frontend: Frontend, peers: 
 
 
 async def test_a_slow_reader_gets_everything_at_once(frontend: Frontend, peers: Peers) -> None:
-    stream = frontend.submit(PROMPT, PARAMS)
+    stream = frontend.submit(PROMPT, PARAMS)[0]
     peers.outbox.send(
         [
             UserReply(stream.uid, "a", b"\1\0\0\0", 3, 1, 2, prompt_end="<think>"),
@@ -84,7 +84,7 @@ async def test_a_slow_reader_gets_everything_at_once(frontend: Frontend, peers: 
 async def test_a_stream_is_accepted_when_the_tokenizer_says_so_or_something_comes(
     frontend: Frontend, peers: Peers
 ) -> None:
-    streams = [frontend.submit(PROMPT, PARAMS, notify=True) for _ in range(3)]
+    streams = [frontend.submit(PROMPT, PARAMS, notify=True)[0] for _ in range(3)]
     messages = [message for index in (0, 1, 1) for message in await peers.receive(index)]
     assert all(isinstance(message, TokenizeMsg) and message.notify for message in messages)
     waiting = [asyncio.ensure_future(stream.accepted()) for stream in streams]
@@ -100,7 +100,7 @@ async def test_a_stream_is_accepted_when_the_tokenizer_says_so_or_something_come
 
 
 async def test_an_abort_goes_the_way_of_its_request(frontend: Frontend, peers: Peers) -> None:
-    streams = [frontend.submit(PROMPT, PARAMS) for _ in range(4)]
+    streams = [frontend.submit(PROMPT, PARAMS)[0] for _ in range(4)]
     for stream in streams:
         await stream.aclose()
         await stream.aclose()
@@ -116,8 +116,23 @@ async def test_an_abort_goes_the_way_of_its_request(frontend: Frontend, peers: P
         await anext(streams[0])
 
 
+async def test_a_prompt_is_sent_once_for_all_of_its_outputs(frontend: Frontend, peers: Peers) -> None:
+    frontend.submit(PROMPT, PARAMS)
+    streams = frontend.submit(PROMPT, PARAMS, count=3)
+    assert [stream.uid for stream in streams] == [2, 3, 4]
+    streams[1].abort()  # of which the tokenizer hears that has the request
+    messages = [message for _ in range(2) for message in await peers.receive(0)]
+    assert messages == [TokenizeMsg(2, PROMPT, PARAMS, count=3), AbortMsg(3)]
+    peers.reply(2, "a", FinishReason.STOP)
+    peers.outbox.send([ErrorReply(4, "no")])
+    assert [reply.text async for reply in streams[0]] == ["a"]
+    with pytest.raises(RequestError, match="no"):
+        await anext(streams[2])
+    assert frontend.num_streams == 1
+
+
 async def test_a_finished_stream_is_not_aborted(frontend: Frontend, peers: Peers) -> None:
-    stream = frontend.submit(PROMPT, PARAMS)
+    stream = frontend.submit(PROMPT, PARAMS)[0]
     peers.reply(stream.uid, "a", FinishReason.STOP)
     assert [reply.text async for reply in stream] == ["a"]
     await stream.aclose()
@@ -127,7 +142,7 @@ async def test_a_finished_stream_is_not_aborted(frontend: Frontend, peers: Peers
 
 
 async def test_refusals_and_failures_raise(frontend: Frontend, peers: Peers) -> None:
-    refused, failed = frontend.submit(PROMPT, PARAMS), frontend.submit(PROMPT, PARAMS)
+    refused, failed = frontend.submit(PROMPT, PARAMS)[0], frontend.submit(PROMPT, PARAMS)[0]
     peers.outbox.send([ErrorReply(refused.uid, "too long", 400, "prompt")])
     failure = UserReply(failed.uid, "", b"", 1, 1, 0, finish_reason=FinishReason.ERROR, error="NaN logits")
     peers.outbox.send([failure])
@@ -141,7 +156,7 @@ async def test_refusals_and_failures_raise(frontend: Frontend, peers: Peers) -> 
 
 
 async def test_a_dead_worker_ends_all_and_refuses_more(frontend: Frontend, peers: Peers) -> None:
-    stream = frontend.submit(PROMPT, PARAMS)
+    stream = frontend.submit(PROMPT, PARAMS)[0]
     waiting = asyncio.ensure_future(anext(stream))
     ping = asyncio.ensure_future(frontend.ping(5))
     await asyncio.sleep(0)

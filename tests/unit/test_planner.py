@@ -51,6 +51,18 @@ def prompt(length: int, start: int = 0) -> list[int]:
     return [(start + i) % 50 for i in range(length)]
 
 
+def test_outputs_of_one_prompt_are_requests_that_share_its_ids_while_they_wait() -> None:
+    driver, ids = Driver(), prompt(20)
+    driver.planner.add(5, ids, replace(ENDLESS, max_tokens=6, seed=2**63 - 1), count=3)
+    refused = driver.planner.add(6, prompt(4), ENDLESS, count=3)
+    assert [output.req.uid for output in refused] == [6, 7], "only what is in use"
+    (aborted,) = driver.planner.abort(6)
+    assert aborted.req.tokens is ids and aborted.req.params.seed == 0
+    driver.planner.abort(8)
+    driver.finish()
+    assert driver.outputs[5] == driver.outputs[7] == expected_output(ids, 26, ()) and ids == prompt(20)
+
+
 def test_a_long_prompt_is_read_in_chunks_while_running_requests_keep_their_token_a_step() -> None:
     driver = Driver()
     driver.planner.add(0, prompt(3), ENDLESS)

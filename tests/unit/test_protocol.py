@@ -17,7 +17,6 @@ from minisgl.server.protocol import (
     ChatBody,
     CompletionBody,
     GenerateBody,
-    choice_seeds,
     parse_chat,
     parse_completion,
     parse_generate,
@@ -154,8 +153,8 @@ def test_generate_takes_text_or_ids_and_not_both() -> None:
 
 
 def test_seeds_of_choices() -> None:
-    assert choice_seeds(SamplingParams(seed=2**63 - 1), 3) == [2**63 - 1, 0, 1]
-    assert choice_seeds(SamplingParams(), 2) == [None, None]
+    params = SamplingParams(seed=2**63 - 1)
+    assert [params.of_choice(index).seed for index in range(3)] == [2**63 - 1, 0, 1]
 
 
 JSON = st.recursive(

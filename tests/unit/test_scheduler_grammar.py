@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,9 +95,9 @@ class Loop:
     def compiled(self) -> None:
         self.store.future.set_result(CompiledGrammar(self.matcher, 1))  # type: ignore[arg-type]
 
-    def put(self, uid: int, prompt: list[int], grammar: bool = True, max_tokens: int = 6) -> None:
+    def put(self, uid: int, prompt: list[int], grammar: bool = True, max_tokens: int = 6, count: int = 1) -> None:
         params = SamplingParams(max_tokens=max_tokens, seed=0, grammar=Grammar("regex", "x") if grammar else None)
-        self.transport.put([UserMsg(uid, pack_ids(prompt), params)])
+        self.transport.put([UserMsg(uid, pack_ids(prompt), params, count)])
 
     def turn(self, count: int = 1) -> None:
         for _ in range(count):
@@ -160,6 +161,30 @@ def test_an_abort_while_it_waits_is_the_end() -> None:
     loop.compiled()
     loop.turn(5)
     assert len(loop.outputs[1]) == 1 and loop.engine.num_steps == 0
+
+
+def test_outputs_that_wait_together_end_apart() -> None:
+    loop = Loop()
+    params = SamplingParams(seed=5, grammar=Grammar("regex", "x"))
+    message = UserMsg(1, pack_ids([1]), params, count=5)
+    assert loop.grammars.admit([message]) == []
+    assert loop.grammars.admit([AbortMsg(1), AbortMsg(9), AbortMsg(3)]) == [AbortMsg(9)]
+    ended = [(reply.uid, reply.finish_reason) for reply in loop.grammars.take_replies()]  # type: ignore[union-attr]
+    assert ended == [(1, FinishReason.ABORT), (3, FinishReason.ABORT)]
+    loop.compiled()
+    left = loop.grammars.admit([])
+    assert left == [
+        UserMsg(2, message.input_ids, replace(params, seed=6)),
+        UserMsg(4, message.input_ids, replace(params, seed=8), 2),
+    ]
+
+
+def test_all_outputs_hear_that_their_grammar_is_refused() -> None:
+    loop = Loop()
+    loop.put(1, [1, 2, 3], count=2)
+    loop.store.future.set_exception(RequestError("no", param="regex"))
+    loop.turn()
+    assert loop.outputs == {uid: [ErrorReply(uid, "no", status=400, param="regex")] for uid in (1, 2)}
 
 
 @pytest.mark.parametrize("after", range(8))

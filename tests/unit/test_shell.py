@@ -47,11 +47,11 @@ class FakeFrontend:
         self.seen: list[tuple[list[dict[str, Any]], SamplingParams]] = []
         self.streams: list[FakeStream] = []
 
-    def submit(self, prompt: ChatPrompt, params: SamplingParams) -> FakeStream:
+    def submit(self, prompt: ChatPrompt, params: SamplingParams) -> list[FakeStream]:
         self.seen.append((list(prompt.messages), params))
         answer = self._answers.pop(0) if self._answers else ["ok"]
         self.streams.append(FakeStream(answer, self._finish))
-        return self.streams[-1]
+        return self.streams[-1:]
 
 
 class ScriptReader:

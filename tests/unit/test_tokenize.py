@@ -233,6 +233,18 @@ def test_who_asks_is_told_that_the_prompt_is_taken(tmp_path: Path, byte_level: H
     assert [(type(message), message.uid) for message in to_frontend] == [(AcceptedReply, 0), (ErrorReply, 1)]
 
 
+def test_a_prompt_is_encoded_once_for_all_of_its_outputs(tmp_path: Path, byte_level: HFTextCodec) -> None:
+    server = start_server(tmp_path, byte_level, num_tokenizer=1, tokenizer=True)
+    asking = [
+        msgspec.structs.replace(request(TextPrompt(text=t), u), notify=True, count=3) for u, t in ((1, "x"), (4, ""))
+    ]
+    (message,), to_frontend = server.handle(asking)
+    server.close()
+    assert isinstance(message, UserMsg) and (message.uid, message.count) == (1, 3)
+    assert [message.uid for message in to_frontend if isinstance(message, AcceptedReply)] == [1, 2, 3]
+    assert [message.uid for message in to_frontend if isinstance(message, ErrorReply)] == [4, 5, 6]
+
+
 def test_an_abort_stays_behind_its_request(tmp_path: Path, byte_level: HFTextCodec) -> None:
     server = start_server(tmp_path, byte_level, num_tokenizer=1, tokenizer=True)
     to_backend, _ = server.handle([request(TextPrompt(text="x"), 1), AbortMsg(uid=1), request(TextPrompt(text="y"), 2)])

@@ -10,11 +10,29 @@ from minisgl.message.codec import Codec
 
 
 class UserMsg(msgspec.Struct, frozen=True, tag="user", forbid_unknown_fields=True):
-    """A tokenized request. `params.seed` and `params.max_tokens` are set; prompt + max_tokens fit the context."""
+    """A tokenized request. `params.seed` and `params.max_tokens` are set; prompt + max_tokens fit the context.
+
+    count: as in `TokenizeMsg`.
+    """
 
     uid: int
     input_ids: bytes
     params: SamplingParams
+    count: int = 1
+
+    @property
+    def uids(self) -> range:
+        return range(self.uid, self.uid + self.count)
+
+    def without(self, uid: int) -> list[UserMsg]:
+        """The same but for one of its outputs: those before it, and those after it."""
+        index = uid - self.uid
+        later = self.params.of_choice(index + 1)
+        parts = (
+            UserMsg(self.uid, self.input_ids, self.params, index),
+            UserMsg(uid + 1, self.input_ids, later, self.count - index - 1),
+        )
+        return [part for part in parts if part.count]
 
 
 class AbortMsg(msgspec.Struct, frozen=True, tag="abort", forbid_unknown_fields=True):

@@ -47,6 +47,7 @@ Prompt = ChatPrompt | TextPrompt | IdsPrompt
 class TokenizeMsg(msgspec.Struct, frozen=True, tag="tokenize", forbid_unknown_fields=True):
     """A new request. `params.max_tokens` may be None (the tokenizer fills in what the context has room for).
 
+    count: so many outputs of the one prompt. Their uids follow on `uid`, and their seeds on `params.seed`.
     notify: answer with an `AcceptedReply`, unless the scheduler may still refuse the request for its grammar.
     """
 
@@ -54,6 +55,11 @@ class TokenizeMsg(msgspec.Struct, frozen=True, tag="tokenize", forbid_unknown_fi
     prompt: Prompt
     params: SamplingParams
     notify: bool = False
+    count: int = 1
+
+    @property
+    def uids(self) -> range:
+        return range(self.uid, self.uid + self.count)
 
 
 class EncodeMsg(msgspec.Struct, frozen=True, tag="encode", forbid_unknown_fields=True):

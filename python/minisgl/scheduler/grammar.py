@@ -87,14 +87,11 @@ class Grammars:
         for message in messages:
             if isinstance(message, UserMsg) and message.params.grammar is not None:
                 self._hold(message)
-            elif isinstance(message, AbortMsg) and message.uid in self._held:
-                del self._held[message.uid]  # a compilation goes on: the next request may ask for the same
-                self._replies.append(DetokenizeMsg(message.uid, b"", finish_reason=FinishReason.ABORT))
-            else:
+            elif not (isinstance(message, AbortMsg) and self._release(message.uid)):
                 admitted.append(message)
         for uid in [uid for uid, (_, future) in self._held.items() if future.done()]:
             message, future = self._held.pop(uid)
-            if self._let_in(uid, future):
+            if self._let_in(message.uids, future):
                 admitted.append(message)
         return admitted
 
@@ -158,19 +155,32 @@ class Grammars:
         grammar = message.params.grammar
         assert grammar is not None
         if self._store is None:
-            self._replies.append(ErrorReply(message.uid, f"{grammar.param} is not available", param=grammar.param))
+            text = f"{grammar.param} is not available"
+            self._replies += [ErrorReply(uid, text, param=grammar.param) for uid in message.uids]
         else:
             self._held[message.uid] = (message, self._store.request(grammar))
 
-    def _let_in(self, uid: int, future: Future[CompiledGrammar]) -> bool:
+    def _release(self, uid: int) -> bool:
+        """Whether the output with this uid was held. It ends; the others of its request go on waiting, and so does the
+        compilation: the next request may ask for the same."""
+        message, future = next((held for held in self._held.values() if uid in held[0].uids), (None, None))
+        if message is None or future is None:
+            return False
+        del self._held[message.uid]
+        self._held |= {part.uid: (part, future) for part in message.without(uid)}
+        self._replies.append(DetokenizeMsg(uid, b"", finish_reason=FinishReason.ABORT))
+        return True
+
+    def _let_in(self, uids: Sequence[int], future: Future[CompiledGrammar]) -> bool:
         error = future.exception()
         if error is None:
-            self._outputs[uid] = _Output(future.result())
+            self._outputs |= {uid: _Output(future.result()) for uid in uids}
             return True
         if isinstance(error, RequestError):
-            self._replies.append(ErrorReply(uid, str(error), status=error.status, param=error.param))
+            self._replies += [ErrorReply(uid, str(error), status=error.status, param=error.param) for uid in uids]
         else:
-            self._replies.append(ErrorReply(uid, f"structured output failed: {type(error).__name__}", status=500))
+            text = f"structured output failed: {type(error).__name__}"
+            self._replies += [ErrorReply(uid, text, status=500) for uid in uids]
         return False
 
     def _advance(self, row: _Row, ids: Sequence[int]) -> LLMatcher | None:

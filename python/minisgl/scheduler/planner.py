@@ -114,21 +114,25 @@ class Planner:
         """No request is left and no step is in flight."""
         return not (self._reqs or self._inflight)
 
-    def add(self, uid: int, token_ids: list[int], params: SamplingParams) -> list[ReqOutput]:
-        """Queue a request. `params.seed` is set. A request that can never run ends with an error at once."""
+    def add(self, uid: int, token_ids: list[int], params: SamplingParams, count: int = 1) -> list[ReqOutput]:
+        """Queue a request: as many as there are outputs, their uids and seeds one after the other, their ids the same
+        objects while they wait. `params.seed` is set. A request that can never run ends with an error at once."""
         max_len = self._config.max_seq_len
         if params.max_tokens is not None:
             max_len = min(max_len, len(token_ids) + max(1, params.max_tokens))
-        prefix = np.array(token_ids, np.int32)
-        req = Req(uid, list(token_ids), prefix, len(token_ids), params, max_len, num_tokens=len(token_ids))
-        if uid in self._reqs:
-            return [ReqOutput(req, (), FinishReason.ERROR, error=f"request id {uid} is in use")]
-        if not 0 < len(token_ids) < max_len:
-            req.state = ReqState.FINISHED
-            error = f"{len(token_ids)} prompt tokens do not fit the context of {self._config.max_seq_len}"
-            return [ReqOutput(req, (), FinishReason.ERROR, error=error)]
-        self._reqs[uid] = self._waiting[uid] = req
-        return []
+        size, prefix = len(token_ids), np.array(token_ids, np.int32)
+        failed: list[ReqOutput] = []
+        for index in range(count):
+            req = Req(uid + index, token_ids, prefix, size, params.of_choice(index), max_len, num_tokens=size)
+            if req.uid in self._reqs:
+                failed.append(ReqOutput(req, (), FinishReason.ERROR, error=f"request id {req.uid} is in use"))
+            elif not 0 < size < max_len:
+                req.state = ReqState.FINISHED
+                error = f"{size} prompt tokens do not fit the context of {self._config.max_seq_len}"
+                failed.append(ReqOutput(req, (), FinishReason.ERROR, error=error))
+            else:
+                self._reqs[req.uid] = self._waiting[req.uid] = req
+        return failed
 
     def abort(self, uid: int) -> list[ReqOutput]:
         """End a request. Nothing happens for one that has ended, or never was: the abort lost a race."""
@@ -321,7 +325,7 @@ class Planner:
         req.row = self._rows.pop()
         req.handle, req.pages, req.num_computed = match.handle, list(match.pages), num_cached
         if not req.started:
-            req.started, req.num_cached = True, num_cached
+            req.started, req.num_cached, req.tokens = True, num_cached, list(req.tokens)
         if match.pages:
             self._page_updates.append(PageUpdate(req.row, 0, tuple(match.pages)))
         self._take_pages(req, needed)

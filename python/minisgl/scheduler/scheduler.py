@@ -78,7 +78,7 @@ class Scheduler:
         outputs: list[ReqOutput] = []
         for message in self._transport.receive(block=idle, digest=self._digest):
             if isinstance(message, UserMsg):
-                outputs += self.planner.add(message.uid, unpack_ids(message.input_ids), message.params)
+                outputs += self.planner.add(message.uid, unpack_ids(message.input_ids), message.params, message.count)
             elif isinstance(message, AbortMsg):
                 outputs += self.planner.abort(message.uid)
             else:

@@ -18,7 +18,7 @@ from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.server.bodies import json_response, owner_of
 from minisgl.server.frontend import Frontend, Stream
-from minisgl.server.protocol import GenerationRequest, choice_seeds, renamed
+from minisgl.server.protocol import GenerationRequest, renamed
 from minisgl.server.render import Renderer, Totals, event
 from minisgl.server.render_logprobs import mean_logprob
 
@@ -36,10 +36,10 @@ async def answer_request(
     streams: list[Stream] = []  # one per choice, for each prompt in order
     request_ids = (request.state.request_id, renderer.id)
     try:
+        params = replace(parsed.params, cache_salt=owner_of(request) + parsed.params.cache_salt)
         for prompt in parsed.prompts:
-            for seed in choice_seeds(parsed.params, parsed.num_choices):
-                params = replace(parsed.params, seed=seed, cache_salt=owner_of(request) + parsed.params.cache_salt)
-                streams.append(frontend.submit(prompt, params, request_ids, notify=parsed.stream))
+            count = parsed.num_choices
+            streams += frontend.submit(prompt, params, request_ids, notify=parsed.stream, count=count)
         totals = request.state.totals = Totals(len(streams), parsed.num_choices)
         if not parsed.stream:
             choices = await unless_disconnected(request.receive, _collect(streams, totals))

@@ -37,10 +37,21 @@ class Stream(AsyncIterator[UserReply]):
     Raises: RequestError when the request is refused or fails, WorkerDied when a child process is gone.
     """
 
-    __slots__ = ("_accepted", "_error", "_finished", "_frontend", "_news", "_replies", "request_ids", "timing", "uid")
+    __slots__ = (
+        "_accepted",
+        "_error",
+        "_finished",
+        "_frontend",
+        "_news",
+        "_replies",
+        "first_uid",
+        "request_ids",
+        "timing",
+        "uid",
+    )
 
-    def __init__(self, frontend: Frontend, uid: int, request_ids: Sequence[str] = ()) -> None:
-        self.uid = uid
+    def __init__(self, frontend: Frontend, uid: int, first_uid: int, request_ids: Sequence[str] = ()) -> None:
+        self.uid, self.first_uid = uid, first_uid  # of all outputs of its request
         self.request_ids = request_ids  # by which clients know it
         self.timing = Timing()
         self._frontend = frontend
@@ -152,9 +163,16 @@ class Frontend:
         return len(self._streams)
 
     def submit(
-        self, prompt: tokenizer.Prompt, params: SamplingParams, request_ids: Sequence[str] = (), *, notify: bool = False
-    ) -> Stream:
-        """Send a request on its way. request_ids: for `cancel`; notify: for `Stream.accepted`.
+        self,
+        prompt: tokenizer.Prompt,
+        params: SamplingParams,
+        request_ids: Sequence[str] = (),
+        *,
+        notify: bool = False,
+        count: int = 1,
+    ) -> list[Stream]:
+        """Send a request for `count` outputs on its way, each a stream. request_ids: for `cancel`; notify: for
+        `Stream.accepted`.
 
         Raises: WorkerDied when the server is going down.
         """
@@ -162,10 +180,11 @@ class Frontend:
             raise self._down
         if params.seed is None:
             params = replace(params, seed=random.randint(0, MAX_SEED))
-        uid = next(self._uids)
-        self._tokenizer_of(uid).send([tokenizer.TokenizeMsg(uid=uid, prompt=prompt, params=params, notify=notify)])
-        stream = self._streams[uid] = Stream(self, uid, request_ids)
-        return stream
+        uids = [next(self._uids) for _ in range(count)]
+        self._tokenizer_of(uids[0]).send([tokenizer.TokenizeMsg(uids[0], prompt, params, notify, count)])
+        streams = [Stream(self, uid, uids[0], request_ids) for uid in uids]
+        self._streams |= {stream.uid: stream for stream in streams}
+        return streams
 
     def abort(self, stream: Stream) -> None:
         """End a stream that nobody reads any more. The abort goes the way of its request, so it cannot come first."""
@@ -174,13 +193,13 @@ class Frontend:
         self.metrics.finish(stream.timing, FinishReason.ABORT)
         stream.fail(RequestError("the request was aborted", status=499))
         if self._down is None:
-            self._tokenizer_of(stream.uid).send([AbortMsg(uid=stream.uid)])
+            self._tokenizer_of(stream.first_uid).send([AbortMsg(uid=stream.uid)])
 
     def cancel(self, request_id: str | None = None) -> int:
         """End the streams with this id (None: all) with `abort`, which their readers see. Returns how many they are."""
         chosen = [s for s in self._streams.values() if request_id is None or request_id in s.request_ids]
         for stream in chosen:
-            self._tokenizer_of(stream.uid).send([AbortMsg(uid=stream.uid)])
+            self._tokenizer_of(stream.first_uid).send([AbortMsg(uid=stream.uid)])
         return len(chosen)
 
     async def ping(self, timeout: float) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from minisgl.core import MAX_COUNT, MAX_LOGPROBS, MAX_SEED, SamplingParams
+from minisgl.core import MAX_COUNT, MAX_LOGPROBS, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
@@ -279,8 +279,3 @@ def renamed(error: RequestError, names: Mapping[str, str] | None) -> RequestErro
         if text.startswith("."):
             message, param = message.replace(text, other, 1), param and param.replace(text, other, 1)
     return RequestError(message, param=param, code=error.code, status=error.status)
-
-
-def choice_seeds(params: SamplingParams, count: int) -> list[int | None]:
-    """Seeds of the `count` outputs of one request: they differ, and are as reproducible as the request asks."""
-    return [None if params.seed is None else (params.seed + index) % (MAX_SEED + 1) for index in range(count)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+from msgspec.structs import replace
+
 from minisgl.config.runtime import Addresses, TokenizerConfig
 from minisgl.errors import RequestError
 from minisgl.message.backend import AbortMsg, BackendMsg, PingMsg, backend_codec
@@ -72,11 +74,11 @@ class TokenizerServer:
         requests = [message for message in messages if isinstance(message, TokenizeMsg)]
         for request, answer in zip(requests, self._tokenizer.tokenize(requests), strict=True):
             if isinstance(answer, ErrorReply):
-                to_frontend.append(answer)
+                to_frontend += [replace(answer, uid=uid) for uid in request.uids]
                 continue
             to_backend.append(answer)
             if request.notify and request.params.grammar is None:
-                to_frontend.append(AcceptedReply(request.uid))
+                to_frontend += map(AcceptedReply, request.uids)
         for message in messages:
             if isinstance(message, DetokenizeMsg):
                 self._detokenize(message, to_backend, to_frontend)

@@ -265,7 +265,7 @@ class Tokenizer:
             if isinstance(ids, Exception):
                 raise ids
             params = self._finish_params(request, ids)
-            return UserMsg(uid=request.uid, input_ids=pack_ids(ids), params=params)
+            return UserMsg(request.uid, pack_ids(ids), params, request.count)
         except RequestError as error:
             return ErrorReply(request.uid, str(error), error.status, error.param, error.code)
         except Exception as error:
