@@ -4,6 +4,7 @@ MiniSGLError
 ├── ConfigError     the operator's fault: a flag, a file or a model that cannot be used; one line, exit status 2
 ├── RequestError    the client's fault: one request is refused (HTTP 400), everyone else goes on
 ├── EngineError     our fault: a step failed on the device; its requests end with an error (HTTP 500)
+├── IntegrityError  our fault: what we remember contradicts itself; running requests end with an error (HTTP 500)
 └── WorkerDied      a child process is gone (HTTP 503); the server shuts down
 """
 
@@ -38,6 +39,10 @@ class RequestError(MiniSGLError):
 
 class EngineError(MiniSGLError):
     """A step failed on the device."""
+
+
+class IntegrityError(MiniSGLError, AssertionError):
+    """What the planner or the engine remembers contradicts itself. Nothing that was computed can be trusted."""
 
 
 class WorkerDied(MiniSGLError):

@@ -9,6 +9,8 @@ import pytest
 
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import FinishReason, SamplingParams, StepPlan, StepResult
+from minisgl.errors import IntegrityError
+from minisgl.kvcache.allocator import PageAllocator
 from minisgl.scheduler.planner import Planner, ReqOutput
 from tests.simulator import SimulatedEngine, expected_output
 
@@ -293,9 +295,33 @@ def test_an_integrity_check_notices_a_lost_page_and_a_shared_one() -> None:
     with pytest.raises(AssertionError, match="1 pages are lost"):
         lost.planner.check_integrity()
     shared = Driver()
-    shared.planner._allocator.free([5])
-    with pytest.raises(AssertionError, match="page 5 belongs to"):
+    shared.planner.add(0, prompt(6), ENDLESS)
+    plan = shared.planner.plan()
+    assert plan is not None
+    (page, *_) = plan.page_updates[0].pages
+    shared.planner._allocator.free([page])  # not by its owner
+    with pytest.raises(AssertionError, match=f"page {page} belongs to"):
         shared.planner.check_integrity()
+
+
+@pytest.mark.parametrize("wrong", [[3], [5, 6, 5], [64], [-1]])
+def test_a_page_that_is_freed_twice_is_noticed_at_once(wrong: list[int]) -> None:
+    allocator = PageAllocator(64)
+    pages = allocator.allocate(10)
+    assert pages == list(range(10))
+    allocator.free([3])
+    with pytest.raises(IntegrityError, match=f"page {wrong[-1]} is freed twice, or there is none"):
+        allocator.free(wrong)
+
+
+def test_no_page_is_handed_out_twice() -> None:
+    allocator = PageAllocator(8)
+    allocator.allocate(2)
+    allocator._free.append(1)
+    with pytest.raises(IntegrityError, match="page 1 is handed out twice"):
+        allocator.allocate(1)
+    with pytest.raises(IntegrityError, match="9 pages wanted, 6 free"):
+        allocator.allocate(9)
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "lpm"])

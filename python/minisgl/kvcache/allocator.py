@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from minisgl.errors import IntegrityError
+
 
 class PageAllocator:
-    """Hands out page ids 0 … num_pages - 1. Freeing a page twice is caught by the planner's integrity check."""
+    """Hands out page ids 0 … num_pages - 1. A page that is freed twice, or handed out while it is in use, is an
+    IntegrityError at once: each has a flag."""
 
     def __init__(self, num_pages: int) -> None:
         self._free = list(range(num_pages - 1, -1, -1))
+        self._is_free = bytearray(b"\1") * num_pages
 
     @property
     def num_free(self) -> int:
@@ -15,17 +19,27 @@ class PageAllocator:
 
     def allocate(self, count: int) -> list[int]:
         """`count` pages; the caller has checked that there are as many."""
-        assert count <= len(self._free), f"{count} pages wanted, {len(self._free)} free"
         if count == 0:
             return []
+        if not 0 < count <= len(self._free):
+            raise IntegrityError(f"{count} pages wanted, {len(self._free)} free")
         pages = self._free[-count:]
         del self._free[-count:]
         pages.reverse()
+        self._mark(pages, 0)
         return pages
 
     def free(self, pages: list[int]) -> None:
+        self._mark(pages, 1)
         self._free += reversed(pages)
 
-    def free_pages(self) -> list[int]:
-        """A copy of the free list, for integrity checks."""
-        return list(self._free)
+    def state(self) -> tuple[list[int], bytes]:
+        """A copy of the free list, and the flag of each page, for integrity checks."""
+        return list(self._free), bytes(self._is_free)
+
+    def _mark(self, pages: list[int], is_free: int) -> None:
+        flags, end = self._is_free, len(self._is_free)
+        for page in pages:
+            if not 0 <= page < end or flags[page] == is_free:
+                raise IntegrityError(f"page {page} is {'freed' if is_free else 'handed out'} twice, or there is none")
+            flags[page] = is_free

@@ -224,11 +224,11 @@ class Planner:
 
     def free_pages(self) -> list[int]:
         """The pages that belong to nobody."""
-        return self._allocator.free_pages()
+        return self._allocator.state()[0]
 
     def check_integrity(self) -> None:
         """Walk all pages: each is free, the cache's, or one request's. Raises: AssertionError naming what is not."""
-        owners: list[tuple[str, list[int]]] = [("free", self._allocator.free_pages())]
+        owners: list[tuple[str, list[int]]] = [("free", self.free_pages())]
         owners.append(("cache", self._cache.owned_pages()))
         for req in self._running + self._leaving:
             owners.append((f"request {req.uid}", self._private_pages(req)))
