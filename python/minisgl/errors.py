@@ -45,6 +45,12 @@ class IntegrityError(MiniSGLError, AssertionError):
     """What the planner or the engine remembers contradicts itself. Nothing that was computed can be trusted."""
 
 
+def require(holds: object, contradiction: str) -> None:
+    """Raises: IntegrityError."""
+    if not holds:
+        raise IntegrityError(contradiction)
+
+
 class WorkerDied(MiniSGLError):
     """A child process ended, or stopped answering, while the server needed it."""
 

@@ -49,7 +49,7 @@ def test_split_keeps_handles_locks_and_pages() -> None:
     assert cache.evict(10) == [5]
     cache.unlock(handle)
     assert sorted(cache.evict(10)) == [0, 1, 2, 3]
-    assert cache.owned_pages() == []
+    assert cache.check([]) == []
 
 
 def test_a_prefix_computed_twice_keeps_the_first_pages() -> None:
@@ -114,7 +114,7 @@ def test_a_prefix_of_one_namespace_is_not_found_in_another() -> None:
         assert cache.match_len(ids(1, 2, 3, 4, 8, 8), namespace) == 6
     assert cache.match(ids(1, 2), "c").pages == []
     assert cache.match_len(ids(1, 2), "ab") == cache.match_len(ids(), "a") == 0
-    assert len(cache.owned_pages()) == 12
+    assert len(cache.check([])) == 12
 
 
 def test_no_namespace_looks_like_a_page_of_another() -> None:
@@ -136,7 +136,7 @@ def test_eviction_is_one_for_all_namespaces_and_leaves_nothing_of_them() -> None
     assert cache.evict(2) == [2, 3], "tenant 1 is now the least recently used"
     assert len(cache.evict(cache.num_evictable)) == 1998
     assert cache._root.children == {}
-    assert cache.owned_pages() == []
+    assert cache.check([]) == []
 
 
 @pytest.mark.parametrize("page_size", [1, 3])
@@ -160,4 +160,4 @@ def test_against_a_dictionary_of_prefixes(page_size: int) -> None:
             next_page += 1
             known[salt, tokens[: len(pages) * page_size].tobytes()] = pages[-1]
         put(cache, tokens, pages, salt)
-        assert sorted(cache.owned_pages()) == sorted(known.values())
+        assert sorted(cache.check([])) == sorted(known.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minisgl.errors import IntegrityError
+from minisgl.errors import IntegrityError, require
 
 
 class PageAllocator:
@@ -21,8 +21,7 @@ class PageAllocator:
         """`count` pages; the caller has checked that there are as many."""
         if count == 0:
             return []
-        if not 0 < count <= len(self._free):
-            raise IntegrityError(f"{count} pages wanted, {len(self._free)} free")
+        require(0 < count <= len(self._free), f"{count} pages wanted, {len(self._free)} free")
         pages = self._free[-count:]
         del self._free[-count:]
         pages.reverse()
@@ -33,9 +32,12 @@ class PageAllocator:
         self._mark(pages, 1)
         self._free += reversed(pages)
 
-    def state(self) -> tuple[list[int], bytes]:
-        """A copy of the free list, and the flag of each page, for integrity checks."""
-        return list(self._free), bytes(self._is_free)
+    def check(self) -> list[int]:
+        """The free pages. Raises: IntegrityError when their flags say otherwise."""
+        require(
+            sum(self._is_free) == len(self._free) and all(map(self._is_free.__getitem__, self._free)), "wrong flags"
+        )
+        return list(self._free)
 
     def _mark(self, pages: list[int], is_free: int) -> None:
         flags, end = self._is_free, len(self._is_free)

@@ -12,12 +12,14 @@ it ends: `path_pages` tells which of a request's pages are the cache's.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from minisgl.errors import require
 from minisgl.utils.math import align_down
 
 TokenIds = npt.NDArray[np.int32]
@@ -102,7 +104,7 @@ class RadixCache:
     def unlock(self, handle: RadixNode) -> None:
         for node in _path(handle):
             node.num_locks -= 1
-            assert node.num_locks >= 0, "a handle was unlocked twice"
+            require(node.num_locks >= 0, "a handle was unlocked twice")
             if node.num_locks == 0:
                 self.num_evictable += len(node.pages)
                 if not node.children:
@@ -161,25 +163,38 @@ class RadixCache:
             node = parent
         return freed
 
-    def owned_pages(self) -> list[int]:
-        """Every page that the cache owns, by walking it. Raises: AssertionError if the structure is broken."""
-        owned: list[int] = []
-        evictable = 0
-        stack = [self._root]
-        while stack:
-            node = stack.pop()
-            assert len(node.key) == len(node.pages) * self._page_size, "an edge and its pages differ in length"
-            assert node.num_locks >= max((child.num_locks for child in node.children.values()), default=0)
-            for key, child in node.children.items():
-                assert child.parent is node, "a child does not know its parent"
-                filed = key == child.name and key.startswith(self._first_page(child.key))
-                assert filed, "a child is filed under another name"
-                stack.append(child)
-            owned += node.pages
-            evictable += len(node.pages) if node.num_locks == 0 else 0
-        assert len(owned) == self.num_pages, f"{len(owned)} pages in the tree, {self.num_pages} counted"
-        assert evictable == self.num_evictable, f"{evictable} evictable, {self.num_evictable} counted"
+    def check(self, handles: Sequence[RadixNode]) -> list[int]:
+        """Every page that the cache owns, by walking it. handles: all that are locked. Raises: IntegrityError."""
+        candidates = {id(node) for stamp, _, node in self._heap if stamp == node.stamp}
+        nodes = [self._root]
+        for node in nodes:  # they grow meanwhile
+            require(len(nodes) <= self.num_pages + 1, "there are more nodes than pages in the cache")
+            require(len(node.key) == len(node.pages) * self._page_size, "an edge and its pages differ in length")
+            require(node.num_locks or node.children or id(node) in candidates, "a node will never be evicted")
+            for name, child in node.children.items():
+                require(child.parent is node, "a child does not know its parent")
+                first = self._first_page(child.key)
+                fits = name.startswith(first) if node is self._root else name == first
+                require(child.name == name and fits, "a child is filed under another name")
+                nodes.append(child)
+        known = {id(node) for node in nodes}
+        require(all(id(handle) in known for handle in handles), "a request holds a node that is not in the cache")
+        locks = Counter(id(node) for handle in (*handles, self._root) for node in _path(handle))
+        require(
+            all(node.num_locks == locks[id(node)] for node in nodes), "a node is locked more or less than it is held"
+        )
+        owned = [page for node in nodes for page in node.pages]
+        require(len(owned) == self.num_pages, f"{len(owned)} pages in the cache, {self.num_pages} counted")
+        evictable = sum(len(node.pages) for node in nodes if node.num_locks == 0)
+        require(evictable == self.num_evictable, f"{evictable} evictable pages, {self.num_evictable} counted")
         return owned
+
+    def spells(self, handle: RadixNode, token_ids: TokenIds, namespace: str) -> bool:
+        """Whether the path to the handle is that of the first of these tokens."""
+        *path, _ = _path(handle)
+        key = np.concatenate([node.key for node in reversed(path)] or [self._root.key])
+        named = not path or path[-1].name == self._name(self._root, key, namespace)
+        return named and np.array_equal(key, token_ids[: len(key)])
 
     def _first_page(self, token_ids: TokenIds) -> bytes:
         return token_ids[: self._page_size].tobytes()

@@ -10,8 +10,8 @@ already, so the next step can be planned while this one is on the device; `retir
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from itertools import islice
+from collections import Counter, OrderedDict, deque
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ from minisgl.core import (
     StepResult,
     TokenBitmask,
 )
+from minisgl.errors import IntegrityError, require
 from minisgl.kvcache.allocator import PageAllocator
 from minisgl.kvcache.radix import NaiveCache, RadixCache
 from minisgl.scheduler.output import ReqOutput, with_logprobs
@@ -224,24 +225,50 @@ class Planner:
 
     def free_pages(self) -> list[int]:
         """The pages that belong to nobody."""
-        return self._allocator.state()[0]
+        return self._allocator.check()
 
     def check_integrity(self) -> None:
-        """Walk all pages: each is free, the cache's, or one request's. Raises: AssertionError naming what is not."""
-        owners: list[tuple[str, list[int]]] = [("free", self.free_pages())]
-        owners.append(("cache", self._cache.owned_pages()))
-        for req in self._running + self._leaving:
+        """Walk all that is remembered: each page is free, the cache's, or one request's. Raises: IntegrityError naming
+        what does not fit."""
+        held = self._running + self._leaving
+        owners = [("nobody", self.free_pages()), ("the cache", self._cache.check([req.handle for req in held]))]
+        shares = Counter(id(req) for step in self._inflight for req in step.reqs)
+        for req in held:
+            self._check_req(req, shares[id(req)])
             owners.append((f"request {req.uid}", self._private_pages(req)))
-            cached = self._cache.path_pages(req.handle)
-            assert len(cached) <= len(req.pages), f"request {req.uid} holds more of the cache than it has pages"
-        seen: dict[int, str] = {}
-        for owner, pages in owners:
-            for page in pages:
-                assert page not in seen, f"page {page} belongs to {owner} and to {seen[page]}"
-                seen[page] = owner
-        assert len(seen) == self._config.num_pages, f"{self._config.num_pages - len(seen)} pages are lost"
-        rows = sorted([*self._rows, *(req.row for req in self._running + self._leaving)])
-        assert rows == list(range(self._config.max_running_requests)), "rows are lost or shared"
+        owned, num_pages = Counter(chain.from_iterable(pages for _, pages in owners)), self._config.num_pages
+        if len(owned) < sum(len(pages) for _, pages in owners):
+            ((page, _),) = owned.most_common(1)
+            names = [name for name, pages in owners for other in pages if other == page]
+            raise IntegrityError(f"page {page} belongs to {' and to '.join(names)}")
+        require(min(owned) >= 0 and max(owned) < num_pages, "a page has a number that there is not")
+        require(len(owned) == num_pages, f"{num_pages - len(owned)} pages are lost")
+        rows = sorted([*self._rows, *(req.row for req in held)])
+        require(rows == list(range(self._config.max_running_requests)), "rows are lost or shared")
+        for uid, req in self._waiting.items():
+            waits = (
+                req.state is ReqState.WAITING and req.row == -1 and not (req.pages or req.handle or req.num_computed)
+            )
+            require(waits and req.uid == uid and self._reqs.get(uid) is req, f"request {uid} should not wait")
+        num_running = sum(req.state is ReqState.RUNNING for req in held)
+        require(len(self._reqs) == len(self._waiting) + num_running, "a request is in no queue, or in two")
+
+    def _check_req(self, req: Req, num_inflight: int) -> None:
+        """One that has a row: that its state, counts, pages and lock fit together."""
+        is_running, num_known = req.state is ReqState.RUNNING, len(req.tokens)
+        fits = is_running == (self._reqs.get(req.uid) is req) and req.state is not ReqState.WAITING
+        require(fits, f"request {req.uid} is {req.state.value} and in the wrong place")
+        fits = 0 <= req.num_computed <= min(req.num_tokens, len(req.pages) * self._page_size)
+        require(fits, f"request {req.uid} has {req.num_computed} tokens computed, in {len(req.pages)} pages")
+        fits = req.prompt_len <= num_known <= req.num_tokens <= min(req.max_len, num_known + req.num_inflight)
+        require(fits or not is_running, f"request {req.uid} has {req.num_tokens} tokens, {num_known} known")
+        require(
+            req.num_inflight == num_inflight, f"request {req.uid} is in {num_inflight} steps, not {req.num_inflight}"
+        )
+        spelled = self._cache.spells(req.handle, req.prefix, req.params.cache_salt)
+        require(spelled, f"request {req.uid} holds a prefix of other tokens")
+        fits = len(self._cache.path_pages(req.handle)) <= len(req.pages)
+        require(fits, f"request {req.uid} holds more of the cache than it has pages")
 
     # --- planning
 
