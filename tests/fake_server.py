@@ -2,7 +2,7 @@
 
 Keys: port, num_tokenizer, delay (seconds per step), max_seq_len, max_running,
 die (name of a worker that fails at start-up), answer (a file with the text of every answer, read for each),
-tools and reasoning (names of parsers), and the access options of the real server.
+tools and reasoning (names of parsers), and of the real server the options for access and for watching over workers.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from minisgl.utils.log import setup_logging
 
 VOCAB = 400
 ACCESS = ("api_key", "ssl_certfile", "ssl_keyfile", "cors_origin")
+WATCHING = ("restart_workers", "heartbeat_timeout")
 EOS = 2
 
 
@@ -127,6 +128,8 @@ def main(argv: list[str]) -> int:
     config = replace(config, tokenizer=tokenizer, tool_call_parser=tools, reasoning_parser=reasoning)
     checked = options.get("model_name_check") != "off"
     config = replace(config, strict_requests="strict_requests" in options, model_name_check=checked)
+    args = args_from_options({name: options[name] for name in WATCHING if name in options})
+    config = replace(config, restart_workers=args.restart_workers, heartbeat_timeout=args.heartbeat_timeout)
     delay = float(options.get("delay", 0.0))
 
     def specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]:

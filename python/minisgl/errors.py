@@ -5,7 +5,7 @@ MiniSGLError
 ├── RequestError    the client's fault: one request is refused (HTTP 400), everyone else goes on
 ├── EngineError     our fault: a step failed on the device; its requests end with an error (HTTP 500)
 ├── IntegrityError  our fault: what we remember contradicts itself; running requests end with an error (HTTP 500)
-└── WorkerDied      a child process is gone (HTTP 503); the server shuts down
+└── WorkerDied      a child process is gone (HTTP 503); it is started again, or the server ends
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class MiniSGLError(Exception):
     status = 500
     param: str | None = None
     code: str | None = None
+    retry_after: int | None = None  # seconds
 
 
 class ConfigError(MiniSGLError):
@@ -55,3 +56,4 @@ class WorkerDied(MiniSGLError):
     """A child process ended, or stopped answering, while the server needed it."""
 
     status = 503
+    retry_after = 5

@@ -73,7 +73,7 @@ def test_processes_have_their_names(start: Start, model_path: Path) -> None:
 
 @pytest.mark.parametrize("worker", WORKERS)
 def test_a_killed_worker_fails_requests_and_ends_the_server(start: Start, model_path: Path, worker: str) -> None:
-    server = start(fake(model_path, delay=0.05, num_tokenizer=1))
+    server = start(fake(model_path, delay=0.05, num_tokenizer=1, restart_workers=0))
     stream, whole = Background(server, stream=True), Background(server, stream=False)
     begin = time.monotonic()
     server.child(worker).kill()
@@ -92,7 +92,7 @@ def test_a_killed_worker_fails_requests_and_ends_the_server(start: Start, model_
 
 
 def test_a_worker_that_falls_silent_ends_the_server(start: Start, model_path: Path) -> None:
-    server = start(fake(model_path), MINISGL_HEARTBEAT_TIMEOUT="2")
+    server = start(fake(model_path, restart_workers=0, heartbeat_timeout=2))
     server.child("minisgl-TP0-scheduler").send_signal(signal.SIGSTOP)
     assert server.wait_exit(20) == 1
     assert server.orphans() == []
@@ -315,7 +315,7 @@ def test_the_client_library_sees_the_error_of_a_stream(start: Start, model_path:
 
 @pytest.mark.parametrize(("tp_size", "victim"), [(1, 0), (2, 0), (2, 1)])
 def test_a_real_scheduler_dies_like_a_fake_one(start: Start, tiny_path: Path, tp_size: int, victim: int) -> None:
-    server = start(real(tiny_path, "--tp", str(tp_size)))
+    server = start(real(tiny_path, "--tp", str(tp_size)), MINISGL_RESTART_WORKERS="0")
     with server.client() as client:
         body: Any = {"ignore_eos": True}
         stream = client.chat.completions.create(model="tiny", messages=HELLO, stream=True, extra_body=body)

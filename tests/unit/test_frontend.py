@@ -172,9 +172,10 @@ async def test_a_dead_worker_ends_all_and_refuses_more(frontend: Frontend, peers
 
 async def test_pings_come_back_or_time_out(frontend: Frontend, peers: Peers) -> None:
     ping = asyncio.ensure_future(frontend.ping(5))
-    (message,) = await peers.receive(0)
-    assert isinstance(message, PingMsg)
-    peers.outbox.send([PongReply(uid=message.uid)])
+    for index in range(2):
+        (message,) = await peers.receive(index)
+        assert isinstance(message, PingMsg)
+        peers.outbox.send([PongReply(uid=message.uid)])
     await ping
     with pytest.raises(WorkerDied, match="did not answer"):
         await frontend.ping(0.05)

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 Parser = Callable[[Any], Any]
 
+_LONGEST = 1e6  # seconds
+
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
@@ -60,6 +62,21 @@ def argument(parse: Parser) -> Parser:
             raise argparse.ArgumentTypeError(f"{text!r}: expected {error}") from None
 
     return checked
+
+
+def _seconds(low: float) -> Parser:
+    """A parser of times, of at least `low`."""
+
+    def parse(value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = -1.0
+        if not low <= number <= _LONGEST:
+            raise ValueError(f"a number of seconds from {low:g} to {_LONGEST:g}")
+        return number
+
+    return parse
 
 
 def _fraction(value: Any) -> float:
@@ -243,6 +260,10 @@ class ServerArgs:
     )
     strict_requests: bool = _option(boolean, False, "refuse unknown fields of requests rather than ignore them")
     model_name_check: bool = _option(_auto(boolean), True, "off: requests may have any `model`")
+    restart_workers: int = _option(
+        integer(0), 3, "times in an hour that dead or hanging workers are started again; 0: the server ends at once"
+    )
+    heartbeat_timeout: float = _option(_seconds(2), 60.0, "seconds after which a silent worker counts as dead")
     shell: bool = _option(boolean, False, "interactive shell instead of HTTP", "--shell-mode")
 
 

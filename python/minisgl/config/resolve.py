@@ -116,6 +116,8 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         reasoning_parser=reasoning_parser,
         strict_requests=args.strict_requests,
         model_name_check=args.model_name_check is not False,
+        heartbeat_timeout=args.heartbeat_timeout,
+        restart_workers=args.restart_workers,
     )
 
 

@@ -90,10 +90,10 @@ class Addresses:
     def tokenizer(self, index: int) -> str:
         return f"ipc://{self.directory}/tokenizer-{index}" if self.num_tokenizer else self.detokenizer
 
-    @property
-    def rendezvous(self) -> str:
-        """Where `torch.distributed` ranks find each other: a file, so no port can be taken by someone else."""
-        return f"file://{self.directory}/rendezvous"
+    def rendezvous(self, life: int = 0) -> str:
+        """Where `torch.distributed` ranks find each other: a file, so no port can be taken by someone else. life: the
+        times that workers were started again; a file is for one meeting."""
+        return f"file://{self.directory}/rendezvous-{life}"
 
     def rank(self, rank: int) -> str:
         """Where rank `rank` > 0 receives the message batches that rank 0 numbers."""
@@ -127,3 +127,5 @@ class ServerConfig:
     access: AccessConfig = AccessConfig()
     strict_requests: bool = False  # unknown fields are refused
     model_name_check: bool = True
+    heartbeat_timeout: float = 60.0  # seconds
+    restart_workers: int = 3  # times in an hour

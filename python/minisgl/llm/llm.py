@@ -234,7 +234,7 @@ class LLM:
     def _start_scheduler(self, grammars: Grammars) -> Scheduler:
         from minisgl.server.workers import set_cuda_environment
 
-        config = replace(self.config.engine, init_method=self._addresses.rendezvous)
+        config = replace(self.config.engine, init_method=self._addresses.rendezvous())
         set_cuda_environment(config)
         from minisgl.engine.engine import Engine
 

@@ -27,8 +27,8 @@ REQUEST_ID = "x-request-id"
 IGNORED = "x-minisgl-ignored"  # the fields of the request that were
 MAX_IGNORED_CHARS = 1000
 MAX_TOLD = 512  # names of ignored fields that the log has
-OPEN_PATHS = ("/health",)  # no key is asked for: load balancers have none
-QUIET_PATHS = ("/health", "/metrics")  # asked every few seconds: in the log at DEBUG only
+OPEN_PATHS = ("/health", "/health/live")  # no key is asked for: load balancers have none
+QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked every few seconds: in the log at DEBUG only
 _CLIENT_ID = re.compile(r"[!-~]{1,128}")  # what a client's id may be, to be echoed and logged
 
 OnRequest = Callable[[str, str, int], None]

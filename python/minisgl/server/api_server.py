@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -129,6 +129,11 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
         await frontend.ping(health_seconds)
         return json_response({"status": "ok"})
 
+    @app.get("/health/live", **doc.documented(doc.fields(status="string")))
+    async def live() -> Response:
+        """That the server answers. Where it cannot serve, it mends itself or ends."""
+        return json_response({"status": "ok"})
+
     @app.get("/v1", **doc.documented(doc.fields(status="string", server="string", version="string")))
     async def root() -> Response:
         """That this is a server of this API."""
@@ -144,9 +149,12 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
             return Response(status_code=499)  # nobody is there to see it
-        headers, status, payload = None, 500, render.error_body(f"internal error: {type(error).__name__}", 500)
+        headers: Mapping[str, str] | None = None
+        status, payload = 500, render.error_body(f"internal error: {type(error).__name__}", 500)
         if isinstance(error, MiniSGLError):
             status, payload = error.status, render.error_payload(error)
+            if error.retry_after is not None:
+                headers = {"retry-after": str(error.retry_after)}
             request.state.refused = payload["error"]["param"], payload["error"]["code"]
         elif isinstance(error, HTTPException):
             message, status, headers = error.detail, error.status_code, error.headers

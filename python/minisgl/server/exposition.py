@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -26,9 +26,10 @@ _LABELS = ("model_name",)
 class Exposition:
     """Shows the metrics of requests, of the scheduler, of HTTP and of this process."""
 
-    def __init__(self, model_name: str, requests: RequestMetrics) -> None:
+    def __init__(self, model_name: str, requests: RequestMetrics, restarts: Mapping[str, int]) -> None:
         self._model_name = model_name
         self._requests = requests
+        self._restarts = restarts  # of workers
         self._http: Counter[tuple[str, str, str]] = Counter()  # by method, route and status
 
     def count_http(self, method: str, route: str, status: int) -> None:
@@ -70,6 +71,10 @@ class Exposition:
         for values, count in self._http.items():
             http.add_metric(values, count)
         yield http
+        restarts = Counted("minisgl:worker_restarts", "Times that workers were started again.", labels=("worker",))
+        for worker, count in self._restarts.items():
+            restarts.add_metric((worker,), count)
+        yield restarts
         yield self._histogram("time_to_first_token_seconds", "Until the first token.", requests.time_to_first_token)
         yield self._histogram("inter_token_latency_seconds", "Between tokens.", requests.inter_token_latency)
         yield self._histogram("e2e_request_latency_seconds", "Until the end of a request.", requests.end_to_end)

@@ -9,7 +9,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -29,6 +29,25 @@ logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
 
+DETOKENIZER = "detokenizer-0"
+MAX_SENT = 2  # times that a request is sent: one whose workers die each time may be why they do
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """What was sent for some streams, and may have to be sent again."""
+
+    message: tokenizer.TokenizeMsg | None  # None once output has come
+    streams: list[Stream] = field(default_factory=list)  # by uid
+    route: str = ""  # the tokenizer that has it; "": it waits until workers are there again
+    num_sent: int = 0
+    is_accepted: bool = False  # the tokenizer has no objection
+
+    def is_lost_with(self, group: str) -> bool:
+        """Whether it is in the hands of these workers: of a tokenizer, until that has passed it on."""
+        is_with_tokenizer = self.route == group and self.message is not None and not self.is_accepted
+        return self.route != "" and (is_with_tokenizer or not group.startswith("tokenizer-"))
+
 
 class Stream(AsyncIterator[UserReply]):
     """The replies to one request, up to the one with a finish reason. `aclose` before that aborts the request.
@@ -37,28 +56,16 @@ class Stream(AsyncIterator[UserReply]):
     Raises: RequestError when the request is refused or fails, WorkerDied when a child process is gone.
     """
 
-    __slots__ = (
-        "_accepted",
-        "_error",
-        "_finished",
-        "_frontend",
-        "_news",
-        "_replies",
-        "first_uid",
-        "request_ids",
-        "timing",
-        "uid",
-    )
+    __slots__ = ("_error", "_finished", "_frontend", "_news", "_replies", "request", "request_ids", "timing", "uid")
 
-    def __init__(self, frontend: Frontend, uid: int, first_uid: int, request_ids: Sequence[str] = ()) -> None:
-        self.uid, self.first_uid = uid, first_uid  # of all outputs of its request
+    def __init__(self, frontend: Frontend, request: _Request, request_ids: Sequence[str] = ()) -> None:
+        self.uid, self.request = 0, request
         self.request_ids = request_ids  # by which clients know it
         self.timing = Timing()
         self._frontend = frontend
         self._replies: deque[UserReply] = deque()
         self._news = asyncio.Event()
         self._error: MiniSGLError | None = None
-        self._accepted = False  # the tokenizer has no objection
         self._finished = False  # nothing more is to come
 
     def __aiter__(self) -> Stream:
@@ -79,7 +86,7 @@ class Stream(AsyncIterator[UserReply]):
 
         Raises: RequestError when it is refused, WorkerDied.
         """
-        while not (self._accepted or self._replies):
+        while not (self.request.is_accepted or self._replies):
             if self._error is not None:
                 raise self._error
             await self._change()
@@ -98,11 +105,12 @@ class Stream(AsyncIterator[UserReply]):
 
     def push(self, reply: UserReply) -> None:
         self._replies.append(reply)
+        self.request.message = None
         self._finished = reply.finish_reason is not None
         self._news.set()
 
     def accept(self) -> None:
-        self._accepted = True
+        self.request.is_accepted = True
         self._news.set()
 
     def fail(self, error: MiniSGLError) -> None:
@@ -129,16 +137,20 @@ class Frontend:
 
     def __init__(self, addresses: Addresses) -> None:
         self._inbox = AsyncPullSocket(addresses.frontend, replies.frontend_codec)
-        self._tokenizers: list[PushSocket[tokenizer.TokenizerMsg]] = [
-            PushSocket(addresses.tokenizer(index), tokenizer.tokenizer_codec)
-            for index in range(max(1, addresses.num_tokenizer))
-        ]
+        names = [f"tokenizer-{index}" for index in range(addresses.num_tokenizer)] or [DETOKENIZER]
+        self._tokenizers: dict[str, PushSocket[tokenizer.TokenizerMsg]] = {
+            name: PushSocket(addresses.tokenizer(index), tokenizer.tokenizer_codec) for index, name in enumerate(names)
+        }
         self._backend: PushSocket[BackendMsg] = PushSocket(addresses.backend, backend_codec)
         self.metrics = RequestMetrics()
         self._streams: dict[int, Stream] = {}
+        self._lost: dict[str, WorkerDied] = {}  # groups of workers that are being started again, and why
+        self._stale: list[tuple[str, int]] = []  # routes and uids of streams that were lost with them
+        self._routes = names  # tokenizers that can take a request now
         self._asked: dict[int, asyncio.Future[FrontendMsg]] = {}  # what is not a stream: one answer each
         self._uids = itertools.count(1)
         self._down: MiniSGLError | None = None  # set: every new request gets this error
+        self._num_bad = 0  # frames that are no replies
         self._receiver: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Frontend:
@@ -154,7 +166,7 @@ class Frontend:
             await self._receiver
         self._inbox.close()
         self._backend.close()
-        for socket in self._tokenizers:
+        for socket in self._tokenizers.values():
             socket.close(linger_ms=100)  # the last aborts
 
     @property
@@ -171,8 +183,8 @@ class Frontend:
         notify: bool = False,
         count: int = 1,
     ) -> list[Stream]:
-        """Send a request for `count` outputs on its way, each a stream. request_ids: for `cancel`; notify: for
-        `Stream.accepted`.
+        """Send a request for `count` outputs on its way, each a stream; it waits while workers are started again.
+        request_ids: for `cancel`; notify: for `Stream.accepted`.
 
         Raises: WorkerDied when the server is going down.
         """
@@ -180,11 +192,26 @@ class Frontend:
             raise self._down
         if params.seed is None:
             params = replace(params, seed=random.randint(0, MAX_SEED))
-        uids = [next(self._uids) for _ in range(count)]
-        self._tokenizer_of(uids[0]).send([tokenizer.TokenizeMsg(uids[0], prompt, params, notify, count)])
-        streams = [Stream(self, uid, uids[0], request_ids) for uid in uids]
-        self._streams |= {stream.uid: stream for stream in streams}
-        return streams
+        request = _Request(tokenizer.TokenizeMsg(0, prompt, params, notify, count))
+        request.streams = [Stream(self, request, request_ids) for _ in range(count)]
+        self._send(request)
+        return request.streams
+
+    def _send(self, request: _Request) -> None:
+        """Under uids of which nobody has heard, so that nothing said about others can reach it."""
+        assert request.message is not None
+        for stream in request.streams:
+            stream.uid = next(self._uids)
+            self._streams[stream.uid] = stream
+        first_uid = request.streams[0].uid
+        request.route = self._route(first_uid)
+        if request.route:
+            request.num_sent += 1
+            request.is_accepted = False
+            self._tokenizers[request.route].send([msgspec.structs.replace(request.message, uid=first_uid)])
+
+    def _route(self, uid: int) -> str:
+        return self._routes[uid % len(self._routes)] if self._routes else ""
 
     def abort(self, stream: Stream) -> None:
         """End a stream that nobody reads any more. The abort goes the way of its request, so it cannot come first."""
@@ -192,44 +219,52 @@ class Frontend:
             return
         self.metrics.finish(stream.timing, FinishReason.ABORT)
         stream.fail(RequestError("the request was aborted", status=499))
-        if self._down is None:
-            self._tokenizer_of(stream.first_uid).send([AbortMsg(uid=stream.uid)])
+        if self._down is None and stream.request.route:
+            self._tokenizers[stream.request.route].send([AbortMsg(uid=stream.uid)])
 
     def cancel(self, request_id: str | None = None) -> int:
         """End the streams with this id (None: all) with `abort`, which their readers see. Returns how many they are."""
         chosen = [s for s in self._streams.values() if request_id is None or request_id in s.request_ids]
         for stream in chosen:
-            self._tokenizer_of(stream.first_uid).send([AbortMsg(uid=stream.uid)])
+            if stream.request.route:
+                stream.request.message = None  # whatever happens, it is not sent again
+                self._tokenizers[stream.request.route].send([AbortMsg(uid=stream.uid)])
+            else:
+                self._dispatch(UserReply(stream.uid, "", b"", 0, 0, 0, finish_reason=FinishReason.ABORT))
         return len(chosen)
 
     async def ping(self, timeout: float) -> None:
-        """A round trip through all children. Raises: WorkerDied when one is gone, or after so many seconds."""
-        await self._ask(self._tokenizers[0], PingMsg(next(self._uids)), replies.PongReply, timeout)
+        """A round trip through all children. Raises: WorkerDied when requests would wait, or after so many seconds."""
+        questions = [PingMsg(next(self._uids)) for _ in self._routes or [""]]  # one for each of them
+        await asyncio.gather(*(self._ask(question, replies.PongReply, timeout) for question in questions))
 
     async def encode(self, prompt: tokenizer.ChatPrompt | tokenizer.TextPrompt, *, special: bool) -> list[int]:
         """The token ids of a prompt, which is not run. Raises: RequestError when it is refused, WorkerDied."""
         uid = next(self._uids)
         question = tokenizer.EncodeMsg(uid, prompt, special)
-        return unpack_ids((await self._ask(self._tokenizer_of(uid), question, replies.EncodedReply)).token_ids)
+        return unpack_ids((await self._ask(question, replies.EncodedReply)).token_ids)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special: bool) -> str:
         """The text of token ids. Raises: RequestError when one of them does not exist, WorkerDied."""
         uid = next(self._uids)
         question = tokenizer.DecodeMsg(uid, pack_ids(token_ids), skip_special)
-        return (await self._ask(self._tokenizer_of(uid), question, replies.DecodedReply)).text
+        return (await self._ask(question, replies.DecodedReply)).text
 
     async def stats(self, timeout: float) -> replies.StatsReply:
         """Rank 0's counts. Raises: WorkerDied, as `ping`."""
-        return await self._ask(self._backend, StatsMsg(next(self._uids)), replies.StatsReply, timeout)
+        return await self._ask(StatsMsg(next(self._uids)), replies.StatsReply, timeout)
 
     async def flush_cache(self, timeout: float) -> int:
         """Forget the cached prefixes that nobody uses. Returns the number of pages freed. Raises: WorkerDied."""
-        return (await self._ask(self._backend, FlushMsg(next(self._uids)), replies.FlushReply, timeout)).num_pages
+        return (await self._ask(FlushMsg(next(self._uids)), replies.FlushReply, timeout)).num_pages
 
-    async def _ask(self, socket: PushSocket[Any], question: Any, kind: type[A], timeout: float | None = None) -> A:
+    async def _ask(self, question: Any, kind: type[A], timeout: float | None = None) -> A:
         """question: a message, with the uid that its answer has. kind: of the answer."""
-        if self._down is not None:
-            raise self._down
+        if self._down is not None or not self._routes:
+            raise self._down or next(iter(self._lost.values()))
+        socket: PushSocket[Any] = self._tokenizers[self._route(question.uid)]
+        if isinstance(question, (StatsMsg, FlushMsg)):
+            socket = self._backend
         answer = self._asked[question.uid] = asyncio.get_running_loop().create_future()
         socket.send([question])
         try:
@@ -252,21 +287,56 @@ class Frontend:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(error)
+        self._fail_asked(error)
+
+    def _fail_asked(self, error: MiniSGLError) -> None:
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(error)
 
-    def _tokenizer_of(self, uid: int) -> PushSocket[tokenizer.TokenizerMsg]:
-        return self._tokenizers[uid % len(self._tokenizers)]
+    def on_change(self, group: str, error: WorkerDied | None) -> None:
+        """Workers are lost and being started again, or with None, back. What they had begun ends with the error, the
+        other requests are sent again: to another tokenizer at once, or when they are back."""
+        requests = dict.fromkeys(stream.request for stream in self._streams.values())
+        if error is None:
+            error = self._lost.pop(group)
+            hit = [request for request in requests if not request.route]
+        else:
+            self._lost[group] = error
+            self._fail_asked(error)
+            hit = [request for request in requests if request.is_lost_with(group)]
+        is_blocked = not self._lost.keys().isdisjoint(("scheduler", DETOKENIZER))
+        self._routes = [] if is_blocked else [name for name in self._tokenizers if name not in self._lost]
+        for request in hit:
+            self._recall(request, error)
+        if not self._lost:  # a tokenizer may have these, or have passed them on before it died; nobody waits for them
+            for route, uid in self._stale:
+                self._tokenizers[route].send([AbortMsg(uid)])
+                self._backend.send([AbortMsg(uid)])
+            self._stale.clear()
+
+    def _recall(self, request: _Request, error: WorkerDied) -> None:
+        """Send a request again, unless it has begun, or was sent too often already: then it ends with this error."""
+        alive = [stream for stream in request.streams if self._streams.pop(stream.uid, None) is not None]
+        if request.route:
+            self._stale += [(request.route, stream.uid) for stream in alive]
+        if request.message is not None and request.num_sent < MAX_SENT and len(alive) == len(request.streams):
+            self._send(request)
+            return
+        for stream in alive:
+            self.metrics.finish(stream.timing, FinishReason.ERROR)
+            stream.fail(error)
 
     async def _receive(self) -> None:
-        try:
-            while True:
+        while True:
+            try:
                 for message in await self._inbox.receive():
                     self._dispatch(message)
-        except Exception:
-            logger.exception("replies cannot be received any more")
-            self.fail(WorkerDied("the API server cannot receive replies any more"))
+            except Exception:  # of one frame, which nobody of ours has sent; it must not be the last
+                self._num_bad += 1
+                if self._num_bad & (self._num_bad - 1) == 0:  # each time that they have doubled
+                    logger.exception("a reply makes no sense and is dropped; there were %d so far", self._num_bad)
+                await asyncio.sleep(0.01)
 
     def _dispatch(self, message: FrontendMsg) -> None:
         stream, answer, error = self._streams.get(message.uid), self._asked.get(message.uid), None

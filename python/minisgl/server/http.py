@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import uvicorn
 
@@ -31,7 +32,8 @@ class HttpServer(uvicorn.Server):
     """uvicorn on a socket that is bound already.
 
     The first SIGTERM or Ctrl-C closes the port and lets requests in flight finish, for `drain` seconds at most; the
-    second ends them at once. When a worker dies, they end with an error and the server follows: `status` is 1 then.
+    second ends them at once. When a worker is gone for good, they end with an error and the server follows: `status`
+    is 1 then.
     """
 
     def __init__(self, config: uvicorn.Config, frontend: Frontend, drain: float, on_ready: Callable[[], None]) -> None:
@@ -89,7 +91,7 @@ async def serve_http(
     drain = env_number("MINISGL_DRAIN_TIMEOUT", 10, low=0, high=86400)
     loop = asyncio.get_running_loop()
     async with Frontend(addresses) as frontend:
-        exposition = Exposition(config.served_model_name, frontend.metrics)
+        exposition = Exposition(config.served_model_name, frontend.metrics, supervisor.num_restarts)
         app = create_app(frontend, config, exposition)
         uvicorn_config = uvicorn.Config(
             guarded(app, config.access, exposition.count_http, log=env_bool("MINISGL_ACCESS_LOG", True)),
@@ -103,7 +105,7 @@ async def serve_http(
             ssl_keyfile=config.access.ssl_keyfile,
         )
         server = HttpServer(uvicorn_config, frontend, drain, lambda: _announce(config, listener))
-        supervisor.watch(lambda error: call_in(loop, server.on_death, error))
+        supervisor.watch(partial(call_in, loop, server.on_death), partial(call_in, loop, frontend.on_change))
         await server.serve(sockets=[listener])
         return server.status
 

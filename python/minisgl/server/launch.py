@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import functools
 import logging
@@ -18,7 +19,7 @@ import psutil
 from minisgl.config.args import ServerArgs
 from minisgl.config.resolve import prepare
 from minisgl.config.runtime import Addresses, ServerConfig
-from minisgl.errors import ConfigError, WorkerDied
+from minisgl.errors import ConfigError
 from minisgl.server.supervisor import Supervisor, WorkerSpec, signals_deferred
 from minisgl.server.workers import scheduler_main, tokenizer_main
 from minisgl.utils.sockets import make_socket_directory
@@ -56,7 +57,7 @@ def running_workers(
         directory = make_socket_directory()
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         addresses = Addresses(directory=directory, num_tokenizer=config.num_tokenizer)
-        supervisor = Supervisor(make_specs(config, addresses))
+        supervisor = Supervisor(make_specs(config, addresses), config.heartbeat_timeout, config.restart_workers)
         stack.callback(supervisor.stop)
         supervisor.start()
         if meanwhile is not None:
@@ -110,14 +111,14 @@ def run_local(args: ServerArgs, use: Callable[[Frontend, ServerConfig], Awaitabl
 
     Raises: ConfigError, WorkerDied when a child does not start; WorkerDied, from the streams, when one dies.
     """
-    config = prepare(args)
+    config = dataclasses.replace(prepare(args), restart_workers=0)
 
     async def run(supervisor: Supervisor, addresses: Addresses) -> None:
         from minisgl.server.frontend import Frontend
 
         loop = asyncio.get_running_loop()
         async with Frontend(addresses) as frontend:
-            supervisor.watch(lambda error: call_in(loop, frontend.fail, error))
+            supervisor.watch(functools.partial(call_in, loop, frontend.fail))
             await use(frontend, config)
 
     try:
@@ -128,10 +129,10 @@ def run_local(args: ServerArgs, use: Callable[[Frontend, ServerConfig], Awaitabl
     return 0
 
 
-def call_in(loop: asyncio.AbstractEventLoop, function: Callable[[WorkerDied], None], error: WorkerDied) -> None:
-    """From another thread, call `function(error)` in the loop, unless that has ended."""
+def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
+    """From another thread, call the function in the loop, unless that has ended."""
     with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(function, error)
+        loop.call_soon_threadsafe(function, *args)
 
 
 def bind_port(host: str, port: int) -> socket.socket:

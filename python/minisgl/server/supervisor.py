@@ -35,10 +35,18 @@ class WorkerSpec:
     body: Callable[..., None]
     args: tuple[Any, ...]
 
+    @property
+    def group(self) -> str:
+        """Those who are started again together: all schedulers, since they compute together."""
+        return "scheduler" if self.name.endswith("-scheduler") else self.name.removeprefix("minisgl-")
 
-@dataclass(slots=True)
+
+OnChange = Callable[[str, WorkerDied | None], None]
+
+
+@dataclass(slots=True, eq=False)
 class _Worker:
-    name: str
+    spec: WorkerSpec
     process: BaseProcess
     connection: Connection
     last_beat: float
@@ -48,30 +56,40 @@ class _Worker:
 
 
 class Supervisor:
-    """Owner of all child processes of one server. Use: `start`, `wait_ready`, `watch`, and `stop` whatever happened."""
+    """Owner of all child processes of one server. Use: `start`, `wait_ready`, `watch`, and `stop` whatever happened.
 
-    def __init__(self, specs: Sequence[WorkerSpec]) -> None:
+    heartbeat_timeout: seconds of silence after which a child counts as dead.
+    max_restarts: times in an hour that children are started again; 0: the first death is the end.
+    """
+
+    def __init__(self, specs: Sequence[WorkerSpec], heartbeat_timeout: float = 60.0, max_restarts: int = 0) -> None:
         self._specs = specs
+        self.num_restarts = dict.fromkeys((spec.group for spec in specs), 0)  # by group, ever
         # Seconds. Large models load slowly.
         self._start_timeout = env_number("MINISGL_START_TIMEOUT", 1800, low=1, high=1e6)
-        self._heartbeat_timeout = env_number("MINISGL_HEARTBEAT_TIMEOUT", 60, low=2, high=1e6)
+        self._heartbeat_timeout, self._max_restarts = heartbeat_timeout, max_restarts
         self._workers: list[_Worker] = []
+        self._deaths: list[float] = []  # of the last hour: their times
+        self._lost: dict[str, float] = {}  # groups that are being started again, and since when
         self._stopping = threading.Event()
+        self._lock = threading.Lock()  # no child is started once `stop` has begun
         self._watcher: threading.Thread | None = None
 
     def start(self) -> None:
         """Start all children, without waiting for them."""
         atexit.register(self.stop)  # before multiprocessing's own end, which would wait for them for ever
-        context = multiprocessing.get_context("spawn")
-        from_main = threading.current_thread() is threading.main_thread()
         for spec in self._specs:
-            with signals_deferred():
-                ours, theirs = context.Pipe(duplex=False)
-                args = (spec.name, theirs, from_main, spec.body, spec.args)
-                process = context.Process(target=run_child, args=args, name=spec.name, daemon=True)
-                process.start()
-                theirs.close()
-                self._workers.append(_Worker(spec.name, process, ours, time.monotonic()))
+            self._workers.append(self._spawn(spec, threading.current_thread() is threading.main_thread()))
+
+    def _spawn(self, spec: WorkerSpec, from_lasting: bool) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        with signals_deferred():
+            ours, theirs = context.Pipe(duplex=False)
+            args = (spec.name, theirs, from_lasting, sum(self.num_restarts.values()), spec.body, spec.args)
+            process = context.Process(target=run_child, args=args, name=spec.name, daemon=True)
+            process.start()
+            theirs.close()
+            return _Worker(spec, process, ours, time.monotonic())
 
     def wait_ready(self) -> None:
         """Wait until each child is ready.
@@ -82,7 +100,7 @@ class Supervisor:
         while not all(worker.ready for worker in self._workers):
             self.check(min(deadline - time.monotonic(), 1.0))
             if time.monotonic() >= deadline:
-                late = ", ".join(worker.name for worker in self._workers if not worker.ready)
+                late = ", ".join(worker.spec.name for worker in self._workers if not worker.ready)
                 raise WorkerDied(f"not ready after {self._start_timeout:g} s: {late} (MINISGL_START_TIMEOUT)")
 
     def check(self, timeout: float) -> None:
@@ -92,16 +110,21 @@ class Supervisor:
             if (error := self._death(worker)) is not None:
                 raise error
 
-    def watch(self, on_death: Callable[[WorkerDied], None]) -> None:
-        """From now on call `on_death`, once and from a thread of its own, when a child ends or falls silent."""
+    def watch(self, on_death: Callable[[WorkerDied], None], on_change: OnChange = lambda *_: None) -> None:
+        """From now on start groups of children again that end or fall silent, and tell so from a thread of its own.
+
+        on_change(group, error): a group is lost, or with None, back. on_death: called once, when one is lost for good.
+        """
         for worker in self._workers:
             worker.last_beat = time.monotonic()
-        self._watcher = threading.Thread(target=self._watch, args=(on_death,), name="supervisor", daemon=True)
+        args = (on_death, on_change)
+        self._watcher = threading.Thread(target=self._watch, args=args, name="supervisor", daemon=True)
         self._watcher.start()
 
     def stop(self) -> None:
         """End all children, by SIGKILL where they do not follow. Idempotent; nothing is left running."""
-        self._stopping.set()
+        with self._lock:
+            self._stopping.set()
         atexit.unregister(self.stop)
         alive = [worker for worker in self._workers if worker.process.is_alive()]
         for worker in alive:
@@ -115,30 +138,64 @@ class Supervisor:
             worker.process.join(max(0.0, deadline - time.monotonic()))
         for worker in alive:
             if worker.process.is_alive():
-                logger.warning("%s did not stop in %g s: killed", worker.name, STOP_SECONDS)
+                logger.warning("%s did not stop in %g s: killed", worker.spec.name, STOP_SECONDS)
                 worker.process.kill()
                 worker.process.join()
         for worker in self._workers:
             worker.connection.close()
         self._workers = []
 
-    def _watch(self, on_death: Callable[[WorkerDied], None]) -> None:
+    def _watch(self, on_death: Callable[[WorkerDied], None], on_change: OnChange) -> None:
         last_look = time.monotonic()
-        while not self._stopping.is_set():
+        error: MiniSGLError | None = None
+        while error is None and not self._stopping.is_set():
             self._receive(0.5)
             now = time.monotonic()
             if now - last_look > self._heartbeat_timeout / 2:  # we were stopped ourselves (Ctrl-Z): so were they
                 for worker in self._workers:
                     worker.last_beat = now
-            last_look, silent_since = now, now - self._heartbeat_timeout
-            for worker in self._workers:
-                error: MiniSGLError | None = self._death(worker)
-                if error is None and worker.last_beat < silent_since:
-                    error = WorkerDied(f"{worker.name} has been silent for {self._heartbeat_timeout:g} s")
-                    worker.process.kill()  # it would not follow STOP_SIGNAL either
-                if error is not None and not self._stopping.is_set():
-                    on_death(WorkerDied(str(error)))
-                    return
+            last_look = now
+            try:
+                error = next(filter(None, [self._look_after(group, on_change) for group in self.num_restarts]), None)
+            except OSError as problem:
+                error = WorkerDied(f"no worker can be started: {problem}")
+        if error is not None and not self._stopping.is_set():
+            on_death(WorkerDied(str(error)))
+        self._stopping.wait()  # the kernel ends with this thread those whom it has started
+
+    def _look_after(self, group: str, on_change: OnChange) -> MiniSGLError | None:
+        """Start workers again if need be. An error: what has happened to them is the end."""
+        workers, now = [worker for worker in self._workers if worker.spec.group == group], time.monotonic()
+        error = next(filter(None, map(self._trouble, workers)), None)
+        if error is None:
+            if group in self._lost and all(worker.ready for worker in workers):
+                logger.info("%s: serves again after %.1f s", group, now - self._lost.pop(group))
+                on_change(group, None)
+            return None
+        for worker in workers:
+            worker.process.kill()  # those of a group cannot go on alone, and a stopped one would follow no signal
+            worker.process.join(STOP_SECONDS)
+        self._deaths = [death for death in self._deaths if death > now - 3600]
+        if len(self._deaths) >= self._max_restarts or isinstance(error, ConfigError):
+            return error
+        self._deaths.append(now)
+        self._lost.setdefault(group, now)
+        logger.error("%s; %s: started again (%d of %d)", error, group, len(self._deaths), self._max_restarts)
+        on_change(group, WorkerDied(str(error)))
+        self.num_restarts[group] += 1
+        with self._lock:
+            for index, worker in enumerate(self._workers):
+                if worker in workers and not self._stopping.is_set():
+                    worker.connection.close()
+                    self._workers[index] = self._spawn(worker.spec, from_lasting=True)
+        return None
+
+    def _trouble(self, worker: _Worker) -> MiniSGLError | None:
+        """Why a child has to be started again; None while it is well."""
+        limit = self._heartbeat_timeout if worker.ready else self._start_timeout
+        if worker.process.is_alive() and time.monotonic() - worker.last_beat > limit:
+            return WorkerDied(f"{worker.spec.name} has been silent for {limit:g} s")
+        return self._death(worker)
 
     def _receive(self, timeout: float) -> None:
         """Take in what children report, waiting up to `timeout` seconds for a report or a death."""
@@ -170,14 +227,14 @@ class Supervisor:
             self._drain(worker)  # its last words may have come with its end
         if worker.failure is not None:
             kind = ConfigError if worker.failure.config else WorkerDied
-            return kind(f"{worker.name}: {worker.failure.message}")
+            return kind(f"{worker.spec.name}: {worker.failure.message}")
         worker.process.join(1.0)
         if worker.process.exitcode == UNGUARDED:
             return ConfigError(
-                f"{worker.name} has run this script again: child processes import it, so what starts them (LLM with "
-                'several ranks, or a server) must stand under `if __name__ == "__main__":`'
+                f"{worker.spec.name} has run this script again: child processes import it, so what starts them (LLM "
+                'with several ranks, or a server) must stand under `if __name__ == "__main__":`'
             )
-        return WorkerDied(f"{worker.name} ended unexpectedly ({_describe(worker.process.exitcode)})")
+        return WorkerDied(f"{worker.spec.name} ended unexpectedly ({_describe(worker.process.exitcode)})")
 
 
 def _describe(exitcode: int | None) -> str:

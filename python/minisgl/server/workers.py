@@ -37,7 +37,8 @@ PR_SET_PDEATHSIG = 1
 class Control:
     """A child's line to its supervisor."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, life: int = 0) -> None:
+        self.life = life  # the same number for all who were started together, and for nobody else
         self._connection = connection
         self._next_beat = 0.0
 
@@ -65,20 +66,21 @@ class Control:
 
 
 def run_child(
-    name: str, connection: Connection, from_main: bool, body: Callable[..., None], args: tuple[Any, ...]
+    name: str, connection: Connection, from_lasting: bool, life: int, body: Callable[..., None], args: tuple[Any, ...]
 ) -> None:
     """The entry of every child: `body(control, *args)` in an orderly process.
 
     The process has `name` as its title, leaves Ctrl-C and SIGTERM to the parent (both may reach the whole process
     group, and the parent drains first), ends at STOP_SIGNAL by an exception in the main thread (before it is ready, at
     once: an import may swallow the exception), ends when the parent does, and reports an error as one line. Exit
-    status: 0 after STOP_SIGNAL, 2 for a ConfigError, else 1. from_main: the parent's main thread started it.
+    status: 0 after STOP_SIGNAL, 2 for a ConfigError, else 1. from_lasting: the parent's thread that started it lasts
+    until the parent has done with it. life: as in `Control`.
     """
-    control = Control(connection)
+    control = Control(connection, life)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(STOP_SIGNAL, lambda *_: os._exit(0))
-    _die_with_parent(from_main)
+    _die_with_parent(from_lasting)
     from setproctitle import setproctitle
 
     setproctitle(name)
@@ -138,7 +140,7 @@ def scheduler_main(
     check_integrity, check_ranks = env_bool("MINISGL_CHECK_INTEGRITY"), env_bool("MINISGL_CHECK_RANKS")
     # Before the engine: loading the vocabulary holds Python up, which is not noticed now.
     grammars = Grammars(open_store(engine_config, config)) if rank == 0 else None
-    engine = Engine(replace(engine_config, init_method=addresses.rendezvous), rank)
+    engine = Engine(replace(engine_config, init_method=addresses.rendezvous(control.life)), rank)
     config = replace(config, num_pages=engine.num_pages, check_integrity=check_integrity)
     transport: Transport
     stats = StepStats(config.num_pages)
@@ -178,13 +180,13 @@ def set_cuda_environment(config: EngineConfig) -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-def _die_with_parent(from_main: bool) -> None:
+def _die_with_parent(from_lasting: bool) -> None:
     """End with the parent, whatever ends it. The kernel's signal is at once, but is tied to the parent's thread
-    that started us, so it is asked for only if that was the main thread; the watching thread is for all cases."""
+    that started us, so it is asked for only if that one lasts; the watching thread is for all cases."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
-    if sys.platform == "linux" and from_main:
+    if sys.platform == "linux" and from_lasting:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if not parent.is_alive():
         os._exit(1)
