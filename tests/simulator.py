@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import StepPlan, StepResult
+from minisgl.core import NOT_READY, StepPlan, StepResult
 from minisgl.errors import EngineError
 
 
@@ -33,7 +33,8 @@ class SimulatedHandle:
 
 
 class SimulatedEngine:
-    """An `Executor`. `fail_next`: the next step raises; `poison`: sampled tokens of these rows are not finite.
+    """An `Executor`. `fail_next`: the next step raises; `poison`: sampled tokens of these rows are not finite;
+    `unready`: bitmasks of these rows are not there.
 
     After a failed step the KV that later steps write is garbage, until the planner has been told (`broken = False`).
     """
@@ -44,6 +45,7 @@ class SimulatedEngine:
         self.fail_next = False
         self.broken = False
         self.poison: list[int] = []
+        self.unready: list[int] = []
         self.num_steps = 0
         self.max_step_tokens = 0
         max_pages = -(-config.max_seq_len // config.page_size)
@@ -77,14 +79,18 @@ class SimulatedEngine:
             assert -1 not in ids, "a token is computed before it is known"
             for position in range(start, start + num_new):
                 self._kv[self._slot(row, position)] = self._salts[row], ids[: position + 1]
-        sampled = []
+        sampled: list[int] = []
+        masked = plan.bitmask.samples if plan.bitmask else ()
         for row, start, num_new, sample in plan.reqs:
             end = start + num_new
             ids = tuple(self._tokens[row, :end].tolist())
             for position in range(end):
                 known = self._salts[row], ids[: position + 1]
                 assert self._kv.get(self._slot(row, position)) == known, "someone else's KV is read"
-            if sample:
+            if sample and row in self.unready and len(sampled) in masked:
+                self._tokens[row, end] = 0
+                sampled.append(NOT_READY)
+            elif sample:
                 token = next_token(ids, self.vocab_size)
                 self._tokens[row, end] = token
                 sampled.append(-1 if row in self.poison else token)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**63 - 1  # of what a client may ask for; larger numbers fit neither messages nor tensors
+NOT_READY = -2  # in the place of a sampled id: the row's bitmask was not there in time
 MAX_LOGPROBS = 20  # alternatives at each position: OpenAI's limit
 MAX_PRIORITY = 2**31 - 1
 MIN_REPETITION_PENALTY = 0.01  # logits divided by less leave what numbers can hold
@@ -175,6 +176,7 @@ class Req:
     num_tokens: int
     num_computed: int = 0
     num_inflight: int = 0  # steps submitted and not yet retired that touch this request
+    num_stale: int = 0  # of those the ones that went on from a token that was not sampled
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     row: int = -1  # index into the engine's per-request tables while running
     pages: list[int] = field(default_factory=list)
@@ -183,6 +185,8 @@ class Req:
     started: bool = False  # was ever admitted
     preempted: bool = False  # retract as soon as no step in flight touches it
     failed: bool = False  # what it computed must not be reused
+    held: bool = False  # sits steps out until `Planner.resume`: its bitmask is being computed
+    paced: bool = False  # held after each token
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the chunks so far, until its first output
 
     @property
@@ -232,7 +236,7 @@ class TokenBitmask(NamedTuple):
     """Which tokens some rows may sample: bit t % 32 of word t // 32 is set if token t is allowed.
 
     words: [len(samples), ceil(vocab_size / 32)] int32; None on ranks above 0, which do not sample. It may wait for the
-    step before to end when it is first indexed, so that is done as late as can be.
+    step before to end when it is first indexed, so that is done as late as can be. An empty row is not ready.
     """
 
     samples: tuple[int, ...]  # indices into the plan's requests with `sample`, ascending
@@ -269,7 +273,8 @@ class TokenLogprobs(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """The sampled ids, one per `ScheduledReq` with `sample`, in plan order; -1 where the logits were not finite.
+    """The sampled ids, one per `ScheduledReq` with `sample`, in plan order; -1 where the logits were not finite,
+    `NOT_READY` where a bitmask was not.
 
     Log-probabilities are there on rank 0, for the requests that want them: of sampled tokens by index into
     `token_ids`; of the prompt tokens from start + 1 to start + num_new, as far as they are prompt, by index into the

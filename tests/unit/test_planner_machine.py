@@ -52,12 +52,15 @@ class PlannerMachine(RuleBasedStateMachine):
         self.finished: dict[int, FinishReason] = {}
         self.allowed: dict[int, FinishReason] = {}  # reasons other than stop and length that were provoked
         self.history: list[list[int]] = []
+        self.held: dict[int, None] = {}  # requests that sit out
 
     def take(self, outputs: list[ReqOutput]) -> None:
         for output in outputs:
             uid = output.req.uid
             assert uid not in self.finished, "a request got something after its terminal reply"
             self.outputs[uid] += output.token_ids
+            if output.req.held:
+                self.held[uid] = None
             if output.finish_reason is not None:
                 self.finished[uid] = output.finish_reason
                 self.check_output(uid)
@@ -131,7 +134,8 @@ class PlannerMachine(RuleBasedStateMachine):
         for req in reqs:
             unknown = req.num_tokens - 1 - len(req.tokens)
             rows = [[share.row for share in step.reqs if share.sample] for step, _ in self.inflight]
-            assert req.params.grammar is not None and unknown == sum(req.row in some for some in rows)
+            assert req.params.grammar is not None
+            assert unknown == sum(req.row in some for some in rows) - req.num_stale
             assert req.tokens == self.history[req.uid] + self.outputs[req.uid]
 
     @precondition(lambda self: self.inflight)
@@ -164,6 +168,22 @@ class PlannerMachine(RuleBasedStateMachine):
         self.step(1)
         self.engine.poison = []
 
+    @rule(rows=st.lists(st.integers(0, 5)), count=st.integers(1, 3))
+    def not_ready(self, rows: list[int], count: int) -> None:
+        self.engine.unready = rows
+        self.step(count)
+        self.engine.unready = []
+
+    @rule(pick=st.integers(0, 1_000), paced=st.booleans())
+    def resume(self, pick: int, paced: bool) -> None:
+        """One that is held, or any other: a message may be late."""
+        if self.held and pick % 4:
+            uid = list(self.held)[pick % len(self.held)]
+            self.held.pop(uid)
+            self.planner.resume(uid, paced)
+        else:
+            self.planner.resume(pick, paced)
+
     @invariant()
     def conserved(self) -> None:
         if hasattr(self, "planner"):
@@ -178,6 +198,8 @@ class PlannerMachine(RuleBasedStateMachine):
         for _ in range(10_000):
             if self.planner.is_idle and not self.inflight:
                 break
+            while self.held:
+                self.planner.resume(self.held.popitem()[0], paced=len(self.held) % 2 == 0)
             self.step(1)
         assert self.finished.keys() == self.prompts.keys(), "a request never got its terminal reply"
         assert self.planner.num_free_pages == self.config.num_pages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -29,13 +30,16 @@ CONFIG = SchedulerConfig(
 
 
 class FakeMatcher:
-    """Remembers what it is told. It breaks after `limit` tokens."""
+    """Remembers what it is told. It breaks after `limit` tokens. A mask takes so many seconds of a core."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.seen = limit, []  # type: ignore[var-annotated]
+    def __init__(self, limit: int, seconds: float = 0.0) -> None:
+        self.limit, self.seconds, self.seen = limit, seconds, []  # type: ignore[var-annotated]
+        self.at_work, self.is_new = 0, True
 
     def deep_copy(self) -> FakeMatcher:
-        return self
+        """This one is the first request's."""
+        self.is_new, is_new = False, self.is_new
+        return self if is_new else FakeMatcher(self.limit, self.seconds)
 
     def is_stopped(self) -> bool:
         return False
@@ -52,6 +56,12 @@ class FakeMatcher:
 
     def unsafe_compute_mask_ptr(self, pointer: int, size: int) -> None:
         assert size == VOCAB // 8
+        self.at_work += 1
+        assert self.at_work == 1, "two threads have one matcher"
+        start = time.thread_time()
+        while time.thread_time() - start < self.seconds:
+            time.sleep(0)
+        self.at_work -= 1
         ctypes.memset(pointer, len(self.seen) % 256, size)
 
 
@@ -68,7 +78,7 @@ class FakeStore:
 
 
 class MaskedEngine(SimulatedEngine):
-    """Asks for words as engines do, and remembers their first."""
+    """Asks for words as engines do, and remembers their first, where they are ready."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         super().__init__(config)
@@ -77,13 +87,16 @@ class MaskedEngine(SimulatedEngine):
     def submit(self, plan: StepPlan) -> SimulatedHandle:
         if plan.bitmask is not None:
             assert plan.bitmask.words is not None
-            self.words += [int(plan.bitmask.words[i][0]) & 255 for i in range(len(plan.bitmask.samples))]
+            words = [plan.bitmask.words[i] for i in range(len(plan.bitmask.samples))]
+            sampling = [req.row for req in plan.reqs if req.sample]
+            self.unready = [sampling[i] for i, row in zip(plan.bitmask.samples, words, strict=True) if not len(row)]
+            self.words += [int(row[0]) & 255 for row in words if len(row)]
         return super().submit(plan)
 
 
 class Loop:
-    def __init__(self, limit: int = 1000, overlap: bool = True) -> None:
-        self.store, self.matcher = FakeStore(), FakeMatcher(limit)
+    def __init__(self, limit: int = 1000, overlap: bool = True, seconds: float = 0.0, cost: float = 0.0) -> None:
+        self.store, self.matcher, self.cost = FakeStore(), FakeMatcher(limit, seconds), cost
         grammars = Grammars(self.store)  # type: ignore[arg-type]
         self.grammars = grammars
         self.transport = LocalTransport(grammars=grammars)
@@ -93,7 +106,7 @@ class Loop:
         self.outputs: dict[int, list[Any]] = {}
 
     def compiled(self) -> None:
-        self.store.future.set_result(CompiledGrammar(self.matcher, 1))  # type: ignore[arg-type]
+        self.store.future.set_result(CompiledGrammar(self.matcher, 1, self.cost))  # type: ignore[arg-type]
 
     def put(self, uid: int, prompt: list[int], grammar: bool = True, max_tokens: int = 6, count: int = 1) -> None:
         params = SamplingParams(max_tokens=max_tokens, seed=0, grammar=Grammar("regex", "x") if grammar else None)
@@ -105,8 +118,22 @@ class Loop:
             for message in self.transport.take_outputs():
                 self.outputs.setdefault(message.uid, []).append(message)
 
+    def turn_until_idle(self) -> int:
+        """How many turns that takes."""
+        for count in range(100_000):
+            if count and self.scheduler.planner.is_idle and not self.grammars.is_holding:
+                return count
+            self.turn()
+        raise AssertionError("it never ends")
+
     def ids(self, uid: int) -> list[int]:
         return [token for message in self.outputs[uid] for token in unpack_ids(message.token_ids)]
+
+
+@pytest.fixture(autouse=True)
+def time_for_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is, cheap masks are computed within their steps."""
+    monkeypatch.setattr("minisgl.scheduler.masks._SHARE", 1e6)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -222,9 +249,70 @@ def test_a_failed_step_ends_its_requests_and_the_next_one_works() -> None:
     loop.engine.broken = False
     loop.turn(3)
     assert loop.outputs[1][-1].finish_reason is FinishReason.ERROR
-    loop.matcher.seen = []
+    loop.matcher.seen, loop.matcher.is_new = [], True
     loop.put(3, [9, 8])
     loop.turn(20)
     assert loop.ids(3) == expected_output([9, 8], 8, ())
     assert loop.matcher.seen == loop.ids(3)[:5]
     assert np.array(loop.engine.words[-6:]).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("cost", [0.0, 1.0])
+def test_a_slow_row_sits_out_and_gets_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, overlap: bool, cost: float
+) -> None:
+    """Slow from the start, or found to be when others have spent the time that there is for masks."""
+    monkeypatch.setattr("minisgl.scheduler.masks._SHARE", 0.0)
+    loop = Loop(overlap=overlap, seconds=0.02, cost=cost)
+    loop.compiled()
+    loop.put(1, [1, 2, 3], max_tokens=4)
+    loop.put(2, [4, 5], grammar=False, max_tokens=30)
+    start = time.monotonic()
+    while 2 not in loop.outputs or loop.outputs[2][-1].finish_reason is None:
+        loop.turn()
+    assert time.monotonic() - start < 5
+    assert 1 not in loop.outputs or loop.outputs[1][-1].finish_reason is None, "the plain one waited for it"
+    loop.turn_until_idle()
+    assert loop.ids(1) == expected_output([1, 2, 3], 7, ())
+    assert loop.ids(2) == expected_output([4, 5], 32, ())
+    assert loop.engine.words == [0, 1, 2, 3] and loop.matcher.seen == loop.ids(1)[:3]
+
+
+def test_rows_that_wait_do_not_keep_the_loop_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minisgl.scheduler.masks._SHARE", 0.0)
+    loop = Loop(seconds=0.1, cost=1.0)
+    loop.compiled()
+    for uid in (1, 2):
+        loop.put(uid, [uid, 2, 3], max_tokens=3)
+    start = time.monotonic(), time.thread_time()
+    loop.turn_until_idle()
+    assert time.thread_time() - start[1] < 0.4 * (time.monotonic() - start[0]), "it asks again and again"
+    assert loop.ids(1) == expected_output([1, 2, 3], 6, ())
+
+
+@pytest.mark.parametrize("after", range(0, 40, 3))
+def test_an_abort_of_a_row_that_waits_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    monkeypatch.setattr("minisgl.scheduler.masks._SHARE", 0.0)
+    loop = Loop(seconds=0.001, cost=1.0)
+    loop.compiled()
+    loop.put(1, [1, 2, 3], max_tokens=30)
+    loop.put(2, [4, 5], grammar=False, max_tokens=50)
+    loop.turn(after)
+    loop.transport.put([AbortMsg(1)])
+    loop.turn_until_idle()
+    assert sum(message.finish_reason is not None for message in loop.outputs[1]) == 1
+    assert not loop.grammars._outputs and not loop.grammars.is_holding
+
+
+def test_a_grammar_that_is_slow_again_and_again_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minisgl.scheduler.masks._MOST_SECONDS", 0.02)
+    loop = Loop(seconds=0.006)
+    loop.compiled()
+    loop.put(1, [1, 2, 3], max_tokens=30)
+    loop.put(2, [4, 5], grammar=False)
+    loop.turn_until_idle()
+    last = loop.outputs[1][-1]
+    assert last.finish_reason is FinishReason.ERROR and last.error_status == 400 and "too slow" in last.error
+    assert 3 <= len(loop.ids(1)) < 10
+    assert loop.ids(2) == expected_output([4, 5], 8, ())

@@ -18,7 +18,7 @@ import torch
 
 from minisgl.attention.base import AttentionBatch, IntArray, PagedBatch, PagedStep, StepContext
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
+from minisgl.core import NOT_READY, Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.batch import RowTables
 from minisgl.engine.device import NUM_BUFFERS, Staging, StepTensors, layout, open_gpu
 from minisgl.engine.graph import DecodeGraphs
@@ -176,6 +176,8 @@ class CudaRunner:
             if comm.rank == 0:
                 changed = process(logits, step, self._token_ids)
                 ops.sample(changed, temperature, top_k, top_p, min_p, seed, position, new)
+                if len(step.absent):
+                    new[on(self._device, step.absent)] = NOT_READY
             new = comm.broadcast(new)
             ops.store_ids(self._token_ids, rows, position, new)
             ids.index_copy_(0, index, new)

@@ -56,6 +56,7 @@ class LogitStep:
     bias: tuple[IntArray, IntArray, npt.NDArray[np.float32]]  # which of the m, token, what is added
     forbidden: tuple[IntArray, IntArray]  # which of the m, token
     masked: tuple[IntArray, npt.NDArray[np.int32]] | None  # which of the m, and their packed bitmasks
+    absent: IntArray  # which of the m are not to be sampled, since their bitmasks are not there yet
 
 
 class LogitRules:
@@ -104,13 +105,15 @@ def _step(samples: list[int], found: list[_Found]) -> LogitStep:
     ruled = [(i, one, one.rules) for i, one in enumerate(found) if one.rules is not None]
     bias = [(i, *pair) for i, _, rules in ruled for pair in rules.params.logit_bias]
     ends = [(i, token) for i, one, rules in ruled if one.position < rules.min_len for token in rules.end_ids]
-    words = [(i, one.words) for i, one in enumerate(found) if one.words is not None]
+    words = [(i, one.words) for i, one in enumerate(found) if one.words is not None and len(one.words)]
+    absent = [(i,) for i, one in enumerate(found) if one.words is not None and not len(one.words)]
     return LogitStep(
         samples=np.array(samples, np.int64),
         penalties=_penalties([(i, rules, one.row, one.position) for i, one, rules in ruled]),
         bias=(_ints(bias, 0), _ints(bias, 1), np.array([entry[2] for entry in bias], np.float32)),
         forbidden=(_ints(ends, 0), _ints(ends, 1)),
         masked=(_ints(words, 0), np.stack([row for _, row in words])) if words else None,
+        absent=_ints(absent, 0),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from minisgl.attention.base import AttentionBackend
 from minisgl.attention.registry import create_backend
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import StepPlan, StepResult, TokenBitmask, TokenLogprobs
+from minisgl.core import NOT_READY, StepPlan, StepResult, TokenBitmask, TokenLogprobs
 from minisgl.distributed.comm import create_communicator
 from minisgl.distributed.rendezvous import DistributedInfo
 from minisgl.engine.batch import Batch, SamplingBatch, Tables
@@ -164,6 +164,7 @@ class Runner:
         for step in steps:
             changed = process(logits, step, torch.from_numpy(self._tables.token_ids))
             ids[step.samples] = self._choose(changed, params.select(step.samples))
+            ids[step.samples[step.absent]] = NOT_READY
         return comm.broadcast(ids)
 
     def _choose(self, logits: torch.Tensor, params: SamplingBatch) -> torch.Tensor:

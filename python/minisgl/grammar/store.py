@@ -30,6 +30,7 @@ class CompiledGrammar:
 
     matcher: LLMatcher
     num_bytes: int
+    cost: float = 0.008  # seconds of a core that a mask takes: a guess, until some were computed
 
     def start(self) -> LLMatcher:
         """A matcher at the beginning of an output."""

@@ -41,6 +41,13 @@ class AbortMsg(msgspec.Struct, frozen=True, tag="abort", forbid_unknown_fields=T
     uid: int
 
 
+class ResumeMsg(msgspec.Struct, frozen=True, tag="resume", forbid_unknown_fields=True):
+    """From rank 0: the bitmask that a request sat steps out for is there. paced: it waits for the next one too."""
+
+    uid: int
+    paced: bool
+
+
 class PingMsg(msgspec.Struct, frozen=True, tag="ping", forbid_unknown_fields=True):
     """A health check: passed on to the detokenizer at once, also while a step is running."""
 
@@ -70,7 +77,7 @@ class RankBatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     number: int
-    messages: list[UserMsg | AbortMsg | FlushMsg]
+    messages: list[UserMsg | AbortMsg | FlushMsg | ResumeMsg]
     digest: int = 0
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import (
+    NOT_READY,
     Admission,
     FinishReason,
     PageUpdate,
@@ -142,6 +143,12 @@ class Planner:
             return []
         return [self._finish(req, (), FinishReason.ABORT)]
 
+    def resume(self, uid: int, paced: bool) -> None:
+        """A request that is held may be planned again; with `paced` it is held after each token from now on."""
+        req = self._reqs.get(uid)
+        if req is not None:
+            req.held, req.paced = False, paced
+
     def plan(self) -> StepPlan | None:
         """The next step, or None when nothing can be computed now (nothing to do, or all pages are still in use)."""
         budget = self._config.max_prefill_length
@@ -153,8 +160,8 @@ class Planner:
         page_size = self._page_size
         for req in self._running:  # a retraction takes requests off the end, never from before this one
             num_tokens, start = req.num_tokens, req.num_computed
-            if num_tokens >= req.max_len:
-                continue  # its last token is planned already
+            if num_tokens >= req.max_len or req.held:
+                continue  # its last token is planned already, or its next one cannot be sampled
             if budget == 0:
                 break
             num_new = num_tokens - start
@@ -197,7 +204,11 @@ class Planner:
                 req.prompt_logprobs.append(result.prompt_logprobs[index])
             if scheduled.sample:
                 sample, token_id = next(token_ids)
-                if req.state is not ReqState.FINISHED:
+                if req.num_stale:
+                    req.num_stale -= 1
+                elif token_id == NOT_READY and req.state is not ReqState.FINISHED:
+                    outputs.append(self._sit_out(req))
+                elif req.state is not ReqState.FINISHED:
                     output = self._accept(req, token_id)
                     outputs.append(with_logprobs(output, result, sample) if req.params.wants_logprobs else output)
         self._release_leaving()
@@ -281,6 +292,7 @@ class Planner:
         if is_prefill and not _tells_prompt(req):  # others may share its pages from now on, even within this step
             req.handle = self._cache.insert(req.handle, req.prefix[:end], req.pages, req.params.cache_salt)
         req.num_tokens += sample
+        req.held = req.paced and sample
         return ScheduledReq(req.row, start, num_new, sample)
 
     def _grow(self, req: Req, num_new: int) -> bool:
@@ -366,6 +378,13 @@ class Planner:
         return div_ceil(num_new, self._page_size) + growth <= self.num_free_pages
 
     # --- ending
+
+    def _sit_out(self, req: Req) -> ReqOutput:
+        """As if the step had not been planned: its last token is computed again once it is resumed. Steps in flight
+        went on from a token that there is not."""
+        req.num_tokens, req.num_computed = len(req.tokens), len(req.tokens) - 1
+        req.num_stale, req.held = req.num_inflight, True
+        return ReqOutput(req, ())
 
     def _accept(self, req: Req, token_id: int) -> ReqOutput:
         if token_id < 0:

@@ -9,7 +9,7 @@ from collections import deque
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Req, StepPlan
 from minisgl.errors import EngineError
-from minisgl.message.backend import AbortMsg, UserMsg
+from minisgl.message.backend import AbortMsg, ResumeMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import FlushReply
 from minisgl.message.logprobs import pack_logprobs
@@ -59,6 +59,7 @@ class Scheduler:
         self._submitted: deque[tuple[StepPlan, StepHandle]] = deque()
         self._announced: set[int] = set()  # uids that the detokenizer knows; never iterated
         self._num_failures = 0
+        self._stuck = False  # nothing could be planned, with no step in flight
         self._checked = True
         self._num_spells = 0  # of work, with idleness after each
         self._strict = config.check_integrity
@@ -76,11 +77,14 @@ class Scheduler:
         if idle and not self._checked:
             self._check_idle()
         outputs: list[ReqOutput] = []
-        for message in self._transport.receive(block=idle, digest=self._digest):
+        block = idle or (self._stuck and self._grammars is not None and self._grammars.is_holding)
+        for message in self._transport.receive(block=block, digest=self._digest):
             if isinstance(message, UserMsg):
                 outputs += self.planner.add(message.uid, unpack_ids(message.input_ids), message.params, message.count)
             elif isinstance(message, AbortMsg):
                 outputs += self.planner.abort(message.uid)
+            elif isinstance(message, ResumeMsg):
+                self.planner.resume(message.uid, message.paced)
             else:
                 self._transport.answer(FlushReply(message.uid, self.planner.flush_unused()))
         if idle and self._status is not None:
@@ -91,6 +95,7 @@ class Scheduler:
             self._digest = zlib.crc32(repr((plan.step_id, plan.page_updates, plan.reqs)).encode())
         if plan is not None and self._grammars is not None:
             plan = self._grammars.add_words(plan, self.planner.masked_reqs, self._submitted)
+        self._stuck = plan is None and not self._submitted
         if plan is not None:
             fault("turn")
             if self._stats is not None:

@@ -6,7 +6,6 @@ its loop; the others take their turns from those. So every rank's planner sees t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -15,7 +14,7 @@ from minisgl.errors import EngineError
 from minisgl.message.backend import PingMsg, RankBatch, StatsMsg, backend_codec, rank_codec
 from minisgl.message.frontend import FrontendMsg, StatsReply, frontend_codec
 from minisgl.message.tokenizer import TokenizerMsg, tokenizer_codec
-from minisgl.scheduler.grammar import WAIT_SECONDS, Grammars, PlannerMsg, Reply
+from minisgl.scheduler.grammar import Grammars, PlannerMsg, Reply
 from minisgl.utils.sockets import PullSocket, PushSocket
 
 _IDLE_SECONDS = 0.5  # between heartbeats while nothing happens
@@ -81,7 +80,9 @@ class LeaderTransport:
         self._take(0.0)
         messages = self._admit()
         while block and not messages:
-            self._take(WAIT_SECONDS if self._grammars.is_holding else _IDLE_SECONDS)
+            if self._grammars.is_holding:
+                self._grammars.wait()
+            self._take(0.0 if self._grammars.is_holding else _IDLE_SECONDS)
             messages = self._admit()
         self._fanout.send(messages, digest)
         return messages
@@ -172,7 +173,7 @@ class LocalTransport:
         messages, self._received = self._grammars.admit(self._received), []
         self._outputs += self._grammars.take_replies()
         if block and not messages and self._grammars.is_holding:
-            time.sleep(WAIT_SECONDS)
+            self._grammars.wait()
         if self._fanout is not None:
             self._fanout.send(messages, digest)
         return messages

@@ -139,7 +139,7 @@ def scheduler_main(
 
     check_integrity, check_ranks = env_bool("MINISGL_CHECK_INTEGRITY"), env_bool("MINISGL_CHECK_RANKS")
     # Before the engine: loading the vocabulary holds Python up, which is not noticed now.
-    grammars = Grammars(open_store(engine_config, config)) if rank == 0 else None
+    grammars = Grammars(open_store(engine_config, config), engine_config.device == "cuda") if rank == 0 else None
     engine = Engine(replace(engine_config, init_method=addresses.rendezvous(control.life)), rank)
     config = replace(config, num_pages=engine.num_pages, check_integrity=check_integrity)
     transport: Transport
