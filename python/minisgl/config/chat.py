@@ -24,6 +24,7 @@ _MARKERS = {
     "qwen3": (OPENING, CLOSING),
     "deepseek_r1": (OPENING, CLOSING),
 }
+SPOKEN = frozenset(marker for markers in _MARKERS.values() for marker in markers)  # what models say to the parsers
 # Formats that share a marker with one of ours.
 _OTHER_FORMATS = ("<arg_key>", "<tool_call_begin>", "<｜tool▁call▁begin｜>")
 

@@ -71,8 +71,10 @@ class TokenizerServer:
         """What goes to the scheduler and to the API server. A request's abort stays behind the request."""
         to_backend: list[BackendMsg] = []
         to_frontend: list[FrontendMsg] = []
-        requests = [message for message in messages if isinstance(message, TokenizeMsg)]
-        for request, answer in zip(requests, self._tokenizer.tokenize(requests), strict=True):
+        for request in messages:
+            if not isinstance(request, TokenizeMsg):
+                continue
+            answer = self._tokenizer.answer(request)
             if isinstance(answer, ErrorReply):
                 to_frontend += [replace(answer, uid=uid) for uid in request.uids]
                 continue

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+import secrets
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -16,13 +18,17 @@ from minisgl.message.backend import UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.tokenizer import PROMPT_TAIL, ChatPrompt, IdsPrompt, Prompt, TextPrompt, TokenizeMsg
+from minisgl.tokenizer.control import CUT, ControlTokens
 from minisgl.tokenizer.history import CallForm, learn
 from minisgl.tokenizer.pieces import TokenBytes
 from minisgl.utils.hf_tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_END = "\ue000end\ue001"  # put behind a message that goes on: what a template adds is cut off there
+_END = f"\ue000{secrets.token_hex(8)}\ue001"  # put behind a message that goes on: what a template adds is cut off there
+_GUARD = "\n"
+_PART = 2**16  # characters that are encoded at a time, to find out whether a text is too long
+_LONG = 1000  # characters that take longer to encode than to hand to another thread
 
 
 class TextCodec(Protocol):
@@ -77,6 +83,8 @@ class HFTextCodec:
         self._vocab_size = len(self._tokenizer)  # asked for at each token, and slow to count
         self._longest_token = max(len(token.encode()) for token in vocab)
         self._pieces = TokenBytes(self._tokenizer)
+        self._control = ControlTokens(self._tokenizer)
+        self._guard = self._encode(_GUARD, special=False)
         self._call_form: CallForm | None = None  # not known until a conversation has calls
 
     @property
@@ -92,11 +100,21 @@ class HFTextCodec:
         return self._longest_token
 
     def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        return [self._encode_pieces(*text.split(CUT), special=special) for text in texts]
+
+    def _encode_pieces(self, first: str, *others: str, special: bool) -> list[int]:
+        ids = self._encode(first, special)
+        for text in others:  # after something else: sentencepiece puts a space before the first word of a text
+            guarded, size = self._encode(_GUARD + text, special=False), len(self._guard)
+            ids += guarded[size:] if guarded[:size] == self._guard else self._encode(text, special=False)
+        return ids
+
+    def _encode(self, text: str, special: bool) -> list[int]:
         if self._backend is None:
-            return [self._tokenizer.encode(text, add_special_tokens=special) for text in texts]
-        if len(texts) == 1:
-            return [self._backend.encode(texts[0], add_special_tokens=special).ids]
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=special)]
+            return list(self._tokenizer.encode(text, add_special_tokens=special))
+        if len(text) < _LONG:
+            return list(self._backend.encode(text, add_special_tokens=special).ids)
+        return list(self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)  # others may run
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         if len(token_ids) != 1:
@@ -126,28 +144,30 @@ class HFTextCodec:
         messages, last = prompt.messages, prompt.messages[-1]
         if prompt.continue_final:
             messages = [*messages[:-1], {**last, "content": last["content"] + _END}]
+        mark = ""
         try:
             if any(message.get("tool_calls") for message in messages):
-                self._call_form = self._call_form or learn(lambda probe: self._render(probe, ChatPrompt([])))
+                self._call_form = self._call_form or learn(lambda probe: self._render(probe, ChatPrompt([]), None, {}))
                 messages = self._call_form.fit(messages)
-            text = self._render(messages, prompt)
+            messages, (tools, kwargs), mark = self._control.marked(messages, [prompt.tools, prompt.template_kwargs])
+            text = self._render(messages, prompt, tools, kwargs)
         except Exception as error:  # templates run arbitrary code on the client's data: whatever fails is about it
-            raise RequestError(f"the chat template refused the messages: {error}", param="messages") from error
-        if not prompt.continue_final:
-            return text
-        text, found, _ = text.rpartition(_END)
-        if not found:
-            raise RequestError("this chat template does not show how the last message ends", param="messages")
-        return text
+            why = str(error).replace(mark, "")
+            raise RequestError(f"the chat template refused the messages: {why}", param="messages") from error
+        if prompt.continue_final:
+            text, found, _ = text.rpartition(_END)
+            if not found:
+                raise RequestError("this chat template does not show how the last message ends", param="messages")
+        return self._control.cut(text, mark) if mark else text
 
-    def _render(self, messages: list[dict[str, Any]], prompt: ChatPrompt) -> str:
+    def _render(self, messages: list[dict[str, Any]], prompt: ChatPrompt, tools: Any, kwargs: dict[str, Any]) -> str:
         return str(
             self._tokenizer.apply_chat_template(
                 messages,
-                tools=prompt.tools,
+                tools=tools,
                 tokenize=False,
                 add_generation_prompt=prompt.add_generation_prompt and not prompt.continue_final,
-                **prompt.template_kwargs,
+                **kwargs,
             )
         )
 
@@ -169,17 +189,20 @@ class Tokenizer:
         self._max_chars = config.max_seq_len * self.codec.longest_token
 
     def tokenize(self, requests: Sequence[TokenizeMsg]) -> list[UserMsg | ErrorReply]:
-        """One answer for each request, in order: its tokens, or why it is refused. Never raises."""
-        prompts = self._encode_all([request.prompt for request in requests])
-        return [self._finish(request, ids) for request, ids in zip(requests, prompts, strict=True)]
+        """One answer for each request, in order. Never raises."""
+        with ThreadPoolExecutor() as threads:
+            return list(threads.map(self.answer, requests))
 
-    def encode_only(self, prompt: ChatPrompt | TextPrompt, *, special: bool) -> list[int]:
-        """The ids that a prompt has, which may be none and may be too many. Raises: RequestError."""
-        if isinstance(prompt, ChatPrompt):
-            text, special = self._render(prompt)
-        else:
-            text = self._bounded(prompt.text, "prompt")
-        return self.codec.encode([text], special=special)[0]
+    def answer(self, request: TokenizeMsg) -> UserMsg | ErrorReply:
+        """Its tokens, or why it is refused. Never raises."""
+        try:
+            ids = self.encode(request.prompt)
+            return UserMsg(request.uid, pack_ids(ids), self._finish_params(request, ids), request.count)
+        except RequestError as error:
+            return ErrorReply(request.uid, str(error), error.status, error.param, error.code)
+        except Exception as error:
+            logger.exception("request %d: tokenization failed", request.uid)
+            return ErrorReply(uid=request.uid, message=f"tokenization failed: {type(error).__name__}", status=500)
 
     def decode_only(self, token_ids: list[int], *, skip_special: bool) -> str:
         """The text of the ids. Raises: RequestError when one of them is not in the vocabulary."""
@@ -190,58 +213,38 @@ class Tokenizer:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of one prompt. Raises: RequestError when it is empty, malformed or outside the vocabulary."""
-        if isinstance(prompt, IdsPrompt):
-            return self._check(unpack_ids(prompt.input_ids))
-        text, special = self._render(prompt)
-        return self._check(self.codec.encode([text], special=special)[0])
-
-    def _encode_all(self, prompts: Sequence[Prompt]) -> list[list[int] | Exception]:
-        """Ids, or what went wrong, per prompt. Texts are encoded in one call, which uses all cores."""
-        if len(prompts) == 1:
-            return [self._try(self.encode, prompts[0])]
-        results: list[Any] = [None] * len(prompts)
-        groups: dict[bool, list[tuple[int, str]]] = {False: [], True: []}
-        for index, prompt in enumerate(prompts):
-            if isinstance(prompt, IdsPrompt):
-                results[index] = self._try(self.encode, prompt)
-                continue
-            rendered = self._try(self._render, prompt)
-            if isinstance(rendered, Exception):
-                results[index] = rendered
-            else:
-                groups[rendered[1]].append((index, rendered[0]))
-        for special, group in groups.items():
-            for (index, _), ids in zip(group, self._encode_texts([text for _, text in group], special), strict=True):
-                results[index] = ids if isinstance(ids, Exception) else self._try(self._check, ids)
-        return results
-
-    def _encode_texts(self, texts: list[str], special: bool) -> list[Any]:
-        try:
-            return list(self.codec.encode(texts, special=special)) if texts else []
-        except Exception:  # one of them is to blame: find out which
-            return [self._try(lambda text: self.codec.encode([text], special=special)[0], text) for text in texts]
-
-    @staticmethod
-    def _try(function: Any, argument: Any) -> Any:
-        try:
-            return function(argument)
-        except Exception as error:
-            return error
-
-    def _render(self, prompt: ChatPrompt | TextPrompt) -> tuple[str, bool]:
-        """The text to encode, and whether the tokenizer adds special tokens: a chat template has put its own."""
-        if isinstance(prompt, ChatPrompt):
-            if not prompt.messages:
-                raise RequestError("messages must not be empty", param="messages")
-            return self._bounded(self.codec.render_chat(prompt), "messages"), False
-        if not prompt.text:
+        if isinstance(prompt, TextPrompt) and not prompt.text:
             raise RequestError("the prompt must not be empty", param="prompt")
-        return self._bounded(prompt.text, "prompt"), True
+        if not isinstance(prompt, IdsPrompt):
+            return self._check(self.encode_only(prompt))
+        if (size := len(prompt.input_ids) // 4) >= self._max_seq_len:
+            raise self._too_long(str(size), "prompt")
+        return self._check(unpack_ids(prompt.input_ids))
 
-    def _bounded(self, text: str, param: str) -> str:
+    def encode_only(self, prompt: ChatPrompt | TextPrompt, *, special: bool = True) -> list[int]:
+        """The ids that a prompt has, which may be none and may be too many. Raises: RequestError.
+
+        special: with the tokenizer's special tokens, where no chat template has put its own.
+        """
+        if isinstance(prompt, TextPrompt):
+            return self._encode(prompt.text, "prompt", special)
+        if not prompt.messages:
+            raise RequestError("messages must not be empty", param="messages")
+        if (size := len(prompt.messages)) > self._max_seq_len:  # each is a token at least
+            raise self._too_long(f"at least {size}", "messages")
+        return self._encode(self.codec.render_chat(prompt), "messages", special=False)
+
+    def _encode(self, text: str, param: str, special: bool) -> list[int]:
+        """What is far too long is refused as soon as that is certain: encoding a megabyte takes a second."""
         if len(text) > self._max_chars:
             raise self._too_long(f"at least {len(text) // self.codec.longest_token}", param)
-        return text
+        if len(text) > max(_PART, 2 * self._max_seq_len):
+            size = 0
+            for first in range(0, len(text), _PART):
+                size += len(self.codec.encode([text[first : first + _PART]], special=False)[0])
+                if size > 2 * self._max_seq_len:  # cuts between the parts make a few tokens more
+                    raise self._too_long(f"at least {size // 2}", param)
+        return self.codec.encode([text], special=special)[0]
 
     def _too_long(self, num_tokens: str, param: str) -> RequestError:
         """In OpenAI's words, which clients look for."""
@@ -259,18 +262,6 @@ class Tokenizer:
             bad = low if low < 0 else high
             raise RequestError(f"token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})", param=param)
         return ids
-
-    def _finish(self, request: TokenizeMsg, ids: list[int] | Exception) -> UserMsg | ErrorReply:
-        try:
-            if isinstance(ids, Exception):
-                raise ids
-            params = self._finish_params(request, ids)
-            return UserMsg(request.uid, pack_ids(ids), params, request.count)
-        except RequestError as error:
-            return ErrorReply(request.uid, str(error), error.status, error.param, error.code)
-        except Exception as error:
-            logger.exception("request %d: tokenization failed", request.uid)
-            return ErrorReply(uid=request.uid, message=f"tokenization failed: {type(error).__name__}", status=500)
 
     def _finish_params(self, request: TokenizeMsg, ids: list[int]) -> SamplingParams:
         """The parameters with nothing left open: `seed` drawn, `max_tokens` set and within the context, and whether
