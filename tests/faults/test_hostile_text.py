@@ -50,5 +50,5 @@ def test_every_dialect_sends_the_same_prompt(server: Server) -> None:
         f"{server.url}/v1/messages", json={"model": "fake-model", "messages": said, "max_tokens": 1}
     ).json()
     responses = httpx.post(f"{server.url}/v1/responses", json={"input": HOSTILE, "max_output_tokens": 16}).json()
-    used = (chat["usage"]["prompt_tokens"], messages["usage"]["input_tokens"], responses["usage"]["input_tokens"])
-    assert used == (expected,) * 3
+    assert chat["usage"]["prompt_tokens"] == responses["usage"]["input_tokens"] == expected
+    assert messages["usage"]["input_tokens"] + messages["usage"]["cache_read_input_tokens"] == expected
