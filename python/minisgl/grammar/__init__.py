@@ -2,5 +2,5 @@
 
 `source` writes a grammar in llguidance's language, `vocabulary` gives it the model's tokens, `trial` compiles in a
 process that may be killed, `store` keeps what compiled. The state of a running request is kept beside
-the planner (`scheduler/masks.py`).
+the planner (`scheduler/grammar.py`).
 """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -35,6 +37,12 @@ class CompiledGrammar:
     def start(self) -> LLMatcher:
         """A matcher at the beginning of an output."""
         return self.matcher.deep_copy()
+
+
+def yield_to_others() -> None:
+    """From now on this thread gets what others leave of the cores. Elsewhere than on Linux nothing happens."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 class GrammarStore:

@@ -134,9 +134,8 @@ class LLM:
             self._tokenizer = Tokenizer(self.config.tokenizer)
             self._detokenizer = Detokenizer(self._tokenizer.codec)
             self._supervisor, fanout = self._start_ranks()
-            grammars = Grammars(
-                open_store(self.config.engine, self.config.scheduler), self.config.engine.device == "cuda"
-            )
+            store = open_store(self.config.engine, self.config.scheduler)
+            grammars = Grammars(store, self.config.engine.device == "cuda")
             self._closers.callback(grammars.close)
             self._transport = LocalTransport(fanout, self._while_waiting, grammars)
             self._scheduler = self._start_scheduler(grammars)

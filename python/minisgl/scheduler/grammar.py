@@ -1,27 +1,75 @@
 """Requests with a grammar, on rank 0: they wait at the door until it is compiled, and each step brings their bitmasks.
 
 The other ranks hear of such a request when its grammar is ready, and never of one that is refused: when that is depends
-on the clock, and the planner must not.
+on the clock, and the planner must not. So it is with masks: one that is not ready in time sits the step out, and all
+ranks are told when it is there (docs/adr/0018-rows-that-wait.md).
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import time
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from minisgl.core import FinishReason, Req, StepPlan
-from minisgl.errors import RequestError
-from minisgl.grammar.store import CompiledGrammar, GrammarStore
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher
+
+from minisgl.core import NOT_READY, FinishReason, Req, StepPlan
+from minisgl.errors import EngineError, RequestError
+from minisgl.grammar.source import one_line
+from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
 from minisgl.message.backend import AbortMsg, FlushMsg, ResumeMsg, UserMsg
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.tokenizer import DetokenizeMsg
-from minisgl.scheduler.masks import Masks, Output, Row, Submitted
+from minisgl.scheduler.executor import StepHandle
 from minisgl.scheduler.output import ReqOutput
+from minisgl.utils.math import div_ceil
+
+logger = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 0.005  # for grammars and masks, between looks at other messages
+_MAX_THREADS = 8
+_STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
+# Of the time between two steps, beyond so many seconds, what their masks may take within them. On a CPU nothing else of
+# the step goes on meanwhile. A GPU computes, but the host cannot plan the next step.
+_CPU_SHARE, _GPU_SHARE = (0.1, 0.0), (0.5, 0.002)
+_LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
+# What the masks of one request may take beyond a millisecond each, in seconds of a core.
+_FREE_SECONDS, _MOST_SECONDS = 0.001, 10.0
 
 PlannerMsg = UserMsg | AbortMsg | FlushMsg | ResumeMsg
+Submitted = tuple[StepPlan, StepHandle]
 Reply = DetokenizeMsg | ErrorReply
+Words = npt.NDArray[np.int32]
+_NOT_READY: Words = np.empty(0, np.int32)
+
+
+@dataclass(slots=True)
+class _Output:
+    """How far a request's output has got in its grammar."""
+
+    grammar: CompiledGrammar  # held, so that the store keeps it while the request waits
+    matcher: LLMatcher | None = None
+    num_tokens: int = 0  # of the output, that the matcher has taken
+    error: str | None = None  # its request is being ended
+    cost: float = 0.0  # seconds of a core that the next mask may take; before the first as its grammar's others
+    seconds: float = 0.0  # beyond what masks may take, altogether
+    job: Future[Words] | None = None  # computes a mask that was not there in time
+    ready: tuple[int, Words] = (-1, _NOT_READY)  # the last mask, and its token's position
+
+
+class _Row(NamedTuple):
+    """A token to be sampled: at position `length` of the request."""
+
+    req: Req
+    output: _Output
+    length: int
 
 
 class Grammars:
@@ -34,25 +82,36 @@ class Grammars:
     def __init__(self, store: GrammarStore | None, is_gpu: bool = False) -> None:
         self._store = store
         self._held: dict[int, tuple[UserMsg, Future[CompiledGrammar]]] = {}
-        self._outputs: dict[int, Output] = {}
+        self._outputs: dict[int, _Output] = {}
+        self._waiting: dict[int, _Output] = {}  # those that the planner holds
         self._replies: list[Reply] = []
-        self._masks = Masks(0 if store is None else store.vocab_size, is_gpu)
+        self._aborts: deque[AbortMsg] = deque()
+        num_threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
+        self._threads = ThreadPoolExecutor(num_threads, "minisgl-masks", yield_to_others)
+        self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
+        self._share, self._unshared = _GPU_SHARE if is_gpu else _CPU_SHARE
+        self._last_step, self._last_time, self._interval = 0, 0.0, _LONGEST_INTERVAL / 4
+        self._budget = self._late_cost = 0.0  # of the last step's masks: seconds, and how many of them are expected
 
     @property
     def is_holding(self) -> bool:
         """A request waits for its grammar, or for its next mask."""
-        return bool(self._held) or self._masks.is_waiting
+        return bool(self._held or self._waiting)
 
     def wait(self) -> None:
         """For one of them, a moment."""
-        if not self._masks.wait(_WAIT_SECONDS):
-            wait([future for _, future in self._held.values()], _WAIT_SECONDS, FIRST_COMPLETED)
+        jobs: list[Future[Any]] = [output.job for output in self._waiting.values() if output.job is not None]
+        wait(jobs + [future for _, future in self._held.values()], _WAIT_SECONDS, FIRST_COMPLETED)
 
     def admit(self, messages: Sequence[PlannerMsg]) -> list[PlannerMsg]:
         """What the planners are to be told: of these messages, and of those held back until now."""
-        if not (self._held or self._outputs) and not any(map(_has_grammar, messages)):
-            return list(messages)
-        admitted: list[PlannerMsg] = [*self._masks.take_ready()]
+        admitted: list[PlannerMsg] = []
+        while self._aborts:
+            admitted.append(self._aborts.popleft())
+        for uid in [uid for uid, output in self._waiting.items() if output.job is None or output.job.done()]:
+            cost = self._late_cost + self._waiting.pop(uid).cost
+            admitted.append(ResumeMsg(uid, paced=cost > self._budget / 2))
+            self._late_cost = min(cost, self._budget)
         for message in messages:
             if isinstance(message, UserMsg) and message.params.grammar is not None:
                 self._hold(message)
@@ -74,8 +133,8 @@ class Grammars:
         `samples` belong to; submitted: the steps before it that are not retired, oldest first."""
         if plan.bitmask is None or self._store is None:
             return plan
-        rows = [Row(req, self._outputs[req.uid], req.num_tokens - 1) for req in reqs]
-        words = self._masks.words(plan, rows, submitted)
+        rows = [_Row(req, self._outputs[req.uid], req.num_tokens - 1) for req in reqs]
+        words = LateWords(self, plan, rows, submitted)
         return plan._replace(bitmask=plan.bitmask._replace(words=words))
 
     def finish(self, outputs: list[ReqOutput]) -> list[ReqOutput]:
@@ -83,22 +142,51 @@ class Grammars:
         Of those that are held the next masks are computed."""
         if not self._outputs:
             return outputs
-        finished = []
+        told = []
         for output in outputs:
             req, own = output.req, self._outputs.get(output.req.uid)
             if own is not None and output.finish_reason is not None:
                 del self._outputs[req.uid]
-                self._masks.forget(req.uid)
+                self._waiting.pop(req.uid, None)
                 if own.error is not None and output.finish_reason is FinishReason.ABORT:
                     output = output._replace(finish_reason=FinishReason.ERROR, error=own.error, error_status=400)
             elif own is not None and req.held and req.num_inflight == req.num_stale:
-                self._masks.hold(req, own)
-            if output.token_ids or output.finish_reason is not None:  # there is something to tell
-                finished.append(output)
-        return finished
+                self._waiting[req.uid] = own
+                if own.ready[0] != len(req.tokens) and (own.job is None or own.job.done()):
+                    ids = req.tokens[req.prompt_len + own.num_tokens :]
+                    own.job = self._threads.submit(self._mask, _Row(req, own, len(req.tokens)), ids)
+            if output.token_ids or output.finish_reason is not None:
+                told.append(output)
+        return told
+
+    def compute(self, plan: StepPlan, rows: Sequence[_Row], new_ids: Sequence[list[int] | None]) -> list[Words]:
+        """The words of a step's rows, for `LateWords`, which call it in the order of the steps. new_ids: tokens that
+        their matchers have not taken yet; None where one of them was not sampled."""
+        now, start = time.perf_counter(), time.thread_time()
+        interval = (now - self._last_time) / max(1, plan.step_id - self._last_step)
+        self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
+        self._last_step, self._last_time, self._late_cost = plan.step_id, now, 0.0
+        self._budget = max(0.0, self._share * (self._interval - self._unshared))
+        left = self._budget if len(plan.reqs) > 1 else float("inf")
+        words = [_NOT_READY] * len(rows)
+        for row in rows:
+            if row.output.matcher is None:
+                row.output.cost = row.output.grammar.cost
+        for index in sorted(range(len(rows)), key=lambda index: rows[index].output.cost):
+            row, ids, output = rows[index], new_ids[index], rows[index].output
+            if output.ready[0] == row.length:
+                words[index] = output.ready[1]
+            elif ids is None or (output.job is not None and not output.job.done()):
+                continue
+            elif output.error is None and output.cost > left - (time.thread_time() - start):
+                output.job = self._threads.submit(self._mask, row, ids)
+            else:
+                words[index] = self._mask(row, ids)
+                self._late_cost += output.cost
+        return words
 
     def close(self) -> None:
-        self._masks.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
         if self._store is not None:
             self._store.close()
 
@@ -125,7 +213,7 @@ class Grammars:
     def _let_in(self, uids: Sequence[int], future: Future[CompiledGrammar]) -> bool:
         error = future.exception()
         if error is None:
-            self._outputs |= {uid: Output(future.result()) for uid in uids}
+            self._outputs |= {uid: _Output(future.result()) for uid in uids}
             return True
         if isinstance(error, RequestError):
             self._replies += [ErrorReply(uid, str(error), status=error.status, param=error.param) for uid in uids]
@@ -134,6 +222,75 @@ class Grammars:
             self._replies += [ErrorReply(uid, text, status=500) for uid in uids]
         return False
 
+    def _mask(self, row: _Row, ids: list[int]) -> Words:
+        """Advance a row's matcher by its new tokens: which ones may follow. All, if its request is being ended."""
+        output, start, words = row.output, time.thread_time(), np.empty_like(self.all_allowed)
+        if output.error is not None:
+            return self.all_allowed
+        why = None
+        try:
+            matcher = output.matcher = output.matcher or output.grammar.start()
+            output.num_tokens += len(ids)
+            if not ids or matcher.is_stopped() or matcher.consume_tokens(ids):
+                matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            if matcher.is_error():
+                why = one_line(matcher.get_error())
+        except BaseException as error:  # a panic of llguidance is no Exception
+            why = one_line(str(error))
+        seconds = time.thread_time() - start
+        output.cost, output.grammar.cost = (max(seconds, known / 2) for known in (output.cost, output.grammar.cost))
+        output.seconds += max(0.0, seconds - _FREE_SECONDS)
+        if output.seconds > _MOST_SECONDS:
+            why = f"it is too slow, {output.num_tokens} tokens took {output.seconds:.0f} s more than they should"
+        if why is not None:  # all ranks end its request at their next turn
+            param = row.req.params.grammar.param if row.req.params.grammar else "the grammar"
+            output.error, output.matcher = f"{param} cannot be followed any further: {why}", None
+            logger.debug("request %d: %s", row.req.uid, output.error)
+            self._aborts.append(AbortMsg(row.req.uid))
+            return self.all_allowed
+        output.ready = row.length, words
+        return words
 
-def _has_grammar(message: PlannerMsg) -> bool:
-    return isinstance(message, UserMsg) and message.params.grammar is not None
+
+class LateWords:
+    """Words of a step's bitmask, by index into its `samples`. They depend on the tokens of the step before, so they are
+    computed at the first look at them: after the engine has launched all of the step that comes before sampling. That
+    may be on the engine's thread.
+    """
+
+    def __init__(self, grammars: Grammars, plan: StepPlan, rows: list[_Row], submitted: Sequence[Submitted]) -> None:
+        self._grammars, self._plan, self._rows = grammars, plan, rows
+        self.uids = [row.req.uid for row in rows]
+        self._before = [
+            (handle, dict(zip(earlier.words.uids, earlier.samples, strict=True)))
+            for earlier, handle in ((step.bitmask, handle) for step, handle in submitted)
+            if earlier is not None and isinstance(earlier.words, LateWords)
+        ]
+        self._words: list[Words] | None = None
+
+    def __getitem__(self, index: int) -> Words:
+        if self._words is None:
+            self._words = self._look_back()
+            self._before = []
+        return self._words[index]
+
+    def _look_back(self) -> list[Words]:
+        try:
+            if all(handle.wait(_STEP_SECONDS) for handle, _ in self._before):
+                sampled = [(handle.result().token_ids, samples) for handle, samples in self._before]
+                new_ids = [self._new_ids(row, sampled) for row in self._rows]
+                return self._grammars.compute(self._plan, self._rows, new_ids)
+        except EngineError:
+            logger.debug("no tokens come from the step before")
+        return [self._grammars.all_allowed] * len(self._rows)  # the requests end with that step
+
+    def _new_ids(self, row: _Row, sampled: list[tuple[list[int], dict[int, int]]]) -> list[int] | None:
+        """Tokens of the output up to the one to be sampled, that the matcher has not taken yet. The host knows the
+        first of them, and the steps before have the others."""
+        req = row.req
+        late = [token_ids[samples[req.uid]] for token_ids, samples in sampled if req.uid in samples]
+        if NOT_READY in late:
+            return None
+        ids = req.tokens[req.prompt_len + row.output.num_tokens : row.length]
+        missing = row.length - req.prompt_len - row.output.num_tokens - len(ids)
+        return [token for token in ids + late[len(late) - missing :] if token >= 0]
