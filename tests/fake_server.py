@@ -29,7 +29,7 @@ from minisgl.tokenizer.tokenize import HFTextCodec
 from minisgl.utils.log import setup_logging
 
 VOCAB = 400
-ACCESS = ("api_key", "ssl_certfile", "ssl_keyfile", "cors_origin")
+ACCESS = ("api_key", "admin_key", "allowed_hosts", "host", "ssl_certfile", "ssl_keyfile", "cors_origin")
 WATCHING = ("restart_workers", "heartbeat_timeout")
 EOS = 2
 
@@ -122,7 +122,8 @@ def main(argv: list[str]) -> int:
         int(options.get("max_running", 256)),
     )
     given = {name: options[name] for name in ACCESS if name in options}
-    config = replace(config, access=access_config(args_from_options(given)))
+    args = args_from_options(given)
+    config = replace(config, access=access_config(args), host=args.host)
     tools, reasoning = options.get("tools"), options.get("reasoning")
     tokenizer = replace(config.tokenizer, visible_tokens=visible_tokens(tools, reasoning))
     config = replace(config, tokenizer=tokenizer, tool_call_parser=tools, reasoning_parser=reasoning)

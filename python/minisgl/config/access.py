@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 
 from minisgl.config.args import ServerArgs
@@ -10,12 +11,21 @@ from minisgl.errors import ConfigError
 
 
 def access_config(args: ServerArgs) -> AccessConfig:
-    """Raises: ConfigError naming the flag when certificate and key cannot be used together."""
+    """Raises: ConfigError naming the flag whose value cannot be used with another's."""
     if args.ssl_keyfile and not args.ssl_certfile:
         raise ConfigError("--ssl-keyfile: it needs --ssl-certfile")
     if args.ssl_certfile:
         _check_certificate(args.ssl_certfile, args.ssl_keyfile)
-    return AccessConfig(args.api_key, args.ssl_certfile, args.ssl_keyfile, args.cors_origin)
+    if not {*args.api_key}.isdisjoint(args.admin_key):
+        raise ConfigError("--admin-key: it is one of --api-key as well; clients would be operators")
+    names: tuple[str, ...] = ("localhost", "*.localhost", args.host.lower())
+    if not (
+        args.host in ("localhost", "::1") or args.host.startswith("127.")
+    ):  # names that nobody outside can have given an address
+        names += ("*.internal", "", socket.gethostname().lower())
+    # Where there are keys, a page that has come here by a false name has none.
+    hosts = (*names, *(args.allowed_hosts or (("*",) if args.api_key else ())))
+    return AccessConfig(args.api_key, args.admin_key, hosts, args.ssl_certfile, args.ssl_keyfile, args.cors_origin)
 
 
 def _check_certificate(certfile: str, keyfile: str | None) -> None:

@@ -146,6 +146,12 @@ def _origin(value: Any) -> str:
     return str(value)
 
 
+def _host(value: Any) -> str:
+    if not re.fullmatch(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*", str(value), re.ASCII):
+        raise ValueError("names such as llm.example.org, *.example.org, or *, without a port")
+    return str(value).lower()
+
+
 def _option(parse: Parser, default: Any, help: str, *aliases: str, many: bool = False, secret: bool = False) -> Any:
     """many: the flag may be repeated. secret: no message shows its value."""
     metadata = {"parse": parse, "help": help, "aliases": aliases, "many": many, "secret": secret}
@@ -200,6 +206,19 @@ class ServerArgs:
         "key that clients must send as a bearer token; may be repeated (default: no key is asked for)",
         many=True,
         secret=True,
+    )
+    admin_key: tuple[str, ...] = _option(
+        _several(_key),
+        (),
+        "key of whoever runs the server: for every path, and alone for metrics, flushing and aborting others' requests",
+        many=True,
+        secret=True,
+    )
+    allowed_hosts: tuple[str, ...] = _option(
+        _several(_host),
+        (),
+        "name by which the server may be called (Host), beside localhost and addresses; *.name, or * for any",
+        many=True,
     )
     ssl_certfile: str | None = _option(_auto(_text), None, "certificate chain (PEM): serve HTTPS")
     ssl_keyfile: str | None = _option(_auto(_text), None, "private key (PEM), unless it is in the certificate's file")

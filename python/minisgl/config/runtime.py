@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from minisgl.config.model import ModelConfig
 
@@ -105,9 +108,19 @@ class AccessConfig:
     """Who may use the HTTP API, and how."""
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)  # none: nobody is asked for one
+    admin_keys: tuple[str, ...] = field(default=(), repr=False)  # for all paths, the operator's included
+    hosts: tuple[str, ...] = ("*",)  # names that the server has; "*.x": that end so, "": without a dot, "*": any
     ssl_certfile: str | None = None  # set: HTTPS
     ssl_keyfile: str | None = None  # None: the key is in the certificate's file
     cors_origins: tuple[str, ...] = ()  # whose web pages may use the API; "*": all
+
+    def is_called(self, host: str) -> bool:
+        """Whether this `Host` of a request is one of the names, with any port; addresses, and none at all, are."""
+        name = re.sub(r":\d*$", "", host.lower()).rstrip(".")
+        try:
+            return not name or bool(ipaddress.ip_address(name.strip("[]")))
+        except ValueError:
+            return any(fnmatchcase(name, one) or (not one and "." not in name) for one in self.hosts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
-"""Around all routes: request ids and the access log, CORS, API keys. Plain ASGI: a stream's events pass untouched."""
+"""Around all routes: request ids and the access log, CORS, names, origins, keys. Plain ASGI: events pass untouched."""
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import hashlib
 import hmac
@@ -9,7 +10,9 @@ import logging
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,9 +20,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisgl.config.runtime import AccessConfig
-from minisgl.server.bodies import json_response
-from minisgl.server.render import error_body
+from minisgl.errors import RequestError
+from minisgl.server.bodies import check_content_type, json_response
+from minisgl.server.render import error_payload
 from minisgl.server.render_messages import as_asked
+from minisgl.server.strict import shown
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +33,11 @@ IGNORED = "x-minisgl-ignored"  # the fields of the request that were
 MAX_IGNORED_CHARS = 1000
 MAX_TOLD = 512  # names of ignored fields that the log has
 OPEN_PATHS = ("/health", "/health/live")  # no key is asked for: load balancers have none
+OPERATOR_PATHS = ("/metrics", "/flush_cache", "/server_info")  # of all clients; and `abort_all`
+MAX_WRONG_KEYS = 10  # of one address in a minute, before they are answered slowly
+WRONG_KEY_SECONDS = 1.0  # after which they are, then
+MAX_ADDRESSES = 4096  # that wrong keys are counted of
+_HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "60"}}
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked every few seconds: in the log at DEBUG only
 _CLIENT_ID = re.compile(r"[!-~]{1,128}")  # what a client's id may be, to be echoed and logged
 
@@ -40,8 +50,7 @@ def guarded(app: ASGIApp, access: AccessConfig, on_request: OnRequest | None = N
     CORS is outside of the keys: browsers ask whether they may send one without sending it.
     """
     routes = [route.path for route in getattr(app, "routes", ())]
-    if access.api_keys:
-        app = ApiKeys(app, access.api_keys)
+    app = Guard(app, access)
     if access.cors_origins:
         app = CORSMiddleware(
             app,
@@ -76,34 +85,79 @@ class Paths:
         await self._app(scope, receive, send)
 
 
-class ApiKeys:
-    """Answers 401 to requests without one of the keys, as bearer token or as Anthropic's clients send it."""
+class Guard:
+    """Refuses what comes by another name than the server's (against DNS rebinding), from a web page of another origin,
+    without a key where one is asked for, or without the operator's. Keys come as bearer tokens or as Anthropic's
+    clients send them; wrong ones are answered slowly once an address has tried several."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
-        self._app = app
-        self._digests = [_digest(key.encode()) for key in keys]
+    def __init__(self, app: ASGIApp, access: AccessConfig) -> None:
+        self._app, self._access = app, access
+        self._keys = {_digest(key.encode()): False for key in access.api_keys}  # whether it is the operator's
+        self._keys = {key: len(self._keys) == 1 for key in self._keys}  # who has nobody beside them
+        if access.admin_keys:
+            self._keys = dict.fromkeys(self._keys, False) | {_digest(key.encode()): True for key in access.admin_keys}
+        self._wrong, self._since = Counter[str](), 0.0  # keys by address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        known = scope["type"] == "http" and self._known(Headers(scope=scope))
-        if known:
-            scope.setdefault("state", {})["owner"] = known
-        if known or scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        try:
+            if scope["type"] == "http":
+                self._check(scope, Headers(scope=scope))
+        except RequestError as error:
+            scope["state"]["refused"] = None, error.code
+            await asyncio.sleep(WRONG_KEY_SECONDS if error.status == 429 else 0)
+            payload = as_asked(scope, error_payload(error), error.status)
+            await json_response(payload, error.status, _HEADERS.get(error.status))(scope, receive, send)
+        else:
             await self._app(scope, receive, send)
-            return
-        message = (
-            "this server asks for an API key (Authorization: Bearer KEY, or x-api-key: KEY); none that it knows came"
-        )
-        refusal = as_asked(scope, error_body(message, 401, code="invalid_api_key"), 401)
-        scope["state"]["refused"] = None, "invalid_api_key"
-        await json_response(refusal, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
 
-    def _known(self, headers: Headers) -> str:
-        """The digest of the key, or "". It takes the same time whichever it is, and however right a wrong one is."""
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        path, host, changes = scope["path"], headers.get("host", ""), scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        if not self._access.is_called(host):
+            message = f"this server is not known as {shown(host)}; --allowed-hosts says by which names it may be called"
+            raise RequestError(message, code="unknown_host", status=403)
+        if changes and not self._may_send(headers, host):
+            message = "web pages of other origins may not use this server, unless --cors-origin names theirs"
+            raise RequestError(message, code="foreign_origin", status=403)
+        owner = scope["state"]["owner"] = self._known(headers, (scope.get("client") or "-")[0])
+        scope["state"]["operator"] = not self._keys or self._keys.get(bytes.fromhex(owner), False)
+        if self._access.api_keys and not owner and path not in OPEN_PATHS:
+            message = "this server asks for an API key (Authorization: Bearer KEY, or x-api-key: KEY)"
+            raise RequestError(f"{message}; none that it knows came", code="invalid_api_key", status=401)
+        if path in OPERATOR_PATHS:
+            require_operator(scope["state"], path)
+        if changes and "content-type" in headers:
+            check_content_type(headers["content-type"])
+
+    def _may_send(self, headers: Headers, host: str) -> bool:
+        """Whether no page of another origin has sent it, as far as browsers tell, or of one that may."""
+        origin, site = headers.get("origin", ""), headers.get("sec-fetch-site", "")
+        same = site in ("same-origin", "none") if site else origin.partition("://")[2] == host or not origin
+        return same or not {"*", origin}.isdisjoint(self._access.cors_origins)
+
+    def _known(self, headers: Headers, address: str) -> str:
+        """The digest of the key, or "". It takes the same time whichever it is, and however right a wrong one is.
+
+        Raises: RequestError (429) when the address has tried too many.
+        """
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip()]
         digests = [_digest(key.encode("latin-1")) for key in given if key]
-        matches = [one.hex() for one in digests for digest in self._digests if hmac.compare_digest(one, digest)]
+        matches = [one.hex() for one in digests for digest in self._keys if hmac.compare_digest(one, digest)]
+        if digests and self._keys and not matches:
+            if time.monotonic() - self._since > 60 or len(self._wrong) > MAX_ADDRESSES:
+                self._wrong, self._since = Counter(), time.monotonic()
+            self._wrong[address] += 1
+            if self._wrong[address] > MAX_WRONG_KEYS:
+                message = f"more than {MAX_WRONG_KEYS} wrong keys in a minute; wait before another one"
+                raise RequestError(message, code="invalid_api_key", status=429)
         return matches[0] if matches else ""
+
+
+def require_operator(state: Mapping[str, Any], what: str) -> None:
+    """Raises: RequestError (401, 403) unless the request came with the operator's key, where there are keys."""
+    if not state["operator"]:
+        message = f"{what} is for the operator: it asks for the admin key (--admin-key)"
+        raise RequestError(message, code="admin_key_required", status=403 if state["owner"] else 401)
 
 
 def _digest(key: bytes) -> bytes:

@@ -34,7 +34,7 @@ async def answer_request(
 ) -> Response:
     """Run the request and show its replies. A client that goes away takes its request with it."""
     streams: list[Stream] = []  # one per choice, for each prompt in order
-    request_ids = (request.state.request_id, renderer.id)
+    request_ids = (request.state.request_id, renderer.id, owner_of(request))
     try:
         params = replace(parsed.params, cache_salt=owner_of(request) + parsed.params.cache_salt)
         for prompt in parsed.prompts:

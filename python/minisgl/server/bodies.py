@@ -50,7 +50,7 @@ async def read_json(request: Request, limit: int) -> bytes:
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > limit:
         raise _too_long(limit)
-    _check_content_type(request.headers.get("content-type"))
+    check_content_type(request.headers.get("content-type"))
     encoding = request.headers.get("content-encoding", "").lower()
     if encoding not in ("", "identity"):
         raise _unreadable(f"is compressed (Content-Encoding: {encoding[:50]!r})")
@@ -84,7 +84,7 @@ async def read_object(request: Request, fields: Fields, config: ServerConfig, li
     return load_object(await read_json(request, limit), fields, reading_of(request, config))
 
 
-def _check_content_type(value: str | None) -> None:
+def check_content_type(value: str | None) -> None:
     """JSON must be said to be JSON: forms and texts are what any web page may send without asking."""
     media, _, parameters = (value or "").lower().partition(";")
     named = [parameter.strip().partition("=") for parameter in parameters.split(";")]

@@ -60,7 +60,7 @@ class Stream(AsyncIterator[UserReply]):
 
     def __init__(self, frontend: Frontend, request: _Request, request_ids: Sequence[str] = ()) -> None:
         self.uid, self.request = 0, request
-        self.request_ids = request_ids  # by which clients know it
+        self.request_ids = request_ids  # by which clients know it, and whose it is
         self.timing = Timing()
         self._frontend = frontend
         self._replies: deque[UserReply] = deque()
@@ -222,9 +222,9 @@ class Frontend:
         if self._down is None and stream.request.route:
             self._tokenizers[stream.request.route].send([AbortMsg(uid=stream.uid)])
 
-    def cancel(self, request_id: str | None = None) -> int:
-        """End the streams with this id (None: all) with `abort`, which their readers see. Returns how many they are."""
-        chosen = [s for s in self._streams.values() if request_id is None or request_id in s.request_ids]
+    def cancel(self, *ids: str) -> int:
+        """End the streams that have all of these ids with `abort`, which their readers see. Returns how many."""
+        chosen = [s for s in self._streams.values() if {*ids} <= {*s.request_ids}]
         for stream in chosen:
             if stream.request.route:
                 stream.request.message = None  # whatever happens, it is not sent again

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -99,6 +101,7 @@ async def serve_http(
             log_config=None,
             access_log=False,
             lifespan="off",
+            proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # else anybody may say where a request comes from
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=int(drain) + 5,
             ssl_certfile=config.access.ssl_certfile,
@@ -111,7 +114,9 @@ async def serve_http(
 
 
 def _announce(config: ServerConfig, listener: socket.socket) -> None:
-    port = listener.getsockname()[1]
+    address, port = listener.getsockname()[:2]
+    if not (config.access.api_keys or ipaddress.ip_address(address.partition("%")[0]).is_loopback):
+        logger.warning("--host %s without --api-key: whoever can reach port %d may use this server", config.host, port)
     host = f"[{config.host}]" if ":" in config.host else config.host
     scheme = "https" if config.access.ssl_certfile else "http"
     print(f"minisgl serves {config.served_model_name} at {scheme}://{host}:{port}/v1", flush=True)

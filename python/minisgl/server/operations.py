@@ -12,6 +12,7 @@ import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError, WorkerDied
 from minisgl.message.tokenizer import ChatPrompt, TextPrompt
+from minisgl.server.access import require_operator
 from minisgl.server.bodies import check_model, json_response, owner_of, read_object
 from minisgl.server.exposition import Exposition
 from minisgl.server.fields import fields_of
@@ -142,14 +143,16 @@ def add_admin_routes(
 
     @app.post("/abort_request", **documented(fields(num_aborted="integer"), AbortBody))
     async def abort_request(request: Request) -> Response:
-        """End requests: their answers end with `abort`. Ids that are not there (any more) are no error."""
+        """End requests: their answers end with `abort`. Ids that are not there, or another key's, are no error."""
         body = validate(AbortBody, await read_object(request, ABORT, config, max_body))
         if (body.rid is None) == (not body.abort_all):
             raise RequestError("give either rid or abort_all: true", param="rid")
         if body.abort_all:
+            require_operator(request.scope["state"], "abort_all")
             return json_response({"num_aborted": frontend.cancel()})
         rids = [body.rid] if isinstance(body.rid, str) else dict.fromkeys(body.rid or ())
-        return json_response({"num_aborted": sum(frontend.cancel(rid) for rid in rids)})
+        whose = () if request.state.operator else (owner_of(request),)
+        return json_response({"num_aborted": sum(frontend.cancel(rid, *whose) for rid in rids)})
 
 
 def add_response_routes(app: FastAPI, store: ResponseStore) -> None:

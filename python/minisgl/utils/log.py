@@ -8,6 +8,30 @@ import sys
 
 from minisgl.errors import ConfigError
 
+MAX_CHARS = 4096  # of a message, and of a line of a traceback
+MAX_LINES = 200
+
+
+class LineFormatter(logging.Formatter):
+    """Whatever is in a message, from clients too, is one line of text: nothing in it ends the line, moves the cursor or
+    goes on for ever. Lines of tracebacks are indented, so that none looks like a message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.message, record.asctime = record.getMessage(), self.formatTime(record, self.datefmt)
+        trace = self.formatException(record.exc_info).split("\n") if record.exc_info else []
+        if len(trace) > MAX_LINES:
+            trace[MAX_LINES // 2 : -MAX_LINES // 2] = ["…"]
+        return "\n    ".join(map(one_line, (self.formatMessage(record), *trace)))
+
+
+def one_line(text: str) -> str:
+    """The text with all that is not printed escaped; without its middle where it is too long."""
+    if len(text) > MAX_CHARS:
+        text = f"{text[: MAX_CHARS // 2]} … {text[-MAX_CHARS // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
 
 def setup_logging(role: str) -> None:
     """Log to stderr as `role` ("server", "TP0", "tokenizer-0" …). Raises: ConfigError for an unknown LOG_LEVEL."""
@@ -15,8 +39,9 @@ def setup_logging(role: str) -> None:
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise ConfigError(f"LOG_LEVEL={level!r}: expected DEBUG, INFO, WARNING or ERROR")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S"))
-    root = logging.getLogger("minisgl")
-    root.handlers[:] = [handler]
-    root.propagate = False
-    root.setLevel(level)
+    handler.setFormatter(LineFormatter(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S"))
+    for name, least in {"minisgl": level, "uvicorn": "WARNING", "asyncio": "WARNING"}.items():
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        logger.setLevel(least)
