@@ -30,10 +30,19 @@ Parser = Callable[[Any], Any]
 _LONGEST = 1e6  # seconds
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("a non-empty text")
-    return value
+def _matching(pattern: str, expected: str) -> Parser:
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII | re.DOTALL):
+            raise ValueError(expected)
+        return value
+
+    return parse
+
+
+_text = _matching(".+", "a non-empty text")
+_key = _matching("[!-~]+", "printable ASCII characters without spaces")  # what fits an HTTP header
+_origin = _matching(r"\*|https?://[^/\s]+", "origins such as https://example.org, or *")
+_host = _matching(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*", "names such as llm.example.org, *.example.org, or *, without a port")
 
 
 def integer(low: int, high: int | None = None) -> Parser:
@@ -134,27 +143,9 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _key(value: Any) -> str:
-    if not isinstance(value, str) or not value or not all("!" <= character <= "~" for character in value):
-        raise ValueError("printable ASCII characters without spaces")  # what fits an HTTP header
-    return value
-
-
-def _origin(value: Any) -> str:
-    if value != "*" and not re.fullmatch(r"https?://[^/\s]+", str(value)):
-        raise ValueError("origins such as https://example.org, or *")
-    return str(value)
-
-
-def _host(value: Any) -> str:
-    if not re.fullmatch(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*", str(value), re.ASCII):
-        raise ValueError("names such as llm.example.org, *.example.org, or *, without a port")
-    return str(value).lower()
-
-
-def _option(parse: Parser, default: Any, help: str, *aliases: str, many: bool = False, secret: bool = False) -> Any:
-    """many: the flag may be repeated. secret: no message shows its value."""
-    metadata = {"parse": parse, "help": help, "aliases": aliases, "many": many, "secret": secret}
+def _option(parse: Parser, default: Any, *aliases: str, many: bool = False, secret: bool = False) -> Any:
+    """many: the flag may be repeated. secret: no message shows its value. What it is for, `options.yaml` says."""
+    metadata = {"parse": parse, "aliases": aliases, "many": many, "secret": secret}
     return field(default=default, metadata=metadata, repr=not secret)
 
 
@@ -162,128 +153,48 @@ def _option(parse: Parser, default: Any, help: str, *aliases: str, many: bool = 
 class ServerArgs:
     """Options of the server, the shell and `LLM`, checked one by one but not yet against the model and the machine."""
 
-    model_path: str | None = _option(
-        _auto(_text), None, "local directory or hub repo id (default: the built-in demo model)", "--model"
-    )
-    model_source: str = _option(
-        _choice("huggingface", "modelscope"), "huggingface", "hub that repo ids refer to: huggingface or modelscope"
-    )
-    revision: str | None = _option(
-        _auto(_text), None, "branch, tag or commit of a hub repo; --model org/name@revision says it too"
-    )
-    served_model_name: str | None = _option(_auto(_text), None, "id shown by /v1/models (default: the model path)")
-    chat_template: str | None = _option(
-        _auto(_text),
-        None,
-        "file with a chat template (Jinja, or JSON as tokenizer_config.json) in place of the model's",
-    )
-    config_override: Mapping[str, Any] | None = _option(
-        _auto(_object), None, "JSON object that is merged into the model's config.json before it is read"
-    )
-    dtype: str | None = _option(
-        _auto(_choice("float16", "bfloat16", "float32")), None, "auto, float16, bfloat16 or float32"
-    )
-    quantization: str | None = _option(
-        _auto(_choice("int8")), None, "int8: weights become 8-bit integers while they are loaded (CPU only)"
-    )
-    kv_cache_dtype: str | None = _option(
-        _auto(_choice("float16", "bfloat16", "float32")), None, "auto (as the weights), float16, bfloat16 or float32"
-    )
-    cpu_threads: int | None = _option(
-        _auto(integer(1, 1024)), None, "threads of each rank that compute on a CPU (auto: the cores it may use)"
-    )
-    device: str | None = _option(
-        _auto(_choice("cpu", "cuda")), None, "auto, cpu or cuda (auto: cuda where a GPU can be used)"
-    )
-    tensor_parallel_size: int = _option(
-        integer(1, 64), 1, "tensor-parallel ranks, one process (and GPU) each", "--tp-size", "--tp"
-    )
-    host: str = _option(_text, "127.0.0.1", "HTTP address")
-    port: int = _option(integer(0, 65535), 1919, "HTTP port; 0 picks a free one")
-    api_key: tuple[str, ...] = _option(
-        _several(_key),
-        (),
-        "key that clients must send as a bearer token; may be repeated (default: no key is asked for)",
-        many=True,
-        secret=True,
-    )
-    admin_key: tuple[str, ...] = _option(
-        _several(_key),
-        (),
-        "key of whoever runs the server: for every path, and alone for metrics, flushing and aborting others' requests",
-        many=True,
-        secret=True,
-    )
-    allowed_hosts: tuple[str, ...] = _option(
-        _several(_host),
-        (),
-        "name by which the server may be called (Host), beside localhost and addresses; *.name, or * for any",
-        many=True,
-    )
-    ssl_certfile: str | None = _option(_auto(_text), None, "certificate chain (PEM): serve HTTPS")
-    ssl_keyfile: str | None = _option(_auto(_text), None, "private key (PEM), unless it is in the certificate's file")
-    cors_origin: tuple[str, ...] = _option(
-        _several(_origin), (), "origin whose web pages may use the API, or * for all; may be repeated", many=True
-    )
-    max_running_requests: int = _option(integer(1, 65536), 256, "requests in one running batch")
-    max_prefill_length: int | None = _option(
-        _auto(integer(1)),
-        None,
-        "tokens of one step, chunked prefill (auto: 512 on a CPU, 8192 on GPUs)",
-        "--max-extend-length",
-    )
-    max_seq_len: int | None = _option(
-        _auto(integer(2)), None, "longest prompt + output in tokens (auto: from the model)", "--max-seq-len-override"
-    )
-    memory_ratio: float = _option(
-        _fraction, 0.9, "share of a GPU's whole memory that may be in use, or of a CPU's free memory"
-    )
-    num_pages: int | None = _option(_auto(integer(1)), None, "KV cache size in pages (auto: from the memory)")
-    page_size: int | None = _option(_auto(integer(1, 4096)), None, "tokens of one KV page (auto: 16)")
-    cache_type: str = _option(_choice("radix", "naive"), "radix", "prefix cache: radix or naive (none)", "--cache")
-    attention_backend: str | None = _option(
-        _auto(_text),
-        None,
-        "auto, sdpa, triton, cuda (decode; prefill: triton), fi (FlashInfer) or fa (FlashAttention-3), on CPUs cpu "
-        "or sdpa; a,b = prefill,decode",
-        "--attn",
-    )
-    moe_backend: str | None = _option(
-        _auto(_choice("triton", "torch")), None, "mixture-of-experts products: auto, triton (GPUs) or torch"
-    )
-    cuda_graph_max_bs: int | None = _option(
-        _auto(integer(0)), None, "largest decode batch captured as a CUDA graph; 0 = off, as on CPUs", "--graph"
-    )
-    disable_pynccl: bool = _option(
-        boolean, False, "tensor parallelism through torch's NCCL rather than our own; no effect on CPUs"
-    )
-    num_tokenizer: int = _option(
-        integer(0, 64), 0, "tokenizer processes; 0 shares the detokenizer's", "--tokenizer-count"
-    )
-    schedule_policy: str = _option(
-        _choice("fcfs", "lpm", "priority"),
-        "fcfs",
-        "order of waiting requests: fcfs, lpm (longest prefix match) or priority (lowest number first)",
-    )
-    disable_overlap: bool = _option(boolean, False, "run scheduling and execution in turn")
-    dummy_weight: bool = _option(boolean, False, "random weights from config.json alone, for benchmarks")
-    tool_call_parser: str | None = _option(
-        _auto(_choice(*TOOL_PARSERS, "none")),
-        None,
-        f"format of the model's tool calls: auto (from the chat template), {', '.join(TOOL_PARSERS)} or none",
-    )
-    reasoning_parser: str | None = _option(
-        _auto(_choice(*REASONING_PARSERS, "none")),
-        None,
-        f"format of the model's reasoning: auto (from the chat template), {', '.join(REASONING_PARSERS)} or none",
-    )
-    strict_requests: bool = _option(boolean, False, "refuse unknown fields of requests rather than ignore them")
-    model_name_check: bool = _option(_auto(boolean), True, "off: requests may have any `model`")
-    restart_workers: int = _option(
-        integer(0), 3, "times in an hour that dead or hanging workers are started again; 0: the server ends at once"
-    )
-    heartbeat_timeout: float = _option(_seconds(2), 60.0, "seconds after which a silent worker counts as dead")
-    shell: bool = _option(boolean, False, "interactive shell instead of HTTP", "--shell-mode")
+    model_path: str | None = _option(_auto(_text), None, "--model")
+    model_source: str = _option(_choice("huggingface", "modelscope"), "huggingface")
+    revision: str | None = _option(_auto(_text), None)
+    served_model_name: str | None = _option(_auto(_text), None)
+    chat_template: str | None = _option(_auto(_text), None)
+    config_override: Mapping[str, Any] | None = _option(_auto(_object), None)
+    dtype: str | None = _option(_auto(_choice("float16", "bfloat16", "float32")), None)
+    quantization: str | None = _option(_auto(_choice("int8")), None)
+    kv_cache_dtype: str | None = _option(_auto(_choice("float16", "bfloat16", "float32")), None)
+    cpu_threads: int | None = _option(_auto(integer(1, 1024)), None)
+    device: str | None = _option(_auto(_choice("cpu", "cuda")), None)
+    tensor_parallel_size: int = _option(integer(1, 64), 1, "--tp-size", "--tp")
+    host: str = _option(_text, "127.0.0.1")
+    port: int = _option(integer(0, 65535), 1919)
+    api_key: tuple[str, ...] = _option(_several(_key), (), many=True, secret=True)
+    admin_key: tuple[str, ...] = _option(_several(_key), (), many=True, secret=True)
+    allowed_hosts: tuple[str, ...] = _option(_several(_host), (), many=True)
+    ssl_certfile: str | None = _option(_auto(_text), None)
+    ssl_keyfile: str | None = _option(_auto(_text), None)
+    cors_origin: tuple[str, ...] = _option(_several(_origin), (), many=True)
+    max_running_requests: int = _option(integer(1, 65536), 256)
+    max_prefill_length: int | None = _option(_auto(integer(1)), None, "--max-extend-length")
+    max_seq_len: int | None = _option(_auto(integer(2)), None, "--max-seq-len-override")
+    memory_ratio: float = _option(_fraction, 0.9)
+    num_pages: int | None = _option(_auto(integer(1)), None)
+    page_size: int | None = _option(_auto(integer(1, 4096)), None)
+    cache_type: str = _option(_choice("radix", "naive"), "radix", "--cache")
+    attention_backend: str | None = _option(_auto(_text), None, "--attn")
+    moe_backend: str | None = _option(_auto(_choice("triton", "torch")), None)
+    cuda_graph_max_bs: int | None = _option(_auto(integer(0)), None, "--graph")
+    disable_pynccl: bool = _option(boolean, False)
+    num_tokenizer: int = _option(integer(0, 64), 0, "--tokenizer-count")
+    schedule_policy: str = _option(_choice("fcfs", "lpm", "priority"), "fcfs")
+    disable_overlap: bool = _option(boolean, False)
+    dummy_weight: bool = _option(boolean, False)
+    tool_call_parser: str | None = _option(_auto(_choice(*TOOL_PARSERS, "none")), None)
+    reasoning_parser: str | None = _option(_auto(_choice(*REASONING_PARSERS, "none")), None)
+    strict_requests: bool = _option(boolean, False)
+    model_name_check: bool = _option(_auto(boolean), True)
+    restart_workers: int = _option(integer(0), 3)
+    heartbeat_timeout: float = _option(_seconds(2), 60.0)
+    shell: bool = _option(boolean, False, "--shell-mode")
 
 
 _FIELDS = {f.name: f for f in dataclasses.fields(ServerArgs)}
@@ -404,6 +315,7 @@ def _build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    helps = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
     parser.add_argument("--version", action="version", version=f"minisgl {__version__}")
     parser.add_argument("--config", metavar="FILE", help="YAML file with options")
     for name, option in _FIELDS.items():
@@ -415,6 +327,6 @@ def _build_parser() -> argparse.ArgumentParser:
             action=_Record,
             nargs=0 if is_switch else None,
             metavar=None if is_switch else name.rpartition("_")[2].upper(),
-            help=option.metadata["help"] + default,
+            help=helps[name].format(tools=", ".join(TOOL_PARSERS), reasoning=", ".join(REASONING_PARSERS)) + default,
         )
     return parser

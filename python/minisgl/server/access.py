@@ -52,13 +52,8 @@ def guarded(app: ASGIApp, access: AccessConfig, on_request: OnRequest | None = N
     routes = [route.path for route in getattr(app, "routes", ())]
     app = Guard(app, access)
     if access.cors_origins:
-        app = CORSMiddleware(
-            app,
-            allow_origins=access.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=[REQUEST_ID, IGNORED],
-        )
+        allowed = {"allow_origins": access.cors_origins, "allow_methods": ["GET", "POST", "DELETE"]}
+        app = CORSMiddleware(app, **allowed, allow_headers=["*"], expose_headers=[REQUEST_ID, IGNORED])
     return Paths(RequestLog(app, on_request, log=log), routes)
 
 
@@ -235,16 +230,7 @@ def _log_line(scope: Scope, status: int, first_byte: float, seconds: float) -> N
     why = f", refused for {param or 'the whole'} ({code or 'invalid_value'})" if "refused" in state else ""
     path = scope.get("raw_path") or b""  # still quoted, so that it cannot break the line; without the query
     client = scope["client"][0] if scope.get("client") else "-"
-    logger.log(
-        logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO,
-        "%s %s %s %d in %.3f s, first byte after %.3f s%s%s, id %s",
-        client,
-        scope["method"],
-        path.decode("ascii", "backslashreplace"),
-        status,
-        seconds,
-        first_byte,
-        tokens,
-        why[:200],
-        state["request_id"],
-    )
+    values = status, seconds, first_byte, tokens, why[:200], state["request_id"]
+    level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
+    text = "%s %s %s %d in %.3f s, first byte after %.3f s%s%s, id %s"
+    logger.log(level, text, client, scope["method"], path.decode("ascii", "backslashreplace"), *values)

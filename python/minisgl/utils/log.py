@@ -19,17 +19,13 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         record.message, record.asctime = record.getMessage(), self.formatTime(record, self.datefmt)
         trace = self.formatException(record.exc_info).split("\n") if record.exc_info else []
-        if len(trace) > MAX_LINES:
-            trace[MAX_LINES // 2 : -MAX_LINES // 2] = ["…"]
-        return "\n    ".join(map(one_line, (self.formatMessage(record), *trace)))
+        return "\n    ".join(map(one_line, (self.formatMessage(record), *trace[:MAX_LINES])))
 
 
 def one_line(text: str) -> str:
     """The text with all that is not printed escaped; without its middle where it is too long."""
-    if len(text) > MAX_CHARS:
-        text = f"{text[: MAX_CHARS // 2]} … {text[-MAX_CHARS // 2 :]}"
-    if text.isprintable():
-        return text
+    half = MAX_CHARS // 2
+    text = text if len(text) <= MAX_CHARS else f"{text[:half]} … {text[-half:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
