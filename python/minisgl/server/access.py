@@ -52,8 +52,8 @@ def guarded(app: ASGIApp, access: AccessConfig, on_request: OnRequest | None = N
     routes = [route.path for route in getattr(app, "routes", ())]
     app = Guard(app, access)
     if access.cors_origins:
-        allowed = {"allow_origins": access.cors_origins, "allow_methods": ["GET", "POST", "DELETE"]}
-        app = CORSMiddleware(app, **allowed, allow_headers=["*"], expose_headers=[REQUEST_ID, IGNORED])
+        methods, headers = ["GET", "POST", "DELETE"], [REQUEST_ID, IGNORED]
+        app = CORSMiddleware(app, access.cors_origins, methods, allow_headers=["*"], expose_headers=headers)
     return Paths(RequestLog(app, on_request, log=log), routes)
 
 
