@@ -15,7 +15,7 @@ APART := $(wildcard tests/clients/apart/*.txt)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat doctor bench test sanitize lint format docs clean
+.PHONY: help serve chat doctor bench test soak sanitize lint format docs audit clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -89,6 +89,9 @@ format: $(DEV)  ## Format the code and mend what the linter can
 
 docs: $(DEV)  ## Check that every file and link that the documents name exists
 	$(BIN)/python tools/check_docs.py
+
+audit: $(DEV)  ## Scan what the server needs for published weaknesses; says so where nothing can be scanned
+	$(BIN)/python tools/audit.py $(ARGS)
 
 clean:  ## Remove .venv and caches
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis python/*.egg-info
