@@ -7,6 +7,7 @@ tools and reasoning (names of parsers), and of the real server the options for a
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import replace
@@ -26,11 +27,12 @@ from minisgl.server.launch import bind_port, run_server, worker_specs
 from minisgl.server.supervisor import WorkerSpec
 from minisgl.server.workers import Control
 from minisgl.tokenizer.tokenize import HFTextCodec
+from minisgl.utils.faults import fault
 from minisgl.utils.log import setup_logging
 
 VOCAB = 400
 ACCESS = ("api_key", "admin_key", "allowed_hosts", "host", "ssl_certfile", "ssl_keyfile", "cors_origin")
-WATCHING = ("restart_workers", "heartbeat_timeout")
+WATCHING = ("restart_workers", "heartbeat_timeout", "step_timeout")
 EOS = 2
 
 
@@ -64,8 +66,9 @@ class FakeExecutor:
             self._seeds[admission.row] = 0 if greedy else admission.params.seed or 0
             if self._answer is not None:
                 self._answers[admission.row] = (len(admission.token_ids), self._answer())
+        stalled = fault("step") == "stall"  # it never ends
         ids = [self._token(req.row, req.start + req.num_new) for req in plan.reqs if req.sample]
-        return FakeHandle(StepResult(plan.step_id, ids), time.monotonic() + self._delay)
+        return FakeHandle(StepResult(plan.step_id, ids), math.inf if stalled else time.monotonic() + self._delay)
 
     def close(self) -> None:
         pass
@@ -130,6 +133,7 @@ def main(argv: list[str]) -> int:
     checked = options.get("model_name_check") != "off"
     config = replace(config, strict_requests="strict_requests" in options, model_name_check=checked)
     args = args_from_options({name: options[name] for name in WATCHING if name in options})
+    config = replace(config, scheduler=replace(config.scheduler, step_timeout=args.step_timeout))
     config = replace(config, restart_workers=args.restart_workers, heartbeat_timeout=args.heartbeat_timeout)
     delay = float(options.get("delay", 0.0))
 

@@ -2,29 +2,314 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import random
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import pytest
+import zmq
 
-from tests.faults.conftest import Server, fake
+from tests.faults.conftest import Faults, Server, fake, real
 
 Start = Callable[..., Server]
 HELLO: Any = [{"role": "user", "content": "hello"}]
+CHAT = "/v1/chat/completions"
+NUM_STREAMS = 32
+REQUEST_SECONDS = 60.0  # more than any round below takes; CI's machine may be busy
+SERVE_SECONDS = 15.0
+
+TITLES = {"TP0": "minisgl-TP0-scheduler", "TP1": "minisgl-TP1-scheduler"}
 
 
-def test_the_next_request_works(start: Start, model_path: Path) -> None:
-    server = start(fake(model_path, num_tokenizer=1))
-    with httpx.Client(base_url=server.url, timeout=30) as http:
-        for worker in ("minisgl-detokenizer-0", "minisgl-tokenizer-0", "minisgl-TP0-scheduler"):
-            child = next(c for c in psutil.Process(server.process.pid).children() if worker in " ".join(c.cmdline()))
-            child.kill()
+def process_of(server: Server, worker: str) -> psutil.Process:
+    """The worker's process of this moment, by its name in the log."""
+    title = TITLES.get(worker, f"minisgl-{worker}")
+    found = (c for c in psutil.Process(server.process.pid).children() if " ".join(c.cmdline()).strip() == title)
+    return next(found)
+
+
+class Crowd(threading.Thread):
+    """32 clients that ask again and again, every second one for a stream. How each request ended is counted."""
+
+    def __init__(self, server: Server, **body: Any) -> None:
+        super().__init__(daemon=True)
+        self.server = server
+        self.body = {"messages": HELLO, "max_tokens": 24, "ignore_eos": True, **body}
+        self.ends: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.longest = 0.0
+        self._stopped = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        asyncio.run(self._run())
+
+    async def _run(self) -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=self.server.url, timeout=REQUEST_SECONDS, limits=limits) as client:
+            await asyncio.gather(*(self._ask_on(client, index % 2 == 0) for index in range(NUM_STREAMS)))
+
+    async def _ask_on(self, client: httpx.AsyncClient, stream: bool) -> None:
+        while not self._stopped.is_set():
             begin = time.monotonic()
-            answer = http.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 4})
-            print(worker, answer.status_code, time.monotonic() - begin)
-            assert answer.status_code == 200
-        print(http.get("/metrics").text)
-    print(server.output())
+            try:
+                end = await self._ask(client, stream)
+            except Exception as error:
+                end = f"{type(error).__name__}: {error} after {time.monotonic() - begin:.1f} s"
+                self.wrong.append(end)
+            self.ends[end if end in ("answer", "error") else "wrong"] += 1
+            self.longest = max(self.longest, time.monotonic() - begin)
+
+    async def _ask(self, client: httpx.AsyncClient, stream: bool) -> str:
+        async with client.stream("POST", CHAT, json={**self.body, "stream": stream}) as answer:
+            lines = [line async for line in answer.aiter_lines() if line and not line.startswith(":")]
+        if answer.status_code == 503:
+            assert int(answer.headers["retry-after"]) > 0
+            assert json.loads(lines[0])["error"]["type"] == "server_error"
+            return "error"
+        assert answer.status_code == 200, lines
+        if not stream:
+            assert json.loads(lines[0])["choices"][0]["finish_reason"] == "length"
+            return "answer"
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line != "data: [DONE]"]
+        if "error" in events[-1]:
+            assert not any("error" in event for event in events[:-1]), "more than one error"
+            return "error"
+        assert lines[-1] == "data: [DONE]"
+        assert [e["choices"][0]["finish_reason"] for e in events if e["choices"]].count("length") == 1
+        return "answer"
+
+    def end(self) -> None:
+        self._stopped.set()
+        self.join(2 * REQUEST_SECONDS)
+        assert not self.is_alive(), "a request hangs"
+        assert self.wrong == []
+        assert self.ends["answer"] > NUM_STREAMS
+        assert self.longest < REQUEST_SECONDS
+
+
+def serves(server: Server, model: str) -> float:
+    """Seconds until a new request is answered: with an error again and again, or at last with an answer."""
+    begin = time.monotonic()
+    body = {"model": model, "messages": HELLO, "max_tokens": 2}
+    with httpx.Client(base_url=server.url, timeout=REQUEST_SECONDS) as http:
+        while http.post(CHAT, json=body).status_code != 200:
+            assert time.monotonic() - begin < 4 * SERVE_SECONDS
+            time.sleep(0.05)
+    return time.monotonic() - begin
+
+
+def is_idle(server: Server) -> bool:
+    load = httpx.get(f"{server.url}/server_info", timeout=REQUEST_SECONDS).json()["load"]
+    return set(load.values()) == {0}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come true"
+        time.sleep(0.05)
+
+
+def restarts(server: Server) -> int:
+    text = httpx.get(f"{server.url}/metrics", timeout=REQUEST_SECONDS).text
+    lines = [line for line in text.splitlines() if line.startswith("minisgl:worker_restarts_total{")]
+    assert len(lines) > 1
+    return int(sum(float(line.split()[-1]) for line in lines))
+
+
+@contextmanager
+def nothing_left(server: Server, folder: Path, shared: set[str]) -> Iterator[None]:
+    """The server stops in order after this block: no process, socket directory or shared memory stays."""
+    seen: set[psutil.Process] = set(server.children)
+    yield
+    seen |= set(psutil.Process(server.process.pid).children(recursive=True))
+    server.process.terminate()
+    assert server.wait_exit(30) == 0
+    assert psutil.wait_procs(list(seen), timeout=5)[1] == []
+    assert not list(folder.glob("minisgl-*"))
+    wait_until(lambda: set(os.listdir("/dev/shm")) <= shared)
+
+
+def hurt(server: Server, faults: Faults, worker: str, action: str) -> None:
+    """`kill`, `stop`, or `POINT ACTION`."""
+    point, _, what = action.partition(" ")
+    if what:
+        faults.plant(worker, point, what)
+        wait_until(lambda: faults.is_taken(worker, point), REQUEST_SECONDS)
+    else:
+        process_of(server, worker).send_signal(signal.SIGKILL if action == "kill" else signal.SIGSTOP)
+
+
+TOKENIZER = ("kill", "stop", "message raise error", "message hang")
+SCHEDULER = ("kill", "stop", "turn raise engine", "turn raise memory", "turn hang", "step stall", "beat drop 30")
+ROUNDS = {
+    "two-tokenizers": [
+        *(("TP0", action) for action in SCHEDULER),
+        *((w, action) for w in ("detokenizer-0", "tokenizer-0", "tokenizer-1") for action in TOKENIZER),
+    ],
+    "shared-tokenizer": [*(("detokenizer-0", action) for action in TOKENIZER), ("TP0", "kill")],
+    "two-ranks": [("TP0", "kill"), ("TP1", "kill"), ("TP1", "stop"), ("TP1", "turn hang")],
+    "built-in": [("TP0", "kill"), ("TP0", "turn hang")],
+}
+assert sum(map(len, ROUNDS.values())) == 30
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ROUNDS)
+def test_rounds_of_faults_under_32_streams(
+    start: Start, faults: Faults, model_path: Path, tiny_path: Path, short_path: Path, kind: str
+) -> None:
+    seed = random.randrange(10**6)
+    chance = random.Random(seed)
+    print(f"seed {seed}")
+    watching = {"restart_workers": 1000, "heartbeat_timeout": 2, "step_timeout": 1}
+    flags = [word for name, value in watching.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command, model = {
+        "two-tokenizers": (fake(model_path, num_tokenizer=2, delay=0.01, max_running=16, **watching), "fake-model"),
+        "shared-tokenizer": (fake(model_path, delay=0.01, max_running=16, **watching), "fake-model"),
+        "two-ranks": (real(tiny_path, "--tp", "2", "--max-running-requests", "16", *flags), "tiny"),
+        "built-in": (["-m", "minisgl", "--port", "0", "--step-timeout", "10", *flags[:4]], "minisgl-demo"),
+    }[kind]
+    shared = set(os.listdir("/dev/shm"))
+    server = start(command, TMPDIR=str(short_path), **faults.env)
+    rounds = list(ROUNDS[kind])
+    chance.shuffle(rounds)
+    serves(server, model)
+    crowd = Crowd(server, model=model)
+    with nothing_left(server, short_path, shared):
+        for number, (worker, action) in enumerate(rounds, 1):
+            time.sleep(chance.uniform(0.1, 0.6))
+            hurt(server, faults, worker, action)
+            wait_until(lambda number=number: server.output().count(": started again (") == number, REQUEST_SECONDS)
+            seconds = serves(server, model)
+            wait_until(lambda number=number: server.output().count(": serves again after") == number, REQUEST_SECONDS)
+            print(f"{worker} {action}: serves after {seconds:.1f} s")
+            assert seconds < 2 * SERVE_SECONDS  # half of it on an idle machine
+        crowd.end()
+        print(f"{dict(crowd.ends)}, longest {crowd.longest:.1f} s")
+        assert restarts(server) == len(rounds)
+        wait_until(lambda: is_idle(server))
+
+
+@pytest.mark.parametrize(
+    ("worker", "num_failed"), [("TP0", 2), ("detokenizer-0", 2), ("tokenizer-0", 0)], ids=["TP0", "detok", "tok"]
+)
+def test_what_has_not_begun_is_served_afterwards(start: Start, model_path: Path, worker: str, num_failed: int) -> None:
+    server = start(fake(model_path, num_tokenizer=1, delay=0.05, max_running=2))
+
+    async def ask(client: httpx.AsyncClient) -> str:
+        body = {"messages": HELLO, "max_tokens": 40, "ignore_eos": True, "stream": True}
+        lines: list[str] = []
+        async with client.stream("POST", CHAT, json=body) as answer:
+            async for line in answer.aiter_lines():
+                begun.set()
+                lines += [line] if line else []
+        return lines[-1]
+
+    async def ask_all() -> list[str]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=REQUEST_SECONDS) as client:
+            tasks = [asyncio.create_task(ask(client)) for _ in range(8)]
+            await begun.wait()
+            await asyncio.sleep(0.3)
+            process_of(server, worker).kill()
+            return await asyncio.gather(*tasks)
+
+    begun = asyncio.Event()
+    ends = asyncio.run(ask_all())
+    failed = [end for end in ends if "error" in end]
+    assert len(failed) == num_failed
+    assert all(worker in end for end in failed)
+    assert ends.count("data: [DONE]") == 8 - num_failed
+    wait_until(lambda: is_idle(server))
+
+
+def test_beyond_the_limit_the_server_ends(start: Start, model_path: Path) -> None:
+    server = start(fake(model_path, num_tokenizer=1, delay=0.02, restart_workers=1))
+    process_of(server, "tokenizer-0").kill()
+    serves(server, "fake-model")
+    crowd = Crowd(server, max_tokens=400)
+    time.sleep(1)
+    begin = time.monotonic()
+    process_of(server, "TP0").kill()
+    assert server.wait_exit(10) == 1
+    assert time.monotonic() - begin < 10
+    assert "the server stops" in server.output()
+    assert server.orphans() == []
+    crowd._stopped.set()
+    crowd.join(30)
+    assert not crowd.is_alive()
+
+
+@pytest.mark.parametrize(("limit", "recovers"), [(2, True), (1, False)])
+def test_a_start_that_fails_is_another_death(
+    start: Start, model_path: Path, faults: Faults, limit: int, recovers: bool
+) -> None:
+    server = start(fake(model_path, restart_workers=limit), **faults.env)
+    faults.plant("detokenizer-0", "start", "raise error")
+    process_of(server, "detokenizer-0").kill()
+    if recovers:
+        serves(server, "fake-model")
+        assert server.output().count("started again (") == 2
+        assert server.output().count("serves again") == 1
+    else:
+        assert server.wait_exit(10) == 1
+
+
+def test_health_is_honest_while_workers_start(start: Start, model_path: Path, faults: Faults) -> None:
+    server = start(fake(model_path, delay=0.01), **faults.env)
+    faults.plant("TP0", "start", "sleep 3")
+    process_of(server, "TP0").kill()
+    with httpx.Client(base_url=server.url, timeout=REQUEST_SECONDS) as http:
+        wait_until(lambda: http.get("/health").status_code == 503)
+        answer = http.get("/health")
+        assert int(answer.headers["retry-after"]) > 0
+        assert "TP0" in answer.json()["error"]["message"]
+        assert http.get("/health/live").status_code == 200
+        assert http.get("/server_info").status_code == 503
+        assert http.get("/metrics").status_code == 200
+        assert http.post(CHAT, json={"messages": HELLO, "max_tokens": 2}).status_code == 200  # it was kept
+        assert http.get("/health").status_code == 200
+
+
+def test_health_is_honest_while_a_step_does_not_end(start: Start, model_path: Path, faults: Faults) -> None:
+    server = start(fake(model_path, step_timeout=6), MINISGL_HEALTH_TIMEOUT="60", **faults.env)
+    faults.plant("TP0", "step", "stall")
+    crowd = Crowd(server)
+    with httpx.Client(base_url=server.url, timeout=REQUEST_SECONDS) as http:
+        wait_until(lambda: faults.is_taken("TP0", "step"))
+        wait_until(lambda: http.get("/health").status_code == 503)
+        assert restarts(server) == 0
+        answer = http.get("/health")
+        assert "step" in answer.json()["error"]["message"]
+        assert answer.headers["retry-after"]
+        assert http.get("/health/live").status_code == 200
+        wait_until(lambda: restarts(server) == 1)
+        wait_until(lambda: http.get("/health").status_code == 200)
+    crowd.end()
+
+
+def test_frames_that_make_no_sense_are_dropped(start: Start, model_path: Path, short_path: Path) -> None:
+    server = start(fake(model_path), TMPDIR=str(short_path))
+    (directory,) = short_path.glob("minisgl-*")
+    nonsense = (b"", b"\xc1", b"\x91\x81\xa4type\xa5reply", b"\x80", os.urandom(1000))
+    with zmq.Context() as context, context.socket(zmq.PUSH) as push:
+        push.connect(f"ipc://{directory}/frontend")
+        for frame in nonsense * 20:
+            push.send(frame)
+        with httpx.Client(base_url=server.url, timeout=REQUEST_SECONDS) as http:
+            wait_until(lambda: "makes no sense" in server.output())
+            assert http.get("/health").status_code == 200
+            assert http.post(CHAT, json={"messages": HELLO, "max_tokens": 2}).status_code == 200
+    assert server.output().count("makes no sense") <= 7

@@ -188,3 +188,114 @@ async def test_seeds_are_drawn_for_those_who_give_none(frontend: Frontend, peers
     seeds = {message.params.seed for message in messages if isinstance(message, TokenizeMsg)}
     assert len(seeds) == 2
     assert None not in seeds
+
+
+DIED = WorkerDied("gone")
+
+
+async def sent(peers: Peers, index: int) -> TokenizeMsg:
+    """The next request that a tokenizer gets, aborts left out."""
+    while True:
+        for message in await peers.receive(index):
+            if isinstance(message, TokenizeMsg):
+                return message
+
+
+async def test_what_has_not_begun_is_sent_again_when_the_schedulers_are_back(frontend: Frontend, peers: Peers) -> None:
+    begun, waiting = (frontend.submit(PROMPT, PARAMS)[0] for _ in range(2))
+    peers.reply(begun.uid, "a")
+    assert (await anext(begun)).text == "a"
+    old = [begun.uid, waiting.uid]
+    for uid in old:
+        await sent(peers, uid % 2)
+    frontend.on_change("scheduler", DIED)
+    with pytest.raises(WorkerDied, match="gone"):
+        await anext(begun)
+    later = frontend.submit(PROMPT, PARAMS)[0]
+    with pytest.raises(WorkerDied, match="gone"):
+        await frontend.ping(5)
+    frontend.on_change("scheduler", None)
+    peers.reply(old[1], "stale", FinishReason.STOP)  # of the scheduler that has died
+    for stream in (waiting, later):
+        assert stream.uid not in old
+        assert (await sent(peers, stream.uid % 2)).uid == stream.uid
+        peers.reply(stream.uid, "b", FinishReason.STOP)
+        assert [reply.text async for reply in stream] == ["b"]
+    assert frontend.num_streams == 0
+
+
+async def test_streams_that_were_lost_are_aborted_behind_their_requests(frontend: Frontend, peers: Peers) -> None:
+    (stream,) = frontend.submit(PROMPT, PARAMS)
+    old = stream.uid
+    frontend.on_change("detokenizer-0", DIED)
+    frontend.on_change("detokenizer-0", None)
+    messages: list[TokenizerMsg] = []
+    while len(messages) < 2:
+        messages += [message for message in await peers.receive(old % 2) if message.uid == old]
+    assert [type(message) for message in messages] == [TokenizeMsg, AbortMsg]
+
+
+async def test_another_tokenizer_takes_over_what_the_dead_one_has_not_passed_on(
+    frontend: Frontend, peers: Peers
+) -> None:
+    streams = [frontend.submit(PROMPT, PARAMS, notify=True)[0] for _ in range(6)]
+    mine = [stream for stream in streams if stream.uid % 2 == 0]  # the first tokenizer's
+    peers.reply(mine[0].uid, "a")
+    peers.outbox.send([AcceptedReply(mine[1].uid)])
+    await mine[1].accepted()
+    assert (await anext(mine[0])).text == "a"
+    before = [stream.uid for stream in streams]
+    frontend.on_change("tokenizer-0", DIED)
+    changed = [stream for stream, uid in zip(streams, before, strict=True) if stream.uid != uid]
+    assert changed == [mine[2]]
+    while (await sent(peers, 1)).uid != mine[2].uid:
+        pass
+    assert frontend.submit(PROMPT, PARAMS)[0].request.route == "tokenizer-1"
+
+
+async def test_a_request_whose_workers_die_each_time_ends(frontend: Frontend, peers: Peers) -> None:
+    (stream,) = frontend.submit(PROMPT, PARAMS)
+    for _ in range(2):
+        frontend.on_change("scheduler", DIED)
+        frontend.on_change("scheduler", None)
+    with pytest.raises(WorkerDied, match="gone"):
+        await anext(stream)
+
+
+async def test_a_request_that_is_kept_can_be_cancelled(frontend: Frontend, peers: Peers) -> None:
+    frontend.on_change("scheduler", DIED)
+    kept, left = (frontend.submit(PROMPT, PARAMS, (name,))[0] for name in ("kept", "left"))
+    assert frontend.cancel("kept") == 1
+    assert [reply.finish_reason async for reply in kept] == [FinishReason.ABORT]
+    await left.aclose()
+    assert frontend.num_streams == 0
+    frontend.on_change("scheduler", None)
+    for index in range(2):
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(peers.inboxes[index].receive(), 0.1)
+
+
+async def test_a_request_that_was_cancelled_is_not_sent_again(frontend: Frontend, peers: Peers) -> None:
+    (stream,) = frontend.submit(PROMPT, PARAMS, ("id",))
+    assert frontend.cancel("id") == 1
+    frontend.on_change("scheduler", DIED)
+    with pytest.raises(WorkerDied):
+        await anext(stream)
+
+
+async def test_nonsense_is_dropped(frontend: Frontend, peers: Peers, addresses: Addresses) -> None:
+    class Raw:
+        def encode(self, messages: list[bytes]) -> bytes:
+            return messages[0]
+
+        def decode(self, data: bytes) -> list[bytes]:
+            return [data]
+
+    nonsense: PushSocket[bytes] = PushSocket(addresses.frontend, Raw())
+    for frame in (b"", b"\xc1", b"\x91\x81\xa4type\xa5reply", b"\x80"):
+        nonsense.send([frame])
+    await asyncio.sleep(0.2)
+    nonsense.close()
+    (stream,) = frontend.submit(PROMPT, PARAMS)
+    peers.reply(stream.uid, "a", FinishReason.STOP)
+    assert [reply.text async for reply in stream] == ["a"]

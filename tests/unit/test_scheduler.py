@@ -274,3 +274,89 @@ def test_steps_are_counted() -> None:
     assert (after.num_running, after.num_waiting, after.num_free_pages) == (0, 0, CONFIG.num_pages)
     assert sum(after.step_requests.counts) == sum(after.step_tokens.counts)
     assert after.step_tokens.total == 6 * (10 + 7)  # the last token of each is never computed
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Slow(SimulatedEngine):
+    """Its steps take so many seconds of a clock that goes on while they are waited for."""
+
+    def __init__(self, config: SchedulerConfig, clock: Clock, seconds: float) -> None:
+        super().__init__(config)
+        self.clock, self.seconds = clock, seconds
+
+    def submit(self, plan: StepPlan) -> SimulatedHandle:
+        result, engine = super().submit(plan).result, self
+        begin = self.clock.now
+
+        class Handle(SimulatedHandle):
+            def __init__(self) -> None:
+                pass
+
+            def wait(self, timeout: float | None = None) -> bool:
+                engine.clock.now += timeout or 0.0
+                return engine.clock.now >= begin + engine.seconds
+
+            def result(self):  # type: ignore[no-untyped-def]
+                return result()
+
+        return Handle()
+
+
+class Looks(LocalTransport):
+    def __init__(self) -> None:
+        super().__init__()
+        self.late: list[bool] = []
+
+    def pump(self, *, late: bool = False) -> None:
+        self.late.append(late)
+
+
+def test_a_step_that_does_not_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, transport = Clock(), Looks()
+    monkeypatch.setattr("minisgl.scheduler.scheduler.time", clock)
+    config = replace(CONFIG, overlap=False, step_timeout=20.0)
+    engine = Slow(config, clock, seconds=1e9)
+    scheduler = Scheduler(config, engine, transport)
+    transport.put([user(1, [1, 2, 3])])
+    with pytest.raises(EngineError, match="has not ended after 20 s"):
+        scheduler.turn()
+    assert 1019 < clock.now < 1022
+    assert transport.late.index(True) == pytest.approx(100, abs=3)  # looks of a tenth of a second
+
+
+def test_a_step_may_take_what_steps_of_its_size_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five seconds for a token, by what is known at first, then by what was measured."""
+    clock, transport = Clock(), Looks()
+    monkeypatch.setattr("minisgl.scheduler.scheduler.time", clock)
+    config = replace(CONFIG, overlap=False, step_timeout=2.0, token_seconds=5.0)
+    engine = Slow(config, clock, seconds=16.0)
+    scheduler = Scheduler(config, engine, transport)
+    transport.put([user(1, [1, 2, 3])])
+    scheduler.turn()  # three tokens: 15 s, and 2 more
+    engine.seconds = 6.5
+    scheduler.turn()  # one token
+    engine.seconds = 40.0
+    with pytest.raises(EngineError):
+        scheduler.turn()
+
+
+def test_time_in_which_we_were_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, transport = Clock(), Looks()
+    monkeypatch.setattr("minisgl.scheduler.scheduler.time", clock)
+    config = replace(CONFIG, overlap=False, step_timeout=20.0)
+    engine = Slow(config, clock, seconds=3600.0)
+    scheduler = Scheduler(config, engine, transport)
+
+    def pump(*, late: bool = False) -> None:
+        clock.now += 1800.0
+
+    monkeypatch.setattr(transport, "pump", pump)
+    transport.put([user(1, [1, 2, 3])])
+    scheduler.turn()

@@ -16,7 +16,15 @@ from minisgl.errors import ConfigError, RequestError
 from minisgl.message.backend import AbortMsg, PingMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import AcceptedReply, ErrorReply, PongReply, UserReply
-from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, IdsPrompt, StreamStart, TextPrompt, TokenizeMsg
+from minisgl.message.tokenizer import (
+    ChatPrompt,
+    DetokenizeMsg,
+    ForgetMsg,
+    IdsPrompt,
+    StreamStart,
+    TextPrompt,
+    TokenizeMsg,
+)
 from minisgl.tokenizer.server import TokenizerServer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
 from tests.tokenizers_fixture import CHATML, make_byte_level
@@ -196,6 +204,16 @@ class Moody(HFTextCodec):
 def start_server(tmp_path: Path, codec: HFTextCodec, *, num_tokenizer: int, tokenizer: bool) -> TokenizerServer:
     addresses = Addresses(directory=str(tmp_path), num_tokenizer=num_tokenizer)
     return TokenizerServer(CONFIG, addresses, addresses.tokenizer(0) if tokenizer else addresses.detokenizer, codec)
+
+
+def test_streams_of_a_scheduler_that_has_died_are_forgotten(tmp_path: Path) -> None:
+    codec = HFTextCodec(str(make_byte_level(tmp_path / "model")))
+    server = start_server(tmp_path, codec, num_tokenizer=1, tokenizer=False)
+    start = StreamStart(num_prompt_tokens=1, stop=(), prompt_tail=b"")
+    token = DetokenizeMsg(uid=4, token_ids=pack_ids(codec.encode(["a"], special=False)[0][:1]))
+    _, replies = server.handle([msgspec.structs.replace(token, start=start), token, ForgetMsg(), token])
+    assert [reply.uid for reply in replies] == [4, 4], "tokens of a uid that nobody has introduced are dropped"
+    server.close()
 
 
 def test_one_bad_request_harms_nobody_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

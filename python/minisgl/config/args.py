@@ -194,6 +194,7 @@ class ServerArgs:
     model_name_check: bool = _option(_auto(boolean), True)
     restart_workers: int = _option(integer(0), 3)
     heartbeat_timeout: float = _option(_seconds(2), 60.0)
+    step_timeout: float = _option(_seconds(1), 60.0)
     shell: bool = _option(boolean, False, "--shell-mode")
 
 

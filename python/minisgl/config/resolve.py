@@ -88,6 +88,7 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         raise ConfigError(f"--max-seq-len {wanted_len}: the model's context is {model.max_position} tokens")
     decide = cuda_engine if choose_device(args, machine) == "cuda" else cpu_engine
     engine = decide(args, path, model, wanted_len, machine)
+    flops = 1e13 if engine.device == "cuda" else 2e9 * engine.num_threads  # per second, the least that any machine has
     scheduler = SchedulerConfig(
         max_running_requests=engine.max_running_requests,
         max_prefill_length=engine.max_prefill_length,
@@ -98,6 +99,8 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         schedule_policy=args.schedule_policy,
         eos_token_ids=model.eos_token_ids,
         overlap=not args.disable_overlap,
+        step_timeout=args.step_timeout,
+        token_seconds=2 * model.weight_bytes("int8", engine.tp_size) / flops,
     )
     tool_call_parser = chat.choose_tool_parser(args.tool_call_parser, files.chat_template)
     reasoning_parser = chat.choose_reasoning_parser(args.reasoning_parser, files.chat_template)

@@ -54,6 +54,8 @@ class SchedulerConfig:
     schedule_policy: str = "fcfs"  # "fcfs" | "lpm" | "priority"
     eos_token_ids: tuple[int, ...] = ()
     overlap: bool = True
+    step_timeout: float = 60.0  # seconds that a step may take beyond `token_seconds` for each of its tokens
+    token_seconds: float = 0.0  # before any step was measured
     check_integrity: bool = False  # walk all pages after every step; a mismatch is fatal
 
 

@@ -110,6 +110,10 @@ class DetokenizeMsg(msgspec.Struct, frozen=True, tag="detokenize", forbid_unknow
     prompt_logprobs: PackedLogprobs | None = None  # of all prompt ids but the first
 
 
+class ForgetMsg(msgspec.Struct, frozen=True, tag="forget", forbid_unknown_fields=True):
+    """To the detokenizer, from a scheduler that begins: nothing more comes for any uid that it knows."""
+
+
 # An error reply is of the scheduler's, to a request that it does not take; the detokenizer passes it on.
-TokenizerMsg = TokenizeMsg | DetokenizeMsg | EncodeMsg | DecodeMsg | AbortMsg | PingMsg | ErrorReply
+TokenizerMsg = TokenizeMsg | DetokenizeMsg | EncodeMsg | DecodeMsg | AbortMsg | PingMsg | ErrorReply | ForgetMsg
 tokenizer_codec: Codec[TokenizerMsg] = Codec(TokenizerMsg)

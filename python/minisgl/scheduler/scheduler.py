@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import zlib
 from collections import deque
 
@@ -25,6 +26,7 @@ from minisgl.utils.faults import fault
 logger = logging.getLogger(__name__)
 
 _PUMP_SECONDS = 0.1
+_LATE_SECONDS = 10.0  # beyond its estimate: a step that takes longer makes us unhealthy
 _CHECK_EVERY = 16  # spells of work
 _MAX_FAILURES = 3  # steps in a row; after that the device is taken for broken
 
@@ -60,6 +62,7 @@ class Scheduler:
         self._announced: set[int] = set()  # uids that the detokenizer knows; never iterated
         self._num_failures = 0
         self._stuck = False  # nothing could be planned, with no step in flight
+        self._step_timeout, self._token_seconds = config.step_timeout, config.token_seconds
         self._checked = True
         self._num_spells = 0  # of work, with idleness after each
         self._strict = config.check_integrity
@@ -128,8 +131,8 @@ class Scheduler:
         and the next turn goes on from there."""
         self._checked = False
         plan, handle = self._submitted[0]
-        while not handle.wait(_PUMP_SECONDS):
-            self._transport.pump()
+        if not handle.wait(_PUMP_SECONDS):
+            self._wait(plan, handle)
         try:
             result = handle.result()
             self._submitted.popleft()
@@ -143,6 +146,21 @@ class Scheduler:
             logger.exception("step %d failed; its requests end with an error", plan.step_id)
             outputs = self.planner.fail(plan.step_id, f"the engine failed: {error}")
         self._send(outputs)
+
+    def _wait(self, plan: StepPlan, handle: StepHandle) -> None:
+        """Wait for a step that takes its time, and show meanwhile that we are alive. Time in which we were stopped
+        ourselves does not count.
+
+        Raises: EngineError `step_timeout` seconds after what such a step may take by the slowest of late.
+        """
+        seconds, last = _PUMP_SECONDS, time.monotonic()
+        estimate = plan.num_tokens * self._token_seconds
+        while not handle.wait(_PUMP_SECONDS):
+            seconds, last = seconds + min(time.monotonic() - last, 1.0), time.monotonic()
+            if seconds > estimate + self._step_timeout:
+                raise EngineError(f"step {plan.step_id} has not ended after {seconds:.0f} s (--step-timeout)")
+            self._transport.pump(late=seconds > estimate + min(_LATE_SECONDS, self._step_timeout / 2))
+        self._token_seconds = max(seconds / max(1, plan.num_tokens), 0.9 * self._token_seconds)
 
     def _send(self, outputs: list[ReqOutput]) -> None:
         if self._grammars is not None:

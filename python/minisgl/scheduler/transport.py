@@ -12,8 +12,8 @@ from typing import Protocol
 from minisgl.config.runtime import Addresses
 from minisgl.errors import EngineError
 from minisgl.message.backend import PingMsg, RankBatch, StatsMsg, backend_codec, rank_codec
-from minisgl.message.frontend import FrontendMsg, StatsReply, frontend_codec
-from minisgl.message.tokenizer import TokenizerMsg, tokenizer_codec
+from minisgl.message.frontend import ErrorReply, FrontendMsg, StatsReply, frontend_codec
+from minisgl.message.tokenizer import ForgetMsg, TokenizerMsg, tokenizer_codec
 from minisgl.scheduler.grammar import Grammars, PlannerMsg, Reply
 from minisgl.utils.sockets import PullSocket, PushSocket
 
@@ -26,8 +26,9 @@ class Transport(Protocol):
     def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:
         """The messages for this turn. With `block`, wait for at least one. `digest` is that of the last plan."""
 
-    def pump(self) -> None:
-        """Called now and then while a step runs: answer health checks, show that this process is alive."""
+    def pump(self, *, late: bool = False) -> None:
+        """Called now and then while a step runs: answer health checks, show that this process is alive. late: the step
+        should have ended long ago."""
 
     def send(self, messages: Sequence[Reply]) -> None: ...
 
@@ -69,6 +70,7 @@ class LeaderTransport:
     ) -> None:
         self._pull = PullSocket(addresses.backend, backend_codec)
         self._push: PushSocket[TokenizerMsg] = PushSocket(addresses.detokenizer, tokenizer_codec)
+        self._push.send([ForgetMsg()])  # of the scheduler before, where this one was started again
         self._frontend: PushSocket[FrontendMsg] = PushSocket(addresses.frontend, frontend_codec)
         self._stats = stats
         self._fanout = RankFanout(addresses, tp_size)
@@ -87,8 +89,8 @@ class LeaderTransport:
         self._fanout.send(messages, digest)
         return messages
 
-    def pump(self) -> None:
-        self._take(0.0)
+    def pump(self, *, late: bool = False) -> None:
+        self._take(0.0, late)
 
     def send(self, messages: Sequence[Reply]) -> None:
         self._push.send(messages)
@@ -103,10 +105,12 @@ class LeaderTransport:
             self.send(replies)
         return messages
 
-    def _take(self, timeout: float) -> None:
+    def _take(self, timeout: float, late: bool = False) -> None:
         self._heartbeat()
         for message in self._pull.receive(timeout):
-            if isinstance(message, PingMsg):
+            if isinstance(message, PingMsg) and late:
+                self.answer(ErrorReply(message.uid, "a step takes too long", status=503))
+            elif isinstance(message, PingMsg):
                 self._push.send([message])
             elif isinstance(message, StatsMsg):
                 if self._stats is not None:
@@ -138,7 +142,7 @@ class FollowerTransport:
         self._number += 1
         return batch.messages
 
-    def pump(self) -> None:
+    def pump(self, *, late: bool = False) -> None:  # noqa: ARG002
         self._heartbeat()
 
     def send(self, messages: Sequence[Reply]) -> None:
@@ -178,7 +182,7 @@ class LocalTransport:
             self._fanout.send(messages, digest)
         return messages
 
-    def pump(self) -> None:
+    def pump(self, *, late: bool = False) -> None:  # noqa: ARG002
         if self._pump is not None:
             self._pump()
 

@@ -43,11 +43,6 @@ class _Request:
     num_sent: int = 0
     is_accepted: bool = False  # the tokenizer has no objection
 
-    def is_lost_with(self, group: str) -> bool:
-        """Whether it is in the hands of these workers: of a tokenizer, until that has passed it on."""
-        is_with_tokenizer = self.route == group and self.message is not None and not self.is_accepted
-        return self.route != "" and (is_with_tokenizer or not group.startswith("tokenizer-"))
-
 
 class Stream(AsyncIterator[UserReply]):
     """The replies to one request, up to the one with a finish reason. `aclose` before that aborts the request.
@@ -304,7 +299,9 @@ class Frontend:
         else:
             self._lost[group] = error
             self._fail_asked(error)
-            hit = [request for request in requests if request.is_lost_with(group)]
+            hit = [request for request in requests if request.route]
+            if group.startswith("tokenizer-"):  # it has nothing to do with those that it has passed on
+                hit = [r for r in hit if r.route == group and r.message is not None and not r.is_accepted]
         is_blocked = not self._lost.keys().isdisjoint(("scheduler", DETOKENIZER))
         self._routes = [] if is_blocked else [name for name in self._tokenizers if name not in self._lost]
         for request in hit:

@@ -117,8 +117,7 @@ class Supervisor:
         """
         for worker in self._workers:
             worker.last_beat = time.monotonic()
-        args = (on_death, on_change)
-        self._watcher = threading.Thread(target=self._watch, args=args, name="supervisor", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, args=(on_death, on_change), daemon=True)
         self._watcher.start()
 
     def stop(self) -> None:
@@ -136,7 +135,6 @@ class Supervisor:
         deadline = time.monotonic() + STOP_SECONDS
         for worker in alive:
             worker.process.join(max(0.0, deadline - time.monotonic()))
-        for worker in alive:
             if worker.process.is_alive():
                 logger.warning("%s did not stop in %g s: killed", worker.spec.name, STOP_SECONDS)
                 worker.process.kill()
@@ -146,8 +144,7 @@ class Supervisor:
         self._workers = []
 
     def _watch(self, on_death: Callable[[WorkerDied], None], on_change: OnChange) -> None:
-        last_look = time.monotonic()
-        error: MiniSGLError | None = None
+        last_look, error = time.monotonic(), None
         while error is None and not self._stopping.is_set():
             self._receive(0.5)
             now = time.monotonic()
@@ -166,7 +163,7 @@ class Supervisor:
     def _look_after(self, group: str, on_change: OnChange) -> MiniSGLError | None:
         """Start workers again if need be. An error: what has happened to them is the end."""
         workers, now = [worker for worker in self._workers if worker.spec.group == group], time.monotonic()
-        error = next(filter(None, map(self._trouble, workers)), None)
+        error = next(filter(None, (self._death(worker) or self._silence(worker, now) for worker in workers)), None)
         if error is None:
             if group in self._lost and all(worker.ready for worker in workers):
                 logger.info("%s: serves again after %.1f s", group, now - self._lost.pop(group))
@@ -190,12 +187,10 @@ class Supervisor:
                     self._workers[index] = self._spawn(worker.spec, from_lasting=True)
         return None
 
-    def _trouble(self, worker: _Worker) -> MiniSGLError | None:
-        """Why a child has to be started again; None while it is well."""
+    def _silence(self, worker: _Worker, now: float) -> WorkerDied | None:
         limit = self._heartbeat_timeout if worker.ready else self._start_timeout
-        if worker.process.is_alive() and time.monotonic() - worker.last_beat > limit:
-            return WorkerDied(f"{worker.spec.name} has been silent for {limit:g} s")
-        return self._death(worker)
+        is_silent = now - worker.last_beat > limit
+        return WorkerDied(f"{worker.spec.name} has been silent for {limit:g} s") if is_silent else None
 
     def _receive(self, timeout: float) -> None:
         """Take in what children report, waiting up to `timeout` seconds for a report or a death."""

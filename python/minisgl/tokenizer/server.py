@@ -20,7 +20,15 @@ from minisgl.message.frontend import (
     PongReply,
     frontend_codec,
 )
-from minisgl.message.tokenizer import DecodeMsg, DetokenizeMsg, EncodeMsg, TokenizeMsg, TokenizerMsg, tokenizer_codec
+from minisgl.message.tokenizer import (
+    DecodeMsg,
+    DetokenizeMsg,
+    EncodeMsg,
+    ForgetMsg,
+    TokenizeMsg,
+    TokenizerMsg,
+    tokenizer_codec,
+)
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import TextCodec, Tokenizer
 from minisgl.utils.faults import fault
@@ -86,6 +94,9 @@ class TokenizerServer:
                 self._detokenize(message, to_backend, to_frontend)
             elif isinstance(message, AbortMsg):
                 to_backend.append(message)
+            elif isinstance(message, ForgetMsg):
+                self._detokenizer = Detokenizer(self._tokenizer.codec)
+                self._pings.clear()
             elif isinstance(message, ErrorReply):
                 to_frontend.append(message)
             elif isinstance(message, PingMsg):
