@@ -21,7 +21,7 @@ class MiniSGLError(Exception):
     status = 500
     param: str | None = None
     code: str | None = None
-    retry_after: int | None = None  # seconds
+    retry_after = 5  # seconds, where the status is 429 or 503
 
 
 class ConfigError(MiniSGLError):
@@ -56,4 +56,3 @@ class WorkerDied(MiniSGLError):
     """A child process ended, or stopped answering, while the server needed it."""
 
     status = 503
-    retry_after = 5

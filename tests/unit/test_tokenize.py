@@ -13,13 +13,12 @@ from transformers import PreTrainedTokenizerFast
 from minisgl.config.runtime import Addresses, TokenizerConfig
 from minisgl.core import Grammar, SamplingParams
 from minisgl.errors import ConfigError, RequestError
-from minisgl.message.backend import AbortMsg, PingMsg, UserMsg
+from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import AcceptedReply, ErrorReply, PongReply, UserReply
 from minisgl.message.tokenizer import (
     ChatPrompt,
     DetokenizeMsg,
-    ForgetMsg,
     IdsPrompt,
     StreamStart,
     TextPrompt,
@@ -211,7 +210,7 @@ def test_streams_of_a_scheduler_that_has_died_are_forgotten(tmp_path: Path) -> N
     server = start_server(tmp_path, codec, num_tokenizer=1, tokenizer=False)
     start = StreamStart(num_prompt_tokens=1, stop=(), prompt_tail=b"")
     token = DetokenizeMsg(uid=4, token_ids=pack_ids(codec.encode(["a"], special=False)[0][:1]))
-    _, replies = server.handle([msgspec.structs.replace(token, start=start), token, ForgetMsg(), token])
+    _, replies = server.handle([msgspec.structs.replace(token, start=start), token, FlushMsg(0), token])
     assert [reply.uid for reply in replies] == [4, 4], "tokens of a uid that nobody has introduced are dropped"
     server.close()
 

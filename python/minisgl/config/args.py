@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +27,6 @@ from minisgl.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 Parser = Callable[[Any], Any]
-
-_LONGEST = 1e6  # seconds
 
 
 def _matching(pattern: str, expected: str) -> Parser:
@@ -73,29 +72,21 @@ def argument(parse: Parser) -> Parser:
     return checked
 
 
-def _seconds(low: float) -> Parser:
-    """A parser of times, of at least `low`."""
-
+def _number(low: float, high: float, expected: str) -> Parser:
     def parse(value: Any) -> float:
         try:
             number = float(value)
         except (TypeError, ValueError):
-            number = -1.0
-        if not low <= number <= _LONGEST:
-            raise ValueError(f"a number of seconds from {low:g} to {_LONGEST:g}")
+            number = math.nan
+        if not low <= number <= high:
+            raise ValueError(expected)
         return number
 
     return parse
 
 
-def _fraction(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = 0.0
-    if not 0.0 < number <= 1.0:
-        raise ValueError("a number above 0 and at most 1")
-    return number
+def _seconds(low: float, high: float = 1e6) -> Parser:
+    return _number(low, high, f"a number of seconds from {low:g} to {high:g}")
 
 
 def _choice(*choices: str) -> Parser:
@@ -176,7 +167,7 @@ class ServerArgs:
     max_running_requests: int = _option(integer(1, 65536), 256)
     max_prefill_length: int | None = _option(_auto(integer(1)), None, "--max-extend-length")
     max_seq_len: int | None = _option(_auto(integer(2)), None, "--max-seq-len-override")
-    memory_ratio: float = _option(_fraction, 0.9)
+    memory_ratio: float = _option(_number(1e-9, 1.0, "a number above 0 and at most 1"), 0.9)
     num_pages: int | None = _option(_auto(integer(1)), None)
     page_size: int | None = _option(_auto(integer(1, 4096)), None)
     cache_type: str = _option(_choice("radix", "naive"), "radix", "--cache")

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from minisgl.core import FinishReason, SamplingParams
-from minisgl.message.backend import AbortMsg, PingMsg
+from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg
 from minisgl.message.codec import Codec
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.logprobs import PackedLogprobs
@@ -110,10 +110,7 @@ class DetokenizeMsg(msgspec.Struct, frozen=True, tag="detokenize", forbid_unknow
     prompt_logprobs: PackedLogprobs | None = None  # of all prompt ids but the first
 
 
-class ForgetMsg(msgspec.Struct, frozen=True, tag="forget", forbid_unknown_fields=True):
-    """To the detokenizer, from a scheduler that begins: nothing more comes for any uid that it knows."""
-
-
-# An error reply is of the scheduler's, to a request that it does not take; the detokenizer passes it on.
-TokenizerMsg = TokenizeMsg | DetokenizeMsg | EncodeMsg | DecodeMsg | AbortMsg | PingMsg | ErrorReply | ForgetMsg
+# An error reply is of the scheduler's, to a request that it does not take; the detokenizer passes it on. A flush is
+# of a scheduler that begins: nothing more comes for any uid that the detokenizer knows.
+TokenizerMsg = TokenizeMsg | DetokenizeMsg | EncodeMsg | DecodeMsg | AbortMsg | PingMsg | ErrorReply | FlushMsg
 tokenizer_codec: Codec[TokenizerMsg] = Codec(TokenizerMsg)

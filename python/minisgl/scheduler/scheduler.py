@@ -148,11 +148,8 @@ class Scheduler:
         self._send(outputs)
 
     def _wait(self, plan: StepPlan, handle: StepHandle) -> None:
-        """Wait for a step that takes its time, and show meanwhile that we are alive. Time in which we were stopped
-        ourselves does not count.
-
-        Raises: EngineError `step_timeout` seconds after what such a step may take by the slowest of late.
-        """
+        """Wait for a step that takes its time, and show that we are alive. Raises: EngineError `step_timeout` seconds
+        after what it may take, by the slowest of late. Time in which we were stopped ourselves does not count."""
         seconds, last = _PUMP_SECONDS, time.monotonic()
         estimate = plan.num_tokens * self._token_seconds
         while not handle.wait(_PUMP_SECONDS):

@@ -11,9 +11,9 @@ from typing import Protocol
 
 from minisgl.config.runtime import Addresses
 from minisgl.errors import EngineError
-from minisgl.message.backend import PingMsg, RankBatch, StatsMsg, backend_codec, rank_codec
+from minisgl.message.backend import FlushMsg, PingMsg, RankBatch, StatsMsg, backend_codec, rank_codec
 from minisgl.message.frontend import ErrorReply, FrontendMsg, StatsReply, frontend_codec
-from minisgl.message.tokenizer import ForgetMsg, TokenizerMsg, tokenizer_codec
+from minisgl.message.tokenizer import TokenizerMsg, tokenizer_codec
 from minisgl.scheduler.grammar import Grammars, PlannerMsg, Reply
 from minisgl.utils.sockets import PullSocket, PushSocket
 
@@ -70,7 +70,7 @@ class LeaderTransport:
     ) -> None:
         self._pull = PullSocket(addresses.backend, backend_codec)
         self._push: PushSocket[TokenizerMsg] = PushSocket(addresses.detokenizer, tokenizer_codec)
-        self._push.send([ForgetMsg()])  # of the scheduler before, where this one was started again
+        self._push.send([FlushMsg(0)])  # of the scheduler before, where this one was started again
         self._frontend: PushSocket[FrontendMsg] = PushSocket(addresses.frontend, frontend_codec)
         self._stats = stats
         self._fanout = RankFanout(addresses, tp_size)

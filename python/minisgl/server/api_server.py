@@ -153,7 +153,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         status, payload = 500, render.error_body(f"internal error: {type(error).__name__}", 500)
         if isinstance(error, MiniSGLError):
             status, payload = error.status, render.error_payload(error)
-            if error.retry_after is not None:
+            if status in (429, 503):
                 headers = {"retry-after": str(error.retry_after)}
             request.state.refused = payload["error"]["param"], payload["error"]["code"]
         elif isinstance(error, HTTPException):

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from minisgl.config.runtime import Addresses, TokenizerConfig
 from minisgl.errors import RequestError
-from minisgl.message.backend import AbortMsg, BackendMsg, PingMsg, backend_codec
+from minisgl.message.backend import AbortMsg, BackendMsg, FlushMsg, PingMsg, backend_codec
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import (
     AcceptedReply,
@@ -20,15 +20,7 @@ from minisgl.message.frontend import (
     PongReply,
     frontend_codec,
 )
-from minisgl.message.tokenizer import (
-    DecodeMsg,
-    DetokenizeMsg,
-    EncodeMsg,
-    ForgetMsg,
-    TokenizeMsg,
-    TokenizerMsg,
-    tokenizer_codec,
-)
+from minisgl.message.tokenizer import DecodeMsg, DetokenizeMsg, EncodeMsg, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import TextCodec, Tokenizer
 from minisgl.utils.faults import fault
@@ -94,7 +86,7 @@ class TokenizerServer:
                 self._detokenize(message, to_backend, to_frontend)
             elif isinstance(message, AbortMsg):
                 to_backend.append(message)
-            elif isinstance(message, ForgetMsg):
+            elif isinstance(message, FlushMsg):
                 self._detokenizer = Detokenizer(self._tokenizer.codec)
                 self._pings.clear()
             elif isinstance(message, ErrorReply):
