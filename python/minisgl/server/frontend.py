@@ -283,6 +283,7 @@ class Frontend:
         for stream in streams.values():
             stream.fail(error)
         self._fail_asked(error)
+        self._stale.clear()
 
     def _fail_asked(self, error: MiniSGLError) -> None:
         for answer in self._asked.values():

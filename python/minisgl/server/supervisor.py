@@ -158,6 +158,8 @@ class Supervisor:
                 error = WorkerDied(f"no worker can be started: {problem}")
         if error is not None and not self._stopping.is_set():
             on_death(WorkerDied(str(error)))
+            for worker in self._workers:
+                worker.process.kill()  # or `stop` would wait for those that are stopped themselves
         self._stopping.wait()  # the kernel ends with this thread those whom it has started
 
     def _look_after(self, group: str, on_change: OnChange) -> MiniSGLError | None:
