@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
@@ -12,6 +13,7 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ from minisgl.core import Grammar
 from minisgl.errors import RequestError
 from minisgl.grammar.store import GrammarStore
 from minisgl.grammar.vocabulary import VocabularyConfig
-from minisgl.server.protocol_grammar import MAX_CHOICES
+from minisgl.server.protocol_grammar import MAX_CHOICES, MAX_TEXT
 from tests.schemas import schemas
 from tests.tokenizers_fixture import make_byte_level
 
@@ -267,20 +269,18 @@ def test_compiled_once(store: GrammarStore) -> None:
     grammar = Grammar("regex", "[0-9]{1,7}")
     first, second = store.request(grammar), store.request(Grammar("regex", "[0-9]{1,7}", param="other"))
     assert first.result() is second.result() is store.request(grammar).result()
-    assert store.find(grammar) is first.result()
-    assert store.find(Grammar("regex", "never asked for")) is None
 
 
 def test_the_oldest_go_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """But not while a request holds them."""
-    monkeypatch.setattr("minisgl.grammar.store.MAX_STORED_BYTES", 0)
+    monkeypatch.setattr("minisgl.grammar.store._MAX_STORED", 1)
     store = GrammarStore(VocabularyConfig(str(MODEL), 4096, (EOS,)))
     grammars = [Grammar("regex", f"a{{{count}}}") for count in (1, 2, 3)]
     held = store.request(grammars[0]).result()
     for grammar in grammars[1:]:
         store.request(grammar).result()
-    assert store.find(grammars[0]) is held is store.request(grammars[0]).result()
-    assert store.find(grammars[1]) is None
+    assert store.request(grammars[0]).result() is held
+    assert not store.request(grammars[1]).done(), "it is compiled again"
     store.close()
 
 
@@ -309,3 +309,121 @@ def test_json_has_no_room_for_blanks(store: GrammarStore, text: str) -> None:
         assert not accepts(compact.deep_copy(), more)
         assert accepts(free.deep_copy(), more)
     assert not accepts(free, "{" + " " * 33 + text[1:])
+
+
+def _large(number: int, store: GrammarStore) -> None:
+    choices = [f"{number} {index} and then some more" for index in range(MAX_CHOICES)]
+    store.request(Grammar("choice", json.dumps(choices))).result()
+
+
+def test_what_is_held_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of the process stays where it is, however many large grammars come."""
+    monkeypatch.setattr("minisgl.grammar.store.MAX_STORED_BYTES", 40 << 20)
+    store = GrammarStore(VocabularyConfig(str(MODEL), 4096, (EOS,)))
+    try:
+        for number in range(12):
+            _large(number, store)
+        process = psutil.Process()
+        before = process.memory_info().rss
+        for number in range(12, 42):  # of 8 MB each
+            _large(number, store)
+        assert process.memory_info().rss - before < 40 << 20
+    finally:
+        store.close()
+
+
+def test_the_number_of_grammars_is_bounded_too(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minisgl.grammar.store._MAX_STORED", 2)
+    grammars = [Grammar("regex", f"b{{{count}}}") for count in (1, 2, 3)]
+    for grammar in grammars:
+        store.request(grammar).result()
+    assert store.request(grammars[2]).done() and store.request(grammars[1]).done()
+    assert not store.request(grammars[0]).done()
+
+
+def test_grammars_in_use_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of requests are not given up, so new ones are refused until some of them end."""
+    monkeypatch.setattr("minisgl.grammar.store.MAX_STORED_BYTES", 0)
+    store = GrammarStore(VocabularyConfig(str(MODEL), 4096, (EOS,)))
+    try:
+        held = [store.request(Grammar("regex", "c{1}")).result()]
+        with pytest.raises(RequestError) as caught:
+            store.request(Grammar("regex", "c{2}", param="here")).result()
+        assert (caught.value.status, caught.value.param, caught.value.retry_after) == (503, "here", 5)
+        held.clear()
+        assert store.request(Grammar("regex", "c{3}")).exception() is None
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_compiler_that_is_stopped_is_no_fault_of_the_grammar(monkeypatch: pytest.MonkeyPatch, kill: bool) -> None:
+    monkeypatch.setattr("minisgl.grammar.trial._TRIAL_SECONDS", 1.0)
+    store = GrammarStore(VocabularyConfig(str(MODEL), 4096, (EOS,)))
+    try:
+        before = psutil.Process().children()
+        store.request(Grammar("regex", "d{1}")).result()
+        (process,) = (child for child in psutil.Process().children() if child not in before)
+        process.send_signal(signal.SIGSTOP)
+        future = store.request(Grammar("regex", "d{2}"))
+        if kill:
+            time.sleep(0.2)
+            process.send_signal(signal.SIGKILL)
+        error = future.exception(10)
+        assert isinstance(error, RequestError) and (error.status, error.retry_after) == (503, 5)
+        monkeypatch.setattr("minisgl.grammar.trial._TRIAL_SECONDS", 20.0)
+        assert accepts(store.request(Grammar("regex", "d{2}")).result().start(), "dd"), "it was forgotten"
+    finally:
+        store.close()
+
+
+def test_clients_take_turns(store: GrammarStore) -> None:
+    """One that asks for forty large grammars keeps another one waiting for one of them at most."""
+    order: list[str] = []
+    many = []
+    for number in range(40):
+        choices = [f"{number} {index}: any text" for index in range(1000)]
+        many.append(store.request(Grammar("choice", json.dumps(choices)), "greedy"))
+        many[-1].add_done_callback(lambda _: order.append("greedy"))
+    for client in ("first", "second"):
+        store.request(Grammar("regex", f"{client}[0-9]{{4}}"), client).add_done_callback(
+            lambda _: order.append("small")
+        )
+    wait(many)
+    assert order.index("small") < 5 and order[::-1].index("small") > 30
+
+
+def test_one_client_has_so_many_in_the_queue(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minisgl.grammar.store._MAX_WAITING", 3)
+    futures = [store.request(Grammar("regex", f"(ef){{{count}}}", param="here"), "greedy") for count in range(1, 30)]
+    other = store.request(Grammar("regex", "(ef)+"), "other")
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    assert len(errors) >= 15
+    assert {(error.status, error.param, error.retry_after) for error in errors} == {(429, "here", 5)}  # type: ignore[attr-defined]
+    assert other.exception() is None
+
+
+def test_the_compiler_imports_nothing_from_where_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("psutil", "json", "llguidance", "minisgl"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m minisgl` has it
+    store = GrammarStore(VocabularyConfig(str(MODEL), 4096, (EOS,)))
+    try:
+        assert accepts(compile_in(store, "regex", "[ab]"), "a")
+    finally:
+        store.close()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("count", [1, MAX_CHOICES])
+def test_stated_maxima(store: GrammarStore, count: int) -> None:
+    """What is as large as may be is served, or is a 400."""
+    room = MAX_TEXT // count - len('"", ')
+    longest = json.dumps([f"{index:0{room}}" for index in range(count)])
+    assert len(longest) <= MAX_TEXT
+    nested = '{"items":' * 20_000 + "{}" + "}" * 20_000
+    regex = "(" + "a?" * (MAX_TEXT // 2 - 1) + ")"
+    for kind, text in (("choice", longest), ("json", nested), ("regex", regex), ("regex", "x" * MAX_TEXT)):
+        error = store.request(Grammar(kind, text, param="here")).exception()
+        assert error is None or (isinstance(error, RequestError) and error.status == 400), (kind, error)

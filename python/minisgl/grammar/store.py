@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,14 +22,15 @@ from minisgl.grammar.vocabulary import Vocabulary, VocabularyConfig, load_vocabu
 
 logger = logging.getLogger(__name__)
 
-_NUM_WORKERS = 2  # one that has to do with a grammar that never ends does not stop the others
-MAX_STORED_BYTES = 512 << 20  # compiled grammars that no request uses
-_MAX_REFUSED = 256
+_NUM_WORKERS = 3  # a client gets one of them at a time
+MAX_STORED_BYTES = 256 << 20  # of compiled grammars; twice that, with those that the requests in the server have
+_MAX_STORED, _MAX_REFUSED = 1024, 256
+_MAX_WAITING = 64  # of one client, to be compiled
 
 
 @dataclass(eq=False)
 class CompiledGrammar:
-    """As long as someone holds it, `GrammarStore.find` knows it."""
+    """As long as someone holds it, it is not compiled again."""
 
     matcher: LLMatcher
     num_bytes: int
@@ -54,37 +56,45 @@ class GrammarStore:
     def __init__(self, config: VocabularyConfig) -> None:
         self.vocab_size = config.vocab_size
         self._lock = threading.Lock()
-        self._recent: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
+        self._recent: OrderedDict[bytes, CompiledGrammar] = OrderedDict()
         self._num_bytes = 0
-        self._live: weakref.WeakValueDictionary[Grammar, CompiledGrammar] = weakref.WeakValueDictionary()
-        self._refused: OrderedDict[Grammar, tuple[str, str | None]] = OrderedDict()  # what to say after which field
-        self._compiling: dict[Grammar, Future[CompiledGrammar]] = {}
+        self._live: weakref.WeakValueDictionary[bytes, CompiledGrammar] = weakref.WeakValueDictionary()
+        self._refused: OrderedDict[bytes, tuple[str, str | None]] = OrderedDict()  # what to say after which field
+        self._compiling: dict[bytes, Future[CompiledGrammar]] = {}
+        self._queues: OrderedDict[str, deque[tuple[bytes, Grammar]]] = OrderedDict()  # by client, the next one first
+        self._busy: set[str] = set()  # clients that a thread works for
         self._trials = [Trial(config) for _ in range(_NUM_WORKERS)]
         self._idle = [*self._trials]
         self._pool = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="minisgl-grammar")
         self._vocabulary: Future[Vocabulary] = self._pool.submit(load_vocabulary, config)
 
-    def request(self, grammar: Grammar) -> Future[CompiledGrammar]:
-        """The compiled grammar, now or later. Its exception is a RequestError that says what is wrong with it."""
+    def request(self, grammar: Grammar, client: str = "") -> Future[CompiledGrammar]:
+        """The compiled grammar, now or later. Its exception is a RequestError that says what is wrong with it, or that
+        it cannot be compiled now. Clients take turns; those without a name are not limited."""
+        key = _digest(grammar)
         with self._lock:
-            if grammar in self._compiling:
-                return self._compiling[grammar]
+            if key in self._compiling:
+                return self._compiling[key]
             future: Future[CompiledGrammar] = Future()
-            compiled = self._live.get(grammar)
+            compiled = self._live.get(key)
             if compiled is not None:
-                self._remember(grammar, compiled)
+                self._remember(key, compiled)
                 future.set_result(compiled)
-            elif grammar in self._refused:
-                why, where = self._refused[grammar]
+            elif key in self._refused:
+                why, where = self._refused[key]
                 where = where or grammar.param
                 future.set_exception(RequestError(f"{where}{why}", param=where))
+            elif client and len(self._queues.get(client, ())) >= _MAX_WAITING:
+                text = f"{_MAX_WAITING} other grammars of this client wait to be compiled; try again"
+                future.set_exception(RequestError(text, param=grammar.param, status=429))
+            elif sum(other.num_bytes for other in self._live.values()) > 2 * MAX_STORED_BYTES:
+                text = "grammars of other requests take all the memory that there is for them; try again"
+                future.set_exception(RequestError(text, param=grammar.param, status=503))
             else:
-                future = self._compiling[grammar] = self._pool.submit(self._compile, grammar)
+                self._compiling[key] = future
+                self._queues.setdefault(client, deque()).append((key, grammar))
+                self._pool.submit(self._work)
             return future
-
-    def find(self, grammar: Grammar) -> CompiledGrammar | None:
-        """A grammar that is compiled and still held."""
-        return self._live.get(grammar)
 
     def close(self) -> None:
         """Idempotent."""
@@ -92,43 +102,74 @@ class GrammarStore:
         for trial in self._trials:
             trial.close()
 
-    def _compile(self, grammar: Grammar) -> CompiledGrammar:
-        compiled, trial = None, self._idle.pop()
+    def _work(self) -> None:
+        """Compile what is next, and what had to wait for that."""
+        yield_to_others()
+        while (job := self._next()) is not None:
+            client, key, grammar = job
+            made = self._compile(grammar)
+            with self._lock:
+                self._busy.discard(client)
+                future = self._compiling.pop(key)
+                if isinstance(made, CompiledGrammar):
+                    self._live[key] = made
+                    self._remember(key, made)
+                elif made.status == 400:  # others may be different the next time
+                    self._refuse(key, grammar.param, made)
+            if isinstance(made, CompiledGrammar):
+                future.set_result(made)
+            else:
+                logger.debug("a grammar is refused: %s", made)
+                future.set_exception(made)
+
+    def _next(self) -> tuple[str, bytes, Grammar] | None:
+        """Of the client whose turn it is, and for whom no other thread works."""
+        with self._lock:
+            client = next((client for client in self._queues if client not in self._busy), None)
+            if client is None:
+                return None
+            key, grammar = self._queues[client].popleft()
+            self._queues.move_to_end(client)
+            if not self._queues[client]:
+                del self._queues[client]
+            if client:
+                self._busy.add(client)
+            return client, key, grammar
+
+    def _compile(self, grammar: Grammar) -> CompiledGrammar | RequestError:
+        trial = self._idle.pop()
         try:
             vocabulary = self._vocabulary.result()  # what is wrong with it is better told by this process
             source, num_bytes = trial.compile(grammar)
-            compiled = CompiledGrammar(vocabulary.matcher(source, grammar.param), num_bytes)
-            return compiled
+            return CompiledGrammar(vocabulary.matcher(source, grammar.param), num_bytes)
         except RequestError as error:
-            logger.debug("a grammar is refused: %s", error)
-            if error.status == 400:
-                self._refuse(grammar, error)
-            raise
+            return error
         except BaseException as error:  # a panic of llguidance is no Exception
             logger.warning("a grammar cannot be compiled: %s", error)
-            raise RequestError(f"structured output is not available: {error}", param=grammar.param) from error
+            status = 503 if isinstance(error, MemoryError) else 400
+            return RequestError(f"structured output is not available: {error}", param=grammar.param, status=status)
         finally:
             self._idle.append(trial)
-            with self._lock:
-                self._compiling.pop(grammar, None)
-                if compiled is not None:
-                    self._live[grammar] = compiled
-                    self._remember(grammar, compiled)
 
-    def _remember(self, grammar: Grammar, compiled: CompiledGrammar) -> None:
-        if self._recent.pop(grammar, None) is None:
+    def _remember(self, key: bytes, compiled: CompiledGrammar) -> None:
+        if self._recent.pop(key, None) is None:
             self._num_bytes += compiled.num_bytes
-        self._recent[grammar] = compiled
-        while self._num_bytes > MAX_STORED_BYTES and len(self._recent) > 1:
+        self._recent[key] = compiled
+        while self._num_bytes > MAX_STORED_BYTES or len(self._recent) > _MAX_STORED:
             self._num_bytes -= self._recent.popitem(last=False)[1].num_bytes
 
-    def _refuse(self, grammar: Grammar, error: RequestError) -> None:
-        where = error.param or grammar.param
-        why = str(error).removeprefix(where)
-        with self._lock:  # without the field where it is the grammar's: requests name that differently
-            self._refused[grammar] = why, None if where == grammar.param else where
-            if len(self._refused) > _MAX_REFUSED:
-                self._refused.popitem(last=False)
+    def _refuse(self, key: bytes, param: str, error: RequestError) -> None:
+        where = error.param or param
+        # Without the field where it is the grammar's: requests name that differently.
+        self._refused[key] = str(error).removeprefix(where), None if where == param else where
+        if len(self._refused) > _MAX_REFUSED:
+            self._refused.popitem(last=False)
+
+
+def _digest(grammar: Grammar) -> bytes:
+    """What it is known by; of its text no copy is kept."""
+    parts = (grammar.kind, grammar.whitespace, grammar.reasoning, grammar.text)
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()
 
 
 def open_store(engine: EngineConfig, scheduler: SchedulerConfig) -> GrammarStore:

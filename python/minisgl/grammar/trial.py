@@ -7,10 +7,10 @@ kernel ends it: after some seconds of one core, or when memory or stack run out.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
-import select
 import signal
 import subprocess
 import sys
@@ -27,8 +27,12 @@ from minisgl.grammar.vocabulary import Vocabulary, VocabularyConfig, load_vocabu
 _START_SECONDS = 60.0
 # What a grammar may cost. One that costs more is refused, and must not be felt by anyone else.
 _COMPILE_SECONDS = 3  # of one core
-_TRIAL_SECONDS = 10.0  # by the clock, when cores are busy
+_TRIAL_SECONDS = 20.0  # by the clock, when cores are busy
 _TRIAL_BYTES = 1 << 30  # of memory, beyond what the trial process has when it starts
+_FAULTS = {  # how a grammar ends the process; whatever else does is not its fault
+    -signal.SIGPROF: f"takes more than {_COMPILE_SECONDS} s",
+    **dict.fromkeys((-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS), "is too large or too deeply nested"),
+}
 _TRIAL_STACK = 2 << 20  # bytes, a quarter of what threads have: what passes the trial passes everywhere
 
 
@@ -47,19 +51,13 @@ class Trial:
         process = self._process
         if process is None or process.poll() is not None:
             process = self._process = self._start()
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps(asdict(grammar)).encode() + b"\n")
-            process.stdin.flush()
-        except OSError:
-            self.close()
-            raise RequestError("the grammar compiler ended; try again", status=500) from None
-        answer = _read_line(process, _TRIAL_SECONDS)
+        answer = _ask(process, json.dumps(asdict(grammar)).encode() + b"\n", _TRIAL_SECONDS)
         if not answer:
-            ended_by_limit = answer is None or process.wait() == -signal.SIGPROF
+            status = process.wait()
             self.close()
-            why = f"takes more than {_COMPILE_SECONDS} s" if ended_by_limit else "is too large or too deeply nested"
-            raise RequestError(f"{grammar.param}: the grammar {why} to compile", param=grammar.param)
+            if status not in _FAULTS:
+                raise RequestError("the grammar compiler did not answer; try again", param=grammar.param, status=503)
+            raise RequestError(f"{grammar.param}: the grammar {_FAULTS[status]} to compile", param=grammar.param)
         result = json.loads(answer)
         if "error" in result:
             raise RequestError(result["error"], param=result["param"])
@@ -73,40 +71,73 @@ class Trial:
 
     def _start(self) -> subprocess.Popen[bytes]:
         folder = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-        paths = filter(None, (folder, os.environ.get("PYTHONPATH")))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "minisgl.grammar.trial", json.dumps(asdict(self._config))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # what native code says when it is killed
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"},
-            start_new_session=True,  # Ctrl-C is for the parent
-        )
-        if not _read_line(process, _START_SECONDS):
-            process.kill()
+        paths = [folder, *filter(os.path.isabs, sys.path)]
+        with contextlib.suppress(OSError, ValueError):  # where the server was started may be anybody's
+            paths.remove(os.getcwd())
+        code = f"import sys; sys.path[:0] = {paths}; from minisgl.grammar.trial import main; main(sys.argv[1])"
+        with contextlib.suppress(OSError):
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-c", code, json.dumps(asdict(self._config))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # what native code says when it is killed
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+                start_new_session=True,  # Ctrl-C is for the parent
+            )
+            if _ask(process, b"", _START_SECONDS):
+                return process
             process.wait()
-            raise RequestError("the grammar compiler could not be started", status=500)
-        return process
+        raise RequestError("the grammar compiler could not be started; try again", status=503)
 
 
-def _read_line(process: subprocess.Popen[bytes], timeout: float) -> bytes | None:
-    """None when nothing comes in time, nothing (b"") when the process has ended."""
+def _ask(process: subprocess.Popen[bytes], line: bytes, timeout: float) -> bytes:
+    """The line that comes back; nothing when the process has ended, as it does when the time is over."""
+    assert process.stdin is not None
     assert process.stdout is not None
-    if not select.select([process.stdout], (), (), timeout)[0]:
-        return None
-    return process.stdout.readline()
+    timer = threading.Timer(timeout, process.kill)
+    timer.start()
+    try:
+        process.stdin.write(line)
+        process.stdin.flush()
+        answer = process.stdout.readline()
+    except OSError:
+        answer = b""
+    finally:
+        timer.cancel()
+    if not answer.endswith(b"\n"):
+        process.kill()
+        answer = b""
+    return answer
+
+
+class _Heap(ctypes.Structure):
+    """What glibc counts; [4] are the bytes in mappings of their own, [7] those in use elsewhere."""
+
+    _fields_ = (("counts", ctypes.c_size_t * 10),)
+
+
+def _num_bytes_in_use() -> int:
+    """Of this process: memory that was freed, and serves the next grammar, does not count."""
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except AttributeError:  # another library
+        return psutil.Process().memory_info().rss
+    mallinfo.restype = _Heap
+    counts = mallinfo().counts
+    return int(counts[4] + counts[7])
 
 
 def try_out(grammar: Grammar, vocabulary: Vocabulary) -> dict[str, str | int]:
     """Compile a grammar and compute its first mask; what `Trial.compile` needs to know of it."""
-    process = psutil.Process()
-    before = process.memory_info().rss
+    before = _num_bytes_in_use()
     try:
         source = to_llguidance(grammar, vocabulary.special)
         _held = vocabulary.matcher(source, grammar.param)  # while its memory is measured
     except RequestError as error:
         return {"error": str(error), "param": error.param or grammar.param}
-    return {"source": source, "num_bytes": max(0, process.memory_info().rss - before) + len(source)}
+    except BaseException:  # no memory, or a panic of llguidance
+        return {"error": f"{grammar.param}: the grammar is too large to compile", "param": grammar.param}
+    return {"source": source, "num_bytes": max(len(source), _num_bytes_in_use() - before)}
 
 
 def _serve(vocabulary: Vocabulary) -> None:
@@ -121,7 +152,7 @@ def _serve(vocabulary: Vocabulary) -> None:
 
 def main(config: str) -> None:
     """Serve grammars, a line of JSON each, until standard input ends. config: of the vocabulary, as JSON."""
-    os.nice(5)
+    os.nice(10)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     vocabulary = load_vocabulary(VocabularyConfig(**json.loads(config)))
     num_bytes = psutil.Process().memory_info().vms + _TRIAL_BYTES
@@ -130,7 +161,3 @@ def main(config: str) -> None:
     worker = threading.Thread(target=_serve, args=(vocabulary,))
     worker.start()
     worker.join()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
