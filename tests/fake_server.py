@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minisgl.config.access import access_config
-from minisgl.config.args import args_from_options
+from minisgl.config.args import args_from_options, parse_args
 from minisgl.config.chat import visible_tokens
 from minisgl.config.model import ModelConfig, RopeConfig
 from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
@@ -135,6 +135,7 @@ def main(argv: list[str]) -> int:
     args = args_from_options({name: options[name] for name in WATCHING if name in options})
     config = replace(config, scheduler=replace(config.scheduler, step_timeout=args.step_timeout))
     config = replace(config, restart_workers=args.restart_workers, heartbeat_timeout=args.heartbeat_timeout)
+    config = replace(config, drain_timeout=parse_args([]).drain_timeout)
     delay = float(options.get("delay", 0.0))
 
     def specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]:

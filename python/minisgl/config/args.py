@@ -186,6 +186,7 @@ class ServerArgs:
     restart_workers: int = _option(integer(0), 3)
     heartbeat_timeout: float = _option(_seconds(2), 60.0)
     step_timeout: float = _option(_seconds(1), 60.0)
+    drain_timeout: float = _option(_seconds(0), 10.0)
     shell: bool = _option(boolean, False, "--shell-mode")
 
 

@@ -118,6 +118,7 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,
         strict_requests=args.strict_requests,
+        drain_timeout=args.drain_timeout,
         model_name_check=args.model_name_check is not False,
         heartbeat_timeout=args.heartbeat_timeout,
         restart_workers=args.restart_workers,

@@ -144,3 +144,4 @@ class ServerConfig:
     model_name_check: bool = True
     heartbeat_timeout: float = 60.0  # seconds
     restart_workers: int = 3  # times in an hour
+    drain_timeout: float = 10.0  # seconds that requests may take to end after a signal

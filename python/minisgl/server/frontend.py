@@ -166,8 +166,13 @@ class Frontend:
 
     @property
     def num_streams(self) -> int:
-        """Requests in flight."""
+        """Requests in flight that generate."""
         return len(self._streams)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests in flight, questions too."""
+        return len(self._streams) + len(self._asked)
 
     def submit(
         self,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 
 from minisgl.config.runtime import Addresses, ServerConfig
-from minisgl.env import env_bool, env_number
+from minisgl.env import env_bool
 from minisgl.errors import WorkerDied
 from minisgl.server.access import guarded
 from minisgl.server.api_server import create_app
@@ -23,54 +24,95 @@ from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend
 from minisgl.server.launch import call_in
 from minisgl.server.supervisor import Supervisor
+from minisgl.server.workers import ENDING_SIGNALS
 
 logger = logging.getLogger(__name__)
 
 NOTICE_SECONDS = 0.5  # for the last errors to reach the clients
+LINGER_SECONDS = 1.0  # that the port stays open when all requests have ended, and then connections do
 KEEP_ALIVE_SECONDS = 60
 
 
 class HttpServer(uvicorn.Server):
     """uvicorn on a socket that is bound already.
 
-    The first SIGTERM or Ctrl-C closes the port and lets requests in flight finish, for `drain` seconds at most; the
-    second ends them at once. When a worker is gone for good, they end with an error and the server follows: `status`
-    is 1 then.
+    The first signal refuses new work and lets requests in flight finish, for `drain_timeout` seconds at most; the port
+    is open until then, and a moment longer, so that clients and load balancers are told rather than cut off. The second
+    ends all at once. When a worker is gone for good, requests end with an error and the server follows; `status` is 1.
     """
 
-    def __init__(self, config: uvicorn.Config, frontend: Frontend, drain: float, on_ready: Callable[[], None]) -> None:
-        super().__init__(config)
+    def __init__(self, http: uvicorn.Config, config: ServerConfig, frontend: Frontend, listener: socket.socket) -> None:
+        super().__init__(http)
         self.status = 0
+        self._config = config
         self._frontend = frontend
-        self._drain = drain
-        self._on_ready = on_ready
+        self._listener = listener
+        self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._on_ready()
+        _announce(self._config, self._listener)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """In place of uvicorn's, which raises the signal again at the end."""
         loop = asyncio.get_running_loop()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(signum, self.on_signal)
+        for signum in ENDING_SIGNALS:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                loop.add_signal_handler(signum, self.on_signal)
         yield
 
     def on_signal(self) -> None:
         loop = asyncio.get_running_loop()
-        if self.should_exit:
+        if self._draining is not None or self.should_exit:
             self._end_requests()
             loop.call_later(NOTICE_SECONDS, self._exit, True)
             return
-        if self._frontend.num_streams:
-            logger.info("stopping; %d requests may finish, for %g s", self._frontend.num_streams, self._drain)
+        if num_requests := self._frontend.num_requests:
+            logger.info("stopping; %d requests may finish, for %g s", num_requests, self._config.drain_timeout)
+        self._frontend.refuse(WorkerDied("the server is draining: it takes no new requests, and will stop"))
+        self._draining = loop.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Nothing is closed under a request: a client learns from its next answer that its connection is the last."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._config.drain_timeout
+        self.config.encoded_headers.append((b"connection", b"close"))
+        await self.on_tick(0)  # which makes the headers of requests to come
+        for connection in self.server_state.connections:
+            if (cycle := getattr(connection, "cycle", None)) is not None:
+                cycle.default_headers = self.server_state.default_headers
+        while self._frontend.num_requests and loop.time() < end:
+            await asyncio.sleep(0.05)
+        self._end_requests()
+        await asyncio.sleep(LINGER_SECONDS)
+        loop.remove_reader(self._listener)
+        await asyncio.sleep(0.01)  # asyncio drops whom it is about to take in when the port is closed
+        await asyncio.wait([self._close_port()], timeout=LINGER_SECONDS)
+        close_idle = loop.time() + LINGER_SECONDS
+        while self.server_state.connections and loop.time() < close_idle:
+            await asyncio.sleep(0.05)
         self.should_exit = True
-        self._frontend.refuse(WorkerDied("the server is shutting down"))
-        loop.call_later(self._drain, self._end_requests)
+        await asyncio.sleep(max(1.0, end - loop.time()))  # for clients to take what is theirs
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+    def _close_port(self) -> asyncio.Future[Any]:
+        """Take in all who are in the kernel's queue, and close the port at that moment: nobody is cut off."""
+        loop, config = asyncio.get_running_loop(), self.config
+        queue: list[socket.socket] = []
+        with contextlib.suppress(OSError):
+            while True:
+                queue.append(self._listener.accept()[0])
+        self.servers[0].close()
+        protocol: Any = config.http_protocol_class
+        make = functools.partial(protocol, config, self.server_state, self.lifespan.state)
+        accepted = (loop.connect_accepted_socket(make, connection, ssl=config.ssl) for connection in queue)
+        return asyncio.gather(*accepted, return_exceptions=True)
 
     def on_death(self, error: WorkerDied) -> None:
-        if self.should_exit:
+        if self.should_exit or self._draining is not None:
+            self._frontend.fail(error)
             return
         logger.error("%s; the server stops", error)
         self.status = 1
@@ -90,7 +132,6 @@ async def serve_http(
     config: ServerConfig, addresses: Addresses, supervisor: Supervisor, listener: socket.socket
 ) -> int:
     """Serve on `listener` until a signal or a dead worker ends it. Returns the exit status."""
-    drain = env_number("MINISGL_DRAIN_TIMEOUT", 10, low=0, high=86400)
     loop = asyncio.get_running_loop()
     async with Frontend(addresses) as frontend:
         exposition = Exposition(config.served_model_name, frontend.metrics, supervisor.num_restarts)
@@ -103,12 +144,12 @@ async def serve_http(
             lifespan="off",
             proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # else anybody may say where a request comes from
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=int(drain) + 5,
             ssl_certfile=config.access.ssl_certfile,
             ssl_keyfile=config.access.ssl_keyfile,
         )
-        server = HttpServer(uvicorn_config, frontend, drain, lambda: _announce(config, listener))
-        supervisor.watch(partial(call_in, loop, server.on_death), partial(call_in, loop, frontend.on_change))
+        server = HttpServer(uvicorn_config, config, frontend, listener)
+        on_death, on_change = (functools.partial(call_in, loop, call) for call in (server.on_death, frontend.on_change))
+        supervisor.watch(on_death, on_change)
         await server.serve(sockets=[listener])
         return server.status
 

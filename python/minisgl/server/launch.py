@@ -21,7 +21,7 @@ from minisgl.config.resolve import prepare
 from minisgl.config.runtime import Addresses, ServerConfig
 from minisgl.errors import ConfigError
 from minisgl.server.supervisor import Supervisor, WorkerSpec, signals_deferred
-from minisgl.server.workers import scheduler_main, tokenizer_main
+from minisgl.server.workers import ENDING_SIGNALS, scheduler_main, tokenizer_main
 from minisgl.utils.sockets import make_socket_directory
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def _raise(problem: ConfigError) -> None:
 
 
 def run_server(config: ServerConfig, listener: socket.socket, make_specs: MakeSpecs = worker_specs) -> int:
-    """Serve on a bound socket until SIGTERM or Ctrl-C. Returns the exit status: 0 after a clean stop, 1 when a worker
-    died, 130 when it was stopped before it was ready.
+    """Serve on a bound socket until SIGTERM, Ctrl-C or their like. Returns the exit status: 0 after a clean stop, 1
+    when a worker died, 130 when it was stopped before it was ready.
 
     Raises: ConfigError or WorkerDied when a child does not start; nothing has listened then.
     """
@@ -177,9 +177,9 @@ def _import_http() -> None:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does: an exception that lets everything be put away. Restored at the end."""
-    stop = signal.default_int_handler
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
+    """SIGTERM and its like do what Ctrl-C does: an exception that lets everything be put away. Restored at the end."""
+    signums = [s for s in ENDING_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]  # nohup
+    before = {signum: signal.signal(signum, signal.default_int_handler) for signum in signums}
     try:
         yield
     finally:
@@ -193,5 +193,5 @@ def _uninterrupted_end() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for signum in ENDING_SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)

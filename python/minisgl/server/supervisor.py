@@ -19,7 +19,7 @@ from typing import Any
 from minisgl.env import env_number
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
 from minisgl.message.control import Failed, Heartbeat, Ready, decode_control
-from minisgl.server.workers import STOP_SIGNAL, run_child
+from minisgl.server.workers import ENDING_SIGNALS, STOP_SIGNAL, run_child
 from minisgl.utils.spawned import UNGUARDED
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ class Supervisor:
         """Start all children, without waiting for them."""
         atexit.register(self.stop)  # before multiprocessing's own end, which would wait for them for ever
         for spec in self._specs:
-            self._workers.append(self._spawn(spec, threading.current_thread() is threading.main_thread()))
+            with signals_deferred():  # `stop` has to know it
+                self._workers.append(self._spawn(spec, threading.current_thread() is threading.main_thread()))
 
     def _spawn(self, spec: WorkerSpec, from_lasting: bool) -> _Worker:
         context = multiprocessing.get_context("spawn")
@@ -244,16 +245,16 @@ def _describe(exitcode: int | None) -> str:
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
-    """SIGINT and SIGTERM wait until the end of the block. A child that is half started would complain about them.
+    """Signals that end us wait until the end of the block. A child that is half started would complain about them.
 
-    Children are born with SIGINT blocked, so that a Ctrl-C during their first moments is the parent's to handle.
+    Children are born with them blocked, so that a Ctrl-C during their first moments is the parent's to handle.
     """
     caught: list[int] = []
     handlers = {}
     if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in ENDING_SIGNALS:
             handlers[signum] = signal.signal(signum, lambda number, _: caught.append(number))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
         yield
     finally:

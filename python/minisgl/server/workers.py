@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 STOP_SIGNAL = signal.SIGUSR1  # from the supervisor
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # from outside, to the parent
 PR_SET_PDEATHSIG = 1
 
 
@@ -70,15 +71,16 @@ def run_child(
 ) -> None:
     """The entry of every child: `body(control, *args)` in an orderly process.
 
-    The process has `name` as its title, leaves Ctrl-C and SIGTERM to the parent (both may reach the whole process
+    The process has `name` as its title, leaves Ctrl-C and its like to the parent (they may reach the whole process
     group, and the parent drains first), ends at STOP_SIGNAL by an exception in the main thread (before it is ready, at
     once: an import may swallow the exception), ends when the parent does, and reports an error as one line. Exit
     status: 0 after STOP_SIGNAL, 2 for a ConfigError, else 1. from_lasting: the parent's thread that started it lasts
     until the parent has done with it. life: as in `Control`.
     """
     control = Control(connection, life)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for signum in ENDING_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)  # our own children can be ended so
     signal.signal(STOP_SIGNAL, lambda *_: os._exit(0))
     _die_with_parent(from_lasting)
     from setproctitle import setproctitle
