@@ -69,6 +69,9 @@ bench: $(CORE)  ## Measure the engine in this process; for a running server: min
 test: $(CLIENTS)  ## Run the tests
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
+soak: $(CLIENTS)  ## Half an hour of everything at once against one server (for a nightly run)
+	MINISGL_SOAK_SECONDS=$${MINISGL_SOAK_SECONDS:-1800} $(BIN)/python -m pytest -s tests/soak $(ARGS)
+
 SANITIZE := c++ -std=gnu++20 -O1 -g -march=native -pthread -fno-sanitize-recover=all -Ipython/minisgl/kernel/csrc/include \
     python/minisgl/kernel/csrc/src/cpu.cc tests/native/cpu_kernels.cc
 sanitize:  ## Run the CPU kernels under the sanitizers of addresses, undefined behaviour and threads (for a nightly run)

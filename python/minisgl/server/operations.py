@@ -120,6 +120,7 @@ def add_admin_routes(
         """What was decided at start, and what is going on."""
         stats = await frontend.stats(seconds)
         load = {
+            "num_requests_in_flight": frontend.num_streams,
             "num_running_requests": stats.num_running,
             "num_waiting_requests": stats.num_waiting,
             "num_pages_in_use": stats.num_pages - stats.num_free_pages,
