@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+from minisgl.distributed.comm import DistributedInfo
 from minisgl.distributed.cuda import CudaCommunicator
 from minisgl.distributed.peer_memory import HALF_BYTES, ONE_SHOT_BYTES, TWO_SHOT_BYTES
-from minisgl.distributed.rendezvous import DistributedInfo
 
 CALLS, REPLAYS = 50, 9
 SIZES = [2048 << i for i in range(13)]  # bytes, 2 KiB to 8 MiB

@@ -19,9 +19,8 @@ from minisgl.engine.runner import Runner
 from minisgl.errors import ConfigError
 from minisgl.kernel.ops import TorchOps
 from minisgl.layers.base import LayerEnv
-from minisgl.models.checkpoint import Checkpoint
+from minisgl.models.checkpoint import Checkpoint, load_weights
 from minisgl.models.decoder import DecoderModel
-from minisgl.models.weights import load_weights
 from tests.driver import engine_config, generate
 from tests.models import hf_generate, random_prompt, tiny_model
 

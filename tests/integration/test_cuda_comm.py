@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from minisgl.distributed.comm import create_communicator
-from minisgl.distributed.rendezvous import DistributedInfo, Rendezvous
+from minisgl.distributed.comm import DistributedInfo, Rendezvous, create_communicator
 from minisgl.errors import ConfigError
 
 NUM_GPUS = torch.cuda.device_count()

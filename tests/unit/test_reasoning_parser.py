@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisgl.config.chat import REASONING_PARSERS
-from minisgl.parser.parts import CallPart, Chain, Parser, Part, ReasoningPart, TextPart
-from minisgl.parser.reasoning import ThinkParser
+from minisgl.parser.parts import CallPart, Chain, Parser, Part, ReasoningPart, TextPart, ThinkParser
 from minisgl.parser.tools import make_tool_parser
 
 

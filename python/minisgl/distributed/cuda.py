@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from minisgl.distributed.comm import TIMEOUT, DistributedInfo, Rendezvous
 from minisgl.distributed.peer_memory import BROADCAST_BYTES, open_peer_memory
-from minisgl.distributed.rendezvous import TIMEOUT, DistributedInfo, Rendezvous
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel import pynccl
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from minisgl.distributed.rendezvous import Rendezvous
+from minisgl.distributed.comm import Rendezvous
 from minisgl.env import env_bool
 from minisgl.errors import ConfigError
 from minisgl.kernel.jit import load_kernel

@@ -15,8 +15,7 @@ from minisgl.attention.base import AttentionBackend
 from minisgl.attention.registry import create_backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import NOT_READY, StepPlan, StepResult, TokenBitmask, TokenLogprobs
-from minisgl.distributed.comm import create_communicator
-from minisgl.distributed.rendezvous import DistributedInfo
+from minisgl.distributed.comm import DistributedInfo, create_communicator
 from minisgl.engine.batch import Batch, SamplingBatch, Tables
 from minisgl.engine.forward import Forward, LayerByLayer, WholeStep
 from minisgl.engine.logits import process
@@ -28,9 +27,8 @@ from minisgl.kernel.ops import CpuKernels, create_ops
 from minisgl.kvcache.pool import KVPool
 from minisgl.layers.base import LayerEnv
 from minisgl.layers.rope import RotaryEmbedding
-from minisgl.models.checkpoint import Checkpoint
+from minisgl.models.checkpoint import Checkpoint, fill_random, load_weights
 from minisgl.models.decoder import DecoderModel
-from minisgl.models.weights import fill_random, load_weights
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)

@@ -8,14 +8,13 @@ import zlib
 from collections import deque
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import Req, StepPlan
+from minisgl.core import Executor, Req, StepHandle, StepPlan
 from minisgl.errors import EngineError
 from minisgl.message.backend import AbortMsg, ResumeMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import FlushReply
 from minisgl.message.logprobs import pack_logprobs
 from minisgl.message.tokenizer import PROMPT_TAIL, DetokenizeMsg, StreamStart
-from minisgl.scheduler.executor import Executor, StepHandle
 from minisgl.scheduler.grammar import Grammars
 from minisgl.scheduler.output import ReqOutput
 from minisgl.scheduler.planner import Planner

@@ -10,7 +10,7 @@ from minisgl.core import StepPlan
 from minisgl.message.frontend import Counts, StatsReply
 from minisgl.scheduler.output import ReqOutput
 from minisgl.scheduler.planner import Planner
-from minisgl.utils.histogram import Histogram
+from minisgl.utils.math import Histogram
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,7 @@ from minisgl.message.frontend import UserReply
 from minisgl.server.bodies import json_response, owner_of
 from minisgl.server.frontend import Frontend, Stream
 from minisgl.server.protocol import GenerationRequest, renamed
-from minisgl.server.render import Renderer, Totals, event
-from minisgl.server.render_logprobs import mean_logprob
+from minisgl.server.render import Renderer, Totals, event, mean_logprob
 
 logger = logging.getLogger(__name__)
 

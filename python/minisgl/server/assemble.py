@@ -13,8 +13,7 @@ from minisgl.core import FinishReason
 from minisgl.errors import RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt
-from minisgl.parser.parts import CallPart, Chain, Parser, Part, ReasoningPart, TextPart
-from minisgl.parser.reasoning import ThinkParser
+from minisgl.parser.parts import CallPart, Chain, Parser, Part, ReasoningPart, TextPart, ThinkParser
 from minisgl.parser.tools import make_tool_parser
 from minisgl.server.protocol import GenerationRequest
 from minisgl.server.protocol_grammar import form_grammar

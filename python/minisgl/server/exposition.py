@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from minisgl.message.frontend import Counts, StatsReply
 from minisgl.server.metrics import RequestMetrics
-from minisgl.utils.histogram import Histogram
+from minisgl.utils.math import Histogram
 
 _METHODS = ("GET", "POST", "OPTIONS", "HEAD", "PUT", "PATCH", "DELETE")
 _OPENMETRICS = "application/openmetrics-text"

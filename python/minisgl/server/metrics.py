@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from minisgl.core import FinishReason
 from minisgl.message.frontend import UserReply
-from minisgl.utils.histogram import Histogram
+from minisgl.utils.math import Histogram
 
 _FIRST_TOKEN_BOUNDS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),

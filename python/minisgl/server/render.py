@@ -1,10 +1,11 @@
-"""Replies as clients expect them: JSON bodies, SSE events and errors, in OpenAI's shapes and our own."""
+"""Replies as clients expect them: JSON bodies, SSE events, log-probabilities and errors, in OpenAI's shapes and ours."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from abc import abstractmethod
+from codecs import getincrementaldecoder
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -14,9 +15,9 @@ from pydantic_core import from_json
 from minisgl.errors import MiniSGLError
 from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import UserReply
+from minisgl.message.logprobs import TokenLogprob, TopLogprob
 from minisgl.server.assemble import Assembler
 from minisgl.server.bodies import dump_json
-from minisgl.server.render_logprobs import TextCursor, chat_logprobs, completion_logprobs
 
 DONE = b"data: [DONE]\n\n"
 
@@ -212,3 +213,66 @@ class GenerateRenderer(Renderer):
 
 def _text(replies: Sequence[UserReply]) -> str:
     return "".join(reply.text for reply in replies)
+
+
+def chat_logprobs(replies: Sequence[UserReply]) -> dict[str, Any]:
+    """`logprobs` of a chat's choice, or of a chunk of it."""
+    content = [
+        {**_chat_token(token), "top_logprobs": [_chat_token(top) for top in token.top]}
+        for reply in replies
+        for token in reply.logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _chat_token(token: TokenLogprob | TopLogprob) -> dict[str, Any]:
+    return {"token": _spelled(token.token, ""), "logprob": token.logprob, "bytes": list(token.token)}
+
+
+class TextCursor:
+    """How far into its text a choice's tokens are. A character belongs to the token that ends it."""
+
+    def __init__(self) -> None:
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def pass_token(self, token: bytes) -> int:
+        """Where the token begins."""
+        begin = self._offset
+        self._offset += len(self._decoder.decode(token))
+        return begin
+
+
+def completion_logprobs(replies: Sequence[UserReply], cursor: TextCursor) -> dict[str, Any]:
+    """`logprobs` of a completion's choice, or of a chunk of it, which the cursor passes.
+
+    A prompt's tokens come first, where they were asked for; nothing precedes its first token, which has no values. The
+    alternatives always include the token itself. Of different tokens with one text the most probable one is shown.
+    """
+    tokens = [token for reply in replies for token in (*reply.prompt_logprobs, *reply.logprobs)]
+    texts = [_spelled(token.token, "bytes:") for token in tokens]
+    return {
+        "text_offset": [cursor.pass_token(token.token if token.is_text else b"") for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "tokens": texts,
+        "top_logprobs": [
+            None
+            if token.logprob is None
+            else {text: token.logprob} | {_spelled(top.token, "bytes:"): top.logprob for top in reversed(token.top)}
+            for token, text in zip(tokens, texts, strict=True)
+        ],
+    }
+
+
+def mean_logprob(replies: Sequence[UserReply]) -> float:
+    """Per token of an output: what `best_of` ranks choices by."""
+    values = [token.logprob or 0.0 for reply in replies for token in reply.logprobs]
+    return sum(values) / max(1, len(values))
+
+
+def _spelled(token: bytes, prefix: str) -> str:
+    """A token as text; the bytes of one that is no text by itself are written out, as OpenAI does."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return prefix + "".join(f"\\x{byte:02x}" for byte in token)

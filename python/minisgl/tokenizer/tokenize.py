@@ -20,8 +20,7 @@ from minisgl.message.frontend import ErrorReply
 from minisgl.message.tokenizer import PROMPT_TAIL, ChatPrompt, IdsPrompt, Prompt, TextPrompt, TokenizeMsg
 from minisgl.tokenizer.control import CUT, ControlTokens
 from minisgl.tokenizer.history import CallForm, learn
-from minisgl.tokenizer.pieces import TokenBytes
-from minisgl.utils.hf_tokenizer import load_tokenizer
+from minisgl.utils.hf_tokenizer import TokenBytes, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
