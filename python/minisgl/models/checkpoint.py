@@ -1,7 +1,7 @@
 """Where a checkpoint has the tensors of a model: names differ between files, and some have several tensors in one. And
 filling the parameters from them, or at random, without ever holding a second copy.
 
-A model comes in parts, each of which packs its weights once it is filled. Each tensor is read in blocks of rows straight
+A model comes in parts, each of which packs its weights once it is filled. Each tensor is read in blocks of rows right
 into its place, converted on the way; a rank reads only what it keeps.
 """
 

@@ -1,4 +1,4 @@
-"""Replies as clients expect them: JSON bodies, SSE events, log-probabilities and errors, in OpenAI's shapes and ours."""
+"""Replies as clients expect them: JSON bodies, SSE events, log-probabilities, errors; in OpenAI's shapes and ours."""
 
 from __future__ import annotations
 
