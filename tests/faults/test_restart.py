@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,13 @@ TITLES = {"TP0": "minisgl-TP0-scheduler", "TP1": "minisgl-TP1-scheduler"}
 
 def process_of(server: Server, worker: str) -> psutil.Process:
     """The worker's process of this moment, by its name in the log."""
-    title = TITLES.get(worker, f"minisgl-{worker}")
-    found = (c for c in psutil.Process(server.process.pid).children() if " ".join(c.cmdline()).strip() == title)
-    return next(found)
+    title, deadline = TITLES.get(worker, f"minisgl-{worker}"), time.monotonic() + REQUEST_SECONDS
+    while time.monotonic() < deadline:
+        for child in psutil.Process(server.process.pid).children():
+            with suppress(psutil.Error):  # it has just ended
+                if " ".join(child.cmdline()).strip() == title:
+                    return child
+    raise AssertionError(f"there is no {title}")
 
 
 class Crowd(threading.Thread):
