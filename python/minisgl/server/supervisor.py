@@ -41,7 +41,7 @@ class WorkerSpec:
         return "scheduler" if self.name.endswith("-scheduler") else self.name.removeprefix("minisgl-")
 
 
-OnChange = Callable[[str, WorkerDied | None], None]
+Tell = Callable[..., None]
 
 
 @dataclass(slots=True, eq=False)
@@ -49,7 +49,7 @@ class _Worker:
     spec: WorkerSpec
     process: BaseProcess
     connection: Connection
-    last_beat: float
+    silence: float = 0.0  # seconds, while it is watched
     ready: bool = False
     failure: Failed | None = None
     closed: bool = False  # its end of the pipe
@@ -80,17 +80,18 @@ class Supervisor:
         atexit.register(self.stop)  # before multiprocessing's own end, which would wait for them for ever
         for spec in self._specs:
             with signals_deferred():  # `stop` has to know it
-                self._workers.append(self._spawn(spec, threading.current_thread() is threading.main_thread()))
+                self._workers.append(self._spawn(spec))
 
-    def _spawn(self, spec: WorkerSpec, from_lasting: bool) -> _Worker:
+    def _spawn(self, spec: WorkerSpec) -> _Worker:
         context = multiprocessing.get_context("spawn")
+        from_lasting = threading.current_thread() in (threading.main_thread(), self._watcher)
         with signals_deferred():
             ours, theirs = context.Pipe(duplex=False)
             args = (spec.name, theirs, from_lasting, sum(self.num_restarts.values()), spec.body, spec.args)
             process = context.Process(target=run_child, args=args, name=spec.name, daemon=True)
             process.start()
             theirs.close()
-            return _Worker(spec, process, ours, time.monotonic())
+            return _Worker(spec, process, ours)
 
     def wait_ready(self) -> None:
         """Wait until each child is ready.
@@ -111,13 +112,9 @@ class Supervisor:
             if (error := self._death(worker)) is not None:
                 raise error
 
-    def watch(self, on_death: Callable[[WorkerDied], None], on_change: OnChange = lambda *_: None) -> None:
-        """From now on start groups of children again that end or fall silent, and tell so from a thread of its own.
-
-        on_change(group, error): a group is lost, or with None, back. on_death: called once, when one is lost for good.
-        """
-        for worker in self._workers:
-            worker.last_beat = time.monotonic()
+    def watch(self, on_death: Tell, on_change: Tell = lambda *_: None) -> None:
+        """From now on start groups of children again that end or fall silent, and tell so from a thread of its own:
+        on_change(group, error), with None when it is back; on_death(error), once, when one is lost for good."""
         self._watcher = threading.Thread(target=self._watch, args=(on_death, on_change), daemon=True)
         self._watcher.start()
 
@@ -144,15 +141,13 @@ class Supervisor:
             worker.connection.close()
         self._workers = []
 
-    def _watch(self, on_death: Callable[[WorkerDied], None], on_change: OnChange) -> None:
+    def _watch(self, on_death: Tell, on_change: Tell) -> None:
         last_look, error = time.monotonic(), None
         while error is None and not self._stopping.is_set():
             self._receive(0.5)
-            now = time.monotonic()
-            if now - last_look > self._heartbeat_timeout / 2:  # we were stopped ourselves (Ctrl-Z): so were they
-                for worker in self._workers:
-                    worker.last_beat = now
-            last_look = now
+            elapsed, last_look = min(time.monotonic() - last_look, 1.0), time.monotonic()
+            for worker in self._workers:
+                worker.silence += elapsed  # if it was more, we were stopped ourselves (Ctrl-Z), and so were they
             try:
                 error = next(filter(None, [self._look_after(group, on_change) for group in self.num_restarts]), None)
             except OSError as problem:
@@ -163,10 +158,10 @@ class Supervisor:
                 worker.process.kill()  # or `stop` would wait for those that are stopped themselves
         self._stopping.wait()  # the kernel ends with this thread those whom it has started
 
-    def _look_after(self, group: str, on_change: OnChange) -> MiniSGLError | None:
+    def _look_after(self, group: str, on_change: Tell) -> MiniSGLError | None:
         """Start workers again if need be. An error: what has happened to them is the end."""
         workers, now = [worker for worker in self._workers if worker.spec.group == group], time.monotonic()
-        error = next(filter(None, (self._death(worker) or self._silence(worker, now) for worker in workers)), None)
+        error = next(filter(None, (self._death(worker) or self._silence(worker) for worker in workers)), None)
         if error is None:
             if group in self._lost and all(worker.ready for worker in workers):
                 logger.info("%s: serves again after %.1f s", group, now - self._lost.pop(group))
@@ -187,13 +182,12 @@ class Supervisor:
             for index, worker in enumerate(self._workers):
                 if worker in workers and not self._stopping.is_set():
                     worker.connection.close()
-                    self._workers[index] = self._spawn(worker.spec, from_lasting=True)
+                    self._workers[index] = self._spawn(worker.spec)
         return None
 
-    def _silence(self, worker: _Worker, now: float) -> WorkerDied | None:
+    def _silence(self, worker: _Worker) -> WorkerDied | None:
         limit = self._heartbeat_timeout if worker.ready else self._start_timeout
-        is_silent = now - worker.last_beat > limit
-        return WorkerDied(f"{worker.spec.name} has been silent for {limit:g} s") if is_silent else None
+        return WorkerDied(f"{worker.spec.name}: silent for {limit:g} s") if worker.silence > limit else None
 
     def _receive(self, timeout: float) -> None:
         """Take in what children report, waiting up to `timeout` seconds for a report or a death."""
@@ -207,7 +201,7 @@ class Supervisor:
         try:
             while worker.connection.poll():
                 message = decode_control(worker.connection.recv_bytes())
-                worker.last_beat = time.monotonic()
+                worker.silence = 0.0
                 if isinstance(message, Ready):
                     worker.ready = True
                 elif isinstance(message, Failed):
