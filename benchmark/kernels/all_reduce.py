@@ -24,7 +24,7 @@ import torch
 
 from minisgl.distributed.comm import DistributedInfo
 from minisgl.distributed.cuda import CudaCommunicator
-from minisgl.distributed.peer_memory import HALF_BYTES, ONE_SHOT_BYTES, TWO_SHOT_BYTES
+from minisgl.kernel.peer_memory import HALF_BYTES, ONE_SHOT_BYTES, TWO_SHOT_BYTES
 
 CALLS, REPLAYS = 50, 9
 SIZES = [2048 << i for i in range(13)]  # bytes, 2 KiB to 8 MiB

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from minisgl.distributed.comm import TIMEOUT, DistributedInfo, Rendezvous
-from minisgl.distributed.peer_memory import BROADCAST_BYTES, open_peer_memory
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel import pynccl
+from minisgl.kernel.peer_memory import BROADCAST_BYTES, open_peer_memory
 
 SECONDS_TO_FINISH = 10.0  # more than any step takes whose ranks are all there
 

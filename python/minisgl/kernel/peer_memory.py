@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any
+from datetime import timedelta
+from typing import Any, Protocol
 
 import torch
 
-from minisgl.distributed.comm import Rendezvous
 from minisgl.env import env_bool
 from minisgl.errors import ConfigError
 from minisgl.kernel.jit import load_kernel
@@ -26,6 +26,20 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32)
 SECONDS_TO_LEAVE = 2.0
 
 
+class Meeting(Protocol):
+    """How ranks agree before they can reach one another's memory; see `distributed.comm.Rendezvous`."""
+
+    rank: int
+    size: int
+    timeout: timedelta
+
+    def exchange(self, name: str, text: str) -> list[str]: ...
+
+    def after_rank_0(self, name: str) -> None: ...
+
+    def all_left(self, timeout: float) -> bool: ...
+
+
 class PeerMemory:
     """One rank's part. All methods run on the current stream and can be captured.
 
@@ -35,7 +49,7 @@ class PeerMemory:
     def __init__(
         self,
         module: Any,
-        meeting: Rendezvous,
+        meeting: Meeting,
         regions: list[int],
         gathered: int,
         gather_bytes: int,
@@ -110,7 +124,7 @@ class _CudaArray:
         }
 
 
-def open_peer_memory(meeting: Rendezvous, device: torch.device, gather_bytes: int) -> PeerMemory | None:
+def open_peer_memory(meeting: Meeting, device: torch.device, gather_bytes: int) -> PeerMemory | None:
     """The ranks' common memory, tested; None on every rank, with a warning, where one of them cannot take part.
 
     `device` is current.
@@ -143,7 +157,7 @@ def open_peer_memory(meeting: Rendezvous, device: torch.device, gather_bytes: in
     return peers if _agree(meeting, _wrong_sums(peers, device)) is not None else None
 
 
-def _unsupported(meeting: Rendezvous, device: torch.device) -> str:
+def _unsupported(meeting: Meeting, device: torch.device) -> str:
     if not env_bool("MINISGL_PEER_MEMORY", True):
         return "MINISGL_PEER_MEMORY=0"
     if meeting.size not in ONE_SHOT_BYTES:
@@ -173,7 +187,7 @@ def _import(module: Any, text: str) -> int:
     return address
 
 
-def _agree(meeting: Rendezvous, problem: str, text: str = "") -> list[str] | None:
+def _agree(meeting: Meeting, problem: str, text: str = "") -> list[str] | None:
     """Every rank's `text`, or None on every rank where one has a problem."""
     answers = [json.loads(answer) for answer in meeting.exchange("peer memory", json.dumps([problem, text]))]
     problems = [f"rank {rank}: {answer[0]}" for rank, answer in enumerate(answers) if answer[0]]

@@ -1,12 +1,15 @@
 """Builds, checks and times the kernels against their torch references, on the shapes of a model of eight billion
 parameters. A time is that of one call among many in a CUDA graph, on inputs that change from call to call so that
 those too large for the L2 cache come from memory; `of copy` compares bytes per second with a large copy on this GPU.
+
+    python benchmark/kernels/ops.py
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -280,3 +283,7 @@ def _line(case: Case, result: Result, bandwidth: float) -> str:
         f"{case.name:28} {case.shape:22} {result.microseconds:9.1f} {reference:>9} {case.num_bytes / 1e6:8.2f} "
         f"{rate / 1e9:7.0f} {rate / bandwidth:8.0%} {result.error:9.1e}{'' if result.passed else '  DIFFERS'}"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
