@@ -196,3 +196,11 @@ def test_keys_cannot_be_tried_fast(sole: Server) -> None:
     assert time.monotonic() - begin < 60
     assert "wrong-" not in server.output()
     assert "key-of-all" not in server.output()
+
+
+def test_many_ids_are_no_work(alone: Server) -> None:
+    """Each is looked up once, however many requests there are: a million of them stall nobody."""
+    body = {"rid": [f"id-{number}" for number in range(300_000)]}
+    begin = time.monotonic()
+    assert httpx.post(f"{alone.url}/abort_request", json=body, timeout=60).status_code in (200, 400)
+    assert time.monotonic() - begin < 20

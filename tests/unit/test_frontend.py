@@ -265,7 +265,7 @@ async def test_a_request_whose_workers_die_each_time_ends(frontend: Frontend, pe
 async def test_a_request_that_is_kept_can_be_cancelled(frontend: Frontend, peers: Peers) -> None:
     frontend.on_change("scheduler", DIED)
     kept, left = (frontend.submit(PROMPT, PARAMS, (name,))[0] for name in ("kept", "left"))
-    assert frontend.cancel("kept") == 1
+    assert frontend.cancel({"kept"}) == 1
     assert [reply.finish_reason async for reply in kept] == [FinishReason.ABORT]
     await left.aclose()
     assert frontend.num_streams == 0
@@ -277,7 +277,7 @@ async def test_a_request_that_is_kept_can_be_cancelled(frontend: Frontend, peers
 
 async def test_a_request_that_was_cancelled_is_not_sent_again(frontend: Frontend, peers: Peers) -> None:
     (stream,) = frontend.submit(PROMPT, PARAMS, ("id",))
-    assert frontend.cancel("id") == 1
+    assert frontend.cancel({"id"}) == 1
     frontend.on_change("scheduler", DIED)
     with pytest.raises(WorkerDied):
         await anext(stream)

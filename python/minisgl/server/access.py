@@ -87,10 +87,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, access: AccessConfig) -> None:
         self._app, self._access = app, access
-        self._keys = {_digest(key.encode()): False for key in access.api_keys}  # whether it is the operator's
-        self._keys = {key: len(self._keys) == 1 for key in self._keys}  # who has nobody beside them
-        if access.admin_keys:
-            self._keys = dict.fromkeys(self._keys, False) | {_digest(key.encode()): True for key in access.admin_keys}
+        operators = access.admin_keys or (access.api_keys if len(access.api_keys) == 1 else ())
+        self._keys = {_digest(key.encode()): key in operators for key in (*access.admin_keys, *access.api_keys)}
         self._wrong, self._since = Counter[str](), 0.0  # keys by address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -58,23 +58,19 @@ class Exposition:
         requests = self._requests
         yield self._family(Counted, "prompt_tokens", "Prompt tokens, cached ones included.", requests.num_prompt)
         yield self._family(Counted, "generation_tokens", "Generated tokens.", requests.num_output)
-        yield self._family(
-            Counted, "prefix_cache_queries", "Prompt tokens looked up in the cache.", requests.num_prompt
-        )
+        yield self._family(Counted, "prefix_cache_queries", "Prompt tokens looked up there.", requests.num_prompt)
         yield self._family(Counted, "prefix_cache_hits", "Prompt tokens found in the cache.", requests.num_cached)
-        labels = (*_LABELS, "finished_reason")
-        ended = Counted("minisgl:request_success", "Requests that have ended.", labels=labels)
-        for reason, count in requests.num_finished.items():
-            ended.add_metric((self._model_name, reason.value), count)
-        yield ended
-        http = Counted("http_requests", "HTTP requests.", labels=("method", "handler", "status"))
-        for values, count in self._http.items():
-            http.add_metric(values, count)
-        yield http
-        restarts = Counted("minisgl:worker_restarts", "Times that workers were started again.", labels=("worker",))
-        for worker, count in self._restarts.items():
-            restarts.add_metric((worker,), count)
-        yield restarts
+        ended = {(self._model_name, reason.value): count for reason, count in requests.num_finished.items()}
+        restarts = {(worker,): count for worker, count in self._restarts.items()}
+        for name, text, labels, counts in (
+            ("minisgl:request_success", "Requests that have ended.", (*_LABELS, "finished_reason"), ended),
+            ("http_requests", "HTTP requests.", ("method", "handler", "status"), self._http),
+            ("minisgl:worker_restarts", "Times that workers were started again.", ("worker",), restarts),
+        ):
+            family = Counted(name, text, labels=labels)
+            for values, count in counts.items():
+                family.add_metric(values, count)
+            yield family
         yield self._histogram("time_to_first_token_seconds", "Until the first token.", requests.time_to_first_token)
         yield self._histogram("inter_token_latency_seconds", "Between tokens.", requests.inter_token_latency)
         yield self._histogram("e2e_request_latency_seconds", "Until the end of a request.", requests.end_to_end)

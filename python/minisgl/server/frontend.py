@@ -8,7 +8,7 @@ import itertools
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -222,9 +222,11 @@ class Frontend:
         if self._down is None and stream.request.route:
             self._tokenizers[stream.request.route].send([AbortMsg(uid=stream.uid)])
 
-    def cancel(self, *ids: str) -> int:
-        """End the streams that have all of these ids with `abort`, which their readers see. Returns how many."""
-        chosen = [s for s in self._streams.values() if {*ids} <= {*s.request_ids}]
+    def cancel(self, ids: Collection[str] | None = None, owner: str | None = None) -> int:
+        """End the streams that have one of these ids (None: all), and are this owner's (None: anybody's), with `abort`,
+        which their readers see. Returns how many."""
+        chosen = [s for s in self._streams.values() if owner in (None, *s.request_ids)]
+        chosen = [s for s in chosen if ids is None or any(one in ids for one in s.request_ids)]
         for stream in chosen:
             if stream.request.route:
                 stream.request.message = None  # whatever happens, it is not sent again
