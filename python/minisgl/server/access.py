@@ -88,7 +88,8 @@ class Guard:
     def __init__(self, app: ASGIApp, access: AccessConfig) -> None:
         self._app, self._access = app, access
         operators = access.admin_keys or (access.api_keys if len(access.api_keys) == 1 else ())
-        self._keys = {_digest(key.encode()): key in operators for key in (*access.admin_keys, *access.api_keys)}
+        keys = (*access.admin_keys, *access.api_keys)
+        self._keys = {hashlib.sha256(key.encode()).digest(): key in operators for key in keys}
         self._wrong, self._since = Counter[str](), 0.0  # keys by address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,7 +109,9 @@ class Guard:
         if not self._access.is_called(host):
             message = f"this server is not known as {shown(host)}; --allowed-hosts says by which names it may be called"
             raise RequestError(message, code="unknown_host", status=403)
-        if changes and not self._may_send(headers, host):
+        origin, site = headers.get("origin", ""), headers.get("sec-fetch-site", "")  # as browsers tell
+        same = site in ("same-origin", "none") if site else origin.partition("://")[2] == host or not origin
+        if changes and not same and {"*", origin}.isdisjoint(self._access.cors_origins):
             message = "web pages of other origins may not use this server, unless --cors-origin names theirs"
             raise RequestError(message, code="foreign_origin", status=403)
         owner = scope["state"]["owner"] = self._known(headers, (scope.get("client") or "-")[0])
@@ -121,12 +124,6 @@ class Guard:
         if changes and "content-type" in headers:
             check_content_type(headers["content-type"])
 
-    def _may_send(self, headers: Headers, host: str) -> bool:
-        """Whether no page of another origin has sent it, as far as browsers tell, or of one that may."""
-        origin, site = headers.get("origin", ""), headers.get("sec-fetch-site", "")
-        same = site in ("same-origin", "none") if site else origin.partition("://")[2] == host or not origin
-        return same or not {"*", origin}.isdisjoint(self._access.cors_origins)
-
     def _known(self, headers: Headers, address: str) -> str:
         """The digest of the key, or "". It takes the same time whichever it is, and however right a wrong one is.
 
@@ -134,27 +131,22 @@ class Guard:
         """
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip()]
-        digests = [_digest(key.encode("latin-1")) for key in given if key]
+        digests = [hashlib.sha256(key.encode("latin-1")).digest() for key in given if key]
         matches = [one.hex() for one in digests for digest in self._keys if hmac.compare_digest(one, digest)]
         if digests and self._keys and not matches:
             if time.monotonic() - self._since > 60 or len(self._wrong) > MAX_ADDRESSES:
                 self._wrong, self._since = Counter(), time.monotonic()
             self._wrong[address] += 1
             if self._wrong[address] > MAX_WRONG_KEYS:
-                message = f"more than {MAX_WRONG_KEYS} wrong keys in a minute; wait before another one"
-                raise RequestError(message, code="invalid_api_key", status=429)
+                raise RequestError("too many wrong keys; wait a minute", code="invalid_api_key", status=429)
         return matches[0] if matches else ""
 
 
 def require_operator(state: Mapping[str, Any], what: str) -> None:
     """Raises: RequestError (401, 403) unless the request came with the operator's key, where there are keys."""
     if not state["operator"]:
-        message = f"{what} is for the operator: it asks for the admin key (--admin-key)"
-        raise RequestError(message, code="admin_key_required", status=403 if state["owner"] else 401)
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+        status = 403 if state["owner"] else 401
+        raise RequestError(f"{what} needs the operator's key (--admin-key)", code="admin_key_required", status=status)
 
 
 class RequestLog:
