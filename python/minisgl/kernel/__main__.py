@@ -1,4 +1,4 @@
-"""`python -m minisgl.kernel prebuild [LEVEL …]` puts CPU kernels, of all levels or these, into the cache, for an image."""
+"""`python -m minisgl.kernel prebuild [LEVEL …]` puts CPU kernels, of all levels or these, into the cache."""
 
 import sys
 
