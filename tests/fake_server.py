@@ -106,7 +106,9 @@ def broken(control: Control, *_: object) -> None:
 
 def config_for(model_path: str, port: int, num_tokenizer: int, max_seq_len: int, max_running: int) -> ServerConfig:
     model = ModelConfig("Fake", VOCAB, 8, 8, 1, 1, 1, 8, 1e-6, RopeConfig(1e4), max_seq_len)
-    scheduler = SchedulerConfig(max_running, 8192, max_seq_len, 8192, 1, eos_token_ids=(EOS,), check_integrity=True)
+    scheduler = SchedulerConfig(
+        max_running, 8192, max_seq_len, 8192, 1, eos_token_ids=(EOS,), check_integrity=1, integrity_fatal=True
+    )
     engine = EngineConfig(
         model_path, model, "float32", "cpu", 1, "", 8192, 1, 256, 8192, max_seq_len, "sdpa", "sdpa", 1, True
     )

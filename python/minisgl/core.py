@@ -254,6 +254,7 @@ class StepPlan(NamedTuple):
     page_updates: tuple[PageUpdate, ...]
     reqs: tuple[ScheduledReq, ...]
     bitmask: TokenBitmask | None = None
+    expected: tuple[PageUpdate, ...] = ()  # now and then: all pages of each row, which the engine is to compare
 
     @property
     def num_tokens(self) -> int:

@@ -14,16 +14,19 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import ConfigError, RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt
+
+if TYPE_CHECKING:
+    from minisgl.server.frontend import Frontend
 
 DEFAULTS = SamplingParams(max_tokens=2048, temperature=0.6)
 SETTINGS: Mapping[str, Callable[[str], int | float]] = {
@@ -38,26 +41,6 @@ OPTIONAL_SETTINGS = ("max_tokens", "seed")  # `none` is a value of these
 ENV_SETTINGS = ("max_tokens", "temperature", "top_p", "top_k")
 # Output of a model must not move the cursor or change the terminal's colours.
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-
-
-class ReplyStream(Protocol):
-    """The replies to one request; closing it early aborts the request."""
-
-    def __aiter__(self) -> AsyncIterator[UserReply]: ...
-
-    async def aclose(self) -> None: ...
-
-
-class ChatFrontend(Protocol):
-    """What the shell needs of `minisgl.server.frontend.Frontend`."""
-
-    def submit(self, prompt: ChatPrompt, params: SamplingParams) -> Sequence[ReplyStream]: ...
-
-
-class LineReader(Protocol):
-    """Where lines come from. `read` returns None at the end of input. Raises: KeyboardInterrupt for Ctrl-C."""
-
-    async def read(self) -> str | None: ...
 
 
 def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
@@ -100,9 +83,6 @@ class Conversation:
     def messages(self) -> list[dict[str, Any]]:
         head = [{"role": "system", "content": self.system}] if self.system else []
         return head + self.turns
-
-    def add(self, role: str, content: str) -> None:
-        self.turns.append({"role": role, "content": content})
 
     def drop_oldest(self) -> bool:
         """Forget the oldest question and its answer, but never the question that is being asked."""
@@ -152,7 +132,7 @@ class Shell:
     """
 
     def __init__(
-        self, frontend: ChatFrontend, params: SamplingParams, write: Callable[[str], object], verbose: bool = True
+        self, frontend: Frontend, params: SamplingParams, write: Callable[[str], object], verbose: bool = True
     ) -> None:
         self.params = params
         self.chat = Conversation()
@@ -172,7 +152,7 @@ class Shell:
             "/exit": self._exit,
         }
 
-    async def run(self, reader: LineReader) -> None:
+    async def run(self, reader: TerminalReader | PipeReader) -> None:
         """Read and answer lines until /exit or the end of input. Raises: WorkerDied when the server is gone."""
         while not self._done:
             try:
@@ -192,21 +172,17 @@ class Shell:
 
     async def handle(self, line: str) -> None:
         """Do what one line says."""
-        line = line.strip()
-        if not line:
-            return
-        if not line.startswith("/"):
-            await self._answer(line)
-            return
-        name, _, rest = line.partition(" ")
-        if name in self.commands:
+        name, _, rest = line.strip().partition(" ")
+        if name and not name.startswith("/"):
+            await self._answer(line.strip())
+        elif name in self.commands:
             self.commands[name](rest.strip())
-        else:
+        elif name:
             self._say(f"unknown command {name}; /help lists the commands")
 
     async def _answer(self, text: str) -> None:
         """Ask the model, with an answer that Ctrl-C can stop. A refused question leaves no trace in the history."""
-        self.chat.add("user", text)
+        self.chat.turns.append({"role": "user", "content": text})
         answer: list[str] = []
         try:
             self._answering = asyncio.ensure_future(self._stream_fitting(answer))
@@ -215,7 +191,7 @@ class Shell:
             self._say(f"\nerror: {error}" if answer else f"error: {error}")
         if answer:
             self._write("\n")
-            self.chat.add("assistant", "".join(answer))
+            self.chat.turns.append({"role": "assistant", "content": "".join(answer)})
         else:
             self.chat.turns.pop()
 
@@ -287,18 +263,15 @@ class Shell:
 
     def _set(self, rest: str) -> None:
         if not rest:
-            self._say("\n".join(f"{name} {_shown(getattr(self.params, name))}" for name in SETTINGS))
-            return
+            return self._say("\n".join(f"{name} {_shown(getattr(self.params, name))}" for name in SETTINGS))
         name, _, text = rest.replace("=", " ", 1).partition(" ")
         if name in SETTINGS and not text.strip():
-            self._say(f"usage: /set {name} VALUE (now {_shown(getattr(self.params, name))})")
-            return
+            return self._say(f"usage: /set {name} VALUE (now {_shown(getattr(self.params, name))})")
         try:
             self.params = changed(self.params, name, text.strip())
         except RequestError as error:
-            self._say(f"error: {error}")
-            return
-        self._say(f"{name} is {_shown(getattr(self.params, name))}")
+            return self._say(f"error: {error}")
+        return self._say(f"{name} is {_shown(getattr(self.params, name))}")
 
     def _exit(self, _: str) -> None:
         self._done = True
@@ -377,7 +350,7 @@ def history_file(environ: Mapping[str, str]) -> Path | None:
     return path
 
 
-async def run_shell(frontend: ChatFrontend, config: ServerConfig) -> None:
+async def run_shell(frontend: Frontend, config: ServerConfig) -> None:
     """Chat on stdin and stdout until the user leaves. In a terminal Ctrl-C stops an answer, on a pipe the program.
 
     Raises: ConfigError for a bad MINISGL_SHELL_* value, WorkerDied when the server is gone.

@@ -21,7 +21,9 @@ from tests.e2e.conftest import PYTHONPATH, Server
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("logs") / "demo.log"
     flags = ["--port", "0", "--device", "cpu", "--dtype", "float32", "--served-model-name", MODEL]
-    with Server.running(["-m", "minisgl", *flags], log, MINISGL_CHECK_INTEGRITY="1") as server:
+    with Server.running(
+        ["-m", "minisgl", *flags], log, MINISGL_CHECK_INTEGRITY="1", MINISGL_INTEGRITY_FATAL="1"
+    ) as server:
         yield server
 
 

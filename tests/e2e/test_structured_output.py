@@ -187,7 +187,9 @@ def test_nothing_is_left_running(start: Callable[..., Server], tiny_path: Path, 
 def test_two_ranks(start: Callable[..., Server], tiny_path: Path) -> None:
     """Rank 0 alone has the grammar, and both plan the same."""
     flags = ["--model", str(tiny_path), "--port", "0", "--tp", "2", "--max-seq-len", "256", "--device", "cpu"]
-    server = start(["-m", "minisgl", *flags], MINISGL_CHECK_RANKS="1", MINISGL_CHECK_INTEGRITY="1")
+    server = start(
+        ["-m", "minisgl", *flags], MINISGL_CHECK_RANKS="1", MINISGL_CHECK_INTEGRITY="1", MINISGL_INTEGRITY_FATAL="1"
+    )
     with httpx.Client(base_url=server.url, timeout=60) as http:
         answers: list[httpx.Response] = []
 

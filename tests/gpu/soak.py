@@ -47,7 +47,9 @@ class CheckedLLM(LLM):
     num_retracted = 0
 
     def _start_scheduler(self, grammars: Any) -> Any:
-        self.config = replace(self.config, scheduler=replace(self.config.scheduler, check_integrity=True))
+        self.config = replace(
+            self.config, scheduler=replace(self.config.scheduler, check_integrity=1, integrity_fatal=True)
+        )
         scheduler = super()._start_scheduler(grammars)
         retract = scheduler.planner._retract
 

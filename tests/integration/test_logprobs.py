@@ -34,7 +34,8 @@ class Session:
                 min(config.max_seq_len, num_pages * page_size),
                 num_pages,
                 page_size,
-                check_integrity=True,
+                check_integrity=1,
+                integrity_fatal=True,
             )
         )
         self.outputs: dict[int, list[Any]] = {}

@@ -88,7 +88,7 @@ def kill_some(server: Server, seconds: float, names: Sequence[str]) -> list[floa
 
 @pytest.mark.timeout(SECONDS * 2 + 300)
 def test_nothing_is_lost_and_nothing_grows(start: Callable[..., Server], tiny_path: Path) -> None:
-    server = start(real(tiny_path, *FLAGS), MINISGL_CHECK_INTEGRITY="1")
+    server = start(real(tiny_path, *FLAGS), MINISGL_CHECK_INTEGRITY="1", MINISGL_INTEGRITY_FATAL="1")
     answers: dict[str, str] = {}
 
     def run(seed: int, seconds: float) -> Counter[str]:

@@ -15,7 +15,11 @@ from minisgl.scheduler.planner import Planner, ReqOutput
 from tests.simulator import SimulatedEngine, expected_output
 
 CONFIG = SchedulerConfig(
-    max_running_requests=8, max_prefill_length=16, max_seq_len=64, num_pages=64, page_size=4, check_integrity=True
+    max_running_requests=8,
+    max_prefill_length=16,
+    max_seq_len=64,
+    num_pages=64,
+    page_size=4,
 )
 ENDLESS = SamplingParams(max_tokens=40, seed=0, ignore_eos=True)
 
@@ -39,6 +43,7 @@ class Driver:
         plan = self.planner.plan()
         if plan is not None:
             self.take(self.planner.retire(self.engine.submit(plan).result()))
+            self.planner.check_integrity()
         return plan
 
     def finish(self, limit: int = 2_000) -> None:

@@ -19,7 +19,13 @@ from minisgl.scheduler.transport import FollowerTransport, LocalTransport, RankF
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 
 CONFIG = SchedulerConfig(
-    max_running_requests=4, max_prefill_length=16, max_seq_len=64, num_pages=64, page_size=4, check_integrity=True
+    max_running_requests=4,
+    max_prefill_length=16,
+    max_seq_len=64,
+    num_pages=64,
+    page_size=4,
+    check_integrity=1,
+    integrity_fatal=True,
 )
 
 
@@ -158,12 +164,12 @@ def test_a_device_that_keeps_failing_ends_the_scheduler() -> None:
 
 
 def test_broken_page_accounting_is_fatal_in_tests_and_flushes_the_cache_in_production() -> None:
-    for strict in (True, False):
-        config = replace(CONFIG, check_integrity=strict)
+    for fatal in (True, False):
+        config = replace(CONFIG, check_integrity=0, integrity_fatal=fatal)
         transport = LocalTransport()
         scheduler = Scheduler(config, SimulatedEngine(config), transport)
         scheduler.planner._allocator.allocate(1)
-        if strict:
+        if fatal:
             transport.put([user(0, [1])])
             with pytest.raises(AssertionError, match="lost"):
                 run(scheduler, transport)

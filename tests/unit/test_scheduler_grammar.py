@@ -25,7 +25,13 @@ from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 
 VOCAB = 64
 CONFIG = SchedulerConfig(
-    max_running_requests=4, max_prefill_length=16, max_seq_len=64, num_pages=64, page_size=4, check_integrity=True
+    max_running_requests=4,
+    max_prefill_length=16,
+    max_seq_len=64,
+    num_pages=64,
+    page_size=4,
+    check_integrity=1,
+    integrity_fatal=True,
 )
 
 

@@ -187,6 +187,7 @@ class ServerArgs:
     heartbeat_timeout: float = _option(_seconds(2), 60.0)
     step_timeout: float = _option(_seconds(1), 60.0)
     drain_timeout: float = _option(_seconds(0), 10.0)
+    check_integrity: int | None = _option(_auto(integer(0)), None)
     shell: bool = _option(boolean, False, "--shell-mode")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from minisgl.config.fields import read_fields
 from minisgl.errors import ConfigError
 
@@ -16,20 +18,12 @@ _PATTERNS = [
     *("chat_template*", "additional_chat_templates/*.jinja", "vocab.*", "merges.txt", "tekken.json", "*.tiktoken"),
 ]
 _IGNORED = ["*/*.tiktoken", "tokenizer*/*", "model*/*", "*.py"]
-_GGUF = "GGUF files are not supported, take the model's safetensors"
-_ADAPTER = "it holds an adapter (LoRA), not a model: merge it into its base model, and save that"
-_ORIGINAL = "it holds the weights in their authors' own format, take those of transformers (model*.safetensors)"
-_OTHERS = {  # files by which something else is known
-    "*.gguf": _GGUF,
-    "adapter_*": _ADAPTER,
-    "model_index.json": "it holds a pipeline of diffusers, not a language model",
-    "consolidated*": _ORIGINAL,
-    "params.json": _ORIGINAL,
-    "*.safetensors": "its name must be model.safetensors, or be in a model.safetensors.index.json",
-    "*.bin": "its name must be pytorch_model.bin, or be in a pytorch_model.bin.index.json",
-    "*.pt*": "take the model's safetensors",
-    "*.onnx": "take the model's safetensors",
-}
+
+
+def _others() -> dict[str, str]:
+    """Patterns of files by which something else than a model of ours is known, and what to do then."""
+    texts: dict[str, str] = yaml.safe_load(Path(__file__).with_name("others.yaml").read_text(encoding="utf-8"))
+    return texts
 
 
 def split_revision(model: str | None, revision: str | None) -> tuple[str | None, str | None]:
@@ -100,7 +94,7 @@ def _fetch_hint(error: Exception, source: str) -> str:
 def check_directory(path: Path) -> None:
     """Raises: ConfigError saying what `path` is, when it is no directory with a `config.json` in it."""
     if path.is_file():
-        reason = _GGUF if path.suffix == ".gguf" else "give the directory that holds config.json"
+        reason = _others()["*.gguf"] if path.suffix == ".gguf" else "give the directory that holds config.json"
         raise ConfigError(f"{str(path)!r} is a file, not a model directory: {reason}")
     if not path.is_dir():
         raise ConfigError(f"model directory {str(path)!r} does not exist")
@@ -137,5 +131,5 @@ def _no_model(path: Path, missing: str) -> ConfigError:
     elif below := next(path.glob(f"*/{missing}"), None):
         reason = f"it is in {below.parent}"
     else:
-        reason = next((what for pattern, what in _OTHERS.items() if any(path.glob(pattern))), "")
+        reason = next((what for pattern, what in _others().items() if any(path.glob(pattern))), "")
     return ConfigError(f"{str(path)!r} is no model directory: {missing} is missing" + f"; {reason}" * bool(reason))

@@ -101,6 +101,7 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         overlap=not args.disable_overlap,
         step_timeout=args.step_timeout,
         token_seconds=2 * model.weight_bytes("int8", engine.tp_size) / flops,
+        check_integrity=args.check_integrity,
     )
     tool_call_parser = chat.choose_tool_parser(args.tool_call_parser, files.chat_template)
     reasoning_parser = chat.choose_reasoning_parser(args.reasoning_parser, files.chat_template)

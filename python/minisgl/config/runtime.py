@@ -56,7 +56,8 @@ class SchedulerConfig:
     overlap: bool = True
     step_timeout: float = 60.0  # seconds that a step may take beyond `token_seconds` for each of its tokens
     token_seconds: float = 0.0  # before any step was measured
-    check_integrity: bool = False  # walk all pages after every step; a mismatch is fatal
+    check_integrity: int | None = None  # steps between two walks; 0: only when idle; None: 256, more in large pools
+    integrity_fatal: bool = False  # what they find ends the scheduler
 
 
 @dataclass(frozen=True, slots=True)

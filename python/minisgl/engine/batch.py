@@ -13,6 +13,7 @@ from minisgl.attention.base import AttentionBatch, IntArray
 from minisgl.core import StepPlan
 from minisgl.engine.logits import LogitRules
 from minisgl.engine.logprobs import LogprobRules
+from minisgl.errors import require
 from minisgl.utils.math import div_ceil
 
 
@@ -70,10 +71,17 @@ class RowTables:
             columns.seed[row] = params.seed
         for update in plan.page_updates:
             self.pages[update.row, update.first_index : update.first_index + len(update.pages)] = update.pages
+        check_pages(plan, self.pages)
 
     def sampling(self, rows: IntArray, positions: IntArray) -> SamplingBatch:
         """The parameters of these rows, for tokens at these positions."""
         return self._sampling.select(rows)._replace(position=positions)
+
+
+def check_pages(plan: StepPlan, table: npt.NDArray[np.int32]) -> None:
+    """Raises: IntegrityError where a row's pages are not those that the planner gave it."""
+    for row, _, pages in plan.expected:
+        require(np.array_equal(table[row, : len(pages)], pages), f"the page table of row {row} is not the planner's")
 
 
 class Tables(RowTables):

@@ -19,7 +19,7 @@ import torch
 from minisgl.attention.base import AttentionBatch, IntArray, PagedBatch, PagedStep, StepContext
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import NOT_READY, Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
-from minisgl.engine.batch import RowTables
+from minisgl.engine.batch import RowTables, check_pages
 from minisgl.engine.device import NUM_BUFFERS, Staging, StepTensors, layout, open_gpu
 from minisgl.engine.graph import DecodeGraphs
 from minisgl.engine.launched import CudaHandle, Launched
@@ -27,6 +27,7 @@ from minisgl.engine.logits import LogitStep, on, process
 from minisgl.engine.logprobs import DeviceLogprobs, LogprobStep, report
 from minisgl.engine.runner import ModelShard
 from minisgl.errors import ConfigError, EngineError
+from minisgl.utils.faults import fault
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ class CudaRunner:
         """Launch a step. What fails at once is reported by the handle, like what fails later."""
         event = torch.cuda.Event()
         try:
+            fault("step")
             with self._on_device():
                 launched = self._launch(plan)
                 out = self._out[plan.step_id % NUM_BUFFERS][: len(launched.ids)]
@@ -303,6 +305,8 @@ class CudaRunner:
             self._token_ids[row, : len(ids)].copy_(ids)
         if pages is not None:
             self._shard.ops.scatter(self._page_table, *pages)
+        if plan.expected:  # it waits for the device, now and then
+            check_pages(plan, self._page_table.cpu().numpy())
 
     def _put_pages(self, plan: StepPlan) -> tuple[Tensor, Tensor] | None:
         """Indices into the flat page table, and the pages that go there."""

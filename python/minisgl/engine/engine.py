@@ -13,6 +13,7 @@ from minisgl.config.runtime import EngineConfig
 from minisgl.core import StepPlan, StepResult
 from minisgl.engine.runner import Runner
 from minisgl.errors import EngineError
+from minisgl.utils.faults import fault
 
 if TYPE_CHECKING:
     from minisgl.engine.cuda import CudaRunner
@@ -66,6 +67,7 @@ class ThreadedRunner:
         with torch.inference_mode():
             while (handle := self._queue.get()) is not None:
                 try:
+                    fault("step")
                     handle.finish(self.runner.execute(handle.plan))
                 except Exception as error:
                     logger.exception("step %d failed", handle.plan.step_id)

@@ -163,12 +163,19 @@ class RadixCache:
             node = parent
         return freed
 
+    def nodes(self) -> list[RadixNode]:
+        """All of them, the root first; a little more than there can be where one is above itself."""
+        nodes = [self._root]
+        for node in nodes:  # they grow meanwhile
+            nodes += node.children.values() if len(nodes) <= self.num_pages + 1 else ()
+        return nodes
+
     def check(self, handles: Sequence[RadixNode]) -> list[int]:
         """Every page that the cache owns, by walking it. handles: all that are locked. Raises: IntegrityError."""
         candidates = {id(node) for stamp, _, node in self._heap if stamp == node.stamp}
-        nodes = [self._root]
-        for node in nodes:  # they grow meanwhile
-            require(len(nodes) <= self.num_pages + 1, "there are more nodes than pages in the cache")
+        nodes = self.nodes()
+        require(len(nodes) <= self.num_pages + 1, "there are more nodes than pages in the cache")
+        for node in nodes:
             require(len(node.key) == len(node.pages) * self._page_size, "an edge and its pages differ in length")
             require(node.num_locks or node.children or id(node) in candidates, "a node will never be evicted")
             for name, child in node.children.items():
@@ -176,13 +183,11 @@ class RadixCache:
                 first = self._first_page(child.key)
                 fits = name.startswith(first) if node is self._root else name == first
                 require(child.name == name and fits, "a child is filed under another name")
-                nodes.append(child)
         known = {id(node) for node in nodes}
         require(all(id(handle) in known for handle in handles), "a request holds a node that is not in the cache")
         locks = Counter(id(node) for handle in (*handles, self._root) for node in _path(handle))
-        require(
-            all(node.num_locks == locks[id(node)] for node in nodes), "a node is locked more or less than it is held"
-        )
+        held = all(node.num_locks == locks[id(node)] for node in nodes)
+        require(held, "a node is locked more or less than it is held")
         owned = [page for node in nodes for page in node.pages]
         require(len(owned) == self.num_pages, f"{len(owned)} pages in the cache, {self.num_pages} counted")
         evictable = sum(len(node.pages) for node in nodes if node.num_locks == 0)

@@ -42,6 +42,7 @@ Prompt = str | Sequence[int]
 Conversation = Sequence[dict[str, Any]]
 Params = SamplingParams | Sequence[SamplingParams] | None
 ProgressCallback = Callable[[int, int], None]
+Reporting = bool | ProgressCallback | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +157,7 @@ class LLM:
         self._closers.close()
 
     def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: Params = None,
-        progress: bool | ProgressCallback | None = None,
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, progress: Reporting = None
     ) -> list[RequestOutput]:
         """Complete each prompt, a text or a list of token ids; returns the outputs in prompt order.
 
@@ -176,7 +174,7 @@ class LLM:
         self,
         conversations: Conversation | Sequence[Conversation],
         sampling_params: Params = None,
-        progress: bool | ProgressCallback | None = None,
+        progress: Reporting = None,
         tools: list[dict[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """The model's answer to each conversation (a list of messages with `role` and `content`)."""
@@ -201,14 +199,8 @@ class LLM:
                     self._turn()
                 reply = pending.replies[taken]
                 taken += 1
-                yield Increment(
-                    reply.text,
-                    unpack_ids(reply.token_ids),
-                    reply.finish_reason,
-                    reply.error,
-                    list(reply.logprobs),
-                    list(reply.prompt_logprobs),
-                )
+                logprobs = (list(reply.logprobs), list(reply.prompt_logprobs))
+                yield Increment(reply.text, unpack_ids(reply.token_ids), reply.finish_reason, reply.error, *logprobs)
                 if reply.finish_reason is not None:
                     return
         finally:
@@ -245,10 +237,7 @@ class LLM:
         return Scheduler(scheduler_config, engine, self._transport, tp_size=config.tp_size, grammars=grammars)
 
     def _run(
-        self,
-        prompts: Sequence[ChatPrompt | TextPrompt | IdsPrompt],
-        params: Params,
-        progress: bool | ProgressCallback | None,
+        self, prompts: Sequence[ChatPrompt | TextPrompt | IdsPrompt], params: Params, progress: Reporting
     ) -> list[RequestOutput]:
         per_prompt = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(per_prompt) != len(prompts):
@@ -299,7 +288,7 @@ class LLM:
             self._scheduler.turn()
             for message in self._transport.take_outputs():
                 if isinstance(message, ErrorReply):
-                    message = _refusal(message)
+                    message = DetokenizeMsg(message.uid, b"", finish_reason=FinishReason.ERROR, error=message.message)
                 reply, abort = self._detokenizer.detokenize(message)
                 if abort is not None:
                     self._transport.put([abort])
@@ -344,11 +333,6 @@ def _run_watched(make: Callable[[], T], supervisor: Supervisor) -> T:
     return future.result()
 
 
-def _refusal(error: ErrorReply) -> DetokenizeMsg:
-    """The end of a request that the scheduler did not take."""
-    return DetokenizeMsg(error.uid, b"", finish_reason=FinishReason.ERROR, error=error.message)
-
-
 def _is_conversation(value: Any) -> bool:
     return not isinstance(value, str) and len(value) > 0 and isinstance(value[0], dict)
 
@@ -363,7 +347,7 @@ def _prompt(prompt: Any) -> TextPrompt | IdsPrompt:
 
 
 @contextmanager
-def _progress(progress: bool | ProgressCallback | None, total: int) -> Iterator[ProgressCallback]:
+def _progress(progress: Reporting, total: int) -> Iterator[ProgressCallback]:
     """A progress bar, a callback, or nothing, behind one call `report(finished, total)`."""
     if callable(progress):
         yield progress

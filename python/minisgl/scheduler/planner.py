@@ -11,6 +11,7 @@ already, so the next step can be planned while this one is on the device; `retir
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
+from collections.abc import KeysView
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ _GROWTH_STEP = 16  # tokens of pages that a running request takes at a time
 # oldest one whatever it matches, so that none waits for ever.
 _LPM_WINDOW = 128
 _LPM_OLDEST_EVERY = 8
+_CACHES = {"radix": RadixCache, "naive": NaiveCache}
 
 
 class _InflightStep(NamedTuple):
@@ -55,10 +57,6 @@ def _tells_prompt(req: Req) -> bool:
     """Whether it computes all of its prompt, even what is cached. Meanwhile it must not hold on to that: alone with
     both copies, it might never get the pages that it needs."""
     return req.params.prompt_logprobs is not None and not req.has_output
-
-
-def _create_cache(config: SchedulerConfig) -> RadixCache:
-    return (RadixCache if config.cache_type == "radix" else NaiveCache)(config.page_size)
 
 
 class Planner:
@@ -78,20 +76,27 @@ class Planner:
         self._inflight: deque[_InflightStep] = deque()
         self._eos = frozenset(config.eos_token_ids)
         self._step_id = 0
+        every = config.check_integrity  # steps; by default a walk, of 0.2 microseconds a page, takes next to no time
+        self._check_every = max(256, config.num_pages // 50) if every is None else every
         self._num_admitted = 0
         self.num_retracted = 0  # times that a running request was sent back to the queue
         self._page_updates: list[PageUpdate] = []
         self.masked_reqs: list[Req] = []  # of the last plan: those that its bitmask is for
         self._allocator = PageAllocator(config.num_pages)
-        self._cache = _create_cache(config)
+        self._cache: RadixCache = _CACHES[config.cache_type](config.page_size)
         self._rows = list(range(config.max_running_requests - 1, -1, -1))
 
-    def flush(self) -> None:
-        """Forget everything cached. Only when idle."""
-        assert self.is_idle
+    def reset(self) -> KeysView[int]:
+        """Forget all but the requests that have not begun. Returns their uids: the caller ends the others, and has seen
+        that no step is in flight."""
+        waiting = [req for req in self._waiting.values() if req.state is ReqState.WAITING and not req.started]
+        self._reqs = {req.uid: req for req in waiting}
+        self._waiting = OrderedDict(self._reqs)
+        self._running, self._leaving, self._inflight = [], [], deque()
         self._allocator = PageAllocator(self._config.num_pages)
-        self._cache = _create_cache(self._config)
+        self._cache = _CACHES[self._config.cache_type](self._page_size)
         self._rows = list(range(self._config.max_running_requests - 1, -1, -1))
+        return self._reqs.keys()
 
     def flush_unused(self) -> int:
         """Forget what is cached and in use by no running request. Returns the number of pages freed."""
@@ -187,7 +192,10 @@ class Planner:
         if not scheduled:
             return None
         bitmask, self.masked_reqs = _bitmask_of(reqs, scheduled)
-        plan = StepPlan(self._step_id, tuple(admissions), tuple(self._page_updates), tuple(scheduled), bitmask)
+        checked = self._check_every and self._step_id % self._check_every == 0
+        expected = tuple(PageUpdate(req.row, 0, tuple(req.pages)) for req in self._running) if checked else ()
+        updates = tuple(self._page_updates)
+        plan = StepPlan(self._step_id, tuple(admissions), updates, tuple(scheduled), bitmask, expected)
         self._inflight.append(_InflightStep(plan, reqs))
         self._step_id += 1
         return plan
@@ -212,23 +220,21 @@ class Planner:
                     output = self._accept(req, token_id)
                     outputs.append(with_logprobs(output, result, sample) if req.params.wants_logprobs else output)
         self._release_leaving()
-        if self._config.check_integrity:
-            self.check_integrity()
         return outputs
 
     def fail(self, step_id: int, error: str) -> list[ReqOutput]:
         """The oldest planned step failed on the device.
 
-        Every running request ends with an error, since later steps may have read what this one did not write, and
-        nothing computed so far is reused. Waiting requests go on.
+        Its requests, and those of later steps, which may have read what this one did not write, end with an error, and
+        nothing computed so far is reused. The others go on.
         """
+        victims = [req for req in self._reqs.values() if req.num_inflight]
         plan, reqs = self._inflight.popleft()
         assert plan.step_id == step_id, f"step {step_id} failed, {plan.step_id} expected"
         for req in reqs:
             req.num_inflight -= 1
         for req in self._leaving:
             req.failed = True
-        victims = [req for req in self._reqs.values() if req.row >= 0]
         outputs = [self._finish(req, (), FinishReason.ERROR, error=error) for req in victims]
         self._release_leaving()
         self.flush_unused()
@@ -239,8 +245,7 @@ class Planner:
         return self._allocator.check()
 
     def check_integrity(self) -> None:
-        """Walk all that is remembered: each page is free, the cache's, or one request's. Raises: IntegrityError naming
-        what does not fit."""
+        """Walk all that is remembered. Raises: IntegrityError naming what does not fit."""
         held = self._running + self._leaving
         owners = [("nobody", self.free_pages()), ("the cache", self._cache.check([req.handle for req in held]))]
         shares = Counter(id(req) for step in self._inflight for req in step.reqs)
@@ -257,29 +262,26 @@ class Planner:
         rows = sorted([*self._rows, *(req.row for req in held)])
         require(rows == list(range(self._config.max_running_requests)), "rows are lost or shared")
         for uid, req in self._waiting.items():
-            waits = (
-                req.state is ReqState.WAITING and req.row == -1 and not (req.pages or req.handle or req.num_computed)
-            )
-            require(waits and req.uid == uid and self._reqs.get(uid) is req, f"request {uid} should not wait")
+            begun = req.state is not ReqState.WAITING or req.row >= 0 or req.pages or req.handle or req.num_computed
+            require(not begun and req.uid == uid and self._reqs.get(uid) is req, f"request {uid} should not wait")
         num_running = sum(req.state is ReqState.RUNNING for req in held)
         require(len(self._reqs) == len(self._waiting) + num_running, "a request is in no queue, or in two")
 
     def _check_req(self, req: Req, num_inflight: int) -> None:
         """One that has a row: that its state, counts, pages and lock fit together."""
-        is_running, num_known = req.state is ReqState.RUNNING, len(req.tokens)
-        fits = is_running == (self._reqs.get(req.uid) is req) and req.state is not ReqState.WAITING
-        require(fits, f"request {req.uid} is {req.state.value} and in the wrong place")
-        fits = 0 <= req.num_computed <= min(req.num_tokens, len(req.pages) * self._page_size)
-        require(fits, f"request {req.uid} has {req.num_computed} tokens computed, in {len(req.pages)} pages")
-        fits = req.prompt_len <= num_known <= req.num_tokens <= min(req.max_len, num_known + req.num_inflight)
-        require(fits or not is_running, f"request {req.uid} has {req.num_tokens} tokens, {num_known} known")
-        require(
-            req.num_inflight == num_inflight, f"request {req.uid} is in {num_inflight} steps, not {req.num_inflight}"
-        )
-        spelled = self._cache.spells(req.handle, req.prefix, req.params.cache_salt)
-        require(spelled, f"request {req.uid} holds a prefix of other tokens")
-        fits = len(self._cache.path_pages(req.handle)) <= len(req.pages)
-        require(fits, f"request {req.uid} holds more of the cache than it has pages")
+        runs, num_known, num_pages = req.state is ReqState.RUNNING, len(req.tokens), len(req.pages)
+        computed = 0 <= req.num_computed <= min(req.num_tokens, num_pages * self._page_size)
+        placed = runs == (self._reqs.get(req.uid) is req) and req.state is not ReqState.WAITING
+        counts = req.prompt_len <= num_known <= req.num_tokens <= min(req.max_len, num_known + num_inflight)
+        for holds, contradiction in (
+            (placed, f"is {req.state.value}, and in the wrong place"),
+            (computed, "has computed beyond its pages"),
+            (counts or not runs, f"has {req.num_tokens} tokens, {num_known} known"),
+            (req.num_inflight == num_inflight, f"is in {num_inflight} steps, not {req.num_inflight}"),
+            (self._cache.spells(req.handle, req.prefix, req.params.cache_salt), "holds a prefix of other tokens"),
+            (len(self._cache.path_pages(req.handle)) <= num_pages, "holds more of the cache than it has pages"),
+        ):
+            require(holds, f"request {req.uid} {contradiction}")
 
     # --- planning
 

@@ -7,15 +7,18 @@ import time
 import zlib
 from collections import deque
 
+import numpy as np
+
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import Executor, Req, StepHandle, StepPlan
-from minisgl.errors import EngineError
+from minisgl.core import Executor, FinishReason, Req, SamplingParams, StepHandle, StepPlan
+from minisgl.errors import EngineError, IntegrityError
 from minisgl.message.backend import AbortMsg, ResumeMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import FlushReply
 from minisgl.message.logprobs import pack_logprobs
 from minisgl.message.tokenizer import PROMPT_TAIL, DetokenizeMsg, StreamStart
-from minisgl.scheduler.grammar import Grammars
+from minisgl.scheduler.dump import dump
+from minisgl.scheduler.grammar import Grammars, PlannerMsg
 from minisgl.scheduler.output import ReqOutput
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.status import StatusLog, StepStats
@@ -58,13 +61,14 @@ class Scheduler:
         self._grammars = grammars  # on rank 0; the transport's too
         self._digest = 0
         self._submitted: deque[tuple[StepPlan, StepHandle]] = deque()
-        self._announced: set[int] = set()  # uids that the detokenizer knows; never iterated
+        self._inbox: deque[PlannerMsg] = deque()
+        self._open: dict[int, bool] = {}  # uids whose terminal output is to come: whether the detokenizer knows them
         self._num_failures = 0
         self._stuck = False  # nothing could be planned, with no step in flight
         self._step_timeout, self._token_seconds = config.step_timeout, config.token_seconds
         self._checked = True
         self._num_spells = 0  # of work, with idleness after each
-        self._strict = config.check_integrity
+        self._is_fatal = config.integrity_fatal
 
     def run(self) -> None:
         """Serve for ever. Raises: EngineError when the device is broken or the ranks have diverged."""
@@ -75,13 +79,24 @@ class Scheduler:
 
     def turn(self) -> None:
         """One turn of the loop: with overlap, step n is submitted before the results of step n - 1 are taken in."""
+        try:
+            self._turn()
+        except EngineError:
+            raise
+        except Exception as error:  # what is remembered contradicts itself, or there was no memory to go on
+            self._recover(error)
+
+    def _turn(self) -> None:
         idle = self.planner.is_idle
         if idle and not self._checked:
             self._check_idle()
-        outputs: list[ReqOutput] = []
         block = idle or (self._stuck and self._grammars is not None and self._grammars.is_holding)
-        for message in self._transport.receive(block=block, digest=self._digest):
+        self._inbox += self._transport.receive(block=block and not self._inbox, digest=self._digest)
+        outputs: list[ReqOutput] = []
+        while self._inbox:
+            message = self._inbox.popleft()
             if isinstance(message, UserMsg):
+                self._open.update(dict.fromkeys(message.uids, False))
                 outputs += self.planner.add(message.uid, unpack_ids(message.input_ids), message.params, message.count)
             elif isinstance(message, AbortMsg):
                 outputs += self.planner.abort(message.uid)
@@ -103,27 +118,18 @@ class Scheduler:
             if self._stats is not None:
                 self._stats.count(plan)
             self._submitted.append((plan, self._executor.submit(plan)))
+        elif not self._submitted and not self.planner.num_running and self.planner.num_waiting:
+            raise IntegrityError("no request can begin, and none runs: pages are lost")
         num_left = 1 if self._overlap and plan is not None else 0
         while len(self._submitted) > num_left:
             self._retire()
 
     def _check_idle(self) -> None:
-        """Nothing is running: every page must be free or the cache's. A fault costs the cache, not the server.
-
-        A large pool takes tens of milliseconds to walk, so only every so many spells of work are followed by a check:
-        a count, not a clock, so that all ranks check (and flush) at the same turn.
-        """
+        """Some spells of work are followed by a walk: by count, so that all ranks walk at the same turn."""
         self._checked = True
         self._num_spells += 1
-        if self._num_spells % _CHECK_EVERY and not self._strict:
-            return
-        try:
+        if self._num_spells % _CHECK_EVERY == 0 or self._is_fatal:
             self.planner.check_integrity()
-        except AssertionError:
-            if self._strict:
-                raise
-            logger.exception("the page accounting is broken; the prefix cache is flushed")
-            self.planner.flush()
 
     def _retire(self) -> None:
         """Take in the oldest step. It stays submitted until it has run: an interrupt (under `LLM`) comes while we wait,
@@ -134,17 +140,45 @@ class Scheduler:
             self._wait(plan, handle)
         try:
             result = handle.result()
+        except Exception as error:
+            outputs = self._fail(plan, error)
+        else:
             self._submitted.popleft()
             outputs = self.planner.retire(result)
             self._num_failures = 0
-        except EngineError as error:
-            self._num_failures += 1
-            if self._tp_size > 1 or self._num_failures >= _MAX_FAILURES:
-                raise  # other ranks may be waiting inside a collective, or the device is beyond help
-            self._submitted.popleft()
-            logger.exception("step %d failed; its requests end with an error", plan.step_id)
-            outputs = self.planner.fail(plan.step_id, f"the engine failed: {error}")
         self._send(outputs)
+        if plan.expected:
+            self.planner.check_integrity()
+
+    def _fail(self, plan: StepPlan, error: Exception) -> list[ReqOutput]:
+        """A step has failed: its requests end. Raises: EngineError when no more can be done here."""
+        if isinstance(error.__cause__, IntegrityError):
+            raise error.__cause__
+        self._num_failures += 1
+        is_lost = type(error.__cause__).__name__ == "AcceleratorError"  # torch's: no step will run on the device again
+        if self._tp_size > 1 or self._num_failures >= _MAX_FAILURES or is_lost:  # other ranks may be in a collective
+            raise EngineError(str(error)) from error
+        self._submitted.popleft()
+        logger.error("step %d failed; its requests end with an error", plan.step_id, exc_info=error)
+        return self.planner.fail(plan.step_id, f"the engine failed: {error}")
+
+    def _recover(self, error: Exception) -> None:
+        """Nothing that was computed can be trusted: the requests that have begun end with an error, the others wait on.
+        Raises: EngineError with several ranks, whose copies must not diverge: all start again together."""
+        self._num_failures += 1
+        if self._is_fatal:
+            raise error
+        reason = f"{type(error).__name__}: {error}"
+        logger.error("the scheduler goes on with an empty cache: %s; dump: %s", reason, dump(self.planner, reason))
+        if self._tp_size > 1 or self._num_failures >= _MAX_FAILURES:
+            raise EngineError(reason) from error
+        while self._submitted:
+            self._wait(*self._submitted[0])
+            self._submitted.popleft()
+        waiting, unknown = self.planner.reset(), (np.empty(0, np.int32), 0, SamplingParams(seed=0), 0, 0)
+        ended = [Req(uid, [], *unknown) for uid in self._open if uid not in waiting]
+        text = "the server has lost its state, and goes on without it; try again"
+        self._send([ReqOutput(req, (), FinishReason.ERROR, error=text) for req in ended])
 
     def _wait(self, plan: StepPlan, handle: StepHandle) -> None:
         """Wait for a step that takes its time, and show that we are alive. Raises: EngineError `step_timeout` seconds
@@ -168,37 +202,24 @@ class Scheduler:
 
     def _message(self, output: ReqOutput) -> DetokenizeMsg:
         req, start = output.req, None
-        if req.uid not in self._announced:
-            self._announced.add(req.uid)
+        if not self._open.get(req.uid):
+            self._open[req.uid] = True
             start = _stream_start(req)
         if output.finish_reason is not None:
-            self._announced.discard(req.uid)
+            self._open.pop(req.uid, None)
             num_output = req.num_tokens - req.prompt_len
             reason = output.error or output.finish_reason.value
             logger.debug("request %d: %s after %d + %d tokens", req.uid, reason, req.prompt_len, num_output)
-        return DetokenizeMsg(
-            uid=req.uid,
-            token_ids=pack_ids(output.token_ids),
-            num_cached=req.num_cached,
-            num_hidden=output.num_hidden,
-            start=start,
-            finish_reason=output.finish_reason,
-            error=output.error,
-            error_status=output.error_status,
-            logprobs=None if output.logprobs is None else pack_logprobs([output.logprobs]),
-            prompt_logprobs=None if output.prompt_logprobs is None else pack_logprobs(output.prompt_logprobs),
+        tokens = (req.uid, pack_ids(output.token_ids), req.num_cached, output.num_hidden, start)
+        logprobs = (
+            None if output.logprobs is None else pack_logprobs([output.logprobs]),
+            None if output.prompt_logprobs is None else pack_logprobs(output.prompt_logprobs),
         )
+        return DetokenizeMsg(*tokens, output.finish_reason, output.error, output.error_status, *logprobs)
 
 
 def _stream_start(req: Req) -> StreamStart:
     params, prompt = req.params, req.tokens[: req.prompt_len]
-    return StreamStart(
-        num_prompt_tokens=req.prompt_len,
-        stop=params.stop,
-        prompt_tail=pack_ids(prompt[-PROMPT_TAIL:]),
-        include_stop=params.include_stop_str_in_output,
-        skip_special=params.skip_special_tokens,
-        min_tokens=params.min_tokens,
-        echo=params.echo,
-        prompt=pack_ids(prompt) if params.echo or params.prompt_logprobs is not None else b"",
-    )
+    shown = pack_ids(prompt) if params.echo or params.prompt_logprobs is not None else b""
+    rules = (params.include_stop_str_in_output, params.skip_special_tokens, params.min_tokens, params.echo)
+    return StreamStart(req.prompt_len, params.stop, pack_ids(prompt[-PROMPT_TAIL:]), *rules, shown)

@@ -87,16 +87,9 @@ class StepStats:
     def reply(self, uid: int) -> StatsReply:
         planner = self._planner
         assert planner is not None, "nobody is watched yet"
-        return StatsReply(
-            uid=uid,
-            num_running=planner.num_running,
-            num_waiting=planner.num_waiting,
-            num_pages=self._num_pages,
-            num_free_pages=planner.num_free_pages,
-            num_retracted=planner.num_retracted,
-            step_requests=_counts(self._requests),
-            step_tokens=_counts(self._tokens),
-        )
+        counts = (self._num_pages, planner.num_free_pages, planner.num_retracted)
+        steps = (_counts(self._requests), _counts(self._tokens))
+        return StatsReply(uid, planner.num_running, planner.num_waiting, *counts, *steps)
 
 
 def _counts(histogram: Histogram) -> Counts:

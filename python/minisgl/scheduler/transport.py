@@ -21,7 +21,7 @@ _IDLE_SECONDS = 0.5  # between heartbeats while nothing happens
 
 
 class Transport(Protocol):
-    """One rank's connection to the rest of the system."""
+    """One rank's connection to the rest of the system. Ranks above 0 say nothing."""
 
     def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:
         """The messages for this turn. With `block`, wait for at least one. `digest` is that of the last plan."""
@@ -30,10 +30,13 @@ class Transport(Protocol):
         """Called now and then while a step runs: answer health checks, show that this process is alive. late: the step
         should have ended long ago."""
 
-    def send(self, messages: Sequence[Reply]) -> None: ...
+    def send(self, messages: Sequence[Reply]) -> None:  # noqa: ARG002
+        """To the detokenizer."""
+        return
 
-    def answer(self, message: FrontendMsg) -> None:
-        """Tell the API server what it has asked for itself. Only rank 0's answer goes out."""
+    def answer(self, message: FrontendMsg) -> None:  # noqa: ARG002
+        """Tell the API server what it has asked for itself."""
+        return
 
 
 class RankFanout:
@@ -53,7 +56,7 @@ class RankFanout:
             socket.close()
 
 
-class LeaderTransport:
+class LeaderTransport(Transport):
     """Rank 0 of a server.
 
     grammars: see that what requests have to match is compiled before anyone hears of them.
@@ -119,11 +122,11 @@ class LeaderTransport:
                 self._received.append(message)
 
 
-class FollowerTransport:
+class FollowerTransport(Transport):
     """A rank above 0, in a server or under `LLM`: it only listens to rank 0."""
 
     def __init__(self, addresses: Addresses, rank: int, heartbeat: Callable[[], None]) -> None:
-        self._pull = PullSocket(addresses.rank(rank), rank_codec)
+        self._pull = PullSocket(addresses.rank(rank), rank_codec, strict=True)
         self._heartbeat = heartbeat
         self._batches: list[RankBatch] = []
         self._number = 0
@@ -145,17 +148,11 @@ class FollowerTransport:
     def pump(self, *, late: bool = False) -> None:  # noqa: ARG002
         self._heartbeat()
 
-    def send(self, messages: Sequence[Reply]) -> None:
-        pass
-
-    def answer(self, message: FrontendMsg) -> None:
-        pass
-
     def close(self) -> None:
         self._pull.close()
 
 
-class LocalTransport:
+class LocalTransport(Transport):
     """Rank 0 inside the caller's process: messages are put in, outputs are taken out. pump: as the method."""
 
     def __init__(
@@ -188,6 +185,3 @@ class LocalTransport:
 
     def send(self, messages: Sequence[Reply]) -> None:
         self._outputs += messages
-
-    def answer(self, message: FrontendMsg) -> None:
-        pass  # nobody asks

@@ -125,8 +125,8 @@ def scheduler_main(
 ) -> None:
     """One tensor-parallel rank: the engine, and the scheduler that feeds it.
 
-    For tests: MINISGL_CHECK_INTEGRITY makes a page accounting error fatal, MINISGL_CHECK_RANKS compares the plans of
-    ranks 0 and `rank` at every turn.
+    For tests: MINISGL_CHECK_RANKS compares the plans of ranks 0 and `rank` at every turn, and what the walk finds is
+    fatal with MINISGL_INTEGRITY_FATAL.
     """
     # Read when torch is imported. Threads that spin between two operators gain nothing on free cores, and on busy ones
     # they take the time of the very thread that they wait for.
@@ -139,11 +139,11 @@ def scheduler_main(
     from minisgl.scheduler.status import StatusLog, StepStats
     from minisgl.scheduler.transport import FollowerTransport, LeaderTransport, Transport
 
-    check_integrity, check_ranks = env_bool("MINISGL_CHECK_INTEGRITY"), env_bool("MINISGL_CHECK_RANKS")
+    is_fatal, check_ranks = env_bool("MINISGL_INTEGRITY_FATAL"), env_bool("MINISGL_CHECK_RANKS")
     # Before the engine: loading the vocabulary holds Python up, which is not noticed now.
     grammars = Grammars(open_store(engine_config, config), engine_config.device == "cuda") if rank == 0 else None
     engine = Engine(replace(engine_config, init_method=addresses.rendezvous(control.life)), rank)
-    config = replace(config, num_pages=engine.num_pages, check_integrity=check_integrity)
+    config = replace(config, num_pages=engine.num_pages, integrity_fatal=is_fatal)
     transport: Transport
     stats = StepStats(config.num_pages)
     if rank == 0:

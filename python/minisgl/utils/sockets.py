@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import zmq
 import zmq.asyncio
 
+from minisgl.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+MAX_FRAME_BYTES = 1 << 30  # what is larger ends the connection of who sends it
 
 _MAX_TEMPDIR_LEN = 70  # the path of a Unix socket ends at some 107 bytes
 
@@ -28,15 +35,38 @@ class MessageCodec(Protocol[T]):
     def decode(self, data: bytes) -> list[T]: ...
 
 
-class PullSocket(Generic[T]):
-    """Receives at an endpoint that this process binds. Never loses a message: the high-water mark is off."""
+class _Inbox(Generic[T]):
+    """Receives at an endpoint that this process binds. Never loses a message: the high-water mark is off.
 
-    def __init__(self, endpoint: str, codec: MessageCodec[T]) -> None:
-        self._codec = codec
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
+    A frame that is no message is dropped, and the log says so; where it is `strict`, it is an EngineError.
+    """
+
+    _context: Any = zmq.Context
+
+    def __init__(self, endpoint: str, codec: MessageCodec[T], *, strict: bool = False) -> None:
+        self._codec, self._endpoint, self._strict, self._num_dropped = codec, endpoint, strict, 0
+        self._socket: Any = self._context.instance().socket(zmq.PULL)
         self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.bind(endpoint)
 
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+    def _decode(self, frame: bytes) -> list[T]:
+        try:
+            return self._codec.decode(frame)
+        except Exception as error:
+            told = f"{len(frame)} bytes at {self._endpoint} are no message ({type(error).__name__})"
+            if self._strict or isinstance(error, MemoryError):  # then they may be one that somebody waits for
+                raise EngineError(told) from error
+        self._num_dropped += 1
+        if self._num_dropped & (self._num_dropped - 1) == 0:  # the first, second, fourth, eighth …
+            logger.error("dropped: %s; %d so far", told, self._num_dropped)
+        return []
+
+
+class PullSocket(_Inbox[T]):
     def receive(self, timeout: float | None = None) -> list[T]:
         """All messages that are there, waiting up to `timeout` seconds (None: for ever) for the first."""
         if not self._socket.poll(None if timeout is None else int(timeout * 1000)):
@@ -44,28 +74,16 @@ class PullSocket(Generic[T]):
         messages: list[T] = []
         while True:
             try:
-                messages += self._codec.decode(self._socket.recv(zmq.NOBLOCK))
+                messages += self._decode(self._socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return messages
 
-    def close(self) -> None:
-        self._socket.close(linger=0)
 
-
-class AsyncPullSocket(Generic[T]):
-    """The same for asyncio."""
-
-    def __init__(self, endpoint: str, codec: MessageCodec[T]) -> None:
-        self._codec = codec
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
-        self._socket.set_hwm(0)
-        self._socket.bind(endpoint)
+class AsyncPullSocket(_Inbox[T]):
+    _context = zmq.asyncio.Context
 
     async def receive(self) -> list[T]:
-        return self._codec.decode(await self._socket.recv())
-
-    def close(self) -> None:
-        self._socket.close(linger=0)
+        return self._decode(await self._socket.recv())
 
 
 class PushSocket(Generic[T]):
