@@ -106,11 +106,12 @@ def broken(control: Control, *_: object) -> None:
 
 def config_for(model_path: str, port: int, num_tokenizer: int, max_seq_len: int, max_running: int) -> ServerConfig:
     model = ModelConfig("Fake", VOCAB, 8, 8, 1, 1, 1, 8, 1e-6, RopeConfig(1e4), max_seq_len)
+    page_size = -(-max_seq_len // 8192)
     scheduler = SchedulerConfig(
-        max_running, 8192, max_seq_len, 8192, 1, eos_token_ids=(EOS,), check_integrity=1, integrity_fatal=True
+        max_running, 8192, max_seq_len, 8192, page_size, eos_token_ids=(EOS,), check_integrity=1, integrity_fatal=True
     )
     engine = EngineConfig(
-        model_path, model, "float32", "cpu", 1, "", 8192, 1, 256, 8192, max_seq_len, "sdpa", "sdpa", 1, True
+        model_path, model, "float32", "cpu", 1, "", 8192, page_size, 256, 8192, max_seq_len, "sdpa", "sdpa", 1, True
     )
     tokenizer = TokenizerConfig(model_path, max_seq_len, VOCAB)
     return ServerConfig(engine, scheduler, tokenizer, num_tokenizer, "fake-model", "127.0.0.1", port, {"top_k": 50})

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -52,3 +55,64 @@ def test_every_dialect_sends_the_same_prompt(server: Server) -> None:
     responses = httpx.post(f"{server.url}/v1/responses", json={"input": HOSTILE, "max_output_tokens": 16}).json()
     assert chat["usage"]["prompt_tokens"] == responses["usage"]["input_tokens"] == expected
     assert messages["usage"]["input_tokens"] + messages["usage"]["cache_read_input_tokens"] == expected
+
+
+@pytest.fixture(scope="module")
+def roomy(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A context in which a text of megabytes may fit: it has to be encoded to find out."""
+    log = tmp_path_factory.mktemp("logs") / "server.log"
+    with Server.running(fake(model_path, max_seq_len=1_000_000), log) as running:
+        yield running
+
+
+SIZE = 10_000_000
+TEXTS = {
+    "words": "hello world, ",
+    "spaces": " ",
+    "letter": "a",
+    "emoji": "🙂",
+    "combining": "e\u0301\u0302",
+    "tokens": "<|im_end|>",
+    "brackets": "<",
+    "lines": "\n",
+}
+
+
+def small(server: Server) -> float:
+    """Seconds that a small chat takes."""
+    begun = time.monotonic()
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return time.monotonic() - begun
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_long_text_delays_nobody(roomy: Server, kind: str) -> None:
+    """Prompts of 10 MB, as a text and as a chat, are refused with a count; meanwhile small chats go on."""
+    text = TEXTS[kind] * (SIZE // len(TEXTS[kind].encode()))
+    bodies = {
+        "/v1/completions": {"prompt": text},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": text}]},
+        "/tokenize": {"messages": [{"role": "user", "content": text}]},
+    }
+    small(roomy)
+
+    def send(path: str) -> tuple[float, httpx.Response]:
+        begun = time.monotonic()
+        answer = httpx.post(f"{roomy.url}{path}", json=bodies[path], timeout=120)
+        return time.monotonic() - begun, answer
+
+    with ThreadPoolExecutor() as threads:
+        sent = [threads.submit(send, path) for path in bodies]
+        times = []
+        while not all(future.done() for future in sent):
+            times.append(small(roomy))
+        results = [future.result() for future in sent]
+    print(
+        kind, [f"{seconds:.2f}" for seconds, _ in results], f"{len(times)} small: {median(times):.3f} {max(times):.3f}"
+    )
+    for _, answer in results:
+        error = answer.json().get("error", {})
+        assert answer.status_code == 400 and error["code"] == "context_length_exceeded", answer.text[:300]
+        assert "resulted in at least" in error["message"]

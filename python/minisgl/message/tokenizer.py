@@ -110,7 +110,8 @@ class DetokenizeMsg(msgspec.Struct, frozen=True, tag="detokenize", forbid_unknow
     prompt_logprobs: PackedLogprobs | None = None  # of all prompt ids but the first
 
 
+TextMsg = TokenizeMsg | EncodeMsg | DecodeMsg
 # An error reply is of the scheduler's, to a request that it does not take; the detokenizer passes it on. A flush is
 # of a scheduler that begins: nothing more comes for any uid that the detokenizer knows.
-TokenizerMsg = TokenizeMsg | DetokenizeMsg | EncodeMsg | DecodeMsg | AbortMsg | PingMsg | ErrorReply | FlushMsg
+TokenizerMsg = TextMsg | DetokenizeMsg | AbortMsg | PingMsg | ErrorReply | FlushMsg
 tokenizer_codec: Codec[TokenizerMsg] = Codec(TokenizerMsg)

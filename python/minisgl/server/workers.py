@@ -25,7 +25,7 @@ from minisgl.utils.faults import fault
 from minisgl.utils.log import setup_logging
 
 if TYPE_CHECKING:
-    from minisgl.tokenizer.tokenize import TextCodec
+    from minisgl.tokenizer.tokenize import HFTextCodec
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def run_child(
 
 
 def tokenizer_main(
-    control: Control, config: TokenizerConfig, addresses: Addresses, endpoint: str, codec: TextCodec | None = None
+    control: Control, config: TokenizerConfig, addresses: Addresses, endpoint: str, codec: HFTextCodec | None = None
 ) -> None:
     """A tokenizer, the detokenizer, or both: `endpoint` tells."""
     # Tokenizers do not need torch, but transformers imports it where it finds it: seconds, and hundreds of MB.

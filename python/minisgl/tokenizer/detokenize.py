@@ -10,7 +10,7 @@ from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import UserReply
 from minisgl.message.logprobs import PackedLogprobs, TokenLogprob, TopLogprob, unpack_logprobs
 from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
-from minisgl.tokenizer.tokenize import TextCodec
+from minisgl.tokenizer.tokenize import HFTextCodec
 
 REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
 MAX_PENDING = 8  # tokens without a clean end; an unfinished character has 3 at most, so more are not one
@@ -29,7 +29,7 @@ class IncrementalDecoder:
 
     __slots__ = ("_codec", "_ids", "_num_chars", "_num_context", "_skip_special", "context_text")
 
-    def __init__(self, codec: TextCodec, context: Sequence[int] = (), *, skip_special: bool = True) -> None:
+    def __init__(self, codec: HFTextCodec, context: Sequence[int] = (), *, skip_special: bool = True) -> None:
         self._codec = codec
         self._skip_special = skip_special
         self._ids = self._visible(context)
@@ -133,23 +133,18 @@ class StopFinder:
         return 0
 
 
-def _hidden_ids(codec: TextCodec, start: StreamStart) -> frozenset[int]:
-    """Tokens that do not become text."""
-    return codec.special_ids if start.skip_special else frozenset()
-
-
 class _Stream:
     """One request's output so far."""
 
     __slots__ = ("decoder", "hidden", "min_tokens", "num_cached", "num_output", "num_prompt", "stop", "stopped")
 
-    def __init__(self, codec: TextCodec, start: StreamStart | None) -> None:
+    def __init__(self, codec: HFTextCodec, start: StreamStart | None) -> None:
         start = start or StreamStart(0, (), b"")
         tail = unpack_ids(start.prompt_tail)
         self.decoder = IncrementalDecoder(codec, tail, skip_special=start.skip_special)
         self.stop = StopFinder(start.stop, include=start.include_stop)
         self.min_tokens = start.min_tokens
-        self.hidden = _hidden_ids(codec, start)
+        self.hidden = codec.special_ids if start.skip_special else frozenset()  # tokens that do not become text
         self.stopped = False  # the terminal reply went out at a stop string
         self.num_prompt = start.num_prompt_tokens
         self.num_output = 0
@@ -159,7 +154,7 @@ class _Stream:
 class Detokenizer:
     """Owns the text state of every running request, by uid."""
 
-    def __init__(self, codec: TextCodec) -> None:
+    def __init__(self, codec: HFTextCodec) -> None:
         self._codec = codec
         self._streams: dict[int, _Stream] = {}
 
@@ -255,6 +250,6 @@ class Detokenizer:
         first, *others = unpack_ids(message.start.prompt)
         if others and message.prompt_logprobs is None:
             return ()
-        hidden = _hidden_ids(self._codec, message.start)
+        hidden = self._codec.special_ids if message.start.skip_special else frozenset()
         logprobs = self._logprobs(others, message.prompt_logprobs, hidden)
         return (TokenLogprob(first, self._codec.token_bytes(first), None, [], first not in hidden), *logprobs)

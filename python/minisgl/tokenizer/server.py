@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
+import threading
 from collections.abc import Callable, Sequence
+from queue import PriorityQueue
 
 from msgspec.structs import replace
 
 from minisgl.config.runtime import Addresses, TokenizerConfig
-from minisgl.errors import RequestError
-from minisgl.message.backend import AbortMsg, BackendMsg, FlushMsg, PingMsg, backend_codec
-from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import (
-    AcceptedReply,
-    DecodedReply,
-    EncodedReply,
-    ErrorReply,
-    FrontendMsg,
-    PongReply,
-    frontend_codec,
-)
-from minisgl.message.tokenizer import DecodeMsg, DetokenizeMsg, EncodeMsg, TokenizeMsg, TokenizerMsg, tokenizer_codec
+from minisgl.core import FinishReason
+from minisgl.message.backend import AbortMsg, BackendMsg, FlushMsg, PingMsg, UserMsg, backend_codec
+from minisgl.message.frontend import AcceptedReply, ErrorReply, FrontendMsg, PongReply, UserReply, frontend_codec
+from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, TextMsg, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.tokenizer.detokenize import Detokenizer
-from minisgl.tokenizer.tokenize import TextCodec, Tokenizer
+from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
 from minisgl.utils.faults import fault
 from minisgl.utils.sockets import PullSocket, PushSocket
 
@@ -30,6 +25,14 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 MAX_BATCH = 64  # messages handled at a time: a crowd of long prompts must not look like silence
+SHORT = 2**14  # bytes of a prompt that is encoded at once: some milliseconds
+NUM_THREADS, SECONDS = 4, 20.0  # for others
+
+Answers = tuple[list[BackendMsg], list[FrontendMsg]]  # to the scheduler, and to the API server
+
+
+class TooSlow(BaseException):
+    """Not an Exception: whatever runs must not take it for its own."""
 
 
 class TokenizerServer:
@@ -40,13 +43,18 @@ class TokenizerServer:
     """
 
     def __init__(
-        self, config: TokenizerConfig, addresses: Addresses, endpoint: str, codec: TextCodec | None = None
+        self, config: TokenizerConfig, addresses: Addresses, endpoint: str, codec: HFTextCodec | None = None
     ) -> None:
         self._tokenizer = Tokenizer(config, codec)
         self._detokenizer = Detokenizer(self._tokenizer.codec)
         self._pings: set[int] = set()  # gone to the scheduler and not back yet, where both directions meet here
         self._is_detokenizer = endpoint == addresses.detokenizer
         self._is_tokenizer = not self._is_detokenizer or addresses.num_tokenizer == 0
+        self._long: PriorityQueue[tuple[int, int, TextMsg, list[AbortMsg]]] = PriorityQueue()  # the shortest first
+        self._aborts: dict[int, list[AbortMsg]] = {}  # by uid of what is long and not answered: of its request
+        self._lock = threading.Lock()  # of what several threads use: the above, and the sockets that send
+        for index in range(NUM_THREADS):
+            threading.Thread(target=self._serve_long, name=f"long-{index}", daemon=True).start()
         self._inbox = PullSocket(endpoint, tokenizer_codec)
         self._backend = PushSocket(addresses.backend, backend_codec)
         self._frontend = PushSocket(addresses.frontend, frontend_codec)
@@ -54,6 +62,7 @@ class TokenizerServer:
     def run(self, beat: Callable[[], None]) -> None:
         """Serve until an exception (the one that SIGTERM raises) ends it. `beat` is called at least each second,
         and after every `MAX_BATCH` messages."""
+        sys.setswitchinterval(0.0005)  # seconds that another thread may keep this one waiting
         try:
             while True:
                 messages = self._inbox.receive(POLL_SECONDS)
@@ -61,31 +70,20 @@ class TokenizerServer:
                 for first in range(0, len(messages), MAX_BATCH):
                     fault("message")
                     to_backend, to_frontend = self.handle(messages[first : first + MAX_BATCH])
-                    self._frontend.send(to_frontend)
-                    self._backend.send(to_backend)
+                    self._send(to_backend, to_frontend)
                     beat()
         finally:
             self.close()
 
-    def handle(self, messages: Sequence[TokenizerMsg]) -> tuple[list[BackendMsg], list[FrontendMsg]]:
-        """What goes to the scheduler and to the API server. A request's abort stays behind the request."""
+    def handle(self, messages: Sequence[TokenizerMsg]) -> Answers:
+        """What is to be sent now. A request's abort stays behind the request, which other threads may have."""
         to_backend: list[BackendMsg] = []
         to_frontend: list[FrontendMsg] = []
-        for request in messages:
-            if not isinstance(request, TokenizeMsg):
-                continue
-            answer = self._tokenizer.answer(request)
-            if isinstance(answer, ErrorReply):
-                to_frontend += [replace(answer, uid=uid) for uid in request.uids]
-                continue
-            to_backend.append(answer)
-            if request.notify and request.params.grammar is None:
-                to_frontend += map(AcceptedReply, request.uids)
         for message in messages:
             if isinstance(message, DetokenizeMsg):
                 self._detokenize(message, to_backend, to_frontend)
             elif isinstance(message, AbortMsg):
-                to_backend.append(message)
+                to_backend += self._abort(message)
             elif isinstance(message, FlushMsg):
                 self._detokenizer = Detokenizer(self._tokenizer.codec)
                 self._pings.clear()
@@ -93,13 +91,63 @@ class TokenizerServer:
                 to_frontend.append(message)
             elif isinstance(message, PingMsg):
                 self._ping(message, to_backend, to_frontend)
-            elif isinstance(message, (EncodeMsg, DecodeMsg)):
-                to_frontend.append(self._answer(message))
+            elif (size := _size(message)) < SHORT:
+                accepted, replies = self._answer(message)
+                to_backend += accepted
+                to_frontend += replies
+            else:
+                aborts: list[AbortMsg] = []
+                with self._lock:
+                    self._aborts |= dict.fromkeys(_uids(message), aborts)
+                self._long.put((size, message.uid, message, aborts))
         return to_backend, to_frontend
 
     def close(self) -> None:
+        self._lock.acquire()  # for good: other threads must not send any more
         for socket in (self._inbox, self._backend, self._frontend):
             socket.close()
+
+    def _send(self, to_backend: Sequence[BackendMsg], to_frontend: Sequence[FrontendMsg]) -> None:
+        with self._lock:
+            self._frontend.send(to_frontend)
+            self._backend.send(to_backend)
+
+    def _answer(self, message: TextMsg) -> Answers:
+        answer = self._tokenizer.answer(message)
+        if not isinstance(answer, UserMsg):
+            return [], [replace(answer, uid=uid) for uid in _uids(message)]
+        notify = isinstance(message, TokenizeMsg) and message.notify and message.params.grammar is None
+        return [answer], [AcceptedReply(uid) for uid in answer.uids if notify]
+
+    def _serve_long(self) -> None:
+        """A thread for what would keep others waiting. What takes too long there is interrupted."""
+        while True:
+            _, _, message, aborts = self._long.get()
+            uids = _uids(message)
+            timer = threading.Timer(SECONDS, _interrupt, [threading.get_ident()])
+            try:
+                timer.start()
+                if len(aborts) < len(uids):
+                    to_backend, to_frontend = self._answer(message)
+                else:  # nobody waits for it any more
+                    to_backend, to_frontend = [], [UserReply(i, "", b"", 0, 0, 0, FinishReason.ABORT) for i in uids]
+                timer.cancel()
+                timer.join()
+            except TooSlow:
+                error = f"the prompt takes longer than {SECONDS:g} s to read"
+                to_backend, to_frontend = [], [ErrorReply(uid, error) for uid in uids]
+            with self._lock:
+                for uid in uids:
+                    del self._aborts[uid]
+                self._frontend.send(to_frontend)
+                self._backend.send([*to_backend, *aborts])
+
+    def _abort(self, message: AbortMsg) -> list[AbortMsg]:
+        with self._lock:
+            if (aborts := self._aborts.get(message.uid)) is None:
+                return [message]
+            aborts.append(message)
+            return []
 
     def _detokenize(self, message: DetokenizeMsg, to_backend: list[BackendMsg], to_frontend: list[FrontendMsg]) -> None:
         try:
@@ -117,19 +165,6 @@ class TokenizerServer:
         if abort is not None:
             to_backend.append(abort)
 
-    def _answer(self, message: EncodeMsg | DecodeMsg) -> FrontendMsg:
-        try:
-            if isinstance(message, EncodeMsg):
-                ids = self._tokenizer.encode_only(message.prompt, special=message.special)
-                return EncodedReply(message.uid, pack_ids(ids))
-            ids = unpack_ids(message.token_ids)
-            return DecodedReply(message.uid, self._tokenizer.decode_only(ids, skip_special=message.skip_special))
-        except RequestError as error:
-            return ErrorReply(message.uid, str(error), error.status, error.param, error.code)
-        except Exception as error:
-            logger.exception("/tokenize or /detokenize failed")
-            return ErrorReply(message.uid, f"tokenization failed: {type(error).__name__}", 500)
-
     def _ping(self, message: PingMsg, to_backend: list[BackendMsg], to_frontend: list[FrontendMsg]) -> None:
         """A tokenizer passes a ping on, the detokenizer answers it; a process that is both sees it twice."""
         if self._is_tokenizer and not (self._is_detokenizer and message.uid in self._pings):
@@ -139,3 +174,19 @@ class TokenizerServer:
         else:
             self._pings.discard(message.uid)
             to_frontend.append(PongReply(uid=message.uid))
+
+
+def _uids(message: TextMsg) -> Sequence[int]:
+    return message.uids if isinstance(message, TokenizeMsg) else (message.uid,)
+
+
+def _size(message: TextMsg) -> int:
+    """How long it takes, roughly: its bytes. To a number, a template may count."""
+    prompt = getattr(message, "prompt", None)
+    values = prompt.template_kwargs.values() if isinstance(prompt, ChatPrompt) else ()
+    return SHORT * any(type(value) not in (bool, str) for value in values) + len(tokenizer_codec.encode([message]))
+
+
+def _interrupt(thread: int) -> None:
+    """Where it runs Python, as chat templates do."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TooSlow))

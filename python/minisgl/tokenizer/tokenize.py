@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import random
 import secrets
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from minisgl.config.chat import reasoning_after
 from minisgl.config.runtime import TokenizerConfig
@@ -16,10 +17,21 @@ from minisgl.core import MAX_SEED, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.backend import UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import ErrorReply
-from minisgl.message.tokenizer import PROMPT_TAIL, ChatPrompt, IdsPrompt, Prompt, TextPrompt, TokenizeMsg
+from minisgl.message.frontend import DecodedReply, EncodedReply, ErrorReply
+from minisgl.message.tokenizer import (
+    PROMPT_TAIL,
+    ChatPrompt,
+    DecodeMsg,
+    EncodeMsg,
+    IdsPrompt,
+    Prompt,
+    TextMsg,
+    TextPrompt,
+    TokenizeMsg,
+)
 from minisgl.tokenizer.control import CUT, ControlTokens
 from minisgl.tokenizer.history import CallForm, learn
+from minisgl.utils.faults import fault
 from minisgl.utils.hf_tokenizer import TokenBytes, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -27,40 +39,14 @@ logger = logging.getLogger(__name__)
 _END = f"\ue000{secrets.token_hex(8)}\ue001"  # put behind a message that goes on: what a template adds is cut off there
 _GUARD = "\n"
 _PART = 2**16  # characters that are encoded at a time, to find out whether a text is too long
-_LONG = 1000  # characters that take longer to encode than to hand to another thread
-
-
-class TextCodec(Protocol):
-    """What tokenizer and detokenizer need of a tokenizer. `HFTextCodec` is the real one; tests bring others."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids from here on mean nothing to the tokenizer."""
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Ids that never become text."""
-
-    def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-        """Token ids of each text; with `special`, in the frame of special tokens that the model expects (BOS …)."""
-
-    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str: ...
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to a text: perhaps a part of a character, or a special token's name."""
-
-    @property
-    def longest_token(self) -> int:
-        """Bytes that one token stands for at most."""
-
-    def render_chat(self, prompt: ChatPrompt) -> str:
-        """The text that the chat template makes of the messages. Raises: RequestError when it cannot."""
 
 
 class HFTextCodec:
-    """A Hugging Face tokenizer, loaded from a local directory.
+    """What tokenizer and detokenizer need of a Hugging Face tokenizer, loaded from a local directory.
 
     visible: special tokens that become text nevertheless. chat_template: in place of the model's own.
+    vocab_size: ids from here on mean nothing to it. special_ids: they never become text. longest_token: bytes that one
+    token stands for at most. max_chars: more than these are not wanted of a chat template, which stops there.
 
     Raises: ConfigError naming the directory when there is no usable tokenizer in it.
     """
@@ -76,29 +62,19 @@ class HFTextCodec:
         self._backend = backend
         special_ids = frozenset(_special_ids(self._tokenizer))
         vocab = self._tokenizer.get_vocab()
-        self._special_ids = special_ids.difference(vocab[token] for token in visible if token in vocab)
-        self._skip_special = self._special_ids == special_ids  # the tokenizer's own choice is ours
+        self.special_ids = special_ids.difference(vocab[token] for token in visible if token in vocab)
+        self._skip_special = self.special_ids == special_ids  # the tokenizer's own choice is ours
         self._alone: dict[tuple[int, bool], str] = {}  # texts of single tokens, which streams ask for again and again
-        self._vocab_size = len(self._tokenizer)  # asked for at each token, and slow to count
-        self._longest_token = max(len(token.encode()) for token in vocab)
+        self.vocab_size = len(self._tokenizer)  # asked for at each token, and slow to count
+        self.longest_token = max(len(token.encode()) for token in vocab)
+        self.max_chars = 2**30
         self._pieces = TokenBytes(self._tokenizer)
         self._control = ControlTokens(self._tokenizer)
         self._guard = self._encode(_GUARD, special=False)
         self._call_form: CallForm | None = None  # not known until a conversation has calls
 
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        return self._special_ids
-
-    @property
-    def longest_token(self) -> int:
-        return self._longest_token
-
     def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        """Token ids of each text; with `special`, in the frame of special tokens that the model expects (BOS …)."""
         return [self._encode_pieces(*text.split(CUT), special=special) for text in texts]
 
     def _encode_pieces(self, first: str, *others: str, special: bool) -> list[int]:
@@ -111,9 +87,9 @@ class HFTextCodec:
     def _encode(self, text: str, special: bool) -> list[int]:
         if self._backend is None:
             return list(self._tokenizer.encode(text, add_special_tokens=special))
-        if len(text) < _LONG:
+        if threading.current_thread() is threading.main_thread():
             return list(self._backend.encode(text, add_special_tokens=special).ids)
-        return list(self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)  # others may run
+        return list(self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)  # lets others run
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         if len(token_ids) != 1:
@@ -127,7 +103,7 @@ class HFTextCodec:
     def _decode(self, token_ids: Sequence[int], skip_special: bool) -> str:
         skip = skip_special and self._skip_special
         if skip_special and not skip:
-            token_ids = [token for token in token_ids if token not in self._special_ids]
+            token_ids = [token for token in token_ids if token not in self.special_ids]
         if self._backend is not None:
             return str(self._backend.decode(token_ids, skip_special_tokens=skip))
         return str(
@@ -135,40 +111,51 @@ class HFTextCodec:
         )  # pragma: no cover
 
     def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text: perhaps a part of a character, or a special token's name."""
         return self._pieces[token_id]
 
     def render_chat(self, prompt: ChatPrompt) -> str:
+        """The text that the chat template makes of the messages, for `encode`. Raises: RequestError when it cannot."""
         if not self._tokenizer.chat_template:
             raise RequestError("this model has no chat template: use /v1/completions", param="messages")
         messages, last = prompt.messages, prompt.messages[-1]
         if prompt.continue_final:
             messages = [*messages[:-1], {**last, "content": last["content"] + _END}]
-        mark = ""
+        mark = chr(0xF0000 + secrets.randbelow(0xFFFE))  # of private use
         try:
             if any(message.get("tool_calls") for message in messages):
                 self._call_form = self._call_form or learn(lambda probe: self._render(probe, ChatPrompt([]), None, {}))
                 messages = self._call_form.fit(messages)
-            messages, (tools, kwargs), mark = self._control.marked(messages, [prompt.tools, prompt.template_kwargs])
-            text = self._render(messages, prompt, tools, kwargs)
+            marked = self._control.marked([messages, prompt.tools, prompt.template_kwargs], mark)
+            text = self._render(marked[0], prompt, *marked[1:])
         except Exception as error:  # templates run arbitrary code on the client's data: whatever fails is about it
             why = str(error).replace(mark, "")
             raise RequestError(f"the chat template refused the messages: {why}", param="messages") from error
-        if prompt.continue_final:
+        if prompt.continue_final and len(text) <= self.max_chars:
             text, found, _ = text.rpartition(_END)
             if not found:
                 raise RequestError("this chat template does not show how the last message ends", param="messages")
-        return self._control.cut(text, mark) if mark else text
+        return self._control.cut(text, mark)
 
     def _render(self, messages: list[dict[str, Any]], prompt: ChatPrompt, tools: Any, kwargs: dict[str, Any]) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=prompt.add_generation_prompt and not prompt.continue_final,
-                **kwargs,
-            )
-        )
+        from transformers.utils.chat_template_utils import _compile_jinja_template as compiled
+
+        compiled(
+            self._tokenizer.get_chat_template(None, tools)
+        ).environment.concat = self._join  # it keeps the last ones
+        begins = prompt.add_generation_prompt and not prompt.continue_final
+        kwargs = {"tools": tools, "tokenize": False, "add_generation_prompt": begins, **kwargs}
+        return str(self._tokenizer.apply_chat_template(messages, **kwargs))
+
+    def _join(self, parts: Iterable[str]) -> str:
+        """How templates put a text together."""
+        joined, size = [], 0
+        for part in parts:
+            joined.append(part)
+            size += len(part)
+            if size > self.max_chars:
+                break
+        return "".join(joined)
 
 
 def _special_ids(tokenizer: Any) -> list[int]:
@@ -180,28 +167,35 @@ def _special_ids(tokenizer: Any) -> list[int]:
 class Tokenizer:
     """Turns requests into what the scheduler takes: ids within the vocabulary that leave room for output."""
 
-    def __init__(self, config: TokenizerConfig, codec: TextCodec | None = None) -> None:
-        self.codec: TextCodec = codec or HFTextCodec(config.model_path, config.visible_tokens, config.chat_template)
+    def __init__(self, config: TokenizerConfig, codec: HFTextCodec | None = None) -> None:
+        self.codec = codec or HFTextCodec(config.model_path, config.visible_tokens, config.chat_template)
         self._vocab_size = config.vocab_size
         self._max_seq_len = config.max_seq_len
         # A text with more characters cannot fit the context: it is refused before it is encoded, which takes a while.
-        self._max_chars = config.max_seq_len * self.codec.longest_token
+        self._max_chars = self.codec.max_chars = config.max_seq_len * self.codec.longest_token
 
     def tokenize(self, requests: Sequence[TokenizeMsg]) -> list[UserMsg | ErrorReply]:
         """One answer for each request, in order. Never raises."""
         with ThreadPoolExecutor() as threads:
-            return list(threads.map(self.answer, requests))
+            return list(threads.map(self.answer, requests))  # type: ignore[arg-type]
 
-    def answer(self, request: TokenizeMsg) -> UserMsg | ErrorReply:
-        """Its tokens, or why it is refused. Never raises."""
+    def answer(self, message: TextMsg) -> UserMsg | EncodedReply | DecodedReply | ErrorReply:
+        """What a request has to become for the scheduler, a question's answer, or why it is refused. Never raises."""
         try:
-            ids = self.encode(request.prompt)
-            return UserMsg(request.uid, pack_ids(ids), self._finish_params(request, ids), request.count)
+            fault("prompt")
+            if isinstance(message, EncodeMsg):
+                ids = self.encode_only(message.prompt, special=message.special)
+                return EncodedReply(message.uid, pack_ids(ids))
+            if isinstance(message, DecodeMsg):
+                text = self.decode_only(unpack_ids(message.token_ids), skip_special=message.skip_special)
+                return DecodedReply(message.uid, text)
+            ids = self.encode(message.prompt)
+            return UserMsg(message.uid, pack_ids(ids), self._finish_params(message, ids), message.count)
         except RequestError as error:
-            return ErrorReply(request.uid, str(error), error.status, error.param, error.code)
+            return ErrorReply(message.uid, str(error), error.status, error.param, error.code)
         except Exception as error:
-            logger.exception("request %d: tokenization failed", request.uid)
-            return ErrorReply(uid=request.uid, message=f"tokenization failed: {type(error).__name__}", status=500)
+            logger.exception("request %d: tokenization failed", message.uid)
+            return ErrorReply(uid=message.uid, message=f"tokenization failed: {type(error).__name__}", status=500)
 
     def decode_only(self, token_ids: list[int], *, skip_special: bool) -> str:
         """The text of the ids. Raises: RequestError when one of them is not in the vocabulary."""
