@@ -34,8 +34,7 @@ MAX_IGNORED_CHARS = 1000
 MAX_TOLD = 512  # names of ignored fields that the log has
 OPEN_PATHS = ("/health", "/health/live")  # no key is asked for: load balancers have none
 OPERATOR_PATHS = ("/metrics", "/flush_cache", "/server_info")  # of all clients; and `abort_all`
-MAX_WRONG_KEYS = 10  # of one address in a minute, before they are answered slowly
-WRONG_KEY_SECONDS = 1.0  # after which they are, then
+MAX_WRONG_KEYS, WRONG_KEY_SECONDS = 10, 1.0  # of one address in a minute, before they are answered so much later
 MAX_ADDRESSES = 4096  # that wrong keys are counted of
 _HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "60"}}
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked every few seconds: in the log at DEBUG only
@@ -119,8 +118,7 @@ class Guard:
         if self._access.api_keys and not owner and path not in OPEN_PATHS:
             message = "this server asks for an API key (Authorization: Bearer KEY, or x-api-key: KEY)"
             raise RequestError(f"{message}; none that it knows came", code="invalid_api_key", status=401)
-        if path in OPERATOR_PATHS:
-            require_operator(scope["state"], path)
+        require_operator(scope["state"], path, path in OPERATOR_PATHS)
         if changes and "content-type" in headers:
             check_content_type(headers["content-type"])
 
@@ -142,9 +140,9 @@ class Guard:
         return matches[0] if matches else ""
 
 
-def require_operator(state: Mapping[str, Any], what: str) -> None:
+def require_operator(state: Mapping[str, Any], what: str, needed: object = True) -> None:
     """Raises: RequestError (401, 403) unless the request came with the operator's key, where there are keys."""
-    if not state["operator"]:
+    if needed and not state["operator"]:
         status = 403 if state["owner"] else 401
         raise RequestError(f"{what} needs the operator's key (--admin-key)", code="admin_key_required", status=status)
 

@@ -148,12 +148,10 @@ def add_admin_routes(
         body = validate(AbortBody, await read_object(request, ABORT, config, max_body))
         if (body.rid is None) == (not body.abort_all):
             raise RequestError("give either rid or abort_all: true", param="rid")
-        operator = request.state.operator
-        if body.abort_all:
-            require_operator(request.scope["state"], "abort_all")
-            return json_response({"num_aborted": frontend.cancel()})
-        rids = {body.rid} if isinstance(body.rid, str) else {*(body.rid or ())}
-        return json_response({"num_aborted": frontend.cancel(rids, None if operator else owner_of(request))})
+        require_operator(request.scope["state"], "abort_all", body.abort_all)
+        rids = None if body.rid is None else {body.rid} if isinstance(body.rid, str) else {*body.rid}
+        owner = None if request.state.operator else owner_of(request)
+        return json_response({"num_aborted": frontend.cancel(rids, owner)})
 
 
 def add_response_routes(app: FastAPI, store: ResponseStore) -> None:
