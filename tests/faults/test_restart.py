@@ -219,8 +219,10 @@ def test_rounds_of_faults_under_32_streams(
             assert seconds < 2 * SERVE_SECONDS  # half of it on an idle machine
         crowd.end()
         print(f"{dict(crowd.ends)}, longest {crowd.longest:.1f} s")
-        assert restarts(server) >= len(rounds)  # a busy machine may be silent for longer than it may
+        num_deaths = server.output().count(": started again (")
+        assert restarts(server) == num_deaths >= len(rounds)  # a busy machine may be silent for longer than it may
         wait_until(lambda: is_idle(server))
+    assert server.output().count(": started again (") == num_deaths, "nobody is started again at the end"
 
 
 @pytest.mark.parametrize(

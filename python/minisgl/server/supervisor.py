@@ -162,7 +162,7 @@ class Supervisor:
         """Start workers again if need be. An error: what has happened to them is the end."""
         workers, now = [worker for worker in self._workers if worker.spec.group == group], time.monotonic()
         error = next(filter(None, (self._death(worker) or self._silence(worker) for worker in workers)), None)
-        if error is None:
+        if error is None or self._stopping.is_set():
             if group in self._lost and all(worker.ready for worker in workers):
                 logger.info("%s: serves again after %.1f s", group, now - self._lost.pop(group))
                 on_change(group, None)
