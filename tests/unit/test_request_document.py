@@ -14,9 +14,10 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params, response_input_item_param
 from openai.types.shared_params import FunctionDefinition, Reasoning
 
-from minisgl.server.api_server import ALL_BODIES
+from minisgl.server.api_server import ALL_BODIES, DOCUMENT
 from minisgl.server.fields import OBJECTS
 from minisgl.server.strict import Fields
+from tools import openapi
 from tools.request_fields import TARGET, document
 
 BODIES = {model.__name__: fields for model, fields in ALL_BODIES.items()}
@@ -69,3 +70,7 @@ def test_each_field_is_in_one_list() -> None:
         assert not set(fields.known) & {*fields.refused, *fields.ignored, *fields.others}
         assert not set(fields.refused) & set(fields.ignored)
         assert set(fields.others.values()) & set(fields.known) or not fields.others
+
+
+def test_the_openapi_document_is_current() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == openapi.text(), "run python -m tools.openapi"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, TypeVar
+from functools import cache, partial
+from pathlib import Path
+from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -16,7 +18,6 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import MiniSGLError
 from minisgl.message.tokenizer import ChatPrompt
-from minisgl.server import openapi as doc
 from minisgl.server import operations, protocol, render
 from minisgl.server.answer import answer_request
 from minisgl.server.assemble import new_assembler, with_grammar
@@ -31,6 +32,7 @@ from minisgl.server.render_responses import ResponsesRenderer
 from minisgl.server.response_store import ResponseStore
 from minisgl.server.strict import Reading
 
+DOCUMENT = Path(__file__).with_name("openapi.json")  # made by `python -m tools.openapi`
 # What requests may have.
 ALL_BODIES = protocol.BODIES | {ResponsesBody: RESPONSES, MessagesBody: MESSAGES} | operations.BODIES
 
@@ -50,7 +52,7 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     keepalive = env_number("MINISGL_SSE_KEEPALIVE", 10, low=0, high=86400)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
     _add_error_handlers(app)
-    doc.describe(app, ALL_BODIES, keys=bool(config.access.api_keys))
+    app.openapi = cache(lambda: json.loads(DOCUMENT.read_bytes()))  # type: ignore[method-assign]
 
     async def generate(request: Request, parse: Parser[R], make: Make[R]) -> Response:
         data = await read_json(request, max_body)
@@ -59,13 +61,11 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
         check_policy(parsed.params, config.scheduler.schedule_policy)
         return await answer_request(frontend, request, parsed, make(parsed), keepalive)
 
-    def add(
-        path: str, about: str, answer: str, parse: Parser[R], body: Any, make: Make[R], events: str = doc.EVENTS
-    ) -> None:
+    def add(path: str, about: str, parse: Parser[R], make: Make[R]) -> None:
         async def route(request: Request) -> Response:
             return await generate(request, parse, make)
 
-        app.post(path, description=about, **doc.documented(answer, body, errors=(404, 503), events=events))(route)
+        app.post(path, description=about)(route)
 
     def chat(r: protocol.GenerationRequest) -> render.Renderer:
         options = {"include_usage": r.include_usage, "logprobs": r.logprobs}
@@ -80,29 +80,21 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     def generated(_: protocol.GenerationRequest) -> render.Renderer:
         return render.GenerateRenderer()
 
-    add("/v1/chat/completions", "Answer a chat.", "ChatCompletion", protocol.parse_chat, protocol.ChatBody, chat)
-    about = "Continue a text, or several."
-    add("/v1/completions", about, "TextCompletion", protocol.parse_completion, protocol.CompletionBody, completion)
+    add("/v1/chat/completions", "Answer a chat.", protocol.parse_chat, chat)
+    add("/v1/completions", "Continue a text, or several.", protocol.parse_completion, completion)
 
-    @app.post(
-        "/v1/responses",
-        **doc.documented("ModelResponse", ResponsesBody, errors=(404, 503), events=doc.RESPONSE_EVENTS),
-    )
+    @app.post("/v1/responses")
     async def responses(request: Request) -> Response:
         """Answer a conversation, in the words of OpenAI's newer API."""
         owner = owner_of(request)
         parse, keep = partial(parse_responses, store=store, owner=owner), partial(store.put, owner)
         return await generate(request, parse, lambda r: ResponsesRenderer(name, r, new_assembler(r, config), keep))
 
-    about = "Answer a conversation, in Anthropic's words."
-    add("/v1/messages", about, "MessageAnswer", parse_messages, MessagesBody, message, doc.MESSAGE_EVENTS)
+    add("/v1/messages", "Answer a conversation, in Anthropic's words.", parse_messages, message)
     about = "Continue a text or token ids; the answer has token ids too."
-    add("/generate", about, "Generated", protocol.parse_generate, protocol.GenerateBody, generated)
+    add("/generate", about, protocol.parse_generate, generated)
 
-    @app.post(
-        "/v1/messages/count_tokens",
-        **doc.documented(doc.fields(input_tokens="integer"), MessagesBody, errors=(404, 503)),
-    )
+    @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
         """So many tokens a conversation has."""
         data = await read_json(request, max_body)
@@ -112,29 +104,29 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
         assert isinstance(prompt, ChatPrompt)
         return json_response({"input_tokens": len(await frontend.encode(prompt, special=False))})
 
-    @app.get("/v1/models", **doc.documented("ModelList"))
+    @app.get("/v1/models")
     async def models() -> Response:
         """The model that is served."""
         return json_response({"object": "list", "data": [card]})
 
-    @app.get("/v1/models/{model:path}", **doc.documented("ModelCard", errors=(404,)))
+    @app.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
         """The model, if it is the one that is served."""
         check_model(model, config)
         return json_response(card)
 
-    @app.get("/health", **doc.documented(doc.fields(status="string"), errors=(503,)))
+    @app.get("/health")
     async def health() -> Response:
         """Whether a message makes the round trip through all processes: 200, or 503."""
         await frontend.ping(health_seconds)
         return json_response({"status": "ok"})
 
-    @app.get("/health/live", **doc.documented(doc.fields(status="string")))
+    @app.get("/health/live")
     async def live() -> Response:
         """That the server answers. Where it cannot serve, it mends itself or ends."""
         return json_response({"status": "ok"})
 
-    @app.get("/v1", **doc.documented(doc.fields(status="string", server="string", version="string")))
+    @app.get("/v1")
     async def root() -> Response:
         """That this is a server of this API."""
         return json_response({"status": "ok", "server": "minisgl", "version": minisgl.__version__})

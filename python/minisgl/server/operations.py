@@ -18,7 +18,6 @@ from minisgl.server.exposition import Exposition
 from minisgl.server.fields import fields_of
 from minisgl.server.frontend import Frontend
 from minisgl.server.messages import Message
-from minisgl.server.openapi import documented, fields
 from minisgl.server.protocol import chat_request
 from minisgl.server.protocol_sampling import check_ids
 from minisgl.server.protocol_tools import Tool
@@ -26,8 +25,6 @@ from minisgl.server.response_store import ResponseStore
 from minisgl.server.strict import WHOLE, Body, Fields, TokenId, optional, shown, validate
 
 SCRAPE_SECONDS = 2.0  # how long /metrics waits for the scheduler
-_TOKENS = fields(count="integer", max_model_len="integer", tokens="array")
-_PAGE = fields(object="string", data="array", has_more="boolean")
 MAX_PAGE = 100  # items
 _CHAT_FIELDS = {"messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
 
@@ -69,7 +66,7 @@ BODIES: dict[type[BaseModel], Fields] = {TokenizeBody: TOKENIZE, DetokenizeBody:
 def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, max_body: int) -> None:
     """/tokenize and /detokenize."""
 
-    @app.post("/tokenize", **documented(_TOKENS, TokenizeBody, errors=(404, 503)))
+    @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or a chat, as a request would have them."""
         body = validate(TokenizeBody, await read_object(request, TOKENIZE, config, max_body))
@@ -79,7 +76,7 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, max_
         max_len = config.scheduler.max_seq_len
         return json_response({"count": len(tokens), "max_model_len": max_len, "tokens": tokens})
 
-    @app.post("/detokenize", **documented(fields(prompt="string", text="string"), DetokenizeBody, errors=(404, 503)))
+    @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
         body = validate(DetokenizeBody, await read_object(request, DETOKENIZE, config, max_body))
@@ -110,12 +107,12 @@ def add_admin_routes(
 ) -> None:
     """What the operator asks and does. seconds: that the scheduler has to answer."""
 
-    @app.get("/version", **documented(fields(version="string")))
+    @app.get("/version")
     async def version() -> Response:
         """The version of minisgl."""
         return json_response({"version": minisgl.__version__})
 
-    @app.get("/server_info", **documented(fields(version="string", load="object"), errors=(503,)))
+    @app.get("/server_info")
     async def server_info() -> Response:
         """What was decided at start, and what is going on."""
         stats = await frontend.stats(seconds)
@@ -127,7 +124,7 @@ def add_admin_routes(
         }
         return json_response({**_settings(config), "num_pages": stats.num_pages, "load": load})
 
-    @app.get("/metrics", **documented({"type": "string"}, texts=("text/plain", "application/openmetrics-text")))
+    @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         """Counts and timings, in Prometheus' text format."""
         try:
@@ -137,12 +134,12 @@ def add_admin_routes(
         data, media_type = exposition.render(stats, request.headers.get("accept", ""))
         return Response(data, headers={"content-type": media_type})
 
-    @app.post("/flush_cache", **documented(fields(status="string", num_pages="integer"), errors=(503,)))
+    @app.post("/flush_cache")
     async def flush_cache() -> Response:
         """Forget all cached prefixes that no running request uses."""
         return json_response({"status": "ok", "num_pages": await frontend.flush_cache(seconds)})
 
-    @app.post("/abort_request", **documented(fields(num_aborted="integer"), AbortBody))
+    @app.post("/abort_request")
     async def abort_request(request: Request) -> Response:
         """End requests: their answers end with `abort`. Ids that are not there, or another key's, are no error."""
         body = validate(AbortBody, await read_object(request, ABORT, config, max_body))
@@ -160,27 +157,25 @@ def add_response_routes(app: FastAPI, store: ResponseStore) -> None:
     def kept(request: Request, response_id: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return store.get(owner_of(request), response_id)
 
-    @app.get("/v1/responses/{response_id}", **documented("ModelResponse", errors=(400, 404)))
+    @app.get("/v1/responses/{response_id}")
     async def retrieve(request: Request, response_id: str) -> Response:
         """A response that was stored."""
         if request.query_params.get("stream", "false").lower() == "true":
             raise RequestError("stream: what is stored is not streamed again", param="stream")
         return json_response(kept(request, response_id)[0])
 
-    _deleted = fields(id="string", object="string", deleted="boolean")
-
-    @app.delete("/v1/responses/{response_id}", **documented(_deleted, errors=(404,)))
+    @app.delete("/v1/responses/{response_id}")
     async def delete(request: Request, response_id: str) -> Response:
         """Forget a response."""
         store.delete(owner_of(request), response_id)
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
-    @app.get("/v1/responses/{response_id}/input_items", **documented(_PAGE, errors=(400, 404)))
+    @app.get("/v1/responses/{response_id}/input_items")
     async def input_items(request: Request, response_id: str) -> Response:
         """The items that it answers, the last one first."""
         return json_response(_page(kept(request, response_id)[1], request.query_params))
 
-    @app.post("/v1/responses/{response_id}/cancel", **documented("ModelResponse", errors=(400, 404)))
+    @app.post("/v1/responses/{response_id}/cancel")
     async def cancel(request: Request, response_id: str) -> Response:
         """Refused: none is made in the background. `/abort_request` ends one that is under way."""
         kept(request, response_id)

@@ -1,0 +1,3 @@
+from tools.openapi import main
+
+main()
