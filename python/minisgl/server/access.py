@@ -134,6 +134,7 @@ class Guard:
         if digests and self._keys and not matches:
             if time.monotonic() - self._since > 60 or len(self._wrong) > MAX_ADDRESSES:
                 self._wrong, self._since = Counter(), time.monotonic()
+            address = ":".join(address.split(":")[:4])  # of version 6, whole networks are one client's
             self._wrong[address] += 1
             if self._wrong[address] > MAX_WRONG_KEYS:
                 raise RequestError("too many wrong keys; wait a minute", code="invalid_api_key", status=429)
