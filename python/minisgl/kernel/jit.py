@@ -2,7 +2,8 @@
 
 A library's name has a digest of all that it is made of, and of nothing else: not of where the sources lie, so that
 checkouts, wheels and images share it, nor of the compiler, so that a machine without one can load it. It is made in a
-private folder and put into the cache whole (docs/adr/0011-kernel-cache.md).
+private folder and put into the cache whole, and what another user could have written is never loaded
+(docs/adr/0011-kernel-cache.md, 0020).
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ CSRC = Path(__file__).parent / "csrc"
 CPU = "cpu"  # the source whose functions run on the processor
 LOCK_SECONDS = 300.0  # that one process waits for another's compiler
 _DIGEST_BYTES = 32  # at the end of a library: of what stands before
+_KEPT = 256  # libraries: who needs another, takes the place of the one that was used least recently
 
 _V3 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
@@ -119,7 +122,7 @@ def _library(name: str, target: str, flags: list[str], machine: str, use: Callab
         use = use or (lambda path: tvm_ffi.load_module(str(path)))
         parts = (sorted(_files(name).items()), flags, machine, tvm_ffi.__version__)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-        path = cache_dir() / f"{name}-{target}-{key}.so"
+        path = _folder() / f"{name}-{target}-{key}.so"
         if (found := _use_compiled(path, use, logging.DEBUG)) is not None:
             return found
         with _locked(path, title):  # by the time it is ours, another process may have made it
@@ -136,8 +139,13 @@ def _library(name: str, target: str, flags: list[str], machine: str, use: Callab
 def _use_compiled(path: Path, use: Callable[[Path], Any], level: int) -> Any | None:
     """level: of the log's line that says why a library that is there is not used."""
     try:
+        if (why := _shared_because(path)) is not None:
+            logger.warning("%s is not loaded: it %s", path, why)
+            return None
         data = path.read_bytes()
         if hashlib.sha256(data[:-_DIGEST_BYTES]).digest() == data[-_DIGEST_BYTES:]:
+            with suppress(OSError):
+                os.utime(path)
             return use(path)
         logger.log(level, "%s is damaged", path)  # to load half of a library would end the process
     except (FileNotFoundError, NotADirectoryError):
@@ -185,10 +193,45 @@ def _build(name: str, flags: list[str], folder: Path) -> Path:
 
 
 def _put_in_place(built: Path, path: Path) -> None:
-    """Whole or not at all, whoever else does the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Whole or not at all, whoever else does the same. Raises: OSError also where others could change it."""
+    if (why := _shared_because(path.parent.resolve())) is not None:
+        raise PermissionError(f"the folder {why}")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
-        os.replace(shutil.copy(built, folder), path)
+        copy = shutil.copy(built, folder)
+        os.chmod(copy, 0o644)
+        os.replace(copy, path)
+    for old in sorted(path.parent.glob("*.so"), key=os.path.getmtime)[:-_KEPT]:
+        old.unlink(missing_ok=True)
+        old.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _folder() -> Path:
+    """The cache's folder, made if need be; where others can write to it, one of our own in its place."""
+    folder = cache_dir()
+    own = Path(tempfile.gettempdir(), f"minisgl-{os.geteuid()}", "kernels")
+    for place, instead in ((folder, f"{own} is used"), (own, "each start compiles")):
+        with suppress(OSError):  # it is then found out, and said, when a library is to be kept there
+            for path in (*reversed(place.parents), place):
+                if not path.exists():
+                    path.mkdir(0o700, exist_ok=True)
+            status = place.stat()
+            if status.st_uid == os.geteuid() and status.st_mode & 0o022:
+                place.chmod(status.st_mode & 0o755)
+            if (why := _shared_because(place.resolve())) is not None:
+                logger.warning("the folder of kernels %s %s: %s", place, why, instead)
+                continue
+        return place
+    return folder
+
+
+def _shared_because(path: Path) -> str | None:
+    """Why another user may have written a file or a folder, or can. Raises: FileNotFoundError."""
+    status = path.lstat()
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"belongs to user {status.st_uid}"
+    if stat.S_ISLNK(status.st_mode):
+        return "is a link"
+    return f"can be written by others, mode {stat.S_IMODE(status.st_mode):o}" if status.st_mode & 0o022 else None
 
 
 @contextmanager
@@ -196,7 +239,6 @@ def _locked(path: Path, title: str) -> Iterator[None]:
     """One process compiles, and others wait for it: not for ever, and not where a folder cannot be locked."""
     with ExitStack() as stack:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(path.with_suffix(".lock").open("a"))
             _wait_for(lock.fileno(), title)
         except OSError as error:
