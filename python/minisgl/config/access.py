@@ -18,10 +18,16 @@ def access_config(args: ServerArgs) -> AccessConfig:
         _check_certificate(args.ssl_certfile, args.ssl_keyfile)
     if not {*args.api_key}.isdisjoint(args.admin_key):
         raise ConfigError("--admin-key: it is one of --api-key as well; clients would be operators")
-    here = args.host in ("localhost", "::1") or args.host.startswith("127.")
-    inside = () if here else ("*.internal", "", socket.gethostname())  # names that no stranger can give an address
+    names = (
+        "localhost",
+        "*.localhost",
+        "*.internal",
+        "",
+        args.host,
+        socket.gethostname(),
+    )  # no stranger can have these
     given = args.allowed_hosts or (("*",) if args.api_key else ())  # a page that has come by a false name has no key
-    hosts = tuple(map(str.lower, ("localhost", "*.localhost", args.host, *inside, *given)))
+    hosts = tuple(map(str.lower, (*names, *given)))
     return AccessConfig(args.api_key, args.admin_key, hosts, args.ssl_certfile, args.ssl_keyfile, args.cors_origin)
 
 
