@@ -26,7 +26,7 @@ Start = Callable[..., Server]
 HELLO: Any = [{"role": "user", "content": "hello"}]
 CHAT = "/v1/chat/completions"
 NUM_STREAMS = 32
-REQUEST_SECONDS = 60.0  # more than any round below takes; CI's machine may be busy
+REQUEST_SECONDS = 120.0  # more than any round below takes; CI's machine may be busy
 SERVE_SECONDS = 15.0
 
 TITLES = {"TP0": "minisgl-TP0-scheduler", "TP1": "minisgl-TP1-scheduler"}
@@ -109,7 +109,7 @@ def serves(server: Server, model: str) -> float:
     body = {"model": model, "messages": HELLO, "max_tokens": 2}
     with httpx.Client(base_url=server.url, timeout=REQUEST_SECONDS) as http:
         while http.post(CHAT, json=body).status_code != 200:
-            assert time.monotonic() - begin < 4 * SERVE_SECONDS
+            assert time.monotonic() - begin < REQUEST_SECONDS
             time.sleep(0.05)
     return time.monotonic() - begin
 
@@ -206,7 +206,9 @@ def test_rounds_of_faults_under_32_streams(
         "built-in": (["-m", "minisgl", "--port", "0", *flags], "minisgl-demo"),
     }[kind]
     shared = set(os.listdir("/dev/shm"))
+    begin = time.monotonic()
     server = start(command, TMPDIR=str(short_path), **faults.env)
+    limit = max(SERVE_SECONDS, 2 * (time.monotonic() - begin))  # the second where the machine has much else to do
     rounds = list(ROUNDS[kind])
     chance.shuffle(rounds)
     serves(server, model)
@@ -216,7 +218,7 @@ def test_rounds_of_faults_under_32_streams(
             time.sleep(chance.uniform(0.1, 0.6))
             seconds = one_round(server, faults, worker, action, model)
             print(f"{worker} {action}: serves after {seconds:.1f} s")
-            assert seconds < 2 * SERVE_SECONDS  # half of it on an idle machine
+            assert seconds < limit
         crowd.end()
         print(f"{dict(crowd.ends)}, longest {crowd.longest:.1f} s")
         num_deaths = server.output().count(": started again (")
