@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from minisgl.config.runtime import Addresses
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError, WorkerDied
 from minisgl.message.backend import AbortMsg, PingMsg
-from minisgl.message.frontend import AcceptedReply, ErrorReply, PongReply, UserReply, frontend_codec
+from minisgl.message.frontend import AcceptedReply, ErrorReply, FrontendMsg, PongReply, UserReply, frontend_codec
 from minisgl.message.tokenizer import TextPrompt, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.server.frontend import Frontend
 from minisgl.utils.sockets import AsyncPullSocket, PushSocket
@@ -299,3 +299,33 @@ async def test_nonsense_is_dropped(frontend: Frontend, peers: Peers, addresses: 
     (stream,) = frontend.submit(PROMPT, PARAMS)
     peers.reply(stream.uid, "a", FinishReason.STOP)
     assert [reply.text async for reply in stream] == ["a"]
+
+
+async def test_where_replies_are_lost_nobody_waits_for_them(
+    addresses: Addresses, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Short:
+        """Has no memory for the second frame."""
+
+        def __init__(self) -> None:
+            self.num_frames = 0
+
+        def encode(self, messages: Sequence[FrontendMsg]) -> bytes:
+            return frontend_codec.encode(messages)
+
+        def decode(self, data: bytes) -> list[FrontendMsg]:
+            self.num_frames += 1
+            if self.num_frames == 2:
+                raise MemoryError
+            return frontend_codec.decode(data)
+
+    monkeypatch.setattr("minisgl.message.frontend.frontend_codec", Short())
+    async with Frontend(addresses) as frontend:
+        begun, waiting = (frontend.submit(PROMPT, PARAMS)[0] for _ in range(2))
+        peers.reply(begun.uid, "a")
+        assert (await anext(begun)).text == "a"
+        peers.reply(begun.uid, "b")
+        with pytest.raises(WorkerDied, match="replies are lost"):
+            await anext(begun)
+        peers.reply(waiting.uid, "c", FinishReason.STOP)
+        assert [reply.text async for reply in waiting] == ["c"]

@@ -145,7 +145,6 @@ class Frontend:
         self._asked: dict[int, asyncio.Future[FrontendMsg]] = {}  # what is not a stream: one answer each
         self._uids = itertools.count(1)
         self._down: MiniSGLError | None = None  # set: every new request gets this error
-        self._num_bad = 0  # frames that are no replies
         self._receiver: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Frontend:
@@ -337,11 +336,11 @@ class Frontend:
             try:
                 for message in await self._inbox.receive():
                     self._dispatch(message)
-            except Exception:  # of one frame, which nobody of ours has sent; it must not be the last
-                self._num_bad += 1
-                if self._num_bad & (self._num_bad - 1) == 0:  # each time that they have doubled
-                    logger.exception("a reply makes no sense and is dropped; there were %d so far", self._num_bad)
-                await asyncio.sleep(0.01)
+            except Exception as error:  # no memory, say; what is lost may be anybody's
+                logger.exception("replies are lost")
+                self.on_change("replies", WorkerDied(f"replies are lost: {error}"))
+                self.on_change("replies", None)
+                await asyncio.sleep(0.1)
 
     def _dispatch(self, message: FrontendMsg) -> None:
         stream, answer, error = self._streams.get(message.uid), self._asked.get(message.uid), None
