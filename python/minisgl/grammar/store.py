@@ -59,7 +59,7 @@ class GrammarStore:
         self._recent: OrderedDict[bytes, CompiledGrammar] = OrderedDict()
         self._num_bytes = 0
         self._live: weakref.WeakValueDictionary[bytes, CompiledGrammar] = weakref.WeakValueDictionary()
-        self._refused: OrderedDict[bytes, tuple[str, str | None]] = OrderedDict()  # what to say after which field
+        self._refused: OrderedDict[tuple[bytes, str], RequestError] = OrderedDict()  # by the field, too
         self._compiling: dict[bytes, Future[CompiledGrammar]] = {}
         self._queues: OrderedDict[str, deque[tuple[bytes, Grammar]]] = OrderedDict()  # by client, the next one first
         self._busy: set[str] = set()  # clients that a thread works for
@@ -80,10 +80,8 @@ class GrammarStore:
             if compiled is not None:
                 self._remember(key, compiled)
                 future.set_result(compiled)
-            elif key in self._refused:
-                why, where = self._refused[key]
-                where = where or grammar.param
-                future.set_exception(RequestError(f"{where}{why}", param=where))
+            elif (refusal := self._refused.get((key, grammar.param))) is not None:
+                future.set_exception(refusal)
             elif client and len(self._queues.get(client, ())) >= _MAX_WAITING:
                 text = f"{_MAX_WAITING} other grammars of this client wait to be compiled; try again"
                 future.set_exception(RequestError(text, param=grammar.param, status=429))
@@ -115,7 +113,9 @@ class GrammarStore:
                     self._live[key] = made
                     self._remember(key, made)
                 elif made.status == 400:  # others may be different the next time
-                    self._refuse(key, grammar.param, made)
+                    self._refused[key, grammar.param] = made.with_traceback(None)
+                    if len(self._refused) > _MAX_REFUSED:
+                        self._refused.popitem(last=False)
             if isinstance(made, CompiledGrammar):
                 future.set_result(made)
             else:
@@ -157,13 +157,6 @@ class GrammarStore:
         self._recent[key] = compiled
         while self._num_bytes > MAX_STORED_BYTES or len(self._recent) > _MAX_STORED:
             self._num_bytes -= self._recent.popitem(last=False)[1].num_bytes
-
-    def _refuse(self, key: bytes, param: str, error: RequestError) -> None:
-        where = error.param or param
-        # Without the field where it is the grammar's: requests name that differently.
-        self._refused[key] = str(error).removeprefix(where), None if where == param else where
-        if len(self._refused) > _MAX_REFUSED:
-            self._refused.popitem(last=False)
 
 
 def _digest(grammar: Grammar) -> bytes:
