@@ -159,22 +159,28 @@ def process(logits: Tensor, step: LogitStep, token_ids: Tensor) -> Tensor:
 
 
 def _penalize(logits: Tensor, penalties: Penalties, token_ids: Tensor) -> None:
-    """In place. Counts are taken from the token table, in a matrix as large as the penalised rows' logits."""
+    """In place, at the tokens that are there: of a large vocabulary all others are not even looked at. A token that is
+    there twice gets the same value twice."""
     device = logits.device
-    index, starts, ends = (on(device, x) for x in (penalties.index, penalties.prompt_lens, penalties.positions))
-    scores = logits.index_select(0, index)
+    index, starts, ends = (
+        on(device, x)[:, None] for x in (penalties.index, penalties.prompt_lens, penalties.positions)
+    )
     history = token_ids[on(device, penalties.rows), : int(penalties.positions.max())].long()
     place = torch.arange(history.shape[1], device=device)
-    known = (place < ends[:, None]).float()
+    known, scores = (place < ends).float(), logits[index, history]
+    table = logits.new_empty(len(history), logits.shape[1])
+
+    def counts(weights: Tensor) -> Tensor:
+        return table.scatter_(1, history, 0.0).scatter_add_(1, history, weights).gather(1, history)
+
     if (penalties.repetition != 1).any():
         factor = on(device, penalties.repetition)[:, None]
-        seen = torch.zeros_like(scores).scatter_add_(1, history, known) > 0
-        scores = torch.where(seen, torch.where(scores > 0, scores / factor, scores * factor), scores)
+        scores = torch.where(counts(known) > 0, torch.where(scores > 0, scores / factor, scores * factor), scores)
     if penalties.presence.any() or penalties.frequency.any():
-        counts = torch.zeros_like(scores).scatter_add_(1, history, known * (place >= starts[:, None]))
-        scores -= on(device, penalties.frequency)[:, None] * counts
-        scores -= on(device, penalties.presence)[:, None] * (counts > 0)
-    logits.index_copy_(0, index, scores)
+        of_output = counts(known * (place >= starts))
+        scores -= on(device, penalties.frequency)[:, None] * of_output
+        scores -= on(device, penalties.presence)[:, None] * (of_output > 0)
+    logits[index, history] = scores
 
 
 def apply_bitmask(logits: Tensor, index: Tensor, words: Tensor) -> None:
