@@ -324,6 +324,18 @@ def test_health_is_honest_while_a_step_does_not_end(start: Start, model_path: Pa
     crowd.end()
 
 
+def test_health_is_honest_while_a_worker_is_silent(start: Start, model_path: Path, faults: Faults) -> None:
+    """As a stopped rank above 0 is, which no question passes."""
+    server = start(fake(model_path), **faults.env)
+    faults.plant("detokenizer-0", "beat", "drop 13")
+    with httpx.Client(base_url=server.url, timeout=REQUEST_SECONDS) as http:
+        wait_until(lambda: http.get("/health").status_code == 503, 30)
+        assert "detokenizer-0" in http.get("/health").json()["error"]["message"]
+        assert http.get("/health/live").status_code == 200
+        wait_until(lambda: http.get("/health").status_code == 200, 30)
+    assert restarts(server) == 0
+
+
 def test_frames_that_make_no_sense_are_dropped(start: Start, model_path: Path, short_path: Path) -> None:
     server = start(fake(model_path), TMPDIR=str(short_path))
     (directory,) = short_path.glob("minisgl-*")

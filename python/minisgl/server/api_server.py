@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
-from minisgl.errors import MiniSGLError
+from minisgl.errors import MiniSGLError, WorkerDied
 from minisgl.message.tokenizer import ChatPrompt
 from minisgl.server import operations, protocol, render
 from minisgl.server.answer import answer_request
@@ -41,8 +41,11 @@ Parser = Callable[[bytes, Defaults, Reading], R]
 Make = Callable[[R], render.Renderer]
 
 
-def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition) -> FastAPI:
-    """The application. It has no state of its own: requests live in `frontend`, counts in `exposition`."""
+def create_app(
+    frontend: Frontend, config: ServerConfig, exposition: Exposition, silent: Callable[[], str] = str
+) -> FastAPI:
+    """The application. It has no state of its own: requests live in `frontend`, counts in `exposition`. silent: the
+    workers that are."""
     app = FastAPI(title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None)
     store = ResponseStore()
     name = config.served_model_name
@@ -118,6 +121,8 @@ def create_app(frontend: Frontend, config: ServerConfig, exposition: Exposition)
     @app.get("/health")
     async def health() -> Response:
         """Whether a message makes the round trip through all processes: 200, or 503."""
+        if names := silent():
+            raise WorkerDied(f"{names}: silent")
         await frontend.ping(health_seconds)
         return json_response({"status": "ok"})
 

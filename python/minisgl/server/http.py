@@ -135,7 +135,7 @@ async def serve_http(
     loop = asyncio.get_running_loop()
     async with Frontend(addresses) as frontend:
         exposition = Exposition(config.served_model_name, frontend.metrics, supervisor.num_restarts)
-        app = create_app(frontend, config, exposition)
+        app = create_app(frontend, config, exposition, supervisor.silent)
         uvicorn_config = uvicorn.Config(
             guarded(app, config.access, exposition.count_http, log=env_bool("MINISGL_ACCESS_LOG", True)),
             http="h11",  # whatever else is installed: this one's limits and answers are tested

@@ -24,6 +24,7 @@ from minisgl.utils.spawned import UNGUARDED
 
 logger = logging.getLogger(__name__)
 
+LATE_SECONDS = 10.0
 STOP_SECONDS = 20.0  # from STOP_SIGNAL to SIGKILL; the driver takes its time to give back a GPU
 
 
@@ -117,6 +118,10 @@ class Supervisor:
         on_change(group, error), with None when it is back; on_death(error), once, when one is lost for good."""
         self._watcher = threading.Thread(target=self._watch, args=(on_death, on_change), daemon=True)
         self._watcher.start()
+
+    def silent(self) -> str:
+        """The names of workers that should have been heard of by now, whether or not they are given up already."""
+        return ", ".join(w.spec.name for w in self._workers if w.ready and w.silence > LATE_SECONDS)
 
     def stop(self) -> None:
         """End all children, by SIGKILL where they do not follow. Idempotent; nothing is left running."""
