@@ -10,7 +10,6 @@ import logging
 import re
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -34,7 +33,8 @@ MAX_IGNORED_CHARS = 1000
 MAX_TOLD = 512  # names of ignored fields that the log has
 OPEN_PATHS = ("/health", "/health/live")  # no key is asked for: load balancers have none
 OPERATOR_PATHS = ("/metrics", "/flush_cache", "/server_info")  # of all clients; and `abort_all`
-MAX_WRONG_KEYS, WRONG_KEY_SECONDS = 10, 1.0  # of one address in a minute, before they are answered so much later
+MAX_WRONG_KEYS = 10  # of one address in a minute; then they are answered late, however many are sent at once:
+WRONG_KEY_SECONDS, MAX_WRONG_KEY_SECONDS = 0.1, 30.0  # after one another, and none later than that
 MAX_ADDRESSES = 4096  # that wrong keys are counted of
 _HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "60"}}
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked every few seconds: in the log at DEBUG only
@@ -89,7 +89,8 @@ class Guard:
         operators = access.admin_keys or (access.api_keys if len(access.api_keys) == 1 else ())
         keys = (*access.admin_keys, *access.api_keys)
         self._keys = {hashlib.sha256(key.encode()).digest(): key in operators for key in keys}
-        self._wrong, self._since = Counter[str](), 0.0  # keys by address
+        self._wrong: dict[str, tuple[int, float]] = {}  # by address: how many keys, and when the next is answered
+        self._since = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -97,7 +98,9 @@ class Guard:
                 self._check(scope, Headers(scope=scope))
         except RequestError as error:
             scope["state"]["refused"] = None, error.code
-            await asyncio.sleep(WRONG_KEY_SECONDS if error.status == 429 else 0)
+            if error.status == 429:
+                _, answered = self._wrong.get(_network(scope), (0, 0.0))
+                await asyncio.sleep(min(answered - time.monotonic(), MAX_WRONG_KEY_SECONDS))
             payload = as_asked(scope, error_payload(error), error.status)
             await json_response(payload, error.status, _HEADERS.get(error.status))(scope, receive, send)
         else:
@@ -113,7 +116,7 @@ class Guard:
         if changes and not same and {"*", origin}.isdisjoint(self._access.cors_origins):
             message = "web pages of other origins may not use this server, unless --cors-origin names theirs"
             raise RequestError(message, code="foreign_origin", status=403)
-        owner = scope["state"]["owner"] = self._known(headers, (scope.get("client") or "-")[0])
+        owner = scope["state"]["owner"] = self._known(headers, _network(scope))
         scope["state"]["operator"] = not self._keys or self._keys.get(bytes.fromhex(owner), False)
         if self._access.api_keys and not owner and path not in OPEN_PATHS:
             message = "this server asks for an API key (Authorization: Bearer KEY, or x-api-key: KEY)"
@@ -132,13 +135,19 @@ class Guard:
         digests = [hashlib.sha256(key.encode("latin-1")).digest() for key in given if key]
         matches = [one.hex() for one in digests for digest in self._keys if hmac.compare_digest(one, digest)]
         if digests and self._keys and not matches:
-            if time.monotonic() - self._since > 60 or len(self._wrong) > MAX_ADDRESSES:
-                self._wrong, self._since = Counter(), time.monotonic()
-            address = ":".join(address.split(":")[:4])  # of version 6, whole networks are one client's
-            self._wrong[address] += 1
-            if self._wrong[address] > MAX_WRONG_KEYS:
+            now = time.monotonic()
+            if now - self._since > 60 or len(self._wrong) > MAX_ADDRESSES:
+                self._wrong, self._since = {}, now
+            count, answered = self._wrong.get(address, (0, now))
+            self._wrong[address] = count + 1, max(answered, now) + WRONG_KEY_SECONDS
+            if count >= MAX_WRONG_KEYS:
                 raise RequestError("too many wrong keys; wait a minute", code="invalid_api_key", status=429)
         return matches[0] if matches else ""
+
+
+def _network(scope: Scope) -> str:
+    """The address that a request comes from; of version 6 the network, which is one client's."""
+    return ":".join(str((scope.get("client") or "-")[0]).split(":")[:4])
 
 
 def require_operator(state: Mapping[str, Any], what: str, needed: object = True) -> None:
