@@ -21,7 +21,7 @@ from minisgl.message.tokenizer import ChatPrompt
 from minisgl.server import operations, protocol, render
 from minisgl.server.answer import answer_request
 from minisgl.server.assemble import new_assembler, with_grammar
-from minisgl.server.bodies import MAX_BODY_BYTES, check_model, json_response, owner_of, read_json, reading_of
+from minisgl.server.bodies import MAX_BODY_BYTES, Bodies, check_model, json_response, owner_of
 from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend
 from minisgl.server.protocol_messages import MESSAGES, MessagesBody, parse_messages
@@ -54,13 +54,22 @@ def create_app(
     health_seconds = env_number("MINISGL_HEALTH_TIMEOUT", 10, low=0.1, high=3600)
     keepalive = env_number("MINISGL_SSE_KEEPALIVE", 10, low=0, high=86400)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
+    bodies = Bodies(config, max_body)
     _add_error_handlers(app)
     app.openapi = cache(lambda: json.loads(DOCUMENT.read_bytes()))  # type: ignore[method-assign]
 
+    async def read(request: Request, parse: Parser[R], defaults: Defaults = config.default_sampling) -> R:
+        def parsed(data: bytes, reading: Reading) -> R:
+            made = with_grammar(parse(data, defaults, reading), config)
+            protocol.check_size(made, config.scheduler.max_seq_len)
+            return made
+
+        made = await bodies.read(request, parsed)
+        check_model(made.model, config)
+        return made
+
     async def generate(request: Request, parse: Parser[R], make: Make[R]) -> Response:
-        data = await read_json(request, max_body)
-        parsed = with_grammar(parse(data, config.default_sampling, reading_of(request, config)), config)
-        check_model(parsed.model, config)
+        parsed = await read(request, parse)
         check_policy(parsed.params, config.scheduler.schedule_policy)
         return await answer_request(frontend, request, parsed, make(parsed), keepalive)
 
@@ -100,10 +109,7 @@ def create_app(
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
         """So many tokens a conversation has."""
-        data = await read_json(request, max_body)
-        parsed = with_grammar(parse_messages(data, {}, reading_of(request, config)), config)
-        check_model(parsed.model, config)
-        prompt = parsed.prompts[0]
+        prompt = (await read(request, parse_messages, {})).prompts[0]
         assert isinstance(prompt, ChatPrompt)
         return json_response({"input_tokens": len(await frontend.encode(prompt, special=False))})
 
@@ -136,9 +142,9 @@ def create_app(
         """That this is a server of this API."""
         return json_response({"status": "ok", "server": "minisgl", "version": minisgl.__version__})
 
-    operations.add_text_routes(app, frontend, config, max_body)
+    operations.add_text_routes(app, frontend, config, bodies)
     operations.add_response_routes(app, store)
-    operations.add_admin_routes(app, frontend, config, exposition, max_body, health_seconds)
+    operations.add_admin_routes(app, frontend, config, exposition, bodies, health_seconds)
     return app
 
 

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, cast
 
 import orjson
 from fastapi import Request, Response
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
-from minisgl.server.strict import Fields, Reading, load_object
+from minisgl.server.strict import Reading, shown
+
+T = TypeVar("T")
 
 MAX_BODY_BYTES = 64 * 2**20  # unless MINISGL_MAX_BODY_BYTES says otherwise
-
+HELD_BODIES = 4  # times as many bytes may be held while they are read and parsed, or there is no room for a large one
+SMALL_BODY, LARGE_BODY = 32 << 10, 1 << 20  # bytes; a small one is parsed sooner than a thread is told to
+# What begins or separates values, also in texts, some of which are parsed too: an object of Python for each takes many
+# times its bytes. So do characters that are escaped though they need not be.
+MAX_VALUES = 2**21
+_VALUES = (b",", b":", b"[", b"{", b"[", b"{", b"[", b"{", b"\\u00", b"\\ud", b"\\uD")
 
 # JSON needs no escape for them, but many a reader of lines ends one there (Python's `str.splitlines`, JavaScript's).
 _LINE_ENDS = (("\x85", b"\\u0085"), ("\u2028", b"\\u2028"), ("\u2029", b"\\u2029"))
@@ -45,43 +55,58 @@ def json_response(payload: object, status: int = 200, headers: dict[str, str] | 
     return Response(dump_json(payload), status, headers, media_type="application/json")
 
 
-async def read_json(request: Request, limit: int) -> bytes:
-    """The body, unparsed. Raises: RequestError when it is too long (413) or says that it is no JSON (415)."""
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > limit:
-        raise _too_long(limit)
-    check_content_type(request.headers.get("content-type"))
-    encoding = request.headers.get("content-encoding", "").lower()
-    if encoding not in ("", "identity"):
-        raise _unreadable(f"is compressed (Content-Encoding: {encoding[:50]!r})")
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > limit:
-            raise _too_long(limit)
-    data = b"".join(chunks)
-    for beginning, what in _UNREADABLE.items():
-        if data.startswith(beginning) or (beginning == b"\0" and b"\0" in data[:2]):
-            raise _unreadable(what)
-    return data
+class Bodies:
+    """Reads the bodies of requests, however large or hostile they are: at a bounded price in memory, and beside the
+    event loop where it takes a while."""
+
+    def __init__(self, config: ServerConfig, limit: int) -> None:
+        self._strict, self._limit = config.strict_requests, limit
+        self._held = 0  # bytes of all bodies that are being read
+        self._thread = ThreadPoolExecutor(1, "minisgl-bodies")
+
+    async def read(self, request: Request, parse: Callable[[bytes, Reading], T]) -> T:
+        """What `parse` makes of the body. Of what it ignores, whoever sends the answer tells the client.
+
+        Raises: RequestError, also when the body is too long (413) or says that it is no JSON (415).
+        """
+        request.state.reading = reading = Reading(self._strict)
+        declared = request.headers.get("content-length", "0")
+        if declared.isdigit() and int(declared) > self._limit:
+            raise _too_long(self._limit)
+        check_content_type(request.headers.get("content-type"))
+        encoding = request.headers.get("content-encoding", "").lower()
+        if encoding not in ("", "identity"):
+            raise _unreadable(f"is compressed (Content-Encoding: {encoding[:50]!r})")
+        size, values, data = 0, 0, bytearray()
+        try:
+            async for chunk in request.stream():
+                size, self._held = size + len(chunk), self._held + len(chunk)
+                if size > self._limit:
+                    raise _too_long(self._limit)
+                if size > LARGE_BODY and self._held > HELD_BODIES * self._limit:
+                    raise RequestError("the server is reading too many large bodies; try again later", status=429)
+                values += sum(map(chunk.count, _VALUES))
+                if values <= MAX_VALUES:  # else nothing is kept; a client that may not send all sees no answer
+                    data += chunk
+            for beginning, what in _UNREADABLE.items():
+                if data.startswith(beginning) or (beginning == b"\0" and b"\0" in data[:2]):
+                    raise _unreadable(what)
+            if values > MAX_VALUES:
+                message = f"the body has more than {MAX_VALUES} values; what separates them counts, in texts too"
+                raise RequestError(message, status=413)
+            whole = cast(bytes, data)  # as good to whoever reads it, and not copied
+            if size <= SMALL_BODY:
+                return parse(whole, reading)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, parse, whole, reading)
+        except MemoryError:
+            raise RequestError("the server has not enough memory for this request", status=503) from None
+        finally:
+            self._held -= size
 
 
 def owner_of(request: Request) -> str:
     """Whose what it stores is, by API key."""
     return str(getattr(request.state, "owner", ""))
-
-
-def reading_of(request: Request, config: ServerConfig) -> Reading:
-    """How the body is to be read. Whoever sends the answer tells the client what of it was ignored."""
-    request.state.reading = reading = Reading(config.strict_requests)
-    return reading
-
-
-async def read_object(request: Request, fields: Fields, config: ServerConfig, limit: int) -> dict[str, Any]:
-    """The body, with known fields only. Raises: RequestError."""
-    return load_object(await read_json(request, limit), fields, reading_of(request, config))
 
 
 def check_content_type(value: str | None) -> None:
@@ -110,5 +135,5 @@ def check_model(model: str | None, config: ServerConfig) -> None:
         and model is not None
         and model not in (config.served_model_name, path, os.path.basename(path.rstrip("/")))
     ):
-        message = f"the model {model!r} does not exist; this server has {config.served_model_name!r}"
+        message = f"the model {shown(model)!r} does not exist; this server has {config.served_model_name!r}"
         raise RequestError(message, param="model", code="model_not_found", status=404)

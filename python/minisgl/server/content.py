@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from reprlib import repr as quoted
 from typing import Any
 
 from minisgl.errors import RequestError
@@ -62,7 +63,7 @@ def _part(part: Any, where: str, here: str, thoughts: list[str] | None) -> str:
     if isinstance(kind, str) and kind in _OTHER_MEDIA:
         message = f"{here}: this model is text-only and cannot take {_OTHER_MEDIA[kind]} ({kind})"
         raise RequestError(message, param=where)
-    raise RequestError(f"{here}: the type must be one of {', '.join(TEXTS)}, not {kind!r}", param=where)
+    raise RequestError(f"{here}: the type must be one of {', '.join(TEXTS)}, not {quoted(kind)}", param=where)
 
 
 def thought_of(given: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from reprlib import repr as quoted
 from typing import Annotated, Any
 
 import yaml
@@ -13,6 +14,7 @@ from pydantic_core import from_json
 from minisgl.errors import RequestError
 from minisgl.server.content import kept_as_text, text_of, thought_of
 
+MAX_MESSAGES = 16384
 REASONING = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
 _OTHER_ROLES = {"developer": "system", "function": "tool"}  # what templates know them as
 _SCHEMA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -22,6 +24,8 @@ Message = Annotated[dict[str, Any], WithJsonSchema(_SCHEMA)]
 
 def chat_messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each with its text as one string, and what goes with the role. Raises: RequestError naming the field at fault."""
+    if len(given) > MAX_MESSAGES:
+        raise RequestError(f"messages must hold at most {MAX_MESSAGES} messages, not {len(given)}", param="messages")
     messages = [_message(message, f"messages[{index}]") for index, message in enumerate(given)]
     waiting: dict[str, None] = {}  # calls that have no result yet
     for index, message in enumerate(messages):
@@ -37,7 +41,7 @@ def chat_messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _message(given: dict[str, Any], where: str) -> dict[str, Any]:
     role = given.get("role")
     if role not in ROLES:
-        raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, not {role!r}", param=f"{where}.role")
+        raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, not {quoted(role)}", param=f"{where}.role")
     template_role = _OTHER_ROLES.get(role, role)
     content = given.get("content")
     thoughts: list[str] | None = [] if role == "assistant" else None

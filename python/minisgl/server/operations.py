@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
@@ -13,7 +14,7 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError, WorkerDied
 from minisgl.message.tokenizer import ChatPrompt, TextPrompt
 from minisgl.server.access import require_operator
-from minisgl.server.bodies import check_model, json_response, owner_of, read_object
+from minisgl.server.bodies import Bodies, check_model, json_response, owner_of
 from minisgl.server.exposition import Exposition
 from minisgl.server.fields import fields_of
 from minisgl.server.frontend import Frontend
@@ -22,7 +23,7 @@ from minisgl.server.protocol import chat_request
 from minisgl.server.protocol_sampling import check_ids
 from minisgl.server.protocol_tools import Tool
 from minisgl.server.response_store import ResponseStore
-from minisgl.server.strict import WHOLE, Body, Fields, TokenId, optional, shown, validate
+from minisgl.server.strict import Body, Fields, Ids, Items, load, optional, shown
 
 SCRAPE_SECONDS = 2.0  # how long /metrics waits for the scheduler
 MAX_PAGE = 100  # items
@@ -35,8 +36,8 @@ class TokenizeBody(Body):
     model: str | None = optional("The id that /v1/models shows.")
     prompt: str | None = optional("A text.")
     add_special_tokens: bool | None = optional("Those that the tokenizer puts around a `prompt`; true unless given.")
-    messages: list[Message] | None = optional("A chat.", minItems=1)
-    tools: list[Tool] | None = optional("Functions that the model may call.")
+    messages: Items[Message] | None = optional("A chat.", minItems=1)
+    tools: Items[Tool] | None = optional("Functions that the model may call.")
     chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")
     add_generation_prompt: bool | None = optional("As in a chat.")
     continue_final_message: bool | None = optional("As in a chat.")
@@ -46,14 +47,14 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = optional("The id that /v1/models shows.")
-    tokens: Annotated[list[TokenId], WHOLE]
+    tokens: Ids
     skip_special_tokens: bool | None = optional("false: special tokens are text.")
 
 
 class AbortBody(Body):
     """POST /abort_request: ids (`x-request-id`, or the `id` of an answer), or `abort_all`."""
 
-    rid: str | list[str] | None = optional("Of the requests to end.")
+    rid: str | Items[str] | None = optional("Of the requests to end.")
     abort_all: bool | None = optional("All of them.")
 
 
@@ -63,13 +64,13 @@ ABORT = Fields(AbortBody.model_fields)
 BODIES: dict[type[BaseModel], Fields] = {TokenizeBody: TOKENIZE, DetokenizeBody: DETOKENIZE, AbortBody: ABORT}
 
 
-def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, max_body: int) -> None:
+def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, bodies: Bodies) -> None:
     """/tokenize and /detokenize."""
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or a chat, as a request would have them."""
-        body = validate(TokenizeBody, await read_object(request, TOKENIZE, config, max_body))
+        body = await bodies.read(request, partial(load, TokenizeBody, TOKENIZE))
         check_model(body.model, config)
         prompt, special = _prompt(body)
         tokens = await frontend.encode(prompt, special=special)
@@ -79,7 +80,7 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, max_
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        body = validate(DetokenizeBody, await read_object(request, DETOKENIZE, config, max_body))
+        body = await bodies.read(request, partial(load, DetokenizeBody, DETOKENIZE))
         check_model(body.model, config)
         check_ids("tokens", body.tokens)
         skip = body.skip_special_tokens is not False
@@ -103,7 +104,7 @@ def _prompt(body: TokenizeBody) -> tuple[ChatPrompt | TextPrompt, bool]:
 
 
 def add_admin_routes(
-    app: FastAPI, frontend: Frontend, config: ServerConfig, exposition: Exposition, max_body: int, seconds: float
+    app: FastAPI, frontend: Frontend, config: ServerConfig, exposition: Exposition, bodies: Bodies, seconds: float
 ) -> None:
     """What the operator asks and does. seconds: that the scheduler has to answer."""
 
@@ -142,7 +143,7 @@ def add_admin_routes(
     @app.post("/abort_request")
     async def abort_request(request: Request) -> Response:
         """End requests: their answers end with `abort`. Ids that are not there, or another key's, are no error."""
-        body = validate(AbortBody, await read_object(request, ABORT, config, max_body))
+        body = await bodies.read(request, partial(load, AbortBody, ABORT))
         if (body.rid is None) == (not body.abort_all):
             raise RequestError("give either rid or abort_all: true", param="rid")
         require_operator(request.scope["state"], "abort_all", body.abort_all)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
+import msgspec
 from pydantic import BaseModel, Field
 
 from minisgl.core import MAX_COUNT, MAX_LOGPROBS, SamplingParams
-from minisgl.errors import RequestError
+from minisgl.errors import RequestError, too_long
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
 from minisgl.server.fields import fields_of
@@ -20,9 +21,10 @@ from minisgl.server.messages import Message, chat_messages
 from minisgl.server.protocol_grammar import GrammarFields
 from minisgl.server.protocol_sampling import Defaults, Salt, SamplingFields, check_ids
 from minisgl.server.protocol_tools import MAX_TOOLS, Tool, ToolUse, template_kwargs, tool_use
-from minisgl.server.strict import WHOLE, Body, Count, Fields, Reading, TokenId, load_object, optional, shown, validate
+from minisgl.server.strict import Body, Count, Fields, Ids, Items, Reading, load, load_object, optional, shown, validate
 
 MAX_CHOICES = 128
+LONGEST_TOKEN = 512  # bytes: no model has a longer one; the tokenizer knows how long its own are
 MAX_PROMPTS = 1024
 MAX_OUTPUTS = 2048  # choices of all prompts together
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "default", "auto")
@@ -54,12 +56,12 @@ class Thinking(Body):
 class ChatBody(_OpenAIBody):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(json_schema_extra={"minItems": 1})
+    messages: Items[Message] = Field(json_schema_extra={"minItems": 1})
     max_tokens: Count | None = optional("Most tokens of an output.", ge=1, le=MAX_COUNT)
     max_completion_tokens: Count | None = optional("The same, by its name of today.", ge=1, le=MAX_COUNT)
     logprobs: bool | None = optional("Log-probabilities of the output's tokens.")
     top_logprobs: Count | None = optional("So many alternatives to each; with `logprobs`.", ge=0, le=MAX_LOGPROBS)
-    tools: list[Tool] | None = optional("Functions that the model may call.", maxItems=MAX_TOOLS)
+    tools: Items[Tool] | None = optional("Functions that the model may call.", maxItems=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = optional("Whether it has to.")
     parallel_tool_calls: bool | None = optional("false: one call at most.")
     chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")
@@ -74,9 +76,7 @@ class ChatBody(_OpenAIBody):
 class CompletionBody(_OpenAIBody):
     """POST /v1/completions."""
 
-    prompt: Annotated[str | list[str] | list[TokenId] | list[list[TokenId]], WHOLE] = Field(
-        json_schema_extra={"minItems": 1, "minLength": 1}
-    )
+    prompt: str | Items[str] | Ids | Items[Ids] = Field(json_schema_extra={"minItems": 1, "minLength": 1})
     best_of: Count | None = optional("So many outputs, of which the `n` most probable come back.", ge=1, le=MAX_CHOICES)
     max_tokens: Count | None = optional("Most tokens of an output; 0 with `echo` only.", ge=0, le=MAX_COUNT)
     echo: bool | None = optional("The text begins with the prompt's.")
@@ -99,7 +99,7 @@ class GenerateBody(Body):
     """POST /generate: `text` or `input_ids`."""
 
     text: str | None = optional("The prompt.", minLength=1)
-    input_ids: Annotated[list[TokenId] | None, WHOLE] = optional("The prompt as token ids.", minItems=1)
+    input_ids: Ids | None = optional("The prompt as token ids.", minItems=1)
     sampling_params: GenerateSampling | None = optional("How to continue it.")
     cache_salt: Salt | None = optional("As in `sampling_params`.")
     stream: bool | None = optional("Answer with server-sent events.")
@@ -169,7 +169,7 @@ def _chat_request(body: ChatBody, defaults: Defaults) -> GenerationRequest:
 
 def parse_completion(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    body = validate(CompletionBody, load_object(data, COMPLETION, reading))
+    body = load(CompletionBody, COMPLETION, data, reading)
     prompt = body.prompt
     prompts: tuple[Prompt, ...]
     if isinstance(prompt, str):
@@ -206,7 +206,7 @@ def _best_of(request: GenerationRequest, best_of: int | None) -> GenerationReque
 
 def parse_generate(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    body = validate(GenerateBody, load_object(data, GENERATE, reading))
+    body = load(GenerateBody, GENERATE, data, reading)
     if (body.text is None) == (body.input_ids is None):
         raise RequestError("give either text or input_ids", param="text")
     sampling = body.sampling_params or GenerateSampling()
@@ -250,6 +250,16 @@ def _reasoning(body: ChatBody) -> dict[str, Any]:
 def _ids_prompt(token_ids: Any, name: str) -> IdsPrompt:
     check_ids(name, token_ids)
     return IdsPrompt(input_ids=pack_ids(token_ids))
+
+
+def check_size(request: GenerationRequest, max_seq_len: int) -> None:
+    """Raises: RequestError when a prompt cannot fit the context, whatever its tokens are."""
+    for prompt in request.prompts:
+        ids = prompt.input_ids if isinstance(prompt, IdsPrompt) else None
+        size = len(msgspec.msgpack.encode(prompt)) // LONGEST_TOKEN if ids is None else len(ids) // 4
+        if size >= max_seq_len:
+            param, least = "messages" if isinstance(prompt, ChatPrompt) else "prompt", "at least " * (ids is None)
+            raise renamed(too_long(param, f"{least}{size}", max_seq_len), request.names)
 
 
 def functions_of(

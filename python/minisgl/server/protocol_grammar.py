@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from reprlib import repr as quoted
 from typing import Any
 
 import yaml
@@ -16,7 +17,7 @@ from pydantic import BaseModel
 
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
-from minisgl.server.strict import optional
+from minisgl.server.strict import Items, optional
 
 MAX_CHOICES = 4096
 MAX_TEXT = 256 << 10  # characters of a schema, or a grammar
@@ -32,7 +33,7 @@ class GrammarFields(BaseModel):
     structured_outputs: dict[str, Any] | None = optional("What the output matches: one of these.", **_KINDS_SCHEMA)
     guided_json: dict[str, Any] | str | None = optional("The output is JSON that matches the schema.")
     guided_regex: str | None = optional("The output matches.", minLength=1)
-    guided_choice: list[str] | None = optional("The output is one of these.", minItems=1, maxItems=MAX_CHOICES)
+    guided_choice: Items[str] | None = optional("The output is one of these.", minItems=1, maxItems=MAX_CHOICES)
     guided_grammar: str | None = optional("The output follows the grammar, Lark or EBNF.", minLength=1)
 
 
@@ -55,20 +56,20 @@ def _schema(schema: Any, param: str, whitespace: Any = None) -> Grammar:
     """JSON that matches a schema (an object, or its text). Raises: RequestError when it is no schema, or too long."""
     if isinstance(schema, str):
         try:
-            schema = json.loads(schema)
+            schema = json.loads(_bounded(schema, param))
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{param} is not valid JSON: {error}", param=param) from None
     if not isinstance(schema, dict):
         raise RequestError(f"{param} must be a JSON schema: an object", param=param)
     if whitespace not in (None, *_WHITESPACE):
-        raise RequestError(f"{param}.whitespace must be compact or any, not {whitespace!r:.40}", param=param)
+        raise RequestError(f"{param}.whitespace must be compact or any, not {quoted(whitespace)}", param=param)
     return Grammar("json", _bounded(json.dumps(schema), param), whitespace or "compact", param=param)
 
 
 def _response_format(value: Any, name: str) -> Grammar | None:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind not in ("text", "json_object", "json_schema"):
-        raise RequestError(f"{name}.type must be text, json_object or json_schema, not {kind!r}", param=name)
+        raise RequestError(f"{name}.type must be text, json_object or json_schema, not {quoted(kind)}", param=name)
     if kind == "text":
         return None
     inner, where = value.get("json_schema"), f"{name}.json_schema"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from reprlib import repr as quoted
 from typing import Any, Literal
 
 from pydantic import Field
@@ -13,7 +14,7 @@ from minisgl.server.fields import OBJECTS, fields_of
 from minisgl.server.protocol import GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
 from minisgl.server.protocol_tools import MAX_TOOLS
-from minisgl.server.strict import Body, Count, Reading, load_object, optional, validate
+from minisgl.server.strict import Body, Count, Items, Reading, load, optional
 
 # What Anthropic's own client puts before its system prompt (`x-anthropic-billing-header: …`), for Anthropic's servers.
 # It changes with each request: with it, no prompt would find its beginning in the prefix cache.
@@ -28,7 +29,7 @@ _PARAMS = {
 }
 
 Message = dict[str, Any]
-Blocks = str | list[dict[str, Any]]
+Blocks = str | Items[dict[str, Any]]
 
 
 class Turn(Body):
@@ -59,12 +60,12 @@ class MessagesBody(Body, SamplingFields):
     """POST /v1/messages, and /v1/messages/count_tokens."""
 
     model: str | None = optional("The id that /v1/models shows.")
-    messages: list[Turn] = Field(json_schema_extra={"minItems": 1})
+    messages: Items[Turn] = Field(json_schema_extra={"minItems": 1})
     system: Blocks | None = optional("The system prompt.")
     max_tokens: Count | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
-    stop_sequences: list[str] | None = optional("What ends the output; it is cut off.")
+    stop_sequences: Items[str] | None = optional("What ends the output; it is cut off.")
     stream: bool | None = optional("Answer with server-sent events.")
-    tools: list[dict[str, Any]] | None = optional("Those that the client describes.", maxItems=MAX_TOOLS)
+    tools: Items[dict[str, Any]] | None = optional("Those that the client describes.", maxItems=MAX_TOOLS)
     tool_choice: ToolUseChoice | None = optional("Whether the model has to call one.")
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -79,7 +80,7 @@ MESSAGES = fields_of(MessagesBody)
 def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
     reading = reading or Reading()
-    body = validate(MessagesBody, load_object(data, MESSAGES, reading))
+    body = load(MessagesBody, MESSAGES, data, reading)
     named = (*SamplingFields.model_fields, "model", "max_tokens", "stream", "chat_template_kwargs")
     chat = {name: getattr(body, name) for name in named}
     chat["messages"] = messages = _messages(body)
@@ -121,7 +122,7 @@ def _messages(body: MessagesBody) -> list[Message]:
             messages.append({"role": "system", "content": "\n".join(filter(None, steady))})
         elif turn.role == "assistant":
             calls = [block for block in blocks if block.get("type") == "tool_use"]
-            said = [block for block in blocks if block not in calls]
+            said = [block for block in blocks if block.get("type") != "tool_use"]
             messages.append({"role": "assistant", "content": said, "tool_calls": calls})
         else:
             _ask(messages, blocks, where)
@@ -136,9 +137,9 @@ def _ask(messages: list[Message], blocks: list[dict[str, Any]], where: str) -> N
             text = ("Error: " if block.get("is_error") else "") + _text(block.get("content") or "", f"{here}.content")
             messages.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text})
         elif messages and messages[-1]["role"] == "user":
-            messages[-1]["content"] += f"\n{_block(block, here)}"
+            messages[-1]["content"] += ["\n", _block(block, here)]
         else:
-            messages.append({"role": "user", "content": _block(block, here)})
+            messages.append({"role": "user", "content": [_block(block, here)]})
 
 
 def _text(content: Any, where: str) -> str:
@@ -159,5 +160,5 @@ def _block(block: Any, where: str) -> str:
         return "\n".join(str(part) for part in (block.get("title"), block.get("context"), text) if part)
     if kind == "search_result":
         return f"{block.get('title')}\n{source}\n{_text(block.get('content'), f'{where}.content')}"
-    why = f"{where}: this model is text-only and cannot take a block of type {kind!r}"
+    why = f"{where}: this model is text-only and cannot take a block of type {quoted(kind)}"
     raise RequestError(f"{where}.text must be a string" if kind == "text" else why, param=where)

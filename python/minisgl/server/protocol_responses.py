@@ -13,13 +13,15 @@ from pydantic import Field
 
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
+from minisgl.server.bodies import dump_json
 from minisgl.server.fields import OBJECTS, fields_of
 from minisgl.server.protocol import Describe, GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
 from minisgl.server.response_items import messages_of
 from minisgl.server.response_store import Item, ResponseStore
-from minisgl.server.strict import Body, Count, Reading, load_object, optional, validate
+from minisgl.server.strict import Body, Count, Items, Reading, load, optional
 
+MAX_SENT_BACK = 64 << 10
 _LOGPROBS = "message.output_text.logprobs"
 # How `chat_request` and the tokenizer name what they refuse.
 _PARAMS = {
@@ -40,12 +42,12 @@ class ResponsesBody(Body, SamplingFields):
     """POST /v1/responses."""
 
     model: str | None = None
-    input: str | list[dict[str, Any]] = Field(json_schema_extra={"minItems": 1})
+    input: str | Items[dict[str, Any]] = Field(json_schema_extra={"minItems": 1})
     instructions: str | None = None
     max_output_tokens: Count | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
     stream: bool | None = None
     text: TextConfig | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -53,7 +55,7 @@ class ResponsesBody(Body, SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = None
     previous_response_id: str | None = optional("The conversation goes on from there; `input` is what is new.")
     store: bool | None = optional("false: the response is not kept.")
-    include: list[str] | None = optional(
+    include: Items[str] | None = optional(
         "Without effect: there is nothing to add.", items={"not": {"const": _LOGPROBS}}
     )
     user: str | None = None
@@ -84,9 +86,12 @@ def parse_responses(
 ) -> ResponsesRequest:
     """store, owner: where `previous_response_id` is. Raises: RequestError naming the field at fault."""
     reading = reading or Reading()
-    body = validate(ResponsesBody, load_object(data, RESPONSES, reading))
+    body = load(ResponsesBody, RESPONSES, data, reading)
     if _LOGPROBS in (body.include or ()):
         raise RequestError(f"include: {_LOGPROBS} is not supported", param="include")
+    for name in ("metadata", "user", "safety_identifier", "prompt_cache_key"):  # which come back with each answer
+        if len(dump_json(getattr(body, name))) > MAX_SENT_BACK:
+            raise RequestError(f"{name} must have at most {MAX_SENT_BACK} bytes of JSON", param=name)
     items = _conversation(body, store or ResponseStore(), owner)
     sampling = {name: getattr(body, name) for name in SamplingFields.model_fields if name in body.model_fields_set}
     messages = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]

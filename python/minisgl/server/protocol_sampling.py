@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sized
+from reprlib import repr as quoted
 from typing import Annotated, Any
 
 from pydantic import BaseModel, StringConstraints
@@ -10,7 +11,7 @@ from pydantic import BaseModel, StringConstraints
 from minisgl.core import MAX_COUNT, MAX_PRIORITY, MAX_SEED, MIN_REPETITION_PENALTY, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.server.protocol_grammar import parse_grammar
-from minisgl.server.strict import WHOLE, Count, TokenId, optional
+from minisgl.server.strict import Count, Ids, Items, optional
 
 Defaults = Mapping[str, float | int]  # of the model: sampling fields that a request may leave out
 MAX_STOPS, MAX_STOP_LEN = 16, 1024
@@ -33,23 +34,21 @@ class SamplingFields(BaseModel):
         ge=MIN_REPETITION_PENALTY,
         le=100,
     )
-    logit_bias: dict[str, float] | None = optional(
+    logit_bias: dict[str, Any] | None = optional(
         "Token id: what is added to its logit.",
         maxProperties=MAX_BIASES,
         propertyNames={"pattern": "^[0-9]{1,9}$"},
         additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
     )
     seed: Count | None = optional("The same seed, the same output; -1 is none.", ge=-MAX_SEED - 1, le=MAX_SEED)
-    stop: str | list[str] | None = optional(
+    stop: str | Items[str] | None = optional(
         "What ends the output; it is cut off.",
         maxItems=MAX_STOPS,
         minLength=1,
         maxLength=MAX_STOP_LEN,
         items={"type": "string", "minLength": 1, "maxLength": MAX_STOP_LEN},
     )
-    stop_token_ids: Annotated[list[TokenId] | None, WHOLE] = optional(
-        "Tokens that end the output.", maxItems=MAX_STOP_IDS
-    )
+    stop_token_ids: Ids | None = optional("Tokens that end the output.", maxItems=MAX_STOP_IDS)
     include_stop_str_in_output: bool | None = optional("Do not cut the stop string off.")
     min_tokens: Count | None = optional("No end before so many tokens; at most `max_tokens`.", ge=0, le=MAX_COUNT)
     ignore_eos: bool | None = optional("Go on after end-of-sequence tokens.")
@@ -98,12 +97,15 @@ def _stop_ids(token_ids: list[int]) -> tuple[int, ...]:
     return tuple(token_ids)
 
 
-def _biases(biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
+def _biases(biases: dict[str, Any]) -> tuple[tuple[int, float], ...]:
     """JSON has no numbers as keys: token ids are written as strings."""
     _check_count("logit_bias", biases, MAX_BIASES, "tokens")
     bad = next((key for key in biases if not (key.isascii() and key.isdigit() and len(key) < 10)), None)
     if bad is not None:
-        raise RequestError(f"logit_bias: {bad!r} is not a token id", param="logit_bias")
+        raise RequestError(f"logit_bias: {quoted(bad)} is not a token id", param="logit_bias")
+    wrong = [value for value in biases.values() if type(value) not in (int, float) or not -100 <= value <= 100]
+    if wrong:
+        raise RequestError(f"logit_bias must have numbers from -100 to 100, not {quoted(wrong[0])}", param="logit_bias")
     return tuple({int(key): float(value) for key, value in biases.items()}.items())
 
 

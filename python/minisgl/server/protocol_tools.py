@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from reprlib import repr as quoted
 from typing import Any, Literal
 
 from pydantic import Field
@@ -85,7 +86,7 @@ def tool_use(tools: list[Tool] | None, choice: str | dict[str, Any] | None, para
         raise RequestError("tool_choice asks for a call, but there are no tools", param="tool_choice")
     unknown = next((name for name in allowed or () if name not in names), None)
     if unknown is not None:
-        raise RequestError(f"tool_choice: there is no function {unknown!r} in tools", param="tool_choice")
+        raise RequestError(f"tool_choice: there is no function {quoted(unknown)} in tools", param="tool_choice")
     if not described or mode == "none":
         return None
     return ToolUse(described, mode == "required", allowed, parallel is not False and not single)

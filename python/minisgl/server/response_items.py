@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from reprlib import repr as quoted
 from typing import Any
 
 from minisgl.errors import RequestError
@@ -23,7 +24,7 @@ def messages_of(items: list[dict[str, Any]]) -> list[Message]:
         where, kind = f"input[{index}]", item.get("type", "message")
         if not isinstance(kind, str) or kind not in OBJECTS["item"].kinds:
             expected = ", ".join(_ITEMS)
-            raise RequestError(f"{where}.type must be one of {expected}, not {kind!r}", param=f"{where}.type")
+            raise RequestError(f"{where}.type must be one of {expected}, not {quoted(kind)}", param=f"{where}.type")
         if kind in _ITEMS:  # the others came from tools that are not ours, and say nothing to this model
             _ITEMS[kind](item, messages, where)
     return messages
@@ -32,27 +33,28 @@ def messages_of(items: list[dict[str, Any]]) -> list[Message]:
 def _add_message(item: dict[str, Any], messages: list[Message], where: str) -> None:
     role = item.get("role")
     if role not in _ROLES:
-        raise RequestError(f"{where}.role must be one of {', '.join(_ROLES)}, not {role!r}", param=f"{where}.role")
+        where += ".role"
+        raise RequestError(f"{where} must be one of {', '.join(_ROLES)}, not {quoted(role)}", param=where)
     thoughts: list[str] | None = [] if role == "assistant" else None
     content = kept_as_text(item.get("content")) if role == "assistant" else item.get("content")
-    text = text_of(content, f"{where}.content", thoughts)
+    texts = [text for text in [text_of(content, f"{where}.content", thoughts)] if text]
     turn = _turn(messages) if role == "assistant" else None
     if turn is not None and ("tool_calls" in turn or not turn["content"]):
-        turn["content"] += text
+        turn["content"] += texts
     else:
-        messages.append({"role": role, "content": text})
+        messages.append({"role": role, "content": texts})
 
 
 def _add_reasoning(item: dict[str, Any], messages: list[Message], where: str) -> None:  # noqa: ARG001
     thought = thought_of(item.get("content")) or thought_of(item.get("summary"))
     if thought:
-        messages.append({"role": "assistant", "content": "", "reasoning_content": thought})
+        messages.append({"role": "assistant", "content": [], "reasoning_content": thought})
 
 
 def _add_call(item: dict[str, Any], messages: list[Message], where: str) -> None:
     turn = _turn(messages)
     if turn is None:
-        turn = {"role": "assistant", "content": ""}
+        turn = {"role": "assistant", "content": []}
         messages.append(turn)
     call_id = item.get("call_id", item.get("id"))
     if not isinstance(item.get("name"), str):

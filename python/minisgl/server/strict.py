@@ -28,6 +28,7 @@ class Body(BaseModel):
 
 
 B = TypeVar("B", bound=BaseModel)
+T = TypeVar("T")
 SCHEMA_REF = "#/components/schemas/{model}"
 
 
@@ -41,6 +42,8 @@ def whole(value: Any) -> Any:
 WHOLE = BeforeValidator(whole)
 Count = Annotated[int, WHOLE]
 TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 2**31 - 1})]
+Items = Annotated[list[T], Field(fail_fast=True)]  # a list of which one wrong item is enough
+Ids = Annotated[Items[TokenId], WHOLE]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,8 @@ class Reading:
 
 def shown(name: str) -> str:
     """A client's name for something, fit for one line."""
-    text = (name or '""') if name.isprintable() else name.encode("unicode_escape").decode("ascii")
+    text = name[: MAX_SHOWN + 1] or '""'
+    text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
@@ -143,7 +147,7 @@ def asks_for_nothing(value: Any, neutral: Sequence[Any]) -> bool:
 
 
 # Halves of characters beyond 16 bits, where a client has cut a text between them; and what looks like one.
-_HALVES = re.compile(rb"(\\\\|\\u[dD][89abAB]%b\\u[dD][c-fC-F]%b)|\\u[dD][89a-fA-F]%b" % ((b"[0-9a-fA-F]{2}",) * 3))
+_HALVES = re.compile(rb"\\(?:(\\|u[dD][89abAB]%b\\u[dD][c-fC-F]%b)|u[dD][89a-fA-F]%b)" % ((b"[0-9a-fA-F]{2}",) * 3))
 _KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
 
 
@@ -152,7 +156,7 @@ def load_object(data: bytes, fields: Fields, reading: Reading | None = None) -> 
     try:
         raw = from_json(data, allow_inf_nan=False)
     except ValueError as error:
-        mended = _HALVES.sub(lambda found: found[1] or rb"\ufffd", data)
+        mended = _HALVES.sub(lambda found: found[0] if found[1] else rb"\ufffd", data)
         if mended != data:
             return load_object(mended, fields, reading)
         raise RequestError(f"the body is not valid JSON: {error}") from None
@@ -160,6 +164,11 @@ def load_object(data: bytes, fields: Fields, reading: Reading | None = None) -> 
         raise RequestError("the body must be a JSON object")
     kept: dict[str, Any] = (reading or Reading()).read(raw, fields)
     return kept
+
+
+def load(model: type[B], fields: Fields, data: bytes, reading: Reading | None) -> B:
+    """The body, checked. Raises: RequestError."""
+    return validate(model, load_object(data, fields, reading))
 
 
 def validate(model: type[B], raw: Any, where: str = "") -> B:

@@ -14,7 +14,7 @@ from typing import Any
 from minisgl.config.chat import reasoning_after
 from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import MAX_SEED, SamplingParams
-from minisgl.errors import RequestError
+from minisgl.errors import RequestError, too_long
 from minisgl.message.backend import UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import DecodedReply, EncodedReply, ErrorReply
@@ -211,7 +211,7 @@ class Tokenizer:
         if not isinstance(prompt, IdsPrompt):
             return self._check(self.encode_only(prompt))
         if (size := len(prompt.input_ids) // 4) >= self._max_seq_len:
-            raise self._too_long(str(size), "prompt")
+            raise too_long("prompt", str(size), self._max_seq_len)
         return self._check(unpack_ids(prompt.input_ids))
 
     def encode_only(self, prompt: ChatPrompt | TextPrompt, *, special: bool = True) -> list[int]:
@@ -224,28 +224,20 @@ class Tokenizer:
         if not prompt.messages:
             raise RequestError("messages must not be empty", param="messages")
         if (size := len(prompt.messages)) > self._max_seq_len:  # each is a token at least
-            raise self._too_long(f"at least {size}", "messages")
+            raise too_long("messages", f"at least {size}", self._max_seq_len)
         return self._encode(self.codec.render_chat(prompt), "messages", special=False)
 
     def _encode(self, text: str, param: str, special: bool) -> list[int]:
         """What is far too long is refused as soon as that is certain: encoding a megabyte takes a second."""
         if len(text) > self._max_chars:
-            raise self._too_long(f"at least {len(text) // self.codec.longest_token}", param)
+            raise too_long(param, f"at least {len(text) // self.codec.longest_token}", self._max_seq_len)
         if len(text) > max(_PART, 2 * self._max_seq_len):
             size = 0
             for first in range(0, len(text), _PART):
                 size += len(self.codec.encode([text[first : first + _PART]], special=False)[0])
                 if size > 2 * self._max_seq_len:  # cuts between the parts make a few tokens more
-                    raise self._too_long(f"at least {size // 2}", param)
+                    raise too_long(param, f"at least {size // 2}", self._max_seq_len)
         return self.codec.encode([text], special=special)[0]
-
-    def _too_long(self, num_tokens: str, param: str) -> RequestError:
-        """In OpenAI's words, which clients look for."""
-        message = (
-            f"This model's maximum context length is {self._max_seq_len} tokens. However, your {param} resulted in "
-        )
-        message += f"{num_tokens} tokens, and at least 1 is for the output. Please reduce the length of the {param}."
-        return RequestError(message, param=param, code="context_length_exceeded")
 
     def _check(self, ids: list[int], param: str = "prompt") -> list[int]:
         if not ids:
@@ -265,7 +257,8 @@ class Tokenizer:
         """
         room = self._max_seq_len - len(ids)
         if room < 1:
-            raise self._too_long(str(len(ids)), "messages" if isinstance(request.prompt, ChatPrompt) else "prompt")
+            param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
+            raise too_long(param, str(len(ids)), self._max_seq_len)
         params = request.params
         self._check_token_params(params)
         seed = params.seed if params.seed is not None else random.randint(0, MAX_SEED)
