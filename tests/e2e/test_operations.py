@@ -203,7 +203,7 @@ def test_metrics_count_what_happens(start: Callable[..., Server], model_path: Pa
         http.post("/v1/completions", json=body)
         http.post("/v1/completions", json=body)
         http.post("/v1/completions", json={**body, "stream": True})
-        http.post("/v1/completions", json={"prompt": [5] * 10000})
+        http.post("/v1/completions", json={"prompt": [10**6]})
         http.get("/v1/models/nothing")
         http.get("/no/such/path")
         after = scrape(http)

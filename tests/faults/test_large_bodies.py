@@ -6,12 +6,15 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import pytest
 
-from tests.faults.conftest import Server
+from tests.faults.conftest import Server, fake
 
 MIB = 2**20
 HELLO = [{"role": "user", "content": "hi"}]
@@ -89,7 +92,7 @@ def body(path: str, field: str, kind: str, size: int) -> bytes:
 
 
 class Watch:
-    """What a server's clients notice meanwhile: the slowest answer of /health; and what it costs, in bytes."""
+    """What a server's clients notice meanwhile, the slowest answer of /health; and what it costs, in bytes."""
 
     def __init__(self, server: Server) -> None:
         self._url = server.url
@@ -100,7 +103,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._thread.start()
-        self.take()
+        time.sleep(0.5)
+        self.idle, _ = self.take()  # on a machine that has other work to do, this is no small figure
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,23 +119,63 @@ class Watch:
                 self._slowest = max(self._slowest, time.monotonic() - begin)
 
     def take(self) -> tuple[float, int]:
-        """The slowest answer since the last look, and by how many bytes the server's processes have grown at most."""
+        """The slowest answer since the last look; and the most that the processes have held since then, together."""
         slowest, self._slowest = self._slowest, 0.0
-        grown = 0
+        held = 0
         for process in self._processes:
-            status = dict(line.split(":", 1) for line in read(process, "status").splitlines())
-            grown += 1024 * int(status["VmHWM"].split()[0])
-            with open(f"/proc/{process.pid}/clear_refs", "w") as file:
-                file.write("5")
-        return slowest, grown
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            held += 1024 * int(status.partition("VmHWM:")[2].split()[0])
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+        return slowest, held
+
+    def check(self, path: str, data: bytes) -> httpx.Response:
+        """The answer to a body. Raises: AssertionError when it costs too much."""
+        self.take()
+        _, before = self.take()
+        answer = post(self._url + path, data)
+        slowest, held = self.take()
+        told = f"{path} {data[:80]!r}: {answer.status_code} {answer.text[:200]}"
+        assert answer.status_code in (200, 400, 404, 413), told
+        assert len(answer.content) < 4 * MIB, told
+        assert held - before < 4 * len(data) + 64 * MIB, f"{(held - before) / MIB:.0f} MiB: {told}"
+        assert slowest < 0.5 + 5 * self.idle, f"{slowest:.2f} s: {told}"
+        return answer
 
 
-def read(process: psutil.Process, name: str) -> str:
-    with open(f"/proc/{process.pid}/{name}") as file:
-        return file.read()
-
-
-def post(server: Server, path: str, data: bytes) -> httpx.Response:
+def post(url: str, data: bytes) -> httpx.Response:
     parts = (data[first : first + 2**16] for first in range(0, len(data), 2**16))
     headers = {"content-type": "application/json", "content-length": str(len(data))}
-    return httpx.post(server.url + path, content=parts, headers=headers, timeout=120)
+    return httpx.post(url, content=parts, headers=headers, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def watch(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
+    log = tmp_path_factory.mktemp("logs") / "bodies.log"
+    with Server.running(fake(model_path), log) as server, Watch(server) as made:
+        yield made
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_every_field_of_every_body(watch: Watch, path: str) -> None:
+    """Each field meets a third of the kinds, and the fields of a body all of them. Half a megabyte is few enough values
+    for all of it to be read."""
+    for index, field in enumerate(FIELDS[path][1].split()):
+        for kind in [*KINDS][index % 3 :: 3]:
+            watch.check(path, body(path, field, kind, MIB // 2))
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "kind"),
+    [
+        ("/v1/completions", "prompt", "floats"),
+        ("/v1/completions", "prompt", "long string"),
+        ("/v1/chat/completions", "messages", "messages"),
+        ("/v1/chat/completions", "tools", "halves"),
+        ("/v1/responses", "metadata", "long name"),
+        ("/v1/messages", "messages.content", "long number"),
+        ("/generate", "input_ids", "ids"),
+        ("/detokenize", "tokens", "lists"),
+    ],
+)
+def test_64_megabytes(watch: Watch, path: str, field: str, kind: str) -> None:
+    assert watch.check(path, body(path, field, kind, 64 * MIB - 100)).status_code in (400, 413)

@@ -30,3 +30,17 @@ def pack_ids(token_ids: Sequence[int]) -> bytes:
 def unpack_ids(data: bytes) -> list[int]:
     """The inverse of `pack_ids`."""
     return memoryview(data).cast("i").tolist()
+
+
+def carried(value: Any) -> bool:
+    """Whether a JSON value has only numbers that messages can carry."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            stack += item.values()
+        elif isinstance(item, list):
+            stack += item
+        elif isinstance(item, int) and not -(2**63) <= item < 2**64:
+            return False
+    return True

@@ -12,6 +12,7 @@ from minisgl.message.codec import Codec
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.logprobs import PackedLogprobs
 
+LONGEST_TOKEN = 512  # bytes: no model has a longer one; a tokenizer knows how long its own are
 PROMPT_TAIL = 16  # prompt ids that say how the prompt ends: more than a tag and whitespace, spelled out, have
 
 
@@ -42,6 +43,13 @@ class IdsPrompt(msgspec.Struct, frozen=True, tag="ids", forbid_unknown_fields=Tr
 
 
 Prompt = ChatPrompt | TextPrompt | IdsPrompt
+
+
+def least_tokens(prompt: Prompt) -> int:
+    """So many tokens a prompt has at least, whatever the tokenizer."""
+    if isinstance(prompt, IdsPrompt):
+        return len(prompt.input_ids) // 4
+    return len(msgspec.msgpack.encode(prompt)) // LONGEST_TOKEN
 
 
 class TokenizeMsg(msgspec.Struct, frozen=True, tag="tokenize", forbid_unknown_fields=True):

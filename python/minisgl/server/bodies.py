@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
 
-import orjson
 from fastapi import Request, Response
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
 from minisgl.server.strict import Reading, shown
+from minisgl.utils.aside import Aside
+from minisgl.utils.json_line import dump_json
 
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 64 * 2**20  # unless MINISGL_MAX_BODY_BYTES says otherwise
-HELD_BODIES = 4  # times as many bytes may be held while they are read and parsed, or there is no room for a large one
-SMALL_BODY, LARGE_BODY = 32 << 10, 1 << 20  # bytes; a small one is parsed sooner than a thread is told to
+SMALL_BODY = 32 << 10  # bytes that are parsed sooner than a thread is told to
 # What begins or separates values, also in texts, some of which are parsed too: an object of Python for each takes many
 # times its bytes. So do characters that are escaped though they need not be.
 MAX_VALUES = 2**21
 _VALUES = (b",", b":", b"[", b"{", b"[", b"{", b"[", b"{", b"\\u00", b"\\ud", b"\\uD")
 
-# JSON needs no escape for them, but many a reader of lines ends one there (Python's `str.splitlines`, JavaScript's).
-_LINE_ENDS = (("\x85", b"\\u0085"), ("\u2028", b"\\u2028"), ("\u2029", b"\\u2029"))
 # What a body that cannot be read begins with.
 _UNREADABLE = {
     b"\x1f\x8b": "is compressed with gzip",
@@ -37,18 +32,6 @@ _UNREADABLE = {
     b"\xfe\xff": "is in UTF-16, with a byte order mark (BOM)",
     b"\0": "is in UTF-16 or UTF-32",
 }
-
-
-def dump_json(payload: object) -> bytes:
-    """JSON on one line, whoever reads it."""
-    try:
-        data = orjson.dumps(payload)
-    except TypeError:  # a client's number, which comes back, is too large for it
-        data = json.dumps(payload).encode()
-    if not data.isascii():
-        for character, escaped in _LINE_ENDS:
-            data = data.replace(character.encode(), escaped)
-    return data
 
 
 def json_response(payload: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -61,8 +44,7 @@ class Bodies:
 
     def __init__(self, config: ServerConfig, limit: int) -> None:
         self._strict, self._limit = config.strict_requests, limit
-        self._held = 0  # bytes of all bodies that are being read
-        self._thread = ThreadPoolExecutor(1, "minisgl-bodies")
+        self._aside = Aside("minisgl-bodies")
 
     async def read(self, request: Request, parse: Callable[[bytes, Reading], T]) -> T:
         """What `parse` makes of the body. Of what it ignores, whoever sends the answer tells the client.
@@ -70,9 +52,9 @@ class Bodies:
         Raises: RequestError, also when the body is too long (413) or says that it is no JSON (415).
         """
         request.state.reading = reading = Reading(self._strict)
-        declared = request.headers.get("content-length", "0")
+        declared, too_long = request.headers.get("content-length", "0"), f"the body is longer than {self._limit} bytes"
         if declared.isdigit() and int(declared) > self._limit:
-            raise _too_long(self._limit)
+            raise RequestError(too_long, status=413)
         check_content_type(request.headers.get("content-type"))
         encoding = request.headers.get("content-encoding", "").lower()
         if encoding not in ("", "identity"):
@@ -80,11 +62,9 @@ class Bodies:
         size, values, data = 0, 0, bytearray()
         try:
             async for chunk in request.stream():
-                size, self._held = size + len(chunk), self._held + len(chunk)
+                size += len(chunk)
                 if size > self._limit:
-                    raise _too_long(self._limit)
-                if size > LARGE_BODY and self._held > HELD_BODIES * self._limit:
-                    raise RequestError("the server is reading too many large bodies; try again later", status=429)
+                    raise RequestError(too_long, status=413)
                 values += sum(map(chunk.count, _VALUES))
                 if values <= MAX_VALUES:  # else nothing is kept; a client that may not send all sees no answer
                     data += chunk
@@ -97,11 +77,9 @@ class Bodies:
             whole = cast(bytes, data)  # as good to whoever reads it, and not copied
             if size <= SMALL_BODY:
                 return parse(whole, reading)
-            return await asyncio.get_running_loop().run_in_executor(self._thread, parse, whole, reading)
+            return await self._aside.run(parse, whole, reading)
         except MemoryError:
             raise RequestError("the server has not enough memory for this request", status=503) from None
-        finally:
-            self._held -= size
 
 
 def owner_of(request: Request) -> str:
@@ -121,10 +99,6 @@ def check_content_type(value: str | None) -> None:
 
 def _unreadable(what: str) -> RequestError:
     return RequestError(f"the body {what}; send plain JSON in UTF-8", status=415)
-
-
-def _too_long(limit: int) -> RequestError:
-    return RequestError(f"the body is longer than {limit} bytes", status=413)
 
 
 def check_model(model: str | None, config: ServerConfig) -> None:

@@ -12,6 +12,7 @@ from pydantic import WithJsonSchema
 from pydantic_core import from_json
 
 from minisgl.errors import RequestError
+from minisgl.message.codec import carried
 from minisgl.server.content import kept_as_text, text_of, thought_of
 
 MAX_MESSAGES = 16384
@@ -101,17 +102,3 @@ def sent(arguments: Any) -> dict[str, Any] | str:
     if isinstance(value, dict) and carried(value):
         return value
     return {} if value is None else arguments if isinstance(arguments, str) else json.dumps(arguments)
-
-
-def carried(value: Any) -> bool:
-    """Whether it has only numbers that messages between processes can carry."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            stack += item.values()
-        elif isinstance(item, list):
-            stack += item
-        elif isinstance(item, int) and not -(2**63) <= item < 2**64:
-            return False
-    return True

@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
 from pydantic import BaseModel, Field
 
 from minisgl.core import MAX_COUNT, MAX_LOGPROBS, SamplingParams
 from minisgl.errors import RequestError, too_long
 from minisgl.message.codec import pack_ids
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
+from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt, least_tokens
 from minisgl.server.fields import fields_of
 from minisgl.server.messages import Message, chat_messages
 from minisgl.server.protocol_grammar import GrammarFields
@@ -24,7 +23,6 @@ from minisgl.server.protocol_tools import MAX_TOOLS, Tool, ToolUse, template_kwa
 from minisgl.server.strict import Body, Count, Fields, Ids, Items, Reading, load, load_object, optional, shown, validate
 
 MAX_CHOICES = 128
-LONGEST_TOKEN = 512  # bytes: no model has a longer one; the tokenizer knows how long its own are
 MAX_PROMPTS = 1024
 MAX_OUTPUTS = 2048  # choices of all prompts together
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "default", "auto")
@@ -255,11 +253,9 @@ def _ids_prompt(token_ids: Any, name: str) -> IdsPrompt:
 def check_size(request: GenerationRequest, max_seq_len: int) -> None:
     """Raises: RequestError when a prompt cannot fit the context, whatever its tokens are."""
     for prompt in request.prompts:
-        ids = prompt.input_ids if isinstance(prompt, IdsPrompt) else None
-        size = len(msgspec.msgpack.encode(prompt)) // LONGEST_TOKEN if ids is None else len(ids) // 4
-        if size >= max_seq_len:
-            param, least = "messages" if isinstance(prompt, ChatPrompt) else "prompt", "at least " * (ids is None)
-            raise renamed(too_long(param, f"{least}{size}", max_seq_len), request.names)
+        if (size := least_tokens(prompt)) >= max_seq_len:
+            param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+            raise renamed(too_long(param, f"at least {size}", max_seq_len), request.names)
 
 
 def functions_of(

@@ -13,13 +13,13 @@ from pydantic import Field
 
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
-from minisgl.server.bodies import dump_json
 from minisgl.server.fields import OBJECTS, fields_of
 from minisgl.server.protocol import Describe, GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
 from minisgl.server.response_items import messages_of
 from minisgl.server.response_store import Item, ResponseStore
 from minisgl.server.strict import Body, Count, Items, Reading, load, optional
+from minisgl.utils.json_line import dump_json
 
 MAX_SENT_BACK = 64 << 10
 _LOGPROBS = "message.output_text.logprobs"

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from minisgl.errors import RequestError
+from minisgl.message.codec import carried as can_be_carried
 from minisgl.parser.forced import calls_form
-from minisgl.server.messages import carried as can_be_carried
 from minisgl.server.strict import Body
 
 MAX_TOOLS = 512

@@ -17,7 +17,7 @@ from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import UserReply
 from minisgl.message.logprobs import TokenLogprob, TopLogprob
 from minisgl.server.assemble import Assembler
-from minisgl.server.bodies import dump_json
+from minisgl.utils.json_line import dump_json
 
 DONE = b"data: [DONE]\n\n"
 

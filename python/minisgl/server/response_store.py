@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import Any
 
 from minisgl.errors import RequestError
-from minisgl.server.bodies import dump_json
+from minisgl.utils.json_line import dump_json
 
 MAX_ENTRIES = 1024
 MAX_BYTES = 64 * 2**20
