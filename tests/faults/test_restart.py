@@ -72,6 +72,7 @@ class Crowd(threading.Thread):
             except Exception as error:
                 end = f"{type(error).__name__}: {error} after {time.monotonic() - begin:.1f} s"
                 self.wrong.append(end)
+                await asyncio.sleep(0.1)
             self.ends[end if end in ("answer", "error") else "wrong"] += 1
             self.longest = max(self.longest, time.monotonic() - begin)
 
@@ -94,10 +95,13 @@ class Crowd(threading.Thread):
         assert [e["choices"][0]["finish_reason"] for e in events if e["choices"]].count("length") == 1
         return "answer"
 
-    def end(self) -> None:
+    def leave(self) -> None:
         self._stopped.set()
         self.join(2 * REQUEST_SECONDS)
         assert not self.is_alive(), "a request hangs"
+
+    def end(self) -> None:
+        self.leave()
         assert self.wrong == []
         assert self.ends["answer"] >= NUM_STREAMS // 2
         assert self.longest < REQUEST_SECONDS
@@ -264,16 +268,16 @@ def test_beyond_the_limit_the_server_ends(start: Start, model_path: Path) -> Non
     process_of(server, "tokenizer-0").kill()
     serves(server, "fake-model")
     crowd = Crowd(server, max_tokens=400)
-    time.sleep(1)
+    time.sleep(2)  # all are under way, for eight seconds and more
     begin = time.monotonic()
     process_of(server, "TP0").kill()
     assert server.wait_exit(10) == 1
     assert time.monotonic() - begin < 10
     assert "the server stops" in server.output()
     assert server.orphans() == []
-    crowd._stopped.set()
-    crowd.join(30)
-    assert not crowd.is_alive()
+    crowd.leave()
+    assert crowd.ends["error"] >= NUM_STREAMS  # each of those; then nobody listens any more
+    assert all(end.startswith(("ConnectError", "ReadError", "RemoteProtocolError")) for end in crowd.wrong)
 
 
 @pytest.mark.parametrize(("limit", "recovers"), [(2, True), (1, False)])

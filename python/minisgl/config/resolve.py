@@ -88,7 +88,7 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         raise ConfigError(f"--max-seq-len {wanted_len}: the model's context is {model.max_position} tokens")
     decide = cuda_engine if choose_device(args, machine) == "cuda" else cpu_engine
     engine = decide(args, path, model, wanted_len, machine)
-    flops = 1e13 if engine.device == "cuda" else 2e9 * engine.num_threads  # per second, the least that any machine has
+    flops = 1e13 if engine.device == "cuda" else 8e9 * engine.num_threads  # per second, the least that any machine has
     scheduler = SchedulerConfig(
         max_running_requests=engine.max_running_requests,
         max_prefill_length=engine.max_prefill_length,

@@ -55,7 +55,7 @@ class SchedulerConfig:
     eos_token_ids: tuple[int, ...] = ()
     overlap: bool = True
     step_timeout: float = 60.0  # seconds that a step may take beyond `token_seconds` for each of its tokens
-    token_seconds: float = 0.0  # before any step was measured
+    token_seconds: float = 0.0  # on a very slow machine
     check_integrity: int | None = None  # steps between two walks; 0: only when idle; None: 256, more in large pools
     integrity_fatal: bool = False  # what they find ends the scheduler
 

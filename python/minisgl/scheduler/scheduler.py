@@ -66,6 +66,7 @@ class Scheduler:
         self._num_failures = 0
         self._stuck = False  # nothing could be planned, with no step in flight
         self._step_timeout, self._token_seconds = config.step_timeout, config.token_seconds
+        self._slowest = 0.0  # seconds of a step, of late
         self._checked = True
         self._num_spells = 0  # of work, with idleness after each
         self._is_fatal = config.integrity_fatal
@@ -182,15 +183,15 @@ class Scheduler:
 
     def _wait(self, plan: StepPlan, handle: StepHandle) -> None:
         """Wait for a step that takes its time, and show that we are alive. Raises: EngineError `step_timeout` seconds
-        after what it may take, by the slowest of late. Time in which we were stopped ourselves does not count."""
+        after what it may take, by its size or by the slowest of late. Time in which we were stopped does not count."""
         seconds, last = _PUMP_SECONDS, time.monotonic()
-        estimate = plan.num_tokens * self._token_seconds
+        estimate = max(plan.num_tokens * self._token_seconds, self._slowest)
         while not handle.wait(_PUMP_SECONDS):
             seconds, last = seconds + min(time.monotonic() - last, 1.0), time.monotonic()
             if seconds > estimate + self._step_timeout:
                 raise EngineError(f"step {plan.step_id} has not ended after {seconds:.0f} s (--step-timeout)")
             self._transport.pump(late=seconds > estimate + min(_LATE_SECONDS, self._step_timeout / 2))
-        self._token_seconds = max(seconds / max(1, plan.num_tokens), 0.9 * self._token_seconds)
+        self._slowest = max(seconds, 0.9 * self._slowest)
 
     def _send(self, outputs: list[ReqOutput]) -> None:
         if self._grammars is not None:
