@@ -98,6 +98,7 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         cache_type=args.cache_type,
         schedule_policy=args.schedule_policy,
         eos_token_ids=model.eos_token_ids,
+        vocab_size=model.vocab_size,
         overlap=not args.disable_overlap,
         step_timeout=args.step_timeout,
         token_seconds=2 * model.weight_bytes("int8", engine.tp_size) / flops,

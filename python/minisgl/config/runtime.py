@@ -53,6 +53,7 @@ class SchedulerConfig:
     cache_type: str = "radix"  # "radix" | "naive"
     schedule_policy: str = "fcfs"  # "fcfs" | "lpm" | "priority"
     eos_token_ids: tuple[int, ...] = ()
+    vocab_size: int = 0  # of the model; 0: not known
     overlap: bool = True
     step_timeout: float = 60.0  # seconds that a step may take beyond `token_seconds` for each of its tokens
     token_seconds: float = 0.0  # on a very slow machine

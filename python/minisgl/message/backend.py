@@ -6,7 +6,7 @@ from __future__ import annotations
 import msgspec
 
 from minisgl.core import SamplingParams
-from minisgl.message.codec import Codec
+from minisgl.message.codec import Codec, check_uids
 
 
 class UserMsg(msgspec.Struct, frozen=True, tag="user", forbid_unknown_fields=True):
@@ -19,6 +19,11 @@ class UserMsg(msgspec.Struct, frozen=True, tag="user", forbid_unknown_fields=Tru
     input_ids: bytes
     params: SamplingParams
     count: int = 1
+
+    def __post_init__(self) -> None:
+        check_uids(self.uid, self.count)
+        if len(self.input_ids) % 4:
+            raise ValueError("a part of an id")
 
     @property
     def uids(self) -> range:

@@ -22,6 +22,12 @@ class Codec(Generic[T]):
         self.decode: Callable[[bytes], list[T]] = msgspec.msgpack.Decoder(list[union]).decode
 
 
+def check_uids(uid: int, count: int) -> None:
+    """Raises: ValueError for so many uids from this one on that nobody of ours would name."""
+    if not (0 <= uid < 2**62 and 0 <= count <= 4096):
+        raise ValueError(f"uid {uid}, count {count}")
+
+
 def pack_ids(token_ids: Sequence[int]) -> bytes:
     """Token ids as int32 bytes, of this machine's order."""
     return array("i", token_ids).tobytes()

@@ -8,7 +8,7 @@ import msgspec
 
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg
-from minisgl.message.codec import Codec
+from minisgl.message.codec import Codec, check_uids
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.logprobs import PackedLogprobs
 
@@ -64,6 +64,9 @@ class TokenizeMsg(msgspec.Struct, frozen=True, tag="tokenize", forbid_unknown_fi
     params: SamplingParams
     notify: bool = False
     count: int = 1
+
+    def __post_init__(self) -> None:
+        check_uids(self.uid, self.count)
 
     @property
     def uids(self) -> range:

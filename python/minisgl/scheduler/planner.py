@@ -16,9 +16,11 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import (
+    MAX_COUNT,
     NOT_READY,
     Admission,
     FinishReason,
@@ -123,23 +125,29 @@ class Planner:
 
     def add(self, uid: int, token_ids: list[int], params: SamplingParams, count: int = 1) -> list[ReqOutput]:
         """Queue a request: as many as there are outputs, their uids and seeds one after the other, their ids the same
-        objects while they wait. `params.seed` is set. A request that can never run ends with an error at once."""
+        objects while they wait. A request that can never run ends with an error at once."""
         max_len = self._config.max_seq_len
         if params.max_tokens is not None:
             max_len = min(max_len, len(token_ids) + max(1, params.max_tokens))
         size, prefix = len(token_ids), np.array(token_ids, np.int32)
-        failed: list[ReqOutput] = []
+        failed, error = list[ReqOutput](), None
+        if not 0 < size < max_len:
+            error = f"{size} prompt tokens do not fit the context of {self._config.max_seq_len}"
+        elif params.seed is None or not self._knows(prefix, params):
+            error = "a token is not in the vocabulary, or there is no seed"
         for index in range(count):
             req = Req(uid + index, token_ids, prefix, size, params.of_choice(index), max_len, num_tokens=size)
-            if req.uid in self._reqs:
-                failed.append(ReqOutput(req, (), FinishReason.ERROR, error=f"request id {req.uid} is in use"))
-            elif not 0 < size < max_len:
+            if (why := f"request id {req.uid} is in use" if req.uid in self._reqs else error) is not None:
                 req.state = ReqState.FINISHED
-                error = f"{size} prompt tokens do not fit the context of {self._config.max_seq_len}"
-                failed.append(ReqOutput(req, (), FinishReason.ERROR, error=error))
+                failed.append(ReqOutput(req, (), FinishReason.ERROR, error=why))
             else:
                 self._reqs[req.uid] = self._waiting[req.uid] = req
         return failed
+
+    def _knows(self, ids: npt.NDArray[np.int32], params: SamplingParams) -> bool:
+        """Whether the vocabulary has these tokens and those that the parameters name."""
+        named = [*params.stop_token_ids, *(token for token, _ in params.logit_bias), int(ids.min()), int(ids.max())]
+        return min(named) >= 0 and max(named) < (self._config.vocab_size or MAX_COUNT)
 
     def abort(self, uid: int) -> list[ReqOutput]:
         """End a request. Nothing happens for one that has ended, or never was: the abort lost a race."""

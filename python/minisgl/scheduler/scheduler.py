@@ -97,7 +97,7 @@ class Scheduler:
         while self._inbox:
             message = self._inbox.popleft()
             if isinstance(message, UserMsg):
-                self._open.update(dict.fromkeys(message.uids, False))
+                self._open.update((uid, False) for uid in message.uids if uid not in self._open)
                 outputs += self.planner.add(message.uid, unpack_ids(message.input_ids), message.params, message.count)
             elif isinstance(message, AbortMsg):
                 outputs += self.planner.abort(message.uid)

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from minisgl.config.runtime import Addresses
+from minisgl.core import FinishReason
 from minisgl.errors import EngineError
-from minisgl.message.backend import FlushMsg, PingMsg, RankBatch, StatsMsg, backend_codec, rank_codec
+from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, RankBatch, StatsMsg, backend_codec, rank_codec
 from minisgl.message.frontend import ErrorReply, FrontendMsg, StatsReply, frontend_codec
-from minisgl.message.tokenizer import TokenizerMsg, tokenizer_codec
+from minisgl.message.tokenizer import DetokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.scheduler.grammar import Grammars, PlannerMsg, Reply
+from minisgl.utils.faults import fault
 from minisgl.utils.sockets import PullSocket, PushSocket
 
 _IDLE_SECONDS = 0.5  # between heartbeats while nothing happens
@@ -96,7 +98,17 @@ class LeaderTransport(Transport):
         self._take(0.0, late)
 
     def send(self, messages: Sequence[Reply]) -> None:
-        self._push.send(messages)
+        """What there is no memory for ends its own request."""
+        try:
+            fault("send")
+            self._push.send(messages)
+        except MemoryError:
+            if len(messages) == 1:
+                error, uid = "there is no memory for this output", messages[0].uid
+                self._push.send([DetokenizeMsg(uid, b"", finish_reason=FinishReason.ERROR, error=error)])
+                self._received.append(AbortMsg(uid))
+            for message in messages if len(messages) > 1 else ():
+                self.send([message])
 
     def answer(self, message: FrontendMsg) -> None:
         self._frontend.send([message])

@@ -50,7 +50,7 @@ class TokenizerServer:
         self._pings: set[int] = set()  # gone to the scheduler and not back yet, where both directions meet here
         self._is_detokenizer = endpoint == addresses.detokenizer
         self._is_tokenizer = not self._is_detokenizer or addresses.num_tokenizer == 0
-        self._long: PriorityQueue[tuple[int, int, TextMsg, list[AbortMsg]]] = PriorityQueue()  # the shortest first
+        self._long: PriorityQueue[tuple[int, int, int, TextMsg, list[AbortMsg]]] = PriorityQueue()  # the shortest first
         self._aborts: dict[int, list[AbortMsg]] = {}  # by uid of what is long and not answered: of its request
         self._lock = threading.Lock()  # of what several threads use: the above, and the sockets that send
         for index in range(NUM_THREADS):
@@ -99,7 +99,7 @@ class TokenizerServer:
                 aborts: list[AbortMsg] = []
                 with self._lock:
                     self._aborts |= dict.fromkeys(_uids(message), aborts)
-                self._long.put((size, message.uid, message, aborts))
+                self._long.put((size, message.uid, id(aborts), message, aborts))
         return to_backend, to_frontend
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class TokenizerServer:
     def _serve_long(self) -> None:
         """A thread for what would keep others waiting. What takes too long there is interrupted."""
         while True:
-            _, _, message, aborts = self._long.get()
+            *_, message, aborts = self._long.get()
             uids = _uids(message)
             timer = threading.Timer(SECONDS, _interrupt, [threading.get_ident()])
             try:
@@ -138,7 +138,7 @@ class TokenizerServer:
                 to_backend, to_frontend = [], [ErrorReply(uid, error) for uid in uids]
             with self._lock:
                 for uid in uids:
-                    del self._aborts[uid]
+                    self._aborts.pop(uid, None)
                 self._frontend.send(to_frontend)
                 self._backend.send([*to_backend, *aborts])
 
