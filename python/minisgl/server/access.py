@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import hashlib
 import hmac
 import logging
+import os
 import re
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -88,7 +89,9 @@ class Guard:
         self._app, self._access = app, access
         operators = access.admin_keys or (access.api_keys if len(access.api_keys) == 1 else ())
         keys = (*access.admin_keys, *access.api_keys)
-        self._keys = {hashlib.sha256(key.encode()).digest(): key in operators for key in keys}
+        # With a secret of this process: digests go to other processes, and no key can be found from one of them.
+        self._digest = partial(hmac.digest, os.urandom(32), digest="sha256")
+        self._keys = {self._digest(key.encode()): key in operators for key in keys}
         self._wrong: dict[str, tuple[int, float]] = {}  # by address: how many keys, and when the next is answered
         self._since = 0.0
 
@@ -132,7 +135,7 @@ class Guard:
         """
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "").strip()]
-        digests = [hashlib.sha256(key.encode("latin-1")).digest() for key in given if key]
+        digests = [self._digest(key.encode("latin-1")) for key in given if key]
         matches = [one.hex() for one in digests for digest in self._keys if hmac.compare_digest(one, digest)]
         if digests and self._keys and not matches:
             now = time.monotonic()
