@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -66,3 +67,22 @@ def _save(tokenizer: Tokenizer, directory: Path, template: str | None, *, eos: s
         config["chat_template"] = template
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return directory
+
+
+SYLLABLES = [a + b + c for a in ("", *"bdfghklmnprstvw", "ch", "st") for b in "aeiou" for c in ("", *"nrstl")]
+
+
+def make_words(directory: Path, vocab_size: int) -> Path:
+    """All bytes, and made-up words, as many as real tokenizers have: what makes a mask of text dear."""
+    rng = random.Random(0)
+    vocab = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+    for token in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab[token] = len(vocab)
+    while len(vocab) < vocab_size:
+        word = "".join(rng.choices(SYLLABLES, k=rng.choice((1, 2, 2, 3, 3, 4))))
+        vocab.setdefault(rng.choice(("", "Ġ")) + word, len(vocab))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in list(vocab)[:3]])
+    return _save(tokenizer, directory, CHATML, eos="<|im_end|>")
