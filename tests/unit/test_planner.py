@@ -355,3 +355,14 @@ def test_a_prompt_that_is_computed_again_does_not_hold_on_to_its_cached_copy() -
     driver.planner.add(1, prompt(56), replace(ENDLESS, max_tokens=2, prompt_logprobs=0))
     driver.finish()
     assert len(driver.outputs[1]) == 2
+
+
+def test_prompts_whose_log_probabilities_are_told_take_more_of_a_step() -> None:
+    """Beside others, and one after the other: each of their tokens costs a product with the whole vocabulary."""
+    driver = Driver(replace(CONFIG, max_prefill_length=48))
+    driver.planner.add(0, prompt(3), ENDLESS)
+    driver.step()
+    for uid in (1, 2):
+        driver.planner.add(uid, prompt(8, start=7 * uid), replace(ENDLESS, prompt_logprobs=0))
+    shares = [[req.num_new for req in plan.reqs] for plan in (driver.step() for _ in range(4)) if plan is not None]
+    assert shares == [[1, 5], [1, 3, 2], [1, 1, 5], [1, 1, 1]], shares

@@ -43,6 +43,9 @@ from minisgl.utils.math import div_ceil
 # pages; less admits requests only to retract them soon after.
 _GROWTH_TOKENS = 64
 _GROWTH_STEP = 16  # tokens of pages that a running request takes at a time
+# A prompt's token whose log-probabilities are to be told takes as much of a step as so many others: logits, for the
+# whole vocabulary.
+_TELLING_COST = 8
 # Longest-prefix-match looks at this many of the oldest waiting requests, and every so many admissions takes the
 # oldest one whatever it matches, so that none waits for ever.
 _LPM_WINDOW = 128
@@ -59,6 +62,11 @@ def _tells_prompt(req: Req) -> bool:
     """Whether it computes all of its prompt, even what is cached. Meanwhile it must not hold on to that: alone with
     both copies, it might never get the pages that it needs."""
     return req.params.prompt_logprobs is not None and not req.has_output
+
+
+def _cost(req: Req) -> int:
+    """Of one token of a prompt, in tokens of the step's budget."""
+    return _TELLING_COST if _tells_prompt(req) else 1
 
 
 class Planner:
@@ -175,15 +183,16 @@ class Planner:
             num_tokens, start = req.num_tokens, req.num_computed
             if num_tokens >= req.max_len or req.held:
                 continue  # its last token is planned already, or its next one cannot be sampled
-            if budget == 0:
+            if budget <= 0:
                 break
             num_new = num_tokens - start
-            if num_new > budget:
-                num_new = budget
+            cost = 1 if num_new == 1 else _cost(req)
+            if num_new * cost > budget:
+                num_new = max(1, budget // cost)
             if start + num_new > len(req.pages) * page_size and not self._grow(req, num_new):
                 may_admit = False
                 continue
-            budget -= num_new
+            budget -= num_new * cost
             reqs.append(req)
             scheduled.append(self._schedule(req, num_new))
         admissions: list[Admission] = []
@@ -194,7 +203,7 @@ class Planner:
                 break
             ends = req.params.end_ids(self._config.eos_token_ids) if req.params.min_tokens else ()
             admissions.append(Admission(req.row, req.prefix, req.params, req.prompt_len, ends))
-            budget -= num_new
+            budget = budget - num_new * _cost(req) if req.num_computed + num_new == req.num_tokens else 0
             reqs.append(req)
             scheduled.append(self._schedule(req, num_new))
         if not scheduled:
@@ -362,7 +371,7 @@ class Planner:
         match = self._cache.match(req.prefix[:num_reusable], req.params.cache_salt)
         self._cache.lock(match.handle)
         num_cached = len(match.pages) * self._page_size
-        num_new = min(len(req.tokens) - num_cached, budget)
+        num_new = min(len(req.tokens) - num_cached, max(1, budget // _cost(req)))
         needed = div_ceil(num_cached + num_new, self._page_size) - len(match.pages)
         if not self._has_headroom(len(req.tokens) - num_cached) or not self._make_room(needed):
             self._cache.unlock(match.handle)
