@@ -18,8 +18,7 @@ from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import EngineError, RequestError
 from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, RankBatch, UserMsg, backend_codec, rank_codec
 from minisgl.message.codec import pack_ids
-from minisgl.message.frontend import ErrorReply, UserReply, frontend_codec
-from minisgl.message.logprobs import PackedLogprobs
+from minisgl.message.frontend import ErrorReply, PackedLogprobs, UserReply, frontend_codec
 from minisgl.message.tokenizer import (
     ChatPrompt,
     DecodeMsg,

@@ -14,7 +14,7 @@ import pytest
 import transformers
 
 from minisgl.config.families import FAMILIES, ROPE_TYPES, parse_model_config
-from minisgl.config.fields import Fields
+from minisgl.config.locate import Fields
 from minisgl.config.model import ModelConfig, read_model_config
 from minisgl.errors import ConfigError
 

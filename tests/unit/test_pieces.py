@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from minisgl.core import FinishReason, TokenLogprobs
 from minisgl.message.codec import pack_ids
-from minisgl.message.frontend import UserReply
-from minisgl.message.logprobs import pack_logprobs, unpack_logprobs
+from minisgl.message.frontend import UserReply, pack_logprobs, unpack_logprobs
 from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
 from minisgl.server.render import TextCursor, chat_logprobs, completion_logprobs
 from minisgl.tokenizer.detokenize import Detokenizer

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minisgl.config.families import parse_model_config
-from minisgl.config.fields import Fields
+from minisgl.config.locate import Fields
 from minisgl.config.model import RopeConfig
 from minisgl.layers.rope import RotaryEmbedding, inverse_frequencies
 

@@ -11,7 +11,7 @@ import pytest
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.config.model import read_model_config
 from minisgl.config.runtime import EngineConfig
-from minisgl.message.control import Ready, decode_control
+from minisgl.message.codec import Ready, decode_control
 from minisgl.server import workers
 
 CONFIG = EngineConfig(

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minisgl.config.fields import Fields, read_json
+from minisgl.config.locate import Fields, read_json
 from minisgl.errors import ConfigError
 
 TOOL_PARSERS = ("hermes", "qwen", "qwen3_coder", "llama3_json", "mistral", "pythonic")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from minisgl.config.fields import MAX_INT, Fields
+from minisgl.config.locate import MAX_INT, Fields
 from minisgl.config.model import DTYPE_BYTES, ModelConfig, MoEConfig, RopeConfig
 from minisgl.errors import ConfigError
 

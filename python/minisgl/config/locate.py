@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import reprlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import yaml
 
-from minisgl.config.fields import read_fields
 from minisgl.errors import ConfigError
+from minisgl.utils.hf_tokenizer import lfs_hint
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 _WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
@@ -133,3 +137,77 @@ def _no_model(path: Path, missing: str) -> ConfigError:
     else:
         reason = next((what for pattern, what in _others().items() if any(path.glob(pattern))), "")
     return ConfigError(f"{str(path)!r} is no model directory: {missing} is missing" + f"; {reason}" * bool(reason))
+
+
+T = TypeVar("T")
+MAX_INT = 2**31 - 1
+MAX_NUMBER = 1e300
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises: ConfigError naming the file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {lfs_hint(path) or error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{str(path)!r} does not hold a JSON object")
+    return data
+
+
+def read_fields(path: Path) -> Fields:
+    """The fields of a JSON file; none where there is no such file. Raises: ConfigError naming the file."""
+    return Fields(read_json(path) if path.is_file() else {}, str(path))
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `changes`, objects within objects likewise."""
+    nested = {key: merge(base[key], new) for key, new in changes.items() if _are_objects(base.get(key), new)}
+    return {**base, **changes, **nested}
+
+
+def _are_objects(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+class Fields:
+    """A JSON object. null is the same as leaving a key out, and gives the default.
+
+    source: the file, for messages. Every reader raises ConfigError when the value is of another kind than it says.
+    """
+
+    def __init__(self, data: Mapping[str, Any], source: str, path: str = "") -> None:
+        self.data, self.source, self._path = data, source, path
+
+    def wrong(self, key: str, expected: str) -> ConfigError:
+        """The error to raise for a value that is not what it must be."""
+        value = reprlib.repr(self.data.get(key))
+        return ConfigError(f"{self.source}: {self._path}{key} must be {expected}, not {value}")
+
+    def integer(self, key: str, default: T, least: int = 1, most: int = MAX_INT) -> int | T:
+        expected = f"a whole number of at least {least}" if most == MAX_INT else f"a whole number, {least} to {most}"
+        return self._read(key, default, lambda value: type(value) is int and least <= value <= most, expected)
+
+    def number(self, key: str, default: T, above: float = -MAX_NUMBER) -> float | T:
+        expected = "a number" if above == -MAX_NUMBER else f"a number above {above:g}"
+        return self._read(key, default, lambda v: type(v) in (int, float) and above < v < MAX_NUMBER, expected)
+
+    def boolean(self, key: str, default: T) -> bool | T:
+        return self._read(key, default, lambda value: type(value) is bool, "true or false")
+
+    def text(self, key: str, default: T) -> str | T:
+        return self._read(key, default, lambda value: type(value) is str, "a string")
+
+    def list_of(self, kind: type[T], key: str) -> list[T]:
+        expected = f"a list of {'strings' if kind is str else 'whole numbers'}"
+        return self._read(key, [], lambda v: type(v) is list and all(type(item) is kind for item in v), expected)
+
+    def child(self, key: str) -> Fields:
+        """The object at `key`; an empty one where there is none."""
+        return Fields(self._read(key, {}, _are_objects, "an object"), self.source, f"{self._path}{key}.")
+
+    def _read(self, key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
+        value = self.data.get(key)
+        if value is not None and not fits(value):
+            raise self.wrong(key, expected)
+        return default if value is None else value

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minisgl.config.fields import Fields, merge, read_fields, read_json
-from minisgl.config.locate import check_directory
+from minisgl.config.locate import Fields, check_directory, merge, read_fields, read_json
 
 logger = logging.getLogger(__name__)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

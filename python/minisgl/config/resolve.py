@@ -14,8 +14,7 @@ from minisgl.config.access import access_config
 from minisgl.config.args import ServerArgs
 from minisgl.config.cpu import cpu_engine
 from minisgl.config.cuda import choose_device, cuda_engine
-from minisgl.config.fields import read_fields
-from minisgl.config.locate import is_remote, locate_model, split_revision
+from minisgl.config.locate import is_remote, locate_model, read_fields, split_revision
 from minisgl.config.model import ModelConfig, read_model_config
 from minisgl.config.probe import Capabilities, probe
 from minisgl.config.runtime import SchedulerConfig, ServerConfig, TokenizerConfig

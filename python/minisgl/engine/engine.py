@@ -17,7 +17,7 @@ from minisgl.utils.faults import fault
 
 if TYPE_CHECKING:
     from minisgl.engine.cuda import CudaRunner
-    from minisgl.engine.launched import CudaHandle
+    from minisgl.engine.device import CudaHandle
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from minisgl.attention.base import AttentionBackend
-from minisgl.attention.registry import create_backend
+from minisgl.attention.paged import create_backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import NOT_READY, StepPlan, StepResult, TokenBitmask, TokenLogprobs
 from minisgl.distributed.comm import DistributedInfo, create_communicator

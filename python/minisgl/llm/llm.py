@@ -23,8 +23,7 @@ from minisgl.errors import RequestError
 from minisgl.grammar.store import open_store
 from minisgl.message.backend import AbortMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import ErrorReply, UserReply
-from minisgl.message.logprobs import TokenLogprob
+from minisgl.message.frontend import ErrorReply, TokenLogprob, UserReply
 from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, IdsPrompt, TextPrompt, TokenizeMsg
 from minisgl.scheduler.grammar import Grammars
 from minisgl.scheduler.scheduler import Scheduler

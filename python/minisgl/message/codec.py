@@ -1,4 +1,5 @@
-"""Messages to bytes and back: msgpack through msgspec, a list of messages per frame. No pickle."""
+"""Messages to bytes and back: msgpack through msgspec, a list of messages per frame. No pickle. And what a child
+tells its supervisor, over the pipe that this has made for it."""
 
 from __future__ import annotations
 
@@ -50,3 +51,23 @@ def carried(value: Any) -> bool:
         elif isinstance(item, int) and not -(2**63) <= item < 2**64:
             return False
     return True
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready", forbid_unknown_fields=True):
+    """Start-up is over."""
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", forbid_unknown_fields=True):
+    """The main loop is alive."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed", forbid_unknown_fields=True):
+    """The process ends because of this. `config`: the operator can mend it."""
+
+    message: str
+    config: bool
+
+
+ControlMsg = Ready | Heartbeat | Failed
+encode_control: Callable[[ControlMsg], bytes] = msgspec.msgpack.Encoder().encode
+decode_control: Callable[[bytes], ControlMsg] = msgspec.msgpack.Decoder(ControlMsg).decode

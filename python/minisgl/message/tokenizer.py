@@ -9,8 +9,7 @@ import msgspec
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg
 from minisgl.message.codec import Codec, check_uids
-from minisgl.message.frontend import ErrorReply
-from minisgl.message.logprobs import PackedLogprobs
+from minisgl.message.frontend import ErrorReply, PackedLogprobs
 
 LONGEST_TOKEN = 512  # bytes: no model has a longer one; a tokenizer knows how long its own are
 PROMPT_TAIL = 16  # prompt ids that say how the prompt ends: more than a tag and whitespace, spelled out, have

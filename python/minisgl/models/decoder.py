@@ -10,7 +10,7 @@ from minisgl.attention.base import StepContext
 from minisgl.config.model import ModelConfig
 from minisgl.layers.attention import Attention
 from minisgl.layers.base import Layer, LayerEnv, Part, Tensor, WeightSlot, whole
-from minisgl.layers.embedding import LMHead, VocabParallelEmbedding
+from minisgl.layers.linear import LMHead, VocabParallelEmbedding
 from minisgl.layers.mlp import GatedMLP, SparseMLP
 
 

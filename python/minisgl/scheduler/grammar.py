@@ -20,14 +20,13 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher
 
-from minisgl.core import NOT_READY, FinishReason, Req, StepHandle, StepPlan
+from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, StepHandle, StepPlan
 from minisgl.errors import EngineError, RequestError
 from minisgl.grammar.source import one_line
 from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
 from minisgl.message.backend import AbortMsg, FlushMsg, ResumeMsg, UserMsg
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.tokenizer import DetokenizeMsg
-from minisgl.scheduler.output import ReqOutput
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)

@@ -26,17 +26,18 @@ from minisgl.core import (
     FinishReason,
     PageUpdate,
     Req,
+    ReqOutput,
     ReqState,
     SamplingParams,
     ScheduledReq,
     StepPlan,
     StepResult,
     TokenBitmask,
+    with_logprobs,
 )
 from minisgl.errors import IntegrityError, require
 from minisgl.kvcache.allocator import PageAllocator
 from minisgl.kvcache.radix import NaiveCache, RadixCache
-from minisgl.scheduler.output import ReqOutput, with_logprobs
 from minisgl.utils.math import div_ceil
 
 # Room that must be left for each running request to grow before another one is admitted, in tokens. More wastes

@@ -10,16 +10,14 @@ from collections import deque
 import numpy as np
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import Executor, FinishReason, Req, SamplingParams, StepHandle, StepPlan
+from minisgl.core import Executor, FinishReason, Req, ReqOutput, SamplingParams, StepHandle, StepPlan
 from minisgl.errors import EngineError, IntegrityError
 from minisgl.message.backend import AbortMsg, ResumeMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import FlushReply
-from minisgl.message.logprobs import pack_logprobs
+from minisgl.message.frontend import FlushReply, pack_logprobs
 from minisgl.message.tokenizer import PROMPT_TAIL, DetokenizeMsg, StreamStart
 from minisgl.scheduler.dump import dump
 from minisgl.scheduler.grammar import Grammars, PlannerMsg
-from minisgl.scheduler.output import ReqOutput
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.status import StatusLog, StepStats
 from minisgl.scheduler.transport import Transport

@@ -6,9 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from minisgl.core import StepPlan
+from minisgl.core import ReqOutput, StepPlan
 from minisgl.message.frontend import Counts, StatsReply
-from minisgl.scheduler.output import ReqOutput
 from minisgl.scheduler.planner import Planner
 from minisgl.utils.math import Histogram
 

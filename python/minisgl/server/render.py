@@ -14,8 +14,7 @@ from pydantic_core import from_json
 
 from minisgl.errors import MiniSGLError
 from minisgl.message.codec import unpack_ids
-from minisgl.message.frontend import UserReply
-from minisgl.message.logprobs import TokenLogprob, TopLogprob
+from minisgl.message.frontend import TokenLogprob, TopLogprob, UserReply
 from minisgl.server.assemble import Assembler
 from minisgl.utils.json_line import dump_json
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from minisgl.env import env_number
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
-from minisgl.message.control import Failed, Heartbeat, Ready, decode_control
+from minisgl.message.codec import Failed, Heartbeat, Ready, decode_control
 from minisgl.server.workers import ENDING_SIGNALS, STOP_SIGNAL, run_child
 from minisgl.utils.spawned import UNGUARDED
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, TokenizerConfig
 from minisgl.env import env_bool
 from minisgl.errors import ConfigError, MiniSGLError
-from minisgl.message.control import ControlMsg, Failed, Heartbeat, Ready, encode_control
+from minisgl.message.codec import ControlMsg, Failed, Heartbeat, Ready, encode_control
 from minisgl.utils.faults import fault
 from minisgl.utils.log import setup_logging
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from minisgl.core import FinishReason
 from minisgl.message.backend import AbortMsg
 from minisgl.message.codec import unpack_ids
-from minisgl.message.frontend import UserReply
-from minisgl.message.logprobs import PackedLogprobs, TokenLogprob, TopLogprob, unpack_logprobs
+from minisgl.message.frontend import PackedLogprobs, TokenLogprob, TopLogprob, UserReply, unpack_logprobs
 from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
 from minisgl.tokenizer.tokenize import HFTextCodec
 
