@@ -11,7 +11,7 @@ from openai.types.responses import ResponseInputContentParam, ResponseOutputText
 
 from minisgl.errors import RequestError
 from minisgl.message.tokenizer import ChatPrompt
-from minisgl.server.content import text_of
+from minisgl.server.messages import text_of
 from minisgl.server.protocol import parse_chat
 from minisgl.tokenizer.tokenize import HFTextCodec
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from minisgl.errors import RequestError
-from minisgl.server.protocol_responses import ResponsesRequest, parse_responses
-from minisgl.server.response_store import ResponseStore
+from minisgl.server.protocol_responses import ResponsesRequest, ResponseStore, parse_responses
 
 
 def response(number: int, text: str = "") -> dict[str, Any]:

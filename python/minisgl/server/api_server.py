@@ -25,11 +25,10 @@ from minisgl.server.bodies import MAX_BODY_BYTES, Bodies, check_model, json_resp
 from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend
 from minisgl.server.protocol_messages import MESSAGES, MessagesBody, parse_messages
-from minisgl.server.protocol_responses import RESPONSES, ResponsesBody, parse_responses
+from minisgl.server.protocol_responses import RESPONSES, ResponsesBody, ResponseStore, parse_responses
 from minisgl.server.protocol_sampling import Defaults, check_policy
 from minisgl.server.render_messages import MessagesRenderer, as_asked
 from minisgl.server.render_responses import ResponsesRenderer
-from minisgl.server.response_store import ResponseStore
 from minisgl.server.strict import Reading
 
 DOCUMENT = Path(__file__).with_name("openapi.json")  # made by `python -m tools.openapi`

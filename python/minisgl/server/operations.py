@@ -20,9 +20,9 @@ from minisgl.server.fields import fields_of
 from minisgl.server.frontend import Frontend
 from minisgl.server.messages import Message
 from minisgl.server.protocol import chat_request
+from minisgl.server.protocol_responses import ResponseStore
 from minisgl.server.protocol_sampling import check_ids
 from minisgl.server.protocol_tools import Tool
-from minisgl.server.response_store import ResponseStore
 from minisgl.server.strict import Body, Fields, Ids, Items, load, optional, shown
 
 SCRAPE_SECONDS = 2.0  # how long /metrics waits for the scheduler

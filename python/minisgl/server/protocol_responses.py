@@ -1,12 +1,17 @@
 """POST /v1/responses: what clients may send, turned into the chat that it means.
 
-A conversation is sent as a whole each time, or goes on from a response that `ResponseStore` has.
+A conversation is sent as a whole each time, or goes on from a response that `ResponseStore` has kept. Items of `input` are
+made the messages of a chat; what we put out may come back as it is.
 """
 
 from __future__ import annotations
 
+import json
 import uuid
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from reprlib import repr as quoted
 from typing import Any
 
 from pydantic import Field
@@ -14,10 +19,9 @@ from pydantic import Field
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
 from minisgl.server.fields import OBJECTS, fields_of
+from minisgl.server.messages import kept_as_text, text_of, thought_of
 from minisgl.server.protocol import Describe, GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
-from minisgl.server.response_items import messages_of
-from minisgl.server.response_store import Item, ResponseStore
 from minisgl.server.strict import Body, Count, Items, Reading, load, optional
 from minisgl.utils.json_line import dump_json
 
@@ -151,3 +155,133 @@ def _response_format(given: dict[str, Any]) -> dict[str, Any]:
     if given.get("type") != "json_schema":
         return given
     return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
+
+
+Message = dict[str, Any]
+_ROLES = ("user", "assistant", "system", "developer")
+
+
+def messages_of(items: list[dict[str, Any]]) -> list[Message]:
+    """An assistant's reasoning, text and calls are one message of a chat, and several items here.
+
+    Raises: RequestError naming the field at fault.
+    """
+    messages: list[Message] = []
+    for index, item in enumerate(items):
+        where, kind = f"input[{index}]", item.get("type", "message")
+        if not isinstance(kind, str) or kind not in OBJECTS["item"].kinds:
+            expected = ", ".join(_ITEMS)
+            raise RequestError(f"{where}.type must be one of {expected}, not {quoted(kind)}", param=f"{where}.type")
+        if kind in _ITEMS:  # the others came from tools that are not ours, and say nothing to this model
+            _ITEMS[kind](item, messages, where)
+    return messages
+
+
+def _add_message(item: dict[str, Any], messages: list[Message], where: str) -> None:
+    role = item.get("role")
+    if role not in _ROLES:
+        where += ".role"
+        raise RequestError(f"{where} must be one of {', '.join(_ROLES)}, not {quoted(role)}", param=where)
+    thoughts: list[str] | None = [] if role == "assistant" else None
+    content = kept_as_text(item.get("content")) if role == "assistant" else item.get("content")
+    texts = [text for text in [text_of(content, f"{where}.content", thoughts)] if text]
+    turn = _turn(messages) if role == "assistant" else None
+    if turn is not None and ("tool_calls" in turn or not turn["content"]):
+        turn["content"] += texts
+    else:
+        messages.append({"role": role, "content": texts})
+
+
+def _add_reasoning(item: dict[str, Any], messages: list[Message], where: str) -> None:  # noqa: ARG001
+    thought = thought_of(item.get("content")) or thought_of(item.get("summary"))
+    if thought:
+        messages.append({"role": "assistant", "content": [], "reasoning_content": thought})
+
+
+def _add_call(item: dict[str, Any], messages: list[Message], where: str) -> None:
+    turn = _turn(messages)
+    if turn is None:
+        turn = {"role": "assistant", "content": []}
+        messages.append(turn)
+    call_id = item.get("call_id", item.get("id"))
+    if not isinstance(item.get("name"), str):
+        raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
+    arguments = item.get("arguments", item.get("input"))
+    if item["type"] == "custom_tool_call":  # a function of one string, as `protocol_responses` tells the model
+        arguments = {"input": item.get("input")}
+    function = {"name": item["name"], "arguments": arguments}
+    turn.setdefault("tool_calls", []).append({"id": call_id, "type": "function", "function": function})
+
+
+def _add_output(item: dict[str, Any], messages: list[Message], where: str) -> None:
+    text = text_of(kept_as_text(item.get("output"), parts=False), f"{where}.output")
+    messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text, "name": item.get("name")})
+
+
+_ITEMS: dict[str, Callable[[dict[str, Any], list[Message], str], None]] = {
+    "message": _add_message,
+    "reasoning": _add_reasoning,
+    "function_call": _add_call,
+    "function_call_output": _add_output,
+    "custom_tool_call": _add_call,
+    "custom_tool_call_output": _add_output,
+}
+
+
+def _turn(messages: list[Message]) -> Message | None:
+    """What the assistant has said last, unless someone else has spoken since."""
+    return messages[-1] if messages and messages[-1]["role"] == "assistant" else None
+
+
+MAX_ENTRIES = 1024
+MAX_BYTES = 64 * 2**20
+
+Item = dict[str, Any]
+
+
+class ResponseStore:
+    """Responses and the conversations that they answer, as JSON: its bytes are what it costs. When there are too many,
+    those go that nobody has asked for the longest. owner: whose they are; nobody else finds them."""
+
+    def __init__(self, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES) -> None:
+        self._max_entries, self._max_bytes = max_entries, max_bytes
+        self._entries: OrderedDict[tuple[str, str], bytes] = OrderedDict()
+        self._of_item: dict[tuple[str, str], str] = {}  # the id of the response that put it out
+        self._num_bytes = 0
+
+    def put(self, owner: str, response: dict[str, Any], items: list[Item]) -> None:
+        data = self._entries[owner, response["id"]] = dump_json([response, items])
+        self._of_item |= {(owner, item["id"]): response["id"] for item in response["output"]}
+        self._num_bytes += len(data)
+        while len(self._entries) > self._max_entries or self._num_bytes > self._max_bytes:
+            self._forget(next(iter(self._entries)))
+
+    def get(self, owner: str, response_id: str, *, previous: bool = False) -> tuple[dict[str, Any], list[Item]]:
+        """The response, and the items that it answers. previous: a client goes on from it.
+
+        Raises: RequestError when it is not there (any more).
+        """
+        data = self._entries.get((owner, response_id))
+        if data is None:
+            what, param = ("Previous response", "previous_response_id") if previous else ("Response", "response_id")
+            code = f"{what.lower().replace(' ', '_')}_not_found"
+            raise RequestError(f"{what} with id {response_id[:99]!r} not found.", param=param, code=code, status=404)
+        self._entries.move_to_end((owner, response_id))
+        response, items = json.loads(data)
+        return response, items
+
+    def output(self, owner: str, item_id: str) -> list[Item]:
+        """What was put out together with the item of this id; nothing if that is not there (any more)."""
+        response_id = self._of_item.get((owner, item_id))
+        return [] if response_id is None else self.get(owner, response_id)[0]["output"]
+
+    def delete(self, owner: str, response_id: str) -> None:
+        """Raises: RequestError when it is not there."""
+        self.get(owner, response_id)
+        self._forget((owner, response_id))
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        data = self._entries.pop(key)
+        self._num_bytes -= len(data)
+        for item in json.loads(data)[0]["output"]:
+            del self._of_item[key[0], item["id"]]
