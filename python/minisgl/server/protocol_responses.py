@@ -1,6 +1,6 @@
 """POST /v1/responses: what clients may send, turned into the chat that it means.
 
-A conversation is sent as a whole each time, or goes on from a response that `ResponseStore` has kept. Items of `input` are
+A conversation is sent as a whole each time, or goes on from a response that `ResponseStore` keeps. Items of `input` are
 made the messages of a chat; what we put out may come back as it is.
 """
 
