@@ -231,36 +231,52 @@ def test_rounds_of_faults_under_32_streams(
     assert server.output().count(": started again (") == num_deaths, "nobody is started again at the end"
 
 
-@pytest.mark.parametrize(
-    ("worker", "num_failed"), [("TP0", 2), ("detokenizer-0", 2), ("tokenizer-0", 0)], ids=["TP0", "detok", "tok"]
-)
-def test_what_has_not_begun_is_served_afterwards(start: Start, model_path: Path, worker: str, num_failed: int) -> None:
-    server = start(fake(model_path, num_tokenizer=1, delay=0.05, max_running=2))
+async def lines_of(client: httpx.AsyncClient, begun: asyncio.Event) -> list[str]:
+    """A stream of two seconds and more."""
+    body = {"messages": HELLO, "max_tokens": 40, "ignore_eos": True, "stream": True}
+    lines: list[str] = []
+    async with client.stream("POST", CHAT, json=body) as answer:
+        async for line in answer.aiter_lines():
+            begun.set()
+            lines += [line] if line else []
+    return lines
 
-    async def ask(client: httpx.AsyncClient) -> str:
-        body = {"messages": HELLO, "max_tokens": 40, "ignore_eos": True, "stream": True}
-        lines: list[str] = []
-        async with client.stream("POST", CHAT, json=body) as answer:
-            async for line in answer.aiter_lines():
-                begun.set()
-                lines += [line] if line else []
-        return lines[-1]
 
-    async def ask_all() -> list[str]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=REQUEST_SECONDS) as client:
-            tasks = [asyncio.create_task(ask(client)) for _ in range(8)]
-            await begun.wait()
-            await asyncio.sleep(0.3)
-            process_of(server, worker).kill()
-            return await asyncio.gather(*tasks)
-
+async def ends_of_eight(server: Server, hurt: Callable[[], None]) -> list[str]:
+    """The last lines of eight streams, some of which have begun when it happens."""
     begun = asyncio.Event()
-    ends = asyncio.run(ask_all())
-    failed = [end for end in ends if "error" in end]
-    assert len(failed) == num_failed
-    assert all(worker in end for end in failed)
-    assert ends.count("data: [DONE]") == 8 - num_failed
-    wait_until(lambda: is_idle(server))
+    async with httpx.AsyncClient(base_url=server.url, timeout=REQUEST_SECONDS) as client:
+        tasks = [asyncio.create_task(lines_of(client, begun)) for _ in range(8)]
+        await begun.wait()
+        await asyncio.sleep(0.3)
+        hurt()
+        return [lines[-1] for lines in await asyncio.gather(*tasks)]
+
+
+def test_what_has_not_begun_is_served_afterwards(start: Start, model_path: Path) -> None:
+    server = start(fake(model_path, num_tokenizer=1, delay=0.05, max_running=2))
+    for worker, num_failed in (("TP0", 2), ("detokenizer-0", 2), ("tokenizer-0", 0)):
+        ends = asyncio.run(ends_of_eight(server, lambda worker=worker: process_of(server, worker).kill()))
+        failed = [end for end in ends if "error" in end]
+        assert len(failed) == num_failed
+        assert all(worker in end for end in failed)
+        assert ends.count("data: [DONE]") == 8 - num_failed
+        wait_until(lambda: is_idle(server))
+
+
+def test_a_worker_that_dies_in_a_drain_is_started_again_too(start: Start, model_path: Path) -> None:
+    server = start(fake(model_path, delay=0.05, max_running=4), MINISGL_DRAIN_TIMEOUT="100")
+
+    def hurt() -> None:
+        server.process.terminate()
+        time.sleep(0.2)
+        process_of(server, "TP0").kill()
+
+    ends = asyncio.run(ends_of_eight(server, hurt))
+    assert server.wait_exit(30) == 0
+    assert ends.count("data: [DONE]") == 4
+    assert sum("TP0" in end for end in ends) == 4
+    assert psutil.wait_procs(server.children, timeout=5)[1] == []
 
 
 def test_beyond_the_limit_the_server_ends(start: Start, model_path: Path) -> None:
