@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -191,3 +193,36 @@ def test_the_end_of_a_request_that_never_started(byte_level: HFTextCodec, finish
 
 def test_tokens_of_an_unknown_request_are_dropped(byte_level: HFTextCodec) -> None:
     assert Detokenizer(byte_level).detokenize(message([65])) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("stops", "text"),
+    [
+        (["a" * (1023 - index) + "b" for index in range(16)], "a"),
+        (["a" * 512 + "b" + "a" * 511] * 16, "a"),
+        (["ab" * 512] * 16, "ab"),
+    ],
+)
+def test_a_stop_string_costs_no_more_the_longer_the_output_is(stops: list[str], text: str) -> None:
+    """The largest that the API takes, all of them nearly there all the time."""
+    finder, times = StopFinder(stops), []
+    for _ in range(4):
+        begun = time.thread_time()
+        for _ in range(1500):
+            finder.push(text * 2)
+        times.append(time.thread_time() - begun)
+    assert min(times[2:]) < 5 * max(times[1], 0.01)
+    assert min(times) / 1500 < 0.005
+
+
+def test_what_ended_is_forgotten(byte_level: HFTextCodec) -> None:
+    """Whatever ended it; and nothing is made of a uid that is not known."""
+    detokenizer = Detokenizer(byte_level)
+    before = sum(type(thing).__name__ == "_Stream" for thing in gc.get_objects())
+    for uid in range(300):
+        for reason in (None, [*FinishReason][uid % len(FinishReason)]):
+            start = None if reason else StreamStart(1, ("b",), b"")
+            ids = pack_ids(byte_level.encode(["abc"], special=False)[0])
+            detokenizer.detokenize(DetokenizeMsg(uid=uid, token_ids=ids, start=start, finish_reason=reason))
+        assert detokenizer.detokenize(DetokenizeMsg(uid=uid, token_ids=pack_ids([40]))) == (None, None)
+    assert sum(type(thing).__name__ == "_Stream" for thing in gc.get_objects()) == before

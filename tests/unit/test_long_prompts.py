@@ -146,9 +146,9 @@ def test_the_shortest_is_next_and_nobody_works_for_those_who_left(
     sizes = {10: 9000, 11: 8000, 12: 7000, 13: 6000}
     running.handle([request(TextPrompt("hello " * size), uid) for uid, size in sizes.items()])
     running.handle([request(chat("slow" * 6000), 50), AbortMsg(50)])
-    users = running.to_backend(5)
+    users = running.to_backend(4)
     assert [message.uid for message in users if isinstance(message, UserMsg)][:1] == [13]
-    gone = [message for message in running.to_frontend(9) if isinstance(message, UserReply)]
+    gone = [message for message in running.to_frontend(module.NUM_THREADS + 5) if isinstance(message, UserReply)]
     assert [(reply.uid, reply.finish_reason) for reply in gone] == [(50, FinishReason.ABORT)]
 
 

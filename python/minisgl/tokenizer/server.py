@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 MAX_BATCH = 64  # messages handled at a time: a crowd of long prompts must not look like silence
 SHORT = 2**14  # bytes of a prompt that is encoded at once: some milliseconds
-NUM_THREADS, SECONDS = 4, 20.0  # for others
+NUM_THREADS, SECONDS = 2, 20.0  # for others
 
 Answers = tuple[list[BackendMsg], list[FrontendMsg]]  # to the scheduler, and to the API server
 
@@ -121,6 +122,8 @@ class TokenizerServer:
 
     def _serve_long(self) -> None:
         """A thread for what would keep others waiting. What takes too long there is interrupted."""
+        if sys.platform == "linux":  # a little behind the engine's; much, and it would hold Python's lock for long
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
         while True:
             *_, message, aborts = self._long.get()
             uids = _uids(message)
