@@ -11,7 +11,7 @@ import pytest
 from minisgl.config.runtime import Addresses
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError, WorkerDied
-from minisgl.message.backend import AbortMsg, PingMsg
+from minisgl.message.backend import AbortMsg, PingMsg, backend_codec
 from minisgl.message.frontend import AcceptedReply, ErrorReply, FrontendMsg, PongReply, UserReply, frontend_codec
 from minisgl.message.tokenizer import TextPrompt, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.server.frontend import Frontend
@@ -329,3 +329,24 @@ async def test_where_replies_are_lost_nobody_waits_for_them(
             await anext(begun)
         peers.reply(waiting.uid, "c", FinishReason.STOP)
         assert [reply.text async for reply in waiting] == ["c"]
+
+
+async def test_what_has_begun_is_aborted_without_its_tokenizer(
+    frontend: Frontend, peers: Peers, addresses: Addresses
+) -> None:
+    backend = AsyncPullSocket(addresses.backend, backend_codec)
+    (stream,) = frontend.submit(PROMPT, PARAMS)
+    peers.reply(stream.uid, "a")
+    assert (await anext(stream)).text == "a"
+    frontend.on_change(f"tokenizer-{stream.uid % 2}", DIED)
+    await stream.aclose()
+    assert await asyncio.wait_for(backend.receive(), 5) == [AbortMsg(stream.uid)]
+    backend.close()
+
+
+async def test_a_request_that_was_cancelled_ends_with_its_tokenizer(frontend: Frontend, peers: Peers) -> None:
+    (stream,) = frontend.submit(PROMPT, PARAMS, ("id",))
+    frontend.cancel(["id"])
+    frontend.on_change(f"tokenizer-{stream.uid % 2}", DIED)
+    with pytest.raises(WorkerDied):
+        await anext(stream)

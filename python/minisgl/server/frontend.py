@@ -213,13 +213,18 @@ class Frontend:
         return self._routes[uid % len(self._routes)] if self._routes else ""
 
     def abort(self, stream: Stream) -> None:
-        """End a stream that nobody reads any more. The abort goes the way of its request, so it cannot come first."""
+        """End a stream that nobody reads any more."""
         if self._streams.pop(stream.uid, None) is None:
             return
         self.metrics.finish(stream.timing, FinishReason.ABORT)
         stream.fail(RequestError("the request was aborted", status=499))
         if self._down is None and stream.request.route:
-            self._tokenizers[stream.request.route].send([AbortMsg(uid=stream.uid)])
+            self._send_abort(stream)
+
+    def _send_abort(self, stream: Stream) -> None:
+        """The way of its request, so that it cannot come first; what has begun needs no tokenizer."""
+        has_begun, route = stream.request.message is None, self._tokenizers[stream.request.route]
+        (self._backend if has_begun else route).send([AbortMsg(stream.uid)])
 
     def cancel(self, ids: Collection[str] | None = None, owner: str | None = None) -> int:
         """End the streams that have one of these ids (None: all), and are this owner's (None: anybody's), with `abort`,
@@ -228,8 +233,8 @@ class Frontend:
         chosen = [s for s in chosen if ids is None or any(one in ids for one in s.request_ids)]
         for stream in chosen:
             if stream.request.route:
-                stream.request.message = None  # whatever happens, it is not sent again
-                self._tokenizers[stream.request.route].send([AbortMsg(uid=stream.uid)])
+                stream.request.num_sent = MAX_SENT  # whatever happens, it is not sent again
+                self._send_abort(stream)
             else:
                 self._dispatch(UserReply(stream.uid, "", b"", 0, 0, 0, finish_reason=FinishReason.ABORT))
         return len(chosen)
