@@ -29,6 +29,7 @@ from minisgl.layers.base import LayerEnv
 from minisgl.layers.rope import RotaryEmbedding
 from minisgl.models.checkpoint import Checkpoint, fill_random, load_weights
 from minisgl.models.decoder import DecoderModel
+from minisgl.utils.faults import fault
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ class Runner:
         prompts = self._prompt_logprobs(plan, batch)
         if not len(batch.sampling.position):
             return StepResult(plan.step_id, [], None, prompts)
+        if (planted := fault("logits")) is not None:
+            logits[int(planted.removeprefix("nan "))] = float("nan")
         ids = self._sample(logits, batch, plan.bitmask)
         token_ids: list[int] = ids.tolist()
         self._tables.store_sampled(batch.sampled_at, token_ids)

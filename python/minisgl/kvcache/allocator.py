@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minisgl.errors import IntegrityError, require
+from minisgl.utils.faults import fault
 
 
 class PageAllocator:
@@ -22,6 +23,7 @@ class PageAllocator:
         if count == 0:
             return []
         require(0 < count <= len(self._free), f"{count} pages wanted, {len(self._free)} free")
+        fault("allocate")
         pages = self._free[-count:]
         del self._free[-count:]
         pages.reverse()

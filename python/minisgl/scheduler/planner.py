@@ -258,6 +258,15 @@ class Planner:
         self.flush_unused()
         return outputs
 
+    def damage(self, how: str) -> None:
+        """For tests: what a fault would do to the pages."""
+        if how == "exhaust":
+            self._allocator.allocate(self._allocator.num_free)
+        elif how == "free":
+            self._allocator.free(self._running[0].pages[-1:])
+        else:
+            self._cache.num_pages += 1
+
     def free_pages(self) -> list[int]:
         """The pages that belong to nobody."""
         return self._allocator.check()

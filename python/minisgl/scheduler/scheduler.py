@@ -114,6 +114,8 @@ class Scheduler:
         self._stuck = plan is None and not self._submitted
         if plan is not None:
             fault("turn")
+            if (how := fault("pages")) is not None:
+                self.planner.damage(how)
             if self._stats is not None:
                 self._stats.count(plan)
             self._submitted.append((plan, self._executor.submit(plan)))
