@@ -20,7 +20,7 @@ _LIMITS = LLParserLimits(
     step_lexer_fuel=100_000,
     max_items_in_row=10_000,
     step_max_items=50_000,
-    max_lexer_states=50_000,
+    max_lexer_states=20_000,  # 14 MB of a running request
     max_grammar_size=200_000,
     verbose_errors=False,
 )

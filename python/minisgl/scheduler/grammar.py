@@ -85,7 +85,8 @@ class Grammars:
         self._replies: list[Reply] = []
         self._aborts: deque[AbortMsg] = deque()
         num_threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
-        self._threads = ThreadPoolExecutor(num_threads, "minisgl-masks", yield_to_others)
+        # Cheap ones do not wait for the others.
+        self._threads = [ThreadPoolExecutor(n, "minisgl-masks", yield_to_others) for n in (1, num_threads)]
         self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
         self._share, self._unshared = _GPU_SHARE if is_gpu else _CPU_SHARE
         self._last_step, self._last_time, self._interval = 0, 0.0, _LONGEST_INTERVAL / 4
@@ -152,7 +153,7 @@ class Grammars:
                 self._waiting[req.uid] = own
                 if own.ready[0] != len(req.tokens) and (own.job is None or own.job.done()):
                     ids = req.tokens[req.prompt_len + own.num_tokens :]
-                    own.job = self._threads.submit(self._mask, _Row(req, own, len(req.tokens)), ids)
+                    self._start(_Row(req, own, len(req.tokens)), ids)
             if output.token_ids or output.finish_reason is not None:
                 told.append(output)
         return told
@@ -177,14 +178,15 @@ class Grammars:
             elif ids is None or (output.job is not None and not output.job.done()):
                 continue
             elif output.error is None and output.cost > left - (time.thread_time() - start):
-                output.job = self._threads.submit(self._mask, row, ids)
+                self._start(row, ids)
             else:
                 words[index] = self._mask(row, ids)
                 self._late_cost += output.cost
         return words
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads:
+            threads.shutdown(wait=False, cancel_futures=True)
         if self._store is not None:
             self._store.close()
 
@@ -219,6 +221,9 @@ class Grammars:
             text = f"structured output failed: {type(error).__name__}"
             self._replies += [ErrorReply(uid, text, status=500) for uid in uids]
         return False
+
+    def _start(self, row: _Row, ids: list[int]) -> None:
+        row.output.job = self._threads[row.output.cost > _FREE_SECONDS].submit(self._mask, row, ids)
 
     def _mask(self, row: _Row, ids: list[int]) -> Words:
         """Advance a row's matcher by its new tokens: which ones may follow. All, if its request is being ended."""
