@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -11,10 +12,18 @@ from minisgl.errors import ConfigError, MiniSGLError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status: 0, 1 when it failed, 2 when it could not be done as asked."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # it was closed, and would become a socket of ours
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # child processes look for no module in the working directory
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except MiniSGLError as error:
-        print(f"minisgl: error: {error}", file=sys.stderr)
+        from minisgl.utils.log import Writer
+
+        logging.shutdown()  # the log comes first
+        Writer().handle(logging.makeLogRecord({"msg": f"minisgl: error: {error}"}))
+        logging.shutdown()
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
@@ -51,4 +60,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]  # the working directory, by `python -m`: nobody's torch.py there is run
+        sys.path.append(os.path.dirname(os.path.dirname(__file__)))
     sys.exit(main())

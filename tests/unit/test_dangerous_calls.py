@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import minisgl
-from minisgl.utils.sockets import make_socket_directory
+from minisgl.utils.folders import private_folder
 
 PACKAGE = Path(minisgl.__file__).parent
 # Modules whose formats run code when they are read, or whose only use is to run some.
@@ -121,9 +121,8 @@ def test_the_sockets_are_private_whatever_the_umask() -> None:
     for umask in (0o000, 0o022, 0o077):
         before = os.umask(umask)
         try:
-            directory = Path(make_socket_directory())
+            with private_folder() as directory:
+                about = Path(directory).stat()
         finally:
             os.umask(before)
-        about = directory.stat()
-        directory.rmdir()
         assert (stat.S_IMODE(about.st_mode), about.st_uid) == (0o700, os.getuid())

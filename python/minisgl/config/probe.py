@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -13,6 +16,7 @@ import psutil
 from minisgl.config.gpus import Gpu, probe_nvidia, torch_cuda
 from minisgl.env import cache_dir
 
+LIBRARIES_BYTES = 3 << 30  # of addresses, which `ulimit -v` counts, that a scheduler takes beside weights and cache
 # Optional packages, by the name that is imported: what pip calls them, and what they are for.
 PACKAGES = {
     "triton": ("triton", "Triton kernels"),
@@ -49,8 +53,8 @@ def probe() -> Capabilities:
     """Look at the machine. Takes some milliseconds, a few hundred where there are GPUs."""
     nvidia = probe_nvidia(os.environ.get("CUDA_VISIBLE_DEVICES"))
     return Capabilities(
-        num_cores=_num_cores(),
-        memory=_available_memory(),
+        num_cores=num_cores(),
+        memory=available_memory(),
         cpu_flags=cpu_flags(),
         gpus=nvidia.gpus,
         gpu_problem=nvidia.problem,
@@ -64,18 +68,33 @@ def probe() -> Capabilities:
     )
 
 
-def _num_cores() -> int:
-    """The affinity mask's, or what the control group's quota allows where that is less."""
+def num_cores(root: str = "") -> int:
+    """The affinity mask's, or what a control group's quota allows where that is less. root: of the files, for tests."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    return min(cores, max(1, int(quota) // int(period))) if quota.isdecimal() and period.isdecimal() else cores
+    quotas = _groups(root, "cpu.max", "cpu.cfs_quota_us cpu.cfs_period_us")
+    return min([cores, *(max(1, quota // period) for quota, period in quotas)])
 
 
-def _available_memory() -> int:
-    """Free memory, or what the control group leaves where that is less."""
-    available = int(psutil.virtual_memory().available)
-    limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
-    return min(available, max(0, int(limit) - int(used))) if limit.isdecimal() and used.isdecimal() else available
+def available_memory(root: str = "") -> int:
+    """Free memory, or what a control group or `ulimit -v` leaves where that is less. root: of the files, for tests."""
+    available = [int(psutil.virtual_memory().available)]
+    groups = _groups(root, "memory.max memory.current", "memory.limit_in_bytes memory.usage_in_bytes")
+    available += [max(0, limit - used) for limit, used in groups]
+    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        available.append(max(0, limit - LIBRARIES_BYTES))
+    return min(available)
+
+
+def _groups(root: str, *names: str) -> Iterator[tuple[int, int]]:
+    """The two numbers in files of these names (version 2's, version 1's), of our control group and all above it."""
+    for line in _read(f"{root}/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        for controller in controllers.split(","):
+            leaf = Path(f"{root}/sys/fs/cgroup", controller, path.strip("/"))
+            for folder, files in product((leaf, *leaf.parents), names):
+                texts = " ".join(_read(f"{folder}/{file}") for file in files.split()).split()
+                if len(texts) == 2 and all(map(str.isdecimal, texts)):
+                    yield int(texts[0]), int(texts[1])
 
 
 def cpu_flags() -> frozenset[str]:

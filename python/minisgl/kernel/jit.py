@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,11 +28,13 @@ from minisgl.config.gpus import torch_cuda
 from minisgl.config.probe import cpu_flags
 from minisgl.env import cache_dir
 from minisgl.errors import ConfigError
+from minisgl.utils.folders import private_folder
 
 logger = logging.getLogger(__name__)
 
 CSRC = Path(__file__).parent / "csrc"
 CPU = "cpu"  # the source whose functions run on the processor
+PR_SET_PDEATHSIG = 1
 LOCK_SECONDS = 300.0  # that one process waits for another's compiler
 _DIGEST_BYTES = 32  # at the end of a library: of what stands before
 _KEPT = 256  # libraries: who needs another, takes the place of the one that was used least recently
@@ -159,7 +162,7 @@ def _use_new(name: str, title: str, flags: list[str], path: Path, use: Callable[
     # Warnings are shown by the shell too, and by a program that has not set up logging.
     logger.warning("compiling %s: once, about %s", title, "half a minute" if name == CPU else "a minute")
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="minisgl-kernel-") as folder:
+    with private_folder("minisgl-kernel-") as folder:
         built = _build(name, flags, Path(folder))
         data = built.read_bytes()
         built.write_bytes(data + hashlib.sha256(data).digest())
@@ -185,11 +188,32 @@ def _build(name: str, flags: list[str], folder: Path) -> Path:
     if name == CPU:
         options = {"cpp_files": sources, "extra_cflags": flags, "extra_ldflags": ["-pthread"]}
     include = [str(folder / "include")]
+    with open(folder / "lock", "w") as lock:  # TVM-FFI asks for it for ever, where it cannot be had
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
-        built = cpp.build(f"minisgl_{name}", extra_include_paths=include, build_directory=str(folder), **options)
+        with _mortal_compilers(folder):
+            built = cpp.build(f"minisgl_{name}", extra_include_paths=include, build_directory=str(folder), **options)
     except RuntimeError as error:
         raise RuntimeError(str(error).replace(str(folder), str(CSRC))) from error
     return Path(built)
+
+
+@contextmanager
+def _mortal_compilers(folder: Path) -> Iterator[None]:
+    """Whatever ends this process ends the compilers that it waits for: the kernel tells ninja, and ninja tells them."""
+    program, before = folder / "ninja", dict(os.environ)
+    if ninja := shutil.which("ninja"):
+        lines = [f"#!{sys.executable} -I", "import ctypes, os, signal, sys"]
+        lines += [f"ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, signal.SIGTERM)"] * (sys.platform == "linux")
+        program.write_text("\n".join([*lines, f"os.execv({ninja!r}, ['ninja', *sys.argv[1:]])"]))
+        program.chmod(0o700)
+        os.environ["PATH"] = os.pathsep.join([str(folder), before.get("PATH", os.defpath)])
+    os.environ["TMPDIR"] = str(folder)  # what they leave behind goes with it
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _put_in_place(built: Path, path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +29,8 @@ from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport, RankFanout
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import Tokenizer
+from minisgl.utils.folders import private_folder
 from minisgl.utils.interrupts import HeldInterrupts
-from minisgl.utils.sockets import make_socket_directory
 
 if TYPE_CHECKING:
     from minisgl.server.supervisor import Supervisor
@@ -124,9 +123,8 @@ class LLM:
         if model is not None:
             engine_options["model_path"] = str(model)
         self.config = prepare(args_from_options(engine_options))
-        self._addresses = Addresses(make_socket_directory(), num_tokenizer=0)
         self._closers = ExitStack()  # all of them run, whatever one raises
-        self._closers.callback(shutil.rmtree, self._addresses.directory, ignore_errors=True)
+        self._addresses = Addresses(self._closers.enter_context(private_folder()), num_tokenizer=0)
         self._interrupts = HeldInterrupts()
         self._pending: dict[int, _Pending] = {}
         self._next_uid = 0

@@ -165,11 +165,6 @@ class Frontend:
 
     @property
     def num_streams(self) -> int:
-        """Requests in flight that generate."""
-        return len(self._streams)
-
-    @property
-    def num_requests(self) -> int:
         """Requests in flight, questions too."""
         return len(self._streams) + len(self._asked)
 

@@ -7,10 +7,11 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import importlib
 import logging
-import shutil
 import signal
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from minisgl.config.runtime import Addresses, ServerConfig
 from minisgl.errors import ConfigError
 from minisgl.server.supervisor import Supervisor, WorkerSpec, signals_deferred
 from minisgl.server.workers import ENDING_SIGNALS, scheduler_main, tokenizer_main
-from minisgl.utils.sockets import make_socket_directory
+from minisgl.utils.folders import private_folder
 
 if TYPE_CHECKING:
     from minisgl.server.frontend import Frontend
@@ -54,8 +55,8 @@ def running_workers(
     Raises: ConfigError or WorkerDied when a child does not start.
     """
     with contextlib.ExitStack() as stack:
-        directory = make_socket_directory()
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        with signals_deferred():
+            directory = stack.enter_context(private_folder())
         addresses = Addresses(directory=directory, num_tokenizer=config.num_tokenizer)
         supervisor = Supervisor(make_specs(config, addresses), config.heartbeat_timeout, config.restart_workers)
         stack.callback(supervisor.stop)
@@ -170,9 +171,11 @@ def _holder(port: int) -> str:
 
 
 def _import_http() -> None:
-    """FastAPI and uvicorn take most of a second. An exception from a signal could be lost inside of an import."""
-    with signals_deferred():
-        import minisgl.server.http  # noqa: F401
+    """FastAPI and uvicorn take most of a second. An exception from a signal could be lost inside of an import, so that
+    is done by a thread."""
+    thread = threading.Thread(target=importlib.import_module, args=("minisgl.server.http",), daemon=True)
+    thread.start()
+    thread.join()
 
 
 @contextlib.contextmanager

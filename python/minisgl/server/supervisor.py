@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 LATE_SECONDS = 10.0
 STOP_SECONDS = 20.0  # from STOP_SIGNAL to SIGKILL; the driver takes its time to give back a GPU
+STOP_START_SECONDS = 2.0  # the same while a child is not ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,10 @@ class Supervisor:
 
     def _spawn(self, spec: WorkerSpec) -> _Worker:
         context = multiprocessing.get_context("spawn")
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            os.chdir("/")  # the working directory was removed; a child is told to go to ours
         from_lasting = threading.current_thread() in (threading.main_thread(), self._watcher)
         with signals_deferred():
             ours, theirs = context.Pipe(duplex=False)
@@ -135,11 +140,12 @@ class Supervisor:
                 os.kill(worker.process.pid, STOP_SIGNAL)
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join()
-        deadline = time.monotonic() + STOP_SECONDS
+        limit = STOP_SECONDS if all(worker.ready for worker in alive) else STOP_START_SECONDS
+        deadline = time.monotonic() + limit
         for worker in alive:
             worker.process.join(max(0.0, deadline - time.monotonic()))
             if worker.process.is_alive():
-                logger.warning("%s did not stop in %g s: killed", worker.spec.name, STOP_SECONDS)
+                logger.warning("%s did not stop in %g s: killed", worker.spec.name, limit)
                 worker.process.kill()
                 worker.process.join()
         for worker in self._workers:

@@ -102,7 +102,7 @@ def run_child(
         logger.exception("%s ends", name)
         control.send(Failed(f"{type(error).__name__}: {_one_line(error)}", config=False))
     finally:
-        sys.stderr.flush()
+        logging.shutdown()
         os._exit(status)  # threads of libraries must not keep a finished process alive
 
 

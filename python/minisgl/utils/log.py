@@ -4,12 +4,48 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
+import threading
+import time
+from contextlib import suppress
+from queue import Full, Queue
 
 from minisgl.errors import ConfigError
 
 MAX_CHARS = 4096  # of a message, and of a line of a traceback
 MAX_LINES = 200
+MAX_WAITING = 1000  # messages that nobody has read yet
+LAST_SECONDS = 1.0  # at the end, for the reader to take what is left
+
+
+class Writer(logging.Handler):
+    """Writes to standard error from a thread of its own, so that a reader who stalls stops nobody: what is too much is
+    dropped, and its number told. Python's own buffer, and its lock, are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: Queue[str] = Queue(MAX_WAITING)
+        self._num_dropped = 0
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._waiting.put_nowait(self.format(record))
+        except Full:
+            self._num_dropped += 1
+
+    def flush(self) -> None:
+        deadline = time.monotonic() + LAST_SECONDS
+        while self._waiting.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def _write(self) -> None:
+        while True:
+            text = self._waiting.get()
+            if dropped := self._num_dropped:
+                text, self._num_dropped = f"{text}\n{dropped} messages are missing here: nobody read them", 0
+            with suppress(OSError):
+                os.write(2, f"{text}\n".encode("utf-8", "backslashreplace"))
+            self._waiting.task_done()
 
 
 class LineFormatter(logging.Formatter):
@@ -34,7 +70,7 @@ def setup_logging(role: str) -> None:
     level = os.environ.get("LOG_LEVEL", "INFO").upper()
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise ConfigError(f"LOG_LEVEL={level!r}: expected DEBUG, INFO, WARNING or ERROR")
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Writer()
     handler.setFormatter(LineFormatter(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S"))
     for name, least in {"minisgl": level, "uvicorn": "WARNING", "asyncio": "WARNING"}.items():
         logger = logging.getLogger(name)

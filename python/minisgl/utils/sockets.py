@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,14 +16,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_FRAME_BYTES = 1 << 30  # what is larger ends the connection of who sends it
-
-_MAX_TEMPDIR_LEN = 70  # the path of a Unix socket ends at some 107 bytes
-
-
-def make_socket_directory() -> str:
-    """A new directory for one server's sockets that nobody else may enter (0700). The caller removes it."""
-    parent = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix="minisgl-", dir=parent if len(parent) <= _MAX_TEMPDIR_LEN else "/tmp")
 
 
 class MessageCodec(Protocol[T]):

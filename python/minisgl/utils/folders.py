@@ -1,0 +1,46 @@
+"""Folders for one process, in the folder for temporary files."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from minisgl.errors import ConfigError
+
+_PARENT = re.compile(r"[\w./+-]{1,70}", re.ASCII)  # the path of a Unix socket ends at some 107 bytes
+
+
+@contextmanager
+def private_folder(prefix: str = "minisgl-") -> Iterator[str]:
+    """A new folder that nobody else may enter (0700), fit for sockets. It is gone after the block; where its process is
+    killed, the next one removes it, since nobody holds the lock in it any more. prefix: begins with "minisgl-".
+
+    Raises: ConfigError when there can be none.
+    """
+    with ExitStack() as stack:
+        try:
+            parent = tempfile.gettempdir() if _PARENT.fullmatch(tempfile.gettempdir()) else "/tmp"
+            _remove_stale(parent)
+            stack.callback(_remove_stale, parent)  # those of children that were killed
+            made = tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
+            folder = stack.enter_context(made)
+            owner = stack.enter_context(open(f"{folder}/new", "wb"))
+            fcntl.flock(owner, fcntl.LOCK_EX)
+            os.rename(f"{folder}/new", f"{folder}/owner")
+        except OSError as error:
+            raise ConfigError(f"TMPDIR: no folder of our own can be made there: {error}") from None
+        yield folder
+
+
+def _remove_stale(parent: str) -> None:
+    for stale in Path(parent).glob("minisgl-*/owner"):
+        with suppress(OSError), stale.open("rb") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.lstat(stale.parent).st_uid == os.getuid():
+                shutil.rmtree(stale.parent)

@@ -1,0 +1,127 @@
+"""A start that is ended, or whose server was killed: nothing is left, and nothing waits for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from minisgl.utils.folders import private_folder
+from tests.faults.conftest import Server, fake, real
+
+Start = Callable[..., Server]
+COMPILER = """#!{python}
+import os, signal, sys, time
+if "-MMD" in sys.argv:
+    open({told!r}, "a").write(f"{{os.getpid()}}\\n")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    time.sleep(600)
+"""
+
+
+def descendants(server: Server) -> list[psutil.Process]:
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("moment", "signum"),
+    list(enumerate([signal.SIGTERM, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP, signal.SIGTERM])),
+)
+def test_a_signal_at_any_moment_of_a_start(
+    start: Start, tiny_path: Path, short_path: Path, moment: int, signum: signal.Signals
+) -> None:
+    """Before the command has begun it is the kernel that ends it; there is nothing to be left behind then."""
+    server = start(real(tiny_path, "--num-tokenizer", "1"), wait=False, TMPDIR=str(short_path))
+    time.sleep(0.1 + 0.9 * moment)
+    server.children = descendants(server)
+    begin = time.monotonic()
+    server.process.send_signal(signum)
+    status = server.wait_exit(30)
+    assert time.monotonic() - begin < 5 or status == 0  # it was ready, and drained
+    assert status in (130, 0, -signum)
+    assert server.orphans(2) == []
+    assert list(short_path.iterdir()) == []
+    assert "Traceback" not in server.output()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_compilers_end_with_the_start(
+    start: Start, tiny_path: Path, short_path: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    told, compiler = tmp_path / "compilers", tmp_path / "c++"
+    compiler.write_text(COMPILER.format(python=sys.executable, told=str(told)))
+    compiler.chmod(0o755)
+    env = {"CXX": str(compiler), "MINISGL_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(short_path)}
+    server = start(real(tiny_path), wait=False, **env)
+    deadline = time.monotonic() + 60
+    while not told.exists() and server.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    server.children = descendants(server)
+    assert {int(pid) for pid in told.read_text().split()} <= {child.pid for child in server.children}
+    server.process.send_signal(how)
+    assert server.wait_exit(30) == (130 if how == signal.SIGTERM else -how)
+    assert server.orphans(2) == []
+    if how == signal.SIGKILL:
+        assert list(short_path.iterdir()) != []
+        start(fake(tmp_path / "none"), wait=False, TMPDIR=str(short_path)).wait_exit(60)
+    assert list(short_path.iterdir()) == []
+
+
+def test_folders_of_killed_servers_are_removed_and_no_others(
+    start: Start, model_path: Path, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive, killed = (start(fake(model_path), TMPDIR=str(short_path)) for _ in range(2))
+    foreign = short_path / "minisgl-of-somebody"
+    foreign.mkdir()
+    before = set(short_path.iterdir())
+    killed.process.kill()
+    killed.process.wait()
+    assert killed.orphans(2) == []
+    assert set(short_path.iterdir()) == before
+    monkeypatch.setattr("tempfile.tempdir", str(short_path))
+    with private_folder() as folder:
+        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+        left = set(short_path.iterdir())
+        assert len(left) == len(before)  # one less, and this one
+        assert {foreign, Path(folder)} < left
+    alive.process.terminate()
+    assert alive.wait_exit(30) == 0
+    assert list(short_path.iterdir()) == [foreign]
+
+
+def test_a_log_that_nobody_reads_stops_nobody(model_path: Path, tmp_path: Path) -> None:
+    """The reader of standard error stalls: 64 kB fit the pipe, and some MB are written."""
+    code = (
+        "import logging, sys, time\n"
+        "from minisgl.utils.log import setup_logging\n"
+        "setup_logging('server')\n"
+        "begin = time.monotonic()\n"
+        "for index in range(20000): logging.getLogger('minisgl').info('%d %s', index, 'x' * 200)\n"
+        "print(time.monotonic() - begin, flush=True)\n"
+        "sys.stdin.read()\n"
+        "logging.getLogger('minisgl').info('the last one')\n"
+    )
+    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as writer:
+        assert float(writer.stdout.readline()) < 20
+        lines: list[bytes] = []
+        while b"missing" not in (line := writer.stderr.readline()):  # from here on it is read
+            assert line
+            lines.append(line)
+        assert len(lines) < 3000
+        assert int(line.split()[0]) > 15000
+        writer.stdin.close()
+        assert b"the last one" in writer.stderr.read()
+        assert writer.wait(30) == 0
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as stalled:
+        assert stalled.wait(60) == 0, "it ends, though nobody has read anything"
