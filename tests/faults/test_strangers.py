@@ -193,9 +193,24 @@ def test_nobody_writes_into_the_log(open_server: Server) -> None:
     assert "Traceback" not in server.output()
 
 
-def send(url: str, data: bytes) -> None:
-    """Raw bytes, and whatever comes back."""
+HEAD = b"Host: localhost\r\nContent-Type: application/json\r\n"
+CHUNKED = b"POST %s HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("rest", [b"zz\r\n", b"-1\r\n", b"5\r\nabc\r\n0\r\n", b"2;" + b"x" * 99_999])
+def test_bodies_that_are_no_http_get_one_400(open_server: Server, rest: bytes) -> None:
+    for path in (b"/v1/completions", b"/nope", b"/flush_cache", b"/v1/messages", b"/health"):
+        for data in (CHUNKED % path + rest, CHUNKED % path + b"3\r\n{}\n\r\n" + rest):
+            answer = send(open_server.url, data)
+            assert answer.startswith((b"HTTP/1.1 4", b"HTTP/1.1 200")) or not answer, answer
+            assert answer.count(b"HTTP/1.1 ") <= 2
+    assert "Traceback" not in open_server.output()
+    assert httpx.get(f"{open_server.url}/health", timeout=60).status_code == 200
+
+
+def send(url: str, data: bytes) -> bytes:
+    """Raw bytes, and what comes back until the server closes or waits."""
     parsed = httpx.URL(url)
     with socket.create_connection((parsed.host, parsed.port or 80), timeout=30) as connection:
         connection.sendall(data)
-        connection.recv(65536)
+        return connection.recv(65536)

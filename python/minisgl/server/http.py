@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from minisgl.config.runtime import Addresses, ServerConfig
 from minisgl.env import env_bool
@@ -31,6 +32,16 @@ logger = logging.getLogger(__name__)
 NOTICE_SECONDS = 0.5  # for the last errors to reach the clients
 LINGER_SECONDS = 1.0  # that the port stays open when all requests have ended, and then connections do
 KEEP_ALIVE_SECONDS = 60
+
+
+class HttpConnection(H11Protocol):
+    """Where the body of a request makes no sense and its head did, the answer is 400, and nobody's beside it."""
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(msg)
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
 
 class HttpServer(uvicorn.Server):
@@ -138,7 +149,7 @@ async def serve_http(
         app = create_app(frontend, config, exposition, supervisor.silent)
         uvicorn_config = uvicorn.Config(
             guarded(app, config.access, exposition.count_http, log=env_bool("MINISGL_ACCESS_LOG", True)),
-            http="h11",  # whatever else is installed: this one's limits and answers are tested
+            http=HttpConnection,  # whatever else is installed: this one's limits and answers are tested
             log_config=None,
             access_log=False,
             lifespan="off",
