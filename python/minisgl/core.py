@@ -72,6 +72,7 @@ class SamplingParams:
     echo: the text begins with the prompt's. Only then may max_tokens be 0.
     priority: of waiting requests the one with the lowest number runs first, under that policy.
     cache_salt: cached prefixes are shared with requests of the same salt only.
+    client: whose request it is; clients take turns.
     grammar: what the output has to match; None is anything. It ends where the grammar does, so min_tokens must be 0.
 
     Log-probabilities are the model's own: of the logits as they were before temperature, penalties and biases.
@@ -100,6 +101,7 @@ class SamplingParams:
     echo: bool = False
     priority: int = 0
     cache_salt: str = ""
+    client: str = ""
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:

@@ -76,8 +76,10 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.future: Future[CompiledGrammar] = Future()
+        self.clients: list[str] = []
 
-    def request(self, grammar: Grammar) -> Future[CompiledGrammar]:
+    def request(self, grammar: Grammar, client: str) -> Future[CompiledGrammar]:
+        self.clients.append(client)
         return self.future
 
     def close(self) -> None: ...
@@ -115,7 +117,9 @@ class Loop:
         self.store.future.set_result(CompiledGrammar(self.matcher, 1, self.cost))  # type: ignore[arg-type]
 
     def put(self, uid: int, prompt: list[int], grammar: bool = True, max_tokens: int = 6, count: int = 1) -> None:
-        params = SamplingParams(max_tokens=max_tokens, seed=0, grammar=Grammar("regex", "x") if grammar else None)
+        params = SamplingParams(
+            max_tokens=max_tokens, seed=0, client="somebody", grammar=Grammar("regex", "x") if grammar else None
+        )
         self.transport.put([UserMsg(uid, pack_ids(prompt), params, count)])
 
     def turn(self, count: int = 1) -> None:
@@ -161,6 +165,7 @@ def test_a_request_waits_for_its_grammar_and_others_do_not() -> None:
     loop.put(2, [4, 5], grammar=False)
     loop.turn(20)
     assert list(loop.outputs) == [2] and loop.outputs[2][-1].finish_reason is FinishReason.LENGTH
+    assert loop.store.clients == ["somebody"], "who takes turns with others"
     loop.compiled()
     loop.turn(20)
     assert loop.ids(1) == expected_output([1, 2, 3], 9, ())

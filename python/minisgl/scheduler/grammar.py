@@ -197,7 +197,7 @@ class Grammars:
             text = f"{grammar.param} is not available"
             self._replies += [ErrorReply(uid, text, param=grammar.param) for uid in message.uids]
         else:
-            self._held[message.uid] = (message, self._store.request(grammar))
+            self._held[message.uid] = (message, self._store.request(grammar, message.params.client))
 
     def _release(self, uid: int) -> bool:
         """Whether the output with this uid was held. It ends; the others of its request go on waiting, and so does the
