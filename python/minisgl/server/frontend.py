@@ -198,14 +198,11 @@ class Frontend:
             stream.uid = next(self._uids)
             self._streams[stream.uid] = stream
         first_uid = request.streams[0].uid
-        request.route = self._route(first_uid)
+        request.route = self._routes[first_uid % len(self._routes)] if self._routes else ""
         if request.route:
             request.num_sent += 1
             request.is_accepted = False
             self._tokenizers[request.route].send([msgspec.structs.replace(request.message, uid=first_uid)])
-
-    def _route(self, uid: int) -> str:
-        return self._routes[uid % len(self._routes)] if self._routes else ""
 
     def abort(self, stream: Stream) -> None:
         """End a stream that nobody reads any more."""
@@ -263,7 +260,7 @@ class Frontend:
         """question: a message, with the uid that its answer has. kind: of the answer."""
         if self._down is not None or not self._routes:
             raise self._down or next(iter(self._lost.values()))
-        socket: PushSocket[Any] = self._tokenizers[self._route(question.uid)]
+        socket: PushSocket[Any] = self._tokenizers[self._routes[question.uid % len(self._routes)]]
         if isinstance(question, (StatsMsg, FlushMsg)):
             socket = self._backend
         answer = self._asked[question.uid] = asyncio.get_running_loop().create_future()

@@ -18,12 +18,13 @@ from typing import Any
 
 from minisgl.env import env_number
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
-from minisgl.message.codec import Failed, Heartbeat, Ready, decode_control
+from minisgl.message.codec import Failed, Ready, decode_control
 from minisgl.server.workers import ENDING_SIGNALS, STOP_SIGNAL, run_child
 from minisgl.utils.spawned import UNGUARDED
 
 logger = logging.getLogger(__name__)
 
+Tell = Callable[..., None]
 LATE_SECONDS = 10.0
 STOP_SECONDS = 20.0  # from STOP_SIGNAL to SIGKILL; the driver takes its time to give back a GPU
 STOP_START_SECONDS = 2.0  # the same while a child is not ready
@@ -41,9 +42,6 @@ class WorkerSpec:
     def group(self) -> str:
         """Those who are started again together: all schedulers, since they compute together."""
         return "scheduler" if self.name.endswith("-scheduler") else self.name.removeprefix("minisgl-")
-
-
-Tell = Callable[..., None]
 
 
 @dataclass(slots=True, eq=False)
@@ -81,10 +79,9 @@ class Supervisor:
         """Start all children, without waiting for them."""
         atexit.register(self.stop)  # before multiprocessing's own end, which would wait for them for ever
         for spec in self._specs:
-            with signals_deferred():  # `stop` has to know it
-                self._workers.append(self._spawn(spec))
+            self._spawn(spec)
 
-    def _spawn(self, spec: WorkerSpec) -> _Worker:
+    def _spawn(self, spec: WorkerSpec) -> None:
         context = multiprocessing.get_context("spawn")
         try:
             os.getcwd()
@@ -97,7 +94,7 @@ class Supervisor:
             process = context.Process(target=run_child, args=args, name=spec.name, daemon=True)
             process.start()
             theirs.close()
-            return _Worker(spec, process, ours)
+            self._workers.append(_Worker(spec, process, ours))  # before a signal may call `stop`
 
     def wait_ready(self) -> None:
         """Wait until each child is ready.
@@ -190,10 +187,10 @@ class Supervisor:
         on_change(group, WorkerDied(str(error)))
         self.num_restarts[group] += 1
         with self._lock:
-            for index, worker in enumerate(self._workers):
-                if worker in workers and not self._stopping.is_set():
-                    worker.connection.close()
-                    self._workers[index] = self._spawn(worker.spec)
+            for worker in workers if not self._stopping.is_set() else ():
+                worker.connection.close()
+                self._workers.remove(worker)
+                self._spawn(worker.spec)
         return None
 
     def _silence(self, worker: _Worker) -> WorkerDied | None:
@@ -217,8 +214,6 @@ class Supervisor:
                     worker.ready = True
                 elif isinstance(message, Failed):
                     worker.failure = message
-                else:
-                    assert isinstance(message, Heartbeat)
         except (EOFError, OSError):
             worker.closed = True
 
@@ -241,11 +236,8 @@ class Supervisor:
 
 
 def _describe(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        with suppress(ValueError):
-            return f"killed by {signal.Signals(-exitcode).name}"
-        return f"killed by signal {-exitcode}"
-    return f"exit status {exitcode}"
+    killed = {-signum: f"killed by {signum.name}" for signum in signal.Signals}
+    return killed.get(exitcode or 0, f"exit status {exitcode}")
 
 
 @contextmanager
