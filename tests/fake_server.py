@@ -13,10 +13,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from minisgl.config.access import access_config
 from minisgl.config.args import args_from_options, parse_args
 from minisgl.config.chat import visible_tokens
 from minisgl.config.model import ModelConfig, RopeConfig
+from minisgl.config.resolve import access_config
 from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import StepPlan, StepResult
 from minisgl.errors import ConfigError, MiniSGLError

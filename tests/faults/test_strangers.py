@@ -13,8 +13,8 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from minisgl.config.access import access_config
 from minisgl.config.args import args_from_options
+from minisgl.config.resolve import access_config
 from minisgl.errors import ConfigError
 from tests.faults.conftest import Server, fake
 

@@ -12,8 +12,8 @@ import httpx
 import openai
 import pytest
 
-from minisgl.config.access import access_config
 from minisgl.config.args import args_from_options, parse_args
+from minisgl.config.resolve import access_config
 from minisgl.core import SamplingParams
 from minisgl.errors import ConfigError
 from tests.faults.conftest import Server, fake

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from minisgl import doctor
-from minisgl.config.gpus import Gpu
 from minisgl.config.locate import DEMO_MODEL
-from minisgl.config.probe import PACKAGES, Capabilities
+from minisgl.config.probe import PACKAGES, Capabilities, Gpu
 from minisgl.doctor import system, toolchain
 from minisgl.doctor.row import Row, ask, guarded
 from minisgl.doctor.toolchain import TorchInfo

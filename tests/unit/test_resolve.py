@@ -14,10 +14,9 @@ import pynvml
 import pytest
 
 from minisgl.config.args import args_from_options, parse_args
-from minisgl.config.gpus import Gpu, Nvidia, parse_torch_cuda, probe_nvidia, visible_devices
 from minisgl.config.locate import DEMO_MODEL, locate_model
 from minisgl.config.model import ModelConfig, MoEConfig, RopeConfig
-from minisgl.config.probe import Capabilities, probe
+from minisgl.config.probe import Capabilities, Gpu, Nvidia, parse_torch_cuda, probe, probe_nvidia, visible_devices
 from minisgl.config.resolve import ModelFiles, prepare, read_default_sampling, resolve
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import ConfigError

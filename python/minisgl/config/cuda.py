@@ -6,10 +6,9 @@ import logging
 from dataclasses import dataclass
 
 from minisgl.config.args import ServerArgs
-from minisgl.config.gpus import Gpu
 from minisgl.config.memory import fit_seq_len, gpu_tokens
 from minisgl.config.model import ModelConfig
-from minisgl.config.probe import PACKAGES, Capabilities
+from minisgl.config.probe import PACKAGES, Capabilities, Gpu
 from minisgl.config.runtime import EngineConfig
 from minisgl.errors import ConfigError
 from minisgl.utils.math import div_ceil

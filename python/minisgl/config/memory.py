@@ -6,9 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from minisgl.config.args import ServerArgs
-from minisgl.config.gpus import Gpu
 from minisgl.config.model import DTYPE_BYTES, ModelConfig
-from minisgl.config.probe import Capabilities
+from minisgl.config.probe import Capabilities, Gpu
 from minisgl.errors import ConfigError
 from minisgl.utils.math import div_ceil
 

@@ -11,8 +11,7 @@ import torch
 
 from minisgl.attention.base import AttentionBatch, IntArray
 from minisgl.core import StepPlan
-from minisgl.engine.logits import LogitRules
-from minisgl.engine.logprobs import LogprobRules
+from minisgl.engine.logits import LogitRules, LogprobRules
 from minisgl.errors import require
 from minisgl.utils.math import div_ceil
 

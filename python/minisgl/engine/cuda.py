@@ -20,10 +20,17 @@ from minisgl.attention.base import AttentionBatch, IntArray, PagedBatch, PagedSt
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import NOT_READY, Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.batch import RowTables, check_pages
-from minisgl.engine.device import NUM_BUFFERS, CudaHandle, Launched, Staging, StepTensors, layout, open_gpu
-from minisgl.engine.graph import DecodeGraphs
-from minisgl.engine.logits import LogitStep, on, process
-from minisgl.engine.logprobs import DeviceLogprobs, LogprobStep, report
+from minisgl.engine.device import (
+    NUM_BUFFERS,
+    CudaHandle,
+    DecodeGraphs,
+    Launched,
+    Staging,
+    StepTensors,
+    layout,
+    open_gpu,
+)
+from minisgl.engine.logits import DeviceLogprobs, LogitStep, LogprobStep, on, process, report
 from minisgl.engine.runner import ModelShard
 from minisgl.errors import ConfigError, EngineError
 from minisgl.utils.faults import fault

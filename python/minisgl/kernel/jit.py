@@ -24,8 +24,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from minisgl.config.gpus import torch_cuda
-from minisgl.config.probe import cpu_flags
+from minisgl.config.probe import cpu_flags, torch_cuda
 from minisgl.env import cache_dir
 from minisgl.errors import ConfigError
 from minisgl.utils.folders import private_folder

@@ -8,10 +8,9 @@ from torch import nn
 
 from minisgl.attention.base import StepContext
 from minisgl.config.model import ModelConfig
-from minisgl.layers.attention import Attention
+from minisgl.layers.attention import Attention, GatedMLP, SparseMLP
 from minisgl.layers.base import Layer, LayerEnv, Part, Tensor, WeightSlot, whole
 from minisgl.layers.linear import LMHead, VocabParallelEmbedding
-from minisgl.layers.mlp import GatedMLP, SparseMLP
 
 
 class DecoderLayer(Layer):
