@@ -226,3 +226,23 @@ def test_what_ended_is_forgotten(byte_level: HFTextCodec) -> None:
             detokenizer.detokenize(DetokenizeMsg(uid=uid, token_ids=ids, start=start, finish_reason=reason))
         assert detokenizer.detokenize(DetokenizeMsg(uid=uid, token_ids=pack_ids([40]))) == (None, None)
     assert sum(type(thing).__name__ == "_Stream" for thing in gc.get_objects()) == before
+
+
+def test_a_prompt_is_decoded_once_for_all_outputs_that_echo_it(
+    byte_level: HFTextCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    decode = HFTextCodec.decode
+
+    def counted(self: HFTextCodec, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
+        sizes.append(len(token_ids))
+        return decode(self, token_ids, skip_special=skip_special)
+
+    monkeypatch.setattr(HFTextCodec, "decode", counted)
+    detokenizer, texts = Detokenizer(byte_level), ["hello " * 50, "world " * 50]
+    for uid in range(20):
+        prompt = byte_level.encode([texts[uid // 10]], special=False)[0]
+        start = StreamStart(len(prompt), (), b"", echo=True, prompt=pack_ids(prompt))
+        reply, _ = detokenizer.detokenize(DetokenizeMsg(uid=uid, token_ids=b"", start=start))
+        assert reply is not None and reply.text == texts[uid // 10]
+    assert sum(size > 50 for size in sizes) == 2

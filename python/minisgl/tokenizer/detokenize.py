@@ -155,6 +155,7 @@ class Detokenizer:
 
     def __init__(self, codec: HFTextCodec) -> None:
         self._codec = codec
+        self._echo: tuple[bytes, bool, str] = b"", False, ""  # the last one: outputs of one prompt follow one another
         self._streams: dict[int, _Stream] = {}
 
     def detokenize(self, message: DetokenizeMsg) -> tuple[UserReply | None, AbortMsg | None]:
@@ -222,8 +223,11 @@ class Detokenizer:
     def _prompt_text(self, start: StreamStart) -> str:
         if not start.echo:
             return ""
-        known = [token for token in unpack_ids(start.prompt) if token < self._codec.vocab_size]
-        return self._codec.decode(known, skip_special=start.skip_special)
+        if self._echo[:2] != (start.prompt, start.skip_special):
+            known = [token for token in unpack_ids(start.prompt) if token < self._codec.vocab_size]
+            text = self._codec.decode(known, skip_special=start.skip_special)
+            self._echo = start.prompt, start.skip_special, text
+        return self._echo[2]
 
     def _logprobs(
         self, token_ids: Sequence[int], packed: PackedLogprobs | None, hidden: frozenset[int]
