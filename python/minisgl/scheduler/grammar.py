@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _WAIT_SECONDS = 0.005  # for grammars and masks, between looks at other messages
 _MAX_THREADS = 8
 _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
-# Of the time between two steps, beyond so many seconds, what their masks may take within them. On a CPU nothing else of
+# Of the time between the masks of two steps, beyond so many seconds, what masks may take. On a CPU nothing else of
 # the step goes on meanwhile. A GPU computes, but the host cannot plan the next step.
 _CPU_SHARE, _GPU_SHARE = (0.1, 0.0), (0.5, 0.002)
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
@@ -161,10 +161,9 @@ class Grammars:
     def compute(self, plan: StepPlan, rows: Sequence[_Row], new_ids: Sequence[list[int] | None]) -> list[Words]:
         """The words of a step's rows, for `LateWords`, which call it in the order of the steps. new_ids: tokens that
         their matchers have not taken yet; None where one of them was not sampled."""
-        now, start = time.perf_counter(), time.thread_time()
-        interval = (now - self._last_time) / max(1, plan.step_id - self._last_step)
+        interval = (time.perf_counter() - self._last_time) / max(1, plan.step_id - self._last_step)
         self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
-        self._last_step, self._last_time, self._late_cost = plan.step_id, now, 0.0
+        self._last_step, self._late_cost, start = plan.step_id, 0.0, time.thread_time()
         self._budget = max(0.0, self._share * (self._interval - self._unshared))
         left = self._budget if len(plan.reqs) > 1 else float("inf")
         words = [_NOT_READY] * len(rows)
@@ -182,6 +181,7 @@ class Grammars:
             else:
                 words[index] = self._mask(row, ids)
                 self._late_cost += output.cost
+        self._last_time = time.perf_counter()  # what masks have taken does not count: they would get ever more
         return words
 
     def close(self) -> None:
