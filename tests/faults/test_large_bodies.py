@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Watch:
     """What a server's clients notice meanwhile, the slowest answer of /health; and what it costs, in bytes."""
 
     def __init__(self, server: Server) -> None:
-        self._url = server.url
+        self.url = server.url
         self._processes = [psutil.Process(server.process.pid), *server.children]
         self._slowest = 0.0
         self._stopped = threading.Event()
@@ -112,7 +112,7 @@ class Watch:
         self._thread.join()
 
     def _poll(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=60) as http:
+        with httpx.Client(base_url=self.url, timeout=60) as http:
             while not self._stopped.wait(0.02):
                 begin = time.monotonic()
                 assert http.get("/health").status_code == 200
@@ -132,7 +132,7 @@ class Watch:
         """The answer to a body. Raises: AssertionError when it costs too much."""
         self.take()
         _, before = self.take()
-        answer = post(self._url + path, data)
+        answer = post(self.url + path, data)
         slowest, held = self.take()
         told = f"{path} {data[:80]!r}: {answer.status_code} {answer.text[:200]}"
         assert answer.status_code in (200, 400, 404, 413), told
@@ -179,3 +179,52 @@ def test_every_field_of_every_body(watch: Watch, path: str) -> None:
 )
 def test_64_megabytes(watch: Watch, path: str, field: str, kind: str) -> None:
     assert watch.check(path, body(path, field, kind, 64 * MIB - 100)).status_code in (400, 413)
+
+
+def test_many_outputs_cost_what_one_does(watch: Watch) -> None:
+    """A prompt is sent and tokenized once, however many outputs it is to have."""
+    messages = [{"role": "user", "content": "x"}] * 1000
+    costs = {}
+    for n in (1, 16, 1, 16):
+        watch.take()
+        _, before = watch.take()
+        begin = time.monotonic()
+        data = json.dumps({"messages": messages, "n": n, "max_tokens": 1}).encode()
+        assert post(f"{watch.url}/v1/chat/completions", data).status_code == 400  # too long, as the tokenizer finds
+        costs[n] = time.monotonic() - begin, watch.take()[1] - before
+    assert costs[16][0] < 3 * costs[1][0] + 0.5
+    assert costs[16][1] < costs[1][1] + 32 * MIB
+
+
+@pytest.mark.parametrize(
+    "request_body",
+    [
+        {"messages": [{"role": "user", "content": "x"}] * 300_000, "n": 16},
+        {"messages": [{"role": "user", "content": "x"}] * 20_000, "n": 128},
+        {"prompt": [12345] * 4_000_000, "n": 128},
+        {"prompt": [12345] * 400_000, "n": 128},
+        {"prompt": ["x" * 2**20] * 8, "n": 128},
+    ],
+    ids=["300,000 messages", "20,000 messages", "24 MB of ids", "2.4 MB of ids", "8 MB of texts"],
+)
+def test_work_is_bounded_before_it_is_done(watch: Watch, request_body: dict[str, Any]) -> None:
+    path = "/v1/chat/completions" if "messages" in request_body else "/v1/completions"
+    answer = watch.check(path, json.dumps(request_body).encode())
+    assert answer.status_code in (400, 413)
+    assert "at most" in answer.text or "more than" in answer.text or "context length" in answer.text
+
+
+def test_too_little_memory_costs_one_request(start: Callable[..., Server], model_path: Path) -> None:
+    server = start(fake(model_path))
+    process = psutil.Process(server.process.pid)
+    usual = process.rlimit(psutil.RLIMIT_AS)
+    process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 80 * MIB, usual[1]))
+    for kind in ("wide string", "long string", "ids"):
+        try:
+            answer = post(f"{server.url}/v1/completions", body("/v1/completions", "prompt", kind, 60 * MIB))
+            assert answer.status_code in (400, 413, 503)
+        except httpx.TransportError:
+            pass  # where there is no memory to take it in, the connection ends
+        assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
+    process.rlimit(psutil.RLIMIT_AS, usual)
+    assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
+from itertools import pairwise, takewhile
 from typing import Any
 from urllib.parse import quote
 
@@ -39,6 +40,7 @@ WRONG_KEY_SECONDS, MAX_WRONG_KEY_SECONDS = 0.1, 30.0  # after one another, and n
 MAX_ADDRESSES = 4096  # that wrong keys are counted of
 _HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "60"}}
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked every few seconds: in the log at DEBUG only
+_ORIGIN = re.compile("^https?://[^/]*", re.IGNORECASE)  # a request may name the whole URL
 _CLIENT_ID = re.compile(r"[!-~]{1,128}")  # what a client's id may be, to be echoed and logged
 
 OnRequest = Callable[[str, str, int], None]
@@ -64,14 +66,14 @@ class Paths:
         parts = [route.split("/") for route in routes]
         self._app = app
         self._versioned = {part[2] for part in parts if part[1] == "v1" and len(part) > 2}
-        self._others = {part[1] for part in parts}
+        self._others = {part[1] for part in parts} - self._versioned
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            path, found, model = scope["path"].partition("/models/")  # whose id may have slashes of its own
+            path, found, model = _ORIGIN.sub("", scope["path"]).partition("/models/")  # whose id may have slashes
             parts = [part for part in [*path.split("/"), found.strip("/")] if part]
-            while parts[:1] == ["v1"] and len(parts) > 1 and parts[1] in self._others - self._versioned:
-                parts = parts[1:]
+            known = (one == "v1" and after in self._others for one, after in pairwise(parts))
+            parts = parts[sum(takewhile(bool, known)) :]
             if parts and parts[0] in self._versioned:
                 parts = ["v1", *parts]
             method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server sends no body, then

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from mmap import mmap
 from typing import TypeVar, cast
 
 from fastapi import Request, Response
@@ -17,6 +18,7 @@ from minisgl.utils.json_line import dump_json
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 64 * 2**20  # unless MINISGL_MAX_BODY_BYTES says otherwise
+MOST_PARSED = 6  # times as many bytes a long text may take while it is parsed
 SMALL_BODY = 32 << 10  # bytes that are parsed sooner than a thread is told to
 # What begins or separates values, also in texts, some of which are parsed too: an object of Python for each takes many
 # times its bytes. So do characters that are escaped though they need not be.
@@ -77,8 +79,9 @@ class Bodies:
             whole = cast(bytes, data)  # as good to whoever reads it, and not copied
             if size <= SMALL_BODY:
                 return parse(whole, reading)
+            mmap(-1, MOST_PARSED * size).close()  # the parser would end the process for a lack of memory
             return await self._aside.run(parse, whole, reading)
-        except MemoryError:
+        except (MemoryError, OSError):
             raise RequestError("the server has not enough memory for this request", status=503) from None
 
 

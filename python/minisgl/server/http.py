@@ -150,6 +150,7 @@ async def serve_http(
         uvicorn_config = uvicorn.Config(
             guarded(app, config.access, exposition.count_http, log=env_bool("MINISGL_ACCESS_LOG", True)),
             http=HttpConnection,  # whatever else is installed: this one's limits and answers are tested
+            ws="none",  # there are no such routes, and a broken handshake would be a fault of ours
             log_config=None,
             access_log=False,
             lifespan="off",
