@@ -154,9 +154,9 @@ async def test_failures_are_counted(fault: str, expected: str) -> None:
     assert list(summary.errors) == [expected]
 
 
-def test_no_server_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_server_is_one_line_and_status_2(capfd: pytest.CaptureFixture[str]) -> None:
     assert minisgl_main(["bench", "serve", "--base-url", "http://127.0.0.1:9/v1"]) == 2
-    assert capsys.readouterr().err.startswith("minisgl: error: --base-url http://127.0.0.1:9/v1: ")
+    assert capfd.readouterr().err.startswith("minisgl: error: --base-url http://127.0.0.1:9/v1: ")
 
 
 class ModelsAt:
@@ -193,10 +193,10 @@ async def test_the_base_url_with_or_without_its_end(given: str, listed: str, exp
         assert (await serve.find_server(client, given, "mine"))[1] == "mine"  # some servers list none
 
 
-def test_no_floor_without_ceilings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_floor_without_ceilings(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "measure_gpu", lambda: None)
     assert minisgl_main(["bench", "serve", "--shape", "qwen3-0.6b"]) == 2
-    assert "--bandwidth and --peak-flops" in capsys.readouterr().err
+    assert "--bandwidth and --peak-flops" in capfd.readouterr().err
     monkeypatch.setattr(serve, "measure_gpu", lambda: floor.Machine(3e12, 7e14, "a card, measured"))
     args = serve.make_parser().parse_args(["--peak-flops", "5e14"])
     assert serve.machine_of(args, "cpu") is None
@@ -255,14 +255,14 @@ def test_scripts_tell_what_is_wrong_in_one_line(script: str, flags: list[str], e
     assert "Traceback" not in done.stderr
 
 
-def test_report_files_and_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_files_and_exit_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     flags = ["--output", str(tmp_path / "out.json"), "--json", str(tmp_path / "lines"), "--shape", "qwen3-0.6b"]
     args = serve.make_parser().parse_args(flags)
     args.machine = floor.Machine()
     good = Record(0.0, 0.5, (0.1, 0.3, 0.5), 10, 3, 4)
     bad = Record(0.0, 0.1, error="HTTP 500: [no]")
     assert serve.report(args, "a title", [good, bad], 2.0) == 0
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert "1 done, 1 failed" in out
     assert "10 in (40% from the cache), 3 out" in out
     assert "1 × HTTP 500: [no]" in out
@@ -355,9 +355,9 @@ def test_bad_dataset_names_the_line(content: str, expected: str, tmp_path: Path)
         ["--numprompts", "1"],
     ],
 )
-def test_bad_flags_are_one_line(command: str, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_flags_are_one_line(command: str, flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert minisgl_main(["bench", command, *flags]) == 2
-    error = capsys.readouterr().err
+    error = capfd.readouterr().err
     assert error.startswith("minisgl: error: ")
     assert error.count("\n") == 1
     assert flags[0] in error
@@ -416,16 +416,16 @@ def test_floors_of_single_steps(tmp_path: Path) -> None:
         write_shape("qwen9", tmp_path)
 
 
-def test_offline_takes_the_servers_flags(capsys: pytest.CaptureFixture[str]) -> None:
+def test_offline_takes_the_servers_flags(capfd: pytest.CaptureFixture[str]) -> None:
     _, flags = offline.make_parser().parse_known_args(["--num-prompts", "3", "--tp", "2", "--dtype", "float32"])
     from minisgl.config.args import parse_args
 
     assert offline.engine_options(parse_args(flags, {})) == {"tensor_parallel_size": 2, "dtype": "float32"}
     assert minisgl_main(["bench", "offline", "--dtype", "float13"]) == 2
-    assert "--dtype float13" in capsys.readouterr().err
+    assert "--dtype float13" in capfd.readouterr().err
 
 
-def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage(capfd: pytest.CaptureFixture[str]) -> None:
     assert minisgl_main(["bench"]) == 2
     assert benchmark.main(["--help"]) == 0
-    assert "offline" in capsys.readouterr().out
+    assert "offline" in capfd.readouterr().out
