@@ -35,11 +35,13 @@ def short_path() -> Iterator[Path]:
 
 
 class Server:
-    """A server process: `args` are those after `python`. Its children are noted when it is ready."""
+    """A server process: `args` are those after `python`. Its children are noted when it is ready. What the walk over
+    its pages finds ends its scheduler."""
 
     def __init__(self, args: list[str], log: Path, *, wait: bool = True, **env: str) -> None:
         self.log = log
-        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": PYTHONPATH, **env}
+        walk = {"MINISGL_CHECK_INTEGRITY": "4", "MINISGL_INTEGRITY_FATAL": "1"}
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": PYTHONPATH, **walk, **env}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, *args], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
