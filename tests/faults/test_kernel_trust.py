@@ -7,7 +7,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -200,3 +202,21 @@ def test_old_libraries_go_when_there_are_many(
     source.write_bytes(first.read_bytes())
     jit._put_in_place(source, built)
     assert sorted(file.name for file in first.parent.glob("*.so")) == sorted([first.name, "cpu-new.so", "cpu-old-4.so"])
+
+
+@pytest.mark.usefixtures("small_sources")
+def test_threads_that_compile_at_the_same_time_do_not_disturb_one_another(compiler: Compiler) -> None:
+    """As for a GPU, where a dozen kernels are made side by side: each begins and ends while others are at work."""
+    compiler.delay(0.5)
+    before = dict(os.environ)
+    levels = list(jit.LEVELS)[:4]
+
+    def compile_later(index: int) -> Path:
+        time.sleep(0.4 * index)
+        return jit.compile_cpu_kernels(levels[index])
+
+    with ThreadPoolExecutor() as pool:
+        made = list(pool.map(compile_later, range(4)))
+    assert all(path.is_file() for path in made)
+    assert dict(os.environ) == before
+    assert compiler.num_calls() == 4 * CALLS_OF_ONE_BUILD

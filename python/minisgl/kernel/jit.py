@@ -18,6 +18,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 CSRC = Path(__file__).parent / "csrc"
 CPU = "cpu"  # the source whose functions run on the processor
 PR_SET_PDEATHSIG = 1
+_BUILD = "minisgl-kernel-"  # folders in which libraries are made
+_path_lock = threading.Lock()  # of the environment's PATH
 LOCK_SECONDS = 300.0  # that one process waits for another's compiler
 _DIGEST_BYTES = 32  # at the end of a library: of what stands before
 _KEPT = 256  # libraries: who needs another, takes the place of the one that was used least recently
@@ -161,7 +164,7 @@ def _use_new(name: str, title: str, flags: list[str], path: Path, use: Callable[
     # Warnings are shown by the shell too, and by a program that has not set up logging.
     logger.warning("compiling %s: once, about %s", title, "half a minute" if name == CPU else "a minute")
     begin = time.perf_counter()
-    with private_folder("minisgl-kernel-") as folder:
+    with private_folder(_BUILD) as folder:
         built = _build(name, flags, Path(folder))
         data = built.read_bytes()
         built.write_bytes(data + hashlib.sha256(data).digest())
@@ -199,20 +202,23 @@ def _build(name: str, flags: list[str], folder: Path) -> Path:
 
 @contextmanager
 def _mortal_compilers(folder: Path) -> Iterator[None]:
-    """Whatever ends this process ends the compilers that it waits for: the kernel tells ninja, and ninja tells them."""
-    program, before = folder / "ninja", dict(os.environ)
-    if ninja := shutil.which("ninja"):
-        lines = [f"#!{sys.executable} -I", "import ctypes, os, signal, sys"]
-        lines += [f"ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, signal.SIGTERM)"] * (sys.platform == "linux")
-        program.write_text("\n".join([*lines, f"os.execv({ninja!r}, ['ninja', *sys.argv[1:]])"]))
-        program.chmod(0o700)
-        os.environ["PATH"] = os.pathsep.join([str(folder), before.get("PATH", os.defpath)])
-    os.environ["TMPDIR"] = str(folder)  # what they leave behind goes with it
+    """Whatever ends this process ends the compilers that it waits for: the kernel tells ninja, and ninja tells them.
+    What they leave behind goes with the folder. Other threads, which compile meanwhile, may find our ninja too."""
+    program = folder / "ninja"
+    with _path_lock:
+        others = [part for part in os.environ.get("PATH", os.defpath).split(os.pathsep) if _BUILD not in part]
+        if ninja := shutil.which("ninja", path=os.pathsep.join(others)):
+            lines = [f"#!{sys.executable} -I", "import ctypes, os, signal, sys", "os.environ['TMPDIR'] = os.getcwd()"]
+            lines += [f"ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, signal.SIGTERM)"] * (sys.platform == "linux")
+            program.write_text("\n".join([*lines, f"os.execv({ninja!r}, ['ninja', *sys.argv[1:]])"]))
+            program.chmod(0o700)
+            os.environ["PATH"] = os.pathsep.join([str(folder), os.environ.get("PATH", os.defpath)])
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        with _path_lock:
+            left = [part for part in os.environ.get("PATH", os.defpath).split(os.pathsep) if part != str(folder)]
+            os.environ["PATH"] = os.pathsep.join(left)
 
 
 def _put_in_place(built: Path, path: Path) -> None:
