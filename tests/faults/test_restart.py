@@ -119,11 +119,11 @@ def serves(server: Server, model: str) -> float:
 
 
 def is_idle(server: Server) -> bool:
-    load = httpx.get(f"{server.url}/server_info", timeout=REQUEST_SECONDS).json()["load"]
-    return set(load.values()) == {0}
+    answer = httpx.get(f"{server.url}/server_info", timeout=REQUEST_SECONDS)
+    return answer.status_code == 200 and set(answer.json()["load"].values()) == {0}
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it does not come true"
