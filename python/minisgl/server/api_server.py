@@ -60,7 +60,7 @@ def create_app(
     async def read(request: Request, parse: Parser[R], defaults: Defaults = config.default_sampling) -> R:
         def parsed(data: bytes, reading: Reading) -> R:
             made = with_grammar(parse(data, defaults, reading), config)
-            protocol.check_size(made, config.scheduler.max_seq_len)
+            protocol.check_size(made.prompts, config.scheduler.max_seq_len, made.names)
             return made
 
         made = await bodies.read(request, parsed)

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 import minisgl
 from minisgl.config.runtime import ServerConfig
-from minisgl.errors import RequestError, WorkerDied
+from minisgl.errors import RequestError, WorkerDied, too_long
 from minisgl.message.tokenizer import ChatPrompt, TextPrompt
 from minisgl.server.access import require_operator
 from minisgl.server.bodies import Bodies, check_model, json_response, owner_of
@@ -19,11 +19,11 @@ from minisgl.server.exposition import Exposition
 from minisgl.server.fields import fields_of
 from minisgl.server.frontend import Frontend
 from minisgl.server.messages import Message
-from minisgl.server.protocol import chat_request
+from minisgl.server.protocol import chat_request, check_size
 from minisgl.server.protocol_responses import ResponseStore
 from minisgl.server.protocol_sampling import check_ids
 from minisgl.server.protocol_tools import Tool
-from minisgl.server.strict import Body, Fields, Ids, Items, load, optional, shown
+from minisgl.server.strict import Body, Fields, Ids, Items, Reading, load, optional, shown
 
 SCRAPE_SECONDS = 2.0  # how long /metrics waits for the scheduler
 MAX_PAGE = 100  # items
@@ -66,15 +66,14 @@ BODIES: dict[type[BaseModel], Fields] = {TokenizeBody: TOKENIZE, DetokenizeBody:
 
 def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, bodies: Bodies) -> None:
     """/tokenize and /detokenize."""
+    max_len = config.scheduler.max_seq_len
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or a chat, as a request would have them."""
-        body = await bodies.read(request, partial(load, TokenizeBody, TOKENIZE))
+        body, prompt, special = await bodies.read(request, partial(_tokenize_request, max_len))
         check_model(body.model, config)
-        prompt, special = _prompt(body)
         tokens = await frontend.encode(prompt, special=special)
-        max_len = config.scheduler.max_seq_len
         return json_response({"count": len(tokens), "max_model_len": max_len, "tokens": tokens})
 
     @app.post("/detokenize")
@@ -82,10 +81,21 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, bodi
         """The text of token ids."""
         body = await bodies.read(request, partial(load, DetokenizeBody, DETOKENIZE))
         check_model(body.model, config)
+        if len(body.tokens) > max_len:
+            raise too_long("tokens", str(len(body.tokens)), max_len)
         check_ids("tokens", body.tokens)
         skip = body.skip_special_tokens is not False
         text = await frontend.decode(body.tokens, skip_special=skip)
         return json_response({"prompt": text, "text": text})  # vLLM's name for it, and SGLang's
+
+
+def _tokenize_request(
+    max_len: int, data: bytes, reading: Reading
+) -> tuple[TokenizeBody, ChatPrompt | TextPrompt, bool]:
+    body = load(TokenizeBody, TOKENIZE, data, reading)
+    prompt, special = _prompt(body)
+    check_size([prompt], max_len)
+    return body, prompt, special
 
 
 def _prompt(body: TokenizeBody) -> tuple[ChatPrompt | TextPrompt, bool]:

@@ -250,12 +250,12 @@ def _ids_prompt(token_ids: Any, name: str) -> IdsPrompt:
     return IdsPrompt(input_ids=pack_ids(token_ids))
 
 
-def check_size(request: GenerationRequest, max_seq_len: int) -> None:
-    """Raises: RequestError when a prompt cannot fit the context, whatever its tokens are."""
-    for prompt in request.prompts:
+def check_size(prompts: Sequence[Prompt], max_seq_len: int, names: Mapping[str, str] | None = None) -> None:
+    """names: see `renamed`. Raises: RequestError when a prompt cannot fit the context, whatever its tokens are."""
+    for prompt in prompts:
         if (size := least_tokens(prompt)) >= max_seq_len:
             param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
-            raise renamed(too_long(param, f"at least {size}", max_seq_len), request.names)
+            raise renamed(too_long(param, f"at least {size}", max_seq_len), names)
 
 
 def functions_of(
