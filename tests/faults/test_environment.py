@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -178,3 +180,16 @@ def test_ulimit_v_counts(tmp_path: Path) -> None:
         f"assert available_memory({str(tmp_path)!r}) <= {3 << 30}"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_no_descriptor_is_left(try_in: Callable[..., Server]) -> None:
+    """Who has connected is served, the others wait for a place or are refused, and the log does not fill up."""
+    server = try_in("ulimit -n 64")
+    server.wait_ready()
+    host, port = server.url.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(150):
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+        time.sleep(3)
+    assert len(server.output().splitlines()) < 30
+    assert httpx.get(f"{server.url}/health/live", timeout=60).status_code == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import ipaddress
 import logging
@@ -144,6 +145,7 @@ async def serve_http(
 ) -> int:
     """Serve on `listener` until a signal or a dead worker ends it. Returns the exit status."""
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(LoopErrors())
     async with Frontend(addresses) as frontend:
         exposition = Exposition(config.served_model_name, frontend.metrics, supervisor.num_restarts)
         app = create_app(frontend, config, exposition, supervisor.silent)
@@ -164,6 +166,21 @@ async def serve_http(
         supervisor.watch(on_death, on_change)
         await server.serve(sockets=[listener])
         return server.status
+
+
+class LoopErrors:
+    """In place of asyncio's handler, which tells some thousand times a second that no descriptor is left."""
+
+    def __init__(self) -> None:
+        self._quiet_until = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() > self._quiet_until:
+            self._quiet_until = loop.time() + 10
+            logger.error("no descriptor is left (ulimit -n): who connects now has to wait until others have gone")
 
 
 def _announce(config: ServerConfig, listener: socket.socket) -> None:
