@@ -171,6 +171,7 @@ def test_every_field_of_every_body(watch: Watch, path: str) -> None:
         ("/v1/completions", "prompt", "long string"),
         ("/v1/chat/completions", "messages", "messages"),
         ("/v1/chat/completions", "tools", "halves"),
+        ("/v1/chat/completions", "messages.content", "wide string"),
         ("/v1/responses", "metadata", "long name"),
         ("/v1/messages", "messages.content", "long number"),
         ("/generate", "input_ids", "ids"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from mmap import mmap
 from typing import TypeVar, cast
@@ -18,6 +19,7 @@ from minisgl.utils.json_line import dump_json
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 64 * 2**20  # unless MINISGL_MAX_BODY_BYTES says otherwise
+_WIDE = re.compile(b"[\xf0-\xf4]")  # begins such a character: with one, each of a text takes four bytes
 MOST_PARSED = 6  # times as many bytes a long text may take while it is parsed
 SMALL_BODY = 32 << 10  # bytes that are parsed sooner than a thread is told to
 # What begins or separates values, also in texts, some of which are parsed too: an object of Python for each takes many
@@ -46,6 +48,7 @@ class Bodies:
 
     def __init__(self, config: ServerConfig, limit: int) -> None:
         self._strict, self._limit = config.strict_requests, limit
+        self._most_wide = max(limit, MAX_BODY_BYTES) // 4
         self._aside = Aside("minisgl-bodies")
 
     async def read(self, request: Request, parse: Callable[[bytes, Reading], T]) -> T:
@@ -61,12 +64,16 @@ class Bodies:
         encoding = request.headers.get("content-encoding", "").lower()
         if encoding not in ("", "identity"):
             raise _unreadable(f"is compressed (Content-Encoding: {encoding[:50]!r})")
-        size, values, data = 0, 0, bytearray()
+        size, values, wide, data = 0, 0, False, bytearray()
         try:
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > self._limit:
                     raise RequestError(too_long, status=413)
+                wide = wide or b"\\ud" in chunk or b"\\uD" in chunk or _WIDE.search(chunk) is not None
+                if wide and size > self._most_wide:
+                    message = f"the body is longer than {self._most_wide} bytes, and has characters beyond U+FFFF"
+                    raise RequestError(message, status=413)
                 values += sum(map(chunk.count, _VALUES))
                 if values <= MAX_VALUES:  # else nothing is kept; a client that may not send all sees no answer
                     data += chunk
