@@ -152,7 +152,7 @@ def _serve(vocabulary: Vocabulary) -> None:
 
 def main(config: str) -> None:
     """Serve grammars, a line of JSON each, until standard input ends. config: of the vocabulary, as JSON."""
-    os.nice(10)
+    os.nice(5)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     vocabulary = load_vocabulary(VocabularyConfig(**json.loads(config)))
     num_bytes = psutil.Process().memory_info().vms + _TRIAL_BYTES
