@@ -2,7 +2,8 @@
 
 Keys: port, num_tokenizer, delay (seconds per step), max_seq_len, max_running,
 die (name of a worker that fails at start-up), answer (a file with the text of every answer, read for each),
-tools and reasoning (names of parsers), and of the real server the options for access and for watching over workers.
+tools and reasoning (names of parsers), and of the real server the options for access, for watching over workers,
+and for what may wait.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from minisgl.config.args import args_from_options, parse_args
 from minisgl.config.chat import visible_tokens
 from minisgl.config.model import ModelConfig, RopeConfig
 from minisgl.config.resolve import access_config
 from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
-from minisgl.core import StepPlan, StepResult
+from minisgl.core import StepPlan, StepResult, TokenLogprobs
 from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.status import StepStats
@@ -33,6 +36,7 @@ from minisgl.utils.log import setup_logging
 VOCAB = 400
 ACCESS = ("api_key", "admin_key", "allowed_hosts", "host", "ssl_certfile", "ssl_keyfile", "cors_origin")
 WATCHING = ("restart_workers", "heartbeat_timeout", "step_timeout")
+LOAD = ("fairness", "max_queued_requests", "max_queued_tokens", "request_timeout")
 EOS = 2
 
 
@@ -59,16 +63,22 @@ class FakeExecutor:
         self._answer = answer
         self._answers: dict[int, tuple[int, list[int]]] = {}  # by row: the prompt's length, the tokens after it
         self._seeds: dict[int, int] = {}
+        self._logprobs: dict[int, int] = {}  # by row: alternatives that are wanted
 
     def submit(self, plan: StepPlan) -> FakeHandle:
         for admission in plan.admissions:
             greedy = admission.params.temperature == 0
+            self._logprobs[admission.row] = admission.params.logprobs or 0
             self._seeds[admission.row] = 0 if greedy else admission.params.seed or 0
             if self._answer is not None:
                 self._answers[admission.row] = (len(admission.token_ids), self._answer())
         stalled = fault("step") == "stall"  # it never ends
         ids = [self._token(req.row, req.start + req.num_new) for req in plan.reqs if req.sample]
-        return FakeHandle(StepResult(plan.step_id, ids), math.inf if stalled else time.monotonic() + self._delay)
+        rows = enumerate(req.row for req in plan.reqs if req.sample)
+        logprobs = {index: _logprobs(self._logprobs[row]) for index, row in rows if self._logprobs[row]}
+        return FakeHandle(
+            StepResult(plan.step_id, ids, logprobs), math.inf if stalled else time.monotonic() + self._delay
+        )
 
     def close(self) -> None:
         pass
@@ -78,6 +88,11 @@ class FakeExecutor:
             return 3 + (self._seeds[row] * 7919 + position * 31) % (VOCAB - 3)
         prompt_len, ids = self._answers[row]
         return ids[min(position - prompt_len, len(ids) - 1)]
+
+
+def _logprobs(count: int) -> TokenLogprobs:
+    ids = np.arange(3, 3 + count, dtype=np.int32)[None]
+    return TokenLogprobs(np.zeros(1, np.float32), ids, np.zeros((1, count), np.float32))
 
 
 class Answer:
@@ -135,8 +150,11 @@ def main(argv: list[str]) -> int:
     config = replace(config, tokenizer=tokenizer, tool_call_parser=tools, reasoning_parser=reasoning)
     checked = options.get("model_name_check") != "off"
     config = replace(config, strict_requests="strict_requests" in options, model_name_check=checked)
-    args = args_from_options({name: options[name] for name in WATCHING if name in options})
+    args = args_from_options({name: options[name] for name in (*WATCHING, *LOAD) if name in options})
     config = replace(config, scheduler=replace(config.scheduler, step_timeout=args.step_timeout))
+    config = replace(config, fair=args.fairness is not False, request_timeout=args.request_timeout)
+    queued = {"max_queued_requests": args.max_queued_requests, "max_queued_tokens": args.max_queued_tokens}
+    config = replace(config, **queued)
     config = replace(config, restart_workers=args.restart_workers, heartbeat_timeout=args.heartbeat_timeout)
     config = replace(config, drain_timeout=parse_args([]).drain_timeout)
     delay = float(options.get("delay", 0.0))

@@ -185,6 +185,8 @@ class Req:
     handle: Any = None  # the prefix cache's lock on the shared part of `pages`
     state: ReqState = ReqState.WAITING
     started: bool = False  # was ever admitted
+    num_interrupted: int = 0  # tokens computed when its prefill last made way for others
+    num_charged: int = 0  # tokens that count among what its client has had
     preempted: bool = False  # retract as soon as no step in flight touches it
     failed: bool = False  # what it computed must not be reused
     held: bool = False  # sits steps out until `Planner.resume`: its bitmask is being computed

@@ -84,9 +84,18 @@ class PlannerMachine(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         grammar=st.booleans(),
         salt=st.sampled_from(["", "", "a", "b"]),
+        client=st.sampled_from(["flood", "flood", "small", "other"]),
     )
     def add(
-        self, shared: int, keep: int, fresh: list[int], max_tokens: int, ignore_eos: bool, grammar: bool, salt: str
+        self,
+        shared: int,
+        keep: int,
+        fresh: list[int],
+        max_tokens: int,
+        ignore_eos: bool,
+        grammar: bool,
+        salt: str,
+        client: str,
     ) -> None:
         base = self.history[shared % len(self.history)] if self.history else []
         prompt = (base[:keep] + fresh)[:39] or [1]
@@ -101,6 +110,7 @@ class PlannerMachine(RuleBasedStateMachine):
             ignore_eos=ignore_eos,
             grammar=held_to,
             cache_salt=salt,
+            client=client,
             priority=-(uid % 3),
             prompt_logprobs=None if uid % 4 else 0,  # computes what is cached again
         )

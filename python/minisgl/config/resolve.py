@@ -124,6 +124,10 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         model_name_check=args.model_name_check is not False,
         heartbeat_timeout=args.heartbeat_timeout,
         restart_workers=args.restart_workers,
+        fair=args.fairness is not False,
+        max_queued_requests=args.max_queued_requests,
+        max_queued_tokens=args.max_queued_tokens,
+        request_timeout=args.request_timeout,
     )
 
 

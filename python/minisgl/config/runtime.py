@@ -147,3 +147,7 @@ class ServerConfig:
     heartbeat_timeout: float = 60.0  # seconds
     restart_workers: int = 3  # times in an hour
     drain_timeout: float = 10.0  # seconds that requests may take to end after a signal
+    fair: bool = True  # clients take turns
+    max_queued_requests: int = 4096  # outputs, beside `max_running_requests`
+    max_queued_tokens: int = 2**24  # of prompts
+    request_timeout: float = 0.0  # seconds, of requests that name none; 0: for ever

@@ -10,8 +10,8 @@ already, so the next step can be planned while this one is on the device; `retir
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
-from collections.abc import KeysView
+from collections import Counter, deque
+from collections.abc import KeysView, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ from minisgl.core import (
 from minisgl.errors import IntegrityError, require
 from minisgl.kvcache.allocator import PageAllocator
 from minisgl.kvcache.radix import NaiveCache, RadixCache
+from minisgl.utils.fairness import FairQueue
 from minisgl.utils.math import div_ceil
 
 # Room that must be left for each running request to grow before another one is admitted, in tokens. More wastes
@@ -81,7 +82,7 @@ class Planner:
         self._config = config
         self._page_size = config.page_size
         self._reqs: dict[int, Req] = {}  # those whose terminal output is still to come
-        self._waiting: OrderedDict[int, Req] = OrderedDict()  # by uid, the next one first
+        self._waiting: FairQueue[Req] = FairQueue()  # by uid
         self._running: list[Req] = []  # in order of admission; only the last may be in the middle of its prefill
         self._leaving: list[Req] = []  # finished or preempted, their pages still in use by steps in flight
         self._inflight: deque[_InflightStep] = deque()
@@ -100,9 +101,11 @@ class Planner:
     def reset(self) -> KeysView[int]:
         """Forget all but the requests that have not begun. Returns their uids: the caller ends the others, and has seen
         that no step is in flight."""
-        waiting = [req for req in self._waiting.values() if req.state is ReqState.WAITING and not req.started]
+        waiting = [req for _, req in self._waiting.items() if req.state is ReqState.WAITING and not req.started]
         self._reqs = {req.uid: req for req in waiting}
-        self._waiting = OrderedDict(self._reqs)
+        self._waiting = FairQueue()
+        for req in waiting:
+            self._waiting.put(req.params.client, req.uid, req)
         self._running, self._leaving, self._inflight = [], [], deque()
         self._allocator = PageAllocator(self._config.num_pages)
         self._cache = _CACHES[self._config.cache_type](self._page_size)
@@ -150,7 +153,8 @@ class Planner:
                 req.state = ReqState.FINISHED
                 failed.append(ReqOutput(req, (), FinishReason.ERROR, error=why))
             else:
-                self._reqs[req.uid] = self._waiting[req.uid] = req
+                self._reqs[req.uid] = req
+                self._waiting.put(params.client, req.uid, req)
         return failed
 
     def _knows(self, ids: npt.NDArray[np.int32], params: SamplingParams) -> bool:
@@ -180,6 +184,9 @@ class Planner:
         # What a failed request computed may still be in the cache until it is released: admit nobody onto it.
         may_admit = not any(req.failed for req in self._leaving)
         page_size = self._page_size
+        if self._waiting.is_shared and self._waiting and self._running:
+            self._charge(self._running)
+            self._interrupt(self._running[-1])
         for req in self._running:  # a retraction takes requests off the end, never from before this one
             num_tokens, start = req.num_tokens, req.num_computed
             if num_tokens >= req.max_len or req.held:
@@ -197,9 +204,9 @@ class Planner:
             reqs.append(req)
             scheduled.append(self._schedule(req, num_new))
         admissions: list[Admission] = []
-        while may_admit and budget > 0 and self._waiting and self._rows:
+        while may_admit and budget > 0 and self._waiting:
             req = self._next_waiting()
-            num_new = self._admit(req, budget)
+            num_new = self._admit(req, budget) if self._rows else self._make_way(req, 0)
             if num_new == 0:
                 break
             ends = req.params.end_ids(self._config.eos_token_ids) if req.params.min_tokens else ()
@@ -367,12 +374,13 @@ class Planner:
             self._release_leaving()
 
     def _next_waiting(self) -> Req:
+        waiting = self._waiting.turn()
         if self._config.schedule_policy == "priority":  # of equal ones the first
-            return min(self._waiting.values(), key=lambda req: req.params.priority)
+            return min(waiting.values(), key=lambda req: req.params.priority)
         if self._config.schedule_policy == "lpm" and self._num_admitted % _LPM_OLDEST_EVERY:
-            window = islice(self._waiting.values(), _LPM_WINDOW)
+            window = islice(waiting.values(), _LPM_WINDOW)
             return max(window, key=lambda req: self._cache.match_len(req.prefix, req.params.cache_salt))
-        return next(iter(self._waiting.values()))
+        return next(iter(waiting.values()))
 
     def _admit(self, req: Req, budget: int) -> int:
         """Give a waiting request a row and pages for its first chunk: how many tokens, 0 if there is no room for it."""
@@ -383,10 +391,11 @@ class Planner:
         num_cached = len(match.pages) * self._page_size
         num_new = min(len(req.tokens) - num_cached, max(1, budget // _cost(req)))
         needed = div_ceil(num_cached + num_new, self._page_size) - len(match.pages)
-        if not self._has_headroom(len(req.tokens) - num_cached) or not self._make_room(needed):
+        missing = self._headroom(len(req.tokens) - num_cached) - self.num_free_pages
+        if missing > 0 or not self._make_room(needed):
             self._cache.unlock(match.handle)
-            return 0
-        del self._waiting[req.uid]
+            return self._make_way(req, missing)
+        self._waiting.remove(req.params.client, req.uid)
         self._running.append(req)
         self._num_admitted += 1
         req.state, req.prompt_logprobs = ReqState.RUNNING, []
@@ -394,17 +403,53 @@ class Planner:
         req.handle, req.pages, req.num_computed = match.handle, list(match.pages), num_cached
         if not req.started:
             req.started, req.num_cached, req.tokens = True, num_cached, list(req.tokens)
+        self._waiting.charge(req.params.client, num_new)
+        req.num_charged = max(req.num_charged, num_cached + num_new)
         if match.pages:
             self._page_updates.append(PageUpdate(req.row, 0, tuple(match.pages)))
         self._take_pages(req, needed)
         return num_new
 
-    def _has_headroom(self, num_new: int) -> bool:
-        """Whether all of a request's tokens fit, with room for the running ones to grow a while."""
+    def _headroom(self, num_new: int) -> int:
+        """Pages for all of a request's tokens, and for the running ones to grow a while."""
         if not self._running and not self._leaving:
-            return True
-        growth = len(self._running) * div_ceil(_GROWTH_TOKENS, self._page_size)
-        return div_ceil(num_new, self._page_size) + growth <= self.num_free_pages
+            return 0
+        return div_ceil(num_new, self._page_size) + len(self._running) * div_ceil(_GROWTH_TOKENS, self._page_size)
+
+    def _charge(self, reqs: Sequence[Req]) -> None:
+        """Charge clients for what was computed since they last were."""
+        for req in reqs:
+            self._waiting.charge(req.params.client, max(0, req.num_computed - req.num_charged))
+            req.num_charged = max(req.num_charged, req.num_computed)
+
+    def _interrupt(self, req: Req) -> None:
+        """A long prefill goes back to the queue, and what it has computed to the cache, while others have had less; but
+        for the last pages, so it must have come further than the last time."""
+        num_left = req.num_tokens - req.num_computed + len(self._running)
+        is_long = num_left > self._config.max_prefill_length and self._config.cache_type == "radix"
+        is_further = req.num_computed >= req.num_interrupted + self._page_size and not _tells_prompt(req)
+        if is_long and is_further and self._rows and self._waiting.overtakes(req.params.client):
+            req.num_interrupted = req.num_computed
+            self._retract(req)
+
+    def _make_way(self, req: Req, missing: int) -> int:
+        """So many pages are too few for a waiting request, or there is no row (0). If another client has twice what it
+        wants and four times what its client has, that one's youngest go back to the queue. Returns 0, its tokens."""
+        client, wanted = req.params.client, div_ceil(len(req.tokens), self._page_size) if missing else 1
+        held: Counter[str] = Counter()
+        for other in self._running:
+            held[other.params.client] += len(other.pages) if missing else 1
+        most = max(held, key=held.__getitem__, default=client)
+        if most == client or any(other.preempted for other in self._leaving):
+            return 0
+        for other in self._running[::-1]:
+            if held[most] >= 4 * held[client] + 2 * wanted and other.params.client == most:
+                gain = len(other.pages) if missing else 1
+                held[most], missing = held[most] - gain, missing - gain
+                self._retract(other)
+                if missing <= 0:
+                    break
+        return 0
 
     # --- ending
 
@@ -443,7 +488,7 @@ class Planner:
     ) -> ReqOutput:
         del self._reqs[req.uid]
         if req.state is ReqState.WAITING:
-            del self._waiting[req.uid]
+            self._waiting.remove(req.params.client, req.uid)
         elif not req.preempted:
             self._running.remove(req)
             self._leaving.append(req)
@@ -480,8 +525,7 @@ class Planner:
             req.preempted = False
             if req.state is not ReqState.FINISHED:
                 req.state, req.prefix = ReqState.WAITING, np.array(req.tokens, np.int32)
-                self._waiting[req.uid] = req
-                self._waiting.move_to_end(req.uid, last=False)
+                self._waiting.put(req.params.client, req.uid, req, first=True)
 
     def _private_pages(self, req: Req) -> list[int]:
         """The request's pages that the cache does not own: not full, or computed twice at the same time."""

@@ -5,25 +5,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from fastapi import Request, Response
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
+from minisgl.server.admission import Place
 from minisgl.server.bodies import json_response, owner_of
 from minisgl.server.frontend import Frontend, Stream
 from minisgl.server.protocol import GenerationRequest, renamed
 from minisgl.server.render import Renderer, Totals, event, mean_logprob
+from minisgl.server.strict import shown
 
 logger = logging.getLogger(__name__)
 
 ACCEPT_SECONDS = 5.0  # that a stream's header waits for what may refuse the request: encoding, and compiling a grammar
+
+TIMEOUT = "x-request-timeout"  # seconds
+# How long OpenAI's and Anthropic's libraries wait for an answer, or for the next part of a stream.
+LIBRARY_TIMEOUTS = ("x-stainless-read-timeout", "x-stainless-timeout")
+_NUMBER = re.compile(r"\d{1,6}(\.\d{1,15})?", re.ASCII)
 
 T = TypeVar("T")
 
@@ -35,10 +45,16 @@ async def answer_request(
     streams: list[Stream] = []  # one per choice, for each prompt in order
     request_ids = (request.state.request_id, renderer.id, owner_of(request))
     try:
-        params = replace(parsed.params, cache_salt=owner_of(request) + parsed.params.cache_salt)
+        place: Place = request.state.place
+        place.take(len(parsed.prompts) * parsed.num_choices - 1)
+        salt = owner_of(request) + parsed.params.cache_salt
+        params = replace(parsed.params, cache_salt=salt, client=place.client)
+        send = partial(frontend.submit, notify=parsed.stream, count=parsed.num_choices, begin=place.begin)
         for prompt in parsed.prompts:
-            count = parsed.num_choices
-            streams += frontend.submit(prompt, params, request_ids, notify=parsed.stream, count=count)
+            streams += send(prompt, params, request_ids)
+        if seconds := _seconds(parsed, request.headers):
+            late = RequestError(f"no answer within {seconds:g} s, as the request has it", code="timeout", status=504)
+            place.timer = asyncio.get_running_loop().call_later(seconds, _abort, streams, late)
         totals = request.state.totals = Totals(len(streams), parsed.num_choices)
         if not parsed.stream:
             choices = await unless_disconnected(request.receive, _collect(streams, totals))
@@ -62,9 +78,19 @@ def _best(choices: Sequence[Sequence[UserReply]], parsed: GenerationRequest) -> 
     return [choice for group in groups for choice in sorted(group, key=mean_logprob, reverse=True)[: parsed.n]]
 
 
-def _abort(streams: Sequence[Stream]) -> None:
+def _seconds(parsed: GenerationRequest, headers: Headers) -> float:
+    """How long the answer may take; 0: for ever. Raises: RequestError when the client's own header is no number."""
+    own = headers.get(TIMEOUT, "0")
+    if not _NUMBER.fullmatch(own):
+        raise RequestError(f"{TIMEOUT} must be a number of seconds, not {shown(own)!r}")
+    names = () if parsed.stream else LIBRARY_TIMEOUTS
+    told = [float(value) for name in names if _NUMBER.fullmatch(value := headers.get(name, ""))]
+    return min(filter(None, [parsed.timeout, float(own), *told]), default=0.0)
+
+
+def _abort(streams: Sequence[Stream], error: RequestError | None = None) -> None:
     for stream in streams:
-        stream.abort()
+        stream.abort(error)
 
 
 async def _accepted(streams: Sequence[Stream]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,7 @@ from minisgl.env import env_number
 from minisgl.errors import MiniSGLError, WorkerDied
 from minisgl.message.tokenizer import ChatPrompt
 from minisgl.server import operations, protocol, render
+from minisgl.server.admission import Admission
 from minisgl.server.answer import answer_request
 from minisgl.server.assemble import new_assembler, with_grammar
 from minisgl.server.bodies import MAX_BODY_BYTES, Bodies, check_model, json_response, owner_of
@@ -55,6 +57,7 @@ def create_app(
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
     bodies = Bodies(config, max_body)
     _add_error_handlers(app)
+    app.add_middleware(Admission, config=config)
     app.openapi = cache(lambda: json.loads(DOCUMENT.read_bytes()))  # type: ignore[method-assign]
 
     async def read(request: Request, parse: Parser[R], defaults: Defaults = config.default_sampling) -> R:
@@ -70,6 +73,7 @@ def create_app(
     async def generate(request: Request, parse: Parser[R], make: Make[R]) -> Response:
         parsed = await read(request, parse)
         check_policy(parsed.params, config.scheduler.schedule_policy)
+        parsed = replace(parsed, timeout=parsed.timeout or config.request_timeout)
         return await answer_request(frontend, request, parsed, make(parsed), keepalive)
 
     def add(path: str, about: str, parse: Parser[R], make: Make[R]) -> None:
@@ -158,6 +162,8 @@ def _add_error_handlers(app: FastAPI) -> None:
             if status in (429, 503):
                 headers = {"retry-after": str(error.retry_after)}
             request.state.refused = payload["error"]["param"], payload["error"]["code"]
+            if error.retry_after is not None:
+                headers = {"retry-after": str(error.retry_after)}
         elif isinstance(error, HTTPException):
             message, status, headers = error.detail, error.status_code, error.headers
             if status in (404, 405):

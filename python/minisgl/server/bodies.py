@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
+from ipaddress import IPv6Network
 from mmap import mmap
 from typing import TypeVar, cast
 
 from fastapi import Request, Response
+from starlette.types import Scope
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
@@ -95,6 +98,14 @@ class Bodies:
 def owner_of(request: Request) -> str:
     """Whose what it stores is, by API key."""
     return str(getattr(request.state, "owner", ""))
+
+
+def client_of(scope: Scope) -> str:
+    """Whose request it is: by API key, or by address. Who has an IPv6 address has 2**64 of them."""
+    host = str((scope.get("client") or ("",))[0]).removeprefix("::ffff:")
+    with suppress(ValueError):
+        host = str(IPv6Network((host.partition("%")[0], 64), strict=False))
+    return str(scope["state"].get("owner", ""))[:16] or host
 
 
 def check_content_type(value: str | None) -> None:

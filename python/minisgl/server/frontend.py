@@ -8,7 +8,7 @@ import itertools
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from minisgl.utils.sockets import AsyncPullSocket, PushSocket
 logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
+MAX_REPLIES = 32  # that wait for a slow reader one by one
 
 DETOKENIZER = "detokenizer-0"
 MAX_SENT = 2  # times that a request is sent: one whose workers die each time may be why they do
@@ -38,6 +39,7 @@ class _Request:
     """What was sent for some streams, and may have to be sent again."""
 
     message: tokenizer.TokenizeMsg | None  # None once output has come
+    begin: Callable[[], None]  # to be called then
     streams: list[Stream] = field(default_factory=list)  # by uid
     route: str = ""  # the tokenizer that has it; "": it waits until workers are there again
     num_sent: int = 0
@@ -94,13 +96,17 @@ class Stream(AsyncIterator[UserReply]):
         """Abort the request unless it has ended. Idempotent."""
         self.abort()
 
-    def abort(self) -> None:
-        """The same, from where nothing can be awaited."""
-        self._frontend.abort(self)
+    def abort(self, error: RequestError | None = None) -> None:
+        """The same, from where nothing can be awaited. error: for its reader."""
+        self._frontend.abort(self, error)
 
     def push(self, reply: UserReply) -> None:
         self._replies.append(reply)
-        self.request.message = None
+        if self.request.message is not None:
+            self.request.message = None
+            self.request.begin()
+        if len(self._replies) > MAX_REPLIES:
+            self._replies.append(_merge(self._replies))
         self._finished = reply.finish_reason is not None
         self._news.set()
 
@@ -176,9 +182,10 @@ class Frontend:
         *,
         notify: bool = False,
         count: int = 1,
+        begin: Callable[[], None] = lambda: None,
     ) -> list[Stream]:
         """Send a request for `count` outputs on its way, each a stream; it waits while workers are started again.
-        request_ids: for `cancel`; notify: for `Stream.accepted`.
+        request_ids: for `cancel`; notify: for `Stream.accepted`; begin: called when output has come.
 
         Raises: WorkerDied when the server is going down.
         """
@@ -186,7 +193,7 @@ class Frontend:
             raise self._down
         if params.seed is None:
             params = replace(params, seed=random.randint(0, MAX_SEED))
-        request = _Request(tokenizer.TokenizeMsg(0, prompt, params, notify, count))
+        request = _Request(tokenizer.TokenizeMsg(0, prompt, params, notify, count), begin)
         request.streams = [Stream(self, request, request_ids) for _ in range(count)]
         self._send(request)
         return request.streams
@@ -204,12 +211,12 @@ class Frontend:
             request.is_accepted = False
             self._tokenizers[request.route].send([msgspec.structs.replace(request.message, uid=first_uid)])
 
-    def abort(self, stream: Stream) -> None:
-        """End a stream that nobody reads any more."""
+    def abort(self, stream: Stream, error: RequestError | None = None) -> None:
+        """End a stream that nobody reads any more, or one whose reader gets this error."""
         if self._streams.pop(stream.uid, None) is None:
             return
         self.metrics.finish(stream.timing, FinishReason.ABORT)
-        stream.fail(RequestError("the request was aborted", status=499))
+        stream.fail(error or RequestError("the request was aborted", status=499))
         if self._down is None and stream.request.route:
             self._send_abort(stream)
 

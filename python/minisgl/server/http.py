@@ -9,40 +9,37 @@ import functools
 import ipaddress
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from minisgl.config.runtime import Addresses, ServerConfig
-from minisgl.env import env_bool
+from minisgl.env import env_bool, env_number
 from minisgl.errors import WorkerDied
 from minisgl.server.access import guarded
 from minisgl.server.api_server import create_app
 from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend
 from minisgl.server.launch import call_in
+from minisgl.server.render import error_body
+from minisgl.server.render_messages import as_asked
 from minisgl.server.supervisor import Supervisor
 from minisgl.server.workers import ENDING_SIGNALS
+from minisgl.utils.connection import Connection
+from minisgl.utils.json_line import dump_json
 
 logger = logging.getLogger(__name__)
 
 NOTICE_SECONDS = 0.5  # for the last errors to reach the clients
 LINGER_SECONDS = 1.0  # that the port stays open when all requests have ended, and then connections do
 KEEP_ALIVE_SECONDS = 60
-
-
-class HttpConnection(H11Protocol):
-    """Where the body of a request makes no sense and its head did, the answer is 400, and nobody's beside it."""
-
-    def send_400_response(self, msg: str) -> None:
-        super().send_400_response(msg)
-        if self.cycle is not None:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+MAX_CONNECTIONS = 4096
+MAX_ACCEPTS = 16  # connections taken in one round of the event loop
+SEND_BUFFER = 2**15  # bytes of an answer that the kernel keeps for a client, or twice as many
 
 
 class HttpServer(uvicorn.Server):
@@ -63,6 +60,8 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._listener.listen(MAX_CONNECTIONS)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         _announce(self._config, self._listener)
 
     @contextlib.contextmanager
@@ -149,9 +148,14 @@ async def serve_http(
     async with Frontend(addresses) as frontend:
         exposition = Exposition(config.served_model_name, frontend.metrics, supervisor.num_restarts)
         app = create_app(frontend, config, exposition, supervisor.silent)
+        timeouts = {"READ": 20.0, "WRITE": 30.0}  # seconds
+        read, write = (env_number(f"MINISGL_{kind}_TIMEOUT", timeouts[kind], low=0.1, high=86400) for kind in timeouts)
+        connect = functools.partial(Connection, read=read, write=write, refusal=_refusal)
         uvicorn_config = uvicorn.Config(
             guarded(app, config.access, exposition.count_http, log=env_bool("MINISGL_ACCESS_LOG", True)),
-            http=HttpConnection,  # whatever else is installed: this one's limits and answers are tested
+            http=connect,  # type: ignore[arg-type]  # it is called as the class is
+            limit_concurrency=_max_connections(),
+            backlog=MAX_ACCEPTS,
             ws="none",  # there are no such routes, and a broken handshake would be a fault of ours
             log_config=None,
             access_log=False,
@@ -181,6 +185,20 @@ class LoopErrors:
         elif loop.time() > self._quiet_until:
             self._quiet_until = loop.time() + 10
             logger.error("no descriptor is left (ulimit -n): who connects now has to wait until others have gone")
+
+
+def _refusal(path: str, status: int, message: str) -> bytes:
+    return dump_json(as_asked({"path": path}, error_body(message, status), status))
+
+
+def _max_connections() -> int:
+    """What the limit of descriptors leaves, raised as far as it may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft if hard == resource.RLIM_INFINITY else min(hard, 2 * MAX_CONNECTIONS)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    left = max(soft, wanted) - len(os.listdir("/dev/fd"))
+    return max(1, min(MAX_CONNECTIONS, left - min(64, left // 2)))
 
 
 def _announce(config: ServerConfig, listener: socket.socket) -> None:

@@ -101,6 +101,7 @@ class GenerateBody(Body):
     sampling_params: GenerateSampling | None = optional("How to continue it.")
     cache_salt: Salt | None = optional("As in `sampling_params`.")
     stream: bool | None = optional("Answer with server-sent events.")
+    timeout: float | None = optional("As in `sampling_params`.", gt=0, le=1e6)
 
 
 CHAT = fields_of(ChatBody)
@@ -122,6 +123,7 @@ class GenerationRequest:
     tools: ToolUse | None = None  # None: the model is not to know of any
     best_of: int = 0  # so many choices for each prompt, of which the `n` most probable ones are shown; 0: n
     logprobs: bool = False  # are shown
+    timeout: float = 0.0  # seconds; 0: the client has named none
     names: Mapping[str, str] | None = None  # another API's, for fields of a chat: see `renamed`
 
     @property
@@ -211,7 +213,8 @@ def parse_generate(data: bytes, defaults: Defaults, reading: Reading | None = No
     max_tokens = sampling.max_tokens if sampling.max_new_tokens is None else sampling.max_new_tokens
     prompt = TextPrompt(text=body.text) if body.text is not None else _ids_prompt(body.input_ids or [], "input_ids")
     sampling.cache_salt = body.cache_salt or sampling.cache_salt
-    return GenerationRequest((prompt,), sampling._params(max_tokens, defaults), stream=bool(body.stream))
+    params, timeout = sampling._params(max_tokens, defaults), body.timeout or sampling.timeout or 0.0
+    return GenerationRequest((prompt,), params, stream=bool(body.stream), timeout=timeout)
 
 
 def _request(body: _OpenAIBody, prompts: tuple[Prompt, ...], params: SamplingParams) -> GenerationRequest:
@@ -227,6 +230,7 @@ def _request(body: _OpenAIBody, prompts: tuple[Prompt, ...], params: SamplingPar
         stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),
         logprobs=params.logprobs is not None,
+        timeout=body.timeout or 0.0,
     )
 
 

@@ -58,6 +58,7 @@ class SamplingFields(BaseModel):
     )
 
     cache_salt: Salt | None = optional("Cached prefixes are shared with requests of the same salt and API key only.")
+    timeout: float | None = optional("The answer ends with an error after so many seconds.", gt=0, le=1e6)
 
     def _params(self, max_tokens: int | None, defaults: Defaults, logprobs: int | None = None) -> SamplingParams:
         """Raises: RequestError naming the field that is out of range."""
@@ -80,7 +81,7 @@ class SamplingFields(BaseModel):
 
 
 # Of those fields: what `SamplingParams` has by the same name and in the same form.
-_PLAIN = SamplingFields.model_fields.keys() - {"logit_bias", "seed", "stop", "stop_token_ids"}
+_PLAIN = SamplingFields.model_fields.keys() - {"logit_bias", "seed", "stop", "stop_token_ids", "timeout"}
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:

@@ -1,0 +1,114 @@
+"""The door: how much may be on its way, whose, and whose turn it is to be read."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from minisgl.config.runtime import ServerConfig
+from minisgl.errors import RequestError
+from minisgl.server.bodies import client_of, json_response
+from minisgl.server.render import error_payload
+from minisgl.server.render_messages import as_asked
+from minisgl.utils.fairness import FairQueue, Quota
+
+BYTES_PER_TOKEN = 4  # of a body, as long as its tokens are not known
+TURNS = 8  # requests read in one round of the event loop: whoever asks for little waits for no more than these
+MAX_RETRY_SECONDS = 60
+ALWAYS = ("/abort_request", "/flush_cache")  # what the operator does about a crowd
+
+
+class Place:
+    """One request's share of what waits. client: whose it is; timer: what ends the request, unless it ends before."""
+
+    def __init__(self, door: Admission, client: str) -> None:
+        self.client, self._door = client, door
+        self._num_outputs = self._size = 0
+        self.timer: asyncio.TimerHandle | None = None
+
+    def take(self, num_outputs: int, size: int = 0) -> None:
+        """More than was known. size: bytes. Raises: RequestError (429) when there is no room for it."""
+        if not self._door.outputs.take(self.client, num_outputs):
+            raise self._door.refusal(f"{self._door.outputs.total} requests are running or waiting")
+        self._num_outputs += num_outputs
+        if not self._door.sizes.take(self.client, size):
+            raise self._door.refusal(f"prompts of {self._door.sizes.total} bytes are waiting")
+        self._size += size
+
+    def begin(self) -> None:
+        """The prompt waits no more."""
+        self._door.sizes.take(self.client, -self._size)
+        self._size = 0
+
+    def leave(self) -> None:
+        self.begin()
+        self._door.outputs.take(self.client, -self._num_outputs)
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+class Admission:
+    """Around what reads bodies: refuses what finds no room, before it is read, and lets the others in by turns."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+        self._app, self._fair = app, config.fair
+        self.outputs = Quota(config.scheduler.max_running_requests + config.max_queued_requests)
+        self.sizes = Quota(config.max_queued_tokens * BYTES_PER_TOKEN)
+        self._left: deque[float] = deque(maxlen=256)  # when the last ones did
+        self._turns: FairQueue[tuple[str, asyncio.Future[None]]] = FairQueue()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] in ALWAYS:
+            await self._app(scope, receive, send)
+            return
+        place = scope["state"]["place"] = Place(self, client_of(scope) if self._fair else "")
+        declared = Headers(scope=scope).get("content-length", "")
+        size = int(declared[:15]) if declared.isdecimal() else 0
+
+        async def receive_counted() -> Message:
+            message = await receive()
+            if not size:  # which was not told
+                place.take(0, len(message.get("body", b"")))
+            return message
+
+        try:
+            place.take(1, size)
+            await self._turn(place.client)
+            await self._app(scope, receive_counted, send)
+        except RequestError as error:
+            scope["state"]["refused"] = None, error.code
+            answer = as_asked(scope, error_payload(error), error.status)
+            await json_response(answer, error.status, {"retry-after": str(error.retry_after)})(scope, receive, send)
+        finally:
+            place.leave()
+            self._left.append(asyncio.get_running_loop().time())
+
+    def refusal(self, why: str) -> RequestError:
+        """An error that says when to come again: when, at the pace of the last ones, half of those here have left."""
+        passed = asyncio.get_running_loop().time() - self._left[0] if self._left else 0.0
+        crowd = self.outputs.total / max(1, len(self._left))
+        wait = min(MAX_RETRY_SECONDS, 1 + int(passed * crowd * random.uniform(0.4, 0.6)))
+        error = RequestError(f"{why}; try again in {wait} s", code="rate_limit_exceeded", status=429)
+        error.retry_after = wait
+        return error
+
+    async def _turn(self, client: str) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._turns:
+            loop.call_soon(self._next)
+        turn = loop.create_future()
+        self._turns.put(client, id(turn), (client, turn))
+        await turn
+
+    def _next(self) -> None:
+        for _ in range(min(TURNS, len(self._turns))):
+            client, turn = next(iter(self._turns.turn().values()))
+            self._turns.remove(client, id(turn))
+            self._turns.charge(client, 1)
+            turn.set_result(None)
+        if self._turns:
+            asyncio.get_running_loop().call_soon(self._next)
