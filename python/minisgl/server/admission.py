@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import deque
+from collections import Counter, deque
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,11 +14,12 @@ from minisgl.errors import RequestError
 from minisgl.server.bodies import client_of, json_response
 from minisgl.server.render import error_payload
 from minisgl.server.render_messages import as_asked
-from minisgl.utils.fairness import FairQueue, Quota
+from minisgl.utils.fairness import FairQueue
 
 BYTES_PER_TOKEN = 4  # of a body, as long as its tokens are not known
 TURNS = 8  # requests read in one round of the event loop: whoever asks for little waits for no more than these
 MAX_RETRY_SECONDS = 60
+OUTPUTS, BYTES = "requests are running or waiting", "bytes of prompts are waiting"  # what has limits
 ALWAYS = ("/abort_request", "/flush_cache")  # what the operator does about a crowd
 
 
@@ -27,28 +28,36 @@ class Place:
 
     def __init__(self, door: Admission, client: str) -> None:
         self.client, self._door = client, door
-        self._num_outputs = self._size = 0
+        self._taken: Counter[str] = Counter()
         self.timer: asyncio.TimerHandle | None = None
 
-    def take(self, num_outputs: int, size: int = 0) -> None:
-        """More than was known. size: bytes. Raises: RequestError (429) when there is no room for it."""
-        if not self._door.outputs.take(self.client, num_outputs):
-            raise self._door.refusal(f"{self._door.outputs.total} requests are running or waiting")
-        self._num_outputs += num_outputs
-        if not self._door.sizes.take(self.client, size):
-            raise self._door.refusal(f"prompts of {self._door.sizes.total} bytes are waiting")
-        self._size += size
+    def take(self, outputs: int, size: int = 0) -> None:
+        """More than was known. size: bytes. Raises: RequestError (429) when there is no room for it.
+
+        One client alone may have all of a limit; however many crowd in, the next one finds room in an eighth on top.
+        """
+        for what, count in ((OUTPUTS, outputs), (BYTES, size)):
+            total, own = self._door.used[what, None], self._door.used[what, self.client]
+            if total and count and own + count + 8 * (total + count) > 9 * self._door.limits[what]:
+                raise self._door.refusal(f"{total} {what}")
+            self._add(what, count)
 
     def begin(self) -> None:
         """The prompt waits no more."""
-        self._door.sizes.take(self.client, -self._size)
-        self._size = 0
+        self._add(BYTES, -self._taken[BYTES])
 
     def leave(self) -> None:
-        self.begin()
-        self._door.outputs.take(self.client, -self._num_outputs)
+        for what in (OUTPUTS, BYTES):
+            self._add(what, -self._taken[what])
         if self.timer is not None:
             self.timer.cancel()
+
+    def _add(self, what: str, count: int) -> None:
+        self._taken[what] += count
+        for whose in (None, self.client):
+            self._door.used[what, whose] += count
+            if not self._door.used[what, whose]:
+                del self._door.used[what, whose]
 
 
 class Admission:
@@ -56,8 +65,9 @@ class Admission:
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app, self._fair = app, config.fair
-        self.outputs = Quota(config.scheduler.max_running_requests + config.max_queued_requests)
-        self.sizes = Quota(config.max_queued_tokens * BYTES_PER_TOKEN)
+        outputs = config.scheduler.max_running_requests + config.max_queued_requests
+        self.limits = {OUTPUTS: outputs, BYTES: config.max_queued_tokens * BYTES_PER_TOKEN}
+        self.used: Counter[tuple[str, str | None]] = Counter()  # by whom; None: by all
         self._left: deque[float] = deque(maxlen=256)  # when the last ones did
         self._turns: FairQueue[tuple[str, asyncio.Future[None]]] = FairQueue()
 
@@ -90,7 +100,7 @@ class Admission:
     def refusal(self, why: str) -> RequestError:
         """An error that says when to come again: when, at the pace of the last ones, half of those here have left."""
         passed = asyncio.get_running_loop().time() - self._left[0] if self._left else 0.0
-        crowd = self.outputs.total / max(1, len(self._left))
+        crowd = self.used[OUTPUTS, None] / max(1, len(self._left))
         wait = min(MAX_RETRY_SECONDS, 1 + int(passed * crowd * random.uniform(0.4, 0.6)))
         error = RequestError(f"{why}; try again in {wait} s", code="rate_limit_exceeded", status=429)
         error.retry_after = wait

@@ -25,12 +25,9 @@ from minisgl.server.api_server import create_app
 from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend
 from minisgl.server.launch import call_in
-from minisgl.server.render import error_body
-from minisgl.server.render_messages import as_asked
 from minisgl.server.supervisor import Supervisor
 from minisgl.server.workers import ENDING_SIGNALS
 from minisgl.utils.connection import Connection
-from minisgl.utils.json_line import dump_json
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +147,7 @@ async def serve_http(
         app = create_app(frontend, config, exposition, supervisor.silent)
         timeouts = {"READ": 20.0, "WRITE": 30.0}  # seconds
         read, write = (env_number(f"MINISGL_{kind}_TIMEOUT", timeouts[kind], low=0.1, high=86400) for kind in timeouts)
-        connect = functools.partial(Connection, read=read, write=write, refusal=_refusal)
+        connect = functools.partial(Connection, read=read, write=write)
         uvicorn_config = uvicorn.Config(
             guarded(app, config.access, exposition.count_http, log=env_bool("MINISGL_ACCESS_LOG", True)),
             http=connect,  # type: ignore[arg-type]  # it is called as the class is
@@ -185,10 +182,6 @@ class LoopErrors:
         elif loop.time() > self._quiet_until:
             self._quiet_until = loop.time() + 10
             logger.error("no descriptor is left (ulimit -n): who connects now has to wait until others have gone")
-
-
-def _refusal(path: str, status: int, message: str) -> bytes:
-    return dump_json(as_asked({"path": path}, error_body(message, status), status))
 
 
 def _max_connections() -> int:

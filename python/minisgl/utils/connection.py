@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from minisgl.utils.json_line import dump_json
 
 MIN_RATE = 1024  # bytes a second, of a body
 LINGER_SECONDS = 2  # for what a client still has under way when it is answered; else it might not see the answer
@@ -17,17 +18,11 @@ _HEAD = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d
 
 class Connection(H11Protocol):
     """uvicorn's, within limits. Every `read` seconds a request that has begun must have ended, or brought MIN_RATE;
-    every `write` seconds some of an answer must have been taken. Beyond config.limit_concurrency, it is refused.
+    every `write` seconds some of an answer must have been taken. Beyond config.limit_concurrency, it is refused."""
 
-    refusal: makes the body of an answer, from the path, the status and a message.
-    """
-
-    def __init__(
-        self, *args: Any, read: float, write: float, refusal: Callable[[str, int, str], bytes], **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, read: float, write: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._read, self._write, self._refusal = read, write, refusal
-        self._limit, self.limit_concurrency = self.limit_concurrency or 0, None
+        self._read, self._write, self._limit, self.limit_concurrency = read, write, self.limit_concurrency or 0, None
         self._num_read, self._has_ended = 0, False
         self._reading: asyncio.TimerHandle | None = None  # runs while something of a request is missing
         self._writing: asyncio.TimerHandle | None = None  # has run since an answer last had to wait
@@ -51,11 +46,7 @@ class Connection(H11Protocol):
             self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """Where the body of a request makes no sense and its head did, nobody answers beside."""
-        super().send_400_response(msg)
-        if self.cycle is not None:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        self._end(400, msg)  # also where the head made sense: nobody answers beside
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -84,13 +75,11 @@ class Connection(H11Protocol):
         if is_missing and self._reading is None:
             self._num_read, self._reading = 0, self.loop.call_later(self._read, self._on_slow_request)
         elif not is_missing and self._reading is not None:
-            self._reading.cancel()
-            self._reading = None
+            self._reading = self._reading.cancel()  # type: ignore[func-returns-value]
 
     def _on_slow_request(self) -> None:
-        self._reading = None
-        is_head = self.conn.their_state is h11.IDLE
-        if (is_head and not self.conn.trailing_data[0]) or (not is_head and self.cycle.response_started):
+        self._reading, is_head = None, self.conn.their_state is h11.IDLE
+        if not self.conn.trailing_data[0] if is_head else self.cycle.response_started:
             self.transport.close()
         elif self.flow.read_paused or self._num_read >= MIN_RATE * self._read:
             self._watch()
@@ -98,15 +87,18 @@ class Connection(H11Protocol):
             self._end(408, f"the request did not arrive within {self._read:g} s")
 
     def _end(self, status: int, message: str) -> None:
-        """Answer in the place of the application, and close: our half now, the rest once the client has seen it."""
-        body = self._refusal(self.scope["path"] if self.scope else "", status, message)
+        """Answer in the place of the application, as OpenAI's and Anthropic's clients both read it, and close: our half
+        now, the rest once the client has seen it."""
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        error = {"message": message, "type": kind, "param": None, "code": None}
+        body = dump_json({"type": "error", "error": error})
         self._has_ended = True
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.write(_HEAD % (status, STATUS_PHRASES[status], len(body)) + b"\r\n\r\n" + body)
-        if not self.transport.can_write_eof() or len(self.connections) > self._limit + MAX_LINGERING:
+        if self.transport.can_write_eof() and len(self.connections) <= self._limit + MAX_LINGERING:
+            self.transport.write_eof()
+            self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+        else:
             self.transport.close()
-            return
-        self.transport.write_eof()
-        self.loop.call_later(LINGER_SECONDS, self.transport.abort)

@@ -1,8 +1,8 @@
-"""Whose turn it is, and who may have how much, where several clients want the same: functions of their calls alone."""
+"""Whose turn it is where several clients want the same: a function of the calls alone."""
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
@@ -59,21 +59,3 @@ class FairQueue(Generic[T]):
     def overtakes(self, client: str) -> bool:
         """Whether another client waits that was charged less than this one."""
         return min(map(self._charged.__getitem__, self._queues), default=0) < self._charged.get(client, 0)
-
-
-class Quota:
-    """How much of something is in use, by client. One alone may have all of `limit`; however many crowd in, the next
-    one still finds room in the eighth that comes on top."""
-
-    def __init__(self, limit: int) -> None:
-        self.total, self._limit = 0, limit
-        self._of: Counter[str] = Counter()
-
-    def take(self, client: str, count: int) -> bool:
-        """Use more; False if there is no room. A negative count gives back."""
-        if self.total and self._of[client] + count + 8 * (self.total + count) > 9 * self._limit and count > 0:
-            return False
-        self.total, self._of[client] = self.total + count, self._of[client] + count
-        if not self._of[client]:
-            del self._of[client]
-        return True
