@@ -250,8 +250,8 @@ def test_ctrl_c_whenever_it_comes(model: Path, monkeypatch: pytest.MonkeyPatch, 
         }[moment]
         real = getattr(owner, name)
 
-        def interrupted(*args: Any) -> Any:
-            result = real(*args)
+        def interrupted(*args: Any, **named: Any) -> Any:
+            result = real(*args, **named)
             signal.raise_signal(signal.SIGINT)
             return result
 

@@ -71,7 +71,9 @@ class TokenizerServer:
                 for first in range(0, len(messages), MAX_BATCH):
                     fault("message")
                     to_backend, to_frontend = self.handle(messages[first : first + MAX_BATCH])
-                    self._send(to_backend, to_frontend)
+                    with self._lock:
+                        self._frontend.send(to_frontend)
+                        self._backend.send(to_backend)
                     beat()
         finally:
             self.close()
@@ -107,11 +109,6 @@ class TokenizerServer:
         self._lock.acquire()  # for good: other threads must not send any more
         for socket in (self._inbox, self._backend, self._frontend):
             socket.close()
-
-    def _send(self, to_backend: Sequence[BackendMsg], to_frontend: Sequence[FrontendMsg]) -> None:
-        with self._lock:
-            self._frontend.send(to_frontend)
-            self._backend.send(to_backend)
 
     def _answer(self, message: TextMsg) -> Answers:
         answer = self._tokenizer.answer(message)

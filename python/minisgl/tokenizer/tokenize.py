@@ -21,7 +21,6 @@ from minisgl.message.frontend import DecodedReply, EncodedReply, ErrorReply
 from minisgl.message.tokenizer import (
     PROMPT_TAIL,
     ChatPrompt,
-    DecodeMsg,
     EncodeMsg,
     IdsPrompt,
     Prompt,
@@ -183,14 +182,13 @@ class Tokenizer:
         """What a request has to become for the scheduler, a question's answer, or why it is refused. Never raises."""
         try:
             fault("prompt")
+            if isinstance(message, TokenizeMsg):
+                ids = self.encode(message.prompt)
+                return UserMsg(message.uid, pack_ids(ids), self._finish_params(message, ids), message.count)
             if isinstance(message, EncodeMsg):
-                ids = self.encode_only(message.prompt, special=message.special)
-                return EncodedReply(message.uid, pack_ids(ids))
-            if isinstance(message, DecodeMsg):
-                text = self.decode_only(unpack_ids(message.token_ids), skip_special=message.skip_special)
-                return DecodedReply(message.uid, text)
-            ids = self.encode(message.prompt)
-            return UserMsg(message.uid, pack_ids(ids), self._finish_params(message, ids), message.count)
+                return EncodedReply(message.uid, pack_ids(self.encode_only(message.prompt, special=message.special)))
+            text = self.decode_only(unpack_ids(message.token_ids), skip_special=message.skip_special)
+            return DecodedReply(message.uid, text)
         except RequestError as error:
             return ErrorReply(message.uid, str(error), error.status, error.param, error.code)
         except Exception as error:
