@@ -17,8 +17,8 @@ from minisgl.config.runtime import AccessConfig
 from minisgl.errors import RequestError
 from minisgl.server.access import IGNORED, MAX_TOLD, guarded
 from minisgl.server.api_server import ALL_BODIES
-from minisgl.server.fields import UNSUPPORTED
-from minisgl.server.operations import TOKENIZE
+from minisgl.server.fields import UNSUPPORTED, fields_of
+from minisgl.server.operations import TokenizeBody
 from minisgl.server.protocol import parse_chat, parse_completion, parse_generate
 from minisgl.server.protocol_responses import parse_responses
 from minisgl.server.strict import MAX_IGNORED, Reading, load_object
@@ -212,7 +212,9 @@ def test_one_request_has_only_so_many_names_remembered() -> None:
 
 def test_the_fields_of_tokenize() -> None:
     reading = Reading()
-    assert load_object(b'{"content": "a", "add_special_tokens": null, "x": 1}', TOKENIZE, reading) == {"prompt": "a"}
+    assert load_object(b'{"content": "a", "add_special_tokens": null, "x": 1}', fields_of(TokenizeBody), reading) == {
+        "prompt": "a"
+    }
     assert list(reading.ignored) == ["x"]
 
 

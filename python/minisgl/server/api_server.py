@@ -25,9 +25,10 @@ from minisgl.server.answer import answer_request
 from minisgl.server.assemble import new_assembler, with_grammar
 from minisgl.server.bodies import MAX_BODY_BYTES, Bodies, check_model, json_response, owner_of
 from minisgl.server.exposition import Exposition
+from minisgl.server.fields import fields_of
 from minisgl.server.frontend import Frontend
-from minisgl.server.protocol_messages import MESSAGES, MessagesBody, parse_messages
-from minisgl.server.protocol_responses import RESPONSES, ResponsesBody, ResponseStore, parse_responses
+from minisgl.server.protocol_messages import MessagesBody, parse_messages
+from minisgl.server.protocol_responses import ResponsesBody, ResponseStore, parse_responses
 from minisgl.server.protocol_sampling import Defaults, check_policy
 from minisgl.server.render_messages import MessagesRenderer, as_asked
 from minisgl.server.render_responses import ResponsesRenderer
@@ -35,7 +36,9 @@ from minisgl.server.strict import Reading
 
 DOCUMENT = Path(__file__).with_name("openapi.json")  # made by `python -m tools.openapi`
 # What requests may have.
-ALL_BODIES = protocol.BODIES | {ResponsesBody: RESPONSES, MessagesBody: MESSAGES} | operations.BODIES
+_GENERATE = (protocol.ChatBody, protocol.CompletionBody, protocol.GenerateBody, ResponsesBody, MessagesBody)
+_OTHERS = (operations.TokenizeBody, operations.DetokenizeBody, operations.AbortBody)
+ALL_BODIES = {model: fields_of(model) for model in (*_GENERATE, *_OTHERS)}
 
 R = TypeVar("R", bound=protocol.GenerationRequest)
 Parser = Callable[[bytes, Defaults, Reading], R]
@@ -89,12 +92,6 @@ def create_app(
     def completion(r: protocol.GenerationRequest) -> render.Renderer:
         return render.CompletionRenderer(name, include_usage=r.include_usage, logprobs=r.logprobs)
 
-    def message(r: protocol.GenerationRequest) -> render.Renderer:
-        return MessagesRenderer(name, new_assembler(r, config))
-
-    def generated(_: protocol.GenerationRequest) -> render.Renderer:
-        return render.GenerateRenderer()
-
     add("/v1/chat/completions", "Answer a chat.", protocol.parse_chat, chat)
     add("/v1/completions", "Continue a text, or several.", protocol.parse_completion, completion)
 
@@ -105,9 +102,10 @@ def create_app(
         parse, keep = partial(parse_responses, store=store, owner=owner), partial(store.put, owner)
         return await generate(request, parse, lambda r: ResponsesRenderer(name, r, new_assembler(r, config), keep))
 
-    add("/v1/messages", "Answer a conversation, in Anthropic's words.", parse_messages, message)
+    about = "Answer a conversation, in Anthropic's words."
+    add("/v1/messages", about, parse_messages, lambda r: MessagesRenderer(name, new_assembler(r, config)))
     about = "Continue a text or token ids; the answer has token ids too."
-    add("/generate", about, protocol.parse_generate, generated)
+    add("/generate", about, protocol.parse_generate, lambda _: render.GenerateRenderer())
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:

@@ -6,15 +6,15 @@ others whose clients are pointed at this server.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel
 
-from minisgl.server.strict import Fields
+from minisgl.server.strict import Body, Fields, Reading, load_object, validate
 
+B = TypeVar("B", bound=Body)
 Refused = dict[str, tuple[Any, ...]]
 _TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 NO_EFFECT = frozenset(_TABLE["no_effect"].split())
@@ -53,9 +53,17 @@ _NESTED = {name: OBJECTS[of] for name, of in _TABLE["nested"].items()}
 _NESTED |= dict.fromkeys(_TABLE["wrappers"].split(), _WRAPPED)
 
 
-def fields_of(model: type[BaseModel], nested: Mapping[str, Fields] | None = None) -> Fields:
-    """Of a body that says what to generate. nested: its objects, beside or instead of those of all bodies."""
+def load(model: type[B], data: bytes, reading: Reading | None) -> B:
+    """The body, checked. Raises: RequestError."""
+    return validate(model, load_object(data, fields_of(model), reading))
+
+
+@cache
+def fields_of(model: type[Body]) -> Fields:
+    """Of a body."""
     known, own = frozenset(model.model_fields), _TABLE["bodies"].get(model.__name__, {})
+    if own.get("alone"):
+        return Fields(known)
     refused: Refused = UNSUPPORTED | {name: tuple(values) for name, values in own.get("refused", {}).items()}
     refused |= dict.fromkeys(own.get("empty", "").split(), EMPTY)
     refused |= dict.fromkeys(_TABLE["wrapped"].split() if own.get("wrapped") else (), ())
@@ -63,6 +71,8 @@ def fields_of(model: type[BaseModel], nested: Mapping[str, Fields] | None = None
         known,
         {name: unless for name, unless in refused.items() if name not in known},
         NO_EFFECT - known,
-        _NESTED | {name: OBJECTS[of] for name, of in own.get("nested", {}).items()} | dict(nested or {}),
+        _NESTED
+        | {name: OBJECTS[of] for name, of in own.get("nested", {}).items()}
+        | {name: fields_of(inner) for name, inner in model.inner.items()},
         {name: of for name, of in (OTHER_NAMES | own.get("other_names", {})).items() if name not in known},
     )

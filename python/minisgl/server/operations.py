@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel
 
 import minisgl
 from minisgl.config.runtime import ServerConfig
@@ -16,14 +15,14 @@ from minisgl.message.tokenizer import ChatPrompt, TextPrompt
 from minisgl.server.access import require_operator
 from minisgl.server.bodies import Bodies, check_model, json_response, owner_of
 from minisgl.server.exposition import Exposition
-from minisgl.server.fields import fields_of
+from minisgl.server.fields import load
 from minisgl.server.frontend import Frontend
 from minisgl.server.messages import Message
 from minisgl.server.protocol import chat_request, check_size
 from minisgl.server.protocol_responses import ResponseStore
 from minisgl.server.protocol_sampling import check_ids
 from minisgl.server.protocol_tools import Tool
-from minisgl.server.strict import Body, Fields, Ids, Items, Reading, load, optional, shown
+from minisgl.server.strict import Body, Ids, Items, Reading, optional, shown
 
 SCRAPE_SECONDS = 2.0  # how long /metrics waits for the scheduler
 MAX_PAGE = 100  # items
@@ -58,12 +57,6 @@ class AbortBody(Body):
     abort_all: bool | None = optional("All of them.")
 
 
-TOKENIZE = fields_of(TokenizeBody)
-DETOKENIZE = Fields(DetokenizeBody.model_fields)
-ABORT = Fields(AbortBody.model_fields)
-BODIES: dict[type[BaseModel], Fields] = {TokenizeBody: TOKENIZE, DetokenizeBody: DETOKENIZE, AbortBody: ABORT}
-
-
 def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, bodies: Bodies) -> None:
     """/tokenize and /detokenize."""
     max_len = config.scheduler.max_seq_len
@@ -71,15 +64,16 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, bodi
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or a chat, as a request would have them."""
-        body, prompt, special = await bodies.read(request, partial(_tokenize_request, max_len))
+        body, prompt = await bodies.read(request, partial(_tokenize_request, max_len))
         check_model(body.model, config)
+        special = isinstance(prompt, TextPrompt) and body.add_special_tokens is not False
         tokens = await frontend.encode(prompt, special=special)
         return json_response({"count": len(tokens), "max_model_len": max_len, "tokens": tokens})
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
-        body = await bodies.read(request, partial(load, DetokenizeBody, DETOKENIZE))
+        body = await bodies.read(request, partial(load, DetokenizeBody))
         check_model(body.model, config)
         if len(body.tokens) > max_len:
             raise too_long("tokens", str(len(body.tokens)), max_len)
@@ -89,28 +83,26 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, bodi
         return json_response({"prompt": text, "text": text})  # vLLM's name for it, and SGLang's
 
 
-def _tokenize_request(
-    max_len: int, data: bytes, reading: Reading
-) -> tuple[TokenizeBody, ChatPrompt | TextPrompt, bool]:
-    body = load(TokenizeBody, TOKENIZE, data, reading)
-    prompt, special = _prompt(body)
+def _tokenize_request(max_len: int, data: bytes, reading: Reading) -> tuple[TokenizeBody, ChatPrompt | TextPrompt]:
+    body = load(TokenizeBody, data, reading)
+    prompt = _prompt(body)
     check_size([prompt], max_len)
-    return body, prompt, special
+    return body, prompt
 
 
-def _prompt(body: TokenizeBody) -> tuple[ChatPrompt | TextPrompt, bool]:
+def _prompt(body: TokenizeBody) -> ChatPrompt | TextPrompt:
     given = body.model_dump(include=_CHAT_FIELDS, exclude_none=True)
     if body.prompt is not None:
         if given:
             raise RequestError(f"give either prompt or {next(iter(given))}", param="prompt")
-        return TextPrompt(text=body.prompt), body.add_special_tokens is not False
+        return TextPrompt(text=body.prompt)
     if body.messages is None:
         raise RequestError("give prompt or messages", param="prompt")
     if body.add_special_tokens:
         raise RequestError("add_special_tokens is for prompt: a chat template has its own", param="add_special_tokens")
     prompt = chat_request(given, {}).prompts[0]
     assert isinstance(prompt, ChatPrompt)
-    return prompt, False
+    return prompt
 
 
 def add_admin_routes(
@@ -153,7 +145,7 @@ def add_admin_routes(
     @app.post("/abort_request")
     async def abort_request(request: Request) -> Response:
         """End requests: their answers end with `abort`. Ids that are not there, or another key's, are no error."""
-        body = await bodies.read(request, partial(load, AbortBody, ABORT))
+        body = await bodies.read(request, partial(load, AbortBody))
         if (body.rid is None) == (not body.abort_all):
             raise RequestError("give either rid or abort_all: true", param="rid")
         require_operator(request.scope["state"], "abort_all", body.abort_all)

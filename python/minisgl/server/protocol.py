@@ -9,18 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from minisgl.core import MAX_COUNT, MAX_LOGPROBS, SamplingParams
 from minisgl.errors import RequestError, too_long
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt, least_tokens
-from minisgl.server.fields import fields_of
+from minisgl.server.fields import fields_of, load
 from minisgl.server.messages import Message, chat_messages
 from minisgl.server.protocol_grammar import GrammarFields
 from minisgl.server.protocol_sampling import Defaults, Salt, SamplingFields, check_ids
 from minisgl.server.protocol_tools import MAX_TOOLS, Tool, ToolUse, template_kwargs, tool_use
-from minisgl.server.strict import Body, Count, Fields, Ids, Items, Reading, load, load_object, optional, shown, validate
+from minisgl.server.strict import Body, Count, Fields, Ids, Items, Reading, load_object, optional, shown, validate
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -96,18 +96,13 @@ class GenerateSampling(Body, SamplingFields):
 class GenerateBody(Body):
     """POST /generate: `text` or `input_ids`."""
 
+    inner = {"sampling_params": GenerateSampling}  # noqa: RUF012
     text: str | None = optional("The prompt.", minLength=1)
     input_ids: Ids | None = optional("The prompt as token ids.", minItems=1)
     sampling_params: GenerateSampling | None = optional("How to continue it.")
     cache_salt: Salt | None = optional("As in `sampling_params`.")
     stream: bool | None = optional("Answer with server-sent events.")
     timeout: float | None = optional("As in `sampling_params`.", gt=0, le=1e6)
-
-
-CHAT = fields_of(ChatBody)
-COMPLETION = fields_of(CompletionBody)
-GENERATE = fields_of(GenerateBody, {"sampling_params": fields_of(GenerateSampling)})
-BODIES: dict[type[BaseModel], Fields] = {ChatBody: CHAT, CompletionBody: COMPLETION, GenerateBody: GENERATE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +129,7 @@ class GenerationRequest:
 
 def parse_chat(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    return chat_request(load_object(data, CHAT, reading), defaults)
+    return chat_request(load_object(data, fields_of(ChatBody), reading), defaults)
 
 
 def chat_request(raw: dict[str, Any], defaults: Defaults, names: Mapping[str, str] | None = None) -> GenerationRequest:
@@ -169,15 +164,10 @@ def _chat_request(body: ChatBody, defaults: Defaults) -> GenerationRequest:
 
 def parse_completion(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    body = load(CompletionBody, COMPLETION, data, reading)
-    prompt = body.prompt
-    prompts: tuple[Prompt, ...]
-    if isinstance(prompt, str):
-        prompts = (TextPrompt(text=prompt),)
-    elif prompt and all(isinstance(token, int) for token in prompt):
-        prompts = (_ids_prompt(prompt, "prompt"),)
-    else:
-        prompts = tuple(TextPrompt(text=p) if isinstance(p, str) else _ids_prompt(p, "prompt") for p in prompt)
+    body = load(CompletionBody, data, reading)
+    is_one = isinstance(body.prompt, str) or (body.prompt and all(isinstance(token, int) for token in body.prompt))
+    given = [body.prompt] if is_one else body.prompt
+    prompts = tuple(TextPrompt(text=p) if isinstance(p, str) else _ids_prompt(p, "prompt") for p in given)
     if not 1 <= len(prompts) <= MAX_PROMPTS:
         raise RequestError(f"prompt must hold from 1 to {MAX_PROMPTS} prompts, not {len(prompts)}", param="prompt")
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
@@ -206,7 +196,7 @@ def _best_of(request: GenerationRequest, best_of: int | None) -> GenerationReque
 
 def parse_generate(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    body = load(GenerateBody, GENERATE, data, reading)
+    body = load(GenerateBody, data, reading)
     if (body.text is None) == (body.input_ids is None):
         raise RequestError("give either text or input_ids", param="text")
     sampling = body.sampling_params or GenerateSampling()
@@ -221,16 +211,10 @@ def _request(body: _OpenAIBody, prompts: tuple[Prompt, ...], params: SamplingPar
     n = 1 if body.n is None else body.n
     if n * len(prompts) > MAX_OUTPUTS:
         raise RequestError(f"{len(prompts)} prompts with n={n} are more than {MAX_OUTPUTS} outputs", param="n")
-    options = body.stream_options
+    usage = bool(body.stream_options and body.stream_options.include_usage)
+    logprobs, timeout = params.logprobs is not None, body.timeout or 0.0
     return GenerationRequest(
-        prompts=prompts,
-        params=params,
-        n=n,
-        model=body.model,
-        stream=bool(body.stream),
-        include_usage=bool(options and options.include_usage),
-        logprobs=params.logprobs is not None,
-        timeout=body.timeout or 0.0,
+        prompts, params, n, body.model, bool(body.stream), usage, logprobs=logprobs, timeout=timeout
     )
 
 

@@ -10,16 +10,15 @@ from pydantic import Field
 
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
-from minisgl.server.fields import OBJECTS, fields_of
+from minisgl.server.fields import OBJECTS, load
 from minisgl.server.protocol import GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
 from minisgl.server.protocol_tools import MAX_TOOLS
-from minisgl.server.strict import Body, Count, Items, Reading, load, optional
+from minisgl.server.strict import Body, Count, Items, Reading, optional
 
 # What Anthropic's own client puts before its system prompt (`x-anthropic-billing-header: …`), for Anthropic's servers.
 # It changes with each request: with it, no prompt would find its beginning in the prefix cache.
 _VOLATILE = re.compile(r"(?:x-anthropic-[\w-]+:[^\n]*\n*)+")
-_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 # How `chat_request` and the tokenizer name what they refuse.
 _PARAMS = {
     "stop": "stop_sequences",
@@ -73,14 +72,10 @@ class MessagesBody(Body, SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")
 
 
-_TOOL = OBJECTS["described_tool"]
-MESSAGES = fields_of(MessagesBody)
-
-
 def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
     reading = reading or Reading()
-    body = load(MessagesBody, MESSAGES, data, reading)
+    body = load(MessagesBody, data, reading)
     named = (*SamplingFields.model_fields, "model", "max_tokens", "stream", "chat_template_kwargs")
     chat = {name: getattr(body, name) for name in named}
     chat["messages"] = messages = _messages(body)
@@ -88,10 +83,8 @@ def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = No
     chat["continue_final_message"] = last.get("role") == "assistant" and not last["tool_calls"]
     chat["stop"] = body.stop_sequences or body.stop
     chat["thinking"] = body.thinking and {"type": body.thinking.type}
-    chat["tools"] = functions_of(body.tools or (), {"custom": _function}, reading, _TOOL)
-    if (choice := body.tool_choice) is not None:
-        chat["tool_choice"] = _CHOICES.get(choice.type) or {"type": "function", "function": {"name": choice.name}}
-        chat["parallel_tool_calls"] = not choice.disable_parallel_tool_use
+    chat["tools"] = functions_of(body.tools or (), {"custom": _function}, reading, OBJECTS["described_tool"])
+    chat["tool_choice"] = body.tool_choice and body.tool_choice.model_dump()
     config = body.output_config or OutputConfig()
     chat["reasoning_effort"] = config.effort
     chat["response_format"] = config.format or body.output_format

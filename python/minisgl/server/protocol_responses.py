@@ -18,11 +18,11 @@ from pydantic import Field
 
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
-from minisgl.server.fields import OBJECTS, fields_of
+from minisgl.server.fields import OBJECTS, load
 from minisgl.server.messages import kept_as_text, text_of, thought_of
 from minisgl.server.protocol import Describe, GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
-from minisgl.server.strict import Body, Count, Items, Reading, load, optional
+from minisgl.server.strict import Body, Count, Items, Reading, optional
 from minisgl.utils.json_line import dump_json
 
 MAX_SENT_BACK = 64 << 10
@@ -67,10 +67,6 @@ class ResponsesBody(Body, SamplingFields):
     prompt_cache_key: str | None = None
 
 
-_TOOL = OBJECTS["flat_tool"]
-RESPONSES = fields_of(ResponsesBody)
-
-
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest(GenerationRequest):
     """Some of the body comes back in the answer. items: of the whole conversation."""
@@ -90,7 +86,7 @@ def parse_responses(
 ) -> ResponsesRequest:
     """store, owner: where `previous_response_id` is. Raises: RequestError naming the field at fault."""
     reading = reading or Reading()
-    body = load(ResponsesBody, RESPONSES, data, reading)
+    body = load(ResponsesBody, data, reading)
     if _LOGPROBS in (body.include or ()):
         raise RequestError(f"include: {_LOGPROBS} is not supported", param="include")
     for name in ("metadata", "user", "safety_identifier", "prompt_cache_key"):  # which come back with each answer
@@ -102,10 +98,9 @@ def parse_responses(
     chat = {**sampling, "messages": messages + messages_of(items), "max_completion_tokens": body.max_output_tokens}
     if body.text is not None and body.text.format is not None:
         chat["response_format"] = _response_format(body.text.format)
-    for name in ("model", "stream", "parallel_tool_calls", "chat_template_kwargs", "reasoning"):
+    for name in ("model", "stream", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "reasoning"):
         chat[name] = getattr(body, name)
-    chat["tools"] = functions_of(body.tools or (), _FUNCTIONS, reading, _TOOL)
-    chat["tool_choice"] = body.tool_choice
+    chat["tools"] = functions_of(body.tools or (), _FUNCTIONS, reading, OBJECTS["flat_tool"])
     parsed = chat_request(chat, defaults, _PARAMS)
     return ResponsesRequest(
         **{part.name: getattr(parsed, part.name) for part in fields(parsed)}, body=body, items=items

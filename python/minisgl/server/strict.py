@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import from_json
@@ -25,6 +25,7 @@ class Body(BaseModel):
     """Strict: no conversion of strings to numbers. Fields that it has not are left out: see `Fields`."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
+    inner: ClassVar[Mapping[str, type[BaseModel]]] = {}  # fields whose objects have the fields of a body
 
 
 B = TypeVar("B", bound=BaseModel)
@@ -164,11 +165,6 @@ def load_object(data: bytes, fields: Fields, reading: Reading | None = None) -> 
         raise RequestError("the body must be a JSON object")
     kept: dict[str, Any] = (reading or Reading()).read(raw, fields)
     return kept
-
-
-def load(model: type[B], fields: Fields, data: bytes, reading: Reading | None) -> B:
-    """The body, checked. Raises: RequestError."""
-    return validate(model, load_object(data, fields, reading))
 
 
 def validate(model: type[B], raw: Any, where: str = "") -> B:
