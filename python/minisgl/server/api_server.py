@@ -160,8 +160,6 @@ def _add_error_handlers(app: FastAPI) -> None:
             if status in (429, 503):
                 headers = {"retry-after": str(error.retry_after)}
             request.state.refused = payload["error"]["param"], payload["error"]["code"]
-            if error.retry_after is not None:
-                headers = {"retry-after": str(error.retry_after)}
         elif isinstance(error, HTTPException):
             message, status, headers = error.detail, error.status_code, error.headers
             if status in (404, 405):
