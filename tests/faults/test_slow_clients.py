@@ -15,7 +15,7 @@ import pytest
 from tests.faults.conftest import Server, fake
 from tests.faults.load import Client, post, raise_descriptor_limit
 
-READ, WRITE = 2.0, 2.0  # the server's timeouts
+READ, WRITE = 3.0, 2.0  # the server's timeouts
 SLACK = 20  # seconds: on a busy machine
 NUM = 300  # of each kind of slow clients
 CHAT = "/v1/chat/completions"
@@ -130,19 +130,20 @@ def test_slow_clients_are_cut_off_and_others_notice_nothing(slow: Server) -> Non
         """Tokens a second of eight streams."""
         clients = [Client(slow.url, "127.0.0.2") for _ in range(8)]
         begin = time.perf_counter()
-        answers = await asyncio.gather(*(client.send(post(CHAT, {**MESSAGE, "max_tokens": 40})) for client in clients))
+        answers = await asyncio.gather(*(client.send(post(CHAT, {**MESSAGE, "max_tokens": 30})) for client in clients))
         assert [answer.status for answer in answers] == [200] * 8
         for client in clients:
             await client.close()
-        return 8 * 40 / (time.perf_counter() - begin)
+        return 8 * 30 / (time.perf_counter() - begin)
 
     asyncio.run(rate())
     before = process.memory_info().rss
     half = [head(CHAT, 1000) + b"{", b"POST /v1/chat/completions HTTP/1.1\r\nhost: "]
     shares = []
-    for _ in range(4):  # in pairs: what else the machine does changes
+    for _ in range(6):  # in pairs: what else the machine does changes
         quiet = asyncio.run(rate())
         idle = [connect(slow, data) for data in half for _ in range(NUM)]
+        time.sleep(0.3)  # until all are accepted
         shares.append(asyncio.run(rate()) / quiet)
         begin = time.monotonic()
         for connection in idle:

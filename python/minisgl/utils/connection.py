@@ -29,7 +29,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # the application is to wait, not its answers
+        transport.set_write_buffer_limits(high=1)  # the application is to wait, not its answers; TLS never ends with 0
         self._watch()
         if len(self.connections) > self._limit:
             self._end(503, "there are too many connections")
