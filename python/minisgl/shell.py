@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,25 +74,6 @@ def shell_params(default_sampling: Mapping[str, float | int], environ: Mapping[s
 
 
 @dataclass(slots=True)
-class Conversation:
-    """What the model is told each time: an optional system message and the turns so far."""
-
-    system: str = ""
-    turns: list[dict[str, Any]] = field(default_factory=list)  # user and assistant, alternating
-
-    def messages(self) -> list[dict[str, Any]]:
-        head = [{"role": "system", "content": self.system}] if self.system else []
-        return head + self.turns
-
-    def drop_oldest(self) -> bool:
-        """Forget the oldest question and its answer, but never the question that is being asked."""
-        if len(self.turns) < 3:
-            return False
-        del self.turns[:2]
-        return True
-
-
-@dataclass(slots=True)
 class Stats:
     """Totals over the session, and the last answer's times in seconds."""
 
@@ -135,7 +116,8 @@ class Shell:
         self, frontend: Frontend, params: SamplingParams, write: Callable[[str], object], verbose: bool = True
     ) -> None:
         self.params = params
-        self.chat = Conversation()
+        self.system = ""
+        self.turns: list[dict[str, Any]] = []  # user and assistant, alternating
         self.stats = Stats()
         self._frontend = frontend
         self._write = write
@@ -182,7 +164,7 @@ class Shell:
 
     async def _answer(self, text: str) -> None:
         """Ask the model, with an answer that Ctrl-C can stop. A refused question leaves no trace in the history."""
-        self.chat.turns.append({"role": "user", "content": text})
+        self.turns.append({"role": "user", "content": text})
         answer: list[str] = []
         try:
             self._answering = asyncio.ensure_future(self._stream_fitting(answer))
@@ -191,9 +173,9 @@ class Shell:
             self._say(f"\nerror: {error}" if answer else f"error: {error}")
         if answer:
             self._write("\n")
-            self.chat.turns.append({"role": "assistant", "content": "".join(answer)})
+            self.turns.append({"role": "assistant", "content": "".join(answer)})
         else:
-            self.chat.turns.pop()
+            self.turns.pop()
 
     async def _finish(self, answering: asyncio.Future[None]) -> None:
         """Wait for an answer, or for Ctrl-C to stop it."""
@@ -212,23 +194,25 @@ class Shell:
 
         A question that is too long by itself costs no turns.
         """
-        before = list(self.chat.turns)
+        before = list(self.turns)
         while True:
             try:
                 await self._stream(answer)
                 break
             except RequestError as error:
-                if "context" not in str(error) or answer or not self.chat.drop_oldest():
-                    self.chat.turns = before
+                if "context" not in str(error) or answer or len(self.turns) < 3:
+                    self.turns = before
                     raise
-        if len(self.chat.turns) < len(before):
+                del self.turns[:2]  # never the question that is being asked
+        if len(self.turns) < len(before):
             self._notice("\n(the context is full: the oldest turns are forgotten; /reset forgets all)")
 
     async def _stream(self, answer: list[str]) -> None:
         """Write the pieces of one answer as they come, collect them in `answer` and count them."""
         started = first = time.perf_counter()
         last: UserReply | None = None
-        (stream,) = self._frontend.submit(ChatPrompt(messages=self.chat.messages()), self.params)
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        (stream,) = self._frontend.submit(ChatPrompt(head + self.turns), self.params)
         try:
             async for last in stream:
                 if last.num_output_tokens and first == started:
@@ -253,12 +237,12 @@ class Shell:
         )
 
     def _reset(self, _: str) -> None:
-        self.chat.turns.clear()
+        self.turns.clear()
         self._say("the conversation is forgotten")
 
     def _system(self, text: str) -> None:
-        self.chat.system = text
-        self.chat.turns.clear()
+        self.system = text
+        self.turns.clear()
         self._say("the system message is set" if text else "there is no system message now")
 
     def _set(self, rest: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisgl.config.model import read_model_config
-from minisgl.distributed.comm import NullCommunicator
+from minisgl.distributed.comm import Communicator
 from minisgl.engine.engine import Engine
 from minisgl.engine.runner import Runner
 from minisgl.errors import ConfigError
@@ -121,7 +121,7 @@ def test_names_and_layouts(tmp_path: Path, kind: str) -> None:
     assert tokens_of(rewritten(source, tmp_path / "model", change)) == hf_generate(source, PROMPT, 12)
 
 
-class SecondOfTwo(NullCommunicator):
+class SecondOfTwo(Communicator):
     rank, size = 1, 2
 
 

@@ -78,7 +78,7 @@ def test_nan_ends_one_row_only() -> None:
     assert isinstance(engine._runner, ThreadedRunner)
     runner = engine._runner.runner
     with torch.inference_mode():
-        kv = runner._forward._kv  # type: ignore[attr-defined]
+        kv = runner.forward._kv  # type: ignore[attr-defined]
         for cache in (kv.keys, kv.values):
             cache.fill_(float("nan"))
     prompt, other = random_prompt(10), random_prompt(23, seed=1)

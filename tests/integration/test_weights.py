@@ -153,11 +153,11 @@ def test_peak_memory(tmp_path: Path, num_shards: int) -> None:
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    from minisgl.distributed.comm import NullCommunicator
+    from minisgl.distributed.comm import Communicator
     from minisgl.kernel.ops import TorchOps
     from minisgl.layers.base import LayerEnv
     from minisgl.models.decoder import DecoderModel
 
-    env = LayerEnv(NullCommunicator(), TorchOps(), torch.float32, torch.device("meta"))
+    env = LayerEnv(Communicator(), TorchOps(), torch.float32, torch.device("meta"))
     parts = DecoderModel(env, engine_config(path).model).parts()
     return {slot.name: slot.shape for part in parts for slot in part.slots}

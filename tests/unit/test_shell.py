@@ -198,7 +198,7 @@ async def test_ctrl_c_before_the_first_word_forgets_the_question() -> None:
     frontend = FakeFrontend([...])
     asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGINT)
     shell, _ = await play(frontend, "q1")
-    assert shell.chat.turns == []
+    assert shell.turns == []
 
 
 async def test_ctrl_c_between_answers_does_nothing() -> None:

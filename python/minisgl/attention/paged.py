@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -31,26 +32,22 @@ class AttentionShape:
     windows: tuple[int | None, ...] = (None,)  # that layers have
 
 
-class PrefillBackend(Protocol):
-    """q: [num_tokens, num_qo_heads, head_dim], perhaps strided between tokens; caches: [num_slots, num_kv_heads,
-    head_dim]; window: tokens that a position sees, itself included → like q, contiguous."""
-
-    def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: PagedBatch) -> Tensor: ...
-
-
-class DecodeBackend(Protocol):
-    """As `PrefillBackend`, for one token per sequence; captured in CUDA graphs, so nothing may depend on the values on
-    the device but what the device does. One that plans on the host has a method `plan_decode(batch, graph)` too, called
-    before each step, and before a step is captured."""
-
-    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: PagedBatch) -> Tensor: ...
+# q: [num_tokens, num_qo_heads, head_dim], perhaps strided between tokens; caches: [num_slots, num_kv_heads, head_dim];
+# window: tokens that a position sees, itself included → like q, contiguous.
+Attend = Callable[[Tensor, Tensor, Tensor, int | None, PagedBatch], Tensor]
 
 
 class PagedAttention:
-    """An `AttentionBackend` of two."""
+    """An `AttentionBackend` of two, with a method `prefill` and a method `decode`: each an `Attend`.
 
-    def __init__(self, prefill: PrefillBackend, decode: DecodeBackend) -> None:
-        self._prefill, self._decode = prefill, decode
+    `decode` gets one token per sequence. It is captured in CUDA graphs, so nothing may depend on the values on the
+    device but what the device does. A backend that plans on the host has a method `plan_decode(batch, graph)` too,
+    called before each step, and before a step is captured.
+    """
+
+    def __init__(self, prefill: Any, decode: Any) -> None:
+        self._prefill: Attend = prefill.prefill
+        self._decode: Attend = decode.decode
         self.plan_decode: Callable[[PagedBatch, bool], None] | None = getattr(decode, "plan_decode", None)
 
     def prepare(self, batch: AttentionBatch) -> PagedStep:
@@ -62,11 +59,11 @@ class PagedAttention:
     def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, metadata: PagedStep) -> Tensor:
         num = metadata.num_decode
         if metadata.prefill is None:
-            return self._decode.decode(q, k_cache, v_cache, window, metadata.decode)
-        out = self._prefill.prefill(q[num:], k_cache, v_cache, window, metadata.prefill)
+            return self._decode(q, k_cache, v_cache, window, metadata.decode)
+        out = self._prefill(q[num:], k_cache, v_cache, window, metadata.prefill)
         if num == 0:
             return out
-        return torch.cat((self._decode.decode(q[:num], k_cache, v_cache, window, metadata.decode), out))
+        return torch.cat((self._decode(q[:num], k_cache, v_cache, window, metadata.decode), out))
 
 
 def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.device, ops: TorchOps) -> AttentionBackend:
@@ -92,21 +89,15 @@ def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.devic
     return PagedAttention(first, first if decode == prefill else _create(decode, shape, device))
 
 
+_CLASSES = {
+    "triton": "TritonBackend",
+    "cuda": "CudaBackend",
+    "fi": "FlashInferBackend",
+    "fa": "FlashAttentionBackend",
+}
+
+
 def _create(name: str, shape: AttentionShape, device: torch.device) -> Any:
-    if name == "triton":
-        from minisgl.attention.triton import TritonBackend
-
-        return TritonBackend(shape, device)
-    if name == "cuda":
-        from minisgl.attention.cuda import CudaBackend
-
-        return CudaBackend(shape, device)
-    if name == "fi":
-        from minisgl.attention.fi import FlashInferBackend
-
-        return FlashInferBackend(shape, device)
-    if name == "fa":
-        from minisgl.attention.fa import FlashAttentionBackend
-
-        return FlashAttentionBackend(shape, device)
-    raise ConfigError(f"--attention-backend {name!r} is unknown (known: sdpa, cpu, triton, cuda, fi, fa)")
+    if name not in _CLASSES:
+        raise ConfigError(f"--attention-backend {name!r} is unknown (known: sdpa, cpu, triton, cuda, fi, fa)")
+    return getattr(importlib.import_module(f"minisgl.attention.{name}"), _CLASSES[name])(shape, device)

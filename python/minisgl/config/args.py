@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,13 +30,21 @@ logger = logging.getLogger(__name__)
 Parser = Callable[[Any], Any]
 
 
-def _matching(pattern: str, expected: str) -> Parser:
-    def parse(value: Any) -> str:
-        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII | re.DOTALL):
-            raise ValueError(expected)
-        return value
+def _parser(expected: str, fits: Callable[[Any], object], convert: Parser = lambda value: value) -> Parser:
+    """A parser of what can be converted, and then fits. It raises ValueError with what it expects."""
+
+    def parse(value: Any) -> Any:
+        with suppress(TypeError, ValueError, OverflowError, RecursionError):
+            converted = convert(value)
+            if fits(converted):
+                return converted
+        raise ValueError(expected)
 
     return parse
+
+
+def _matching(pattern: str, expected: str) -> Parser:
+    return _parser(expected, lambda text: re.fullmatch(pattern, text, re.ASCII | re.DOTALL))
 
 
 _text = _matching(".+", "a non-empty text")
@@ -44,20 +53,10 @@ _origin = _matching(r"\*|https?://[^/\s]+", "origins such as https://example.org
 _host = _matching(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*", "names such as llm.example.org, *.example.org, or *, without a port")
 
 
-def integer(low: int, high: int | None = None) -> Parser:
+def integer(low: int, high: float = math.inf) -> Parser:
     """A parser of whole numbers. It raises ValueError with what it expects."""
-    expected = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
-
-    def parse(value: Any) -> int:
-        try:
-            number = int(value) if not isinstance(value, (bool, float)) else None
-        except (TypeError, ValueError):
-            number = None
-        if number is None or number < low or (high is not None and number > high):
-            raise ValueError(expected)
-        return number
-
-    return parse
+    expected = f"a whole number of at least {low}" if high == math.inf else f"a whole number from {low} to {high}"
+    return _parser(expected, lambda number: low <= number <= high, lambda value: int(str(value)))
 
 
 def argument(parse: Parser) -> Parser:
@@ -73,16 +72,7 @@ def argument(parse: Parser) -> Parser:
 
 
 def _number(low: float, high: float, expected: str) -> Parser:
-    def parse(value: Any) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not low <= number <= high:
-            raise ValueError(expected)
-        return number
-
-    return parse
+    return _parser(expected, lambda number: low <= number <= high, float)
 
 
 def _seconds(low: float, high: float = 1e6) -> Parser:
@@ -90,12 +80,7 @@ def _seconds(low: float, high: float = 1e6) -> Parser:
 
 
 def _choice(*choices: str) -> Parser:
-    def parse(value: Any) -> str:
-        if value not in choices:
-            raise ValueError(f"one of {', '.join(choices)}")
-        return str(value)
-
-    return parse
+    return _parser(f"one of {', '.join(choices)}", choices.__contains__)
 
 
 def _auto(inner: Parser) -> Parser:
@@ -124,14 +109,11 @@ def _several(inner: Parser) -> Parser:
     return parse
 
 
-def _object(value: Any) -> dict[str, Any]:
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError('a JSON object such as {"max_position_embeddings": 8192}')
-    return value
+_object = _parser(
+    'a JSON object such as {"max_position_embeddings": 8192}',
+    lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value),
+    lambda value: json.loads(value) if isinstance(value, str) else value,
+)
 
 
 def _option(parse: Parser, default: Any, *aliases: str, many: bool = False, secret: bool = False) -> Any:

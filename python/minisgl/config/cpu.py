@@ -44,7 +44,6 @@ def cpu_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, ma
         dtype=dtype,
         device="cpu",
         tp_size=args.tensor_parallel_size,
-        init_method="",
         num_pages=num_pages,
         page_size=page_size,
         max_running_requests=args.max_running_requests,

@@ -79,7 +79,6 @@ def cuda_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, m
         dtype=dtype,
         device="cuda",
         tp_size=tp_size,
-        init_method="",
         num_pages=args.num_pages or 0,
         page_size=page_size,
         max_running_requests=args.max_running_requests,

@@ -8,8 +8,9 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from minisgl.config import chat
 from minisgl.config.args import ServerArgs
@@ -60,22 +61,22 @@ def read_default_sampling(path: Path) -> dict[str, float | int]:
     Without sampling (`do_sample: false`) it is greedy, as in transformers. Raises: ConfigError for values that no
     request could have.
     """
-    fields = read_fields(path / "generation_config.json")
+    given = read_fields(path / "generation_config.json")
     values: dict[str, float | int | None] = {
-        "temperature": fields.number("temperature", None),
-        "top_p": fields.number("top_p", None),
-        "top_k": fields.integer("top_k", None, -1),
-        "min_p": fields.number("min_p", None),
+        "temperature": given.number("temperature", None),
+        "top_p": given.number("top_p", None),
+        "top_k": given.integer("top_k", None, -1),
+        "min_p": given.number("min_p", None),
     }
-    if fields.boolean("do_sample", True) is False:
+    if given.boolean("do_sample", True) is False:
         values = {"temperature": 0.0}
-    values["repetition_penalty"] = fields.number("repetition_penalty", None)
-    values["max_tokens"] = fields.integer("max_new_tokens", None)
+    values["repetition_penalty"] = given.number("repetition_penalty", None)
+    values["max_tokens"] = given.integer("max_new_tokens", None)
     chosen = {name: value for name, value in values.items() if value is not None}
     try:
         SamplingParams(**chosen)  # type: ignore[arg-type]
     except RequestError as error:
-        raise ConfigError(f"{fields.source}: {error}") from None
+        raise ConfigError(f"{given.source}: {error}") from None
     return chosen
 
 
@@ -90,45 +91,35 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
     engine = decide(args, path, model, wanted_len, machine)
     flops = 1e13 if engine.device == "cuda" else 8e9 * engine.num_threads  # per second, the least that any machine has
     scheduler = SchedulerConfig(
-        max_running_requests=engine.max_running_requests,
-        max_prefill_length=engine.max_prefill_length,
-        max_seq_len=engine.max_seq_len,
-        num_pages=engine.num_pages,
-        page_size=engine.page_size,
-        cache_type=args.cache_type,
-        schedule_policy=args.schedule_policy,
+        **_shared(SchedulerConfig, args, engine),
         eos_token_ids=model.eos_token_ids,
         vocab_size=model.vocab_size,
         overlap=not args.disable_overlap,
-        step_timeout=args.step_timeout,
         token_seconds=2 * model.weight_bytes("int8", engine.tp_size) / flops,
-        check_integrity=args.check_integrity,
     )
-    tool_call_parser = chat.choose_tool_parser(args.tool_call_parser, files.chat_template)
-    reasoning_parser = chat.choose_reasoning_parser(args.reasoning_parser, files.chat_template)
-    visible = chat.visible_tokens(tool_call_parser, reasoning_parser)
+    decided = replace(
+        args,
+        served_model_name=args.served_model_name or args.model_path or "minisgl-demo",
+        tool_call_parser=chat.choose_tool_parser(args.tool_call_parser, files.chat_template),
+        reasoning_parser=chat.choose_reasoning_parser(args.reasoning_parser, files.chat_template),
+        model_name_check=args.model_name_check is not False,
+    )
+    visible = chat.visible_tokens(decided.tool_call_parser, decided.reasoning_parser)
     own_template = files.chat_template if args.chat_template else None
     return ServerConfig(
+        **_shared(ServerConfig, decided),
         engine=engine,
         scheduler=scheduler,
         tokenizer=TokenizerConfig(path, engine.max_seq_len, model.vocab_size, visible, own_template),
-        num_tokenizer=args.num_tokenizer,
-        served_model_name=args.served_model_name or args.model_path or "minisgl-demo",
-        host=args.host,
-        port=args.port,
         default_sampling=files.default_sampling,
-        tool_call_parser=tool_call_parser,
-        reasoning_parser=reasoning_parser,
-        strict_requests=args.strict_requests,
-        drain_timeout=args.drain_timeout,
-        model_name_check=args.model_name_check is not False,
-        heartbeat_timeout=args.heartbeat_timeout,
-        restart_workers=args.restart_workers,
         fair=args.fairness is not False,
-        max_queued_requests=args.max_queued_requests,
-        max_queued_tokens=args.max_queued_tokens,
-        request_timeout=args.request_timeout,
     )
+
+
+def _shared(kind: Any, *sources: object) -> dict[str, Any]:
+    """The fields of a dataclass that one of these has under the same name, the last that does."""
+    names = [field.name for field in fields(kind)]
+    return {name: getattr(source, name) for source in sources for name in names if hasattr(source, name)}
 
 
 def _check_tensor_parallel(tp_size: int, model: ModelConfig) -> None:

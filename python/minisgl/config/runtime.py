@@ -19,7 +19,6 @@ class EngineConfig:
     dtype: str  # "float32" | "bfloat16" | "float16": weights, and without `cpu_kernels` activations
     device: str  # "cpu" | "cuda"
     tp_size: int
-    init_method: str  # torch.distributed rendezvous (`Addresses.rendezvous`; unused when tp_size is 1)
     num_pages: int  # 0: as many as the engine finds room for (`memory_ratio`); it tells by `Engine.num_pages`
     page_size: int  # tokens
     max_running_requests: int
@@ -29,6 +28,7 @@ class EngineConfig:
     decode_backend: str
     num_threads: int  # per rank
     dummy_weight: bool
+    init_method: str = ""  # torch.distributed rendezvous (`Addresses.rendezvous`; unused when tp_size is 1)
     seed: int = 0  # of dummy weights
     kv_cache_dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
     # CPU only.

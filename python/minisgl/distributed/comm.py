@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,55 +85,42 @@ class Rendezvous:
         return True
 
 
-class Communicator(Protocol):
-    """Collectives over all ranks; every rank calls the same ones in the same order, from one thread."""
+class Communicator:
+    """Collectives over all ranks; every rank calls the same ones in the same order, from one thread.
 
-    rank: int
-    size: int
+    This one is for a single rank, which has nothing to do; where there are more, subclasses compute.
+    """
+
+    rank, size = 0, 1
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The sum over ranks, in `out`, which is like x; without it, may work in place and return `x`."""
+        return x if out is None else out.copy_(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., n] on every rank → [..., size * n], ranks in order along the last dimension."""
+        return x
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """As `all_gather` of x: [rows, n], for rank 0 alone; elsewhere the result has no more than its shape.
 
         The result is valid until the next `gather`.
         """
+        return self.all_gather(x)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's `x`, written in place on the other ranks."""
+        return x
 
     def all_reduce_min(self, value: int) -> int:
         """The smallest `value` of all ranks, by way of the host: for start-up, not for steps."""
-
-    def close(self) -> None: ...
-
-
-class NullCommunicator:
-    """One rank: nothing to do."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = 0, 1
-
-    def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return x if out is None else out.copy_(x)
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    gather = broadcast = all_gather
-
-    def all_reduce_min(self, value: int) -> int:
         return value
 
     def close(self) -> None:
-        pass
+        """Leave."""
 
 
-class GlooCommunicator:
+class GlooCommunicator(Communicator):
     """CPU ranks of one machine. It owns its process group; torch's default group is left alone."""
 
     def __init__(self, info: DistributedInfo) -> None:
@@ -156,8 +143,6 @@ class GlooCommunicator:
         self._group.allgather([parts], [x]).wait()
         return torch.cat(parts, dim=-1)
 
-    gather = all_gather
-
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         self._group.broadcast(x, 0).wait()
         return x
@@ -178,14 +163,12 @@ def create_communicator(
     use_pynccl: our binding of NCCL rather than torch's process group. gather_bytes: of the largest result of `gather`
     that shall go through peer memory, which rank 0 sets aside.
 
-    Raises: ConfigError for a device without collectives, or where the ranks do not find one another.
+    Raises: ConfigError where the ranks do not find one another.
     """
     if info.size == 1:
-        return NullCommunicator()
+        return Communicator()
     if device == "cpu":
         return GlooCommunicator(info)
-    if device == "cuda":
-        from minisgl.distributed.cuda import CudaCommunicator  # CPU ranks need none of it
+    from minisgl.distributed.cuda import CudaCommunicator  # CPU ranks need none of it
 
-        return CudaCommunicator(info, torch.device("cuda", info.rank), use_pynccl, gather_bytes)
-    raise ConfigError(f"tensor parallelism on {device!r} is not available (available: cpu, cuda)")
+    return CudaCommunicator(info, torch.device("cuda", info.rank), use_pynccl, gather_bytes)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from minisgl.distributed.comm import TIMEOUT, DistributedInfo, Rendezvous
+from minisgl.distributed.comm import TIMEOUT, Communicator, DistributedInfo, Rendezvous
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel import pynccl
 from minisgl.kernel.peer_memory import BROADCAST_BYTES, open_peer_memory
@@ -17,23 +17,8 @@ from minisgl.kernel.peer_memory import BROADCAST_BYTES, open_peer_memory
 SECONDS_TO_FINISH = 10.0  # more than any step takes whose ranks are all there
 
 
-class Nccl(Protocol):
-    """NCCL on the current stream; tensors are contiguous."""
-
-    def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None: ...
-
-    def all_gather(self, x: torch.Tensor, out: torch.Tensor) -> None: ...
-
-    def gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """out: [size, *x.shape], filled on rank 0 at least."""
-
-    def broadcast(self, x: torch.Tensor) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class TorchNccl:
-    """torch's NCCL process group, owned, not the default one."""
+    """What `PyNccl` does, by torch's NCCL process group: one of its own, not the default one."""
 
     def __init__(self, meeting: Rendezvous, device: torch.device) -> None:
         pynccl.load_nccl()  # for what it sets in the environment
@@ -62,7 +47,7 @@ class TorchNccl:
         del self._group
 
 
-class CudaCommunicator:
+class CudaCommunicator(Communicator):
     """GPU ranks of one host, one process each. Runs on the current stream; everything can be captured.
 
     Rank r uses GPU r. gather_bytes: rank 0 sets that much aside for results of `gather`. timeout: how long ranks wait
@@ -90,7 +75,7 @@ class CudaCommunicator:
         self._warm_up()
         self.peers = open_peer_memory(self._meeting, device, gather_bytes)
 
-    def _open_nccl(self, use_pynccl: bool) -> Nccl:
+    def _open_nccl(self, use_pynccl: bool) -> TorchNccl | pynccl.PyNccl:
         self._meeting.exchange("start", "")  # NCCL itself would wait for ever for a rank that never comes
         if not use_pynccl:
             return TorchNccl(self._meeting, self._device)

@@ -22,6 +22,7 @@ from minisgl.core import Admission, SamplingParams, ScheduledReq, TokenBitmask, 
 Tensor = torch.Tensor
 
 ROWS_AT_ONCE = 64  # a row takes up to 24 bytes per token of the vocabulary
+_NONE = np.empty(0, np.int32)
 
 
 class _Rules(NamedTuple):
@@ -224,17 +225,12 @@ class LogprobStep:
         return max(wanted.num_top for wanted in self.wanted)
 
 
-class _Prompt(NamedTuple):
-    num_top: int
-    token_ids: npt.NDArray[np.int32]
-
-
 class LogprobRules:
     """Which running requests want log-probabilities, by row of the engine's tables. On the host; no tensors."""
 
     def __init__(self) -> None:
         self._num_top: dict[int, int] = {}
-        self._prompts: dict[int, _Prompt] = {}
+        self._prompts: dict[int, tuple[int, npt.NDArray[np.int32]]] = {}  # as for `_num_top`, and token ids
 
     def apply(self, admissions: Iterable[Admission]) -> None:
         """Remember what newly admitted requests want, and forget who had their rows before."""
@@ -245,7 +241,7 @@ class LogprobRules:
                 self._num_top[row] = params.logprobs
             # With output there, the prompt's were reported before a retraction.
             if params.prompt_logprobs is not None and len(token_ids) == prompt_len:
-                self._prompts[row] = _Prompt(params.prompt_logprobs, token_ids)
+                self._prompts[row] = params.prompt_logprobs, token_ids
 
     def sampled(self, rows: IntArray) -> LogprobStep | None:
         """Of the tokens that these rows sample. Keys and indices count the rows."""
@@ -262,12 +258,12 @@ class LogprobRules:
             return None
         wanted, index, targets = [], [], []
         for i, (row, start, num_new, _) in enumerate(reqs):
-            prompt = self._prompts.get(row)
-            end = 0 if prompt is None else min(start + num_new, len(prompt.token_ids) - 1)
-            if prompt is not None and end > start:
-                wanted.append(Wanted(i, prompt.num_top, end - start))
+            num_top, token_ids = self._prompts.get(row, (0, _NONE))
+            end = min(start + num_new, len(token_ids) - 1)
+            if end > start:
+                wanted.append(Wanted(i, num_top, end - start))
                 index.append(offsets[i] + np.arange(end - start))
-                targets.append(prompt.token_ids[start + 1 : end + 1])
+                targets.append(token_ids[start + 1 : end + 1])
         return LogprobStep(wanted, np.concatenate(index), np.concatenate(targets).astype(np.int64)) if wanted else None
 
 

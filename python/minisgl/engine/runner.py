@@ -217,7 +217,7 @@ class Runner:
         with _keep_to(self._cores):  # the threads that it starts, not the caller's
             torch.set_num_threads(self._num_threads)
             self._shard = ModelShard(config, rank, torch.device("cpu"))
-        self._forward = self._shard.create_forward(config.num_pages)
+        self.forward = self._shard.create_forward(config.num_pages)
         self._tables = Tables(config.max_running_requests, config.max_seq_len, config.page_size)
 
     def enter_thread(self) -> None:
@@ -232,7 +232,7 @@ class Runner:
         if not plan.reqs:
             return StepResult(plan.step_id, [])
         batch = self._tables.build(plan)
-        logits = self._forward(batch)
+        logits = self.forward(batch)
         prompts = self._prompt_logprobs(plan, batch)
         if not len(batch.sampling.position):
             return StepResult(plan.step_id, [], None, prompts)
@@ -242,10 +242,6 @@ class Runner:
         token_ids: list[int] = ids.tolist()
         self._tables.store_sampled(batch.sampled_at, token_ids)
         return StepResult(plan.step_id, token_ids, self._logprobs(logits, batch, ids), prompts)
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits of the tokens that sample: [n, vocab_size]."""
-        return self._forward(batch)
 
     def _sample(self, logits: torch.Tensor, batch: Batch, bitmask: TokenBitmask | None) -> torch.Tensor:
         """Rank 0 decides, so that rounding cannot make ranks differ."""
@@ -282,7 +278,7 @@ class Runner:
         step = self._tables.logprob_rules.prompt(plan.reqs, batch.attention.offsets)
         if step is None:
             return None
-        return report(step, self._forward.logits, None, self._shard.device).result()
+        return report(step, self.forward.logits, None, self._shard.device).result()
 
     def close(self) -> None:
         self._shard.comm.close()

@@ -34,37 +34,39 @@ class ReplicatedLinear(Linear):
         yield from column_slots(prefix, self.weight, self.bias, self.weight.shape[0], 0)
 
 
-class MergedColumnLinear(Linear):
+class ColumnLinear(Linear):
     """Several linears on the same input, in one matrix; each is split by output rows.
 
-    The output is this rank's share of the first, then of the second, …
+    parts: by name, the rows in the checkpoint, how many of them this rank holds, and the first of those. The output is
+    this rank's share of the first, then of the second, …
     """
 
-    def __init__(self, env: LayerEnv, in_features: int, out_features: dict[str, int], bias: bool) -> None:
-        self._sizes = out_features
-        self._shares = {name: env.share(size, f"features of {name}") for name, size in out_features.items()}
-        super().__init__(env, in_features, sum(self._shares.values()), bias)
+    def __init__(self, env: LayerEnv, in_features: int, parts: dict[str, tuple[int, int, int]], bias: bool) -> None:
+        super().__init__(env, in_features, sum(share for _, share, _ in parts.values()), bias)
+        self._parts = parts
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         begin = 0
-        for name, share in self._shares.items():
-            bias = None if self.bias is None else self.bias[begin : begin + share]
-            weight = self.weight[begin : begin + share]
-            yield from column_slots(f"{prefix}{name}.", weight, bias, self._sizes[name], self._comm.rank * share)
+        for name, (total, share, first) in self._parts.items():
+            rows = slice(begin, begin + share)
+            bias = None if self.bias is None else self.bias[rows]
+            yield from column_slots(f"{prefix}{name}.", self.weight[rows], bias, total, first)
             begin += share
 
 
-class GateUpLinear(MergedColumnLinear):
+class GateUpLinear(ColumnLinear):
     """Gate and up projection of a gated MLP, for `norm_gate_up`."""
 
     def __init__(self, env: LayerEnv, in_features: int, inner: int, bias: bool) -> None:
-        super().__init__(env, in_features, {"gate_proj": inner, "up_proj": inner}, bias)
+        share = env.share(inner, "features of gate_proj")
+        rows = (inner, share, env.comm.rank * share)
+        super().__init__(env, in_features, {"gate_proj": rows, "up_proj": rows}, bias)
 
     def _packed_weight(self) -> Any:
         return self._ops.pack_weight(self.weight, pair=True)
 
 
-class QKVLinear(Linear):
+class QKVLinear(ColumnLinear):
     """Query, key and value projections in one matrix, split by heads.
 
     Where there are fewer KV heads than ranks, each KV head is replicated on the ranks that hold its query heads.
@@ -74,25 +76,13 @@ class QKVLinear(Linear):
         self, env: LayerEnv, hidden_size: int, num_qo_heads: int, num_kv_heads: int, head_dim: int, bias: bool
     ) -> None:
         tp_size, rank = env.comm.size, env.comm.rank
-        self.num_qo_heads = env.share(num_qo_heads, "attention heads")
+        num_qo, num_kv = env.share(num_qo_heads, "attention heads"), max(1, num_kv_heads // tp_size)
         if num_kv_heads % tp_size and tp_size % num_kv_heads:
             raise ConfigError(f"--tensor-parallel-size {tp_size} does not fit the model's {num_kv_heads} KV heads")
-        self.num_kv_heads = max(1, num_kv_heads // tp_size)
-        self._parts = (  # name, heads in the checkpoint, local heads, first local head
-            ("q_proj", num_qo_heads, self.num_qo_heads, rank * self.num_qo_heads),
-            ("k_proj", num_kv_heads, self.num_kv_heads, rank * num_kv_heads // tp_size),
-            ("v_proj", num_kv_heads, self.num_kv_heads, rank * num_kv_heads // tp_size),
-        )
-        self._head_dim = head_dim
-        super().__init__(env, hidden_size, (self.num_qo_heads + 2 * self.num_kv_heads) * head_dim, bias)
-
-    def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        begin, dim = 0, self._head_dim
-        for name, total, local, first in self._parts:
-            end = begin + local * dim
-            bias = None if self.bias is None else self.bias[begin:end]
-            yield from column_slots(f"{prefix}{name}.", self.weight[begin:end], bias, total * dim, first * dim)
-            begin = end
+        q = (num_qo_heads * head_dim, num_qo * head_dim, rank * num_qo * head_dim)
+        kv = (num_kv_heads * head_dim, num_kv * head_dim, rank * num_kv_heads // tp_size * head_dim)
+        super().__init__(env, hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias)
+        self.num_qo_heads, self.num_kv_heads = num_qo, num_kv
 
 
 class RowLinear(Linear):
@@ -142,7 +132,11 @@ class VocabParallelEmbedding(MatrixLayer):
         return self._ops.pack_table(self.weight)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield vocab_slot(f"{prefix}weight", self.weight, self._vocab_size, self._first)
+        share, hidden = self.weight.shape
+        end = max(self._first, min(self._first + share, self._vocab_size))
+        self.weight[end - self._first :] = 0  # what is padding
+        rows = (self._first, end)
+        yield WeightSlot(f"{prefix}weight", (self._vocab_size, hidden), self.weight[: end - self._first], rows)
 
 
 class LMHead(Layer):
@@ -172,11 +166,3 @@ class LMHead(Layer):
     def pack(self) -> None:
         if not self._tied:
             self._table[0].pack()
-
-
-def vocab_slot(name: str, weight: Tensor, vocab_size: int, first: int) -> WeightSlot:
-    """Rows from `first` on, as many as there are; what is padding becomes zero here."""
-    share, hidden = weight.shape
-    end = max(first, min(first + share, vocab_size))
-    weight[end - first :] = 0
-    return WeightSlot(name, (vocab_size, hidden), weight[: end - first], (first, end))
