@@ -21,7 +21,8 @@ from minisgl.core import Req, SamplingParams
 from minisgl.errors import IntegrityError
 from minisgl.kvcache.allocator import PageAllocator
 from minisgl.kvcache.radix import NaiveCache, RadixCache, RadixNode
-from minisgl.scheduler.planner import Planner, _InflightStep
+from minisgl.scheduler.planner import Planner
+from minisgl.utils.fairness import FairQueue
 
 
 def load(path: Path) -> tuple[str, Planner]:
@@ -48,12 +49,16 @@ def load(path: Path) -> tuple[str, Planner]:
     for name, value in state.items():
         if not hasattr(planner, name) or name in ("_config", "_eos"):
             continue
-        if name in ("_reqs", "_waiting"):
-            value = OrderedDict((uid, req(described)) for uid, described in value.items())
+        if name == "_reqs":
+            value = {uid: req(described) for uid, described in value.items()}
+        elif name == "_waiting":
+            queues = {client: queue.items() for client, queue in value["_queues"].items()}
+            queued = {client: OrderedDict((uid, req(x)) for uid, x in queue) for client, queue in queues.items()}
+            value = _filled(FairQueue(), value | {"_queues": queued})
         elif name in ("_running", "_leaving"):
             value = [req(described) for described in value]
         elif name == "_inflight":
-            value = deque(_InflightStep(step[0], [req(described) for described in step[1]]) for step in value)
+            value = deque((step[0], [req(described) for described in step[1]]) for step in value)
         elif name == "_allocator":
             value = _filled(PageAllocator(0), value | {"_is_free": bytearray(value["_is_free"])})
         elif name == "_cache":

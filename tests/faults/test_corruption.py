@@ -43,7 +43,7 @@ class Busy:
         self.planner.abort(13)
         self.planner.check_integrity()
         self.cache, self.allocator = self.planner._cache, self.planner._allocator
-        self.running, self.waiting = self.planner._running, list(self.planner._waiting.values())
+        self.running, self.waiting = self.planner._running, [req for _, req in self.planner._waiting.items()]
         (self.leaving,) = self.planner._leaving
         assert (len(self.running), len(self.waiting)) == (3, 3)
 
@@ -165,7 +165,7 @@ def row_lost(busy: Busy) -> None:
 
 
 def waits_and_runs(busy: Busy) -> None:
-    busy.planner._waiting[busy.running[0].uid] = busy.running[0]
+    busy.planner._waiting.put("", busy.running[0].uid, busy.running[0])
 
 
 def runs_twice(busy: Busy) -> None:
@@ -173,7 +173,7 @@ def runs_twice(busy: Busy) -> None:
 
 
 def in_no_queue(busy: Busy) -> None:
-    del busy.planner._waiting[busy.waiting[0].uid]
+    busy.planner._waiting.remove("", busy.waiting[0].uid)
 
 
 def forgotten(busy: Busy) -> None:
@@ -185,8 +185,8 @@ def finished_and_known(busy: Busy) -> None:
 
 
 def waits_under_another_uid(busy: Busy) -> None:
-    queue = busy.planner._waiting
-    queue[99] = queue.pop(busy.waiting[0].uid)
+    busy.planner._waiting.remove("", busy.waiting[0].uid)
+    busy.planner._waiting.put("", 99, busy.waiting[0])
 
 
 def flag(busy: Busy) -> None:

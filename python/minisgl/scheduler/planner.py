@@ -11,9 +11,8 @@ already, so the next step can be planned while this one is on the device; `retir
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import KeysView, Sequence
+from collections.abc import KeysView
 from itertools import chain, islice
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,11 +54,6 @@ _LPM_OLDEST_EVERY = 8
 _CACHES = {"radix": RadixCache, "naive": NaiveCache}
 
 
-class _InflightStep(NamedTuple):
-    plan: StepPlan
-    reqs: list[Req]  # one for each of plan.reqs
-
-
 def _tells_prompt(req: Req) -> bool:
     """Whether it computes all of its prompt, even what is cached. Meanwhile it must not hold on to that: alone with
     both copies, it might never get the pages that it needs."""
@@ -85,7 +79,7 @@ class Planner:
         self._waiting: FairQueue[Req] = FairQueue()  # by uid
         self._running: list[Req] = []  # in order of admission; only the last may be in the middle of its prefill
         self._leaving: list[Req] = []  # finished or preempted, their pages still in use by steps in flight
-        self._inflight: deque[_InflightStep] = deque()
+        self._inflight: deque[tuple[StepPlan, list[Req]]] = deque()  # a request for each of plan.reqs
         self._eos = frozenset(config.eos_token_ids)
         self._step_id = 0
         every = config.check_integrity  # steps; by default a walk, of 0.2 microseconds a page, takes next to no time
@@ -165,14 +159,11 @@ class Planner:
     def abort(self, uid: int) -> list[ReqOutput]:
         """End a request. Nothing happens for one that has ended, or never was: the abort lost a race."""
         req = self._reqs.get(uid)
-        if req is None:
-            return []
-        return [self._finish(req, (), FinishReason.ABORT)]
+        return [] if req is None else [self._finish(ReqOutput(req, (), FinishReason.ABORT))]
 
     def resume(self, uid: int, paced: bool) -> None:
         """A request that is held may be planned again; with `paced` it is held after each token from now on."""
-        req = self._reqs.get(uid)
-        if req is not None:
+        if (req := self._reqs.get(uid)) is not None:
             req.held, req.paced = False, paced
 
     def plan(self) -> StepPlan | None:
@@ -185,8 +176,7 @@ class Planner:
         may_admit = not any(req.failed for req in self._leaving)
         page_size = self._page_size
         if self._waiting.is_shared and self._waiting and self._running:
-            self._charge(self._running)
-            self._interrupt(self._running[-1])
+            self._take_turns()
         for req in self._running:  # a retraction takes requests off the end, never from before this one
             num_tokens, start = req.num_tokens, req.num_computed
             if num_tokens >= req.max_len or req.held:
@@ -221,7 +211,7 @@ class Planner:
         expected = tuple(PageUpdate(req.row, 0, tuple(req.pages)) for req in self._running) if checked else ()
         updates = tuple(self._page_updates)
         plan = StepPlan(self._step_id, tuple(admissions), updates, tuple(scheduled), bitmask, expected)
-        self._inflight.append(_InflightStep(plan, reqs))
+        self._inflight.append((plan, reqs))
         self._step_id += 1
         return plan
 
@@ -260,7 +250,7 @@ class Planner:
             req.num_inflight -= 1
         for req in self._leaving:
             req.failed = True
-        outputs = [self._finish(req, (), FinishReason.ERROR, error=error) for req in victims]
+        outputs = [self._finish(ReqOutput(req, (), FinishReason.ERROR, error=error)) for req in victims]
         self._release_leaving()
         self.flush_unused()
         return outputs
@@ -282,7 +272,7 @@ class Planner:
         """Walk all that is remembered. Raises: IntegrityError naming what does not fit."""
         held = self._running + self._leaving
         owners = [("nobody", self.free_pages()), ("the cache", self._cache.check([req.handle for req in held]))]
-        shares = Counter(id(req) for step in self._inflight for req in step.reqs)
+        shares = Counter(id(req) for _, reqs in self._inflight for req in reqs)
         for req in held:
             self._check_req(req, shares[id(req)])
             owners.append((f"request {req.uid}", self._private_pages(req)))
@@ -341,14 +331,12 @@ class Planner:
             self._retract(victim)
             if victim is req:
                 return False
-        self._take_pages(req, max(needed, self._spare_pages(req)))
-        return True
-
-    def _spare_pages(self, req: Req) -> int:
-        """While there are plenty, small pages are taken several at a time: one for each token would cost the plan more
-        than all the rest."""
+        # While there are plenty, small pages are taken several at a time: one for each token would cost the plan more
+        # than all the rest.
         wanted = min(_GROWTH_STEP // self._page_size, div_ceil(req.max_len, self._page_size) - len(req.pages))
-        return wanted if self._allocator.num_free > wanted * len(self._running) else 0
+        are_plenty = self._allocator.num_free > wanted * len(self._running)
+        self._take_pages(req, max(needed, wanted) if are_plenty else needed)
+        return True
 
     def _make_room(self, count: int) -> bool:
         """Whether `count` pages are free, evicting cached ones where needed."""
@@ -370,8 +358,7 @@ class Planner:
         self.num_retracted += 1
         req.preempted = True
         self._leaving.append(req)
-        if req.num_inflight == 0:
-            self._release_leaving()
+        self._release_leaving()
 
     def _next_waiting(self) -> Req:
         waiting = self._waiting.turn()
@@ -391,7 +378,11 @@ class Planner:
         num_cached = len(match.pages) * self._page_size
         num_new = min(len(req.tokens) - num_cached, max(1, budget // _cost(req)))
         needed = div_ceil(num_cached + num_new, self._page_size) - len(match.pages)
-        missing = self._headroom(len(req.tokens) - num_cached) - self.num_free_pages
+        headroom = 0  # pages for all of its tokens, and for the running ones to grow a while
+        if self._running or self._leaving:
+            growth = len(self._running) * div_ceil(_GROWTH_TOKENS, self._page_size)
+            headroom = div_ceil(len(req.tokens) - num_cached, self._page_size) + growth
+        missing = headroom - self.num_free_pages
         if missing > 0 or not self._make_room(needed):
             self._cache.unlock(match.handle)
             return self._make_way(req, missing)
@@ -410,21 +401,14 @@ class Planner:
         self._take_pages(req, needed)
         return num_new
 
-    def _headroom(self, num_new: int) -> int:
-        """Pages for all of a request's tokens, and for the running ones to grow a while."""
-        if not self._running and not self._leaving:
-            return 0
-        return div_ceil(num_new, self._page_size) + len(self._running) * div_ceil(_GROWTH_TOKENS, self._page_size)
-
-    def _charge(self, reqs: Sequence[Req]) -> None:
-        """Charge clients for what was computed since they last were."""
-        for req in reqs:
+    def _take_turns(self) -> None:
+        """Clients are charged for what was computed since they last were. A long prefill goes back to the queue, and
+        what it has computed to the cache, while others have had less; but for the last pages, so it must have come
+        further than the last time."""
+        for req in self._running:
             self._waiting.charge(req.params.client, max(0, req.num_computed - req.num_charged))
             req.num_charged = max(req.num_charged, req.num_computed)
-
-    def _interrupt(self, req: Req) -> None:
-        """A long prefill goes back to the queue, and what it has computed to the cache, while others have had less; but
-        for the last pages, so it must have come further than the last time."""
+        req = self._running[-1]
         num_left = req.num_tokens - req.num_computed + len(self._running)
         is_long = num_left > self._config.max_prefill_length and self._config.cache_type == "radix"
         is_further = req.num_computed >= req.num_interrupted + self._page_size and not _tells_prompt(req)
@@ -463,29 +447,23 @@ class Planner:
     def _accept(self, req: Req, token_id: int) -> ReqOutput:
         if token_id < 0:
             error = "the model's output was not finite (NaN or infinity)"
-            return self._finish(req, (), FinishReason.ERROR, error=error)
+            return self._finish(ReqOutput(req, (), FinishReason.ERROR, error=error))
         params = req.params
         if params.max_tokens == 0:
-            return self._finish(req, (), FinishReason.LENGTH)
+            return self._finish(ReqOutput(req, (), FinishReason.LENGTH))
         req.tokens.append(token_id)
         eos_ends = not params.ignore_eos or params.grammar is not None
         ends = token_id in params.stop_token_ids or (token_id in self._eos and eos_ends)
         if ends and len(req.tokens) - req.prompt_len > params.min_tokens:
             num_hidden = 0 if params.include_stop_str_in_output else 1
-            return self._finish(req, (token_id,), FinishReason.STOP, num_hidden=num_hidden)
+            return self._finish(ReqOutput(req, (token_id,), FinishReason.STOP, num_hidden))
         if len(req.tokens) >= req.max_len:
-            return self._finish(req, (token_id,), FinishReason.LENGTH)
+            return self._finish(ReqOutput(req, (token_id,), FinishReason.LENGTH))
         return ReqOutput(req, (token_id,))
 
-    def _finish(
-        self,
-        req: Req,
-        token_ids: tuple[int, ...],
-        reason: FinishReason,
-        *,
-        num_hidden: int = 0,
-        error: str | None = None,
-    ) -> ReqOutput:
+    def _finish(self, output: ReqOutput) -> ReqOutput:
+        """The request's last output, now that it has ended."""
+        req = output.req
         del self._reqs[req.uid]
         if req.state is ReqState.WAITING:
             self._waiting.remove(req.params.client, req.uid)
@@ -493,21 +471,16 @@ class Planner:
             self._running.remove(req)
             self._leaving.append(req)
         req.state = ReqState.FINISHED
-        req.failed = reason is FinishReason.ERROR
+        req.failed = output.finish_reason is FinishReason.ERROR
         self._release_leaving()
-        return ReqOutput(req, token_ids, reason, num_hidden, error)
+        return output
 
     def _release_leaving(self) -> None:
         """Take back rows and pages of requests that no step in flight touches any more."""
-        if not self._leaving:
-            return
-        still_leaving = []
         for req in self._leaving:
-            if req.num_inflight:
-                still_leaving.append(req)
-            else:
+            if not req.num_inflight:
                 self._release(req)
-        self._leaving = still_leaving
+        self._leaving = [req for req in self._leaving if req.num_inflight]
 
     def _release(self, req: Req) -> None:
         if not req.failed:
@@ -521,11 +494,10 @@ class Planner:
             self._allocator.free(self._cache.discard(req.handle))
         self._rows.append(req.row)
         req.handle, req.pages, req.row, req.num_computed = None, [], -1, 0
-        if req.preempted:
-            req.preempted = False
-            if req.state is not ReqState.FINISHED:
-                req.state, req.prefix = ReqState.WAITING, np.array(req.tokens, np.int32)
-                self._waiting.put(req.params.client, req.uid, req, first=True)
+        req.preempted = False
+        if req.state is not ReqState.FINISHED:
+            req.state, req.prefix = ReqState.WAITING, np.array(req.tokens, np.int32)
+            self._waiting.put(req.params.client, req.uid, req, first=True)
 
     def _private_pages(self, req: Req) -> list[int]:
         """The request's pages that the cache does not own: not full, or computed twice at the same time."""
