@@ -20,13 +20,9 @@ class PageAllocator:
 
     def allocate(self, count: int) -> list[int]:
         """`count` pages; the caller has checked that there are as many."""
-        if count == 0:
-            return []
-        require(0 < count <= len(self._free), f"{count} pages wanted, {len(self._free)} free")
+        require(0 <= count <= len(self._free), f"{count} pages wanted, {len(self._free)} free")
         fault("allocate")
-        pages = self._free[-count:]
-        del self._free[-count:]
-        pages.reverse()
+        pages = [self._free.pop() for _ in range(count)]
         self._mark(pages, 0)
         return pages
 
@@ -36,9 +32,8 @@ class PageAllocator:
 
     def check(self) -> list[int]:
         """The free pages. Raises: IntegrityError when their flags say otherwise."""
-        require(
-            sum(self._is_free) == len(self._free) and all(map(self._is_free.__getitem__, self._free)), "wrong flags"
-        )
+        fits = sum(self._is_free) == len(self._free) and all(map(self._is_free.__getitem__, self._free))
+        require(fits, "wrong flags")
         return list(self._free)
 
     def _mark(self, pages: list[int], is_free: int) -> None:

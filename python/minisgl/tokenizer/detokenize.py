@@ -126,26 +126,21 @@ class StopFinder:
         return held
 
     def _num_held(self, text: str) -> int:
-        for start in range(max(0, len(text) - self._max_len + 1), len(text)):
-            if any(stop.startswith(text[start:]) for stop in self._stops):
-                return len(text) - start
-        return 0
+        counts = range(min(len(text), self._max_len - 1), 0, -1)
+        return next((n for n in counts if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
 
 
 class _Stream:
     """One request's output so far."""
 
-    __slots__ = ("decoder", "hidden", "min_tokens", "num_cached", "num_output", "num_prompt", "stop", "stopped")
+    __slots__ = ("decoder", "hidden", "num_cached", "num_output", "start", "stop", "stopped")
 
     def __init__(self, codec: HFTextCodec, start: StreamStart | None) -> None:
-        start = start or StreamStart(0, (), b"")
-        tail = unpack_ids(start.prompt_tail)
-        self.decoder = IncrementalDecoder(codec, tail, skip_special=start.skip_special)
+        self.start = start = start or StreamStart(0, (), b"")
+        self.decoder = IncrementalDecoder(codec, unpack_ids(start.prompt_tail), skip_special=start.skip_special)
         self.stop = StopFinder(start.stop, include=start.include_stop)
-        self.min_tokens = start.min_tokens
         self.hidden = codec.special_ids if start.skip_special else frozenset()  # tokens that do not become text
         self.stopped = False  # the terminal reply went out at a stop string
-        self.num_prompt = start.num_prompt_tokens
         self.num_output = 0
         self.num_cached = 0
 
@@ -174,9 +169,8 @@ class Detokenizer:
         if stream.stopped:
             return None, None
         reply = self._advance(stream, message)
-        stopped_early = reply.finish_reason is not None and message.finish_reason is None
-        stream.stopped = stopped_early
-        return reply, AbortMsg(uid=message.uid) if stopped_early else None
+        stream.stopped = reply.finish_reason is not None and message.finish_reason is None
+        return reply, AbortMsg(uid=message.uid) if stream.stopped else None
 
     def drop(self, uid: int) -> None:
         """Forget a stream whose message could not be handled: what still arrives for it is ignored."""
@@ -185,7 +179,7 @@ class Detokenizer:
 
     def _advance(self, stream: _Stream, message: DetokenizeMsg) -> UserReply:
         token_ids = unpack_ids(message.token_ids)
-        num_free = max(0, stream.min_tokens - stream.num_output)  # tokens too early for a stop string
+        num_free = max(0, stream.start.min_tokens - stream.num_output)  # tokens too early for a stop string
         head = prompt_end = ""
         if message.start is not None:
             head, prompt_end = self._prompt_text(message.start), stream.decoder.context_text
@@ -195,8 +189,7 @@ class Detokenizer:
         shown = token_ids[: len(token_ids) - message.num_hidden] if message.num_hidden else token_ids
         if num_free:
             head += stream.decoder.push(shown[:num_free])
-            shown = shown[num_free:]
-        delta = stream.decoder.push(shown)
+        delta = stream.decoder.push(shown[num_free:])
         if finish_reason is not None:
             delta += stream.decoder.flush()
         text, found = stream.stop.push(delta)
@@ -208,14 +201,14 @@ class Detokenizer:
             uid=message.uid,
             text=head + text,
             token_ids=message.token_ids,
-            num_prompt_tokens=stream.num_prompt,
+            num_prompt_tokens=stream.start.num_prompt_tokens,
             num_output_tokens=stream.num_output,
             num_cached_tokens=stream.num_cached,
             finish_reason=finish_reason,
             error=message.error,
             error_status=message.error_status,
             logprobs=self._logprobs(token_ids, message.logprobs, stream.hidden),
-            prompt_logprobs=self._prompt_logprobs(message),
+            prompt_logprobs=self._prompt_logprobs(message, stream.hidden),
             prompt_end=prompt_end,
             stop=stream.stop.found,
         )
@@ -235,24 +228,18 @@ class Detokenizer:
         if packed is None:
             return ()
         token_bytes = self._codec.token_bytes
-        return tuple(
-            TokenLogprob(
-                token,
-                token_bytes(token),
-                logprob,
-                [TopLogprob(i, token_bytes(i), x) for i, x in top],
-                token not in hidden,
-            )
-            for token, (logprob, top) in zip(token_ids, unpack_logprobs(packed), strict=True)
-        )
+        told = []
+        for token, (logprob, top) in zip(token_ids, unpack_logprobs(packed), strict=True):
+            most = [TopLogprob(i, token_bytes(i), x) for i, x in top]
+            told.append(TokenLogprob(token, token_bytes(token), logprob, most, token not in hidden))
+        return tuple(told)
 
-    def _prompt_logprobs(self, message: DetokenizeMsg) -> tuple[TokenLogprob, ...]:
+    def _prompt_logprobs(self, message: DetokenizeMsg, hidden: frozenset[int]) -> tuple[TokenLogprob, ...]:
         """Of the whole prompt, with the stream's first message: nothing precedes the first token."""
         if message.start is None or not message.start.prompt or message.finish_reason is FinishReason.ERROR:
             return ()
         first, *others = unpack_ids(message.start.prompt)
         if others and message.prompt_logprobs is None:
             return ()
-        hidden = self._codec.special_ids if message.start.skip_special else frozenset()
         logprobs = self._logprobs(others, message.prompt_logprobs, hidden)
         return (TokenLogprob(first, self._codec.token_bytes(first), None, [], first not in hidden), *logprobs)

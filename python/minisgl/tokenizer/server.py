@@ -150,16 +150,14 @@ class TokenizerServer:
             return []
 
     def _detokenize(self, message: DetokenizeMsg, to_backend: list[BackendMsg], to_frontend: list[FrontendMsg]) -> None:
+        reply: UserReply | ErrorReply | None
         try:
             reply, abort = self._detokenizer.detokenize(message)
         except Exception as error:
             logger.exception("request %d: detokenization failed", message.uid)
             self._detokenizer.drop(message.uid)
-            to_frontend.append(
-                ErrorReply(uid=message.uid, message=f"detokenization failed: {type(error).__name__}", status=500)
-            )
-            to_backend.append(AbortMsg(uid=message.uid))
-            return
+            text = f"detokenization failed: {type(error).__name__}"
+            reply, abort = ErrorReply(message.uid, text, status=500), AbortMsg(message.uid)
         if reply is not None:
             to_frontend.append(reply)
         if abort is not None:

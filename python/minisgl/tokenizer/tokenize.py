@@ -54,14 +54,14 @@ class HFTextCodec:
         self._tokenizer = load_tokenizer(model_path)
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            backend.no_truncation()
-            backend.no_padding()
-        self._backend = backend
-        special_ids = frozenset(_special_ids(self._tokenizer))
+        self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        special_ids = {index for index in self._tokenizer.all_special_ids if index is not None}  # BOS, EOS, PAD …
+        special_ids |= {index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         vocab = self._tokenizer.get_vocab()
-        self.special_ids = special_ids.difference(vocab[token] for token in visible if token in vocab)
+        self.special_ids = frozenset(special_ids.difference(vocab[token] for token in visible if token in vocab))
         self._skip_special = self.special_ids == special_ids  # the tokenizer's own choice is ours
         self._alone: dict[tuple[int, bool], str] = {}  # texts of single tokens, which streams ask for again and again
         self.vocab_size = len(self._tokenizer)  # asked for at each token, and slow to count
@@ -94,10 +94,9 @@ class HFTextCodec:
         if len(token_ids) != 1:
             return self._decode(token_ids, skip_special)
         key = token_ids[0], skip_special
-        text = self._alone.get(key)
-        if text is None:
-            text = self._alone[key] = self._decode(token_ids, skip_special)
-        return text
+        if key not in self._alone:
+            self._alone[key] = self._decode(token_ids, skip_special)
+        return self._alone[key]
 
     def _decode(self, token_ids: Sequence[int], skip_special: bool) -> str:
         skip = skip_special and self._skip_special
@@ -105,9 +104,7 @@ class HFTextCodec:
             token_ids = [token for token in token_ids if token not in self.special_ids]
         if self._backend is not None:
             return str(self._backend.decode(token_ids, skip_special_tokens=skip))
-        return str(
-            self._tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-        )  # pragma: no cover
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to a text: perhaps a part of a character, or a special token's name."""
@@ -139,9 +136,8 @@ class HFTextCodec:
     def _render(self, messages: list[dict[str, Any]], prompt: ChatPrompt, tools: Any, kwargs: dict[str, Any]) -> str:
         from transformers.utils.chat_template_utils import _compile_jinja_template as compiled
 
-        compiled(
-            self._tokenizer.get_chat_template(None, tools)
-        ).environment.concat = self._join  # it keeps the last ones
+        template = self._tokenizer.get_chat_template(None, tools)
+        compiled(template).environment.concat = self._join  # it keeps the last ones
         begins = prompt.add_generation_prompt and not prompt.continue_final
         kwargs = {"tools": tools, "tokenize": False, "add_generation_prompt": begins, **kwargs}
         return str(self._tokenizer.apply_chat_template(messages, **kwargs))
@@ -155,12 +151,6 @@ class HFTextCodec:
             if size > self.max_chars:
                 break
         return "".join(joined)
-
-
-def _special_ids(tokenizer: Any) -> list[int]:
-    """Every added token that is marked special, and the named ones (BOS, EOS, PAD …)."""
-    added = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
-    return [*added, *(index for index in tokenizer.all_special_ids if index is not None)]
 
 
 class Tokenizer:
@@ -187,30 +177,26 @@ class Tokenizer:
                 return UserMsg(message.uid, pack_ids(ids), self._finish_params(message, ids), message.count)
             if isinstance(message, EncodeMsg):
                 return EncodedReply(message.uid, pack_ids(self.encode_only(message.prompt, special=message.special)))
-            text = self.decode_only(unpack_ids(message.token_ids), skip_special=message.skip_special)
-            return DecodedReply(message.uid, text)
+            ids = self._check(unpack_ids(message.token_ids), "tokens")
+            known = [token for token in ids if token < self.codec.vocab_size]
+            return DecodedReply(message.uid, self.codec.decode(known, skip_special=message.skip_special))
         except RequestError as error:
             return ErrorReply(message.uid, str(error), error.status, error.param, error.code)
         except Exception as error:
             logger.exception("request %d: tokenization failed", message.uid)
             return ErrorReply(uid=message.uid, message=f"tokenization failed: {type(error).__name__}", status=500)
 
-    def decode_only(self, token_ids: list[int], *, skip_special: bool) -> str:
-        """The text of the ids. Raises: RequestError when one of them is not in the vocabulary."""
-        if token_ids:
-            self._check(token_ids, "tokens")
-        size = self.codec.vocab_size
-        return self.codec.decode([token for token in token_ids if token < size], skip_special=skip_special)
-
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of one prompt. Raises: RequestError when it is empty, malformed or outside the vocabulary."""
-        if isinstance(prompt, TextPrompt) and not prompt.text:
+        if isinstance(prompt, IdsPrompt):
+            if (size := len(prompt.input_ids) // 4) >= self._max_seq_len:
+                raise too_long("prompt", str(size), self._max_seq_len)
+            ids = unpack_ids(prompt.input_ids)
+        else:
+            ids = self.encode_only(prompt)
+        if not ids or (isinstance(prompt, TextPrompt) and not prompt.text):
             raise RequestError("the prompt must not be empty", param="prompt")
-        if not isinstance(prompt, IdsPrompt):
-            return self._check(self.encode_only(prompt))
-        if (size := len(prompt.input_ids) // 4) >= self._max_seq_len:
-            raise too_long("prompt", str(size), self._max_seq_len)
-        return self._check(unpack_ids(prompt.input_ids))
+        return self._check(ids, "prompt")
 
     def encode_only(self, prompt: ChatPrompt | TextPrompt, *, special: bool = True) -> list[int]:
         """The ids that a prompt has, which may be none and may be too many. Raises: RequestError.
@@ -237,13 +223,12 @@ class Tokenizer:
                     raise too_long(param, f"at least {size // 2}", self._max_seq_len)
         return self.codec.encode([text], special=special)[0]
 
-    def _check(self, ids: list[int], param: str = "prompt") -> list[int]:
-        if not ids:
-            raise RequestError("the prompt must not be empty", param="prompt")
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= self._vocab_size:
-            bad = low if low < 0 else high
-            raise RequestError(f"token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})", param=param)
+    def _check(self, ids: list[int], param: str, where: str = "") -> list[int]:
+        """The ids. Raises: RequestError when one of them is not in the vocabulary."""
+        if ids and (min(ids) < 0 or max(ids) >= self._vocab_size):
+            bad = next(token for token in ids if not 0 <= token < self._vocab_size)
+            text = f"{where}token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})"
+            raise RequestError(text, param=param)
         return ids
 
     def _finish_params(self, request: TokenizeMsg, ids: list[int]) -> SamplingParams:
@@ -258,7 +243,8 @@ class Tokenizer:
             param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
             raise too_long(param, str(len(ids)), self._max_seq_len)
         params = request.params
-        self._check_token_params(params)
+        self._check(list(params.stop_token_ids), "stop_token_ids", "stop_token_ids: ")
+        self._check([token for token, _ in params.logit_bias], "logit_bias", "logit_bias: ")
         seed = params.seed if params.seed is not None else random.randint(0, MAX_SEED)
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
         grammar = params.grammar
@@ -267,14 +253,3 @@ class Tokenizer:
             grammar = replace(grammar, reasoning=reasoning_after(end, grammar.reasoning))
         least = min(params.min_tokens, limit)
         return replace(params, max_tokens=limit, min_tokens=least, seed=seed, grammar=grammar)
-
-    def _check_token_params(self, params: SamplingParams) -> None:
-        for name, ids in (
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", [token for token, _ in params.logit_bias]),
-        ):
-            bad = next((token for token in ids if not 0 <= token < self._vocab_size), None)
-            if bad is not None:
-                raise RequestError(
-                    f"{name}: token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})", param=name
-                )

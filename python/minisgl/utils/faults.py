@@ -40,11 +40,8 @@ def _act(text: str, point: str) -> str | None:
     action, _, argument = text.partition(" ")
     if action == "raise":
         raise _RAISED[argument](f"injected at {point}")
-    if action == "sleep":
-        time.sleep(float(argument))
-    elif action == "hang":
-        while True:
-            time.sleep(3600)
+    if action in ("sleep", "hang"):
+        time.sleep(float(argument or 1e9))
     elif action in ("stop", "kill"):
         os.kill(os.getpid(), signal.SIGSTOP if action == "stop" else signal.SIGKILL)
     elif action == "exit":
