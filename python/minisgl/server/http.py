@@ -151,8 +151,8 @@ async def serve_http(
         uvicorn_config = uvicorn.Config(
             guarded(app, config.access, exposition.count_http, log=env_bool("MINISGL_ACCESS_LOG", True)),
             http=connect,  # type: ignore[arg-type]  # it is called as the class is
-            limit_concurrency=_max_connections(),
-            backlog=MAX_ACCEPTS,
+            limit_concurrency=(limit := _max_connections()),
+            backlog=MAX_ACCEPTS if limit > 64 else 2,
             ws="none",  # there are no such routes, and a broken handshake would be a fault of ours
             log_config=None,
             access_log=False,
@@ -191,7 +191,8 @@ def _max_connections() -> int:
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     left = max(soft, wanted) - len(os.listdir("/dev/fd"))
-    return max(1, min(MAX_CONNECTIONS, left - min(64, left // 2)))
+    # ZeroMQ ends the process when it has none left for a worker that connects: those that are refused count too.
+    return max(1, min(MAX_CONNECTIONS, left - max(24, min(64, left // 2))))
 
 
 def _announce(config: ServerConfig, listener: socket.socket) -> None:

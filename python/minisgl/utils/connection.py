@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import h11
@@ -98,7 +99,8 @@ class Connection(H11Protocol):
             self.cycle.message_event.set()
         self.transport.write(_HEAD % (status, STATUS_PHRASES[status], len(body)) + b"\r\n\r\n" + body)
         if self.transport.can_write_eof() and len(self.connections) <= self._limit + MAX_LINGERING:
-            self.transport.write_eof()
+            with suppress(OSError):  # who is gone already
+                self.transport.write_eof()
             self.loop.call_later(LINGER_SECONDS, self.transport.abort)
         else:
             self.transport.close()

@@ -70,6 +70,7 @@ def setup_logging(role: str) -> None:
     level = os.environ.get("LOG_LEVEL", "INFO").upper()
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise ConfigError(f"LOG_LEVEL={level!r}: expected DEBUG, INFO, WARNING or ERROR")
+    one_line("\n")  # Python looks for the codec at its first use, and there may be no descriptor then
     handler = Writer()
     handler.setFormatter(LineFormatter(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S"))
     for name, least in {"minisgl": level, "uvicorn": "WARNING", "asyncio": "WARNING"}.items():
