@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llguidance import LLMatcher
 
@@ -30,11 +30,16 @@ _MAX_WAITING = 64  # of one client, to be compiled
 
 @dataclass(eq=False)
 class CompiledGrammar:
-    """As long as someone holds it, it is not compiled again."""
+    """As long as someone holds it, it is not compiled again.
+
+    lock: held while one of its matchers is at work. They share a lock of their own in llguidance, for which
+    `consume_tokens` waits with Python's lock in its hands: everybody would wait for a mask.
+    """
 
     matcher: LLMatcher
     num_bytes: int
     cost: float = 0.008  # seconds of a core that a mask takes: a guess, until some were computed
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> LLMatcher:
         """A matcher at the beginning of an output."""

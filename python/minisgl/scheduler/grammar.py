@@ -38,6 +38,7 @@ _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process h
 # the step goes on meanwhile. A GPU computes, but the host cannot plan the next step.
 _CPU_SHARE, _GPU_SHARE = (0.1, 0.0), (0.5, 0.002)
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
+_PACED_SHARE = 0.15  # of the time of steps that others are in: what those with masks of rows that wait may take longer
 # What the masks of one request may take beyond a millisecond each, in seconds of a core.
 _FREE_SECONDS, _MOST_SECONDS = 0.001, 10.0
 
@@ -91,6 +92,9 @@ class Grammars:
         self._share, self._unshared = _GPU_SHARE if is_gpu else _CPU_SHARE
         self._last_step, self._last_time, self._interval = 0, 0.0, _LONGEST_INTERVAL / 4
         self._budget = self._late_cost = 0.0  # of the last step's masks: seconds, and how many of them are expected
+        self._planned, self._has_masks = 0.0, False  # the last step: when, and whether it has some
+        self._step_seconds = [_LONGEST_INTERVAL / 4] * 2  # that one takes without masks, and with them
+        self._next_masks = 0.0  # when rows that wait may come with the next ones
 
     @property
     def is_holding(self) -> bool:
@@ -107,7 +111,8 @@ class Grammars:
         admitted: list[PlannerMsg] = []
         while self._aborts:
             admitted.append(self._aborts.popleft())
-        for uid in [uid for uid, output in self._waiting.items() if output.job is None or output.job.done()]:
+        may_resume = time.perf_counter() >= self._next_masks
+        for uid in [uid for uid, own in self._waiting.items() if may_resume and (own.job is None or own.job.done())]:
             cost = self._late_cost + self._waiting.pop(uid).cost
             admitted.append(ResumeMsg(uid, paced=cost > self._budget / 2))
             self._late_cost = min(cost, self._budget)
@@ -130,11 +135,20 @@ class Grammars:
     def add_words(self, plan: StepPlan, reqs: Sequence[Req], submitted: Sequence[Submitted]) -> StepPlan:
         """The plan with the words of its bitmask, to be computed when the engine asks for them. reqs: those that its
         `samples` belong to; submitted: the steps before it that are not retired, oldest first."""
+        self._pace(plan, has_others=len(reqs) < len(plan.reqs))
         if plan.bitmask is None or self._store is None:
             return plan
         rows = [_Row(req, self._outputs[req.uid], req.num_tokens - 1) for req in reqs]
         words = LateWords(self, plan, rows, submitted)
         return plan._replace(bitmask=plan.bitmask._replace(words=words))
+
+    def _pace(self, plan: StepPlan, *, has_others: bool) -> None:
+        """A step with masks takes longer, for all of its rows: others must not lose more by that than a share."""
+        now, seconds = time.perf_counter(), self._step_seconds
+        seconds[self._has_masks] += (min(now - self._planned, _LONGEST_INTERVAL) - seconds[self._has_masks]) / 8
+        self._planned, self._has_masks = now, plan.bitmask is not None
+        if self._has_masks:
+            self._next_masks = now + has_others * max(0.0, seconds[True] - seconds[False]) / _PACED_SHARE
 
     def finish(self, outputs: list[ReqOutput]) -> list[ReqOutput]:
         """What there is to tell. Requests that end are forgotten, and those that this class has ended get their reason.
@@ -176,7 +190,9 @@ class Grammars:
                 words[index] = output.ready[1]
             elif ids is None or (output.job is not None and not output.job.done()):
                 continue
-            elif output.error is None and output.cost > left - (time.thread_time() - start):
+            elif output.grammar.lock.locked() or (
+                output.error is None and output.cost > left - (time.thread_time() - start)
+            ):
                 self._start(row, ids)
             else:
                 words[index] = self._mask(row, ids)
@@ -232,12 +248,13 @@ class Grammars:
             return self.all_allowed
         why = None
         try:
-            matcher = output.matcher = output.matcher or output.grammar.start()
-            output.num_tokens += len(ids)
-            if not ids or matcher.is_stopped() or matcher.consume_tokens(ids):
-                matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            if matcher.is_error():
-                why = one_line(matcher.get_error())
+            with output.grammar.lock:
+                matcher = output.matcher = output.matcher or output.grammar.start()
+                output.num_tokens += len(ids)
+                if not ids or matcher.is_stopped() or matcher.consume_tokens(ids):
+                    matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+                if matcher.is_error():
+                    why = one_line(matcher.get_error())
         except BaseException as error:  # a panic of llguidance is no Exception
             why = one_line(str(error))
         seconds = time.thread_time() - start
