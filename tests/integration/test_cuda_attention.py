@@ -8,7 +8,6 @@ import torch
 
 from minisgl.attention.base import PagedBatch
 from minisgl.attention.paged import AttentionShape
-from minisgl.errors import ConfigError
 
 Tensor = torch.Tensor
 HOPPER = (9, 0)
@@ -133,23 +132,6 @@ def test_decode_many_sequences_twice_in_a_graph(plan: tuple[int, int]) -> None:
         expected = case.reference(None)
         for out in outs:
             check(out, expected)
-
-
-@pytest.mark.parametrize(
-    ("shape", "capability", "word"),
-    [
-        (make_shape(16, 8, 128), (8, 0), "Hopper"),
-        (make_shape(16, 8, 128, torch.float32), HOPPER, "float32"),
-        (make_shape(16, 8, 96), HOPPER, "head_dim"),
-        (make_shape(17, 8, 128), HOPPER, "query heads"),
-        (make_shape(17, 1, 128), HOPPER, "query heads"),
-    ],
-)
-def test_shapes_that_are_refused(shape: AttentionShape, capability: tuple[int, int], word: str) -> None:
-    from minisgl.attention.cuda import check_shape
-
-    with pytest.raises(ConfigError, match=word):
-        check_shape(shape, capability)
 
 
 def test_cluster_size_fills_the_gpu_then_leaves_it_to_the_stream_kernel() -> None:

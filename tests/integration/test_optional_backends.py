@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,29 +20,11 @@ def shape(**changes: object) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("backend", [FlashAttentionBackend, FlashInferBackend])
-def test_refused_on_a_cpu(backend: type) -> None:
-    with pytest.raises(ConfigError, match=r"--attention-backend f[ai].* needs a GPU"):
-        backend(shape(), torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("backend", "changes"),
-    [
-        (FlashAttentionBackend, {"dtype": torch.float32}),
-        (FlashAttentionBackend, {"head_dim": 288}),
-        (FlashAttentionBackend, {}),  # the package is missing
-        (FlashInferBackend, {"dtype": torch.float32}),
-        (FlashInferBackend, {"head_dim": 80}),
-        (FlashInferBackend, {}),
-    ],
-)
-def test_refused_shapes(backend: type, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setitem(__import__("sys").modules, "flashinfer", None)
-    monkeypatch.setitem(__import__("sys").modules, "sgl_kernel", None)
-    expected = next((name for name in changes), "pip install")
-    with pytest.raises(ConfigError, match=expected) as error:
-        backend(shape(**changes), torch.device("cuda"))
+def test_the_package_is_missing(backend: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    monkeypatch.setitem(sys.modules, "sgl_kernel", None)
+    with pytest.raises(ConfigError, match=r"^--attention-backend f[ai] needs .*: pip install") as error:
+        backend(shape(), torch.device("cuda"))
     assert "\n" not in str(error.value)
 
 

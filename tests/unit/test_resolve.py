@@ -264,6 +264,29 @@ def test_a_decode_kernel_for_another_gpu_dtype_or_toolkit() -> None:
             decide(machine, attention_backend="cuda", **options)
 
 
+@pytest.mark.parametrize(
+    ("backend", "changes", "problem"),
+    [
+        ("cuda", {"head_dim": 96}, "does not compute head_dim 96"),
+        ("cuda", {"num_qo_heads": 17, "num_kv_heads": 1}, "computes up to 16 query heads per KV head, not 17"),
+        ("fa", {"head_dim": 288}, "does not compute head_dim 288"),
+        ("fi", {"head_dim": 80}, "does not compute head_dim 80"),
+        ("triton", {"head_dim": 90}, "does not compute head_dim 90"),
+    ],
+)
+def test_attention_backends_for_other_shapes(backend: str, changes: dict[str, int], problem: str) -> None:
+    everything = replace(GPUS, packages=GPUS.packages | {"sgl_kernel", "flashinfer"})
+    with pytest.raises(ConfigError, match=f"^--attention-backend {backend}: {backend} {problem}"):
+        decide(everything, replace(MODEL, **changes), attention_backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["fa", "fi"])
+def test_attention_backends_of_16_bits(backend: str) -> None:
+    everything = replace(GPUS, packages=GPUS.packages | {"sgl_kernel", "flashinfer"})
+    with pytest.raises(ConfigError, match=f"^--attention-backend {backend}: {backend} does not compute float32"):
+        decide(everything, attention_backend=backend, dtype="float32")
+
+
 def test_captured_batches() -> None:
     assert decide(GPUS, max_running_requests=32).engine.cuda_graph_max_bs == 32
     assert decide(GPUS, max_running_requests=1024).engine.cuda_graph_max_bs == 256

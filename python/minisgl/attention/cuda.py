@@ -6,7 +6,6 @@ import torch
 
 from minisgl.attention.base import PagedBatch
 from minisgl.attention.paged import AttentionShape
-from minisgl.errors import ConfigError
 from minisgl.kernel.jit import load_kernel
 
 Tensor = torch.Tensor
@@ -16,22 +15,6 @@ CLUSTER_BLOCKS_PER_SM = 2  # up to this many, clusters beat the stream kernel
 PLANS = {64: (16, 1), 128: (8, 1)}  # by head_dim: warps of a block, and blocks on an SM, of the stream kernel
 MIN_COUNTERS = 1024  # sequences; a captured batch may be padded past max_running_requests
 _DTYPES = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
-
-
-def check_shape(shape: AttentionShape, capability: tuple[int, int]) -> None:
-    """Raises: ConfigError when the kernels cannot serve this shape on a GPU of this compute capability."""
-    group, rest = divmod(shape.num_qo_heads, shape.num_kv_heads)
-    problem = None
-    if capability[0] != 9:
-        problem = f"needs a Hopper GPU (compute capability 9.0), this one has {capability[0]}.{capability[1]}"
-    elif shape.dtype not in _DTYPES:
-        problem = f"computes in bfloat16 or float16, not {str(shape.dtype).removeprefix('torch.')}"
-    elif shape.head_dim not in (64, 128):
-        problem = f"serves a head_dim of 64 or 128, not {shape.head_dim}"
-    elif rest or not 1 <= group <= 16:
-        problem = f"serves 1 to 16 query heads per KV head, not {shape.num_qo_heads}/{shape.num_kv_heads}"
-    if problem:
-        raise ConfigError(f"--attention-backend cuda {problem}; use triton")
 
 
 def cluster_size(num_seqs: int, num_kv_heads: int, num_sms: int) -> int:
@@ -46,7 +29,6 @@ class CudaBackend:
 
     def __init__(self, shape: AttentionShape, device: torch.device, plan: tuple[int, int] | None = None) -> None:
         capability = torch.cuda.get_device_capability(device)
-        check_shape(shape, capability)
         self._shape = shape
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         group = shape.num_qo_heads // shape.num_kv_heads

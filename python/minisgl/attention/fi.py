@@ -18,25 +18,18 @@ from minisgl.errors import ConfigError
 
 Tensor = torch.Tensor
 WORKSPACE_BYTES = 256 << 20  # partial results of split sequences; shared, as launches follow one another
-HEAD_DIMS = (64, 128, 256)
 
 
 class FlashInferBackend:
     """Same interface as `TritonBackend`, and `plan_decode`. `shape.windows` lists the windows that layers have; batches
-    carry rows_cpu [n] and page_table_cpu, numpy arrays, too. Raises: ConfigError for what FlashInfer does not take."""
+    carry rows_cpu [n] and page_table_cpu, numpy arrays, too. Raises: ConfigError when FlashInfer cannot be imported."""
 
     def __init__(self, shape: Any, device: torch.device) -> None:
-        name = "--attention-backend fi"
-        if device.type != "cuda":
-            raise ConfigError(f"{name} needs a GPU; use sdpa")
-        if shape.dtype not in (torch.bfloat16, torch.float16):
-            raise ConfigError(f"{name}: dtype must be bfloat16 or float16, not {shape.dtype}; use triton")
-        if shape.head_dim not in HEAD_DIMS:
-            raise ConfigError(f"{name}: head_dim must be one of {HEAD_DIMS}, not {shape.head_dim}; use triton")
         try:
             self._library = importlib.import_module("flashinfer")
         except (ImportError, OSError) as error:
-            raise ConfigError(f"{name} needs flashinfer ({error}): pip install flashinfer-python==0.6.14") from error
+            problem = f"--attention-backend fi needs flashinfer ({error}): pip install flashinfer-python==0.6.14"
+            raise ConfigError(problem) from error
         self._shape, self._device = shape, device
         self._windows: tuple[int | None, ...] = tuple(dict.fromkeys(shape.windows))
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
@@ -50,8 +43,9 @@ class FlashInferBackend:
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: Any) -> Tensor:
         """q: [num_tokens, num_qo_heads, head_dim] → the same shape."""
         if batch is not self._planned:  # every layer gets the same object
-            self._plan_prefill(batch)
-            self._planned = batch
+            self._planned, offsets, pages = batch, _offsets(batch.num_new_cpu), list(_page_lists(batch))
+            for planned, wrapper in self._prefills.items():
+                wrapper.plan(offsets, *pages, *self._heads(batch), causal=True, **self._options(planned))
         return self._run(self._prefills[window], q, k_cache, v_cache, batch.page_size)
 
     def plan_decode(self, batch: Any, graph: bool = False) -> None:
@@ -84,12 +78,6 @@ class FlashInferBackend:
                 options[f"paged_kv_{key}_buffer"] = torch.zeros(size, dtype=torch.int32, device=self._device)
             options["use_cuda_graph"] = True
         return self._library.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "NHD", **options)
-
-    def _plan_prefill(self, batch: Any) -> None:
-        offsets = _offsets(batch.num_new_cpu)
-        pages = list(_page_lists(batch))
-        for window, wrapper in self._prefills.items():
-            wrapper.plan(offsets, *pages, *self._heads(batch), causal=True, **self._options(window))
 
     def _heads(self, batch: Any) -> tuple[int, int, int, int]:
         return self._shape.num_qo_heads, self._shape.num_kv_heads, self._shape.head_dim, batch.page_size

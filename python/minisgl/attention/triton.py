@@ -22,13 +22,9 @@ Tensor = torch.Tensor
 
 
 class TritonBackend:
-    """See the module. Raises: ConfigError for a shape that the kernels do not take."""
+    """See the module. `config.cuda` has chosen it for a shape that the kernels take."""
 
     def __init__(self, shape: Any, device: torch.device) -> None:
-        if shape.head_dim % 16 or shape.head_dim > 256:
-            raise ConfigError(
-                f"--attention-backend triton: head_dim must be a multiple of 16 up to 256, not {shape.head_dim}"
-            )
         self._device, self._shape = device, shape
         self._group = shape.num_qo_heads // shape.num_kv_heads
         self._capability, self._num_sms = (0, 0), 1

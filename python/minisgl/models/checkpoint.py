@@ -58,7 +58,7 @@ class Shard:
         self._is_mapped = True
 
     def tensors(self) -> dict[str, Any]:
-        """Raises: ConfigError when the file is not what its name says."""
+        """All tensors of the file. Raises: ConfigError when the file is not what its name says."""
         if self._tensors is None:
             try:
                 self._tensors = self._open()
@@ -75,10 +75,6 @@ class Shard:
             self._is_mapped = head.read(2) == b"PK"  # older files are no archives, and are read as a whole
         content = torch.load(self._path, map_location="cpu", mmap=self._is_mapped, weights_only=True)
         return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
-
-    def stored(self) -> list[Stored]:
-        """All tensors of the file."""
-        return [Stored(self, name, *_shape_and_type(tensor)) for name, tensor in self.tensors().items()]
 
     def read(self, name: str, index: slice | tuple[int, slice]) -> torch.Tensor:
         """A part of a tensor."""
@@ -126,10 +122,11 @@ class Checkpoint:
         self._source = str(model_dir)
         self._stored: dict[str, Stored] = {}
         self._shards = [Shard(path) for path in weight_files(Path(model_dir))]
-        for stored in (stored for shard in self._shards for stored in shard.stored()):
-            ours = our_name(stored.name)
-            if ours == stored.name or ours not in self._stored:
-                self._stored[ours] = stored
+        for shard in self._shards:
+            for name, tensor in shard.tensors().items():
+                ours = our_name(name)
+                if ours == name or ours not in self._stored:
+                    self._stored[ours] = Stored(shard, name, *_shape_and_type(tensor))
 
     def untied(self, model: ModelConfig) -> ModelConfig:
         """`model`, whose head is its own where the file has one that differs from the embedding, whatever the
