@@ -76,9 +76,9 @@ class QKVLinear(ColumnLinear):
         self, env: LayerEnv, hidden_size: int, num_qo_heads: int, num_kv_heads: int, head_dim: int, bias: bool
     ) -> None:
         tp_size, rank = env.comm.size, env.comm.rank
+        num_qo, num_kv = env.share(num_qo_heads, "attention heads"), max(1, num_kv_heads // tp_size)
         if num_kv_heads % tp_size and tp_size % num_kv_heads:
             raise ConfigError(f"--tensor-parallel-size {tp_size} does not fit the model's {num_kv_heads} KV heads")
-        num_qo, num_kv = env.share(num_qo_heads, "attention heads"), max(1, num_kv_heads // tp_size)
         q = (num_qo_heads * head_dim, num_qo * head_dim, rank * num_qo * head_dim)
         kv = (num_kv_heads * head_dim, num_kv * head_dim, rank * num_kv_heads // tp_size * head_dim)
         super().__init__(env, hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias)
