@@ -24,7 +24,7 @@ from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, Ser
 from minisgl.core import StepPlan, StepResult, TokenLogprobs
 from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.scheduler.scheduler import Scheduler
-from minisgl.scheduler.status import StepStats
+from minisgl.scheduler.status import Status
 from minisgl.scheduler.transport import LeaderTransport
 from minisgl.server.launch import bind_port, run_server, worker_specs
 from minisgl.server.supervisor import WorkerSpec
@@ -107,10 +107,10 @@ class Answer:
 
 
 def fake_scheduler(control: Control, config: ServerConfig, addresses: Addresses, delay: float, answer: str) -> None:
-    stats = StepStats(config.scheduler.num_pages)
-    transport = LeaderTransport(addresses, 1, control.beat, stats=stats.reply)
+    status = Status(config.scheduler.num_pages)
+    transport = LeaderTransport(addresses, 1, control.beat, stats=status.reply)
     executor = FakeExecutor(delay, Answer(config.tokenizer, answer) if answer else None)
-    scheduler = Scheduler(config.scheduler, executor, transport, stats=stats)
+    scheduler = Scheduler(config.scheduler, executor, transport, status=status)
     control.ready()
     scheduler.run()
 

@@ -14,7 +14,7 @@ from minisgl.message.backend import AbortMsg, FlushMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.tokenizer import DetokenizeMsg
 from minisgl.scheduler.scheduler import Scheduler
-from minisgl.scheduler.status import StatusLog, StepStats
+from minisgl.scheduler.status import Status
 from minisgl.scheduler.transport import FollowerTransport, LocalTransport, RankFanout
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 
@@ -210,7 +210,7 @@ def test_ranks_make_the_same_plans_and_notice_when_they_do_not(tmp_path_factory:
 def test_the_log_tells_of_work_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="minisgl")
     now = 100.0
-    status, transport = StatusLog(CONFIG.num_pages, lambda: now), LocalTransport()
+    status, transport = Status(CONFIG.num_pages, lambda: now), LocalTransport()
     scheduler = Scheduler(CONFIG, SimulatedEngine(CONFIG), transport, status=status)
     transport.put([user(1, [1, 2, 3], 30), user(2, [4], 30)])
     for _ in range(12):
@@ -265,18 +265,18 @@ def test_flushing_takes_what_nobody_uses() -> None:
 
 
 def test_steps_are_counted() -> None:
-    stats, transport = StepStats(CONFIG.num_pages), LocalTransport()
-    scheduler = Scheduler(CONFIG, SimulatedEngine(CONFIG), transport, stats=stats)
+    status, transport = Status(CONFIG.num_pages), LocalTransport()
+    scheduler = Scheduler(CONFIG, SimulatedEngine(CONFIG), transport, status=status)
     transport.put([user(uid, [uid] * 10, 8) for uid in range(1, 7)])  # four run at once
     scheduler.turn()
     scheduler.turn()
-    reply = stats.reply(9)
+    reply = status.reply(9)
     assert (reply.uid, reply.num_pages) == (9, CONFIG.num_pages)
     assert (reply.num_running, reply.num_waiting) == (scheduler.planner.num_running, scheduler.planner.num_waiting)
     assert reply.num_waiting >= 2
     assert reply.num_free_pages < CONFIG.num_pages
     run(scheduler, transport)
-    after = stats.reply(10)
+    after = status.reply(10)
     assert (after.num_running, after.num_waiting, after.num_free_pages) == (0, 0, CONFIG.num_pages)
     assert sum(after.step_requests.counts) == sum(after.step_tokens.counts)
     assert after.step_tokens.total == 6 * (10 + 7)  # the last token of each is never computed

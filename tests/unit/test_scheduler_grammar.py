@@ -110,7 +110,7 @@ class Loop:
         self.transport = LocalTransport(grammars=grammars)
         config = SchedulerConfig(**{name: getattr(CONFIG, name) for name in CONFIG.__slots__} | {"overlap": overlap})
         self.engine = MaskedEngine(config)
-        self.scheduler = Scheduler(config, self.engine, self.transport, grammars=grammars)
+        self.scheduler = Scheduler(config, self.engine, self.transport)
         self.outputs: dict[int, list[Any]] = {}
 
     def compiled(self) -> None:

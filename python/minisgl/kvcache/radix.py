@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -79,8 +80,7 @@ class RadixCache:
             pages += child.pages
             rest = rest[len(child.key) :]
             node = child
-        if node.num_locks == 0 and not node.children:
-            self._push(node)
+        self._push(node)
         return Match(node, pages)
 
     def match_len(self, token_ids: TokenIds, namespace: str = "") -> int:
@@ -107,8 +107,7 @@ class RadixCache:
             require(node.num_locks >= 0, "a handle was unlocked twice")
             if node.num_locks == 0:
                 self.num_evictable += len(node.pages)
-                if not node.children:
-                    self._push(node)
+                self._push(node)
 
     def insert(self, handle: RadixNode, token_ids: TokenIds, pages: list[int], namespace: str = "") -> RadixNode:
         """Move a request's lock to the end of all its whole pages, adding those that are not cached yet.
@@ -154,14 +153,8 @@ class RadixCache:
 
     def discard(self, handle: RadixNode) -> list[int]:
         """Give up what only this (unlocked) handle's path leads to: its KV must not be used again."""
-        freed: list[int] = []
-        node = handle
-        while self._is_evictable_leaf(node):
-            parent = node.parent
-            assert parent is not None
-            freed += self._remove(node)
-            node = parent
-        return freed
+        leaves = takewhile(self._is_evictable_leaf, [*_path(handle)])  # a parent is one when its last child is gone
+        return [page for leaf in leaves for page in self._remove(leaf)]
 
     def nodes(self) -> list[RadixNode]:
         """All of them, the root first; a little more than there can be where one is above itself."""
@@ -247,7 +240,8 @@ class RadixCache:
         return node.num_locks == 0 and not node.children and node.parent is not None
 
     def _push(self, node: RadixNode) -> None:
-        if node.parent is None:
+        """Make it a candidate, if it can be evicted."""
+        if not self._is_evictable_leaf(node):
             return
         if len(self._heap) > 64 + 4 * self.num_pages:  # mostly stale: a popular prefix leaves one entry per use
             self._heap = [entry for entry in self._heap if self._is_candidate(entry)]
@@ -262,8 +256,7 @@ class RadixCache:
         leaf.parent = None
         self.num_pages -= len(leaf.pages)
         self.num_evictable -= len(leaf.pages)
-        if self._is_evictable_leaf(parent):
-            self._push(parent)
+        self._push(parent)
         return leaf.pages
 
 

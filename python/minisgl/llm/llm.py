@@ -136,7 +136,7 @@ class LLM:
             grammars = Grammars(store, self.config.engine.device == "cuda")
             self._closers.callback(grammars.close)
             self._transport = LocalTransport(fanout, self._while_waiting, grammars)
-            self._scheduler = self._start_scheduler(grammars)
+            self._scheduler = self._start_scheduler()
         except BaseException:
             self.close()
             raise
@@ -221,7 +221,7 @@ class LLM:
         self._closers.callback(fanout.close)
         return supervisor, fanout
 
-    def _start_scheduler(self, grammars: Grammars) -> Scheduler:
+    def _start_scheduler(self) -> Scheduler:
         from minisgl.server.workers import set_cuda_environment
 
         config = replace(self.config.engine, init_method=self._addresses.rendezvous())
@@ -231,7 +231,7 @@ class LLM:
         engine = Engine(config) if self._supervisor is None else _run_watched(lambda: Engine(config), self._supervisor)
         self._closers.callback(engine.close)
         scheduler_config = replace(self.config.scheduler, num_pages=engine.num_pages)
-        return Scheduler(scheduler_config, engine, self._transport, tp_size=config.tp_size, grammars=grammars)
+        return Scheduler(scheduler_config, engine, self._transport, tp_size=config.tp_size)
 
     def _run(
         self, prompts: Sequence[ChatPrompt | TextPrompt | IdsPrompt], params: Params, progress: Reporting

@@ -108,9 +108,7 @@ class Grammars:
 
     def admit(self, messages: Sequence[PlannerMsg]) -> list[PlannerMsg]:
         """What the planners are to be told: of these messages, and of those held back until now."""
-        admitted: list[PlannerMsg] = []
-        while self._aborts:
-            admitted.append(self._aborts.popleft())
+        admitted: list[PlannerMsg] = [self._aborts.popleft() for _ in range(len(self._aborts))]
         may_resume = time.perf_counter() >= self._next_masks
         for uid in [uid for uid, own in self._waiting.items() if may_resume and (own.job is None or own.job.done())]:
             cost = self._late_cost + self._waiting.pop(uid).cost
@@ -231,11 +229,9 @@ class Grammars:
         if error is None:
             self._outputs |= {uid: _Output(future.result()) for uid in uids}
             return True
-        if isinstance(error, RequestError):
-            self._replies += [ErrorReply(uid, str(error), status=error.status, param=error.param) for uid in uids]
-        else:
-            text = f"structured output failed: {type(error).__name__}"
-            self._replies += [ErrorReply(uid, text, status=500) for uid in uids]
+        if not isinstance(error, RequestError):
+            error = RequestError(f"structured output failed: {type(error).__name__}", status=500)
+        self._replies += [ErrorReply(uid, str(error), error.status, error.param) for uid in uids]
         return False
 
     def _start(self, row: _Row, ids: list[int]) -> None:

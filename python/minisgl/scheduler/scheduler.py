@@ -17,9 +17,9 @@ from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import FlushReply, pack_logprobs
 from minisgl.message.tokenizer import PROMPT_TAIL, DetokenizeMsg, StreamStart
 from minisgl.scheduler.dump import dump
-from minisgl.scheduler.grammar import Grammars, PlannerMsg
+from minisgl.scheduler.grammar import PlannerMsg
 from minisgl.scheduler.planner import Planner
-from minisgl.scheduler.status import StatusLog, StepStats
+from minisgl.scheduler.status import Status
 from minisgl.scheduler.transport import Transport
 from minisgl.utils.faults import fault
 
@@ -42,32 +42,27 @@ class Scheduler:
         *,
         tp_size: int = 1,
         check_ranks: bool = False,
-        status: StatusLog | None = None,
-        stats: StepStats | None = None,
-        grammars: Grammars | None = None,
+        status: Status | None = None,
     ) -> None:
         self.planner = Planner(config)
         self._executor = executor
         self._transport = transport
-        self._overlap = config.overlap
+        self._config = config
         self._tp_size = tp_size
         self._check_ranks = check_ranks
         self._status = status
-        self._stats = stats
-        if stats is not None:
-            stats.watch(self.planner)
-        self._grammars = grammars  # on rank 0; the transport's too
+        if status is not None:
+            status.planner = self.planner
+        self._grammars = transport.grammars
         self._digest = 0
         self._submitted: deque[tuple[StepPlan, StepHandle]] = deque()
         self._inbox: deque[PlannerMsg] = deque()
         self._open: dict[int, bool] = {}  # uids whose terminal output is to come: whether the detokenizer knows them
         self._num_failures = 0
         self._stuck = False  # nothing could be planned, with no step in flight
-        self._step_timeout, self._token_seconds = config.step_timeout, config.token_seconds
         self._slowest = 0.0  # seconds of a step, of late
         self._checked = True
         self._num_spells = 0  # of work, with idleness after each
-        self._is_fatal = config.integrity_fatal
 
     def run(self) -> None:
         """Serve for ever. Raises: EngineError when the device is broken or the ranks have diverged."""
@@ -89,7 +84,7 @@ class Scheduler:
         idle = self.planner.is_idle
         if idle and not self._checked:
             self._check_idle()
-        block = idle or (self._stuck and self._grammars is not None and self._grammars.is_holding)
+        block = idle or (self._stuck and self._grammars.is_holding)
         self._inbox += self._transport.receive(block=block and not self._inbox, digest=self._digest)
         outputs: list[ReqOutput] = []
         while self._inbox:
@@ -109,19 +104,18 @@ class Scheduler:
         plan = self.planner.plan()
         if self._check_ranks and plan is not None:
             self._digest = zlib.crc32(repr((plan.step_id, plan.page_updates, plan.reqs)).encode())
-        if plan is not None and self._grammars is not None:
-            plan = self._grammars.add_words(plan, self.planner.masked_reqs, self._submitted)
         self._stuck = plan is None and not self._submitted
         if plan is not None:
+            plan = self._grammars.add_words(plan, self.planner.masked_reqs, self._submitted)
             fault("turn")
             if (how := fault("pages")) is not None:
                 self.planner.damage(how)
-            if self._stats is not None:
-                self._stats.count(plan)
+            if self._status is not None:
+                self._status.count_step(plan)
             self._submitted.append((plan, self._executor.submit(plan)))
         elif not self._submitted and not self.planner.num_running and self.planner.num_waiting:
             raise IntegrityError("no request can begin, and none runs: pages are lost")
-        num_left = 1 if self._overlap and plan is not None else 0
+        num_left = 1 if self._config.overlap and plan is not None else 0
         while len(self._submitted) > num_left:
             self._retire()
 
@@ -129,7 +123,7 @@ class Scheduler:
         """Some spells of work are followed by a walk: by count, so that all ranks walk at the same turn."""
         self._checked = True
         self._num_spells += 1
-        if self._num_spells % _CHECK_EVERY == 0 or self._is_fatal:
+        if self._num_spells % _CHECK_EVERY == 0 or self._config.integrity_fatal:
             self.planner.check_integrity()
 
     def _retire(self) -> None:
@@ -167,7 +161,7 @@ class Scheduler:
         """Nothing that was computed can be trusted: the requests that have begun end with an error, the others wait on.
         Raises: EngineError with several ranks, whose copies must not diverge: all start again together."""
         self._num_failures += 1
-        if self._is_fatal:
+        if self._config.integrity_fatal:
             raise error
         reason = f"{type(error).__name__}: {error}"
         logger.error("the scheduler goes on with an empty cache: %s; dump: %s", reason, dump(self.planner, reason))
@@ -185,17 +179,16 @@ class Scheduler:
         """Wait for a step that takes its time, and show that we are alive. Raises: EngineError `step_timeout` seconds
         after what it may take, by its size or by the slowest of late. Time in which we were stopped does not count."""
         seconds, last = _PUMP_SECONDS, time.monotonic()
-        estimate = max(plan.num_tokens * self._token_seconds, self._slowest)
+        estimate = max(plan.num_tokens * self._config.token_seconds, self._slowest)
         while not handle.wait(_PUMP_SECONDS):
             seconds, last = seconds + min(time.monotonic() - last, 1.0), time.monotonic()
-            if seconds > estimate + self._step_timeout:
+            if seconds > estimate + self._config.step_timeout:
                 raise EngineError(f"step {plan.step_id} has not ended after {seconds:.0f} s (--step-timeout)")
-            self._transport.pump(late=seconds > estimate + min(_LATE_SECONDS, self._step_timeout / 2))
+            self._transport.pump(late=seconds > estimate + min(_LATE_SECONDS, self._config.step_timeout / 2))
         self._slowest = max(seconds, 0.9 * self._slowest)
 
     def _send(self, outputs: list[ReqOutput]) -> None:
-        if self._grammars is not None:
-            outputs = self._grammars.finish(outputs)
+        outputs = self._grammars.finish(outputs)
         if self._status is not None:
             self._status.count(outputs)
         if outputs:

@@ -14,14 +14,18 @@ from minisgl.utils.math import Histogram
 logger = logging.getLogger(__name__)
 
 _SECONDS = 10.0  # of work between two lines, and at least that from any line to the one that says that the work is done
+_REQUEST_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
-class StatusLog:
-    """One line for each ten seconds of work, and one when it is done unless there was one just now; then the next tells
-    of it. None while there is nothing to do."""
+class Status:
+    """Counts of rank 0's work, for whoever asks. In the log, one line for each ten seconds of work, and one when it is
+    done unless there was one just now; then the next tells of it. None while there is nothing to do."""
 
     def __init__(self, num_pages: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._num_pages = num_pages
+        self._requests, self._tokens = Histogram(_REQUEST_BOUNDS), Histogram(_TOKEN_BOUNDS)  # of steps
+        self.planner: Planner | None = None  # the scheduler's, whose queues are counted
         self._clock = clock
         self._logged = clock() - _SECONDS
         self._resumed = clock()
@@ -34,6 +38,10 @@ class StatusLog:
     def resume(self) -> None:
         """There is work again: the time until now was not spent on it."""
         self._resumed = self._clock()
+
+    def count_step(self, plan: StepPlan) -> None:
+        self._requests.add(len(plan.reqs))
+        self._tokens.add(plan.num_tokens)
 
     def count(self, outputs: Sequence[ReqOutput]) -> None:
         self._num_output += sum(len(output.token_ids) for output in outputs)
@@ -60,32 +68,9 @@ class StatusLog:
         self._logged = now
         self._clear()
 
-
-_REQUEST_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-
-
-class StepStats:
-    """Counts of rank 0's steps, for whoever asks."""
-
-    def __init__(self, num_pages: int) -> None:
-        self._num_pages = num_pages
-        self._requests = Histogram(_REQUEST_BOUNDS)
-        self._tokens = Histogram(_TOKEN_BOUNDS)
-        self._planner: Planner | None = None
-
-    def watch(self, planner: Planner) -> None:
-        """Whose queues are counted."""
-        self._planner = planner
-
-    def count(self, plan: StepPlan) -> None:
-        """Called for each step."""
-        self._requests.add(len(plan.reqs))
-        self._tokens.add(plan.num_tokens)
-
     def reply(self, uid: int) -> StatsReply:
-        planner = self._planner
-        assert planner is not None, "nobody is watched yet"
+        planner = self.planner
+        assert planner is not None, "there is no scheduler yet"
         counts = (self._num_pages, planner.num_free_pages, planner.num_retracted)
         steps = (_counts(self._requests), _counts(self._tokens))
         return StatsReply(uid, planner.num_running, planner.num_waiting, *counts, *steps)

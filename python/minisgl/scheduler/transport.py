@@ -23,7 +23,12 @@ _IDLE_SECONDS = 0.5  # between heartbeats while nothing happens
 
 
 class Transport(Protocol):
-    """One rank's connection to the rest of the system. Ranks above 0 say nothing."""
+    """One rank's connection to the rest of the system. Ranks above 0 say nothing.
+
+    grammars: on rank 0, of its requests: see that what they have to match is compiled before anyone hears of them.
+    """
+
+    grammars: Grammars
 
     def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:
         """The messages for this turn. With `block`, wait for at least one. `digest` is that of the last plan."""
@@ -59,11 +64,7 @@ class RankFanout:
 
 
 class LeaderTransport(Transport):
-    """Rank 0 of a server.
-
-    grammars: see that what requests have to match is compiled before anyone hears of them.
-    stats: what to answer to whoever asks for the counts.
-    """
+    """Rank 0 of a server. stats: what to answer to whoever asks for the counts."""
 
     def __init__(
         self,
@@ -81,15 +82,15 @@ class LeaderTransport(Transport):
         self._fanout = RankFanout(addresses, tp_size)
         self._heartbeat = heartbeat
         self._received: list[PlannerMsg] = []
-        self._grammars = grammars if grammars is not None else Grammars(None)
+        self.grammars = grammars or Grammars(None)
 
     def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:
         self._take(0.0)
         messages = self._admit()
         while block and not messages:
-            if self._grammars.is_holding:
-                self._grammars.wait()
-            self._take(0.0 if self._grammars.is_holding else _IDLE_SECONDS)
+            if self.grammars.is_holding:
+                self.grammars.wait()
+            self._take(0.0 if self.grammars.is_holding else _IDLE_SECONDS)
             messages = self._admit()
         self._fanout.send(messages, digest)
         return messages
@@ -114,8 +115,8 @@ class LeaderTransport(Transport):
         self._frontend.send([message])
 
     def _admit(self) -> list[PlannerMsg]:
-        messages, self._received = self._grammars.admit(self._received), []
-        replies = self._grammars.take_replies()
+        messages, self._received = self.grammars.admit(self._received), []
+        replies = self.grammars.take_replies()
         if replies:
             self.send(replies)
         return messages
@@ -140,6 +141,7 @@ class FollowerTransport(Transport):
     def __init__(self, addresses: Addresses, rank: int, heartbeat: Callable[[], None]) -> None:
         self._pull = PullSocket(addresses.rank(rank), rank_codec, strict=True)
         self._heartbeat = heartbeat
+        self.grammars = Grammars(None)
         self._batches: list[RankBatch] = []
         self._number = 0
 
@@ -171,7 +173,7 @@ class LocalTransport(Transport):
         self, fanout: RankFanout | None = None, pump: Callable[[], None] | None = None, grammars: Grammars | None = None
     ) -> None:
         self._fanout, self._pump = fanout, pump
-        self._grammars = grammars if grammars is not None else Grammars(None)
+        self.grammars = grammars or Grammars(None)
         self._received: list[PlannerMsg] = []
         self._outputs: list[Reply] = []
 
@@ -183,10 +185,10 @@ class LocalTransport(Transport):
         return outputs
 
     def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:
-        messages, self._received = self._grammars.admit(self._received), []
-        self._outputs += self._grammars.take_replies()
-        if block and not messages and self._grammars.is_holding:
-            self._grammars.wait()
+        messages, self._received = self.grammars.admit(self._received), []
+        self._outputs += self.grammars.take_replies()
+        if block and not messages and self.grammars.is_holding:
+            self.grammars.wait()
         if self._fanout is not None:
             self._fanout.send(messages, digest)
         return messages

@@ -136,7 +136,7 @@ def scheduler_main(
     from minisgl.grammar.store import open_store
     from minisgl.scheduler.grammar import Grammars
     from minisgl.scheduler.scheduler import Scheduler
-    from minisgl.scheduler.status import StatusLog, StepStats
+    from minisgl.scheduler.status import Status
     from minisgl.scheduler.transport import FollowerTransport, LeaderTransport, Transport
 
     is_fatal, check_ranks = env_bool("MINISGL_INTEGRITY_FATAL"), env_bool("MINISGL_CHECK_RANKS")
@@ -145,22 +145,13 @@ def scheduler_main(
     engine = Engine(replace(engine_config, init_method=addresses.rendezvous(control.life)), rank)
     config = replace(config, num_pages=engine.num_pages, integrity_fatal=is_fatal)
     transport: Transport
-    stats = StepStats(config.num_pages)
-    if rank == 0:
-        transport = LeaderTransport(addresses, engine_config.tp_size, control.beat, grammars, stats.reply)
+    status = Status(config.num_pages) if rank == 0 else None
+    if status is not None:
+        transport = LeaderTransport(addresses, engine_config.tp_size, control.beat, grammars, status.reply)
     else:
         transport = FollowerTransport(addresses, rank, control.beat)
-    status = StatusLog(config.num_pages) if rank == 0 else None
-    scheduler = Scheduler(
-        config,
-        engine,
-        transport,
-        tp_size=engine_config.tp_size,
-        check_ranks=check_ranks,
-        status=status,
-        stats=stats,
-        grammars=grammars,
-    )
+    tp_size = engine_config.tp_size
+    scheduler = Scheduler(config, engine, transport, tp_size=tp_size, check_ranks=check_ranks, status=status)
     if rank == 0:
         where, room = f"{engine_config.dtype} on {engine_config.device}", config.num_pages * config.page_size
         threads, longest = engine_config.num_threads, config.max_seq_len
