@@ -11,7 +11,7 @@ import numpy as np
 
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Executor, FinishReason, Req, ReqOutput, SamplingParams, StepHandle, StepPlan
-from minisgl.errors import EngineError, IntegrityError
+from minisgl.errors import EngineError, IntegrityError, WorkerDied
 from minisgl.message.backend import AbortMsg, ResumeMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import FlushReply, pack_logprobs
@@ -75,7 +75,7 @@ class Scheduler:
         """One turn of the loop: with overlap, step n is submitted before the results of step n - 1 are taken in."""
         try:
             self._turn()
-        except EngineError:
+        except (EngineError, WorkerDied):
             raise
         except Exception as error:  # what is remembered contradicts itself, or there was no memory to go on
             self._recover(error)
