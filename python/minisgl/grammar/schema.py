@@ -21,29 +21,21 @@ _IN_PLACE = ("allOf", "anyOf", "oneOf")  # their schemas hold for the same value
 _LISTS = (*_IN_PLACE, "prefixItems", "items")
 _NAMING = ("properties", "patternProperties")
 _LITERALS = ("const", "enum", "default", "examples")  # their values are data
-# Keywords that cannot be followed, and the values with which they say nothing.
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "uniqueItems": (False,),
-    **dict.fromkeys(("not", "if", "contains", "unevaluatedItems", "$dynamicRef", "$recursiveRef"), ()),
-    **dict.fromkeys(("dependentRequired", "dependentSchemas", "dependencies"), ({},)),
-    "propertyNames": (True, {}, {"type": "string"}),
-    "unevaluatedProperties": (True, False, {}),
-}
+_TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_REFUSED: dict[str, list[Any]] = _TABLE["refused"]
 _IDLE = ("then", "else", "minContains", "maxContains", "x-guidance")  # without those; and what is not a client's
 _FORMATS = ("date", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # llguidance has them
 _DECIMAL = "^(?!^[-+.]*$)"  # how older versions of pydantic say that a decimal number has a digit
 
 
 def _patterns() -> dict[str, str]:
-    table = yaml.safe_load(Path(__file__).with_name("formats.yaml").read_text(encoding="utf-8"))
-
     def whole(pattern: str) -> str:
-        return re.sub(r"<(\w+)>", lambda part: whole(table["parts"][part[1]]), pattern)
+        return re.sub(r"<(\w+)>", lambda part: whole(_TABLE["parts"][part[1]]), pattern)
 
-    return {name: f"^({whole(text)})$" for names, text in table["formats"].items() for name in names.split()}
+    return {name: f"^({whole(text)})$" for names, text in _TABLE["formats"].items() for name in names.split()}
 
 
-PATTERNS = _patterns()  # of the formats in `formats.yaml`
+PATTERNS = _patterns()  # by format
 
 
 class SchemaError(ValueError):

@@ -22,9 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisgl.config.runtime import AccessConfig
 from minisgl.errors import RequestError
-from minisgl.server.bodies import check_content_type, json_response
-from minisgl.server.render import error_payload
-from minisgl.server.render_messages import as_asked
+from minisgl.server.bodies import address_of, check_content_type
+from minisgl.server.render_messages import error_response
 from minisgl.server.strict import shown
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,6 @@ OPERATOR_PATHS = ("/metrics", "/flush_cache", "/server_info")  # of all clients;
 MAX_WRONG_KEYS = 10  # of one address in a minute; then they are answered late, however many are sent at once:
 WRONG_KEY_SECONDS, MAX_WRONG_KEY_SECONDS = 0.1, 30.0  # after one another, and none later than that
 MAX_ADDRESSES = 4096  # that wrong keys are counted of
-_HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "60"}}
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked every few seconds: in the log at DEBUG only
 _ORIGIN = re.compile("^https?://[^/]*", re.IGNORECASE)  # a request may name the whole URL
 _CLIENT_ID = re.compile(r"[!-~]{1,128}")  # what a client's id may be, to be echoed and logged
@@ -102,12 +100,11 @@ class Guard:
             if scope["type"] == "http":
                 self._check(scope, Headers(scope=scope))
         except RequestError as error:
-            scope["state"]["refused"] = None, error.code
             if error.status == 429:
-                _, answered = self._wrong.get(_network(scope), (0, 0.0))
+                error.retry_after = 60
+                _, answered = self._wrong.get(address_of(scope), (0, 0.0))
                 await asyncio.sleep(min(answered - time.monotonic(), MAX_WRONG_KEY_SECONDS))
-            payload = as_asked(scope, error_payload(error), error.status)
-            await json_response(payload, error.status, _HEADERS.get(error.status))(scope, receive, send)
+            await error_response(scope, error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -121,7 +118,7 @@ class Guard:
         if changes and not same and {"*", origin}.isdisjoint(self._access.cors_origins):
             message = "web pages of other origins may not use this server, unless --cors-origin names theirs"
             raise RequestError(message, code="foreign_origin", status=403)
-        owner = scope["state"]["owner"] = self._known(headers, _network(scope))
+        owner = scope["state"]["owner"] = self._known(headers, address_of(scope))
         scope["state"]["operator"] = not self._keys or self._keys.get(bytes.fromhex(owner), False)
         if self._access.api_keys and not owner and path not in OPEN_PATHS:
             message = "this server asks for an API key (Authorization: Bearer KEY, or x-api-key: KEY)"
@@ -148,11 +145,6 @@ class Guard:
             if count >= MAX_WRONG_KEYS:
                 raise RequestError("too many wrong keys; wait a minute", code="invalid_api_key", status=429)
         return matches[0] if matches else ""
-
-
-def _network(scope: Scope) -> str:
-    """The address that a request comes from; of version 6 the network, which is one client's."""
-    return ":".join(str((scope.get("client") or "-")[0]).split(":")[:4])
 
 
 def require_operator(state: Mapping[str, Any], what: str, needed: object = True) -> None:

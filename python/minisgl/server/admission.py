@@ -11,9 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
-from minisgl.server.bodies import client_of, json_response
-from minisgl.server.render import error_payload
-from minisgl.server.render_messages import as_asked
+from minisgl.server.bodies import client_of
+from minisgl.server.render_messages import error_response
 from minisgl.utils.fairness import FairQueue
 
 BYTES_PER_TOKEN = 4  # of a body, as long as its tokens are not known
@@ -90,9 +89,7 @@ class Admission:
             await self._turn(place.client)
             await self._app(scope, receive_counted, send)
         except RequestError as error:
-            scope["state"]["refused"] = None, error.code
-            answer = as_asked(scope, error_payload(error), error.status)
-            await json_response(answer, error.status, {"retry-after": str(error.retry_after)})(scope, receive, send)
+            await error_response(scope, error)(scope, receive, send)
         finally:
             place.leave()
             self._left.append(asyncio.get_running_loop().time())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from minisgl.server.frontend import Frontend
 from minisgl.server.protocol_messages import MessagesBody, parse_messages
 from minisgl.server.protocol_responses import ResponsesBody, ResponseStore, parse_responses
 from minisgl.server.protocol_sampling import Defaults, check_policy
-from minisgl.server.render_messages import MessagesRenderer, as_asked
+from minisgl.server.render_messages import MessagesRenderer, as_asked, error_response
 from minisgl.server.render_responses import ResponsesRenderer
 from minisgl.server.strict import Reading
 
@@ -153,19 +153,14 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
             return Response(status_code=499)  # nobody is there to see it
-        headers: Mapping[str, str] | None = None
-        status, payload = 500, render.error_body(f"internal error: {type(error).__name__}", 500)
         if isinstance(error, MiniSGLError):
-            status, payload = error.status, render.error_payload(error)
-            if status in (429, 503):
-                headers = {"retry-after": str(error.retry_after)}
-            request.state.refused = payload["error"]["param"], payload["error"]["code"]
-        elif isinstance(error, HTTPException):
-            message, status, headers = error.detail, error.status_code, error.headers
+            return error_response(request.scope, error)
+        message, status, headers = f"internal error: {type(error).__name__}", 500, {}
+        if isinstance(error, HTTPException):
+            message, status, headers = error.detail, error.status_code, dict(error.headers or {})
             if status in (404, 405):
                 message = f"{request.method} {request.url.path}: {message.lower()}"
-            payload = render.error_body(message, status)
-        return json_response(as_asked(request.scope, payload, status), status, dict(headers or {}))
+        return json_response(as_asked(request.scope, render.error_body(message, status), status), status, headers)
 
     for kind in (MiniSGLError, ClientDisconnect, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

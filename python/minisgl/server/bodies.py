@@ -101,11 +101,16 @@ def owner_of(request: Request) -> str:
 
 
 def client_of(scope: Scope) -> str:
-    """Whose request it is: by API key, or by address. Who has an IPv6 address has 2**64 of them."""
+    """Whose request it is: by API key, or by address."""
+    return str(scope["state"].get("owner", ""))[:16] or address_of(scope)
+
+
+def address_of(scope: Scope) -> str:
+    """Where a request comes from. Who has an IPv6 address has 2**64 of them: it is their network."""
     host = str((scope.get("client") or ("",))[0]).removeprefix("::ffff:")
     with suppress(ValueError):
         host = str(IPv6Network((host.partition("%")[0], 64), strict=False))
-    return str(scope["state"].get("owner", ""))[:16] or host
+    return host
 
 
 def check_content_type(value: str | None) -> None:

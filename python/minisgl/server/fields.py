@@ -19,6 +19,7 @@ Refused = dict[str, tuple[Any, ...]]
 _TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 NO_EFFECT = frozenset(_TABLE["no_effect"].split())
 OTHER_NAMES: dict[str, str] = _TABLE["other_names"]
+NAMES: dict[str, dict[str, str]] = _TABLE["names_for_chats"]
 EMPTY = tuple(_TABLE["refused"][0]["unless"])
 UNSUPPORTED: Refused = {
     name: tuple(group["unless"])
@@ -31,19 +32,11 @@ UNSUPPORTED: Refused = {
 def _objects() -> dict[str, Fields]:
     made: dict[str, Fields] = {}
     for name, entry in _TABLE["objects"].items():
-        words = {key: tuple(value.split()) for key, value in entry.items() if isinstance(value, str)}
-        made[name] = Fields(
-            words.get("known", ()),
-            dict.fromkeys(words.get("refused", ()), EMPTY),
-            words.get("ignored", ()),
-            {field: made[of] for field, of in entry.get("nested", {}).items()},
-            entry.get("other_names", {}),
-            by=entry.get("by", ""),
-            kinds={kind: made[of] for of, kinds in entry.get("kinds", {}).items() for kind in kinds.split()},
-            any_name=entry.get("any_name", False),
-            left_out=entry.get("left_out", False),
-            in_lists=entry.get("in_lists", False),
-        )
+        words = {key: tuple(entry.get(key, "").split()) for key in ("known", "ignored", "refused")}
+        entry |= {**words, "refused": dict.fromkeys(words["refused"], EMPTY)}
+        entry["nested"] = {field: made[of] for field, of in entry.get("nested", {}).items()}
+        entry["kinds"] = {kind: made[of] for of, kinds in entry.get("kinds", {}).items() for kind in kinds.split()}
+        made[name] = Fields(**entry)
     return made
 
 

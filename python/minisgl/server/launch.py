@@ -12,8 +12,8 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -44,27 +44,31 @@ def worker_specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]
     return specs
 
 
-@contextlib.contextmanager
-def running_workers(
-    config: ServerConfig, make_specs: MakeSpecs = worker_specs, meanwhile: Callable[[], None] | None = None
-) -> Iterator[tuple[Supervisor, Addresses]]:
-    """All child processes of a server, ready; none is left afterwards. For HTTP and for the shell alike.
-
-    meanwhile: what to do while they start.
+def _run(
+    use: Callable[[Supervisor, Addresses], Coroutine[Any, Any, int]],
+    config: ServerConfig,
+    make_specs: MakeSpecs = worker_specs,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> int:
+    """Use all child processes of a server, when they are ready; none is left afterwards. For HTTP and for the shell
+    alike. meanwhile: what to do while they start. Returns what `use` does, or 130 where a signal has ended it.
 
     Raises: ConfigError or WorkerDied when a child does not start.
     """
-    with contextlib.ExitStack() as stack:
-        with signals_deferred():
-            directory = stack.enter_context(private_folder())
-        addresses = Addresses(directory=directory, num_tokenizer=config.num_tokenizer)
-        supervisor = Supervisor(make_specs(config, addresses), config.heartbeat_timeout, config.restart_workers)
-        stack.callback(supervisor.stop)
-        supervisor.start()
-        if meanwhile is not None:
+    try:
+        with _stop_signals(), contextlib.ExitStack() as stack:
+            with signals_deferred():
+                directory = stack.enter_context(private_folder())
+            addresses = Addresses(directory=directory, num_tokenizer=config.num_tokenizer)
+            supervisor = Supervisor(make_specs(config, addresses), config.heartbeat_timeout, config.restart_workers)
+            stack.callback(supervisor.stop)
+            supervisor.start()
             meanwhile()
-        supervisor.wait_ready()
-        yield supervisor, addresses
+            supervisor.wait_ready()
+            with _uninterrupted_end():
+                return asyncio.run(use(supervisor, addresses))
+    except KeyboardInterrupt:
+        return 130
 
 
 def serve(args: ServerArgs) -> int:
@@ -93,18 +97,14 @@ def run_server(config: ServerConfig, listener: socket.socket, make_specs: MakeSp
 
     Raises: ConfigError or WorkerDied when a child does not start; nothing has listened then.
     """
-    try:
-        with (
-            _stop_signals(),
-            running_workers(config, make_specs, meanwhile=_import_http) as (supervisor, addresses),
-            _uninterrupted_end(),
-        ):
-            from minisgl.server.http import serve_http
 
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            return asyncio.run(serve_http(config, addresses, supervisor, listener))
-    except KeyboardInterrupt:
-        return 130
+    async def use(supervisor: Supervisor, addresses: Addresses) -> int:
+        from minisgl.server.http import serve_http
+
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return await serve_http(config, addresses, supervisor, listener)
+
+    return _run(use, config, make_specs, _import_http)
 
 
 def run_local(args: ServerArgs, use: Callable[[Frontend, ServerConfig], Awaitable[None]]) -> int:
@@ -114,20 +114,16 @@ def run_local(args: ServerArgs, use: Callable[[Frontend, ServerConfig], Awaitabl
     """
     config = dataclasses.replace(prepare(args), restart_workers=0)
 
-    async def run(supervisor: Supervisor, addresses: Addresses) -> None:
+    async def use_locally(supervisor: Supervisor, addresses: Addresses) -> int:
         from minisgl.server.frontend import Frontend
 
         loop = asyncio.get_running_loop()
         async with Frontend(addresses) as frontend:
             supervisor.watch(functools.partial(call_in, loop, frontend.fail))
             await use(frontend, config)
+        return 0
 
-    try:
-        with _stop_signals(), running_workers(config) as (supervisor, addresses), _uninterrupted_end():
-            asyncio.run(run(supervisor, addresses))
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return _run(use_locally, config)
 
 
 def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:

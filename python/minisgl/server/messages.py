@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from reprlib import repr as quoted
 from typing import Annotated, Any
 
-import yaml
 from pydantic import WithJsonSchema
 from pydantic_core import from_json
 
 from minisgl.errors import RequestError
 from minisgl.message.codec import carried
+from minisgl.server.strict import SCHEMAS
 
 # Type of a part: the field that has its text.
 TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -84,9 +83,8 @@ def thought_of(given: Any) -> str:
 MAX_MESSAGES = 16384
 REASONING = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
 _OTHER_ROLES = {"developer": "system", "function": "tool"}  # what templates know them as
-_SCHEMA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-ROLES: list[str] = _SCHEMA["properties"]["role"]["enum"]
-Message = Annotated[dict[str, Any], WithJsonSchema(_SCHEMA)]
+ROLES: list[str] = SCHEMAS["message"]["properties"]["role"]["enum"]
+Message = Annotated[dict[str, Any], WithJsonSchema(SCHEMAS["message"])]
 
 
 def chat_messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,29 +8,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from reprlib import repr as quoted
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
-from minisgl.server.strict import Items, optional
+from minisgl.server.strict import SCHEMAS, Items, optional
 
 MAX_CHOICES = 4096
 MAX_TEXT = 256 << 10  # characters of a schema, or a grammar
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _WHITESPACE = ("compact", "any")
-_FORMAT_SCHEMA, _KINDS_SCHEMA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).values()
 
 
 class GrammarFields(BaseModel):
     """To be inherited by request bodies of OpenAI's endpoints."""
 
-    response_format: dict[str, Any] | None = optional("OpenAI's way to ask for JSON.", **_FORMAT_SCHEMA)
-    structured_outputs: dict[str, Any] | None = optional("What the output matches: one of these.", **_KINDS_SCHEMA)
+    response_format: dict[str, Any] | None = optional("OpenAI's way to ask for JSON.", **SCHEMAS["response_format"])
+    structured_outputs: dict[str, Any] | None = optional(
+        "What the output matches: one of these.", **SCHEMAS["structured_outputs"]
+    )
     guided_json: dict[str, Any] | str | None = optional("The output is JSON that matches the schema.")
     guided_regex: str | None = optional("The output matches.", minLength=1)
     guided_choice: Items[str] | None = optional("The output is one of these.", minItems=1, maxItems=MAX_CHOICES)

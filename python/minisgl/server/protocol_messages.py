@@ -10,7 +10,7 @@ from pydantic import Field
 
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
-from minisgl.server.fields import OBJECTS, load
+from minisgl.server.fields import NAMES, OBJECTS, load
 from minisgl.server.protocol import GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
 from minisgl.server.protocol_tools import MAX_TOOLS
@@ -19,13 +19,6 @@ from minisgl.server.strict import Body, Count, Items, Reading, optional
 # What Anthropic's own client puts before its system prompt (`x-anthropic-billing-header: …`), for Anthropic's servers.
 # It changes with each request: with it, no prompt would find its beginning in the prefix cache.
 _VOLATILE = re.compile(r"(?:x-anthropic-[\w-]+:[^\n]*\n*)+")
-# How `chat_request` and the tokenizer name what they refuse.
-_PARAMS = {
-    "stop": "stop_sequences",
-    "response_format": "output_config.format",
-    "reasoning_effort": "output_config.effort",
-    ".function.parameters": ".input_schema",
-}
 
 Message = dict[str, Any]
 Blocks = str | Items[dict[str, Any]]
@@ -88,15 +81,13 @@ def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = No
     config = body.output_config or OutputConfig()
     chat["reasoning_effort"] = config.effort
     chat["response_format"] = config.format or body.output_format
-    return chat_request(chat, defaults, _PARAMS)
+    return chat_request(chat, defaults, NAMES["MessagesBody"])
 
 
 def _function(tool: dict[str, Any]) -> dict[str, Any]:
     """A tool as chats have it."""
-    return {
-        "parameters": tool.get("input_schema"),
-        **{name: tool.get(name) for name in ("name", "description", "strict")},
-    }
+    same = {name: tool.get(name) for name in ("name", "description", "strict")}
+    return {**same, "parameters": tool.get("input_schema")}
 
 
 def _messages(body: MessagesBody) -> list[Message]:

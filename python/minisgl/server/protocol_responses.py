@@ -18,7 +18,7 @@ from pydantic import Field
 
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
-from minisgl.server.fields import OBJECTS, load
+from minisgl.server.fields import NAMES, OBJECTS, load
 from minisgl.server.messages import kept_as_text, text_of, thought_of
 from minisgl.server.protocol import Describe, GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
@@ -27,13 +27,6 @@ from minisgl.utils.json_line import dump_json
 
 MAX_SENT_BACK = 64 << 10
 _LOGPROBS = "message.output_text.logprobs"
-# How `chat_request` and the tokenizer name what they refuse.
-_PARAMS = {
-    "messages": "input",
-    "prompt": "input",
-    "response_format": "text.format",
-    "reasoning_effort": "reasoning.effort",
-}
 
 
 class TextConfig(Body):
@@ -101,7 +94,7 @@ def parse_responses(
     for name in ("model", "stream", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "reasoning"):
         chat[name] = getattr(body, name)
     chat["tools"] = functions_of(body.tools or (), _FUNCTIONS, reading, OBJECTS["flat_tool"])
-    parsed = chat_request(chat, defaults, _PARAMS)
+    parsed = chat_request(chat, defaults, NAMES["ResponsesBody"])
     return ResponsesRequest(
         **{part.name: getattr(parsed, part.name) for part in fields(parsed)}, body=body, items=items
     )

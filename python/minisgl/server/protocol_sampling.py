@@ -11,7 +11,7 @@ from pydantic import BaseModel, StringConstraints
 from minisgl.core import MAX_COUNT, MAX_PRIORITY, MAX_SEED, MIN_REPETITION_PENALTY, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.server.protocol_grammar import parse_grammar
-from minisgl.server.strict import Count, Ids, Items, optional
+from minisgl.server.strict import SCHEMAS, Count, Ids, Items, optional
 
 Defaults = Mapping[str, float | int]  # of the model: sampling fields that a request may leave out
 MAX_STOPS, MAX_STOP_LEN = 16, 1024
@@ -34,20 +34,9 @@ class SamplingFields(BaseModel):
         ge=MIN_REPETITION_PENALTY,
         le=100,
     )
-    logit_bias: dict[str, Any] | None = optional(
-        "Token id: what is added to its logit.",
-        maxProperties=MAX_BIASES,
-        propertyNames={"pattern": "^[0-9]{1,9}$"},
-        additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
-    )
+    logit_bias: dict[str, Any] | None = optional("Token id: what is added to its logit.", **SCHEMAS["logit_bias"])
     seed: Count | None = optional("The same seed, the same output; -1 is none.", ge=-MAX_SEED - 1, le=MAX_SEED)
-    stop: str | Items[str] | None = optional(
-        "What ends the output; it is cut off.",
-        maxItems=MAX_STOPS,
-        minLength=1,
-        maxLength=MAX_STOP_LEN,
-        items={"type": "string", "minLength": 1, "maxLength": MAX_STOP_LEN},
-    )
+    stop: str | Items[str] | None = optional("What ends the output; it is cut off.", **SCHEMAS["stop"])
     stop_token_ids: Ids | None = optional("Tokens that end the output.", maxItems=MAX_STOP_IDS)
     include_stop_str_in_output: bool | None = optional("Do not cut the stop string off.")
     min_tokens: Count | None = optional("No end before so many tokens; at most `max_tokens`.", ge=0, le=MAX_COUNT)

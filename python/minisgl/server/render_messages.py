@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from starlette.responses import Response
 from starlette.types import Scope
 
 from minisgl.core import FinishReason
@@ -14,6 +15,7 @@ from minisgl.errors import MiniSGLError
 from minisgl.message.frontend import UserReply
 from minisgl.parser.parts import CallPart, Part, TextPart
 from minisgl.server.assemble import Assembler
+from minisgl.server.bodies import json_response
 from minisgl.server.render import Renderer, Totals, error_payload, event, partial_object
 
 PATHS = re.compile(r"(/v1)?/messages\b")  # whose errors are Anthropic's
@@ -62,16 +64,17 @@ class MessagesRenderer(Renderer):
         self._blocks: list[dict[str, Any]] = []  # the last one grows, while it is open
         self._is_open = False
         self._arguments = ""  # of the call that grows
+        self._usage: dict[str, int] = {}  # of all, once it has ended
         self._end: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
 
     def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
         events: list[dict[str, Any]] = []
         if first:
-            usage = _usage(reply.num_prompt_tokens, reply.num_cached_tokens, reply.num_output_tokens)
-            events += [{"type": "message_start", "message": self._message(usage)}, {"type": "ping"}]
+            events += [{"type": "message_start", "message": self._message(_usage(reply))}, {"type": "ping"}]
         for part in self._assembler.parts(reply):
             events += self._add(part)
         if reply.finish_reason is not None:
+            self._usage = _usage(reply)
             if not self._blocks:
                 events += self._open({"type": "text", "text": ""})
             events += self._close()
@@ -81,16 +84,16 @@ class MessagesRenderer(Renderer):
                 self._end = {"stop_reason": "stop_sequence", "stop_sequence": reply.stop}
         return events
 
-    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
-        return [{"type": "message_delta", "delta": self._end, "usage": _of(totals)}, {"type": "message_stop"}]
+    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:  # noqa: ARG002
+        return [{"type": "message_delta", "delta": self._end, "usage": self._usage}, {"type": "message_stop"}]
 
     def failure(self, error: MiniSGLError) -> list[dict[str, Any]]:
         return [_error(error_payload(error), error.status)]
 
-    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
+    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:  # noqa: ARG002
         for reply in choices[0]:
             self.chunk(0, reply, first=False)
-        return {**self._message(_of(totals)), "content": self._blocks, **self._end}
+        return {**self._message(self._usage), "content": self._blocks, **self._end}
 
     def _message(self, usage: dict[str, int]) -> dict[str, Any]:
         head = {"id": self.id, "type": "message", "role": "assistant", "model": self._model, "content": []}
@@ -134,13 +137,17 @@ class MessagesRenderer(Renderer):
         return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
 
 
-def _of(totals: Totals) -> dict[str, int]:
-    usage = totals.usage()
-    cached = usage["prompt_tokens_details"]["cached_tokens"]
-    return _usage(usage["prompt_tokens"], cached, usage["completion_tokens"])
+def _usage(reply: UserReply) -> dict[str, int]:
+    """Up to this reply. Here, what was cached is no input."""
+    counts = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": reply.num_cached_tokens}
+    num_new = reply.num_prompt_tokens - reply.num_cached_tokens
+    return {"input_tokens": num_new, **counts, "output_tokens": reply.num_output_tokens}
 
 
-def _usage(num_prompt: int, num_cached: int, num_output: int) -> dict[str, int]:
-    """Here, what was cached is no input."""
-    counts = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": num_cached}
-    return {"input_tokens": num_prompt - num_cached, **counts, "output_tokens": num_output}
+def error_response(scope: Scope, error: MiniSGLError) -> Response:
+    """The answer in the place of what was asked for, as the log is told too."""
+    scope.setdefault("state", {})["refused"] = error.param, error.code
+    headers = {"retry-after": str(error.retry_after)} if error.status in (429, 503) else {}
+    if error.status == 401:
+        headers = {"www-authenticate": "Bearer"}
+    return json_response(as_asked(scope, error_payload(error), error.status), error.status, headers)

@@ -10,8 +10,10 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import from_json
 
@@ -30,6 +32,9 @@ class Body(BaseModel):
 
 B = TypeVar("B", bound=BaseModel)
 T = TypeVar("T")
+SCHEMAS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("schemas.yaml").read_text(encoding="utf-8")
+)
 SCHEMA_REF = "#/components/schemas/{model}"
 
 
