@@ -116,6 +116,14 @@ async def test_an_abort_goes_the_way_of_its_request(frontend: Frontend, peers: P
         await anext(streams[0])
 
 
+async def test_a_client_that_goes_away_in_a_drain_takes_its_request_with_it(frontend: Frontend, peers: Peers) -> None:
+    stream = frontend.submit(PROMPT, PARAMS)[0]
+    await peers.receive(stream.uid % 2)
+    frontend.refuse(WorkerDied("draining"))
+    stream.abort()
+    assert await peers.receive(stream.uid % 2) == [AbortMsg(stream.uid)]
+
+
 async def test_a_prompt_is_sent_once_for_all_of_its_outputs(frontend: Frontend, peers: Peers) -> None:
     frontend.submit(PROMPT, PARAMS)
     streams = frontend.submit(PROMPT, PARAMS, count=3)

@@ -217,7 +217,7 @@ class Frontend:
             return
         self.metrics.finish(stream.timing, FinishReason.ABORT)
         stream.fail(error or RequestError("the request was aborted", status=499))
-        if self._down is None and stream.request.route:
+        if stream.request.route:
             self._send_abort(stream)
 
     def _send_abort(self, stream: Stream) -> None:
