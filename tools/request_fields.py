@@ -6,9 +6,16 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from minisgl.server.api_server import ALL_BODIES
-from minisgl.server.fields import NO_EFFECT, OBJECTS, OTHER_NAMES, UNSUPPORTED
+from minisgl.server.fields import NO_EFFECT, OBJECTS, OTHER_NAMES, UNSUPPORTED, fields_of
+from minisgl.server.operations import AbortBody, DetokenizeBody, TokenizeBody
+from minisgl.server.protocol import ChatBody, CompletionBody, GenerateBody
+from minisgl.server.protocol_messages import MessagesBody
+from minisgl.server.protocol_responses import ResponsesBody
 from minisgl.server.strict import Fields
+
+_GENERATE = (ChatBody, CompletionBody, GenerateBody, ResponsesBody, MessagesBody)
+# What requests may have.
+ALL_BODIES = {model: fields_of(model) for model in (*_GENERATE, TokenizeBody, DetokenizeBody, AbortBody)}
 
 TARGET = Path(__file__).parent.parent / "docs" / "requests.md"
 HEAD = """# Fields of requests

@@ -16,12 +16,12 @@ from starlette.responses import PlainTextResponse
 from minisgl.config.runtime import AccessConfig
 from minisgl.errors import RequestError
 from minisgl.server.access import IGNORED, MAX_TOLD, guarded
-from minisgl.server.api_server import ALL_BODIES
 from minisgl.server.fields import UNSUPPORTED, fields_of
 from minisgl.server.operations import TokenizeBody
 from minisgl.server.protocol import parse_chat, parse_completion, parse_generate
 from minisgl.server.protocol_responses import parse_responses
 from minisgl.server.strict import MAX_IGNORED, Reading, load_object
+from tools.request_fields import ALL_BODIES
 
 HELLO = {"role": "user", "content": "hello"}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}

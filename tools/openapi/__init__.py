@@ -18,15 +18,16 @@ import minisgl
 from minisgl.config.args import args_from_options
 from minisgl.config.resolve import prepare
 from minisgl.server.access import OPEN_PATHS
-from minisgl.server.api_server import ALL_BODIES, DOCUMENT, create_app
+from minisgl.server.api_server import DOCUMENT, create_app
 from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend
 from minisgl.server.render_messages import PATHS
-from minisgl.server.strict import SCHEMA_REF
+from tools.request_fields import ALL_BODIES
 
 Json = dict[str, Any]
 HERE = Path(__file__).parent
 _MODE: Literal["validation"] = "validation"
+SCHEMA_REF = "#/components/schemas/{model}"
 _ABOUT, _ERRORS, _ANSWERS = yaml.safe_load_all((HERE / "answers.yaml").read_text(encoding="utf-8"))
 _ROUTES, _EVENTS = yaml.safe_load_all((HERE / "routes.yaml").read_text(encoding="utf-8"))
 

@@ -20,7 +20,6 @@ _MAPS = ("properties", "patternProperties", "$defs", "definitions")  # of names 
 _IN_PLACE = ("allOf", "anyOf", "oneOf")  # their schemas hold for the same value
 _LISTS = (*_IN_PLACE, "prefixItems", "items")
 _NAMING = ("properties", "patternProperties")
-_LITERALS = ("const", "enum", "default", "examples")  # their values are data
 _TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 _REFUSED: dict[str, list[Any]] = _TABLE["refused"]
 _IDLE = ("then", "else", "minContains", "maxContains", "x-guidance")  # without those; and what is not a client's

@@ -134,7 +134,7 @@ def _of_schema(text: str, whitespace: str) -> str:
     try:
         schema = json.loads(text)
     except ValueError as error:
-        raise SchemaError(f"it is not valid JSON: {error}", ()) from None
+        raise SchemaError(f"it is not valid JSON: {error}") from None
     schema = followed(schema)
     source, why = problem(schema)
     if why:

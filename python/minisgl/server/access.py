@@ -1,4 +1,5 @@
-"""Around all routes: request ids and the access log, CORS, names, origins, keys. Plain ASGI: events pass untouched."""
+"""Around all routes: request ids and the access log, CORS, names, origins, keys. Plain ASGI:
+events pass untouched. There are HTTP requests only: neither websockets nor a lifespan."""
 
 from __future__ import annotations
 
@@ -67,17 +68,15 @@ class Paths:
         self._others = {part[1] for part in parts} - self._versioned
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            path, found, model = _ORIGIN.sub("", scope["path"]).partition("/models/")  # whose id may have slashes
-            parts = [part for part in [*path.split("/"), found.strip("/")] if part]
-            known = (one == "v1" and after in self._others for one, after in pairwise(parts))
-            parts = parts[sum(takewhile(bool, known)) :]
-            if parts and parts[0] in self._versioned:
-                parts = ["v1", *parts]
-            method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server sends no body, then
-            path = "/" + "/".join([*parts, model.rstrip("/")] if model.strip("/") else parts)
-            scope = {**scope, "method": method, "path": path}
-        await self._app(scope, receive, send)
+        path, found, model = _ORIGIN.sub("", scope["path"]).partition("/models/")  # whose id may have slashes
+        parts = [part for part in [*path.split("/"), found.strip("/")] if part]
+        known = (one == "v1" and after in self._others for one, after in pairwise(parts))
+        parts = parts[sum(takewhile(bool, known)) :]
+        if parts and parts[0] in self._versioned:
+            parts = ["v1", *parts]
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]  # the server sends no body, then
+        path = "/" + "/".join([*parts, model.rstrip("/")] if model.strip("/") else parts)
+        await self._app({**scope, "method": method, "path": path}, receive, send)
 
 
 class Guard:
@@ -97,8 +96,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if scope["type"] == "http":
-                self._check(scope, Headers(scope=scope))
+            self._check(scope, Headers(scope=scope))
         except RequestError as error:
             if error.status == 429:
                 error.retry_after = 60
@@ -168,9 +166,6 @@ class RequestLog:
         self._told: set[str] = set()  # ignored fields
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         given = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = given if _CLIENT_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id

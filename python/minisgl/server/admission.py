@@ -71,7 +71,7 @@ class Admission:
         self._turns: FairQueue[tuple[str, asyncio.Future[None]]] = FairQueue()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] in ALWAYS:
+        if scope["method"] != "POST" or scope["path"] in ALWAYS:
             await self._app(scope, receive, send)
             return
         place = scope["state"]["place"] = Place(self, client_of(scope) if self._fair else "")

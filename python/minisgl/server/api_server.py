@@ -25,20 +25,15 @@ from minisgl.server.answer import answer_request
 from minisgl.server.assemble import new_assembler, with_grammar
 from minisgl.server.bodies import MAX_BODY_BYTES, Bodies, check_model, json_response, owner_of
 from minisgl.server.exposition import Exposition
-from minisgl.server.fields import fields_of
 from minisgl.server.frontend import Frontend
-from minisgl.server.protocol_messages import MessagesBody, parse_messages
-from minisgl.server.protocol_responses import ResponsesBody, ResponseStore, parse_responses
+from minisgl.server.protocol_messages import parse_messages
+from minisgl.server.protocol_responses import ResponseStore, parse_responses
 from minisgl.server.protocol_sampling import Defaults, check_policy
 from minisgl.server.render_messages import MessagesRenderer, as_asked, error_response
 from minisgl.server.render_responses import ResponsesRenderer
 from minisgl.server.strict import Reading
 
 DOCUMENT = Path(__file__).with_name("openapi.json")  # made by `python -m tools.openapi`
-# What requests may have.
-_GENERATE = (protocol.ChatBody, protocol.CompletionBody, protocol.GenerateBody, ResponsesBody, MessagesBody)
-_OTHERS = (operations.TokenizeBody, operations.DetokenizeBody, operations.AbortBody)
-ALL_BODIES = {model: fields_of(model) for model in (*_GENERATE, *_OTHERS)}
 
 R = TypeVar("R", bound=protocol.GenerationRequest)
 Parser = Callable[[bytes, Defaults, Reading], R]

@@ -130,10 +130,7 @@ def _unreadable(what: str) -> RequestError:
 def check_model(model: str | None, config: ServerConfig) -> None:
     """Raises: RequestError (404) unless it is the model that is served, by one of its names."""
     path = config.engine.model_path
-    if (
-        config.model_name_check
-        and model is not None
-        and model not in (config.served_model_name, path, os.path.basename(path.rstrip("/")))
-    ):
+    names = (None, config.served_model_name, path, os.path.basename(path.rstrip("/")))
+    if config.model_name_check and model not in names:
         message = f"the model {shown(model)!r} does not exist; this server has {config.served_model_name!r}"
         raise RequestError(message, param="model", code="model_not_found", status=404)

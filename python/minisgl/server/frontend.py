@@ -245,14 +245,12 @@ class Frontend:
 
     async def encode(self, prompt: tokenizer.ChatPrompt | tokenizer.TextPrompt, *, special: bool) -> list[int]:
         """The token ids of a prompt, which is not run. Raises: RequestError when it is refused, WorkerDied."""
-        uid = next(self._uids)
-        question = tokenizer.EncodeMsg(uid, prompt, special)
+        question = tokenizer.EncodeMsg(next(self._uids), prompt, special)
         return unpack_ids((await self._ask(question, replies.EncodedReply)).token_ids)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special: bool) -> str:
         """The text of token ids. Raises: RequestError when one of them does not exist, WorkerDied."""
-        uid = next(self._uids)
-        question = tokenizer.DecodeMsg(uid, pack_ids(token_ids), skip_special)
+        question = tokenizer.DecodeMsg(next(self._uids), pack_ids(token_ids), skip_special)
         return (await self._ask(question, replies.DecodedReply)).text
 
     async def stats(self, timeout: float) -> replies.StatsReply:

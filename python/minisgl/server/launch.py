@@ -65,8 +65,8 @@ def _run(
             supervisor.start()
             meanwhile()
             supervisor.wait_ready()
-            with _uninterrupted_end():
-                return asyncio.run(use(supervisor, addresses))
+            stack.callback(_ignore_signals)  # none may stop the end of the children half way
+            return asyncio.run(use(supervisor, addresses))
     except KeyboardInterrupt:
         return 130
 
@@ -186,11 +186,6 @@ def _stop_signals() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-@contextlib.contextmanager
-def _uninterrupted_end() -> Iterator[None]:
-    """After this block the children are stopped, and no signal may stop that half way."""
-    try:
-        yield
-    finally:
-        for signum in ENDING_SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)
+def _ignore_signals() -> None:
+    for signum in ENDING_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)

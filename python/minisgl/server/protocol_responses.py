@@ -22,7 +22,7 @@ from minisgl.server.fields import NAMES, OBJECTS, load
 from minisgl.server.messages import kept_as_text, text_of, thought_of
 from minisgl.server.protocol import Describe, GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
-from minisgl.server.strict import Body, Count, Items, Reading, optional
+from minisgl.server.strict import SCHEMAS, Body, Count, Items, Reading, optional
 from minisgl.utils.json_line import dump_json
 
 MAX_SENT_BACK = 64 << 10
@@ -52,9 +52,7 @@ class ResponsesBody(Body, SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = None
     previous_response_id: str | None = optional("The conversation goes on from there; `input` is what is new.")
     store: bool | None = optional("false: the response is not kept.")
-    include: Items[str] | None = optional(
-        "Without effect: there is nothing to add.", items={"not": {"const": _LOGPROBS}}
-    )
+    include: Items[str] | None = optional("Without effect: there is nothing to add.", **SCHEMAS["include"])
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

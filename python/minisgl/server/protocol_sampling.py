@@ -58,10 +58,13 @@ class SamplingFields(BaseModel):
         chosen: dict[str, Any] = {**defaults, **{name: value for name, value in given.items() if value is not None}}
         if self.top_p == 0:
             chosen |= {"top_p": 1.0, "temperature": 0.0}
+        stop_ids = self.stop_token_ids or []
+        _check_count("stop_token_ids", stop_ids, MAX_STOP_IDS, "ids")
+        check_ids("stop_token_ids", stop_ids)
         return SamplingParams(
             seed=None if self.seed in (None, -1) else self.seed % (MAX_SEED + 1),
             stop=_stops(self.stop),
-            stop_token_ids=_stop_ids(self.stop_token_ids or []),
+            stop_token_ids=tuple(stop_ids),
             logit_bias=_biases(self.logit_bias or {}),
             logprobs=logprobs,
             grammar=parse_grammar(dict(self)),
@@ -79,12 +82,6 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     if any(len(string) > MAX_STOP_LEN for string in stops):
         raise RequestError(f"stop strings must have at most {MAX_STOP_LEN} characters", param="stop")
     return stops
-
-
-def _stop_ids(token_ids: list[int]) -> tuple[int, ...]:
-    _check_count("stop_token_ids", token_ids, MAX_STOP_IDS, "ids")
-    check_ids("stop_token_ids", token_ids)
-    return tuple(token_ids)
 
 
 def _biases(biases: dict[str, Any]) -> tuple[tuple[int, float], ...]:

@@ -160,8 +160,7 @@ class ResponsesRenderer(Renderer):
         response = self._response(_STATUS.get(self._reason, "completed"), self._output)
         if self._reason is FinishReason.LENGTH:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
-        usage = _usage(totals.usage(), self._assembler.num_reasoning)
-        response |= {"completed_at": int(time.time()), "usage": usage}
+        response |= {"completed_at": int(time.time()), "usage": _usage(totals.usage(), self._assembler.num_reasoning)}
         if self._keep is not None and self._request.body.store is not False:
             self._keep(response, self._request.items)
         return response

@@ -35,7 +35,6 @@ T = TypeVar("T")
 SCHEMAS: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("schemas.yaml").read_text(encoding="utf-8")
 )
-SCHEMA_REF = "#/components/schemas/{model}"
 
 
 def whole(value: Any) -> Any:

@@ -227,17 +227,15 @@ class Supervisor:
             kind = ConfigError if worker.failure.config else WorkerDied
             return kind(f"{worker.spec.name}: {worker.failure.message}")
         worker.process.join(1.0)
-        if worker.process.exitcode == UNGUARDED:
+        status = worker.process.exitcode
+        if status == UNGUARDED:
             return ConfigError(
                 f"{worker.spec.name} has run this script again: child processes import it, so what starts them (LLM "
                 'with several ranks, or a server) must stand under `if __name__ == "__main__":`'
             )
-        return WorkerDied(f"{worker.spec.name} ended unexpectedly ({_describe(worker.process.exitcode)})")
-
-
-def _describe(exitcode: int | None) -> str:
-    killed = {-signum: f"killed by {signum.name}" for signum in signal.Signals}
-    return killed.get(exitcode or 0, f"exit status {exitcode}")
+        killed = {-signum: f"killed by {signum.name}" for signum in signal.Signals}
+        how = killed.get(status or 0, f"exit status {status}")
+        return WorkerDied(f"{worker.spec.name} ended unexpectedly ({how})")
 
 
 @contextmanager
