@@ -137,10 +137,6 @@ class SamplingParams:
         return replace(self, seed=((self.seed or 0) + index) % (MAX_SEED + 1)) if index else self
 
     @property
-    def wants_logprobs(self) -> bool:
-        return self.logprobs is not None or self.prompt_logprobs is not None
-
-    @property
     def has_logit_rules(self) -> bool:
         """Whether its logits are changed before a token is sampled from them; `min_tokens` aside."""
         return bool(
@@ -194,8 +190,10 @@ class Req:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the chunks so far, until its first output
 
     @property
-    def has_output(self) -> bool:
-        return len(self.tokens) > self.prompt_len
+    def tells_prompt(self) -> bool:
+        """Whether it computes all of its prompt, even what is cached. Meanwhile it must not hold on to that: alone with
+        both copies, it might never get the pages that it needs."""
+        return self.params.prompt_logprobs is not None and len(self.tokens) == self.prompt_len
 
 
 class Admission(NamedTuple):

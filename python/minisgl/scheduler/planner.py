@@ -54,15 +54,9 @@ _LPM_OLDEST_EVERY = 8
 _CACHES = {"radix": RadixCache, "naive": NaiveCache}
 
 
-def _tells_prompt(req: Req) -> bool:
-    """Whether it computes all of its prompt, even what is cached. Meanwhile it must not hold on to that: alone with
-    both copies, it might never get the pages that it needs."""
-    return req.params.prompt_logprobs is not None and not req.has_output
-
-
 def _cost(req: Req) -> int:
     """Of one token of a prompt, in tokens of the step's budget."""
-    return _TELLING_COST if _tells_prompt(req) else 1
+    return _TELLING_COST if req.tells_prompt else 1
 
 
 class Planner:
@@ -96,8 +90,7 @@ class Planner:
         """Forget all but the requests that have not begun. Returns their uids: the caller ends the others, and has seen
         that no step is in flight."""
         waiting = [req for _, req in self._waiting.items() if req.state is ReqState.WAITING and not req.started]
-        self._reqs = {req.uid: req for req in waiting}
-        self._waiting = FairQueue()
+        self._reqs, self._waiting = {req.uid: req for req in waiting}, FairQueue()
         for req in waiting:
             self._waiting.put(req.params.client, req.uid, req)
         self._running, self._leaving, self._inflight = [], [], deque()
@@ -229,11 +222,10 @@ class Planner:
                 sample, token_id = next(token_ids)
                 if req.num_stale:
                     req.num_stale -= 1
-                elif token_id == NOT_READY and req.state is not ReqState.FINISHED:
-                    outputs.append(self._sit_out(req))
                 elif req.state is not ReqState.FINISHED:
-                    output = self._accept(req, token_id)
-                    outputs.append(with_logprobs(output, result, sample) if req.params.wants_logprobs else output)
+                    output = self._sit_out(req) if token_id == NOT_READY else self._accept(req, token_id)
+                    has_more = token_id != NOT_READY and (result.logprobs is not None or req.prompt_logprobs)
+                    outputs.append(with_logprobs(output, result, sample) if has_more else output)
         self._release_leaving()
         return outputs
 
@@ -307,15 +299,13 @@ class Planner:
         ):
             require(holds, f"request {req.uid} {contradiction}")
 
-    # --- planning
-
     def _schedule(self, req: Req, num_new: int) -> ScheduledReq:
         start = req.num_computed
         end = req.num_computed = start + num_new
         req.num_inflight += 1
         sample = end == req.num_tokens
         is_prefill = num_new > 1 or not sample
-        if is_prefill and not _tells_prompt(req):  # others may share its pages from now on, even within this step
+        if is_prefill and not req.tells_prompt:  # others may share its pages from now on, even within this step
             req.handle = self._cache.insert(req.handle, req.prefix[:end], req.pages, req.params.cache_salt)
         req.num_tokens += sample
         req.held = req.paced and sample
@@ -335,7 +325,7 @@ class Planner:
         # than all the rest.
         wanted = min(_GROWTH_STEP // self._page_size, div_ceil(req.max_len, self._page_size) - len(req.pages))
         are_plenty = self._allocator.num_free > wanted * len(self._running)
-        self._take_pages(req, max(needed, wanted) if are_plenty else needed)
+        self._give(req, self._allocator.allocate(max(needed, wanted) if are_plenty else needed))
         return True
 
     def _make_room(self, count: int) -> bool:
@@ -343,14 +333,13 @@ class Planner:
         missing = count - self._allocator.num_free
         if missing > self._cache.num_evictable:
             return False
-        if missing > 0:
-            self._allocator.free(self._cache.evict(missing))
+        self._allocator.free(self._cache.evict(missing))
         return True
 
-    def _take_pages(self, req: Req, count: int) -> None:
-        pages = self._allocator.allocate(count)
-        self._page_updates.append(PageUpdate(req.row, len(req.pages), tuple(pages)))
-        req.pages += pages
+    def _give(self, req: Req, pages: list[int]) -> None:
+        if pages:
+            self._page_updates.append(PageUpdate(req.row, len(req.pages), tuple(pages)))
+            req.pages += pages
 
     def _retract(self, req: Req) -> None:
         """Send a running request back to the queue. What it has computed stays in the cache while there is room."""
@@ -372,7 +361,7 @@ class Planner:
     def _admit(self, req: Req, budget: int) -> int:
         """Give a waiting request a row and pages for its first chunk: how many tokens, 0 if there is no room for it."""
         # At least one token is left to compute; and all prompt tokens whose log-probabilities are still to be told.
-        num_reusable = 0 if _tells_prompt(req) else len(req.prefix) - 1
+        num_reusable = 0 if req.tells_prompt else len(req.prefix) - 1
         match = self._cache.match(req.prefix[:num_reusable], req.params.cache_salt)
         self._cache.lock(match.handle)
         num_cached = len(match.pages) * self._page_size
@@ -391,14 +380,13 @@ class Planner:
         self._num_admitted += 1
         req.state, req.prompt_logprobs = ReqState.RUNNING, []
         req.row = self._rows.pop()
-        req.handle, req.pages, req.num_computed = match.handle, list(match.pages), num_cached
+        req.handle, req.num_computed = match.handle, num_cached
         if not req.started:
             req.started, req.num_cached, req.tokens = True, num_cached, list(req.tokens)
         self._waiting.charge(req.params.client, num_new)
         req.num_charged = max(req.num_charged, num_cached + num_new)
-        if match.pages:
-            self._page_updates.append(PageUpdate(req.row, 0, tuple(match.pages)))
-        self._take_pages(req, needed)
+        self._give(req, match.pages)
+        self._give(req, self._allocator.allocate(needed))
         return num_new
 
     def _take_turns(self) -> None:
@@ -411,7 +399,7 @@ class Planner:
         req = self._running[-1]
         num_left = req.num_tokens - req.num_computed + len(self._running)
         is_long = num_left > self._config.max_prefill_length and self._config.cache_type == "radix"
-        is_further = req.num_computed >= req.num_interrupted + self._page_size and not _tells_prompt(req)
+        is_further = req.num_computed >= req.num_interrupted + self._page_size and not req.tells_prompt
         if is_long and is_further and self._rows and self._waiting.overtakes(req.params.client):
             req.num_interrupted = req.num_computed
             self._retract(req)
@@ -424,7 +412,7 @@ class Planner:
         for other in self._running:
             held[other.params.client] += len(other.pages) if missing else 1
         most = max(held, key=held.__getitem__, default=client)
-        if most == client or any(other.preempted for other in self._leaving):
+        if any(other.preempted for other in self._leaving):
             return 0
         for other in self._running[::-1]:
             if held[most] >= 4 * held[client] + 2 * wanted and other.params.client == most:
@@ -434,8 +422,6 @@ class Planner:
                 if missing <= 0:
                     break
         return 0
-
-    # --- ending
 
     def _sit_out(self, req: Req) -> ReqOutput:
         """As if the step had not been planned: its last token is computed again once it is resumed. Steps in flight
