@@ -166,28 +166,23 @@ class Shell:
         """Ask the model, with an answer that Ctrl-C can stop. A refused question leaves no trace in the history."""
         self.turns.append({"role": "user", "content": text})
         answer: list[str] = []
-        try:
-            self._answering = asyncio.ensure_future(self._stream_fitting(answer))
-            await self._finish(self._answering)
-        except RequestError as error:
-            self._say(f"\nerror: {error}" if answer else f"error: {error}")
-        if answer:
-            self._write("\n")
-            self.turns.append({"role": "assistant", "content": "".join(answer)})
-        else:
-            self.turns.pop()
-
-    async def _finish(self, answering: asyncio.Future[None]) -> None:
-        """Wait for an answer, or for Ctrl-C to stop it."""
         self._interrupted = False
+        self._answering = answering = asyncio.ensure_future(self._stream_fitting(answer))
         try:
             await answering
+        except RequestError as error:
+            self._say(f"\nerror: {error}" if answer else f"error: {error}")
         except asyncio.CancelledError:
             if not self._interrupted:
                 answering.cancel()
                 raise
         finally:
             self._answering = None
+        if answer:
+            self._write("\n")
+            self.turns.append({"role": "assistant", "content": "".join(answer)})
+        else:
+            self.turns.pop()
 
     async def _stream_fitting(self, answer: list[str]) -> None:
         """Stream the answer; as long as the conversation is too long for the context, forget its oldest turn.

@@ -34,7 +34,8 @@ class FlashInferBackend:
         self._windows: tuple[int | None, ...] = tuple(dict.fromkeys(shape.windows))
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._tensor_cores = shape.num_qo_heads // shape.num_kv_heads >= 4
-        self._prefills = {window: self._prefill_wrapper() for window in self._windows}
+        new_prefill = self._library.BatchPrefillWithPagedKVCacheWrapper
+        self._prefills = {window: new_prefill(self._workspace, "NHD") for window in self._windows}
         self._decodes = {window: self._decode_wrapper(None) for window in self._windows}
         self._captured: dict[int, dict[int | None, Any]] = {}  # by batch size
         self._current = self._decodes
@@ -64,9 +65,6 @@ class FlashInferBackend:
     def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: Any) -> Tensor:
         """As `prefill`, of one token per sequence, of the batch that was planned last."""
         return self._run(self._current[window], q, k_cache, v_cache, batch.page_size)
-
-    def _prefill_wrapper(self) -> Any:
-        return self._library.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
 
     def _decode_wrapper(self, batch_size: int | None) -> Any:
         """batch_size: of a graph; None outside of graphs, for any size."""

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Prompt = str | Sequence[int]
 Conversation = Sequence[dict[str, Any]]
+Wrapped = ChatPrompt | TextPrompt | IdsPrompt
 Params = SamplingParams | Sequence[SamplingParams] | None
 ProgressCallback = Callable[[int, int], None]
 Reporting = bool | ProgressCallback | None
@@ -233,9 +234,7 @@ class LLM:
         scheduler_config = replace(self.config.scheduler, num_pages=engine.num_pages)
         return Scheduler(scheduler_config, engine, self._transport, tp_size=config.tp_size)
 
-    def _run(
-        self, prompts: Sequence[ChatPrompt | TextPrompt | IdsPrompt], params: Params, progress: Reporting
-    ) -> list[RequestOutput]:
+    def _run(self, prompts: Sequence[Wrapped], params: Params, progress: Reporting) -> list[RequestOutput]:
         per_prompt = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(per_prompt) != len(prompts):
             raise RequestError(f"{len(per_prompt)} sampling parameters for {len(prompts)} prompts")
@@ -254,9 +253,7 @@ class LLM:
             self._abort([uid for uid in uids if uid not in finished])
         return [finished[uid] for uid in uids]
 
-    def _submit(
-        self, prompts: Sequence[ChatPrompt | TextPrompt | IdsPrompt], params: Sequence[SamplingParams | None]
-    ) -> range:
+    def _submit(self, prompts: Sequence[Wrapped], params: Sequence[SamplingParams | None]) -> range:
         default = SamplingParams(**self.config.default_sampling)  # type: ignore[arg-type]
         uids = range(self._next_uid, self._next_uid + len(prompts))
         requests = [

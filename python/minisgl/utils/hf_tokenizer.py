@@ -73,7 +73,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"  # sentencepiece's
 
 
-class TokenBytes:
+class TokenBytes(dict[int, bytes]):
     """Token id → bytes, worked out when asked for. The bytes of a text's tokens, joined, are the text's (but for the
     space that sentencepiece puts first).
 
@@ -81,17 +81,15 @@ class TokenBytes:
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
         self._tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = json.dumps(json.loads(backend.to_str())["decoder"]) if backend is not None else ""
         self._byte_of = byte_alphabet() if '"ByteLevel"' in decoder else None
-        self._known: dict[int, bytes] = {}
 
-    def __getitem__(self, token_id: int) -> bytes:
-        known = self._known.get(token_id)
-        if known is None:
-            known = self._known[token_id] = self._look_up(token_id)
-        return known
+    def __missing__(self, token_id: int) -> bytes:
+        found = self[token_id] = self._look_up(token_id)
+        return found
 
     def _look_up(self, token_id: int) -> bytes:
         added = self._tokenizer.added_tokens_decoder.get(token_id)
