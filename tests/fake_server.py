@@ -8,6 +8,7 @@ and for what may wait.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -108,6 +109,7 @@ class Answer:
 
 def fake_scheduler(control: Control, config: ServerConfig, addresses: Addresses, delay: float, answer: str) -> None:
     status = Status(config.scheduler.num_pages)
+    logging.getLogger("minisgl.scheduler.status").setLevel("WARNING")  # tests look at what else the log says
     transport = LeaderTransport(addresses, 1, control.beat, stats=status.reply)
     executor = FakeExecutor(delay, Answer(config.tokenizer, answer) if answer else None)
     scheduler = Scheduler(config.scheduler, executor, transport, status=status)
