@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+import yaml
 from prometheus_client import ProcessCollector
 from prometheus_client.core import CounterMetricFamily as Counted
 from prometheus_client.core import GaugeMetricFamily as Gauge
@@ -20,13 +22,7 @@ from minisgl.core import FinishReason
 from minisgl.message.frontend import Counts, StatsReply, UserReply
 from minisgl.utils.math import Histogram
 
-_FIRST_TOKEN_BOUNDS = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
-    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0),
-)  # seconds, as the next two
-_TOKEN_BOUNDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
-_REQUEST_BOUNDS = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 240.0, 480.0)
-_LENGTH_BOUNDS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))  # tokens
+_BOUNDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(slots=True)
@@ -43,11 +39,11 @@ class RequestMetrics:
     """Counts since the server started. Each output is one request here: `n` of them where a client asks for `n`."""
 
     def __init__(self) -> None:
-        self.time_to_first_token = Histogram(_FIRST_TOKEN_BOUNDS)
-        self.inter_token_latency = Histogram(_TOKEN_BOUNDS)
-        self.end_to_end = Histogram(_REQUEST_BOUNDS)
-        self.prompt_len = Histogram(_LENGTH_BOUNDS)
-        self.output_len = Histogram(_LENGTH_BOUNDS)
+        self.time_to_first_token = Histogram(_BOUNDS["first_token"])
+        self.inter_token_latency = Histogram(_BOUNDS["token"])
+        self.end_to_end = Histogram(_BOUNDS["request"])
+        self.prompt_len = Histogram(_BOUNDS["length"])
+        self.output_len = Histogram(_BOUNDS["length"])
         self.num_finished = dict.fromkeys(FinishReason, 0)
         self.num_prompt = self.num_output = self.num_cached = 0  # tokens
 
@@ -82,7 +78,7 @@ _OPENMETRICS = "application/openmetrics-text"
 _LABELS = ("model_name",)
 
 
-class Exposition:
+class Exposition(Collector):
     """Shows the metrics of requests, of the scheduler, of HTTP and of this process."""
 
     def __init__(self, model_name: str, requests: RequestMetrics, restarts: Mapping[str, int]) -> None:
@@ -90,21 +86,25 @@ class Exposition:
         self._requests = requests
         self._restarts = restarts  # of workers
         self._http: Counter[tuple[str, str, str]] = Counter()  # by method, route and status
+        self._stats: StatsReply | None = None  # the scheduler's, which are shown
 
     def count_http(self, method: str, route: str, status: int) -> None:
         self._http[method if method in _METHODS else "other", route, str(status)] += 1
 
     def render(self, stats: StatsReply | None, accept: str) -> tuple[bytes, str]:
         """The text and its content type, in the format that the header `accept` asks for."""
-        families = [*ProcessCollector(registry=None).collect(), *self._of_scheduler(stats), *self._of_requests()]
+        self._stats = stats
         # The header is not passed on: the library takes versions from it that it does not know, or fails.
         accepted = [media.partition(";")[0].strip() for media in accept.split(",")]
         encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS in accepted else "")
-        return encode(_Fixed(families)), content_type
+        return encode(self), content_type
 
-    def _of_scheduler(self, stats: StatsReply | None) -> Iterator[Metric]:
-        if stats is None:
-            return
+    def collect(self) -> Iterator[Metric]:
+        yield from ProcessCollector(registry=None).collect()
+        yield from () if self._stats is None else self._of_scheduler(self._stats)
+        yield from self._of_requests()
+
+    def _of_scheduler(self, stats: StatsReply) -> Iterator[Metric]:
         used = 1 - stats.num_free_pages / max(1, stats.num_pages)
         yield self._family(Gauge, "num_requests_running", "Requests in the running batch.", stats.num_running)
         yield self._family(Gauge, "num_requests_waiting", "Requests waiting to be run.", stats.num_waiting)
@@ -145,13 +145,3 @@ class Exposition:
         limits = [*map(str, map(float, values.bounds)), "+Inf"]
         buckets = list(zip(limits, accumulate(values.counts), strict=True))
         return self._family(HistogramMetricFamily, name, text, buckets, values.total)
-
-
-class _Fixed(Collector):
-    """Hands out what was collected already."""
-
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families

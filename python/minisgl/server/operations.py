@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError, WorkerDied, too_long
-from minisgl.message.tokenizer import ChatPrompt, TextPrompt
+from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt
 from minisgl.server.access import require_operator
 from minisgl.server.bodies import Bodies, check_model, json_response, owner_of
 from minisgl.server.exposition import Exposition
@@ -85,24 +85,17 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, bodi
 
 def _tokenize_request(max_len: int, data: bytes, reading: Reading) -> tuple[TokenizeBody, ChatPrompt | TextPrompt]:
     body = load(TokenizeBody, data, reading)
-    prompt = _prompt(body)
+    given = body.model_dump(include=_CHAT_FIELDS, exclude_none=True)
+    if body.prompt is not None and given:
+        raise RequestError(f"give either prompt or {next(iter(given))}", param="prompt")
+    if body.prompt is None and body.messages is None:
+        raise RequestError("give prompt or messages", param="prompt")
+    if body.prompt is None and body.add_special_tokens:
+        raise RequestError("add_special_tokens is for prompt: a chat template has its own", param="add_special_tokens")
+    prompt = chat_request(given, {}).prompts[0] if body.prompt is None else TextPrompt(text=body.prompt)
+    assert not isinstance(prompt, IdsPrompt)
     check_size([prompt], max_len)
     return body, prompt
-
-
-def _prompt(body: TokenizeBody) -> ChatPrompt | TextPrompt:
-    given = body.model_dump(include=_CHAT_FIELDS, exclude_none=True)
-    if body.prompt is not None:
-        if given:
-            raise RequestError(f"give either prompt or {next(iter(given))}", param="prompt")
-        return TextPrompt(text=body.prompt)
-    if body.messages is None:
-        raise RequestError("give prompt or messages", param="prompt")
-    if body.add_special_tokens:
-        raise RequestError("add_special_tokens is for prompt: a chat template has its own", param="add_special_tokens")
-    prompt = chat_request(given, {}).prompts[0]
-    assert isinstance(prompt, ChatPrompt)
-    return prompt
 
 
 def add_admin_routes(

@@ -87,8 +87,10 @@ def parse_responses(
     sampling = {name: getattr(body, name) for name in SamplingFields.model_fields if name in body.model_fields_set}
     messages = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
     chat = {**sampling, "messages": messages + messages_of(items), "max_completion_tokens": body.max_output_tokens}
-    if body.text is not None and body.text.format is not None:
-        chat["response_format"] = _response_format(body.text.format)
+    form = body.text and body.text.format
+    if form and form.get("type") == "json_schema":  # in a chat, its schema has an object of its own
+        form = {"type": "json_schema", "json_schema": {key: form[key] for key in form if key != "type"}}
+    chat["response_format"] = form
     for name in ("model", "stream", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "reasoning"):
         chat[name] = getattr(body, name)
     chat["tools"] = functions_of(body.tools or (), _FUNCTIONS, reading, OBJECTS["flat_tool"])
@@ -134,13 +136,6 @@ _FUNCTIONS: dict[str, Describe] = {
     "function": _function,
     "custom": lambda tool: {**_function(tool), "parameters": _ONE_STRING},  # what takes free text has one string
 }
-
-
-def _response_format(given: dict[str, Any]) -> dict[str, Any]:
-    """`text.format` as chats have it: there, a schema has an object of its own."""
-    if given.get("type") != "json_schema":
-        return given
-    return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}
 
 
 Message = dict[str, Any]

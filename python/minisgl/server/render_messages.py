@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from starlette.responses import Response
 from starlette.types import Scope
 
@@ -20,19 +22,7 @@ from minisgl.server.render import Renderer, Totals, error_payload, event, partia
 
 PATHS = re.compile(r"(/v1)?/messages\b")  # whose errors are Anthropic's
 _REASONS = {FinishReason.STOP: "end_turn", FinishReason.TOOL_CALLS: "tool_use"}  # else: it was cut off
-_ERRORS = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
-_DELTAS = {  # of blocks, and their field
-    "text": ("text_delta", "text"),
-    "thinking": ("thinking_delta", "thinking"),
-    "tool_use": ("input_json_delta", "partial_json"),
-}
+_ERRORS, _DELTAS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).values()
 
 
 def as_asked(scope: Scope, payload: dict[str, Any], status: int) -> dict[str, Any]:

@@ -169,7 +169,7 @@ class Supervisor:
     def _look_after(self, group: str, on_change: Tell) -> MiniSGLError | None:
         """Start workers again if need be. An error: what has happened to them is the end."""
         workers, now = [worker for worker in self._workers if worker.spec.group == group], time.monotonic()
-        error = next(filter(None, (self._death(worker) or self._silence(worker) for worker in workers)), None)
+        error = next(filter(None, map(self._death, workers)), None)
         if error is None or self._stopping.is_set():
             if group in self._lost and all(worker.ready for worker in workers):
                 logger.info("%s: serves again after %.1f s", group, now - self._lost.pop(group))
@@ -193,10 +193,6 @@ class Supervisor:
                 self._spawn(worker.spec)
         return None
 
-    def _silence(self, worker: _Worker) -> WorkerDied | None:
-        limit = self._heartbeat_timeout if worker.ready else self._start_timeout
-        return WorkerDied(f"{worker.spec.name}: silent for {limit:g} s") if worker.silence > limit else None
-
     def _receive(self, timeout: float) -> None:
         """Take in what children report, waiting up to `timeout` seconds for a report or a death."""
         by_connection = {worker.connection: worker for worker in self._workers if not worker.closed}
@@ -218,9 +214,10 @@ class Supervisor:
             worker.closed = True
 
     def _death(self, worker: _Worker) -> MiniSGLError | None:
-        """Why a child is gone, or about to go; None when it is well."""
+        """Why a child is gone, about to go, or not heard of; None when it is well."""
         if worker.failure is None and worker.process.is_alive():
-            return None
+            limit = self._heartbeat_timeout if worker.ready else self._start_timeout
+            return WorkerDied(f"{worker.spec.name}: silent for {limit:g} s") if worker.silence > limit else None
         if not worker.closed:
             self._drain(worker)  # its last words may have come with its end
         if worker.failure is not None:
