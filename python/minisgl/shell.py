@@ -216,7 +216,7 @@ class Shell:
                     answer.append(last.text)
                     self._write(last.text.translate(_CONTROL))
         finally:
-            await stream.aclose()
+            stream.abort()
             if last is not None:
                 self.stats.record(last, started, first, time.perf_counter())
         if last is not None and last.finish_reason is FinishReason.LENGTH:

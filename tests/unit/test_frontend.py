@@ -102,8 +102,8 @@ async def test_a_stream_is_accepted_when_the_tokenizer_says_so_or_something_come
 async def test_an_abort_goes_the_way_of_its_request(frontend: Frontend, peers: Peers) -> None:
     streams = [frontend.submit(PROMPT, PARAMS)[0] for _ in range(4)]
     for stream in streams:
-        await stream.aclose()
-        await stream.aclose()
+        stream.abort()
+        stream.abort()
     for index in range(2):
         messages = [message for _ in range(4) for message in await peers.receive(index)]
         for stream in streams:
@@ -143,7 +143,7 @@ async def test_a_finished_stream_is_not_aborted(frontend: Frontend, peers: Peers
     stream = frontend.submit(PROMPT, PARAMS)[0]
     peers.reply(stream.uid, "a", FinishReason.STOP)
     assert [reply.text async for reply in stream] == ["a"]
-    await stream.aclose()
+    stream.abort()
     await peers.receive(stream.uid % 2)
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(peers.inboxes[stream.uid % 2].receive(), 0.1)
@@ -275,7 +275,7 @@ async def test_a_request_that_is_kept_can_be_cancelled(frontend: Frontend, peers
     kept, left = (frontend.submit(PROMPT, PARAMS, (name,))[0] for name in ("kept", "left"))
     assert frontend.cancel({"kept"}) == 1
     assert [reply.finish_reason async for reply in kept] == [FinishReason.ABORT]
-    await left.aclose()
+    left.abort()
     assert frontend.num_streams == 0
     frontend.on_change("scheduler", None)
     for index in range(2):
@@ -347,7 +347,7 @@ async def test_what_has_begun_is_aborted_without_its_tokenizer(
     peers.reply(stream.uid, "a")
     assert (await anext(stream)).text == "a"
     frontend.on_change(f"tokenizer-{stream.uid % 2}", DIED)
-    await stream.aclose()
+    stream.abort()
     assert await asyncio.wait_for(backend.receive(), 5) == [AbortMsg(stream.uid)]
     backend.close()
 

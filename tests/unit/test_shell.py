@@ -36,7 +36,7 @@ class FakeStream:
             finish = self._finish if index == len(self._words) - 1 else None
             yield UserReply(1, word, b"", 10, index + 1, 4, finish)
 
-    async def aclose(self) -> None:
+    def abort(self) -> None:
         self.closed = True
 
 

@@ -27,14 +27,12 @@ _FORMATS = ("date", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # llgui
 _DECIMAL = "^(?!^[-+.]*$)"  # how older versions of pydantic say that a decimal number has a digit
 
 
-def _patterns() -> dict[str, str]:
-    def whole(pattern: str) -> str:
-        return re.sub(r"<(\w+)>", lambda part: whole(_TABLE["parts"][part[1]]), pattern)
-
-    return {name: f"^({whole(text)})$" for names, text in _TABLE["formats"].items() for name in names.split()}
+def _whole(pattern: str) -> str:
+    return re.sub(r"<(\w+)>", lambda part: _whole(_TABLE["parts"][part[1]]), pattern)
 
 
-PATTERNS = _patterns()  # by format
+# By format.
+PATTERNS = {name: f"^({_whole(text)})$" for names, text in _TABLE["formats"].items() for name in names.split()}
 
 
 class SchemaError(ValueError):

@@ -168,9 +168,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         try:
-            await unless_disconnected(receive, self._send(send))
-        except ClientDisconnect:
-            pass  # which has been told
+            with contextlib.suppress(ClientDisconnect):  # which has been told
+                await unless_disconnected(receive, self._send(send))
         finally:
             await self._events.aclose()
             _abort(self._streams)

@@ -47,7 +47,7 @@ class _Request:
 
 
 class Stream(AsyncIterator[UserReply]):
-    """The replies to one request, up to the one with a finish reason. `aclose` before that aborts the request.
+    """The replies to one request, up to the one with a finish reason. `abort` before that ends the request.
 
     What has come since the last look is handed out as one reply, so a slow reader costs less, not more.
     Raises: RequestError when the request is refused or fails, WorkerDied when a child process is gone.
@@ -92,12 +92,8 @@ class Stream(AsyncIterator[UserReply]):
         self._news.clear()
         await self._news.wait()
 
-    async def aclose(self) -> None:
-        """Abort the request unless it has ended. Idempotent."""
-        self.abort()
-
     def abort(self, error: RequestError | None = None) -> None:
-        """The same, from where nothing can be awaited. error: for its reader."""
+        """Abort the request unless it has ended. Idempotent. error: for its reader."""
         self._frontend.abort(self, error)
 
     def push(self, reply: UserReply) -> None:

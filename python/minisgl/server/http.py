@@ -119,12 +119,11 @@ class HttpServer(uvicorn.Server):
         return asyncio.gather(*accepted, return_exceptions=True)
 
     def on_death(self, error: WorkerDied) -> None:
+        self._frontend.fail(error)
         if self.should_exit or self._draining is not None:
-            self._frontend.fail(error)
             return
         logger.error("%s; the server stops", error)
         self.status = 1
-        self._frontend.fail(error)
         loop = asyncio.get_running_loop()
         loop.call_later(NOTICE_SECONDS, self._exit)
         loop.call_later(2 * NOTICE_SECONDS, self._exit, True)

@@ -118,9 +118,8 @@ class ResponsesRenderer(Renderer):
     def _open(self, kind: str, name: str | None = None) -> list[dict[str, Any]]:
         call = {} if name is None else {"name": name, "call_id": self._assembler.new_call_id()}
         item = self._item = _Item(kind, f"{_PREFIXES[kind]}_{uuid.uuid4().hex}", call)
-        events = [
-            self._event("response.output_item.added", output_index=len(self._output), item=item.shown("in_progress"))
-        ]
+        shown = item.shown("in_progress")
+        events = [self._event("response.output_item.added", output_index=len(self._output), item=shown)]
         if kind not in _WHOLE:
             events.append(self._item_event("added", part=item.part("")))
         return events
