@@ -38,14 +38,13 @@ def device_logits(path: Path, tokens: list[int], dtype: str) -> torch.Tensor:
     config = prepare(with_defaults(options)).engine
     engine = Engine(config)
     shard = getattr(engine._runner, "runner", engine._runner)._shard
-    model, seen = shard.model, []
+    logits, seen = shard.model.logits, []
 
-    def record(input_ids: Any, step: Any, logit_tokens: Any) -> torch.Tensor:
-        logits = model(input_ids, step, None)
-        seen.append(logits.float().cpu())
-        return logits if logit_tokens is None else logits.index_select(0, logit_tokens)
+    def record(hidden: torch.Tensor, logit_tokens: torch.Tensor | None) -> Any:
+        seen.append(logits(hidden, None).float().cpu())
+        return logits(hidden, logit_tokens)
 
-    shard.model = record
+    shard.model.logits = record
     generate(engine, config, [tokens], 1)
     engine.close()
     return seen[0]
