@@ -62,11 +62,10 @@ async def answer_request(
         # What is refused gets an HTTP status; once the request is on its way, an error is an event.
         await unless_disconnected(request.receive, _accepted(streams))
         return EventStream(_events(streams, renderer, totals), streams, renderer.keep_alive, keepalive)
-    except RequestError as error:
+    except BaseException as error:
         _abort(streams)
-        raise renamed(error, parsed.names) from None
-    except BaseException:
-        _abort(streams)
+        if isinstance(error, RequestError):
+            raise renamed(error, parsed.names) from None
         raise
 
 
