@@ -116,6 +116,7 @@ class Admission:
             client, turn = next(iter(self._turns.turn().values()))
             self._turns.remove(client, id(turn))
             self._turns.charge(client, 1)
-            turn.set_result(None)
+            if not turn.done():  # cancelled, as all requests are at the very end
+                turn.set_result(None)
         if self._turns:
             asyncio.get_running_loop().call_soon(self._next)
