@@ -85,6 +85,12 @@ def operations(server: Server) -> list[Any]:
 LEAST = {"/generate": {"text": "a"}, "/tokenize": {"prompt": "a"}, "/abort_request": {"rid": "a"}}
 
 
+def take_time(body: Any) -> None:
+    """No answer is late: what has a limit of nothing gets a 504, as documented, and tells nothing."""
+    if isinstance(body, dict) and isinstance(body.get("timeout"), int | float) and body["timeout"] > 0:
+        body["timeout"] = 600
+
+
 def soften(body: Any, path: str, chance: random.Random) -> None:
     """Take out of a body what would most likely have it refused."""
     if not isinstance(body, dict):
@@ -130,6 +136,7 @@ def test_every_answer_is_documented(server: Server, operations: list[Any]) -> No
         )
         @given(case=operation.as_strategy(mode))
         def run(case: Any) -> None:
+            take_time(case.body)
             if mode.is_positive:
                 soften(case.body, operation.path, chance)
             answer = case.call(headers=KEY, timeout=SECONDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -89,15 +88,16 @@ def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.devic
     return PagedAttention(first, first if decode == prefill else _create(decode, shape, device))
 
 
-_CLASSES = {
-    "triton": "TritonBackend",
-    "cuda": "CudaBackend",
-    "fi": "FlashInferBackend",
-    "fa": "FlashAttentionBackend",
-}
-
-
 def _create(name: str, shape: AttentionShape, device: torch.device) -> Any:
-    if name not in _CLASSES:
+    backend: Any
+    if name == "triton":
+        from minisgl.attention.triton import TritonBackend as backend
+    elif name == "cuda":
+        from minisgl.attention.cuda import CudaBackend as backend
+    elif name == "fi":
+        from minisgl.attention.fi import FlashInferBackend as backend
+    elif name == "fa":
+        from minisgl.attention.fa import FlashAttentionBackend as backend
+    else:
         raise ConfigError(f"--attention-backend {name!r} is unknown (known: sdpa, cpu, triton, cuda, fi, fa)")
-    return getattr(importlib.import_module(f"minisgl.attention.{name}"), _CLASSES[name])(shape, device)
+    return backend(shape, device)
