@@ -183,6 +183,11 @@ def test_a_dump_that_cannot_be_written_is_no_reason_to_end(cache: Path) -> None:
     served.ends_well(first=4)
 
 
+@pytest.mark.usefixtures("cache")
+def test_what_is_in_no_order_to_be_dumped_is_no_reason_to_end() -> None:
+    assert dump(object(), "nobody can write it").startswith("none: ")
+
+
 @pytest.mark.parametrize("where", ["plan", "submit"])
 @pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("something"), KeyError("x")])
 def test_an_exception_within_a_turn_costs_those_that_have_begun(

@@ -55,6 +55,22 @@ def test_what_finds_no_room_is_told_when_to_come_again(narrow: Server) -> None:
     assert other.status == 200, "one client's crowd leaves no room for another"
 
 
+def test_those_who_are_refused_do_not_shorten_the_wait_of_others(model_path: Path, tmp_path: Path) -> None:
+    options = {"delay": 0.02, "max_running": 2, "max_queued_requests": 8}
+    with Server.running(fake(model_path, **options), tmp_path / "server.log") as server:
+
+        async def run() -> list[Answer]:
+            await ask(server.url, post(CHAT, {**HELLO, "max_tokens": 1}))
+            held = asyncio.ensure_future(crowd(server, [post(CHAT, {**HELLO, "max_tokens": 2000})] * 10))
+            await asyncio.sleep(2)
+            refused = await crowd(server, [post(CHAT, HELLO)] * 200)
+            held.cancel()
+            return refused
+
+        waits = [int(answer.header("retry-after") or 0) for answer in asyncio.run(run())]
+    assert min(waits) > 1, "ten are there, and one has left in two seconds"
+
+
 def test_stock_clients_come_again(narrow: Server) -> None:
     with openai.OpenAI(base_url=f"{narrow.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
         with pytest.raises(openai.RateLimitError) as caught:

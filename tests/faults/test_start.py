@@ -99,6 +99,18 @@ def test_folders_of_killed_servers_are_removed_and_no_others(
     assert list(short_path.iterdir()) == [foreign]
 
 
+def test_what_other_users_leave_is_not_opened(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe in the place of the lock would be waited for, for ever."""
+    folder = short_path / "minisgl-of-somebody"
+    folder.mkdir()
+    os.mkfifo(folder / "owner")
+    monkeypatch.setattr("tempfile.tempdir", str(short_path))
+    monkeypatch.setattr("os.getuid", lambda: os.stat(folder).st_uid + 1)
+    with private_folder():
+        assert folder.exists()
+    assert list(short_path.iterdir()) == [folder]
+
+
 def test_a_log_that_nobody_reads_stops_nobody(model_path: Path, tmp_path: Path) -> None:
     """The reader of standard error stalls: 64 kB fit the pipe, and some MB are written."""
     code = (

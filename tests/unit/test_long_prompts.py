@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -134,6 +135,16 @@ def test_a_template_that_takes_too_long_is_interrupted(running: Running) -> None
         assert [type(reply) for reply in replies] == [ErrorReply] * module.NUM_THREADS
         assert all("takes longer than 0.3 s to read" in str(reply) for reply in replies)
     running.handle([request(chat("fast " * 5000), 90)])
+    assert [message.uid for message in running.to_backend(1)] == [90]
+
+
+def test_a_thread_that_cannot_be_started_costs_one_request(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Timer.start", Mock(side_effect=RuntimeError("can't start new thread")))
+        running.handle([request(LONG, uid) for uid in range(2 * module.NUM_THREADS)])
+        replies = running.to_frontend(2 * module.NUM_THREADS)
+    assert all(isinstance(reply, ErrorReply) and reply.status == 503 for reply in replies)
+    running.handle([request(LONG, 90)])
     assert [message.uid for message in running.to_backend(1)] == [90]
 
 

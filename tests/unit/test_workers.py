@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from dataclasses import replace
+from queue import Queue
+from unittest.mock import Mock
 
+import psutil
 import pytest
 
 from minisgl.config.locate import DEMO_MODEL
@@ -13,6 +17,7 @@ from minisgl.config.model import read_model_config
 from minisgl.config.runtime import EngineConfig
 from minisgl.message.codec import Ready, decode_control
 from minisgl.server import workers
+from minisgl.server.supervisor import Supervisor, WorkerSpec
 
 CONFIG = EngineConfig(
     "/m", read_model_config(DEMO_MODEL), "float32", "cpu", 1, "", 8, 1, 8, 8, 8, "sdpa", "sdpa", 1, True
@@ -31,6 +36,27 @@ def test_beats_never_wait_for_a_parent_that_does_not_listen(monkeypatch: pytest.
     assert decode_control(ours.recv_bytes()) == Ready()
     ours.close()
     theirs.close()
+
+
+def idle(control: workers.Control) -> None:
+    control.ready()
+    time.sleep(60)
+
+
+@pytest.mark.timeout(60)
+def test_a_watch_that_fails_is_told_and_not_silent() -> None:
+    """Children would end with its thread, and nobody would notice."""
+    told: Queue[Exception] = Queue()
+    supervisor = Supervisor([WorkerSpec("minisgl-idle", idle, ())], max_restarts=3)
+    try:
+        supervisor.start()
+        supervisor.wait_ready()
+        supervisor.watch(told.put, Mock(side_effect=MemoryError("none left")))
+        child = next(c for c in psutil.Process().children() if c.cmdline()[:1] == ["minisgl-idle"])
+        child.kill()
+        assert "none left" in str(told.get(timeout=30))
+    finally:
+        supervisor.stop()
 
 
 def test_the_environment_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

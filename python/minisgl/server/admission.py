@@ -38,6 +38,7 @@ class Place:
         for what, count in ((OUTPUTS, outputs), (BYTES, size)):
             total, own = self._door.used[what, None], self._door.used[what, self.client]
             if total and count and own + count + 8 * (total + count) > 9 * self._door.limits[what]:
+                self.leave()
                 raise self._door.refusal(f"{total} {what}")
             self._add(what, count)
 
@@ -45,11 +46,14 @@ class Place:
         """The prompt waits no more."""
         self._add(BYTES, -self._taken[BYTES])
 
-    def leave(self) -> None:
+    def leave(self) -> bool:
+        """Whether it was still held."""
+        was_held = self._taken[OUTPUTS] > 0
         for what in (OUTPUTS, BYTES):
             self._add(what, -self._taken[what])
         if self.timer is not None:
             self.timer.cancel()
+        return was_held
 
     def _add(self, what: str, count: int) -> None:
         self._taken[what] += count
@@ -91,8 +95,8 @@ class Admission:
         except RequestError as error:
             await error_response(scope, error)(scope, receive, send)
         finally:
-            place.leave()
-            self._left.append(asyncio.get_running_loop().time())
+            if place.leave():  # who was refused tells nothing of the pace
+                self._left.append(asyncio.get_running_loop().time())
 
     def refusal(self, why: str) -> RequestError:
         """An error that says when to come again: when, at the pace of the last ones, half of those here have left."""

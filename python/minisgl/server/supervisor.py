@@ -152,14 +152,14 @@ class Supervisor:
     def _watch(self, on_death: Tell, on_change: Tell) -> None:
         last_look, error = time.monotonic(), None
         while error is None and not self._stopping.is_set():
-            self._receive(0.5)
-            elapsed, last_look = min(time.monotonic() - last_look, 1.0), time.monotonic()
-            for worker in self._workers:
-                worker.silence += elapsed  # if it was more, we were stopped ourselves (Ctrl-Z), and so were they
             try:
+                self._receive(0.5)
+                elapsed, last_look = min(time.monotonic() - last_look, 1.0), time.monotonic()
+                for worker in self._workers:
+                    worker.silence += elapsed  # if it was more, we were stopped ourselves (Ctrl-Z), and so were they
                 error = next(filter(None, [self._look_after(group, on_change) for group in self.num_restarts]), None)
-            except OSError as problem:
-                error = WorkerDied(f"no worker can be started: {problem}")
+            except Exception as problem:  # no descriptor for a new one, say; without this thread nobody would notice
+                error = WorkerDied(f"the workers cannot be looked after: {problem}")
         if error is not None and not self._stopping.is_set():
             on_death(WorkerDied(str(error)))
             for worker in self._workers:

@@ -136,6 +136,9 @@ class TokenizerServer:
             except TooSlow:
                 error = f"the prompt takes longer than {SECONDS:g} s to read"
                 to_backend, to_frontend = [], [ErrorReply(uid, error) for uid in uids]
+            except Exception as problem:  # there is no thread left for the timer, say
+                error = f"the prompt cannot be read now: {problem}"
+                to_backend, to_frontend = [], [ErrorReply(uid, error, status=503) for uid in uids]
             with self._lock:
                 for uid in uids:
                     self._aborts.pop(uid, None)

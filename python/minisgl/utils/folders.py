@@ -40,7 +40,9 @@ def private_folder(prefix: str = "minisgl-") -> Iterator[str]:
 
 def _remove_stale(parent: str) -> None:
     for stale in Path(parent).glob("minisgl-*/owner"):
-        with suppress(OSError), stale.open("rb") as owner:
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.lstat(stale.parent).st_uid == os.getuid():
+        with suppress(OSError):
+            if os.lstat(stale.parent).st_uid != os.getuid():
+                continue  # and it is not opened: what another user puts there may be a pipe, which waits for ever
+            with stale.open("rb") as owner:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(stale.parent)
