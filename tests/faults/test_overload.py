@@ -71,6 +71,19 @@ def test_those_who_are_refused_do_not_shorten_the_wait_of_others(model_path: Pat
     assert min(waits) > 1, "ten are there, and one has left in two seconds"
 
 
+def test_there_is_a_place_for_another_client_however_small_the_queue_is(model_path: Path, tmp_path: Path) -> None:
+    async def run(server: Server) -> tuple[list[Answer], Answer]:
+        first = asyncio.ensure_future(crowd(server, [post(CHAT, {**HELLO, "max_tokens": 50})] * 9))
+        await asyncio.sleep(0.5)
+        other = await ask(server.url, post(CHAT, {**HELLO, "max_tokens": 2}), OTHER)
+        return await first, other
+
+    options = {"delay": 0.02, "max_running": 1, "max_queued_requests": 3}
+    with Server.running(fake(model_path, **options), tmp_path / "log") as server:
+        answers, other = asyncio.run(run(server))
+    assert statuses(answers) == {200: 4, 429: 5} and other.status == 200
+
+
 def test_stock_clients_come_again(narrow: Server) -> None:
     with openai.OpenAI(base_url=f"{narrow.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
         with pytest.raises(openai.RateLimitError) as caught:

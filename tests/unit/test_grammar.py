@@ -218,6 +218,8 @@ def test_added_tokens_in_strings(store: GrammarStore) -> None:
         ("grammar", 'root ::= (("a"', "Expected"),
         ("grammar", 'x ::= "a"', "No 'root' rule"),
         ("grammar", "root ::= x", "Rule 'x' not found"),
+        ("grammar", "root ::= " + "x" * 100_000, "Rule 'xxx"),
+        ("regex", "(" * 50_000 + "a" + ")" * 50_000, "invalid regex"),
         ("json", '{"$ref": "#"}', "nothing matches"),
     ],
 )
@@ -227,6 +229,7 @@ def test_invalid(store: GrammarStore, kind: str, text: str, why: str) -> None:
             store.request(Grammar(kind, text, param="here")).result()
         assert caught.value.param == "here" and caught.value.status == 400
         assert str(caught.value).startswith("here: ") and why in str(caught.value), str(caught.value)
+        assert len(str(caught.value)) < 600
 
 
 def _chain(count: int) -> str:
@@ -263,6 +266,7 @@ def test_pathological_ones_end_within_seconds(store: GrammarStore) -> None:
         assert isinstance(future.exception(), RequestError), name
     assert "3 s" in str(futures["time"].exception())
     assert "nested" in str(futures["stack"].exception())
+    assert "too deeply nested" in str(futures["nesting"].exception())
 
 
 def test_compiled_once(store: GrammarStore) -> None:

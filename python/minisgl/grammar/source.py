@@ -109,8 +109,10 @@ class _Writer:
         elif re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE):  # EBNF as llama.cpp writes it (`root ::= …`)
             try:
                 text = gbnf_to_lark(text)
+            except RecursionError:
+                raise
             except Exception as error:  # that is what it raises
-                raise ValueError(error) from None
+                raise ValueError(one_line(str(error))) from None
         return json.dumps({"grammars": [{"lark_grammar": text}]})
 
     def _literal(self, text: str) -> str:

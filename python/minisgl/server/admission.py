@@ -33,11 +33,12 @@ class Place:
     def take(self, outputs: int, size: int = 0) -> None:
         """More than was known. size: bytes. Raises: RequestError (429) when there is no room for it.
 
-        One client alone may have all of a limit; however many crowd in, the next one finds room in an eighth on top.
+        One client alone may have all of a limit; however many crowd in, the next one finds room in an eighth on top,
+        and one place at least.
         """
         for what, count in ((OUTPUTS, outputs), (BYTES, size)):
-            total, own = self._door.used[what, None], self._door.used[what, self.client]
-            if total and count and own + count + 8 * (total + count) > 9 * self._door.limits[what]:
+            total, own, limit = self._door.used[what, None], self._door.used[what, self.client], self._door.limits[what]
+            if total and count and own + count + 8 * (total + count) > 8 * limit + max(9, limit):
                 self.leave()
                 raise self._door.refusal(f"{total} {what}")
             self._add(what, count)
