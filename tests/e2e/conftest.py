@@ -56,8 +56,10 @@ class Server:
     def running(cls, args: list[str], log: Path, **env: str) -> Iterator[Server]:
         """For as long as it is used. Its log must have no traceback then."""
         server = cls(args, log, **env)
-        yield server
-        server.close()
+        try:
+            yield server
+        finally:
+            server.close()
         assert "Traceback" not in server.output()
 
     def wait_ready(self) -> None:
