@@ -170,7 +170,7 @@ def test_a_signal_during_start_up_leaves_nothing(
     time.sleep(delay)
     server.children = parent.children()
     server.process.send_signal(signum)
-    assert server.wait_exit() == 130
+    assert server.wait_exit() == 130, server.output()
     assert server.orphans() == []
     assert server.output() == ""
     assert not list(short_path.glob("minisgl-*"))
