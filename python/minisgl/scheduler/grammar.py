@@ -251,6 +251,8 @@ class Grammars:
                     matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
                 if matcher.is_error():
                     why = one_line(matcher.get_error())
+        except (KeyboardInterrupt, SystemExit):  # on a GPU this is the main thread, which is told so to stop
+            raise
         except BaseException as error:  # a panic of llguidance is no Exception
             why = one_line(str(error))
         seconds = time.thread_time() - start
