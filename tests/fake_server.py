@@ -24,12 +24,12 @@ from minisgl.config.resolve import access_config
 from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import StepPlan, StepResult, TokenLogprobs
 from minisgl.errors import ConfigError, MiniSGLError
+from minisgl.processes.supervisor import WorkerSpec
+from minisgl.processes.workers import Control
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.status import Status
 from minisgl.scheduler.transport import LeaderTransport
 from minisgl.server.launch import bind_port, run_server, worker_specs
-from minisgl.server.supervisor import WorkerSpec
-from minisgl.server.workers import Control
 from minisgl.tokenizer.tokenize import HFTextCodec
 from minisgl.utils.faults import fault
 from minisgl.utils.log import setup_logging

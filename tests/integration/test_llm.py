@@ -289,6 +289,6 @@ def test_a_rank_that_dies_is_told_though_rank_0_waits_for_it(model: Path, monkey
 @pytest.mark.timeout(60)
 def test_a_rank_that_cannot_start_is_told_at_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 waits for it inside the rendezvous, five minutes long."""
-    monkeypatch.setattr("minisgl.server.workers.scheduler_main", broken)
+    monkeypatch.setattr("minisgl.processes.workers.scheduler_main", broken)
     with pytest.raises(ConfigError, match="minisgl-TP1-scheduler: the model is made of cheese"):
         LLM(str(model), tp=2)

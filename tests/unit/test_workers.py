@@ -16,8 +16,8 @@ from minisgl.config.locate import DEMO_MODEL
 from minisgl.config.model import read_model_config
 from minisgl.config.runtime import EngineConfig
 from minisgl.message.codec import Ready, decode_control
-from minisgl.server import workers
-from minisgl.server.supervisor import Supervisor, WorkerSpec
+from minisgl.processes import workers
+from minisgl.processes.supervisor import Supervisor, WorkerSpec
 
 CONFIG = EngineConfig(
     "/m", read_model_config(DEMO_MODEL), "float32", "cpu", 1, "", 8, 1, 8, 8, 8, "sdpa", "sdpa", 1, True

@@ -33,7 +33,7 @@ from minisgl.utils.folders import private_folder
 from minisgl.utils.interrupts import HeldInterrupts
 
 if TYPE_CHECKING:
-    from minisgl.server.supervisor import Supervisor
+    from minisgl.processes.supervisor import Supervisor
 
 T = TypeVar("T")
 Prompt = str | Sequence[int]
@@ -209,8 +209,8 @@ class LLM:
         engine, tp_size = self.config.engine, self.config.engine.tp_size
         if tp_size == 1:
             return None, None
-        from minisgl.server.supervisor import Supervisor, WorkerSpec
-        from minisgl.server.workers import scheduler_main
+        from minisgl.processes.supervisor import Supervisor, WorkerSpec
+        from minisgl.processes.workers import scheduler_main
 
         args = (engine, self.config.scheduler, self._addresses)
         supervisor = Supervisor(
@@ -223,7 +223,7 @@ class LLM:
         return supervisor, fanout
 
     def _start_scheduler(self) -> Scheduler:
-        from minisgl.server.workers import set_cuda_environment
+        from minisgl.processes.workers import set_cuda_environment
 
         config = replace(self.config.engine, init_method=self._addresses.rendezvous())
         set_cuda_environment(config)

@@ -15,9 +15,9 @@ from starlette.types import Scope
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
+from minisgl.server.aside import Aside
+from minisgl.server.json_line import dump_json
 from minisgl.server.strict import Reading, shown
-from minisgl.utils.aside import Aside
-from minisgl.utils.json_line import dump_json
 
 T = TypeVar("T")
 

@@ -20,14 +20,13 @@ import uvicorn
 from minisgl.config.runtime import Addresses, ServerConfig
 from minisgl.env import env_bool, env_number
 from minisgl.errors import WorkerDied
+from minisgl.processes.supervisor import Supervisor, call_in
+from minisgl.processes.workers import ENDING_SIGNALS
 from minisgl.server.access import guarded
 from minisgl.server.api_server import create_app
+from minisgl.server.connection import Connection
 from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend
-from minisgl.server.launch import call_in
-from minisgl.server.supervisor import Supervisor
-from minisgl.server.workers import ENDING_SIGNALS
-from minisgl.utils.connection import Connection
 
 logger = logging.getLogger(__name__)
 

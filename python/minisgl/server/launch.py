@@ -21,8 +21,8 @@ from minisgl.config.args import ServerArgs
 from minisgl.config.resolve import prepare
 from minisgl.config.runtime import Addresses, ServerConfig
 from minisgl.errors import ConfigError
-from minisgl.server.supervisor import Supervisor, WorkerSpec, signals_deferred
-from minisgl.server.workers import ENDING_SIGNALS, scheduler_main, tokenizer_main
+from minisgl.processes.supervisor import Supervisor, WorkerSpec, call_in, signals_deferred
+from minisgl.processes.workers import ENDING_SIGNALS, scheduler_main, tokenizer_main
 from minisgl.utils.folders import private_folder
 
 if TYPE_CHECKING:
@@ -124,12 +124,6 @@ def run_local(args: ServerArgs, use: Callable[[Frontend, ServerConfig], Awaitabl
         return 0
 
     return _run(use_locally, config)
-
-
-def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
-    """From another thread, call the function in the loop, unless that has ended."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(function, *args)
 
 
 def bind_port(host: str, port: int) -> socket.socket:

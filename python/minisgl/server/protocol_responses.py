@@ -19,11 +19,11 @@ from pydantic import Field
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
 from minisgl.server.fields import NAMES, OBJECTS, load
+from minisgl.server.json_line import dump_json
 from minisgl.server.messages import kept_as_text, text_of, thought_of
 from minisgl.server.protocol import Describe, GenerationRequest, chat_request, functions_of
 from minisgl.server.protocol_sampling import Defaults, SamplingFields
 from minisgl.server.strict import SCHEMAS, Body, Count, Items, Reading, optional
-from minisgl.utils.json_line import dump_json
 
 MAX_SENT_BACK = 64 << 10
 _LOGPROBS = "message.output_text.logprobs"

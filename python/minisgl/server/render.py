@@ -16,7 +16,7 @@ from minisgl.errors import MiniSGLError
 from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import TokenLogprob, TopLogprob, UserReply
 from minisgl.server.assemble import Assembler
-from minisgl.utils.json_line import dump_json
+from minisgl.server.json_line import dump_json
 
 DONE = b"data: [DONE]\n\n"
 

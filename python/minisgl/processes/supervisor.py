@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import logging
 import multiprocessing
@@ -19,7 +20,7 @@ from typing import Any
 from minisgl.env import env_number
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
 from minisgl.message.codec import Failed, Ready, decode_control
-from minisgl.server.workers import ENDING_SIGNALS, STOP_SIGNAL, run_child
+from minisgl.processes.workers import ENDING_SIGNALS, STOP_SIGNAL, run_child
 from minisgl.utils.spawned import UNGUARDED
 
 logger = logging.getLogger(__name__)
@@ -233,6 +234,12 @@ class Supervisor:
         killed = {-signum: f"killed by {signum.name}" for signum in signal.Signals}
         how = killed.get(status or 0, f"exit status {status}")
         return WorkerDied(f"{worker.spec.name} ended unexpectedly ({how})")
+
+
+def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
+    """From another thread, call the function in the loop, unless that has ended."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)
 
 
 @contextmanager
