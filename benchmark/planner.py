@@ -32,7 +32,8 @@ def measure(num_requests: int, page_size: int, num_steps: int) -> tuple[float, f
     for uid in range(num_requests):
         prompt = [random.randrange(10_000) for _ in range(500)]
         planner.add(uid, prompt, SamplingParams(max_tokens=num_steps, seed=0))
-    plan_seconds, retire_seconds = [], []
+    plan_seconds: list[float] = []
+    retire_seconds: list[float] = []
     previous: StepPlan | None = None
     while True:
         start = time.perf_counter()

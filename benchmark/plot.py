@@ -24,7 +24,7 @@ from minisgl.errors import ConfigError
 try:
     from matplotlib.figure import Figure
 except ImportError:
-    Figure = None
+    Figure = None  # type: ignore[assignment, misc]
 
 DOCS = Path(__file__).parent.parent / "docs"
 MARKS = ("<!-- results -->", "<!-- end of results -->")

@@ -224,7 +224,8 @@ def profile(args: argparse.Namespace, flags: list[str]) -> None:
                         self.profiler.stop()
                 return finished
 
-        with ProfiledLLM(options.pop("model_path"), **options) as llm:
+        llm = ProfiledLLM(options.pop("model_path"), **options)
+        with llm:
             llm.generate(prompts[:1], SamplingParams(8, 0.6, ignore_eos=True), progress=False)
             with torch_profile(activities=[ProfilerActivity.CUDA]):  # the first use takes long
                 time.sleep(0.1)

@@ -28,7 +28,7 @@ import transformers
 
 from minisgl import LLM, SamplingParams
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 1024,
     "intermediate_size": 3072,

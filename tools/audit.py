@@ -13,6 +13,7 @@ import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -40,7 +41,7 @@ def needed(name: str) -> dict[str, str]:
     return found
 
 
-def scan(packages: dict[str, str], seconds: float) -> list[dict]:
+def scan(packages: dict[str, str], seconds: float) -> list[dict[str, Any]]:
     """What the service says of each. Raises: OSError with the reason when it says nothing."""
     with tempfile.TemporaryDirectory() as folder:
         wanted, answer = Path(folder, "wanted.txt"), Path(folder, "answer.json")

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import Req, SamplingParams
+from minisgl.core import Req, ReqState, SamplingParams
 from minisgl.errors import IntegrityError
 from minisgl.kvcache.allocator import PageAllocator
 from minisgl.kvcache.radix import NaiveCache, RadixCache, RadixNode
@@ -40,7 +40,7 @@ def load(path: Path) -> tuple[str, Planner]:
             made = {name: value for name, value in described.items() if name in types}
             made["params"] = msgspec.convert(described["params"], SamplingParams)
             made["prefix"] = np.array(described["prefix"], np.int32)
-            made["state"] = type(Req.__dataclass_fields__["state"].default)(described["state"])
+            made["state"] = ReqState(described["state"])
             made["handle"] = _node(nodes, described["handle"])
             reqs[key] = Req(**made)
         return reqs[key]

@@ -79,10 +79,10 @@ class Case:
         for i, (length, new) in enumerate(zip(self.seq_lens, self.num_new, strict=True)):
             pos = np.arange(length)
             slots = self.table[i, pos // self.page_size].astype(np.int64) * self.page_size + pos % self.page_size
-            kv = self.caches[0][:, torch.from_numpy(slots).to(DEVICE)].transpose(1, 2)[:, None]
+            k, v = self.caches[0][:, torch.from_numpy(slots).to(DEVICE)].transpose(1, 2)[:, None]
             q = self.q[first : first + new].transpose(0, 1)[None]
             seen = torch.ones(new, length, device=DEVICE, dtype=torch.bool).tril(length - new)
-            out.append(F.scaled_dot_product_attention(q, *kv, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1))
+            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1))
             first += new
         return torch.cat(out)
 

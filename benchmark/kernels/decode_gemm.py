@@ -139,7 +139,7 @@ def smoke() -> None:
             continue
         print(f"smoke {tile:3d} tokens {shape.form} {tuple(variant)} ", end="", flush=True)
         w = torch.randn(shape.rows, shape.k, device="cuda").bfloat16() * shape.k**-0.5
-        good = attempt("smoke", lambda s=shape, t=tile, w=w, v=variant: wrong(s, t, w, v))
+        good = attempt("smoke", functools.partial(wrong, shape, tile, w, variant))
         torch.cuda.synchronize()
         report("ok" if good else "NOT OK")
 
@@ -152,7 +152,7 @@ def odd_shapes(pool: Tensor) -> None:
         for variant in [None, *variants(tokens, shape, quick=False)]:
             label = f"{shape} {tokens} {variant}"
             count += 1
-            failed += not attempt(label, lambda s=shape, t=tokens, w=w, v=variant: wrong(s, t, w, v))
+            failed += not attempt(label, functools.partial(wrong, shape, tokens, w, variant))
     report(f"odd shapes: {count} tried, {failed} failed")
 
 
@@ -202,19 +202,22 @@ def sweep(shape: Shape, tokens: int, pool: Tensor, quick: bool) -> str:
     times: dict[str, float] = {}
 
     def measure(key: str, call: Callable[[Tensor], Tensor]) -> str:
-        times[key] = graph_time(lambda: [call(w) for w in weights] and None, copies, 0.008)
+        times[key] = graph_time(lambda: [call(w) for w in weights], copies, 0.008)
         return ""
+
+    def with_variant(variant: Variant, w: Tensor) -> Tensor:
+        return own(shape, x, w, residual, variant)
 
     tried = variants(tokens, shape, quick)
     for variant in tried:
         label = f"{shape.name} {tokens} {tuple(variant)}"
-        if attempt(label, lambda v=variant: wrong(shape, tokens, weights[-1], v)):
+        if attempt(label, functools.partial(wrong, shape, tokens, weights[-1], variant)):
             key = "/".join(map(str, variant))
-            attempt(label, lambda k=key, v=variant: measure(k, lambda w: own(shape, x, w, residual, v)))
+            attempt(label, functools.partial(measure, key, functools.partial(with_variant, variant)))
     others = {"torch": lambda w: with_torch(shape, x, w, residual), "cublas": lambda w: F.linear(x, w)}
     ours = dict(times)
     for name, call in others.items():
-        attempt(name, lambda n=name, c=call: measure(n, c))
+        attempt(name, functools.partial(measure, name, call))
     if not ours:
         return f"{shape.name:13s} {tokens:3d}  no variant works"
     best = min(ours, key=lambda key: ours[key])

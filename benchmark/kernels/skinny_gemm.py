@@ -10,6 +10,7 @@ fails or is wrong is named and left out. Tables come last.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import signal
 import sys
@@ -67,8 +68,13 @@ SHAPES = [
 
 
 def fused(
-    shape: Shape, x: torch.Tensor, gain: torch.Tensor, w: torch.Tensor, residual: torch.Tensor, variant: int | None
-):
+    shape: Shape,
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    w: torch.Tensor,
+    residual: torch.Tensor,
+    variant: int | None = None,
+) -> torch.Tensor:
     if shape.form == "gate_up":
         return skinny.norm_gate_up(x, gain, EPS, w, variant)
     if shape.form == "add":
@@ -101,7 +107,7 @@ def reference(
     return residual.float() + y if shape.form == "add" else y
 
 
-def graph_time(work: Callable[[], None], calls: int, budget: float = 0.02) -> float:
+def graph_time(work: Callable[[], object], calls: int, budget: float = 0.02) -> float:
     """Seconds per call of `work`, which makes `calls` of them: best of 3 rounds of graph replays."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -169,13 +175,16 @@ def sweep(shape: Shape, tokens: int, pool: Pool, variants: list[int]) -> dict[in
             if wrong:
                 print(f"WRONG {shape.name} m={tokens} variant {key}: {wrong}", flush=True)
                 return
-            times[key] = graph_time(lambda: [call(w) for w in weights] and None, copies)
+            times[key] = graph_time(lambda: [call(w) for w in weights], copies)
         except Exception as error:  # the others go on
             print(f"FAILED {shape.name} m={tokens} {key}: {str(error)[:200]}", flush=True)
 
+    def with_variant(variant: int, w: torch.Tensor) -> torch.Tensor:
+        return fused(shape, x, gain, w, residual, variant)
+
     for variant in variants:
         if not (variant == 0 and shape.form == "gate_up"):
-            measure(variant, lambda w, v=variant: fused(shape, x, gain, w, residual, v))
+            measure(variant, functools.partial(with_variant, variant))
     measure("cublas", lambda w: F.linear(x, w))
     measure("separate", lambda w: separate(shape, x, gain, w, residual))
     return times
@@ -252,7 +261,7 @@ def main() -> None:
             print(rows[-1], flush=True)
         for name, (layers, shapes, head) in MODELS.items():
             try:
-                own = step_time(name, tokens, pool, lambda *a: fused(*a, None)) * 1e3
+                own = step_time(name, tokens, pool, fused) * 1e3
                 other = step_time(name, tokens, pool, separate) * 1e3
             except Exception as error:
                 steps.append(f"{name} {tokens}: FAILED {str(error)[:200]}")

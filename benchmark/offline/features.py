@@ -30,7 +30,7 @@ ITEM = {
     "additionalProperties": False,
 }
 SCHEMA = json.dumps({"type": "array", "items": ITEM, "minItems": 1000})
-FEATURES = {
+FEATURES: dict[str, dict[str, object]] = {
     "JSON schema": {"grammar": Grammar("json", SCHEMA)},
     "regular expression": {"grammar": Grammar("regex", "([a-z]+ ){5000}")},
     "penalties": {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1},

@@ -75,7 +75,7 @@ def write_shard(index: int, model_dir: Path, out_dir: Path, seed: int, num_docum
     # The tokenizer's own threads would fight with the other workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-    start, end, text_end = (tokenizer.token_to_id(token) for token in (IM_START, IM_END, END_OF_TEXT))
+    start, end, text_end = map(tokenizer.get_vocab().__getitem__, (IM_START, IM_END, END_OF_TEXT))
     (assistant,) = tokenizer.encode("assistant").ids
     pieces: list[np.ndarray] = []
     documents = mix.documents(seed * 1000 + index, num_documents)

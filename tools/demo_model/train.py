@@ -113,6 +113,8 @@ class Qwen3(nn.Module):
         self.model = Decoder(dropout)
         inverse = 1.0 / CONFIG["rope_theta"] ** (torch.arange(0, HEAD_DIM, 2).float() / HEAD_DIM)
         angles = torch.arange(CONTEXT).float()[:, None] * inverse
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", torch.cat((angles, angles), dim=-1).cos(), persistent=False)
         self.register_buffer("sin", torch.cat((angles, angles), dim=-1).sin(), persistent=False)
         for name, parameter in self.named_parameters():
@@ -157,8 +159,8 @@ class Muon:
             update = orthogonalise(grads.lerp(buffer, self.momentum))
             lr = self.lr * scale
             step = lr * max(1.0, update.size(-2) / update.size(-1)) ** 0.5
-            torch._foreach_mul_(group, 1 - lr * self.decay)
-            torch._foreach_add_(group, list((update * -step).unbind()))
+            torch._foreach_mul_(tuple(group), 1 - lr * self.decay)
+            torch._foreach_add_(tuple(group), list((update * -step).unbind()))
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
