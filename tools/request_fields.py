@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from minisgl.server.fields import NO_EFFECT, OBJECTS, OTHER_NAMES, UNSUPPORTED, fields_of
-from minisgl.server.operations import AbortBody, DetokenizeBody, TokenizeBody
 from minisgl.server.protocol import ChatBody, CompletionBody, GenerateBody
 from minisgl.server.protocol_messages import MessagesBody
 from minisgl.server.protocol_responses import ResponsesBody
+from minisgl.server.routes.operations import AbortBody, DetokenizeBody, TokenizeBody
 from minisgl.server.strict import Fields
 
 _GENERATE = (ChatBody, CompletionBody, GenerateBody, ResponsesBody, MessagesBody)

@@ -19,10 +19,10 @@ from minisgl.core import FinishReason, Grammar, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
-from minisgl.server.assemble import new_assembler, with_grammar
+from minisgl.server.answers.assemble import new_assembler, with_grammar
+from minisgl.server.answers.openai import ChatRenderer, Totals
 from minisgl.server.protocol import GenerationRequest, parse_chat
 from minisgl.server.protocol_tools import ToolUse
-from minisgl.server.render import ChatRenderer, Totals
 from minisgl.tokenizer.tokenize import HFTextCodec
 
 HELLO = [{"role": "user", "content": "hello"}]

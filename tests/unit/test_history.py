@@ -16,11 +16,11 @@ from minisgl.config.locate import DEMO_MODEL
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
-from minisgl.server.assemble import Assembler
+from minisgl.server.answers.assemble import Assembler
+from minisgl.server.answers.openai import ChatRenderer, Totals
 from minisgl.server.fields import OBJECTS
 from minisgl.server.protocol import parse_chat
 from minisgl.server.protocol_responses import parse_responses
-from minisgl.server.render import ChatRenderer, Totals
 from minisgl.tokenizer.history import CallForm
 from minisgl.tokenizer.tokenize import HFTextCodec
 

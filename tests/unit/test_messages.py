@@ -16,10 +16,10 @@ from minisgl.message.codec import pack_ids
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
 from minisgl.parser.parts import CallPart, Parser, Part
-from minisgl.server.assemble import Assembler
+from minisgl.server.answers.assemble import Assembler
+from minisgl.server.answers.messages import MessagesRenderer
+from minisgl.server.answers.openai import Totals
 from minisgl.server.protocol_messages import parse_messages
-from minisgl.server.render import Totals
-from minisgl.server.render_messages import MessagesRenderer
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 ASKED: Any = {"role": "user", "content": "a"}

@@ -11,7 +11,7 @@ from minisgl.core import FinishReason, TokenLogprobs
 from minisgl.message.codec import pack_ids
 from minisgl.message.frontend import UserReply, pack_logprobs, unpack_logprobs
 from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
-from minisgl.server.render import TextCursor, chat_logprobs, completion_logprobs
+from minisgl.server.answers.openai import TextCursor, chat_logprobs, completion_logprobs
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import HFTextCodec
 from tests.tokenizers_fixture import make_byte_level, make_sentencepiece

@@ -17,9 +17,9 @@ from minisgl.config.runtime import AccessConfig
 from minisgl.errors import RequestError
 from minisgl.server.access import IGNORED, MAX_TOLD, guarded
 from minisgl.server.fields import UNSUPPORTED, fields_of
-from minisgl.server.operations import TokenizeBody
 from minisgl.server.protocol import parse_chat, parse_completion, parse_generate
 from minisgl.server.protocol_responses import parse_responses
+from minisgl.server.routes.operations import TokenizeBody
 from minisgl.server.strict import MAX_IGNORED, Reading, load_object
 from tools.request_fields import ALL_BODIES
 

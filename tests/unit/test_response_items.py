@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.errors import RequestError
 from minisgl.message.tokenizer import TokenizeMsg, tokenizer_codec
-from minisgl.server.assemble import Assembler
+from minisgl.server.answers.assemble import Assembler
+from minisgl.server.answers.responses import ResponsesRenderer
 from minisgl.server.protocol import parse_chat
 from minisgl.server.protocol_responses import ResponsesRequest, parse_responses
-from minisgl.server.render_responses import ResponsesRenderer
 from minisgl.tokenizer.tokenize import HFTextCodec
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -18,10 +18,10 @@ import minisgl
 from minisgl.config.args import args_from_options
 from minisgl.config.resolve import prepare
 from minisgl.server.access import OPEN_PATHS
-from minisgl.server.api_server import DOCUMENT, create_app
-from minisgl.server.exposition import Exposition
+from minisgl.server.answers.messages import PATHS
 from minisgl.server.frontend import Frontend
-from minisgl.server.render_messages import PATHS
+from minisgl.server.metrics import Exposition
+from minisgl.server.routes.app import DOCUMENT, create_app
 from tools.request_fields import ALL_BODIES
 
 Json = dict[str, Any]

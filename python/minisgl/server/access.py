@@ -23,8 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisgl.config.runtime import AccessConfig
 from minisgl.errors import RequestError
+from minisgl.server.answers.messages import error_response
 from minisgl.server.bodies import address_of, check_content_type
-from minisgl.server.render_messages import error_response
 from minisgl.server.strict import shown
 
 logger = logging.getLogger(__name__)

@@ -99,7 +99,7 @@ def run_server(config: ServerConfig, listener: socket.socket, make_specs: MakeSp
     """
 
     async def use(supervisor: Supervisor, addresses: Addresses) -> int:
-        from minisgl.server.http import serve_http
+        from minisgl.server.serve import serve_http
 
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         return await serve_http(config, addresses, supervisor, listener)
@@ -163,7 +163,7 @@ def _holder(port: int) -> str:
 def _import_http() -> None:
     """FastAPI and uvicorn take most of a second. An exception from a signal could be lost inside of an import, so that
     is done by a thread."""
-    thread = threading.Thread(target=importlib.import_module, args=("minisgl.server.http",), daemon=True)
+    thread = threading.Thread(target=importlib.import_module, args=("minisgl.server.serve",), daemon=True)
     thread.start()
     thread.join()
 

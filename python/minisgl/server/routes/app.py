@@ -19,21 +19,23 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import MiniSGLError, WorkerDied
 from minisgl.message.tokenizer import ChatPrompt
-from minisgl.server import operations, protocol, render
+from minisgl.server import protocol
 from minisgl.server.admission import Admission
-from minisgl.server.answer import answer_request
-from minisgl.server.assemble import new_assembler, with_grammar
+from minisgl.server.answers import openai as render
+from minisgl.server.answers.assemble import new_assembler, with_grammar
+from minisgl.server.answers.delivery import answer_request
+from minisgl.server.answers.messages import MessagesRenderer, as_asked, error_response
+from minisgl.server.answers.responses import ResponsesRenderer
 from minisgl.server.bodies import MAX_BODY_BYTES, Bodies, check_model, json_response, owner_of
-from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend
+from minisgl.server.metrics import Exposition
 from minisgl.server.protocol_messages import parse_messages
 from minisgl.server.protocol_responses import ResponseStore, parse_responses
 from minisgl.server.protocol_sampling import Defaults, check_policy
-from minisgl.server.render_messages import MessagesRenderer, as_asked, error_response
-from minisgl.server.render_responses import ResponsesRenderer
+from minisgl.server.routes import operations
 from minisgl.server.strict import Reading
 
-DOCUMENT = Path(__file__).with_name("openapi.json")  # made by `python -m tools.openapi`
+DOCUMENT = Path(__file__).parents[1] / "openapi.json"  # made by `python -m tools.openapi`
 
 R = TypeVar("R", bound=protocol.GenerationRequest)
 Parser = Callable[[bytes, Defaults, Reading], R]

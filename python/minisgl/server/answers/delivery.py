@@ -20,10 +20,10 @@ from starlette.types import Receive, Scope, Send
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.server.admission import Place
+from minisgl.server.answers.openai import Renderer, Totals, event, mean_logprob
 from minisgl.server.bodies import json_response, owner_of
 from minisgl.server.frontend import Frontend, Stream
 from minisgl.server.protocol import GenerationRequest, renamed
-from minisgl.server.render import Renderer, Totals, event, mean_logprob
 from minisgl.server.strict import shown
 
 logger = logging.getLogger(__name__)

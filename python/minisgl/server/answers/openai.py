@@ -15,7 +15,7 @@ from pydantic_core import from_json
 from minisgl.errors import MiniSGLError
 from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import TokenLogprob, TopLogprob, UserReply
-from minisgl.server.assemble import Assembler
+from minisgl.server.answers.assemble import Assembler
 from minisgl.server.json_line import dump_json
 
 DONE = b"data: [DONE]\n\n"

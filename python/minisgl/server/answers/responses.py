@@ -13,9 +13,9 @@ from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError
 from minisgl.message.frontend import UserReply
 from minisgl.parser.parts import CallPart, Part, TextPart
-from minisgl.server.assemble import Assembler
+from minisgl.server.answers.assemble import Assembler
+from minisgl.server.answers.openai import Renderer, Totals, partial_object
 from minisgl.server.protocol_responses import Item, ResponsesRequest
-from minisgl.server.render import Renderer, Totals, partial_object
 
 _STATUS = {FinishReason.LENGTH: "incomplete", FinishReason.ABORT: "cancelled"}  # else: completed
 _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}  # of items' ids

@@ -16,9 +16,9 @@ from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError
 from minisgl.message.frontend import UserReply
 from minisgl.parser.parts import CallPart, Part, TextPart
-from minisgl.server.assemble import Assembler
+from minisgl.server.answers.assemble import Assembler
+from minisgl.server.answers.openai import Renderer, Totals, error_payload, event, partial_object
 from minisgl.server.bodies import json_response
-from minisgl.server.render import Renderer, Totals, error_payload, event, partial_object
 
 PATHS = re.compile(r"(/v1)?/messages\b")  # whose errors are Anthropic's
 _REASONS = {FinishReason.STOP: "end_turn", FinishReason.TOOL_CALLS: "tool_use"}  # else: it was cut off

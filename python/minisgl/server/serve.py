@@ -23,10 +23,10 @@ from minisgl.errors import WorkerDied
 from minisgl.processes.supervisor import Supervisor, call_in
 from minisgl.processes.workers import ENDING_SIGNALS
 from minisgl.server.access import guarded
-from minisgl.server.api_server import create_app
 from minisgl.server.connection import Connection
-from minisgl.server.exposition import Exposition
 from minisgl.server.frontend import Frontend
+from minisgl.server.metrics import Exposition
+from minisgl.server.routes.app import create_app
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from minisgl.errors import RequestError, WorkerDied, too_long
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt
 from minisgl.server.access import require_operator
 from minisgl.server.bodies import Bodies, check_model, json_response, owner_of
-from minisgl.server.exposition import Exposition
 from minisgl.server.fields import load
 from minisgl.server.frontend import Frontend
 from minisgl.server.messages import Message
+from minisgl.server.metrics import Exposition
 from minisgl.server.protocol import chat_request, check_size
 from minisgl.server.protocol_responses import ResponseStore
 from minisgl.server.protocol_sampling import check_ids
