@@ -61,19 +61,6 @@ def _norm(n: int) -> Run:
     return lambda ops: (ops.rms_norm(x, weight, 1e-6),)
 
 
-def _add_norm(n: int) -> Run:
-    x, weight = _randn(n, HIDDEN), _randn(HIDDEN)
-    ours, theirs = (_randn(n, HIDDEN) for _ in range(2))
-    theirs.copy_(ours)
-
-    def run(ops: TorchOps) -> tuple[Tensor, ...]:
-        if isinstance(ops, CudaOps):
-            return ops.add_rms_norm(x, ours, weight, 1e-6), ours
-        return ops.rms_norm(theirs.add_(x), weight, 1e-6), theirs
-
-    return run
-
-
 def _rope(n: int) -> Run:
     theirs = _randn(n, NUM_Q + 2 * NUM_KV, HEAD_DIM)
     ours = theirs.clone()  # is rotated in place
@@ -155,7 +142,6 @@ def cases() -> Iterator[Case]:
     heads = (2 * (NUM_Q + 2 * NUM_KV) * DTYPE.itemsize + 2 * 4) * HEAD_DIM
     for n in (1, 64, 256, 8192):
         yield Case("rms_norm", f"{n} x {HIDDEN}", 2 * n * row, functools.partial(_norm, n))
-        yield Case("add_rms_norm", f"{n} x {HIDDEN}", 4 * n * row, functools.partial(_add_norm, n))
         yield Case(
             "qk_norm_rope_store", f"{n} x ({NUM_Q}+2*{NUM_KV}) x {HEAD_DIM}", n * heads, functools.partial(_rope, n)
         )

@@ -3,9 +3,9 @@
     python -m tests.gpu.soak [--seconds 300] [--device cuda] [--tp 1] [--seed 0] [--shape NAME|DIR]
 
 The planner walks all its pages after every step. In fp32 (the default, on a tiny model) equal requests must get equal
-tokens, whatever runs beside them, unless two choices are so near that rounding decides (`near_ties.py`): where answers
-part, Hugging Face's logits must explain every token of both. So they must for a random share of all answers, lest all
-be wrong alike. In the end nothing runs, and every page is free or evictable.
+tokens, whatever runs beside them, unless two choices are so near that rounding decides (`tests/near_ties.py`): where
+answers part, Hugging Face's logits must explain every token of both. So they must for a random share of all answers,
+lest all be wrong alike. In the end nothing runs, and every page is free or evictable.
 Prints counts; fails with an AssertionError. `--shape` takes bf16 and random weights, and compares no tokens.
 """
 

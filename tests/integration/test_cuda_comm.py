@@ -118,11 +118,9 @@ def check_gathers(comm: Any) -> None:
             parts = [(100 * part).to(dtype) for part in parts]
             expected = torch.cat(parts, dim=1)
             torch.cuda._sleep(random.Random(comm.rank).randrange(400_000))
-            assert torch.equal(comm.all_gather(parts[comm.rank]), expected), (n, share)
             found = comm.gather(parts[comm.rank])
             assert found.shape == expected.shape
             assert comm.rank > 0 or torch.equal(found, expected), (n, share)
-    assert comm.all_gather(torch.full((2, 3, 4), comm.rank, device="cuda")).shape == (2, 3, 4 * comm.size)
 
 
 def check_gather_graph(comm: Any) -> None:

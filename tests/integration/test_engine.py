@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from minisgl.attention.base import StepContext
 from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.engine import Engine, ThreadedRunner
 from minisgl.errors import ConfigError, EngineError
-from tests.driver import GREEDY, engine_config, generate
+from minisgl.models import decoder
+from tests.driver import CPU_KERNELS, GREEDY, engine_config, engine_logits, generate
 from tests.models import hf_generate, random_prompt, tiny_model
 
 
@@ -68,6 +70,22 @@ def test_life_cycle() -> None:
     assert last.wait(0)
     with pytest.raises(EngineError, match="closed"):
         engine.submit(StepPlan(5, (), (), ()))
+
+
+def test_a_layer_with_a_forward_of_its_own_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What our C++ computes for all layers at once is `DecoderLayer`, and no class that is derived from it."""
+    path, calls = tiny_model("llama"), []
+
+    class Watched(decoder.DecoderLayer):
+        def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+            calls.append(len(x))
+            return super().forward(x, step)
+
+    tokens = random_prompt(5)
+    expected = engine_logits(path, tokens, **CPU_KERNELS)
+    monkeypatch.setattr(decoder, "DecoderLayer", Watched)
+    torch.testing.assert_close(engine_logits(path, tokens, **CPU_KERNELS), expected, atol=1e-4, rtol=1e-4)
+    assert calls == [5] * engine_config(path).model.num_layers
 
 
 def test_nan_ends_one_row_only() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from minisgl.config.args import args_from_options, parse_args
 from minisgl.config.locate import DEMO_MODEL, locate_model
+from minisgl.config.memory import gpu_tokens
 from minisgl.config.model import ModelConfig, MoEConfig, RopeConfig
 from minisgl.config.probe import Capabilities, Gpu, Nvidia, parse_torch_cuda, probe, probe_nvidia, visible_devices
 from minisgl.config.resolve import ModelFiles, prepare, read_default_sampling, resolve
@@ -311,6 +312,17 @@ def test_what_does_not_fit_a_gpu() -> None:
         decide(replace(GPUS, gpus=(gpu(0), gpu(1, free=1))), tp=2)
     with pytest.raises(ConfigError, match=r"^--num-pages 100000: .* KV cache 170\.\d; lower it"):
         decide(GPUS, num_pages=100_000)
+
+
+def test_pages_are_counted_in_the_type_of_the_cache() -> None:
+    engine = decide(GPUS, num_pages=10_000).engine
+    wide = replace(engine, kv_cache_dtype="float32")
+    assert wide.page_bytes == 2 * engine.page_bytes == MODEL.kv_bytes_per_token("float32") * engine.page_size
+    args = args_from_options({})
+    tokens = [gpu_tokens(args, MODEL, GPUS.gpus, "bfloat16", kv, 16, 2048) for kv in ("bfloat16", "float32")]
+    assert tokens[0] // 2 - 16 <= tokens[1] <= tokens[0] // 2
+    with pytest.raises(ConfigError, match=r"KV cache 34\.2; lower it"):
+        gpu_tokens(args_from_options({"num_pages": 10_000}), MODEL, (gpu(free=20),), "bfloat16", "float32", 16, 2048)
 
 
 def test_the_longest_request_on_a_gpu_with_little_memory() -> None:

@@ -1,4 +1,4 @@
-"""FlashAttention-3 (arXiv 2407.08608) by the optional package `sglang-kernel`: Hopper, bf16 and fp16."""
+"""FlashAttention-3 (arXiv 2407.08608) by the optional package `sglang-kernel`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlashInfer (arXiv 2501.01005), an optional package: bf16 and fp16, head dimensions 64, 128 and 256.
+"""FlashInfer (arXiv 2501.01005), an optional package. What it computes is said in `config/cuda.py`.
 
 It schedules a step on the host before the step runs. For decode that is the one thing that other backends do not have:
 `plan_decode` before each step, before a capture too, which refills the buffers that a CUDA graph reads.

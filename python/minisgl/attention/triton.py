@@ -1,4 +1,4 @@
-"""The Triton backend: any page size, window and grouping, head dimensions up to 256, bf16, fp16 and fp32.
+"""The Triton backend: any page size, window and grouping.
 
 Needs neither a compiler nor further packages. `shape` and `batch` are `AttentionShape` and the device-side description
 of a step's sequences; both kinds of batches hold the sequences of their own call only, `cu_q` counting from 0.

@@ -42,7 +42,7 @@ def gpu_budget(gpu: Gpu, ratio: float) -> int:
 
 
 def gpu_tokens(
-    args: ServerArgs, model: ModelConfig, gpus: Sequence[Gpu], dtype: str, page_size: int, step_len: int
+    args: ServerArgs, model: ModelConfig, gpus: Sequence[Gpu], dtype: str, kv_dtype: str, page_size: int, step_len: int
 ) -> int:
     """Tokens that the KV cache will hold at least, by estimate: the engine measures what a step of `step_len` takes.
 
@@ -51,7 +51,7 @@ def gpu_tokens(
     tp_size, ratio = args.tensor_parallel_size, args.memory_ratio
     gpu = min(gpus, key=lambda gpu: gpu_budget(gpu, ratio))
     budget = gpu_budget(gpu, ratio)
-    weights, kv_bytes = model.weight_bytes(dtype, tp_size), model.kv_bytes_per_token(dtype, tp_size)
+    weights, kv_bytes = model.weight_bytes(dtype, tp_size), model.kv_bytes_per_token(kv_dtype, tp_size)
     room = f"{gpu} has {gpu.free_memory / GIB:.1f} of {gpu.total_memory / GIB:.1f} GiB free"
     if args.num_pages is not None:
         kv = args.num_pages * page_size * kv_bytes

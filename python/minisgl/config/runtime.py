@@ -40,6 +40,11 @@ class EngineConfig:
     use_pynccl: bool = True
     moe_backend: str = "torch"  # "triton" | "torch"
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of KV cache that one page takes on one rank."""
+        return self.model.kv_bytes_per_token(self.kv_cache_dtype, self.tp_size) * self.page_size
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:

@@ -97,16 +97,10 @@ class Communicator:
         """The sum over ranks, in `out`, which is like x; without it, may work in place and return `x`."""
         return x if out is None else out.copy_(x)
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., n] on every rank → [..., size * n], ranks in order along the last dimension."""
-        return x
-
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """As `all_gather` of x: [rows, n], for rank 0 alone; elsewhere the result has no more than its shape.
-
-        The result is valid until the next `gather`.
-        """
-        return self.all_gather(x)
+        """x: [rows, n] on every rank → [rows, size * n] on rank 0, ranks in order along the last dimension; elsewhere
+        the result has no more than its shape. It is valid until the next `gather`."""
+        return x
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's `x`, written in place on the other ranks."""
@@ -137,7 +131,7 @@ class GlooCommunicator(Communicator):
         self._group.allreduce([out]).wait()
         return out
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
         self._group.allgather([parts], [x]).wait()

@@ -105,13 +105,6 @@ class CudaCommunicator(Communicator):
             self.nccl.all_reduce(x, out)
         return out
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        parts = x.new_empty((self.size, *x.shape))
-        if x.numel():
-            self.nccl.all_gather(x, parts)
-        return self._side_by_side(parts)
-
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         if self.peers is not None and self.peers.takes_rows(x):
@@ -119,7 +112,7 @@ class CudaCommunicator(Communicator):
         parts = x.new_empty((self.size, *x.shape))
         if x.numel():
             self.nccl.gather(x, parts)
-        return self._side_by_side(parts)
+        return parts.movedim(0, -2).reshape(len(x), self.size * x.shape[1])
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         words = x.view(torch.int32) if x.dtype in (torch.int32, torch.int64) and x.is_contiguous() else None
@@ -128,10 +121,6 @@ class CudaCommunicator(Communicator):
         elif x.numel():
             self.nccl.broadcast(x)
         return x
-
-    def _side_by_side(self, parts: torch.Tensor) -> torch.Tensor:
-        """parts: [size, ..., n] → [..., size * n]."""
-        return parts.movedim(0, -2).reshape(*parts.shape[1:-1], self.size * parts.shape[-1])
 
     def all_reduce_min(self, value: int) -> int:
         return self._meeting.minimum(value)

@@ -108,8 +108,7 @@ class CudaRunner:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         budget = free - int(total * (1 - config.memory_ratio)) - activations - _GRAPH_RESERVE
-        page_bytes = config.model.kv_bytes_per_token(config.dtype, config.tp_size) * config.page_size
-        affordable = self._shard.comm.all_reduce_min(budget // page_bytes) - 1
+        affordable = self._shard.comm.all_reduce_min(budget // config.page_bytes) - 1
         num_pages = config.num_pages or affordable
         needed = div_ceil(config.max_seq_len, config.page_size)
         if affordable < max(num_pages, needed):
@@ -118,7 +117,8 @@ class CudaRunner:
                 f"{config.page_size} tokens, {max(config.num_pages, needed)} are needed; raise it, lower "
                 "--max-seq-len, --num-pages or --max-prefill-length, or use more GPUs"
             )
-        logger.info("KV cache: %.1f GiB, activations: %.2f GiB", num_pages * page_bytes / 2**30, activations / 2**30)
+        kv_bytes = num_pages * config.page_bytes
+        logger.info("KV cache: %.1f GiB, activations: %.2f GiB", kv_bytes / 2**30, activations / 2**30)
         # More than all running requests could ever use would only be cache, and that is welcome: nothing is cut off.
         return num_pages
 

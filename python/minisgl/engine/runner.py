@@ -28,7 +28,7 @@ from minisgl.errors import ConfigError
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import CpuKernels, create_ops
 from minisgl.kvcache.pool import KVPool
-from minisgl.layers.attention import GatedMLP
+from minisgl.layers.attention import Attention, GatedMLP
 from minisgl.layers.base import LayerEnv
 from minisgl.layers.rope import RotaryEmbedding
 from minisgl.models.checkpoint import Checkpoint, fill_random, load_weights
@@ -93,8 +93,9 @@ class WholeStep:
 
     @staticmethod
     def fits(model: DecoderModel) -> bool:
-        """Whether all layers are dense."""
-        return all(isinstance(layer, DecoderLayer) and isinstance(layer.mlp, GatedMLP) for layer in model.layers)
+        """Whether all layers are dense, and of these very classes: a subclass may compute something else."""
+        types = (DecoderLayer, Attention, GatedMLP)
+        return all((type(layer), type(layer.self_attn), type(layer.mlp)) == types for layer in model.layers)
 
     def _add(self, layer: DecoderLayer, window: int | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp

@@ -90,23 +90,12 @@ class CudaOps(TritonOps):
         self._elementwise.embedding(ids, weight, first, len(weight), out)
         return out
 
-    def _norm_fits(self, x: Tensor, weight: Tensor) -> bool:
-        fits = x.dim() == 2 and weight.dim() == 1 and weight.dtype == x.dtype and _whole_vectors(x, weight)
-        return fits and x.shape[1] * x.itemsize <= 1 << 16
-
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if not self._norm_fits(x, weight):
+        fits = x.dim() == 2 and weight.dim() == 1 and weight.dtype == x.dtype and _whole_vectors(x, weight)
+        if not fits or x.shape[1] * x.itemsize > 1 << 16:
             return super().rms_norm(x, weight, eps)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         self._elementwise.rms_norm(x, weight, eps, out)
-        return out
-
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """residual += x in place → norm of the sum. For sums that come out of an all-reduce."""
-        if not (self._norm_fits(x, weight) and residual.dtype == x.dtype and _whole_vectors(residual)):
-            return super().rms_norm(residual.add_(x), weight, eps)
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        self._elementwise.add_rms_norm(x, residual, weight, eps, out)
         return out
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -190,7 +179,7 @@ class CudaOps(TritonOps):
             return super().step_inputs(rows, positions, token_ids, page_table, page_size, angles)
         ids, slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(2))
         cos, sin = (torch.empty(num, 1, head_dim, dtype=torch.float32, device=rows.device) for _ in range(2))
-        self._step.prepare(rows, positions, token_ids, page_table, page_size, angles, ids, slots, cos, sin, None, None)
+        self._step.prepare(rows, positions, token_ids, page_table, page_size, angles, ids, slots, cos, sin)
         return ids, slots, RopeAngles(cos, sin)
 
     def scatter(self, table: Tensor, index: Tensor, values: Tensor) -> None:

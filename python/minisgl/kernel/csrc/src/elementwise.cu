@@ -44,16 +44,15 @@ __device__ __forceinline__ float block_sum(float x) {
 template <typename T>
 struct NormArgs {
   const T* x;         // [n, hidden], rows `x_stride` elements apart
-  T* residual;        // [n, hidden] with `residual_stride`; only where kAdd
   const T* weight;    // [hidden]
   T* out;             // [n, hidden], contiguous
-  int64_t x_stride, residual_stride;
+  int64_t x_stride;
   int hidden;
   float eps;
 };
 
 // One block per row, kVecs vectors per thread, which stay in registers between the two passes.
-template <typename T, int kVecs, bool kAdd>
+template <typename T, int kVecs>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const NormArgs<T> args) {
   constexpr int kLen = kVecLen<T>;
   const int64_t row = blockIdx.x;
@@ -67,15 +66,6 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const NormArgs<T>
     const int v = threadIdx.x + i * blockDim.x;
     if (v >= num_vecs) continue;
     values[i] = load_vec<T, kLen>(args.x + row * args.x_stride + v * kLen);
-    if constexpr (kAdd) {
-      T* residual = args.residual + row * args.residual_stride + v * kLen;
-      const Vec<T, kLen> before = load_vec<T, kLen>(residual);
-#pragma unroll
-      for (int j = 0; j < kLen; ++j) {
-        values[i].data[j] = from_float<T>(to_float(before.data[j]) + to_float(values[i].data[j]));
-      }
-      store_vec<T, kLen>(residual, values[i]);
-    }
 #pragma unroll
     for (int j = 0; j < kLen; ++j) squares += to_float(values[i].data[j]) * to_float(values[i].data[j]);
   }
@@ -93,7 +83,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const NormArgs<T>
   }
 }
 
-template <typename T, bool kAdd>
+template <typename T>
 void launch_rms_norm(const NormArgs<T>& args, int64_t num_rows, cudaStream_t stream) {
   const int num_vecs = args.hidden / kVecLen<T>;
   // Few rows want many threads each; many rows want several loads in flight per thread.
@@ -103,9 +93,9 @@ void launch_rms_norm(const NormArgs<T>& args, int64_t num_rows, cudaStream_t str
   MINISGL_CHECK(per_thread * kMaxThreads >= num_vecs) << "rms_norm: hidden size " << args.hidden << " is too large";
   const int threads = ((num_vecs + per_thread - 1) / per_thread + 31) / 32 * 32;
   const LaunchConfig config{dim3(num_rows), dim3(threads)};
-  if (per_thread == 1) launch(config, stream, rms_norm_kernel<T, 1, kAdd>, args);
-  else if (per_thread == 2) launch(config, stream, rms_norm_kernel<T, 2, kAdd>, args);
-  else launch(config, stream, rms_norm_kernel<T, 4, kAdd>, args);
+  if (per_thread == 1) launch(config, stream, rms_norm_kernel<T, 1>, args);
+  else if (per_thread == 2) launch(config, stream, rms_norm_kernel<T, 2>, args);
+  else launch(config, stream, rms_norm_kernel<T, 4>, args);
 }
 
 template <typename T>
@@ -276,43 +266,26 @@ void check_rows(const TensorView& x, int64_t num_rows, int64_t hidden, const Ten
   MINISGL_CHECK(x.stride(1) == 1 && (num_rows <= 1 || x.stride(0) * bytes % 16 == 0));
 }
 
-template <bool kAdd>
-void run_rms_norm(const TensorView& x, const TensorView* residual, const TensorView& weight, double eps,
-                  const TensorView& out) {
+}  // namespace
+
+// out = norm(x) * weight. x: [n, hidden], row stride allowed; weight: [hidden]; out: [n, hidden], may be x.
+void rms_norm(TensorView x, TensorView weight, double eps, TensorView out) {
   const int64_t num_rows = x.size(0), hidden = x.size(1);
   if (num_rows == 0) return;
   check_rows(x, num_rows, hidden, x);
   check_rows(out, num_rows, hidden, x);
   MINISGL_CHECK(out.IsContiguous() && weight.IsContiguous() && aligned(weight) && same_dtype(weight, x));
   MINISGL_CHECK(weight.ndim() == 1 && weight.size(0) == hidden);
-  if constexpr (kAdd) check_rows(*residual, num_rows, hidden, x);
   dispatch(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    NormArgs<T> args{};
-    args.x = static_cast<const T*>(x.data_ptr());
-    args.weight = static_cast<const T*>(weight.data_ptr());
-    args.out = static_cast<T*>(out.data_ptr());
-    args.x_stride = x.stride(0);
-    args.hidden = static_cast<int>(hidden);
-    args.eps = static_cast<float>(eps);
-    if constexpr (kAdd) {
-      args.residual = static_cast<T*>(residual->data_ptr());
-      args.residual_stride = residual->stride(0);
-    }
-    launch_rms_norm<T, kAdd>(args, num_rows, current_stream(x));
+    const NormArgs<T> args{static_cast<const T*>(x.data_ptr()),
+                           static_cast<const T*>(weight.data_ptr()),
+                           static_cast<T*>(out.data_ptr()),
+                           x.stride(0),
+                           static_cast<int>(hidden),
+                           static_cast<float>(eps)};
+    launch_rms_norm<T>(args, num_rows, current_stream(x));
   });
-}
-
-}  // namespace
-
-// out = norm(x) * weight. x: [n, hidden], row stride allowed; weight: [hidden]; out: [n, hidden], may be x.
-void rms_norm(TensorView x, TensorView weight, double eps, TensorView out) {
-  run_rms_norm<false>(x, nullptr, weight, eps, out);
-}
-
-// residual += x; out = norm(residual) * weight.
-void add_rms_norm(TensorView x, TensorView residual, TensorView weight, double eps, TensorView out) {
-  run_rms_norm<true>(x, &residual, weight, eps, out);
 }
 
 void qk_norm_rope_store(TensorView qkv, int64_t num_q, int64_t num_kv, tvm::ffi::Optional<TensorView> norm_weight,
@@ -390,7 +363,6 @@ void embedding(TensorView ids, TensorView weight, int64_t first, int64_t count, 
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rms_norm, minisgl::rms_norm);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rms_norm, minisgl::add_rms_norm);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(qk_norm_rope_store, minisgl::qk_norm_rope_store);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(silu_and_mul, minisgl::silu_and_mul);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(embedding, minisgl::embedding);

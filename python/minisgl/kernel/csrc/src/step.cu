@@ -1,5 +1,5 @@
-// What every step needs before its first layer, from tables that stay on the GPU: ids, positions, KV slots, lengths and
-// rotary angles. It runs inside the captured graph, so that the host sends only rows, positions and table updates.
+// What every step needs before its first layer, from tables that stay on the GPU: ids, KV slots and rotary angles. It
+// runs inside the captured graph, so that the host sends only rows, positions and table updates.
 #include <minisgl/common.cuh>
 
 #include <algorithm>
@@ -15,9 +15,7 @@ struct PrepareArgs {
   const int32_t* page_table;  // [num_rows, max_pages]
   const float* cos_sin;       // [max_positions, 2 * head_dim]
   int64_t* out_ids;           // [n], and so on
-  int64_t* out_positions;     // or null
   int64_t* out_slots;
-  int32_t* out_seq_lens;      // or null
   float* out_cos;             // [n, head_dim]
   float* out_sin;
   int64_t max_len, max_pages, page_size;
@@ -30,11 +28,7 @@ __global__ void __launch_bounds__(128) prepare_kernel(const PrepareArgs args) {
   pdl_trigger();
   pdl_wait();
   const int64_t row = args.rows[token], position = args.positions[token];
-  if (threadIdx.x == 0) {
-    args.out_ids[token] = args.token_ids[row * args.max_len + position];
-    if (args.out_positions != nullptr) args.out_positions[token] = position;
-    if (args.out_seq_lens != nullptr) args.out_seq_lens[token] = static_cast<int32_t>(position) + 1;
-  }
+  if (threadIdx.x == 0) args.out_ids[token] = args.token_ids[row * args.max_len + position];
   if (threadIdx.x == 32 % blockDim.x) {
     const int64_t page = args.page_table[row * args.max_pages + position / args.page_size];
     args.out_slots[token] = page * args.page_size + position % args.page_size;
@@ -78,11 +72,9 @@ void check_vector(const TensorView& t, bool is_right_type, int64_t size) {
 
 }  // namespace
 
-// rows, positions: [n] int32; the outputs: see PrepareArgs. n tokens of any mix of prefill and decode; seq_lens, the
-// length of each token's sequence up to and with it, is that of the step's sequences only where all of them decode.
+// rows, positions: [n] int32; the outputs: see PrepareArgs. n tokens of any mix of prefill and decode.
 void prepare(TensorView rows, TensorView positions, TensorView token_ids, TensorView page_table, int64_t page_size,
-             TensorView cos_sin, TensorView out_ids, TensorView out_slots, TensorView out_cos, TensorView out_sin,
-             tvm::ffi::Optional<TensorView> out_positions, tvm::ffi::Optional<TensorView> out_seq_lens) {
+             TensorView cos_sin, TensorView out_ids, TensorView out_slots, TensorView out_cos, TensorView out_sin) {
   const int64_t num_tokens = rows.numel();
   if (num_tokens == 0) return;
   MINISGL_CHECK(page_size > 0 && cos_sin.ndim() == 2 && cos_sin.size(1) % 8 == 0);
@@ -96,18 +88,6 @@ void prepare(TensorView rows, TensorView positions, TensorView token_ids, Tensor
   check_vector(out_slots, is_int64(out_slots), num_tokens);
   check_vector(out_cos, is_fp32(out_cos), num_tokens * head_dim);
   check_vector(out_sin, is_fp32(out_sin), num_tokens * head_dim);
-  int64_t* long_positions = nullptr;
-  if (out_positions.has_value()) {
-    const TensorView t = out_positions.value();
-    check_vector(t, is_int64(t), num_tokens);
-    long_positions = static_cast<int64_t*>(t.data_ptr());
-  }
-  int32_t* seq_lens = nullptr;
-  if (out_seq_lens.has_value()) {
-    const TensorView lens = out_seq_lens.value();
-    check_vector(lens, is_int32(lens), num_tokens);
-    seq_lens = static_cast<int32_t*>(lens.data_ptr());
-  }
   for (const TensorView& t : {cos_sin, out_cos, out_sin}) {
     MINISGL_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0);
   }
@@ -117,9 +97,7 @@ void prepare(TensorView rows, TensorView positions, TensorView token_ids, Tensor
                          static_cast<const int32_t*>(page_table.data_ptr()),
                          static_cast<const float*>(cos_sin.data_ptr()),
                          static_cast<int64_t*>(out_ids.data_ptr()),
-                         long_positions,
                          static_cast<int64_t*>(out_slots.data_ptr()),
-                         seq_lens,
                          static_cast<float*>(out_cos.data_ptr()),
                          static_cast<float*>(out_sin.data_ptr()),
                          token_ids.size(1),
