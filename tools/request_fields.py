@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from minisgl.server.fields import NO_EFFECT, OBJECTS, OTHER_NAMES, UNSUPPORTED, fields_of
-from minisgl.server.protocol import ChatBody, CompletionBody, GenerateBody
-from minisgl.server.protocol_messages import MessagesBody
-from minisgl.server.protocol_responses import ResponsesBody
-from minisgl.server.routes.operations import AbortBody, DetokenizeBody, TokenizeBody
-from minisgl.server.strict import Fields
+from minisgl.server.bodies.chat import ChatBody
+from minisgl.server.bodies.completions import CompletionBody
+from minisgl.server.bodies.fields import NO_EFFECT, OBJECTS, OTHER_NAMES, UNSUPPORTED, Fields, fields_of
+from minisgl.server.bodies.messages import MessagesBody
+from minisgl.server.bodies.native import AbortBody, DetokenizeBody, GenerateBody, TokenizeBody
+from minisgl.server.bodies.responses import ResponsesBody
 
 _GENERATE = (ChatBody, CompletionBody, GenerateBody, ResponsesBody, MessagesBody)
 # What requests may have.
@@ -20,7 +20,7 @@ ALL_BODIES = {model: fields_of(model) for model in (*_GENERATE, TokenizeBody, De
 TARGET = Path(__file__).parent.parent / "docs" / "requests.md"
 HEAD = """# Fields of requests
 
-Made by `python tools/request_fields.py` of the models of the bodies and of `server/fields.yaml`; do not edit.
+Made by `python tools/request_fields.py` of the models of the bodies and of `server/bodies/fields.yaml`; do not edit.
 
 A field is *known*: something is made of it. Or it would change the answer and is *not supported*: it is refused with a
 400 that names it, unless its value asks for nothing. Every other field is *ignored*, whether anybody knows it or not:

@@ -21,8 +21,9 @@ from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
 from minisgl.server.answers.assemble import new_assembler, with_grammar
 from minisgl.server.answers.openai import ChatRenderer, Totals
-from minisgl.server.protocol import GenerationRequest, parse_chat
-from minisgl.server.protocol_tools import ToolUse
+from minisgl.server.bodies.chat import parse_chat
+from minisgl.server.bodies.request import GenerationRequest
+from minisgl.server.bodies.tools import ToolUse
 from minisgl.tokenizer.tokenize import HFTextCodec
 
 HELLO = [{"role": "user", "content": "hello"}]

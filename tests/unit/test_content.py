@@ -11,8 +11,8 @@ from openai.types.responses import ResponseInputContentParam, ResponseOutputText
 
 from minisgl.errors import RequestError
 from minisgl.message.tokenizer import ChatPrompt
-from minisgl.server.messages import text_of
-from minisgl.server.protocol import parse_chat
+from minisgl.server.bodies.chat import parse_chat
+from minisgl.server.bodies.content import text_of
 from minisgl.tokenizer.tokenize import HFTextCodec
 
 

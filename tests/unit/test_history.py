@@ -18,9 +18,9 @@ from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
 from minisgl.server.answers.assemble import Assembler
 from minisgl.server.answers.openai import ChatRenderer, Totals
-from minisgl.server.fields import OBJECTS
-from minisgl.server.protocol import parse_chat
-from minisgl.server.protocol_responses import parse_responses
+from minisgl.server.bodies.chat import parse_chat
+from minisgl.server.bodies.fields import OBJECTS
+from minisgl.server.bodies.responses import parse_responses
 from minisgl.tokenizer.history import CallForm
 from minisgl.tokenizer.tokenize import HFTextCodec
 

@@ -27,7 +27,7 @@ from minisgl.message.frontend import (
     frontend_codec,
 )
 from minisgl.message.tokenizer import ChatPrompt, DecodeMsg, DetokenizeMsg, EncodeMsg, TextPrompt, TokenizeMsg
-from minisgl.server.protocol import parse_chat
+from minisgl.server.bodies.chat import parse_chat
 from minisgl.tokenizer import server as module
 from minisgl.tokenizer.server import TokenizerServer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer

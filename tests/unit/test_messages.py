@@ -19,7 +19,7 @@ from minisgl.parser.parts import CallPart, Parser, Part
 from minisgl.server.answers.assemble import Assembler
 from minisgl.server.answers.messages import MessagesRenderer
 from minisgl.server.answers.openai import Totals
-from minisgl.server.protocol_messages import parse_messages
+from minisgl.server.bodies.messages import parse_messages
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 ASKED: Any = {"role": "user", "content": "a"}

@@ -15,8 +15,8 @@ from minisgl.errors import RequestError
 from minisgl.message.tokenizer import TokenizeMsg, tokenizer_codec
 from minisgl.server.answers.assemble import Assembler
 from minisgl.server.answers.responses import ResponsesRenderer
-from minisgl.server.protocol import parse_chat
-from minisgl.server.protocol_responses import ResponsesRequest, parse_responses
+from minisgl.server.bodies.chat import parse_chat
+from minisgl.server.bodies.responses import ResponsesRequest, parse_responses
 from minisgl.tokenizer.tokenize import HFTextCodec
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from minisgl.errors import RequestError
-from minisgl.server.protocol_responses import ResponsesRequest, ResponseStore, parse_responses
+from minisgl.server.bodies.responses import ResponsesRequest, ResponseStore, parse_responses
 
 
 def response(number: int, text: str = "") -> dict[str, Any]:

@@ -18,7 +18,7 @@ import minisgl
 from minisgl.config.args import args_from_options
 from minisgl.config.resolve import prepare
 from minisgl.server.access import OPEN_PATHS
-from minisgl.server.answers.messages import PATHS
+from minisgl.server.errors import ANTHROPIC_PATHS
 from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
 from minisgl.server.routes.app import DOCUMENT, create_app
@@ -77,7 +77,7 @@ def _operation(
         content["text/event-stream"] = {"itemSchema": {"description": _EVENTS[events], **event}}
     is_open = path in OPEN_PATHS
     statuses = {*errors, *((400, 413, 415) if body is not None else ()), *(() if is_open else (401, 429)), 403, 500}
-    kind = "AnthropicError" if PATHS.match(path) else "ErrorBody"
+    kind = "AnthropicError" if ANTHROPIC_PATHS.match(path) else "ErrorBody"
     operation: Json = {"responses": {"200": {"description": "As asked.", "content": content}}}
     for status in sorted(statuses):
         failed = {"description": _ERRORS[status], "content": {"application/json": {"schema": _ref(kind)}}}

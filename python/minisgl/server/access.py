@@ -12,20 +12,23 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
+from ipaddress import IPv6Network
 from itertools import pairwise, takewhile
 from typing import Any
 from urllib.parse import quote
 
+from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisgl.config.runtime import AccessConfig
 from minisgl.errors import RequestError
-from minisgl.server.answers.messages import error_response
-from minisgl.server.bodies import address_of, check_content_type
-from minisgl.server.strict import shown
+from minisgl.server.bodies.intake import check_content_type
+from minisgl.server.bodies.strict import shown
+from minisgl.server.errors import error_response
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,24 @@ _ORIGIN = re.compile("^https?://[^/]*", re.IGNORECASE)  # a request may name the
 _CLIENT_ID = re.compile(r"[!-~]{1,128}")  # what a client's id may be, to be echoed and logged
 
 OnRequest = Callable[[str, str, int], None]
+
+
+def owner_of(request: Request) -> str:
+    """Whose what it stores is, by API key."""
+    return str(getattr(request.state, "owner", ""))
+
+
+def client_of(scope: Scope) -> str:
+    """Whose request it is: by API key, or by address."""
+    return str(scope["state"].get("owner", ""))[:16] or address_of(scope)
+
+
+def address_of(scope: Scope) -> str:
+    """Where a request comes from. Who has an IPv6 address has 2**64 of them: it is their network."""
+    host = str((scope.get("client") or ("",))[0]).removeprefix("::ffff:")
+    with suppress(ValueError):
+        host = str(IPv6Network((host.partition("%")[0], 64), strict=False))
+    return host
 
 
 def guarded(app: ASGIApp, access: AccessConfig, on_request: OnRequest | None = None, *, log: bool = True) -> ASGIApp:

@@ -11,8 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
-from minisgl.server.answers.messages import error_response
-from minisgl.server.bodies import client_of
+from minisgl.server.access import client_of
+from minisgl.server.errors import error_response
 from minisgl.utils.fairness import FairQueue
 
 BYTES_PER_TOKEN = 4  # of a body, as long as its tokens are not known

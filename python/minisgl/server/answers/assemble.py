@@ -15,8 +15,8 @@ from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt
 from minisgl.parser.parts import CallPart, Chain, Parser, Part, ReasoningPart, TextPart, ThinkParser
 from minisgl.parser.tools import make_tool_parser
-from minisgl.server.protocol import GenerationRequest
-from minisgl.server.protocol_grammar import form_grammar
+from minisgl.server.bodies.grammar import form_grammar
+from minisgl.server.bodies.request import GenerationRequest
 
 R = TypeVar("R", bound=GenerationRequest)
 

@@ -19,12 +19,13 @@ from starlette.types import Receive, Scope, Send
 
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
+from minisgl.server.access import owner_of
 from minisgl.server.admission import Place
 from minisgl.server.answers.openai import Renderer, Totals, event, mean_logprob
-from minisgl.server.bodies import json_response, owner_of
+from minisgl.server.bodies.request import GenerationRequest
+from minisgl.server.bodies.strict import shown
+from minisgl.server.errors import json_response, renamed
 from minisgl.server.frontend import Frontend, Stream
-from minisgl.server.protocol import GenerationRequest, renamed
-from minisgl.server.strict import shown
 
 logger = logging.getLogger(__name__)
 

@@ -1,44 +1,24 @@
-"""Replies and errors as /v1/messages shows them, in Anthropic's shapes: blocks of thinking, text and calls."""
+"""Replies as /v1/messages shows them, in Anthropic's shapes: blocks of thinking, text and calls."""
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from starlette.responses import Response
-from starlette.types import Scope
 
 from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError
 from minisgl.message.frontend import UserReply
 from minisgl.parser.parts import CallPart, Part, TextPart
 from minisgl.server.answers.assemble import Assembler
-from minisgl.server.answers.openai import Renderer, Totals, error_payload, event, partial_object
-from minisgl.server.bodies import json_response
+from minisgl.server.answers.openai import Renderer, Totals, event, partial_object
+from minisgl.server.errors import anthropic_error, error_payload
 
-PATHS = re.compile(r"(/v1)?/messages\b")  # whose errors are Anthropic's
 _REASONS = {FinishReason.STOP: "end_turn", FinishReason.TOOL_CALLS: "tool_use"}  # else: it was cut off
-_ERRORS, _DELTAS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).values()
-
-
-def as_asked(scope: Scope, payload: dict[str, Any], status: int) -> dict[str, Any]:
-    """OpenAI's error object, or on the paths of Anthropic's API the one that its clients read."""
-    if not PATHS.match(scope["path"]):
-        return payload
-    return {**_error(payload, status), "request_id": scope.get("state", {}).get("request_id")}
-
-
-def _error(payload: dict[str, Any], status: int) -> dict[str, Any]:
-    message, code = payload["error"]["message"], payload["error"]["code"]
-    numbers = re.findall(r"\d+", message)
-    if code == "context_length_exceeded" and len(numbers) > 1:  # by these words clients know that they must compact
-        message = f"prompt is too long: {numbers[1]} tokens > {numbers[0]} maximum"
-    kind = _ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": message}}
+_DELTAS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 class MessagesRenderer(Renderer):
@@ -78,7 +58,7 @@ class MessagesRenderer(Renderer):
         return [{"type": "message_delta", "delta": self._end, "usage": self._usage}, {"type": "message_stop"}]
 
     def failure(self, error: MiniSGLError) -> list[dict[str, Any]]:
-        return [_error(error_payload(error), error.status)]
+        return [anthropic_error(error_payload(error), error.status)]
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:  # noqa: ARG002
         for reply in choices[0]:
@@ -132,12 +112,3 @@ def _usage(reply: UserReply) -> dict[str, int]:
     counts = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": reply.num_cached_tokens}
     num_new = reply.num_prompt_tokens - reply.num_cached_tokens
     return {"input_tokens": num_new, **counts, "output_tokens": reply.num_output_tokens}
-
-
-def error_response(scope: Scope, error: MiniSGLError) -> Response:
-    """The answer in the place of what was asked for, as the log is told too."""
-    scope.setdefault("state", {})["refused"] = error.param, error.code
-    headers = {"retry-after": str(error.retry_after)} if error.status in (429, 503) else {}
-    if error.status == 401:
-        headers = {"www-authenticate": "Bearer"}
-    return json_response(as_asked(scope, error_payload(error), error.status), error.status, headers)

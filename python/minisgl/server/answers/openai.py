@@ -1,4 +1,4 @@
-"""Replies as clients expect them: JSON bodies, SSE events, log-probabilities, errors; in OpenAI's shapes and ours."""
+"""Replies as clients expect them: JSON bodies, SSE events, log-probabilities; in OpenAI's shapes and ours."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from minisgl.errors import MiniSGLError
 from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import TokenLogprob, TopLogprob, UserReply
 from minisgl.server.answers.assemble import Assembler
+from minisgl.server.errors import error_payload
 from minisgl.server.json_line import dump_json
 
 DONE = b"data: [DONE]\n\n"
@@ -26,16 +27,6 @@ def event(payload: Mapping[str, Any]) -> bytes:
     name = payload.get("type")
     head = f"event: {name}\n".encode() if name else b""
     return head + b"data: " + dump_json(payload) + b"\n\n"
-
-
-def error_body(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def error_payload(error: MiniSGLError) -> dict[str, Any]:
-    return error_body(str(error), error.status, param=error.param, code=error.code)
 
 
 def partial_object(arguments: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from minisgl.message.frontend import UserReply
 from minisgl.parser.parts import CallPart, Part, TextPart
 from minisgl.server.answers.assemble import Assembler
 from minisgl.server.answers.openai import Renderer, Totals, partial_object
-from minisgl.server.protocol_responses import Item, ResponsesRequest
+from minisgl.server.bodies.responses import Item, ResponsesRequest
 
 _STATUS = {FinishReason.LENGTH: "incomplete", FinishReason.ABORT: "cancelled"}  # else: completed
 _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}  # of items' ids

@@ -11,33 +11,36 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
-from minisgl.errors import MiniSGLError, WorkerDied
+from minisgl.errors import WorkerDied
 from minisgl.message.tokenizer import ChatPrompt
-from minisgl.server import protocol
+from minisgl.server.access import owner_of
 from minisgl.server.admission import Admission
 from minisgl.server.answers import openai as render
 from minisgl.server.answers.assemble import new_assembler, with_grammar
 from minisgl.server.answers.delivery import answer_request
-from minisgl.server.answers.messages import MessagesRenderer, as_asked, error_response
+from minisgl.server.answers.messages import MessagesRenderer
 from minisgl.server.answers.responses import ResponsesRenderer
-from minisgl.server.bodies import MAX_BODY_BYTES, Bodies, check_model, json_response, owner_of
+from minisgl.server.bodies.chat import parse_chat
+from minisgl.server.bodies.completions import parse_completion
+from minisgl.server.bodies.fields import Reading
+from minisgl.server.bodies.intake import MAX_BODY_BYTES, Bodies
+from minisgl.server.bodies.messages import parse_messages
+from minisgl.server.bodies.native import parse_generate
+from minisgl.server.bodies.request import GenerationRequest, check_model, check_policy, check_size
+from minisgl.server.bodies.responses import ResponseStore, parse_responses
+from minisgl.server.bodies.sampling import Defaults
+from minisgl.server.errors import add_error_handlers, json_response
 from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
-from minisgl.server.protocol_messages import parse_messages
-from minisgl.server.protocol_responses import ResponseStore, parse_responses
-from minisgl.server.protocol_sampling import Defaults, check_policy
 from minisgl.server.routes import operations
-from minisgl.server.strict import Reading
 
 DOCUMENT = Path(__file__).parents[1] / "openapi.json"  # made by `python -m tools.openapi`
 
-R = TypeVar("R", bound=protocol.GenerationRequest)
+R = TypeVar("R", bound=GenerationRequest)
 Parser = Callable[[bytes, Defaults, Reading], R]
 Make = Callable[[R], render.Renderer]
 
@@ -56,14 +59,14 @@ def create_app(
     keepalive = env_number("MINISGL_SSE_KEEPALIVE", 10, low=0, high=86400)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
     bodies = Bodies(config, max_body)
-    _add_error_handlers(app)
+    add_error_handlers(app)
     app.add_middleware(Admission, config=config)
     app.openapi = cache(lambda: json.loads(DOCUMENT.read_bytes()))  # type: ignore[method-assign]
 
     async def read(request: Request, parse: Parser[R], defaults: Defaults = config.default_sampling) -> R:
         def parsed(data: bytes, reading: Reading) -> R:
             made = with_grammar(parse(data, defaults, reading), config)
-            protocol.check_size(made.prompts, config.scheduler.max_seq_len, made.names)
+            check_size(made.prompts, config.scheduler.max_seq_len, made.names)
             return made
 
         made = await bodies.read(request, parsed)
@@ -82,15 +85,15 @@ def create_app(
 
         app.post(path, description=about)(route)
 
-    def chat(r: protocol.GenerationRequest) -> render.Renderer:
+    def chat(r: GenerationRequest) -> render.Renderer:
         options = {"include_usage": r.include_usage, "logprobs": r.logprobs}
         return render.ChatRenderer(name, **options, new_assembler=lambda: new_assembler(r, config))
 
-    def completion(r: protocol.GenerationRequest) -> render.Renderer:
+    def completion(r: GenerationRequest) -> render.Renderer:
         return render.CompletionRenderer(name, include_usage=r.include_usage, logprobs=r.logprobs)
 
-    add("/v1/chat/completions", "Answer a chat.", protocol.parse_chat, chat)
-    add("/v1/completions", "Continue a text, or several.", protocol.parse_completion, completion)
+    add("/v1/chat/completions", "Answer a chat.", parse_chat, chat)
+    add("/v1/completions", "Continue a text, or several.", parse_completion, completion)
 
     @app.post("/v1/responses")
     async def responses(request: Request) -> Response:
@@ -102,7 +105,7 @@ def create_app(
     about = "Answer a conversation, in Anthropic's words."
     add("/v1/messages", about, parse_messages, lambda r: MessagesRenderer(name, new_assembler(r, config)))
     about = "Continue a text or token ids; the answer has token ids too."
-    add("/generate", about, protocol.parse_generate, lambda _: render.GenerateRenderer())
+    add("/generate", about, parse_generate, lambda _: render.GenerateRenderer())
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
@@ -144,20 +147,3 @@ def create_app(
     operations.add_response_routes(app, store)
     operations.add_admin_routes(app, frontend, config, exposition, bodies, health_seconds)
     return app
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    async def answer(request: Request, error: Exception) -> Response:
-        if isinstance(error, ClientDisconnect):
-            return Response(status_code=499)  # nobody is there to see it
-        if isinstance(error, MiniSGLError):
-            return error_response(request.scope, error)
-        message, status, headers = f"internal error: {type(error).__name__}", 500, {}
-        if isinstance(error, HTTPException):
-            message, status, headers = error.detail, error.status_code, dict(error.headers or {})
-            if status in (404, 405):
-                message = f"{request.method} {request.url.path}: {message.lower()}"
-        return json_response(as_asked(request.scope, render.error_body(message, status), status), status, headers)
-
-    for kind in (MiniSGLError, ClientDisconnect, HTTPException, Exception):
-        app.add_exception_handler(kind, answer)

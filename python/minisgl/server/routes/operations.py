@@ -11,50 +11,21 @@ from fastapi import FastAPI, Request, Response
 import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError, WorkerDied, too_long
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt
-from minisgl.server.access import require_operator
-from minisgl.server.bodies import Bodies, check_model, json_response, owner_of
-from minisgl.server.fields import load
+from minisgl.message.tokenizer import TextPrompt
+from minisgl.server.access import owner_of, require_operator
+from minisgl.server.bodies.fields import load
+from minisgl.server.bodies.intake import Bodies
+from minisgl.server.bodies.native import AbortBody, DetokenizeBody, parse_tokenize
+from minisgl.server.bodies.request import check_model
+from minisgl.server.bodies.responses import ResponseStore
+from minisgl.server.bodies.sampling import check_ids
+from minisgl.server.bodies.strict import shown
+from minisgl.server.errors import json_response
 from minisgl.server.frontend import Frontend
-from minisgl.server.messages import Message
 from minisgl.server.metrics import Exposition
-from minisgl.server.protocol import chat_request, check_size
-from minisgl.server.protocol_responses import ResponseStore
-from minisgl.server.protocol_sampling import check_ids
-from minisgl.server.protocol_tools import Tool
-from minisgl.server.strict import Body, Ids, Items, Reading, optional, shown
 
 SCRAPE_SECONDS = 2.0  # how long /metrics waits for the scheduler
 MAX_PAGE = 100  # items
-_CHAT_FIELDS = {"messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
-
-
-class TokenizeBody(Body):
-    """POST /tokenize: `prompt`, or `messages` and what goes with them as in /v1/chat/completions."""
-
-    model: str | None = optional("The id that /v1/models shows.")
-    prompt: str | None = optional("A text.")
-    add_special_tokens: bool | None = optional("Those that the tokenizer puts around a `prompt`; true unless given.")
-    messages: Items[Message] | None = optional("A chat.", minItems=1)
-    tools: Items[Tool] | None = optional("Functions that the model may call.")
-    chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")
-    add_generation_prompt: bool | None = optional("As in a chat.")
-    continue_final_message: bool | None = optional("As in a chat.")
-
-
-class DetokenizeBody(Body):
-    """POST /detokenize."""
-
-    model: str | None = optional("The id that /v1/models shows.")
-    tokens: Ids
-    skip_special_tokens: bool | None = optional("false: special tokens are text.")
-
-
-class AbortBody(Body):
-    """POST /abort_request: ids (`x-request-id`, or the `id` of an answer), or `abort_all`."""
-
-    rid: str | Items[str] | None = optional("Of the requests to end.")
-    abort_all: bool | None = optional("All of them.")
 
 
 def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, bodies: Bodies) -> None:
@@ -64,7 +35,7 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, bodi
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         """The token ids of a text or a chat, as a request would have them."""
-        body, prompt = await bodies.read(request, partial(_tokenize_request, max_len))
+        body, prompt = await bodies.read(request, partial(parse_tokenize, max_len))
         check_model(body.model, config)
         special = isinstance(prompt, TextPrompt) and body.add_special_tokens is not False
         tokens = await frontend.encode(prompt, special=special)
@@ -81,21 +52,6 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, bodi
         skip = body.skip_special_tokens is not False
         text = await frontend.decode(body.tokens, skip_special=skip)
         return json_response({"prompt": text, "text": text})  # vLLM's name for it, and SGLang's
-
-
-def _tokenize_request(max_len: int, data: bytes, reading: Reading) -> tuple[TokenizeBody, ChatPrompt | TextPrompt]:
-    body = load(TokenizeBody, data, reading)
-    given = body.model_dump(include=_CHAT_FIELDS, exclude_none=True)
-    if body.prompt is not None and given:
-        raise RequestError(f"give either prompt or {next(iter(given))}", param="prompt")
-    if body.prompt is None and body.messages is None:
-        raise RequestError("give prompt or messages", param="prompt")
-    if body.prompt is None and body.add_special_tokens:
-        raise RequestError("add_special_tokens is for prompt: a chat template has its own", param="add_special_tokens")
-    prompt = chat_request(given, {}).prompts[0] if body.prompt is None else TextPrompt(text=body.prompt)
-    assert not isinstance(prompt, IdsPrompt)
-    check_size([prompt], max_len)
-    return body, prompt
 
 
 def add_admin_routes(

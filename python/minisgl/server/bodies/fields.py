@@ -1,54 +1,31 @@
-"""JSON bodies: no conversions, one line that names what is wrong, and what becomes of fields that nobody reads.
+"""What becomes of the fields of requests: `fields.yaml` says it of those that no model of a body has.
 
 A field is known: something is made of it. Or it would change the answer and is not supported: it is refused, unless its
 value asks for nothing. Or it is neither: it is ignored, and the client and the log are told so.
+
+The names are those of OpenAI, Anthropic, vLLM, SGLang, llama.cpp, Ollama, TGI, text-generation-webui, OpenRouter and
+others whose clients are pointed at this server.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import from_json
 
 from minisgl.errors import RequestError
+from minisgl.server.bodies.strict import Body, shown, validate
 
 MAX_IGNORED = 64  # names of one request that are remembered
-MAX_SHOWN = 64  # characters of a client's name for something, in messages
 
-
-class Body(BaseModel):
-    """Strict: no conversion of strings to numbers. Fields that it has not are left out: see `Fields`."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-    inner: ClassVar[Mapping[str, type[BaseModel]]] = {}  # fields whose objects have the fields of a body
-
-
-B = TypeVar("B", bound=BaseModel)
-T = TypeVar("T")
-SCHEMAS: dict[str, dict[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("schemas.yaml").read_text(encoding="utf-8")
-)
-
-
-def whole(value: Any) -> Any:
-    """Whole numbers may be written with a fraction, 16.0, as JavaScript and Lua do not tell them apart."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return [whole(item) for item in value] if isinstance(value, list) and {float, list} & {*map(type, value)} else value
-
-
-WHOLE = BeforeValidator(whole)
-Count = Annotated[int, WHOLE]
-TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 2**31 - 1})]
-Items = Annotated[list[T], Field(fail_fast=True)]  # a list of which one wrong item is enough
-Ids = Annotated[Items[TokenId], WHOLE]
+B = TypeVar("B", bound=Body)
+Refused = dict[str, tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,18 +109,34 @@ class Reading:
             self.ignored.setdefault(re.sub(r"\[\d+\]", "[]", where), () if needless else fields.known)
 
 
-def shown(name: str) -> str:
-    """A client's name for something, fit for one line."""
-    text = name[: MAX_SHOWN + 1] or '""'
-    text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+_TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+NO_EFFECT = frozenset(_TABLE["no_effect"].split())
+OTHER_NAMES: dict[str, str] = _TABLE["other_names"]
+NAMES: dict[str, dict[str, str]] = _TABLE["names_for_chats"]
+EMPTY = tuple(_TABLE["refused"][0]["unless"])
+UNSUPPORTED: Refused = {
+    name: tuple(group["unless"])
+    for group in _TABLE["refused"]
+    for key in group.keys() - {"unless"}
+    for name in group[key].split()
+}
 
 
-def optional(
-    text: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None, **schema: Any
-) -> Any:
-    """A field that may be left out, which is what null means too. text, schema: for the OpenAPI document."""
-    return Field(None, description=text, ge=ge, gt=gt, le=le, json_schema_extra=schema or None)
+def _objects() -> dict[str, Fields]:
+    made: dict[str, Fields] = {}
+    for name, entry in _TABLE["objects"].items():
+        words = {key: tuple(entry.get(key, "").split()) for key in ("known", "ignored", "refused")}
+        entry |= {**words, "refused": dict.fromkeys(words["refused"], EMPTY)}
+        entry["nested"] = {field: made[of] for field, of in entry.get("nested", {}).items()}
+        entry["kinds"] = {kind: made[of] for of, kinds in entry.get("kinds", {}).items() for kind in kinds.split()}
+        made[name] = Fields(**entry)
+    return made
+
+
+OBJECTS = _objects()
+_WRAPPED = Fields((), {**UNSUPPORTED, **dict.fromkeys(_TABLE["wrapped"].split(), ())})
+_NESTED = {name: OBJECTS[of] for name, of in _TABLE["nested"].items()}
+_NESTED |= dict.fromkeys(_TABLE["wrappers"].split(), _WRAPPED)
 
 
 def asks_for_nothing(value: Any, neutral: Sequence[Any]) -> bool:
@@ -153,7 +146,6 @@ def asks_for_nothing(value: Any, neutral: Sequence[Any]) -> bool:
 
 # Halves of characters beyond 16 bits, where a client has cut a text between them; and what looks like one.
 _HALVES = re.compile(rb"\\(?:(\\|u[dD][89abAB]%b\\u[dD][c-fC-F]%b)|u[dD][89a-fA-F]%b)" % ((b"[0-9a-fA-F]{2}",) * 3))
-_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
 
 
 def load_object(data: bytes, fields: Fields, reading: Reading | None = None) -> dict[str, Any]:
@@ -171,31 +163,26 @@ def load_object(data: bytes, fields: Fields, reading: Reading | None = None) -> 
     return kept
 
 
-def validate(model: type[B], raw: Any, where: str = "") -> B:
-    """where: it stands in the body. Raises: RequestError naming the first field at fault."""
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        raise _refusal(error, raw, where) from None
+def load(model: type[B], data: bytes, reading: Reading | None) -> B:
+    """The body, checked. Raises: RequestError."""
+    return validate(model, load_object(data, fields_of(model), reading))
 
 
-def _refusal(error: ValidationError, raw: Any, where: str) -> RequestError:
-    """The first problem, in one line: of several ways to read a value, that of the one that got furthest."""
-    problems = error.errors(include_url=False, include_context=False)
-    problem = max((p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
-    param = where
-    for part in problem["loc"]:
-        if isinstance(part, int):
-            param += f"[{part}]"
-            raw = raw[part] if isinstance(raw, list) and part < len(raw) else None
-        elif (isinstance(raw, dict) and part in raw) or problem["type"] == "missing":
-            param += f".{shown(part)}" if param else shown(part)
-            raw = raw.get(part) if isinstance(raw, dict) else None
-        # else it is pydantic's name for a member of a union
-    if problem["type"] == "missing":
-        return RequestError(f"{param} is required", param=param or None, code="missing_required_parameter")
-    said = re.sub(r"dictionary( or instance of \w+)?", "object", problem["msg"])
-    message = f"{param}: {said[:1].lower()}{said[1:]}"
-    if problem["type"].endswith(("_type", "_equal", "greater_than")):
-        message += f", not {_KINDS.get(type(problem['input'])) or json.dumps(problem['input'])[:MAX_SHOWN]}"
-    return RequestError(message, param=param or None, code="invalid_value")
+@cache
+def fields_of(model: type[Body]) -> Fields:
+    """Of a body."""
+    known, own = frozenset(model.model_fields), _TABLE["bodies"].get(model.__name__, {})
+    if own.get("alone"):
+        return Fields(known)
+    refused: Refused = UNSUPPORTED | {name: tuple(values) for name, values in own.get("refused", {}).items()}
+    refused |= dict.fromkeys(own.get("empty", "").split(), EMPTY)
+    refused |= dict.fromkeys(_TABLE["wrapped"].split() if own.get("wrapped") else (), ())
+    return Fields(
+        known,
+        {name: unless for name, unless in refused.items() if name not in known},
+        NO_EFFECT - known,
+        _NESTED
+        | {name: OBJECTS[of] for name, of in own.get("nested", {}).items()}
+        | {name: fields_of(inner) for name, inner in model.inner.items()},
+        {name: of for name, of in (OTHER_NAMES | own.get("other_names", {})).items() if name not in known},
+    )

@@ -10,11 +10,12 @@ from pydantic import Field
 
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
-from minisgl.server.fields import NAMES, OBJECTS, load
-from minisgl.server.protocol import GenerationRequest, chat_request, functions_of
-from minisgl.server.protocol_sampling import Defaults, SamplingFields
-from minisgl.server.protocol_tools import MAX_TOOLS
-from minisgl.server.strict import Body, Count, Items, Reading, optional
+from minisgl.server.bodies.chat import chat_request
+from minisgl.server.bodies.fields import NAMES, OBJECTS, Reading, load
+from minisgl.server.bodies.request import GenerationRequest
+from minisgl.server.bodies.sampling import Defaults, SamplingFields
+from minisgl.server.bodies.strict import Body, Count, Items, optional
+from minisgl.server.bodies.tools import MAX_TOOLS, functions_of
 
 # What Anthropic's own client puts before its system prompt (`x-anthropic-billing-header: …`), for Anthropic's servers.
 # It changes with each request: with it, no prompt would find its beginning in the prefix cache.
@@ -42,7 +43,7 @@ class OutputConfig(Body):
     format: dict[str, Any] | None = optional("A JSON schema that the text has to match.")
 
 
-class Thinking(Body):
+class ThinkingConfig(Body):
     """Whether the model thinks first, if its chat template lets us choose. How long cannot be chosen."""
 
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
@@ -59,7 +60,7 @@ class MessagesBody(Body, SamplingFields):
     stream: bool | None = optional("Answer with server-sent events.")
     tools: Items[dict[str, Any]] | None = optional("Those that the client describes.", maxItems=MAX_TOOLS)
     tool_choice: ToolUseChoice | None = optional("Whether the model has to call one.")
-    thinking: Thinking | None = None
+    thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
     output_format: dict[str, Any] | None = optional("`output_config.format`, by its older name.")
     chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")

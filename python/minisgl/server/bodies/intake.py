@@ -1,23 +1,18 @@
-"""Bodies of requests and answers, as every route has them."""
+"""Bodies of requests as bytes: read within bounds, whatever is in them."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
-from contextlib import suppress
-from ipaddress import IPv6Network
 from mmap import mmap
 from typing import TypeVar, cast
 
-from fastapi import Request, Response
-from starlette.types import Scope
+from fastapi import Request
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
 from minisgl.server.aside import Aside
-from minisgl.server.json_line import dump_json
-from minisgl.server.strict import Reading, shown
+from minisgl.server.bodies.fields import Reading
 
 T = TypeVar("T")
 
@@ -39,10 +34,6 @@ _UNREADABLE = {
     b"\xfe\xff": "is in UTF-16, with a byte order mark (BOM)",
     b"\0": "is in UTF-16 or UTF-32",
 }
-
-
-def json_response(payload: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(dump_json(payload), status, headers, media_type="application/json")
 
 
 class Bodies:
@@ -95,24 +86,6 @@ class Bodies:
             raise RequestError("the server has not enough memory for this request", status=503) from None
 
 
-def owner_of(request: Request) -> str:
-    """Whose what it stores is, by API key."""
-    return str(getattr(request.state, "owner", ""))
-
-
-def client_of(scope: Scope) -> str:
-    """Whose request it is: by API key, or by address."""
-    return str(scope["state"].get("owner", ""))[:16] or address_of(scope)
-
-
-def address_of(scope: Scope) -> str:
-    """Where a request comes from. Who has an IPv6 address has 2**64 of them: it is their network."""
-    host = str((scope.get("client") or ("",))[0]).removeprefix("::ffff:")
-    with suppress(ValueError):
-        host = str(IPv6Network((host.partition("%")[0], 64), strict=False))
-    return host
-
-
 def check_content_type(value: str | None) -> None:
     """JSON must be said to be JSON: forms and texts are what any web page may send without asking."""
     media, _, parameters = (value or "").lower().partition(";")
@@ -125,12 +98,3 @@ def check_content_type(value: str | None) -> None:
 
 def _unreadable(what: str) -> RequestError:
     return RequestError(f"the body {what}; send plain JSON in UTF-8", status=415)
-
-
-def check_model(model: str | None, config: ServerConfig) -> None:
-    """Raises: RequestError (404) unless it is the model that is served, by one of its names."""
-    path = config.engine.model_path
-    names = (None, config.served_model_name, path, os.path.basename(path.rstrip("/")))
-    if config.model_name_check and model not in names:
-        message = f"the model {shown(model)!r} does not exist; this server has {config.served_model_name!r}"
-        raise RequestError(message, param="model", code="model_not_found", status=404)

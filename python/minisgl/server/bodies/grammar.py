@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
-from minisgl.server.strict import SCHEMAS, Items, optional
+from minisgl.server.bodies.strict import SCHEMAS, Items, optional
 
 MAX_CHOICES = 4096
 MAX_TEXT = 256 << 10  # characters of a schema, or a grammar

@@ -10,8 +10,8 @@ from pydantic import BaseModel, StringConstraints
 
 from minisgl.core import MAX_COUNT, MAX_PRIORITY, MAX_SEED, MIN_REPETITION_PENALTY, SamplingParams
 from minisgl.errors import RequestError
-from minisgl.server.protocol_grammar import parse_grammar
-from minisgl.server.strict import SCHEMAS, Count, Ids, Items, optional
+from minisgl.server.bodies.grammar import parse_grammar
+from minisgl.server.bodies.strict import SCHEMAS, Count, Ids, Items, optional
 
 Defaults = Mapping[str, float | int]  # of the model: sampling fields that a request may leave out
 MAX_STOPS, MAX_STOP_LEN = 16, 1024
@@ -49,7 +49,7 @@ class SamplingFields(BaseModel):
     cache_salt: Salt | None = optional("Cached prefixes are shared with requests of the same salt and API key only.")
     timeout: float | None = optional("The answer ends with an error after so many seconds.", gt=0, le=1e6)
 
-    def _params(self, max_tokens: int | None, defaults: Defaults, logprobs: int | None = None) -> SamplingParams:
+    def params(self, max_tokens: int | None, defaults: Defaults, logprobs: int | None = None) -> SamplingParams:
         """Raises: RequestError naming the field that is out of range."""
         given = {name: getattr(self, name) for name in _PLAIN}
         if max_tokens is None and "max_tokens" in defaults:  # which is no limit to what the request asks for
@@ -106,9 +106,3 @@ def check_ids(name: str, token_ids: Iterable[int]) -> None:
     bad = next((token for token in token_ids if not 0 <= token < 2**31), None)
     if bad is not None:
         raise RequestError(f"{name}: {bad} is not a token id", param=name)
-
-
-def check_policy(params: SamplingParams, policy: str) -> None:
-    """Raises: RequestError when the request has a priority and the scheduler does not look at it."""
-    if params.priority and policy != "priority":
-        raise RequestError("priority needs a server started with --schedule-policy priority", param="priority")

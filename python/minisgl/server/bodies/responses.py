@@ -18,12 +18,14 @@ from pydantic import Field
 
 from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
-from minisgl.server.fields import NAMES, OBJECTS, load
+from minisgl.server.bodies.chat import chat_request
+from minisgl.server.bodies.content import kept_as_text, text_of, thought_of
+from minisgl.server.bodies.fields import NAMES, OBJECTS, Reading, load
+from minisgl.server.bodies.request import GenerationRequest
+from minisgl.server.bodies.sampling import Defaults, SamplingFields
+from minisgl.server.bodies.strict import SCHEMAS, Body, Count, Items, optional
+from minisgl.server.bodies.tools import Describe, functions_of
 from minisgl.server.json_line import dump_json
-from minisgl.server.messages import kept_as_text, text_of, thought_of
-from minisgl.server.protocol import Describe, GenerationRequest, chat_request, functions_of
-from minisgl.server.protocol_sampling import Defaults, SamplingFields
-from minisgl.server.strict import SCHEMAS, Body, Count, Items, Reading, optional
 
 MAX_SENT_BACK = 64 << 10
 _LOGPROBS = "message.output_text.logprobs"
@@ -188,7 +190,7 @@ def _add_call(item: dict[str, Any], messages: list[Message], where: str) -> None
     if not isinstance(item.get("name"), str):
         raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
     arguments = item.get("arguments", item.get("input"))
-    if item["type"] == "custom_tool_call":  # a function of one string, as `protocol_responses` tells the model
+    if item["type"] == "custom_tool_call":  # a function of one string, as this module tells the model
         arguments = {"input": item.get("input")}
     function = {"name": item["name"], "arguments": arguments}
     turn.setdefault("tool_calls", []).append({"id": call_id, "type": "function", "function": function})

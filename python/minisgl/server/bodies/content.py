@@ -11,7 +11,7 @@ from pydantic_core import from_json
 
 from minisgl.errors import RequestError
 from minisgl.message.codec import carried
-from minisgl.server.strict import SCHEMAS
+from minisgl.server.bodies.strict import SCHEMAS
 
 # Type of a part: the field that has its text.
 TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}

@@ -6,7 +6,7 @@ Everything here ends up in a chat template, so it must be data that templates an
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import repr as quoted
 from typing import Any, Literal
@@ -16,7 +16,10 @@ from pydantic import Field
 from minisgl.errors import RequestError
 from minisgl.message.codec import carried as can_be_carried
 from minisgl.parser.forced import calls_form
-from minisgl.server.strict import Body
+from minisgl.server.bodies.fields import Fields, Reading
+from minisgl.server.bodies.strict import Body, shown
+
+Describe = Callable[[dict[str, Any]], dict[str, Any]]
 
 MAX_TOOLS = 512
 _NAME = re.compile(r"[\w.:/-]{1,128}")
@@ -146,3 +149,18 @@ def carried(value: Any, where: str) -> Any:
     if not can_be_carried(value):
         raise RequestError(f"{where} has a number that is too large", param=where)
     return value
+
+
+def functions_of(
+    tools: Sequence[dict[str, Any]], kinds: Mapping[str, Describe], reading: Reading, known: Fields
+) -> list[dict[str, Any]]:
+    """Tools of another API as chats have them. kinds: what makes functions of them; without a kind, a tool is of the
+    first. Other kinds are run by another server, or known to another model: they are ignored."""
+    functions = []
+    for index, tool in enumerate(tools):
+        kind = tool.get("type", next(iter(kinds)))
+        if isinstance(kind, str) and kind in kinds:
+            functions.append({"type": "function", "function": kinds[kind](tool)})
+        else:
+            reading.ignore(f"tools[{index}].{shown(str(kind))}", known)
+    return functions

@@ -1,0 +1,5 @@
+"""What comes in: bodies of requests, read within bounds, checked, and turned into prompts and sampling parameters.
+
+One file for each dialect: `chat` (which the bodies of `responses` and `messages` become), `completions` and `native`.
+The rest is for all of them.
+"""

@@ -1,0 +1,96 @@
+"""The bodies of this server's own routes, which vLLM and SGLang have too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minisgl.core import MAX_COUNT
+from minisgl.errors import RequestError
+from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt
+from minisgl.server.bodies.chat import chat_request
+from minisgl.server.bodies.content import Message
+from minisgl.server.bodies.fields import Reading, load
+from minisgl.server.bodies.request import GenerationRequest, check_size, ids_prompt
+from minisgl.server.bodies.sampling import Defaults, Salt, SamplingFields
+from minisgl.server.bodies.strict import Body, Count, Ids, Items, optional
+from minisgl.server.bodies.tools import Tool
+
+_CHAT_FIELDS = {"messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
+
+
+class GenerateSampling(Body, SamplingFields):
+    """`sampling_params` of POST /generate."""
+
+    max_tokens: Count | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
+    max_new_tokens: Count | None = optional("The same.", ge=1, le=MAX_COUNT)
+    json_schema: dict[str, Any] | str | None = optional("The output is JSON that matches.")
+    regex: str | None = optional("The output matches.")
+    ebnf: str | None = optional("The output follows the grammar, Lark or EBNF.")
+
+
+class GenerateBody(Body):
+    """POST /generate: `text` or `input_ids`."""
+
+    inner = {"sampling_params": GenerateSampling}  # noqa: RUF012
+    text: str | None = optional("The prompt.", minLength=1)
+    input_ids: Ids | None = optional("The prompt as token ids.", minItems=1)
+    sampling_params: GenerateSampling | None = optional("How to continue it.")
+    cache_salt: Salt | None = optional("As in `sampling_params`.")
+    stream: bool | None = optional("Answer with server-sent events.")
+    timeout: float | None = optional("As in `sampling_params`.", gt=0, le=1e6)
+
+
+def parse_generate(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
+    """Raises: RequestError naming the field at fault."""
+    body = load(GenerateBody, data, reading)
+    if (body.text is None) == (body.input_ids is None):
+        raise RequestError("give either text or input_ids", param="text")
+    sampling = body.sampling_params or GenerateSampling()
+    max_tokens = sampling.max_tokens if sampling.max_new_tokens is None else sampling.max_new_tokens
+    prompt = TextPrompt(text=body.text) if body.text is not None else ids_prompt(body.input_ids or [], "input_ids")
+    sampling.cache_salt = body.cache_salt or sampling.cache_salt
+    params, timeout = sampling.params(max_tokens, defaults), body.timeout or sampling.timeout or 0.0
+    return GenerationRequest((prompt,), params, stream=bool(body.stream), timeout=timeout)
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: `prompt`, or `messages` and what goes with them as in /v1/chat/completions."""
+
+    model: str | None = optional("The id that /v1/models shows.")
+    prompt: str | None = optional("A text.")
+    add_special_tokens: bool | None = optional("Those that the tokenizer puts around a `prompt`; true unless given.")
+    messages: Items[Message] | None = optional("A chat.", minItems=1)
+    tools: Items[Tool] | None = optional("Functions that the model may call.")
+    chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")
+    add_generation_prompt: bool | None = optional("As in a chat.")
+    continue_final_message: bool | None = optional("As in a chat.")
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = optional("The id that /v1/models shows.")
+    tokens: Ids
+    skip_special_tokens: bool | None = optional("false: special tokens are text.")
+
+
+class AbortBody(Body):
+    """POST /abort_request: ids (`x-request-id`, or the `id` of an answer), or `abort_all`."""
+
+    rid: str | Items[str] | None = optional("Of the requests to end.")
+    abort_all: bool | None = optional("All of them.")
+
+
+def parse_tokenize(max_len: int, data: bytes, reading: Reading) -> tuple[TokenizeBody, ChatPrompt | TextPrompt]:
+    body = load(TokenizeBody, data, reading)
+    given = body.model_dump(include=_CHAT_FIELDS, exclude_none=True)
+    if body.prompt is not None and given:
+        raise RequestError(f"give either prompt or {next(iter(given))}", param="prompt")
+    if body.prompt is None and body.messages is None:
+        raise RequestError("give prompt or messages", param="prompt")
+    if body.prompt is None and body.add_special_tokens:
+        raise RequestError("add_special_tokens is for prompt: a chat template has its own", param="add_special_tokens")
+    prompt = chat_request(given, {}).prompts[0] if body.prompt is None else TextPrompt(text=body.prompt)
+    assert not isinstance(prompt, IdsPrompt)
+    check_size([prompt], max_len)
+    return body, prompt

@@ -1,0 +1,91 @@
+"""Models of JSON bodies: no conversions, and one line that names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from minisgl.errors import RequestError
+
+MAX_SHOWN = 64  # characters of a client's name for something, in messages
+
+
+class Body(BaseModel):
+    """Strict: no conversion of strings to numbers. Fields that it has not are left out before (`fields.Reading`)."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    inner: ClassVar[Mapping[str, type[BaseModel]]] = {}  # fields whose objects have the fields of a body
+
+
+B = TypeVar("B", bound=BaseModel)
+T = TypeVar("T")
+SCHEMAS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("schemas.yaml").read_text(encoding="utf-8")
+)
+
+
+def whole(value: Any) -> Any:
+    """Whole numbers may be written with a fraction, 16.0, as JavaScript and Lua do not tell them apart."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return [whole(item) for item in value] if isinstance(value, list) and {float, list} & {*map(type, value)} else value
+
+
+WHOLE = BeforeValidator(whole)
+Count = Annotated[int, WHOLE]
+TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 2**31 - 1})]
+Items = Annotated[list[T], Field(fail_fast=True)]  # a list of which one wrong item is enough
+Ids = Annotated[Items[TokenId], WHOLE]
+
+
+def shown(name: str) -> str:
+    """A client's name for something, fit for one line."""
+    text = name[: MAX_SHOWN + 1] or '""'
+    text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def optional(
+    text: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None, **schema: Any
+) -> Any:
+    """A field that may be left out, which is what null means too. text, schema: for the OpenAPI document."""
+    return Field(None, description=text, ge=ge, gt=gt, le=le, json_schema_extra=schema or None)
+
+
+_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
+
+
+def validate(model: type[B], raw: Any, where: str = "") -> B:
+    """where: it stands in the body. Raises: RequestError naming the first field at fault."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise _refusal(error, raw, where) from None
+
+
+def _refusal(error: ValidationError, raw: Any, where: str) -> RequestError:
+    """The first problem, in one line: of several ways to read a value, that of the one that got furthest."""
+    problems = error.errors(include_url=False, include_context=False)
+    problem = max((p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
+    param = where
+    for part in problem["loc"]:
+        if isinstance(part, int):
+            param += f"[{part}]"
+            raw = raw[part] if isinstance(raw, list) and part < len(raw) else None
+        elif (isinstance(raw, dict) and part in raw) or problem["type"] == "missing":
+            param += f".{shown(part)}" if param else shown(part)
+            raw = raw.get(part) if isinstance(raw, dict) else None
+        # else it is pydantic's name for a member of a union
+    if problem["type"] == "missing":
+        return RequestError(f"{param} is required", param=param or None, code="missing_required_parameter")
+    said = re.sub(r"dictionary( or instance of \w+)?", "object", problem["msg"])
+    message = f"{param}: {said[:1].lower()}{said[1:]}"
+    if problem["type"].endswith(("_type", "_equal", "greater_than")):
+        message += f", not {_KINDS.get(type(problem['input'])) or json.dumps(problem['input'])[:MAX_SHOWN]}"
+    return RequestError(message, param=param or None, code="invalid_value")

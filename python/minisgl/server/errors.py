@@ -1,0 +1,90 @@
+"""Errors as clients are told them: in OpenAI's shape, or in Anthropic's on the paths of that API."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Scope
+
+from minisgl.errors import MiniSGLError, RequestError
+from minisgl.server.json_line import dump_json
+
+ANTHROPIC_PATHS = re.compile(r"(/v1)?/messages\b")  # whose errors are Anthropic's
+_ANTHROPIC_KINDS: dict[int, str] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
+def json_response(payload: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(dump_json(payload), status, headers, media_type="application/json")
+
+
+def error_body(message: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_payload(error: MiniSGLError) -> dict[str, Any]:
+    return error_body(str(error), error.status, param=error.param, code=error.code)
+
+
+def anthropic_error(payload: dict[str, Any], status: int) -> dict[str, Any]:
+    """What Anthropic's clients read, made of OpenAI's error object."""
+    message, code = payload["error"]["message"], payload["error"]["code"]
+    numbers = re.findall(r"\d+", message)
+    if code == "context_length_exceeded" and len(numbers) > 1:  # by these words clients know that they must compact
+        message = f"prompt is too long: {numbers[1]} tokens > {numbers[0]} maximum"
+    kind = _ANTHROPIC_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def error_response(scope: Scope, error: MiniSGLError) -> Response:
+    """The answer in the place of what was asked for, as the log is told too."""
+    scope.setdefault("state", {})["refused"] = error.param, error.code
+    headers = {"retry-after": str(error.retry_after)} if error.status in (429, 503) else {}
+    if error.status == 401:
+        headers = {"www-authenticate": "Bearer"}
+    return _response(scope, error_payload(error), error.status, headers)
+
+
+def _response(scope: Scope, payload: dict[str, Any], status: int, headers: dict[str, str]) -> Response:
+    if ANTHROPIC_PATHS.match(scope["path"]):
+        payload = {**anthropic_error(payload, status), "request_id": scope.get("state", {}).get("request_id")}
+    return json_response(payload, status, headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=499)  # nobody is there to see it
+        if isinstance(error, MiniSGLError):
+            return error_response(request.scope, error)
+        message, status, headers = f"internal error: {type(error).__name__}", 500, {}
+        if isinstance(error, HTTPException):
+            message, status, headers = error.detail, error.status_code, dict(error.headers or {})
+            if status in (404, 405):
+                message = f"{request.method} {request.url.path}: {message.lower()}"
+        return _response(request.scope, error_body(message, status), status, headers)
+
+    for kind in (MiniSGLError, ClientDisconnect, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def renamed(error: RequestError, names: Mapping[str, str] | None) -> RequestError:
+    """An error about a chat, as another API says it. names: that it has for parameters (None: it is no other); a
+    function is flat there."""
+    if names is None:
+        return error
+    old, message = (error.param or "").partition("[")[0], str(error)
+    param = names.get(old, error.param)
+    message = names[old] + message.removeprefix(old) if old in names and message.startswith(old) else message
+    for text, other in {**names, ".function": ""}.items():
+        if text.startswith("."):
+            message, param = message.replace(text, other, 1), param and param.replace(text, other, 1)
+    return RequestError(message, param=param, code=error.code, status=error.status)
