@@ -112,7 +112,7 @@ def fake_scheduler(control: Control, config: ServerConfig, addresses: Addresses,
     logging.getLogger("minisgl.scheduler.status").setLevel("WARNING")  # tests look at what else the log says
     transport = LeaderTransport(addresses, 1, control.beat, stats=status.reply)
     executor = FakeExecutor(delay, Answer(config.tokenizer, answer) if answer else None)
-    scheduler = Scheduler(config.scheduler, executor, transport, status=status)
+    scheduler = Scheduler(config.scheduler, executor, transport, status)
     control.ready()
     scheduler.run()
 

@@ -211,26 +211,22 @@ def test_the_log_tells_of_work_now_and_then(caplog: pytest.LogCaptureFixture) ->
     caplog.set_level("INFO", logger="minisgl")
     now = 100.0
     status, transport = Status(CONFIG.num_pages, lambda: now), LocalTransport()
-    scheduler = Scheduler(CONFIG, SimulatedEngine(CONFIG), transport, status=status)
+    scheduler = Scheduler(CONFIG, SimulatedEngine(CONFIG), transport, status)
     transport.put([user(1, [1, 2, 3], 30), user(2, [4], 30)])
     for _ in range(12):
         scheduler.turn()
         now += 1.0
-        status.update(scheduler.planner)
     assert len(caplog.messages) == 1
     assert "requests: 0 done, 2 running, 0 waiting; " in caplog.messages[0]
     assert "(2/s)" in caplog.messages[0]
     for _ in range(40):
         scheduler.turn()
-        status.update(scheduler.planner)
     assert len(caplog.messages) == 1  # two seconds later they are done: the next line tells of it
     for second in range(100):  # short ones, with pauses between them
-        status.resume()
         transport.put([user(3 + second, [5], 1)])
         for _ in range(4):
             now += 0.1
             scheduler.turn()
-            status.update(scheduler.planner)
         now += 0.6
     first = caplog.messages[1]
     assert first.startswith(f"requests: {first.split()[1]} done, 0 running, 0 waiting; ")
@@ -266,7 +262,7 @@ def test_flushing_takes_what_nobody_uses() -> None:
 
 def test_steps_are_counted() -> None:
     status, transport = Status(CONFIG.num_pages), LocalTransport()
-    scheduler = Scheduler(CONFIG, SimulatedEngine(CONFIG), transport, status=status)
+    scheduler = Scheduler(CONFIG, SimulatedEngine(CONFIG), transport, status)
     transport.put([user(uid, [uid] * 10, 8) for uid in range(1, 7)])  # four run at once
     scheduler.turn()
     scheduler.turn()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from minisgl.core import FinishReason, TokenLogprobs
 from minisgl.message.codec import Codec
+from minisgl.utils.math import Histogram
 
 LEAST = -9999.0  # for what is less, or no number: JSON has no infinities, and this is OpenAI's
 
@@ -120,14 +121,6 @@ class DecodedReply(msgspec.Struct, frozen=True, tag="decoded", forbid_unknown_fi
     text: str
 
 
-class Counts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A histogram: `counts[i]` values of at most `bounds[i]` and above the bound before; the last has no bound."""
-
-    bounds: tuple[float, ...]
-    counts: tuple[int, ...]
-    total: float  # all values added up
-
-
 class StatsReply(msgspec.Struct, frozen=True, tag="stats", forbid_unknown_fields=True):
     """What rank 0 is doing, and what it has done since it started."""
 
@@ -137,8 +130,8 @@ class StatsReply(msgspec.Struct, frozen=True, tag="stats", forbid_unknown_fields
     num_pages: int
     num_free_pages: int  # those of the prefix cache that nobody uses included
     num_retracted: int
-    step_requests: Counts  # per step
-    step_tokens: Counts
+    step_requests: Histogram  # per step
+    step_tokens: Histogram
 
 
 class FlushReply(msgspec.Struct, frozen=True, tag="flushed", forbid_unknown_fields=True):

@@ -151,7 +151,7 @@ def scheduler_main(
     else:
         transport = FollowerTransport(addresses, rank, control.beat)
     tp_size = engine_config.tp_size
-    scheduler = Scheduler(config, engine, transport, tp_size=tp_size, check_ranks=check_ranks, status=status)
+    scheduler = Scheduler(config, engine, transport, status, tp_size=tp_size, check_ranks=check_ranks)
     if rank == 0:
         where, room = f"{engine_config.dtype} on {engine_config.device}", config.num_pages * config.page_size
         threads, longest = engine_config.num_threads, config.max_seq_len

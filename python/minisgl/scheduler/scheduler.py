@@ -18,8 +18,8 @@ from minisgl.message.frontend import FlushReply, pack_logprobs
 from minisgl.message.tokenizer import PROMPT_TAIL, DetokenizeMsg, StreamStart
 from minisgl.scheduler.dump import dump
 from minisgl.scheduler.grammar import PlannerMsg
+from minisgl.scheduler.observer import Observer
 from minisgl.scheduler.planner import Planner
-from minisgl.scheduler.status import Status
 from minisgl.scheduler.transport import Transport
 from minisgl.utils.faults import fault
 
@@ -39,10 +39,10 @@ class Scheduler:
         config: SchedulerConfig,
         executor: Executor,
         transport: Transport,
+        observer: Observer | None = None,
         *,
         tp_size: int = 1,
         check_ranks: bool = False,
-        status: Status | None = None,
     ) -> None:
         self.planner = Planner(config)
         self._executor = executor
@@ -50,9 +50,8 @@ class Scheduler:
         self._config = config
         self._tp_size = tp_size
         self._check_ranks = check_ranks
-        self._status = status
-        if status is not None:
-            status.planner = self.planner
+        self._observer = observer or Observer()
+        self._observer.attached(self.planner)
         self._grammars = transport.grammars
         self._digest = 0
         self._submitted: deque[tuple[StepPlan, StepHandle]] = deque()
@@ -68,17 +67,23 @@ class Scheduler:
         """Serve for ever. Raises: EngineError when the device is broken or the ranks have diverged."""
         while True:
             self.turn()
-            if self._status is not None:
-                self._status.update(self.planner)
 
     def turn(self) -> None:
-        """One turn of the loop: with overlap, step n is submitted before the results of step n - 1 are taken in."""
+        """One turn of the loop. When messages have been taken in, and failures aside, it is
+
+        plan = planner.plan()                       # step n
+        handles.append(executor.submit(plan))
+        result = handles.popleft().result()         # of step n - 1, while the device computes step n
+        outputs = planner.retire(result)
+        transport.send(outputs)
+        """
         try:
             self._turn()
         except (EngineError, WorkerDied):
             raise
         except Exception as error:  # what is remembered contradicts itself, or there was no memory to go on
             self._recover(error)
+        self._observer.turned()
 
     def _turn(self) -> None:
         idle = self.planner.is_idle
@@ -98,8 +103,8 @@ class Scheduler:
                 self.planner.resume(message.uid, message.paced)
             else:
                 self._transport.answer(FlushReply(message.uid, self.planner.flush_unused()))
-        if idle and self._status is not None:
-            self._status.resume()
+        if idle:
+            self._observer.resumed()
         self._send(outputs)
         plan = self.planner.plan()
         if self._check_ranks and plan is not None:
@@ -110,8 +115,7 @@ class Scheduler:
             fault("turn")
             if (how := fault("pages")) is not None:
                 self.planner.damage(how)
-            if self._status is not None:
-                self._status.count_step(plan)
+            self._observer.submitted(plan)
             self._submitted.append((plan, self._executor.submit(plan)))
         elif not self._submitted and not self.planner.num_running and self.planner.num_waiting:
             raise IntegrityError("no request can begin, and none runs: pages are lost")
@@ -189,8 +193,7 @@ class Scheduler:
 
     def _send(self, outputs: list[ReqOutput]) -> None:
         outputs = self._grammars.finish(outputs)
-        if self._status is not None:
-            self._status.count(outputs)
+        self._observer.told(outputs)
         if outputs:
             self._transport.send([self._message(output) for output in outputs])
 

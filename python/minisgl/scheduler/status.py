@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from minisgl.core import ReqOutput, StepPlan
-from minisgl.message.frontend import Counts, StatsReply
+from minisgl.message.frontend import StatsReply
+from minisgl.scheduler.observer import Observer
 from minisgl.scheduler.planner import Planner
 from minisgl.utils.math import Histogram
 
@@ -18,14 +19,14 @@ _REQUEST_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
-class Status:
+class Status(Observer):
     """Counts of rank 0's work, for whoever asks. In the log, one line for each ten seconds of work, and one when it is
     done unless there was one just now; then the next tells of it. None while there is nothing to do."""
 
     def __init__(self, num_pages: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._num_pages = num_pages
         self._requests, self._tokens = Histogram(_REQUEST_BOUNDS), Histogram(_TOKEN_BOUNDS)  # of steps
-        self.planner: Planner | None = None  # the scheduler's, whose queues are counted
+        self._planner: Planner | None = None
         self._clock = clock
         self._logged = clock() - _SECONDS
         self._resumed = clock()
@@ -35,21 +36,22 @@ class Status:
         self._busy = 0.0
         self._num_done = self._num_output = 0
 
-    def resume(self) -> None:
-        """There is work again: the time until now was not spent on it."""
-        self._resumed = self._clock()
+    def attached(self, planner: Planner) -> None:
+        self._planner = planner
 
-    def count_step(self, plan: StepPlan) -> None:
+    def resumed(self) -> None:
+        self._resumed = self._clock()  # the time until now was not spent on work
+
+    def submitted(self, plan: StepPlan) -> None:
         self._requests.add(len(plan.reqs))
         self._tokens.add(plan.num_tokens)
 
-    def count(self, outputs: Sequence[ReqOutput]) -> None:
+    def told(self, outputs: Sequence[ReqOutput]) -> None:
         self._num_output += sum(len(output.token_ids) for output in outputs)
         self._num_done += sum(output.finish_reason is not None for output in outputs)
 
-    def update(self, planner: Planner) -> None:
-        """Called after each turn of the scheduler."""
-        now = self._clock()
+    def turned(self) -> None:
+        planner, now = self._known_planner(), self._clock()
         if not planner.is_idle and self._busy + now - self._resumed < _SECONDS:
             return
         self._busy, self._resumed = self._busy + now - self._resumed, now
@@ -69,12 +71,10 @@ class Status:
         self._clear()
 
     def reply(self, uid: int) -> StatsReply:
-        planner = self.planner
-        assert planner is not None, "there is no scheduler yet"
+        planner = self._known_planner()
         counts = (self._num_pages, planner.num_free_pages, planner.num_retracted)
-        steps = (_counts(self._requests), _counts(self._tokens))
-        return StatsReply(uid, planner.num_running, planner.num_waiting, *counts, *steps)
+        return StatsReply(uid, planner.num_running, planner.num_waiting, *counts, self._requests, self._tokens)
 
-
-def _counts(histogram: Histogram) -> Counts:
-    return Counts(histogram.bounds, tuple(histogram.counts), histogram.total)
+    def _known_planner(self) -> Planner:
+        assert self._planner is not None, "there is no scheduler yet"
+        return self._planner

@@ -19,7 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from minisgl.core import FinishReason
-from minisgl.message.frontend import Counts, StatsReply, UserReply
+from minisgl.message.frontend import StatsReply, UserReply
 from minisgl.utils.math import Histogram
 
 _BOUNDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -141,7 +141,7 @@ class Exposition(Collector):
         family.add_metric((self._model_name,), *value)
         return family
 
-    def _histogram(self, name: str, text: str, values: Histogram | Counts) -> Metric:
+    def _histogram(self, name: str, text: str, values: Histogram) -> Metric:
         limits = [*map(str, map(float, values.bounds)), "+Inf"]
         buckets = list(zip(limits, accumulate(values.counts), strict=True))
         return self._family(HistogramMetricFamily, name, text, buckets, values.total)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+
+import msgspec
 
 
 def div_ceil(a: int, b: int) -> int:
@@ -14,15 +15,15 @@ def align_down(a: int, b: int) -> int:
     return a // b * b
 
 
-class Histogram:
+class Histogram(msgspec.Struct, forbid_unknown_fields=True):
     """`counts[i]`: values of at most `bounds[i]` and above the bound before; the last count has no bound."""
 
-    __slots__ = ("bounds", "counts", "total")
+    bounds: tuple[float, ...]
+    counts: list[int] = []
+    total: float = 0.0  # all values added up
 
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.total = 0.0
+    def __post_init__(self) -> None:
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
 
     def add(self, value: float, times: int = 1) -> None:
         self.counts[bisect_left(self.bounds, value)] += times
