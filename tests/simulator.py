@@ -96,14 +96,13 @@ class SimulatedEngine:
                 sampled.append(-1 if row in self.poison else token)
         return sampled
 
-    def pages_of(self, plan: StepPlan) -> set[int]:
-        """The pages that a plan just submitted reads or writes."""
-        page_size = self.config.page_size
-        return {
-            int(page)
-            for row, start, num_new, _ in plan.reqs
-            for page in self._page_table[row, : -(-(start + num_new) // page_size)]
-        }
+    def pages_of(self, plan: StepPlan) -> dict[int, str]:
+        """The pages that a plan just submitted reads or writes, each with the one salt whose requests do."""
+        salts: dict[int, str] = {}
+        for req in plan.reqs:
+            for page in self._page_table[req.row, : -(-(req.start + req.num_new) // self.config.page_size)].tolist():
+                assert salts.setdefault(page, self._salts[req.row]) == self._salts[req.row], "a page has two salts"
+        return salts
 
     def _run_broken(self, plan: StepPlan) -> list[int]:
         for row, start, num_new, sample in plan.reqs:

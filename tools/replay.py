@@ -20,7 +20,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Req, ReqState, SamplingParams
 from minisgl.errors import IntegrityError
 from minisgl.kvcache.allocator import PageAllocator
-from minisgl.kvcache.radix import NaiveCache, RadixCache, RadixNode
+from minisgl.kvcache.radix import NaiveCache, PrefixCache, RadixNode
 from minisgl.scheduler.planner import Planner
 from minisgl.utils.fairness import FairQueue
 
@@ -64,7 +64,7 @@ def load(path: Path) -> tuple[str, Planner]:
         elif name == "_cache":
             value["_root"] = _node(nodes, value["_root"])
             value["_heap"] = [(stamp, serial, _node(nodes, node)) for stamp, serial, node in value["_heap"]]
-            value = _filled((RadixCache if config.cache_type == "radix" else NaiveCache)(config.page_size), value)
+            value = _filled((PrefixCache if config.cache_type == "radix" else NaiveCache)(config.page_size), value)
         setattr(planner, name, value)
     return reason, planner
 

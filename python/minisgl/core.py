@@ -172,6 +172,7 @@ class Req:
     params: SamplingParams
     max_len: int  # prompt + output tokens at which the request ends with `length`
     num_tokens: int
+    namespace: bytes = b""  # cached prefixes are shared within one only
     num_computed: int = 0
     num_inflight: int = 0  # steps submitted and not yet retired that touch this request
     num_stale: int = 0  # of those the ones that went on from a token that was not sampled

@@ -149,7 +149,7 @@ def heap_has_another_stamp(busy: Busy) -> None:
 
 
 def count_in_cache(busy: Busy) -> None:
-    busy.cache.num_pages += 1
+    busy.cache._num_pages += 1
 
 
 def count_evictable(busy: Busy) -> None:

@@ -46,7 +46,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.engine = SimulatedEngine(self.config)
         self.depth = depth  # steps that may be in flight when the next one is planned
         self.inflight: deque[tuple[StepPlan, SimulatedHandle]] = deque()
-        self.touched: dict[int, set[int]] = {}
+        self.touched: dict[int, dict[int, str]] = {}
         self.prompts: dict[int, tuple[list[int], int, bool]] = {}
         self.outputs: dict[int, list[int]] = {}
         self.finished: dict[int, FinishReason] = {}
@@ -199,8 +199,11 @@ class PlannerMachine(RuleBasedStateMachine):
         if hasattr(self, "planner"):
             self.planner.check_integrity()
             free = set(self.planner.free_pages())
+            salts: dict[int, str] = {}
             for step_id, pages in self.touched.items():
-                assert not pages & free, f"step {step_id} is in flight and its pages are free"
+                assert not pages.keys() & free, f"step {step_id} is in flight and its pages are free"
+                for page, salt in pages.items():
+                    assert salts.setdefault(page, salt) == salt, "steps in flight have a page in two namespaces"
 
     def teardown(self) -> None:
         if not hasattr(self, "planner"):

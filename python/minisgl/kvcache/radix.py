@@ -52,12 +52,13 @@ class Match(NamedTuple):
     pages: list[int]
 
 
-class RadixCache:
+class PrefixCache:
     """Evicts unlocked leaves, least recently used first. Every operation is deterministic. Token counts are whole pages
     everywhere; trailing partial pages are ignored.
 
-    namespace: prefixes of one are not found in another. It is part of the names of the root's children, so that one in
-    which nothing is cached costs nothing; all share the pages, and their eviction.
+    namespace: a value that each request has once and for all; prefixes of one are not found in another. It is part of
+    the names of the root's children, so that one in which nothing is cached costs nothing; all share the pages, and
+    their eviction.
     """
 
     def __init__(self, page_size: int) -> None:
@@ -65,35 +66,22 @@ class RadixCache:
         self._clock = 0
         self._root = RadixNode(b"", np.empty(0, np.int32), [], None, 0)
         self._root.num_locks = 1
-        self.num_pages = 0  # that the cache owns
+        self._num_pages = 0  # that the cache owns
         self.num_evictable = 0  # of those, what `evict` could give back now
         # Candidates for eviction as (stamp, serial, node); entries go stale when the node is used, locked or gains
         # children, and are checked when popped.
         self._heap: list[tuple[int, int, RadixNode]] = []
         self._serial = 0
 
-    def match(self, token_ids: TokenIds, namespace: str = "") -> Match:
-        node, pages = self._root, list[int]()
-        rest = token_ids[: align_down(len(token_ids), self._page_size)]
+    def match(self, namespace: bytes, token_ids: TokenIds) -> Match:
         self._clock += 1
-        while (child := self._descend(node, rest, namespace)) is not None:
-            pages += child.pages
-            rest = rest[len(child.key) :]
-            node = child
-        self._push(node)
-        return Match(node, pages)
+        nodes = [self._root, *self._use(self._root, namespace, token_ids)]
+        self._push(nodes[-1])
+        return Match(nodes[-1], [page for node in nodes for page in node.pages])
 
-    def match_len(self, token_ids: TokenIds, namespace: str = "") -> int:
+    def match_len(self, namespace: bytes, token_ids: TokenIds) -> int:
         """Tokens that `match` would find, without touching anything."""
-        node, position = self._root, 0
-        end = align_down(len(token_ids), self._page_size)
-        while (child := node.children.get(self._name(node, token_ids[position:end], namespace))) is not None:
-            shared = self._shared_len(child.key, token_ids[position:end])
-            position += shared
-            if shared < len(child.key):
-                break
-            node = child
-        return position
+        return sum(shared for _, shared in self._walk(self._root, namespace, token_ids))
 
     def lock(self, handle: RadixNode) -> None:
         for node in _path(handle):
@@ -109,30 +97,27 @@ class RadixCache:
                 self.num_evictable += len(node.pages)
                 self._push(node)
 
-    def insert(self, handle: RadixNode, token_ids: TokenIds, pages: list[int], namespace: str = "") -> RadixNode:
+    def insert(self, namespace: bytes, handle: RadixNode, token_ids: TokenIds, pages: list[int]) -> RadixNode:
         """Move a request's lock to the end of all its whole pages, adding those that are not cached yet.
 
         `token_ids` and `pages` are the request's from its first token on; `handle` is its lock so far. Pages added
-        become the cache's. namespace: that of the match. Returns the new handle, locked in place of the old one.
+        become the cache's. Returns the new handle, locked in place of the old one.
         """
-        end = align_down(len(token_ids), self._page_size)
-        position = sum(len(node.key) for node in _path(handle))
+        position, end = sum(len(node.key) for node in _path(handle)), align_down(len(token_ids), self._page_size)
         if end <= position:
             return handle
         self._clock += 1
         node = handle
-        while position < end:
-            child = self._descend(node, token_ids[position:end], namespace)
-            if child is None:
-                # A copy: the caller's array may be a view of something much longer.
-                key = np.array(token_ids[position:end], np.int32)
-                first, last = position // self._page_size, end // self._page_size
-                name = self._name(node, key, namespace)
-                child = node.children[name] = RadixNode(name, key, pages[first:last], node, self._clock)
-                self.num_pages += last - first
-                self.num_evictable += last - first
-            position += len(child.key)
-            node = child
+        for node in self._use(handle, namespace, token_ids[position:end]):
+            position += len(node.key)
+        if position < end:
+            # A copy: the caller's array may be a view of something much longer.
+            key = np.array(token_ids[position:end], np.int32)
+            name, new = self._name(node, namespace, key), pages[position // self._page_size : end // self._page_size]
+            leaf = RadixNode(name, key, new, node, self._clock)
+            node.children[name], node = leaf, leaf
+            self._num_pages += len(new)
+            self.num_evictable += len(new)
         self.lock(node)
         self.unlock(handle)
         return node
@@ -160,14 +145,14 @@ class RadixCache:
         """All of them, the root first; a little more than there can be where one is above itself."""
         nodes = [self._root]
         for node in nodes:  # they grow meanwhile
-            nodes += node.children.values() if len(nodes) <= self.num_pages + 1 else ()
+            nodes += node.children.values() if len(nodes) <= self._num_pages + 1 else ()
         return nodes
 
     def check(self, handles: Sequence[RadixNode]) -> list[int]:
         """Every page that the cache owns, by walking it. handles: all that are locked. Raises: IntegrityError."""
         candidates = {id(node) for stamp, _, node in self._heap if stamp == node.stamp}
         nodes = self.nodes()
-        require(len(nodes) <= self.num_pages + 1, "there are more nodes than pages in the cache")
+        require(len(nodes) <= self._num_pages + 1, "there are more nodes than pages in the cache")
         for node in nodes:
             require(len(node.key) == len(node.pages) * self._page_size, "an edge and its pages differ in length")
             require(node.num_locks or node.children or id(node) in candidates, "a node will never be evicted")
@@ -182,36 +167,40 @@ class RadixCache:
         held = all(node.num_locks == locks[id(node)] for node in nodes)
         require(held, "a node is locked more or less than it is held")
         owned = [page for node in nodes for page in node.pages]
-        require(len(owned) == self.num_pages, f"{len(owned)} pages in the cache, {self.num_pages} counted")
+        require(len(owned) == self._num_pages, f"{len(owned)} pages in the cache, {self._num_pages} counted")
         evictable = sum(len(node.pages) for node in nodes if node.num_locks == 0)
         require(evictable == self.num_evictable, f"{evictable} evictable pages, {self.num_evictable} counted")
         return owned
 
-    def spells(self, handle: RadixNode, token_ids: TokenIds, namespace: str) -> bool:
+    def spells(self, namespace: bytes, handle: RadixNode, token_ids: TokenIds) -> bool:
         """Whether the path to the handle is that of the first of these tokens."""
         *path, _ = _path(handle)
         key = np.concatenate([node.key for node in reversed(path)] or [self._root.key])
-        named = not path or path[-1].name == self._name(self._root, key, namespace)
+        named = not path or path[-1].name == self._name(self._root, namespace, key)
         return named and np.array_equal(key, token_ids[: len(key)])
 
     def _first_page(self, token_ids: TokenIds) -> bytes:
         return token_ids[: self._page_size].tobytes()
 
-    def _name(self, parent: RadixNode, token_ids: TokenIds, namespace: str) -> bytes:
+    def _name(self, parent: RadixNode, namespace: bytes, token_ids: TokenIds) -> bytes:
         """Of the child that begins so: its first page, below the root with the namespace; of no tokens, no child's."""
         first = self._first_page(token_ids)
-        return first + namespace.encode("utf-8", "surrogatepass") if first and parent is self._root else first
+        return first + namespace if first and parent is self._root else first
 
-    def _descend(self, node: RadixNode, token_ids: TokenIds, namespace: str) -> RadixNode | None:
-        """The child whose first page these tokens begin with, cut to what they share, and used just now."""
-        child = node.children.get(self._name(node, token_ids, namespace))
-        if child is None:
-            return None
-        shared = self._shared_len(child.key, token_ids)
-        if shared < len(child.key):
-            child = self._split(child, shared)
-        child.stamp = self._clock
-        return child
+    def _walk(self, node: RadixNode, namespace: bytes, token_ids: TokenIds) -> Iterator[tuple[RadixNode, int]]:
+        """The nodes below this one that spell these tokens, each with how many of its own do: all but of the last."""
+        position, end, ends = 0, align_down(len(token_ids), self._page_size), False
+        while not ends and (child := node.children.get(self._name(node, namespace, token_ids[position:end]))):
+            shared = self._shared_len(child.key, token_ids[position:end])
+            position, node, ends = position + shared, child, shared < len(child.key)
+            yield child, shared
+
+    def _use(self, node: RadixNode, namespace: bytes, token_ids: TokenIds) -> Iterator[RadixNode]:
+        """The nodes below this one that spell these tokens and no others, used just now."""
+        for child, shared in self._walk(node, namespace, token_ids):
+            used = child if shared == len(child.key) else self._split(child, shared)
+            used.stamp = self._clock
+            yield used
 
     def _shared_len(self, a: TokenIds, b: TokenIds) -> int:
         length = min(len(a), len(b))
@@ -243,7 +232,7 @@ class RadixCache:
         """Make it a candidate, if it can be evicted."""
         if not self._is_evictable_leaf(node):
             return
-        if len(self._heap) > 64 + 4 * self.num_pages:  # mostly stale: a popular prefix leaves one entry per use
+        if len(self._heap) > 64 + 4 * self._num_pages:  # mostly stale: a popular prefix leaves one entry per use
             self._heap = [entry for entry in self._heap if self._is_candidate(entry)]
             heapq.heapify(self._heap)
         self._serial += 1
@@ -254,16 +243,16 @@ class RadixCache:
         assert parent is not None
         del parent.children[leaf.name]
         leaf.parent = None
-        self.num_pages -= len(leaf.pages)
+        self._num_pages -= len(leaf.pages)
         self.num_evictable -= len(leaf.pages)
         self._push(parent)
         return leaf.pages
 
 
-class NaiveCache(RadixCache):
+class NaiveCache(PrefixCache):
     """No prefix cache: nothing is kept, so nothing is found (`--cache-type naive`)."""
 
-    def insert(self, handle: RadixNode, token_ids: TokenIds, pages: list[int], namespace: str = "") -> RadixNode:  # noqa: ARG002
+    def insert(self, namespace: bytes, handle: RadixNode, token_ids: TokenIds, pages: list[int]) -> RadixNode:  # noqa: ARG002
         return handle
 
 

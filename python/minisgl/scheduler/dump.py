@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from minisgl.env import cache_dir
-from minisgl.kvcache.radix import RadixCache, RadixNode
+from minisgl.kvcache.radix import PrefixCache, RadixNode
 
 
 def dump(planner: object, reason: str) -> str:
@@ -30,7 +30,7 @@ def dump(planner: object, reason: str) -> str:
 
 def _plain(value: Any) -> Any:
     """What msgspec does not know. Nodes are numbers, but where the cache has them all."""
-    if isinstance(value, RadixCache):
+    if isinstance(value, PrefixCache):
         nodes = value.nodes()
         return vars(value) | {"nodes": [[id(node), *(getattr(node, x) for x in node.__slots__)] for node in nodes]}
     if isinstance(value, np.ndarray):

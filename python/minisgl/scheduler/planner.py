@@ -36,7 +36,7 @@ from minisgl.core import (
 )
 from minisgl.errors import IntegrityError, require
 from minisgl.kvcache.allocator import PageAllocator
-from minisgl.kvcache.radix import NaiveCache, RadixCache
+from minisgl.kvcache.radix import NaiveCache, PrefixCache
 from minisgl.utils.fairness import FairQueue
 from minisgl.utils.math import div_ceil
 
@@ -51,7 +51,7 @@ _TELLING_COST = 8
 # oldest one whatever it matches, so that none waits for ever.
 _LPM_WINDOW = 128
 _LPM_OLDEST_EVERY = 8
-_CACHES = {"radix": RadixCache, "naive": NaiveCache}
+_CACHES = {"radix": PrefixCache, "naive": NaiveCache}
 
 
 def _cost(req: Req) -> int:
@@ -83,7 +83,7 @@ class Planner:
         self._page_updates: list[PageUpdate] = []
         self.masked_reqs: list[Req] = []  # of the last plan: those that its bitmask is for
         self._allocator = PageAllocator(config.num_pages)
-        self._cache: RadixCache = _CACHES[config.cache_type](config.page_size)
+        self._cache: PrefixCache = _CACHES[config.cache_type](config.page_size)
         self._rows = list(range(config.max_running_requests - 1, -1, -1))
 
     def reset(self) -> KeysView[int]:
@@ -129,13 +129,15 @@ class Planner:
         if params.max_tokens is not None:
             max_len = min(max_len, len(token_ids) + max(1, params.max_tokens))
         size, prefix = len(token_ids), np.array(token_ids, np.int32)
+        namespace = params.cache_salt.encode("utf-8", "surrogatepass")
         failed, error = list[ReqOutput](), None
         if not 0 < size < max_len:
             error = f"{size} prompt tokens do not fit the context of {self._config.max_seq_len}"
         elif params.seed is None or not self._knows(prefix, params):
             error = "a token is not in the vocabulary, or there is no seed"
         for index in range(count):
-            req = Req(uid + index, token_ids, prefix, size, params.of_choice(index), max_len, num_tokens=size)
+            choice = params.of_choice(index)
+            req = Req(uid + index, token_ids, prefix, size, choice, max_len, size, namespace)
             if (why := f"request id {req.uid} is in use" if req.uid in self._reqs else error) is not None:
                 req.state = ReqState.FINISHED
                 failed.append(ReqOutput(req, (), FinishReason.ERROR, error=why))
@@ -254,7 +256,7 @@ class Planner:
         elif how == "free":
             self._allocator.free(self._running[0].pages[-1:])
         else:
-            self._cache.num_pages += 1
+            self._cache.num_evictable += 1
 
     def free_pages(self) -> list[int]:
         """The pages that belong to nobody."""
@@ -294,7 +296,7 @@ class Planner:
             (computed, "has computed beyond its pages"),
             (counts or not runs, f"has {req.num_tokens} tokens, {num_known} known"),
             (req.num_inflight == num_inflight, f"is in {num_inflight} steps, not {req.num_inflight}"),
-            (self._cache.spells(req.handle, req.prefix, req.params.cache_salt), "holds a prefix of other tokens"),
+            (self._cache.spells(req.namespace, req.handle, req.prefix), "holds a prefix of other tokens"),
             (len(self._cache.path_pages(req.handle)) <= num_pages, "holds more of the cache than it has pages"),
         ):
             require(holds, f"request {req.uid} {contradiction}")
@@ -306,7 +308,7 @@ class Planner:
         sample = end == req.num_tokens
         is_prefill = num_new > 1 or not sample
         if is_prefill and not req.tells_prompt:  # others may share its pages from now on, even within this step
-            req.handle = self._cache.insert(req.handle, req.prefix[:end], req.pages, req.params.cache_salt)
+            req.handle = self._cache.insert(req.namespace, req.handle, req.prefix[:end], req.pages)
         req.num_tokens += sample
         req.held = req.paced and sample
         return ScheduledReq(req.row, start, num_new, sample)
@@ -355,14 +357,14 @@ class Planner:
             return min(waiting.values(), key=lambda req: req.params.priority)
         if self._config.schedule_policy == "lpm" and self._num_admitted % _LPM_OLDEST_EVERY:
             window = islice(waiting.values(), _LPM_WINDOW)
-            return max(window, key=lambda req: self._cache.match_len(req.prefix, req.params.cache_salt))
+            return max(window, key=lambda req: self._cache.match_len(req.namespace, req.prefix))
         return next(iter(waiting.values()))
 
     def _admit(self, req: Req, budget: int) -> int:
         """Give a waiting request a row and pages for its first chunk: how many tokens, 0 if there is no room for it."""
         # At least one token is left to compute; and all prompt tokens whose log-probabilities are still to be told.
         num_reusable = 0 if req.tells_prompt else len(req.prefix) - 1
-        match = self._cache.match(req.prefix[:num_reusable], req.params.cache_salt)
+        match = self._cache.match(req.namespace, req.prefix[:num_reusable])
         self._cache.lock(match.handle)
         num_cached = len(match.pages) * self._page_size
         num_new = min(len(req.tokens) - num_cached, max(1, budget // _cost(req)))
@@ -473,7 +475,7 @@ class Planner:
             # A step planned before the request's end was known may have computed tokens whose ids were dropped.
             known = min(req.num_computed, len(req.tokens))
             tokens = np.asarray(req.tokens[:known], np.int32)
-            req.handle = self._cache.insert(req.handle, tokens, req.pages, req.params.cache_salt)
+            req.handle = self._cache.insert(req.namespace, req.handle, tokens, req.pages)
         self._allocator.free(self._private_pages(req))
         self._cache.unlock(req.handle)
         if req.failed:
