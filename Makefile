@@ -15,10 +15,10 @@ APART := $(wildcard tests/clients/apart/*.txt)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat doctor bench test soak sanitize lint format docs audit clean
+.PHONY: help serve chat doctor bench test test-clients test-faults wheel soak sanitize lint format docs audit clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -66,8 +66,19 @@ doctor: $(CORE)  ## Check this machine: one table, and how to mend what fails
 bench: $(CORE)  ## Measure the engine in this process; for a running server: minisgl bench serve
 	$(BIN)/python -m minisgl bench offline $(ARGS)
 
-test: $(CLIENTS)  ## Run the tests
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+TESTS ?= tests/unit tests/integration tests/gpu tests/e2e
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+test: $(DEV)  ## Run the tests: units, integration, end to end
+	$(PYTEST) $(TESTS) $(ARGS)
+
+test-clients: $(CLIENTS)  ## Run the tests with the programs that people call the server with
+	$(PYTEST) tests/clients $(ARGS)
+
+test-faults: $(DEV)  ## Run the tests of what fails: workers, clients, memory, time; and everything at once
+	$(PYTEST) tests/faults tests/soak $(ARGS)
+
+wheel: $(DEV)  ## Build the wheel, install it elsewhere, and chat with what is in it
+	$(BIN)/python tools/check_wheel.py
 
 soak: $(CLIENTS)  ## Half an hour of everything at once against one server (for a nightly run)
 	MINISGL_SOAK_SECONDS=$${MINISGL_SOAK_SECONDS:-1800} $(BIN)/python -m pytest -s tests/soak $(ARGS)
