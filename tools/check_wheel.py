@@ -29,14 +29,14 @@ def install(folder: Path) -> Path:
     (wheel,) = folder.glob("minisgl-*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
-    constraints = ["-c", ROOT / "constraints.txt", f"torch=={version('torch')}"]
+    constraints = ["-c", str(ROOT / "constraints.txt"), f"torch=={version('torch')}"]
     subprocess.run([*pip, "--python", python, "install", *constraints, wheel], cwd=folder, env=ENVIRONMENT, check=True)
     return python
 
 
 def chat(python: Path, folder: Path) -> str:
     """What the server of that environment answers."""
-    command = [python, "-m", "minisgl", "--port", "0", "--device", "cpu"]
+    command = [str(python), "-m", "minisgl", "--port", "0", "--device", "cpu"]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
         try:

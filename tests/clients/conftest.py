@@ -41,7 +41,7 @@ def run_client(name: str, *args: str, apart: str = "", **environment: str) -> An
     paths = [PYTHONPATH]
     if apart:
         packages = Path(sys.prefix) / "apart" / apart
-        assert packages.is_dir(), f"{packages} is missing: `make test-clients` installs tests/clients/apart/{apart}.txt there"
+        assert packages.is_dir(), f"{packages} is missing: `make test-clients` installs it"
         paths.insert(0, str(packages))
     ran = subprocess.run(
         [sys.executable, "-m", "tests.clients.offline", name, *args],
