@@ -40,7 +40,7 @@ def chat(python: Path, folder: Path) -> str:
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
         try:
-            url = _wait_for_url(server, folder / "log")
+            url = wait_for_url(server, folder / "log")
             body = {"messages": MESSAGES, "max_tokens": 16, "temperature": 0}
             answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).raise_for_status().json()
             return str(answer["choices"][0]["message"]["content"])
@@ -49,7 +49,8 @@ def chat(python: Path, folder: Path) -> str:
             server.wait(30)
 
 
-def _wait_for_url(server: subprocess.Popen[bytes], log: Path) -> str:
+def wait_for_url(server: subprocess.Popen[bytes], log: Path) -> str:
+    """Where the server that writes this log listens. Raises: SystemExit when it does not start."""
     for _ in range(START_SECONDS * 5):
         if found := READY.search(log.read_text()):
             return found[0]
