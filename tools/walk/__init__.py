@@ -1,7 +1,7 @@
-"""Through which files one chat walks: start a server, send it one chat, and print each file that is entered meanwhile and each
-hand-over from one file to another, in the order in which they come first. Two checkouts can be compared by the counts.
+"""Through which files a chat walks: start a server, send it one chat, and print each hand-over from one file to another
+meanwhile, in the order in which they come first, and how many there are, so that two checkouts can be compared.
 
     python -m tools.walk [--package DIR]  # DIR: the `python` folder of another checkout
 
-All processes and threads are watched, by Python's own profile hook, which `hook/sitecustomize.py` sets where it is told to.
+All processes and threads are watched by Python's profile hook, which `hook/sitecustomize.py` sets where it is told to.
 """
