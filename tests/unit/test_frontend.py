@@ -12,7 +12,7 @@ from minisgl.config.runtime import Addresses
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError, WorkerDied
 from minisgl.message.backend import AbortMsg, PingMsg, backend_codec
-from minisgl.message.frontend import AcceptedReply, ErrorReply, FrontendMsg, PongReply, UserReply, frontend_codec
+from minisgl.message.frontend import AcceptedReply, ErrorReply, FrontendMsg, UserReply, frontend_codec
 from minisgl.message.tokenizer import TextPrompt, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.server.frontend import Frontend
 from minisgl.utils.sockets import AsyncPullSocket, PushSocket
@@ -183,7 +183,7 @@ async def test_pings_come_back_or_time_out(frontend: Frontend, peers: Peers) -> 
     for index in range(2):
         (message,) = await peers.receive(index)
         assert isinstance(message, PingMsg)
-        peers.outbox.send([PongReply(uid=message.uid)])
+        peers.outbox.send([PingMsg(uid=message.uid)])
     await ping
     with pytest.raises(WorkerDied, match="did not answer"):
         await frontend.ping(0.05)

@@ -112,7 +112,7 @@ def test_what_is_long_is_answered_later_and_the_same(running: Running) -> None:
     assert isinstance(decoded := replies[6], DecodedReply) and decoded.text == text
     (user,) = running.to_backend(1)
     assert isinstance(user, UserMsg) and (user.uid, user.count) == (1, 2)
-    assert unpack_ids(user.input_ids) == ids
+    assert unpack_ids(user.prompt) == ids
 
 
 def test_an_abort_stays_behind_its_long_request(running: Running) -> None:

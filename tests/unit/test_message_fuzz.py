@@ -172,7 +172,7 @@ def decoded(codec: Any, kind: str, fields: dict[str, Any]) -> list[Any]:
 
 
 requests = st.fixed_dictionaries(
-    {"uid": uids, "input_ids": ids, "params": params}, optional={"count": st.integers(-1, 6) | st.just(2**63)}
+    {"uid": uids, "prompt": ids, "params": params}, optional={"count": st.integers(-1, 6) | st.just(2**63)}
 )
 
 
@@ -224,7 +224,7 @@ prompts = (
     | st.builds(ChatPrompt, st.lists(st.dictionaries(texts, values, max_size=3), max_size=2))
 )
 odd = st.one_of(
-    st.builds(TokenizeMsg, st.integers(0, 5), prompts, st.just(GREEDY), st.booleans(), st.integers(0, 3)),
+    st.builds(TokenizeMsg, st.integers(0, 5), prompts, st.just(GREEDY), st.integers(0, 3), st.booleans()),
     st.builds(
         DetokenizeMsg,
         st.integers(0, 3),

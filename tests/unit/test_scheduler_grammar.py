@@ -212,8 +212,8 @@ def test_outputs_that_wait_together_end_apart() -> None:
     loop.compiled()
     left = loop.grammars.admit([])
     assert left == [
-        UserMsg(2, message.input_ids, replace(params, seed=6)),
-        UserMsg(4, message.input_ids, replace(params, seed=8), 2),
+        UserMsg(2, message.prompt, replace(params, seed=6)),
+        UserMsg(4, message.prompt, replace(params, seed=8), 2),
     ]
 
 

@@ -15,7 +15,7 @@ from minisgl.core import Grammar, SamplingParams
 from minisgl.errors import ConfigError, RequestError
 from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import AcceptedReply, ErrorReply, PongReply, UserReply
+from minisgl.message.frontend import AcceptedReply, ErrorReply, UserReply
 from minisgl.message.tokenizer import (
     ChatPrompt,
     DetokenizeMsg,
@@ -100,7 +100,7 @@ def test_a_batch_is_encoded_like_its_parts(byte_level_bos: HFTextCodec) -> None:
     assert [isinstance(answer, ErrorReply) for answer in answers] == [False, False, True, False, True, False]
     for answer, prompt in zip(answers, prompts, strict=True):
         if isinstance(answer, UserMsg):
-            assert unpack_ids(answer.input_ids) == tokenizer.encode(prompt)
+            assert unpack_ids(answer.prompt) == tokenizer.encode(prompt)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_pings_go_round_once(tmp_path: Path, byte_level: HFTextCodec, num_tokeni
         detokenizer = start_server(tmp_path, byte_level, num_tokenizer=1, tokenizer=False)
     for uid in (1, 2):
         assert tokenizer.handle([PingMsg(uid=uid)]) == ([PingMsg(uid=uid)], [])
-        assert detokenizer.handle([PingMsg(uid=uid)]) == ([], [PongReply(uid=uid)])
+        assert detokenizer.handle([PingMsg(uid=uid)]) == ([], [PingMsg(uid=uid)])
     tokenizer.close()
     if detokenizer is not tokenizer:
         detokenizer.close()

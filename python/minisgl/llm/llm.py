@@ -268,7 +268,7 @@ class LLM:
         self._next_uid = uids.stop
         now = time.perf_counter()
         for message in messages:
-            self._pending[message.uid] = _Pending(unpack_ids(message.input_ids), now)
+            self._pending[message.uid] = _Pending(unpack_ids(message.prompt), now)
         self._transport.put(messages)
         return uids
 

@@ -3,13 +3,49 @@ tells its supervisor, over the pipe that this has made for it."""
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from minisgl.core import SamplingParams
+
 T = TypeVar("T")
+
+
+def _tag(name: str) -> str:
+    return re.sub("(Msg|Reply|Prompt)$", "", name).lower()
+
+
+class Part(msgspec.Struct, frozen=True, tag=_tag, forbid_unknown_fields=True):
+    """What messages are made of."""
+
+
+class Message(Part, frozen=True):
+    """About one request: the uid names it, and whoever asks for something that is not about a request draws one."""
+
+    uid: int
+
+
+class Request(Message, Generic[T], frozen=True):
+    """A new request. Its outputs are so many as `count`: their uids follow on `uid`, and their seeds on `params.seed`.
+
+    Raises: ValueError for uids that nobody of ours would name.
+    """
+
+    prompt: T
+    params: SamplingParams
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.uid < 2**62 and 0 <= self.count <= 4096):
+            raise ValueError(f"uid {self.uid}, count {self.count}")
+
+    @property
+    def uids(self) -> range:
+        return range(self.uid, self.uid + self.count)
 
 
 class Codec(Generic[T]):
@@ -21,12 +57,6 @@ class Codec(Generic[T]):
     def __init__(self, union: Any) -> None:
         self.encode: Callable[[Sequence[T]], bytes] = msgspec.msgpack.Encoder().encode
         self.decode: Callable[[bytes], list[T]] = msgspec.msgpack.Decoder(list[union]).decode
-
-
-def check_uids(uid: int, count: int) -> None:
-    """Raises: ValueError for so many uids from this one on that nobody of ours would name."""
-    if not (0 <= uid < 2**62 and 0 <= count <= 4096):
-        raise ValueError(f"uid {uid}, count {count}")
 
 
 def pack_ids(token_ids: Sequence[int]) -> bytes:
@@ -41,27 +71,24 @@ def unpack_ids(data: bytes) -> list[int]:
 
 def carried(value: Any) -> bool:
     """Whether a JSON value has only numbers that messages can carry."""
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            stack += item.values()
-        elif isinstance(item, list):
-            stack += item
-        elif isinstance(item, int) and not -(2**63) <= item < 2**64:
-            return False
+    try:
+        msgspec.msgpack.encode(value)
+    except OverflowError:
+        return False
+    except UnicodeEncodeError:  # no number
+        return True
     return True
 
 
-class Ready(msgspec.Struct, frozen=True, tag="ready", forbid_unknown_fields=True):
+class Ready(Part, frozen=True):
     """Start-up is over."""
 
 
-class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", forbid_unknown_fields=True):
+class Heartbeat(Part, frozen=True):
     """The main loop is alive."""
 
 
-class Failed(msgspec.Struct, frozen=True, tag="failed", forbid_unknown_fields=True):
+class Failed(Part, frozen=True):
     """The process ends because of this. `config`: the operator can mend it."""
 
     message: str

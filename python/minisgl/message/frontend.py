@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.core import FinishReason, TokenLogprobs
-from minisgl.message.codec import Codec
+from minisgl.message.backend import PingMsg
+from minisgl.message.codec import Codec, Message
 from minisgl.utils.math import Histogram
 
 LEAST = -9999.0  # for what is less, or no number: JSON has no infinities, and this is OpenAI's
@@ -65,10 +66,9 @@ def _bounded(logprobs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.where(logprobs > LEAST, logprobs, np.float32(LEAST))
 
 
-class UserReply(msgspec.Struct, frozen=True, tag="reply", forbid_unknown_fields=True):
+class UserReply(Message, frozen=True):
     """More output of a request. Counts are running totals. Exactly one reply per uid has a `finish_reason`."""
 
-    uid: int
     text: str
     token_ids: bytes
     num_prompt_tokens: int
@@ -85,46 +85,34 @@ class UserReply(msgspec.Struct, frozen=True, tag="reply", forbid_unknown_fields=
     stop: str | None = None  # in the last: the stop string that ended it
 
 
-class AcceptedReply(msgspec.Struct, frozen=True, tag="accepted", forbid_unknown_fields=True):
+class AcceptedReply(Message, frozen=True):
     """The prompt is encoded and fits: the request has gone on to the scheduler."""
 
-    uid: int
 
-
-class ErrorReply(msgspec.Struct, frozen=True, tag="error", forbid_unknown_fields=True):
+class ErrorReply(Message, frozen=True):
     """The request was refused before it reached the scheduler; the terminal reply of its uid."""
 
-    uid: int
     message: str
     status: int = 400
     param: str | None = None
     code: str | None = None
 
 
-class PongReply(msgspec.Struct, frozen=True, tag="pong", forbid_unknown_fields=True):
-    """A ping came round through tokenizer, scheduler and detokenizer."""
-
-    uid: int
-
-
-class EncodedReply(msgspec.Struct, frozen=True, tag="encoded", forbid_unknown_fields=True):
+class EncodedReply(Message, frozen=True):
     """The token ids of an `EncodeMsg`."""
 
-    uid: int
     token_ids: bytes
 
 
-class DecodedReply(msgspec.Struct, frozen=True, tag="decoded", forbid_unknown_fields=True):
+class DecodedReply(Message, frozen=True):
     """The text of a `DecodeMsg`."""
 
-    uid: int
     text: str
 
 
-class StatsReply(msgspec.Struct, frozen=True, tag="stats", forbid_unknown_fields=True):
+class StatsReply(Message, frozen=True):
     """What rank 0 is doing, and what it has done since it started."""
 
-    uid: int
     num_running: int
     num_waiting: int
     num_pages: int
@@ -134,12 +122,11 @@ class StatsReply(msgspec.Struct, frozen=True, tag="stats", forbid_unknown_fields
     step_tokens: Histogram
 
 
-class FlushReply(msgspec.Struct, frozen=True, tag="flushed", forbid_unknown_fields=True):
+class FlushReply(Message, frozen=True):
     """The prefix cache was flushed; so many pages were freed."""
 
-    uid: int
     num_pages: int
 
 
-FrontendMsg = UserReply | AcceptedReply | ErrorReply | PongReply | EncodedReply | DecodedReply | StatsReply | FlushReply
+FrontendMsg = UserReply | AcceptedReply | ErrorReply | PingMsg | EncodedReply | DecodedReply | StatsReply | FlushReply
 frontend_codec: Codec[FrontendMsg] = Codec(FrontendMsg)

@@ -6,16 +6,16 @@ from typing import Any
 
 import msgspec
 
-from minisgl.core import FinishReason, SamplingParams
+from minisgl.core import FinishReason
 from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg
-from minisgl.message.codec import Codec, check_uids
+from minisgl.message.codec import Codec, Message, Part, Request
 from minisgl.message.frontend import ErrorReply, PackedLogprobs
 
 LONGEST_TOKEN = 512  # bytes: no model has a longer one; a tokenizer knows how long its own are
 PROMPT_TAIL = 16  # prompt ids that say how the prompt ends: more than a tag and whitespace, spelled out, have
 
 
-class ChatPrompt(msgspec.Struct, frozen=True, tag="chat", forbid_unknown_fields=True):
+class ChatPrompt(Part, frozen=True):
     """Messages for the chat template, as the template expects them (OpenAI's shape).
 
     add_generation_prompt: the prompt ends where an assistant begins to speak. continue_final: instead it ends in the
@@ -24,18 +24,18 @@ class ChatPrompt(msgspec.Struct, frozen=True, tag="chat", forbid_unknown_fields=
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = {}
+    template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
     add_generation_prompt: bool = True
     continue_final: bool = False
 
 
-class TextPrompt(msgspec.Struct, frozen=True, tag="text", forbid_unknown_fields=True):
+class TextPrompt(Part, frozen=True):
     """Plain text: encoded with the tokenizer's own special tokens (BOS, where the model has one)."""
 
     text: str
 
 
-class IdsPrompt(msgspec.Struct, frozen=True, tag="ids", forbid_unknown_fields=True):
+class IdsPrompt(Part, frozen=True):
     """Token ids, packed; used as they are."""
 
     input_ids: bytes
@@ -51,44 +51,30 @@ def least_tokens(prompt: Prompt) -> int:
     return len(msgspec.msgpack.encode(prompt)) // LONGEST_TOKEN
 
 
-class TokenizeMsg(msgspec.Struct, frozen=True, tag="tokenize", forbid_unknown_fields=True):
+class TokenizeMsg(Request[Prompt], frozen=True):
     """A new request. `params.max_tokens` may be None (the tokenizer fills in what the context has room for).
 
-    count: so many outputs of the one prompt. Their uids follow on `uid`, and their seeds on `params.seed`.
     notify: answer with an `AcceptedReply`, unless the scheduler may still refuse the request for its grammar.
     """
 
-    uid: int
-    prompt: Prompt
-    params: SamplingParams
     notify: bool = False
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        check_uids(self.uid, self.count)
-
-    @property
-    def uids(self) -> range:
-        return range(self.uid, self.uid + self.count)
 
 
-class EncodeMsg(msgspec.Struct, frozen=True, tag="encode", forbid_unknown_fields=True):
+class EncodeMsg(Message, frozen=True):
     """Asks for the token ids of a prompt, and no more: `EncodedReply`, or `ErrorReply`."""
 
-    uid: int
     prompt: ChatPrompt | TextPrompt
     special: bool = True  # with the frame of special tokens around plain text
 
 
-class DecodeMsg(msgspec.Struct, frozen=True, tag="decode", forbid_unknown_fields=True):
+class DecodeMsg(Message, frozen=True):
     """Asks for the text of token ids: `DecodedReply`, or `ErrorReply`."""
 
-    uid: int
     token_ids: bytes
     skip_special: bool = True
 
 
-class StreamStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class StreamStart(Part, frozen=True):
     """What the detokenizer must know of a request, sent with its first message."""
 
     num_prompt_tokens: int
@@ -101,14 +87,13 @@ class StreamStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prompt: bytes = b""  # all prompt ids, packed, where they are to be shown
 
 
-class DetokenizeMsg(msgspec.Struct, frozen=True, tag="detokenize", forbid_unknown_fields=True):
+class DetokenizeMsg(Message, frozen=True):
     """New output tokens of a request. The last message has `finish_reason`, with `error` text if it is `error`.
 
     An end-of-sequence token that ended the request is part of `token_ids`; `num_hidden` of the last ids (0 or 1) are
     such and never become text.
     """
 
-    uid: int
     token_ids: bytes
     num_cached: int = 0
     num_hidden: int = 0

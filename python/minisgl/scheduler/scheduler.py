@@ -96,7 +96,7 @@ class Scheduler:
             message = self._inbox.popleft()
             if isinstance(message, UserMsg):
                 self._open.update((uid, False) for uid in message.uids if uid not in self._open)
-                outputs += self.planner.add(message.uid, unpack_ids(message.input_ids), message.params, message.count)
+                outputs += self.planner.add(message.uid, unpack_ids(message.prompt), message.params, message.count)
             elif isinstance(message, AbortMsg):
                 outputs += self.planner.abort(message.uid)
             elif isinstance(message, ResumeMsg):

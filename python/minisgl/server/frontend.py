@@ -189,7 +189,7 @@ class Frontend:
             raise self._down
         if params.seed is None:
             params = replace(params, seed=random.randint(0, MAX_SEED))
-        request = _Request(tokenizer.TokenizeMsg(0, prompt, params, notify, count), begin)
+        request = _Request(tokenizer.TokenizeMsg(0, prompt, params, count, notify), begin)
         request.streams = [Stream(self, request, request_ids) for _ in range(count)]
         self._send(request)
         return request.streams
@@ -237,7 +237,7 @@ class Frontend:
     async def ping(self, timeout: float) -> None:
         """A round trip through all children. Raises: WorkerDied when requests would wait, or after so many seconds."""
         questions = [PingMsg(next(self._uids)) for _ in self._routes or [""]]  # one for each of them
-        await asyncio.gather(*(self._ask(question, replies.PongReply, timeout) for question in questions))
+        await asyncio.gather(*(self._ask(question, PingMsg, timeout) for question in questions))
 
     async def encode(self, prompt: tokenizer.ChatPrompt | tokenizer.TextPrompt, *, special: bool) -> list[int]:
         """The token ids of a prompt, which is not run. Raises: RequestError when it is refused, WorkerDied."""

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from minisgl.config.runtime import Addresses, TokenizerConfig
 from minisgl.core import FinishReason
 from minisgl.message.backend import AbortMsg, BackendMsg, FlushMsg, PingMsg, UserMsg, backend_codec
-from minisgl.message.frontend import AcceptedReply, ErrorReply, FrontendMsg, PongReply, UserReply, frontend_codec
+from minisgl.message.frontend import AcceptedReply, ErrorReply, FrontendMsg, UserReply, frontend_codec
 from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, TextMsg, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
@@ -174,7 +174,7 @@ class TokenizerServer:
             to_backend.append(message)
         else:
             self._pings.discard(message.uid)
-            to_frontend.append(PongReply(uid=message.uid))
+            to_frontend.append(message)
 
 
 def _uids(message: TextMsg) -> Sequence[int]:
