@@ -42,7 +42,7 @@ def measure(num_requests: int, page_size: int, num_steps: int) -> tuple[float, f
         if plan is None:
             return statistics.median(plan_seconds), statistics.median(retire_seconds)
         if previous is not None:
-            result = StepResult(previous.step_id, [5] * sum(req.sample for req in previous.reqs))
+            result = StepResult(previous.step_id, [(5,)] * sum(req.num_samples for req in previous.reqs))
             before = time.perf_counter()
             planner.retire(result)
             if plan.is_decode_only and len(plan.reqs) == num_requests:

@@ -50,7 +50,7 @@ def engine_logits(path: Path, tokens: list[int], **overrides: Any) -> torch.Tens
     num_pages = -(-len(tokens) // config.page_size)
     admission = Admission(0, torch.tensor(tokens, dtype=torch.int32).numpy(), GREEDY)
     plan = StepPlan(
-        0, (admission,), (PageUpdate(0, 0, tuple(range(num_pages))),), (ScheduledReq(0, 0, len(tokens), True),)
+        0, (admission,), (PageUpdate(0, 0, tuple(range(num_pages))),), (ScheduledReq(0, 0, len(tokens), 1),)
     )
     with torch.inference_mode():
         runner._tables.apply(plan)
@@ -106,7 +106,7 @@ def generate(
 
 
 def _plan(step: int, seqs: list[_Seq], free: list[int], page_size: int, budget: int) -> tuple[StepPlan, list[_Seq]]:
-    admissions, updates, reqs, sampling = [], [], [], []
+    admissions, updates, planned = [], [], []
     for s in seqs:
         if step < s.arrival or s.length >= len(s.prompt) + s.num_tokens or budget == 0:
             continue
@@ -118,16 +118,18 @@ def _plan(step: int, seqs: list[_Seq], free: list[int], page_size: int, budget: 
             updates.append(PageUpdate(s.row, s.num_pages, tuple(free.pop() for _ in range(num_pages - s.num_pages))))
             s.num_pages = num_pages
         last = s.computed + num_new == s.length
-        reqs.append(ScheduledReq(s.row, s.computed, num_new, last))
+        planned.append((ScheduledReq(s.row, s.computed, num_new, int(last)), s))
         s.computed += num_new
         budget -= num_new
         if last:
             s.length += 1
-            sampling.append(s)
-    return StepPlan(step, tuple(admissions), tuple(updates), tuple(reqs)), sampling
+    planned.sort(key=lambda item: not item[0].is_decode)
+    reqs = tuple(req for req, _ in planned)
+    plan = StepPlan(step, tuple(admissions), tuple(updates), reqs, sum(req.is_decode for req in reqs))
+    return plan, [s for req, s in planned if req.num_samples]
 
 
 def _collect(handle: Any, sampling: list[_Seq]) -> None:
     ids = handle.result().token_ids
-    for s, token in zip(sampling, ids, strict=True):
-        s.output.append(token)
+    for s, sampled in zip(sampling, ids, strict=True):
+        s.output += sampled

@@ -74,8 +74,8 @@ class FakeExecutor:
             if self._answer is not None:
                 self._answers[admission.row] = (len(admission.token_ids), self._answer())
         stalled = fault("step") == "stall"  # it never ends
-        ids = [self._token(req.row, req.start + req.num_new) for req in plan.reqs if req.sample]
-        rows = enumerate(req.row for req in plan.reqs if req.sample)
+        ids = [(self._token(req.row, req.start + req.num_new),) for req in plan.reqs if req.num_samples]
+        rows = enumerate(req.row for req in plan.reqs if req.num_samples)
         logprobs = {index: _logprobs(self._logprobs[row]) for index, row in rows if self._logprobs[row]}
         return FakeHandle(
             StepResult(plan.step_id, ids, logprobs), math.inf if stalled else time.monotonic() + self._delay

@@ -60,6 +60,9 @@ class SimulatedEngine:
         assert plan.reqs
         assert plan.num_tokens <= self.config.max_prefill_length
         assert len({req.row for req in plan.reqs}) == len(plan.reqs), "a row is scheduled twice"
+        is_decode = [req.is_decode for req in plan.reqs]
+        assert is_decode == sorted(is_decode, reverse=True), "prefill comes before decode"
+        assert sum(is_decode) == plan.num_decode
         for row, ids, params, *_ in plan.admissions:
             assert params.seed is not None
             self._tokens[row], self._salts[row] = -1, params.cache_salt
@@ -73,27 +76,28 @@ class SimulatedEngine:
             return SimulatedHandle(EngineError("simulated") if failed else StepResult(plan.step_id, sampled))
         return SimulatedHandle(StepResult(plan.step_id, self._run(plan)))
 
-    def _run(self, plan: StepPlan) -> list[int]:
+    def _run(self, plan: StepPlan) -> list[tuple[int, ...]]:
+        self._copy(plan)
         for row, start, num_new, _ in plan.reqs:
             ids = tuple(self._tokens[row, : start + num_new].tolist())
             assert -1 not in ids, "a token is computed before it is known"
             for position in range(start, start + num_new):
                 self._kv[self._slot(row, position)] = self._salts[row], ids[: position + 1]
-        sampled: list[int] = []
+        sampled: list[tuple[int, ...]] = []
         masked = plan.bitmask.samples if plan.bitmask else ()
-        for row, start, num_new, sample in plan.reqs:
+        for row, start, num_new, num_samples in plan.reqs:
             end = start + num_new
             ids = tuple(self._tokens[row, :end].tolist())
             for position in range(end):
                 known = self._salts[row], ids[: position + 1]
                 assert self._kv.get(self._slot(row, position)) == known, "someone else's KV is read"
-            if sample and row in self.unready and len(sampled) in masked:
+            if num_samples and row in self.unready and len(sampled) in masked:
                 self._tokens[row, end] = 0
-                sampled.append(NOT_READY)
-            elif sample:
+                sampled.append((NOT_READY,))
+            elif num_samples:
                 token = next_token(ids, self.vocab_size)
                 self._tokens[row, end] = token
-                sampled.append(-1 if row in self.poison else token)
+                sampled.append((-1 if row in self.poison else token,))
         return sampled
 
     def pages_of(self, plan: StepPlan) -> dict[int, str]:
@@ -104,13 +108,21 @@ class SimulatedEngine:
                 assert salts.setdefault(page, self._salts[req.row]) == self._salts[req.row], "a page has two salts"
         return salts
 
-    def _run_broken(self, plan: StepPlan) -> list[int]:
-        for row, start, num_new, sample in plan.reqs:
+    def _copy(self, plan: StepPlan) -> None:
+        size = self.config.page_size
+        moves = [(c.source * size + i, c.target * size + i) for c in plan.copies for i in range(size)]
+        copied = {target: self._kv[source] for source, target in moves if source in self._kv}
+        for _, target in moves:
+            self._kv.pop(target, None)
+        self._kv |= copied
+
+    def _run_broken(self, plan: StepPlan) -> list[tuple[int, ...]]:
+        for row, start, num_new, num_samples in plan.reqs:
             for position in range(start, start + num_new):
                 self._kv[self._slot(row, position)] = "", (-1,)
-            if sample:
+            if num_samples:
                 self._tokens[row, start + num_new] = 0
-        return [0 for req in plan.reqs if req.sample]
+        return [(0,) for req in plan.reqs if req.num_samples]
 
     def _slot(self, row: int, position: int) -> int:
         page = int(self._page_table[row, position // self.config.page_size])

@@ -218,15 +218,27 @@ class PageUpdate(NamedTuple):
 class ScheduledReq(NamedTuple):
     """One request's share of a step: compute `num_new` tokens from position `start` on.
 
-    The ids come from the engine's token buffer at [row, start : start + num_new]. With `sample` the last of them
-    yields the token at position start + num_new, which the engine writes into the buffer; prefill chunks but the last
-    do not sample.
+    The ids come from the engine's token buffer at [row, start : start + num_new]. Each of the last `num_samples` of
+    them (one; none in prefill chunks but the last) yields the token at the position after it, which the engine writes
+    into the buffer.
     """
 
     row: int
     start: int
     num_new: int
-    sample: bool
+    num_samples: int
+
+    @property
+    def is_decode(self) -> bool:
+        """Every position samples."""
+        return self.num_new == self.num_samples
+
+
+class PageCopy(NamedTuple):
+    """What page `source` holds, for all layers, becomes what page `target` holds too."""
+
+    source: int
+    target: int
 
 
 class BitmaskWords(Protocol):
@@ -242,20 +254,23 @@ class TokenBitmask(NamedTuple):
     step before to end when it is first indexed, so that is done as late as can be. An empty row is not ready.
     """
 
-    samples: tuple[int, ...]  # indices into the plan's requests with `sample`, ascending
+    samples: tuple[int, ...]  # indices into the plan's requests that sample, ascending
     words: BitmaskWords | None
 
 
 class StepPlan(NamedTuple):
     """What the engine computes in one step. Plans are executed in order; a later one may rely on an earlier one's KV.
 
-    Within a step, all KV is stored before any of it is read, so requests in one plan may share pages.
+    Within a step, all KV is stored before any of it is read, so requests in one plan may share pages. Before that,
+    `copies` are made, all at once; no page is the target of two.
     """
 
     step_id: int
     admissions: tuple[Admission, ...]
     page_updates: tuple[PageUpdate, ...]
-    reqs: tuple[ScheduledReq, ...]
+    reqs: tuple[ScheduledReq, ...]  # decode first
+    num_decode: int = 0  # how many of them are decode
+    copies: tuple[PageCopy, ...] = ()
     bitmask: TokenBitmask | None = None
     expected: tuple[PageUpdate, ...] = ()  # now and then: all pages of each row, which the engine is to compare
 
@@ -265,7 +280,7 @@ class StepPlan(NamedTuple):
 
     @property
     def is_decode_only(self) -> bool:
-        return all(req.num_new == 1 and req.sample for req in self.reqs)
+        return self.num_decode == len(self.reqs)
 
 
 class TokenLogprobs(NamedTuple):
@@ -277,8 +292,8 @@ class TokenLogprobs(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """The sampled ids, one per `ScheduledReq` with `sample`, in plan order; -1 where the logits were not finite,
-    `NOT_READY` where a bitmask was not.
+    """The sampled ids: `num_samples` for each `ScheduledReq` that samples, in plan order; -1 where the logits were not
+    finite, `NOT_READY` where a bitmask was not.
 
     Log-probabilities are there on rank 0, for the requests that want them: of sampled tokens by index into
     `token_ids`; of the prompt tokens from start + 1 to start + num_new, as far as they are prompt, by index into the
@@ -286,7 +301,7 @@ class StepResult(NamedTuple):
     """
 
     step_id: int
-    token_ids: list[int]
+    token_ids: list[tuple[int, ...]]
     logprobs: dict[int, TokenLogprobs] | None = None
     prompt_logprobs: dict[int, TokenLogprobs] | None = None
 

@@ -342,7 +342,7 @@ def test_long_prompts_that_wait_cost_the_running_requests_nothing(policy: str) -
         plan = planner.plan()
         seconds.append(time.process_time() - begin)
         assert plan is not None
-        planner.retire(StepResult(plan.step_id, [1] * sum(req.sample for req in plan.reqs)))
+        planner.retire(StepResult(plan.step_id, [(1,)] * sum(req.num_samples for req in plan.reqs)))
     assert planner.num_running < 5
     assert planner.num_waiting > 120
     assert sorted(seconds)[-5] < 0.002  # a conversion of one such prompt takes longer, and lpm looks at 128

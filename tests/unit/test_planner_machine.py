@@ -139,11 +139,11 @@ class PlannerMachine(RuleBasedStateMachine):
     def check_bitmask(self, plan: StepPlan) -> None:
         """Of a token that has to match a grammar, all before it are known, or sampled by the steps in flight."""
         reqs = self.planner.masked_reqs
-        rows = [req.row for req in plan.reqs if req.sample]
+        rows = [req.row for req in plan.reqs if req.num_samples]
         assert [rows[index] for index in (plan.bitmask.samples if plan.bitmask else ())] == [req.row for req in reqs]
         for req in reqs:
             unknown = req.num_tokens - 1 - len(req.tokens)
-            rows = [[share.row for share in step.reqs if share.sample] for step, _ in self.inflight]
+            rows = [[share.row for share in step.reqs if share.num_samples] for step, _ in self.inflight]
             assert req.params.grammar is not None
             assert unknown == sum(req.row in some for some in rows) - req.num_stale
             assert req.tokens == self.history[req.uid] + self.outputs[req.uid]
@@ -162,7 +162,7 @@ class PlannerMachine(RuleBasedStateMachine):
             self.engine.broken = False
         else:
             for uid in self.prompts:
-                if -1 in result.token_ids:
+                if (-1,) in result.token_ids:
                     self.allowed.setdefault(uid, FinishReason.ERROR)
             self.take(self.planner.retire(result))
 

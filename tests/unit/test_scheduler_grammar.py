@@ -96,7 +96,7 @@ class MaskedEngine(SimulatedEngine):
         if plan.bitmask is not None:
             assert plan.bitmask.words is not None
             words = [plan.bitmask.words[i] for i in range(len(plan.bitmask.samples))]
-            sampling = [req.row for req in plan.reqs if req.sample]
+            sampling = [req.row for req in plan.reqs if req.num_samples]
             self.unready = [sampling[i] for i, row in zip(plan.bitmask.samples, words, strict=True) if not len(row)]
             self.words += [int(row[0]) & 255 for row in words if len(row)]
         return super().submit(plan)

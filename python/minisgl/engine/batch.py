@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +12,10 @@ import numpy.typing as npt
 import torch
 
 from minisgl.attention.base import AttentionBatch, IntArray
-from minisgl.core import StepPlan
-from minisgl.engine.logits import LogitRules, LogprobRules
+from minisgl.core import ScheduledReq, StepPlan
+from minisgl.engine.logits import LogitRules, LogprobRules, on
 from minisgl.errors import require
+from minisgl.kvcache.pool import KVPool
 from minisgl.utils.math import div_ceil
 
 
@@ -77,6 +80,33 @@ class RowTables:
         return self._sampling.select(rows)._replace(position=positions)
 
 
+class ReqColumns(NamedTuple):
+    """The shares of a step, a column for each field of `ScheduledReq`: [n]."""
+
+    row: IntArray
+    start: IntArray
+    num_new: IntArray
+    num_samples: IntArray
+
+
+def columns(reqs: Sequence[ScheduledReq]) -> ReqColumns:
+    num_fields = len(ReqColumns._fields)
+    table = np.fromiter(chain.from_iterable(reqs), np.int64, num_fields * len(reqs))
+    return ReqColumns(*table.reshape(-1, num_fields).T)
+
+
+def by_request(ids: torch.Tensor) -> list[tuple[int, ...]]:
+    """ids: [n], one for each request that samples → as a `StepResult` has them."""
+    return list(zip(ids.tolist()))
+
+
+def copy_pages(plan: StepPlan, kv: KVPool, page_size: int, device: torch.device) -> None:
+    """Make the plan's copies, in the order of the device's work."""
+    if plan.copies:
+        sources = on(device, np.array([copy.source for copy in plan.copies]))
+        kv.copy_pages(sources, on(device, np.array([copy.target for copy in plan.copies])), page_size)
+
+
 def check_pages(plan: StepPlan, table: npt.NDArray[np.int32]) -> None:
     """Raises: IntegrityError where a row's pages are not those that the planner gave it."""
     for row, _, pages in plan.expected:
@@ -97,24 +127,24 @@ class Tables(RowTables):
 
     def build(self, plan: StepPlan) -> Batch:
         """The step's indices and ids. plan.reqs is not empty."""
-        rows, starts, num_new, samples = np.array(plan.reqs, dtype=np.int64).T
+        rows, starts, num_new, num_samples = columns(plan.reqs)
         offsets = np.concatenate(([0], np.cumsum(num_new)))
         token_rows = np.repeat(rows, num_new)
         positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], num_new)
         attention = AttentionBatch(rows, starts, num_new, offsets, self.pages, self.page_size)
-        sampling = samples.astype(bool)
+        sampling = num_samples > 0
         logit_tokens = None if plan.is_decode_only else torch.from_numpy(offsets[1:][sampling] - 1)
-        sample_rows, columns = rows[sampling], (starts + num_new)[sampling]
+        sample_rows, sampled = rows[sampling], (starts + num_new)[sampling]
         return Batch(
             input_ids=torch.from_numpy(self.token_ids[token_rows, positions].astype(np.int64)),
             positions=torch.from_numpy(positions),
             slots=torch.from_numpy(attention.slots_of(token_rows, positions)),
             attention=attention,
             logit_tokens=logit_tokens,
-            sampling=self.sampling(sample_rows, columns),
-            sampled_at=(sample_rows, columns),
+            sampling=self.sampling(sample_rows, sampled),
+            sampled_at=(sample_rows, sampled),
         )
 
-    def store_sampled(self, at: tuple[IntArray, IntArray], ids: list[int]) -> None:
+    def store_sampled(self, at: tuple[IntArray, IntArray], ids: torch.Tensor) -> None:
         """Sampled ids become input of later steps; a failed row (-1) gets some valid id, which nobody will see."""
-        self.token_ids[at] = np.maximum(np.array(ids, dtype=np.int32), 0)
+        self.token_ids[at] = np.maximum(ids.numpy(), 0)

@@ -19,7 +19,7 @@ import torch
 from minisgl.attention.base import AttentionBatch, IntArray, PagedBatch, PagedStep, StepContext
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import NOT_READY, Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
-from minisgl.engine.batch import RowTables, check_pages
+from minisgl.engine.batch import RowTables, check_pages, columns, copy_pages
 from minisgl.engine.device import (
     NUM_BUFFERS,
     CudaHandle,
@@ -143,6 +143,7 @@ class CudaRunner:
 
     def _launch(self, plan: StepPlan) -> Launched:
         self._tables.apply(plan)
+        copy_pages(plan, self._kv, self._config.page_size, self._device)
         if not plan.reqs:
             return Launched(self._token_ids[0, :0])
         size = self._graphs.size_for(len(plan.reqs)) if plan.is_decode_only else None
@@ -151,7 +152,7 @@ class CudaRunner:
         return self._launch_eager(plan)
 
     def _launch_graph(self, plan: StepPlan, size: int) -> Launched:
-        rows, starts = np.array(plan.reqs, dtype=np.int64).T[:2]
+        rows, starts, *_ = columns(plan.reqs)
         num, arrays = len(rows), self._padding(size)
         for name in ("rows", "token_rows", "sample_rows"):
             arrays[name][:num] = rows
@@ -169,7 +170,7 @@ class CudaRunner:
             return Launched(ids)
         logits = self._graphs.logits(size)
         self._sample_again(logits, steps, tensors, ids)
-        return Launched(ids, None, self._report(wanted, logits, ids))
+        return Launched(ids, self._report(wanted, logits, ids))
 
     def _sample_again(self, logits: Tensor, steps: Sequence[LogitStep], tensors: StepTensors, ids: Tensor) -> None:
         """Sample some rows from changed logits, in place of what the step has sampled for them: so a captured step
@@ -236,38 +237,32 @@ class CudaRunner:
         return self._paged(tensors, slice(0, len(rows)), 1, self._config.max_seq_len, host)
 
     def _launch_eager(self, plan: StepPlan) -> Launched:
-        table = np.array(plan.reqs, dtype=np.int64)
-        order = np.argsort(table[:, 2] > 1, kind="stable")  # decode first
-        rows, starts, num_new, samples = table[order].T
+        rows, starts, num_new, num_samples = columns(plan.reqs)
         offsets = np.concatenate(([0], np.cumsum(num_new)))
         token_rows = np.repeat(rows, num_new)
         positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], num_new)
-        sampling = samples.astype(bool)
-        sample_rows, columns = rows[sampling], (starts + num_new)[sampling]
+        sampling = num_samples > 0
+        sample_rows, sampled = rows[sampling], (starts + num_new)[sampling]
         counts = (len(sample_rows), len(rows), len(positions))
         arrays: dict[str, Any] = {name: np.zeros(counts[0]) for name in ("temperature", "top_p", "min_p")}
         arrays |= {name: np.zeros(counts[0], np.int64) for name in ("seed", "sample_position", "top_k")}
         arrays |= {"sample_rows": sample_rows, "logit_tokens": offsets[1:][sampling] - 1}
         arrays |= {"rows": rows, "seq_lens": starts + num_new, "cu_q": offsets}
         arrays |= {"token_rows": token_rows, "positions": positions}
-        self._put_sampling(arrays, sample_rows, columns)
+        self._put_sampling(arrays, sample_rows, sampled)
         tensors = self._staging.begin(arrays, counts)
         self._flush(plan)
         host = AttentionBatch(rows, starts, num_new, offsets, self._tables.pages, self._config.page_size)
-        metadata = self._backend.prepare(replace(host, paged=self._paged_step(tensors, host)))
+        metadata = self._backend.prepare(replace(host, paged=self._paged_step(tensors, plan.num_decode, host)))
         hidden = self._hidden(tensors, metadata)
-        ranks = np.argsort(order)
-        of_prompts = self._prompt_logprobs(plan, hidden, offsets[ranks])
+        of_prompts = self._prompt_logprobs(plan, hidden, offsets)
         logits = self._shard.model.logits(hidden, tensors.logit_tokens)
         if not len(logits):
-            return Launched(self._token_ids[0, :0], None, None, of_prompts)
+            return Launched(self._token_ids[0, :0], None, of_prompts)
         ids = self._sample(logits, tensors)
-        in_plan = order[sampling].argsort()  # where the plan's samples are here
-        here = None if plan.bitmask is None else tuple(in_plan[list(plan.bitmask.samples)].tolist())
-        bitmask = None if plan.bitmask is None or here is None else plan.bitmask._replace(samples=here)
-        self._sample_again(logits, self._tables.logit_rules.steps(sample_rows, columns, bitmask), tensors, ids)
+        self._sample_again(logits, self._tables.logit_rules.steps(sample_rows, sampled, plan.bitmask), tensors, ids)
         reported = self._report(self._tables.logprob_rules.sampled(sample_rows), logits, ids)
-        return Launched(ids, in_plan, reported, of_prompts)
+        return Launched(ids, reported, of_prompts)
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor, offsets: IntArray) -> DeviceLogprobs | None:
         """Every rank takes part: each has a share of the logits."""
@@ -276,8 +271,9 @@ class CudaRunner:
             return None
         return report(wanted, lambda index: self._shard.model.logits(hidden, index), None, self._device)
 
-    def _paged_step(self, tensors: StepTensors, batch: AttentionBatch) -> PagedStep:
-        num, lens = int((batch.num_new == 1).sum()), batch.seq_lens
+    def _paged_step(self, tensors: StepTensors, num: int, batch: AttentionBatch) -> PagedStep:
+        """num: how many sequences, which come first, are decode."""
+        lens = batch.seq_lens
         decode = self._paged(tensors, slice(0, num), 1, int(lens[:num].max(initial=1)), batch)
         if num == len(lens):
             return PagedStep(num, decode, None)
@@ -373,14 +369,15 @@ def _large_step(config: EngineConfig, num_tokens: int) -> StepPlan:
     """A step of so many tokens, of as many requests as there can be. All use the same pages: what they compute does not
     matter, and large pages for each would take more than there is."""
     num_reqs = min(config.max_running_requests, num_tokens)
-    left = num_tokens - num_reqs
+    lengths, left = list[int](), num_tokens - num_reqs
+    for _ in range(num_reqs):
+        lengths.append(1 + min(left, config.max_seq_len - 2))
+        left -= lengths[-1] - 1
     admissions, updates, reqs = [], [], []
-    for row in range(num_reqs):
-        length = 1 + min(left, config.max_seq_len - 2)
-        left -= length - 1
+    for row, length in enumerate(reversed(lengths)):  # the shortest first: those of one token are decode
         pages = range(div_ceil(length, config.page_size))
         params = SamplingParams(temperature=0.8, top_p=0.9, seed=0)
         admissions.append(Admission(row, np.zeros(length, np.int32), params))
         updates.append(PageUpdate(row, 0, tuple(pages)))
-        reqs.append(ScheduledReq(row, 0, length, True))
-    return StepPlan(0, tuple(admissions), tuple(updates), tuple(reqs))
+        reqs.append(ScheduledReq(row, 0, length, 1))
+    return StepPlan(0, tuple(admissions), tuple(updates), tuple(reqs), lengths.count(1))

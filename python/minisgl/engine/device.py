@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.attention.base import IntArray
 from minisgl.core import StepResult
+from minisgl.engine.batch import by_request
 from minisgl.engine.logits import DeviceLogprobs
 from minisgl.errors import ConfigError, EngineError
 
@@ -128,13 +128,9 @@ _POLL_SECONDS = 2e-5
 
 
 class Launched(NamedTuple):
-    """Results that will be there when the step is done.
-
-    order: which of `ids` (and of the log-probabilities' keys) each of the plan's samples is; None: the same.
-    """
+    """Results that will be there when the step is done."""
 
     ids: torch.Tensor  # [n] int32
-    order: IntArray | None = None
     logprobs: DeviceLogprobs | None = None
     prompt_logprobs: DeviceLogprobs | None = None
 
@@ -161,15 +157,10 @@ class CudaHandle:
         self.wait()
         if self.error is not None:
             raise EngineError(f"step {self._step_id} failed: {self.error}") from self.error
-        ids, order, of_tokens, of_prompts = self._launched
-        logprobs = None if of_tokens is None else of_tokens.result()
-        if order is not None:
-            ids = ids[torch.from_numpy(order)]
-        if order is not None and logprobs is not None:
-            in_plan = order.argsort().tolist()
-            logprobs = {in_plan[key]: value for key, value in logprobs.items()}
-        prompts = None if of_prompts is None else of_prompts.result()
-        return StepResult(self._step_id, ids.tolist(), logprobs, prompts)
+        launched = self._launched
+        logprobs = None if launched.logprobs is None else launched.logprobs.result()
+        prompts = None if launched.prompt_logprobs is None else launched.prompt_logprobs.result()
+        return StepResult(self._step_id, by_request(launched.ids), logprobs, prompts)
 
 
 logger = logging.getLogger(__name__)

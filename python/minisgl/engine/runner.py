@@ -21,7 +21,7 @@ from minisgl.config.model import ModelConfig
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import NOT_READY, StepPlan, StepResult, TokenBitmask, TokenLogprobs
 from minisgl.distributed.comm import DistributedInfo, create_communicator
-from minisgl.engine.batch import Batch, SamplingBatch, Tables
+from minisgl.engine.batch import Batch, SamplingBatch, Tables, by_request, copy_pages
 from minisgl.engine.logits import process, report
 from minisgl.engine.sample import sample
 from minisgl.errors import ConfigError
@@ -168,9 +168,9 @@ class ModelShard:
         kv_dtype = DTYPES[self.config.kv_cache_dtype]
         return KVPool(self.config.model, num_slots, self.config.tp_size, kv_dtype, self.device)
 
-    def create_forward(self, num_pages: int) -> Forward:
-        """How a CPU computes a step, with a cache of its own."""
-        kv, config = self.create_kv(num_pages), self.config
+    def create_forward(self, kv: KVPool) -> Forward:
+        """How a CPU computes a step."""
+        config = self.config
         is_whole = config.tp_size == 1 and config.decode_backend == "cpu" and WholeStep.fits(self.model)
         if isinstance(self.ops, CpuOps) and is_whole:
             return WholeStep(config.model, self.model, self.rope, kv, self.ops, config.max_seq_len)
@@ -218,7 +218,8 @@ class Runner:
         with _keep_to(self._cores):  # the threads that it starts, not the caller's
             torch.set_num_threads(self._num_threads)
             self._shard = ModelShard(config, rank, torch.device("cpu"))
-        self.forward = self._shard.create_forward(config.num_pages)
+        self._kv = self._shard.create_kv(config.num_pages)
+        self.forward = self._shard.create_forward(self._kv)
         self._tables = Tables(config.max_running_requests, config.max_seq_len, config.page_size)
 
     def enter_thread(self) -> None:
@@ -230,6 +231,7 @@ class Runner:
     def execute(self, plan: StepPlan) -> StepResult:
         """What a plan yields; its ids are input of the plans after it."""
         self._tables.apply(plan)
+        copy_pages(plan, self._kv, self._tables.page_size, self._shard.device)
         if not plan.reqs:
             return StepResult(plan.step_id, [])
         batch = self._tables.build(plan)
@@ -240,9 +242,8 @@ class Runner:
         if (planted := fault("logits")) is not None:
             logits[int(planted.removeprefix("nan "))] = float("nan")
         ids = self._sample(logits, batch, plan.bitmask)
-        token_ids: list[int] = ids.tolist()
-        self._tables.store_sampled(batch.sampled_at, token_ids)
-        return StepResult(plan.step_id, token_ids, self._logprobs(logits, batch, ids), prompts)
+        self._tables.store_sampled(batch.sampled_at, ids)
+        return StepResult(plan.step_id, by_request(ids), self._logprobs(logits, batch, ids), prompts)
 
     def _sample(self, logits: torch.Tensor, batch: Batch, bitmask: TokenBitmask | None) -> torch.Tensor:
         """Rank 0 decides, so that rounding cannot make ranks differ."""

@@ -21,6 +21,12 @@ class KVPool:
         self.keys, self.values = (_lazy_zeros(shape, dtype, device) for _ in range(2))
         self.k, self.v = self.keys.unbind(0), self.values.unbind(0)
 
+    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor, page_size: int) -> None:
+        """Write what the pages `sources` hold, in all layers, to the pages `targets`: [n] int64, no target twice."""
+        for cache in (self.keys, self.values):
+            pages = cache.view(len(cache), -1, page_size, *cache.shape[2:])
+            pages.index_copy_(1, targets, pages.index_select(1, sources))
+
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros whose pages the operating system commits on first use (`torch.zeros` writes them all on a CPU)."""

@@ -302,11 +302,11 @@ class LateWords:
             logger.debug("no tokens come from the step before")
         return [self._grammars.all_allowed] * len(self._rows)  # the requests end with that step
 
-    def _new_ids(self, row: _Row, sampled: list[tuple[list[int], dict[int, int]]]) -> list[int] | None:
+    def _new_ids(self, row: _Row, sampled: list[tuple[list[tuple[int, ...]], dict[int, int]]]) -> list[int] | None:
         """Tokens of the output up to the one to be sampled, that the matcher has not taken yet. The host knows the
         first of them, and the steps before have the others."""
         req = row.req
-        late = [token_ids[samples[req.uid]] for token_ids, samples in sampled if req.uid in samples]
+        late = [id for token_ids, samples in sampled if req.uid in samples for id in token_ids[samples[req.uid]]]
         if NOT_READY in late:
             return None
         ids = req.tokens[req.prompt_len + row.output.num_tokens : row.length]

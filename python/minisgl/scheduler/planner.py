@@ -164,8 +164,8 @@ class Planner:
     def plan(self) -> StepPlan | None:
         """The next step, or None when nothing can be computed now (nothing to do, or all pages are still in use)."""
         budget = self._config.max_prefill_length
-        scheduled: list[ScheduledReq] = []
-        reqs: list[Req] = []
+        decode: list[tuple[Req, ScheduledReq]] = []
+        prefill: list[tuple[Req, ScheduledReq]] = []
         self._page_updates = []
         # What a failed request computed may still be in the cache until it is released: admit nobody onto it.
         may_admit = not any(req.failed for req in self._leaving)
@@ -186,8 +186,8 @@ class Planner:
                 may_admit = False
                 continue
             budget -= num_new * cost
-            reqs.append(req)
-            scheduled.append(self._schedule(req, num_new))
+            share = self._schedule(req, num_new)
+            (decode if share.is_decode else prefill).append((req, share))
         admissions: list[Admission] = []
         while may_admit and budget > 0 and self._waiting:
             req = self._next_waiting()
@@ -197,16 +197,24 @@ class Planner:
             ends = req.params.end_ids(self._config.eos_token_ids) if req.params.min_tokens else ()
             admissions.append(Admission(req.row, req.prefix, req.params, req.prompt_len, ends))
             budget = budget - num_new * _cost(req) if req.num_computed + num_new == req.num_tokens else 0
-            reqs.append(req)
-            scheduled.append(self._schedule(req, num_new))
+            share = self._schedule(req, num_new)
+            (decode if share.is_decode else prefill).append((req, share))
+        scheduled = decode + prefill
         if not scheduled:
             return None
-        bitmask, self.masked_reqs = _bitmask_of(reqs, scheduled)
+        bitmask, self.masked_reqs = _bitmask_of(scheduled)
         checked = self._check_every and self._step_id % self._check_every == 0
         expected = tuple(PageUpdate(req.row, 0, tuple(req.pages)) for req in self._running) if checked else ()
-        updates = tuple(self._page_updates)
-        plan = StepPlan(self._step_id, tuple(admissions), updates, tuple(scheduled), bitmask, expected)
-        self._inflight.append((plan, reqs))
+        plan = StepPlan(
+            self._step_id,
+            tuple(admissions),
+            tuple(self._page_updates),
+            tuple(share for _, share in scheduled),
+            num_decode=len(decode),
+            bitmask=bitmask,
+            expected=expected,
+        )
+        self._inflight.append((plan, [req for req, _ in scheduled]))
         self._step_id += 1
         return plan
 
@@ -220,8 +228,8 @@ class Planner:
             req.num_inflight -= 1
             if result.prompt_logprobs is not None and index in result.prompt_logprobs:
                 req.prompt_logprobs.append(result.prompt_logprobs[index])
-            if scheduled.sample:
-                sample, token_id = next(token_ids)
+            if scheduled.num_samples:
+                sample, (token_id,) = next(token_ids)
                 if req.num_stale:
                     req.num_stale -= 1
                 elif req.state is not ReqState.FINISHED:
@@ -305,13 +313,13 @@ class Planner:
         start = req.num_computed
         end = req.num_computed = start + num_new
         req.num_inflight += 1
-        sample = end == req.num_tokens
-        is_prefill = num_new > 1 or not sample
+        num_samples = int(end == req.num_tokens)
+        is_prefill = start < len(req.prefix)
         if is_prefill and not req.tells_prompt:  # others may share its pages from now on, even within this step
             req.handle = self._cache.insert(req.namespace, req.handle, req.prefix[:end], req.pages)
-        req.num_tokens += sample
-        req.held = req.paced and sample
-        return ScheduledReq(req.row, start, num_new, sample)
+        req.num_tokens += num_samples
+        req.held = req.paced and num_samples > 0
+        return ScheduledReq(req.row, start, num_new, num_samples)
 
     def _grow(self, req: Req, num_new: int) -> bool:
         """Give a running request the pages for `num_new` tokens, retracting younger ones if need be."""
@@ -493,10 +501,10 @@ class Planner:
         return [page for i, page in enumerate(req.pages) if i >= len(cached) or page != cached[i]]
 
 
-def _bitmask_of(reqs: list[Req], scheduled: list[ScheduledReq]) -> tuple[TokenBitmask | None, list[Req]]:
+def _bitmask_of(scheduled: list[tuple[Req, ScheduledReq]]) -> tuple[TokenBitmask | None, list[Req]]:
     """The bitmask of a step without its words, which rank 0 adds: it has the matchers. And whose tokens it is for."""
-    if all(req.params.grammar is None for req in reqs):
+    if all(req.params.grammar is None for req, _ in scheduled):
         return None, []
-    sampling = [req for req, share in zip(reqs, scheduled, strict=True) if share.sample]
+    sampling = [req for req, share in scheduled if share.num_samples]
     samples = tuple(index for index, req in enumerate(sampling) if req.params.grammar is not None)
     return (TokenBitmask(samples, None) if samples else None), [sampling[index] for index in samples]
