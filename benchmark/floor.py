@@ -14,7 +14,7 @@ from minisgl.benchmark import offline, run_script
 from minisgl.benchmark.floor import Machine, floor_of, kv_read, weights_read
 from minisgl.benchmark.serve import machine_of
 from minisgl.benchmark.shapes import SHAPES, write_shape
-from minisgl.config.model import read_model_config
+from minisgl.config.families import read_model_config
 
 
 def standard_load() -> list[tuple[int, int, int]]:

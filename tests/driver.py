@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minisgl.config.model import read_model_config
+from minisgl.config.families import read_model_config
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.engine import Engine

@@ -19,7 +19,7 @@ import numpy as np
 
 from minisgl.config.args import args_from_options, parse_args
 from minisgl.config.chat import visible_tokens
-from minisgl.config.model import ModelConfig, RopeConfig
+from minisgl.config.model import AttentionSpec, DenseMLP, LayerSpec, ModelConfig, PagedKV, RopeConfig
 from minisgl.config.resolve import access_config
 from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import StepPlan, StepResult, TokenLogprobs
@@ -122,7 +122,8 @@ def broken(control: Control, *_: object) -> None:
 
 
 def config_for(model_path: str, port: int, num_tokenizer: int, max_seq_len: int, max_running: int) -> ServerConfig:
-    model = ModelConfig("Fake", VOCAB, 8, 8, 1, 1, 1, 8, 1e-6, RopeConfig(1e4), max_seq_len)
+    layer = LayerSpec(AttentionSpec(PagedKV(1, 8, 8)), DenseMLP(8))
+    model = ModelConfig("Fake", VOCAB, 8, 1, 8, 1e-6, max_seq_len, (layer,), (RopeConfig(1e4),))
     page_size = -(-max_seq_len // 8192)
     scheduler = SchedulerConfig(
         max_running, 8192, max_seq_len, 8192, page_size, eos_token_ids=(EOS,), check_integrity=1, integrity_fatal=True

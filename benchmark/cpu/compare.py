@@ -36,7 +36,8 @@ from benchmark.cpu.checkpoint import prepare, write_gguf
 from benchmark.cpu.engines import ENGINES, Failed, Setup, Timing, Worker
 from minisgl.benchmark.floor import weights_read
 from minisgl.benchmark.metrics import describe_commit, describe_machine
-from minisgl.config.model import ModelConfig, read_model_config
+from minisgl.config.families import read_model_config
+from minisgl.config.model import ModelConfig
 
 # By precision: the engines, and its name in each. All are compared with the first of llama.cpp's.
 GROUPS = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minisgl.config.model import read_model_config
+from minisgl.config.families import read_model_config
 from minisgl.distributed.comm import Communicator
 from minisgl.engine.engine import Engine
 from minisgl.engine.runner import Runner

@@ -23,7 +23,7 @@ from minisgl.benchmark import dataset, floor, metrics, offline, serve
 from minisgl.benchmark.dataset import Lengths, Sample
 from minisgl.benchmark.metrics import Record
 from minisgl.benchmark.shapes import stand_in_tokenizer, write_shape
-from minisgl.config.model import read_model_config
+from minisgl.config.families import read_model_config
 from minisgl.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import transformers
 
-from minisgl.config.families import FAMILIES, ROPE_TYPES, parse_model_config
+from minisgl.config.families import FAMILIES, ROPE_TYPES, parse_model_config, read_model_config
 from minisgl.config.locate import Fields
-from minisgl.config.model import ModelConfig, read_model_config
+from minisgl.config.model import DenseMLP, ModelConfig, MoE, PagedKV
 from minisgl.errors import ConfigError
 
 LLAMA: dict[str, Any] = {
@@ -40,14 +40,26 @@ def read(tmp_path: Path, generation: dict[str, Any] | None = None, **changes: An
     return read_model_config(tmp_path)
 
 
+def windows(config: ModelConfig) -> tuple[int | None, ...]:
+    return tuple(layer.attention.window for layer in config.layers)
+
+
+def num_kv_heads(config: ModelConfig) -> int:
+    (heads,) = {layer.attention.cache.heads for layer in config.layers if isinstance(layer.attention.cache, PagedKV)}
+    return heads
+
+
 def test_defaults(tmp_path: Path) -> None:
     config = read(tmp_path)
-    assert (config.head_dim, config.num_kv_heads, config.dtype) == (8, 2, "bfloat16")
-    assert (config.rope.theta, config.rope.type, config.max_position) == (10000.0, "default", 1024)
-    assert not any((config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm, config.tie_word_embeddings))
-    assert config.sliding_window(3) is None
+    assert (config.head_dim, num_kv_heads(config), config.dtype) == (8, 2, "bfloat16")
+    (rope,) = config.ropes
+    assert (rope.theta, rope.type, config.max_position) == (10000.0, "default", 1024)
+    mlp, norms = config.layers[3].mlp, config.layers[3].norms
+    assert isinstance(mlp, DenseMLP)
+    assert not any((config.qkv_bias, config.o_bias, mlp.bias, "q_norm" in norms, config.tie_word_embeddings))
+    assert config.layers[3].attention.window is None
     assert config.eos_token_ids == ()
-    assert read(tmp_path, num_key_value_heads=...).num_kv_heads == 8
+    assert num_kv_heads(read(tmp_path, num_key_value_heads=...)) == 8
 
 
 @pytest.mark.parametrize(
@@ -107,8 +119,8 @@ def test_rope_forms_agree(tmp_path: Path) -> None:
     scaling = {"factor": 4.0, "original_max_position_embeddings": 256}
     old = read(tmp_path, rope_theta=5e5, rope_scaling={"type": "yarn", **scaling})
     new = read(tmp_path, rope_parameters={"rope_type": "yarn", "rope_theta": 5e5, **scaling})
-    assert old.rope == new.rope
-    assert (new.rope.theta, new.rope.max_position, new.max_position) == (5e5, 256, 1024)
+    assert old.ropes == new.ropes
+    assert (new.ropes[0].theta, new.ropes[0].max_position, new.max_position) == (5e5, 256, 1024)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +162,7 @@ RECIPE = {"factor": 4.0, "original_max_position_embeddings": 32768}
 def test_published_yarn_recipes(tmp_path: Path, architecture: str, max_position: int, scaling: dict[str, Any]) -> None:
     fields = {"architectures": [architecture], "max_position_embeddings": max_position, "rope_theta": 1e6}
     config = read(tmp_path, **fields, rope_scaling=scaling)
-    assert (config.max_position, config.rope.max_position, config.rope.theta) == (131072, 32768, 1e6)
+    assert (config.max_position, config.ropes[0].max_position, config.ropes[0].theta) == (131072, 32768, 1e6)
 
 
 def test_rope_scaling_replaces_rope_parameters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -161,30 +173,30 @@ def test_rope_scaling_replaces_rope_parameters(tmp_path: Path, caplog: pytest.Lo
     }
     config = read(tmp_path, **fields)
     hf = transformers.LlamaConfig(**{**LLAMA, **json.loads(json.dumps(fields))})
-    assert (config.rope.type, config.rope.theta) == ("yarn", hf.rope_parameters["rope_theta"]) == ("yarn", 1e4)
+    assert (config.ropes[0].type, config.ropes[0].theta) == ("yarn", hf.rope_parameters["rope_theta"]) == ("yarn", 1e4)
     assert "rope_scaling replaces rope_parameters, rope_theta 500000.0 included" in caplog.text
     caplog.clear()
-    assert read(tmp_path, **fields, rope_theta=7e5).rope.theta == 7e5
+    assert read(tmp_path, **fields, rope_theta=7e5).ropes[0].theta == 7e5
     assert not caplog.text
-    assert read(tmp_path, **fields | {"rope_scaling": {}}).rope.type == "default"
+    assert read(tmp_path, **fields | {"rope_scaling": {}}).ropes[0].type == "default"
 
 
 def test_qwen_windows(tmp_path: Path) -> None:
     fields = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32}
-    assert read(tmp_path, **fields, use_sliding_window=False).sliding_windows == ()
+    assert windows(read(tmp_path, **fields, use_sliding_window=False)) == (None,) * 4
     config = read(tmp_path, **fields, use_sliding_window=True, max_window_layers=3)
-    assert config.sliding_windows == (None, None, None, 32)
+    assert windows(config) == (None, None, None, 32)
     assert config.qkv_bias
     assert not config.o_bias
     kinds = ["sliding_attention", "full_attention"] * 2
     config = read(tmp_path, **fields, use_sliding_window=True, layer_types=kinds)
-    assert config.sliding_windows == (32, None, 32, None)
+    assert windows(config) == (32, None, 32, None)
 
 
 def test_mistral_window(tmp_path: Path) -> None:
     arch = {"architectures": ["MistralForCausalLM"]}
-    assert read(tmp_path, **arch, sliding_window=16).sliding_windows == (16,) * 4
-    assert read(tmp_path, **arch, sliding_window=None).sliding_windows == ()
+    assert windows(read(tmp_path, **arch, sliding_window=16)) == (16,) * 4
+    assert windows(read(tmp_path, **arch, sliding_window=None)) == (None,) * 4
 
 
 def test_layer_types_say_which_layers_slide(tmp_path: Path) -> None:
@@ -192,12 +204,12 @@ def test_layer_types_say_which_layers_slide(tmp_path: Path) -> None:
     kinds = ["sliding_attention", "full_attention", "attention", "sliding_attention"]
     for name in ("MistralForCausalLM", "MinistralForCausalLM"):
         fields = {"architectures": [name], "sliding_window": 16}
-        assert read(tmp_path, **fields, layer_types=kinds).sliding_windows == (16, None, None, 16)
-        assert read(tmp_path, **fields, layer_types=None).sliding_windows == (16,) * 4
-        assert read(tmp_path, **fields, layer_types=["full_attention"] * 4).sliding_windows == ()
-    assert read(tmp_path, layer_types=kinds, sliding_window=16).sliding_windows == ()
+        assert windows(read(tmp_path, **fields, layer_types=kinds)) == (16, None, None, 16)
+        assert windows(read(tmp_path, **fields, layer_types=None)) == (16,) * 4
+        assert windows(read(tmp_path, **fields, layer_types=["full_attention"] * 4)) == (None,) * 4
+    assert windows(read(tmp_path, layer_types=kinds, sliding_window=16)) == (None,) * 4
     moe = {"architectures": ["Qwen3MoeForCausalLM"], "use_sliding_window": True, "sliding_window": 16}
-    assert read(tmp_path, **moe, layer_types=kinds).sliding_windows == (16,) * 4
+    assert windows(read(tmp_path, **moe, layer_types=kinds)) == (16,) * 4
     with pytest.raises(ConfigError, match="layer_types has 3 entries, but num_hidden_layers is 4"):
         read(tmp_path, architectures=["MistralForCausalLM"], layer_types=kinds[:3])
 
@@ -216,14 +228,14 @@ def test_an_override_is_merged_before_anything_is_read(tmp_path: Path) -> None:
     read(tmp_path, rope_scaling={"type": "linear", "factor": 2.0})
     override = {"max_position_embeddings": 100, "rope_scaling": {"factor": 3.0}, "num_key_value_heads": None}
     config = read_model_config(tmp_path, override)
-    assert (config.max_position, config.rope.type, config.num_kv_heads) == (300, "linear", 8)
+    assert (config.max_position, config.ropes[0].type, num_kv_heads(config)) == (300, "linear", 8)
 
 
 def test_moe_layers(tmp_path: Path) -> None:
     arch = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "moe_intermediate_size": 16}
     config = read(tmp_path, **arch, decoder_sparse_step=2, mlp_only_layers=[3])
-    assert [config.is_sparse(i) for i in range(4)] == [False, True, False, False]
-    assert config.qk_norm
+    assert [isinstance(layer.mlp, MoE) for layer in config.layers] == [False, True, False, False]
+    assert all({"q_norm", "k_norm"} <= set(layer.norms) for layer in config.layers)
 
 
 @pytest.mark.parametrize(
@@ -343,15 +355,17 @@ def compare_with_transformers(ours: ModelConfig, config: dict[str, Any]) -> None
     theirs = hf.rope_parameters
     if None in theirs.values():
         return  # such a model computes nothing
-    assert ours.num_kv_heads == hf.num_key_value_heads, config
+    assert num_kv_heads(ours) == hf.num_key_value_heads, config
     assert ours.head_dim == (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads), config
     assert ours.rms_norm_eps == hf.rms_norm_eps, config
     assert ours.tie_word_embeddings == hf.tie_word_embeddings, config
-    assert (ours.rope.type, ours.rope.theta) == (theirs["rope_type"], theirs["rope_theta"]), config
-    if ours.rope.type == "yarn":
-        assert ours.rope.max_position == theirs["original_max_position_embeddings"], config
-    if ours.moe is not None and hf.num_experts is not None:
-        assert (ours.moe.num_experts, ours.moe.norm_topk_prob) == (hf.num_experts, hf.norm_topk_prob), config
+    assert (ours.ropes[0].type, ours.ropes[0].theta) == (theirs["rope_type"], theirs["rope_theta"]), config
+    if ours.ropes[0].type == "yarn":
+        assert ours.ropes[0].max_position == theirs["original_max_position_embeddings"], config
+    moe = next((layer.mlp for layer in ours.layers if isinstance(layer.mlp, MoE)), None)
+    if moe is not None and hf.num_experts is not None:
+        sums_to_1 = moe.routing == "softmax_of_chosen"
+        assert (moe.num_experts, sums_to_1) == (hf.num_experts, hf.norm_topk_prob), config
 
 
 @pytest.mark.parametrize("key", ["eos_token", "added_tokens_decoder", "vocab", "added_tokens"])

@@ -16,28 +16,45 @@ import pytest
 from minisgl.config.args import args_from_options, parse_args
 from minisgl.config.locate import DEMO_MODEL, locate_model
 from minisgl.config.memory import gpu_tokens
-from minisgl.config.model import ModelConfig, MoEConfig, RopeConfig
+from minisgl.config.model import (
+    HEAD_NORMS,
+    PRE_NORMS,
+    AttentionSpec,
+    DenseMLP,
+    LayerSpec,
+    ModelConfig,
+    MoE,
+    PagedKV,
+    RopeConfig,
+)
 from minisgl.config.probe import Capabilities, Gpu, Nvidia, parse_torch_cuda, probe, probe_nvidia, visible_devices
 from minisgl.config.resolve import ModelFiles, prepare, read_default_sampling, resolve
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import ConfigError
 
-MODEL = ModelConfig(
-    architecture="Qwen3ForCausalLM",
-    vocab_size=151936,
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_layers=28,
-    num_qo_heads=16,
-    num_kv_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-6,
-    rope=RopeConfig(1e6),
-    max_position=40960,
-    tie_word_embeddings=True,
-    dtype="bfloat16",
-    eos_token_ids=(7, 8),
-)
+
+def shape(num_layers: int = 28, num_kv_heads: int = 8, inner: int = 3072, **changes: Any) -> ModelConfig:
+    """Qwen3-0.6B's, or that with changes."""
+    head_dim = changes.get("head_dim", 128)
+    layer = LayerSpec(AttentionSpec(PagedKV(num_kv_heads, head_dim, head_dim)), DenseMLP(inner), PRE_NORMS + HEAD_NORMS)
+    fields: dict[str, Any] = {
+        "architecture": "Qwen3ForCausalLM",
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "num_qo_heads": 16,
+        "head_dim": head_dim,
+        "rms_norm_eps": 1e-6,
+        "layers": (layer,) * num_layers,
+        "ropes": (RopeConfig(1e6),),
+        "max_position": 40960,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+        "eos_token_ids": (7, 8),
+    }
+    return ModelConfig(**fields | changes)
+
+
+MODEL = shape()
 MACHINE = Capabilities(num_cores=8, memory=24 * 2**30, cpu_flags=frozenset({"avx2", "fma"}))
 COMPILES = replace(MACHINE, cxx="/usr/bin/c++", packages=frozenset({"tvm_ffi"}))
 
@@ -124,7 +141,7 @@ def test_one_request_always_fits_the_cache() -> None:
 def test_threads_are_shared_between_ranks() -> None:
     assert decide().engine.num_threads == 8
     assert decide(tp=2).engine.num_threads == 4
-    small = replace(MODEL, vocab_size=4096, hidden_size=256, num_layers=10, intermediate_size=640, head_dim=16)
+    small = shape(vocab_size=4096, hidden_size=256, num_layers=10, inner=640, head_dim=16)
     assert decide(model=small).engine.num_threads == 1, "threads wait for one another longer than they compute"
     with pytest.raises(ConfigError, match="--tensor-parallel-size 3"):
         decide(tp=3)
@@ -157,7 +174,7 @@ GPUS = replace(
     packages=frozenset({"triton", "tvm_ffi"}),
     nvcc="/usr/local/cuda/bin/nvcc",
 )
-BIG = replace(MODEL, hidden_size=8192, intermediate_size=28672, num_layers=80, num_qo_heads=64, num_kv_heads=8)
+BIG = shape(hidden_size=8192, inner=28672, num_layers=80, num_qo_heads=64)
 
 
 def test_a_gpu_is_used_where_there_is_one() -> None:
@@ -221,9 +238,9 @@ def attention(machine: Capabilities = GPUS, model: ModelConfig = MODEL, **option
 def test_attention_backends_by_what_is_there() -> None:
     everything = replace(GPUS, packages=GPUS.packages | {"sgl_kernel", "flashinfer"})
     assert attention(everything) == ("fa", "cuda")
-    assert attention(everything, replace(MODEL, head_dim=80)) == ("triton", "triton")
-    assert attention(everything, replace(MODEL, head_dim=90)) == ("sdpa", "sdpa")
-    assert attention(everything, replace(MODEL, num_qo_heads=34, num_kv_heads=2)) == ("fa", "triton")
+    assert attention(everything, shape(head_dim=80)) == ("triton", "triton")
+    assert attention(everything, shape(head_dim=90)) == ("sdpa", "sdpa")
+    assert attention(everything, shape(num_qo_heads=34, num_kv_heads=2)) == ("fa", "triton")
     ampere = replace(everything, gpus=(gpu(arch=(8, 6)),))
     assert attention(ampere) == ("triton", "triton")
     assert attention(replace(GPUS, nvcc=None)) == ("triton", "triton")
@@ -278,7 +295,7 @@ def test_a_decode_kernel_for_another_gpu_dtype_or_toolkit() -> None:
 def test_attention_backends_for_other_shapes(backend: str, changes: dict[str, int], problem: str) -> None:
     everything = replace(GPUS, packages=GPUS.packages | {"sgl_kernel", "flashinfer"})
     with pytest.raises(ConfigError, match=f"^--attention-backend {backend}: {backend} {problem}"):
-        decide(everything, replace(MODEL, **changes), attention_backend=backend)
+        decide(everything, shape(**changes), attention_backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["fa", "fi"])
@@ -294,7 +311,7 @@ def test_captured_batches() -> None:
     assert decide(GPUS, cuda_graph_max_bs=0).engine.cuda_graph_max_bs == 0
     with pytest.raises(ConfigError, match="--cuda-graph-max-bs 8: sdpa cannot be captured"):
         decide(GPUS, cuda_graph_max_bs=8, attention_backend="sdpa")
-    mixture = replace(MODEL, moe=MoEConfig(8, 2, 64, True, (True,) * 28))
+    mixture = replace(MODEL, layers=tuple(replace(layer, mlp=MoE(8, 2, 64)) for layer in MODEL.layers))
     assert decide(GPUS, mixture).engine.cuda_graph_max_bs == 256
     assert decide(GPUS, mixture, moe_backend="torch").engine.cuda_graph_max_bs == 0
     with pytest.raises(ConfigError, match="--cuda-graph-max-bs 8: --moe-backend torch cannot be captured"):

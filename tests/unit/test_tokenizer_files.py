@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from minisgl.config.model import read_model_config
+from minisgl.config.families import read_model_config
 from minisgl.errors import ConfigError
 from minisgl.grammar.vocabulary import VocabularyConfig, load_vocabulary
 from minisgl.tokenizer.tokenize import HFTextCodec

@@ -12,8 +12,8 @@ from unittest.mock import Mock
 import psutil
 import pytest
 
+from minisgl.config.families import read_model_config
 from minisgl.config.locate import DEMO_MODEL
-from minisgl.config.model import read_model_config
 from minisgl.config.runtime import EngineConfig
 from minisgl.message.codec import Ready, decode_control
 from minisgl.processes import workers

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minisgl.config.model import DTYPE_BYTES, ModelConfig
+from minisgl.config.model import DTYPE_BYTES, ModelConfig, MoE
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +111,9 @@ def floor_of(
 
 def kv_read(model: ModelConfig, dtype: str, lengths: Sequence[int], tp_size: int = 1) -> float:
     """Bytes of KV that one rank reads to decode requests of these context lengths (the new token included)."""
-    per_layer = model.kv_bytes_per_token(dtype, tp_size) / model.num_layers
-    windows = [model.sliding_window(layer) for layer in range(model.num_layers)]
-    tokens = sum(windows.count(w) * sum(min(n, w or n) for n in lengths) for w in set(windows))
-    return per_layer * tokens
+    kinds = Counter(layer.attention for layer in model.layers)
+    tokens = {kind: sum(min(n, kind.window or n) for n in lengths) for kind in kinds}
+    return sum(n * tokens[kind] * kind.cache.token_bytes(dtype, tp_size) for kind, n in kinds.items())
 
 
 def weights_read(model: ModelConfig, dtype: str, num_tokens: int, tp_size: int = 1) -> float:
@@ -122,22 +122,17 @@ def weights_read(model: ModelConfig, dtype: str, num_tokens: int, tp_size: int =
     params = model.weight_bytes(dtype, tp_size) / DTYPE_BYTES[dtype]
     if not model.tie_word_embeddings:
         params -= model.vocab_size * model.hidden_size / tp_size
-    if (moe := model.moe) is not None:
+    for moe in (layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE)):
         idle = (1 - moe.num_experts_per_tok / moe.num_experts) ** num_tokens
         expert = 3 * moe.intermediate_size * model.hidden_size / tp_size
-        params -= sum(moe.layers) * moe.num_experts * idle * expert
+        params -= moe.num_experts * idle * expert
     return params * DTYPE_BYTES[dtype]
 
 
 def prefill_flops(model: ModelConfig, num_tokens: int, num_cached: int = 0) -> float:
     """Operations of one prompt on all ranks: the layers' products, causal attention, and the head at its last token."""
     attention = 2 * (model.num_qo_heads + model.num_kv_heads) * model.head_dim * model.hidden_size
-    mlps = 0
-    for layer in range(model.num_layers):
-        inner = model.intermediate_size
-        if (moe := model.moe) is not None and moe.layers[layer]:
-            inner = moe.num_experts_per_tok * moe.intermediate_size
-        mlps += 3 * inner * model.hidden_size
+    mlps = sum(3 * layer.mlp.active_features * model.hidden_size for layer in model.layers)
     products = 2 * (model.num_layers * attention + mlps)
     scores = 4 * model.num_layers * model.num_qo_heads * model.head_dim * (num_tokens**2 - num_cached**2) / 2
     return (num_tokens - num_cached) * products + scores + 2 * model.vocab_size * model.hidden_size

@@ -24,7 +24,7 @@ from minisgl.benchmark.floor import Machine, floor_of, measure_gpu
 from minisgl.benchmark.metrics import Record
 from minisgl.benchmark.shapes import write_shape
 from minisgl.config.args import ArgumentParser, argument, integer
-from minisgl.config.model import read_model_config
+from minisgl.config.families import read_model_config
 from minisgl.errors import ConfigError
 
 natural, positive = argument(integer(0)), argument(integer(1))

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from minisgl.config.model import read_model_config
+from minisgl.config.families import read_model_config
 from minisgl.errors import ConfigError
 
 _COMMON: dict[str, Any] = {

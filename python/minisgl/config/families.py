@@ -1,18 +1,30 @@
-"""What each supported architecture reads from its `config.json`: the whole difference between families, in one place.
-
-Defaults are those of the `transformers` configuration class of the family, which leaves a field out of the file when
-it has the default.
+"""From `config.json` to a `ModelConfig`, and what each supported architecture reads there: the whole difference between
+families, in one place. Defaults are those of the `transformers` configuration class of the family, which leaves a field
+out of the file when it has the default.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from minisgl.config.locate import MAX_INT, Fields
-from minisgl.config.model import DTYPE_BYTES, ModelConfig, MoEConfig, RopeConfig
+from minisgl.config.ends import read_ends
+from minisgl.config.locate import MAX_INT, Fields, check_directory, merge, read_json
+from minisgl.config.model import (
+    DTYPE_BYTES,
+    HEAD_NORMS,
+    PRE_NORMS,
+    AttentionSpec,
+    DenseMLP,
+    LayerSpec,
+    ModelConfig,
+    MoE,
+    PagedKV,
+    RopeConfig,
+)
 from minisgl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -26,8 +38,10 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "yarn": ((), ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
 }
-_ACTIVATIONS = ("silu", "swish")  # two names of one function
+_ACTIVATIONS = {"silu": "silu", "swish": "silu"}
 _LAYER_TYPES = ("full_attention", "sliding_attention", "attention")  # the last is an older name of the first
+
+Layers = tuple[LayerSpec, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,45 +49,71 @@ class Family:
     """An architecture: the `model_type` that it goes by, what only it reads, and defaults where families differ."""
 
     model_type: str
-    read: Callable[[Fields, int], dict[str, Any]]  # the file's fields, number of layers → fields of `ModelConfig`
+    read: Callable[[Fields, Layers], dict[str, Any]]  # the file's fields, plain layers → fields of `ModelConfig`
     max_position: int
     num_kv_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden size / query heads
 
 
-def _llama(f: Fields, _: int) -> dict[str, Any]:
-    return {**_biases(f), "mlp_bias": f.boolean("mlp_bias", False)}
+def _llama(f: Fields, layers: Layers) -> dict[str, Any]:
+    mlp = layers[0].mlp
+    assert isinstance(mlp, DenseMLP)
+    mlp = replace(mlp, bias=f.boolean("mlp_bias", False))
+    return {**_biases(f), "layers": tuple(replace(layer, mlp=mlp) for layer in layers)}
 
 
-def _mistral(f: Fields, num_layers: int) -> dict[str, Any]:
+def _mistral(f: Fields, layers: Layers) -> dict[str, Any]:
     """`layer_types` says which layers slide; without it all do."""
-    return {"sliding_windows": _windows(f, f.list_of(str, "layer_types") or ["sliding_attention"] * num_layers)}
+    return {"layers": _sliding(f, layers, f.list_of(str, "layer_types") or ["sliding_attention"] * len(layers))}
 
 
-def _qwen2(f: Fields, num_layers: int) -> dict[str, Any]:
-    return {"qkv_bias": True, "sliding_windows": _qwen_windows(f, num_layers)}
+def _qwen2(f: Fields, layers: Layers) -> dict[str, Any]:
+    """`layer_types` says which layers slide; without it those from `max_window_layers` on."""
+    if not f.boolean("use_sliding_window", False):
+        return {"qkv_bias": True, "layers": layers}
+    full = ["full_attention"] * f.integer("max_window_layers", 28, 0, MAX_LAYERS)
+    kinds = f.list_of(str, "layer_types") or [*full, *["sliding_attention"] * len(layers)][: len(layers)]
+    return {"qkv_bias": True, "layers": _sliding(f, layers, kinds)}
 
 
-def _qwen3(f: Fields, num_layers: int) -> dict[str, Any]:
-    return {**_biases(f), "qk_norm": True, "sliding_windows": _qwen_windows(f, num_layers)}
+def _qwen3(f: Fields, layers: Layers) -> dict[str, Any]:
+    return {**_qwen2(f, _with_head_norms(layers)), **_biases(f)}
 
 
-def _qwen3_moe(f: Fields, num_layers: int) -> dict[str, Any]:
+def _qwen3_moe(f: Fields, layers: Layers) -> dict[str, Any]:
     dense, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
     num_experts = f.integer("num_local_experts", None, 0)
     num_experts = f.integer("num_experts", 128, 0) if num_experts is None else num_experts
-    moe = MoEConfig(
+    moe = MoE(
         num_experts=num_experts,
         num_experts_per_tok=f.integer("num_experts_per_tok", 8),
         intermediate_size=f.integer("moe_intermediate_size", 768),
-        norm_topk_prob=f.boolean("norm_topk_prob", False),
-        layers=tuple(i not in dense and num_experts > 0 and (i + 1) % step == 0 for i in range(num_layers)),
+        routing="softmax_of_chosen" if f.boolean("norm_topk_prob", False) else "softmax",
+        activation=layers[0].mlp.activation,
     )
-    if any(moe.layers) and moe.num_experts_per_tok > num_experts:
+    sparse = [i not in dense and num_experts > 0 and (i + 1) % step == 0 for i in range(len(layers))]
+    if any(sparse) and moe.num_experts_per_tok > num_experts:
         raise f.wrong("num_experts_per_tok", f"at most the number of experts, {num_experts}")
-    kinds = ["sliding_attention"] * num_layers if f.boolean("use_sliding_window", False) else []
-    moe_fields = {"qk_norm": True, "moe": moe if any(moe.layers) else None, "sliding_windows": _windows(f, kinds)}
-    return {**_biases(f), **moe_fields}
+    layers = tuple(replace(layer, mlp=moe) if is_moe else layer for layer, is_moe in zip(layers, sparse, strict=True))
+    kinds = ["sliding_attention" if f.boolean("use_sliding_window", False) else "full_attention"] * len(layers)
+    return {**_biases(f), "layers": _sliding(f, _with_head_norms(layers), kinds)}
+
+
+def _biases(f: Fields) -> dict[str, Any]:
+    bias = f.boolean("attention_bias", False)
+    return {"qkv_bias": bias, "o_bias": bias}
+
+
+def _with_head_norms(layers: Layers) -> Layers:
+    return tuple(replace(layer, norms=PRE_NORMS + HEAD_NORMS) for layer in layers)
+
+
+def _sliding(f: Fields, layers: Layers, kinds: Sequence[str]) -> Layers:
+    """Layers of the kind "sliding_attention" with `sliding_window` (4096 where a file has none; null: no window)."""
+    window = f.integer("sliding_window", None if "sliding_window" in f.data else 4096)
+    windows = (window if kind == "sliding_attention" else None for kind in kinds)
+    pairs = zip(layers, windows, strict=True)
+    return tuple(replace(layer, attention=replace(layer.attention, window=window)) for layer, window in pairs)
 
 
 FAMILIES: dict[str, Family] = {
@@ -84,6 +124,20 @@ FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": Family("qwen3", _qwen3, 32768, num_kv_heads=32, head_dim=128),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", _qwen3_moe, 32768, num_kv_heads=4),
 }
+
+
+def read_model_config(model_dir: str | Path, override: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Read `config.json` of a local Hugging Face model directory, and the ends that its other files name.
+
+    override: merged into `config.json` before it is read.
+    Raises: ConfigError naming the missing file, the value of the wrong kind, or what is not supported.
+    """
+    path = Path(model_dir)
+    check_directory(path)
+    config_path = path / "config.json"
+    fields = Fields(merge(read_json(config_path), override or {}), str(config_path))
+    model = parse_model_config(fields)
+    return replace(model, eos_token_ids=read_ends(path, fields, model.vocab_size))
 
 
 def parse_model_config(f: Fields) -> ModelConfig:
@@ -107,21 +161,20 @@ def parse_model_config(f: Fields) -> ModelConfig:
     if head_dim < 2 or head_dim % 2:
         raise ConfigError(f"{f.source}: head_dim is {head_dim}, but rotary embeddings need an even one")
     rope, max_position = _rope(f, f.integer("max_position_embeddings", family.max_position))
+    mlp = DenseMLP(f.integer("intermediate_size", 0), activation=_ACTIVATIONS[f.text("hidden_act", "silu")])
+    plain = LayerSpec(AttentionSpec(PagedKV(num_kv_heads, head_dim, head_dim)), mlp)
     return ModelConfig(
         architecture=architecture,
         vocab_size=f.integer("vocab_size", 0),
         hidden_size=hidden,
-        intermediate_size=f.integer("intermediate_size", 0),
-        num_layers=num_layers,
         num_qo_heads=num_heads,
-        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=float(f.number("rms_norm_eps", 1e-6, above=0)),
-        rope=rope,
+        ropes=(rope,),
         max_position=max_position,
         tie_word_embeddings=f.boolean("tie_word_embeddings", False),
         dtype=_dtype(f),
-        **family.read(f, num_layers),
+        **family.read(f, (plain,) * num_layers),
     )
 
 
@@ -201,23 +254,3 @@ def _dtype(f: Fields) -> str:
     if dtype not in DTYPE_BYTES:
         raise ConfigError(f"{f.source}: dtype {dtype!r} not supported (supported: {', '.join(DTYPE_BYTES)})")
     return dtype
-
-
-def _biases(f: Fields) -> dict[str, Any]:
-    bias = f.boolean("attention_bias", False)
-    return {"qkv_bias": bias, "o_bias": bias}
-
-
-def _windows(f: Fields, kinds: list[str]) -> tuple[int | None, ...]:
-    """`sliding_window` (4096 where a file has none; null is none at all) of the layers that slide."""
-    window = f.integer("sliding_window", None if "sliding_window" in f.data else 4096)
-    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return windows if any(windows) else ()
-
-
-def _qwen_windows(f: Fields, num_layers: int) -> tuple[int | None, ...]:
-    """Qwen2/3: `layer_types` says which layers slide; without it those from `max_window_layers` on."""
-    if not f.boolean("use_sliding_window", False):
-        return ()
-    full = ["full_attention"] * f.integer("max_window_layers", 28, 0, MAX_LAYERS)
-    return _windows(f, f.list_of(str, "layer_types") or [*full, *["sliding_attention"] * num_layers][:num_layers])

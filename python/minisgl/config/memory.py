@@ -26,6 +26,7 @@ def cpu_pages(
     Pages that fit the memory, and no more than all running requests could ever use. Memory is taken on first use."""
     tp_size = args.tensor_parallel_size
     budget = int(machine.memory * args.memory_ratio) // tp_size - model.weight_bytes(dtype, tp_size)
+    budget -= args.max_running_requests * model.state_bytes_per_row(kv_dtype)
     affordable = budget // (model.kv_bytes_per_token(kv_dtype, tp_size) * page_size)
     if affordable < 1:
         weights = model.weight_bytes(dtype, tp_size) * tp_size / GIB
@@ -50,7 +51,7 @@ def gpu_tokens(
     """
     tp_size, ratio = args.tensor_parallel_size, args.memory_ratio
     gpu = min(gpus, key=lambda gpu: gpu_budget(gpu, ratio))
-    budget = gpu_budget(gpu, ratio)
+    budget = gpu_budget(gpu, ratio) - args.max_running_requests * model.state_bytes_per_row(kv_dtype)
     weights, kv_bytes = model.weight_bytes(dtype, tp_size), model.kv_bytes_per_token(kv_dtype, tp_size)
     room = f"{gpu} has {gpu.free_memory / GIB:.1f} of {gpu.total_memory / GIB:.1f} GiB free"
     if args.num_pages is not None:
@@ -74,9 +75,7 @@ def gpu_tokens(
 
 def _step_bytes(model: ModelConfig, dtype: str, tp_size: int, step_len: int, num_logits: int) -> int:
     """About what the activations of the largest step take: the widest of a layer, and logits with a float32 copy."""
-    inner = model.intermediate_size
-    if model.moe is not None:
-        inner = max(inner, model.moe.num_experts_per_tok * model.moe.intermediate_size)
+    inner = max(layer.mlp.active_features for layer in model.layers)
     per_token = 4 * model.hidden_size + (3 * inner + 2 * model.num_qo_heads * model.head_dim) // tp_size
     return step_len * per_token * DTYPE_BYTES[dtype] + num_logits * model.vocab_size * (DTYPE_BYTES[dtype] + 4)
 

@@ -1,23 +1,19 @@
-"""A model's shape, read from `config.json` alone: explicit numbers, no framework objects, no torch."""
+"""What a model is made of, as explicit numbers: a specification of each layer, and what all layers share. No torch."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from math import prod
 
-from minisgl.config.locate import Fields, check_directory, merge, read_fields, read_json
-
-logger = logging.getLogger(__name__)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WEIGHT_BYTES = {**DTYPE_BYTES, "int8": 1}
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention, and before the MLP
+HEAD_NORMS = ("q_norm", "k_norm")  # of each query and key head
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary position embedding: base and scaling (`default`, `linear`, `dynamic`, `yarn`, `llama3`)."""
+    """A table of rotary angles: base and scaling (`default`, `linear`, `dynamic`, `yarn`, `llama3`)."""
 
     theta: float
     type: str = "default"
@@ -26,14 +22,102 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class MoEConfig:
-    """Mixture of experts: how many, how many per token, and which layers have them."""
+class PagedKV:
+    """A cache that grows with its sequence, in pages: a key and a value for each token and head."""
+
+    heads: int  # on all ranks
+    k_dim: int
+    v_dim: int
+
+    def local_heads(self, tp_size: int) -> int:
+        """Heads that one rank stores: a share, or a replica of one where heads are fewer than ranks."""
+        return max(1, self.heads // tp_size)
+
+    def token_bytes(self, dtype: str, tp_size: int) -> int:
+        return self.local_heads(tp_size) * (self.k_dim + self.v_dim) * DTYPE_BYTES[dtype]
+
+    def row_bytes(self, dtype: str) -> int:  # noqa: ARG002
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A cache of one size however long its sequence is: tensors of these shapes for each running request."""
+
+    shapes: tuple[tuple[int, ...], ...]  # on one rank
+
+    def token_bytes(self, dtype: str, tp_size: int) -> int:  # noqa: ARG002
+        return 0
+
+    def row_bytes(self, dtype: str) -> int:
+        return sum(map(prod, self.shapes)) * DTYPE_BYTES[dtype]
+
+
+CacheSpec = PagedKV | State
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What attention computes in a layer. `config.attention` says which backend computes what of it."""
+
+    cache: CacheSpec
+    window: int | None = None  # tokens that a position sees, itself included; None: all before it
+    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    sinks: bool = False  # a weight of each head takes part in the softmax
+    rope_index: int = 0  # of `ModelConfig.ropes`
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMLP:
+    """down(activation(gate(x)) * up(x))."""
+
+    intermediate_size: int
+    bias: bool = False
+    activation: str = "silu"
+
+    @property
+    def active_features(self) -> int:
+        """Inner features that one token goes through."""
+        return self.intermediate_size
+
+    def num_weights(self, hidden_size: int, tp_size: int) -> int:
+        return 3 * self.intermediate_size * hidden_size // tp_size
+
+
+@dataclass(frozen=True, slots=True)
+class MoE:
+    """Mixture of experts, each a `DenseMLP` without biases.
+
+    routing: how a token's `num_experts_per_tok` most probable experts are weighted: by their probabilities ("softmax"),
+    or by these made to sum to 1 ("softmax_of_chosen").
+    """
 
     num_experts: int
     num_experts_per_tok: int
     intermediate_size: int
-    norm_topk_prob: bool
-    layers: tuple[bool, ...]  # per layer: sparse or dense
+    routing: str = "softmax"
+    activation: str = "silu"
+
+    @property
+    def active_features(self) -> int:
+        return self.num_experts_per_tok * self.intermediate_size
+
+    @property
+    def norm_topk_prob(self) -> bool:
+        return self.routing == "softmax_of_chosen"
+
+    def num_weights(self, hidden_size: int, tp_size: int) -> int:
+        return 3 * self.num_experts * self.intermediate_size * hidden_size // tp_size + self.num_experts * hidden_size
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One decoder layer: its two halves, and the norms that it has, by the names of their weights."""
+
+    attention: AttentionSpec
+    mlp: DenseMLP | MoE
+    norms: tuple[str, ...] = PRE_NORMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,115 +127,79 @@ class ModelConfig:
     architecture: str  # "LlamaForCausalLM", …
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
     num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
+    head_dim: int  # of queries
     rms_norm_eps: float
-    rope: RopeConfig
     max_position: int  # longest sequence that the model is made for, scaling included
+    layers: tuple[LayerSpec, ...]
+    ropes: tuple[RopeConfig, ...]
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    sliding_windows: tuple[int | None, ...] = ()  # per layer; None: full attention. Empty: full attention everywhere
-    moe: MoEConfig | None = None
     dtype: str = "float32"  # of the checkpoint
     eos_token_ids: tuple[int, ...] = ()
 
-    def sliding_window(self, layer: int) -> int | None:
-        """Tokens that a position of `layer` sees, itself included; None: all before it."""
-        return self.sliding_windows[layer] if self.sliding_windows else None
-
-    def is_sparse(self, layer: int) -> bool:
-        """Whether `layer` is a mixture of experts."""
-        return self.moe is not None and self.moe.layers[layer]
-
-    def num_local_kv_heads(self, tp_size: int) -> int:
-        """KV heads that one rank stores: a share, or a replica of one where heads are fewer than ranks."""
-        return max(1, self.num_kv_heads // tp_size)
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     def kv_bytes_per_token(self, dtype: str, tp_size: int = 1) -> int:
         """Bytes of KV cache that one token takes on one rank."""
-        return 2 * self.num_layers * self.num_local_kv_heads(tp_size) * self.head_dim * DTYPE_BYTES[dtype]
+        return sum(layer.attention.cache.token_bytes(dtype, tp_size) for layer in self.layers)
+
+    def state_bytes_per_row(self, dtype: str) -> int:
+        """Bytes that one running request takes on one rank, whatever its length."""
+        return sum(layer.attention.cache.row_bytes(dtype) for layer in self.layers)
 
     def weight_bytes(self, dtype: str, tp_size: int = 1) -> int:
         """Bytes of weights (also "int8") on one rank, to within the few that are replicated or padded."""
-        qkv = (self.num_qo_heads // tp_size + 2 * self.num_local_kv_heads(tp_size)) * self.head_dim * self.hidden_size
-        attention = qkv + self.num_qo_heads * self.head_dim * self.hidden_size // tp_size
         params = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) // tp_size
-        for layer in range(self.num_layers):
-            if self.moe is not None and self.is_sparse(layer):
-                inner = self.moe.num_experts * self.moe.intermediate_size
-                mlp = 3 * inner * self.hidden_size // tp_size + self.moe.num_experts * self.hidden_size
-            else:
-                mlp = 3 * self.intermediate_size * self.hidden_size // tp_size
-            params += attention + mlp + 2 * self.hidden_size
+        query = self.num_qo_heads * self.head_dim * self.hidden_size
+        for layer in self.layers:
+            if isinstance(cache := layer.attention.cache, PagedKV):
+                params += cache.local_heads(tp_size) * (cache.k_dim + cache.v_dim) * self.hidden_size
+            params += query // tp_size * 2 + layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
         return params * _WEIGHT_BYTES[dtype]
 
+    # What callers ask for that do not look at the specifications of layers yet.
 
-def read_model_config(model_dir: str | Path, override: Mapping[str, Any] | None = None) -> ModelConfig:
-    """Read `config.json` of a local Hugging Face model directory, and the ends that its other files name.
+    @property
+    def rope(self) -> RopeConfig:
+        return self.ropes[0]
 
-    override: merged into `config.json` before it is read.
-    Raises: ConfigError naming the missing file, the value of the wrong kind, or what is not supported.
-    """
-    from minisgl.config.families import parse_model_config  # it builds the classes above
+    @property
+    def num_kv_heads(self) -> int:
+        cache = self.layers[0].attention.cache
+        assert isinstance(cache, PagedKV)
+        return cache.heads
 
-    path = Path(model_dir)
-    check_directory(path)
-    config_path = path / "config.json"
-    fields = Fields(merge(read_json(config_path), override or {}), str(config_path))
-    model = parse_model_config(fields)
-    ends = _ends(path, read_fields(path / "generation_config.json"), fields, model.vocab_size)
-    return replace(model, eos_token_ids=ends)
+    @property
+    def intermediate_size(self) -> int:
+        return next((mlp.intermediate_size for mlp in self._mlps() if isinstance(mlp, DenseMLP)), 0)
 
+    @property
+    def mlp_bias(self) -> bool:
+        return any(isinstance(mlp, DenseMLP) and mlp.bias for mlp in self._mlps())
 
-def _ends(path: Path, generation: Fields, config: Fields, vocab_size: int) -> tuple[int, ...]:
-    """The ids, generation_config.json's first: a chat model often adds its end of turn there. What is no id of the
-    model is left out, with a warning. Raises: ConfigError naming a file that cannot be read."""
-    ids: dict[int, None] = {}
-    for fields in (generation, config):
-        value = fields.data.get("eos_token_id")
-        for token in value if isinstance(value, list) else [] if value is None else [value]:
-            if type(token) is int and 0 <= token < vocab_size:
-                ids[token] = None
-            else:
-                reason = f"no token id (a whole number from 0 to {vocab_size - 1})"
-                logger.warning("%s: eos_token_id %.80r is %s and has no effect", fields.source, token, reason)
-    own = _tokenizer_end(path)
-    return tuple(ids if own is None or own >= vocab_size else ids | {own: None})
+    @property
+    def qk_norm(self) -> bool:
+        return "q_norm" in self.layers[0].norms
 
+    @property
+    def moe(self) -> MoE | None:
+        return next((mlp for mlp in self._mlps() if isinstance(mlp, MoE)), None)
 
-def _tokenizer_end(path: Path) -> int | None:
-    """The id of the tokenizer's `eos_token`, which a file gives as text, alone or with the token's properties."""
-    config = fields = read_fields(path / "tokenizer_config.json")
-    if fields.data.get("eos_token") is None:
-        fields = read_fields(path / "special_tokens_map.json")
-    is_object = isinstance(fields.data.get("eos_token"), dict)
-    token = fields.child("eos_token").text("content", None) if is_object else fields.text("eos_token", None)
-    if token is None:
-        return None
-    ids = (index for pairs in _vocabularies(path, config) for text, index in pairs if text == token)
-    if (found := str(next(ids, None))).isdecimal():
-        return int(found)
-    logger.warning("%s: eos_token %.80r is not in the vocabulary and has no effect", fields.source, token)
-    return None
+    def _mlps(self) -> list[DenseMLP | MoE]:
+        return [layer.mlp for layer in self.layers]
+
+    def sliding_window(self, layer: int) -> int | None:
+        return self.layers[layer].attention.window
+
+    def is_sparse(self, layer: int) -> bool:
+        return isinstance(self.layers[layer].mlp, MoE)
+
+    def num_local_kv_heads(self, tp_size: int) -> int:
+        return max(1, self.num_kv_heads // tp_size)
 
 
-def _vocabularies(path: Path, config: Fields) -> Iterator[Iterable[tuple[Any, Any]]]:
-    """Texts and ids that a tokenizer's files have, the smallest file first."""
-    decoder = config.child("added_tokens_decoder")
-    yield [(decoder.child(index).data.get("content"), index) for index in decoder.data]
-    tokenizer = read_fields(path / "tokenizer.json")
-    added = tokenizer.data.get("added_tokens")
-    items = added if isinstance(added, list) else []
-    yield [(item.get("content"), item.get("id")) for item in items if isinstance(item, dict)]
-    vocab = tokenizer.child("model").data.get("vocab")
-    if isinstance(vocab, list):  # Unigram: pieces with their scores, in order
-        yield [(piece[0], index) for index, piece in enumerate(vocab) if isinstance(piece, list) and piece]
-    yield vocab.items() if isinstance(vocab, dict) else ()
-    for name in ("added_tokens.json", "vocab.json"):
-        yield read_fields(path / name).data.items()
+MoEConfig = MoE

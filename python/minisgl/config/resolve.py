@@ -16,8 +16,9 @@ from minisgl.config import chat
 from minisgl.config.args import ServerArgs
 from minisgl.config.cpu import cpu_engine
 from minisgl.config.cuda import choose_device, cuda_engine
+from minisgl.config.families import read_model_config
 from minisgl.config.locate import is_remote, locate_model, read_fields, split_revision
-from minisgl.config.model import ModelConfig, read_model_config
+from minisgl.config.model import ModelConfig
 from minisgl.config.probe import Capabilities, probe
 from minisgl.config.runtime import AccessConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import SamplingParams

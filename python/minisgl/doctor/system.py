@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from minisgl.config.args import ServerArgs
+from minisgl.config.families import read_model_config
 from minisgl.config.locate import DEMO_MODEL, split_revision, weight_files
-from minisgl.config.model import read_model_config
 from minisgl.config.probe import Capabilities
 from minisgl.config.resolve import ModelFiles, read_default_sampling, resolve
 from minisgl.doctor.row import Row

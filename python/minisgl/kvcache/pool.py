@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from minisgl.config.model import ModelConfig
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer: [num_slots, heads of this rank, k_dim or v_dim]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
 
 
 class KVPool:
@@ -26,6 +35,9 @@ class KVPool:
         for cache in (self.keys, self.values):
             pages = cache.view(len(cache), -1, page_size, *cache.shape[2:])
             pages.index_copy_(1, targets, pages.index_select(1, sources))
+
+    def layer(self, index: int) -> LayerCache:
+        return LayerCache(self.k[index], self.v[index])
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

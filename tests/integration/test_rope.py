@@ -30,7 +30,7 @@ def read(**fields: Any) -> tuple[LlamaConfig, RopeConfig]:
     file = {"hidden_size": 256, "num_attention_heads": 2, "max_position_embeddings": 4096, **fields}
     hf = LlamaConfig(**copy.deepcopy(file))
     shape = {"vocab_size": 32, "intermediate_size": 8, "num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"]}
-    return hf, parse_model_config(Fields({**file, **shape}, "test")).rope
+    return hf, parse_model_config(Fields({**file, **shape}, "test")).ropes[0]
 
 
 def old_spelling(scaling: dict[str, Any]) -> dict[str, Any]:
