@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from minisgl import SamplingParams
-from minisgl.kernel.sampling_reference import uniform
+from minisgl.kernel.sampling import uniform
 from tests.models import hf_logits
 
 Tensor = torch.Tensor

@@ -45,6 +45,7 @@ from minisgl.attention.paged import AttentionShape
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.cuda import CudaOps
 from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
+from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 
 Tensor = torch.Tensor
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -134,20 +135,21 @@ def step() -> None:
 def sampling() -> None:
     ops = CudaOps(torch.cuda.get_device_capability())
     modes = [(0.0, 0, 1.0, 0.0), (0.8, 0, 1.0, 0.0), (1.0, 50, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (0.7, 3000, 0.95, 0.01)]
-    kinds = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
+    names = ("temperature", "top_k", "top_p", "min_p")
     for n, vocab in ((1, 5003), (24, 5003), (40, 5003), (3, 5), (2, 1 << 19)):
         dtype = torch.float32 if vocab > 5003 else torch.bfloat16  # a row too large for shared memory
         logits = torch.randn(n, vocab).to(dtype)
         logits[1:2, 3] = torch.inf  # a row that fails
         for mode in modes if vocab <= 5003 else modes[-1:]:
-            values = zip(kinds.items(), mode, strict=True)
-            columns = {name: torch.full((n,), value, dtype=kind) for (name, kind), value in values}
-            columns |= {"seed": torch.randint(0, 1 << 40, (n,)), "position": torch.randint(0, 20, (n,))}
+            seed, position = torch.randint(0, 1 << 40, (n,)).numpy(), torch.randint(0, 20, (n,)).numpy()
+            values = dict(zip(names, mode, strict=True))
+            columns = SamplingColumns.of(n, **values, seed=seed, position=position)
+            rows = torch.arange(n).int()
             theirs = torch.zeros(n).int(), torch.zeros(n, 20).int()
-            ours, rows = [up(x) for x in theirs], torch.arange(n).int()
-            inputs = {name: up(x, x.dtype) for name, x in columns.items()}
-            ops.sample(up(logits, dtype), **inputs, out=ours[0], token_ids=ours[1], rows=up(rows))
-            REFERENCE.sample(logits, **columns, out=theirs[0], token_ids=theirs[1], rows=rows)
+            ours = [up(x) for x in theirs]
+            ops.sample(up(logits, dtype), SamplingColumns(up(columns.words)), ours[0], TokenStore(ours[1], up(rows)))
+            sample_reference(logits, columns, theirs[0], by_logit=False)
+            REFERENCE.store_ids(theirs[1], rows, columns["position"], theirs[0])
             check(("sample", n, vocab, mode), ours, theirs, n // 20)  # a number may fall on the border of two tokens
 
 

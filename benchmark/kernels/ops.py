@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from minisgl.errors import ConfigError
 from minisgl.kernel.cuda import CudaOps, compile_kernels
 from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
+from minisgl.kernel.sampling import SamplingColumns
 
 Tensor = torch.Tensor
 Run = Callable[[TorchOps], tuple[Tensor, ...]]
@@ -119,21 +121,11 @@ def _linear_add(n: int) -> Run:
     return lambda ops: (ops.linear_add(x, weight, ours if isinstance(ops, CudaOps) else theirs),)
 
 
-def _sample(n: int, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Run:
-    def column(value: float, dtype: torch.dtype) -> Tensor:
-        return torch.full((n,), value, dtype=dtype, device="cuda")
-
+def _sample(n: int, **values: float) -> Run:
     logits = _randn(n, VOCAB, scale=3.0)
-    params = (
-        column(temperature, torch.float32),
-        column(top_k, torch.int32),
-        column(top_p, torch.float32),
-        column(min_p, torch.float32),
-        torch.arange(n, device="cuda"),
-        torch.arange(n, device="cuda"),
-    )
-    out = column(-7, torch.int32)
-    return lambda ops: (ops.sample(logits, *params, out),)
+    columns = SamplingColumns.of(n, "cuda", **values, seed=np.arange(n), position=np.arange(n))
+    out = torch.full((n,), -7, dtype=torch.int32, device="cuda")
+    return lambda ops: (ops.sample(logits, columns, out),)
 
 
 def cases() -> Iterator[Case]:
@@ -167,7 +159,7 @@ def _sampling_cases() -> Iterator[Case]:
     }
     for n in (1, 32, 256):
         for name, values in settings.items():
-            make = functools.partial(_sample, n, **values)  # type: ignore[arg-type]
+            make = functools.partial(_sample, n, **values)
             yield Case(f"sample {name}", f"{n} x {VOCAB}", n * VOCAB * DTYPE.itemsize, make, True)
 
 

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 
 from minisgl.attention.base import AttentionBatch
 from minisgl.attention.cpu import CpuBackend
-from minisgl.engine.batch import SamplingBatch
-from minisgl.engine.sample import sample
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
+from minisgl.kernel.sampling import SamplingColumns
 
 Tensor = torch.Tensor
 TARGET = os.environ.get("MINISGL_TEST_CPU_TARGET", "")
@@ -194,15 +193,6 @@ def reference(q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None) -
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
-def sampling(n: int, **given: float | int) -> SamplingBatch:
-    values = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | given
-    floats = {name: np.full(n, values[name], np.float32) for name in ("temperature", "top_p", "min_p")}
-    top_k = np.full(n, values["top_k"], np.int64)
-    return SamplingBatch(
-        floats["temperature"], top_k, floats["top_p"], floats["min_p"], np.arange(n, dtype=np.uint64), np.arange(n)
-    )
-
-
 @pytest.mark.parametrize("vocab_size", [5, 128, 4096, 50_001])
 @pytest.mark.parametrize(
     "given",
@@ -224,8 +214,8 @@ def test_sampled_tokens_are_the_reference_s(given: dict[str, float], vocab_size:
     logits[1] = 0.0  # all equal
     logits[2, vocab_size // 2 :] = -torch.inf
     logits[3, 4], logits[4, 0] = torch.nan, torch.inf
-    params = sampling(n, **given)
-    p = (params.temperature, params.top_k, params.top_p, params.min_p, params.seed, params.position)
-    mine, theirs = cpu_ops(2).sample_on_host(logits, p), sample(logits, params)
+    values = {"temperature": 0.8, "seed": np.arange(n), "position": np.arange(n)} | given
+    params, ids = SamplingColumns.of(n, **values), torch.zeros(n, dtype=torch.int32)
+    mine, theirs = (ops.sample(logits, params, ids.clone()) for ops in (cpu_ops(2), TorchOps()))
     assert mine[3] == mine[4] == -1
     assert (mine != theirs).sum() <= (0 if not given.get("temperature", 1) else 1), "a sum may fall on the other side"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
-from minisgl.kernel.sampling_reference import kept_weights, sample_reference, uniform
+from minisgl.kernel.sampling import SamplingColumns, TokenStore, filter_weights, sample_reference, uniform
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]  # the first test compiles
 
@@ -150,19 +151,9 @@ def test_store_ids(ops):
 # --- sampling
 
 
-def params(n, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    def column(value, dtype):
-        return torch.as_tensor(value, dtype=dtype, device="cuda").expand(n).contiguous()
-
-    seed = torch.arange(n, device="cuda") * -7046029254386353131 + 11
-    return [
-        column(temperature, torch.float32),
-        column(top_k, torch.int32),
-        column(top_p, torch.float32),
-        column(min_p, torch.float32),
-        seed,
-        torch.arange(n, device="cuda") * 3 + 1,
-    ]
+def params(n, temperature=1.0, **given):
+    seed = np.arange(n) * -7046029254386353131 + 11
+    return SamplingColumns.of(n, "cuda", temperature=temperature, seed=seed, position=np.arange(n) * 3 + 1, **given)
 
 
 def no_ids(logits):
@@ -170,24 +161,24 @@ def no_ids(logits):
 
 
 def reference(logits, p):
-    return sample_reference(logits, *p, no_ids(logits))
+    return sample_reference(logits, p, no_ids(logits), by_logit=False)
 
 
 def sampled(ops, logits, p):
-    return ops.sample(logits, *p, no_ids(logits))
+    return ops.sample(logits, p, no_ids(logits))
 
 
 def check(logits, p, ids):
     """The token is kept by the filters, and the uniform number falls on it, up to rounding of the masses."""
-    temperature, top_k, top_p, min_p, seed, position = p
+    temperature = p["temperature"]
     assert torch.equal(ids[temperature == 0], reference(logits, p)[temperature == 0])
     for row in (temperature > 0).nonzero()[:, 0].tolist():
-        one = logits[row : row + 1]
+        one, own = logits[row : row + 1], SamplingColumns(p.words[row : row + 1])
         weights = ((one.float() - one.float().max()) / temperature[row]).exp()
-        kept = kept_weights(one, weights, *(x[row : row + 1] for x in (top_k, top_p, min_p)))[0]
+        kept = filter_weights(one, weights, own)[1][0]
         cdf = kept.cumsum(0, dtype=torch.float64)
         cdf, token = cdf / cdf[-1], int(ids[row])
-        number = float(uniform(seed[row], position[row]))
+        number = float(uniform(own["seed"], own["position"]))
         before = float(cdf[token - 1]) if token else 0.0
         assert kept[token] > 0
         assert before - 1e-5 <= number <= float(cdf[token]) + 1e-5, (row, token)
@@ -239,7 +230,7 @@ def test_ties_are_kept_from_the_lowest_index(ops):
 
 def check_equal_weights(ops, logits, p, kept):
     """`kept`: the ids that the filters keep, ascending; all must weigh the same, which makes the token exact."""
-    number = uniform(p[4], p[5]) * len(kept)
+    number = uniform(p["seed"], p["position"]) * len(kept)
     assert torch.equal(sampled(ops, logits, p).long(), kept[number.long()])
 
 
@@ -300,14 +291,14 @@ def test_rows_fail_alone(ops, dtype):
 
 def test_a_rows_token_does_not_depend_on_the_batch(ops):
     logits = randn(64, 50257, scale=2)
-    p = params(64, top_k=torch.arange(64, device="cuda") % 3 * 30, top_p=0.97)
+    p = params(64, top_k=np.arange(64) % 3 * 30, top_p=0.97)
     ids = sampled(ops, logits, p)
     for _ in range(3):
         assert torch.equal(sampled(ops, logits, p), ids)
     # Batches of this size and of one row run with more threads per block.
-    assert torch.equal(sampled(ops, logits[:24], [x[:24] for x in p]), ids[:24])
+    assert torch.equal(sampled(ops, logits[:24], SamplingColumns(p.words[:24])), ids[:24])
     for row in range(0, 64, 9):
-        alone = sampled(ops, logits[row : row + 1], [x[row : row + 1] for x in p])
+        alone = sampled(ops, logits[row : row + 1], SamplingColumns(p.words[row : row + 1]))
         assert int(alone[0]) == int(ids[row])
 
 
@@ -317,8 +308,8 @@ def test_sampled_tokens_go_to_the_table(ops):
     table = torch.full((4, 20), 7777, dtype=torch.int32, device="cuda")
     p = params(3, top_p=0.9)
     rows = torch.tensor([3, 0, 1], dtype=torch.int32, device="cuda")
-    ids = ops.sample(logits, *p, no_ids(logits), table, rows)
-    assert table[rows.long(), p[5]].tolist() == ids.clamp(min=0).tolist() and int(ids[1]) == -1
+    ids = ops.sample(logits, p, no_ids(logits), TokenStore(table, rows))
+    assert table[rows.long(), p["position"]].tolist() == ids.clamp(min=0).tolist() and int(ids[1]) == -1
     assert int((table != 7777).sum()) == 3
 
 
@@ -328,7 +319,7 @@ def test_sampled_tokens_follow_the_distribution(ops):
     p = params(n, top_p=0.9, temperature=1.2)
     seen = sampled(ops, logits.repeat(n, 1), p).long().bincount(minlength=300).float() / n
     weights = ((logits.float() - logits.float().max()) / 1.2).exp()
-    expected = kept_weights(logits, weights, *(x[:1] for x in p[1:4]))[0]
+    expected = filter_weights(logits, weights, SamplingColumns(p.words[:1]))[1][0]
     assert ((seen > 0) <= (expected > 0)).all()
     assert (seen - expected / expected.sum()).abs().max() < 0.012
 
@@ -343,8 +334,8 @@ def test_sampling_in_a_graph_reads_its_parameters_anew(ops):
         reference_out = reference(logits, p)
     for temperature, top_k in ((0.0, 0), (1.0, 5), (1.5, 0)):
         logits.copy_(randn(4, 1000))
-        p[0].fill_(temperature)
-        p[1].fill_(top_k)
+        p["temperature"].fill_(temperature)
+        p["top_k"].fill_(top_k)
         graph.replay()
         assert torch.equal(out, sampled(ops, logits, p))
         check(logits, p, out)

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from minisgl import SamplingParams
-from minisgl.engine import sample as engine
-from minisgl.engine.batch import SamplingBatch
-from minisgl.kernel.sampling_reference import kept_weights, sample_reference
+from minisgl.kernel.sampling import SamplingColumns, filter_weights, sample_reference
 from tests.gpu.soak import KINDS
 from tests.models import hf_logits, random_prompt, tiny_model
 from tests.near_ties import EPS, check_answer, explained, kept_bounds
@@ -21,26 +19,16 @@ FILTERED = SamplingParams(1, 0.7, top_k=40, top_p=0.9, min_p=0.01, seed=8)
 SAMPLED = [*KINDS[2:], FILTERED, SamplingParams(1, 1.3, top_k=3, seed=9)]
 
 
-def columns(params: SamplingParams, num: int) -> SamplingBatch:
-    return SamplingBatch(
-        np.full(num, params.temperature, np.float32),
-        np.full(num, params.top_k, np.int64),
-        np.full(num, params.top_p, np.float32),
-        np.full(num, params.min_p, np.float32),
-        np.full(num, params.seed, np.uint64),
-        FIRST + np.arange(num),
-    )
+def columns(params: SamplingParams, num: int) -> SamplingColumns:
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    values = {name: getattr(params, name) for name in names}
+    return SamplingColumns.of(num, **values, position=FIRST + np.arange(num))
 
 
 def choose(logits: torch.Tensor, params: SamplingParams, by_index: bool) -> torch.Tensor:
-    """Tokens at positions FIRST and on, of the engine's sampler on the CPU or of the reference of that on a GPU."""
-    batch = columns(params, len(logits))
-    if not by_index or params.temperature == 0:
-        return engine.sample(logits, batch)
-    rows = (batch.temperature, batch.top_k.astype(np.int32), batch.top_p, batch.min_p)
-    rows = (*rows, batch.seed.astype(np.int64), batch.position)
+    """Tokens at positions FIRST and on, of the reference of the sampler on a CPU or of that on a GPU."""
     out = torch.empty(len(logits), dtype=torch.int32)
-    return sample_reference(logits, *map(torch.from_numpy, rows), out).long()
+    return sample_reference(logits, columns(params, len(logits)), out, by_logit=not by_index).long()
 
 
 def make_logits(num: int = NUM) -> torch.Tensor:
@@ -80,8 +68,7 @@ def test_bounds_without_slack_are_the_filters(params: SamplingParams) -> None:
     logits = make_logits()
     batch = columns(params, len(logits))
     weights = ((logits - logits.max(1, keepdim=True).values) / params.temperature).exp()
-    filters = (batch.top_k, batch.top_p, batch.min_p)
-    expected = kept_weights(logits, weights, *map(torch.from_numpy, filters)) > 0
+    expected = filter_weights(logits, weights, batch)[1] > 0
     core, broad = kept_bounds(logits.double(), weights.double(), params, 0.0)
     assert torch.equal(core, expected) and torch.equal(broad, expected)
     core, broad = kept_bounds(logits.double(), weights.double(), params, EPS)

@@ -162,11 +162,9 @@ std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
     step.page_size = page_size, step.rotation = {cosines.data(), sines.data()}, step.logits = logits.data();
     forward(*model, step);
     all.insert(all.end(), logits.begin(), logits.end());
-    std::vector<float> temperature(last.size(), 0.7f), top_p(last.size(), 0.9f), min_p(last.size(), 0.01f);
-    std::vector<int64_t> top_k(last.size(), 30), place(last.size(), 3), sampled(last.size());
-    std::vector<uint64_t> seed(last.size(), 11);
-    Sampling params{temperature.data(), top_k.data(), top_p.data(), min_p.data(), seed.data(), place.data()};
-    sample_rows(*workers, logits.data(), int64_t(last.size()), vocab, vocab, params, sampled.data());
+    std::vector<minisgl::SamplingParams> params(last.size(), {11, 3, 0.7f, 0.9f, 0.01f, 30});
+    std::vector<int32_t> sampled(last.size());
+    sample_rows(*workers, logits.data(), int64_t(last.size()), vocab, vocab, params.data(), sampled.data());
     for (int64_t id : sampled) check(id >= 0 && id < vocab, "a sampled id");
   }
   return all;

@@ -15,26 +15,9 @@ from minisgl.attention.base import AttentionBatch, IntArray
 from minisgl.core import ScheduledReq, StepPlan
 from minisgl.engine.logits import LogitRules, LogprobRules, on
 from minisgl.errors import require
+from minisgl.kernel.sampling import RECORD, SamplingColumns, Words, record_of, records
 from minisgl.kvcache.pool import KVPool
 from minisgl.utils.math import div_ceil
-
-
-class SamplingBatch(NamedTuple):
-    """Parameters of the rows that sample, one column per parameter: [n]. On the host."""
-
-    temperature: npt.NDArray[np.float32]  # 0: greedy
-    top_k: IntArray  # 0: off
-    top_p: npt.NDArray[np.float32]
-    min_p: npt.NDArray[np.float32]
-    seed: npt.NDArray[np.uint64]
-    position: IntArray  # of the token to be sampled
-
-    @property
-    def all_greedy(self) -> bool:
-        return not self.temperature.any()
-
-    def select(self, index: IntArray) -> SamplingBatch:
-        return SamplingBatch._make(column[index] for column in self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +29,7 @@ class Batch:
     slots: torch.Tensor  # [num_tokens] int64: where their KV goes
     attention: AttentionBatch
     logit_tokens: torch.Tensor | None  # [n] int64: which tokens sample; None: all of them
-    sampling: SamplingBatch  # of those
+    sampling: SamplingColumns  # of those
     sampled_at: tuple[IntArray, IntArray]  # row and column of the token buffer where the sampled ids go
 
 
@@ -56,8 +39,7 @@ class RowTables:
     def __init__(self, num_rows: int, max_seq_len: int, page_size: int) -> None:
         self.pages = np.zeros((num_rows, div_ceil(max_seq_len + 1, page_size)), dtype=np.int32)
         self.page_size = page_size
-        types = (np.float32, np.int64, np.float32, np.float32, np.uint64, np.int64)
-        self._sampling = SamplingBatch._make(np.zeros(num_rows, dtype) for dtype in types)  # positions: of no use here
+        self._sampling = records(num_rows)  # positions: of no use here
         self.logit_rules = LogitRules()
         self.logprob_rules = LogprobRules()
 
@@ -65,19 +47,17 @@ class RowTables:
         """Write the plan's admissions and page updates."""
         self.logit_rules.apply(plan.admissions)
         self.logprob_rules.apply(plan.admissions)
-        columns = self._sampling
-        for row, _, params, *_ in plan.admissions:
-            columns.temperature[row], columns.top_k[row] = params.temperature, max(params.top_k, 0)
-            columns.top_p[row], columns.min_p[row] = params.top_p, params.min_p
-            assert params.seed is not None
-            columns.seed[row] = params.seed
+        for admission in plan.admissions:
+            self._sampling[admission.row] = record_of(admission.params)
         for update in plan.page_updates:
             self.pages[update.row, update.first_index : update.first_index + len(update.pages)] = update.pages
         check_pages(plan, self.pages)
 
-    def sampling(self, rows: IntArray, positions: IntArray) -> SamplingBatch:
-        """The parameters of these rows, for tokens at these positions."""
-        return self._sampling.select(rows)._replace(position=positions)
+    def sampling(self, rows: IntArray, positions: IntArray) -> Words:
+        """The parameters of these rows, for tokens at these positions: [n, NUM_WORDS]."""
+        words = self._sampling.take(rows, axis=0)
+        words.view(RECORD)["position"][:, 0] = positions
+        return words
 
 
 class ReqColumns(NamedTuple):
@@ -141,7 +121,7 @@ class Tables(RowTables):
             slots=torch.from_numpy(attention.slots_of(token_rows, positions)),
             attention=attention,
             logit_tokens=logit_tokens,
-            sampling=self.sampling(sample_rows, sampled),
+            sampling=SamplingColumns(torch.from_numpy(self.sampling(sample_rows, sampled))),
             sampled_at=(sample_rows, sampled),
         )
 

@@ -33,6 +33,7 @@ from minisgl.engine.device import (
 from minisgl.engine.logits import DeviceLogprobs, LogitStep, LogprobStep, on, process, report
 from minisgl.engine.runner import ModelShard
 from minisgl.errors import ConfigError, EngineError
+from minisgl.kernel.sampling import NEUTRAL, TokenStore
 from minisgl.utils.faults import fault
 from minisgl.utils.math import div_ceil
 
@@ -158,7 +159,7 @@ class CudaRunner:
             arrays[name][:num] = rows
         arrays["positions"][:num] = starts
         arrays["seq_lens"][:num] = starts + 1
-        self._put_sampling(arrays, rows, starts + 1)
+        arrays["sampling"][:num] = self._tables.sampling(rows, starts + 1)
         tensors = self._staging.begin(arrays, (size, size, size))
         self._flush(plan)
         if (plan_decode := getattr(self._backend, "plan_decode", None)) is not None:
@@ -178,17 +179,15 @@ class CudaRunner:
         ops, comm = self._shard.ops, self._shard.comm
         for step in steps:
             index = on(self._device, step.samples)
-            t = (tensors.temperature, tensors.top_k, tensors.top_p, tensors.min_p, tensors.seed)
-            temperature, top_k, top_p, min_p, seed = (x.index_select(0, index) for x in t)
-            position, rows = tensors.sample_position.index_select(0, index), tensors.sample_rows.index_select(0, index)
+            columns, rows = tensors.sampling.select(index), tensors.sample_rows.index_select(0, index)
             new = torch.empty(len(index), dtype=torch.int32, device=self._device)
             if comm.rank == 0:
                 changed = process(logits, step, self._token_ids)
-                ops.sample(changed, temperature, top_k, top_p, min_p, seed, position, new)
+                ops.sample(changed, columns, new)
                 if len(step.absent):
                     new[on(self._device, step.absent)] = NOT_READY
             new = comm.broadcast(new)
-            ops.store_ids(self._token_ids, rows, position, new)
+            ops.store_ids(self._token_ids, rows, columns["position"], new)
             ids.index_copy_(0, index, new)
 
     def _report(self, wanted: LogprobStep | None, logits: Tensor, ids: Tensor) -> DeviceLogprobs | None:
@@ -198,22 +197,12 @@ class CudaRunner:
         chosen = ids.index_select(0, on(self._device, wanted.index))
         return report(wanted, lambda index: logits.index_select(0, index), chosen, self._device)
 
-    def _put_sampling(self, arrays: dict[str, Any], rows: IntArray, positions: IntArray) -> None:
-        params = self._tables.sampling(rows, positions)
-        num = len(rows)
-        arrays["seed"][:num] = params.seed.view(np.int64)
-        arrays["sample_position"][:num] = positions
-        for name in ("temperature", "top_p", "min_p"):
-            arrays[name][:num] = getattr(params, name)
-        arrays["top_k"][:num] = np.minimum(params.top_k, self._config.model.vocab_size)
-
     def _padding(self, size: int) -> dict[str, Any]:
         """A decode step of `size` sequences that belong to nobody."""
         row = self._padding_row
-        fill = {"rows": row, "token_rows": row, "sample_rows": row, "seq_lens": 1, "top_p": 1, "sample_position": 1}
-        arrays = {name: np.full(size, fill.get(name, 0), np.int64) for name in StepTensors.__slots__}
-        for name in ("temperature", "top_p", "min_p"):
-            arrays[name] = arrays[name].astype(np.float32)
+        fill = {"rows": row, "token_rows": row, "sample_rows": row, "seq_lens": 1}
+        arrays: dict[str, Any] = {name: np.full(size, fill.get(name, 0)) for name in StepTensors.__slots__}
+        arrays["sampling"] = NEUTRAL.repeat(size, axis=0)
         arrays["cu_q"], arrays["logit_tokens"] = np.arange(size + 1), np.arange(size)
         return arrays
 
@@ -244,12 +233,10 @@ class CudaRunner:
         sampling = num_samples > 0
         sample_rows, sampled = rows[sampling], (starts + num_new)[sampling]
         counts = (len(sample_rows), len(rows), len(positions))
-        arrays: dict[str, Any] = {name: np.zeros(counts[0]) for name in ("temperature", "top_p", "min_p")}
-        arrays |= {name: np.zeros(counts[0], np.int64) for name in ("seed", "sample_position", "top_k")}
+        arrays: dict[str, Any] = {"sampling": self._tables.sampling(sample_rows, sampled)}
         arrays |= {"sample_rows": sample_rows, "logit_tokens": offsets[1:][sampling] - 1}
         arrays |= {"rows": rows, "seq_lens": starts + num_new, "cu_q": offsets}
         arrays |= {"token_rows": token_rows, "positions": positions}
-        self._put_sampling(arrays, sample_rows, sampled)
         tensors = self._staging.begin(arrays, counts)
         self._flush(plan)
         host = AttentionBatch(rows, starts, num_new, offsets, self._tables.pages, self._config.page_size)
@@ -343,13 +330,12 @@ class CudaRunner:
         """[n] int32, written to the token table too."""
         ops, comm, t = self._shard.ops, self._shard.comm, tensors
         ids = torch.empty(len(logits), dtype=torch.int32, device=self._device)
-        params = (t.temperature, t.top_k, t.top_p, t.min_p, t.seed, t.sample_position)
         if comm.size == 1:
-            return ops.sample(logits, *params, ids, self._token_ids, t.sample_rows)
+            return ops.sample(logits, t.sampling, ids, TokenStore(self._token_ids, t.sample_rows))
         if comm.rank == 0:  # it decides, so that rounding cannot make ranks differ
-            ops.sample(logits, *params, ids)
+            ops.sample(logits, t.sampling, ids)
         ids = comm.broadcast(ids)
-        ops.store_ids(self._token_ids, t.sample_rows, t.sample_position, ids)
+        ops.store_ids(self._token_ids, t.sample_rows, t.sampling["position"], ids)
         return ids
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from minisgl.core import StepResult
 from minisgl.engine.batch import by_request
 from minisgl.engine.logits import DeviceLogprobs
 from minisgl.errors import ConfigError, EngineError
+from minisgl.kernel.sampling import NUM_WORDS, SamplingColumns
 
 Tensor = torch.Tensor
 
@@ -42,14 +43,9 @@ def open_gpu(rank: int) -> torch.device:
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """One step's numbers on the device. n samples, m sequences, t tokens."""
+    """One step's numbers on the device, int32. n samples, m sequences, t tokens."""
 
-    seed: Tensor  # [n] int64: the bits of a uint64
-    sample_position: Tensor  # [n] int64: of the token to be sampled
-    temperature: Tensor  # [n] float32
-    top_p: Tensor  # [n] float32
-    min_p: Tensor  # [n] float32
-    top_k: Tensor  # [n] int32; the rest too
+    sampling: SamplingColumns  # of n rows; first, since it has wide columns
     sample_rows: Tensor  # [n] of the token table
     logit_tokens: Tensor  # [n] tokens of the batch that sample
     rows: Tensor  # [m] of the page table
@@ -59,20 +55,14 @@ class StepTensors:
     positions: Tensor  # [t]
 
 
-_LONG = ("seed", "sample_position")
-_FLOAT = ("temperature", "top_p", "min_p")
-_PER_SAMPLE = (*_LONG, *_FLOAT, "top_k", "sample_rows", "logit_tokens")
-_PER_SEQ = ("rows", "seq_lens", "cu_q")
-_PER_TOKEN = ("token_rows", "positions")
-
-
 @lru_cache(maxsize=4096)
 def layout(num_samples: int, num_seqs: int, num_tokens: int) -> tuple[dict[str, tuple[int, int]], int]:
     """Where each field of `StepTensors` begins and ends in the buffer, in 4-byte words; and where all end."""
+    sizes = {"sampling": num_samples * NUM_WORDS, "sample_rows": num_samples, "logit_tokens": num_samples}
+    sizes |= {"rows": num_seqs, "seq_lens": num_seqs, "cu_q": num_seqs + 1}
+    sizes |= {"token_rows": num_tokens, "positions": num_tokens}
     fields, begin = {}, 0
-    for name in (*_PER_SAMPLE, *_PER_SEQ, *_PER_TOKEN):
-        size = num_samples if name in _PER_SAMPLE else num_seqs if name in _PER_SEQ else num_tokens
-        size = 2 * size if name in _LONG else size + (name == "cu_q")
+    for name, size in sizes.items():
         fields[name] = (begin, begin + size)
         begin += size
     return fields, begin
@@ -95,19 +85,15 @@ class Staging:
         self._host = self._hosts[self._turn].numpy()
         fields, self._end = layout(*counts)
         for name, (begin, end) in fields.items():
-            kind = np.int64 if name in _LONG else np.float32 if name in _FLOAT else np.int32
-            self._host[begin:end].view(kind)[:] = arrays[name]
+            self._host[begin:end] = arrays[name].ravel()
         return self.tensors(counts)
 
     def tensors(self, counts: tuple[int, int, int]) -> StepTensors:
         """Views of the device's buffer: at the same addresses for the same counts."""
         fields, _ = layout(*counts)
         views = {name: self._device[begin:end] for name, (begin, end) in fields.items()}
-        for name in _LONG:
-            views[name] = views[name].view(torch.int64)
-        for name in _FLOAT:
-            views[name] = views[name].view(torch.float32)
-        return StepTensors(**views)
+        sampling = SamplingColumns(views.pop("sampling").view(-1, NUM_WORDS))
+        return StepTensors(sampling, **views)
 
     def put(self, values: npt.NDArray[np.int32]) -> Tensor | None:
         """Append int32 values; where they will be on the device, or None when there is no room."""

@@ -14,19 +14,19 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from minisgl.attention.base import AttentionBackend, StepContext
+from minisgl.attention.base import AttentionBackend, IntArray, StepContext
 from minisgl.attention.cpu import CpuBackend
 from minisgl.attention.paged import create_backend
 from minisgl.config.model import ModelConfig
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import NOT_READY, StepPlan, StepResult, TokenBitmask, TokenLogprobs
 from minisgl.distributed.comm import DistributedInfo, create_communicator
-from minisgl.engine.batch import Batch, SamplingBatch, Tables, by_request, copy_pages
+from minisgl.engine.batch import Batch, Tables, by_request, copy_pages
 from minisgl.engine.logits import process, report
-from minisgl.engine.sample import sample
 from minisgl.errors import ConfigError
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import CpuKernels, create_ops
+from minisgl.kernel.sampling import SamplingColumns
 from minisgl.kvcache.pool import KVPool
 from minisgl.layers.attention import Attention, GatedMLP
 from minisgl.layers.base import LayerEnv
@@ -237,7 +237,7 @@ class Runner:
         batch = self._tables.build(plan)
         logits = self.forward(batch)
         prompts = self._prompt_logprobs(plan, batch)
-        if not len(batch.sampling.position):
+        if not len(batch.sampling):
             return StepResult(plan.step_id, [], None, prompts)
         if (planted := fault("logits")) is not None:
             logits[int(planted.removeprefix("nan "))] = float("nan")
@@ -247,27 +247,26 @@ class Runner:
 
     def _sample(self, logits: torch.Tensor, batch: Batch, bitmask: TokenBitmask | None) -> torch.Tensor:
         """Rank 0 decides, so that rounding cannot make ranks differ."""
-        comm, params = self._shard.comm, batch.sampling
+        comm, ops, columns = self._shard.comm, self._shard.ops, batch.sampling
+        ids = torch.empty(len(columns), dtype=torch.int32)
         if comm.rank > 0:
-            return comm.broadcast(torch.empty(len(params.position), dtype=torch.int64))
+            return comm.broadcast(ids)
         steps = self._tables.logit_rules.steps(*batch.sampled_at, bitmask)
         if not steps:
-            return comm.broadcast(self._choose(logits, params))
-        ids = torch.empty(len(params.position), dtype=torch.int64)
+            return comm.broadcast(ops.sample(logits, columns, ids))
         plain = np.setdiff1d(np.arange(len(ids)), np.concatenate([step.samples for step in steps]))
         if len(plain):
-            ids[plain] = self._choose(logits[plain], params.select(plain))
+            ids[plain] = self._draw(logits[plain], columns, plain)
         for step in steps:
             changed = process(logits, step, torch.from_numpy(self._tables.token_ids))
-            ids[step.samples] = self._choose(changed, params.select(step.samples))
+            ids[step.samples] = self._draw(changed, columns, step.samples)
             ids[step.samples[step.absent]] = NOT_READY
         return comm.broadcast(ids)
 
-    def _choose(self, logits: torch.Tensor, params: SamplingBatch) -> torch.Tensor:
-        ops, p = self._shard.ops, params
-        if not isinstance(ops, CpuOps):
-            return sample(logits, params)
-        return ops.sample_on_host(logits, (p.temperature, p.top_k, p.top_p, p.min_p, p.seed, p.position))
+    def _draw(self, logits: torch.Tensor, columns: SamplingColumns, index: IntArray) -> torch.Tensor:
+        """Ids of some of a step's samples. logits: [len(index), vocab]."""
+        ids = torch.empty(len(index), dtype=torch.int32)
+        return self._shard.ops.sample(logits, columns.select(torch.from_numpy(index)), ids)
 
     def _logprobs(self, logits: torch.Tensor, batch: Batch, ids: torch.Tensor) -> dict[int, TokenLogprobs] | None:
         step = self._tables.logprob_rules.sampled(batch.sampled_at[0])

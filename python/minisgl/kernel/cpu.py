@@ -7,15 +7,13 @@ whatever the weights are.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from minisgl.kernel.jit import load_cpu_kernels
 from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
+from minisgl.kernel.sampling import SamplingColumns, TokenStore
 from minisgl.utils.math import div_ceil
 
 Tensor = torch.Tensor
@@ -89,12 +87,11 @@ class CpuOps(TorchOps):
         self.module.embed_ids(self.workers, weight.handle, ids, first, out)
         return out
 
-    def sample_on_host(self, logits: Tensor, params: Sequence[npt.NDArray[Any]]) -> Tensor:
-        """As `engine.sample.sample`. params: temperature, top_k, top_p, min_p, seed and position, [n] each."""
-        ids = torch.empty(len(logits), dtype=torch.int64)
-        arrays = (torch.from_numpy(x.view(np.int64) if x.dtype == np.uint64 else x) for x in params)
-        self.module.sample(self.workers, logits, *arrays, ids)
-        return ids
+    def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:
+        self.module.sample(self.workers, logits, columns.words, out)
+        if store is not None:
+            self.store_ids(store.token_ids, store.rows, columns["position"], out)
+        return out
 
     def qk_norm_rope_store(
         self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots

@@ -13,7 +13,7 @@ from minisgl.errors import ConfigError
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
-from minisgl.kernel.sampling_reference import sample_reference
+from minisgl.kernel.sampling import SamplingColumns, TokenStore
 
 logger = logging.getLogger(__name__)
 
@@ -151,24 +151,11 @@ class CudaOps(TritonOps):
         self._elementwise.silu_and_mul(gate_up, out)
         return out
 
-    def sample(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        seed: Tensor,
-        position: Tensor,
-        out: Tensor,
-        token_ids: Tensor | None = None,
-        rows: Tensor | None = None,
-    ) -> Tensor:
-        """As `sample_reference`, whose arguments these are; masses are rounded to 2^-44 of the largest."""
-        sample = self._sampling.sample
+    def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:
+        """Masses are rounded to 2^-44 of the largest."""
         if logits.dtype not in DTYPES or logits.stride(-1) != 1 or logits.shape[-1] > MAX_VOCAB:
-            sample = sample_reference
-        sample(logits, temperature, top_k, top_p, min_p, seed, position, out, token_ids, rows)
+            return super().sample(logits, columns, out, store)
+        self._sampling.sample(logits, columns.words, out, *(store or (None, None)))
         return out
 
     def step_inputs(

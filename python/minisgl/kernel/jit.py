@@ -111,7 +111,8 @@ def _cpu_library(target: str, use: Callable[[Path], Any] | None = None) -> Any:
 def _files(name: str) -> dict[str, bytes]:
     """What a library is made of: the contents of sources and headers, by their paths below `CSRC`."""
     sources = (f"{CPU}.cc", f"{CPU}_bindings.cc") if name == CPU else (f"{name}.cu",)
-    headers = (CSRC / "include").rglob("*.h" if name == CPU else "*.cuh")
+    include = CSRC / "include"
+    headers = include.rglob("*.h") if name == CPU else [*include.rglob("*.cuh"), *include.glob("minisgl/*.h")]
     paths = [*(CSRC / "src" / source for source in sources), *sorted(headers)]
     return {path.relative_to(CSRC).as_posix(): path.read_bytes() for path in paths}
 

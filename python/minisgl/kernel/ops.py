@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from minisgl.kernel.sampling_reference import sample_reference
+from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 
 Tensor = torch.Tensor
 
@@ -161,23 +161,15 @@ class TorchOps:
         """table.flatten()[index] = values, all int32; no index comes twice."""
         table.view(-1).index_copy_(0, index.long(), values)
 
-    def sample(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        seed: Tensor,
-        position: Tensor,
-        out: Tensor,
-        token_ids: Tensor | None = None,
-        rows: Tensor | None = None,
-    ) -> Tensor:
-        """Sample each row of `logits`; see `sample_reference`."""
-        return sample_reference(
-            logits, temperature, top_k, top_p, min_p, seed, position, out, token_ids=token_ids, rows=rows
-        )
+    def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:
+        """Sample each row of `logits` [n, vocab] into `out` [n] int32, and into a table of tokens.
+
+        -1 where a row's largest logit is not finite; see `sample_reference`.
+        """
+        sample_reference(logits, columns, out, by_logit=logits.device.type == "cpu")
+        if store is not None:
+            self.store_ids(store.token_ids, store.rows, columns["position"], out)
+        return out
 
     def store_ids(self, token_ids: Tensor, rows: Tensor, positions: Tensor, ids: Tensor) -> None:
         """Sampled ids become input of later steps: token_ids[rows, positions] = ids, [n]. A failed row (-1) gets some

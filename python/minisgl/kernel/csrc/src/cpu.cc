@@ -80,11 +80,11 @@ void attend(Workers& workers, const float* q, int64_t stride, const std::vector<
   });
 }
 
-void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vocab, int64_t stride, const Sampling& params,
-                 int64_t* ids) {
+void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vocab, int64_t stride, const SamplingParams* params,
+                 int32_t* ids) {
   workers.pool.run([&](int) {
     thread_local Sampler sampler;
-    workers.pool.share(rows, 1, [&](int64_t r) { ids[r] = sampler(logits + r * stride, vocab, params, r); });
+    workers.pool.share(rows, 1, [&](int64_t r) { ids[r] = int32_t(sampler(logits + r * stride, vocab, params[r])); });
   });
 }
 

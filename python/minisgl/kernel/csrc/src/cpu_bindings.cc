@@ -12,6 +12,7 @@
 
 namespace {
 
+using namespace minisgl;
 using namespace minisgl::cpu;
 using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
@@ -107,13 +108,11 @@ void py_attend(int64_t workers, TensorView q, TensorView k, TensorView v, Tensor
          data_of<float>(out));
 }
 
-// logits: [n, vocab] float32 → out: [n] int64.
-void py_sample(int64_t workers, TensorView logits, TensorView temperature, TensorView top_k, TensorView top_p, TensorView min_p,
-               TensorView seed, TensorView position, TensorView out) {
-  Sampling params{data_of<float>(temperature), data_of<int64_t>(top_k), data_of<float>(top_p),
-                  data_of<float>(min_p), data_of<uint64_t>(seed), data_of<int64_t>(position)};
-  sample_rows(at<Workers>(workers), data_of<float>(logits, true), logits.size(0), logits.size(1), logits.stride(0), params,
-              data_of<int64_t>(out));
+// logits: [n, vocab] float32; params: n records, as numbers of 32 bits → out: [n] int32.
+void py_sample(int64_t workers, TensorView logits, TensorView params, TensorView out) {
+  TVM_FFI_CHECK(size_t(params.numel()) * 4 == size_t(logits.size(0)) * sizeof(SamplingParams), ValueError) << "not these records";
+  sample_rows(at<Workers>(workers), data_of<float>(logits, true), logits.size(0), logits.size(1), logits.stride(0),
+              reinterpret_cast<const SamplingParams*>(data_of<int32_t>(params)), data_of<int32_t>(out));
 }
 
 int64_t py_create_model(int64_t workers, int64_t num_q, double eps, int64_t embedding, int64_t head, TensorView norm, TensorView k,

@@ -1,4 +1,4 @@
-// Logits to token ids; what is sampled is defined by engine/sample.py and kernel/sampling_reference.py.
+// Logits to token ids; what is sampled is defined by kernel/sampling.py.
 //
 // The filters each keep a prefix of the tokens in order of (logit descending, index ascending), so that together they
 // keep one prefix: all tokens with a logit above a threshold, and the first few of those that equal it. Instead of
@@ -311,7 +311,7 @@ struct Sampler {
   }
 };
 
-// splitmix64 (Steele et al., OOPSLA 2014), as in engine/sample.py.
+// splitmix64 (Steele et al., OOPSLA 2014), as in kernel/sampling.py.
 __device__ __forceinline__ uint64_t splitmix(uint64_t x) {
   x += 0x9E3779B97F4A7C15ull;
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -322,7 +322,7 @@ __device__ __forceinline__ uint64_t splitmix(uint64_t x) {
 __device__ __forceinline__ void write_token(const SampleArgs& args, int row, int token) {
   args.out[row] = token;
   if (args.token_ids == nullptr) return;
-  const int64_t position = args.position[row];
+  const int64_t position = args.params[row].position;
   // A failed row (-1) gets some valid id, which nobody will see.
   if (position < 0 || position >= args.max_len) return;
   args.token_ids[args.rows[row] * args.max_len + position] = max(token, 0);
@@ -350,7 +350,8 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) sample_kernel(const
     if (rank == 0 && threadIdx.x == 0) write_token(args, row, -1);
     return;
   }
-  const float temperature = args.temperature[row];
+  const SamplingParams& params = args.params[row];
+  const float temperature = params.temperature;
   if (!(temperature > 0.0f)) {
     if (static_cast<uint32_t>(first_best) != 0xffffu - warp) return;
     const int token = sampler.arg_max();
@@ -360,9 +361,9 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) sample_kernel(const
   sampler.temperature = temperature;
   sampler.best_logit = decode<T>(sampler.best);
   sampler.rate = fminf(kLog2e / temperature, 3e38f);
-  const int top_k = args.top_k[row] > 0 && args.top_k[row] < args.vocab ? args.top_k[row] : 0;
-  const float top_p = args.top_p[row], min_p = args.min_p[row];
-  const uint64_t number = splitmix(splitmix(args.seed[row]) ^ args.position[row]) & ~uint64_t(0xfff);
+  const int top_k = params.top_k > 0 && params.top_k < args.vocab ? params.top_k : 0;
+  const float top_p = params.top_p, min_p = params.min_p;
+  const uint64_t number = splitmix(splitmix(params.seed) ^ params.position) & ~uint64_t(0xfff);
   int token;
   if (top_k == 0 && top_p >= 1.0f && !(min_p > 0.0f)) {
     token = sampler.template pick<false>({}, number);
@@ -413,25 +414,20 @@ const T* column(const TensorView& t, bool is_right_type, int64_t size) {
 
 }  // namespace
 
-// logits: [b, vocab] bf16, fp16 or fp32, any row stride; temperature (0: greedy), top_p, min_p: [b] float32; top_k: [b]
-// int32 (0: off); seed: [b] int64, the bits of a uint64; position: [b] int64, of the token to be sampled; out: [b]
-// int32, -1 where the largest logit is not finite. With token_ids [num_rows, max_len] int32 and rows [b] int32, the
-// token also goes to token_ids[rows[i], position[i]].
-void sample(TensorView logits, TensorView temperature, TensorView top_k, TensorView top_p, TensorView min_p,
-            TensorView seed, TensorView position, TensorView out, tvm::ffi::Optional<TensorView> token_ids,
+// logits: [b, vocab] bf16, fp16 or fp32, any row stride; params: [b, words] int32, records; out: [b] int32, -1 where the
+// largest logit is not finite. With token_ids [num_rows, max_len] int32 and rows [b] int32, the token also goes to
+// token_ids[rows[i], position[i]].
+void sample(TensorView logits, TensorView params, TensorView out, tvm::ffi::Optional<TensorView> token_ids,
             tvm::ffi::Optional<TensorView> rows) {
   MINISGL_CHECK(logits.ndim() == 2);
   const int64_t num_rows = logits.size(0), vocab = logits.size(1);
   if (num_rows == 0) return;
   MINISGL_CHECK(vocab > 0 && vocab <= kMaxVocab && (logits.stride(1) == 1 || vocab == 1));
+  MINISGL_CHECK(reinterpret_cast<uintptr_t>(params.data_ptr()) % alignof(SamplingParams) == 0);
   SampleArgs args{};
   args.logits = logits.data_ptr();
-  args.temperature = column<float>(temperature, is_fp32(temperature), num_rows);
-  args.top_k = column<int32_t>(top_k, is_int32(top_k), num_rows);
-  args.top_p = column<float>(top_p, is_fp32(top_p), num_rows);
-  args.min_p = column<float>(min_p, is_fp32(min_p), num_rows);
-  args.seed = column<int64_t>(seed, is_int64(seed), num_rows);
-  args.position = column<int64_t>(position, is_int64(position), num_rows);
+  const int64_t words = num_rows * int64_t(sizeof(SamplingParams) / 4);
+  args.params = reinterpret_cast<const SamplingParams*>(column<int32_t>(params, is_int32(params), words));
   args.out = const_cast<int32_t*>(column<int32_t>(out, is_int32(out), num_rows));
   if (token_ids.has_value()) {
     const TensorView table = token_ids.value();

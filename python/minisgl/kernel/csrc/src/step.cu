@@ -57,12 +57,13 @@ scatter_kernel(int32_t* target, int64_t size, const Index* index, const int32_t*
 
 // A failed row (-1) gets some valid id, which nobody will see.
 __global__ void __launch_bounds__(256) store_ids_kernel(int32_t* token_ids, int64_t max_len, const int32_t* rows,
-                                                        const int64_t* positions, const int32_t* ids, int64_t count) {
+                                                        const int64_t* positions, int64_t stride, const int32_t* ids,
+                                                        int64_t count) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   pdl_trigger();
   pdl_wait();
   if (i >= count) return;
-  const int64_t position = positions[i];
+  const int64_t position = positions[i * stride];
   if (position >= 0 && position < max_len) token_ids[rows[i] * max_len + position] = max(ids[i], 0);
 }
 
@@ -125,18 +126,19 @@ void scatter(TensorView target, TensorView index, TensorView value) {
 }
 
 // token_ids[rows[i], positions[i]] = max(ids[i], 0). token_ids: [num_rows, max_len] int32; rows: [n] int32; positions:
-// [n] int64; ids: [n] int32.
+// [n] int64, perhaps a column of records; ids: [n] int32.
 void store_ids(TensorView token_ids, TensorView rows, TensorView positions, TensorView ids) {
   const int64_t count = ids.numel();
   if (count == 0) return;
   MINISGL_CHECK(is_int32(token_ids) && token_ids.ndim() == 2 && token_ids.IsContiguous());
   check_vector(rows, is_int32(rows), count);
-  check_vector(positions, is_int64(positions), count);
+  MINISGL_CHECK(is_int64(positions) && positions.ndim() == 1 && positions.numel() == count);
   check_vector(ids, is_int32(ids), count);
   const LaunchConfig config{dim3((count + 255) / 256), dim3(256)};
   launch(config, current_stream(token_ids), store_ids_kernel, static_cast<int32_t*>(token_ids.data_ptr()),
          token_ids.size(1), static_cast<const int32_t*>(rows.data_ptr()),
-         static_cast<const int64_t*>(positions.data_ptr()), static_cast<const int32_t*>(ids.data_ptr()), count);
+         static_cast<const int64_t*>(positions.data_ptr()), positions.stride(0),
+         static_cast<const int32_t*>(ids.data_ptr()), count);
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare, minisgl::prepare);

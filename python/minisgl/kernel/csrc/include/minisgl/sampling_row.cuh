@@ -2,6 +2,7 @@
 #pragma once
 
 #include <minisgl/common.cuh>
+#include <minisgl/sampling_params.h>
 
 namespace minisgl {
 
@@ -242,14 +243,9 @@ struct Team {
 };
 
 struct SampleArgs {
-  const void* logits;        // [b, vocab], rows `stride` elements apart
-  const float* temperature;  // [b], and so on
-  const int32_t* top_k;
-  const float* top_p;
-  const float* min_p;
-  const int64_t* seed;
-  const int64_t* position;
-  int32_t* out;
+  const void* logits;            // [b, vocab], rows `stride` elements apart
+  const SamplingParams* params;  // [b]
+  int32_t* out;                  // [b]
   int32_t* token_ids;    // [num_rows, max_len] or null
   const int32_t* rows;   // [b]
   int64_t stride, max_len;

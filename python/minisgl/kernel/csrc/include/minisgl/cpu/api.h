@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "minisgl/sampling_params.h"
+
 namespace minisgl::cpu {
 
 // Numbers of 16 bits as they lie in memory.
@@ -56,15 +58,6 @@ struct Rotation {
   const float *cosines, *sines;
 };
 
-struct Sampling {
-  const float* temperature;  // 0: greedy
-  const int64_t* top_k;      // 0: off
-  const float* top_p;        // 1: off
-  const float* min_p;        // 0: off
-  const uint64_t* seed;
-  const int64_t* position;
-};
-
 enum class Into : int64_t { kStore = 0, kAdd = 1, kGated = 2 };
 
 struct Layer {
@@ -108,8 +101,8 @@ void rope_store(Workers& workers, float* qkv, int64_t tokens, const float* norm,
                 const int64_t* positions, const int64_t* slots, const Heads& heads, AnyCache cache);
 void attend(Workers& workers, const float* q, int64_t stride, const std::vector<Sequence>& sequences, const Heads& heads,
             int64_t window, AnyCache cache, float* out);
-void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vocab, int64_t stride, const Sampling& params,
-                 int64_t* ids);
+void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vocab, int64_t stride, const SamplingParams* params,
+                 int32_t* ids);
 
 // The whole model. caches: [layers, slots, num_kv, dim].
 Model* create_model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm,

@@ -1,4 +1,4 @@
-// Logits to token ids, with the semantics of `engine/sample.py`: temperature, top-k, top-p, min-p, then one uniform
+// Logits to token ids, with the semantics of `kernel/sampling.py`: temperature, top-k, top-p, min-p, then one uniform
 // number, a function of seed and position, inverts the cumulative distribution.
 #pragma once
 
@@ -56,15 +56,15 @@ inline int64_t invert_blocks(const float* weights, int64_t count, const double* 
 class Sampler {
  public:
   // One row. Called by one thread, with room of its own.
-  int64_t operator()(const float* logits, int64_t count, const Sampling& params, int64_t row) {
+  int64_t operator()(const float* logits, int64_t count, const SamplingParams& params) {
     int64_t best = arg_max(logits, count);
-    float temperature = params.temperature[row];
+    float temperature = params.temperature;
     if (best < 0 || temperature == 0) return best;
-    double number = uniform(params.seed[row], params.position[row]);
+    double number = uniform(params.seed, params.position);
     double total = weigh(logits, count, logits[best], temperature);
-    int64_t top_k = params.top_k[row] > 0 ? std::min(params.top_k[row], count) : count;
-    float top_p = params.top_p[row], min_p = params.min_p[row];
-    bool is_filtered = params.top_k[row] > 0 || top_p < 1 || min_p > 0;
+    int64_t top_k = params.top_k > 0 ? std::min<int64_t>(params.top_k, count) : count;
+    float top_p = params.top_p, min_p = params.min_p;
+    bool is_filtered = params.top_k > 0 || top_p < 1 || min_p > 0;
     if (!is_filtered) return invert_blocks(weights_.get(), count, sums_.get(), number);
     sort_into_buckets(count);
     double of_top_k = top_k < count ? largest_weights(count, top_k, kAll, 0).mass : total;
