@@ -211,9 +211,9 @@ def profile(args: argparse.Namespace, flags: list[str]) -> None:
             profiler: Any = None
             lengths: list[int]
 
-            def _turn(self) -> list[int]:
-                finished = super()._turn()
-                counts = [len(pending.replies) for pending in self._pending.values()]
+            def turn(self) -> list[int]:
+                finished = super().turn()
+                counts = [len(pending.replies) for pending in self.pending.values()]
                 if self.profiler and self.turns_left < 0 and min(counts, default=0) >= WARM_STEPS:
                     self.turns_left = args.steps
                     self.lengths = [args.context + count + args.steps // 2 for count in counts]

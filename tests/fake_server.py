@@ -21,18 +21,20 @@ from minisgl.config.args import args_from_options, parse_args
 from minisgl.config.chat import visible_tokens
 from minisgl.config.model import AttentionSpec, DenseMLP, LayerSpec, ModelConfig, PagedKV, RopeConfig
 from minisgl.config.resolve import access_config
-from minisgl.config.runtime import Addresses, EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
+from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import StepPlan, StepResult, TokenLogprobs
 from minisgl.errors import ConfigError, MiniSGLError
-from minisgl.processes.supervisor import WorkerSpec
-from minisgl.processes.workers import Control
+from minisgl.processes.control import Control
+from minisgl.processes.launcher import WorkerSpec
+from minisgl.processes.workers import worker_specs
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.status import Status
 from minisgl.scheduler.transport import LeaderTransport
-from minisgl.server.launch import bind_port, run_server, worker_specs
+from minisgl.server.launch import bind_port, run_server
 from minisgl.tokenizer.tokenize import HFTextCodec
 from minisgl.utils.faults import fault
 from minisgl.utils.log import setup_logging
+from minisgl.utils.sockets import Endpoints
 
 VOCAB = 400
 ACCESS = ("api_key", "admin_key", "allowed_hosts", "host", "ssl_certfile", "ssl_keyfile", "cors_origin")
@@ -107,10 +109,10 @@ class Answer:
         return [*self._codec.encode([self._file.read_text(encoding="utf-8")], special=False)[0], EOS]
 
 
-def fake_scheduler(control: Control, config: ServerConfig, addresses: Addresses, delay: float, answer: str) -> None:
+def fake_scheduler(control: Control, config: ServerConfig, endpoints: Endpoints, delay: float, answer: str) -> None:
     status = Status(config.scheduler.num_pages)
     logging.getLogger("minisgl.scheduler.status").setLevel("WARNING")  # tests look at what else the log says
-    transport = LeaderTransport(addresses, 1, control.beat, stats=status.reply)
+    transport = LeaderTransport(endpoints, control.beat, stats=status.reply)
     executor = FakeExecutor(delay, Answer(config.tokenizer, answer) if answer else None)
     scheduler = Scheduler(config.scheduler, executor, transport, status)
     control.ready()
@@ -162,9 +164,9 @@ def main(argv: list[str]) -> int:
     config = replace(config, drain_timeout=parse_args([]).drain_timeout)
     delay = float(options.get("delay", 0.0))
 
-    def specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]:
-        made = worker_specs(config, addresses)
-        made[0] = replace(made[0], body=fake_scheduler, args=(config, addresses, delay, options.get("answer", "")))
+    def specs(config: ServerConfig, endpoints: Endpoints) -> list[WorkerSpec]:
+        made = worker_specs(config, endpoints)
+        made[0] = replace(made[0], body=fake_scheduler, args=(config, endpoints, delay, options.get("answer", "")))
         return [replace(s, body=broken, args=()) if s.name == options.get("die") else s for s in made]
 
     try:

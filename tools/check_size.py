@@ -10,7 +10,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "python" / "minisgl"
 PARTS = {  # folders, and their budget in lines of Python
-    "from text to tokens and back": ((), 10_900),  # all that is not named below
+    "from text to tokens and back": ((), 11_150),  # all that is not named below
     "the HTTP API": (("server", "parser", "grammar"), 6_200),
     "kernels, their Python side": (("kernel",), 2_500),
     "benchmark and doctor": (("benchmark", "doctor"), 1_800),

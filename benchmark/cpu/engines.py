@@ -74,9 +74,9 @@ class Minisgl:
         turns: list[tuple[float, list[int]]] = []  # when each ended, and the tokens that each stream had
 
         class TimedLLM(LLM):
-            def _turn(self) -> list[int]:
-                finished = super()._turn()
-                turns.append((time.perf_counter(), [len(request.replies) for request in self._pending.values()]))
+            def turn(self) -> list[int]:
+                finished = super().turn()
+                turns.append((time.perf_counter(), [len(request.replies) for request in self.pending.values()]))
                 return finished
 
         self.version = minisgl.__version__

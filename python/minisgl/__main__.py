@@ -49,14 +49,14 @@ def _dispatch(argv: list[str]) -> int:
     if args.shell:
         os.environ.setdefault("LOG_LEVEL", "WARNING")  # the workers' too: their lines would be among the answers
     setup_logging("shell" if args.shell else "server")
-    from minisgl.server import launch
-
     if args.shell:
-        from minisgl.shell import run_shell, shell_params
+        from minisgl import shell
 
-        shell_params({}, os.environ)  # a bad variable is told before a model is loaded
-        return launch.run_local(args, run_shell)
-    return launch.serve(args)
+        shell.shell_params({}, os.environ)  # a bad variable is told before a model is loaded
+        return shell.run(args)
+    from minisgl.server.launch import serve
+
+    return serve(args)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import runpy
 import signal
@@ -17,16 +18,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from minisgl.config.args import ServerArgs
+from minisgl.config.resolve import prepare
 from minisgl.config.runtime import ServerConfig
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import ConfigError, RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt
-
-if TYPE_CHECKING:
-    from minisgl.server.frontend import Frontend
+from minisgl.processes.run import run_with_workers
+from minisgl.processes.supervisor import Supervisor, call_in
+from minisgl.server.frontend import Frontend
+from minisgl.utils.sockets import Endpoints
 
 DEFAULTS = SamplingParams(max_tokens=2048, temperature=0.6)
 SETTINGS: Mapping[str, Callable[[str], int | float]] = {
@@ -327,6 +331,23 @@ def history_file(environ: Mapping[str, str]) -> Path | None:
     except OSError:
         return None
     return path
+
+
+def run(args: ServerArgs) -> int:
+    """Chat with a model in processes of its own, without HTTP. Returns the exit status.
+
+    Raises: ConfigError, WorkerDied when a child does not start; WorkerDied, from the streams, when one dies.
+    """
+    config = replace(prepare(args), restart_workers=0)
+
+    async def use(supervisor: Supervisor, endpoints: Endpoints) -> int:
+        loop = asyncio.get_running_loop()
+        async with Frontend(endpoints) as frontend:
+            supervisor.watch(functools.partial(call_in, loop, frontend.fail))
+            await run_shell(frontend, config)
+        return 0
+
+    return run_with_workers(use, config)
 
 
 async def run_shell(frontend: Frontend, config: ServerConfig) -> None:

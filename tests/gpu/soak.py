@@ -12,6 +12,7 @@ Prints counts; fails with an AssertionError. `--shape` takes bf16 and random wei
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 from minisgl import LLM, SamplingParams
 from minisgl.benchmark.shapes import write_shape
@@ -41,26 +43,6 @@ VERIFIED_SHARE, MAX_VERIFIED = 0.02, 500
 ALWAYS_VERIFIED = 3  # the first that finish, so that a short run verifies some
 
 
-class CheckedLLM(LLM):
-    """Walks all pages after every step, and counts retractions."""
-
-    num_retracted = 0
-
-    def _start_scheduler(self, grammars: Any) -> Any:
-        self.config = replace(
-            self.config, scheduler=replace(self.config.scheduler, check_integrity=1, integrity_fatal=True)
-        )
-        scheduler = super()._start_scheduler(grammars)
-        retract = scheduler.planner._retract
-
-        def counted(req: Any) -> None:
-            self.num_retracted += 1
-            retract(req)
-
-        scheduler.planner._retract = counted  # type: ignore[method-assign]
-        return scheduler
-
-
 class Load:
     """Submits, aborts and checks. answers: the longest output so far of each prompt and kind of sampling.
 
@@ -68,7 +50,7 @@ class Load:
     order of filtered tokens.
     """
 
-    def __init__(self, llm: CheckedLLM, seed: int, reference: Path | None, device: str) -> None:
+    def __init__(self, llm: LLM, seed: int, reference: Path | None, device: str) -> None:
         self._llm, self._rng, self._lots = llm, Random(seed), Random(seed + 1)
         self._reference, self._on_cpu = reference, device == "cpu"
         self._prefixes = [self._ids(n) for n in (5, 16, 33, 60)]
@@ -77,7 +59,7 @@ class Load:
         self.answers: dict[Any, list[int]] = {}
         self.counts: Counter[str] = Counter()
         self._explained: set[Any] = set()  # answers that parted from others
-        self._num_checked = 0  # tokens
+        self.num_checked = 0  # tokens
         if reference is not None:
             hf_model(reference)  # loaded before the clock starts
 
@@ -91,7 +73,7 @@ class Load:
             self._turn()
         for uid in list(self._open)[::2]:
             self._abort(uid)
-        while self._open or not self._llm._scheduler.planner.is_idle:
+        while self._open or not self._llm.rank.scheduler.planner.is_idle:
             self._turn()
 
     def _ids(self, count: int) -> list[int]:
@@ -103,21 +85,21 @@ class Load:
             tail = self._rng.choice(self._tails) if self._rng.random() < 0.7 else self._ids(self._rng.randint(1, 60))
             prompts.append(self._rng.choice(self._prefixes) + tail)
             params.append(replace(self._rng.choice(KINDS), max_tokens=self._rng.choice([1, 9, 30, 150, 150])))
-        uids = self._llm._submit([IdsPrompt(pack_ids(prompt)) for prompt in prompts], params)
+        uids = self._llm.submit([IdsPrompt(pack_ids(prompt)) for prompt in prompts], params)
         for uid, prompt, given in zip(uids, prompts, params, strict=True):
             self._open[uid] = (tuple(prompt), given)
         self.counts["submitted"] += len(uids)
 
     def _abort(self, uid: int) -> None:
         del self._open[uid]
-        self._llm._abort([uid])
+        self._llm.abort([uid])
         self.counts["aborted"] += 1
 
     def _turn(self) -> None:
-        if not self._open and self._llm._scheduler.planner.is_idle:
+        if not self._open and self._llm.rank.scheduler.planner.is_idle:
             return  # it would wait for ever
-        for uid in self._llm._turn():
-            pending = self._llm._pending.pop(uid)
+        for uid in self._llm.turn():
+            pending = self._llm.pending.pop(uid)
             assert pending.replies[-1].error is None, pending.replies[-1].error
             prompt, params = self._open.pop(uid)
             ids = [token for reply in pending.replies for token in unpack_ids(reply.token_ids)]
@@ -126,16 +108,16 @@ class Load:
             assert 1 <= len(ids) <= params.max_tokens
             if self._reference is not None:
                 key = (prompt, replace(params, max_tokens=1))
-                self._compare(key, ids)
-                self._verify(key, ids)
+                self.compare(key, ids)
+                self.verify(key, ids)
 
-    def _compare(self, key: Any, ids: list[int]) -> None:
+    def compare(self, key: Any, ids: list[int]) -> None:
         known = self.answers.setdefault(key, ids)
         common = min(len(known), len(ids))
         if known[:common] != ids[:common]:
             self._explain_parting(key, known, ids)
         self.counts["compared"] += known is not ids
-        self._num_checked += common if known is not ids else 0
+        self.num_checked += common if known is not ids else 0
         if len(ids) > common:
             self.answers[key] = ids
 
@@ -151,14 +133,14 @@ class Load:
                 raise AssertionError(f"{key}: {ids} after {known}, and no near-tie: {error}") from None
             self._explained.add((key, tuple(answer)))
 
-    def _verify(self, key: Any, ids: list[int]) -> None:
+    def verify(self, key: Any, ids: list[int]) -> None:
         """Compare a random share of the answers with the reference."""
         num = self.counts["verified"]
         if num >= ALWAYS_VERIFIED and (num >= MAX_VERIFIED or self._lots.random() >= VERIFIED_SHARE):
             return
         self.counts["near-ties"] += self._check(key, ids)
         self.counts["verified"] += 1
-        self._num_checked += len(ids)
+        self.num_checked += len(ids)
 
     def _check(self, key: Any, ids: list[int]) -> int:
         prompt, params = key
@@ -168,7 +150,7 @@ class Load:
 
     def check_rate(self) -> None:
         """Errors of a few 1e-6 in the logits decide far fewer choices than this; more would mean larger errors."""
-        assert self.counts["near-ties"] * 1000 <= self._num_checked, (self.counts, self._num_checked)
+        assert self.counts["near-ties"] * 1000 <= self.num_checked, (self.counts, self.num_checked)
 
 
 def main(argv: Sequence[str] | None = None) -> Counter[str]:
@@ -180,22 +162,22 @@ def main(argv: Sequence[str] | None = None) -> Counter[str]:
     parser.add_argument("--shape")
     args = parser.parse_args(argv)
     options: dict[str, Any] = {"device": args.device, "tp": args.tp, "page_size": 8, "num_pages": 48}
-    options |= {"max_running_requests": 16, "max_prefill_length": 64, "max_seq_len": 256}
-    with tempfile.TemporaryDirectory() as directory:
+    options |= {"max_running_requests": 16, "max_prefill_length": 64, "max_seq_len": 256, "check_integrity": 1}
+    with patch.dict(os.environ, MINISGL_INTEGRITY_FATAL="1"), tempfile.TemporaryDirectory() as directory:
         if args.shape:
             path = write_shape(args.shape, directory)
             options |= {"dummy_weight": True, "dtype": "bfloat16"}
         else:
             path = with_tokenizer(tiny_model("qwen3", vocab_size=512))
             options["dtype"] = "float32"
-        with CheckedLLM(str(path), **options) as llm:
+        with LLM(str(path), **options) as llm:
             load = Load(llm, args.seed, None if args.shape else path, args.device)
             load.run(args.seconds)
             load.check_rate()
-            planner = llm._scheduler.planner
+            planner = llm.rank.scheduler.planner
             planner.check_integrity()
             assert planner.num_free_pages == options["num_pages"], "pages are lost"
-            load.counts["retracted"] = llm.num_retracted
+            load.counts["retracted"] = planner.num_retracted
             load.counts["near-ties"] += 0  # named even where there were none
     print(", ".join(f"{count:,} {name}" for name, count in load.counts.items()), "- every page is accounted for")
     return load.counts

@@ -27,23 +27,23 @@ def make_load() -> soak.Load:
 
 def test_wrong_tokens_are_no_near_tie() -> None:
     load = make_load()
-    load._compare(KEY, [5, 6, 7])
+    load.compare(KEY, [5, 6, 7])
     with pytest.raises(AssertionError, match="no near-tie"):
-        load._compare(KEY, [5, 6, 8, 9])
+        load.compare(KEY, [5, 6, 8, 9])
 
 
 def test_equal_but_wrong_answers_are_found() -> None:
     load = make_load()
-    load._verify(KEY, [5, 6, 7])
+    load.verify(KEY, [5, 6, 7])
     load.counts.clear()
     with pytest.raises(AssertionError, match="are not what"):
-        load._verify(KEY, [5, 6, 7])
+        load.verify(KEY, [5, 6, 7])
 
 
 def test_many_near_ties_are_refused() -> None:
     load = make_load()
-    load.counts["near-ties"], load._num_checked = 2, 1999
+    load.counts["near-ties"], load.num_checked = 2, 1999
     with pytest.raises(AssertionError):
         load.check_rate()
-    load._num_checked = 2000
+    load.num_checked = 2000
     load.check_rate()

@@ -9,9 +9,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from minisgl import LLM, SamplingParams
@@ -56,6 +56,10 @@ def expected(model: Path) -> list[list[int]]:
     return [hf_generate(model, prompt, NUM_TOKENS) for prompt in make_prompts()]
 
 
+def folder_of(rendezvous: str) -> Path:
+    return Path(rendezvous.removeprefix("file://")).parent
+
+
 SCHEDULES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "page size 1": {"page_size": 1},
@@ -85,7 +89,7 @@ def test_greedy_tokens_do_not_depend_on_the_schedule(model: Path, expected: list
         for _ in range(2):  # the second time, prompts and outputs are in the cache
             outputs = llm.generate(make_prompts(), GREEDY)
             assert [output.token_ids for output in outputs] == expected
-        assert llm._scheduler.planner.num_free_pages == llm.config.engine.num_pages
+        assert llm.rank.scheduler.planner.num_free_pages == llm.config.engine.num_pages
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -153,13 +157,13 @@ def test_streams_can_be_read_in_turn_and_left_early(llm: LLM) -> None:
     for _ in llm.stream("Hello", params):
         break
     assert llm.generate("Hello", params)[0].token_ids == whole[0].token_ids
-    assert llm._scheduler.planner.num_free_pages == llm.config.engine.num_pages
+    assert llm.rank.scheduler.planner.num_free_pages == llm.config.engine.num_pages
 
 
 def test_chat_applies_the_template(llm: LLM) -> None:
     conversation = [{"role": "user", "content": "Hello"}]
     (output,) = llm.chat(conversation, SamplingParams(temperature=0.0, max_tokens=3))
-    text = llm._tokenizer.codec.decode(output.prompt_token_ids)
+    text = llm.tokenizer.codec.decode(output.prompt_token_ids)
     assert "Hello" in text
     assert len(llm.chat([conversation, conversation], SamplingParams(max_tokens=2))) == 2
 
@@ -229,11 +233,11 @@ def test_the_end_of_a_program_ends_everything(model: Path) -> None:
         "if __name__ == '__main__':\n"
         f"    llm = LLM({str(model)!r}, tp=2)\n"
         "    print(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids)\n"
-        "    print(llm._addresses.directory)\n"
+        "    print(llm.endpoints.rendezvous)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert "rror" not in done.stderr
-    assert not Path(done.stdout.split()[-1]).exists()
+    assert not folder_of(done.stdout.split()[-1]).exists()
 
 
 @pytest.mark.parametrize("moment", ["plan", "submit", "wait"])
@@ -242,11 +246,11 @@ def test_ctrl_c_whenever_it_comes(model: Path, monkeypatch: pytest.MonkeyPatch, 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without
     with LLM(str(model)) as llm:
         expected = llm.generate([5, 6, 7], GREEDY)[0].token_ids
-        engine = llm._scheduler._executor
+        engine = llm.rank.engine
         owner, name = {
-            "plan": (llm._scheduler.planner, "plan"),
+            "plan": (llm.rank.scheduler.planner, "plan"),
             "submit": (engine, "submit"),
-            "wait": (llm._transport, "pump"),
+            "wait": (llm.rank.transport, "pump"),
         }[moment]
         real = getattr(owner, name)
 
@@ -274,16 +278,16 @@ def test_a_rank_that_dies_is_told_though_rank_0_waits_for_it(model: Path, monkey
             return False
 
     llm = LLM(str(model), tp=2)
-    (worker,) = llm._supervisor._workers  # type: ignore[union-attr]
-    engine = llm._scheduler._executor
+    (worker,) = [child for child in psutil.Process().children() if child.cmdline()[:1] == ["minisgl-TP1-scheduler"]]
+    engine = llm.rank.engine
     monkeypatch.setattr(engine, "submit", lambda _: Waiting())
-    worker.process.kill()
+    worker.kill()
     with pytest.raises(WorkerDied, match="minisgl-TP1-scheduler ended unexpectedly"):
         llm.generate([5, 6, 7], GREEDY)
-    monkeypatch.setattr(engine, "_runner", SimpleNamespace(close=lambda: 1 / 0))
+    monkeypatch.setattr(engine, "close", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         llm.close()
-    assert not Path(llm._addresses.directory).exists()
+    assert not folder_of(llm.endpoints.rendezvous).exists()
 
 
 @pytest.mark.timeout(60)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from minisgl.config.runtime import Addresses
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError, WorkerDied
 from minisgl.message.backend import AbortMsg, PingMsg, backend_codec
 from minisgl.message.frontend import AcceptedReply, ErrorReply, FrontendMsg, UserReply, frontend_codec
 from minisgl.message.tokenizer import TextPrompt, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.server.frontend import Frontend
-from minisgl.utils.sockets import AsyncPullSocket, PushSocket
+from minisgl.utils.sockets import AsyncPullSocket, Endpoints, PushSocket, ipc_endpoints
 
 PROMPT, PARAMS = TextPrompt(text="x"), SamplingParams(max_tokens=4, seed=1)
 
@@ -23,9 +22,9 @@ PROMPT, PARAMS = TextPrompt(text="x"), SamplingParams(max_tokens=4, seed=1)
 class Peers:
     """Two tokenizers' inboxes, and a way to answer."""
 
-    def __init__(self, addresses: Addresses) -> None:
-        self.inboxes = [AsyncPullSocket(addresses.tokenizer(index), tokenizer_codec) for index in range(2)]
-        self.outbox = PushSocket(addresses.frontend, frontend_codec)
+    def __init__(self, endpoints: Endpoints) -> None:
+        self.inboxes = [AsyncPullSocket(endpoint, tokenizer_codec) for endpoint in endpoints.tokenizers.values()]
+        self.outbox = PushSocket(endpoints.frontend, frontend_codec)
 
     async def receive(self, index: int) -> list[TokenizerMsg]:
         return await asyncio.wait_for(self.inboxes[index].receive(), 5)
@@ -35,21 +34,21 @@ class Peers:
 
 
 @pytest.fixture
-def addresses(tmp_path: Path) -> Addresses:
-    return Addresses(directory=str(tmp_path), num_tokenizer=2)
+def endpoints(tmp_path: Path) -> Endpoints:
+    return ipc_endpoints(str(tmp_path), num_tokenizer=2)
 
 
 @pytest.fixture
-async def peers(addresses: Addresses) -> AsyncIterator[Peers]:
-    made = Peers(addresses)
+async def peers(endpoints: Endpoints) -> AsyncIterator[Peers]:
+    made = Peers(endpoints)
     yield made
     for socket in (*made.inboxes, made.outbox):
         socket.close()
 
 
 @pytest.fixture
-async def frontend(addresses: Addresses) -> AsyncIterator[Frontend]:
-    async with Frontend(addresses) as made:
+async def frontend(endpoints: Endpoints) -> AsyncIterator[Frontend]:
+    async with Frontend(endpoints) as made:
         yield made
 
 
@@ -291,7 +290,7 @@ async def test_a_request_that_was_cancelled_is_not_sent_again(frontend: Frontend
         await anext(stream)
 
 
-async def test_nonsense_is_dropped(frontend: Frontend, peers: Peers, addresses: Addresses) -> None:
+async def test_nonsense_is_dropped(frontend: Frontend, peers: Peers, endpoints: Endpoints) -> None:
     class Raw:
         def encode(self, messages: list[bytes]) -> bytes:
             return messages[0]
@@ -299,7 +298,7 @@ async def test_nonsense_is_dropped(frontend: Frontend, peers: Peers, addresses: 
         def decode(self, data: bytes) -> list[bytes]:
             return [data]
 
-    nonsense: PushSocket[bytes] = PushSocket(addresses.frontend, Raw())
+    nonsense: PushSocket[bytes] = PushSocket(endpoints.frontend, Raw())
     for frame in (b"", b"\xc1", b"\x91\x81\xa4type\xa5reply", b"\x80"):
         nonsense.send([frame])
     await asyncio.sleep(0.2)
@@ -310,7 +309,7 @@ async def test_nonsense_is_dropped(frontend: Frontend, peers: Peers, addresses: 
 
 
 async def test_where_replies_are_lost_nobody_waits_for_them(
-    addresses: Addresses, peers: Peers, monkeypatch: pytest.MonkeyPatch
+    endpoints: Endpoints, peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Short:
         """Has no memory for the second frame."""
@@ -328,7 +327,7 @@ async def test_where_replies_are_lost_nobody_waits_for_them(
             return frontend_codec.decode(data)
 
     monkeypatch.setattr("minisgl.message.frontend.frontend_codec", Short())
-    async with Frontend(addresses) as frontend:
+    async with Frontend(endpoints) as frontend:
         begun, waiting = (frontend.submit(PROMPT, PARAMS)[0] for _ in range(2))
         peers.reply(begun.uid, "a")
         assert (await anext(begun)).text == "a"
@@ -340,9 +339,9 @@ async def test_where_replies_are_lost_nobody_waits_for_them(
 
 
 async def test_what_has_begun_is_aborted_without_its_tokenizer(
-    frontend: Frontend, peers: Peers, addresses: Addresses
+    frontend: Frontend, peers: Peers, endpoints: Endpoints
 ) -> None:
-    backend = AsyncPullSocket(addresses.backend, backend_codec)
+    backend = AsyncPullSocket(endpoints.backend, backend_codec)
     (stream,) = frontend.submit(PROMPT, PARAMS)
     peers.reply(stream.uid, "a")
     assert (await anext(stream)).text == "a"

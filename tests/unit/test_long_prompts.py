@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from minisgl.config.runtime import Addresses, TokenizerConfig
+from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.backend import AbortMsg, BackendMsg, UserMsg, backend_codec
@@ -31,7 +31,7 @@ from minisgl.server.bodies.chat import parse_chat
 from minisgl.tokenizer import server as module
 from minisgl.tokenizer.server import TokenizerServer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
-from minisgl.utils.sockets import PullSocket
+from minisgl.utils.sockets import PullSocket, ipc_endpoints
 from tests.tokenizers_fixture import CHATML, make_byte_level
 
 CONFIG = TokenizerConfig(model_path="", max_seq_len=100_000, vocab_size=400)
@@ -53,10 +53,10 @@ class Running:
 
     def __init__(self, directory: Path, template: str = SLOW) -> None:
         self.codec = HFTextCodec(str(make_byte_level(directory / "model", template=template)))
-        addresses = Addresses(directory=str(directory), num_tokenizer=0)
-        self._backend: PullSocket[BackendMsg] = PullSocket(addresses.backend, backend_codec)
-        self._frontend: PullSocket[FrontendMsg] = PullSocket(addresses.frontend, frontend_codec)
-        self.server = TokenizerServer(CONFIG, addresses, addresses.detokenizer, self.codec)
+        endpoints = ipc_endpoints(str(directory))
+        self._backend: PullSocket[BackendMsg] = PullSocket(endpoints.backend, backend_codec)
+        self._frontend: PullSocket[FrontendMsg] = PullSocket(endpoints.frontend, frontend_codec)
+        self.server = TokenizerServer(CONFIG, endpoints, endpoints.detokenizer, self.codec)
         self.handle = self.server.handle
 
     def to_backend(self, num: int) -> list[BackendMsg]:

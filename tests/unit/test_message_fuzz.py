@@ -13,7 +13,7 @@ import pytest
 import zmq
 from hypothesis import HealthCheck, given, settings
 
-from minisgl.config.runtime import Addresses, SchedulerConfig, TokenizerConfig
+from minisgl.config.runtime import SchedulerConfig, TokenizerConfig
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import EngineError, RequestError
 from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, RankBatch, UserMsg, backend_codec, rank_codec
@@ -33,7 +33,7 @@ from minisgl.message.tokenizer import (
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LeaderTransport, LocalTransport
 from minisgl.tokenizer.server import TokenizerServer
-from minisgl.utils.sockets import MAX_FRAME_BYTES, PullSocket, PushSocket
+from minisgl.utils.sockets import MAX_FRAME_BYTES, PullSocket, PushSocket, ipc_endpoints
 from tests.simulator import SimulatedEngine
 from tests.tokenizers_fixture import make_byte_level
 
@@ -252,8 +252,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenizerServer
     """A process's worth of both directions."""
     path = make_byte_level(tmp_path_factory.mktemp("fuzz") / "model")
     with tempfile.TemporaryDirectory(prefix="t") as folder:
-        addresses = Addresses(folder, num_tokenizer=0)
-        made = TokenizerServer(TokenizerConfig(str(path), 64, 400), addresses, addresses.detokenizer)
+        endpoints = ipc_endpoints(folder)
+        made = TokenizerServer(TokenizerConfig(str(path), 64, 400), endpoints, endpoints.detokenizer)
         yield made
         made.close()
 
@@ -272,9 +272,9 @@ def test_tokenizer_and_detokenizer_go_on(server: TokenizerServer, messages: list
 def test_an_output_for_which_there_is_no_memory_ends_its_own_request() -> None:
     """The others of the step are told all the same."""
     with tempfile.TemporaryDirectory(prefix="t") as folder:
-        addresses = Addresses(folder, num_tokenizer=0)
-        inbox = PullSocket(addresses.detokenizer, tokenizer_codec)
-        transport = LeaderTransport(addresses, 1, lambda: None)
+        endpoints = ipc_endpoints(folder)
+        inbox = PullSocket(endpoints.detokenizer, tokenizer_codec)
+        transport = LeaderTransport(endpoints, lambda: None)
         inbox.receive(10)
         real = transport._push._codec
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from minisgl.config.runtime import Addresses, SchedulerConfig
+from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import FinishReason, SamplingParams, StepPlan, StepResult
 from minisgl.errors import EngineError
 from minisgl.message.backend import AbortMsg, FlushMsg, UserMsg
@@ -16,6 +16,7 @@ from minisgl.message.tokenizer import DetokenizeMsg
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.status import Status
 from minisgl.scheduler.transport import FollowerTransport, LocalTransport, RankFanout
+from minisgl.utils.sockets import ipc_endpoints
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 
 CONFIG = SchedulerConfig(
@@ -181,10 +182,10 @@ def test_broken_page_accounting_is_fatal_in_tests_and_flushes_the_cache_in_produ
 
 
 def test_ranks_make_the_same_plans_and_notice_when_they_do_not(tmp_path_factory: pytest.TempPathFactory) -> None:
-    addresses = Addresses(str(tmp_path_factory.mktemp("s")), num_tokenizer=0)
-    fanout = RankFanout(addresses, 2)
+    endpoints = ipc_endpoints(str(tmp_path_factory.mktemp("s")), tp_size=2)
+    fanout = RankFanout(endpoints)
     leader_transport = LocalTransport(fanout)
-    follower_transport = FollowerTransport(addresses, 1, lambda: None)
+    follower_transport = FollowerTransport(endpoints, 1, lambda: None)
     engines = Recorder(CONFIG), Recorder(CONFIG)
     leader = Scheduler(CONFIG, engines[0], leader_transport, tp_size=2, check_ranks=True)
     follower = Scheduler(CONFIG, engines[1], follower_transport, tp_size=2, check_ranks=True)

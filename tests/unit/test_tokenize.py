@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from minisgl.config.runtime import Addresses, TokenizerConfig
+from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import Grammar, SamplingParams
 from minisgl.errors import ConfigError, RequestError
 from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, UserMsg
@@ -26,6 +26,7 @@ from minisgl.message.tokenizer import (
 )
 from minisgl.tokenizer.server import TokenizerServer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
+from minisgl.utils.sockets import ipc_endpoints
 from tests.tokenizers_fixture import CHATML, make_byte_level
 
 CONFIG = TokenizerConfig(model_path="", max_seq_len=64, vocab_size=400)
@@ -201,8 +202,9 @@ class Moody(HFTextCodec):
 
 
 def start_server(tmp_path: Path, codec: HFTextCodec, *, num_tokenizer: int, tokenizer: bool) -> TokenizerServer:
-    addresses = Addresses(directory=str(tmp_path), num_tokenizer=num_tokenizer)
-    return TokenizerServer(CONFIG, addresses, addresses.tokenizer(0) if tokenizer else addresses.detokenizer, codec)
+    endpoints = ipc_endpoints(str(tmp_path), num_tokenizer)
+    endpoint = next(iter(endpoints.tokenizers.values())) if tokenizer else endpoints.detokenizer
+    return TokenizerServer(CONFIG, endpoints, endpoint, codec)
 
 
 def test_streams_of_a_scheduler_that_has_died_are_forgotten(tmp_path: Path) -> None:

@@ -16,8 +16,11 @@ from minisgl.config.families import read_model_config
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.config.runtime import EngineConfig
 from minisgl.message.codec import Ready, decode_control
+from minisgl.processes import control as control_module
 from minisgl.processes import workers
-from minisgl.processes.supervisor import Supervisor, WorkerSpec
+from minisgl.processes.control import Control
+from minisgl.processes.launcher import LocalLauncher, WorkerSpec
+from minisgl.processes.supervisor import Supervisor
 
 CONFIG = EngineConfig(
     "/m", read_model_config(DEMO_MODEL), "float32", "cpu", 1, "", 8, 1, 8, 8, 8, "sdpa", "sdpa", 1, True
@@ -27,9 +30,9 @@ CONFIG = EngineConfig(
 @pytest.mark.timeout(20)
 def test_beats_never_wait_for_a_parent_that_does_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks that `LLM` starts have such a parent: an hour of beats fills the pipe, and the rank would hang."""
-    monkeypatch.setattr(workers, "HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr(control_module, "HEARTBEAT_SECONDS", 0.0)
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    control = workers.Control(theirs)
+    control = Control(theirs)
     control.ready()
     for _ in range(10_000):
         control.beat()
@@ -38,7 +41,7 @@ def test_beats_never_wait_for_a_parent_that_does_not_listen(monkeypatch: pytest.
     theirs.close()
 
 
-def idle(control: workers.Control) -> None:
+def idle(control: Control) -> None:
     control.ready()
     time.sleep(60)
 
@@ -47,7 +50,7 @@ def idle(control: workers.Control) -> None:
 def test_a_watch_that_fails_is_told_and_not_silent() -> None:
     """Children would end with its thread, and nobody would notice."""
     told: Queue[Exception] = Queue()
-    supervisor = Supervisor([WorkerSpec("minisgl-idle", idle, ())], max_restarts=3)
+    supervisor = Supervisor(LocalLauncher(), [WorkerSpec("minisgl-idle", idle, ())], max_restarts=3)
     try:
         supervisor.start()
         supervisor.wait_ready()

@@ -165,8 +165,8 @@ class Run:
         class TimedLLM(LLM):
             """Notes when each turn of the loop ended: with all requests in step, that is when their tokens came."""
 
-            def _turn(self) -> list[int]:
-                finished = super()._turn()
+            def turn(self) -> list[int]:
+                finished = super().turn()
                 turns.append(time.perf_counter())
                 return finished
 

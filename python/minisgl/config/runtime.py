@@ -28,7 +28,7 @@ class EngineConfig:
     decode_backend: str
     num_threads: int  # per rank
     dummy_weight: bool
-    init_method: str = ""  # torch.distributed rendezvous (`Addresses.rendezvous`; unused when tp_size is 1)
+    init_method: str = ""  # torch.distributed rendezvous (unused when tp_size is 1)
     seed: int = 0  # of dummy weights
     kv_cache_dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
     # CPU only.
@@ -75,41 +75,6 @@ class TokenizerConfig:
     vocab_size: int  # of the model: ids from here on cannot be prompts
     visible_tokens: tuple[str, ...] = ()  # special tokens that are part of the output's text nevertheless
     chat_template: str | None = None  # in place of the model's own
-
-
-@dataclass(frozen=True, slots=True)
-class Addresses:
-    """ZeroMQ endpoints of one server, all inside its private 0700 directory.
-
-    The named process binds a PULL socket at its endpoint; others connect PUSH sockets.
-    """
-
-    directory: str
-    num_tokenizer: int  # tokenizer processes of their own; 0: the detokenizer's process tokenizes
-
-    @property
-    def backend(self) -> str:
-        return f"ipc://{self.directory}/backend"
-
-    @property
-    def frontend(self) -> str:
-        return f"ipc://{self.directory}/frontend"
-
-    @property
-    def detokenizer(self) -> str:
-        return f"ipc://{self.directory}/detokenizer"
-
-    def tokenizer(self, index: int) -> str:
-        return f"ipc://{self.directory}/tokenizer-{index}" if self.num_tokenizer else self.detokenizer
-
-    def rendezvous(self, life: int = 0) -> str:
-        """Where `torch.distributed` ranks find each other: a file, so no port can be taken by someone else. life: the
-        times that workers were started again; a file is for one meeting."""
-        return f"file://{self.directory}/rendezvous-{life}"
-
-    def rank(self, rank: int) -> str:
-        """Where rank `rank` > 0 receives the message batches that rank 0 numbers."""
-        return f"ipc://{self.directory}/rank-{rank}"
 
 
 @dataclass(frozen=True, slots=True)

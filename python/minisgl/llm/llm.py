@@ -4,38 +4,33 @@ from __future__ import annotations
 
 import atexit
 import gc
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from minisgl.config.args import args_from_options
 from minisgl.config.resolve import prepare
-from minisgl.config.runtime import Addresses
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
-from minisgl.grammar.store import open_store
 from minisgl.message.backend import AbortMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply, TokenLogprob, UserReply
 from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, IdsPrompt, TextPrompt, TokenizeMsg
+from minisgl.processes.launcher import LocalLauncher
+from minisgl.processes.supervisor import Supervisor
+from minisgl.processes.workers import build_rank, rank_specs
 from minisgl.scheduler.grammar import Grammars
-from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport, RankFanout
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import Tokenizer
 from minisgl.utils.folders import private_folder
 from minisgl.utils.interrupts import HeldInterrupts
+from minisgl.utils.sockets import ipc_endpoints
 
-if TYPE_CHECKING:
-    from minisgl.processes.supervisor import Supervisor
-
-T = TypeVar("T")
 Prompt = str | Sequence[int]
 Conversation = Sequence[dict[str, Any]]
 Wrapped = ChatPrompt | TextPrompt | IdsPrompt
@@ -84,7 +79,7 @@ class Increment:
 
 
 @dataclass(slots=True)
-class _Pending:
+class Pending:
     """A request on its way."""
 
     prompt_ids: list[int]
@@ -117,6 +112,8 @@ class LLM:
     Not for several threads at a time. Child processes are spawned: with more than one rank, a script must create the
     LLM under `if __name__ == "__main__":`.
 
+    A program with a loop of its own calls `submit`, then `turn` again and again, and takes requests out of `pending`.
+
     Raises: ConfigError when an option, or the model, cannot be used.
     """
 
@@ -124,24 +121,30 @@ class LLM:
         if model is not None:
             engine_options["model_path"] = str(model)
         self.config = prepare(args_from_options(engine_options))
-        self._closers = ExitStack()  # all of them run, whatever one raises
-        self._addresses = Addresses(self._closers.enter_context(private_folder()), num_tokenizer=0)
-        self._interrupts = HeldInterrupts()
-        self._pending: dict[int, _Pending] = {}
+        engine, scheduler = self.config.engine, self.config.scheduler
+        self.pending: dict[int, Pending] = {}
         self._next_uid = 0
+        self._interrupts = HeldInterrupts()
+        self._closers = ExitStack()  # all of them run, whatever one raises
+        self.endpoints = ipc_endpoints(self._closers.enter_context(private_folder()), tp_size=engine.tp_size)
         try:
-            self._tokenizer = Tokenizer(self.config.tokenizer)
-            self._detokenizer = Detokenizer(self._tokenizer.codec)
-            self._supervisor, fanout = self._start_ranks()
-            store = open_store(self.config.engine, self.config.scheduler)
-            grammars = Grammars(store, self.config.engine.device == "cuda")
-            self._closers.callback(grammars.close)
-            self._transport = LocalTransport(fanout, self._while_waiting, grammars)
-            self._scheduler = self._start_scheduler()
+            self.tokenizer = Tokenizer(self.config.tokenizer)
+            self._detokenizer = Detokenizer(self.tokenizer.codec)
+            self._supervisor = Supervisor(LocalLauncher(), rank_specs(engine, scheduler, self.endpoints, first=1))
+            self._closers.callback(self._supervisor.stop)
+            self._supervisor.start()  # they meet rank 0 when its engine starts
+            self._fanout = RankFanout(self.endpoints)
+            self._closers.callback(self._fanout.close)
+            meeting = f"{self.endpoints.rendezvous}-0"
+            self.rank = self._supervisor.wait_for(lambda: build_rank(engine, scheduler, meeting, 0, self._connect))
+            self._closers.callback(self.rank.close)
         except BaseException:
             self.close()
             raise
         atexit.register(self.close)  # last, so that it is first: the ranks above 0 must outlive rank 0's last step
+
+    def _connect(self, grammars: Grammars, _num_pages: int) -> tuple[LocalTransport, None]:
+        return LocalTransport(self._fanout, self._while_waiting, grammars), None
 
     def __enter__(self) -> LLM:
         return self
@@ -189,12 +192,12 @@ class LLM:
         """
         messages: Any = prompt
         wrapped = ChatPrompt(list(messages)) if _is_conversation(prompt) else _prompt(prompt)
-        (uid,) = self._submit([wrapped], [sampling_params])
-        pending, taken = self._pending[uid], 0
+        (uid,) = self.submit([wrapped], [sampling_params])
+        pending, taken = self.pending[uid], 0
         try:
             while True:
                 while taken == len(pending.replies):
-                    self._turn()
+                    self.turn()
                 reply = pending.replies[taken]
                 taken += 1
                 logprobs = (list(reply.logprobs), list(reply.prompt_logprobs))
@@ -202,58 +205,28 @@ class LLM:
                 if reply.finish_reason is not None:
                     return
         finally:
-            self._abort([uid])
-
-    def _start_ranks(self) -> tuple[Supervisor | None, RankFanout | None]:
-        """Start the ranks above 0; they meet rank 0 when its engine starts."""
-        engine, tp_size = self.config.engine, self.config.engine.tp_size
-        if tp_size == 1:
-            return None, None
-        from minisgl.processes.supervisor import Supervisor, WorkerSpec
-        from minisgl.processes.workers import scheduler_main
-
-        args = (engine, self.config.scheduler, self._addresses)
-        supervisor = Supervisor(
-            [WorkerSpec(f"minisgl-TP{rank}-scheduler", scheduler_main, (*args, rank)) for rank in range(1, tp_size)]
-        )
-        self._closers.callback(supervisor.stop)
-        supervisor.start()
-        fanout = RankFanout(self._addresses, tp_size)
-        self._closers.callback(fanout.close)
-        return supervisor, fanout
-
-    def _start_scheduler(self) -> Scheduler:
-        from minisgl.processes.workers import set_cuda_environment
-
-        config = replace(self.config.engine, init_method=self._addresses.rendezvous())
-        set_cuda_environment(config)
-        from minisgl.engine.engine import Engine
-
-        engine = Engine(config) if self._supervisor is None else _run_watched(lambda: Engine(config), self._supervisor)
-        self._closers.callback(engine.close)
-        scheduler_config = replace(self.config.scheduler, num_pages=engine.num_pages)
-        return Scheduler(scheduler_config, engine, self._transport, tp_size=config.tp_size)
+            self.abort([uid])
 
     def _run(self, prompts: Sequence[Wrapped], params: Params, progress: Reporting) -> list[RequestOutput]:
         per_prompt = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(per_prompt) != len(prompts):
             raise RequestError(f"{len(per_prompt)} sampling parameters for {len(prompts)} prompts")
-        uids = self._submit(prompts, per_prompt)
+        uids = self.submit(prompts, per_prompt)
         finished: dict[int, RequestOutput] = {}
         gc.freeze()  # a full collection looks at all that libraries have made: a tenth of a second between two tokens
         try:
             with _progress(progress, len(uids)) as report:
                 while len(finished) < len(uids):
-                    for uid in self._turn():
+                    for uid in self.turn():
                         if uid in uids:
-                            finished[uid] = self._pending.pop(uid).finish()
+                            finished[uid] = self.pending.pop(uid).finish()
                             report(len(finished), len(uids))
         finally:
             gc.unfreeze()
-            self._abort([uid for uid in uids if uid not in finished])
+            self.abort([uid for uid in uids if uid not in finished])
         return [finished[uid] for uid in uids]
 
-    def _submit(self, prompts: Sequence[Wrapped], params: Sequence[SamplingParams | None]) -> range:
+    def submit(self, prompts: Sequence[Wrapped], params: Sequence[SamplingParams | None]) -> range:
         default = SamplingParams(**self.config.default_sampling)  # type: ignore[arg-type]
         uids = range(self._next_uid, self._next_uid + len(prompts))
         requests = [
@@ -261,34 +234,34 @@ class LLM:
             for uid, prompt, given in zip(uids, prompts, params, strict=True)
         ]
         messages: list[UserMsg] = []
-        for message in self._tokenizer.tokenize(requests):
+        for message in self.tokenizer.tokenize(requests):
             if isinstance(message, ErrorReply):
                 raise RequestError(f"prompt {message.uid - uids.start}: {message.message}", param=message.param)
             messages.append(message)
         self._next_uid = uids.stop
         now = time.perf_counter()
         for message in messages:
-            self._pending[message.uid] = _Pending(unpack_ids(message.prompt), now)
-        self._transport.put(messages)
+            self.pending[message.uid] = Pending(unpack_ids(message.prompt), now)
+        self.rank.transport.put(messages)
         return uids
 
-    def _turn(self) -> list[int]:
+    def turn(self) -> list[int]:
         """One turn of the scheduler's loop. Returns the requests that finished in it.
 
         A step that is half planned, or half launched, could not be gone on from: Ctrl-C waits for a better moment.
         """
         finished = []
         with self._interrupts:
-            self._scheduler.turn()
-            for message in self._transport.take_outputs():
+            self.rank.scheduler.turn()
+            for message in self.rank.transport.take_outputs():
                 if isinstance(message, ErrorReply):
                     message = DetokenizeMsg(message.uid, b"", finish_reason=FinishReason.ERROR, error=message.message)
                 reply, abort = self._detokenizer.detokenize(message)
                 if abort is not None:
-                    self._transport.put([abort])
-                if reply is None or reply.uid not in self._pending:
+                    self.rank.transport.put([abort])
+                if reply is None or reply.uid not in self.pending:
                     continue
-                pending = self._pending[reply.uid]
+                pending = self.pending[reply.uid]
                 pending.first_token = pending.first_token or time.perf_counter()
                 pending.replies.append(reply)
                 if reply.finish_reason is not None:
@@ -298,33 +271,13 @@ class LLM:
     def _while_waiting(self) -> None:
         """Now and then while a step runs. Raises: WorkerDied when it waits for a rank that is gone."""
         self._interrupts.release()
-        if self._supervisor is not None:
-            self._supervisor.check(0.0)
+        self._supervisor.check(0.0)
 
-    def _abort(self, uids: Sequence[int]) -> None:
+    def abort(self, uids: Sequence[int]) -> None:
         for uid in uids:
-            pending = self._pending.pop(uid, None)
+            pending = self.pending.pop(uid, None)
             if pending is not None and not (pending.replies and pending.replies[-1].finish_reason):
-                self._transport.put([AbortMsg(uid)])
-
-
-def _run_watched(make: Callable[[], T], supervisor: Supervisor) -> T:
-    """What `make` returns, or raises. It waits for the child processes, so nothing may be waited for when one is gone.
-
-    Raises: ConfigError or WorkerDied with the words of a child that ends meanwhile.
-    """
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(make())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="minisgl-start", daemon=True).start()
-    while not future.done():
-        supervisor.check(0.1)
-    return future.result()
+                self.rank.transport.put([AbortMsg(uid)])
 
 
 def _is_conversation(value: Any) -> bool:

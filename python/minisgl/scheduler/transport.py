@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from minisgl.config.runtime import Addresses
 from minisgl.core import FinishReason
 from minisgl.errors import EngineError
 from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, RankBatch, StatsMsg, backend_codec, rank_codec
@@ -17,7 +16,7 @@ from minisgl.message.frontend import ErrorReply, FrontendMsg, StatsReply, fronte
 from minisgl.message.tokenizer import DetokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.scheduler.grammar import Grammars, PlannerMsg, Reply
 from minisgl.utils.faults import fault
-from minisgl.utils.sockets import PullSocket, PushSocket
+from minisgl.utils.sockets import Endpoints, PullSocket, PushSocket
 
 _IDLE_SECONDS = 0.5  # between heartbeats while nothing happens
 
@@ -49,8 +48,8 @@ class Transport(Protocol):
 class RankFanout:
     """Rank 0's sockets to the other ranks."""
 
-    def __init__(self, addresses: Addresses, tp_size: int) -> None:
-        self._sockets = [PushSocket(addresses.rank(rank), rank_codec) for rank in range(1, tp_size)]
+    def __init__(self, endpoints: Endpoints) -> None:
+        self._sockets = [PushSocket(endpoint, rank_codec) for endpoint in endpoints.ranks]
         self._number = 0
 
     def send(self, messages: Sequence[PlannerMsg], digest: int) -> None:
@@ -68,18 +67,17 @@ class LeaderTransport(Transport):
 
     def __init__(
         self,
-        addresses: Addresses,
-        tp_size: int,
+        endpoints: Endpoints,
         heartbeat: Callable[[], None],
         grammars: Grammars | None = None,
         stats: Callable[[int], StatsReply] | None = None,
     ) -> None:
-        self._pull = PullSocket(addresses.backend, backend_codec)
-        self._push: PushSocket[TokenizerMsg] = PushSocket(addresses.detokenizer, tokenizer_codec)
+        self._pull = PullSocket(endpoints.backend, backend_codec)
+        self._push: PushSocket[TokenizerMsg] = PushSocket(endpoints.detokenizer, tokenizer_codec)
         self._push.send([FlushMsg(0)])  # of the scheduler before, where this one was started again
-        self._frontend: PushSocket[FrontendMsg] = PushSocket(addresses.frontend, frontend_codec)
+        self._frontend: PushSocket[FrontendMsg] = PushSocket(endpoints.frontend, frontend_codec)
         self._stats = stats
-        self._fanout = RankFanout(addresses, tp_size)
+        self._fanout = RankFanout(endpoints)
         self._heartbeat = heartbeat
         self._received: list[PlannerMsg] = []
         self.grammars = grammars or Grammars(None)
@@ -138,8 +136,8 @@ class LeaderTransport(Transport):
 class FollowerTransport(Transport):
     """A rank above 0, in a server or under `LLM`: it only listens to rank 0."""
 
-    def __init__(self, addresses: Addresses, rank: int, heartbeat: Callable[[], None]) -> None:
-        self._pull = PullSocket(addresses.rank(rank), rank_codec, strict=True)
+    def __init__(self, endpoints: Endpoints, rank: int, heartbeat: Callable[[], None]) -> None:
+        self._pull = PullSocket(endpoints.ranks[rank - 1], rank_codec, strict=True)
         self._heartbeat = heartbeat
         self.grammars = Grammars(None)
         self._batches: list[RankBatch] = []

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from minisgl.config.runtime import Addresses
 from minisgl.core import MAX_SEED, FinishReason, SamplingParams
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
 from minisgl.message import frontend as replies
@@ -23,7 +22,7 @@ from minisgl.message.backend import AbortMsg, BackendMsg, FlushMsg, PingMsg, Sta
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import FrontendMsg, UserReply
 from minisgl.server.metrics import RequestMetrics, Timing
-from minisgl.utils.sockets import AsyncPullSocket, PushSocket
+from minisgl.utils.sockets import AsyncPullSocket, Endpoints, PushSocket
 
 logger = logging.getLogger(__name__)
 
@@ -132,18 +131,17 @@ def _merge(replies: deque[UserReply]) -> UserReply:
 class Frontend:
     """Owns the streams by uid. Lives in one asyncio loop; use as an async context manager."""
 
-    def __init__(self, addresses: Addresses) -> None:
-        self._inbox = AsyncPullSocket(addresses.frontend, replies.frontend_codec)
-        names = [f"tokenizer-{index}" for index in range(addresses.num_tokenizer)] or [DETOKENIZER]
+    def __init__(self, endpoints: Endpoints) -> None:
+        self._inbox = AsyncPullSocket(endpoints.frontend, replies.frontend_codec)
         self._tokenizers: dict[str, PushSocket[tokenizer.TokenizerMsg]] = {
-            name: PushSocket(addresses.tokenizer(index), tokenizer.tokenizer_codec) for index, name in enumerate(names)
+            name: PushSocket(endpoint, tokenizer.tokenizer_codec) for name, endpoint in endpoints.tokenizers.items()
         }
-        self._backend: PushSocket[BackendMsg] = PushSocket(addresses.backend, backend_codec)
+        self._backend: PushSocket[BackendMsg] = PushSocket(endpoints.backend, backend_codec)
         self.metrics = RequestMetrics()
         self._streams: dict[int, Stream] = {}
         self._lost: dict[str, WorkerDied] = {}  # groups of workers that are being started again, and why
         self._stale: list[tuple[str, int]] = []  # routes and uids of streams that were lost with them
-        self._routes = names  # tokenizers that can take a request now
+        self._routes = list(endpoints.tokenizers)  # tokenizers that can take a request now
         self._asked: dict[int, asyncio.Future[FrontendMsg]] = {}  # what is not a stream: one answer each
         self._uids = itertools.count(1)
         self._down: MiniSGLError | None = None  # set: every new request gets this error

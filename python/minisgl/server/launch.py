@@ -1,74 +1,25 @@
-"""From a decided configuration to a running server, and back to nothing."""
+"""From the port that the user asked for to a running server, and back to nothing."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import dataclasses
 import errno
 import functools
 import importlib
 import logging
-import signal
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from minisgl.config.args import ServerArgs
 from minisgl.config.resolve import prepare
-from minisgl.config.runtime import Addresses, ServerConfig
+from minisgl.config.runtime import ServerConfig
 from minisgl.errors import ConfigError
-from minisgl.processes.supervisor import Supervisor, WorkerSpec, call_in, signals_deferred
-from minisgl.processes.workers import ENDING_SIGNALS, scheduler_main, tokenizer_main
-from minisgl.utils.folders import private_folder
-
-if TYPE_CHECKING:
-    from minisgl.server.frontend import Frontend
-
-MakeSpecs = Callable[[ServerConfig, Addresses], list[WorkerSpec]]
-
-
-def worker_specs(config: ServerConfig, addresses: Addresses) -> list[WorkerSpec]:
-    """The children of a server: a scheduler per rank, the detokenizer, and tokenizers if they have own processes."""
-    specs = [
-        WorkerSpec(f"minisgl-TP{rank}-scheduler", scheduler_main, (config.engine, config.scheduler, addresses, rank))
-        for rank in range(config.engine.tp_size)
-    ]
-    endpoints = {"minisgl-detokenizer-0": addresses.detokenizer}
-    endpoints |= {f"minisgl-tokenizer-{index}": addresses.tokenizer(index) for index in range(addresses.num_tokenizer)}
-    for name, endpoint in endpoints.items():
-        specs.append(WorkerSpec(name, tokenizer_main, (config.tokenizer, addresses, endpoint)))
-    return specs
-
-
-def _run(
-    use: Callable[[Supervisor, Addresses], Coroutine[Any, Any, int]],
-    config: ServerConfig,
-    make_specs: MakeSpecs = worker_specs,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> int:
-    """Use all child processes of a server, when they are ready; none is left afterwards. For HTTP and for the shell
-    alike. meanwhile: what to do while they start. Returns what `use` does, or 130 where a signal has ended it.
-
-    Raises: ConfigError or WorkerDied when a child does not start.
-    """
-    try:
-        with _stop_signals(), contextlib.ExitStack() as stack:
-            with signals_deferred():
-                directory = stack.enter_context(private_folder())
-            addresses = Addresses(directory=directory, num_tokenizer=config.num_tokenizer)
-            supervisor = Supervisor(make_specs(config, addresses), config.heartbeat_timeout, config.restart_workers)
-            stack.callback(supervisor.stop)
-            supervisor.start()
-            meanwhile()
-            supervisor.wait_ready()
-            stack.callback(_ignore_signals)  # none may stop the end of the children half way
-            return asyncio.run(use(supervisor, addresses))
-    except KeyboardInterrupt:
-        return 130
+from minisgl.processes.run import MakeSpecs, run_with_workers
+from minisgl.processes.supervisor import Supervisor
+from minisgl.processes.workers import worker_specs
+from minisgl.utils.sockets import Endpoints
 
 
 def serve(args: ServerArgs) -> int:
@@ -98,32 +49,13 @@ def run_server(config: ServerConfig, listener: socket.socket, make_specs: MakeSp
     Raises: ConfigError or WorkerDied when a child does not start; nothing has listened then.
     """
 
-    async def use(supervisor: Supervisor, addresses: Addresses) -> int:
+    async def use(supervisor: Supervisor, endpoints: Endpoints) -> int:
         from minisgl.server.serve import serve_http
 
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return await serve_http(config, addresses, supervisor, listener)
+        return await serve_http(config, endpoints, supervisor, listener)
 
-    return _run(use, config, make_specs, _import_http)
-
-
-def run_local(args: ServerArgs, use: Callable[[Frontend, ServerConfig], Awaitable[None]]) -> int:
-    """Everything but HTTP: `use` gets the frontend of a running model (the shell does). Returns the exit status.
-
-    Raises: ConfigError, WorkerDied when a child does not start; WorkerDied, from the streams, when one dies.
-    """
-    config = dataclasses.replace(prepare(args), restart_workers=0)
-
-    async def use_locally(supervisor: Supervisor, addresses: Addresses) -> int:
-        from minisgl.server.frontend import Frontend
-
-        loop = asyncio.get_running_loop()
-        async with Frontend(addresses) as frontend:
-            supervisor.watch(functools.partial(call_in, loop, frontend.fail))
-            await use(frontend, config)
-        return 0
-
-    return _run(use_locally, config)
+    return run_with_workers(use, config, make_specs, _import_http)
 
 
 def bind_port(host: str, port: int) -> socket.socket:
@@ -166,20 +98,3 @@ def _import_http() -> None:
     thread = threading.Thread(target=importlib.import_module, args=("minisgl.server.serve",), daemon=True)
     thread.start()
     thread.join()
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[None]:
-    """SIGTERM and its like do what Ctrl-C does: an exception that lets everything be put away. Restored at the end."""
-    signums = [s for s in ENDING_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]  # nohup
-    before = {signum: signal.signal(signum, signal.default_int_handler) for signum in signums}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def _ignore_signals() -> None:
-    for signum in ENDING_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)

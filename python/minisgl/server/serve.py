@@ -17,16 +17,17 @@ from typing import Any
 
 import uvicorn
 
-from minisgl.config.runtime import Addresses, ServerConfig
+from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_bool, env_number
 from minisgl.errors import WorkerDied
+from minisgl.processes.signals import ENDING_SIGNALS
 from minisgl.processes.supervisor import Supervisor, call_in
-from minisgl.processes.workers import ENDING_SIGNALS
 from minisgl.server.access import guarded
 from minisgl.server.connection import Connection
 from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
 from minisgl.server.routes.app import create_app
+from minisgl.utils.sockets import Endpoints
 
 logger = logging.getLogger(__name__)
 
@@ -135,12 +136,12 @@ class HttpServer(uvicorn.Server):
 
 
 async def serve_http(
-    config: ServerConfig, addresses: Addresses, supervisor: Supervisor, listener: socket.socket
+    config: ServerConfig, endpoints: Endpoints, supervisor: Supervisor, listener: socket.socket
 ) -> int:
     """Serve on `listener` until a signal or a dead worker ends it. Returns the exit status."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(LoopErrors())
-    async with Frontend(addresses) as frontend:
+    async with Frontend(endpoints) as frontend:
         exposition = Exposition(config.served_model_name, frontend.metrics, supervisor.num_restarts)
         app = create_app(frontend, config, exposition, supervisor.silent)
         timeouts = {"READ": 20.0, "WRITE": 30.0}  # seconds

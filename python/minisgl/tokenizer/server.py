@@ -12,7 +12,7 @@ from queue import PriorityQueue
 
 from msgspec.structs import replace
 
-from minisgl.config.runtime import Addresses, TokenizerConfig
+from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import FinishReason
 from minisgl.message.backend import AbortMsg, BackendMsg, FlushMsg, PingMsg, UserMsg, backend_codec
 from minisgl.message.frontend import AcceptedReply, ErrorReply, FrontendMsg, UserReply, frontend_codec
@@ -20,7 +20,7 @@ from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, TextMsg, Tokeni
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
 from minisgl.utils.faults import fault
-from minisgl.utils.sockets import PullSocket, PushSocket
+from minisgl.utils.sockets import Endpoints, PullSocket, PushSocket
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +44,21 @@ class TokenizerServer:
     """
 
     def __init__(
-        self, config: TokenizerConfig, addresses: Addresses, endpoint: str, codec: HFTextCodec | None = None
+        self, config: TokenizerConfig, endpoints: Endpoints, endpoint: str, codec: HFTextCodec | None = None
     ) -> None:
         self._tokenizer = Tokenizer(config, codec)
         self._detokenizer = Detokenizer(self._tokenizer.codec)
         self._pings: set[int] = set()  # gone to the scheduler and not back yet, where both directions meet here
-        self._is_detokenizer = endpoint == addresses.detokenizer
-        self._is_tokenizer = not self._is_detokenizer or addresses.num_tokenizer == 0
+        self._is_detokenizer = endpoint == endpoints.detokenizer
+        self._is_tokenizer = endpoint in endpoints.tokenizers.values()
         self._long: PriorityQueue[tuple[int, int, int, TextMsg, list[AbortMsg]]] = PriorityQueue()  # the shortest first
         self._aborts: dict[int, list[AbortMsg]] = {}  # by uid of what is long and not answered: of its request
         self._lock = threading.Lock()  # of what several threads use: the above, and the sockets that send
         for index in range(NUM_THREADS):
             threading.Thread(target=self._serve_long, name=f"long-{index}", daemon=True).start()
         self._inbox = PullSocket(endpoint, tokenizer_codec)
-        self._backend = PushSocket(addresses.backend, backend_codec)
-        self._frontend = PushSocket(addresses.frontend, frontend_codec)
+        self._backend = PushSocket(endpoints.backend, backend_codec)
+        self._frontend = PushSocket(endpoints.frontend, frontend_codec)
 
     def run(self, beat: Callable[[], None]) -> None:
         """Serve until an exception (the one that SIGTERM raises) ends it. `beat` is called at least each second,

@@ -1,9 +1,11 @@
-"""ZeroMQ sockets that carry one channel's messages: PULL binds, PUSH connects, a batch of structs per frame."""
+"""ZeroMQ sockets that carry one channel's messages, and where they are: PULL binds, PUSH connects, a batch of structs
+per frame."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import zmq
@@ -16,6 +18,34 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_FRAME_BYTES = 1 << 30  # what is larger ends the connection of who sends it
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where the processes of one server receive: each binds a PULL socket at its own, others connect PUSH sockets."""
+
+    backend: str  # rank 0's scheduler
+    frontend: str  # the API server
+    detokenizer: str
+    tokenizers: Mapping[str, str]  # who tokenizes: processes of their own by name, or the detokenizer's
+    ranks: tuple[str, ...]  # those above 0: the message batches that rank 0 numbers
+    rendezvous: str  # beginning of a URL at which `torch.distributed` ranks find each other, once
+
+
+def ipc_endpoints(directory: str, num_tokenizer: int = 0, tp_size: int = 1) -> Endpoints:
+    """Of processes of this machine, inside of a directory of theirs: no port that can be taken by someone else."""
+    where = f"ipc://{directory}"
+    detokenizer = f"{where}/detokenizer"
+    tokenizers = {f"tokenizer-{index}": f"{where}/tokenizer-{index}" for index in range(num_tokenizer)}
+    ranks = tuple(f"{where}/rank-{rank}" for rank in range(1, tp_size))
+    return Endpoints(
+        backend=f"{where}/backend",
+        frontend=f"{where}/frontend",
+        detokenizer=detokenizer,
+        tokenizers=tokenizers or {"detokenizer-0": detokenizer},
+        ranks=ranks,
+        rendezvous=f"file://{directory}/rendezvous",
+    )
 
 
 class MessageCodec(Protocol[T]):

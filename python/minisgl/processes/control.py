@@ -1,0 +1,120 @@
+"""Life of a child process: from its first moment to its exit status, and its line to the supervisor."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from minisgl.errors import ConfigError, MiniSGLError
+from minisgl.message.codec import ControlMsg, Failed, Heartbeat, Ready, encode_control
+from minisgl.processes.signals import ENDING_SIGNALS, STOP_SIGNAL
+from minisgl.utils.faults import fault
+from minisgl.utils.log import setup_logging
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1
+
+
+class Control:
+    """A child's line to its supervisor."""
+
+    def __init__(self, connection: Connection, life: int = 0) -> None:
+        self.life = life  # the same number for all who were started together, and for nobody else
+        self._connection = connection
+        self._next_beat = 0.0
+
+    def ready(self) -> None:
+        signal.signal(STOP_SIGNAL, lambda *_: sys.exit(0))
+        self.send(Ready())
+
+    def beat(self) -> None:
+        """Tell that the main loop is alive. Call it as often as you like: it sends one message a second.
+
+        It never waits: with a parent that does not listen (stopped, or `LLM`), the pipe fills up and beats are lost.
+        """
+        now = time.monotonic()
+        if now >= self._next_beat:
+            dropped = (fault("beat") or "").split()
+            self._next_beat = now + (float(dropped[1]) if dropped else HEARTBEAT_SECONDS)
+            if not dropped and select.select((), (self._connection,), (), 0)[1]:
+                self.send(Heartbeat())
+
+    def send(self, message: ControlMsg) -> None:
+        try:
+            self._connection.send_bytes(encode_control(message))
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(1)  # the parent is gone
+
+
+def run_child(
+    name: str, connection: Connection, from_lasting: bool, life: int, body: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    """The entry of every child: `body(control, *args)` in an orderly process.
+
+    The process has `name` as its title, leaves Ctrl-C and its like to the parent (they may reach the whole process
+    group, and the parent drains first), ends at STOP_SIGNAL by an exception in the main thread (before it is ready, at
+    once: an import may swallow the exception), ends when the parent does, and reports an error as one line. Exit
+    status: 0 after STOP_SIGNAL, 2 for a ConfigError, else 1. from_lasting: the parent's thread that started it lasts
+    until the parent has done with it. life: as in `Control`.
+    """
+    control = Control(connection, life)
+    for signum in ENDING_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)  # our own children can be ended so
+    signal.signal(STOP_SIGNAL, lambda *_: os._exit(0))
+    _die_with_parent(from_lasting)
+    from setproctitle import setproctitle
+
+    setproctitle(name)
+    status = 1
+    try:
+        setup_logging(name.removeprefix("minisgl-").removesuffix("-scheduler"))
+        fault("start")
+        body(control, *args)
+        status = 0
+    except SystemExit:
+        status = 0
+    except MiniSGLError as error:
+        logger.debug("%s ends", name, exc_info=True)
+        status = 2 if isinstance(error, ConfigError) else 1
+        control.send(Failed(_one_line(error), config=isinstance(error, ConfigError)))
+    except Exception as error:
+        logger.exception("%s ends", name)
+        control.send(Failed(f"{type(error).__name__}: {_one_line(error)}", config=False))
+    finally:
+        logging.shutdown()
+        os._exit(status)  # threads of libraries must not keep a finished process alive
+
+
+def _die_with_parent(from_lasting: bool) -> None:
+    """End with the parent, whatever ends it. The kernel's signal is at once, but is tied to the parent's thread
+    that started us, so it is asked for only if that one lasts; the watching thread is for all cases."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    if sys.platform == "linux" and from_lasting:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if not parent.is_alive():
+        os._exit(1)
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _one_line(error: BaseException) -> str:
+    return next(filter(None, map(str.strip, str(error).splitlines())), "no details")
