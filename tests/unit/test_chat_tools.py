@@ -20,7 +20,8 @@ from minisgl.errors import RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
 from minisgl.server.answers.assemble import new_assembler, with_grammar
-from minisgl.server.answers.openai import ChatRenderer, Totals
+from minisgl.server.answers.openai import ChatRenderer
+from minisgl.server.answers.renderer import Totals
 from minisgl.server.bodies.chat import parse_chat
 from minisgl.server.bodies.request import GenerationRequest
 from minisgl.server.bodies.tools import ToolUse
@@ -198,8 +199,8 @@ def answer(
     streaming = renderer()
     chunks = [
         ChatCompletionChunk.model_validate(chunk, strict=True).choices[0]
-        for index, reply in enumerate(given)
-        for chunk in streaming.chunk(0, reply, first=index == 0)
+        for reply in given
+        for chunk in streaming.chunk(0, reply)
     ]
     content, reasoned, calls = "", "", []
     for chunk in chunks:
@@ -226,7 +227,7 @@ def test_choices_begin_in_order_whichever_is_first() -> None:
     texts = ["zero", "one", "two"]
     for index in (2, 0, 1):
         for reply in replies(texts[index]):
-            for chunk in streaming.chunk(index, reply, first=False):
+            for chunk in streaming.chunk(index, reply):
                 state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
     assert [choice.message.content for choice in state.get_final_completion().choices] == texts
 

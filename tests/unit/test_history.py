@@ -17,7 +17,8 @@ from minisgl.core import FinishReason, SamplingParams
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
 from minisgl.server.answers.assemble import Assembler
-from minisgl.server.answers.openai import ChatRenderer, Totals
+from minisgl.server.answers.openai import ChatRenderer
+from minisgl.server.answers.renderer import Totals
 from minisgl.server.bodies.chat import parse_chat
 from minisgl.server.bodies.fields import OBJECTS
 from minisgl.server.bodies.responses import parse_responses
@@ -298,8 +299,8 @@ def our_chat() -> list[dict[str, Any]]:
     whole = renderer.body([replies("hel", "lo")], Totals(1, 1))
     state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
     streaming = ChatRenderer("m", include_usage=False)
-    for index, reply in enumerate(replies("hel", "lo")):
-        for chunk in streaming.chunk(0, reply, first=index == 0):
+    for reply in replies("hel", "lo"):
+        for chunk in streaming.chunk(0, reply):
             state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
     objects = [ChatCompletion.model_validate(whole), ParsedChatCompletion[None].model_validate(whole)]
     objects.append(state.get_final_completion())

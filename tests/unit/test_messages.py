@@ -15,10 +15,10 @@ from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
-from minisgl.parser.parts import CallPart, Parser, Part
+from minisgl.parser.parts import Parser, Part
 from minisgl.server.answers.assemble import Assembler
 from minisgl.server.answers.messages import MessagesRenderer
-from minisgl.server.answers.openai import Totals
+from minisgl.server.answers.renderer import Totals
 from minisgl.server.bodies.messages import parse_messages
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -112,7 +112,7 @@ class Calling(Parser):
     """Whatever is written are the arguments of one call."""
 
     def push(self, text: str) -> list[Part]:
-        return [CallPart(0, "f", text)] if text else []
+        return [Part("call", text, "f")] if text else []
 
 
 @pytest.mark.parametrize(

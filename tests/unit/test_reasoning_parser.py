@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisgl.config.chat import REASONING_PARSERS
-from minisgl.parser.parts import CallPart, Chain, Parser, Part, ReasoningPart, TextPart, ThinkParser
+from minisgl.parser.parts import Parser, Part, ThinkParser
 from minisgl.parser.tools import make_tool_parser
 
 
@@ -18,8 +18,8 @@ def parse(parser: Parser, *texts: str) -> tuple[str, str]:
     for text in texts:
         parts += parser.push(text)
     parts += parser.finish()
-    reasoning = "".join(part.text for part in parts if isinstance(part, ReasoningPart))
-    return reasoning, "".join(part.text for part in parts if isinstance(part, TextPart))
+    reasoning = "".join(part.text for part in parts if part.kind == "reasoning")
+    return reasoning, "".join(part.text for part in parts if part.kind == "text")
 
 
 CASES = [
@@ -76,10 +76,10 @@ def test_the_result_does_not_depend_on_the_cuts(
 def test_reasoning_comes_as_it_is_thought() -> None:
     parser = ThinkParser("qwen3", "")
     assert parser.push("<think>\n") == []
-    assert parser.push("one ") == [ReasoningPart("one")]
-    assert parser.push("two") == [ReasoningPart(" two")]
+    assert parser.push("one ") == [Part("reasoning", "one")]
+    assert parser.push("two") == [Part("reasoning", " two")]
     assert parser.push("</think>\n") == []
-    assert parser.push("three ") == [TextPart("three ")]
+    assert parser.push("three ") == [Part("text", "three ")]
 
 
 def test_calls_after_reasoning() -> None:
@@ -87,11 +87,11 @@ def test_calls_after_reasoning() -> None:
     text = f"<think>\nI could {call}\n</think>\n\nLet me.\n{call}"
     expected = {"reasoning": f"I could {call}", "text": "Let me.", "names": ["f"], "arguments": "{}"}
     for pieces in ([text], list(text)):
-        parser = Chain(ThinkParser("qwen3", ""), make_tool_parser("hermes", {"f": None}))
+        parser = ThinkParser("qwen3", "", make_tool_parser("hermes", {"f": None}))
         parts = [part for piece in pieces for part in parser.push(piece)] + parser.finish()
         assert expected == {
-            "reasoning": "".join(part.text for part in parts if isinstance(part, ReasoningPart)),
-            "text": "".join(part.text for part in parts if isinstance(part, TextPart)),
-            "names": [part.name for part in parts if isinstance(part, CallPart) and part.name],
-            "arguments": "".join(part.arguments for part in parts if isinstance(part, CallPart)),
+            "reasoning": "".join(part.text for part in parts if part.kind == "reasoning"),
+            "text": "".join(part.text for part in parts if part.kind == "text"),
+            "names": [part.name for part in parts if part.kind == "call" and part.name],
+            "arguments": "".join(part.text for part in parts if part.kind == "call"),
         }

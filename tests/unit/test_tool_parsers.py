@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisgl.parser.calls import python_calls
-from minisgl.parser.parts import CallPart, Parser, Part, TextPart
+from minisgl.parser.parts import Parser, Part
 from minisgl.parser.tools import TOOL_PARSERS, make_tool_parser
 
 ANY_TYPE = {"type": "object", "properties": {"s": {"type": "string"}, "n": {"type": ["integer", "null"]}}}
@@ -23,15 +23,15 @@ Result = tuple[str, list[tuple[str, Any]]]
 
 def gathered(parts: list[Part]) -> tuple[str, list[tuple[str, str]]]:
     """The text, and each call with its arguments as they are."""
-    text = "".join(part.text for part in parts if isinstance(part, TextPart))
+    text = "".join(part.text for part in parts if part.kind == "text")
     calls: list[tuple[str, str]] = []
     for part in parts:
-        if isinstance(part, CallPart):
+        if part.kind == "call":
             if part.name is not None:
-                assert part.index == len(calls)
+                assert part.call_index == len(calls)
                 calls.append((part.name, ""))
-            assert part.index == len(calls) - 1
-            calls[-1] = (calls[-1][0], calls[-1][1] + part.arguments)
+            assert part.call_index == len(calls) - 1
+            calls[-1] = (calls[-1][0], calls[-1][1] + part.text)
     return text, calls
 
 
@@ -207,11 +207,11 @@ def test_a_call_that_has_begun_is_one_to_its_end(name: str, text: str, arguments
 def test_arguments_come_in_pieces(name: str, text: str) -> None:
     """The name first, and each piece as soon as it is there."""
     parser = make_tool_parser(name, NAMES)
-    assert parser.push(text[: text.index("Paris") + 3])[0] == CallPart(0, "get_weather", "")
-    assert parser.push("is") == [CallPart(0, None, "is")]
+    assert parser.push(text[: text.index("Paris") + 3])[0] == Part("call", "", "get_weather")
+    assert parser.push("is") == [Part("call", "is")]
     parser = make_tool_parser(name, NAMES)
     parts = [part for piece in text for part in parser.push(piece)]
-    assert parts[0] == CallPart(0, "get_weather", "") and len(parts) > 8
+    assert parts[0] == Part("call", "", "get_weather") and len(parts) > 8
     assert not parser.finish()
 
 

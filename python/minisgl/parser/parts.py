@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from minisgl.config.chat import CLOSING, OPENING, REASONING_PARSERS, reasoning_after
 
 
-@dataclass(frozen=True, slots=True)
-class TextPart:
-    """More of the answer itself."""
+class Part(NamedTuple):
+    """More of a message: of the answer itself, of what the model thinks before it, or of a tool call.
 
+    text: of a call its arguments, JSON. name: of the function, in a call's first part. call_index: counts the calls.
+    """
+
+    kind: Literal["text", "reasoning", "call"]
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReasoningPart:
-    """More of what the model thinks before it answers."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallPart:
-    """A tool call, or more of one. `index` counts the calls of a message; the first part of each has its name."""
-
-    index: int
-    name: str | None
-    arguments: str  # JSON
-
-
-Part = TextPart | ReasoningPart | CallPart
+    name: str | None = None
+    call_index: int = 0
 
 
 class Parser:
@@ -55,22 +41,7 @@ class Parser:
     def _run(self, *, final: bool) -> list[Part]:  # noqa: ARG002
         """What can be said of the buffer, and is taken off it. final: no more text follows."""
         text, self._buffer = self._buffer, ""
-        return [TextPart(text)] if text else []
-
-
-class Chain(Parser):
-    """What `first` makes plain text of goes through `second`."""
-
-    def __init__(self, first: Parser, second: Parser) -> None:
-        super().__init__()
-        self._first, self._second = first, second
-
-    def _run(self, *, final: bool) -> list[Part]:
-        text, self._buffer = self._buffer, ""
-        passed: list[Part] = []
-        for part in self._first.push(text) + (self._first.finish() if final else []):
-            passed += self._second.push(part.text) if isinstance(part, TextPart) else [part]
-        return passed + (self._second.finish() if final else [])
+        return [Part("text", text)] if text else []
 
 
 def num_certain(text: str, markers: Sequence[str]) -> int:
@@ -88,11 +59,12 @@ class ThinkParser(Parser):
     thinks is reasoning as a whole.
 
     name: as for `--reasoning-parser`; None when the model does not reason. prompt_end: the text with which the prompt
-    ends.
+    ends. answer: the parser of what comes after the reasoning.
     """
 
-    def __init__(self, name: str | None, prompt_end: str) -> None:
+    def __init__(self, name: str | None, prompt_end: str, answer: Parser | None = None) -> None:
         super().__init__()
+        self._answer = answer or Parser()
         reasoning = reasoning_after(prompt_end, REASONING_PARSERS[name]) if name else ""  # as in `core.Grammar`
         self._without_tag = reasoning == "always"
         self._is_known = not reasoning  # whether the text begins with reasoning
@@ -113,14 +85,15 @@ class ThinkParser(Parser):
             self._strip()
             text, closing, rest = self._buffer.partition(CLOSING)
             size = len(text.rstrip()) if closing or final else num_certain(text, (CLOSING,))
-            parts += [ReasoningPart(text[:size])] if size else []
+            parts += [Part("reasoning", text[:size])] if size else []
             self._buffer = rest if closing else text[size:]
             if closing:
                 self.is_thinking, self._is_leading = False, True
         if not self.is_thinking:
             self._strip()
-            parts += super()._run(final=final)
-        return parts
+            text, self._buffer = self._buffer, ""
+            parts += self._answer.push(text) if text else []
+        return parts + (self._answer.finish() if final else [])
 
     def _strip(self) -> None:
         if self._is_leading:

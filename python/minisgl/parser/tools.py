@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 from minisgl.grammar.schema import resolved
 from minisgl.parser.calls import BracketReader, Call, json_calls, json_kinds, python_calls, typed_value
 from minisgl.parser.forced import UNKNOWN
-from minisgl.parser.parts import CallPart, Parser, Part, TextPart, num_certain
+from minisgl.parser.parts import Parser, Part, num_certain
 
 
 class Rest:
@@ -146,7 +146,7 @@ class ToolParser(Parser):
                 return False
         if end:
             self._at_start = self._in_list = False
-            parts.append(TextPart(self._buffer[:end]))
+            parts.append(Part("text", self._buffer[:end]))
             self._buffer = self._buffer[end:]
         if starts:
             size = min(starts) - end
@@ -162,12 +162,12 @@ class ToolParser(Parser):
         self._at_start = found.calls is not None
         if found.calls is None:
             text, end = self._lead + self._buffer, len(self._lead) + found.end
-            parts.append(TextPart(text[:end]))
+            parts.append(Part("text", text[:end]))
             self._buffer, self._state = text[end:], self._read_text
             return True
         self._buffer = self._buffer[found.end :]
         for call in found.calls:
-            parts.append(CallPart(self._num_calls, call.name, call.arguments))
+            parts.append(Part("call", call.arguments, call.name, self._num_calls))
             self._num_calls += 1
         self._rest, self._state = found.rest or Rest(None), self._read_rest
         return True
@@ -176,7 +176,7 @@ class ToolParser(Parser):
         num_read, text, ended = self._rest.take(self._buffer, final=final)
         self._buffer = self._buffer[num_read:]
         if text:
-            parts.append(CallPart(self._num_calls - 1, None, text))
+            parts.append(Part("call", text, None, self._num_calls - 1))
         if ended:
             self._in_list, self._state = self._rest.in_list, self._read_text
         return ended

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 from minisgl.config.chat import CLOSING, OPENING, REASONING_PARSERS
 from minisgl.config.runtime import ServerConfig
@@ -13,8 +12,9 @@ from minisgl.core import FinishReason
 from minisgl.errors import RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt
-from minisgl.parser.parts import CallPart, Chain, Parser, Part, ReasoningPart, TextPart, ThinkParser
+from minisgl.parser.parts import Parser, Part, ThinkParser
 from minisgl.parser.tools import make_tool_parser
+from minisgl.server.answers.renderer import Events
 from minisgl.server.bodies.grammar import form_grammar
 from minisgl.server.bodies.request import GenerationRequest
 
@@ -60,6 +60,41 @@ def new_assembler(parsed: GenerationRequest, config: ServerConfig) -> Assembler:
     return Assembler(_reasoning_parser(parsed, config), answer, parallel=parallel, short_ids=short_ids)
 
 
+@dataclass(slots=True, eq=False)
+class Block:
+    """A stretch of a message: text, reasoning or one call, as far as it has come. index: among all blocks."""
+
+    part: Part  # that has begun it
+    index: int
+    call_id: str
+    _pieces: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        return self.part.kind
+
+    @property
+    def text(self) -> str:
+        """Or the arguments of a call."""
+        return "".join(self._pieces)
+
+    def add(self, text: str) -> None:
+        self._pieces.append(text)
+
+
+class Dialect(Protocol):
+    """What a stream tells of a block of its message."""
+
+    def begin(self, block: Block) -> Events:
+        """That it begins."""
+
+    def more(self, block: Block, text: str) -> Events:
+        """That this text is added."""
+
+    def end(self, block: Block, reason: FinishReason | None) -> Events:
+        """That it is whole. reason: with the last block, why the output ends."""
+
+
 @dataclass(slots=True)
 class Assembler:
     """Reads one choice's replies, from the first to the last.
@@ -75,66 +110,37 @@ class Assembler:
     short_ids: bool = False
     # Tokens; of those that came together with the end of the reasoning, all.
     num_reasoning: int = field(default=0, init=False)
-    _num_calls: int = field(default=0, init=False)
-    _parser: tuple[ThinkParser, Parser] | None = field(default=None, init=False)  # what thinks, and all
+    blocks: list[Block] = field(default_factory=list, init=False)
+    _parser: ThinkParser | None = field(default=None, init=False)
 
-    def deltas(self, reply: UserReply) -> list[dict[str, Any]]:
-        """The increments of a streamed message."""
-        deltas: list[dict[str, Any]] = []
-        for part in self.parts(reply):
-            if isinstance(part, TextPart):
-                deltas.append({"content": part.text})
-            elif isinstance(part, ReasoningPart):
-                deltas.append({"reasoning_content": part.text})
-            else:
-                if part.name is not None:
-                    deltas.append({"tool_calls": [{"index": part.index, **self._call(part.name)}]})
-                if part.arguments:
-                    more = {"index": part.index, "function": {"arguments": part.arguments}}
-                    deltas.append({"tool_calls": [more]})
-        return deltas
-
-    def message(self, replies: Sequence[UserReply]) -> dict[str, Any]:
-        """The whole message."""
-        content, reasoning = "", ""
-        calls: list[dict[str, Any]] = []
-        for part in (part for reply in replies for part in self.parts(reply)):
-            if isinstance(part, TextPart):
-                content += part.text
-            elif isinstance(part, ReasoningPart):
-                reasoning += part.text
-            else:
-                calls += [self._call(part.name)] if part.name is not None else []
-                calls[part.index]["function"]["arguments"] += part.arguments
-        nothing = None if calls or reasoning else ""
-        message: dict[str, Any] = {"role": "assistant", "content": content or nothing, "refusal": None}
-        if reasoning:
-            message["reasoning_content"] = reasoning
-        if calls:
-            message["tool_calls"] = calls
-        return message
+    def read(self, reply: UserReply, dialect: Dialect) -> Events:
+        """What the dialect tells of a reply. There is a block at the end, if need be an empty one."""
+        parser = self._parser = self._parser or ThinkParser(self.reasoning, reply.prompt_end, self.answer)
+        is_reasoning = parser.is_thinking
+        events: Events = []
+        for part in parser.push(reply.text) + (parser.finish() if reply.finish_reason is not None else []):
+            is_reasoning = is_reasoning or part.kind == "reasoning"
+            if part.call_index and not self.parallel:
+                continue
+            if not self.blocks or part.name is not None or part.kind != self.blocks[-1].kind:
+                events += self._open(part, dialect)
+            if part.text:
+                self.blocks[-1].add(part.text)
+                events += dialect.more(self.blocks[-1], part.text)
+        if is_reasoning:
+            self.num_reasoning = reply.num_output_tokens
+        if reply.finish_reason is not None:
+            events += [] if self.blocks else self._open(Part("text", ""), dialect)
+            events += dialect.end(self.blocks[-1], reply.finish_reason)
+        return events
 
     def finish_reason(self, reply: UserReply) -> FinishReason | None:
         """Why the choice ended, if this reply is its last."""
-        is_done = reply.finish_reason is FinishReason.STOP and self._num_calls
+        is_done = reply.finish_reason is FinishReason.STOP and any(block.kind == "call" for block in self.blocks)
         return FinishReason.TOOL_CALLS if is_done else reply.finish_reason
 
-    def parts(self, reply: UserReply) -> list[Part]:
-        """What a reply adds to the message."""
-        if self._parser is None:
-            thinker = ThinkParser(self.reasoning, reply.prompt_end)
-            self._parser = thinker, Chain(thinker, self.answer)
-        thinker, parser = self._parser
-        was_thinking = thinker.is_thinking
-        parts = parser.push(reply.text) + (parser.finish() if reply.finish_reason is not None else [])
-        if was_thinking or any(isinstance(part, ReasoningPart) for part in parts):
-            self.num_reasoning = reply.num_output_tokens
-        self._num_calls += sum(isinstance(part, CallPart) and part.name is not None for part in parts)
-        return [part for part in parts if self.parallel or not isinstance(part, CallPart) or part.index == 0]
-
-    def new_call_id(self) -> str:
-        return uuid.uuid4().hex[:9] if self.short_ids else f"call_{uuid.uuid4().hex[:24]}"
-
-    def _call(self, name: str) -> dict[str, Any]:
-        """The beginning of a call."""
-        return {"id": self.new_call_id(), "type": "function", "function": {"name": name, "arguments": ""}}
+    def _open(self, part: Part, dialect: Dialect) -> Events:
+        events = dialect.end(self.blocks[-1], None) if self.blocks else []
+        call_id = uuid.uuid4().hex[:9] if self.short_ids else f"call_{uuid.uuid4().hex[:24]}"
+        self.blocks.append(Block(part, len(self.blocks), call_id))
+        return events + dialect.begin(self.blocks[-1])

@@ -21,7 +21,8 @@ from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.server.access import owner_of
 from minisgl.server.admission import Place
-from minisgl.server.answers.openai import Renderer, Totals, event, mean_logprob
+from minisgl.server.answers.openai import mean_logprob
+from minisgl.server.answers.renderer import Renderer, Totals, event
 from minisgl.server.bodies.request import GenerationRequest
 from minisgl.server.bodies.strict import shown
 from minisgl.server.errors import json_response, renamed
@@ -134,14 +135,11 @@ async def _interleave(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Us
 
 async def _events(streams: Sequence[Stream], renderer: Renderer, totals: Totals) -> AsyncGenerator[bytes, None]:
     """The SSE body, an error event included if it comes to that."""
-    started: set[int] = set()
     try:
         async with contextlib.aclosing(_interleave(streams)) as replies:
             async for index, reply in replies:
                 totals.add(index, reply)
-                chunks = renderer.chunk(index, reply, first=index not in started)
-                started.add(index)
-                if chunks:
+                if chunks := renderer.chunk(index, reply):
                     yield b"".join(map(event, chunks))
         yield b"".join(map(event, renderer.last_chunks(totals))) + renderer.done
     except MiniSGLError as error:

@@ -1,4 +1,4 @@
-"""Replies as clients expect them: JSON bodies, SSE events, log-probabilities; in OpenAI's shapes and ours."""
+"""Replies as /v1/chat/completions and /v1/completions show them, with log-probabilities."""
 
 from __future__ import annotations
 
@@ -7,83 +7,17 @@ import uuid
 from abc import abstractmethod
 from codecs import getincrementaldecoder
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from pydantic_core import from_json
-
-from minisgl.errors import MiniSGLError
-from minisgl.message.codec import unpack_ids
+from minisgl.core import FinishReason
 from minisgl.message.frontend import TokenLogprob, TopLogprob, UserReply
-from minisgl.server.answers.assemble import Assembler
-from minisgl.server.errors import error_payload
-from minisgl.server.json_line import dump_json
-
-DONE = b"data: [DONE]\n\n"
-
-
-def event(payload: Mapping[str, Any]) -> bytes:
-    """One SSE event, named by its `type` if it has one. The JSON is one line, so text cannot break it."""
-    name = payload.get("type")
-    head = f"event: {name}\n".encode() if name else b""
-    return head + b"data: " + dump_json(payload) + b"\n\n"
-
-
-def partial_object(arguments: str) -> dict[str, Any]:
-    """The arguments of a call, or what there is of them where it was cut off."""
-    try:
-        value = from_json(arguments, allow_partial=True)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-class Totals:
-    """Token counts of all choices of one request. A prompt counts once, however many choices it has."""
-
-    def __init__(self, num_choices: int, n: int) -> None:
-        self._last: list[UserReply | None] = [None] * num_choices
-        self._n = n
-
-    def add(self, index: int, reply: UserReply) -> None:
-        self._last[index] = reply
-
-    def usage(self) -> dict[str, Any]:
-        first_of_prompt = [reply for reply in self._last[:: self._n] if reply is not None]
-        num_prompt = sum(reply.num_prompt_tokens for reply in first_of_prompt)
-        num_output = sum(reply.num_output_tokens for reply in self._last if reply is not None)
-        return {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_output,
-            "total_tokens": num_prompt + num_output,
-            "prompt_tokens_details": {"cached_tokens": sum(reply.num_cached_tokens for reply in first_of_prompt)},
-        }
-
-
-class Renderer(Protocol):
-    """One endpoint's way to show a request's replies."""
-
-    id: str  # what the answer is called in itself
-    done: bytes = DONE  # what ends a stream that went well
-    keep_alive: bytes = b": keep-alive\n\n"  # sent when there has been nothing else to send for a while
-
-    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
-        """The events for an increment of choice `index`."""
-
-    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:  # noqa: ARG002
-        """The events after the last choice: the usage, for clients that asked for it."""
-        return []
-
-    def failure(self, error: MiniSGLError) -> list[dict[str, Any]]:
-        """The events at the end of a stream that failed after it began."""
-        return [error_payload(error)]
-
-    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
-        """The whole answer of a request that does not stream: the replies to each choice."""
+from minisgl.server.answers.assemble import Assembler, Block, Dialect
+from minisgl.server.answers.renderer import Events, Renderer, Totals
 
 
 class _OpenAIRenderer(Renderer):
-    """What the answers of /v1/chat/completions and /v1/completions have in common."""
+    """What both have in common."""
 
     _prefix, _whole, _part = "", "", ""  # what the id begins with; what the answer and a chunk call themselves
 
@@ -92,7 +26,7 @@ class _OpenAIRenderer(Renderer):
         self.id = f"{self._prefix}-{uuid.uuid4().hex}"
         self._head = {"id": self.id, "created": int(time.time()), "model": model}
 
-    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
+    def last_chunks(self, totals: Totals) -> Events:
         usage = {**self._head, "object": self._part, "choices": [], "usage": self._usage(totals)}
         return [usage] if self._include_usage else []
 
@@ -112,7 +46,7 @@ class _OpenAIRenderer(Renderer):
         return {**self._head, "object": self._part, "choices": [choice], **usage}
 
 
-class ChatRenderer(_OpenAIRenderer):
+class ChatRenderer(_OpenAIRenderer, Dialect):
     """/v1/chat/completions. `new_assembler` makes what reads one choice."""
 
     _prefix, _whole, _part = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -120,15 +54,15 @@ class ChatRenderer(_OpenAIRenderer):
     def __init__(self, model: str, *, new_assembler: Callable[[], Assembler] = Assembler, **options: bool) -> None:
         super().__init__(model, **options)
         self._new_assembler = new_assembler
-        self._assemblers: dict[int, Assembler] = {}  # by choice
+        self._assemblers: list[Assembler] = []  # by choice
 
-    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
+    def chunk(self, index: int, reply: UserReply) -> Events:
         chunks = []
         for begun in range(len(self._assemblers), index + 1):  # in order: clients number choices as they begin
             chunks.append(self._delta(begun, {"role": "assistant", "content": ""}))
-            self._assemblers[begun] = self._new_assembler()
+            self._assemblers.append(self._new_assembler())
         assembler = self._assemblers[index]
-        deltas = assembler.deltas(reply)
+        deltas = assembler.read(reply, self)
         if self._logprobs and reply.logprobs:  # with the first delta, if need be an empty one
             deltas = deltas or [{"content": ""}]
             chunks.append(self._delta(index, deltas.pop(0), logprobs=chat_logprobs([reply])))
@@ -137,21 +71,53 @@ class ChatRenderer(_OpenAIRenderer):
             chunks.append(self._delta(index, {}, finish_reason=assembler.finish_reason(reply)))
         return chunks
 
+    def begin(self, block: Block) -> Events:
+        if block.kind != "call":
+            return []
+        return [{"tool_calls": [{"index": block.part.call_index, **_call(block, "")}]}]
+
+    def more(self, block: Block, text: str) -> Events:
+        if block.kind == "call":
+            return [{"tool_calls": [{"index": block.part.call_index, "function": {"arguments": text}}]}]
+        return [{"content" if block.kind == "text" else "reasoning_content": text}]
+
+    def end(self, block: Block, reason: FinishReason | None) -> Events:  # noqa: ARG002
+        return []
+
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
-        assembler = self._assemblers[index] = self._new_assembler()
+        assembler = self._new_assembler()
+        self._assemblers.append(assembler)
+        for reply in replies:
+            assembler.read(reply, self)
         return {
             "index": index,
-            "message": assembler.message(replies),
+            "message": _message(assembler.blocks),
             "logprobs": chat_logprobs(replies) if self._logprobs else None,
             "finish_reason": assembler.finish_reason(replies[-1]),
         }
 
     def _usage(self, totals: Totals) -> dict[str, Any]:
-        num_reasoning = sum(assembler.num_reasoning for assembler in self._assemblers.values())
+        num_reasoning = sum(assembler.num_reasoning for assembler in self._assemblers)
         return {**totals.usage(), "completion_tokens_details": {"reasoning_tokens": num_reasoning}}
 
     def _delta(self, index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
         return self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more})
+
+
+def _message(blocks: Sequence[Block]) -> dict[str, Any]:
+    content, reasoning = ("".join(b.text for b in blocks if b.kind == kind) for kind in ("text", "reasoning"))
+    calls = [_call(block, block.text) for block in blocks if block.kind == "call"]
+    nothing = None if calls or reasoning else ""
+    message: dict[str, Any] = {"role": "assistant", "content": content or nothing, "refusal": None}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def _call(block: Block, arguments: str) -> dict[str, Any]:
+    return {"id": block.call_id, "type": "function", "function": {"name": block.part.name, "arguments": arguments}}
 
 
 class CompletionRenderer(_OpenAIRenderer):
@@ -163,46 +129,16 @@ class CompletionRenderer(_OpenAIRenderer):
         super().__init__(model, **options)
         self._cursors: defaultdict[int, TextCursor] = defaultdict(TextCursor)  # by choice
 
-    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:
-        if not (reply.text or first or reply.finish_reason is not None or reply.logprobs):
+    def chunk(self, index: int, reply: UserReply) -> Events:
+        if index in self._cursors and not (reply.text or reply.finish_reason is not None or reply.logprobs):
             return []
         return [self._chunk(self._choice(index, [reply]))]
 
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
-        logprobs = completion_logprobs(replies, self._cursors[index]) if self._logprobs else None
-        choice = {"text": _text(replies), "index": index, "logprobs": logprobs}
-        return {**choice, "finish_reason": replies[-1].finish_reason}
-
-
-class GenerateRenderer(Renderer):
-    """/generate: text and token ids, with counts in `meta_info`; streams send increments."""
-
-    def __init__(self) -> None:
-        self.id = uuid.uuid4().hex
-
-    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
-        return [self._shown([reply])]
-
-    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:  # noqa: ARG002
-        return self._shown(choices[0])
-
-    def _shown(self, replies: Sequence[UserReply]) -> dict[str, Any]:
-        last = replies[-1]
-        return {
-            "text": _text(replies),
-            "output_ids": unpack_ids(b"".join(reply.token_ids for reply in replies)),
-            "meta_info": {
-                "id": self.id,
-                "finish_reason": last.finish_reason,
-                "prompt_tokens": last.num_prompt_tokens,
-                "completion_tokens": last.num_output_tokens,
-                "cached_tokens": last.num_cached_tokens,
-            },
-        }
-
-
-def _text(replies: Sequence[UserReply]) -> str:
-    return "".join(reply.text for reply in replies)
+        cursor, text = self._cursors[index], "".join(reply.text for reply in replies)
+        choice = {"text": text, "index": index}
+        logprobs = completion_logprobs(replies, cursor) if self._logprobs else None
+        return {**choice, "logprobs": logprobs, "finish_reason": replies[-1].finish_reason}
 
 
 def chat_logprobs(replies: Sequence[UserReply]) -> dict[str, Any]:

@@ -5,51 +5,29 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError
 from minisgl.message.frontend import UserReply
-from minisgl.parser.parts import CallPart, Part, TextPart
-from minisgl.server.answers.assemble import Assembler
-from minisgl.server.answers.openai import Renderer, Totals, partial_object
+from minisgl.server.answers.assemble import Assembler, Block, Dialect
+from minisgl.server.answers.renderer import Events, Renderer, Totals, partial_object
 from minisgl.server.bodies.responses import Item, ResponsesRequest
 
 _STATUS = {FinishReason.LENGTH: "incomplete", FinishReason.ABORT: "cancelled"}  # else: completed
-_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}  # of items' ids
-_WHOLE = {"function_call": "arguments", "custom_tool_call": "input"}  # the field that has it all; else: text
-_TEXTS = {"message": "output_text", "reasoning": "reasoning_text"} | {kind: f"{kind}_{_WHOLE[kind]}" for kind in _WHOLE}
+# Of items: the type, what their ids begin with, what the events about their text are called, and the field that has it.
+_TYPES = {
+    "text": ("message", "msg", "output_text", "text"),
+    "reasoning": ("reasoning", "rs", "reasoning_text", "text"),
+    "call": ("function_call", "fc", "function_call_arguments", "arguments"),
+    "custom": ("custom_tool_call", "ctc", "custom_tool_call_input", "input"),
+}
 
 Keep = Callable[[dict[str, Any], list[Item]], None]
 
 
-@dataclass(slots=True)
-class _Item:
-    """An output item, as far as it has come. call: the name and id of a call."""
-
-    kind: str  # of _PREFIXES
-    id: str
-    call: dict[str, str]
-    text: str = ""  # or reasoning, or arguments
-
-    def shown(self, status: str) -> dict[str, Any]:
-        item: dict[str, Any] = {"id": self.id, "type": self.kind, "status": status}
-        if self.kind in _WHOLE:
-            return {**item, **self.call, _WHOLE[self.kind]: self.text}
-        content = [] if status == "in_progress" else [self.part(self.text)]
-        if self.kind == "reasoning":
-            return {**item, "summary": [], "content": content}
-        return {**item, "role": "assistant", "content": content}
-
-    def part(self, text: str) -> dict[str, Any]:
-        if self.kind == "reasoning":
-            return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-class ResponsesRenderer(Renderer):
+class ResponsesRenderer(Renderer, Dialect):
     """The answer to one request. Events are numbered, and carry the whole text again where it ends.
 
     A whole body is made of the same events, which nobody gets to see. keep: stores the response and what it answers.
@@ -65,95 +43,81 @@ class ResponsesRenderer(Renderer):
         self._assembler = assembler
         self._request, self._keep = request, keep
         self._custom = [tool["name"] for tool in request.tools_used if tool["type"] == "custom"]
-        self._item: _Item | None = None  # that grows
+        self._item_id = ""  # of the item that grows
         self._output: list[dict[str, Any]] = []  # those that do not any more
         self._reason = FinishReason.STOP
+        self._has_begun = False
         self._numbers = count()  # of events
 
-    def chunk(self, index: int, reply: UserReply, *, first: bool) -> list[dict[str, Any]]:  # noqa: ARG002
-        events: list[dict[str, Any]] = []
-        if first:
+    def chunk(self, index: int, reply: UserReply) -> Events:  # noqa: ARG002
+        events: Events = []
+        if not self._has_begun:
+            self._has_begun = True
             for kind in ("response.created", "response.in_progress"):
                 events.append(self._event(kind, response=self._response("in_progress", [])))
-        for part in self._assembler.parts(reply):
-            events += self._add(part)
-        if reply.finish_reason is not None:
-            self._reason = reply.finish_reason
-            if self._item is None:
-                events += self._open("message")
-            events += self._close("incomplete" if self._reason in _STATUS else "completed")
-        return events
+        self._reason = reply.finish_reason or self._reason
+        return events + self._assembler.read(reply, self)
 
-    def last_chunks(self, totals: Totals) -> list[dict[str, Any]]:
+    def last_chunks(self, totals: Totals) -> Events:
         response = self._finished(totals)
         kind = "completed" if response["status"] == "completed" else "incomplete"
         return [self._event(f"response.{kind}", response=response)]
 
-    def failure(self, error: MiniSGLError) -> list[dict[str, Any]]:
+    def failure(self, error: MiniSGLError) -> Events:
         told = {"code": "server_error", "message": str(error)}
         return [self._event("response.failed", response={**self._response("failed", []), "error": told})]
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
         for reply in choices[0]:
-            self.chunk(0, reply, first=False)
+            self.chunk(0, reply)
         return self._finished(totals)
 
-    def _add(self, part: Part) -> list[dict[str, Any]]:
-        events: list[dict[str, Any]] = []
-        if isinstance(part, CallPart):
-            kind, text = "function_call", part.arguments
-        else:
-            kind, text = ("message" if isinstance(part, TextPart) else "reasoning"), part.text
-        name = part.name if isinstance(part, CallPart) else None
-        if name is not None or self._item is None or self._item.kind != kind != "function_call":
-            kind = "custom_tool_call" if name in self._custom else kind
-            events += self._close("completed") + self._open(kind, name)
-        assert self._item is not None
-        if text:
-            self._item.text += text
-            if self._item.kind != "custom_tool_call":  # whose input must be read first
-                events.append(self._item_event("delta", delta=text))
-        return events
+    def begin(self, block: Block) -> Events:
+        self._item_id = f"{self._type(block)[1]}_{uuid.uuid4().hex}"
+        item = self._item(block, "", "in_progress")
+        events = [self._event("response.output_item.added", output_index=block.index, item=item)]
+        return events if block.kind == "call" else [*events, self._of_item(block, "added", part=_part(block, ""))]
 
-    def _open(self, kind: str, name: str | None = None) -> list[dict[str, Any]]:
-        call = {} if name is None else {"name": name, "call_id": self._assembler.new_call_id()}
-        item = self._item = _Item(kind, f"{_PREFIXES[kind]}_{uuid.uuid4().hex}", call)
-        shown = item.shown("in_progress")
-        events = [self._event("response.output_item.added", output_index=len(self._output), item=shown)]
-        if kind not in _WHOLE:
-            events.append(self._item_event("added", part=item.part("")))
-        return events
-
-    def _close(self, status: str) -> list[dict[str, Any]]:
-        item = self._item
-        if item is None:
+    def more(self, block: Block, text: str) -> Events:
+        if block.part.name in self._custom:  # its input must be read first
             return []
-        events = []
-        if item.kind == "custom_tool_call":
-            item.text = str(partial_object(item.text).get("input", item.text))
-            events.append(self._item_event("delta", delta=item.text))
-        events.append(self._item_event("done", **{_WHOLE.get(item.kind, "text"): item.text}))
-        if item.kind not in _WHOLE:
-            events.append(self._item_event("done", part=item.part(item.text)))
-        shown = item.shown(status)
-        events.append(self._event("response.output_item.done", output_index=len(self._output), item=shown))
-        self._output.append(shown)
-        self._item = None
-        return events
+        return [self._of_item(block, "delta", delta=text)]
+
+    def end(self, block: Block, reason: FinishReason | None) -> Events:
+        text, events = block.text, []
+        if block.part.name in self._custom:
+            text = str(partial_object(text).get("input", text))
+            events.append(self._of_item(block, "delta", delta=text))
+        events.append(self._of_item(block, "done", **{self._type(block)[3]: text}))
+        if block.kind != "call":
+            events.append(self._of_item(block, "done", part=_part(block, text)))
+        item = self._item(block, text, "incomplete" if reason in _STATUS else "completed")
+        self._output.append(item)
+        return [*events, self._event("response.output_item.done", output_index=block.index, item=item)]
+
+    def _type(self, block: Block) -> tuple[str, str, str, str]:
+        return _TYPES["custom" if block.part.name in self._custom else block.kind]
+
+    def _item(self, block: Block, text: str, status: str) -> dict[str, Any]:
+        kind, _, _, field = self._type(block)
+        item: dict[str, Any] = {"id": self._item_id, "type": kind, "status": status}
+        if block.kind == "call":
+            return {**item, "name": block.part.name, "call_id": block.call_id, field: text}
+        content = [] if status == "in_progress" else [_part(block, text)]
+        more: dict[str, Any] = {"summary": []} if block.kind == "reasoning" else {"role": "assistant"}
+        return {**item, **more, "content": content}
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         return {"type": kind, "sequence_number": next(self._numbers), **fields}
 
-    def _item_event(self, what: str, **fields: Any) -> dict[str, Any]:
+    def _of_item(self, block: Block, what: str, **fields: Any) -> dict[str, Any]:
         """About the text of the item that grows, or about the part that holds it."""
-        item = self._item
-        assert item is not None
-        about = "content_part" if "part" in fields else _TEXTS[item.kind]
-        if item.kind not in _WHOLE:
+        about = "content_part" if "part" in fields else self._type(block)[2]
+        if block.kind != "call":
             fields["content_index"] = 0
         if about == "output_text":
             fields["logprobs"] = []
-        return self._event(f"response.{about}.{what}", item_id=item.id, output_index=len(self._output), **fields)
+        return self._event(f"response.{about}.{what}", item_id=self._item_id, output_index=block.index, **fields)
 
     def _finished(self, totals: Totals) -> dict[str, Any]:
         response = self._response(_STATUS.get(self._reason, "completed"), self._output)
@@ -166,6 +130,12 @@ class ResponsesRenderer(Renderer):
 
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "status": status, "output": output}
+
+
+def _part(block: Block, text: str) -> dict[str, Any]:
+    if block.kind == "reasoning":
+        return {"type": "reasoning_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 # Fields of the answer that come back as they were sent, and those that say the same to everyone.

@@ -19,10 +19,12 @@ from minisgl.errors import WorkerDied
 from minisgl.message.tokenizer import ChatPrompt
 from minisgl.server.access import owner_of
 from minisgl.server.admission import Admission
-from minisgl.server.answers import openai as render
 from minisgl.server.answers.assemble import new_assembler, with_grammar
 from minisgl.server.answers.delivery import answer_request
 from minisgl.server.answers.messages import MessagesRenderer
+from minisgl.server.answers.native import GenerateRenderer
+from minisgl.server.answers.openai import ChatRenderer, CompletionRenderer
+from minisgl.server.answers.renderer import Renderer
 from minisgl.server.answers.responses import ResponsesRenderer
 from minisgl.server.bodies.chat import parse_chat
 from minisgl.server.bodies.completions import parse_completion
@@ -42,7 +44,7 @@ DOCUMENT = Path(__file__).parents[1] / "openapi.json"  # made by `python -m tool
 
 R = TypeVar("R", bound=GenerationRequest)
 Parser = Callable[[bytes, Defaults, Reading], R]
-Make = Callable[[R], render.Renderer]
+Make = Callable[[R], Renderer]
 
 
 def create_app(
@@ -85,12 +87,12 @@ def create_app(
 
         app.post(path, description=about)(route)
 
-    def chat(r: GenerationRequest) -> render.Renderer:
+    def chat(r: GenerationRequest) -> Renderer:
         options = {"include_usage": r.include_usage, "logprobs": r.logprobs}
-        return render.ChatRenderer(name, **options, new_assembler=lambda: new_assembler(r, config))
+        return ChatRenderer(name, **options, new_assembler=lambda: new_assembler(r, config))
 
-    def completion(r: GenerationRequest) -> render.Renderer:
-        return render.CompletionRenderer(name, include_usage=r.include_usage, logprobs=r.logprobs)
+    def completion(r: GenerationRequest) -> Renderer:
+        return CompletionRenderer(name, include_usage=r.include_usage, logprobs=r.logprobs)
 
     add("/v1/chat/completions", "Answer a chat.", parse_chat, chat)
     add("/v1/completions", "Continue a text, or several.", parse_completion, completion)
@@ -105,7 +107,7 @@ def create_app(
     about = "Answer a conversation, in Anthropic's words."
     add("/v1/messages", about, parse_messages, lambda r: MessagesRenderer(name, new_assembler(r, config)))
     about = "Continue a text or token ids; the answer has token ids too."
-    add("/generate", about, parse_generate, lambda _: render.GenerateRenderer())
+    add("/generate", about, parse_generate, lambda _: GenerateRenderer())
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
