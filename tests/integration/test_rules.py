@@ -11,7 +11,7 @@ import torch
 from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from minisgl.core import Admission, SamplingParams, TokenBitmask
-from minisgl.engine.logits import ROWS_AT_ONCE, LogitRules, process
+from minisgl.engine.rules import ROWS_AT_ONCE, LogitRules, apply_rules
 
 VOCAB = 70  # no multiple of 32
 PROMPT, OUTPUT = [5, 6, 5, 7, 60], [8, 5, 8, 8]
@@ -29,7 +29,7 @@ def changed(source: torch.Tensor, bitmask: TokenBitmask | None = None, **params:
     ends = params.pop("end_ids", ())
     rules.apply([Admission(2, known[: len(PROMPT)], SamplingParams(seed=0, **params), len(PROMPT), ends)])
     steps = rules.steps(np.array([2]), np.array([len(known)]), bitmask)
-    return process(source, steps[0], tokens) if steps else None
+    return apply_rules(source, steps[0], tokens) if steps else None
 
 
 def test_repetition_penalty_equals_transformers() -> None:
@@ -85,7 +85,7 @@ def test_bitmasks_of_several_rows(dtype: torch.dtype) -> None:
     source, tokens, rows = logits(4).to(dtype), torch.zeros(4, 8, dtype=torch.int32), np.arange(4)
     for samples in ((0, 2, 3), (3, 1, 0), (0, 1, 2)):
         (step,) = LogitRules().steps(rows, rows + 1, TokenBitmask(samples, words))
-        found = process(source, step, tokens)
+        found = apply_rules(source, step, tokens)
         assert found.dtype == dtype
         assert step.samples.tolist() == sorted(samples)
         for row, sample in zip(found, step.samples, strict=True):
@@ -94,7 +94,7 @@ def test_bitmasks_of_several_rows(dtype: torch.dtype) -> None:
     rules = LogitRules()
     rules.apply([Admission(1, np.array([1], np.int32), SamplingParams(seed=0, logit_bias=((2, 1.0),)), 1)])
     (step,) = rules.steps(rows, rows + 1, TokenBitmask((3,), words[:1]))
-    found = process(source, step, tokens)
+    found = apply_rules(source, step, tokens)
     assert found.dtype == torch.float32
     assert torch.equal(found[1], source[3].float().masked_fill(~torch.from_numpy(allowed[0]), float("-inf")))
 
@@ -121,7 +121,7 @@ def test_rows_in_any_mix_are_treated_as_alone() -> None:
     steps = rules.steps(rows, positions[rows], None)
     assert max(len(step.samples) for step in steps) <= ROWS_AT_ONCE
     together = {
-        int(s): row for step in steps for s, row in zip(step.samples, process(source, step, tokens), strict=True)
+        int(s): row for step in steps for s, row in zip(step.samples, apply_rules(source, step, tokens), strict=True)
     }
     for sample, row in enumerate(rows):
         alone = LogitRules()
@@ -129,7 +129,7 @@ def test_rows_in_any_mix_are_treated_as_alone() -> None:
         (*step,) = alone.steps(np.array([row]), positions[[row]], None)
         assert (sample in together) == bool(step)
         if step:
-            expected = process(source[sample : sample + 1].float(), step[0], tokens)[0]
+            expected = apply_rules(source[sample : sample + 1].float(), step[0], tokens)[0]
             torch.testing.assert_close(together[sample], expected)
 
 

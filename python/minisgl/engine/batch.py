@@ -13,7 +13,8 @@ import torch
 
 from minisgl.attention.base import AttentionBatch, IntArray
 from minisgl.core import ScheduledReq, StepPlan
-from minisgl.engine.logits import LogitRules, LogprobRules, on
+from minisgl.engine.logprobs import LogprobRules
+from minisgl.engine.rules import LogitRules, to_device
 from minisgl.errors import require
 from minisgl.kernel.sampling import RECORD, SamplingColumns, Words, record_of, records
 from minisgl.kvcache.pool import KVPool
@@ -83,8 +84,8 @@ def by_request(ids: torch.Tensor) -> list[tuple[int, ...]]:
 def copy_pages(plan: StepPlan, kv: KVPool, page_size: int, device: torch.device) -> None:
     """Make the plan's copies, in the order of the device's work."""
     if plan.copies:
-        sources = on(device, np.array([copy.source for copy in plan.copies]))
-        kv.copy_pages(sources, on(device, np.array([copy.target for copy in plan.copies])), page_size)
+        sources = to_device(np.array([copy.source for copy in plan.copies]), device)
+        kv.copy_pages(sources, to_device(np.array([copy.target for copy in plan.copies]), device), page_size)
 
 
 def check_pages(plan: StepPlan, table: npt.NDArray[np.int32]) -> None:

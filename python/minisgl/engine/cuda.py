@@ -30,7 +30,8 @@ from minisgl.engine.device import (
     layout,
     open_gpu,
 )
-from minisgl.engine.logits import DeviceLogprobs, LogitStep, LogprobStep, on, process, report
+from minisgl.engine.logprobs import DeviceLogprobs, LogprobStep, gather_logprobs
+from minisgl.engine.rules import LogitStep, apply_rules, to_device
 from minisgl.engine.runner import ModelShard
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.sampling import NEUTRAL, TokenStore
@@ -178,14 +179,14 @@ class CudaRunner:
         stays whole, and those that need nothing pay nothing."""
         ops, comm = self._shard.ops, self._shard.comm
         for step in steps:
-            index = on(self._device, step.samples)
+            index = to_device(step.samples, self._device)
             columns, rows = tensors.sampling.select(index), tensors.sample_rows.index_select(0, index)
             new = torch.empty(len(index), dtype=torch.int32, device=self._device)
             if comm.rank == 0:
-                changed = process(logits, step, self._token_ids)
+                changed = apply_rules(logits, step, self._token_ids)
                 ops.sample(changed, columns, new)
                 if len(step.absent):
-                    new[on(self._device, step.absent)] = NOT_READY
+                    new[to_device(step.absent, self._device)] = NOT_READY
             new = comm.broadcast(new)
             ops.store_ids(self._token_ids, rows, columns["position"], new)
             ids.index_copy_(0, index, new)
@@ -194,8 +195,8 @@ class CudaRunner:
         """Log-probabilities of sampled tokens, on rank 0."""
         if wanted is None or self._shard.comm.rank > 0:
             return None
-        chosen = ids.index_select(0, on(self._device, wanted.index))
-        return report(wanted, lambda index: logits.index_select(0, index), chosen, self._device)
+        chosen = ids.index_select(0, to_device(wanted.index, self._device))
+        return gather_logprobs(wanted, lambda index: logits.index_select(0, index), chosen, self._device)
 
     def _padding(self, size: int) -> dict[str, Any]:
         """A decode step of `size` sequences that belong to nobody."""
@@ -256,7 +257,7 @@ class CudaRunner:
         wanted = self._tables.logprob_rules.prompt(plan.reqs, offsets)
         if wanted is None:
             return None
-        return report(wanted, lambda index: self._shard.model.logits(hidden, index), None, self._device)
+        return gather_logprobs(wanted, lambda index: self._shard.model.logits(hidden, index), None, self._device)
 
     def _paged_step(self, tensors: StepTensors, num: int, batch: AttentionBatch) -> PagedStep:
         """num: how many sequences, which come first, are decode."""

@@ -17,7 +17,7 @@ import torch
 
 from minisgl.core import StepResult
 from minisgl.engine.batch import by_request
-from minisgl.engine.logits import DeviceLogprobs
+from minisgl.engine.logprobs import DeviceLogprobs
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.sampling import NUM_WORDS, SamplingColumns
 

@@ -22,7 +22,8 @@ from minisgl.config.runtime import EngineConfig
 from minisgl.core import NOT_READY, StepPlan, StepResult, TokenBitmask, TokenLogprobs
 from minisgl.distributed.comm import DistributedInfo, create_communicator
 from minisgl.engine.batch import Batch, Tables, by_request, copy_pages
-from minisgl.engine.logits import process, report
+from minisgl.engine.logprobs import gather_logprobs
+from minisgl.engine.rules import apply_rules
 from minisgl.errors import ConfigError
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import CpuKernels, create_ops
@@ -258,7 +259,7 @@ class Runner:
         if len(plain):
             ids[plain] = self._draw(logits[plain], columns, plain)
         for step in steps:
-            changed = process(logits, step, torch.from_numpy(self._tables.token_ids))
+            changed = apply_rules(logits, step, torch.from_numpy(self._tables.token_ids))
             ids[step.samples] = self._draw(changed, columns, step.samples)
             ids[step.samples[step.absent]] = NOT_READY
         return comm.broadcast(ids)
@@ -272,14 +273,14 @@ class Runner:
         step = self._tables.logprob_rules.sampled(batch.sampled_at[0])
         if step is None or self._shard.comm.rank > 0:
             return None
-        return report(step, lambda index: logits[index], ids[step.index], logits.device).result()
+        return gather_logprobs(step, lambda index: logits[index], ids[step.index], logits.device).result()
 
     def _prompt_logprobs(self, plan: StepPlan, batch: Batch) -> dict[int, TokenLogprobs] | None:
         """Every rank takes part: each has a share of the logits."""
         step = self._tables.logprob_rules.prompt(plan.reqs, batch.attention.offsets)
         if step is None:
             return None
-        return report(step, self.forward.logits, None, self._shard.device).result()
+        return gather_logprobs(step, self.forward.logits, None, self._shard.device).result()
 
     def close(self) -> None:
         self._shard.comm.close()

@@ -1,0 +1,122 @@
+"""Log-probabilities of the tokens of a step, for the requests that want them: of sampled tokens and of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from minisgl.attention.base import IntArray
+from minisgl.core import Admission, ScheduledReq, TokenLogprobs
+from minisgl.engine.rules import ROWS_AT_ONCE, to_device
+
+Tensor = torch.Tensor
+
+
+class Wanted(NamedTuple):
+    """The log-probabilities of one request in a step: `num` tokens, `num_top` alternatives for each."""
+
+    key: int  # in the step's result
+    num_top: int
+    num: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobStep:
+    """n tokens whose log-probabilities a step reports."""
+
+    wanted: list[Wanted]  # of n tokens together, in order
+    index: IntArray  # [n]: whose logits they are sampled from, or would be
+    targets: IntArray  # [n] token ids; []: sampled ones, which are not known on the host
+
+
+class LogprobRules:
+    """Which running requests want log-probabilities, by row of the engine's tables. On the host; no tensors."""
+
+    def __init__(self) -> None:
+        self._num_top: dict[int, int] = {}
+        self._prompts: dict[int, tuple[int, npt.NDArray[np.int32]]] = {}  # alternatives, and token ids
+
+    def apply(self, admissions: Iterable[Admission]) -> None:
+        """Remember what newly admitted requests want, and forget who had their rows before."""
+        for row, token_ids, params, prompt_len, _ in admissions:
+            self._num_top.pop(row, None)
+            self._prompts.pop(row, None)
+            if params.logprobs is not None:
+                self._num_top[row] = params.logprobs
+            # With output there, the prompt's were reported before a retraction.
+            if params.prompt_logprobs is not None and len(token_ids) == prompt_len:
+                self._prompts[row] = params.prompt_logprobs, token_ids
+
+    def sampled(self, rows: IntArray) -> LogprobStep | None:
+        """Of the tokens that these rows sample. Keys and indices count the rows."""
+        if not self._num_top:
+            return None
+        wanted = [Wanted(i, self._num_top[row], 1) for i, row in enumerate(rows.tolist()) if row in self._num_top]
+        return LogprobStep(wanted, np.array([one.key for one in wanted]), np.empty(0, np.int64)) if wanted else None
+
+    def prompt(self, reqs: Sequence[ScheduledReq], offsets: IntArray) -> LogprobStep | None:
+        """Of prompt tokens, from the logits of the tokens before them. Keys count `reqs`; indices are those of the
+        step's tokens, where the tokens of reqs[i] begin at offsets[i]."""
+        if not self._prompts:
+            return None
+        wanted, index, targets = [], [], []
+        for i, req in enumerate(reqs):
+            if req.row not in self._prompts:
+                continue
+            num_top, token_ids = self._prompts[req.row]
+            of_prompt = token_ids[req.start + 1 : req.start + req.num_new + 1]
+            if len(of_prompt):
+                wanted.append(Wanted(i, num_top, len(of_prompt)))
+                index.append(offsets[i] + np.arange(len(of_prompt)))
+                targets.append(of_prompt)
+        return LogprobStep(wanted, np.concatenate(index), np.concatenate(targets).astype(np.int64)) if wanted else None
+
+
+class DeviceLogprobs(NamedTuple):
+    """Results on their way to the host: chosen [n], top_ids [n, k] and top [n, k]; to be read when the step is done."""
+
+    step: LogprobStep
+    chosen: Tensor
+    top_ids: Tensor
+    top: Tensor
+
+    def result(self) -> dict[int, TokenLogprobs]:
+        """By key of what was wanted."""
+        chosen, top_ids, top = self.chosen.numpy(), self.top_ids.numpy(), self.top.numpy()
+        results, begin = {}, 0
+        for key, num_top, num in self.step.wanted:
+            part = slice(begin, begin + num)
+            results[key] = TokenLogprobs(chosen[part].copy(), top_ids[part, :num_top], top[part, :num_top])
+            begin += num
+        return results
+
+
+def gather_logprobs(
+    step: LogprobStep, logits_of: Callable[[Tensor], Tensor], ids: Tensor | None, device: torch.device
+) -> DeviceLogprobs:
+    """logits_of: [m] int64 of `step.index` → their logits [m, vocab], valid until the next call.
+
+    ids: [n] of the tokens; None: they are `step.targets`. The copies to the host are not waited for.
+    """
+    parts, num_top = [], max(wanted.num_top for wanted in step.wanted)
+    targets = to_device(step.targets, device) if ids is None else ids.long().clamp(min=0)
+    index = to_device(step.index, device)
+    for first in range(0, len(index), ROWS_AT_ONCE):
+        part = slice(first, first + ROWS_AT_ONCE)
+        parts.append(_logprobs(logits_of(index[part]), targets[part], num_top))
+    # Such copies go to pinned memory.
+    columns = (torch.cat(column).to("cpu", non_blocking=True) for column in zip(*parts, strict=True))
+    return DeviceLogprobs(step, *columns)
+
+
+def _logprobs(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[m, vocab] and [m] → of the targets [m]; the largest: ids [m, num_top] int32 and values [m, num_top]."""
+    logits = logits.float()
+    total = logits.logsumexp(-1, keepdim=True)
+    top, ids = logits.topk(min(num_top, logits.shape[1]), dim=-1)
+    return (logits.gather(1, targets[:, None]) - total)[:, 0], ids.int(), top - total
