@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from minisgl.distributed.comm import DistributedInfo
+from minisgl.distributed.comm import Rendezvous
 from minisgl.distributed.cuda import CudaCommunicator
 from minisgl.kernel.peer_memory import HALF_BYTES, ONE_SHOT_BYTES, TWO_SHOT_BYTES
 
@@ -176,8 +176,8 @@ def table_of_others(comm: CudaCommunicator) -> None:
 
 def work(rank: int, args: argparse.Namespace, path: str) -> None:
     start = time.perf_counter()
-    info = DistributedInfo(rank, args.ranks, f"file://{path}")
-    comm = CudaCommunicator(info, torch.device("cuda", rank), gather_bytes=256 * VOCAB * 2)
+    meeting = Rendezvous(rank, args.ranks, f"file://{path}")
+    comm = CudaCommunicator(meeting, torch.device("cuda", rank), gather_bytes=256 * VOCAB * 2)
     if comm.peers is None:
         raise SystemExit("no peer memory: see the warning above")
     if rank == 0:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from minisgl.distributed.comm import DistributedInfo, Rendezvous, create_communicator
+from minisgl.distributed.comm import Rendezvous
+from minisgl.distributed.create import create_communicator
 from minisgl.errors import ConfigError
 
 NUM_GPUS = torch.cuda.device_count()
@@ -148,7 +149,7 @@ def check_broadcasts(comm: Any) -> None:
 
 
 def check_everything(rank: int, size: int, path: str, use_pynccl: bool) -> None:
-    comm = create_communicator(DistributedInfo(rank, size, f"file://{path}"), "cuda", use_pynccl, gather_bytes=4 * MIB)
+    comm = create_communicator(rank, size, f"file://{path}", "cuda", use_pynccl, gather_bytes=4 * MIB)
     for check in (check_sums, check_graphs, check_gathers, check_gather_graph, check_broadcasts):
         check(comm)
         torch.cuda.synchronize()
@@ -160,8 +161,8 @@ def lose_a_rank(rank: int, size: int, path: str, use_pynccl: bool) -> None:
     from minisgl.kernel.jit import load_kernel
 
     load_kernel("all_reduce", torch.cuda.get_device_capability())  # compiling takes longer than the timeout
-    info = DistributedInfo(rank, size, f"file://{path}")
-    comm = CudaCommunicator(info, torch.device("cuda", rank), use_pynccl, timeout=timedelta(seconds=15))
+    meeting = Rendezvous(rank, size, f"file://{path}", timedelta(seconds=15))
+    comm = CudaCommunicator(meeting, torch.device("cuda", rank), use_pynccl)
     assert comm.peers is not None, "no peer memory on this machine"
     if rank == size - 1:
         time.sleep(35)  # alive, so that its memory stays mapped, but silent
@@ -241,11 +242,11 @@ def test_a_rank_that_falls_silent_does_not_hang_the_others(size: int, tmp_path: 
 def test_more_ranks_than_gpus(tmp_path: Path) -> None:
     size = NUM_GPUS + 2
     with pytest.raises(ConfigError, match=f"--tensor-parallel-size {size} needs {size} GPUs"):
-        create_communicator(DistributedInfo(0, size, f"file://{tmp_path}/meeting"), "cuda")
+        create_communicator(0, size, f"file://{tmp_path}/meeting", "cuda")
 
 
 def test_ranks_exchange_texts(tmp_path: Path) -> None:
-    meetings = [Rendezvous(DistributedInfo(rank, 3, f"file://{tmp_path}/meeting")) for rank in range(3)]
+    meetings = [Rendezvous(rank, 3, f"file://{tmp_path}/meeting") for rank in range(3)]
     found: dict[int, Any] = {}
 
     def work(rank: int) -> None:
@@ -263,7 +264,7 @@ def test_ranks_exchange_texts(tmp_path: Path) -> None:
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     timeout = timedelta(seconds=0.2)
-    first, last = (Rendezvous(DistributedInfo(rank, 3, f"file://{tmp_path}/meeting"), timeout) for rank in (0, 2))
+    first, last = (Rendezvous(rank, 3, f"file://{tmp_path}/meeting", timeout) for rank in (0, 2))
     with pytest.raises(ConfigError, match="rank 0 waited 0 s for rank 1, 2 at 'start'"):
         first.exchange("start", "")
     with pytest.raises(ConfigError, match="rank 2 waited 0 s for rank 1 at 'start'"):

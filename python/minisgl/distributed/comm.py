@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -16,26 +15,17 @@ from minisgl.errors import ConfigError
 TIMEOUT = timedelta(minutes=5)
 
 
-@dataclass(frozen=True, slots=True)
-class DistributedInfo:
-    """This process is rank `rank` of `size`.
+class Rendezvous:
+    """Exchange of short texts between all ranks; every rank calls the same methods with the same names in order.
 
-    init_method: the rendezvous, "file://PATH" of a file that does not exist yet; unused for one rank.
+    url: "file://PATH" of a file that does not exist before.
     """
 
-    rank: int = 0
-    size: int = 1
-    init_method: str = ""
-
-
-class Rendezvous:
-    """Exchange of short texts between all ranks; every rank calls the same methods with the same names in order."""
-
-    def __init__(self, info: DistributedInfo, timeout: timedelta = TIMEOUT) -> None:
-        path = info.init_method.removeprefix("file://")
-        assert path != info.init_method, f"{info.init_method!r} is not a file:// rendezvous"
-        self.rank, self.size, self.timeout = info.rank, info.size, timeout
-        self.store = dist.FileStore(path, info.size)  # type: ignore[attr-defined]
+    def __init__(self, rank: int, size: int, url: str, timeout: timedelta = TIMEOUT) -> None:
+        path = url.removeprefix("file://")
+        assert path != url, f"{url!r} is not a file:// rendezvous"
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self.store = dist.FileStore(path, size)  # type: ignore[attr-defined]
         self._num_calls = 0
 
     def exchange(self, name: str, text: str) -> list[str]:
@@ -45,20 +35,15 @@ class Rendezvous:
         """
         keys = self._keys(name)
         self.store.set(keys[self.rank], f"={text}")  # never empty
-        if not self._wait(keys, self.timeout.total_seconds()):
-            missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not self.store.check([key]))
-            raise ConfigError(
-                f"{self._waited()} for rank {missing} at {name!r}: that rank's log says why it did not come"
-            )
+        self._wait_for(keys, name)
         return [self.store.get(key).decode()[1:] for key in keys]
 
     def after_rank_0(self, name: str) -> None:
-        """Rank 0 passes at once; the others wait until it has called this. Raises: as `exchange`."""
+        """Rank 0 passes at once; the others wait until it has called this. Raises: ConfigError after a while."""
         key = self._keys(name)[0]
         if self.rank == 0:
             self.store.set(key, "=")
-        elif not self._wait([key], self.timeout.total_seconds()):
-            raise ConfigError(f"{self._waited()} for rank 0 at {name!r}: its log says why it did not come")
+        self._wait_for([key], name)
 
     def all_left(self, name: str, seconds: float) -> bool:
         """Whether all ranks call this within a few seconds of this one."""
@@ -69,12 +54,15 @@ class Rendezvous:
     def minimum(self, value: int) -> int:
         return min(int(text) for text in self.exchange("minimum", str(value)))
 
-    def _waited(self) -> str:
-        return f"rank {self.rank} waited {self.timeout.total_seconds():.0f} s"
-
     def _keys(self, name: str) -> list[str]:
         self._num_calls += 1
         return [f"minisgl/{self._num_calls}/{name}/{rank}" for rank in range(self.size)]
+
+    def _wait_for(self, keys: list[str], name: str) -> None:
+        if not self._wait(keys, seconds := self.timeout.total_seconds()):
+            missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not self.store.check([key]))
+            waited = f"rank {self.rank} waited {seconds:.0f} s for rank {missing} at {name!r}"
+            raise ConfigError(f"{waited}: that rank's log says why it did not come")
 
     def _wait(self, keys: list[str], seconds: float) -> bool:
         deadline = time.monotonic() + seconds
@@ -117,14 +105,14 @@ class Communicator:
 class GlooCommunicator(Communicator):
     """CPU ranks of one machine. It owns its process group; torch's default group is left alone."""
 
-    def __init__(self, info: DistributedInfo) -> None:
-        self.rank, self.size = info.rank, info.size
-        self._meeting = Rendezvous(info)
+    def __init__(self, meeting: Rendezvous) -> None:
+        self.rank, self.size = meeting.rank, meeting.size
+        self._meeting = meeting
         gloo: Any = dist.ProcessGroupGloo  # its stubs are incomplete
         options = gloo._Options()
-        options._timeout = TIMEOUT
+        options._timeout = meeting.timeout
         options._devices = [gloo.create_device(hostname="127.0.0.1")]
-        self._group = gloo(self._meeting.store, info.rank, info.size, options)
+        self._group = gloo(meeting.store, self.rank, self.size, options)
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         out = x if out is None else out.copy_(x)
@@ -147,22 +135,3 @@ class GlooCommunicator(Communicator):
     def close(self) -> None:
         """Leave. Waits for nobody: the other ranks may be gone already."""
         del self._group, self._meeting
-
-
-def create_communicator(
-    info: DistributedInfo, device: str, use_pynccl: bool = True, gather_bytes: int = 0
-) -> Communicator:
-    """For ranks on "cpu" or "cuda" (rank r on GPU r).
-
-    use_pynccl: our binding of NCCL rather than torch's process group. gather_bytes: of the largest result of `gather`
-    that shall go through peer memory, which rank 0 sets aside.
-
-    Raises: ConfigError where the ranks do not find one another.
-    """
-    if info.size == 1:
-        return Communicator()
-    if device == "cpu":
-        return GlooCommunicator(info)
-    from minisgl.distributed.cuda import CudaCommunicator  # CPU ranks need none of it
-
-    return CudaCommunicator(info, torch.device("cuda", info.rank), use_pynccl, gather_bytes)

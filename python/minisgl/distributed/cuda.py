@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from minisgl.distributed.comm import TIMEOUT, Communicator, DistributedInfo, Rendezvous
+from minisgl.distributed.comm import Communicator, Rendezvous
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel import pynccl
 from minisgl.kernel.peer_memory import BROADCAST_BYTES, open_peer_memory
@@ -50,27 +49,21 @@ class TorchNccl:
 class CudaCommunicator(Communicator):
     """GPU ranks of one host, one process each. Runs on the current stream; everything can be captured.
 
-    Rank r uses GPU r. gather_bytes: rank 0 sets that much aside for results of `gather`. timeout: how long ranks wait
-    for one another, at start and in kernels over peer memory, which then fail.
+    gather_bytes: rank 0 sets that much aside for results of `gather`. Ranks wait for one another as long as
+    `meeting.timeout` says, at start and in kernels over peer memory, which then fail.
 
     Raises: ConfigError when the ranks do not find one another; EngineError with NCCL's words.
     """
 
     def __init__(
-        self,
-        info: DistributedInfo,
-        device: torch.device,
-        use_pynccl: bool = True,
-        gather_bytes: int = 0,
-        timeout: timedelta = TIMEOUT,
+        self, meeting: Rendezvous, device: torch.device, use_pynccl: bool = True, gather_bytes: int = 0
     ) -> None:
-        if (num_gpus := torch.cuda.device_count()) < info.size:
+        self.rank, self.size, self._meeting, self._device = meeting.rank, meeting.size, meeting, device
+        if (num_gpus := torch.cuda.device_count()) < self.size:
             raise ConfigError(
-                f"--tensor-parallel-size {info.size} needs {info.size} GPUs, this machine shows {num_gpus}"
+                f"--tensor-parallel-size {self.size} needs {self.size} GPUs, this machine shows {num_gpus}"
             )
-        self.rank, self.size, self._device = info.rank, info.size, device
         torch.cuda.set_device(device)
-        self._meeting = Rendezvous(info, timeout)
         self.nccl = self._open_nccl(use_pynccl)
         self._warm_up()
         self.peers = open_peer_memory(self._meeting, device, gather_bytes)

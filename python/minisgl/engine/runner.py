@@ -20,7 +20,7 @@ from minisgl.attention.paged import create_backend
 from minisgl.config.model import ModelConfig
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import NOT_READY, StepPlan, StepResult, TokenBitmask, TokenLogprobs
-from minisgl.distributed.comm import DistributedInfo, create_communicator
+from minisgl.distributed.create import create_communicator
 from minisgl.engine.batch import Batch, Tables, by_request, copy_pages
 from minisgl.engine.logprobs import gather_logprobs
 from minisgl.engine.rules import apply_rules
@@ -144,11 +144,12 @@ class ModelShard:
 
     def __init__(self, config: EngineConfig, rank: int, device: torch.device) -> None:
         self.config, self.device, self.dtype = config, device, DTYPES[config.dtype]
-        info = DistributedInfo(rank, config.tp_size, config.init_method)
         rows = config.max_running_requests if config.device == "cuda" else 0
         vocab_size = div_ceil(config.model.vocab_size, config.tp_size) * config.tp_size
         logit_bytes = rows * vocab_size * self.dtype.itemsize
-        self.comm = create_communicator(info, config.device, config.use_pynccl, logit_bytes)
+        self.comm = create_communicator(
+            rank, config.tp_size, config.init_method, config.device, config.use_pynccl, logit_bytes
+        )
         cpu = CpuKernels(config.num_threads, config.quantization == "int8") if config.cpu_kernels else None
         self.ops = create_ops(device, self.dtype, config.moe_backend, cpu)
         start = time.perf_counter()
