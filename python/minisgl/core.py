@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from minisgl.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import numpy as np
     import numpy.typing as npt
@@ -19,7 +19,7 @@ MAX_COUNT = 2**63 - 1  # of what a client may ask for; larger numbers fit neithe
 NOT_READY = -2  # in the place of a sampled id: the row's bitmask was not there in time
 MAX_LOGPROBS = 20  # alternatives at each position: OpenAI's limit
 MAX_PRIORITY = 2**31 - 1
-MIN_REPETITION_PENALTY = 0.01  # logits divided by less leave what numbers can hold
+MAX_BIAS = 100
 
 
 class FinishReason(str, Enum):
@@ -49,6 +49,31 @@ class Grammar:
     whitespace: str = "compact"
     reasoning: str = ""
     param: str = field(default="response_format", compare=False)
+
+
+class Range(NamedTuple):
+    """What a parameter may be. text: in words, where they are not "from … to …"."""
+
+    lowest: float
+    highest: float
+    text: str = ""
+
+
+RANGES = {
+    "temperature": Range(0, 100),
+    "top_k": Range(-1, MAX_COUNT, "at least 1 and below 2**63, or 0 for off"),
+    "top_p": Range(0, 1, "above 0 and at most 1"),
+    "min_p": Range(0, 1),
+    "seed": Range(0, MAX_SEED, "from 0 to 2**63 - 1"),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "repetition_penalty": Range(0.01, 100),  # logits divided by less leave what numbers can hold
+    "logprobs": Range(0, MAX_LOGPROBS),
+    "prompt_logprobs": Range(0, MAX_LOGPROBS),
+    "priority": Range(-MAX_PRIORITY, MAX_PRIORITY),
+}
+# How a token is drawn from a distribution, and of what kind the values are.
+DRAWING: Mapping[str, type[float]] = {"temperature": float, "top_p": float, "top_k": int, "min_p": float}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,26 +132,16 @@ class SamplingParams:
     def __post_init__(self) -> None:
         limit, least = self.max_tokens, 0 if self.echo else 1
         _check(limit is None or least <= limit <= MAX_COUNT, "max_tokens", f"at least {least} and below 2**63", limit)
-        _check(0.0 <= self.temperature <= 100.0, "temperature", "from 0 to 100", self.temperature)
-        _check(-1 <= self.top_k <= MAX_COUNT, "top_k", "at least 1 and below 2**63, or 0 for off", self.top_k)
-        _check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1", self.top_p)
-        _check(0.0 <= self.min_p <= 1.0, "min_p", "from 0 to 1", self.min_p)
-        _check(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", "from 0 to 2**63 - 1", self.seed)
+        for name, (lowest, highest, text) in RANGES.items():
+            value = getattr(self, name)
+            _check(value is None or lowest <= value <= highest, name, text or f"from {lowest} to {highest}", value)
+        _check(self.top_p > 0, "top_p", RANGES["top_p"].text, self.top_p)
         _check(all(self.stop), "stop", "free of empty strings", list(self.stop))
         most = MAX_COUNT if limit is None else limit
         _check(not self.min_tokens or self.grammar is None, "min_tokens", "0 with structured output", self.min_tokens)
         _check(0 <= self.min_tokens <= most, "min_tokens", "from 0 to max_tokens", self.min_tokens)
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check(-2.0 <= getattr(self, name) <= 2.0, name, "from -2 to 2", getattr(self, name))
-        penalty = self.repetition_penalty
-        least_penalty = MIN_REPETITION_PENALTY
-        _check(least_penalty <= penalty <= 100.0, "repetition_penalty", f"from {least_penalty} to 100", penalty)
         for token, bias in self.logit_bias:
-            _check(-100.0 <= bias <= 100.0, "logit_bias", "from -100 to 100 for each token", {token: bias})
-        for name in ("logprobs", "prompt_logprobs"):
-            count = getattr(self, name)
-            _check(count is None or 0 <= count <= MAX_LOGPROBS, name, f"from 0 to {MAX_LOGPROBS}", count)
-        _check(abs(self.priority) <= MAX_PRIORITY, "priority", f"from -{MAX_PRIORITY} to {MAX_PRIORITY}", self.priority)
+            _check(abs(bias) <= MAX_BIAS, "logit_bias", f"from -{MAX_BIAS} to {MAX_BIAS} for each token", {token: bias})
 
     def end_ids(self, eos: Iterable[int]) -> tuple[int, ...]:
         """The tokens that end the output, where the model's end-of-sequence tokens are these."""

@@ -23,7 +23,7 @@ from typing import Any
 from minisgl.config.args import ServerArgs
 from minisgl.config.resolve import prepare
 from minisgl.config.runtime import ServerConfig
-from minisgl.core import FinishReason, SamplingParams
+from minisgl.core import DRAWING, FinishReason, SamplingParams
 from minisgl.errors import ConfigError, RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt
@@ -33,14 +33,7 @@ from minisgl.server.frontend import Frontend
 from minisgl.utils.sockets import Endpoints
 
 DEFAULTS = SamplingParams(max_tokens=2048, temperature=0.6)
-SETTINGS: Mapping[str, Callable[[str], int | float]] = {
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "max_tokens": int,
-    "seed": int,
-}
+SETTINGS: Mapping[str, Callable[[str], int | float]] = {**DRAWING, "max_tokens": int, "seed": int}
 OPTIONAL_SETTINGS = ("max_tokens", "seed")  # `none` is a value of these
 ENV_SETTINGS = ("max_tokens", "temperature", "top_p", "top_k")
 # Output of a model must not move the cursor or change the terminal's colours.

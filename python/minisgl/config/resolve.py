@@ -21,7 +21,7 @@ from minisgl.config.locate import is_remote, locate_model, read_fields, split_re
 from minisgl.config.model import ModelConfig
 from minisgl.config.probe import Capabilities, probe
 from minisgl.config.runtime import AccessConfig, SchedulerConfig, ServerConfig, TokenizerConfig
-from minisgl.core import SamplingParams
+from minisgl.core import DRAWING, SamplingParams
 from minisgl.errors import ConfigError, RequestError
 from minisgl.utils.spawned import end_if_spawned
 
@@ -64,10 +64,8 @@ def read_default_sampling(path: Path) -> dict[str, float | int]:
     """
     given = read_fields(path / "generation_config.json")
     values: dict[str, float | int | None] = {
-        "temperature": given.number("temperature", None),
-        "top_p": given.number("top_p", None),
-        "top_k": given.integer("top_k", None, -1),
-        "min_p": given.number("min_p", None),
+        name: given.integer(name, None, -1) if kind is int else given.number(name, None)
+        for name, kind in DRAWING.items()
     }
     if given.boolean("do_sample", True) is False:
         values = {"temperature": 0.0}

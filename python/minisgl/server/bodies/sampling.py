@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, StringConstraints
 
-from minisgl.core import MAX_COUNT, MAX_PRIORITY, MAX_SEED, MIN_REPETITION_PENALTY, SamplingParams
+from minisgl.core import MAX_BIAS, MAX_COUNT, MAX_SEED, RANGES, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.server.bodies.grammar import parse_grammar
 from minisgl.server.bodies.strict import SCHEMAS, Count, Ids, Items, optional
@@ -20,19 +20,22 @@ MAX_BIASES = 1024  # OpenAI's client libraries know of 300
 Salt = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
+def _within(name: str, text: str) -> Any:
+    """A field of the range that `SamplingParams` has for it."""
+    return optional(text, ge=RANGES[name].lowest, le=RANGES[name].highest)
+
+
 class SamplingFields(BaseModel):
     """To be inherited by request bodies. None is the same as leaving a field out."""
 
-    temperature: float | None = optional("0 is greedy.", ge=0, le=100)
-    top_p: float | None = optional("Only the most probable tokens that have so much together; 0: greedy.", ge=0, le=1)
-    top_k: Count | None = optional("Only so many most probable tokens; 0 and -1: all.", ge=-1, le=MAX_COUNT)
-    min_p: float | None = optional("Only tokens with this share of the highest probability.", ge=0, le=1)
-    presence_penalty: float | None = optional("Taken from logits of tokens in the output, once.", ge=-2, le=2)
-    frequency_penalty: float | None = optional("The same, for each time.", ge=-2, le=2)
-    repetition_penalty: float | None = optional(
-        "Divides positive logits of tokens in prompt and output, multiplies negative ones.",
-        ge=MIN_REPETITION_PENALTY,
-        le=100,
+    temperature: float | None = _within("temperature", "0 is greedy.")
+    top_p: float | None = _within("top_p", "Only the most probable tokens that have so much together; 0: greedy.")
+    top_k: Count | None = _within("top_k", "Only so many most probable tokens; 0 and -1: all.")
+    min_p: float | None = _within("min_p", "Only tokens with this share of the highest probability.")
+    presence_penalty: float | None = _within("presence_penalty", "Taken from logits of tokens in the output, once.")
+    frequency_penalty: float | None = _within("frequency_penalty", "The same, for each time.")
+    repetition_penalty: float | None = _within(
+        "repetition_penalty", "Divides positive logits of tokens in prompt and output, multiplies negative ones."
     )
     logit_bias: dict[str, Any] | None = optional("Token id: what is added to its logit.", **SCHEMAS["logit_bias"])
     seed: Count | None = optional("The same seed, the same output; -1 is none.", ge=-MAX_SEED - 1, le=MAX_SEED)
@@ -42,10 +45,7 @@ class SamplingFields(BaseModel):
     min_tokens: Count | None = optional("No end before so many tokens; at most `max_tokens`.", ge=0, le=MAX_COUNT)
     ignore_eos: bool | None = optional("Go on after end-of-sequence tokens.")
     skip_special_tokens: bool | None = optional("false: special tokens are text.")
-    priority: Count | None = optional(
-        "The lowest goes first; for `--schedule-policy priority`.", ge=-MAX_PRIORITY, le=MAX_PRIORITY
-    )
-
+    priority: Count | None = _within("priority", "The lowest goes first; for `--schedule-policy priority`.")
     cache_salt: Salt | None = optional("Cached prefixes are shared with requests of the same salt and API key only.")
     timeout: float | None = optional("The answer ends with an error after so many seconds.", gt=0, le=1e6)
 
@@ -90,9 +90,12 @@ def _biases(biases: dict[str, Any]) -> tuple[tuple[int, float], ...]:
     bad = next((key for key in biases if not (key.isascii() and key.isdigit() and len(key) < 10)), None)
     if bad is not None:
         raise RequestError(f"logit_bias: {quoted(bad)} is not a token id", param="logit_bias")
-    wrong = [value for value in biases.values() if type(value) not in (int, float) or not -100 <= value <= 100]
+    wrong = [
+        value for value in biases.values() if type(value) not in (int, float) or not -MAX_BIAS <= value <= MAX_BIAS
+    ]
     if wrong:
-        raise RequestError(f"logit_bias must have numbers from -100 to 100, not {quoted(wrong[0])}", param="logit_bias")
+        text = f"logit_bias must have numbers from -{MAX_BIAS} to {MAX_BIAS}, not {quoted(wrong[0])}"
+        raise RequestError(text, param="logit_bias")
     return tuple({int(key): float(value) for key, value in biases.items()}.items())
 
 
