@@ -44,7 +44,7 @@ from minisgl.attention.cuda import CudaBackend
 from minisgl.attention.paged import AttentionShape
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.cuda import CudaOps
-from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
+from minisgl.kernel.ops import KVSlots, RopeAngles, Routing, TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 
 Tensor = torch.Tensor
@@ -86,7 +86,7 @@ def elementwise() -> None:
         x, gain, both = randn(n, hidden), randn(hidden), randn(n, 2 * hidden)
         strided = up(F.pad(x, (0, 16)))[:, :hidden]
         check(("norm", n, hidden), [ops.rms_norm(strided, up(gain), EPS)], [REFERENCE.rms_norm(x, gain, EPS)])
-        check(("silu_and_mul", n, hidden), [ops.silu_and_mul(up(both))], [REFERENCE.silu_and_mul(both)])
+        check(("silu_and_mul", n, hidden), [ops.act_and_mul(up(both))], [REFERENCE.act_and_mul(both)])
     for n, num_q, num_kv, dim in ((1, 1, 1, 16), (5, 14, 2, 72), (3, 5, 1, 256), (37, 16, 8, 128)):
         cos, sin = torch.randn(2, n, 1, dim)
         rope = RopeAngles(up(cos, torch.float32), up(sin, torch.float32))
@@ -99,8 +99,8 @@ def elementwise() -> None:
             check(("rope", n, num_q, num_kv, dim, norm is not None), (q, ours.k, ours.v), (theirs, k, v))
     for n, first in ((1, 0), (41, 40)):
         ids, weight = torch.randint(0, 60, (n,)), randn(60 - first, 520)
-        out = ops.embedding(up(ids), up(weight), first)
-        check(("embedding", n, first), [out], [REFERENCE.embedding(ids, weight, first)])
+        out = ops.matrix(up(weight)).rows(up(ids), first)
+        check(("embedding", n, first), [out], [REFERENCE.matrix(weight).rows(ids, first)])
 
 
 def step() -> None:
@@ -157,8 +157,11 @@ def skinny_gemm() -> None:
     for m, (n, k) in itertools.product((7, 13, 29), ((152, 416), (18424, 96))):  # octets of rows: fewer than SMs; more
         x, gain, weight, both = randn(m, k), randn(k), randn(n, k), randn(2 * n, k)
         bias, residual = randn(n), randn(m, n)
-        plain, normed = F.linear(x, weight, bias), REFERENCE.norm_linear(x, gain, EPS, weight, bias)
-        gated, inputs = REFERENCE.norm_gate_up(x, gain, EPS, both), [up(t) for t in (x, gain, weight, both, bias)]
+        plain, normed = F.linear(x, weight, bias), REFERENCE.matrix(weight).norm_apply(x, gain, EPS, bias)
+        gated, inputs = (
+            REFERENCE.matrix(both, "silu").gate_up(x, gain, EPS),
+            [up(t) for t in (x, gain, weight, both, bias)],
+        )
         x, gain, weight, both, bias = inputs
         for v in skinny.variants(m, False):
             linear, norm_linear = (skinny.norm_linear(x, g, EPS, weight, bias, v) for g in (None, gain))
@@ -173,7 +176,7 @@ def gemm(m: int) -> None:
     large = [decode_gemm.Variant(rows, 0) for rows in (64, 128)]  # blocks whose work spans tiles
     for n, k, variants in ((176, 512, small), (1360, 960, large)):
         x, weight, both, bias, residual = randn(m, k), randn(n, k), randn(2 * n, k), randn(n), randn(m, n)
-        plain, gated = F.linear(x, weight), REFERENCE.silu_and_mul(F.linear(x, both))
+        plain, gated = F.linear(x, weight), REFERENCE.act_and_mul(F.linear(x, both))
         expected = plain + bias, plain + residual, gated
         x, weight, both, bias = (up(t) for t in (x, weight, both, bias))
         for v in (v for v in variants if decode_gemm.fits(v, m, k)):
@@ -251,7 +254,8 @@ def grouped_gemm() -> None:
         x, logits = randn(n, hidden), torch.randn(n, num_experts)
         weights = randn(num_experts, 2 * inner, hidden), randn(num_experts, hidden, inner)
         out = fused_moe(up(x), up(logits, torch.float32), up(weights[0]), up(weights[1]), top_k, True)
-        check(("moe", n, num_experts), [out], [REFERENCE.moe(x, logits, *weights, top_k, True)])
+        expected = REFERENCE.experts(*weights, Routing(top_k, True), "silu")(x, logits)
+        check(("moe", n, num_experts), [out], [expected])
 
 
 TOKENS = (17, 50, 100, 150, 180, 201)  # for every tile

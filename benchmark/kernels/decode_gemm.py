@@ -80,7 +80,7 @@ def with_torch(shape: Shape, x: Tensor, w: Tensor, residual: Tensor) -> Tensor:
     if shape.form == "add":
         return residual.addmm_(x, w.T)
     y = F.linear(x, w)
-    return OPS().silu_and_mul(y) if shape.gated else y
+    return OPS().act_and_mul(y) if shape.gated else y
 
 
 def reference(shape: Shape, x: Tensor, w: Tensor, residual: Tensor) -> Tensor:

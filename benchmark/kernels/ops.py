@@ -82,7 +82,7 @@ def _rope(n: int) -> Run:
 
 def _silu(n: int) -> Run:
     gate_up = _randn(n, 2 * INNER)
-    return lambda ops: (ops.silu_and_mul(gate_up),)
+    return lambda ops: (ops.act_and_mul(gate_up),)
 
 
 @functools.cache
@@ -92,7 +92,7 @@ def _embedding_table() -> Tensor:
 
 def _embedding(n: int) -> Run:
     weight, ids = _embedding_table(), torch.randint(0, VOCAB, (n,), device="cuda")
-    return lambda ops: (ops.embedding(ids, weight),)
+    return lambda ops: (ops.matrix(weight).rows(ids),)
 
 
 def _step(n: int) -> Run:
@@ -111,14 +111,14 @@ def _step(n: int) -> Run:
 
 def _norm_gate_up(n: int) -> Run:
     x, norm, weight = _randn(n, HIDDEN), _randn(HIDDEN), _randn(2 * INNER, HIDDEN, scale=HIDDEN**-0.5)
-    return lambda ops: (ops.norm_gate_up(x, norm, 1e-6, weight),)
+    return lambda ops: (ops.matrix(weight, "silu").gate_up(x, norm, 1e-6),)
 
 
 def _linear_add(n: int) -> Run:
     x, weight = _randn(n, INNER), _randn(HIDDEN, INNER, scale=INNER**-0.5)
     ours = _randn(n, HIDDEN)
     theirs = ours.clone()
-    return lambda ops: (ops.linear_add(x, weight, ours if isinstance(ops, CudaOps) else theirs),)
+    return lambda ops: (ops.matrix(weight).apply_add(x, ours if isinstance(ops, CudaOps) else theirs),)
 
 
 def _sample(n: int, **values: float) -> Run:

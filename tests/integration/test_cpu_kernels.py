@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from minisgl.attention.base import AttentionBatch
 from minisgl.attention.cpu import CpuBackend
 from minisgl.kernel.cpu import CpuOps
-from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
+from minisgl.kernel.ops import KVSlots, Matrix, RopeAngles, TorchOps
 from minisgl.kernel.sampling import SamplingColumns
 
 Tensor = torch.Tensor
@@ -36,8 +36,14 @@ def narrower() -> list[str]:
 
 
 @cache
-def cpu_ops(num_threads: int, to_int8: bool = False, target: str = TARGET) -> CpuOps:
-    return CpuOps(num_threads, to_int8=to_int8, target=target)
+def cpu_ops(num_threads: int, target: str = TARGET) -> CpuOps:
+    return CpuOps(num_threads, target=target)
+
+
+def matrix_of(ops: CpuOps, weight: Tensor, kind: str, activation: str | None = None) -> Matrix:
+    if kind == "int8":
+        return ops.int8_matrix(weight, activation)
+    return ops.matrix(weight.bfloat16() if kind == "bfloat16" else weight, activation)
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -65,51 +71,49 @@ def close(out: Tensor, expected: Tensor, tolerance: float) -> None:
     ("num_threads", "target"), [(1, TARGET), (2, TARGET), *((2, target) for target in narrower())], ids=str
 )
 def test_products(num_threads: int, target: str, kind: str, shape: tuple[int, int]) -> None:
-    ops = cpu_ops(num_threads, kind == "int8", target)
+    ops = cpu_ops(num_threads, target)
     num_out, num_in = shape
     weight = random(num_out, num_in, seed=1, scale=num_in**-0.5)
     bias, norm = random(num_out, seed=2), random(num_in, seed=3).abs()
     stored = as_stored(weight, kind).double()
-    matrix = ops.pack_weight(weight.bfloat16() if kind == "bfloat16" else weight)
+    matrix = matrix_of(ops, weight, kind)
     for rows in ROWS:
         x = random(rows, num_in, seed=rows)
         plain = x.double() @ stored.T + bias
         normed = TorchOps().rms_norm(x, norm, 1e-6)
         tolerance = TOLERANCE[kind] * 20 if kind == "int8" else TOLERANCE[kind]  # 15 bits of each row
-        close(ops.linear(x, matrix, bias), plain, tolerance)
-        close(ops.norm_linear(x, norm, 1e-6, matrix), normed.double() @ stored.T, tolerance)
+        close(matrix.apply(x, bias), plain, tolerance)
+        close(matrix.norm_apply(x, norm, 1e-6), normed.double() @ stored.T, tolerance)
         residual = random(rows, num_out, seed=9)
-        close(ops.linear_add(x, matrix, residual.clone(), bias), plain + residual, tolerance)
+        close(matrix.apply_add(x, residual.clone(), bias), plain + residual, tolerance)
 
 
 @pytest.mark.parametrize("inner", [8, 16, 48, 100])
 @pytest.mark.parametrize("kind", TOLERANCE)
 def test_gate_and_up(kind: str, inner: int) -> None:
-    ops, weight, bias = cpu_ops(2, kind == "int8"), random(2 * inner, 72, seed=1, scale=0.1), random(2 * inner, seed=2)
-    matrix = ops.pack_weight(weight.bfloat16() if kind == "bfloat16" else weight, pair=True)
+    weight, bias = random(2 * inner, 72, seed=1, scale=0.1), random(2 * inner, seed=2)
+    matrix = matrix_of(cpu_ops(2), weight, kind, "silu")
     for rows in ROWS:
         x = random(rows, 72, seed=rows)
         gate, up = (x.double() @ as_stored(weight, kind).double().T + bias).chunk(2, -1)
-        close(ops.gate_up(x, matrix, bias), F.silu(gate) * up, 20 * TOLERANCE[kind])
+        close(matrix.gate_up(x, bias=bias), F.silu(gate) * up, 20 * TOLERANCE[kind])
 
 
 @pytest.mark.parametrize("kind", TOLERANCE)
 def test_rows_of_a_table(kind: str) -> None:
-    ops, table = cpu_ops(2, kind == "int8"), random(50, 33)
-    packed = ops.pack_table(table.bfloat16() if kind == "bfloat16" else table)
-    rows = ops.embedding(torch.tensor([10, 9, 59, 60, 33]), packed, first=10)
+    table = random(50, 33)
+    rows = matrix_of(cpu_ops(2), table, kind).rows(torch.tensor([10, 9, 59, 60, 33]), first=10)
     expected = as_stored(table, kind)[[0, 0, 49, 0, 23]]
     expected[[1, 3]] = 0  # ids of other ranks
     torch.testing.assert_close(rows, expected)
 
 
 def test_a_row_with_a_nan_spoils_no_other() -> None:
-    for to_int8 in (False, True):
-        ops = cpu_ops(2, to_int8)
-        matrix, x = ops.pack_weight(random(40, 64)), random(9, 64)
-        before = ops.linear(x, matrix)
+    for kind in ("float32", "int8"):
+        matrix, x = matrix_of(cpu_ops(2), random(40, 64), kind), random(9, 64)
+        before = matrix.apply(x)
         x[4, 7] = torch.nan
-        after = ops.linear(x, matrix)
+        after = matrix.apply(x)
         assert after[4].isnan().all()
         assert torch.equal(after[[0, 1, 2, 3, 5, 8]], before[[0, 1, 2, 3, 5, 8]])
 

@@ -34,7 +34,7 @@ PROGRAM = """
 import torch
 from minisgl.kernel.cpu import CpuOps
 ops = CpuOps(1)
-assert ops.linear(torch.ones(1, 4), ops.pack_weight(torch.ones(2, 4))).tolist() == [[4.0, 4.0]]
+assert ops.matrix(torch.ones(2, 4)).apply(torch.ones(1, 4)).tolist() == [[4.0, 4.0]]
 """
 # Of the sources in the folder that it is given.
 SMALL_PROGRAM = """

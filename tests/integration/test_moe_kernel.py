@@ -22,7 +22,7 @@ def reference(
         weights = weights / weights.sum(-1, keepdim=True)
     for expert in range(len(gate_up)):
         token, choice = (experts == expert).nonzero(as_tuple=True)
-        hidden = ops.silu_and_mul(x[token].float() @ gate_up[expert].float().T)
+        hidden = ops.act_and_mul(x[token].float() @ gate_up[expert].float().T)
         out.index_add_(0, token, (hidden @ down[expert].float().T) * weights[token, choice, None])
     return out
 

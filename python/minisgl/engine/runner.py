@@ -26,14 +26,14 @@ from minisgl.engine.logprobs import gather_logprobs
 from minisgl.engine.rules import apply_rules
 from minisgl.errors import ConfigError
 from minisgl.kernel.cpu import CpuOps
-from minisgl.kernel.ops import CpuKernels, create_ops
+from minisgl.kernel.ops import TorchOps
 from minisgl.kernel.sampling import SamplingColumns
 from minisgl.kvcache.pool import KVPool
-from minisgl.layers.attention import Attention, GatedMLP
-from minisgl.layers.base import LayerEnv
+from minisgl.layers.base import CpuSpec, LayerEnv
+from minisgl.layers.formats import FORMATS
 from minisgl.layers.rope import RotaryEmbedding
 from minisgl.models.checkpoint import Checkpoint, fill_random, load_weights
-from minisgl.models.decoder import DecoderLayer, DecoderModel
+from minisgl.models.decoder import DecoderModel
 from minisgl.utils.faults import fault
 from minisgl.utils.math import div_ceil
 
@@ -68,11 +68,19 @@ class LayerByLayer:
 
 
 class WholeStep:
-    """One call for all layers, which share their threads without returning to Python. Dense models on one rank."""
+    """One call for all layers of one rank, which share their threads without returning to Python. specs: of `model`."""
 
     def __init__(
-        self, config: ModelConfig, model: DecoderModel, rope: RotaryEmbedding, kv: KVPool, ops: CpuOps, max_seq_len: int
+        self,
+        config: ModelConfig,
+        model: DecoderModel,
+        specs: list[CpuSpec],
+        rope: RotaryEmbedding,
+        kv: KVPool,
+        ops: CpuOps,
+        max_seq_len: int,
     ) -> None:
+        embedding, *layers, head = specs
         self._module, self._backend = ops.module, CpuBackend(ops)
         self._vocab_size, self._keep = config.vocab_size, (model, kv, ops)
         self._rotation = rope(torch.arange(max_seq_len + 1))
@@ -81,30 +89,16 @@ class WholeStep:
             ops.workers,
             config.num_qo_heads,
             config.rms_norm_eps,
-            model.embed_tokens.matrix.handle,
-            model.lm_head.matrix.handle,
+            embedding.matrices[0][0],
+            head.matrices[0][0],
             model.norm,
             kv.keys,
             kv.values,
         )
         weakref.finalize(self, self._module.destroy_model, self._handle)
-        for index, layer in enumerate(model.layers):
-            assert isinstance(layer, DecoderLayer)
-            self._add(layer, config.sliding_window(index))
-
-    @staticmethod
-    def fits(model: DecoderModel) -> bool:
-        """Whether all layers are dense, and of these very classes: a subclass may compute something else."""
-        types = (DecoderLayer, Attention, GatedMLP)
-        return all((type(layer), type(layer.self_attn), type(layer.mlp)) == types for layer in model.layers)
-
-    def _add(self, layer: DecoderLayer, window: int | None) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        assert isinstance(mlp, GatedMLP)
-        linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        matrices = [value for linear in linears for value in (linear.matrix.handle, linear.bias)]
-        norms = (layer.input_layernorm, layer.post_attention_layernorm, attention.qk_norm)
-        self._module.add_layer(self._handle, *matrices, *norms, window or 0)
+        for spec in layers:
+            matrices = (value for matrix in spec.matrices for value in matrix)
+            self._module.add_layer(self._handle, *matrices, *spec.norms, spec.window or 0)
 
     def __call__(self, batch: Batch) -> Tensor:
         num_logits = len(batch.input_ids) if batch.logit_tokens is None else len(batch.logit_tokens)
@@ -150,13 +144,12 @@ class ModelShard:
         self.comm = create_communicator(
             rank, config.tp_size, config.init_method, config.device, config.use_pynccl, logit_bytes
         )
-        cpu = CpuKernels(config.num_threads, config.quantization == "int8") if config.cpu_kernels else None
-        self.ops = create_ops(device, self.dtype, config.moe_backend, cpu)
+        self.cpu_ops = CpuOps(config.num_threads) if config.cpu_kernels else None
+        self.ops: TorchOps = self.cpu_ops or _create_ops(device, self.dtype, config.moe_backend)
         start = time.perf_counter()
         with torch.inference_mode():
-            env, checkpoint = LayerEnv(self.comm, self.ops, self.dtype, device), None
-            if not config.dummy_weight:
-                checkpoint = Checkpoint(config.model_path)
+            env = LayerEnv(self.comm, self.ops, self.dtype, device, FORMATS[config.quantization])
+            checkpoint = None if config.dummy_weight else Checkpoint(config.model_path)
             self.model = DecoderModel(env, checkpoint.untied(config.model) if checkpoint else config.model)
             if checkpoint:
                 load_weights(self.model.parts(), checkpoint, show_progress=rank == 0)
@@ -173,14 +166,22 @@ class ModelShard:
     def create_forward(self, kv: KVPool) -> Forward:
         """How a CPU computes a step."""
         config = self.config
-        is_whole = config.tp_size == 1 and config.decode_backend == "cpu" and WholeStep.fits(self.model)
-        if isinstance(self.ops, CpuOps) and is_whole:
-            return WholeStep(config.model, self.model, self.rope, kv, self.ops, config.max_seq_len)
+        is_whole = config.tp_size == 1 and config.decode_backend == "cpu"
+        if is_whole and self.cpu_ops is not None and (specs := self.model.cpu_specs()) is not None:
+            return WholeStep(config.model, self.model, specs, self.rope, kv, self.cpu_ops, config.max_seq_len)
         return LayerByLayer(self.model, self.rope, kv, self.create_attention())
 
     def create_attention(self) -> AttentionBackend:
         """It computes in the type of its cache, which on a CPU need not be that of the weights."""
         return create_backend(self.config, DTYPES[self.config.kv_cache_dtype], self.device, self.ops)
+
+
+def _create_ops(device: torch.device, dtype: torch.dtype, moe_backend: str) -> TorchOps:
+    if device.type == "cpu":
+        return TorchOps()
+    from minisgl.kernel.cuda import create_cuda_ops
+
+    return create_cuda_ops(device, dtype, moe_backend)
 
 
 def rank_cores(rank: int, tp_size: int) -> list[int]:

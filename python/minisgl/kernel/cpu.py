@@ -7,12 +7,11 @@ whatever the weights are.
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 
 from minisgl.kernel.jit import load_cpu_kernels
-from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
+from minisgl.kernel.ops import KVSlots, Matrix, RopeAngles, TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 from minisgl.utils.math import div_ceil
 
@@ -21,71 +20,64 @@ Tensor = torch.Tensor
 _STORE, _ADD, _GATED = range(3)
 
 
-class Matrix:
-    """A weight in panels. pair: it is gate above up; then their panels take turns."""
+class PanelMatrix(Matrix):
+    """A weight in panels; those of gate and up take turns where the kernels have the activation."""
 
-    def __init__(self, ops: CpuOps, weight: Tensor, *, pair: bool, to_int8: bool) -> None:
-        module, panel = ops.module, ops.module.panel_size()
-        self.shape = num_out, num_in = weight.shape
-        num_panels = 2 * div_ceil(num_out // 2, panel) if pair else div_ceil(num_out, panel)
-        dtype = torch.int8 if to_int8 else weight.dtype
+    def __init__(self, ops: CpuOps, weight: Tensor, activation: str | None, dtype: torch.dtype) -> None:
+        """dtype: in memory, of the weight or int8."""
+        super().__init__(ops, activation)
+        self._module, self._workers = ops.module, ops.workers
+        panel, (self._num_out, self._num_in) = ops.module.panel_size(), weight.shape
+        self._is_pair = activation == "silu"
+        num_panels = 2 * div_ceil(self._num_out // 2, panel) if self._is_pair else div_ceil(self._num_out, panel)
         depth = 4 // dtype.itemsize
-        self.data = torch.empty(num_panels, div_ceil(num_in, depth), panel, depth, dtype=dtype)
-        self.scale = torch.empty(num_panels * panel) if to_int8 else None
-        module.pack_weight(ops.workers, weight.detach(), pair, self.data, self.scale)
-        self.handle: int = module.create_linear(self.data, self.scale, num_out, num_in, pair)
-        weakref.finalize(self, module.destroy_linear, self.handle)
+        self._data = torch.empty(num_panels, div_ceil(self._num_in, depth), panel, depth, dtype=dtype)
+        self._scale = torch.empty(num_panels * panel) if dtype == torch.int8 else None
+        self._module.pack_weight(self._workers, weight.detach(), self._is_pair, self._data, self._scale)
+        handle: int = self._module.create_linear(self._data, self._scale, self._num_out, self._num_in, self._is_pair)
+        self.cpu_handle = handle
+        weakref.finalize(self, self._module.destroy_linear, handle)
 
-    def __len__(self) -> int:
-        return int(self.shape[0])
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._run(x, None, 0.0, bias, _STORE, torch.empty(x.shape[0], self._num_out))
+
+    def apply_add(self, x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._run(x, None, 0.0, bias, _ADD, residual)
+
+    def norm_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
+        return self._run(x, norm, eps, bias, _STORE, torch.empty(x.shape[0], self._num_out))
+
+    def gate_up(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None) -> Tensor:
+        if not self._is_pair:
+            return super().gate_up(x, norm, eps, bias)
+        return self._run(x, norm, eps, bias, _GATED, torch.empty(x.shape[0], self._num_out // 2))
+
+    def _run(self, x: Tensor, norm: Tensor | None, eps: float, bias: Tensor | None, into: int, out: Tensor) -> Tensor:
+        self._module.linear_rows(self._workers, self.cpu_handle, x.contiguous(), norm, eps, bias, into, out)
+        return out
+
+    def rows(self, ids: Tensor, first: int = 0) -> Tensor:
+        out = torch.empty(len(ids), self._num_in)
+        self._module.embed_ids(self._workers, self.cpu_handle, ids, first, out)
+        return out
 
 
 class CpuOps(TorchOps):
-    """num_threads: that compute, the caller's included. to_int8: weights become int8, but for exact ones.
+    """num_threads: that compute, the caller's included. target: as for `kernel.jit.load_cpu_kernels`."""
 
-    target: as for `kernel.jit.load_cpu_kernels`."""
-
-    vector_dtype = torch.float32
-
-    def __init__(self, num_threads: int, *, to_int8: bool = False, target: str = "") -> None:
+    def __init__(self, num_threads: int, target: str = "") -> None:
         self.module = load_cpu_kernels(target)
         self.workers: int = self.module.create_workers(num_threads)
-        self._to_int8 = to_int8
         weakref.finalize(self, self.module.destroy_workers, self.workers)
 
-    def pack_weight(self, weight: Tensor, *, pair: bool = False, exact: bool = False) -> Any:
-        return Matrix(self, weight, pair=pair, to_int8=self._to_int8 and not exact)
+    def vector_dtype(self, dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002
+        return torch.float32
 
-    def pack_table(self, weight: Tensor) -> Any:
-        return self.pack_weight(weight)
+    def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
+        return PanelMatrix(self, weight, activation, weight.dtype)
 
-    def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        return self._linear(x, weight, None, 0.0, bias, _STORE, len(weight))
-
-    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Any, bias: Tensor | None = None) -> Tensor:
-        return self._linear(x, weight, norm, eps, bias, _STORE, len(weight))
-
-    def gate_up(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        return self._linear(x, weight, None, 0.0, bias, _GATED, len(weight) // 2)
-
-    def norm_gate_up(self, x: Tensor, norm: Tensor, eps: float, weight: Any, bias: Tensor | None = None) -> Tensor:
-        return self._linear(x, weight, norm, eps, bias, _GATED, len(weight) // 2)
-
-    def linear_add(self, x: Tensor, weight: Any, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-        self.module.linear_rows(self.workers, weight.handle, x.contiguous(), None, 0.0, bias, _ADD, residual)
-        return residual
-
-    def _linear(
-        self, x: Tensor, weight: Matrix, norm: Tensor | None, eps: float, bias: Tensor | None, into: int, width: int
-    ) -> Tensor:
-        out = torch.empty(x.shape[0], width)
-        self.module.linear_rows(self.workers, weight.handle, x.contiguous(), norm, eps, bias, into, out)
-        return out
-
-    def embedding(self, ids: Tensor, weight: Any, first: int = 0) -> Tensor:
-        out = torch.empty(len(ids), weight.shape[1])
-        self.module.embed_ids(self.workers, weight.handle, ids, first, out)
-        return out
+    def int8_matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
+        return PanelMatrix(self, weight, activation, torch.int8)
 
     def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:
         self.module.sample(self.workers, logits, columns.words, out)

@@ -6,13 +6,14 @@ import functools
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
 from minisgl.errors import ConfigError
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.jit import load_kernel
-from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
+from minisgl.kernel.ops import Experts, KVSlots, Matrix, RopeAngles, Routing, TorchMatrix, TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 
 logger = logging.getLogger(__name__)
@@ -39,23 +40,65 @@ def _whole_vectors(*tensors: Tensor) -> bool:
 SKINNY_TOKENS = 8  # of a large weight; up to twice as many of one whose reading takes less than a launch
 
 
-def _is_skinny(x: Tensor, weight: Tensor, norm: Tensor | None = None) -> bool:
-    """Whether the kernels for few tokens take this product."""
-    m, k = x.shape
-    few = SKINNY_TOKENS * (2 if weight.numel() <= decode_gemm.SMALL_WEIGHTS else 1)
-    fits = m <= few and skinny.is_available(x.device)
-    return fits and skinny.supports(m, len(weight), k, x.dtype, norm is not None) and weight.is_contiguous()
+class CudaMatrix(TorchMatrix):
+    """With the kernels for few tokens and for decode batches; cuBLAS where these do not fit, or are slower."""
 
+    def __init__(self, ops: CudaOps, weight: Tensor, activation: str | None, embedding: Any) -> None:
+        """embedding: the kernel of `rows`."""
+        super().__init__(ops, weight, activation)
+        self._embedding = embedding
 
-def _decode_variant(x: Tensor, weight: Tensor, gated: bool = False) -> decode_gemm.Variant | None:
-    """How the kernels for decode batches compute this product; None where they do not, or cuBLAS is faster."""
-    (m, k), n = x.shape, len(weight) // (2 if gated else 1)
-    if m > decode_gemm.MAX_TOKENS or not (decode_gemm.supports(m, n, k, x.dtype) and weight.is_contiguous()):
-        return None
-    if not decode_gemm.is_available(x.device):
-        return None
-    variant = decode_gemm.choose(m, n, k, gated)
-    return variant if variant is not None and decode_gemm.fits(variant, m, k) else None
+    def _is_skinny(self, x: Tensor, norm: Tensor | None = None) -> bool:
+        """Whether the kernels for few tokens take this product."""
+        (m, k), weight = x.shape, self.weight
+        few = SKINNY_TOKENS * (2 if weight.numel() <= decode_gemm.SMALL_WEIGHTS else 1)
+        fits = m <= few and skinny.is_available(x.device)
+        return fits and skinny.supports(m, len(weight), k, x.dtype, norm is not None) and weight.is_contiguous()
+
+    def _decode_variant(self, x: Tensor, gated: bool = False) -> decode_gemm.Variant | None:
+        """How the kernels for decode batches compute this product; None where they do not, or cuBLAS is faster."""
+        (m, k), n = x.shape, len(self.weight) // (2 if gated else 1)
+        fits = m <= decode_gemm.MAX_TOKENS and decode_gemm.supports(m, n, k, x.dtype)
+        if not (fits and self.weight.is_contiguous() and decode_gemm.is_available(x.device)):
+            return None
+        variant = decode_gemm.choose(m, n, k, gated)
+        return variant if variant is not None and decode_gemm.fits(variant, m, k) else None
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self._is_skinny(x):
+            return skinny.norm_linear(x, None, 0.0, self.weight, bias)
+        if (variant := self._decode_variant(x)) is not None:
+            return decode_gemm.linear(x, self.weight, bias, variant)
+        return super().apply(x, bias)
+
+    def apply_add(self, x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+        """cuBLAS adds the product to `residual` itself."""
+        if self._is_skinny(x):
+            return skinny.linear_add(x, self.weight, residual, bias)
+        if (variant := self._decode_variant(x)) is not None:
+            return decode_gemm.linear(x, self.weight, bias, variant, residual=residual)
+        residual.addmm_(x, self.weight.T)
+        return residual if bias is None else residual.add_(bias)
+
+    def norm_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
+        if self._is_skinny(x, norm):
+            return skinny.norm_linear(x, norm, eps, self.weight, bias)
+        return super().norm_apply(x, norm, eps, bias)
+
+    def gate_up(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None) -> Tensor:
+        if norm is not None and bias is None and self._activation == "silu":
+            if len(self.weight) % 16 == 0 and self._is_skinny(x, norm):
+                return skinny.norm_gate_up(x, norm, eps, self.weight)
+            if (variant := self._decode_variant(x, gated=True)) is not None:
+                return decode_gemm.gate_up(self._ops.rms_norm(x, norm, eps), self.weight, variant)
+        return super().gate_up(x, norm, eps, bias)
+
+    def rows(self, ids: Tensor, first: int = 0) -> Tensor:
+        if not (_whole_vectors(self.weight) and self.weight.is_contiguous()):
+            return super().rows(ids, first)
+        out = self.weight.new_empty(len(ids), self.weight.shape[1])
+        self._embedding(ids, self.weight, first, len(self.weight), out)
+        return out
 
 
 class TritonOps(TorchOps):
@@ -65,12 +108,12 @@ class TritonOps(TorchOps):
         """moe_backend: "triton" or "torch"."""
         self._moe_backend = moe_backend
 
-    def moe(self, x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, norm: bool) -> Tensor:
-        if self._moe_backend == "torch":
-            return super().moe(x, router_logits, gate_up, down, top_k, norm)
+    def experts(self, gate_up: Tensor, down: Tensor, routing: Routing, activation: str) -> Experts:
+        if self._moe_backend == "torch" or (routing.score, activation) != ("softmax", "silu"):
+            return super().experts(gate_up, down, routing, activation)
         from minisgl.kernel.triton.grouped_gemm import fused_moe
 
-        return fused_moe(x, router_logits, gate_up, down, top_k, norm)
+        return lambda x, logits: fused_moe(x, logits, gate_up, down, routing.top_k, routing.renormalize)
 
 
 class CudaOps(TritonOps):
@@ -83,12 +126,8 @@ class CudaOps(TritonOps):
         super().__init__(moe_backend)
         self._elementwise, self._sampling, self._step = (load_kernel(name, arch) for name in KERNELS)
 
-    def embedding(self, ids: Tensor, weight: Tensor, first: int = 0) -> Tensor:
-        if not (_whole_vectors(weight) and weight.is_contiguous()):
-            return super().embedding(ids, weight, first)
-        out = weight.new_empty(len(ids), weight.shape[1])
-        self._elementwise.embedding(ids, weight, first, len(weight), out)
-        return out
+    def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
+        return CudaMatrix(self, weight, activation, self._elementwise.embedding)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         fits = x.dim() == 2 and weight.dim() == 1 and weight.dtype == x.dtype and _whole_vectors(x, weight)
@@ -97,34 +136,6 @@ class CudaOps(TritonOps):
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         self._elementwise.rms_norm(x, weight, eps, out)
         return out
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if _is_skinny(x, weight):
-            return skinny.norm_linear(x, None, 0.0, weight, bias)
-        if (variant := _decode_variant(x, weight)) is not None:
-            return decode_gemm.linear(x, weight, bias, variant)
-        return super().linear(x, weight, bias)
-
-    def norm_linear(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if _is_skinny(x, weight, norm):
-            return skinny.norm_linear(x, norm, eps, weight, bias)
-        return super().norm_linear(x, norm, eps, weight, bias)
-
-    def norm_gate_up(self, x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if bias is None and len(weight) % 16 == 0 and _is_skinny(x, weight, norm):
-            return skinny.norm_gate_up(x, norm, eps, weight)
-        if bias is None and (variant := _decode_variant(x, weight, gated=True)) is not None:
-            return decode_gemm.gate_up(self.rms_norm(x, norm, eps), weight, variant)
-        return super().norm_gate_up(x, norm, eps, weight, bias)
-
-    def linear_add(self, x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-        """cuBLAS adds the product to `residual` itself."""
-        if _is_skinny(x, weight):
-            return skinny.linear_add(x, weight, residual, bias)
-        if (variant := _decode_variant(x, weight)) is not None:
-            return decode_gemm.linear(x, weight, bias, variant, residual=residual)
-        residual.addmm_(x, weight.T)
-        return residual if bias is None else residual.add_(bias)
 
     def qk_norm_rope_store(
         self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots
@@ -143,10 +154,11 @@ class CudaOps(TritonOps):
         )
         return qkv[:, :num_q]
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+    def act_and_mul(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
         inner = gate_up.shape[-1] // 2
-        if gate_up.dim() != 2 or inner * gate_up.itemsize % 16 or not _whole_vectors(gate_up):
-            return super().silu_and_mul(gate_up)
+        fits = gate_up.dim() == 2 and inner * gate_up.itemsize % 16 == 0 and _whole_vectors(gate_up)
+        if not fits or activation != "silu":
+            return super().act_and_mul(gate_up, activation)
         out = torch.empty((len(gate_up), inner), dtype=gate_up.dtype, device=gate_up.device)
         self._elementwise.silu_and_mul(gate_up, out)
         return out

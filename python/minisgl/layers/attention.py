@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
-
-import torch
-from torch import nn
 
 from minisgl.attention.base import StepContext
 from minisgl.config.model import ModelConfig, MoEConfig
-from minisgl.kernel.ops import KVSlots
-from minisgl.layers.base import Layer, LayerEnv, Tensor, WeightSlot, whole
+from minisgl.kernel.ops import Experts, KVSlots, Routing
+from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, whole
+from minisgl.layers.formats import Shard, WeightSlot, expert_of
 from minisgl.layers.linear import GateUpLinear, QKVLinear, ReplicatedLinear, RowLinear
 
 
@@ -32,9 +29,8 @@ class Attention(Layer):
 
     def forward(self, x: Tensor, norm: Tensor, step: StepContext) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the layer's input → the new stream."""
-        qkv = self._ops.norm_linear(x, norm, self._eps, self.qkv_proj.matrix, self.qkv_proj.bias)
+        qkv = self.qkv_proj(x, norm, self._eps).view(x.shape[0], -1, self._head_dim)
         cache = KVSlots(step.kv.k[self._layer], step.kv.v[self._layer], step.slots)
-        qkv = qkv.view(x.shape[0], -1, self._head_dim)
         q = self._ops.qk_norm_rope_store(qkv, self.qk_norm, self._eps, step.rope, cache)
         out = step.backend.forward(q, cache.k, cache.v, self._window, step.metadata)
         projected: Tensor = self.o_proj(out.reshape(x.shape[0], -1), x)
@@ -47,25 +43,32 @@ class Attention(Layer):
             yield whole(f"{prefix}q_norm.weight", self.qk_norm[: self._num_q])
             yield whole(f"{prefix}k_norm.weight", self.qk_norm[self._num_q :])
 
+    def cpu_spec(self) -> CpuSpec | None:
+        qkv, o = self.qkv_proj.cpu_spec(), self.o_proj.cpu_spec()
+        return qkv and o and CpuSpec(qkv.matrices + o.matrices, (self.qk_norm,), self._window)
+
 
 class GatedMLP(Layer):
-    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
+    """down(activation(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
 
     def __init__(self, env: LayerEnv, hidden_size: int, intermediate_size: int, bias: bool, eps: float) -> None:
         super().__init__()
-        self._ops, self._eps = env.ops, eps
-        self.gate_up_proj = GateUpLinear(env, hidden_size, intermediate_size, bias)
+        self._eps = eps
+        self.gate_up_proj = GateUpLinear(env, hidden_size, intermediate_size, bias, "silu")
         self.down_proj = RowLinear(env, intermediate_size, hidden_size, bias, "intermediate features")
 
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input → the new stream."""
-        proj = self.gate_up_proj
-        out: Tensor = self.down_proj(self._ops.norm_gate_up(x, norm, self._eps, proj.matrix, proj.bias), x)
+        out: Tensor = self.down_proj(self.gate_up_proj(x, norm, self._eps), x)
         return out
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.gate_up_proj.weights(prefix)
         yield from self.down_proj.weights(f"{prefix}down_proj.")
+
+    def cpu_spec(self) -> CpuSpec | None:
+        gate_up, down = self.gate_up_proj.cpu_spec(), self.down_proj.cpu_spec()
+        return gate_up and down and CpuSpec(gate_up.matrices + down.matrices)
 
 
 class SparseMLP(Layer):
@@ -76,35 +79,35 @@ class SparseMLP(Layer):
 
     def __init__(self, env: LayerEnv, hidden_size: int, config: MoEConfig, eps: float) -> None:
         super().__init__()
-        self._ops, self._comm, self._config, self._eps = env.ops, env.comm, config, eps
-        self._inner, self._hidden = config.intermediate_size, hidden_size
-        share = env.share(config.intermediate_size, "features of an expert")
-        self._first = env.comm.rank * share
-        self.gate = ReplicatedLinear(env, hidden_size, config.num_experts, bias=False)
-        self.gate_up = env.empty(config.num_experts, 2 * share, hidden_size)
-        self.down = env.empty(config.num_experts, hidden_size, share)
-        self._experts: tuple[Any, Any] = (self.gate_up, self.down)
+        self._ops, self._comm, self._format, self._eps = env.ops, env.comm, env.format, eps
+        self._routing = Routing(config.num_experts_per_tok, config.norm_topk_prob)
+        self._num_experts, self._inner, self._hidden = config.num_experts, config.intermediate_size, hidden_size
+        self._share = env.share(config.intermediate_size, "features of an expert")
+        self.gate = ReplicatedLinear(env, hidden_size, config.num_experts)
+        stack = config.num_experts, 2 * self._share, hidden_size
+        self._gate_up = env.format.create(stack, env.dtype, env.device)
+        self._down = env.format.create((config.num_experts, hidden_size, self._share), env.dtype, env.device)
+        self._experts: Experts | None = None
 
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
-        """As `GatedMLP.forward`."""
+        """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input → the new stream."""
+        assert self._experts is not None
         hidden = self._ops.rms_norm(x, norm, self._eps)
-        top_k, renormalize = self._config.num_experts_per_tok, self._config.norm_topk_prob
-        part = self._ops.moe(hidden, self.gate(hidden), *self._experts, top_k, renormalize)
+        part = self._experts(hidden, self.gate(hidden))
         return self._comm.all_reduce(x.add_(part) if self._comm.rank == 0 else part)
 
     def pack(self) -> None:
         super().pack()
-        if self._ops.vector_dtype is not None:
-            pairs = [self._ops.pack_weight(weight, pair=True) for weight in self.gate_up]
-            self._experts = pairs, [self._ops.pack_weight(weight) for weight in self.down]
-            self.gate_up = self.down = nn.Parameter(torch.empty(0), requires_grad=False)
+        self._experts = self._format.experts(self._ops, self._gate_up, self._down, self._routing, "silu")
+        self._gate_up = self._down = {}
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.gate.weights(f"{prefix}gate.")
-        share = self.down.shape[2]
-        mine, shape = (self._first, self._first + share), (self._inner, self._hidden)
-        for i in range(self._config.num_experts):
-            expert = f"{prefix}experts.{i}."
-            yield WeightSlot(f"{expert}gate_proj.weight", shape, self.gate_up[i, :share], mine)
-            yield WeightSlot(f"{expert}up_proj.weight", shape, self.gate_up[i, share:], mine)
-            yield WeightSlot(f"{expert}down_proj.weight", shape[::-1], self.down[i], (0, self._hidden), mine)
+        first = self._comm.rank * self._share
+        mine, shape, slots = (first, first + self._share), (self._inner, self._hidden), self._format.slots
+        for i in range(self._num_experts):
+            expert, gate_up = f"{prefix}experts.{i}.", expert_of(self._gate_up, i)
+            yield from slots(f"{expert}gate_proj.", gate_up, Shard(shape, mine))
+            yield from slots(f"{expert}up_proj.", gate_up, Shard(shape, mine, at=self._share))
+            down = Shard((self._hidden, self._inner), (0, self._hidden), mine)
+            yield from slots(f"{expert}down_proj.", expert_of(self._down, i), down)

@@ -12,7 +12,8 @@ from torch import nn
 
 from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
-from minisgl.kernel.ops import TorchOps
+from minisgl.kernel.ops import LayerOps, Matrix
+from minisgl.layers.formats import DENSE, WeightFormat, WeightSlot
 
 Tensor = torch.Tensor
 
@@ -22,36 +23,20 @@ class LayerEnv:
     """Where layers live and what they compute with; the same for all layers of a model."""
 
     comm: Communicator
-    ops: TorchOps
+    ops: LayerOps
     dtype: torch.dtype
     device: torch.device
+    format: WeightFormat = DENSE
 
-    def empty(self, *shape: int) -> nn.Parameter:
-        """An uninitialised matrix: memory is committed when the loader writes it."""
-        return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False)
-
-    def vector(self, *shape: int) -> nn.Parameter:
-        """The same for norms and biases, in the type that the operations want them in."""
-        dtype = self.ops.vector_dtype or self.dtype
-        return nn.Parameter(torch.empty(shape, dtype=dtype, device=self.device), requires_grad=False)
+    def vector(self, *shape: int) -> Tensor:
+        """An uninitialised norm or bias, in the type that the operations want."""
+        return torch.empty(shape, dtype=self.ops.vector_dtype(self.dtype), device=self.device)
 
     def share(self, total: int, what: str) -> int:
         """This rank's part of `total`. Raises: ConfigError when the ranks cannot share it evenly."""
         if total % self.comm.size:
             raise ConfigError(f"--tensor-parallel-size {self.comm.size} does not divide the model's {total} {what}")
         return total // self.comm.size
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSlot:
-    """Where a part of one checkpoint tensor goes: `target` = tensor[rows] or tensor[rows, cols], converted and, along
-    leading dimensions that the checkpoint lacks, repeated."""
-
-    name: str  # in the checkpoint
-    shape: tuple[int, ...]  # of the whole checkpoint tensor
-    target: Tensor
-    rows: tuple[int, int]
-    cols: tuple[int, int] | None = None
 
 
 class Part(NamedTuple):
@@ -61,8 +46,24 @@ class Part(NamedTuple):
     finish: Callable[[], None]
 
 
+@dataclass(frozen=True, slots=True)
+class CpuSpec:
+    """How the CPU engine that computes whole steps runs a layer."""
+
+    matrices: tuple[tuple[int, Tensor | None], ...]  # handles, each with its bias
+    norms: tuple[Tensor | None, ...] = ()
+    window: int | None = None
+
+
 class Layer(nn.Module, ABC):
     """A module that says where its checkpoint tensors go."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Who overrides a `forward` says anew how the CPU engine computes it: what is inherited describes another."""
+        super().__init_subclass__(**options)
+        overrides = "forward" in vars(cls) and super(cls, cls).forward is not nn.Module.forward
+        if overrides and "cpu_spec" not in vars(cls):
+            cls.cpu_spec = Layer.cpu_spec  # type: ignore[method-assign]
 
     @abstractmethod
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
@@ -74,29 +75,35 @@ class Layer(nn.Module, ABC):
             if isinstance(child, Layer):
                 child.pack()
 
+    def cpu_spec(self) -> CpuSpec | None:
+        """What computes the same as `forward` in the CPU engine; None: it cannot. Called after `pack`."""
+        return None
+
 
 class MatrixLayer(Layer):
-    """A layer with one matrix, which `pack` replaces where the kernels like another layout better."""
+    """A layer with one matrix of [num_rows, num_cols]. activation: as for `Matrix`."""
 
-    def __init__(self, env: LayerEnv, num_rows: int, num_cols: int) -> None:
+    def __init__(self, env: LayerEnv, num_rows: int, num_cols: int, activation: str | None = None) -> None:
         super().__init__()
-        self._ops, self._comm = env.ops, env.comm
-        self.weight = env.empty(num_rows, num_cols)
-        self._packed: Any = None
+        self._ops, self._comm, self._format = env.ops, env.comm, env.format
+        self._num_rows, self._num_cols, self._activation = num_rows, num_cols, activation
+        self._tensors = env.format.create((num_rows, num_cols), env.dtype, env.device)
+        self._matrix: Matrix | None = None
+        self.bias: Tensor | None = None
 
     @property
-    def matrix(self) -> Any:
-        """`weight` as the operations take it."""
-        return self.weight if self._packed is None else self._packed
+    def matrix(self) -> Matrix:
+        """Once it is packed."""
+        assert self._matrix is not None
+        return self._matrix
 
     def pack(self) -> None:
-        packed = self._packed_weight()
-        if packed is not self.weight:
-            self._packed = packed
-            self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        self._matrix = self._format.matrix(self._ops, self._tensors, self._activation)
+        self._tensors = {}
 
-    @abstractmethod
-    def _packed_weight(self) -> Any: ...
+    def cpu_spec(self) -> CpuSpec | None:
+        handle = self.matrix.cpu_handle
+        return None if handle is None else CpuSpec(((handle, self.bias),))
 
 
 def whole(name: str, target: Tensor) -> WeightSlot:

@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 from minisgl.errors import ConfigError
-from minisgl.layers.base import Layer, LayerEnv, MatrixLayer, Tensor, WeightSlot
+from minisgl.layers.base import CpuSpec, Layer, LayerEnv, MatrixLayer, Tensor
+from minisgl.layers.formats import DENSE, Shard, WeightSlot
 from minisgl.utils.math import div_ceil
 
 
 class Linear(MatrixLayer):
-    """y = x Wᵀ + b with `weight`: [out, in] of this rank. Subclasses say which rows or columns those are."""
+    """y = x Wᵀ + b with W: [out, in] of this rank. Subclasses say which rows or columns those are."""
 
-    def __init__(self, env: LayerEnv, in_features: int, out_features: int, bias: bool) -> None:
-        super().__init__(env, out_features, in_features)
+    def __init__(
+        self, env: LayerEnv, in_features: int, out_features: int, bias: bool, activation: str | None = None
+    ) -> None:
+        super().__init__(env, out_features, in_features, activation)
         self.bias = env.vector(out_features) if bias else None
 
-    def _packed_weight(self) -> Any:
-        return self._ops.pack_weight(self.weight)
+    def _slots(self, prefix: str, shard: Shard) -> Iterator[WeightSlot]:
+        """Of the checkpoint's linear layer `prefix`, whose bias is sharded as the rows of its weight are."""
+        yield from self._format.slots(prefix, self._tensors, shard)
+        if self.bias is not None:
+            begin, end = shard.rows
+            target = self.bias[shard.at : shard.at + end - begin]
+            yield WeightSlot(f"{prefix}bias", shard.shape[:1], target, shard.rows)
 
 
 class ReplicatedLinear(Linear):
     """Every rank holds all of it (a router), and exactly: small errors would choose other experts."""
 
-    def _packed_weight(self) -> Any:
-        return self._ops.pack_weight(self.weight, exact=True)
+    def __init__(self, env: LayerEnv, in_features: int, out_features: int) -> None:
+        super().__init__(replace(env, format=DENSE), in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._ops.linear(x, self.matrix, self.bias)
+        return self.matrix.apply(x, self.bias)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from column_slots(prefix, self.weight, self.bias, self.weight.shape[0], 0)
+        yield from self._slots(prefix, Shard((self._num_rows, self._num_cols), (0, self._num_rows)))
 
 
 class ColumnLinear(Linear):
@@ -41,29 +49,39 @@ class ColumnLinear(Linear):
     this rank's share of the first, then of the second, …
     """
 
-    def __init__(self, env: LayerEnv, in_features: int, parts: dict[str, tuple[int, int, int]], bias: bool) -> None:
-        super().__init__(env, in_features, sum(share for _, share, _ in parts.values()), bias)
+    def __init__(
+        self,
+        env: LayerEnv,
+        in_features: int,
+        parts: dict[str, tuple[int, int, int]],
+        bias: bool,
+        activation: str | None = None,
+    ) -> None:
+        num_rows = sum(share for _, share, _ in parts.values())
+        super().__init__(env, in_features, num_rows, bias, activation)
         self._parts = parts
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        begin = 0
+        at = 0
         for name, (total, share, first) in self._parts.items():
-            rows = slice(begin, begin + share)
-            bias = None if self.bias is None else self.bias[rows]
-            yield from column_slots(f"{prefix}{name}.", self.weight[rows], bias, total, first)
-            begin += share
+            shard = Shard((total, self._num_cols), (first, first + share), at=at)
+            yield from self._slots(f"{prefix}{name}.", shard)
+            at += share
 
 
 class GateUpLinear(ColumnLinear):
-    """Gate and up projection of a gated MLP, for `norm_gate_up`."""
+    """Gate and up projection of a gated MLP, and what makes one of them: activation(gate) * up."""
 
-    def __init__(self, env: LayerEnv, in_features: int, inner: int, bias: bool) -> None:
+    def __init__(self, env: LayerEnv, in_features: int, inner: int, bias: bool, activation: str) -> None:
         share = env.share(inner, "features of gate_proj")
         rows = (inner, share, env.comm.rank * share)
-        super().__init__(env, in_features, {"gate_proj": rows, "up_proj": rows}, bias)
+        super().__init__(env, in_features, {"gate_proj": rows, "up_proj": rows}, bias, activation)
 
-    def _packed_weight(self) -> Any:
-        return self._ops.pack_weight(self.weight, pair=True)
+    def forward(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        return self.matrix.gate_up(x, norm, eps, self.bias)
+
+    def cpu_spec(self) -> CpuSpec | None:
+        return super().cpu_spec() if self._activation == "silu" else None
 
 
 class QKVLinear(ColumnLinear):
@@ -84,36 +102,27 @@ class QKVLinear(ColumnLinear):
         super().__init__(env, hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias)
         self.num_qo_heads, self.num_kv_heads = num_qo, num_kv
 
+    def forward(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        return self.matrix.norm_apply(x, norm, eps, self.bias)
+
 
 class RowLinear(Linear):
     """Split by input columns; the sum over ranks is the result, and rank 0 adds the bias, once."""
 
     def __init__(self, env: LayerEnv, in_features: int, out_features: int, bias: bool, what: str) -> None:
-        self._in_features = in_features
         super().__init__(env, env.share(in_features, what), out_features, bias)
+        self._in_features = in_features
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + y, in place of `residual`: rank 0 adds it, and the bias, to its part of the sum over ranks."""
-        if self._comm.rank == 0:
-            part = self._ops.linear_add(x, self.matrix, residual, self.bias)
-        else:
-            part = self._ops.linear(x, self.matrix)
-        return self._comm.all_reduce(part)
+        if self._comm.rank > 0:
+            return self._comm.all_reduce(self.matrix.apply(x))
+        return self._comm.all_reduce(self.matrix.apply_add(x, residual, self.bias))
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        rows, cols = self.weight.shape
-        first = self._comm.rank * cols
-        yield WeightSlot(f"{prefix}weight", (rows, self._in_features), self.weight, (0, rows), (first, first + cols))
-        if self.bias is not None:
-            yield WeightSlot(f"{prefix}bias", (rows,), self.bias, (0, rows))
-
-
-def column_slots(prefix: str, weight: Tensor, bias: Tensor | None, total: int, first: int) -> Iterator[WeightSlot]:
-    """Rows [first, first + len(weight)) of a linear with `total` output features."""
-    rows = (first, first + weight.shape[0])
-    yield WeightSlot(f"{prefix}weight", (total, weight.shape[1]), weight, rows)
-    if bias is not None:
-        yield WeightSlot(f"{prefix}bias", (total,), bias, rows)
+        first = self._comm.rank * self._num_cols
+        shape, cols = (self._num_rows, self._in_features), (first, first + self._num_cols)
+        yield from self._slots(prefix, Shard(shape, (0, self._num_rows), cols))
 
 
 class VocabParallelEmbedding(MatrixLayer):
@@ -126,17 +135,14 @@ class VocabParallelEmbedding(MatrixLayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [num_tokens] int64 → [num_tokens, hidden]."""
-        return self._comm.all_reduce(self._ops.embedding(ids, self.matrix, self._first))
-
-    def _packed_weight(self) -> Any:
-        return self._ops.pack_table(self.weight)
+        return self._comm.all_reduce(self.matrix.rows(ids, self._first))
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        share, hidden = self.weight.shape
-        end = max(self._first, min(self._first + share, self._vocab_size))
-        self.weight[end - self._first :] = 0  # what is padding
-        rows = (self._first, end)
-        yield WeightSlot(f"{prefix}weight", (self._vocab_size, hidden), self.weight[: end - self._first], rows)
+        end = max(self._first, min(self._first + self._num_rows, self._vocab_size))
+        for tensor in self._tensors.values():
+            tensor[end - self._first :] = 0  # what is padding
+        shard = Shard((self._vocab_size, self._num_cols), (self._first, end))
+        yield from self._format.slots(prefix, self._tensors, shard)
 
 
 class LMHead(Layer):
@@ -146,17 +152,13 @@ class LMHead(Layer):
         self, env: LayerEnv, vocab_size: int, hidden_size: int, eps: float, tied: VocabParallelEmbedding | None
     ) -> None:
         super().__init__()
-        self._ops, self._comm, self._vocab_size, self._eps = env.ops, env.comm, vocab_size, eps
+        self._comm, self._vocab_size, self._eps = env.comm, vocab_size, eps
         self._table = (tied or VocabParallelEmbedding(env, vocab_size, hidden_size),)  # no module of this one's own
         self._tied = tied is not None
 
-    @property
-    def matrix(self) -> Any:
-        return self._table[0].matrix
-
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
         """x: [n, hidden], the residual stream; norm: [hidden] → [n, vocab_size], on rank 0, which samples."""
-        logits = self._comm.gather(self._ops.norm_linear(x, norm, self._eps, self.matrix))
+        logits = self._comm.gather(self._table[0].matrix.norm_apply(x, norm, self._eps))
         return logits[:, : self._vocab_size]
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
@@ -166,3 +168,6 @@ class LMHead(Layer):
     def pack(self) -> None:
         if not self._tied:
             self._table[0].pack()
+
+    def cpu_spec(self) -> CpuSpec | None:
+        return self._table[0].cpu_spec()

@@ -24,7 +24,8 @@ from safetensors import safe_open
 from minisgl.config.locate import listing, weight_files
 from minisgl.config.model import ModelConfig
 from minisgl.errors import ConfigError
-from minisgl.layers.base import Part, WeightSlot
+from minisgl.layers.base import Part
+from minisgl.layers.formats import WeightSlot
 from minisgl.utils.hf_tokenizer import lfs_hint
 
 logger = logging.getLogger(__name__)
@@ -242,11 +243,15 @@ def _fill(slot: WeightSlot, source: Source) -> None:
     """Copy the slot's part of its tensor into its target."""
     begin, end = slot.rows
     step = max(1, BLOCK_BYTES // (4 * (slot.shape[1] if len(slot.shape) > 1 else 1)))
+    if slot.transform is not None:
+        step = max(1, end - begin)
     for first in range(begin, end, step):
         last = min(first + step, end)
         block = source.read(first, last)
         if slot.cols is not None:
             block = block[:, slot.cols[0] : slot.cols[1]]
+        if slot.transform is not None:
+            block = slot.transform(block)
         target = slot.target if len(slot.shape) == 1 else slot.target[first - begin : last - begin]
         target.copy_(block)
 

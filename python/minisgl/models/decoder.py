@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
-
 from minisgl.attention.base import StepContext
 from minisgl.config.model import ModelConfig
 from minisgl.layers.attention import Attention, GatedMLP, SparseMLP
-from minisgl.layers.base import Layer, LayerEnv, Part, Tensor, WeightSlot, whole
+from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Part, Tensor, whole
+from minisgl.layers.formats import WeightSlot
 from minisgl.layers.linear import LMHead, VocabParallelEmbedding
 
 
@@ -39,15 +38,21 @@ class DecoderLayer(Layer):
         yield whole(f"{prefix}post_attention_layernorm.weight", self.post_attention_layernorm)
         yield from self.mlp.weights(f"{prefix}mlp.")
 
+    def cpu_spec(self) -> CpuSpec | None:
+        attention, mlp = self.self_attn.cpu_spec(), self.mlp.cpu_spec()
+        if attention is None or mlp is None:
+            return None
+        norms = (self.input_layernorm, self.post_attention_layernorm, *attention.norms)
+        return CpuSpec(attention.matrices + mlp.matrices, norms, attention.window)
 
-class DecoderModel(nn.Module):
+
+class DecoderModel:
     """Token ids to logits."""
 
     def __init__(self, env: LayerEnv, config: ModelConfig) -> None:
-        super().__init__()
         self._vocab_size = config.vocab_size
         self.embed_tokens = VocabParallelEmbedding(env, config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(env, config, i) for i in range(config.num_layers))
+        self.layers: list[Layer] = [DecoderLayer(env, config, i) for i in range(config.num_layers)]
         self.norm = env.vector(config.hidden_size)
         tied = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = LMHead(env, config.vocab_size, config.hidden_size, config.rms_norm_eps, tied)
@@ -73,6 +78,11 @@ class DecoderModel(nn.Module):
         """All that is to be filled. No more than one part is in memory both as it was loaded and as it is packed."""
         yield Part([*self.embed_tokens.weights("model.embed_tokens.")], self.embed_tokens.pack)
         for i, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
             yield Part([*layer.weights(f"model.layers.{i}.")], layer.pack)
         yield Part([whole("model.norm.weight", self.norm), *self.lm_head.weights("lm_head.")], self.lm_head.pack)
+
+    def cpu_specs(self) -> list[CpuSpec] | None:
+        """Of the embedding, each layer and the head; None if the CPU engine cannot compute one of them."""
+        layers = (self.embed_tokens, *self.layers, self.lm_head)
+        specs = [spec for layer in layers if (spec := layer.cpu_spec()) is not None]
+        return specs if len(specs) == len(layers) else None

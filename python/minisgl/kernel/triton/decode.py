@@ -70,33 +70,12 @@ def num_splits(batch_size: int, num_kv_heads: int, max_seq_len: int, block_n: in
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["rows_ptr", "seq_lens_ptr"])
 def _decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    acc_ptr,
-    lse_ptr,
-    page_table_ptr,
-    rows_ptr,
-    seq_lens_ptr,
-    scale,
-    window,
-    q_stride,
-    kv_stride,
-    table_stride,
-    splits,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, lse_ptr, page_table_ptr, rows_ptr, seq_lens_ptr,
+    scale, window, q_stride, kv_stride, table_stride, splits,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program (sequence, KV head, split): the group's query heads, padded to BLOCK_G rows of the dot products."""
     if PDL:
         gdc_wait()
@@ -158,16 +137,9 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
-    acc_ptr,
-    lse_ptr,
-    out_ptr,
-    splits,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    STEP: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    acc_ptr, lse_ptr, out_ptr, splits, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    STEP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program (sequence, query head): the mean of its partial results, weighted by exp2(lse)."""
     if PDL:
         gdc_wait()

@@ -69,28 +69,10 @@ def prefill_blocks(
 
 @triton.jit
 def _keys(
-    q,
-    m,
-    denom,
-    acc,
-    k_ptr,
-    v_ptr,
-    pages_ptr,
-    begin,
-    end,
-    q_pos,
-    seq_len,
-    scale,
-    window,
-    kv_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, m, denom, acc, k_ptr, v_ptr, pages_ptr, begin, end, q_pos, seq_len, scale, window, kv_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Attends to the keys of positions [begin, end), `begin` a multiple of BLOCK_N: → m, denom, acc."""
     dims = tl.arange(0, BLOCK_D)
     offsets = tl.arange(0, BLOCK_N)
@@ -137,31 +119,11 @@ def _keys(
 # Views of a step's buffer begin anywhere; a kernel for each alignment would be compiled while requests wait.
 @triton.jit(do_not_specialize_on_alignment=["blocks_ptr", "rows_ptr", "seq_lens_ptr", "cu_q_ptr"])
 def _prefill_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    blocks_ptr,
-    page_table_ptr,
-    rows_ptr,
-    seq_lens_ptr,
-    cu_q_ptr,
-    scale,
-    window,
-    q_stride,
-    out_stride,
-    kv_stride,
-    table_stride,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, page_table_ptr, rows_ptr, seq_lens_ptr, cu_q_ptr,
+    scale, window, q_stride, out_stride, kv_stride, table_stride,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program (block, KV head). Strides in elements; a head is contiguous. scale: of the scores, times log2(e)."""
     if PDL:
         gdc_wait()

@@ -1,0 +1,113 @@
+"""How the weights of linear layers are stored in a checkpoint and held in memory: one class for each format.
+
+A weight [out, in] may have several tensors: with the values, perhaps packed or transposed, their scales and zeros. A
+format makes this rank's tensors (`create`), says which part of which tensor of the checkpoint goes into them (`slots`),
+and turns them, once they are filled, into what layers multiply with (`matrix`, `experts`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from minisgl.kernel.ops import Experts, LayerOps, Matrix, Routing, loop_over_experts
+
+Tensor = torch.Tensor
+Tensors = Mapping[str, Tensor]  # of one weight, or of a stack of experts, by names that the format chooses
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlot:
+    """Where a part of one checkpoint tensor goes: `target` = tensor[rows] or tensor[rows, cols], converted and, along
+    leading dimensions that the checkpoint lacks, repeated."""
+
+    name: str  # in the checkpoint
+    shape: tuple[int, ...]  # of the whole checkpoint tensor
+    target: Tensor
+    rows: tuple[int, int]
+    cols: tuple[int, int] | None = None
+    transform: Callable[[Tensor], Tensor] | None = None  # of that part, which is then read at once, to target's shape
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What this rank holds of one linear layer of the checkpoint: `rows`, and of those `cols`, of a weight of `shape`
+    [out, in]. They are rows `at` and following of the rank's own weight, which may hold several layers'."""
+
+    shape: tuple[int, int]
+    rows: tuple[int, int]
+    cols: tuple[int, int] | None = None
+    at: int = 0
+
+
+class WeightFormat(ABC):
+    """One way of storing weights."""
+
+    @abstractmethod
+    def create(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensors:
+        """Uninitialised tensors of a weight of `shape` [out, in], or of a stack [num_experts, out, in].
+
+        dtype: of activations. Memory is committed when the loader writes it.
+        Raises: ConfigError when the format cannot hold the shape, because it has groups of another size.
+        """
+
+    @abstractmethod
+    def slots(self, prefix: str, tensors: Tensors, shard: Shard) -> Iterator[WeightSlot]:
+        """What is to be read for a shard from the checkpoint's tensors, whose names start with `prefix`.
+
+        Raises: ConfigError when the shard cuts through a group of values with one scale.
+        """
+
+    @abstractmethod
+    def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
+        """The filled tensors as a matrix. It keeps what it needs of them. activation: as for `Matrix`."""
+
+    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, routing: Routing, activation: str) -> Experts:
+        """The filled tensors of two stacks as a mixture of experts: a matrix each, where no kernel takes them all."""
+        first = [self.matrix(ops, expert_of(gate_up, i), activation) for i in range(num_experts(gate_up))]
+        second = [self.matrix(ops, expert_of(down, i)) for i in range(num_experts(down))]
+        return lambda x, logits: loop_over_experts(x, logits, first, second, routing)
+
+
+def expert_of(stack: Tensors, index: int) -> Tensors:
+    """The tensors of one expert: views of those of the stack."""
+    return {name: tensor[index] for name, tensor in stack.items()}
+
+
+def num_experts(stack: Tensors) -> int:
+    return len(next(iter(stack.values())))
+
+
+class Dense(WeightFormat):
+    """As they are: one tensor `weight`, [out, in]."""
+
+    def create(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensors:
+        return {"weight": torch.empty(shape, dtype=dtype, device=device)}
+
+    def slots(self, prefix: str, tensors: Tensors, shard: Shard) -> Iterator[WeightSlot]:
+        num_rows = shard.rows[1] - shard.rows[0]
+        target = tensors["weight"][shard.at : shard.at + num_rows]
+        yield WeightSlot(f"{prefix}weight", shard.shape, target, shard.rows, shard.cols)
+
+    def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
+        return ops.matrix(tensors["weight"], activation)
+
+    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, routing: Routing, activation: str) -> Experts:
+        return ops.experts(gate_up["weight"], down["weight"], routing, activation)
+
+
+class Int8(Dense):
+    """Stored as they are, and rounded to int8 with a scale for each row when they are loaded."""
+
+    def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
+        return ops.int8_matrix(tensors["weight"], activation)
+
+    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, routing: Routing, activation: str) -> Experts:
+        return WeightFormat.experts(self, ops, gate_up, down, routing, activation)
+
+
+DENSE = Dense()
+FORMATS: Mapping[str | None, WeightFormat] = {None: DENSE, "int8": Int8()}  # by the option --quantization
