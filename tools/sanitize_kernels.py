@@ -42,9 +42,10 @@ import torch.nn.functional as F
 from minisgl.attention.base import PagedBatch
 from minisgl.attention.cuda import CudaBackend
 from minisgl.attention.paged import AttentionShape
+from minisgl.config.model import MoE
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.cuda import CudaOps
-from minisgl.kernel.ops import KVSlots, RopeAngles, Routing, TorchOps
+from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 
 Tensor = torch.Tensor
@@ -254,7 +255,7 @@ def grouped_gemm() -> None:
         x, logits = randn(n, hidden), torch.randn(n, num_experts)
         weights = randn(num_experts, 2 * inner, hidden), randn(num_experts, hidden, inner)
         out = fused_moe(up(x), up(logits, torch.float32), up(weights[0]), up(weights[1]), top_k, True)
-        expected = REFERENCE.experts(*weights, Routing(top_k, True), "silu")(x, logits)
+        expected = REFERENCE.experts(*weights, MoE(num_experts, top_k, inner, "softmax_of_chosen"))(x, logits)
         check(("moe", n, num_experts), [out], [expected])
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from minisgl.config.model import MoE
 from minisgl.distributed.comm import Communicator
 from minisgl.kernel.cpu import CpuOps
-from minisgl.kernel.ops import LayerOps, Matrix, Routing, TorchOps
+from minisgl.kernel.ops import LayerOps, Matrix, TorchOps
 from minisgl.layers.base import LayerEnv
 from minisgl.layers.formats import FORMATS, Dense, Shard, Tensors, WeightFormat, WeightSlot
 from minisgl.layers.linear import RowLinear
@@ -63,7 +64,8 @@ def test_the_cpu_s_kernels_compute_what_the_reference_does(name: str | None) -> 
     stacks = {"weight": torch.stack((weight, -weight, weight / 2))}, {"weight": torch.ones(3, 64, 24) / 24}
     logits = torch.tensor([[0.1, 0.2, 0.7]]).log().expand(5, -1)
     ours, reference = (
-        FORMATS[name].experts(ops, *stacks, Routing(2, True), "silu")(x, logits) for ops in (CpuOps(1), TorchOps())
+        FORMATS[name].experts(ops, *stacks, MoE(3, 2, 24, "softmax_of_chosen"))(x, logits)
+        for ops in (CpuOps(1), TorchOps())
     )
     torch.testing.assert_close(ours, reference, atol=1e-3, rtol=1e-3)
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from minisgl.config.model import MoE
 from minisgl.errors import ConfigError
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.jit import load_kernel
-from minisgl.kernel.ops import Experts, KVSlots, Matrix, RopeAngles, Routing, TorchMatrix, TorchOps
+from minisgl.kernel.ops import Experts, KVSlots, Matrix, RopeAngles, TorchMatrix, TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ Tensor = torch.Tensor
 
 KERNELS = ("elementwise", "sampling", "step")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+RENORMALIZE = {"softmax": False, "softmax_of_chosen": True}  # what the kernels know of routing
 MAX_VOCAB = 1 << 19  # of the sampling kernel's fixed-point masses
 
 
@@ -108,12 +110,13 @@ class TritonOps(TorchOps):
         """moe_backend: "triton" or "torch"."""
         self._moe_backend = moe_backend
 
-    def experts(self, gate_up: Tensor, down: Tensor, routing: Routing, activation: str) -> Experts:
-        if self._moe_backend == "torch" or (routing.score, activation) != ("softmax", "silu"):
-            return super().experts(gate_up, down, routing, activation)
+    def experts(self, gate_up: Tensor, down: Tensor, spec: MoE) -> Experts:
+        if self._moe_backend == "torch" or spec.activation != "silu" or spec.routing not in RENORMALIZE:
+            return super().experts(gate_up, down, spec)
         from minisgl.kernel.triton.grouped_gemm import fused_moe
 
-        return lambda x, logits: fused_moe(x, logits, gate_up, down, routing.top_k, routing.renormalize)
+        top_k, renormalize = spec.num_experts_per_tok, RENORMALIZE[spec.routing]
+        return lambda x, logits: fused_moe(x, logits, gate_up, down, top_k, renormalize)
 
 
 class CudaOps(TritonOps):

@@ -16,13 +16,27 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from minisgl.config.model import MoE
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 
 Tensor = torch.Tensor
 
+
+def softmax_of_all(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """[num_tokens, num_experts] → probabilities, in float32, and numbers of each token's `top_k` most probable."""
+    weights, experts = router_logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
+    return weights, experts
+
+
+def softmax_of_chosen(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The most probable experts and their probabilities, made to sum to 1."""
+    weights, experts = softmax_of_all(router_logits, top_k)
+    return weights / weights.sum(-1, keepdim=True), experts
+
+
 # By the names that specifications of models use.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": F.silu}
-SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {"softmax": lambda logits: logits.softmax(-1, dtype=torch.float32)}
+ROUTINGS = {"softmax": softmax_of_all, "softmax_of_chosen": softmax_of_chosen}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +56,6 @@ class KVSlots:
     k: Tensor
     v: Tensor
     slots: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """How a token chooses experts: the `top_k` with the highest scores, by which their outputs are weighted."""
-
-    top_k: int
-    renormalize: bool  # a token's weights are made to sum to 1
-    score: str = "softmax"  # of the router's logits; a name in `SCORES`
 
 
 # (x [num_tokens, hidden], router's logits [num_tokens, num_experts]) → [num_tokens, hidden]
@@ -108,7 +113,7 @@ class LayerOps(Protocol):
     def int8_matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
         """weight: [out, in], rounded to 255 levels of each row's largest magnitude."""
 
-    def experts(self, gate_up: Tensor, down: Tensor, routing: Routing, activation: str) -> Experts:
+    def experts(self, gate_up: Tensor, down: Tensor, spec: MoE) -> Experts:
         """gate_up: [num_experts, 2 * n, hidden], gate's rows first; down: [num_experts, hidden, n]."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -183,9 +188,9 @@ class TorchOps:
         scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         return self.matrix((weight / scale).round().mul_(scale).to(weight.dtype), activation)
 
-    def experts(self, gate_up: Tensor, down: Tensor, routing: Routing, activation: str) -> Experts:
-        first, second = ([self.matrix(w, activation) for w in gate_up], [self.matrix(w) for w in down])
-        return lambda x, logits: loop_over_experts(x, logits, first, second, routing)
+    def experts(self, gate_up: Tensor, down: Tensor, spec: MoE) -> Experts:
+        first, second = [self.matrix(w, spec.activation) for w in gate_up], [self.matrix(w) for w in down]
+        return lambda x, logits: loop_over_experts(x, logits, first, second, spec)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
@@ -232,15 +237,14 @@ class TorchOps:
 
 
 def loop_over_experts(
-    x: Tensor, router_logits: Tensor, gate_up: Sequence[Matrix], down: Sequence[Matrix], routing: Routing
+    x: Tensor, router_logits: Tensor, gate_up: Sequence[Matrix], down: Sequence[Matrix], spec: MoE
 ) -> Tensor:
     """The experts that were hit, one after the other. x: [num_tokens, hidden]; router_logits: [num_tokens, num_experts]
     → [num_tokens, hidden]."""
-    weights, experts = SCORES[routing.score](router_logits).topk(routing.top_k, dim=-1)
-    if routing.renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
+    top_k = spec.num_experts_per_tok
+    weights, experts = ROUTINGS[spec.routing](router_logits, top_k)
     order = experts.flatten().argsort(stable=True)  # (token, choice) pairs by expert
-    tokens, weights = order // routing.top_k, weights.to(x.dtype).flatten()[order, None]
+    tokens, weights = order // top_k, weights.to(x.dtype).flatten()[order, None]
     out, begin = torch.zeros_like(x), 0
     for expert, count in enumerate(experts.flatten().bincount(minlength=len(gate_up)).tolist()):
         if count:

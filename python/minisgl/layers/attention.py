@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from minisgl.attention.base import StepContext
-from minisgl.config.model import ModelConfig, MoEConfig
-from minisgl.kernel.ops import Experts, KVSlots, Routing
+from minisgl.config.model import DenseMLP, ModelConfig, MoE, PagedKV
+from minisgl.kernel.ops import Experts, KVSlots
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, whole
-from minisgl.layers.formats import Shard, WeightSlot, expert_of
+from minisgl.layers.formats import Shard, WeightSlot, experts_of
 from minisgl.layers.linear import GateUpLinear, QKVLinear, ReplicatedLinear, RowLinear
 
 
@@ -17,22 +17,24 @@ class Attention(Layer):
 
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self._ops, self._layer, self._eps = env.ops, layer, config.rms_norm_eps
-        self._head_dim, self._window = config.head_dim, config.sliding_window(layer)
-        self.qkv_proj = QKVLinear(
-            env, config.hidden_size, config.num_qo_heads, config.num_kv_heads, config.head_dim, config.qkv_bias
-        )
+        spec, hidden = config.layers[layer].attention, config.hidden_size
+        assert isinstance(spec.cache, PagedKV)
+        self._ops, self._layer, self._spec, self._eps = env.ops, layer, spec, config.rms_norm_eps
+        self._head_dim = config.head_dim
+        self.qkv_proj = QKVLinear(env, hidden, config.num_qo_heads, spec.cache.heads, config.head_dim, config.qkv_bias)
         q_size = config.num_qo_heads * config.head_dim
-        self.o_proj = RowLinear(env, q_size, config.hidden_size, config.o_bias, "attention features")
+        self.o_proj = RowLinear(env, q_size, hidden, config.o_bias, "attention features")
         self._num_q, self._num_kv = self.qkv_proj.num_qo_heads, self.qkv_proj.num_kv_heads
-        self.qk_norm = env.vector(self._num_q + self._num_kv, config.head_dim) if config.qk_norm else None
+        self.qk_norm = (
+            env.vector(self._num_q + self._num_kv, config.head_dim) if "q_norm" in config.layers[layer].norms else None
+        )
 
     def forward(self, x: Tensor, norm: Tensor, step: StepContext) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the layer's input → the new stream."""
         qkv = self.qkv_proj(x, norm, self._eps).view(x.shape[0], -1, self._head_dim)
         cache = KVSlots(step.kv.k[self._layer], step.kv.v[self._layer], step.slots)
         q = self._ops.qk_norm_rope_store(qkv, self.qk_norm, self._eps, step.rope, cache)
-        out = step.backend.forward(q, cache.k, cache.v, self._window, step.metadata)
+        out = step.backend.forward(q, cache.k, cache.v, self._spec.window, step.metadata)
         projected: Tensor = self.o_proj(out.reshape(x.shape[0], -1), x)
         return projected
 
@@ -44,18 +46,19 @@ class Attention(Layer):
             yield whole(f"{prefix}k_norm.weight", self.qk_norm[self._num_q :])
 
     def cpu_spec(self) -> CpuSpec | None:
-        qkv, o = self.qkv_proj.cpu_spec(), self.o_proj.cpu_spec()
-        return qkv and o and CpuSpec(qkv.matrices + o.matrices, (self.qk_norm,), self._window)
+        qkv, o, spec = self.qkv_proj.cpu_spec(), self.o_proj.cpu_spec(), self._spec
+        is_plain = (spec.scale, spec.softcap, spec.sinks, spec.rope_index) == (None, None, False, 0)
+        return qkv and o and CpuSpec(qkv.matrices + o.matrices, (self.qk_norm,), spec.window) if is_plain else None
 
 
 class GatedMLP(Layer):
     """down(activation(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
 
-    def __init__(self, env: LayerEnv, hidden_size: int, intermediate_size: int, bias: bool, eps: float) -> None:
+    def __init__(self, env: LayerEnv, hidden_size: int, spec: DenseMLP, eps: float) -> None:
         super().__init__()
-        self._eps = eps
-        self.gate_up_proj = GateUpLinear(env, hidden_size, intermediate_size, bias, "silu")
-        self.down_proj = RowLinear(env, intermediate_size, hidden_size, bias, "intermediate features")
+        self._eps, inner = eps, spec.intermediate_size
+        self.gate_up_proj = GateUpLinear(env, hidden_size, inner, spec.bias, spec.activation)
+        self.down_proj = RowLinear(env, inner, hidden_size, spec.bias, "intermediate features")
 
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input → the new stream."""
@@ -77,16 +80,14 @@ class SparseMLP(Layer):
     Every rank holds a share of every expert's features, so that ranks stay balanced whatever the router does.
     """
 
-    def __init__(self, env: LayerEnv, hidden_size: int, config: MoEConfig, eps: float) -> None:
+    def __init__(self, env: LayerEnv, hidden_size: int, spec: MoE, eps: float) -> None:
         super().__init__()
         self._ops, self._comm, self._format, self._eps = env.ops, env.comm, env.format, eps
-        self._routing = Routing(config.num_experts_per_tok, config.norm_topk_prob)
-        self._num_experts, self._inner, self._hidden = config.num_experts, config.intermediate_size, hidden_size
-        self._share = env.share(config.intermediate_size, "features of an expert")
-        self.gate = ReplicatedLinear(env, hidden_size, config.num_experts)
-        stack = config.num_experts, 2 * self._share, hidden_size
-        self._gate_up = env.format.create(stack, env.dtype, env.device)
-        self._down = env.format.create((config.num_experts, hidden_size, self._share), env.dtype, env.device)
+        self._spec, self._hidden = spec, hidden_size
+        self._share = env.share(spec.intermediate_size, "features of an expert")
+        self.gate = ReplicatedLinear(env, hidden_size, spec.num_experts)
+        shapes = (spec.num_experts, 2 * self._share, hidden_size), (spec.num_experts, hidden_size, self._share)
+        self._gate_up, self._down = (env.format.create(shape, env.dtype, env.device) for shape in shapes)
         self._experts: Experts | None = None
 
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
@@ -98,16 +99,15 @@ class SparseMLP(Layer):
 
     def pack(self) -> None:
         super().pack()
-        self._experts = self._format.experts(self._ops, self._gate_up, self._down, self._routing, "silu")
+        self._experts = self._format.experts(self._ops, self._gate_up, self._down, self._spec)
         self._gate_up = self._down = {}
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.gate.weights(f"{prefix}gate.")
-        first = self._comm.rank * self._share
-        mine, shape, slots = (first, first + self._share), (self._inner, self._hidden), self._format.slots
-        for i in range(self._num_experts):
-            expert, gate_up = f"{prefix}experts.{i}.", expert_of(self._gate_up, i)
+        slots, shape = self._format.slots, (self._spec.intermediate_size, self._hidden)
+        mine = (self._comm.rank * self._share, (self._comm.rank + 1) * self._share)
+        for i, (gate_up, down) in enumerate(zip(experts_of(self._gate_up), experts_of(self._down), strict=True)):
+            expert = f"{prefix}experts.{i}."
             yield from slots(f"{expert}gate_proj.", gate_up, Shard(shape, mine))
             yield from slots(f"{expert}up_proj.", gate_up, Shard(shape, mine, at=self._share))
-            down = Shard((self._hidden, self._inner), (0, self._hidden), mine)
-            yield from slots(f"{expert}down_proj.", expert_of(self._down, i), down)
+            yield from slots(f"{expert}down_proj.", down, Shard(shape[::-1], (0, self._hidden), mine))

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from minisgl.kernel.ops import Experts, LayerOps, Matrix, Routing, loop_over_experts
+from minisgl.config.model import MoE
+from minisgl.kernel.ops import Experts, LayerOps, Matrix, loop_over_experts
 
 Tensor = torch.Tensor
 Tensors = Mapping[str, Tensor]  # of one weight, or of a stack of experts, by names that the format chooses
@@ -65,20 +66,17 @@ class WeightFormat(ABC):
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
         """The filled tensors as a matrix. It keeps what it needs of them. activation: as for `Matrix`."""
 
-    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, routing: Routing, activation: str) -> Experts:
+    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:
         """The filled tensors of two stacks as a mixture of experts: a matrix each, where no kernel takes them all."""
-        first = [self.matrix(ops, expert_of(gate_up, i), activation) for i in range(num_experts(gate_up))]
-        second = [self.matrix(ops, expert_of(down, i)) for i in range(num_experts(down))]
-        return lambda x, logits: loop_over_experts(x, logits, first, second, routing)
+        first = [self.matrix(ops, expert, spec.activation) for expert in experts_of(gate_up)]
+        second = [self.matrix(ops, expert) for expert in experts_of(down)]
+        return lambda x, logits: loop_over_experts(x, logits, first, second, spec)
 
 
-def expert_of(stack: Tensors, index: int) -> Tensors:
-    """The tensors of one expert: views of those of the stack."""
-    return {name: tensor[index] for name, tensor in stack.items()}
-
-
-def num_experts(stack: Tensors) -> int:
-    return len(next(iter(stack.values())))
+def experts_of(stack: Tensors) -> Iterator[Tensors]:
+    """The tensors of each expert: views of those of the stack."""
+    for parts in zip(*stack.values(), strict=True):
+        yield dict(zip(stack, parts, strict=True))
 
 
 class Dense(WeightFormat):
@@ -95,8 +93,8 @@ class Dense(WeightFormat):
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
         return ops.matrix(tensors["weight"], activation)
 
-    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, routing: Routing, activation: str) -> Experts:
-        return ops.experts(gate_up["weight"], down["weight"], routing, activation)
+    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:
+        return ops.experts(gate_up["weight"], down["weight"], spec)
 
 
 class Int8(Dense):
@@ -105,8 +103,8 @@ class Int8(Dense):
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
         return ops.int8_matrix(tensors["weight"], activation)
 
-    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, routing: Routing, activation: str) -> Experts:
-        return WeightFormat.experts(self, ops, gate_up, down, routing, activation)
+    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:
+        return WeightFormat.experts(self, ops, gate_up, down, spec)
 
 
 DENSE = Dense()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from minisgl.attention.base import StepContext
-from minisgl.config.model import ModelConfig
+from minisgl.config.model import ModelConfig, MoE
 from minisgl.layers.attention import Attention, GatedMLP, SparseMLP
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Part, Tensor, whole
 from minisgl.layers.formats import WeightSlot
@@ -17,13 +17,9 @@ class DecoderLayer(Layer):
 
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        hidden, eps = config.hidden_size, config.rms_norm_eps
+        hidden, eps, mlp = config.hidden_size, config.rms_norm_eps, config.layers[layer].mlp
         self.self_attn = Attention(env, config, layer)
-        self.mlp: Layer
-        if config.moe is not None and config.is_sparse(layer):
-            self.mlp = SparseMLP(env, hidden, config.moe, eps)
-        else:
-            self.mlp = GatedMLP(env, hidden, config.intermediate_size, config.mlp_bias, eps)
+        self.mlp = SparseMLP(env, hidden, mlp, eps) if isinstance(mlp, MoE) else GatedMLP(env, hidden, mlp, eps)
         self.input_layernorm = env.vector(hidden)
         self.post_attention_layernorm = env.vector(hidden)
 
