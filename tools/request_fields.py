@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from minisgl.server.bodies.chat import ChatBody
-from minisgl.server.bodies.completions import CompletionBody
+from minisgl.server.bodies.chat import ChatBody, CompletionBody
 from minisgl.server.bodies.fields import NO_EFFECT, OBJECTS, OTHER_NAMES, UNSUPPORTED, Fields, fields_of
 from minisgl.server.bodies.messages import MessagesBody
 from minisgl.server.bodies.native import AbortBody, DetokenizeBody, GenerateBody, TokenizeBody

@@ -13,8 +13,7 @@ from minisgl.core import MAX_COUNT, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import unpack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt
-from minisgl.server.bodies.chat import ChatBody, parse_chat
-from minisgl.server.bodies.completions import CompletionBody, parse_completion
+from minisgl.server.bodies.chat import ChatBody, CompletionBody, parse_chat, parse_completion
 from minisgl.server.bodies.native import GenerateBody, parse_generate
 from minisgl.server.bodies.responses import parse_responses
 from minisgl.server.bodies.sampling import SamplingFields

@@ -10,8 +10,7 @@ import pytest
 
 from minisgl.core import Grammar, SamplingParams
 from minisgl.errors import RequestError
-from minisgl.server.bodies.chat import parse_chat
-from minisgl.server.bodies.completions import parse_completion
+from minisgl.server.bodies.chat import parse_chat, parse_completion
 from minisgl.server.bodies.native import parse_generate
 
 SCHEMA = {"type": "object", "properties": {"z": {}, "a": {}}}

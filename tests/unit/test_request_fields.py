@@ -16,8 +16,7 @@ from starlette.responses import PlainTextResponse
 from minisgl.config.runtime import AccessConfig
 from minisgl.errors import RequestError
 from minisgl.server.access import IGNORED, MAX_TOLD, guarded
-from minisgl.server.bodies.chat import parse_chat
-from minisgl.server.bodies.completions import parse_completion
+from minisgl.server.bodies.chat import parse_chat, parse_completion
 from minisgl.server.bodies.fields import MAX_IGNORED, UNSUPPORTED, Reading, fields_of, load_object
 from minisgl.server.bodies.native import TokenizeBody, parse_generate
 from minisgl.server.bodies.responses import parse_responses

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: what clients may send, and the request that a chat of any dialect becomes."""
+"""POST /v1/chat/completions, and the request that a chat of any dialect becomes; POST /v1/completions."""
 
 from __future__ import annotations
 
@@ -8,18 +8,61 @@ from typing import Any
 
 from pydantic import Field
 
-from minisgl.core import MAX_COUNT, MAX_LOGPROBS
+from minisgl.core import MAX_COUNT, RANGES, Range, SamplingParams
 from minisgl.errors import RequestError
-from minisgl.message.tokenizer import ChatPrompt
+from minisgl.message.codec import pack_ids
+from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
 from minisgl.server.bodies.content import Message, chat_messages
-from minisgl.server.bodies.fields import Reading, fields_of, load_object
-from minisgl.server.bodies.request import GenerationRequest, OpenAIBody, generation
-from minisgl.server.bodies.sampling import Defaults
-from minisgl.server.bodies.strict import Body, Count, Items, optional, shown, validate
+from minisgl.server.bodies.fields import Reading, fields_of, load, load_object
+from minisgl.server.bodies.grammar import GrammarFields
+from minisgl.server.bodies.request import GenerationRequest
+from minisgl.server.bodies.sampling import Defaults, SamplingFields
+from minisgl.server.bodies.strict import (
+    Body,
+    Count,
+    Ids,
+    Items,
+    MaxTokens,
+    Object,
+    optional,
+    refuse_unless,
+    shown,
+    validate,
+)
 from minisgl.server.bodies.tools import MAX_TOOLS, Tool, template_kwargs, tool_use
 from minisgl.server.errors import renamed
 
+_CHOICES = Range(1, 128)  # of one prompt
+MAX_PROMPTS = 1024
+MAX_OUTPUTS = 2048  # choices of all prompts together
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "default", "auto")
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = optional("Counts of tokens, in a last event.")
+
+
+class _OpenAIBody(Body, SamplingFields, GrammarFields):
+    model: str | None = optional("The id that /v1/models shows.")
+    n: Count | None = optional("Outputs of each prompt.", _CHOICES)
+    stream: bool | None = optional("Answer with server-sent events.")
+    stream_options: StreamOptions | None = optional("For streams only.")
+
+    def request(self, prompts: tuple[Prompt, ...], params: SamplingParams) -> GenerationRequest:
+        n = 1 if self.n is None else self.n
+        are_few = n * len(prompts) <= MAX_OUTPUTS
+        refuse_unless(are_few, f"{len(prompts)} prompts with n={n} are more than {MAX_OUTPUTS} outputs", "n")
+        return GenerationRequest(
+            prompts,
+            params,
+            n,
+            self.model,
+            bool(self.stream),
+            include_usage=bool(self.stream_options and self.stream_options.include_usage),
+            logprobs=params.logprobs is not None,
+            timeout=self.timeout or 0.0,
+        )
 
 
 class Reasoning(Body):
@@ -31,18 +74,18 @@ class Thinking(Body):
     type: str = "enabled"
 
 
-class ChatBody(OpenAIBody):
+class ChatBody(_OpenAIBody):
     """POST /v1/chat/completions."""
 
     messages: Items[Message] = Field(json_schema_extra={"minItems": 1})
-    max_tokens: Count | None = optional("Most tokens of an output.", ge=1, le=MAX_COUNT)
-    max_completion_tokens: Count | None = optional("The same, by its name of today.", ge=1, le=MAX_COUNT)
+    max_tokens: MaxTokens | None = optional("Most tokens of an output.")
+    max_completion_tokens: MaxTokens | None = optional("The same, by its name of today.")
     logprobs: bool | None = optional("Log-probabilities of the output's tokens.")
-    top_logprobs: Count | None = optional("So many alternatives to each; with `logprobs`.", ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Count | None = optional("So many alternatives to each; with `logprobs`.", RANGES["logprobs"])
     tools: Items[Tool] | None = optional("Functions that the model may call.", maxItems=MAX_TOOLS)
-    tool_choice: str | dict[str, Any] | None = optional("Whether it has to.")
+    tool_choice: str | Object | None = optional("Whether it has to.")
     parallel_tool_calls: bool | None = optional("false: one call at most.")
-    chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")
+    chat_template_kwargs: Object | None = optional("For the chat template.")
     reasoning_effort: str | None = optional("For the chat template; none: no reasoning.", enum=[None, *EFFORTS])
     reasoning: Reasoning | None = optional("The same, as OpenRouter and /v1/responses have it.")
     enable_thinking: bool | None = optional("For the chat template.")
@@ -56,7 +99,7 @@ def parse_chat(data: bytes, defaults: Defaults, reading: Reading | None = None) 
     return chat_request(load_object(data, fields_of(ChatBody), reading), defaults)
 
 
-def chat_request(raw: dict[str, Any], defaults: Defaults, names: Mapping[str, str] | None = None) -> GenerationRequest:
+def chat_request(raw: Object, defaults: Defaults, names: Mapping[str, str] | None = None) -> GenerationRequest:
     """The body of a chat, checked. names: see `renamed`. Raises: RequestError naming the field at fault."""
     try:
         return replace(_chat_request(validate(ChatBody, raw), defaults), names=names)
@@ -67,26 +110,22 @@ def chat_request(raw: dict[str, Any], defaults: Defaults, names: Mapping[str, st
 def _chat_request(body: ChatBody, defaults: Defaults) -> GenerationRequest:
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     messages = chat_messages(body.messages)
-    if not messages:
-        raise RequestError("messages must not be empty", param="messages")
-    if body.top_logprobs and not body.logprobs:
-        raise RequestError("top_logprobs is only allowed with logprobs", param="top_logprobs")
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    tools = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
-    described = None if tools is None else tools.shown
-    goes_on = bool(body.continue_final_message)
-    if goes_on and body.add_generation_prompt:
-        raise RequestError("continue_final_message needs add_generation_prompt=false", param="continue_final_message")
-    if goes_on and (messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]):
-        message = "continue_final_message: the last message must be an assistant's, without tool calls"
-        raise RequestError(message, param="continue_final_message")
-    kwargs = _reasoning(body) | template_kwargs(body.chat_template_kwargs)
-    prompt = ChatPrompt(messages, described, kwargs, body.add_generation_prompt is not False, goes_on)
-    params = body.params(max_tokens, defaults, logprobs)
-    return replace(generation(body, (prompt,), params), tools=tools)
+    are_shown = body.logprobs or not body.top_logprobs
+    refuse_unless(are_shown, "top_logprobs is only allowed with logprobs", "top_logprobs")
+    tools = tool_use(body.tools or (), body.tool_choice, body.parallel_tool_calls)
+    if goes_on := bool(body.continue_final_message):
+        name, last = "continue_final_message", messages[-1]
+        refuse_unless(not body.add_generation_prompt, f"{name} needs add_generation_prompt=false", name)
+        is_text = last["role"] == "assistant" and "tool_calls" not in last
+        refuse_unless(is_text, f"{name}: the last message must be an assistant's, without tool calls", name)
+    kwargs = _reasoning(body) | template_kwargs(body.chat_template_kwargs or {})
+    begins = body.add_generation_prompt is not False
+    prompt = ChatPrompt(messages, None if tools is None else tools.shown, kwargs, begins, goes_on)
+    params = body.params(max_tokens, defaults, (body.top_logprobs or 0) if body.logprobs else None)
+    return replace(body.request((prompt,), params), tools=tools)
 
 
-def _reasoning(body: ChatBody) -> dict[str, Any]:
+def _reasoning(body: ChatBody) -> Object:
     """What the chat template is told of reasoning, by the names that templates have for it."""
     reasoning, thinking = body.reasoning or Reasoning(), body.thinking
     given = {"reasoning_effort": body.reasoning_effort, "reasoning.effort": reasoning.effort}
@@ -97,5 +136,46 @@ def _reasoning(body: ChatBody) -> dict[str, Any]:
     switched = thinking.type != "disabled" if isinstance(thinking, Thinking) else thinking
     wishes = (body.enable_thinking, switched, reasoning.enabled, False if effort == "none" else None)
     thinks = next((wish for wish in wishes if isinstance(wish, bool)), None)
-    told: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    told: Object = {} if effort is None else {"reasoning_effort": effort}
     return told if thinks is None else {**told, "enable_thinking": thinks, "thinking": thinks}
+
+
+class CompletionBody(_OpenAIBody):
+    """POST /v1/completions."""
+
+    prompt: str | Items[str] | Ids | Items[Ids] = Field(json_schema_extra={"minItems": 1, "minLength": 1})
+    best_of: Count | None = optional("So many outputs, of which the `n` most probable come back.", _CHOICES)
+    max_tokens: Count | None = optional("Most tokens of an output; 0 with `echo` only.", Range(0, MAX_COUNT))
+    echo: bool | None = optional("The text begins with the prompt's.")
+    logprobs: Count | None = optional("Log-probabilities, and so many alternatives to each token.", RANGES["logprobs"])
+
+
+def parse_completion(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
+    """Raises: RequestError naming the field at fault."""
+    body = load(CompletionBody, data, reading)
+    given: Any = body.prompt
+    is_one = isinstance(given, str) or (given and isinstance(given[0], int))
+    prompts = tuple(
+        TextPrompt(text=one) if isinstance(one, str) else IdsPrompt(input_ids=pack_ids(one))
+        for one in ([given] if is_one else given)
+    )
+    is_right = 1 <= len(prompts) <= MAX_PROMPTS
+    refuse_unless(is_right, f"prompt must hold from 1 to {MAX_PROMPTS} prompts, not {len(prompts)}", "prompt")
+    max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    echo = bool(body.echo)
+    refuse_unless(max_tokens or echo, "max_tokens must be at least 1 without echo, not 0", "max_tokens")
+    params = body.params(max_tokens or 1, defaults, body.logprobs)
+    params = replace(params, max_tokens=max_tokens, echo=echo, prompt_logprobs=body.logprobs if echo else None)
+    return _best_of(body.request(prompts, params), body.best_of)
+
+
+def _best_of(request: GenerationRequest, best_of: int | None) -> GenerationRequest:
+    if best_of is None or best_of == request.n:
+        return request
+    refuse_unless(best_of > request.n, f"best_of must be at least n={request.n}, not {best_of}", "best_of")
+    are_few = best_of * len(request.prompts) <= MAX_OUTPUTS
+    refuse_unless(are_few, f"best_of={best_of} makes more than {MAX_OUTPUTS} outputs", "best_of")
+    refuse_unless(not request.stream, "best_of above n cannot be streamed", "best_of")
+    params = request.params
+    ranked = params if params.logprobs is not None else replace(params, logprobs=0)
+    return replace(request, params=ranked, best_of=best_of)

@@ -11,18 +11,24 @@ from pydantic_core import from_json
 
 from minisgl.errors import RequestError
 from minisgl.message.codec import carried
-from minisgl.server.bodies.strict import SCHEMAS
+from minisgl.server.bodies.strict import SCHEMAS, Object, at_most, refuse_unless
 
+MAX_MESSAGES = 16384
+ROLES: list[str] = SCHEMAS["message"]["properties"]["role"]["enum"]
+Message = Annotated[Object, WithJsonSchema(SCHEMAS["message"])]
+_OTHER_ROLES = {"developer": "system", "function": "tool"}  # what templates know them as
 # Type of a part: the field that has its text.
 TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_THOUGHTS = ("thinking", "reasoning", "reasoning_text", "summary_text")
-_IN_THOUGHTS = ("thinking", "reasoning", "text", "summary", "content")
 _OTHER_MEDIA = {
     **dict.fromkeys(("image_url", "input_image", "image"), "images"),
     **dict.fromkeys(("input_audio", "audio", "audio_url"), "audio"),
     **dict.fromkeys(("video_url", "input_video"), "videos"),
     **dict.fromkeys(("file", "input_file"), "files"),
 }
+# Reasoning: types of parts, fields of such parts, and fields of messages.
+_THOUGHTS = ("thinking", "reasoning", "reasoning_text", "summary_text")
+_IN_THOUGHTS = ("thinking", "reasoning", "text", "summary", "content")
+_OF_MESSAGES = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
 
 
 def text_of(content: Any, where: str, thoughts: list[str] | None = None) -> str:
@@ -33,8 +39,7 @@ def text_of(content: Any, where: str, thoughts: list[str] | None = None) -> str:
     """
     if isinstance(content, str):
         return content
-    if not isinstance(content, list):
-        raise RequestError(f"{where} must be a string or a list of text parts", param=where)
+    refuse_unless(isinstance(content, list), f"{where} must be a string or a list of text parts", where)
     return "".join(_part(part, where, f"{where}[{index}]", thoughts) for index, part in enumerate(content))
 
 
@@ -56,19 +61,21 @@ def _is_part(item: Any) -> bool:
 def _part(part: Any, where: str, here: str, thoughts: list[str] | None) -> str:
     if isinstance(part, str):
         return part
-    kind = part.get("type", "text") if isinstance(part, dict) else None
-    field = TEXTS.get(kind, "") if isinstance(kind, str) else ""
-    if field and isinstance(part.get(field), str):
-        return str(part[field])
+    given = part if isinstance(part, dict) else {"type": None}
+    kind = given.get("type", "text")
+    name = kind if isinstance(kind, str) else ""
+    field = TEXTS.get(name, "")
+    if field and isinstance(given.get(field), str):
+        return str(given[field])
     if thoughts is not None:
-        thoughts.append(thought_of(part) if kind in _THOUGHTS else "")
+        thoughts.append(thought_of(part) if name in _THOUGHTS else "")
         return ""
+    why = f": the type must be one of {', '.join(TEXTS)}, not {quoted(kind)}"
     if field:
-        raise RequestError(f"{here} must have a {field}", param=where)
-    if isinstance(kind, str) and kind in _OTHER_MEDIA:
-        message = f"{here}: this model is text-only and cannot take {_OTHER_MEDIA[kind]} ({kind})"
-        raise RequestError(message, param=where)
-    raise RequestError(f"{here}: the type must be one of {', '.join(TEXTS)}, not {quoted(kind)}", param=where)
+        why = f" must have a {field}"
+    elif name in _OTHER_MEDIA:
+        why = f": this model is text-only and cannot take {_OTHER_MEDIA[name]} ({name})"
+    raise RequestError(here + why, param=where)
 
 
 def thought_of(given: Any) -> str:
@@ -80,17 +87,10 @@ def thought_of(given: Any) -> str:
     return given if isinstance(given, str) else ""
 
 
-MAX_MESSAGES = 16384
-REASONING = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
-_OTHER_ROLES = {"developer": "system", "function": "tool"}  # what templates know them as
-ROLES: list[str] = SCHEMAS["message"]["properties"]["role"]["enum"]
-Message = Annotated[dict[str, Any], WithJsonSchema(SCHEMAS["message"])]
-
-
-def chat_messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def chat_messages(given: list[Object]) -> list[Object]:
     """Each with its text as one string, and what goes with the role. Raises: RequestError naming the field at fault."""
-    if len(given) > MAX_MESSAGES:
-        raise RequestError(f"messages must hold at most {MAX_MESSAGES} messages, not {len(given)}", param="messages")
+    at_most(MAX_MESSAGES, "messages", "messages", given)
+    refuse_unless(given, "messages must not be empty", "messages")
     messages = [_message(message, f"messages[{index}]") for index, message in enumerate(given)]
     waiting: dict[str, None] = {}  # calls that have no result yet
     for index, message in enumerate(messages):
@@ -103,58 +103,54 @@ def chat_messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return messages
 
 
-def _message(given: dict[str, Any], where: str) -> dict[str, Any]:
+def _message(given: Object, where: str) -> Object:
     role = given.get("role")
     if role not in ROLES:
         raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, not {quoted(role)}", param=f"{where}.role")
-    template_role = _OTHER_ROLES.get(role, role)
-    content = given.get("content")
+    template_role, content = _OTHER_ROLES.get(role, role), given.get("content")
     thoughts: list[str] | None = [] if role == "assistant" else None
     if template_role in ("assistant", "tool"):  # it may be nothing, beside calls and of functions that give nothing
         said = _text(given.get("refusal")) if content is None else content
         content = kept_as_text(said, parts=template_role == "assistant")
     message = {"role": template_role, "content": text_of(content, f"{where}.content", thoughts)}
-    name = given.get("name")
-    if name is not None:
-        if not isinstance(name, str):
-            raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
+    if (name := given.get("name")) is not None:
+        refuse_unless(isinstance(name, str), f"{where}.name must be a string", f"{where}.name")
         message["name"] = name
     if template_role == "tool":
         message["tool_call_id"] = _text(given.get("tool_call_id"))
-    if thoughts is not None:
-        message |= _said(given, thoughts, where)
-    return message
+    return message if thoughts is None else message | _said(given, thoughts, where)
 
 
-def _said(given: dict[str, Any], thoughts: list[str], where: str) -> dict[str, Any]:
+def _said(given: Object, thoughts: list[str], where: str) -> Object:
     """Reasoning and calls of an assistant's message."""
-    fields: dict[str, Any] = {}
+    fields: Object = {}
+    where = f"{where}.tool_calls"
     calls = given.get("tool_calls") or ([given["function_call"]] if given.get("function_call") else [])
-    if not isinstance(calls, list):
-        raise RequestError(f"{where}.tool_calls must be a list", param=f"{where}.tool_calls")
+    refuse_unless(isinstance(calls, list), f"{where} must be a list", where)
     if calls:
-        fields["tool_calls"] = [_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
-    reasoning = next(filter(None, (thought_of(given.get(name)) for name in REASONING)), "".join(thoughts))
+        fields["tool_calls"] = [_call(call, f"{where}[{index}].function.name") for index, call in enumerate(calls)]
+    reasoning = next(filter(None, (thought_of(given.get(name)) for name in _OF_MESSAGES)), "".join(thoughts))
     if reasoning or given.get("reasoning_content") == "":
         fields["reasoning_content"] = reasoning
     return fields
 
 
-def _call(given: Any, where: str) -> dict[str, Any]:
+def _call(given: Any, where: str) -> Object:
     """A call: of a function, of a custom tool, or flat as the older API and some libraries have it."""
-    function = given.get("function", given.get("custom", given)) if isinstance(given, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(function, dict) or not isinstance(name, str):
-        raise RequestError(f"{where}.function.name must be a string", param=f"{where}.function.name")
+    call = given if isinstance(given, dict) else {}
+    function = call.get("function", call.get("custom", call))
+    function = function if isinstance(function, dict) else {}
+    refuse_unless(isinstance(function.get("name"), str), f"{where} must be a string", where)
     arguments = next((function[key] for key in ("arguments", "input", "args") if key in function), None)
-    return {"id": _text(given.get("id")), "type": "function", "function": {"name": name, "arguments": sent(arguments)}}
+    called = {"name": function["name"], "arguments": sent(arguments)}
+    return {"id": _text(call.get("id")), "type": "function", "function": called}
 
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def sent(arguments: Any) -> dict[str, Any] | str:
+def sent(arguments: Any) -> Object | str:
     """A call's arguments as messages between processes carry them: an object if that can be, otherwise their text."""
     value = arguments
     for _ in range(2):  # some clients write the text of JSON as JSON

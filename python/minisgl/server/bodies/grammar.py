@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from reprlib import repr as quoted
 from typing import Any
 
@@ -15,22 +15,27 @@ from pydantic import BaseModel
 
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
-from minisgl.server.bodies.strict import SCHEMAS, Items, optional
+from minisgl.server.bodies.strict import SCHEMAS, Items, Object, optional, refuse_unless
 
 MAX_CHOICES = 4096
 MAX_TEXT = 256 << 10  # characters of a schema, or a grammar
-_ANY_OBJECT: dict[str, Any] = {"type": "object"}
-_WHITESPACE = ("compact", "any")
+_ANY_OBJECT: Object = {"type": "object"}
+_KINDS = {
+    **{kind: kind for kind in ("json", "regex", "choice", "grammar")},  # in `structured_outputs`
+    **{f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")},
+    "json_schema": "json",
+    "ebnf": "grammar",
+}
 
 
 class GrammarFields(BaseModel):
     """To be inherited by request bodies of OpenAI's endpoints."""
 
-    response_format: dict[str, Any] | None = optional("OpenAI's way to ask for JSON.", **SCHEMAS["response_format"])
-    structured_outputs: dict[str, Any] | None = optional(
+    response_format: Object | None = optional("OpenAI's way to ask for JSON.", **SCHEMAS["response_format"])
+    structured_outputs: Object | None = optional(
         "What the output matches: one of these.", **SCHEMAS["structured_outputs"]
     )
-    guided_json: dict[str, Any] | str | None = optional("The output is JSON that matches the schema.")
+    guided_json: Object | str | None = optional("The output is JSON that matches the schema.")
     guided_regex: str | None = optional("The output matches.", minLength=1)
     guided_choice: Items[str] | None = optional("The output is one of these.", minItems=1, maxItems=MAX_CHOICES)
     guided_grammar: str | None = optional("The output follows the grammar, Lark or EBNF.", minLength=1)
@@ -38,100 +43,81 @@ class GrammarFields(BaseModel):
 
 def parse_grammar(fields: Mapping[str, Any]) -> Grammar | None:
     """fields: of a request, None where not given. Raises: RequestError naming the field at fault."""
-    given = {name: value for name, value in fields.items() if value is not None and name in _PARSERS}
-    found = [grammar for name, value in given.items() if (grammar := _PARSERS[name](value, name)) is not None]
+    found: list[Grammar] = []
+    for name, value in fields.items():
+        if value is None:
+            continue
+        if name == "response_format":
+            found += _response_format(value)
+        elif name == "structured_outputs":
+            found.append(_structured_outputs(value))
+        elif name in _KINDS:
+            found.append(_grammar(_KINDS[name], value, name))
     if len(found) > 1:
-        both = f"{found[0].param} and {found[1].param}"
-        raise RequestError(f"{both} cannot both be given", param=found[1].param)
+        raise RequestError(f"{found[0].param} and {found[1].param} cannot both be given", param=found[1].param)
     return found[0] if found else None
 
 
 def form_grammar(form: Any, param: str) -> Grammar:
     """Of calls, and what may come in their place. Raises: RequestError when it is too long."""
-    return Grammar("form", _bounded(json.dumps(form), param), param=param)
+    return _grammar("form", json.dumps(form), param)
 
 
-def _schema(schema: Any, param: str, whitespace: Any = None) -> Grammar:
-    """JSON that matches a schema (an object, or its text). Raises: RequestError when it is no schema, or too long."""
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(_bounded(schema, param))
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{param} is not valid JSON: {error}", param=param) from None
-    if not isinstance(schema, dict):
-        raise RequestError(f"{param} must be a JSON schema: an object", param=param)
-    if whitespace not in (None, *_WHITESPACE):
-        raise RequestError(f"{param}.whitespace must be compact or any, not {quoted(whitespace)}", param=param)
-    return Grammar("json", _bounded(json.dumps(schema), param), whitespace or "compact", param=param)
-
-
-def _response_format(value: Any, name: str) -> Grammar | None:
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind not in ("text", "json_object", "json_schema"):
-        raise RequestError(f"{name}.type must be text, json_object or json_schema, not {quoted(kind)}", param=name)
+def _response_format(value: Any) -> list[Grammar]:
+    name = "response_format"
+    kind = value.get("type")
+    is_known = kind in ("text", "json_object", "json_schema")
+    refuse_unless(is_known, f"{name}.type must be text, json_object or json_schema, not {quoted(kind)}", name)
     if kind == "text":
-        return None
-    inner, where = value.get("json_schema"), f"{name}.json_schema"
+        return []
+    inner = value.get("json_schema")
     if inner is None and (kind == "json_object" or value.get("schema") is not None):
         inner = {"schema": value.get("schema")}  # beside the type, as others have it
-    if not isinstance(inner, dict):
-        raise RequestError(f"{where} must be an object", param=name)
+    refuse_unless(isinstance(inner, dict), f"{name}.json_schema must be an object", name)
     for key, types in (("name", str), ("description", str), ("strict", bool)):
-        if inner.get(key) is not None and not isinstance(inner[key], types):
-            raise RequestError(f"{where}.{key} must be a {types.__name__}", param=name)
+        is_right = isinstance(inner.get(key), types | None)
+        refuse_unless(is_right, f"{name}.json_schema.{key} must be a {types.__name__}", name)
     schema, whitespace = inner.get("schema"), value.get("whitespace", inner.get("whitespace"))
-    return _schema(_ANY_OBJECT if schema is None else schema, name, whitespace)
+    return [_grammar("json", _ANY_OBJECT if schema is None else schema, name, whitespace)]
 
 
-def _structured_outputs(value: Any, name: str) -> Grammar | None:
-    if not isinstance(value, dict):
-        raise RequestError(f"{name} must be an object", param=name)
-    whitespace = value.get("whitespace")
+def _structured_outputs(value: Any) -> Grammar:
+    name = "structured_outputs"
     given = {key: part for key, part in value.items() if key != "whitespace" and part not in (None, False)}
-    if len(given) != 1:
-        raise RequestError(f"{name} must have exactly one of {', '.join(_KINDS)}, json_object", param=name)
+    kinds = "json, regex, choice, grammar, json_object"
+    refuse_unless(len(given) == 1, f"{name} must have exactly one of {kinds}", name)
     ((key, part),) = given.items()
-    if key == "json_object" and part is not True:
-        raise RequestError(f"{name}.json_object must be true or false", param=name)
     if key == "json_object":
-        return _schema(_ANY_OBJECT, name, whitespace)
-    return _schema(part, name, whitespace) if key == "json" else _KINDS[key](part, name)
+        refuse_unless(part is True, f"{name}.json_object must be true or false", name)
+        key, part = "json", _ANY_OBJECT
+    return _grammar(_KINDS[key], part, name, value.get("whitespace"))
 
 
-def _text(kind: str) -> Callable[[Any, str], Grammar]:
-    def parse(value: Any, name: str) -> Grammar:
-        if not isinstance(value, str) or not value:
-            raise RequestError(f"{name} must be a {kind}: a string that is not empty", param=name)
-        return Grammar(kind, _bounded(value, name), param=name)
-
-    return parse
-
-
-def _choice(value: Any, name: str) -> Grammar:
-    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-        raise RequestError(f"{name} must be a list of strings that is not empty", param=name)
-    if len(value) > MAX_CHOICES:
-        raise RequestError(f"{name} must have at most {MAX_CHOICES} choices, not {len(value)}", param=name)
-    return Grammar("choice", _bounded(json.dumps(value), name), param=name)
+def _grammar(kind: str, value: Any, name: str, whitespace: Any = None) -> Grammar:
+    """Raises: RequestError when it is no schema (an object, or its text), or choice, or text; or too long."""
+    text = value
+    if kind == "json":
+        if isinstance(value, str):
+            try:
+                value = json.loads(_bounded(value, name))
+            except (ValueError, RecursionError) as error:
+                raise RequestError(f"{name} is not valid JSON: {error}", param=name) from None
+        refuse_unless(isinstance(value, dict), f"{name} must be a JSON schema: an object", name)
+        is_known = whitespace in (None, "compact", "any")
+        refuse_unless(is_known, f"{name}.whitespace must be compact or any, not {quoted(whitespace)}", name)
+        text = json.dumps(value)
+    elif kind == "choice":
+        are_texts = value and isinstance(value, list) and all(isinstance(item, str) for item in value)
+        refuse_unless(are_texts, f"{name} must be a list of strings that is not empty", name)
+        is_short = len(value) <= MAX_CHOICES
+        refuse_unless(is_short, f"{name} must have at most {MAX_CHOICES} choices, not {len(value)}", name)
+        text = json.dumps(value)
+    is_text = text and isinstance(text, str)
+    refuse_unless(is_text, f"{name} must be a {kind}: a string that is not empty", name)
+    return Grammar(kind, _bounded(text, name), (kind == "json" and whitespace) or "compact", param=name)
 
 
 def _bounded(text: str, name: str) -> str:
-    if len(text) > MAX_TEXT:
-        raise RequestError(f"{name} has {len(text)} characters, more than {MAX_TEXT}", param=name)
+    is_short = len(text) <= MAX_TEXT
+    refuse_unless(is_short, f"{name} has {len(text)} characters, more than {MAX_TEXT}", name)
     return text
-
-
-_KINDS: dict[str, Callable[[Any, str], Grammar]] = {
-    "json": _schema,
-    "regex": _text("regex"),
-    "choice": _choice,
-    "grammar": _text("grammar"),
-}
-_PARSERS: dict[str, Callable[[Any, str], Grammar | None]] = {
-    "response_format": _response_format,
-    "structured_outputs": _structured_outputs,
-    **{f"guided_{kind}": parse for kind, parse in _KINDS.items()},
-    "json_schema": _schema,
-    "regex": _text("regex"),
-    "ebnf": _text("grammar"),
-}

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from minisgl.core import MAX_COUNT
-from minisgl.errors import RequestError
+from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt
 from minisgl.server.bodies.chat import chat_request
 from minisgl.server.bodies.content import Message
 from minisgl.server.bodies.fields import Reading, load
-from minisgl.server.bodies.request import GenerationRequest, check_size, ids_prompt
-from minisgl.server.bodies.sampling import Defaults, Salt, SamplingFields
-from minisgl.server.bodies.strict import Body, Count, Ids, Items, optional
+from minisgl.server.bodies.request import GenerationRequest, check_size
+from minisgl.server.bodies.sampling import Defaults, Salt, SamplingFields, Seconds
+from minisgl.server.bodies.strict import Body, Ids, Items, MaxTokens, Object, optional, refuse_unless
 from minisgl.server.bodies.tools import Tool
 
 _CHAT_FIELDS = {"messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
@@ -21,9 +18,9 @@ _CHAT_FIELDS = {"messages", "tools", "chat_template_kwargs", "add_generation_pro
 class GenerateSampling(Body, SamplingFields):
     """`sampling_params` of POST /generate."""
 
-    max_tokens: Count | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
-    max_new_tokens: Count | None = optional("The same.", ge=1, le=MAX_COUNT)
-    json_schema: dict[str, Any] | str | None = optional("The output is JSON that matches.")
+    max_tokens: MaxTokens | None = optional("Most tokens of the output.")
+    max_new_tokens: MaxTokens | None = optional("The same.")
+    json_schema: Object | str | None = optional("The output is JSON that matches.")
     regex: str | None = optional("The output matches.")
     ebnf: str | None = optional("The output follows the grammar, Lark or EBNF.")
 
@@ -37,17 +34,17 @@ class GenerateBody(Body):
     sampling_params: GenerateSampling | None = optional("How to continue it.")
     cache_salt: Salt | None = optional("As in `sampling_params`.")
     stream: bool | None = optional("Answer with server-sent events.")
-    timeout: float | None = optional("As in `sampling_params`.", gt=0, le=1e6)
+    timeout: Seconds | None = optional("As in `sampling_params`.")
 
 
 def parse_generate(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
     body = load(GenerateBody, data, reading)
-    if (body.text is None) == (body.input_ids is None):
-        raise RequestError("give either text or input_ids", param="text")
+    text, ids = body.text, body.input_ids
+    refuse_unless((text is None) != (ids is None), "give either text or input_ids", "text")
     sampling = body.sampling_params or GenerateSampling()
     max_tokens = sampling.max_tokens if sampling.max_new_tokens is None else sampling.max_new_tokens
-    prompt = TextPrompt(text=body.text) if body.text is not None else ids_prompt(body.input_ids or [], "input_ids")
+    prompt = IdsPrompt(input_ids=pack_ids(ids or ())) if text is None else TextPrompt(text=text)
     sampling.cache_salt = body.cache_salt or sampling.cache_salt
     params, timeout = sampling.params(max_tokens, defaults), body.timeout or sampling.timeout or 0.0
     return GenerationRequest((prompt,), params, stream=bool(body.stream), timeout=timeout)
@@ -61,7 +58,7 @@ class TokenizeBody(Body):
     add_special_tokens: bool | None = optional("Those that the tokenizer puts around a `prompt`; true unless given.")
     messages: Items[Message] | None = optional("A chat.", minItems=1)
     tools: Items[Tool] | None = optional("Functions that the model may call.")
-    chat_template_kwargs: dict[str, Any] | None = optional("For the chat template.")
+    chat_template_kwargs: Object | None = optional("For the chat template.")
     add_generation_prompt: bool | None = optional("As in a chat.")
     continue_final_message: bool | None = optional("As in a chat.")
 
@@ -84,13 +81,12 @@ class AbortBody(Body):
 def parse_tokenize(max_len: int, data: bytes, reading: Reading) -> tuple[TokenizeBody, ChatPrompt | TextPrompt]:
     body = load(TokenizeBody, data, reading)
     given = body.model_dump(include=_CHAT_FIELDS, exclude_none=True)
-    if body.prompt is not None and given:
-        raise RequestError(f"give either prompt or {next(iter(given))}", param="prompt")
-    if body.prompt is None and body.messages is None:
-        raise RequestError("give prompt or messages", param="prompt")
-    if body.prompt is None and body.add_special_tokens:
-        raise RequestError("add_special_tokens is for prompt: a chat template has its own", param="add_special_tokens")
-    prompt = chat_request(given, {}).prompts[0] if body.prompt is None else TextPrompt(text=body.prompt)
+    text, param = body.prompt, "add_special_tokens"
+    refuse_unless(text is None or not given, f"give either prompt or {next(iter(given), '')}", "prompt")
+    refuse_unless(text is not None or body.messages is not None, "give prompt or messages", "prompt")
+    is_text = text is not None or not body.add_special_tokens
+    refuse_unless(is_text, f"{param} is for prompt: a chat template has its own", param)
+    prompt = chat_request(given, {}).prompts[0] if text is None else TextPrompt(text=text)
     assert not isinstance(prompt, IdsPrompt)
     check_size([prompt], max_len)
     return body, prompt

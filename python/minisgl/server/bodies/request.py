@@ -5,32 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.core import SamplingParams
 from minisgl.errors import RequestError, too_long
-from minisgl.message.codec import pack_ids
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, least_tokens
-from minisgl.server.bodies.grammar import GrammarFields
-from minisgl.server.bodies.sampling import SamplingFields, check_ids
-from minisgl.server.bodies.strict import Body, Count, optional, shown
+from minisgl.message.tokenizer import ChatPrompt, Prompt, least_tokens
+from minisgl.server.bodies.strict import refuse_unless, shown
 from minisgl.server.bodies.tools import ToolUse
 from minisgl.server.errors import renamed
-
-MAX_CHOICES = 128
-MAX_OUTPUTS = 2048  # choices of all prompts together
-
-
-class StreamOptions(Body):
-    include_usage: bool | None = optional("Counts of tokens, in a last event.")
-
-
-class OpenAIBody(Body, SamplingFields, GrammarFields):
-    model: str | None = optional("The id that /v1/models shows.")
-    n: Count | None = optional("Outputs of each prompt.", ge=1, le=MAX_CHOICES)
-    stream: bool | None = optional("Answer with server-sent events.")
-    stream_options: StreamOptions | None = optional("For streams only.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +37,6 @@ class GenerationRequest:
         return self.best_of or self.n
 
 
-def generation(body: OpenAIBody, prompts: tuple[Prompt, ...], params: SamplingParams) -> GenerationRequest:
-    n = 1 if body.n is None else body.n
-    if n * len(prompts) > MAX_OUTPUTS:
-        raise RequestError(f"{len(prompts)} prompts with n={n} are more than {MAX_OUTPUTS} outputs", param="n")
-    usage = bool(body.stream_options and body.stream_options.include_usage)
-    logprobs, timeout = params.logprobs is not None, body.timeout or 0.0
-    return GenerationRequest(
-        prompts, params, n, body.model, bool(body.stream), usage, logprobs=logprobs, timeout=timeout
-    )
-
-
-def ids_prompt(token_ids: Any, name: str) -> IdsPrompt:
-    check_ids(name, token_ids)
-    return IdsPrompt(input_ids=pack_ids(token_ids))
-
-
 def check_size(prompts: Sequence[Prompt], max_seq_len: int, names: Mapping[str, str] | None = None) -> None:
     """names: see `renamed`. Raises: RequestError when a prompt cannot fit the context, whatever its tokens are."""
     for prompt in prompts:
@@ -90,5 +56,5 @@ def check_model(model: str | None, config: ServerConfig) -> None:
 
 def check_policy(params: SamplingParams, policy: str) -> None:
     """Raises: RequestError when the request has a priority and the scheduler does not look at it."""
-    if params.priority and policy != "priority":
-        raise RequestError("priority needs a server started with --schedule-policy priority", param="priority")
+    is_seen = not params.priority or policy == "priority"
+    refuse_unless(is_seen, "priority needs a server started with --schedule-policy priority", "priority")

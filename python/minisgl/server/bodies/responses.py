@@ -9,49 +9,53 @@ from __future__ import annotations
 import json
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from reprlib import repr as quoted
-from typing import Any
 
 from pydantic import Field
 
-from minisgl.core import MAX_COUNT
 from minisgl.errors import RequestError
 from minisgl.server.bodies.chat import chat_request
 from minisgl.server.bodies.content import kept_as_text, text_of, thought_of
 from minisgl.server.bodies.fields import NAMES, OBJECTS, Reading, load
 from minisgl.server.bodies.request import GenerationRequest
 from minisgl.server.bodies.sampling import Defaults, SamplingFields
-from minisgl.server.bodies.strict import SCHEMAS, Body, Count, Items, optional
+from minisgl.server.bodies.strict import SCHEMAS, Body, Items, MaxTokens, Object, optional, refuse_unless
 from minisgl.server.bodies.tools import Describe, functions_of
 from minisgl.server.json_line import dump_json
 
+Item = Object
+
 MAX_SENT_BACK = 64 << 10
+MAX_ENTRIES = 1024
+MAX_BYTES = 64 * 2**20
 _LOGPROBS = "message.output_text.logprobs"
+_SAME = ("model", "stream", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "reasoning")  # as in a chat
+_KINDS = "message, reasoning, function_call, function_call_output, custom_tool_call, custom_tool_call_output"
+_ROLES = "user, assistant, system, developer"
 
 
 class TextConfig(Body):
     """`text`: what the output looks like."""
 
-    format: dict[str, Any] | None = None
+    format: Object | None = None
 
 
 class ResponsesBody(Body, SamplingFields):
     """POST /v1/responses."""
 
     model: str | None = None
-    input: str | Items[dict[str, Any]] = Field(json_schema_extra={"minItems": 1})
+    input: str | Items[Object] = Field(json_schema_extra={"minItems": 1})
     instructions: str | None = None
-    max_output_tokens: Count | None = optional("Most tokens of the output.", ge=1, le=MAX_COUNT)
+    max_output_tokens: MaxTokens | None = optional("Most tokens of the output.")
     stream: bool | None = None
     text: TextConfig | None = None
-    tools: Items[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    metadata: dict[str, Any] | None = None
+    tools: Items[Object] | None = None
+    tool_choice: str | Object | None = None
+    metadata: Object | None = None
     parallel_tool_calls: bool | None = None
-    reasoning: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning: Object | None = None
+    chat_template_kwargs: Object | None = None
     previous_response_id: str | None = optional("The conversation goes on from there; `input` is what is new.")
     store: bool | None = optional("false: the response is not kept.")
     include: Items[str] | None = optional("Without effect: there is nothing to add.", **SCHEMAS["include"])
@@ -68,7 +72,7 @@ class ResponsesRequest(GenerationRequest):
     items: list[Item] = field(kw_only=True)
 
     @property
-    def tools_used(self) -> list[dict[str, Any]]:
+    def tools_used(self) -> list[Object]:
         """Those that the model knows of."""
         typed = ({"type": "function", **tool} for tool in self.body.tools or ())
         return [tool for tool in typed if tool["type"] in tuple(_FUNCTIONS)]
@@ -80,33 +84,31 @@ def parse_responses(
     """store, owner: where `previous_response_id` is. Raises: RequestError naming the field at fault."""
     reading = reading or Reading()
     body = load(ResponsesBody, data, reading)
-    if _LOGPROBS in (body.include or ()):
-        raise RequestError(f"include: {_LOGPROBS} is not supported", param="include")
+    refuse_unless(_LOGPROBS not in (body.include or ()), f"include: {_LOGPROBS} is not supported", "include")
     for name in ("metadata", "user", "safety_identifier", "prompt_cache_key"):  # which come back with each answer
-        if len(dump_json(getattr(body, name))) > MAX_SENT_BACK:
-            raise RequestError(f"{name} must have at most {MAX_SENT_BACK} bytes of JSON", param=name)
+        is_short = len(dump_json(getattr(body, name))) <= MAX_SENT_BACK
+        refuse_unless(is_short, f"{name} must have at most {MAX_SENT_BACK} bytes of JSON", name)
     items = _conversation(body, store or ResponseStore(), owner)
-    sampling = {name: getattr(body, name) for name in SamplingFields.model_fields if name in body.model_fields_set}
-    messages = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
-    chat = {**sampling, "messages": messages + messages_of(items), "max_completion_tokens": body.max_output_tokens}
     form = body.text and body.text.format
     if form and form.get("type") == "json_schema":  # in a chat, its schema has an object of its own
         form = {"type": "json_schema", "json_schema": {key: form[key] for key in form if key != "type"}}
-    chat["response_format"] = form
-    for name in ("model", "stream", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "reasoning"):
-        chat[name] = getattr(body, name)
-    chat["tools"] = functions_of(body.tools or (), _FUNCTIONS, reading, OBJECTS["flat_tool"])
+    told = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
+    chat = {
+        **{name: getattr(body, name) for name in (*SamplingFields.model_fields, *_SAME)},
+        "messages": told + messages_of(items),
+        "max_completion_tokens": body.max_output_tokens,
+        "response_format": form,
+        "tools": functions_of(body.tools or (), _FUNCTIONS, reading, OBJECTS["flat_tool"]),
+    }
     parsed = chat_request(chat, defaults, NAMES["ResponsesBody"])
-    return ResponsesRequest(
-        **{part.name: getattr(parsed, part.name) for part in fields(parsed)}, body=body, items=items
-    )
+    same = {part.name: getattr(parsed, part.name) for part in fields(parsed)}
+    return ResponsesRequest(**same, body=body, items=items)
 
 
 def _conversation(body: ResponsesBody, store: ResponseStore, owner: str) -> list[Item]:
     """All items up to the answer, with what they refer to in its place; a reference to what is not kept is left out."""
     given = body.input if isinstance(body.input, list) else [{"role": "user", "content": body.input}]
-    if not given:
-        raise RequestError("input must not be empty", param="input")
+    refuse_unless(given, "input must not be empty", "input")
     items: list[Item] = []
     if body.previous_response_id is not None:
         messages_of(given)  # what is wrong with them is told by their own numbers
@@ -114,14 +116,13 @@ def _conversation(body: ResponsesBody, store: ResponseStore, owner: str) -> list
         items += response["output"]
     known: dict[str, Item] = {}
     for item in given:
-        kind, item_id = item.get("type", "message"), item.get("id")
+        kind, item_id, content = item.get("type", "message"), item.get("id"), item.get("content")
         item_id = item_id if item_id and isinstance(item_id, str) else f"item_{uuid.uuid4().hex}"
         if kind == "item_reference":
             if item_id not in known:
                 known |= {item["id"]: item for item in store.output(owner, item_id)}
             items += [known[item_id]] if item_id in known else []
             continue
-        content = item.get("content")
         if kind == "message" and isinstance(content, str):
             text = "output_text" if item.get("role") == "assistant" else "input_text"
             item = {**item, "content": [{"type": text, "text": content}]}
@@ -129,7 +130,7 @@ def _conversation(body: ResponsesBody, store: ResponseStore, owner: str) -> list
     return items
 
 
-def _function(tool: dict[str, Any]) -> dict[str, Any]:
+def _function(tool: Object) -> Object:
     return {name: tool[name] for name in OBJECTS["function"].known if name in tool}
 
 
@@ -140,86 +141,54 @@ _FUNCTIONS: dict[str, Describe] = {
 }
 
 
-Message = dict[str, Any]
-_ROLES = ("user", "assistant", "system", "developer")
-
-
-def messages_of(items: list[dict[str, Any]]) -> list[Message]:
+def messages_of(items: list[Item]) -> list[Object]:
     """An assistant's reasoning, text and calls are one message of a chat, and several items here.
 
     Raises: RequestError naming the field at fault.
     """
-    messages: list[Message] = []
+    messages: list[Object] = []
     for index, item in enumerate(items):
         where, kind = f"input[{index}]", item.get("type", "message")
-        if not isinstance(kind, str) or kind not in OBJECTS["item"].kinds:
-            expected = ", ".join(_ITEMS)
-            raise RequestError(f"{where}.type must be one of {expected}, not {quoted(kind)}", param=f"{where}.type")
-        if kind in _ITEMS:  # the others came from tools that are not ours, and say nothing to this model
-            _ITEMS[kind](item, messages, where)
+        is_known = isinstance(kind, str) and kind in OBJECTS["item"].kinds
+        refuse_unless(is_known, f"{where}.type must be one of {_KINDS}, not {quoted(kind)}", f"{where}.type")
+        said = messages[-1] if messages and messages[-1]["role"] == "assistant" else None  # and nobody since
+        if kind == "message":
+            message = _message(item, where)
+            if message["role"] == "assistant" and said and ("tool_calls" in said or not said["content"]):
+                said["content"] += message["content"]
+            else:
+                messages.append(message)
+        elif kind == "reasoning":
+            if thought := thought_of(item.get("content")) or thought_of(item.get("summary")):
+                messages.append({"role": "assistant", "content": [], "reasoning_content": thought})
+        elif kind in ("function_call", "custom_tool_call"):
+            if said is None:
+                messages.append(said := {"role": "assistant", "content": []})
+            said.setdefault("tool_calls", []).append(_call(item, f"{where}.name"))
+        elif kind in ("function_call_output", "custom_tool_call_output"):
+            text = text_of(kept_as_text(item.get("output"), parts=False), f"{where}.output")
+            result = {"role": "tool", "tool_call_id": item.get("call_id"), "content": text, "name": item.get("name")}
+            messages.append(result)
+        # the others came from tools that are not ours, and say nothing to this model
     return messages
 
 
-def _add_message(item: dict[str, Any], messages: list[Message], where: str) -> None:
-    role = item.get("role")
-    if role not in _ROLES:
-        where += ".role"
-        raise RequestError(f"{where} must be one of {', '.join(_ROLES)}, not {quoted(role)}", param=where)
-    thoughts: list[str] | None = [] if role == "assistant" else None
-    content = kept_as_text(item.get("content")) if role == "assistant" else item.get("content")
-    texts = [text for text in [text_of(content, f"{where}.content", thoughts)] if text]
-    turn = _turn(messages) if role == "assistant" else None
-    if turn is not None and ("tool_calls" in turn or not turn["content"]):
-        turn["content"] += texts
-    else:
-        messages.append({"role": role, "content": texts})
+def _message(item: Item, where: str) -> Object:
+    role, content = item.get("role"), item.get("content")
+    is_role = isinstance(role, str) and role in _ROLES.split(", ")
+    refuse_unless(is_role, f"{where}.role must be one of {_ROLES}, not {quoted(role)}", f"{where}.role")
+    is_said = role == "assistant"
+    text = text_of(kept_as_text(content) if is_said else content, f"{where}.content", [] if is_said else None)
+    return {"role": role, "content": [text] if text else []}
 
 
-def _add_reasoning(item: dict[str, Any], messages: list[Message], where: str) -> None:  # noqa: ARG001
-    thought = thought_of(item.get("content")) or thought_of(item.get("summary"))
-    if thought:
-        messages.append({"role": "assistant", "content": [], "reasoning_content": thought})
-
-
-def _add_call(item: dict[str, Any], messages: list[Message], where: str) -> None:
-    turn = _turn(messages)
-    if turn is None:
-        turn = {"role": "assistant", "content": []}
-        messages.append(turn)
-    call_id = item.get("call_id", item.get("id"))
-    if not isinstance(item.get("name"), str):
-        raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
+def _call(item: Item, where: str) -> Object:
+    refuse_unless(isinstance(item.get("name"), str), f"{where} must be a string", where)
     arguments = item.get("arguments", item.get("input"))
-    if item["type"] == "custom_tool_call":  # a function of one string, as this module tells the model
+    if item["type"] == "custom_tool_call":  # a function of one string, as the model is told
         arguments = {"input": item.get("input")}
     function = {"name": item["name"], "arguments": arguments}
-    turn.setdefault("tool_calls", []).append({"id": call_id, "type": "function", "function": function})
-
-
-def _add_output(item: dict[str, Any], messages: list[Message], where: str) -> None:
-    text = text_of(kept_as_text(item.get("output"), parts=False), f"{where}.output")
-    messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": text, "name": item.get("name")})
-
-
-_ITEMS: dict[str, Callable[[dict[str, Any], list[Message], str], None]] = {
-    "message": _add_message,
-    "reasoning": _add_reasoning,
-    "function_call": _add_call,
-    "function_call_output": _add_output,
-    "custom_tool_call": _add_call,
-    "custom_tool_call_output": _add_output,
-}
-
-
-def _turn(messages: list[Message]) -> Message | None:
-    """What the assistant has said last, unless someone else has spoken since."""
-    return messages[-1] if messages and messages[-1]["role"] == "assistant" else None
-
-
-MAX_ENTRIES = 1024
-MAX_BYTES = 64 * 2**20
-
-Item = dict[str, Any]
+    return {"id": item.get("call_id", item.get("id")), "type": "function", "function": function}
 
 
 class ResponseStore:
@@ -232,14 +201,14 @@ class ResponseStore:
         self._of_item: dict[tuple[str, str], str] = {}  # the id of the response that put it out
         self._num_bytes = 0
 
-    def put(self, owner: str, response: dict[str, Any], items: list[Item]) -> None:
+    def put(self, owner: str, response: Object, items: list[Item]) -> None:
         data = self._entries[owner, response["id"]] = dump_json([response, items])
         self._of_item |= {(owner, item["id"]): response["id"] for item in response["output"]}
         self._num_bytes += len(data)
         while len(self._entries) > self._max_entries or self._num_bytes > self._max_bytes:
             self._forget(next(iter(self._entries)))
 
-    def get(self, owner: str, response_id: str, *, previous: bool = False) -> tuple[dict[str, Any], list[Item]]:
+    def get(self, owner: str, response_id: str, *, previous: bool = False) -> tuple[Object, list[Item]]:
         """The response, and the items that it answers. previous: a client goes on from it.
 
         Raises: RequestError when it is not there (any more).

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+)
 
+from minisgl.core import MAX_COUNT, Range
 from minisgl.errors import RequestError
 
 MAX_SHOWN = 64  # characters of a client's name for something, in messages
+B = TypeVar("B", bound=BaseModel)
+T = TypeVar("T")
+S = TypeVar("S", bound=Sized)
+SCHEMAS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("schemas.yaml").read_text(encoding="utf-8")
+)
 
 
 class Body(BaseModel):
@@ -21,13 +37,6 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True)
     inner: ClassVar[Mapping[str, type[BaseModel]]] = {}  # fields whose objects have the fields of a body
-
-
-B = TypeVar("B", bound=BaseModel)
-T = TypeVar("T")
-SCHEMAS: dict[str, dict[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("schemas.yaml").read_text(encoding="utf-8")
-)
 
 
 def whole(value: Any) -> Any:
@@ -39,9 +48,31 @@ def whole(value: Any) -> Any:
 
 WHOLE = BeforeValidator(whole)
 Count = Annotated[int, WHOLE]
+MaxTokens = Annotated[Count, Field(ge=1, le=MAX_COUNT)]
 TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 2**31 - 1})]
 Items = Annotated[list[T], Field(fail_fast=True)]  # a list of which one wrong item is enough
-Ids = Annotated[Items[TokenId], WHOLE]
+Object = dict[str, Any]
+
+
+def refuse_unless(holds: object, message: str, param: str) -> None:
+    """Raises: RequestError."""
+    if not holds:
+        raise RequestError(message, param=param)
+
+
+def at_most(most: int, what: str, name: str, values: S) -> S:
+    """The values of a field. Raises: RequestError when there are more."""
+    refuse_unless(len(values) <= most, f"{name} must hold at most {most} {what}, not {len(values)}", name)
+    return values
+
+
+def _of_some_model(ids: list[int], info: ValidationInfo) -> list[int]:
+    bad = next((token for token in ids if not 0 <= token < 2**31), None)
+    refuse_unless(bad is None, f"{info.field_name}: {bad} is not a token id", str(info.field_name))
+    return ids
+
+
+Ids = Annotated[Items[TokenId], WHOLE, AfterValidator(_of_some_model)]
 
 
 def shown(name: str) -> str:
@@ -51,29 +82,28 @@ def shown(name: str) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
-def optional(
-    text: str, *, ge: float | None = None, gt: float | None = None, le: float | None = None, **schema: Any
-) -> Any:
+def optional(text: str, within: Range | None = None, **schema: Any) -> Any:
     """A field that may be left out, which is what null means too. text, schema: for the OpenAPI document."""
-    return Field(None, description=text, ge=ge, gt=gt, le=le, json_schema_extra=schema or None)
+    low, high = (None, None) if within is None else (within.lowest, within.highest)
+    return Field(None, description=text, ge=low, le=high, json_schema_extra=schema or None)
 
 
 _KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
 
 
-def validate(model: type[B], raw: Any, where: str = "") -> B:
-    """where: it stands in the body. Raises: RequestError naming the first field at fault."""
+def validate(model: type[B], raw: Any) -> B:
+    """Raises: RequestError naming the first field at fault."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise _refusal(error, raw, where) from None
+        raise _refusal(error, raw) from None
 
 
-def _refusal(error: ValidationError, raw: Any, where: str) -> RequestError:
+def _refusal(error: ValidationError, raw: Any) -> RequestError:
     """The first problem, in one line: of several ways to read a value, that of the one that got furthest."""
     problems = error.errors(include_url=False, include_context=False)
     problem = max((p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
-    param = where
+    param = ""
     for part in problem["loc"]:
         if isinstance(part, int):
             param += f"[{part}]"

@@ -26,8 +26,7 @@ from minisgl.server.answers.native import GenerateRenderer
 from minisgl.server.answers.openai import ChatRenderer, CompletionRenderer
 from minisgl.server.answers.renderer import Renderer
 from minisgl.server.answers.responses import ResponsesRenderer
-from minisgl.server.bodies.chat import parse_chat
-from minisgl.server.bodies.completions import parse_completion
+from minisgl.server.bodies.chat import parse_chat, parse_completion
 from minisgl.server.bodies.fields import Reading
 from minisgl.server.bodies.intake import MAX_BODY_BYTES, Bodies
 from minisgl.server.bodies.messages import parse_messages

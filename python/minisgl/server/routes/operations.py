@@ -18,7 +18,6 @@ from minisgl.server.bodies.intake import Bodies
 from minisgl.server.bodies.native import AbortBody, DetokenizeBody, parse_tokenize
 from minisgl.server.bodies.request import check_model
 from minisgl.server.bodies.responses import ResponseStore
-from minisgl.server.bodies.sampling import check_ids
 from minisgl.server.bodies.strict import shown
 from minisgl.server.errors import json_response
 from minisgl.server.frontend import Frontend
@@ -48,7 +47,6 @@ def add_text_routes(app: FastAPI, frontend: Frontend, config: ServerConfig, bodi
         check_model(body.model, config)
         if len(body.tokens) > max_len:
             raise too_long("tokens", str(len(body.tokens)), max_len)
-        check_ids("tokens", body.tokens)
         skip = body.skip_special_tokens is not False
         text = await frontend.decode(body.tokens, skip_special=skip)
         return json_response({"prompt": text, "text": text})  # vLLM's name for it, and SGLang's
