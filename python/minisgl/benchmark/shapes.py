@@ -7,49 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minisgl.config.families import read_model_config
 from minisgl.errors import ConfigError
 
-_COMMON: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-    "eos_token_id": 151645,
-}
-_MOE: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "num_key_value_heads": 4,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-}
-
-
-def _dense(hidden: int, inner: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
-    return {**_COMMON, **sizes, "num_attention_heads": heads, **more}
-
-
-SHAPES = {
-    "qwen3-0.6b": _dense(1024, 3072, 28, 16, tie_word_embeddings=True),
-    "qwen3-14b": _dense(5120, 17408, 40, 40),
-    "qwen3-32b": _dense(5120, 25600, 64, 64),
-    "qwen3-30b-a3b": _dense(2048, 6144, 48, 32, **_MOE),
-}
-
-
+SHAPES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())["shapes"]
 # What random chats are made of: each word is one token of the stand-in tokenizer, and of most real ones.
 WORDS = ("time", "year", "day", "way", "man", "world", "life", "hand", "part", "place", "week", "case", "work", "point")
 _TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
