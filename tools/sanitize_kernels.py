@@ -39,14 +39,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minisgl.attention.base import PagedBatch
+from minisgl.attention.base import AttentionStep
 from minisgl.attention.cuda import CudaBackend
 from minisgl.attention.paged import AttentionShape
-from minisgl.config.model import MoE
+from minisgl.config.model import AttentionSpec, MoE, PagedKV
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.cuda import CudaOps
 from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
+from minisgl.kernel.paged import PagedSequences
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
+from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -201,13 +203,15 @@ class Paged:
             self.k[self.slots[-1]], self.v[self.slots[-1]] = randn(2, length, num_kv, dim)
         self.q = randn(sum(num_new), num_q, dim)
         cu_q = torch.tensor([0, *itertools.accumulate(num_new)]).int()
-        self.batch = PagedBatch(
-            up(table), up(rows), up(torch.tensor(lens).int()), up(cu_q), page_size, max(num_new), max(lens),
-            rows.long().numpy(), np.array(lens) - np.array(num_new), np.array(num_new), table.numpy(),
+        seqs = PagedSequences(up(table), up(rows), up(torch.tensor(lens).int()), up(cu_q), page_size)
+        starts, offsets = np.array(lens) - np.array(num_new), cu_q.long().numpy()
+        self.step = AttentionStep(
+            rows.long().numpy(), starts, np.array(num_new), offsets, table.numpy(), page_size,
+            num_decode=n if max(num_new) == 1 else 0, device=seqs,
         )  # fmt: skip
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        return up(F.pad(self.q, (0, 0, 0, 2)))[:, :-2], up(self.k), up(self.v)  # q: strided between tokens
+    def inputs(self) -> tuple[Tensor, LayerCache]:
+        return up(F.pad(self.q, (0, 0, 0, 2)))[:, :-2], LayerCache(up(self.k), up(self.v))  # q: strided between tokens
 
     def reference(self, window: int | None) -> Tensor:
         """Zeros for a sequence without keys."""
@@ -229,23 +233,24 @@ class Paged:
 def attention_decode(num_q: int, num_kv: int, dim: int) -> None:
     for page_size, lens in itertools.product((1, 16), ([300], [0, 1, 17, 129, 304])):
         paged = Paged(num_q, num_kv, dim, page_size, lens, [1] * len(lens))
-        (q, k, v), backend = paged.inputs(), CudaBackend(paged.shape, DEVICE)
+        (q, cache), backend = paged.inputs(), CudaBackend(paged.shape, DEVICE)
         for window, cluster in ((None, 0), (100, 0), (1, 0), (None, 1), (100, 2), (None, 16), (1, 16)):
             for early in (False, True):
                 out = torch.empty(paged.q.shape, dtype=DTYPE, device=DEVICE)
-                backend.launch(q, k, v, window, paged.batch, out, cluster, early)
+                backend.launch(q, cache, window, paged.step.on_device(), out, cluster, early)
                 what = "attention_decode", num_q, num_kv, dim, page_size, lens, window, cluster, early
                 check(what, [out], [paged.reference(window)])
 
 
-def triton_attention(method: str, lens: list[int], num_new: list[int]) -> None:
+def triton_attention(name: str, lens: list[int], num_new: list[int]) -> None:
     from minisgl.attention.triton import TritonBackend
 
     for num_q, num_kv, dim, page_size in ((10, 2, 128, 1), (10, 2, 128, 64), (3, 3, 80, 5)):
         paged = Paged(num_q, num_kv, dim, page_size, lens, num_new)
         for window in (None, 20):
-            out = getattr(TritonBackend(paged.shape, DEVICE), method)(*paged.inputs(), window, paged.batch)
-            check((method, num_q, num_kv, dim, page_size, window), [out], [paged.reference(window)])
+            backend, spec = TritonBackend(paged.shape, DEVICE), AttentionSpec(PagedKV(num_kv, dim, dim), window)
+            out = backend.forward(*paged.inputs(), spec, backend.prepare(paged.step, captured=False))
+            check((name, num_q, num_kv, dim, page_size, window), [out], [paged.reference(window)])
 
 
 def grouped_gemm() -> None:

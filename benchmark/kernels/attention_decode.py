@@ -29,9 +29,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from minisgl.attention.base import PagedBatch
+from minisgl.attention.base import AttentionStep
 from minisgl.attention.cuda import MAX_CLUSTER, PLANS, CudaBackend, cluster_size
 from minisgl.attention.paged import AttentionShape
+from minisgl.config.model import AttentionSpec, PagedKV
+from minisgl.kernel.paged import PagedSequences
+from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k_cache, v_cache → out
@@ -85,10 +88,11 @@ class Case:
         seq_lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
         rows = torch.arange(n, dtype=torch.int32, device="cuda")
         cu_q = torch.arange(n + 1, dtype=torch.int32, device="cuda")
-        rows_cpu, starts_cpu = rows.cpu().long().numpy(), seq_lens.cpu().long().numpy() - 1
+        seqs = PagedSequences(table, rows, seq_lens, cu_q, page_size)
         ones, table_cpu = np.ones(n, dtype=np.int64), table.cpu().numpy()
-        bounds = page_size, 1, max(lens)
-        self.batch = PagedBatch(table, rows, seq_lens, cu_q, *bounds, rows_cpu, starts_cpu, ones, table_cpu)
+        self.step = AttentionStep(
+            np.arange(n), np.array(lens) - 1, ones, np.arange(n + 1), table_cpu, page_size, num_decode=n, device=seqs
+        )
         self.num_bytes = sum(lens) * shape.num_kv_heads * shape.head_dim * 4
         num_layers = min(128, max(8, -(-MIN_BYTES // self.num_bytes))) if n < 256 else 4
         size = (n * width * page_size, shape.num_kv_heads, shape.head_dim)
@@ -144,7 +148,7 @@ def cuda_call(case: Case, cluster: int, early: bool, plan: tuple[int, int] | Non
     out = torch.empty(case.q.shape, dtype=case.q.dtype, device=device)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        backend.launch(q, k, v, None, case.batch, out, cluster, early)
+        backend.launch(q, LayerCache(k, v), None, case.step.on_device(), out, cluster, early)
         return out
 
     return call
@@ -154,7 +158,9 @@ def triton_call(case: Case) -> Call:
     from minisgl.attention.triton import TritonBackend
 
     backend = TritonBackend(case.shape, torch.device("cuda", torch.cuda.current_device()))
-    return lambda q, k, v: backend.decode(q, k, v, None, case.batch)
+    spec = AttentionSpec(PagedKV(case.shape.num_kv_heads, case.shape.head_dim, case.shape.head_dim))
+    metadata = backend.prepare(case.step, captured=False)
+    return lambda q, k, v: backend.forward(q, LayerCache(k, v), spec, metadata)
 
 
 def variants(case: Case, quick: bool) -> Iterator[tuple[str, Callable[[], Call]]]:

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from minisgl.kernel.paged import PagedSequences
 from minisgl.kernel.triton import decode, prefill
-from minisgl.kernel.triton.prefill import PagedSequences, PrefillConfig
+from minisgl.kernel.triton.prefill import PrefillConfig
 
 Tensor = torch.Tensor
 DEVICE, DTYPE, HEAD_DIM, NUM_KV_HEADS = torch.device("cuda"), torch.bfloat16, 128, 8

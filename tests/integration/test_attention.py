@@ -7,20 +7,23 @@ import pytest
 import torch
 
 from minisgl.attention import sdpa
-from minisgl.attention.base import AttentionBatch
+from minisgl.attention.base import AttentionStep
+from minisgl.config.model import AttentionSpec, PagedKV
+from minisgl.kvcache.pool import LayerCache
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 8
 
 
 def reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch, window: int | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: AttentionStep, window: int | None
 ) -> torch.Tensor:
     """One query at a time, in float64."""
     out = torch.empty_like(q)
     for i, (row, start, num_new) in enumerate(zip(batch.rows, batch.starts, batch.num_new, strict=True)):
         for j in range(num_new):
             end = int(start + j + 1)
-            slots = torch.from_numpy(batch.slots(int(row), max(0, end - window) if window else 0, end))
+            positions = np.arange(max(0, end - window) if window else 0, end)
+            slots = torch.from_numpy(batch.slots_of(row, positions))
             keys = k[slots].double().repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=1)
             values = v[slots].double().repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=1)
             token = int(batch.offsets[i]) + j
@@ -29,16 +32,18 @@ def reference(
     return out
 
 
-def make_batch(rng: np.random.Generator, page_size: int, shuffle: bool) -> tuple[AttentionBatch, int]:
+def make_batch(rng: np.random.Generator, page_size: int, shuffle: bool) -> tuple[AttentionStep, int]:
     """Up to six sequences; slots that none of them uses hold NaN."""
     num = int(rng.integers(1, 7))
-    num_new = np.where(rng.random(num) < 0.5, 1, rng.integers(2, 30, num)).astype(np.int64)
+    num_new = np.sort(np.where(rng.random(num) < 0.5, 1, rng.integers(2, 30, num)).astype(np.int64))
     starts = np.where(rng.random(num) < 0.3, 0, rng.integers(0, 40, num)).astype(np.int64)
     pages_per_row = -(-80 // page_size)
     pages = rng.permutation(num * pages_per_row) if shuffle else np.arange(num * pages_per_row)
     offsets = np.concatenate(([0], np.cumsum(num_new)))
     table = pages.reshape(num, pages_per_row).astype(np.int32)
-    return AttentionBatch(rng.permutation(num), starts, num_new, offsets, table, page_size), pages.size * page_size
+    num_decode = int((num_new == 1).sum())
+    step = AttentionStep(rng.permutation(num), starts, num_new, offsets, table, page_size, num_decode)
+    return step, pages.size * page_size
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
@@ -46,21 +51,21 @@ def make_batch(rng: np.random.Generator, page_size: int, shuffle: bool) -> tuple
 @pytest.mark.parametrize("block", [5, 512])
 def test_sdpa(monkeypatch: pytest.MonkeyPatch, page_size: int, shuffle: bool, block: int) -> None:
     monkeypatch.setattr(sdpa, "QUERY_BLOCK", block)
-    monkeypatch.setattr(sdpa, "GROUP_BYTES", 10 * block)  # slots of one byte each, it is told below
     windows = [None, 1, 7, 33]
-    backend = sdpa.SdpaBackend(windows, 1, torch.float32, torch.device("cpu"))
+    backend = sdpa.SdpaBackend(torch.device("cpu"))
     rng = np.random.default_rng(block + page_size)
     torch.manual_seed(0)
     for _ in range(25):
         batch, num_slots = make_batch(rng, page_size, shuffle)
         k = torch.full((num_slots, NUM_KV_HEADS, HEAD_DIM), float("nan"))
         v = k.clone()
-        for row, end in zip(batch.rows, batch.seq_lens, strict=True):
-            slots = torch.from_numpy(batch.slots(int(row), 0, int(end)))
+        for row, end in zip(batch.rows, batch.seq_lens.tolist(), strict=True):
+            slots = torch.from_numpy(batch.slots_of(row, np.arange(end)))
             k[slots] = torch.randn(len(slots), NUM_KV_HEADS, HEAD_DIM)
             v[slots] = torch.randn(len(slots), NUM_KV_HEADS, HEAD_DIM)
         q = torch.randn(int(batch.offsets[-1]), NUM_HEADS, HEAD_DIM)
-        metadata = backend.prepare(batch)
+        metadata = backend.prepare(batch, captured=False)
         for window in windows:
-            out = backend.forward(q, k, v, window, metadata)
+            spec = AttentionSpec(PagedKV(NUM_KV_HEADS, HEAD_DIM, HEAD_DIM), window)
+            out = backend.forward(q, LayerCache(k, v), spec, metadata)
             torch.testing.assert_close(out, reference(q, k, v, batch, window), atol=1e-5, rtol=1e-4)

@@ -15,11 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minisgl.attention.base import AttentionBatch
+from minisgl.attention.base import AttentionStep
 from minisgl.attention.cpu import CpuBackend
+from minisgl.config.model import AttentionSpec, PagedKV
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import KVSlots, Matrix, RopeAngles, TorchOps
 from minisgl.kernel.sampling import SamplingColumns
+from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
 TARGET = os.environ.get("MINISGL_TEST_CPU_TARGET", "")
@@ -176,13 +178,14 @@ def test_attention(heads: tuple[int, int], dim: int) -> None:
         keys[slot * page_size : (slot + 1) * page_size] = torch.nan
         values[slot * page_size : (slot + 1) * page_size] = torch.nan
     offsets = np.concatenate(([0], np.cumsum(num_new)))
-    batch = AttentionBatch(rows, starts, num_new, offsets, pages, page_size)
+    step = AttentionStep(rows, starts, num_new, offsets, pages, page_size, num_decode=0)
     backend = CpuBackend(cpu_ops(num_threads))
     q = torch.randn(int(offsets[-1]), num_q, dim, generator=generator)
     for window in (None, 50):
-        out = backend.forward(q, keys, values, window, backend.prepare(batch))
+        spec = AttentionSpec(PagedKV(num_kv, dim, dim), window)
+        out = backend.forward(q, LayerCache(keys, values), spec, backend.prepare(step))
         for i in range(len(rows)):
-            slots = torch.from_numpy(batch.slots(rows[i], 0, starts[i] + num_new[i]))
+            slots = torch.from_numpy(step.slots_of(rows[i], np.arange(starts[i] + num_new[i])))
             mine = slice(offsets[i], offsets[i + 1])
             expected = reference(q[mine], keys[slots].float(), values[slots].float(), int(starts[i]), window)
             torch.testing.assert_close(out[mine], expected, atol=2e-5, rtol=1e-4)

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from minisgl.attention.base import PagedBatch
+from minisgl.attention.base import AttentionStep
 from minisgl.attention.paged import AttentionShape
+from minisgl.config.model import AttentionSpec, PagedKV
+from minisgl.kernel.paged import PagedSequences
+from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
 HOPPER = (9, 0)
@@ -18,6 +21,10 @@ needs_hopper = pytest.mark.skipif(
 
 def make_shape(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> AttentionShape:
     return AttentionShape(num_qo, num_kv, dim, dtype, page_size=1, max_running_requests=64, max_seq_len=8192)
+
+
+def spec_of(shape: AttentionShape, window: int | None) -> AttentionSpec:
+    return AttentionSpec(PagedKV(shape.num_kv_heads, shape.head_dim, shape.head_dim), window)
 
 
 class Case:
@@ -31,27 +38,27 @@ class Case:
         heads, dim = shape.num_qo_heads + 2 * shape.num_kv_heads, shape.head_dim
         self.q = torch.randn(n, heads, dim, device="cuda").to(shape.dtype)[:, : shape.num_qo_heads]
         size = (n * width * page_size, shape.num_kv_heads, dim)
-        self.k, self.v = (torch.full(size, float("nan"), dtype=shape.dtype, device="cuda") for _ in range(2))
+        self.cache = LayerCache(*(torch.full(size, float("nan"), dtype=shape.dtype, device="cuda") for _ in range(2)))
         self.slots = []
         for row, length in zip(rows.tolist(), lens, strict=True):
             pos = torch.arange(length, device="cuda")
             self.slots.append(table[row].long()[pos // page_size] * page_size + pos % page_size)
-            for cache in (self.k, self.v):
+            for cache in self.cache:
                 cache[self.slots[-1]] = torch.randn(length, *size[1:], device="cuda").to(shape.dtype)
         seq_lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
         cu_q = torch.arange(n + 1, dtype=torch.int32, device="cuda")
-        rows_cpu, starts_cpu = rows.cpu().long().numpy(), seq_lens.cpu().long().numpy() - 1
-        ones, table_cpu = np.ones(n, dtype=np.int64), table.cpu().numpy()
-        bounds = page_size, 1, max(lens)
-        self.batch = PagedBatch(table, rows, seq_lens, cu_q, *bounds, rows_cpu, starts_cpu, ones, table_cpu)
+        self.seqs = PagedSequences(table, rows, seq_lens, cu_q, page_size)
+        rows_cpu, ones, table_cpu = rows.cpu().long().numpy(), np.ones(n, dtype=np.int64), table.cpu().numpy()
+        starts, offsets = np.array(lens) - 1, np.arange(n + 1)
+        self.step = AttentionStep(rows_cpu, starts, ones, offsets, table_cpu, page_size, n, self.seqs)
 
     def reference(self, window: int | None) -> Tensor:
         """In float32; zeros for an empty sequence."""
         out = torch.zeros(self.q.shape, device="cuda")
-        group = self.q.shape[1] // self.k.shape[1]
+        group = self.q.shape[1] // self.cache.k.shape[1]
         for i, slots in enumerate(self.slots):
             seen = slots[-window:] if window else slots
-            keys, values = (x[seen].float().repeat_interleave(group, dim=1) for x in (self.k, self.v))
+            keys, values = (x[seen].float().repeat_interleave(group, dim=1) for x in self.cache)
             scores = torch.einsum("hd,khd->hk", self.q[i].float(), keys) / self.q.shape[2] ** 0.5
             out[i] = torch.einsum("hk,khd->hd", scores.softmax(-1), values)
         return out
@@ -101,9 +108,10 @@ def test_decode(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype, plan: tu
                 for cluster in (0, 1, 2, 8, 16):
                     for early in (False, True):
                         out = torch.full(case.q.shape, float("nan"), dtype=dtype, device="cuda")
-                        backend.launch(case.q, case.k, case.v, window, case.batch, out, cluster, early)
+                        backend.launch(case.q, case.cache, window, case.seqs, out, cluster, early)
                         check(out, expected)
-                check(backend.decode(case.q, case.k, case.v, window, case.batch), expected)
+                metadata = backend.prepare(case.step, captured=False)
+                check(backend.forward(case.q, case.cache, spec_of(shape, window), metadata), expected)
 
 
 @pytest.mark.gpu
@@ -118,13 +126,14 @@ def test_decode_many_sequences_twice_in_a_graph(plan: tuple[int, int]) -> None:
     backend = CudaBackend(shape, torch.device("cuda", torch.cuda.current_device()), plan)
     lens = [1 + 37 * i % 1500 for i in range(300)]
     case = Case(shape, lens, 16)
-    backend.decode(case.q, case.k, case.v, None, case.batch)
+    metadata, spec = backend.prepare(case.step, captured=True), spec_of(shape, None)
+    backend.forward(case.q, case.cache, spec, metadata)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outs = [backend.decode(case.q, case.k, case.v, None, case.batch) for _ in range(3)]
+        outs = [backend.forward(case.q, case.cache, spec, metadata) for _ in range(3)]
     for shorter in (0, 0, 1, 5):
-        case.batch.seq_lens.copy_(torch.tensor([max(1, x - shorter) for x in lens], dtype=torch.int32))
+        case.seqs.seq_lens.copy_(torch.tensor([max(1, x - shorter) for x in lens], dtype=torch.int32))
         case.slots = [slots[: max(1, x - shorter)] for slots, x in zip(case.slots, lens, strict=True)]
         for out in outs:
             out.fill_(float("nan"))

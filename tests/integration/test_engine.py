@@ -138,8 +138,9 @@ def test_nan_ends_one_row_only() -> None:
     runner = engine._runner.runner
     with torch.inference_mode():
         kv = runner.forward._kv  # type: ignore[attr-defined]
-        for cache in (kv.keys, kv.values):
-            cache.fill_(float("nan"))
+        for layer in range(config.model.num_layers):
+            for tensor in kv.layer(layer):
+                tensor.fill_(float("nan"))
     prompt, other = random_prompt(10), random_prompt(23, seed=1)
     ids = np.array(prompt, dtype=np.int32)
     poisoned = engine.submit(

@@ -9,48 +9,34 @@ import numpy as np
 import pytest
 import torch
 
+from minisgl.attention.base import AttentionStep
+from minisgl.attention.paged import AttentionShape
+from minisgl.config.model import AttentionSpec, PagedKV
+from minisgl.kernel.paged import PagedSequences
+from minisgl.kvcache.pool import LayerCache
 from tests.triton_cpu import DEVICE, DTYPES, INTERPRET, MARKS, needs_gpu
 
 pytestmark = MARKS
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
-@dataclass(frozen=True)
-class Shape:
-    num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    page_size: int
-    max_running_requests: int = 8
-    max_seq_len: int = 4096
-
-
-@dataclass(frozen=True)
-class Batch:
-    page_table: torch.Tensor
-    rows: torch.Tensor
-    seq_lens: torch.Tensor
-    cu_q: torch.Tensor
-    page_size: int
-    max_q_len: int
-    max_seq_len: int
-    starts_cpu: np.ndarray[Any, Any]
-    num_new_cpu: np.ndarray[Any, Any]
+def make_shape(
+    num_qo_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, page_size: int
+) -> AttentionShape:
+    return AttentionShape(num_qo_heads, num_kv_heads, head_dim, dtype, page_size, 8, 4096)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch and what it attends to. Slots that belong to nobody hold NaN."""
+    """A step and what it attends to. Slots that belong to nobody hold NaN."""
 
-    shape: Shape
-    batch: Batch
+    shape: AttentionShape
+    step: AttentionStep
     q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+    cache: LayerCache
 
 
-def make_case(shape: Shape, starts: list[int], num_new: list[int], seed: int = 0) -> Case:
+def make_case(shape: AttentionShape, starts: list[int], num_new: list[int], seed: int = 0) -> Case:
     rng, page = np.random.default_rng(seed), shape.page_size
     torch.manual_seed(seed)
     seq_lens = np.array(starts) + np.array(num_new)
@@ -70,27 +56,34 @@ def make_case(shape: Shape, starts: list[int], num_new: list[int], seed: int = 0
     def ints(array: Any) -> torch.Tensor:
         return torch.tensor(np.asarray(array), dtype=torch.int32, device=DEVICE)
 
-    batch = Batch(
-        ints(table), ints(rows), ints(seq_lens), ints(np.concatenate(([0], np.cumsum(num_new)))), page,
-        max(num_new), int(seq_lens.max()), np.array(starts), np.array(num_new),
-    )  # fmt: skip
+    offsets = np.concatenate(([0], np.cumsum(num_new)))
+    seqs = PagedSequences(ints(table), ints(rows), ints(seq_lens), ints(offsets), page)
+    num_decode = num_seqs if max(num_new) == 1 else 0
+    step = AttentionStep(
+        rows.astype(np.int64), np.array(starts), np.array(num_new), offsets, table, page, num_decode, seqs
+    )
     q, k, v = (x.to(DEVICE, shape.dtype) for x in (torch.empty_like(q).copy_(q), k, v))
     wide = q.new_zeros(len(q), num_heads, shape.head_dim)
     wide[:, : shape.num_qo_heads] = q
-    return Case(shape, batch, wide[:, : shape.num_qo_heads], k, v)
+    return Case(shape, step, wide[:, : shape.num_qo_heads], LayerCache(k, v))
+
+
+def attend(case: Case, window: int | None = None) -> torch.Tensor:
+    from minisgl.attention.triton import TritonBackend
+
+    backend, heads = TritonBackend(case.shape, DEVICE), PagedKV(case.shape.num_kv_heads, *[case.shape.head_dim] * 2)
+    return backend.forward(case.q, case.cache, AttentionSpec(heads, window), backend.prepare(case.step, captured=False))
 
 
 def reference(case: Case, window: int | None) -> torch.Tensor:
     """One sequence at a time, in float64."""
-    batch, shape = case.batch, case.shape
+    step, shape, batch = case.step, case.shape, case.step.on_device()
     out = []
     table, rows, cu_q = batch.page_table.cpu().long(), batch.rows.tolist(), batch.cu_q.tolist()
-    for i, (start, num_new) in enumerate(zip(batch.starts_cpu, batch.num_new_cpu, strict=True)):
+    for i, (start, num_new) in enumerate(zip(step.starts, step.num_new, strict=True)):
         keys = torch.arange(int(start + num_new))
         slots = (table[rows[i], keys // batch.page_size] * batch.page_size + keys % batch.page_size).to(DEVICE)
-        k, v = (
-            x[slots].double().repeat_interleave(shape.num_qo_heads // shape.num_kv_heads, 1) for x in (case.k, case.v)
-        )
+        k, v = (x[slots].double().repeat_interleave(shape.num_qo_heads // shape.num_kv_heads, 1) for x in case.cache)
         scores = torch.einsum("qhd,khd->hqk", case.q[cu_q[i] : cu_q[i + 1]].double(), k) / shape.head_dim**0.5
         pos = torch.arange(int(start), int(start + num_new))[:, None]
         seen = (keys <= pos) & (keys > pos - window) if window else keys <= pos
@@ -99,13 +92,9 @@ def reference(case: Case, window: int | None) -> torch.Tensor:
     return torch.cat(out)
 
 
-def check(case: Case, method: str, window: int | None) -> None:
-    from minisgl.attention.triton import TritonBackend
-
-    backend = TritonBackend(case.shape, DEVICE)
-    out = getattr(backend, method)(case.q, case.k, case.v, window, case.batch)
+def check(case: Case, window: int | None) -> None:
     tolerance = TOLERANCE[case.shape.dtype]
-    torch.testing.assert_close(out.double(), reference(case, window), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(attend(case, window).double(), reference(case, window), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -113,17 +102,17 @@ def check(case: Case, method: str, window: int | None) -> None:
 @pytest.mark.parametrize("window", [None, 1, 7, 70])
 def test_prefill(dtype: torch.dtype, page_size: int, window: int | None) -> None:
     """Prompts, and chunks that extend a prefix, some shorter than a block and some of several."""
-    shape = Shape(4, 2, 64, dtype, page_size)
-    check(make_case(shape, [0, 0, 37, 63, 0, 100], [1, 33, 1, 70, 130, 45]), "prefill", window)
+    shape = make_shape(4, 2, 64, dtype, page_size)
+    check(make_case(shape, [0, 0, 37, 63, 0, 100], [1, 33, 1, 70, 130, 45]), window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("group", "head_dim"), [(1, 80), (5, 128), (8, 96), (3, 256), (2, 128)])
 @pytest.mark.parametrize("page_size", [16, 128])
 def test_prefill_shapes(dtype: torch.dtype, group: int, head_dim: int, page_size: int) -> None:
-    shape = Shape(2 * group, 2, head_dim, dtype, page_size)
-    check(make_case(shape, [0, 61, 5], [67, 20, 3]), "prefill", None)
-    check(make_case(shape, [0, 61, 5], [67, 20, 3]), "prefill", 20)
+    shape = make_shape(2 * group, 2, head_dim, dtype, page_size)
+    check(make_case(shape, [0, 61, 5], [67, 20, 3]), None)
+    check(make_case(shape, [0, 61, 5], [67, 20, 3]), 20)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -135,24 +124,20 @@ def test_decode(dtype: torch.dtype, page_size: int, window: int | None, monkeypa
     for splits in (1, 3) if INTERPRET else (1, 3, 8):
         monkeypatch.setattr(decode, "num_splits", lambda *_, splits=splits: splits)
         starts = [0, 4, 63, 64, 150] if INTERPRET else [0, 1, 4, 31, 32, 63, 64, 250]
-        check(make_case(Shape(4, 2, 64, dtype, page_size), starts, [1] * len(starts)), "decode", window)
+        check(make_case(make_shape(4, 2, 64, dtype, page_size), starts, [1] * len(starts)), window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("group", "head_dim"), [(1, 80), (5, 128), (8, 96), (2, 256), (2, 128), (20, 64)])
 @pytest.mark.parametrize("page_size", [16, 128])
 def test_decode_shapes(dtype: torch.dtype, group: int, head_dim: int, page_size: int) -> None:
-    shape = Shape(2 * group, 2, head_dim, dtype, page_size)
-    check(make_case(shape, [300, 99], [1, 1]), "decode", None)
+    shape = make_shape(2 * group, 2, head_dim, dtype, page_size)
+    check(make_case(shape, [300, 99], [1, 1]), None)
 
 
 def test_decode_without_keys() -> None:
     """A sequence of length 0 gives zeros, whatever the slots hold."""
-    from minisgl.attention.triton import TritonBackend
-
-    shape = Shape(4, 2, 64, DTYPES[-1], 16)
-    case = make_case(shape, [-1, 30], [1, 1])
-    out = TritonBackend(shape, DEVICE).decode(case.q, case.k, case.v, None, case.batch)
+    out = attend(make_case(make_shape(4, 2, 64, DTYPES[-1], 16), [-1, 30], [1, 1]))
     assert not out[0].any()
     assert torch.isfinite(out[1]).all()
 
@@ -172,16 +157,17 @@ def test_decode_in_a_graph() -> None:
     """What is captured serves other lengths."""
     from minisgl.attention.triton import TritonBackend
 
-    shape = Shape(8, 2, 128, torch.bfloat16, 16)
+    shape = make_shape(8, 2, 128, torch.bfloat16, 16)
     case = make_case(shape, [700, 99, 10], [1, 1, 1])
     backend = TritonBackend(shape, DEVICE)
-    run = lambda: backend.decode(case.q, case.k, case.v, None, case.batch)  # noqa: E731
+    spec, metadata = AttentionSpec(PagedKV(2, 128, 128)), backend.prepare(case.step, captured=True)
+    run = lambda: backend.forward(case.q, case.cache, spec, metadata)  # noqa: E731
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run()
     for starts in ([700, 99, 10], [3, 50, 0]):
-        case.batch.seq_lens.copy_(torch.tensor(starts) + 1)
-        case.batch.starts_cpu[:] = starts
+        case.step.on_device().seq_lens.copy_(torch.tensor(starts) + 1)
+        case.step.starts[:] = starts
         graph.replay()
         torch.testing.assert_close(out.double(), reference(case, None), atol=1.6e-2, rtol=1.6e-2)

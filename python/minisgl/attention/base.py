@@ -1,23 +1,26 @@
-"""What an attention backend is: metadata built once per step, then one call per layer."""
+"""What an attention backend is: metadata made once per step, then one call per layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from minisgl.config.model import AttentionSpec
 from minisgl.kernel.ops import RopeAngles
-from minisgl.kvcache.pool import KVPool
+from minisgl.kernel.paged import PagedSequences
+from minisgl.kvcache.pool import KVPool, LayerCache
 
 IntArray = npt.NDArray[np.int64]
+Metadata = TypeVar("Metadata")
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionBatch:
-    """The sequences of a step, in the order of their tokens in the ragged batch; on the host unless said otherwise.
+class AttentionStep:
+    """The sequences of a step, in the order of their tokens in the ragged batch: first those that decode, of one token.
 
     Sequence i owns tokens [offsets[i], offsets[i + 1]) of the batch; they stand at positions
     [starts[i], starts[i] + num_new[i]) of it, and attend to everything before them and themselves.
@@ -29,15 +32,16 @@ class AttentionBatch:
     offsets: IntArray  # [n + 1]
     page_table: npt.NDArray[np.int32]  # [max_running_requests, max pages], the host's copy
     page_size: int
-    paged: PagedStep | None = None  # the same on the device, for backends that read the page table there
+    num_decode: int
+    device: PagedSequences | None = None  # the same on a GPU
 
     @property
     def seq_lens(self) -> IntArray:
         return self.starts + self.num_new
 
-    def slots(self, row: int, begin: int, end: int) -> IntArray:
-        """The slots of positions [begin, end) of a row: [end - begin]."""
-        return self.slots_of(np.int64(row), np.arange(begin, end))
+    @property
+    def is_decode(self) -> bool:
+        return self.num_decode == len(self.rows)
 
     def slots_of(self, rows: IntArray | np.int64, positions: IntArray) -> IntArray:
         """The slot of each (row, position)."""
@@ -45,47 +49,46 @@ class AttentionBatch:
         slots: IntArray = self.page_table[rows, page].astype(np.int64) * self.page_size + offset
         return slots
 
+    def on_device(self) -> PagedSequences:
+        assert self.device is not None
+        return self.device
 
-@dataclass(frozen=True, slots=True)
-class PagedBatch:
-    """Some sequences of a step, as kernels see them: int32 on the device. The bounds may be built into a captured
-    graph; the arrays on the host are for backends that plan there, before the step."""
-
-    page_table: torch.Tensor  # [rows, max pages]
-    rows: torch.Tensor  # [n] of the page table
-    seq_lens: torch.Tensor  # [n] tokens of KV, this step's included
-    cu_q: torch.Tensor  # [n + 1]: sequence i owns tokens [cu_q[i], cu_q[i + 1])
-    page_size: int
-    max_q_len: int
-    max_seq_len: int
-    rows_cpu: IntArray  # [n]
-    starts_cpu: IntArray  # [n]
-    num_new_cpu: IntArray  # [n]
-    page_table_cpu: npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True)
-class PagedStep:
-    """A step's sequences: first those of one token (decode), then the longer ones (prefill)."""
-
-    num_decode: int
-    decode: PagedBatch
-    prefill: PagedBatch | None
+    def part(self, begin: int, end: int) -> AttentionStep:
+        """A step of the sequences [begin, end) alone."""
+        if (begin, end) == (0, len(self.rows)):
+            return self
+        return AttentionStep(
+            self.rows[begin:end],
+            self.starts[begin:end],
+            self.num_new[begin:end],
+            self.offsets[begin : end + 1] - self.offsets[begin],
+            self.page_table,
+            self.page_size,
+            min(max(self.num_decode - begin, 0), end - begin),
+            self.device and self.device.part(begin, end),
+        )
 
 
-class AttentionBackend(Protocol):
-    """Attention over the paged cache. Stateless between steps but for workspaces."""
+class AttentionBackend(Protocol[Metadata]):
+    """Attention over the paged cache. Stateless between steps but for workspaces.
 
-    def prepare(self, batch: AttentionBatch) -> Any:
-        """What `forward` needs of the step: indices, masks, a schedule. The same object goes to every layer."""
+    plans_captured: `prepare` is called before each replay of a captured step too, since a replay reads what it writes.
+    """
 
-    def forward(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int | None, metadata: Any
-    ) -> torch.Tensor:
-        """q: [num_tokens, num_qo_heads, head_dim]; caches: [num_slots, num_kv_heads, head_dim] of one layer, this
-        step's keys and values stored. window: tokens that a position sees, itself included.
+    plans_captured: bool
 
-        → [num_tokens, num_qo_heads, head_dim]. Stale or non-finite values of other requests never leak in.
+    def prepare(self, step: AttentionStep, captured: bool) -> Metadata:
+        """What `forward` needs of the step: indices, masks, a schedule. The same object goes to every layer.
+
+        captured: the step is, or was, captured in a graph, for any lengths of its sequences, which all decode. It is
+        called before the capture, and what `forward` reads of the step must be read on the device.
+        """
+
+    def forward(self, q: torch.Tensor, cache: LayerCache, spec: AttentionSpec, metadata: Metadata) -> torch.Tensor:
+        """q: [num_tokens, num_qo_heads, head_dim], perhaps strided between tokens; cache: this step's keys and values
+        are stored in it.
+
+        → [num_tokens, num_qo_heads, v_dim]. Stale or non-finite values of other requests never leak in.
         """
 
 
@@ -96,5 +99,5 @@ class StepContext:
     slots: torch.Tensor  # [num_tokens] int64: where this step's KV goes
     rope: RopeAngles  # of this step's tokens
     kv: KVPool
-    backend: AttentionBackend
-    metadata: Any
+    backend: AttentionBackend[object]
+    metadata: object

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minisgl.attention.base import AttentionBatch
+from minisgl.attention.base import AttentionStep
+from minisgl.config.model import AttentionSpec
 from minisgl.kernel.cpu import CpuOps
+from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
 
@@ -22,14 +24,16 @@ class CpuMetadata(NamedTuple):
 class CpuBackend:
     """One for prefill and decode: each sequence is computed as what it is."""
 
+    plans_captured = False
+
     def __init__(self, ops: CpuOps) -> None:
         self._ops = ops
 
-    def prepare(self, batch: AttentionBatch) -> CpuMetadata:
-        sequences = np.stack((batch.rows, batch.offsets[:-1], batch.num_new, batch.starts), 1)
-        return CpuMetadata(torch.from_numpy(sequences), torch.from_numpy(batch.page_table), batch.page_size)
+    def prepare(self, step: AttentionStep, captured: bool = False) -> CpuMetadata:  # noqa: ARG002 (no graphs on CPUs)
+        sequences = np.stack((step.rows, step.offsets[:-1], step.num_new, step.starts), 1)
+        return CpuMetadata(torch.from_numpy(sequences), torch.from_numpy(step.page_table), step.page_size)
 
-    def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, metadata: CpuMetadata) -> Tensor:
+    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: CpuMetadata) -> Tensor:
         out = torch.empty(q.shape)
-        self._ops.module.attend(self._ops.workers, q, k_cache, v_cache, *metadata, window or 0, out)
+        self._ops.module.attend(self._ops.workers, q, *cache, *metadata, spec.window or 0, out)
         return out

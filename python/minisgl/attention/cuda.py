@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from minisgl.attention.base import PagedBatch
+from minisgl.attention.base import AttentionStep
 from minisgl.attention.paged import AttentionShape
+from minisgl.config.model import AttentionSpec
 from minisgl.kernel.jit import load_kernel
+from minisgl.kernel.paged import PagedSequences
+from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
 
@@ -26,6 +29,8 @@ def cluster_size(num_seqs: int, num_kv_heads: int, num_sms: int) -> int:
 class CudaBackend:
     """Decode for one shape. The kernels are compiled on first use; workspaces live as long as the backend, and serve
     one launch at a time. `plan`: as in PLANS."""
+
+    plans_captured = False
 
     def __init__(self, shape: AttentionShape, device: torch.device, plan: tuple[int, int] | None = None) -> None:
         capability = torch.cuda.get_device_capability(device)
@@ -50,40 +55,40 @@ class CudaBackend:
         num_counters = shape.num_kv_heads * max(shape.max_running_requests, MIN_COUNTERS)
         self._counters = torch.zeros(num_counters, dtype=torch.int32, device=device)
 
-    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: PagedBatch) -> Tensor:
-        """q: [n, num_qo_heads, head_dim], perhaps strided between tokens; caches: [num_slots, num_kv_heads, head_dim];
-        window: tokens that a position sees, itself included → [n, num_qo_heads, head_dim], contiguous."""
+    def prepare(self, step: AttentionStep, captured: bool) -> PagedSequences:  # noqa: ARG002 (nothing to plan)
+        return step.on_device()
+
+    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: PagedSequences) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         cluster = cluster_size(q.shape[0], self._shape.num_kv_heads, self._num_sms)
         # A captured graph begins when all before it is done, and nothing in it writes the page table, the lengths or
         # older tokens. Launched one by one, the kernel may overlap one that does.
         early = torch.cuda.is_current_stream_capturing()
-        self.launch(q, k_cache, v_cache, window, batch, out, cluster, early)
+        self.launch(q, cache, spec.window, metadata, out, cluster, early)
         return out
 
     def launch(
         self,
         q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: LayerCache,
         window: int | None,
-        batch: PagedBatch,
+        seqs: PagedSequences,
         out: Tensor,
         cluster: int,
         early: bool,
     ) -> None:
-        """`decode` with the choices made: `cluster` as from `cluster_size`; `early`: see the kernel."""
+        """`forward` with the choices made: `cluster` as from `cluster_size`; `early`: see the kernel."""
         self._kernel.attention_decode(
             q,
-            k_cache,
-            v_cache,
-            batch.page_table,
-            batch.rows,
-            batch.seq_lens,
+            cache.k,
+            cache.v,
+            seqs.page_table,
+            seqs.rows,
+            seqs.seq_lens,
             out,
             self._partial,
             self._counters,
-            batch.page_size,
+            seqs.page_size,
             window or 0,
             cluster,
             self._num_blocks,

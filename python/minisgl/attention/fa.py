@@ -3,59 +3,65 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
+from minisgl.attention.base import AttentionStep
+from minisgl.attention.paged import AttentionShape
+from minisgl.config.model import AttentionSpec
 from minisgl.errors import ConfigError
+from minisgl.kernel.paged import PagedSequences
+from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
 
 
-class FlashAttentionBackend:
-    """Same interface as `TritonBackend`. Raises: ConfigError when the package cannot be imported."""
+class FlashMetadata(NamedTuple):
+    """pages: of each sequence, as from `gather_pages`; None: they are gathered by each layer, since what was gathered
+    before a capture must not be frozen into the graph."""
 
-    def __init__(self, _shape: Any, device: torch.device) -> None:
+    seqs: PagedSequences
+    pages: Tensor | None
+    max_q_len: int
+
+
+class FlashAttentionBackend:
+    """Raises: ConfigError when the package cannot be imported."""
+
+    plans_captured = False
+
+    def __init__(self, shape: AttentionShape, _device: torch.device) -> None:
         try:
             self._attend = importlib.import_module("sgl_kernel.flash_attn").flash_attn_with_kvcache
         except (ImportError, OSError) as error:  # OSError: a library of another CUDA version
             raise ConfigError(
                 f"--attention-backend fa needs sgl_kernel ({error}): pip install sglang-kernel"
             ) from error
-        self._planned: Any = None
-        self._pages = torch.empty((0, 0), dtype=torch.int32, device=device)
+        self._max_seq_len = shape.max_seq_len
 
-    def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: Any) -> Tensor:
-        """q: [num_tokens, num_qo_heads, head_dim] → the same shape."""
-        if batch is not self._planned:  # every layer gets the same object
-            self._planned, self._pages = batch, _pages(batch)
-        return self._run(q, k_cache, v_cache, window, batch, self._pages, batch.max_q_len)
+    def prepare(self, step: AttentionStep, captured: bool) -> FlashMetadata:
+        seqs = step.on_device()
+        pages = None if captured else gather_pages(seqs, int(step.seq_lens.max()))
+        return FlashMetadata(seqs, pages, int(step.num_new.max()))
 
-    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: Any) -> Tensor:
-        """As `prefill`, of one token per sequence. May be captured: each layer gathers the pages anew, as what an eager
-        run gathered must not be frozen into a graph."""
-        return self._run(q, k_cache, v_cache, window, batch, _pages(batch), 1)
-
-    def _run(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: Any, pages: Tensor, max_q_len: int
-    ) -> Tensor:
-        shape = (-1, batch.page_size, *k_cache.shape[1:])
+    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: FlashMetadata) -> Tensor:
+        seqs, pages, window = metadata.seqs, metadata.pages, spec.window
         out: Tensor = self._attend(
             q=q,
-            k_cache=k_cache.view(shape),
-            v_cache=v_cache.view(shape),
-            cache_seqlens=batch.seq_lens,
-            page_table=pages,
-            cu_seqlens_q=batch.cu_q,
-            max_seqlen_q=max_q_len,
+            k_cache=cache.k.unflatten(0, (-1, seqs.page_size)),
+            v_cache=cache.v.unflatten(0, (-1, seqs.page_size)),
+            cache_seqlens=seqs.seq_lens,
+            page_table=gather_pages(seqs, self._max_seq_len) if pages is None else pages,
+            cu_seqlens_q=seqs.cu_q,
+            max_seqlen_q=metadata.max_q_len,
             causal=True,
             window_size=(window - 1, 0) if window else (-1, -1),
         )
         return out
 
 
-def _pages(batch: Any) -> Tensor:
-    """[num_seqs, max pages]: each sequence's row of the page table."""
-    max_pages = -(-batch.max_seq_len // batch.page_size)
-    pages: Tensor = batch.page_table[:, :max_pages].index_select(0, batch.rows)
-    return pages
+def gather_pages(seqs: PagedSequences, max_seq_len: int) -> Tensor:
+    """[n, max pages]: each sequence's row of the page table."""
+    max_pages = -(-max_seq_len // seqs.page_size)
+    return seqs.page_table[:, :max_pages].index_select(0, seqs.rows)

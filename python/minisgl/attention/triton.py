@@ -1,17 +1,18 @@
-"""The Triton backend: any page size, window and grouping.
-
-Needs neither a compiler nor further packages. `shape` and `batch` are `AttentionShape` and the device-side description
-of a step's sequences; both kinds of batches hold the sequences of their own call only, `cu_q` counting from 0.
-"""
+"""The Triton backend, for prefill and decode. It needs neither a compiler nor a package that torch does not bring."""
 # mypy: disable-error-code="import-not-found"
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
+from minisgl.attention.base import AttentionStep
+from minisgl.attention.paged import AttentionShape
+from minisgl.config.model import AttentionSpec
 from minisgl.errors import ConfigError
+from minisgl.kernel.paged import PagedSequences
+from minisgl.kvcache.pool import LayerCache
 
 try:
     from minisgl.kernel.triton import decode, prefill
@@ -21,10 +22,20 @@ except ModuleNotFoundError as error:
 Tensor = torch.Tensor
 
 
-class TritonBackend:
-    """See the module. `config.cuda` has chosen it for a shape that the kernels take."""
+class TritonMetadata(NamedTuple):
+    """blocks: of queries, as from `prefill_blocks`; None: all sequences decode. max_seq_len: no sequence is longer."""
 
-    def __init__(self, shape: Any, device: torch.device) -> None:
+    seqs: PagedSequences
+    blocks: Tensor | None
+    max_seq_len: int
+
+
+class TritonBackend:
+    """`config.attention` says which shapes the kernels take."""
+
+    plans_captured = False
+
+    def __init__(self, shape: AttentionShape, device: torch.device) -> None:
         self._device, self._shape = device, shape
         self._group = shape.num_qo_heads // shape.num_kv_heads
         self._capability, self._num_sms = (0, 0), 1
@@ -36,8 +47,6 @@ class TritonBackend:
         self._prefill_config = prefill.prefill_config(shape.dtype, shape.head_dim, self._capability)
         self._decode_config = decode.decode_config(shape.dtype, shape.head_dim)
         self._partials = self._allocate()
-        self._planned: Any = None
-        self._blocks = torch.empty((0, 2), dtype=torch.int32, device=device)
 
     def _allocate(self) -> decode.Partials:
         """Room for the splits of any batch."""
@@ -51,33 +60,22 @@ class TritonBackend:
             batch_size, self._shape.num_kv_heads, max_seq_len, self._decode_config.block_n, self._num_sms
         )
 
-    def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: Any) -> Tensor:
-        """q: [num_tokens, num_qo_heads, head_dim], any stride between tokens; caches: [num_slots, num_kv_heads,
-        head_dim] of one layer, this step's keys and values stored. window: tokens that a position sees, itself
-        included.
+    def prepare(self, step: AttentionStep, captured: bool) -> TritonMetadata:
+        max_seq_len = self._shape.max_seq_len if captured else int(step.seq_lens.max())
+        return TritonMetadata(step.on_device(), None if step.is_decode else self._blocks(step), max_seq_len)
 
-        → [num_tokens, num_qo_heads, head_dim]. Not for CUDA graphs: the grid follows from the sequences' lengths.
-        """
-        if batch is not self._planned:  # every layer gets the same object
-            self._planned, self._blocks = batch, self._plan(batch)
-        return prefill.prefill_attention(
-            q, k_cache, v_cache, _sequences(batch), self._blocks, window, self._prefill_config, self._pdl
-        )
-
-    def _plan(self, batch: Any) -> Tensor:
-        blocks = prefill.prefill_blocks(batch.starts_cpu, batch.num_new_cpu, self._group, self._prefill_config.block_m)
+    def _blocks(self, step: AttentionStep) -> Tensor:
+        blocks = prefill.prefill_blocks(step.starts, step.num_new, self._group, self._prefill_config.block_m)
         tensor = torch.from_numpy(blocks)
         if self._device.type == "cuda":
             tensor = tensor.pin_memory()  # a copy from pageable memory would wait for the stream
         return tensor.to(self._device, non_blocking=True)
 
-    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, batch: Any) -> Tensor:
-        """As `prefill`, of one token per sequence; [batch, num_qo_heads, head_dim]. May be captured in a CUDA graph."""
-        splits = self._num_splits(q.shape[0], min(window or batch.max_seq_len, batch.max_seq_len))
+    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: TritonMetadata) -> Tensor:
+        seqs, blocks, window = metadata.seqs, metadata.blocks, spec.window
+        if blocks is not None:
+            return prefill.prefill_attention(q, cache.k, cache.v, seqs, blocks, window, self._prefill_config, self._pdl)
+        splits = self._num_splits(q.shape[0], min(window or metadata.max_seq_len, metadata.max_seq_len))
         return decode.decode_attention(
-            q, k_cache, v_cache, _sequences(batch), window, splits, self._partials, self._decode_config, self._pdl
+            q, cache.k, cache.v, seqs, window, splits, self._partials, self._decode_config, self._pdl
         )
-
-
-def _sequences(batch: Any) -> prefill.PagedSequences:
-    return prefill.PagedSequences(batch.page_table, batch.rows, batch.seq_lens, batch.cu_q, batch.page_size)

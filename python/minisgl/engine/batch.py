@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.attention.base import AttentionBatch, IntArray
+from minisgl.attention.base import AttentionStep, IntArray
 from minisgl.core import ScheduledReq, StepPlan
 from minisgl.engine.logprobs import LogprobRules
 from minisgl.engine.rules import LogitRules, to_device
@@ -28,7 +28,7 @@ class Batch:
     input_ids: torch.Tensor  # [num_tokens] int64
     positions: torch.Tensor  # [num_tokens] int64
     slots: torch.Tensor  # [num_tokens] int64: where their KV goes
-    attention: AttentionBatch
+    attention: AttentionStep
     logit_tokens: torch.Tensor | None  # [n] int64: which tokens sample; None: all of them
     sampling: SamplingColumns  # of those
     sampled_at: tuple[IntArray, IntArray]  # row and column of the token buffer where the sampled ids go
@@ -112,7 +112,7 @@ class Tables(RowTables):
         offsets = np.concatenate(([0], np.cumsum(num_new)))
         token_rows = np.repeat(rows, num_new)
         positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], num_new)
-        attention = AttentionBatch(rows, starts, num_new, offsets, self.pages, self.page_size)
+        attention = AttentionStep(rows, starts, num_new, offsets, self.pages, self.page_size, plan.num_decode)
         sampling = num_samples > 0
         logit_tokens = None if plan.is_decode_only else torch.from_numpy(offsets[1:][sampling] - 1)
         sample_rows, sampled = rows[sampling], (starts + num_new)[sampling]

@@ -7,16 +7,15 @@ that is not in the graph (prompts and pages that rows gain, steps with prefill) 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.attention.base import AttentionBatch, IntArray, PagedBatch, PagedStep, StepContext
+from minisgl.attention.base import AttentionStep, IntArray, StepContext
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import NOT_READY, Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.batch import RowTables, check_pages, columns, copy_pages
@@ -34,6 +33,7 @@ from minisgl.engine.logprobs import DeviceLogprobs, LogprobStep, gather_logprobs
 from minisgl.engine.rules import LogitStep, apply_rules, to_device
 from minisgl.engine.runner import ModelShard
 from minisgl.errors import ConfigError, EngineError
+from minisgl.kernel.paged import PagedSequences
 from minisgl.kernel.sampling import NEUTRAL, TokenStore
 from minisgl.utils.faults import fault
 from minisgl.utils.math import div_ceil
@@ -163,8 +163,8 @@ class CudaRunner:
         arrays["sampling"][:num] = self._tables.sampling(rows, starts + 1)
         tensors = self._staging.begin(arrays, (size, size, size))
         self._flush(plan)
-        if (plan_decode := getattr(self._backend, "plan_decode", None)) is not None:
-            plan_decode(self._paged_padded(tensors, arrays), True)
+        if self._backend.plans_captured:
+            self._backend.prepare(self._padded_step(tensors, arrays), captured=True)
         ids = self._graphs.replay(size)[:num]
         steps = self._tables.logit_rules.steps(rows, starts + 1, plan.bitmask)
         wanted = self._tables.logprob_rules.sampled(rows)
@@ -207,24 +207,37 @@ class CudaRunner:
         arrays["cu_q"], arrays["logit_tokens"] = np.arange(size + 1), np.arange(size)
         return arrays
 
-    def _decode(self, size: int) -> tuple[Tensor, Tensor]:
-        """What is captured: a decode step from the staging buffer. → its ids and logits."""
+    def _decode(self, size: int) -> Callable[[], tuple[Tensor, Tensor]]:
+        """What is captured: a decode step from the staging buffer, which now holds one of nobody. The function computes
+        it → its ids and logits."""
         arrays, counts = self._padding(size), (size, size, size)
-        tensors = self._staging.tensors(counts)
-        batch = self._paged_padded(tensors, arrays)
-        if not torch.cuda.is_current_stream_capturing():
-            self._staging.begin(arrays, counts)
-            self._staging.flush()
-            if (plan_decode := getattr(self._backend, "plan_decode", None)) is not None:
-                plan_decode(batch, True)
-        logits = self._shard.model.logits(self._hidden(tensors, PagedStep(size, batch, None)), None)
-        return self._sample(logits, tensors), logits
+        tensors = self._staging.begin(arrays, counts)
+        self._staging.flush()
+        metadata = self._backend.prepare(self._padded_step(tensors, arrays), captured=True)
 
-    def _paged_padded(self, tensors: StepTensors, arrays: dict[str, Any]) -> PagedBatch:
-        rows, starts = arrays["rows"], arrays["positions"]
-        ones = np.ones_like(rows)
-        host = AttentionBatch(rows, starts, ones, arrays["cu_q"], self._tables.pages, self._config.page_size)
-        return self._paged(tensors, slice(0, len(rows)), 1, self._config.max_seq_len, host)
+        def run() -> tuple[Tensor, Tensor]:
+            logits = self._shard.model.logits(self._hidden(tensors, metadata), None)
+            return self._sample(logits, tensors), logits
+
+        return run
+
+    def _padded_step(self, tensors: StepTensors, arrays: dict[str, Any]) -> AttentionStep:
+        """Of sequences that all decode."""
+        rows, offsets = arrays["rows"], arrays["cu_q"]
+        return self._attention_step(tensors, rows, arrays["positions"], np.ones_like(rows), offsets, len(rows))
+
+    def _attention_step(
+        self,
+        tensors: StepTensors,
+        rows: IntArray,
+        starts: IntArray,
+        num_new: IntArray,
+        offsets: IntArray,
+        num_decode: int,
+    ) -> AttentionStep:
+        page_size = self._config.page_size
+        device = PagedSequences(self._page_table, tensors.rows, tensors.seq_lens, tensors.cu_q, page_size)
+        return AttentionStep(rows, starts, num_new, offsets, self._tables.pages, page_size, num_decode, device)
 
     def _launch_eager(self, plan: StepPlan) -> Launched:
         rows, starts, num_new, num_samples = columns(plan.reqs)
@@ -240,9 +253,8 @@ class CudaRunner:
         arrays |= {"token_rows": token_rows, "positions": positions}
         tensors = self._staging.begin(arrays, counts)
         self._flush(plan)
-        host = AttentionBatch(rows, starts, num_new, offsets, self._tables.pages, self._config.page_size)
-        metadata = self._backend.prepare(replace(host, paged=self._paged_step(tensors, plan.num_decode, host)))
-        hidden = self._hidden(tensors, metadata)
+        step = self._attention_step(tensors, rows, starts, num_new, offsets, plan.num_decode)
+        hidden = self._hidden(tensors, self._backend.prepare(step, captured=False))
         of_prompts = self._prompt_logprobs(plan, hidden, offsets)
         logits = self._shard.model.logits(hidden, tensors.logit_tokens)
         if not len(logits):
@@ -258,33 +270,6 @@ class CudaRunner:
         if wanted is None:
             return None
         return gather_logprobs(wanted, lambda index: self._shard.model.logits(hidden, index), None, self._device)
-
-    def _paged_step(self, tensors: StepTensors, num: int, batch: AttentionBatch) -> PagedStep:
-        """num: how many sequences, which come first, are decode."""
-        lens = batch.seq_lens
-        decode = self._paged(tensors, slice(0, num), 1, int(lens[:num].max(initial=1)), batch)
-        if num == len(lens):
-            return PagedStep(num, decode, None)
-        longest, max_len = int(batch.num_new[num:].max()), int(lens[num:].max())
-        return PagedStep(num, decode, self._paged(tensors, slice(num, len(lens)), longest, max_len, batch))
-
-    def _paged(
-        self, tensors: StepTensors, seqs: slice, max_q_len: int, max_seq_len: int, host: AttentionBatch
-    ) -> PagedBatch:
-        cu_q = tensors.cu_q[seqs.start : seqs.stop + 1]
-        return PagedBatch(
-            self._page_table,
-            tensors.rows[seqs],
-            tensors.seq_lens[seqs],
-            cu_q if seqs.start == 0 else cu_q - cu_q[0],
-            self._config.page_size,
-            max_q_len,
-            max_seq_len,
-            host.rows[seqs],
-            host.starts[seqs],
-            host.num_new[seqs],
-            host.page_table,
-        )
 
     def _flush(self, plan: StepPlan) -> None:
         """Send the step's buffer, with the prompts and pages that rows gain in it, and write those to the tables."""
@@ -312,7 +297,7 @@ class CudaRunner:
         staged = self._staging.put(values)
         return torch.from_numpy(values).to(self._device) if staged is None else staged
 
-    def _hidden(self, tensors: StepTensors, metadata: Any) -> Tensor:
+    def _hidden(self, tensors: StepTensors, metadata: object) -> Tensor:
         """Run the model's layers: [num_tokens, hidden]."""
         input_ids, slots, rope = self._shard.ops.step_inputs(
             tensors.token_rows,

@@ -159,14 +159,17 @@ def graph_sizes(max_batch: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """run(size): computes a decode step of `size` sequences from static tensors and returns the tensors of its ids and
-    of its logits.
+    """prepare(size): makes a function that computes a decode step of `size` sequences from static tensors, and returns
+    the tensors of its ids and of its logits.
 
     Largest first, so that the smaller ones find room in the pool that it leaves.
     """
 
     def __init__(
-        self, run: Callable[[int], tuple[torch.Tensor, torch.Tensor]], max_batch: int, show_progress: bool
+        self,
+        prepare: Callable[[int], Callable[[], tuple[torch.Tensor, torch.Tensor]]],
+        max_batch: int,
+        show_progress: bool,
     ) -> None:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, _Place]] = {}
         self._sizes = graph_sizes(max_batch)
@@ -174,10 +177,11 @@ class DecodeGraphs:
         for i, size in enumerate(reversed(self._sizes)):
             if show_progress and sys.stderr.isatty():
                 print(f"\rcapturing CUDA graphs: {i + 1}/{len(self._sizes)}", end="", file=sys.stderr, flush=True)
-            run(size)  # loads kernels and library workspaces, which a capture cannot
+            run = prepare(size)
+            run()  # loads kernels and library workspaces, which a capture cannot
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-                ids, logits = run(size)
+                ids, logits = run()
             pool = pool or graph.pool()
             self._graphs[size] = graph, ids, _Place(logits)
             del logits  # its memory serves the next capture, too

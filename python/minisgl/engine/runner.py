@@ -14,9 +14,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from minisgl.attention.base import AttentionBackend, IntArray, StepContext
+from minisgl.attention.base import IntArray, StepContext
 from minisgl.attention.cpu import CpuBackend
-from minisgl.attention.paged import create_backend
+from minisgl.attention.create import Backend, create_backend
 from minisgl.config.model import ModelConfig
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import NOT_READY, StepPlan, StepResult, TokenBitmask, TokenLogprobs
@@ -53,12 +53,12 @@ class Forward(Protocol):
 class LayerByLayer:
     """The readable path: the model's own modules, one after the other."""
 
-    def __init__(self, model: DecoderModel, rope: RotaryEmbedding, kv: KVPool, backend: AttentionBackend) -> None:
+    def __init__(self, model: DecoderModel, rope: RotaryEmbedding, kv: KVPool, backend: Backend) -> None:
         self._model, self._rope, self._kv, self._backend = model, rope, kv, backend
         self._hidden: Tensor
 
     def __call__(self, batch: Batch) -> Tensor:
-        metadata = self._backend.prepare(batch.attention)
+        metadata = self._backend.prepare(batch.attention, captured=False)
         step = StepContext(batch.slots, self._rope(batch.positions), self._kv, self._backend, metadata)
         self._hidden = self._model.hidden(batch.input_ids, step)
         return self._model.logits(self._hidden, batch.logit_tokens)
@@ -171,7 +171,7 @@ class ModelShard:
             return WholeStep(config.model, self.model, specs, self.rope, kv, self.cpu_ops, config.max_seq_len)
         return LayerByLayer(self.model, self.rope, kv, self.create_attention())
 
-    def create_attention(self) -> AttentionBackend:
+    def create_attention(self) -> Backend:
         """It computes in the type of its cache, which on a CPU need not be that of the weights."""
         return create_backend(self.config, DTYPES[self.config.kv_cache_dtype], self.device, self.ops)
 

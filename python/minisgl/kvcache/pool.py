@@ -28,7 +28,8 @@ class KVPool:
     ) -> None:
         shape = (model.num_layers, num_slots, model.num_local_kv_heads(tp_size), model.head_dim)
         self.keys, self.values = (_lazy_zeros(shape, dtype, device) for _ in range(2))
-        self.k, self.v = self.keys.unbind(0), self.values.unbind(0)
+        pairs = zip(self.keys.unbind(0), self.values.unbind(0), strict=True)
+        self._layers = [LayerCache(k, v) for k, v in pairs]
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor, page_size: int) -> None:
         """Write what the pages `sources` hold, in all layers, to the pages `targets`: [n] int64, no target twice."""
@@ -37,7 +38,7 @@ class KVPool:
             pages.index_copy_(1, targets, pages.index_select(1, sources))
 
     def layer(self, index: int) -> LayerCache:
-        return LayerCache(self.k[index], self.v[index])
+        return self._layers[index]
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

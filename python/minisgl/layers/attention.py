@@ -32,9 +32,9 @@ class Attention(Layer):
     def forward(self, x: Tensor, norm: Tensor, step: StepContext) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the layer's input → the new stream."""
         qkv = self.qkv_proj(x, norm, self._eps).view(x.shape[0], -1, self._head_dim)
-        cache = KVSlots(step.kv.k[self._layer], step.kv.v[self._layer], step.slots)
-        q = self._ops.qk_norm_rope_store(qkv, self.qk_norm, self._eps, step.rope, cache)
-        out = step.backend.forward(q, cache.k, cache.v, self._spec.window, step.metadata)
+        cache = step.kv.layer(self._layer)
+        q = self._ops.qk_norm_rope_store(qkv, self.qk_norm, self._eps, step.rope, KVSlots(*cache, step.slots))
+        out = step.backend.forward(q, cache, self._spec, step.metadata)
         projected: Tensor = self.o_proj(out.reshape(x.shape[0], -1), x)
         return projected
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from minisgl.kernel.triton.prefill import PagedSequences
+from minisgl.kernel.paged import PagedSequences
 
 MAX_SPLITS = 64
 MERGE_STEP = 8  # splits that the merge loads at once

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from minisgl.kernel.paged import PagedSequences
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillConfig:
@@ -27,18 +29,6 @@ class PrefillConfig:
     block_n: int
     num_warps: int
     num_stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class PagedSequences:
-    """Of a launch; int32 on the device. page_table: [rows, max pages]; rows, seq_lens: [n]; cu_q: [n + 1] offsets of
-    the sequences' tokens in q. seq_lens counts this step's tokens too, which come last."""
-
-    page_table: torch.Tensor
-    rows: torch.Tensor
-    seq_lens: torch.Tensor
-    cu_q: torch.Tensor
-    page_size: int  # tokens
 
 
 def prefill_config(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> PrefillConfig:
