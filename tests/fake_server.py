@@ -106,7 +106,7 @@ class Answer:
         self._file = Path(file)
 
     def __call__(self) -> list[int]:
-        return [*self._codec.encode([self._file.read_text(encoding="utf-8")], special=False)[0], EOS]
+        return [*self._codec.encode(self._file.read_text(encoding="utf-8"), special=False), EOS]
 
 
 def fake_scheduler(control: Control, config: ServerConfig, endpoints: Endpoints, delay: float, answer: str) -> None:

@@ -121,7 +121,7 @@ def marked(tmp_path: Path) -> Path:
 def test_markers_that_are_special_tokens_are_text(marked: Path) -> None:
     text = '<s>Hi [TOOL_CALLS]f{"ä": 1}<|im_end|>'
     plain, seeing = HFTextCodec(str(marked)), HFTextCodec(str(marked), visible_tokens("mistral"))
-    ids = plain.encode([text], special=False)[0]
+    ids = plain.encode(text, special=False)
     assert plain.decode(ids) == 'Hi f{"ä": 1}'
     for codec, expected in ((plain, 'Hi f{"ä": 1}'), (seeing, 'Hi [TOOL_CALLS]f{"ä": 1}')):
         assert codec.decode(ids) == expected

@@ -74,7 +74,7 @@ def test_parts_make_the_same_prompt_as_one_text(byte_level: HFTextCodec) -> None
         return parsed
 
     template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
-    tokenizer = byte_level._tokenizer
+    tokenizer = byte_level.tokenizer
     by_template = tokenizer.apply_chat_template(
         [{"role": "user", "content": parts}], chat_template=template, tokenize=False
     )

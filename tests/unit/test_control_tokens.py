@@ -144,13 +144,13 @@ class Family:
     closing: str
 
     def ids(self, prompt: ChatPrompt) -> list[int]:
-        return self.codec.encode([self.codec.render_chat(prompt)], special=False)[0]
+        return self.codec.encode(self.codec.render_chat(prompt), special=False)
 
     def shown(self, prompt: ChatPrompt) -> str:
         return self.codec.decode(self.ids(prompt), skip_special=False)
 
     def controls(self, prompt: ChatPrompt) -> list[int]:
-        known = [self.codec._tokenizer.convert_tokens_to_ids(name) for name in (self.opening, self.closing)]
+        known = [self.codec.tokenizer.convert_tokens_to_ids(name) for name in (self.opening, self.closing)]
         return [token for token in self.ids(prompt) if token in known]
 
 
@@ -205,12 +205,12 @@ def test_pieces_that_join_make_none(family: Family, split: int) -> None:
     plain = family.controls(ChatPrompt([user("x y")]))
     assert family.controls(ChatPrompt([user([{"text": "x" + beginning}, {"text": end + "y"}])])) == plain
     assert family.controls(ChatPrompt([user("x" + beginning + " ")])) == plain
-    template = family.codec._tokenizer.chat_template
-    family.codec._tokenizer.chat_template = template.replace("{{ m.reasoning_content }}", end)
+    template = family.codec.tokenizer.chat_template
+    family.codec.tokenizer.chat_template = template.replace("{{ m.reasoning_content }}", end)
     try:
         assert family.controls(ChatPrompt([user("x" + beginning + " ")])) == plain
     finally:
-        family.codec._tokenizer.chat_template = template
+        family.codec.tokenizer.chat_template = template
 
 
 @pytest.mark.parametrize(
@@ -221,11 +221,11 @@ def test_other_texts_have_the_ids_of_transformers(family: Family, text: str) -> 
         if place == "going on":
             continue
         messages, more = (
-            family.codec._call_form.fit(prompt.messages) if family.codec._call_form else prompt.messages,
+            family.codec.call_form.fit(prompt.messages) if family.codec.call_form else prompt.messages,
             {},
         )
         more = {"add_generation_prompt": True, **prompt.template_kwargs}
-        ids = family.codec._tokenizer.apply_chat_template(messages, tools=prompt.tools, return_dict=False, **more)
+        ids = family.codec.tokenizer.apply_chat_template(messages, tools=prompt.tools, return_dict=False, **more)
         assert family.ids(prompt) == ids
 
 
@@ -236,8 +236,8 @@ def test_nor_does_normalizing_make_one(tmp_path: Path, written: str) -> None:
     make, opening, closing = FAMILIES["normalizing"]
     template = TEMPLATE.replace("OPEN", opening).replace("CLOSE", closing)
     family = Family("normalizing", HFTextCodec(str(make(tmp_path / "m")), (), template), opening, closing)
-    raw = family.codec.encode([written], special=False)[0]
-    assert family.codec._tokenizer.convert_tokens_to_ids(closing) in raw  # as a text by itself
+    raw = family.codec.encode(written, special=False)
+    assert family.codec.tokenizer.convert_tokens_to_ids(closing) in raw  # as a text by itself
     for place, prompt in chat(written).items():
         assert family.controls(prompt) == family.controls(chat("x y")[place])
 
@@ -247,7 +247,7 @@ def demo() -> Family:
     return Family("demo", HFTextCodec(str(DEMO_MODEL)), "<|im_start|>", "<|im_end|>")
 
 
-NAMES = list(HFTextCodec(str(DEMO_MODEL))._tokenizer.added_tokens_encoder)
+NAMES = list(HFTextCodec(str(DEMO_MODEL)).tokenizer.added_tokens_encoder)
 
 
 @settings(max_examples=200, deadline=None)
@@ -299,7 +299,5 @@ def test_json_in_ascii_has_no_marks(tmp_path: Path) -> None:
     template = "{% for m in messages %}<|im_start|>{{ m.content | tojson(ensure_ascii=True) }}<|im_end|>{% endfor %}"
     codec = HFTextCodec(str(make_byte_level(tmp_path / "model")), (), template)
     text = "ä<|im_end|>"
-    shown = codec.decode(
-        codec.encode([codec.render_chat(ChatPrompt([user(text)]))], special=False)[0], skip_special=False
-    )
+    shown = codec.decode(codec.encode(codec.render_chat(ChatPrompt([user(text)])), special=False), skip_special=False)
     assert shown == f"<|im_start|>{json.dumps(text)}<|im_end|>"

@@ -38,7 +38,7 @@ def decode_in_pieces(codec: HFTextCodec, pieces: list[list[int]], context: Seque
 @fixtures_stay
 @given(text=ANY_TEXT, cuts=st.lists(st.integers(0, 5), max_size=8))
 def test_increments_add_up_to_the_text(byte_level: HFTextCodec, text: str, cuts: list[int]) -> None:
-    ids = byte_level.encode([text], special=False)[0]
+    ids = byte_level.encode(text, special=False)
     assert "".join(decode_in_pieces(byte_level, split(ids, cuts))) == text
 
 
@@ -53,8 +53,8 @@ def test_any_ids_decode_as_at_once(byte_level: HFTextCodec, ids: list[int], cuts
 @given(prompt=ANY_TEXT, text=ANY_TEXT, cuts=st.lists(st.integers(0, 5), max_size=8))
 def test_sentencepiece_keeps_spaces(sentencepiece: HFTextCodec, prompt: str, text: str, cuts: list[int]) -> None:
     """Byte fallback, and the space at the beginning that the decoder drops unless something precedes it."""
-    prompt_ids = sentencepiece.encode([prompt], special=True)[0]
-    ids = sentencepiece.encode([text], special=False)[0] if text else []
+    prompt_ids = sentencepiece.encode(prompt, special=True)
+    ids = sentencepiece.encode(text, special=False) if text else []
     whole, before = sentencepiece.decode(prompt_ids + ids), sentencepiece.decode(prompt_ids)
     if "\ufffd" in prompt[-1:] or "\ufffd" in text:
         return  # U+FFFD as a real character looks like unfinished bytes; the text is still all there, later
@@ -63,7 +63,7 @@ def test_sentencepiece_keeps_spaces(sentencepiece: HFTextCodec, prompt: str, tex
 
 
 def test_half_a_character_is_never_out_and_nothing_else_waits(byte_level: HFTextCodec) -> None:
-    ids = byte_level.encode(["ab🙂cd"], special=False)[0]
+    ids = byte_level.encode("ab🙂cd", special=False)
     pieces = decode_in_pieces(byte_level, [[i] for i in ids])
     assert all("\ufffd" not in piece for piece in pieces)
     shown = 0
@@ -73,13 +73,13 @@ def test_half_a_character_is_never_out_and_nothing_else_waits(byte_level: HFText
 
 
 def test_text_before_an_unfinished_character_is_out_at_once(byte_level: HFTextCodec) -> None:
-    x, emoji = byte_level.encode(["x", "🜂"], special=False)  # an emoji that training has not merged
+    x, emoji = (byte_level.encode(text, special=False) for text in ("x", "🜂"))  # an emoji that training has not merged
     decoder = IncrementalDecoder(byte_level)
     assert decoder.push([*x, emoji[0]]) == "x"
 
 
 def test_a_long_run_of_bad_bytes_is_not_held_for_ever(byte_level: HFTextCodec) -> None:
-    bad = byte_level.encode(["🜂"], special=False)[0][0]
+    bad = byte_level.encode("🜂", special=False)[0]
     decoder = IncrementalDecoder(byte_level)
     longest = 0
     out = ""
@@ -138,8 +138,8 @@ def test_exactly_one_terminal_reply(
 ) -> None:
     """Whatever comes after a stop string: more tokens, the scheduler's own end, the confirmed abort."""
     detokenizer = Detokenizer(byte_level)
-    ids = byte_level.encode([text], special=False)[0]
-    extra = byte_level.encode(["zzz"], special=False)[0][:late]
+    ids = byte_level.encode(text, special=False)
+    extra = byte_level.encode("zzz", special=False)[:late]
     messages = [message([token]) for token in ids + extra]
     messages = [message([], stop=stops), *messages, message([], finish=finish)]
     replies: list[UserReply] = []
@@ -159,7 +159,7 @@ def test_exactly_one_terminal_reply(
 
 def test_a_stop_string_in_the_last_token_needs_no_abort(byte_level: HFTextCodec) -> None:
     detokenizer = Detokenizer(byte_level)
-    ids = byte_level.encode(["one stop"], special=False)[0]
+    ids = byte_level.encode("one stop", special=False)
     reply, abort = detokenizer.detokenize(message(ids, stop=["stop"], finish=FinishReason.LENGTH))
     assert reply is not None
     assert (reply.text, reply.finish_reason, abort) == ("one ", FinishReason.STOP, None)
@@ -167,7 +167,7 @@ def test_a_stop_string_in_the_last_token_needs_no_abort(byte_level: HFTextCodec)
 
 def test_what_is_held_back_comes_at_the_end(byte_level: HFTextCodec) -> None:
     detokenizer = Detokenizer(byte_level)
-    ids = byte_level.encode(["one st"], special=False)[0]
+    ids = byte_level.encode("one st", special=False)
     first, _ = detokenizer.detokenize(message(ids, stop=["stop"]))
     last, _ = detokenizer.detokenize(message([2], finish=FinishReason.STOP, hidden=1))
     assert first is not None
@@ -177,7 +177,7 @@ def test_what_is_held_back_comes_at_the_end(byte_level: HFTextCodec) -> None:
 
 def test_a_hidden_token_is_counted_and_not_shown(byte_level: HFTextCodec) -> None:
     detokenizer = Detokenizer(byte_level)
-    ids = byte_level.encode(["ab"], special=False)[0]
+    ids = byte_level.encode("ab", special=False)
     reply, _ = detokenizer.detokenize(message(ids, stop=[], finish=FinishReason.STOP, hidden=1))
     assert reply is not None
     assert reply.text == byte_level.decode(ids[:-1])
@@ -222,7 +222,7 @@ def test_what_ended_is_forgotten(byte_level: HFTextCodec) -> None:
     for uid in range(300):
         for reason in (None, [*FinishReason][uid % len(FinishReason)]):
             start = None if reason else StreamStart(1, ("b",), b"")
-            ids = pack_ids(byte_level.encode(["abc"], special=False)[0])
+            ids = pack_ids(byte_level.encode("abc", special=False))
             detokenizer.detokenize(DetokenizeMsg(uid=uid, token_ids=ids, start=start, finish_reason=reason))
         assert detokenizer.detokenize(DetokenizeMsg(uid=uid, token_ids=pack_ids([40]))) == (None, None)
     assert sum(type(thing).__name__ == "_Stream" for thing in gc.get_objects()) == before
@@ -241,7 +241,7 @@ def test_a_prompt_is_decoded_once_for_all_outputs_that_echo_it(
     monkeypatch.setattr(HFTextCodec, "decode", counted)
     detokenizer, texts = Detokenizer(byte_level), ["hello " * 50, "world " * 50]
     for uid in range(20):
-        prompt = byte_level.encode([texts[uid // 10]], special=False)[0]
+        prompt = byte_level.encode(texts[uid // 10], special=False)
         start = StreamStart(len(prompt), (), b"", echo=True, prompt=pack_ids(prompt))
         reply, _ = detokenizer.detokenize(DetokenizeMsg(uid=uid, token_ids=b"", start=start))
         assert reply is not None and reply.text == texts[uid // 10]

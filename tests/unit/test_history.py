@@ -22,7 +22,7 @@ from minisgl.server.answers.renderer import Totals
 from minisgl.server.bodies.chat import parse_chat
 from minisgl.server.bodies.fields import OBJECTS
 from minisgl.server.bodies.responses import parse_responses
-from minisgl.tokenizer.history import CallForm
+from minisgl.tokenizer.chat import CallForm
 from minisgl.tokenizer.tokenize import HFTextCodec
 
 HELLO = {"role": "user", "content": "hello"}
@@ -111,7 +111,7 @@ AROUND = (
 def codec_of(demo: HFTextCodec, call: str, condition: str = "true", before: str = "") -> HFTextCodec:
     """A tokenizer with this template."""
     made = HFTextCodec(str(DEMO_MODEL))
-    made._tokenizer.chat_template = AROUND.replace("CALL", before + call).replace("CONDITION", condition)
+    made.tokenizer.chat_template = AROUND.replace("CALL", before + call).replace("CONDITION", condition)
     return made
 
 
@@ -139,7 +139,7 @@ def test_ids_are_as_short_as_the_template_wants_them(demo: HFTextCodec) -> None:
     check = "{% if c.id | length != 9 %}{{ raise_exception('nine characters') }}{% endif %}[{{ c.id }}]"
     results = "{% if m.role == 'tool' %}[{{ m.tool_call_id }}]{% endif %}"
     codec = codec_of(demo, TEMPLATES["object"], before=check)
-    codec._tokenizer.chat_template = codec._tokenizer.chat_template.replace("{{ m.content }}", results)
+    codec.tokenizer.chat_template = codec.tokenizer.chat_template.replace("{{ m.content }}", results)
     result = {"role": "tool", "tool_call_id": "call_of_another_server", "content": "x"}
     said = {"role": "assistant", "tool_calls": [call("{}", id="call_of_another_server")]}
     first, second = shown(codec, said, result).split("[")[1:]

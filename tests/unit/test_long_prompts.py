@@ -100,7 +100,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_long_is_answered_later_and_the_same(running: Running) -> None:
     """Whoever comes after it is not kept waiting."""
-    ids = running.codec.encode([LONG.text], special=True)[0]
+    ids = running.codec.encode(LONG.text, special=True)
     text = running.codec.decode(ids)
     asked = [request(LONG, 1, 2), EncodeMsg(5, LONG), DecodeMsg(6, pack_ids(ids)), request(TextPrompt("x"), 7)]
     to_backend, to_frontend = running.handle(asked)

@@ -26,9 +26,9 @@ def codecs(tmp_path_factory: pytest.TempPathFactory) -> list[HFTextCodec]:
 @given(text=st.text("abc dehloHwT.ä 🙂你\n\x00ß", min_size=1, max_size=20))
 def test_bytes_of_tokens_add_up_to_the_text(codecs: list[HFTextCodec], text: str) -> None:
     byte_level, sentencepiece = codecs
-    ids = byte_level.encode([text], special=False)[0]
+    ids = byte_level.encode(text, special=False)
     assert b"".join(map(byte_level.token_bytes, ids)) == text.encode()
-    ids = sentencepiece.encode([text], special=False)[0]
+    ids = sentencepiece.encode(text, special=False)
     assert b"".join(map(sentencepiece.token_bytes, ids)) == b" " + text.encode()
 
 
@@ -58,9 +58,9 @@ def test_packing_keeps_numbers_and_bounds_those_that_json_has_not(num_top: int) 
 
 def replies(codec: HFTextCodec, text: str, *, echo: str = "", num_top: int = 0) -> list[UserReply]:
     """Of one request whose output is `text`, token by token."""
-    detokenizer, prompt = Detokenizer(codec), codec.encode([echo or "a"], special=False)[0]
+    detokenizer, prompt = Detokenizer(codec), codec.encode(echo or "a", special=False)
     start = StreamStart(len(prompt), (), b"", echo=bool(echo), prompt=pack_ids(prompt) if echo else b"")
-    ids = codec.encode([text], special=False)[0]
+    ids = codec.encode(text, special=False)
     messages = [
         DetokenizeMsg(
             uid=1,
@@ -93,15 +93,15 @@ def test_parts_of_characters_are_written_out(codecs: list[HFTextCodec]) -> None:
 def test_an_echo_comes_before_the_text_and_is_not_searched_for_stop_strings(codecs: list[HFTextCodec]) -> None:
     answers = replies(codecs[0], "def", echo="abc")
     assert "".join(answer.text for answer in answers) == "abcdef"
-    start = StreamStart(3, ("b",), b"", echo=True, prompt=pack_ids(codecs[0].encode(["abc"], special=False)[0]))
-    ids = codecs[0].encode(["xbz"], special=False)[0]
+    start = StreamStart(3, ("b",), b"", echo=True, prompt=pack_ids(codecs[0].encode("abc", special=False)))
+    ids = codecs[0].encode("xbz", special=False)
     reply, _ = Detokenizer(codecs[0]).detokenize(DetokenizeMsg(uid=1, token_ids=pack_ids(ids), start=start))
     assert reply is not None
     assert (reply.text, reply.finish_reason) == ("abcx", "stop")
 
 
 def test_stop_strings_before_min_tokens_are_text(codecs: list[HFTextCodec]) -> None:
-    ids = codecs[0].encode(["bxbyb"], special=False)[0]
+    ids = codecs[0].encode("bxbyb", special=False)
     assert len(ids) == 5
     for size in (1, 2, 5):
         detokenizer, text = Detokenizer(codecs[0]), ""

@@ -44,7 +44,7 @@ def tokenize_one(codec: HFTextCodec, prompt: Any, **params: Any) -> UserMsg | Er
 
 def test_a_chat_is_encoded_as_its_template_says(byte_level: HFTextCodec) -> None:
     ids = Tokenizer(CONFIG, byte_level).encode(HELLO)
-    text = byte_level._tokenizer.decode(ids)
+    text = byte_level.tokenizer.decode(ids)
     assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert ids.count(1) == 2  # <|im_start|> is one token, not its characters
 
@@ -173,9 +173,9 @@ def test_seeds_are_drawn_where_none_is_given(byte_level: HFTextCodec) -> None:
 def test_truncation_in_tokenizer_json_is_off(tmp_path: Path) -> None:
     make_byte_level(tmp_path)
     codec = HFTextCodec(str(tmp_path))
-    codec._tokenizer.backend_tokenizer.enable_truncation(max_length=4)
-    codec._tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert len(HFTextCodec(str(tmp_path)).encode(["q w e r t y u i o p"], special=False)[0]) > 10
+    codec.tokenizer.backend_tokenizer.enable_truncation(max_length=4)
+    codec.tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert len(HFTextCodec(str(tmp_path)).encode("q w e r t y u i o p", special=False)) > 10
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}"])
@@ -211,7 +211,7 @@ def test_streams_of_a_scheduler_that_has_died_are_forgotten(tmp_path: Path) -> N
     codec = HFTextCodec(str(make_byte_level(tmp_path / "model")))
     server = start_server(tmp_path, codec, num_tokenizer=1, tokenizer=False)
     start = StreamStart(num_prompt_tokens=1, stop=(), prompt_tail=b"")
-    token = DetokenizeMsg(uid=4, token_ids=pack_ids(codec.encode(["a"], special=False)[0][:1]))
+    token = DetokenizeMsg(uid=4, token_ids=pack_ids(codec.encode("a", special=False)[:1]))
     _, replies = server.handle([msgspec.structs.replace(token, start=start), token, FlushMsg(0), token])
     assert [reply.uid for reply in replies] == [4, 4], "tokens of a uid that nobody has introduced are dropped"
     server.close()

@@ -43,8 +43,8 @@ def test_a_sentencepiece_model_alone(model_file: Path) -> None:
     codec = HFTextCodec(str(model_file))
     theirs = AutoTokenizer.from_pretrained(model_file)
     for text in SAMPLES:
-        assert codec.encode([text], special=True) == [theirs(text).input_ids]
-        assert codec.decode(codec.encode([text], special=False)[0]).strip() == text.strip()
+        assert codec.encode(text, special=True) == theirs(text).input_ids
+        assert codec.decode(codec.encode(text, special=False)).strip() == text.strip()
 
 
 def test_structured_output_with_a_sentencepiece_model_alone(model_file: Path) -> None:
@@ -66,7 +66,7 @@ def make_tiktoken(path: Path) -> Path:
 
 def test_a_tiktoken_file(tmp_path: Path) -> None:
     codec = HFTextCodec(str(make_tiktoken(tmp_path)))
-    ids = codec.encode(["hello world<|end|>"], special=False)[0]
+    ids = codec.encode("hello world<|end|>", special=False)
     assert ids == [259, 260, *b"orld", 261]
     assert codec.decode(ids, skip_special=False) == "hello world<|end|>"
     assert read_model_config(tmp_path).eos_token_ids == (261,)

@@ -28,8 +28,7 @@ from minisgl.message.tokenizer import (
     TextPrompt,
     TokenizeMsg,
 )
-from minisgl.tokenizer.control import CUT, ControlTokens
-from minisgl.tokenizer.history import CallForm, learn
+from minisgl.tokenizer.chat import CUT, CallForm, ControlTokens, learn
 from minisgl.utils.faults import fault
 from minisgl.utils.hf_tokenizer import TokenBytes, load_tokenizer
 
@@ -51,41 +50,39 @@ class HFTextCodec:
     """
 
     def __init__(self, model_path: str, visible: Sequence[str] = (), chat_template: str | None = None) -> None:
-        self._tokenizer = load_tokenizer(model_path)
+        self.tokenizer = load_tokenizer(model_path)
         if chat_template is not None:
-            self._tokenizer.chat_template = chat_template
-        self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+            self.tokenizer.chat_template = chat_template
+        self._backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
-        special_ids = {index for index in self._tokenizer.all_special_ids if index is not None}  # BOS, EOS, PAD …
-        special_ids |= {index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special}
-        vocab = self._tokenizer.get_vocab()
+        special_ids = {index for index in self.tokenizer.all_special_ids if index is not None}  # BOS, EOS, PAD …
+        special_ids |= {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        vocab = self.tokenizer.get_vocab()
         self.special_ids = frozenset(special_ids.difference(vocab[token] for token in visible if token in vocab))
         self._skip_special = self.special_ids == special_ids  # the tokenizer's own choice is ours
         self._alone: dict[tuple[int, bool], str] = {}  # texts of single tokens, which streams ask for again and again
-        self.vocab_size = len(self._tokenizer)  # asked for at each token, and slow to count
+        self.vocab_size = len(self.tokenizer)  # asked for at each token, and slow to count
         self.longest_token = max(len(token.encode()) for token in vocab)
         self.max_chars = 2**30
-        self._pieces = TokenBytes(self._tokenizer)
-        self._control = ControlTokens(self._tokenizer)
+        self._pieces = TokenBytes(self.tokenizer)
+        self._control = ControlTokens(self.tokenizer)
         self._guard = self._encode(_GUARD, special=False)
-        self._call_form: CallForm | None = None  # not known until a conversation has calls
+        self.call_form: CallForm | None = None  # not known until a conversation has calls
 
-    def encode(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-        """Token ids of each text; with `special`, in the frame of special tokens that the model expects (BOS …)."""
-        return [self._encode_pieces(*text.split(CUT), special=special) for text in texts]
-
-    def _encode_pieces(self, first: str, *others: str, special: bool) -> list[int]:
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text; with `special`, in the frame of special tokens that the model expects (BOS …)."""
+        first, *others = text.split(CUT)
         ids = self._encode(first, special)
-        for text in others:  # after something else: sentencepiece puts a space before the first word of a text
-            guarded, size = self._encode(_GUARD + text, special=False), len(self._guard)
-            ids += guarded[size:] if guarded[:size] == self._guard else self._encode(text, special=False)
+        for part in others:  # after something else: sentencepiece puts a space before the first word of a text
+            guarded, size = self._encode(_GUARD + part, special=False), len(self._guard)
+            ids += guarded[size:] if guarded[:size] == self._guard else self._encode(part, special=False)
         return ids
 
     def _encode(self, text: str, special: bool) -> list[int]:
         if self._backend is None:
-            return list(self._tokenizer.encode(text, add_special_tokens=special))
+            return list(self.tokenizer.encode(text, add_special_tokens=special))
         if threading.current_thread() is threading.main_thread():
             return list(self._backend.encode(text, add_special_tokens=special).ids)
         return list(self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)  # lets others run
@@ -104,7 +101,7 @@ class HFTextCodec:
             token_ids = [token for token in token_ids if token not in self.special_ids]
         if self._backend is not None:
             return str(self._backend.decode(token_ids, skip_special_tokens=skip))
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to a text: perhaps a part of a character, or a special token's name."""
@@ -112,7 +109,7 @@ class HFTextCodec:
 
     def render_chat(self, prompt: ChatPrompt) -> str:
         """The text that the chat template makes of the messages, for `encode`. Raises: RequestError when it cannot."""
-        if not self._tokenizer.chat_template:
+        if not self.tokenizer.chat_template:
             raise RequestError("this model has no chat template: use /v1/completions", param="messages")
         messages, last = prompt.messages, prompt.messages[-1]
         if prompt.continue_final:
@@ -120,8 +117,8 @@ class HFTextCodec:
         mark = chr(0xF0000 + secrets.randbelow(0xFFFE))  # of private use
         try:
             if any(message.get("tool_calls") for message in messages):
-                self._call_form = self._call_form or learn(lambda probe: self._render(probe, ChatPrompt([]), None, {}))
-                messages = self._call_form.fit(messages)
+                self.call_form = self.call_form or learn(lambda probe: self._render(probe, ChatPrompt([]), None, {}))
+                messages = self.call_form.fit(messages)
             marked = self._control.marked([messages, prompt.tools, prompt.template_kwargs], mark)
             text = self._render(marked[0], prompt, *marked[1:])
         except Exception as error:  # templates run arbitrary code on the client's data: whatever fails is about it
@@ -136,11 +133,11 @@ class HFTextCodec:
     def _render(self, messages: list[dict[str, Any]], prompt: ChatPrompt, tools: Any, kwargs: dict[str, Any]) -> str:
         from transformers.utils.chat_template_utils import _compile_jinja_template as compiled
 
-        template = self._tokenizer.get_chat_template(None, tools)
+        template = self.tokenizer.get_chat_template(None, tools)
         compiled(template).environment.concat = self._join  # it keeps the last ones
         begins = prompt.add_generation_prompt and not prompt.continue_final
         kwargs = {"tools": tools, "tokenize": False, "add_generation_prompt": begins, **kwargs}
-        return str(self._tokenizer.apply_chat_template(messages, **kwargs))
+        return str(self.tokenizer.apply_chat_template(messages, **kwargs))
 
     def _join(self, parts: Iterable[str]) -> str:
         """How templates put a text together."""
@@ -218,10 +215,10 @@ class Tokenizer:
         if len(text) > max(_PART, 2 * self._max_seq_len):
             size = 0
             for first in range(0, len(text), _PART):
-                size += len(self.codec.encode([text[first : first + _PART]], special=False)[0])
+                size += len(self.codec.encode(text[first : first + _PART], special=False))
                 if size > 2 * self._max_seq_len:  # cuts between the parts make a few tokens more
                     raise too_long(param, f"at least {size // 2}", self._max_seq_len)
-        return self.codec.encode([text], special=special)[0]
+        return self.codec.encode(text, special=special)
 
     def _check(self, ids: list[int], param: str, where: str = "") -> list[int]:
         """The ids. Raises: RequestError when one of them is not in the vocabulary."""
