@@ -191,6 +191,7 @@ def profile(args: argparse.Namespace, flags: list[str]) -> None:
 
     from minisgl import LLM, SamplingParams
     from minisgl.benchmark.offline import engine_options
+    from minisgl.llm import Pending
 
     if not torch.cuda.is_available():
         raise SystemExit("profile_step.py needs a GPU")
@@ -211,8 +212,8 @@ def profile(args: argparse.Namespace, flags: list[str]) -> None:
             profiler: Any = None
             lengths: list[int]
 
-            def turn(self) -> list[int]:
-                finished = super().turn()
+            def turn(self) -> list[Pending]:
+                ended = super().turn()
                 counts = [len(pending.replies) for pending in self.pending.values()]
                 if self.profiler and self.turns_left < 0 and min(counts, default=0) >= WARM_STEPS:
                     self.turns_left = args.steps
@@ -222,7 +223,7 @@ def profile(args: argparse.Namespace, flags: list[str]) -> None:
                     self.turns_left -= 1
                     if not self.turns_left:
                         self.profiler.stop()
-                return finished
+                return ended
 
         llm = ProfiledLLM(options.pop("model_path"), **options)
         with llm:

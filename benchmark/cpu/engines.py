@@ -70,14 +70,16 @@ class Minisgl:
     def __init__(self, setup: Setup) -> None:
         import minisgl
         from minisgl import LLM
+        from minisgl.llm import Pending
 
         turns: list[tuple[float, list[int]]] = []  # when each ended, and the tokens that each stream had
 
         class TimedLLM(LLM):
-            def turn(self) -> list[int]:
-                finished = super().turn()
-                turns.append((time.perf_counter(), [len(request.replies) for request in self.pending.values()]))
-                return finished
+            def turn(self) -> list[Pending]:
+                ended = super().turn()
+                requests = [*ended, *self.pending.values()]
+                turns.append((time.perf_counter(), [len(request.replies) for request in requests]))
+                return ended
 
         self.version = minisgl.__version__
         self._turns = turns

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import runpy
 import signal
@@ -17,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ DEFAULTS = SamplingParams(max_tokens=2048, temperature=0.6)
 SETTINGS: Mapping[str, Callable[[str], int | float]] = {**DRAWING, "max_tokens": int, "seed": int}
 OPTIONAL_SETTINGS = ("max_tokens", "seed")  # `none` is a value of these
 ENV_SETTINGS = ("max_tokens", "temperature", "top_p", "top_k")
+HELP = f"""\
+/reset          forget the conversation
+/system TEXT    set the system message (empty: none) and forget the conversation
+/set NAME VALUE change how answers are drawn: {", ".join(SETTINGS)}
+/stats          tokens, times and cache hits so far
+/exit, Ctrl-D   leave; Ctrl-C stops an answer"""
 # Output of a model must not move the cursor or change the terminal's colours.
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -44,14 +50,13 @@ def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
     """`params` with one setting read from text. Raises: RequestError saying what the value may be."""
     if name not in SETTINGS:
         raise RequestError(f"unknown setting {name!r}; there are {', '.join(SETTINGS)}", param=name)
-    value: int | float | None
+    value: Any
     try:
         value = None if text.lower() == "none" and name in OPTIONAL_SETTINGS else SETTINGS[name](text)
     except ValueError:
         kind = "a whole number" if SETTINGS[name] is int else "a number"
         raise RequestError(f"{name} must be {kind}, not {text!r}", param=name) from None
-    changes: dict[str, Any] = {name: value}
-    return replace(params, **changes)
+    return replace(params, **{name: value})
 
 
 def shell_params(default_sampling: Mapping[str, float | int], environ: Mapping[str, str]) -> SamplingParams:
@@ -62,45 +67,39 @@ def shell_params(default_sampling: Mapping[str, float | int], environ: Mapping[s
     params = replace(DEFAULTS, **default_sampling)  # type: ignore[arg-type]
     for name in ENV_SETTINGS:
         variable = f"MINISGL_SHELL_{name.upper()}"
-        if environ.get(variable):
-            try:
-                params = changed(params, name, environ[variable])
-            except RequestError as error:
-                raise ConfigError(f"{variable}: {error}") from None
+        try:
+            params = changed(params, name, environ[variable]) if environ.get(variable) else params
+        except RequestError as error:
+            raise ConfigError(f"{variable}: {error}") from None
     return params
 
 
 @dataclass(slots=True)
 class Stats:
-    """Totals over the session, and the last answer's times in seconds."""
+    """Totals over the session, and the times of the last answer."""
 
     num_answers: int = 0
     num_prompt: int = 0
     num_cached: int = 0
     num_output: int = 0
-    ttft: float = 0.0
-    tokens_per_second: float = 0.0
+    last: str = ""
 
     def record(self, last: UserReply, started: float, first: float, ended: float) -> None:
-        """Count an answer. `first` is when its first text came."""
+        """Count an answer. `first` is when its first text came, in seconds as the others."""
         self.num_answers += 1
         self.num_prompt += last.num_prompt_tokens
         self.num_cached += last.num_cached_tokens
         self.num_output += last.num_output_tokens
-        self.ttft = first - started
-        decode_time = ended - first
-        self.tokens_per_second = (last.num_output_tokens - 1) / decode_time if decode_time > 0 else 0.0
+        speed = (last.num_output_tokens - 1) / (ended - first) if ended > first else 0.0
+        self.last = f"first token after {(first - started) * 1000:.0f} ms, then {speed:.1f} tokens/s"
 
     def __str__(self) -> str:
         if not self.num_answers:
             return "no answers yet"
-        hit = 100 * self.num_cached / max(1, self.num_prompt)
+        cached = f"{100 * self.num_cached / max(1, self.num_prompt):.0f}% from the cache"
         answers = "1 answer" if self.num_answers == 1 else f"{self.num_answers} answers"
-        return (
-            f"{answers}: {self.num_prompt} prompt tokens ({hit:.0f}% from the cache), "
-            f"{self.num_output} output tokens\n"
-            f"last answer: first token after {self.ttft * 1000:.0f} ms, then {self.tokens_per_second:.1f} tokens/s"
-        )
+        totals = f"{answers}: {self.num_prompt} prompt tokens ({cached}), {self.num_output} output tokens"
+        return f"{totals}\nlast answer: {self.last}"
 
 
 class Shell:
@@ -116,14 +115,11 @@ class Shell:
         self.system = ""
         self.turns: list[dict[str, Any]] = []  # user and assistant, alternating
         self.stats = Stats()
-        self._frontend = frontend
-        self._write = write
-        self._verbose = verbose
-        self._done = False
+        self._frontend, self._write, self._verbose = frontend, write, verbose
         self._answering: asyncio.Future[None] | None = None
-        self._interrupted = False
+        self._done = self._interrupted = False
         self.commands: dict[str, Callable[[str], None]] = {
-            "/help": self._help,
+            "/help": lambda _: self._say(HELP),
             "/reset": self._reset,
             "/system": self._system,
             "/set": self._set,
@@ -219,15 +215,6 @@ class Shell:
         if last is not None and last.finish_reason is FinishReason.LENGTH:
             self._notice(f"\n(cut after {last.num_output_tokens} tokens: /set max_tokens, or the context is full)")
 
-    def _help(self, _: str) -> None:
-        self._say(
-            "/reset          forget the conversation\n"
-            "/system TEXT    set the system message (empty: none) and forget the conversation\n"
-            f"/set NAME VALUE change how answers are drawn: {', '.join(SETTINGS)}\n"
-            "/stats          tokens, times and cache hits so far\n"
-            "/exit, Ctrl-D   leave; Ctrl-C stops an answer"
-        )
-
     def _reset(self, _: str) -> None:
         self.turns.clear()
         self._say("the conversation is forgotten")
@@ -238,16 +225,21 @@ class Shell:
         self._say("the system message is set" if text else "there is no system message now")
 
     def _set(self, rest: str) -> None:
-        if not rest:
-            return self._say("\n".join(f"{name} {_shown(getattr(self.params, name))}" for name in SETTINGS))
         name, _, text = rest.replace("=", " ", 1).partition(" ")
-        if name in SETTINGS and not text.strip():
-            return self._say(f"usage: /set {name} VALUE (now {_shown(getattr(self.params, name))})")
-        try:
-            self.params = changed(self.params, name, text.strip())
-        except RequestError as error:
-            return self._say(f"error: {error}")
-        return self._say(f"{name} is {_shown(getattr(self.params, name))}")
+        if not rest:
+            self._say("\n".join(f"{name} {self._value(name)}" for name in SETTINGS))
+        elif name in SETTINGS and not text.strip():
+            self._say(f"usage: /set {name} VALUE (now {self._value(name)})")
+        else:
+            try:
+                self.params = changed(self.params, name, text.strip())
+                self._say(f"{name} is {self._value(name)}")
+            except RequestError as error:
+                self._say(f"error: {error}")
+
+    def _value(self, name: str) -> str:
+        value = getattr(self.params, name)
+        return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
     def _exit(self, _: str) -> None:
         self._done = True
@@ -286,9 +278,7 @@ class PipeReader:
     """Lines of a pipe or file, without a thread that could outlive the shell."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._buffer = b""
-        self._ended = False
+        self._fd, self._buffer, self._ended = fd, b"", False
 
     async def read(self) -> str | None:
         while b"\n" not in self._buffer and not self._ended:
@@ -302,16 +292,14 @@ class PipeReader:
         return line.decode(errors="replace")
 
     async def _readable(self) -> None:
-        loop = asyncio.get_running_loop()
-        ready = asyncio.Event()
-        try:
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        # A regular file or /dev/null never blocks, and epoll refuses it.
+        with contextlib.suppress(PermissionError):
             loop.add_reader(self._fd, ready.set)
-        except PermissionError:  # a regular file or /dev/null: never blocks, and epoll refuses it
-            return
-        try:
-            await ready.wait()
-        finally:
-            loop.remove_reader(self._fd)
+            try:
+                await ready.wait()
+            finally:
+                loop.remove_reader(self._fd)
 
 
 def history_file(environ: Mapping[str, str]) -> Path | None:
@@ -329,14 +317,13 @@ def history_file(environ: Mapping[str, str]) -> Path | None:
 def run(args: ServerArgs) -> int:
     """Chat with a model in processes of its own, without HTTP. Returns the exit status.
 
-    Raises: ConfigError, WorkerDied when a child does not start; WorkerDied, from the streams, when one dies.
+    Raises: ConfigError, WorkerDied when a worker does not start; WorkerDied, from the streams, when one dies.
     """
     config = replace(prepare(args), restart_workers=0)
 
     async def use(supervisor: Supervisor, endpoints: Endpoints) -> int:
-        loop = asyncio.get_running_loop()
         async with Frontend(endpoints) as frontend:
-            supervisor.watch(functools.partial(call_in, loop, frontend.fail))
+            supervisor.watch(partial(call_in, asyncio.get_running_loop(), frontend.fail))
             await run_shell(frontend, config)
         return 0
 
@@ -350,29 +337,20 @@ async def run_shell(frontend: Frontend, config: ServerConfig) -> None:
     """
     params = shell_params(config.default_sampling, os.environ)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    shell = Shell(frontend, params, _write_out, verbose=interactive)
+    write = partial(print, end="", flush=True)
+    shell = Shell(frontend, params, write, verbose=interactive)
     if not interactive:
         await shell.run(PipeReader(sys.stdin.fileno()))
         return
-    _write_out(f"minisgl: {config.served_model_name} is ready. /help lists the commands, Ctrl-D leaves.\n")
+    write(f"minisgl: {config.served_model_name} is ready. /help lists the commands, Ctrl-D leaves.\n")
     with on_sigint(shell.interrupt):
         await shell.run(TerminalReader(list(shell.commands), history_file(os.environ)))
-
-
-def _write_out(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _shown(value: float | int | None) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @contextlib.contextmanager
 def on_sigint(callback: Callable[[], None]) -> Iterator[None]:
     """Call `callback` in the loop for SIGINT while inside; afterwards the handler is what it was before."""
-    before = signal.getsignal(signal.SIGINT)
-    loop = asyncio.get_running_loop()
+    before, loop = signal.getsignal(signal.SIGINT), asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, callback)
     try:
         yield

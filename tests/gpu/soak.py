@@ -85,23 +85,22 @@ class Load:
             tail = self._rng.choice(self._tails) if self._rng.random() < 0.7 else self._ids(self._rng.randint(1, 60))
             prompts.append(self._rng.choice(self._prefixes) + tail)
             params.append(replace(self._rng.choice(KINDS), max_tokens=self._rng.choice([1, 9, 30, 150, 150])))
-        uids = self._llm.submit([IdsPrompt(pack_ids(prompt)) for prompt in prompts], params)
-        for uid, prompt, given in zip(uids, prompts, params, strict=True):
-            self._open[uid] = (tuple(prompt), given)
-        self.counts["submitted"] += len(uids)
+        requests = self._llm.submit([IdsPrompt(pack_ids(prompt)) for prompt in prompts], params)
+        for request, given in zip(requests, params, strict=True):
+            self._open[request.uid] = (tuple(request.prompt_ids), given)
+        self.counts["submitted"] += len(requests)
 
     def _abort(self, uid: int) -> None:
         del self._open[uid]
-        self._llm.abort([uid])
+        self._llm.abort(uid)
         self.counts["aborted"] += 1
 
     def _turn(self) -> None:
         if not self._open and self._llm.rank.scheduler.planner.is_idle:
             return  # it would wait for ever
-        for uid in self._llm.turn():
-            pending = self._llm.pending.pop(uid)
+        for pending in self._llm.turn():
             assert pending.replies[-1].error is None, pending.replies[-1].error
-            prompt, params = self._open.pop(uid)
+            prompt, params = self._open.pop(pending.uid)
             ids = [token for reply in pending.replies for token in unpack_ids(reply.token_ids)]
             self.counts["finished"] += 1
             self.counts["tokens"] += len(ids)

@@ -160,15 +160,15 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace, options: dict[str, Any]) -> None:
-        from minisgl.llm import LLM
+        from minisgl.llm import LLM, Pending
 
         class TimedLLM(LLM):
             """Notes when each turn of the loop ended: with all requests in step, that is when their tokens came."""
 
-            def turn(self) -> list[int]:
-                finished = super().turn()
+            def turn(self) -> list[Pending]:
+                ended = super().turn()
                 turns.append(time.perf_counter())
-                return finished
+                return ended
 
         turns: list[float] = []
         options = dict(options)

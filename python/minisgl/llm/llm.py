@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from minisgl.config.args import args_from_options
 from minisgl.config.resolve import prepare
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
-from minisgl.message.backend import AbortMsg, UserMsg
+from minisgl.message.backend import AbortMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply, TokenLogprob, UserReply
 from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, IdsPrompt, TextPrompt, TokenizeMsg
@@ -80,24 +81,26 @@ class Increment:
 
 @dataclass(slots=True)
 class Pending:
-    """A request on its way."""
+    """A request on its way, and when things happened to it."""
 
+    uid: int
     prompt_ids: list[int]
     submitted: float
     first_token: float = 0.0
+    ended: float = 0.0
     replies: list[UserReply] = field(default_factory=list)
 
-    def finish(self) -> RequestOutput:
+    def output(self) -> RequestOutput:
+        """All of it, when it has ended."""
         last = self.replies[-1]
         assert last.finish_reason is not None
-        now = time.perf_counter()
         return RequestOutput(
             text="".join(reply.text for reply in self.replies),
             token_ids=[token_id for reply in self.replies for token_id in unpack_ids(reply.token_ids)],
             finish_reason=last.finish_reason,
             prompt_token_ids=self.prompt_ids,
             cached_tokens=last.num_cached_tokens,
-            metrics=RequestMetrics((self.first_token or now) - self.submitted, now - self.submitted),
+            metrics=RequestMetrics(self.first_token - self.submitted, self.ended - self.submitted),
             error=last.error,
             logprobs=[token for reply in self.replies for token in reply.logprobs],
             prompt_logprobs=[token for reply in self.replies for token in reply.prompt_logprobs],
@@ -169,7 +172,7 @@ class LLM:
         """
         is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         many: Sequence[Any] = [prompts] if is_one else prompts
-        return self._run([_prompt(prompt) for prompt in many], sampling_params, progress)
+        return self._run([_wrapped(prompt) for prompt in many], sampling_params, progress)
 
     def chat(
         self,
@@ -180,8 +183,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """The model's answer to each conversation (a list of messages with `role` and `content`)."""
         many: Sequence[Any] = [conversations] if _is_conversation(conversations) else conversations
-        prompts = [ChatPrompt(list(messages), tools) for messages in many]
-        return self._run(prompts, sampling_params, progress)
+        return self._run([ChatPrompt(list(messages), tools) for messages in many], sampling_params, progress)
 
     def stream(
         self, prompt: Prompt | Conversation, sampling_params: SamplingParams | None = None
@@ -190,67 +192,61 @@ class LLM:
 
         Several streams may be read in turn. Leaving the loop early ends the request.
         """
-        messages: Any = prompt
-        wrapped = ChatPrompt(list(messages)) if _is_conversation(prompt) else _prompt(prompt)
-        (uid,) = self.submit([wrapped], [sampling_params])
-        pending, taken = self.pending[uid], 0
+        (pending,) = self.submit([_wrapped(prompt)], sampling_params)
         try:
-            while True:
+            for taken in itertools.count():
                 while taken == len(pending.replies):
                     self.turn()
                 reply = pending.replies[taken]
-                taken += 1
                 logprobs = (list(reply.logprobs), list(reply.prompt_logprobs))
                 yield Increment(reply.text, unpack_ids(reply.token_ids), reply.finish_reason, reply.error, *logprobs)
                 if reply.finish_reason is not None:
                     return
         finally:
-            self.abort([uid])
+            self.abort(pending.uid)
 
     def _run(self, prompts: Sequence[Wrapped], params: Params, progress: Reporting) -> list[RequestOutput]:
+        requests, num_ended = self.submit(prompts, params), 0
+        gc.freeze()  # a full collection looks at all that libraries have made: a tenth of a second between two tokens
+        try:
+            with _progress(progress, len(requests)) as report:
+                while num_ended < len(requests):
+                    for ended in self.turn():
+                        if ended.uid >= requests[0].uid:  # no stream's, which was there before
+                            num_ended += 1
+                            report(num_ended, len(requests))
+        finally:
+            gc.unfreeze()
+            for request in requests:
+                self.abort(request.uid)
+        return [request.output() for request in requests]
+
+    def submit(self, prompts: Sequence[Wrapped], params: Params) -> list[Pending]:
+        """Send requests on their way. Raises: RequestError, and none is sent."""
         per_prompt = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(per_prompt) != len(prompts):
             raise RequestError(f"{len(per_prompt)} sampling parameters for {len(prompts)} prompts")
-        uids = self.submit(prompts, per_prompt)
-        finished: dict[int, RequestOutput] = {}
-        gc.freeze()  # a full collection looks at all that libraries have made: a tenth of a second between two tokens
-        try:
-            with _progress(progress, len(uids)) as report:
-                while len(finished) < len(uids):
-                    for uid in self.turn():
-                        if uid in uids:
-                            finished[uid] = self.pending.pop(uid).finish()
-                            report(len(finished), len(uids))
-        finally:
-            gc.unfreeze()
-            self.abort([uid for uid in uids if uid not in finished])
-        return [finished[uid] for uid in uids]
-
-    def submit(self, prompts: Sequence[Wrapped], params: Sequence[SamplingParams | None]) -> range:
         default = SamplingParams(**self.config.default_sampling)  # type: ignore[arg-type]
-        uids = range(self._next_uid, self._next_uid + len(prompts))
-        requests = [
-            TokenizeMsg(uid, prompt, given if given is not None else default)
-            for uid, prompt, given in zip(uids, prompts, params, strict=True)
-        ]
-        messages: list[UserMsg] = []
-        for message in self.tokenizer.tokenize(requests):
+        first, messages = self._next_uid, []
+        given = zip(itertools.count(first), prompts, per_prompt)
+        wanted = [TokenizeMsg(uid, prompt, own or default) for uid, prompt, own in given]
+        for message in self.tokenizer.tokenize(wanted):
             if isinstance(message, ErrorReply):
-                raise RequestError(f"prompt {message.uid - uids.start}: {message.message}", param=message.param)
+                raise RequestError(f"prompt {message.uid - first}: {message.message}", param=message.param)
             messages.append(message)
-        self._next_uid = uids.stop
+        self._next_uid += len(messages)
         now = time.perf_counter()
-        for message in messages:
-            self.pending[message.uid] = Pending(unpack_ids(message.prompt), now)
+        requests = [Pending(message.uid, unpack_ids(message.prompt), now) for message in messages]
+        self.pending.update((request.uid, request) for request in requests)
         self.rank.transport.put(messages)
-        return uids
+        return requests
 
-    def turn(self) -> list[int]:
-        """One turn of the scheduler's loop. Returns the requests that finished in it.
+    def turn(self) -> list[Pending]:
+        """One turn of the scheduler's loop. Returns the requests that ended in it, which are not pending any more.
 
         A step that is half planned, or half launched, could not be gone on from: Ctrl-C waits for a better moment.
         """
-        finished = []
+        ended = []
         with self._interrupts:
             self.rank.scheduler.turn()
             for message in self.rank.transport.take_outputs():
@@ -259,34 +255,35 @@ class LLM:
                 reply, abort = self._detokenizer.detokenize(message)
                 if abort is not None:
                     self.rank.transport.put([abort])
-                if reply is None or reply.uid not in self.pending:
+                if reply is None or (request := self.pending.get(reply.uid)) is None:
                     continue
-                pending = self.pending[reply.uid]
-                pending.first_token = pending.first_token or time.perf_counter()
-                pending.replies.append(reply)
+                request.ended = time.perf_counter()
+                request.first_token = request.first_token or request.ended
+                request.replies.append(reply)
                 if reply.finish_reason is not None:
-                    finished.append(reply.uid)
-        return finished
+                    ended.append(self.pending.pop(reply.uid))
+        return ended
+
+    def abort(self, uid: int) -> None:
+        """End a request, if it is pending."""
+        if self.pending.pop(uid, None) is not None:
+            self.rank.transport.put([AbortMsg(uid)])
 
     def _while_waiting(self) -> None:
         """Now and then while a step runs. Raises: WorkerDied when it waits for a rank that is gone."""
         self._interrupts.release()
         self._supervisor.check(0.0)
 
-    def abort(self, uids: Sequence[int]) -> None:
-        for uid in uids:
-            pending = self.pending.pop(uid, None)
-            if pending is not None and not (pending.replies and pending.replies[-1].finish_reason):
-                self.rank.transport.put([AbortMsg(uid)])
-
 
 def _is_conversation(value: Any) -> bool:
     return not isinstance(value, str) and len(value) > 0 and isinstance(value[0], dict)
 
 
-def _prompt(prompt: Any) -> TextPrompt | IdsPrompt:
+def _wrapped(prompt: Any) -> Wrapped:
     if isinstance(prompt, str):
         return TextPrompt(prompt)
+    if _is_conversation(prompt):
+        return ChatPrompt(list(prompt))
     try:
         return IdsPrompt(pack_ids(prompt))
     except (TypeError, ValueError, OverflowError):

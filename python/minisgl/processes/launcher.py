@@ -8,9 +8,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
+from minisgl.message.codec import Failed
 from minisgl.processes.control import run_child
 from minisgl.processes.signals import STOP_SIGNAL
 
@@ -29,71 +30,64 @@ class WorkerSpec:
         return "scheduler" if self.name.endswith("-scheduler") else self.name.removeprefix("minisgl-")
 
 
-class Worker(Protocol):
-    """A worker that was started, wherever it runs.
-
-    connection: brings what it reports (`message.codec.ControlMsg`). sentinel: what `multiprocessing.connection.wait`
-    finds ready when the worker has ended.
-    """
-
-    connection: Connection
-    sentinel: int
+class Process(Protocol):
+    """A process that may run elsewhere, with the names of `multiprocessing`; `stop` has it end by itself, soon."""
 
     @property
-    def exitcode(self) -> int | None:
-        """None while it runs; -N where signal N has ended it."""
+    def sentinel(self) -> int: ...  # ready for `multiprocessing.connection.wait` when the process has ended
+
+    @property
+    def exitcode(self) -> int | None: ...
 
     def is_alive(self) -> bool: ...
 
-    def stop(self) -> None:
-        """Have it end by itself, soon."""
+    def stop(self) -> None: ...
 
-    def kill(self) -> None:
-        """End it whatever it does."""
+    def kill(self) -> None: ...
 
-    def join(self, timeout: float | None = None) -> None:
-        """Wait until it has ended, for `timeout` seconds at most."""
+    def join(self, timeout: float | None = None) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """A worker that was started, and what its supervisor knows of it."""
+
+    spec: WorkerSpec
+    process: Process
+    connection: Connection  # brings what it reports
+    silence: float = 0.0  # seconds, while it is watched
+    ready: bool = False
+    failure: Failed | None = None
+    closed: bool = False  # its end of the connection
 
 
 class Launcher(Protocol):
     def start(self, spec: WorkerSpec, life: int, is_lasting: bool) -> Worker:
-        """Start a worker, without waiting for it. The signals that end us are deferred meanwhile.
+        """Start a worker, without waiting for it. Signals that end us are deferred meanwhile.
 
-        life: the same number for all that were started together, and for no others. is_lasting: the calling thread
+        life: the same number for all that are started together, and for no others. is_lasting: the calling thread
         lasts until nobody wants the worker any more.
         """
 
 
-class LocalWorker:
-    """A child process."""
-
-    def __init__(self, process: BaseProcess, connection: Connection) -> None:
-        self.connection, self.sentinel = connection, process.sentinel
-        self.is_alive, self.kill, self.join = process.is_alive, process.kill, process.join
-        self._process = process
-
-    @property
-    def exitcode(self) -> int | None:
-        return self._process.exitcode
-
+class LocalProcess(SpawnProcess):
     def stop(self) -> None:
-        assert self._process.pid is not None
+        assert self.pid is not None
         with suppress(ProcessLookupError):
-            os.kill(self._process.pid, STOP_SIGNAL)
+            os.kill(self.pid, STOP_SIGNAL)
 
 
 class LocalLauncher:
     """Spawns child processes, which end with us."""
 
-    def start(self, spec: WorkerSpec, life: int, is_lasting: bool) -> LocalWorker:
-        context = multiprocessing.get_context("spawn")
+    def start(self, spec: WorkerSpec, life: int, is_lasting: bool) -> Worker:
         try:
             os.getcwd()
         except FileNotFoundError:
             os.chdir("/")  # the working directory was removed; a child is told to go to ours
-        ours, theirs = context.Pipe(duplex=False)
+        ours, theirs = multiprocessing.Pipe(duplex=False)
         args = (spec.name, theirs, is_lasting, life, spec.body, spec.args)
-        process = context.Process(target=run_child, args=args, name=spec.name, daemon=True)
+        process = LocalProcess(target=run_child, args=args, name=spec.name, daemon=True)
         process.start()
         theirs.close()
-        return LocalWorker(process, ours)
+        return Worker(spec, process, ours)

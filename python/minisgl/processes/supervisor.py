@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
@@ -29,18 +28,6 @@ Tell = Callable[..., None]
 LATE_SECONDS = 10.0
 STOP_SECONDS = 20.0  # from `Worker.stop` to `Worker.kill`; the driver takes its time to give back a GPU
 STOP_START_SECONDS = 2.0  # the same while a worker is not ready
-
-
-@dataclass(slots=True, eq=False)
-class _Watched:
-    """A worker, and what is known of it."""
-
-    spec: WorkerSpec
-    worker: Worker
-    silence: float = 0.0  # seconds, while it is watched
-    ready: bool = False
-    failure: Failed | None = None
-    closed: bool = False  # its end of the pipe
 
 
 class Supervisor:
@@ -62,7 +49,7 @@ class Supervisor:
         # Seconds. Large models load slowly.
         self._start_timeout = env_number("MINISGL_START_TIMEOUT", 1800, low=1, high=1e6)
         self._heartbeat_timeout, self._max_restarts = heartbeat_timeout, max_restarts
-        self._watched: list[_Watched] = []
+        self._workers: list[Worker] = []
         self._deaths: list[float] = []  # of the last hour: their times
         self._lost: dict[str, float] = {}  # groups that are being started again, and since when
         self._stopping = threading.Event()
@@ -78,8 +65,7 @@ class Supervisor:
     def _start(self, spec: WorkerSpec) -> None:
         is_lasting = threading.current_thread() in (threading.main_thread(), self._watcher)
         with signals_deferred():  # or one would call `stop` before the worker is in the list
-            worker = self._launcher.start(spec, sum(self.num_restarts.values()), is_lasting)
-            self._watched.append(_Watched(spec, worker))
+            self._workers.append(self._launcher.start(spec, sum(self.num_restarts.values()), is_lasting))
 
     def wait_ready(self) -> None:
         """Wait until each worker is ready.
@@ -87,7 +73,7 @@ class Supervisor:
         Raises: ConfigError or WorkerDied with the failing worker's own words, at once; `stop` the others then.
         """
         deadline = time.monotonic() + self._start_timeout
-        while late := ", ".join(watched.spec.name for watched in self._watched if not watched.ready):
+        while late := ", ".join(worker.spec.name for worker in self._workers if not worker.ready):
             if time.monotonic() >= deadline:
                 raise WorkerDied(f"not ready after {self._start_timeout:g} s: {late} (MINISGL_START_TIMEOUT)")
             self.check(min(deadline - time.monotonic(), 1.0))
@@ -97,7 +83,7 @@ class Supervisor:
 
         Raises: ConfigError or WorkerDied with the words of a worker that ends meanwhile.
         """
-        if not self._watched:
+        if not self._workers:
             return make()
         future: Future[T] = Future()
 
@@ -115,8 +101,8 @@ class Supervisor:
     def check(self, timeout: float) -> None:
         """Wait up to `timeout` seconds for news from the workers. Raises: ConfigError or WorkerDied for a lost one."""
         self._receive(timeout)
-        for watched in self._watched:
-            if (error := self._death(watched)) is not None:
+        for worker in self._workers:
+            if (error := self._death(worker)) is not None:
                 raise error
 
     def watch(self, on_death: Tell, on_change: Tell = lambda *_: None) -> None:
@@ -127,29 +113,29 @@ class Supervisor:
 
     def silent(self) -> str:
         """The names of workers that should have been heard of by now, whether or not they are given up already."""
-        return ", ".join(w.spec.name for w in self._watched if w.ready and w.silence > LATE_SECONDS)
+        return ", ".join(w.spec.name for w in self._workers if w.ready and w.silence > LATE_SECONDS)
 
     def stop(self) -> None:
         """End all workers, by SIGKILL where they do not follow. Idempotent; nothing is left running."""
         with self._lock:
             self._stopping.set()
         atexit.unregister(self.stop)
-        alive = [watched for watched in self._watched if watched.worker.is_alive()]
-        for watched in alive:
-            watched.worker.stop()
+        alive = [worker for worker in self._workers if worker.process.is_alive()]
+        for worker in alive:
+            worker.process.stop()
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join()
-        limit = STOP_SECONDS if all(watched.ready for watched in alive) else STOP_START_SECONDS
+        limit = STOP_SECONDS if all(worker.ready for worker in alive) else STOP_START_SECONDS
         deadline = time.monotonic() + limit
-        for watched in alive:
-            watched.worker.join(max(0.0, deadline - time.monotonic()))
-            if watched.worker.is_alive():
-                logger.warning("%s did not stop in %g s: killed", watched.spec.name, limit)
-                watched.worker.kill()
-                watched.worker.join()
-        for watched in self._watched:
-            watched.worker.connection.close()
-        self._watched = []
+        for worker in alive:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+            if worker.process.is_alive():
+                logger.warning("%s did not stop in %g s: killed", worker.spec.name, limit)
+                worker.process.kill()
+                worker.process.join()
+        for worker in self._workers:
+            worker.connection.close()
+        self._workers = []
 
     def _watch(self, on_death: Tell, on_change: Tell) -> None:
         last_look, error = time.monotonic(), None
@@ -157,29 +143,29 @@ class Supervisor:
             try:
                 self._receive(0.5)
                 elapsed, last_look = min(time.monotonic() - last_look, 1.0), time.monotonic()
-                for watched in self._watched:
-                    watched.silence += elapsed  # if it was more, we were stopped ourselves (Ctrl-Z), and so were they
+                for worker in self._workers:
+                    worker.silence += elapsed  # if it was more, we were stopped ourselves (Ctrl-Z), and so were they
                 error = next(filter(None, [self._look_after(group, on_change) for group in self.num_restarts]), None)
             except Exception as problem:  # no descriptor for a new one, say; without this thread nobody would notice
                 error = WorkerDied(f"the workers cannot be looked after: {problem}")
         if error is not None and not self._stopping.is_set():
             on_death(WorkerDied(str(error)))
-            for watched in self._watched:
-                watched.worker.kill()  # or `stop` would wait for those that are stopped themselves
+            for worker in self._workers:
+                worker.process.kill()  # or `stop` would wait for those that are stopped themselves
         self._stopping.wait()  # the kernel ends with this thread those whom it has started
 
     def _look_after(self, group: str, on_change: Tell) -> MiniSGLError | None:
         """Start workers again if need be. An error: what has happened to them is the end."""
-        members, now = [watched for watched in self._watched if watched.spec.group == group], time.monotonic()
+        members, now = [worker for worker in self._workers if worker.spec.group == group], time.monotonic()
         error = next(filter(None, map(self._death, members)), None)
         if error is None or self._stopping.is_set():
-            if group in self._lost and all(watched.ready for watched in members):
+            if group in self._lost and all(worker.ready for worker in members):
                 logger.info("%s: serves again after %.1f s", group, now - self._lost.pop(group))
                 on_change(group, None)
             return None
-        for watched in members:
-            watched.worker.kill()  # those of a group cannot go on alone, and a stopped one would follow no signal
-            watched.worker.join(STOP_SECONDS)
+        for worker in members:
+            worker.process.kill()  # those of a group cannot go on alone, and a stopped one would follow no signal
+            worker.process.join(STOP_SECONDS)
         self._deaths = [death for death in self._deaths if death > now - 3600]
         if len(self._deaths) >= self._max_restarts or isinstance(error, ConfigError):
             return error
@@ -189,50 +175,50 @@ class Supervisor:
         on_change(group, WorkerDied(str(error)))
         self.num_restarts[group] += 1
         with self._lock:
-            for watched in members if not self._stopping.is_set() else ():
-                watched.worker.connection.close()
-                self._watched.remove(watched)
-                self._start(watched.spec)
+            for worker in members if not self._stopping.is_set() else ():
+                worker.connection.close()
+                self._workers.remove(worker)
+                self._start(worker.spec)
         return None
 
     def _receive(self, timeout: float) -> None:
         """Take in what workers report, waiting up to `timeout` seconds for a report or a death."""
-        by_connection = {watched.worker.connection: watched for watched in self._watched if not watched.closed}
-        sentinels = [watched.worker.sentinel for watched in self._watched]
+        by_connection = {worker.connection: worker for worker in self._workers if not worker.closed}
+        sentinels = [worker.process.sentinel for worker in self._workers]
         for item in wait([*by_connection, *sentinels], max(0.0, timeout)):
             if isinstance(item, Connection):
                 self._drain(by_connection[item])
 
-    def _drain(self, watched: _Watched) -> None:
+    def _drain(self, worker: Worker) -> None:
         try:
-            while watched.worker.connection.poll():
-                message = decode_control(watched.worker.connection.recv_bytes())
-                watched.silence = 0.0
+            while worker.connection.poll():
+                message = decode_control(worker.connection.recv_bytes())
+                worker.silence = 0.0
                 if isinstance(message, Ready):
-                    watched.ready = True
+                    worker.ready = True
                 elif isinstance(message, Failed):
-                    watched.failure = message
+                    worker.failure = message
         except (EOFError, OSError):
-            watched.closed = True
+            worker.closed = True
 
-    def _death(self, watched: _Watched) -> MiniSGLError | None:
+    def _death(self, worker: Worker) -> MiniSGLError | None:
         """Why a worker is gone, about to go, or not heard of; None when it is well."""
-        name, worker = watched.spec.name, watched.worker
-        if watched.failure is None and worker.is_alive():
-            limit = self._heartbeat_timeout if watched.ready else self._start_timeout
-            return WorkerDied(f"{name}: silent for {limit:g} s") if watched.silence > limit else None
-        if not watched.closed:
-            self._drain(watched)  # its last words may have come with its end
-        if watched.failure is not None:
-            return (ConfigError if watched.failure.config else WorkerDied)(f"{name}: {watched.failure.message}")
-        worker.join(1.0)
-        if worker.exitcode == UNGUARDED:
+        name, process = worker.spec.name, worker.process
+        if worker.failure is None and process.is_alive():
+            limit = self._heartbeat_timeout if worker.ready else self._start_timeout
+            return WorkerDied(f"{name}: silent for {limit:g} s") if worker.silence > limit else None
+        if not worker.closed:
+            self._drain(worker)  # its last words may have come with its end
+        if worker.failure is not None:
+            return (ConfigError if worker.failure.config else WorkerDied)(f"{name}: {worker.failure.message}")
+        process.join(1.0)
+        if process.exitcode == UNGUARDED:
             return ConfigError(
                 f"{name} has run this script again: child processes import it, so what starts them (LLM "
                 'with several ranks, or a server) must stand under `if __name__ == "__main__":`'
             )
         killed = {-signum: f"killed by {signum.name}" for signum in signal.Signals}
-        how = killed.get(worker.exitcode or 0, f"exit status {worker.exitcode}")
+        how = killed.get(process.exitcode or 0, f"exit status {process.exitcode}")
         return WorkerDied(f"{name} ended unexpectedly ({how})")
 
 
