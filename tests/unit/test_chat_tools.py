@@ -22,9 +22,8 @@ from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
 from minisgl.server.answers.assemble import new_assembler, with_grammar
 from minisgl.server.answers.openai import ChatRenderer
 from minisgl.server.answers.renderer import Totals
-from minisgl.server.bodies.chat import parse_chat
-from minisgl.server.bodies.request import GenerationRequest
-from minisgl.server.bodies.tools import ToolUse
+from minisgl.server.bodies.chat import GenerationRequest, parse_chat
+from minisgl.server.bodies.content import ToolUse
 from minisgl.tokenizer.tokenize import HFTextCodec
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -15,8 +15,8 @@ from minisgl.message.tokenizer import ChatPrompt
 from minisgl.parser.parts import Parser, Part, ThinkParser
 from minisgl.parser.tools import make_tool_parser
 from minisgl.server.answers.renderer import Events
-from minisgl.server.bodies.grammar import form_grammar
-from minisgl.server.bodies.request import GenerationRequest
+from minisgl.server.bodies.chat import GenerationRequest
+from minisgl.server.bodies.sampling import form_grammar
 
 R = TypeVar("R", bound=GenerationRequest)
 

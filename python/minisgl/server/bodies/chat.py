@@ -1,22 +1,22 @@
-"""POST /v1/chat/completions, and the request that a chat of any dialect becomes; POST /v1/completions."""
+"""A request to generate, which a body of any dialect becomes; and those of /v1/chat/completions and /v1/completions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import Field
 
+from minisgl.config.runtime import ServerConfig
 from minisgl.core import MAX_COUNT, RANGES, Range, SamplingParams
-from minisgl.errors import RequestError
+from minisgl.errors import RequestError, too_long
 from minisgl.message.codec import pack_ids
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt
-from minisgl.server.bodies.content import Message, chat_messages
+from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt, least_tokens
+from minisgl.server.bodies.content import MAX_TOOLS, Message, Tool, ToolUse, chat_messages, template_kwargs, tool_use
 from minisgl.server.bodies.fields import Reading, fields_of, load, load_object
-from minisgl.server.bodies.grammar import GrammarFields
-from minisgl.server.bodies.request import GenerationRequest
-from minisgl.server.bodies.sampling import Defaults, SamplingFields
+from minisgl.server.bodies.sampling import Defaults, GrammarFields, SamplingFields
 from minisgl.server.bodies.strict import (
     Body,
     Count,
@@ -29,7 +29,6 @@ from minisgl.server.bodies.strict import (
     shown,
     validate,
 )
-from minisgl.server.bodies.tools import MAX_TOOLS, Tool, template_kwargs, tool_use
 from minisgl.server.errors import renamed
 
 _CHOICES = Range(1, 128)  # of one prompt
@@ -37,6 +36,28 @@ MAX_PROMPTS = 1024
 MAX_OUTPUTS = 2048  # choices of all prompts together
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "default", "auto")
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A checked request: what to generate, and how to answer."""
+
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams
+    n: int = 1
+    model: str | None = None
+    stream: bool = False
+    include_usage: bool = False
+    tools: ToolUse | None = None  # None: the model is not to know of any
+    best_of: int = 0  # so many choices for each prompt, of which the `n` most probable ones are shown; 0: n
+    logprobs: bool = False  # are shown
+    timeout: float = 0.0  # seconds; 0: the client has named none
+    names: Mapping[str, str] | None = None  # another API's, for fields of a chat: see `renamed`
+
+    @property
+    def num_choices(self) -> int:
+        """Outputs for each prompt."""
+        return self.best_of or self.n
 
 
 class StreamOptions(Body):
@@ -179,3 +200,26 @@ def _best_of(request: GenerationRequest, best_of: int | None) -> GenerationReque
     params = request.params
     ranked = params if params.logprobs is not None else replace(params, logprobs=0)
     return replace(request, params=ranked, best_of=best_of)
+
+
+def check_size(prompts: Sequence[Prompt], max_seq_len: int, names: Mapping[str, str] | None = None) -> None:
+    """names: see `renamed`. Raises: RequestError when a prompt cannot fit the context, whatever its tokens are."""
+    for prompt in prompts:
+        if (size := least_tokens(prompt)) >= max_seq_len:
+            param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+            raise renamed(too_long(param, f"at least {size}", max_seq_len), names)
+
+
+def check_model(model: str | None, config: ServerConfig) -> None:
+    """Raises: RequestError (404) unless it is the model that is served, by one of its names."""
+    path = config.engine.model_path
+    names = (None, config.served_model_name, path, os.path.basename(path.rstrip("/")))
+    if config.model_name_check and model not in names:
+        message = f"the model {shown(model)!r} does not exist; this server has {config.served_model_name!r}"
+        raise RequestError(message, param="model", code="model_not_found", status=404)
+
+
+def check_policy(params: SamplingParams, policy: str) -> None:
+    """Raises: RequestError when the request has a priority and the scheduler does not look at it."""
+    is_seen = not params.priority or policy == "priority"
+    refuse_unless(is_seen, "priority needs a server started with --schedule-policy priority", "priority")

@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from minisgl.server.bodies.chat import chat_request
+from minisgl.server.bodies.chat import GenerationRequest, chat_request
+from minisgl.server.bodies.content import MAX_TOOLS, functions_of
 from minisgl.server.bodies.fields import NAMES, OBJECTS, Reading, load
-from minisgl.server.bodies.request import GenerationRequest
 from minisgl.server.bodies.sampling import Defaults, SamplingFields
 from minisgl.server.bodies.strict import Body, Items, MaxTokens, Object, optional, refuse_unless
-from minisgl.server.bodies.tools import MAX_TOOLS, functions_of
 
 # What Anthropic's own client puts before its system prompt (`x-anthropic-billing-header: …`), for Anthropic's servers.
 # It changes with each request: with it, no prompt would find its beginning in the prefix cache.
@@ -69,10 +68,11 @@ def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = No
     body = load(MessagesBody, data, reading)
     named = (*SamplingFields.model_fields, "model", "max_tokens", "stream", "chat_template_kwargs")
     messages, config = _messages(body), body.output_config or OutputConfig()
+    last = messages[-1] if messages else {}
     chat = {
         **{name: getattr(body, name) for name in named},
         "messages": messages,
-        "continue_final_message": messages[-1]["role"] == "assistant" and not messages[-1]["tool_calls"],
+        "continue_final_message": last.get("role") == "assistant" and not last["tool_calls"],
         "stop": body.stop_sequences or body.stop,
         "thinking": body.thinking and body.thinking.model_dump(),
         "tools": functions_of(body.tools or (), {"custom": _function}, reading, OBJECTS["described_tool"]),

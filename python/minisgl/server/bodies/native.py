@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt
-from minisgl.server.bodies.chat import chat_request
-from minisgl.server.bodies.content import Message
+from minisgl.server.bodies.chat import GenerationRequest, chat_request, check_size
+from minisgl.server.bodies.content import Message, Tool
 from minisgl.server.bodies.fields import Reading, load
-from minisgl.server.bodies.request import GenerationRequest, check_size
 from minisgl.server.bodies.sampling import Defaults, Salt, SamplingFields, Seconds
 from minisgl.server.bodies.strict import Body, Ids, Items, MaxTokens, Object, optional, refuse_unless
-from minisgl.server.bodies.tools import Tool
 
 _CHAT_FIELDS = {"messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
 

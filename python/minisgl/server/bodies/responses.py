@@ -15,13 +15,11 @@ from reprlib import repr as quoted
 from pydantic import Field
 
 from minisgl.errors import RequestError
-from minisgl.server.bodies.chat import chat_request
-from minisgl.server.bodies.content import kept_as_text, text_of, thought_of
+from minisgl.server.bodies.chat import GenerationRequest, chat_request
+from minisgl.server.bodies.content import Describe, functions_of, kept_as_text, text_of, thought_of
 from minisgl.server.bodies.fields import NAMES, OBJECTS, Reading, load
-from minisgl.server.bodies.request import GenerationRequest
 from minisgl.server.bodies.sampling import Defaults, SamplingFields
 from minisgl.server.bodies.strict import SCHEMAS, Body, Items, MaxTokens, Object, optional, refuse_unless
-from minisgl.server.bodies.tools import Describe, functions_of
 from minisgl.server.json_line import dump_json
 
 Item = Object

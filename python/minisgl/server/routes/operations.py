@@ -13,10 +13,10 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError, WorkerDied, too_long
 from minisgl.message.tokenizer import TextPrompt
 from minisgl.server.access import owner_of, require_operator
+from minisgl.server.bodies.chat import check_model
 from minisgl.server.bodies.fields import load
 from minisgl.server.bodies.intake import Bodies
 from minisgl.server.bodies.native import AbortBody, DetokenizeBody, parse_tokenize
-from minisgl.server.bodies.request import check_model
 from minisgl.server.bodies.responses import ResponseStore
 from minisgl.server.bodies.strict import shown
 from minisgl.server.errors import json_response
