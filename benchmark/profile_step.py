@@ -29,7 +29,7 @@ from minisgl.benchmark import run_script
 from minisgl.benchmark.floor import kv_read, measure_gpu, weights_read
 from minisgl.benchmark.shapes import write_shape
 from minisgl.config.args import parse_args
-from minisgl.config.model import DTYPE_BYTES, ModelConfig
+from minisgl.config.model import DTYPE_BYTES, ModelConfig, MoE
 
 WARM_STEPS = 24
 # The first kernel of a step, and what ends one: between the two the host may keep the GPU waiting.
@@ -102,18 +102,22 @@ def idle_times(steps: list[list[Event]]) -> tuple[list[float], list[float], list
     return between, inside, gaps
 
 
+def experts_of(model: ModelConfig) -> MoE | None:
+    return next((layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE)), None)
+
+
 def role_bytes(model: ModelConfig, dtype: str, lengths: list[int], tp_size: int) -> dict[str, float]:
     """Bytes that the kernels of each role read in one step on one rank."""
     layer = model.hidden_size * DTYPE_BYTES[dtype] * model.num_layers
     query = model.num_qo_heads * model.head_dim / tp_size
     sizes = {
         "attention": kv_read(model, dtype, lengths, tp_size),
-        "qkv": (query + 2 * model.num_local_kv_heads(tp_size) * model.head_dim) * layer,
+        "qkv": (query + 2 * max(1, model.num_kv_heads // tp_size) * model.head_dim) * layer,
         "o": query * layer,
         "head": model.vocab_size * model.hidden_size * DTYPE_BYTES[dtype] / tp_size,
     }
-    if model.moe is not None:
-        sizes["router"] = model.moe.num_experts * layer
+    if (moe := experts_of(model)) is not None:
+        sizes["router"] = moe.num_experts * layer
     experts = weights_read(model, dtype, len(lengths), tp_size) - sizes["qkv"] - sizes["o"] - sizes["head"]
     experts -= sizes.get("router", 0) + 2 * layer  # norms
     return sizes | {"gate_up": experts * 2 / 3, "down": experts / 3}
@@ -123,7 +127,7 @@ def roles_of(step: list[Event], model: ModelConfig) -> list[str]:
     """What each event of a step does, "" if not known. Products come in the order of the layer, then the head; where
     there is another number of them, they stay "product"."""
     roles = [next((role for role, words in ROLES if re.search(words, e.name, re.IGNORECASE)), "") for e in step]
-    order = ["qkv", "o", "router"] if model.moe else ["qkv", "o", "gate_up", "down"]
+    order = ["qkv", "o", "router"] if experts_of(model) else ["qkv", "o", "gate_up", "down"]
     order = [role for role in order if role not in roles] * model.num_layers + ["head"]
     if roles.count("product") != len(order):
         return roles

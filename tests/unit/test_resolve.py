@@ -26,6 +26,7 @@ from minisgl.config.model import (
     MoE,
     PagedKV,
     RopeConfig,
+    State,
 )
 from minisgl.config.probe import Capabilities, Gpu, Nvidia, parse_torch_cuda, probe, probe_nvidia, visible_devices
 from minisgl.config.resolve import ModelFiles, prepare, read_default_sampling, resolve
@@ -296,6 +297,39 @@ def test_attention_backends_for_other_shapes(backend: str, changes: dict[str, in
     everything = replace(GPUS, packages=GPUS.packages | {"sgl_kernel", "flashinfer"})
     with pytest.raises(ConfigError, match=f"^--attention-backend {backend}: {backend} {problem}"):
         decide(everything, shape(**changes), attention_backend=backend)
+
+
+@pytest.mark.parametrize("machine", [MACHINE, COMPILES, GPUS])
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"softcap": 50.0}, "soft-capped scores"),
+        ({"sinks": True}, "attention sinks"),
+        ({"cache": State(((4, 8),))}, "recurrent states"),
+        ({"cache": PagedKV(8, 128, 64)}, "keys and values of other sizes than queries"),
+    ],
+)
+def test_what_no_backend_computes_is_refused(machine: Capabilities, changes: dict[str, Any], problem: str) -> None:
+    layer = MODEL.layers[0]
+    model = replace(MODEL, layers=(replace(layer, attention=replace(layer.attention, **changes)),) * 28)
+    with pytest.raises(ConfigError, match=f"^--attention-backend auto: sdpa does not compute {problem}$"):
+        decide(machine, model)
+    with pytest.raises(ConfigError, match="sdpa does not compute caches that differ by layer"):
+        decide(machine, replace(MODEL, layers=(layer, replace(layer, attention=AttentionSpec(PagedKV(4, 128, 128))))))
+
+
+def test_only_the_reference_computes_another_scale() -> None:
+    layer = MODEL.layers[0]
+    model = replace(MODEL, layers=(replace(layer, attention=replace(layer.attention, scale=0.1)),) * 28)
+    assert attention(model=model) == attention(COMPILES, model) == ("sdpa", "sdpa")
+
+
+def test_caches_are_sums_over_layers() -> None:
+    layer = MODEL.layers[0]
+    kinds = (PagedKV(1, 576, 0), PagedKV(8, 128, 64), State(((4, 8), (3,))))
+    model = replace(MODEL, layers=tuple(replace(layer, attention=AttentionSpec(kind)) for kind in kinds))
+    assert model.kv_bytes_per_token("bfloat16", tp_size=2) == 2 * (576 + 4 * (128 + 64))
+    assert model.state_bytes_per_row("float32") == 4 * (32 + 3)
 
 
 @pytest.mark.parametrize("backend", ["fa", "fi"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from minisgl.config.args import ServerArgs
+from minisgl.config.attention import choose_on_cpu
 from minisgl.config.memory import cpu_pages, fit_seq_len
 from minisgl.config.model import ModelConfig
 from minisgl.config.probe import Capabilities
@@ -31,7 +32,7 @@ def cpu_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, ma
     kernels = not lack
     if args.quantization and lack:
         raise ConfigError(f"--quantization {args.quantization}: {lack}")
-    attention = _attention(args.attention_backend, lack)
+    attention = choose_on_cpu(args.attention_backend, lack, model, dtype, machine)
     kv_dtype = _kv_dtype(args.kv_cache_dtype, "float32" if kernels else dtype, dtype, attention)
     if problem:
         logger.warning("torch computes, since %s: decoding is several times slower", problem)
@@ -75,16 +76,6 @@ def _auto_dtype(model: ModelConfig, machine: Capabilities, *, has_kernels: bool)
     if model.dtype == "bfloat16" and (has_kernels or machine.has_fast_bfloat16):
         return "bfloat16"
     return "float32"
-
-
-def _attention(asked: str | None, lack: str) -> str:
-    """lack: why our kernels do not compute."""
-    names = (asked or ("sdpa" if lack else "cpu")).split(",")
-    if not set(names) <= {"cpu", "sdpa"} or len(set(names)) > 1 or len(names) > 2:
-        raise ConfigError(f"--attention-backend {asked}: on a CPU there are cpu and sdpa")
-    if names[0] == "cpu" and lack:
-        raise ConfigError(f"--attention-backend {asked}: {lack}")
-    return names[0]
 
 
 def _kv_dtype(asked: str | None, computed: str, stored: str, attention: str) -> str:

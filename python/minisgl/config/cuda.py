@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 from minisgl.config.args import ServerArgs
+from minisgl.config.attention import choose_on_gpu, dotted
 from minisgl.config.memory import fit_seq_len, gpu_tokens
-from minisgl.config.model import ModelConfig
-from minisgl.config.probe import PACKAGES, Capabilities, Gpu
+from minisgl.config.model import ModelConfig, MoE
+from minisgl.config.probe import Capabilities, Gpu
 from minisgl.config.runtime import EngineConfig
 from minisgl.errors import ConfigError
-from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
 
@@ -20,30 +19,6 @@ _PREFILL_LENGTH = 8192  # tokens
 _PAGE_SIZE = 16  # tokens
 _GRAPH_MAX_BS = 256  # requests
 _NUM_THREADS = 4  # for loading weights
-
-
-@dataclass(frozen=True, slots=True)
-class _Backend:
-    """What an attention backend needs. package: of PACKAGES. arch: the only compute capability that it is for."""
-
-    package: str = ""
-    arch: tuple[int, int] | None = None
-    head_dims: tuple[int, ...] = ()  # any
-    max_group: int = 0  # query heads per KV head; 0: any number
-    is_16_bit: bool = False  # float32 is refused
-    is_compiled: bool = False  # needs nvcc
-
-
-BACKENDS = {
-    "sdpa": _Backend(),
-    "triton": _Backend("triton", None, tuple(range(16, 257, 16))),
-    "cuda": _Backend("tvm_ffi", (9, 0), (64, 128), max_group=16, is_16_bit=True, is_compiled=True),
-    "fi": _Backend("flashinfer", None, (64, 128, 256), is_16_bit=True),
-    "fa": _Backend("sgl_kernel", (9, 0), (64, 96, 128, 192, 256), is_16_bit=True),
-}
-# What `auto` takes: the first that fits, and for decode in the end what computes prefill.
-_PREFILL = ("fa", "triton", "sdpa")
-_DECODE = ("cuda", "triton")
 
 
 def choose_device(args: ServerArgs, machine: Capabilities) -> str:
@@ -73,7 +48,7 @@ def cuda_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, m
     page_size = args.page_size or _PAGE_SIZE
     max_prefill_length = args.max_prefill_length or _PREFILL_LENGTH
     capacity = gpu_tokens(args, model, gpus, dtype, kv_dtype, page_size, max_prefill_length)
-    prefill, decode = _attention(args.attention_backend, model, dtype, machine)
+    prefill, decode = choose_on_gpu(args.attention_backend, model, dtype, machine)
     moe_backend = _moe_backend(args.moe_backend, machine)
     return EngineConfig(
         model_path=path,
@@ -120,7 +95,7 @@ def _cuda_problem(machine: Capabilities, tp_size: int) -> str:
     for gpu in machine.gpus[:tp_size]:
         if gpu.arch < MIN_ARCH:
             return (
-                f"{gpu} has compute capability {_dotted(gpu.arch)}, and {_dotted(MIN_ARCH)} is needed; "
+                f"{gpu} has compute capability {dotted(gpu.arch)}, and {dotted(MIN_ARCH)} is needed; "
                 "choose others with CUDA_VISIBLE_DEVICES, or compute with --device cpu"
             )
     return ""
@@ -143,57 +118,11 @@ def _gpus(tp_size: int, visible: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
     return gpus
 
 
-def _attention(asked: str | None, model: ModelConfig, dtype: str, machine: Capabilities) -> tuple[str, str]:
-    """Prefill and decode backend, told in one line of the log."""
-    why_not = {name: _unfit(backend, model, dtype, machine) for name, backend in BACKENDS.items()}
-    if asked is None:
-        prefill = next(name for name in _PREFILL if not why_not[name])
-        choices = (*_DECODE, prefill)
-        decode = prefill if prefill == "sdpa" else next(name for name in choices if not why_not[name])
-        passed = [*_PREFILL[: _PREFILL.index(prefill)], *choices[: choices.index(decode)]]
-        reasons = "; ".join(f"{name} {why_not[name]}" for name in dict.fromkeys(passed) if why_not[name])
-        logger.info("attention: %s prefill, %s decode%s", prefill, decode, reasons and f" ({reasons})")
-        return prefill, decode
-    names = ["triton", "cuda"] if asked == "cuda" else asked.split(",")
-    prefill, decode = names[0], names[-1]
-    for name in names:
-        if name not in BACKENDS:
-            raise ConfigError(f"--attention-backend {asked}: {name!r} is unknown; choose from {', '.join(BACKENDS)}")
-        if why_not[name]:
-            raise ConfigError(f"--attention-backend {asked}: {name} {why_not[name]}")
-    if len(names) > 2:
-        raise ConfigError(f"--attention-backend {asked}: expected one backend, or prefill,decode")
-    if prefill == "cuda":
-        raise ConfigError(f"--attention-backend {asked}: cuda is for decode; use triton,cuda")
-    if "sdpa" in names and prefill != decode:
-        raise ConfigError(f"--attention-backend {asked}: sdpa computes both prefill and decode; use sdpa alone")
-    logger.info("attention: %s prefill, %s decode, as asked", prefill, decode)
-    return prefill, decode
-
-
-def _unfit(backend: _Backend, model: ModelConfig, dtype: str, machine: Capabilities) -> str:
-    """Why a backend cannot compute this model here, and what to do; "" when it can."""
-    arch, group = machine.gpus[0].arch, div_ceil(model.num_qo_heads, model.num_kv_heads)
-    if backend.arch is not None and backend.arch != arch:
-        return f"needs compute capability {_dotted(backend.arch)}, this GPU has {_dotted(arch)}"
-    if backend.head_dims and model.head_dim not in backend.head_dims:
-        return f"does not compute head_dim {model.head_dim}"
-    if backend.max_group and group > backend.max_group:
-        return f"computes up to {backend.max_group} query heads per KV head, not {group}"
-    if backend.is_16_bit and dtype == "float32":
-        return "does not compute float32 (--dtype)"
-    if backend.package and backend.package not in machine.packages:
-        return f"needs a package: pip install {PACKAGES[backend.package][0]}"
-    if backend.is_compiled and machine.nvcc is None:
-        return f"needs nvcc: install CUDA {machine.torch_cuda}'s toolkit, or set CUDA_HOME to it"
-    return ""
-
-
 def _graph_max_bs(args: ServerArgs, model: ModelConfig, decode: str, moe_backend: str) -> int:
     asked, problem = args.cuda_graph_max_bs, ""
     if decode == "sdpa":
         problem = "sdpa cannot be captured; choose another --attn, or 0"
-    elif model.moe is not None and moe_backend == "torch":
+    elif moe_backend == "torch" and any(isinstance(layer.mlp, MoE) for layer in model.layers):
         problem = "--moe-backend torch cannot be captured; choose triton, or 0"
     if asked and problem:
         raise ConfigError(f"--cuda-graph-max-bs {asked}: {problem}")
@@ -204,7 +133,3 @@ def _moe_backend(asked: str | None, machine: Capabilities) -> str:
     if asked == "triton" and "triton" not in machine.packages:
         raise ConfigError("--moe-backend triton: needs a package: pip install triton")
     return asked or ("triton" if "triton" in machine.packages else "torch")
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"

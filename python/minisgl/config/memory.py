@@ -27,7 +27,7 @@ def cpu_pages(
     tp_size = args.tensor_parallel_size
     budget = int(machine.memory * args.memory_ratio) // tp_size - model.weight_bytes(dtype, tp_size)
     budget -= args.max_running_requests * model.state_bytes_per_row(kv_dtype)
-    affordable = budget // (model.kv_bytes_per_token(kv_dtype, tp_size) * page_size)
+    affordable = budget // max(1, model.kv_bytes_per_token(kv_dtype, tp_size) * page_size)
     if affordable < 1:
         weights = model.weight_bytes(dtype, tp_size) * tp_size / GIB
         raise ConfigError(
@@ -52,7 +52,7 @@ def gpu_tokens(
     tp_size, ratio = args.tensor_parallel_size, args.memory_ratio
     gpu = min(gpus, key=lambda gpu: gpu_budget(gpu, ratio))
     budget = gpu_budget(gpu, ratio) - args.max_running_requests * model.state_bytes_per_row(kv_dtype)
-    weights, kv_bytes = model.weight_bytes(dtype, tp_size), model.kv_bytes_per_token(kv_dtype, tp_size)
+    weights, kv_bytes = model.weight_bytes(dtype, tp_size), max(1, model.kv_bytes_per_token(kv_dtype, tp_size))
     room = f"{gpu} has {gpu.free_memory / GIB:.1f} of {gpu.total_memory / GIB:.1f} GiB free"
     if args.num_pages is not None:
         kv = args.num_pages * page_size * kv_bytes

@@ -103,10 +103,6 @@ class MoE:
     def active_features(self) -> int:
         return self.num_experts_per_tok * self.intermediate_size
 
-    @property
-    def norm_topk_prob(self) -> bool:
-        return self.routing == "softmax_of_chosen"
-
     def num_weights(self, hidden_size: int, tp_size: int) -> int:
         return 3 * self.num_experts * self.intermediate_size * hidden_size // tp_size + self.num_experts * hidden_size
 
@@ -143,6 +139,12 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def num_kv_heads(self) -> int:
+        """The fewest that a layer with paged keys and values has."""
+        caches = [layer.attention.cache for layer in self.layers]
+        return min((cache.heads for cache in caches if isinstance(cache, PagedKV)), default=self.num_qo_heads)
+
     def kv_bytes_per_token(self, dtype: str, tp_size: int = 1) -> int:
         """Bytes of KV cache that one token takes on one rank."""
         return sum(layer.attention.cache.token_bytes(dtype, tp_size) for layer in self.layers)
@@ -160,46 +162,3 @@ class ModelConfig:
                 params += cache.local_heads(tp_size) * (cache.k_dim + cache.v_dim) * self.hidden_size
             params += query // tp_size * 2 + layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
         return params * _WEIGHT_BYTES[dtype]
-
-    # What callers ask for that do not look at the specifications of layers yet.
-
-    @property
-    def rope(self) -> RopeConfig:
-        return self.ropes[0]
-
-    @property
-    def num_kv_heads(self) -> int:
-        cache = self.layers[0].attention.cache
-        assert isinstance(cache, PagedKV)
-        return cache.heads
-
-    @property
-    def intermediate_size(self) -> int:
-        return next((mlp.intermediate_size for mlp in self._mlps() if isinstance(mlp, DenseMLP)), 0)
-
-    @property
-    def mlp_bias(self) -> bool:
-        return any(isinstance(mlp, DenseMLP) and mlp.bias for mlp in self._mlps())
-
-    @property
-    def qk_norm(self) -> bool:
-        return "q_norm" in self.layers[0].norms
-
-    @property
-    def moe(self) -> MoE | None:
-        return next((mlp for mlp in self._mlps() if isinstance(mlp, MoE)), None)
-
-    def _mlps(self) -> list[DenseMLP | MoE]:
-        return [layer.mlp for layer in self.layers]
-
-    def sliding_window(self, layer: int) -> int | None:
-        return self.layers[layer].attention.window
-
-    def is_sparse(self, layer: int) -> bool:
-        return isinstance(self.layers[layer].mlp, MoE)
-
-    def num_local_kv_heads(self, tp_size: int) -> int:
-        return max(1, self.num_kv_heads // tp_size)
-
-
-MoEConfig = MoE

@@ -155,7 +155,7 @@ class ModelShard:
                 load_weights(self.model.parts(), checkpoint, show_progress=rank == 0)
             else:
                 fill_random(self.model.parts(), config.seed)
-            self.rope = RotaryEmbedding(config.model.rope, config.model.head_dim, device)
+            self.rope = RotaryEmbedding(config.model.ropes[0], config.model.head_dim, device)
         logger.info("weights ready after %.1f s", time.perf_counter() - start)
 
     def create_kv(self, num_pages: int) -> KVPool:

@@ -26,7 +26,7 @@ class KVPool:
     def __init__(
         self, model: ModelConfig, num_slots: int, tp_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (model.num_layers, num_slots, model.num_local_kv_heads(tp_size), model.head_dim)
+        shape = (model.num_layers, num_slots, max(1, model.num_kv_heads // tp_size), model.head_dim)
         self.keys, self.values = (_lazy_zeros(shape, dtype, device) for _ in range(2))
         pairs = zip(self.keys.unbind(0), self.values.unbind(0), strict=True)
         self._layers = [LayerCache(k, v) for k, v in pairs]
