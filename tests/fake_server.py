@@ -134,7 +134,15 @@ def config_for(model_path: str, port: int, num_tokenizer: int, max_seq_len: int,
         model_path, model, "float32", "cpu", 1, "", 8192, page_size, 256, 8192, max_seq_len, "sdpa", "sdpa", 1, True
     )
     tokenizer = TokenizerConfig(model_path, max_seq_len, VOCAB)
-    return ServerConfig(engine, scheduler, tokenizer, num_tokenizer, "fake-model", "127.0.0.1", port, {"top_k": 50})
+    return ServerConfig(
+        engine=engine,
+        scheduler=scheduler,
+        tokenizer=tokenizer,
+        num_tokenizer=num_tokenizer,
+        served_model_name="fake-model",
+        port=port,
+        default_sampling={"top_k": 50},
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -157,7 +165,7 @@ def main(argv: list[str]) -> int:
     config = replace(config, strict_requests="strict_requests" in options, model_name_check=checked)
     args = args_from_options({name: options[name] for name in (*WATCHING, *LOAD) if name in options})
     config = replace(config, scheduler=replace(config.scheduler, step_timeout=args.step_timeout))
-    config = replace(config, fair=args.fairness is not False, request_timeout=args.request_timeout)
+    config = replace(config, fairness=args.fairness, request_timeout=args.request_timeout)
     queued = {"max_queued_requests": args.max_queued_requests, "max_queued_tokens": args.max_queued_tokens}
     config = replace(config, **queued)
     config = replace(config, restart_workers=args.restart_workers, heartbeat_timeout=args.heartbeat_timeout)

@@ -36,7 +36,7 @@ def test_python_too_old_fails_and_says_what_to_do() -> None:
 
 def test_cpu_names_what_it_has() -> None:
     def cpu(flags: str, arch: str = "x86_64", num_cores: int = 8) -> Row:
-        return system.check_cpu(Capabilities(num_cores, 0, frozenset(flags.split())), arch)
+        return system.check_cpu(Capabilities(num_cores=num_cores, memory=0, cpu_flags=frozenset(flags.split())), arch)
 
     row = cpu("fpu avx2 avx512f amx_bf16")
     assert row.status == "ok"

@@ -420,14 +420,14 @@ def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, f"nvml{name}", lambda *_, answer=answer: answer)
     found = probe_nvidia("1")
-    assert found == Nvidia((Gpu(0, "NVIDIA H100", (9, 0), 80, 79),), "580.1", (12, 4))
-    assert "shows none of this machine's 2 GPUs" in probe_nvidia("").problem
+    assert found == Nvidia((Gpu(0, "NVIDIA H100", (9, 0), 80, 79),), "580.1", (12, 4), "")
+    assert "shows none of this machine's 2 GPUs" in probe_nvidia("").gpu_problem
 
     def fail(*_: object) -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 
     monkeypatch.setattr(pynvml, "nvmlInit", fail)
-    assert "driver does not run (Driver Not Loaded)" in probe_nvidia(None).problem
+    assert "driver does not run (Driver Not Loaded)" in probe_nvidia(None).gpu_problem
 
 
 def test_which_cuda_torch_is_built_for() -> None:

@@ -83,12 +83,12 @@ def _choice(*choices: str) -> Parser:
     return _parser(f"one of {', '.join(choices)}", choices.__contains__)
 
 
-def _auto(inner: Parser) -> Parser:
-    """`auto` means None: decided by `resolve`."""
+def _auto(inner: Parser, chosen: Any = None) -> Parser:
+    """`auto` is allowed, and means None: decided by `resolve`; or what is chosen here."""
 
     def parse(value: Any) -> Any:
         if value is None or value == "auto":
-            return None
+            return chosen
         try:
             return inner(value)
         except ValueError as error:
@@ -116,14 +116,31 @@ _object = _parser(
 )
 
 
-def _option(parse: Parser, default: Any, *aliases: str, many: bool = False, secret: bool = False) -> Any:
-    """many: the flag may be repeated. secret: no message shows its value. What it is for, `options.yaml` says."""
-    metadata = {"parse": parse, "aliases": aliases, "many": many, "secret": secret}
-    return field(default=default, metadata=metadata, repr=not secret)
+def _option(parse: Parser, default: Any, *aliases: str, secret: bool = False) -> Any:
+    """secret: no message shows its value. What it is for, `options.yaml` says."""
+    return field(default=default, metadata={"parse": parse, "aliases": aliases}, repr=not secret)
 
 
 @dataclass(frozen=True, slots=True)
-class ServerArgs:
+class ServerOptions:
+    """What the server takes as the user says it."""
+
+    host: str = _option(_text, "127.0.0.1")
+    port: int = _option(integer(0, 65535), 1919)
+    num_tokenizer: int = _option(integer(0, 64), 0, "--tokenizer-count")
+    fairness: bool = _option(_auto(boolean, True), True)
+    max_queued_requests: int = _option(integer(1), 4096)
+    max_queued_tokens: int = _option(integer(1024), 2**24)
+    request_timeout: float = _option(_seconds(0), 0.0)
+    strict_requests: bool = _option(boolean, False)
+    model_name_check: bool = _option(_auto(boolean, True), True)
+    restart_workers: int = _option(integer(0), 3)
+    heartbeat_timeout: float = _option(_seconds(2), 60.0)
+    drain_timeout: float = _option(_seconds(0), 10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerArgs(ServerOptions):
     """Options of the server, the shell and `LLM`, checked one by one but not yet against the model and the machine."""
 
     model_path: str | None = _option(_auto(_text), None, "--model")
@@ -138,14 +155,12 @@ class ServerArgs:
     cpu_threads: int | None = _option(_auto(integer(1, 1024)), None)
     device: str | None = _option(_auto(_choice("cpu", "cuda")), None)
     tensor_parallel_size: int = _option(integer(1, 64), 1, "--tp-size", "--tp")
-    host: str = _option(_text, "127.0.0.1")
-    port: int = _option(integer(0, 65535), 1919)
-    api_key: tuple[str, ...] = _option(_several(_key), (), many=True, secret=True)
-    admin_key: tuple[str, ...] = _option(_several(_key), (), many=True, secret=True)
-    allowed_hosts: tuple[str, ...] = _option(_several(_host), (), many=True)
+    api_key: tuple[str, ...] = _option(_several(_key), (), secret=True)
+    admin_key: tuple[str, ...] = _option(_several(_key), (), secret=True)
+    allowed_hosts: tuple[str, ...] = _option(_several(_host), ())
     ssl_certfile: str | None = _option(_auto(_text), None)
     ssl_keyfile: str | None = _option(_auto(_text), None)
-    cors_origin: tuple[str, ...] = _option(_several(_origin), (), many=True)
+    cors_origin: tuple[str, ...] = _option(_several(_origin), ())
     max_running_requests: int = _option(integer(1, 65536), 256)
     max_prefill_length: int | None = _option(_auto(integer(1)), None, "--max-extend-length")
     max_seq_len: int | None = _option(_auto(integer(2)), None, "--max-seq-len-override")
@@ -157,22 +172,12 @@ class ServerArgs:
     moe_backend: str | None = _option(_auto(_choice("triton", "torch")), None)
     cuda_graph_max_bs: int | None = _option(_auto(integer(0)), None, "--graph")
     disable_pynccl: bool = _option(boolean, False)
-    num_tokenizer: int = _option(integer(0, 64), 0, "--tokenizer-count")
     schedule_policy: str = _option(_choice("fcfs", "lpm", "priority"), "fcfs")
-    fairness: bool = _option(_auto(boolean), True)
-    max_queued_requests: int = _option(integer(1), 4096)
-    max_queued_tokens: int = _option(integer(1024), 2**24)
-    request_timeout: float = _option(_seconds(0), 0.0)
     disable_overlap: bool = _option(boolean, False)
     dummy_weight: bool = _option(boolean, False)
     tool_call_parser: str | None = _option(_auto(_choice(*TOOL_PARSERS, "none")), None)
     reasoning_parser: str | None = _option(_auto(_choice(*REASONING_PARSERS, "none")), None)
-    strict_requests: bool = _option(boolean, False)
-    model_name_check: bool = _option(_auto(boolean), True)
-    restart_workers: int = _option(integer(0), 3)
-    heartbeat_timeout: float = _option(_seconds(2), 60.0)
     step_timeout: float = _option(_seconds(1), 60.0)
-    drain_timeout: float = _option(_seconds(0), 10.0)
     check_integrity: int | None = _option(_auto(integer(0)), None)
     shell: bool = _option(boolean, False, "--shell-mode")
 
@@ -189,8 +194,11 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
     config_file = given.pop("config", None) or environ.get("MINISGL_CONFIG")
     values = _from_file(config_file) if config_file else {}
     values |= _from_environment(environ)
-    for name, (flag, raw) in given.items():
-        values[name] = _parse(name, raw, f"{flag} {raw}")
+    for name, raw in given.items():
+        value = ",".join(raw).split(",") if isinstance(raw, list) else raw
+        words = [word.partition("=")[0] for word in argv]
+        flag = next(word for word in reversed(words) if word in _flags(name))  # as it was spelled
+        values[name] = _parse(name, value, f"{flag} {value}")
     return ServerArgs(**values)
 
 
@@ -245,8 +253,7 @@ def _parse(name: str, value: Any, source: str) -> Any:
     try:
         return _FIELDS[name].metadata["parse"](value)
     except ValueError as error:
-        if _FIELDS[name].metadata["secret"]:
-            source = _flags(name)[0]
+        source = source if _FIELDS[name].repr else _flags(name)[0]
         raise ConfigError(f"{source}: expected {error}") from None
 
 
@@ -257,18 +264,6 @@ def _flags(name: str) -> list[str]:
 def _suggestion(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
-
-
-class _Record(argparse.Action):
-    """Keeps the flag as it was spelled beside its value, for the error message."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        del parser
-        value: Any = "true" if self.nargs == 0 else values
-        if _FIELDS[self.dest].metadata["many"]:
-            _, before = getattr(namespace, self.dest, (None, []))
-            value = [*before, *str(values).split(",")]
-        setattr(namespace, self.dest, (option_string, value))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -298,15 +293,14 @@ def _build_parser() -> argparse.ArgumentParser:
     helps = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
     parser.add_argument("--version", action="version", version=f"minisgl {__version__}")
     parser.add_argument("--config", metavar="FILE", help="YAML file with options")
-    for name, option in _FIELDS.items():
-        is_switch = option.metadata["parse"] is boolean
-        default = "" if option.default in (None, False, ()) else f" (default: {option.default})"
-        parser.add_argument(
-            *_flags(name),
-            dest=name,
-            action=_Record,
-            nargs=0 if is_switch else None,
-            metavar=None if is_switch else name.rpartition("_")[2].upper(),
-            help=helps[name].format(tools=", ".join(TOOL_PARSERS), reasoning=", ".join(REASONING_PARSERS)) + default,
-        )
+    for name, text in helps.items():
+        option = _FIELDS[name]
+        kind = {"metavar": name.rpartition("_")[2].upper()}
+        if option.default is False:
+            kind = {"action": "store_true"}
+        elif option.default == ():
+            kind["action"] = "append"
+        shown = "" if option.default in (None, False, ()) else f" (default: {option.default})"
+        text = text.format(tools=", ".join(TOOL_PARSERS), reasoning=", ".join(REASONING_PARSERS))
+        parser.add_argument(*_flags(name), dest=name, help=text + shown, **kind)
     return parser

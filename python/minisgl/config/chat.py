@@ -6,27 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from minisgl.config.locate import Fields, read_json
 from minisgl.errors import ConfigError
 
-TOOL_PARSERS = ("hermes", "qwen", "qwen3_coder", "llama3_json", "mistral", "pythonic")
+_FORMATS = yaml.safe_load(Path(__file__).with_name("formats.yaml").read_text(encoding="utf-8"))
+_MARKERS: dict[str, list[str]] = _FORMATS["tools"] | _FORMATS["reasoning"]
+TOOL_PARSERS = tuple(_FORMATS["tools"])
 REASONING_PARSERS = {"qwen3": "optional", "deepseek_r1": "always"}  # name: whether models reason (`core.Grammar`)
 OPENING, CLOSING = "<think>", "</think>"
-
-# Special tokens that are markers of a format: they must reach the parser as text.
-_MARKERS = {
-    "hermes": ("<tool_call>", "</tool_call>"),
-    "qwen": ("<tool_call>", "</tool_call>"),
-    "qwen3_coder": ("<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>"),
-    "llama3_json": ("<|python_tag|>",),
-    "mistral": ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
-    "pythonic": ("<|python_tag|>", "<|python_start|>", "<|python_end|>"),
-    "qwen3": (OPENING, CLOSING),
-    "deepseek_r1": (OPENING, CLOSING),
-}
 SPOKEN = frozenset(marker for markers in _MARKERS.values() for marker in markers)  # what models say to the parsers
-# Formats that share a marker with one of ours.
-_OTHER_FORMATS = ("<arg_key>", "<tool_call_begin>", "<｜tool▁call▁begin｜>")
 
 
 def read_template_file(file: str) -> str:
@@ -74,21 +64,9 @@ def choose_tool_parser(wanted: str | None, template: str) -> str | None:
     """The parser that was asked for ("none": none), or by default the one that the template's format needs."""
     if wanted is not None:
         return None if wanted == "none" else wanted
-    if "[TOOL_CALLS]" in template:
-        return "mistral"
-    if any(marker in template for marker in _OTHER_FORMATS):
-        return None
-    if "<function=" in template and "<parameter=" in template:
-        return "qwen3_coder"
-    if "<function=" in template:
-        return None
-    if "<tool_call>" in template:
-        return "hermes"
-    if "<|python_start|>" in template or "[func_name1(" in template:
-        return "pythonic"
-    if "<|python_tag|>" in template or '"parameters": dictionary of argument name' in template:
-        return "llama3_json"
-    return None
+    return next(
+        (rule["format"] for rule in _FORMATS["told_by"] if all(text in template for text in rule["texts"])), None
+    )
 
 
 def choose_reasoning_parser(wanted: str | None, template: str) -> str | None:

@@ -22,12 +22,7 @@ _PATTERNS = [
     *("chat_template*", "additional_chat_templates/*.jinja", "vocab.*", "merges.txt", "tekken.json", "*.tiktoken"),
 ]
 _IGNORED = ["*/*.tiktoken", "tokenizer*/*", "model*/*", "*.py"]
-
-
-def _others() -> dict[str, str]:
-    """Patterns of files by which something else than a model of ours is known, and what to do then."""
-    texts: dict[str, str] = yaml.safe_load(Path(__file__).with_name("others.yaml").read_text(encoding="utf-8"))
-    return texts
+_OTHERS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("others.yaml").read_text(encoding="utf-8"))
 
 
 def split_revision(model: str | None, revision: str | None) -> tuple[str | None, str | None]:
@@ -98,7 +93,7 @@ def _fetch_hint(error: Exception, source: str) -> str:
 def check_directory(path: Path) -> None:
     """Raises: ConfigError saying what `path` is, when it is no directory with a `config.json` in it."""
     if path.is_file():
-        reason = _others()["*.gguf"] if path.suffix == ".gguf" else "give the directory that holds config.json"
+        reason = _OTHERS["*.gguf"] if path.suffix == ".gguf" else "give the directory that holds config.json"
         raise ConfigError(f"{str(path)!r} is a file, not a model directory: {reason}")
     if not path.is_dir():
         raise ConfigError(f"model directory {str(path)!r} does not exist")
@@ -135,7 +130,7 @@ def _no_model(path: Path, missing: str) -> ConfigError:
     elif below := next(path.glob(f"*/{missing}"), None):
         reason = f"it is in {below.parent}"
     else:
-        reason = next((what for pattern, what in _others().items() if any(path.glob(pattern))), "")
+        reason = next((what for pattern, what in _OTHERS.items() if any(path.glob(pattern))), "")
     return ConfigError(f"{str(path)!r} is no model directory: {missing} is missing" + f"; {reason}" * bool(reason))
 
 

@@ -7,7 +7,7 @@ import re
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -33,12 +33,12 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Nvidia:
-    """The driver's answers. cuda: the newest CUDA that it runs. problem: why there are no GPUs."""
+    """The driver's answers."""
 
-    gpus: tuple[Gpu, ...] = ()
-    driver: str = ""
-    cuda: tuple[int, int] = (0, 0)
-    problem: str = ""
+    gpus: tuple[Gpu, ...] = ()  # that CUDA_VISIBLE_DEVICES shows, in its order
+    driver: str = ""  # version
+    driver_cuda: tuple[int, int] = (0, 0)  # the newest CUDA that the driver runs
+    gpu_problem: str = "no NVIDIA driver on this machine"  # why there are none
 
 
 def probe_nvidia(chosen: str | None) -> Nvidia:
@@ -48,9 +48,9 @@ def probe_nvidia(chosen: str | None) -> Nvidia:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError_LibraryNotFound:
-        return Nvidia(problem="no NVIDIA driver on this machine")
+        return Nvidia()
     except pynvml.NVMLError as error:
-        return Nvidia(problem=f"the NVIDIA driver does not run ({error}); load or reinstall it")
+        return Nvidia(gpu_problem=f"the NVIDIA driver does not run ({error}); load or reinstall it")
     try:
         version: int = pynvml.nvmlSystemGetCudaDriverVersion_v2()
         driver, cuda = str(pynvml.nvmlSystemGetDriverVersion()), (version // 1000, version % 1000 // 10)
@@ -65,7 +65,7 @@ def probe_nvidia(chosen: str | None) -> Nvidia:
             problem = f"CUDA_VISIBLE_DEVICES={chosen} shows none of this machine's {len(handles)} GPUs"
         return Nvidia(tuple(gpus), driver, cuda, problem)
     except pynvml.NVMLError as error:
-        return Nvidia(problem=f"the NVIDIA driver does not answer ({error}); look at nvidia-smi")
+        return Nvidia(gpu_problem=f"the NVIDIA driver does not answer ({error}); look at nvidia-smi")
     finally:
         pynvml.nvmlShutdown()
 
@@ -110,17 +110,13 @@ PACKAGES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Capabilities:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities(Nvidia):
     """num_cores: that this process may use. memory: bytes available to it. cpu_flags: as Linux names them."""
 
     num_cores: int
     memory: int
     cpu_flags: frozenset[str]
-    gpus: tuple[Gpu, ...] = ()  # that CUDA_VISIBLE_DEVICES shows, in its order
-    gpu_problem: str = "no NVIDIA driver on this machine"  # why there are none
-    driver: str = ""  # version
-    driver_cuda: tuple[int, int] = (0, 0)  # the newest CUDA that the driver runs
     torch_cuda: str | None = None  # the CUDA that torch is built for; None: a CPU build
     packages: frozenset[str] = frozenset()  # of PACKAGES, those that are installed
     nvcc: str | None = None  # path of the compiler
@@ -140,10 +136,7 @@ def probe() -> Capabilities:
         num_cores=num_cores(),
         memory=available_memory(),
         cpu_flags=cpu_flags(),
-        gpus=nvidia.gpus,
-        gpu_problem=nvidia.problem,
-        driver=nvidia.driver,
-        driver_cuda=nvidia.cuda,
+        **{field.name: getattr(nvidia, field.name) for field in fields(nvidia)},
         torch_cuda=torch_cuda(),
         packages=frozenset(name for name in PACKAGES if find_spec(name)),
         nvcc=_find_nvcc(),

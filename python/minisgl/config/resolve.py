@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minisgl.config import chat
-from minisgl.config.args import ServerArgs
+from minisgl.config.args import ServerArgs, ServerOptions
 from minisgl.config.cpu import cpu_engine
 from minisgl.config.cuda import choose_device, cuda_engine
 from minisgl.config.families import read_model_config
@@ -96,22 +96,19 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         overlap=not args.disable_overlap,
         token_seconds=2 * model.weight_bytes("int8", engine.tp_size) / flops,
     )
-    decided = replace(
-        args,
-        served_model_name=args.served_model_name or args.model_path or "minisgl-demo",
-        tool_call_parser=chat.choose_tool_parser(args.tool_call_parser, files.chat_template),
-        reasoning_parser=chat.choose_reasoning_parser(args.reasoning_parser, files.chat_template),
-        model_name_check=args.model_name_check is not False,
-    )
-    visible = chat.visible_tokens(decided.tool_call_parser, decided.reasoning_parser)
+    tools = chat.choose_tool_parser(args.tool_call_parser, files.chat_template)
+    reasoning = chat.choose_reasoning_parser(args.reasoning_parser, files.chat_template)
+    visible = chat.visible_tokens(tools, reasoning)
     own_template = files.chat_template if args.chat_template else None
     return ServerConfig(
-        **_shared(ServerConfig, decided),
+        **_shared(ServerOptions, args),
         engine=engine,
         scheduler=scheduler,
         tokenizer=TokenizerConfig(path, engine.max_seq_len, model.vocab_size, visible, own_template),
+        served_model_name=args.served_model_name or args.model_path or "minisgl-demo",
         default_sampling=files.default_sampling,
-        fair=args.fairness is not False,
+        tool_call_parser=tools,
+        reasoning_parser=reasoning,
     )
 
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from minisgl.config.args import ServerOptions
 from minisgl.config.model import ModelConfig
 
 
@@ -97,27 +98,15 @@ class AccessConfig:
             return any(fnmatchcase(name, one) or (not one and "." not in name) for one in self.hosts)
 
 
-@dataclass(frozen=True, slots=True)
-class ServerConfig:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig(ServerOptions):
     """Everything that a running server is made of."""
 
     engine: EngineConfig
     scheduler: SchedulerConfig
     tokenizer: TokenizerConfig
-    num_tokenizer: int
     served_model_name: str
-    host: str
-    port: int
     default_sampling: dict[str, float | int]  # from generation_config.json, by the names of `SamplingParams`
     tool_call_parser: str | None = None  # None: the format of tool calls is not known
     reasoning_parser: str | None = None  # None: the model does not reason, as far as the server knows
     access: AccessConfig = AccessConfig()
-    strict_requests: bool = False  # unknown fields are refused
-    model_name_check: bool = True
-    heartbeat_timeout: float = 60.0  # seconds
-    restart_workers: int = 3  # times in an hour
-    drain_timeout: float = 10.0  # seconds that requests may take to end after a signal
-    fair: bool = True  # clients take turns
-    max_queued_requests: int = 4096  # outputs, beside `max_running_requests`
-    max_queued_tokens: int = 2**24  # of prompts
-    request_timeout: float = 0.0  # seconds, of requests that name none; 0: for ever

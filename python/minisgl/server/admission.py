@@ -68,7 +68,7 @@ class Admission:
     """Around what reads bodies: refuses what finds no room, before it is read, and lets the others in by turns."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
-        self._app, self._fair = app, config.fair
+        self._app, self._fair = app, config.fairness
         outputs = config.scheduler.max_running_requests + config.max_queued_requests
         self.limits = {OUTPUTS: outputs, BYTES: config.max_queued_tokens * BYTES_PER_TOKEN}
         self.used: Counter[tuple[str, str | None]] = Counter()  # by whom; None: by all
