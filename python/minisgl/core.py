@@ -152,11 +152,13 @@ class SamplingParams:
         return replace(self, seed=((self.seed or 0) + index) % (MAX_SEED + 1)) if index else self
 
     @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+    @property
     def has_logit_rules(self) -> bool:
         """Whether its logits are changed before a token is sampled from them; `min_tokens` aside."""
-        return bool(
-            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.logit_bias
-        )
+        return self.has_penalties or bool(self.logit_bias)
 
 
 def _check(valid: bool, name: str, expected: str, value: object) -> None:

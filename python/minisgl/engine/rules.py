@@ -45,11 +45,6 @@ class RuledRow(NamedTuple):
     rules: _Rules
     words: npt.NDArray[np.int32] | None  # its packed bitmask; empty: it is not there yet
 
-    @property
-    def is_penalized(self) -> bool:
-        params = self.rules.params
-        return bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty)
-
 
 @dataclass(frozen=True, slots=True)
 class LogitStep:
@@ -107,7 +102,7 @@ def apply_rules(logits: Tensor, step: LogitStep, token_ids: Tensor) -> Tensor:
     """
     device, rows = logits.device, list(enumerate(step.rows))
     changed = logits.index_select(0, to_device(step.samples, device))
-    penalized = [(i, row) for i, row in rows if row.is_penalized]
+    penalized = [(i, row) for i, row in rows if row.rules.params.has_penalties]
     biases = [(i, *pair) for i, row in rows for pair in row.rules.params.logit_bias]
     if penalized or biases:
         changed = changed.float()
