@@ -220,7 +220,7 @@ def test_what_is_answered_at_once_comes_before_the_port(
 ) -> None:
     (tmp_path / "empty.yaml").write_text("{}")
     monkeypatch.setattr("minisgl.config.resolve.probe", lambda: replace(probe(), gpus=()))
-    monkeypatch.setattr("minisgl.config.locate._download", lambda *_: pytest.fail("it is fetched"))
+    monkeypatch.setattr("minisgl.config.locate.download", lambda *_: pytest.fail("it is fetched"))
     monkeypatch.setattr("minisgl.server.launch.run_server", lambda *_: pytest.fail("it is started"))
     options = [option.format(file=tmp_path / "empty.yaml") for option in options]
     with socket.socket() as taken:

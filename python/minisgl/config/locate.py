@@ -56,10 +56,10 @@ def locate_model(model: str | None, source: str, revision: str | None = None) ->
         check_directory(path)
     if not is_remote(model):
         raise ConfigError(f"--model {model}: neither a directory nor a repo id such as Qwen/Qwen3-0.6B")
-    return _download(model, source, revision)
+    return download(model, source, revision)
 
 
-def _download(repo_id: str, source: str, revision: str | None) -> Path:
+def download(repo_id: str, source: str, revision: str | None) -> Path:
     """The repo's files that are read; those of torch only where it has no safetensors."""
     try:
         if source == "modelscope":
