@@ -37,16 +37,17 @@ def measure(num_requests: int, page_size: int, num_steps: int) -> tuple[float, f
     previous: StepPlan | None = None
     while True:
         start = time.perf_counter()
-        plan = planner.plan()
-        planned = time.perf_counter()
-        if plan is None:
+        planned = planner.plan()
+        end = time.perf_counter()
+        if planned is None:
             return statistics.median(plan_seconds), statistics.median(retire_seconds)
+        plan = planned.plan
         if previous is not None:
             result = StepResult(previous.step_id, [(5,)] * sum(req.num_samples for req in previous.reqs))
             before = time.perf_counter()
             planner.retire(result)
             if plan.is_decode_only and len(plan.reqs) == num_requests:
-                plan_seconds.append(planned - start)
+                plan_seconds.append(end - start)
                 retire_seconds.append(time.perf_counter() - before)
         previous = plan
 

@@ -22,7 +22,7 @@ from minisgl.config.chat import visible_tokens
 from minisgl.config.model import AttentionSpec, DenseMLP, LayerSpec, ModelConfig, PagedKV, RopeConfig
 from minisgl.config.resolve import access_config
 from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
-from minisgl.core import StepPlan, StepResult, TokenLogprobs
+from minisgl.core import Masks, StepPlan, StepResult, TokenLogprobs
 from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.processes.control import Control
 from minisgl.processes.launcher import WorkerSpec
@@ -68,7 +68,7 @@ class FakeExecutor:
         self._seeds: dict[int, int] = {}
         self._logprobs: dict[int, int] = {}  # by row: alternatives that are wanted
 
-    def submit(self, plan: StepPlan) -> FakeHandle:
+    def submit(self, plan: StepPlan, masks: Masks | None = None) -> FakeHandle:
         for admission in plan.admissions:
             greedy = admission.params.temperature == 0
             self._logprobs[admission.row] = admission.params.logprobs or 0

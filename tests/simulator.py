@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import NOT_READY, StepPlan, StepResult
+from minisgl.core import NOT_READY, Masks, StepPlan, StepResult
 from minisgl.errors import EngineError
 
 
@@ -34,7 +34,7 @@ class SimulatedHandle:
 
 class SimulatedEngine:
     """An `Executor`. `fail_next`: the next step raises; `poison`: sampled tokens of these rows are not finite;
-    `unready`: bitmasks of these rows are not there.
+    `unready`: masks of these rows are not there.
 
     After a failed step the KV that later steps write is garbage, until the planner has been told (`broken = False`).
     """
@@ -54,7 +54,7 @@ class SimulatedEngine:
         self._salts = [""] * config.max_running_requests
         self._kv: dict[int, tuple[str, tuple[int, ...]]] = {}
 
-    def submit(self, plan: StepPlan) -> SimulatedHandle:
+    def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
         self.num_steps += 1
         self.max_step_tokens = max(self.max_step_tokens, plan.num_tokens)
         assert plan.reqs
@@ -84,14 +84,13 @@ class SimulatedEngine:
             for position in range(start, start + num_new):
                 self._kv[self._slot(row, position)] = self._salts[row], ids[: position + 1]
         sampled: list[tuple[int, ...]] = []
-        masked = plan.bitmask.samples if plan.bitmask else ()
         for row, start, num_new, num_samples in plan.reqs:
             end = start + num_new
             ids = tuple(self._tokens[row, :end].tolist())
             for position in range(end):
                 known = self._salts[row], ids[: position + 1]
                 assert self._kv.get(self._slot(row, position)) == known, "someone else's KV is read"
-            if num_samples and row in self.unready and len(sampled) in masked:
+            if num_samples and row in self.unready and len(sampled) in plan.masked:
                 self._tokens[row, end] = 0
                 sampled.append((NOT_READY,))
             elif num_samples:
@@ -109,14 +108,13 @@ class SimulatedEngine:
         return salts
 
     def _copy(self, plan: StepPlan) -> None:
-        size = self.config.page_size
-        moves = [(c.source * size + i, c.target * size + i) for c in plan.copies for i in range(size)]
-        copied = {target: self._kv[source] for source, target in moves if source in self._kv}
-        for _, target in moves:
-            self._kv.pop(target, None)
-        self._kv |= copied
+        assert len({copy.target for copy in plan.copies}) == len(plan.copies), "a page is the target of two copies"
+        size, garbage = self.config.page_size, ("", (-1,))
+        moves = [(copy.source * size + i, copy.target * size + i) for copy in plan.copies for i in range(size)]
+        self._kv |= {target: garbage if self.broken else self._kv.get(source, garbage) for source, target in moves}
 
     def _run_broken(self, plan: StepPlan) -> list[tuple[int, ...]]:
+        self._copy(plan)
         for row, start, num_new, num_samples in plan.reqs:
             for position in range(start, start + num_new):
                 self._kv[self._slot(row, position)] = "", (-1,)

@@ -21,15 +21,17 @@ from minisgl.core import Req, ReqState, SamplingParams
 from minisgl.errors import IntegrityError
 from minisgl.kvcache.allocator import PageAllocator
 from minisgl.kvcache.radix import NaiveCache, PrefixCache, RadixNode
-from minisgl.scheduler.planner import Planner
+from minisgl.scheduler.integrity import check_integrity
+from minisgl.scheduler.pages import Pages
+from minisgl.scheduler.planner import Planned, Planner
 from minisgl.utils.fairness import FairQueue
 
 
 def load(path: Path) -> tuple[str, Planner]:
     """What was found, and the planner as it was then."""
     reason, state = msgspec.msgpack.decode(path.read_bytes())
-    config = msgspec.convert(state["_config"], SchedulerConfig)
-    nodes = _nodes(state["_cache"].pop("nodes"))
+    config = msgspec.convert(state["config"], SchedulerConfig)
+    nodes = _nodes(state["pages"]["cache"].pop("nodes"))
     reqs: dict[str, Req] = {}
 
     def req(described: dict[str, Any]) -> Req:
@@ -47,24 +49,26 @@ def load(path: Path) -> tuple[str, Planner]:
 
     planner = Planner(config)
     for name, value in state.items():
-        if not hasattr(planner, name) or name in ("_config", "_eos"):
+        if not hasattr(planner, name) or name in ("config", "_eos"):
             continue
-        if name == "_reqs":
+        if name == "reqs":
             value = {uid: req(described) for uid, described in value.items()}
-        elif name == "_waiting":
+        elif name == "waiting":
             queues = {client: queue.items() for client, queue in value["_queues"].items()}
             queued = {client: OrderedDict((uid, req(x)) for uid, x in queue) for client, queue in queues.items()}
             value = _filled(FairQueue(), value | {"_queues": queued})
-        elif name in ("_running", "_leaving"):
+        elif name in ("running", "leaving"):
             value = [req(described) for described in value]
-        elif name == "_inflight":
-            value = deque((step[0], [req(described) for described in step[1]]) for step in value)
-        elif name == "_allocator":
-            value = _filled(PageAllocator(0), value | {"_is_free": bytearray(value["_is_free"])})
-        elif name == "_cache":
-            value["_root"] = _node(nodes, value["_root"])
-            value["_heap"] = [(stamp, serial, _node(nodes, node)) for stamp, serial, node in value["_heap"]]
-            value = _filled((PrefixCache if config.cache_type == "radix" else NaiveCache)(config.page_size), value)
+        elif name == "inflight":
+            value = deque(Planned(plan, [req(described) for described in reqs]) for plan, reqs in value)
+        elif name == "pages":
+            free = value["allocator"]
+            value["allocator"] = _filled(PageAllocator(0), free | {"_is_free": bytearray(free["_is_free"])})
+            cache = value["cache"]
+            cache["_root"] = _node(nodes, cache["_root"])
+            cache["_heap"] = [(stamp, serial, _node(nodes, node)) for stamp, serial, node in cache["_heap"]]
+            kind = PrefixCache if config.cache_type == "radix" else NaiveCache
+            value = _filled(Pages(config), value | {"cache": _filled(kind(config.page_size), cache)})
         setattr(planner, name, value)
     return reason, planner
 
@@ -103,7 +107,7 @@ def main(argv: list[str]) -> int:
     print(f"found then: {reason}")
     print(f"{planner.num_running} running, {planner.num_waiting} waiting, {planner.num_free_pages} pages to be had")
     try:
-        planner.check_integrity()
+        check_integrity(planner)
     except IntegrityError as error:
         print(f"found now: {type(error).__name__}: {error}")
         return 0

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**63 - 1  # of what a client may ask for; larger numbers fit neither messages nor tensors
-NOT_READY = -2  # in the place of a sampled id: the row's bitmask was not there in time
+NOT_READY = -2  # in the place of a sampled id: the row's mask was not there in time
 MAX_LOGPROBS = 20  # alternatives at each position: OpenAI's limit
 MAX_PRIORITY = 2**31 - 1
 MAX_BIAS = 100
@@ -148,7 +148,7 @@ class SamplingParams:
         return (*self.stop_token_ids, *(() if self.ignore_eos else eos))
 
     def of_choice(self, index: int) -> SamplingParams:
-        """Those of one of the outputs of a request: their seeds follow one another."""
+        """The parameters of the output of this number: the seeds of a request's outputs follow one another."""
         return replace(self, seed=((self.seed or 0) + index) % (MAX_SEED + 1)) if index else self
 
     @property
@@ -201,9 +201,9 @@ class Req:
     started: bool = False  # was ever admitted
     num_interrupted: int = 0  # tokens computed when its prefill last made way for others
     num_charged: int = 0  # tokens that count among what its client has had
-    preempted: bool = False  # retract as soon as no step in flight touches it
+    retracted: bool = False  # waits again as soon as no step in flight touches it
     failed: bool = False  # what it computed must not be reused
-    held: bool = False  # sits steps out until `Planner.resume`: its bitmask is being computed
+    held: bool = False  # sits steps out until `Planner.resume`: its mask is being computed
     paced: bool = False  # held after each token
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the chunks so far, until its first output
 
@@ -258,21 +258,14 @@ class PageCopy(NamedTuple):
     target: int
 
 
-class BitmaskWords(Protocol):
-    """Rows of words: an array, or what behaves like one."""
+class Masks(Protocol):
+    """Which tokens may be sampled, for each of a plan's `masked`: bit t % 32 of word t // 32 is set if token t may.
 
-    def __getitem__(self, index: int, /) -> npt.NDArray[np.int32]: ...
-
-
-class TokenBitmask(NamedTuple):
-    """Which tokens some rows may sample: bit t % 32 of word t // 32 is set if token t is allowed.
-
-    words: [len(samples), ceil(vocab_size / 32)] int32; None on ranks above 0, which do not sample. It may wait for the
-    step before to end when it is first indexed, so that is done as late as can be. An empty row is not ready.
+    [len(masked), ceil(vocab_size / 32)] int32: an array, or what behaves like one. It may wait for the step before to
+    end when it is first indexed, so that is done as late as can be. A row without words is not ready.
     """
 
-    samples: tuple[int, ...]  # indices into the plan's requests that sample, ascending
-    words: BitmaskWords | None
+    def __getitem__(self, index: int, /) -> npt.NDArray[np.int32]: ...
 
 
 class StepPlan(NamedTuple):
@@ -288,7 +281,7 @@ class StepPlan(NamedTuple):
     reqs: tuple[ScheduledReq, ...]  # decode first
     num_decode: int = 0  # how many of them are decode
     copies: tuple[PageCopy, ...] = ()
-    bitmask: TokenBitmask | None = None
+    masked: tuple[int, ...] = ()  # which of the requests that sample do so with a mask, by their number among these
     expected: tuple[PageUpdate, ...] = ()  # now and then: all pages of each row, which the engine is to compare
 
     @property
@@ -310,7 +303,7 @@ class TokenLogprobs(NamedTuple):
 
 class StepResult(NamedTuple):
     """The sampled ids: `num_samples` for each `ScheduledReq` that samples, in plan order; -1 where the logits were not
-    finite, `NOT_READY` where a bitmask was not.
+    finite, `NOT_READY` where a mask was not.
 
     Log-probabilities are there on rank 0, for the requests that want them: of sampled tokens by index into
     `token_ids`; of the prompt tokens from start + 1 to start + num_new, as far as they are prompt, by index into the
@@ -334,9 +327,10 @@ class StepHandle(Protocol):
 
 
 class Executor(Protocol):
-    """Executes plans in the order of submission; `submit` does not wait for the step."""
+    """Executes plans in the order of submission; `submit` does not wait for the step. masks: None on ranks above 0,
+    which do not sample, and where the plan has no `masked`."""
 
-    def submit(self, plan: StepPlan) -> StepHandle: ...
+    def submit(self, plan: StepPlan, masks: Masks | None = None) -> StepHandle: ...
 
     def close(self) -> None:
         """Finish what was submitted and free the device. Idempotent."""

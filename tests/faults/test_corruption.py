@@ -12,6 +12,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Req, ReqState, SamplingParams
 from minisgl.errors import IntegrityError
 from minisgl.kvcache.radix import RadixNode
+from minisgl.scheduler.integrity import check_integrity
 from minisgl.scheduler.planner import Planner
 from tests.simulator import SimulatedEngine
 
@@ -41,16 +42,16 @@ class Busy:
             self.retire(self.step())
         self.inflight = self.step()
         self.planner.abort(13)
-        self.planner.check_integrity()
-        self.cache, self.allocator = self.planner._cache, self.planner._allocator
-        self.running, self.waiting = self.planner._running, [req for _, req in self.planner._waiting.items()]
-        (self.leaving,) = self.planner._leaving
+        check_integrity(self.planner)
+        self.cache, self.allocator = self.planner.pages.cache, self.planner.pages.allocator
+        self.running, self.waiting = self.planner.running, [req for _, req in self.planner.waiting.items()]
+        (self.leaving,) = self.planner.leaving
         assert (len(self.running), len(self.waiting)) == (3, 3)
 
     def step(self) -> Any:
-        plan = self.planner.plan()
-        assert plan is not None
-        return self.engine.submit(plan)
+        planned = self.planner.plan()
+        assert planned is not None
+        return self.engine.submit(planned.plan)
 
     def retire(self, handle: Any) -> None:
         self.planner.retire(handle.result())
@@ -161,11 +162,11 @@ def row_twice(busy: Busy) -> None:
 
 
 def row_lost(busy: Busy) -> None:
-    busy.planner._rows += [0]
+    busy.planner.pages.rows += [0]
 
 
 def waits_and_runs(busy: Busy) -> None:
-    busy.planner._waiting.put("", busy.running[0].uid, busy.running[0])
+    busy.planner.waiting.put("", busy.running[0].uid, busy.running[0])
 
 
 def runs_twice(busy: Busy) -> None:
@@ -173,20 +174,20 @@ def runs_twice(busy: Busy) -> None:
 
 
 def in_no_queue(busy: Busy) -> None:
-    busy.planner._waiting.remove("", busy.waiting[0].uid)
+    busy.planner.waiting.remove("", busy.waiting[0].uid)
 
 
 def forgotten(busy: Busy) -> None:
-    del busy.planner._reqs[busy.running[0].uid]
+    del busy.planner.reqs[busy.running[0].uid]
 
 
 def finished_and_known(busy: Busy) -> None:
-    busy.planner._reqs[busy.leaving.uid] = busy.leaving
+    busy.planner.reqs[busy.leaving.uid] = busy.leaving
 
 
 def waits_under_another_uid(busy: Busy) -> None:
-    busy.planner._waiting.remove("", busy.waiting[0].uid)
-    busy.planner._waiting.put("", 99, busy.waiting[0])
+    busy.planner.waiting.remove("", busy.waiting[0].uid)
+    busy.planner.waiting.put("", 99, busy.waiting[0])
 
 
 def flag(busy: Busy) -> None:
@@ -251,4 +252,4 @@ def test_planted_corruption_is_found_by_the_walk(name: str) -> None:
     corrupt, found = VARIANTS[name]
     corrupt(busy)
     with pytest.raises(IntegrityError, match=found):
-        busy.planner.check_integrity()
+        check_integrity(busy.planner)

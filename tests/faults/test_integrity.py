@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import FinishReason, Req, SamplingParams, StepPlan
+from minisgl.core import FinishReason, Masks, Req, SamplingParams, StepPlan
 from minisgl.engine.batch import RowTables
 from minisgl.errors import EngineError, IntegrityError
 from minisgl.message.backend import UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.tokenizer import DetokenizeMsg
 from minisgl.scheduler.dump import dump
+from minisgl.scheduler.integrity import check_integrity
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport
 from tests.faults.test_corruption import VARIANTS, Busy
@@ -39,16 +40,16 @@ class Engine(SimulatedEngine):
         super().__init__(config)
         self.tables = RowTables(config.max_running_requests, config.max_seq_len, config.page_size)
 
-    def submit(self, plan: StepPlan) -> SimulatedHandle:
+    def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
         self.broken = self.broken and len(plan.admissions) < len(plan.reqs)
         try:
             self.tables.apply(plan)
         except IntegrityError as error:
             failed, self.fail_next = EngineError("the step failed"), True
             failed.__cause__ = error
-            super().submit(plan)
+            super().submit(plan, masks)
             return SimulatedHandle(failed)
-        return super().submit(plan)
+        return super().submit(plan, masks)
 
 
 class Served:
@@ -101,7 +102,7 @@ class Served:
         for uid in [*range(first, 8), *range(100, 110)]:
             assert self.reason(uid) is FinishReason.LENGTH
             assert self.ids(uid) == expected_output([uid if uid < 8 else uid % 4] * 10, 30, ())
-        self.scheduler.planner.check_integrity()
+        check_integrity(self.scheduler.planner)
         assert self.scheduler.planner.num_free_pages == CONFIG.num_pages
 
 
@@ -117,19 +118,19 @@ def replay(path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def running(served: Served) -> Req:
-    return served.scheduler.planner._running[0]
+    return served.scheduler.planner.running[0]
 
 
 def free_twice(served: Served) -> None:
-    served.scheduler.planner._allocator.free([running(served).pages[-1]])
+    served.scheduler.planner.pages.allocator.free([running(served).pages[-1]])
 
 
 def lose_page(served: Served) -> None:
-    served.scheduler.planner._allocator.allocate(1)
+    served.scheduler.planner.pages.allocator.allocate(1)
 
 
 def lose_all_pages(served: Served) -> None:
-    allocator = served.scheduler.planner._allocator
+    allocator = served.scheduler.planner.pages.allocator
     allocator.allocate(allocator.num_free)
 
 
@@ -139,7 +140,7 @@ def overwrite_table(served: Served) -> None:
 
 
 def forget_request(served: Served) -> None:
-    del served.scheduler.planner._reqs[running(served).uid]
+    del served.scheduler.planner.reqs[running(served).uid]
 
 
 PLANTED = [free_twice, lose_page, lose_all_pages, overwrite_table, forget_request]
@@ -166,7 +167,7 @@ def test_a_dump_is_the_users_alone_and_shows_the_same_contradiction(cache: Path)
         busy = Busy()
         VARIANTS[name][0](busy)
         with pytest.raises(AssertionError) as found:
-            busy.planner.check_integrity()
+            check_integrity(busy.planner)
         path = Path(dump(busy.planner, f"{found.value}"))
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         shown = replay(path)
@@ -216,7 +217,7 @@ def test_with_several_ranks_all_start_again() -> None:
     """One rank that went on alone would plan otherwise than the rest."""
     engine, transport = Engine(), LocalTransport()
     scheduler = Scheduler(CONFIG, engine, transport, tp_size=2)
-    scheduler.planner._allocator.allocate(1)
+    scheduler.planner.pages.allocator.allocate(1)
     transport.put([UserMsg(0, pack_ids([1]), SamplingParams(max_tokens=20, seed=0, ignore_eos=True))])
     with pytest.raises(EngineError, match="pages are lost"):
         for _ in range(20):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from minisgl.core import Admission, SamplingParams, TokenBitmask
+from minisgl.core import Admission, Masks, SamplingParams
 from minisgl.engine.rules import ROWS_AT_ONCE, LogitRules, apply_rules
 
 VOCAB = 70  # no multiple of 32
@@ -21,14 +21,14 @@ def logits(num: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randn(num, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def changed(source: torch.Tensor, bitmask: TokenBitmask | None = None, **params: Any) -> torch.Tensor | None:
+def changed(source: torch.Tensor, masks: Masks | None = None, **params: Any) -> torch.Tensor | None:
     """What row 2 of an engine samples from, after `PROMPT` and `OUTPUT`."""
     rules, tokens = LogitRules(), torch.randint(VOCAB, (4, 32), dtype=torch.int32)
     known = np.array(PROMPT + OUTPUT, np.int32)
     tokens[2, : len(known)] = torch.from_numpy(known)  # what follows is left from other requests
     ends = params.pop("end_ids", ())
     rules.apply([Admission(2, known[: len(PROMPT)], SamplingParams(seed=0, **params), len(PROMPT), ends)])
-    steps = rules.steps(np.array([2]), np.array([len(known)]), bitmask)
+    steps = rules.steps(np.array([2]), np.array([len(known)]), (0,) if masks is not None else (), masks)
     return apply_rules(source, steps[0], tokens) if steps else None
 
 
@@ -68,7 +68,7 @@ def test_a_bitmask_forbids_what_it_leaves_out_and_nothing_undoes_it() -> None:
     allowed[[3, 31]] = False, True
     bits = np.packbits(np.pad(allowed, (0, 96 - VOCAB)), bitorder="little").view(np.int32)
     source = logits()
-    found = changed(source, TokenBitmask((0,), bits[None]), logit_bias=((3, 100.0), (31, 1.0)))
+    found = changed(source, bits[None], logit_bias=((3, 100.0), (31, 1.0)))
     expected = source.clone()
     expected[0, 31] += 1
     expected[0, ~torch.from_numpy(allowed)] = float("-inf")
@@ -84,7 +84,7 @@ def test_bitmasks_of_several_rows(dtype: torch.dtype) -> None:
     allowed = (words.view(np.uint32)[:, :, None] >> np.arange(32, dtype=np.uint32) & 1).reshape(3, -1)[:, :VOCAB] > 0
     source, tokens, rows = logits(4).to(dtype), torch.zeros(4, 8, dtype=torch.int32), np.arange(4)
     for samples in ((0, 2, 3), (3, 1, 0), (0, 1, 2)):
-        (step,) = LogitRules().steps(rows, rows + 1, TokenBitmask(samples, words))
+        (step,) = LogitRules().steps(rows, rows + 1, samples, words)
         found = apply_rules(source, step, tokens)
         assert found.dtype == dtype
         assert step.samples.tolist() == sorted(samples)
@@ -93,7 +93,7 @@ def test_bitmasks_of_several_rows(dtype: torch.dtype) -> None:
             assert torch.equal(row, expected)
     rules = LogitRules()
     rules.apply([Admission(1, np.array([1], np.int32), SamplingParams(seed=0, logit_bias=((2, 1.0),)), 1)])
-    (step,) = rules.steps(rows, rows + 1, TokenBitmask((3,), words[:1]))
+    (step,) = rules.steps(rows, rows + 1, (3,), words[:1])
     found = apply_rules(source, step, tokens)
     assert found.dtype == torch.float32
     assert torch.equal(found[1], source[3].float().masked_fill(~torch.from_numpy(allowed[0]), float("-inf")))
@@ -118,7 +118,7 @@ def test_rows_in_any_mix_are_treated_as_alone() -> None:
     rules.apply(admissions)
     rows = rng.permutation(num)[: num - 5]
     source = logits(len(rows)).bfloat16()
-    steps = rules.steps(rows, positions[rows], None)
+    steps = rules.steps(rows, positions[rows], (), None)
     assert max(len(step.samples) for step in steps) <= ROWS_AT_ONCE
     together = {
         int(s): row for step in steps for s, row in zip(step.samples, apply_rules(source, step, tokens), strict=True)

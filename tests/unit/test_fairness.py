@@ -87,13 +87,13 @@ class Run:
 
     def steps(self, count: int) -> None:
         for _ in range(count):
-            plan = self.planner.plan()
-            if plan is not None:
-                self._handles.append(self._engine.submit(plan))
+            planned = self.planner.plan()
+            if planned is not None:
+                self._handles.append(self._engine.submit(planned.plan))
             elif not self._handles:
                 return
             self.num_steps += 1
-            while len(self._handles) > (plan is not None):
+            while len(self._handles) > (planned is not None):
                 for output in self.planner.retire(self._handles.popleft().result()):
                     self.first.setdefault(output.req.uid, self.num_steps)
 

@@ -10,9 +10,10 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import FinishReason, Grammar, SamplingParams, StepPlan
+from minisgl.core import FinishReason, Grammar, ReqOutput, SamplingParams, StepPlan
 from minisgl.errors import EngineError
-from minisgl.scheduler.planner import Planner, ReqOutput
+from minisgl.scheduler.integrity import check_integrity
+from minisgl.scheduler.planner import Planned, Planner
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 
 GRAMMAR = Grammar("regex", ".*")
@@ -127,20 +128,21 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 8))
     def step(self, count: int) -> None:
         for _ in range(count):
-            plan = self.planner.plan()
-            if plan is not None:
-                self.check_bitmask(plan)
+            planned = self.planner.plan()
+            if planned is not None:
+                plan = planned.plan
+                self.check_masked(planned)
                 self.inflight.append((plan, self.engine.submit(plan)))
                 self.touched[plan.step_id] = self.engine.pages_of(plan)
-            if len(self.inflight) > self.depth or (plan is None and self.inflight):
+            if len(self.inflight) > self.depth or (planned is None and self.inflight):
                 self.retire()
-            self.planner.check_integrity()
+            check_integrity(self.planner)
 
-    def check_bitmask(self, plan: StepPlan) -> None:
+    def check_masked(self, planned: Planned) -> None:
         """Of a token that has to match a grammar, all before it are known, or sampled by the steps in flight."""
-        reqs = self.planner.masked_reqs
+        plan, reqs = planned.plan, [req for req in planned.sampling if req.params.grammar is not None]
         rows = [req.row for req in plan.reqs if req.num_samples]
-        assert [rows[index] for index in (plan.bitmask.samples if plan.bitmask else ())] == [req.row for req in reqs]
+        assert [rows[index] for index in plan.masked] == [req.row for req in reqs]
         for req in reqs:
             unknown = req.num_tokens - 1 - len(req.tokens)
             rows = [[share.row for share in step.reqs if share.num_samples] for step, _ in self.inflight]
@@ -165,6 +167,12 @@ class PlannerMachine(RuleBasedStateMachine):
                 if (-1,) in result.token_ids:
                     self.allowed.setdefault(uid, FinishReason.ERROR)
             self.take(self.planner.retire(result))
+
+    @rule(count=st.integers(1, 20), pick=st.integers(0, 1_000), salt=st.sampled_from(["", "", "a", "b"]))
+    def move_cached(self, count: int, pick: int, salt: str) -> None:
+        """The next step copies pages; the engine notices when a request that finds them there reads anything else."""
+        self.planner.pages.move_cached(count)
+        self.add(pick, 38, [1], 2, False, False, salt, "other")
 
     @rule()
     def failing_step(self) -> None:
@@ -197,8 +205,8 @@ class PlannerMachine(RuleBasedStateMachine):
     @invariant()
     def conserved(self) -> None:
         if hasattr(self, "planner"):
-            self.planner.check_integrity()
-            free = set(self.planner.free_pages())
+            check_integrity(self.planner)
+            free = set(self.planner.pages.allocator.check())
             salts: dict[int, str] = {}
             for step_id, pages in self.touched.items():
                 assert not pages.keys() & free, f"step {step_id} is in flight and its pages are free"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import FinishReason, SamplingParams, StepPlan, StepResult
+from minisgl.core import FinishReason, Masks, SamplingParams, StepPlan, StepResult
 from minisgl.errors import EngineError
 from minisgl.message.backend import AbortMsg, FlushMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
@@ -41,9 +41,9 @@ class Recorder(SimulatedEngine):
         super().__init__(config)
         self.log: list[str] = []
 
-    def submit(self, plan: StepPlan) -> SimulatedHandle:
+    def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
         self.log.append(f"submit {plan.step_id}")
-        handle = super().submit(plan)
+        handle = super().submit(plan, masks)
         result = handle.result
         log = self.log
 
@@ -113,8 +113,8 @@ def test_an_interrupted_turn_can_be_gone_on_from(overlap: bool) -> None:
             return True
 
     class Engine(SimulatedEngine):
-        def submit(self, plan: StepPlan) -> SimulatedHandle:
-            return Interrupted(super().submit(plan).result())
+        def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
+            return Interrupted(super().submit(plan, masks).result())
 
     config, transport = replace(CONFIG, overlap=overlap), LocalTransport()
     scheduler = Scheduler(config, Engine(config), transport)
@@ -169,7 +169,7 @@ def test_broken_page_accounting_is_fatal_in_tests_and_flushes_the_cache_in_produ
         config = replace(CONFIG, check_integrity=0, integrity_fatal=fatal)
         transport = LocalTransport()
         scheduler = Scheduler(config, SimulatedEngine(config), transport)
-        scheduler.planner._allocator.allocate(1)
+        scheduler.planner.pages.allocator.allocate(1)
         if fatal:
             transport.put([user(0, [1])])
             with pytest.raises(AssertionError, match="lost"):
@@ -249,13 +249,13 @@ def test_flushing_takes_what_nobody_uses() -> None:
         return run(scheduler, transport)[uid][0].num_cached
 
     assert cached(2) == 16
-    assert scheduler.planner.flush_unused() >= 5
-    assert scheduler.planner.flush_unused() == 0
+    assert scheduler.planner.pages.flush_unused() >= 5
+    assert scheduler.planner.pages.flush_unused() == 0
     assert cached(3) == 0
     transport.put([user(4, prompt, 30)])
     scheduler.turn()
     assert scheduler.planner.num_running == 1
-    scheduler.planner.flush_unused()  # it has these pages, and goes on with them
+    scheduler.planner.pages.flush_unused()  # it has these pages, and goes on with them
     outputs = run(scheduler, transport)[4]
     ids = [token for message in outputs for token in unpack_ids(message.token_ids)]
     assert ids == expected_output(prompt, 50, CONFIG.eos_token_ids)
@@ -294,8 +294,8 @@ class Slow(SimulatedEngine):
         super().__init__(config)
         self.clock, self.seconds = clock, seconds
 
-    def submit(self, plan: StepPlan) -> SimulatedHandle:
-        result, engine = super().submit(plan).result, self
+    def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
+        result, engine = super().submit(plan, masks).result, self
         begin = self.clock.now
 
         class Handle(SimulatedHandle):

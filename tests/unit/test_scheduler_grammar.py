@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import FinishReason, Grammar, SamplingParams, StepPlan
+from minisgl.core import FinishReason, Grammar, Masks, SamplingParams, StepPlan
 from minisgl.errors import RequestError
 from minisgl.grammar.store import CompiledGrammar
 from minisgl.message.backend import AbortMsg, UserMsg
@@ -92,14 +92,14 @@ class MaskedEngine(SimulatedEngine):
         super().__init__(config)
         self.words: list[int] = []
 
-    def submit(self, plan: StepPlan) -> SimulatedHandle:
-        if plan.bitmask is not None:
-            assert plan.bitmask.words is not None
-            words = [plan.bitmask.words[i] for i in range(len(plan.bitmask.samples))]
+    def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
+        if plan.masked:
+            assert masks is not None
+            words = [masks[i] for i in range(len(plan.masked))]
             sampling = [req.row for req in plan.reqs if req.num_samples]
-            self.unready = [sampling[i] for i, row in zip(plan.bitmask.samples, words, strict=True) if not len(row)]
+            self.unready = [sampling[i] for i, row in zip(plan.masked, words, strict=True) if not len(row)]
             self.words += [int(row[0]) & 255 for row in words if len(row)]
-        return super().submit(plan)
+        return super().submit(plan, masks)
 
 
 class Loop:

@@ -17,7 +17,7 @@ import torch
 
 from minisgl.attention.base import AttentionStep, IntArray, StepContext
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import NOT_READY, Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
+from minisgl.core import NOT_READY, Admission, Masks, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.batch import RowTables, check_pages, columns, copy_pages
 from minisgl.engine.device import (
     NUM_BUFFERS,
@@ -126,13 +126,13 @@ class CudaRunner:
 
     # --- steps
 
-    def submit(self, plan: StepPlan) -> CudaHandle:
+    def submit(self, plan: StepPlan, masks: Masks | None = None) -> CudaHandle:
         """Launch a step. What fails at once is reported by the handle, like what fails later."""
         event = torch.cuda.Event()
         try:
             fault("step")
             with self._on_device():
-                launched = self._launch(plan)
+                launched = self._launch(plan, masks)
                 out = self._out[plan.step_id % NUM_BUFFERS][: len(launched.ids)]
                 out.copy_(launched.ids, non_blocking=True)
                 event.record()
@@ -143,17 +143,17 @@ class CudaRunner:
             handle.error = error
             return handle
 
-    def _launch(self, plan: StepPlan) -> Launched:
+    def _launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         self._tables.apply(plan)
         copy_pages(plan, self._kv, self._config.page_size, self._device)
         if not plan.reqs:
             return Launched(self._token_ids[0, :0])
         size = self._graphs.size_for(len(plan.reqs)) if plan.is_decode_only else None
         if size is not None:
-            return self._launch_graph(plan, size)
-        return self._launch_eager(plan)
+            return self._launch_graph(plan, size, masks)
+        return self._launch_eager(plan, masks)
 
-    def _launch_graph(self, plan: StepPlan, size: int) -> Launched:
+    def _launch_graph(self, plan: StepPlan, size: int, masks: Masks | None) -> Launched:
         rows, starts, *_ = columns(plan.reqs)
         num, arrays = len(rows), self._padding(size)
         for name in ("rows", "token_rows", "sample_rows"):
@@ -166,7 +166,7 @@ class CudaRunner:
         if self._backend.plans_captured:
             self._backend.prepare(self._padded_step(tensors, arrays), captured=True)
         ids = self._graphs.replay(size)[:num]
-        steps = self._tables.logit_rules.steps(rows, starts + 1, plan.bitmask)
+        steps = self._tables.logit_rules.steps(rows, starts + 1, plan.masked, masks)
         wanted = self._tables.logprob_rules.sampled(rows)
         if not steps and wanted is None:
             return Launched(ids)
@@ -239,7 +239,7 @@ class CudaRunner:
         device = PagedSequences(self._page_table, tensors.rows, tensors.seq_lens, tensors.cu_q, page_size)
         return AttentionStep(rows, starts, num_new, offsets, self._tables.pages, page_size, num_decode, device)
 
-    def _launch_eager(self, plan: StepPlan) -> Launched:
+    def _launch_eager(self, plan: StepPlan, masks: Masks | None) -> Launched:
         rows, starts, num_new, num_samples = columns(plan.reqs)
         offsets = np.concatenate(([0], np.cumsum(num_new)))
         token_rows = np.repeat(rows, num_new)
@@ -260,7 +260,8 @@ class CudaRunner:
         if not len(logits):
             return Launched(self._token_ids[0, :0], None, of_prompts)
         ids = self._sample(logits, tensors)
-        self._sample_again(logits, self._tables.logit_rules.steps(sample_rows, sampled, plan.bitmask), tensors, ids)
+        steps = self._tables.logit_rules.steps(sample_rows, sampled, plan.masked, masks)
+        self._sample_again(logits, steps, tensors, ids)
         reported = self._report(self._tables.logprob_rules.sampled(sample_rows), logits, ids)
         return Launched(ids, reported, of_prompts)
 

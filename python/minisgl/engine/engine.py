@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import StepPlan, StepResult
+from minisgl.core import Masks, StepPlan, StepResult
 from minisgl.engine.runner import Runner
 from minisgl.errors import EngineError
 from minisgl.utils.faults import fault
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class Handle:
-    """A step in the worker thread; see `scheduler.executor.StepHandle`."""
+    """A step in the worker thread (a `core.StepHandle`)."""
 
-    def __init__(self, plan: StepPlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: StepPlan, masks: Masks | None) -> None:
+        self.plan, self.masks = plan, masks
         self._done = threading.Event()
         self._result: StepResult | Exception = StepResult(plan.step_id, [])
 
@@ -53,8 +53,8 @@ class ThreadedRunner:
         self._thread = threading.Thread(target=self._work, name="minisgl-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, plan: StepPlan) -> Handle:
-        handle = Handle(plan)
+    def submit(self, plan: StepPlan, masks: Masks | None = None) -> Handle:
+        handle = Handle(plan, masks)
         self._queue.put(handle)
         return handle
 
@@ -68,7 +68,7 @@ class ThreadedRunner:
             while (handle := self._queue.get()) is not None:
                 try:
                     fault("step")
-                    handle.finish(self.runner.execute(handle.plan))
+                    handle.finish(self.runner.execute(handle.plan, handle.masks))
                 except Exception as error:
                     logger.exception("step %d failed", handle.plan.step_id)
                     handle.finish(error)
@@ -76,7 +76,7 @@ class ThreadedRunner:
 
 
 class Engine:
-    """`scheduler.executor.Executor` of one rank. A failed step does not stop later ones.
+    """The `core.Executor` of one rank. A failed step does not stop later ones.
 
     num_pages: of the KV cache, the same on every rank: the configuration's, or as many as fit the memory.
 
@@ -93,11 +93,11 @@ class Engine:
             self._runner = ThreadedRunner(Runner(config, rank))
         self.num_pages = self._runner.num_pages
 
-    def submit(self, plan: StepPlan) -> Handle | CudaHandle:
+    def submit(self, plan: StepPlan, masks: Masks | None = None) -> Handle | CudaHandle:
         """Queue a plan; returns at once. Raises: EngineError after `close`."""
         if self._runner is None:
             raise EngineError("the engine is closed")
-        return self._runner.submit(plan)
+        return self._runner.submit(plan, masks)
 
     def close(self) -> None:
         """Finish what was submitted, leave the other ranks, free the memory. Idempotent."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from minisgl.attention.base import IntArray
-from minisgl.core import Admission, SamplingParams, TokenBitmask
+from minisgl.core import Admission, Masks, SamplingParams
 
 Tensor = torch.Tensor
 
@@ -78,19 +78,16 @@ class LogitRules:
             else:
                 self._rules.pop(row, None)
 
-    def steps(self, rows: IntArray, positions: IntArray, bitmask: TokenBitmask | None) -> list[LogitStep]:
+    def steps(self, rows: IntArray, positions: IntArray, masked: Sequence[int], masks: Masks | None) -> list[LogitStep]:
         """What is to be done to the logits of the rows that sample, for tokens at these positions; mostly nothing."""
-        if not self._rules and bitmask is None:
+        if not self._rules and not masked:
             return []
-        masks: dict[int, npt.NDArray[np.int32] | None] = {}
-        if bitmask is not None:
-            words = bitmask.words
-            masks = {sample: None if words is None else words[i] for i, sample in enumerate(bitmask.samples)}
+        words = {sample: None if masks is None else masks[i] for i, sample in enumerate(masked)}
         found = []
         for sample, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
             rules = self._rules.get(row, _NOTHING)
-            if sample in masks or rules.params.has_logit_rules or position < rules.min_len:
-                found.append(RuledRow(sample, row, position, rules, masks.get(sample)))
+            if sample in words or rules.params.has_logit_rules or position < rules.min_len:
+                found.append(RuledRow(sample, row, position, rules, words.get(sample)))
         return [LogitStep(found[first : first + ROWS_AT_ONCE]) for first in range(0, len(found), ROWS_AT_ONCE)]
 
 

@@ -19,7 +19,7 @@ from minisgl.attention.cpu import CpuBackend
 from minisgl.attention.create import Backend, create_backend
 from minisgl.config.model import ModelConfig
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import NOT_READY, StepPlan, StepResult, TokenBitmask, TokenLogprobs
+from minisgl.core import NOT_READY, Masks, StepPlan, StepResult, TokenLogprobs
 from minisgl.distributed.create import create_communicator
 from minisgl.engine.batch import Batch, Tables, by_request, copy_pages
 from minisgl.engine.logprobs import gather_logprobs
@@ -231,7 +231,7 @@ class Runner:
         if self._cores:
             os.sched_setaffinity(0, self._cores)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: Masks | None = None) -> StepResult:
         """What a plan yields; its ids are input of the plans after it."""
         self._tables.apply(plan)
         copy_pages(plan, self._kv, self._tables.page_size, self._shard.device)
@@ -244,17 +244,17 @@ class Runner:
             return StepResult(plan.step_id, [], None, prompts)
         if (planted := fault("logits")) is not None:
             logits[int(planted.removeprefix("nan "))] = float("nan")
-        ids = self._sample(logits, batch, plan.bitmask)
+        ids = self._sample(logits, batch, plan, masks)
         self._tables.store_sampled(batch.sampled_at, ids)
         return StepResult(plan.step_id, by_request(ids), self._logprobs(logits, batch, ids), prompts)
 
-    def _sample(self, logits: torch.Tensor, batch: Batch, bitmask: TokenBitmask | None) -> torch.Tensor:
+    def _sample(self, logits: torch.Tensor, batch: Batch, plan: StepPlan, masks: Masks | None) -> torch.Tensor:
         """Rank 0 decides, so that rounding cannot make ranks differ."""
         comm, ops, columns = self._shard.comm, self._shard.ops, batch.sampling
         ids = torch.empty(len(columns), dtype=torch.int32)
         if comm.rank > 0:
             return comm.broadcast(ids)
-        steps = self._tables.logit_rules.steps(*batch.sampled_at, bitmask)
+        steps = self._tables.logit_rules.steps(*batch.sampled_at, plan.masked, masks)
         if not steps:
             return comm.broadcast(ops.sample(logits, columns, ids))
         plain = np.setdiff1d(np.arange(len(ids)), np.concatenate([step.samples for step in steps]))

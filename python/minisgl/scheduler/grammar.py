@@ -27,6 +27,7 @@ from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
 from minisgl.message.backend import AbortMsg, FlushMsg, ResumeMsg, UserMsg
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.tokenizer import DetokenizeMsg
+from minisgl.scheduler.planner import Planned
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ _PACED_SHARE = 0.15  # of the time of steps that others are in: what those with 
 _FREE_SECONDS, _MOST_SECONDS = 0.001, 10.0
 
 PlannerMsg = UserMsg | AbortMsg | FlushMsg | ResumeMsg
-Submitted = tuple[StepPlan, StepHandle]
+Submitted = tuple[Planned, StepHandle]
 Reply = DetokenizeMsg | ErrorReply
 Words = npt.NDArray[np.int32]
 _NOT_READY: Words = np.empty(0, np.int32)
@@ -130,21 +131,22 @@ class Grammars:
         replies, self._replies = self._replies, []
         return replies
 
-    def add_words(self, plan: StepPlan, reqs: Sequence[Req], submitted: Sequence[Submitted]) -> StepPlan:
-        """The plan with the words of its bitmask, to be computed when the engine asks for them. reqs: those that its
-        `samples` belong to; submitted: the steps before it that are not retired, oldest first."""
-        self._pace(plan, has_others=len(reqs) < len(plan.reqs))
-        if plan.bitmask is None or self._store is None:
-            return plan
-        rows = [_Row(req, self._outputs[req.uid], req.num_tokens - 1) for req in reqs]
-        words = LateWords(self, plan, rows, submitted)
-        return plan._replace(bitmask=plan.bitmask._replace(words=words))
+    def masks(self, planned: Planned, submitted: Sequence[Submitted]) -> LateMasks | None:
+        """Of a step's rows that have to match a grammar, to be computed when the engine asks for them. submitted: the
+        steps before it that are not retired, oldest first."""
+        plan = planned.plan
+        self._pace(plan, has_others=len(plan.masked) < len(plan.reqs))
+        if not plan.masked or self._store is None:
+            return None
+        reqs = planned.sampling
+        rows = [_Row(reqs[i], self._outputs[reqs[i].uid], reqs[i].num_tokens - 1) for i in plan.masked]
+        return LateMasks(self, plan, rows, [step for step in submitted if step[0].plan.masked])
 
     def _pace(self, plan: StepPlan, *, has_others: bool) -> None:
         """A step with masks takes longer, for all of its rows: others must not lose more by that than a share."""
         now, seconds = time.perf_counter(), self._step_seconds
         seconds[self._has_masks] += (min(now - self._planned, _LONGEST_INTERVAL) - seconds[self._has_masks]) / 8
-        self._planned, self._has_masks = now, plan.bitmask is not None
+        self._planned, self._has_masks = now, bool(plan.masked)
         if self._has_masks:
             self._next_masks = now + has_others * max(0.0, seconds[True] - seconds[False]) / _PACED_SHARE
 
@@ -171,7 +173,7 @@ class Grammars:
         return told
 
     def compute(self, plan: StepPlan, rows: Sequence[_Row], new_ids: Sequence[list[int] | None]) -> list[Words]:
-        """The words of a step's rows, for `LateWords`, which call it in the order of the steps. new_ids: tokens that
+        """The words of a step's rows, for `LateMasks`, which call it in the order of the steps. new_ids: tokens that
         their matchers have not taken yet; None where one of them was not sampled."""
         interval = (time.perf_counter() - self._last_time) / max(1, plan.step_id - self._last_step)
         self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
@@ -270,20 +272,13 @@ class Grammars:
         return words
 
 
-class LateWords:
-    """Words of a step's bitmask, by index into its `samples`. They depend on the tokens of the step before, so they are
-    computed at the first look at them: after the engine has launched all of the step that comes before sampling. That
-    may be on the engine's thread.
+class LateMasks:
+    """A step's masks. They depend on the tokens of the step before, so they are computed at the first look at them:
+    after the engine has launched all of the step that comes before sampling. That may be on the engine's thread.
     """
 
-    def __init__(self, grammars: Grammars, plan: StepPlan, rows: list[_Row], submitted: Sequence[Submitted]) -> None:
-        self._grammars, self._plan, self._rows = grammars, plan, rows
-        self.uids = [row.req.uid for row in rows]
-        self._before = [
-            (handle, dict(zip(earlier.words.uids, earlier.samples, strict=True)))
-            for earlier, handle in ((step.bitmask, handle) for step, handle in submitted)
-            if earlier is not None and isinstance(earlier.words, LateWords)
-        ]
+    def __init__(self, grammars: Grammars, plan: StepPlan, rows: list[_Row], before: list[Submitted]) -> None:
+        self._grammars, self._plan, self._rows, self._before = grammars, plan, rows, before
         self._words: list[Words] | None = None
 
     def __getitem__(self, index: int) -> Words:
@@ -294,21 +289,27 @@ class LateWords:
 
     def _look_back(self) -> list[Words]:
         try:
-            if all(handle.wait(_STEP_SECONDS) for handle, _ in self._before):
-                sampled = [(handle.result().token_ids, samples) for handle, samples in self._before]
+            if all(handle.wait(_STEP_SECONDS) for _, handle in self._before):
+                sampled = [_sampled(*step) for step in self._before]
                 new_ids = [self._new_ids(row, sampled) for row in self._rows]
                 return self._grammars.compute(self._plan, self._rows, new_ids)
         except EngineError:
             logger.debug("no tokens come from the step before")
         return [self._grammars.all_allowed] * len(self._rows)  # the requests end with that step
 
-    def _new_ids(self, row: _Row, sampled: list[tuple[list[tuple[int, ...]], dict[int, int]]]) -> list[int] | None:
+    def _new_ids(self, row: _Row, sampled: list[dict[int, tuple[int, ...]]]) -> list[int] | None:
         """Tokens of the output up to the one to be sampled, that the matcher has not taken yet. The host knows the
         first of them, and the steps before have the others."""
         req = row.req
-        late = [id for token_ids, samples in sampled if req.uid in samples for id in token_ids[samples[req.uid]]]
+        late = [token for ids in sampled for token in ids.get(req.uid, ())]
         if NOT_READY in late:
             return None
         ids = req.tokens[req.prompt_len + row.output.num_tokens : row.length]
         missing = row.length - req.prompt_len - row.output.num_tokens - len(ids)
         return [token for token in ids + late[len(late) - missing :] if token >= 0]
+
+
+def _sampled(planned: Planned, handle: StepHandle) -> dict[int, tuple[int, ...]]:
+    """What a step has sampled with masks, by uid."""
+    reqs, token_ids = planned.sampling, handle.result().token_ids
+    return {reqs[i].uid: token_ids[i] for i in planned.plan.masked}

@@ -17,7 +17,8 @@ from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import FlushReply, pack_logprobs
 from minisgl.message.tokenizer import PROMPT_TAIL, DetokenizeMsg, StreamStart
 from minisgl.scheduler.dump import dump
-from minisgl.scheduler.grammar import PlannerMsg
+from minisgl.scheduler.grammar import PlannerMsg, Submitted
+from minisgl.scheduler.integrity import check_integrity, damage
 from minisgl.scheduler.observer import Observer
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.transport import Transport
@@ -54,7 +55,7 @@ class Scheduler:
         self._observer.attached(self.planner)
         self._grammars = transport.grammars
         self._digest = 0
-        self._submitted: deque[tuple[StepPlan, StepHandle]] = deque()
+        self._submitted: deque[Submitted] = deque()
         self._inbox: deque[PlannerMsg] = deque()
         self._open: dict[int, bool] = {}  # uids whose terminal output is to come: whether the detokenizer knows them
         self._num_failures = 0
@@ -72,7 +73,7 @@ class Scheduler:
         """One turn of the loop. When messages have been taken in, and failures aside, it is
 
         plan = planner.plan()                       # step n
-        handles.append(executor.submit(plan))
+        handles.append(executor.submit(plan, masks))
         result = handles.popleft().result()         # of step n - 1, while the device computes step n
         outputs = planner.retire(result)
         transport.send(outputs)
@@ -102,24 +103,25 @@ class Scheduler:
             elif isinstance(message, ResumeMsg):
                 self.planner.resume(message.uid, message.paced)
             else:
-                self._transport.answer(FlushReply(message.uid, self.planner.flush_unused()))
+                self._transport.answer(FlushReply(message.uid, self.planner.pages.flush_unused()))
         if idle:
             self._observer.resumed()
         self._send(outputs)
-        plan = self.planner.plan()
-        if self._check_ranks and plan is not None:
+        planned = self.planner.plan()
+        if self._check_ranks and planned is not None:
+            plan = planned.plan
             self._digest = zlib.crc32(repr((plan.step_id, plan.page_updates, plan.reqs)).encode())
-        self._stuck = plan is None and not self._submitted
-        if plan is not None:
-            plan = self._grammars.add_words(plan, self.planner.masked_reqs, self._submitted)
+        self._stuck = planned is None and not self._submitted
+        if planned is not None:
+            masks = self._grammars.masks(planned, self._submitted)
             fault("turn")
             if (how := fault("pages")) is not None:
-                self.planner.damage(how)
-            self._observer.submitted(plan)
-            self._submitted.append((plan, self._executor.submit(plan)))
+                damage(self.planner, how)
+            self._observer.submitted(planned.plan)
+            self._submitted.append((planned, self._executor.submit(planned.plan, masks)))
         elif not self._submitted and not self.planner.num_running and self.planner.num_waiting:
             raise IntegrityError("no request can begin, and none runs: pages are lost")
-        num_left = 1 if self._config.overlap and plan is not None else 0
+        num_left = 1 if self._config.overlap and planned is not None else 0
         while len(self._submitted) > num_left:
             self._retire()
 
@@ -128,13 +130,13 @@ class Scheduler:
         self._checked = True
         self._num_spells += 1
         if self._num_spells % _CHECK_EVERY == 0 or self._config.integrity_fatal:
-            self.planner.check_integrity()
+            check_integrity(self.planner)
 
     def _retire(self) -> None:
         """Take in the oldest step. It stays submitted until it has run: an interrupt (under `LLM`) comes while we wait,
         and the next turn goes on from there."""
         self._checked = False
-        plan, handle = self._submitted[0]
+        (plan, _), handle = self._submitted[0]
         if not handle.wait(_PUMP_SECONDS):
             self._wait(plan, handle)
         try:
@@ -147,7 +149,7 @@ class Scheduler:
             self._num_failures = 0
         self._send(outputs)
         if plan.expected:
-            self.planner.check_integrity()
+            check_integrity(self.planner)
 
     def _fail(self, plan: StepPlan, error: Exception) -> list[ReqOutput]:
         """A step has failed: its requests end. Raises: EngineError when no more can be done here."""
@@ -172,7 +174,8 @@ class Scheduler:
         if self._tp_size > 1 or self._num_failures >= _MAX_FAILURES:
             raise EngineError(reason) from error
         while self._submitted:
-            self._wait(*self._submitted[0])
+            (plan, _), handle = self._submitted[0]
+            self._wait(plan, handle)
             self._submitted.popleft()
         waiting, unknown = self.planner.reset(), (np.empty(0, np.int32), 0, SamplingParams(seed=0), 0, 0)
         ended = [Req(uid, [], *unknown) for uid in self._open if uid not in waiting]

@@ -1,0 +1,64 @@
+"""A walk over all that a planner remembers: every page has one owner, and what is counted is there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+
+from minisgl.core import Req, ReqState
+from minisgl.errors import IntegrityError, require
+from minisgl.scheduler.planner import Planner
+
+
+def check_integrity(planner: Planner) -> None:
+    """Raises: IntegrityError naming what does not fit."""
+    held, pages = planner.running + planner.leaving, planner.pages
+    cached = pages.cache.check([req.handle for req in held])
+    owners = [("nobody", pages.allocator.check()), ("the cache", cached)]
+    shares = Counter(id(req) for _, reqs in planner.inflight for req in reqs)
+    for req in held:
+        _check_req(planner, req, shares[id(req)])
+        owners.append((f"request {req.uid}", pages.private(req)))
+    owned, num_pages = Counter(chain.from_iterable(some for _, some in owners)), planner.config.num_pages
+    if len(owned) < sum(len(some) for _, some in owners):
+        ((page, _),) = owned.most_common(1)
+        names = [name for name, some in owners for other in some if other == page]
+        raise IntegrityError(f"page {page} belongs to {' and to '.join(names)}")
+    require(min(owned) >= 0 and max(owned) < num_pages, "a page has a number that there is not")
+    require(len(owned) == num_pages, f"{num_pages - len(owned)} pages are lost")
+    rows = sorted([*pages.rows, *(req.row for req in held)])
+    require(rows == list(range(planner.config.max_running_requests)), "rows are lost or shared")
+    for uid, req in planner.waiting.items():
+        begun = req.state is not ReqState.WAITING or req.row >= 0 or req.pages or req.handle or req.num_computed
+        require(not begun and req.uid == uid and planner.reqs.get(uid) is req, f"request {uid} should not wait")
+    num_running = sum(req.state is ReqState.RUNNING for req in held)
+    require(len(planner.reqs) == len(planner.waiting) + num_running, "a request is in no queue, or in two")
+
+
+def _check_req(planner: Planner, req: Req, num_inflight: int) -> None:
+    """One that has a row: that its state, counts, pages and lock fit together."""
+    runs, num_known, num_pages = req.state is ReqState.RUNNING, len(req.tokens), len(req.pages)
+    computed = 0 <= req.num_computed <= min(req.num_tokens, num_pages * planner.config.page_size)
+    placed = runs == (planner.reqs.get(req.uid) is req) and req.state is not ReqState.WAITING
+    counts = req.prompt_len <= num_known <= req.num_tokens <= min(req.max_len, num_known + num_inflight)
+    cache = planner.pages.cache
+    for holds, contradiction in (
+        (placed, f"is {req.state.value}, and in the wrong place"),
+        (computed, "has computed beyond its pages"),
+        (counts or not runs, f"has {req.num_tokens} tokens, {num_known} known"),
+        (req.num_inflight == num_inflight, f"is in {num_inflight} steps, not {req.num_inflight}"),
+        (cache.spells(req.namespace, req.handle, req.prefix), "holds a prefix of other tokens"),
+        (len(cache.path_pages(req.handle)) <= num_pages, "holds more of the cache than it has pages"),
+    ):
+        require(holds, f"request {req.uid} {contradiction}")
+
+
+def damage(planner: Planner, how: str) -> None:
+    """What a fault would do to the pages (docs/reliability.md)."""
+    pages = planner.pages
+    if how == "exhaust":
+        pages.allocator.allocate(pages.allocator.num_free)
+    elif how == "free":
+        pages.allocator.free(planner.running[0].pages[-1:])
+    else:
+        pages.cache.num_evictable += 1

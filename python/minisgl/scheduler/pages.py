@@ -1,0 +1,74 @@
+"""Who has which row of the engine's tables, and which pages."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minisgl.config.runtime import SchedulerConfig
+from minisgl.core import PageCopy, PageUpdate, Req
+from minisgl.kvcache.allocator import PageAllocator
+from minisgl.kvcache.radix import NaiveCache, PrefixCache
+
+_CACHES = {"radix": PrefixCache, "naive": NaiveCache}
+
+
+class Pages:
+    """Owns all rows, all page ids and the prefix cache. updates, copies: what the next step's plan is to tell."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.rows = list(range(config.max_running_requests - 1, -1, -1))  # that are free
+        self.allocator = PageAllocator(config.num_pages)
+        self.cache: PrefixCache = _CACHES[config.cache_type](config.page_size)
+        self.updates: list[PageUpdate] = []
+        self.copies: list[PageCopy] = []
+
+    @property
+    def num_free(self) -> int:
+        """Those of the cache that nobody uses included."""
+        return self.allocator.num_free + self.cache.num_evictable
+
+    def make_room(self, count: int) -> bool:
+        """Whether `count` pages are free, evicting cached ones where needed."""
+        missing = count - self.allocator.num_free
+        if missing > self.cache.num_evictable:
+            return False
+        self.allocator.free(self.cache.evict(missing))
+        return True
+
+    def flush_unused(self) -> int:
+        """Forget what is cached and in use by no running request. Returns the number of pages freed."""
+        pages = self.cache.evict(self.cache.num_evictable)
+        self.allocator.free(pages)
+        return len(pages)
+
+    def move_cached(self, count: int) -> None:
+        """Up to so many cached pages that nobody uses give way to free ones, to which the next step copies them."""
+        if not self.copies:
+            targets = self.allocator.allocate(min(count, self.allocator.num_free, self.cache.num_evictable))
+            sources = self.cache.replace(targets)
+            self.copies = [PageCopy(*pair) for pair in zip(sources, targets, strict=True)]
+            self.allocator.free(sources)
+
+    def give(self, req: Req, pages: list[int]) -> None:
+        if pages:
+            self.updates.append(PageUpdate(req.row, len(req.pages), tuple(pages)))
+            req.pages += pages
+
+    def release(self, req: Req) -> None:
+        """Take back the row and the pages of a request that no step in flight touches."""
+        if not req.failed:
+            # A step planned before the request's end was known may have computed tokens whose ids were dropped.
+            known = min(req.num_computed, len(req.tokens))
+            tokens = np.asarray(req.tokens[:known], np.int32)
+            req.handle = self.cache.insert(req.namespace, req.handle, tokens, req.pages)
+        self.allocator.free(self.private(req))
+        self.cache.unlock(req.handle)
+        if req.failed:
+            self.allocator.free(self.cache.discard(req.handle))
+        self.rows.append(req.row)
+        req.handle, req.pages, req.row, req.num_computed = None, [], -1, 0
+
+    def private(self, req: Req) -> list[int]:
+        """The request's pages that the cache does not own: not full, or computed twice at the same time."""
+        cached = self.cache.path_pages(req.handle)
+        return [page for i, page in enumerate(req.pages) if i >= len(cached) or page != cached[i]]
