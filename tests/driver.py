@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from minisgl.config.families import read_model_config
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
+from minisgl.engine.cpu import CpuRunner
 from minisgl.engine.engine import Engine
-from minisgl.engine.runner import Runner
 
 GREEDY = SamplingParams(temperature=0.0, seed=0)
 CPU_KERNELS = {"cpu_kernels": True, "prefill_backend": "cpu", "decode_backend": "cpu", "num_threads": 2}
@@ -46,17 +46,17 @@ def engine_config(path: Path, **overrides: Any) -> EngineConfig:
 def engine_logits(path: Path, tokens: list[int], **overrides: Any) -> torch.Tensor:
     """Logits of every position of one sequence: [num_tokens, vocab]."""
     config = engine_config(path, **overrides)
-    runner = Runner(config, rank=0)
+    runner = CpuRunner(config, rank=0)
     num_pages = -(-len(tokens) // config.page_size)
     admission = Admission(0, torch.tensor(tokens, dtype=torch.int32).numpy(), GREEDY)
     plan = StepPlan(
         0, (admission,), (PageUpdate(0, 0, tuple(range(num_pages))),), (ScheduledReq(0, 0, len(tokens), 1),)
     )
     with torch.inference_mode():
-        runner._tables.apply(plan)
-        batch = runner._tables.build(plan)
-        batch = type(batch)(**{**{f: getattr(batch, f) for f in batch.__slots__}, "logit_tokens": None})
-        return runner.forward(batch).float()
+        runner.tables.apply(plan)
+        logits = runner.forward(replace(runner.tables.build(plan), logit_tokens=None)).float()
+    runner.close()
+    return logits
 
 
 @dataclass

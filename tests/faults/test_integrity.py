@@ -15,7 +15,7 @@ import pytest
 
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import FinishReason, Masks, Req, SamplingParams, StepPlan
-from minisgl.engine.batch import RowTables
+from minisgl.engine.tables import RowTables
 from minisgl.errors import EngineError, IntegrityError
 from minisgl.message.backend import UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids

@@ -37,14 +37,15 @@ def device_logits(path: Path, tokens: list[int], dtype: str) -> torch.Tensor:
     options = {"model_path": str(path), "dtype": dtype, "max_running_requests": 2}
     config = prepare(with_defaults(options)).engine
     engine = Engine(config)
-    shard = getattr(engine._runner, "runner", engine._runner)._shard
-    logits, seen = shard.model.logits, []
+    assert engine.runner is not None
+    model = engine.runner.shard.model
+    logits, seen = model.logits, []
 
     def record(hidden: torch.Tensor, logit_tokens: torch.Tensor | None) -> Any:
         seen.append(logits(hidden, None).float().cpu())
         return logits(hidden, logit_tokens)
 
-    shard.model.logits = record
+    model.logits = record
     generate(engine, config, [tokens], 1)
     engine.close()
     return seen[0]

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from minisgl.config.families import read_model_config
 from minisgl.distributed.comm import Communicator
+from minisgl.engine.cpu import CpuRunner
 from minisgl.engine.engine import Engine
-from minisgl.engine.runner import Runner
 from minisgl.errors import ConfigError
 from minisgl.kernel.ops import TorchOps
 from minisgl.layers.base import LayerEnv
@@ -231,7 +231,7 @@ QKV = "model.layers.0.self_attn.q_proj"
 def test_weights_that_are_not_what_they_should_be(tmp_path: Path, name: str, tensor: torch.Tensor, says: str) -> None:
     path = rewritten(tiny_model("llama"), tmp_path / "model", lambda tensors: {**tensors, name: tensor})
     with pytest.raises(ConfigError, match=says) as caught:
-        Runner(engine_config(path), 0)
+        CpuRunner(engine_config(path), 0)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -245,4 +245,4 @@ def test_a_fused_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"wrong shape: .*1.self_attn.qkv_proj.weight is \[100, 64\], not \[128, 64\]$"
     ):
-        Runner(engine_config(path), 0)
+        CpuRunner(engine_config(path), 0)

@@ -12,7 +12,8 @@ import torch
 from minisgl.attention.base import StepContext
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import Admission, PageCopy, PageUpdate, SamplingParams, ScheduledReq, StepPlan
-from minisgl.engine.engine import Engine, ThreadedRunner
+from minisgl.engine.cpu import CpuRunner
+from minisgl.engine.engine import Engine
 from minisgl.errors import ConfigError, EngineError
 from minisgl.models import decoder
 from tests.driver import CPU_KERNELS, GREEDY, engine_config, engine_logits, generate
@@ -134,12 +135,10 @@ def test_nan_ends_one_row_only() -> None:
     path = tiny_model("llama")
     config = engine_config(path, page_size=4, num_pages=64, max_running_requests=4)
     engine = Engine(config)
-    assert isinstance(engine._runner, ThreadedRunner)
-    runner = engine._runner.runner
+    assert isinstance(engine.runner, CpuRunner)
     with torch.inference_mode():
-        kv = runner.forward._kv  # type: ignore[attr-defined]
         for layer in range(config.model.num_layers):
-            for tensor in kv.layer(layer):
+            for tensor in engine.runner.kv.layer(layer):
                 tensor.fill_(float("nan"))
     prompt, other = random_prompt(10), random_prompt(23, seed=1)
     ids = np.array(prompt, dtype=np.int32)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minisgl.engine.cpu import CpuRunner
 from minisgl.engine.engine import Engine
-from minisgl.engine.runner import Runner
 from minisgl.errors import ConfigError
 from tests.driver import engine_config, generate
 from tests.models import hf_generate, random_prompt, tiny_model
@@ -68,7 +68,7 @@ def test_one_error_names_all_that_does_not_fit(tmp_path: Path) -> None:
         },
     )
     with pytest.raises(ConfigError) as caught:
-        Runner(engine_config(path), 0)
+        CpuRunner(engine_config(path), 0)
     message = str(caught.value)
     assert "missing: model.norm.weight" in message
     assert "unexpected: model.layers.0.self_attn.q_norm.weight" in message
@@ -81,14 +81,14 @@ def test_incomplete_directories(tmp_path: Path) -> None:
     shard = sorted(path.glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(ConfigError, match=f"{shard.name} missing"):
-        Runner(engine_config(path), 0)
+        CpuRunner(engine_config(path), 0)
     path = copy_model(tiny_model("llama"), tmp_path / "single")
     (path / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(ConfigError, match=r"cannot read .*model\.safetensors"):
-        Runner(engine_config(path), 0)
+        CpuRunner(engine_config(path), 0)
     (path / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"model\.safetensors is missing"):
-        Runner(engine_config(path), 0)
+        CpuRunner(engine_config(path), 0)
 
 
 def test_dummy_weights_need_no_files(tmp_path: Path) -> None:
@@ -107,14 +107,14 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from tests.driver import engine_config
-from minisgl.engine.runner import Runner
+from minisgl.engine.cpu import CpuRunner
 
 def peak():  # of this program; getrusage() would count the parent's as well
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 
-Runner(engine_config(sys.argv[1], num_pages=1, max_seq_len=1), 0)  # imports, arenas, thread pools
+CpuRunner(engine_config(sys.argv[1], num_pages=1, max_seq_len=1), 0)  # imports, arenas, thread pools
 small = peak()
-runner = Runner(engine_config(sys.argv[2], num_pages=1, max_seq_len=1, num_threads=2), 0)
+runner = CpuRunner(engine_config(sys.argv[2], num_pages=1, max_seq_len=1, num_threads=2), 0)
 print((peak() - small) * 1024)
 """
 

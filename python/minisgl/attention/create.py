@@ -12,22 +12,18 @@ from minisgl.attention.sdpa import SdpaBackend
 from minisgl.config.model import PagedKV
 from minisgl.config.runtime import EngineConfig
 from minisgl.errors import ConfigError
-from minisgl.kernel.ops import TorchOps
 
 Backend = AttentionBackend[object]  # each gets back what it has prepared, and only it knows what that is
 
 
-def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.device, ops: TorchOps) -> Backend:
-    """The backend of one rank's layers. Raises: ConfigError for one, or a pair, that this device does not have."""
+def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Backend:
+    """The backend of one rank's layers; but for "cpu", which an engine makes of its kernels.
+
+    Raises: ConfigError for one, or a pair, that this device does not have.
+    """
     prefill, decode = config.prefill_backend, config.decode_backend
     if prefill == decode == "sdpa":
         return cast(Backend, SdpaBackend(device))
-    if prefill == decode == "cpu":
-        from minisgl.attention.cpu import CpuBackend
-        from minisgl.kernel.cpu import CpuOps
-
-        if isinstance(ops, CpuOps):
-            return cast(Backend, CpuBackend(ops))
     if device.type == "cpu" or "sdpa" in (prefill, decode):
         raise ConfigError(f"--attention-backend {prefill},{decode} is not available on {device.type}")
     shape = _shape(config, dtype)

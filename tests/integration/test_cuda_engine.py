@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from minisgl.engine.cuda import CudaRunner, _large_step
-from minisgl.engine.device import open_gpu
+from minisgl.engine import cuda
+from minisgl.engine.cuda import CudaRunner, open_gpu
+from minisgl.engine.memory import large_step
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.jit import load_kernel
 from tests.driver import engine_config
@@ -25,7 +26,7 @@ from tests.models import tiny_model
 def test_the_largest_step_needs_no_more_pages_than_one_request(page_size: int) -> None:
     """Whose keys and values must fit anyway: the pool may be that small, and nobody clears the page table."""
     config = replace(engine_config(tiny_model("qwen3")), page_size=page_size, max_seq_len=100, max_running_requests=64)
-    plan = _large_step(config, 512)
+    plan = large_step(config, 512)
     assert plan.num_tokens == 512
     assert len(plan.reqs) == 64
     for update, req in zip(plan.page_updates, plan.reqs, strict=True):
@@ -74,8 +75,9 @@ def test_a_kernel_that_cannot_be_compiled_is_one_line(
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal access\n"), EngineError("a rank is gone")])
 def test_an_engine_whose_gpu_has_failed_can_be_closed(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    runner = object.__new__(CudaRunner)
-    runner._graphs = None  # type: ignore[assignment]
-    monkeypatch.setattr(CudaRunner, "_on_device", lambda _: nullcontext())
-    monkeypatch.setattr(runner, "_shard", SimpleNamespace(comm=SimpleNamespace(close=raises(error))), raising=False)
-    runner.close()
+    shard = SimpleNamespace(comm=SimpleNamespace(close=raises(error)))
+    for name, value in {"open_gpu": None, "load_shard": shard, "create_launcher": (8, None)}.items():
+        monkeypatch.setattr(cuda, name, lambda *_, value=value: value)
+    for name in ("Stream", "stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    CudaRunner(engine_config(tiny_model("qwen3")), 0).close()

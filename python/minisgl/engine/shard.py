@@ -1,0 +1,60 @@
+"""The model of one rank: loaded, with the operations and the communicator that it computes with."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import torch
+
+from minisgl.attention.create import Backend, create_backend
+from minisgl.config.runtime import EngineConfig
+from minisgl.core import StepPlan
+from minisgl.distributed.comm import Communicator
+from minisgl.engine.rules import to_device
+from minisgl.kernel.ops import TorchOps
+from minisgl.kvcache.pool import KVPool
+from minisgl.layers.base import LayerEnv
+from minisgl.layers.formats import FORMATS
+from minisgl.layers.rope import RotaryEmbedding
+from minisgl.models.checkpoint import Checkpoint, fill_random, load_weights
+from minisgl.models.decoder import DecoderModel
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelShard:
+    """Raises: ConfigError when the model cannot be loaded or does not fit the configuration."""
+
+    def __init__(self, config: EngineConfig, device: torch.device, comm: Communicator, ops: TorchOps) -> None:
+        self.config, self.device, self.comm, self.ops = config, device, comm, ops
+        start = time.perf_counter()
+        with torch.inference_mode():
+            env = LayerEnv(comm, ops, DTYPES[config.dtype], device, FORMATS[config.quantization])
+            checkpoint = None if config.dummy_weight else Checkpoint(config.model_path)
+            self.model = DecoderModel(env, checkpoint.untied(config.model) if checkpoint else config.model)
+            if checkpoint:
+                load_weights(self.model.parts(), checkpoint, show_progress=comm.rank == 0)
+            else:
+                fill_random(self.model.parts(), config.seed)
+            self.rope = RotaryEmbedding(config.model.ropes[0], config.model.head_dim, device)
+        logger.info("weights ready after %.1f s", time.perf_counter() - start)
+
+    def create_kv(self, num_pages: int) -> KVPool:
+        num_slots = num_pages * self.config.page_size
+        kv_dtype = DTYPES[self.config.kv_cache_dtype]
+        return KVPool(self.config.model, num_slots, self.config.tp_size, kv_dtype, self.device)
+
+    def create_attention(self) -> Backend:
+        """It computes in the type of its cache, which on a CPU need not be that of the weights."""
+        return create_backend(self.config, DTYPES[self.config.kv_cache_dtype], self.device)
+
+    def copy_pages(self, plan: StepPlan, kv: KVPool) -> None:
+        """Make the plan's copies, in their order among the device's work."""
+        if plan.copies:
+            sources = to_device(np.array([copy.source for copy in plan.copies]), self.device)
+            targets = to_device(np.array([copy.target for copy in plan.copies]), self.device)
+            kv.copy_pages(sources, targets, self.config.page_size)
