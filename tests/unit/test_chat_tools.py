@@ -19,7 +19,7 @@ from minisgl.core import FinishReason, Grammar, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
-from minisgl.server.answers.assemble import new_assembler, with_grammar
+from minisgl.server.answers.assemble import Assembler, new_assembler, with_grammar
 from minisgl.server.answers.openai import ChatRenderer
 from minisgl.server.answers.renderer import Totals
 from minisgl.server.bodies.chat import GenerationRequest, parse_chat
@@ -190,10 +190,10 @@ def answer(
     parsed = with_grammar(GenerationRequest((ChatPrompt([]),), SamplingParams(), tools=tools), config)
 
     def renderer() -> ChatRenderer:
-        return ChatRenderer("m", include_usage=False, new_assembler=lambda: new_assembler(parsed, config))
+        return ChatRenderer("m", parsed, lambda: new_assembler(parsed, config))
 
-    totals = Totals(1, 1)
-    totals.add(0, given[-1])
+    totals = Totals(1)
+    totals.last[0] = given[-1]
     whole = ChatCompletion.model_validate(renderer().body([given], totals), strict=True).choices[0]
     streaming = renderer()
     chunks = [
@@ -222,7 +222,8 @@ TOOLS = ToolUse((WEATHER, TIME))
 
 def test_choices_begin_in_order_whichever_is_first() -> None:
     """The openai package's sum of a stream numbers them so."""
-    streaming, state = ChatRenderer("m", include_usage=False), ChatCompletionStreamState()
+    parsed = GenerationRequest((ChatPrompt([]),), SamplingParams())
+    streaming, state = ChatRenderer("m", parsed, Assembler), ChatCompletionStreamState()
     texts = ["zero", "one", "two"]
     for index in (2, 0, 1):
         for reply in replies(texts[index]):

@@ -272,7 +272,8 @@ async def test_a_request_whose_workers_die_each_time_ends(frontend: Frontend, pe
 async def test_a_request_that_is_kept_can_be_cancelled(frontend: Frontend, peers: Peers) -> None:
     frontend.on_change("scheduler", DIED)
     kept, left = (frontend.submit(PROMPT, PARAMS, (name,))[0] for name in ("kept", "left"))
-    assert frontend.cancel({"kept"}) == 1
+    assert frontend.find({"kept"}) == [kept]
+    frontend.abort([kept])
     assert [reply.finish_reason async for reply in kept] == [FinishReason.ABORT]
     left.abort()
     assert frontend.num_streams == 0
@@ -284,7 +285,8 @@ async def test_a_request_that_is_kept_can_be_cancelled(frontend: Frontend, peers
 
 async def test_a_request_that_was_cancelled_is_not_sent_again(frontend: Frontend, peers: Peers) -> None:
     (stream,) = frontend.submit(PROMPT, PARAMS, ("id",))
-    assert frontend.cancel({"id"}) == 1
+    assert frontend.find({"id"}) == [stream]
+    frontend.abort([stream])
     frontend.on_change("scheduler", DIED)
     with pytest.raises(WorkerDied):
         await anext(stream)
@@ -353,7 +355,7 @@ async def test_what_has_begun_is_aborted_without_its_tokenizer(
 
 async def test_a_request_that_was_cancelled_ends_with_its_tokenizer(frontend: Frontend, peers: Peers) -> None:
     (stream,) = frontend.submit(PROMPT, PARAMS, ("id",))
-    frontend.cancel(["id"])
+    frontend.abort(frontend.find(["id"]))
     frontend.on_change(f"tokenizer-{stream.uid % 2}", DIED)
     with pytest.raises(WorkerDied):
         await anext(stream)

@@ -21,6 +21,7 @@ from minisgl.server.answers.openai import ChatRenderer
 from minisgl.server.answers.renderer import Totals
 from minisgl.server.bodies.chat import parse_chat
 from minisgl.server.bodies.fields import OBJECTS
+from minisgl.server.bodies.request import GenerationRequest
 from minisgl.server.bodies.responses import parse_responses
 from minisgl.tokenizer.chat import CallForm
 from minisgl.tokenizer.tokenize import HFTextCodec
@@ -295,10 +296,10 @@ def replies(*texts: str) -> list[UserReply]:
 
 def our_chat() -> list[dict[str, Any]]:
     """Our own answer as clients have it: whole, joined from a stream, and dumped in each way."""
-    renderer = ChatRenderer("m", include_usage=False, new_assembler=Assembler)
-    whole = renderer.body([replies("hel", "lo")], Totals(1, 1))
+    asked = GenerationRequest((ChatPrompt([]),), SamplingParams())
+    whole = ChatRenderer("m", asked, Assembler).body([replies("hel", "lo")], Totals(1))
     state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
-    streaming = ChatRenderer("m", include_usage=False)
+    streaming = ChatRenderer("m", asked, Assembler)
     for reply in replies("hel", "lo"):
         for chunk in streaming.chunk(0, reply):
             state.handle_chunk(ChatCompletionChunk.model_validate(chunk))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisgl.core import FinishReason
+from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.codec import pack_ids
 from minisgl.message.frontend import UserReply
@@ -20,6 +20,7 @@ from minisgl.server.answers.assemble import Assembler
 from minisgl.server.answers.messages import MessagesRenderer
 from minisgl.server.answers.renderer import Totals
 from minisgl.server.bodies.messages import parse_messages
+from minisgl.server.bodies.request import GenerationRequest
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 ASKED: Any = {"role": "user", "content": "a"}
@@ -120,10 +121,11 @@ class Calling(Parser):
 )
 def test_a_call_that_is_cut_off_is_an_object_as_far_as_it_came(written: str, shown: dict[str, Any]) -> None:
     """`max_tokens` makes it end anywhere."""
-    renderer = MessagesRenderer("m", Assembler(None, Calling()))
-    totals = Totals(1, 1)
+    asked = GenerationRequest((chat(),), SamplingParams())
+    renderer = MessagesRenderer("m", asked, lambda: Assembler(None, Calling()))
+    totals = Totals(1)
     reply = UserReply(1, written, pack_ids([1]), 1, 1, 0, finish_reason=FinishReason.LENGTH)
-    totals.add(0, reply)
+    totals.last[0] = reply
     made = renderer.body([[reply]], totals)
     assert made["stop_reason"] == "max_tokens"
     assert [block.get("input") for block in made["content"]] == ([shown] if written else [None])

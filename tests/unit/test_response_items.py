@@ -136,7 +136,7 @@ def test_bad_fields_are_refused_by_name(body: dict[str, Any], param: str) -> Non
 )
 def test_odd_values_are_no_failure(body: dict[str, Any]) -> None:
     parsed = parse(**body)
-    assert ResponsesRenderer("m", parsed, Assembler()).id
+    assert ResponsesRenderer("m", parsed, Assembler).id
     assert all(isinstance(item["id"], str) for item in parsed.items)
 
 
@@ -167,5 +167,5 @@ def test_whatever_is_taken_can_be_sent_on(items: Any, tools: Any, choice: Any) -
     for body in ({"input": items}, {"tools": [tools, TOOL], "tool_choice": choice}, {"tools": tools}):
         with contextlib.suppress(RequestError):
             parsed = parse(**body)
-            ResponsesRenderer("m", parsed, Assembler())
+            ResponsesRenderer("m", parsed, Assembler)
             tokenizer_codec.encode([TokenizeMsg(1, parsed.prompts[0], parsed.params)])

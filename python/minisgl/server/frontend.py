@@ -69,8 +69,6 @@ class Stream(AsyncIterator[UserReply]):
 
     async def __anext__(self) -> UserReply:
         while not self._replies:
-            if self._error is not None:
-                raise self._error
             if self._finished:
                 raise StopAsyncIteration
             await self._change()
@@ -83,17 +81,17 @@ class Stream(AsyncIterator[UserReply]):
         Raises: RequestError when it is refused, WorkerDied.
         """
         while not (self.request.is_accepted or self._replies):
-            if self._error is not None:
-                raise self._error
             await self._change()
 
     async def _change(self) -> None:
+        if self._error is not None:
+            raise self._error
         self._news.clear()
         await self._news.wait()
 
     def abort(self, error: RequestError | None = None) -> None:
-        """Abort the request unless it has ended. Idempotent. error: for its reader."""
-        self._frontend.abort(self, error)
+        """End it at once, unless it has ended: nobody reads it any more, or its reader gets this error."""
+        self._frontend.abort([self], error or RequestError("the request was aborted", status=499))
 
     def push(self, reply: UserReply) -> None:
         self._replies.append(reply)
@@ -179,7 +177,7 @@ class Frontend:
         begin: Callable[[], None] = lambda: None,
     ) -> list[Stream]:
         """Send a request for `count` outputs on its way, each a stream; it waits while workers are started again.
-        request_ids: for `cancel`; notify: for `Stream.accepted`; begin: called when output has come.
+        request_ids: for `find`; notify: for `Stream.accepted`; begin: called when output has come.
 
         Raises: WorkerDied when the server is going down.
         """
@@ -205,32 +203,29 @@ class Frontend:
             request.is_accepted = False
             self._tokenizers[request.route].send([msgspec.structs.replace(request.message, uid=first_uid)])
 
-    def abort(self, stream: Stream, error: RequestError | None = None) -> None:
-        """End a stream that nobody reads any more, or one whose reader gets this error."""
-        if self._streams.pop(stream.uid, None) is None:
-            return
-        self.metrics.finish(stream.timing, FinishReason.ABORT)
-        stream.fail(error or RequestError("the request was aborted", status=499))
-        if stream.request.route:
-            self._send_abort(stream)
+    def find(self, ids: Collection[str] | None = None, owner: str | None = None) -> list[Stream]:
+        """The streams that have one of these ids (None: all), and are this owner's (None: anybody's)."""
+        owned = [stream for stream in self._streams.values() if owner in (None, *stream.request_ids)]
+        return [stream for stream in owned if ids is None or not {*stream.request_ids}.isdisjoint(ids)]
 
-    def _send_abort(self, stream: Stream) -> None:
-        """The way of its request, so that it cannot come first; what has begun needs no tokenizer."""
-        has_begun, route = stream.request.message is None, self._tokenizers[stream.request.route]
-        (self._backend if has_begun else route).send([AbortMsg(stream.uid)])
-
-    def cancel(self, ids: Collection[str] | None = None, owner: str | None = None) -> int:
-        """End the streams that have one of these ids (None: all), and are this owner's (None: anybody's), with `abort`,
-        which their readers see. Returns how many."""
-        chosen = [s for s in self._streams.values() if owner in (None, *s.request_ids)]
-        chosen = [s for s in chosen if ids is None or any(one in ids for one in s.request_ids)]
-        for stream in chosen:
-            if stream.request.route:
-                stream.request.num_sent = MAX_SENT  # whatever happens, it is not sent again
-                self._send_abort(stream)
-            else:
+    def abort(self, streams: Sequence[Stream], error: RequestError | None = None) -> None:
+        """End those that have not ended: at once, with an error for their readers; or without one as soon as all that
+        was on its way has come, with `abort`, which their readers see."""
+        for stream in (stream for stream in streams if stream.uid in self._streams):
+            request = stream.request
+            request.num_sent = MAX_SENT  # whatever happens, it is not sent again
+            if request.route:  # what has begun needs no tokenizer; else, an abort cannot overtake what it is about
+                socket: PushSocket[Any] = self._backend if request.message is None else self._tokenizers[request.route]
+                socket.send([AbortMsg(stream.uid)])
+            if error is not None:
+                self._end(stream, FinishReason.ABORT, error)
+            elif not request.route:
                 self._dispatch(UserReply(stream.uid, "", b"", 0, 0, 0, finish_reason=FinishReason.ABORT))
-        return len(chosen)
+
+    def _end(self, stream: Stream, reason: FinishReason, error: MiniSGLError) -> None:
+        self._streams.pop(stream.uid, None)
+        self.metrics.finish(stream.timing, reason)
+        stream.fail(error)
 
     async def ping(self, timeout: float) -> None:
         """A round trip through all children. Raises: WorkerDied when requests would wait, or after so many seconds."""
@@ -324,8 +319,7 @@ class Frontend:
             self._send(request)
             return
         for stream in alive:
-            self.metrics.finish(stream.timing, FinishReason.ERROR)
-            stream.fail(error)
+            self._end(stream, FinishReason.ERROR, error)
 
     async def _receive(self) -> None:
         while True:
@@ -350,9 +344,7 @@ class Frontend:
         if stream is None:
             return  # not a stream's, or one that was aborted here while the reply was under way
         if error is not None:
-            del self._streams[message.uid]
-            self.metrics.finish(stream.timing, FinishReason.ERROR)
-            stream.fail(error)
+            self._end(stream, FinishReason.ERROR, error)
         elif isinstance(message, UserReply):
             self.metrics.take(stream.timing, message)
             if message.finish_reason is not None:

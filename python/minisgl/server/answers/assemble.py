@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import asdict, dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 from minisgl.config.chat import CLOSING, OPENING, REASONING_PARSERS
 from minisgl.config.runtime import ServerConfig
@@ -14,11 +14,11 @@ from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt
 from minisgl.parser.parts import Parser, Part, ThinkParser
 from minisgl.parser.tools import make_tool_parser
-from minisgl.server.answers.renderer import Events
 from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.server.bodies.sampling import form_grammar
 
 R = TypeVar("R", bound=GenerationRequest)
+Events = list[dict[str, Any]]
 
 
 def with_grammar(parsed: R, config: ServerConfig) -> R:
@@ -82,17 +82,20 @@ class Block:
         self._pieces.append(text)
 
 
-class Dialect(Protocol):
-    """What a stream tells of a block of its message."""
+class Dialect:
+    """What a stream tells of a block of its message: by itself nothing."""
 
-    def begin(self, block: Block) -> Events:
-        """That it begins."""
+    def begin(self, block: Block) -> Events:  # noqa: ARG002
+        """When it begins."""
+        return []
 
-    def more(self, block: Block, text: str) -> Events:
-        """That this text is added."""
+    def more(self, block: Block, text: str) -> Events:  # noqa: ARG002
+        """When this text is added."""
+        return []
 
-    def end(self, block: Block, reason: FinishReason | None) -> Events:
-        """That it is whole. reason: with the last block, why the output ends."""
+    def end(self, block: Block, reason: FinishReason | None) -> Events:  # noqa: ARG002
+        """When it is whole. reason: with the last block, why the output ends."""
+        return []
 
 
 @dataclass(slots=True)

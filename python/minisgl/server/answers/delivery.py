@@ -57,7 +57,7 @@ async def answer_request(
         if seconds := _seconds(parsed, request.headers):
             late = RequestError(f"no answer within {seconds:g} s, as the request has it", code="timeout", status=504)
             place.timer = asyncio.get_running_loop().call_later(seconds, _abort, streams, late)
-        totals = request.state.totals = Totals(len(streams), parsed.num_choices)
+        totals = request.state.totals = Totals(parsed.num_choices)
         if not parsed.stream:
             choices = await unless_disconnected(request.receive, _collect(streams, totals))
             return json_response(renderer.body(_best(choices, parsed), totals))
@@ -107,7 +107,7 @@ async def _collect(streams: Sequence[Stream], totals: Totals) -> list[list[UserR
     async with contextlib.aclosing(_interleave(streams)) as replies:
         async for index, reply in replies:
             choices[index].append(reply)
-            totals.add(index, reply)
+            totals.last[index] = reply
     return choices
 
 
@@ -138,7 +138,7 @@ async def _events(streams: Sequence[Stream], renderer: Renderer, totals: Totals)
     try:
         async with contextlib.aclosing(_interleave(streams)) as replies:
             async for index, reply in replies:
-                totals.add(index, reply)
+                totals.last[index] = reply
                 if chunks := renderer.chunk(index, reply):
                     yield b"".join(map(event, chunks))
         yield b"".join(map(event, renderer.last_chunks(totals))) + renderer.done

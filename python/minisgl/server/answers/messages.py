@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Sequence
 from typing import Any
 
 from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError
 from minisgl.message.frontend import UserReply
-from minisgl.server.answers.assemble import Assembler, Block, Dialect
-from minisgl.server.answers.renderer import Events, Renderer, Totals, event, partial_object
+from minisgl.server.answers.assemble import Block, Events
+from minisgl.server.answers.renderer import MessageRenderer, Totals, event, partial_object
 from minisgl.server.errors import anthropic_error, error_payload
 
 _REASONS = {FinishReason.STOP: "end_turn", FinishReason.TOOL_CALLS: "tool_use"}  # else: it was cut off
@@ -22,43 +20,24 @@ _DELTAS = {
 }
 
 
-class MessagesRenderer(Renderer, Dialect):
+class MessagesRenderer(MessageRenderer):
     """The answer to one request."""
 
-    done = b""
-    keep_alive = event({"type": "ping"})
+    prefix, keep_alive = "msg_", event({"type": "ping"})
 
-    def __init__(self, model: str, assembler: Assembler) -> None:
-        self.id = f"msg_{uuid.uuid4().hex}"
-        self._head = {"id": self.id, "type": "message", "role": "assistant", "model": model}
-        self._assembler = assembler
-        self._usage: dict[str, int] = {}  # of the first reply, and once it has ended, of all
-        self._end: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
+    def first_chunks(self, reply: UserReply) -> Events:
+        return [{"type": "message_start", "message": self._message([], reply, None)}, {"type": "ping"}]
 
-    def chunk(self, index: int, reply: UserReply) -> Events:  # noqa: ARG002
-        events: Events = []
-        if not self._usage:
-            self._usage = _usage(reply)
-            events = [{"type": "message_start", "message": self._message([])}, {"type": "ping"}]
-        events += self._assembler.read(reply, self)
-        if reply.finish_reason is not None:
-            self._usage = _usage(reply)
-            reason = self._assembler.finish_reason(reply)
-            self._end["stop_reason"] = _REASONS.get(reason or FinishReason.STOP, "max_tokens")
-            if reply.stop is not None and reason is FinishReason.STOP:
-                self._end = {"stop_reason": "stop_sequence", "stop_sequence": reply.stop}
-        return events
-
-    def last_chunks(self, totals: Totals) -> Events:  # noqa: ARG002
-        return [{"type": "message_delta", "delta": self._end, "usage": self._usage}, {"type": "message_stop"}]
+    def last_chunks(self, totals: Totals) -> Events:
+        end = {"delta": self._end(totals.last[0]), "usage": _usage(totals.last[0])}
+        return [{"type": "message_delta", **end}, {"type": "message_stop"}]
 
     def failure(self, error: MiniSGLError) -> Events:
         return [anthropic_error(error_payload(error), error.status)]
 
-    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:  # noqa: ARG002
-        for reply in choices[0]:
-            self.chunk(0, reply)
-        return self._message([self._block(block, block.text, self.id) for block in self._assembler.blocks])
+    def finished(self, totals: Totals) -> dict[str, Any]:
+        content = [self._block(block, block.text, self.id) for block in self.assembler.blocks]
+        return self._message(content, totals.last[0], totals.last[0])
 
     def begin(self, block: Block) -> Events:
         return [{"type": "content_block_start", "index": block.index, "content_block": self._block(block)}]
@@ -73,8 +52,15 @@ class MessagesRenderer(Renderer, Dialect):
         stop = {"type": "content_block_stop", "index": block.index}
         return [signed, stop] if block.kind == "reasoning" else [stop]
 
-    def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "content": content, **self._end, "usage": self._usage}
+    def _message(self, content: list[dict[str, Any]], reply: UserReply, last: UserReply | None) -> dict[str, Any]:
+        head = {"id": self.id, "type": "message", "role": "assistant", "model": self._model, "content": content}
+        return {**head, **self._end(last), "usage": _usage(reply)}
+
+    def _end(self, last: UserReply | None) -> dict[str, Any]:
+        reason = None if last is None else self.assembler.finish_reason(last)
+        if last is not None and last.stop is not None and reason is FinishReason.STOP:
+            return {"stop_reason": "stop_sequence", "stop_sequence": last.stop}
+        return {"stop_reason": reason and _REASONS.get(reason, "max_tokens"), "stop_sequence": None}
 
     def _block(self, block: Block, text: str = "", signature: str = "") -> dict[str, Any]:
         """signature: Anthropic's proof that it thought so itself, which clients send back."""

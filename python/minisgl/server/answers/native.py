@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import UserReply
-from minisgl.server.answers.renderer import Events, Renderer, Totals
+from minisgl.server.answers.assemble import Events
+from minisgl.server.answers.renderer import Renderer, Totals
 
 
 class GenerateRenderer(Renderer):
     """The answer to one request."""
-
-    def __init__(self) -> None:
-        self.id = uuid.uuid4().hex
 
     def chunk(self, index: int, reply: UserReply) -> Events:  # noqa: ARG002
         return [self._shown([reply])]

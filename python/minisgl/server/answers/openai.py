@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import time
-import uuid
 from abc import abstractmethod
 from codecs import getincrementaldecoder
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from minisgl.core import FinishReason
 from minisgl.message.frontend import TokenLogprob, TopLogprob, UserReply
-from minisgl.server.answers.assemble import Assembler, Block, Dialect
-from minisgl.server.answers.renderer import Events, Renderer, Totals
+from minisgl.server.answers.assemble import Assembler, Block, Dialect, Events
+from minisgl.server.answers.renderer import Renderer, Totals
+from minisgl.server.bodies.request import GenerationRequest
 
 
 class _OpenAIRenderer(Renderer):
     """What both have in common."""
 
-    _prefix, _whole, _part = "", "", ""  # what the id begins with; what the answer and a chunk call themselves
+    whole, part = "", ""  # what the answer and a chunk call themselves
 
-    def __init__(self, model: str, *, include_usage: bool, logprobs: bool = False) -> None:
-        self._include_usage, self._logprobs = include_usage, logprobs
-        self.id = f"{self._prefix}-{uuid.uuid4().hex}"
+    def __init__(self, model: str, request: GenerationRequest, new_assembler: Callable[[], Assembler]) -> None:
+        super().__init__(model, request, new_assembler)
         self._head = {"id": self.id, "created": int(time.time()), "model": model}
 
     def last_chunks(self, totals: Totals) -> Events:
-        usage = {**self._head, "object": self._part, "choices": [], "usage": self._usage(totals)}
-        return [usage] if self._include_usage else []
+        usage = {**self._head, "object": self.part, "choices": [], "usage": self._usage(totals)}
+        return [usage] if self._request.include_usage else []
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
         shown = [self._choice(index, replies) for index, replies in enumerate(choices)]
-        return {**self._head, "object": self._whole, "choices": shown, "usage": self._usage(totals)}
+        return {**self._head, "object": self.whole, "choices": shown, "usage": self._usage(totals)}
 
     @abstractmethod
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
@@ -42,18 +40,17 @@ class _OpenAIRenderer(Renderer):
         return totals.usage()
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        usage = {"usage": None} if self._include_usage else {}
-        return {**self._head, "object": self._part, "choices": [choice], **usage}
+        usage = {"usage": None} if self._request.include_usage else {}
+        return {**self._head, "object": self.part, "choices": [choice], **usage}
 
 
 class ChatRenderer(_OpenAIRenderer, Dialect):
-    """/v1/chat/completions. `new_assembler` makes what reads one choice."""
+    """/v1/chat/completions."""
 
-    _prefix, _whole, _part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, whole, part = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str, *, new_assembler: Callable[[], Assembler] = Assembler, **options: bool) -> None:
-        super().__init__(model, **options)
-        self._new_assembler = new_assembler
+    def __init__(self, model: str, request: GenerationRequest, new_assembler: Callable[[], Assembler]) -> None:
+        super().__init__(model, request, new_assembler)
         self._assemblers: list[Assembler] = []  # by choice
 
     def chunk(self, index: int, reply: UserReply) -> Events:
@@ -63,7 +60,7 @@ class ChatRenderer(_OpenAIRenderer, Dialect):
             self._assemblers.append(self._new_assembler())
         assembler = self._assemblers[index]
         deltas = assembler.read(reply, self)
-        if self._logprobs and reply.logprobs:  # with the first delta, if need be an empty one
+        if self._request.logprobs and reply.logprobs:  # with the first delta, if need be an empty one
             deltas = deltas or [{"content": ""}]
             chunks.append(self._delta(index, deltas.pop(0), logprobs=chat_logprobs([reply])))
         chunks += [self._delta(index, delta) for delta in deltas]
@@ -81,9 +78,6 @@ class ChatRenderer(_OpenAIRenderer, Dialect):
             return [{"tool_calls": [{"index": block.part.call_index, "function": {"arguments": text}}]}]
         return [{"content" if block.kind == "text" else "reasoning_content": text}]
 
-    def end(self, block: Block, reason: FinishReason | None) -> Events:  # noqa: ARG002
-        return []
-
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
         assembler = self._new_assembler()
         self._assemblers.append(assembler)
@@ -92,7 +86,7 @@ class ChatRenderer(_OpenAIRenderer, Dialect):
         return {
             "index": index,
             "message": _message(assembler.blocks),
-            "logprobs": chat_logprobs(replies) if self._logprobs else None,
+            "logprobs": chat_logprobs(replies) if self._request.logprobs else None,
             "finish_reason": assembler.finish_reason(replies[-1]),
         }
 
@@ -123,10 +117,10 @@ def _call(block: Block, arguments: str) -> dict[str, Any]:
 class CompletionRenderer(_OpenAIRenderer):
     """/v1/completions."""
 
-    _prefix, _whole, _part = "cmpl", "text_completion", "text_completion"
+    prefix, whole, part = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, model: str, **options: bool) -> None:
-        super().__init__(model, **options)
+    def __init__(self, model: str, request: GenerationRequest, new_assembler: Callable[[], Assembler]) -> None:
+        super().__init__(model, request, new_assembler)
         self._cursors: defaultdict[int, TextCursor] = defaultdict(TextCursor)  # by choice
 
     def chunk(self, index: int, reply: UserReply) -> Events:
@@ -137,7 +131,7 @@ class CompletionRenderer(_OpenAIRenderer):
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
         cursor, text = self._cursors[index], "".join(reply.text for reply in replies)
         choice = {"text": text, "index": index}
-        logprobs = completion_logprobs(replies, cursor) if self._logprobs else None
+        logprobs = completion_logprobs(replies, cursor) if self._request.logprobs else None
         return {**choice, "logprobs": logprobs, "finish_reason": replies[-1].finish_reason}
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
 from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError
 from minisgl.message.frontend import UserReply
-from minisgl.server.answers.assemble import Assembler, Block, Dialect
-from minisgl.server.answers.renderer import Events, Renderer, Totals, partial_object
+from minisgl.server.answers.assemble import Assembler, Block, Events
+from minisgl.server.answers.renderer import MessageRenderer, Totals, partial_object
 from minisgl.server.bodies.responses import Item, ResponsesRequest
 
 _STATUS = {FinishReason.LENGTH: "incomplete", FinishReason.ABORT: "cancelled"}  # else: completed
@@ -27,50 +27,40 @@ _TYPES = {
 Keep = Callable[[dict[str, Any], list[Item]], None]
 
 
-class ResponsesRenderer(Renderer, Dialect):
+class ResponsesRenderer(MessageRenderer):
     """The answer to one request. Events are numbered, and carry the whole text again where it ends.
 
-    A whole body is made of the same events, which nobody gets to see. keep: stores the response and what it answers.
+    keep: stores the response and what it answers.
     """
 
-    done = b""
+    prefix = "resp_"
 
-    def __init__(self, model: str, request: ResponsesRequest, assembler: Assembler, keep: Keep | None = None) -> None:
-        self.id = f"resp_{uuid.uuid4().hex}"
+    def __init__(
+        self, model: str, request: ResponsesRequest, new_assembler: Callable[[], Assembler], keep: Keep | None = None
+    ) -> None:
+        super().__init__(model, request, new_assembler)
         head = {"id": self.id, "object": "response", "created_at": int(time.time())}
         nothing = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))
         self._head = {**head, **nothing, **_settings(model, request)}
-        self._assembler = assembler
-        self._request, self._keep = request, keep
+        self._keep = keep if request.body.store is not False else None
+        self._items = request.items
         self._custom = [tool["name"] for tool in request.tools_used if tool["type"] == "custom"]
         self._item_id = ""  # of the item that grows
         self._output: list[dict[str, Any]] = []  # those that do not any more
-        self._reason = FinishReason.STOP
-        self._has_begun = False
         self._numbers = count()  # of events
 
-    def chunk(self, index: int, reply: UserReply) -> Events:  # noqa: ARG002
-        events: Events = []
-        if not self._has_begun:
-            self._has_begun = True
-            for kind in ("response.created", "response.in_progress"):
-                events.append(self._event(kind, response=self._response("in_progress", [])))
-        self._reason = reply.finish_reason or self._reason
-        return events + self._assembler.read(reply, self)
+    def first_chunks(self, reply: UserReply) -> Events:  # noqa: ARG002
+        kinds = ("response.created", "response.in_progress")
+        return [self._event(kind, response=self._response("in_progress", [])) for kind in kinds]
 
     def last_chunks(self, totals: Totals) -> Events:
-        response = self._finished(totals)
+        response = self.finished(totals)
         kind = "completed" if response["status"] == "completed" else "incomplete"
         return [self._event(f"response.{kind}", response=response)]
 
     def failure(self, error: MiniSGLError) -> Events:
         told = {"code": "server_error", "message": str(error)}
         return [self._event("response.failed", response={**self._response("failed", []), "error": told})]
-
-    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
-        for reply in choices[0]:
-            self.chunk(0, reply)
-        return self._finished(totals)
 
     def begin(self, block: Block) -> Events:
         self._item_id = f"{self._type(block)[1]}_{uuid.uuid4().hex}"
@@ -119,13 +109,14 @@ class ResponsesRenderer(Renderer, Dialect):
             fields["logprobs"] = []
         return self._event(f"response.{about}.{what}", item_id=self._item_id, output_index=block.index, **fields)
 
-    def _finished(self, totals: Totals) -> dict[str, Any]:
-        response = self._response(_STATUS.get(self._reason, "completed"), self._output)
-        if self._reason is FinishReason.LENGTH:
+    def finished(self, totals: Totals) -> dict[str, Any]:
+        reason = totals.last[0].finish_reason or FinishReason.STOP
+        response = self._response(_STATUS.get(reason, "completed"), self._output)
+        if reason is FinishReason.LENGTH:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
-        response |= {"completed_at": int(time.time()), "usage": _usage(totals.usage(), self._assembler.num_reasoning)}
-        if self._keep is not None and self._request.body.store is not False:
-            self._keep(response, self._request.items)
+        response |= {"completed_at": int(time.time()), "usage": _usage(totals.usage(), self.assembler.num_reasoning)}
+        if self._keep is not None:
+            self._keep(response, self._items)
         return response
 
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
