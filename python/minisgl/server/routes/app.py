@@ -20,7 +20,7 @@ from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
 from minisgl.server.routes.generation import Generation
 from minisgl.server.routes.operations import Operations
-from minisgl.server.routes.stored import stored_router
+from minisgl.server.routes.stored import add_stored
 
 DOCUMENT = Path(__file__).parents[1] / "openapi.json"  # made by `python -m tools.openapi`
 
@@ -36,7 +36,7 @@ def create_app(
     app.add_middleware(Admission, config=config)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
     bodies, store = Bodies(config, max_body), ResponseStore()
-    app.include_router(Generation(frontend, config, bodies, store).router())
-    app.include_router(Operations(frontend, config, bodies, exposition, silent).router())
-    app.include_router(stored_router(store))
+    Generation(frontend, config, bodies, store).add_to(app)
+    Operations(frontend, config, bodies, exposition, silent).add_to(app)
+    add_stored(app, store)
     return app

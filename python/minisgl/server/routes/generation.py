@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
@@ -49,13 +49,11 @@ class Generation:
         self._frontend, self._config, self._bodies, self._store = frontend, config, bodies, store
         self._keepalive = env_number("MINISGL_SSE_KEEPALIVE", 10, low=0, high=86400)
 
-    def router(self) -> APIRouter:
-        router = APIRouter()
+    def add_to(self, app: FastAPI) -> None:
         for path, (about, parse, make) in DIALECTS.items():
-            router.post(path, name="route", description=about)(self._route(parse, make))
-        router.post("/v1/responses")(self.responses)
-        router.post("/v1/messages/count_tokens")(self.count_tokens)
-        return router
+            app.post(path, name="route", description=about)(self._route(parse, make))
+        app.post("/v1/responses")(self.responses)
+        app.post("/v1/messages/count_tokens")(self.count_tokens)
 
     async def responses(self, request: Request) -> Response:
         """Answer a conversation, in the words of OpenAI's newer API."""

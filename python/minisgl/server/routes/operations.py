@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
 
 import minisgl
 from minisgl.config.runtime import ServerConfig
@@ -46,8 +46,7 @@ class Operations:
         self._card = {"id": config.served_model_name, "object": "model", "created": int(time.time())}
         self._card |= {"owned_by": "minisgl", "root": config.engine.model_path, "max_model_len": self._max_len}
 
-    def router(self) -> APIRouter:
-        router = APIRouter()
+    def add_to(self, app: FastAPI) -> None:
         version, ok = {"version": minisgl.__version__}, {"status": "ok"}
         for name, path, about, answer in (  # of these, the answer is known
             ("models", "/v1/models", "The model that is served.", {"object": "list", "data": [self._card]}),
@@ -55,13 +54,12 @@ class Operations:
             ("root", "/v1", "That this is a server of this API.", {**ok, "server": "minisgl", **version}),
             ("version", "/version", "The version of minisgl.", version),
         ):
-            router.get(path, name=name, description=about)(partial(_answer, answer))
-        router.get("/v1/models/{model:path}")(self.model)
+            app.get(path, name=name, description=about)(partial(_answer, answer))
+        app.get("/v1/models/{model:path}")(self.model)
         for get in (self.health, self.server_info, self.metrics):
-            router.get(f"/{get.__name__}")(get)
+            app.get(f"/{get.__name__}")(get)
         for post in (self.tokenize, self.detokenize, self.flush_cache, self.abort_request):
-            router.post(f"/{post.__name__}")(post)
-        return router
+            app.post(f"/{post.__name__}")(post)
 
     async def model(self, model: str) -> Response:
         """The model, if it is the one that is served."""

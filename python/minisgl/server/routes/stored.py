@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import FastAPI, Request, Response
 
 from minisgl.errors import RequestError
 from minisgl.server.access import owner_of
@@ -16,35 +16,33 @@ from minisgl.server.errors import json_response
 MAX_PAGE = 100  # items
 
 
-def stored_router(store: ResponseStore) -> APIRouter:
+def add_stored(app: FastAPI, store: ResponseStore) -> None:
     """Of the responses in the store: whoever asks finds their own."""
-    router = APIRouter(prefix="/v1/responses/{response_id}")
+    path = "/v1/responses/{response_id}"
 
-    @router.get("")
+    @app.get(path)
     async def retrieve(request: Request, response_id: str) -> Response:
         """A response that was stored."""
         if request.query_params.get("stream", "false").lower() == "true":
             raise RequestError("stream: what is stored is not streamed again", param="stream")
         return json_response(store.get(owner_of(request), response_id)[0])
 
-    @router.delete("")
+    @app.delete(path)
     async def delete(request: Request, response_id: str) -> Response:
         """Forget a response."""
         store.delete(owner_of(request), response_id)
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
-    @router.get("/input_items")
+    @app.get(f"{path}/input_items")
     async def input_items(request: Request, response_id: str) -> Response:
         """The items that it answers, the last one first."""
         return json_response(_page(store.get(owner_of(request), response_id)[1], request.query_params))
 
-    @router.post("/cancel")
+    @app.post(f"{path}/cancel")
     async def cancel(request: Request, response_id: str) -> Response:
         """Refused: none is made in the background. `/abort_request` ends one that is under way."""
         store.get(owner_of(request), response_id)
         raise RequestError("only a response that is made in the background can be cancelled", param="response_id")
-
-    return router
 
 
 def _page(items: list[Item], query: Mapping[str, str]) -> dict[str, Any]:
