@@ -19,9 +19,8 @@ from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
 from minisgl.server.answers.assemble import Assembler
 from minisgl.server.answers.openai import ChatRenderer
 from minisgl.server.answers.renderer import Totals
-from minisgl.server.bodies.chat import parse_chat
+from minisgl.server.bodies.chat import GenerationRequest, parse_chat
 from minisgl.server.bodies.fields import OBJECTS
-from minisgl.server.bodies.request import GenerationRequest
 from minisgl.server.bodies.responses import parse_responses
 from minisgl.tokenizer.chat import CallForm
 from minisgl.tokenizer.tokenize import HFTextCodec

@@ -19,8 +19,8 @@ from minisgl.parser.parts import Parser, Part
 from minisgl.server.answers.assemble import Assembler
 from minisgl.server.answers.messages import MessagesRenderer
 from minisgl.server.answers.renderer import Totals
+from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.server.bodies.messages import parse_messages
-from minisgl.server.bodies.request import GenerationRequest
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 ASKED: Any = {"role": "user", "content": "a"}

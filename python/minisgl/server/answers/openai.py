@@ -12,7 +12,7 @@ from typing import Any
 from minisgl.message.frontend import TokenLogprob, TopLogprob, UserReply
 from minisgl.server.answers.assemble import Assembler, Block, Dialect, Events
 from minisgl.server.answers.renderer import Renderer, Totals
-from minisgl.server.bodies.request import GenerationRequest
+from minisgl.server.bodies.chat import GenerationRequest
 
 
 class _OpenAIRenderer(Renderer):

@@ -12,7 +12,7 @@ from pydantic_core import from_json
 from minisgl.errors import MiniSGLError
 from minisgl.message.frontend import UserReply
 from minisgl.server.answers.assemble import Assembler, Dialect, Events
-from minisgl.server.bodies.request import GenerationRequest
+from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.server.errors import error_payload
 from minisgl.server.json_line import dump_json
 

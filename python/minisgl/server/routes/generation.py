@@ -20,12 +20,18 @@ from minisgl.server.answers.native import GenerateRenderer
 from minisgl.server.answers.openai import ChatRenderer, CompletionRenderer
 from minisgl.server.answers.renderer import Renderer
 from minisgl.server.answers.responses import ResponsesRenderer
-from minisgl.server.bodies.chat import parse_chat, parse_completion
+from minisgl.server.bodies.chat import (
+    GenerationRequest,
+    check_model,
+    check_policy,
+    check_size,
+    parse_chat,
+    parse_completion,
+)
 from minisgl.server.bodies.fields import Reading
 from minisgl.server.bodies.intake import Bodies
 from minisgl.server.bodies.messages import parse_messages
 from minisgl.server.bodies.native import parse_generate
-from minisgl.server.bodies.request import GenerationRequest, check_model, check_policy, check_size
 from minisgl.server.bodies.responses import ResponseStore, parse_responses
 from minisgl.server.bodies.sampling import Defaults
 from minisgl.server.errors import json_response
