@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from minisgl.attention.base import StepContext
 from minisgl.config.model import DenseMLP, ModelConfig, MoE, PagedKV
 from minisgl.kernel.ops import Experts, KVSlots
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, whole
-from minisgl.layers.formats import Shard, WeightSlot, experts_of
-from minisgl.layers.linear import GateUpLinear, QKVLinear, ReplicatedLinear, RowLinear
+from minisgl.layers.formats import DENSE, Shard, WeightSlot, experts_of
+from minisgl.layers.linear import GateUpLinear, Linear, QKVLinear, RowLinear
 
 
 class Attention(Layer):
     """The attention block of decoder layer `layer`: projections, norm, rotation, cache, attention, output."""
 
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
-        super().__init__()
         spec, hidden = config.layers[layer].attention, config.hidden_size
         assert isinstance(spec.cache, PagedKV)
         self._ops, self._layer, self._spec, self._eps = env.ops, layer, spec, config.rms_norm_eps
@@ -31,12 +31,11 @@ class Attention(Layer):
 
     def forward(self, x: Tensor, norm: Tensor, step: StepContext) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the layer's input → the new stream."""
-        qkv = self.qkv_proj(x, norm, self._eps).view(x.shape[0], -1, self._head_dim)
+        qkv = self.qkv_proj.forward(x, norm, self._eps).view(x.shape[0], -1, self._head_dim)
         cache = step.kv.layer(self._layer)
         q = self._ops.qk_norm_rope_store(qkv, self.qk_norm, self._eps, step.rope, KVSlots(*cache, step.slots))
         out = step.backend.forward(q, cache, self._spec, step.metadata)
-        projected: Tensor = self.o_proj(out.reshape(x.shape[0], -1), x)
-        return projected
+        return self.o_proj.forward(out.reshape(x.shape[0], -1), x)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.qkv_proj.weights(prefix)
@@ -55,15 +54,13 @@ class GatedMLP(Layer):
     """down(activation(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
 
     def __init__(self, env: LayerEnv, hidden_size: int, spec: DenseMLP, eps: float) -> None:
-        super().__init__()
         self._eps, inner = eps, spec.intermediate_size
         self.gate_up_proj = GateUpLinear(env, hidden_size, inner, spec.bias, spec.activation)
         self.down_proj = RowLinear(env, inner, hidden_size, spec.bias, "intermediate features")
 
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input → the new stream."""
-        out: Tensor = self.down_proj(self.gate_up_proj(x, norm, self._eps), x)
-        return out
+        return self.down_proj.forward(self.gate_up_proj.forward(x, norm, self._eps), x)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.gate_up_proj.weights(prefix)
@@ -81,11 +78,11 @@ class SparseMLP(Layer):
     """
 
     def __init__(self, env: LayerEnv, hidden_size: int, spec: MoE, eps: float) -> None:
-        super().__init__()
         self._ops, self._comm, self._format, self._eps = env.ops, env.comm, env.format, eps
         self._spec, self._hidden = spec, hidden_size
         self._share = env.share(spec.intermediate_size, "features of an expert")
-        self.gate = ReplicatedLinear(env, hidden_size, spec.num_experts)
+        router = spec.num_experts, hidden_size  # on every rank, and exact: small errors would choose other experts
+        self.gate = Linear(replace(env, format=DENSE), router, {"": Shard(router, (0, spec.num_experts))})
         shapes = (spec.num_experts, 2 * self._share, hidden_size), (spec.num_experts, hidden_size, self._share)
         self._gate_up, self._down = (env.format.create(shape, env.dtype, env.device) for shape in shapes)
         self._experts: Experts | None = None
@@ -94,7 +91,7 @@ class SparseMLP(Layer):
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input → the new stream."""
         assert self._experts is not None
         hidden = self._ops.rms_norm(x, norm, self._eps)
-        part = self._experts(hidden, self.gate(hidden))
+        part = self._experts(hidden, self.gate.matrix.apply(hidden))
         return self._comm.all_reduce(x.add_(part) if self._comm.rank == 0 else part)
 
     def pack(self) -> None:

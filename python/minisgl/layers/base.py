@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
-from minisgl.kernel.ops import LayerOps, Matrix
+from minisgl.kernel.ops import LayerOps
 from minisgl.layers.formats import DENSE, WeightFormat, WeightSlot
 
 Tensor = torch.Tensor
@@ -55,14 +54,13 @@ class CpuSpec:
     window: int | None = None
 
 
-class Layer(nn.Module, ABC):
-    """A module that says where its checkpoint tensors go."""
+class Layer(ABC):
+    """Tensors, or layers, and the method `forward` that computes with them."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Who overrides a `forward` says anew how the CPU engine computes it: what is inherited describes another."""
         super().__init_subclass__(**options)
-        overrides = "forward" in vars(cls) and super(cls, cls).forward is not nn.Module.forward
-        if overrides and "cpu_spec" not in vars(cls):
+        if "forward" in vars(cls) and "cpu_spec" not in vars(cls) and hasattr(super(cls, cls), "forward"):
             cls.cpu_spec = Layer.cpu_spec  # type: ignore[method-assign]
 
     @abstractmethod
@@ -71,39 +69,13 @@ class Layer(nn.Module, ABC):
 
     def pack(self) -> None:
         """Called once all slots are filled: bring weights into the layout that the kernels like best."""
-        for child in self.children():
+        for child in vars(self).values():
             if isinstance(child, Layer):
                 child.pack()
 
     def cpu_spec(self) -> CpuSpec | None:
         """What computes the same as `forward` in the CPU engine; None: it cannot. Called after `pack`."""
         return None
-
-
-class MatrixLayer(Layer):
-    """A layer with one matrix of [num_rows, num_cols]. activation: as for `Matrix`."""
-
-    def __init__(self, env: LayerEnv, num_rows: int, num_cols: int, activation: str | None = None) -> None:
-        super().__init__()
-        self._ops, self._comm, self._format = env.ops, env.comm, env.format
-        self._num_rows, self._num_cols, self._activation = num_rows, num_cols, activation
-        self._tensors = env.format.create((num_rows, num_cols), env.dtype, env.device)
-        self._matrix: Matrix | None = None
-        self.bias: Tensor | None = None
-
-    @property
-    def matrix(self) -> Matrix:
-        """Once it is packed."""
-        assert self._matrix is not None
-        return self._matrix
-
-    def pack(self) -> None:
-        self._matrix = self._format.matrix(self._ops, self._tensors, self._activation)
-        self._tensors = {}
-
-    def cpu_spec(self) -> CpuSpec | None:
-        handle = self.matrix.cpu_handle
-        return None if handle is None else CpuSpec(((handle, self.bias),))
 
 
 def whole(name: str, target: Tensor) -> WeightSlot:

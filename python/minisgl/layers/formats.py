@@ -43,6 +43,10 @@ class Shard:
     cols: tuple[int, int] | None = None
     at: int = 0
 
+    def of(self, tensor: Tensor) -> Tensor:
+        """The shard's rows of this rank's tensor, [out, ...]."""
+        return tensor[self.at : self.at + self.rows[1] - self.rows[0]]
+
 
 class WeightFormat(ABC):
     """One way of storing weights."""
@@ -86,9 +90,7 @@ class Dense(WeightFormat):
         return {"weight": torch.empty(shape, dtype=dtype, device=device)}
 
     def slots(self, prefix: str, tensors: Tensors, shard: Shard) -> Iterator[WeightSlot]:
-        num_rows = shard.rows[1] - shard.rows[0]
-        target = tensors["weight"][shard.at : shard.at + num_rows]
-        yield WeightSlot(f"{prefix}weight", shard.shape, target, shard.rows, shard.cols)
+        yield WeightSlot(f"{prefix}weight", shard.shape, shard.of(tensors["weight"]), shard.rows, shard.cols)
 
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
         return ops.matrix(tensors["weight"], activation)

@@ -9,14 +9,13 @@ from minisgl.config.model import ModelConfig, MoE
 from minisgl.layers.attention import Attention, GatedMLP, SparseMLP
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Part, Tensor, whole
 from minisgl.layers.formats import WeightSlot
-from minisgl.layers.linear import LMHead, VocabParallelEmbedding
+from minisgl.layers.linear import VocabTable
 
 
 class DecoderLayer(Layer):
     """Pre-norm attention and MLP, each of which adds to the residual stream."""
 
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
-        super().__init__()
         hidden, eps, mlp = config.hidden_size, config.rms_norm_eps, config.layers[layer].mlp
         self.self_attn = Attention(env, config, layer)
         self.mlp = SparseMLP(env, hidden, mlp, eps) if isinstance(mlp, MoE) else GatedMLP(env, hidden, mlp, eps)
@@ -24,9 +23,8 @@ class DecoderLayer(Layer):
         self.post_attention_layernorm = env.vector(hidden)
 
     def forward(self, x: Tensor, step: StepContext) -> Tensor:
-        x = self.self_attn(x, self.input_layernorm, step)
-        out: Tensor = self.mlp(x, self.post_attention_layernorm)
-        return out
+        x = self.self_attn.forward(x, self.input_layernorm, step)
+        return self.mlp.forward(x, self.post_attention_layernorm)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield whole(f"{prefix}input_layernorm.weight", self.input_layernorm)
@@ -46,18 +44,19 @@ class DecoderModel:
     """Token ids to logits."""
 
     def __init__(self, env: LayerEnv, config: ModelConfig) -> None:
-        self._vocab_size = config.vocab_size
-        self.embed_tokens = VocabParallelEmbedding(env, config.vocab_size, config.hidden_size)
-        self.layers: list[Layer] = [DecoderLayer(env, config, i) for i in range(config.num_layers)]
+        self._vocab_size, self._eps = config.vocab_size, config.rms_norm_eps
+        self.embed_tokens = VocabTable(env, config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(env, config, i) for i in range(config.num_layers)]
         self.norm = env.vector(config.hidden_size)
-        tied = self.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = LMHead(env, config.vocab_size, config.hidden_size, config.rms_norm_eps, tied)
+        self.lm_head = self.embed_tokens
+        if not config.tie_word_embeddings:
+            self.lm_head = VocabTable(env, config.vocab_size, config.hidden_size)
 
     def hidden(self, input_ids: Tensor, step: StepContext) -> Tensor:
         """input_ids: [num_tokens] int64 → the residual stream after the last layer: [num_tokens, hidden]."""
-        x: Tensor = self.embed_tokens(input_ids)
+        x = self.embed_tokens.forward(input_ids)
         for layer in self.layers:
-            x = layer(x, step)
+            x = layer.forward(x, step)
         return x
 
     def logits(self, x: Tensor, logit_tokens: Tensor | None) -> Tensor:
@@ -65,17 +64,16 @@ class DecoderModel:
         in the model's dtype."""
         if logit_tokens is not None:
             x = x.index_select(0, logit_tokens)
-        if not len(x):
-            return x.new_empty(0, self._vocab_size)
-        logits: Tensor = self.lm_head(x, self.norm)
-        return logits
+        return self.lm_head.logits(x, self.norm, self._eps) if len(x) else x.new_empty(0, self._vocab_size)
 
     def parts(self) -> Iterator[Part]:
         """All that is to be filled. No more than one part is in memory both as it was loaded and as it is packed."""
         yield Part([*self.embed_tokens.weights("model.embed_tokens.")], self.embed_tokens.pack)
         for i, layer in enumerate(self.layers):
             yield Part([*layer.weights(f"model.layers.{i}.")], layer.pack)
-        yield Part([whole("model.norm.weight", self.norm), *self.lm_head.weights("lm_head.")], self.lm_head.pack)
+        yield Part([whole("model.norm.weight", self.norm)], lambda: None)
+        if self.lm_head is not self.embed_tokens:
+            yield Part([*self.lm_head.weights("lm_head.")], self.lm_head.pack)
 
     def cpu_specs(self) -> list[CpuSpec] | None:
         """Of the embedding, each layer and the head; None if the CPU engine cannot compute one of them."""
