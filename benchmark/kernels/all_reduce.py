@@ -151,21 +151,21 @@ def block_table(comm: CudaCommunicator, blocks: list[int]) -> None:
                 print(f"{num_bytes / 1024:8.0f} {name}", *(f"{cell:8.2f}" for cell in cells), flush=True)
 
 
-def all_gather(comm: CudaCommunicator, x: torch.Tensor) -> torch.Tensor:
-    """x: [rows, n] of every rank → [rows, size * n] on every rank, by NCCL."""
+def gather(comm: CudaCommunicator, x: torch.Tensor) -> torch.Tensor:
+    """x: [rows, n] of every rank → [rows, size * n] on rank 0, by NCCL."""
     parts = x.new_empty((comm.size, *x.shape))
-    comm.nccl.all_gather(x, parts)
+    comm.nccl.gather(x, parts)
     return parts.movedim(0, 1).reshape(len(x), -1)
 
 
 def table_of_others(comm: CudaCommunicator) -> None:
     assert comm.peers is not None
     if comm.rank == 0:
-        print(f"\nlogits of {VOCAB} in bf16\n{'rows':>8} {'gather us':>12} {'NCCL all-gather + permute us':>30}")
+        print(f"\nlogits of {VOCAB} in bf16\n{'rows':>8} {'gather us':>12} {'NCCL gather + permute us':>30}")
     for rows in (1, 16, 64, 256):
         x = torch.zeros(rows, VOCAB // comm.size, dtype=torch.bfloat16, device="cuda")
         assert comm.peers.takes_rows(x)
-        cells = microseconds(lambda: comm.gather(x), 10), microseconds(lambda: all_gather(comm, x), 5)  # noqa: B023
+        cells = microseconds(lambda: comm.gather(x), 10), microseconds(lambda: gather(comm, x), 5)  # noqa: B023
         if comm.rank == 0:
             print(f"{rows:8} {cells[0]:12.2f} {cells[1]:30.2f}", flush=True)
     ids = torch.zeros(256, dtype=torch.int32, device="cuda")

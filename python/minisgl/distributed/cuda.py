@@ -33,10 +33,8 @@ class TorchNccl:
             out.copy_(x)
         self._group.allreduce([out]).wait()
 
-    def all_gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
+    def gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
         self._group._allgather_base(out, x).wait()
-
-    gather = all_gather
 
     def broadcast(self, x: torch.Tensor) -> None:
         self._group.broadcast(x, 0).wait()
@@ -83,7 +81,7 @@ class CudaCommunicator(Communicator):
             if not bool((x == self.size).all()):
                 raise EngineError(f"NCCL summed {n} ones of {self.size} ranks to something else")
         out = torch.empty(self.size, n, dtype=torch.bfloat16, device=self._device)
-        self.nccl.all_gather(x, out)
+        self.nccl.gather(x, out)
         self.nccl.broadcast(x)
         torch.cuda.synchronize(self._device)
         del x, out

@@ -14,6 +14,8 @@ import torch
 
 from minisgl.kernel.jit import load_kernel
 
+Tensor = torch.Tensor
+
 MAX_TOKENS = 256
 TOKEN_TILES = (32, 64, 128, 160, 192, 256)
 MAX_SPLIT = 8
@@ -23,10 +25,8 @@ SMALL_WEIGHTS = 8 << 20  # elements
 class Variant(NamedTuple):
     """How a product is shared out among thread blocks."""
 
-    rows: int
-    """Of weights in a tile: 64, 128 or 192."""
-    split: int
-    """Blocks that share a tile's inputs; 0: every block has the same amount of consecutive work (stream-K)."""
+    rows: int  # of weights in a tile: 64, 128 or 192
+    split: int  # blocks that share a tile's inputs; 0: each has the same amount of consecutive work (stream-K)
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def choose(m: int, n: int, k: int, gated: bool) -> Variant | None:
 
 
 @functools.cache
-def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     """Sums that blocks leave for others, and their flags (zero between launches)."""
     blocks = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     partials = torch.empty(blocks * 256 * 128, dtype=torch.float32, device=device)
@@ -93,45 +93,40 @@ def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 @functools.cache
 def prepare(device: torch.device, dtype: torch.dtype, tokens: int) -> Any:
     """The kernels for `tokens` tokens, compiled on first use. device: with an index."""
-    defines: dict[str, int | str] = {"MINISGL_TOKENS": token_tile(tokens)}
+    defines = {"MINISGL_TOKENS": token_tile(tokens)}
     if dtype == torch.float16:
         defines["MINISGL_FP16"] = 1
     return load_kernel("decode_gemm", torch.cuda.get_device_capability(device), defines)
 
 
 def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     variant: Variant | None = None,
     *,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
+    residual: Tensor | None = None,
+) -> Tensor:
     """x [m, k] with rows at any stride that is a multiple of 8, weight [n, k], bias [n] -> [m, n].
 
     residual: [m, n] contiguous, to which the result is added in place, rounded once.
     """
-    out = x.new_empty(x.shape[0], weight.shape[0]) if residual is None else residual
-    return _run(x, weight, bias, out, residual is not None, False, variant)
+    out = x.new_empty(x.shape[0], len(weight)) if residual is None else residual
+    return _run(x, weight, bias, out, (residual is not None, False), variant)
 
 
-def gate_up(x: torch.Tensor, weight: torch.Tensor, variant: Variant | None = None) -> torch.Tensor:
+def gate_up(x: Tensor, weight: Tensor, variant: Variant | None = None) -> Tensor:
     """silu(gate) * up of [gate, up] = linear(x): x [m, k], weight [2 * inner, k], gate rows first -> [m, inner]."""
-    return _run(x, weight, None, x.new_empty(x.shape[0], weight.shape[0] // 2), False, True, variant)
+    return _run(x, weight, None, x.new_empty(x.shape[0], len(weight) // 2), (False, True), variant)
 
 
 def _run(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    add: bool,
-    gated: bool,
-    variant: Variant | None,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, kind: tuple[bool, bool], variant: Variant | None
+) -> Tensor:
+    """kind: whether the product is added to `out`, and whether it is gated."""
     m, k = x.shape
     if m > 0:
         module = prepare(x.device, x.dtype, m)
-        variant = variant or choose(m, out.shape[1], k, gated) or Variant(128 if m <= 128 else 64, 1)
-        module.decode_linear(x, weight, bias, out, *_workspace(x.device), add, gated, *variant)
+        variant = variant or choose(m, out.shape[1], k, kind[1]) or Variant(128 if m <= 128 else 64, 1)
+        module.decode_linear(x, weight, bias, out, *_workspace(x.device), *kind, *variant)
     return out

@@ -42,13 +42,11 @@ _SIGNATURES: dict[str, list[Any]] = {
     "ncclGetUniqueId": [ctypes.POINTER(UniqueId)],
     "ncclCommInitRank": [ctypes.POINTER(_PTR), _INT, UniqueId, _INT],
     "ncclAllReduce": [_PTR, _PTR, _SIZE, _INT, _INT, _PTR, _PTR],  # send, receive, count, dtype, op, comm, stream
-    "ncclAllGather": [_PTR, _PTR, _SIZE, _INT, _PTR, _PTR],  # send, receive, count sent, dtype, comm, stream
     "ncclBroadcast": [_PTR, _PTR, _SIZE, _INT, _INT, _PTR, _PTR],  # send, receive, count, dtype, root, comm, stream
     "ncclSend": [_PTR, _SIZE, _INT, _INT, _PTR, _PTR],  # buffer, count, dtype, peer, comm, stream
     "ncclRecv": [_PTR, _SIZE, _INT, _INT, _PTR, _PTR],
     "ncclGroupStart": [],
     "ncclGroupEnd": [],
-    "ncclCommDestroy": [_PTR],
     "ncclCommAbort": [_PTR],
 }
 
@@ -122,31 +120,18 @@ class PyNccl:
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """out: like x, may be x."""
-        assert x.is_contiguous(), x.stride()
-        assert out.is_contiguous(), out.stride()
         assert out.shape == x.shape, (x.shape, out.shape)
-        pointers = x.data_ptr(), out.data_ptr()
-        _call("ncclAllReduce", *pointers, x.numel(), DTYPES[x.dtype], SUM, self._comm, self._stream(x))
-
-    def all_gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """out: [size, *x.shape]."""
-        assert x.is_contiguous(), x.stride()
-        assert out.is_contiguous(), out.stride()
-        assert out.numel() == x.numel() * self.size, (x.shape, out.shape)
-        pointers = x.data_ptr(), out.data_ptr()
-        _call("ncclAllGather", *pointers, x.numel(), DTYPES[x.dtype], self._comm, self._stream(x))
+        count, dtype, stream = _message(x, out)
+        _call("ncclAllReduce", x.data_ptr(), out.data_ptr(), count, dtype, SUM, self._comm, stream)
 
     def broadcast(self, x: torch.Tensor) -> None:
         """Rank 0's x, in place."""
-        assert x.is_contiguous()
-        arguments = x.data_ptr(), x.data_ptr(), x.numel(), DTYPES[x.dtype], 0, self._comm, self._stream(x)
-        _call("ncclBroadcast", *arguments)
+        count, dtype, stream = _message(x)
+        _call("ncclBroadcast", x.data_ptr(), x.data_ptr(), count, dtype, 0, self._comm, stream)
 
     def gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """out: [size, *x.shape], filled on rank 0."""
-        assert x.is_contiguous(), x.stride()
-        assert out.is_contiguous(), out.stride()
-        count, dtype, stream = x.numel(), DTYPES[x.dtype], self._stream(x)
+        count, dtype, stream = _message(x, out)
         if self.rank == 0:
             out[0].copy_(x)
         _call("ncclGroupStart")
@@ -163,6 +148,9 @@ class PyNccl:
             _call("ncclCommAbort", self._comm)
             self._comm = ctypes.c_void_p()
 
-    @staticmethod
-    def _stream(x: torch.Tensor) -> int:
-        return torch.cuda.current_stream(x.device).cuda_stream
+
+def _message(x: torch.Tensor, *others: torch.Tensor) -> tuple[int, int, int]:
+    """How many elements, NCCL's number of their type, and the current stream."""
+    for tensor in (x, *others):
+        assert tensor.is_contiguous(), tensor.stride()
+    return x.numel(), DTYPES[x.dtype], torch.cuda.current_stream(x.device).cuda_stream

@@ -13,10 +13,11 @@ import torch
 
 from minisgl.kernel.jit import load_kernel
 
+Tensor = torch.Tensor
+
 TOKEN_TILES = (8, 16, 32)
 MAX_TOKENS = TOKEN_TILES[-1]
-MAX_NORM_K = 8192
-"""The norm's weight lies in shared memory beside the weights in flight."""
+MAX_NORM_K = 8192  # the norm's weight lies in shared memory beside the weights in flight
 
 
 @functools.cache
@@ -53,73 +54,52 @@ def choose_variant(tokens: int, n: int, k: int, gated: bool, num_sms: int) -> in
 
 
 @functools.cache
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
 def prepare(device: torch.device, dtype: torch.dtype, tokens: int) -> Any:
     """The kernels for `tokens` tokens, compiled on first use. device: with an index."""
-    defines: dict[str, int | str] = {"MINISGL_TOKENS": next(tile for tile in TOKEN_TILES if tokens <= tile)}
+    defines = {"MINISGL_TOKENS": next(tile for tile in TOKEN_TILES if tokens <= tile)}
     if dtype == torch.float16:
         defines["MINISGL_FP16"] = 1
     return load_kernel("skinny_gemm", torch.cuda.get_device_capability(device), defines)
 
 
-def _prepare(x: torch.Tensor, n: int, gated: bool, variant: int | None) -> tuple[Any, int]:
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _prepare(x: Tensor, n: int, gated: bool, variant: int | None) -> tuple[Any, int]:
     tokens, k = x.shape
-    if variant is None:
-        variant = choose_variant(tokens, n, k, gated, _num_sms(x.device))
-    return prepare(x.device, x.dtype, tokens), variant
+    chosen = choose_variant(tokens, n, k, gated, _num_sms(x.device)) if variant is None else variant
+    return prepare(x.device, x.dtype, tokens), chosen
 
 
 def norm_linear(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    variant: int | None = None,
-) -> torch.Tensor:
+    x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None = None, variant: int | None = None
+) -> Tensor:
     """linear(rms_norm(x)): x [m, k] with rows at any stride that is a multiple of 8, weight [n, k] -> [m, n].
 
-    Without `norm_weight` there is no norm.
+    norm: the norm's weight; None: there is no norm.
     """
-    module, variant = _prepare(x, weight.shape[0], False, variant)
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    module.norm_linear(x, norm_weight, eps, weight, bias, out, variant)
+    module, variant = _prepare(x, len(weight), False, variant)
+    out = x.new_empty(x.shape[0], len(weight))
+    module.norm_linear(x, norm, eps, weight, bias, out, variant)
     return out
 
 
-def norm_gate_up(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    eps: float,
-    weight: torch.Tensor,
-    variant: int | None = None,
-) -> torch.Tensor:
-    """silu(gate) * up of [gate, up] = linear(rms_norm(x)).
-
-    x [m, k], weight [2 * inner, k], gate rows first -> [m, inner].
-    """
-    inner = weight.shape[0] // 2
+def norm_gate_up(x: Tensor, norm: Tensor, eps: float, weight: Tensor, variant: int | None = None) -> Tensor:
+    """silu(gate) * up of [gate, up] = linear(rms_norm(x)): x [m, k], weight [2 * inner, k], gate rows first ->
+    [m, inner]."""
+    inner = len(weight) // 2
     module, variant = _prepare(x, inner, True, variant)
     out = x.new_empty(x.shape[0], inner)
-    module.norm_gate_up(x, norm_weight, eps, weight, out, variant)
+    module.norm_gate_up(x, norm, eps, weight, out, variant)
     return out
 
 
 def linear_add(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    variant: int | None = None,
-) -> torch.Tensor:
-    """residual += linear(x), in place, rounded once.
-
-    x [m, k], weight [n, k], residual [m, n] contiguous -> residual.
-    """
-    module, variant = _prepare(x, weight.shape[0], False, variant)
+    x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, variant: int | None = None
+) -> Tensor:
+    """residual [m, n] += linear(x), in place, rounded once; it is contiguous. x [m, k], weight [n, k]."""
+    module, variant = _prepare(x, len(weight), False, variant)
     module.linear_add(x, weight, bias, residual, variant)
     return residual
