@@ -104,7 +104,6 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     variant: Variant | None = None,
-    *,
     residual: Tensor | None = None,
 ) -> Tensor:
     """x [m, k] with rows at any stride that is a multiple of 8, weight [n, k], bias [n] -> [m, n].

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minisgl.kernel.paged import PagedSequences
+from minisgl.kernel.triton.common import begin, launch_options, load_keys, precision
 
 MAX_SPLITS = 64
 MERGE_STEP = 8  # splits that the merge loads at once
@@ -77,9 +77,7 @@ def _decode_kernel(
     SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, KV head, split): the group's query heads, padded to BLOCK_G rows of the dot products."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    begin(PDL)
     kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq_len = tl.load(seq_lens_ptr + seq)
     pages_ptr = page_table_ptr + tl.load(rows_ptr + seq).to(tl.int64) * table_stride
@@ -87,8 +85,8 @@ def _decode_kernel(
     first_block = low // BLOCK_N
     num_blocks = (seq_len + BLOCK_N - 1) // BLOCK_N - first_block
     per_split = (num_blocks + splits - 1) // splits
-    begin = (first_block + split * per_split) * BLOCK_N
-    end = tl.minimum(begin + per_split * BLOCK_N, seq_len)
+    first = (first_block + split * per_split) * BLOCK_N
+    end = tl.minimum(first + per_split * BLOCK_N, seq_len)
 
     rows = tl.arange(0, BLOCK_G)
     dims = tl.arange(0, BLOCK_D)
@@ -102,20 +100,12 @@ def _decode_kernel(
     m = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     denom = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in tl.range(first, end, BLOCK_N):
         pos = start + offsets
         seen = (pos >= low) & (pos < end)
-        if PAGE_SIZE % BLOCK_N == 0:
-            page = tl.load(pages_ptr + start // PAGE_SIZE).to(tl.int64)
-            at = (page * PAGE_SIZE + start % PAGE_SIZE) * kv_stride + (offsets[:, None] * kv_stride + dims[None, :])
-        else:
-            page = tl.load(pages_ptr + pos // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
-            at = ((page * PAGE_SIZE + pos % PAGE_SIZE) * kv_stride)[:, None] + dims[None, :]
-        loaded = seen[:, None]
-        if HEAD_DIM != BLOCK_D:
-            loaded = loaded & (dims < HEAD_DIM)[None, :]
-        k = tl.load(k_ptr + at, mask=loaded, other=0.0)
-        v = tl.load(v_ptr + at, mask=loaded, other=0.0)
+        k, v = load_keys(
+            k_ptr, v_ptr, pages_ptr, start, seen, kv_stride, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, True
+        )  # fmt: skip
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         s = tl.where(seen[None, :], s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))  # finite: every block holds a key that is seen
@@ -129,7 +119,7 @@ def _decode_kernel(
     if SPLIT:
         part = index * splits + split
         tl.store(lse_ptr + part, tl.where(denom == 0.0, float("-inf"), m + tl.log2(denom)), mask=rows < GROUP)
-        tl.store(acc_ptr + (part * HEAD_DIM)[:, None] + dims[None, :], acc, mask=valid & (begin < end))
+        tl.store(acc_ptr + (part * HEAD_DIM)[:, None] + dims[None, :], acc, mask=valid & (first < end))
     else:
         out_at = (index * HEAD_DIM)[:, None] + dims[None, :]
         tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=valid)
@@ -141,9 +131,7 @@ def _merge_kernel(
     STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, query head): the mean of its partial results, weighted by exp2(lse)."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    begin(PDL)
     index = tl.program_id(0).to(tl.int64)
     all_splits = tl.arange(0, BLOCK_S)
     lse = tl.load(lse_ptr + index * splits + all_splits, mask=all_splits < splits, other=float("-inf"))
@@ -187,7 +175,6 @@ def decode_attention(
     assert v_cache.is_contiguous()
     assert splits == 1 or batch * num_heads * splits <= partials.lse.numel()
     out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
-    launch = {"launch_pdl": True} if pdl else {}
     _decode_kernel[(num_kv_heads, batch, splits)](
         q, k_cache, v_cache, out, partials.acc, partials.lse, seqs.page_table, seqs.rows, seqs.seq_lens,
         head_dim**-0.5 * math.log2(math.e), window or 0,
@@ -201,15 +188,15 @@ def decode_attention(
         PAGE_SIZE=seqs.page_size,
         SPLIT=splits > 1,
         HAS_WINDOW=window is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION=precision(q.dtype),
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **launch,
+        **launch_options(pdl),
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(batch * num_heads,)](
             partials.acc, partials.lse, out, splits, head_dim, block_d, MAX_SPLITS, MERGE_STEP, pdl,
-             num_warps=2 if head_dim <= 128 else 4, **launch,
+             num_warps=2 if head_dim <= 128 else 4, **launch_options(pdl),
         )  # fmt: skip
     return out

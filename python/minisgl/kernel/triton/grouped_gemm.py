@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from minisgl.kernel.triton.common import begin, launch_options, precision
 
 SCAN = 1024  # pairs that a sorting program looks at together
 
@@ -73,9 +74,7 @@ def _route_kernel(
     BLOCK_K: tl.constexpr, RENORMALIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (token). Equal probabilities: the lower expert first."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_E)
     real = expert < NUM_EXPERTS
@@ -102,9 +101,7 @@ def _route_kernel(
 @triton.jit(do_not_specialize=["num_pairs"])
 def _count_kernel(experts_ptr, counts_ptr, num_pairs, SCAN: tl.constexpr, PDL: tl.constexpr):
     """Program (expert): how many pairs chose it."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    begin(PDL)
     expert = tl.program_id(0)
     offsets = tl.arange(0, SCAN)
     total = tl.zeros((SCAN,), tl.int32)
@@ -120,9 +117,7 @@ def _sort_kernel(
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, SCAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (expert): its part of `order` and of `blocks`. The last one marks the blocks that nobody needs."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    begin(PDL)
     expert = tl.program_id(0)
     ids = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + ids, mask=ids < NUM_EXPERTS, other=0)
@@ -134,10 +129,10 @@ def _sort_kernel(
     end = first + count
     end_block = first_block + (count + BLOCK_M - 1) // BLOCK_M
     for block in tl.range(first_block, end_block):
-        begin = first + (block - first_block) * BLOCK_M
+        low = first + (block - first_block) * BLOCK_M
         tl.store(blocks_ptr + block * 3, expert)
-        tl.store(blocks_ptr + block * 3 + 1, begin)
-        tl.store(blocks_ptr + block * 3 + 2, tl.minimum(begin + BLOCK_M, end))
+        tl.store(blocks_ptr + block * 3 + 1, low)
+        tl.store(blocks_ptr + block * 3 + 2, tl.minimum(low + BLOCK_M, end))
     if expert == NUM_EXPERTS - 1:
         for block in tl.range(end_block, max_blocks):
             tl.store(blocks_ptr + block * 3, 0)
@@ -164,9 +159,7 @@ def _gate_up_kernel(
 
     w: [experts, 2 * INNER, HIDDEN], gate's rows first.
     """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    begin(PDL)
     block_ptr = blocks_ptr + tl.program_id(1) * 3
     expert, first, end = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
     if first < end:
@@ -205,9 +198,7 @@ def _down_kernel(
 ):  # fmt: skip
     """Program (features, block): weight * (x @ w.T) of sorted rows x [num_pairs, INNER] → out [num_pairs, HIDDEN], by
     pair. w: [experts, HIDDEN, INNER]."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    begin(PDL)
     block_ptr = blocks_ptr + tl.program_id(1) * 3
     expert, first, end = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
     if first < end:
@@ -240,9 +231,7 @@ def _sum_kernel(
     x_ptr, out_ptr, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """Program (token, features): the sum of the token's pairs."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -264,7 +253,7 @@ def route(
     experts = torch.empty((num_tokens, top_k), dtype=torch.int32, device=router_logits.device)
     _route_kernel[(num_tokens,)](
         router_logits, weights, experts, router_logits.stride(0), num_experts, triton.next_power_of_2(num_experts),
-        top_k, triton.next_power_of_2(top_k), renormalize, pdl, num_warps=1, **_launch(pdl),
+        top_k, triton.next_power_of_2(top_k), renormalize, pdl, num_warps=1, **launch_options(pdl),
     )  # fmt: skip
     return weights, experts
 
@@ -278,10 +267,10 @@ def sort_pairs(experts: torch.Tensor, num_experts: int, block_m: int, pdl: bool 
         torch.empty(num_pairs, dtype=torch.int32, device=device),
         torch.empty((max_blocks, 3), dtype=torch.int32, device=device),
     )
-    _count_kernel[(num_experts,)](experts, counts, num_pairs, SCAN, pdl, num_warps=4, **_launch(pdl))
+    _count_kernel[(num_experts,)](experts, counts, num_pairs, SCAN, pdl, num_warps=4, **launch_options(pdl))
     _sort_kernel[(num_experts,)](
         experts, counts, result.order, result.blocks, num_pairs, max_blocks, num_experts,
-        triton.next_power_of_2(num_experts), block_m, SCAN, pdl, num_warps=4, **_launch(pdl),
+        triton.next_power_of_2(num_experts), block_m, SCAN, pdl, num_warps=4, **launch_options(pdl),
     )  # fmt: skip
     return result
 
@@ -315,30 +304,24 @@ def fused_moe(
     config = config or moe_config(num_pairs, num_experts, x.dtype, capability)
     weights, experts = route(router_logits, top_k, renormalize, pdl)
     pairs = sort_pairs(experts, num_experts, config.gate_up.block_m, pdl)
-    max_blocks, launch = len(pairs.blocks), _launch(pdl)
-    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    max_blocks, launch = len(pairs.blocks), launch_options(pdl)
     gated = torch.empty((num_pairs, inner), dtype=x.dtype, device=x.device)
     scaled = torch.empty((num_pairs, hidden), dtype=x.dtype, device=x.device)
     c = config.gate_up
     _gate_up_kernel[(triton.cdiv(inner, c.block_n), max_blocks)](
         x, gate_up, gated, pairs.order, pairs.blocks, x.stride(0), hidden, inner, top_k, c.block_m, c.block_n,
-        c.block_k, precision, pdl, num_warps=c.num_warps, num_stages=c.num_stages, **launch,
+        c.block_k, precision(x.dtype), pdl, num_warps=c.num_warps, num_stages=c.num_stages, **launch,
     )  # fmt: skip
     c = config.down
     assert c.block_m == config.gate_up.block_m
     _down_kernel[(triton.cdiv(hidden, c.block_n), max_blocks)](
         gated, down, weights, scaled, pairs.order, pairs.blocks, hidden, inner, c.block_m, c.block_n, c.block_k,
-        precision, pdl, num_warps=c.num_warps, num_stages=c.num_stages, **launch,
+        precision(x.dtype), pdl, num_warps=c.num_warps, num_stages=c.num_stages, **launch,
     )  # fmt: skip
     _sum_kernel[(num_tokens, triton.cdiv(hidden, 1024))](
         scaled, out, hidden, top_k, min(1024, triton.next_power_of_2(hidden)), pdl, num_warps=4, **launch
     )
     return out
-
-
-def _launch(pdl: bool) -> dict[str, bool]:
-    """Programmatic dependent launch: a kernel is set up while the one before it ends."""
-    return {"launch_pdl": True} if pdl else {}
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minisgl.kernel.paged import PagedSequences
+from minisgl.kernel.triton.common import begin, launch_options, load_keys, precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,34 +59,17 @@ def prefill_blocks(
 
 @triton.jit
 def _keys(
-    q, m, denom, acc, k_ptr, v_ptr, pages_ptr, begin, end, q_pos, seq_len, scale, window, kv_stride,
+    q, m, denom, acc, k_ptr, v_ptr, pages_ptr, first, end, q_pos, seq_len, scale, window, kv_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attends to the keys of positions [begin, end), `begin` a multiple of BLOCK_N: → m, denom, acc."""
-    dims = tl.arange(0, BLOCK_D)
+    """Attends to the keys of positions [first, end), `first` a multiple of BLOCK_N: → m, denom, acc."""
     offsets = tl.arange(0, BLOCK_N)
-    # With NaN in a row that no query may see, 0 * NaN would spoil the sum: values out of range are loaded as 0.
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in tl.range(first, end, BLOCK_N):
         pos = start + offsets
-        if PAGE_SIZE % BLOCK_N == 0:
-            page = tl.load(pages_ptr + start // PAGE_SIZE).to(tl.int64)
-            base = (page * PAGE_SIZE + start % PAGE_SIZE) * kv_stride
-            at = base + (offsets[:, None] * kv_stride + dims[None, :])
-        else:
-            if MASKED:
-                page = tl.load(pages_ptr + pos // PAGE_SIZE, mask=pos < seq_len, other=0)
-            else:
-                page = tl.load(pages_ptr + pos // PAGE_SIZE)
-            slot = page.to(tl.int64) * PAGE_SIZE + pos % PAGE_SIZE
-            at = (slot * kv_stride)[:, None] + dims[None, :]
-        if MASKED or HEAD_DIM != BLOCK_D:
-            valid = (pos < seq_len)[:, None] & (dims < HEAD_DIM)[None, :]
-            k = tl.load(k_ptr + at, mask=valid, other=0.0)
-            v = tl.load(v_ptr + at, mask=valid, other=0.0)
-        else:
-            k = tl.load(k_ptr + at)
-            v = tl.load(v_ptr + at)
+        k, v = load_keys(
+            k_ptr, v_ptr, pages_ptr, start, pos < seq_len, kv_stride, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, MASKED
+        )  # fmt: skip
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             seen = pos[None, :] <= q_pos[:, None]
@@ -115,9 +98,7 @@ def _prefill_kernel(
     PAGE_SIZE: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block, KV head). Strides in elements; a head is contiguous. scale: of the scores, times log2(e)."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    begin(PDL)
     kv_head = tl.program_id(0)
     seq = tl.load(blocks_ptr + tl.program_id(1) * 2)
     first_row = tl.load(blocks_ptr + tl.program_id(1) * 2 + 1)
@@ -200,10 +181,10 @@ def prefill_attention(
         BLOCK_N=config.block_n,
         PAGE_SIZE=seqs.page_size,
         HAS_WINDOW=window is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION=precision(q.dtype),
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **({"launch_pdl": True} if pdl else {}),
+        **launch_options(pdl),
     )  # fmt: skip
     return out
