@@ -1,11 +1,15 @@
-"""The line budget: what serves stays readable in a weekend. Exit status 1 over it; long files are named.
+"""The line budget: what serves stays readable in a weekend. Exit status 1 over it, and where a file or a function is
+longer than the limits; what is long is named.
 
 The HTTP API, kernels, and the tools beside the server have budgets of their own (docs/adr/0005-line-budgets.md, 0007).
 """
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "python" / "minisgl"
@@ -15,23 +19,75 @@ PARTS = {  # folders, and their budget in lines of Python
     "kernels, their Python side": (("kernel",), 2_500),
     "benchmark and doctor": (("benchmark", "doctor"), 1_800),
 }
-LONG_FILE = 500
+LONG_FILE, MAX_FILE = 400, 500
+LONG_FUNCTION, MAX_FUNCTION = 40, 60
+TO_BE_SPLIT = ("scheduler/planner.py", "server/routes/app.py: create_app")
+CPP = (".cu", ".cuh", ".cc", ".h")
+# What is no code: comments, strings, characters, and lines for the preprocessor with those that continue them.
+_BLANKED = re.compile(
+    r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'|^[ \t]*#(?:\\\n|[^\n])*', re.S | re.M
+)
+_SCOPE = re.compile(r"\b(namespace|struct|class|enum|union|extern)\b[^()]*$")
+
+_NAME = re.compile(r"\b(?!__launch_bounds__|__align__|alignas|decltype)([\w~]+|operator\W+)\s*\(")
 
 
 def part_of(path: Path) -> str:
     return next((part for part, (folders, _) in PARTS.items() if path.parts[0] in folders), next(iter(PARTS)))
 
 
+def python_functions(text: str) -> Iterator[tuple[str, int]]:
+    """Name and number of lines of each function."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def cpp_functions(text: str) -> Iterator[tuple[str, int]]:
+    """Name and number of lines of each function of C++ or CUDA, from its name's line to its last brace."""
+    code = _BLANKED.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
+    depth, start, name, head = 0, 0, "", 0  # head: where the declaration ahead begins
+    for match in re.finditer(r"[{};]", code):
+        before = code[head : match.start()]
+        if match[0] == "{" and not depth and _SCOPE.search(before):
+            head = match.end()  # what stands in it is looked at
+        elif match[0] == "{":
+            if not depth:
+                found = _NAME.search(before)
+                name = found[1] if found else ""
+                start = head + found.start() if found else match.start()
+            depth += 1
+        elif match[0] == "}" and depth:
+            depth -= 1
+            if not depth and name:
+                yield name, code.count("\n", start, match.end()) + 1
+        if not depth:
+            head = match.end()
+
+
+def check_lengths(path: Path, text: str) -> bool:
+    """Whether all is shorter than the limits; what is long is named."""
+    functions = cpp_functions(text) if path.suffix in CPP else python_functions(text)
+    lengths = [(f"{path}", len(text.splitlines()), LONG_FILE, MAX_FILE)]
+    lengths += [(f"{path}: {name}", size, LONG_FUNCTION, MAX_FUNCTION) for name, size in functions]
+    for what, size, long, limit in lengths:
+        if size > long:
+            print(f"{'error' if size > limit else 'warning'}: {what} has {size} lines of {limit}")
+    return all(size <= limit or what in TO_BE_SPLIT for what, size, _, limit in lengths)
+
+
 def main() -> int:
-    totals = dict.fromkeys(PARTS, 0)
-    for file in sorted(PACKAGE.rglob("*.py")):
-        path, size = file.relative_to(PACKAGE), len(file.read_text().splitlines())
-        totals[part_of(path)] += size
-        if size > LONG_FILE:
-            print(f"warning: {path} has {size} lines; {LONG_FILE} is where a file should be split")
+    totals, is_short = dict.fromkeys(PARTS, 0), True
+    for file in sorted(PACKAGE.rglob("*")):
+        if file.suffix not in (".py", *CPP):
+            continue
+        path, text = file.relative_to(PACKAGE), file.read_text()
+        is_short &= check_lengths(path, text)
+        if file.suffix == ".py":
+            totals[part_of(path)] += len(text.splitlines())
     for part, total in totals.items():
         print(f"{part}: {total} lines of {PARTS[part][1]}")
-    return int(any(total > PARTS[part][1] for part, total in totals.items()))
+    return int(not is_short or any(total > PARTS[part][1] for part, total in totals.items()))
 
 
 if __name__ == "__main__":
