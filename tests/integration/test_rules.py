@@ -126,7 +126,7 @@ def test_rows_in_any_mix_are_treated_as_alone() -> None:
     for sample, row in enumerate(rows):
         alone = LogitRules()
         alone.apply([admissions[row]])
-        (*step,) = alone.steps(np.array([row]), positions[[row]], None)
+        (*step,) = alone.steps(np.array([row]), positions[[row]], (), None)
         assert (sample in together) == bool(step)
         if step:
             expected = apply_rules(source[sample : sample + 1].float(), step[0], tokens)[0]
@@ -136,8 +136,8 @@ def test_rows_in_any_mix_are_treated_as_alone() -> None:
 def test_rows_of_plain_requests_need_nothing_and_forget_who_was_there_before() -> None:
     rules, ids = LogitRules(), np.array(PROMPT, np.int32)
     rows = np.arange(4), np.full(4, 9)
-    assert rules.steps(*rows, None) == []
+    assert rules.steps(*rows, (), None) == []
     rules.apply([Admission(1, ids, SamplingParams(seed=0, presence_penalty=1.0), len(ids))])
-    assert [step.samples.tolist() for step in rules.steps(*rows, None)] == [[1]]
+    assert [step.samples.tolist() for step in rules.steps(*rows, (), None)] == [[1]]
     rules.apply([Admission(1, ids, SamplingParams(seed=0), len(ids))])
-    assert rules.steps(*rows, None) == []
+    assert rules.steps(*rows, (), None) == []
