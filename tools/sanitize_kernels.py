@@ -39,9 +39,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minisgl.attention.base import AttentionStep
+from minisgl.attention.base import AttentionShape, AttentionStep
 from minisgl.attention.cuda import CudaBackend
-from minisgl.attention.paged import AttentionShape
 from minisgl.config.model import AttentionSpec, MoE, PagedKV
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.cuda import CudaOps
@@ -113,12 +112,12 @@ def step() -> None:
         cells = (
             9 * 128 - 1 - torch.cat((torch.zeros(1).int(), 1 + torch.randperm(9 * 128 - 1)[: n - 1]))
         )  # the last, too
-        rows, positions, angles = (cells // 128).int(), (cells % 128).int(), torch.randn(128, 2 * dim)
-        inputs = up(rows), up(positions), up(ids), up(table), page_size, up(angles, torch.float32)
-        expected_ids, expected_slots, rope = REFERENCE.step_inputs(rows, positions, ids, table, page_size, angles)
+        rows, positions, angles = (cells // 128).int(), (cells % 128).int(), [torch.randn(128, 2 * dim)]
+        inputs = up(rows), up(positions), up(ids), up(table), page_size, [up(angles[0], torch.float32)]
+        expected_ids, expected_slots, (rope,) = REFERENCE.step_inputs(rows, positions, ids, table, page_size, angles)
         expected = expected_ids, expected_slots, rope.cos, rope.sin
-        ours = ops.step_inputs(*inputs)
-        check(("step_inputs", n), (*ours[:2], ours[2].cos, ours[2].sin), expected)
+        ids_here, slots, (ours,) = ops.step_inputs(*inputs)
+        check(("step_inputs", n), (ids_here, slots, ours.cos, ours.sin), expected)
         sampled = torch.randint(-1, 99, (n,), dtype=torch.int32)
         ops.store_ids(inputs[2], inputs[0], up(positions.long()), up(sampled))
         REFERENCE.store_ids(ids, rows, positions.long(), sampled)

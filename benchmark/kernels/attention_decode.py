@@ -29,9 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from minisgl.attention.base import AttentionStep
+from minisgl.attention.base import AttentionShape, AttentionStep
 from minisgl.attention.cuda import MAX_CLUSTER, PLANS, CudaBackend, cluster_size
-from minisgl.attention.paged import AttentionShape
 from minisgl.config.model import AttentionSpec, PagedKV
 from minisgl.kernel.paged import PagedSequences
 from minisgl.kvcache.pool import LayerCache

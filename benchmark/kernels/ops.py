@@ -100,10 +100,10 @@ def _step(n: int) -> Run:
     pages = torch.randint(0, 1000, (n, 256), dtype=torch.int32, device="cuda")
     rows = torch.randperm(n, dtype=torch.int32, device="cuda")
     positions = torch.randint(0, 4096, (n,), dtype=torch.int32, device="cuda")
-    angles = _randn(4096, 2 * HEAD_DIM, dtype=torch.float32)
+    angles = [_randn(4096, 2 * HEAD_DIM, dtype=torch.float32)]
 
     def run(ops: TorchOps) -> tuple[Tensor, ...]:
-        ids, slots, rope = ops.step_inputs(rows, positions, tokens, pages, 16, angles)
+        ids, slots, (rope,) = ops.step_inputs(rows, positions, tokens, pages, 16, angles)
         return ids, slots, rope.cos, rope.sin
 
     return run

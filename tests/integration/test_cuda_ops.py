@@ -119,12 +119,13 @@ def test_step_inputs(ops, page_size, n, head_dim):
     page_table = torch.randint(0, 1000, (9, 128 // page_size), dtype=torch.int32, device="cuda")
     rows = torch.randint(0, 9, (n,), dtype=torch.int32, device="cuda")
     positions = torch.randint(0, 128, (n,), dtype=torch.int32, device="cuda")
-    angles = torch.randn(128, 2 * head_dim, device="cuda")
+    angles = [torch.randn(128, 2 * head_dim, device="cuda") for _ in range(2)]
     args = (rows, positions, token_ids, page_table, page_size, angles)
-    ids, slots, rope = ops.step_inputs(*args)
+    ids, slots, ropes = ops.step_inputs(*args)
     expected_ids, expected_slots, expected = REFERENCE.step_inputs(*args)
     assert torch.equal(ids, expected_ids) and torch.equal(slots, expected_slots)
-    assert torch.equal(rope.cos, expected.cos) and torch.equal(rope.sin, expected.sin)
+    for rope, table in zip(ropes, expected, strict=True):
+        assert torch.equal(rope.cos, table.cos) and torch.equal(rope.sin, table.sin)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from minisgl.attention.base import StepContext
+from minisgl.config.model import RopeConfig
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import Admission, PageCopy, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.cpu import CpuRunner
@@ -128,6 +130,25 @@ def test_a_layer_with_a_forward_of_its_own_is_asked(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(decoder, "DecoderLayer", Watched)
     torch.testing.assert_close(engine_logits(path, tokens, **CPU_KERNELS), expected, atol=1e-4, rtol=1e-4)
     assert calls == [5] * engine_config(path).model.num_layers
+
+
+@pytest.mark.parametrize("kernels", [{}, CPU_KERNELS])
+def test_each_layer_has_the_angles_of_its_table(kernels: dict[str, object]) -> None:
+    path, tokens = tiny_model("qwen3"), random_prompt(12)
+    model, expected = engine_config(path).model, engine_logits(path, tokens, **kernels)
+    other = replace(model.ropes[0], theta=100.0)
+
+    def logits(tables: tuple[RopeConfig, ...], second: int) -> torch.Tensor:
+        """Odd layers use the table `second`."""
+        specs = enumerate(layer.attention for layer in model.layers)
+        attention = [replace(spec, rope_index=second if i % 2 else 0) for i, spec in specs]
+        pairs = zip(model.layers, attention, strict=True)
+        layers = tuple(replace(layer, attention=spec) for layer, spec in pairs)
+        return engine_logits(path, tokens, model=replace(model, ropes=tables, layers=layers), **kernels)
+
+    torch.testing.assert_close(logits((model.ropes[0], other), 0), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits((model.ropes[0],) * 2, 1), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits((model.ropes[0], other), 1), expected, atol=1e-2)
 
 
 def test_nan_ends_one_row_only() -> None:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from minisgl.attention.base import AttentionStep
-from minisgl.attention.paged import AttentionShape
+from minisgl.attention.base import AttentionShape, AttentionStep
 from minisgl.config.model import AttentionSpec, PagedKV
 from minisgl.kernel.paged import PagedSequences
 from minisgl.kvcache.pool import LayerCache

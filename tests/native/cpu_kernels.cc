@@ -128,15 +128,14 @@ std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
   };
   Linear table = add(vocab, hidden);
   std::vector<float> norm(hidden, 1.0f), head_norm((num_q + num_kv) * dim, 1.0f), cosines = random(256 * dim), sines = random(256 * dim);
-  std::vector<char> cache[2];
-  for (auto& one : cache) one.resize(num_layers * num_pages * page_size * num_kv * dim * (is_narrow_cache ? 2 : 4));
-  AnyCache caches{is_narrow_cache, cache[0].data(), cache[1].data()};
-  std::unique_ptr<Model, Free> model(create_model(*workers, {num_q, num_kv, dim, page_size}, 1e-6f, table, table, norm.data(),
-                                                  caches, num_layers, num_pages * page_size));
+  int64_t cache_bytes = num_pages * page_size * num_kv * dim * (is_narrow_cache ? 2 : 4);
+  std::vector<std::vector<char>> caches(2 * num_layers, std::vector<char>(cache_bytes));
+  std::unique_ptr<Model, Free> model(create_model(*workers, {num_q, num_kv, dim, page_size}, 1e-6f, table, table, norm.data()));
   for (int64_t i = 0; i < num_layers; ++i) {
     Linear qkv = add((num_q + 2 * num_kv) * dim, hidden), o = add(hidden, num_q * dim);
     Linear gate_up = add(2 * inner, hidden, true), down = add(hidden, inner);
-    add_layer(*model, {qkv, o, gate_up, down, norm.data(), norm.data(), head_norm.data(), i == 0 ? 0 : 9});
+    AnyCache cache{is_narrow_cache, caches[2 * i].data(), caches[2 * i + 1].data(), cache_bytes};
+    add_layer(*model, {qkv, o, gate_up, down, norm.data(), norm.data(), head_norm.data(), cache, i == 0 ? 0 : 9});
   }
   std::vector<float> all;
   std::vector<std::vector<int32_t>> pages(3);

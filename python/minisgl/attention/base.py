@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from minisgl.config.model import AttentionSpec
+from minisgl.errors import ConfigError
 from minisgl.kernel.ops import RopeAngles
 from minisgl.kernel.paged import PagedSequences
 from minisgl.kvcache.pool import KVPool, LayerCache
@@ -57,26 +61,40 @@ class AttentionStep:
         """A step of the sequences [begin, end) alone."""
         if (begin, end) == (0, len(self.rows)):
             return self
-        return AttentionStep(
-            self.rows[begin:end],
-            self.starts[begin:end],
-            self.num_new[begin:end],
-            self.offsets[begin : end + 1] - self.offsets[begin],
-            self.page_table,
-            self.page_size,
-            min(max(self.num_decode - begin, 0), end - begin),
-            self.device and self.device.part(begin, end),
+        return replace(
+            self,
+            rows=self.rows[begin:end],
+            starts=self.starts[begin:end],
+            num_new=self.num_new[begin:end],
+            offsets=self.offsets[begin : end + 1] - self.offsets[begin],
+            num_decode=min(max(self.num_decode - begin, 0), end - begin),
+            device=self.device and self.device.part(begin, end),
         )
 
 
-class AttentionBackend(Protocol[Metadata]):
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What kernels and workspaces of a GPU are made for; heads are those of this rank."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    page_size: int
+    max_running_requests: int
+    max_seq_len: int
+    windows: tuple[int | None, ...] = (None,)  # that layers have
+
+
+class AttentionBackend(ABC, Generic[Metadata]):
     """Attention over the paged cache. Stateless between steps but for workspaces.
 
     plans_captured: `prepare` is called before each replay of a captured step too, since a replay reads what it writes.
     """
 
-    plans_captured: bool
+    plans_captured = False
 
+    @abstractmethod
     def prepare(self, step: AttentionStep, captured: bool) -> Metadata:
         """What `forward` needs of the step: indices, masks, a schedule. The same object goes to every layer.
 
@@ -84,6 +102,7 @@ class AttentionBackend(Protocol[Metadata]):
         called before the capture, and what `forward` reads of the step must be read on the device.
         """
 
+    @abstractmethod
     def forward(self, q: torch.Tensor, cache: LayerCache, spec: AttentionSpec, metadata: Metadata) -> torch.Tensor:
         """q: [num_tokens, num_qo_heads, head_dim], perhaps strided between tokens; cache: this step's keys and values
         are stored in it.
@@ -92,12 +111,21 @@ class AttentionBackend(Protocol[Metadata]):
         """
 
 
+def import_library(backend: str, module: str, package: str) -> Any:
+    """An optional package of a backend. Raises: ConfigError when it cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:  # OSError: a library of another CUDA version
+        problem = f"--attention-backend {backend} needs {module.split('.')[0]} ({error}): pip install {package}"
+        raise ConfigError(problem) from error
+
+
 @dataclass(frozen=True, slots=True)
 class StepContext:
     """What the layers of a model share in one step."""
 
     slots: torch.Tensor  # [num_tokens] int64: where this step's KV goes
-    rope: RopeAngles  # of this step's tokens
+    ropes: Sequence[RopeAngles]  # of this step's tokens, by `AttentionSpec.rope_index`
     kv: KVPool
     backend: AttentionBackend[object]
     metadata: object

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minisgl.attention.base import AttentionStep
+from minisgl.attention.base import AttentionBackend, AttentionStep
 from minisgl.config.model import AttentionSpec
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kvcache.pool import LayerCache
@@ -21,15 +21,13 @@ class CpuMetadata(NamedTuple):
     page_size: int
 
 
-class CpuBackend:
+class CpuBackend(AttentionBackend[CpuMetadata]):
     """One for prefill and decode: each sequence is computed as what it is."""
-
-    plans_captured = False
 
     def __init__(self, ops: CpuOps) -> None:
         self._ops = ops
 
-    def prepare(self, step: AttentionStep, captured: bool = False) -> CpuMetadata:  # noqa: ARG002 (no graphs on CPUs)
+    def prepare(self, step: AttentionStep, captured: bool = False) -> CpuMetadata:  # noqa: ARG002 (there are no graphs)
         sequences = np.stack((step.rows, step.offsets[:-1], step.num_new, step.starts), 1)
         return CpuMetadata(torch.from_numpy(sequences), torch.from_numpy(step.page_table), step.page_size)
 

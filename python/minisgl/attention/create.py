@@ -1,43 +1,69 @@
-"""The choice of backends by name: each module is imported only when asked for, since some need optional packages."""
+"""The backend of a rank's layers, by name, and on GPUs the pair of one for prefill and one for decode."""
 
 from __future__ import annotations
 
-from typing import cast
+import importlib
+from typing import NamedTuple, cast
 
 import torch
 
-from minisgl.attention.base import AttentionBackend
-from minisgl.attention.paged import AttentionShape, PagedAttention
+from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep
 from minisgl.attention.sdpa import SdpaBackend
-from minisgl.config.model import PagedKV
+from minisgl.config.model import AttentionSpec, PagedKV
 from minisgl.config.runtime import EngineConfig
 from minisgl.errors import ConfigError
+from minisgl.kvcache.pool import LayerCache
 
+Tensor = torch.Tensor
 Backend = AttentionBackend[object]  # each gets back what it has prepared, and only it knows what that is
+# By module of this package, which is imported only when asked for: some need optional packages.
+_ON_GPUS = {"triton": "TritonBackend", "cuda": "CudaBackend", "fi": "FlashInferBackend", "fa": "FlashAttentionBackend"}
+
+
+class PairMetadata(NamedTuple):
+    """num_decode: how many tokens, which come first, decode. None: there are no such sequences."""
+
+    num_decode: int
+    decode: object
+    prefill: object
+
+
+class PairOfBackends(AttentionBackend[PairMetadata]):
+    """The sequences that decode, and those that do not, are a step of its own each."""
+
+    def __init__(self, prefill: Backend, decode: Backend) -> None:
+        self._prefill, self._decode = prefill, decode
+        self.plans_captured = decode.plans_captured
+
+    def prepare(self, step: AttentionStep, captured: bool) -> PairMetadata:
+        num, end = step.num_decode, len(step.rows)
+        decode = self._decode.prepare(step.part(0, num), captured) if num else None
+        return PairMetadata(num, decode, self._prefill.prepare(step.part(num, end), captured) if num < end else None)
+
+    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: PairMetadata) -> Tensor:
+        num = metadata.num_decode
+        if metadata.prefill is None:
+            return self._decode.forward(q, cache, spec, metadata.decode)
+        out = self._prefill.forward(q[num:], cache, spec, metadata.prefill)
+        return torch.cat((self._decode.forward(q[:num], cache, spec, metadata.decode), out)) if num else out
 
 
 def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Backend:
-    """The backend of one rank's layers; but for "cpu", which an engine makes of its kernels.
+    """dtype: of the cache. Not for "cpu", which an engine makes of its kernels.
 
-    Raises: ConfigError for one, or a pair, that this device does not have.
+    Raises: ConfigError for a backend, or a pair, that this device does not have.
     """
-    prefill, decode = config.prefill_backend, config.decode_backend
+    names = prefill, decode = config.prefill_backend, config.decode_backend
     if prefill == decode == "sdpa":
         return cast(Backend, SdpaBackend(device))
-    if device.type == "cpu" or "sdpa" in (prefill, decode):
+    if device.type == "cpu" or not {prefill, decode} <= set(_ON_GPUS):
         raise ConfigError(f"--attention-backend {prefill},{decode} is not available on {device.type}")
-    shape = _shape(config, dtype)
-    first = _create(prefill, shape, device)
-    return cast(Backend, PagedAttention(first, first if decode == prefill else _create(decode, shape, device)))
-
-
-def _shape(config: EngineConfig, dtype: torch.dtype) -> AttentionShape:
     specs = [layer.attention for layer in config.model.layers]
-    cache = specs[0].cache  # as all layers': `config.attention` has seen to it
-    assert isinstance(cache, PagedKV)
-    return AttentionShape(
+    kv = specs[0].cache  # as that of all layers: `config.attention` has seen to it
+    assert isinstance(kv, PagedKV)
+    shape = AttentionShape(
         num_qo_heads=config.model.num_qo_heads // config.tp_size,
-        num_kv_heads=cache.local_heads(config.tp_size),
+        num_kv_heads=kv.local_heads(config.tp_size),
         head_dim=config.model.head_dim,
         dtype=dtype,
         page_size=config.page_size,
@@ -45,23 +71,7 @@ def _shape(config: EngineConfig, dtype: torch.dtype) -> AttentionShape:
         max_seq_len=config.max_seq_len,
         windows=tuple(dict.fromkeys(spec.window for spec in specs)),
     )
-
-
-def _create(name: str, shape: AttentionShape, device: torch.device) -> Backend:
-    if name == "triton":
-        from minisgl.attention.triton import TritonBackend
-
-        return cast(Backend, TritonBackend(shape, device))
-    if name == "cuda":
-        from minisgl.attention.cuda import CudaBackend
-
-        return cast(Backend, CudaBackend(shape, device))
-    if name == "fi":
-        from minisgl.attention.fi import FlashInferBackend
-
-        return cast(Backend, FlashInferBackend(shape, device))
-    if name == "fa":
-        from minisgl.attention.fa import FlashAttentionBackend
-
-        return cast(Backend, FlashAttentionBackend(shape, device))
-    raise ConfigError(f"--attention-backend {name!r} is unknown (known: sdpa, cpu, triton, cuda, fi, fa)")
+    made: dict[str, Backend] = {}
+    for name in dict.fromkeys(names):
+        made[name] = getattr(importlib.import_module(f"minisgl.attention.{name}"), _ON_GPUS[name])(shape, device)
+    return cast(Backend, PairOfBackends(made[prefill], made[decode]))

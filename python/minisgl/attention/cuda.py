@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from minisgl.attention.base import AttentionStep
-from minisgl.attention.paged import AttentionShape
+from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep
 from minisgl.config.model import AttentionSpec
 from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.paged import PagedSequences
@@ -26,11 +25,9 @@ def cluster_size(num_seqs: int, num_kv_heads: int, num_sms: int) -> int:
     return min(MAX_CLUSTER, 1 << (limit.bit_length() - 1)) if limit else 0
 
 
-class CudaBackend:
+class CudaBackend(AttentionBackend[PagedSequences]):
     """Decode for one shape. The kernels are compiled on first use; workspaces live as long as the backend, and serve
     one launch at a time. `plan`: as in PLANS."""
-
-    plans_captured = False
 
     def __init__(self, shape: AttentionShape, device: torch.device, plan: tuple[int, int] | None = None) -> None:
         capability = torch.cuda.get_device_capability(device)
@@ -78,19 +75,6 @@ class CudaBackend:
         early: bool,
     ) -> None:
         """`forward` with the choices made: `cluster` as from `cluster_size`; `early`: see the kernel."""
-        self._kernel.attention_decode(
-            q,
-            cache.k,
-            cache.v,
-            seqs.page_table,
-            seqs.rows,
-            seqs.seq_lens,
-            out,
-            self._partial,
-            self._counters,
-            seqs.page_size,
-            window or 0,
-            cluster,
-            self._num_blocks,
-            early,
-        )
+        inputs = q, cache.k, cache.v, seqs.page_table, seqs.rows, seqs.seq_lens
+        sizes = seqs.page_size, window or 0, cluster, self._num_blocks
+        self._kernel.attention_decode(*inputs, out, self._partial, self._counters, *sizes, early)

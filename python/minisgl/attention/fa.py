@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import NamedTuple
 
 import torch
 
-from minisgl.attention.base import AttentionStep
-from minisgl.attention.paged import AttentionShape
+from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, import_library
 from minisgl.config.model import AttentionSpec
-from minisgl.errors import ConfigError
 from minisgl.kernel.paged import PagedSequences
 from minisgl.kvcache.pool import LayerCache
 
@@ -26,18 +23,11 @@ class FlashMetadata(NamedTuple):
     max_q_len: int
 
 
-class FlashAttentionBackend:
+class FlashAttentionBackend(AttentionBackend[FlashMetadata]):
     """Raises: ConfigError when the package cannot be imported."""
 
-    plans_captured = False
-
     def __init__(self, shape: AttentionShape, _device: torch.device) -> None:
-        try:
-            self._attend = importlib.import_module("sgl_kernel.flash_attn").flash_attn_with_kvcache
-        except (ImportError, OSError) as error:  # OSError: a library of another CUDA version
-            raise ConfigError(
-                f"--attention-backend fa needs sgl_kernel ({error}): pip install sglang-kernel"
-            ) from error
+        self._attend = import_library("fa", "sgl_kernel.flash_attn", "sglang-kernel").flash_attn_with_kvcache
         self._max_seq_len = shape.max_seq_len
 
     def prepare(self, step: AttentionStep, captured: bool) -> FlashMetadata:

@@ -3,7 +3,6 @@ the buffers that a CUDA graph reads before each replay."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.attention.base import AttentionStep, IntArray
-from minisgl.attention.paged import AttentionShape
+from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, IntArray, import_library
 from minisgl.config.model import AttentionSpec
-from minisgl.errors import ConfigError
 from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
@@ -24,17 +21,13 @@ WORKSPACE_BYTES = 256 << 20  # partial results of split sequences; shared, as la
 Wrappers = dict[int | None, Any]  # FlashInfer's objects, which hold a plan, by the window of layers
 
 
-class FlashInferBackend:
+class FlashInferBackend(AttentionBackend[Wrappers]):
     """Raises: ConfigError when FlashInfer cannot be imported."""
 
     plans_captured = True
 
     def __init__(self, shape: AttentionShape, device: torch.device) -> None:
-        try:
-            self._library = importlib.import_module("flashinfer")
-        except (ImportError, OSError) as error:
-            problem = f"--attention-backend fi needs flashinfer ({error}): pip install flashinfer-python==0.6.14"
-            raise ConfigError(problem) from error
+        self._library = import_library("fi", "flashinfer", "flashinfer-python==0.6.14")
         self._shape, self._device = shape, device
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._tensor_cores = shape.num_qo_heads // shape.num_kv_heads >= 4

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minisgl.attention.base import AttentionStep
+from minisgl.attention.base import AttentionBackend, AttentionStep
 from minisgl.config.model import AttentionSpec
 from minisgl.kvcache.pool import LayerCache
 
@@ -27,10 +27,8 @@ class Block(NamedTuple):
     distance: Tensor  # [num tokens, num_keys] int64: from a key to a query; negative: it comes later
 
 
-class SdpaBackend:
+class SdpaBackend(AttentionBackend[list[Block]]):
     """Any device, shape and type."""
-
-    plans_captured = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from minisgl.attention.base import AttentionStep
-from minisgl.attention.paged import AttentionShape
+from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep
 from minisgl.config.model import AttentionSpec
 from minisgl.errors import ConfigError
 from minisgl.kernel.paged import PagedSequences
@@ -30,10 +29,8 @@ class TritonMetadata(NamedTuple):
     max_seq_len: int
 
 
-class TritonBackend:
+class TritonBackend(AttentionBackend[TritonMetadata]):
     """`config.attention` says which shapes the kernels take."""
-
-    plans_captured = False
 
     def __init__(self, shape: AttentionShape, device: torch.device) -> None:
         self._device, self._shape = device, shape

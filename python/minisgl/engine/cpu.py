@@ -52,12 +52,13 @@ class LayerByLayer:
     """The readable path: the model's own modules, one after the other."""
 
     def __init__(self, shard: ModelShard, kv: KVPool, backend: Backend) -> None:
-        self._model, self._rope, self._kv, self._backend = shard.model, shard.rope, kv, backend
+        self._model, self._ropes, self._kv, self._backend = shard.model, shard.ropes, kv, backend
         self._hidden = torch.empty(0)
 
     def __call__(self, batch: Batch) -> Tensor:
         metadata = self._backend.prepare(batch.attention, captured=False)
-        step = StepContext(batch.slots, self._rope(batch.positions), self._kv, self._backend, metadata)
+        ropes = [rope(batch.positions) for rope in self._ropes]
+        step = StepContext(batch.slots, ropes, self._kv, self._backend, metadata)
         self._hidden = self._model.hidden(batch.input_ids, step)
         return self._model.logits(self._hidden, batch.logit_tokens)
 
@@ -73,22 +74,22 @@ class WholeStep:
         config, model = shard.config.model, shard.model
         self._module, self._backend = ops.module, CpuBackend(ops)
         self._vocab_size, self._keep = config.vocab_size, (model, kv, ops)
-        self._rotation = shard.rope(torch.arange(shard.config.max_seq_len + 1))
+        self._rotation = shard.ropes[0](torch.arange(shard.config.max_seq_len + 1))
         self._logits = torch.empty(0, self._vocab_size)
         self._handle: int = self._module.create_model(
             ops.workers,
             config.num_qo_heads,
+            config.num_kv_heads,
+            config.head_dim,
             config.rms_norm_eps,
             embedding.matrices[0][0],
             head.matrices[0][0],
             model.norm,
-            kv.keys,
-            kv.values,
         )
         weakref.finalize(self, self._module.destroy_model, self._handle)
-        for spec in layers:
+        for index, spec in enumerate(layers):
             matrices = (value for matrix in spec.matrices for value in matrix)
-            self._module.add_layer(self._handle, *matrices, *spec.norms, spec.window or 0)
+            self._module.add_layer(self._handle, *matrices, *spec.norms, *kv.layer(index), spec.window or 0)
 
     def __call__(self, batch: Batch) -> Tensor:
         num_logits = len(batch.input_ids) if batch.logit_tokens is None else len(batch.logit_tokens)

@@ -152,7 +152,7 @@ def load_shard(config: EngineConfig, rank: int, device: torch.device) -> ModelSh
 def create_launcher(shard: ModelShard) -> tuple[int, StepLauncher]:
     """The number of pages of the KV cache, and what launches steps with it."""
     config = shard.config
-    tables = DeviceTables(config, shard.ops, shard.rope, shard.device)
+    tables = DeviceTables(config, shard.ops, shard.ropes, shard.device)
     backend = shard.create_attention()
     num_pages = pages_that_fit(config, shard.comm, _activation_bytes(shard, tables, backend))
     tables.set_padding_page(num_pages)
@@ -285,5 +285,5 @@ class StepLauncher:
 
     def _hidden(self, tensors: StepTensors, metadata: object) -> Tensor:
         """Run the model's layers: [num_tokens, hidden]."""
-        input_ids, slots, rope = self._tables.inputs(tensors)
-        return self._shard.model.hidden(input_ids, StepContext(slots, rope, self._kv, self._backend, metadata))
+        input_ids, slots, ropes = self._tables.inputs(tensors)
+        return self._shard.model.hidden(input_ids, StepContext(slots, ropes, self._kv, self._backend, metadata))

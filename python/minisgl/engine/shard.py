@@ -40,7 +40,7 @@ class ModelShard:
                 load_weights(self.model.parts(), checkpoint, show_progress=comm.rank == 0)
             else:
                 fill_random(self.model.parts(), config.seed)
-            self.rope = RotaryEmbedding(config.model.ropes[0], config.model.head_dim, device)
+            self.ropes = [RotaryEmbedding(rope, config.model.head_dim, device) for rope in config.model.ropes]
         logger.info("weights ready after %.1f s", time.perf_counter() - start)
 
     def create_kv(self, num_pages: int) -> KVPool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -93,14 +94,16 @@ class Staging:
 class DeviceTables:
     """What a GPU remembers of running requests, by row, beside what the host does (`host`)."""
 
-    def __init__(self, config: EngineConfig, ops: TorchOps, rope: RotaryEmbedding, device: torch.device) -> None:
+    def __init__(
+        self, config: EngineConfig, ops: TorchOps, ropes: Sequence[RotaryEmbedding], device: torch.device
+    ) -> None:
         self.padding_row = num_rows = config.max_running_requests  # of nobody's requests, that pad captured steps
         self.host = RowTables(num_rows + 1, config.max_seq_len, config.page_size)
         self.token_ids = torch.zeros(num_rows + 1, config.max_seq_len + 2, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(self.host.pages.shape, dtype=torch.int32, device=device)
         self._ops, self._page_size = ops, config.page_size
-        angles = rope(torch.arange(config.max_seq_len + 1, device=device))
-        self._angles = torch.cat((angles.cos[:, 0], angles.sin[:, 0]), -1).contiguous()
+        angles = [rope(torch.arange(config.max_seq_len + 1, device=device)) for rope in ropes]
+        self._angles = [torch.cat((table.cos[:, 0], table.sin[:, 0]), -1).contiguous() for table in angles]
         words = layout(num_rows, num_rows, max(config.max_prefill_length, num_rows))[1]
         self._staging = Staging(words + 2 * max(config.max_prefill_length, 64 * num_rows), device)
 
@@ -129,7 +132,7 @@ class DeviceTables:
         if plan.expected:  # it waits for the device, now and then
             check_pages(plan, self.page_table.cpu().numpy())
 
-    def inputs(self, tensors: StepTensors) -> tuple[Tensor, Tensor, RopeAngles]:
+    def inputs(self, tensors: StepTensors) -> tuple[Tensor, Tensor, list[RopeAngles]]:
         """Ids, slots and angles of a step's tokens, once its numbers were sent."""
         tables = self.token_ids, self.page_table, self._page_size, self._angles
         return self._ops.step_inputs(tensors.token_rows, tensors.positions, *tables)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -174,15 +175,24 @@ class CudaOps(TritonOps):
         return out
 
     def step_inputs(
-        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int, angles: Tensor
-    ) -> tuple[Tensor, Tensor, RopeAngles]:
-        num, head_dim = len(rows), angles.shape[1] // 2
+        self,
+        rows: Tensor,
+        positions: Tensor,
+        token_ids: Tensor,
+        page_table: Tensor,
+        page_size: int,
+        angles: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, list[RopeAngles]]:
+        num, head_dim = len(rows), angles[0].shape[1] // 2
         if head_dim % 4:
             return super().step_inputs(rows, positions, token_ids, page_table, page_size, angles)
         ids, slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(2))
-        cos, sin = (torch.empty(num, 1, head_dim, dtype=torch.float32, device=rows.device) for _ in range(2))
-        self._step.prepare(rows, positions, token_ids, page_table, page_size, angles, ids, slots, cos, sin)
-        return ids, slots, RopeAngles(cos, sin)
+        ropes = []
+        for table in angles:  # each launch writes ids and slots, which are the same
+            cos, sin = (torch.empty(num, 1, head_dim, dtype=torch.float32, device=rows.device) for _ in range(2))
+            self._step.prepare(rows, positions, token_ids, page_table, page_size, table, ids, slots, cos, sin)
+            ropes.append(RopeAngles(cos, sin))
+        return ids, slots, ropes
 
     def scatter(self, table: Tensor, index: Tensor, values: Tensor) -> None:
         """index: int32 or int64; negative indices are skipped."""

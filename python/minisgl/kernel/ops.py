@@ -137,12 +137,18 @@ class StepOps(Protocol):
     """What a step does beside its layers, with tables that lie on the device."""
 
     def step_inputs(
-        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int, angles: Tensor
-    ) -> tuple[Tensor, Tensor, RopeAngles]:
-        """Ids and slots of a step's tokens ([num_tokens] int64 both) and their angles.
+        self,
+        rows: Tensor,
+        positions: Tensor,
+        token_ids: Tensor,
+        page_table: Tensor,
+        page_size: int,
+        angles: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, list[RopeAngles]]:
+        """Ids and slots of a step's tokens ([num_tokens] int64 both) and their angles in each of the tables of these.
 
         rows, positions: [num_tokens] int32 into the tables token_ids: [rows, tokens] int32 and page_table: [rows,
-        pages] int32; angles: [positions, 2 * head_dim] float32, cosines then sines.
+        pages] int32; angles: each [positions, 2 * head_dim] float32, cosines then sines.
         """
 
     def scatter(self, table: Tensor, index: Tensor, values: Tensor) -> None:
@@ -216,12 +222,18 @@ class TorchOps:
         return qk[:, :num_q]
 
     def step_inputs(
-        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int, angles: Tensor
-    ) -> tuple[Tensor, Tensor, RopeAngles]:
+        self,
+        rows: Tensor,
+        positions: Tensor,
+        token_ids: Tensor,
+        page_table: Tensor,
+        page_size: int,
+        angles: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, list[RopeAngles]]:
         rows, positions = rows.long(), positions.long()
         slots = page_table[rows, positions // page_size].long() * page_size + positions % page_size
-        cos, sin = angles.index_select(0, positions)[:, None].chunk(2, -1)
-        return token_ids[rows, positions].long(), slots, RopeAngles(cos, sin)
+        ropes = [RopeAngles(*table.index_select(0, positions)[:, None].chunk(2, -1)) for table in angles]
+        return token_ids[rows, positions].long(), slots, ropes
 
     def scatter(self, table: Tensor, index: Tensor, values: Tensor) -> None:
         table.view(-1).index_copy_(0, index.long(), values)

@@ -1,4 +1,4 @@
-"""The KV cache itself: one pair of tensors per layer, addressed by slot (page * page_size + offset)."""
+"""The KV cache itself: keys and values of each layer, addressed by slot (page * page_size + offset)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minisgl.config.model import ModelConfig
+from minisgl.config.model import ModelConfig, PagedKV
 
 
 class LayerCache(NamedTuple):
@@ -18,7 +18,7 @@ class LayerCache(NamedTuple):
 
 
 class KVPool:
-    """K and V of every layer: [num_slots, num_local_kv_heads, head_dim], zero at first.
+    """The caches of all layers, zero at first.
 
     Memory is reserved, not touched: on a CPU the kernel commits a page of it when it is first written.
     """
@@ -26,19 +26,20 @@ class KVPool:
     def __init__(
         self, model: ModelConfig, num_slots: int, tp_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (model.num_layers, num_slots, max(1, model.num_kv_heads // tp_size), model.head_dim)
-        self.keys, self.values = (_lazy_zeros(shape, dtype, device) for _ in range(2))
-        pairs = zip(self.keys.unbind(0), self.values.unbind(0), strict=True)
-        self._layers = [LayerCache(k, v) for k, v in pairs]
-
-    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor, page_size: int) -> None:
-        """Write what the pages `sources` hold, in all layers, to the pages `targets`: [n] int64, no target twice."""
-        for cache in (self.keys, self.values):
-            pages = cache.view(len(cache), -1, page_size, *cache.shape[2:])
-            pages.index_copy_(1, targets, pages.index_select(1, sources))
+        self._layers: list[LayerCache] = []
+        for spec in model.layers:
+            cache = spec.attention.cache
+            assert isinstance(cache, PagedKV), "`config.attention` has refused other kinds"
+            shapes = ((num_slots, cache.local_heads(tp_size), dim) for dim in (cache.k_dim, cache.v_dim))
+            self._layers.append(LayerCache(*(_lazy_zeros(shape, dtype, device) for shape in shapes)))
 
     def layer(self, index: int) -> LayerCache:
         return self._layers[index]
+
+    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor, page_size: int) -> None:
+        """Write what the pages `sources` hold, in all layers, to the pages `targets`: [n] int64, no target twice."""
+        for pages in (x.view(-1, page_size, *x.shape[1:]) for layer in self._layers for x in layer):
+            pages.index_copy_(0, targets, pages.index_select(0, sources))
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

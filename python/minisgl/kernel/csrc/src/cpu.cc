@@ -88,15 +88,15 @@ void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vo
   });
 }
 
-Model* create_model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm,
-                    AnyCache caches, int64_t num_layers, int64_t num_slots) {
-  int64_t cache_bytes = num_layers * num_slots * heads.num_kv * heads.dim * (caches.is_bfloat16 ? 2 : 4);
-  prefer_huge_pages(caches.k, cache_bytes);
-  prefer_huge_pages(caches.v, cache_bytes);
-  return new Model(workers, heads, eps, embedding, head, norm, caches, num_slots);
+Model* create_model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm) {
+  return new Model(workers, heads, eps, embedding, head, norm);
 }
 void destroy_model(Model* model) { delete model; }
-void add_layer(Model& model, const Layer& layer) { model.layers.push_back(layer); }
+void add_layer(Model& model, const Layer& layer) {
+  prefer_huge_pages(layer.cache.k, layer.cache.bytes);
+  prefer_huge_pages(layer.cache.v, layer.cache.bytes);
+  model.layers.push_back(layer);
+}
 void forward(Model& model, const Step& step) { model.forward(step); }
 void more_logits(Model& model, const int64_t* tokens, int64_t count, float* logits) { model.more_logits(tokens, count, logits); }
 

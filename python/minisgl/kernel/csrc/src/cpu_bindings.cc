@@ -46,7 +46,7 @@ bool is_bfloat16(const TensorView& t) { return t.dtype().code == kDLBfloat; }
 AnyCache cache_of(const TensorView& k, const TensorView& v) {
   bool narrow = is_bfloat16(k);
   return {narrow, narrow ? data_of<BFloat16>(k) : static_cast<void*>(data_of<float>(k)),
-          narrow ? data_of<BFloat16>(v) : static_cast<void*>(data_of<float>(v))};
+          narrow ? data_of<BFloat16>(v) : static_cast<void*>(data_of<float>(v)), k.numel() * (narrow ? 2 : 4)};
 }
 
 // sequences: [n, 4] int64: row of the page table, first token, number of tokens, position of the first.
@@ -115,20 +115,19 @@ void py_sample(int64_t workers, TensorView logits, TensorView params, TensorView
               reinterpret_cast<const SamplingParams*>(data_of<int32_t>(params)), data_of<int32_t>(out));
 }
 
-int64_t py_create_model(int64_t workers, int64_t num_q, double eps, int64_t embedding, int64_t head, TensorView norm, TensorView k,
-                        TensorView v) {
-  Heads heads{num_q, k.size(2), k.size(3), 1};
-  return handle_of(create_model(at<Workers>(workers), heads, float(eps), at<Linear>(embedding), at<Linear>(head), data_of<float>(norm),
-                                cache_of(k, v), k.size(0), k.size(1)));
+int64_t py_create_model(int64_t workers, int64_t num_q, int64_t num_kv, int64_t dim, double eps, int64_t embedding, int64_t head,
+                        TensorView norm) {
+  Heads heads{num_q, num_kv, dim, 1};
+  return handle_of(create_model(at<Workers>(workers), heads, float(eps), at<Linear>(embedding), at<Linear>(head), data_of<float>(norm)));
 }
 void py_destroy_model(int64_t model) { destroy_model(&at<Model>(model)); }
 
 void py_add_layer(int64_t model, int64_t qkv, Optional<TensorView> qkv_bias, int64_t o, Optional<TensorView> o_bias, int64_t gate_up,
                   Optional<TensorView> gate_up_bias, int64_t down, Optional<TensorView> down_bias, TensorView input_norm,
-                  TensorView post_norm, Optional<TensorView> qk_norm, int64_t window) {
+                  TensorView post_norm, Optional<TensorView> qk_norm, TensorView k, TensorView v, int64_t window) {
   add_layer(at<Model>(model), {with_bias(qkv, qkv_bias), with_bias(o, o_bias), with_bias(gate_up, gate_up_bias),
                                with_bias(down, down_bias), data_of<float>(input_norm), data_of<float>(post_norm),
-                               data_of<float>(qk_norm), window});
+                               data_of<float>(qk_norm), cache_of(k, v), window});
 }
 
 void py_forward(int64_t model, TensorView ids, TensorView positions, TensorView slots, TensorView sequences, TensorView pages,

@@ -60,10 +60,18 @@ struct Rotation {
 
 enum class Into : int64_t { kStore = 0, kAdd = 1, kGated = 2 };
 
+// A layer's cache in either type. bytes: of its keys, and of its values.
+struct AnyCache {
+  bool is_bfloat16;
+  void *k, *v;
+  int64_t bytes;
+};
+
 struct Layer {
   Linear qkv, o, gate_up, down;
   const float *input_norm, *post_norm, *qk_norm;  // qk_norm: [num_q + num_kv, dim] or null
-  int64_t window;                                 // 0: none
+  AnyCache cache;
+  int64_t window;  // 0: none
 };
 
 struct Step {
@@ -79,12 +87,6 @@ struct Step {
 
 class Workers;
 class Model;
-
-// A cache in either type.
-struct AnyCache {
-  bool is_bfloat16;
-  void *k, *v;
-};
 
 Workers* create_workers(int threads);
 void destroy_workers(Workers* workers);
@@ -104,9 +106,8 @@ void attend(Workers& workers, const float* q, int64_t stride, const std::vector<
 void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vocab, int64_t stride, const SamplingParams* params,
                  int32_t* ids);
 
-// The whole model. caches: [layers, slots, num_kv, dim].
-Model* create_model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm,
-                    AnyCache caches, int64_t num_layers, int64_t num_slots);
+// The whole model.
+Model* create_model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm);
 void destroy_model(Model* model);
 void add_layer(Model& model, const Layer& layer);
 void forward(Model& model, const Step& step);

@@ -7,16 +7,8 @@ namespace minisgl::cpu {
 
 class Model {
  public:
-  Model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm,
-        AnyCache caches, int64_t num_slots)
-      : workers_(workers),
-        heads_(heads),
-        eps_(eps),
-        embedding_(embedding),
-        head_(head),
-        norm_(norm),
-        caches_(caches),
-        num_slots_(num_slots) {}
+  Model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm)
+      : workers_(workers), heads_(heads), eps_(eps), embedding_(embedding), head_(head), norm_(norm) {}
 
   std::vector<Layer> layers;
 
@@ -25,11 +17,11 @@ class Model {
     workers_.pool.run([&](int thread) {
       if (step.num_tokens > 0) {
         embed(workers_, embedding_, step.ids, step.num_tokens, 0, x_.get(), hidden_stride());
-        for (size_t i = 0; i < layers.size(); ++i) {
-          if (caches_.is_bfloat16)
-            layer<BFloat16>(thread, step, i);
+        for (const Layer& one : layers) {
+          if (one.cache.is_bfloat16)
+            layer<BFloat16>(thread, step, one);
           else
-            layer<float>(thread, step, i);
+            layer<float>(thread, step, one);
         }
       }
       logits(thread, step);
@@ -84,10 +76,9 @@ class Model {
   }
 
   template <class T>
-  void layer(int thread, const Step& step, size_t index) {
-    const Layer& w = layers[index];
-    int64_t tokens = step.num_tokens, size = num_slots_ * heads_.num_kv * heads_.dim;
-    Cache<T> cache{static_cast<T*>(caches_.k) + index * size, static_cast<T*>(caches_.v) + index * size};
+  void layer(int thread, const Step& step, const Layer& w) {
+    int64_t tokens = step.num_tokens;
+    Cache<T> cache{static_cast<T*>(w.cache.k), static_cast<T*>(w.cache.v)};
     Rows rows = rows_of(x_.get(), tokens, hidden_stride(), w.input_norm, w.qkv);
     linear(workers_, thread, w.qkv, rows, Into::kStore, qkv_.get(), qkv_stride());
     norm_rope_store(workers_, qkv_.get(), tokens, qkv_stride(), w.qk_norm, eps_, step.rotation, step.positions, step.slots, heads_, cache);
@@ -117,8 +108,6 @@ class Model {
   float eps_;
   Linear embedding_, head_;
   const float* norm_;
-  AnyCache caches_;
-  int64_t num_slots_;
   Buffer<float> x_, qkv_, attended_, inner_, last_;
   std::vector<std::pair<int64_t, AttentionPlan>> plans_;
   PartialRoom partial_;
