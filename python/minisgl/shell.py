@@ -27,8 +27,7 @@ from minisgl.core import DRAWING, FinishReason, SamplingParams
 from minisgl.errors import ConfigError, RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt
-from minisgl.processes.run import run_with_workers
-from minisgl.processes.supervisor import Supervisor, call_in
+from minisgl.processes.supervisor import Supervisor, call_in, run_with_workers
 from minisgl.server.frontend import Frontend
 from minisgl.utils.sockets import Endpoints
 

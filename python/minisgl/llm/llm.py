@@ -29,7 +29,7 @@ from minisgl.scheduler.transport import LocalTransport, RankFanout
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import Tokenizer
 from minisgl.utils.folders import private_folder
-from minisgl.utils.interrupts import HeldInterrupts
+from minisgl.utils.interrupts import held_interrupts
 from minisgl.utils.sockets import ipc_endpoints
 
 Prompt = str | Sequence[int]
@@ -127,7 +127,7 @@ class LLM:
         engine, scheduler = self.config.engine, self.config.scheduler
         self.pending: dict[int, Pending] = {}
         self._next_uid = 0
-        self._interrupts = HeldInterrupts()
+        self._release_interrupts: Callable[[], None] = lambda: None
         self._closers = ExitStack()  # all of them run, whatever one raises
         self.endpoints = ipc_endpoints(self._closers.enter_context(private_folder()), tp_size=engine.tp_size)
         try:
@@ -247,7 +247,7 @@ class LLM:
         A step that is half planned, or half launched, could not be gone on from: Ctrl-C waits for a better moment.
         """
         ended = []
-        with self._interrupts:
+        with held_interrupts() as self._release_interrupts:
             self.rank.scheduler.turn()
             for message in self.rank.transport.take_outputs():
                 if isinstance(message, ErrorReply):
@@ -271,7 +271,7 @@ class LLM:
 
     def _while_waiting(self) -> None:
         """Now and then while a step runs. Raises: WorkerDied when it waits for a rank that is gone."""
-        self._interrupts.release()
+        self._release_interrupts()
         self._supervisor.check(0.0)
 
 

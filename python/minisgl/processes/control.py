@@ -86,21 +86,19 @@ def run_child(
         status = 0
     except SystemExit:
         status = 0
-    except MiniSGLError as error:
-        logger.debug("%s ends", name, exc_info=True)
-        status = 2 if isinstance(error, ConfigError) else 1
-        control.send(Failed(_one_line(error), config=isinstance(error, ConfigError)))
     except Exception as error:
-        logger.exception("%s ends", name)
-        control.send(Failed(f"{type(error).__name__}: {_one_line(error)}", config=False))
+        is_ours, is_config = isinstance(error, MiniSGLError), isinstance(error, ConfigError)
+        logger.log(logging.DEBUG if is_ours else logging.ERROR, "%s ends", name, exc_info=True)
+        words = next(filter(None, map(str.strip, str(error).splitlines())), "no details")
+        status = 2 if is_config else 1
+        control.send(Failed(words if is_ours else f"{type(error).__name__}: {words}", is_config))
     finally:
         logging.shutdown()
         os._exit(status)  # threads of libraries must not keep a finished process alive
 
 
 def _die_with_parent(from_lasting: bool) -> None:
-    """End with the parent, whatever ends it. The kernel's signal is at once, but is tied to the parent's thread
-    that started us, so it is asked for only if that one lasts; the watching thread is for all cases."""
+    """The kernel's signal comes at once, but is tied to the parent's thread that started us; a thread watches too."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -114,7 +112,3 @@ def _die_with_parent(from_lasting: bool) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-
-
-def _one_line(error: BaseException) -> str:
-    return next(filter(None, map(str.strip, str(error).splitlines())), "no details")

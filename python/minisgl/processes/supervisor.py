@@ -1,4 +1,4 @@
-"""Starts the workers, waits until they are ready, watches over them, and ends them."""
+"""Starts the workers of a server, waits until they are ready, watches over them, and ends them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
 from minisgl.message.codec import Failed, Ready, decode_control
-from minisgl.processes.launcher import Launcher, Worker, WorkerSpec
-from minisgl.processes.signals import signals_deferred
+from minisgl.processes.launcher import Launcher, LocalLauncher, Worker, WorkerSpec
+from minisgl.processes.signals import ignore_signals, signals_deferred, signals_raised
+from minisgl.processes.workers import worker_specs
+from minisgl.utils.folders import private_folder
+from minisgl.utils.sockets import Endpoints, ipc_endpoints
 from minisgl.utils.spawned import UNGUARDED
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Tell = Callable[..., None]
+MakeSpecs = Callable[[ServerConfig, Endpoints], list[WorkerSpec]]
 LATE_SECONDS = 10.0
 STOP_SECONDS = 20.0  # from `Worker.stop` to `Worker.kill`; the driver takes its time to give back a GPU
 STOP_START_SECONDS = 2.0  # the same while a worker is not ready
@@ -220,6 +225,34 @@ class Supervisor:
         killed = {-signum: f"killed by {signum.name}" for signum in signal.Signals}
         how = killed.get(process.exitcode or 0, f"exit status {process.exitcode}")
         return WorkerDied(f"{name} ended unexpectedly ({how})")
+
+
+def run_with_workers(
+    use: Callable[[Supervisor, Endpoints], Coroutine[Any, Any, int]],
+    config: ServerConfig,
+    make_specs: MakeSpecs = worker_specs,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> int:
+    """Use all worker processes of a server, when they are ready; none is left afterwards. For HTTP and for the shell
+    alike. meanwhile: what to do while they start. Returns what `use` does, or 130 where a signal has ended it.
+
+    Raises: ConfigError or WorkerDied when a worker does not start.
+    """
+    try:
+        with signals_raised(), ExitStack() as stack:
+            with signals_deferred():
+                directory = stack.enter_context(private_folder())
+            endpoints = ipc_endpoints(directory, config.num_tokenizer, config.engine.tp_size)
+            specs = make_specs(config, endpoints)
+            supervisor = Supervisor(LocalLauncher(), specs, config.heartbeat_timeout, config.restart_workers)
+            stack.callback(supervisor.stop)
+            supervisor.start()
+            meanwhile()
+            supervisor.wait_ready()
+            stack.callback(ignore_signals)  # none may stop the end of the workers half way
+            return asyncio.run(use(supervisor, endpoints))
+    except KeyboardInterrupt:
+        return 130
 
 
 def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:

@@ -14,7 +14,7 @@ from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, 
 from minisgl.env import env_bool
 from minisgl.processes.control import Control
 from minisgl.processes.launcher import WorkerSpec
-from minisgl.utils.sockets import Endpoints
+from minisgl.utils.sockets import DETOKENIZER, Endpoints
 
 if TYPE_CHECKING:
     from minisgl.engine.engine import Engine
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 def worker_specs(config: ServerConfig, endpoints: Endpoints) -> list[WorkerSpec]:
     """The children of a server: a scheduler per rank, the detokenizer, and tokenizers if they have own processes."""
     specs = rank_specs(config.engine, config.scheduler, endpoints)
-    for name, endpoint in {"detokenizer-0": endpoints.detokenizer, **endpoints.tokenizers}.items():
+    for name, endpoint in {DETOKENIZER: endpoints.detokenizer, **endpoints.tokenizers}.items():
         specs.append(WorkerSpec(f"minisgl-{name}", tokenizer_main, (config.tokenizer, endpoints, endpoint)))
     return specs
 

@@ -22,14 +22,13 @@ from minisgl.message.backend import AbortMsg, BackendMsg, FlushMsg, PingMsg, Sta
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import FrontendMsg, UserReply
 from minisgl.server.metrics import RequestMetrics, Timing
-from minisgl.utils.sockets import AsyncPullSocket, Endpoints, PushSocket
+from minisgl.utils.sockets import DETOKENIZER, AsyncPullSocket, Endpoints, PushSocket
 
 logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
 MAX_REPLIES = 32  # that wait for a slow reader one by one
 
-DETOKENIZER = "detokenizer-0"
 MAX_SENT = 2  # times that a request is sent: one whose workers die each time may be why they do
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import importlib
 import logging
 import socket
 import threading
+from typing import NoReturn
 
 import psutil
 
@@ -16,8 +16,7 @@ from minisgl.config.args import ServerArgs
 from minisgl.config.resolve import prepare
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import ConfigError
-from minisgl.processes.run import MakeSpecs, run_with_workers
-from minisgl.processes.supervisor import Supervisor
+from minisgl.processes.supervisor import MakeSpecs, Supervisor, run_with_workers
 from minisgl.processes.workers import worker_specs
 from minisgl.utils.sockets import Endpoints
 
@@ -30,16 +29,17 @@ def serve(args: ServerArgs) -> int:
     """
     try:
         listener = bind_port(args.host, args.port)
-    except ConfigError as problem:
+    except ConfigError as error:
+        problem = error
         logging.getLogger("minisgl").setLevel(logging.ERROR)  # whatever comes, it is one line
-        prepare(args, before_fetch=functools.partial(_raise, problem))
+
+        def give_up() -> NoReturn:
+            raise problem
+
+        prepare(args, before_fetch=give_up)
         raise
     with contextlib.closing(listener):
         return run_server(prepare(args), listener)
-
-
-def _raise(problem: ConfigError) -> None:
-    raise problem
 
 
 def run_server(config: ServerConfig, listener: socket.socket, make_specs: MakeSpecs = worker_specs) -> int:

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+DETOKENIZER = "detokenizer-0"  # the name of its process
 MAX_FRAME_BYTES = 1 << 30  # what is larger ends the connection of who sends it
 
 
@@ -34,18 +35,14 @@ class Endpoints:
 
 def ipc_endpoints(directory: str, num_tokenizer: int = 0, tp_size: int = 1) -> Endpoints:
     """Of processes of this machine, inside of a directory of theirs: no port that can be taken by someone else."""
-    where = f"ipc://{directory}"
-    detokenizer = f"{where}/detokenizer"
-    tokenizers = {f"tokenizer-{index}": f"{where}/tokenizer-{index}" for index in range(num_tokenizer)}
-    ranks = tuple(f"{where}/rank-{rank}" for rank in range(1, tp_size))
-    return Endpoints(
-        backend=f"{where}/backend",
-        frontend=f"{where}/frontend",
-        detokenizer=detokenizer,
-        tokenizers=tokenizers or {"detokenizer-0": detokenizer},
-        ranks=ranks,
-        rendezvous=f"file://{directory}/rendezvous",
-    )
+
+    def at(name: str) -> str:
+        return f"ipc://{directory}/{name}"
+
+    names = [f"tokenizer-{index}" for index in range(num_tokenizer)] or [DETOKENIZER]
+    ranks = tuple(at(f"rank-{rank}") for rank in range(1, tp_size))
+    tokenizers, rendezvous = {name: at(name) for name in names}, f"file://{directory}/rendezvous"
+    return Endpoints(at("backend"), at("frontend"), at(DETOKENIZER), tokenizers, ranks, rendezvous)
 
 
 class MessageCodec(Protocol[T]):
