@@ -14,15 +14,8 @@ from minisgl.errors import ConfigError
 from minisgl.utils.hf_tokenizer import lfs_hint
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
-_WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
-_TORCH_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-# What is read besides weights. In a hub's patterns `*` matches `/` too: none begins with it.
-_PATTERNS = [
-    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template*", "additional_chat_templates/*.jinja", "vocab.*", "merges.txt", "tekken.json", "*.tiktoken"),
-]
-_IGNORED = ["*/*.tiktoken", "tokenizer*/*", "model*/*", "*.py"]
-_OTHERS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("others.yaml").read_text(encoding="utf-8"))
+_FILES = yaml.safe_load(Path(__file__).with_name("files.yaml").read_text(encoding="utf-8"))
+_UNLIKE: dict[str, str] = _FILES["unlike"]
 
 
 def split_revision(model: str | None, revision: str | None) -> tuple[str | None, str | None]:
@@ -70,8 +63,8 @@ def download(repo_id: str, source: str, revision: str | None) -> Path:
         raise ConfigError("--model-source modelscope needs the extra: pip install 'minisgl[modelscope]'") from None
     at = f"{repo_id}@{revision}" if revision else repo_id
     try:
-        for weights in (_WEIGHTS, _TORCH_WEIGHTS):
-            patterns = {"allow_patterns": _PATTERNS + weights, "ignore_patterns": _IGNORED}
+        for kind in ("weights", "torch_weights"):
+            patterns = {"allow_patterns": _FILES["others"] + _FILES[kind], "ignore_patterns": _FILES["ignored"]}
             path = Path(snapshot_download(repo_id, revision=revision, **patterns))
             if any(path.glob("model*.safetensors")):
                 break
@@ -93,7 +86,7 @@ def _fetch_hint(error: Exception, source: str) -> str:
 def check_directory(path: Path) -> None:
     """Raises: ConfigError saying what `path` is, when it is no directory with a `config.json` in it."""
     if path.is_file():
-        reason = _OTHERS["*.gguf"] if path.suffix == ".gguf" else "give the directory that holds config.json"
+        reason = _UNLIKE["*.gguf"] if path.suffix == ".gguf" else "give the directory that holds config.json"
         raise ConfigError(f"{str(path)!r} is a file, not a model directory: {reason}")
     if not path.is_dir():
         raise ConfigError(f"model directory {str(path)!r} does not exist")
@@ -130,7 +123,7 @@ def _no_model(path: Path, missing: str) -> ConfigError:
     elif below := next(path.glob(f"*/{missing}"), None):
         reason = f"it is in {below.parent}"
     else:
-        reason = next((what for pattern, what in _OTHERS.items() if any(path.glob(pattern))), "")
+        reason = next((what for pattern, what in _UNLIKE.items() if any(path.glob(pattern))), "")
     return ConfigError(f"{str(path)!r} is no model directory: {missing} is missing" + f"; {reason}" * bool(reason))
 
 
