@@ -16,8 +16,6 @@ from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
 WORKSPACE_BYTES = 256 << 20  # partial results of split sequences; shared, as launches follow one another
-
-
 Wrappers = dict[int | None, Any]  # FlashInfer's objects, which hold a plan, by the window of layers
 
 
@@ -33,24 +31,21 @@ class FlashInferBackend(AttentionBackend[Wrappers]):
         self._tensor_cores = shape.num_qo_heads // shape.num_kv_heads >= 4
         new_prefill = self._library.BatchPrefillWithPagedKVCacheWrapper
         self._prefills: Wrappers = {window: new_prefill(self._workspace, "NHD") for window in shape.windows}
-        self._decodes = self._decode_wrappers(None)
-        self._captured: dict[int, Wrappers] = {}  # by batch size; their buffers stay where they are
+        self._decodes: dict[int | None, Wrappers] = {}  # by the batch size of a graph, padding included; None: of any
 
     def prepare(self, step: AttentionStep, captured: bool) -> Wrappers:
         shape, pages = self._shape, list(page_lists(step))
         heads = shape.num_qo_heads, shape.num_kv_heads, shape.head_dim, step.page_size
-        wrappers = self._prefills
         options: dict[str, Any] = {"q_data_type": shape.dtype, "kv_data_type": shape.dtype}
-        if not step.is_decode:
+        if step.is_decode:
+            size = len(step.rows) if captured else None
+            if size not in self._decodes:
+                self._decodes[size] = {window: self._decode_wrapper(size) for window in shape.windows}
+            wrappers = self._decodes[size]
+        else:
+            wrappers = self._prefills
             pages.insert(0, _int32(step.offsets))
             options["causal"] = True
-        elif captured:
-            size = len(step.rows)
-            if size not in self._captured:
-                self._captured[size] = self._decode_wrappers(size)
-            wrappers = self._captured[size]
-        else:
-            wrappers = self._decodes
         for window, wrapper in wrappers.items():  # window_left counts the tokens before a position, without itself
             wrapper.plan(*pages, *heads, window_left=window - 1 if window else -1, **options)
         return wrappers
@@ -60,11 +55,8 @@ class FlashInferBackend(AttentionBackend[Wrappers]):
         out: Tensor = metadata[spec.window].run(q.contiguous(), pages)
         return out
 
-    def _decode_wrappers(self, batch_size: int | None) -> Wrappers:
-        return {window: self._decode_wrapper(batch_size) for window in self._shape.windows}
-
     def _decode_wrapper(self, batch_size: int | None) -> Any:
-        """batch_size: of a graph, padding included; None outside of graphs, for any size."""
+        """batch_size: of a graph, for which the buffers stay where they are; None: for any size, outside of graphs."""
         options: dict[str, Any] = {"use_tensor_cores": self._tensor_cores}
         if batch_size is not None:
             max_pages = -(-self._shape.max_seq_len // self._shape.page_size)

@@ -9,14 +9,9 @@ import torch
 
 from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep
 from minisgl.config.model import AttentionSpec
-from minisgl.errors import ConfigError
 from minisgl.kernel.paged import PagedSequences
+from minisgl.kernel.triton import decode, prefill
 from minisgl.kvcache.pool import LayerCache
-
-try:
-    from minisgl.kernel.triton import decode, prefill
-except ModuleNotFoundError as error:
-    raise ConfigError(f"--attention-backend triton needs {error.name}: pip install triton") from error
 
 Tensor = torch.Tensor
 
@@ -35,13 +30,12 @@ class TritonBackend(AttentionBackend[TritonMetadata]):
     def __init__(self, shape: AttentionShape, device: torch.device) -> None:
         self._device, self._shape = device, shape
         self._group = shape.num_qo_heads // shape.num_kv_heads
-        self._capability, self._num_sms = (0, 0), 1
+        capability, self._num_sms = (0, 0), 1  # of the interpreter, on a CPU
         if device.type == "cuda":
-            properties = torch.cuda.get_device_properties(device)
-            self._capability = (properties.major, properties.minor)
-            self._num_sms = properties.multi_processor_count
-        self._pdl = self._capability >= (9, 0)
-        self._prefill_config = prefill.prefill_config(shape.dtype, shape.head_dim, self._capability)
+            capability = torch.cuda.get_device_capability(device)
+            self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self._pdl = capability >= (9, 0)
+        self._prefill_config = prefill.prefill_config(shape.dtype, shape.head_dim, capability)
         self._decode_config = decode.decode_config(shape.dtype, shape.head_dim)
         self._partials = self._allocate()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 from minisgl.config.model import AttentionSpec, ModelConfig, PagedKV, State
 from minisgl.config.probe import PACKAGES, Capabilities
@@ -52,9 +53,8 @@ BACKENDS = {
     "fi": Backend(package="flashinfer", head_dims=(64, 128, 256), is_16_bit=True),
     "fa": Backend(package="sgl_kernel", arch=(9, 0), head_dims=(64, 96, 128, 192, 256), is_16_bit=True),
 }
-# What is taken on GPUs: the first that fits, and for decode in the end what computes prefill.
-_PREFILL = ("fa", "triton", "sdpa")
-_DECODE = ("cuda", "triton")
+# What is taken on GPUs: the first pair for prefill and decode that fits.
+_PAIRS = (("fa", "cuda"), ("fa", "triton"), ("fa", "fa"), ("triton", "cuda"), ("triton", "triton"), ("sdpa", "sdpa"))
 
 
 def choose_on_cpu(asked: str | None, lack: str, model: ModelConfig, dtype: str, machine: Capabilities) -> str:
@@ -79,12 +79,11 @@ def choose_on_gpu(asked: str | None, model: ModelConfig, dtype: str, machine: Ca
     """
     why_not = _why_not("cuda", model, dtype, machine)
     if asked is None:
-        prefill = next((name for name in _PREFILL if not why_not[name]), "sdpa")
+        fitting = [pair for pair in _PAIRS if not any(why_not[name] for name in pair)]
+        prefill, decode = fitting[0] if fitting else _PAIRS[-1]
         _require([prefill], asked, why_not)
-        choices = (*_DECODE, prefill)
-        decode = prefill if prefill == "sdpa" else next(name for name in choices if not why_not[name])
-        passed = [*_PREFILL[: _PREFILL.index(prefill)], *choices[: choices.index(decode)]]
-        reasons = "; ".join(f"{name} {why_not[name]}" for name in dict.fromkeys(passed) if why_not[name])
+        passed = zip(*_PAIRS[: _PAIRS.index((prefill, decode))], strict=True)
+        reasons = "; ".join(f"{name} {why_not[name]}" for name in dict.fromkeys(chain(*passed)) if why_not[name])
         logger.info("attention: %s prefill, %s decode%s", prefill, decode, reasons and f" ({reasons})")
         return prefill, decode
     names = ["triton", "cuda"] if asked == "cuda" else asked.split(",")

@@ -44,10 +44,11 @@ def cuda_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, m
     dtype = args.dtype or model.dtype
     if args.quantization:
         raise ConfigError(f"--quantization {args.quantization}: it is for CPUs so far")
-    kv_dtype = _kv_dtype(args, dtype)
+    if args.kv_cache_dtype not in (None, dtype):
+        raise ConfigError(f"--kv-cache-dtype {args.kv_cache_dtype}: on GPUs it is that of the weights, {dtype}")
     page_size = args.page_size or _PAGE_SIZE
     max_prefill_length = args.max_prefill_length or _PREFILL_LENGTH
-    capacity = gpu_tokens(args, model, gpus, dtype, kv_dtype, page_size, max_prefill_length)
+    capacity = gpu_tokens(args, model, gpus, dtype, dtype, page_size, max_prefill_length)
     prefill, decode = choose_on_gpu(args.attention_backend, model, dtype, machine)
     moe_backend = _moe_backend(args.moe_backend, machine)
     return EngineConfig(
@@ -65,19 +66,12 @@ def cuda_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, m
         decode_backend=decode,
         num_threads=max(1, min(_NUM_THREADS, machine.num_cores // tp_size)),
         dummy_weight=args.dummy_weight,
-        kv_cache_dtype=kv_dtype,
+        kv_cache_dtype=dtype,
         memory_ratio=args.memory_ratio,
         cuda_graph_max_bs=_graph_max_bs(args, model, decode, moe_backend),
         use_pynccl=tp_size > 1 and not args.disable_pynccl,
         moe_backend=moe_backend,
     )
-
-
-def _kv_dtype(args: ServerArgs, dtype: str) -> str:
-    """The type of the cache: so far that of the weights."""
-    if args.kv_cache_dtype not in (None, dtype):
-        raise ConfigError(f"--kv-cache-dtype {args.kv_cache_dtype}: on GPUs it is that of the weights, {dtype}")
-    return dtype
 
 
 def _cuda_problem(machine: Capabilities, tp_size: int) -> str:

@@ -21,21 +21,17 @@ class RotaryEmbedding:
 
     def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
         self._config, self._head_dim = config, head_dim
-        inv_freq, self._attention_factor = inverse_frequencies(config, head_dim)
-        self._inv_freq = inv_freq.to(device)
-        self._exponents = (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim).to(device)
+        inv_freq, self._factor = inverse_frequencies(config, head_dim)
+        self._inv_freq, self._exponents = inv_freq.to(device), _exponents(head_dim).to(device)
 
     def __call__(self, positions: Tensor) -> RopeAngles:
         """positions: [num_tokens] int64."""
-        if self._config.type == "dynamic":
-            angles = positions[:, None].float() * self._dynamic_frequencies(positions)
-        else:
-            angles = positions[:, None].float() * self._inv_freq
+        is_dynamic = self._config.type == "dynamic"
+        inv_freq = self._dynamic_frequencies(positions) if is_dynamic else self._inv_freq
+        angles = positions[:, None].float() * inv_freq
         cos, sin = angles.cos(), angles.sin()
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        if self._attention_factor != 1.0:
-            cos, sin = cos * self._attention_factor, sin * self._attention_factor
-        return RopeAngles(cos[:, None], sin[:, None])
+        return RopeAngles(cos[:, None] * self._factor, sin[:, None] * self._factor)
 
     def _dynamic_frequencies(self, positions: Tensor) -> Tensor:
         """NTK-aware scaling for the length that ends at each position: [num_tokens, head_dim / 2]."""
@@ -47,15 +43,19 @@ class RotaryEmbedding:
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies [head_dim / 2] float32 and the factor that scales cos and sin."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    inv_freq: Tensor = 1.0 / config.theta**exponents
+    frequency: Tensor = config.theta ** _exponents(head_dim)
+    inv_freq = 1.0 / frequency
     if config.type == "linear":  # position interpolation, arXiv 2306.15595
         return inv_freq / config.scaling["factor"], 1.0
     if config.type == "llama3":
         return _llama3(inv_freq, config), 1.0
     if config.type == "yarn":
-        return _yarn(config, head_dim), _yarn_attention_factor(config.scaling)
+        return _yarn(frequency, config), _yarn_attention_factor(config.scaling)
     return inv_freq, 1.0
+
+
+def _exponents(head_dim: int) -> Tensor:
+    return torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
 
 
 def _llama3(inv_freq: Tensor, config: RopeConfig) -> Tensor:
@@ -68,9 +68,9 @@ def _llama3(inv_freq: Tensor, config: RopeConfig) -> Tensor:
     return scaled
 
 
-def _yarn(config: RopeConfig, dim: int) -> Tensor:
+def _yarn(frequency: Tensor, config: RopeConfig) -> Tensor:
     """YaRN, arXiv 2309.00071, section 3.2 (NTK by parts)."""
-    s = config.scaling
+    s, dim = config.scaling, 2 * len(frequency)
 
     def dimension(turns: float) -> float:  # whose wave makes that many turns over the original context
         return dim * math.log(config.max_position / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
@@ -81,7 +81,6 @@ def _yarn(config: RopeConfig, dim: int) -> Tensor:
     low, high = max(low, 0), min(high, dim - 1)
     high += 0.001 if low == high else 0
     ramp: Tensor = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    frequency: Tensor = config.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     inv_freq: Tensor = ramp / (s["factor"] * frequency) + (1 - ramp) / frequency
     return inv_freq
 
