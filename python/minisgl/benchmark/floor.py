@@ -111,9 +111,9 @@ def floor_of(
 
 def kv_read(model: ModelConfig, dtype: str, lengths: Sequence[int], tp_size: int = 1) -> float:
     """Bytes of KV that one rank reads to decode requests of these context lengths (the new token included)."""
-    kinds = Counter(layer.attention for layer in model.layers)
-    tokens = {kind: sum(min(n, kind.window or n) for n in lengths) for kind in kinds}
-    return sum(n * tokens[kind] * kind.cache.token_bytes(dtype, tp_size) for kind, n in kinds.items())
+    windows = Counter(layer.attention.window for layer in model.layers)
+    tokens = sum(count * sum(min(n, window or n) for n in lengths) for window, count in windows.items())
+    return model.kv_bytes_per_token(dtype, tp_size) / model.num_layers * tokens
 
 
 def weights_read(model: ModelConfig, dtype: str, num_tokens: int, tp_size: int = 1) -> float:

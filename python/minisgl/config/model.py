@@ -33,11 +33,9 @@ class PagedKV:
         """Heads that one rank stores: a share, or a replica of one where heads are fewer than ranks."""
         return max(1, self.heads // tp_size)
 
-    def token_bytes(self, dtype: str, tp_size: int) -> int:
-        return self.local_heads(tp_size) * (self.k_dim + self.v_dim) * DTYPE_BYTES[dtype]
-
-    def row_bytes(self, dtype: str) -> int:  # noqa: ARG002
-        return 0
+    def local_size(self, tp_size: int) -> int:
+        """Numbers that one rank stores for a token."""
+        return self.local_heads(tp_size) * (self.k_dim + self.v_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +43,6 @@ class State:
     """A cache of one size however long its sequence is: tensors of these shapes for each running request."""
 
     shapes: tuple[tuple[int, ...], ...]  # on one rank
-
-    def token_bytes(self, dtype: str, tp_size: int) -> int:  # noqa: ARG002
-        return 0
-
-    def row_bytes(self, dtype: str) -> int:
-        return sum(map(prod, self.shapes)) * DTYPE_BYTES[dtype]
 
 
 CacheSpec = PagedKV | State
@@ -140,25 +132,28 @@ class ModelConfig:
         return len(self.layers)
 
     @property
+    def paged(self) -> list[PagedKV]:
+        return [cache for layer in self.layers if isinstance(cache := layer.attention.cache, PagedKV)]
+
+    @property
     def num_kv_heads(self) -> int:
-        """The fewest that a layer with paged keys and values has."""
-        caches = [layer.attention.cache for layer in self.layers]
-        return min((cache.heads for cache in caches if isinstance(cache, PagedKV)), default=self.num_qo_heads)
+        """The fewest that a layer has."""
+        return min((cache.heads for cache in self.paged), default=self.num_qo_heads)
 
     def kv_bytes_per_token(self, dtype: str, tp_size: int = 1) -> int:
         """Bytes of KV cache that one token takes on one rank."""
-        return sum(layer.attention.cache.token_bytes(dtype, tp_size) for layer in self.layers)
+        return sum(cache.local_size(tp_size) for cache in self.paged) * DTYPE_BYTES[dtype]
 
     def state_bytes_per_row(self, dtype: str) -> int:
         """Bytes that one running request takes on one rank, whatever its length."""
-        return sum(layer.attention.cache.row_bytes(dtype) for layer in self.layers)
+        states = [cache for layer in self.layers if isinstance(cache := layer.attention.cache, State)]
+        return sum(prod(shape) for state in states for shape in state.shapes) * DTYPE_BYTES[dtype]
 
     def weight_bytes(self, dtype: str, tp_size: int = 1) -> int:
         """Bytes of weights (also "int8") on one rank, to within the few that are replicated or padded."""
         params = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) // tp_size
-        query = self.num_qo_heads * self.head_dim * self.hidden_size
+        params += sum(cache.local_size(tp_size) for cache in self.paged) * self.hidden_size
+        query_and_output = 2 * (self.num_qo_heads * self.head_dim * self.hidden_size // tp_size)
         for layer in self.layers:
-            if isinstance(cache := layer.attention.cache, PagedKV):
-                params += cache.local_heads(tp_size) * (cache.k_dim + cache.v_dim) * self.hidden_size
-            params += query // tp_size * 2 + layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
+            params += query_and_output + layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
         return params * _WEIGHT_BYTES[dtype]
