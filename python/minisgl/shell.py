@@ -13,10 +13,12 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -274,31 +276,21 @@ class TerminalReader:
 
 
 class PipeReader:
-    """Lines of a pipe or file, without a thread that could outlive the shell."""
+    """Lines of a pipe or file. The thread that waits for them holds nobody up at the end."""
 
     def __init__(self, fd: int) -> None:
-        self._fd, self._buffer, self._ended = fd, b"", False
+        self._lines: asyncio.Queue[bytes] = asyncio.Queue()
+        args = (asyncio.get_running_loop(), fd)
+        threading.Thread(target=self._wait, args=args, name="stdin", daemon=True).start()
+
+    def _wait(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
+        with open(fd, "rb", closefd=False) as file:
+            for line in chain(file, [b""]):
+                call_in(loop, self._lines.put_nowait, line)
 
     async def read(self) -> str | None:
-        while b"\n" not in self._buffer and not self._ended:
-            await self._readable()
-            data = os.read(self._fd, 65536)
-            self._buffer += data
-            self._ended = not data
-        if not self._buffer:
-            return None
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line.decode(errors="replace")
-
-    async def _readable(self) -> None:
-        loop, ready = asyncio.get_running_loop(), asyncio.Event()
-        # A regular file or /dev/null never blocks, and epoll refuses it.
-        with contextlib.suppress(PermissionError):
-            loop.add_reader(self._fd, ready.set)
-            try:
-                await ready.wait()
-            finally:
-                loop.remove_reader(self._fd)
+        line = await self._lines.get()
+        return line.decode(errors="replace").removesuffix("\n") if line else None
 
 
 def history_file(environ: Mapping[str, str]) -> Path | None:
