@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -61,42 +62,37 @@ class GrammarStore:
     def __init__(self, config: VocabularyConfig) -> None:
         self.vocab_size = config.vocab_size
         self._lock = threading.Lock()
-        self._recent: OrderedDict[bytes, CompiledGrammar] = OrderedDict()
-        self._num_bytes = 0
         self._live: weakref.WeakValueDictionary[bytes, CompiledGrammar] = weakref.WeakValueDictionary()
+        self._recent: OrderedDict[bytes, CompiledGrammar] = OrderedDict()
         self._refused: OrderedDict[tuple[bytes, str], RequestError] = OrderedDict()  # by the field, too
         self._compiling: dict[bytes, Future[CompiledGrammar]] = {}
-        self._queues: OrderedDict[str, deque[tuple[bytes, Grammar]]] = OrderedDict()  # by client, the next one first
-        self._busy: set[str] = set()  # clients that a thread works for
+        self._waiting: dict[str, deque[tuple[bytes, Grammar]]] = {}  # by client, of whose grammars one is compiled
         self._trials = [Trial(config) for _ in range(_NUM_WORKERS)]
         self._idle = [*self._trials]
-        self._pool = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="minisgl-grammar")
+        self._pool = ThreadPoolExecutor(_NUM_WORKERS, "minisgl-grammar")
         self._vocabulary: Future[Vocabulary] = self._pool.submit(load_vocabulary, config)
 
     def request(self, grammar: Grammar, client: str = "") -> Future[CompiledGrammar]:
         """The compiled grammar, now or later. Its exception is a RequestError that says what is wrong with it, or that
         it cannot be compiled now. Clients take turns; those without a name are not limited."""
-        key = _digest(grammar)
+        parts = (grammar.kind, grammar.whitespace, grammar.reasoning, grammar.text)  # of its text no copy is kept
+        key = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()
         with self._lock:
             if key in self._compiling:
                 return self._compiling[key]
             future: Future[CompiledGrammar] = Future()
-            compiled = self._live.get(key)
-            if compiled is not None:
+            if (compiled := self._live.get(key)) is not None:
                 self._remember(key, compiled)
                 future.set_result(compiled)
-            elif (refusal := self._refused.get((key, grammar.param))) is not None:
+            elif (refusal := self._refused.get((key, grammar.param)) or self._no_room(grammar, client)) is not None:
                 future.set_exception(refusal)
-            elif client and len(self._queues.get(client, ())) >= _MAX_WAITING:
-                text = f"{_MAX_WAITING} other grammars of this client wait to be compiled; try again"
-                future.set_exception(RequestError(text, param=grammar.param, status=429))
-            elif sum(other.num_bytes for other in self._live.values()) > 2 * MAX_STORED_BYTES:
-                text = "grammars of other requests take all the memory that there is for them; try again"
-                future.set_exception(RequestError(text, param=grammar.param, status=503))
             else:
                 self._compiling[key] = future
-                self._queues.setdefault(client, deque()).append((key, grammar))
-                self._pool.submit(self._work)
+                if client in self._waiting:
+                    self._waiting[client].append((key, grammar))
+                else:
+                    self._waiting |= {client: deque()} if client else {}
+                    self._pool.submit(self._work, client, key, grammar)
             return future
 
     def close(self) -> None:
@@ -105,41 +101,38 @@ class GrammarStore:
         for trial in self._trials:
             trial.close()
 
-    def _work(self) -> None:
-        """Compile what is next, and what had to wait for that."""
-        yield_to_others()
-        while (job := self._next()) is not None:
-            client, key, grammar = job
-            made = self._compile(grammar)
-            with self._lock:
-                self._busy.discard(client)
-                future = self._compiling.pop(key)
-                if isinstance(made, CompiledGrammar):
-                    self._live[key] = made
-                    self._remember(key, made)
-                elif made.status == 400:  # others may be different the next time
-                    self._refused[key, grammar.param] = made.with_traceback(None)
-                    if len(self._refused) > _MAX_REFUSED:
-                        self._refused.popitem(last=False)
-            if isinstance(made, CompiledGrammar):
-                future.set_result(made)
-            else:
-                logger.debug("a grammar is refused: %s", made)
-                future.set_exception(made)
+    def _no_room(self, grammar: Grammar, client: str) -> RequestError | None:
+        if len(self._waiting.get(client, ())) >= _MAX_WAITING:
+            text = f"{_MAX_WAITING} other grammars of this client wait to be compiled; try again"
+            return RequestError(text, param=grammar.param, status=429)
+        if _num_bytes(self._live.values()) > 2 * MAX_STORED_BYTES:
+            text = "grammars of other requests take all the memory that there is for them; try again"
+            return RequestError(text, param=grammar.param, status=503)
+        return None
 
-    def _next(self) -> tuple[str, bytes, Grammar] | None:
-        """Of the client whose turn it is, and for whom no other thread works."""
+    def _work(self, client: str, key: bytes, grammar: Grammar) -> None:
+        """Compile it. The client's next one goes behind what others wait for by now."""
+        yield_to_others()
+        made = self._compile(grammar)
         with self._lock:
-            client = next((client for client in self._queues if client not in self._busy), None)
-            if client is None:
-                return None
-            key, grammar = self._queues[client].popleft()
-            self._queues.move_to_end(client)
-            if not self._queues[client]:
-                del self._queues[client]
-            if client:
-                self._busy.add(client)
-            return client, key, grammar
+            future = self._compiling.pop(key)
+            if isinstance(made, CompiledGrammar):
+                self._live[key] = made
+                self._remember(key, made)
+            elif made.status == 400:  # others may be different the next time
+                self._refused[key, grammar.param] = made.with_traceback(None)
+                if len(self._refused) > _MAX_REFUSED:
+                    self._refused.popitem(last=False)
+            following = self._waiting[client].popleft() if self._waiting.get(client) else None
+            if following is None:
+                self._waiting.pop(client, None)
+        if isinstance(made, CompiledGrammar):
+            future.set_result(made)
+        else:
+            logger.debug("a grammar is refused: %s", made)
+            future.set_exception(made)
+        if following is not None:
+            self._pool.submit(self._work, client, *following)
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar | RequestError:
         trial = self._idle.pop()
@@ -157,17 +150,15 @@ class GrammarStore:
             self._idle.append(trial)
 
     def _remember(self, key: bytes, compiled: CompiledGrammar) -> None:
-        if self._recent.pop(key, None) is None:
-            self._num_bytes += compiled.num_bytes
-        self._recent[key] = compiled
-        while self._num_bytes > MAX_STORED_BYTES or len(self._recent) > _MAX_STORED:
-            self._num_bytes -= self._recent.popitem(last=False)[1].num_bytes
+        recent, is_new = self._recent, key not in self._recent
+        recent[key] = compiled
+        recent.move_to_end(key)
+        while is_new and (len(recent) > _MAX_STORED or _num_bytes(recent.values()) > MAX_STORED_BYTES):
+            recent.popitem(last=False)
 
 
-def _digest(grammar: Grammar) -> bytes:
-    """What it is known by; of its text no copy is kept."""
-    parts = (grammar.kind, grammar.whitespace, grammar.reasoning, grammar.text)
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()
+def _num_bytes(held: Iterable[CompiledGrammar]) -> int:
+    return sum(grammar.num_bytes for grammar in held)
 
 
 def open_store(engine: EngineConfig, scheduler: SchedulerConfig) -> GrammarStore:

@@ -96,18 +96,16 @@ def _ask(process: subprocess.Popen[bytes], line: bytes, timeout: float) -> bytes
     assert process.stdout is not None
     timer = threading.Timer(timeout, process.kill)
     timer.start()
-    try:
+    answer = b""
+    with contextlib.suppress(OSError):
         process.stdin.write(line)
         process.stdin.flush()
         answer = process.stdout.readline()
-    except OSError:
-        answer = b""
-    finally:
-        timer.cancel()
-    if not answer.endswith(b"\n"):
-        process.kill()
-        answer = b""
-    return answer
+    timer.cancel()
+    if answer.endswith(b"\n"):
+        return answer
+    process.kill()
+    return b""
 
 
 class _Heap(ctypes.Structure):
