@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import Field
 
-from minisgl.config.runtime import ServerConfig
 from minisgl.core import MAX_COUNT, RANGES, Range, SamplingParams
 from minisgl.errors import RequestError, too_long
 from minisgl.message.codec import pack_ids
 from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt, least_tokens
 from minisgl.server.bodies.content import MAX_TOOLS, Message, Tool, ToolUse, chat_messages, template_kwargs, tool_use
-from minisgl.server.bodies.fields import Reading, fields_of, load, load_object
+from minisgl.server.bodies.fields import Reading, fields_of, load, load_object, validate
 from minisgl.server.bodies.sampling import Defaults, GrammarFields, SamplingFields
-from minisgl.server.bodies.strict import (
-    Body,
-    Count,
-    Ids,
-    Items,
-    MaxTokens,
-    Object,
-    optional,
-    refuse_unless,
-    shown,
-    validate,
-)
+from minisgl.server.bodies.strict import Body, Count, Ids, Items, MaxTokens, Object, optional, refuse_unless, shown
 from minisgl.server.errors import renamed
 
 _CHOICES = Range(1, 128)  # of one prompt
@@ -208,18 +195,3 @@ def check_size(prompts: Sequence[Prompt], max_seq_len: int, names: Mapping[str, 
         if (size := least_tokens(prompt)) >= max_seq_len:
             param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
             raise renamed(too_long(param, f"at least {size}", max_seq_len), names)
-
-
-def check_model(model: str | None, config: ServerConfig) -> None:
-    """Raises: RequestError (404) unless it is the model that is served, by one of its names."""
-    path = config.engine.model_path
-    names = (None, config.served_model_name, path, os.path.basename(path.rstrip("/")))
-    if config.model_name_check and model not in names:
-        message = f"the model {shown(model)!r} does not exist; this server has {config.served_model_name!r}"
-        raise RequestError(message, param="model", code="model_not_found", status=404)
-
-
-def check_policy(params: SamplingParams, policy: str) -> None:
-    """Raises: RequestError when the request has a priority and the scheduler does not look at it."""
-    is_seen = not params.priority or policy == "priority"
-    refuse_unless(is_seen, "priority needs a server started with --schedule-policy priority", "priority")

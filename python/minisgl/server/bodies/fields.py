@@ -9,6 +9,7 @@ others whose clients are pointed at this server.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from pydantic import ValidationError
 from pydantic_core import from_json
 
 from minisgl.errors import RequestError
-from minisgl.server.bodies.strict import Body, shown, validate
+from minisgl.server.bodies.strict import MAX_SHOWN, Body, shown
 
 MAX_IGNORED = 64  # names of one request that are remembered
 
@@ -186,3 +188,36 @@ def fields_of(model: type[Body]) -> Fields:
         | {name: fields_of(inner) for name, inner in model.inner.items()},
         {name: of for name, of in (OTHER_NAMES | own.get("other_names", {})).items() if name not in known},
     )
+
+
+_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
+
+
+def validate(model: type[B], raw: Any) -> B:
+    """Raises: RequestError naming the first field at fault."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise _refusal(error, raw) from None
+
+
+def _refusal(error: ValidationError, raw: Any) -> RequestError:
+    """The first problem, in one line: of several ways to read a value, that of the one that got furthest."""
+    problems = error.errors(include_url=False, include_context=False)
+    problem = max((p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
+    param = ""
+    for part in problem["loc"]:
+        if isinstance(part, int):
+            param += f"[{part}]"
+            raw = raw[part] if isinstance(raw, list) and part < len(raw) else None
+        elif (isinstance(raw, dict) and part in raw) or problem["type"] == "missing":
+            param += f".{shown(part)}" if param else shown(part)
+            raw = raw.get(part) if isinstance(raw, dict) else None
+        # else it is pydantic's name for a member of a union
+    if problem["type"] == "missing":
+        return RequestError(f"{param} is required", param=param or None, code="missing_required_parameter")
+    said = re.sub(r"dictionary( or instance of \w+)?", "object", problem["msg"])
+    message = f"{param}: {said[:1].lower()}{said[1:]}"
+    if problem["type"].endswith(("_type", "_equal", "greater_than")):
+        message += f", not {_KINDS.get(type(problem['input'])) or json.dumps(problem['input'])[:MAX_SHOWN]}"
+    return RequestError(message, param=param or None, code="invalid_value")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from mmap import mmap
@@ -13,6 +14,7 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
 from minisgl.server.aside import Aside
 from minisgl.server.bodies.fields import Reading
+from minisgl.server.bodies.strict import shown
 
 T = TypeVar("T")
 
@@ -98,3 +100,12 @@ def check_content_type(value: str | None) -> None:
 
 def _unreadable(what: str) -> RequestError:
     return RequestError(f"the body {what}; send plain JSON in UTF-8", status=415)
+
+
+def check_model(model: str | None, config: ServerConfig) -> None:
+    """Raises: RequestError (404) unless it is the model that is served, by one of its names."""
+    path = config.engine.model_path
+    names = (None, config.served_model_name, path, os.path.basename(path.rstrip("/")))
+    if config.model_name_check and model not in names:
+        message = f"the model {shown(model)!r} does not exist; this server has {config.served_model_name!r}"
+        raise RequestError(message, param="model", code="model_not_found", status=404)

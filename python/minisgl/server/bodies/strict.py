@@ -1,30 +1,18 @@
-"""Models of JSON bodies: no conversions, and one line that names what is wrong."""
+"""Of what models of JSON bodies are made: no conversions."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
 
 from minisgl.core import MAX_COUNT, Range
 from minisgl.errors import RequestError
 
 MAX_SHOWN = 64  # characters of a client's name for something, in messages
-B = TypeVar("B", bound=BaseModel)
 T = TypeVar("T")
 S = TypeVar("S", bound=Sized)
 SCHEMAS: dict[str, dict[str, Any]] = yaml.safe_load(
@@ -86,36 +74,3 @@ def optional(text: str, within: Range | None = None, **schema: Any) -> Any:
     """A field that may be left out, which is what null means too. text, schema: for the OpenAPI document."""
     low, high = (None, None) if within is None else (within.lowest, within.highest)
     return Field(None, description=text, ge=low, le=high, json_schema_extra=schema or None)
-
-
-_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
-
-
-def validate(model: type[B], raw: Any) -> B:
-    """Raises: RequestError naming the first field at fault."""
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        raise _refusal(error, raw) from None
-
-
-def _refusal(error: ValidationError, raw: Any) -> RequestError:
-    """The first problem, in one line: of several ways to read a value, that of the one that got furthest."""
-    problems = error.errors(include_url=False, include_context=False)
-    problem = max((p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
-    param = ""
-    for part in problem["loc"]:
-        if isinstance(part, int):
-            param += f"[{part}]"
-            raw = raw[part] if isinstance(raw, list) and part < len(raw) else None
-        elif (isinstance(raw, dict) and part in raw) or problem["type"] == "missing":
-            param += f".{shown(part)}" if param else shown(part)
-            raw = raw.get(part) if isinstance(raw, dict) else None
-        # else it is pydantic's name for a member of a union
-    if problem["type"] == "missing":
-        return RequestError(f"{param} is required", param=param or None, code="missing_required_parameter")
-    said = re.sub(r"dictionary( or instance of \w+)?", "object", problem["msg"])
-    message = f"{param}: {said[:1].lower()}{said[1:]}"
-    if problem["type"].endswith(("_type", "_equal", "greater_than")):
-        message += f", not {_KINDS.get(type(problem['input'])) or json.dumps(problem['input'])[:MAX_SHOWN]}"
-    return RequestError(message, param=param or None, code="invalid_value")

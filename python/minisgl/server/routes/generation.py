@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
+from minisgl.errors import RequestError
 from minisgl.message.tokenizer import ChatPrompt
 from minisgl.server.access import owner_of
 from minisgl.server.answers.assemble import Assembler, new_assembler, with_grammar
@@ -20,16 +21,9 @@ from minisgl.server.answers.native import GenerateRenderer
 from minisgl.server.answers.openai import ChatRenderer, CompletionRenderer
 from minisgl.server.answers.renderer import Renderer
 from minisgl.server.answers.responses import ResponsesRenderer
-from minisgl.server.bodies.chat import (
-    GenerationRequest,
-    check_model,
-    check_policy,
-    check_size,
-    parse_chat,
-    parse_completion,
-)
+from minisgl.server.bodies.chat import GenerationRequest, check_size, parse_chat, parse_completion
 from minisgl.server.bodies.fields import Reading
-from minisgl.server.bodies.intake import Bodies
+from minisgl.server.bodies.intake import Bodies, check_model
 from minisgl.server.bodies.messages import parse_messages
 from minisgl.server.bodies.native import parse_generate
 from minisgl.server.bodies.responses import ResponseStore, parse_responses
@@ -82,7 +76,8 @@ class Generation:
     async def _generate(self, request: Request, parse: Parse[R], make: Make[R]) -> Response:
         config = self._config
         parsed = await self._read(request, parse, config.default_sampling)
-        check_policy(parsed.params, config.scheduler.schedule_policy)
+        if parsed.params.priority and config.scheduler.schedule_policy != "priority":
+            raise RequestError("priority needs a server started with --schedule-policy priority", param="priority")
         parsed = replace(parsed, timeout=parsed.timeout or config.request_timeout)
         renderer = make(config.served_model_name, parsed, partial(new_assembler, parsed, config))
         return await answer_request(self._frontend, request, parsed, renderer, self._keepalive)

@@ -15,9 +15,8 @@ from minisgl.env import env_number
 from minisgl.errors import RequestError, WorkerDied, too_long
 from minisgl.message.tokenizer import TextPrompt
 from minisgl.server.access import owner_of, require_operator
-from minisgl.server.bodies.chat import check_model
 from minisgl.server.bodies.fields import load
-from minisgl.server.bodies.intake import Bodies
+from minisgl.server.bodies.intake import Bodies, check_model
 from minisgl.server.bodies.native import AbortBody, DetokenizeBody, parse_tokenize
 from minisgl.server.errors import json_response
 from minisgl.server.frontend import Frontend
