@@ -107,6 +107,14 @@ class Server:
                 child.kill()
 
 
+def poll(holds: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    """Wait until it holds: however busy the machine is, it does so at some time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_byte_level(tmp_path_factory.mktemp("models") / "fake-dir")

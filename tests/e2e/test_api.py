@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import Server, fake
+from tests.e2e.conftest import Server, fake, poll
 
 CONTEXT = 256  # --max-seq-len of the session's server
 PAST_EOS = {"ignore_eos": True}  # random weights may say at any time that it is over
@@ -377,8 +377,8 @@ def test_http_errors_have_openai_s_shape(http: httpx.Client) -> None:
 def test_a_client_that_goes_away_frees_the_scheduler(
     start: Callable[..., Server], model_path: Path, stream: bool
 ) -> None:
-    """The scheduler runs two requests at once, and each would take half a minute: unless they are aborted, the
-    next one waits for those that nobody reads any more."""
+    """The scheduler runs two requests at once, and each would take half a minute: unless they are aborted, they are
+    still there when the next one has ended."""
     server = start(fake(model_path, delay=0.05, max_running=2, num_tokenizer=1))
     body = {"messages": HELLO, "max_tokens": 490, "n": 2, "stream": stream}
 
@@ -392,10 +392,10 @@ def test_a_client_that_goes_away_frees_the_scheduler(
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(abandon, range(3)))
-    begin = time.monotonic()
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HELLO, "max_tokens": 1}, timeout=20)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": HELLO, "max_tokens": 1}, timeout=60)
     assert answer.status_code == 200
-    assert time.monotonic() - begin < 3
+    load = httpx.get(f"{server.url}/server_info", timeout=60).json()["load"]
+    assert load["num_running_requests"] == load["num_waiting_requests"] == load["num_requests_in_flight"] == 0
     lines = server.output().splitlines()
     assert [line for line in lines if " in " not in line or " id " not in line] == lines[:1]  # that it serves
     assert sum(" 499 in " in line for line in lines) == 3 or stream
@@ -409,11 +409,11 @@ def test_health_answers_while_requests_run(client: openai.OpenAI, http: httpx.Cl
 
 
 def test_a_client_that_goes_away_while_it_sends_is_no_error(server: Server, http: httpx.Client) -> None:
-    url = httpx.URL(server.url)
+    url, before = httpx.URL(server.url), server.output().count("POST /v1/completions ")
     with socket.create_connection((url.host, url.port)) as leaving:
         leaving.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
     assert http.get("/health").status_code == 200
-    time.sleep(0.2)
+    poll(lambda: server.output().count("POST /v1/completions ") > before, "its line is not in the log")
     assert "Traceback" not in server.output()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ import transformers
 from prometheus_client.parser import text_string_to_metric_families
 
 import minisgl
-from tests.e2e.conftest import Server, fake
+from tests.e2e.conftest import Server, fake, poll
 
 HELLO: Any = [{"role": "user", "content": "Hello world"}]
 LABELS = {"model_name": "fake-model"}
@@ -140,9 +139,8 @@ def test_flushing_leaves_running_requests_alone(slow: Server, slow_http: httpx.C
     alone = slow_http.post("/v1/completions", json=body).json()["choices"]
     with ThreadPoolExecutor(4) as pool:
         running = [pool.submit(slow_http.post, "/v1/completions", json=body) for _ in range(3)]
-        for _ in range(5):
+        while not all(made.done() for made in running):
             assert slow_http.post("/flush_cache").status_code == 200
-            time.sleep(0.05)
     assert all(made.result().json()["choices"] == alone for made in running)
 
 
@@ -157,9 +155,18 @@ def test_abort_ends_a_request_for_its_client(slow_http: httpx.Client, stream: bo
         wanted = {"abort_all": True} if by == "all" else {"rid": ["unknown", rid, rid]}
         assert slow_http.post("/abort_request", json=wanted).json() == {"num_aborted": 2}
 
-    timer = threading.Timer(0.4, abort, (name,))
+    def num_tokens() -> float:
+        return value(scrape(slow_http), "generation_tokens_total")
+
+    def abort_when_it_runs() -> None:
+        poll(lambda: num_tokens() > before + 2, "it does not run")
+        abort(name)
+
+    before = num_tokens()
+
+    aborting = threading.Thread(target=abort_when_it_runs)
     if by != "id":
-        timer.start()
+        aborting.start()
     ends: list[Any] = []
     with slow_http.stream("POST", "/v1/chat/completions", json=body, headers={"x-request-id": name}) as answer:
         if stream:
@@ -167,15 +174,15 @@ def test_abort_ends_a_request_for_its_client(slow_http: httpx.Client, stream: bo
                 if line.startswith("data: {"):
                     chunk = json.loads(line.removeprefix("data: "))
                     ends += [c["finish_reason"] for c in chunk["choices"] if c["finish_reason"]]
-                    if by == "id" and not timer.ident:
-                        timer = threading.Timer(0.2, abort, (chunk["id"],))
-                        timer.start()
+                    if by == "id" and not aborting.ident:
+                        aborting = threading.Thread(target=abort, args=(chunk["id"],))
+                        aborting.start()
             assert line == "" or line == "data: [DONE]"
         else:
             made = json.loads(answer.read())
             ends = [choice["finish_reason"] for choice in made["choices"]]
             assert 0 < made["usage"]["completion_tokens"] < 800
-    timer.join()
+    aborting.join()
     assert ends == ["abort", "abort"]
     assert slow_http.post("/abort_request", json={"rid": name}).json() == {"num_aborted": 0}
     assert slow_http.get("/server_info").json()["load"]["num_running_requests"] == 0
@@ -242,8 +249,9 @@ def test_metrics_show_what_runs_and_waits(slow: Server, slow_http: httpx.Client)
     body = {"prompt": [5] * 20, "max_tokens": 60, "ignore_eos": True, "n": 6}
     with ThreadPoolExecutor(1) as pool:
         made = pool.submit(slow_http.post, "/v1/completions", json=body)
-        time.sleep(0.5)
         during = scrape(slow_http)
+        while not made.done() and value(during, "num_requests_running") < 4:
+            during = scrape(slow_http)
         made.result()
     assert value(during, "num_requests_running") == 4
     assert value(during, "num_requests_waiting") == 2

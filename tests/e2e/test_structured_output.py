@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -150,20 +149,18 @@ def test_nobody_notices_a_pathological_grammar(demo: Server) -> None:
         next(chunks)
         threads = [threading.Thread(target=ask, kwargs={"response_format": slow})]
         threads.append(threading.Thread(target=ask, kwargs={"extra_body": {"guided_grammar": chain}}))
-        start = last = time.monotonic()
         for thread in threads:
             thread.start()
-        longest = 0.0
+        num_meanwhile = 0
         for _ in chunks:
-            now = time.monotonic()
-            longest, last = max(longest, now - last), now
+            num_meanwhile += 1
             if not any(thread.is_alive() for thread in threads):
                 break
         for thread in threads:
             thread.join()
-        assert time.monotonic() - start < 15
-        assert longest < 1.5, "the stream stood still"
+        assert num_meanwhile >= 100, "the stream stood still"
         assert sorted(error.status_code for error in refusals) == [400, 400]
+        assert any("takes more than 3 s" in error.message for error in refusals)
         fine = client.completions.create(
             model=name, prompt="a", max_tokens=9, extra_body={"structured_outputs": {"regex": "[ab]{3}"}}
         )

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import ValidationError
@@ -56,6 +56,11 @@ class Fields:
         kind = given.get(self.by)
         return self.kinds.get(kind, self) if isinstance(kind, str) else self
 
+    def refuses(self, name: str, value: Any) -> bool:
+        """Values are compared as in JSON, where false is not 0."""
+        nothing = self.refused.get(name, (value,))
+        return not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in nothing)
+
 
 @dataclass(slots=True)
 class Reading:
@@ -89,7 +94,7 @@ class Reading:
             here = f"{where}.{shown(name)}" if where else shown(name)
             meant = fields.others.get(name, name)
             unknown = meant not in fields.known or (meant != name and given.get(meant) is not None)
-            if unknown and name in fields.refused and not asks_for_nothing(value, fields.refused[name]):
+            if unknown and fields.refuses(name, value):
                 raise RequestError(f"{here} is not supported", param=here, code="unsupported_parameter")
             inner = fields.nested.get(meant)
             if inner is not None and not (inner.in_lists and isinstance(value, dict)):
@@ -141,11 +146,6 @@ _NESTED = {name: OBJECTS[of] for name, of in _TABLE["nested"].items()}
 _NESTED |= dict.fromkeys(_TABLE["wrappers"].split(), _WRAPPED)
 
 
-def asks_for_nothing(value: Any, neutral: Sequence[Any]) -> bool:
-    """Whether it is one of these values as JSON knows them: there, false is not 0."""
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
-
-
 # Halves of characters beyond 16 bits, where a client has cut a text between them; and what looks like one.
 _HALVES = re.compile(rb"\\(?:(\\|u[dD][89abAB]%b\\u[dD][c-fC-F]%b)|u[dD][89a-fA-F]%b)" % ((b"[0-9a-fA-F]{2}",) * 3))
 
@@ -161,8 +161,7 @@ def load_object(data: bytes, fields: Fields, reading: Reading | None = None) -> 
         raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise RequestError("the body must be a JSON object")
-    kept: dict[str, Any] = (reading or Reading()).read(raw, fields)
-    return kept
+    return cast(dict[str, Any], (reading or Reading()).read(raw, fields))
 
 
 def load(model: type[B], data: bytes, reading: Reading | None) -> B:
@@ -177,7 +176,6 @@ def fields_of(model: type[Body]) -> Fields:
     if own.get("alone"):
         return Fields(known)
     refused: Refused = UNSUPPORTED | {name: tuple(values) for name, values in own.get("refused", {}).items()}
-    refused |= dict.fromkeys(own.get("empty", "").split(), EMPTY)
     refused |= dict.fromkeys(_TABLE["wrapped"].split() if own.get("wrapped") else (), ())
     return Fields(
         known,
