@@ -63,10 +63,10 @@ def load(path: Path) -> tuple[str, Planner]:
             value = deque(Planned(plan, [req(described) for described in reqs]) for plan, reqs in value)
         elif name == "pages":
             free = value["allocator"]
-            value["allocator"] = _filled(PageAllocator(0), free | {"_is_free": bytearray(free["_is_free"])})
+            value["allocator"] = _filled(PageAllocator(0), free | {"flags": bytearray(free["flags"])})
             cache = value["cache"]
             cache["_root"] = _node(nodes, cache["_root"])
-            cache["_heap"] = [(stamp, serial, _node(nodes, node)) for stamp, serial, node in cache["_heap"]]
+            cache["candidates"] = [(stamp, serial, _node(nodes, x)) for stamp, serial, x in cache["candidates"]]
             kind = PrefixCache if config.cache_type == "radix" else NaiveCache
             value = _filled(Pages(config), value | {"cache": _filled(kind(config.page_size), cache)})
         setattr(planner, name, value)
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
         return 2
     reason, planner = load(Path(argv[1]))
     print(f"found then: {reason}")
-    print(f"{planner.num_running} running, {planner.num_waiting} waiting, {planner.num_free_pages} pages to be had")
+    print(f"{len(planner.running)} running, {len(planner.waiting)} waiting, {planner.pages.num_free} pages to be had")
     try:
         check_integrity(planner)
     except IntegrityError as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from minisgl.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -351,12 +351,12 @@ class ReqOutput(NamedTuple):
     num_hidden: int = 0
     error: str | None = None
     error_status: int = 500
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
+    logprobs: Sequence[TokenLogprobs] = ()
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
 
 
 def with_logprobs(output: ReqOutput, result: StepResult, sample: int) -> ReqOutput:
     """The output of the step's sample of this number, with what it is to report."""
-    logprobs = None if result.logprobs is None or not output.token_ids else result.logprobs.get(sample)
+    logprobs = (result.logprobs or {}).get(sample) if output.token_ids else None
     prompt, output.req.prompt_logprobs = output.req.prompt_logprobs, []
-    return output._replace(logprobs=logprobs, prompt_logprobs=prompt or None)
+    return output._replace(logprobs=(logprobs,) if logprobs else (), prompt_logprobs=prompt)

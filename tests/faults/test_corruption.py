@@ -58,17 +58,14 @@ class Busy:
 
     def nodes(self) -> list[RadixNode]:
         """All but the root."""
-        found = [self.cache._root]
-        for node in found:
-            found += node.children.values()
-        return found[1:]
+        return self.cache.nodes()[1:]
 
     def leaf(self) -> RadixNode:
         return next(node for node in self.nodes() if not node.children and not node.num_locks)
 
     def deep(self) -> RadixNode:
         """A node below another one."""
-        return next(node for node in self.nodes() if node.parent is not self.cache._root)
+        return next(node for node in self.nodes() if node.parent is not self.cache.nodes()[0])
 
 
 def set_node(name: str, change: Callable[[Any], Any]) -> Callable[[Busy], None]:
@@ -113,7 +110,7 @@ def filed_elsewhere(busy: Busy) -> None:
 
 
 def another_parent(busy: Busy) -> None:
-    busy.deep().parent = busy.cache._root
+    busy.deep().parent = busy.cache.nodes()[0]
 
 
 def own_ancestor(busy: Busy) -> None:
@@ -126,7 +123,7 @@ def in_another_namespace(busy: Busy) -> None:
     """A request of one salt on the same tokens of another."""
     theirs = next(node for node in busy.nodes() if node.name.endswith(b"another"))
     ours = next(node for node in busy.nodes() if node.name == theirs.name.removesuffix(b"another"))
-    root = busy.cache._root
+    root = busy.cache.nodes()[0]
     for node, name in ((theirs, ours.name), (ours, theirs.name)):
         node.name, root.children[name] = name, node
 
@@ -142,7 +139,7 @@ def unlocked(busy: Busy) -> None:
 
 
 def heap_forgets(busy: Busy) -> None:
-    busy.cache._heap = [entry for entry in busy.cache._heap if entry[2] is not busy.leaf()]
+    busy.cache.candidates = [entry for entry in busy.cache.candidates if entry[2] is not busy.leaf()]
 
 
 def heap_has_another_stamp(busy: Busy) -> None:
@@ -150,7 +147,9 @@ def heap_has_another_stamp(busy: Busy) -> None:
 
 
 def count_in_cache(busy: Busy) -> None:
-    busy.cache._num_pages += 1
+    """It holds a page that it does not know of."""
+    leaf = busy.leaf()
+    leaf.key, leaf.pages = np.append(leaf.key, leaf.key[:4]), leaf.pages + busy.allocator.allocate(1)
 
 
 def count_evictable(busy: Busy) -> None:
@@ -191,11 +190,11 @@ def waits_under_another_uid(busy: Busy) -> None:
 
 
 def flag(busy: Busy) -> None:
-    busy.allocator._is_free[busy.running[0].pages[-1]] = 1
+    busy.allocator.flags[busy.running[0].pages[-1]] = 1
 
 
 def free_list(busy: Busy) -> None:
-    busy.allocator._free[0] = busy.running[0].pages[-1]
+    busy.allocator.free_list[0] = busy.running[0].pages[-1]
 
 
 VARIANTS: dict[str, tuple[Callable[[Busy], object], str]] = {

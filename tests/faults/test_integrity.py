@@ -66,12 +66,12 @@ class Served:
 
     def turns(self, count: int = 400) -> None:
         for _ in range(count):
-            if self.scheduler.planner.is_idle and not self.transport._received:
-                return
             self.scheduler.turn()
             for message in self.transport.take_outputs():
                 assert isinstance(message, DetokenizeMsg)
                 self.messages.setdefault(message.uid, []).append(message)
+            if self.scheduler.planner.is_idle:
+                return
 
     def reason(self, uid: int) -> FinishReason | None:
         """How the one terminal message ends a request."""
@@ -87,7 +87,7 @@ class Served:
         for uid in range(8):
             self.ask(uid, [uid] * 10)
         self.turns(6)
-        assert (self.scheduler.planner.num_running, self.scheduler.planner.num_waiting) == (4, 4)
+        assert (len(self.scheduler.planner.running), len(self.scheduler.planner.waiting)) == (4, 4)
         return self
 
     def ends_well(self, first: int) -> None:
@@ -103,7 +103,7 @@ class Served:
             assert self.reason(uid) is FinishReason.LENGTH
             assert self.ids(uid) == expected_output([uid if uid < 8 else uid % 4] * 10, 30, ())
         check_integrity(self.scheduler.planner)
-        assert self.scheduler.planner.num_free_pages == CONFIG.num_pages
+        assert self.scheduler.planner.pages.num_free == CONFIG.num_pages
 
 
 @pytest.fixture(autouse=True)

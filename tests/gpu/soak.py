@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> Counter[str]:
             load.check_rate()
             planner = llm.rank.scheduler.planner
             planner.check_integrity()
-            assert planner.num_free_pages == options["num_pages"], "pages are lost"
+            assert planner.pages.num_free == options["num_pages"], "pages are lost"
             load.counts["retracted"] = planner.num_retracted
             load.counts["near-ties"] += 0  # named even where there were none
     print(", ".join(f"{count:,} {name}" for name, count in load.counts.items()), "- every page is accounted for")

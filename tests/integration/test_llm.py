@@ -89,7 +89,7 @@ def test_greedy_tokens_do_not_depend_on_the_schedule(model: Path, expected: list
         for _ in range(2):  # the second time, prompts and outputs are in the cache
             outputs = llm.generate(make_prompts(), GREEDY)
             assert [output.token_ids for output in outputs] == expected
-        assert llm.rank.scheduler.planner.num_free_pages == llm.config.engine.num_pages
+        assert llm.rank.scheduler.planner.pages.num_free == llm.config.engine.num_pages
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -157,7 +157,7 @@ def test_streams_can_be_read_in_turn_and_left_early(llm: LLM) -> None:
     for _ in llm.stream("Hello", params):
         break
     assert llm.generate("Hello", params)[0].token_ids == whole[0].token_ids
-    assert llm.rank.scheduler.planner.num_free_pages == llm.config.engine.num_pages
+    assert llm.rank.scheduler.planner.pages.num_free == llm.config.engine.num_pages
 
 
 def test_chat_applies_the_template(llm: LLM) -> None:

@@ -43,10 +43,10 @@ class Session:
     def run(self) -> None:
         handles: list[Any] = []
         while not self.planner.is_idle:
-            plan = self.planner.plan()
-            if plan is not None:
-                handles.append(self.engine.submit(plan))
-            while len(handles) > (1 if self.overlap and plan is not None else 0):
+            planned = self.planner.plan()
+            if planned is not None:
+                handles.append(self.engine.submit(planned.plan))
+            while len(handles) > (1 if self.overlap and planned is not None else 0):
                 for output in self.planner.retire(handles.pop(0).result()):
                     self.outputs.setdefault(output.req.uid, []).append(output)
 
@@ -57,11 +57,11 @@ class Session:
         """What was reported of the output, and of the prompt if anything was, is what the model computes."""
         tokens, outputs = prompt + self.tokens(uid), self.outputs[uid]
         expected = hf_logits(self.path, tokens[:-1]).log_softmax(-1)
-        reported = [output.logprobs for output in outputs if output.logprobs is not None]
+        reported = [part for output in outputs for part in output.logprobs]
         if reported:
             assert len(reported) == len(self.tokens(uid))
             _compare(reported, expected[len(prompt) - 1 :], tokens[len(prompt) :])
-        parts = [part for output in outputs for part in output.prompt_logprobs or []]
+        parts = [part for output in outputs for part in output.prompt_logprobs]
         if parts:
             assert sum(len(part.chosen) for part in parts) == len(prompt) - 1
             _compare(parts, expected, prompt[1:])
@@ -93,7 +93,7 @@ def test_equal_log_softmax_whatever_else_changes_the_logits(chunk: int) -> None:
     session.run()
     for uid, prompt in enumerate(prompts):
         session.check(uid, prompt)
-    assert [output.logprobs for output in session.outputs[3]] == [None] * 8
+    assert [output.logprobs for output in session.outputs[3]] == [()] * 8
     assert set(session.tokens(4)) == {9}
     session.engine.close()
 

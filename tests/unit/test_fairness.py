@@ -116,7 +116,7 @@ def test_a_small_request_does_not_wait_for_the_flood_of_another(prompt_len: int,
     for uid in (100, 101):
         run.add(uid, "small", 8, 2)
         run.steps(STEPS)
-        assert uid in run.first, f"{run.planner.num_running} are running, {run.planner.num_waiting} wait"
+        assert uid in run.first, f"{len(run.planner.running)} are running, {len(run.planner.waiting)} wait"
     run.steps(20_000)
     assert run.planner.is_idle and len(run.first) == 22
     assert began < max(run.first.values())

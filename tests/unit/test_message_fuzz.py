@@ -202,7 +202,7 @@ def test_requests_that_make_no_sense_end_or_are_ignored(fields: list[dict[str, A
             break
     assert ended.keys() == wanted.keys()
     assert all(ended[uid] <= times for uid, times in wanted.items())  # a uid is free again when its request has ended
-    assert scheduler.planner.num_free_pages == CONFIG.num_pages
+    assert scheduler.planner.pages.num_free == CONFIG.num_pages
 
 
 texts = st.text(max_size=20)

@@ -185,7 +185,7 @@ def test_large_limits_do_not_reserve_pages() -> None:
     for uid in range(6):
         driver.planner.add(uid, prompt(4, start=uid), SamplingParams(max_tokens=600, seed=0))
     driver.step()
-    assert driver.planner.num_running == 6
+    assert len(driver.planner.running) == 6
 
 
 def test_eos_ends_a_request_unless_it_is_ignored() -> None:
@@ -231,9 +231,9 @@ def test_a_request_aborted_in_flight_gives_its_pages_back_only_when_the_step_has
     plan = driver.plan()
     driver.take(driver.planner.abort(0))
     assert driver.reasons[0] is FinishReason.ABORT
-    assert driver.planner.num_free_pages == CONFIG.num_pages - 2
+    assert driver.planner.pages.num_free == CONFIG.num_pages - 2
     assert driver.planner.retire(driver.engine.submit(plan).result()) == []
-    assert driver.planner.num_free_pages == CONFIG.num_pages
+    assert driver.planner.pages.num_free == CONFIG.num_pages
     assert driver.planner.abort(0) == []
 
 
@@ -340,7 +340,7 @@ def test_a_page_that_is_freed_twice_is_noticed_at_once(wrong: list[int]) -> None
 def test_no_page_is_handed_out_twice() -> None:
     allocator = PageAllocator(8)
     allocator.allocate(2)
-    allocator._free.append(1)
+    allocator.free_list.append(1)
     with pytest.raises(IntegrityError, match="page 1 is handed out twice"):
         allocator.allocate(1)
     with pytest.raises(IntegrityError, match="9 pages wanted, 6 free"):
@@ -361,8 +361,8 @@ def test_long_prompts_that_wait_cost_the_running_requests_nothing(policy: str) -
         seconds.append(time.process_time() - begin)
         assert planned is not None
         planner.retire(StepResult(planned.plan.step_id, [(1,)] * len(planned.sampling)))
-    assert planner.num_running < 5
-    assert planner.num_waiting > 120
+    assert len(planner.running) < 5
+    assert len(planner.waiting) > 120
     ids = prompt(100_000)
     begin = time.process_time()
     np.array(ids, np.int32)

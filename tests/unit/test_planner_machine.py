@@ -223,7 +223,7 @@ class PlannerMachine(RuleBasedStateMachine):
                 self.planner.resume(self.held.popitem()[0], paced=len(self.held) % 2 == 0)
             self.step(1)
         assert self.finished.keys() == self.prompts.keys(), "a request never got its terminal reply"
-        assert self.planner.num_free_pages == self.config.num_pages
+        assert self.planner.pages.num_free == self.config.num_pages
 
 
 PlannerMachine.TestCase.settings = settings(

@@ -178,7 +178,7 @@ def test_broken_page_accounting_is_fatal_in_tests_and_flushes_the_cache_in_produ
         for uid in range(16):  # it looks after every sixteenth spell of work
             transport.put([user(uid, [1])])
             assert uid in run(scheduler, transport, turns=10)
-        assert scheduler.planner.num_free_pages == config.num_pages
+        assert scheduler.planner.pages.num_free == config.num_pages
 
 
 def test_ranks_make_the_same_plans_and_notice_when_they_do_not(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -254,7 +254,7 @@ def test_flushing_takes_what_nobody_uses() -> None:
     assert cached(3) == 0
     transport.put([user(4, prompt, 30)])
     scheduler.turn()
-    assert scheduler.planner.num_running == 1
+    assert len(scheduler.planner.running) == 1
     scheduler.planner.pages.flush_unused()  # it has these pages, and goes on with them
     outputs = run(scheduler, transport)[4]
     ids = [token for message in outputs for token in unpack_ids(message.token_ids)]
@@ -269,7 +269,7 @@ def test_steps_are_counted() -> None:
     scheduler.turn()
     reply = status.reply(9)
     assert (reply.uid, reply.num_pages) == (9, CONFIG.num_pages)
-    assert (reply.num_running, reply.num_waiting) == (scheduler.planner.num_running, scheduler.planner.num_waiting)
+    assert (reply.num_running, reply.num_waiting) == (len(scheduler.planner.running), len(scheduler.planner.waiting))
     assert reply.num_waiting >= 2
     assert reply.num_free_pages < CONFIG.num_pages
     run(scheduler, transport)

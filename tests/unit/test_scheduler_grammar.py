@@ -234,7 +234,7 @@ def test_an_abort_at_any_turn_leaves_nothing_behind(after: int) -> None:
     loop.transport.put([AbortMsg(1)])
     loop.turn(12)
     assert sum(message.finish_reason is not None for message in loop.outputs[1]) == 1
-    assert not loop.grammars._outputs and loop.scheduler.planner.is_idle
+    assert not loop.grammars.outputs and loop.scheduler.planner.is_idle
 
 
 def test_a_grammar_that_grows_too_complex_is_an_error_of_its_own() -> None:
@@ -247,7 +247,7 @@ def test_a_grammar_that_grows_too_complex_is_an_error_of_its_own() -> None:
     assert last.finish_reason is FinishReason.ERROR and "too complex" in last.error and "and more" not in last.error
     assert last.error_status == 400
     assert loop.ids(2) == expected_output([4, 5], 8, ())
-    assert not loop.grammars._outputs
+    assert not loop.grammars.outputs
 
 
 def test_a_failed_step_ends_its_requests_and_the_next_one_works() -> None:
@@ -313,7 +313,7 @@ def test_an_abort_of_a_row_that_waits_leaves_nothing_behind(monkeypatch: pytest.
     loop.transport.put([AbortMsg(1)])
     loop.turn_until_idle()
     assert sum(message.finish_reason is not None for message in loop.outputs[1]) == 1
-    assert not loop.grammars._outputs and not loop.grammars.is_holding
+    assert not loop.grammars.outputs and not loop.grammars.is_holding
 
 
 def test_a_grammar_that_is_slow_again_and_again_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

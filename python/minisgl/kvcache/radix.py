@@ -70,7 +70,7 @@ class PrefixCache:
         self.num_evictable = 0  # of those, what `evict` could give back now
         # Candidates for eviction as (stamp, serial, node); entries go stale when the node is used, locked or gains
         # children, and are checked when popped.
-        self._heap: list[tuple[int, int, RadixNode]] = []
+        self.candidates: list[tuple[int, int, RadixNode]] = []
         self._serial = 0
 
     def match(self, namespace: bytes, token_ids: TokenIds) -> Match:
@@ -130,8 +130,8 @@ class PrefixCache:
     def evict(self, count: int) -> list[int]:
         """Give up at least `count` pages if that many are evictable."""
         freed: list[int] = []
-        while len(freed) < count and self._heap:
-            entry = heapq.heappop(self._heap)
+        while len(freed) < count and self.candidates:
+            entry = heapq.heappop(self.candidates)
             if self._is_candidate(entry):
                 freed += self._remove(entry[2])
         return freed
@@ -159,7 +159,7 @@ class PrefixCache:
 
     def check(self, handles: Sequence[RadixNode]) -> list[int]:
         """Every page that the cache owns, by walking it. handles: all that are locked. Raises: IntegrityError."""
-        candidates = {id(node) for stamp, _, node in self._heap if stamp == node.stamp}
+        candidates = {id(node) for stamp, _, node in self.candidates if stamp == node.stamp}
         nodes = self.nodes()
         require(len(nodes) <= self._num_pages + 1, "there are more nodes than pages in the cache")
         for node in nodes:
@@ -241,11 +241,11 @@ class PrefixCache:
         """Make it a candidate, if it can be evicted."""
         if not self._is_evictable_leaf(node):
             return
-        if len(self._heap) > 64 + 4 * self._num_pages:  # mostly stale: a popular prefix leaves one entry per use
-            self._heap = [entry for entry in self._heap if self._is_candidate(entry)]
-            heapq.heapify(self._heap)
+        if len(self.candidates) > 64 + 4 * self._num_pages:  # mostly stale: a popular prefix leaves one entry per use
+            self.candidates = [entry for entry in self.candidates if self._is_candidate(entry)]
+            heapq.heapify(self.candidates)
         self._serial += 1
-        heapq.heappush(self._heap, (node.stamp, self._serial, node))
+        heapq.heappush(self.candidates, (node.stamp, self._serial, node))
 
     def _remove(self, leaf: RadixNode) -> list[int]:
         parent = leaf.parent

@@ -82,7 +82,7 @@ class Grammars:
     def __init__(self, store: GrammarStore | None, is_gpu: bool = False) -> None:
         self._store = store
         self._held: dict[int, tuple[UserMsg, Future[CompiledGrammar]]] = {}
-        self._outputs: dict[int, _Output] = {}
+        self.outputs: dict[int, _Output] = {}
         self._waiting: dict[int, _Output] = {}  # those that the planner holds
         self._replies: list[Reply] = []
         self._aborts: deque[AbortMsg] = deque()
@@ -139,7 +139,7 @@ class Grammars:
         if not plan.masked or self._store is None:
             return None
         reqs = planned.sampling
-        rows = [_Row(reqs[i], self._outputs[reqs[i].uid], reqs[i].num_tokens - 1) for i in plan.masked]
+        rows = [_Row(reqs[i], self.outputs[reqs[i].uid], reqs[i].num_tokens - 1) for i in plan.masked]
         return LateMasks(self, plan, rows, [step for step in submitted if step[0].plan.masked])
 
     def _pace(self, plan: StepPlan, *, has_others: bool) -> None:
@@ -153,13 +153,13 @@ class Grammars:
     def finish(self, outputs: list[ReqOutput]) -> list[ReqOutput]:
         """What there is to tell. Requests that end are forgotten, and those that this class has ended get their reason.
         Of those that are held the next masks are computed."""
-        if not self._outputs:
+        if not self.outputs:
             return outputs
         told = []
         for output in outputs:
-            req, own = output.req, self._outputs.get(output.req.uid)
+            req, own = output.req, self.outputs.get(output.req.uid)
             if own is not None and output.finish_reason is not None:
-                del self._outputs[req.uid]
+                del self.outputs[req.uid]
                 self._waiting.pop(req.uid, None)
                 if own.error is not None and output.finish_reason is FinishReason.ABORT:
                     output = output._replace(finish_reason=FinishReason.ERROR, error=own.error, error_status=400)
@@ -229,7 +229,7 @@ class Grammars:
     def _let_in(self, uids: Sequence[int], future: Future[CompiledGrammar]) -> bool:
         error = future.exception()
         if error is None:
-            self._outputs |= {uid: _Output(future.result()) for uid in uids}
+            self.outputs |= {uid: _Output(future.result()) for uid in uids}
             return True
         if not isinstance(error, RequestError):
             error = RequestError(f"structured output failed: {type(error).__name__}", status=500)

@@ -52,6 +52,9 @@ _LPM_WINDOW = 128
 _LPM_OLDEST_EVERY = 8
 
 
+_Shares = tuple[list[Req], list[ScheduledReq]]
+
+
 def _cost(req: Req) -> int:
     """Of one token of a prompt, in tokens of the step's budget."""
     return _TELLING_COST if req.tells_prompt else 1
@@ -74,10 +77,8 @@ class _Draft:
     """A step in the making. budget: tokens that it may still have."""
 
     budget: int
-    decode: list[ScheduledReq] = field(default_factory=list)
-    prefill: list[ScheduledReq] = field(default_factory=list)
-    decode_reqs: list[Req] = field(default_factory=list)
-    prefill_reqs: list[Req] = field(default_factory=list)
+    decode: _Shares = field(default_factory=lambda: ([], []))
+    prefill: _Shares = field(default_factory=lambda: ([], []))
     admissions: list[Admission] = field(default_factory=list)
 
 
@@ -112,18 +113,6 @@ class Planner:
         for req in waiting:
             self._wait(req)
         return self.reqs.keys()
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self.waiting)
-
-    @property
-    def num_running(self) -> int:
-        return len(self.running)
-
-    @property
-    def num_free_pages(self) -> int:
-        return self.pages.num_free
 
     @property
     def is_idle(self) -> bool:
@@ -177,7 +166,8 @@ class Planner:
             self._take_turns()
         if self._plan_running(draft) and may_admit:
             self._plan_waiting(draft)
-        reqs, shares = draft.decode_reqs + draft.prefill_reqs, tuple(draft.decode + draft.prefill)
+        (decode, decode_shares), (prefill, prefill_shares) = draft.decode, draft.prefill
+        reqs, shares = decode + prefill, tuple(decode_shares + prefill_shares)
         if not reqs:
             return None
         checked = self._check_every and self._step_id % self._check_every == 0
@@ -186,7 +176,7 @@ class Planner:
             tuple(draft.admissions),
             tuple(pages.updates),
             shares,
-            num_decode=len(draft.decode),
+            num_decode=len(decode),
             copies=tuple(pages.copies),
             masked=_masked(reqs, shares),
             expected=tuple(PageUpdate(req.row, 0, tuple(req.pages)) for req in self.running) if checked else (),
@@ -236,19 +226,13 @@ class Planner:
         end = req.num_computed = start + num_new
         req.num_inflight += 1
         num_samples = 1 if end == req.num_tokens else 0
-        if (
-            start < len(req.prefix) and not req.tells_prompt
-        ):  # others may share its pages from now on, even within this step
+        if start < len(req.prefix) and not req.tells_prompt:  # from now on, even within this step, it shares its pages
             req.handle = self.pages.cache.insert(req.namespace, req.handle, req.prefix[:end], req.pages)
         req.num_tokens += num_samples
         req.held = req.paced and num_samples > 0
-        share = ScheduledReq(req.row, start, num_new, num_samples)
-        if num_new == num_samples:
-            draft.decode.append(share)
-            draft.decode_reqs.append(req)
-        else:
-            draft.prefill.append(share)
-            draft.prefill_reqs.append(req)
+        reqs, shares = draft.decode if num_new == num_samples else draft.prefill
+        reqs.append(req)
+        shares.append(ScheduledReq(req.row, start, num_new, num_samples))
 
     def retire(self, result: StepResult) -> list[ReqOutput]:
         """Take in the oldest planned step's sampled ids. Returns what became known, in plan order."""
@@ -272,11 +256,8 @@ class Planner:
         return outputs
 
     def fail(self, step_id: int, error: str) -> list[ReqOutput]:
-        """The oldest planned step failed on the device.
-
-        Its requests, and those of later steps, which may have read what this one did not write, end with an error, and
-        nothing computed so far is reused. The others go on.
-        """
+        """The oldest planned step failed on the device. Its requests and those of later steps, which may have read what
+        this one did not write, end with an error, and nothing computed so far is reused. The others go on."""
         victims = [req for req in self.reqs.values() if req.num_inflight]
         plan, reqs = self.inflight.popleft()
         assert plan.step_id == step_id, f"step {step_id} failed, {plan.step_id} expected"

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 _PUMP_SECONDS = 0.1
 _LATE_SECONDS = 10.0  # beyond its estimate: a step that takes longer makes us unhealthy
-_CHECK_EVERY = 16  # spells of work
+_CHECK_EVERY = 16  # spells of work: after so many of them there is a walk
 _MAX_FAILURES = 3  # steps in a row; after that the device is taken for broken
 
 
@@ -88,22 +88,15 @@ class Scheduler:
 
     def _turn(self) -> None:
         idle = self.planner.is_idle
-        if idle and not self._checked:
-            self._check_idle()
+        if idle and not self._checked:  # by count, so that all ranks walk at the same turn
+            self._checked, self._num_spells = True, self._num_spells + 1
+            if self._num_spells % _CHECK_EVERY == 0 or self._config.integrity_fatal:
+                check_integrity(self.planner)
         block = idle or (self._stuck and self._grammars.is_holding)
         self._inbox += self._transport.receive(block=block and not self._inbox, digest=self._digest)
         outputs: list[ReqOutput] = []
         while self._inbox:
-            message = self._inbox.popleft()
-            if isinstance(message, UserMsg):
-                self._open.update((uid, False) for uid in message.uids if uid not in self._open)
-                outputs += self.planner.add(message.uid, unpack_ids(message.prompt), message.params, message.count)
-            elif isinstance(message, AbortMsg):
-                outputs += self.planner.abort(message.uid)
-            elif isinstance(message, ResumeMsg):
-                self.planner.resume(message.uid, message.paced)
-            else:
-                self._transport.answer(FlushReply(message.uid, self.planner.pages.flush_unused()))
+            outputs += self._take(self._inbox.popleft())
         if idle:
             self._observer.resumed()
         self._send(outputs)
@@ -119,18 +112,23 @@ class Scheduler:
                 damage(self.planner, how)
             self._observer.submitted(planned.plan)
             self._submitted.append((planned, self._executor.submit(planned.plan, masks)))
-        elif not self._submitted and not self.planner.num_running and self.planner.num_waiting:
+        elif not self._submitted and not len(self.planner.running) and len(self.planner.waiting):
             raise IntegrityError("no request can begin, and none runs: pages are lost")
         num_left = 1 if self._config.overlap and planned is not None else 0
         while len(self._submitted) > num_left:
             self._retire()
 
-    def _check_idle(self) -> None:
-        """Some spells of work are followed by a walk: by count, so that all ranks walk at the same turn."""
-        self._checked = True
-        self._num_spells += 1
-        if self._num_spells % _CHECK_EVERY == 0 or self._config.integrity_fatal:
-            check_integrity(self.planner)
+    def _take(self, message: PlannerMsg) -> list[ReqOutput]:
+        if isinstance(message, UserMsg):
+            self._open.update((uid, False) for uid in message.uids if uid not in self._open)
+            return self.planner.add(message.uid, unpack_ids(message.prompt), message.params, message.count)
+        if isinstance(message, AbortMsg):
+            return self.planner.abort(message.uid)
+        if isinstance(message, ResumeMsg):
+            self.planner.resume(message.uid, message.paced)
+        else:
+            self._transport.answer(FlushReply(message.uid, self.planner.pages.flush_unused()))
+        return []
 
     def _retire(self) -> None:
         """Take in the oldest step. It stays submitted until it has run: an interrupt (under `LLM`) comes while we wait,
@@ -211,11 +209,9 @@ class Scheduler:
             reason = output.error or output.finish_reason.value
             logger.debug("request %d: %s after %d + %d tokens", req.uid, reason, req.prompt_len, num_output)
         tokens = (req.uid, pack_ids(output.token_ids), req.num_cached, output.num_hidden, start)
-        logprobs = (
-            None if output.logprobs is None else pack_logprobs([output.logprobs]),
-            None if output.prompt_logprobs is None else pack_logprobs(output.prompt_logprobs),
-        )
-        return DetokenizeMsg(*tokens, output.finish_reason, output.error, output.error_status, *logprobs)
+        ending = output.finish_reason, output.error, output.error_status
+        logprobs, of_prompt = (parts and pack_logprobs(parts) for parts in (output.logprobs, output.prompt_logprobs))
+        return DetokenizeMsg(*tokens, *ending, logprobs or None, of_prompt or None)
 
 
 def _stream_start(req: Req) -> StreamStart:

@@ -24,16 +24,10 @@ class Status(Observer):
     done unless there was one just now; then the next tells of it. None while there is nothing to do."""
 
     def __init__(self, num_pages: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._num_pages = num_pages
+        self._num_pages, self._clock = num_pages, clock
         self._requests, self._tokens = Histogram(_REQUEST_BOUNDS), Histogram(_TOKEN_BOUNDS)  # of steps
         self._planner: Planner | None = None
-        self._clock = clock
-        self._logged = clock() - _SECONDS
-        self._resumed = clock()
-        self._clear()
-
-    def _clear(self) -> None:
-        self._busy = 0.0
+        self._logged, self._resumed, self._busy = clock() - _SECONDS, clock(), 0.0
         self._num_done = self._num_output = 0
 
     def attached(self, planner: Planner) -> None:
@@ -51,7 +45,8 @@ class Status(Observer):
         self._num_done += sum(output.finish_reason is not None for output in outputs)
 
     def turned(self) -> None:
-        planner, now = self._known_planner(), self._clock()
+        planner, now = self._planner, self._clock()
+        assert planner is not None
         if not planner.is_idle and self._busy + now - self._resumed < _SECONDS:
             return
         self._busy, self._resumed = self._busy + now - self._resumed, now
@@ -60,21 +55,17 @@ class Status(Observer):
         logger.info(
             "requests: %d done, %d running, %d waiting; %d tokens in %.1f s (%.0f/s); KV cache %.0f%% in use",
             self._num_done,
-            planner.num_running,
-            planner.num_waiting,
+            len(planner.running),
+            len(planner.waiting),
             self._num_output,
             self._busy,
             self._num_output / max(self._busy, 1e-3),
-            100 * (1 - planner.num_free_pages / self._num_pages),
+            100 * (1 - planner.pages.num_free / self._num_pages),
         )
-        self._logged = now
-        self._clear()
+        self._logged, self._busy, self._num_done, self._num_output = now, 0.0, 0, 0
 
     def reply(self, uid: int) -> StatsReply:
-        planner = self._known_planner()
-        counts = (self._num_pages, planner.num_free_pages, planner.num_retracted)
-        return StatsReply(uid, planner.num_running, planner.num_waiting, *counts, self._requests, self._tokens)
-
-    def _known_planner(self) -> Planner:
-        assert self._planner is not None, "there is no scheduler yet"
-        return self._planner
+        planner = self._planner
+        assert planner is not None, "there is no scheduler yet"
+        counts = (self._num_pages, planner.pages.num_free, planner.num_retracted)
+        return StatsReply(uid, len(planner.running), len(planner.waiting), *counts, self._requests, self._tokens)
