@@ -21,16 +21,26 @@ import torch.nn.functional as F
 
 from minisgl.kernel.paged import PagedSequences
 from minisgl.kernel.triton import decode, prefill
-from minisgl.kernel.triton.prefill import PrefillConfig
+from minisgl.kernel.triton.common import AttentionConfig
 
 Tensor = torch.Tensor
 DEVICE, DTYPE, HEAD_DIM, NUM_KV_HEADS = torch.device("cuda"), torch.bfloat16, 128, 8
+DECODE_VARIANTS = (
+    AttentionConfig(1, 64, 4, 3),
+    AttentionConfig(1, 64, 4, 5),
+    AttentionConfig(1, 64, 2, 3),
+    AttentionConfig(1, 64, 8, 5),
+    AttentionConfig(1, 128, 4, 3),
+    AttentionConfig(1, 128, 8, 3),
+    AttentionConfig(1, 32, 2, 5),
+    AttentionConfig(1, 32, 4, 7),
+)
 PREFILL_VARIANTS = (
-    PrefillConfig(128, 64, 8, 3),
-    PrefillConfig(128, 64, 8, 5),
-    PrefillConfig(128, 128, 8, 3),
-    PrefillConfig(128, 128, 8, 2),
-    PrefillConfig(64, 64, 4, 3),
+    AttentionConfig(128, 64, 8, 3),
+    AttentionConfig(128, 64, 8, 5),
+    AttentionConfig(128, 128, 8, 3),
+    AttentionConfig(128, 128, 8, 2),
+    AttentionConfig(64, 64, 4, 3),
 )
 # (name, sequence lengths, of which new)
 PREFILLS = (
@@ -68,7 +78,7 @@ class Case:
             sum(n * s + n * (n + 1) // 2 for s, n in zip(starts, num_new, strict=True))
         )  # fmt: skip
 
-    def blocks(self, config: PrefillConfig) -> Tensor:
+    def blocks(self, config: AttentionConfig) -> Tensor:
         num_new = np.array(self.num_new)
         group = self.q.shape[1] // NUM_KV_HEADS
         blocks = prefill.prefill_blocks(np.array(self.seq_lens) - num_new, num_new, group, config.block_m)
@@ -119,7 +129,7 @@ def check(out: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(out.float(), expected.float(), atol=2e-2, rtol=2e-2)
 
 
-def bench_prefill(config: PrefillConfig, page_size: int, group: int = 2) -> Any:
+def bench_prefill(config: AttentionConfig, page_size: int, group: int = 2) -> Any:
     def run(case: Case, caches: Tensor, blocks: Tensor) -> Tensor:
         return prefill.prefill_attention(case.q, caches[0], caches[1], case.seqs, blocks, None, config, True)
 
@@ -134,7 +144,7 @@ def bench_prefill(config: PrefillConfig, page_size: int, group: int = 2) -> Any:
     return row
 
 
-def bench_decode(config: decode.DecodeConfig, page_size: int, bandwidth: float, groups: bool) -> Any:
+def bench_decode(config: AttentionConfig, page_size: int, bandwidth: float, groups: bool) -> Any:
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     workspace = decode.Partials(torch.empty(1 << 24, device=DEVICE), torch.empty(1 << 18, device=DEVICE))
 
@@ -185,10 +195,10 @@ def main() -> None:
     if args.only != "prefill":
         bandwidth = copy_bandwidth()
         table.append((f"decode, of {bandwidth / 1e9:.0f} GB/s", [f"{b} x {n}, group {g}" for b, n, g in DECODES]))
-        for page_size, d in [(16, d) for d in decode.VARIANTS] + [(1, decode.VARIANTS[0]), (128, decode.VARIANTS[0])]:
+        for page_size, d in [(16, d) for d in DECODE_VARIANTS] + [(1, DECODE_VARIANTS[0]), (128, DECODE_VARIANTS[0])]:
             name = f"page {page_size}: {d.block_n}, {d.num_warps} warps, {d.num_stages} stages"
             table.append(
-                (name, attempt(bench_decode, d, page_size, bandwidth, d in decode.VARIANTS[:2] and page_size > 1))
+                (name, attempt(bench_decode, d, page_size, bandwidth, d in DECODE_VARIANTS[:2] and page_size > 1))
             )
             print(*table[-1], flush=True)
     print()

@@ -1,12 +1,29 @@
-"""What our Triton kernels share: how they begin, and how keys and values are read from the paged cache."""
+"""What our Triton kernels share: how they are launched and begin, and how they read the paged cache."""
 # mypy: allow-untyped-decorators, disable-error-code="import-not-found, no-untyped-def"
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from minisgl.kernel.paged import PagedSequences
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """block_m: rows of queries (tokens times heads of a group); block_n: keys that a program loads at once."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
 
 
 def launch_options(pdl: bool) -> dict[str, bool]:
@@ -17,6 +34,25 @@ def launch_options(pdl: bool) -> dict[str, bool]:
 def precision(dtype: torch.dtype) -> str:
     """Of dot products."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def attention_options(
+    q: Tensor, k: Tensor, v: Tensor, seqs: PagedSequences, window: int | None, config: AttentionConfig, pdl: bool
+) -> dict[str, Any]:
+    """What is built into a kernel of attention.
+
+    q: [num_tokens, num_qo_heads, head_dim], any stride between tokens; k, v: [num_slots, num_kv_heads, head_dim],
+    contiguous.
+    """
+    head_dim = q.shape[2]
+    assert q.stride()[1:] == (head_dim, 1)
+    assert k.is_contiguous()
+    assert v.is_contiguous()
+    shapes = {"GROUP": q.shape[1] // k.shape[1], "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
+    kind = {"HAS_WINDOW": window is not None, "PRECISION": precision(q.dtype), "PDL": pdl}
+    sizes = {"BLOCK_N": config.block_n, "PAGE_SIZE": seqs.page_size}
+    launch = {"num_warps": config.num_warps, "num_stages": config.num_stages, **launch_options(pdl)}
+    return {**shapes, **kind, **sizes, **launch}
 
 
 @triton.jit

@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 
 from minisgl.kernel.paged import PagedSequences
-from minisgl.kernel.triton.common import begin, launch_options, load_keys, precision
+from minisgl.kernel.triton.common import AttentionConfig, attention_options, begin, launch_options, load_keys
+
+Tensor = torch.Tensor
 
 MAX_SPLITS = 64
 MERGE_STEP = 8  # splits that the merge loads at once
@@ -24,42 +26,22 @@ WAVES = 4  # programs per multiprocessor to aim for
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """block_n: keys that a program loads at once."""
-
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-# Swept by `benchmark/kernels/attention_prefill.py`.
-# Of num_stages, half are in flight where a page number must be loaded before the keys.
-VARIANTS = (
-    DecodeConfig(64, 4, 3),
-    DecodeConfig(64, 4, 5),
-    DecodeConfig(64, 2, 3),
-    DecodeConfig(64, 8, 5),
-    DecodeConfig(128, 4, 3),
-    DecodeConfig(128, 8, 3),
-    DecodeConfig(32, 2, 5),
-    DecodeConfig(32, 4, 7),
-)
-
-
-@dataclass(frozen=True, slots=True)
 class Partials:
     """Workspace of the splits, float32, of as many elements at least. acc: [batch * heads * splits * head_dim];
     lse: [batch * heads * splits], base 2."""
 
-    acc: torch.Tensor
-    lse: torch.Tensor
+    acc: Tensor
+    lse: Tensor
 
 
-def decode_config(dtype: torch.dtype, head_dim: int) -> DecodeConfig:
-    """At most 64 KB of shared memory, which every GPU since 8.0 has."""
+def decode_config(dtype: torch.dtype, head_dim: int) -> AttentionConfig:
+    """At most 64 KB of shared memory, which every GPU since 8.0 has.
+
+    Of num_stages, half are in flight where a page number must be loaded before the keys.
+    """
     if dtype == torch.float32:
-        return DecodeConfig(32, 4, 1)
-    return DecodeConfig(32 if head_dim > 128 else 64, 4, 3)
+        return AttentionConfig(1, 32, 4, 1)
+    return AttentionConfig(1, 32 if head_dim > 128 else 64, 4, 3)
 
 
 def num_splits(batch_size: int, num_kv_heads: int, max_seq_len: int, block_n: int, num_sms: int) -> int:
@@ -152,16 +134,16 @@ def _merge_kernel(
 
 
 def decode_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
     seqs: PagedSequences,
     window: int | None,
     splits: int,
     partials: Partials,
-    config: DecodeConfig,
+    config: AttentionConfig,
     pdl: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """Attention of each sequence's only query to its last `window` keys; zeros where a sequence has none.
 
     q: [batch, num_qo_heads, head_dim], any stride between tokens; caches: [num_slots, num_kv_heads, head_dim],
@@ -169,34 +151,19 @@ def decode_attention(
     """
     batch, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
-    group, block_d = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
-    assert q.stride()[1:] == (head_dim, 1)
-    assert k_cache.is_contiguous()
-    assert v_cache.is_contiguous()
     assert splits == 1 or batch * num_heads * splits <= partials.lse.numel()
+    options = attention_options(q, k_cache, v_cache, seqs, window, config, pdl)
     out = torch.empty((batch, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    block_g = max(16, triton.next_power_of_2(options["GROUP"]))
     _decode_kernel[(num_kv_heads, batch, splits)](
         q, k_cache, v_cache, out, partials.acc, partials.lse, seqs.page_table, seqs.rows, seqs.seq_lens,
         head_dim**-0.5 * math.log2(math.e), window or 0,
         q.stride(0), k_cache.stride(0), seqs.page_table.stride(0), splits,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_G=max(16, triton.next_power_of_2(group)),
-        BLOCK_D=block_d,
-        BLOCK_N=config.block_n,
-        PAGE_SIZE=seqs.page_size,
-        SPLIT=splits > 1,
-        HAS_WINDOW=window is not None,
-        PRECISION=precision(q.dtype),
-        PDL=pdl,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **launch_options(pdl),
+        NUM_KV_HEADS=num_kv_heads, BLOCK_G=block_g, SPLIT=splits > 1, **options,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(batch * num_heads,)](
-            partials.acc, partials.lse, out, splits, head_dim, block_d, MAX_SPLITS, MERGE_STEP, pdl,
-             num_warps=2 if head_dim <= 128 else 4, **launch_options(pdl),
+            partials.acc, partials.lse, out, splits, head_dim, options["BLOCK_D"], MAX_SPLITS, MERGE_STEP, pdl,
+            num_warps=2 if head_dim <= 128 else 4, **launch_options(pdl),
         )  # fmt: skip
     return out

@@ -9,7 +9,6 @@ r // GROUP: keys are read once per group, and a short chunk still fills the bloc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,29 +17,21 @@ import triton
 import triton.language as tl
 
 from minisgl.kernel.paged import PagedSequences
-from minisgl.kernel.triton.common import begin, launch_options, load_keys, precision
+from minisgl.kernel.triton.common import AttentionConfig, attention_options, begin, load_keys
+
+Tensor = torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillConfig:
-    """block_m: rows (tokens times heads of a group); block_n: keys."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def prefill_config(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> PrefillConfig:
+def prefill_config(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> AttentionConfig:
     """What fits the shared memory: 227 KB on 9.0, 163 KB on 8.0, 99 KB on 8.6 and 8.9."""
     wide = head_dim > 128
     if dtype == torch.float32:  # no tensor cores: larger blocks do not fit the registers
-        return PrefillConfig(16, 16, 4, 1)
+        return AttentionConfig(16, 16, 4, 1)
     if capability in ((9, 0), (10, 0)):
-        return PrefillConfig(128, 32, 8, 3) if wide else PrefillConfig(128, 64, 8, 5)
+        return AttentionConfig(128, 32, 8, 3) if wide else AttentionConfig(128, 64, 8, 5)
     if capability == (8, 0) and not wide:
-        return PrefillConfig(128, 32, 8, 3)
-    return PrefillConfig(64, 32 if wide else 64, 8, 2)
+        return AttentionConfig(128, 32, 8, 3)
+    return AttentionConfig(64, 32 if wide else 64, 8, 2)
 
 
 def prefill_blocks(
@@ -150,41 +141,25 @@ def _prefill_kernel(
 
 
 def prefill_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
     seqs: PagedSequences,
-    blocks: torch.Tensor,
+    blocks: Tensor,
     window: int | None,
-    config: PrefillConfig,
+    config: AttentionConfig,
     pdl: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """Attention of each query to the keys up to its own position, at most `window` of them.
 
     q: [num_tokens, num_qo_heads, head_dim], any stride between tokens; caches: [num_slots, num_kv_heads, head_dim],
     contiguous; blocks: of `prefill_blocks`, on the device → [num_tokens, num_qo_heads, head_dim].
     """
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k_cache.shape[1]
-    assert q.stride()[1:] == (head_dim, 1)
-    assert k_cache.is_contiguous()
-    assert v_cache.is_contiguous()
-    out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
-    _prefill_kernel[(num_kv_heads, blocks.shape[0])](
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _prefill_kernel[(k_cache.shape[1], blocks.shape[0])](
         q, k_cache, v_cache, out, blocks, seqs.page_table, seqs.rows, seqs.seq_lens, seqs.cu_q,
-        head_dim**-0.5 * math.log2(math.e), window or 0,
+        q.shape[2]**-0.5 * math.log2(math.e), window or 0,
         q.stride(0), out.stride(0), k_cache.stride(0), seqs.page_table.stride(0),
-        GROUP=num_heads // num_kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        PAGE_SIZE=seqs.page_size,
-        HAS_WINDOW=window is not None,
-        PRECISION=precision(q.dtype),
-        PDL=pdl,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **launch_options(pdl),
+        BLOCK_M=config.block_m, **attention_options(q, k_cache, v_cache, seqs, window, config, pdl),
     )  # fmt: skip
     return out
