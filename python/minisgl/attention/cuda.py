@@ -44,7 +44,7 @@ class CudaBackend(AttentionBackend[PagedSequences]):
             "ATTN_WARPS": warps,
             "ATTN_BLOCKS": blocks_per_sm,
         }
-        self._kernel = load_kernel("attention_decode", capability, defines)
+        self._kernel = load_kernel("attention_decode", capability, **defines)
         with torch.cuda.device(device):
             self._kernel.attention_decode_prepare()
         num_partial = self._kernel.attention_decode_workspace(self._num_blocks)

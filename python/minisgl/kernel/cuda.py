@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +14,7 @@ from minisgl.config.model import MoE
 from minisgl.errors import ConfigError
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.jit import load_kernel
-from minisgl.kernel.ops import Experts, KVSlots, Matrix, RopeAngles, TorchMatrix, TorchOps
+from minisgl.kernel.ops import Experts, KVSlots, Matrix, RopeAngles, Tensors, TorchMatrix, TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 
 logger = logging.getLogger(__name__)
@@ -175,13 +174,7 @@ class CudaOps(TritonOps):
         return out
 
     def step_inputs(
-        self,
-        rows: Tensor,
-        positions: Tensor,
-        token_ids: Tensor,
-        page_table: Tensor,
-        page_size: int,
-        angles: Sequence[Tensor],
+        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int, angles: Tensors
     ) -> tuple[Tensor, Tensor, list[RopeAngles]]:
         num, head_dim = len(rows), angles[0].shape[1] // 2
         if head_dim % 4:

@@ -96,7 +96,7 @@ def prepare(device: torch.device, dtype: torch.dtype, tokens: int) -> Any:
     defines = {"MINISGL_TOKENS": token_tile(tokens)}
     if dtype == torch.float16:
         defines["MINISGL_FP16"] = 1
-    return load_kernel("decode_gemm", torch.cuda.get_device_capability(device), defines)
+    return load_kernel("decode_gemm", torch.cuda.get_device_capability(device), **defines)
 
 
 def linear(

@@ -25,6 +25,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from minisgl.config.probe import cpu_flags, torch_cuda
 from minisgl.env import cache_dir
 from minisgl.errors import ConfigError
@@ -41,37 +43,22 @@ LOCK_SECONDS = 300.0  # that one process waits for another's compiler
 _DIGEST_BYTES = 32  # at the end of a library: of what stands before
 _KEPT = 256  # libraries: who needs another, takes the place of the one that was used least recently
 
-_V3 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"}
-_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_AMX = {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
-_V4_VNNI = _V4 | {"avx512_vnni"}
-# What the compiler may use: the first level whose features (as Linux names them) the processor has. Processors of one
-# level share a library, and images bring libraries for processors that they have not seen.
-LEVELS: Mapping[str, tuple[set[str], str]] = {
-    "x86-64-v4-amx": (_V4_VNNI | _AMX, "-march=x86-64-v4 -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16"),
-    "x86-64-v4-vnni": (_V4_VNNI, "-march=x86-64-v4 -mavx512vnni"),
-    "x86-64-v4": (_V4, "-march=x86-64-v4"),
-    "x86-64-v3-vnni": (_V3 | {"avx_vnni"}, "-march=x86-64-v3 -mavxvnni"),
-    "x86-64-v3": (_V3, "-march=x86-64-v3"),
-}
+# By name, the features and flags of each level of processors.
+LEVELS: Mapping[str, Mapping[str, str]] = yaml.safe_load((CSRC / "levels.yaml").read_text(encoding="utf-8"))
 
 
-def load_kernel(name: str, arch: tuple[int, int], defines: Mapping[str, int | str] | None = None) -> Any:
+@functools.cache
+def load_kernel(name: str, arch: tuple[int, int], **defines: int | str) -> Any:
     """The module of `csrc/src/NAME.cu` for a GPU of compute capability `arch`; its exported functions are attributes.
 
     Raises: ConfigError when it cannot be compiled, with the compiler's first error.
     """
-    return _load_cuda(name, arch, tuple(sorted((defines or {}).items())))
-
-
-@functools.cache
-def _load_cuda(name: str, arch: tuple[int, int], defines: tuple[tuple[str, int | str], ...]) -> Any:
     target = f"{arch[0]}{arch[1]}" + ("a" if arch[0] >= 9 else "")
     flags = [
         "--use_fast_math",
         "--expt-relaxed-constexpr",
         *(["-DMINISGL_PDL"] if arch[0] >= 9 else []),
-        *(f"-D{key}={value}" for key, value in defines),
+        *(f"-D{key}={value}" for key, value in sorted(defines.items())),
     ]
     # The only way to tell it the architecture; otherwise it asks nvidia-smi for that of the first GPU.
     os.environ["TVM_FFI_CUDA_ARCH_LIST"] = f"{arch[0]}.{target[len(str(arch[0])) :]}"
@@ -96,11 +83,11 @@ def compile_cpu_kernels(target: str) -> Path:
 def cpu_level() -> str:
     """The best of `LEVELS` that this processor has; "native" for those that have none."""
     has = cpu_flags()
-    return next((level for level, (needed, _) in LEVELS.items() if needed <= has), "native")
+    return next((name for name, level in LEVELS.items() if set(level["features"].split()) <= has), "native")
 
 
 def _cpu_library(target: str, use: Callable[[Path], Any] | None = None) -> Any:
-    flags = LEVELS[target][1].split() if target in LEVELS else [f"-march={target}"]
+    flags = LEVELS[target]["flags"].split() if target in LEVELS else [f"-march={target}"]
     machine = platform.machine()
     if target == "native":  # what the compiler then finds out itself: a cache may be shared with other processors
         machine += " ".join(sorted(cpu_flags())) or platform.processor()

@@ -1,9 +1,8 @@
-"""What layers and steps compute, and the plain torch reference of it: the seam where C++ and CUDA kernels plug in.
+"""What layers and steps compute: the seam where C++ and CUDA kernels plug in.
 
-Layers are given `LayerOps`; an engine whose tables lie on the device uses `StepOps`. `TorchOps` is the reference of
-both, for any device and type: faster operations subclass it, override what they are better at, and are compared with
-it by tests. All work on ragged batches: the first dimension of activations is `num_tokens`, whatever requests the
-tokens belong to.
+There are two interfaces, `LayerOps` for layers and `StepOps` for engines. The body of each method is its reference, in
+plain torch for any device and type: faster operations override what they are better at, and tests compare them with it.
+All work on ragged batches: the first dimension of activations is `num_tokens`, whatever requests the tokens belong to.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +18,7 @@ from minisgl.config.model import MoE
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 
 Tensor = torch.Tensor
+Tensors = Sequence[Tensor]
 
 
 def softmax_of_all(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -101,70 +100,6 @@ class Matrix(ABC):
         raise NotImplementedError("this format has no tables of embeddings")
 
 
-class LayerOps(Protocol):
-    """What layers compute."""
-
-    def vector_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The type of norms and biases, beside weights of type `dtype`."""
-
-    def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
-        """weight: [out, in], of which a copy may be made in another layout. activation: as for `Matrix`."""
-
-    def int8_matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
-        """weight: [out, in], rounded to 255 levels of each row's largest magnitude."""
-
-    def experts(self, gate_up: Tensor, down: Tensor, spec: MoE) -> Experts:
-        """gate_up: [num_experts, 2 * n, hidden], gate's rows first; down: [num_experts, hidden, n]."""
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x: [..., n]; weight broadcasts against it. Root-mean-square norm (arXiv 1910.07467), statistics in fp32."""
-
-    def act_and_mul(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
-        """gate_up: [num_tokens, 2 * n] → activation(gate) * up, [num_tokens, n]."""
-
-    def qk_norm_rope_store(
-        self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots
-    ) -> Tensor:
-        """Norm of each query and key head (where there is a weight), rotate them, and store keys and values.
-
-        qkv: [num_tokens, num_q + 2 * num_kv, head_dim], which may be overwritten; norm: [num_q + num_kv, head_dim].
-        The rotation pairs dimension i with i + head_dim / 2, as Hugging Face checkpoints do.
-        → the queries: [num_tokens, num_q, head_dim], perhaps with another stride between tokens.
-        """
-
-
-class StepOps(Protocol):
-    """What a step does beside its layers, with tables that lie on the device."""
-
-    def step_inputs(
-        self,
-        rows: Tensor,
-        positions: Tensor,
-        token_ids: Tensor,
-        page_table: Tensor,
-        page_size: int,
-        angles: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor, list[RopeAngles]]:
-        """Ids and slots of a step's tokens ([num_tokens] int64 both) and their angles in each of the tables of these.
-
-        rows, positions: [num_tokens] int32 into the tables token_ids: [rows, tokens] int32 and page_table: [rows,
-        pages] int32; angles: each [positions, 2 * head_dim] float32, cosines then sines.
-        """
-
-    def scatter(self, table: Tensor, index: Tensor, values: Tensor) -> None:
-        """table.flatten()[index] = values, all int32; no index comes twice."""
-
-    def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:
-        """Sample each row of `logits` [n, vocab] into `out` [n] int32, and into a table of tokens.
-
-        -1 where a row's largest logit is not finite; see `sample_reference`.
-        """
-
-    def store_ids(self, token_ids: Tensor, rows: Tensor, positions: Tensor, ids: Tensor) -> None:
-        """Sampled ids become input of later steps: token_ids[rows, positions] = ids, [n]. A failed row (-1) gets some
-        valid id, which nobody will see."""
-
-
 class TorchMatrix(Matrix):
     """A weight as checkpoints have it."""
 
@@ -181,35 +116,47 @@ class TorchMatrix(Matrix):
         return self.weight.index_select(0, local.where(here, 0)).masked_fill_(~here[:, None], 0)
 
 
-class TorchOps:
-    """The reference: plain torch."""
+class LayerOps:
+    """What layers compute."""
 
     def vector_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of norms and biases, beside weights of type `dtype`."""
         return dtype
 
     def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
+        """weight: [out, in], of which a copy may be made in another layout. activation: as for `Matrix`."""
         return TorchMatrix(self, weight, activation)
 
     def int8_matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
+        """weight: [out, in], rounded to 255 levels of each row's largest magnitude."""
         scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         return self.matrix((weight / scale).round().mul_(scale).to(weight.dtype), activation)
 
     def experts(self, gate_up: Tensor, down: Tensor, spec: MoE) -> Experts:
+        """gate_up: [num_experts, 2 * n, hidden], gate's rows first; down: [num_experts, hidden, n]."""
         first, second = [self.matrix(w, spec.activation) for w in gate_up], [self.matrix(w) for w in down]
         return lambda x, logits: loop_over_experts(x, logits, first, second, spec)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x: [..., n]; weight broadcasts against it. Root-mean-square norm (arXiv 1910.07467), statistics in fp32."""
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
         return (wide * scale).to(x.dtype).mul_(weight)
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
+        """gate_up: [num_tokens, 2 * n] → activation(gate) * up, [num_tokens, n]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return ACTIVATIONS[activation](gate).mul_(up)
 
     def qk_norm_rope_store(
         self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots
     ) -> Tensor:
+        """Norm of each query and key head (where there is a weight), rotate them, and store keys and values.
+
+        qkv: [num_tokens, num_q + 2 * num_kv, head_dim], which may be overwritten; norm: [num_q + num_kv, head_dim].
+        The rotation pairs dimension i with i + head_dim / 2, as Hugging Face checkpoints do.
+        → the queries: [num_tokens, num_q, head_dim], perhaps with another stride between tokens.
+        """
         num_kv = cache.k.shape[1]
         num_q = qkv.shape[1] - 2 * num_kv
         qk = qkv[:, : num_q + num_kv]
@@ -221,31 +168,45 @@ class TorchOps:
         cache.v.index_copy_(0, cache.slots, qkv[:, num_q + num_kv :])
         return qk[:, :num_q]
 
+
+class StepOps:
+    """What a step does beside its layers, with tables that lie on the device."""
+
     def step_inputs(
-        self,
-        rows: Tensor,
-        positions: Tensor,
-        token_ids: Tensor,
-        page_table: Tensor,
-        page_size: int,
-        angles: Sequence[Tensor],
+        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int, angles: Tensors
     ) -> tuple[Tensor, Tensor, list[RopeAngles]]:
+        """Ids and slots of a step's tokens ([num_tokens] int64 both) and their angles in each of the tables of these.
+
+        rows, positions: [num_tokens] int32 into the tables token_ids: [rows, tokens] int32 and page_table: [rows,
+        pages] int32; angles: each [positions, 2 * head_dim] float32, cosines then sines.
+        """
         rows, positions = rows.long(), positions.long()
         slots = page_table[rows, positions // page_size].long() * page_size + positions % page_size
         ropes = [RopeAngles(*table.index_select(0, positions)[:, None].chunk(2, -1)) for table in angles]
         return token_ids[rows, positions].long(), slots, ropes
 
     def scatter(self, table: Tensor, index: Tensor, values: Tensor) -> None:
+        """table.flatten()[index] = values, all int32; no index comes twice."""
         table.view(-1).index_copy_(0, index.long(), values)
 
     def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:
+        """Sample each row of `logits` [n, vocab] into `out` [n] int32, and into a table of tokens.
+
+        -1 where a row's largest logit is not finite; see `sample_reference`.
+        """
         sample_reference(logits, columns, out, by_logit=logits.device.type == "cpu")
         if store is not None:
             self.store_ids(store.token_ids, store.rows, columns["position"], out)
         return out
 
     def store_ids(self, token_ids: Tensor, rows: Tensor, positions: Tensor, ids: Tensor) -> None:
+        """Sampled ids become input of later steps: token_ids[rows, positions] = ids, [n]. A failed row (-1) gets some
+        valid id, which nobody will see."""
         token_ids.index_put_((rows.long(), positions), ids.clamp(min=0))
+
+
+class TorchOps(LayerOps, StepOps):
+    """The reference of both."""
 
 
 def loop_over_experts(

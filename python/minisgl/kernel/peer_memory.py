@@ -47,13 +47,7 @@ class PeerMemory:
     """
 
     def __init__(
-        self,
-        module: Any,
-        meeting: Meeting,
-        regions: list[int],
-        gathered: int,
-        gather_bytes: int,
-        device: torch.device,
+        self, module: Any, meeting: Meeting, regions: list[int], gathered: int, gather_bytes: int, device: torch.device
     ) -> None:
         self.rank, self.size = meeting.rank, meeting.size
         self._module, self._meeting, self._regions, self._gathered = module, meeting, regions, gathered

@@ -10,8 +10,8 @@ import ctypes
 import functools
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,21 +52,12 @@ _SIGNATURES: dict[str, list[Any]] = {
 
 
 def _candidates() -> Iterator[str]:
-    """Where NCCL may be: what torch has loaded already, the wheel that torch depends on, the system's."""
-    maps = Path("/proc/self/maps")
-    if maps.exists():
-        for line in maps.read_text().splitlines():
-            path = line.split(maxsplit=5)[-1]
-            if Path(path).name.startswith("libnccl.so"):
-                yield path
-                break
-    for package in ("nvidia-nccl-cu13", "nvidia-nccl-cu12"):
-        try:
-            files = metadata.files(package) or []
-        except metadata.PackageNotFoundError:
-            continue
-        yield from (str(file.locate()) for file in files if file.name.startswith("libnccl.so"))
+    """Where NCCL may be: what torch has loaded already, or the system has, and the wheel that torch depends on."""
     yield "libnccl.so.2"
+    for package in ("nvidia-nccl-cu13", "nvidia-nccl-cu12"):
+        with suppress(metadata.PackageNotFoundError):
+            files = metadata.files(package) or []
+            yield from (str(file.locate()) for file in files if file.name.startswith("libnccl.so"))
 
 
 @functools.cache

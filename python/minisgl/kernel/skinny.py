@@ -59,7 +59,7 @@ def prepare(device: torch.device, dtype: torch.dtype, tokens: int) -> Any:
     defines = {"MINISGL_TOKENS": next(tile for tile in TOKEN_TILES if tokens <= tile)}
     if dtype == torch.float16:
         defines["MINISGL_FP16"] = 1
-    return load_kernel("skinny_gemm", torch.cuda.get_device_capability(device), defines)
+    return load_kernel("skinny_gemm", torch.cuda.get_device_capability(device), **defines)
 
 
 @functools.cache
