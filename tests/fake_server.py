@@ -25,8 +25,7 @@ from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, 
 from minisgl.core import Masks, StepPlan, StepResult, TokenLogprobs
 from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.processes.control import Control
-from minisgl.processes.launcher import WorkerSpec
-from minisgl.processes.workers import worker_specs
+from minisgl.processes.launcher import LocalLauncher, Worker, WorkerSpec
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.status import Status
 from minisgl.scheduler.transport import LeaderTransport
@@ -172,14 +171,21 @@ def main(argv: list[str]) -> int:
     config = replace(config, drain_timeout=parse_args([]).drain_timeout)
     delay = float(options.get("delay", 0.0))
 
-    def specs(config: ServerConfig, endpoints: Endpoints) -> list[WorkerSpec]:
-        made = worker_specs(config, endpoints)
-        made[0] = replace(made[0], body=fake_scheduler, args=(config, endpoints, delay, options.get("answer", "")))
-        return [replace(s, body=broken, args=()) if s.name == options.get("die") else s for s in made]
+    class FakeLauncher(LocalLauncher):
+        """Starts something else in the place of schedulers, and of what shall die."""
+
+        def start(self, spec: WorkerSpec, life: int, is_lasting: bool) -> Worker:
+            if spec.group == "scheduler":
+                endpoints = next(given for given in spec.args if isinstance(given, Endpoints))
+                fake = (config, endpoints, delay, options.get("answer", ""))
+                spec = replace(spec, body=fake_scheduler, args=fake)
+            if spec.name == options.get("die"):
+                spec = replace(spec, body=broken, args=())
+            return super().start(spec, life, is_lasting)
 
     try:
         with bind_port(config.host, config.port) as listener:
-            return run_server(config, listener, specs)
+            return run_server(config, listener, FakeLauncher())
     except MiniSGLError as error:
         print(f"minisgl: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

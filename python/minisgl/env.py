@@ -48,8 +48,7 @@ def env_bool(name: str, default: bool = False) -> bool:
 
 def env_number(name: str, default: float, *, low: float, high: float) -> float:
     """The variable as a number in [low, high]. Raises: ConfigError naming the variable otherwise."""
-    value = os.environ.get(name)
-    if value is None or value == "":
+    if not (value := os.environ.get(name)):
         return default
     try:
         number = float(value)

@@ -29,6 +29,7 @@ from minisgl.core import DRAWING, FinishReason, SamplingParams
 from minisgl.errors import ConfigError, RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt
+from minisgl.processes.launcher import LocalLauncher
 from minisgl.processes.supervisor import Supervisor, call_in, run_with_workers
 from minisgl.server.frontend import Frontend
 from minisgl.utils.sockets import Endpoints
@@ -318,7 +319,7 @@ def run(args: ServerArgs) -> int:
             await run_shell(frontend, config)
         return 0
 
-    return run_with_workers(use, config)
+    return run_with_workers(use, config, LocalLauncher())
 
 
 async def run_shell(frontend: Frontend, config: ServerConfig) -> None:

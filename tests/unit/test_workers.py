@@ -15,11 +15,11 @@ import pytest
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.config.runtime import EngineConfig
-from minisgl.message.codec import Ready, decode_control
+from minisgl.message.codec import Ready, decode_control, encode_control
 from minisgl.processes import control as control_module
 from minisgl.processes import workers
 from minisgl.processes.control import Control
-from minisgl.processes.launcher import LocalLauncher, WorkerSpec
+from minisgl.processes.launcher import LocalLauncher, Worker, WorkerSpec
 from minisgl.processes.supervisor import Supervisor
 
 CONFIG = EngineConfig(
@@ -60,6 +60,72 @@ def test_a_watch_that_fails_is_told_and_not_silent() -> None:
         assert "none left" in str(told.get(timeout=30))
     finally:
         supervisor.stop()
+
+
+class FakeProcess:
+    """A process elsewhere: it ends when it is told to, or when a test says so."""
+
+    def __init__(self) -> None:
+        self.exitcode: int | None = None
+        self.sentinel, self._end = os.pipe()
+
+    def end(self, exitcode: int) -> None:
+        if self.exitcode is None:
+            self.exitcode = exitcode
+            os.close(self._end)
+
+    def is_alive(self) -> bool:
+        return self.exitcode is None
+
+    def stop(self) -> None:
+        self.end(0)
+
+    def kill(self) -> None:
+        self.end(-9)
+
+    def join(self, timeout: float | None = None) -> None:
+        assert self.exitcode is not None
+
+
+class FakeLauncher:
+    """Whatever it starts is ready at once."""
+
+    def __init__(self) -> None:
+        self.started: list[tuple[str, int]] = []
+        self.workers: list[Worker] = []
+
+    def start(self, spec: WorkerSpec, life: int, is_lasting: bool) -> Worker:
+        assert is_lasting
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        theirs.send_bytes(encode_control(Ready()))
+        self.started.append((spec.name, life))
+        self.workers.append(Worker(spec, FakeProcess(), ours))
+        return self.workers[-1]
+
+
+@pytest.mark.timeout(60)
+def test_workers_may_run_elsewhere() -> None:
+    """The supervisor knows them by what its launcher gives it; those of a group are started again together."""
+    launcher, told, ends = FakeLauncher(), Queue[tuple[str, Exception | None]](), Queue[Exception]()
+    names = ["minisgl-TP0-scheduler", "minisgl-TP1-scheduler", "minisgl-detokenizer-0"]
+    supervisor = Supervisor(launcher, [WorkerSpec(name, idle, ()) for name in names], max_restarts=1)
+    try:
+        supervisor.start()
+        supervisor.wait_ready()
+        supervisor.watch(ends.put, lambda group, error: told.put((group, error)))
+        launcher.workers[1].process.end(3)
+        group, error = told.get(timeout=30)
+        assert (group, str(error)) == ("scheduler", "minisgl-TP1-scheduler ended unexpectedly (exit status 3)")
+        assert told.get(timeout=30) == ("scheduler", None)
+        assert launcher.started == [*((name, 0) for name in names), *((name, 1) for name in names[:2])]
+        assert launcher.workers[0].process.exitcode == -9
+        launcher.workers[2].process.kill()
+        assert str(ends.get(timeout=30)) == "minisgl-detokenizer-0 ended unexpectedly (killed by SIGKILL)"
+    finally:
+        supervisor.stop()
+    assert not any(worker.process.is_alive() for worker in launcher.workers)
+    for worker in launcher.workers:
+        os.close(worker.process.sentinel)
 
 
 def test_the_environment_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Life of a child process: from its first moment to its exit status, and its line to the supervisor."""
+"""Life of a child process, from its first moment to its exit status; its line to the supervisor; what signals do."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.message.codec import ControlMsg, Failed, Heartbeat, Ready, encode_control
-from minisgl.processes.signals import ENDING_SIGNALS, STOP_SIGNAL
 from minisgl.utils.faults import fault
 from minisgl.utils.log import setup_logging
 
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
+STOP_SIGNAL = signal.SIGUSR1  # from the supervisor
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # from outside, to the parent
 
 
 class Control:
@@ -112,3 +114,42 @@ def _die_with_parent(from_lasting: bool) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Signals that end us wait until the end of the block. A child that is half started would complain about them.
+
+    Children are born with them blocked, so that a Ctrl-C during their first moments is the parent's to handle.
+    """
+    caught: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in ENDING_SIGNALS:
+            handlers[signum] = signal.signal(signum, lambda number, _: caught.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+        for number in caught[:1]:
+            signal.raise_signal(number)
+
+
+@contextmanager
+def signals_raised() -> Iterator[None]:
+    """SIGTERM and its like do what Ctrl-C does: an exception that lets everything be put away. Restored at the end."""
+    signums = [s for s in ENDING_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]  # nohup
+    before = {signum: signal.signal(signum, signal.default_int_handler) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def ignore_signals() -> None:
+    for signum in ENDING_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)

@@ -12,8 +12,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
 from minisgl.message.codec import Failed
-from minisgl.processes.control import run_child
-from minisgl.processes.signals import STOP_SIGNAL
+from minisgl.processes.control import STOP_SIGNAL, run_child
 
 
 @dataclass(frozen=True, slots=True)

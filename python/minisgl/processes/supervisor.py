@@ -18,8 +18,8 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
 from minisgl.message.codec import Failed, Ready, decode_control
-from minisgl.processes.launcher import Launcher, LocalLauncher, Worker, WorkerSpec
-from minisgl.processes.signals import ignore_signals, signals_deferred, signals_raised
+from minisgl.processes.control import ignore_signals, signals_deferred, signals_raised
+from minisgl.processes.launcher import Launcher, Worker, WorkerSpec
 from minisgl.processes.workers import worker_specs
 from minisgl.utils.folders import private_folder
 from minisgl.utils.sockets import Endpoints, ipc_endpoints
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Tell = Callable[..., None]
-MakeSpecs = Callable[[ServerConfig, Endpoints], list[WorkerSpec]]
 LATE_SECONDS = 10.0
 STOP_SECONDS = 20.0  # from `Worker.stop` to `Worker.kill`; the driver takes its time to give back a GPU
 STOP_START_SECONDS = 2.0  # the same while a worker is not ready
@@ -230,7 +229,7 @@ class Supervisor:
 def run_with_workers(
     use: Callable[[Supervisor, Endpoints], Coroutine[Any, Any, int]],
     config: ServerConfig,
-    make_specs: MakeSpecs = worker_specs,
+    launcher: Launcher,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> int:
     """Use all worker processes of a server, when they are ready; none is left afterwards. For HTTP and for the shell
@@ -243,8 +242,8 @@ def run_with_workers(
             with signals_deferred():
                 directory = stack.enter_context(private_folder())
             endpoints = ipc_endpoints(directory, config.num_tokenizer, config.engine.tp_size)
-            specs = make_specs(config, endpoints)
-            supervisor = Supervisor(LocalLauncher(), specs, config.heartbeat_timeout, config.restart_workers)
+            specs = worker_specs(config, endpoints)
+            supervisor = Supervisor(launcher, specs, config.heartbeat_timeout, config.restart_workers)
             stack.callback(supervisor.stop)
             supervisor.start()
             meanwhile()

@@ -16,8 +16,8 @@ from minisgl.config.args import ServerArgs
 from minisgl.config.resolve import prepare
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import ConfigError
-from minisgl.processes.supervisor import MakeSpecs, Supervisor, run_with_workers
-from minisgl.processes.workers import worker_specs
+from minisgl.processes.launcher import Launcher, LocalLauncher
+from minisgl.processes.supervisor import Supervisor, run_with_workers
 from minisgl.utils.sockets import Endpoints
 
 
@@ -39,10 +39,10 @@ def serve(args: ServerArgs) -> int:
         prepare(args, before_fetch=give_up)
         raise
     with contextlib.closing(listener):
-        return run_server(prepare(args), listener)
+        return run_server(prepare(args), listener, LocalLauncher())
 
 
-def run_server(config: ServerConfig, listener: socket.socket, make_specs: MakeSpecs = worker_specs) -> int:
+def run_server(config: ServerConfig, listener: socket.socket, launcher: Launcher) -> int:
     """Serve on a bound socket until SIGTERM, Ctrl-C or their like. Returns the exit status: 0 after a clean stop, 1
     when a worker died, 130 when it was stopped before it was ready.
 
@@ -55,7 +55,7 @@ def run_server(config: ServerConfig, listener: socket.socket, make_specs: MakeSp
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         return await serve_http(config, endpoints, supervisor, listener)
 
-    return run_with_workers(use, config, make_specs, _import_http)
+    return run_with_workers(use, config, launcher, _import_http)
 
 
 def bind_port(host: str, port: int) -> socket.socket:

@@ -20,7 +20,7 @@ import uvicorn
 from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_bool, env_number
 from minisgl.errors import WorkerDied
-from minisgl.processes.signals import ENDING_SIGNALS
+from minisgl.processes.control import ENDING_SIGNALS
 from minisgl.processes.supervisor import Supervisor, call_in
 from minisgl.server.access import guarded
 from minisgl.server.connection import Connection
