@@ -159,17 +159,16 @@ class Shell:
 
     async def _answer(self, text: str) -> None:
         """Ask the model, with an answer that Ctrl-C can stop. A refused question leaves no trace in the history."""
+        before, answer = list(self.turns), list[str]()
         self.turns.append({"role": "user", "content": text})
-        answer: list[str] = []
-        self._interrupted = False
-        self._answering = answering = asyncio.ensure_future(self._stream_fitting(answer))
+        self._interrupted, self._answering = False, asyncio.ensure_future(self._stream_fitting(answer))
         try:
-            await answering
+            await self._answering
         except RequestError as error:
             self._say(f"\nerror: {error}" if answer else f"error: {error}")
         except asyncio.CancelledError:
             if not self._interrupted:
-                answering.cancel()
+                self._answering.cancel()
                 raise
         finally:
             self._answering = None
@@ -177,24 +176,20 @@ class Shell:
             self._write("\n")
             self.turns.append({"role": "assistant", "content": "".join(answer)})
         else:
-            self.turns.pop()
+            self.turns = before
 
     async def _stream_fitting(self, answer: list[str]) -> None:
-        """Stream the answer; as long as the conversation is too long for the context, forget its oldest turn.
-
-        A question that is too long by itself costs no turns.
-        """
-        before = list(self.turns)
+        """Stream the answer; as long as the conversation is too long for the context, forget its oldest turn."""
+        num_turns = len(self.turns)
         while True:
             try:
                 await self._stream(answer)
                 break
             except RequestError as error:
                 if "context" not in str(error) or answer or len(self.turns) < 3:
-                    self.turns = before
                     raise
                 del self.turns[:2]  # never the question that is being asked
-        if len(self.turns) < len(before):
+        if len(self.turns) < num_turns:
             self._notice("\n(the context is full: the oldest turns are forgotten; /reset forgets all)")
 
     async def _stream(self, answer: list[str]) -> None:
