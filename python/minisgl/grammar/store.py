@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 _NUM_WORKERS = 3  # a client gets one of them at a time
 MAX_STORED_BYTES = 256 << 20  # of compiled grammars; twice that, with those that the requests in the server have
-_MAX_STORED, _MAX_REFUSED = 1024, 256
-_MAX_WAITING = 64  # of one client, to be compiled
+MAX_STORED, MAX_REFUSED = 1024, 256
+MAX_WAITING = 64  # of one client, to be compiled
 
 
 @dataclass(eq=False)
@@ -102,8 +102,8 @@ class GrammarStore:
             trial.close()
 
     def _no_room(self, grammar: Grammar, client: str) -> RequestError | None:
-        if len(self._waiting.get(client, ())) >= _MAX_WAITING:
-            text = f"{_MAX_WAITING} other grammars of this client wait to be compiled; try again"
+        if len(self._waiting.get(client, ())) >= MAX_WAITING:
+            text = f"{MAX_WAITING} other grammars of this client wait to be compiled; try again"
             return RequestError(text, param=grammar.param, status=429)
         if _num_bytes(self._live.values()) > 2 * MAX_STORED_BYTES:
             text = "grammars of other requests take all the memory that there is for them; try again"
@@ -121,7 +121,7 @@ class GrammarStore:
                 self._remember(key, made)
             elif made.status == 400:  # others may be different the next time
                 self._refused[key, grammar.param] = made.with_traceback(None)
-                if len(self._refused) > _MAX_REFUSED:
+                if len(self._refused) > MAX_REFUSED:
                     self._refused.popitem(last=False)
             following = self._waiting[client].popleft() if self._waiting.get(client) else None
             if following is None:
@@ -153,7 +153,7 @@ class GrammarStore:
         recent, is_new = self._recent, key not in self._recent
         recent[key] = compiled
         recent.move_to_end(key)
-        while is_new and (len(recent) > _MAX_STORED or _num_bytes(recent.values()) > MAX_STORED_BYTES):
+        while is_new and (len(recent) > MAX_STORED or _num_bytes(recent.values()) > MAX_STORED_BYTES):
             recent.popitem(last=False)
 
 

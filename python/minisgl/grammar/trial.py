@@ -27,7 +27,7 @@ from minisgl.grammar.vocabulary import Vocabulary, VocabularyConfig, load_vocabu
 _START_SECONDS = 60.0
 # What a grammar may cost. One that costs more is refused, and must not be felt by anyone else.
 _COMPILE_SECONDS = 3  # of one core
-_TRIAL_SECONDS = 20.0  # by the clock, when cores are busy
+TRIAL_SECONDS = 20.0  # by the clock, when cores are busy
 _TRIAL_BYTES = 1 << 30  # of memory, beyond what the trial process has when it starts
 _FAULTS = {  # how a grammar ends the process; whatever else does is not its fault
     -signal.SIGPROF: f"takes more than {_COMPILE_SECONDS} s",
@@ -51,7 +51,7 @@ class Trial:
         process = self._process
         if process is None or process.poll() is not None:
             process = self._process = self._start()
-        answer = _ask(process, json.dumps(asdict(grammar)).encode() + b"\n", _TRIAL_SECONDS)
+        answer = _ask(process, json.dumps(asdict(grammar)).encode() + b"\n", TRIAL_SECONDS)
         if not answer:
             status = process.wait()
             self.close()
@@ -115,7 +115,7 @@ class _Heap(ctypes.Structure):
 
 
 def _num_bytes_in_use() -> int:
-    """Of this process: memory that was freed, and serves the next grammar, does not count."""
+    """The memory of this process. What was freed, and serves the next grammar, does not count."""
     try:
         mallinfo = ctypes.CDLL(None).mallinfo2
     except AttributeError:  # another library

@@ -43,8 +43,8 @@ class Vocabulary:
     special: dict[str, int]
 
     def matcher(self, source: str, param: str) -> LLMatcher:
-        """Of a grammar in llguidance's language, at the beginning of an output. What is built for the first mask is
-        there for all that are copied from it. Raises: RequestError naming `param`."""
+        """A grammar, in llguidance's language, at the beginning of an output. What is built for the first mask is there
+        for all matchers that are copied from this one. Raises: RequestError naming `param`."""
         matcher = LLMatcher(self.tokenizer, source, log_level=0, limits=_LIMITS)
         if not matcher.is_error():
             matcher.compute_bitmask()

@@ -39,7 +39,7 @@ class GenerationRequest:
     best_of: int = 0  # so many choices for each prompt, of which the `n` most probable ones are shown; 0: n
     logprobs: bool = False  # are shown
     timeout: float = 0.0  # seconds; 0: the client has named none
-    names: Mapping[str, str] | None = None  # another API's, for fields of a chat: see `renamed`
+    names: Mapping[str, str] | None = None  # what the client's API calls fields of a chat; None: the same
 
     @property
     def num_choices(self) -> int:
@@ -108,7 +108,7 @@ def parse_chat(data: bytes, defaults: Defaults, reading: Reading | None = None) 
 
 
 def chat_request(raw: Object, defaults: Defaults, names: Mapping[str, str] | None = None) -> GenerationRequest:
-    """The body of a chat, checked. names: see `renamed`. Raises: RequestError naming the field at fault."""
+    """A chat, checked. names: what the client's API calls its fields. Raises: RequestError naming the one at fault."""
     try:
         return replace(_chat_request(validate(ChatBody, raw), defaults), names=names)
     except RequestError as error:
@@ -190,7 +190,7 @@ def _best_of(request: GenerationRequest, best_of: int | None) -> GenerationReque
 
 
 def check_size(prompts: Sequence[Prompt], max_seq_len: int, names: Mapping[str, str] | None = None) -> None:
-    """names: see `renamed`. Raises: RequestError when a prompt cannot fit the context, whatever its tokens are."""
+    """Raises: RequestError, in words of the client's `names`, when a prompt cannot fit, whatever its tokens are."""
     for prompt in prompts:
         if (size := least_tokens(prompt)) >= max_seq_len:
             param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"

@@ -10,9 +10,11 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from reprlib import repr as quoted
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, WithJsonSchema
 from pydantic_core import from_json
 
@@ -20,24 +22,17 @@ from minisgl.errors import RequestError
 from minisgl.message.codec import carried
 from minisgl.parser.forced import calls_form
 from minisgl.server.bodies.fields import Fields, Reading
-from minisgl.server.bodies.strict import SCHEMAS, Body, Object, at_most, refuse_unless, shown
+from minisgl.server.bodies.strict import Body, Object, at_most, refuse_unless, shown
 
 MAX_MESSAGES = 16384
-ROLES: list[str] = SCHEMAS["message"]["properties"]["role"]["enum"]
-Message = Annotated[Object, WithJsonSchema(SCHEMAS["message"])]
-_OTHER_ROLES = {"developer": "system", "function": "tool"}  # what templates know them as
-# Type of a part: the field that has its text.
-TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_OTHER_MEDIA = {
-    **dict.fromkeys(("image_url", "input_image", "image"), "images"),
-    **dict.fromkeys(("input_audio", "audio", "audio_url"), "audio"),
-    **dict.fromkeys(("video_url", "input_video"), "videos"),
-    **dict.fromkeys(("file", "input_file"), "files"),
-}
-# Reasoning: types of parts, fields of such parts, and fields of messages.
-_THOUGHTS = ("thinking", "reasoning", "reasoning_text", "summary_text")
-_IN_THOUGHTS = ("thinking", "reasoning", "text", "summary", "content")
-_OF_MESSAGES = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
+MAX_TOOLS = 512
+_TABLE: Object = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TEXTS: dict[str, str] = _TABLE["texts"]
+_MEDIA: dict[str, str] = _TABLE["media"]
+_CHOICES: dict[str, str] = _TABLE["choices"]
+ROLES: list[str] = _TABLE["schema"]["properties"]["role"]["enum"]
+Message = Annotated[Object, WithJsonSchema(_TABLE["schema"])]
+Describe = Callable[[Object], Object]
 
 
 def text_of(content: Any, where: str, thoughts: list[str] | None = None) -> str:
@@ -64,7 +59,7 @@ def _is_part(item: Any) -> bool:
     if not isinstance(item, dict):
         return isinstance(item, str)
     kind = item.get("type", "text" if item.keys() == {"text"} else None)
-    return kind in tuple(TEXTS) or (kind in tuple(_OTHER_MEDIA) and (kind in item or kind.startswith("input_")))
+    return kind in tuple(_TEXTS) or (kind in tuple(_MEDIA) and (kind in item or kind.startswith("input_")))
 
 
 def _part(part: Any, where: str, here: str, thoughts: list[str] | None) -> str:
@@ -73,17 +68,17 @@ def _part(part: Any, where: str, here: str, thoughts: list[str] | None) -> str:
     given = part if isinstance(part, dict) else {"type": None}
     kind = given.get("type", "text")
     name = kind if isinstance(kind, str) else ""
-    field = TEXTS.get(name, "")
+    field = _TEXTS.get(name, "")
     if field and isinstance(given.get(field), str):
         return str(given[field])
     if thoughts is not None:
-        thoughts.append(thought_of(part) if name in _THOUGHTS else "")
+        thoughts.append(thought_of(part) if name in _TABLE["thoughts"] else "")
         return ""
-    why = f": the type must be one of {', '.join(TEXTS)}, not {quoted(kind)}"
+    why = f": the type must be one of {', '.join(_TEXTS)}, not {quoted(kind)}"
     if field:
         why = f" must have a {field}"
-    elif name in _OTHER_MEDIA:
-        why = f": this model is text-only and cannot take {_OTHER_MEDIA[name]} ({name})"
+    elif name in _MEDIA:
+        why = f": this model is text-only and cannot take {_MEDIA[name]} ({name})"
     raise RequestError(here + why, param=where)
 
 
@@ -92,7 +87,7 @@ def thought_of(given: Any) -> str:
     if isinstance(given, list):
         return "".join(map(thought_of, given))
     if isinstance(given, dict):
-        return thought_of(next((given[name] for name in _IN_THOUGHTS if given.get(name)), None))
+        return thought_of(next((given[name] for name in _TABLE["in_thoughts"] if given.get(name)), None))
     return given if isinstance(given, str) else ""
 
 
@@ -116,7 +111,7 @@ def _message(given: Object, where: str) -> Object:
     role = given.get("role")
     if role not in ROLES:
         raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}, not {quoted(role)}", param=f"{where}.role")
-    template_role, content = _OTHER_ROLES.get(role, role), given.get("content")
+    template_role, content = _TABLE["template_roles"].get(role, role), given.get("content")
     thoughts: list[str] | None = [] if role == "assistant" else None
     if template_role in ("assistant", "tool"):  # it may be nothing, beside calls and of functions that give nothing
         said = _text(given.get("refusal")) if content is None else content
@@ -138,7 +133,7 @@ def _said(given: Object, thoughts: list[str], where: str) -> Object:
     refuse_unless(isinstance(calls, list), f"{where} must be a list", where)
     if calls:
         fields["tool_calls"] = [_call(call, f"{where}[{index}].function.name") for index, call in enumerate(calls)]
-    reasoning = next(filter(None, (thought_of(given.get(name)) for name in _OF_MESSAGES)), "".join(thoughts))
+    reasoning = next(filter(None, (thought_of(given.get(name)) for name in _TABLE["of_messages"])), "".join(thoughts))
     if reasoning or given.get("reasoning_content") == "":
         fields["reasoning_content"] = reasoning
     return fields
@@ -173,15 +168,7 @@ def sent(arguments: Any) -> Object | str:
     return {} if value is None else arguments if isinstance(arguments, str) else json.dumps(arguments)
 
 
-Describe = Callable[[Object], Object]
-
-MAX_TOOLS = 512
 _NAME = re.compile(r"[\w.:/-]{1,128}")
-_CHOICES = {"none": "none", "auto": "auto", "required": "required", "any": "required"}
-# What the server says itself when it renders a template: no client may.
-_RESERVED_KWARGS = """messages conversation tools documents chat_template add_generation_prompt continue_final_message
-    tokenize tokenizer_kwargs padding truncation max_length return_tensors return_dict return_assistant_tokens_mask
-    sanitize_control_tokens self"""
 
 
 class FunctionSpec(Body):
@@ -268,13 +255,13 @@ def _chosen(choice: Any, names: Collection[str]) -> tuple[str, frozenset[str] | 
 
 
 def _name(value: Any) -> Any:
-    """Of the function that an object names: by itself, or in an object `function` or `custom`."""
+    """The name of a function: that of an object, or of its object `function` or `custom`."""
     inner = value.get("function", value.get("custom", value)) if isinstance(value, dict) else None
     return inner.get("name") if isinstance(inner, dict) else inner
 
 
 def _tool(tool: Tool, where: str) -> Object:
-    """As templates expect it."""
+    """A tool in the form that templates expect."""
     function, named = tool.function, f"{where}.function.name"
     is_name = _NAME.fullmatch(function.name)
     refuse_unless(is_name, f"{named} must have 1 to 128 letters, digits or _ - . : /", named)
@@ -284,7 +271,7 @@ def _tool(tool: Tool, where: str) -> Object:
 
 def template_kwargs(given: Object) -> Object:
     """`chat_template_kwargs`. Raises: RequestError when a client would take the server's place."""
-    reserved = sorted({*_RESERVED_KWARGS.split()}.intersection(given))
+    reserved = sorted(set(_TABLE["reserved_kwargs"].split()).intersection(given))
     refuse_unless(not reserved, f"chat_template_kwargs must not have {[*reserved, ''][0]}", "chat_template_kwargs")
     _carried(given, "chat_template_kwargs")
     return given

@@ -171,7 +171,7 @@ def load(model: type[B], data: bytes, reading: Reading | None) -> B:
 
 @cache
 def fields_of(model: type[Body]) -> Fields:
-    """Of a body."""
+    """The fields that a body may have."""
     known, own = frozenset(model.model_fields), _TABLE["bodies"].get(model.__name__, {})
     if own.get("alone"):
         return Fields(known)

@@ -71,7 +71,7 @@ class ResponsesRequest(GenerationRequest):
 
     @property
     def tools_used(self) -> list[Object]:
-        """Those that the model knows of."""
+        """The tools that the model knows of."""
         typed = ({"type": "function", **tool} for tool in self.body.tools or ())
         return [tool for tool in typed if tool["type"] in tuple(_FUNCTIONS)]
 

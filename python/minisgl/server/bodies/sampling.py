@@ -59,7 +59,7 @@ def parse_grammar(fields: Mapping[str, Any]) -> Grammar | None:
 
 
 def form_grammar(form: Any, param: str) -> Grammar:
-    """Of calls, and what may come in their place. Raises: RequestError when it is too long."""
+    """A grammar of calls, and of what may come in their place. Raises: RequestError when it is too long."""
     return _grammar("form", json.dumps(form), param)
 
 

@@ -1,4 +1,4 @@
-"""Of what models of JSON bodies are made: no conversions."""
+"""What models of JSON bodies are made of: types without conversions, and how values are refused."""
 
 from __future__ import annotations
 
