@@ -12,9 +12,9 @@ import re
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +58,16 @@ class Shard:
         self._num_bytes = 0
         self._is_mapped = True
 
-    def tensors(self) -> dict[str, Any]:
+    def stored(self) -> Iterator[Stored]:
         """All tensors of the file. Raises: ConfigError when the file is not what its name says."""
+        for name, tensor in self._opened().items():
+            if isinstance(tensor, torch.Tensor):
+                yield Stored(self, name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            else:
+                dtype = tensor.get_dtype()
+                yield Stored(self, name, tuple(tensor.get_shape()), _DTYPES.get(dtype, dtype))
+
+    def _opened(self) -> dict[str, Any]:
         if self._tensors is None:
             try:
                 self._tensors = self._open()
@@ -81,7 +89,7 @@ class Shard:
         """A part of a tensor."""
         if self._is_mapped and self._num_bytes > REOPEN_BYTES:
             self.close()
-        part: torch.Tensor = self.tensors()[name][index]
+        part: torch.Tensor = self._opened()[name][index]
         self._num_bytes += part.nbytes
         return part
 
@@ -96,12 +104,6 @@ class Stored(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
-
-
-def _shape_and_type(tensor: Any) -> tuple[tuple[int, ...], str]:
-    if isinstance(tensor, torch.Tensor):
-        return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-    return tuple(tensor.get_shape()), _DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
 
 
 class Source(NamedTuple):
@@ -124,10 +126,10 @@ class Checkpoint:
         self._stored: dict[str, Stored] = {}
         self._shards = [Shard(path) for path in weight_files(Path(model_dir))]
         for shard in self._shards:
-            for name, tensor in shard.tensors().items():
-                ours = our_name(name)
-                if ours == name or ours not in self._stored:
-                    self._stored[ours] = Stored(shard, name, *_shape_and_type(tensor))
+            for stored in shard.stored():
+                ours = our_name(stored.name)
+                if ours == stored.name or ours not in self._stored:
+                    self._stored[ours] = stored
 
     def untied(self, model: ModelConfig) -> ModelConfig:
         """`model`, whose head is its own where the file has one that differs from the embedding, whatever the
@@ -226,48 +228,40 @@ def load_weights(parts: Iterable[Part], checkpoint: Checkpoint, show_progress: b
 
     Raises: ConfigError naming the files or tensors that are missing, unexpected or of another shape.
     """
+    from rich.console import Console
+    from rich.progress import Progress
+
     waiting = deque(parts)
     sources = deque(checkpoint.sources([slot for slots, _ in waiting for slot in slots]))
-    with torch.inference_mode(), _progress(len(sources), show_progress) as advance:
+    is_shown = show_progress and sys.stderr.isatty()
+    with torch.inference_mode(), Progress(console=Console(stderr=True), transient=True, disable=not is_shown) as bar:
+        task = bar.add_task("Loading weights", total=len(sources))
         while waiting:
             slots, finish = waiting.popleft()
             for slot in slots:
-                _fill(slot, sources.popleft())
-                advance()
+                source, (begin, end), step = sources.popleft(), slot.rows, _rows_at_once(slot)
+                for first in range(begin, end, step):
+                    _put(slot, source.read(first, min(first + step, end)), first)
+                bar.advance(task)
             del slots, slot  # which hold what packing frees
             finish()
     checkpoint.close()
 
 
-def _fill(slot: WeightSlot, source: Source) -> None:
-    """Copy the slot's part of its tensor into its target."""
-    begin, end = slot.rows
-    step = max(1, BLOCK_BYTES // (4 * (slot.shape[1] if len(slot.shape) > 1 else 1)))
-    if slot.transform is not None:
-        step = max(1, end - begin)
-    for first in range(begin, end, step):
-        last = min(first + step, end)
-        block = source.read(first, last)
-        if slot.cols is not None:
-            block = block[:, slot.cols[0] : slot.cols[1]]
-        if slot.transform is not None:
-            block = slot.transform(block)
-        target = slot.target if len(slot.shape) == 1 else slot.target[first - begin : last - begin]
-        target.copy_(block)
+def _rows_at_once(slot: WeightSlot) -> int:
+    """Rows that are read or drawn at once: all of them, where they are transformed."""
+    return max(1, slot.rows[1] if slot.transform is not None else BLOCK_BYTES // (4 * prod(slot.shape[1:])))
 
 
-@contextmanager
-def _progress(total: int, show: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal; a function that moves it by one."""
-    if not (show and sys.stderr.isatty()):
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Loading weights", total=total)
-        yield lambda: progress.advance(task)
+def _put(slot: WeightSlot, block: torch.Tensor, first: int) -> None:
+    """Into the slot's target: rows of its tensor, from `first` on."""
+    if slot.cols is not None:
+        block = block[:, slot.cols[0] : slot.cols[1]]
+    if slot.transform is not None or len(slot.shape) == 1:
+        slot.target.copy_(slot.transform(block) if slot.transform is not None else block)
+    else:
+        begin = first - slot.rows[0]
+        slot.target[begin : begin + len(block)].copy_(block)
 
 
 def fill_random(parts: Iterable[Part], seed: int) -> None:
@@ -282,20 +276,17 @@ def fill_random(parts: Iterable[Part], seed: int) -> None:
                     slot.target.fill_(0.0 if slot.name.endswith("bias") else 1.0)
                 else:
                     _fill_matrix(slot, seed)
-            del slots, slot  # as above
+            del slots, slot  # which hold what packing frees
             finish()
 
 
 def _fill_matrix(slot: WeightSlot, seed: int) -> None:
-    device = slot.target.device
+    device, (num_rows, width), step = slot.target.device, slot.shape, _rows_at_once(slot)
     generator = torch.Generator(device)
-    num_rows, width = slot.shape
-    step = max(1, BLOCK_BYTES // (4 * width))
     begin, end = slot.rows
     for first in range(begin // step * step, end, step):  # blocks are aligned, so every rank draws the same ones
         generator.manual_seed((zlib.crc32(f"{seed}/{slot.name}/{first}".encode()) << 16) ^ seed)
         block = torch.empty(min(step, num_rows - first), width, device=device).uniform_(-1, 1, generator=generator)
         block *= (3.0 / width) ** 0.5
         low, high = max(begin, first), min(end, first + step)
-        part = block[low - first : high - first]
-        slot.target[low - begin : high - begin] = part if slot.cols is None else part[:, slot.cols[0] : slot.cols[1]]
+        _put(slot, block[low - first : high - first], low)
