@@ -93,10 +93,8 @@ def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
 @functools.cache
 def prepare(device: torch.device, dtype: torch.dtype, tokens: int) -> Any:
     """The kernels for `tokens` tokens, compiled on first use. device: with an index."""
-    defines = {"MINISGL_TOKENS": token_tile(tokens)}
-    if dtype == torch.float16:
-        defines["MINISGL_FP16"] = 1
-    return load_kernel("decode_gemm", torch.cuda.get_device_capability(device), **defines)
+    tile, arch = token_tile(tokens), torch.cuda.get_device_capability(device)
+    return load_kernel("decode_gemm", arch, MINISGL_TOKENS=tile, MINISGL_FP16=int(dtype == torch.float16))
 
 
 def linear(

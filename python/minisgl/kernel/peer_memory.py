@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +28,7 @@ SECONDS_TO_LEAVE = 2.0
 
 
 class Meeting(Protocol):
-    """How ranks agree before they can reach one another's memory; see `distributed.comm.Rendezvous`."""
+    """How ranks agree before they can reach one another's memory."""
 
     rank: int
     size: int
@@ -56,7 +57,7 @@ class PeerMemory:
         self._group = module.create_group(self.rank, addresses, HALF_BYTES, gathered, gather_bytes, timeout)
         self._gather_bytes, self._buffer = gather_bytes, None
         if gathered and self.rank == 0:
-            self._buffer = torch.as_tensor(_CudaArray(gathered, gather_bytes), device=device)
+            self._buffer = _as_tensor(gathered, gather_bytes, device)
 
     def takes(self, x: torch.Tensor, max_bytes: int = TWO_SHOT_BYTES) -> bool:
         """Whether `all_reduce` and `broadcast` can work on x, which is contiguous."""
@@ -105,17 +106,10 @@ class PeerMemory:
                 self._module.release(self._gathered)
 
 
-class _CudaArray:
-    """Foreign device memory as a uint8 array (`__cuda_array_interface__`)."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "strides": None,
-            "version": 2,
-        }
+def _as_tensor(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Device memory that is not torch's, as uint8."""
+    interface = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 2}
+    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=interface), device=device)
 
 
 def open_peer_memory(meeting: Meeting, device: torch.device, gather_bytes: int) -> PeerMemory | None:

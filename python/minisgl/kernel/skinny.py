@@ -56,10 +56,8 @@ def choose_variant(tokens: int, n: int, k: int, gated: bool, num_sms: int) -> in
 @functools.cache
 def prepare(device: torch.device, dtype: torch.dtype, tokens: int) -> Any:
     """The kernels for `tokens` tokens, compiled on first use. device: with an index."""
-    defines = {"MINISGL_TOKENS": next(tile for tile in TOKEN_TILES if tokens <= tile)}
-    if dtype == torch.float16:
-        defines["MINISGL_FP16"] = 1
-    return load_kernel("skinny_gemm", torch.cuda.get_device_capability(device), **defines)
+    tile, arch = next(tile for tile in TOKEN_TILES if tokens <= tile), torch.cuda.get_device_capability(device)
+    return load_kernel("skinny_gemm", arch, MINISGL_TOKENS=tile, MINISGL_FP16=int(dtype == torch.float16))
 
 
 @functools.cache

@@ -77,7 +77,7 @@ void run(Args args, const Operands& operands, const Variant& variant) {
   uint64_t x_sizes[2] = {k, static_cast<uint64_t>(args.tokens)};
   uint64_t x_strides[1] = {static_cast<uint64_t>(operands.x_stride) * sizeof(T)};
   uint32_t x_box[2] = {kK, kTokens};
-#ifdef MINISGL_FP16
+#if MINISGL_FP16
   constexpr bool kHalf = true;
 #else
   constexpr bool kHalf = false;
@@ -116,7 +116,7 @@ void dispatch(const Args& args, const Operands& operands, const Variant& variant
 }
 
 const T* data_of(const TensorView& t) {
-#ifdef MINISGL_FP16
+#if MINISGL_FP16
   MINISGL_CHECK(is_fp16(t)) << "expected fp16";
 #else
   MINISGL_CHECK(is_bf16(t)) << "expected bf16";

@@ -75,7 +75,7 @@ void dispatch(const Args& args, const TensorView& x, int64_t variant) {
 using tvm::ffi::Optional;
 
 const T* data_of(const TensorView& t) {
-#ifdef MINISGL_FP16
+#if MINISGL_FP16
   MINISGL_CHECK(is_fp16(t)) << "expected fp16";
 #else
   MINISGL_CHECK(is_bf16(t)) << "expected bf16";

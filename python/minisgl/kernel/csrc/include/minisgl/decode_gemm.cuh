@@ -22,7 +22,7 @@
 #define MINISGL_TOKENS 128
 #endif
 #define WGMMA_N MINISGL_TOKENS
-#ifdef MINISGL_FP16
+#if MINISGL_FP16
 #define WGMMA_TYPE "f16"
 #else
 #define WGMMA_TYPE "bf16"
@@ -34,7 +34,7 @@
 namespace minisgl {
 namespace {
 
-#ifdef MINISGL_FP16
+#if MINISGL_FP16
 using T = __half;
 #else
 using T = __nv_bfloat16;

@@ -19,7 +19,7 @@
 namespace minisgl {
 namespace {
 
-#ifdef MINISGL_FP16
+#if MINISGL_FP16
 using T = __half;
 using T2 = __half2;
 #else
@@ -73,7 +73,7 @@ struct Config {
 // c += A B for 16 rows, 8 tokens and 16 k.
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                     uint32_t b1) {
-#ifdef MINISGL_FP16
+#if MINISGL_FP16
 #define MINISGL_MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #else
 #define MINISGL_MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
@@ -86,14 +86,14 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
 // x∘g of two k. fp16 has no room for large residuals times large g: clamp (NaN and infinity come back through rstd).
 __device__ __forceinline__ uint32_t scale(uint32_t x, uint32_t g) {
   T2 y = __hmul2(*reinterpret_cast<T2*>(&x), *reinterpret_cast<T2*>(&g));
-#ifdef MINISGL_FP16
+#if MINISGL_FP16
   y = __hmax2(__hmin2(y, __float2half2_rn(65504.f)), __float2half2_rn(-65504.f));
 #endif
   return *reinterpret_cast<uint32_t*>(&y);
 }
 
 __device__ __forceinline__ float squares(uint32_t x) {
-#ifdef MINISGL_FP16
+#if MINISGL_FP16
   float2 v = __half22float2(*reinterpret_cast<T2*>(&x));
 #else
   float2 v = __bfloat1622float2(*reinterpret_cast<T2*>(&x));
@@ -267,7 +267,7 @@ struct Worker {
     float sum = 0.f;
 #pragma unroll
     for (int w = 0; w < C::kWarps; ++w) sum += square[w * kTokenTiles * 8 + token];
-#ifdef MINISGL_FP16
+#if MINISGL_FP16
     if (sum > 3e38f) return __int_as_float(0x7fffffff);  // NaN: an infinite x, which `scale` has clamped
 #endif
     return rsqrtf(sum / static_cast<float>(args.k) + args.eps);
