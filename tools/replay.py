@@ -21,9 +21,10 @@ from minisgl.core import Req, ReqState, SamplingParams
 from minisgl.errors import IntegrityError
 from minisgl.kvcache.allocator import PageAllocator
 from minisgl.kvcache.radix import NaiveCache, PrefixCache, RadixNode
+from minisgl.scheduler.draft import Planned
 from minisgl.scheduler.integrity import check_integrity
 from minisgl.scheduler.pages import Pages
-from minisgl.scheduler.planner import Planned, Planner
+from minisgl.scheduler.planner import Planner
 from minisgl.utils.fairness import FairQueue
 
 

@@ -269,22 +269,21 @@ def test_tokenizer_and_detokenizer_go_on(server: TokenizerServer, messages: list
     assert [message.uid for message in to_backend if isinstance(message, UserMsg)] == [7]
 
 
-def test_an_output_for_which_there_is_no_memory_ends_its_own_request() -> None:
+class Poor:
+    def encode(self, messages: Any) -> bytes:
+        if any(message.uid == 2 and message.token_ids for message in messages):
+            raise MemoryError
+        return tokenizer_codec.encode(messages)
+
+
+def test_an_output_for_which_there_is_no_memory_ends_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others of the step are told all the same."""
     with tempfile.TemporaryDirectory(prefix="t") as folder:
         endpoints = ipc_endpoints(folder)
         inbox = PullSocket(endpoints.detokenizer, tokenizer_codec)
+        monkeypatch.setattr("minisgl.scheduler.transport.tokenizer_codec", Poor())
         transport = LeaderTransport(endpoints, lambda: None)
         inbox.receive(10)
-        real = transport._push._codec
-
-        class Poor:
-            def encode(self, messages: Any) -> bytes:
-                if any(message.uid == 2 and message.token_ids for message in messages):
-                    raise MemoryError
-                return real.encode(messages)
-
-        transport._push._codec = Poor()
         transport.send([DetokenizeMsg(uid, pack_ids([uid])) for uid in (1, 2, 3)])
         received: list[Any] = []
         while len(received) < 3:
@@ -295,8 +294,8 @@ def test_an_output_for_which_there_is_no_memory_ends_its_own_request() -> None:
             (3, None),
         ]
         assert transport.receive(block=False, digest=0) == [AbortMsg(2)]
-        for socket in (inbox, transport._pull, transport._push, transport._frontend):
-            socket.close()
+        inbox.close()
+        transport.close()
 
 
 def test_good_messages_are_as_they_were() -> None:

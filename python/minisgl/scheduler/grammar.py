@@ -27,7 +27,7 @@ from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
 from minisgl.message.backend import AbortMsg, FlushMsg, ResumeMsg, UserMsg
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.tokenizer import DetokenizeMsg
-from minisgl.scheduler.planner import Planned
+from minisgl.scheduler.draft import Planned
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import KeysView
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +29,10 @@ from minisgl.core import (
     ReqState,
     SamplingParams,
     ScheduledReq,
-    StepPlan,
     StepResult,
     with_logprobs,
 )
+from minisgl.scheduler.draft import Draft, Planned
 from minisgl.scheduler.pages import Pages
 from minisgl.utils.fairness import FairQueue
 from minisgl.utils.math import div_ceil
@@ -52,34 +50,9 @@ _LPM_WINDOW = 128
 _LPM_OLDEST_EVERY = 8
 
 
-_Shares = tuple[list[Req], list[ScheduledReq]]
-
-
 def _cost(req: Req) -> int:
     """Of one token of a prompt, in tokens of the step's budget."""
     return _TELLING_COST if req.tells_prompt else 1
-
-
-class Planned(NamedTuple):
-    """A step, and the request that each of `plan.reqs` is a share of."""
-
-    plan: StepPlan
-    reqs: list[Req]
-
-    @property
-    def sampling(self) -> list[Req]:
-        """Whose tokens the step's result has, in its order."""
-        return [req for req, share in zip(self.reqs, self.plan.reqs, strict=True) if share.num_samples]
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A step in the making. budget: tokens that it may still have."""
-
-    budget: int
-    decode: _Shares = field(default_factory=lambda: ([], []))
-    prefill: _Shares = field(default_factory=lambda: ([], []))
-    admissions: list[Admission] = field(default_factory=list)
 
 
 class Planner:
@@ -159,35 +132,23 @@ class Planner:
 
     def plan(self) -> Planned | None:
         """The next step, or None when nothing can be computed now (nothing to do, or all pages are still in use)."""
-        draft, pages = _Draft(self.config.max_prefill_length), self.pages
+        draft = Draft(self.config.max_prefill_length)
         # What a failed request computed may still be in the cache until it is released: admit nobody onto it.
         may_admit = not any(req.failed for req in self.leaving)
         if self.waiting.is_shared and self.waiting and self.running:
             self._take_turns()
         if self._plan_running(draft) and may_admit:
             self._plan_waiting(draft)
-        (decode, decode_shares), (prefill, prefill_shares) = draft.decode, draft.prefill
-        reqs, shares = decode + prefill, tuple(decode_shares + prefill_shares)
-        if not reqs:
+        if not draft.decode[0] and not draft.prefill[0]:
             return None
         checked = self._check_every and self._step_id % self._check_every == 0
-        plan = StepPlan(
-            self._step_id,
-            tuple(draft.admissions),
-            tuple(pages.updates),
-            shares,
-            num_decode=len(decode),
-            copies=tuple(pages.copies),
-            masked=_masked(reqs, shares),
-            expected=tuple(PageUpdate(req.row, 0, tuple(req.pages)) for req in self.running) if checked else (),
-        )
-        planned = Planned(plan, reqs)
-        pages.updates, pages.copies = [], []
+        expected = tuple(PageUpdate(req.row, 0, tuple(req.pages)) for req in self.running) if checked else ()
+        planned = draft.planned(self._step_id, self.pages, expected)
         self.inflight.append(planned)
         self._step_id += 1
         return planned
 
-    def _plan_running(self, draft: _Draft) -> bool:
+    def _plan_running(self, draft: Draft) -> bool:
         """Whether there are pages for all of them."""
         has_pages, page_size, budget = True, self._page_size, draft.budget
         for req in self.running:  # a retraction takes requests off the end, never from before this one
@@ -208,7 +169,7 @@ class Planner:
         draft.budget = budget
         return has_pages
 
-    def _plan_waiting(self, draft: _Draft) -> None:
+    def _plan_waiting(self, draft: Draft) -> None:
         while draft.budget > 0 and self.waiting:
             req = self._next_waiting()
             num_new = self._admit(req, draft.budget) if self.pages.rows else 0
@@ -221,7 +182,7 @@ class Planner:
             draft.budget = draft.budget - num_new * _cost(req) if is_whole else 0
             self._schedule(req, num_new, draft)
 
-    def _schedule(self, req: Req, num_new: int, draft: _Draft) -> None:
+    def _schedule(self, req: Req, num_new: int, draft: Draft) -> None:
         start = req.num_computed
         end = req.num_computed = start + num_new
         req.num_inflight += 1
@@ -422,11 +383,3 @@ class Planner:
                     req.state, req.prefix = ReqState.WAITING, np.array(req.tokens, np.int32)
                     self._wait(req, first=True)
         self.leaving = [req for req in self.leaving if req.num_inflight]
-
-
-def _masked(reqs: list[Req], shares: tuple[ScheduledReq, ...]) -> tuple[int, ...]:
-    """Which of the requests that sample have a mask."""
-    if not [req for req in reqs if req.params.grammar is not None]:
-        return ()
-    sampling = [req for req, share in zip(reqs, shares, strict=True) if share.num_samples]
-    return tuple(index for index, req in enumerate(sampling) if req.params.grammar is not None)

@@ -84,7 +84,6 @@ class Scheduler:
             raise
         except Exception as error:  # what is remembered contradicts itself, or there was no memory to go on
             self._recover(error)
-        self._observer.turned()
 
     def _turn(self) -> None:
         idle = self.planner.is_idle
@@ -94,11 +93,13 @@ class Scheduler:
                 check_integrity(self.planner)
         block = idle or (self._stuck and self._grammars.is_holding)
         self._inbox += self._transport.receive(block=block and not self._inbox, digest=self._digest)
+        if idle:
+            if not self._inbox:
+                return
+            self._observer.resumed()
         outputs: list[ReqOutput] = []
         while self._inbox:
             outputs += self._take(self._inbox.popleft())
-        if idle:
-            self._observer.resumed()
         self._send(outputs)
         planned = self.planner.plan()
         if self._check_ranks and planned is not None:
@@ -117,6 +118,7 @@ class Scheduler:
         num_left = 1 if self._config.overlap and planned is not None else 0
         while len(self._submitted) > num_left:
             self._retire()
+        self._observer.turned()
 
     def _take(self, message: PlannerMsg) -> list[ReqOutput]:
         if isinstance(message, UserMsg):

@@ -1,0 +1,53 @@
+"""A step in the making."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from minisgl.core import Admission, PageUpdate, Req, ScheduledReq, StepPlan
+from minisgl.scheduler.pages import Pages
+
+Shares = tuple[list[Req], list[ScheduledReq]]
+
+
+class Planned(NamedTuple):
+    """A step, and the request that each of `plan.reqs` is a share of."""
+
+    plan: StepPlan
+    reqs: list[Req]
+
+    @property
+    def sampling(self) -> list[Req]:
+        """Whose tokens the step's result has, in its order."""
+        return [req for req, share in zip(self.reqs, self.plan.reqs, strict=True) if share.num_samples]
+
+
+@dataclass(slots=True)
+class Draft:
+    """What a step has so far. budget: tokens that it may still have."""
+
+    budget: int
+    decode: Shares = field(default_factory=lambda: ([], []))
+    prefill: Shares = field(default_factory=lambda: ([], []))
+    admissions: list[Admission] = field(default_factory=list)
+
+    def planned(self, step_id: int, pages: Pages, expected: tuple[PageUpdate, ...]) -> Planned:
+        """The step, which tells what has become of the pages since the one before."""
+        (decode, decode_shares), (prefill, prefill_shares) = self.decode, self.prefill
+        reqs = decode + prefill
+        plan = StepPlan(
+            step_id,
+            tuple(self.admissions),
+            tuple(pages.updates),
+            tuple(decode_shares + prefill_shares),
+            num_decode=len(decode),
+            copies=tuple(pages.copies),
+            expected=expected,
+        )
+        pages.updates, pages.copies = [], []
+        planned = Planned(plan, reqs)
+        if [req for req in reqs if req.params.grammar is not None]:
+            masked = tuple(i for i, req in enumerate(planned.sampling) if req.params.grammar is not None)
+            return planned._replace(plan=plan._replace(masked=masked))
+        return planned
