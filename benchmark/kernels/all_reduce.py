@@ -177,7 +177,7 @@ def table_of_others(comm: CudaCommunicator) -> None:
 def work(rank: int, args: argparse.Namespace, path: str) -> None:
     start = time.perf_counter()
     meeting = Rendezvous(rank, args.ranks, f"file://{path}")
-    comm = CudaCommunicator(meeting, torch.device("cuda", rank), gather_bytes=256 * VOCAB * 2)
+    comm = CudaCommunicator(meeting, gather_bytes=256 * VOCAB * 2)
     if comm.peers is None:
         raise SystemExit("no peer memory: see the warning above")
     if rank == 0:

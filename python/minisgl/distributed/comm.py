@@ -135,3 +135,11 @@ class GlooCommunicator(Communicator):
     def close(self) -> None:
         """Leave. Waits for nobody: the other ranks may be gone already."""
         del self._group, self._meeting
+
+
+def cpu_communicator(rank: int, size: int, rendezvous: str) -> Communicator:
+    """Of one rank on the CPUs of a machine. rendezvous: a URL; unused where there is one rank.
+
+    Raises: ConfigError where the ranks do not find one another.
+    """
+    return Communicator() if size == 1 else GlooCommunicator(Rendezvous(rank, size, rendezvous))

@@ -45,26 +45,26 @@ class TorchNccl:
 
 
 class CudaCommunicator(Communicator):
-    """GPU ranks of one host, one process each. Runs on the current stream; everything can be captured.
+    """GPU ranks of one host, one process each, rank r on GPU r. Runs on the current stream; everything can be captured.
 
-    gather_bytes: rank 0 sets that much aside for results of `gather`. Ranks wait for one another as long as
+    use_pynccl: our binding of NCCL rather than torch's process group. gather_bytes: of the largest result of `gather`
+    that shall go through peer memory, which rank 0 sets aside. Ranks wait for one another as long as
     `meeting.timeout` says, at start and in kernels over peer memory, which then fail.
 
     Raises: ConfigError when the ranks do not find one another; EngineError with NCCL's words.
     """
 
-    def __init__(
-        self, meeting: Rendezvous, device: torch.device, use_pynccl: bool = True, gather_bytes: int = 0
-    ) -> None:
-        self.rank, self.size, self._meeting, self._device = meeting.rank, meeting.size, meeting, device
+    def __init__(self, meeting: Rendezvous, use_pynccl: bool = True, gather_bytes: int = 0) -> None:
+        self.rank, self.size, self._meeting = meeting.rank, meeting.size, meeting
         if (num_gpus := torch.cuda.device_count()) < self.size:
             raise ConfigError(
                 f"--tensor-parallel-size {self.size} needs {self.size} GPUs, this machine shows {num_gpus}"
             )
-        torch.cuda.set_device(device)
+        self._device = torch.device("cuda", self.rank)
+        torch.cuda.set_device(self._device)
         self.nccl = self._open_nccl(use_pynccl)
         self._warm_up()
-        self.peers = open_peer_memory(self._meeting, device, gather_bytes)
+        self.peers = open_peer_memory(meeting, self._device, gather_bytes)
 
     def _open_nccl(self, use_pynccl: bool) -> TorchNccl | pynccl.PyNccl:
         self._meeting.exchange("start", "")  # NCCL itself would wait for ever for a rank that never comes
@@ -138,3 +138,12 @@ class CudaCommunicator(Communicator):
                 return False
             time.sleep(0.001)
         return True
+
+
+def cuda_communicator(
+    rank: int, size: int, rendezvous: str, use_pynccl: bool = True, gather_bytes: int = 0
+) -> Communicator:
+    """Of one rank, on the GPU of that number. rendezvous: a URL; unused where there is one rank."""
+    if size == 1:
+        return Communicator()
+    return CudaCommunicator(Rendezvous(rank, size, rendezvous), use_pynccl, gather_bytes)

@@ -20,7 +20,7 @@ from minisgl.attention.cpu import CpuBackend
 from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import NOT_READY, Masks, StepPlan, StepResult, TokenLogprobs
-from minisgl.distributed.create import create_communicator
+from minisgl.distributed.comm import cpu_communicator
 from minisgl.engine.logprobs import gather_logprobs
 from minisgl.engine.rules import apply_rules
 from minisgl.engine.shard import ModelShard
@@ -175,7 +175,7 @@ class CpuRunner:
         self.num_pages = config.num_pages
         with _keep_to(self._cores):  # the threads that it starts, not the caller's
             torch.set_num_threads(self._num_threads)
-            comm = create_communicator(rank, config.tp_size, config.init_method, "cpu")
+            comm = cpu_communicator(rank, config.tp_size, config.init_method)
             kernels = CpuOps(config.num_threads) if config.cpu_kernels else None
             self.shard = ModelShard(config, torch.device("cpu"), comm, kernels or TorchOps())
         self.kv = self.shard.create_kv(config.num_pages)

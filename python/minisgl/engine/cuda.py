@@ -18,7 +18,7 @@ from minisgl.attention.base import AttentionStep, StepContext
 from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import NOT_READY, Masks, ScheduledReq, StepPlan, StepResult
-from minisgl.distributed.create import create_communicator
+from minisgl.distributed.cuda import cuda_communicator
 from minisgl.engine.graph import DecodeGraphs, GraphShape
 from minisgl.engine.logprobs import DeviceLogprobs, gather_logprobs
 from minisgl.engine.memory import activation_bytes, large_step, num_pages_used, pages_that_fit
@@ -145,7 +145,7 @@ def load_shard(config: EngineConfig, rank: int, device: torch.device) -> ModelSh
     """The model, and what a GPU computes with."""
     dtype, vocab_size = DTYPES[config.dtype], div_ceil(config.model.vocab_size, config.tp_size) * config.tp_size
     logit_bytes = config.max_running_requests * vocab_size * dtype.itemsize
-    comm = create_communicator(rank, config.tp_size, config.init_method, "cuda", config.use_pynccl, logit_bytes)
+    comm = cuda_communicator(rank, config.tp_size, config.init_method, config.use_pynccl, logit_bytes)
     return ModelShard(config, device, comm, create_cuda_ops(device, dtype, config.moe_backend))
 
 
