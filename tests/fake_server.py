@@ -24,6 +24,7 @@ from minisgl.config.resolve import access_config
 from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import Masks, StepPlan, StepResult, TokenLogprobs
 from minisgl.errors import ConfigError, MiniSGLError
+from minisgl.message.sockets import Endpoints
 from minisgl.processes.control import Control
 from minisgl.processes.launcher import LocalLauncher, Worker, WorkerSpec
 from minisgl.scheduler.scheduler import Scheduler
@@ -33,7 +34,6 @@ from minisgl.server.launch import bind_port, run_server
 from minisgl.tokenizer.tokenize import HFTextCodec
 from minisgl.utils.faults import fault
 from minisgl.utils.log import setup_logging
-from minisgl.utils.sockets import Endpoints
 
 VOCAB = 400
 ACCESS = ("api_key", "admin_key", "allowed_hosts", "host", "ssl_certfile", "ssl_keyfile", "cors_origin")

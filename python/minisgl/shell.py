@@ -28,11 +28,11 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.core import DRAWING, FinishReason, SamplingParams
 from minisgl.errors import ConfigError, RequestError
 from minisgl.message.frontend import UserReply
+from minisgl.message.sockets import Endpoints
 from minisgl.message.tokenizer import ChatPrompt
 from minisgl.processes.launcher import LocalLauncher
 from minisgl.processes.supervisor import Supervisor, call_in, run_with_workers
 from minisgl.server.frontend import Frontend
-from minisgl.utils.sockets import Endpoints
 
 DEFAULTS = SamplingParams(max_tokens=2048, temperature=0.6)
 SETTINGS: Mapping[str, Callable[[str], int | float]] = {**DRAWING, "max_tokens": int, "seed": int}

@@ -12,9 +12,9 @@ from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError, WorkerDied
 from minisgl.message.backend import AbortMsg, PingMsg, backend_codec
 from minisgl.message.frontend import AcceptedReply, ErrorReply, FrontendMsg, UserReply, frontend_codec
+from minisgl.message.sockets import AsyncPullSocket, Endpoints, PushSocket, ipc_endpoints
 from minisgl.message.tokenizer import TextPrompt, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.server.frontend import Frontend
-from minisgl.utils.sockets import AsyncPullSocket, Endpoints, PushSocket, ipc_endpoints
 
 PROMPT, PARAMS = TextPrompt(text="x"), SamplingParams(max_tokens=4, seed=1)
 

@@ -26,12 +26,12 @@ from minisgl.message.frontend import (
     UserReply,
     frontend_codec,
 )
+from minisgl.message.sockets import PullSocket, ipc_endpoints
 from minisgl.message.tokenizer import ChatPrompt, DecodeMsg, DetokenizeMsg, EncodeMsg, TextPrompt, TokenizeMsg
 from minisgl.server.bodies.chat import parse_chat
 from minisgl.tokenizer import server as module
 from minisgl.tokenizer.server import TokenizerServer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
-from minisgl.utils.sockets import PullSocket, ipc_endpoints
 from tests.tokenizers_fixture import CHATML, make_byte_level
 
 CONFIG = TokenizerConfig(model_path="", max_seq_len=100_000, vocab_size=400)

@@ -19,6 +19,7 @@ from minisgl.errors import EngineError, RequestError
 from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, RankBatch, UserMsg, backend_codec, rank_codec
 from minisgl.message.codec import pack_ids
 from minisgl.message.frontend import ErrorReply, PackedLogprobs, UserReply, frontend_codec
+from minisgl.message.sockets import MAX_FRAME_BYTES, PullSocket, PushSocket, ipc_endpoints
 from minisgl.message.tokenizer import (
     ChatPrompt,
     DecodeMsg,
@@ -33,7 +34,6 @@ from minisgl.message.tokenizer import (
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LeaderTransport, LocalTransport
 from minisgl.tokenizer.server import TokenizerServer
-from minisgl.utils.sockets import MAX_FRAME_BYTES, PullSocket, PushSocket, ipc_endpoints
 from tests.simulator import SimulatedEngine
 from tests.tokenizers_fixture import make_byte_level
 

@@ -12,11 +12,11 @@ from minisgl.core import FinishReason, Masks, SamplingParams, StepPlan, StepResu
 from minisgl.errors import EngineError
 from minisgl.message.backend import AbortMsg, FlushMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
+from minisgl.message.sockets import ipc_endpoints
 from minisgl.message.tokenizer import DetokenizeMsg
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.status import Status
 from minisgl.scheduler.transport import FollowerTransport, LocalTransport, RankFanout
-from minisgl.utils.sockets import ipc_endpoints
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 
 CONFIG = SchedulerConfig(

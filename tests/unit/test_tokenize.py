@@ -16,6 +16,7 @@ from minisgl.errors import ConfigError, RequestError
 from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import AcceptedReply, ErrorReply, UserReply
+from minisgl.message.sockets import ipc_endpoints
 from minisgl.message.tokenizer import (
     ChatPrompt,
     DetokenizeMsg,
@@ -26,7 +27,6 @@ from minisgl.message.tokenizer import (
 )
 from minisgl.tokenizer.server import TokenizerServer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
-from minisgl.utils.sockets import ipc_endpoints
 from tests.tokenizers_fixture import CHATML, make_byte_level
 
 CONFIG = TokenizerConfig(model_path="", max_seq_len=64, vocab_size=400)

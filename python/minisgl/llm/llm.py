@@ -20,6 +20,7 @@ from minisgl.errors import RequestError
 from minisgl.message.backend import AbortMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import ErrorReply, TokenLogprob, UserReply
+from minisgl.message.sockets import ipc_endpoints
 from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, IdsPrompt, TextPrompt, TokenizeMsg
 from minisgl.processes.launcher import LocalLauncher
 from minisgl.processes.supervisor import Supervisor
@@ -30,7 +31,6 @@ from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import Tokenizer
 from minisgl.utils.folders import private_folder
 from minisgl.utils.interrupts import held_interrupts
-from minisgl.utils.sockets import ipc_endpoints
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[dict[str, Any]]

@@ -18,11 +18,11 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
 from minisgl.message.codec import Failed, Ready, decode_control
+from minisgl.message.sockets import Endpoints, ipc_endpoints
 from minisgl.processes.control import ignore_signals, signals_deferred, signals_raised
 from minisgl.processes.launcher import Launcher, Worker, WorkerSpec
 from minisgl.processes.workers import worker_specs
 from minisgl.utils.folders import private_folder
-from minisgl.utils.sockets import Endpoints, ipc_endpoints
 from minisgl.utils.spawned import UNGUARDED
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.env import env_bool
+from minisgl.message.sockets import DETOKENIZER, Endpoints
 from minisgl.processes.control import Control
 from minisgl.processes.launcher import WorkerSpec
-from minisgl.utils.sockets import DETOKENIZER, Endpoints
 
 if TYPE_CHECKING:
     from minisgl.engine.engine import Engine

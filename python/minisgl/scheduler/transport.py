@@ -12,10 +12,10 @@ from minisgl.core import FinishReason
 from minisgl.errors import EngineError
 from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, RankBatch, StatsMsg, backend_codec, rank_codec
 from minisgl.message.frontend import ErrorReply, FrontendMsg, StatsReply, frontend_codec
+from minisgl.message.sockets import Endpoints, PullSocket, PushSocket
 from minisgl.message.tokenizer import DetokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.scheduler.grammar import Grammars, PlannerMsg, Reply
 from minisgl.utils.faults import fault
-from minisgl.utils.sockets import Endpoints, PullSocket, PushSocket
 
 _IDLE_SECONDS = 0.5  # between heartbeats while nothing happens
 

@@ -21,8 +21,8 @@ from minisgl.message import tokenizer
 from minisgl.message.backend import AbortMsg, BackendMsg, FlushMsg, PingMsg, StatsMsg, backend_codec
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import FrontendMsg, UserReply
+from minisgl.message.sockets import DETOKENIZER, AsyncPullSocket, Endpoints, PushSocket
 from minisgl.server.metrics import RequestMetrics, Timing
-from minisgl.utils.sockets import DETOKENIZER, AsyncPullSocket, Endpoints, PushSocket
 
 logger = logging.getLogger(__name__)
 

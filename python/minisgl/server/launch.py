@@ -16,9 +16,9 @@ from minisgl.config.args import ServerArgs
 from minisgl.config.resolve import prepare
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import ConfigError
+from minisgl.message.sockets import Endpoints
 from minisgl.processes.launcher import Launcher, LocalLauncher
 from minisgl.processes.supervisor import Supervisor, run_with_workers
-from minisgl.utils.sockets import Endpoints
 
 
 def serve(args: ServerArgs) -> int:

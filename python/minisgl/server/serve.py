@@ -20,6 +20,7 @@ import uvicorn
 from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_bool, env_number
 from minisgl.errors import WorkerDied
+from minisgl.message.sockets import Endpoints
 from minisgl.processes.control import ENDING_SIGNALS
 from minisgl.processes.supervisor import Supervisor, call_in
 from minisgl.server.access import guarded
@@ -27,7 +28,6 @@ from minisgl.server.connection import Connection
 from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
 from minisgl.server.routes.app import create_app
-from minisgl.utils.sockets import Endpoints
 
 logger = logging.getLogger(__name__)
 

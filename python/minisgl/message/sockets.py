@@ -6,12 +6,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import zmq
 import zmq.asyncio
 
 from minisgl.errors import EngineError
+from minisgl.message.codec import Codec
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +46,6 @@ def ipc_endpoints(directory: str, num_tokenizer: int = 0, tp_size: int = 1) -> E
     return Endpoints(at("backend"), at("frontend"), at(DETOKENIZER), tokenizers, ranks, rendezvous)
 
 
-class MessageCodec(Protocol[T]):
-    """Encodes and decodes batches of messages (`minisgl.message.codec.Codec`)."""
-
-    def encode(self, messages: Sequence[T]) -> bytes: ...
-
-    def decode(self, data: bytes) -> list[T]: ...
-
-
 class _Inbox(Generic[T]):
     """Receives at an endpoint that this process binds. Never loses a message: the high-water mark is off.
 
@@ -61,7 +54,7 @@ class _Inbox(Generic[T]):
 
     _context: Any = zmq.Context
 
-    def __init__(self, endpoint: str, codec: MessageCodec[T], *, strict: bool = False) -> None:
+    def __init__(self, endpoint: str, codec: Codec[T], *, strict: bool = False) -> None:
         self._codec, self._endpoint, self._strict, self._num_dropped = codec, endpoint, strict, 0
         self._socket: Any = self._context.instance().socket(zmq.PULL)
         self._socket.set_hwm(0)
@@ -107,7 +100,7 @@ class AsyncPullSocket(_Inbox[T]):
 class PushSocket(Generic[T]):
     """Sends to an endpoint that another process binds, before or after. `send` never blocks."""
 
-    def __init__(self, endpoint: str, codec: MessageCodec[T]) -> None:
+    def __init__(self, endpoint: str, codec: Codec[T]) -> None:
         self._codec = codec
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.set_hwm(0)
