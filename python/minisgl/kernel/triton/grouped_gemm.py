@@ -19,6 +19,8 @@ import triton.language as tl
 
 from minisgl.kernel.triton.common import begin, launch_options, precision
 
+Tensor = torch.Tensor
+
 SCAN = 1024  # pairs that a sorting program looks at together
 
 
@@ -46,8 +48,8 @@ class SortedPairs:
     """int32 on the device. order: [num_pairs], pairs by expert; blocks: [max_blocks, 3]: expert, first and end index
     into `order`, first == end where there is no block."""
 
-    order: torch.Tensor
-    blocks: torch.Tensor
+    order: Tensor
+    blocks: Tensor
 
 
 def moe_config(num_pairs: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> MoeConfig:
@@ -150,14 +152,15 @@ def _sort_kernel(
 
 
 @triton.jit
-def _gate_up_kernel(
-    x_ptr, w_ptr, out_ptr, order_ptr, blocks_ptr, x_stride, HIDDEN: tl.constexpr, INNER: tl.constexpr,
-    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+def _product_kernel(
+    x_ptr, w_ptr, weights_ptr, out_ptr, order_ptr, blocks_ptr, x_stride, IN: tl.constexpr, OUT: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (features, block): silu(x @ gate.T) * (x @ up.T) of the block's pairs → out [num_pairs, INNER], sorted.
+    """Program (features, block), of the block's pairs.
 
-    w: [experts, 2 * INNER, HIDDEN], gate's rows first.
+    GATED: silu(x @ gate.T) * (x @ up.T) of tokens x → out [num_pairs, OUT], sorted; w: [experts, 2 * OUT, IN], gate's
+    rows first. Otherwise weight * (x @ w.T) of sorted rows x [num_pairs, IN] → out, by pair; w: [experts, OUT, IN].
     """
     begin(PDL)
     block_ptr = blocks_ptr + tl.program_id(1) * 3
@@ -166,64 +169,38 @@ def _gate_up_kernel(
         row = first + tl.arange(0, BLOCK_M)
         feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
-        row_ok, feature_ok = (row < end)[:, None], (feature < INNER)[None, :]
-        token = tl.load(order_ptr + row, mask=row < end, other=0).to(tl.int64) // TOP_K
-        x_ptrs = x_ptr + (token * x_stride)[:, None] + k[None, :]
-        gate_ptrs = w_ptr + expert.to(tl.int64) * (2 * INNER * HIDDEN) + feature[None, :] * HIDDEN + k[:, None]
-        up_ptrs = gate_ptrs + INNER * HIDDEN
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in tl.range(0, HIDDEN, BLOCK_K):
+        row_ok, feature_ok = (row < end)[:, None], (feature < OUT)[None, :]
+        pair = tl.load(order_ptr + row, mask=row < end, other=0)
+        w_ptrs = w_ptr + expert.to(tl.int64) * ((2 if GATED else 1) * OUT * IN) + feature[None, :] * IN + k[:, None]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if GATED:
+            x_ptrs = x_ptr + (pair.to(tl.int64) // TOP_K * x_stride)[:, None] + k[None, :]
+            up_ptrs = w_ptrs + OUT * IN
+            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        else:
+            x_ptrs = x_ptr + row.to(tl.int64)[:, None] * IN + k[None, :]
+            weight = tl.load(weights_ptr + pair, mask=row < end, other=0.0)
+        for start in tl.range(0, IN, BLOCK_K):
             x_ok, w_ok = row_ok, feature_ok
-            if HIDDEN % BLOCK_K != 0:
-                x_ok = x_ok & (start + k < HIDDEN)[None, :]
-                w_ok = w_ok & (start + k < HIDDEN)[:, None]
+            if IN % BLOCK_K != 0:
+                x_ok = x_ok & (start + k < IN)[None, :]
+                w_ok = w_ok & (start + k < IN)[:, None]
             x = tl.load(x_ptrs + start, mask=x_ok, other=0.0)
-            if INNER % BLOCK_N == 0 and HIDDEN % BLOCK_K == 0:
-                w_gate, w_up = tl.load(gate_ptrs + start), tl.load(up_ptrs + start)
-            else:
-                w_gate = tl.load(gate_ptrs + start, mask=w_ok, other=0.0)
-                w_up = tl.load(up_ptrs + start, mask=w_ok, other=0.0)
-            gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
-            up = tl.dot(x, w_up, up, input_precision=PRECISION)
-        hidden = gate / (1.0 + tl.exp(-gate)) * up
-        at = row.to(tl.int64)[:, None] * INNER + feature[None, :]
-        tl.store(out_ptr + at, hidden.to(out_ptr.dtype.element_ty), mask=row_ok & feature_ok)
+            w = _load_w(w_ptrs + start, w_ok, OUT % BLOCK_N == 0 and IN % BLOCK_K == 0)
+            if GATED:
+                w_up = _load_w(up_ptrs + start, w_ok, OUT % BLOCK_N == 0 and IN % BLOCK_K == 0)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            if GATED:
+                up = tl.dot(x, w_up, up, input_precision=PRECISION)
+        to = row if GATED else pair
+        acc = acc / (1.0 + tl.exp(-acc)) * up if GATED else acc * weight[:, None]
+        at = to.to(tl.int64)[:, None] * OUT + feature[None, :]
+        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=row_ok & feature_ok)
 
 
 @triton.jit
-def _down_kernel(
-    x_ptr, w_ptr, weights_ptr, out_ptr, order_ptr, blocks_ptr, HIDDEN: tl.constexpr, INNER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Program (features, block): weight * (x @ w.T) of sorted rows x [num_pairs, INNER] → out [num_pairs, HIDDEN], by
-    pair. w: [experts, HIDDEN, INNER]."""
-    begin(PDL)
-    block_ptr = blocks_ptr + tl.program_id(1) * 3
-    expert, first, end = tl.load(block_ptr), tl.load(block_ptr + 1), tl.load(block_ptr + 2)
-    if first < end:
-        row = first + tl.arange(0, BLOCK_M)
-        feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = tl.arange(0, BLOCK_K)
-        row_ok, feature_ok = (row < end)[:, None], (feature < HIDDEN)[None, :]
-        pair = tl.load(order_ptr + row, mask=row < end, other=0)
-        weight = tl.load(weights_ptr + pair, mask=row < end, other=0.0)
-        x_ptrs = x_ptr + row.to(tl.int64)[:, None] * INNER + k[None, :]
-        w_ptrs = w_ptr + expert.to(tl.int64) * (HIDDEN * INNER) + feature[None, :] * INNER + k[:, None]
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in tl.range(0, INNER, BLOCK_K):
-            x_ok, w_ok = row_ok, feature_ok
-            if INNER % BLOCK_K != 0:
-                x_ok = x_ok & (start + k < INNER)[None, :]
-                w_ok = w_ok & (start + k < INNER)[:, None]
-            x = tl.load(x_ptrs + start, mask=x_ok, other=0.0)
-            if HIDDEN % BLOCK_N == 0 and INNER % BLOCK_K == 0:
-                w = tl.load(w_ptrs + start)
-            else:
-                w = tl.load(w_ptrs + start, mask=w_ok, other=0.0)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        at = pair.to(tl.int64)[:, None] * HIDDEN + feature[None, :]
-        tl.store(out_ptr + at, (acc * weight[:, None]).to(out_ptr.dtype.element_ty), mask=row_ok & feature_ok)
+def _load_w(ptrs, ok, WHOLE: tl.constexpr):
+    return tl.load(ptrs) if WHOLE else tl.load(ptrs, mask=ok, other=0.0)
 
 
 @triton.jit
@@ -241,9 +218,7 @@ def _sum_kernel(
     tl.store(out_ptr + token * HIDDEN + feature, total.to(out_ptr.dtype.element_ty), mask=feature < HIDDEN)
 
 
-def route(
-    router_logits: torch.Tensor, top_k: int, renormalize: bool, pdl: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def route(router_logits: Tensor, top_k: int, renormalize: bool, pdl: bool = False) -> tuple[Tensor, Tensor]:
     """router_logits: [num_tokens, num_experts] → weights, float32, and experts, int32, of each token's most probable
     experts: [num_tokens, top_k]; with `renormalize` a token's weights add up to 1."""
     num_tokens, num_experts = router_logits.shape
@@ -258,7 +233,7 @@ def route(
     return weights, experts
 
 
-def sort_pairs(experts: torch.Tensor, num_experts: int, block_m: int, pdl: bool = False) -> SortedPairs:
+def sort_pairs(experts: Tensor, num_experts: int, block_m: int, pdl: bool = False) -> SortedPairs:
     """experts: [num_tokens, top_k] int32."""
     num_pairs, device = experts.numel(), experts.device
     max_blocks = num_pairs // block_m + min(num_pairs, num_experts)
@@ -276,14 +251,9 @@ def sort_pairs(experts: torch.Tensor, num_experts: int, block_m: int, pdl: bool 
 
 
 def fused_moe(
-    x: torch.Tensor,
-    router_logits: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    top_k: int,
-    renormalize: bool,
+    x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, renormalize: bool,
     config: MoeConfig | None = None,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     """Each token's `top_k` most probable experts' gated MLPs, weighted by their probabilities.
 
     x: [num_tokens, hidden]; router_logits: [num_tokens, num_experts]; gate_up: [num_experts, 2 * inner, hidden], gate's
@@ -304,24 +274,25 @@ def fused_moe(
     config = config or moe_config(num_pairs, num_experts, x.dtype, capability)
     weights, experts = route(router_logits, top_k, renormalize, pdl)
     pairs = sort_pairs(experts, num_experts, config.gate_up.block_m, pdl)
-    max_blocks, launch = len(pairs.blocks), launch_options(pdl)
+    assert config.down.block_m == config.gate_up.block_m
     gated = torch.empty((num_pairs, inner), dtype=x.dtype, device=x.device)
     scaled = torch.empty((num_pairs, hidden), dtype=x.dtype, device=x.device)
-    c = config.gate_up
-    _gate_up_kernel[(triton.cdiv(inner, c.block_n), max_blocks)](
-        x, gate_up, gated, pairs.order, pairs.blocks, x.stride(0), hidden, inner, top_k, c.block_m, c.block_n,
-        c.block_k, precision(x.dtype), pdl, num_warps=c.num_warps, num_stages=c.num_stages, **launch,
-    )  # fmt: skip
-    c = config.down
-    assert c.block_m == config.gate_up.block_m
-    _down_kernel[(triton.cdiv(hidden, c.block_n), max_blocks)](
-        gated, down, weights, scaled, pairs.order, pairs.blocks, hidden, inner, c.block_m, c.block_n, c.block_k,
-        precision(x.dtype), pdl, num_warps=c.num_warps, num_stages=c.num_stages, **launch,
-    )  # fmt: skip
+    _product(x, gate_up, gated, pairs, weights, config.gate_up, True, pdl)
+    _product(gated, down, scaled, pairs, weights, config.down, False, pdl)
     _sum_kernel[(num_tokens, triton.cdiv(hidden, 1024))](
-        scaled, out, hidden, top_k, min(1024, triton.next_power_of_2(hidden)), pdl, num_warps=4, **launch
+        scaled, out, hidden, top_k, min(1024, triton.next_power_of_2(hidden)), pdl, num_warps=4, **launch_options(pdl)
     )
     return out
+
+
+def _product(
+    x: Tensor, w: Tensor, out: Tensor, pairs: SortedPairs, weights: Tensor, c: GemmConfig, gated: bool, pdl: bool
+) -> None:
+    _product_kernel[(triton.cdiv(out.shape[1], c.block_n), len(pairs.blocks))](
+        x, w, weights, out, pairs.order, pairs.blocks, x.stride(0), x.shape[1], out.shape[1], weights.shape[1],
+        c.block_m, c.block_n, c.block_k, gated, precision(x.dtype), pdl, num_warps=c.num_warps, num_stages=c.num_stages,
+        **launch_options(pdl),
+    )  # fmt: skip
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
