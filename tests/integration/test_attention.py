@@ -1,4 +1,5 @@
-"""Attention backends against a definition: ragged batches, scattered pages, windows, groups and blocks."""
+"""The reference of attention against a definition: ragged batches, scattered pages, windows, groups and blocks; and a
+step in two parts."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 
 from minisgl.attention import sdpa
 from minisgl.attention.base import AttentionStep
+from minisgl.attention.create import PairOfBackends
 from minisgl.config.model import AttentionSpec, PagedKV
 from minisgl.kvcache.pool import LayerCache
 
@@ -53,6 +55,7 @@ def test_sdpa(monkeypatch: pytest.MonkeyPatch, page_size: int, shuffle: bool, bl
     monkeypatch.setattr(sdpa, "QUERY_BLOCK", block)
     windows = [None, 1, 7, 33]
     backend = sdpa.SdpaBackend(torch.device("cpu"))
+    pair = PairOfBackends(backend, backend)  # type: ignore[arg-type]
     rng = np.random.default_rng(block + page_size)
     torch.manual_seed(0)
     for _ in range(25):
@@ -69,3 +72,5 @@ def test_sdpa(monkeypatch: pytest.MonkeyPatch, page_size: int, shuffle: bool, bl
             spec = AttentionSpec(PagedKV(NUM_KV_HEADS, HEAD_DIM, HEAD_DIM), window)
             out = backend.forward(q, LayerCache(k, v), spec, metadata)
             torch.testing.assert_close(out, reference(q, k, v, batch, window), atol=1e-5, rtol=1e-4)
+        in_parts = pair.forward(q, LayerCache(k, v), spec, pair.prepare(batch, captured=False))
+        torch.testing.assert_close(in_parts, out, atol=1e-6, rtol=1e-6)

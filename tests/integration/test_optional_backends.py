@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,3 +36,37 @@ def test_pages_of_a_batch() -> None:
     assert pages.tolist() == [10, 11, 0, 15, 16, 17, 18]
     assert last.tolist() == [4, 1, 1]
     assert {x.dtype for x in (offsets, pages, last)} == {torch.int32}
+
+
+class Wrapper:
+    """Notes what it is told, in FlashInfer's place."""
+
+    def __init__(self, workspace: torch.Tensor, layout: str, **options: object) -> None:
+        self.is_captured, self.plans = "use_cuda_graph" in options, list[tuple[int, dict[str, object]]]()
+
+    def plan(self, *args: object, **options: object) -> None:
+        self.plans.append((len(args), options))
+
+
+def test_plans_by_role_and_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured step of some size finds its buffers again; a step outside of graphs has others."""
+    names = ("BatchPrefillWithPagedKVCacheWrapper", "BatchDecodeWithPagedKVCacheWrapper")
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(**dict.fromkeys(names, Wrapper)))
+    backend = FlashInferBackend(replace(SHAPE, windows=(None, 8)), torch.device("cpu"))
+    table, ones = np.arange(20, dtype=np.int32).reshape(4, 5), np.ones(3, np.int64)
+    step = AttentionStep(np.arange(3), np.array([7, 0, 8]), ones, np.arange(4), table, 4, num_decode=3)
+    captured = backend.prepare(step, captured=True)
+    assert backend.prepare(step, captured=True) is captured
+    eager = backend.prepare(step, captured=False)
+    prefill = backend.prepare(replace(step, num_decode=0), captured=False)
+    for wrappers, is_captured, num_plans, num_args in (
+        (captured, True, 2, 7),
+        (eager, False, 1, 7),
+        (prefill, False, 1, 8),
+    ):
+        assert set(wrappers) == {None, 8}
+        for window, wrapper in wrappers.items():
+            assert (wrapper.is_captured, len(wrapper.plans)) == (is_captured, num_plans)
+            told, options = wrapper.plans[-1]
+            assert (told, options["window_left"]) == (num_args, -1 if window is None else 7)
+            assert ("causal" in options) == (wrappers is prefill)
