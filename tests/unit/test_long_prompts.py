@@ -277,7 +277,7 @@ def test_no_template_comes_with_a_request(name: str) -> None:
 def test_a_text_that_fits_by_its_length_is_counted_in_parts(byte_level: HFTextCodec, text: str) -> None:
     """As soon as it cannot fit any more, nothing further is encoded."""
     tokenizer = Tokenizer(TokenizerConfig("", 1000, 400), byte_level)
-    byte_level.max_chars = tokenizer._max_chars = 10**6
+    byte_level.max_chars = 10**6
     with pytest.raises(RequestError, match=r"resulted in (at least )?\d+ tokens"):
         answer = tokenizer.answer(request(TextPrompt(text), 1))
         assert isinstance(answer, ErrorReply)

@@ -241,7 +241,7 @@ odd = st.one_of(
     st.builds(DecodeMsg, uids, ids, st.booleans()),
     st.builds(EncodeMsg, uids, st.builds(TextPrompt, texts), st.booleans()),
     st.builds(AbortMsg, uids),
-    st.builds(PingMsg, uids),
+    st.builds(PingMsg, uids, st.booleans()),
     st.builds(FlushMsg, uids),
     st.builds(ErrorReply, uids, texts),
 )

@@ -304,7 +304,7 @@ def test_pings_go_round_once(tmp_path: Path, byte_level: HFTextCodec, num_tokeni
         detokenizer = start_server(tmp_path, byte_level, num_tokenizer=1, tokenizer=False)
     for uid in (1, 2):
         assert tokenizer.handle([PingMsg(uid=uid)]) == ([PingMsg(uid=uid)], [])
-        assert detokenizer.handle([PingMsg(uid=uid)]) == ([], [PingMsg(uid=uid)])
+        assert detokenizer.handle([PingMsg(uid=uid, back=True)]) == ([], [PingMsg(uid=uid, back=True)])
     tokenizer.close()
     if detokenizer is not tokenizer:
         detokenizer.close()

@@ -1,8 +1,11 @@
-"""From what the user named to a directory with a model in it, and to the files that hold its weights."""
+"""From what the user named to a directory with a model in it, to the files with its weights, and to its tokenizer."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,10 +14,11 @@ from typing import Any, TypeVar
 import yaml
 
 from minisgl.errors import ConfigError
-from minisgl.utils.hf_tokenizer import lfs_hint
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 _FILES = yaml.safe_load(Path(__file__).with_name("files.yaml").read_text(encoding="utf-8"))
+_LFS_POINTER = b"version https://git-lfs"
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
 _UNLIKE: dict[str, str] = _FILES["unlike"]
 
 
@@ -125,6 +129,55 @@ def _no_model(path: Path, missing: str) -> ConfigError:
     else:
         reason = next((what for pattern, what in _UNLIKE.items() if any(path.glob(pattern))), "")
     return ConfigError(f"{str(path)!r} is no model directory: {missing} is missing" + f"; {reason}" * bool(reason))
+
+
+def load_tokenizer(model_path: str) -> Any:
+    """A tokenizer of transformers, never from the network, and never by running code of the repo. `tokenizer.json` is
+    complete by itself, so it is loaded with the plain class: that takes a second, where `AutoTokenizer` first imports
+    every model's configuration.
+
+    Raises: ConfigError naming the directory when there is no usable tokenizer in it, or the package that it needs.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    path = Path(model_path)
+    if not path.is_dir():
+        raise ConfigError(f"{model_path}: no such model directory")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if hint := lfs_hint(path / name):
+            raise ConfigError(f"{path / name}: {hint}")
+    try:
+        if (path / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(model_path, local_files_only=True)
+        if (path / "tokenizer.model").is_file():  # transformers would try something else, and say so at length
+            with (path / "tokenizer.model").open("rb") as file:
+                extra = "tiktoken" if _TIKTOKEN_LINE.match(file.read(1000)) else "sentencepiece"
+            if importlib.util.find_spec(extra) is None:
+                raise ConfigError(f"tokenizer.model needs the extra: pip install 'minisgl[{extra}]'")
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
+        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+            raise ValueError("its files are missing")  # transformers makes an empty one up
+        return tokenizer
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "trust_remote_code" in str(error):
+            reason = "it is code of the repo (auto_map), which is never run"
+        lack = "" if (path / "tokenizer.json").is_file() else "; there is no tokenizer.json"
+        raise ConfigError(f"{model_path}: cannot load the tokenizer: {reason}{lack}") from error
+
+
+def lfs_hint(path: Path) -> str:
+    """What to do about a file whose content Git LFS has not fetched; "" for any other file."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return ""
+    return "it is a Git LFS pointer, not the file itself; run git lfs pull, or download the model again" * is_pointer
 
 
 T = TypeVar("T")

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from minisgl.config.args import ServerArgs
 from minisgl.config.families import read_model_config
-from minisgl.config.locate import DEMO_MODEL, split_revision, weight_files
+from minisgl.config.locate import DEMO_MODEL, lfs_hint, split_revision, weight_files
 from minisgl.config.probe import Capabilities
 from minisgl.config.resolve import ModelFiles, read_default_sampling, resolve
 from minisgl.doctor.row import Row
 from minisgl.errors import ConfigError
 from minisgl.server.launch import bind_port
-from minisgl.utils.hf_tokenizer import lfs_hint
 
 GIB = 1 << 30
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")

@@ -10,9 +10,9 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 
+from minisgl.config.locate import load_tokenizer
 from minisgl.errors import ConfigError, RequestError
 from minisgl.grammar.source import one_line
-from minisgl.utils.hf_tokenizer import load_tokenizer
 
 # A mask is computed between two tokens, so the limits of a step are milliseconds.
 _LIMITS = LLParserLimits(

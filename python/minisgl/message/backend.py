@@ -34,7 +34,9 @@ class ResumeMsg(Message, frozen=True):
 
 class PingMsg(Message, frozen=True):
     """A health check: it goes through tokenizer, scheduler and detokenizer back to the API server, also while a step is
-    running."""
+    running. back: the scheduler has seen it."""
+
+    back: bool = False
 
 
 class StatsMsg(Message, frozen=True):

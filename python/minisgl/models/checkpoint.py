@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from minisgl.config.locate import listing, weight_files
+from minisgl.config.locate import lfs_hint, listing, weight_files
 from minisgl.config.model import ModelConfig
 from minisgl.errors import ConfigError
 from minisgl.layers.base import Part
 from minisgl.layers.formats import WeightSlot
-from minisgl.utils.hf_tokenizer import lfs_hint
 
 logger = logging.getLogger(__name__)
 

@@ -182,7 +182,7 @@ class LeaderTransport(LocalTransport):
             if isinstance(message, PingMsg) and late:
                 self.answer(ErrorReply(message.uid, "a step takes too long", status=503))
             elif isinstance(message, PingMsg):
-                self._push.send([message])
+                self._push.send([PingMsg(message.uid, back=True)])
             elif not isinstance(message, StatsMsg):
                 self.put([message])
             elif self._stats is not None:

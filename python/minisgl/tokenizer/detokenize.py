@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from minisgl.core import FinishReason
 from minisgl.message.backend import AbortMsg
@@ -31,7 +32,7 @@ class IncrementalDecoder:
     def __init__(self, codec: HFTextCodec, context: Sequence[int] = (), *, skip_special: bool = True) -> None:
         self._codec = codec
         self._skip_special = skip_special
-        self._ids = self._visible(context)
+        self._ids = codec.visible(context, skip_special=skip_special)
         self._num_context = len(self._ids)
         self.context_text = self._decode(self._ids)
         self._num_chars = len(self.context_text)  # of the window's text that are out
@@ -39,7 +40,8 @@ class IncrementalDecoder:
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that is certain after these tokens and was not before."""
         # One by one: byte fallback makes U+FFFD of a whole run of bytes while its last character is unfinished.
-        return "".join([self._push(token) for token in self._visible(token_ids)])
+        ids = self._codec.visible(token_ids, skip_special=self._skip_special)
+        return "".join([self._push(token) for token in ids])
 
     def _push(self, token: int) -> str:
         self._ids.append(token)
@@ -62,13 +64,8 @@ class IncrementalDecoder:
         self._num_chars = len(text)
         return delta
 
-    def _visible(self, token_ids: Sequence[int]) -> list[int]:
-        special = self._codec.special_ids if self._skip_special else ()
-        vocab_size = self._codec.vocab_size
-        return [token for token in token_ids if token < vocab_size and token not in special]
-
     def _decode(self, token_ids: list[int]) -> str:
-        return self._codec.decode(token_ids, skip_special=self._skip_special) if token_ids else ""
+        return self._codec.decode(token_ids, skip_special=False) if token_ids else ""
 
     def _advance(self, split: int) -> None:
         """All tokens before `split` are out: the pending ones become the context."""
@@ -117,17 +114,14 @@ class StopFinder:
             end, start = min(matches)
             self.found = text[start:end]
             return text[: end if self._include else start], True
-        keep = self._num_held(text)
+        counts = range(min(len(text), self._max_len - 1), 0, -1)
+        keep = next((n for n in counts if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
     def flush(self) -> str:
         held, self._held = self._held, ""
         return held
-
-    def _num_held(self, text: str) -> int:
-        counts = range(min(len(text), self._max_len - 1), 0, -1)
-        return next((n for n in counts if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
 
 
 class _Stream:
@@ -150,7 +144,7 @@ class Detokenizer:
 
     def __init__(self, codec: HFTextCodec) -> None:
         self._codec = codec
-        self._echo: tuple[bytes, bool, str] = b"", False, ""  # the last one: outputs of one prompt follow one another
+        self._echo = lru_cache(maxsize=1)(self._decode)  # outputs of one prompt follow one another
         self._streams: dict[int, _Stream] = {}
 
     def detokenize(self, message: DetokenizeMsg) -> tuple[UserReply | None, AbortMsg | None]:
@@ -181,8 +175,9 @@ class Detokenizer:
         token_ids = unpack_ids(message.token_ids)
         num_free = max(0, stream.start.min_tokens - stream.num_output)  # tokens too early for a stop string
         head = prompt_end = ""
-        if message.start is not None:
-            head, prompt_end = self._prompt_text(message.start), stream.decoder.context_text
+        if (start := message.start) is not None:
+            head = self._echo(start.prompt, start.skip_special) if start.echo else ""
+            prompt_end = stream.decoder.context_text
         stream.num_output += len(token_ids)
         stream.num_cached = max(stream.num_cached, message.num_cached)
         finish_reason = message.finish_reason
@@ -213,14 +208,9 @@ class Detokenizer:
             stop=stream.stop.found,
         )
 
-    def _prompt_text(self, start: StreamStart) -> str:
-        if not start.echo:
-            return ""
-        if self._echo[:2] != (start.prompt, start.skip_special):
-            known = [token for token in unpack_ids(start.prompt) if token < self._codec.vocab_size]
-            text = self._codec.decode(known, skip_special=start.skip_special)
-            self._echo = start.prompt, start.skip_special, text
-        return self._echo[2]
+    def _decode(self, packed: bytes, skip_special: bool) -> str:
+        ids = self._codec.visible(unpack_ids(packed), skip_special=skip_special)
+        return self._codec.decode(ids, skip_special=False)
 
     def _logprobs(
         self, token_ids: Sequence[int], packed: PackedLogprobs | None, hidden: frozenset[int]

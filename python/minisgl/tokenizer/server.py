@@ -48,9 +48,6 @@ class TokenizerServer:
     ) -> None:
         self._tokenizer = Tokenizer(config, codec)
         self._detokenizer = Detokenizer(self._tokenizer.codec)
-        self._pings: set[int] = set()  # gone to the scheduler and not back yet, where both directions meet here
-        self._is_detokenizer = endpoint == endpoints.detokenizer
-        self._is_tokenizer = endpoint in endpoints.tokenizers.values()
         self._long: PriorityQueue[tuple[int, int, int, TextMsg, list[AbortMsg]]] = PriorityQueue()  # the shortest first
         self._aborts: dict[int, list[AbortMsg]] = {}  # by uid of what is long and not answered: of its request
         self._lock = threading.Lock()  # of what several threads use: the above, and the sockets that send
@@ -89,11 +86,10 @@ class TokenizerServer:
                 to_backend += self._abort(message)
             elif isinstance(message, FlushMsg):
                 self._detokenizer = Detokenizer(self._tokenizer.codec)
-                self._pings.clear()
-            elif isinstance(message, ErrorReply):
+            elif isinstance(message, ErrorReply) or (isinstance(message, PingMsg) and message.back):
                 to_frontend.append(message)
             elif isinstance(message, PingMsg):
-                self._ping(message, to_backend, to_frontend)
+                to_backend.append(message)
             elif (size := _size(message)) < SHORT:
                 accepted, replies = self._answer(message)
                 to_backend += accepted
@@ -118,32 +114,36 @@ class TokenizerServer:
         return [answer], [AcceptedReply(uid) for uid in answer.uids if notify]
 
     def _serve_long(self) -> None:
-        """A thread for what would keep others waiting. What takes too long there is interrupted."""
+        """A thread for what would keep others waiting."""
         if sys.platform == "linux":  # a little behind the engine's; much, and it would hold Python's lock for long
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
         while True:
             *_, message, aborts = self._long.get()
-            uids = _uids(message)
-            timer = threading.Timer(SECONDS, _interrupt, [threading.get_ident()])
-            try:
-                timer.start()
-                if len(aborts) < len(uids):
-                    to_backend, to_frontend = self._answer(message)
-                else:  # nobody waits for it any more
-                    to_backend, to_frontend = [], [UserReply(i, "", b"", 0, 0, 0, FinishReason.ABORT) for i in uids]
-                timer.cancel()
-                timer.join()
-            except TooSlow:
-                error = f"the prompt takes longer than {SECONDS:g} s to read"
-                to_backend, to_frontend = [], [ErrorReply(uid, error) for uid in uids]
-            except Exception as problem:  # there is no thread left for the timer, say
-                error = f"the prompt cannot be read now: {problem}"
-                to_backend, to_frontend = [], [ErrorReply(uid, error, status=503) for uid in uids]
+            to_backend, to_frontend = self._answer_in_time(message, aborts)
             with self._lock:
-                for uid in uids:
+                for uid in _uids(message):
                     self._aborts.pop(uid, None)
                 self._frontend.send(to_frontend)
                 self._backend.send([*to_backend, *aborts])
+
+    def _answer_in_time(self, message: TextMsg, aborts: Sequence[AbortMsg]) -> Answers:
+        """What takes too long is interrupted where it runs Python, as chat templates do."""
+        uids = _uids(message)
+        if len(aborts) == len(uids):  # nobody waits for it any more
+            return [], [UserReply(uid, "", b"", 0, 0, 0, FinishReason.ABORT) for uid in uids]
+        thread, error = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(TooSlow)
+        timer = threading.Timer(SECONDS, ctypes.pythonapi.PyThreadState_SetAsyncExc, [thread, error])
+        try:
+            timer.start()
+            answers = self._answer(message)
+            timer.cancel()
+            timer.join()
+            return answers
+        except TooSlow:
+            status, reason = 400, f"the prompt takes longer than {SECONDS:g} s to read"
+        except Exception as problem:  # there is no thread left for the timer, say
+            status, reason = 503, f"the prompt cannot be read now: {problem}"
+        return [], [ErrorReply(uid, reason, status=status) for uid in uids]
 
     def _abort(self, message: AbortMsg) -> list[AbortMsg]:
         with self._lock:
@@ -166,16 +166,6 @@ class TokenizerServer:
         if abort is not None:
             to_backend.append(abort)
 
-    def _ping(self, message: PingMsg, to_backend: list[BackendMsg], to_frontend: list[FrontendMsg]) -> None:
-        """A tokenizer passes a ping on, the detokenizer answers it; a process that is both sees it twice."""
-        if self._is_tokenizer and not (self._is_detokenizer and message.uid in self._pings):
-            if self._is_detokenizer:
-                self._pings.add(message.uid)
-            to_backend.append(message)
-        else:
-            self._pings.discard(message.uid)
-            to_frontend.append(message)
-
 
 def _uids(message: TextMsg) -> Sequence[int]:
     return message.uids if isinstance(message, TokenizeMsg) else (message.uid,)
@@ -186,8 +176,3 @@ def _size(message: TextMsg) -> int:
     prompt = getattr(message, "prompt", None)
     values = prompt.template_kwargs.values() if isinstance(prompt, ChatPrompt) else ()
     return SHORT * any(type(value) not in (bool, str) for value in values) + len(tokenizer_codec.encode([message]))
-
-
-def _interrupt(thread: int) -> None:
-    """Where it runs Python, as chat templates do."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TooSlow))

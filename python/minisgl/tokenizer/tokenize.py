@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import secrets
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from minisgl.config.chat import reasoning_after
+from minisgl.config.locate import load_tokenizer
 from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import MAX_SEED, SamplingParams
 from minisgl.errors import RequestError, too_long
@@ -30,12 +33,13 @@ from minisgl.message.tokenizer import (
 )
 from minisgl.tokenizer.chat import CUT, CallForm, ControlTokens, learn
 from minisgl.utils.faults import fault
-from minisgl.utils.hf_tokenizer import TokenBytes, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 _END = f"\ue000{secrets.token_hex(8)}\ue001"  # put behind a message that goes on: what a template adds is cut off there
 _GUARD = "\n"
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_SPACE = "\u2581"  # sentencepiece's
 _PART = 2**16  # characters that are encoded at a time, to find out whether a text is too long
 
 
@@ -45,6 +49,8 @@ class HFTextCodec:
     visible: special tokens that become text nevertheless. chat_template: in place of the model's own.
     vocab_size: ids from here on mean nothing to it. special_ids: they never become text. longest_token: bytes that one
     token stands for at most. max_chars: more than these are not wanted of a chat template, which stops there.
+    token_bytes: what one id adds to a text, perhaps a part of a character, or a special token's name. Those of a
+    text's tokens, joined, are the text's (but for the space that sentencepiece puts first).
 
     Raises: ConfigError naming the directory when there is no usable tokenizer in it.
     """
@@ -57,16 +63,20 @@ class HFTextCodec:
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        is_byte_level = "ByteLevel(" in repr(getattr(self._backend, "decoder", None))
+        self._byte_of = {c: bytes([byte]) for byte, c in bytes_to_unicode().items()} if is_byte_level else None
+        self._added = self.tokenizer.added_tokens_decoder
         special_ids = {index for index in self.tokenizer.all_special_ids if index is not None}  # BOS, EOS, PAD …
-        special_ids |= {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special_ids |= {index for index, token in self._added.items() if token.special}
         vocab = self.tokenizer.get_vocab()
         self.special_ids = frozenset(special_ids.difference(vocab[token] for token in visible if token in vocab))
-        self._skip_special = self.special_ids == special_ids  # the tokenizer's own choice is ours
-        self._alone: dict[tuple[int, bool], str] = {}  # texts of single tokens, which streams ask for again and again
         self.vocab_size = len(self.tokenizer)  # asked for at each token, and slow to count
         self.longest_token = max(len(token.encode()) for token in vocab)
         self.max_chars = 2**30
-        self._pieces = TokenBytes(self.tokenizer)
+        self.token_bytes = cache(self._token_bytes)
+        self._decode_one = cache(lambda token: self._decode([token]))  # streams ask for them again and again
         self._control = ControlTokens(self.tokenizer)
         self._guard = self._encode(_GUARD, special=False)
         self.call_form: CallForm | None = None  # not known until a conversation has calls
@@ -87,25 +97,31 @@ class HFTextCodec:
             return list(self._backend.encode(text, add_special_tokens=special).ids)
         return list(self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)  # lets others run
 
+    def visible(self, token_ids: Sequence[int], *, skip_special: bool = True) -> list[int]:
+        """The ids that become text: those it knows, and not the special ones where they are skipped."""
+        special = self.special_ids if skip_special else ()
+        return [token for token in token_ids if token < self.vocab_size and token not in special]
+
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
-        if len(token_ids) != 1:
-            return self._decode(token_ids, skip_special)
-        key = token_ids[0], skip_special
-        if key not in self._alone:
-            self._alone[key] = self._decode(token_ids, skip_special)
-        return self._alone[key]
+        """The text of ids that it knows."""
+        if skip_special:
+            token_ids = self.visible(token_ids)
+        return self._decode_one(token_ids[0]) if len(token_ids) == 1 else self._decode(token_ids)
 
-    def _decode(self, token_ids: Sequence[int], skip_special: bool) -> str:
-        skip = skip_special and self._skip_special
-        if skip_special and not skip:
-            token_ids = [token for token in token_ids if token not in self.special_ids]
+    def _decode(self, token_ids: Sequence[int]) -> str:
         if self._backend is not None:
-            return str(self._backend.decode(token_ids, skip_special_tokens=skip))
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
+            return str(self._backend.decode(token_ids, skip_special_tokens=False))
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to a text: perhaps a part of a character, or a special token's name."""
-        return self._pieces[token_id]
+    def _token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return str(self._added[token_id].content).encode()
+        if token_id >= self.vocab_size or (piece := self.tokenizer.convert_ids_to_tokens(token_id)) is None:
+            return b""  # the model's vocabulary is padded
+        if self._byte_of is not None:
+            return b"".join(self._byte_of.get(character) or character.encode() for character in piece)
+        byte = _BYTE.fullmatch(piece)
+        return bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE, " ").encode()
 
     def render_chat(self, prompt: ChatPrompt) -> str:
         """The text that the chat template makes of the messages, for `encode`. Raises: RequestError when it cannot."""
@@ -158,7 +174,7 @@ class Tokenizer:
         self._vocab_size = config.vocab_size
         self._max_seq_len = config.max_seq_len
         # A text with more characters cannot fit the context: it is refused before it is encoded, which takes a while.
-        self._max_chars = self.codec.max_chars = config.max_seq_len * self.codec.longest_token
+        self.codec.max_chars = config.max_seq_len * self.codec.longest_token
 
     def tokenize(self, requests: Sequence[TokenizeMsg]) -> list[UserMsg | ErrorReply]:
         """One answer for each request, in order. Never raises."""
@@ -175,8 +191,8 @@ class Tokenizer:
             if isinstance(message, EncodeMsg):
                 return EncodedReply(message.uid, pack_ids(self.encode_only(message.prompt, special=message.special)))
             ids = self._check(unpack_ids(message.token_ids), "tokens")
-            known = [token for token in ids if token < self.codec.vocab_size]
-            return DecodedReply(message.uid, self.codec.decode(known, skip_special=message.skip_special))
+            ids = self.codec.visible(ids, skip_special=message.skip_special)
+            return DecodedReply(message.uid, self.codec.decode(ids, skip_special=False))
         except RequestError as error:
             return ErrorReply(message.uid, str(error), error.status, error.param, error.code)
         except Exception as error:
@@ -210,7 +226,7 @@ class Tokenizer:
 
     def _encode(self, text: str, param: str, special: bool) -> list[int]:
         """What is far too long is refused as soon as that is certain: encoding a megabyte takes a second."""
-        if len(text) > self._max_chars:
+        if len(text) > self.codec.max_chars:
             raise too_long(param, f"at least {len(text) // self.codec.longest_token}", self._max_seq_len)
         if len(text) > max(_PART, 2 * self._max_seq_len):
             size = 0
