@@ -206,20 +206,20 @@ class LLM:
             self.abort(pending.uid)
 
     def _run(self, prompts: Sequence[Wrapped], params: Params, progress: Reporting) -> list[RequestOutput]:
-        requests, num_ended = self.submit(prompts, params), 0
+        requests, outputs = self.submit(prompts, params), dict[int, RequestOutput]()
         gc.freeze()  # a full collection looks at all that libraries have made: a tenth of a second between two tokens
         try:
             with _progress(progress, len(requests)) as report:
-                while num_ended < len(requests):
+                while len(outputs) < len(requests):
                     for ended in self.turn():
                         if ended.uid >= requests[0].uid:  # no stream's, which was there before
-                            num_ended += 1
-                            report(num_ended, len(requests))
+                            outputs[ended.uid] = ended.output()  # now, while a step runs: it takes a while for many
+                            report(len(outputs), len(requests))
         finally:
             gc.unfreeze()
             for request in requests:
                 self.abort(request.uid)
-        return [request.output() for request in requests]
+        return [outputs[request.uid] for request in requests]
 
     def submit(self, prompts: Sequence[Wrapped], params: Params) -> list[Pending]:
         """Send requests on their way. Raises: RequestError, and none is sent."""
