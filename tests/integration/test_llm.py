@@ -280,7 +280,7 @@ def test_a_rank_that_dies_is_told_though_rank_0_waits_for_it(model: Path, monkey
     llm = LLM(str(model), tp=2)
     (worker,) = [child for child in psutil.Process().children() if child.cmdline()[:1] == ["minisgl-TP1-scheduler"]]
     engine = llm.rank.engine
-    monkeypatch.setattr(engine, "submit", lambda _: Waiting())
+    monkeypatch.setattr(engine, "submit", lambda *_: Waiting())
     worker.kill()
     with pytest.raises(WorkerDied, match="minisgl-TP1-scheduler ended unexpectedly"):
         llm.generate([5, 6, 7], GREEDY)
