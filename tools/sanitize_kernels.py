@@ -44,10 +44,10 @@ from minisgl.attention.cuda import CudaBackend
 from minisgl.config.model import AttentionSpec, MoE, PagedKV
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.cuda import CudaOps
-from minisgl.kernel.ops import KVSlots, RopeAngles, TorchOps
-from minisgl.kernel.paged import PagedSequences
+from minisgl.kernel.ops import KVSlots, PagedSequences, RopeAngles, TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 from minisgl.kvcache.pool import LayerCache
+from minisgl.layers.formats import DENSE
 
 Tensor = torch.Tensor
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -259,7 +259,9 @@ def grouped_gemm() -> None:
         x, logits = randn(n, hidden), torch.randn(n, num_experts)
         weights = randn(num_experts, 2 * inner, hidden), randn(num_experts, hidden, inner)
         out = fused_moe(up(x), up(logits, torch.float32), up(weights[0]), up(weights[1]), top_k, True)
-        expected = REFERENCE.experts(*weights, MoE(num_experts, top_k, inner, "softmax_of_chosen"))(x, logits)
+        moe = MoE(num_experts, top_k, inner, "softmax_of_chosen")
+        stacks = [{"weight": weight} for weight in weights]
+        expected = DENSE.experts(REFERENCE, stacks[0], stacks[1], moe)(x, logits)
         check(("moe", n, num_experts), [out], [expected])
 
 

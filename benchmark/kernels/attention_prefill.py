@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minisgl.kernel.paged import PagedSequences
+from minisgl.kernel.ops import PagedSequences
 from minisgl.kernel.triton import decode, prefill
 from minisgl.kernel.triton.common import AttentionConfig
 

@@ -11,7 +11,7 @@ import torch
 
 from minisgl.attention.base import AttentionShape, AttentionStep
 from minisgl.config.model import AttentionSpec, PagedKV
-from minisgl.kernel.paged import PagedSequences
+from minisgl.kernel.ops import PagedSequences
 from minisgl.kvcache.pool import LayerCache
 from tests.triton_cpu import DEVICE, DTYPES, INTERPRET, MARKS, needs_gpu
 

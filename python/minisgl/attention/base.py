@@ -14,8 +14,7 @@ import torch
 
 from minisgl.config.model import AttentionSpec
 from minisgl.errors import ConfigError
-from minisgl.kernel.ops import RopeAngles
-from minisgl.kernel.paged import PagedSequences
+from minisgl.kernel.ops import PagedSequences, RopeAngles
 from minisgl.kvcache.pool import KVPool, LayerCache
 
 IntArray = npt.NDArray[np.int64]

@@ -7,7 +7,7 @@ import torch
 from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep
 from minisgl.config.model import AttentionSpec
 from minisgl.kernel.jit import load_kernel
-from minisgl.kernel.paged import PagedSequences
+from minisgl.kernel.ops import PagedSequences
 from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor

@@ -9,7 +9,7 @@ import torch
 
 from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep
 from minisgl.config.model import AttentionSpec
-from minisgl.kernel.paged import PagedSequences
+from minisgl.kernel.ops import PagedSequences
 from minisgl.kernel.triton import decode, prefill
 from minisgl.kvcache.pool import LayerCache
 

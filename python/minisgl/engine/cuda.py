@@ -28,7 +28,7 @@ from minisgl.engine.staging import NUM_BUFFERS, DeviceTables, StepTensors
 from minisgl.engine.tables import StepIndex
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.cuda import create_cuda_ops
-from minisgl.kernel.paged import PagedSequences
+from minisgl.kernel.ops import PagedSequences
 from minisgl.kernel.sampling import TokenStore
 from minisgl.kvcache.pool import KVPool
 from minisgl.utils.faults import fault

@@ -16,7 +16,7 @@ from minisgl.core import ScheduledReq, StepPlan
 from minisgl.engine.logprobs import LogprobRules
 from minisgl.engine.rules import LogitRules
 from minisgl.errors import require
-from minisgl.kernel.paged import PagedSequences
+from minisgl.kernel.ops import PagedSequences
 from minisgl.kernel.sampling import RECORD, SamplingColumns, Words, record_of, records
 from minisgl.utils.math import div_ceil
 

@@ -57,6 +57,24 @@ class KVSlots:
     slots: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class PagedSequences:
+    """int32 on the device. page_table: [rows, max pages]; rows, seq_lens: [n]; cu_q: [n + 1], offsets of the sequences'
+    tokens in q. seq_lens counts this step's tokens too, which come last."""
+
+    page_table: Tensor
+    rows: Tensor
+    seq_lens: Tensor
+    cu_q: Tensor
+    page_size: int  # tokens
+
+    def part(self, begin: int, end: int) -> PagedSequences:
+        """The sequences [begin, end), of the tokens that are theirs."""
+        cu_q = self.cu_q[begin : end + 1]
+        cu_q = cu_q - cu_q[0] if begin else cu_q
+        return PagedSequences(self.page_table, self.rows[begin:end], self.seq_lens[begin:end], cu_q, self.page_size)
+
+
 # (x [num_tokens, hidden], router's logits [num_tokens, num_experts]) → [num_tokens, hidden]
 Experts = Callable[[Tensor, Tensor], Tensor]
 
@@ -132,10 +150,10 @@ class LayerOps:
         scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         return self.matrix((weight / scale).round().mul_(scale).to(weight.dtype), activation)
 
-    def experts(self, gate_up: Tensor, down: Tensor, spec: MoE) -> Experts:
-        """gate_up: [num_experts, 2 * n, hidden], gate's rows first; down: [num_experts, hidden, n]."""
-        first, second = [self.matrix(w, spec.activation) for w in gate_up], [self.matrix(w) for w in down]
-        return lambda x, logits: loop_over_experts(x, logits, first, second, spec)
+    def experts(self, gate_up: Tensor, down: Tensor, spec: MoE) -> Experts | None:  # noqa: ARG002
+        """gate_up: [num_experts, 2 * n, hidden], gate's rows first; down: [num_experts, hidden, n]. None: there is no
+        kernel for all of them, and matrices are made of each expert."""
+        return None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x: [..., n]; weight broadcasts against it. Root-mean-square norm (arXiv 1910.07467), statistics in fp32."""

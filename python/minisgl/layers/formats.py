@@ -49,26 +49,26 @@ class Shard:
 
 
 class WeightFormat(ABC):
-    """One way of storing weights."""
+    """One way of storing weights. Unless a format says otherwise, checkpoints have one tensor `weight`, [out, in]."""
 
-    @abstractmethod
     def create(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensors:
         """Uninitialised tensors of a weight of `shape` [out, in], or of a stack [num_experts, out, in].
 
         dtype: of activations. Memory is committed when the loader writes it.
         Raises: ConfigError when the format cannot hold the shape, because it has groups of another size.
         """
+        return {"weight": torch.empty(shape, dtype=dtype, device=device)}
 
-    @abstractmethod
     def slots(self, prefix: str, tensors: Tensors, shard: Shard) -> Iterator[WeightSlot]:
         """What is to be read for a shard from the checkpoint's tensors, whose names start with `prefix`.
 
         Raises: ConfigError when the shard cuts through a group of values with one scale.
         """
+        yield WeightSlot(f"{prefix}weight", shard.shape, shard.of(tensors["weight"]), shard.rows, shard.cols)
 
     @abstractmethod
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
-        """The filled tensors as a matrix. It keeps what it needs of them. activation: as for `Matrix`."""
+        """The filled tensors as a matrix, which keeps what it needs of them. activation: of its `gate_up`."""
 
     def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:
         """The filled tensors of two stacks as a mixture of experts: a matrix each, where no kernel takes them all."""
@@ -84,29 +84,20 @@ def experts_of(stack: Tensors) -> Iterator[Tensors]:
 
 
 class Dense(WeightFormat):
-    """As they are: one tensor `weight`, [out, in]."""
-
-    def create(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensors:
-        return {"weight": torch.empty(shape, dtype=dtype, device=device)}
-
-    def slots(self, prefix: str, tensors: Tensors, shard: Shard) -> Iterator[WeightSlot]:
-        yield WeightSlot(f"{prefix}weight", shard.shape, shard.of(tensors["weight"]), shard.rows, shard.cols)
+    """As they are."""
 
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
         return ops.matrix(tensors["weight"], activation)
 
     def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:
-        return ops.experts(gate_up["weight"], down["weight"], spec)
+        return ops.experts(gate_up["weight"], down["weight"], spec) or super().experts(ops, gate_up, down, spec)
 
 
-class Int8(Dense):
-    """Stored as they are, and rounded to int8 with a scale for each row when they are loaded."""
+class Int8(WeightFormat):
+    """Rounded to int8, with a scale for each row, once they are loaded."""
 
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
         return ops.int8_matrix(tensors["weight"], activation)
-
-    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:
-        return WeightFormat.experts(self, ops, gate_up, down, spec)
 
 
 DENSE = Dense()

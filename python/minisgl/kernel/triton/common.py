@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from minisgl.kernel.paged import PagedSequences
+from minisgl.kernel.ops import PagedSequences
 
 Tensor = torch.Tensor
 

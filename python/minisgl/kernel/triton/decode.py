@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernel.paged import PagedSequences
+from minisgl.kernel.ops import PagedSequences
 from minisgl.kernel.triton.common import AttentionConfig, attention_options, begin, launch_options, load_keys
 
 Tensor = torch.Tensor

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernel.paged import PagedSequences
+from minisgl.kernel.ops import PagedSequences
 from minisgl.kernel.triton.common import AttentionConfig, attention_options, begin, load_keys
 
 Tensor = torch.Tensor
