@@ -91,7 +91,8 @@ class GrammarStore:
                 if client in self._waiting:
                     self._waiting[client].append((key, grammar))
                 else:
-                    self._waiting |= {client: deque()} if client else {}
+                    if client:
+                        self._waiting[client] = deque()
                     self._pool.submit(self._work, client, key, grammar)
             return future
 
