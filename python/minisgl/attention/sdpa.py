@@ -34,19 +34,16 @@ class SdpaBackend(AttentionBackend[list[Block]]):
         self._device = device
 
     def prepare(self, step: AttentionStep, captured: bool) -> list[Block]:  # noqa: ARG002 (it cannot be captured)
-        return [
-            self._block(step, seq, first, min(first + QUERY_BLOCK, num_new))
-            for seq, num_new in enumerate(step.num_new.tolist())
-            for first in range(0, num_new, QUERY_BLOCK)
-        ]
-
-    def _block(self, step: AttentionStep, seq: int, first: int, last: int) -> Block:
-        """Of the sequence's new tokens [first, last)."""
-        start, token = int(step.starts[seq]), int(step.offsets[seq])
-        keys = np.arange(start + last)
-        slots = torch.from_numpy(step.slots_of(step.rows[seq], keys)).to(self._device)
-        positions = torch.arange(start + last, device=self._device)
-        return Block(slice(token + first, token + last), slots, positions[start + first :, None] - positions)
+        blocks = []
+        for seq, (start, num_new) in enumerate(zip(step.starts.tolist(), step.num_new.tolist(), strict=True)):
+            for first in range(0, num_new, QUERY_BLOCK):
+                last = min(first + QUERY_BLOCK, num_new)
+                tokens = slice(int(step.offsets[seq]) + first, int(step.offsets[seq]) + last)
+                slots = step.slots_of(step.rows[seq], np.arange(start + last))
+                positions = torch.arange(start + last, device=self._device)
+                distance = positions[start + first :, None] - positions
+                blocks.append(Block(tokens, torch.from_numpy(slots).to(self._device), distance))
+        return blocks
 
     def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: list[Block]) -> Tensor:
         out = q.new_empty(*q.shape[:2], cache.v.shape[2])
