@@ -14,8 +14,8 @@ import pynvml
 import pytest
 
 from minisgl.config.args import args_from_options, parse_args
+from minisgl.config.device import gpu_tokens
 from minisgl.config.locate import DEMO_MODEL, locate_model
-from minisgl.config.memory import gpu_tokens
 from minisgl.config.model import (
     HEAD_NORMS,
     PRE_NORMS,

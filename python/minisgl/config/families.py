@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minisgl.config.ends import read_ends
+from minisgl.config.chat import read_ends
 from minisgl.config.locate import MAX_INT, Fields, check_directory, merge, read_json
 from minisgl.config.model import (
     DTYPE_BYTES,

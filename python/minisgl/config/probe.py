@@ -131,6 +131,8 @@ class Capabilities(Nvidia):
 
 def probe() -> Capabilities:
     """Look at the machine. Takes some milliseconds, a few hundred where there are GPUs."""
+    cuda = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = Path(cuda, "bin", "nvcc")
     nvidia = probe_nvidia(os.environ.get("CUDA_VISIBLE_DEVICES"))
     return Capabilities(
         num_cores=num_cores(),
@@ -139,7 +141,7 @@ def probe() -> Capabilities:
         **{field.name: getattr(nvidia, field.name) for field in fields(nvidia)},
         torch_cuda=torch_cuda(),
         packages=frozenset(name for name in PACKAGES if find_spec(name)),
-        nvcc=_find_nvcc(),
+        nvcc=str(nvcc) if nvcc.is_file() else shutil.which("nvcc"),
         cxx=shutil.which(os.environ.get("CXX") or "c++"),
         has_compiled=any(cache_dir().glob("cpu-*.so")),
     )
@@ -177,12 +179,6 @@ def _groups(root: str, *names: str) -> Iterator[tuple[int, int]]:
 def cpu_flags() -> frozenset[str]:
     lines = (line for line in _read("/proc/cpuinfo").splitlines() if line.startswith(("flags", "Features")))
     return frozenset(next(lines, "").partition(":")[2].split())
-
-
-def _find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    beside = Path(home, "bin", "nvcc")
-    return str(beside) if beside.is_file() else shutil.which("nvcc")
 
 
 def _read(path: str) -> str:

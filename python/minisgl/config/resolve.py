@@ -14,8 +14,7 @@ from typing import Any
 
 from minisgl.config import chat
 from minisgl.config.args import ServerArgs, ServerOptions
-from minisgl.config.cpu import cpu_engine
-from minisgl.config.cuda import choose_device, cuda_engine
+from minisgl.config.device import choose_device, cpu_engine, cuda_engine
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import is_remote, locate_model, read_fields, split_revision
 from minisgl.config.model import ModelConfig
@@ -82,7 +81,12 @@ def read_default_sampling(path: Path) -> dict[str, float | int]:
 def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> ServerConfig:
     """Decide everything. Raises: ConfigError naming the flag that cannot be honoured, and why."""
     model, path = files.model, str(files.path)
-    _check_tensor_parallel(args.tensor_parallel_size, model)
+    tp_size, heads, kv_heads = args.tensor_parallel_size, model.num_qo_heads, model.num_kv_heads
+    if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
+        raise ConfigError(
+            f"--tensor-parallel-size {tp_size}: does not divide the model's {heads} attention heads "
+            f"and {kv_heads} KV heads"
+        )
     wanted_len = args.max_seq_len or model.max_position
     if wanted_len > model.max_position:
         raise ConfigError(f"--max-seq-len {wanted_len}: the model's context is {model.max_position} tokens")
@@ -118,15 +122,6 @@ def _shared(kind: Any, *sources: object) -> dict[str, Any]:
     return {name: getattr(source, name) for source in sources for name in names if hasattr(source, name)}
 
 
-def _check_tensor_parallel(tp_size: int, model: ModelConfig) -> None:
-    heads, kv_heads = model.num_qo_heads, model.num_kv_heads
-    if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
-        raise ConfigError(
-            f"--tensor-parallel-size {tp_size}: does not divide the model's {heads} attention heads "
-            f"and {kv_heads} KV heads"
-        )
-
-
 def access_config(args: ServerArgs) -> AccessConfig:
     """Raises: ConfigError naming the flag whose value cannot be used with another's."""
     if args.ssl_keyfile and not args.ssl_certfile:
@@ -135,14 +130,8 @@ def access_config(args: ServerArgs) -> AccessConfig:
         _check_certificate(args.ssl_certfile, args.ssl_keyfile)
     if not {*args.api_key}.isdisjoint(args.admin_key):
         raise ConfigError("--admin-key: it is one of --api-key as well; clients would be operators")
-    names = (
-        "localhost",
-        "*.localhost",
-        "*.internal",
-        "",
-        args.host,
-        socket.gethostname(),
-    )  # no stranger can have these
+    # No stranger can have these.
+    names = ("localhost", "*.localhost", "*.internal", "", args.host, socket.gethostname())
     given = args.allowed_hosts or (("*",) if args.api_key else ())  # a page that has come by a false name has no key
     hosts = tuple(map(str.lower, (*names, *given)))
     return AccessConfig(args.api_key, args.admin_key, hosts, args.ssl_certfile, args.ssl_keyfile, args.cors_origin)

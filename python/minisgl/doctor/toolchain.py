@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisgl.config.cuda import MIN_ARCH
+from minisgl.config.device import MIN_ARCH
 from minisgl.config.probe import PACKAGES, Capabilities
 from minisgl.doctor.row import Row, ask
 
