@@ -60,7 +60,7 @@ class SimulatedEngine:
         assert plan.reqs
         assert plan.num_tokens <= self.config.max_prefill_length
         assert len({req.row for req in plan.reqs}) == len(plan.reqs), "a row is scheduled twice"
-        is_decode = [req.is_decode for req in plan.reqs]
+        is_decode = [req.num_new == req.num_samples for req in plan.reqs]
         assert is_decode == sorted(is_decode, reverse=True), "prefill comes before decode"
         assert sum(is_decode) == plan.num_decode
         for row, ids, params, *_ in plan.admissions:

@@ -245,11 +245,6 @@ class ScheduledReq(NamedTuple):
     num_new: int
     num_samples: int
 
-    @property
-    def is_decode(self) -> bool:
-        """Every position samples."""
-        return self.num_new == self.num_samples
-
 
 class PageCopy(NamedTuple):
     """What page `source` holds, for all layers, becomes what page `target` holds too."""
@@ -278,7 +273,7 @@ class StepPlan(NamedTuple):
     step_id: int
     admissions: tuple[Admission, ...]
     page_updates: tuple[PageUpdate, ...]
-    reqs: tuple[ScheduledReq, ...]  # decode first
+    reqs: tuple[ScheduledReq, ...]  # decode first: all whose every position samples
     num_decode: int = 0  # how many of them are decode
     copies: tuple[PageCopy, ...] = ()
     masked: tuple[int, ...] = ()  # which of the requests that sample do so with a mask, by their number among these

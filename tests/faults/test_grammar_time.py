@@ -99,7 +99,7 @@ def test_waiting_changes_no_token(words_path: Path, monkeypatch: pytest.MonkeyPa
     each = [params(i, 12, (DEAR, CHEAP, None)[i % 3]) for i in range(9)]
     outputs = []
     for share, overlap in ((1e6, True), (0.0, True), (0.0, False))[: 4 - tp_size]:
-        monkeypatch.setattr("minisgl.scheduler.grammar._CPU_SHARE", (share, 0.0))
+        monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARE", (share, 0.0))
         options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "num_pages": 4096, "tp": tp_size}
         with LLM(str(words_path), dummy_weight=True, disable_overlap=not overlap, **options) as llm:
             outputs.append([output.token_ids for output in llm.generate(prompts, each, progress=False)])
@@ -108,8 +108,8 @@ def test_waiting_changes_no_token(words_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_grammar_that_is_slow_again_and_again(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minisgl.scheduler.grammar._FREE_SECONDS", 0.0)
-    monkeypatch.setattr("minisgl.scheduler.grammar._MOST_SECONDS", 0.01)
+    monkeypatch.setattr("minisgl.scheduler.grammar.FREE_SECONDS", 0.0)
+    monkeypatch.setattr("minisgl.scheduler.grammar.MOST_SECONDS", 0.01)
     slow, plain = llm.generate(["a", "b"], [params(1, 200, DEAR), params(2, 30)], progress=False)
     assert slow.finish_reason is FinishReason.ERROR
     assert slow.error is not None and "it is too slow" in slow.error

@@ -261,7 +261,7 @@ def test_ctrl_c_whenever_it_comes(model: Path, monkeypatch: pytest.MonkeyPatch, 
 
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, interrupted)
-            patch.setattr("minisgl.scheduler.scheduler._PUMP_SECONDS", 0.0)
+            patch.setattr("minisgl.scheduler.scheduler.PUMP_SECONDS", 0.0)
             with pytest.raises(KeyboardInterrupt):
                 llm.generate([5, 6, 7], GREEDY)
         assert llm.generate([5, 6, 7], GREEDY)[0].token_ids == expected

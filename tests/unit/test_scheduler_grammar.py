@@ -143,7 +143,7 @@ class Loop:
 @pytest.fixture(autouse=True)
 def time_for_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """However busy the machine is, cheap masks are computed within their steps."""
-    monkeypatch.setattr("minisgl.scheduler.grammar._CPU_SHARE", (1e6, 0.0))
+    monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARE", (1e6, 0.0))
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -274,7 +274,7 @@ def test_a_slow_row_sits_out_and_gets_the_same_tokens(
     monkeypatch: pytest.MonkeyPatch, overlap: bool, cost: float
 ) -> None:
     """Slow from the start, or found to be when others have spent the time that there is for masks."""
-    monkeypatch.setattr("minisgl.scheduler.grammar._CPU_SHARE", (0.0, 0.0))
+    monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARE", (0.0, 0.0))
     loop = Loop(overlap=overlap, seconds=0.02, cost=cost)
     loop.compiled()
     loop.put(1, [1, 2, 3], max_tokens=4)
@@ -291,7 +291,7 @@ def test_a_slow_row_sits_out_and_gets_the_same_tokens(
 
 
 def test_rows_that_wait_do_not_keep_the_loop_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minisgl.scheduler.grammar._CPU_SHARE", (0.0, 0.0))
+    monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARE", (0.0, 0.0))
     loop = Loop(seconds=0.1, cost=1.0)
     loop.compiled()
     for uid in (1, 2):
@@ -304,7 +304,7 @@ def test_rows_that_wait_do_not_keep_the_loop_busy(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("after", range(0, 40, 3))
 def test_an_abort_of_a_row_that_waits_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    monkeypatch.setattr("minisgl.scheduler.grammar._CPU_SHARE", (0.0, 0.0))
+    monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARE", (0.0, 0.0))
     loop = Loop(seconds=0.001, cost=1.0)
     loop.compiled()
     loop.put(1, [1, 2, 3], max_tokens=30)
@@ -317,7 +317,7 @@ def test_an_abort_of_a_row_that_waits_leaves_nothing_behind(monkeypatch: pytest.
 
 
 def test_a_grammar_that_is_slow_again_and_again_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minisgl.scheduler.grammar._MOST_SECONDS", 0.02)
+    monkeypatch.setattr("minisgl.scheduler.grammar.MOST_SECONDS", 0.02)
     loop = Loop(seconds=0.006)
     loop.compiled()
     loop.put(1, [1, 2, 3], max_tokens=30)

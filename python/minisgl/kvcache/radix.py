@@ -192,7 +192,7 @@ class PrefixCache:
         return token_ids[: self._page_size].tobytes()
 
     def _name(self, parent: RadixNode, namespace: bytes, token_ids: TokenIds) -> bytes:
-        """Of the child that begins so: its first page, below the root with the namespace; of no tokens, no child's."""
+        """The name of a child that begins so: its first page, below the root with the namespace; no child has b""."""
         first = self._first_page(token_ids)
         return first + namespace if first and parent is self._root else first
 

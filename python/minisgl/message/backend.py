@@ -27,7 +27,7 @@ class AbortMsg(Message, frozen=True):
 
 
 class ResumeMsg(Message, frozen=True):
-    """From rank 0: the bitmask that a request sat steps out for is there. paced: it waits for the next one too."""
+    """From rank 0: the mask that a request sat steps out for is there. paced: it waits for the next one too."""
 
     paced: bool
 

@@ -44,7 +44,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
 
 def pack_logprobs(parts: Sequence[TokenLogprobs]) -> PackedLogprobs:
-    """Of all parts, one after the other."""
+    """One record of all parts, one after the other."""
     chosen, top_ids, top = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return PackedLogprobs(
         chosen.astype("<f4").tobytes(), top_ids.astype("<i4").tobytes(), _bounded(top).astype("<f4").tobytes()

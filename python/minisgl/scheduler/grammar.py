@@ -1,4 +1,4 @@
-"""Requests with a grammar, on rank 0: they wait at the door until it is compiled, and each step brings their bitmasks.
+"""Requests with a grammar, on rank 0: they wait at the door until it is compiled, and each step brings their masks.
 
 The other ranks hear of such a request when its grammar is ready, and never of one that is refused: when that is depends
 on the clock, and the planner must not. So it is with masks: one that is not ready in time sits the step out, and all
@@ -37,11 +37,11 @@ _MAX_THREADS = 8
 _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process has died in it
 # Of the time between the masks of two steps, beyond so many seconds, what masks may take. On a CPU nothing else of
 # the step goes on meanwhile. A GPU computes, but the host cannot plan the next step.
-_CPU_SHARE, _GPU_SHARE = (0.1, 0.0), (0.5, 0.002)
+CPU_SHARE, _GPU_SHARE = (0.1, 0.0), (0.5, 0.002)
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
 _PACED_SHARE = 0.15  # of the time of steps that others are in: what those with masks of rows that wait may take longer
 # What the masks of one request may take beyond a millisecond each, in seconds of a core.
-_FREE_SECONDS, _MOST_SECONDS = 0.001, 10.0
+_FREE_SECONDS, MOST_SECONDS = 0.001, 10.0
 
 PlannerMsg = UserMsg | AbortMsg | FlushMsg | ResumeMsg
 Submitted = tuple[Planned, StepHandle]
@@ -90,7 +90,7 @@ class Grammars:
         # Cheap ones do not wait for the others.
         self._threads = [ThreadPoolExecutor(n, "minisgl-masks", yield_to_others) for n in (1, num_threads)]
         self.all_allowed: Words = np.full(0 if store is None else div_ceil(store.vocab_size, 32), -1, np.int32)
-        self._share, self._unshared = _GPU_SHARE if is_gpu else _CPU_SHARE
+        self._share, self._unshared = _GPU_SHARE if is_gpu else CPU_SHARE
         self._last_step, self._last_time, self._interval = 0, 0.0, _LONGEST_INTERVAL / 4
         self._budget = self._late_cost = 0.0  # of the last step's masks: seconds, and how many of them are expected
         self._planned, self._has_masks = 0.0, False  # the last step: when, and whether it has some
@@ -132,8 +132,8 @@ class Grammars:
         return replies
 
     def masks(self, planned: Planned, submitted: Sequence[Submitted]) -> LateMasks | None:
-        """Of a step's rows that have to match a grammar, to be computed when the engine asks for them. submitted: the
-        steps before it that are not retired, oldest first."""
+        """The masks of a step's rows that have to match a grammar, computed when the engine asks for them. submitted:
+        the steps before it that are not retired, oldest first."""
         plan = planned.plan
         self._pace(plan, has_others=len(plan.masked) < len(plan.reqs))
         if not plan.masked or self._store is None:
@@ -260,7 +260,7 @@ class Grammars:
         seconds = time.thread_time() - start
         output.cost, output.grammar.cost = (max(seconds, known / 2) for known in (output.cost, output.grammar.cost))
         output.seconds += max(0.0, seconds - _FREE_SECONDS)
-        if output.seconds > _MOST_SECONDS:
+        if output.seconds > MOST_SECONDS:
             why = f"it is too slow, {output.num_tokens} tokens took {output.seconds:.0f} s more than they should"
         if why is not None:  # all ranks end its request at their next turn
             param = row.req.params.grammar.param if row.req.params.grammar else "the grammar"

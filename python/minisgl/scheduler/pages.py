@@ -24,7 +24,7 @@ class Pages:
 
     @property
     def num_free(self) -> int:
-        """Those of the cache that nobody uses included."""
+        """Pages to be had, cached ones that nobody uses included."""
         return self.allocator.num_free + self.cache.num_evictable
 
     def make_room(self, count: int) -> bool:

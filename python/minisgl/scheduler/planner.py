@@ -51,7 +51,7 @@ _LPM_OLDEST_EVERY = 8
 
 
 def _cost(req: Req) -> int:
-    """Of one token of a prompt, in tokens of the step's budget."""
+    """How many tokens of a step's budget one token of the prompt takes."""
     return _TELLING_COST if req.tells_prompt else 1
 
 
@@ -325,8 +325,8 @@ class Planner:
                     break
 
     def _sit_out(self, req: Req) -> ReqOutput:
-        """As if the step had not been planned: its last token is computed again once it is resumed. Steps in flight
-        went on from a token that there is not."""
+        """A request goes on as if the step had not been planned: its last token is computed again once it is resumed.
+        Steps in flight went on from a token that there is not."""
         req.num_tokens, req.num_computed = len(req.tokens), len(req.tokens) - 1
         req.num_stale, req.held = req.num_inflight, True
         return ReqOutput(req, ())
@@ -374,7 +374,7 @@ class Planner:
         return output
 
     def _release_leaving(self) -> None:
-        """Those that no step in flight touches any more give back their rows and pages; retracted ones wait again."""
+        """Requests that no step in flight touches any more give back rows and pages; retracted ones wait again."""
         for req in self.leaving:
             if not req.num_inflight:
                 self.pages.release(req)

@@ -26,7 +26,7 @@ from minisgl.utils.faults import fault
 
 logger = logging.getLogger(__name__)
 
-_PUMP_SECONDS = 0.1
+PUMP_SECONDS = 0.1
 _LATE_SECONDS = 10.0  # beyond its estimate: a step that takes longer makes us unhealthy
 _CHECK_EVERY = 16  # spells of work: after so many of them there is a walk
 _MAX_FAILURES = 3  # steps in a row; after that the device is taken for broken
@@ -137,7 +137,7 @@ class Scheduler:
         and the next turn goes on from there."""
         self._checked = False
         (plan, _), handle = self._submitted[0]
-        if not handle.wait(_PUMP_SECONDS):
+        if not handle.wait(PUMP_SECONDS):
             self._wait(plan, handle)
         try:
             result = handle.result()
@@ -185,9 +185,9 @@ class Scheduler:
     def _wait(self, plan: StepPlan, handle: StepHandle) -> None:
         """Wait for a step that takes its time, and show that we are alive. Raises: EngineError `step_timeout` seconds
         after what it may take, by its size or by the slowest of late. Time in which we were stopped does not count."""
-        seconds, last = _PUMP_SECONDS, time.monotonic()
+        seconds, last = PUMP_SECONDS, time.monotonic()
         estimate = max(plan.num_tokens * self._config.token_seconds, self._slowest)
-        while not handle.wait(_PUMP_SECONDS):
+        while not handle.wait(PUMP_SECONDS):
             seconds, last = seconds + min(time.monotonic() - last, 1.0), time.monotonic()
             if seconds > estimate + self._config.step_timeout:
                 raise EngineError(f"step {plan.step_id} has not ended after {seconds:.0f} s (--step-timeout)")
