@@ -80,21 +80,14 @@ def carried(value: Any) -> bool:
     return True
 
 
-class Ready(Part, frozen=True):
-    """Start-up is over."""
+class Report(Part, frozen=True):
+    """A child lives, says to its supervisor. ready: start-up is over. failure: why the process ends, in words that the
+    operator can do something about where it is a `config` error."""
+
+    ready: bool = False
+    failure: str | None = None
+    config: bool = False
 
 
-class Heartbeat(Part, frozen=True):
-    """The main loop is alive."""
-
-
-class Failed(Part, frozen=True):
-    """The process ends because of this. `config`: the operator can mend it."""
-
-    message: str
-    config: bool
-
-
-ControlMsg = Ready | Heartbeat | Failed
-encode_control: Callable[[ControlMsg], bytes] = msgspec.msgpack.Encoder().encode
-decode_control: Callable[[bytes], ControlMsg] = msgspec.msgpack.Decoder(ControlMsg).decode
+encode_report: Callable[[Report], bytes] = msgspec.msgpack.Encoder().encode
+decode_report: Callable[[bytes], Report] = msgspec.msgpack.Decoder(Report).decode

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from minisgl.core import FinishReason, TokenLogprobs
 from minisgl.message.backend import PingMsg
@@ -46,24 +45,19 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 def pack_logprobs(parts: Sequence[TokenLogprobs]) -> PackedLogprobs:
     """One record of all parts, one after the other."""
     chosen, top_ids, top = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return PackedLogprobs(
-        chosen.astype("<f4").tobytes(), top_ids.astype("<i4").tobytes(), _bounded(top).astype("<f4").tobytes()
-    )
+    chosen, top = (np.where(values > LEAST, values, LEAST).astype("<f4") for values in (chosen, top))
+    return PackedLogprobs(chosen.tobytes(), top_ids.astype("<i4").tobytes(), top.tobytes())
 
 
 def unpack_logprobs(packed: PackedLogprobs) -> list[tuple[float, list[tuple[int, float]]]]:
     """For each token its log-probability, and (id, log-probability) of the most probable ones."""
-    chosen = _bounded(np.frombuffer(packed.chosen, "<f4"))
+    chosen = np.frombuffer(packed.chosen, "<f4")
     top_ids = np.frombuffer(packed.top_ids, "<i4").reshape(len(chosen), -1)
     top = np.frombuffer(packed.top, "<f4").reshape(len(chosen), -1)
     return [
         (logprob, list(zip(ids, values, strict=True)))
         for logprob, ids, values in zip(chosen.tolist(), top_ids.tolist(), top.tolist(), strict=True)
     ]
-
-
-def _bounded(logprobs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    return np.where(logprobs > LEAST, logprobs, np.float32(LEAST))
 
 
 class UserReply(Message, frozen=True):

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from minisgl.errors import ConfigError, MiniSGLError
-from minisgl.message.codec import ControlMsg, Failed, Heartbeat, Ready, encode_control
+from minisgl.message.codec import Report, encode_report
 from minisgl.utils.faults import fault
 from minisgl.utils.log import setup_logging
 
@@ -39,7 +39,7 @@ class Control:
 
     def ready(self) -> None:
         signal.signal(STOP_SIGNAL, lambda *_: sys.exit(0))
-        self.send(Ready())
+        self.send(Report(ready=True))
 
     def beat(self) -> None:
         """Tell that the main loop is alive. Call it as often as you like: it sends one message a second.
@@ -51,11 +51,11 @@ class Control:
             dropped = (fault("beat") or "").split()
             self._next_beat = now + (float(dropped[1]) if dropped else HEARTBEAT_SECONDS)
             if not dropped and select.select((), (self._connection,), (), 0)[1]:
-                self.send(Heartbeat())
+                self.send(Report())
 
-    def send(self, message: ControlMsg) -> None:
+    def send(self, report: Report) -> None:
         try:
-            self._connection.send_bytes(encode_control(message))
+            self._connection.send_bytes(encode_report(report))
         except (BrokenPipeError, ConnectionResetError):
             os._exit(1)  # the parent is gone
 
@@ -93,7 +93,8 @@ def run_child(
         logger.log(logging.DEBUG if is_ours else logging.ERROR, "%s ends", name, exc_info=True)
         words = next(filter(None, map(str.strip, str(error).splitlines())), "no details")
         status = 2 if is_config else 1
-        control.send(Failed(words if is_ours else f"{type(error).__name__}: {words}", is_config))
+        failure = words if is_ours else f"{type(error).__name__}: {words}"
+        control.send(Report(failure=failure, config=is_config))
     finally:
         logging.shutdown()
         os._exit(status)  # threads of libraries must not keep a finished process alive

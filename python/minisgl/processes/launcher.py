@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
-from minisgl.message.codec import Failed
+from minisgl.message.codec import Report
 from minisgl.processes.control import STOP_SIGNAL, run_child
 
 
@@ -56,7 +56,7 @@ class Worker:
     connection: Connection  # brings what it reports
     silence: float = 0.0  # seconds, while it is watched
     ready: bool = False
-    failure: Failed | None = None
+    failure: Report | None = None  # its last words
     closed: bool = False  # its end of the connection
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
-from minisgl.message.codec import Failed, Ready, decode_control
+from minisgl.message.codec import decode_report
 from minisgl.message.sockets import Endpoints, ipc_endpoints
 from minisgl.processes.control import ignore_signals, signals_deferred, signals_raised
 from minisgl.processes.launcher import Launcher, Worker, WorkerSpec
@@ -196,12 +196,9 @@ class Supervisor:
     def _drain(self, worker: Worker) -> None:
         try:
             while worker.connection.poll():
-                message = decode_control(worker.connection.recv_bytes())
-                worker.silence = 0.0
-                if isinstance(message, Ready):
-                    worker.ready = True
-                elif isinstance(message, Failed):
-                    worker.failure = message
+                report = decode_report(worker.connection.recv_bytes())
+                worker.silence, worker.ready = 0.0, worker.ready or report.ready
+                worker.failure = report if report.failure is not None else worker.failure
         except (EOFError, OSError):
             worker.closed = True
 
@@ -214,7 +211,7 @@ class Supervisor:
         if not worker.closed:
             self._drain(worker)  # its last words may have come with its end
         if worker.failure is not None:
-            return (ConfigError if worker.failure.config else WorkerDied)(f"{name}: {worker.failure.message}")
+            return (ConfigError if worker.failure.config else WorkerDied)(f"{name}: {worker.failure.failure}")
         process.join(1.0)
         if process.exitcode == UNGUARDED:
             return ConfigError(
