@@ -96,8 +96,8 @@ def elementwise() -> None:
         for norm in (None, randn(num_q + num_kv, dim)):
             qkv, k, v = randn(n, num_q + 2 * num_kv, dim), *torch.zeros(2, n + 3, num_kv, dim)
             ours = KVSlots(up(k), up(v), up(slots))
-            q = ops.qk_norm_rope_store(up(qkv), None if norm is None else up(norm), EPS, rope, ours)
-            theirs = REFERENCE.qk_norm_rope_store(qkv, norm, EPS, RopeAngles(cos, sin), KVSlots(k, v, slots))
+            q = ops.norm_rope_store(up(qkv), None if norm is None else up(norm), EPS, rope, ours)
+            theirs = REFERENCE.norm_rope_store(qkv, norm, EPS, RopeAngles(cos, sin), KVSlots(k, v, slots))
             check(("rope", n, num_q, num_kv, dim, norm is not None), (q, ours.k, ours.v), (theirs, k, v))
     for n, first in ((1, 0), (41, 40)):
         ids, weight = torch.randint(0, 60, (n,)), randn(60 - first, 520)

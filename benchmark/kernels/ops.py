@@ -75,7 +75,7 @@ def _rope(n: int) -> Run:
 
     def run(ops: TorchOps) -> tuple[Tensor, ...]:
         qkv = ours if isinstance(ops, CudaOps) else theirs
-        return ops.qk_norm_rope_store(qkv, norm, 1e-6, rope, cache), k, v
+        return ops.norm_rope_store(qkv, norm, 1e-6, rope, cache), k, v
 
     return run
 
@@ -135,7 +135,7 @@ def cases() -> Iterator[Case]:
     for n in (1, 64, 256, 8192):
         yield Case("rms_norm", f"{n} x {HIDDEN}", 2 * n * row, functools.partial(_norm, n))
         yield Case(
-            "qk_norm_rope_store", f"{n} x ({NUM_Q}+2*{NUM_KV}) x {HEAD_DIM}", n * heads, functools.partial(_rope, n)
+            "norm_rope_store", f"{n} x ({NUM_Q}+2*{NUM_KV}) x {HEAD_DIM}", n * heads, functools.partial(_rope, n)
         )
         yield Case("silu_and_mul", f"{n} x {INNER}", 3 * n * INNER * DTYPE.itemsize, functools.partial(_silu, n))
         yield Case("embedding", f"{n} x {HIDDEN}", 2 * n * row, functools.partial(_embedding, n))

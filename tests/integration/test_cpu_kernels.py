@@ -130,7 +130,7 @@ def test_norm_rotation_and_cache(with_norm: bool, dtype: torch.dtype) -> None:
     slots = torch.tensor([3, 0, 11, 7, 5])
     caches = [KVSlots(*torch.zeros(2, 12, num_kv, dim, dtype=dtype), slots) for _ in range(2)]
     outs = [
-        ops.qk_norm_rope_store(random(tokens, num_q + 2 * num_kv, dim, seed=3), norm, 1e-6, RopeAngles(cos, sin), cache)
+        ops.norm_rope_store(random(tokens, num_q + 2 * num_kv, dim, seed=3), norm, 1e-6, RopeAngles(cos, sin), cache)
         for ops, cache in zip((cpu_ops(2), InFloat32()), caches, strict=True)
     ]
     torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=1e-5)
@@ -141,11 +141,9 @@ def test_norm_rotation_and_cache(with_norm: bool, dtype: torch.dtype) -> None:
 class InFloat32(TorchOps):
     """The reference, whose cache may have another type."""
 
-    def qk_norm_rope_store(
-        self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots
-    ) -> Tensor:
+    def norm_rope_store(self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots) -> Tensor:
         wide = KVSlots(cache.k.float(), cache.v.float(), cache.slots)
-        out = super().qk_norm_rope_store(qkv, norm, eps, rope, wide)
+        out = super().norm_rope_store(qkv, norm, eps, rope, wide)
         cache.k.copy_(wide.k)
         cache.v.copy_(wide.v)
         return out

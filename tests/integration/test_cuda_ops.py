@@ -60,7 +60,7 @@ def test_shapes_that_no_kernel_takes_fall_back(ops):
 @pytest.mark.parametrize("head_dim", [16, 64, 72, 80, 96, 128, 256])
 @pytest.mark.parametrize(("num_q", "num_kv"), [(1, 1), (14, 2), (32, 8), (64, 4)])
 @pytest.mark.parametrize("with_norm", [False, True])
-def test_qk_norm_rope_store(ops, dtype, head_dim, num_q, num_kv, with_norm):
+def test_norm_rope_store(ops, dtype, head_dim, num_q, num_kv, with_norm):
     for n in (0, 1, 5, 600):
         qkv = randn(n, num_q + 2 * num_kv, head_dim, dtype=dtype)
         norm = 1 + randn(num_q + num_kv, head_dim, dtype=dtype, scale=0.1) if with_norm else None
@@ -75,9 +75,9 @@ def test_qk_norm_rope_store(ops, dtype, head_dim, num_q, num_kv, with_norm):
         qk = qkv[:, : num_q + num_kv]
         normed = qk if norm is None else REFERENCE.rms_norm(qk, norm, 1e-6)
         wide = torch.cat((normed, qkv[:, num_q + num_kv :]), 1).float()
-        q = REFERENCE.qk_norm_rope_store(wide, None, 1e-6, rope, exact)
+        q = REFERENCE.norm_rope_store(wide, None, 1e-6, rope, exact)
         close(
-            ops.qk_norm_rope_store(qkv.clone(), norm, 1e-6, rope, ours), q.to(dtype), 4
+            ops.norm_rope_store(qkv.clone(), norm, 1e-6, rope, ours), q.to(dtype), 4
         )  # rounding differs by an ulp before the sum
         close(ours.k, exact.k.to(dtype), 4)
         assert torch.equal(ours.v, exact.v.to(dtype))

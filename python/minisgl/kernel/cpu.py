@@ -85,8 +85,6 @@ class CpuOps(TorchOps):
             self.store_ids(store.token_ids, store.rows, columns["position"], out)
         return out
 
-    def qk_norm_rope_store(
-        self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots
-    ) -> Tensor:
+    def norm_rope_store(self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots) -> Tensor:
         self.module.rope_store(self.workers, qkv, norm, eps, rope.cos, rope.sin, cache.slots, cache.k, cache.v)
         return qkv[:, : qkv.shape[1] - 2 * cache.k.shape[1]]

@@ -140,16 +140,14 @@ class CudaOps(TritonOps):
         self._elementwise.rms_norm(x, weight, eps, out)
         return out
 
-    def qk_norm_rope_store(
-        self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots
-    ) -> Tensor:
+    def norm_rope_store(self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots) -> Tensor:
         """→ a view of `qkv`, whose queries are rotated in place; its keys and values stay as they are."""
         num_kv, head_dim = cache.k.shape[1:]
         num_q = qkv.shape[1] - 2 * num_kv
         fits = head_dim % 8 == 0 and head_dim <= 256 and qkv.is_contiguous() and _whole_vectors(qkv, cache.k, cache.v)
         fits = fits and cache.k.dtype == cache.v.dtype == qkv.dtype and (norm is None or norm.dtype == qkv.dtype)
         if not fits:
-            return super().qk_norm_rope_store(qkv, norm, eps, rope, cache)
+            return super().norm_rope_store(qkv, norm, eps, rope, cache)
         norm = None if norm is None else norm.contiguous()
         cos, sin = rope.cos.contiguous(), rope.sin.contiguous()
         self._elementwise.qk_norm_rope_store(

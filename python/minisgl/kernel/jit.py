@@ -54,12 +54,8 @@ def load_kernel(name: str, arch: tuple[int, int], **defines: int | str) -> Any:
     Raises: ConfigError when it cannot be compiled, with the compiler's first error.
     """
     target = f"{arch[0]}{arch[1]}" + ("a" if arch[0] >= 9 else "")
-    flags = [
-        "--use_fast_math",
-        "--expt-relaxed-constexpr",
-        *(["-DMINISGL_PDL"] if arch[0] >= 9 else []),
-        *(f"-D{key}={value}" for key, value in sorted(defines.items())),
-    ]
+    macros = [f"-D{key}={value}" for key, value in sorted(defines.items())] + ["-DMINISGL_PDL"] * (arch[0] >= 9)
+    flags = ["--use_fast_math", "--expt-relaxed-constexpr", *macros]
     # The only way to tell it the architecture; otherwise it asks nvidia-smi for that of the first GPU.
     os.environ["TVM_FFI_CUDA_ARCH_LIST"] = f"{arch[0]}.{target[len(str(arch[0])) :]}"
     cudart = (torch_cuda() or "").partition(".")[0]  # the library asks for that version of it

@@ -166,9 +166,7 @@ class LayerOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return ACTIVATIONS[activation](gate).mul_(up)
 
-    def qk_norm_rope_store(
-        self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots
-    ) -> Tensor:
+    def norm_rope_store(self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots) -> Tensor:
         """Norm of each query and key head (where there is a weight), rotate them, and store keys and values.
 
         qkv: [num_tokens, num_q + 2 * num_kv, head_dim], which may be overwritten; norm: [num_q + num_kv, head_dim].

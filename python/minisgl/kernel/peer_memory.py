@@ -35,9 +35,7 @@ class Meeting(Protocol):
     timeout: timedelta
 
     def exchange(self, name: str, text: str) -> list[str]: ...
-
     def after_rank_0(self, name: str) -> None: ...
-
     def all_left(self, name: str, seconds: float) -> bool: ...
 
 

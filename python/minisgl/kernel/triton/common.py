@@ -39,11 +39,7 @@ def precision(dtype: torch.dtype) -> str:
 def attention_options(
     q: Tensor, k: Tensor, v: Tensor, seqs: PagedSequences, window: int | None, config: AttentionConfig, pdl: bool
 ) -> dict[str, Any]:
-    """What is built into a kernel of attention.
-
-    q: [num_tokens, num_qo_heads, head_dim], any stride between tokens; k, v: [num_slots, num_kv_heads, head_dim],
-    contiguous.
-    """
+    """What is built into a kernel of attention."""
     head_dim = q.shape[2]
     assert q.stride()[1:] == (head_dim, 1)
     assert k.is_contiguous()
