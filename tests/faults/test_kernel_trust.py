@@ -200,7 +200,7 @@ def test_old_libraries_go_when_there_are_many(
     built = first.with_name("cpu-new.so")
     source = first.with_name("built")
     source.write_bytes(first.read_bytes())
-    jit._put_in_place(source, built)
+    jit.put_in_place(source, built)
     assert sorted(file.name for file in first.parent.glob("*.so")) == sorted([first.name, "cpu-new.so", "cpu-old-4.so"])
 
 

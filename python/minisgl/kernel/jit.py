@@ -90,7 +90,6 @@ def _cpu_library(target: str, use: Callable[[Path], Any] | None = None) -> Any:
     return _library(CPU, target, ["-std=gnu++20", "-O3", "-pthread", *flags], machine, use)
 
 
-@functools.cache
 def _files(name: str) -> dict[str, bytes]:
     """What a library is made of: the contents of sources and headers, by their paths below `CSRC`."""
     sources = (f"{CPU}.cc", f"{CPU}_bindings.cc") if name == CPU else (f"{name}.cu",)
@@ -109,14 +108,15 @@ def _library(name: str, target: str, flags: list[str], machine: str, use: Callab
         import tvm_ffi
 
         use = use or (lambda path: tvm_ffi.load_module(str(path)))
-        parts = (sorted(_files(name).items()), flags, machine, tvm_ffi.__version__)
+        files = _files(name)
+        parts = (sorted(files.items()), flags, machine, tvm_ffi.__version__)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         path = _folder() / f"{name}-{target}-{key}.so"
         if (found := _use_compiled(path, use, logging.DEBUG)) is not None:
             return found
         with _locked(path, title):  # by the time it is ours, another process may have made it
             found = _use_compiled(path, use, logging.WARNING)
-            return found if found is not None else _use_new(name, title, flags, path, use)
+            return found if found is not None else _use_new(name, title, files, flags, path, use)
     except (RuntimeError, OSError, ImportError) as error:  # OSError: TVM-FFI's own library does not load
         logger.debug("cannot compile %s", title, exc_info=True)
         hint = "or set MINISGL_DISABLE_CPU_KERNELS=1 to compute with torch, more slowly" if name == CPU else "and nvcc"
@@ -144,17 +144,19 @@ def _use_compiled(path: Path, use: Callable[[Path], Any], level: int) -> Any | N
     return None
 
 
-def _use_new(name: str, title: str, flags: list[str], path: Path, use: Callable[[Path], Any]) -> Any:
+def _use_new(
+    name: str, title: str, files: dict[str, bytes], flags: list[str], path: Path, use: Callable[[Path], Any]
+) -> Any:
     # Warnings are shown by the shell too, and by a program that has not set up logging.
     logger.warning("compiling %s: once, about %s", title, "half a minute" if name == CPU else "a minute")
     begin = time.perf_counter()
     with private_folder(_BUILD) as folder:
-        built = _build(name, flags, Path(folder))
+        built = _build(name, files, flags, Path(folder))
         data = built.read_bytes()
         built.write_bytes(data + hashlib.sha256(data).digest())
         logger.info("compiled %s in %.0f s", title, time.perf_counter() - begin)
         try:
-            _put_in_place(built, path)
+            put_in_place(built, path)
         except OSError as error:
             reason = error.strerror or error
             logger.warning("%s cannot be kept, each start compiles: %s: %s (MINISGL_CACHE_DIR)", title, path, reason)
@@ -162,14 +164,14 @@ def _use_new(name: str, title: str, flags: list[str], path: Path, use: Callable[
         return use(path)
 
 
-def _build(name: str, flags: list[str], folder: Path) -> Path:
+def _build(name: str, files: dict[str, bytes], flags: list[str], folder: Path) -> Path:
     """Compile copies of the sources in a folder, which may go when the library has been loaded."""
     from tvm_ffi import cpp
 
-    for path, content in _files(name).items():
+    for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
-    sources = [str(folder / path) for path in _files(name) if path.startswith("src/")]
+    sources = [str(folder / path) for path in files if path.startswith("src/")]
     options: dict[str, Any] = {"cuda_files": sources, "extra_cuda_cflags": flags, "backend": "cuda"}
     if name == CPU:
         options = {"cpp_files": sources, "extra_cflags": flags, "extra_ldflags": ["-pthread"]}
@@ -205,7 +207,7 @@ def _mortal_compilers(folder: Path) -> Iterator[None]:
             os.environ["PATH"] = os.pathsep.join(left)
 
 
-def _put_in_place(built: Path, path: Path) -> None:
+def put_in_place(built: Path, path: Path) -> None:
     """Whole or not at all, whoever else does the same. Raises: OSError also where others could change it."""
     if (why := _shared_because(path.parent.resolve())) is not None:
         raise PermissionError(f"the folder {why}")
@@ -266,13 +268,13 @@ def _wait_for(lock: int, title: str) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            _tell_that_we_wait()
+            tell_that_we_wait()
             time.sleep(0.1)
     logger.warning("another process has been compiling %s for %.0f s: doing it here", title, LOCK_SECONDS)
 
 
 @functools.cache  # once: each rank waits for some ten kernels
-def _tell_that_we_wait() -> None:
+def tell_that_we_wait() -> None:
     logger.warning("waiting for another process, which compiles kernels")
 
 
