@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -61,32 +61,30 @@ class Control:
 
 
 def run_child(
-    name: str, connection: Connection, from_lasting: bool, life: int, body: Callable[..., None], args: tuple[Any, ...]
+    name: str, connection: Connection, is_lasting: bool, life: int, body: Callable[..., None], args: tuple[Any, ...]
 ) -> None:
     """The entry of every child: `body(control, *args)` in an orderly process.
 
     The process has `name` as its title, leaves Ctrl-C and its like to the parent (they may reach the whole process
     group, and the parent drains first), ends at STOP_SIGNAL by an exception in the main thread (before it is ready, at
     once: an import may swallow the exception), ends when the parent does, and reports an error as one line. Exit
-    status: 0 after STOP_SIGNAL, 2 for a ConfigError, else 1. from_lasting: the parent's thread that started it lasts
-    until the parent has done with it. life: as in `Control`.
+    status: 0 after STOP_SIGNAL, 2 for a ConfigError, else 1. is_lasting: the parent's thread that started it lasts
+    until the parent has done with it. life: the same number for all that were started together.
     """
     control = Control(connection, life)
-    for signum in ENDING_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+    ignore_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)  # our own children can be ended so
     signal.signal(STOP_SIGNAL, lambda *_: os._exit(0))
-    _die_with_parent(from_lasting)
+    _die_with_parent(is_lasting)
     from setproctitle import setproctitle
 
     setproctitle(name)
     status = 1
     try:
         setup_logging(name.removeprefix("minisgl-").removesuffix("-scheduler"))
-        fault("start")
-        body(control, *args)
-        status = 0
-    except SystemExit:
+        with suppress(SystemExit):  # by STOP_SIGNAL
+            fault("start")
+            body(control, *args)
         status = 0
     except Exception as error:
         is_ours, is_config = isinstance(error, MiniSGLError), isinstance(error, ConfigError)
@@ -100,12 +98,12 @@ def run_child(
         os._exit(status)  # threads of libraries must not keep a finished process alive
 
 
-def _die_with_parent(from_lasting: bool) -> None:
+def _die_with_parent(is_lasting: bool) -> None:
     """The kernel's signal comes at once, but is tied to the parent's thread that started us; a thread watches too."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
-    if sys.platform == "linux" and from_lasting:
+    if sys.platform == "linux" and is_lasting:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if not parent.is_alive():
         os._exit(1)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Tell = Callable[..., None]
 LATE_SECONDS = 10.0
-STOP_SECONDS = 20.0  # from `Worker.stop` to `Worker.kill`; the driver takes its time to give back a GPU
+STOP_SECONDS = 20.0  # from `Process.stop` to `Process.kill`; the driver takes its time to give back a GPU
 STOP_START_SECONDS = 2.0  # the same while a worker is not ready
 
 
@@ -42,11 +42,7 @@ class Supervisor:
     """
 
     def __init__(
-        self,
-        launcher: Launcher,
-        specs: Sequence[WorkerSpec],
-        heartbeat_timeout: float = 60.0,
-        max_restarts: int = 0,
+        self, launcher: Launcher, specs: Sequence[WorkerSpec], heartbeat_timeout: float = 60.0, max_restarts: int = 0
     ) -> None:
         self._launcher, self._specs = launcher, specs
         self.num_restarts = dict.fromkeys((spec.group for spec in specs), 0)  # by group, ever
