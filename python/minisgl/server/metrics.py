@@ -10,11 +10,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 from prometheus_client import ProcessCollector
-from prometheus_client.core import CounterMetricFamily as Counted
-from prometheus_client.core import GaugeMetricFamily as Gauge
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -22,7 +21,8 @@ from minisgl.core import FinishReason
 from minisgl.message.frontend import StatsReply, UserReply
 from minisgl.utils.math import Histogram
 
-_BOUNDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_BOUNDS = _TABLES["bounds"]
 
 
 @dataclass(slots=True)
@@ -76,6 +76,7 @@ class RequestMetrics:
 _METHODS = ("GET", "POST", "OPTIONS", "HEAD", "PUT", "PATCH", "DELETE")
 _OPENMETRICS = "application/openmetrics-text"
 _LABELS = ("model_name",)
+_KINDS = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily, "histogram": HistogramMetricFamily}
 
 
 class Exposition(Collector):
@@ -101,47 +102,31 @@ class Exposition(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from ProcessCollector(registry=None).collect()
-        yield from () if self._stats is None else self._of_scheduler(self._stats)
-        yield from self._of_requests()
-
-    def _of_scheduler(self, stats: StatsReply) -> Iterator[Metric]:
-        used = 1 - stats.num_free_pages / max(1, stats.num_pages)
-        yield self._family(Gauge, "num_requests_running", "Requests in the running batch.", stats.num_running)
-        yield self._family(Gauge, "num_requests_waiting", "Requests waiting to be run.", stats.num_waiting)
-        yield self._family(Gauge, "kv_cache_usage_perc", "KV cache in use by running requests; 1 is all of it.", used)
-        yield self._family(Counted, "num_preemptions", "Times that a running request went back.", stats.num_retracted)
-        yield self._histogram("iteration_num_requests", "Requests per engine step.", stats.step_requests)
-        yield self._histogram("iteration_tokens_total", "Tokens per engine step.", stats.step_tokens)
-
-    def _of_requests(self) -> Iterator[Metric]:
-        requests = self._requests
-        yield self._family(Counted, "prompt_tokens", "Prompt tokens, cached ones included.", requests.num_prompt)
-        yield self._family(Counted, "generation_tokens", "Generated tokens.", requests.num_output)
-        yield self._family(Counted, "prefix_cache_queries", "Prompt tokens looked up there.", requests.num_prompt)
-        yield self._family(Counted, "prefix_cache_hits", "Prompt tokens found in the cache.", requests.num_cached)
-        ended = {(self._model_name, reason.value): count for reason, count in requests.num_finished.items()}
+        if (stats := self._stats) is not None:
+            usage = 1 - stats.num_free_pages / max(1, stats.num_pages)
+            yield from self._families("scheduler", {**msgspec.structs.asdict(stats), "usage": usage})
+        yield from self._families("counts", vars(self._requests))
+        ended = {(self._model_name, reason.value): count for reason, count in self._requests.num_finished.items()}
         restarts = {(worker,): count for worker, count in self._restarts.items()}
         for name, text, labels, counts in (
             ("minisgl:request_success", "Requests that have ended.", (*_LABELS, "finished_reason"), ended),
             ("http_requests", "HTTP requests.", ("method", "handler", "status"), self._http),
             ("minisgl:worker_restarts", "Times that workers were started again.", ("worker",), restarts),
         ):
-            family = Counted(name, text, labels=labels)
+            family = CounterMetricFamily(name, text, labels=labels)
             for values, count in counts.items():
                 family.add_metric(values, count)
             yield family
-        yield self._histogram("time_to_first_token_seconds", "Until the first token.", requests.time_to_first_token)
-        yield self._histogram("inter_token_latency_seconds", "Between tokens.", requests.inter_token_latency)
-        yield self._histogram("e2e_request_latency_seconds", "Until the end of a request.", requests.end_to_end)
-        yield self._histogram("request_prompt_tokens", "Prompt tokens of a request.", requests.prompt_len)
-        yield self._histogram("request_generation_tokens", "Generated tokens of a request.", requests.output_len)
+        yield from self._families("histograms", vars(self._requests))
 
-    def _family(self, kind: type[Counted | Gauge | HistogramMetricFamily], name: str, text: str, *value: Any) -> Metric:
-        family = kind(f"minisgl:{name}", text, labels=_LABELS)
-        family.add_metric((self._model_name,), *value)
-        return family
+    def _families(self, table: str, values: Mapping[str, Any]) -> Iterator[Metric]:
+        for name, (kind, text, key) in _TABLES[table].items():
+            family = _KINDS[kind](f"minisgl:{name}", text, labels=_LABELS)
+            value = _buckets(values[key]) if kind == "histogram" else (values[key],)
+            family.add_metric((self._model_name,), *value)
+            yield family
 
-    def _histogram(self, name: str, text: str, values: Histogram) -> Metric:
-        limits = [*map(str, map(float, values.bounds)), "+Inf"]
-        buckets = list(zip(limits, accumulate(values.counts), strict=True))
-        return self._family(HistogramMetricFamily, name, text, buckets, values.total)
+
+def _buckets(values: Histogram) -> tuple[list[tuple[str, float]], float]:
+    limits = [*map(str, map(float, values.bounds)), "+Inf"]
+    return list(zip(limits, accumulate(values.counts), strict=True)), values.total
