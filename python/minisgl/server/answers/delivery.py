@@ -63,7 +63,7 @@ async def answer_request(
             return json_response(renderer.body(_best(choices, parsed), totals))
         # What is refused gets an HTTP status; once the request is on its way, an error is an event.
         await unless_disconnected(request.receive, _accepted(streams))
-        return EventStream(_events(streams, renderer, totals), streams, renderer.keep_alive, keepalive)
+        return EventStream(streams, renderer, totals, keepalive)
     except BaseException as error:
         _abort(streams)
         if isinstance(error, RequestError):
@@ -133,52 +133,36 @@ async def _interleave(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Us
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _events(streams: Sequence[Stream], renderer: Renderer, totals: Totals) -> AsyncGenerator[bytes, None]:
-    """The SSE body, an error event included if it comes to that."""
-    try:
-        async with contextlib.aclosing(_interleave(streams)) as replies:
-            async for index, reply in replies:
-                totals.last[index] = reply
-                if chunks := renderer.chunk(index, reply):
-                    yield b"".join(map(event, chunks))
-        yield b"".join(map(event, renderer.last_chunks(totals))) + renderer.done
-    except MiniSGLError as error:
-        logger.debug("a stream ends with an error: %s", error)
-        yield b"".join(map(event, renderer.failure(error)))
-
-
 class EventStream(Response):
-    """Sends events as they come, until they end or the client goes away; then aborts what is left of `streams`.
+    """Sends events as they come, an error included, until they end or the client goes away; then aborts what is left.
 
-    keep_alive: what is sent after so many `seconds` of nothing else (0: never), for proxies and clients that would give
-    up. Events go out whole, so it stands between two of them.
+    The renderer's `keep_alive` is sent after so many `seconds` of nothing else (0: never), for proxies and clients that
+    would give up. Events go out whole, so it stands between two of them.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncGenerator[bytes, None], streams: Sequence[Stream], keep_alive: bytes, seconds: float
-    ) -> None:
+    def __init__(self, streams: Sequence[Stream], renderer: Renderer, totals: Totals, seconds: float) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._streams = events, streams
-        self._keep_alive, self._seconds, self._last_sent = keep_alive, seconds, 0.0
+        self._streams, self._renderer, self._totals = streams, renderer, totals
+        self._seconds, self._last_sent = seconds, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         try:
             with contextlib.suppress(ClientDisconnect):  # which has been told
                 await unless_disconnected(receive, self._send(send))
         finally:
-            await self._events.aclose()
             _abort(self._streams)
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         keeper = asyncio.ensure_future(self._keep(send))
         try:
-            async for data in self._events:
-                self._last_sent = time.monotonic()
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+            async with contextlib.aclosing(self._events()) as events:
+                async for data in events:
+                    self._last_sent = time.monotonic()
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
         finally:
             keeper.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -189,8 +173,21 @@ class EventStream(Response):
             left = self._last_sent + self._seconds - time.monotonic()
             if left <= 0:
                 self._last_sent, left = time.monotonic(), self._seconds
-                await send({"type": "http.response.body", "body": self._keep_alive, "more_body": True})
+                await send({"type": "http.response.body", "body": self._renderer.keep_alive, "more_body": True})
             await asyncio.sleep(left)
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        renderer, totals = self._renderer, self._totals
+        try:
+            async with contextlib.aclosing(_interleave(self._streams)) as replies:
+                async for index, reply in replies:
+                    totals.last[index] = reply
+                    if chunks := renderer.chunk(index, reply):
+                        yield b"".join(map(event, chunks))
+            yield b"".join(map(event, renderer.last_chunks(totals))) + renderer.done
+        except MiniSGLError as error:
+            logger.debug("a stream ends with an error: %s", error)
+            yield b"".join(map(event, renderer.failure(error)))
 
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:

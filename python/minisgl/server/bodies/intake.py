@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import re
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from mmap import mmap
 from typing import TypeVar, cast
 
@@ -12,7 +16,6 @@ from fastapi import Request
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
-from minisgl.server.aside import Aside
 from minisgl.server.bodies.fields import Reading
 from minisgl.server.bodies.strict import shown
 
@@ -45,7 +48,8 @@ class Bodies:
     def __init__(self, config: ServerConfig, limit: int) -> None:
         self._strict, self._limit = config.strict_requests, limit
         self._most_wide = max(limit, MAX_BODY_BYTES) // 4
-        self._aside = Aside("minisgl-bodies")
+        self._aside = ThreadPoolExecutor(1, "minisgl-bodies")  # beside the event loop, one body after the other
+        sys.setswitchinterval(0.001)  # seconds that the thread may keep the loop waiting, where that is up to Python
 
     async def read(self, request: Request, parse: Callable[[bytes, Reading], T]) -> T:
         """What `parse` makes of the body. Of what it ignores, whoever sends the answer tells the client.
@@ -83,9 +87,19 @@ class Bodies:
             if size <= SMALL_BODY:
                 return parse(whole, reading)
             mmap(-1, MOST_PARSED * size).close()  # the parser would end the process for a lack of memory
-            return await self._aside.run(parse, whole, reading)
+            run = asyncio.get_running_loop().run_in_executor
+            return await run(self._aside, _uncollected, parse, whole, reading)
         except (MemoryError, OSError):
             raise RequestError("the server has not enough memory for this request", status=503) from None
+
+
+def _uncollected(parse: Callable[[bytes, Reading], T], data: bytes, reading: Reading) -> T:
+    """Python would look for garbage in a million new lists again and again, and everybody waits for that."""
+    gc.disable()
+    try:
+        return parse(data, reading)
+    finally:
+        gc.enable()
 
 
 def check_content_type(value: str | None) -> None:
