@@ -19,9 +19,8 @@ from minisgl.core import FinishReason, Grammar, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
-from minisgl.server.answers.assemble import Assembler, new_assembler, with_grammar
 from minisgl.server.answers.openai import ChatRenderer
-from minisgl.server.answers.renderer import Totals
+from minisgl.server.answers.renderer import Assembler, Totals, new_assembler, with_grammar
 from minisgl.server.bodies.chat import GenerationRequest, parse_chat
 from minisgl.server.bodies.content import ToolUse
 from minisgl.tokenizer.tokenize import HFTextCodec

@@ -16,9 +16,8 @@ from minisgl.config.locate import DEMO_MODEL
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
-from minisgl.server.answers.assemble import Assembler
 from minisgl.server.answers.openai import ChatRenderer
-from minisgl.server.answers.renderer import Totals
+from minisgl.server.answers.renderer import Assembler, Totals
 from minisgl.server.bodies.chat import GenerationRequest, parse_chat
 from minisgl.server.bodies.fields import OBJECTS
 from minisgl.server.bodies.responses import parse_responses

@@ -16,9 +16,8 @@ from minisgl.message.codec import pack_ids
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
 from minisgl.parser.parts import Parser, Part
-from minisgl.server.answers.assemble import Assembler
 from minisgl.server.answers.messages import MessagesRenderer
-from minisgl.server.answers.renderer import Totals
+from minisgl.server.answers.renderer import Assembler, Totals
 from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.server.bodies.messages import parse_messages
 

@@ -19,7 +19,6 @@ from itertools import pairwise, takewhile
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -46,16 +45,6 @@ _ORIGIN = re.compile("^https?://[^/]*", re.IGNORECASE)  # a request may name the
 _CLIENT_ID = re.compile(r"[!-~]{1,128}")  # what a client's id may be, to be echoed and logged
 
 OnRequest = Callable[[str, str, int], None]
-
-
-def owner_of(request: Request) -> str:
-    """Whose what it stores is, by API key."""
-    return str(getattr(request.state, "owner", ""))
-
-
-def client_of(scope: Scope) -> str:
-    """Whose request it is: by API key, or by address."""
-    return str(scope["state"].get("owner", ""))[:16] or address_of(scope)
 
 
 def address_of(scope: Scope) -> str:
@@ -176,8 +165,8 @@ def require_operator(state: Mapping[str, Any], what: str, needed: object = True)
 class RequestLog:
     """Gives each request an id, which its answer has too, and a line in the log when it has ended.
 
-    Routes and we tell each other through `scope["state"]`: `request_id`, and `owner` where there are keys, from here,
-    `totals` (a `Totals`) and `reading` (a `Reading`) from them.
+    Routes and we tell each other through `scope["state"]`: `request_id`, `owner` (whose request it is, by API key) and
+    `operator` from here, `totals` (a `Totals`) and `reading` (a `Reading`) from them.
     """
 
     def __init__(self, app: ASGIApp, on_request: OnRequest | None, *, log: bool) -> None:

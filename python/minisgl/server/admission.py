@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
-from minisgl.server.access import client_of
+from minisgl.server.access import address_of
 from minisgl.server.errors import error_response
 from minisgl.utils.fairness import FairQueue
 
@@ -79,7 +79,8 @@ class Admission:
         if scope["method"] != "POST" or scope["path"] in ALWAYS:
             await self._app(scope, receive, send)
             return
-        place = scope["state"]["place"] = Place(self, client_of(scope) if self._fair else "")
+        client = scope["state"]["owner"][:16] or address_of(scope)
+        place = scope["state"]["place"] = Place(self, client if self._fair else "")
         declared = Headers(scope=scope).get("content-length", "")
         size = int(declared[:15]) if declared.isdecimal() else 0
 

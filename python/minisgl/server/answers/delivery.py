@@ -19,7 +19,6 @@ from starlette.types import Receive, Scope, Send
 
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
-from minisgl.server.access import owner_of
 from minisgl.server.admission import Place
 from minisgl.server.answers.openai import mean_logprob
 from minisgl.server.answers.renderer import Renderer, Totals, event
@@ -45,11 +44,11 @@ async def answer_request(
 ) -> Response:
     """Run the request and show its replies. A client that goes away takes its request with it."""
     streams: list[Stream] = []  # one per choice, for each prompt in order
-    request_ids = (request.state.request_id, renderer.id, owner_of(request))
+    request_ids = (request.state.request_id, renderer.id, request.state.owner)
     try:
         place: Place = request.state.place
         place.take(len(parsed.prompts) * parsed.num_choices - 1)
-        salt = owner_of(request) + parsed.params.cache_salt
+        salt = request.state.owner + parsed.params.cache_salt
         params = replace(parsed.params, cache_salt=salt, client=place.client)
         send = partial(frontend.submit, notify=parsed.stream, count=parsed.num_choices, begin=place.begin)
         for prompt in parsed.prompts:

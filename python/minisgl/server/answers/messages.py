@@ -7,8 +7,7 @@ from typing import Any
 from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError
 from minisgl.message.frontend import UserReply
-from minisgl.server.answers.assemble import Block, Events
-from minisgl.server.answers.renderer import MessageRenderer, Totals, event, partial_object
+from minisgl.server.answers.renderer import Block, Events, MessageRenderer, Totals, event, partial_object
 from minisgl.server.errors import anthropic_error, error_payload
 
 _REASONS = {FinishReason.STOP: "end_turn", FinishReason.TOOL_CALLS: "tool_use"}  # else: it was cut off
@@ -53,7 +52,7 @@ class MessagesRenderer(MessageRenderer):
         return [signed, stop] if block.kind == "reasoning" else [stop]
 
     def _message(self, content: list[dict[str, Any]], reply: UserReply, last: UserReply | None) -> dict[str, Any]:
-        head = {"id": self.id, "type": "message", "role": "assistant", "model": self._model, "content": content}
+        head = {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": content}
         return {**head, **self._end(last), "usage": _usage(reply)}
 
     def _end(self, last: UserReply | None) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from typing import Any
 
 from minisgl.message.codec import unpack_ids
 from minisgl.message.frontend import UserReply
-from minisgl.server.answers.assemble import Events
-from minisgl.server.answers.renderer import Renderer, Totals
+from minisgl.server.answers.renderer import Events, Renderer, Totals
 
 
 class GenerateRenderer(Renderer):

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
 from codecs import getincrementaldecoder
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from minisgl.message.frontend import TokenLogprob, TopLogprob, UserReply
-from minisgl.server.answers.assemble import Assembler, Block, Dialect, Events
-from minisgl.server.answers.renderer import Renderer, Totals
-from minisgl.server.bodies.chat import GenerationRequest
+from minisgl.server.answers.renderer import Assembler, Block, Dialect, Events, Renderer, Totals
 
 
+@dataclass(eq=False)
 class _OpenAIRenderer(Renderer):
     """What both have in common."""
 
     whole, part = "", ""  # what the answer and a chunk call themselves
 
-    def __init__(self, model: str, request: GenerationRequest, new_assembler: Callable[[], Assembler]) -> None:
-        super().__init__(model, request, new_assembler)
-        self._head = {"id": self.id, "created": int(time.time()), "model": model}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._head = {"id": self.id, "created": self.created, "model": self.model}
 
     def last_chunks(self, totals: Totals) -> Events:
         usage = {**self._head, "object": self.part, "choices": [], "usage": self._usage(totals)}
-        return [usage] if self._request.include_usage else []
+        return [usage] if self.request.include_usage else []
 
     def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
         shown = [self._choice(index, replies) for index, replies in enumerate(choices)]
@@ -40,27 +38,26 @@ class _OpenAIRenderer(Renderer):
         return totals.usage()
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        usage = {"usage": None} if self._request.include_usage else {}
+        usage = {"usage": None} if self.request.include_usage else {}
         return {**self._head, "object": self.part, "choices": [choice], **usage}
 
 
+@dataclass(eq=False)
 class ChatRenderer(_OpenAIRenderer, Dialect):
     """/v1/chat/completions."""
 
     prefix, whole, part = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str, request: GenerationRequest, new_assembler: Callable[[], Assembler]) -> None:
-        super().__init__(model, request, new_assembler)
-        self._assemblers: list[Assembler] = []  # by choice
+    assemblers: list[Assembler] = field(default_factory=list, init=False)  # by choice
 
     def chunk(self, index: int, reply: UserReply) -> Events:
         chunks = []
-        for begun in range(len(self._assemblers), index + 1):  # in order: clients number choices as they begin
+        for begun in range(len(self.assemblers), index + 1):  # in order: clients number choices as they begin
             chunks.append(self._delta(begun, {"role": "assistant", "content": ""}))
-            self._assemblers.append(self._new_assembler())
-        assembler = self._assemblers[index]
+            self.assemblers.append(self.new_assembler())
+        assembler = self.assemblers[index]
         deltas = assembler.read(reply, self)
-        if self._request.logprobs and reply.logprobs:  # with the first delta, if need be an empty one
+        if self.request.logprobs and reply.logprobs:  # with the first delta, if need be an empty one
             deltas = deltas or [{"content": ""}]
             chunks.append(self._delta(index, deltas.pop(0), logprobs=chat_logprobs([reply])))
         chunks += [self._delta(index, delta) for delta in deltas]
@@ -79,19 +76,19 @@ class ChatRenderer(_OpenAIRenderer, Dialect):
         return [{"content" if block.kind == "text" else "reasoning_content": text}]
 
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
-        assembler = self._new_assembler()
-        self._assemblers.append(assembler)
+        assembler = self.new_assembler()
+        self.assemblers.append(assembler)
         for reply in replies:
             assembler.read(reply, self)
         return {
             "index": index,
             "message": _message(assembler.blocks),
-            "logprobs": chat_logprobs(replies) if self._request.logprobs else None,
+            "logprobs": chat_logprobs(replies) if self.request.logprobs else None,
             "finish_reason": assembler.finish_reason(replies[-1]),
         }
 
     def _usage(self, totals: Totals) -> dict[str, Any]:
-        num_reasoning = sum(assembler.num_reasoning for assembler in self._assemblers)
+        num_reasoning = sum(assembler.num_reasoning for assembler in self.assemblers)
         return {**totals.usage(), "completion_tokens_details": {"reasoning_tokens": num_reasoning}}
 
     def _delta(self, index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -114,24 +111,23 @@ def _call(block: Block, arguments: str) -> dict[str, Any]:
     return {"id": block.call_id, "type": "function", "function": {"name": block.part.name, "arguments": arguments}}
 
 
+@dataclass(eq=False)
 class CompletionRenderer(_OpenAIRenderer):
     """/v1/completions."""
 
     prefix, whole, part = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, model: str, request: GenerationRequest, new_assembler: Callable[[], Assembler]) -> None:
-        super().__init__(model, request, new_assembler)
-        self._cursors: defaultdict[int, TextCursor] = defaultdict(TextCursor)  # by choice
+    cursors: dict[int, TextCursor] = field(default_factory=dict, init=False)  # by choice
 
     def chunk(self, index: int, reply: UserReply) -> Events:
-        if index in self._cursors and not (reply.text or reply.finish_reason is not None or reply.logprobs):
+        if index in self.cursors and not (reply.text or reply.finish_reason is not None or reply.logprobs):
             return []
         return [self._chunk(self._choice(index, [reply]))]
 
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
-        cursor, text = self._cursors[index], "".join(reply.text for reply in replies)
+        cursor, text = self.cursors.setdefault(index, TextCursor()), "".join(reply.text for reply in replies)
         choice = {"text": text, "index": index}
-        logprobs = completion_logprobs(replies, cursor) if self._request.logprobs else None
+        logprobs = completion_logprobs(replies, cursor) if self.request.logprobs else None
         return {**choice, "logprobs": logprobs, "finish_reason": replies[-1].finish_reason}
 
 

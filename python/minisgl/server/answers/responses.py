@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError
 from minisgl.message.frontend import UserReply
-from minisgl.server.answers.assemble import Assembler, Block, Events
-from minisgl.server.answers.renderer import MessageRenderer, Totals, partial_object
+from minisgl.server.answers.renderer import Block, Events, MessageRenderer, Totals, partial_object
 from minisgl.server.bodies.responses import Item, ResponsesRequest
 
 _STATUS = {FinishReason.LENGTH: "incomplete", FinishReason.ABORT: "cancelled"}  # else: completed
@@ -27,6 +27,7 @@ _TYPES = {
 Keep = Callable[[dict[str, Any], list[Item]], None]
 
 
+@dataclass(eq=False)
 class ResponsesRenderer(MessageRenderer):
     """The answer to one request. Events are numbered, and carry the whole text again where it ends.
 
@@ -34,20 +35,18 @@ class ResponsesRenderer(MessageRenderer):
     """
 
     prefix = "resp_"
+    request: ResponsesRequest
+    keep: Keep | None = None
+    item_id: str = field(default="", init=False)  # of the item that grows
+    output: list[dict[str, Any]] = field(default_factory=list, init=False)  # those that do not any more
+    numbers: count[int] = field(default_factory=count, init=False)  # of events
 
-    def __init__(
-        self, model: str, request: ResponsesRequest, new_assembler: Callable[[], Assembler], keep: Keep | None = None
-    ) -> None:
-        super().__init__(model, request, new_assembler)
-        head = {"id": self.id, "object": "response", "created_at": int(time.time())}
+    def __post_init__(self) -> None:
+        super().__post_init__()
         nothing = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))
-        self._head = {**head, **nothing, **_settings(model, request)}
-        self._keep = keep if request.body.store is not False else None
-        self._items = request.items
-        self._custom = [tool["name"] for tool in request.tools_used if tool["type"] == "custom"]
-        self._item_id = ""  # of the item that grows
-        self._output: list[dict[str, Any]] = []  # those that do not any more
-        self._numbers = count()  # of events
+        head = {"id": self.id, "object": "response", "created_at": self.created, **nothing}
+        self._head = {**head, **_settings(self.model, self.request)}
+        self._custom = [tool["name"] for tool in self.request.tools_used if tool["type"] == "custom"]
 
     def first_chunks(self, reply: UserReply) -> Events:  # noqa: ARG002
         kinds = ("response.created", "response.in_progress")
@@ -63,7 +62,7 @@ class ResponsesRenderer(MessageRenderer):
         return [self._event("response.failed", response={**self._response("failed", []), "error": told})]
 
     def begin(self, block: Block) -> Events:
-        self._item_id = f"{self._type(block)[1]}_{uuid.uuid4().hex}"
+        self.item_id = f"{self._type(block)[1]}_{uuid.uuid4().hex}"
         item = self._item(block, "", "in_progress")
         events = [self._event("response.output_item.added", output_index=block.index, item=item)]
         return events if block.kind == "call" else [*events, self._of_item(block, "added", part=_part(block, ""))]
@@ -82,7 +81,7 @@ class ResponsesRenderer(MessageRenderer):
         if block.kind != "call":
             events.append(self._of_item(block, "done", part=_part(block, text)))
         item = self._item(block, text, "incomplete" if reason in _STATUS else "completed")
-        self._output.append(item)
+        self.output.append(item)
         return [*events, self._event("response.output_item.done", output_index=block.index, item=item)]
 
     def _type(self, block: Block) -> tuple[str, str, str, str]:
@@ -90,7 +89,7 @@ class ResponsesRenderer(MessageRenderer):
 
     def _item(self, block: Block, text: str, status: str) -> dict[str, Any]:
         kind, _, _, field = self._type(block)
-        item: dict[str, Any] = {"id": self._item_id, "type": kind, "status": status}
+        item: dict[str, Any] = {"id": self.item_id, "type": kind, "status": status}
         if block.kind == "call":
             return {**item, "name": block.part.name, "call_id": block.call_id, field: text}
         content = [] if status == "in_progress" else [_part(block, text)]
@@ -98,7 +97,7 @@ class ResponsesRenderer(MessageRenderer):
         return {**item, **more, "content": content}
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
-        return {"type": kind, "sequence_number": next(self._numbers), **fields}
+        return {"type": kind, "sequence_number": next(self.numbers), **fields}
 
     def _of_item(self, block: Block, what: str, **fields: Any) -> dict[str, Any]:
         """About the text of the item that grows, or about the part that holds it."""
@@ -107,16 +106,16 @@ class ResponsesRenderer(MessageRenderer):
             fields["content_index"] = 0
         if about == "output_text":
             fields["logprobs"] = []
-        return self._event(f"response.{about}.{what}", item_id=self._item_id, output_index=block.index, **fields)
+        return self._event(f"response.{about}.{what}", item_id=self.item_id, output_index=block.index, **fields)
 
     def finished(self, totals: Totals) -> dict[str, Any]:
         reason = totals.last[0].finish_reason or FinishReason.STOP
-        response = self._response(_STATUS.get(reason, "completed"), self._output)
+        response = self._response(_STATUS.get(reason, "completed"), self.output)
         if reason is FinishReason.LENGTH:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         response |= {"completed_at": int(time.time()), "usage": _usage(totals.usage(), self.assembler.num_reasoning)}
-        if self._keep is not None:
-            self._keep(response, self._items)
+        if self.keep is not None and self.request.body.store is not False:
+            self.keep(response, self.request.items)
         return response
 
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Routes for whoever runs the server, and for clients that count tokens: no text is generated here."""
+"""Routes for whoever runs the server, for clients that count tokens, and of what /v1/responses has kept: no text is
+generated here."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,12 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import RequestError, WorkerDied, too_long
 from minisgl.message.tokenizer import TextPrompt
-from minisgl.server.access import owner_of, require_operator
+from minisgl.server.access import require_operator
 from minisgl.server.bodies.fields import load
 from minisgl.server.bodies.intake import Bodies, check_model
 from minisgl.server.bodies.native import AbortBody, DetokenizeBody, parse_tokenize
+from minisgl.server.bodies.responses import Item, ResponseStore
+from minisgl.server.bodies.strict import shown
 from minisgl.server.errors import json_response
 from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
@@ -120,7 +123,7 @@ class Operations:
             raise RequestError("give either rid or abort_all: true", param="rid")
         require_operator(request.scope["state"], "abort_all", body.abort_all)
         rids = None if body.rid is None else {body.rid} if isinstance(body.rid, str) else {*body.rid}
-        streams = self._frontend.find(rids, None if request.state.operator else owner_of(request))
+        streams = self._frontend.find(rids, None if request.state.operator else request.state.owner)
         self._frontend.abort(streams)
         return json_response({"num_aborted": len(streams)})
 
@@ -142,3 +145,50 @@ def _settings(config: ServerConfig) -> dict[str, Any]:
         "num_tokenizer": config.num_tokenizer,
         "default_sampling": config.default_sampling,
     }
+
+
+MAX_PAGE = 100  # items
+
+
+def add_stored(app: FastAPI, store: ResponseStore) -> None:
+    """Of the responses in the store: whoever asks finds their own."""
+    path = "/v1/responses/{response_id}"
+
+    @app.get(path)
+    async def retrieve(request: Request, response_id: str) -> Response:
+        """A response that was stored."""
+        if request.query_params.get("stream", "false").lower() == "true":
+            raise RequestError("stream: what is stored is not streamed again", param="stream")
+        return json_response(store.get(request.state.owner, response_id)[0])
+
+    @app.delete(path)
+    async def delete(request: Request, response_id: str) -> Response:
+        """Forget a response."""
+        store.delete(request.state.owner, response_id)
+        return json_response({"id": response_id, "object": "response", "deleted": True})
+
+    @app.get(f"{path}/input_items")
+    async def input_items(request: Request, response_id: str) -> Response:
+        """The items that it answers, the last one first."""
+        return json_response(_page(store.get(request.state.owner, response_id)[1], request.query_params))
+
+    @app.post(f"{path}/cancel")
+    async def cancel(request: Request, response_id: str) -> Response:
+        """Refused: none is made in the background. `/abort_request` ends one that is under way."""
+        store.get(request.state.owner, response_id)
+        raise RequestError("only a response that is made in the background can be cancelled", param="response_id")
+
+
+def _page(items: list[Item], query: Mapping[str, str]) -> dict[str, Any]:
+    order, limit, after = query.get("order", "desc"), query.get("limit", "20"), query.get("after")
+    if order not in ("asc", "desc"):
+        raise RequestError(f"order must be asc or desc, not {shown(order)!r}", param="order")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_PAGE):
+        raise RequestError(f"limit must be a whole number from 1 to {MAX_PAGE}, not {shown(limit)!r}", param="limit")
+    items = items if order == "asc" else items[::-1]
+    ids = [item["id"] for item in items]
+    first = ids.index(after) + 1 if after in ids else 0
+    page = items[first : first + int(limit)]
+    ends = [item["id"] for item in page] or [None]
+    has_more = first + len(page) < len(items)
+    return {"object": "list", "data": page, "first_id": ends[0], "last_id": ends[-1], "has_more": has_more}
