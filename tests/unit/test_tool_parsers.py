@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisgl.parser.calls import python_calls
+from minisgl.parser.calls import calls_in, python_value
 from minisgl.parser.parts import Parser, Part
 from minisgl.parser.tools import TOOL_PARSERS, make_tool_parser
 
@@ -315,4 +315,4 @@ def test_any_python_literals_come_through(arguments: dict[str, Any]) -> None:
 
 
 def test_python_that_is_no_list_is_no_call() -> None:
-    assert python_calls("f(x=1)", NAMES) is None
+    assert calls_in("f(x=1)", NAMES, python_value) is None

@@ -7,51 +7,43 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Collection
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn
 
 from minisgl.grammar.schema import listed, literals, resolved
+from minisgl.parser.parts import Part
 
 _MAX_TYPES = 8  # within types, which a schema may have without end
 MAX_DEPTH = 64  # of brackets in Python literals: enough for arguments, and no work for Python's parser
 
 
-class Call(NamedTuple):
-    """A call of a function that the client has. `arguments` is a JSON object."""
+def calls_in(text: str, names: Collection[str], read: Callable[[str], Any]) -> list[Part] | None:
+    """Calls of functions that the client has, whose arguments are JSON objects. None: the text is something else.
 
-    name: str
-    arguments: str
-
-
-def json_calls(text: str, names: Collection[str]) -> list[Call] | None:
-    """Calls as JSON: `{"name": …, "arguments" (or "parameters"): {…}}`, or a list of such. None: it is something else.
-
-    Line breaks within strings are taken, though JSON has them escaped: small models write code that way.
+    read: makes of it `{"name": …, "arguments" (or "parameters"): {…}}`, or a list of such.
     """
     try:
-        value = _load(text)
+        value = read(text)
         return [_call(item, names) for item in (value if isinstance(value, list) else [value])] or None
-    except (ValueError, RecursionError):
-        return None
-
-
-def python_calls(text: str, names: Collection[str]) -> list[Call] | None:
-    """Calls as a Python list: `[f(a=1), g(b="x")]`, keyword arguments only, all of them literals. None: not that."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python warns of odd escape sequences
-            tree = ast.parse(text.strip(), mode="eval").body
-        nodes = tree.elts if isinstance(tree, ast.List) else []
-        return [_call(_python_call(node), names) for node in nodes] or None
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
 
 
-def _load(text: str) -> Any:
+def json_value(text: str) -> Any:
+    """Line breaks within strings are taken, though JSON has them escaped: small models write code that way."""
+
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no JSON")
 
     return json.loads(text, strict=False, parse_constant=refuse)
+
+
+def python_value(text: str) -> list[dict[str, Any]]:
+    """A Python list of calls, `[f(a=1), g(b="x")]`: keyword arguments only, all of them literals; none if it is not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of odd escape sequences
+        tree = ast.parse(text.strip(), mode="eval").body
+    return [_python_call(node) for node in tree.elts] if isinstance(tree, ast.List) else []
 
 
 def _dump(value: Any) -> str:
@@ -60,7 +52,7 @@ def _dump(value: Any) -> str:
     return json.dumps(value) if re.search("[\ud800-\udfff]", text) else text
 
 
-def _call(value: Any, names: Collection[str]) -> Call:
+def _call(value: Any, names: Collection[str]) -> Part:
     """Raises: ValueError when it is no call of one of these functions."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
@@ -69,12 +61,12 @@ def _call(value: Any, names: Collection[str]) -> Call:
         raise ValueError("no call of a known function")
     arguments = value.get("arguments", value.get("parameters"))
     if isinstance(arguments, str):
-        arguments = _load(arguments) if arguments.strip() else {}
+        arguments = json_value(arguments) if arguments.strip() else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
         raise ValueError("arguments are an object")
-    return Call(name, _dump(arguments))
+    return Part("call", _dump(arguments), name)
 
 
 def _python_call(node: ast.expr) -> dict[str, Any]:
@@ -157,7 +149,7 @@ def typed_value(text: str, kinds: set[str]) -> str:
     """What is written without quotes, as JSON: of these types if it can be read as one of them, else a string."""
     if kinds != {"string"}:
         with contextlib.suppress(ValueError, RecursionError):
-            value = _load(_PYTHON.get(text.strip(), text))
+            value = json_value(_PYTHON.get(text.strip(), text))
             kind = _KINDS.get(type(value), "null")
             if not kinds or kind in kinds or (kind == "integer" and "number" in kinds):
                 return _dump(value)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from minisgl.grammar.schema import resolved
-from minisgl.parser.calls import BracketReader, Call, json_calls, json_kinds, python_calls, typed_value
+from minisgl.parser.calls import BracketReader, calls_in, json_kinds, json_value, python_value, typed_value
 from minisgl.parser.forced import UNKNOWN
 from minisgl.parser.parts import Parser, Part, num_certain
 
@@ -56,7 +56,7 @@ class Found(NamedTuple):
     last call."""
 
     end: int
-    calls: list[Call] | None = None
+    calls: list[Part] | None = None
     rest: Rest | None = None
 
 
@@ -72,7 +72,7 @@ class ToolParser(Parser):
     closing = ""  # the tag behind it
     between = ""  # what may stand between a call and the next, beside whitespace
     brackets, quotes = "{[", '"'  # of a call, and of strings in it
-    read_calls = staticmethod(json_calls)
+    value = staticmethod(json_value)  # what a text of calls is in JSON
     HEAD: ClassVar[re.Pattern[str]] = re.compile(
         r'\s*(\[?)\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*'
         r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
@@ -107,7 +107,7 @@ class ToolParser(Parser):
         if head is not None and head[2] in self._functions:
             in_list |= bool(head[1])
             rest = Rest(BracketReader(), "}", "]" if in_list else "", self.closing, in_list=in_list)
-            return Found(head.end(), [Call(head[2], "")], rest)
+            return Found(head.end(), [Part("call", "", head[2])], rest)
         start = len(text) - len(text[start:].lstrip())
         if start == len(text):
             return Found(start) if final else None
@@ -119,7 +119,7 @@ class ToolParser(Parser):
         self._num_read += size
         if not ended:
             return Found(len(text)) if final else None
-        calls = None if self._reader.too_deep else self.read_calls(text[start : self._num_read], self._functions)
+        calls = None if self._reader.too_deep else calls_in(text[start : self._num_read], self._functions, self.value)
         return Found(self._num_read, calls, Rest(None, "]" if in_list else "", self.closing, in_list=in_list))
 
     def _run(self, *, final: bool) -> list[Part]:
@@ -167,7 +167,7 @@ class ToolParser(Parser):
             return True
         self._buffer = self._buffer[found.end :]
         for call in found.calls:
-            parts.append(Part("call", call.arguments, call.name, self._num_calls))
+            parts.append(call._replace(call_index=self._num_calls))
             self._num_calls += 1
         self._rest, self._state = found.rest or Rest(None), self._read_rest
         return True
@@ -208,7 +208,7 @@ class PythonicParser(ToolParser):
     bare = "["
     between = "<|python_end|>"
     brackets, quotes = "[", "\"'"
-    read_calls = staticmethod(python_calls)
+    value = staticmethod(python_value)
     HEAD = re.compile("$^")
 
 
@@ -223,7 +223,7 @@ class MistralParser(ToolParser):
     def read(self, text: str, *, final: bool) -> Found | None:
         named = self.NAMED.match(text)
         if named is not None and named[1] in self._functions:
-            return Found(named.end(), [Call(named[1], "")], Rest(BracketReader()))
+            return Found(named.end(), [Part("call", "", named[1])], Rest(BracketReader()))
         rest = text.removeprefix(self.markers[0]).lstrip()
         if rest[:1] in ("", *self.brackets):
             return super().read(text, final=final)
@@ -243,7 +243,7 @@ class QwenCoderParser(ToolParser):
         head = self.HEAD.match(text)
         if head is not None and (name := head[1].strip()) in self._functions:
             arguments = TaggedArguments(self._functions[name] or {})
-            return Found(head.end(), [Call(name, "")], Rest(arguments, "</function>", "</tool_call>"))
+            return Found(head.end(), [Part("call", "", name)], Rest(arguments, "</function>", "</tool_call>"))
         rest = text.removeprefix("<tool_call>").lstrip()
         if not final and ("<function=".startswith(rest) or self.BEGUN.fullmatch(text)):
             return None
