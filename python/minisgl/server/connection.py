@@ -9,6 +9,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
+from minisgl.server.errors import error_body
 from minisgl.server.json_line import dump_json
 
 MIN_RATE = 1024  # bytes a second, of a body
@@ -90,9 +91,7 @@ class Connection(H11Protocol):
     def _end(self, status: int, message: str) -> None:
         """Answer in the place of the application, as OpenAI's and Anthropic's clients both read it, and close: our half
         now, the rest once the client has seen it."""
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        error = {"message": message, "type": kind, "param": None, "code": None}
-        body = dump_json({"type": "error", "error": error})
+        body = dump_json({"type": "error", **error_body(message, status)})
         self._has_ended = True
         if self.cycle is not None:
             self.cycle.disconnected = True

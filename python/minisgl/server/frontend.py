@@ -63,9 +63,6 @@ class Stream(AsyncIterator[UserReply]):
         self._error: MiniSGLError | None = None
         self._finished = False  # nothing more is to come
 
-    def __aiter__(self) -> Stream:
-        return self
-
     async def __anext__(self) -> UserReply:
         while not self._replies:
             if self._finished:
