@@ -43,6 +43,7 @@ class MessagesRenderer(MessageRenderer):
 
     def more(self, block: Block, text: str) -> Events:
         kind, field = _DELTAS[block.kind]
+        super().more(block, text)
         return [{"type": "content_block_delta", "index": block.index, "delta": {"type": kind, field: text}}]
 
     def end(self, block: Block, reason: FinishReason | None) -> Events:  # noqa: ARG002

@@ -79,7 +79,7 @@ class ChatRenderer(_OpenAIRenderer, Dialect):
         assembler = self.new_assembler()
         self.assemblers.append(assembler)
         for reply in replies:
-            assembler.read(reply, self)
+            assembler.read(reply, Dialect())
         return {
             "index": index,
             "message": _message(assembler.blocks),

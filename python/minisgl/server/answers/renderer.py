@@ -87,17 +87,20 @@ class Block:
 
     def add(self, text: str) -> None:
         self._pieces.append(text)
+        if len(self._pieces) > 64:  # which take many times the bytes of their text
+            self._pieces = [self.text]
 
 
 class Dialect:
-    """What a stream tells of a block of its message: by itself nothing."""
+    """What a stream tells of a block of its message: by itself nothing, but blocks keep their texts then."""
 
     def begin(self, block: Block) -> Events:  # noqa: ARG002
         """When it begins."""
         return []
 
-    def more(self, block: Block, text: str) -> Events:  # noqa: ARG002
-        """When this text is added."""
+    def more(self, block: Block, text: str) -> Events:
+        """When this text has come."""
+        block.add(text)
         return []
 
     def end(self, block: Block, reason: FinishReason | None) -> Events:  # noqa: ARG002
@@ -132,10 +135,9 @@ class Assembler:
             is_reasoning = is_reasoning or part.kind == "reasoning"
             if part.call_index and not self.parallel:
                 continue
-            if not self.blocks or part.name is not None or part.kind != self.blocks[-1].kind:
+            if not self.blocks or part.name is not None or part.kind != self.blocks[-1].part.kind:
                 events += self._open(part, dialect)
             if part.text:
-                self.blocks[-1].add(part.text)
                 events += dialect.more(self.blocks[-1], part.text)
         if is_reasoning:
             self.num_reasoning = reply.num_output_tokens

@@ -68,6 +68,7 @@ class ResponsesRenderer(MessageRenderer):
         return events if block.kind == "call" else [*events, self._of_item(block, "added", part=_part(block, ""))]
 
     def more(self, block: Block, text: str) -> Events:
+        super().more(block, text)
         if block.part.name in self._custom:  # its input must be read first
             return []
         return [self._of_item(block, "delta", delta=text)]
