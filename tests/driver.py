@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from minisgl.config.runtime import EngineConfig
 from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.cpu import CpuRunner
 from minisgl.engine.engine import Engine
+from minisgl.engine.tables import StepIndex
 
 GREEDY = SamplingParams(temperature=0.0, seed=0)
 CPU_KERNELS = {"cpu_kernels": True, "prefill_backend": "cpu", "decode_backend": "cpu", "num_threads": 2}
@@ -53,8 +54,10 @@ def engine_logits(path: Path, tokens: list[int], **overrides: Any) -> torch.Tens
         0, (admission,), (PageUpdate(0, 0, tuple(range(num_pages))),), (ScheduledReq(0, 0, len(tokens), 1),)
     )
     with torch.inference_mode():
-        runner.tables.apply(plan)
-        logits = runner.forward(replace(runner.tables.build(plan), logit_tokens=None)).float()
+        index, tables = StepIndex.of(plan.reqs), runner.steps.tables
+        tables.host.apply(plan)
+        tables.send(plan, index)
+        logits = runner.steps.forward(runner.steps.batch(index, 0))(torch.arange(len(tokens))).float()
     runner.close()
     return logits
 

@@ -38,7 +38,7 @@ def device_logits(path: Path, tokens: list[int], dtype: str) -> torch.Tensor:
     config = prepare(with_defaults(options)).engine
     engine = Engine(config)
     assert engine.runner is not None
-    model = engine.runner.shard.model
+    model = engine.runner.steps.shard.model
     logits, seen = model.logits, []
 
     def record(hidden: torch.Tensor, logit_tokens: torch.Tensor | None) -> Any:

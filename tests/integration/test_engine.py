@@ -159,7 +159,7 @@ def test_nan_ends_one_row_only() -> None:
     assert isinstance(engine.runner, CpuRunner)
     with torch.inference_mode():
         for layer in range(config.model.num_layers):
-            for tensor in engine.runner.kv.layer(layer):
+            for tensor in engine.runner.steps.kv.layer(layer):
                 tensor.fill_(float("nan"))
     prompt, other = random_prompt(10), random_prompt(23, seed=1)
     ids = np.array(prompt, dtype=np.int32)

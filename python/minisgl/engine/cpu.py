@@ -8,23 +8,20 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol, cast
+from concurrent import futures
+from typing import cast
 
 import numpy as np
 import torch
 
-from minisgl.attention.base import IntArray, StepContext
 from minisgl.attention.cpu import CpuBackend
 from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import NOT_READY, Masks, StepPlan, StepResult, TokenLogprobs
+from minisgl.core import Masks, StepPlan, StepResult
 from minisgl.distributed.comm import cpu_communicator
-from minisgl.engine.logprobs import gather_logprobs
-from minisgl.engine.rules import apply_rules
 from minisgl.engine.shard import ModelShard
-from minisgl.engine.tables import Batch, TokenTables
+from minisgl.engine.step import LayerByLayer, LogitsOf, StepRunner
+from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import TorchOps
@@ -38,41 +35,37 @@ Tensor = torch.Tensor
 logger = logging.getLogger(__name__)
 
 
-class Forward(Protocol):
-    """One step at a time."""
+class CpuTables:
+    """What steps on a CPU read, beside what every engine's host remembers (`host`)."""
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """The logits of the tokens that sample: [n, vocab_size], valid until the next step."""
+    def __init__(self, config: EngineConfig) -> None:
+        num_rows = config.max_running_requests
+        self.host = RowTables(num_rows, config.max_seq_len, config.page_size)
+        self.page_table = torch.from_numpy(self.host.pages)
+        self.token_ids = torch.from_numpy(np.zeros((num_rows, config.max_seq_len + 1), np.int32))  # memory on first use
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """The logits of any tokens of the last step. tokens: [n] int64 → [n, vocab_size]."""
+    def send(self, plan: StepPlan, index: StepIndex) -> None:  # noqa: ARG002 (its numbers are read where they are)
+        for admission in plan.admissions:
+            self.token_ids[admission.row, : len(admission.token_ids)] = torch.tensor(admission.token_ids)
 
+    def tensors(self, index: StepIndex) -> StepTensors:
+        sampling = SamplingColumns(torch.from_numpy(self.host.sampling(index)))
+        return StepTensors(sampling, *map(torch.from_numpy, index.numbers))
 
-class LayerByLayer:
-    """The readable path: the model's own modules, one after the other."""
-
-    def __init__(self, shard: ModelShard, kv: KVPool, backend: Backend) -> None:
-        self._model, self._ropes, self._kv, self._backend = shard.model, shard.ropes, kv, backend
-        self._hidden = torch.empty(0)
-
-    def __call__(self, batch: Batch) -> Tensor:
-        metadata = self._backend.prepare(batch.attention, captured=False)
-        ropes = [rope(batch.positions) for rope in self._ropes]
-        step = StepContext(batch.slots, ropes, self._kv, self._backend, metadata)
-        self._hidden = self._model.hidden(batch.input_ids, step)
-        return self._model.logits(self._hidden, batch.logit_tokens)
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        return self._model.logits(self._hidden, tokens)
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Ids and slots of a step's tokens."""
+        index, tensors = batch.index, batch.tensors
+        slots = torch.from_numpy(batch.attention.slots_of(index.token_rows, index.positions))
+        return self.token_ids[tensors.token_rows, tensors.positions].long(), slots
 
 
 class WholeStep:
     """One call for all layers of one rank, which share their threads without returning to Python. specs: of them."""
 
-    def __init__(self, shard: ModelShard, kv: KVPool, ops: CpuOps, specs: list[CpuSpec]) -> None:
+    def __init__(self, shard: ModelShard, kv: KVPool, tables: CpuTables, ops: CpuOps, specs: list[CpuSpec]) -> None:
         embedding, *layers, head = specs
         config, model = shard.config.model, shard.model
-        self._module, self._backend = ops.module, CpuBackend(ops)
+        self._module, self._backend, self._inputs = ops.module, CpuBackend(ops), tables.inputs
         self._vocab_size, self._keep = config.vocab_size, (model, kv, ops)
         self._rotation = shard.ropes[0](torch.arange(shard.config.max_seq_len + 1))
         self._logits = torch.empty(0, self._vocab_size)
@@ -91,26 +84,26 @@ class WholeStep:
             matrices = (value for matrix in spec.matrices for value in matrix)
             self._module.add_layer(self._handle, *matrices, *spec.norms, *kv.layer(index), spec.window or 0)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        num_logits = len(batch.input_ids) if batch.logit_tokens is None else len(batch.logit_tokens)
+    def __call__(self, batch: Batch) -> LogitsOf:
+        input_ids, slots = self._inputs(batch)
+        num_logits = len(input_ids) if batch.logit_tokens is None else len(batch.logit_tokens)
         if num_logits > len(self._logits):  # kept, since new memory costs a fault for each page
             self._logits = torch.empty(num_logits, self._vocab_size)
         logits = self._logits[:num_logits]
-        metadata = self._backend.prepare(batch.attention)
         self._module.forward(
             self._handle,
-            batch.input_ids,
-            batch.positions,
-            batch.slots,
-            *metadata,
+            input_ids,
+            batch.tensors.positions,
+            slots,
+            *self._backend.prepare(batch.attention),
             self._rotation.cos,
             self._rotation.sin,
             batch.logit_tokens,
             logits,
         )
-        return logits
+        return lambda tokens: logits if tokens is None else self._more_logits(tokens)
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def _more_logits(self, tokens: Tensor) -> Tensor:
         logits = torch.empty(len(tokens), self._vocab_size)
         self._module.more_logits(self._handle, tokens, logits)
         return logits
@@ -127,143 +120,78 @@ def rank_cores(rank: int, tp_size: int) -> list[int]:
     return cores[rank * len(cores) // tp_size : (rank + 1) * len(cores) // tp_size]
 
 
-@contextmanager
-def _keep_to(cores: list[int]) -> Iterator[None]:
-    """Meanwhile, this thread and those that it starts run on these cores; []: on any."""
-    before = os.sched_getaffinity(0) if cores else set[int]()
-    if cores:
-        os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        if cores:
-            os.sched_setaffinity(0, before)
+def create_steps(config: EngineConfig, rank: int) -> StepRunner:
+    """What computes the steps of a rank. Raises: ConfigError when the model cannot be loaded."""
+    comm = cpu_communicator(rank, config.tp_size, config.init_method)
+    kernels = CpuOps(config.num_threads) if config.cpu_kernels else None
+    shard = ModelShard(config, torch.device("cpu"), comm, kernels or TorchOps())
+    kv, tables = shard.create_kv(config.num_pages), CpuTables(config)
+    uses_kernels = (config.prefill_backend, config.decode_backend) == ("cpu", "cpu")
+    if kernels is None or not uses_kernels:
+        backend = shard.create_attention()
+    elif comm.size == 1 and (specs := shard.model.cpu_specs()) is not None:
+        return StepRunner(shard, kv, tables, WholeStep(shard, kv, tables, kernels, specs))
+    else:
+        backend = cast(Backend, CpuBackend(kernels))
+    forward = LayerByLayer(
+        shard, kv, backend, lambda batch: (*tables.inputs(batch), [r(batch.tensors.positions) for r in shard.ropes])
+    )
+    return StepRunner(shard, kv, tables, forward)
 
 
-class CpuHandle:
+class CpuHandle(futures.Future[StepResult]):
     """A step in the runner's thread (a `core.StepHandle`)."""
 
-    def __init__(self, plan: StepPlan, masks: Masks | None) -> None:
-        self.plan, self.masks = plan, masks
-        self._done = threading.Event()
-        self._result: StepResult | Exception = StepResult(plan.step_id, [])
-
-    def finish(self, result: StepResult | Exception) -> None:
-        self._result = result
-        self._done.set()
-
     def wait(self, timeout: float | None = None) -> bool:
-        return self._done.wait(timeout)
-
-    def result(self) -> StepResult:
-        self._done.wait()
-        if isinstance(self._result, Exception):
-            raise EngineError(f"step {self.plan.step_id} failed: {self._result}") from self._result
-        return self._result
+        return bool(futures.wait([self], timeout).done)
 
 
 class CpuRunner:
-    """Executes steps one after the other, on a thread of its own.
-
-    shard, kv, tables, forward: what it computes with, for tests; while no step is submitted.
-    """
+    """Executes steps one after the other, on a thread of its own. steps: what it computes with, for tests."""
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         if config.device != "cpu":
             raise ConfigError(f"--device {config.device} is not available (available: cpu, cuda)")
-        self._num_threads, self._cores = config.num_threads, rank_cores(rank, config.tp_size)
         self.num_pages = config.num_pages
-        with _keep_to(self._cores):  # the threads that it starts, not the caller's
-            torch.set_num_threads(self._num_threads)
-            comm = cpu_communicator(rank, config.tp_size, config.init_method)
-            kernels = CpuOps(config.num_threads) if config.cpu_kernels else None
-            self.shard = ModelShard(config, torch.device("cpu"), comm, kernels or TorchOps())
-        self.kv = self.shard.create_kv(config.num_pages)
-        self.forward = _create_forward(self.shard, self.kv, kernels)
-        self.tables = TokenTables(config.max_running_requests, config.max_seq_len, config.page_size)
-        self._queue: queue.SimpleQueue[CpuHandle | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="minisgl-engine", daemon=True)
+        self._queue: queue.SimpleQueue[tuple[CpuHandle, StepPlan, Masks | None] | None] = queue.SimpleQueue()
+        loaded: futures.Future[StepRunner] = futures.Future()
+        args = config, rank, loaded
+        self._thread = threading.Thread(target=self._work, args=args, name="minisgl-engine", daemon=True)
         self._thread.start()
+        self.steps = loaded.result()
 
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> CpuHandle:
-        handle = CpuHandle(plan, masks)
-        self._queue.put(handle)
+        handle = CpuHandle()
+        self._queue.put((handle, plan, masks))
         return handle
 
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join()
 
-    def _work(self) -> None:
-        torch.set_num_threads(self._num_threads)  # OpenMP keeps its number of threads per thread
-        if self._cores:
-            os.sched_setaffinity(0, self._cores)
+    def _work(self, config: EngineConfig, rank: int, loaded: futures.Future[StepRunner]) -> None:
+        """Load the model, too: the threads that start then are as many as this one's, and keep to its cores."""
+        torch.set_num_threads(config.num_threads)
+        if cores := rank_cores(rank, config.tp_size):
+            os.sched_setaffinity(0, cores)
         with torch.inference_mode():
-            while (handle := self._queue.get()) is not None:
-                try:
-                    fault("step")
-                    handle.finish(self._execute(handle.plan, handle.masks))
-                except Exception as error:
-                    logger.exception("step %d failed", handle.plan.step_id)
-                    handle.finish(error)
-        self.shard.comm.close()
-
-    def _execute(self, plan: StepPlan, masks: Masks | None) -> StepResult:
-        """What a plan yields; its ids are input of the plans after it."""
-        self.tables.apply(plan)
-        self.shard.copy_pages(plan, self.kv)
-        if not plan.reqs:
-            return StepResult(plan.step_id, [])
-        batch = self.tables.build(plan)
-        logits = self.forward(batch)
-        # Every rank takes part: each has a share of the logits.
-        wanted = self.tables.logprob_rules.prompt(plan.reqs, batch.index.offsets)
-        prompts = (
-            None if wanted is None else gather_logprobs(wanted, self.forward.logits, None, self.shard.device).result()
-        )
-        if not len(batch.sampling):
-            return StepResult(plan.step_id, [], None, prompts)
-        if (planted := fault("logits")) is not None:
-            logits[int(planted.removeprefix("nan "))] = float("nan")
-        ids = self._sample(logits, batch, plan, masks)
-        self.tables.store_sampled(batch.index, ids)
-        token_ids: list[tuple[int, ...]] = list(zip(ids.tolist()))  # each request samples one
-        return StepResult(plan.step_id, token_ids, self._logprobs(logits, batch, ids), prompts)
-
-    def _sample(self, logits: Tensor, batch: Batch, plan: StepPlan, masks: Masks | None) -> Tensor:
-        """Rank 0 decides, so that rounding cannot make ranks differ."""
-        comm, columns, index = self.shard.comm, batch.sampling, batch.index
-        ids = torch.empty(len(columns), dtype=torch.int32)
-        if comm.rank > 0:
-            return comm.broadcast(ids)
-        steps = self.tables.logit_rules.steps(index.sample_rows, index.sample_positions, plan.masked, masks)
-        if not steps:
-            return comm.broadcast(self.shard.ops.sample(logits, columns, ids))
-        plain = np.setdiff1d(np.arange(len(ids)), np.concatenate([step.samples for step in steps]))
-        if len(plain):
-            ids[plain] = self._draw(logits[plain], columns, plain)
-        for step in steps:
-            changed = apply_rules(logits, step, torch.from_numpy(self.tables.token_ids))
-            ids[step.samples] = self._draw(changed, columns, step.samples)
-            ids[step.samples[step.absent]] = NOT_READY
-        return comm.broadcast(ids)
-
-    def _draw(self, logits: Tensor, columns: SamplingColumns, index: IntArray) -> Tensor:
-        """Ids of some of a step's samples. logits: [len(index), vocab]."""
-        ids = torch.empty(len(index), dtype=torch.int32)
-        return self.shard.ops.sample(logits, columns.select(torch.from_numpy(index)), ids)
-
-    def _logprobs(self, logits: Tensor, batch: Batch, ids: Tensor) -> dict[int, TokenLogprobs] | None:
-        step = self.tables.logprob_rules.sampled(batch.index.sample_rows)
-        if step is None or self.shard.comm.rank > 0:
-            return None
-        return gather_logprobs(step, lambda index: logits[index], ids[step.index], logits.device).result()
+            try:
+                steps = create_steps(config, rank)
+            except BaseException as error:
+                loaded.set_exception(error)
+                return
+            loaded.set_result(steps)
+            while (item := self._queue.get()) is not None:
+                _execute(steps, *item)
+        steps.shard.comm.close()
 
 
-def _create_forward(shard: ModelShard, kv: KVPool, kernels: CpuOps | None) -> Forward:
-    config = shard.config
-    if kernels is None or (config.prefill_backend, config.decode_backend) != ("cpu", "cpu"):
-        return LayerByLayer(shard, kv, shard.create_attention())
-    if shard.comm.size == 1 and (specs := shard.model.cpu_specs()) is not None:
-        return WholeStep(shard, kv, kernels, specs)
-    return LayerByLayer(shard, kv, cast(Backend, CpuBackend(kernels)))
+def _execute(steps: StepRunner, handle: CpuHandle, plan: StepPlan, masks: Masks | None) -> None:
+    try:
+        fault("step")
+        handle.set_result(steps.launch(plan, masks).result(plan.step_id))
+    except Exception as error:
+        logger.exception("step %d failed", plan.step_id)
+        failed = EngineError(f"step {plan.step_id} failed: {error}")
+        failed.__cause__ = error
+        handle.set_exception(failed)

@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 
-from minisgl.attention.base import AttentionStep, StepContext
 from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import NOT_READY, Masks, ScheduledReq, StepPlan, StepResult
+from minisgl.core import Masks, ScheduledReq, StepPlan, StepResult
 from minisgl.distributed.cuda import cuda_communicator
 from minisgl.engine.graph import DecodeGraphs, GraphShape
-from minisgl.engine.logprobs import DeviceLogprobs, gather_logprobs
 from minisgl.engine.memory import activation_bytes, large_step, num_pages_used, pages_that_fit
-from minisgl.engine.rules import LogitStep, apply_rules, to_device
 from minisgl.engine.shard import DTYPES, ModelShard
-from minisgl.engine.staging import NUM_BUFFERS, DeviceTables, StepTensors
+from minisgl.engine.staging import NUM_BUFFERS, DeviceTables
+from minisgl.engine.step import Launched, LayerByLayer, StepRunner
 from minisgl.engine.tables import StepIndex
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.cuda import create_cuda_ops
-from minisgl.kernel.ops import PagedSequences
-from minisgl.kernel.sampling import TokenStore
 from minisgl.kvcache.pool import KVPool
 from minisgl.utils.faults import fault
 from minisgl.utils.math import div_ceil
@@ -57,14 +52,6 @@ def open_gpu(rank: int) -> torch.device:
     return device
 
 
-class Launched(NamedTuple):
-    """Results that will be on the host when the step is done."""
-
-    ids: Tensor  # [n] int32
-    logprobs: DeviceLogprobs | None = None
-    prompt_logprobs: DeviceLogprobs | None = None
-
-
 class CudaHandle:
     """A launched step, whose results are on the host after the event (a `core.StepHandle`)."""
 
@@ -84,13 +71,9 @@ class CudaHandle:
 
     def result(self) -> StepResult:
         self.wait()
-        launched = self._launched
-        if isinstance(launched, Exception):
-            raise EngineError(f"step {self._step_id} failed: {launched}") from launched
-        logprobs = None if launched.logprobs is None else launched.logprobs.result()
-        prompts = None if launched.prompt_logprobs is None else launched.prompt_logprobs.result()
-        token_ids: list[tuple[int, ...]] = list(zip(launched.ids.tolist()))  # each request samples one
-        return StepResult(self._step_id, token_ids, logprobs, prompts)
+        if isinstance(self._launched, Exception):
+            raise EngineError(f"step {self._step_id} failed: {self._launched}") from self._launched
+        return self._launched.result(self._step_id)
 
 
 class CudaRunner:
@@ -102,7 +85,7 @@ class CudaRunner:
         try:
             with self._on_device():
                 self.shard = load_shard(config, rank, self._device)
-                self.num_pages, self._launcher = create_launcher(self.shard)
+                self.num_pages, self._steps = create_steps(self.shard)
         except torch.cuda.OutOfMemoryError as error:
             total = torch.cuda.get_device_properties(self._device).total_memory / 2**30
             raise ConfigError(
@@ -121,7 +104,7 @@ class CudaRunner:
         try:
             fault("step")
             with self._on_device():
-                launched = self._launcher.launch(plan, masks)
+                launched = self._steps.launch(plan, masks)
                 event.record()
                 return CudaHandle(plan.step_id, event, launched)
         except Exception as error:
@@ -132,7 +115,7 @@ class CudaRunner:
         """Raises nothing: it may be a failure that ends the engine."""
         try:
             with self._on_device():
-                del self._launcher  # first: NCCL waits for the end of all graphs that have captured it
+                del self._steps  # first: NCCL waits for the end of all graphs that have captured it
                 self.shard.comm.close()
                 torch.cuda.synchronize()
             del self.shard
@@ -149,141 +132,69 @@ def load_shard(config: EngineConfig, rank: int, device: torch.device) -> ModelSh
     return ModelShard(config, device, comm, create_cuda_ops(device, dtype, config.moe_backend))
 
 
-def create_launcher(shard: ModelShard) -> tuple[int, StepLauncher]:
+def create_steps(shard: ModelShard) -> tuple[int, CapturedSteps]:
     """The number of pages of the KV cache, and what launches steps with it."""
-    config = shard.config
+    config, backend = shard.config, shard.create_attention()
     tables = DeviceTables(config, shard.ops, shard.ropes, shard.device)
-    backend = shard.create_attention()
     num_pages = pages_that_fit(config, shard.comm, _activation_bytes(shard, tables, backend))
     tables.set_padding_page(num_pages)
-    launcher = StepLauncher(shard, shard.create_kv(num_pages + 1), tables, backend, config.cuda_graph_max_bs)
+    steps = CapturedSteps(shard, shard.create_kv(num_pages + 1), tables, backend, config.cuda_graph_max_bs)
     torch.cuda.synchronize()
-    return num_pages, launcher
+    return num_pages, steps
 
 
 def _activation_bytes(shard: ModelShard, tables: DeviceTables, backend: Backend) -> int:
     """What the largest step takes, with a cache of no more pages than it needs."""
     num_pages = num_pages_used(large_step(shard.config, shard.config.max_prefill_length))
-    launcher = StepLauncher(shard, shard.create_kv(num_pages), tables, backend, max_batch=0)
-    return activation_bytes(shard.config, launcher.launch)
+    steps = CapturedSteps(shard, shard.create_kv(num_pages), tables, backend, max_batch=0)
+    return activation_bytes(shard.config, steps.launch)
 
 
-class StepLauncher:
-    """Launches steps on the current stream. max_batch: of the largest decode step that is captured; 0: none is."""
+class CapturedSteps(StepRunner):
+    """Launches steps on the current stream: those that only decode as graphs, where they have at most `max_batch`
+    requests."""
 
     def __init__(self, shard: ModelShard, kv: KVPool, tables: DeviceTables, backend: Backend, max_batch: int) -> None:
-        self._shard, self._kv, self._tables, self._backend = shard, kv, tables, backend
+        self._layers, self._backend = LayerByLayer(shard, kv, backend, tables.inputs), backend
+        super().__init__(shard, kv, tables, self._layers)
         num_rows = shard.config.max_running_requests
+        self._padding_row = tables.padding_row
         self._out = [torch.empty(num_rows, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)]
         self._graphs = DecodeGraphs(self._decode, max_batch, show_progress=max_batch > 0 and shard.comm.rank == 0)
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
-        self._tables.host.apply(plan)
-        self._shard.copy_pages(plan, self._kv)
-        launched = Launched(self._tables.token_ids[0, :0])
-        if plan.reqs:
-            shape = self._graphs.shape_for(len(plan.reqs), 1) if plan.is_decode_only else None
-            launched = self._launch_eager(plan, masks) if shape is None else self._launch_graph(plan, masks, shape)
+        """Its ids are on their way to the host."""
+        launched = super().launch(plan, masks)
         out = self._out[plan.step_id % NUM_BUFFERS][: len(launched.ids)]
         return launched._replace(ids=out.copy_(launched.ids, non_blocking=True))
 
-    def _launch_graph(self, plan: StepPlan, masks: Masks | None, shape: GraphShape) -> Launched:
-        """The captured step has more requests than the plan: the others are nobody's."""
+    def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
+        """As a graph, if one holds the plan: what it has more are requests of nobody."""
         num = len(plan.reqs)
+        shape = self._graphs.shape_for(num, 1) if plan.is_decode_only else None
+        if shape is None:
+            return super()._launch(plan, masks)
         index = StepIndex.of((*plan.reqs, *self._padding(shape, shape.batch - num)))
-        self._tables.send(plan, index)
+        self.tables.send(plan, index)
         if self._backend.plans_captured:
-            step = self._attention_step(self._tables.tensors(index), index, shape.batch)
-            self._backend.prepare(step, captured=True)
+            self._backend.prepare(self.batch(index, shape.batch).attention, captured=True)
         ids = self._graphs.replay(shape)[:num]
         return self._finish(plan, masks, index, ids, lambda: self._graphs.logits(shape))
 
-    def _launch_eager(self, plan: StepPlan, masks: Masks | None) -> Launched:
-        index, model = StepIndex.of(plan.reqs), self._shard.model
-        self._tables.send(plan, index)
-        tensors = self._tables.tensors(index)
-        step = self._attention_step(tensors, index, plan.num_decode)
-        hidden = self._hidden(tensors, self._backend.prepare(step, captured=False))
-        wanted, prompts = self._tables.host.logprob_rules.prompt(plan.reqs, index.offsets), None
-        if wanted is not None:  # every rank takes part: each has a share of the logits
-            prompts = gather_logprobs(wanted, lambda tokens: model.logits(hidden, tokens), None, self._shard.device)
-        logits = model.logits(hidden, tensors.logit_tokens)
-        if not len(logits):
-            return Launched(self._tables.token_ids[0, :0], None, prompts)
-        ids = self._sample(logits, tensors)
-        return self._finish(plan, masks, index, ids, lambda: logits)._replace(prompt_logprobs=prompts)
-
-    def _finish(
-        self, plan: StepPlan, masks: Masks | None, index: StepIndex, ids: Tensor, logits: Callable[[], Tensor]
-    ) -> Launched:
-        """Sample again the rows whose logits are to be changed, and gather log-probabilities. ids: those of the plan,
-        which come first in `index`; logits: what they were sampled from, asked for only then."""
-        rows, positions = index.sample_rows[: len(ids)], index.sample_positions[: len(ids)]
-        steps = self._tables.host.logit_rules.steps(rows, positions, plan.masked, masks)
-        wanted = self._tables.host.logprob_rules.sampled(rows)
-        if not steps and wanted is None:
-            return Launched(ids)
-        before = logits()
-        self._sample_again(before, steps, self._tables.tensors(index), ids)
-        if wanted is None or self._shard.comm.rank > 0:
-            return Launched(ids)
-        chosen = ids.index_select(0, to_device(wanted.index, ids.device))
-        return Launched(
-            ids, gather_logprobs(wanted, lambda samples: before.index_select(0, samples), chosen, ids.device)
-        )
-
-    def _sample_again(self, logits: Tensor, steps: Sequence[LogitStep], tensors: StepTensors, ids: Tensor) -> None:
-        """Sample some rows from changed logits, in place of what the step has sampled for them: so a captured step
-        stays whole, and those that need nothing pay nothing."""
-        ops, comm, token_ids = self._shard.ops, self._shard.comm, self._tables.token_ids
-        for step in steps:
-            index = to_device(step.samples, ids.device)
-            columns, rows = tensors.sampling.select(index), tensors.sample_rows.index_select(0, index)
-            new = torch.empty(len(index), dtype=torch.int32, device=ids.device)
-            if comm.rank == 0:
-                ops.sample(apply_rules(logits, step, token_ids), columns, new)
-                if len(step.absent):
-                    new[to_device(step.absent, ids.device)] = NOT_READY
-            new = comm.broadcast(new)
-            ops.store_ids(token_ids, rows, columns["position"], new)
-            ids.index_copy_(0, index, new)
-
-    def _sample(self, logits: Tensor, tensors: StepTensors) -> Tensor:
-        """[n] int32, written to the token table too."""
-        ops, comm, token_ids = self._shard.ops, self._shard.comm, self._tables.token_ids
-        ids = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
-        if comm.size == 1:
-            return ops.sample(logits, tensors.sampling, ids, TokenStore(token_ids, tensors.sample_rows))
-        if comm.rank == 0:  # it decides, so that rounding cannot make ranks differ
-            ops.sample(logits, tensors.sampling, ids)
-        ids = comm.broadcast(ids)
-        ops.store_ids(token_ids, tensors.sample_rows, tensors.sampling["position"], ids)
-        return ids
-
     def _padding(self, shape: GraphShape, num: int) -> tuple[ScheduledReq, ...]:
         """So many requests of nobody."""
-        return (ScheduledReq(self._tables.padding_row, 0, shape.q_len, shape.q_len),) * num
+        return (ScheduledReq(self._padding_row, 0, shape.q_len, shape.q_len),) * num
 
     def _decode(self, shape: GraphShape) -> Callable[[], tuple[Tensor, Tensor]]:
         """What is captured: a decode step from the staging buffer, which now holds one of nobody. The function computes
         it → its ids and logits."""
         index = StepIndex.of(self._padding(shape, shape.batch))
-        self._tables.send(_NO_STEP, index)
-        tensors = self._tables.tensors(index)
-        metadata = self._backend.prepare(self._attention_step(tensors, index, shape.batch), captured=True)
+        self.tables.send(_NO_STEP, index)
+        batch = self.batch(index, shape.batch)
+        metadata = self._backend.prepare(batch.attention, captured=True)
 
         def run() -> tuple[Tensor, Tensor]:
-            logits = self._shard.model.logits(self._hidden(tensors, metadata), None)
-            return self._sample(logits, tensors), logits
+            logits = self._layers.run(batch, metadata)(None)
+            return self._sample(logits, batch.tensors), logits
 
         return run
-
-    def _attention_step(self, tensors: StepTensors, index: StepIndex, num_decode: int) -> AttentionStep:
-        tables, page_size = self._tables, self._shard.config.page_size
-        device = PagedSequences(tables.page_table, tensors.rows, tensors.seq_lens, tensors.cu_q, page_size)
-        return tables.host.attention(index, num_decode, device)
-
-    def _hidden(self, tensors: StepTensors, metadata: object) -> Tensor:
-        """Run the model's layers: [num_tokens, hidden]."""
-        input_ids, slots, ropes = self._tables.inputs(tensors)
-        return self._shard.model.hidden(input_ids, StepContext(slots, ropes, self._kv, self._backend, metadata))

@@ -1,0 +1,156 @@
+"""One step, from a plan to sampled ids: what all devices share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from minisgl.attention.base import AttentionStep, StepContext
+from minisgl.attention.create import Backend
+from minisgl.core import NOT_READY, Masks, StepPlan, StepResult
+from minisgl.engine.logprobs import DeviceLogprobs, gather_logprobs
+from minisgl.engine.rules import LogitStep, apply_rules, to_device
+from minisgl.engine.shard import ModelShard
+from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
+from minisgl.kernel.ops import PagedSequences, RopeAngles
+from minisgl.kernel.sampling import TokenStore
+from minisgl.kvcache.pool import KVPool
+from minisgl.utils.faults import fault
+
+Tensor = torch.Tensor
+# [n] int64, which of a step's tokens (None: those that sample) → their logits [n, vocab_size], until the next call.
+LogitsOf = Callable[[Tensor | None], Tensor]
+
+
+class Launched(NamedTuple):
+    """A step's results, which are there when the device has computed it."""
+
+    ids: Tensor  # [n] int32
+    logprobs: DeviceLogprobs | None = None
+    prompt_logprobs: DeviceLogprobs | None = None
+
+    def result(self, step_id: int) -> StepResult:
+        """Of tensors that the host can read."""
+        logprobs = None if self.logprobs is None else self.logprobs.result()
+        prompts = None if self.prompt_logprobs is None else self.prompt_logprobs.result()
+        token_ids: list[tuple[int, ...]] = list(zip(self.ids.tolist()))  # each request samples one
+        return StepResult(step_id, token_ids, logprobs, prompts)
+
+
+class Tables(Protocol):
+    """What the device remembers of running requests, by row."""
+
+    host: RowTables
+    token_ids: Tensor  # [num_rows, tokens] int32
+    page_table: Tensor  # [num_rows, max_pages] int32
+
+    def send(self, plan: StepPlan, index: StepIndex) -> None:
+        """Send a step's numbers, and write the prompts and pages that rows gain in it."""
+
+    def tensors(self, index: StepIndex) -> StepTensors:
+        """Where a step's numbers lie once they were sent."""
+
+
+class LayerByLayer:
+    """The model's own modules, one after the other. inputs: ids, slots and angles of a step's tokens."""
+
+    def __init__(
+        self,
+        shard: ModelShard,
+        kv: KVPool,
+        backend: Backend,
+        inputs: Callable[[Batch], tuple[Tensor, Tensor, Sequence[RopeAngles]]],
+    ) -> None:
+        self._model, self._kv, self._backend, self._inputs = shard.model, kv, backend, inputs
+
+    def __call__(self, batch: Batch) -> LogitsOf:
+        return self.run(batch, self._backend.prepare(batch.attention, captured=False))
+
+    def run(self, batch: Batch, metadata: object) -> LogitsOf:
+        input_ids, slots, ropes = self._inputs(batch)
+        hidden = self._model.hidden(input_ids, StepContext(slots, ropes, self._kv, self._backend, metadata))
+        return lambda tokens: self._model.logits(hidden, batch.logit_tokens if tokens is None else tokens)
+
+
+class StepRunner:
+    """Launches steps, in order. forward: computes the layers of one."""
+
+    def __init__(self, shard: ModelShard, kv: KVPool, tables: Tables, forward: Callable[[Batch], LogitsOf]) -> None:
+        self.shard, self.kv, self.tables, self.forward = shard, kv, tables, forward
+
+    def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
+        self.tables.host.apply(plan)
+        self.shard.copy_pages(plan, self.kv)
+        return self._launch(plan, masks) if plan.reqs else Launched(self.tables.token_ids[0, :0])
+
+    def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
+        """Launch a step that computes something, op by op."""
+        index = StepIndex.of(plan.reqs)
+        self.tables.send(plan, index)
+        batch = self.batch(index, plan.num_decode)
+        logits_of, prompts = self.forward(batch), None
+        wanted = self.tables.host.logprob_rules.prompt(plan.reqs, index.offsets)
+        if wanted is not None:  # every rank takes part: each has a share of the logits
+            prompts = gather_logprobs(wanted, logits_of, None, self.shard.device)
+        logits = logits_of(None)
+        if not len(logits):
+            return Launched(self.tables.token_ids[0, :0], None, prompts)
+        if (planted := fault("logits")) is not None:
+            logits[int(planted.removeprefix("nan "))] = float("nan")
+        ids = self._sample(logits, batch.tensors)
+        return self._finish(plan, masks, index, ids, lambda: logits)._replace(prompt_logprobs=prompts)
+
+    def batch(self, index: StepIndex, num_decode: int) -> Batch:
+        """Of a step whose numbers were sent."""
+        tensors, host = self.tables.tensors(index), self.tables.host
+        device = PagedSequences(self.tables.page_table, tensors.rows, tensors.seq_lens, tensors.cu_q, host.page_size)
+        sequences = index.rows, index.starts, index.num_new, index.offsets
+        attention = AttentionStep(*sequences, host.pages, host.page_size, num_decode, device)
+        return Batch(index, tensors, attention, None if attention.is_decode else tensors.logit_tokens)
+
+    def _sample(self, logits: Tensor, tensors: StepTensors) -> Tensor:
+        """[n] int32, written to the token table too."""
+        ops, comm, token_ids = self.shard.ops, self.shard.comm, self.tables.token_ids
+        ids = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+        if comm.size == 1:
+            return ops.sample(logits, tensors.sampling, ids, TokenStore(token_ids, tensors.sample_rows))
+        if comm.rank == 0:  # it decides, so that rounding cannot make ranks differ
+            ops.sample(logits, tensors.sampling, ids)
+        ids = comm.broadcast(ids)
+        ops.store_ids(token_ids, tensors.sample_rows, tensors.sampling["position"], ids)
+        return ids
+
+    def _finish(
+        self, plan: StepPlan, masks: Masks | None, index: StepIndex, ids: Tensor, logits: Callable[[], Tensor]
+    ) -> Launched:
+        """Sample again the rows whose logits are to be changed, and gather log-probabilities. ids: those of the plan,
+        which come first in `index`; logits: what they were sampled from, asked for only then."""
+        rows, positions = index.sample_rows[: len(ids)], index.sample_positions[: len(ids)]
+        steps = self.tables.host.logit_rules.steps(rows, positions, plan.masked, masks)
+        wanted = self.tables.host.logprob_rules.sampled(rows)
+        if not steps and wanted is None:
+            return Launched(ids)
+        before = logits()
+        for step in steps:
+            self._sample_again(before, step, self.tables.tensors(index), ids)
+        if wanted is None or self.shard.comm.rank > 0:
+            return Launched(ids)
+        chosen = ids.index_select(0, to_device(wanted.index, ids.device))
+        return Launched(ids, gather_logprobs(wanted, lambda at: before.index_select(0, at), chosen, ids.device))
+
+    def _sample_again(self, logits: Tensor, step: LogitStep, tensors: StepTensors, ids: Tensor) -> None:
+        """Sample some rows from changed logits, in place of what the step has sampled for them: so a captured step
+        stays whole, and those that need nothing pay nothing."""
+        ops, comm, token_ids = self.shard.ops, self.shard.comm, self.tables.token_ids
+        index = to_device(step.samples, ids.device)
+        columns, rows = tensors.sampling.select(index), tensors.sample_rows.index_select(0, index)
+        new = torch.empty(len(index), dtype=torch.int32, device=ids.device)
+        if comm.rank == 0:
+            ops.sample(apply_rules(logits, step, token_ids), columns, new)
+            if len(step.absent):
+                new[to_device(step.absent, ids.device)] = NOT_READY
+        new = comm.broadcast(new)
+        ops.store_ids(token_ids, rows, columns["position"], new)
+        ids.index_copy_(0, index, new)
