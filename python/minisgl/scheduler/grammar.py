@@ -41,7 +41,7 @@ CPU_SHARE, _GPU_SHARE = (0.1, 0.0), (0.5, 0.002)
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
 _PACED_SHARE = 0.15  # of the time of steps that others are in: what those with masks of rows that wait may take longer
 # What the masks of one request may take beyond a millisecond each, in seconds of a core.
-_FREE_SECONDS, MOST_SECONDS = 0.001, 10.0
+FREE_SECONDS, MOST_SECONDS = 0.001, 10.0
 
 PlannerMsg = UserMsg | AbortMsg | FlushMsg | ResumeMsg
 Submitted = tuple[Planned, StepHandle]
@@ -237,7 +237,7 @@ class Grammars:
         return False
 
     def _start(self, row: _Row, ids: list[int]) -> None:
-        row.output.job = self._threads[row.output.cost > _FREE_SECONDS].submit(self._mask, row, ids)
+        row.output.job = self._threads[row.output.cost > FREE_SECONDS].submit(self._mask, row, ids)
 
     def _mask(self, row: _Row, ids: list[int]) -> Words:
         """Advance a row's matcher by its new tokens: which ones may follow. All, if its request is being ended."""
@@ -259,7 +259,7 @@ class Grammars:
             why = one_line(str(error))
         seconds = time.thread_time() - start
         output.cost, output.grammar.cost = (max(seconds, known / 2) for known in (output.cost, output.grammar.cost))
-        output.seconds += max(0.0, seconds - _FREE_SECONDS)
+        output.seconds += max(0.0, seconds - FREE_SECONDS)
         if output.seconds > MOST_SECONDS:
             why = f"it is too slow, {output.num_tokens} tokens took {output.seconds:.0f} s more than they should"
         if why is not None:  # all ranks end its request at their next turn
