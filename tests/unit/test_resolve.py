@@ -28,7 +28,7 @@ from minisgl.config.model import (
     RopeConfig,
     State,
 )
-from minisgl.config.probe import Capabilities, Gpu, Nvidia, parse_torch_cuda, probe, probe_nvidia, visible_devices
+from minisgl.config.probe import Capabilities, Gpu, Nvidia, probe, probe_nvidia, torch_cuda, visible_devices
 from minisgl.config.resolve import ModelFiles, prepare, read_default_sampling, resolve
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import ConfigError
@@ -431,8 +431,8 @@ def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_which_cuda_torch_is_built_for() -> None:
-    assert parse_torch_cuda("__version__ = '2.13.0'\ncuda: Optional[str] = '13.0'\nhip = None\n") == "13.0"
-    assert parse_torch_cuda("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: str = '6.1'\n") is None
+    assert torch_cuda("__version__ = '2.13.0'\ncuda: Optional[str] = '13.0'\nhip = None\n") == "13.0"
+    assert torch_cuda("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: str = '6.1'\n") is None
 
 
 def test_the_rest_is_passed_on() -> None:

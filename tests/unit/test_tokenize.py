@@ -195,10 +195,10 @@ class Moody(HFTextCodec):
             raise RuntimeError("secret")
         return super().encode(texts, special=special)
 
-    def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
+    def text(self, token_ids: Sequence[int]) -> str:
         if 13 in token_ids:
             raise RuntimeError("secret")
-        return super().decode(token_ids)
+        return super().text(token_ids)
 
 
 def start_server(tmp_path: Path, codec: HFTextCodec, *, num_tokenizer: int, tokenizer: bool) -> TokenizerServer:

@@ -50,6 +50,7 @@ def _matching(pattern: str, expected: str) -> Parser:
 _text = _matching(".+", "a non-empty text")
 _key = _matching("[!-~]+", "printable ASCII characters without spaces")  # what fits an HTTP header
 _origin = _matching(r"\*|https?://[^/\s]+", "origins such as https://example.org, or *")
+_share = _parser("a number above 0 and at most 1", lambda number: 1e-9 <= number <= 1, float)
 _host = _matching(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*", "names such as llm.example.org, *.example.org, or *, without a port")
 
 
@@ -71,12 +72,8 @@ def argument(parse: Parser) -> Parser:
     return checked
 
 
-def _number(low: float, high: float, expected: str) -> Parser:
-    return _parser(expected, lambda number: low <= number <= high, float)
-
-
-def _seconds(low: float, high: float = 1e6) -> Parser:
-    return _number(low, high, f"a number of seconds from {low:g} to {high:g}")
+def _seconds(low: float) -> Parser:
+    return _parser(f"a number of seconds from {low:g} to 1e+06", lambda number: low <= number <= 1e6, float)
 
 
 def _choice(*choices: str) -> Parser:
@@ -164,7 +161,7 @@ class ServerArgs(ServerOptions):
     max_running_requests: int = _option(integer(1, 65536), 256)
     max_prefill_length: int | None = _option(_auto(integer(1)), None, "--max-extend-length")
     max_seq_len: int | None = _option(_auto(integer(2)), None, "--max-seq-len-override")
-    memory_ratio: float = _option(_number(1e-9, 1.0, "a number above 0 and at most 1"), 0.9)
+    memory_ratio: float = _option(_share, 0.9)
     num_pages: int | None = _option(_auto(integer(1)), None)
     page_size: int | None = _option(_auto(integer(1, 4096)), None)
     cache_type: str = _option(_choice("radix", "naive"), "radix", "--cache")
@@ -183,6 +180,8 @@ class ServerArgs(ServerOptions):
 
 
 _FIELDS = {f.name: f for f in dataclasses.fields(ServerArgs)}
+_FLAGS = {name: ["--" + name.replace("_", "-"), *option.metadata["aliases"]] for name, option in _FIELDS.items()}
+_NAMES = {flag[2:].replace("-", "_"): name for name, flags in _FLAGS.items() for flag in flags}  # may be called so
 
 
 def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> ServerArgs:
@@ -193,11 +192,17 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
     given = vars(_build_parser().parse_args(argv))
     config_file = given.pop("config", None) or environ.get("MINISGL_CONFIG")
     values = _from_file(config_file) if config_file else {}
-    values |= _from_environment(environ)
+    names = {PREFIX + name.upper(): field for name, field in _NAMES.items()}
+    names["MINISGL_DISABLE_OVERLAP_SCHEDULING"] = "disable_overlap"
+    for variable in environ:
+        if variable.startswith(PREFIX) and variable not in VARIABLES | names.keys():  # perhaps another program's
+            hint = _suggestion(variable, [*VARIABLES, *names])
+            logger.warning("%s in the environment is unknown, and ignored%s", variable, hint)
+    values |= _from_mapping({name: environ[name] for name in names if environ.get(name)}, "", names)
     for name, raw in given.items():
         value = ",".join(raw).split(",") if isinstance(raw, list) else raw
         words = [word.partition("=")[0] for word in argv]
-        flag = next(word for word in reversed(words) if word in _flags(name))  # as it was spelled
+        flag = next(word for word in reversed(words) if word in _FLAGS[name])  # as it was spelled
         values[name] = _parse(name, value, f"{flag} {value}")
     return ServerArgs(**values)
 
@@ -217,20 +222,8 @@ def _from_file(path: str) -> dict[str, Any]:
     return _from_mapping(content, f"{path}: ")
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """`MINISGL_<FLAG>`, by any of a flag's names. An unknown one is warned about: it may be another program's."""
-    names = {PREFIX + name.upper(): field for name, field in _names().items()}
-    names["MINISGL_DISABLE_OVERLAP_SCHEDULING"] = "disable_overlap"
-    for variable in environ:
-        if variable.startswith(PREFIX) and variable not in VARIABLES | names.keys():
-            hint = _suggestion(variable, [*VARIABLES, *names])
-            logger.warning("%s in the environment is unknown, and ignored%s", variable, hint)
-    return _from_mapping({name: environ[name] for name in names if environ.get(name)}, "", names)
-
-
-def _from_mapping(options: Mapping[Any, Any], where: str, names: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Names, by default those of fields and flags, with or without dashes. where: what messages put before them."""
-    names = names or _names()
+def _from_mapping(options: Mapping[Any, Any], where: str, names: Mapping[str, str] = _NAMES) -> dict[str, Any]:
+    """Names are those of fields and flags, with or without dashes. where: what messages put before them."""
     values: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     for key, value in options.items():
@@ -244,21 +237,12 @@ def _from_mapping(options: Mapping[Any, Any], where: str, names: Mapping[str, st
     return values
 
 
-def _names() -> dict[str, str]:
-    """What an option may be called, and its field."""
-    return {flag.lstrip("-").replace("-", "_"): name for name in _FIELDS for flag in _flags(name)}
-
-
 def _parse(name: str, value: Any, source: str) -> Any:
     try:
         return _FIELDS[name].metadata["parse"](value)
     except ValueError as error:
-        source = source if _FIELDS[name].repr else _flags(name)[0]
+        source = source if _FIELDS[name].repr else _FLAGS[name][0]
         raise ConfigError(f"{source}: expected {error}") from None
-
-
-def _flags(name: str) -> list[str]:
-    return ["--" + name.replace("_", "-"), *_FIELDS[name].metadata["aliases"]]
 
 
 def _suggestion(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
@@ -302,5 +286,5 @@ def _build_parser() -> argparse.ArgumentParser:
             kind["action"] = "append"
         shown = "" if option.default in (None, False, ()) else f" (default: {option.default})"
         text = text.format(tools=", ".join(TOOL_PARSERS), reasoning=", ".join(REASONING_PARSERS))
-        parser.add_argument(*_flags(name), dest=name, help=text + shown, **kind)
+        parser.add_argument(*_FLAGS[name], dest=name, help=text + shown, **kind)
     return parser

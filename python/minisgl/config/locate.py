@@ -74,17 +74,14 @@ def download(repo_id: str, source: str, revision: str | None) -> Path:
                 break
     except Exception as error:  # the hubs' clients raise their own, requests', httpx' and OS errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"--model {at}: cannot be fetched: {reason}; {_fetch_hint(error, source)}") from None
+        other, mirror = "modelscope", ", set HF_ENDPOINT to a mirror"
+        if source == "modelscope":
+            other, mirror = "huggingface", ""
+        hint = f"without a network, give a local directory{mirror}, or try --model-source {other}"
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
+            hint = "check its name; private and gated repos need the hub's token (HF_TOKEN, MODELSCOPE_API_TOKEN)"
+        raise ConfigError(f"--model {at}: cannot be fetched: {reason}; {hint}") from None
     return path
-
-
-def _fetch_hint(error: Exception, source: str) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403, 404):
-        return "check its name; private and gated repos need the hub's token (HF_TOKEN, MODELSCOPE_API_TOKEN)"
-    other = "huggingface" if source == "modelscope" else "modelscope"
-    mirror = ", set HF_ENDPOINT to a mirror" if source == "huggingface" else ""
-    return f"without a network, give a local directory{mirror}, or try --model-source {other}"
 
 
 def check_directory(path: Path) -> None:

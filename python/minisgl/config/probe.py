@@ -86,16 +86,13 @@ def visible_devices(uuids: Sequence[str], chosen: str | None) -> list[int]:
     return found
 
 
-def torch_cuda() -> str | None:
-    """The CUDA version that the installed torch is built for; None for a CPU build, or no torch."""
+def torch_cuda(version_py: str = "") -> str | None:
+    """The CUDA version that the installed torch is built for; None for a CPU build, or no torch.
+
+    version_py: the text of torch/version.py, for tests."""
     spec = find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    return parse_torch_cuda(Path(spec.origin).with_name("version.py").read_text())
-
-
-def parse_torch_cuda(version_py: str) -> str | None:
-    """The same, from the text of torch/version.py."""
+    if not version_py and spec and spec.origin:
+        version_py = Path(spec.origin).with_name("version.py").read_text()
     match = re.search(r"^cuda\b[^=\n]*=\s*['\"]([\d.]+)['\"]", version_py, re.MULTILINE)
     return match[1] if match else None
 

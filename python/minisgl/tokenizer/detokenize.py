@@ -34,7 +34,7 @@ class IncrementalDecoder:
         self._skip_special = skip_special
         self._ids = codec.visible(context, skip_special=skip_special)
         self._num_context = len(self._ids)
-        self.context_text = self._decode(self._ids)
+        self.context_text = self._codec.text(self._ids)
         self._num_chars = len(self.context_text)  # of the window's text that are out
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -45,7 +45,7 @@ class IncrementalDecoder:
 
     def _push(self, token: int) -> str:
         self._ids.append(token)
-        text = self._decode(self._ids)
+        text = self._codec.text(self._ids)
         end = len(text.rstrip(REPLACEMENT))
         delta = text[self._num_chars : end]
         self._num_chars = max(self._num_chars, end)
@@ -59,27 +59,21 @@ class IncrementalDecoder:
 
     def flush(self) -> str:
         """What still waits, at the end of the stream."""
-        text = self._decode(self._ids)
-        delta = text[self._num_chars :]
-        self._num_chars = len(text)
-        return delta
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._codec.decode(token_ids, skip_special=False) if token_ids else ""
+        return self._codec.text(self._ids)[self._num_chars :]
 
     def _advance(self, split: int) -> None:
         """All tokens before `split` are out: the pending ones become the context."""
         pending = self._num_context
         self._ids = self._ids[pending:]
         self._num_context = split - pending
-        self._num_chars = len(self._decode(self._ids[: self._num_context]))
+        self._num_chars = len(self._codec.text(self._ids[: self._num_context]))
 
     def _release(self, text: str) -> str:
         """Bytes that are no text: let them out but for the last tokens, which may begin a character."""
         size = len(self._ids)
         for split in (size - 3, size - 2, size - 1, size):
-            head = self._decode(self._ids[:split])
-            if len(head) + len(self._decode(self._ids[split:])) == len(text):
+            head = self._codec.text(self._ids[:split])
+            if len(head) + len(self._codec.text(self._ids[split:])) == len(text):
                 break
         delta = head[self._num_chars :]
         num_ahead = max(0, self._num_chars - len(head))  # whole characters behind the split are out already
@@ -144,7 +138,9 @@ class Detokenizer:
 
     def __init__(self, codec: HFTextCodec) -> None:
         self._codec = codec
-        self._echo = lru_cache(maxsize=1)(self._decode)  # outputs of one prompt follow one another
+        self._echo = lru_cache(maxsize=1)(  # outputs of one prompt follow one another
+            lambda prompt, skip_special: codec.decode(unpack_ids(prompt), skip_special=skip_special)
+        )
         self._streams: dict[int, _Stream] = {}
 
     def detokenize(self, message: DetokenizeMsg) -> tuple[UserReply | None, AbortMsg | None]:
@@ -207,10 +203,6 @@ class Detokenizer:
             prompt_end=prompt_end,
             stop=stream.stop.found,
         )
-
-    def _decode(self, packed: bytes, skip_special: bool) -> str:
-        ids = self._codec.visible(unpack_ids(packed), skip_special=skip_special)
-        return self._codec.decode(ids, skip_special=False)
 
     def _logprobs(
         self, token_ids: Sequence[int], packed: PackedLogprobs | None, hidden: frozenset[int]

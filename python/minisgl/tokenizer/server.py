@@ -48,8 +48,10 @@ class TokenizerServer:
     ) -> None:
         self._tokenizer = Tokenizer(config, codec)
         self._detokenizer = Detokenizer(self._tokenizer.codec)
-        self._long: PriorityQueue[tuple[int, int, int, TextMsg, list[AbortMsg]]] = PriorityQueue()  # the shortest first
-        self._aborts: dict[int, list[AbortMsg]] = {}  # by uid of what is long and not answered: of its request
+        self._long: PriorityQueue[tuple[int, int, int, TextMsg, list[BackendMsg]]] = (
+            PriorityQueue()
+        )  # the shortest first
+        self._aborts: dict[int, list[BackendMsg]] = {}  # by uid of what is long and not answered: of its request
         self._lock = threading.Lock()  # of what several threads use: the above, and the sockets that send
         for index in range(NUM_THREADS):
             threading.Thread(target=self._serve_long, name=f"long-{index}", daemon=True).start()
@@ -83,7 +85,8 @@ class TokenizerServer:
             if isinstance(message, DetokenizeMsg):
                 self._detokenize(message, to_backend, to_frontend)
             elif isinstance(message, AbortMsg):
-                to_backend += self._abort(message)
+                with self._lock:
+                    self._aborts.get(message.uid, to_backend).append(message)
             elif isinstance(message, FlushMsg):
                 self._detokenizer = Detokenizer(self._tokenizer.codec)
             elif isinstance(message, ErrorReply) or (isinstance(message, PingMsg) and message.back):
@@ -95,7 +98,7 @@ class TokenizerServer:
                 to_backend += accepted
                 to_frontend += replies
             else:
-                aborts: list[AbortMsg] = []
+                aborts: list[BackendMsg] = []
                 with self._lock:
                     self._aborts |= dict.fromkeys(_uids(message), aborts)
                 self._long.put((size, message.uid, id(aborts), message, aborts))
@@ -126,7 +129,7 @@ class TokenizerServer:
                 self._frontend.send(to_frontend)
                 self._backend.send([*to_backend, *aborts])
 
-    def _answer_in_time(self, message: TextMsg, aborts: Sequence[AbortMsg]) -> Answers:
+    def _answer_in_time(self, message: TextMsg, aborts: Sequence[BackendMsg]) -> Answers:
         """What takes too long is interrupted where it runs Python, as chat templates do."""
         uids = _uids(message)
         if len(aborts) == len(uids):  # nobody waits for it any more
@@ -144,13 +147,6 @@ class TokenizerServer:
         except Exception as problem:  # there is no thread left for the timer, say
             status, reason = 503, f"the prompt cannot be read now: {problem}"
         return [], [ErrorReply(uid, reason, status=status) for uid in uids]
-
-    def _abort(self, message: AbortMsg) -> list[AbortMsg]:
-        with self._lock:
-            if (aborts := self._aborts.get(message.uid)) is None:
-                return [message]
-            aborts.append(message)
-            return []
 
     def _detokenize(self, message: DetokenizeMsg, to_backend: list[BackendMsg], to_frontend: list[FrontendMsg]) -> None:
         reply: UserReply | ErrorReply | None

@@ -76,7 +76,7 @@ class HFTextCodec:
         self.longest_token = max(len(token.encode()) for token in vocab)
         self.max_chars = 2**30
         self.token_bytes = cache(self._token_bytes)
-        self._decode_one = cache(lambda token: self._decode([token]))  # streams ask for them again and again
+        self._text_of_one = cache(lambda token: self._text([token]))  # streams ask for them again and again
         self._control = ControlTokens(self.tokenizer)
         self._guard = self._encode(_GUARD, special=False)
         self.call_form: CallForm | None = None  # not known until a conversation has calls
@@ -103,12 +103,14 @@ class HFTextCodec:
         return [token for token in token_ids if token < self.vocab_size and token not in special]
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of ids that it knows."""
-        if skip_special:
-            token_ids = self.visible(token_ids)
-        return self._decode_one(token_ids[0]) if len(token_ids) == 1 else self._decode(token_ids)
+        """The text of ids, but for those that are not visible."""
+        return self.text(self.visible(token_ids, skip_special=skip_special))
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of ids that are all visible."""
+        return self._text_of_one(token_ids[0]) if len(token_ids) == 1 else self._text(token_ids)
+
+    def _text(self, token_ids: Sequence[int]) -> str:
         if self._backend is not None:
             return str(self._backend.decode(token_ids, skip_special_tokens=False))
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -191,8 +193,7 @@ class Tokenizer:
             if isinstance(message, EncodeMsg):
                 return EncodedReply(message.uid, pack_ids(self.encode_only(message.prompt, special=message.special)))
             ids = self._check(unpack_ids(message.token_ids), "tokens")
-            ids = self.codec.visible(ids, skip_special=message.skip_special)
-            return DecodedReply(message.uid, self.codec.decode(ids, skip_special=False))
+            return DecodedReply(message.uid, self.codec.decode(ids, skip_special=message.skip_special))
         except RequestError as error:
             return ErrorReply(message.uid, str(error), error.status, error.param, error.code)
         except Exception as error:
