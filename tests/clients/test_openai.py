@@ -213,7 +213,7 @@ def wait_idle(http: httpx.Client) -> None:
 
 def test_a_timeout_ends_the_request(client: openai.OpenAI, http: httpx.Client) -> None:
     # The server knows how long the client waits: it is either of them that gives up first.
-    with pytest.raises((openai.APITimeoutError, openai.InternalServerError), match="timed out|no answer within"):
+    with pytest.raises((openai.APITimeoutError, openai.InternalServerError), match=r"timed out|no answer within"):
         client.with_options(timeout=0.3).completions.create(**ENDLESS, prompt="Once")
     wait_idle(http)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from minisgl.errors import RequestError
 from minisgl.server.bodies.chat import GenerationRequest, chat_request
 from minisgl.server.bodies.content import MAX_TOOLS, functions_of
 from minisgl.server.bodies.fields import NAMES, OBJECTS, Reading, load
@@ -139,7 +140,8 @@ def _block(block: Any, where: str) -> str:
         return "\n".join(str(part) for part in (given.get("title"), given.get("context"), text) if part)
     if kind == "search_result":
         return f"{given.get('title')}\n{source}\n{_text(given.get('content'), f'{where}.content')}"
-    why = f"{where}: this model is text-only and cannot take a block of type {quoted(kind)}"
-    refuse_unless(kind == "text", why, where)
+    if kind != "text":
+        message = f"{where}: this model is text-only and cannot take a block of type {quoted(kind)}"
+        raise RequestError(message, param=where)
     refuse_unless(isinstance(given.get("text"), str), f"{where}.text must be a string", where)
     return str(given["text"])

@@ -30,7 +30,7 @@ MAX_BYTES = 64 * 2**20
 _LOGPROBS = "message.output_text.logprobs"
 _SAME = ("model", "stream", "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "reasoning")  # as in a chat
 _KINDS = "message, reasoning, function_call, function_call_output, custom_tool_call, custom_tool_call_output"
-_ROLES = "user, assistant, system, developer"
+_ROLES = ("user", "assistant", "system", "developer")
 
 
 class TextConfig(Body):
@@ -147,8 +147,9 @@ def messages_of(items: list[Item]) -> list[Object]:
     messages: list[Object] = []
     for index, item in enumerate(items):
         where, kind = f"input[{index}]", item.get("type", "message")
-        is_known = isinstance(kind, str) and kind in OBJECTS["item"].kinds
-        refuse_unless(is_known, f"{where}.type must be one of {_KINDS}, not {quoted(kind)}", f"{where}.type")
+        if not isinstance(kind, str) or kind not in OBJECTS["item"].kinds:
+            where = f"{where}.type"
+            raise RequestError(f"{where} must be one of {_KINDS}, not {quoted(kind)}", param=where)
         said = messages[-1] if messages and messages[-1]["role"] == "assistant" else None  # and nobody since
         if kind == "message":
             message = _message(item, where)
@@ -173,8 +174,9 @@ def messages_of(items: list[Item]) -> list[Object]:
 
 def _message(item: Item, where: str) -> Object:
     role, content = item.get("role"), item.get("content")
-    is_role = isinstance(role, str) and role in _ROLES.split(", ")
-    refuse_unless(is_role, f"{where}.role must be one of {_ROLES}, not {quoted(role)}", f"{where}.role")
+    if role not in _ROLES:
+        where = f"{where}.role"
+        raise RequestError(f"{where} must be one of {', '.join(_ROLES)}, not {quoted(role)}", param=where)
     is_said = role == "assistant"
     text = text_of(kept_as_text(content) if is_said else content, f"{where}.content", [] if is_said else None)
     return {"role": role, "content": [text] if text else []}

@@ -204,10 +204,10 @@ def _biases(biases: Object) -> tuple[tuple[int, float], ...]:
     """JSON has no numbers as keys: token ids are written as strings."""
     name = "logit_bias"
     at_most(MAX_BIASES, "tokens", name, biases)
-    expected = f"must have numbers from -{MAX_BIAS} to {MAX_BIAS}"
     for key, value in biases.items():
-        is_id = key.isascii() and key.isdigit() and len(key) < 10
-        refuse_unless(is_id, f"{name}: {quoted(key)} is not a token id", name)
-        is_bias = type(value) in (int, float) and abs(value) <= MAX_BIAS
-        refuse_unless(is_bias, f"{name} {expected}, not {quoted(value)}", name)
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise RequestError(f"{name}: {quoted(key)} is not a token id", param=name)
+        if type(value) not in (int, float) or abs(value) > MAX_BIAS:
+            expected = f"numbers from -{MAX_BIAS} to {MAX_BIAS}"
+            raise RequestError(f"{name} must have {expected}, not {quoted(value)}", param=name)
     return tuple({int(key): float(value) for key, value in biases.items()}.items())
