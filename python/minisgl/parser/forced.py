@@ -75,7 +75,7 @@ def _json_calls(functions: Sequence[Part], parallel: bool, opening: str, key: st
 
 
 def _mistral(functions: Sequence[Part], parallel: bool) -> Form:
-    """As the model's version has it: a list, or each by itself."""
+    """Calls in a list, or each by itself: versions of the model differ."""
     calls = ["[TOOL_CALLS]", {"any": [" ", ""]}, "[", _json_calls(functions, parallel, "", "arguments", "", ", "), "]"]
     named = [[f"[TOOL_CALLS]{function.name}[ARGS]", function.json(_OBJECT)] for function in functions]
     return {"any": [calls, _many(named, "", parallel)]}

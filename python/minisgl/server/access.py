@@ -216,7 +216,7 @@ class RequestLog:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """As a header may have it: ASCII, with commas between them only."""
+    """Names in a header: ASCII, with commas between them only."""
     text = ", ".join(quote(name, safe="[]$@:/+") for name in names)
     return text if len(text) <= MAX_IGNORED_CHARS else text[:MAX_IGNORED_CHARS].rpartition(",")[0] + ", ..."
 

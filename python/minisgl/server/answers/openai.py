@@ -43,7 +43,7 @@ class _OpenAIRenderer(Renderer):
 
 
 @dataclass(eq=False)
-class ChatRenderer(_OpenAIRenderer, Dialect):
+class ChatRenderer(_OpenAIRenderer):
     """/v1/chat/completions."""
 
     prefix, whole, part = "chatcmpl-", "chat.completion", "chat.completion.chunk"

@@ -174,15 +174,15 @@ def partial_object(arguments: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+@dataclass(slots=True)
 class Totals:
-    """Token counts of all choices of one request. A prompt counts once, however many choices it has."""
+    """Token counts of all choices of one request, `n` of each prompt. A prompt counts once."""
 
-    def __init__(self, n: int) -> None:
-        self.last: dict[int, UserReply] = {}  # by choice; `n` of each prompt follow each other
-        self._n = n
+    n: int
+    last: dict[int, UserReply] = field(default_factory=dict)  # by choice; those of a prompt follow each other
 
     def usage(self) -> dict[str, Any]:
-        first_of_prompt = [reply for index, reply in self.last.items() if index % self._n == 0]
+        first_of_prompt = [reply for index, reply in self.last.items() if index % self.n == 0]
         num_prompt = sum(reply.num_prompt_tokens for reply in first_of_prompt)
         num_output = sum(reply.num_output_tokens for reply in self.last.values())
         return {
@@ -194,7 +194,7 @@ class Totals:
 
 
 @dataclass(eq=False)
-class Renderer(ABC):
+class Renderer(Dialect, ABC):
     """One endpoint's way to show a request's replies. new_assembler: makes what reads those to one choice."""
 
     prefix = ""  # of `id`: what the answer is called in itself
@@ -227,15 +227,17 @@ class Renderer(ABC):
         """The whole answer of a request that does not stream: the replies to each choice."""
 
 
-class MessageRenderer(Renderer, Dialect):
+@dataclass(eq=False)
+class MessageRenderer(Renderer):
     """Of an answer that is one message. A whole body is made of the same blocks as the events."""
 
     done = b""
+    assembler: Assembler = field(init=False)
+    has_begun: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.assembler = self.new_assembler()
-        self.has_begun = False
 
     def chunk(self, index: int, reply: UserReply) -> Events:  # noqa: ARG002
         events = [] if self.has_begun else self.first_chunks(reply)
