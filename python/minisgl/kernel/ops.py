@@ -237,8 +237,8 @@ def loop_over_experts(
     out, begin = torch.zeros_like(x), 0
     for expert, count in enumerate(experts.flatten().bincount(minlength=len(gate_up)).tolist()):
         if count:
-            mine = slice(begin, begin + count)
-            hidden = gate_up[expert].gate_up(x[tokens[mine]])
-            out.index_add_(0, tokens[mine], down[expert].apply(hidden) * weights[mine])
+            mine = tokens[begin : begin + count]
+            hidden = gate_up[expert].gate_up(x[mine])
+            out.index_add_(0, mine, down[expert].apply(hidden) * weights[begin : begin + count])
             begin += count
     return out
