@@ -24,11 +24,11 @@ DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 SIZES = (1, 16, 64, 256, 1024, 8192)
 # Beside the default: what else may be best at some sizes.
 VARIANTS: dict[int, list[MoeConfig]] = {
-    1: [MoeConfig(GemmConfig(16, 32, 256, 4, 3), GemmConfig(16, 32, 256, 4, 3))],
-    64: [MoeConfig(GemmConfig(16, 64, 64, 4, 5), GemmConfig(16, 128, 64, 4, 5))],
+    1: [(GemmConfig(16, 32, 256, 4, 3), GemmConfig(16, 32, 256, 4, 3))],
+    64: [(GemmConfig(16, 64, 64, 4, 5), GemmConfig(16, 128, 64, 4, 5))],
     8192: [
-        MoeConfig(GemmConfig(128, 128, 64, 8, 3), GemmConfig(128, 256, 64, 8, 3)),
-        MoeConfig(GemmConfig(64, 128, 64, 4, 3), GemmConfig(64, 128, 64, 4, 4)),
+        (GemmConfig(128, 128, 64, 8, 3), GemmConfig(128, 256, 64, 8, 3)),
+        (GemmConfig(64, 128, 64, 4, 3), GemmConfig(64, 128, 64, 4, 4)),
     ],
 }
 

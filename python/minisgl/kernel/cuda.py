@@ -60,8 +60,8 @@ class CudaMatrix(TorchMatrix):
     def _decode_variant(self, x: Tensor, gated: bool = False) -> decode_gemm.Variant | None:
         """How the kernels for decode batches compute this product; None where they do not, or cuBLAS is faster."""
         (m, k), n = x.shape, len(self.weight) // (2 if gated else 1)
-        fits = m <= decode_gemm.MAX_TOKENS and decode_gemm.supports(m, n, k, x.dtype)
-        if not (fits and self.weight.is_contiguous() and decode_gemm.is_available(x.device)):
+        fits = decode_gemm.supports(m, n, k, x.dtype) and self.weight.is_contiguous()
+        if not (fits and decode_gemm.is_available(x.device)):
             return None
         variant = decode_gemm.choose(m, n, k, gated)
         return variant if variant is not None and decode_gemm.fits(variant, m, k) else None

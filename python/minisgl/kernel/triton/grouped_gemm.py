@@ -35,12 +35,8 @@ class GemmConfig:
     num_stages: int
 
 
-@dataclass(frozen=True, slots=True)
-class MoeConfig:
-    """Both GEMMs share block_m: it is what pairs are sorted into."""
-
-    gate_up: GemmConfig
-    down: GemmConfig
+# Of gate and up, and of down: they share block_m, since it is what pairs are sorted into.
+MoeConfig = tuple[GemmConfig, GemmConfig]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +51,18 @@ class SortedPairs:
 def moe_config(num_pairs: int, num_experts: int, dtype: torch.dtype, capability: tuple[int, int]) -> MoeConfig:
     """By how many pairs an expert gets on average: few are bound by reading weights, many by the tensor cores."""
     if dtype == torch.float32:
-        config = GemmConfig(16, 32, 32, 4, 1)
-        return MoeConfig(config, config)
+        return GemmConfig(16, 32, 32, 4, 1), GemmConfig(16, 32, 32, 4, 1)
     per_expert = num_pairs / num_experts
     large = capability in ((8, 0), (9, 0), (10, 0))  # 163 KB of shared memory and more
     if per_expert <= 12:
         stages = 4 if large else 3
-        return MoeConfig(GemmConfig(16, 64, 128, 4, 3 if large else 2), GemmConfig(16, 64, 128, 4, stages))
+        return GemmConfig(16, 64, 128, 4, 3 if large else 2), GemmConfig(16, 64, 128, 4, stages)
     if per_expert <= 48:
         stages = 4 if large else 2
-        return MoeConfig(GemmConfig(32, 64, 64, 4, stages), GemmConfig(32, 128, 64, 4, stages))
+        return GemmConfig(32, 64, 64, 4, stages), GemmConfig(32, 128, 64, 4, stages)
     if per_expert <= 256 or not large:
-        return MoeConfig(GemmConfig(64, 64, 64, 4, 3), GemmConfig(64, 128, 64, 4, 3))
-    return MoeConfig(GemmConfig(128, 64, 64, 8, 3), GemmConfig(128, 128, 64, 8, 3))
+        return GemmConfig(64, 64, 64, 4, 3), GemmConfig(64, 128, 64, 4, 3)
+    return GemmConfig(128, 64, 64, 8, 3), GemmConfig(128, 128, 64, 8, 3)
 
 
 @triton.jit
@@ -238,16 +233,13 @@ def sort_pairs(experts: Tensor, num_experts: int, block_m: int, pdl: bool = Fals
     num_pairs, device = experts.numel(), experts.device
     max_blocks = num_pairs // block_m + min(num_pairs, num_experts)
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
-    result = SortedPairs(
-        torch.empty(num_pairs, dtype=torch.int32, device=device),
-        torch.empty((max_blocks, 3), dtype=torch.int32, device=device),
-    )
+    order, blocks = (torch.empty(shape, dtype=torch.int32, device=device) for shape in (num_pairs, (max_blocks, 3)))
     _count_kernel[(num_experts,)](experts, counts, num_pairs, SCAN, pdl, num_warps=4, **launch_options(pdl))
     _sort_kernel[(num_experts,)](
-        experts, counts, result.order, result.blocks, num_pairs, max_blocks, num_experts,
+        experts, counts, order, blocks, num_pairs, max_blocks, num_experts,
         triton.next_power_of_2(num_experts), block_m, SCAN, pdl, num_warps=4, **launch_options(pdl),
     )  # fmt: skip
-    return result
+    return SortedPairs(order, blocks)
 
 
 def fused_moe(
@@ -271,14 +263,14 @@ def fused_moe(
     if not num_tokens:
         return out
     pdl, num_pairs = capability >= (9, 0), num_tokens * top_k
-    config = config or moe_config(num_pairs, num_experts, x.dtype, capability)
+    first, second = config or moe_config(num_pairs, num_experts, x.dtype, capability)
     weights, experts = route(router_logits, top_k, renormalize, pdl)
-    pairs = sort_pairs(experts, num_experts, config.gate_up.block_m, pdl)
-    assert config.down.block_m == config.gate_up.block_m
+    pairs = sort_pairs(experts, num_experts, first.block_m, pdl)
+    assert first.block_m == second.block_m
     gated = torch.empty((num_pairs, inner), dtype=x.dtype, device=x.device)
     scaled = torch.empty((num_pairs, hidden), dtype=x.dtype, device=x.device)
-    _product(x, gate_up, gated, pairs, weights, config.gate_up, True, pdl)
-    _product(gated, down, scaled, pairs, weights, config.down, False, pdl)
+    _product(x, gate_up, gated, pairs, weights, first, True, pdl)
+    _product(gated, down, scaled, pairs, weights, second, False, pdl)
     _sum_kernel[(num_tokens, triton.cdiv(hidden, 1024))](
         scaled, out, hidden, top_k, min(1024, triton.next_power_of_2(hidden)), pdl, num_warps=4, **launch_options(pdl)
     )
