@@ -187,7 +187,7 @@ def test_code_that_was_planted_never_runs(
 def test_old_libraries_go_when_there_are_many(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jit, "_KEPT", 3)
+    monkeypatch.setattr(jit, "MAX_KEPT", 3)
     load(caplog)
     first = library()
     for age in range(5):

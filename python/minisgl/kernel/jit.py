@@ -41,7 +41,7 @@ _BUILD = "minisgl-kernel-"  # folders in which libraries are made
 _path_lock = threading.Lock()  # of the environment's PATH
 LOCK_SECONDS = 300.0  # that one process waits for another's compiler
 _DIGEST_BYTES = 32  # at the end of a library: of what stands before
-_KEPT = 256  # libraries: who needs another, takes the place of the one that was used least recently
+MAX_KEPT = 256  # libraries: who needs another, takes the place of the one that was used least recently
 
 # By name, the features and flags of each level of processors.
 LEVELS: Mapping[str, Mapping[str, str]] = yaml.safe_load((CSRC / "levels.yaml").read_text(encoding="utf-8"))
@@ -215,7 +215,7 @@ def put_in_place(built: Path, path: Path) -> None:
         copy = shutil.copy(built, folder)
         os.chmod(copy, 0o644)
         os.replace(copy, path)
-    for old in sorted(path.parent.glob("*.so"), key=os.path.getmtime)[:-_KEPT]:
+    for old in sorted(path.parent.glob("*.so"), key=os.path.getmtime)[:-MAX_KEPT]:
         old.unlink(missing_ok=True)
         old.with_suffix(".lock").unlink(missing_ok=True)
 
