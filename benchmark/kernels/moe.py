@@ -92,7 +92,7 @@ def main() -> None:
                 row = bench(c, size, gate_up, down)
             except Exception as error:  # one variant's failure is a result too
                 row = [f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90]}"]
-            g, d = c.gate_up, c.down
+            g, d = c
             name = (
                 f"{g.block_m}/{g.block_n}/{g.block_k}, {g.num_warps}, {g.num_stages}; "
                 f"{d.block_m}/{d.block_n}/{d.block_k}, {d.num_warps}, {d.num_stages}"
