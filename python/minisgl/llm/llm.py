@@ -115,7 +115,7 @@ class LLM:
     Not for several threads at a time. Child processes are spawned: with more than one rank, a script must create the
     LLM under `if __name__ == "__main__":`.
 
-    A program with a loop of its own calls `submit`, then `turn` again and again, and takes requests out of `pending`.
+    A program with a loop of its own calls `submit`, then `turn` again and again, which returns the requests that ended.
 
     Raises: ConfigError when an option, or the model, cannot be used.
     """
