@@ -349,9 +349,8 @@ class ReqOutput(NamedTuple):
     logprobs: Sequence[TokenLogprobs] = ()
     prompt_logprobs: Sequence[TokenLogprobs] = ()
 
-
-def with_logprobs(output: ReqOutput, result: StepResult, sample: int) -> ReqOutput:
-    """The output of the step's sample of this number, with what it is to report."""
-    logprobs = (result.logprobs or {}).get(sample) if output.token_ids else None
-    prompt, output.req.prompt_logprobs = output.req.prompt_logprobs, []
-    return output._replace(logprobs=(logprobs,) if logprobs else (), prompt_logprobs=prompt)
+    def with_logprobs(self, result: StepResult, sample: int) -> ReqOutput:
+        """The output, which the step's sample of this number is, with what it is to report."""
+        logprobs = (result.logprobs or {}).get(sample) if self.token_ids else None
+        prompt, self.req.prompt_logprobs = self.req.prompt_logprobs, []
+        return self._replace(logprobs=(logprobs,) if logprobs else (), prompt_logprobs=prompt)

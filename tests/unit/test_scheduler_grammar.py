@@ -184,8 +184,8 @@ def test_a_refused_grammar_never_reaches_the_planner() -> None:
 def test_a_server_without_grammars_refuses_them() -> None:
     grammars = Grammars(None)
     params = SamplingParams(max_tokens=3, seed=0, grammar=Grammar("regex", "x", param="regex"))
-    assert grammars.admit([UserMsg(1, pack_ids([1]), params)]) == []
-    (reply,) = grammars.take_replies()
+    admitted, (reply,) = grammars.admit([UserMsg(1, pack_ids([1]), params)])
+    assert admitted == []
     assert isinstance(reply, ErrorReply) and (reply.status, reply.param) == (400, "regex")
 
 
@@ -205,12 +205,13 @@ def test_outputs_that_wait_together_end_apart() -> None:
     loop = Loop()
     params = SamplingParams(seed=5, grammar=Grammar("regex", "x"))
     message = UserMsg(1, pack_ids([1]), params, count=5)
-    assert loop.grammars.admit([message]) == []
-    assert loop.grammars.admit([AbortMsg(1), AbortMsg(9), AbortMsg(3)]) == [AbortMsg(9)]
-    ended = [(reply.uid, reply.finish_reason) for reply in loop.grammars.take_replies()]  # type: ignore[union-attr]
+    assert loop.grammars.admit([message]) == ([], [])
+    admitted, replies = loop.grammars.admit([AbortMsg(1), AbortMsg(9), AbortMsg(3)])
+    assert admitted == [AbortMsg(9)]
+    ended = [(reply.uid, reply.finish_reason) for reply in replies]  # type: ignore[union-attr]
     assert ended == [(1, FinishReason.ABORT), (3, FinishReason.ABORT)]
     loop.compiled()
-    left = loop.grammars.admit([])
+    left, _ = loop.grammars.admit([])
     assert left == [
         UserMsg(2, message.prompt, replace(params, seed=6)),
         UserMsg(4, message.prompt, replace(params, seed=8), 2),

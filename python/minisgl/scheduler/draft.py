@@ -32,8 +32,13 @@ class Draft:
     prefill: Shares = field(default_factory=lambda: ([], []))
     admissions: list[Admission] = field(default_factory=list)
 
-    def planned(self, step_id: int, pages: Pages, expected: tuple[PageUpdate, ...]) -> Planned:
-        """The step, which tells what has become of the pages since the one before."""
+    def admit(self, req: Req, eos: tuple[int, ...]) -> None:
+        ends = req.params.end_ids(eos) if req.params.min_tokens else ()
+        self.admissions.append(Admission(req.row, req.prefix, req.params, req.prompt_len, ends))
+
+    def planned(self, step_id: int, pages: Pages, checked: list[Req]) -> Planned:
+        """The step, which tells what has become of the pages since the one before. checked: whose pages the engine is
+        to compare."""
         (decode, decode_shares), (prefill, prefill_shares) = self.decode, self.prefill
         reqs = decode + prefill
         plan = StepPlan(
@@ -43,7 +48,7 @@ class Draft:
             tuple(decode_shares + prefill_shares),
             num_decode=len(decode),
             copies=tuple(pages.copies),
-            expected=expected,
+            expected=tuple(PageUpdate(req.row, 0, tuple(req.pages)) for req in checked),
         )
         pages.updates, pages.copies = [], []
         planned = Planned(plan, reqs)

@@ -107,8 +107,9 @@ class Grammars:
         jobs: list[Future[Any]] = [output.job for output in self._waiting.values() if output.job is not None]
         wait(jobs + [future for _, future in self._held.values()], _WAIT_SECONDS, FIRST_COMPLETED)
 
-    def admit(self, messages: Sequence[PlannerMsg]) -> list[PlannerMsg]:
-        """What the planners are to be told: of these messages, and of those held back until now."""
+    def admit(self, messages: Sequence[PlannerMsg]) -> tuple[list[PlannerMsg], list[Reply]]:
+        """What the planners are to be told: of these messages, and of those held back until now. And what those are
+        told who are not let in."""
         admitted: list[PlannerMsg] = [self._aborts.popleft() for _ in range(len(self._aborts))]
         may_resume = time.perf_counter() >= self._next_masks
         for uid in [uid for uid, own in self._waiting.items() if may_resume and (own.job is None or own.job.done())]:
@@ -124,12 +125,8 @@ class Grammars:
             message, future = self._held.pop(uid)
             if self._let_in(message.uids, future):
                 admitted.append(message)
-        return admitted
-
-    def take_replies(self) -> list[Reply]:
-        """To requests that were not let in."""
         replies, self._replies = self._replies, []
-        return replies
+        return admitted, replies
 
     def masks(self, planned: Planned, submitted: Sequence[Submitted]) -> LateMasks | None:
         """The masks of a step's rows that have to match a grammar, computed when the engine asks for them. submitted:

@@ -18,20 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import (
-    MAX_COUNT,
-    NOT_READY,
-    Admission,
-    FinishReason,
-    PageUpdate,
-    Req,
-    ReqOutput,
-    ReqState,
-    SamplingParams,
-    ScheduledReq,
-    StepResult,
-    with_logprobs,
-)
+from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, ReqState, SamplingParams, ScheduledReq, StepResult
 from minisgl.scheduler.draft import Draft, Planned
 from minisgl.scheduler.pages import Pages
 from minisgl.utils.fairness import FairQueue
@@ -118,7 +105,7 @@ class Planner:
     def _knows(self, ids: npt.NDArray[np.int32], params: SamplingParams) -> bool:
         """Whether the vocabulary has these tokens and those that the parameters name."""
         named = [*params.stop_token_ids, *(token for token, _ in params.logit_bias), int(ids.min()), int(ids.max())]
-        return min(named) >= 0 and max(named) < (self.config.vocab_size or MAX_COUNT)
+        return min(named) >= 0 and max(named) < (self.config.vocab_size or 2**31)
 
     def abort(self, uid: int) -> list[ReqOutput]:
         """End a request. Nothing happens for one that has ended, or never was: the abort lost a race."""
@@ -142,8 +129,7 @@ class Planner:
         if not draft.decode[0] and not draft.prefill[0]:
             return None
         checked = self._check_every and self._step_id % self._check_every == 0
-        expected = tuple(PageUpdate(req.row, 0, tuple(req.pages)) for req in self.running) if checked else ()
-        planned = draft.planned(self._step_id, self.pages, expected)
+        planned = draft.planned(self._step_id, self.pages, self.running if checked else [])
         self.inflight.append(planned)
         self._step_id += 1
         return planned
@@ -176,8 +162,7 @@ class Planner:
             if num_new <= 0:
                 self._make_way(req, -num_new)
                 break
-            ends = req.params.end_ids(self.config.eos_token_ids) if req.params.min_tokens else ()
-            draft.admissions.append(Admission(req.row, req.prefix, req.params, req.prompt_len, ends))
+            draft.admit(req, self.config.eos_token_ids)
             is_whole = req.num_computed + num_new == req.num_tokens
             draft.budget = draft.budget - num_new * _cost(req) if is_whole else 0
             self._schedule(req, num_new, draft)
@@ -212,7 +197,7 @@ class Planner:
                 elif req.state is not ReqState.FINISHED:
                     output = self._sit_out(req) if token_id == NOT_READY else self._accept(req, token_id)
                     has_more = token_id != NOT_READY and (result.logprobs is not None or req.prompt_logprobs)
-                    outputs.append(with_logprobs(output, result, sample) if has_more else output)
+                    outputs.append(output.with_logprobs(result, sample) if has_more else output)
         self._release_leaving()
         return outputs
 

@@ -201,12 +201,11 @@ class Scheduler:
             self._transport.send([self._message(output) for output in outputs])
 
     def _message(self, output: ReqOutput) -> DetokenizeMsg:
-        req, start = output.req, None
-        if not self._open.get(req.uid):
-            self._open[req.uid] = True
-            start = _stream_start(req)
+        req = output.req
+        start = None if self._open.get(req.uid) else _stream_start(req)
+        self._open[req.uid] = True
         if output.finish_reason is not None:
-            self._open.pop(req.uid, None)
+            del self._open[req.uid]
             num_output = req.num_tokens - req.prompt_len
             reason = output.error or output.finish_reason.value
             logger.debug("request %d: %s after %d + %d tokens", req.uid, reason, req.prompt_len, num_output)

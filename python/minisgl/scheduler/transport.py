@@ -17,6 +17,8 @@ from minisgl.message.tokenizer import DetokenizeMsg, TokenizerMsg, tokenizer_cod
 from minisgl.scheduler.grammar import Grammars, PlannerMsg, Reply
 from minisgl.utils.faults import fault
 
+Beat = Callable[[], None]
+Stats = Callable[[int], StatsReply]
 _IDLE_SECONDS = 0.5  # between heartbeats while nothing happens
 
 
@@ -27,7 +29,7 @@ class Transport:
     they have to match is compiled before anyone hears of them.
     """
 
-    def __init__(self, beat: Callable[[], None], grammars: Grammars | None = None) -> None:
+    def __init__(self, beat: Beat, grammars: Grammars | None = None) -> None:
         self._beat, self.grammars = beat, grammars or Grammars(None)
 
     def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:
@@ -48,7 +50,7 @@ class Transport:
 class FollowerTransport(Transport):
     """A rank above 0, in a server or under `LLM`: it only listens to rank 0."""
 
-    def __init__(self, endpoints: Endpoints, rank: int, beat: Callable[[], None]) -> None:
+    def __init__(self, endpoints: Endpoints, rank: int, beat: Beat) -> None:
         super().__init__(beat)
         self._pull = PullSocket(endpoints.ranks[rank - 1], rank_codec, strict=True)
         self._batches: list[RankBatch] = []
@@ -93,10 +95,7 @@ class LocalTransport(Transport):
     """Rank 0, inside the caller's process: messages are put in, outputs are taken out."""
 
     def __init__(
-        self,
-        fanout: RankFanout | None = None,
-        beat: Callable[[], None] = lambda: None,
-        grammars: Grammars | None = None,
+        self, fanout: RankFanout | None = None, beat: Beat = lambda: None, grammars: Grammars | None = None
     ) -> None:
         super().__init__(beat, grammars)
         self._fanout = fanout
@@ -126,8 +125,9 @@ class LocalTransport(Transport):
 
     def _admit(self, timeout: float) -> list[PlannerMsg]:
         self._take(timeout)
-        messages, self._received = self.grammars.admit(self._received), []
-        if replies := self.grammars.take_replies():
+        received, self._received = self._received, []
+        messages, replies = self.grammars.admit(received)
+        if replies:
             self.send(replies)
         return messages
 
@@ -139,11 +139,7 @@ class LeaderTransport(LocalTransport):
     """Rank 0 of a server, where messages come and go over sockets. stats: the counts, for whoever asks."""
 
     def __init__(
-        self,
-        endpoints: Endpoints,
-        beat: Callable[[], None],
-        grammars: Grammars | None = None,
-        stats: Callable[[int], StatsReply] | None = None,
+        self, endpoints: Endpoints, beat: Beat, grammars: Grammars | None = None, stats: Stats | None = None
     ) -> None:
         super().__init__(RankFanout(endpoints), beat, grammars)
         self._pull = PullSocket(endpoints.backend, backend_codec)
