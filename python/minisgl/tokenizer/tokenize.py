@@ -21,16 +21,7 @@ from minisgl.errors import RequestError, too_long
 from minisgl.message.backend import UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import DecodedReply, EncodedReply, ErrorReply
-from minisgl.message.tokenizer import (
-    PROMPT_TAIL,
-    ChatPrompt,
-    EncodeMsg,
-    IdsPrompt,
-    Prompt,
-    TextMsg,
-    TextPrompt,
-    TokenizeMsg,
-)
+from minisgl.message.tokenizer import PROMPT_TAIL, ChatPrompt, EncodeMsg, IdsPrompt, TextMsg, TextPrompt, TokenizeMsg
 from minisgl.tokenizer.chat import CUT, CallForm, ControlTokens, learn
 from minisgl.utils.faults import fault
 
@@ -200,7 +191,7 @@ class Tokenizer:
             logger.exception("request %d: tokenization failed", message.uid)
             return ErrorReply(uid=message.uid, message=f"tokenization failed: {type(error).__name__}", status=500)
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: ChatPrompt | TextPrompt | IdsPrompt) -> list[int]:
         """Token ids of one prompt. Raises: RequestError when it is empty, malformed or outside the vocabulary."""
         if isinstance(prompt, IdsPrompt):
             if (size := len(prompt.input_ids) // 4) >= self._max_seq_len:
