@@ -126,9 +126,9 @@ def _plan(step: int, seqs: list[_Seq], free: list[int], page_size: int, budget: 
         budget -= num_new
         if last:
             s.length += 1
-    planned.sort(key=lambda item: not item[0].is_decode)
+    planned.sort(key=lambda item: item[0].num_new != item[0].num_samples)
     reqs = tuple(req for req, _ in planned)
-    plan = StepPlan(step, tuple(admissions), tuple(updates), reqs, sum(req.is_decode for req in reqs))
+    plan = StepPlan(step, tuple(admissions), tuple(updates), reqs, sum(req.num_new == req.num_samples for req in reqs))
     return plan, [s for req, s in planned if req.num_samples]
 
 

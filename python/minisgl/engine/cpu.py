@@ -24,7 +24,7 @@ from minisgl.engine.step import LayerByLayer, LogitsOf, StepRunner
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.cpu import CpuOps
-from minisgl.kernel.ops import TorchOps
+from minisgl.kernel.ops import RopeAngles, TorchOps
 from minisgl.kernel.sampling import SamplingColumns
 from minisgl.kvcache.pool import KVPool
 from minisgl.layers.base import CpuSpec
@@ -69,16 +69,9 @@ class WholeStep:
         self._vocab_size, self._keep = config.vocab_size, (model, kv, ops)
         self._rotation = shard.ropes[0](torch.arange(shard.config.max_seq_len + 1))
         self._logits = torch.empty(0, self._vocab_size)
-        self._handle: int = self._module.create_model(
-            ops.workers,
-            config.num_qo_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.rms_norm_eps,
-            embedding.matrices[0][0],
-            head.matrices[0][0],
-            model.norm,
-        )
+        sizes = config.num_qo_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps
+        tables_of_words = embedding.matrices[0][0], head.matrices[0][0]
+        self._handle: int = self._module.create_model(ops.workers, *sizes, *tables_of_words, model.norm)
         weakref.finalize(self, self._module.destroy_model, self._handle)
         for index, spec in enumerate(layers):
             matrices = (value for matrix in spec.matrices for value in matrix)
@@ -90,17 +83,9 @@ class WholeStep:
         if num_logits > len(self._logits):  # kept, since new memory costs a fault for each page
             self._logits = torch.empty(num_logits, self._vocab_size)
         logits = self._logits[:num_logits]
-        self._module.forward(
-            self._handle,
-            input_ids,
-            batch.tensors.positions,
-            slots,
-            *self._backend.prepare(batch.attention),
-            self._rotation.cos,
-            self._rotation.sin,
-            batch.logit_tokens,
-            logits,
-        )
+        attention = *self._backend.prepare(batch.attention), self._rotation.cos, self._rotation.sin
+        numbers = input_ids, batch.tensors.positions, slots, *attention
+        self._module.forward(self._handle, *numbers, batch.logit_tokens, logits)
         return lambda tokens: logits if tokens is None else self._more_logits(tokens)
 
     def _more_logits(self, tokens: Tensor) -> Tensor:
@@ -133,10 +118,11 @@ def create_steps(config: EngineConfig, rank: int) -> StepRunner:
         return StepRunner(shard, kv, tables, WholeStep(shard, kv, tables, kernels, specs))
     else:
         backend = cast(Backend, CpuBackend(kernels))
-    forward = LayerByLayer(
-        shard, kv, backend, lambda batch: (*tables.inputs(batch), [r(batch.tensors.positions) for r in shard.ropes])
-    )
-    return StepRunner(shard, kv, tables, forward)
+
+    def inputs(batch: Batch) -> tuple[Tensor, Tensor, list[RopeAngles]]:
+        return *tables.inputs(batch), [rope(batch.tensors.positions) for rope in shard.ropes]
+
+    return StepRunner(shard, kv, tables, LayerByLayer(shard, kv, backend, inputs))
 
 
 class CpuHandle(futures.Future[StepResult]):

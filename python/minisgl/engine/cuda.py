@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,7 @@ from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import Masks, ScheduledReq, StepPlan, StepResult
 from minisgl.distributed.cuda import cuda_communicator
-from minisgl.engine.graph import DecodeGraphs, GraphShape
+from minisgl.engine.graph import DecodeGraphs, GraphShape, RunStep
 from minisgl.engine.memory import activation_bytes, large_step, num_pages_used, pages_that_fit
 from minisgl.engine.shard import DTYPES, ModelShard
 from minisgl.engine.staging import NUM_BUFFERS, DeviceTables
@@ -185,7 +185,7 @@ class CapturedSteps(StepRunner):
         """So many requests of nobody."""
         return (ScheduledReq(self._padding_row, 0, shape.q_len, shape.q_len),) * num
 
-    def _decode(self, shape: GraphShape) -> Callable[[], tuple[Tensor, Tensor]]:
+    def _decode(self, shape: GraphShape) -> RunStep:
         """What is captured: a decode step from the staging buffer, which now holds one of nobody. The function computes
         it → its ids and logits."""
         index = StepIndex.of(self._padding(shape, shape.batch))
@@ -195,6 +195,6 @@ class CapturedSteps(StepRunner):
 
         def run() -> tuple[Tensor, Tensor]:
             logits = self._layers.run(batch, metadata)(None)
-            return self._sample(logits, batch.tensors), logits
+            return self._sample(logits, batch.tensors.sampling, batch.tensors.sample_rows), logits
 
         return run

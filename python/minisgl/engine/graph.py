@@ -16,6 +16,9 @@ Tensor = torch.Tensor
 logger = logging.getLogger(__name__)
 
 
+RunStep = Callable[[], tuple[Tensor, Tensor]]
+
+
 class GraphShape(NamedTuple):
     """What is built into a captured step."""
 
@@ -36,12 +39,7 @@ class DecodeGraphs:
     Largest first, so that the smaller ones find room in the pool that it leaves.
     """
 
-    def __init__(
-        self,
-        prepare: Callable[[GraphShape], Callable[[], tuple[Tensor, Tensor]]],
-        max_batch: int,
-        show_progress: bool,
-    ) -> None:
+    def __init__(self, prepare: Callable[[GraphShape], RunStep], max_batch: int, show_progress: bool) -> None:
         self._graphs: dict[GraphShape, tuple[torch.cuda.CUDAGraph, Tensor, _Place]] = {}
         self._sizes = graph_sizes(max_batch)
         start, pool, shows = time.perf_counter(), None, show_progress and sys.stderr.isatty()

@@ -15,13 +15,15 @@ from minisgl.engine.rules import LogitStep, apply_rules, to_device
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
 from minisgl.kernel.ops import PagedSequences, RopeAngles
-from minisgl.kernel.sampling import TokenStore
+from minisgl.kernel.sampling import SamplingColumns, TokenStore
 from minisgl.kvcache.pool import KVPool
 from minisgl.utils.faults import fault
 
 Tensor = torch.Tensor
 # [n] int64, which of a step's tokens (None: those that sample) → their logits [n, vocab_size], until the next call.
 LogitsOf = Callable[[Tensor | None], Tensor]
+# Ids, slots and angles of a step's tokens.
+Inputs = Callable[[Batch], tuple[Tensor, Tensor, Sequence[RopeAngles]]]
 
 
 class Launched(NamedTuple):
@@ -54,15 +56,9 @@ class Tables(Protocol):
 
 
 class LayerByLayer:
-    """The model's own modules, one after the other. inputs: ids, slots and angles of a step's tokens."""
+    """The model's own modules, one after the other."""
 
-    def __init__(
-        self,
-        shard: ModelShard,
-        kv: KVPool,
-        backend: Backend,
-        inputs: Callable[[Batch], tuple[Tensor, Tensor, Sequence[RopeAngles]]],
-    ) -> None:
+    def __init__(self, shard: ModelShard, kv: KVPool, backend: Backend, inputs: Inputs) -> None:
         self._model, self._kv, self._backend, self._inputs = shard.model, kv, backend, inputs
 
     def __call__(self, batch: Batch) -> LogitsOf:
@@ -99,7 +95,7 @@ class StepRunner:
             return Launched(self.tables.token_ids[0, :0], None, prompts)
         if (planted := fault("logits")) is not None:
             logits[int(planted.removeprefix("nan "))] = float("nan")
-        ids = self._sample(logits, batch.tensors)
+        ids = self._sample(logits, batch.tensors.sampling, batch.tensors.sample_rows)
         return self._finish(plan, masks, index, ids, lambda: logits)._replace(prompt_logprobs=prompts)
 
     def batch(self, index: StepIndex, num_decode: int) -> Batch:
@@ -110,16 +106,18 @@ class StepRunner:
         attention = AttentionStep(*sequences, host.pages, host.page_size, num_decode, device)
         return Batch(index, tensors, attention, None if attention.is_decode else tensors.logit_tokens)
 
-    def _sample(self, logits: Tensor, tensors: StepTensors) -> Tensor:
-        """[n] int32, written to the token table too."""
+    def _sample(self, logits: Tensor, columns: SamplingColumns, rows: Tensor, absent: Tensor | None = None) -> Tensor:
+        """[n] int32, written to the token table too. absent: which of the n are `NOT_READY`. Rank 0 decides, so that
+        rounding cannot make ranks differ; the others do not look at `logits`."""
         ops, comm, token_ids = self.shard.ops, self.shard.comm, self.tables.token_ids
-        ids = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
-        if comm.size == 1:
-            return ops.sample(logits, tensors.sampling, ids, TokenStore(token_ids, tensors.sample_rows))
-        if comm.rank == 0:  # it decides, so that rounding cannot make ranks differ
-            ops.sample(logits, tensors.sampling, ids)
-        ids = comm.broadcast(ids)
-        ops.store_ids(token_ids, tensors.sample_rows, tensors.sampling["position"], ids)
+        ids = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
+        if comm.rank == 0:
+            ops.sample(logits, columns, ids, TokenStore(token_ids, rows) if comm.size == 1 else None)
+            if absent is not None:
+                ids[absent] = NOT_READY
+        if comm.size > 1:
+            ids = comm.broadcast(ids)
+            ops.store_ids(token_ids, rows, columns["position"], ids)
         return ids
 
     def _finish(
@@ -143,14 +141,9 @@ class StepRunner:
     def _sample_again(self, logits: Tensor, step: LogitStep, tensors: StepTensors, ids: Tensor) -> None:
         """Sample some rows from changed logits, in place of what the step has sampled for them: so a captured step
         stays whole, and those that need nothing pay nothing."""
-        ops, comm, token_ids = self.shard.ops, self.shard.comm, self.tables.token_ids
         index = to_device(step.samples, ids.device)
         columns, rows = tensors.sampling.select(index), tensors.sample_rows.index_select(0, index)
-        new = torch.empty(len(index), dtype=torch.int32, device=ids.device)
-        if comm.rank == 0:
-            ops.sample(apply_rules(logits, step, token_ids), columns, new)
-            if len(step.absent):
-                new[to_device(step.absent, ids.device)] = NOT_READY
-        new = comm.broadcast(new)
-        ops.store_ids(token_ids, rows, columns["position"], new)
-        ids.index_copy_(0, index, new)
+        absent = to_device(step.absent, ids.device) if len(step.absent) else None
+        if self.shard.comm.rank == 0:
+            logits = apply_rules(logits, step, self.tables.token_ids)
+        ids.index_copy_(0, index, self._sample(logits, columns, rows, absent))

@@ -42,6 +42,10 @@ COLUMNS: Mapping[str, Column] = {
 }
 RECORD = np.dtype([(name, column.dtype) for name, column in COLUMNS.items()], align=True)
 NUM_WORDS = RECORD.itemsize // 4
+_PLACES = {  # of a column: its type, and where it is in a record of numbers of that type
+    name: (getattr(torch, dtype.name), offset // dtype.itemsize)
+    for name, (dtype, offset, *_) in RECORD.fields.items()  # type: ignore[union-attr]
+}
 
 
 def records(num: int, **values: npt.ArrayLike) -> Words:
@@ -80,9 +84,8 @@ class SamplingColumns:
 
     def __getitem__(self, name: str) -> Tensor:
         """[n]: a column, as a view of the records."""
-        dtype, offset = RECORD.fields[name][:2]  # type: ignore[index]
-        column = self.words.view(getattr(torch, dtype.name))
-        return column[:, offset // dtype.itemsize]
+        dtype, index = _PLACES[name]
+        return self.words.view(dtype)[:, index]
 
     def select(self, index: Tensor) -> SamplingColumns:
         return SamplingColumns(self.words.index_select(0, index))
