@@ -63,7 +63,7 @@ class PanelMatrix(Matrix):
 
 
 class CpuOps(TorchOps):
-    """num_threads: that compute, the caller's included. target: as for `kernel.jit.load_cpu_kernels`."""
+    """num_threads: that compute, the caller's included. target: a level of processors; by default this one's."""
 
     def __init__(self, num_threads: int, target: str = "") -> None:
         self.module = load_cpu_kernels(target)

@@ -64,7 +64,7 @@ def load_kernel(name: str, arch: tuple[int, int], **defines: int | str) -> Any:
 
 @functools.cache
 def load_cpu_kernels(target: str = "") -> Any:
-    """The module of `csrc/src/cpu.cc`. target: as for `compile_cpu_kernels`; by default this processor's level.
+    """The module of `csrc/src/cpu.cc`. target: of `LEVELS`, or what `-march` takes; by default this one's level.
 
     Raises: ConfigError when it cannot be compiled, with the compiler's first error.
     """

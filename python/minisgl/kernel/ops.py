@@ -142,7 +142,7 @@ class LayerOps:
         return dtype
 
     def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
-        """weight: [out, in], of which a copy may be made in another layout. activation: as for `Matrix`."""
+        """weight: [out, in], of which a copy may be made in another layout. activation: of its `gate_up`."""
         return TorchMatrix(self, weight, activation)
 
     def int8_matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
@@ -206,10 +206,8 @@ class StepOps:
         table.view(-1).index_copy_(0, index.long(), values)
 
     def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:
-        """Sample each row of `logits` [n, vocab] into `out` [n] int32, and into a table of tokens.
-
-        -1 where a row's largest logit is not finite; see `sample_reference`.
-        """
+        """Sample each row of `logits` [n, vocab] into `out` [n] int32, and into a table of tokens; -1 where a row's
+        largest logit is not finite."""
         sample_reference(logits, columns, out, by_logit=logits.device.type == "cpu")
         if store is not None:
             self.store_ids(store.token_ids, store.rows, columns["position"], out)

@@ -14,7 +14,7 @@ from minisgl.utils.math import div_ceil
 class Linear(Layer):
     """y = x Wᵀ + b, where W [out, in] holds this rank's shards of one or several linear layers of the checkpoint.
 
-    shape: of W. shards: by what the names of those layers' tensors begin with. activation: as for `Matrix`.
+    shape: of W. shards: by what the names of those layers' tensors begin with. activation: of `Matrix.gate_up`.
     """
 
     def __init__(

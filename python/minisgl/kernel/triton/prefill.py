@@ -67,11 +67,8 @@ def _keys(
             if HAS_WINDOW:
                 seen &= pos[None, :] > q_pos[:, None] - window
             s = tl.where(seen, s, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 1) * scale)
-            base_m = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may see nothing of this block
-        else:
-            m_new = tl.maximum(m, tl.max(s, 1) * scale)
-            base_m = m_new
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        base_m = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new  # a row may see nothing here
         p = tl.exp2(s * scale - base_m[:, None])
         alpha = tl.exp2(m - base_m)
         denom = denom * alpha + tl.sum(p, 1)
