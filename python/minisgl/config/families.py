@@ -1,129 +1,42 @@
-"""From `config.json` to a `ModelConfig`, and what each supported architecture reads there: the whole difference between
-families, in one place. Defaults are those of the `transformers` configuration class of the family, which leaves a field
-out of the file when it has the default.
-"""
+"""From `config.json` to a `ModelConfig`. What each supported architecture reads there is in `families.yaml`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from minisgl.config import model as specs
 from minisgl.config.chat import read_ends
 from minisgl.config.locate import MAX_INT, Fields, check_directory, merge, read_json
-from minisgl.config.model import (
-    DTYPE_BYTES,
-    HEAD_NORMS,
-    PRE_NORMS,
-    AttentionSpec,
-    DenseMLP,
-    LayerSpec,
-    ModelConfig,
-    MoE,
-    PagedKV,
-    RopeConfig,
-)
+from minisgl.config.model import DenseMLP, LayerSpec, ModelConfig, MoE, RopeConfig
 from minisgl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 MAX_LAYERS = 4096
-
-# Scaling types with the numbers that they need besides `rope_theta`, and those that they may have.
-ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "dynamic": (("factor",), ()),
-    "yarn": ((), ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
-}
-_ACTIVATIONS = {"silu": "silu", "swish": "silu"}
-_LAYER_TYPES = ("full_attention", "sliding_attention", "attention")  # the last is an older name of the first
-
-Layers = tuple[LayerSpec, ...]
+_TABLE = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"))
+ROPE_TYPES: dict[str, tuple[list[str], list[str]]] = _TABLE["rope_types"]
+_ACTIVATIONS: dict[str, str] = _TABLE["activations"]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """An architecture: the `model_type` that it goes by, what only it reads, and defaults where families differ."""
+    """An architecture of `families.yaml`."""
 
     model_type: str
-    read: Callable[[Fields, Layers], dict[str, Any]]  # the file's fields, plain layers → fields of `ModelConfig`
     max_position: int
     num_kv_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden size / query heads
+    head_norms: bool = False
+    qkv_bias: bool = False
+    reads: Sequence[str] = ()  # keys that not all families do
 
 
-def _llama(f: Fields, layers: Layers) -> dict[str, Any]:
-    mlp = layers[0].mlp
-    assert isinstance(mlp, DenseMLP)
-    mlp = replace(mlp, bias=f.boolean("mlp_bias", False))
-    return {**_biases(f), "layers": tuple(replace(layer, mlp=mlp) for layer in layers)}
-
-
-def _mistral(f: Fields, layers: Layers) -> dict[str, Any]:
-    """`layer_types` says which layers slide; without it all do."""
-    return {"layers": _sliding(f, layers, f.list_of(str, "layer_types") or ["sliding_attention"] * len(layers))}
-
-
-def _qwen2(f: Fields, layers: Layers) -> dict[str, Any]:
-    """`layer_types` says which layers slide; without it those from `max_window_layers` on."""
-    if not f.boolean("use_sliding_window", False):
-        return {"qkv_bias": True, "layers": layers}
-    full = ["full_attention"] * f.integer("max_window_layers", 28, 0, MAX_LAYERS)
-    kinds = f.list_of(str, "layer_types") or [*full, *["sliding_attention"] * len(layers)][: len(layers)]
-    return {"qkv_bias": True, "layers": _sliding(f, layers, kinds)}
-
-
-def _qwen3(f: Fields, layers: Layers) -> dict[str, Any]:
-    return {**_qwen2(f, _with_head_norms(layers)), **_biases(f)}
-
-
-def _qwen3_moe(f: Fields, layers: Layers) -> dict[str, Any]:
-    dense, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
-    num_experts = f.integer("num_local_experts", None, 0)
-    num_experts = f.integer("num_experts", 128, 0) if num_experts is None else num_experts
-    moe = MoE(
-        num_experts=num_experts,
-        num_experts_per_tok=f.integer("num_experts_per_tok", 8),
-        intermediate_size=f.integer("moe_intermediate_size", 768),
-        routing="softmax_of_chosen" if f.boolean("norm_topk_prob", False) else "softmax",
-        activation=layers[0].mlp.activation,
-    )
-    sparse = [i not in dense and num_experts > 0 and (i + 1) % step == 0 for i in range(len(layers))]
-    if any(sparse) and moe.num_experts_per_tok > num_experts:
-        raise f.wrong("num_experts_per_tok", f"at most the number of experts, {num_experts}")
-    layers = tuple(replace(layer, mlp=moe) if is_moe else layer for layer, is_moe in zip(layers, sparse, strict=True))
-    kinds = ["sliding_attention" if f.boolean("use_sliding_window", False) else "full_attention"] * len(layers)
-    return {**_biases(f), "layers": _sliding(f, _with_head_norms(layers), kinds)}
-
-
-def _biases(f: Fields) -> dict[str, Any]:
-    bias = f.boolean("attention_bias", False)
-    return {"qkv_bias": bias, "o_bias": bias}
-
-
-def _with_head_norms(layers: Layers) -> Layers:
-    return tuple(replace(layer, norms=PRE_NORMS + HEAD_NORMS) for layer in layers)
-
-
-def _sliding(f: Fields, layers: Layers, kinds: Sequence[str]) -> Layers:
-    """Layers of the kind "sliding_attention" with `sliding_window` (4096 where a file has none; null: no window)."""
-    window = f.integer("sliding_window", None if "sliding_window" in f.data else 4096)
-    windows = (window if kind == "sliding_attention" else None for kind in kinds)
-    pairs = zip(layers, windows, strict=True)
-    return tuple(replace(layer, attention=replace(layer.attention, window=window)) for layer, window in pairs)
-
-
-FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family("llama", _llama, 2048),
-    "MistralForCausalLM": Family("mistral", _mistral, 131072, num_kv_heads=8),
-    "MinistralForCausalLM": Family("ministral", _mistral, 131072, num_kv_heads=8),
-    "Qwen2ForCausalLM": Family("qwen2", _qwen2, 32768, num_kv_heads=32),
-    "Qwen3ForCausalLM": Family("qwen3", _qwen3, 32768, num_kv_heads=32, head_dim=128),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", _qwen3_moe, 32768, num_kv_heads=4),
-}
+FAMILIES = {name: Family(**fields) for name, fields in _TABLE["architectures"].items()}
 
 
 def read_model_config(model_dir: str | Path, override: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -161,8 +74,10 @@ def parse_model_config(f: Fields) -> ModelConfig:
     if head_dim < 2 or head_dim % 2:
         raise ConfigError(f"{f.source}: head_dim is {head_dim}, but rotary embeddings need an even one")
     rope, max_position = _rope(f, f.integer("max_position_embeddings", family.max_position))
-    mlp = DenseMLP(f.integer("intermediate_size", 0), activation=_ACTIVATIONS[f.text("hidden_act", "silu")])
-    plain = LayerSpec(AttentionSpec(PagedKV(num_kv_heads, head_dim, head_dim)), mlp)
+    attention_bias = "attention_bias" in family.reads and f.boolean("attention_bias", False)
+    cache = specs.PagedKV(num_kv_heads, head_dim, head_dim)
+    norms = specs.PRE_NORMS + specs.HEAD_NORMS * family.head_norms
+    layers = zip(_windows(f, family, num_layers), _mlps(f, family, num_layers), strict=True)
     return ModelConfig(
         architecture=architecture,
         vocab_size=f.integer("vocab_size", 0),
@@ -173,9 +88,47 @@ def parse_model_config(f: Fields) -> ModelConfig:
         ropes=(rope,),
         max_position=max_position,
         tie_word_embeddings=f.boolean("tie_word_embeddings", False),
+        qkv_bias=family.qkv_bias or attention_bias,
+        o_bias=attention_bias,
         dtype=_dtype(f),
-        **family.read(f, (plain,) * num_layers),
+        layers=tuple(LayerSpec(specs.AttentionSpec(cache, window), mlp, norms) for window, mlp in layers),
     )
+
+
+def _windows(f: Fields, family: Family, num_layers: int) -> list[int | None]:
+    """Of each layer: `sliding_window` (4096 where the file has none; null: no window) if it is of the kind that slides.
+
+    `layer_types` says which are; without it all from `max_window_layers` on.
+    """
+    reads = family.reads
+    if "sliding_window" not in reads or ("use_sliding_window" in reads and not f.boolean("use_sliding_window", False)):
+        return [None] * num_layers
+    num_full = f.integer("max_window_layers", 28, 0, MAX_LAYERS) if "max_window_layers" in reads else 0
+    kinds = f.list_of(str, "layer_types") if "layer_types" in reads else []
+    slides = [kind == "sliding_attention" for kind in kinds] or [i >= num_full for i in range(num_layers)]
+    window = f.integer("sliding_window", None if "sliding_window" in f.data else 4096)
+    return [window if sliding else None for sliding in slides]
+
+
+def _mlps(f: Fields, family: Family, num_layers: int) -> list[DenseMLP | MoE]:
+    """Of each layer: experts in every `decoder_sparse_step`-th, but for `mlp_only_layers`."""
+    bias = "mlp_bias" in family.reads and f.boolean("mlp_bias", False)
+    dense = DenseMLP(f.integer("intermediate_size", 0), bias, _ACTIVATIONS[f.text("hidden_act", "silu")])
+    if "num_experts" not in family.reads:
+        return [dense] * num_layers
+    only, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
+    num_experts = f.integer("num_local_experts", None, 0)
+    moe = MoE(
+        num_experts=f.integer("num_experts", 128, 0) if num_experts is None else num_experts,
+        num_experts_per_tok=f.integer("num_experts_per_tok", 8),
+        intermediate_size=f.integer("moe_intermediate_size", 768),
+        routing="softmax_of_chosen" if f.boolean("norm_topk_prob", False) else "softmax",
+        activation=dense.activation,
+    )
+    sparse = [i not in only and moe.num_experts > 0 and (i + 1) % step == 0 for i in range(num_layers)]
+    if any(sparse) and moe.num_experts_per_tok > moe.num_experts:
+        raise f.wrong("num_experts_per_tok", f"at most the number of experts, {moe.num_experts}")
+    return [moe if is_sparse else dense for is_sparse in sparse]
 
 
 def _architecture(f: Fields) -> str:
@@ -199,9 +152,9 @@ def _refuse_unsupported(f: Fields) -> None:
     if (act := f.text("hidden_act", "silu")) not in _ACTIVATIONS:
         raise ConfigError(f"{f.source}: hidden_act {act!r} not supported (supported: silu)")
     kinds, num_layers = f.list_of(str, "layer_types"), f.integer("num_hidden_layers", 0, most=MAX_LAYERS)
-    if others := set(kinds) - set(_LAYER_TYPES):
+    if others := set(kinds) - set(supported := _TABLE["layer_types"]):
         names = ", ".join(sorted(others))
-        raise ConfigError(f"{f.source}: layer_types {names} not supported (supported: {', '.join(_LAYER_TYPES)})")
+        raise ConfigError(f"{f.source}: layer_types {names} not supported (supported: {', '.join(supported)})")
     if kinds and len(kinds) != num_layers:
         raise ConfigError(f"{f.source}: layer_types has {len(kinds)} entries, but num_hidden_layers is {num_layers}")
 
@@ -251,6 +204,6 @@ def _longest(rope: RopeConfig, max_position: int) -> int:
 
 def _dtype(f: Fields) -> str:
     dtype = (f.text("dtype", None) or f.text("torch_dtype", None) or "float32").removeprefix("torch.")
-    if dtype not in DTYPE_BYTES:
-        raise ConfigError(f"{f.source}: dtype {dtype!r} not supported (supported: {', '.join(DTYPE_BYTES)})")
+    if dtype not in specs.DTYPE_BYTES:
+        raise ConfigError(f"{f.source}: dtype {dtype!r} not supported (supported: {', '.join(specs.DTYPE_BYTES)})")
     return dtype
