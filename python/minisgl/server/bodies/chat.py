@@ -61,9 +61,11 @@ class _OpenAIBody(Body, SamplingFields, GrammarFields):
         n = 1 if self.n is None else self.n
         are_few = n * len(prompts) <= MAX_OUTPUTS
         refuse_unless(are_few, f"{len(prompts)} prompts with n={n} are more than {MAX_OUTPUTS} outputs", "n")
-        usage, shown = self.stream_options and self.stream_options.include_usage, params.logprobs is not None
-        request = GenerationRequest(prompts, params, n, self.model, bool(self.stream), bool(usage), logprobs=shown)
-        return replace(request, timeout=self.timeout or 0.0)
+        usage = bool(self.stream_options and self.stream_options.include_usage)
+        logprobs, timeout = params.logprobs is not None, self.timeout or 0.0
+        return GenerationRequest(
+            prompts, params, n, self.model, bool(self.stream), usage, logprobs=logprobs, timeout=timeout
+        )
 
 
 class Reasoning(Body):

@@ -30,6 +30,7 @@ _TABLE: Object = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(en
 _TEXTS: dict[str, str] = _TABLE["texts"]
 _MEDIA: dict[str, str] = _TABLE["media"]
 _CHOICES: dict[str, str] = _TABLE["choices"]
+_RESERVED = frozenset(_TABLE["reserved_kwargs"].split())
 ROLES: list[str] = _TABLE["schema"]["properties"]["role"]["enum"]
 Message = Annotated[Object, WithJsonSchema(_TABLE["schema"])]
 Describe = Callable[[Object], Object]
@@ -225,7 +226,8 @@ def tool_use(tools: Sequence[Tool], choice: str | Object | None, parallel: bool 
     mode, allowed, single = _chosen(choice, names)
     refuse_unless(names or mode != "required", "tool_choice asks for a call, but there are no tools", "tool_choice")
     unknown = next((name for name in allowed or () if name not in names), None)
-    refuse_unless(unknown is None, f"tool_choice: there is no function {quoted(unknown)} in tools", "tool_choice")
+    if unknown is not None:
+        raise RequestError(f"tool_choice: there is no function {quoted(unknown)} in tools", param="tool_choice")
     if not described or mode == "none":
         return None
     return ToolUse(described, mode == "required", allowed, parallel is not False and not single)
@@ -271,7 +273,7 @@ def _tool(tool: Tool, where: str) -> Object:
 
 def template_kwargs(given: Object) -> Object:
     """`chat_template_kwargs`. Raises: RequestError when a client would take the server's place."""
-    reserved = sorted(set(_TABLE["reserved_kwargs"].split()).intersection(given))
+    reserved = sorted(_RESERVED.intersection(given))
     refuse_unless(not reserved, f"chat_template_kwargs must not have {[*reserved, ''][0]}", "chat_template_kwargs")
     _carried(given, "chat_template_kwargs")
     return given
