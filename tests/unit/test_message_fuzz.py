@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import hypothesis.strategies as st
 import msgspec
 import pytest
-import zmq
 from hypothesis import HealthCheck, given, settings
 
 from minisgl.config.runtime import SchedulerConfig, TokenizerConfig
@@ -72,17 +71,27 @@ def frames(draw: st.DrawFn, good: bytes) -> bytes:
     return good[:index] + draw(st.binary(min_size=1, max_size=4)) + good[index + draw(st.integers(0, 4)) :]
 
 
+class Raw:
+    """A codec for frames as they are."""
+
+    def encode(self, messages: Sequence[bytes]) -> bytes:
+        return messages[0]
+
+    def decode(self, data: bytes) -> list[bytes]:
+        return [data]
+
+
 class Channel:
     """A PULL socket, and one that pushes raw frames."""
 
     def __init__(self, folder: str, name: str) -> None:
         codec, self.good = GOOD[name]
         self.pull: PullSocket[Any] = PullSocket(f"ipc://{folder}/{name}", codec)
-        self.push: PushSocket[Any] = PushSocket(f"ipc://{folder}/{name}", codec)
+        self.push: PushSocket[bytes] = PushSocket(f"ipc://{folder}/{name}", Raw())
         self.frame: bytes = codec.encode([self.good])
 
     def deliver(self, frame: bytes) -> list[Any]:
-        self.push._socket.send(frame)
+        self.push.send([frame])
         return self.pull.receive(10)
 
 
@@ -121,19 +130,25 @@ def test_between_ranks_a_frame_that_is_no_message_is_the_end() -> None:
     """A rank that has missed a turn would plan otherwise than the rest."""
     with tempfile.TemporaryDirectory(prefix="t") as folder:
         pull = PullSocket(f"ipc://{folder}/rank", rank_codec, strict=True)
-        push: PushSocket[RankBatch] = PushSocket(f"ipc://{folder}/rank", rank_codec)
-        push._socket.send(b"nonsense")
+        push: PushSocket[bytes] = PushSocket(f"ipc://{folder}/rank", Raw())
+        push.send([b"nonsense"])
         with pytest.raises(EngineError, match="are no message"):
             pull.receive(10)
         push.close()
         pull.close()
 
 
-def test_frames_have_a_limit() -> None:
+def test_frames_have_a_limit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     assert MAX_FRAME_BYTES <= 1 << 30
+    monkeypatch.setattr("minisgl.message.sockets.MAX_FRAME_BYTES", 1000)
     with tempfile.TemporaryDirectory(prefix="t") as folder:
         pull = PullSocket(f"ipc://{folder}/x", backend_codec)
-        assert pull._socket.getsockopt(zmq.MAXMSGSIZE) == MAX_FRAME_BYTES
+        push: PushSocket[bytes] = PushSocket(f"ipc://{folder}/x", Raw())
+        push.send([bytes(1001)])
+        assert pull.receive(0.5) == [] and not caplog.messages, "it has come in, and was no message"
+        push.send([bytes(1000)])
+        assert pull.receive(10) == [] and "1000 bytes" in caplog.messages[0]
+        push.close()
         pull.close()
 
 

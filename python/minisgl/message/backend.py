@@ -49,6 +49,7 @@ class FlushMsg(Message, frozen=True):
 
 BackendMsg = UserMsg | AbortMsg | PingMsg | StatsMsg | FlushMsg
 backend_codec: Codec[BackendMsg] = Codec(BackendMsg)
+RankMsg = UserMsg | AbortMsg | FlushMsg | ResumeMsg  # to all ranks alike
 
 
 class RankBatch(Part, frozen=True):
@@ -58,7 +59,7 @@ class RankBatch(Part, frozen=True):
     """
 
     number: int
-    messages: list[UserMsg | AbortMsg | FlushMsg | ResumeMsg]
+    messages: list[RankMsg]
     digest: int = 0
 
 

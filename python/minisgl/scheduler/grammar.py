@@ -24,7 +24,7 @@ from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, StepHandle, St
 from minisgl.errors import EngineError, RequestError
 from minisgl.grammar.source import one_line
 from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
-from minisgl.message.backend import AbortMsg, FlushMsg, ResumeMsg, UserMsg
+from minisgl.message.backend import AbortMsg, RankMsg, ResumeMsg, UserMsg
 from minisgl.message.frontend import ErrorReply
 from minisgl.message.tokenizer import DetokenizeMsg
 from minisgl.scheduler.draft import Planned
@@ -43,7 +43,6 @@ _PACED_SHARE = 0.15  # of the time of steps that others are in: what those with 
 # What the masks of one request may take beyond a millisecond each, in seconds of a core.
 FREE_SECONDS, MOST_SECONDS = 0.001, 10.0
 
-PlannerMsg = UserMsg | AbortMsg | FlushMsg | ResumeMsg
 Submitted = tuple[Planned, StepHandle]
 Reply = DetokenizeMsg | ErrorReply
 Words = npt.NDArray[np.int32]
@@ -107,10 +106,10 @@ class Grammars:
         jobs: list[Future[Any]] = [output.job for output in self._waiting.values() if output.job is not None]
         wait(jobs + [future for _, future in self._held.values()], _WAIT_SECONDS, FIRST_COMPLETED)
 
-    def admit(self, messages: Sequence[PlannerMsg]) -> tuple[list[PlannerMsg], list[Reply]]:
+    def admit(self, messages: Sequence[RankMsg]) -> tuple[list[RankMsg], list[Reply]]:
         """What the planners are to be told: of these messages, and of those held back until now. And what those are
         told who are not let in."""
-        admitted: list[PlannerMsg] = [self._aborts.popleft() for _ in range(len(self._aborts))]
+        admitted: list[RankMsg] = [self._aborts.popleft() for _ in range(len(self._aborts))]
         may_resume = time.perf_counter() >= self._next_masks
         for uid in [uid for uid, own in self._waiting.items() if may_resume and (own.job is None or own.job.done())]:
             cost = self._late_cost + self._waiting.pop(uid).cost

@@ -12,12 +12,12 @@ import numpy as np
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Executor, FinishReason, Req, ReqOutput, SamplingParams, StepHandle, StepPlan
 from minisgl.errors import EngineError, IntegrityError, WorkerDied
-from minisgl.message.backend import AbortMsg, ResumeMsg, UserMsg
+from minisgl.message.backend import AbortMsg, RankMsg, ResumeMsg, UserMsg
 from minisgl.message.codec import pack_ids, unpack_ids
 from minisgl.message.frontend import FlushReply, pack_logprobs
 from minisgl.message.tokenizer import PROMPT_TAIL, DetokenizeMsg, StreamStart
 from minisgl.scheduler.dump import dump
-from minisgl.scheduler.grammar import PlannerMsg, Submitted
+from minisgl.scheduler.grammar import Submitted
 from minisgl.scheduler.integrity import check_integrity, damage
 from minisgl.scheduler.observer import Observer
 from minisgl.scheduler.planner import Planner
@@ -46,17 +46,14 @@ class Scheduler:
         check_ranks: bool = False,
     ) -> None:
         self.planner = Planner(config)
-        self._executor = executor
-        self._transport = transport
-        self._config = config
-        self._tp_size = tp_size
-        self._check_ranks = check_ranks
+        self._config, self._executor, self._transport = config, executor, transport
+        self._tp_size, self._check_ranks = tp_size, check_ranks
         self._observer = observer or Observer()
         self._observer.attached(self.planner)
         self._grammars = transport.grammars
         self._digest = 0
         self._submitted: deque[Submitted] = deque()
-        self._inbox: deque[PlannerMsg] = deque()
+        self._inbox: deque[RankMsg] = deque()
         self._open: dict[int, bool] = {}  # uids whose terminal output is to come: whether the detokenizer knows them
         self._num_failures = 0
         self._stuck = False  # nothing could be planned, with no step in flight
@@ -120,7 +117,7 @@ class Scheduler:
             self._retire()
         self._observer.turned()
 
-    def _take(self, message: PlannerMsg) -> list[ReqOutput]:
+    def _take(self, message: RankMsg) -> list[ReqOutput]:
         if isinstance(message, UserMsg):
             self._open.update((uid, False) for uid in message.uids if uid not in self._open)
             return self.planner.add(message.uid, unpack_ids(message.prompt), message.params, message.count)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 from minisgl.core import FinishReason
 from minisgl.errors import EngineError
-from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, RankBatch, StatsMsg, backend_codec, rank_codec
+from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, RankBatch, RankMsg, StatsMsg, backend_codec, rank_codec
 from minisgl.message.frontend import ErrorReply, FrontendMsg, StatsReply, frontend_codec
 from minisgl.message.sockets import Endpoints, PullSocket, PushSocket
 from minisgl.message.tokenizer import DetokenizeMsg, TokenizerMsg, tokenizer_codec
-from minisgl.scheduler.grammar import Grammars, PlannerMsg, Reply
+from minisgl.scheduler.grammar import Grammars, Reply
 from minisgl.utils.faults import fault
 
 Beat = Callable[[], None]
@@ -32,7 +32,7 @@ class Transport:
     def __init__(self, beat: Beat, grammars: Grammars | None = None) -> None:
         self._beat, self.grammars = beat, grammars or Grammars(None)
 
-    def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:
+    def receive(self, *, block: bool, digest: int) -> Sequence[RankMsg]:
         """The messages for this turn. With `block`, wait a while for one. `digest` is that of the last plan."""
         raise NotImplementedError
 
@@ -56,7 +56,7 @@ class FollowerTransport(Transport):
         self._batches: list[RankBatch] = []
         self._number = 0
 
-    def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:  # noqa: ARG002
+    def receive(self, *, block: bool, digest: int) -> Sequence[RankMsg]:  # noqa: ARG002
         """Raises: EngineError when this rank has missed a turn, or planned otherwise than rank 0."""
         self._beat()
         while not self._batches:
@@ -81,7 +81,7 @@ class RankFanout:
         self._sockets = [PushSocket(endpoint, rank_codec) for endpoint in endpoints.ranks]
         self._number = 0
 
-    def send(self, messages: Sequence[PlannerMsg], digest: int) -> None:
+    def send(self, messages: Sequence[RankMsg], digest: int) -> None:
         for socket in self._sockets:
             socket.send([RankBatch(self._number, list(messages), digest)])
         self._number += 1
@@ -99,17 +99,17 @@ class LocalTransport(Transport):
     ) -> None:
         super().__init__(beat, grammars)
         self._fanout = fanout
-        self._received: list[PlannerMsg] = []
+        self._received: list[RankMsg] = []
         self._outputs: list[Reply] = []
 
-    def put(self, messages: Sequence[PlannerMsg]) -> None:
+    def put(self, messages: Sequence[RankMsg]) -> None:
         self._received += messages
 
     def take_outputs(self) -> list[Reply]:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def receive(self, *, block: bool, digest: int) -> Sequence[PlannerMsg]:
+    def receive(self, *, block: bool, digest: int) -> Sequence[RankMsg]:
         messages = self._admit(0.0)
         if block and not messages:
             is_holding = self.grammars.is_holding
@@ -123,7 +123,7 @@ class LocalTransport(Transport):
     def send(self, messages: Sequence[Reply]) -> None:
         self._outputs += messages
 
-    def _admit(self, timeout: float) -> list[PlannerMsg]:
+    def _admit(self, timeout: float) -> list[RankMsg]:
         self._take(timeout)
         received, self._received = self._received, []
         messages, replies = self.grammars.admit(received)
