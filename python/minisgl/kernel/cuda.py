@@ -29,14 +29,11 @@ MAX_VOCAB = 1 << 19  # of the sampling kernel's fixed-point masses
 
 def _whole_vectors(*tensors: Tensor) -> bool:
     """Whether each tensor's rows (its last dimension) can be read as aligned 16-byte vectors."""
-    return all(
-        t.dtype in DTYPES
-        and t.stride(-1) == 1
-        and t.shape[-1] * t.itemsize % 16 == 0
-        and t.data_ptr() % 16 == 0
-        and all(s * t.itemsize % 16 == 0 for s in t.stride()[:-1])
-        for t in tensors
-    )
+    for t in tensors:
+        sizes = (t.shape[-1], *t.stride()[:-1])
+        if t.dtype not in DTYPES or t.stride(-1) != 1 or t.data_ptr() % 16 or any(n * t.itemsize % 16 for n in sizes):
+            return False
+    return True
 
 
 SKINNY_TOKENS = 8  # of a large weight; up to twice as many of one whose reading takes less than a launch
@@ -149,10 +146,8 @@ class CudaOps(TritonOps):
         if not fits:
             return super().norm_rope_store(qkv, norm, eps, rope, cache)
         norm = None if norm is None else norm.contiguous()
-        cos, sin = rope.cos.contiguous(), rope.sin.contiguous()
-        self._elementwise.qk_norm_rope_store(
-            qkv, num_q, num_kv, norm, eps, cos, sin, cache.k, cache.v, cache.slots.contiguous()
-        )
+        cos, sin, slots = (tensor.contiguous() for tensor in (rope.cos, rope.sin, cache.slots))
+        self._elementwise.qk_norm_rope_store(qkv, num_q, num_kv, norm, eps, cos, sin, cache.k, cache.v, slots)
         return qkv[:, :num_q]
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
@@ -215,6 +210,5 @@ def compile_kernels(device: torch.device, dtype: torch.dtype) -> None:
             tasks += [functools.partial(module.prepare, device, dtype, tile) for tile in module.TOKEN_TILES]
     begin = time.perf_counter()
     with ThreadPoolExecutor() as pool:
-        for future in [pool.submit(task) for task in tasks]:
-            future.result()
+        list(pool.map(lambda task: task(), tasks))
     logger.info("kernels ready after %.1f s", time.perf_counter() - begin)

@@ -98,18 +98,14 @@ def prepare(device: torch.device, dtype: torch.dtype, tokens: int) -> Any:
 
 
 def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    variant: Variant | None = None,
-    residual: Tensor | None = None,
+    x: Tensor, w: Tensor, bias: Tensor | None = None, variant: Variant | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """x [m, k] with rows at any stride that is a multiple of 8, weight [n, k], bias [n] -> [m, n].
+    """x [m, k] with rows at any stride that is a multiple of 8, weight w [n, k], bias [n] -> [m, n].
 
     residual: [m, n] contiguous, to which the result is added in place, rounded once.
     """
-    out = x.new_empty(x.shape[0], len(weight)) if residual is None else residual
-    return _run(x, weight, bias, out, (residual is not None, False), variant)
+    out = x.new_empty(x.shape[0], len(w)) if residual is None else residual
+    return _run(x, w, bias, out, (residual is not None, False), variant)
 
 
 def gate_up(x: Tensor, weight: Tensor, variant: Variant | None = None) -> Tensor:

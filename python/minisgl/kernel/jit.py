@@ -120,9 +120,8 @@ def _library(name: str, target: str, flags: list[str], machine: str, use: Callab
     except (RuntimeError, OSError, ImportError) as error:  # OSError: TVM-FFI's own library does not load
         logger.debug("cannot compile %s", title, exc_info=True)
         hint = "or set MINISGL_DISABLE_CPU_KERNELS=1 to compute with torch, more slowly" if name == CPU else "and nvcc"
-        raise ConfigError(
-            f"cannot compile {title}: {_reason(error)}; see minisgl doctor, C++ compiler, {hint}"
-        ) from error
+        reason = f"{_reason(error)}; see minisgl doctor, C++ compiler, {hint}"
+        raise ConfigError(f"cannot compile {title}: {reason}") from error
 
 
 def _use_compiled(path: Path, use: Callable[[Path], Any], level: int) -> Any | None:

@@ -50,12 +50,10 @@ class PeerMemory:
     ) -> None:
         self.rank, self.size = meeting.rank, meeting.size
         self._module, self._meeting, self._regions, self._gathered = module, meeting, regions, gathered
-        timeout = int(meeting.timeout.total_seconds() * 1e9)
-        addresses = torch.tensor(regions, dtype=torch.int64)
+        timeout, addresses = int(meeting.timeout.total_seconds() * 1e9), torch.tensor(regions, dtype=torch.int64)
         self._group = module.create_group(self.rank, addresses, HALF_BYTES, gathered, gather_bytes, timeout)
-        self._gather_bytes, self._buffer = gather_bytes, None
-        if gathered and self.rank == 0:
-            self._buffer = _as_tensor(gathered, gather_bytes, device)
+        self._gather_bytes = gather_bytes
+        self._buffer = _as_tensor(gathered, gather_bytes, device) if gathered and self.rank == 0 else None
 
     def takes(self, x: torch.Tensor, max_bytes: int = TWO_SHOT_BYTES) -> bool:
         """Whether `all_reduce` and `broadcast` can work on x, which is contiguous."""

@@ -66,9 +66,6 @@ def record_of(params: SamplingParams) -> Words:
     return records(1, **{name: getattr(params, name) for name in COLUMNS if name in SamplingParams.__slots__})[0]
 
 
-NEUTRAL = records(1)
-
-
 @dataclass(frozen=True, slots=True)
 class SamplingColumns:
     """The parameters of n rows. words: [n, NUM_WORDS] int32, their records one after the other, on any device."""
