@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -110,12 +110,13 @@ class AttentionBackend(ABC, Generic[Metadata]):
         """
 
 
-def import_library(backend: str, module: str, package: str) -> Any:
-    """An optional package of a backend. Raises: ConfigError when it cannot be imported."""
+@contextmanager
+def importing(backend: str, module: str, package: str) -> Iterator[None]:
+    """Inside, an optional package of a backend is imported. Raises: ConfigError when it cannot be."""
     try:
-        return importlib.import_module(module)
+        yield
     except (ImportError, OSError) as error:  # OSError: a library of another CUDA version
-        problem = f"--attention-backend {backend} needs {module.split('.')[0]} ({error}): pip install {package}"
+        problem = f"--attention-backend {backend} needs {module} ({error}): pip install {package}"
         raise ConfigError(problem) from error
 
 

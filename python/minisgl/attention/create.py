@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -16,8 +17,13 @@ from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
 Backend = AttentionBackend[object]  # each gets back what it has prepared, and only it knows what that is
-# By module of this package, which is imported only when asked for: some need optional packages.
-_ON_GPUS = {"triton": "TritonBackend", "cuda": "CudaBackend", "fi": "FlashInferBackend", "fa": "FlashAttentionBackend"}
+# Modules are imported only when they are asked for: some need optional packages.
+_ON_GPUS: dict[str, Callable[[], Any]] = {
+    "triton": lambda: importlib.import_module("minisgl.attention.triton").TritonBackend,
+    "cuda": lambda: importlib.import_module("minisgl.attention.cuda").CudaBackend,
+    "fi": lambda: importlib.import_module("minisgl.attention.fi").FlashInferBackend,
+    "fa": lambda: importlib.import_module("minisgl.attention.fa").FlashAttentionBackend,
+}
 
 
 class PairMetadata(NamedTuple):
@@ -71,7 +77,5 @@ def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.devic
         max_seq_len=config.max_seq_len,
         windows=tuple(dict.fromkeys(spec.window for spec in specs)),
     )
-    made: dict[str, Backend] = {}
-    for name in dict.fromkeys(names):
-        made[name] = getattr(importlib.import_module(f"minisgl.attention.{name}"), _ON_GPUS[name])(shape, device)
+    made: dict[str, Backend] = {name: _ON_GPUS[name]()(shape, device) for name in dict.fromkeys(names)}
     return cast(Backend, PairOfBackends(made[prefill], made[decode]))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, import_library
+from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, importing
 from minisgl.config.model import AttentionSpec
 from minisgl.kernel.ops import PagedSequences
 from minisgl.kvcache.pool import LayerCache
@@ -27,7 +27,9 @@ class FlashAttentionBackend(AttentionBackend[FlashMetadata]):
     """Raises: ConfigError when the package cannot be imported."""
 
     def __init__(self, shape: AttentionShape, _device: torch.device) -> None:
-        self._attend = import_library("fa", "sgl_kernel.flash_attn", "sglang-kernel").flash_attn_with_kvcache
+        with importing("fa", "sgl_kernel", "sglang-kernel"):
+            from sgl_kernel.flash_attn import flash_attn_with_kvcache
+        self._attend = flash_attn_with_kvcache
         self._max_seq_len = shape.max_seq_len
 
     def prepare(self, step: AttentionStep, captured: bool) -> FlashMetadata:

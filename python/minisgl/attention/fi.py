@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, IntArray, import_library
+from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, IntArray, importing
 from minisgl.config.model import AttentionSpec
 from minisgl.kvcache.pool import LayerCache
 
@@ -25,7 +25,9 @@ class FlashInferBackend(AttentionBackend[Wrappers]):
     plans_captured = True
 
     def __init__(self, shape: AttentionShape, device: torch.device) -> None:
-        self._library = import_library("fi", "flashinfer", "flashinfer-python==0.6.14")
+        with importing("fi", "flashinfer", "flashinfer-python==0.6.14"):
+            import flashinfer
+        self._library = flashinfer
         self._shape, self._device = shape, device
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._tensor_cores = shape.num_qo_heads // shape.num_kv_heads >= 4
