@@ -76,7 +76,8 @@ def test_a_kernel_that_cannot_be_compiled_is_one_line(
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal access\n"), EngineError("a rank is gone")])
 def test_an_engine_whose_gpu_has_failed_can_be_closed(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     shard = SimpleNamespace(comm=SimpleNamespace(close=raises(error)))
-    for name, value in {"open_gpu": None, "load_shard": shard, "create_steps": (8, None)}.items():
+    parts = {"open_gpu": None, "load_shard": shard, "create_steps": (8, SimpleNamespace(shard=shard))}
+    for name, value in parts.items():
         monkeypatch.setattr(cuda, name, lambda *_, value=value: value)
     for name in ("Stream", "stream", "device"):
         monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())

@@ -18,7 +18,7 @@ from minisgl.config.runtime import EngineConfig
 from minisgl.core import Masks, ScheduledReq, StepPlan, StepResult
 from minisgl.distributed.cuda import cuda_communicator
 from minisgl.engine.graph import DecodeGraphs, GraphShape, RunStep
-from minisgl.engine.memory import activation_bytes, large_step, num_pages_used, pages_that_fit
+from minisgl.engine.memory import activation_bytes, large_step, pages_that_fit
 from minisgl.engine.shard import DTYPES, ModelShard
 from minisgl.engine.staging import NUM_BUFFERS, DeviceTables
 from minisgl.engine.step import Launched, LayerByLayer, StepRunner
@@ -77,15 +77,17 @@ class CudaHandle:
 
 
 class CudaRunner:
-    """Raises: ConfigError when the GPU cannot be used, or the model or the cache does not fit its memory."""
+    """steps: what it computes with, for tests.
+
+    Raises: ConfigError when the GPU cannot be used, or the model or the cache does not fit its memory.
+    """
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         self._device = open_gpu(rank)
         self._stream = torch.cuda.Stream(self._device)
         try:
             with self._on_device():
-                self.shard = load_shard(config, rank, self._device)
-                self.num_pages, self._steps = create_steps(self.shard)
+                self.num_pages, self.steps = create_steps(load_shard(config, rank, self._device))
         except torch.cuda.OutOfMemoryError as error:
             total = torch.cuda.get_device_properties(self._device).total_memory / 2**30
             raise ConfigError(
@@ -104,7 +106,7 @@ class CudaRunner:
         try:
             fault("step")
             with self._on_device():
-                launched = self._steps.launch(plan, masks)
+                launched = self.steps.launch(plan, masks)
                 event.record()
                 return CudaHandle(plan.step_id, event, launched)
         except Exception as error:
@@ -115,10 +117,10 @@ class CudaRunner:
         """Raises nothing: it may be a failure that ends the engine."""
         try:
             with self._on_device():
-                del self._steps  # first: NCCL waits for the end of all graphs that have captured it
-                self.shard.comm.close()
+                comm = self.steps.shard.comm
+                del self.steps  # first: NCCL waits for the end of all graphs that have captured it
+                comm.close()
                 torch.cuda.synchronize()
-            del self.shard
             torch.cuda.empty_cache()
         except (RuntimeError, EngineError) as error:  # of the GPU, or of other ranks, and reported when it happened
             logger.warning("the GPU's memory is left to the end of the process: %s", str(error).splitlines()[0])
@@ -145,7 +147,8 @@ def create_steps(shard: ModelShard) -> tuple[int, CapturedSteps]:
 
 def _activation_bytes(shard: ModelShard, tables: DeviceTables, backend: Backend) -> int:
     """What the largest step takes, with a cache of no more pages than it needs."""
-    num_pages = num_pages_used(large_step(shard.config, shard.config.max_prefill_length))
+    largest = large_step(shard.config, shard.config.max_prefill_length)
+    num_pages = max(len(update.pages) for update in largest.page_updates)
     steps = CapturedSteps(shard, shard.create_kv(num_pages), tables, backend, max_batch=0)
     return activation_bytes(shard.config, steps.launch)
 

@@ -37,11 +37,6 @@ def large_step(config: EngineConfig, num_tokens: int) -> StepPlan:
     return StepPlan(0, tuple(admissions), tuple(updates), tuple(reqs), lengths.count(1))
 
 
-def num_pages_used(plan: StepPlan) -> int:
-    """The size of the cache that the step needs."""
-    return 1 + max(page for update in plan.page_updates for page in update.pages)
-
-
 def activation_bytes(config: EngineConfig, launch: Callable[[StepPlan], object]) -> int:
     """What the largest step takes: it is computed once to see it."""
     for num_tokens in WARM_UP_TOKENS:  # libraries load kernels by size, and Triton compiles some
