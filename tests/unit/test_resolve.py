@@ -369,11 +369,10 @@ def test_pages_are_counted_in_the_type_of_the_cache() -> None:
     engine = decide(GPUS, num_pages=10_000).engine
     wide = replace(engine, kv_cache_dtype="float32")
     assert wide.page_bytes == 2 * engine.page_bytes == MODEL.kv_bytes_per_token("float32") * engine.page_size
-    args = args_from_options({})
-    tokens = [gpu_tokens(args, MODEL, GPUS.gpus, "bfloat16", kv, 16, 2048) for kv in ("bfloat16", "float32")]
+    tokens = [gpu_tokens(replace(config, num_pages=0), GPUS.gpus) for config in (engine, wide)]
     assert tokens[0] // 2 - 16 <= tokens[1] <= tokens[0] // 2
     with pytest.raises(ConfigError, match=r"KV cache 34\.2; lower it"):
-        gpu_tokens(args_from_options({"num_pages": 10_000}), MODEL, (gpu(free=20),), "bfloat16", "float32", 16, 2048)
+        gpu_tokens(wide, (gpu(free=20),))
 
 
 def test_the_longest_request_on_a_gpu_with_little_memory() -> None:

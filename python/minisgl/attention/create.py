@@ -65,7 +65,7 @@ def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.devic
     if device.type == "cpu" or not {prefill, decode} <= set(_ON_GPUS):
         raise ConfigError(f"--attention-backend {prefill},{decode} is not available on {device.type}")
     specs = [layer.attention for layer in config.model.layers]
-    kv = specs[0].cache  # as that of all layers: `config.attention` has seen to it
+    kv = specs[0].cache  # as that of all layers: `config.device` has seen to it
     assert isinstance(kv, PagedKV)
     shape = AttentionShape(
         num_qo_heads=config.model.num_qo_heads // config.tp_size,

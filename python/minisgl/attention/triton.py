@@ -25,7 +25,7 @@ class TritonMetadata(NamedTuple):
 
 
 class TritonBackend(AttentionBackend[TritonMetadata]):
-    """`config.attention` says which shapes the kernels take."""
+    """`config/backends.yaml` says which shapes the kernels take."""
 
     def __init__(self, shape: AttentionShape, device: torch.device) -> None:
         self._device, self._shape = device, shape

@@ -4,12 +4,16 @@ and values fit beside the weights, and what follows for the longest request."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import msgspec
 
 from minisgl.config.args import ServerArgs
-from minisgl.config.attention import choose_on_cpu, choose_on_gpu, dotted
-from minisgl.config.model import DTYPE_BYTES, ModelConfig, MoE
-from minisgl.config.probe import Capabilities, Gpu
+from minisgl.config.model import DTYPE_BYTES, AttentionSpec, ModelConfig, MoE, PagedKV, State
+from minisgl.config.probe import PACKAGES, Capabilities, Gpu
 from minisgl.config.runtime import EngineConfig
 from minisgl.env import env_bool
 from minisgl.errors import ConfigError
@@ -20,12 +24,44 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 MIN_ARCH = (8, 0)
 _PAGE_SIZE = 16  # tokens
-_CPU_PREFILL_LENGTH, _GPU_PREFILL_LENGTH = 512, 8192  # tokens
+_PREFILL_LENGTH = {"cpu": 512, "cuda": 8192}  # tokens
 _ONE_THREAD_BYTES = 64 * 2**20  # of weights; below that, waking torch's second thread costs more than it computes
 _GRAPH_MAX_BS = 256  # requests
 _LOADING_THREADS = 4  # beside a GPU
 _GPU_RESERVE = GIB  # bytes: CUDA's context, libraries' workspaces, captured graphs
 _ESTIMATE = 0.9  # share of an estimated KV cache that is counted on, before the engine has measured
+
+# What a layer may want beyond causal attention of heads of one size, which all layers have alike.
+FEATURES: dict[str, Callable[[AttentionSpec, ModelConfig], bool]] = {
+    "sliding windows": lambda spec, _: spec.window is not None,
+    "a scale of the scores": lambda spec, _: spec.scale is not None,
+    "soft-capped scores": lambda spec, _: spec.softcap is not None,
+    "attention sinks": lambda spec, _: spec.sinks,
+    "recurrent states": lambda spec, _: isinstance(spec.cache, State),
+    "caches that differ by layer": lambda spec, model: spec.cache != model.layers[0].attention.cache,
+    "keys and values of other sizes than queries": lambda spec, model: (
+        isinstance(spec.cache, PagedKV) and {spec.cache.k_dim, spec.cache.v_dim} != {model.head_dim}
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """An attention backend of `backends.yaml`, which says what the fields mean."""
+
+    features: tuple[str, ...]
+    devices: tuple[str, ...] = ("cuda",)
+    package: str = ""
+    arch: tuple[int, int] | None = None
+    head_dims: tuple[int, ...] = ()
+    max_group: int = 0
+    is_16_bit: bool = False
+    is_compiled: bool = False
+
+
+BACKENDS = msgspec.yaml.decode(Path(__file__).with_name("backends.yaml").read_bytes(), type=dict[str, Backend])
+# What is taken on GPUs: the first pair for prefill and decode that fits.
+_PAIRS = (("fa", "cuda"), ("fa", "triton"), ("fa", "fa"), ("triton", "cuda"), ("triton", "triton"), ("sdpa", "sdpa"))
 
 
 def choose_device(args: ServerArgs, machine: Capabilities) -> str:
@@ -62,12 +98,40 @@ def _cuda_problem(machine: Capabilities, tp_size: int) -> str:
     return ""
 
 
-def cpu_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, machine: Capabilities) -> EngineConfig:
-    """Everything decided for CPUs. seq_len: the longest request that is wanted, in tokens.
+def dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, machine: Capabilities) -> EngineConfig:
+    """Everything that depends on the device. seq_len: the longest request that is wanted, in tokens.
 
     Raises: ConfigError naming the flag that cannot be honoured.
     """
-    problem = _kernel_problem(machine)
+    device, tp_size, dtype = choose_device(args, machine), args.tensor_parallel_size, args.dtype or model.dtype
+    wanted = EngineConfig(
+        model_path=path,
+        model=model,
+        dtype=dtype,
+        device=device,
+        tp_size=tp_size,
+        num_pages=args.num_pages or 0,
+        page_size=args.page_size or _PAGE_SIZE,
+        max_running_requests=args.max_running_requests,
+        max_prefill_length=args.max_prefill_length or _PREFILL_LENGTH[device],
+        max_seq_len=seq_len,
+        prefill_backend="",
+        decode_backend="",
+        num_threads=max(1, machine.num_cores // tp_size),
+        dummy_weight=args.dummy_weight,
+        kv_cache_dtype=args.kv_cache_dtype or dtype,
+        quantization=args.quantization,
+        memory_ratio=args.memory_ratio,
+    )
+    return _on_cpu(args, wanted, machine) if device == "cpu" else _on_gpus(args, wanted, machine)
+
+
+def _on_cpu(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> EngineConfig:
+    model, problem = wanted.model, _kernel_problem(machine)
     # What asks for less than a GPU would do is what a CPU does; the rest cannot be honoured.
     if args.moe_backend == "triton":
         raise ConfigError("--moe-backend triton: it is for GPUs; a CPU has torch only")
@@ -77,34 +141,24 @@ def cpu_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, ma
     stays = model.dtype == "bfloat16" and (not problem or machine.has_fast_bfloat16)
     dtype = args.dtype or ("bfloat16" if stays else "float32")
     lack = problem or ("" if dtype in ("float32", "bfloat16") else f"not with --dtype {dtype}")
-    kernels = not lack
     if args.quantization and lack:
         raise ConfigError(f"--quantization {args.quantization}: {lack}")
-    attention = choose_on_cpu(args.attention_backend, lack, model, dtype, machine)
-    kv_dtype = _kv_dtype(args.kv_cache_dtype, "float32" if kernels else dtype, dtype, attention)
-    if problem:
-        logger.warning("torch computes, since %s: decoding is several times slower", problem)
-    page_size = args.page_size or _PAGE_SIZE
-    weights = args.quantization or dtype
-    num_pages = args.num_pages or cpu_pages(args, model, machine, weights, kv_dtype, page_size, seq_len)
-    return EngineConfig(
-        model_path=path,
-        model=model,
+    attention = _choose_on_cpu(args.attention_backend, lack, model, dtype, machine)
+    one_thread = lack and model.weight_bytes(dtype) < _ONE_THREAD_BYTES
+    config = replace(
+        wanted,
         dtype=dtype,
-        device="cpu",
-        tp_size=args.tensor_parallel_size,
-        num_pages=num_pages,
-        page_size=page_size,
-        max_running_requests=args.max_running_requests,
-        max_prefill_length=args.max_prefill_length or _CPU_PREFILL_LENGTH,
-        max_seq_len=fit_seq_len(args, seq_len, num_pages * page_size),
         prefill_backend=attention,
         decode_backend=attention,
-        num_threads=args.cpu_threads or _num_threads(args, model, machine, dtype, kernels),
-        dummy_weight=args.dummy_weight,
-        kv_cache_dtype=kv_dtype,
-        cpu_kernels=kernels,
-        quantization=args.quantization,
+        num_threads=args.cpu_threads or (1 if one_thread else wanted.num_threads),
+        kv_cache_dtype=_kv_dtype(args.kv_cache_dtype, dtype if lack else "float32", dtype, attention),
+        cpu_kernels=not lack,
+    )
+    if problem:
+        logger.warning("torch computes, since %s: decoding is several times slower", problem)
+    num_pages = config.num_pages or _cpu_pages(config, machine.memory)
+    return replace(
+        config, num_pages=num_pages, max_seq_len=_fit_seq_len(args, config.max_seq_len, num_pages * config.page_size)
     )
 
 
@@ -128,49 +182,25 @@ def _kv_dtype(asked: str | None, computed: str, stored: str, attention: str) -> 
     return asked or (stored if stored in allowed else computed)
 
 
-def _num_threads(args: ServerArgs, model: ModelConfig, machine: Capabilities, dtype: str, kernels: bool) -> int:
-    if not kernels and model.weight_bytes(dtype) < _ONE_THREAD_BYTES:
-        return 1
-    return max(1, machine.num_cores // args.tensor_parallel_size)
-
-
-def cuda_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, machine: Capabilities) -> EngineConfig:
-    """Everything decided for GPUs. seq_len: the longest request that is wanted, in tokens.
-
-    Raises: ConfigError naming the flag that cannot be honoured.
-    """
-    tp_size = args.tensor_parallel_size
+def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> EngineConfig:
+    tp_size, dtype = wanted.tp_size, wanted.dtype
     gpus = _gpus(tp_size, machine.gpus)
-    dtype = args.dtype or model.dtype
     if args.quantization:
         raise ConfigError(f"--quantization {args.quantization}: it is for CPUs so far")
-    if args.kv_cache_dtype not in (None, dtype):
+    if wanted.kv_cache_dtype != dtype:
         raise ConfigError(f"--kv-cache-dtype {args.kv_cache_dtype}: on GPUs it is that of the weights, {dtype}")
-    page_size = args.page_size or _PAGE_SIZE
-    max_prefill_length = args.max_prefill_length or _GPU_PREFILL_LENGTH
-    capacity = gpu_tokens(args, model, gpus, dtype, dtype, page_size, max_prefill_length)
-    prefill, decode = choose_on_gpu(args.attention_backend, model, dtype, machine)
+    capacity = gpu_tokens(wanted, gpus)
+    prefill, decode = _choose_on_gpu(args.attention_backend, wanted.model, dtype, machine)
     if args.moe_backend == "triton" and "triton" not in machine.packages:
         raise ConfigError("--moe-backend triton: needs a package: pip install triton")
     moe_backend = args.moe_backend or ("triton" if "triton" in machine.packages else "torch")
-    return EngineConfig(
-        model_path=path,
-        model=model,
-        dtype=dtype,
-        device="cuda",
-        tp_size=tp_size,
-        num_pages=args.num_pages or 0,
-        page_size=page_size,
-        max_running_requests=args.max_running_requests,
-        max_prefill_length=max_prefill_length,
-        max_seq_len=fit_seq_len(args, seq_len, capacity),
+    return replace(
+        wanted,
+        max_seq_len=_fit_seq_len(args, wanted.max_seq_len, capacity),
         prefill_backend=prefill,
         decode_backend=decode,
-        num_threads=max(1, min(_LOADING_THREADS, machine.num_cores // tp_size)),
-        dummy_weight=args.dummy_weight,
-        kv_cache_dtype=dtype,
-        memory_ratio=args.memory_ratio,
-        cuda_graph_max_bs=_graph_max_bs(args, model, decode, moe_backend),
+        num_threads=min(_LOADING_THREADS, wanted.num_threads),
+        cuda_graph_max_bs=_graph_max_bs(args, wanted.model, decode, moe_backend),
         use_pynccl=tp_size > 1 and not args.disable_pynccl,
         moe_backend=moe_backend,
     )
@@ -204,70 +234,140 @@ def _graph_max_bs(args: ServerArgs, model: ModelConfig, decode: str, moe_backend
     return 0 if problem else min(_GRAPH_MAX_BS if asked is None else asked, args.max_running_requests)
 
 
-def cpu_pages(
-    args: ServerArgs, model: ModelConfig, machine: Capabilities, dtype: str, kv_dtype: str, page_size: int, seq_len: int
-) -> int:
-    """dtype: of the weights, or "int8".
+def _choose_on_cpu(asked: str | None, lack: str, model: ModelConfig, dtype: str, machine: Capabilities) -> str:
+    """One backend for prefill and decode. lack: why our kernels do not compute; "" when they do.
 
-    Pages that fit the memory, and no more than all running requests could ever use. Memory is taken on first use."""
-    tp_size = args.tensor_parallel_size
-    budget = int(machine.memory * args.memory_ratio) // tp_size - model.weight_bytes(dtype, tp_size)
-    budget -= args.max_running_requests * model.state_bytes_per_row(kv_dtype)
-    affordable = budget // max(1, model.kv_bytes_per_token(kv_dtype, tp_size) * page_size)
+    Raises: ConfigError naming what cannot be had, and why.
+    """
+    why_not = _why_not("cpu", model, dtype, machine)
+    names = (asked or ("sdpa" if lack or why_not["cpu"] else "cpu")).split(",")
+    if not set(names) <= set(why_not) or len(set(names)) > 1 or len(names) > 2:
+        raise ConfigError(f"--attention-backend {asked}: on a CPU there are cpu and sdpa")
+    if names[0] == "cpu" and lack:
+        raise ConfigError(f"--attention-backend {asked}: {lack}")
+    _require(names[:1], asked, why_not)
+    return names[0]
+
+
+def _choose_on_gpu(asked: str | None, model: ModelConfig, dtype: str, machine: Capabilities) -> tuple[str, str]:
+    """Prefill and decode backend, told in one line of the log.
+
+    Raises: ConfigError naming what cannot be had, and why.
+    """
+    why_not = _why_not("cuda", model, dtype, machine)
+    if asked is None:
+        fitting = [pair for pair in _PAIRS if not any(why_not[name] for name in pair)]
+        prefill, decode = fitting[0] if fitting else _PAIRS[-1]
+        _require([prefill], asked, why_not)
+        passed = zip(*_PAIRS[: _PAIRS.index((prefill, decode))], strict=True)
+        reasons = "; ".join(f"{name} {why_not[name]}" for name in dict.fromkeys(chain(*passed)) if why_not[name])
+        logger.info("attention: %s prefill, %s decode%s", prefill, decode, reasons and f" ({reasons})")
+        return prefill, decode
+    names = ["triton", "cuda"] if asked == "cuda" else asked.split(",")
+    prefill, decode = names[0], names[-1]
+    _require(names, asked, why_not)
+    problem = ""
+    if len(names) > 2:
+        problem = "expected one backend, or prefill,decode"
+    elif prefill == "cuda":
+        problem = "cuda is for decode; use triton,cuda"
+    elif "sdpa" in names and prefill != decode:
+        problem = "sdpa computes both prefill and decode; use sdpa alone"
+    if problem:
+        raise ConfigError(f"--attention-backend {asked}: {problem}")
+    logger.info("attention: %s prefill, %s decode, as asked", prefill, decode)
+    return prefill, decode
+
+
+def _require(names: list[str], asked: str | None, why_not: dict[str, str]) -> None:
+    """Raises: ConfigError saying why one of them cannot be had."""
+    for name in names:
+        if name not in why_not:
+            raise ConfigError(f"--attention-backend {asked}: {name!r} is unknown; choose from {', '.join(why_not)}")
+        if why_not[name]:
+            raise ConfigError(f"--attention-backend {asked or 'auto'}: {name} {why_not[name]}")
+
+
+def _why_not(device: str, model: ModelConfig, dtype: str, machine: Capabilities) -> dict[str, str]:
+    """Of each backend of a device, why it cannot compute this model here, and what to do; "" when it can."""
+    fitting = {name: backend for name, backend in BACKENDS.items() if device in backend.devices}
+    return {name: _unfit(backend, model, dtype, machine) for name, backend in fitting.items()}
+
+
+def _unfit(backend: Backend, model: ModelConfig, dtype: str, machine: Capabilities) -> str:
+    specs = [layer.attention for layer in model.layers]
+    for feature, is_wanted in FEATURES.items():
+        if feature not in backend.features and any(is_wanted(spec, model) for spec in specs):
+            return f"does not compute {feature}"
+    if backend.arch is not None and backend.arch != (arch := machine.gpus[0].arch):
+        return f"needs compute capability {dotted(backend.arch)}, this GPU has {dotted(arch)}"
+    if backend.head_dims and model.head_dim not in backend.head_dims:
+        return f"does not compute head_dim {model.head_dim}"
+    if backend.max_group and (group := div_ceil(model.num_qo_heads, model.num_kv_heads)) > backend.max_group:
+        return f"computes up to {backend.max_group} query heads per KV head, not {group}"
+    if backend.is_16_bit and dtype == "float32":
+        return "does not compute float32 (--dtype)"
+    if backend.package and backend.package not in machine.packages:
+        return f"needs a package: pip install {PACKAGES[backend.package][0]}"
+    if backend.is_compiled and machine.nvcc is None:
+        return f"needs nvcc: install CUDA {machine.torch_cuda}'s toolkit, or set CUDA_HOME to it"
+    return ""
+
+
+def _cpu_pages(config: EngineConfig, memory: int) -> int:
+    """Pages that fit the memory, and no more than all running requests could ever use. Memory is taken on first use."""
+    weights = config.model.weight_bytes(config.quantization or config.dtype, config.tp_size)
+    budget = int(memory * config.memory_ratio) // config.tp_size - weights
+    budget -= config.max_running_requests * config.model.state_bytes_per_row(config.kv_cache_dtype)
+    affordable = budget // max(1, config.page_bytes)
     if affordable < 1:
-        weights = model.weight_bytes(dtype, tp_size) * tp_size / GIB
         raise ConfigError(
-            f"--memory-ratio {args.memory_ratio}: {machine.memory / GIB:.1f} GiB of memory are available, "
-            f"the weights take {weights:.1f} GiB, and no room is left for the KV cache"
+            f"--memory-ratio {config.memory_ratio}: {memory / GIB:.1f} GiB of memory are available, the weights take "
+            f"{weights * config.tp_size / GIB:.1f} GiB, and no room is left for the KV cache"
         )
-    return min(affordable, args.max_running_requests * div_ceil(seq_len, page_size))
+    return min(affordable, config.max_running_requests * div_ceil(config.max_seq_len, config.page_size))
 
 
-def gpu_budget(gpu: Gpu, ratio: float) -> int:
-    """Bytes of a GPU that one rank may take: the share `ratio` of the whole, less what other programs hold."""
-    return gpu.free_memory - int(gpu.total_memory * (1 - ratio))
-
-
-def gpu_tokens(
-    args: ServerArgs, model: ModelConfig, gpus: Sequence[Gpu], dtype: str, kv_dtype: str, page_size: int, step_len: int
-) -> int:
-    """Tokens that the KV cache will hold at least, by estimate: the engine measures what a step of `step_len` takes.
+def gpu_tokens(config: EngineConfig, gpus: Sequence[Gpu]) -> int:
+    """Tokens that the KV cache will hold at least, by estimate: the engine measures what a step takes.
 
     Raises: ConfigError when the weights, or the pages that were asked for, do not fit.
     """
-    tp_size, ratio = args.tensor_parallel_size, args.memory_ratio
-    gpu = min(gpus, key=lambda gpu: gpu_budget(gpu, ratio))
-    budget = gpu_budget(gpu, ratio) - args.max_running_requests * model.state_bytes_per_row(kv_dtype)
-    weights, kv_bytes = model.weight_bytes(dtype, tp_size), max(1, model.kv_bytes_per_token(kv_dtype, tp_size))
+    ratio, model, tp_size = config.memory_ratio, config.model, config.tp_size
+    # One rank may take this share of the whole, less what other programs hold.
+    budgets = [gpu.free_memory - int(gpu.total_memory * (1 - ratio)) for gpu in gpus]
+    gpu = gpus[budgets.index(min(budgets))]
     room = f"{gpu} has {gpu.free_memory / GIB:.1f} of {gpu.total_memory / GIB:.1f} GiB free"
-    if args.num_pages is not None:
-        kv = args.num_pages * page_size * kv_bytes
-        if weights + kv > budget:
+    weights = model.weight_bytes(config.dtype, tp_size)
+    budget = min(budgets) - weights - config.max_running_requests * model.state_bytes_per_row(config.kv_cache_dtype)
+    if config.num_pages:
+        if (kv := config.num_pages * config.page_bytes) > budget:
             raise ConfigError(
-                f"--num-pages {args.num_pages}: {room}, the weights take {weights / GIB:.1f} GiB and the KV cache "
+                f"--num-pages {config.num_pages}: {room}, the weights take {weights / GIB:.1f} GiB and the KV cache "
                 f"{kv / GIB:.1f}; lower it, or raise --memory-ratio {ratio} or --tensor-parallel-size {tp_size}"
             )
-        return args.num_pages * page_size
-    step = _step_bytes(model, dtype, tp_size, step_len, args.max_running_requests)
-    tokens = int((budget - weights - step - _GPU_RESERVE) / kv_bytes * _ESTIMATE)
-    if tokens < page_size:
+        return config.num_pages * config.page_size
+    step = _step_bytes(config)
+    num_pages = int((budget - step - _GPU_RESERVE) / max(1, config.page_bytes) * _ESTIMATE)
+    if num_pages < 1:
         raise ConfigError(
             f"--memory-ratio {ratio}: {room}, the weights take {weights / GIB:.1f} GiB, a step {step / GIB:.1f}, and "
             f"no room is left for the KV cache; raise --tensor-parallel-size {tp_size}, free the GPU, or lower "
-            f"--max-prefill-length {step_len}"
+            f"--max-prefill-length {config.max_prefill_length}"
         )
-    return tokens // page_size * page_size
+    return num_pages * config.page_size
 
 
-def _step_bytes(model: ModelConfig, dtype: str, tp_size: int, step_len: int, num_logits: int) -> int:
+def _step_bytes(config: EngineConfig) -> int:
     """About what the activations of the largest step take: the widest of a layer, and logits with a float32 copy."""
+    model, size = config.model, DTYPE_BYTES[config.dtype]
     inner = max(layer.mlp.active_features for layer in model.layers)
-    per_token = 4 * model.hidden_size + (3 * inner + 2 * model.num_qo_heads * model.head_dim) // tp_size
-    return step_len * per_token * DTYPE_BYTES[dtype] + num_logits * model.vocab_size * (DTYPE_BYTES[dtype] + 4)
+    per_token = 4 * model.hidden_size + (3 * inner + 2 * model.num_qo_heads * model.head_dim) // config.tp_size
+    return config.max_prefill_length * per_token * size + config.max_running_requests * model.vocab_size * (size + 4)
 
 
-def fit_seq_len(args: ServerArgs, wanted: int, capacity: int) -> int:
-    """One request must be able to run alone in a KV cache of `capacity` tokens."""
+def _fit_seq_len(args: ServerArgs, wanted: int, capacity: int) -> int:
+    """What is wanted, or less: one request must be able to run alone in a KV cache of `capacity` tokens."""
     if wanted <= capacity:
         return wanted
     if args.max_seq_len is not None:

@@ -50,7 +50,7 @@ CacheSpec = PagedKV | State
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What attention computes in a layer. `config.attention` says which backend computes what of it."""
+    """What attention computes in a layer. `config/backends.yaml` says which backend computes what of it."""
 
     cache: CacheSpec
     window: int | None = None  # tokens that a position sees, itself included; None: all before it

@@ -14,7 +14,7 @@ from typing import Any
 
 from minisgl.config import chat
 from minisgl.config.args import ServerArgs, ServerOptions
-from minisgl.config.device import choose_device, cpu_engine, cuda_engine
+from minisgl.config.device import choose_device, decide_engine
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import is_remote, locate_model, read_fields, split_revision
 from minisgl.config.model import ModelConfig
@@ -90,8 +90,7 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
     wanted_len = args.max_seq_len or model.max_position
     if wanted_len > model.max_position:
         raise ConfigError(f"--max-seq-len {wanted_len}: the model's context is {model.max_position} tokens")
-    decide = cuda_engine if choose_device(args, machine) == "cuda" else cpu_engine
-    engine = decide(args, path, model, wanted_len, machine)
+    engine = decide_engine(args, path, model, wanted_len, machine)
     flops = 1e13 if engine.device == "cuda" else 8e9 * engine.num_threads  # per second, the least that any machine has
     scheduler = SchedulerConfig(
         **_shared(SchedulerConfig, args, engine),

@@ -29,7 +29,7 @@ class KVPool:
         self._layers: list[LayerCache] = []
         for spec in model.layers:
             cache = spec.attention.cache
-            assert isinstance(cache, PagedKV), "`config.attention` has refused other kinds"
+            assert isinstance(cache, PagedKV), "`config.device` has refused other kinds"
             shapes = ((num_slots, cache.local_heads(tp_size), dim) for dim in (cache.k_dim, cache.v_dim))
             self._layers.append(LayerCache(*(_lazy_zeros(shape, dtype, device) for shape in shapes)))
 
