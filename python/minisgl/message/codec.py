@@ -73,10 +73,8 @@ def carried(value: Any) -> bool:
     """Whether a JSON value has only numbers that messages can carry."""
     try:
         msgspec.msgpack.encode(value)
-    except OverflowError:
-        return False
-    except UnicodeEncodeError:  # no number
-        return True
+    except (OverflowError, UnicodeEncodeError) as error:
+        return isinstance(error, UnicodeEncodeError)  # which is about no number
     return True
 
 
