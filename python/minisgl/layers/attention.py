@@ -25,9 +25,8 @@ class Attention(Layer):
         q_size = config.num_qo_heads * config.head_dim
         self.o_proj = RowLinear(env, q_size, hidden, config.o_bias, "attention features")
         self._num_q, self._num_kv = self.qkv_proj.num_qo_heads, self.qkv_proj.num_kv_heads
-        self.qk_norm = (
-            env.vector(self._num_q + self._num_kv, config.head_dim) if "q_norm" in config.layers[layer].norms else None
-        )
+        has_norm = "q_norm" in config.layers[layer].norms
+        self.qk_norm = env.vector(self._num_q + self._num_kv, config.head_dim) if has_norm else None
 
     def forward(self, x: Tensor, norm: Tensor, step: StepContext) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the layer's input → the new stream."""

@@ -17,6 +17,7 @@ from minisgl.config.model import MoE
 from minisgl.kernel.ops import Experts, LayerOps, Matrix, loop_over_experts
 
 Tensor = torch.Tensor
+Shape = tuple[int, int]
 Tensors = Mapping[str, Tensor]  # of one weight, or of a stack of experts, by names that the format chooses
 
 
@@ -38,7 +39,7 @@ class Shard:
     """What this rank holds of one linear layer of the checkpoint: `rows`, and of those `cols`, of a weight of `shape`
     [out, in]. They are rows `at` and following of the rank's own weight, which may hold several layers'."""
 
-    shape: tuple[int, int]
+    shape: Shape
     rows: tuple[int, int]
     cols: tuple[int, int] | None = None
     at: int = 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from minisgl.errors import ConfigError
 from minisgl.kernel.ops import Matrix
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor
-from minisgl.layers.formats import Shard, WeightSlot
+from minisgl.layers.formats import Shape, Shard, WeightSlot
 from minisgl.utils.math import div_ceil
 
 
@@ -18,12 +18,7 @@ class Linear(Layer):
     """
 
     def __init__(
-        self,
-        env: LayerEnv,
-        shape: tuple[int, int],
-        shards: Mapping[str, Shard],
-        bias: bool = False,
-        activation: str | None = None,
+        self, env: LayerEnv, shape: Shape, shards: dict[str, Shard], bias: bool = False, activation: str | None = None
     ) -> None:
         self._ops, self._comm, self._format = env.ops, env.comm, env.format
         self._shards, self._activation = shards, activation
