@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minisgl.config.model import MoE
 from minisgl.distributed.comm import Communicator
+from minisgl.errors import ConfigError
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import LayerOps, Matrix, TorchOps
 from minisgl.layers.base import LayerEnv
@@ -40,9 +44,11 @@ class Scaled(Dense):
         return ops.matrix((tensors["weight"] / scale * scale).flip(0), activation)
 
 
-def loaded(family: str, weight_format: WeightFormat, ops: LayerOps | None = None) -> DecoderModel:
-    path = tiny_model(family)
-    env = LayerEnv(Communicator(), ops or TorchOps(), torch.float32, CPU, weight_format)
+def loaded(
+    family: str | Path, weight_format: WeightFormat, ops: LayerOps | None = None, comm: Communicator | None = None
+) -> DecoderModel:
+    path = tiny_model(family) if isinstance(family, str) else family
+    env = LayerEnv(comm or Communicator(), ops or TorchOps(), torch.float32, CPU, weight_format)
     with torch.inference_mode():
         model = DecoderModel(env, engine_config(path).model)
         load_weights(model.parts(), Checkpoint(path), show_progress=False)
@@ -68,6 +74,53 @@ def test_the_cpu_s_kernels_compute_what_the_reference_does(name: str | None) -> 
         for ops in (CpuOps(1), TorchOps())
     )
     torch.testing.assert_close(ours, reference, atol=1e-3, rtol=1e-3)
+
+
+class Packed(WeightFormat):
+    """Integers, and a scale for each row."""
+
+    def create(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensors:
+        return {"values": torch.empty(shape, dtype=torch.int8), "scales": torch.empty(*shape[:-1], 1)}
+
+    def slots(self, prefix: str, tensors: Tensors, shard: Shard) -> Iterator[WeightSlot]:
+        values, scales = (shard.of(tensors[name]) for name in ("values", "scales"))
+        yield WeightSlot(f"{prefix}qweight", shard.shape, values, shard.rows, shard.cols)
+        yield WeightSlot(f"{prefix}scales", (shard.shape[0], 1), scales, shard.rows)
+
+    def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
+        return ops.matrix(tensors["values"] * tensors["scales"], activation)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_checkpoint_of_integers_and_scales(tmp_path: Path, family: str) -> None:
+    """Rank 1 of 2 reads its part of them, of experts too; without the format the checkpoint is refused."""
+    source = tiny_model(family)
+    packed, plain = (shutil.copytree(source, tmp_path / name) for name in ("packed", "plain"))
+    tensors: dict[str, dict[str, torch.Tensor]] = {"packed": {}, "plain": {}}
+    for name, weight in load_file(source / "model.safetensors").items():
+        kept, stem = weight, name.removesuffix(".weight")
+        if weight.dim() == 2 and not name.endswith("mlp.gate.weight"):  # a router is never quantized
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            values = (weight / scale).round()
+            tensors["packed"] |= {f"{stem}.qweight": values.to(torch.int8), f"{stem}.scales": scale}
+            kept = values * scale
+        else:
+            tensors["packed"][name] = weight
+        tensors["plain"][name] = kept
+    for name, directory in (("packed", packed), ("plain", plain)):
+        save_file(tensors[name], directory / "model.safetensors")
+    ours, expected = (loaded(path, form, comm=SecondOfTwo()) for path, form in ((packed, Packed()), (plain, Dense())))
+    for mine, theirs in zip(ours.layers, expected.layers, strict=True):
+        x, norm = torch.randn(3, 64), torch.ones(64)
+        torch.testing.assert_close(mine.mlp.forward(x.clone(), norm), theirs.mlp.forward(x.clone(), norm))
+        outputs = (layer.self_attn.qkv_proj.forward(x, norm, 1e-6) for layer in (mine, theirs))
+        torch.testing.assert_close(*outputs)
+    with pytest.raises(ConfigError, match=r"are quantized \(.*qweight is "):
+        loaded(packed, Dense())
+
+
+class SecondOfTwo(Communicator):
+    rank, size = 1, 2
 
 
 class Doubling(RowLinear):

@@ -149,7 +149,7 @@ class Checkpoint:
         found: list[Source] = []
         missing: list[str] = []
         wrong: dict[str, str] = {}
-        used: set[str] = set()
+        used: dict[str, bool] = {}  # whether the slot takes nothing but floats
         for slot in slots:
             places = _places(slot.name, shapes)
             name, expert, first, num_rows = next((p for p in places if p[0] in self._stored), ("", None, 0, 0))
@@ -160,20 +160,22 @@ class Checkpoint:
             wanted = wanted if expert is None else (num_experts, *wanted)
             if stored.shape != wanted:
                 wrong[name] = f"{stored.name} is {list(stored.shape)}, not {list(wanted)}"
-            used.add(name)
+            used[name] = slot.transform is None and slot.target.is_floating_point()
             found.append(Source(stored, expert, first))
         self._check_rest(used, {_region(name) for name in shapes}, missing, list(wrong.values()))
         return found
 
-    def _check_rest(self, used: set[str], regions: set[str], missing: list[str], wrong: list[str]) -> None:
+    def _check_rest(self, used: dict[str, bool], regions: set[str], missing: list[str], wrong: list[str]) -> None:
         where = f"the weights in {self._source!r}"
         rest = [n for n in self._stored if n not in used and n != HEAD and not _IGNORED.search(n)]
         unexpected = [n for n in rest if _region(n) in regions]  # with these, the model would compute something else
-        for name in [*used, *unexpected]:
-            if self._stored[name].dtype not in _FLOATS or _QUANTIZED.search(name):
-                kind = f"{self._stored[name].name} is {self._stored[name].dtype}"
-                reason = "which config.json does not say; use an unquantized checkpoint"
-                raise ConfigError(f"{where} are quantized ({kind}), {reason}")
+        quantized = [n for n in unexpected if _QUANTIZED.search(n)]
+        for name in quantized + [
+            n for n in [*(n for n in used if used[n]), *unexpected] if self._stored[n].dtype not in _FLOATS
+        ]:
+            kind = f"{self._stored[name].name} is {self._stored[name].dtype}"
+            reason = "which config.json does not say; use an unquantized checkpoint"
+            raise ConfigError(f"{where} are quantized ({kind}), {reason}")
         titled = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
         if problems := [f"{title}: {listing(items)}" for title, items in titled if items]:
             raise ConfigError(f"{where} do not fit config.json; " + "; ".join(problems))
