@@ -17,8 +17,7 @@ from minisgl.core import Grammar
 from minisgl.errors import RequestError
 from minisgl.grammar.schema import SchemaError, followed
 from minisgl.grammar.store import GrammarStore
-from minisgl.parser.forced import calls_form
-from minisgl.parser.tools import TOOL_PARSERS, make_tool_parser
+from minisgl.parser.tools import TOOL_PARSERS, calls_form, make_tool_parser
 from tests.unit.test_grammar import accepts, compile_in, store, walk
 from tests.unit.test_tool_parsers import parse
 

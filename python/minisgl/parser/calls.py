@@ -7,11 +7,11 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 from minisgl.grammar.schema import listed, literals, resolved
-from minisgl.parser.parts import Part
+from minisgl.parser.parts import Part, num_certain
 
 _MAX_TYPES = 8  # within types, which a schema may have without end
 MAX_DEPTH = 64  # of brackets in Python literals: enough for arguments, and no work for Python's parser
@@ -154,3 +154,58 @@ def typed_value(text: str, kinds: set[str]) -> str:
             if not kinds or kind in kinds or (kind == "integer" and "number" in kinds):
                 return _dump(value)
     return _dump(text)
+
+
+_TEXT = {"string"}  # the types of a value of which each part can be passed on
+
+
+class TaggedArguments:
+    """`<parameter=x>…</parameter>`, once for each argument."""
+
+    _OPENING = re.compile(r"\s*<parameter=([^<>\n]*)>(?:\n|(?=[^\n]))")
+    _BEGUN = re.compile(r"<parameter=[^<>\n]*>?")
+    _STOPS = ("</parameter>", "\n<parameter=", "\n</function>")
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        self._schema = schema
+        self._lead = "{"  # before the next argument
+        self._kinds: set[str] | None = None  # of the value that is open
+
+    def read(self, text: str, *, final: bool) -> tuple[int, str, bool]:
+        end, made = 0, ""
+        while True:
+            if self._kinds is None:
+                opening = self._OPENING.match(text, end)
+                if opening is None:
+                    rest = text[end:].lstrip()
+                    if not final and ("<parameter=".startswith(rest) or self._BEGUN.fullmatch(rest)):
+                        return end, made, False
+                    return end, made + ("{}" if self._lead == "{" else "}"), True
+                properties = resolved(self._schema, self._schema).get("properties")
+                known = properties.get(opening[1]) if isinstance(properties, dict) else None
+                self._kinds = json_kinds(known, self._schema)
+                made += f"{self._lead}{json.dumps(opening[1], ensure_ascii=False)}: "
+                made += '"' if self._kinds == _TEXT else ""
+                end, self._lead = opening.end(), ", "
+            size, value = self._value(text[end:], self._kinds, final)
+            end, made = end + size, made + value
+            if self._kinds is not None:
+                return end, made, False
+
+    def _value(self, text: str, kinds: set[str], final: bool) -> tuple[int, str]:
+        """How much of the value that is open is there, and its JSON. `_kinds` is None once it ends."""
+        stops = [(at, stop) for stop in self._STOPS if (at := text.find(stop)) >= 0]
+        if stops:
+            at, stop = min(stops)
+            value, self._kinds = text[:at].removesuffix("\n"), None
+            end = at + len(stop) if stop == self._STOPS[0] else at
+            return end, _within(value) + '"' if kinds == _TEXT else typed_value(value, kinds)
+        if kinds != _TEXT:  # the type is known at the end
+            return len(text) if final else 0, ""
+        size = num_certain(text, self._STOPS)  # a part of a tag is none of the string
+        return len(text) if final else size, _within(text[:size])
+
+
+def _within(text: str) -> str:
+    """A part of a JSON string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]

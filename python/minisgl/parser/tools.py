@@ -1,21 +1,76 @@
-"""Parsers of tool calls in the text of a message, one for each format that model families use.
+"""Formats of tool calls: their parser, and what they look like to a grammar.
 
-All hold back only what may belong to a call: what turns out to be none, or names a function that the client does not
-have, comes back as the text that it is. A call whose name and first bracket of arguments are there has begun, and its
-arguments are passed on as they come, to where they end or the text does.
+What is of one format alone is data, in `tools.yaml`. The parser holds back only what may belong to a call: what turns
+out to be none, or names a function that the client does not have, comes back as the text that it is. A call whose name
+and first bracket of arguments are there has begun, and its arguments are passed on as they come, to where they end or
+the text does. Grammars are for outputs that must be calls (`tool_choice` `required`, or a function by name), or calls
+or an answer that has a form of its own (`response_format` beside `tools`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from minisgl.grammar.schema import resolved
-from minisgl.parser.calls import BracketReader, calls_in, json_kinds, json_value, python_value, typed_value
-from minisgl.parser.forced import UNKNOWN
+import msgspec
+import yaml
+
+from minisgl.errors import RequestError
+from minisgl.grammar.schema import PATTERNS, definitions, listed, literals, resolved
+from minisgl.parser.calls import BracketReader, TaggedArguments, calls_in, json_value, python_value
 from minisgl.parser.parts import Parser, Part, num_certain
+
+Form = Any  # of `grammar/source.py`
+UNKNOWN = "llama3_json"  # the format of a model whose own is not known
+_OTHER = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties", "propertyNames", "additionalProperties")
+_OBJECT = {"type": "object"}
+_MAX_BRANCHES = 8  # of types within types, which a schema may have without end
+# A call in JSON, up to its arguments; and the beginning of an object that is none, so that it need not be waited for.
+_JSON_HEAD = re.compile(
+    r'\s*(\[?)\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*'
+    r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+_JSON_OTHER = re.compile(
+    r'\{\s*(?:[^"\s]|"(?!(?:name|type|function|arguments|parameters|id)")[^"\\]*"|'
+    r'"name"\s*:\s*(?:[^"\s]|"([^"\\]*)"))'
+)
+
+
+class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How calls are written: each as `call` says, with `$name` and `$arguments`; the rest are forms around them."""
+
+    call: str
+    between: str = ""
+    before: list[Form] = []
+    after: list[Form] = []
+
+
+class CallFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """language: of arguments; "tags": each between tags, strings as they are and other values in JSON.
+    markers: what may be a call begins with one of these, wherever they stand; bare: or with this character, at the
+    beginning of the message or after a call.
+    closers: what stands behind a call; each may be missing. between: what may stand between a call and the next, beside
+    whitespace.
+    named: a pattern of the beginning of a call that is no JSON, up to its arguments; its group is the name.
+    begun: and of what may still become one.
+    """
+
+    layouts: list[Layout]
+    markers: tuple[str, ...]
+    language: Literal["json", "python", "tags"] = "json"
+    bare: str = ""
+    closers: list[str] = []
+    between: str = ""
+    named: str = ""
+    begun: str = ""
+
+
+TOOL_PARSERS = msgspec.convert(  # by the names of `--tool-call-parser`
+    yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")), dict[str, CallFormat]
+)
 
 
 class Rest:
@@ -25,7 +80,7 @@ class Rest:
     a comma.
     """
 
-    def __init__(self, arguments: Arguments | None, *closers: str, in_list: bool = False) -> None:
+    def __init__(self, arguments: BracketReader | TaggedArguments | None, *closers: str, in_list: bool = False) -> None:
         self.in_list = in_list
         self._arguments = arguments
         self._closers = [closer for closer in closers if closer]
@@ -61,30 +116,16 @@ class Found(NamedTuple):
 
 
 class ToolParser(Parser):
-    """Text and calls in turn. A call is JSON, `{"name": …, "arguments": {…}}`, or a list of such, unless a format says
-    otherwise.
+    """Text and calls in turn. A call is JSON, `{"name": …, "arguments": {…}}`, or a list of such, unless the format
+    says otherwise.
 
     functions: those that can be called, and the JSON schemas of their arguments.
     """
 
-    markers: tuple[str, ...] = ()  # what may be a call begins with one of these, wherever they stand
-    bare = ""  # or with this character, at the beginning of the message or after a call
-    closing = ""  # the tag behind it
-    between = ""  # what may stand between a call and the next, beside whitespace
-    brackets, quotes = "{[", '"'  # of a call, and of strings in it
-    value = staticmethod(json_value)  # what a text of calls is in JSON
-    HEAD: ClassVar[re.Pattern[str]] = re.compile(
-        r'\s*(\[?)\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*'
-        r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
-    )
-    # The beginning of an object that is no call, so that it need not be waited for.
-    OTHER: ClassVar[re.Pattern[str]] = re.compile(
-        r'\{\s*(?:[^"\s]|"(?!(?:name|type|function|arguments|parameters|id)")[^"\\]*"|'
-        r'"name"\s*:\s*(?:[^"\s]|"([^"\\]*)"))'
-    )
-
-    def __init__(self, functions: Mapping[str, Any]) -> None:
+    def __init__(self, form: CallFormat, functions: Mapping[str, Any]) -> None:
         super().__init__()
+        self._format = form
+        self._brackets = {"json": "{[", "python": "[", "tags": ""}[form.language]  # of calls without a name before them
         self._functions = functions
         self._at_start = True  # of the message, or behind a call: whitespace may turn out to be formatting
         self._num_calls = 0
@@ -101,26 +142,39 @@ class ToolParser(Parser):
 
         final: there is no more; what is not whole is text then.
         """
-        start = next((len(marker) for marker in self.markers if text.startswith(marker)), 0)
-        head = self.HEAD.match(text, start)
-        in_list = self._in_list and not start
+        start = next((len(marker) for marker in self._format.markers if text.startswith(marker)), 0)
+        named = re.match(self._format.named, text) if self._format.named else None
+        if named is not None and (name := named[1].strip()) in self._functions:
+            is_tagged = self._format.language == "tags"
+            arguments = TaggedArguments(self._functions[name] or {}) if is_tagged else BracketReader()
+            return Found(named.end(), [Part("call", "", name)], Rest(arguments, *self._format.closers))
+        rest = text[start:].lstrip()
+        if self._format.named and rest and rest[0] not in self._brackets:
+            begins = any(marker.startswith(rest) for marker in self._format.markers)
+            return None if not final and (begins or re.fullmatch(self._format.begun, text)) else Found(1)
+        return self._read_value(text, start, final)
+
+    def _read_value(self, text: str, start: int, final: bool) -> Found | None:
+        """start: the length of the marker."""
+        head = _JSON_HEAD.match(text, start) if self._format.language == "json" else None
+        in_list = (self._in_list and not start) or (head is not None and bool(head[1]))
+        closers = ("]" if in_list else "", *self._format.closers)
         if head is not None and head[2] in self._functions:
-            in_list |= bool(head[1])
-            rest = Rest(BracketReader(), "}", "]" if in_list else "", self.closing, in_list=in_list)
-            return Found(head.end(), [Part("call", "", head[2])], rest)
+            return Found(head.end(), [Part("call", "", head[2])], Rest(BracketReader(), "}", *closers, in_list=in_list))
         start = len(text) - len(text[start:].lstrip())
         if start == len(text):
             return Found(start) if final else None
-        other = self.OTHER.match(text, start)
-        if text[start] not in self.brackets or (other is not None and other[1] not in self._functions):
+        other = _JSON_OTHER.match(text, start)
+        if text[start] not in self._brackets or (other is not None and other[1] not in self._functions):
             return Found(start + 1)
         self._num_read = self._num_read or start
         size, _, ended = self._reader.read(text[self._num_read :])
         self._num_read += size
         if not ended:
             return Found(len(text)) if final else None
-        calls = None if self._reader.too_deep else calls_in(text[start : self._num_read], self._functions, self.value)
-        return Found(self._num_read, calls, Rest(None, "]" if in_list else "", self.closing, in_list=in_list))
+        read = python_value if self._format.language == "python" else json_value
+        calls = None if self._reader.too_deep else calls_in(text[start : self._num_read], self._functions, read)
+        return Found(self._num_read, calls, Rest(None, *closers, in_list=in_list))
 
     def _run(self, *, final: bool) -> list[Part]:
         parts: list[Part] = []
@@ -130,15 +184,15 @@ class ToolParser(Parser):
 
     def _read_text(self, parts: list[Part], final: bool) -> bool:
         """Let out text up to what may be a call."""
-        starts = [at for marker in self.markers if (at := self._buffer.find(marker)) >= 0]
+        starts = [at for marker in self._format.markers if (at := self._buffer.find(marker)) >= 0]
         if starts or final:
             end = len(self._buffer[: min(starts)].rstrip()) if starts else len(self._buffer)
         else:
-            end = num_certain(self._buffer, (*self.markers, self.between))
+            end = num_certain(self._buffer, (*self._format.markers, self._format.between))
         if self._at_start:
-            between = "," if self._in_list else self.between if self._num_calls else ""
+            between = "," if self._in_list else self._format.between if self._num_calls else ""
             rest = re.sub(rf"\s*(?:{re.escape(between)})?\s*", "", self._buffer, count=1)
-            bare = "{" if self._in_list else self.bare
+            bare = "{" if self._in_list else self._format.bare
             if bare and rest.startswith(bare):
                 starts, end = [len(self._buffer) - len(rest)], 0
             elif not rest and (self._num_calls or not final):
@@ -151,7 +205,7 @@ class ToolParser(Parser):
         if starts:
             size = min(starts) - end
             self._lead, self._buffer = self._buffer[:size], self._buffer[size:]
-            self._reader, self._num_read = BracketReader(self.quotes), 0
+            self._reader, self._num_read = BracketReader("\"'" if self._format.language == "python" else '"'), 0
             self._state = self._read_call
         return bool(starts)
 
@@ -182,140 +236,127 @@ class ToolParser(Parser):
         return ended
 
 
-class HermesParser(ToolParser):
-    """Hermes, Qwen2.5 and Qwen3: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, one after the other.
-
-    A missing closing tag is forgiven when the JSON is whole.
-    """
-
-    markers = ("<tool_call>",)
-    closing = "</tool_call>"
-
-
-class LlamaParser(ToolParser):
-    """Llama 3.1 and newer, JSON: a message of `{"name": …, "parameters": {…}}`, several with `;` between them, after
-    `<|python_tag|>` or not."""
-
-    markers = ("<|python_tag|>",)
-    bare = "{"
-    between = ";"
-
-
-class PythonicParser(ToolParser):
-    """Llama 3.2 and 4 and others: a message that is a Python list of calls, `[f(a=1), g(b="x")]`."""
-
-    markers = ("<|python_start|>", "<|python_tag|>")
-    bare = "["
-    between = "<|python_end|>"
-    brackets, quotes = "[", "\"'"
-    value = staticmethod(python_value)
-    HEAD = re.compile("$^")
-
-
-class MistralParser(ToolParser):
-    """Mistral: `[TOOL_CALLS]` before a list `[{"name": …, "arguments": {…}}]`, or before each name and its arguments:
-    `[TOOL_CALLS]name[ARGS]{…}`, in some versions with `[CALL_ID]…` between them, in others without `[ARGS]`."""
-
-    markers = ("[TOOL_CALLS]",)
-    NAMED = re.compile(r"\[TOOL_CALLS\]\s*([^\s\[\]{}]{1,128})\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\]\s*)?(?=\{)")
-    MAX_HEAD = 256  # characters before the first brace
-
-    def read(self, text: str, *, final: bool) -> Found | None:
-        named = self.NAMED.match(text)
-        if named is not None and named[1] in self._functions:
-            return Found(named.end(), [Part("call", "", named[1])], Rest(BracketReader()))
-        rest = text.removeprefix(self.markers[0]).lstrip()
-        if rest[:1] in ("", *self.brackets):
-            return super().read(text, final=final)
-        is_other = named is not None or "{" in rest or len(text) > self.MAX_HEAD or final
-        return Found(len(self.markers[0])) if is_other else None
-
-
-class QwenCoderParser(ToolParser):
-    """Qwen3-Coder: `<tool_call><function=name><parameter=x>…</parameter></function></tool_call>`. Strings stand there
-    as they are, other values in JSON. What opens or closes the call may be missing."""
-
-    markers = ("<tool_call>", "<function=")
-    HEAD = re.compile(r"(?:<tool_call>)?\s*<function=\s*([^<>\n]{1,128})>")
-    BEGUN = re.compile(r"(?:<tool_call>)?\s*<function=[^<>\n]{0,128}")
-
-    def read(self, text: str, *, final: bool) -> Found | None:
-        head = self.HEAD.match(text)
-        if head is not None and (name := head[1].strip()) in self._functions:
-            arguments = TaggedArguments(self._functions[name] or {})
-            return Found(head.end(), [Part("call", "", name)], Rest(arguments, "</function>", "</tool_call>"))
-        rest = text.removeprefix("<tool_call>").lstrip()
-        if not final and ("<function=".startswith(rest) or self.BEGUN.fullmatch(text)):
-            return None
-        return Found(1)
-
-
-_TEXT = {"string"}  # the types of a value of which each part can be passed on
-
-
-class TaggedArguments:
-    """`<parameter=x>…</parameter>`, once for each argument."""
-
-    _OPENING = re.compile(r"\s*<parameter=([^<>\n]*)>(?:\n|(?=[^\n]))")
-    _BEGUN = re.compile(r"<parameter=[^<>\n]*>?")
-    _STOPS = ("</parameter>", "\n<parameter=", "\n</function>")
-
-    def __init__(self, schema: Mapping[str, Any]) -> None:
-        self._schema = schema
-        self._lead = "{"  # before the next argument
-        self._kinds: set[str] | None = None  # of the value that is open
-
-    def read(self, text: str, *, final: bool) -> tuple[int, str, bool]:
-        end, made = 0, ""
-        while True:
-            if self._kinds is None:
-                opening = self._OPENING.match(text, end)
-                if opening is None:
-                    rest = text[end:].lstrip()
-                    if not final and ("<parameter=".startswith(rest) or self._BEGUN.fullmatch(rest)):
-                        return end, made, False
-                    return end, made + ("{}" if self._lead == "{" else "}"), True
-                properties = resolved(self._schema, self._schema).get("properties")
-                known = properties.get(opening[1]) if isinstance(properties, dict) else None
-                self._kinds = json_kinds(known, self._schema)
-                made += f"{self._lead}{json.dumps(opening[1], ensure_ascii=False)}: "
-                made += '"' if self._kinds == _TEXT else ""
-                end, self._lead = opening.end(), ", "
-            size, value = self._value(text[end:], self._kinds, final)
-            end, made = end + size, made + value
-            if self._kinds is not None:
-                return end, made, False
-
-    def _value(self, text: str, kinds: set[str], final: bool) -> tuple[int, str]:
-        """How much of the value that is open is there, and its JSON. `_kinds` is None once it ends."""
-        stops = [(at, stop) for stop in self._STOPS if (at := text.find(stop)) >= 0]
-        if stops:
-            at, stop = min(stops)
-            value, self._kinds = text[:at].removesuffix("\n"), None
-            end = at + len(stop) if stop == self._STOPS[0] else at
-            return end, _within(value) + '"' if kinds == _TEXT else typed_value(value, kinds)
-        if kinds != _TEXT:  # the type is known at the end
-            return len(text) if final else 0, ""
-        size = num_certain(text, self._STOPS)  # a part of a tag is none of the string
-        return len(text) if final else size, _within(text[:size])
-
-
-def _within(text: str) -> str:
-    """A part of a JSON string."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-Arguments = BracketReader | TaggedArguments
-TOOL_PARSERS: dict[str, type[ToolParser]] = {  # by the names of `--tool-call-parser`
-    "hermes": HermesParser,
-    "qwen": HermesParser,
-    "qwen3_coder": QwenCoderParser,
-    "llama3_json": LlamaParser,
-    "mistral": MistralParser,
-    "pythonic": PythonicParser,
-}
-
-
 def make_tool_parser(name: str | None, functions: Mapping[str, Any]) -> Parser:
     """name: None when the format is not known. functions: the JSON schemas of their arguments, by name."""
-    return TOOL_PARSERS[name or UNKNOWN](functions)
+    return ToolParser(TOOL_PARSERS[name or UNKNOWN], functions)
+
+
+class Field(NamedTuple):
+    """A function, or one of its arguments: its name and schema, and the field that this is from.
+
+    binds: the schema has to be followed, or the request is refused. needed: the argument must be there.
+    """
+
+    name: str
+    schema: dict[str, Any]
+    param: str
+    binds: bool
+    needed: bool = True
+
+    def json(self, otherwise: dict[str, Any], whitespace: str = "compact") -> Form:
+        form = {"kind": "json", "text": json.dumps(self.schema), "whitespace": whitespace, "param": self.param}
+        return form if self.binds else {**form, "or": {**form, "text": json.dumps(otherwise)}}
+
+    def maybe(self, form: Form) -> Form:
+        return form if self.needed else {"any": [form, []]}
+
+
+def calls_form(
+    parser: str | None, tools: Sequence[Mapping[str, Any]], names: Collection[str], *, parallel: bool, required: bool
+) -> Form:
+    """Calls in the model's own format, which is what it knows best.
+
+    parser: the name of the format, as for `--tool-call-parser`; None: unknown.
+    tools: as in the request (`{"type": "function", "function": {…}}`); those with these names can be called.
+    parallel: there may be several calls. required: arguments match their schema, or the request is refused; else that
+    is so for functions that are `strict`, and others whose schema cannot be followed have any arguments.
+    """
+    functions = [
+        Field(f["name"], _of_object(f), f"tools[{index}].function.parameters", required or f.get("strict") is True)
+        for index, f in enumerate(tool["function"] for tool in tools)
+        if f["name"] in names
+    ]
+    spec, choices = TOOL_PARSERS[parser or UNKNOWN], []
+    for layout in spec.layouts:
+        opening, closing = layout.call.split("$arguments")
+        calls = [[opening.replace("$name", f.name), _arguments(spec.language, f), closing] for f in functions]
+        many = {"many": {"any": calls}, "between": layout.between} if parallel else {"any": calls}
+        choices.append([*layout.before, many, *layout.after])
+    return {"any": choices}
+
+
+def _of_object(function: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of its arguments: of an object, and without parameters of an empty one."""
+    schema = {key: value for key, value in (function.get("parameters") or {}).items() if value is not None}
+    if not any(key in schema for key in ("properties", *_OTHER)):
+        schema["properties"] = {}
+    return schema if "$ref" in schema else {"type": "object", **schema}
+
+
+def _arguments(language: str, function: Field) -> Form:
+    if language == "json":
+        return function.json(_OBJECT)
+    fields = _fields(function)
+    if language == "python":
+        return _separated(fields)
+    return [field.maybe([f"<parameter={field.name}>\n", _value(field)]) for field in fields]
+
+
+def _separated(fields: Sequence[Field]) -> Form:
+    """Arguments follow each other with commas between them; those that are not needed may be missing."""
+    items = [[f"{field.name}=", field.json({}, "python")] for field in fields]
+    behind = [field.maybe([", ", item]) for field, item in zip(fields, items, strict=True)]
+    first = next((index for index, field in enumerate(fields) if field.needed), len(items))
+    starts: list[Form] = [[item, *behind[index + 1 :]] for index, item in enumerate(items[: first + 1])]
+    return {"any": starts if first < len(items) else [*starts, []]}
+
+
+_END = "\n</parameter>\n"
+
+
+def _value(field: Field, depth: int = 0) -> Form:
+    """An argument as Qwen3-Coder writes it, up to the end of its tag: strings without quotes, and JSON."""
+    schema = resolved(field.schema, field.schema)
+    branches = schema.get("anyOf")
+    if isinstance(schema.get("type"), list):
+        branches = [{**schema, "type": kind} for kind in schema["type"]]
+    if isinstance(branches, list) and depth < _MAX_BRANCHES and all(isinstance(branch, dict) for branch in branches):
+        shared = definitions(field.schema)
+        return {"any": [_value(field._replace(schema={**shared, **branch}), depth + 1) for branch in branches]}
+    if values := literals(schema):
+        return {"any": [[value if isinstance(value, str) else json.dumps(value), _END] for value in values]}
+    if schema.get("type") != "string":
+        return [field.json({}), _END]
+    patterns = [PATTERNS[name] for name in (str(schema.get("format")),) if name in PATTERNS]
+    patterns += [schema["pattern"]] if isinstance(schema.get("pattern"), str) else []
+    least, most = schema.get("minLength") or 0, schema.get("maxLength")
+    if least or most is not None:
+        patterns.append(f"^(?s:.{{{least},{'' if most is None else most}}})$")
+    if not patterns:
+        return {"until": _END}
+    lark = f"start: V {json.dumps(_END)}\nV: " + " & ".join(f"/{_searched(pattern)}/" for pattern in patterns)
+    form = {"kind": "grammar", "text": lark, "param": field.param}
+    return form if field.binds else {**form, "or": {"until": _END}}
+
+
+def _searched(pattern: str) -> str:
+    """A pattern of JSON schema, which matches anywhere, as one that matches the whole."""
+    start, end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
+    inner = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", pattern[start : len(pattern) - end])
+    return f"{'' if start else '(?s:.*)'}({inner}){'' if end else '(?s:.*)'}"
+
+
+def _fields(function: Field) -> list[Field]:
+    """The arguments of a function. Raises: RequestError when its schema has no list of them."""
+    schema = resolved(function.schema, function.schema)
+    fields = schema.get("properties") or {}
+    if any(schema.get(key) not in (None, True, False, {}) for key in _OTHER) or not isinstance(fields, dict):
+        message = f"{function.param} must be an object of named properties, for this model's format of calls"
+        raise RequestError(message, param=function.param)
+    shared = definitions(function.schema)
+    required = listed(schema, "required")
+    return [
+        Field(name, shared | inner, f"{function.param}.properties.{name}", function.binds, name in required)
+        for name, schema in fields.items()
+        if isinstance(inner := {} if schema is True else schema, dict)
+    ]
