@@ -236,7 +236,7 @@ def attention_decode(num_q: int, num_kv: int, dim: int) -> None:
         for window, cluster in ((None, 0), (100, 0), (1, 0), (None, 1), (100, 2), (None, 16), (1, 16)):
             for early in (False, True):
                 out = torch.empty(paged.q.shape, dtype=DTYPE, device=DEVICE)
-                backend.launch(q, cache, window, paged.step.on_device(), out, cluster, early)
+                backend.launch(q, cache, window or 0, paged.step.on_device(), out, cluster, early)
                 what = "attention_decode", num_q, num_kv, dim, page_size, lens, window, cluster, early
                 check(what, [out], [paged.reference(window)])
 

@@ -147,7 +147,7 @@ def cuda_call(case: Case, cluster: int, early: bool, plan: tuple[int, int] | Non
     out = torch.empty(case.q.shape, dtype=case.q.dtype, device=device)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        backend.launch(q, LayerCache(k, v), None, case.step.on_device(), out, cluster, early)
+        backend.launch(q, LayerCache(k, v), 0, case.step.on_device(), out, cluster, early)
         return out
 
     return call

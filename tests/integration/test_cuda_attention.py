@@ -107,7 +107,7 @@ def test_decode(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype, plan: tu
                 for cluster in (0, 1, 2, 8, 16):
                     for early in (False, True):
                         out = torch.full(case.q.shape, float("nan"), dtype=dtype, device="cuda")
-                        backend.launch(case.q, case.cache, window, case.seqs, out, cluster, early)
+                        backend.launch(case.q, case.cache, window or 0, case.seqs, out, cluster, early)
                         check(out, expected)
                 metadata = backend.prepare(case.step, captured=False)
                 check(backend.forward(case.q, case.cache, spec_of(shape, window), metadata), expected)

@@ -21,6 +21,12 @@ IntArray = npt.NDArray[np.int64]
 Metadata = TypeVar("Metadata")
 
 
+def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """A host array on the device, without waiting for it: through pinned memory, which torch keeps until it is read."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionStep:
     """The sequences of a step, in the order of their tokens in the ragged batch: first those that decode, of one token.

@@ -33,14 +33,13 @@ class CudaBackend(AttentionBackend[PagedSequences]):
         capability = torch.cuda.get_device_capability(device)
         self._shape = shape
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        group = shape.num_qo_heads // shape.num_kv_heads
         warps, blocks_per_sm = plan or PLANS[shape.head_dim]
         self._num_blocks = blocks_per_sm * self._num_sms
         defines: dict[str, int | str] = {
             "ATTN_DTYPE": _DTYPES[shape.dtype],
             "ATTN_HEAD_DIM": shape.head_dim,
             "ATTN_NUM_KV": shape.num_kv_heads,
-            "ATTN_GROUP": group,
+            "ATTN_GROUP": shape.num_qo_heads // shape.num_kv_heads,
             "ATTN_WARPS": warps,
             "ATTN_BLOCKS": blocks_per_sm,
         }
@@ -61,20 +60,13 @@ class CudaBackend(AttentionBackend[PagedSequences]):
         # A captured graph begins when all before it is done, and nothing in it writes the page table, the lengths or
         # older tokens. Launched one by one, the kernel may overlap one that does.
         early = torch.cuda.is_current_stream_capturing()
-        self.launch(q, cache, spec.window, metadata, out, cluster, early)
+        self.launch(q, cache, spec.window or 0, metadata, out, cluster, early)
         return out
 
     def launch(
-        self,
-        q: Tensor,
-        cache: LayerCache,
-        window: int | None,
-        seqs: PagedSequences,
-        out: Tensor,
-        cluster: int,
-        early: bool,
+        self, q: Tensor, cache: LayerCache, window: int, seqs: PagedSequences, out: Tensor, cluster: int, early: bool
     ) -> None:
-        """`forward` with the choices made: `cluster` as from `cluster_size`; `early`: see the kernel."""
+        """`forward` with the choices made. window 0: none; cluster: as from `cluster_size`; early: see the kernel."""
         inputs = q, cache.k, cache.v, seqs.page_table, seqs.rows, seqs.seq_lens
-        sizes = seqs.page_size, window or 0, cluster, self._num_blocks
+        sizes = seqs.page_size, window, cluster, self._num_blocks
         self._kernel.attention_decode(*inputs, out, self._partial, self._counters, *sizes, early)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep
+from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, to_device
 from minisgl.config.model import AttentionSpec
 from minisgl.kernel.ops import PagedSequences
 from minisgl.kernel.triton import decode, prefill
@@ -37,36 +37,25 @@ class TritonBackend(AttentionBackend[TritonMetadata]):
         self._pdl = capability >= (9, 0)
         self._prefill_config = prefill.prefill_config(shape.dtype, shape.head_dim, capability)
         self._decode_config = decode.decode_config(shape.dtype, shape.head_dim)
-        self._partials = self._allocate()
-
-    def _allocate(self) -> decode.Partials:
-        """Room for the splits of any batch."""
-        sizes = range(1, self._shape.max_running_requests + 1)
-        parts = max(n * self._num_splits(n, self._shape.max_seq_len) for n in sizes) * self._shape.num_qo_heads
-        acc = torch.empty(parts * self._shape.head_dim, dtype=torch.float32, device=self._device)
-        return decode.Partials(acc, torch.empty(parts, dtype=torch.float32, device=self._device))
+        batches = range(1, shape.max_running_requests + 1)  # room for the splits of any
+        parts = max(n * self._num_splits(n, shape.max_seq_len) for n in batches) * shape.num_qo_heads
+        acc = torch.empty(parts * shape.head_dim, dtype=torch.float32, device=device)
+        self._partials = decode.Partials(acc, torch.empty(parts, dtype=torch.float32, device=device))
 
     def _num_splits(self, batch_size: int, max_seq_len: int) -> int:
-        return decode.num_splits(
-            batch_size, self._shape.num_kv_heads, max_seq_len, self._decode_config.block_n, self._num_sms
-        )
+        num_kv_heads, block_n = self._shape.num_kv_heads, self._decode_config.block_n
+        return decode.num_splits(batch_size, num_kv_heads, max_seq_len, block_n, self._num_sms)
 
     def prepare(self, step: AttentionStep, captured: bool) -> TritonMetadata:
         max_seq_len = self._shape.max_seq_len if captured else int(step.seq_lens.max())
-        return TritonMetadata(step.on_device(), None if step.is_decode else self._blocks(step), max_seq_len)
-
-    def _blocks(self, step: AttentionStep) -> Tensor:
+        if step.is_decode:
+            return TritonMetadata(step.on_device(), None, max_seq_len)
         blocks = prefill.prefill_blocks(step.starts, step.num_new, self._group, self._prefill_config.block_m)
-        tensor = torch.from_numpy(blocks)
-        if self._device.type == "cuda":
-            tensor = tensor.pin_memory()  # a copy from pageable memory would wait for the stream
-        return tensor.to(self._device, non_blocking=True)
+        return TritonMetadata(step.on_device(), to_device(blocks, self._device), max_seq_len)
 
     def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: TritonMetadata) -> Tensor:
-        seqs, blocks, window = metadata.seqs, metadata.blocks, spec.window
+        seqs, blocks, window, pdl = metadata.seqs, metadata.blocks, spec.window, self._pdl
         if blocks is not None:
-            return prefill.prefill_attention(q, cache.k, cache.v, seqs, blocks, window, self._prefill_config, self._pdl)
+            return prefill.prefill_attention(q, *cache, seqs, blocks, window, self._prefill_config, pdl)
         splits = self._num_splits(q.shape[0], min(window or metadata.max_seq_len, metadata.max_seq_len))
-        return decode.decode_attention(
-            q, cache.k, cache.v, seqs, window, splits, self._partials, self._decode_config, self._pdl
-        )
+        return decode.decode_attention(q, *cache, seqs, window, splits, self._partials, self._decode_config, pdl)

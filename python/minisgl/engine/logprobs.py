@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.attention.base import IntArray
+from minisgl.attention.base import IntArray, to_device
 from minisgl.core import Admission, ScheduledReq, TokenLogprobs
-from minisgl.engine.rules import ROWS_AT_ONCE, to_device
+from minisgl.engine.rules import ROWS_AT_ONCE
 
 Tensor = torch.Tensor
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.attention.base import IntArray
+from minisgl.attention.base import IntArray, to_device
 from minisgl.core import Admission, Masks, SamplingParams
 
 Tensor = torch.Tensor
@@ -158,12 +158,6 @@ def apply_bitmask(logits: Tensor, index: Tensor, words: Tensor) -> None:
         logits.masked_fill_(forbidden, float("-inf"))
     else:
         logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(forbidden, float("-inf")))
-
-
-def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    """A host array on the device, without waiting for it: through pinned memory, which torch keeps until it is read."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _integers(entries: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:

@@ -8,11 +8,11 @@ import time
 import numpy as np
 import torch
 
+from minisgl.attention.base import to_device
 from minisgl.attention.create import Backend, create_backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import StepPlan
 from minisgl.distributed.comm import Communicator
-from minisgl.engine.rules import to_device
 from minisgl.kernel.ops import TorchOps
 from minisgl.kvcache.pool import KVPool
 from minisgl.layers.base import LayerEnv

@@ -7,11 +7,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from minisgl.attention.base import AttentionStep, StepContext
+from minisgl.attention.base import AttentionStep, StepContext, to_device
 from minisgl.attention.create import Backend
 from minisgl.core import NOT_READY, Masks, StepPlan, StepResult
 from minisgl.engine.logprobs import DeviceLogprobs, gather_logprobs
-from minisgl.engine.rules import LogitStep, apply_rules, to_device
+from minisgl.engine.rules import LogitStep, apply_rules
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
 from minisgl.kernel.ops import PagedSequences, RopeAngles
