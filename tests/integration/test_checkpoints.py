@@ -122,7 +122,9 @@ def test_names_and_layouts(tmp_path: Path, kind: str) -> None:
 
 
 class SecondOfTwo(Communicator):
-    rank, size = 1, 2
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank, self.size = 1, 2
 
 
 @pytest.mark.parametrize(("family", "change"), [("llama", fused), ("qwen3_moe", transformers_5)])

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from minisgl.distributed.comm import Rendezvous
-from minisgl.distributed.cuda import CudaCommunicator, cuda_communicator
+from minisgl.distributed.cuda import CudaCommunicator
 from minisgl.errors import ConfigError
 
 NUM_GPUS = torch.cuda.device_count()
@@ -149,7 +149,7 @@ def check_broadcasts(comm: Any) -> None:
 
 
 def check_everything(rank: int, size: int, path: str, use_pynccl: bool) -> None:
-    comm = cuda_communicator(rank, size, f"file://{path}", use_pynccl, gather_bytes=4 * MIB)
+    comm = CudaCommunicator(Rendezvous(rank, size, f"file://{path}"), use_pynccl, gather_bytes=4 * MIB)
     for check in (check_sums, check_graphs, check_gathers, check_gather_graph, check_broadcasts):
         check(comm)
         torch.cuda.synchronize()
@@ -241,7 +241,7 @@ def test_a_rank_that_falls_silent_does_not_hang_the_others(size: int, tmp_path: 
 def test_more_ranks_than_gpus(tmp_path: Path) -> None:
     size = NUM_GPUS + 2
     with pytest.raises(ConfigError, match=f"--tensor-parallel-size {size} needs {size} GPUs"):
-        cuda_communicator(0, size, f"file://{tmp_path}/meeting")
+        CudaCommunicator(Rendezvous(0, size, f"file://{tmp_path}/meeting"))
 
 
 def test_ranks_exchange_texts(tmp_path: Path) -> None:

@@ -76,10 +76,12 @@ class Rendezvous:
 class Communicator:
     """Collectives over all ranks; every rank calls the same ones in the same order, from one thread.
 
-    This one is for a single rank, which has nothing to do; where there are more, subclasses compute.
+    This one is for a single rank, which has nothing to do; where there are more, and meet, subclasses compute.
     """
 
-    rank, size = 0, 1
+    def __init__(self, meeting: Rendezvous | None = None) -> None:
+        self._meeting = meeting
+        self.rank, self.size = (meeting.rank, meeting.size) if meeting else (0, 1)
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The sum over ranks, in `out`, which is like x; without it, may work in place and return `x`."""
@@ -96,18 +98,20 @@ class Communicator:
 
     def all_reduce_min(self, value: int) -> int:
         """The smallest `value` of all ranks, by way of the host: for start-up, not for steps."""
-        return value
+        return self._meeting.minimum(value) if self._meeting else value
 
     def close(self) -> None:
         """Leave."""
 
 
 class GlooCommunicator(Communicator):
-    """CPU ranks of one machine. It owns its process group; torch's default group is left alone."""
+    """CPU ranks of one machine. It owns its process group; torch's default group is left alone.
+
+    Raises: ConfigError where the ranks do not find one another.
+    """
 
     def __init__(self, meeting: Rendezvous) -> None:
-        self.rank, self.size = meeting.rank, meeting.size
-        self._meeting = meeting
+        super().__init__(meeting)
         gloo: Any = dist.ProcessGroupGloo  # its stubs are incomplete
         options = gloo._Options()
         options._timeout = meeting.timeout
@@ -129,17 +133,7 @@ class GlooCommunicator(Communicator):
         self._group.broadcast(x, 0).wait()
         return x
 
-    def all_reduce_min(self, value: int) -> int:
-        return self._meeting.minimum(value)
-
     def close(self) -> None:
         """Leave. Waits for nobody: the other ranks may be gone already."""
-        del self._group, self._meeting
-
-
-def cpu_communicator(rank: int, size: int, rendezvous: str) -> Communicator:
-    """Of one rank on the CPUs of a machine. rendezvous: a URL; unused where there is one rank.
-
-    Raises: ConfigError where the ranks do not find one another.
-    """
-    return Communicator() if size == 1 else GlooCommunicator(Rendezvous(rank, size, rendezvous))
+        self._meeting = None
+        del self._group

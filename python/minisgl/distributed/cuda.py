@@ -55,23 +55,22 @@ class CudaCommunicator(Communicator):
     """
 
     def __init__(self, meeting: Rendezvous, use_pynccl: bool = True, gather_bytes: int = 0) -> None:
-        self.rank, self.size, self._meeting = meeting.rank, meeting.size, meeting
+        super().__init__(meeting)
         if (num_gpus := torch.cuda.device_count()) < self.size:
             raise ConfigError(
                 f"--tensor-parallel-size {self.size} needs {self.size} GPUs, this machine shows {num_gpus}"
             )
         self._device = torch.device("cuda", self.rank)
         torch.cuda.set_device(self._device)
-        self.nccl = self._open_nccl(use_pynccl)
+        meeting.exchange("start", "")  # NCCL itself would wait for ever for a rank that never comes
+        self.nccl: TorchNccl | pynccl.PyNccl
+        if use_pynccl:
+            texts = meeting.exchange("nccl", pynccl.unique_id().hex() if self.rank == 0 else "")
+            self.nccl = pynccl.PyNccl(self.rank, self.size, bytes.fromhex(texts[0]))
+        else:
+            self.nccl = TorchNccl(meeting, self._device)
         self._warm_up()
         self.peers = open_peer_memory(meeting, self._device, gather_bytes)
-
-    def _open_nccl(self, use_pynccl: bool) -> TorchNccl | pynccl.PyNccl:
-        self._meeting.exchange("start", "")  # NCCL itself would wait for ever for a rank that never comes
-        if not use_pynccl:
-            return TorchNccl(self._meeting, self._device)
-        texts = self._meeting.exchange("nccl", pynccl.unique_id().hex() if self.rank == 0 else "")
-        return pynccl.PyNccl(self.rank, self.size, bytes.fromhex(texts[0]))
 
     def _warm_up(self) -> None:
         """Let NCCL connect and allocate now, for small and large messages, rather than inside a capture."""
@@ -113,9 +112,6 @@ class CudaCommunicator(Communicator):
             self.nccl.broadcast(x)
         return x
 
-    def all_reduce_min(self, value: int) -> int:
-        return self._meeting.minimum(value)
-
     def close(self) -> None:
         """Leave. Waits for others a few seconds at most: they may be gone already.
 
@@ -138,12 +134,3 @@ class CudaCommunicator(Communicator):
                 return False
             time.sleep(0.001)
         return True
-
-
-def cuda_communicator(
-    rank: int, size: int, rendezvous: str, use_pynccl: bool = True, gather_bytes: int = 0
-) -> Communicator:
-    """Of one rank, on the GPU of that number. rendezvous: a URL; unused where there is one rank."""
-    if size == 1:
-        return Communicator()
-    return CudaCommunicator(Rendezvous(rank, size, rendezvous), use_pynccl, gather_bytes)

@@ -18,7 +18,7 @@ from minisgl.attention.cpu import CpuBackend
 from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import Masks, StepPlan, StepResult
-from minisgl.distributed.comm import cpu_communicator
+from minisgl.distributed.comm import Communicator, GlooCommunicator, Rendezvous
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.step import LayerByLayer, LogitsOf, StepRunner
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
@@ -107,7 +107,8 @@ def rank_cores(rank: int, tp_size: int) -> list[int]:
 
 def create_steps(config: EngineConfig, rank: int) -> StepRunner:
     """What computes the steps of a rank. Raises: ConfigError when the model cannot be loaded."""
-    comm = cpu_communicator(rank, config.tp_size, config.init_method)
+    size, url = config.tp_size, config.init_method
+    comm = GlooCommunicator(Rendezvous(rank, size, url)) if size > 1 else Communicator()
     kernels = CpuOps(config.num_threads) if config.cpu_kernels else None
     shard = ModelShard(config, torch.device("cpu"), comm, kernels or TorchOps())
     kv, tables = shard.create_kv(config.num_pages), CpuTables(config)

@@ -16,7 +16,8 @@ import torch
 from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import Masks, ScheduledReq, StepPlan, StepResult
-from minisgl.distributed.cuda import cuda_communicator
+from minisgl.distributed.comm import Communicator, Rendezvous
+from minisgl.distributed.cuda import CudaCommunicator
 from minisgl.engine.graph import DecodeGraphs, GraphShape, RunStep
 from minisgl.engine.memory import activation_bytes, large_step, pages_that_fit
 from minisgl.engine.shard import DTYPES, ModelShard
@@ -128,9 +129,10 @@ class CudaRunner:
 
 def load_shard(config: EngineConfig, rank: int, device: torch.device) -> ModelShard:
     """The model, and what a GPU computes with."""
-    dtype, vocab_size = DTYPES[config.dtype], div_ceil(config.model.vocab_size, config.tp_size) * config.tp_size
-    logit_bytes = config.max_running_requests * vocab_size * dtype.itemsize
-    comm = cuda_communicator(rank, config.tp_size, config.init_method, config.use_pynccl, logit_bytes)
+    dtype, size, comm = DTYPES[config.dtype], config.tp_size, Communicator()
+    if size > 1:
+        logit_bytes = config.max_running_requests * div_ceil(config.model.vocab_size, size) * size * dtype.itemsize
+        comm = CudaCommunicator(Rendezvous(rank, size, config.init_method), config.use_pynccl, logit_bytes)
     return ModelShard(config, device, comm, create_cuda_ops(device, dtype, config.moe_backend))
 
 
