@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from minisgl.attention.base import AttentionShape, AttentionStep
-from minisgl.attention.fa import FlashAttentionBackend
-from minisgl.attention.fi import FlashInferBackend, page_lists
+from minisgl.attention.optional import FlashAttentionBackend, FlashInferBackend, page_lists
 from minisgl.errors import ConfigError
 
 SHAPE = AttentionShape(4, 2, 64, torch.bfloat16, page_size=16, max_running_requests=4, max_seq_len=64)

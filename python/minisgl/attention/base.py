@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -13,7 +12,6 @@ import numpy.typing as npt
 import torch
 
 from minisgl.config.model import AttentionSpec
-from minisgl.errors import ConfigError
 from minisgl.kernel.ops import PagedSequences, RopeAngles
 from minisgl.kvcache.pool import KVPool, LayerCache
 
@@ -114,16 +112,6 @@ class AttentionBackend(ABC, Generic[Metadata]):
 
         → [num_tokens, num_qo_heads, v_dim]. Stale or non-finite values of other requests never leak in.
         """
-
-
-@contextmanager
-def importing(backend: str, module: str, package: str) -> Iterator[None]:
-    """Inside, an optional package of a backend is imported. Raises: ConfigError when it cannot be."""
-    try:
-        yield
-    except (ImportError, OSError) as error:  # OSError: a library of another CUDA version
-        problem = f"--attention-backend {backend} needs {module} ({error}): pip install {package}"
-        raise ConfigError(problem) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ Backend = AttentionBackend[object]  # each gets back what it has prepared, and o
 _ON_GPUS: dict[str, Callable[[], Any]] = {
     "triton": lambda: importlib.import_module("minisgl.attention.triton").TritonBackend,
     "cuda": lambda: importlib.import_module("minisgl.attention.cuda").CudaBackend,
-    "fi": lambda: importlib.import_module("minisgl.attention.fi").FlashInferBackend,
-    "fa": lambda: importlib.import_module("minisgl.attention.fa").FlashAttentionBackend,
+    "fi": lambda: importlib.import_module("minisgl.attention.optional").FlashInferBackend,
+    "fa": lambda: importlib.import_module("minisgl.attention.optional").FlashAttentionBackend,
 }
 
 

@@ -1,17 +1,19 @@
-"""FlashInfer (arXiv 2501.01005), an optional package. It schedules a step on the host before the step runs, and refills
-the buffers that a CUDA graph reads before each replay."""
+"""Backends of optional packages: FlashInfer (arXiv 2501.01005) and FlashAttention-3 (arXiv 2407.08608)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, IntArray, importing
+from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, IntArray
 from minisgl.config.model import AttentionSpec
+from minisgl.errors import ConfigError
+from minisgl.kernel.ops import PagedSequences
 from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
@@ -19,8 +21,19 @@ WORKSPACE_BYTES = 256 << 20  # partial results of split sequences; shared, as la
 Wrappers = dict[int | None, Any]  # FlashInfer's objects, which hold a plan, by the window of layers
 
 
+@contextmanager
+def importing(backend: str, module: str, package: str) -> Iterator[None]:
+    """Inside, an optional package of a backend is imported. Raises: ConfigError when it cannot be."""
+    try:
+        yield
+    except (ImportError, OSError) as error:  # OSError: a library of another CUDA version
+        problem = f"--attention-backend {backend} needs {module} ({error}): pip install {package}"
+        raise ConfigError(problem) from error
+
+
 class FlashInferBackend(AttentionBackend[Wrappers]):
-    """Raises: ConfigError when FlashInfer cannot be imported."""
+    """It schedules a step on the host before the step runs, and refills the buffers that a CUDA graph reads before
+    each replay. Raises: ConfigError when the package cannot be imported."""
 
     plans_captured = True
 
@@ -82,3 +95,48 @@ def page_lists(step: AttentionStep) -> Iterator[Tensor]:
 
 def _int32(array: IntArray | npt.NDArray[np.int32]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))
+
+
+class FlashMetadata(NamedTuple):
+    """pages: of each sequence, as from `gather_pages`; None: they are gathered by each layer, since what was gathered
+    before a capture must not be frozen into the graph."""
+
+    seqs: PagedSequences
+    pages: Tensor | None
+    max_q_len: int
+
+
+class FlashAttentionBackend(AttentionBackend[FlashMetadata]):
+    """Raises: ConfigError when the package cannot be imported."""
+
+    def __init__(self, shape: AttentionShape, _device: torch.device) -> None:
+        with importing("fa", "sgl_kernel", "sglang-kernel"):
+            from sgl_kernel.flash_attn import flash_attn_with_kvcache
+        self._attend = flash_attn_with_kvcache
+        self._max_seq_len = shape.max_seq_len
+
+    def prepare(self, step: AttentionStep, captured: bool) -> FlashMetadata:
+        seqs = step.on_device()
+        pages = None if captured else gather_pages(seqs, int(step.seq_lens.max()))
+        return FlashMetadata(seqs, pages, int(step.num_new.max()))
+
+    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: FlashMetadata) -> Tensor:
+        seqs, pages, window = metadata.seqs, metadata.pages, spec.window
+        out: Tensor = self._attend(
+            q=q,
+            k_cache=cache.k.unflatten(0, (-1, seqs.page_size)),
+            v_cache=cache.v.unflatten(0, (-1, seqs.page_size)),
+            cache_seqlens=seqs.seq_lens,
+            page_table=gather_pages(seqs, self._max_seq_len) if pages is None else pages,
+            cu_seqlens_q=seqs.cu_q,
+            max_seqlen_q=metadata.max_q_len,
+            causal=True,
+            window_size=(window - 1, 0) if window else (-1, -1),
+        )
+        return out
+
+
+def gather_pages(seqs: PagedSequences, max_seq_len: int) -> Tensor:
+    """[n, max pages]: each sequence's row of the page table."""
+    max_pages = -(-max_seq_len // seqs.page_size)
+    return seqs.page_table[:, :max_pages].index_select(0, seqs.rows)
