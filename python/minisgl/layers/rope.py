@@ -26,8 +26,7 @@ class RotaryEmbedding:
 
     def __call__(self, positions: Tensor) -> RopeAngles:
         """positions: [num_tokens] int64."""
-        is_dynamic = self._config.type == "dynamic"
-        inv_freq = self._dynamic_frequencies(positions) if is_dynamic else self._inv_freq
+        inv_freq = self._dynamic_frequencies(positions) if self._config.type == "dynamic" else self._inv_freq
         angles = positions[:, None].float() * inv_freq
         cos, sin = angles.cos(), angles.sin()
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
@@ -44,14 +43,13 @@ class RotaryEmbedding:
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies [head_dim / 2] float32 and the factor that scales cos and sin."""
     frequency: Tensor = config.theta ** _exponents(head_dim)
-    inv_freq = 1.0 / frequency
     if config.type == "linear":  # position interpolation, arXiv 2306.15595
-        return inv_freq / config.scaling["factor"], 1.0
+        return 1.0 / frequency / config.scaling["factor"], 1.0
     if config.type == "llama3":
-        return _llama3(inv_freq, config), 1.0
+        return _llama3(1.0 / frequency, config), 1.0
     if config.type == "yarn":
         return _yarn(frequency, config), _yarn_attention_factor(config.scaling)
-    return inv_freq, 1.0
+    return 1.0 / frequency, 1.0
 
 
 def _exponents(head_dim: int) -> Tensor:
@@ -60,12 +58,10 @@ def _exponents(head_dim: int) -> Tensor:
 
 def _llama3(inv_freq: Tensor, config: RopeConfig) -> Tensor:
     """Llama 3.1: low frequencies are interpolated, high ones kept, those between blended (meta-llama/llama-models)."""
-    factor = config.scaling["factor"]
-    low, high = config.scaling["low_freq_factor"], config.scaling["high_freq_factor"]
+    factor, low, high = (config.scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
     turns = config.max_position * inv_freq / (2 * math.pi)  # over the original context
     smooth: Tensor = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    scaled: Tensor = (1 - smooth) * inv_freq / factor + smooth * inv_freq
-    return scaled
+    return (1 - smooth) * inv_freq / factor + smooth * inv_freq
 
 
 def _yarn(frequency: Tensor, config: RopeConfig) -> Tensor:
@@ -91,8 +87,6 @@ def _yarn_attention_factor(scaling: dict[str, float]) -> float:
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
 
-    if "attention_factor" in scaling:
-        return scaling["attention_factor"]
-    if "mscale" in scaling and "mscale_all_dim" in scaling:
-        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
-    return mscale(1.0)
+    has_both = "mscale" in scaling and "mscale_all_dim" in scaling
+    factor = mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"]) if has_both else mscale(1.0)
+    return scaling.get("attention_factor", factor)
