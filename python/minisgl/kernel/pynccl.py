@@ -20,13 +20,10 @@ from minisgl.errors import ConfigError, EngineError
 
 SUM = 0  # ncclRedOp_t
 DTYPES = {  # ncclDataType_t
-    torch.int8: 0,
-    torch.uint8: 1,
     torch.int32: 2,
     torch.int64: 4,
     torch.float16: 6,
     torch.float32: 7,
-    torch.float64: 8,
     torch.bfloat16: 9,
 }
 
