@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 import minisgl
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
+from minisgl.grammar.source import VocabularyConfig
 from minisgl.grammar.store import GrammarStore
-from minisgl.grammar.vocabulary import VocabularyConfig
 from minisgl.server.bodies.sampling import MAX_CHOICES, MAX_TEXT
 from tests.schemas import schemas
 from tests.tokenizers_fixture import make_byte_level

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from minisgl.config.families import read_model_config
 from minisgl.errors import ConfigError
-from minisgl.grammar.vocabulary import VocabularyConfig, load_vocabulary
+from minisgl.grammar.source import VocabularyConfig, load_vocabulary
 from minisgl.tokenizer.tokenize import HFTextCodec
 from tests.tokenizers_fixture import TEXT, make_byte_level, make_sentencepiece
 

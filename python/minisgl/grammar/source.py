@@ -1,20 +1,23 @@
-"""A request's grammar in the language of llguidance: Lark, with what is in other languages as grammars beside it."""
+"""A request's grammar in the language of llguidance, and the model's tokens as llguidance sees them."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
+from tokenizers import AddedToken, Tokenizer
 
 from minisgl.config.chat import CLOSING, OPENING
+from minisgl.config.locate import load_tokenizer
 from minisgl.core import Grammar
-from minisgl.errors import RequestError
+from minisgl.errors import ConfigError, RequestError
 from minisgl.grammar.schema import SchemaError, children, definitions, followed
 
 _WHITESPACE: dict[str, Any] = {
@@ -24,6 +27,16 @@ _WHITESPACE: dict[str, Any] = {
 }
 _WHITESPACE["python"] = {**_WHITESPACE["compact"], "json_allowed_escapes": 'nrbtf\\"'}  # literals of both languages
 _LOCATE_SECONDS = 0.5
+# A mask is computed between two tokens, so the limits of a step are milliseconds.
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=100_000,
+    max_items_in_row=10_000,
+    step_max_items=50_000,
+    max_lexer_states=20_000,  # 14 MB of a running request
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
 
 
 def to_llguidance(grammar: Grammar, special: Mapping[str, int]) -> str:
@@ -169,3 +182,93 @@ def one_line(error: str) -> str:
 def _escaped(text: str) -> str:
     """A text in a regular expression between slashes."""
     return re.escape(text).replace("/", r"\/").replace("\n", "n")  # `re` writes a backslash before the line break
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyConfig:
+    """model_path: with a tokenizer. vocab_size: of the model's logits. eos_token_ids: what ends an output."""
+
+    model_path: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """special: texts of the added tokens, which no string of a grammar matches, and their ids."""
+
+    tokenizer: LLTokenizer
+    special: dict[str, int]
+
+    def matcher(self, source: str, param: str) -> LLMatcher:
+        """A grammar, in llguidance's language, at the beginning of an output. What is built for the first mask is there
+        for all matchers that are copied from this one. Raises: RequestError naming `param`."""
+        matcher = LLMatcher(self.tokenizer, source, log_level=0, limits=_LIMITS)
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            raise RequestError(f"{param}: {one_line(matcher.get_error())}", param=param)
+        return matcher
+
+
+def load_vocabulary(config: VocabularyConfig) -> Vocabulary:
+    """It takes a second with a hundred thousand tokens. Raises: ConfigError when the model has no such tokenizer."""
+    if not config.eos_token_ids:
+        raise ConfigError("this model has no end-of-sequence token, which structured output needs")
+    try:
+        data = json.loads(_load(config.model_path).to_str())
+        _leave_out(data, config.vocab_size)
+        special = {token["content"]: token["id"] for token in data["added_tokens"]}
+        _rename_added(data)
+        ends = [token for token in config.eos_token_ids if token < config.vocab_size]
+        return Vocabulary(LLTokenizer(json.dumps(data), n_vocab=config.vocab_size, eos_token=ends), special)
+    except Exception as error:  # whatever the two libraries find wrong with the file
+        raise ConfigError(f"structured output cannot use this model's tokenizer: {error}") from error
+
+
+def _load(model_path: str) -> Tokenizer:
+    """With the tokens that only tokenizer_config.json has."""
+    path, config = (os.path.join(model_path, name) for name in ("tokenizer.json", "tokenizer_config.json"))
+    if os.path.isfile(path):
+        tokenizer = Tokenizer.from_file(path)
+    else:
+        converted = getattr(load_tokenizer(model_path), "backend_tokenizer", None)
+        if converted is None:
+            raise ConfigError("it is of a kind that has no tokenizer.json")
+        tokenizer = Tokenizer.from_str(converted.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if os.path.isfile(config):
+        with open(config, encoding="utf-8") as file:
+            added: dict[str, Any] = json.load(file).get("added_tokens_decoder", {})
+        for index, token in sorted(added.items(), key=lambda item: int(item[0])):
+            if tokenizer.id_to_token(int(index)) is None:
+                tokenizer.add_tokens([AddedToken(token["content"], special=token.get("special", False))])
+    return tokenizer
+
+
+def _leave_out(data: dict[str, Any], vocab_size: int) -> None:
+    """Tokens for which the model has no logits, and merges that need them."""
+    model = data["model"]
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < vocab_size]
+    if isinstance(vocab := model.get("vocab"), list):
+        model["vocab"] = vocab[:vocab_size]
+    elif any(index >= vocab_size for index in vocab.values()):
+        model["vocab"] = vocab = {token: index for token, index in vocab.items() if index < vocab_size}
+        pairs = [(*pair.split(" "),) if isinstance(pair, str) else pair for pair in model.get("merges", ())]
+        if pairs:
+            model["merges"] = [[a, b] for a, b in pairs if a in vocab and b in vocab and a + b in vocab]
+
+
+def _rename_added(data: dict[str, Any]) -> None:
+    """Give added tokens names that no grammar has in its strings.
+
+    llguidance lets no string match an added token (`<tool_call>`, `<|im_end|>`); but it also tokenizes the strings
+    that a grammar prescribes, would get this very token, and be stuck.
+    """
+    vocab = data["model"].get("vocab")
+    for token in data["added_tokens"]:
+        name = f"<|added token {token['id']}|>"
+        if isinstance(vocab, dict) and token["content"] in vocab:
+            vocab[name] = vocab.pop(token["content"])
+        token["content"], token["special"] = name, True

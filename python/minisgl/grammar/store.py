@@ -18,8 +18,8 @@ from llguidance import LLMatcher
 from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
+from minisgl.grammar.source import Vocabulary, VocabularyConfig, load_vocabulary
 from minisgl.grammar.trial import Trial
-from minisgl.grammar.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
 
 logger = logging.getLogger(__name__)
 

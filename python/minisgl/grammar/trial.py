@@ -7,7 +7,6 @@ kernel ends it: after some seconds of one core, or when memory or stack run out.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import resource
@@ -21,8 +20,7 @@ import psutil
 
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
-from minisgl.grammar.source import to_llguidance
-from minisgl.grammar.vocabulary import Vocabulary, VocabularyConfig, load_vocabulary
+from minisgl.grammar.source import Vocabulary, VocabularyConfig, load_vocabulary, to_llguidance
 
 _START_SECONDS = 60.0
 # What a grammar may cost. One that costs more is refused, and must not be felt by anyone else.
@@ -108,21 +106,13 @@ def _ask(process: subprocess.Popen[bytes], line: bytes, timeout: float) -> bytes
     return b""
 
 
-class _Heap(ctypes.Structure):
-    """What glibc counts; [4] are the bytes in mappings of their own, [7] those in use elsewhere."""
-
-    _fields_ = (("counts", ctypes.c_size_t * 10),)
-
-
 def _num_bytes_in_use() -> int:
     """The memory of this process. What was freed, and serves the next grammar, does not count."""
     try:
-        mallinfo = ctypes.CDLL(None).mallinfo2
-    except AttributeError:  # another library
+        heap = psutil.heap_info()
+    except AttributeError:  # a C library that does not tell
         return psutil.Process().memory_info().rss
-    mallinfo.restype = _Heap
-    counts = mallinfo().counts
-    return int(counts[4] + counts[7])
+    return heap.heap_used + heap.mmap_used
 
 
 def try_out(grammar: Grammar, vocabulary: Vocabulary) -> dict[str, str | int]:
