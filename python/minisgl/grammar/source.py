@@ -8,8 +8,10 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from tokenizers import AddedToken, Tokenizer
@@ -20,23 +22,10 @@ from minisgl.core import Grammar
 from minisgl.errors import ConfigError, RequestError
 from minisgl.grammar.schema import SchemaError, children, definitions, followed
 
-_WHITESPACE: dict[str, Any] = {
-    "compact": {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"},
-    # Any amount would let a model go on with it for ever.
-    "any": {"whitespace_pattern": r"[ \t\n]{0,32}"},
-}
-_WHITESPACE["python"] = {**_WHITESPACE["compact"], "json_allowed_escapes": 'nrbtf\\"'}  # literals of both languages
+_TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_WHITESPACE: dict[str, dict[str, Any]] = _TABLE["whitespace"]
+_LIMITS = LLParserLimits(**_TABLE["limits"], verbose_errors=False)
 _LOCATE_SECONDS = 0.5
-# A mask is computed between two tokens, so the limits of a step are milliseconds.
-_LIMITS = LLParserLimits(
-    initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=100_000,
-    max_items_in_row=10_000,
-    step_max_items=50_000,
-    max_lexer_states=20_000,  # 14 MB of a running request
-    max_grammar_size=200_000,
-    verbose_errors=False,
-)
 
 
 def to_llguidance(grammar: Grammar, special: Mapping[str, int]) -> str:
