@@ -54,9 +54,9 @@ class CpuTables:
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Ids and slots of a step's tokens."""
-        index, tensors = batch.index, batch.tensors
-        slots = torch.from_numpy(batch.attention.slots_of(index.token_rows, index.positions))
-        return self.token_ids[tensors.token_rows, tensors.positions].long(), slots
+        at = batch.index.token_rows, batch.index.positions
+        ids = self.token_ids.numpy()[at].astype(np.int64)
+        return torch.from_numpy(ids), torch.from_numpy(batch.attention.slots_of(*at))
 
 
 class WholeStep:

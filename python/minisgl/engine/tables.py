@@ -44,16 +44,18 @@ class StepIndex(NamedTuple):
     def of(reqs: Sequence[ScheduledReq]) -> StepIndex:
         """reqs: not empty."""
         num_fields = len(ScheduledReq._fields)
-        table = np.fromiter(chain.from_iterable(reqs), np.int64, num_fields * len(reqs))
-        req = dict(zip(ScheduledReq._fields, table.reshape(-1, num_fields).T, strict=True))
-        rows, starts, num_new = req["row"], req["start"], req["num_new"]
-        offsets = np.zeros(len(reqs) + 1, np.int64)
+        table = np.fromiter(chain.from_iterable(reqs), np.int64, num_fields * len(reqs)).reshape(-1, num_fields)
+        req = dict(zip(ScheduledReq._fields, table.T.copy(), strict=True))
+        rows, starts, num_new, num_samples = req["row"], req["start"], req["num_new"], req["num_samples"]
+        seq_lens, offsets = starts + num_new, np.arange(len(reqs) + 1)
+        if (num_new == 1).all() and (num_samples == 1).all():  # the common case, in which there is less to do
+            return StepIndex(starts, num_new, seq_lens, rows, offsets[:-1], rows, seq_lens, offsets, rows, starts)
         ends = num_new.cumsum(out=offsets[1:])
         token_rows, tokens = rows.repeat(num_new), np.arange(ends[-1])
         positions = tokens + (starts - offsets[:-1]).repeat(num_new)
-        logit_tokens = np.flatnonzero(tokens >= (ends - req["num_samples"]).repeat(num_new))
+        logit_tokens = np.flatnonzero(tokens >= (ends - num_samples).repeat(num_new))
         sampled = positions[logit_tokens] + 1, token_rows[logit_tokens], logit_tokens
-        return StepIndex(starts, num_new, *sampled, rows, starts + num_new, offsets, token_rows, positions)
+        return StepIndex(starts, num_new, *sampled, rows, seq_lens, offsets, token_rows, positions)
 
 
 class StepTensors(NamedTuple):
