@@ -17,7 +17,7 @@ from minisgl.core import Grammar
 from minisgl.errors import RequestError
 from minisgl.grammar.schema import SchemaError, followed
 from minisgl.grammar.store import GrammarStore
-from minisgl.parser.tools import TOOL_PARSERS, calls_form, make_tool_parser
+from minisgl.parser.tools import TOOL_PARSERS, ToolParser, calls_form
 from tests.unit.test_grammar import accepts, compile_in, store, walk
 from tests.unit.test_tool_parsers import parse
 
@@ -68,9 +68,9 @@ def closed(schema: Any) -> Any:
 def checked(text: str, name: str | None) -> list[tuple[str, Any]]:
     """The calls of an output, which has nothing else."""
     functions: dict[str, Any] = PARAMETERS
-    content, calls = parse(make_tool_parser(name, functions), text)
+    content, calls = parse(ToolParser(name, functions), text)
     assert content == "" and calls, text
-    assert parse(make_tool_parser(name, functions), *text) == (content, calls)
+    assert parse(ToolParser(name, functions), *text) == (content, calls)
     for function, arguments in calls:
         jsonschema.validate(arguments, closed(PARAMETERS[function]) or {"type": "object", "maxProperties": 0})
     return calls
@@ -166,7 +166,7 @@ def test_calls_or_an_answer(store: GrammarStore, name: str, reasoning: str) -> N
         assert not accepts(matcher.deep_copy(), before + bad)
         assert not accepts(matcher.deep_copy(), before + text + call)
         assert not accepts(matcher.deep_copy(), before)
-        assert parse(make_tool_parser(name, PARAMETERS), text) == (text, [])
+        assert parse(ToolParser(name, PARAMETERS), text) == (text, [])
 
 
 def tool(name: str, parameters: Any, **more: Any) -> dict[str, Any]:
@@ -229,4 +229,4 @@ def test_whatever_a_client_takes_for_a_schema_is_refused_or_read(schema: dict[st
         for value in ("5", "x", "{}"):
             arguments = {"x": value, "type": value}
             text = written(name, "f", arguments)
-            assert len(parse(make_tool_parser(name, {"f": schema}), text)[1]) == 1
+            assert len(parse(ToolParser(name, {"f": schema}), text)[1]) == 1

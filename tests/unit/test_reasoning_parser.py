@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minisgl.config.chat import REASONING_PARSERS
 from minisgl.parser.parts import Parser, Part, ThinkParser
-from minisgl.parser.tools import make_tool_parser
+from minisgl.parser.tools import ToolParser
 
 
 def parse(parser: Parser, *texts: str) -> tuple[str, str]:
@@ -87,7 +87,7 @@ def test_calls_after_reasoning() -> None:
     text = f"<think>\nI could {call}\n</think>\n\nLet me.\n{call}"
     expected = {"reasoning": f"I could {call}", "text": "Let me.", "names": ["f"], "arguments": "{}"}
     for pieces in ([text], list(text)):
-        parser = ThinkParser("qwen3", "", make_tool_parser("hermes", {"f": None}))
+        parser = ThinkParser("qwen3", "", ToolParser("hermes", {"f": None}))
         parts = [part for piece in pieces for part in parser.push(piece)] + parser.finish()
         assert expected == {
             "reasoning": "".join(part.text for part in parts if part.kind == "reasoning"),

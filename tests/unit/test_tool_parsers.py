@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisgl.parser.calls import calls_in, python_value
-from minisgl.parser.parts import Parser, Part
-from minisgl.parser.tools import TOOL_PARSERS, make_tool_parser
+from minisgl.parser.parts import Parser, Part, calls_in, python_value
+from minisgl.parser.tools import TOOL_PARSERS, ToolParser
 
 ANY_TYPE = {"type": "object", "properties": {"s": {"type": "string"}, "n": {"type": ["integer", "null"]}}}
 NAMES: dict[str, Any] = {"get_weather": {"properties": {"city": {"$ref": "#/$defs/Name"}}, "$defs": {"Name": {}}}}
@@ -50,7 +49,7 @@ def parse(parser: Parser, *texts: str) -> Result:
 
 
 def read(name: str, *texts: str) -> tuple[str, list[tuple[str, str]]]:
-    return gathered(parts_of(make_tool_parser(name, NAMES), *texts))
+    return gathered(parts_of(ToolParser(name, NAMES), *texts))
 
 
 HERMES = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
@@ -123,8 +122,8 @@ DOCUMENTED: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
 
 @pytest.mark.parametrize(("name", "text", "content", "calls"), DOCUMENTED, ids=lambda value: str(value)[:50])
 def test_documented_formats(name: str, text: str, content: str, calls: list[tuple[str, Any]]) -> None:
-    assert parse(make_tool_parser(name, NAMES), text) == (content, calls)
-    assert parse(make_tool_parser(name, NAMES), *text) == (content, calls)
+    assert parse(ToolParser(name, NAMES), text) == (content, calls)
+    assert parse(ToolParser(name, NAMES), *text) == (content, calls)
 
 
 MALFORMED = [
@@ -168,9 +167,9 @@ MALFORMED = [
 
 @pytest.mark.parametrize(("name", "text"), MALFORMED, ids=lambda value: str(value)[:50])
 def test_what_is_malformed_comes_back_as_text(name: str, text: str) -> None:
-    assert parse(make_tool_parser(name, NAMES), text) == (text, [])
+    assert parse(ToolParser(name, NAMES), text) == (text, [])
     if len(text) < 2000:
-        assert parse(make_tool_parser(name, NAMES), *text) == (text, [])
+        assert parse(ToolParser(name, NAMES), *text) == (text, [])
 
 
 BEGUN = [
@@ -206,10 +205,10 @@ def test_a_call_that_has_begun_is_one_to_its_end(name: str, text: str, arguments
 )
 def test_arguments_come_in_pieces(name: str, text: str) -> None:
     """The name first, and each piece as soon as it is there."""
-    parser = make_tool_parser(name, NAMES)
+    parser = ToolParser(name, NAMES)
     assert parser.push(text[: text.index("Paris") + 3])[0] == Part("call", "", "get_weather")
     assert parser.push("is") == [Part("call", "is")]
-    parser = make_tool_parser(name, NAMES)
+    parser = ToolParser(name, NAMES)
     parts = [part for piece in text for part in parser.push(piece)]
     assert parts[0] == Part("call", "", "get_weather") and len(parts) > 8
     assert not parser.finish()
@@ -218,12 +217,12 @@ def test_arguments_come_in_pieces(name: str, text: str) -> None:
 def test_objects_that_are_no_calls_are_not_waited_for() -> None:
     """An answer in JSON is streamed, though calls are JSON as well."""
     for text in ('{"a', '{"answer": ', '{"name": "Ada"', "{ ", '{"name": 5', '{"name": ["', "{}"):
-        assert joined(make_tool_parser("llama3_json", NAMES).push(text)) != ("", []) or text in ('{"a', "{ "), text
+        assert joined(ToolParser("llama3_json", NAMES).push(text)) != ("", []) or text in ('{"a', "{ "), text
         assert read("llama3_json", text) == (text, [])
 
 
 def test_text_is_not_held_back_longer_than_it_may_be_a_call() -> None:
-    parser = make_tool_parser("hermes", NAMES)
+    parser = ToolParser("hermes", NAMES)
     assert joined(parser.push("a < b ")) == ("a < b", [])
     assert joined(parser.push("<tool")) == ("", [])
     assert joined(parser.push("box> ")) == (" <toolbox>", [])
@@ -278,7 +277,7 @@ def test_the_result_does_not_depend_on_the_cuts(message: tuple[str, list[str]]) 
 @settings(deadline=None)
 @given(st.sampled_from(sorted(TOOL_PARSERS)), st.lists(st.text(max_size=20), max_size=8))
 def test_plain_text_stays_as_it_is(name: str, pieces: list[str]) -> None:
-    assert parse(make_tool_parser(name, NAMES), *pieces) == ("".join(pieces), [])
+    assert parse(ToolParser(name, NAMES), *pieces) == ("".join(pieces), [])
 
 
 VALUES = st.recursive(
@@ -301,7 +300,7 @@ def test_any_arguments_come_through(calls: list[tuple[str, dict[str, Any]]], asc
         "mistral": "".join(f"[TOOL_CALLS]{n}[ARGS]{dump(a)}" for n, a in calls),
     }
     for name, text in written.items():
-        assert parse(make_tool_parser(name, NAMES), *text) == ("", calls)
+        assert parse(ToolParser(name, NAMES), *text) == ("", calls)
 
 
 IDENTIFIERS = st.from_regex(r"[a-z]{1,5}_", fullmatch=True)
@@ -311,7 +310,7 @@ IDENTIFIERS = st.from_regex(r"[a-z]{1,5}_", fullmatch=True)
 @given(st.dictionaries(IDENTIFIERS, VALUES, max_size=3))
 def test_any_python_literals_come_through(arguments: dict[str, Any]) -> None:
     text = f"[f({', '.join(f'{key}={value!r}' for key, value in arguments.items())})]"
-    assert parse(make_tool_parser("pythonic", NAMES), *text) == ("", [("f", arguments)])
+    assert parse(ToolParser("pythonic", NAMES), *text) == ("", [("f", arguments)])
 
 
 def test_python_that_is_no_list_is_no_call() -> None:

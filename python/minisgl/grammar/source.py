@@ -23,7 +23,7 @@ from minisgl.errors import ConfigError, RequestError
 from minisgl.grammar.schema import SchemaError, children, definitions, followed
 
 _TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-_WHITESPACE: dict[str, dict[str, Any]] = _TABLE["whitespace"]
+_WHITESPACE: dict[str, Any] = _TABLE["whitespace"]
 _LIMITS = LLParserLimits(**_TABLE["limits"], verbose_errors=False)
 _LOCATE_SECONDS = 0.5
 

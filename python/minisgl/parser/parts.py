@@ -1,11 +1,24 @@
-"""What parsers make of a model's text: parts of a message, as they come; and the parser of its reasoning."""
+"""What parsers make of a model's text: parts of a message, as they come. The parser of its reasoning, and readers of
+what is in tool calls."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+import ast
+import contextlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from minisgl.config.chat import CLOSING, OPENING, REASONING_PARSERS, reasoning_after
+from minisgl.grammar.schema import listed, literals, resolved
+
+MAX_TYPES = 8  # within types, which a schema may have without end
+MAX_DEPTH = 64  # of brackets in Python literals: enough for arguments, and no work for Python's parser
+_KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
+_TEXT = {"string"}  # the types of a value of which each part can be passed on
 
 
 class Part(NamedTuple):
@@ -99,3 +112,190 @@ class ThinkParser(Parser):
         if self._is_leading:
             self._buffer = self._buffer.lstrip()
             self._is_leading = not self._buffer
+
+
+def calls_in(text: str, names: Collection[str], read: Callable[[str], Any]) -> list[Part] | None:
+    """Calls of functions that the client has, whose arguments are JSON objects. None: the text is something else.
+
+    read: makes of it `{"name": …, "arguments" (or "parameters"): {…}}`, or a list of such.
+    """
+    try:
+        value = read(text)
+        return [_call(item, names) for item in (value if isinstance(value, list) else [value])] or None
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
+def json_value(text: str) -> Any:
+    """Line breaks within strings are taken, though JSON has them escaped: small models write code that way."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(text, strict=False, parse_constant=refuse)
+
+
+def python_value(text: str) -> list[dict[str, Any]]:
+    """A Python list of calls, `[f(a=1), g(b="x")]`: keyword arguments only, all of them literals; none if it is not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of odd escape sequences
+        tree = ast.parse(text.strip(), mode="eval").body
+    return [_python_call(node) for node in tree.elts] if isinstance(tree, ast.List) else []
+
+
+def _dump(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    # Half of a surrogate pair can be escaped in JSON, but not sent as UTF-8.
+    return json.dumps(value) if re.search("[\ud800-\udfff]", text) else text
+
+
+def _call(value: Any, names: Collection[str]) -> Part:
+    """Raises: ValueError when it is no call of one of these functions."""
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        value = value["function"]
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str) or name not in names:
+        raise ValueError("no call of a known function")
+    arguments = value.get("arguments", value.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = json_value(arguments) if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise ValueError("arguments are an object")
+    return Part("call", _dump(arguments), name)
+
+
+def _python_call(node: ast.expr) -> dict[str, Any]:
+    """A call in Python as it is in JSON. Raises: ValueError or TypeError when it is none."""
+    if not isinstance(node, ast.Call) or node.args:
+        raise ValueError("no call with keyword arguments")
+    arguments = {}
+    for keyword in node.keywords:
+        if keyword.arg is None or keyword.arg in arguments:
+            raise ValueError("** and repeated keywords are no arguments")
+        arguments[keyword.arg] = ast.literal_eval(_JsonNames().visit(keyword.value))
+    return {"name": ast.unparse(node.func), "arguments": arguments}
+
+
+class _JsonNames(ast.NodeTransformer):
+    """`true`, `false` and `null`, which models write in Python too."""
+
+    _VALUES = {"true": True, "false": False, "null": None}  # noqa: RUF012
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(self._VALUES[node.id]) if node.id in self._VALUES else node
+
+
+class BracketReader:
+    """Passes a bracketed value on as it comes, to its end. Brackets within strings do not count, and line breaks
+    in them, which models leave as they are, are escaped; nothing else is changed or checked.
+
+    quotes: the characters that delimit strings.
+    """
+
+    def __init__(self, quotes: str = '"') -> None:
+        self._quotes = quotes
+        self._quote = ""  # of the string that is open
+        self._escaped = False
+        self._depth = 0
+        self.too_deep = False
+
+    def read(self, text: str, *, final: bool = False) -> tuple[int, str, bool]:  # noqa: ARG002
+        """How many characters of the text belong to the value, what they are, and whether it ends with them."""
+        read: list[str] = []
+        for character in text:
+            if self._escaped:
+                self._escaped = False
+            elif self._quote:
+                self._escaped = character == "\\"
+                self._quote = "" if character == self._quote else self._quote
+            elif character in self._quotes:
+                self._quote = character
+            elif character in "([{":
+                self._depth += 1
+                self.too_deep |= self._depth > MAX_DEPTH
+            elif character in ")]}":
+                self._depth -= 1
+            read.append(json.dumps(character)[1:-1] if self._quote and character < " " else character)
+            if self._depth <= 0:
+                return len(read), "".join(read), True
+        return len(read), "".join(read), False
+
+
+def json_kinds(schema: Any, root: Any, depth: int = 0) -> set[str]:
+    """The types that values of a schema have, as JSON schema names them; none when any may be."""
+    schema = resolved(schema, root)
+    if not isinstance(schema, dict) or depth > MAX_TYPES:
+        return set()
+    kinds = schema.get("type")
+    if isinstance(kinds, str | list):
+        return {kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if isinstance(kind, str)}
+    if values := literals(schema):
+        return {_KINDS.get(type(value), "null") for value in values}
+    schemas = [branch for key in ("anyOf", "oneOf", "allOf") for branch in listed(schema, key)]
+    branches: list[set[str]] = [json_kinds(branch, root, depth + 1) for branch in schemas]
+    return set().union(*branches) if all(branches) else set()
+
+
+def typed_value(text: str, kinds: set[str]) -> str:
+    """What is written without quotes, as JSON: of these types if it can be read as one of them, else a string."""
+    if kinds != {"string"}:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json_value(_PYTHON.get(text.strip(), text))
+            kind = _KINDS.get(type(value), "null")
+            if not kinds or kind in kinds or (kind == "integer" and "number" in kinds):
+                return _dump(value)
+    return _dump(text)
+
+
+class TaggedArguments:
+    """`<parameter=x>…</parameter>`, once for each argument."""
+
+    _OPENING = re.compile(r"\s*<parameter=([^<>\n]*)>(?:\n|(?=[^\n]))")
+    _BEGUN = re.compile(r"<parameter=[^<>\n]*>?")
+    _STOPS = ("</parameter>", "\n<parameter=", "\n</function>")
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        self._schema = schema
+        self._lead = "{"  # before the next argument
+        self._kinds: set[str] | None = None  # of the value that is open
+
+    def read(self, text: str, *, final: bool) -> tuple[int, str, bool]:
+        end, made = 0, ""
+        while True:
+            if self._kinds is None:
+                opening = self._OPENING.match(text, end)
+                if opening is None:
+                    rest = text[end:].lstrip()
+                    if not final and ("<parameter=".startswith(rest) or self._BEGUN.fullmatch(rest)):
+                        return end, made, False
+                    return end, made + ("{}" if self._lead == "{" else "}"), True
+                properties = resolved(self._schema, self._schema).get("properties")
+                known = properties.get(opening[1]) if isinstance(properties, dict) else None
+                self._kinds = json_kinds(known, self._schema)
+                made += f"{self._lead}{json.dumps(opening[1], ensure_ascii=False)}: "
+                made += '"' if self._kinds == _TEXT else ""
+                end, self._lead = opening.end(), ", "
+            size, value = self._value(text[end:], self._kinds, final)
+            end, made = end + size, made + value
+            if self._kinds is not None:
+                return end, made, False
+
+    def _value(self, text: str, kinds: set[str], final: bool) -> tuple[int, str]:
+        """How much of the value that is open is there, and its JSON. `_kinds` is None once it ends."""
+        stops = [(at, stop) for stop in self._STOPS if (at := text.find(stop)) >= 0]
+        if stops:
+            at, stop = min(stops)
+            value, self._kinds = text[:at].removesuffix("\n"), None
+            end = at + len(stop) if stop == self._STOPS[0] else at
+            return end, _within(value) + '"' if kinds == _TEXT else typed_value(value, kinds)
+        if kinds != _TEXT:  # the type is known at the end
+            return len(text) if final else 0, ""
+        size = num_certain(text, self._STOPS)  # a part of a tag is none of the string
+        return len(text) if final else size, _within(text[:size])
+
+
+def _within(text: str) -> str:
+    """A part of a JSON string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]

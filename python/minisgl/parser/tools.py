@@ -20,14 +20,22 @@ import yaml
 
 from minisgl.errors import RequestError
 from minisgl.grammar.schema import PATTERNS, definitions, listed, literals, resolved
-from minisgl.parser.calls import BracketReader, TaggedArguments, calls_in, json_value, python_value
-from minisgl.parser.parts import Parser, Part, num_certain
+from minisgl.parser.parts import (
+    MAX_TYPES,
+    BracketReader,
+    Parser,
+    Part,
+    TaggedArguments,
+    calls_in,
+    json_value,
+    num_certain,
+    python_value,
+)
 
 Form = Any  # of `grammar/source.py`
 UNKNOWN = "llama3_json"  # the format of a model whose own is not known
 _OTHER = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties", "propertyNames", "additionalProperties")
 _OBJECT = {"type": "object"}
-_MAX_BRANCHES = 8  # of types within types, which a schema may have without end
 # A call in JSON, up to its arguments; and the beginning of an object that is none, so that it need not be waited for.
 _JSON_HEAD = re.compile(
     r'\s*(\[?)\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*'
@@ -119,13 +127,16 @@ class ToolParser(Parser):
     """Text and calls in turn. A call is JSON, `{"name": …, "arguments": {…}}`, or a list of such, unless the format
     says otherwise.
 
-    functions: those that can be called, and the JSON schemas of their arguments.
+    name: of the format; None when it is not known. functions: those that can be called, and the JSON schemas of their
+    arguments.
     """
 
-    def __init__(self, form: CallFormat, functions: Mapping[str, Any]) -> None:
+    def __init__(self, name: str | None, functions: Mapping[str, Any]) -> None:
         super().__init__()
-        self._format = form
-        self._brackets = {"json": "{[", "python": "[", "tags": ""}[form.language]  # of calls without a name before them
+        self._format = TOOL_PARSERS[name or UNKNOWN]
+        self._brackets = {"json": "{[", "python": "[", "tags": ""}[
+            self._format.language
+        ]  # of calls without their names
         self._functions = functions
         self._at_start = True  # of the message, or behind a call: whitespace may turn out to be formatting
         self._num_calls = 0
@@ -236,11 +247,6 @@ class ToolParser(Parser):
         return ended
 
 
-def make_tool_parser(name: str | None, functions: Mapping[str, Any]) -> Parser:
-    """name: None when the format is not known. functions: the JSON schemas of their arguments, by name."""
-    return ToolParser(TOOL_PARSERS[name or UNKNOWN], functions)
-
-
 class Field(NamedTuple):
     """A function, or one of its arguments: its name and schema, and the field that this is from.
 
@@ -320,7 +326,7 @@ def _value(field: Field, depth: int = 0) -> Form:
     branches = schema.get("anyOf")
     if isinstance(schema.get("type"), list):
         branches = [{**schema, "type": kind} for kind in schema["type"]]
-    if isinstance(branches, list) and depth < _MAX_BRANCHES and all(isinstance(branch, dict) for branch in branches):
+    if isinstance(branches, list) and depth < MAX_TYPES and all(isinstance(branch, dict) for branch in branches):
         shared = definitions(field.schema)
         return {"any": [_value(field._replace(schema={**shared, **branch}), depth + 1) for branch in branches]}
     if values := literals(schema):

@@ -18,7 +18,7 @@ from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.frontend import UserReply
 from minisgl.message.tokenizer import ChatPrompt
 from minisgl.parser.parts import Parser, Part, ThinkParser
-from minisgl.parser.tools import make_tool_parser
+from minisgl.parser.tools import ToolParser
 from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.server.bodies.sampling import form_grammar
 from minisgl.server.errors import error_payload
@@ -62,7 +62,7 @@ def _reasoning_parser(parsed: GenerationRequest, config: ServerConfig) -> str | 
 def new_assembler(parsed: GenerationRequest, config: ServerConfig) -> Assembler:
     """What reads one of the answers to this request."""
     tools, format_name = parsed.tools, config.tool_call_parser
-    answer = Parser() if tools is None else make_tool_parser(format_name, tools.functions)
+    answer = Parser() if tools is None else ToolParser(format_name, tools.functions)
     parallel, short_ids = tools is None or tools.parallel, format_name == "mistral"
     return Assembler(_reasoning_parser(parsed, config), answer, parallel=parallel, short_ids=short_ids)
 
