@@ -157,9 +157,8 @@ def _on_cpu(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> En
     if problem:
         logger.warning("torch computes, since %s: decoding is several times slower", problem)
     num_pages = config.num_pages or _cpu_pages(config, machine.memory)
-    return replace(
-        config, num_pages=num_pages, max_seq_len=_fit_seq_len(args, config.max_seq_len, num_pages * config.page_size)
-    )
+    seq_len = _fit_seq_len(args, wanted.max_seq_len, num_pages * config.page_size)
+    return replace(config, num_pages=num_pages, max_seq_len=seq_len)
 
 
 def _kernel_problem(machine: Capabilities) -> str:
@@ -191,9 +190,9 @@ def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> E
         raise ConfigError(f"--kv-cache-dtype {args.kv_cache_dtype}: on GPUs it is that of the weights, {dtype}")
     capacity = gpu_tokens(wanted, gpus)
     prefill, decode = _choose_on_gpu(args.attention_backend, wanted.model, dtype, machine)
-    if args.moe_backend == "triton" and "triton" not in machine.packages:
-        raise ConfigError("--moe-backend triton: needs a package: pip install triton")
     moe_backend = args.moe_backend or ("triton" if "triton" in machine.packages else "torch")
+    if moe_backend == "triton" and "triton" not in machine.packages:
+        raise ConfigError("--moe-backend triton: needs a package: pip install triton")
     return replace(
         wanted,
         max_seq_len=_fit_seq_len(args, wanted.max_seq_len, capacity),
@@ -214,12 +213,11 @@ def _gpus(tp_size: int, visible: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
             f"--tensor-parallel-size {tp_size}: {len(gpus)} GPU{'s are' if len(gpus) > 1 else ' is'} visible; "
             "lower it, look at CUDA_VISIBLE_DEVICES, or compute with --device cpu"
         )
-    for gpu in gpus:
-        if gpu.arch != gpus[0].arch:
-            raise ConfigError(
-                f"--tensor-parallel-size {tp_size}: {gpus[0]} and {gpu} differ in compute capability; "
-                "choose GPUs that are alike with CUDA_VISIBLE_DEVICES"
-            )
+    if other := next((gpu for gpu in gpus if gpu.arch != gpus[0].arch), None):
+        raise ConfigError(
+            f"--tensor-parallel-size {tp_size}: {gpus[0]} and {other} differ in compute capability; "
+            "choose GPUs that are alike with CUDA_VISIBLE_DEVICES"
+        )
     return gpus
 
 
@@ -266,14 +264,12 @@ def _choose_on_gpu(asked: str | None, model: ModelConfig, dtype: str, machine: C
     names = ["triton", "cuda"] if asked == "cuda" else asked.split(",")
     prefill, decode = names[0], names[-1]
     _require(names, asked, why_not)
-    problem = ""
-    if len(names) > 2:
-        problem = "expected one backend, or prefill,decode"
-    elif prefill == "cuda":
-        problem = "cuda is for decode; use triton,cuda"
-    elif "sdpa" in names and prefill != decode:
-        problem = "sdpa computes both prefill and decode; use sdpa alone"
-    if problem:
+    problems = {
+        "expected one backend, or prefill,decode": len(names) > 2,
+        "cuda is for decode; use triton,cuda": prefill == "cuda",
+        "sdpa computes both prefill and decode; use sdpa alone": "sdpa" in names and prefill != decode,
+    }
+    if problem := next((text for text, applies in problems.items() if applies), ""):
         raise ConfigError(f"--attention-backend {asked}: {problem}")
     logger.info("attention: %s prefill, %s decode, as asked", prefill, decode)
     return prefill, decode

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from math import prod
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_WEIGHT_BYTES = {**DTYPE_BYTES, "int8": 1}
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention, and before the MLP
 HEAD_NORMS = ("q_norm", "k_norm")  # of each query and key head
 
@@ -156,4 +155,4 @@ class ModelConfig:
         query_and_output = 2 * (self.num_qo_heads * self.head_dim * self.hidden_size // tp_size)
         for layer in self.layers:
             params += query_and_output + layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
-        return params * _WEIGHT_BYTES[dtype]
+        return params * (1 if dtype == "int8" else DTYPE_BYTES[dtype])
