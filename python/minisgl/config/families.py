@@ -74,10 +74,10 @@ def parse_model_config(f: Fields) -> ModelConfig:
     if head_dim < 2 or head_dim % 2:
         raise ConfigError(f"{f.source}: head_dim is {head_dim}, but rotary embeddings need an even one")
     rope, max_position = _rope(f, f.integer("max_position_embeddings", family.max_position))
-    attention_bias = "attention_bias" in family.reads and f.boolean("attention_bias", False)
     cache = specs.PagedKV(num_kv_heads, head_dim, head_dim)
     norms = specs.PRE_NORMS + specs.HEAD_NORMS * family.head_norms
-    layers = zip(_windows(f, family, num_layers), _mlps(f, family, num_layers), strict=True)
+    layers = zip(_mlps(f, family, num_layers), _windows(f, family, num_layers), strict=True)
+    attention_bias = "attention_bias" in family.reads and f.boolean("attention_bias", False)
     return ModelConfig(
         architecture=architecture,
         vocab_size=f.integer("vocab_size", 0),
@@ -91,7 +91,7 @@ def parse_model_config(f: Fields) -> ModelConfig:
         qkv_bias=family.qkv_bias or attention_bias,
         o_bias=attention_bias,
         dtype=_dtype(f),
-        layers=tuple(LayerSpec(specs.AttentionSpec(cache, window), mlp, norms) for window, mlp in layers),
+        layers=tuple(LayerSpec(specs.AttentionSpec(cache, window), mlp, norms) for mlp, window in layers),
     )
 
 
@@ -101,13 +101,14 @@ def _windows(f: Fields, family: Family, num_layers: int) -> list[int | None]:
     `layer_types` says which are; without it all from `max_window_layers` on.
     """
     reads = family.reads
-    if "sliding_window" not in reads or ("use_sliding_window" in reads and not f.boolean("use_sliding_window", False)):
+    are_used = "use_sliding_window" not in reads or f.boolean("use_sliding_window", False)
+    if "sliding_window" not in reads or ("max_window_layers" in reads and not are_used):
         return [None] * num_layers
     num_full = f.integer("max_window_layers", 28, 0, MAX_LAYERS) if "max_window_layers" in reads else 0
     kinds = f.list_of(str, "layer_types") if "layer_types" in reads else []
     slides = [kind == "sliding_attention" for kind in kinds] or [i >= num_full for i in range(num_layers)]
     window = f.integer("sliding_window", None if "sliding_window" in f.data else 4096)
-    return [window if sliding else None for sliding in slides]
+    return [window if are_used and sliding else None for sliding in slides]
 
 
 def _mlps(f: Fields, family: Family, num_layers: int) -> list[DenseMLP | MoE]:
