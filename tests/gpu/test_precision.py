@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,8 @@ import torch
 from minisgl import LLM
 from minisgl.config.resolve import prepare
 from minisgl.engine.engine import Engine
+from minisgl.engine.step import LogitsOf
+from minisgl.engine.tables import Batch
 from minisgl.errors import ConfigError
 from tests.driver import generate
 from tests.gpu.conftest import DEVICE, with_defaults
@@ -38,14 +39,15 @@ def device_logits(path: Path, tokens: list[int], dtype: str) -> torch.Tensor:
     config = prepare(with_defaults(options)).engine
     engine = Engine(config)
     assert engine.runner is not None
-    model = engine.runner.steps.shard.model
-    logits, seen = model.logits, []
+    steps = engine.runner.steps
+    forward, seen = steps.forward, []
 
-    def record(hidden: torch.Tensor, logit_tokens: torch.Tensor | None) -> Any:
-        seen.append(logits(hidden, None).float().cpu())
-        return logits(hidden, logit_tokens)
+    def record(batch: Batch) -> LogitsOf:
+        logits_of = forward(batch)
+        seen.append(logits_of(torch.arange(len(tokens), device=batch.tensors.positions.device)).float().cpu())
+        return logits_of
 
-    model.logits = record
+    steps.forward = record
     generate(engine, config, [tokens], 1)
     engine.close()
     return seen[0]
