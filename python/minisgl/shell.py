@@ -27,9 +27,8 @@ from minisgl.config.resolve import prepare
 from minisgl.config.runtime import ServerConfig
 from minisgl.core import DRAWING, FinishReason, SamplingParams
 from minisgl.errors import ConfigError, RequestError
-from minisgl.message.frontend import UserReply
+from minisgl.message.messages import ChatPrompt, UserReply
 from minisgl.message.sockets import Endpoints
-from minisgl.message.tokenizer import ChatPrompt
 from minisgl.processes.launcher import LocalLauncher
 from minisgl.processes.supervisor import Supervisor, call_in, run_with_workers
 from minisgl.server.frontend import Frontend

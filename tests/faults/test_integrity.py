@@ -17,9 +17,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import FinishReason, Masks, Req, SamplingParams, StepPlan
 from minisgl.engine.tables import RowTables
 from minisgl.errors import EngineError, IntegrityError
-from minisgl.message.backend import UserMsg
-from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.tokenizer import DetokenizeMsg
+from minisgl.message.messages import DetokenizeMsg, UserMsg, pack_ids, unpack_ids
 from minisgl.scheduler.dump import dump
 from minisgl.scheduler.integrity import check_integrity
 from minisgl.scheduler.scheduler import Scheduler

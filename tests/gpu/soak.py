@@ -25,8 +25,7 @@ from unittest.mock import patch
 
 from minisgl import LLM, SamplingParams
 from minisgl.benchmark.shapes import write_shape
-from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.tokenizer import IdsPrompt
+from minisgl.message.messages import IdsPrompt, pack_ids, unpack_ids
 from tests.integration.test_llm import with_tokenizer
 from tests.models import hf_model, tiny_model
 from tests.near_ties import check_answer

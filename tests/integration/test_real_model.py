@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from minisgl import LLM, SamplingParams
-from minisgl.message.tokenizer import ChatPrompt
+from minisgl.message.messages import ChatPrompt
 from minisgl.tokenizer.tokenize import HFTextCodec
 from tests.driver import CPU_KERNELS, engine_logits
 from tests.e2e.conftest import Server

@@ -20,8 +20,7 @@ from minisgl.config.chat import (
 )
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.errors import ConfigError
-from minisgl.message.codec import pack_ids
-from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, StreamStart
+from minisgl.message.messages import ChatPrompt, DetokenizeMsg, StreamStart, pack_ids
 from minisgl.parser import tools
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import HFTextCodec

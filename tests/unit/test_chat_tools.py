@@ -17,8 +17,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.core import FinishReason, Grammar, SamplingParams
 from minisgl.errors import RequestError
-from minisgl.message.frontend import UserReply
-from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
+from minisgl.message.messages import ChatPrompt, TokenizeMsg, UserReply, tokenizer_codec
 from minisgl.server.answers.openai import ChatRenderer
 from minisgl.server.answers.renderer import Assembler, Totals, new_assembler, with_grammar
 from minisgl.server.bodies.chat import GenerationRequest, parse_chat

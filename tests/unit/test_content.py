@@ -10,7 +10,7 @@ from openai.types.chat import chat_completion_content_part_param as chat_parts
 from openai.types.responses import ResponseInputContentParam, ResponseOutputText
 
 from minisgl.errors import RequestError
-from minisgl.message.tokenizer import ChatPrompt
+from minisgl.message.messages import ChatPrompt
 from minisgl.server.bodies.chat import parse_chat
 from minisgl.server.bodies.content import text_of
 from minisgl.tokenizer.tokenize import HFTextCodec

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.config.runtime import TokenizerConfig
 from minisgl.errors import RequestError
-from minisgl.message.tokenizer import ChatPrompt, TextPrompt
+from minisgl.message.messages import ChatPrompt, TextPrompt
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
 from tests.tokenizers_fixture import TEXT, make_byte_level, make_sentencepiece
 from tests.unit.test_tokenizer_files import make_tiktoken

@@ -11,9 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minisgl.core import FinishReason
-from minisgl.message.codec import pack_ids
-from minisgl.message.frontend import UserReply
-from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
+from minisgl.message.messages import DetokenizeMsg, StreamStart, UserReply, pack_ids
 from minisgl.tokenizer.detokenize import Detokenizer, IncrementalDecoder, StopFinder
 from minisgl.tokenizer.tokenize import HFTextCodec
 

@@ -10,10 +10,21 @@ import pytest
 
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError, WorkerDied
-from minisgl.message.backend import AbortMsg, PingMsg, backend_codec
-from minisgl.message.frontend import AcceptedReply, ErrorReply, FrontendMsg, UserReply, frontend_codec
+from minisgl.message.messages import (
+    AbortMsg,
+    AcceptedReply,
+    ErrorReply,
+    FrontendMsg,
+    PingMsg,
+    TextPrompt,
+    TokenizeMsg,
+    TokenizerMsg,
+    UserReply,
+    backend_codec,
+    frontend_codec,
+    tokenizer_codec,
+)
 from minisgl.message.sockets import AsyncPullSocket, Endpoints, PushSocket, ipc_endpoints
-from minisgl.message.tokenizer import TextPrompt, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.server.frontend import Frontend
 
 PROMPT, PARAMS = TextPrompt(text="x"), SamplingParams(max_tokens=4, seed=1)
@@ -328,7 +339,7 @@ async def test_where_replies_are_lost_nobody_waits_for_them(
                 raise MemoryError
             return frontend_codec.decode(data)
 
-    monkeypatch.setattr("minisgl.message.frontend.frontend_codec", Short())
+    monkeypatch.setattr("minisgl.message.messages.frontend_codec", Short())
     async with Frontend(endpoints) as frontend:
         begun, waiting = (frontend.submit(PROMPT, PARAMS)[0] for _ in range(2))
         peers.reply(begun.uid, "a")

@@ -14,8 +14,7 @@ from openai.types.responses import ResponseInputItemParam
 
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.core import FinishReason, SamplingParams
-from minisgl.message.frontend import UserReply
-from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
+from minisgl.message.messages import ChatPrompt, TokenizeMsg, UserReply, tokenizer_codec
 from minisgl.server.answers.openai import ChatRenderer
 from minisgl.server.answers.renderer import Assembler, Totals
 from minisgl.server.bodies.chat import GenerationRequest, parse_chat

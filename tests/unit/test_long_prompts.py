@@ -15,19 +15,28 @@ import pytest
 from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
-from minisgl.message.backend import AbortMsg, BackendMsg, UserMsg, backend_codec
-from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import (
+from minisgl.message.messages import (
+    AbortMsg,
     AcceptedReply,
+    BackendMsg,
+    ChatPrompt,
     DecodedReply,
+    DecodeMsg,
+    DetokenizeMsg,
     EncodedReply,
+    EncodeMsg,
     ErrorReply,
     FrontendMsg,
+    TextPrompt,
+    TokenizeMsg,
+    UserMsg,
     UserReply,
+    backend_codec,
     frontend_codec,
+    pack_ids,
+    unpack_ids,
 )
 from minisgl.message.sockets import PullSocket, ipc_endpoints
-from minisgl.message.tokenizer import ChatPrompt, DecodeMsg, DetokenizeMsg, EncodeMsg, TextPrompt, TokenizeMsg
 from minisgl.server.bodies.chat import parse_chat
 from minisgl.tokenizer import server as module
 from minisgl.tokenizer.server import TokenizerServer

@@ -15,21 +15,30 @@ from hypothesis import HealthCheck, given, settings
 from minisgl.config.runtime import SchedulerConfig, TokenizerConfig
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import EngineError, RequestError
-from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, RankBatch, UserMsg, backend_codec, rank_codec
-from minisgl.message.codec import pack_ids
-from minisgl.message.frontend import ErrorReply, PackedLogprobs, UserReply, frontend_codec
-from minisgl.message.sockets import MAX_FRAME_BYTES, PullSocket, PushSocket, ipc_endpoints
-from minisgl.message.tokenizer import (
+from minisgl.message.messages import (
+    AbortMsg,
     ChatPrompt,
     DecodeMsg,
     DetokenizeMsg,
     EncodeMsg,
+    ErrorReply,
+    FlushMsg,
     IdsPrompt,
+    PackedLogprobs,
+    PingMsg,
+    RankBatch,
     StreamStart,
     TextPrompt,
     TokenizeMsg,
+    UserMsg,
+    UserReply,
+    backend_codec,
+    frontend_codec,
+    pack_ids,
+    rank_codec,
     tokenizer_codec,
 )
+from minisgl.message.sockets import MAX_FRAME_BYTES, PullSocket, PushSocket, ipc_endpoints
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LeaderTransport, LocalTransport
 from minisgl.tokenizer.server import TokenizerServer

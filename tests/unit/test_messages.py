@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
-from minisgl.message.codec import pack_ids
-from minisgl.message.frontend import UserReply
-from minisgl.message.tokenizer import ChatPrompt, TokenizeMsg, tokenizer_codec
+from minisgl.message.messages import ChatPrompt, TokenizeMsg, UserReply, pack_ids, tokenizer_codec
 from minisgl.parser.parts import Parser, Part
 from minisgl.server.answers.messages import MessagesRenderer
 from minisgl.server.answers.renderer import Assembler, Totals

@@ -8,9 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minisgl.core import FinishReason, TokenLogprobs
-from minisgl.message.codec import pack_ids
-from minisgl.message.frontend import UserReply, pack_logprobs, unpack_logprobs
-from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
+from minisgl.message.messages import DetokenizeMsg, StreamStart, UserReply, pack_ids, pack_logprobs, unpack_logprobs
 from minisgl.server.answers.openai import TextCursor, chat_logprobs, completion_logprobs
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import HFTextCodec

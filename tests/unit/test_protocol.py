@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from minisgl.core import MAX_COUNT, SamplingParams
 from minisgl.errors import RequestError
-from minisgl.message.codec import unpack_ids
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt
+from minisgl.message.messages import ChatPrompt, IdsPrompt, TextPrompt, unpack_ids
 from minisgl.server.bodies.chat import ChatBody, CompletionBody, parse_chat, parse_completion
 from minisgl.server.bodies.native import GenerateBody, parse_generate
 from minisgl.server.bodies.responses import parse_responses

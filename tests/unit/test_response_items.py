@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.errors import RequestError
-from minisgl.message.tokenizer import TokenizeMsg, tokenizer_codec
+from minisgl.message.messages import TokenizeMsg, tokenizer_codec
 from minisgl.server.answers.renderer import Assembler
 from minisgl.server.answers.responses import ResponsesRenderer
 from minisgl.server.bodies.chat import parse_chat

@@ -10,10 +10,8 @@ import pytest
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import FinishReason, Masks, SamplingParams, StepPlan, StepResult
 from minisgl.errors import EngineError
-from minisgl.message.backend import AbortMsg, FlushMsg, UserMsg
-from minisgl.message.codec import pack_ids, unpack_ids
+from minisgl.message.messages import AbortMsg, DetokenizeMsg, FlushMsg, UserMsg, pack_ids, unpack_ids
 from minisgl.message.sockets import ipc_endpoints
-from minisgl.message.tokenizer import DetokenizeMsg
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.status import Status
 from minisgl.scheduler.transport import FollowerTransport, LocalTransport, RankFanout

@@ -15,9 +15,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import FinishReason, Grammar, Masks, SamplingParams, StepPlan
 from minisgl.errors import RequestError
 from minisgl.grammar.store import CompiledGrammar
-from minisgl.message.backend import AbortMsg, UserMsg
-from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import ErrorReply
+from minisgl.message.messages import AbortMsg, ErrorReply, UserMsg, pack_ids, unpack_ids
 from minisgl.scheduler.grammar import Grammars
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport

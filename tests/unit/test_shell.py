@@ -14,8 +14,7 @@ import pytest
 
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import ConfigError, RequestError, WorkerDied
-from minisgl.message.frontend import UserReply
-from minisgl.message.tokenizer import ChatPrompt
+from minisgl.message.messages import ChatPrompt, UserReply
 from minisgl.shell import DEFAULTS, PipeReader, Shell, history_file, on_sigint, shell_params
 
 

@@ -13,18 +13,24 @@ from transformers import PreTrainedTokenizerFast
 from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import Grammar, SamplingParams
 from minisgl.errors import ConfigError, RequestError
-from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, UserMsg
-from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import AcceptedReply, ErrorReply, UserReply
-from minisgl.message.sockets import ipc_endpoints
-from minisgl.message.tokenizer import (
+from minisgl.message.messages import (
+    AbortMsg,
+    AcceptedReply,
     ChatPrompt,
     DetokenizeMsg,
+    ErrorReply,
+    FlushMsg,
     IdsPrompt,
+    PingMsg,
     StreamStart,
     TextPrompt,
     TokenizeMsg,
+    UserMsg,
+    UserReply,
+    pack_ids,
+    unpack_ids,
 )
+from minisgl.message.sockets import ipc_endpoints
 from minisgl.tokenizer.server import TokenizerServer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
 from tests.tokenizers_fixture import CHATML, make_byte_level

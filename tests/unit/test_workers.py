@@ -15,7 +15,7 @@ import pytest
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.config.runtime import EngineConfig
-from minisgl.message.codec import Report, decode_report, encode_report
+from minisgl.message.messages import Report, decode_report, encode_report
 from minisgl.processes import control as control_module
 from minisgl.processes import workers
 from minisgl.processes.control import Control

@@ -17,11 +17,20 @@ from minisgl.config.args import args_from_options
 from minisgl.config.resolve import prepare
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
-from minisgl.message.backend import AbortMsg
-from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import ErrorReply, TokenLogprob, UserReply
+from minisgl.message.messages import (
+    AbortMsg,
+    ChatPrompt,
+    DetokenizeMsg,
+    ErrorReply,
+    IdsPrompt,
+    TextPrompt,
+    TokenizeMsg,
+    TokenLogprob,
+    UserReply,
+    pack_ids,
+    unpack_ids,
+)
 from minisgl.message.sockets import ipc_endpoints
-from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, IdsPrompt, TextPrompt, TokenizeMsg
 from minisgl.processes.launcher import LocalLauncher
 from minisgl.processes.supervisor import Supervisor
 from minisgl.processes.workers import build_rank, rank_specs

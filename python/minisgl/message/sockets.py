@@ -12,7 +12,7 @@ import zmq
 import zmq.asyncio
 
 from minisgl.errors import EngineError
-from minisgl.message.codec import Codec
+from minisgl.message.messages import Codec
 
 logger = logging.getLogger(__name__)
 

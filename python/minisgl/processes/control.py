@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from minisgl.errors import ConfigError, MiniSGLError
-from minisgl.message.codec import Report, encode_report
+from minisgl.message.messages import Report, encode_report
 from minisgl.utils.faults import fault
 from minisgl.utils.log import setup_logging
 

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
-from minisgl.message.codec import Report
+from minisgl.message.messages import Report
 from minisgl.processes.control import STOP_SIGNAL, run_child
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
-from minisgl.message.codec import decode_report
+from minisgl.message.messages import decode_report
 from minisgl.message.sockets import Endpoints, ipc_endpoints
 from minisgl.processes.control import ignore_signals, signals_deferred, signals_raised
 from minisgl.processes.launcher import Launcher, Worker, WorkerSpec

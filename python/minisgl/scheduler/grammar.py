@@ -24,9 +24,7 @@ from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, StepHandle, St
 from minisgl.errors import EngineError, RequestError
 from minisgl.grammar.source import one_line
 from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
-from minisgl.message.backend import AbortMsg, RankMsg, ResumeMsg, UserMsg
-from minisgl.message.frontend import ErrorReply
-from minisgl.message.tokenizer import DetokenizeMsg
+from minisgl.message.messages import AbortMsg, DetokenizeMsg, ErrorReply, RankMsg, ResumeMsg, UserMsg
 from minisgl.scheduler.draft import Planned
 from minisgl.utils.math import div_ceil
 

@@ -12,10 +12,19 @@ import numpy as np
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Executor, FinishReason, Req, ReqOutput, SamplingParams, StepHandle, StepPlan
 from minisgl.errors import EngineError, IntegrityError, WorkerDied
-from minisgl.message.backend import AbortMsg, RankMsg, ResumeMsg, UserMsg
-from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import FlushReply, pack_logprobs
-from minisgl.message.tokenizer import PROMPT_TAIL, DetokenizeMsg, StreamStart
+from minisgl.message.messages import (
+    PROMPT_TAIL,
+    AbortMsg,
+    DetokenizeMsg,
+    FlushReply,
+    RankMsg,
+    ResumeMsg,
+    StreamStart,
+    UserMsg,
+    pack_ids,
+    pack_logprobs,
+    unpack_ids,
+)
 from minisgl.scheduler.dump import dump
 from minisgl.scheduler.grammar import Submitted
 from minisgl.scheduler.integrity import check_integrity, damage

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from minisgl.core import ReqOutput, StepPlan
-from minisgl.message.frontend import StatsReply
+from minisgl.message.messages import StatsReply
 from minisgl.scheduler.observer import Observer
 from minisgl.scheduler.planner import Planner
 from minisgl.utils.math import Histogram

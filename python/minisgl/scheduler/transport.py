@@ -10,10 +10,24 @@ from collections.abc import Callable, Sequence
 
 from minisgl.core import FinishReason
 from minisgl.errors import EngineError
-from minisgl.message.backend import AbortMsg, FlushMsg, PingMsg, RankBatch, RankMsg, StatsMsg, backend_codec, rank_codec
-from minisgl.message.frontend import ErrorReply, FrontendMsg, StatsReply, frontend_codec
+from minisgl.message.messages import (
+    AbortMsg,
+    DetokenizeMsg,
+    ErrorReply,
+    FlushMsg,
+    FrontendMsg,
+    PingMsg,
+    RankBatch,
+    RankMsg,
+    StatsMsg,
+    StatsReply,
+    TokenizerMsg,
+    backend_codec,
+    frontend_codec,
+    rank_codec,
+    tokenizer_codec,
+)
 from minisgl.message.sockets import Endpoints, PullSocket, PushSocket
-from minisgl.message.tokenizer import DetokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.scheduler.grammar import Grammars, Reply
 from minisgl.utils.faults import fault
 

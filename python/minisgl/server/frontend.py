@@ -16,11 +16,19 @@ import msgspec
 
 from minisgl.core import MAX_SEED, FinishReason, SamplingParams
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
-from minisgl.message import frontend as replies
-from minisgl.message import tokenizer
-from minisgl.message.backend import AbortMsg, BackendMsg, FlushMsg, PingMsg, StatsMsg, backend_codec
-from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import FrontendMsg, UserReply
+from minisgl.message import messages
+from minisgl.message.messages import (
+    AbortMsg,
+    BackendMsg,
+    FlushMsg,
+    FrontendMsg,
+    PingMsg,
+    StatsMsg,
+    UserReply,
+    backend_codec,
+    pack_ids,
+    unpack_ids,
+)
 from minisgl.message.sockets import DETOKENIZER, AsyncPullSocket, Endpoints, PushSocket
 from minisgl.server.metrics import RequestMetrics, Timing
 
@@ -36,7 +44,7 @@ MAX_SENT = 2  # times that a request is sent: one whose workers die each time ma
 class _Request:
     """What was sent for some streams, and may have to be sent again."""
 
-    message: tokenizer.TokenizeMsg | None  # None once output has come
+    message: messages.TokenizeMsg | None  # None once output has come
     begin: Callable[[], None]  # to be called then
     streams: list[Stream] = field(default_factory=list)  # by uid
     route: str = ""  # the tokenizer that has it; "": it waits until workers are there again
@@ -126,9 +134,9 @@ class Frontend:
     """Owns the streams by uid. Lives in one asyncio loop; use as an async context manager."""
 
     def __init__(self, endpoints: Endpoints) -> None:
-        self._inbox = AsyncPullSocket(endpoints.frontend, replies.frontend_codec)
-        self._tokenizers: dict[str, PushSocket[tokenizer.TokenizerMsg]] = {
-            name: PushSocket(endpoint, tokenizer.tokenizer_codec) for name, endpoint in endpoints.tokenizers.items()
+        self._inbox = AsyncPullSocket(endpoints.frontend, messages.frontend_codec)
+        self._tokenizers: dict[str, PushSocket[messages.TokenizerMsg]] = {
+            name: PushSocket(endpoint, messages.tokenizer_codec) for name, endpoint in endpoints.tokenizers.items()
         }
         self._backend: PushSocket[BackendMsg] = PushSocket(endpoints.backend, backend_codec)
         self.metrics = RequestMetrics()
@@ -164,7 +172,7 @@ class Frontend:
 
     def submit(
         self,
-        prompt: tokenizer.Prompt,
+        prompt: messages.Prompt,
         params: SamplingParams,
         request_ids: Sequence[str] = (),
         *,
@@ -181,7 +189,7 @@ class Frontend:
             raise self._down
         if params.seed is None:
             params = replace(params, seed=random.randint(0, MAX_SEED))
-        request = _Request(tokenizer.TokenizeMsg(0, prompt, params, count, notify), begin)
+        request = _Request(messages.TokenizeMsg(0, prompt, params, count, notify), begin)
         request.streams = [Stream(self, request, request_ids) for _ in range(count)]
         self._send(request)
         return request.streams
@@ -228,23 +236,23 @@ class Frontend:
         questions = [PingMsg(next(self._uids)) for _ in self._routes or [""]]  # one for each of them
         await asyncio.gather(*(self._ask(question, PingMsg, timeout) for question in questions))
 
-    async def encode(self, prompt: tokenizer.ChatPrompt | tokenizer.TextPrompt, *, special: bool) -> list[int]:
+    async def encode(self, prompt: messages.ChatPrompt | messages.TextPrompt, *, special: bool) -> list[int]:
         """The token ids of a prompt, which is not run. Raises: RequestError when it is refused, WorkerDied."""
-        question = tokenizer.EncodeMsg(next(self._uids), prompt, special)
-        return unpack_ids((await self._ask(question, replies.EncodedReply)).token_ids)
+        question = messages.EncodeMsg(next(self._uids), prompt, special)
+        return unpack_ids((await self._ask(question, messages.EncodedReply)).token_ids)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special: bool) -> str:
         """The text of token ids. Raises: RequestError when one of them does not exist, WorkerDied."""
-        question = tokenizer.DecodeMsg(next(self._uids), pack_ids(token_ids), skip_special)
-        return (await self._ask(question, replies.DecodedReply)).text
+        question = messages.DecodeMsg(next(self._uids), pack_ids(token_ids), skip_special)
+        return (await self._ask(question, messages.DecodedReply)).text
 
-    async def stats(self, timeout: float) -> replies.StatsReply:
+    async def stats(self, timeout: float) -> messages.StatsReply:
         """Rank 0's counts. Raises: WorkerDied, as `ping`."""
-        return await self._ask(StatsMsg(next(self._uids)), replies.StatsReply, timeout)
+        return await self._ask(StatsMsg(next(self._uids)), messages.StatsReply, timeout)
 
     async def flush_cache(self, timeout: float) -> int:
         """Forget the cached prefixes that nobody uses. Returns the number of pages freed. Raises: WorkerDied."""
-        return (await self._ask(FlushMsg(next(self._uids)), replies.FlushReply, timeout)).num_pages
+        return (await self._ask(FlushMsg(next(self._uids)), messages.FlushReply, timeout)).num_pages
 
     async def _ask(self, question: Any, kind: type[A], timeout: float | None = None) -> A:
         """question: a message, with the uid that its answer has. kind: of the answer."""
@@ -330,7 +338,7 @@ class Frontend:
 
     def _dispatch(self, message: FrontendMsg) -> None:
         stream, answer, error = self._streams.get(message.uid), self._asked.get(message.uid), None
-        if isinstance(message, replies.ErrorReply):
+        if isinstance(message, messages.ErrorReply):
             error = RequestError(message.message, param=message.param, code=message.code, status=message.status)
         if answer is not None and not answer.done():
             if error is None:
@@ -349,5 +357,5 @@ class Frontend:
                 stream.fail(RequestError(message.error or "the request failed", status=message.error_status))
             else:
                 stream.push(message)
-        elif isinstance(message, replies.AcceptedReply):
+        elif isinstance(message, messages.AcceptedReply):
             stream.accept()

@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from minisgl.core import FinishReason
-from minisgl.message.backend import AbortMsg
-from minisgl.message.codec import unpack_ids
-from minisgl.message.frontend import PackedLogprobs, TokenLogprob, TopLogprob, UserReply, unpack_logprobs
-from minisgl.message.tokenizer import DetokenizeMsg, StreamStart
+from minisgl.message.messages import (
+    AbortMsg,
+    DetokenizeMsg,
+    PackedLogprobs,
+    StreamStart,
+    TokenLogprob,
+    TopLogprob,
+    UserReply,
+    unpack_ids,
+    unpack_logprobs,
+)
 from minisgl.tokenizer.tokenize import HFTextCodec
 
 REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet

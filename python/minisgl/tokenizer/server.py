@@ -14,10 +14,26 @@ from msgspec.structs import replace
 
 from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import FinishReason
-from minisgl.message.backend import AbortMsg, BackendMsg, FlushMsg, PingMsg, UserMsg, backend_codec
-from minisgl.message.frontend import AcceptedReply, ErrorReply, FrontendMsg, UserReply, frontend_codec
+from minisgl.message.messages import (
+    AbortMsg,
+    AcceptedReply,
+    BackendMsg,
+    ChatPrompt,
+    DetokenizeMsg,
+    ErrorReply,
+    FlushMsg,
+    FrontendMsg,
+    PingMsg,
+    TextMsg,
+    TokenizeMsg,
+    TokenizerMsg,
+    UserMsg,
+    UserReply,
+    backend_codec,
+    frontend_codec,
+    tokenizer_codec,
+)
 from minisgl.message.sockets import Endpoints, PullSocket, PushSocket
-from minisgl.message.tokenizer import ChatPrompt, DetokenizeMsg, TextMsg, TokenizeMsg, TokenizerMsg, tokenizer_codec
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
 from minisgl.utils.faults import fault

@@ -18,10 +18,21 @@ from minisgl.config.locate import load_tokenizer
 from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import MAX_SEED, SamplingParams
 from minisgl.errors import RequestError, too_long
-from minisgl.message.backend import UserMsg
-from minisgl.message.codec import pack_ids, unpack_ids
-from minisgl.message.frontend import DecodedReply, EncodedReply, ErrorReply
-from minisgl.message.tokenizer import PROMPT_TAIL, ChatPrompt, EncodeMsg, IdsPrompt, TextMsg, TextPrompt, TokenizeMsg
+from minisgl.message.messages import (
+    PROMPT_TAIL,
+    ChatPrompt,
+    DecodedReply,
+    EncodedReply,
+    EncodeMsg,
+    ErrorReply,
+    IdsPrompt,
+    TextMsg,
+    TextPrompt,
+    TokenizeMsg,
+    UserMsg,
+    pack_ids,
+    unpack_ids,
+)
 from minisgl.tokenizer.chat import CUT, CallForm, ControlTokens, learn
 from minisgl.utils.faults import fault
 

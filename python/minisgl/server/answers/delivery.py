@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from minisgl.errors import MiniSGLError, RequestError
-from minisgl.message.frontend import UserReply
+from minisgl.message.messages import UserReply
 from minisgl.server.admission import Place
 from minisgl.server.answers.openai import mean_logprob
 from minisgl.server.answers.renderer import Renderer, Totals, event

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from minisgl.message.codec import unpack_ids
-from minisgl.message.frontend import UserReply
+from minisgl.message.messages import UserReply, unpack_ids
 from minisgl.server.answers.renderer import Events, Renderer, Totals
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from minisgl.message.frontend import TokenLogprob, TopLogprob, UserReply
+from minisgl.message.messages import TokenLogprob, TopLogprob, UserReply
 from minisgl.server.answers.renderer import Assembler, Block, Dialect, Events, Renderer, Totals
 
 

@@ -15,8 +15,7 @@ from minisgl.config.chat import CLOSING, OPENING, REASONING_PARSERS
 from minisgl.config.runtime import ServerConfig
 from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError, RequestError
-from minisgl.message.frontend import UserReply
-from minisgl.message.tokenizer import ChatPrompt
+from minisgl.message.messages import ChatPrompt, UserReply
 from minisgl.parser.parts import Parser, Part, ThinkParser
 from minisgl.parser.tools import ToolParser
 from minisgl.server.bodies.chat import GenerationRequest

@@ -11,7 +11,7 @@ from typing import Any
 
 from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError
-from minisgl.message.frontend import UserReply
+from minisgl.message.messages import UserReply
 from minisgl.server.answers.renderer import Block, Events, MessageRenderer, Totals, partial_object
 from minisgl.server.bodies.responses import Item, ResponsesRequest
 

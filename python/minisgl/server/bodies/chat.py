@@ -10,8 +10,7 @@ from pydantic import Field
 
 from minisgl.core import MAX_COUNT, RANGES, Range, SamplingParams
 from minisgl.errors import RequestError, too_long
-from minisgl.message.codec import pack_ids
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, Prompt, TextPrompt, least_tokens
+from minisgl.message.messages import ChatPrompt, IdsPrompt, Prompt, TextPrompt, least_tokens, pack_ids
 from minisgl.server.bodies.content import MAX_TOOLS, Message, Tool, ToolUse, chat_messages, template_kwargs, tool_use
 from minisgl.server.bodies.fields import Reading, fields_of, load, load_object, validate
 from minisgl.server.bodies.sampling import Defaults, GrammarFields, SamplingFields

@@ -19,7 +19,7 @@ from pydantic import Field, WithJsonSchema
 from pydantic_core import from_json
 
 from minisgl.errors import RequestError
-from minisgl.message.codec import carried
+from minisgl.message.messages import carried
 from minisgl.parser.tools import calls_form
 from minisgl.server.bodies.fields import Fields, Reading
 from minisgl.server.bodies.strict import Body, Object, at_most, refuse_unless, shown

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from minisgl.message.codec import pack_ids
-from minisgl.message.tokenizer import ChatPrompt, IdsPrompt, TextPrompt
+from minisgl.message.messages import ChatPrompt, IdsPrompt, TextPrompt, pack_ids
 from minisgl.server.bodies.chat import GenerationRequest, chat_request, check_size
 from minisgl.server.bodies.content import Message, Tool
 from minisgl.server.bodies.fields import Reading, load

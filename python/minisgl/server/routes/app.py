@@ -15,7 +15,7 @@ import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import RequestError
-from minisgl.message.tokenizer import ChatPrompt
+from minisgl.message.messages import ChatPrompt
 from minisgl.server.admission import Admission
 from minisgl.server.answers.delivery import answer_request
 from minisgl.server.answers.messages import MessagesRenderer

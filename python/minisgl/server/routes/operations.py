@@ -14,7 +14,7 @@ import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import RequestError, WorkerDied, too_long
-from minisgl.message.tokenizer import TextPrompt
+from minisgl.message.messages import TextPrompt
 from minisgl.server.access import require_operator
 from minisgl.server.bodies.fields import load
 from minisgl.server.bodies.intake import Bodies, check_model

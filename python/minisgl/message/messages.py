@@ -1,0 +1,367 @@
+"""What processes tell each other: one tagged union of structs for each channel, and their bytes (msgpack by msgspec, a
+list of messages per frame, no pickle). What a child tells its supervisor goes over a pipe."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import numpy as np
+
+from minisgl.core import FinishReason, SamplingParams, TokenLogprobs
+from minisgl.utils.math import Histogram
+
+T = TypeVar("T")
+
+
+def _tag(name: str) -> str:
+    return re.sub("(Msg|Reply|Prompt)$", "", name).lower()
+
+
+class Part(msgspec.Struct, frozen=True, tag=_tag, forbid_unknown_fields=True):
+    """What messages are made of."""
+
+
+class Message(Part, frozen=True):
+    """About one request: the uid names it, and whoever asks for something that is not about a request draws one."""
+
+    uid: int
+
+
+class Request(Message, Generic[T], frozen=True):
+    """A new request. Its outputs are so many as `count`: their uids follow on `uid`, and their seeds on `params.seed`.
+
+    Raises: ValueError for uids that nobody of ours would name.
+    """
+
+    prompt: T
+    params: SamplingParams
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.uid < 2**62 and 0 <= self.count <= 4096):
+            raise ValueError(f"uid {self.uid}, count {self.count}")
+
+    @property
+    def uids(self) -> range:
+        return range(self.uid, self.uid + self.count)
+
+
+class Codec(Generic[T]):
+    """Encodes and decodes batches of one channel's message union.
+
+    Raises: msgspec.ValidationError when the bytes are not a batch of this channel's messages.
+    """
+
+    def __init__(self, union: Any) -> None:
+        self.encode: Callable[[Sequence[T]], bytes] = msgspec.msgpack.Encoder().encode
+        self.decode: Callable[[bytes], list[T]] = msgspec.msgpack.Decoder(list[union]).decode
+
+
+def pack_ids(token_ids: Sequence[int]) -> bytes:
+    """Token ids as int32 bytes, of this machine's order."""
+    return array("i", token_ids).tobytes()
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """The inverse of `pack_ids`."""
+    return memoryview(data).cast("i").tolist()
+
+
+def carried(value: Any) -> bool:
+    """Whether a JSON value has only numbers that messages can carry."""
+    try:
+        msgspec.msgpack.encode(value)
+    except (OverflowError, UnicodeEncodeError) as error:
+        return isinstance(error, UnicodeEncodeError)  # which is about no number
+    return True
+
+
+class Report(Part, frozen=True):
+    """A child lives, says to its supervisor. ready: start-up is over. failure: why the process ends, in words that the
+    operator can do something about where it is a `config` error."""
+
+    ready: bool = False
+    failure: str | None = None
+    config: bool = False
+
+
+encode_report: Callable[[Report], bytes] = msgspec.msgpack.Encoder().encode
+decode_report: Callable[[bytes], Report] = msgspec.msgpack.Decoder(Report).decode
+
+
+class UserMsg(Request[bytes], frozen=True):
+    """A tokenized request, `prompt` its packed ids. `params.seed` and `params.max_tokens` are set; prompt + max_tokens
+    fit the context."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.prompt) % 4:
+            raise ValueError("a part of an id")
+
+    def without(self, uid: int) -> list[UserMsg]:
+        """The request but for one of its outputs: those before it, and those after it."""
+        index = uid - self.uid
+        later = UserMsg(uid + 1, self.prompt, self.params.of_choice(index + 1), self.count - index - 1)
+        return [part for part in (UserMsg(self.uid, self.prompt, self.params, index), later) if part.count]
+
+
+class AbortMsg(Message, frozen=True):
+    """End a request. Unknown and finished uids are ignored: the abort lost a race."""
+
+
+class ResumeMsg(Message, frozen=True):
+    """From rank 0: the mask that a request sat steps out for is there. paced: it waits for the next one too."""
+
+    paced: bool
+
+
+class PingMsg(Message, frozen=True):
+    """A health check: it goes through tokenizer, scheduler and detokenizer back to the API server, also while a step is
+    running. back: the scheduler has seen it."""
+
+    back: bool = False
+
+
+class StatsMsg(Message, frozen=True):
+    """Asks rank 0 for its counts; answered by a `StatsReply`, also while a step is running."""
+
+
+class FlushMsg(Message, frozen=True):
+    """Forget the cached prefixes that no running request uses; answered by a `FlushReply`."""
+
+
+BackendMsg = UserMsg | AbortMsg | PingMsg | StatsMsg | FlushMsg
+backend_codec: Codec[BackendMsg] = Codec(BackendMsg)
+RankMsg = UserMsg | AbortMsg | FlushMsg | ResumeMsg  # to all ranks alike
+
+
+class RankBatch(Part, frozen=True):
+    """What rank 0 tells the other ranks at each turn of its loop: the messages to apply before the next plan.
+
+    `number` counts the turns; `digest` is a checksum of rank 0's last plan (0 when not checked).
+    """
+
+    number: int
+    messages: list[RankMsg]
+    digest: int = 0
+
+
+rank_codec: Codec[RankBatch] = Codec(RankBatch)
+
+
+LEAST = -9999.0  # for what is less, or no number: JSON has no infinities, and this is OpenAI's
+
+
+class PackedLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """`TokenLogprobs` as little-endian bytes."""
+
+    chosen: bytes  # [n] float32
+    top_ids: bytes  # [n, k] int32
+    top: bytes  # [n, k] float32
+
+
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One of the most probable tokens at a position. `token`: the bytes that it stands for."""
+
+    token_id: int
+    token: bytes
+    logprob: float
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A token of a prompt or an output. `logprob` is None for a prompt's first token, which nothing precedes."""
+
+    token_id: int
+    token: bytes
+    logprob: float | None
+    top: list[TopLogprob]
+    is_text: bool = True  # part of the text: no special token, unless those are
+
+
+def pack_logprobs(parts: Sequence[TokenLogprobs]) -> PackedLogprobs:
+    """One record of all parts, one after the other."""
+    chosen, top_ids, top = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    chosen, top = (np.where(values > LEAST, values, LEAST).astype("<f4") for values in (chosen, top))
+    return PackedLogprobs(chosen.tobytes(), top_ids.astype("<i4").tobytes(), top.tobytes())
+
+
+def unpack_logprobs(packed: PackedLogprobs) -> list[tuple[float, list[tuple[int, float]]]]:
+    """For each token its log-probability, and (id, log-probability) of the most probable ones."""
+    chosen = np.frombuffer(packed.chosen, "<f4")
+    top_ids = np.frombuffer(packed.top_ids, "<i4").reshape(len(chosen), -1)
+    top = np.frombuffer(packed.top, "<f4").reshape(len(chosen), -1)
+    return [
+        (logprob, list(zip(ids, values, strict=True)))
+        for logprob, ids, values in zip(chosen.tolist(), top_ids.tolist(), top.tolist(), strict=True)
+    ]
+
+
+class UserReply(Message, frozen=True):
+    """More output of a request. Counts are running totals. Exactly one reply per uid has a `finish_reason`."""
+
+    text: str
+    token_ids: bytes
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    error_status: int = 500  # HTTP's
+    # Of `token_ids`, and with the first reply of the prompt, where they are wanted. Not lists: an empty tuple is no
+    # work for the garbage collector, and there is one reply for each token.
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_end: str = ""  # in the first reply: the text of the prompt's last tokens
+    stop: str | None = None  # in the last: the stop string that ended it
+
+
+class AcceptedReply(Message, frozen=True):
+    """The prompt is encoded and fits: the request has gone on to the scheduler."""
+
+
+class ErrorReply(Message, frozen=True):
+    """The request was refused before it reached the scheduler; the terminal reply of its uid."""
+
+    message: str
+    status: int = 400
+    param: str | None = None
+    code: str | None = None
+
+
+class EncodedReply(Message, frozen=True):
+    """The token ids of an `EncodeMsg`."""
+
+    token_ids: bytes
+
+
+class DecodedReply(Message, frozen=True):
+    """The text of a `DecodeMsg`."""
+
+    text: str
+
+
+class StatsReply(Message, frozen=True):
+    """What rank 0 is doing, and what it has done since it started."""
+
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_free_pages: int  # those of the prefix cache that nobody uses included
+    num_retracted: int
+    step_requests: Histogram  # per step
+    step_tokens: Histogram
+
+
+class FlushReply(Message, frozen=True):
+    """The prefix cache was flushed; so many pages were freed."""
+
+    num_pages: int
+
+
+FrontendMsg = UserReply | AcceptedReply | ErrorReply | PingMsg | EncodedReply | DecodedReply | StatsReply | FlushReply
+frontend_codec: Codec[FrontendMsg] = Codec(FrontendMsg)
+
+
+LONGEST_TOKEN = 512  # bytes: no model has a longer one; a tokenizer knows how long its own are
+PROMPT_TAIL = 16  # prompt ids that say how the prompt ends: more than a tag and whitespace, spelled out, have
+
+
+class ChatPrompt(Part, frozen=True):
+    """Messages for the chat template, as the template expects them (OpenAI's shape).
+
+    add_generation_prompt: the prompt ends where an assistant begins to speak. continue_final: instead it ends in the
+    middle of the last message, which is an assistant's and goes on.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final: bool = False
+
+
+class TextPrompt(Part, frozen=True):
+    """Plain text: encoded with the tokenizer's own special tokens (BOS, where the model has one)."""
+
+    text: str
+
+
+class IdsPrompt(Part, frozen=True):
+    """Token ids, packed; used as they are."""
+
+    input_ids: bytes
+
+
+Prompt = ChatPrompt | TextPrompt | IdsPrompt
+
+
+def least_tokens(prompt: Prompt) -> int:
+    """So many tokens a prompt has at least, whatever the tokenizer."""
+    if isinstance(prompt, IdsPrompt):
+        return len(prompt.input_ids) // 4
+    return len(msgspec.msgpack.encode(prompt)) // LONGEST_TOKEN
+
+
+class TokenizeMsg(Request[Prompt], frozen=True):
+    """A new request. `params.max_tokens` may be None (the tokenizer fills in what the context has room for).
+
+    notify: answer with an `AcceptedReply`, unless the scheduler may still refuse the request for its grammar.
+    """
+
+    notify: bool = False
+
+
+class EncodeMsg(Message, frozen=True):
+    """Asks for the token ids of a prompt, and no more: `EncodedReply`, or `ErrorReply`."""
+
+    prompt: ChatPrompt | TextPrompt
+    special: bool = True  # with the frame of special tokens around plain text
+
+
+class DecodeMsg(Message, frozen=True):
+    """Asks for the text of token ids: `DecodedReply`, or `ErrorReply`."""
+
+    token_ids: bytes
+    skip_special: bool = True
+
+
+class StreamStart(Part, frozen=True):
+    """What the detokenizer must know of a request, sent with its first message."""
+
+    num_prompt_tokens: int
+    stop: tuple[str, ...]
+    prompt_tail: bytes  # the last few prompt ids, packed: some tokenizers decode a token by what precedes it
+    include_stop: bool = False  # stop strings stay in the text
+    skip_special: bool = True
+    min_tokens: int = 0  # stop strings are not looked for in the text of so many first tokens
+    echo: bool = False  # the text begins with the prompt's
+    prompt: bytes = b""  # all prompt ids, packed, where they are to be shown
+
+
+class DetokenizeMsg(Message, frozen=True):
+    """New output tokens of a request. The last message has `finish_reason`, with `error` text if it is `error`.
+
+    An end-of-sequence token that ended the request is part of `token_ids`; `num_hidden` of the last ids (0 or 1) are
+    such and never become text.
+    """
+
+    token_ids: bytes
+    num_cached: int = 0
+    num_hidden: int = 0
+    start: StreamStart | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    error_status: int = 500
+    logprobs: PackedLogprobs | None = None  # of `token_ids`
+    prompt_logprobs: PackedLogprobs | None = None  # of all prompt ids but the first
+
+
+TextMsg = TokenizeMsg | EncodeMsg | DecodeMsg
+# An error reply is of the scheduler's, to a request that it does not take; the detokenizer passes it on. A flush is
+# of a scheduler that begins: nothing more comes for any uid that the detokenizer knows.
+TokenizerMsg = TextMsg | DetokenizeMsg | AbortMsg | PingMsg | ErrorReply | FlushMsg
+tokenizer_codec: Codec[TokenizerMsg] = Codec(TokenizerMsg)
