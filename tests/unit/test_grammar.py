@@ -44,7 +44,7 @@ def store() -> Iterator[GrammarStore]:
 
 def compile_in(store: GrammarStore, kind: str, text: Any, **around: str) -> LLMatcher:
     text = text if isinstance(text, str) else json.dumps(text)
-    return store.request(Grammar(kind, text, **around)).result().start()
+    return store.request(Grammar(kind, text, **around)).result().matcher.deep_copy()
 
 
 def part(kind: str, text: Any) -> dict[str, Any]:
@@ -374,7 +374,7 @@ def test_a_compiler_that_is_stopped_is_no_fault_of_the_grammar(monkeypatch: pyte
         error = future.exception(10)
         assert isinstance(error, RequestError) and (error.status, error.retry_after) == (503, 5)
         monkeypatch.setattr("minisgl.grammar.trial.TRIAL_SECONDS", 20.0)
-        assert accepts(store.request(Grammar("regex", "d{2}")).result().start(), "dd"), "it was forgotten"
+        assert accepts(store.request(Grammar("regex", "d{2}")).result().matcher.deep_copy(), "dd"), "it was forgotten"
     finally:
         store.close()
 

@@ -100,10 +100,9 @@ class _Follower:
     def _collect(self, schema: Any, path: Way) -> None:
         if not isinstance(schema, dict):
             return
-        for kind, keys in ((dict, _MAPS), (list, ("required", "enum", "prefixItems", *_IN_PLACE))):
-            wrong = next((key for key in keys if not isinstance(schema.get(key), kind | None)), None)
-            if wrong is not None:
-                raise SchemaError(f"{wrong} must be {'an object' if kind is dict else 'a list'}", path)
+        for key in (*_MAPS, "required", "enum", "prefixItems", *_IN_PLACE):
+            if not isinstance(schema.get(key), (dict if key in _MAPS else list) | None):
+                raise SchemaError(f"{key} must be {'an object' if key in _MAPS else 'a list'}", path)
         self._used.add(str(schema.get("$ref")))
         if _is_composed(schema):
             self._open.update(str(part.get("$ref")) for part in (schema, *self._parts(schema, set())))

@@ -9,7 +9,6 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -33,6 +32,7 @@ MAX_WAITING = 64  # of one client, to be compiled
 class CompiledGrammar:
     """As long as someone holds it, it is not compiled again.
 
+    matcher: at the beginning of an output; copied for each.
     lock: held while one of its matchers is at work. They share a lock of their own in llguidance, for which
     `consume_tokens` waits with Python's lock in its hands: everybody would wait for a mask.
     """
@@ -41,10 +41,6 @@ class CompiledGrammar:
     num_bytes: int
     cost: float = 0.008  # seconds of a core that a mask takes: a guess, until some were computed
     lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def start(self) -> LLMatcher:
-        """A matcher at the beginning of an output."""
-        return self.matcher.deep_copy()
 
 
 def yield_to_others() -> None:
@@ -106,7 +102,7 @@ class GrammarStore:
         if len(self._waiting.get(client, ())) >= MAX_WAITING:
             text = f"{MAX_WAITING} other grammars of this client wait to be compiled; try again"
             return RequestError(text, param=grammar.param, status=429)
-        if _num_bytes(self._live.values()) > 2 * MAX_STORED_BYTES:
+        if sum(one.num_bytes for one in self._live.values()) > 2 * MAX_STORED_BYTES:
             text = "grammars of other requests take all the memory that there is for them; try again"
             return RequestError(text, param=grammar.param, status=503)
         return None
@@ -154,12 +150,8 @@ class GrammarStore:
         recent, is_new = self._recent, key not in self._recent
         recent[key] = compiled
         recent.move_to_end(key)
-        while is_new and (len(recent) > MAX_STORED or _num_bytes(recent.values()) > MAX_STORED_BYTES):
+        while is_new and (len(recent) > MAX_STORED or sum(one.num_bytes for one in recent.values()) > MAX_STORED_BYTES):
             recent.popitem(last=False)
-
-
-def _num_bytes(held: Iterable[CompiledGrammar]) -> int:
-    return sum(grammar.num_bytes for grammar in held)
 
 
 def open_store(engine: EngineConfig, scheduler: SchedulerConfig) -> GrammarStore:

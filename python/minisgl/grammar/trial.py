@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict
+from pathlib import Path
 
 import psutil
 
@@ -68,8 +69,7 @@ class Trial:
                 process.kill()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        folder = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-        paths = [folder, *filter(os.path.isabs, sys.path)]
+        paths = [str(Path(__file__).parents[2]), *filter(os.path.isabs, sys.path)]
         with contextlib.suppress(OSError, ValueError):  # where the server was started may be anybody's
             paths.remove(os.getcwd())
         code = f"import sys; sys.path[:0] = {paths}; from minisgl.grammar.trial import main; main(sys.argv[1])"

@@ -81,46 +81,18 @@ TOOL_PARSERS = msgspec.convert(  # by the names of `--tool-call-parser`
 )
 
 
-class Rest:
-    """What follows a call that has begun: its arguments, and texts that close the call, each of which may be missing.
-
-    arguments: what reads them; None: they have come with the call. in_list: at the end, another call may follow after
-    a comma.
-    """
-
-    def __init__(self, arguments: BracketReader | TaggedArguments | None, *closers: str, in_list: bool = False) -> None:
-        self.in_list = in_list
-        self._arguments = arguments
-        self._closers = [closer for closer in closers if closer]
-
-    def take(self, text: str, *, final: bool) -> tuple[int, str, bool]:
-        """How many characters of the text are read, the JSON of arguments in them, and whether the call ends there."""
-        end, arguments = 0, ""
-        if self._arguments is not None:
-            end, arguments, ended = self._arguments.read(text, final=final)
-            if not ended:
-                return end, arguments, False
-            self._arguments = None
-        while self._closers:
-            closer, rest = self._closers[0], text[end:].lstrip()
-            if closer == "}" and rest.startswith(","):  # other fields, such as an id
-                rest = re.sub("^[^][{}<]*", "", rest)
-            if rest.startswith(closer):
-                end = len(text) - len(rest) + len(closer)
-                self.in_list &= closer != "]"
-            elif closer.startswith(rest) and not final:
-                return end, arguments, False
-            self._closers.pop(0)
-        return end, arguments, True
-
-
 class Found(NamedTuple):
-    """What may be a call turned out to be: `end` characters, and the calls in them; None: they are text. rest: of the
-    last call."""
+    """What may be a call turned out to be: `end` characters, and the calls in them; None: they are text.
+
+    arguments: what reads those of the last call; None: they have come with it. closers: what stands behind it; each may
+    be missing. in_list: at the end, another call may follow after a comma.
+    """
 
     end: int
     calls: list[Part] | None = None
-    rest: Rest | None = None
+    arguments: BracketReader | TaggedArguments | None = None
+    closers: Sequence[str] = ()
+    in_list: bool = False
 
 
 class ToolParser(Parser):
@@ -144,7 +116,8 @@ class ToolParser(Parser):
         self._reader = BracketReader()  # of what may be a call, with which `_buffer` begins then
         self._num_read = 0  # characters of it that the reader has seen
         self._lead = ""  # what stood before it, and is formatting if it is a call
-        self._rest = Rest(None)  # of a call, with which `_buffer` begins
+        self._arguments: BracketReader | TaggedArguments | None = None  # of a call, with which `_buffer` begins then
+        self._closers: list[str] = []  # of that call
         self._in_list = False  # the last call stood in a JSON list that goes on
 
     def read(self, text: str, *, final: bool) -> Found | None:
@@ -158,7 +131,7 @@ class ToolParser(Parser):
         if named is not None and (name := named[1].strip()) in self._functions:
             is_tagged = self._format.language == "tags"
             arguments = TaggedArguments(self._functions[name] or {}) if is_tagged else BracketReader()
-            return Found(named.end(), [Part("call", "", name)], Rest(arguments, *self._format.closers))
+            return Found(named.end(), [Part("call", "", name)], arguments, self._format.closers)
         rest = text[start:].lstrip()
         if self._format.named and rest and rest[0] not in self._brackets:
             begins = any(marker.startswith(rest) for marker in self._format.markers)
@@ -169,9 +142,9 @@ class ToolParser(Parser):
         """start: the length of the marker."""
         head = _JSON_HEAD.match(text, start) if self._format.language == "json" else None
         in_list = (self._in_list and not start) or (head is not None and bool(head[1]))
-        closers = ("]" if in_list else "", *self._format.closers)
+        closers = ["]", *self._format.closers] if in_list else self._format.closers
         if head is not None and head[2] in self._functions:
-            return Found(head.end(), [Part("call", "", head[2])], Rest(BracketReader(), "}", *closers, in_list=in_list))
+            return Found(head.end(), [Part("call", "", head[2])], BracketReader(), ["}", *closers], in_list)
         start = len(text) - len(text[start:].lstrip())
         if start == len(text):
             return Found(start) if final else None
@@ -185,7 +158,7 @@ class ToolParser(Parser):
             return Found(len(text)) if final else None
         read = python_value if self._format.language == "python" else json_value
         calls = None if self._reader.too_deep else calls_in(text[start : self._num_read], self._functions, read)
-        return Found(self._num_read, calls, Rest(None, *closers, in_list=in_list))
+        return Found(self._num_read, calls, None, closers, in_list)
 
     def _run(self, *, final: bool) -> list[Part]:
         parts: list[Part] = []
@@ -234,17 +207,31 @@ class ToolParser(Parser):
         for call in found.calls:
             parts.append(call._replace(call_index=self._num_calls))
             self._num_calls += 1
-        self._rest, self._state = found.rest or Rest(None), self._read_rest
+        self._arguments, self._closers, self._in_list = found.arguments, [*found.closers], found.in_list
+        self._state = self._read_rest
         return True
 
     def _read_rest(self, parts: list[Part], final: bool) -> bool:
-        num_read, text, ended = self._rest.take(self._buffer, final=final)
-        self._buffer = self._buffer[num_read:]
-        if text:
-            parts.append(Part("call", text, None, self._num_calls - 1))
-        if ended:
-            self._in_list, self._state = self._rest.in_list, self._read_text
-        return ended
+        """The arguments of a call that has begun, as they come, and what closes it."""
+        if self._arguments is not None:
+            end, text, ended = self._arguments.read(self._buffer, final=final)
+            self._buffer = self._buffer[end:]
+            parts += [Part("call", text, None, self._num_calls - 1)] if text else []
+            if not ended:
+                return False
+            self._arguments = None
+        while self._closers:
+            closer, rest = self._closers[0], self._buffer.lstrip()
+            if closer == "}" and rest.startswith(","):  # other fields, such as an id
+                rest = re.sub("^[^][{}<]*", "", rest)
+            if rest.startswith(closer):
+                self._buffer = rest.removeprefix(closer)
+                self._in_list &= closer != "]"
+            elif closer.startswith(rest) and not final:
+                return False
+            self._closers.pop(0)
+        self._state = self._read_text
+        return True
 
 
 class Field(NamedTuple):

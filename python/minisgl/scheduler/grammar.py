@@ -241,7 +241,7 @@ class Grammars:
         why = None
         try:
             with output.grammar.lock:
-                matcher = output.matcher = output.matcher or output.grammar.start()
+                matcher = output.matcher = output.matcher or output.grammar.matcher.deep_copy()
                 output.num_tokens += len(ids)
                 if not ids or matcher.is_stopped() or matcher.consume_tokens(ids):
                     matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
