@@ -27,8 +27,8 @@ from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.message.sockets import Endpoints
 from minisgl.processes.control import Control
 from minisgl.processes.launcher import LocalLauncher, Worker, WorkerSpec
+from minisgl.scheduler.observer import Status
 from minisgl.scheduler.scheduler import Scheduler
-from minisgl.scheduler.status import Status
 from minisgl.scheduler.transport import LeaderTransport
 from minisgl.server.launch import bind_port, run_server
 from minisgl.tokenizer.tokenize import HFTextCodec
@@ -110,7 +110,7 @@ class Answer:
 
 def fake_scheduler(control: Control, config: ServerConfig, endpoints: Endpoints, delay: float, answer: str) -> None:
     status = Status(config.scheduler.num_pages)
-    logging.getLogger("minisgl.scheduler.status").setLevel("WARNING")  # tests look at what else the log says
+    logging.getLogger("minisgl.scheduler.observer").setLevel("WARNING")  # tests look at what else the log says
     transport = LeaderTransport(endpoints, control.beat, stats=status.reply)
     executor = FakeExecutor(delay, Answer(config.tokenizer, answer) if answer else None)
     scheduler = Scheduler(config.scheduler, executor, transport, status)

@@ -18,8 +18,7 @@ from minisgl.core import FinishReason, Masks, Req, SamplingParams, StepPlan
 from minisgl.engine.tables import RowTables
 from minisgl.errors import EngineError, IntegrityError
 from minisgl.message.messages import DetokenizeMsg, UserMsg, pack_ids, unpack_ids
-from minisgl.scheduler.dump import dump
-from minisgl.scheduler.integrity import check_integrity
+from minisgl.scheduler.integrity import check_integrity, dump
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport
 from tests.faults.test_corruption import VARIANTS, Busy

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from minisgl.utils.folders import private_folder
+from minisgl.utils.process import private_folder
 from tests.faults.conftest import Server, fake, real
 
 Start = Callable[..., Server]

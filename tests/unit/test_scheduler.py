@@ -12,8 +12,8 @@ from minisgl.core import FinishReason, Masks, SamplingParams, StepPlan, StepResu
 from minisgl.errors import EngineError
 from minisgl.message.messages import AbortMsg, DetokenizeMsg, FlushMsg, UserMsg, pack_ids, unpack_ids
 from minisgl.message.sockets import ipc_endpoints
+from minisgl.scheduler.observer import Status
 from minisgl.scheduler.scheduler import Scheduler
-from minisgl.scheduler.status import Status
 from minisgl.scheduler.transport import FollowerTransport, LocalTransport, RankFanout
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 

@@ -22,7 +22,7 @@ from minisgl.config.probe import Capabilities, probe
 from minisgl.config.runtime import AccessConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import DRAWING, SamplingParams
 from minisgl.errors import ConfigError, RequestError
-from minisgl.utils.spawned import end_if_spawned
+from minisgl.utils.process import end_if_spawned
 
 
 @dataclass(frozen=True, slots=True)

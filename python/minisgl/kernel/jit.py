@@ -30,7 +30,7 @@ import yaml
 from minisgl.config.probe import cpu_flags, torch_cuda
 from minisgl.env import cache_dir
 from minisgl.errors import ConfigError
-from minisgl.utils.folders import private_folder
+from minisgl.utils.process import private_folder
 
 logger = logging.getLogger(__name__)
 

@@ -38,8 +38,7 @@ from minisgl.scheduler.grammar import Grammars
 from minisgl.scheduler.transport import LocalTransport, RankFanout
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import Tokenizer
-from minisgl.utils.folders import private_folder
-from minisgl.utils.interrupts import held_interrupts
+from minisgl.utils.process import held_interrupts, private_folder
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[dict[str, Any]]

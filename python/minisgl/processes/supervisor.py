@@ -22,8 +22,7 @@ from minisgl.message.sockets import Endpoints, ipc_endpoints
 from minisgl.processes.control import ignore_signals, signals_deferred, signals_raised
 from minisgl.processes.launcher import Launcher, Worker, WorkerSpec
 from minisgl.processes.workers import worker_specs
-from minisgl.utils.folders import private_folder
-from minisgl.utils.spawned import UNGUARDED
+from minisgl.utils.process import UNGUARDED, private_folder
 
 logger = logging.getLogger(__name__)
 

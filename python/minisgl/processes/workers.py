@@ -63,7 +63,7 @@ def scheduler_main(
     # Read when torch is imported. Threads that spin between two operators gain nothing on free cores, and on busy ones
     # they take the time of the very thread that they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from minisgl.scheduler.status import Status
+    from minisgl.scheduler.observer import Status
     from minisgl.scheduler.transport import FollowerTransport, LeaderTransport
 
     def connect(grammars: Grammars, num_pages: int) -> tuple[Transport, Observer | None]:

@@ -1,11 +1,15 @@
-"""Who watches a scheduler at work."""
+"""Who watches a scheduler at work. One who does is the status line in the log, who counts for `/metrics` too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Sequence
 
 from minisgl.core import ReqOutput, StepPlan
+from minisgl.message.messages import StatsReply
 from minisgl.scheduler.planner import Planner
+from minisgl.utils.math import Histogram
 
 
 class Observer:
@@ -25,3 +29,62 @@ class Observer:
 
     def turned(self) -> None:
         """A turn of the loop is over."""
+
+
+logger = logging.getLogger(__name__)
+
+_SECONDS = 10.0  # of work between two lines, and at least that from any line to the one that says that the work is done
+_REQUEST_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Status(Observer):
+    """Counts of rank 0's work, for whoever asks. In the log, one line for each ten seconds of work, and one when it is
+    done unless there was one just now; then the next tells of it. None while there is nothing to do."""
+
+    def __init__(self, num_pages: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._num_pages, self._clock = num_pages, clock
+        self._requests, self._tokens = Histogram(_REQUEST_BOUNDS), Histogram(_TOKEN_BOUNDS)  # of steps
+        self._planner: Planner | None = None
+        self._logged, self._resumed, self._busy = clock() - _SECONDS, clock(), 0.0
+        self._num_done = self._num_output = 0
+
+    def attached(self, planner: Planner) -> None:
+        self._planner = planner
+
+    def resumed(self) -> None:
+        self._resumed = self._clock()  # the time until now was not spent on work
+
+    def submitted(self, plan: StepPlan) -> None:
+        self._requests.add(len(plan.reqs))
+        self._tokens.add(plan.num_tokens)
+
+    def told(self, outputs: Sequence[ReqOutput]) -> None:
+        self._num_output += sum(len(output.token_ids) for output in outputs)
+        self._num_done += sum(output.finish_reason is not None for output in outputs)
+
+    def turned(self) -> None:
+        planner, now = self._planner, self._clock()
+        assert planner is not None
+        if not planner.is_idle and self._busy + now - self._resumed < _SECONDS:
+            return
+        self._busy, self._resumed = self._busy + now - self._resumed, now
+        if self._busy < _SECONDS and (now - self._logged < _SECONDS or not self._num_done):
+            return  # short requests in a row share a line
+        logger.info(
+            "requests: %d done, %d running, %d waiting; %d tokens in %.1f s (%.0f/s); KV cache %.0f%% in use",
+            self._num_done,
+            len(planner.running),
+            len(planner.waiting),
+            self._num_output,
+            self._busy,
+            self._num_output / max(self._busy, 1e-3),
+            100 * (1 - planner.pages.num_free / self._num_pages),
+        )
+        self._logged, self._busy, self._num_done, self._num_output = now, 0.0, 0, 0
+
+    def reply(self, uid: int) -> StatsReply:
+        planner = self._planner
+        assert planner is not None, "there is no scheduler yet"
+        counts = (self._num_pages, planner.pages.num_free, planner.num_retracted)
+        return StatsReply(uid, len(planner.running), len(planner.waiting), *counts, self._requests, self._tokens)

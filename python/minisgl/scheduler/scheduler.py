@@ -25,9 +25,8 @@ from minisgl.message.messages import (
     pack_logprobs,
     unpack_ids,
 )
-from minisgl.scheduler.dump import dump
 from minisgl.scheduler.grammar import Submitted
-from minisgl.scheduler.integrity import check_integrity, damage
+from minisgl.scheduler.integrity import check_integrity, damage, dump
 from minisgl.scheduler.observer import Observer
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.transport import Transport

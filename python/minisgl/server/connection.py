@@ -9,8 +9,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from minisgl.server.errors import error_body
-from minisgl.server.json_line import dump_json
+from minisgl.server.errors import dump_json, error_body
 
 MIN_RATE = 1024  # bytes a second, of a body
 LINGER_SECONDS = 2  # for what a client still has under way when it is answered; else it might not see the answer

@@ -1,12 +1,14 @@
-"""Errors as clients are told them: in OpenAI's shape, or in Anthropic's on the paths of that API."""
+"""JSON as clients get it, on one line; and errors as they are told them: in OpenAI's shape, or in Anthropic's on the paths of that API."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import orjson
 import yaml
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -14,7 +16,22 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
 from minisgl.errors import MiniSGLError, RequestError
-from minisgl.server.json_line import dump_json
+
+# JSON needs no escape for them, but many a reader of lines ends one there (Python's `str.splitlines`, JavaScript's).
+_LINE_ENDS = (("\x85", b"\\u0085"), ("\u2028", b"\\u2028"), ("\u2029", b"\\u2029"))
+
+
+def dump_json(payload: object) -> bytes:
+    """JSON on one line, whoever reads it."""
+    try:
+        data = orjson.dumps(payload)
+    except TypeError:  # a client's number, which comes back, is too large for it
+        data = json.dumps(payload).encode()
+    if not data.isascii():
+        for character, escaped in _LINE_ENDS:
+            data = data.replace(character.encode(), escaped)
+    return data
+
 
 ANTHROPIC_PATHS = re.compile(r"(/v1)?/messages\b")  # whose errors are Anthropic's
 _ANTHROPIC_KINDS: dict[int, str] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))

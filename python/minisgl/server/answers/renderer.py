@@ -20,8 +20,7 @@ from minisgl.parser.parts import Parser, Part, ThinkParser
 from minisgl.parser.tools import ToolParser
 from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.server.bodies.sampling import form_grammar
-from minisgl.server.errors import error_payload
-from minisgl.server.json_line import dump_json
+from minisgl.server.errors import dump_json, error_payload
 
 R = TypeVar("R", bound=GenerationRequest)
 Events = list[dict[str, Any]]

@@ -20,7 +20,7 @@ from minisgl.server.bodies.content import Describe, functions_of, kept_as_text, 
 from minisgl.server.bodies.fields import NAMES, OBJECTS, Reading, load
 from minisgl.server.bodies.sampling import Defaults, SamplingFields
 from minisgl.server.bodies.strict import SCHEMAS, Body, Items, MaxTokens, Object, optional, refuse_unless
-from minisgl.server.json_line import dump_json
+from minisgl.server.errors import dump_json
 
 Item = Object
 

@@ -1,13 +1,16 @@
-"""Folders for one process, in the folder for temporary files."""
+"""What a process has of its own: a private folder, Ctrl-C at a time of its choosing, and whether it is a child."""
 
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -46,3 +49,38 @@ def _remove_stale(parent: str) -> None:
             with stale.open("rb") as owner:
                 fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(stale.parent)
+
+
+@contextmanager
+def held_interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C does nothing until the end of the block, or until what this yields is called inside.
+
+    Then the handler that was there before runs, which raises KeyboardInterrupt unless the program has its own. Outside
+    of the main thread, to which Ctrl-C does not come, and where it is ignored nothing changes.
+    """
+    handler, caught = signal.getsignal(signal.SIGINT), list[int]()
+
+    def release() -> None:
+        if caught and callable(handler):
+            caught.clear()
+            handler(signal.SIGINT, None)
+
+    is_held = callable(handler) and threading.current_thread() is threading.main_thread()
+    if is_held:
+        signal.signal(signal.SIGINT, lambda signum, _: caught.append(signum))
+    try:
+        yield release
+    finally:
+        if is_held:
+            signal.signal(signal.SIGINT, handler)
+            release()
+
+
+CHILD_PREFIX = "minisgl-"  # of the names of all our child processes
+UNGUARDED = 113  # exit status of a child that has come to where its parent started it
+
+
+def end_if_spawned() -> None:
+    """End this process if it is one of our children; the parent, which sees the status, says why."""
+    if multiprocessing.current_process().name.startswith(CHILD_PREFIX):
+        os._exit(UNGUARDED)
