@@ -1,4 +1,4 @@
-"""JSON as clients get it, on one line; and errors as they are told them: in OpenAI's shape, or in Anthropic's on the paths of that API."""
+"""JSON for clients, on one line; and errors in OpenAI's shape, or in Anthropic's on the paths of that API."""
 
 from __future__ import annotations
 
