@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisgl.parser.parts import Parser, Part, calls_in, python_value
+from minisgl.parser.parts import Parser, Part, calls_in
 from minisgl.parser.tools import TOOL_PARSERS, ToolParser
 
 ANY_TYPE = {"type": "object", "properties": {"s": {"type": "string"}, "n": {"type": ["integer", "null"]}}}
@@ -314,4 +314,4 @@ def test_any_python_literals_come_through(arguments: dict[str, Any]) -> None:
 
 
 def test_python_that_is_no_list_is_no_call() -> None:
-    assert calls_in("f(x=1)", NAMES, python_value) is None
+    assert calls_in("f(x=1)", NAMES, "python") is None

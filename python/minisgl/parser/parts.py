@@ -8,7 +8,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from minisgl.config.chat import CLOSING, OPENING, REASONING_PARSERS, reasoning_after
@@ -114,19 +114,20 @@ class ThinkParser(Parser):
             self._is_leading = not self._buffer
 
 
-def calls_in(text: str, names: Collection[str], read: Callable[[str], Any]) -> list[Part] | None:
-    """Calls of functions that the client has, whose arguments are JSON objects. None: the text is something else.
+def calls_in(text: str, names: Collection[str], language: str = "json") -> list[Part] | None:
+    """Calls of functions that the client has, whose arguments are objects. None: the text is something else.
 
-    read: makes of it `{"name": …, "arguments" (or "parameters"): {…}}`, or a list of such.
+    language: "json": `{"name": …, "arguments" (or "parameters"): {…}}`, or a list of such; "python": a list of calls,
+    `[f(a=1), g(b="x")]`, with keyword arguments only, all of them literals.
     """
     try:
-        value = read(text)
+        value = _python_value(text) if language == "python" else _json_value(text)
         return [_call(item, names) for item in (value if isinstance(value, list) else [value])] or None
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
 
 
-def json_value(text: str) -> Any:
+def _json_value(text: str) -> Any:
     """Line breaks within strings are taken, though JSON has them escaped: small models write code that way."""
 
     def refuse(constant: str) -> NoReturn:
@@ -135,8 +136,8 @@ def json_value(text: str) -> Any:
     return json.loads(text, strict=False, parse_constant=refuse)
 
 
-def python_value(text: str) -> list[dict[str, Any]]:
-    """A Python list of calls, `[f(a=1), g(b="x")]`: keyword arguments only, all of them literals; none if it is not."""
+def _python_value(text: str) -> list[dict[str, Any]]:
+    """A Python list of calls as it is in JSON; none if it is something else."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of odd escape sequences
         tree = ast.parse(text.strip(), mode="eval").body
@@ -158,7 +159,7 @@ def _call(value: Any, names: Collection[str]) -> Part:
         raise ValueError("no call of a known function")
     arguments = value.get("arguments", value.get("parameters"))
     if isinstance(arguments, str):
-        arguments = json_value(arguments) if arguments.strip() else {}
+        arguments = _json_value(arguments) if arguments.strip() else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
@@ -242,7 +243,7 @@ def typed_value(text: str, kinds: set[str]) -> str:
     """What is written without quotes, as JSON: of these types if it can be read as one of them, else a string."""
     if kinds != {"string"}:
         with contextlib.suppress(ValueError, RecursionError):
-            value = json_value(_PYTHON.get(text.strip(), text))
+            value = _json_value(_PYTHON.get(text.strip(), text))
             kind = _KINDS.get(type(value), "null")
             if not kinds or kind in kinds or (kind == "integer" and "number" in kinds):
                 return _dump(value)

@@ -20,17 +20,7 @@ import yaml
 
 from minisgl.errors import RequestError
 from minisgl.grammar.schema import PATTERNS, definitions, listed, literals, resolved
-from minisgl.parser.parts import (
-    MAX_TYPES,
-    BracketReader,
-    Parser,
-    Part,
-    TaggedArguments,
-    calls_in,
-    json_value,
-    num_certain,
-    python_value,
-)
+from minisgl.parser.parts import MAX_TYPES, BracketReader, Parser, Part, TaggedArguments, calls_in, num_certain
 
 Form = Any  # of `grammar/source.py`
 UNKNOWN = "llama3_json"  # the format of a model whose own is not known
@@ -156,8 +146,8 @@ class ToolParser(Parser):
         self._num_read += size
         if not ended:
             return Found(len(text)) if final else None
-        read = python_value if self._format.language == "python" else json_value
-        calls = None if self._reader.too_deep else calls_in(text[start : self._num_read], self._functions, read)
+        whole = text[start : self._num_read]
+        calls = None if self._reader.too_deep else calls_in(whole, self._functions, self._format.language)
         return Found(self._num_read, calls, None, closers, in_list)
 
     def _run(self, *, final: bool) -> list[Part]:
@@ -287,16 +277,12 @@ def _of_object(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(language: str, function: Field) -> Form:
+    """Those that are not needed may be missing."""
     if language == "json":
         return function.json(_OBJECT)
     fields = _fields(function)
-    if language == "python":
-        return _separated(fields)
-    return [field.maybe([f"<parameter={field.name}>\n", _value(field)]) for field in fields]
-
-
-def _separated(fields: Sequence[Field]) -> Form:
-    """Arguments follow each other with commas between them; those that are not needed may be missing."""
+    if language == "tags":
+        return [field.maybe([f"<parameter={field.name}>\n", _value(field)]) for field in fields]
     items = [[f"{field.name}=", field.json({}, "python")] for field in fields]
     behind = [field.maybe([", ", item]) for field, item in zip(fields, items, strict=True)]
     first = next((index for index, field in enumerate(fields) if field.needed), len(items))
