@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 from llguidance import LLMatcher
 
-from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.core import Grammar
 from minisgl.errors import RequestError
 from minisgl.grammar.source import Vocabulary, VocabularyConfig, load_vocabulary
@@ -152,8 +151,3 @@ class GrammarStore:
         recent.move_to_end(key)
         while is_new and (len(recent) > MAX_STORED or sum(one.num_bytes for one in recent.values()) > MAX_STORED_BYTES):
             recent.popitem(last=False)
-
-
-def open_store(engine: EngineConfig, scheduler: SchedulerConfig) -> GrammarStore:
-    """For the model of these configurations."""
-    return GrammarStore(VocabularyConfig(engine.model_path, engine.model.vocab_size, scheduler.eos_token_ids))

@@ -137,11 +137,24 @@ def _json_value(text: str) -> Any:
 
 
 def _python_value(text: str) -> list[dict[str, Any]]:
-    """A Python list of calls as it is in JSON; none if it is something else."""
+    """A Python list of calls as it is in JSON; none if it is no list.
+
+    Raises: ValueError or TypeError when one of them is no call.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of odd escape sequences
         tree = ast.parse(text.strip(), mode="eval").body
-    return [_python_call(node) for node in tree.elts] if isinstance(tree, ast.List) else []
+    calls = []
+    for node in tree.elts if isinstance(tree, ast.List) else ():
+        if not isinstance(node, ast.Call) or node.args:
+            raise ValueError("no call with keyword arguments")
+        arguments = {}
+        for keyword in node.keywords:
+            if keyword.arg is None or keyword.arg in arguments:
+                raise ValueError("** and repeated keywords are no arguments")
+            arguments[keyword.arg] = ast.literal_eval(_JsonNames().visit(keyword.value))
+        calls.append({"name": ast.unparse(node.func), "arguments": arguments})
+    return calls
 
 
 def _dump(value: Any) -> str:
@@ -167,25 +180,11 @@ def _call(value: Any, names: Collection[str]) -> Part:
     return Part("call", _dump(arguments), name)
 
 
-def _python_call(node: ast.expr) -> dict[str, Any]:
-    """A call in Python as it is in JSON. Raises: ValueError or TypeError when it is none."""
-    if not isinstance(node, ast.Call) or node.args:
-        raise ValueError("no call with keyword arguments")
-    arguments = {}
-    for keyword in node.keywords:
-        if keyword.arg is None or keyword.arg in arguments:
-            raise ValueError("** and repeated keywords are no arguments")
-        arguments[keyword.arg] = ast.literal_eval(_JsonNames().visit(keyword.value))
-    return {"name": ast.unparse(node.func), "arguments": arguments}
-
-
 class _JsonNames(ast.NodeTransformer):
     """`true`, `false` and `null`, which models write in Python too."""
 
-    _VALUES = {"true": True, "false": False, "null": None}  # noqa: RUF012
-
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return ast.Constant(self._VALUES[node.id]) if node.id in self._VALUES else node
+        return ast.Constant(json.loads(node.id)) if node.id in _PYTHON.values() else node
 
 
 class BracketReader:

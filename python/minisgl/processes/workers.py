@@ -115,13 +115,15 @@ def build_rank(
     """
     set_cuda_environment(engine_config)
     from minisgl.engine.engine import Engine
-    from minisgl.grammar.store import open_store
+    from minisgl.grammar.source import VocabularyConfig
+    from minisgl.grammar.store import GrammarStore
     from minisgl.scheduler.grammar import Grammars
     from minisgl.scheduler.scheduler import Scheduler
 
     is_fatal, check_ranks = env_bool("MINISGL_INTEGRITY_FATAL"), env_bool("MINISGL_CHECK_RANKS")
     # Before the engine: loading the vocabulary holds Python up, which is not noticed now.
-    grammars = Grammars(open_store(engine_config, config) if rank == 0 else None, engine_config.device == "cuda")
+    vocabulary = VocabularyConfig(engine_config.model_path, engine_config.model.vocab_size, config.eos_token_ids)
+    grammars = Grammars(GrammarStore(vocabulary) if rank == 0 else None, engine_config.device == "cuda")
     try:
         engine = Engine(replace(engine_config, init_method=rendezvous), rank)
     except BaseException:
