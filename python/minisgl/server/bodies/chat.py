@@ -12,9 +12,23 @@ from minisgl.core import MAX_COUNT, RANGES, Range, SamplingParams
 from minisgl.errors import RequestError, too_long
 from minisgl.message.messages import ChatPrompt, IdsPrompt, Prompt, TextPrompt, least_tokens, pack_ids
 from minisgl.server.bodies.content import MAX_TOOLS, Message, Tool, ToolUse, chat_messages, template_kwargs, tool_use
-from minisgl.server.bodies.fields import Reading, fields_of, load, load_object, validate
+from minisgl.server.bodies.fields import (
+    Body,
+    Count,
+    Ids,
+    Items,
+    MaxTokens,
+    Object,
+    Reading,
+    fields_of,
+    load,
+    load_object,
+    optional,
+    refuse_unless,
+    shown,
+    validate,
+)
 from minisgl.server.bodies.sampling import Defaults, GrammarFields, SamplingFields
-from minisgl.server.bodies.strict import Body, Count, Ids, Items, MaxTokens, Object, optional, refuse_unless, shown
 from minisgl.server.errors import renamed
 
 _CHOICES = Range(1, 128)  # of one prompt

@@ -1,28 +1,101 @@
-"""What becomes of the fields of requests: `fields.yaml` says it of those that no model of a body has.
+"""Fields of bodies: what models of them are made of, without conversions of values, and what becomes of each field.
+`fields.yaml` says it of those that no model of a body has.
 
 A field is known: something is made of it. Or it would change the answer and is not supported: it is refused, unless its
 value asks for nothing. Or it is neither: it is ignored, and the client and the log are told so.
 
 The names are those of OpenAI, Anthropic, vLLM, SGLang, llama.cpp, Ollama, TGI, text-generation-webui, OpenRouter and
-others whose clients are pointed at this server.
-"""
+others whose clients are pointed at this server."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, ClassVar, TypeVar, cast
 
 import yaml
-from pydantic import ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+)
 from pydantic_core import from_json
 
+from minisgl.core import MAX_COUNT, Range
 from minisgl.errors import RequestError
-from minisgl.server.bodies.strict import MAX_SHOWN, Body, shown
+
+MAX_SHOWN = 64  # characters of a client's name for something, in messages
+T = TypeVar("T")
+S = TypeVar("S", bound=Sized)
+SCHEMAS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("schemas.yaml").read_text(encoding="utf-8")
+)
+
+
+class Body(BaseModel):
+    """Strict: no conversion of strings to numbers. Fields that it has not are left out before (`fields.Reading`)."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    inner: ClassVar[Mapping[str, type[BaseModel]]] = {}  # fields whose objects have the fields of a body
+
+
+def whole(value: Any) -> Any:
+    """Whole numbers may be written with a fraction, 16.0, as JavaScript and Lua do not tell them apart."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return [whole(item) for item in value] if isinstance(value, list) and {float, list} & {*map(type, value)} else value
+
+
+WHOLE = BeforeValidator(whole)
+Count = Annotated[int, WHOLE]
+MaxTokens = Annotated[Count, Field(ge=1, le=MAX_COUNT)]
+TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 2**31 - 1})]
+Items = Annotated[list[T], Field(fail_fast=True)]  # a list of which one wrong item is enough
+Object = dict[str, Any]
+
+
+def refuse_unless(holds: object, message: str, param: str) -> None:
+    """Raises: RequestError."""
+    if not holds:
+        raise RequestError(message, param=param)
+
+
+def at_most(most: int, what: str, name: str, values: S) -> S:
+    """The values of a field. Raises: RequestError when there are more."""
+    refuse_unless(len(values) <= most, f"{name} must hold at most {most} {what}, not {len(values)}", name)
+    return values
+
+
+def _of_some_model(ids: list[int], info: ValidationInfo) -> list[int]:
+    bad = next((token for token in ids if not 0 <= token < 2**31), None)
+    refuse_unless(bad is None, f"{info.field_name}: {bad} is not a token id", str(info.field_name))
+    return ids
+
+
+Ids = Annotated[Items[TokenId], WHOLE, AfterValidator(_of_some_model)]
+
+
+def shown(name: str) -> str:
+    """A client's name for something, fit for one line."""
+    text = name[: MAX_SHOWN + 1] or '""'
+    text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def optional(text: str, within: Range | None = None, **schema: Any) -> Any:
+    """A field that may be left out, which is what null means too. text, schema: for the OpenAPI document."""
+    low, high = (None, None) if within is None else (within.lowest, within.highest)
+    return Field(None, description=text, ge=low, le=high, json_schema_extra=schema or None)
+
 
 MAX_IGNORED = 64  # names of one request that are remembered
 

@@ -16,8 +16,7 @@ from fastapi import Request
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
-from minisgl.server.bodies.fields import Reading
-from minisgl.server.bodies.strict import shown
+from minisgl.server.bodies.fields import Reading, shown
 
 T = TypeVar("T")
 

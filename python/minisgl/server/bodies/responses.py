@@ -17,9 +17,20 @@ from pydantic import Field
 from minisgl.errors import RequestError
 from minisgl.server.bodies.chat import GenerationRequest, chat_request
 from minisgl.server.bodies.content import Describe, functions_of, kept_as_text, text_of, thought_of
-from minisgl.server.bodies.fields import NAMES, OBJECTS, Reading, load
+from minisgl.server.bodies.fields import (
+    NAMES,
+    OBJECTS,
+    SCHEMAS,
+    Body,
+    Items,
+    MaxTokens,
+    Object,
+    Reading,
+    load,
+    optional,
+    refuse_unless,
+)
 from minisgl.server.bodies.sampling import Defaults, SamplingFields
-from minisgl.server.bodies.strict import SCHEMAS, Body, Items, MaxTokens, Object, optional, refuse_unless
 from minisgl.server.errors import dump_json
 
 Item = Object

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from minisgl.core import MAX_BIAS, MAX_COUNT, MAX_SEED, RANGES, Grammar, Range, SamplingParams
 from minisgl.errors import RequestError
-from minisgl.server.bodies.strict import SCHEMAS, Count, Ids, Items, Object, at_most, optional, refuse_unless
+from minisgl.server.bodies.fields import SCHEMAS, Count, Ids, Items, Object, at_most, optional, refuse_unless
 
 MAX_CHOICES = 4096
 MAX_TEXT = 256 << 10  # characters of a schema, or a grammar
