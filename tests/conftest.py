@@ -1,4 +1,5 @@
-"""Lets the tests that need no more than pytest run where its plugins are not installed, as on a GPU machine."""
+"""Lets the tests that need no more than pytest run where its plugins are not installed, as on a GPU machine; and no
+example of Hypothesis fails because the machine is busy."""
 
 from __future__ import annotations
 
@@ -10,6 +11,11 @@ PLUGIN_OPTIONS = {
     "pytest_timeout": ("timeout",),
     "pytest_asyncio": ("asyncio_mode", "asyncio_default_fixture_loop_scope"),
 }
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    settings.register_profile("busy", deadline=None)
+    settings.load_profile("busy")
 ABSENT = [plugin for plugin in PLUGIN_OPTIONS if importlib.util.find_spec(plugin) is None]
 
 

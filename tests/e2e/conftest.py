@@ -83,7 +83,7 @@ class Server:
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
 
-    def wait_exit(self, seconds: float = 15) -> int:
+    def wait_exit(self, seconds: float = 40) -> int:
         return self.process.wait(seconds)
 
     def orphans(self, seconds: float = 5) -> list[psutil.Process]:
