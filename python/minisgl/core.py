@@ -134,7 +134,8 @@ class SamplingParams:
         _check(limit is None or least <= limit <= MAX_COUNT, "max_tokens", f"at least {least} and below 2**63", limit)
         for name, (lowest, highest, text) in RANGES.items():
             value = getattr(self, name)
-            _check(value is None or lowest <= value <= highest, name, text or f"from {lowest} to {highest}", value)
+            fits = name in ("seed", "logprobs", "prompt_logprobs") if value is None else lowest <= value <= highest
+            _check(fits, name, text or f"from {lowest} to {highest}", value)
         _check(self.top_p > 0, "top_p", RANGES["top_p"].text, self.top_p)
         _check(all(self.stop), "stop", "free of empty strings", list(self.stop))
         most = MAX_COUNT if limit is None else limit

@@ -29,3 +29,12 @@ def test_ranges_have_an_end_at_both_sides(name: str) -> None:
         with pytest.raises(RequestError, match=rf"^{name} must be .*, not {re.escape(repr(value))}$"):
             SamplingParams(**{name: value})  # type: ignore[arg-type]
     SamplingParams(**{name: highest})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_none_is_a_value_only_where_it_is_the_default(name: str) -> None:
+    if getattr(SamplingParams(), name) is None:
+        SamplingParams(**{name: None})  # type: ignore[arg-type]
+        return
+    with pytest.raises(RequestError, match=f"^{name} must be .*, not None$"):
+        SamplingParams(**{name: None})  # type: ignore[arg-type]
