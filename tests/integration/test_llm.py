@@ -175,6 +175,8 @@ def test_bad_prompts_are_refused_before_anything_runs(llm: LLM) -> None:
         (["fine", ""], "prompt 1: the prompt must not be empty"),
         ([[]], "empty"),
         ([[1, 512]], "512 is not in the vocabulary"),
+        (["fine", 3], "a text or a list of token ids, not int"),
+        ([[{"role": "user", "content": "Hello"}]], "a text or a list of token ids, not list"),  # which is for `chat`
     ]:
         with pytest.raises(RequestError, match=words):
             llm.generate(prompts, GREEDY)

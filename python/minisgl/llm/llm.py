@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -200,7 +200,8 @@ class LLM:
 
         Several streams may be read in turn. Leaving the loop early ends the request.
         """
-        (pending,) = self.submit([_wrapped(prompt)], sampling_params)
+        wrapped = ChatPrompt(list(prompt)) if _is_conversation(prompt) else _wrapped(prompt)
+        (pending,) = self.submit([wrapped], sampling_params)
         try:
             for taken in itertools.count():
                 while taken == len(pending.replies):
@@ -283,15 +284,13 @@ class LLM:
         self._supervisor.check(0.0)
 
 
-def _is_conversation(value: Any) -> bool:
+def _is_conversation(value: Any) -> TypeGuard[Conversation]:
     return not isinstance(value, str) and len(value) > 0 and isinstance(value[0], dict)
 
 
-def _wrapped(prompt: Any) -> Wrapped:
+def _wrapped(prompt: Any) -> TextPrompt | IdsPrompt:
     if isinstance(prompt, str):
         return TextPrompt(prompt)
-    if _is_conversation(prompt):
-        return ChatPrompt(list(prompt))
     try:
         return IdsPrompt(pack_ids(prompt))
     except (TypeError, ValueError, OverflowError):
