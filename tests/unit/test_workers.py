@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from queue import Queue
@@ -39,6 +41,26 @@ def test_beats_never_wait_for_a_parent_that_does_not_listen(monkeypatch: pytest.
     assert decode_report(ours.recv_bytes()) == Report(ready=True)
     ours.close()
     theirs.close()
+
+
+# A child's first moments are those of the first child: only that one finds multiprocessing's own process not there yet.
+FIRST_CHILD = """
+import multiprocessing, signal
+from minisgl.processes.control import ENDING_SIGNALS, signals_deferred
+if __name__ == "__main__":
+    with signals_deferred():
+        process = multiprocessing.get_context("spawn").Process(target=print)
+        process.start()
+        print(signal.pthread_sigmask(signal.SIG_BLOCK, ()) >= set(ENDING_SIGNALS))
+        process.kill()
+        process.join()
+"""
+
+
+def test_the_first_child_too_is_born_with_signals_blocked() -> None:
+    """A Ctrl-C during its imports would be a traceback in the log."""
+    command = [sys.executable, "-c", FIRST_CHILD]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "True\n"
 
 
 def idle(control: Control) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -121,11 +122,9 @@ def signals_deferred() -> Iterator[None]:
 
     Children are born with them blocked, so that a Ctrl-C during their first moments is the parent's to handle.
     """
-    caught: list[int] = []
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        for signum in ENDING_SIGNALS:
-            handlers[signum] = signal.signal(signum, lambda number, _: caught.append(number))
+    caught, signums = list[int](), ENDING_SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    handlers = {signum: signal.signal(signum, lambda number, _: caught.append(number)) for signum in signums}
+    resource_tracker.ensure_running()  # else the first child starts it, which unblocks SIGINT and SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
         yield
