@@ -19,12 +19,10 @@ import numpy as np
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Req, ReqState, SamplingParams
 from minisgl.errors import IntegrityError
-from minisgl.kvcache.allocator import PageAllocator
+from minisgl.kvcache.pages import PageAllocator, Pages
 from minisgl.kvcache.radix import NaiveCache, PrefixCache, RadixNode
-from minisgl.scheduler.draft import Planned
 from minisgl.scheduler.integrity import check_integrity
-from minisgl.scheduler.pages import Pages
-from minisgl.scheduler.planner import Planner
+from minisgl.scheduler.planner import Planned, Planner
 from minisgl.utils.fairness import FairQueue
 
 

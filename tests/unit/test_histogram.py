@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisgl.utils.math import Histogram
+from minisgl.message.messages import Histogram
 
 BOUNDS = (0.5, 1.0, 2.0, 4.0)
 

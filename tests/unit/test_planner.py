@@ -11,7 +11,7 @@ import pytest
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import FinishReason, ReqOutput, SamplingParams, StepPlan, StepResult
 from minisgl.errors import IntegrityError
-from minisgl.kvcache.allocator import PageAllocator
+from minisgl.kvcache.pages import PageAllocator
 from minisgl.scheduler.integrity import check_integrity
 from minisgl.scheduler.planner import Planner
 from tests.simulator import SimulatedEngine, expected_output

@@ -12,9 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import FinishReason, Grammar, ReqOutput, SamplingParams, StepPlan
 from minisgl.errors import EngineError
-from minisgl.scheduler.draft import Planned
 from minisgl.scheduler.integrity import check_integrity
-from minisgl.scheduler.planner import Planner
+from minisgl.scheduler.planner import Planned, Planner
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 
 GRAMMAR = Grammar("regex", ".*")

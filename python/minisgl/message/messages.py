@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -12,7 +13,6 @@ import msgspec
 import numpy as np
 
 from minisgl.core import FinishReason, SamplingParams, TokenLogprobs
-from minisgl.utils.math import Histogram
 
 T = TypeVar("T")
 
@@ -242,6 +242,21 @@ class DecodedReply(Message, frozen=True):
     """The text of a `DecodeMsg`."""
 
     text: str
+
+
+class Histogram(msgspec.Struct, forbid_unknown_fields=True):
+    """`counts[i]`: values of at most `bounds[i]` and above the bound before; the last count has no bound."""
+
+    bounds: tuple[float, ...]
+    counts: list[int] = []
+    total: float = 0.0  # all values added up
+
+    def __post_init__(self) -> None:
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
+
+    def add(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
 
 
 class StatsReply(Message, frozen=True):

@@ -25,7 +25,7 @@ from minisgl.errors import EngineError, RequestError
 from minisgl.grammar.source import one_line
 from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
 from minisgl.message.messages import AbortMsg, DetokenizeMsg, ErrorReply, RankMsg, ResumeMsg, UserMsg
-from minisgl.scheduler.draft import Planned
+from minisgl.scheduler.planner import Planned
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)

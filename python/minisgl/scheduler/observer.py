@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from minisgl.core import ReqOutput, StepPlan
-from minisgl.message.messages import StatsReply
+from minisgl.message.messages import Histogram, StatsReply
 from minisgl.scheduler.planner import Planner
-from minisgl.utils.math import Histogram
 
 
 class Observer:

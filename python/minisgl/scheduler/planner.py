@@ -5,24 +5,86 @@ tensor-parallel rank runs its own copy and reaches the same plans.
 
 A request has `num_tokens` and `num_computed`; a step grants it `min(num_tokens - num_computed, budget left)`. Prefill,
 chunked prefill, cache hits and decode are that one subtraction. `plan` advances the counts as if the step had run
-already, so the next step can be planned while this one is on the device; `retire` fills in the sampled ids.
-"""
+already, so the next step can be planned while this one is on the device; `retire` fills in the sampled ids."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import KeysView
+from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, ReqState, SamplingParams, ScheduledReq, StepResult
-from minisgl.scheduler.draft import Draft, Planned
-from minisgl.scheduler.pages import Pages
+from minisgl.core import (
+    NOT_READY,
+    Admission,
+    FinishReason,
+    PageUpdate,
+    Req,
+    ReqOutput,
+    ReqState,
+    SamplingParams,
+    ScheduledReq,
+    StepPlan,
+    StepResult,
+)
+from minisgl.kvcache.pages import Pages
 from minisgl.utils.fairness import FairQueue
 from minisgl.utils.math import div_ceil
+
+Shares = tuple[list[Req], list[ScheduledReq]]
+
+
+class Planned(NamedTuple):
+    """A step, and the request that each of `plan.reqs` is a share of."""
+
+    plan: StepPlan
+    reqs: list[Req]
+
+    @property
+    def sampling(self) -> list[Req]:
+        """Whose tokens the step's result has, in its order."""
+        return [req for req, share in zip(self.reqs, self.plan.reqs, strict=True) if share.num_samples]
+
+
+@dataclass(slots=True)
+class Draft:
+    """What a step has so far. budget: tokens that it may still have."""
+
+    budget: int
+    decode: Shares = field(default_factory=lambda: ([], []))
+    prefill: Shares = field(default_factory=lambda: ([], []))
+    admissions: list[Admission] = field(default_factory=list)
+
+    def admit(self, req: Req, eos: tuple[int, ...]) -> None:
+        ends = req.params.end_ids(eos) if req.params.min_tokens else ()
+        self.admissions.append(Admission(req.row, req.prefix, req.params, req.prompt_len, ends))
+
+    def planned(self, step_id: int, pages: Pages, checked: list[Req]) -> Planned:
+        """The step, which tells what has become of the pages since the one before. checked: whose pages the engine is
+        to compare."""
+        (decode, decode_shares), (prefill, prefill_shares) = self.decode, self.prefill
+        reqs = decode + prefill
+        plan = StepPlan(
+            step_id,
+            tuple(self.admissions),
+            tuple(pages.updates),
+            tuple(decode_shares + prefill_shares),
+            num_decode=len(decode),
+            copies=tuple(pages.copies),
+            expected=tuple(PageUpdate(req.row, 0, tuple(req.pages)) for req in checked),
+        )
+        pages.updates, pages.copies = [], []
+        planned = Planned(plan, reqs)
+        if [req for req in reqs if req.params.grammar is not None]:
+            masked = tuple(i for i, req in enumerate(planned.sampling) if req.params.grammar is not None)
+            return planned._replace(plan=plan._replace(masked=masked))
+        return planned
+
 
 # Room that must be left for each running request to grow before another one is admitted, in tokens. More wastes
 # pages; less admits requests only to retract them soon after.

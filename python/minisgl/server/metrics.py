@@ -18,8 +18,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from minisgl.core import FinishReason
-from minisgl.message.messages import StatsReply, UserReply
-from minisgl.utils.math import Histogram
+from minisgl.message.messages import Histogram, StatsReply, UserReply
 
 _TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 _BOUNDS = _TABLES["bounds"]

@@ -24,7 +24,7 @@ from minisgl.message.sockets import Endpoints
 from minisgl.processes.control import ENDING_SIGNALS
 from minisgl.processes.supervisor import Supervisor, call_in
 from minisgl.server.access import guarded
-from minisgl.server.connection import Connection
+from minisgl.server.admission import Connection
 from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
 from minisgl.server.routes.app import create_app
