@@ -5,7 +5,8 @@ tensor-parallel rank runs its own copy and reaches the same plans.
 
 A request has `num_tokens` and `num_computed`; a step grants it `min(num_tokens - num_computed, budget left)`. Prefill,
 chunked prefill, cache hits and decode are that one subtraction. `plan` advances the counts as if the step had run
-already, so the next step can be planned while this one is on the device; `retire` fills in the sampled ids."""
+already, so the next step can be planned while this one is on the device; `retire` fills in the sampled ids.
+"""
 
 from __future__ import annotations
 
