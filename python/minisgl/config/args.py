@@ -208,7 +208,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> 
 
 
 def args_from_options(options: Mapping[str, Any]) -> ServerArgs:
-    """The same from keyword options, by the flags' names. Raises: ConfigError naming the option that is wrong."""
+    """The arguments from keyword options, by the flags' names. Raises: ConfigError naming the option that is wrong."""
     return ServerArgs(**_from_mapping(options, "option "))
 
 

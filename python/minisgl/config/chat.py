@@ -73,7 +73,8 @@ def choose_tool_parser(wanted: str | None, template: str) -> str | None:
 
 
 def choose_reasoning_parser(wanted: str | None, template: str) -> str | None:
-    """The same for reasoning. DeepSeek-R1's kind of models think without being told to, and its tag may be missing."""
+    """The parser of reasoning that was asked for ("none": none), or by default the one that the template's tags need.
+    DeepSeek-R1's kind of models think without being told to, and the first tag may be missing."""
     if wanted is not None:
         return None if wanted == "none" else wanted
     if CLOSING not in template:

@@ -174,7 +174,7 @@ class CapturedSteps(StepRunner):
         return launched._replace(ids=out.copy_(launched.ids, non_blocking=True))
 
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
-        """As a graph, if one holds the plan: what it has more are requests of nobody."""
+        """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
         num = len(plan.reqs)
         shape = self._graphs.shape_for(num, 1) if plan.is_decode_only else None
         if shape is None:

@@ -29,7 +29,7 @@ MAX_WAITING = 64  # of one client, to be compiled
 
 @dataclass(eq=False)
 class CompiledGrammar:
-    """As long as someone holds it, it is not compiled again.
+    """A grammar that llguidance follows. While someone holds it, it is not compiled again.
 
     matcher: at the beginning of an output; copied for each.
     lock: held while one of its matchers is at work. They share a lock of their own in llguidance, for which

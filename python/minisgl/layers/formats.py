@@ -85,7 +85,7 @@ def experts_of(stack: Tensors) -> Iterator[Tensors]:
 
 
 class Dense(WeightFormat):
-    """As they are."""
+    """Weights as they are stored."""
 
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
         return ops.matrix(tensors["weight"], activation)

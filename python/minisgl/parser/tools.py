@@ -277,7 +277,7 @@ def _of_object(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(language: str, function: Field) -> Form:
-    """Those that are not needed may be missing."""
+    """The form of a call's arguments. Parameters that the function does not need may be missing."""
     if language == "json":
         return function.json(_OBJECT)
     fields = _fields(function)

@@ -25,7 +25,7 @@ class WorkerSpec:
 
     @property
     def group(self) -> str:
-        """Those who are started again together: all schedulers, since they compute together."""
+        """Workers of one group are started again together: all schedulers are one, since they compute together."""
         return "scheduler" if self.name.endswith("-scheduler") else self.name.removeprefix("minisgl-")
 
 

@@ -32,7 +32,7 @@ _STEP = 2**16  # characters that are searched at a time: meanwhile other threads
 
 
 class ControlTokens:
-    """Those of one tokenizer, of Hugging Face."""
+    """The control tokens of one tokenizer of Hugging Face."""
 
     def __init__(self, tokenizer: Any) -> None:
         template, vocab = str(tokenizer.chat_template), tokenizer.get_vocab()

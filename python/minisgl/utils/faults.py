@@ -58,6 +58,6 @@ def _folder() -> str | None:
 
 @functools.cache
 def _role() -> str:
-    """As the log has it: TP0, tokenizer-0, detokenizer-0; `server` for the main process."""
+    """The name of this process in the log: TP0, tokenizer-0, detokenizer-0; `server` for the main process."""
     name = multiprocessing.current_process().name
     return name.removeprefix("minisgl-").removesuffix("-scheduler") if name.startswith("minisgl-") else "server"
