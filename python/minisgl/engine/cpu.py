@@ -130,7 +130,11 @@ class CpuHandle(futures.Future[StepResult]):
     """A step in the runner's thread (a `core.StepHandle`)."""
 
     def wait(self, timeout: float | None = None) -> bool:
-        return bool(futures.wait([self], timeout).done)
+        try:
+            self.exception(timeout)  # one lock, where `futures.wait` would make an event for each call
+        except futures.TimeoutError:
+            return False
+        return True
 
 
 class CpuRunner:

@@ -80,8 +80,8 @@ Experts = Callable[[Tensor, Tensor], Tensor]
 
 
 class Matrix(ABC):
-    """A weight [out, in] as something to multiply with. Only `apply` has to be written: the other methods say what is
-    wanted together with it, for kernels that save passes over memory."""
+    """A weight [out, in] as something to multiply with. Only `apply` and `rows` have to be written: the others say what
+    is wanted together with `apply`, for kernels that save passes over memory."""
 
     cpu_handle: int | None = None  # by which the CPU engine that computes whole steps knows it; None: it cannot use it
 
@@ -110,12 +110,12 @@ class Matrix(ABC):
         product = self.apply(x, bias) if norm is None else self.norm_apply(x, norm, eps, bias)
         return self._ops.act_and_mul(product, self._activation)
 
+    @abstractmethod
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
         """Rows of a table of embeddings: ids [num_tokens] int64 → [num_tokens, in].
 
         first: the id of the table's first row. Ids outside the table belong to other ranks, and give zeros.
         """
-        raise NotImplementedError("this format has no tables of embeddings")
 
 
 class TorchMatrix(Matrix):

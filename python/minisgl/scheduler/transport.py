@@ -6,6 +6,7 @@ its loop; the others take their turns from those. So every rank's planner sees t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from minisgl.core import FinishReason
@@ -36,7 +37,7 @@ Stats = Callable[[int], StatsReply]
 _IDLE_SECONDS = 0.5  # between heartbeats while nothing happens
 
 
-class Transport:
+class Transport(ABC):
     """One rank's connection to the rest of the system. Ranks above 0 say nothing.
 
     beat: called now and then, to show that this process is alive. grammars: on rank 0, of its requests: see that what
@@ -46,18 +47,18 @@ class Transport:
     def __init__(self, beat: Beat, grammars: Grammars | None = None) -> None:
         self._beat, self.grammars = beat, grammars or Grammars(None)
 
+    @abstractmethod
     def receive(self, *, block: bool, digest: int) -> Sequence[RankMsg]:
         """The messages for this turn. With `block`, wait a while for one. `digest` is that of the last plan."""
-        raise NotImplementedError
 
     def pump(self, *, late: bool = False) -> None:  # noqa: ARG002
         """Called now and then while a step runs. late: the step should have ended long ago."""
         self._beat()
 
-    def send(self, messages: Sequence[Reply]) -> None:
+    def send(self, messages: Sequence[Reply]) -> None:  # noqa: B027
         """To the detokenizer."""
 
-    def answer(self, message: FrontendMsg) -> None:
+    def answer(self, message: FrontendMsg) -> None:  # noqa: B027
         """Tell the API server what it has asked for itself."""
 
 
