@@ -42,12 +42,12 @@ import torch.nn.functional as F
 from minisgl.attention.base import AttentionShape, AttentionStep
 from minisgl.attention.cuda import CudaBackend
 from minisgl.config.model import AttentionSpec, MoE, PagedKV
+from minisgl.formats.base import DENSE
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.cuda import CudaOps
 from minisgl.kernel.ops import KVSlots, PagedSequences, RopeAngles, TorchOps
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 from minisgl.kvcache.pool import LayerCache
-from minisgl.layers.formats import DENSE
 
 Tensor = torch.Tensor
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from minisgl.config.model import MoE
 from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
+from minisgl.formats.base import DENSE, Dense, Int8, Shard, Tensors, WeightFormat, WeightSlot
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import LayerOps, Matrix, TorchOps
 from minisgl.layers.base import LayerEnv
-from minisgl.layers.formats import FORMATS, Dense, Shard, Tensors, WeightFormat, WeightSlot
 from minisgl.layers.linear import RowLinear
 from minisgl.models.checkpoint import Checkpoint, load_weights
 from minisgl.models.decoder import DecoderLayer, DecoderModel
@@ -24,6 +24,7 @@ from tests.driver import engine_config
 from tests.models import tiny_model
 
 CPU = torch.device("cpu")
+FORMATS = {"dense": DENSE, "int8": Int8()}
 
 
 class Scaled(Dense):
@@ -56,7 +57,7 @@ def loaded(
 
 
 def test_a_format_with_several_tensors_that_are_transformed() -> None:
-    plain, scaled = (loaded("llama", form).lm_head for form in (FORMATS[None], Scaled()))
+    plain, scaled = (loaded("llama", form).lm_head for form in (DENSE, Scaled()))
     x, norm = torch.randn(3, 64), torch.ones(64)
     torch.testing.assert_close(scaled.logits(x, norm, 1e-6), plain.logits(x, norm, 1e-6))
 
@@ -138,12 +139,12 @@ class Sandwich(DecoderLayer):
 
 
 def test_each_layer_says_whether_the_cpu_engine_can_run_it() -> None:
-    dense, moe = (loaded(family, FORMATS[None], CpuOps(1)) for family in ("qwen3", "qwen3_moe"))
+    dense, moe = (loaded(family, DENSE, CpuOps(1)) for family in ("qwen3", "qwen3_moe"))
     specs = dense.cpu_specs()
     assert specs is not None
     assert [len(spec.matrices) for spec in specs] == [1, *(4 for _ in dense.layers), 1]
     assert moe.cpu_specs() is None
-    assert loaded("qwen3", FORMATS[None]).cpu_specs() is None, "torch's matrices"
+    assert loaded("qwen3", DENSE).cpu_specs() is None, "torch's matrices"
     layer = dense.layers[0]
     for kind, can in ((Renamed, True), (Sandwich, False)):
         layer.__class__ = kind

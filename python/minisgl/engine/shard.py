@@ -13,10 +13,10 @@ from minisgl.attention.create import Backend, create_backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import StepPlan
 from minisgl.distributed.comm import Communicator
+from minisgl.formats import create_format
 from minisgl.kernel.ops import TorchOps
 from minisgl.kvcache.pool import KVPool
 from minisgl.layers.base import LayerEnv
-from minisgl.layers.formats import FORMATS
 from minisgl.layers.rope import RotaryEmbedding
 from minisgl.models.checkpoint import Checkpoint, fill_random, load_weights
 from minisgl.models.decoder import DecoderModel
@@ -33,7 +33,7 @@ class ModelShard:
         self.config, self.device, self.comm, self.ops = config, device, comm, ops
         start = time.perf_counter()
         with torch.inference_mode():
-            env = LayerEnv(comm, ops, DTYPES[config.dtype], device, FORMATS[config.quantization])
+            env = LayerEnv(comm, ops, DTYPES[config.dtype], device, create_format(config))
             checkpoint = None if config.dummy_weight else Checkpoint(config.model_path)
             self.model = DecoderModel(env, checkpoint.untied(config.model) if checkpoint else config.model)
             if checkpoint:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.config.model import MoE
+from minisgl.kernel.packed import Packed
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 
 Tensor = torch.Tensor
@@ -149,6 +150,10 @@ class LayerOps:
         """weight: [out, in], rounded to 255 levels of each row's largest magnitude."""
         scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         return self.matrix((weight / scale).round().mul_(scale).to(weight.dtype), activation)
+
+    def packed_matrix(self, parts: Sequence[Packed], dtype: torch.dtype, activation: str | None = None) -> Matrix:
+        """parts: of few bits, one below the other. dtype: of activations. activation: of its `gate_up`."""
+        return self.matrix(torch.cat([part.dequantize() for part in parts]).to(dtype), activation)
 
     def experts(self, gate_up: Tensor, down: Tensor, spec: MoE) -> Experts | None:  # noqa: ARG002
         """gate_up: [num_experts, 2 * n, hidden], gate's rows first; down: [num_experts, hidden, n]. None: there is no

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from minisgl.attention.base import StepContext
 from minisgl.config.model import DenseMLP, ModelConfig, MoE, PagedKV
+from minisgl.formats.base import DENSE, Shard, WeightSlot, experts_of
 from minisgl.kernel.ops import Experts, KVSlots
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, whole
-from minisgl.layers.formats import DENSE, Shard, WeightSlot, experts_of
 from minisgl.layers.linear import GateUpLinear, Linear, QKVLinear, RowLinear
 
 

@@ -11,8 +11,8 @@ import torch
 
 from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
+from minisgl.formats.base import DENSE, WeightFormat, WeightSlot
 from minisgl.kernel.ops import LayerOps
-from minisgl.layers.formats import DENSE, WeightFormat, WeightSlot
 
 Tensor = torch.Tensor
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from minisgl.errors import ConfigError
+from minisgl.formats.base import Shape, Shard, WeightSlot
 from minisgl.kernel.ops import Matrix
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor
-from minisgl.layers.formats import Shape, Shard, WeightSlot
 from minisgl.utils.math import div_ceil
 
 

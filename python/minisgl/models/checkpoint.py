@@ -24,8 +24,8 @@ from safetensors import safe_open
 from minisgl.config.locate import lfs_hint, listing, weight_files
 from minisgl.config.model import ModelConfig
 from minisgl.errors import ConfigError
+from minisgl.formats.base import WeightSlot
 from minisgl.layers.base import Part
-from minisgl.layers.formats import WeightSlot
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from minisgl.attention.base import StepContext
 from minisgl.config.model import ModelConfig, MoE
+from minisgl.formats.base import WeightSlot
 from minisgl.layers.attention import Attention, GatedMLP, SparseMLP
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Part, Tensor, whole
-from minisgl.layers.formats import WeightSlot
 from minisgl.layers.linear import VocabTable
 
 

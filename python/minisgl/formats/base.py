@@ -102,4 +102,3 @@ class Int8(WeightFormat):
 
 
 DENSE = Dense()
-FORMATS: Mapping[str | None, WeightFormat] = {None: DENSE, "int8": Int8()}  # by the option --quantization

@@ -1,0 +1,92 @@
+"""Weights of few bits, as checkpoints have them: what kernels repack, and the values that they stand for.
+
+A linear layer may have several, one below the other: a file keeps some of its rows with more bits than others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Rows of blocks as GGUF files have them. kind: ggml's name of their type, such as "Q4_K"; data: [out, bytes of a
+    row] uint8."""
+
+    kind: str
+    data: Tensor
+    num_in: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.data), self.num_in
+
+    def dequantize(self) -> Tensor:
+        """The values, [out, in] float32."""
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        values = dequantize(self.data.cpu().numpy(), GGMLQuantizationType[self.kind])
+        return torch.from_numpy(values).to(self.data.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """Integers, with a scale, and perhaps a zero, for each group of columns: scale * (code - zero).
+
+    codes: [out, in / 2] uint8, of which an even column is the lower half, or with 8 bits [out, in]; scales: [out,
+    in / group], of any float type; zeros: [out, in / group] uint8, or None: half of the codes' range (8, 128).
+    columns: [in] int64, which of the input's features each column multiplies; None: its own.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    bits: int = 4
+    columns: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.codes), self.codes.shape[1] * 8 // self.bits
+
+    def dequantize(self) -> Tensor:
+        """The values, [out, in] float32, with columns where the input's features are."""
+        codes = self.codes
+        if self.bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)
+        zeros = 2 ** (self.bits - 1) if self.zeros is None else self.zeros.float().unsqueeze(-1)
+        groups = codes.float().unflatten(1, (self.scales.shape[1], -1))
+        values = ((groups - zeros) * self.scales.float().unsqueeze(-1)).flatten(1)
+        return values if self.columns is None else torch.empty_like(values).index_copy_(1, self.columns, values)
+
+
+@dataclass(frozen=True, slots=True)
+class Float8:
+    """data: [out, in] float8_e4m3fn; scales: [r, c] float32, one for each block of out / r rows and in / c columns,
+    rounded up: [1, 1], [out, 1], or one for 128 × 128. input_scale: of activations; None: theirs are taken anew."""
+
+    data: Tensor
+    scales: Tensor
+    input_scale: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        num_out, num_in = self.data.shape
+        return num_out, num_in
+
+    def dequantize(self) -> Tensor:
+        """The values, [out, in] float32."""
+        (num_out, num_in), (r, c) = self.shape, self.scales.shape
+        scales = self.scales
+        if r > 1:
+            scales = scales.repeat_interleave(-(-num_out // r), 0)[:num_out]
+        if c > 1:
+            scales = scales.repeat_interleave(128, 1)[:, :num_in]
+        return self.data.float() * scales
+
+
+Packed = Blocks | Grouped | Float8
