@@ -52,7 +52,6 @@ def _dispatch(argv: list[str]) -> int:
     if args.shell:
         from minisgl import shell
 
-        shell.shell_params({}, os.environ)  # a bad variable is told before a model is loaded
         return shell.run(args)
     from minisgl.server.launch import serve
 

@@ -1,37 +1,29 @@
-"""The interactive shell: a chat with the model in the terminal, over the same frontend that serves HTTP.
+"""The interactive shell: a chat with the model in the terminal, by way of an `LLM`.
 
-    lines → commands (`/set …`) or messages → ChatPrompt → Frontend.submit → text as it comes
+    lines → commands (`/set …`) or messages → ChatPrompt → LLM.submit → text as it comes
 
 It works on a pipe too: `echo 'Hello' | minisgl --shell` prints the answer and nothing else.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 import runpy
 import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minisgl.config.args import ServerArgs
-from minisgl.config.resolve import prepare
-from minisgl.config.runtime import ServerConfig
 from minisgl.core import DRAWING, FinishReason, SamplingParams
 from minisgl.errors import ConfigError, RequestError
-from minisgl.message.messages import ChatPrompt, UserReply
-from minisgl.message.sockets import Endpoints
-from minisgl.processes.launcher import LocalLauncher
-from minisgl.processes.supervisor import Supervisor, call_in, run_with_workers
-from minisgl.server.frontend import Frontend
+from minisgl.message.messages import ChatPrompt
+
+if TYPE_CHECKING:
+    from minisgl.llm import LLM, Pending
 
 DEFAULTS = SamplingParams(max_tokens=2048, temperature=0.6)
 SETTINGS: Mapping[str, Callable[[str], int | float]] = {**DRAWING, "max_tokens": int, "seed": int}
@@ -85,14 +77,16 @@ class Stats:
     num_output: int = 0
     last: str = ""
 
-    def record(self, last: UserReply, started: float, first: float, ended: float) -> None:
-        """Count an answer. `first` is when its first text came, in seconds as the others."""
+    def record(self, answer: Pending) -> None:
+        """Count an answer of which something has come."""
+        last, seconds = answer.replies[-1], answer.ended - answer.first_token
         self.num_answers += 1
         self.num_prompt += last.num_prompt_tokens
         self.num_cached += last.num_cached_tokens
         self.num_output += last.num_output_tokens
-        speed = (last.num_output_tokens - 1) / (ended - first) if ended > first else 0.0
-        self.last = f"first token after {(first - started) * 1000:.0f} ms, then {speed:.1f} tokens/s"
+        speed = (last.num_output_tokens - 1) / seconds if seconds > 0 else 0.0
+        waited = (answer.first_token - answer.submitted) * 1000
+        self.last = f"first token after {waited:.0f} ms, then {speed:.1f} tokens/s"
 
     def __str__(self) -> str:
         if not self.num_answers:
@@ -106,19 +100,17 @@ class Stats:
 class Shell:
     """One conversation with the model.
 
-    write: takes each piece of output. verbose: also say what a person at a terminal wants to know (hints, notices).
+    write: takes each piece of output. verbose: a person is at a terminal, who wants to know more (hints, notices), and
+    whose Ctrl-C stops an answer.
     """
 
-    def __init__(
-        self, frontend: Frontend, params: SamplingParams, write: Callable[[str], object], verbose: bool = True
-    ) -> None:
+    def __init__(self, llm: LLM, params: SamplingParams, write: Callable[[str], object], verbose: bool = True) -> None:
         self.params = params
         self.system = ""
         self.turns: list[dict[str, Any]] = []  # user and assistant, alternating
         self.stats = Stats()
-        self._frontend, self._write, self._verbose = frontend, write, verbose
-        self._answering: asyncio.Future[None] | None = None
-        self._done = self._interrupted = False
+        self._llm, self._write, self._verbose = llm, write, verbose
+        self._done = False
         self.commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: self._say(HELP),
             "/reset": self._reset,
@@ -128,88 +120,76 @@ class Shell:
             "/exit": self._exit,
         }
 
-    async def run(self, reader: TerminalReader | PipeReader) -> None:
-        """Read and answer lines until /exit or the end of input. Raises: WorkerDied when the server is gone."""
+    def run(self, read: Callable[[], str | None]) -> None:
+        """Read and answer lines until /exit or the end of input (None). Raises: EngineError, WorkerDied."""
         while not self._done:
             try:
-                line = await reader.read()
+                line = read()
             except KeyboardInterrupt:
                 self._say("(Ctrl-D or /exit leaves)")
                 continue
             if line is None:
                 return
-            await self.handle(line)
+            self.handle(line)
 
-    def interrupt(self) -> None:
-        """Stop the current answer, if there is one."""
-        if self._answering is not None:
-            self._interrupted = True
-            self._answering.cancel()
-
-    async def handle(self, line: str) -> None:
+    def handle(self, line: str) -> None:
         """Do what one line says."""
         name, _, rest = line.strip().partition(" ")
         if name and not name.startswith("/"):
-            await self._answer(line.strip())
+            self._answer(line.strip())
         elif name in self.commands:
             self.commands[name](rest.strip())
         elif name:
             self._say(f"unknown command {name}; /help lists the commands")
 
-    async def _answer(self, text: str) -> None:
-        """Ask the model, with an answer that Ctrl-C can stop. A refused question leaves no trace in the history."""
+    def _answer(self, text: str) -> None:
+        """Ask the model. A question that is refused, or stopped before the first word, leaves no trace."""
         before, answer = list(self.turns), list[str]()
         self.turns.append({"role": "user", "content": text})
-        self._interrupted, self._answering = False, asyncio.ensure_future(self._stream_fitting(answer))
         try:
-            await self._answering
+            self._stream(self._submit(), answer)
         except RequestError as error:
             self._say(f"\nerror: {error}" if answer else f"error: {error}")
-        except asyncio.CancelledError:
-            if not self._interrupted:
-                self._answering.cancel()
+        except KeyboardInterrupt:
+            if not self._verbose:
                 raise
-        finally:
-            self._answering = None
         if answer:
             self._write("\n")
             self.turns.append({"role": "assistant", "content": "".join(answer)})
         else:
             self.turns = before
 
-    async def _stream_fitting(self, answer: list[str]) -> None:
-        """Stream the answer; as long as the conversation is too long for the context, forget its oldest turn."""
-        num_turns = len(self.turns)
+    def _submit(self) -> Pending:
+        """As long as the conversation is too long for the context, its oldest turn is forgotten."""
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        turns = list(self.turns)
         while True:
             try:
-                await self._stream(answer)
+                (request,) = self._llm.submit([ChatPrompt(head + turns)], self.params)
                 break
             except RequestError as error:
-                if "context" not in str(error) or answer or len(self.turns) < 3:
+                if error.code != "context_length_exceeded" or len(turns) < 3:
                     raise
-                del self.turns[:2]  # never the question that is being asked
-        if len(self.turns) < num_turns:
-            self._notice("\n(the context is full: the oldest turns are forgotten; /reset forgets all)")
+                del turns[:2]  # never the question that is being asked
+        if len(turns) < len(self.turns):
+            self._notice("(the context is full: the oldest turns are forgotten; /reset forgets all)\n")
+        self.turns = turns
+        return request
 
-    async def _stream(self, answer: list[str]) -> None:
+    def _stream(self, request: Pending, answer: list[str]) -> None:
         """Write the pieces of one answer as they come, collect them in `answer` and count them."""
-        started = first = time.perf_counter()
-        last: UserReply | None = None
-        head = [{"role": "system", "content": self.system}] if self.system else []
-        (stream,) = self._frontend.submit(ChatPrompt(head + self.turns), self.params)
         try:
-            async for last in stream:
-                if last.num_output_tokens and first == started:
-                    first = time.perf_counter()
-                if last.text:
-                    answer.append(last.text)
-                    self._write(last.text.translate(_CONTROL))
+            for reply in self._llm.replies(request):
+                if reply.text:
+                    answer.append(reply.text)
+                    self._write(reply.text.translate(_CONTROL))
         finally:
-            stream.abort()
-            if last is not None:
-                self.stats.record(last, started, first, time.perf_counter())
-        if last is not None and last.finish_reason is FinishReason.LENGTH:
-            self._notice(f"\n(cut after {last.num_output_tokens} tokens: /set max_tokens, or the context is full)")
+            if request.replies:
+                self.stats.record(request)
+        if reply.finish_reason is FinishReason.LENGTH:
+            self._notice(f"\n(cut after {reply.num_output_tokens} tokens: /set max_tokens, or the context is full)")
+        if reply.error is not None:
+            raise RequestError(reply.error)
 
     def _reset(self, _: str) -> None:
         self.turns.clear()
@@ -248,44 +228,25 @@ class Shell:
             self._write(text)
 
 
-class TerminalReader:
-    """Lines edited with prompt_toolkit, with completion of commands and a history that outlives the session."""
+def terminal_reader(commands: list[str], history: Path | None) -> Callable[[], str | None]:
+    """Reads lines edited with prompt_toolkit, with completion of commands and a history that outlives the session."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    def __init__(self, commands: list[str], history: Path | None) -> None:
-        from prompt_toolkit import PromptSession
-        from prompt_toolkit.completion import WordCompleter
-        from prompt_toolkit.history import FileHistory, InMemoryHistory
+    session: PromptSession[str] = PromptSession(
+        history=FileHistory(str(history)) if history else InMemoryHistory(),
+        completer=WordCompleter(commands, sentence=True),
+        complete_while_typing=False,
+    )
 
-        self._session: PromptSession[str] = PromptSession(
-            history=FileHistory(str(history)) if history else InMemoryHistory(),
-            completer=WordCompleter(commands, sentence=True),
-            complete_while_typing=False,
-        )
-
-    async def read(self) -> str | None:
+    def read() -> str | None:
         try:
-            # Ctrl-C is a key here; a handler of the prompt's own would take away the one for answers.
-            return await self._session.prompt_async("> ", handle_sigint=False)
+            return session.prompt("> ")
         except EOFError:
             return None
 
-
-class PipeReader:
-    """Lines of a pipe or file. The thread that waits for them holds nobody up at the end."""
-
-    def __init__(self, fd: int) -> None:
-        self._lines: asyncio.Queue[bytes] = asyncio.Queue()
-        args = (asyncio.get_running_loop(), fd)
-        threading.Thread(target=self._wait, args=args, name="stdin", daemon=True).start()
-
-    def _wait(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
-        with open(fd, "rb", closefd=False) as file:
-            for line in chain(file, [b""]):
-                call_in(loop, self._lines.put_nowait, line)
-
-    async def read(self) -> str | None:
-        line = await self._lines.get()
-        return line.decode(errors="replace").removesuffix("\n") if line else None
+    return read
 
 
 def history_file(environ: Mapping[str, str]) -> Path | None:
@@ -301,48 +262,26 @@ def history_file(environ: Mapping[str, str]) -> Path | None:
 
 
 def run(args: ServerArgs) -> int:
-    """Chat with a model in processes of its own, without HTTP. Returns the exit status.
+    """Chat on stdin and stdout until the user leaves. Returns the exit status.
 
-    Raises: ConfigError, WorkerDied when a worker does not start; WorkerDied, from the streams, when one dies.
+    Raises: ConfigError for what cannot be used, a MINISGL_SHELL_* value too; EngineError, WorkerDied.
     """
-    config = replace(prepare(args), restart_workers=0)
+    shell_params({}, os.environ)  # a bad variable is told before a model is loaded
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    from minisgl.llm import LLM
 
-    async def use(supervisor: Supervisor, endpoints: Endpoints) -> int:
-        async with Frontend(endpoints) as frontend:
-            supervisor.watch(partial(call_in, asyncio.get_running_loop(), frontend.fail))
-            await run_shell(frontend, config)
-        return 0
-
-    return run_with_workers(use, config, LocalLauncher())
-
-
-async def run_shell(frontend: Frontend, config: ServerConfig) -> None:
-    """Chat on stdin and stdout until the user leaves. In a terminal Ctrl-C stops an answer, on a pipe the program.
-
-    Raises: ConfigError for a bad MINISGL_SHELL_* value, WorkerDied when the server is gone.
-    """
-    params = shell_params(config.default_sampling, os.environ)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     write = partial(print, end="", flush=True)
-    shell = Shell(frontend, params, write, verbose=interactive)
-    if not interactive:
-        await shell.run(PipeReader(sys.stdin.fileno()))
-        return
-    write(f"minisgl: {config.served_model_name} is ready. /help lists the commands, Ctrl-D leaves.\n")
-    with on_sigint(shell.interrupt):
-        await shell.run(TerminalReader(list(shell.commands), history_file(os.environ)))
-
-
-@contextlib.contextmanager
-def on_sigint(callback: Callable[[], None]) -> Iterator[None]:
-    """Call `callback` in the loop for SIGINT while inside; afterwards the handler is what it was before."""
-    before, loop = signal.getsignal(signal.SIGINT), asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, callback)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
-        signal.signal(signal.SIGINT, before)
+    given = {f.name: value for f in fields(args) if (value := getattr(args, f.name)) != f.default}
+    with LLM(**given) as llm:
+        shell = Shell(llm, shell_params(llm.config.default_sampling, os.environ), write, verbose=interactive)
+        if interactive:
+            write(f"minisgl: {llm.config.served_model_name} is ready. /help lists the commands, Ctrl-D leaves.\n")
+            shell.run(terminal_reader(list(shell.commands), history_file(os.environ)))
+        else:
+            lines = (line.decode(errors="replace").removesuffix("\n") for line in sys.stdin.buffer)
+            shell.run(lambda: next(lines, None))
+    return 0
 
 
 if __name__ == "__main__":  # python -m minisgl.shell

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -135,6 +136,36 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(terminal: Terminal) -> None:
     terminal.child.expect_exact(PROMPT)
     terminal.child.sendeof()
     assert terminal.wait_gone() == 0
+
+
+def test_ctrl_c_and_sigterm_on_a_pipe_end_the_program(model: Path, tmp_path: Path) -> None:
+    for signum, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        env = environment(tmp_path, MINISGL_SHELL_MAX_TOKENS="3000", TMPDIR=str(tmp_path))
+        with subprocess.Popen([sys.executable, *command(model)], env=env, **pipes) as shell:
+            assert shell.stdin is not None and shell.stdout is not None
+            shell.stdin.write(b"tell me everything\n")
+            shell.stdin.flush()
+            assert shell.stdout.read(1)
+            shell.send_signal(signum)
+            _, errors = shell.communicate(timeout=60)
+        assert shell.returncode == status
+        assert b"Traceback" not in errors
+        assert not list(tmp_path.glob("minisgl-*"))  # its own folder is gone
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_lines_of_a_pipe_or_a_file(model: Path, tmp_path: Path, as_file: bool) -> None:
+    text = "/set seed 7\n\n\xff\xfe\n/set top_k 5".encode("latin-1")  # what is no UTF-8, and no newline at the end
+    (tmp_path / "in").write_bytes(text)
+    with (tmp_path / "in").open("rb") as file:
+        given = {"stdin": file} if as_file else {"input": text}
+        env = environment(tmp_path, MINISGL_SHELL_MAX_TOKENS="1")
+        args = [sys.executable, *command(model)]
+        done = subprocess.run(args, **given, env=env, capture_output=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode(errors="replace").splitlines()
+    assert (lines[0], lines[-1]) == ("seed is 7", "top_k is 5")
 
 
 def run_piped(model: Path, home: Path, lines: str, **env: str) -> subprocess.CompletedProcess[str]:

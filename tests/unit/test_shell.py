@@ -1,11 +1,8 @@
-"""The shell's commands and memory, on a frontend that answers from a list."""
+"""The shell's commands and memory, on a model that answers from a list."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,82 +10,85 @@ from typing import Any
 import pytest
 
 from minisgl.core import FinishReason, SamplingParams
-from minisgl.errors import ConfigError, RequestError, WorkerDied
+from minisgl.errors import ConfigError, EngineError, RequestError, too_long
 from minisgl.message.messages import ChatPrompt, UserReply
-from minisgl.shell import DEFAULTS, PipeReader, Shell, history_file, on_sigint, shell_params
+from minisgl.shell import DEFAULTS, Shell, history_file, shell_params
 
 
-class FakeStream:
-    """Replies word by word; an exception among the words is raised there, `...` waits for ever."""
-
-    def __init__(self, words: list[Any], finish: FinishReason) -> None:
-        self._words = words
-        self._finish = finish
+class FakePending:
+    def __init__(self, words: list[Any]) -> None:
+        self.words = words
+        self.replies: list[UserReply] = []
+        self.submitted, self.first_token, self.ended = 0.0, 1.0, 2.0
         self.closed = False
 
-    async def __aiter__(self) -> AsyncIterator[UserReply]:
-        for index, word in enumerate(self._words):
-            if isinstance(word, Exception):
-                raise word
-            if word is ...:
-                await asyncio.Event().wait()
-            finish = self._finish if index == len(self._words) - 1 else None
-            yield UserReply(1, word, b"", 10, index + 1, 4, finish)
 
-    def abort(self) -> None:
-        self.closed = True
+class FakeLLM:
+    """Replies word by word; an exception among the words is raised there, one in the place of an answer at once."""
 
-
-class FakeFrontend:
-    def __init__(self, *answers: Any, finish: FinishReason = FinishReason.STOP) -> None:
+    def __init__(self, *answers: Any, finish: FinishReason = FinishReason.STOP, error: str | None = None) -> None:
         self._answers = list(answers)
-        self._finish = finish
+        self._finish, self._error = finish, error
         self.seen: list[tuple[list[dict[str, Any]], SamplingParams]] = []
-        self.streams: list[FakeStream] = []
+        self.requests: list[FakePending] = []
 
-    def submit(self, prompt: ChatPrompt, params: SamplingParams) -> list[FakeStream]:
+    def submit(self, prompts: list[ChatPrompt], params: SamplingParams) -> list[FakePending]:
+        (prompt,) = prompts
         self.seen.append((list(prompt.messages), params))
         answer = self._answers.pop(0) if self._answers else ["ok"]
-        self.streams.append(FakeStream(answer, self._finish))
-        return self.streams[-1:]
+        if isinstance(answer, Exception):
+            raise answer
+        self.requests.append(FakePending(answer))
+        return self.requests[-1:]
+
+    def replies(self, request: FakePending) -> Iterator[UserReply]:
+        try:
+            for index, word in enumerate(request.words):
+                if isinstance(word, BaseException):
+                    raise word
+                is_last = index == len(request.words) - 1
+                ending = (self._finish, self._error) if is_last else (None, None)
+                request.replies.append(UserReply(1, word, b"", 10, index + 1, 4, *ending))
+                yield request.replies[-1]
+        finally:
+            request.closed = True
 
 
 class ScriptReader:
     def __init__(self, *lines: str | type[BaseException]) -> None:
         self._lines = list(lines)
 
-    async def read(self) -> str | None:
+    def __call__(self) -> str | None:
         line = self._lines.pop(0) if self._lines else None
         if isinstance(line, type):
             raise line
         return line
 
 
-async def play(frontend: FakeFrontend, *lines: str | type[BaseException]) -> tuple[Shell, str]:
+def play(llm: FakeLLM, *lines: str | type[BaseException], verbose: bool = True) -> tuple[Shell, str]:
     out: list[str] = []
-    shell = Shell(frontend, DEFAULTS, out.append)
-    with on_sigint(shell.interrupt):
-        await shell.run(ScriptReader(*lines))
+    shell = Shell(llm, DEFAULTS, out.append, verbose)
+    shell.run(ScriptReader(*lines))
     return shell, "".join(out)
 
 
-async def test_an_answer_is_streamed_and_remembered() -> None:
-    frontend = FakeFrontend(["Hel", "lo"], ["Again"])
-    _, out = await play(frontend, "hi", "", "more", "/exit", "never read")
+def test_an_answer_is_streamed_and_remembered() -> None:
+    llm = FakeLLM(["Hel", "lo"], ["Again"])
+    _, out = play(llm, "hi", "", "more", "/exit", "never read")
     assert out == "Hello\nAgain\n"
-    assert frontend.seen[1][0] == [
+    assert llm.seen[1][0] == [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "Hello"},
         {"role": "user", "content": "more"},
     ]
-    assert all(stream.closed for stream in frontend.streams)
+    assert all(request.closed for request in llm.requests)
 
 
-async def test_reset_and_system() -> None:
-    frontend = FakeFrontend()
-    await play(frontend, "one", "/reset", "two", "/system be brief", "three", "/system", "four")
+def test_reset_and_system() -> None:
+    llm = FakeLLM()
+    play(llm, "one", "/reset", "two", "/system be brief", "three", "/system", "four")
     system = {"role": "system", "content": "be brief"}
-    assert [messages for messages, _ in frontend.seen] == [
+    assert [messages for messages, _ in llm.seen] == [
         [{"role": "user", "content": "one"}],
         [{"role": "user", "content": "two"}],
         [system, {"role": "user", "content": "three"}],
@@ -96,12 +96,10 @@ async def test_reset_and_system() -> None:
     ]
 
 
-async def test_set_changes_what_is_sent() -> None:
-    frontend = FakeFrontend()
-    shell, out = await play(
-        frontend, "/set temperature 0.3", "/set top_k=5", "/set seed 7", "/set max_tokens none", "hi", "/set"
-    )
-    assert frontend.seen[0][1] == SamplingParams(temperature=0.3, top_k=5, seed=7, max_tokens=None)
+def test_set_changes_what_is_sent() -> None:
+    llm = FakeLLM()
+    shell, out = play(llm, "/set temperature 0.3", "/set top_k=5", "/set seed 7", "/set max_tokens none", "hi", "/set")
+    assert llm.seen[0][1] == SamplingParams(temperature=0.3, top_k=5, seed=7, max_tokens=None)
     assert "temperature is 0.3" in out
     assert "seed 7" in out
     assert shell.params.max_tokens is None
@@ -124,100 +122,97 @@ async def test_set_changes_what_is_sent() -> None:
         ("/stats", "no answers yet"),
     ],
 )
-async def test_what_commands_say(line: str, expected: str) -> None:
-    shell, out = await play(FakeFrontend(), line)
+def test_what_commands_say(line: str, expected: str) -> None:
+    shell, out = play(FakeLLM(), line)
     assert expected in out
     assert shell.params == DEFAULTS
 
 
-async def test_stats_count_tokens_and_cache_hits() -> None:
-    shell, out = await play(FakeFrontend(["a", "b"], ["c"]), "x", "y", "/stats")
+def test_stats_count_tokens_and_cache_hits() -> None:
+    shell, out = play(FakeLLM(["a", "b"], ["c"]), "x", "y", "/stats")
     assert (shell.stats.num_prompt, shell.stats.num_cached, shell.stats.num_output) == (20, 8, 3)
     assert "2 answers: 20 prompt tokens (40% from the cache), 3 output tokens" in out
     assert "first token after" in out
 
 
-async def test_a_refused_question_is_forgotten_and_the_shell_goes_on() -> None:
-    frontend = FakeFrontend([RequestError("the chat template refused the messages")], ["fine"])
-    _, out = await play(frontend, "bad", "good")
+def test_a_refused_question_is_forgotten_and_the_shell_goes_on() -> None:
+    llm = FakeLLM(RequestError("the chat template refused the messages"), ["fine"])
+    _, out = play(llm, "bad", "good")
     assert "error: the chat template refused" in out
-    assert frontend.seen[1][0] == [{"role": "user", "content": "good"}]
+    assert llm.seen[1][0] == [{"role": "user", "content": "good"}]
 
 
-async def test_a_full_context_forgets_the_oldest_turns() -> None:
-    full = RequestError("the prompt has 99 tokens, but the context of this model is 64 tokens", param="messages")
-    frontend = FakeFrontend(["a1"], ["a2"], [full], ["a3"])
-    _, out = await play(frontend, "q1", "q2", "q3")
-    assert frontend.seen[3][0] == [
+def test_an_answer_that_fails_says_why() -> None:
+    _, out = play(FakeLLM(["a", "b"], finish=FinishReason.ERROR, error="the engine failed"), "q")
+    assert out == "ab\nerror: the engine failed\n\n"
+
+
+FULL = too_long("messages", "99", 64)
+
+
+def test_a_full_context_forgets_the_oldest_turns() -> None:
+    llm = FakeLLM(["a1"], ["a2"], FULL, ["a3"])
+    shell, out = play(llm, "q1", "q2", "q3")
+    assert llm.seen[3][0] == [
         {"role": "user", "content": "q2"},
         {"role": "assistant", "content": "a2"},
         {"role": "user", "content": "q3"},
     ]
+    assert [turn["content"] for turn in shell.turns] == ["q2", "a2", "q3", "a3"]
     assert "the context is full" in out
-    frontend = FakeFrontend([full])
-    _, out = await play(frontend, "far too long")
-    assert out == f"error: {full}\n"
-    assert len(frontend.seen) == 1
+    llm = FakeLLM(FULL)
+    _, out = play(llm, "far too long")
+    assert out == f"error: {FULL}\n"
+    assert len(llm.seen) == 1
 
 
-async def test_a_question_that_is_too_long_by_itself_costs_no_turns() -> None:
-    full = RequestError("the prompt has 99 tokens, but the context of this model is 64 tokens", param="messages")
-    frontend = FakeFrontend(["a1"], ["a2"], [full], [full], [full], ["a3"])
-    _, out = await play(frontend, "q1", "q2", "far too long", "q3")
-    assert [message["content"] for message in frontend.seen[-1][0]] == ["q1", "a1", "q2", "a2", "q3"]
+def test_a_question_that_is_too_long_by_itself_costs_no_turns() -> None:
+    llm = FakeLLM(["a1"], ["a2"], FULL, FULL, FULL, ["a3"])
+    _, out = play(llm, "q1", "q2", "far too long", "q3")
+    assert [message["content"] for message in llm.seen[-1][0]] == ["q1", "a1", "q2", "a2", "q3"]
     assert "forgotten" not in out
 
 
-async def test_a_cut_answer_says_so_at_a_terminal_only() -> None:
-    _, out = await play(FakeFrontend(["a"], finish=FinishReason.LENGTH), "q")
+def test_a_cut_answer_says_so_at_a_terminal_only() -> None:
+    _, out = play(FakeLLM(["a"], finish=FinishReason.LENGTH), "q")
     assert "cut after 1 tokens" in out
     written: list[str] = []
-    shell = Shell(FakeFrontend(["a"], finish=FinishReason.LENGTH), DEFAULTS, written.append, verbose=False)
-    await shell.handle("q")
+    shell = Shell(FakeLLM(["a"], finish=FinishReason.LENGTH), DEFAULTS, written.append, verbose=False)
+    shell.handle("q")
     assert "".join(written) == "a\n"
 
 
-async def test_control_characters_of_the_model_do_not_reach_the_terminal() -> None:
-    _, out = await play(FakeFrontend(["\x1b[2J\x07a\tb\nc\x9b"]), "q")
+def test_control_characters_of_the_model_do_not_reach_the_terminal() -> None:
+    _, out = play(FakeLLM(["\x1b[2J\x07a\tb\nc\x9b"]), "q")
     assert out == "[2Ja\tb\nc\n"
 
 
-async def test_ctrl_c_stops_the_answer_not_the_shell() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    frontend = FakeFrontend(["partial", ...], ["next"])
-    asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGINT)
-    _, out = await play(frontend, "q1", "q2")
+def test_ctrl_c_stops_the_answer_not_the_shell() -> None:
+    llm = FakeLLM(["partial", KeyboardInterrupt()], ["next"])
+    _, out = play(llm, "q1", "q2")
     assert out == "partial\nnext\n"
-    assert frontend.streams[0].closed  # closing early is what aborts the request in the scheduler
-    assert frontend.seen[1][0][1] == {"role": "assistant", "content": "partial"}
-    assert signal.getsignal(signal.SIGINT) is before
+    assert llm.requests[0].closed  # closing early is what aborts the request in the scheduler
+    assert llm.seen[1][0][1] == {"role": "assistant", "content": "partial"}
 
 
-async def test_ctrl_c_before_the_first_word_forgets_the_question() -> None:
-    frontend = FakeFrontend([...])
-    asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGINT)
-    shell, _ = await play(frontend, "q1")
+def test_ctrl_c_before_the_first_word_forgets_the_question() -> None:
+    shell, _ = play(FakeLLM([KeyboardInterrupt()]), "q1")
     assert shell.turns == []
 
 
-async def test_ctrl_c_between_answers_does_nothing() -> None:
-    asyncio.get_running_loop().call_later(0, os.kill, os.getpid(), signal.SIGINT)
-    out: list[str] = []
-    shell = Shell(FakeFrontend(), DEFAULTS, out.append)
-    with on_sigint(shell.interrupt):
-        await asyncio.sleep(0.05)
-        await shell.handle("hi")
-    assert out == ["ok", "\n"]
+def test_ctrl_c_on_a_pipe_ends_the_program() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        play(FakeLLM(["partial", KeyboardInterrupt()]), "q1", verbose=False)
 
 
-async def test_ctrl_c_at_the_prompt_is_a_hint() -> None:
-    _, out = await play(FakeFrontend(), KeyboardInterrupt, "hi")
+def test_ctrl_c_at_the_prompt_is_a_hint() -> None:
+    _, out = play(FakeLLM(), KeyboardInterrupt, "hi")
     assert out == "(Ctrl-D or /exit leaves)\nok\n"
 
 
-async def test_a_dead_server_ends_the_shell() -> None:
-    with pytest.raises(WorkerDied):
-        await play(FakeFrontend([WorkerDied("TP0 is gone")]), "hi")
+def test_a_broken_engine_ends_the_shell() -> None:
+    with pytest.raises(EngineError):
+        play(FakeLLM([EngineError("the device is gone")]), "hi")
 
 
 def test_where_sampling_starts() -> None:
@@ -232,29 +227,6 @@ def test_where_sampling_starts() -> None:
 def test_a_bad_environment_variable_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^MINISGL_SHELL_{name}: .*'much'"):
         shell_params({}, {f"MINISGL_SHELL_{name}": "much"})
-
-
-@pytest.mark.parametrize("as_file", [True, False])
-async def test_lines_from_a_pipe_or_a_file(as_file: bool, tmp_path: Path) -> None:
-    text = "one\n\ntwo ü\nno newline".encode()
-    if as_file:
-        (tmp_path / "in").write_bytes(text)
-        fd = os.open(tmp_path / "in", os.O_RDONLY)
-    else:
-        fd, out = os.pipe()
-        os.write(out, text)
-        os.close(out)
-    reader = PipeReader(fd)
-    assert [await reader.read() for _ in range(5)] == ["one", "", "two ü", "no newline", None]
-    os.close(fd)
-
-
-async def test_a_pipe_that_stays_open_does_not_hold_the_program() -> None:
-    fd, out = os.pipe()
-    with pytest.raises(asyncio.TimeoutError):
-        await asyncio.wait_for(PipeReader(fd).read(), 0.05)
-    os.close(fd)
-    os.close(out)
 
 
 @pytest.mark.parametrize("place", [lambda path: path, lambda path: path / "file" / "below"])

@@ -202,17 +202,21 @@ class LLM:
         """
         wrapped = ChatPrompt(list(prompt)) if _is_conversation(prompt) else _wrapped(prompt)
         (pending,) = self.submit([wrapped], sampling_params)
+        for reply in self.replies(pending):
+            logprobs = (list(reply.logprobs), list(reply.prompt_logprobs))
+            yield Increment(reply.text, unpack_ids(reply.token_ids), reply.finish_reason, reply.error, *logprobs)
+
+    def replies(self, request: Pending) -> Iterator[UserReply]:
+        """What comes of a request, up to its last reply. Leaving the loop early ends the request."""
         try:
             for taken in itertools.count():
-                while taken == len(pending.replies):
+                while taken == len(request.replies):
                     self.turn()
-                reply = pending.replies[taken]
-                logprobs = (list(reply.logprobs), list(reply.prompt_logprobs))
-                yield Increment(reply.text, unpack_ids(reply.token_ids), reply.finish_reason, reply.error, *logprobs)
+                yield (reply := request.replies[taken])
                 if reply.finish_reason is not None:
                     return
         finally:
-            self.abort(pending.uid)
+            self.abort(request.uid)
 
     def _run(self, prompts: Sequence[Wrapped], params: Params, progress: Reporting) -> list[RequestOutput]:
         requests, outputs = self.submit(prompts, params), dict[int, RequestOutput]()
@@ -241,7 +245,8 @@ class LLM:
         wanted = [TokenizeMsg(uid, prompt, own or default) for uid, prompt, own in given]
         for message in self.tokenizer.tokenize(wanted):
             if isinstance(message, ErrorReply):
-                raise RequestError(f"prompt {message.uid - first}: {message.message}", param=message.param)
+                where = f"prompt {message.uid - first}: " if len(prompts) > 1 else ""
+                raise RequestError(f"{where}{message.message}", param=message.param, code=message.code)
             messages.append(message)
         self._next_uid += len(messages)
         now = time.perf_counter()

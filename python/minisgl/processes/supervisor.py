@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
 from minisgl.message.messages import decode_report
-from minisgl.message.sockets import Endpoints, ipc_endpoints
-from minisgl.processes.control import ignore_signals, signals_deferred, signals_raised
+from minisgl.processes.control import signals_deferred
 from minisgl.processes.launcher import Launcher, Worker, WorkerSpec
-from minisgl.processes.workers import worker_specs
-from minisgl.utils.process import UNGUARDED, private_folder
+from minisgl.utils.process import UNGUARDED
 
 logger = logging.getLogger(__name__)
 
@@ -216,37 +211,3 @@ class Supervisor:
         killed = {-signum: f"killed by {signum.name}" for signum in signal.Signals}
         how = killed.get(process.exitcode or 0, f"exit status {process.exitcode}")
         return WorkerDied(f"{name} ended unexpectedly ({how})")
-
-
-def run_with_workers(
-    use: Callable[[Supervisor, Endpoints], Coroutine[Any, Any, int]],
-    config: ServerConfig,
-    launcher: Launcher,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> int:
-    """Use all worker processes of a server, when they are ready; none is left afterwards. For HTTP and for the shell
-    alike. meanwhile: what to do while they start. Returns what `use` does, or 130 where a signal has ended it.
-
-    Raises: ConfigError or WorkerDied when a worker does not start.
-    """
-    try:
-        with signals_raised(), ExitStack() as stack:
-            with signals_deferred():
-                directory = stack.enter_context(private_folder())
-            endpoints = ipc_endpoints(directory, config.num_tokenizer, config.engine.tp_size)
-            specs = worker_specs(config, endpoints)
-            supervisor = Supervisor(launcher, specs, config.heartbeat_timeout, config.restart_workers)
-            stack.callback(supervisor.stop)
-            supervisor.start()
-            meanwhile()
-            supervisor.wait_ready()
-            stack.callback(ignore_signals)  # none may stop the end of the workers half way
-            return asyncio.run(use(supervisor, endpoints))
-    except KeyboardInterrupt:
-        return 130
-
-
-def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
-    """From another thread, call the function in the loop, unless that has ended."""
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(function, *args)

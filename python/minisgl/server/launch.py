@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import importlib
@@ -16,9 +17,12 @@ from minisgl.config.args import ServerArgs
 from minisgl.config.resolve import prepare
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import ConfigError
-from minisgl.message.sockets import Endpoints
+from minisgl.message.sockets import ipc_endpoints
+from minisgl.processes.control import ignore_signals, signals_deferred, signals_raised
 from minisgl.processes.launcher import Launcher, LocalLauncher
-from minisgl.processes.supervisor import Supervisor, run_with_workers
+from minisgl.processes.supervisor import Supervisor
+from minisgl.processes.workers import worker_specs
+from minisgl.utils.process import private_folder
 
 
 def serve(args: ServerArgs) -> int:
@@ -49,13 +53,24 @@ def run_server(config: ServerConfig, listener: socket.socket, launcher: Launcher
     Raises: ConfigError or WorkerDied when a child does not start; nothing has listened then.
     """
 
-    async def use(supervisor: Supervisor, endpoints: Endpoints) -> int:
-        from minisgl.server.serve import serve_http
+    try:
+        with signals_raised(), contextlib.ExitStack() as stack:
+            with signals_deferred():
+                directory = stack.enter_context(private_folder())
+            endpoints = ipc_endpoints(directory, config.num_tokenizer, config.engine.tp_size)
+            specs = worker_specs(config, endpoints)
+            supervisor = Supervisor(launcher, specs, config.heartbeat_timeout, config.restart_workers)
+            stack.callback(supervisor.stop)
+            supervisor.start()
+            _import_http()
+            supervisor.wait_ready()
+            stack.callback(ignore_signals)  # none may stop the end of the workers half way
+            from minisgl.server.serve import serve_http
 
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return await serve_http(config, endpoints, supervisor, listener)
-
-    return run_with_workers(use, config, launcher, _import_http)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            return asyncio.run(serve_http(config, endpoints, supervisor, listener))
+    except KeyboardInterrupt:
+        return 130
 
 
 def bind_port(host: str, port: int) -> socket.socket:

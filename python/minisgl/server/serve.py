@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -22,7 +22,7 @@ from minisgl.env import env_bool, env_number
 from minisgl.errors import WorkerDied
 from minisgl.message.sockets import Endpoints
 from minisgl.processes.control import ENDING_SIGNALS
-from minisgl.processes.supervisor import Supervisor, call_in
+from minisgl.processes.supervisor import Supervisor
 from minisgl.server.access import guarded
 from minisgl.server.admission import Connection
 from minisgl.server.frontend import Frontend
@@ -162,10 +162,18 @@ async def serve_http(
             ssl_keyfile=config.access.ssl_keyfile,
         )
         server = HttpServer(uvicorn_config, config, frontend, listener)
-        on_death, on_change = (functools.partial(call_in, loop, call) for call in (server.on_death, frontend.on_change))
+        on_death, on_change = (
+            functools.partial(_call_in, loop, call) for call in (server.on_death, frontend.on_change)
+        )
         supervisor.watch(on_death, on_change)
         await server.serve(sockets=[listener])
         return server.status
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
+    """From another thread, call the function in the loop, unless that has ended."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)
 
 
 class LoopErrors:
