@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,20 +34,15 @@ class ModelFiles:
     chat_template: str = ""
 
 
-def prepare(args: ServerArgs, before_fetch: Callable[[], object] = lambda: None) -> ServerConfig:
-    """Find the model, look at the machine, and resolve. Raises: ConfigError.
-
-    before_fetch: called before a model is fetched from a hub, since that may take a while.
-    """
+def prepare(args: ServerArgs) -> ServerConfig:
+    """Find the model, look at the machine, and resolve. Raises: ConfigError."""
     end_if_spawned()
     access, machine = access_config(args), probe()
     name, revision = split_revision(args.model_path, args.revision)
     args = replace(args, model_path=name)
     template = chat.read_template_file(args.chat_template) if args.chat_template else None
-    if is_remote(name):
-        if args.device == "cuda":
-            choose_device(args, machine)
-        before_fetch()
+    if is_remote(name) and args.device == "cuda":
+        choose_device(args, machine)  # before it is fetched, which may take a while
     path = locate_model(name, args.model_source, revision)
     model = read_model_config(path, args.config_override)
     files = ModelFiles(path, model, read_default_sampling(path), template or chat.read_chat_template(path))

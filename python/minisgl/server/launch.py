@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import errno
 import importlib
-import logging
 import socket
 import threading
-from typing import NoReturn
 
 import psutil
 
@@ -28,21 +26,9 @@ from minisgl.utils.process import private_folder
 def serve(args: ServerArgs) -> int:
     """The server that the user asked for, from the port to the last child. Returns the exit status.
 
-    Raises: ConfigError, WorkerDied when it cannot start. Where the port is taken, what else is wrong and can be told at
-    once comes first, and nothing is fetched or loaded.
+    Raises: ConfigError, WorkerDied when it cannot start; that the port is taken comes before anything is loaded.
     """
-    try:
-        listener = bind_port(args.host, args.port)
-    except ConfigError as error:
-        problem = error
-        logging.getLogger("minisgl").setLevel(logging.ERROR)  # whatever comes, it is one line
-
-        def give_up() -> NoReturn:
-            raise problem
-
-        prepare(args, before_fetch=give_up)
-        raise
-    with contextlib.closing(listener):
+    with contextlib.closing(bind_port(args.host, args.port)) as listener:
         return run_server(prepare(args), listener, LocalLauncher())
 
 
