@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import zlib
 from collections.abc import Iterator
@@ -28,12 +29,13 @@ TINY = SHAPES["qwen3-0.6b"] | {  # for tests of this benchmark
 
 def prepare(model: str, work_dir: Path) -> Path:
     """The directory of a model: `built-in`, a directory with weights, or a shape that gets random ones in `work_dir`.
+    A GGUF file is taken as it is.
 
     Raises: SystemExit when it is none of them.
     """
     if model == "built-in":
         return Path(DEMO_MODEL)
-    if any(Path(model).glob("*.safetensors")):
+    if model.endswith(".gguf") or any(Path(model).glob("*.safetensors")):
         return Path(model)
     directory = work_dir / model
     file = directory / "model.safetensors"
@@ -100,12 +102,15 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def write_gguf(directory: Path, precision: str, work_dir: Path) -> Path:
-    """The GGUF file of a dense Qwen3 model in F32, BF16, F16 or Q8_0, made once; norms are F32, as everywhere.
+    """The GGUF file of a dense Qwen3 model in F32, BF16, F16, Q4_0 or Q8_0, made once; norms are F32, as everywhere.
+    llama.cpp makes Q4_K_M, which has several types, out of BF16.
 
     It has no tokenizer: prompts are ids. Raises: SystemExit for another architecture.
     """
     import gguf
 
+    if directory.is_file():
+        return directory
     config = read_config(directory)
     if config["model_type"] != "qwen3":
         raise SystemExit(f"{directory}: only dense Qwen3 models can be written as GGUF here")
@@ -114,6 +119,8 @@ def write_gguf(directory: Path, precision: str, work_dir: Path) -> Path:
     if path.is_file() and path.stat().st_mtime > max(f.stat().st_mtime for f in directory.glob("*.safetensors")):
         return path
     work_dir.mkdir(parents=True, exist_ok=True)
+    if precision == "Q4_K_M":
+        return _mixed(write_gguf(directory, "BF16", work_dir), path)
     writer = gguf.GGUFWriter(partial := path.with_suffix(".partial"), "qwen3")
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(config["vocab_size"])
@@ -127,8 +134,7 @@ def write_gguf(directory: Path, precision: str, work_dir: Path) -> Path:
     writer.add_value_length(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    file_types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
-    writer.add_file_type(gguf.LlamaFileType[file_types[precision]])
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if precision == "F32" else f"MOSTLY_{precision}"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
     for name, tensor in read_weights(directory):
         kind = gguf.GGMLQuantizationType["F32" if tensor.dim() == 1 else precision]
@@ -140,3 +146,23 @@ def write_gguf(directory: Path, precision: str, work_dir: Path) -> Path:
     writer.close()
     partial.rename(path)
     return path
+
+
+def _mixed(source: Path, path: Path) -> Path:
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    partial = path.with_suffix(".partial")
+    if code := llama_cpp.llama_model_quantize(str(source).encode(), str(partial).encode(), ctypes.byref(params)):
+        raise SystemExit(f"{source}: llama.cpp cannot make Q4_K_M of it ({code})")
+    partial.rename(path)
+    return path
+
+
+def bytes_read(gguf_file: Path) -> int:
+    """Of a GGUF file for one token: all tensors but the table of embeddings, unless it is the head too."""
+    import gguf
+
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(gguf_file).tensors}
+    return sum(sizes.values()) - (sizes["token_embd.weight"] if "output.weight" in sizes else 0)

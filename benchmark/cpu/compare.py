@@ -5,10 +5,11 @@
     python -m benchmark.cpu.compare [--model qwen3-0.6b] [--rounds 3] [--precisions bfloat16] [--json FILE]
 
 --model: a shape, with random weights; `built-in`; or the directory of a dense Qwen3 model. Its GGUF files are written
-to --work-dir (6 GB for Qwen3-0.6B), and kept. For each precision the engines are loaded, each in a process of its own,
-and within each round they take turns, load by load, so that a machine whose speed drifts slows all of them. Decode is
-timed from the first token of all streams to the last; prefill to the first token of one prompt. Prints a Markdown table
-of medians over the rounds, in brackets the median of each round's ratio to llama.cpp at the same precision.
+to --work-dir (7 GB for Qwen3-0.6B), and kept. Or a GGUF file, which both engines read (--precisions Q4_0). For each
+precision the engines are loaded, each in a process of its own, and within each round they take turns, load by load, so
+that a machine whose speed drifts slows all of them. Decode is timed from the first token of all streams to the last;
+prefill to the first token of one prompt. Prints a Markdown table of medians over the rounds, in brackets the median of
+each round's ratio to llama.cpp at the same precision.
 
 The bandwidth floor: weights are read once per token of a single stream, at the rate at which all threads together
 search memory for a byte that is not there (`memchr` of the C library: nothing is written, and little computed).
@@ -32,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.cpu.checkpoint import prepare, write_gguf
+from benchmark.cpu.checkpoint import bytes_read, prepare, write_gguf
 from benchmark.cpu.engines import ENGINES, Failed, Setup, Timing, Worker
 from minisgl.benchmark.floor import weights_read
 from minisgl.benchmark.metrics import describe_commit, describe_machine
@@ -44,8 +45,11 @@ GROUPS = {
     "float32": [("minisgl", "float32"), ("llama.cpp", "F32"), ("transformers", "float32")],
     "bfloat16": [("minisgl", "bfloat16"), ("llama.cpp", "BF16"), ("llama.cpp", "F16")],
     "int8": [("minisgl", "int8"), ("llama.cpp", "Q8_0")],
+    "Q8_0": [("minisgl", "Q8_0"), ("llama.cpp", "Q8_0")],  # from here on, both read one GGUF file
+    "Q4_0": [("minisgl", "Q4_0"), ("llama.cpp", "Q4_0")],
+    "Q4_K_M": [("minisgl", "Q4_K_M"), ("llama.cpp", "Q4_K_M")],
 }
-WEIGHT_BYTES = {"float32": 4, "F32": 4, "bfloat16": 2, "BF16": 2, "F16": 2, "int8": 1, "Q8_0": 34 / 32}
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # else as many as the GGUF file has
 CHECK = (24, 16)  # a prompt, and tokens after it, that are compared with those of transformers in float32
 
 
@@ -82,6 +86,7 @@ class Row:
     rates: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     floor_shares: list[float] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
+    num_bytes: float = 0  # of weights that are read for a token
     worker: Worker | None = None
 
     def run(self, prompts: list[list[int]], num_tokens: int) -> Timing | None:
@@ -149,8 +154,11 @@ class Comparison:
     def _start(self, row: Row) -> None:
         gguf = None
         try:
-            if row.engine == "llama.cpp":
+            if row.precision not in WEIGHT_BYTES:
                 gguf = write_gguf(self._directory, row.precision, self._args.work_dir)
+                row.num_bytes = bytes_read(gguf)
+            else:
+                row.num_bytes = weights_read(self._model, "float32", 1) / 4 * WEIGHT_BYTES[row.precision]
             row.worker = Worker(row.engine, self._setup(row.precision, gguf), self._args.limit)
             row.version = row.worker.version
         except (Failed, ImportError) as error:
@@ -184,7 +192,6 @@ class Comparison:
 
     def _round(self, number: int, rows: list[Row]) -> None:
         self.bandwidths.append(self._bandwidth.measure())
-        num_params = weights_read(self._model, "float32", 1) / 4
         order = rows[number % len(rows) :] + rows[: number % len(rows)]
         for load in self.loads:
             prompts = load.prompts(number, self._model.vocab_size)
@@ -195,8 +202,7 @@ class Comparison:
                 row.rates[load.name].append(rate)
                 row.settings[load.name] = timing.setting
                 if load.name == "decode 1":
-                    num_bytes = num_params * WEIGHT_BYTES[row.precision]
-                    row.floor_shares.append(rate * num_bytes / self.bandwidths[-1])
+                    row.floor_shares.append(rate * row.num_bytes / self.bandwidths[-1])
                 show(f"{row.group}, round {number}, {load.name}: {row.engine} {row.precision} {rate:.2f}")
 
 

@@ -83,9 +83,10 @@ class Minisgl:
 
         self.version = minisgl.__version__
         self._turns = turns
-        options = self.OPTIONS[setup.precision] | {"max_seq_len": setup.max_len, "page_size": self.PAGE_SIZE}
+        path = setup.directory if setup.precision in self.OPTIONS else setup.gguf
+        options = self.OPTIONS.get(setup.precision, {}) | {"max_seq_len": setup.max_len, "page_size": self.PAGE_SIZE}
         num_pages = 2 * setup.kv_tokens // self.PAGE_SIZE  # the rest caches prompts, as it does in use
-        self._llm = TimedLLM(str(setup.directory), num_pages=num_pages, **options)
+        self._llm = TimedLLM(str(path), num_pages=num_pages, **options)
 
     def run(self, prompts: Prompts, num_tokens: int) -> Timing:
         from minisgl import SamplingParams
