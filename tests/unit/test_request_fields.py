@@ -16,8 +16,8 @@ from starlette.responses import PlainTextResponse
 from minisgl.config.runtime import AccessConfig
 from minisgl.errors import RequestError
 from minisgl.server.access import IGNORED, MAX_TOLD, guarded
-from minisgl.server.bodies.chat import parse_chat, parse_completion
-from minisgl.server.bodies.fields import MAX_IGNORED, UNSUPPORTED, Reading, fields_of, load_object
+from minisgl.server.bodies.chat import ChatBody, parse_chat, parse_completion
+from minisgl.server.bodies.fields import MAX_IGNORED, UNSUPPORTED, Reading, load_object
 from minisgl.server.bodies.native import TokenizeBody, parse_generate
 from minisgl.server.bodies.responses import parse_responses
 from tools.request_fields import ALL_BODIES
@@ -211,9 +211,8 @@ def test_one_request_has_only_so_many_names_remembered() -> None:
 
 def test_the_fields_of_tokenize() -> None:
     reading = Reading()
-    assert load_object(b'{"content": "a", "add_special_tokens": null, "x": 1}', fields_of(TokenizeBody), reading) == {
-        "prompt": "a"
-    }
+    data = b'{"content": "a", "add_special_tokens": null, "x": 1}'
+    assert load_object(data, TokenizeBody, reading) == {"prompt": "a"}
     assert list(reading.ignored) == ["x"]
 
 
@@ -222,7 +221,7 @@ def answers(requests: list[dict[str, Any]]) -> list[httpx.Response]:
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         reading = scope["state"]["reading"] = Reading()
-        load_object(await Request(scope, receive).body(), ALL_BODIES_CHAT, reading)
+        load_object(await Request(scope, receive).body(), ChatBody, reading)
         await PlainTextResponse("ok")(scope, receive, send)
 
     async def run() -> list[httpx.Response]:
@@ -231,9 +230,6 @@ def answers(requests: list[dict[str, Any]]) -> list[httpx.Response]:
             return [await client.post("/", json=body) for body in requests]
 
     return asyncio.run(run())
-
-
-ALL_BODIES_CHAT = next(fields for model, fields in ALL_BODIES.items() if model.__name__ == "ChatBody")
 
 
 SPACED = {" temperature": 1, " ": 1}  # a header may neither begin nor end so

@@ -25,9 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisgl.config.runtime import AccessConfig
 from minisgl.errors import RequestError
-from minisgl.server.bodies.fields import shown
 from minisgl.server.bodies.intake import check_content_type
-from minisgl.server.errors import error_response
+from minisgl.server.errors import error_response, shown
 
 logger = logging.getLogger(__name__)
 

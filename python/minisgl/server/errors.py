@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import yaml
@@ -17,6 +17,8 @@ from starlette.types import Scope
 
 from minisgl.errors import MiniSGLError, RequestError
 
+S = TypeVar("S", bound=Sized)
+MAX_SHOWN = 64  # characters of a client's name for something, in messages
 # JSON needs no escape for them, but many a reader of lines ends one there (Python's `str.splitlines`, JavaScript's).
 _LINE_ENDS = (("\x85", b"\\u0085"), ("\u2028", b"\\u2028"), ("\u2029", b"\\u2029"))
 
@@ -35,6 +37,25 @@ def dump_json(payload: object) -> bytes:
 
 ANTHROPIC_PATHS = re.compile(r"(/v1)?/messages\b")  # whose errors are Anthropic's
 _ANTHROPIC_KINDS: dict[int, str] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
+def refuse_unless(holds: object, message: str, param: str) -> None:
+    """Raises: RequestError."""
+    if not holds:
+        raise RequestError(message, param=param)
+
+
+def at_most(most: int, what: str, name: str, values: S) -> S:
+    """The values of a field. Raises: RequestError when there are more."""
+    refuse_unless(len(values) <= most, f"{name} must hold at most {most} {what}, not {len(values)}", name)
+    return values
+
+
+def shown(name: str) -> str:
+    """A client's name for something, fit for one line."""
+    text = name[: MAX_SHOWN + 1] or '""'
+    text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def json_response(payload: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

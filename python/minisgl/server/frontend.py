@@ -17,18 +17,7 @@ import msgspec
 from minisgl.core import MAX_SEED, FinishReason, SamplingParams
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
 from minisgl.message import messages
-from minisgl.message.messages import (
-    AbortMsg,
-    BackendMsg,
-    FlushMsg,
-    FrontendMsg,
-    PingMsg,
-    StatsMsg,
-    UserReply,
-    backend_codec,
-    pack_ids,
-    unpack_ids,
-)
+from minisgl.message.messages import AbortMsg, FrontendMsg, PingMsg, UserReply, pack_ids, unpack_ids
 from minisgl.message.sockets import DETOKENIZER, AsyncPullSocket, Endpoints, PushSocket
 from minisgl.server.metrics import RequestMetrics, Timing
 
@@ -138,7 +127,7 @@ class Frontend:
         self._tokenizers: dict[str, PushSocket[messages.TokenizerMsg]] = {
             name: PushSocket(endpoint, messages.tokenizer_codec) for name, endpoint in endpoints.tokenizers.items()
         }
-        self._backend: PushSocket[BackendMsg] = PushSocket(endpoints.backend, backend_codec)
+        self._backend: PushSocket[messages.BackendMsg] = PushSocket(endpoints.backend, messages.backend_codec)
         self.metrics = RequestMetrics()
         self._streams: dict[int, Stream] = {}
         self._lost: dict[str, WorkerDied] = {}  # groups of workers that are being started again, and why
@@ -248,18 +237,18 @@ class Frontend:
 
     async def stats(self, timeout: float) -> messages.StatsReply:
         """Rank 0's counts. Raises: WorkerDied, as `ping`."""
-        return await self._ask(StatsMsg(next(self._uids)), messages.StatsReply, timeout)
+        return await self._ask(messages.StatsMsg(next(self._uids)), messages.StatsReply, timeout)
 
     async def flush_cache(self, timeout: float) -> int:
         """Forget the cached prefixes that nobody uses. Returns the number of pages freed. Raises: WorkerDied."""
-        return (await self._ask(FlushMsg(next(self._uids)), messages.FlushReply, timeout)).num_pages
+        return (await self._ask(messages.FlushMsg(next(self._uids)), messages.FlushReply, timeout)).num_pages
 
     async def _ask(self, question: Any, kind: type[A], timeout: float | None = None) -> A:
         """question: a message, with the uid that its answer has. kind: of the answer."""
         if self._down is not None or not self._routes:
             raise self._down or next(iter(self._lost.values()))
         socket: PushSocket[Any] = self._tokenizers[self._routes[question.uid % len(self._routes)]]
-        if isinstance(question, (StatsMsg, FlushMsg)):
+        if isinstance(question, (messages.StatsMsg, messages.FlushMsg)):
             socket = self._backend
         answer = self._asked[question.uid] = asyncio.get_running_loop().create_future()
         socket.send([question])

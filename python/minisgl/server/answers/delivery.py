@@ -23,8 +23,7 @@ from minisgl.server.admission import Place
 from minisgl.server.answers.openai import mean_logprob
 from minisgl.server.answers.renderer import Renderer, Totals, event
 from minisgl.server.bodies.chat import GenerationRequest
-from minisgl.server.bodies.fields import shown
-from minisgl.server.errors import json_response, renamed
+from minisgl.server.errors import json_response, renamed, shown
 from minisgl.server.frontend import Frontend, Stream
 
 logger = logging.getLogger(__name__)

@@ -12,24 +12,9 @@ from minisgl.core import MAX_COUNT, RANGES, Range, SamplingParams
 from minisgl.errors import RequestError, too_long
 from minisgl.message.messages import ChatPrompt, IdsPrompt, Prompt, TextPrompt, least_tokens, pack_ids
 from minisgl.server.bodies.content import MAX_TOOLS, Message, Tool, ToolUse, chat_messages, template_kwargs, tool_use
-from minisgl.server.bodies.fields import (
-    Body,
-    Count,
-    Ids,
-    Items,
-    MaxTokens,
-    Object,
-    Reading,
-    fields_of,
-    load,
-    load_object,
-    optional,
-    refuse_unless,
-    shown,
-    validate,
-)
+from minisgl.server.bodies.fields import Body, Count, Ids, Items, MaxTokens, Object, Reading, load, optional, validate
 from minisgl.server.bodies.sampling import Defaults, GrammarFields, SamplingFields
-from minisgl.server.errors import renamed
+from minisgl.server.errors import refuse_unless, renamed, shown
 
 _CHOICES = Range(1, 128)  # of one prompt
 MAX_PROMPTS = 1024
@@ -112,7 +97,7 @@ class ChatBody(_OpenAIBody):
 
 def parse_chat(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:
     """Raises: RequestError naming the field at fault."""
-    return chat_request(load_object(data, fields_of(ChatBody), reading), defaults)
+    return _chat_request(load(ChatBody, data, reading), defaults)
 
 
 def chat_request(raw: Object, defaults: Defaults, names: Mapping[str, str] | None = None) -> GenerationRequest:

@@ -21,7 +21,8 @@ from pydantic_core import from_json
 from minisgl.errors import RequestError
 from minisgl.message.messages import carried
 from minisgl.parser.tools import calls_form
-from minisgl.server.bodies.fields import Body, Fields, Object, Reading, at_most, refuse_unless, shown
+from minisgl.server.bodies.fields import Body, Fields, Object, Reading
+from minisgl.server.errors import at_most, refuse_unless, shown
 
 MAX_MESSAGES = 16384
 MAX_TOOLS = 512

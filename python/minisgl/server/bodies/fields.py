@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence, Sized
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -32,10 +32,9 @@ from pydantic_core import from_json
 
 from minisgl.core import MAX_COUNT, Range
 from minisgl.errors import RequestError
+from minisgl.server.errors import MAX_SHOWN, refuse_unless, shown
 
-MAX_SHOWN = 64  # characters of a client's name for something, in messages
 T = TypeVar("T")
-S = TypeVar("S", bound=Sized)
 SCHEMAS: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("schemas.yaml").read_text(encoding="utf-8")
 )
@@ -63,18 +62,6 @@ Items = Annotated[list[T], Field(fail_fast=True)]  # a list of which one wrong i
 Object = dict[str, Any]
 
 
-def refuse_unless(holds: object, message: str, param: str) -> None:
-    """Raises: RequestError."""
-    if not holds:
-        raise RequestError(message, param=param)
-
-
-def at_most(most: int, what: str, name: str, values: S) -> S:
-    """The values of a field. Raises: RequestError when there are more."""
-    refuse_unless(len(values) <= most, f"{name} must hold at most {most} {what}, not {len(values)}", name)
-    return values
-
-
 def _of_some_model(ids: list[int], info: ValidationInfo) -> list[int]:
     bad = next((token for token in ids if not 0 <= token < 2**31), None)
     refuse_unless(bad is None, f"{info.field_name}: {bad} is not a token id", str(info.field_name))
@@ -82,13 +69,6 @@ def _of_some_model(ids: list[int], info: ValidationInfo) -> list[int]:
 
 
 Ids = Annotated[Items[TokenId], WHOLE, AfterValidator(_of_some_model)]
-
-
-def shown(name: str) -> str:
-    """A client's name for something, fit for one line."""
-    text = name[: MAX_SHOWN + 1] or '""'
-    text = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def optional(text: str, within: Range | None = None, **schema: Any) -> Any:
@@ -223,23 +203,26 @@ _NESTED |= dict.fromkeys(_TABLE["wrappers"].split(), _WRAPPED)
 _HALVES = re.compile(rb"\\(?:(\\|u[dD][89abAB]%b\\u[dD][c-fC-F]%b)|u[dD][89a-fA-F]%b)" % ((b"[0-9a-fA-F]{2}",) * 3))
 
 
-def load_object(data: bytes, fields: Fields, reading: Reading | None = None) -> dict[str, Any]:
-    """The body, as `Reading.read` leaves it. Raises: RequestError when it is no JSON object, or has refused fields."""
+def load_object(data: bytes, model: type[Body], reading: Reading | None = None) -> dict[str, Any]:
+    """The body of such a model, as `Reading.read` leaves it.
+
+    Raises: RequestError when it is no JSON object, or has refused fields.
+    """
     try:
         raw = from_json(data, allow_inf_nan=False)
     except ValueError as error:
         mended = _HALVES.sub(lambda found: found[0] if found[1] else rb"\ufffd", data)
         if mended != data:
-            return load_object(mended, fields, reading)
+            return load_object(mended, model, reading)
         raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise RequestError("the body must be a JSON object")
-    return cast(dict[str, Any], (reading or Reading()).read(raw, fields))
+    return cast(dict[str, Any], (reading or Reading()).read(raw, fields_of(model)))
 
 
 def load(model: type[B], data: bytes, reading: Reading | None) -> B:
     """The body, checked. Raises: RequestError."""
-    return validate(model, load_object(data, fields_of(model), reading))
+    return validate(model, load_object(data, model, reading))
 
 
 @cache

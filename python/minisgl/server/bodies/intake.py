@@ -16,7 +16,8 @@ from fastapi import Request
 
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError
-from minisgl.server.bodies.fields import Reading, shown
+from minisgl.server.bodies.fields import Reading
+from minisgl.server.errors import shown
 
 T = TypeVar("T")
 

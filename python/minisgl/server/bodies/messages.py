@@ -11,19 +11,9 @@ from pydantic import Field
 from minisgl.errors import RequestError
 from minisgl.server.bodies.chat import GenerationRequest, chat_request
 from minisgl.server.bodies.content import MAX_TOOLS, functions_of
-from minisgl.server.bodies.fields import (
-    NAMES,
-    OBJECTS,
-    Body,
-    Items,
-    MaxTokens,
-    Object,
-    Reading,
-    load,
-    optional,
-    refuse_unless,
-)
+from minisgl.server.bodies.fields import NAMES, OBJECTS, Body, Items, MaxTokens, Object, Reading, load, optional
 from minisgl.server.bodies.sampling import Defaults, SamplingFields
+from minisgl.server.errors import refuse_unless
 
 # What Anthropic's own client puts before its system prompt (`x-anthropic-billing-header: …`), for Anthropic's servers.
 # It changes with each request: with it, no prompt would find its beginning in the prefix cache.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from minisgl.message.messages import ChatPrompt, IdsPrompt, TextPrompt, pack_ids
 from minisgl.server.bodies.chat import GenerationRequest, chat_request, check_size
 from minisgl.server.bodies.content import Message, Tool
-from minisgl.server.bodies.fields import Body, Ids, Items, MaxTokens, Object, Reading, load, optional, refuse_unless
+from minisgl.server.bodies.fields import Body, Ids, Items, MaxTokens, Object, Reading, load, optional
 from minisgl.server.bodies.sampling import Defaults, Salt, SamplingFields, Seconds
+from minisgl.server.errors import refuse_unless
 
 _CHAT_FIELDS = {"messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
 

@@ -17,21 +17,9 @@ from pydantic import Field
 from minisgl.errors import RequestError
 from minisgl.server.bodies.chat import GenerationRequest, chat_request
 from minisgl.server.bodies.content import Describe, functions_of, kept_as_text, text_of, thought_of
-from minisgl.server.bodies.fields import (
-    NAMES,
-    OBJECTS,
-    SCHEMAS,
-    Body,
-    Items,
-    MaxTokens,
-    Object,
-    Reading,
-    load,
-    optional,
-    refuse_unless,
-)
+from minisgl.server.bodies.fields import NAMES, OBJECTS, Body, Items, MaxTokens, Object, Reading, load, optional
 from minisgl.server.bodies.sampling import Defaults, SamplingFields
-from minisgl.server.errors import dump_json
+from minisgl.server.errors import dump_json, refuse_unless
 
 Item = Object
 
@@ -67,7 +55,7 @@ class ResponsesBody(Body, SamplingFields):
     chat_template_kwargs: Object | None = None
     previous_response_id: str | None = optional("The conversation goes on from there; `input` is what is new.")
     store: bool | None = optional("false: the response is not kept.")
-    include: Items[str] | None = optional("Without effect: there is nothing to add.", **SCHEMAS["include"])
+    include: Items[str] | None = optional("Without effect: nothing is added.", items={"not": {"const": _LOGPROBS}})
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from minisgl.core import MAX_BIAS, MAX_COUNT, MAX_SEED, RANGES, Grammar, Range, SamplingParams
 from minisgl.errors import RequestError
-from minisgl.server.bodies.fields import SCHEMAS, Count, Ids, Items, Object, at_most, optional, refuse_unless
+from minisgl.server.bodies.fields import SCHEMAS, Count, Ids, Items, Object, optional
+from minisgl.server.errors import at_most, refuse_unless
 
 MAX_CHOICES = 4096
 MAX_TEXT = 256 << 10  # characters of a schema, or a grammar

@@ -16,11 +16,11 @@ from minisgl.env import env_number
 from minisgl.errors import RequestError, WorkerDied, too_long
 from minisgl.message.messages import TextPrompt
 from minisgl.server.access import require_operator
-from minisgl.server.bodies.fields import load, shown
+from minisgl.server.bodies.fields import load
 from minisgl.server.bodies.intake import Bodies, check_model
 from minisgl.server.bodies.native import AbortBody, DetokenizeBody, parse_tokenize
 from minisgl.server.bodies.responses import Item, ResponseStore
-from minisgl.server.errors import json_response
+from minisgl.server.errors import json_response, shown
 from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
 
