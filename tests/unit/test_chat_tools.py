@@ -19,7 +19,7 @@ from minisgl.core import FinishReason, Grammar, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message.messages import ChatPrompt, TokenizeMsg, UserReply, tokenizer_codec
 from minisgl.server.answers.openai import ChatRenderer
-from minisgl.server.answers.renderer import Assembler, Totals, new_assembler, with_grammar
+from minisgl.server.answers.renderer import Assembler, new_assembler, with_grammar
 from minisgl.server.bodies.chat import GenerationRequest, parse_chat
 from minisgl.server.bodies.content import ToolUse
 from minisgl.tokenizer.tokenize import HFTextCodec
@@ -190,9 +190,9 @@ def answer(
     def renderer() -> ChatRenderer:
         return ChatRenderer("m", parsed, lambda: new_assembler(parsed, config))
 
-    totals = Totals(1)
-    totals.last[0] = given[-1]
-    whole = ChatCompletion.model_validate(renderer().body([given], totals), strict=True).choices[0]
+    whole_renderer = renderer()
+    whole_renderer.last[0] = given[-1]
+    whole = ChatCompletion.model_validate(whole_renderer.body([given]), strict=True).choices[0]
     streaming = renderer()
     chunks = [
         ChatCompletionChunk.model_validate(chunk, strict=True).choices[0]

@@ -16,7 +16,7 @@ from minisgl.config.locate import DEMO_MODEL
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.message.messages import ChatPrompt, TokenizeMsg, UserReply, tokenizer_codec
 from minisgl.server.answers.openai import ChatRenderer
-from minisgl.server.answers.renderer import Assembler, Totals
+from minisgl.server.answers.renderer import Assembler
 from minisgl.server.bodies.chat import GenerationRequest, parse_chat
 from minisgl.server.bodies.fields import OBJECTS
 from minisgl.server.bodies.responses import parse_responses
@@ -294,7 +294,7 @@ def replies(*texts: str) -> list[UserReply]:
 def our_chat() -> list[dict[str, Any]]:
     """Our own answer as clients have it: whole, joined from a stream, and dumped in each way."""
     asked = GenerationRequest((ChatPrompt([]),), SamplingParams())
-    whole = ChatRenderer("m", asked, Assembler).body([replies("hel", "lo")], Totals(1))
+    whole = ChatRenderer("m", asked, Assembler).body([replies("hel", "lo")])
     state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
     streaming = ChatRenderer("m", asked, Assembler)
     for reply in replies("hel", "lo"):

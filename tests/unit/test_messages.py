@@ -15,7 +15,7 @@ from minisgl.errors import RequestError
 from minisgl.message.messages import ChatPrompt, TokenizeMsg, UserReply, pack_ids, tokenizer_codec
 from minisgl.parser.parts import Parser, Part
 from minisgl.server.answers.messages import MessagesRenderer
-from minisgl.server.answers.renderer import Assembler, Totals
+from minisgl.server.answers.renderer import Assembler
 from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.server.bodies.messages import parse_messages
 
@@ -120,10 +120,9 @@ def test_a_call_that_is_cut_off_is_an_object_as_far_as_it_came(written: str, sho
     """`max_tokens` makes it end anywhere."""
     asked = GenerationRequest((chat(),), SamplingParams())
     renderer = MessagesRenderer("m", asked, lambda: Assembler(None, Calling()))
-    totals = Totals(1)
     reply = UserReply(1, written, pack_ids([1]), 1, 1, 0, finish_reason=FinishReason.LENGTH)
-    totals.last[0] = reply
-    made = renderer.body([[reply]], totals)
+    renderer.last[0] = reply
+    made = renderer.body([[reply]])
     assert made["stop_reason"] == "max_tokens"
     assert [block.get("input") for block in made["content"]] == ([shown] if written else [None])
 

@@ -165,7 +165,7 @@ class RequestLog:
     """Gives each request an id, which its answer has too, and a line in the log when it has ended.
 
     Routes and we tell each other through `scope["state"]`: `request_id`, `owner` (whose request it is, by API key) and
-    `operator` from here, `totals` (a `Totals`) and `reading` (a `Reading`) from them.
+    `operator` from here, `answer` (a `Renderer`) and `reading` (a `Reading`) from them.
     """
 
     def __init__(self, app: ASGIApp, on_request: OnRequest | None, *, log: bool) -> None:
@@ -222,8 +222,7 @@ def _listed(names: Iterable[str]) -> str:
 
 def _log_line(scope: Scope, status: int, first_byte: float, seconds: float) -> None:
     state = scope["state"]
-    totals = state.get("totals")
-    usage = totals.usage() if totals is not None else None
+    usage = state["answer"].usage() if "answer" in state else None
     tokens = f", {usage['prompt_tokens']} + {usage['completion_tokens']} tokens" if usage else ""
     param, code = state.get("refused", ("", None))
     why = f", refused for {param or 'the whole'} ({code or 'invalid_value'})" if "refused" in state else ""

@@ -21,7 +21,7 @@ from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.messages import UserReply
 from minisgl.server.admission import Place
 from minisgl.server.answers.openai import mean_logprob
-from minisgl.server.answers.renderer import Renderer, Totals, event
+from minisgl.server.answers.renderer import Renderer, event
 from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.server.errors import json_response, renamed, shown
 from minisgl.server.frontend import Frontend, Stream
@@ -55,13 +55,13 @@ async def answer_request(
         if seconds := _seconds(parsed, request.headers):
             late = RequestError(f"no answer within {seconds:g} s, as the request has it", code="timeout", status=504)
             place.timer = asyncio.get_running_loop().call_later(seconds, _abort, streams, late)
-        totals = request.state.totals = Totals(parsed.num_choices)
+        request.state.answer = renderer
         if not parsed.stream:
-            choices = await unless_disconnected(request.receive, _collect(streams, totals))
-            return json_response(renderer.body(_best(choices, parsed), totals))
+            choices = await unless_disconnected(request.receive, _collect(streams, renderer))
+            return json_response(renderer.body(_best(choices, parsed)))
         # What is refused gets an HTTP status; once the request is on its way, an error is an event.
         await unless_disconnected(request.receive, _accepted(streams))
-        return EventStream(streams, renderer, totals, keepalive)
+        return EventStream(streams, renderer, keepalive)
     except BaseException as error:
         _abort(streams)
         if isinstance(error, RequestError):
@@ -99,13 +99,13 @@ async def _accepted(streams: Sequence[Stream]) -> None:
             await asyncio.wait_for(stream.accepted(), ACCEPT_SECONDS)
 
 
-async def _collect(streams: Sequence[Stream], totals: Totals) -> list[list[UserReply]]:
+async def _collect(streams: Sequence[Stream], renderer: Renderer) -> list[list[UserReply]]:
     """All replies of each choice. The first error ends it."""
     choices: list[list[UserReply]] = [[] for _ in streams]
     async with contextlib.aclosing(_interleave(streams)) as replies:
         async for index, reply in replies:
             choices[index].append(reply)
-            totals.last[index] = reply
+            renderer.last[index] = reply
     return choices
 
 
@@ -140,11 +140,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, streams: Sequence[Stream], renderer: Renderer, totals: Totals, seconds: float) -> None:
+    def __init__(self, streams: Sequence[Stream], renderer: Renderer, seconds: float) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._streams, self._renderer, self._totals = streams, renderer, totals
-        self._seconds, self._last_sent = seconds, 0.0
+        self._streams, self._renderer, self._seconds, self._last_sent = streams, renderer, seconds, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         try:
@@ -175,14 +174,14 @@ class EventStream(Response):
             await asyncio.sleep(left)
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        renderer, totals = self._renderer, self._totals
+        renderer = self._renderer
         try:
             async with contextlib.aclosing(_interleave(self._streams)) as replies:
                 async for index, reply in replies:
-                    totals.last[index] = reply
+                    renderer.last[index] = reply
                     if chunks := renderer.chunk(index, reply):
                         yield b"".join(map(event, chunks))
-            yield b"".join(map(event, renderer.last_chunks(totals))) + renderer.done
+            yield b"".join(map(event, renderer.last_chunks())) + renderer.done
         except MiniSGLError as error:
             logger.debug("a stream ends with an error: %s", error)
             yield b"".join(map(event, renderer.failure(error)))

@@ -7,7 +7,7 @@ from typing import Any
 from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError
 from minisgl.message.messages import UserReply
-from minisgl.server.answers.renderer import Block, Events, MessageRenderer, Totals, event, partial_object
+from minisgl.server.answers.renderer import Block, Events, MessageRenderer, event, partial_object
 from minisgl.server.errors import anthropic_error, error_payload
 
 _REASONS = {FinishReason.STOP: "end_turn", FinishReason.TOOL_CALLS: "tool_use"}  # else: it was cut off
@@ -27,23 +27,22 @@ class MessagesRenderer(MessageRenderer):
     def first_chunks(self, reply: UserReply) -> Events:
         return [{"type": "message_start", "message": self._message([], reply, None)}, {"type": "ping"}]
 
-    def last_chunks(self, totals: Totals) -> Events:
-        end = {"delta": self._end(totals.last[0]), "usage": _usage(totals.last[0])}
+    def last_chunks(self) -> Events:
+        end = {"delta": self._end(self.last[0]), "usage": _usage(self.last[0])}
         return [{"type": "message_delta", **end}, {"type": "message_stop"}]
 
     def failure(self, error: MiniSGLError) -> Events:
         return [anthropic_error(error_payload(error), error.status)]
 
-    def finished(self, totals: Totals) -> dict[str, Any]:
+    def finished(self) -> dict[str, Any]:
         content = [self._block(block, block.text, self.id) for block in self.assembler.blocks]
-        return self._message(content, totals.last[0], totals.last[0])
+        return self._message(content, self.last[0], self.last[0])
 
     def begin(self, block: Block) -> Events:
         return [{"type": "content_block_start", "index": block.index, "content_block": self._block(block)}]
 
     def more(self, block: Block, text: str) -> Events:
         kind, field = _DELTAS[block.kind]
-        super().more(block, text)
         return [{"type": "content_block_delta", "index": block.index, "delta": {"type": kind, field: text}}]
 
     def end(self, block: Block, reason: FinishReason | None) -> Events:  # noqa: ARG002

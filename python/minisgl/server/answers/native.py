@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minisgl.message.messages import UserReply, unpack_ids
-from minisgl.server.answers.renderer import Events, Renderer, Totals
+from minisgl.server.answers.renderer import Events, Renderer
 
 
 class GenerateRenderer(Renderer):
@@ -15,7 +15,7 @@ class GenerateRenderer(Renderer):
     def chunk(self, index: int, reply: UserReply) -> Events:  # noqa: ARG002
         return [self._shown([reply])]
 
-    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:  # noqa: ARG002
+    def body(self, choices: Sequence[Sequence[UserReply]]) -> dict[str, Any]:
         return self._shown(choices[0])
 
     def _shown(self, replies: Sequence[UserReply]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minisgl.message.messages import TokenLogprob, TopLogprob, UserReply
-from minisgl.server.answers.renderer import Assembler, Block, Dialect, Events, Renderer, Totals
+from minisgl.server.answers.renderer import Assembler, Block, Events, Renderer
 
 
 @dataclass(eq=False)
@@ -22,20 +22,17 @@ class _OpenAIRenderer(Renderer):
         super().__post_init__()
         self._head = {"id": self.id, "created": self.created, "model": self.model}
 
-    def last_chunks(self, totals: Totals) -> Events:
-        usage = {**self._head, "object": self.part, "choices": [], "usage": self._usage(totals)}
+    def last_chunks(self) -> Events:
+        usage = {**self._head, "object": self.part, "choices": [], "usage": self.usage()}
         return [usage] if self.request.include_usage else []
 
-    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
+    def body(self, choices: Sequence[Sequence[UserReply]]) -> dict[str, Any]:
         shown = [self._choice(index, replies) for index, replies in enumerate(choices)]
-        return {**self._head, "object": self.whole, "choices": shown, "usage": self._usage(totals)}
+        return {**self._head, "object": self.whole, "choices": shown, "usage": self.usage()}
 
     @abstractmethod
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
         """What these replies say of a choice."""
-
-    def _usage(self, totals: Totals) -> dict[str, Any]:
-        return totals.usage()
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         usage = {"usage": None} if self.request.include_usage else {}
@@ -79,7 +76,7 @@ class ChatRenderer(_OpenAIRenderer):
         assembler = self.new_assembler()
         self.assemblers.append(assembler)
         for reply in replies:
-            assembler.read(reply, Dialect())
+            assembler.read(reply, self)
         return {
             "index": index,
             "message": _message(assembler.blocks),
@@ -87,9 +84,9 @@ class ChatRenderer(_OpenAIRenderer):
             "finish_reason": assembler.finish_reason(replies[-1]),
         }
 
-    def _usage(self, totals: Totals) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
         num_reasoning = sum(assembler.num_reasoning for assembler in self.assemblers)
-        return {**totals.usage(), "completion_tokens_details": {"reasoning_tokens": num_reasoning}}
+        return {**super().usage(), "completion_tokens_details": {"reasoning_tokens": num_reasoning}}
 
     def _delta(self, index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
         return self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more})

@@ -89,23 +89,6 @@ class Block:
             self._pieces = [self.text]
 
 
-class Dialect:
-    """What a stream tells of a block of its message: by itself nothing, but blocks keep their texts then."""
-
-    def begin(self, block: Block) -> Events:  # noqa: ARG002
-        """When it begins."""
-        return []
-
-    def more(self, block: Block, text: str) -> Events:
-        """When this text has come."""
-        block.add(text)
-        return []
-
-    def end(self, block: Block, reason: FinishReason | None) -> Events:  # noqa: ARG002
-        """When it is whole. reason: with the last block, why the output ends."""
-        return []
-
-
 @dataclass(slots=True)
 class Assembler:
     """Reads one choice's replies, from the first to the last.
@@ -124,8 +107,8 @@ class Assembler:
     blocks: list[Block] = field(default_factory=list, init=False)
     _parser: ThinkParser | None = field(default=None, init=False)
 
-    def read(self, reply: UserReply, dialect: Dialect) -> Events:
-        """What the dialect tells of a reply. There is a block at the end, if need be an empty one."""
+    def read(self, reply: UserReply, renderer: Renderer) -> Events:
+        """What the renderer tells of a reply. There is a block at the end, if need be an empty one."""
         parser = self._parser = self._parser or ThinkParser(self.reasoning, reply.prompt_end, self.answer)
         is_reasoning = parser.is_thinking
         events: Events = []
@@ -134,14 +117,15 @@ class Assembler:
             if part.call_index and not self.parallel:
                 continue
             if not self.blocks or part.name is not None or part.kind != self.blocks[-1].part.kind:
-                events += self._open(part, dialect)
+                events += self._open(part, renderer)
             if part.text:
-                events += dialect.more(self.blocks[-1], part.text)
+                self.blocks[-1].add(part.text)
+                events += renderer.more(self.blocks[-1], part.text)
         if is_reasoning:
             self.num_reasoning = reply.num_output_tokens
         if reply.finish_reason is not None:
-            events += [] if self.blocks else self._open(Part("text", ""), dialect)
-            events += dialect.end(self.blocks[-1], reply.finish_reason)
+            events += [] if self.blocks else self._open(Part("text", ""), renderer)
+            events += renderer.end(self.blocks[-1], reply.finish_reason)
         return events
 
     def finish_reason(self, reply: UserReply) -> FinishReason | None:
@@ -149,11 +133,11 @@ class Assembler:
         is_done = reply.finish_reason is FinishReason.STOP and any(block.kind == "call" for block in self.blocks)
         return FinishReason.TOOL_CALLS if is_done else reply.finish_reason
 
-    def _open(self, part: Part, dialect: Dialect) -> Events:
-        events = dialect.end(self.blocks[-1], None) if self.blocks else []
+    def _open(self, part: Part, renderer: Renderer) -> Events:
+        events = renderer.end(self.blocks[-1], None) if self.blocks else []
         call_id = uuid.uuid4().hex[:9] if self.short_ids else f"call_{uuid.uuid4().hex[:24]}"
         self.blocks.append(Block(part, len(self.blocks), call_id))
-        return events + dialect.begin(self.blocks[-1])
+        return events + renderer.begin(self.blocks[-1])
 
 
 def event(payload: Mapping[str, Any]) -> bytes:
@@ -172,27 +156,8 @@ def partial_object(arguments: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-@dataclass(slots=True)
-class Totals:
-    """Token counts of all choices of one request, `n` of each prompt. A prompt counts once."""
-
-    n: int
-    last: dict[int, UserReply] = field(default_factory=dict)  # by choice; those of a prompt follow each other
-
-    def usage(self) -> dict[str, Any]:
-        first_of_prompt = [reply for index, reply in self.last.items() if index % self.n == 0]
-        num_prompt = sum(reply.num_prompt_tokens for reply in first_of_prompt)
-        num_output = sum(reply.num_output_tokens for reply in self.last.values())
-        return {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_output,
-            "total_tokens": num_prompt + num_output,
-            "prompt_tokens_details": {"cached_tokens": sum(reply.num_cached_tokens for reply in first_of_prompt)},
-        }
-
-
 @dataclass(eq=False)
-class Renderer(Dialect, ABC):
+class Renderer(ABC):
     """One endpoint's way to show a request's replies. new_assembler: makes what reads those to one choice."""
 
     prefix = ""  # of `id`: what the answer is called in itself
@@ -204,6 +169,7 @@ class Renderer(Dialect, ABC):
     new_assembler: Callable[[], Assembler]
     id: str = field(default="", init=False)
     created: int = field(default_factory=lambda: int(time.time()), init=False)
+    last: dict[int, UserReply] = field(default_factory=dict, init=False)  # by choice; those of a prompt are in a row
 
     def __post_init__(self) -> None:
         self.id = self.prefix + uuid.uuid4().hex
@@ -212,7 +178,7 @@ class Renderer(Dialect, ABC):
     def chunk(self, index: int, reply: UserReply) -> Events:
         """The events for an increment of choice `index`."""
 
-    def last_chunks(self, totals: Totals) -> Events:  # noqa: ARG002
+    def last_chunks(self) -> Events:
         """The events after the last choice: the usage, for clients that asked for it."""
         return []
 
@@ -221,8 +187,31 @@ class Renderer(Dialect, ABC):
         return [error_payload(error)]
 
     @abstractmethod
-    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
-        """The whole answer of a request that does not stream: the replies to each choice."""
+    def body(self, choices: Sequence[Sequence[UserReply]]) -> dict[str, Any]:
+        """The whole answer of a request that does not stream: the replies to each choice that is shown."""
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts of all choices as far as they have come. A prompt counts once."""
+        first_of_prompt = [reply for index, reply in self.last.items() if index % self.request.num_choices == 0]
+        num_prompt = sum(reply.num_prompt_tokens for reply in first_of_prompt)
+        num_output = sum(reply.num_output_tokens for reply in self.last.values())
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {"cached_tokens": sum(reply.num_cached_tokens for reply in first_of_prompt)},
+        }
+
+    # What is told of a block: when it begins, when more text of it has come, and when it is whole.
+    def begin(self, block: Block) -> Events:  # noqa: ARG002
+        return []
+
+    def more(self, block: Block, text: str) -> Events:  # noqa: ARG002
+        return []
+
+    def end(self, block: Block, reason: FinishReason | None) -> Events:  # noqa: ARG002
+        """reason: with the last block, why the output ends."""
+        return []
 
 
 @dataclass(eq=False)
@@ -242,15 +231,15 @@ class MessageRenderer(Renderer):
         self.has_begun = True
         return events + self.assembler.read(reply, self)
 
-    def body(self, choices: Sequence[Sequence[UserReply]], totals: Totals) -> dict[str, Any]:
+    def body(self, choices: Sequence[Sequence[UserReply]]) -> dict[str, Any]:
         for reply in choices[0]:
             self.assembler.read(reply, self)
-        return self.finished(totals)
+        return self.finished()
 
     @abstractmethod
     def first_chunks(self, reply: UserReply) -> Events:
         """The events before the first block."""
 
     @abstractmethod
-    def finished(self, totals: Totals) -> dict[str, Any]:
+    def finished(self) -> dict[str, Any]:
         """The whole answer, all of which has been read."""

@@ -12,7 +12,7 @@ from typing import Any
 from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError
 from minisgl.message.messages import UserReply
-from minisgl.server.answers.renderer import Block, Events, MessageRenderer, Totals, partial_object
+from minisgl.server.answers.renderer import Block, Events, MessageRenderer, partial_object
 from minisgl.server.bodies.responses import Item, ResponsesRequest
 
 _STATUS = {FinishReason.LENGTH: "incomplete", FinishReason.ABORT: "cancelled"}  # else: completed
@@ -52,8 +52,8 @@ class ResponsesRenderer(MessageRenderer):
         kinds = ("response.created", "response.in_progress")
         return [self._event(kind, response=self._response("in_progress", [])) for kind in kinds]
 
-    def last_chunks(self, totals: Totals) -> Events:
-        response = self.finished(totals)
+    def last_chunks(self) -> Events:
+        response = self.finished()
         kind = "completed" if response["status"] == "completed" else "incomplete"
         return [self._event(f"response.{kind}", response=response)]
 
@@ -68,7 +68,6 @@ class ResponsesRenderer(MessageRenderer):
         return events if block.kind == "call" else [*events, self._of_item(block, "added", part=_part(block, ""))]
 
     def more(self, block: Block, text: str) -> Events:
-        super().more(block, text)
         if block.part.name in self._custom:  # its input must be read first
             return []
         return [self._of_item(block, "delta", delta=text)]
@@ -109,12 +108,12 @@ class ResponsesRenderer(MessageRenderer):
             fields["logprobs"] = []
         return self._event(f"response.{about}.{what}", item_id=self.item_id, output_index=block.index, **fields)
 
-    def finished(self, totals: Totals) -> dict[str, Any]:
-        reason = totals.last[0].finish_reason or FinishReason.STOP
+    def finished(self) -> dict[str, Any]:
+        reason = self.last[0].finish_reason or FinishReason.STOP
         response = self._response(_STATUS.get(reason, "completed"), self.output)
         if reason is FinishReason.LENGTH:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
-        response |= {"completed_at": int(time.time()), "usage": _usage(totals.usage(), self.assembler.num_reasoning)}
+        response |= {"completed_at": int(time.time()), "usage": _usage(self.usage(), self.assembler.num_reasoning)}
         if self.keep is not None and self.request.body.store is not False:
             self.keep(response, self.request.items)
         return response
