@@ -32,8 +32,8 @@ from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LeaderTransport
 from minisgl.server.launch import bind_port, run_server
 from minisgl.tokenizer.tokenize import HFTextCodec
-from minisgl.utils.faults import fault
 from minisgl.utils.log import setup_logging
+from tests.faults.points import fault
 
 VOCAB = 400
 ACCESS = ("api_key", "admin_key", "allowed_hosts", "host", "ssl_certfile", "ssl_keyfile", "cors_origin")

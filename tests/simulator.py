@@ -11,8 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import NOT_READY, Masks, StepPlan, StepResult
+from minisgl.core import NOT_READY, Masks, PageCopy, StepPlan, StepResult
 from minisgl.errors import EngineError
+from minisgl.kvcache.pages import Pages
 
 
 def next_token(prefix: tuple[int, ...], vocab_size: int) -> int:
@@ -139,3 +140,14 @@ def expected_output(prompt: list[int], max_len: int, eos: tuple[int, ...], vocab
         if tokens[-1] in eos:
             break
     return tokens[len(prompt) :]
+
+
+def move_cached(pages: Pages, count: int) -> None:
+    """Up to so many cached pages that nobody uses give way to free ones, to which the next step copies them."""
+    if not pages.copies:
+        unused = [(node, i) for node in pages.cache.nodes() if not node.num_locks for i in range(len(node.pages))]
+        targets = pages.allocator.allocate(min(count, pages.allocator.num_free, len(unused)))
+        for (node, i), target in zip(unused, targets, strict=False):
+            pages.copies.append(PageCopy(node.pages[i], target))
+            node.pages[i] = target
+        pages.allocator.free([copy.source for copy in pages.copies])

@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Server, fake, model_path, real, server, short_path, start, tiny_path
+from tests.e2e.conftest import PYTHONPATH, Server, fake, model_path, real, server, short_path, start, tiny_path
 
 __all__ = ["Faults", "Server", "fake", "model_path", "real", "server", "short_path", "start", "tiny_path"]
 
+INJECT = Path(__file__).parent / "inject"
+
 
 class Faults:
-    """A folder for MINISGL_FAULTS. `env` is what a server is started with."""
+    """A folder of faults (`points.py`). env: what a server is started with."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = {"MINISGL_FAULTS": str(folder)}
+        self.env = {"FAULTS": str(folder), "PYTHONPATH": f"{INJECT}{os.pathsep}{PYTHONPATH}"}
 
     def plant(self, worker: str, point: str, action: str) -> None:
         """The worker (`TP0`, `detokenizer-0` …) does `action` when it passes the point next."""

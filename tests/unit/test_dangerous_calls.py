@@ -29,7 +29,7 @@ ONLY_WITH = {"torch.load": ("weights_only", True)}
 NEVER_WITH = {"trust_remote_code": False, "allow_pickle": False, "shell": False, "verify": True}
 # What pickles on purpose: a child's arguments, through a private pipe of the process that starts it.
 MULTIPROCESSING = {f"processes/{name}.py" for name in ("supervisor", "launcher", "control")}
-MULTIPROCESSING |= {"utils/faults.py", "utils/process.py"}
+MULTIPROCESSING |= {"utils/process.py"}
 
 
 def problems(source: str, where: str = "x.py") -> list[str]:

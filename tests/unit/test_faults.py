@@ -1,17 +1,21 @@
-"""The hooks themselves: a fault happens once, to the worker that it is for."""
+"""The points themselves: a fault happens once, to the worker that it is for."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import PYTHONPATH
 from tests.faults.conftest import Faults
+from tests.faults.points import POINTS
 
 SCRIPT = """
-from minisgl.utils.faults import fault
+from tests.faults.points import fault
 for _ in range(3):
     try:
         print(fault("step"))
@@ -42,5 +46,13 @@ def test_fault_happens_once(tmp_path: Path, action: str, lines: list[str]) -> No
 
 
 def test_nothing_fails_by_itself() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env={}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env={"PYTHONPATH": PYTHONPATH}, capture_output=True, text=True
+    )
     assert done.stdout.split() == ["None"] * 3
+
+
+def test_each_point_is_there() -> None:
+    for module, wrapped in POINTS.items():
+        for where, _ in wrapped:
+            assert callable(functools.reduce(getattr, where.split("."), importlib.import_module(module)))

@@ -14,7 +14,7 @@ from minisgl.core import FinishReason, Grammar, ReqOutput, SamplingParams, StepP
 from minisgl.errors import EngineError
 from minisgl.scheduler.integrity import check_integrity
 from minisgl.scheduler.planner import Planned, Planner
-from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
+from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output, move_cached
 
 GRAMMAR = Grammar("regex", ".*")
 
@@ -171,7 +171,7 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 20), pick=st.integers(0, 1_000), salt=st.sampled_from(["", "", "a", "b"]))
     def move_cached(self, count: int, pick: int, salt: str) -> None:
         """The next step copies pages; the engine notices when a request that finds them there reads anything else."""
-        self.planner.pages.move_cached(count)
+        move_cached(self.planner.pages, count)
         self.add(pick, 38, [1], 2, False, False, salt, "other")
 
     @rule()

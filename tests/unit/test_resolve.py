@@ -88,13 +88,13 @@ def test_cpu_kernels_keep_what_the_checkpoint_has() -> None:
     ("machine", "options", "says"),
     [
         (MACHINE, {"quantization": "int8"}, "--quantization int8: there is no C"),
-        (MACHINE, {"attention_backend": "cpu"}, "--attention-backend cpu: there is no C"),
+        (MACHINE, {"attention_backend": "cpu"}, "--attention-backend cpu: cpu cannot be had: there is no C"),
         (replace(COMPILES, packages=frozenset()), {"quantization": "int8"}, "apache-tvm-ffi is missing"),
         (COMPILES, {"quantization": "int8", "dtype": "float16"}, "not with --dtype float16"),
         (
             COMPILES,
             {"attention_backend": "cpu", "dtype": "float16"},
-            "--attention-backend cpu: not with --dtype float16",
+            "--attention-backend cpu: cpu cannot be had: not with --dtype float16",
         ),
         (COMPILES, {"kv_cache_dtype": "float16"}, "--kv-cache-dtype float16: here it must be float32, or bfloat16"),
         (COMPILES, {"kv_cache_dtype": "bfloat16", "attention_backend": "sdpa"}, "must be float32$"),
@@ -262,7 +262,7 @@ def test_attention_backends_by_what_is_there() -> None:
         ("fi", "fi needs a package: pip install flashinfer-python"),
         ("triton,fa", "fa needs a package: pip install sglang-kernel"),
         ("cuda,cuda", "cuda is for decode; use triton,cuda"),
-        ("sdpa,triton", "use sdpa alone"),
+        ("sdpa,triton", "sdpa and triton do not go together; use one alone"),
         ("triton,triton,triton", "expected one backend, or prefill,decode"),
     ],
 )

@@ -60,8 +60,11 @@ class Backend:
 
 
 BACKENDS = msgspec.yaml.decode(Path(__file__).with_name("backends.yaml").read_bytes(), type=dict[str, Backend])
-# What is taken on GPUs: the first pair for prefill and decode that fits.
-_PAIRS = (("fa", "cuda"), ("fa", "triton"), ("fa", "fa"), ("triton", "cuda"), ("triton", "triton"), ("sdpa", "sdpa"))
+# What is taken: the first pair for prefill and decode that fits the device and the model.
+_PAIRS = (
+    *(("cpu", "cpu"), ("fa", "cuda"), ("fa", "triton"), ("fa", "fa"), ("triton", "cuda"), ("triton", "triton")),
+    ("sdpa", "sdpa"),
+)
 
 
 def choose_device(args: ServerArgs, machine: Capabilities) -> str:
@@ -143,7 +146,7 @@ def _on_cpu(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> En
     lack = problem or ("" if dtype in ("float32", "bfloat16") else f"not with --dtype {dtype}")
     if args.quantization and lack:
         raise ConfigError(f"--quantization {args.quantization}: {lack}")
-    attention = _choose_on_cpu(args.attention_backend, lack, model, dtype, machine)
+    attention, _ = _choose_attention(replace(wanted, dtype=dtype), args.attention_backend, lack, machine)
     one_thread = lack and model.weight_bytes(dtype) < _ONE_THREAD_BYTES
     config = replace(
         wanted,
@@ -189,7 +192,7 @@ def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> E
     if wanted.kv_cache_dtype != dtype:
         raise ConfigError(f"--kv-cache-dtype {args.kv_cache_dtype}: on GPUs it is that of the weights, {dtype}")
     capacity = gpu_tokens(wanted, gpus)
-    prefill, decode = _choose_on_gpu(args.attention_backend, wanted.model, dtype, machine)
+    prefill, decode = _choose_attention(wanted, args.attention_backend, "", machine)
     moe_backend = args.moe_backend or ("triton" if "triton" in machine.packages else "torch")
     if moe_backend == "triton" and "triton" not in machine.packages:
         raise ConfigError("--moe-backend triton: needs a package: pip install triton")
@@ -232,62 +235,31 @@ def _graph_max_bs(args: ServerArgs, model: ModelConfig, decode: str, moe_backend
     return 0 if problem else min(_GRAPH_MAX_BS if asked is None else asked, args.max_running_requests)
 
 
-def _choose_on_cpu(asked: str | None, lack: str, model: ModelConfig, dtype: str, machine: Capabilities) -> str:
-    """One backend for prefill and decode. lack: why our kernels do not compute; "" when they do.
+def _choose_attention(wanted: EngineConfig, asked: str | None, lack: str, machine: Capabilities) -> tuple[str, str]:
+    """Prefill and decode backend, told in one line of the log. lack: why our CPU kernels do not compute; "" if they do.
 
     Raises: ConfigError naming what cannot be had, and why.
     """
-    why_not = _why_not("cpu", model, dtype, machine)
-    names = (asked or ("sdpa" if lack or why_not["cpu"] else "cpu")).split(",")
-    if not set(names) <= set(why_not) or len(set(names)) > 1 or len(names) > 2:
-        raise ConfigError(f"--attention-backend {asked}: on a CPU there are cpu and sdpa")
-    if names[0] == "cpu" and lack:
-        raise ConfigError(f"--attention-backend {asked}: {lack}")
-    _require(names[:1], asked, why_not)
-    return names[0]
-
-
-def _choose_on_gpu(asked: str | None, model: ModelConfig, dtype: str, machine: Capabilities) -> tuple[str, str]:
-    """Prefill and decode backend, told in one line of the log.
-
-    Raises: ConfigError naming what cannot be had, and why.
-    """
-    why_not = _why_not("cuda", model, dtype, machine)
-    if asked is None:
-        fitting = [pair for pair in _PAIRS if not any(why_not[name] for name in pair)]
-        prefill, decode = fitting[0] if fitting else _PAIRS[-1]
-        _require([prefill], asked, why_not)
-        passed = zip(*_PAIRS[: _PAIRS.index((prefill, decode))], strict=True)
-        reasons = "; ".join(f"{name} {why_not[name]}" for name in dict.fromkeys(chain(*passed)) if why_not[name])
-        logger.info("attention: %s prefill, %s decode%s", prefill, decode, reasons and f" ({reasons})")
-        return prefill, decode
-    names = ["triton", "cuda"] if asked == "cuda" else asked.split(",")
+    fitting = {name: backend for name, backend in BACKENDS.items() if wanted.device in backend.devices}
+    why_not = {name: _unfit(backend, wanted.model, wanted.dtype, machine) for name, backend in fitting.items()}
+    why_not |= {"cpu": f"cannot be had: {lack}"} if lack else {}
+    pairs = [pair for pair in _PAIRS if set(pair) <= set(why_not)]
+    best = next((pair for pair in pairs if not any(why_not[name] for name in pair)), pairs[-1])
+    names = best if asked is None else ("triton", "cuda") if asked == "cuda" else tuple(asked.split(","))
     prefill, decode = names[0], names[-1]
-    _require(names, asked, why_not)
-    problems = {
+    problems = {f"{name!r} is unknown; choose from {', '.join(why_not)}": name not in why_not for name in names}
+    problems |= {f"{name} {why_not[name]}": bool(why_not.get(name)) for name in names if name in why_not}
+    problems |= {
         "expected one backend, or prefill,decode": len(names) > 2,
         "cuda is for decode; use triton,cuda": prefill == "cuda",
-        "sdpa computes both prefill and decode; use sdpa alone": "sdpa" in names and prefill != decode,
+        f"{prefill} and {decode} do not go together; use one alone": prefill != decode and "sdpa" in names,
     }
     if problem := next((text for text, applies in problems.items() if applies), ""):
-        raise ConfigError(f"--attention-backend {asked}: {problem}")
-    logger.info("attention: %s prefill, %s decode, as asked", prefill, decode)
+        raise ConfigError(f"--attention-backend {asked or 'auto'}: {problem}")
+    passed = chain(*pairs[: pairs.index(best)]) if asked is None else ()
+    reasons = "; ".join(f"{name} {why_not[name]}" for name in dict.fromkeys(passed) if why_not[name])
+    logger.info("attention: %s prefill, %s decode%s", prefill, decode, reasons and f" ({reasons})")
     return prefill, decode
-
-
-def _require(names: list[str], asked: str | None, why_not: dict[str, str]) -> None:
-    """Raises: ConfigError saying why one of them cannot be had."""
-    for name in names:
-        if name not in why_not:
-            raise ConfigError(f"--attention-backend {asked}: {name!r} is unknown; choose from {', '.join(why_not)}")
-        if why_not[name]:
-            raise ConfigError(f"--attention-backend {asked or 'auto'}: {name} {why_not[name]}")
-
-
-def _why_not(device: str, model: ModelConfig, dtype: str, machine: Capabilities) -> dict[str, str]:
-    """Of each backend of a device, why it cannot compute this model here, and what to do; "" when it can."""
-    fitting = {name: backend for name, backend in BACKENDS.items() if device in backend.devices}
-    return {name: _unfit(backend, model, dtype, machine) for name, backend in fitting.items()}
 
 
 def _unfit(backend: Backend, model: ModelConfig, dtype: str, machine: Capabilities) -> str:

@@ -28,7 +28,6 @@ from minisgl.kernel.ops import RopeAngles, TorchOps
 from minisgl.kernel.sampling import SamplingColumns
 from minisgl.kvcache.pool import KVPool
 from minisgl.layers.base import CpuSpec
-from minisgl.utils.faults import fault
 
 Tensor = torch.Tensor
 
@@ -179,7 +178,6 @@ class CpuRunner:
 
 def _execute(steps: StepRunner, handle: CpuHandle, plan: StepPlan, masks: Masks | None) -> None:
     try:
-        fault("step")
         handle.set_result(steps.launch(plan, masks).result(plan.step_id))
     except Exception as error:
         logger.exception("step %d failed", plan.step_id)

@@ -27,7 +27,6 @@ from minisgl.engine.tables import StepIndex
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.cuda import create_cuda_ops
 from minisgl.kvcache.pool import KVPool
-from minisgl.utils.faults import fault
 from minisgl.utils.math import div_ceil
 
 Tensor = torch.Tensor
@@ -105,7 +104,6 @@ class CudaRunner:
         """Launch a step. What fails at once is reported by the handle, like what fails later."""
         event = torch.cuda.Event()
         try:
-            fault("step")
             with self._on_device():
                 launched = self.steps.launch(plan, masks)
                 event.record()

@@ -17,7 +17,6 @@ from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
 from minisgl.kernel.ops import PagedSequences, RopeAngles
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 from minisgl.kvcache.pool import KVPool
-from minisgl.utils.faults import fault
 
 Tensor = torch.Tensor
 # [n] int64, which of a step's tokens (None: those that sample) → their logits [n, vocab_size], until the next call.
@@ -93,8 +92,6 @@ class StepRunner:
         logits = logits_of(None)
         if not len(logits):
             return Launched(self.tables.token_ids[0, :0], None, prompts)
-        if (planted := fault("logits")) is not None:
-            logits[int(planted.removeprefix("nan "))] = float("nan")
         ids = self._sample(logits, batch.tensors.sampling, batch.tensors.sample_rows)
         return self._finish(plan, masks, index, ids, lambda: logits)._replace(prompt_logprobs=prompts)
 

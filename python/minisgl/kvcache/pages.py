@@ -8,7 +8,6 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import PageCopy, PageUpdate, Req
 from minisgl.errors import IntegrityError, require
 from minisgl.kvcache.radix import NaiveCache, PrefixCache
-from minisgl.utils.faults import fault
 
 
 class PageAllocator:
@@ -26,7 +25,6 @@ class PageAllocator:
     def allocate(self, count: int) -> list[int]:
         """`count` pages; the caller has checked that there are as many."""
         require(0 <= count <= len(self.free_list), f"{count} pages wanted, {len(self.free_list)} free")
-        fault("allocate")
         pages = [self.free_list.pop() for _ in range(count)]
         self._mark(pages, 0)
         return pages
@@ -80,14 +78,6 @@ class Pages:
         pages = self.cache.evict(self.cache.num_evictable)
         self.allocator.free(pages)
         return len(pages)
-
-    def move_cached(self, count: int) -> None:
-        """Up to so many cached pages that nobody uses give way to free ones, to which the next step copies them."""
-        if not self.copies:
-            targets = self.allocator.allocate(min(count, self.allocator.num_free, self.cache.num_evictable))
-            sources = self.cache.replace(targets)
-            self.copies = [PageCopy(*pair) for pair in zip(sources, targets, strict=True)]
-            self.allocator.free(sources)
 
     def give(self, req: Req, pages: list[int]) -> None:
         if pages:

@@ -141,15 +141,6 @@ class PrefixCache:
         leaves = takewhile(self._is_evictable_leaf, [*_path(handle)])  # a parent is one when its last child is gone
         return [page for leaf in leaves for page in self._remove(leaf)]
 
-    def replace(self, targets: list[int]) -> list[int]:
-        """Take these pages in the place of some that nobody uses, of which there are as many. Returns those."""
-        unused = [(node, i) for node in self.nodes() if not node.num_locks for i in range(len(node.pages))]
-        places = list(zip(unused, targets, strict=False))
-        sources = [node.pages[i] for (node, i), _ in places]
-        for (node, i), target in places:
-            node.pages[i] = target
-        return sources
-
     def nodes(self) -> list[RadixNode]:
         """All of them, the root first; a little more than there can be where one is above itself."""
         nodes = [self._root]

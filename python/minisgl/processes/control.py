@@ -19,7 +19,6 @@ from typing import Any
 
 from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.message.messages import Report, encode_report
-from minisgl.utils.faults import fault
 from minisgl.utils.log import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -49,9 +48,8 @@ class Control:
         """
         now = time.monotonic()
         if now >= self._next_beat:
-            dropped = (fault("beat") or "").split()
-            self._next_beat = now + (float(dropped[1]) if dropped else HEARTBEAT_SECONDS)
-            if not dropped and select.select((), (self._connection,), (), 0)[1]:
+            self._next_beat = now + HEARTBEAT_SECONDS
+            if select.select((), (self._connection,), (), 0)[1]:
                 self.send(Report())
 
     def send(self, report: Report) -> None:
@@ -84,7 +82,6 @@ def run_child(
     try:
         setup_logging(name.removeprefix("minisgl-").removesuffix("-scheduler"))
         with suppress(SystemExit):  # by STOP_SIGNAL
-            fault("start")
             body(control, *args)
         status = 0
     except Exception as error:

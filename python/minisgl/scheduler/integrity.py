@@ -62,17 +62,6 @@ def _check_req(planner: Planner, req: Req, num_inflight: int) -> None:
         require(holds, f"request {req.uid} {contradiction}")
 
 
-def damage(planner: Planner, how: str) -> None:
-    """What a fault would do to the pages (docs/reliability.md)."""
-    pages = planner.pages
-    if how == "exhaust":
-        pages.allocator.allocate(pages.allocator.num_free)
-    elif how == "free":
-        pages.allocator.free(planner.running[0].pages[-1:])
-    else:
-        pages.cache.num_evictable += 1
-
-
 def dump(planner: object, reason: str) -> str:
     """The file's path, or why there is none. It has token ids of requests: nobody else can read it. Three are kept."""
     try:

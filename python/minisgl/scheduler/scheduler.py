@@ -26,11 +26,10 @@ from minisgl.message.messages import (
     unpack_ids,
 )
 from minisgl.scheduler.grammar import Submitted
-from minisgl.scheduler.integrity import check_integrity, damage, dump
+from minisgl.scheduler.integrity import check_integrity, dump
 from minisgl.scheduler.observer import Observer
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.transport import Transport
-from minisgl.utils.faults import fault
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +112,6 @@ class Scheduler:
         self._stuck = planned is None and not self._submitted
         if planned is not None:
             masks = self._grammars.masks(planned, self._submitted)
-            fault("turn")
-            if (how := fault("pages")) is not None:
-                damage(self.planner, how)
             self._observer.submitted(planned.plan)
             self._submitted.append((planned, self._executor.submit(planned.plan, masks)))
         elif not self._submitted and not len(self.planner.running) and len(self.planner.waiting):

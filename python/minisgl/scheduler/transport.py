@@ -30,7 +30,6 @@ from minisgl.message.messages import (
 )
 from minisgl.message.sockets import Endpoints, PullSocket, PushSocket
 from minisgl.scheduler.grammar import Grammars, Reply
-from minisgl.utils.faults import fault
 
 Beat = Callable[[], None]
 Stats = Callable[[int], StatsReply]
@@ -170,7 +169,6 @@ class LeaderTransport(LocalTransport):
     def send(self, messages: Sequence[Reply]) -> None:
         """What there is no memory for ends its own request."""
         try:
-            fault("send")
             self._push.send(messages)
         except MemoryError:
             if len(messages) == 1:

@@ -36,7 +36,6 @@ from minisgl.message.messages import (
 from minisgl.message.sockets import Endpoints, PullSocket, PushSocket
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
-from minisgl.utils.faults import fault
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,6 @@ class TokenizerServer:
                 messages = self._inbox.receive(POLL_SECONDS)
                 beat()
                 for first in range(0, len(messages), MAX_BATCH):
-                    fault("message")
                     to_backend, to_frontend = self.handle(messages[first : first + MAX_BATCH])
                     with self._lock:
                         self._frontend.send(to_frontend)

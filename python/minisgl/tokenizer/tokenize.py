@@ -34,7 +34,6 @@ from minisgl.message.messages import (
     unpack_ids,
 )
 from minisgl.tokenizer.chat import CUT, CallForm, ControlTokens, learn
-from minisgl.utils.faults import fault
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +187,6 @@ class Tokenizer:
     def answer(self, message: TextMsg) -> UserMsg | EncodedReply | DecodedReply | ErrorReply:
         """What a request has to become for the scheduler, a question's answer, or why it is refused. Never raises."""
         try:
-            fault("prompt")
             if isinstance(message, TokenizeMsg):
                 ids = self.encode(message.prompt)
                 return UserMsg(message.uid, pack_ids(ids), self._finish_params(message, ids), message.count)
