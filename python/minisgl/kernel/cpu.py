@@ -7,15 +7,20 @@ whatever the weights are.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from minisgl.kernel.jit import load_cpu_kernels
 from minisgl.kernel.ops import KVSlots, Matrix, RopeAngles, TorchOps
+from minisgl.kernel.packed import Blocks, Float8, Grouped, Packed
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 from minisgl.utils.math import div_ceil
 
 Tensor = torch.Tensor
+Shape = tuple[int, int]
+Kept = Blocks | Grouped  # weights of few bits that kernels may multiply with
 
 _STORE, _ADD, _GATED = range(3)
 
@@ -23,20 +28,18 @@ _STORE, _ADD, _GATED = range(3)
 class PanelMatrix(Matrix):
     """A weight in panels; those of gate and up take turns where the kernels have the activation."""
 
-    def __init__(self, ops: CpuOps, weight: Tensor, activation: str | None, dtype: torch.dtype) -> None:
-        """dtype: in memory, of the weight or int8."""
+    def __init__(self, ops: CpuOps, shape: Shape, data: list[Tensor], handle: int, activation: str | None) -> None:
+        """handle: of the kernels, for what lies in `data`."""
         super().__init__(ops, activation)
         self._module, self._workers = ops.module, ops.workers
-        panel, (self._num_out, self._num_in) = ops.module.panel_size(), weight.shape
-        self._is_pair = activation == "silu"
-        num_panels = 2 * div_ceil(self._num_out // 2, panel) if self._is_pair else div_ceil(self._num_out, panel)
-        depth = 4 // dtype.itemsize
-        self._data = torch.empty(num_panels, div_ceil(self._num_in, depth), panel, depth, dtype=dtype)
-        self._scale = torch.empty(num_panels * panel) if dtype == torch.int8 else None
-        self._module.pack_weight(self._workers, weight.detach(), self._is_pair, self._data, self._scale)
-        handle: int = self._module.create_linear(self._data, self._scale, self._num_out, self._num_in, self._is_pair)
+        (self._num_out, self._num_in), self._data, self._is_pair = shape, data, activation == "silu"
         self.cpu_handle = handle
         weakref.finalize(self, self._module.destroy_linear, handle)
+
+    @property
+    def num_bytes(self) -> int:
+        """In memory."""
+        return sum(data.nbytes for data in self._data)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._run(x, None, 0.0, bias, _STORE, torch.empty(x.shape[0], self._num_out))
@@ -62,6 +65,23 @@ class PanelMatrix(Matrix):
         return out
 
 
+def part_of(part: Packed, begin: int, end: int) -> Packed:
+    """Rows [begin, end)."""
+    if isinstance(part, Blocks):
+        return replace(part, data=part.data[begin:end])
+    if isinstance(part, Grouped):
+        zeros = None if part.zeros is None else part.zeros[begin:end]
+        return replace(part, codes=part.codes[begin:end], scales=part.scales[begin:end], zeros=zeros)
+    return part
+
+
+def are_same(columns: list[Tensor | None]) -> bool:
+    first, *others = columns
+    if first is None:
+        return all(other is None for other in others)
+    return all(other is not None and torch.equal(first, other) for other in others)
+
+
 class CpuOps(TorchOps):
     """num_threads: that compute, the caller's included. target: a level of processors; by default this one's."""
 
@@ -74,10 +94,72 @@ class CpuOps(TorchOps):
         return torch.float32
 
     def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
-        return PanelMatrix(self, weight, activation, weight.dtype)
+        return self._plain_matrix(weight, activation, weight.dtype)
 
     def int8_matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
-        return PanelMatrix(self, weight, activation, torch.int8)
+        return self._plain_matrix(weight, activation, torch.int8)
+
+    def packed_matrix(self, parts: Sequence[Packed], dtype: torch.dtype, activation: str | None = None) -> Matrix:  # noqa: ARG002
+        """Kept as they are where there are kernels for all parts, and else in a type that loses nothing."""
+        half = sum(part.shape[0] for part in parts) // 2
+        is_pair = activation == "silu"
+        if is_pair and len(parts) == 1:
+            parts = [part_of(parts[0], 0, half), part_of(parts[0], half, 2 * half)]
+        kept = [narrow for part in parts if (narrow := self._as_kept(part)) is not None]
+        columns = [part.columns if isinstance(part, Grouped) else None for part in kept]
+        is_odd = is_pair and [part.shape[0] for part in parts] != [half, half]
+        if len(kept) == len(parts) and not is_odd and are_same(columns):
+            return self._packed_matrix(kept, columns[0], activation)
+        plain = [part.data for part in parts if isinstance(part, Blocks) and part.kind == "BF16"]
+        if len(plain) == len(parts):
+            return self.matrix(torch.cat(plain).view(torch.bfloat16), activation)
+        return super().packed_matrix(parts, torch.float32, activation)
+
+    def _as_kept(self, part: Packed) -> Kept | None:
+        """The same with 16-bit scales; None where kernels cannot keep it."""
+        if isinstance(part, Float8):
+            return None
+        if isinstance(part, Grouped) and part.scales.dtype.itemsize > 2:
+            narrow = [part.scales.to(dtype) for dtype in (torch.float16, torch.bfloat16)]
+            scales = next((scales for scales in narrow if torch.equal(scales.float(), part.scales.float())), None)
+            if scales is None:
+                return None
+            part = replace(part, scales=scales)
+        return part if self._num_bytes(part) >= 0 else None
+
+    def _num_bytes(self, part: Kept) -> int:
+        """In memory; -1 where there is no kernel."""
+        name, group, has_zeros = part.kind if isinstance(part, Blocks) else "", 0, False
+        if isinstance(part, Grouped):
+            name, has_zeros = f"grouped{part.bits}", part.zeros is not None
+            group = part.shape[1] // part.scales.shape[1]
+        num_bytes: int = self.module.packed_bytes(name, *part.shape, group, has_zeros)
+        return num_bytes
+
+    def _packed_matrix(self, parts: list[Kept], columns: Tensor | None, activation: str | None) -> Matrix:
+        shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
+        handle: int = self.module.create_packed(*shape, activation == "silu", columns)
+        data = [torch.empty(self._num_bytes(part), dtype=torch.uint8) for part in parts]
+        matrix = PanelMatrix(self, shape, [*data, *([] if columns is None else [columns])], handle, activation)
+        for part, packed in zip(parts, data, strict=True):
+            if isinstance(part, Blocks):
+                self.module.add_blocks(self.workers, handle, part.kind, part.data, packed)
+                continue
+            zeros = None if part.zeros is None else part.zeros.contiguous()
+            numbers = part.codes.contiguous(), part.scales.contiguous(), zeros
+            self.module.add_grouped(self.workers, handle, f"grouped{part.bits}", *numbers, packed)
+        return matrix
+
+    def _plain_matrix(self, weight: Tensor, activation: str | None, dtype: torch.dtype) -> Matrix:
+        """dtype: in memory, of the weight or int8."""
+        panel, (num_out, num_in), is_pair = self.module.panel_size(), weight.shape, activation == "silu"
+        num_panels = 2 * div_ceil(num_out // 2, panel) if is_pair else div_ceil(num_out, panel)
+        depth = 4 // dtype.itemsize
+        data = torch.empty(num_panels, div_ceil(num_in, depth), panel, depth, dtype=dtype)
+        scale = torch.empty(num_panels * panel) if dtype == torch.int8 else None
+        self.module.pack_weight(self.workers, weight.detach(), is_pair, data, scale)
+        handle: int = self.module.create_linear(data, scale, num_out, num_in, is_pair)
+        return PanelMatrix(self, (num_out, num_in), [data] if scale is None else [data, scale], handle, activation)
 
     def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:
         self.module.sample(self.workers, logits, columns.words, out)

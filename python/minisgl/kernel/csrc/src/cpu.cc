@@ -1,5 +1,6 @@
 // The CPU kernels, compiled once for the processor at hand.
 #include "minisgl/cpu/model.h"
+#include "minisgl/cpu/packing.h"
 #include "minisgl/cpu/sample.h"
 
 #if defined(__linux__)
@@ -36,11 +37,28 @@ void pack_weight(Workers& workers, bool is_bfloat16, const void* weight, int64_t
     pack(workers, static_cast<const float*>(weight), out, in, is_pair, data, scales);
 }
 
+Format format_of(const std::string& name, int64_t in, int64_t group, bool has_zeros, bool is_bfloat16) {
+  return find_format(name, in, group, has_zeros, is_bfloat16);
+}
+int64_t packed_bytes(const Format& format, int64_t out, int64_t in) { return panels_of(out) * panel_bytes(format, in); }
+
+void pack_blocks(Workers& workers, const std::string& name, const uint8_t* rows, int64_t stride, int64_t out, int64_t in, char* data) {
+  const BlockType& type = *block_type(name);
+  prefer_huge_pages(data, packed_bytes(type.format, out, in));
+  pack_part(workers, type, rows, stride, out, in, data);
+}
+
+void pack_grouped(Workers& workers, const Format& format, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros, int64_t out,
+                  int64_t in, char* data) {
+  prefer_huge_pages(data, packed_bytes(format, out, in));
+  pack_part(workers, format, codes, scales, zeros, out, in, data);
+}
+
 void linear_rows(Workers& workers, const Linear& w, const float* x, int64_t rows, int64_t stride, const float* norm, float eps,
                  Into into, float* out, int64_t out_stride) {
   workers.input.reserve(rows, w.in);
   workers.pool.run([&](int thread) {
-    Rows input = workers.input.prepare(workers.pool, {x, rows, w.in, stride, norm, eps}, w.type);
+    Rows input = workers.input.prepare(workers.pool, {x, rows, w.in, stride, norm, eps}, w);
     linear(workers, thread, w, input, into, out, out_stride);
   });
 }

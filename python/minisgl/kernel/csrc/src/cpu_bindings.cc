@@ -3,6 +3,7 @@
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
+#include <tvm/ffi/string.h>
 
 #include "minisgl/cpu/api.h"
 
@@ -79,6 +80,42 @@ int64_t py_create_linear(TensorView packed, Optional<TensorView> scale, int64_t 
   Type type = scale.has_value() ? Type::kInt8 : is_bfloat16(packed) ? Type::kBFloat16 : Type::kFloat32;
   return handle_of(new Linear{type, is_pair, out, in, packed.data_ptr(), data_of<float>(scale), nullptr});
 }
+
+// A weight of few bits, whose parts are then added from its first row on.
+int64_t py_create_packed(int64_t out, int64_t in, bool is_pair, Optional<TensorView> columns) {
+  auto linear = new Linear{Type::kPacked, is_pair, out, in};
+  linear->columns = data_of<int64_t>(columns);
+  return handle_of(linear);
+}
+
+// How much memory rows take; -1 where there is no kernel for them.
+int64_t py_packed_bytes(tvm::ffi::String name, int64_t out, int64_t in, int64_t group, bool has_zeros) {
+  Format format = format_of(name, in, group, has_zeros, false);
+  return format.bits == 0 ? -1 : packed_bytes(format, out, in);
+}
+
+void add_part(Linear& linear, const Format& format, int64_t out, char* data) {
+  int64_t first = linear.parts.empty() ? 0 : linear.parts.back().first + linear.parts.back().out;
+  linear.parts.push_back({format, first, out, data});
+}
+
+// rows: [out, bytes of a row] uint8.
+void py_add_blocks(int64_t workers, int64_t weight, tvm::ffi::String name, TensorView rows, TensorView packed) {
+  Linear& linear = at<Linear>(weight);
+  add_part(linear, format_of(name, linear.in, 0, false, false), rows.size(0), data_of<char>(packed));
+  pack_blocks(at<Workers>(workers), name, data_of<uint8_t>(rows, true), rows.stride(0), rows.size(0), linear.in, data_of<char>(packed));
+}
+
+// codes: [out, in * bits / 8] uint8; scales: [out, in / group] of 16 bits; zeros: uint8.
+void py_add_grouped(int64_t workers, int64_t weight, tvm::ffi::String name, TensorView codes, TensorView scales,
+                    Optional<TensorView> zeros, TensorView packed) {
+  Linear& linear = at<Linear>(weight);
+  Format format = format_of(name, linear.in, linear.in / scales.size(1), zeros.has_value(), is_bfloat16(scales));
+  add_part(linear, format, codes.size(0), data_of<char>(packed));
+  pack_grouped(at<Workers>(workers), format, data_of<uint8_t>(codes), data_of<uint16_t>(scales), data_of<uint8_t>(zeros), codes.size(0),
+               linear.in, data_of<char>(packed));
+}
+
 void py_destroy_linear(int64_t linear) { delete &at<Linear>(linear); }
 
 void py_linear_rows(int64_t workers, int64_t weight, TensorView x, Optional<TensorView> norm, double eps, Optional<TensorView> bias,
@@ -157,6 +194,10 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_workers, py_destroy_workers);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(panel_size, py_panel_size);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack_weight, py_pack_weight);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_linear, py_create_linear);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_packed, py_create_packed);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(packed_bytes, py_packed_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_blocks, py_add_blocks);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_grouped, py_add_grouped);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_linear, py_destroy_linear);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_rows, py_linear_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(embed_ids, py_embed_ids);

@@ -62,7 +62,7 @@ inline bool are_tiles_permitted() {
 
 // Sums of int8 weights fit 32 bits: 255 * 127 * width.
 inline bool uses_tiles(int64_t rows, int64_t width, Type type) {
-  return rows >= kLeastRows && type != Type::kFloat32 && width <= 65536 && are_tiles_permitted();
+  return rows >= kLeastRows && (type == Type::kBFloat16 || type == Type::kInt8) && width <= 65536 && are_tiles_permitted();
 }
 
 // A thread's tiles are of full size as long as one of these lives.

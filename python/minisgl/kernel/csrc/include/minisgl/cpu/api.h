@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "minisgl/sampling_params.h"
@@ -14,11 +15,34 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-enum class Type : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+enum class Type : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kPacked = 3 };
+
+// What a group of weights has beside its scale: nothing; a number that is subtracted; a code that stands for zero; or small
+// integers, which times a number are subtracted.
+enum class Least : int32_t { kNone, kValue, kZero, kSteps };
+
+// How weights of few bits are held (packed.h): scale * (code - offset), less what `least` says.
+struct Format {
+  int bits;              // of a code: 2, 3, 4, 5, 6 or 8
+  int subs;              // scales of 32 inputs: 1 or 2
+  Least least;
+  bool has_steps;        // whether these scales are integers of 8 bits, and what they are multiplied with a number of 16 bits
+  int offset;
+  int64_t span;          // how many times 32 inputs there are to a number of 16 bits
+  bool is_bfloat16;      // such a number; else it has IEEE 754's format of 16 bits
+  const int8_t* values;  // [16], that 4-bit codes stand for; or null: codes are values
+};
+
+// Rows [first, first + out) of a weight, in panels of one format.
+struct Part {
+  Format format;
+  int64_t first, out;
+  const char* data;
+};
 
 // weight: [out, in]. data: [panels, in, kPanel] float, [panels, ceil(in / 2), kPanel, 2] bfloat16, or [panels,
 // ceil(in / 4), kPanel, 4] int8. Where two matrices lie one below the other in a weight, as gate and up do, their panels
-// take turns.
+// take turns. Packed weights have parts instead; those of two matrices have two.
 struct Linear {
   Type type;
   bool is_pair;
@@ -26,6 +50,8 @@ struct Linear {
   const void* data;
   const float* scale;  // [panels * kPanel], of int8
   const float* bias;   // [out] or null
+  std::vector<Part> parts = {};
+  const int64_t* columns = nullptr;  // [in], which of the inputs each column of packed weights multiplies; null: its own
 
   int64_t part() const { return is_pair ? out / 2 : out; }
 };
@@ -95,6 +121,15 @@ int panel_size();
 // Plain weights to panels of the same type, or of int8 where there is room for scales.
 void pack_weight(Workers& workers, bool is_bfloat16, const void* weight, int64_t out, int64_t in, bool is_pair, void* data,
                  float* scales);
+// Weights of few bits. name: ggml's of a type of blocks, or "grouped" and the number of bits; group: inputs of one scale, of
+// grouped weights. A format of no bits where there is none for `in` inputs.
+Format format_of(const std::string& name, int64_t in, int64_t group, bool has_zeros, bool is_bfloat16);
+int64_t packed_bytes(const Format& format, int64_t out, int64_t in);
+// Rows of blocks, `stride` bytes apart, to panels.
+void pack_blocks(Workers& workers, const std::string& name, const uint8_t* rows, int64_t stride, int64_t out, int64_t in, char* data);
+// codes: [out, in * bits / 8], the even columns' first; scales: [out, in / group], and zeros, which may be null.
+void pack_grouped(Workers& workers, const Format& format, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros,
+                  int64_t out, int64_t in, char* data);
 // out (+)= norm(x) * wᵀ + bias, or silu(gate) * up. x: [rows, stride], out: [rows, out_stride].
 void linear_rows(Workers& workers, const Linear& w, const float* x, int64_t rows, int64_t stride, const float* norm, float eps,
                  Into into, float* out, int64_t out_stride);

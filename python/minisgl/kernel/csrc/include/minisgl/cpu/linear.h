@@ -26,15 +26,36 @@ constexpr int kLongChunkUnits = 256;
 
 inline int64_t depth_of(Type type) { return type == Type::kInt8 ? 4 : type == Type::kBFloat16 ? 2 : 1; }
 inline int64_t num_units(const Linear& w) { return (w.in + depth_of(w.type) - 1) / depth_of(w.type); }
-inline int64_t num_panels(const Linear& w) { return (w.part() + kPanel - 1) / kPanel * (w.is_pair ? 2 : 1); }
+inline int64_t panels_of(int64_t out) { return (out + kPanel - 1) / kPanel; }
+inline int64_t num_panels(const Linear& w) {
+  if (w.is_pair || w.parts.empty()) return panels_of(w.part()) * (w.is_pair ? 2 : 1);
+  int64_t count = 0;
+  for (const Part& part : w.parts) count += panels_of(part.out);
+  return count;
+}
 inline int64_t panel_bytes(const Linear& w) { return num_units(w) * kUnitBytes; }
 
 // Panels that are read side by side: a core gets more from memory by several streams than by one. Fewer rows leave the
 // registers for that; more keep it busy.
 constexpr int streams_of(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
-// The rows to multiply with, as far as the weights' last units reach. For int8 weights: `shorts`, which hold value / scale.
-// Many rows may be `tiles` instead (amx.h).
+// Rows of 8-bit integers for packed weights, in groups of 32 with a scale each.
+struct ByteRows {
+  const int8_t* bytes;          // [count, groups * 32]
+  const float* scales;          // [count, groups]
+  const int32_t* sums;          // [count, groups, 2], of 16 integers
+  const float* totals;          // the same, scaled
+  const float* pair_totals;     // [count, groups], of 32
+  int64_t groups;
+
+  ByteRows from(int64_t row, int64_t group) const {
+    int64_t at = row * groups + group;
+    return {bytes + at * 32, scales + at, sums + 2 * at, totals + 2 * at, pair_totals + at, groups};
+  }
+};
+
+// The rows to multiply with, as far as the weights' last units reach. For int8 weights: `shorts`, which hold value / scale, for
+// packed ones `bytes`. Many rows may be `tiles` instead (amx.h).
 struct Rows {
   int64_t count;
   const float* values;  // [count, stride]
@@ -43,6 +64,7 @@ struct Rows {
   int64_t short_stride;
   const float* scales;  // [count]
   const char* tiles;    // or null
+  ByteRows bytes = {};
 };
 
 // The input features of a unit's four bytes: shifts make pairs of 16 bits out of the even bytes, and of the odd.

@@ -72,7 +72,7 @@ class Model {
 
   // x: [count, stride] as the product with w wants it.
   Rows rows_of(const float* x, int64_t count, int64_t stride, const float* norm, const Linear& w) {
-    return workers_.input.prepare(workers_.pool, {x, count, w.in, stride, norm, eps_}, w.type);
+    return workers_.input.prepare(workers_.pool, {x, count, w.in, stride, norm, eps_}, w);
   }
 
   template <class T>

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "pool.h"
+#include "quantized.h"
 
 namespace minisgl::cpu {
 
@@ -58,19 +59,41 @@ struct Input {
   float eps;
 };
 
-// The rows as the weights' products want them: normalised where there is a norm, 16-bit for int8 weights, and as long as
-// whole units are, or in tiles.
+// The rows as the weights' products want them: normalised where there is a norm, 16-bit for int8 weights, 8-bit for packed
+// ones, and as long as whole units are, or in tiles.
 class InputRoom {
  public:
   void reserve(int64_t count, int64_t width) {
     values_.reserve(count * padded_stride(width));
     shorts_.reserve(count * padded_stride(width));
-    scales_.reserve(count);
+    int64_t groups = num_groups(width);
+    scales_.reserve(count * groups);
+    bytes_.reserve(count * groups * kGroup);
+    byte_sums_.reserve(count * groups * 2);
+    totals_.reserve(count * groups * 3);
     if (uses_tiles(count, width, Type::kBFloat16)) tiles_.reserve(tiles_size(count, width, Type::kBFloat16));
   }
 
   // All threads call it; `reserve` was called before.
-  Rows prepare(Pool& pool, const Input& in, Type type) {
+  Rows prepare(Pool& pool, const Input& in, const Linear& w) { return w.parts.empty() ? plain(pool, in, w.type) : packed(pool, in, w.columns); }
+
+ private:
+  Rows packed(Pool& pool, const Input& in, const int64_t* columns) {
+    int64_t groups = num_groups(in.width), totals = in.count * groups * 2;
+    Rows rows{in.count};
+    rows.bytes = {bytes_.get(), scales_.get(), byte_sums_.get(), totals_.get(), totals_.get() + totals, groups};
+    pool.share(in.count, 4, [&](int64_t r) {
+      const float* row = in.x + r * in.stride;
+      float* copy = values_.get() + r * padded_stride(in.width);
+      if (in.norm != nullptr) rms_norm(row, in.norm, in.eps, in.width, copy), row = copy;
+      int64_t at = r * groups;
+      ByteRow to{bytes_.get() + at * kGroup, scales_.get() + at, byte_sums_.get() + 2 * at, totals_.get() + 2 * at, totals_.get() + totals + at};
+      to.fill(row, in.width, columns);
+    });
+    return rows;
+  }
+
+  Rows plain(Pool& pool, const Input& in, Type type) {
     int64_t stride = padded_stride(in.width);
     bool is_short = type == Type::kInt8, is_copied = in.norm != nullptr || (!is_short && in.width % depth_of(type) != 0);
     char* tiles = uses_tiles(in.count, in.width, type) ? tiles_.get() : nullptr;
@@ -93,9 +116,10 @@ class InputRoom {
     return rows;
   }
 
- private:
-  Buffer<float> values_, scales_;
+  Buffer<float> values_, scales_, totals_;
   Buffer<int16_t> shorts_;
+  Buffer<int8_t> bytes_;
+  Buffer<int32_t> byte_sums_;
   Buffer<char> tiles_;
 };
 
@@ -114,10 +138,9 @@ class Workers {
   std::vector<Buffer<float>> sums_, rooms_;
 };
 
-// sums: [rows, kPanel] of output features first … → out: [rows, stride].
-inline void write_panel(const float* sums, int64_t rows, int64_t first, const Linear& w, Into into, float* out,
-                        int64_t stride) {
-  int64_t width = std::min<int64_t>(kPanel, w.out - first);
+// sums: [rows, kPanel] of a panel's output features → out: [rows, stride].
+inline void write_panel(const float* sums, int64_t rows, PanelRange range, const Linear& w, Into into, float* out, int64_t stride) {
+  auto [first, width] = range;
   for (int64_t r = 0; r < rows; ++r) {
     float* to = out + r * stride + first;
     const float* from = sums + r * kPanel;
@@ -136,10 +159,10 @@ inline void write_panel(const float* sums, int64_t rows, int64_t first, const Li
   }
 }
 
-inline void write_gated(const float* gates, const float* ups, int64_t rows, int64_t first, const Linear& w, float* out,
+inline void write_gated(const float* gates, const float* ups, int64_t rows, PanelRange range, const Linear& w, float* out,
                         int64_t stride) {
   alignas(64) float biases[2][kPanel] = {};
-  int64_t width = std::min<int64_t>(kPanel, w.part() - first);
+  auto [first, width] = range;
   for (int64_t j = 0; w.bias != nullptr && j < width; ++j)
     biases[0][j] = w.bias[first + j], biases[1][j] = w.bias[w.part() + first + j];
   for (int64_t r = 0; r < rows; ++r) {
@@ -163,49 +186,16 @@ inline void linear(Workers& workers, int thread, const Linear& w, const Rows& x,
     Rows rows = is_tiled ? tile_rows(w, x, row) : x;
     if (is_tiled)
       tile_products(w, first, count, rows, sums, size);
+    else if (!w.parts.empty())
+      packed_products(w, first, count, rows.bytes, rows.count, sums);
     else
       panel_products(w, first, count, rows, sums);
     for (int64_t p = 0; p < count; ++p) {
       if (into != Into::kGated)
-        write_panel(sums + p * size, rows.count, (first + p) * kPanel, w, into, out + row * stride, stride);
+        write_panel(sums + p * size, rows.count, {w, first + p}, w, into, out + row * stride, stride);
       else if (p % 2 == 0)
-        write_gated(sums + p * size, sums + (p + 1) * size, rows.count, (first + p) / 2 * kPanel, w, out + row * stride, stride);
+        write_gated(sums + p * size, sums + (p + 1) * size, rows.count, {w, first + p}, w, out + row * stride, stride);
     }
-  });
-}
-
-// Features of one panel, of which there may be fewer than it holds. scale: [kPanel].
-template <class T>
-void pack_int8(const T* rows, int64_t count, int64_t in, int8_t* panel, float* scale) {
-  std::memset(panel, 0, (in + 3) / 4 * kUnitBytes);
-  std::fill(scale, scale + kPanel, 0.0f);
-  for (int64_t j = 0; j < count; ++j) {
-    float most = 0;
-    for (int64_t i = 0; i < in; ++i) most = std::max(most, std::fabs(widen(rows[j * in + i])));
-    float inverse = most > 0 ? 127.0f / most : 0.0f;
-    scale[j] = most / 127.0f;
-    for (int64_t i = 0; i < in; ++i)
-      panel[i / 4 * kUnitBytes + j * 4 + kQuad[i % 4]] = int8_t(std::lrintf(widen(rows[j * in + i]) * inverse));
-  }
-}
-
-// Plain weights of type T to panels of the same type, or of int8 with a scale for each feature.
-template <class T>
-void pack(Workers& workers, const T* weight, int64_t out, int64_t in, bool is_pair, void* data, float* scale) {
-  Linear w{scale != nullptr ? Type::kInt8 : sizeof(T) == 2 ? Type::kBFloat16 : Type::kFloat32, is_pair, out, in};
-  workers.pool.run([&](int) {
-    workers.pool.share(num_panels(w), 1, [&](int64_t p) {
-      int64_t part = is_pair ? p % 2 : 0, first = (is_pair ? p / 2 : p) * kPanel;
-      int64_t count = std::min<int64_t>(kPanel, w.part() - first);
-      const T* rows = weight + (part * w.part() + first) * in;
-      char* panel = static_cast<char*>(data) + p * panel_bytes(w);
-      if (scale != nullptr) return pack_int8(rows, count, in, reinterpret_cast<int8_t*>(panel), scale + p * kPanel);
-      T* to = reinterpret_cast<T*>(panel);
-      constexpr int64_t kDepth = 4 / sizeof(T);
-      std::memset(panel, 0, panel_bytes(w));
-      for (int64_t j = 0; j < count; ++j)
-        for (int64_t i = 0; i < in; ++i) to[(i / kDepth * kPanel + j) * kDepth + i % kDepth] = rows[j * in + i];
-    });
   });
 }
 
@@ -219,6 +209,8 @@ inline void embed(Workers& workers, const Linear& table, const int64_t* ids, int
       std::fill(to, to + in, 0.0f);
       return;
     }
+    for (const Part& part : table.parts)
+      if (id >= part.first && id < part.first + part.out) return unpack_row(part, id - part.first, in, table.columns, to);
     const char* from = static_cast<const char*>(table.data) + id / kPanel * panel_bytes(table) + id % kPanel * 4;
     for (int64_t i = 0; i < in; ++i) {
       if (table.type == Type::kFloat32)

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__SSSE3__)
 #include <immintrin.h>
 #endif
 
@@ -28,6 +28,7 @@ using Words = uint32_t __attribute__((vector_size(kLanes * 4)));
 using Shorts = int16_t __attribute__((vector_size(kLanes * 4)));       // pairs of 16-bit numbers, one pair a lane
 using Halves = uint16_t __attribute__((vector_size(kLanes * 2)));
 using HalfInts = int16_t __attribute__((vector_size(kLanes * 2)));
+using Bytes = uint8_t __attribute__((vector_size(kLanes * 4)));        // four numbers of 8 bits a lane
 
 template <class V, class T>
 inline V load_as(const T* p) {
@@ -131,6 +132,88 @@ inline Ints dot_pairs(Ints acc, Shorts a, Shorts b) {
 #else
   Ints low_a = ((Ints)a << 16) >> 16, low_b = ((Ints)b << 16) >> 16;
   return acc + low_a * low_b + ((Ints)a >> 16) * ((Ints)b >> 16);
+#endif
+}
+
+// Whether unsigned bytes of any size can be multiplied with signed ones at once. Elsewhere those above 127 would overflow:
+// there, weights that need all 8 bits are signed.
+#if (defined(__AVX512VNNI__) && defined(__AVX512BW__)) || (defined(__AVXVNNI__) && defined(__AVX2__) && !defined(__AVX512BW__))
+constexpr bool kHasByteDots = true;
+#else
+constexpr bool kHasByteDots = false;
+#endif
+constexpr int kWideBias = kHasByteDots ? 128 : 0;  // what is added to such a weight
+
+// The sum in each lane of acc and of four products w * x. x: -127 … 127. kIsWide: w is a weight of 8 bits, with
+// `kWideBias`; else it is 0 … 127.
+template <bool kIsWide>
+inline Ints dot_bytes(Ints acc, Bytes w, Bytes x) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
+#elif defined(__AVX512BW__)
+  if constexpr (kIsWide) {
+    x = (Bytes)_mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask((__m512i)w), _mm512_setzero_si512(), (__m512i)x);
+    w = (Bytes)_mm512_abs_epi8((__m512i)w);
+  }
+  return acc + (Ints)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)w, (__m512i)x), _mm512_set1_epi16(1));
+#elif defined(__AVXVNNI__) && defined(__AVX2__)
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)x);
+#elif defined(__AVX2__)
+  if constexpr (kIsWide) {
+    x = (Bytes)_mm256_sign_epi8((__m256i)x, (__m256i)w);
+    w = (Bytes)_mm256_abs_epi8((__m256i)w);
+  }
+  return acc + (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, (__m256i)x), _mm256_set1_epi16(1));
+#else
+  Ints a = (Ints)w, b = (Ints)x;  // as signed bytes: a weight that is not wide has no sign
+  for (int shift = 0; shift < 32; shift += 8) acc += ((a << (24 - shift)) >> 24) * ((b << (24 - shift)) >> 24);
+  return acc;
+#endif
+}
+
+// table[i] of each byte i < 16.
+inline Bytes look_up(const uint8_t* table, Bytes i) {
+#if defined(__AVX512BW__)
+  return (Bytes)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_as<__m128i>(table)), (__m512i)i);
+#elif defined(__AVX2__)
+  return (Bytes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_as<__m128i>(table)), (__m256i)i);
+#elif defined(__SSSE3__)
+  return (Bytes)_mm_shuffle_epi8(load_as<__m128i>(table), (__m128i)i);
+#else
+  for (size_t j = 0; j < sizeof i; ++j) i[j] = table[i[j]];
+  return i;
+#endif
+}
+
+// Numbers of 16 bits with 5 bits of exponent (IEEE 754 binary16).
+inline float half_value(uint16_t bits) {
+  uint32_t word = uint32_t(bits & 0x7fff) << 13;
+  float value;
+  std::memcpy(&value, &word, 4);
+  value = (bits & 0x7c00) == 0x7c00 ? (bits & 0x3ff ? NAN : INFINITY) : value * 0x1p112f;
+  return bits & 0x8000 ? -value : value;
+}
+inline Floats load_halves(const uint16_t* p) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  return (Floats)_mm512_cvtph_ps(load_as<__m256i>(p));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(load_as<__m128i>(p));
+#else
+  Floats result;
+  for (int i = 0; i < kLanes; ++i) result[i] = half_value(p[i]);
+  return result;
+#endif
+}
+
+// Signed bytes as floats.
+inline Floats load_small(const int8_t* p) {
+  using Small = int8_t __attribute__((vector_size(kLanes)));
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(p)));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(load_as<Small>(p), Floats);
 #endif
 }
 

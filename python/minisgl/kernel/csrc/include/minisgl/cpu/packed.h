@@ -1,0 +1,249 @@
+// Weights of few bits: how they lie in panels, and how they get there.
+//
+// A panel has kPanel output features, in two strips of a vector's lanes. Along its inputs stand spans: of each feature a
+// 16-bit scale, perhaps a second number (`Least`), small integers that refine both for 16 or 32 inputs, and the codes of
+// `span` groups of 32 inputs, strip by strip. Of each feature a vector of codes has 32 bits, which belong to four inputs that
+// follow one another: a unit. A group's 8 units are 8 vectors of bytes; or 4 of half bytes, the odd units' in the upper half;
+// or such half bytes, or nothing, and below them the units' further pairs of bits and single bits, as bits 2u, 2u + 1 of
+// vector u / 4, and bit u.
+#pragma once
+
+#include <algorithm>
+#include <string>
+
+#include "linear.h"
+
+namespace minisgl::cpu {
+
+constexpr int64_t kGroup = 32;  // inputs
+constexpr int64_t kSpanOfBlocks = 8;
+constexpr int64_t kVector = kLanes * 4;  // bytes
+
+constexpr bool has_halves(int bits) { return bits >= 4 && bits < 8; }
+constexpr bool has_pairs(int bits) { return bits == 2 || bits == 3 || bits == 6; }
+constexpr bool has_singles(int bits) { return bits == 3 || bits == 5; }
+constexpr int64_t group_bytes(int bits) { return kGroup * kPanel * bits / 8; }
+
+inline int64_t num_groups(int64_t in) { return (in + kGroup - 1) / kGroup; }
+inline int64_t steps_bytes(const Format& f) { return f.has_steps ? f.span * f.subs * kPanel : 0; }
+inline int64_t head_bytes(const Format& f) {
+  return kPanel * 2 * (f.least == Least::kNone ? 1 : 2) + steps_bytes(f) * (f.least == Least::kSteps ? 2 : 1);
+}
+inline int64_t span_bytes(const Format& f) { return head_bytes(f) + f.span * group_bytes(f.bits); }
+inline int64_t num_spans(const Format& f, int64_t in) { return (num_groups(in) + f.span - 1) / f.span; }
+inline int64_t panel_bytes(const Format& f, int64_t in) { return num_spans(f, in) * span_bytes(f); }
+
+// Values of 4-bit codes that are not evenly spaced: those of ggml's IQ4 types, and the floats of 4 bits (OCP Microscaling
+// Formats, E2M1), doubled.
+constexpr int8_t kUneven[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr int8_t kFloat4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+// One block of a row, or 32 inputs of other formats.
+struct Block {
+  uint8_t codes[256];
+  uint16_t scale, least;
+  int8_t steps[16], least_steps[16];
+};
+
+inline uint16_t word_at(const uint8_t* p) { return load_as<uint16_t>(p); }
+
+// 32 codes of 4 bits: of 16 bytes the lower halves, then the upper ones.
+inline void split_halves(const uint8_t* from, uint8_t* codes) {
+  for (int i = 0; i < 16; ++i) codes[i] = from[i] & 15, codes[i + 16] = from[i] >> 4;
+}
+
+// Bit i of a word to bit 4 of code i.
+inline void add_fifth_bits(uint32_t bits, uint8_t* codes) {
+  for (int i = 0; i < 32; ++i) codes[i] |= (bits >> i & 1) << 4;
+}
+
+inline uint16_t negative(uint16_t half) { return half ^ 0x8000; }
+
+// 8 scales and 8 minima of 6 bits in 12 bytes: the lower four of both, whose upper bits are the others' two upper ones.
+inline void read_sixes(const uint8_t* from, Block& b) {
+  for (int i = 0; i < 4; ++i) {
+    b.steps[i] = from[i] & 63, b.least_steps[i] = from[i + 4] & 63;
+    b.steps[i + 4] = int8_t((from[i + 8] & 15) | (from[i] >> 6 << 4));
+    b.least_steps[i + 4] = int8_t((from[i + 8] >> 4) | (from[i + 4] >> 6 << 4));
+  }
+}
+
+inline void read_q4_0(const uint8_t* p, Block& b) {
+  b.scale = word_at(p);
+  split_halves(p + 2, b.codes);
+}
+inline void read_q4_1(const uint8_t* p, Block& b) {
+  b.scale = word_at(p), b.least = negative(word_at(p + 2));
+  split_halves(p + 4, b.codes);
+}
+inline void read_q5_0(const uint8_t* p, Block& b) {
+  b.scale = word_at(p);
+  split_halves(p + 6, b.codes);
+  add_fifth_bits(load_as<uint32_t>(p + 2), b.codes);
+}
+inline void read_q5_1(const uint8_t* p, Block& b) {
+  b.scale = word_at(p), b.least = negative(word_at(p + 2));
+  split_halves(p + 8, b.codes);
+  add_fifth_bits(load_as<uint32_t>(p + 4), b.codes);
+}
+inline void read_q8_0(const uint8_t* p, Block& b) {
+  b.scale = word_at(p);
+  for (int i = 0; i < 32; ++i) b.codes[i] = uint8_t(p[2 + i] + kWideBias);
+}
+inline void read_mxfp4(const uint8_t* p, Block& b) {
+  b.scale = uint16_t(p[0] < 2 ? 0x20 << p[0] : (p[0] - 1) << 7);  // half of 2^(p[0] - 127), for values that are doubled
+  split_halves(p + 1, b.codes);
+}
+
+// Group n's pairs of bits: of 32 bytes for four groups each.
+inline void read_pairs(const uint8_t* from, int n, int to, uint8_t* codes) {
+  for (int i = 0; i < 32; ++i) codes[i] |= (from[n / 4 * 32 + i] >> n % 4 * 2 & 3) << to;
+}
+
+inline void read_q2_k(const uint8_t* p, Block& b) {
+  b.scale = word_at(p + 80), b.least = word_at(p + 82);
+  for (int i = 0; i < 16; ++i) b.steps[i] = p[i] & 15, b.least_steps[i] = p[i] >> 4;
+  std::memset(b.codes, 0, 256);
+  for (int n = 0; n < 8; ++n) read_pairs(p + 16, n, 0, b.codes + 32 * n);
+}
+inline void read_q3_k(const uint8_t* p, Block& b) {
+  const uint8_t* scales = p + 96;
+  b.scale = word_at(p + 108);
+  for (int i = 0; i < 16; ++i)
+    b.steps[i] = int8_t(((scales[i % 8] >> i / 8 * 4 & 15) | (scales[8 + i % 4] >> i / 4 * 2 & 3) << 4) - 32);
+  std::memset(b.codes, 0, 256);
+  for (int n = 0; n < 8; ++n) {
+    read_pairs(p + 32, n, 0, b.codes + 32 * n);
+    for (int i = 0; i < 32; ++i) b.codes[32 * n + i] |= (p[i] >> n & 1) << 2;
+  }
+}
+inline void read_q4_k(const uint8_t* p, Block& b) {
+  b.scale = word_at(p), b.least = word_at(p + 2);
+  read_sixes(p + 4, b);
+  for (int i = 0; i < 256; ++i) b.codes[i] = p[16 + i / 64 * 32 + i % 32] >> i / 32 % 2 * 4 & 15;
+}
+inline void read_q5_k(const uint8_t* p, Block& b) {
+  b.scale = word_at(p), b.least = word_at(p + 2);
+  read_sixes(p + 4, b);
+  for (int i = 0; i < 256; ++i)
+    b.codes[i] = uint8_t((p[48 + i / 64 * 32 + i % 32] >> i / 32 % 2 * 4 & 15) | (p[16 + i % 32] >> i / 32 & 1) << 4);
+}
+inline void read_q6_k(const uint8_t* p, Block& b) {
+  b.scale = word_at(p + 208);
+  std::memcpy(b.steps, p + 192, 16);
+  for (int i = 0; i < 256; ++i) b.codes[i] = p[i / 128 * 64 + i % 64] >> i / 64 % 2 * 4 & 15;
+  for (int n = 0; n < 8; ++n) read_pairs(p + 128, n, 4, b.codes + 32 * n);
+}
+inline void read_iq4_xs(const uint8_t* p, Block& b) {
+  b.scale = word_at(p);
+  for (int n = 0; n < 8; ++n) {
+    b.steps[n] = int8_t(((p[4 + n / 2] >> n % 2 * 4 & 15) | (word_at(p + 2) >> 2 * n & 3) << 4) - 32);
+    split_halves(p + 8 + 16 * n, b.codes + 32 * n);
+  }
+}
+
+// ggml's types of blocks.
+struct BlockType {
+  const char* name;
+  int64_t bytes;
+  void (*read)(const uint8_t*, Block&);
+  Format format;
+};
+
+constexpr BlockType kBlockTypes[] = {
+    {"Q4_0", 18, read_q4_0, {4, 1, Least::kNone, false, 8, 1, false, nullptr}},
+    {"Q4_1", 20, read_q4_1, {4, 1, Least::kValue, false, 0, 1, false, nullptr}},
+    {"Q5_0", 22, read_q5_0, {5, 1, Least::kNone, false, 16, 1, false, nullptr}},
+    {"Q5_1", 24, read_q5_1, {5, 1, Least::kValue, false, 0, 1, false, nullptr}},
+    {"Q8_0", 34, read_q8_0, {8, 1, Least::kNone, false, kWideBias, 1, false, nullptr}},
+    {"Q2_K", 84, read_q2_k, {2, 2, Least::kSteps, true, 0, kSpanOfBlocks, false, nullptr}},
+    {"Q3_K", 110, read_q3_k, {3, 2, Least::kNone, true, 4, kSpanOfBlocks, false, nullptr}},
+    {"Q4_K", 144, read_q4_k, {4, 1, Least::kSteps, true, 0, kSpanOfBlocks, false, nullptr}},
+    {"Q5_K", 176, read_q5_k, {5, 1, Least::kSteps, true, 0, kSpanOfBlocks, false, nullptr}},
+    {"Q6_K", 210, read_q6_k, {6, 2, Least::kNone, true, 32, kSpanOfBlocks, false, nullptr}},
+    {"IQ4_NL", 18, read_q4_0, {4, 1, Least::kNone, false, kWideBias, 1, false, kUneven}},
+    {"IQ4_XS", 136, read_iq4_xs, {4, 1, Least::kNone, true, kWideBias, kSpanOfBlocks, false, kUneven}},
+    {"MXFP4", 17, read_mxfp4, {4, 1, Least::kNone, false, kWideBias, 1, true, kFloat4}},
+};
+
+inline const BlockType* block_type(const std::string& name) {
+  for (const BlockType& type : kBlockTypes)
+    if (name == type.name) return &type;
+  return nullptr;
+}
+
+// A format of no bits where there is none.
+inline Format find_format(const std::string& name, int64_t in, int64_t group, bool has_zeros, bool is_bfloat16) {
+  Least least = has_zeros ? Least::kZero : Least::kNone;
+  int64_t span = group == in ? num_groups(in) : group / kGroup;
+  bool fits = group == in || (group % kGroup == 0 && group > 0 && in % group == 0);
+  if (name == "grouped4" && fits) return {4, 1, least, false, has_zeros ? 0 : 8, span, is_bfloat16, nullptr};
+  if (name == "grouped8" && fits) return {8, 1, least, false, has_zeros ? 0 : kWideBias, span, is_bfloat16, nullptr};
+  const BlockType* type = block_type(name);
+  return type != nullptr && in % (type->format.span * kGroup) == 0 ? type->format : Format{};
+}
+
+// Codes of 32 inputs of feature j of a panel, the span's group g.
+inline void put_codes(const uint8_t* codes, const Format& f, int j, int64_t g, char* span) {
+  int bits = f.bits;
+  auto to = reinterpret_cast<uint8_t*>(span + head_bytes(f) + (j / kLanes * f.span + g) * group_bytes(bits) / 2 + j % kLanes * 4);
+  if (bits == 8)
+    for (int i = 0; i < 32; ++i) to[i / 4 * kVector + i % 4] = codes[i];
+  if (has_halves(bits)) {
+    for (int v = 0; v < 4; ++v, to += kVector)
+      for (int b = 0; b < 4; ++b) to[b] = uint8_t((codes[8 * v + b] & 15) | codes[8 * v + 4 + b] << 4);
+  }
+  int upper = has_halves(bits) ? 4 : 0;
+  if (has_pairs(bits)) {
+    for (int v = 0; v < 2; ++v, to += kVector)
+      for (int i = 0; i < 16; ++i) to[i % 4] |= (codes[16 * v + i] >> upper & 3) << i / 4 * 2;
+    upper += 2;
+  }
+  if (has_singles(bits))
+    for (int i = 0; i < 32; ++i) to[i % 4] |= (codes[i] >> upper & 1) << i / 4;
+}
+
+// A block, as feature j of one span.
+inline void put_block(const Block& block, const Format& f, int j, char* span) {
+  auto numbers = reinterpret_cast<uint16_t*>(span);
+  numbers[j] = block.scale;
+  if (f.least != Least::kNone) numbers[kPanel + j] = block.least;
+  char* least_steps = span + head_bytes(f) - steps_bytes(f);
+  char* steps = f.least == Least::kSteps ? least_steps - steps_bytes(f) : least_steps;
+  for (int64_t i = 0; f.has_steps && i < f.span * f.subs; ++i) {
+    if (f.least == Least::kSteps) least_steps[i * kPanel + j] = block.least_steps[i];
+    steps[i * kPanel + j] = block.steps[i];
+  }
+  for (int64_t g = 0; g < f.span; ++g) put_codes(block.codes + g * kGroup, f, j, g, span);
+}
+
+inline void pack_block_rows(const BlockType& type, const uint8_t* rows, int64_t stride, int64_t count, int64_t in, char* panel) {
+  int64_t blocks = in / (type.format.span * kGroup);
+  Block block{};
+  for (int64_t i = 0; i < blocks; ++i)
+    for (int64_t j = 0; j < count; ++j) {
+      type.read(rows + j * stride + i * type.bytes, block);
+      put_block(block, type.format, int(j), panel + i * span_bytes(type.format));
+    }
+}
+
+// codes, scales, zeros: of the panel's first row.
+inline void pack_grouped_rows(const Format& f, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros, int64_t count,
+                              int64_t in, char* panel) {
+  int64_t spans = num_spans(f, in);
+  uint8_t shift = f.bits == 8 ? uint8_t(128 + kWideBias) : 0;  // codes of 8 bits become what `dot_bytes` wants
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t g = 0; g < num_groups(in); ++g) {
+      uint8_t group[kGroup] = {};
+      for (int64_t i = g * kGroup; i < std::min(in, (g + 1) * kGroup); ++i)
+        group[i % kGroup] = f.bits == 8 ? uint8_t(codes[j * in + i] + shift) : codes[(j * in + i) / 2] >> i % 2 * 4 & 15;
+      char* span = panel + g / f.span * span_bytes(f);
+      put_codes(group, f, int(j), g % f.span, span);
+      auto numbers = reinterpret_cast<uint16_t*>(span);
+      numbers[j] = scales[j * spans + g / f.span];
+      if (f.least == Least::kZero)
+        numbers[kPanel + j] = uint16_t(zeros[j * spans + g / f.span] - (f.bits == 8 ? 128 - kWideBias : 0));
+    }
+}
+
+}  // namespace minisgl::cpu
