@@ -188,23 +188,14 @@ def test_numbers_that_a_template_counts_to(short_path: Path, number: Any) -> Non
 
 @pytest.mark.parametrize("size", [10, 20_000])
 def test_memory_that_is_not_there_costs_one_request(
-    running: Running, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running: Running, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minisgl.tokenizer.tokenize.fault", one_failure := OneFailure())
+    monkeypatch.setattr(Tokenizer, "encode", encode := Mock(side_effect=[MemoryError(), [40]]))
     answers = [running.handle([request(TextPrompt("a" * size), uid)]) for uid in (1, 2)]
     replies = [reply for _, to_frontend in answers for reply in to_frontend] or running.to_frontend(2)
-    assert one_failure.raised
+    assert encode.call_count == 2
     failed = [reply for reply in replies if isinstance(reply, ErrorReply)]
     assert [(reply.status, reply.message) for reply in failed] == [(500, "tokenization failed: MemoryError")]
-
-
-class OneFailure:
-    raised = False
-
-    def __call__(self, point: str) -> None:
-        if not self.raised:
-            self.raised = True
-            raise MemoryError
 
 
 def test_output_goes_on_while_a_prompt_is_read(running: Running) -> None:
