@@ -19,6 +19,7 @@ PARTS = {  # folders, their budget in lines of Python, and what it is to become:
     "from text to tokens and back": ((), 10_000, 9_000),  # all that is not named below
     "the HTTP API": (("server", "parser", "grammar"), 5_650, 5_000),
     "formats of weights": (("formats",), 800, 800),
+    "GGUF files and quantisation": (("gguf",), 500, 500),
     "kernels, their Python side": (("kernel",), 2_600, 2_600),
     "benchmark and doctor": (("benchmark", "doctor"), 1_700, 1_700),
 }

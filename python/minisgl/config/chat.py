@@ -52,8 +52,7 @@ def read_chat_template(path: Path) -> str:
     files = [path / "chat_template.jinja", *sorted(path.glob("additional_chat_templates/*.jinja"))]
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
     for name in ("tokenizer_config.json", "chat_template.json"):
-        if (path / name).is_file():
-            texts += _texts(read_json(path / name).get("chat_template"))
+        texts += _texts(read_fields(path / name).data.get("chat_template"))
     return "\n".join(texts)
 
 

@@ -144,6 +144,8 @@ def _on_cpu(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> En
     stays = model.dtype == "bfloat16" and (not problem or machine.has_fast_bfloat16)
     dtype = args.dtype or ("bfloat16" if stays else "float32")
     lack = problem or ("" if dtype in ("float32", "bfloat16") else f"not with --dtype {dtype}")
+    if args.quantization and model.packed_bytes:
+        raise ConfigError(f"--quantization {args.quantization}: the weights of {wanted.model_path} are packed already")
     if args.quantization and lack:
         raise ConfigError(f"--quantization {args.quantization}: {lack}")
     attention, _ = _choose_attention(replace(wanted, dtype=dtype), args.attention_backend, lack, machine)
@@ -284,7 +286,8 @@ def _unfit(backend: Backend, model: ModelConfig, dtype: str, machine: Capabiliti
 
 def _cpu_pages(config: EngineConfig, memory: int) -> int:
     """Pages that fit the memory, and no more than all running requests could ever use. Memory is taken on first use."""
-    weights = config.model.weight_bytes(config.quantization or config.dtype, config.tp_size)
+    kept = "packed" if config.model.packed_bytes else config.quantization or config.dtype
+    weights = config.model.weight_bytes(kept, config.tp_size)
     budget = int(memory * config.memory_ratio) // config.tp_size - weights
     budget -= config.max_running_requests * config.model.state_bytes_per_row(config.kv_cache_dtype)
     affordable = budget // max(1, config.page_bytes)

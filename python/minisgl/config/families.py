@@ -18,6 +18,7 @@ from minisgl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 MAX_LAYERS = 4096
+MAX_BYTES = 2**50
 _TABLE = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"))
 ROPE_TYPES: dict[str, tuple[list[str], list[str]]] = _TABLE["rope_types"]
 _ACTIVATIONS: dict[str, str] = _TABLE["activations"]
@@ -91,6 +92,7 @@ def parse_model_config(f: Fields) -> ModelConfig:
         qkv_bias=family.qkv_bias or attention_bias,
         o_bias=attention_bias,
         dtype=_dtype(f),
+        packed_bytes=f.integer("packed_bytes", 0, most=MAX_BYTES),
         layers=tuple(LayerSpec(specs.AttentionSpec(cache, window), mlp, norms) for mlp, window in layers),
     )
 

@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 import yaml
 
 from minisgl.errors import ConfigError
+from minisgl.gguf.config import open_model
+from minisgl.gguf.reader import models_in
+from minisgl.gguf.tokenizer import load_gguf_tokenizer
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 _FILES = yaml.safe_load(Path(__file__).with_name("files.yaml").read_text(encoding="utf-8"))
@@ -45,10 +48,10 @@ def locate_model(model: str | None, source: str, revision: str | None = None) ->
     Raises: ConfigError in one line when it is neither a directory nor a repository that can be fetched.
     """
     path = DEMO_MODEL if model is None else Path(model).expanduser()
-    if model is None or path.is_dir():
+    if model is None or path.is_dir() or is_gguf(path):
         if revision is not None:
-            raise ConfigError(f"--revision {revision}: it is of repos on a hub, and {path} is a directory")
-        return path.resolve()
+            raise ConfigError(f"--revision {revision}: it is of repos on a hub, and {path} is local")
+        return _gguf_in(path.resolve() if path.is_dir() else path.absolute())  # links of the hub's cache have no suffix
     if path.is_file():
         check_directory(path)
     if not is_remote(model):
@@ -84,11 +87,31 @@ def download(repo_id: str, source: str, revision: str | None) -> Path:
     return path
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether it is a file that is a model by itself."""
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def _gguf_in(path: Path) -> Path:
+    """The one GGUF file of a directory that holds no other weights; else the path itself.
+
+    Raises: ConfigError naming them where there are several.
+    """
+    if not path.is_dir() or any(
+        next(path.glob(pattern), None) for pattern in _FILES["weights"] + _FILES["torch_weights"]
+    ):
+        return path
+    if len(found := list(models_in(path))) > 1:
+        raise ConfigError(f"{str(path)!r} holds several models, give one: {listing([file.name for file in found])}")
+    return found[0] if found else path
+
+
 def check_directory(path: Path) -> None:
-    """Raises: ConfigError saying what `path` is, when it is no directory with a `config.json` in it."""
+    """Raises: ConfigError saying what `path` is, when it is no GGUF file, and no directory with a `config.json`."""
+    if is_gguf(path):
+        return
     if path.is_file():
-        reason = _UNLIKE["*.gguf"] if path.suffix == ".gguf" else "give the directory that holds config.json"
-        raise ConfigError(f"{str(path)!r} is a file, not a model directory: {reason}")
+        raise ConfigError(f"{str(path)!r} is a file, not a model directory: give the directory that holds config.json")
     if not path.is_dir():
         raise ConfigError(f"model directory {str(path)!r} does not exist")
     if not (path / "config.json").is_file():
@@ -98,6 +121,8 @@ def check_directory(path: Path) -> None:
 def weight_files(path: Path) -> list[Path]:
     """The files with the model's weights, in transformers' order of preference: safetensors in one file, or as the
     index has them; then the same for files of torch. Raises: ConfigError saying what is missing."""
+    if is_gguf(path):
+        return [path]
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (path / whole).is_file():
             return [path / whole]
@@ -138,6 +163,8 @@ def load_tokenizer(model_path: str) -> Any:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     path = Path(model_path)
+    if is_gguf(path):
+        return load_gguf_tokenizer(path)
     if not path.is_dir():
         raise ConfigError(f"{model_path}: no such model directory")
     for name in ("tokenizer.json", "tokenizer.model"):
@@ -183,7 +210,10 @@ MAX_NUMBER = 1e300
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises: ConfigError naming the file."""
+    """The object that a JSON file holds, or that one of a GGUF file's "directory" would. Raises: ConfigError naming
+    the file."""
+    if is_gguf(path.parent):
+        return open_model(path.parent).read_json(path.name)
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -195,7 +225,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_fields(path: Path) -> Fields:
     """The fields of a JSON file; none where there is no such file. Raises: ConfigError naming the file."""
-    return Fields(read_json(path) if path.is_file() else {}, str(path))
+    return Fields(read_json(path) if path.is_file() or is_gguf(path.parent) else {}, str(path))
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

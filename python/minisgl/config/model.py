@@ -125,6 +125,7 @@ class ModelConfig:
     o_bias: bool = False
     dtype: str = "float32"  # of the checkpoint
     eos_token_ids: tuple[int, ...] = ()
+    packed_bytes: int = 0  # of weights that stay packed as they are stored; 0: there are none
 
     @property
     def num_layers(self) -> int:
@@ -149,7 +150,10 @@ class ModelConfig:
         return sum(prod(shape) for state in states for shape in state.shapes) * DTYPE_BYTES[dtype]
 
     def weight_bytes(self, dtype: str, tp_size: int = 1) -> int:
-        """Bytes of weights (also "int8") on one rank, to within the few that are replicated or padded."""
+        """Bytes of weights (also "int8", or "packed" as they are stored) on one rank, to within the few that are
+        replicated or padded."""
+        if dtype == "packed":
+            return self.packed_bytes // tp_size
         params = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) // tp_size
         params += sum(cache.local_size(tp_size) for cache in self.paged) * self.hidden_size
         query_and_output = 2 * (self.num_qo_heads * self.head_dim * self.hidden_size // tp_size)

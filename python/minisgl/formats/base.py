@@ -8,7 +8,7 @@ and turns them, once they are filled, into what layers multiply with (`matrix`, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from minisgl.kernel.ops import Experts, LayerOps, Matrix, loop_over_experts
 
 Tensor = torch.Tensor
 Shape = tuple[int, int]
-Tensors = Mapping[str, Tensor]  # of one weight, or of a stack of experts, by names that the format chooses
+Tensors = dict[str, Tensor]  # of one weight, or of a stack of experts, by names that the format chooses
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,14 @@ class WeightSlot:
 @dataclass(frozen=True, slots=True)
 class Shard:
     """What this rank holds of one linear layer of the checkpoint: `rows`, and of those `cols`, of a weight of `shape`
-    [out, in]. They are rows `at` and following of the rank's own weight, which may hold several layers'."""
+    [out, in]. They are rows `at` and following of the rank's own weight, which may hold several layers', and are
+    followed by `padding` rows of zeros, where the tensors do not exist yet."""
 
     shape: Shape
     rows: tuple[int, int]
     cols: tuple[int, int] | None = None
     at: int = 0
+    padding: int = 0
 
     def of(self, tensor: Tensor) -> Tensor:
         """The shard's rows of this rank's tensor, [out, ...]."""
@@ -55,7 +57,8 @@ class WeightFormat(ABC):
     def create(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensors:
         """Uninitialised tensors of a weight of `shape` [out, in], or of a stack [num_experts, out, in].
 
-        dtype: of activations. Memory is committed when the loader writes it.
+        dtype: of activations. Memory is committed when the loader writes it. A format that knows a weight's type by its
+        name returns {}, and puts its tensors there in `slots`.
         Raises: ConfigError when the format cannot hold the shape, because it has groups of another size.
         """
         return {"weight": torch.empty(shape, dtype=dtype, device=device)}
@@ -73,15 +76,15 @@ class WeightFormat(ABC):
 
     def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:
         """The filled tensors of two stacks as a mixture of experts: a matrix each, where no kernel takes them all."""
-        first = [self.matrix(ops, expert, spec.activation) for expert in experts_of(gate_up)]
-        second = [self.matrix(ops, expert) for expert in experts_of(down)]
+        first = [self.matrix(ops, expert, spec.activation) for expert in experts_of(gate_up, spec.num_experts)]
+        second = [self.matrix(ops, expert) for expert in experts_of(down, spec.num_experts)]
         return lambda x, logits: loop_over_experts(x, logits, first, second, spec)
 
 
-def experts_of(stack: Tensors) -> Iterator[Tensors]:
-    """The tensors of each expert: views of those of the stack."""
-    for parts in zip(*stack.values(), strict=True):
-        yield dict(zip(stack, parts, strict=True))
+def experts_of(stack: Tensors, num_experts: int) -> Iterator[Tensors]:
+    """The tensors of each expert: views of those of the stack, or the stack itself, while it has none."""
+    for i in range(num_experts):
+        yield {name: tensor[i] for name, tensor in stack.items()} if stack else stack
 
 
 class Dense(WeightFormat):

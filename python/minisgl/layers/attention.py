@@ -103,7 +103,8 @@ class SparseMLP(Layer):
         yield from self.gate.weights(f"{prefix}gate.")
         slots, shape = self._format.slots, (self._spec.intermediate_size, self._hidden)
         mine = (self._comm.rank * self._share, (self._comm.rank + 1) * self._share)
-        for i, (gate_up, down) in enumerate(zip(experts_of(self._gate_up), experts_of(self._down), strict=True)):
+        stacks = (list(experts_of(stack, self._spec.num_experts)) for stack in (self._gate_up, self._down))
+        for i, (gate_up, down) in enumerate(zip(*stacks, strict=True)):
             expert = f"{prefix}experts.{i}."
             yield from slots(f"{expert}gate_proj.", gate_up, Shard(shape, mine))
             yield from slots(f"{expert}up_proj.", gate_up, Shard(shape, mine, at=self._share))

@@ -113,7 +113,7 @@ class VocabTable(Linear):
         share = div_ceil(vocab_size, env.comm.size)
         self._vocab_size, self._first = vocab_size, env.comm.rank * share
         end = max(self._first, min(self._first + share, vocab_size))
-        shard = Shard((vocab_size, hidden_size), (self._first, end))
+        shard = Shard((vocab_size, hidden_size), (self._first, end), padding=self._first + share - end)
         super().__init__(env, (share, hidden_size), {"": shard})
         for tensor in self._tensors.values():
             tensor[end - self._first :] = 0  # what is padding

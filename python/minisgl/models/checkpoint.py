@@ -25,6 +25,7 @@ from minisgl.config.locate import lfs_hint, listing, weight_files
 from minisgl.config.model import ModelConfig
 from minisgl.errors import ConfigError
 from minisgl.formats.base import WeightSlot
+from minisgl.formats.gguf import open_slices
 from minisgl.layers.base import Part
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,9 @@ class Shard:
         return self._tensors
 
     def _open(self) -> dict[str, Any]:
+        if self._path.suffix == ".gguf":
+            self._is_mapped = False  # it gives its pages back itself
+            return dict(open_slices(self._path))
         if self._path.suffix == ".safetensors":
             file: Any = safe_open(str(self._path), framework="pt")
             return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

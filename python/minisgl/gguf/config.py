@@ -1,0 +1,162 @@
+"""A GGUF file as a model's directory: what config.json and other files of it would say, and its tensors by the names
+that Hugging Face checkpoints have."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from minisgl.gguf.reader import NAMES, GgufFile, StoredTensor, parts_of
+
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(\w+)")
+_ROPE = "rope_freqs.weight"
+
+
+class GgufModel:
+    """All files of a model. tensors: by the names of Hugging Face checkpoints. interleaved_dim: features of a head,
+    where pairs of them stand side by side, and not in the head's two halves; else 0.
+
+    Raises: ConfigError naming the file, and what of it is missing, broken or not supported.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.files = [GgufFile(part) for part in parts_of(path)]
+        self._head = self.files[0]
+        self._architecture = str(self._head.metadata.get("general.architecture"))
+        if self._architecture not in NAMES["architectures"]:
+            known = ", ".join(NAMES["architectures"])
+            raise self._head.wrong(f"architecture not supported: {self._architecture[:100]} (supported: {known})")
+        self._stored = {tensor.name: tensor for file in self.files for tensor in file.tensors.values()}
+        expected = self._head.integer("split.tensors.count", len(self._stored))
+        if expected != len(self._stored):
+            raise self._head.wrong(f"its parts have {len(self._stored)} tensors, not {expected}")
+        self.tensors = {our_name(name): tensor for name, tensor in self._stored.items() if name != _ROPE}
+        self._heads, hidden = max(1, self._integer("attention.head_count")), self._integer("embedding_length")
+        self._head_dim = self._integer("attention.key_length") or hidden // self._heads
+        self._check_sizes(hidden)
+        self.interleaved_dim = self._head_dim if self._architecture == "llama" else 0
+
+    def release(self) -> None:
+        """Give back the memory of what was read of the files."""
+        for file in self.files:
+            file.release()
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What a file of a model's directory would hold, by its name."""
+        if name == "config.json":
+            return self._config()
+        if name == "generation_config.json":
+            return {
+                ours: self._head.metadata.get(f"general.sampling.{key}") for ours, key in NAMES["generation"].items()
+            }
+        templates = self._head.values("tokenizer.chat_template").values() if name == "tokenizer_config.json" else ()
+        return {"chat_template": [{"template": text} for text in templates]}
+
+    def _check_sizes(self, hidden: int) -> None:
+        """Sizes of which tensors are made before any is read. Raises: ConfigError where the tensors are of others."""
+        kv_heads = self._integer("attention.head_count_kv") or self._heads
+        shapes = {
+            "token_embd.weight": (..., hidden),
+            "blk.0.attn_q.weight": (self._heads * self._head_dim, hidden),
+            "blk.0.attn_k.weight": (kv_heads * self._head_dim, hidden),
+            f"blk.{self._integer('block_count') - 1}.attn_norm.weight": (hidden,),
+        }
+        for name, shape in shapes.items():
+            if (tensor := self._stored.get(name)) is None:
+                raise self._head.wrong(f"tensor {name} is missing")
+            if len(tensor.shape) != len(shape) or any(
+                b not in (a, ...) for a, b in zip(tensor.shape, shape, strict=True)
+            ):
+                raise tensor.wrong(
+                    f"is {list(tensor.shape)}; by the metadata it is {str(shape).replace('Ellipsis', '…')}"
+                )
+
+    def _integer(self, key: str) -> int:
+        return self._head.integer(f"{self._architecture}.{key}")
+
+    def _fields(self, table: str) -> dict[str, Any]:
+        """Of a table in names.yaml, with the values that the metadata has."""
+        return {ours: self._head.metadata.get(f"{self._architecture}.{key}") for ours, key in NAMES[table].items()}
+
+    def _config(self) -> dict[str, Any]:
+        fields, architecture = self._fields("config"), NAMES["architectures"][self._architecture]
+        window = self._integer("attention.sliding_window") or None
+        if self._architecture == "llama":
+            if fields["num_experts"]:
+                raise self._head.wrong("architecture not supported: llama with experts (Mixtral)")
+            architecture = "MistralForCausalLM" if window else architecture
+        names = ("eos", "eot", "eom")
+        ends = [
+            end for name in names if (end := self._head.metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None
+        ]
+        tokens = self._head.values("tokenizer.ggml.tokens").get("tokenizer.ggml.tokens", ())
+        given = {
+            "architectures": [architecture],
+            "vocab_size": self._stored["token_embd.weight"].shape[0],
+            "intermediate_size": fields["intermediate_size"] or fields["moe_intermediate_size"],
+            "norm_topk_prob": fields["norm_topk_prob"] is not False,
+            "rope_scaling": self._rope_scaling(),
+            "partial_rotary_factor": (self._integer("rope.dimension_count") or self._head_dim) / self._head_dim,
+            "sliding_window": window,
+            "use_sliding_window": window is not None,
+            "max_window_layers": 0,
+            "tie_word_embeddings": "output.weight" not in self._stored,
+            "attention_bias": "blk.0.attn_q.bias" in self._stored,
+            "mlp_bias": "blk.0.ffn_gate.bias" in self._stored,
+            "eos_token_id": [*ends, *(index for index, token in enumerate(tokens) if token in NAMES["ends"])],
+            "dtype": "bfloat16",
+            "packed_bytes": sum(tensor.num_bytes for tensor in self._stored.values()),
+        }
+        return fields | given
+
+    def _rope_scaling(self) -> dict[str, Any] | None:
+        if _ROPE in self._stored:
+            return self._llama3(self._stored[_ROPE])
+        fields = self._fields("rope_scaling")
+        if (
+            fields["rope_type"] == "yarn" and fields["attention_factor"]
+        ):  # it comes on top of what follows from `factor`
+            fields["attention_factor"] *= 0.1 * math.log(max(fields["factor"] or 1, 1)) + 1
+        return fields if fields["rope_type"] not in (None, "none") else None
+
+    def _llama3(self, tensor: StoredTensor) -> dict[str, Any]:
+        """The parameters from which the factors of all frequencies, which the file has as a tensor, were computed."""
+        num, theta = self._head_dim // 2, self._head.metadata.get(f"{self._architecture}.rope.freq_base", 10000.0)
+        if tensor.kind.name != "F32" or tensor.shape != (num,) or not (type(theta) is float and 1 < theta < math.inf):
+            raise tensor.wrong(f"must be F32, [{num}], and rope.freq_base a number above 1")
+        factors = struct.unpack_from(f"<{num}f", tensor.file.data, tensor.offset)
+        original, factor, low, high = 8192, max(factors), 1.0, 4.0
+        turns = [original * theta ** (-i / num) / (2 * math.pi) for i in range(num)]
+        kept = [1.0 if factor == 1 or not f else (factor / f - 1) / (factor - 1) for f in factors]
+        between = [(turn, share) for turn, share in zip(turns, kept, strict=True) if 0.001 < share < 0.999]
+        if len(between) > 1:  # a line through two of them, from none to the whole of the frequency
+            (t0, k0), (t1, k1) = between[0], between[-1]
+            low, high = ((t1 - t0) * (share - k0) / ((k1 - k0) or 1) + t0 for share in (0, 1))
+        expected = [min(1.0, max(0.0, (turn - low) / ((high - low) or 1))) for turn in turns]
+        if not all(abs(a - b) < 0.001 for a, b in zip(kept, expected, strict=True)):  # nor where it is not a number
+            raise tensor.wrong("has factors of no kind that is supported (supported: llama3)")
+        fields = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+        return {"rope_type": "llama3", "original_max_position_embeddings": original, **fields}
+
+
+def our_name(name: str) -> str:
+    """The name that a tensor has in Hugging Face checkpoints; what is not known stays what it is, in its layer."""
+    if match := _BLOCK.fullmatch(name):
+        return f"model.layers.{match[1]}.{NAMES['in_blocks'].get(match[2], match[2])}.{match[3]}"
+    stem, _, end = name.rpartition(".")
+    return f"{NAMES['tensors'].get(stem, stem)}.{end}"
+
+
+def open_model(path: Path) -> GgufModel:
+    """The last one that was opened is kept. Raises: ConfigError."""
+    stat = path.stat() if path.is_file() else None
+    return _open(path, stat and (stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=1)
+def _open(path: Path, _state: object) -> GgufModel:
+    return GgufModel(path)
