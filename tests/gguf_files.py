@@ -148,8 +148,8 @@ def add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], more: dict[str
     writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
-    if config.get("num_experts"):
-        writer.add_expert_count(config["num_experts"])
+    if num_experts := config.get("num_experts") or config.get("num_local_experts"):
+        writer.add_expert_count(num_experts)
         writer.add_expert_used_count(config["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     for key, value in more.items():

@@ -113,7 +113,7 @@ def test_files_that_git_has_not_fetched(tmp_path: Path) -> None:
 
 def test_a_file_in_place_of_a_directory(tmp_path: Path) -> None:
     made(tmp_path, "config.json")
-    with pytest.raises(ConfigError, match="config.json' is a file, not a model directory.*give the directory"):
+    with pytest.raises(ConfigError, match=r"config.json' is a file, not a model directory.*give the directory"):
         locate_model(str(tmp_path / "config.json"), "huggingface")
 
 
