@@ -1,4 +1,4 @@
-"""The API server's side of the message channels: every request in flight is a stream with a uid."""
+"""The API server's side of the message channels: every output in flight has a uid, and is part of a stream."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import logging
 import random
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -30,51 +29,60 @@ MAX_SENT = 2  # times that a request is sent: one whose workers die each time ma
 
 
 @dataclass(slots=True, eq=False)
-class _Request:
-    """What was sent for some streams, and may have to be sent again."""
+class _Output:
+    """One output of a stream. index: among all of them."""
 
+    request: _Request
+    index: int
+    uid: int = 0
+    timing: Timing = field(default_factory=Timing)
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """What was sent for some outputs of a stream, and may have to be sent again."""
+
+    stream: Stream
     message: messages.TokenizeMsg | None  # None once output has come
-    begin: Callable[[], None]  # to be called then
-    streams: list[Stream] = field(default_factory=list)  # by uid
+    outputs: list[_Output] = field(default_factory=list)  # by uid
     route: str = ""  # the tokenizer that has it; "": it waits until workers are there again
     num_sent: int = 0
-    is_accepted: bool = False  # the tokenizer has no objection
+    is_accepted: bool = False  # the tokenizer has no objection, or output has come
 
 
-class Stream(AsyncIterator[UserReply]):
-    """The replies to one request, up to the one with a finish reason. `abort` before that ends the request.
+class Stream(AsyncIterator[tuple[int, UserReply]]):
+    """The replies to all outputs for some prompts, each with its output's index, up to one with a finish reason for
+    each. `abort` before that ends those that are left.
 
-    What has come since the last look is handed out as one reply, so a slow reader costs less, not more.
-    Raises: RequestError when the request is refused or fails, WorkerDied when a child process is gone.
+    What has come since the last look is handed out as one reply for each output, so a slow reader costs less, not more.
+    Raises: RequestError when a request is refused or fails, WorkerDied when a child process is gone.
     """
 
-    __slots__ = ("_error", "_finished", "_frontend", "_news", "_replies", "request", "request_ids", "timing", "uid")
-
-    def __init__(self, frontend: Frontend, request: _Request, request_ids: Sequence[str] = ()) -> None:
-        self.uid, self.request = 0, request
+    def __init__(self, frontend: Frontend, request_ids: Sequence[str], begin: Callable[[], None]) -> None:
         self.request_ids = request_ids  # by which clients know it, and whose it is
-        self.timing = Timing()
-        self._frontend = frontend
-        self._replies: deque[UserReply] = deque()
+        self.outputs: list[_Output] = []
+        self.num_left = 0  # outputs of which more is to come
+        self._frontend, self._begin = frontend, begin
+        self._replies: dict[int, list[UserReply]] = {}  # by index; what has waited for the longest comes first
         self._news = asyncio.Event()
         self._error: MiniSGLError | None = None
-        self._finished = False  # nothing more is to come
 
-    async def __anext__(self) -> UserReply:
+    async def __anext__(self) -> tuple[int, UserReply]:
         while not self._replies:
-            if self._finished:
+            if not self.num_left:
                 raise StopAsyncIteration
             await self._change()
-        replies = self._replies
-        return replies.popleft() if len(replies) == 1 else _merge(replies)
+        index = next(iter(self._replies))
+        return index, _merge(self._replies.pop(index))
 
     async def accepted(self) -> None:
-        """Wait until the request, if it asked for a notice, has passed the tokenizer, or until its first reply.
+        """Wait until the requests, if they asked for a notice, have passed the tokenizer, or until their first reply.
 
-        Raises: RequestError when it is refused, WorkerDied.
+        Raises: RequestError when one is refused, WorkerDied.
         """
-        while not (self.request.is_accepted or self._replies):
-            await self._change()
+        for output in self.outputs:
+            while not output.request.is_accepted:
+                await self._change()
 
     async def _change(self) -> None:
         if self._error is not None:
@@ -83,21 +91,22 @@ class Stream(AsyncIterator[UserReply]):
         await self._news.wait()
 
     def abort(self, error: RequestError | None = None) -> None:
-        """End it at once, unless it has ended: nobody reads it any more, or its reader gets this error."""
+        """End what has not ended at once: nobody reads it any more, or its reader gets this error."""
         self._frontend.abort([self], error or RequestError("the request was aborted", status=499))
 
-    def push(self, reply: UserReply) -> None:
-        self._replies.append(reply)
-        if self.request.message is not None:
-            self.request.message = None
-            self.request.begin()
-        if len(self._replies) > MAX_REPLIES:
-            self._replies.append(_merge(self._replies))
-        self._finished = reply.finish_reason is not None
+    def push(self, output: _Output, reply: UserReply) -> None:
+        waiting = self._replies.setdefault(output.index, [])
+        waiting.append(reply)
+        if output.request.message is not None:
+            output.request.message, output.request.is_accepted = None, True
+            self._begin()
+        if len(waiting) > MAX_REPLIES:
+            waiting[:] = [_merge(waiting)]
+        self.num_left -= reply.finish_reason is not None
         self._news.set()
 
-    def accept(self) -> None:
-        self.request.is_accepted = True
+    def accept(self, output: _Output) -> None:
+        output.request.is_accepted = True
         self._news.set()
 
     def fail(self, error: MiniSGLError) -> None:
@@ -105,9 +114,11 @@ class Stream(AsyncIterator[UserReply]):
         self._news.set()
 
 
-def _merge(replies: deque[UserReply]) -> UserReply:
-    """All waiting replies as one: texts and ids joined, counts and end of the last."""
-    merged = msgspec.structs.replace(
+def _merge(replies: list[UserReply]) -> UserReply:
+    """All waiting replies to one output as one: texts and ids joined, counts and end of the last."""
+    if len(replies) == 1:
+        return replies[0]
+    return msgspec.structs.replace(
         replies[-1],
         text="".join(reply.text for reply in replies),
         token_ids=b"".join(reply.token_ids for reply in replies),
@@ -115,12 +126,10 @@ def _merge(replies: deque[UserReply]) -> UserReply:
         prompt_logprobs=tuple(token for reply in replies for token in reply.prompt_logprobs),
         prompt_end=replies[0].prompt_end,
     )
-    replies.clear()
-    return merged
 
 
 class Frontend:
-    """Owns the streams by uid. Lives in one asyncio loop; use as an async context manager."""
+    """Owns the outputs by uid. Lives in one asyncio loop; use as an async context manager."""
 
     def __init__(self, endpoints: Endpoints) -> None:
         self._inbox = AsyncPullSocket(endpoints.frontend, messages.frontend_codec)
@@ -129,9 +138,9 @@ class Frontend:
         }
         self._backend: PushSocket[messages.BackendMsg] = PushSocket(endpoints.backend, messages.backend_codec)
         self.metrics = RequestMetrics()
-        self._streams: dict[int, Stream] = {}
+        self._outputs: dict[int, _Output] = {}  # those that have not ended
         self._lost: dict[str, WorkerDied] = {}  # groups of workers that are being started again, and why
-        self._stale: list[tuple[str, int]] = []  # routes and uids of streams that were lost with them
+        self._stale: list[tuple[str, int]] = []  # routes and uids of outputs that were lost with them
         self._routes = list(endpoints.tokenizers)  # tokenizers that can take a request now
         self._asked: dict[int, asyncio.Future[FrontendMsg]] = {}  # what is not a stream: one answer each
         self._uids = itertools.count(1)
@@ -155,41 +164,44 @@ class Frontend:
             socket.close(linger_ms=100)  # the last aborts
 
     @property
-    def num_streams(self) -> int:
-        """Requests in flight, questions too."""
-        return len(self._streams) + len(self._asked)
+    def num_in_flight(self) -> int:
+        """Outputs that have not ended, and questions."""
+        return len(self._outputs) + len(self._asked)
 
     def submit(
         self,
-        prompt: messages.Prompt,
+        prompts: Sequence[messages.Prompt],
         params: SamplingParams,
         request_ids: Sequence[str] = (),
         *,
         notify: bool = False,
         count: int = 1,
         begin: Callable[[], None] = lambda: None,
-    ) -> list[Stream]:
-        """Send a request for `count` outputs on its way, each a stream; it waits while workers are started again.
-        request_ids: for `find`; notify: for `Stream.accepted`; begin: called when output has come.
+    ) -> Stream:
+        """Send a request for `count` outputs of each prompt on its way; it waits while workers are started again.
+        request_ids: for `find`; notify: for `Stream.accepted`; begin: called when output for a prompt comes.
 
         Raises: WorkerDied when the server is going down.
         """
         if self._down is not None:
             raise self._down
-        if params.seed is None:
-            params = replace(params, seed=random.randint(0, MAX_SEED))
-        request = _Request(messages.TokenizeMsg(0, prompt, params, count, notify), begin)
-        request.streams = [Stream(self, request, request_ids) for _ in range(count)]
-        self._send(request)
-        return request.streams
+        stream = Stream(self, request_ids, begin)
+        for prompt in prompts:
+            seed = random.randint(0, MAX_SEED) if params.seed is None else params.seed
+            request = _Request(stream, messages.TokenizeMsg(0, prompt, replace(params, seed=seed), count, notify))
+            request.outputs = [_Output(request, stream.num_left + number) for number in range(count)]
+            stream.outputs += request.outputs
+            stream.num_left += count
+            self._send(request)
+        return stream
 
     def _send(self, request: _Request) -> None:
         """Under uids of which nobody has heard, so that nothing said about others can reach it."""
         assert request.message is not None
-        for stream in request.streams:
-            stream.uid = next(self._uids)
-            self._streams[stream.uid] = stream
-        first_uid = request.streams[0].uid
+        for output in request.outputs:
+            output.uid = next(self._uids)
+            self._outputs[output.uid] = output
+        first_uid = request.outputs[0].uid
         request.route = self._routes[first_uid % len(self._routes)] if self._routes else ""
         if request.route:
             request.num_sent += 1
@@ -198,27 +210,30 @@ class Frontend:
 
     def find(self, ids: Collection[str] | None = None, owner: str | None = None) -> list[Stream]:
         """The streams that have one of these ids (None: all), and are this owner's (None: anybody's)."""
-        owned = [stream for stream in self._streams.values() if owner in (None, *stream.request_ids)]
+        streams = dict.fromkeys(output.request.stream for output in self._outputs.values())
+        owned = [stream for stream in streams if owner in (None, *stream.request_ids)]
         return [stream for stream in owned if ids is None or not {*stream.request_ids}.isdisjoint(ids)]
 
-    def abort(self, streams: Sequence[Stream], error: RequestError | None = None) -> None:
-        """End those that have not ended: at once, with an error for their readers; or without one as soon as all that
-        was on its way has come, with `abort`, which their readers see."""
-        for stream in (stream for stream in streams if stream.uid in self._streams):
-            request = stream.request
+    def abort(self, streams: Sequence[Stream], error: RequestError | None = None) -> int:
+        """End the outputs that have not ended: at once, with an error for their readers; or without one as soon as all
+        that was on its way has come, with `abort`, which their readers see. Returns how many they are."""
+        outputs = [output for stream in streams for output in stream.outputs if output.uid in self._outputs]
+        for output in outputs:
+            request = output.request
             request.num_sent = MAX_SENT  # whatever happens, it is not sent again
             if request.route:  # what has begun needs no tokenizer; else, an abort cannot overtake what it is about
                 socket: PushSocket[Any] = self._backend if request.message is None else self._tokenizers[request.route]
-                socket.send([AbortMsg(stream.uid)])
+                socket.send([AbortMsg(output.uid)])
             if error is not None:
-                self._end(stream, FinishReason.ABORT, error)
+                self._end(output, FinishReason.ABORT, error)
             elif not request.route:
-                self._dispatch(UserReply(stream.uid, "", b"", 0, 0, 0, finish_reason=FinishReason.ABORT))
+                self._dispatch(UserReply(output.uid, "", b"", 0, 0, 0, finish_reason=FinishReason.ABORT))
+        return len(outputs)
 
-    def _end(self, stream: Stream, reason: FinishReason, error: MiniSGLError) -> None:
-        self._streams.pop(stream.uid, None)
-        self.metrics.finish(stream.timing, reason)
-        stream.fail(error)
+    def _end(self, output: _Output, reason: FinishReason, error: MiniSGLError) -> None:
+        self._outputs.pop(output.uid, None)
+        self.metrics.finish(output.timing, reason)
+        output.request.stream.fail(error)
 
     async def ping(self, timeout: float) -> None:
         """A round trip through all children. Raises: WorkerDied when requests would wait, or after so many seconds."""
@@ -269,9 +284,9 @@ class Frontend:
     def fail(self, error: MiniSGLError) -> None:
         """End every stream and ping with this error, and refuse new ones."""
         self.refuse(error)
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.fail(error)
+        outputs, self._outputs = self._outputs, {}
+        for output in outputs.values():
+            output.request.stream.fail(error)
         self._fail_asked(error)
         self._stale.clear()
 
@@ -283,7 +298,7 @@ class Frontend:
     def on_change(self, group: str, error: WorkerDied | None) -> None:
         """Workers are lost and being started again, or with None, back. What they had begun ends with the error, the
         other requests are sent again: to another tokenizer at once, or when they are back."""
-        requests = dict.fromkeys(stream.request for stream in self._streams.values())
+        requests = dict.fromkeys(output.request for output in self._outputs.values())
         if error is None:
             error = self._lost.pop(group)
             hit = [request for request in requests if not request.route]
@@ -305,14 +320,14 @@ class Frontend:
 
     def _recall(self, request: _Request, error: WorkerDied) -> None:
         """Send a request again, unless it has begun, or was sent too often already: then it ends with this error."""
-        alive = [stream for stream in request.streams if self._streams.pop(stream.uid, None) is not None]
+        alive = [output for output in request.outputs if self._outputs.pop(output.uid, None) is not None]
         if request.route:
-            self._stale += [(request.route, stream.uid) for stream in alive]
-        if request.message is not None and request.num_sent < MAX_SENT and len(alive) == len(request.streams):
+            self._stale += [(request.route, output.uid) for output in alive]
+        if request.message is not None and request.num_sent < MAX_SENT and len(alive) == len(request.outputs):
             self._send(request)
             return
-        for stream in alive:
-            self._end(stream, FinishReason.ERROR, error)
+        for output in alive:
+            self._end(output, FinishReason.ERROR, error)
 
     async def _receive(self) -> None:
         while True:
@@ -326,7 +341,7 @@ class Frontend:
                 await asyncio.sleep(0.1)
 
     def _dispatch(self, message: FrontendMsg) -> None:
-        stream, answer, error = self._streams.get(message.uid), self._asked.get(message.uid), None
+        output, answer, error = self._outputs.get(message.uid), self._asked.get(message.uid), None
         if isinstance(message, messages.ErrorReply):
             error = RequestError(message.message, param=message.param, code=message.code, status=message.status)
         if answer is not None and not answer.done():
@@ -334,17 +349,18 @@ class Frontend:
                 answer.set_result(message)
             else:
                 answer.set_exception(error)
-        if stream is None:
-            return  # not a stream's, or one that was aborted here while the reply was under way
+        if output is None:
+            return  # not an output's, or one that was aborted here while the reply was under way
+        stream = output.request.stream
         if error is not None:
-            self._end(stream, FinishReason.ERROR, error)
+            self._end(output, FinishReason.ERROR, error)
         elif isinstance(message, UserReply):
-            self.metrics.take(stream.timing, message)
+            self.metrics.take(output.timing, message)
             if message.finish_reason is not None:
-                del self._streams[message.uid]
+                del self._outputs[message.uid]
             if message.finish_reason is FinishReason.ERROR:
                 stream.fail(RequestError(message.error or "the request failed", status=message.error_status))
             else:
-                stream.push(message)
+                stream.push(output, message)
         elif isinstance(message, messages.AcceptedReply):
-            stream.accept()
+            stream.accept(output)

@@ -76,7 +76,7 @@ class HttpServer(uvicorn.Server):
             self._end_requests()
             loop.call_later(NOTICE_SECONDS, self._exit, True)
             return
-        if num_requests := self._frontend.num_streams:
+        if num_requests := self._frontend.num_in_flight:
             logger.info("stopping; %d requests may finish, for %g s", num_requests, self._config.drain_timeout)
         self._frontend.refuse(WorkerDied("the server is draining: it takes no new requests, and will stop"))
         self._draining = loop.create_task(self._drain())
@@ -90,7 +90,7 @@ class HttpServer(uvicorn.Server):
         for connection in self.server_state.connections:
             if (cycle := getattr(connection, "cycle", None)) is not None:
                 cycle.default_headers = self.server_state.default_headers
-        while self._frontend.num_streams and loop.time() < end:
+        while self._frontend.num_in_flight and loop.time() < end:
             await asyncio.sleep(0.05)
         self._end_requests()
         await asyncio.sleep(LINGER_SECONDS)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -42,28 +42,27 @@ async def answer_request(
     frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer, keepalive: float
 ) -> Response:
     """Run the request and show its replies. A client that goes away takes its request with it."""
-    streams: list[Stream] = []  # one per choice, for each prompt in order
-    request_ids = (request.state.request_id, renderer.id, request.state.owner)
+    place: Place = request.state.place
+    place.take(len(parsed.prompts) * parsed.num_choices - 1)
+    salt, seconds = request.state.owner + parsed.params.cache_salt, _seconds(parsed, request.headers)
+    params = replace(parsed.params, cache_salt=salt, client=place.client)
+    ids = (request.state.request_id, renderer.id, request.state.owner)
+    send = partial(frontend.submit, notify=parsed.stream, count=parsed.num_choices, begin=place.begin)
+    stream = send(parsed.prompts, params, ids)  # the outputs of the first prompt, those of the second …
     try:
-        place: Place = request.state.place
-        place.take(len(parsed.prompts) * parsed.num_choices - 1)
-        salt = request.state.owner + parsed.params.cache_salt
-        params = replace(parsed.params, cache_salt=salt, client=place.client)
-        send = partial(frontend.submit, notify=parsed.stream, count=parsed.num_choices, begin=place.begin)
-        for prompt in parsed.prompts:
-            streams += send(prompt, params, request_ids)
-        if seconds := _seconds(parsed, request.headers):
+        if seconds:
             late = RequestError(f"no answer within {seconds:g} s, as the request has it", code="timeout", status=504)
-            place.timer = asyncio.get_running_loop().call_later(seconds, _abort, streams, late)
+            place.timer = asyncio.get_running_loop().call_later(seconds, stream.abort, late)
         request.state.answer = renderer
         if not parsed.stream:
-            choices = await unless_disconnected(request.receive, _collect(streams, renderer))
+            choices = await unless_disconnected(request.receive, _collect(stream, renderer))
             return json_response(renderer.body(_best(choices, parsed)))
         # What is refused gets an HTTP status; once the request is on its way, an error is an event.
-        await unless_disconnected(request.receive, _accepted(streams))
-        return EventStream(streams, renderer, keepalive)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await unless_disconnected(request.receive, asyncio.wait_for(stream.accepted(), ACCEPT_SECONDS))
+        return EventStream(stream, renderer, keepalive)
     except BaseException as error:
-        _abort(streams)
+        stream.abort()
         if isinstance(error, RequestError):
             raise renamed(error, parsed.names) from None
         raise
@@ -87,48 +86,13 @@ def _seconds(parsed: GenerationRequest, headers: Headers) -> float:
     return min(filter(None, [parsed.timeout, float(own), *told]), default=0.0)
 
 
-def _abort(streams: Sequence[Stream], error: RequestError | None = None) -> None:
-    for stream in streams:
-        stream.abort(error)
-
-
-async def _accepted(streams: Sequence[Stream]) -> None:
-    """Wait until none of them is refused any more, or one has taken too long. Raises: RequestError, WorkerDied."""
-    with contextlib.suppress(asyncio.TimeoutError):
-        for stream in streams:
-            await asyncio.wait_for(stream.accepted(), ACCEPT_SECONDS)
-
-
-async def _collect(streams: Sequence[Stream], renderer: Renderer) -> list[list[UserReply]]:
+async def _collect(stream: Stream, renderer: Renderer) -> list[list[UserReply]]:
     """All replies of each choice. The first error ends it."""
-    choices: list[list[UserReply]] = [[] for _ in streams]
-    async with contextlib.aclosing(_interleave(streams)) as replies:
-        async for index, reply in replies:
-            choices[index].append(reply)
-            renderer.last[index] = reply
+    choices: list[list[UserReply]] = [[] for _ in stream.outputs]
+    async for index, reply in stream:
+        choices[index].append(reply)
+        renderer.last[index] = reply
     return choices
-
-
-async def _interleave(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, UserReply], None]:
-    """The replies of all streams as they come, each with its stream's index."""
-    if len(streams) == 1:
-        async for reply in streams[0]:
-            yield 0, reply
-        return
-    tasks = {asyncio.ensure_future(anext(stream)): index for index, stream in enumerate(streams)}
-    try:
-        while tasks:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                index = tasks.pop(task)
-                reply = task.result()
-                if reply.finish_reason is None:
-                    tasks[asyncio.ensure_future(anext(streams[index]))] = index
-                yield index, reply
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class EventStream(Response):
@@ -140,51 +104,46 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, streams: Sequence[Stream], renderer: Renderer, seconds: float) -> None:
+    def __init__(self, stream: Stream, renderer: Renderer, seconds: float) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._streams, self._renderer, self._seconds, self._last_sent = streams, renderer, seconds, 0.0
+        self._stream, self._renderer, self._seconds, self._last_sent = stream, renderer, seconds, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         try:
             with contextlib.suppress(ClientDisconnect):  # which has been told
                 await unless_disconnected(receive, self._send(send))
         finally:
-            _abort(self._streams)
+            self._stream.abort()
 
     async def _send(self, send: Send) -> None:
+        renderer = self._renderer
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         keeper = asyncio.ensure_future(self._keep(send))
         try:
-            async with contextlib.aclosing(self._events()) as events:
-                async for data in events:
-                    self._last_sent = time.monotonic()
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            async for index, reply in self._stream:
+                renderer.last[index] = reply
+                if chunks := renderer.chunk(index, reply):
+                    await self._write(send, b"".join(map(event, chunks)))
+            await self._write(send, b"".join(map(event, renderer.last_chunks())) + renderer.done)
+        except MiniSGLError as error:
+            logger.debug("a stream ends with an error: %s", error)
+            await self._write(send, b"".join(map(event, renderer.failure(error))))
         finally:
             keeper.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write(self, send: Send, data: bytes) -> None:
+        self._last_sent = time.monotonic()
+        await send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _keep(self, send: Send) -> None:
         self._last_sent = time.monotonic()
         while self._seconds:
             left = self._last_sent + self._seconds - time.monotonic()
             if left <= 0:
-                self._last_sent, left = time.monotonic(), self._seconds
-                await send({"type": "http.response.body", "body": self._renderer.keep_alive, "more_body": True})
-            await asyncio.sleep(left)
-
-    async def _events(self) -> AsyncGenerator[bytes, None]:
-        renderer = self._renderer
-        try:
-            async with contextlib.aclosing(_interleave(self._streams)) as replies:
-                async for index, reply in replies:
-                    renderer.last[index] = reply
-                    if chunks := renderer.chunk(index, reply):
-                        yield b"".join(map(event, chunks))
-            yield b"".join(map(event, renderer.last_chunks())) + renderer.done
-        except MiniSGLError as error:
-            logger.debug("a stream ends with an error: %s", error)
-            yield b"".join(map(event, renderer.failure(error)))
+                await self._write(send, self._renderer.keep_alive)
+            await asyncio.sleep(left if left > 0 else self._seconds)
 
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:

@@ -78,7 +78,7 @@ class Operations:
         """What was decided at start, and what is going on."""
         stats = await self._frontend.stats(self._seconds)
         load = {
-            "num_requests_in_flight": self._frontend.num_streams,
+            "num_requests_in_flight": self._frontend.num_in_flight,
             "num_running_requests": stats.num_running,
             "num_waiting_requests": stats.num_waiting,
             "num_pages_in_use": stats.num_pages - stats.num_free_pages,
@@ -123,8 +123,7 @@ class Operations:
         require_operator(request.scope["state"], "abort_all", body.abort_all)
         rids = None if body.rid is None else {body.rid} if isinstance(body.rid, str) else {*body.rid}
         streams = self._frontend.find(rids, None if request.state.operator else request.state.owner)
-        self._frontend.abort(streams)
-        return json_response({"num_aborted": len(streams)})
+        return json_response({"num_aborted": self._frontend.abort(streams)})
 
 
 async def _answer(payload: object) -> Response:
