@@ -121,7 +121,9 @@ def test_a_checkpoint_of_integers_and_scales(tmp_path: Path, family: str) -> Non
 
 
 class SecondOfTwo(Communicator):
-    rank, size = 1, 2
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank, self.size = 1, 2
 
 
 class Doubling(RowLinear):

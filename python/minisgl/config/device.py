@@ -309,7 +309,7 @@ def gpu_tokens(config: EngineConfig, gpus: Sequence[Gpu]) -> int:
     budgets = [gpu.free_memory - int(gpu.total_memory * (1 - ratio)) for gpu in gpus]
     gpu = gpus[budgets.index(min(budgets))]
     room = f"{gpu} has {gpu.free_memory / GIB:.1f} of {gpu.total_memory / GIB:.1f} GiB free"
-    weights = model.weight_bytes(config.dtype, tp_size)
+    weights = model.weight_bytes("packed" if model.packed_bytes else config.dtype, tp_size)
     budget = min(budgets) - weights - config.max_running_requests * model.state_bytes_per_row(config.kv_cache_dtype)
     if config.num_pages:
         if (kv := config.num_pages * config.page_bytes) > budget:

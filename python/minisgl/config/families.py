@@ -14,6 +14,7 @@ from minisgl.config import model as specs
 from minisgl.config.chat import read_ends
 from minisgl.config.locate import MAX_INT, Fields, check_directory, merge, read_json
 from minisgl.config.model import DenseMLP, LayerSpec, ModelConfig, MoE, RopeConfig
+from minisgl.config.quantization import read_quantization
 from minisgl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,9 @@ def read_model_config(model_dir: str | Path, override: Mapping[str, Any] | None 
     config_path = path / "config.json"
     fields = Fields(merge(read_json(config_path), override or {}), str(config_path))
     model = parse_model_config(fields)
+    if (quantization := read_quantization(fields, path)) is not None:
+        size = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
+        model = replace(model, quantization=quantization, packed_bytes=size)
     return replace(model, eos_token_ids=read_ends(path, fields, model.vocab_size))
 
 
@@ -148,10 +152,6 @@ def _architecture(f: Fields) -> str:
 
 
 def _refuse_unsupported(f: Fields) -> None:
-    for key in ("quantization_config", "compression_config"):
-        if f.data.get(key):
-            method = f.child(key).text("quant_method", "unknown")
-            raise ConfigError(f"{f.source}: {key} ({method}) not supported; use an unquantized checkpoint")
     if (act := f.text("hidden_act", "silu")) not in _ACTIVATIONS:
         raise ConfigError(f"{f.source}: hidden_act {act!r} not supported (supported: silu)")
     kinds, num_layers = f.list_of(str, "layer_types"), f.integer("num_hidden_layers", 0, most=MAX_LAYERS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import prod
 
+from minisgl.config.quantization import Quantization
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention, and before the MLP
 HEAD_NORMS = ("q_norm", "k_norm")  # of each query and key head
@@ -126,6 +128,7 @@ class ModelConfig:
     dtype: str = "float32"  # of the checkpoint
     eos_token_ids: tuple[int, ...] = ()
     packed_bytes: int = 0  # of weights that stay packed as they are stored; 0: there are none
+    quantization: Quantization | None = None  # of these, in safetensors
 
     @property
     def num_layers(self) -> int:

@@ -33,8 +33,9 @@ class ModelShard:
         self.config, self.device, self.comm, self.ops = config, device, comm, ops
         start = time.perf_counter()
         with torch.inference_mode():
-            env = LayerEnv(comm, ops, DTYPES[config.dtype], device, create_format(config))
             checkpoint = None if config.dummy_weight else Checkpoint(config.model_path)
+            weight_format = create_format(config, device, checkpoint.header() if checkpoint else {})
+            env = LayerEnv(comm, ops, DTYPES[config.dtype], device, weight_format)
             self.model = DecoderModel(env, checkpoint.untied(config.model) if checkpoint else config.model)
             if checkpoint:
                 load_weights(self.model.parts(), checkpoint, show_progress=comm.rank == 0)

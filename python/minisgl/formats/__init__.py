@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from minisgl.config.runtime import EngineConfig
-from minisgl.formats.base import DENSE, Int8, WeightFormat
+from minisgl.formats.base import DENSE, Header, Int8, WeightFormat
+from minisgl.formats.float8 import Float8Format
 from minisgl.formats.gguf import Gguf
+from minisgl.formats.grouped import Awq, Compressed, CompressedInt8, Gptq
+
+# By the layouts of `config/quantization.yaml`.
+_STORED: dict[str, type[Gptq] | type[Compressed] | type[Float8Format]] = {
+    "awq": Awq,
+    "gptq": Gptq,
+    "packed": Compressed,
+    "int8": CompressedInt8,
+    "float8": Float8Format,
+}
 
 
-def create_format(config: EngineConfig) -> WeightFormat:
-    """What reads the weights of a model."""
+def create_format(config: EngineConfig, device: torch.device, header: Mapping[str, Header]) -> WeightFormat:
+    """What reads the weights of a model, onto a device. header: of the checkpoint's tensors; empty: random weights."""
+    dtype: torch.dtype = getattr(torch, config.dtype)
     if config.model_path.endswith(".gguf") and not config.dummy_weight:
-        return Gguf(Path(config.model_path), getattr(torch, config.dtype), torch.device(config.device))
+        return Gguf(Path(config.model_path), dtype, device)
+    if (stored := config.model.quantization) is not None:
+        return _STORED[stored.layout](stored, header, config.model_path, dtype, device)
     return Int8() if config.quantization == "int8" else DENSE

@@ -10,15 +10,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
 from minisgl.config.model import MoE
 from minisgl.kernel.ops import Experts, LayerOps, Matrix, loop_over_experts
+from minisgl.kernel.packed import Packed
 
 Tensor = torch.Tensor
 Shape = tuple[int, int]
 Tensors = dict[str, Tensor]  # of one weight, or of a stack of experts, by names that the format chooses
+
+
+class Header(NamedTuple):
+    """What a checkpoint says of a tensor, a scalar being [1]. dtype: "float32", "bfloat16", …, or safetensors' name."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +47,24 @@ class WeightSlot:
 @dataclass(frozen=True, slots=True)
 class Shard:
     """What this rank holds of one linear layer of the checkpoint: `rows`, and of those `cols`, of a weight of `shape`
-    [out, in]. They are rows `at` and following of the rank's own weight, which may hold several layers', and are
-    followed by `padding` rows of zeros, where the tensors do not exist yet."""
+    [out, in]. They are rows `at` and following of the rank's own weight, which may hold several layers', and
+    `padding` rows of zeros follow them."""
 
     shape: Shape
     rows: tuple[int, int]
     cols: tuple[int, int] | None = None
     at: int = 0
     padding: int = 0
+
+    @property
+    def local(self) -> Shape:
+        """The shard's own shape."""
+        return self.rows[1] - self.rows[0], self.span[1] - self.span[0]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Its columns."""
+        return self.cols or (0, self.shape[1])
 
     def of(self, tensor: Tensor) -> Tensor:
         """The shard's rows of this rank's tensor, [out, ...]."""
@@ -57,8 +77,7 @@ class WeightFormat(ABC):
     def create(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensors:
         """Uninitialised tensors of a weight of `shape` [out, in], or of a stack [num_experts, out, in].
 
-        dtype: of activations. Memory is committed when the loader writes it. A format that knows a weight's type by its
-        name returns {}, and puts its tensors there in `slots`.
+        dtype: of activations. Memory is committed when the loader writes it.
         Raises: ConfigError when the format cannot hold the shape, because it has groups of another size.
         """
         return {"weight": torch.empty(shape, dtype=dtype, device=device)}
@@ -85,6 +104,53 @@ def experts_of(stack: Tensors, num_experts: int) -> Iterator[Tensors]:
     """The tensors of each expert: views of those of the stack, or the stack itself, while it has none."""
     for i in range(num_experts):
         yield {name: tensor[i] for name, tensor in stack.items()} if stack else stack
+
+
+class ByName(WeightFormat):
+    """Makes what a linear layer needs once its name is known: layers that are rows of one matrix may differ. Names of
+    tensors begin as in the checkpoint, and one layer's stand beside one another."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        """dtype: of activations, and of what is stored in full."""
+        self.dtype, self._device = dtype, device
+
+    def create(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensors:  # noqa: ARG002
+        return {}
+
+    def add(self, tensors: Tensors, name: str, shard: Shard, width: int, dtype: torch.dtype) -> Tensor:
+        """A new tensor [the shard's rows, width]; rows of padding, which are zeros, follow it."""
+        num_rows = shard.local[0]
+        tensors[name] = whole = torch.empty(num_rows + shard.padding, width, dtype=dtype, device=self._device)
+        whole[num_rows:] = 0
+        return whole[:num_rows]
+
+    def slots(self, prefix: str, tensors: Tensors, shard: Shard) -> Iterator[WeightSlot]:
+        target = self.add(tensors, f"{prefix}weight", shard, shard.local[1], self.dtype)
+        yield WeightSlot(f"{prefix}weight", shard.shape, target, shard.rows, shard.cols)
+
+    @abstractmethod
+    def part(self, prefix: str, tensors: Tensors) -> Packed | Tensor:
+        """One layer's filled tensors, `prefix` left out of their names: packed, or in full."""
+
+    def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
+        layers = groupby(tensors, lambda name: name.rpartition(".")[0] + ".")
+        parts = [self.part(p, {name.removeprefix(p): tensors[name] for name in names}) for p, names in layers]
+        packed = [part for part in parts if not isinstance(part, Tensor)]
+        if packed and len(packed) == len(parts):
+            return ops.packed_matrix(packed, self.dtype, activation)
+        full = [part if isinstance(part, Tensor) else part.dequantize().to(self.dtype) for part in parts]
+        return ops.matrix(torch.cat(full) if len(full) > 1 else full[0], activation)
+
+    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:
+        first = [self.matrix(ops, tensors, spec.activation) for tensors in by_expert(gate_up)]
+        second = [self.matrix(ops, tensors) for tensors in by_expert(down)]
+        return lambda x, logits: loop_over_experts(x, logits, first, second, spec)
+
+
+def by_expert(stack: Tensors) -> Iterator[Tensors]:
+    """The tensors of each expert, by their names; those of one stand beside one another."""
+    for _, names in groupby(stack, lambda name: name.split(".experts.")[1].partition(".")[0]):
+        yield {name: stack[name] for name in names}
 
 
 class Dense(WeightFormat):

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from minisgl.config.model import MoE
-from minisgl.formats.base import Shard, Tensors, WeightFormat, WeightSlot
+from minisgl.formats.base import Shard, Tensors, WeightFormat, WeightSlot, by_expert
 from minisgl.gguf.config import GgufModel, open_model
 from minisgl.gguf.reader import StoredTensor
 from minisgl.kernel.ops import Experts, LayerOps, Matrix, loop_over_experts
@@ -68,8 +67,8 @@ class Gguf(WeightFormat):
         return matrix
 
     def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:
-        first = [self.matrix(ops, tensors, spec.activation) for tensors in _by_expert(gate_up)]
-        second = [self.matrix(ops, tensors) for tensors in _by_expert(down)]
+        first = [self.matrix(ops, tensors, spec.activation) for tensors in by_expert(gate_up)]
+        second = [self.matrix(ops, tensors) for tensors in by_expert(down)]
         return lambda x, logits: loop_over_experts(x, logits, first, second, spec)
 
     def _rows(self, name: str) -> tuple[StoredTensor | None, Tensor]:
@@ -150,9 +149,3 @@ def _bytes_of(stored: StoredTensor, column: int) -> int:
         size = f"{stored.kind.values} columns, and the ranks' parts begin at column {column}"
         raise stored.wrong(f"cannot be shared with --tensor-parallel-size: {stored.kind.name} has blocks of {size}")
     return stored.kind.row_bytes(column)
-
-
-def _by_expert(stack: Tensors) -> list[Tensors]:
-    """The tensors of each expert; those of one stand together."""
-    found = groupby(stack.items(), lambda item: item[0].rpartition(".experts.")[2].partition(".")[0])
-    return [dict(items) for _, items in found]

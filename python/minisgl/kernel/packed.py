@@ -66,8 +66,8 @@ class Grouped:
 
 @dataclass(frozen=True, slots=True)
 class Float8:
-    """data: [out, in] float8_e4m3fn; scales: [r, c] float32, one for each block of out / r rows and in / c columns,
-    rounded up: [1, 1], [out, 1], or one for 128 × 128. input_scale: of activations; None: theirs are taken anew."""
+    """data: [out, in] float8_e4m3fn; scales: [1, 1], [out, 1], or [r, c] for blocks of 128 × 128, the last of which may
+    be smaller, float32 all. input_scale: of activations; None: theirs are taken anew."""
 
     data: Tensor
     scales: Tensor
@@ -82,8 +82,8 @@ class Float8:
         """The values, [out, in] float32."""
         (num_out, num_in), (r, c) = self.shape, self.scales.shape
         scales = self.scales
-        if r > 1:
-            scales = scales.repeat_interleave(-(-num_out // r), 0)[:num_out]
+        if 1 < r < num_out:
+            scales = scales.repeat_interleave(128, 0)[:num_out]
         if c > 1:
             scales = scales.repeat_interleave(128, 1)[:, :num_in]
         return self.data.float() * scales

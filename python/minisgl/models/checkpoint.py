@@ -24,7 +24,7 @@ from safetensors import safe_open
 from minisgl.config.locate import lfs_hint, listing, weight_files
 from minisgl.config.model import ModelConfig
 from minisgl.errors import ConfigError
-from minisgl.formats.base import WeightSlot
+from minisgl.formats.base import Header, WeightSlot
 from minisgl.formats.gguf import open_slices
 from minisgl.layers.base import Part
 
@@ -39,9 +39,10 @@ _NAME = re.compile(_OUTER + r"(?:(lm_head\..*)|((?:layers|embed_tokens|norm)\..*
 # Tensors that may be stored one below the other, in one.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)\.weight")
-# Buffers that follow from the configuration, and state of training; scales of a quantized KV cache.
+# Buffers that follow from the configuration, and state of training; scales of activations and of a quantized KV cache.
 _IGNORED = re.compile(
-    r"(^|\.)(rotary(_pos)?_emb\..*|position_ids|masked_bias|(self_)?attn\.bias|_extra_state|[kv]_scale)$"
+    r"(^|\.)(rotary(_pos)?_emb\..*|position_ids|masked_bias|(self_)?attn\.bias|_extra_state|"
+    r"[kvq]_scale|weight_shape|input_scale|input_zero_point)$"
 )
 _QUANTIZED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_(scale|packed|zero_point).*|absmax|quant_map|SCB)$")
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -82,7 +83,8 @@ class Shard:
             return dict(open_slices(self._path))
         if self._path.suffix == ".safetensors":
             file: Any = safe_open(str(self._path), framework="pt")
-            return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: part if part.get_shape() else part[...].view(1) for name, part in slices.items()}
         with self._path.open("rb") as head:
             self._is_mapped = head.read(2) == b"PK"  # older files are no archives, and are read as a whole
         content = torch.load(self._path, map_location="cpu", mmap=self._is_mapped, weights_only=True)
@@ -146,6 +148,10 @@ class Checkpoint:
         logger.warning("%s: tie_word_embeddings is not true of these weights, whose lm_head differs", self._source)
         return replace(model, tie_word_embeddings=False)
 
+    def header(self) -> dict[str, Header]:
+        """What the tensors are, by our layers' names."""
+        return {name: Header(stored.dtype, stored.shape) for name, stored in self._stored.items()}
+
     def sources(self, slots: list[WeightSlot]) -> list[Source]:
         """Where each slot's tensor is. Raises: ConfigError with all that is missing, left over or of another shape."""
         shapes = {slot.name: slot.shape for slot in slots}
@@ -164,7 +170,7 @@ class Checkpoint:
             wanted = wanted if expert is None else (num_experts, *wanted)
             if stored.shape != wanted:
                 wrong[name] = f"{stored.name} is {list(stored.shape)}, not {list(wanted)}"
-            used[name] = slot.transform is None and slot.target.is_floating_point()
+            used[name] = slot.transform is None and slot.target.dtype.is_floating_point and slot.target.itemsize > 1
             found.append(Source(stored, expert, first))
         self._check_rest(used, {_region(name) for name in shapes}, missing, list(wrong.values()))
         return found

@@ -1,0 +1,68 @@
+"""Checkpoints of 8-bit floats: Qwen3-*-FP8 and others of `fp8`, compressed-tensors, ModelOpt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from minisgl.config.quantization import Scheme
+from minisgl.formats.base import Shard, Tensor, Tensors, WeightSlot
+from minisgl.formats.stored import StoredFormat
+from minisgl.kernel.packed import Float8
+from minisgl.utils.math import div_ceil
+
+BLOCK = 128  # rows and columns of one scale, where a matrix of them is stored
+
+
+class Float8Format(StoredFormat):
+    """weight: [out, in] float8_e4m3fn; weight_scale: [1] or [out, 1], or weight_scale_inv or weight_scale: one for each
+    128 × 128; input_scale: [1], where activations have one."""
+
+    def packed_slots(self, prefix: str, tensors: Tensors, shard: Shard, scheme: Scheme) -> Iterator[WeightSlot]:  # noqa: ARG002
+        self.check_type(f"{prefix}weight", "F8_E4M3")
+        weight = self.add(tensors, f"{prefix}weight", shard, shard.local[1], torch.float8_e4m3fn)
+        yield WeightSlot(f"{prefix}weight", shard.shape, weight, shard.rows, shard.cols)
+        yield self._scales(prefix, tensors, shard)
+        if f"{prefix}input_scale" in self.header:
+            scale = tensors[f"{prefix}input_scale"] = torch.empty(1)
+            yield WeightSlot(f"{prefix}input_scale", (1,), scale, (0, 1))
+
+    def _scales(self, prefix: str, tensors: Tensors, shard: Shard) -> WeightSlot:
+        name = self._scale_name(prefix)
+        shape = self.header[name].shape if name in self.header else (1,)
+        (num_out, num_in), key, rows = shard.shape, f"{prefix}scale", shard.rows
+        self.float_type(name)
+        if shape == (num_out,):
+            target = self.add(tensors, key, shard, 1, torch.float32)
+            return WeightSlot(name, shape, target, rows, transform=lambda part: part.unsqueeze(1))
+        if shape == (num_out, 1):
+            return WeightSlot(name, shape, self.add(tensors, key, shard, 1, torch.float32), rows)
+        if shape == (1,):
+            tensors[key] = torch.empty(1, 1)
+            return WeightSlot(name, shape, tensors[key], (0, 1))
+        rows, cols = (self._blocks(name, *part) for part in ((rows, num_out), (shard.span, num_in)))
+        tensors[key] = torch.zeros(div_ceil(shard.local[0] + shard.padding, BLOCK), cols[1] - cols[0])
+        target = tensors[key][: rows[1] - rows[0]]
+        return WeightSlot(name, (div_ceil(num_out, BLOCK), div_ceil(num_in, BLOCK)), target, rows, cols)
+
+    def _scale_name(self, prefix: str) -> str:
+        name = f"{prefix}weight_scale"
+        return f"{name}_inv" if f"{name}_inv" in self.header else name
+
+    def _blocks(self, name: str, part: tuple[int, int], size: int) -> tuple[int, int]:
+        """The blocks that hold rows or columns [begin, end) of `size`."""
+        (begin, end), first, last = part, part[0] // BLOCK, div_ceil(part[1], BLOCK)
+        if last - first > 1 and (begin % BLOCK or (end % BLOCK and end != size)):
+            raise self.error(name, f"tensor parallelism would cut [{begin}, {end}) of {size} through blocks of {BLOCK}")
+        return first, last
+
+    def part(self, prefix: str, tensors: Tensors) -> Float8 | Tensor:
+        if "scale" not in tensors:
+            return tensors["weight"]
+        self.check_scales(self._scale_name(prefix), tensors["scale"])
+        static = tensors.get("input_scale")
+        if static is not None:
+            self.check_scales(f"{prefix}input_scale", static)
+        weight = tensors["weight"]
+        return Float8(weight, tensors["scale"].to(weight.device), None if static is None else float(static))

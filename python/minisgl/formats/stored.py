@@ -1,0 +1,78 @@
+"""What formats of quantized safetensors have in common: which layers are packed, which are in full, and the errors."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+
+from minisgl.config.quantization import Quantization, Scheme
+from minisgl.errors import ConfigError
+from minisgl.formats.base import ByName, Header, Shard, Tensor, Tensors, WeightSlot
+
+FULL = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
+
+
+class StoredFormat(ByName):
+    """header: of the checkpoint; empty: there is none, and all is as `spec` says. source: its directory, for errors."""
+
+    def __init__(
+        self,
+        spec: Quantization,
+        header: Mapping[str, Header],
+        source: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(dtype, device)
+        self.spec, self.header, self._source = spec, header, source
+
+    def error(self, name: str, reason: str) -> ConfigError:
+        return ConfigError(f"the weights in {self._source!r} cannot be used: {name}: {reason}")
+
+    def slots(self, prefix: str, tensors: Tensors, shard: Shard) -> Iterator[WeightSlot]:
+        if self._is_full(prefix):
+            yield from super().slots(prefix, tensors, shard)
+        else:
+            yield from self.packed_slots(prefix, tensors, shard, self.scheme(prefix))
+
+    @abstractmethod
+    def packed_slots(self, prefix: str, tensors: Tensors, shard: Shard, scheme: Scheme) -> Iterator[WeightSlot]:
+        """Of a layer that is not stored in full."""
+
+    def scheme(self, prefix: str) -> Scheme:
+        """The first whose targets name the layer; those that name it by its class come last."""
+        schemes = sorted(self.spec.schemes, key=lambda scheme: "Linear" in scheme.targets)
+        return next((s for s in schemes if any(_matches(prefix, t) for t in s.targets)), schemes[-1])
+
+    def _is_full(self, prefix: str) -> bool:
+        """What the checkpoint has counts, whatever the lists say."""
+        stored = self.header.get(f"{prefix}weight")
+        if stored is not None or self.header:
+            return stored is not None and stored.dtype in FULL
+        return prefix in ("model.embed_tokens.", "lm_head.") or any(_matches(prefix, p) for p in self.spec.ignored)
+
+    def float_type(self, name: str) -> torch.dtype:
+        """Of scales, as they are stored. Raises: ConfigError when these are no floats."""
+        stored = self.header.get(name, Header("float32", ()))
+        if stored.dtype not in FULL:
+            raise self.error(name, f"it is {stored.dtype}, and scales are floats")
+        return FULL[stored.dtype]
+
+    def check_type(self, name: str, dtype: str) -> None:
+        if name in self.header and (found := self.header[name].dtype) != dtype:
+            raise self.error(name, f"it is {found}, not {dtype}")
+
+    def check_scales(self, name: str, scales: Tensor) -> None:
+        if not bool(scales.isfinite().all()):
+            raise self.error(name, "it holds NaN or infinity")
+
+
+def _matches(prefix: str, pattern: str) -> bool:
+    """A regular expression after `re:`, from the beginning on; else a name, or a part of one between dots, with `*`."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], prefix.removesuffix(".")) is not None
+    return fnmatchcase(f".{prefix}", f"*.{pattern}.*")

@@ -1,0 +1,377 @@
+"""Quantized checkpoints, packed here as their formats are published: the logits are those of transformers with the
+weights that they stand for."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minisgl.distributed.comm import Communicator
+from minisgl.errors import ConfigError
+from minisgl.formats import create_format
+from minisgl.kernel.ops import TorchOps
+from minisgl.layers.base import LayerEnv
+from minisgl.models.checkpoint import Checkpoint, load_weights
+from minisgl.models.decoder import DecoderModel
+from tests.driver import CPU_KERNELS, engine_config, engine_logits
+from tests.models import hf_model, random_prompt, tiny_model
+
+Tensors = dict[str, torch.Tensor]
+PROMPT = random_prompt(40)
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def words(values: torch.Tensor, bits: int, order: list[int] | None = None) -> torch.Tensor:
+    """values: [n, m], below 2 ** bits → [n, m * bits / 32] int32; value order[i] of a word lies at bit i * bits."""
+    per_word = 32 // bits
+    groups = values.to(torch.int64).reshape(len(values), -1, per_word)
+    packed = torch.zeros(groups.shape[:2], dtype=torch.int64)
+    for i in range(per_word):
+        packed += groups[:, :, order[i] if order else i] << (bits * i)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def grouped(
+    weight: torch.Tensor, bits: int, group: int, symmetric: bool, order: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """→ codes [out, in], scales and zeros [out, groups], and the weight that they stand for. order: the group of each
+    column, in place of one after the other."""
+    num_in = weight.shape[1]
+    group = num_in if group == -1 else group
+    index = torch.arange(num_in) // group if order is None else order
+    num_groups, most = num_in // group, 2**bits - 1
+    low = torch.stack([weight[:, index == g].amin(1).clamp(max=0) for g in range(num_groups)], 1)
+    high = torch.stack([weight[:, index == g].amax(1).clamp(min=0) for g in range(num_groups)], 1)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    scales = ((high - low) / most).clamp(min=1e-6).half().float()
+    zeros = torch.full_like(scales, 2 ** (bits - 1)) if symmetric else (-low / scales).round().clamp(0, most)
+    codes = (weight / scales[:, index] + zeros[:, index]).round().clamp(0, most)
+    return codes, scales, zeros, (codes - zeros[:, index]) * scales[:, index]
+
+
+def awq(name: str, weight: torch.Tensor, group: int = 32) -> tuple[Tensors, torch.Tensor]:
+    codes, scales, zeros, meant = grouped(weight, 4, group, symmetric=False)
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    tensors = {"qweight": words(codes.t(), 4, order), "qzeros": words(zeros.t(), 4, order), "scales": scales.t().half()}
+    return {f"{name}.{key}": tensor.contiguous() for key, tensor in tensors.items()}, meant
+
+
+def gptq(
+    name: str, weight: torch.Tensor, bits: int = 4, group: int = 32, symmetric: bool = True, v2: bool = False,
+    act_order: bool = False,
+) -> tuple[Tensors, torch.Tensor]:  # fmt: skip
+    num_in = weight.shape[1]
+    size = num_in if group == -1 else group
+    order = torch.arange(num_in) // size
+    if act_order:
+        order = order[torch.randperm(num_in, generator=torch.Generator().manual_seed(1))]
+    codes, scales, zeros, meant = grouped(weight, bits, group, symmetric, order)
+    stored = zeros if v2 else (zeros - 1) % 2**bits
+    tensors = {
+        "qweight": words(codes, bits).t(),
+        "qzeros": words(stored.t(), bits),
+        "scales": scales.t().half(),
+        "g_idx": order.int(),
+    }
+    return {f"{name}.{key}": tensor.contiguous() for key, tensor in tensors.items()}, meant
+
+
+def compressed(
+    name: str, weight: torch.Tensor, bits: int = 4, group: int = 32, symmetric: bool = True
+) -> tuple[Tensors, torch.Tensor]:
+    codes, scales, zeros, meant = grouped(weight, bits, group, symmetric)
+    tensors = {
+        "weight_packed": words(codes, bits),
+        "weight_scale": scales.bfloat16() if bits == 8 else scales.half(),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    if bits == 8:  # the scales are what is stored
+        meant = meant / scales.repeat_interleave(weight.shape[1] // scales.shape[1], 1)
+        meant = meant * scales.bfloat16().float().repeat_interleave(weight.shape[1] // scales.shape[1], 1)
+    if not symmetric:
+        tensors["weight_zero_point"] = words(zeros.t(), bits).t().contiguous()
+    return {f"{name}.{key}": tensor for key, tensor in tensors.items()}, meant
+
+
+def float8(name: str, weight: torch.Tensor, kind: str = "block", static: bool = False) -> tuple[Tensors, torch.Tensor]:
+    num_out, num_in = weight.shape
+    block = {"tensor": (num_out, num_in), "channel": (1, num_in), "block": (128, 128)}[kind]
+    most = torch.nn.functional.pad(weight.abs(), (0, -num_in % block[1], 0, -num_out % block[0]))
+    most = most.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).amax((1, 3))
+    scales = most / 448
+    wide = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:num_out, :num_in]
+    codes = (weight / wide).to(torch.float8_e4m3fn)
+    tensors = {"weight": codes, "weight_scale_inv" if kind == "block" else "weight_scale": scales}
+    if kind == "tensor":
+        tensors["weight_scale"] = scales.view(())
+    if static:
+        tensors["input_scale"] = torch.tensor([0.05])
+    return {f"{name}.{key}": tensor for key, tensor in tensors.items()}, codes.float() * wide
+
+
+def int8(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    scales = weight.abs().amax(1, keepdim=True) / 127
+    codes = (weight / scales).round()
+    return {f"{name}.weight": codes.to(torch.int8), f"{name}.weight_scale": scales}, codes * scales
+
+
+Quantize = Callable[..., tuple[Tensors, torch.Tensor]]
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def compressed_config(form: str, ignore: tuple[str, ...] = ("lm_head",), **weights: Any) -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": list(ignore)}
+
+
+CASES: dict[str, tuple[Quantize, dict[str, Any], dict[str, Any]]] = {
+    "awq": (awq, {}, AWQ),
+    "awq in groups of 64": (awq, {"group": 64}, {**AWQ, "group_size": 64}),
+    "gptq": (gptq, {}, GPTQ),
+    "gptq with zeros": (gptq, {"symmetric": False}, {**GPTQ, "sym": False}),
+    "gptq v2": (gptq, {"symmetric": False, "v2": True}, {**GPTQ, "sym": False, "checkpoint_format": "gptq_v2"}),
+    "gptq in order of activations": (gptq, {"act_order": True}, {**GPTQ, "desc_act": True}),
+    "gptq of 8 bits in order": (gptq, {"bits": 8, "act_order": True}, {**GPTQ, "bits": 8, "desc_act": True}),
+    "gptq of 8 bits": (gptq, {"bits": 8, "group": 128}, {**GPTQ, "bits": 8, "group_size": 128}),
+    "gptq of rows": (gptq, {"group": -1}, {**GPTQ, "group_size": -1}),
+    "compressed": (compressed, {}, compressed_config("pack-quantized", type="int", num_bits=4, group_size=32)),
+    "compressed with zeros": (
+        compressed,
+        {"symmetric": False},
+        compressed_config("pack-quantized", type="int", num_bits=4, group_size=32, symmetric=False),
+    ),
+    "compressed, 8 bits, rows": (
+        compressed,
+        {"bits": 8, "group": -1},
+        compressed_config("pack-quantized", type="int", num_bits=8, strategy="channel"),
+    ),
+    "compressed int8": (
+        int8,
+        {},
+        compressed_config("int-quantized", type="int", num_bits=8, strategy="channel"),
+    ),
+    "fp8 of blocks": (float8, {}, FP8),
+    "fp8 of tensors": (float8, {"kind": "tensor", "static": True}, {**FP8, "weight_block_size": None}),
+    "compressed fp8 of rows": (
+        float8,
+        {"kind": "channel"},
+        compressed_config("float-quantized", type="float", num_bits=8, strategy="channel"),
+    ),
+    "modelopt": (
+        float8,
+        {"kind": "tensor", "static": True},
+        {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head"]},
+    ),
+}
+
+
+def quantized(
+    target: Path,
+    case: str,
+    family: str = "qwen3",
+    full: tuple[str, ...] = (),
+    **overrides: Any,
+) -> tuple[Path, torch.nn.Module]:
+    """A checkpoint, and transformers' model with the weights that it stands for. full: parts of names of layers that
+    are not quantized, beside embedding, head and routers."""
+    quantize, options, config = CASES[case]
+    source = tiny_model(family, **{**SIZES, **overrides})
+    shutil.copytree(source, target)
+    model = copy.deepcopy(hf_model(source))
+    tensors: Tensors = {}
+    full += ("embed_tokens", "lm_head", "mlp.gate.")
+    for name, weight in load_file(source / "model.safetensors").items():
+        if weight.dim() < 2 or any(part in name for part in full):
+            tensors[name] = weight
+            continue
+        stored, meant = quantize(name.removesuffix(".weight"), weight, **options)
+        tensors |= stored
+        set_weight(model, name, meant)
+    save_file(tensors, target / "model.safetensors")
+    fields = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**fields, "quantization_config": config}))
+    return target, model
+
+
+def set_weight(model: torch.nn.Module, name: str, weight: torch.Tensor) -> None:
+    """In transformers 5 experts are stacked, gate above up."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        if ".experts." not in name:
+            parameters[name].copy_(weight)
+            return
+        stem, _, rest = name.partition(".experts.")
+        number, part, _ = rest.split(".")
+        stack = parameters[f"{stem}.experts.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"][int(number)]
+        begin = len(stack) // 2 if part == "up_proj" else 0
+        stack[begin : begin + len(weight)].copy_(weight)
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([PROMPT])).logits[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_logits_are_those_of_the_weights(tmp_path: Path, case: str) -> None:
+    path, model = quantized(tmp_path / "model", case)
+    expected, plain = logits_of(model), logits_of(hf_model(tiny_model("qwen3", **SIZES)))
+    assert (expected - plain).norm() / plain.norm() > 1e-3, "nothing was rounded"
+    torch.testing.assert_close(engine_logits(path, PROMPT), expected, atol=1e-3, rtol=1e-3)
+    kernels = engine_logits(path, PROMPT, **CPU_KERNELS)
+    assert (kernels - expected).norm() / expected.norm() < 0.04, "activations are rounded to 8 bits"
+
+
+@pytest.mark.parametrize("case", ["awq", "gptq with zeros", "compressed with zeros", "fp8 of blocks", "fp8 of tensors"])
+def test_experts_and_layers_in_full(tmp_path: Path, case: str) -> None:
+    full = ("layers.1.self_attn.v_proj", "layers.2.mlp.experts.3.up_proj", "layers.2.self_attn")
+    sizes = {"moe_intermediate_size": 128, "num_experts": 4}
+    path, model = quantized(tmp_path / "model", case, "qwen3_moe", full, **sizes)
+    torch.testing.assert_close(engine_logits(path, PROMPT), logits_of(model), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["awq", "gptq", "compressed int8", "fp8 of blocks"])
+def test_biases_a_tied_head_and_sizes_that_blocks_do_not_divide(tmp_path: Path, case: str) -> None:
+    sizes = {"hidden_size": 192, "intermediate_size": 320, "tie_word_embeddings": True}
+    path, model = quantized(tmp_path / "model", case, "qwen2", **sizes)
+    torch.testing.assert_close(engine_logits(path, PROMPT), logits_of(model), atol=1e-3, rtol=1e-3)
+
+
+class SecondOfTwo(Communicator):
+    """Rank 1 of 2, whose sums are its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rank, self.size = 1, 2
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "in order" not in case])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_a_rank_s_share(tmp_path: Path, case: str, family: str) -> None:
+    """Rank 1 of 2 computes what it does with the weights that the checkpoint stands for."""
+    sizes = {"head_dim": 128, "intermediate_size": 512, "moe_intermediate_size": 256, "vocab_size": 255}
+    packed, model = quantized(tmp_path / "model", case, family, **sizes)
+    model.save_pretrained(tmp_path / "plain")
+    mine, theirs = (loaded(path, SecondOfTwo()) for path in (packed, tmp_path / "plain"))
+    x, norm = torch.randn(3, 128), torch.ones(128)
+    torch.testing.assert_close(mine.lm_head.logits(x, norm, 1e-6), theirs.lm_head.logits(x, norm, 1e-6))
+    for ours, plain in zip(mine.layers, theirs.layers, strict=True):
+        close = {"atol": 1e-4, "rtol": 1e-4}
+        torch.testing.assert_close(ours.mlp.forward(x.clone(), norm), plain.mlp.forward(x.clone(), norm), **close)
+        outputs = (layer.self_attn.qkv_proj.forward(x, norm, 1e-6) for layer in (ours, plain))
+        torch.testing.assert_close(*outputs, **close)
+        heads = torch.randn(3, 256)
+        outputs = (layer.self_attn.o_proj.forward(heads, x.clone()) for layer in (ours, plain))
+        torch.testing.assert_close(*outputs, **close)
+
+
+def loaded(path: Path, comm: Communicator) -> DecoderModel:
+    config, checkpoint, device = engine_config(path), Checkpoint(path), torch.device("cpu")
+    form = create_format(config, device, checkpoint.header())
+    with torch.inference_mode():
+        model = DecoderModel(LayerEnv(comm, TorchOps(), torch.float32, device, form), config.model)
+        load_weights(model.parts(), checkpoint, show_progress=False)
+    return model
+
+
+NAME = "model.layers.1.mlp.down_proj"
+
+
+def without(end: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if name != f"{NAME}.{end}"}
+
+
+def changed(end: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {**tensors, f"{NAME}.{end}": change(tensors[f"{NAME}.{end}"])}
+
+
+def spoiled(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.view(-1)[-1] = torch.nan
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "says"),
+    [
+        ("awq", without("scales"), rf"missing: {NAME}.scales"),
+        ("gptq", without("qweight"), rf"missing: {NAME}.qweight"),
+        ("fp8 of blocks", without("weight_scale_inv"), rf"missing: {NAME}.weight_scale"),
+        ("compressed", without("weight_scale"), rf"missing: {NAME}.weight_scale"),
+        ("awq", changed("scales", spoiled), rf"{NAME}.scales: it holds NaN"),
+        ("fp8 of blocks", changed("weight_scale_inv", spoiled), rf"{NAME}.weight_scale_inv: it holds NaN"),
+        ("fp8 of tensors", changed("input_scale", spoiled), rf"{NAME}.input_scale: it holds NaN"),
+        (
+            "awq",
+            changed("qzeros", lambda t: t[:-1].clone()),
+            rf"wrong shape: {NAME}.qzeros is \[7, 16\], not \[8, 16\]",
+        ),
+        ("awq", changed("qweight", lambda t: t.long()), rf"{NAME}.qweight: it is I64, not I32"),
+        ("gptq", changed("scales", lambda t: t.int()), rf"{NAME}.scales: it is I32, and scales are floats"),
+        ("gptq", changed("g_idx", lambda t: t * 0), rf"{NAME}.g_idx: the columns here are not in 8 groups of 32"),
+        (
+            "fp8 of blocks",
+            changed("weight", lambda t: t.to(torch.float8_e5m2)),
+            rf"{NAME}.weight: it is F8_E5M2, not F8",
+        ),
+        ("fp8 of blocks", changed("weight_scale_inv", lambda t: t[:, :1].clone()), r"_inv is \[1, 1\], not \[1, 2\]"),
+    ],
+)
+def test_bad_tensors_are_named(
+    tmp_path: Path, case: str, change: Callable[[Tensors], Tensors], says: str
+) -> None:  # fmt: skip
+    path, _ = quantized(tmp_path / "model", case)
+    file = path / "model.safetensors"
+    save_file(change(load_file(file)), file)
+    with pytest.raises(ConfigError, match=says) as caught:
+        engine_logits(path, PROMPT)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "sizes", "says"),
+    [
+        (
+            "awq",
+            {"intermediate_size": 192, "group": 128},
+            r"down_proj.qweight: groups of 128 do not divide its 192 col",
+        ),
+        (
+            "awq",
+            {"intermediate_size": 192},
+            r"down_proj.qweight: tensor parallelism would cut its 192 columns .* of 64",
+        ),
+        (
+            "fp8 of blocks",
+            {"intermediate_size": 384},
+            r"gate_proj.weight_scale_inv: tensor parallelism would cut \[192, 3",
+        ),
+        ("gptq in order of activations", {}, r"g_idx: .*; with act-order, --tensor-parallel-size must be 1"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(tmp_path: Path, case: str, sizes: dict[str, int], says: str) -> None:
+    sizes = dict(sizes)
+    group = sizes.pop("group", 64)
+    path, _ = quantized(tmp_path / "model", case, **sizes)
+    if case == "awq":
+        with_group(path, group)
+    with pytest.raises(ConfigError, match=says) as caught:
+        loaded(path, SecondOfTwo())
+    assert "\n" not in str(caught.value)
+
+
+def with_group(path: Path, group: int) -> None:
+    fields = json.loads((path / "config.json").read_text())
+    fields["quantization_config"]["group_size"] = group
+    (path / "config.json").write_text(json.dumps(fields))
