@@ -12,9 +12,8 @@ import torch
 
 from minisgl.config.families import read_model_config
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
+from minisgl.core import Admission, Executor, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.cpu import CpuRunner
-from minisgl.engine.engine import Engine
 from minisgl.engine.tables import StepIndex
 
 GREEDY = SamplingParams(temperature=0.0, seed=0)
@@ -76,7 +75,7 @@ class _Seq:
 
 
 def generate(
-    engine: Engine,
+    engine: Executor,
     config: EngineConfig,
     prompts: Sequence[Sequence[int]],
     num_tokens: int | Sequence[int],

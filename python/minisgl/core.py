@@ -329,7 +329,7 @@ class Executor(Protocol):
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> StepHandle: ...
 
     def close(self) -> None:
-        """Finish what was submitted and free the device. Idempotent."""
+        """Finish what was submitted, leave the other ranks, and free the device."""
 
 
 class ReqOutput(NamedTuple):

@@ -72,7 +72,7 @@ class Load:
             self._turn()
         for uid in list(self._open)[::2]:
             self._abort(uid)
-        while self._open or not self._llm.rank.scheduler.planner.is_idle:
+        while self._open or not self._llm.scheduler.planner.is_idle:
             self._turn()
 
     def _ids(self, count: int) -> list[int]:
@@ -95,7 +95,7 @@ class Load:
         self.counts["aborted"] += 1
 
     def _turn(self) -> None:
-        if not self._open and self._llm.rank.scheduler.planner.is_idle:
+        if not self._open and self._llm.scheduler.planner.is_idle:
             return  # it would wait for ever
         for pending in self._llm.turn():
             assert pending.replies[-1].error is None, pending.replies[-1].error
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> Counter[str]:
             load = Load(llm, args.seed, None if args.shape else path, args.device)
             load.run(args.seconds)
             load.check_rate()
-            planner = llm.rank.scheduler.planner
+            planner = llm.scheduler.planner
             planner.check_integrity()
             assert planner.pages.num_free == options["num_pages"], "pages are lost"
             load.counts["retracted"] = planner.num_retracted

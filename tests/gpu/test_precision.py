@@ -14,7 +14,7 @@ import torch
 
 from minisgl import LLM
 from minisgl.config.resolve import prepare
-from minisgl.engine.engine import Engine
+from minisgl.engine.engine import create_engine
 from minisgl.engine.step import LogitsOf
 from minisgl.engine.tables import Batch
 from minisgl.errors import ConfigError
@@ -37,9 +37,8 @@ def device_logits(path: Path, tokens: list[int], dtype: str) -> torch.Tensor:
     """[num_tokens, vocab_size] of one prompt, float32, on the CPU."""
     options = {"model_path": str(path), "dtype": dtype, "max_running_requests": 2}
     config = prepare(with_defaults(options)).engine
-    engine = Engine(config)
-    assert engine.runner is not None
-    steps = engine.runner.steps
+    engine = create_engine(config)
+    steps = engine.steps
     forward, seen = steps.forward, []
 
     def record(batch: Batch) -> LogitsOf:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from minisgl.config.families import read_model_config
 from minisgl.distributed.comm import Communicator
 from minisgl.engine.cpu import CpuRunner
-from minisgl.engine.engine import Engine
+from minisgl.engine.engine import create_engine
 from minisgl.errors import ConfigError
 from minisgl.kernel.ops import TorchOps
 from minisgl.layers.base import LayerEnv
@@ -31,7 +31,7 @@ BIASED = {"attention_bias": True, "mlp_bias": True}
 
 def tokens_of(path: Path, **options: object) -> list[int]:
     config = engine_config(path, **options)
-    engine = Engine(config)
+    engine = create_engine(config)
     output = generate(engine, config, [PROMPT], 12)[0]
     engine.close()
     return output

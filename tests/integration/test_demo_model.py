@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minisgl.engine.engine import Engine
+from minisgl.engine.engine import create_engine
 from tests.driver import CPU_KERNELS, engine_config, engine_logits, generate
 
 ROOT = Path(__file__).parents[2]
@@ -307,7 +307,7 @@ def test_int8_chooses_the_same_tokens(tokenizer: Any) -> None:
         for text in texts
     ]
     config = engine_config(MODEL, **CPU_KERNELS)
-    engine = Engine(config)
+    engine = create_engine(config)
     replies = generate(engine, config, prompts, 48)
     engine.close()
     same = []

@@ -89,7 +89,7 @@ def test_greedy_tokens_do_not_depend_on_the_schedule(model: Path, expected: list
         for _ in range(2):  # the second time, prompts and outputs are in the cache
             outputs = llm.generate(make_prompts(), GREEDY)
             assert [output.token_ids for output in outputs] == expected
-        assert llm.rank.scheduler.planner.pages.num_free == llm.config.engine.num_pages
+        assert llm.scheduler.planner.pages.num_free == llm.config.engine.num_pages
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -157,7 +157,7 @@ def test_streams_can_be_read_in_turn_and_left_early(llm: LLM) -> None:
     for _ in llm.stream("Hello", params):
         break
     assert llm.generate("Hello", params)[0].token_ids == whole[0].token_ids
-    assert llm.rank.scheduler.planner.pages.num_free == llm.config.engine.num_pages
+    assert llm.scheduler.planner.pages.num_free == llm.config.engine.num_pages
 
 
 def test_chat_applies_the_template(llm: LLM) -> None:
@@ -250,9 +250,9 @@ def test_ctrl_c_whenever_it_comes(model: Path, monkeypatch: pytest.MonkeyPatch, 
         expected = llm.generate([5, 6, 7], GREEDY)[0].token_ids
         engine = llm.rank.engine
         owner, name = {
-            "plan": (llm.rank.scheduler.planner, "plan"),
+            "plan": (llm.scheduler.planner, "plan"),
             "submit": (engine, "submit"),
-            "wait": (llm.rank.transport, "pump"),
+            "wait": (llm.transport, "pump"),
         }[moment]
         real = getattr(owner, name)
 

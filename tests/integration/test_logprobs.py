@@ -10,7 +10,7 @@ import torch
 
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import SamplingParams
-from minisgl.engine.engine import Engine
+from minisgl.engine.engine import create_engine
 from minisgl.scheduler.planner import Planner
 from tests.driver import engine_config
 from tests.models import hf_logits, random_prompt, tiny_model
@@ -26,7 +26,7 @@ class Session:
         page_size, num_pages = options.pop("page_size", 4), options.pop("num_pages", 256)
         chunk, overlap = options.pop("chunk", 64), options.pop("overlap", True)
         config = engine_config(self.path, page_size=page_size, num_pages=num_pages, **options)
-        self.engine, self.overlap = Engine(config), overlap
+        self.engine, self.overlap = create_engine(config), overlap
         self.planner = Planner(
             SchedulerConfig(
                 config.max_running_requests,

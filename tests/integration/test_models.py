@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from minisgl.engine.engine import Engine
+from minisgl.engine.engine import create_engine
 from tests.driver import CPU_KERNELS, engine_config, engine_logits, generate
 from tests.models import FAMILIES, hf_generate, hf_logits, hf_model, random_prompt, tiny_model
 
@@ -80,7 +80,7 @@ def test_greedy_tokens_equal_hf(model: Path) -> None:
     assert all(len(set(tokens)) > 8 for tokens in expected[1:]), "a degenerate sequence proves little"
     for kernels in ({}, CPU_KERNELS):
         config = engine_config(model, page_size=4, **kernels)
-        engine = Engine(config)
+        engine = create_engine(config)
         assert generate(engine, config, prompts, 64, chunk=13) == expected
         engine.close()
 
@@ -102,7 +102,7 @@ def test_half_precision(family: str, dtype: str, tolerance: float) -> None:
     error = (logits - reference).abs().mean() / reference.std()
     assert error < tolerance
     config = engine_config(path, dtype=dtype)
-    engine = Engine(config)
+    engine = create_engine(config)
     assert len(generate(engine, config, [tokens], 8)[0]) == 8
     engine.close()
 

@@ -80,7 +80,7 @@ def test_an_abort_leaves_nothing_behind(llm: LLM) -> None:
     stream.close()  # type: ignore[attr-defined]
     output = llm.generate("A person:", params(PERSON), progress=False)[0]
     jsonschema.validate(json.loads(output.text), PERSON)
-    assert not llm.rank.transport.grammars.outputs  # type: ignore[union-attr]
+    assert not llm.transport.grammars.outputs  # type: ignore[union-attr]
 
 
 def test_kinds(llm: LLM) -> None:

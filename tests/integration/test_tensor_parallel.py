@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from minisgl.core import SamplingParams
-from minisgl.engine.engine import Engine
+from minisgl.engine.engine import create_engine
 from minisgl.errors import ConfigError
 from tests.driver import CPU_KERNELS, GREEDY, engine_config, generate
 from tests.models import random_prompt, tiny_model
@@ -28,7 +28,7 @@ def run_rank(rank: int, cases: list[tuple[Path, int, str]], fields: dict[str, An
         if rank >= tp_size:
             continue
         config = engine_config(path, tp_size=tp_size, init_method=init_method, **fields)
-        engine = Engine(config, rank)
+        engine = create_engine(config, rank)
         outputs = generate(engine, config, PROMPTS, 12, PARAMS, chunk=20, stagger=1)
         engine.close()
         results.put((i, rank, outputs))
@@ -74,7 +74,7 @@ def test_ranks_agree_with_one_rank() -> None:
     found = run_ranks(models, **{**CPU_KERNELS, "num_threads": 1})
     for case, (path, tp_size) in enumerate(models):
         config = engine_config(path)
-        engine = Engine(config)
+        engine = create_engine(config)
         expected = generate(engine, config, PROMPTS, 12, PARAMS)
         engine.close()
         for rank in range(tp_size):
@@ -85,7 +85,7 @@ def test_dummy_weights_do_not_depend_on_ranks() -> None:
     path = tiny_model("qwen3")
     found = run_ranks([(path, 2)], dummy_weight=True, seed=3)
     config = engine_config(path, dummy_weight=True, seed=3)
-    engine = Engine(config)
+    engine = create_engine(config)
     assert found[0, 0] == found[0, 1] == generate(engine, config, PROMPTS, 12, PARAMS)
     engine.close()
 

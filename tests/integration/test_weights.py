@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisgl.engine.cpu import CpuRunner
-from minisgl.engine.engine import Engine
+from minisgl.engine.engine import create_engine
 from minisgl.errors import ConfigError
 from tests.driver import engine_config, generate
 from tests.models import hf_generate, random_prompt, tiny_model
@@ -39,7 +39,7 @@ def test_sharded(family: str) -> None:
     path = tiny_model(family, shard="100KB")
     assert len(list(path.glob("*.safetensors"))) > 2
     config = engine_config(path)
-    engine = Engine(config)
+    engine = create_engine(config)
     prompt = random_prompt(9)
     assert generate(engine, config, [prompt], 16) == [hf_generate(path, prompt, 16)]
     engine.close()
@@ -51,7 +51,7 @@ def test_tied_checkpoint_that_holds_the_head_too(tmp_path: Path) -> None:
     inv_freq = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change_weights(path, {"lm_head.weight": embedding.clone(), inv_freq: torch.ones(4)})
     config = engine_config(path)
-    engine = Engine(config)
+    engine = create_engine(config)
     prompt = random_prompt(9)
     assert generate(engine, config, [prompt], 8) == [hf_generate(path, prompt, 8)]
     engine.close()
@@ -96,7 +96,7 @@ def test_dummy_weights_need_no_files(tmp_path: Path) -> None:
     config = engine_config(tmp_path, dummy_weight=True)
     outputs = []
     for _ in range(2):
-        engine = Engine(config)
+        engine = create_engine(config)
         outputs.append(generate(engine, config, [random_prompt(9)], 16)[0])
         engine.close()
     assert outputs[0] == outputs[1]

@@ -80,20 +80,6 @@ def _choice(*choices: str) -> Parser:
     return _parser(f"one of {', '.join(choices)}", choices.__contains__)
 
 
-def _auto(inner: Parser, chosen: Any = None) -> Parser:
-    """`auto` is allowed, and means None: decided by `resolve`; or what is chosen here."""
-
-    def parse(value: Any) -> Any:
-        if value is None or value == "auto":
-            return chosen
-        try:
-            return inner(value)
-        except ValueError as error:
-            raise ValueError(f"auto, or {error}") from None
-
-    return parse
-
-
 def _several(inner: Parser) -> Parser:
     """A list: comma-separated, or a list in the YAML file. A flag of this kind may also be repeated."""
 
@@ -125,12 +111,12 @@ class ServerOptions:
     host: str = _option(_text, "127.0.0.1")
     port: int = _option(integer(0, 65535), 1919)
     num_tokenizer: int = _option(integer(0, 64), 0, "--tokenizer-count")
-    fairness: bool = _option(_auto(boolean, True), True)
+    fairness: bool = _option(boolean, True)
     max_queued_requests: int = _option(integer(1), 4096)
     max_queued_tokens: int = _option(integer(1024), 2**24)
     request_timeout: float = _option(_seconds(0), 0.0)
     strict_requests: bool = _option(boolean, False)
-    model_name_check: bool = _option(_auto(boolean, True), True)
+    model_name_check: bool = _option(boolean, True)
     restart_workers: int = _option(integer(0), 3)
     heartbeat_timeout: float = _option(_seconds(2), 60.0)
     drain_timeout: float = _option(_seconds(0), 10.0)
@@ -140,42 +126,42 @@ class ServerOptions:
 class ServerArgs(ServerOptions):
     """Options of the server, the shell and `LLM`, checked one by one but not yet against the model and the machine."""
 
-    model_path: str | None = _option(_auto(_text), None, "--model")
+    model_path: str | None = _option(_text, None, "--model")
     model_source: str = _option(_choice("huggingface", "modelscope"), "huggingface")
-    revision: str | None = _option(_auto(_text), None)
-    served_model_name: str | None = _option(_auto(_text), None)
-    chat_template: str | None = _option(_auto(_text), None)
-    config_override: Mapping[str, Any] | None = _option(_auto(_object), None)
-    dtype: str | None = _option(_auto(_choice("float16", "bfloat16", "float32")), None)
-    quantization: str | None = _option(_auto(_choice("int8")), None)
-    kv_cache_dtype: str | None = _option(_auto(_choice("float16", "bfloat16", "float32")), None)
-    cpu_threads: int | None = _option(_auto(integer(1, 1024)), None)
-    device: str | None = _option(_auto(_choice("cpu", "cuda")), None)
+    revision: str | None = _option(_text, None)
+    served_model_name: str | None = _option(_text, None)
+    chat_template: str | None = _option(_text, None)
+    config_override: Mapping[str, Any] | None = _option(_object, None)
+    dtype: str | None = _option(_choice("float16", "bfloat16", "float32"), None)
+    quantization: str | None = _option(_choice("int8"), None)
+    kv_cache_dtype: str | None = _option(_choice("float16", "bfloat16", "float32"), None)
+    cpu_threads: int | None = _option(integer(1, 1024), None)
+    device: str | None = _option(_choice("cpu", "cuda"), None)
     tensor_parallel_size: int = _option(integer(1, 64), 1, "--tp-size", "--tp")
     api_key: tuple[str, ...] = _option(_several(_key), (), secret=True)
     admin_key: tuple[str, ...] = _option(_several(_key), (), secret=True)
     allowed_hosts: tuple[str, ...] = _option(_several(_host), ())
-    ssl_certfile: str | None = _option(_auto(_text), None)
-    ssl_keyfile: str | None = _option(_auto(_text), None)
+    ssl_certfile: str | None = _option(_text, None)
+    ssl_keyfile: str | None = _option(_text, None)
     cors_origin: tuple[str, ...] = _option(_several(_origin), ())
     max_running_requests: int = _option(integer(1, 65536), 256)
-    max_prefill_length: int | None = _option(_auto(integer(1)), None, "--max-extend-length")
-    max_seq_len: int | None = _option(_auto(integer(2)), None, "--max-seq-len-override")
+    max_prefill_length: int | None = _option(integer(1), None, "--max-extend-length")
+    max_seq_len: int | None = _option(integer(2), None, "--max-seq-len-override")
     memory_ratio: float = _option(_share, 0.9)
-    num_pages: int | None = _option(_auto(integer(1)), None)
-    page_size: int | None = _option(_auto(integer(1, 4096)), None)
+    num_pages: int | None = _option(integer(1), None)
+    page_size: int | None = _option(integer(1, 4096), None)
     cache_type: str = _option(_choice("radix", "naive"), "radix", "--cache")
-    attention_backend: str | None = _option(_auto(_text), None, "--attn")
-    moe_backend: str | None = _option(_auto(_choice("triton", "torch")), None)
-    cuda_graph_max_bs: int | None = _option(_auto(integer(0)), None, "--graph")
+    attention_backend: str | None = _option(_text, None, "--attn")
+    moe_backend: str | None = _option(_choice("triton", "torch"), None)
+    cuda_graph_max_bs: int | None = _option(integer(0), None, "--graph")
     disable_pynccl: bool = _option(boolean, False)
     schedule_policy: str = _option(_choice("fcfs", "lpm", "priority"), "fcfs")
     disable_overlap: bool = _option(boolean, False)
     dummy_weight: bool = _option(boolean, False)
-    tool_call_parser: str | None = _option(_auto(_choice(*TOOL_PARSERS, "none")), None)
-    reasoning_parser: str | None = _option(_auto(_choice(*REASONING_PARSERS, "none")), None)
+    tool_call_parser: str | None = _option(_choice(*TOOL_PARSERS, "none"), None)
+    reasoning_parser: str | None = _option(_choice(*REASONING_PARSERS, "none"), None)
     step_timeout: float = _option(_seconds(1), 60.0)
-    check_integrity: int | None = _option(_auto(integer(0)), None)
+    check_integrity: int | None = _option(integer(0), None)
     shell: bool = _option(boolean, False, "--shell-mode")
 
 
@@ -238,11 +224,16 @@ def _from_mapping(options: Mapping[Any, Any], where: str, names: Mapping[str, st
 
 
 def _parse(name: str, value: Any, source: str) -> Any:
+    """Where the default is decided by `resolve`, or on, `auto` is allowed, and means that."""
+    option = _FIELDS[name]
+    may_be_auto = option.default is None or option.default is True
+    if may_be_auto and value in (None, "auto"):
+        return option.default
     try:
-        return _FIELDS[name].metadata["parse"](value)
+        return option.metadata["parse"](value)
     except ValueError as error:
-        source = source if _FIELDS[name].repr else _FLAGS[name][0]
-        raise ConfigError(f"{source}: expected {error}") from None
+        source = source if option.repr else _FLAGS[name][0]
+        raise ConfigError(f"{source}: expected {'auto, or ' * may_be_auto}{error}") from None
 
 
 def _suggestion(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:

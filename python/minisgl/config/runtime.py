@@ -20,7 +20,7 @@ class EngineConfig:
     dtype: str  # "float32" | "bfloat16" | "float16": weights, and without `cpu_kernels` activations
     device: str  # "cpu" | "cuda"
     tp_size: int
-    num_pages: int  # 0: as many as the engine finds room for (`memory_ratio`); it tells by `Engine.num_pages`
+    num_pages: int  # 0: as many as the engine finds room for (`memory_ratio`); it tells by its own `num_pages`
     page_size: int  # tokens
     max_running_requests: int
     max_prefill_length: int  # tokens of one step, decode included
@@ -54,7 +54,7 @@ class SchedulerConfig:
     max_running_requests: int
     max_prefill_length: int  # tokens of one step, decode included
     max_seq_len: int
-    num_pages: int  # of the engine: `Engine.num_pages`
+    num_pages: int  # of the engine, which finds out
     page_size: int  # tokens
     cache_type: str = "radix"  # "radix" | "naive"
     schedule_policy: str = "fcfs"  # "fcfs" | "lpm" | "priority"

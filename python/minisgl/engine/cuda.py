@@ -163,7 +163,7 @@ class CapturedSteps(StepRunner):
         num_rows = shard.config.max_running_requests
         self._padding_row = tables.padding_row
         self._out = [torch.empty(num_rows, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)]
-        self._graphs = DecodeGraphs(self._decode, max_batch, show_progress=max_batch > 0 and shard.comm.rank == 0)
+        self._graphs = DecodeGraphs(self._decode, max_batch)
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         """Its ids are on their way to the host."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import logging
-import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -39,14 +38,12 @@ class DecodeGraphs:
     Largest first, so that the smaller ones find room in the pool that it leaves.
     """
 
-    def __init__(self, prepare: Callable[[GraphShape], RunStep], max_batch: int, show_progress: bool) -> None:
+    def __init__(self, prepare: Callable[[GraphShape], RunStep], max_batch: int) -> None:
         self._graphs: dict[GraphShape, tuple[torch.cuda.CUDAGraph, Tensor, _Place]] = {}
         self._sizes = graph_sizes(max_batch)
-        start, pool, shows = time.perf_counter(), None, show_progress and sys.stderr.isatty()
-        for i, size in enumerate(reversed(self._sizes)):
+        start, pool = time.perf_counter(), None
+        for size in reversed(self._sizes):
             shape = GraphShape(size, 1)
-            if shows:
-                print(f"\rcapturing CUDA graphs: {i + 1}/{len(self._sizes)}", end="", file=sys.stderr, flush=True)
             run = prepare(shape)
             run()  # loads kernels and library workspaces, which a capture cannot
             graph = torch.cuda.CUDAGraph()
@@ -57,8 +54,6 @@ class DecodeGraphs:
             del logits  # its memory serves the next capture, too
         if self._sizes:
             torch.cuda.synchronize()
-            if shows:
-                print("\r\033[K", end="", file=sys.stderr, flush=True)
             seconds = time.perf_counter() - start
             logger.info("captured %d CUDA graphs, batches up to %d, in %.1f s", len(self._sizes), max_batch, seconds)
 

@@ -33,8 +33,7 @@ from minisgl.message.messages import (
 from minisgl.message.sockets import ipc_endpoints
 from minisgl.processes.launcher import LocalLauncher
 from minisgl.processes.supervisor import Supervisor
-from minisgl.processes.workers import build_rank, rank_specs
-from minisgl.scheduler.grammar import Grammars
+from minisgl.processes.workers import load_rank, rank_specs
 from minisgl.scheduler.transport import LocalTransport, RankFanout
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import Tokenizer
@@ -147,15 +146,14 @@ class LLM:
             self._fanout = RankFanout(self.endpoints)
             self._closers.callback(self._fanout.close)
             meeting = f"{self.endpoints.rendezvous}-0"
-            self.rank = self._supervisor.wait_for(lambda: build_rank(engine, scheduler, meeting, 0, self._connect))
+            self.rank = self._supervisor.wait_for(lambda: load_rank(engine, scheduler, meeting, 0))
             self._closers.callback(self.rank.close)
+            self.transport = LocalTransport(self._fanout, self._while_waiting, self.rank.grammars)
+            self.scheduler = self.rank.scheduler(self.transport)
         except BaseException:
             self.close()
             raise
         atexit.register(self.close)  # last, so that it is first: the ranks above 0 must outlive rank 0's last step
-
-    def _connect(self, grammars: Grammars, _num_pages: int) -> tuple[LocalTransport, None]:
-        return LocalTransport(self._fanout, self._while_waiting, grammars), None
 
     def __enter__(self) -> LLM:
         return self
@@ -252,7 +250,7 @@ class LLM:
         now = time.perf_counter()
         requests = [Pending(message.uid, unpack_ids(message.prompt), now) for message in messages]
         self.pending.update((request.uid, request) for request in requests)
-        self.rank.transport.put(messages)
+        self.transport.put(messages)
         return requests
 
     def turn(self) -> list[Pending]:
@@ -262,13 +260,13 @@ class LLM:
         """
         ended = []
         with held_interrupts() as self._release_interrupts:
-            self.rank.scheduler.turn()
-            for message in self.rank.transport.take_outputs():
+            self.scheduler.turn()
+            for message in self.transport.take_outputs():
                 if isinstance(message, ErrorReply):
                     message = DetokenizeMsg(message.uid, b"", finish_reason=FinishReason.ERROR, error=message.message)
                 reply, abort = self._detokenizer.detokenize(message)
                 if abort is not None:
-                    self.rank.transport.put([abort])
+                    self.transport.put([abort])
                 if reply is None or (request := self.pending.get(reply.uid)) is None:
                     continue
                 request.ended = time.perf_counter()
@@ -281,7 +279,7 @@ class LLM:
     def abort(self, uid: int) -> None:
         """End a request, if it is pending."""
         if self.pending.pop(uid, None) is not None:
-            self.rank.transport.put([AbortMsg(uid)])
+            self.transport.put([AbortMsg(uid)])
 
     def _while_waiting(self) -> None:
         """Now and then while a step runs. Raises: WorkerDied when it waits for a rank that is gone."""

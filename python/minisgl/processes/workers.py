@@ -6,24 +6,21 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
+from minisgl.core import Executor
 from minisgl.env import env_bool
 from minisgl.message.sockets import DETOKENIZER, Endpoints
 from minisgl.processes.control import Control
 from minisgl.processes.launcher import WorkerSpec
 
 if TYPE_CHECKING:
-    from minisgl.engine.engine import Engine
     from minisgl.scheduler.grammar import Grammars
     from minisgl.scheduler.observer import Observer
     from minisgl.scheduler.scheduler import Scheduler
     from minisgl.scheduler.transport import Transport
-
-T = TypeVar("T", bound="Transport")
 
 logger = logging.getLogger(__name__)
 
@@ -66,74 +63,65 @@ def scheduler_main(
     from minisgl.scheduler.observer import Status
     from minisgl.scheduler.transport import FollowerTransport, LeaderTransport
 
-    def connect(grammars: Grammars, num_pages: int) -> tuple[Transport, Observer | None]:
-        if rank > 0:
-            return FollowerTransport(endpoints, rank, control.beat), None
-        status = Status(num_pages)
-        return LeaderTransport(endpoints, control.beat, grammars, status.reply), status
-
-    built = build_rank(engine_config, config, f"{endpoints.rendezvous}-{control.life}", rank, connect)
-    if rank == 0:
-        where, room = f"{engine_config.dtype} on {engine_config.device}", built.engine.num_pages * config.page_size
+    loaded = load_rank(engine_config, config, f"{endpoints.rendezvous}-{control.life}", rank)
+    if rank > 0:
+        scheduler = loaded.scheduler(FollowerTransport(endpoints, rank, control.beat))
+    else:
+        status = Status(loaded.config.num_pages)
+        scheduler = loaded.scheduler(LeaderTransport(endpoints, control.beat, loaded.grammars, status.reply), status)
+        where, room = f"{engine_config.dtype} on {engine_config.device}", loaded.config.num_pages * config.page_size
         threads, longest = engine_config.num_threads, config.max_seq_len
         logger.info("%s; threads: %d; KV cache: %d tokens, at most %d for one request", where, threads, room, longest)
     gc.collect()
     gc.freeze()  # or a full collection walks all that libraries have made: a tenth of a second between two tokens
     control.ready()
-    built.scheduler.run()
+    scheduler.run()
 
 
-@dataclass(frozen=True)
-class Rank(Generic[T]):
-    """One tensor-parallel rank: the engine, and the scheduler that feeds it."""
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One tensor-parallel rank, loaded. tp_size: of how many. grammars: on rank 0, of its requests."""
 
-    engine: Engine
-    scheduler: Scheduler
-    transport: T
+    engine: Executor
+    grammars: Grammars
+    config: SchedulerConfig
+    tp_size: int
+
+    def scheduler(self, transport: Transport, observer: Observer | None = None) -> Scheduler:
+        """What feeds the engine. For tests: MINISGL_CHECK_RANKS compares the plans of all ranks at every turn."""
+        from minisgl.scheduler.scheduler import Scheduler
+
+        check_ranks = env_bool("MINISGL_CHECK_RANKS")
+        return Scheduler(self.config, self.engine, transport, observer, tp_size=self.tp_size, check_ranks=check_ranks)
 
     def close(self) -> None:
         try:
             self.engine.close()
         finally:
-            self.transport.grammars.close()
+            self.grammars.close()
 
 
-def build_rank(
-    engine_config: EngineConfig,
-    config: SchedulerConfig,
-    rendezvous: str,
-    rank: int,
-    connect: Callable[[Grammars, int], tuple[T, Observer | None]],
-) -> Rank[T]:
-    """Load one rank, of a server or of an `LLM`.
+def load_rank(engine_config: EngineConfig, config: SchedulerConfig, rendezvous: str, rank: int) -> Rank:
+    """Load one rank, of a server or of an `LLM`. rendezvous: where all ranks find one another now.
 
-    rendezvous: where all ranks find one another now. connect: given the grammars and the number of pages, how this rank
-    hears of requests, and who is told of its work.
-
-    For tests: MINISGL_CHECK_RANKS compares the plans of ranks 0 and `rank` at every turn, and what the walk finds is
-    fatal with MINISGL_INTEGRITY_FATAL.
+    For tests: what the integrity walk finds is fatal with MINISGL_INTEGRITY_FATAL.
     """
     set_cuda_environment(engine_config)
-    from minisgl.engine.engine import Engine
+    from minisgl.engine.engine import create_engine
     from minisgl.grammar.source import VocabularyConfig
     from minisgl.grammar.store import GrammarStore
     from minisgl.scheduler.grammar import Grammars
-    from minisgl.scheduler.scheduler import Scheduler
 
-    is_fatal, check_ranks = env_bool("MINISGL_INTEGRITY_FATAL"), env_bool("MINISGL_CHECK_RANKS")
     # Before the engine: loading the vocabulary holds Python up, which is not noticed now.
     vocabulary = VocabularyConfig(engine_config.model_path, engine_config.model.vocab_size, config.eos_token_ids)
     grammars = Grammars(GrammarStore(vocabulary) if rank == 0 else None, engine_config.device == "cuda")
     try:
-        engine = Engine(replace(engine_config, init_method=rendezvous), rank)
+        engine = create_engine(replace(engine_config, init_method=rendezvous), rank)
     except BaseException:
         grammars.close()
         raise
-    transport, observer = connect(grammars, engine.num_pages)
-    config = replace(config, num_pages=engine.num_pages, integrity_fatal=is_fatal)
-    tp_size = engine_config.tp_size
-    scheduler = Scheduler(config, engine, transport, observer, tp_size=tp_size, check_ranks=check_ranks)
-    return Rank(engine, scheduler, transport)
+    config = replace(config, num_pages=engine.num_pages, integrity_fatal=env_bool("MINISGL_INTEGRITY_FATAL"))
+    return Rank(engine, grammars, config, engine_config.tp_size)
 
 
 def set_cuda_environment(config: EngineConfig) -> None:
