@@ -82,13 +82,19 @@ def kind_of(name: str, kinds: str | Mapping[str, str], weight: torch.Tensor) -> 
 
 
 def write_gguf(
-    source: Path, folder: Path, kinds: str | Mapping[str, str], parts: int = 1, **metadata: Any
+    source: Path,
+    folder: Path,
+    kinds: str | Mapping[str, str],
+    parts: int = 1,
+    rope_freqs: np.ndarray[Any, Any] | None = None,
+    **metadata: Any,
 ) -> tuple[Path, Path]:
     """A file of a checkpoint, and the checkpoint of the values that are in it.
 
     kinds: of all weights, or by what is in their names ("": of others). parts: files that it is split into.
-    metadata: in addition, keys with `__` for dots.
+    rope_freqs: a tensor of this name. metadata: in addition, keys with `__` for dots.
     """
+    folder.mkdir(exist_ok=True)
     reference = Path(shutil.copytree(source, folder / "reference"))
     config, weights = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
     architecture = ARCHITECTURES[config["model_type"]]
@@ -96,6 +102,8 @@ def write_gguf(
     split = {"split_max_tensors": -(-len(weights) // parts)} if parts > 1 else {}
     writer = gguf.GGUFWriter(folder / "model.gguf", architecture, **split)
     add_metadata(writer, config, metadata)
+    if rope_freqs is not None:
+        writer.add_tensor("rope_freqs.weight", rope_freqs)
     stands_for = {}
     for name, weight in weights.items():
         kind = kind_of(name, kinds, weight)

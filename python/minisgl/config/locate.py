@@ -39,42 +39,50 @@ def is_remote(model: str | None) -> bool:
     """Whether it is a repo id, which takes a while to fetch."""
     if model is None or model.startswith(("/", ".", "~")) or Path(model).expanduser().exists():
         return False
+    if model.endswith(".gguf"):
+        return False
     return model.count("/") == 1
 
 
 def locate_model(model: str | None, source: str, revision: str | None = None) -> Path:
-    """The model's directory: the built-in one for None, a local one as it is, else a download from the hub.
-
-    Raises: ConfigError in one line when it is neither a directory nor a repository that can be fetched.
-    """
+    """The model's directory, or GGUF file: the built-in one for None, a local one as it is, else a download from the
+    hub. Raises: ConfigError in one line when it is none of these, or cannot be fetched."""
     path = DEMO_MODEL if model is None else Path(model).expanduser()
     if model is None or path.is_dir() or is_gguf(path):
         if revision is not None:
             raise ConfigError(f"--revision {revision}: it is of repos on a hub, and {path} is local")
-        return _gguf_in(path.resolve() if path.is_dir() else path.absolute())  # links of the hub's cache have no suffix
+        path = path.resolve() if path.is_dir() else path.absolute()  # links of the hub's cache lead to other names
+        has_weights = any(next(path.glob(_FILES[kind][0]), None) for kind in ("weights", "torch_weights"))
+        return path if has_weights else one_of(models_in(path), path)
     if path.is_file():
         check_directory(path)
     if not is_remote(model):
-        raise ConfigError(f"--model {model}: neither a directory nor a repo id such as Qwen/Qwen3-0.6B")
+        raise ConfigError(f"--model {model}: no directory, no GGUF file, and no repo id such as Qwen/Qwen3-0.6B")
     return download(model, source, revision)
 
 
 def download(repo_id: str, source: str, revision: str | None) -> Path:
-    """The repo's files that are read; those of torch only where it has no safetensors."""
+    """The repo's files that are read; those of torch only where it has no safetensors. Of `org/name:Q4_K_M` the GGUF
+    file that has this in its name."""
+    repo_id, _, which = repo_id.partition(":")
+    there: list[str] = []
     try:
         if source == "modelscope":
             from modelscope import snapshot_download
         else:
-            from huggingface_hub import snapshot_download
+            from huggingface_hub import list_repo_files, snapshot_download
     except ImportError:
         raise ConfigError("--model-source modelscope needs the extra: pip install 'minisgl[modelscope]'") from None
     at = f"{repo_id}@{revision}" if revision else repo_id
     try:
-        for kind in ("weights", "torch_weights"):
-            patterns = {"allow_patterns": _FILES["others"] + _FILES[kind], "ignore_patterns": _FILES["ignored"]}
+        for kind in ("gguf",) if which else ("weights", "torch_weights"):
+            wanted = [text.format(name) for text in _FILES[kind] for name in {which, which.upper(), which.lower()}]
+            patterns = {"allow_patterns": _FILES["others"] + wanted, "ignore_patterns": _FILES["ignored"]}
             path = Path(snapshot_download(repo_id, revision=revision, **patterns))
-            if any(path.glob("model*.safetensors")):
+            if found := models_in(path, wanted) if which else list(path.glob(_FILES[kind][0])):
                 break
+        if not found and source != "modelscope":
+            there = [name for name in list_repo_files(repo_id, revision=revision) if name.endswith(".gguf")]
     except Exception as error:  # the hubs' clients raise their own, requests', httpx' and OS errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         other, mirror = "modelscope", ", set HF_ENDPOINT to a mirror"
@@ -84,7 +92,10 @@ def download(repo_id: str, source: str, revision: str | None) -> Path:
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
             hint = "check its name; private and gated repos need the hub's token (HF_TOKEN, MODELSCOPE_API_TOKEN)"
         raise ConfigError(f"--model {at}: cannot be fetched: {reason}; {hint}") from None
-    return path
+    if (which and not found) or there:
+        names = f"; there are {listing(there)}" if there else ""
+        raise ConfigError(f"--model {at}: say which of its GGUF files, as in {repo_id}:Q4_K_M{names}")
+    return one_of(found, path) if which else path
 
 
 def is_gguf(path: Path) -> bool:
@@ -92,18 +103,11 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-def _gguf_in(path: Path) -> Path:
-    """The one GGUF file of a directory that holds no other weights; else the path itself.
-
-    Raises: ConfigError naming them where there are several.
-    """
-    if not path.is_dir() or any(
-        next(path.glob(pattern), None) for pattern in _FILES["weights"] + _FILES["torch_weights"]
-    ):
-        return path
-    if len(found := list(models_in(path))) > 1:
-        raise ConfigError(f"{str(path)!r} holds several models, give one: {listing([file.name for file in found])}")
-    return found[0] if found else path
+def one_of(models: list[Path], path: Path) -> Path:
+    """The only one of the GGUF files in a directory; else that. Raises: ConfigError where there are several."""
+    if len(models) > 1:
+        raise ConfigError(f"{str(path)!r} holds several models, give one: {listing([file.name for file in models])}")
+    return models[0] if models else path
 
 
 def check_directory(path: Path) -> None:

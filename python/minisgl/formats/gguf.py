@@ -86,11 +86,10 @@ class Gguf(WeightFormat):
         assert stored is not None
         kind, step = stored.kind, max(1, _CHECKED_BYTES // data.shape[1])
         for begin in range(0, len(data) if kind.scales else 0, step):
-            blocks = data[begin : begin + step].view(torch.int16)
-            blocks = blocks.view(len(blocks), -1, kind.num_bytes // 2)
-            for offset in kind.scales:
-                if ((blocks[..., offset // 2] & 0x7C00) == 0x7C00).any():  # all bits of the exponent
-                    raise stored.wrong("has scales that are infinite, or not a number")
+            rows = data[begin : begin + step].view(torch.float16)
+            blocks = rows.view(len(rows), -1, kind.num_bytes // 2)
+            if not all(blocks[..., offset // 2].float().sum().isfinite() for offset in kind.scales):
+                raise stored.wrong("has scales that are infinite, or not a number")
         num_in = data.shape[1] // kind.num_bytes * kind.values
         return Blocks(kind.name, data.contiguous().to(self._device), num_in)
 

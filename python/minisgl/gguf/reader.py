@@ -9,7 +9,9 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -204,7 +206,9 @@ def parts_of(path: Path) -> list[Path]:
     return parts or [path]
 
 
-def models_in(folder: Path) -> list[Path]:
-    """The models among a directory's files: of each the first part. (mmproj: what sees for a model.)"""
-    firsts = (path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj"))
-    return [path for path in firsts if (part := _PART.fullmatch(path.name)) is None or part[2] == "00001"]
+def models_in(folder: Path, patterns: Sequence[str] = ()) -> list[Path]:
+    """The GGUF files in a directory, of each model the first part; or all below it whose names fit a pattern."""
+    paths = sorted(folder.rglob("*.gguf") if patterns else folder.glob("*.gguf"))
+    names = {path: path.relative_to(folder).as_posix() for path in paths if not path.name.startswith("mmproj")}
+    fitting = [path for path in names if not patterns or any(fnmatch(names[path], pattern) for pattern in patterns)]
+    return [path for path in fitting if (part := _PART.fullmatch(path.name)) is None or part[2] == "00001"]
