@@ -75,6 +75,49 @@ void products(Type type, int threads) {
   }
 }
 
+// Rows of any bits, of which only the 16-bit scales are small numbers: two formats in one weight, or in a pair.
+struct PackedWeight {
+  std::vector<std::vector<uint8_t>> rows;
+  std::vector<std::unique_ptr<char[]>> data;
+  Linear linear;
+
+  PackedWeight(Workers& workers, std::vector<std::pair<const char*, int64_t>> kinds, int64_t out, int64_t in, bool is_pair)
+      : linear{Type::kPacked, is_pair, int64_t(kinds.size()) * out, in} {
+    for (auto [name, bytes] : kinds) {
+      Format format = format_of(name, in, 0, false, false);
+      int64_t size = in / (format.span * 32) * bytes, first = int64_t(rows.size()) * out;
+      rows.emplace_back(out * size);
+      for (auto& byte : rows.back()) byte = uint8_t(generator() % 60);
+      data.emplace_back(new char[packed_bytes(format, out, in)]);
+      pack_blocks(workers, name, rows.back().data(), size, out, in, data.back().get());
+      linear.parts.push_back({format, first, out, data.back().get()});
+    }
+  }
+};
+
+void packed_products(int threads) {
+  std::unique_ptr<Workers, Free> workers(create_workers(threads)), alone(create_workers(1));
+  std::vector<std::vector<std::pair<const char*, int64_t>>> weights = {
+      {{"Q4_0", 18}, {"Q4_1", 20}}, {{"Q5_0", 22}, {"Q5_1", 24}}, {{"Q8_0", 34}, {"IQ4_NL", 18}}, {{"Q2_K", 84}, {"Q3_K", 110}},
+      {{"Q4_K", 144}, {"Q6_K", 210}}, {{"Q5_K", 176}, {"IQ4_XS", 136}}, {{"MXFP4", 17}, {"Q8_0", 34}}};
+  for (auto& kinds : weights)
+    for (bool is_pair : {false, true}) {
+      const int64_t out = 37, in = 768, width = is_pair ? out : 2 * out;
+      PackedWeight weight(*workers, kinds, out, in, is_pair);
+      for (int64_t rows : {1, 2, 13, 65}) {
+        std::vector<float> x = random(rows * in), results[2], row(in), norm = random(in);
+        for (int i = 0; i < 2; ++i) {
+          results[i].resize(rows * width);
+          linear_rows(i == 0 ? *workers : *alone, weight.linear, x.data(), rows, in, rows % 2 ? norm.data() : nullptr, 1e-6f,
+                      is_pair ? Into::kGated : Into::kStore, results[i].data(), width);
+        }
+        near(results[0], results[1], "product of packed weights");
+        int64_t id = 2 * out - 1;
+        embed_ids(*workers, weight.linear, &id, 1, 0, row.data());
+      }
+    }
+}
+
 // What is left of a weight in memory.
 std::vector<double> as_stored(Type type, const std::vector<float>& plain, int64_t in) {
   std::vector<double> stored(plain.begin(), plain.end());
@@ -172,6 +215,7 @@ std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
 }  // namespace
 
 int main() {
+  for (int threads : {2, 5}) packed_products(threads);
   for (Type type : {Type::kFloat32, Type::kBFloat16, Type::kInt8}) {
     for (int threads : {2, 5}) products(type, threads);
     precision(type);

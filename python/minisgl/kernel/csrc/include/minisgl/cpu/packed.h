@@ -1,8 +1,8 @@
 // Weights of few bits: how they lie in panels, and how they get there.
 //
 // A panel has kPanel output features, in two strips of a vector's lanes. Along its inputs stand spans: of each feature a
-// 16-bit scale, perhaps a second number (`Least`), small integers that refine both for 16 or 32 inputs, and the codes of
-// `span` groups of 32 inputs, strip by strip. Of each feature a vector of codes has 32 bits, which belong to four inputs that
+// 16-bit scale, perhaps a second number (`Least`), and then `span` groups of 32 inputs: small integers that refine both for
+// 16 or 32 inputs, and codes, strip by strip. A product reads all this in the order in which it lies. Of each feature a vector of codes has 32 bits, which belong to four inputs that
 // follow one another: a unit. A group's 8 units are 8 vectors of bytes; or 4 of half bytes, the odd units' in the upper half;
 // or such half bytes, or nothing, and below them the units' further pairs of bits and single bits, as bits 2u, 2u + 1 of
 // vector u / 4, and bit u.
@@ -22,15 +22,14 @@ constexpr int64_t kVector = kLanes * 4;  // bytes
 constexpr bool has_halves(int bits) { return bits >= 4 && bits < 8; }
 constexpr bool has_pairs(int bits) { return bits == 2 || bits == 3 || bits == 6; }
 constexpr bool has_singles(int bits) { return bits == 3 || bits == 5; }
-constexpr int64_t group_bytes(int bits) { return kGroup * kPanel * bits / 8; }
+constexpr int64_t code_bytes(int bits) { return kGroup * kPanel * bits / 8; }  // of a group
 
 inline int64_t num_groups(int64_t in) { return (in + kGroup - 1) / kGroup; }
-inline int64_t steps_bytes(const Format& f) { return f.has_steps ? f.span * f.subs * kPanel : 0; }
-inline int64_t head_bytes(const Format& f) {
-  return kPanel * 2 * (f.least == Least::kNone ? 1 : 2) + steps_bytes(f) * (f.least == Least::kSteps ? 2 : 1);
-}
-inline int64_t span_bytes(const Format& f) { return head_bytes(f) + f.span * group_bytes(f.bits); }
 inline int64_t num_spans(const Format& f, int64_t in) { return (num_groups(in) + f.span - 1) / f.span; }
+inline int64_t head_bytes(const Format& f) { return kPanel * 2 * (f.least == Least::kNone ? 1 : 2); }
+inline int64_t step_bytes(const Format& f) { return f.has_steps ? f.subs * kPanel * (f.least == Least::kSteps ? 2 : 1) : 0; }
+inline int64_t group_bytes(const Format& f) { return step_bytes(f) + code_bytes(f.bits); }
+inline int64_t span_bytes(const Format& f) { return head_bytes(f) + f.span * group_bytes(f); }
 inline int64_t panel_bytes(const Format& f, int64_t in) { return num_spans(f, in) * span_bytes(f); }
 
 // Values of 4-bit codes that are not evenly spaced: those of ggml's IQ4 types, and the floats of 4 bits (OCP Microscaling
@@ -186,7 +185,8 @@ inline Format find_format(const std::string& name, int64_t in, int64_t group, bo
 // Codes of 32 inputs of feature j of a panel, the span's group g.
 inline void put_codes(const uint8_t* codes, const Format& f, int j, int64_t g, char* span) {
   int bits = f.bits;
-  auto to = reinterpret_cast<uint8_t*>(span + head_bytes(f) + (j / kLanes * f.span + g) * group_bytes(bits) / 2 + j % kLanes * 4);
+  char* group = span + head_bytes(f) + g * group_bytes(f) + step_bytes(f);
+  auto to = reinterpret_cast<uint8_t*>(group + j / kLanes * code_bytes(bits) / 2 + j % kLanes * 4);
   if (bits == 8)
     for (int i = 0; i < 32; ++i) to[i / 4 * kVector + i % 4] = codes[i];
   if (has_halves(bits)) {
@@ -208,13 +208,14 @@ inline void put_block(const Block& block, const Format& f, int j, char* span) {
   auto numbers = reinterpret_cast<uint16_t*>(span);
   numbers[j] = block.scale;
   if (f.least != Least::kNone) numbers[kPanel + j] = block.least;
-  char* least_steps = span + head_bytes(f) - steps_bytes(f);
-  char* steps = f.least == Least::kSteps ? least_steps - steps_bytes(f) : least_steps;
-  for (int64_t i = 0; f.has_steps && i < f.span * f.subs; ++i) {
-    if (f.least == Least::kSteps) least_steps[i * kPanel + j] = block.least_steps[i];
-    steps[i * kPanel + j] = block.steps[i];
+  for (int64_t g = 0; g < f.span; ++g) {
+    char* steps = span + head_bytes(f) + g * group_bytes(f);
+    for (int64_t i = 0; f.has_steps && i < f.subs; ++i) {
+      steps[i * kPanel + j] = block.steps[g * f.subs + i];
+      if (f.least == Least::kSteps) steps[(f.subs + i) * kPanel + j] = block.least_steps[g * f.subs + i];
+    }
+    put_codes(block.codes + g * kGroup, f, j, g, span);
   }
-  for (int64_t g = 0; g < f.span; ++g) put_codes(block.codes + g * kGroup, f, j, g, span);
 }
 
 inline void pack_block_rows(const BlockType& type, const uint8_t* rows, int64_t stride, int64_t count, int64_t in, char* panel) {

@@ -11,7 +11,6 @@ namespace minisgl::cpu {
 
 constexpr int64_t kChunkGroups = 8;  // that are unpacked at a time
 constexpr int kUnits = 8;            // of a group
-constexpr int64_t kPrefetched = 1024;  // bytes ahead of what is read
 
 // One row's 8-bit integers, to groups of 32 of which the last is filled up with zeros. sums: of 16 integers; totals: these
 // scaled; pair_totals: of 32. columns: which inputs they are, or null. A group with a NaN has a scale that is one.
@@ -116,26 +115,23 @@ inline void fill_table(const Format& f, uint8_t* table) {
 
 // The numbers of a strip for one span.
 struct Head {
-  const int8_t *steps, *least_steps;  // of sub-group i from i * kPanel on, or null
-  Floats scale, least;
-  bool is_zero;  // whether `least` is a code
+  Floats scale, least{};
 
   Head(const Format& f, const char* span, int strip) {
     auto numbers = reinterpret_cast<const uint16_t*>(span) + strip * kLanes;
     auto number = [&](const uint16_t* p) { return f.is_bfloat16 ? load(reinterpret_cast<const BFloat16*>(p)) : load_halves(p); };
     scale = number(numbers);
-    is_zero = f.least == Least::kZero;
-    if (is_zero)
+    if (f.least == Least::kZero)
       least = __builtin_convertvector(load_as<HalfInts>(numbers + kPanel), Floats) * scale;
     else if (f.least != Least::kNone)
       least = number(numbers + kPanel);
-    auto end = reinterpret_cast<const int8_t*>(span) + head_bytes(f) + strip * kLanes;
-    least_steps = f.least == Least::kSteps ? end - steps_bytes(f) : nullptr;
-    steps = f.has_steps ? end - steps_bytes(f) * (least_steps != nullptr ? 2 : 1) : nullptr;
   }
 
-  Floats scale_of(int64_t sub) const { return steps == nullptr ? scale : scale * load_small(steps + sub * kPanel); }
-  Floats least_of(int64_t sub) const { return least_steps == nullptr ? least : least * load_small(least_steps + sub * kPanel); }
+  // Of a group's sub-group s. steps: of the group and strip.
+  Floats scale_of(const Format& f, const int8_t* steps, int s) const { return f.has_steps ? scale * load_small(steps + s * kPanel) : scale; }
+  Floats least_of(const Format& f, const int8_t* steps, int s) const {
+    return f.least == Least::kSteps ? least * load_small(steps + (f.subs + s) * kPanel) : least;
+  }
 };
 
 inline Bytes broadcast_unit(const int8_t* x) { return (Bytes)(Ints{} + load_as<int32_t>(x)); }
@@ -146,44 +142,42 @@ inline Ints first_sum(const int32_t* sums, int s, int offset) {
   return Ints{} - offset * (subs == 2 ? sums[s] : sums[0] + sums[1]);
 }
 
-// One row by P panels of one format → sums: [P, kPanel].
-template <class S, int P>
-[[gnu::noinline]] void multiply_one(const Format& f, const char* const* panels, const ByteRows& x, float* sums) {
+// One row by a panel → sums: [kPanel]. It reads a stream through memory, and leaves it to the processor to read ahead.
+template <class S>
+[[gnu::noinline]] void multiply_one(const Format& f, const char* panel, const ByteRows& x, float* sums) {
   alignas(16) uint8_t table[16];
   fill_table(f, table);
-  Floats acc[P][2] = {};
-  constexpr int64_t kBytes = group_bytes(S::kBits);
-  int64_t at = 0, head_size = head_bytes(f);
-  for (int64_t first = 0; first < x.groups; first += f.span)
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      const char* span = panels[p] + at;
-      if (p == P - 1) at += head_size + f.span * kBytes;
+  Floats acc[2] = {};
+  int64_t steps_size = step_bytes(f);
+  for (int64_t g = 0; g < x.groups;) {
+    Head heads[2] = {{f, panel, 0}, {f, panel, 1}};
+    panel += head_bytes(f);
+    for (int64_t end = g + f.span; g < end; ++g) {
+      auto steps = reinterpret_cast<const int8_t*>(panel);
+      panel += steps_size;
 #pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        Head head(f, span, h);
-        for (int64_t i = 0, g = first; i < f.span; ++i, ++g) {
-          const char* from = span + head_size + (h * f.span + i) * kBytes / 2;
-          for (int64_t b = 0; b < kBytes / 2; b += 64) __builtin_prefetch(from + kPrefetched + b);
-          Bytes units[kUnits];
-          read_codes<S>(from, table, units);
-          Floats total{};
+      for (int h = 0; h < 2; ++h, steps += kLanes, panel += code_bytes(S::kBits) / 2) {
+        Bytes units[kUnits];
+        read_codes<S>(panel, table, units);
+        Floats total{};
 #pragma GCC unroll 2
-          for (int s = 0; s < S::kSubs; ++s) {
-            Ints dot = first_sum<S::kSubs>(x.sums + 2 * g, s, f.offset);
+        for (int s = 0; s < S::kSubs; ++s) {
+          Ints dot = first_sum<S::kSubs>(x.sums + 2 * g, s, f.offset);
 #pragma GCC unroll 8
-            for (int u = s * kUnits / S::kSubs; u < (s + 1) * kUnits / S::kSubs; ++u)
-              dot = dot_bytes<S::kIsWide>(dot, units[u], broadcast_unit(x.bytes + g * kGroup + 4 * u));
-            total += __builtin_convertvector(dot, Floats) * head.scale_of(i * S::kSubs + s);
-            if constexpr (S::kHasLeast)
-              acc[p][h] -= head.least_of(i * S::kSubs + s) * (S::kSubs == 2 ? x.totals[2 * g + s] : x.pair_totals[g]);
+          for (int u = 0; u < kUnits / S::kSubs; ++u) {
+            int unit = s * (kUnits / S::kSubs) + u;
+            dot = dot_bytes<S::kIsWide>(dot, units[unit], broadcast_unit(x.bytes + g * kGroup + 4 * unit));
           }
-          acc[p][h] += total * x.scales[g];
+          total += __builtin_convertvector(dot, Floats) * heads[h].scale_of(f, steps, s);
+          if constexpr (S::kHasLeast)
+            acc[h] -= heads[h].least_of(f, steps, s) * (S::kSubs == 2 ? x.totals[2 * g + s] : x.pair_totals[g]);
         }
+        acc[h] += total * x.scales[g];
+        if constexpr (S::kBits == 8) asm volatile("" : : : "memory");  // else the compiler mixes the loads of both strips
       }
     }
-  for (int p = 0; p < P; ++p)
-    for (int h = 0; h < 2; ++h) store(sums + p * kPanel + h * kLanes, acc[p][h]);
+  }
+  for (int h = 0; h < 2; ++h) store(sums + h * kLanes, acc[h]);
 }
 
 // Some groups of a panel, unpacked.
@@ -198,21 +192,21 @@ template <class S>
 [[gnu::noinline]] void unpack(const Format& f, const char* panel, int64_t first, int64_t count, Unpacked& to) {
   alignas(16) uint8_t table[16];
   fill_table(f, table);
-  constexpr int64_t kBytes = group_bytes(S::kBits);
   for (int64_t i = 0; i < count;) {
     int64_t begin = (first + i) % f.span, end = std::min(f.span, begin + count - i);
     const char* span = panel + (first + i) / f.span * span_bytes(f);
     Head heads[2] = {{f, span, 0}, {f, span, 1}};
-    for (int64_t g = begin; g < end; ++g, ++i)
+    for (int64_t g = begin; g < end; ++g, ++i) {
+      const char* group = span + head_bytes(f) + g * group_bytes(f);
       for (int h = 0; h < 2; ++h) {
-        const char* from = span + head_bytes(f) + (h * f.span + g) * kBytes / 2;
-        for (int64_t b = 0; b < kBytes / 2; b += 64) __builtin_prefetch(from + kPrefetched + b);
-        read_codes<S>(from, table, to.codes[h][i]);
+        auto steps = reinterpret_cast<const int8_t*>(group) + h * kLanes;
+        read_codes<S>(group + step_bytes(f) + h * code_bytes(S::kBits) / 2, table, to.codes[h][i]);
         for (int s = 0; s < S::kSubs; ++s) {
-          to.scales[h][i * S::kSubs + s] = heads[h].scale_of(g * S::kSubs + s);
-          if constexpr (S::kHasLeast) to.least[i * S::kSubs + s][h] = -heads[h].least_of(g * S::kSubs + s);
+          to.scales[h][i * S::kSubs + s] = heads[h].scale_of(f, steps, s);
+          if constexpr (S::kHasLeast) to.least[i * S::kSubs + s][h] = -heads[h].least_of(f, steps, s);
         }
       }
+    }
   }
 }
 
@@ -235,8 +229,10 @@ template <bool kIsWide, int subs, int M>
       for (int s = 0; s < subs; ++s) {
         Ints dot = first_sum<subs>(x.sums + 2 * at, s, offset);
 #pragma GCC unroll 8
-        for (int u = s * kUnits / subs; u < (s + 1) * kUnits / subs; ++u)
-          dot = dot_bytes<kIsWide>(dot, units[u], broadcast_unit(x.bytes + at * kGroup + 4 * u));
+        for (int u = 0; u < kUnits / subs; ++u) {
+          int unit = s * (kUnits / subs) + u;
+          dot = dot_bytes<kIsWide>(dot, units[unit], broadcast_unit(x.bytes + at * kGroup + 4 * unit));
+        }
         total += __builtin_convertvector(dot, Floats) * scales[g * subs + s];
       }
       acc[m] += total * x.scales[at];
@@ -304,26 +300,16 @@ struct PanelRange {
   }
 };
 
-inline bool is_same(const Format& a, const Format& b) {
-  return a.bits == b.bits && a.subs == b.subs && a.least == b.least && a.has_steps == b.has_steps && a.offset == b.offset &&
-         a.span == b.span && a.is_bfloat16 == b.is_bfloat16 && a.values == b.values;
-}
-
 // Like `panel_products`.
 inline void packed_products(const Linear& w, int64_t first, int64_t panels, const ByteRows& x, int64_t rows, float* sums) {
-  for (int64_t p = 0, count; p < panels; p += count) {
-    PartPanel here(w, first + p), next(w, first + std::min(p + 1, panels - 1));
+  for (int64_t p = 0; p < panels; ++p) {
+    PartPanel here(w, first + p);
     const Format& f = here.part->format;
-    const char* places[2] = {here.data(w.in), next.data(w.in)};
-    count = rows == 1 && p + 1 < panels && is_same(f, next.part->format) ? 2 : 1;
-    float* to = sums + p * rows * kPanel;
     with_shape(f, [&]<class S>(S) {
-      if (rows != 1)
-        multiply_packed<S>(f, places[0], x, rows, to);
-      else if (count == 2)
-        multiply_one<S, 2>(f, places, x, to);
+      if (rows == 1)
+        multiply_one<S>(f, here.data(w.in), x, sums + p * kPanel);
       else
-        multiply_one<S, 1>(f, places, x, to);
+        multiply_packed<S>(f, here.data(w.in), x, rows, sums + p * rows * kPanel);
     });
   }
 }
