@@ -24,6 +24,7 @@ from tests.tokenizers_fixture import make_byte_level
 
 ROOT = Path(__file__).parents[2]
 PYTHONPATH = f"{ROOT / 'python'}{os.pathsep}{ROOT}"
+INJECTED = f"{ROOT / 'tests' / 'faults' / 'inject'}{os.pathsep}{PYTHONPATH}"  # with `tests/faults/points.py`
 START_SECONDS = 60
 
 

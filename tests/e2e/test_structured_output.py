@@ -16,7 +16,7 @@ import openai
 import psutil
 import pytest
 
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import INJECTED, Server
 
 HELLO = [{"role": "user", "content": "Give me a person."}]
 SCHEMA = {
@@ -181,12 +181,11 @@ def test_nothing_is_left_running(start: Callable[..., Server], tiny_path: Path, 
     assert server.orphans() == []
 
 
-def test_two_ranks(start: Callable[..., Server], tiny_path: Path) -> None:
+def test_two_ranks(start: Callable[..., Server], tiny_path: Path, tmp_path: Path) -> None:
     """Rank 0 alone has the grammar, and both plan the same."""
     flags = ["--model", str(tiny_path), "--port", "0", "--tp", "2", "--max-seq-len", "256", "--device", "cpu"]
-    server = start(
-        ["-m", "minisgl", *flags], MINISGL_CHECK_RANKS="1", MINISGL_CHECK_INTEGRITY="1", MINISGL_INTEGRITY_FATAL="1"
-    )
+    walk = {"MINISGL_CHECK_INTEGRITY": "1", "MINISGL_INTEGRITY_FATAL": "1"}
+    server = start(["-m", "minisgl", *flags], PYTHONPATH=INJECTED, RECORD_PLANS=str(tmp_path), **walk)
     with httpx.Client(base_url=server.url, timeout=60) as http:
         answers: list[httpx.Response] = []
 
@@ -204,3 +203,7 @@ def test_two_ranks(start: Callable[..., Server], tiny_path: Path) -> None:
     texts = [answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200]
     assert len(texts) == 8 and sum(bool(re.fullmatch("[a-c]{5,8}!", text)) for text in texts) >= 4
     assert "Traceback" not in server.output()
+    server.process.terminate()
+    assert server.wait_exit() == 0
+    first, second = ((tmp_path / f"TP{rank}.plans").read_text().splitlines() for rank in range(2))
+    assert first == second and len(first) > 40

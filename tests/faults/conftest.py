@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import PYTHONPATH, Server, fake, model_path, real, server, short_path, start, tiny_path
+from tests.e2e.conftest import INJECTED, Server, fake, model_path, real, server, short_path, start, tiny_path
 
 __all__ = ["Faults", "Server", "fake", "model_path", "real", "server", "short_path", "start", "tiny_path"]
-
-INJECT = Path(__file__).parent / "inject"
 
 
 class Faults:
@@ -19,7 +17,7 @@ class Faults:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = {"FAULTS": str(folder), "PYTHONPATH": f"{INJECT}{os.pathsep}{PYTHONPATH}"}
+        self.env = {"FAULTS": str(folder), "PYTHONPATH": INJECTED}
 
     def plant(self, worker: str, point: str, action: str) -> None:
         """The worker (`TP0`, `detokenizer-0` …) does `action` when it passes the point next."""

@@ -94,12 +94,20 @@ def _beat(beat: Wrapper) -> Wrapper:
 def _plan(plan: Wrapper) -> Wrapper:
     def call(planner: Any) -> Any:
         if (planned := plan(planner)) is not None:
+            _record(planned.plan)
             fault("turn")
             if (how := fault("pages")) is not None:
                 _damage(planner, how)
         return planned
 
     return call
+
+
+def _record(plan: Any) -> None:
+    """For those who compare what ranks have planned: a line for each plan, in a file of this worker."""
+    if (folder := os.environ.get("RECORD_PLANS")) is not None:
+        with open(os.path.join(folder, f"{_role()}.plans"), "a", encoding="utf-8") as file:
+            file.write(f"{(plan.step_id, plan.page_updates, plan.reqs)!r}\n")
 
 
 def _damage(planner: Any, how: str) -> None:

@@ -317,7 +317,7 @@ def test_an_output_for_which_there_is_no_memory_ends_its_own_request(monkeypatch
             (2, FinishReason.ERROR),
             (3, None),
         ]
-        assert transport.receive(block=False, digest=0) == [AbortMsg(2)]
+        assert transport.receive(block=False) == [AbortMsg(2)]
         inbox.close()
         transport.close()
 

@@ -10,8 +10,17 @@ import pytest
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import FinishReason, Masks, SamplingParams, StepPlan, StepResult
 from minisgl.errors import EngineError
-from minisgl.message.messages import AbortMsg, DetokenizeMsg, FlushMsg, UserMsg, pack_ids, unpack_ids
-from minisgl.message.sockets import ipc_endpoints
+from minisgl.message.messages import (
+    AbortMsg,
+    DetokenizeMsg,
+    FlushMsg,
+    RankBatch,
+    UserMsg,
+    pack_ids,
+    rank_codec,
+    unpack_ids,
+)
+from minisgl.message.sockets import PushSocket, ipc_endpoints
 from minisgl.scheduler.observer import Status
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import FollowerTransport, LocalTransport, RankFanout
@@ -38,9 +47,11 @@ class Recorder(SimulatedEngine):
     def __init__(self, config: SchedulerConfig) -> None:
         super().__init__(config)
         self.log: list[str] = []
+        self.plans: list[object] = []
 
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
         self.log.append(f"submit {plan.step_id}")
+        self.plans.append((plan.step_id, plan.page_updates, plan.reqs))
         handle = super().submit(plan, masks)
         result = handle.result
         log = self.log
@@ -179,14 +190,16 @@ def test_broken_page_accounting_is_fatal_in_tests_and_flushes_the_cache_in_produ
         assert scheduler.planner.pages.num_free == config.num_pages
 
 
-def test_ranks_make_the_same_plans_and_notice_when_they_do_not(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_ranks_make_the_same_plans_and_notice_a_turn_that_one_has_missed(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     endpoints = ipc_endpoints(str(tmp_path_factory.mktemp("s")), tp_size=2)
     fanout = RankFanout(endpoints)
     leader_transport = LocalTransport(fanout)
     follower_transport = FollowerTransport(endpoints, 1, lambda: None)
     engines = Recorder(CONFIG), Recorder(CONFIG)
-    leader = Scheduler(CONFIG, engines[0], leader_transport, tp_size=2, check_ranks=True)
-    follower = Scheduler(CONFIG, engines[1], follower_transport, tp_size=2, check_ranks=True)
+    leader = Scheduler(CONFIG, engines[0], leader_transport, tp_size=2)
+    follower = Scheduler(CONFIG, engines[1], follower_transport, tp_size=2)
     for turn in range(30):
         if turn < 6:
             leader_transport.put([user(turn, list(range(turn + 1)))])
@@ -195,13 +208,13 @@ def test_ranks_make_the_same_plans_and_notice_when_they_do_not(tmp_path_factory:
         leader.turn()
         follower.turn()
     assert engines[0].log == engines[1].log
-    assert len(engines[0].log) > 20
-    follower.planner.add(100, [1, 2, 3], SamplingParams(max_tokens=3, seed=0))
-    with pytest.raises(EngineError, match="differs"):
-        for _ in range(5):
-            leader_transport.put([])
-            leader.turn()
-            follower.turn()
+    assert engines[0].plans == engines[1].plans
+    assert len(engines[0].plans) > 10
+    stray = PushSocket(endpoints.ranks[0], rank_codec)
+    stray.send([RankBatch(1000, [])])
+    with pytest.raises(EngineError, match="rank 0 is at turn 1000, this rank at 30"):
+        follower.turn()
+    stray.close()
     fanout.close()
     follower_transport.close()
 

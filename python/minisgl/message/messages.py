@@ -140,14 +140,10 @@ RankMsg = UserMsg | AbortMsg | FlushMsg | ResumeMsg  # to all ranks alike
 
 
 class RankBatch(Part, frozen=True):
-    """What rank 0 tells the other ranks at each turn of its loop: the messages to apply before the next plan.
-
-    `number` counts the turns; `digest` is a checksum of rank 0's last plan (0 when not checked).
-    """
+    """What rank 0 tells the other ranks at each turn of its loop, by its number: what to apply before the next plan."""
 
     number: int
     messages: list[RankMsg]
-    digest: int = 0
 
 
 rank_codec: Codec[RankBatch] = Codec(RankBatch)

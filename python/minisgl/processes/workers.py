@@ -88,11 +88,10 @@ class Rank:
     tp_size: int
 
     def scheduler(self, transport: Transport, observer: Observer | None = None) -> Scheduler:
-        """What feeds the engine. For tests: MINISGL_CHECK_RANKS compares the plans of all ranks at every turn."""
+        """What feeds the engine."""
         from minisgl.scheduler.scheduler import Scheduler
 
-        check_ranks = env_bool("MINISGL_CHECK_RANKS")
-        return Scheduler(self.config, self.engine, transport, observer, tp_size=self.tp_size, check_ranks=check_ranks)
+        return Scheduler(self.config, self.engine, transport, observer, tp_size=self.tp_size)
 
     def close(self) -> None:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import zlib
 from collections import deque
 
 import numpy as np
@@ -50,15 +49,13 @@ class Scheduler:
         observer: Observer | None = None,
         *,
         tp_size: int = 1,
-        check_ranks: bool = False,
     ) -> None:
         self.planner = Planner(config)
         self._config, self._executor, self._transport = config, executor, transport
-        self._tp_size, self._check_ranks = tp_size, check_ranks
+        self._tp_size = tp_size
         self._observer = observer or Observer()
         self._observer.attached(self.planner)
         self._grammars = transport.grammars
-        self._digest = 0
         self._submitted: deque[Submitted] = deque()
         self._inbox: deque[RankMsg] = deque()
         self._open: dict[int, bool] = {}  # uids whose terminal output is to come: whether the detokenizer knows them
@@ -96,7 +93,7 @@ class Scheduler:
             if self._num_spells % _CHECK_EVERY == 0 or self._config.integrity_fatal:
                 check_integrity(self.planner)
         block = idle or (self._stuck and self._grammars.is_holding)
-        self._inbox += self._transport.receive(block=block and not self._inbox, digest=self._digest)
+        self._inbox += self._transport.receive(block=block and not self._inbox)
         if idle:
             if not self._inbox:
                 return
@@ -106,9 +103,6 @@ class Scheduler:
             outputs += self._take(self._inbox.popleft())
         self._send(outputs)
         planned = self.planner.plan()
-        if self._check_ranks and planned is not None:
-            plan = planned.plan
-            self._digest = zlib.crc32(repr((plan.step_id, plan.page_updates, plan.reqs)).encode())
         self._stuck = planned is None and not self._submitted
         if planned is not None:
             masks = self._grammars.masks(planned, self._submitted)

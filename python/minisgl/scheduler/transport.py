@@ -47,8 +47,8 @@ class Transport(ABC):
         self._beat, self.grammars = beat, grammars or Grammars(None)
 
     @abstractmethod
-    def receive(self, *, block: bool, digest: int) -> Sequence[RankMsg]:
-        """The messages for this turn. With `block`, wait a while for one. `digest` is that of the last plan."""
+    def receive(self, *, block: bool) -> Sequence[RankMsg]:
+        """The messages for this turn. With `block`, wait a while for one."""
 
     def pump(self, *, late: bool = False) -> None:  # noqa: ARG002
         """Called now and then while a step runs. late: the step should have ended long ago."""
@@ -70,8 +70,8 @@ class FollowerTransport(Transport):
         self._batches: list[RankBatch] = []
         self._number = 0
 
-    def receive(self, *, block: bool, digest: int) -> Sequence[RankMsg]:  # noqa: ARG002
-        """Raises: EngineError when this rank has missed a turn, or planned otherwise than rank 0."""
+    def receive(self, *, block: bool) -> Sequence[RankMsg]:  # noqa: ARG002
+        """Raises: EngineError when this rank has missed a turn."""
         self._beat()
         while not self._batches:
             self._batches = self._pull.receive(_IDLE_SECONDS)
@@ -79,8 +79,6 @@ class FollowerTransport(Transport):
         batch = self._batches.pop(0)
         if batch.number != self._number:
             raise EngineError(f"rank 0 is at turn {batch.number}, this rank at {self._number}")
-        if batch.digest != digest:
-            raise EngineError(f"this rank's plan differs from rank 0's at turn {batch.number}")
         self._number += 1
         return batch.messages
 
@@ -95,9 +93,9 @@ class RankFanout:
         self._sockets = [PushSocket(endpoint, rank_codec) for endpoint in endpoints.ranks]
         self._number = 0
 
-    def send(self, messages: Sequence[RankMsg], digest: int) -> None:
+    def send(self, messages: Sequence[RankMsg]) -> None:
         for socket in self._sockets:
-            socket.send([RankBatch(self._number, list(messages), digest)])
+            socket.send([RankBatch(self._number, list(messages))])
         self._number += 1
 
     def close(self) -> None:
@@ -123,7 +121,7 @@ class LocalTransport(Transport):
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def receive(self, *, block: bool, digest: int) -> Sequence[RankMsg]:
+    def receive(self, *, block: bool) -> Sequence[RankMsg]:
         messages = self._admit(0.0)
         if block and not messages:
             is_holding = self.grammars.is_holding
@@ -131,7 +129,7 @@ class LocalTransport(Transport):
                 self.grammars.wait()
             messages = self._admit(0.0 if is_holding else _IDLE_SECONDS)
         if self._fanout is not None:
-            self._fanout.send(messages, digest)
+            self._fanout.send(messages)
         return messages
 
     def send(self, messages: Sequence[Reply]) -> None:
