@@ -35,9 +35,15 @@ inline int64_t num_panels(const Linear& w) {
 }
 inline int64_t panel_bytes(const Linear& w) { return num_units(w) * kUnitBytes; }
 
-// Panels that are read side by side: a core gets more from memory by several streams than by one. Fewer rows leave the
-// registers for that; more keep it busy.
-constexpr int streams_of(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+// Panels that are read side by side by few rows, which leave the registers for that; more keep a core busy. A single row
+// waits for memory alone. Processors with AMX get more from it by several streams than by one; others most by one, and read
+// ahead by themselves.
+#if defined(__AMX_INT8__)
+constexpr int kStreams = 4;
+#else
+constexpr int kStreams = 1;
+#endif
+constexpr int streams_of(int64_t rows) { return rows == 1 ? kStreams : rows <= 3 ? 2 : 1; }
 
 // Rows of 8-bit integers for packed weights, in groups of 32 with a scale each.
 struct ByteRows {
@@ -97,7 +103,7 @@ template <class T, int M, int P>
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
         const char* place = from + p * panel + i * kUnitBytes;
-        if (d == 0)
+        if (d == 0 && M * P > 1)
           for (int b = 0; b < kUnitBytes; b += 64) __builtin_prefetch(place + ahead + b);
         Floats low = part_of(w, load_as<Words>(place), d), high = part_of(w, load_as<Words>(place + kUnitBytes / 2), d);
         if constexpr (M > 1) keep(low), keep(high);
@@ -132,7 +138,7 @@ template <class T, int M, int P>
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
         const int8_t* place = w + p * panel + i * kUnitBytes;
-        if (d == 0)
+        if (d == 0 && M * P > 1)
           for (int b = 0; b < kUnitBytes; b += 64) __builtin_prefetch(place + ahead + b);
         Shorts low = load_as<Shorts>(place), high = load_as<Shorts>(place + kUnitBytes / 2);
         low = d == 0 ? (low << 8) >> 8 : low >> 8, high = d == 0 ? (high << 8) >> 8 : high >> 8;

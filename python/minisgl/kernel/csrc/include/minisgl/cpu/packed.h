@@ -3,9 +3,9 @@
 // A panel has kPanel output features, in two strips of a vector's lanes. Along its inputs stand spans: of each feature a
 // 16-bit scale, perhaps a second number (`Least`), and then `span` groups of 32 inputs: small integers that refine both for
 // 16 or 32 inputs, and codes, strip by strip. A product reads all this in the order in which it lies. Of each feature a vector of codes has 32 bits, which belong to four inputs that
-// follow one another: a unit. A group's 8 units are 8 vectors of bytes; or 4 of half bytes, the odd units' in the upper half;
-// or such half bytes, or nothing, and below them the units' further pairs of bits and single bits, as bits 2u, 2u + 1 of
-// vector u / 4, and bit u.
+// follow one another: a unit. A group's 8 units are 8 vectors of bytes; or 4 of half bytes, the odd units' in the upper
+// halves. Bits above those, or instead of them, come first: pairs, as bits 2u, 2u + 1 of vector u / 4, and single ones, as
+// bit u of a vector.
 #pragma once
 
 #include <algorithm>
@@ -189,18 +189,18 @@ inline void put_codes(const uint8_t* codes, const Format& f, int j, int64_t g, c
   auto to = reinterpret_cast<uint8_t*>(group + j / kLanes * code_bytes(bits) / 2 + j % kLanes * 4);
   if (bits == 8)
     for (int i = 0; i < 32; ++i) to[i / 4 * kVector + i % 4] = codes[i];
-  if (has_halves(bits)) {
-    for (int v = 0; v < 4; ++v, to += kVector)
-      for (int b = 0; b < 4; ++b) to[b] = uint8_t((codes[8 * v + b] & 15) | codes[8 * v + 4 + b] << 4);
-  }
   int upper = has_halves(bits) ? 4 : 0;
   if (has_pairs(bits)) {
     for (int v = 0; v < 2; ++v, to += kVector)
       for (int i = 0; i < 16; ++i) to[i % 4] |= (codes[16 * v + i] >> upper & 3) << i / 4 * 2;
     upper += 2;
   }
-  if (has_singles(bits))
+  if (has_singles(bits)) {
     for (int i = 0; i < 32; ++i) to[i % 4] |= (codes[i] >> upper & 1) << i / 4;
+    to += kVector;
+  }
+  if (has_halves(bits))
+    for (int i = 0; i < 32; ++i) to[i / 8 * kVector + i % 4] |= (codes[i] & 15) << i / 4 % 2 * 4;
 }
 
 // A block, as feature j of one span.

@@ -92,8 +92,8 @@ template <class S>
 inline void read_codes(const char* from, const uint8_t* table, Bytes* units) {
   constexpr uint32_t kOnes = 0x01010101;
   constexpr int kUpper = has_halves(S::kBits) ? 4 : 0, kSingle = kUpper + (has_pairs(S::kBits) ? 2 : 0);
-  const char* pairs = from + (has_halves(S::kBits) ? 4 * kVector : 0);
-  const char* singles = pairs + (has_pairs(S::kBits) ? 2 * kVector : 0);
+  const char* singles = from + (has_pairs(S::kBits) ? 2 * kVector : 0);
+  const char* halves = singles + (has_singles(S::kBits) ? kVector : 0);
 #pragma GCC unroll 8
   for (int u = 0; u < kUnits; ++u) {
     if constexpr (S::kBits == 8) {
@@ -101,9 +101,9 @@ inline void read_codes(const char* from, const uint8_t* table, Bytes* units) {
       continue;
     }
     Words code{};
-    if constexpr (has_halves(S::kBits)) code = (load_as<Words>(from + u / 2 * kVector) >> (u % 2 * 4)) & (15 * kOnes);
+    if constexpr (has_halves(S::kBits)) code = (load_as<Words>(halves + u / 2 * kVector) >> (u % 2 * 4)) & (15 * kOnes);
     if constexpr (has_pairs(S::kBits))
-      code |= shifted(load_as<Words>(pairs + u / 4 * kVector), kUpper - u % 4 * 2) & ((3 * kOnes) << kUpper);
+      code |= shifted(load_as<Words>(from + u / 4 * kVector), kUpper - u % 4 * 2) & ((3 * kOnes) << kUpper);
     if constexpr (has_singles(S::kBits)) code |= shifted(load_as<Words>(singles), kSingle - u) & (kOnes << kSingle);
     units[u] = S::kHasTable ? look_up(table, (Bytes)code) : (Bytes)code;
   }
