@@ -6,6 +6,7 @@ whatever the weights are.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +24,8 @@ Shape = tuple[int, int]
 Kept = Blocks | Grouped  # weights of few bits that kernels may multiply with
 
 _STORE, _ADD, _GATED = range(3)
+_PIECE = 64 * 2**20  # bytes
+_ALIGNMENT = 64
 
 
 class PanelMatrix(Matrix):
@@ -89,6 +92,7 @@ class CpuOps(TorchOps):
         self.module = load_cpu_kernels(target)
         self.workers: int = self.module.create_workers(num_threads)
         weakref.finalize(self, self.module.destroy_workers, self.workers)
+        self._free = torch.empty(0, dtype=torch.uint8)
 
     def vector_dtype(self, dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002
         return torch.float32
@@ -139,7 +143,7 @@ class CpuOps(TorchOps):
     def _packed_matrix(self, parts: list[Kept], columns: Tensor | None, activation: str | None) -> Matrix:
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
         handle: int = self.module.create_packed(*shape, activation == "silu", columns)
-        data = [torch.empty(self._num_bytes(part), dtype=torch.uint8) for part in parts]
+        data = [self._room(self._num_bytes(part)) for part in parts]
         matrix = PanelMatrix(self, shape, [*data, *([] if columns is None else [columns])], handle, activation)
         for part, packed in zip(parts, data, strict=True):
             if isinstance(part, Blocks):
@@ -150,12 +154,23 @@ class CpuOps(TorchOps):
             self.module.add_grouped(self.workers, handle, f"grouped{part.bits}", *numbers, packed)
         return matrix
 
+    def _room(self, num_bytes: int) -> Tensor:
+        """Memory of panels. Matrices lie side by side in large pieces: alone, most would not fill large pages."""
+        if num_bytes > len(self._free):
+            piece = torch.empty(max(num_bytes, _PIECE), dtype=torch.uint8)
+            if num_bytes > _PIECE // 2:
+                return piece[:num_bytes]
+            self._free = piece
+        room, self._free = self._free[:num_bytes], self._free[div_ceil(num_bytes, _ALIGNMENT) * _ALIGNMENT :]
+        return room
+
     def _plain_matrix(self, weight: Tensor, activation: str | None, dtype: torch.dtype) -> Matrix:
         """dtype: in memory, of the weight or int8."""
         panel, (num_out, num_in), is_pair = self.module.panel_size(), weight.shape, activation == "silu"
         num_panels = 2 * div_ceil(num_out // 2, panel) if is_pair else div_ceil(num_out, panel)
         depth = 4 // dtype.itemsize
-        data = torch.empty(num_panels, div_ceil(num_in, depth), panel, depth, dtype=dtype)
+        sizes = num_panels, div_ceil(num_in, depth), panel, depth
+        data = self._room(math.prod(sizes) * dtype.itemsize).view(dtype).view(sizes)
         scale = torch.empty(num_panels * panel) if dtype == torch.int8 else None
         self.module.pack_weight(self.workers, weight.detach(), is_pair, data, scale)
         handle: int = self.module.create_linear(data, scale, num_out, num_in, is_pair)

@@ -11,13 +11,15 @@ namespace minisgl::cpu {
 
 namespace {
 
-// Large memory, before it is touched: first touches and look-ups of small pages take time that shows.
+// Large memory, before it is touched: first touches and look-ups of small pages take time that shows. The pages at both ends
+// may be shared with others of its kind.
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = 2 << 20;
-  uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (bytes < 65536) return;
+  uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kHuge * kHuge;
+  uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + kHuge - 1) / kHuge * kHuge;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
