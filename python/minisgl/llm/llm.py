@@ -303,12 +303,8 @@ def _wrapped(prompt: Any) -> TextPrompt | IdsPrompt:
 @contextmanager
 def _progress(progress: Reporting, total: int) -> Iterator[ProgressCallback]:
     """A progress bar, a callback, or nothing, behind one call `report(finished, total)`."""
-    if callable(progress):
-        yield progress
-    elif progress or (progress is None and total >= 16):
-        columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, transient=progress is None) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda finished, _: bar.update(task, completed=finished)
-    else:
-        yield lambda _finished, _total: None
+    is_shown = progress is True or (progress is None and total >= 16)
+    columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=progress is None, disable=not is_shown) as bar:
+        task = bar.add_task("", total=total)
+        yield progress if callable(progress) else lambda finished, _: bar.update(task, completed=finished)
