@@ -74,7 +74,6 @@ class RequestMetrics:
 
 _METHODS = ("GET", "POST", "OPTIONS", "HEAD", "PUT", "PATCH", "DELETE")
 _OPENMETRICS = "application/openmetrics-text"
-_LABELS = ("model_name",)
 _KINDS = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily, "histogram": HistogramMetricFamily}
 
 
@@ -101,28 +100,19 @@ class Exposition(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from ProcessCollector(registry=None).collect()
+        values: dict[str, Any] = {**vars(self._requests), "http": self._http}
+        ended = self._requests.num_finished.items()
+        values["ended"] = {(self._model_name, reason.value): count for reason, count in ended}
+        values["restarts"] = {(worker,): count for worker, count in self._restarts.items()}
         if (stats := self._stats) is not None:
             usage = 1 - stats.num_free_pages / max(1, stats.num_pages)
-            yield from self._families("scheduler", {**msgspec.structs.asdict(stats), "usage": usage})
-        yield from self._families("counts", vars(self._requests))
-        ended = {(self._model_name, reason.value): count for reason, count in self._requests.num_finished.items()}
-        restarts = {(worker,): count for worker, count in self._restarts.items()}
-        for name, text, labels, counts in (
-            ("minisgl:request_success", "Requests that have ended.", (*_LABELS, "finished_reason"), ended),
-            ("http_requests", "HTTP requests.", ("method", "handler", "status"), self._http),
-            ("minisgl:worker_restarts", "Times that workers were started again.", ("worker",), restarts),
-        ):
-            family = CounterMetricFamily(name, text, labels=labels)
-            for values, count in counts.items():
-                family.add_metric(values, count)
-            yield family
-        yield from self._families("histograms", vars(self._requests))
-
-    def _families(self, table: str, values: Mapping[str, Any]) -> Iterator[Metric]:
-        for name, (kind, text, key) in _TABLES[table].items():
-            family = _KINDS[kind](f"minisgl:{name}", text, labels=_LABELS)
-            value = _buckets(values[key]) if kind == "histogram" else (values[key],)
-            family.add_metric((self._model_name,), *value)
+            values |= {**msgspec.structs.asdict(stats), "usage": usage}
+        for name, (kind, text, key, *labels) in _TABLES["families"].items():
+            if key not in values:
+                continue
+            family = _KINDS[kind](name, text, labels=labels or ("model_name",))
+            for label_values, value in values[key].items() if labels else [((self._model_name,), values[key])]:
+                family.add_metric(label_values, *(_buckets(value) if kind == "histogram" else (value,)))
             yield family
 
 
