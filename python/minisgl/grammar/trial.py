@@ -128,16 +128,6 @@ def try_out(grammar: Grammar, vocabulary: Vocabulary) -> dict[str, str | int]:
     return {"source": source, "num_bytes": max(len(source), _num_bytes_in_use() - before)}
 
 
-def _serve(vocabulary: Vocabulary) -> None:
-    print("ready", flush=True)
-    for line in sys.stdin:
-        grammar = Grammar(**json.loads(line))
-        signal.setitimer(signal.ITIMER_PROF, _COMPILE_SECONDS)  # its signal ends the process, whatever it is at
-        answer = try_out(grammar, vocabulary)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(answer), flush=True)
-
-
 def main(config: str) -> None:
     """Serve grammars, a line of JSON each, until standard input ends. config: of the vocabulary, as JSON."""
     os.nice(5)
@@ -145,7 +135,11 @@ def main(config: str) -> None:
     vocabulary = load_vocabulary(VocabularyConfig(**json.loads(config)))
     num_bytes = psutil.Process().memory_info().vms + _TRIAL_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
-    threading.stack_size(_TRIAL_STACK)
-    worker = threading.Thread(target=_serve, args=(vocabulary,))
-    worker.start()
-    worker.join()
+    resource.setrlimit(resource.RLIMIT_STACK, (_TRIAL_STACK, _TRIAL_STACK))  # of this thread, which goes on growing
+    print("ready", flush=True)
+    for line in sys.stdin:
+        grammar = Grammar(**json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, _COMPILE_SECONDS)  # its signal ends the process, whatever it is at
+        answer = try_out(grammar, vocabulary)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(answer), flush=True)
