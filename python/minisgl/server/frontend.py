@@ -65,7 +65,7 @@ class Stream(AsyncIterator[tuple[int, UserReply]]):
         self._frontend, self._begin = frontend, begin
         self._replies: dict[int, list[UserReply]] = {}  # by index; what has waited for the longest comes first
         self._news = asyncio.Event()
-        self._error: MiniSGLError | None = None
+        self._error: Exception | None = None
 
     async def __anext__(self) -> tuple[int, UserReply]:
         while not self._replies:
@@ -90,7 +90,7 @@ class Stream(AsyncIterator[tuple[int, UserReply]]):
         self._news.clear()
         await self._news.wait()
 
-    def abort(self, error: RequestError | None = None) -> None:
+    def abort(self, error: Exception | None = None) -> None:
         """End what has not ended at once: nobody reads it any more, or its reader gets this error."""
         self._frontend.abort([self], error or RequestError("the request was aborted", status=499))
 
@@ -109,7 +109,7 @@ class Stream(AsyncIterator[tuple[int, UserReply]]):
         output.request.is_accepted = True
         self._news.set()
 
-    def fail(self, error: MiniSGLError) -> None:
+    def fail(self, error: Exception) -> None:
         self._error = error
         self._news.set()
 
@@ -214,7 +214,7 @@ class Frontend:
         owned = [stream for stream in streams if owner in (None, *stream.request_ids)]
         return [stream for stream in owned if ids is None or not {*stream.request_ids}.isdisjoint(ids)]
 
-    def abort(self, streams: Sequence[Stream], error: RequestError | None = None) -> int:
+    def abort(self, streams: Sequence[Stream], error: Exception | None = None) -> int:
         """End the outputs that have not ended: at once, with an error for their readers; or without one as soon as all
         that was on its way has come, with `abort`, which their readers see. Returns how many they are."""
         outputs = [output for stream in streams for output in stream.outputs if output.uid in self._outputs]
@@ -230,7 +230,7 @@ class Frontend:
                 self._dispatch(UserReply(output.uid, "", b"", 0, 0, 0, finish_reason=FinishReason.ABORT))
         return len(outputs)
 
-    def _end(self, output: _Output, reason: FinishReason, error: MiniSGLError) -> None:
+    def _end(self, output: _Output, reason: FinishReason, error: Exception) -> None:
         self._outputs.pop(output.uid, None)
         self.metrics.finish(output.timing, reason)
         output.request.stream.fail(error)

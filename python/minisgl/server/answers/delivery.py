@@ -7,10 +7,9 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 from fastapi import Request, Response
 from starlette.datastructures import Headers
@@ -35,8 +34,6 @@ TIMEOUT = "x-request-timeout"  # seconds
 LIBRARY_TIMEOUTS = ("x-stainless-read-timeout", "x-stainless-timeout")
 _NUMBER = re.compile(r"\d{1,6}(\.\d{1,15})?", re.ASCII)
 
-T = TypeVar("T")
-
 
 async def answer_request(
     frontend: Frontend, request: Request, parsed: GenerationRequest, renderer: Renderer, keepalive: float
@@ -49,23 +46,34 @@ async def answer_request(
     ids = (request.state.request_id, renderer.id, request.state.owner)
     send = partial(frontend.submit, notify=parsed.stream, count=parsed.num_choices, begin=place.begin)
     stream = send(parsed.prompts, params, ids)  # the outputs of the first prompt, those of the second …
+    watcher = asyncio.ensure_future(_watch(request.receive, stream))
     try:
         if seconds:
             late = RequestError(f"no answer within {seconds:g} s, as the request has it", code="timeout", status=504)
             place.timer = asyncio.get_running_loop().call_later(seconds, stream.abort, late)
         request.state.answer = renderer
         if not parsed.stream:
-            choices = await unless_disconnected(request.receive, _collect(stream, renderer))
+            choices = await _collect(stream, renderer)
             return json_response(renderer.body(_best(choices, parsed)))
         # What is refused gets an HTTP status; once the request is on its way, an error is an event.
         with contextlib.suppress(asyncio.TimeoutError):
-            await unless_disconnected(request.receive, asyncio.wait_for(stream.accepted(), ACCEPT_SECONDS))
+            await asyncio.wait_for(stream.accepted(), ACCEPT_SECONDS)
         return EventStream(stream, renderer, keepalive)
     except BaseException as error:
         stream.abort()
         if isinstance(error, RequestError):
             raise renamed(error, parsed.names) from None
         raise
+    finally:
+        watcher.cancel()
+
+
+async def _watch(receive: Receive, stream: Stream) -> None:
+    """When the client goes away, end the stream: whoever reads it gets a ClientDisconnect."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    logger.debug("a client went away; its request is aborted")
+    stream.abort(ClientDisconnect())
 
 
 def _best(choices: Sequence[Sequence[UserReply]], parsed: GenerationRequest) -> Sequence[Sequence[UserReply]]:
@@ -110,10 +118,12 @@ class EventStream(Response):
         self._stream, self._renderer, self._seconds, self._last_sent = stream, renderer, seconds, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        watcher = asyncio.ensure_future(_watch(receive, self._stream))
         try:
             with contextlib.suppress(ClientDisconnect):  # which has been told
-                await unless_disconnected(receive, self._send(send))
+                await self._send(send)
         finally:
+            watcher.cancel()
             self._stream.abort()
 
     async def _send(self, send: Send) -> None:
@@ -144,23 +154,3 @@ class EventStream(Response):
             if left <= 0:
                 await self._write(send, self._renderer.keep_alive)
             await asyncio.sleep(left if left > 0 else self._seconds)
-
-
-async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
-    """Wait for `work`, and cancel it when the client goes away. Raises: ClientDisconnect then."""
-
-    async def disconnected() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        logger.debug("a client went away; its request is aborted")
-        raise ClientDisconnect
-    finally:
-        task.cancel()
-        watcher.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
