@@ -198,7 +198,7 @@ def test_progress_is_reported(llm: LLM) -> None:
         ({"pagesize": 1}, "did you mean page_size"),
         ({"dtype": "int8"}, "dtype"),
         ({"tp": 3}, "--tensor-parallel-size 3"),
-        ({"model_path": "/does/not/exist"}, "neither a directory"),
+        ({"model_path": "/does/not/exist"}, "no directory, no GGUF file"),
     ],
 )
 def test_wrong_options_are_one_clear_error(model: Path, options: dict[str, Any], words: str) -> None:

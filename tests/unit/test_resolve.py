@@ -525,7 +525,7 @@ def test_where_models_are_found(tmp_path: Path) -> None:
     assert locate_model(None, "huggingface") == DEMO_MODEL
     assert locate_model(str(tmp_path), "huggingface") == tmp_path.resolve()
     for wrong in (str(tmp_path / "missing"), "./missing", "missing", "a/b/c"):
-        with pytest.raises(ConfigError, match="neither a directory nor a repo id"):
+        with pytest.raises(ConfigError, match="no directory, no GGUF file, and no repo id"):
             locate_model(wrong, "huggingface")
 
 

@@ -1,9 +1,8 @@
-"""Backends of optional packages: FlashInfer (arXiv 2501.01005) and FlashAttention-3 (arXiv 2407.08608)."""
+"""FlashInfer (arXiv 2501.01005) and FlashAttention-3 (arXiv 2407.08608), of packages that `config.device` has found."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 
 from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, IntArray
 from minisgl.config.model import AttentionSpec
-from minisgl.errors import ConfigError
 from minisgl.kernel.ops import PagedSequences
 from minisgl.kvcache.pool import LayerCache
 
@@ -21,25 +19,15 @@ WORKSPACE_BYTES = 256 << 20  # partial results of split sequences; shared, as la
 Wrappers = dict[int | None, Any]  # FlashInfer's objects, which hold a plan, by the window of layers
 
 
-@contextmanager
-def importing(backend: str, module: str, package: str) -> Iterator[None]:
-    """Inside, an optional package of a backend is imported. Raises: ConfigError when it cannot be."""
-    try:
-        yield
-    except (ImportError, OSError) as error:  # OSError: a library of another CUDA version
-        problem = f"--attention-backend {backend} needs {module} ({error}): pip install {package}"
-        raise ConfigError(problem) from error
-
-
 class FlashInferBackend(AttentionBackend[Wrappers]):
     """It schedules a step on the host before the step runs, and refills the buffers that a CUDA graph reads before
-    each replay. Raises: ConfigError when the package cannot be imported."""
+    each replay."""
 
     plans_captured = True
 
     def __init__(self, shape: AttentionShape, device: torch.device) -> None:
-        with importing("fi", "flashinfer", "flashinfer-python==0.6.14"):
-            import flashinfer
+        import flashinfer
+
         self._library = flashinfer
         self._shape, self._device = shape, device
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
@@ -107,11 +95,11 @@ class FlashMetadata(NamedTuple):
 
 
 class FlashAttentionBackend(AttentionBackend[FlashMetadata]):
-    """Raises: ConfigError when the package cannot be imported."""
+    """FlashAttention-3, over whole pages."""
 
     def __init__(self, shape: AttentionShape, _device: torch.device) -> None:
-        with importing("fa", "sgl_kernel", "sglang-kernel"):
-            from sgl_kernel.flash_attn import flash_attn_with_kvcache
+        from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
         self._attend = flash_attn_with_kvcache
         self._max_seq_len = shape.max_seq_len
 

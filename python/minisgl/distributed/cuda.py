@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from minisgl.distributed.comm import Communicator, Rendezvous
-from minisgl.errors import ConfigError, EngineError
+from minisgl.errors import EngineError
 from minisgl.kernel import pynccl
 from minisgl.kernel.peer_memory import BROADCAST_BYTES, open_peer_memory
 
@@ -56,10 +56,6 @@ class CudaCommunicator(Communicator):
 
     def __init__(self, meeting: Rendezvous, use_pynccl: bool = True, gather_bytes: int = 0) -> None:
         super().__init__(meeting)
-        if (num_gpus := torch.cuda.device_count()) < self.size:
-            raise ConfigError(
-                f"--tensor-parallel-size {self.size} needs {self.size} GPUs, this machine shows {num_gpus}"
-            )
         self._device = torch.device("cuda", self.rank)
         torch.cuda.set_device(self._device)
         meeting.exchange("start", "")  # NCCL itself would wait for ever for a rank that never comes
