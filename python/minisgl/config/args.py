@@ -133,7 +133,7 @@ class ServerArgs(ServerOptions):
     chat_template: str | None = _option(_text, None)
     config_override: Mapping[str, Any] | None = _option(_object, None)
     dtype: str | None = _option(_choice("float16", "bfloat16", "float32"), None)
-    quantization: str | None = _option(_choice("int8"), None)
+    quantization: str | None = _option(_choice("int8", "int4"), None)
     kv_cache_dtype: str | None = _option(_choice("float16", "bfloat16", "float32"), None)
     cpu_threads: int | None = _option(integer(1, 1024), None)
     device: str | None = _option(_choice("cpu", "cuda"), None)

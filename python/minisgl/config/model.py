@@ -153,8 +153,8 @@ class ModelConfig:
         return sum(prod(shape) for state in states for shape in state.shapes) * DTYPE_BYTES[dtype]
 
     def weight_bytes(self, dtype: str, tp_size: int = 1) -> int:
-        """Bytes of weights (also "int8", or "packed" as they are stored) on one rank, to within the few that are
-        replicated or padded."""
+        """Bytes of weights (also "int8" and "int4", or "packed" as they are stored) on one rank, to within the few that
+        are replicated or padded."""
         if dtype == "packed":
             return self.packed_bytes // tp_size
         params = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) // tp_size
@@ -162,4 +162,4 @@ class ModelConfig:
         query_and_output = 2 * (self.num_qo_heads * self.head_dim * self.hidden_size // tp_size)
         for layer in self.layers:
             params += query_and_output + layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
-        return params * (1 if dtype == "int8" else DTYPE_BYTES[dtype])
+        return int(params * {**DTYPE_BYTES, "int8": 1, "int4": 0.75}[dtype])

@@ -12,6 +12,7 @@ from minisgl.formats.base import DENSE, Header, Int8, WeightFormat
 from minisgl.formats.float8 import Float8Format
 from minisgl.formats.gguf import Gguf
 from minisgl.formats.grouped import Awq, Compressed, CompressedInt8, Gptq
+from minisgl.formats.int4 import Int4
 
 # By the layouts of `config/quantization.yaml`.
 _STORED: dict[str, type[Gptq] | type[Compressed] | type[Float8Format]] = {
@@ -30,4 +31,6 @@ def create_format(config: EngineConfig, device: torch.device, header: Mapping[st
         return Gguf(Path(config.model_path), dtype, device)
     if (stored := config.model.quantization) is not None:
         return _STORED[stored.layout](stored, header, config.model_path, dtype, device)
+    if config.quantization == "int4":
+        return Int4(dtype, device)
     return Int8() if config.quantization == "int8" else DENSE

@@ -1,0 +1,118 @@
+"""Weights that are made 4 bits wide: nearer to the originals than rounding to the nearest, and than GGUF's Q4_1."""
+
+from __future__ import annotations
+
+import copy
+
+import gguf
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from minisgl.config.locate import DEMO_MODEL
+from minisgl.errors import ConfigError
+from minisgl.formats.int4 import quantize
+from minisgl.kernel.packed import Grouped
+from tests.driver import CPU_KERNELS, engine_logits
+from tests.models import hf_model, random_prompt, tiny_model
+from tests.real_model import real_model
+
+TEXT = """Requests become plans, plans become batches, batches become tokens, and tokens become text.
+The capital of France is Paris, where the river Seine flows past the museum. Water boils at one hundred degrees
+Celsius at sea level, and at less on a mountain, because the air presses less upon it. Once upon a time there was
+a little girl who lived near the forest with her grandmother; every morning she carried bread and milk to the
+miller, who told her stories of the sea.
+def fibonacci(n):
+    a, b = 0, 1
+    for _ in range(n):
+        a, b = b, a + b
+    return a
+"""
+
+
+def nearest(weight: torch.Tensor) -> torch.Tensor:
+    """Groups of 32 with a scale and a zero, so that the range of each is covered."""
+    groups = weight.float().unflatten(1, (-1, 32))
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 15).half().float().clamp(min=1e-7)
+    zero = (-low / scale).round()
+    return (((groups / scale + zero).round().clamp(0, 15) - zero) * scale).flatten(1)
+
+
+def packed(weight: torch.Tensor, bits: int = 4, importance: torch.Tensor | None = None) -> torch.Tensor:
+    made = quantize("layer.", weight, bits, importance)
+    assert isinstance(made, Grouped)
+    return made.dequantize()
+
+
+def error(made: torch.Tensor, weight: torch.Tensor) -> float:
+    return float((made - weight.float()).square().sum() / weight.float().square().sum())
+
+
+def test_errors_of_trained_weights() -> None:
+    tensors = load_file(DEMO_MODEL / "model.safetensors")
+    kind = gguf.GGMLQuantizationType.Q4_1
+    for name in ("layers.0.self_attn.q_proj", "layers.4.mlp.up_proj", "layers.9.mlp.down_proj"):
+        weight = tensors[f"model.{name}.weight"].float()
+        q4_1 = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind))
+        assert error(packed(weight), weight) < min(0.93 * error(nearest(weight), weight), error(q4_1, weight))
+        assert error(packed(weight, 8), weight) < 1e-4
+
+
+def test_columns_that_count_more_are_nearer() -> None:
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    importance = torch.where(torch.arange(128) % 4 == 0, 100.0, 1.0)
+    plain, weighted = packed(weight), packed(weight, importance=importance)
+    assert error(weighted[:, ::4], weight[:, ::4]) < 0.8 * error(plain[:, ::4], weight[:, ::4])
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(2, 64), torch.full((2, 64), 3.0), torch.full((2, 64), -1e-30)])
+def test_groups_of_one_value(rows: torch.Tensor) -> None:
+    torch.testing.assert_close(packed(rows), rows, atol=1e-6, rtol=1e-3)
+
+
+def test_what_cannot_be_in_groups() -> None:
+    weight = torch.randn(4, 48)
+    assert quantize("layer.", weight, 4) is weight
+    with pytest.raises(ConfigError, match=r"^layer.weight holds NaN"):
+        quantize("layer.", torch.full((4, 64), torch.nan), 4)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen2"])
+def test_the_logits_are_those_of_the_weights(family: str) -> None:
+    """Routers stay exact, embedding and head have 8 bits."""
+    path, tokens = tiny_model(family), random_prompt(40)
+    model = copy.deepcopy(hf_model(path))
+    with torch.inference_mode():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1 and not name.endswith("mlp.gate.weight"):
+                bits = 8 if "embed_tokens" in name or "lm_head" in name else 4
+                for part in weight if weight.dim() == 3 else [weight]:
+                    part.copy_(packed(part.data, bits))
+        expected = model(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(engine_logits(path, tokens, quantization="int4"), expected, atol=1e-3, rtol=1e-3)
+    if family == "qwen3_moe":
+        return  # whose routers are so near to ties that what kernels round makes them choose others
+    kernels = engine_logits(path, tokens, quantization="int4", **CPU_KERNELS)
+    assert (kernels - expected).norm() / expected.norm() < 0.05, "activations are rounded to 8 bits"
+
+
+@pytest.mark.timeout(600)  # the model may have to be made first
+def test_a_real_model_is_less_surprised_than_with_rounded_weights() -> None:
+    """By the divergence of its distributions from those of the original."""
+    path, rounded = real_model(), copy.deepcopy(hf_model(real_model()))
+    with torch.inference_mode():
+        for name, weight in rounded.named_parameters():
+            if weight.dim() > 1 and "embed_tokens" not in name:
+                weight.copy_(nearest(weight.data))
+        ids = transformers.AutoTokenizer.from_pretrained(path)(TEXT, return_tensors="pt").input_ids
+        original, others = hf_model(path)(ids).logits[0], rounded(ids).logits[0]
+    ours = engine_logits(path, ids[0].tolist(), quantization="int4", kv_cache_dtype="float32", **CPU_KERNELS)
+    assert divergence(original, ours) < 0.85 * divergence(original, others)
+
+
+def divergence(original: torch.Tensor, other: torch.Tensor) -> float:
+    """Kullback-Leibler's, in nats a token."""
+    p, q = original.log_softmax(-1), other.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
