@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
 NAMES = {
@@ -132,6 +133,13 @@ def write_gguf(
     writer.close()
     save_file(stands_for, reference / "model.safetensors", metadata={"format": "pt"})
     return next(iter(sorted(folder.glob("model*.gguf")))), reference
+
+
+def byte_tokens() -> dict[str, Any]:
+    """Metadata of a tokenizer of bytes, with a token of two instead of the last."""
+    tokens = [*bytes_to_unicode().values()][:255]
+    values = {"model": "gpt2", "pre": "smollm", "tokens": [*tokens, "ab"], "merges": ["a b"], "eos_token_id": 2}
+    return {f"tokenizer__ggml__{key}": value for key, value in values.items()}
 
 
 def stacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

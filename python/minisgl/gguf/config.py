@@ -29,7 +29,7 @@ class GgufModel:
         self._architecture = str(self._head.metadata.get("general.architecture"))
         if self._architecture not in NAMES["architectures"]:
             known = ", ".join(NAMES["architectures"])
-            raise self._head.wrong(f"architecture not supported: {self._architecture[:100]} (supported: {known})")
+            raise self._head.wrong(f"architecture not supported: {self._architecture[:100]!r} (supported: {known})")
         self._stored = {tensor.name: tensor for file in self.files for tensor in file.tensors.values()}
         expected = self._head.integer("split.tensors.count", len(self._stored))
         if expected != len(self._stored):
@@ -50,17 +50,16 @@ class GgufModel:
         if name == "config.json":
             return self._config()
         if name == "generation_config.json":
-            return {
-                ours: self._head.metadata.get(f"general.sampling.{key}") for ours, key in NAMES["generation"].items()
-            }
+            return {ours: self._head.metadata.get(key) for ours, key in NAMES["generation"].items()}
         templates = self._head.values("tokenizer.chat_template").values() if name == "tokenizer_config.json" else ()
         return {"chat_template": [{"template": text} for text in templates]}
 
     def _check_sizes(self, hidden: int) -> None:
         """Sizes of which tensors are made before any is read. Raises: ConfigError where the tensors are of others."""
         kv_heads = self._integer("attention.head_count_kv") or self._heads
+        table = self._stored.get("token_embd.weight")
         shapes = {
-            "token_embd.weight": (..., hidden),
+            "token_embd.weight": (table.shape[0] if table else 0, hidden),
             "blk.0.attn_q.weight": (self._heads * self._head_dim, hidden),
             "blk.0.attn_k.weight": (kv_heads * self._head_dim, hidden),
             f"blk.{self._integer('block_count') - 1}.attn_norm.weight": (hidden,),
@@ -68,12 +67,8 @@ class GgufModel:
         for name, shape in shapes.items():
             if (tensor := self._stored.get(name)) is None:
                 raise self._head.wrong(f"tensor {name} is missing")
-            if len(tensor.shape) != len(shape) or any(
-                b not in (a, ...) for a, b in zip(tensor.shape, shape, strict=True)
-            ):
-                raise tensor.wrong(
-                    f"is {list(tensor.shape)}; by the metadata it is {str(shape).replace('Ellipsis', '…')}"
-                )
+            if tensor.shape != shape:
+                raise tensor.wrong(f"is {list(tensor.shape)}; by the metadata it is {list(shape)}")
 
     def _integer(self, key: str) -> int:
         return self._head.integer(f"{self._architecture}.{key}")
@@ -89,11 +84,6 @@ class GgufModel:
             if fields["num_experts"]:
                 raise self._head.wrong("architecture not supported: llama with experts (Mixtral)")
             architecture = "MistralForCausalLM" if window else architecture
-        names = ("eos", "eot", "eom")
-        ends = [
-            end for name in names if (end := self._head.metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None
-        ]
-        tokens = self._head.values("tokenizer.ggml.tokens").get("tokenizer.ggml.tokens", ())
         given = {
             "architectures": [architecture],
             "vocab_size": self._stored["token_embd.weight"].shape[0],
@@ -107,7 +97,7 @@ class GgufModel:
             "tie_word_embeddings": "output.weight" not in self._stored,
             "attention_bias": "blk.0.attn_q.bias" in self._stored,
             "mlp_bias": "blk.0.ffn_gate.bias" in self._stored,
-            "eos_token_id": [*ends, *(index for index, token in enumerate(tokens) if token in NAMES["ends"])],
+            "eos_token_id": self._ends(),
             "dtype": "bfloat16",
             "packed_bytes": sum(tensor.num_bytes for tensor in self._stored.values()),
         }
@@ -117,11 +107,17 @@ class GgufModel:
         if _ROPE in self._stored:
             return self._llama3(self._stored[_ROPE])
         fields = self._fields("rope_scaling")
-        if (
-            fields["rope_type"] == "yarn" and fields["attention_factor"]
-        ):  # it comes on top of what follows from `factor`
-            fields["attention_factor"] *= 0.1 * math.log(max(fields["factor"] or 1, 1)) + 1
+        temperature, factor = fields["attention_factor"], fields["factor"]
+        if fields["rope_type"] == "yarn" and type(temperature) is type(factor) is float:
+            fields["attention_factor"] = temperature * (0.1 * math.log(max(factor, 1.0)) + 1)  # as it is without it
         return fields if fields["rope_type"] not in (None, "none") else None
+
+    def _ends(self) -> list[Any]:
+        """Ids of the tokens that end a turn, said or known."""
+        named = (self._head.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+        tokens = self._head.values("tokenizer.ggml.tokens").get("tokenizer.ggml.tokens")
+        known = [i for i, token in enumerate(tokens) if token in NAMES["ends"]] if type(tokens) is list else []
+        return [end for end in named if end is not None] + known
 
     def _llama3(self, tensor: StoredTensor) -> dict[str, Any]:
         """The parameters from which the factors of all frequencies, which the file has as a tensor, were computed."""
@@ -130,8 +126,10 @@ class GgufModel:
             raise tensor.wrong(f"must be F32, [{num}], and rope.freq_base a number above 1")
         factors = struct.unpack_from(f"<{num}f", tensor.file.data, tensor.offset)
         original, factor, low, high = 8192, max(factors), 1.0, 4.0
+        if set(factors) == {1.0}:
+            return {"rope_type": "default"}
         turns = [original * theta ** (-i / num) / (2 * math.pi) for i in range(num)]
-        kept = [1.0 if factor == 1 or not f else (factor / f - 1) / (factor - 1) for f in factors]
+        kept = [(factor / f - 1) / (factor - 1) if f and factor != 1 else 1.0 for f in factors]
         between = [(turn, share) for turn, share in zip(turns, kept, strict=True) if 0.001 < share < 0.999]
         if len(between) > 1:  # a line through two of them, from none to the whole of the frequency
             (t0, k0), (t1, k1) = between[0], between[-1]

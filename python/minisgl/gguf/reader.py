@@ -147,15 +147,15 @@ class GgufFile:
         return _List(kind, count, begin)
 
     def _tensor(self) -> StoredTensor:
-        name, num_dims = self._text(), self._number("<I")
+        name, num_dims = ascii(self._text())[1:-1][:100], self._number("<I")
         shape = tuple(self._number("<Q") for _ in range(min(num_dims, 4)))[::-1]
         number, offset = self._number("<I"), self._number("<Q")
         if number not in KINDS:
             known = ", ".join(kind.name for kind in KINDS.values())
-            raise self.wrong(f"tensor {name[:100]} is of type {_kind_name(number)}, not supported (supported: {known})")
+            raise self.wrong(f"tensor {name} is of type {_kind_name(number)}, not supported (supported: {known})")
         kind = KINDS[number]
         if not 1 <= num_dims <= 4 or not 0 < prod(shape) < 2**50 or shape[-1] % kind.values:
-            raise self.wrong(f"tensor {name[:100]} cannot be {kind.name} of {num_dims} dimensions, {list(shape)}")
+            raise self.wrong(f"tensor {name} cannot be {kind.name} of {num_dims} dimensions, {list(shape)}")
         return StoredTensor(name, self, kind, shape, offset)
 
     def _place(self, tensors: list[StoredTensor]) -> None:

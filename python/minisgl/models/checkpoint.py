@@ -180,15 +180,14 @@ class Checkpoint:
         rest = [n for n in self._stored if n not in used and n != HEAD and not _IGNORED.search(n)]
         unexpected = [n for n in rest if _region(n) in regions]  # with these, the model would compute something else
         quantized = [n for n in unexpected if _QUANTIZED.search(n)]
-        for name in quantized + [
-            n for n in [*(n for n in used if used[n]), *unexpected] if self._stored[n].dtype not in _FLOATS
-        ]:
+        floats = [n for n in used if used[n]] + ([] if self._source.endswith(".gguf") else unexpected)
+        for name in quantized + [n for n in floats if self._stored[n].dtype not in _FLOATS]:
             kind = f"{self._stored[name].name} is {self._stored[name].dtype}"
             reason = "which config.json does not say; use an unquantized checkpoint"
             raise ConfigError(f"{where} are quantized ({kind}), {reason}")
         titled = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
         if problems := [f"{title}: {listing(items)}" for title, items in titled if items]:
-            raise ConfigError(f"{where} do not fit config.json; " + "; ".join(problems))
+            raise ConfigError(f"{where} do not fit its configuration; " + "; ".join(problems))
         if rest:
             logger.warning("%s: tensors that are no part of the model are left out: %s", self._source, listing(rest, 4))
 
