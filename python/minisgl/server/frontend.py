@@ -8,6 +8,7 @@ import itertools
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -86,7 +87,7 @@ class Stream(AsyncIterator[tuple[int, UserReply]]):
 
     async def _change(self) -> None:
         if self._error is not None:
-            raise self._error
+            raise copy(self._error)  # whose traceback would keep all that its reader has, and us
         self._news.clear()
         await self._news.wait()
 
