@@ -18,6 +18,7 @@ from minisgl.config.probe import PACKAGES, Capabilities, Gpu
 from minisgl.doctor import system, toolchain
 from minisgl.doctor.row import Row, ask, guarded
 from minisgl.doctor.toolchain import TorchInfo
+from tests.unit.test_gguf_header import write
 
 CPU_TORCH = TorchInfo("2.13.0+cpu", None, "AVX2")
 CUDA_TORCH = TorchInfo("2.13.0", "13.0", "AVX2", 1)
@@ -96,6 +97,17 @@ def test_a_complete_model(model: Path) -> None:
     assert "LlamaForCausalLM" in row.detail
     assert system.find_model(str(model)) == model
     assert system.find_model(None) == DEMO_MODEL
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf")
+    for name in (path, tmp_path):
+        assert system.find_model(str(name)) == path
+    row = system.check_model(str(path), path)
+    assert row.status == "ok"
+    assert "model.gguf: LlamaForCausalLM" in row.detail
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "the file was cut off" in system.check_model(str(path), path).detail
 
 
 @pytest.mark.parametrize(

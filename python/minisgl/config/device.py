@@ -286,7 +286,7 @@ def _unfit(backend: Backend, model: ModelConfig, dtype: str, machine: Capabiliti
 
 def _cpu_pages(config: EngineConfig, memory: int) -> int:
     """Pages that fit the memory, and no more than all running requests could ever use. Memory is taken on first use."""
-    kept = "packed" if config.model.packed_bytes else config.quantization or config.dtype
+    kept = "packed" if config.model.packed_bytes and config.cpu_kernels else config.quantization or config.dtype
     weights = config.model.weight_bytes(kept, config.tp_size)
     budget = int(memory * config.memory_ratio) // config.tp_size - weights
     budget -= config.max_running_requests * config.model.state_bytes_per_row(config.kv_cache_dtype)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from minisgl.config.args import ServerArgs
 from minisgl.config.families import read_model_config
-from minisgl.config.locate import DEMO_MODEL, lfs_hint, split_revision, weight_files
+from minisgl.config.locate import DEMO_MODEL, is_gguf, lfs_hint, split_revision, weight_files
 from minisgl.config.probe import Capabilities
 from minisgl.config.resolve import ModelFiles, read_default_sampling, resolve
 from minisgl.doctor.row import Row
 from minisgl.errors import ConfigError
+from minisgl.gguf.reader import models_in
 from minisgl.server.launch import bind_port
 
 GIB = 1 << 30
@@ -77,7 +78,8 @@ def find_model(model: str | None) -> Path | None:
         return DEMO_MODEL
     path = Path(model).expanduser()
     if path.exists() or model.startswith(("/", ".", "~")):
-        return path
+        found = [] if (path / "config.json").is_file() else models_in(path)
+        return found[0] if len(found) == 1 else path
     try:
         name, revision = split_revision(model, None)
         return Path(snapshot_download(name or model, revision=revision, local_files_only=True))
@@ -91,10 +93,10 @@ def check_model(model: str | None, path: Path | None) -> Row:
     if path is None:
         fix = "It is downloaded at the first start; without a network pass a local directory."
         return Row("Model", "warn", f"{label}: not a local directory, and not in the hub's cache", fix)
-    if not path.is_dir():
+    if not path.is_dir() and not is_gguf(path):
         return Row("Model", "fail", f"{label}: no such directory", "Give the directory that holds config.json.")
     problems = _config_problems(path) + _shard_problems(path)
-    if not any((path / file).is_file() for file in TOKENIZER_FILES):
+    if not is_gguf(path) and not any((path / file).is_file() for file in TOKENIZER_FILES):
         problems.append("no tokenizer (tokenizer.json)")
     if problems:
         fix = "Download the model again, completely."
@@ -108,7 +110,7 @@ def check_model(model: str | None, path: Path | None) -> Row:
 def check_configuration(path: Path | None, machine: Capabilities) -> Row:
     """What the server would decide with no other flags, or the error that it would end with."""
     name = "Configuration"
-    if path is None or not path.is_dir() or _config_problems(path):
+    if path is None or not path.exists() or _config_problems(path):
         return Row(name, "n/a", "needs a model")
     try:
         files = ModelFiles(path, read_model_config(path), read_default_sampling(path))
@@ -121,7 +123,7 @@ def check_configuration(path: Path | None, machine: Capabilities) -> Row:
 
 
 def _config_problems(path: Path) -> list[str]:
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").is_file() and not is_gguf(path):
         return ["no config.json"]
     try:
         read_model_config(path)

@@ -99,7 +99,8 @@ class GgufModel:
             "mlp_bias": "blk.0.ffn_gate.bias" in self._stored,
             "eos_token_id": self._ends(),
             "dtype": "bfloat16",
-            "packed_bytes": sum(tensor.num_bytes for tensor in self._stored.values()),
+            # In float16 CPUs do not compute: they keep it as float32.
+            "packed_bytes": sum(t.num_bytes * (1 + (t.kind.name == "F16")) for t in self._stored.values()),
         }
         return fields | given
 
