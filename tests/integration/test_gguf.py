@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tests.gguf_files import write_gguf
 from tests.integration.test_formats import SecondOfTwo
 from tests.integration.test_tensor_parallel import run_ranks
 from tests.models import hf_logits, random_prompt, tiny_model
+from tests.real_model import real_model
 
 WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 2}
 MIXED = {"v_proj": "Q8_0", "down_proj": "F16", "embed_tokens": "BF16", "": "Q4_0"}
@@ -238,3 +240,15 @@ def test_what_a_configuration_says(tmp_path: Path) -> None:
     assert model.eos_token_ids == (2, 9, 7)
     assert model.weight_bytes("packed") < path.stat().st_size < model.weight_bytes("packed") + 30_000
     assert read_model_config(path, {"max_position_embeddings": 99}).max_position == 99
+
+
+@pytest.mark.timeout(600)  # the model may have to be fetched first
+def test_a_real_file() -> None:
+    """SmolLM2's, beside the checkpoint that transformers makes of it."""
+    directory = real_model()
+    (path,) = directory.rglob("*.gguf")
+    prompt = [504, 3575, 282, 4649, 314, 7042, 30, 657, 3575, 282, 2976, 314]
+    torch.testing.assert_close(engine_logits(path, prompt), hf_logits(directory, prompt), atol=2e-3, rtol=1e-3)
+    ours, theirs = read_model_config(path), read_model_config(directory)
+    assert replace(ours, dtype="float32", packed_bytes=0, eos_token_ids=()) == replace(theirs, eos_token_ids=())
+    assert set(theirs.eos_token_ids) <= set(ours.eos_token_ids)

@@ -60,7 +60,8 @@ class Gguf(WeightFormat):
             widest = ops.vector_dtype(self._dtype)  # what else than `dtype` can be computed with
             kept = {weight.dtype if weight.dtype in (self._dtype, widest) else widest for weight in weights}
             dtype = kept.pop() if len(kept) == 1 else widest
-            matrix = ops.matrix(torch.cat([weight.to(dtype) for weight in weights]), activation)
+            weights = [weight.to(dtype) for weight in weights]
+            matrix = ops.matrix(torch.cat(weights) if len(weights) > 1 else weights[0], activation)
         else:
             matrix = ops.packed_matrix(parts, self._dtype, activation)
         self._model.release()
