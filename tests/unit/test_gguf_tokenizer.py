@@ -269,6 +269,18 @@ def test_what_cannot_be_a_tokenizer(changes: dict[str, Any], told: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_tokens_behind_a_gap_become_text(tmp_path: Path) -> None:
+    """Unused tokens may stand among the others."""
+    made = small()
+    made["tokenizer.ggml.tokens"].append("<behind>")
+    made["tokenizer.ggml.token_type"].append(4)
+    build_tokenizer(made, "x").save_pretrained(tmp_path)
+    codec = HFTextCodec(str(tmp_path))
+    last = len(made["tokenizer.ggml.tokens"]) - 1
+    assert codec.encode("<behind>", special=False) == [last]
+    assert codec.decode([last - 1, last]) == "<behind>" and codec.vocab_size == last + 1
+
+
 def test_a_file_chats_and_streams(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")

@@ -73,7 +73,7 @@ class HFTextCodec:
         special_ids |= {index for index, token in self._added.items() if token.special}
         vocab = self.tokenizer.get_vocab()
         self.special_ids = frozenset(special_ids.difference(vocab[token] for token in visible if token in vocab))
-        self.vocab_size = len(self.tokenizer)  # asked for at each token, and slow to count
+        self.vocab_size = max(vocab.values(), default=-1) + 1  # there may be gaps
         self.longest_token = max(len(token.encode()) for token in vocab)
         self.max_chars = 2**30
         self.token_bytes = cache(self._token_bytes)
