@@ -1,4 +1,5 @@
-"""The command `minisgl`: serves over HTTP, or chats (--shell), measures (bench) or examines the machine (doctor)."""
+"""The command `minisgl`: serves over HTTP, or chats (--shell), measures (bench), examines the machine
+(doctor) or makes weights smaller (quantize)."""
 
 from __future__ import annotations
 
@@ -42,6 +43,10 @@ def _dispatch(argv: list[str]) -> int:
         from minisgl.doctor import main as doctor
 
         return doctor(argv[1:])
+    if argv[:1] == ["quantize"]:
+        from minisgl.quantize import main as quantize
+
+        return quantize(argv[1:])
     from minisgl.config.args import parse_args
     from minisgl.utils.log import setup_logging
 

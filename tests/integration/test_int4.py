@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import gguf
 import pytest
@@ -15,7 +18,7 @@ from minisgl.errors import ConfigError
 from minisgl.formats.int4 import quantize
 from minisgl.kernel.packed import Grouped
 from tests.driver import CPU_KERNELS, engine_logits
-from tests.models import hf_model, random_prompt, tiny_model
+from tests.models import hf_logits, hf_model, random_prompt, tiny_model
 from tests.real_model import real_model
 
 TEXT = """Requests become plans, plans become batches, batches become tokens, and tokens become text.
@@ -116,3 +119,39 @@ def divergence(original: torch.Tensor, other: torch.Tensor) -> float:
     """Kullback-Leibler's, in nats a token."""
     p, q = original.log_softmax(-1), other.log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def quantize_command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "minisgl", "quantize", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen2", "llama"])
+def test_what_is_written_is_what_is_loaded(tmp_path: Path, family: str) -> None:
+    """The same logits as of weights that are quantized at load; files that are no weights are there too."""
+    tied = {"tie_word_embeddings": True} if family == "llama" else {}
+    source, target, tokens = tiny_model(family, vocab_size=300, **tied), tmp_path / "new" / "model", random_prompt(40)
+    done = quantize_command(source, target)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{target}: ")
+    assert (target / "generation_config.json").is_file()
+    for kernels in ({}, CPU_KERNELS):
+        expected = engine_logits(source, tokens, quantization="int4", **kernels)
+        torch.testing.assert_close(engine_logits(target, tokens, **kernels), expected, atol=1e-5, rtol=1e-5)
+    done = quantize_command(source, tmp_path / "int8", "--quantization", "int8")
+    assert done.returncode == 0, done.stderr
+    original = hf_logits(source, tokens)
+    narrow, wide = (engine_logits(path, tokens) - original for path in (target, tmp_path / "int8"))
+    assert wide.norm() < narrow.norm() / (1 if family == "qwen3_moe" else 3), "routers are near ties"
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    done = quantize_command(tiny_model("llama"), tmp_path)
+    assert (done.returncode, done.stderr) == (2, f"minisgl: error: {tmp_path} exists already\n")
+    assert quantize_command(tiny_model("llama"), tmp_path / "model").returncode == 0
+    done = quantize_command(tmp_path / "model", tmp_path / "again")
+    assert done.returncode == 2
+    assert done.stderr == f"minisgl: error: {tmp_path / 'model'}: its weights are quantized already\n"
+    done = quantize_command(tmp_path / "none", tmp_path / "again")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert not (tmp_path / "again").exists()

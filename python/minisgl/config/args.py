@@ -261,7 +261,7 @@ def _build_parser() -> argparse.ArgumentParser:
         prog="minisgl",
         description="Serve a language model over an OpenAI-compatible HTTP API, or chat with it (--shell).",
         epilog="Each flag can also be given as MINISGL_<FLAG> or in a YAML file (--config). "
-        "Further commands: minisgl bench offline|serve, minisgl doctor.",
+        "Further commands: minisgl bench offline|serve, minisgl doctor, minisgl quantize.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
