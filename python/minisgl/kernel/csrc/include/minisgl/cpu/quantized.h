@@ -259,6 +259,9 @@ void multiply_packed(const Format& f, const char* panel, const ByteRows& x, int6
   for (int64_t first = 0; first < x.groups; first += kChunkGroups) {
     int64_t count = std::min(kChunkGroups, x.groups - first);
     unpack<S>(f, panel, first, count, chunk);
+    int64_t bytes = kChunkGroups * span_bytes(f) / f.span;  // the next chunk's, to the second-level cache meanwhile
+    const char* next = panel + first / kChunkGroups * bytes + bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
     for (int64_t b = 0; b < blocks; ++b) {
       int64_t begin = rows * b / blocks, end = rows * (b + 1) / blocks;
       for (int h = 0; h < 2; ++h)
