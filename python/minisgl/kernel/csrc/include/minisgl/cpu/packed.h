@@ -99,6 +99,11 @@ inline void read_pairs(const uint8_t* from, int n, int to, uint8_t* codes) {
   for (int i = 0; i < 32; ++i) codes[i] |= (from[n / 4 * 32 + i] >> n % 4 * 2 & 3) << to;
 }
 
+// The lower halves of 32 bytes, or the upper ones.
+inline void read_half(const uint8_t* from, int upper, uint8_t* codes) {
+  for (int i = 0; i < 32; ++i) codes[i] = from[i] >> 4 * upper & 15;
+}
+
 inline void read_q2_k(const uint8_t* p, Block& b) {
   b.scale = word_at(p + 80), b.least = word_at(p + 82);
   for (int i = 0; i < 16; ++i) b.steps[i] = p[i] & 15, b.least_steps[i] = p[i] >> 4;
@@ -119,19 +124,23 @@ inline void read_q3_k(const uint8_t* p, Block& b) {
 inline void read_q4_k(const uint8_t* p, Block& b) {
   b.scale = word_at(p), b.least = word_at(p + 2);
   read_sixes(p + 4, b);
-  for (int i = 0; i < 256; ++i) b.codes[i] = p[16 + i / 64 * 32 + i % 32] >> i / 32 % 2 * 4 & 15;
+  for (int n = 0; n < 8; ++n) read_half(p + 16 + n / 2 * 32, n % 2, b.codes + 32 * n);
 }
 inline void read_q5_k(const uint8_t* p, Block& b) {
   b.scale = word_at(p), b.least = word_at(p + 2);
   read_sixes(p + 4, b);
-  for (int i = 0; i < 256; ++i)
-    b.codes[i] = uint8_t((p[48 + i / 64 * 32 + i % 32] >> i / 32 % 2 * 4 & 15) | (p[16 + i % 32] >> i / 32 & 1) << 4);
+  for (int n = 0; n < 8; ++n) {
+    read_half(p + 48 + n / 2 * 32, n % 2, b.codes + 32 * n);
+    for (int i = 0; i < 32; ++i) b.codes[32 * n + i] |= (p[16 + i] >> n & 1) << 4;
+  }
 }
 inline void read_q6_k(const uint8_t* p, Block& b) {
   b.scale = word_at(p + 208);
   std::memcpy(b.steps, p + 192, 16);
-  for (int i = 0; i < 256; ++i) b.codes[i] = p[i / 128 * 64 + i % 64] >> i / 64 % 2 * 4 & 15;
-  for (int n = 0; n < 8; ++n) read_pairs(p + 128, n, 4, b.codes + 32 * n);
+  for (int n = 0; n < 8; ++n) {
+    read_half(p + n / 4 * 64 + n % 2 * 32, n / 2 % 2, b.codes + 32 * n);
+    read_pairs(p + 128, n, 4, b.codes + 32 * n);
+  }
 }
 inline void read_iq4_xs(const uint8_t* p, Block& b) {
   b.scale = word_at(p);
@@ -182,25 +191,27 @@ inline Format find_format(const std::string& name, int64_t in, int64_t group, bo
   return type != nullptr && in % (type->format.span * kGroup) == 0 ? type->format : Format{};
 }
 
-// Codes of 32 inputs of feature j of a panel, the span's group g.
+// Codes of 32 inputs of feature j of a panel, the span's group g. The four codes of a unit are moved together.
 inline void put_codes(const uint8_t* codes, const Format& f, int j, int64_t g, char* span) {
-  int bits = f.bits;
-  char* group = span + head_bytes(f) + g * group_bytes(f) + step_bytes(f);
-  auto to = reinterpret_cast<uint8_t*>(group + j / kLanes * code_bytes(bits) / 2 + j % kLanes * 4);
-  if (bits == 8)
-    for (int i = 0; i < 32; ++i) to[i / 4 * kVector + i % 4] = codes[i];
-  int upper = has_halves(bits) ? 4 : 0;
-  if (has_pairs(bits)) {
-    for (int v = 0; v < 2; ++v, to += kVector)
-      for (int i = 0; i < 16; ++i) to[i % 4] |= (codes[16 * v + i] >> upper & 3) << i / 4 * 2;
-    upper += 2;
+  constexpr uint32_t kOnes = 0x01010101;
+  char* to = span + head_bytes(f) + g * group_bytes(f) + step_bytes(f) + j / kLanes * code_bytes(f.bits) / 2 + j % kLanes * 4;
+  auto unit = [&](int u) { return load_as<uint32_t>(codes + 4 * u); };
+  auto put = [&](uint32_t word) { std::memcpy(to, &word, 4), to += kVector; };
+  if (f.bits == 8)
+    for (int u = 0; u < 8; ++u) put(unit(u));
+  int upper = has_halves(f.bits) ? 4 : 0;
+  for (int v = 0; has_pairs(f.bits) && v < 2; ++v) {
+    uint32_t word = 0;
+    for (int u = 0; u < 4; ++u) word |= (unit(4 * v + u) >> upper & 3 * kOnes) << 2 * u;
+    put(word);
   }
-  if (has_singles(bits)) {
-    for (int i = 0; i < 32; ++i) to[i % 4] |= (codes[i] >> upper & 1) << i / 4;
-    to += kVector;
+  if (has_pairs(f.bits)) upper += 2;
+  if (has_singles(f.bits)) {
+    uint32_t word = 0;
+    for (int u = 0; u < 8; ++u) word |= (unit(u) >> upper & kOnes) << u;
+    put(word);
   }
-  if (has_halves(bits))
-    for (int i = 0; i < 32; ++i) to[i / 8 * kVector + i % 4] |= (codes[i] & 15) << i / 4 % 2 * 4;
+  for (int v = 0; has_halves(f.bits) && v < 4; ++v) put((unit(2 * v) & 15 * kOnes) | (unit(2 * v + 1) & 15 * kOnes) << 4);
 }
 
 // A block, as feature j of one span.
