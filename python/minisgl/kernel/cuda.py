@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 
 from minisgl.config.model import MoE
 from minisgl.errors import ConfigError
-from minisgl.kernel import decode_gemm, skinny
+from minisgl.kernel import decode_gemm, float8, skinny
 from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.ops import Experts, KVSlots, Matrix, RopeAngles, Tensors, TorchMatrix, TorchOps
+from minisgl.kernel.packed import Float8, Packed
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 
 logger = logging.getLogger(__name__)
@@ -51,8 +53,9 @@ class CudaMatrix(TorchMatrix):
         """Whether the kernels for few tokens take this product."""
         (m, k), weight = x.shape, self.weight
         few = SKINNY_TOKENS * (2 if weight.numel() <= decode_gemm.SMALL_WEIGHTS else 1)
-        fits = m <= few and skinny.is_available(x.device)
-        return fits and skinny.supports(m, len(weight), k, x.dtype, norm is not None) and weight.is_contiguous()
+        if m > few or not (skinny.is_available(x.device) and weight.is_contiguous()):
+            return False
+        return skinny.supports(m, len(weight), k, x.dtype, norm is not None, shared=skinny.shared_memory(x.device))
 
     def _decode_variant(self, x: Tensor, gated: bool = False) -> decode_gemm.Variant | None:
         """How the kernels for decode batches compute this product; None where they do not, or cuBLAS is faster."""
@@ -128,6 +131,14 @@ class CudaOps(TritonOps):
 
     def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
         return CudaMatrix(self, weight, activation, self._elementwise.embedding)
+
+    def packed_matrix(self, parts: Sequence[Packed], dtype: torch.dtype, activation: str | None = None) -> Matrix:
+        floats = [part for part in parts if isinstance(part, Float8)]
+        if len(floats) == len(parts) and dtype != torch.float32 and (weight := float8.merge(floats)) is not None:
+            known = [part.input_scale for part in floats if part.input_scale is not None]
+            input_scale = max(known) if len(known) == len(parts) else None
+            return float8.Float8Matrix(self, weight, dtype, input_scale, activation)
+        return super().packed_matrix(parts, dtype, activation)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         fits = x.dim() == 2 and weight.dim() == 1 and weight.dtype == x.dtype and _whole_vectors(x, weight)

@@ -81,7 +81,7 @@ def choose(m: int, n: int, k: int, gated: bool) -> Variant | None:
 
 
 @functools.cache
-def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     """Sums that blocks leave for others, and their flags (zero between launches)."""
     blocks = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     partials = torch.empty(blocks * 256 * 128, dtype=torch.float32, device=device)
@@ -121,5 +121,5 @@ def _run(
     if m > 0:
         module = prepare(x.device, x.dtype, m)
         variant = variant or choose(m, out.shape[1], k, kind[1]) or Variant(128 if m <= 128 else 64, 1)
-        module.decode_linear(x, weight, bias, out, *_workspace(x.device), *kind, *variant)
+        module.decode_linear(x, weight, bias, out, *workspace(x.device), None, None, *kind, *variant)
     return out

@@ -78,14 +78,17 @@ class Float8:
         num_out, num_in = self.data.shape
         return num_out, num_in
 
+    def row_scales(self) -> Tensor:
+        """Of each row its scales, [out, c] float32."""
+        num_out, r = len(self.data), len(self.scales)
+        each = num_out if r == 1 else 1 if r == num_out else 128
+        return self.scales.float().repeat_interleave(each, 0)[:num_out]
+
     def dequantize(self) -> Tensor:
         """The values, [out, in] float32."""
-        (num_out, num_in), (r, c) = self.shape, self.scales.shape
-        scales = self.scales
-        if 1 < r < num_out:
-            scales = scales.repeat_interleave(128, 0)[:num_out]
-        if c > 1:
-            scales = scales.repeat_interleave(128, 1)[:, :num_in]
+        scales = self.row_scales()
+        if scales.shape[1] > 1:
+            scales = scales.repeat_interleave(128, 1)[:, : self.shape[1]]
         return self.data.float() * scales
 
 

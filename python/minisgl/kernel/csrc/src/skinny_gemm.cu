@@ -1,5 +1,5 @@
 // Kernel and entry points of the fused linear layers that minisgl/skinny_gemm.cuh explains. Compiled once per dtype
-// (MINISGL_FP16) and tile of tokens (MINISGL_TOKENS).
+// (MINISGL_FP16), for e4m3 weights or such as x (MINISGL_FP8), and tile of tokens (MINISGL_TOKENS).
 #include "minisgl/skinny_gemm.cuh"
 
 #include <tvm/ffi/optional.h>
@@ -27,7 +27,7 @@ int sm_count(int device) {
 }
 
 template <typename C>
-void launch_config(const Args& args, const TensorView& x) {
+void launch_existing(const Args& args, const TensorView& x) {
   int device = x.device().device_id;
   static bool prepared[64] = {};
   int sms = sm_count(device);
@@ -45,6 +45,12 @@ void launch_config(const Args& args, const TensorView& x) {
   config.smem = C::kFixedBytes + (args.norm_weight != nullptr ? args.k * sizeof(T) : 0);
   MINISGL_CHECK(config.smem <= kSharedBytes) << "k is too large for a fused norm: " << args.k;
   launch(config, current_stream(x), skinny_gemm<C>, args);
+}
+
+template <typename C>
+void launch_config(const Args& args, const TensorView& x) {
+  if constexpr (C::kExists) launch_existing<C>(args, x);
+  else TVM_FFI_THROW(ValueError) << "this variant needs more shared memory";
 }
 
 // Warps and octets of each variant; minisgl/kernel/skinny.py chooses. Several pairs of octets at once share reads of x;
@@ -92,13 +98,38 @@ const T* vector_of(const Optional<TensorView>& t, int64_t size) {
   return data_of(*t);
 }
 
-const T* matrix_of(const TensorView& t, int64_t rows, int64_t columns) {
+void check_matrix(const TensorView& t, int64_t rows, int64_t columns) {
   MINISGL_CHECK(t.ndim() == 2 && t.size(0) == rows && t.size(1) == columns) << "expected " << rows << " x " << columns;
   MINISGL_CHECK(t.stride(1) == 1 && (t.stride(0) == columns || rows == 1)) << "expected a contiguous matrix";
+}
+
+const T* matrix_of(const TensorView& t, int64_t rows, int64_t columns) {
+  check_matrix(t, rows, columns);
   return data_of(t);
 }
 
-Args arguments(const TensorView& x, const TensorView& weight, const TensorView& out, int64_t weight_rows) {
+// With e4m3, scales are [rows of W] or [octets of W, k / 128, rounded up].
+void set_weight(Args& args, const TensorView& weight, const Optional<TensorView>& scales, int64_t rows) {
+  check_matrix(weight, rows, args.k);
+#if MINISGL_FP8
+  MINISGL_CHECK(weight.dtype().bits == 8 && reinterpret_cast<uintptr_t>(weight.data_ptr()) % 16 == 0);
+  args.weight = static_cast<const uint8_t*>(weight.data_ptr());
+  MINISGL_CHECK(scales.has_value() && is_fp32(*scales)) << "expected fp32 scales";
+  if ((*scales).ndim() == 1) {
+    MINISGL_CHECK((*scales).size(0) == rows && (*scales).stride(0) == 1) << "expected a scale of each row";
+    args.row_scales = static_cast<const float*>((*scales).data_ptr());
+  } else {
+    check_matrix(*scales, rows / 8, (args.k + kScaleBlock - 1) / kScaleBlock);
+    args.block_scales = static_cast<const float*>((*scales).data_ptr());
+  }
+#else
+  MINISGL_CHECK(!scales.has_value()) << "these weights have no scales";
+  args.weight = data_of(weight);
+#endif
+}
+
+Args arguments(const TensorView& x, const TensorView& weight, const Optional<TensorView>& scales,
+               const TensorView& out, int64_t weight_rows) {
   MINISGL_CHECK(x.ndim() == 2 && out.ndim() == 2) << "expected matrices";
   int64_t tokens = x.size(0), k = x.size(1), outputs = out.size(1);
   MINISGL_CHECK(tokens <= MINISGL_TOKENS && k % kBlock == 0 && k > 0 && outputs % 8 == 0 && outputs > 0)
@@ -108,19 +139,19 @@ Args arguments(const TensorView& x, const TensorView& weight, const TensorView& 
   Args args{};
   args.x = data_of(x);
   args.x_stride = x.stride(0);
-  args.weight = matrix_of(weight, weight_rows, k);
   args.out = const_cast<T*>(matrix_of(out, tokens, outputs));
   args.tokens = static_cast<int>(tokens);
   args.outputs = static_cast<int>(outputs);
   args.k = static_cast<int>(k);
+  set_weight(args, weight, scales, weight_rows);
   return args;
 }
 
 // out [m, n] = rms_norm(x [m, k]) weight[n, k]^T + bias; no norm without a norm weight.
 void norm_linear(TensorView x, Optional<TensorView> norm_weight, double eps, TensorView weight,
-                 Optional<TensorView> bias, TensorView out, int64_t variant) {
+                 Optional<TensorView> scales, Optional<TensorView> bias, TensorView out, int64_t variant) {
   if (x.size(0) == 0) return;
-  Args args = arguments(x, weight, out, out.size(1));
+  Args args = arguments(x, weight, scales, out, out.size(1));
   args.norm_weight = vector_of(norm_weight, args.k);
   args.bias = vector_of(bias, args.outputs);
   args.eps = static_cast<float>(eps);
@@ -128,19 +159,20 @@ void norm_linear(TensorView x, Optional<TensorView> norm_weight, double eps, Ten
 }
 
 // out [m, n] = silu(gate) * up of [gate, up] = rms_norm(x [m, k]) weight[2n, k]^T, gate rows first.
-void norm_gate_up(TensorView x, Optional<TensorView> norm_weight, double eps, TensorView weight, TensorView out,
-                  int64_t variant) {
+void norm_gate_up(TensorView x, Optional<TensorView> norm_weight, double eps, TensorView weight,
+                  Optional<TensorView> scales, TensorView out, int64_t variant) {
   if (x.size(0) == 0) return;
-  Args args = arguments(x, weight, out, 2 * out.size(1));
+  Args args = arguments(x, weight, scales, out, 2 * out.size(1));
   args.norm_weight = vector_of(norm_weight, args.k);
   args.eps = static_cast<float>(eps);
   dispatch<true>(args, x, variant);
 }
 
 // residual [m, n] += x [m, k] weight[n, k]^T + bias, rounded once.
-void linear_add(TensorView x, TensorView weight, Optional<TensorView> bias, TensorView residual, int64_t variant) {
+void linear_add(TensorView x, TensorView weight, Optional<TensorView> scales, Optional<TensorView> bias,
+                TensorView residual, int64_t variant) {
   if (x.size(0) == 0) return;
-  Args args = arguments(x, weight, residual, residual.size(1));
+  Args args = arguments(x, weight, scales, residual, residual.size(1));
   args.bias = vector_of(bias, args.outputs);
   args.residual = args.out;
   dispatch<false>(args, x, variant);

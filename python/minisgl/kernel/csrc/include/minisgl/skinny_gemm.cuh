@@ -11,10 +11,14 @@
 //
 // Sums are in fp32 in a fixed order. The norm is applied to the sum: y = rstd * (x∘g) W^T, where the sum of squares
 // comes from the x that the MMAs read.
+//
+// With MINISGL_FP8 weights are e4m3, 16 k of a lane; they become T in registers. A scale belongs to each row, or to each
+// octet and 128 k.
 #pragma once
 
 #include "minisgl/async_copy.cuh"
 #include "minisgl/common.cuh"
+#include "minisgl/float8.cuh"
 
 namespace minisgl {
 namespace {
@@ -31,17 +35,33 @@ using T2 = __nv_bfloat162;
 #define MINISGL_TOKENS 8
 #endif
 
+#if MINISGL_FP8
+using Weight = uint8_t;
+#else
+using Weight = T;
+#endif
+
+#ifndef MINISGL_SHARED
+#define MINISGL_SHARED 113
+#endif
+
+constexpr bool kFloat8 = sizeof(Weight) == 1;
 constexpr int kTokenTiles = MINISGL_TOKENS / 8;
-constexpr int kBlock = 32;                 // k of one step of a warp: 16 bytes of each of 4 lanes
-constexpr int kSlot = 512;                 // bytes: 16 of each lane
-constexpr int kRingBytes = 86 * 1024;      // with what follows at most kSharedBytes
+constexpr int kLane = 16 / sizeof(Weight);   // k of a lane in a step: 16 bytes of a row of W
+constexpr int kVecs = kLane * sizeof(T) / 16;  // and vectors of 16 bytes of a row of x
+constexpr int kBlock = 4 * kLane;            // k of one step of a warp
+constexpr int kSlot = 512;                   // bytes: 16 of each lane
+constexpr int kSharedBytes = MINISGL_SHARED * 1024;  // 113: half of an SM's, less what the system takes
+constexpr int kRingBytes = kSharedBytes - 27 * 1024;  // with what follows at most kSharedBytes
 constexpr int kPartialBytes = 16 * 1024;
-constexpr int kSharedBytes = 113 * 1024;   // half of an SM's, less what the system takes
+constexpr int kScaleBlock = 128;             // k that share a scale, where octets have them
 
 struct Args {
   const T* x;
   int64_t x_stride;
-  const T* weight;
+  const Weight* weight;
+  const float* row_scales;    // null: none; [rows of W]
+  const float* block_scales;  // null: none; [octets of W, k / 128, rounded up]
   const T* norm_weight;  // null: no norm
   const T* bias;         // null: none
   const T* residual;     // null: none; else equal to out
@@ -57,7 +77,7 @@ struct Config {
   static constexpr int kThreads = warps * 32;
   static constexpr int kOctets = octets;
   static constexpr int kTiles = (octets + 1) / 2;
-  static constexpr int kSlots = octets + kTokenTiles;
+  static constexpr int kSlots = octets + kTokenTiles * kVecs;
   static constexpr int kStages = kRingBytes / (warps * kSlots * kSlot);
   static constexpr int kRing = warps * kStages * kSlots * kSlot;
   static constexpr int kFits = kPartialBytes / (warps * kTokenTiles * 512);
@@ -67,7 +87,7 @@ struct Config {
   static constexpr int kPositions = (kPassTiles * kTokenTiles + warps - 1) / warps;  // (tile, token tile)s of a warp
   static constexpr int kSquares = warps * kTokenTiles * 8 * 4;
   static constexpr int kFixedBytes = kRing + kPartial + kSquares;
-  static_assert(kStages >= 2);
+  static constexpr bool kExists = kStages >= 2;  // shared memory holds it
 };
 
 // c += A B for 16 rows, 8 tokens and 16 k.
@@ -103,10 +123,11 @@ __device__ __forceinline__ float squares(uint32_t x) {
 
 __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
 
-// What one lane adds to the four sums of a (tile, token tile), read early so that its latency is hidden.
+// What one lane does to the four sums of a (tile, token tile), read early so that its latency is hidden.
 struct Addend {
   T residual[4];
   T bias[2];
+  float scale[2];
 };
 
 struct Group {
@@ -125,7 +146,7 @@ struct Worker {
   int blocks;              // of k, of this warp
   int steps;               // blocks * groups
   int load_group, load_block, load_octets, loaded;  // where the loads of W stand
-  const T* load_rows;
+  const Weight* load_rows;
   int x_block, x_loaded;   // where the loads of x stand
 
   __device__ __forceinline__ Worker(const Args& arguments, char* shared) : args(arguments), smem(shared) {
@@ -155,7 +176,7 @@ struct Worker {
   __device__ __forceinline__ void enter_group() {
     Group group = group_at(load_group);
     load_octets = group.octets;
-    load_rows = args.weight + static_cast<int64_t>(group.first * 8 + row) * args.k + warp * kBlock + quad * 8;
+    load_rows = args.weight + static_cast<int64_t>(group.first * 8 + row) * args.k + warp * kBlock + quad * kLane;
   }
 
   // Issue the next block of W into the slots at `slot`; nothing when all of it was.
@@ -163,11 +184,11 @@ struct Worker {
     if (loaded == steps) return;
     int64_t octet = static_cast<int64_t>(args.k) * 8;
     int64_t half = static_cast<int64_t>(args.k) * args.outputs;
-    const T* source = load_rows + static_cast<int64_t>(load_block) * (C::kWarps * kBlock);
+    const Weight* source = load_rows + static_cast<int64_t>(load_block) * (C::kWarps * kBlock);
 #pragma unroll
     for (int o = 0; o < C::kOctets; ++o) {
       if (o < load_octets) {
-        const T* from = source + (C::kGated ? (o / 2) * octet + (o % 2) * half : o * octet);
+        const Weight* from = source + (C::kGated ? (o / 2) * octet + (o % 2) * half : o * octet);
         cp_async(slot + o * kSlot, from);
       }
     }
@@ -185,8 +206,9 @@ struct Worker {
     for (int n = 0; n < kTokenTiles; ++n) {
       int token = n * 8 + row;
       if (token < args.tokens) {
-        const T* from = args.x + token * args.x_stride + (warp + x_block * C::kWarps) * kBlock + quad * 8;
-        cp_async(slot + (C::kOctets + n) * kSlot, from);
+        const T* from = args.x + token * args.x_stride + (warp + x_block * C::kWarps) * kBlock + quad * kLane;
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v) cp_async(slot + (C::kOctets + n * kVecs + v) * kSlot, from + v * 8);
       }
     }
     ++x_loaded;
@@ -196,42 +218,82 @@ struct Worker {
   // Each warp fetches the part of the norm weight that it uses.
   __device__ __forceinline__ void load_gains() {
     for (int b = row; b < blocks; b += 8) {
-      int k = (warp + b * C::kWarps) * kBlock + quad * 8;
-      cp_async(gains + k * sizeof(T), args.norm_weight + k);
+      int k = (warp + b * C::kWarps) * kBlock + quad * kLane;
+#pragma unroll
+      for (int v = 0; v < kVecs; ++v) cp_async(gains + (k + v * 8) * sizeof(T), args.norm_weight + k + v * 8);
     }
   }
 
-  __device__ __forceinline__ void read_x(uint32_t slot, int block, bool sum, uint4 (&x)[kTokenTiles],
+  __device__ __forceinline__ void read_x(uint32_t slot, int block, bool sum, uint4 (&x)[kTokenTiles][kVecs],
                                          float (&square)[kTokenTiles]) const {
 #pragma unroll
-    for (int n = 0; n < kTokenTiles; ++n) {
-      x[n] = make_uint4(0, 0, 0, 0);
-      if (n * 8 + row < args.tokens) x[n] = load_shared(slot + (C::kOctets + n) * kSlot);
+    for (int i = 0; i < kTokenTiles * kVecs; ++i) {
+      x[i / kVecs][i % kVecs] = make_uint4(0, 0, 0, 0);
+      if (i / kVecs * 8 + row < args.tokens) x[i / kVecs][i % kVecs] = load_shared(slot + (C::kOctets + i) * kSlot);
     }
     if (args.norm_weight == nullptr) return;
-    uint4 g = load_shared(gains + ((warp + block * C::kWarps) * kBlock + quad * 8) * sizeof(T));
 #pragma unroll
-    for (int n = 0; n < kTokenTiles; ++n) {
-      if (sum) square[n] += (squares(x[n].x) + squares(x[n].y)) + (squares(x[n].z) + squares(x[n].w));
-      x[n] = make_uint4(scale(x[n].x, g.x), scale(x[n].y, g.y), scale(x[n].z, g.z), scale(x[n].w, g.w));
+    for (int v = 0; v < kVecs; ++v) {
+      uint4 g = load_shared(gains + ((warp + block * C::kWarps) * kBlock + quad * kLane + v * 8) * sizeof(T));
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; ++n) {
+        uint4& y = x[n][v];
+        if (sum) square[n] += (squares(y.x) + squares(y.y)) + (squares(y.z) + squares(y.w));
+        y = make_uint4(scale(y.x, g.x), scale(y.y, g.y), scale(y.z, g.z), scale(y.w, g.w));
+      }
+    }
+  }
+
+  // 16 rows of W, of which a lane has a and b, times 8 tokens.
+  __device__ __forceinline__ static void multiply_tile(uint4 a, uint4 b, const uint4 (&x)[kVecs], float (&c)[4]) {
+    if constexpr (kFloat8) {
+      uint4 low = widen<T>(a.x, a.y), other = widen<T>(b.x, b.y);
+      mma(c, low.x, other.x, low.y, other.y, x[0].x, x[0].y);
+      mma(c, low.z, other.z, low.w, other.w, x[0].z, x[0].w);
+      low = widen<T>(a.z, a.w), other = widen<T>(b.z, b.w);
+      mma(c, low.x, other.x, low.y, other.y, x[kVecs - 1].x, x[kVecs - 1].y);
+      mma(c, low.z, other.z, low.w, other.w, x[kVecs - 1].z, x[kVecs - 1].w);
+    } else {
+      mma(c, a.x, b.x, a.y, b.y, x[0].x, x[0].y);
+      mma(c, a.z, b.z, a.w, b.w, x[0].z, x[0].w);
     }
   }
 
   // Slots beyond `octets` hold stale rows: their sums are never written.
-  __device__ __forceinline__ void multiply(uint32_t slot, int octets, const uint4 (&x)[kTokenTiles],
+  __device__ __forceinline__ void multiply(uint32_t slot, const Group& group, int block,
+                                           const uint4 (&x)[kTokenTiles][kVecs],
                                            float (&acc)[C::kTiles][kTokenTiles][4]) const {
 #pragma unroll
     for (int tile = 0; tile < C::kTiles; ++tile) {
-      if (2 * tile < octets) {
+      if (2 * tile < group.octets) {
         uint4 a = load_shared(slot + 2 * tile * kSlot);
         uint4 b = make_uint4(0, 0, 0, 0);
         if (2 * tile + 1 < C::kOctets) b = load_shared(slot + (2 * tile + 1) * kSlot);
+        float scales[2] = {1.f, 1.f};
+        if constexpr (kFloat8) read_block_scales(group, tile, block, scales);
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
-          mma(acc[tile][n], a.x, b.x, a.y, b.y, x[n].x, x[n].y);
-          mma(acc[tile][n], a.z, b.z, a.w, b.w, x[n].z, x[n].w);
+          if constexpr (kFloat8) {
+            float part[4] = {};
+            multiply_tile(a, b, x[n], part);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[tile][n][i] += part[i] * scales[i / 2];
+          } else {
+            multiply_tile(a, b, x[n], acc[tile][n]);
+          }
         }
       }
+    }
+  }
+
+  // Of the two octets of a tile.
+  __device__ __forceinline__ void read_block_scales(const Group& group, int tile, int block, float (&scales)[2]) const {
+    if (args.block_scales == nullptr) return;
+    int columns = (args.k + kScaleBlock - 1) / kScaleBlock, column = (warp + block * C::kWarps) * kBlock / kScaleBlock;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int octet = C::kGated ? group.first + tile + half * (args.outputs / 8) : group.first + 2 * tile + half;
+      if (2 * tile + half < group.octets) scales[half] = __ldg(args.block_scales + octet * columns + column);
     }
   }
 
@@ -249,8 +311,10 @@ struct Worker {
         Addend& addend = addends[pass][p];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          int output = group.first * 8 + tile * 16 + half * 8 + row;
+          int output = group.first * 8 + (C::kGated ? tile * 8 + half * args.outputs : tile * 16 + half * 8) + row;
           bool inside = position < C::kPassTiles * kTokenTiles && 2 * tile + half < group.octets;
+          addend.scale[half] = kFloat8 && inside && args.row_scales != nullptr ? args.row_scales[output] : 1.f;
+          if constexpr (C::kGated) continue;
           addend.bias[half] = inside && args.bias != nullptr ? args.bias[output] : T(0.f);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
@@ -280,15 +344,18 @@ struct Worker {
       int token = token_of(n) + i;
       if (token >= args.tokens) continue;
       float factor = args.norm_weight != nullptr ? rstd(square, token) : 1.f;
+      float factors[2] = {factor, factor};
+      if constexpr (kFloat8) factors[0] *= addend.scale[0], factors[1] *= addend.scale[1];
       size_t at = static_cast<size_t>(token) * args.outputs;
       if constexpr (C::kGated) {
         at += (group.first + tile) * 8 + row;
-        args.out[at] = from_float<T>(silu(sum[i] * factor) * (sum[2 + i] * factor));
+        args.out[at] = from_float<T>(silu(sum[i] * factors[0]) * (sum[2 + i] * factors[1]));
       } else {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (2 * tile + half >= group.octets) continue;
-          float y = sum[half * 2 + i] * factor + to_float(addend.bias[half]) + to_float(addend.residual[half * 2 + i]);
+          float y = sum[half * 2 + i] * factors[half];
+          y += to_float(addend.bias[half]) + to_float(addend.residual[half * 2 + i]);
           args.out[at + group.first * 8 + tile * 16 + half * 8 + row] = from_float<T>(y);
         }
       }
@@ -361,15 +428,15 @@ struct Worker {
     for (int index = 0; index < groups; ++index) {
       Group group = group_at(index);
       Addend addends[C::kPasses][C::kPositions];
-      if constexpr (!C::kGated) read_addends(group, addends);
+      if constexpr (!C::kGated || kFloat8) read_addends(group, addends);
       float acc[C::kTiles][kTokenTiles][4] = {};
       for (int block = 0; block < blocks; ++block) {
         cp_async_wait<C::kStages - 1>();
         __syncwarp();  // other lanes' part of the norm weight
         uint32_t slot = ring + stage * C::kSlots * kSlot;
-        uint4 x[kTokenTiles];
+        uint4 x[kTokenTiles][kVecs];
         read_x(slot, block, index == 0, x, square);
-        multiply(slot, group.octets, x, acc);
+        multiply(slot, group, block, x, acc);
         load_weights(slot);
         load_x(slot);
         cp_async_commit();

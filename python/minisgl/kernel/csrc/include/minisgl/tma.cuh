@@ -113,20 +113,19 @@ inline EncodeTiled encode_tiled() {
   return found;
 }
 
-// Describe a matrix or more of 2-byte elements. sizes and box: elements, innermost first; strides: bytes, of all
+// Describe a matrix or more of elements of that type. sizes and box: elements, innermost first; strides: bytes, of all
 // dimensions but the innermost. The box is 128 bytes wide and swizzled; what lies outside of `sizes` reads as zero.
 template <int kRank>
-CUtensorMap tensor_map(const void* data, bool fp16, const uint64_t (&sizes)[kRank], const uint64_t (&strides)[kRank - 1],
-                       const uint32_t (&box)[kRank]) {
+CUtensorMap tensor_map(const void* data, CUtensorMapDataType type, const uint64_t (&sizes)[kRank],
+                       const uint64_t (&strides)[kRank - 1], const uint32_t (&box)[kRank]) {
   cuuint64_t size[kRank], stride[kRank - 1];
   cuuint32_t extent[kRank], step[kRank];
   for (int i = 0; i < kRank; ++i) size[i] = sizes[i], extent[i] = box[i], step[i] = 1;
   for (int i = 0; i + 1 < kRank; ++i) stride[i] = strides[i];
   CUtensorMap map;
   CUresult result = encode_tiled()(
-      &map, fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(data),
-      size, stride, extent, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map, type, kRank, const_cast<void*>(data), size, stride, extent, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   MINISGL_CHECK(result == CUDA_SUCCESS) << "cannot describe a tensor to the copy engine: error " << int(result);
   return map;
 }

@@ -1,15 +1,16 @@
 // Matrix products of a warpgroup (128 threads) with both operands in shared memory (wgmma, sm_90a).
 //
 // Facts: PTX ISA, "Asynchronous warpgroup level matrix instructions". Define WGMMA_N, the width of the product, and
-// WGMMA_TYPE, "bf16" or "f16", first: one width per compilation, since each needs its own list of registers.
+// WGMMA_TYPE, "bf16", "f16" or, with WGMMA_FP8 too, "e4m3", first: one width per compilation, since each needs its own
+// list of registers.
 #pragma once
 
 #include <cstdint>
 
 namespace minisgl {
 
-// A tile of rows of 64 two-byte elements, 128-byte swizzled, 8 rows (1024 bytes) after 8 rows, at a multiple of 1024.
-// Adding 2 to the descriptor moves it by 16 elements along the rows: the hardware swizzles addresses, not offsets.
+// A tile of rows of 128 bytes, 128-byte swizzled, 8 rows (1024 bytes) after 8 rows, at a multiple of 1024.
+// Adding 2 to the descriptor moves it by 32 bytes along the rows: the hardware swizzles addresses, not offsets.
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared) {
   constexpr uint64_t kSwizzle128 = 1ull << 62;
   constexpr uint64_t kEightRows = uint64_t(1024 >> 4) << 32;
@@ -104,15 +105,23 @@ __device__ __forceinline__ void wgmma_wait() {
 #error "no such width"
 #endif
 
-// c (64 x WGMMA_N) = a (64 x 16) b (WGMMA_N x 16)^T, plus c where `keep`. Thread t of the warpgroup holds in
+#if WGMMA_FP8
+#define WGMMA_DEPTH "k32"
+#define WGMMA_MAJOR ""
+#else
+#define WGMMA_DEPTH "k16"
+#define WGMMA_MAJOR ", 0, 0"
+#endif
+
+// c (64 x WGMMA_N) = a (64 x d) b (WGMMA_N x d)^T, plus c where `keep`; d is 32 bytes wide. Thread t of the warpgroup holds in
 // c[4j .. 4j+3] the rows r = 16 (t / 32) + t % 32 / 4, r, r + 8, r + 8 of columns q = 8j + 2 (t % 4), q + 1, q, q + 1.
 __device__ __forceinline__ void wgmma(float (&c)[WGMMA_N / 2], uint64_t a, uint64_t b, int keep) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
       "setp.ne.b32 p, " WGMMA_KEEP ", 0;\n"
-      "wgmma.mma_async.sync.aligned.m64" WGMMA_WIDTH "k16.f32." WGMMA_TYPE "." WGMMA_TYPE " {" WGMMA_REGISTERS "}, "
-      WGMMA_A ", " WGMMA_B ", p, 1, 1, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64" WGMMA_WIDTH WGMMA_DEPTH ".f32." WGMMA_TYPE "." WGMMA_TYPE " {" WGMMA_REGISTERS "}, "
+      WGMMA_A ", " WGMMA_B ", p, 1, 1" WGMMA_MAJOR ";\n"
       "}\n"
       : WGMMA_OPERANDS
       : "l"(a), "l"(b), "r"(keep));

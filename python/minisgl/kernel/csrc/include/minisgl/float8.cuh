@@ -1,0 +1,50 @@
+// e4m3 (one byte: sign, 4 bits of exponent with bias 7, 3 of mantissa) as bf16 or fp16, exactly, and back. Since sm_80:
+// the conversions of sm_89 go to fp16 only.
+#pragma once
+
+#include <minisgl/common.cuh>
+
+#include <cuda_fp8.h>
+
+#include <type_traits>
+
+namespace minisgl {
+
+constexpr float kMaxFloat8 = 448.f;
+
+// Bytes of four e4m3, the first in the lowest bits, as two pairs of T. The bits are moved to where T has them, and the
+// exponent's bias is made up for by a product, which also makes subnormals right. NaN becomes a number above 448.
+template <typename T>
+__device__ __forceinline__ void widen(uint32_t four, uint32_t& low, uint32_t& high) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  constexpr int kShift = kHalf ? 1 : 4;
+  constexpr uint32_t kBits = 0x7f007f00u >> kShift;
+  constexpr uint32_t kFactor = kHalf ? 0x5c005c00u : 0x7b807b80u;  // 2^8; 2^120
+  uint32_t pairs[2] = {__byte_perm(four, 0, 0x1404), __byte_perm(four, 0, 0x3424)};
+#pragma unroll
+  for (uint32_t& pair : pairs) {
+    pair = (pair & 0x80008000u) | (pair >> kShift & kBits);
+    if constexpr (kHalf) {
+      asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(kFactor));
+    } else {
+      asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(kFactor), "r"(0x80008000u));  // + -0
+    }
+  }
+  low = pairs[0], high = pairs[1];
+}
+
+// Eight of them as four pairs.
+template <typename T>
+__device__ __forceinline__ uint4 widen(uint32_t first, uint32_t second) {
+  uint4 v;
+  widen<T>(first, v.x, v.y);
+  widen<T>(second, v.z, v.w);
+  return v;
+}
+
+// The nearest e4m3; beyond the largest, the largest. NaN stays NaN.
+__device__ __forceinline__ uint8_t narrow(float x) {
+  return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+}
+
+}  // namespace minisgl

@@ -1,0 +1,173 @@
+"""Products with e4m3 weights on GPUs.
+
+A few tokens are multiplied as they are, with weights that become the tokens' type in registers: reading them is what
+takes time. Of more tokens a Hopper GPU takes e4m3 too, with a scale of each token, or of each token and 128 features.
+Elsewhere weights are widened for each product of many tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from minisgl.kernel import decode_gemm, skinny
+from minisgl.kernel.decode_gemm import Variant
+from minisgl.kernel.jit import load_kernel
+from minisgl.kernel.ops import LayerOps, Matrix
+from minisgl.kernel.packed import Float8
+from minisgl.utils.math import div_ceil
+
+Tensor = torch.Tensor
+
+GROUP = 128  # columns that share a scale, where rows have several
+TOKEN_TILES = {False: (32, 64, 128, 256), True: (32, 64, 128)}  # by whether rows have several scales
+WAVES = -1  # a split: blocks take whole tiles, one after the other
+SKINNY_TOKENS = 16  # where more are multiplied as e4m3
+MAX_FEATURES = 32768  # of the kernel that quantises tokens
+
+
+class Weight(NamedTuple):
+    """data: [out, in], e4m3 as uint8; scales: [out] float32, or [out / 8, in / 128 rounded up]."""
+
+    data: Tensor
+    scales: Tensor
+
+    @property
+    def has_groups(self) -> bool:
+        return self.scales.dim() == 2
+
+    def widen(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+        """The values of some rows, or of all: [rows, in]."""
+        data, scales = self.data, self.scales
+        if rows is not None:
+            data, scales = data.index_select(0, rows), scales.index_select(0, rows // 8 if self.has_groups else rows)
+        elif self.has_groups:
+            scales = scales.repeat_interleave(8, 0)
+        scales = scales.repeat_interleave(GROUP, 1)[:, : data.shape[1]] if self.has_groups else scales[:, None]
+        return (data.view(torch.float8_e4m3fn).to(dtype) * scales).to(dtype)
+
+
+def merge(parts: Sequence[Float8]) -> Weight | None:
+    """The parts as one weight; None where the kernels do not take their shapes."""
+    columns, num_in = {part.scales.shape[1] for part in parts}, parts[0].shape[1]
+    if len(columns) > 1 or num_in % 16 or any(part.shape[0] % 16 for part in parts):
+        return None
+    scales = torch.cat([part.row_scales() for part in parts])
+    scales = scales[:, 0] if scales.shape[1] == 1 else scales[::8]
+    data = [part.data.view(torch.uint8) for part in parts]
+    return Weight(data[0].contiguous() if len(data) == 1 else torch.cat(data), scales.contiguous())
+
+
+def choose(m: int, n: int, k: int, gated: bool, groups: bool) -> tuple[int, Variant]:
+    """Tokens of a tile, and how the work is shared out. n: of gate_up one half."""
+    tile = next((tile for tile in TOKEN_TILES[groups] if m <= tile), TOKEN_TILES[groups][-1])
+    if div_ceil(m, tile) > 1:
+        return tile, Variant(128, WAVES if div_ceil(m, tile) * div_ceil(n, 128) > 512 else 0)
+    if not gated and m <= 64 and k > 2 * n and k >= 1024:
+        return tile, Variant(128, 4)
+    return tile, Variant(128, 0)
+
+
+@functools.cache
+def prepare(device: torch.device, dtype: torch.dtype, tile: int, groups: bool) -> Any:
+    """The kernels for tiles of so many tokens, compiled on first use. device: with an index."""
+    arch, kind = torch.cuda.get_device_capability(device), 2 if groups else 1
+    half = int(dtype == torch.float16)
+    return load_kernel("decode_gemm", arch, MINISGL_TOKENS=tile, MINISGL_FP16=half, MINISGL_FP8=kind)
+
+
+@functools.cache
+def compile_kernels(device: torch.device, dtype: torch.dtype, groups: bool) -> None:
+    """All that products with such weights may need, side by side."""
+    tasks = [functools.partial(skinny.prepare, device, dtype, tokens, True) for tokens in skinny.TOKEN_TILES]
+    if decode_gemm.is_available(device):
+        tasks += [functools.partial(prepare, device, dtype, tile, groups) for tile in TOKEN_TILES[groups]]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda task: task(), tasks))
+
+
+class Float8Matrix(Matrix):
+    """input_scale: of all activations; None: each token has its own. Raises: ConfigError where kernels do not compile."""
+
+    def __init__(
+        self, ops: LayerOps, weight: Weight, dtype: torch.dtype, input_scale: float | None, activation: str | None
+    ) -> None:
+        super().__init__(ops, activation)
+        self.weight, self._dtype, self._input_scale = weight, dtype, input_scale or 0.0
+        device = weight.data.device
+        self._on_hopper = decode_gemm.is_available(device) and weight.data.shape[1] <= MAX_FEATURES
+        self._few = SKINNY_TOKENS if self._on_hopper else skinny.MAX_TOKENS
+        compile_kernels(device, dtype, weight.has_groups)
+        self._quantize = load_kernel("quantize", torch.cuda.get_device_capability(device)).quantize
+
+    def _is_skinny(self, x: Tensor, norm: bool = False) -> bool:
+        (n, k), m = self.weight.data.shape, len(x)
+        if m > self._few or not skinny.is_available(x.device):
+            return False
+        return skinny.supports(m, n, k, x.dtype, norm, float8=True, shared=skinny.shared_memory(x.device))
+
+    def quantize(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+        """x, or its norm where there is a weight → e4m3 as uint8, and scales: [m], or [k / 128, m rounded up]."""
+        m, k = x.shape
+        shape = (div_ceil(k, GROUP), div_ceil(m, 128) * 128) if self.weight.has_groups else (m,)
+        scales = torch.empty(shape, dtype=torch.float32, device=x.device)
+        out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+        self._quantize(x, norm, eps, self._input_scale, out, scales)
+        return out, scales
+
+    def product(
+        self,
+        x: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        gated: bool = False,
+        how: tuple[int, Variant] | None = None,
+    ) -> Tensor:
+        """x: of `quantize`. residual: to which the product is added. how: see `choose`."""
+        (data, scales), (m, k), n = x, x[0].shape, len(self.weight.data) // (2 if gated else 1)
+        out = torch.empty(m, n, dtype=dtype, device=data.device) if residual is None else residual
+        tile, variant = how or choose(m, n, k, gated, self.weight.has_groups)
+        module = prepare(data.device, dtype, tile, self.weight.has_groups)
+        kind = self.weight.scales, scales, residual is not None, gated
+        module.decode_linear(data, self.weight.data, bias, out, *decode_gemm.workspace(data.device), *kind, *variant)
+        return out
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self._is_skinny(x):
+            return skinny.norm_linear(x, None, 0.0, self.weight.data, bias, scales=self.weight.scales)
+        if self._on_hopper:
+            return self.product(self.quantize(x), x.dtype, bias)
+        return F.linear(x, self.weight.widen(x.dtype), bias)
+
+    def apply_add(self, x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self._is_skinny(x):
+            return skinny.linear_add(x, self.weight.data, residual, bias, scales=self.weight.scales)
+        if self._on_hopper:
+            return self.product(self.quantize(x), x.dtype, bias, residual)
+        return super().apply_add(x, residual, bias)
+
+    def norm_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
+        if self._is_skinny(x, norm=True):
+            return skinny.norm_linear(x, norm, eps, self.weight.data, bias, scales=self.weight.scales)
+        if self._on_hopper and not self._is_skinny(x):
+            return self.product(self.quantize(x, norm, eps), x.dtype, bias)
+        return super().norm_apply(x, norm, eps, bias)
+
+    def gate_up(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None) -> Tensor:
+        if bias is None and self._activation == "silu":
+            if norm is not None and self._is_skinny(x, norm=True):
+                return skinny.norm_gate_up(x, norm, eps, self.weight.data, scales=self.weight.scales)
+            if self._on_hopper and not self._is_skinny(x) and len(self.weight.data) % 32 == 0:
+                return self.product(self.quantize(x, norm, eps), x.dtype, gated=True)
+        return super().gate_up(x, norm, eps, bias)
+
+    def rows(self, ids: Tensor, first: int = 0) -> Tensor:
+        local = ids - first
+        here = (local >= 0) & (local < len(self.weight.data))
+        return self.weight.widen(self._dtype, local.where(here, 0)).masked_fill_(~here[:, None], 0)
