@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -42,7 +44,7 @@ class Case:
         for row, length in zip(rows.tolist(), lens, strict=True):
             pos = torch.arange(length, device="cuda")
             self.slots.append(table[row].long()[pos // page_size] * page_size + pos % page_size)
-            for cache in self.cache:
+            for cache in (self.cache.k, self.cache.v):
                 cache[self.slots[-1]] = torch.randn(length, *size[1:], device="cuda").to(shape.dtype)
         seq_lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
         cu_q = torch.arange(n + 1, dtype=torch.int32, device="cuda")
@@ -51,13 +53,26 @@ class Case:
         starts, offsets = np.array(lens) - 1, np.arange(n + 1)
         self.step = AttentionStep(rows_cpu, starts, ones, offsets, table_cpu, page_size, n, self.seqs)
 
+    def narrow(self, k_scale: float, v_scale: float) -> None:
+        """The cache becomes e4m3."""
+        pairs = (self.cache.k, k_scale), (self.cache.v, v_scale)
+        k, v = ((x.float() / scale).to(torch.float8_e4m3fn).view(torch.uint8) for x, scale in pairs)
+        self.cache = LayerCache(k, v, k_scale, v_scale)
+
+    def widened(self) -> list[Tensor]:
+        """Keys and values in float32."""
+        if self.cache.k.dtype != torch.uint8:
+            return [self.cache.k.float(), self.cache.v.float()]
+        pairs = (self.cache.k, self.cache.k_scale), (self.cache.v, self.cache.v_scale)
+        return [x.view(torch.float8_e4m3fn).float() * scale for x, scale in pairs]
+
     def reference(self, window: int | None) -> Tensor:
         """In float32; zeros for an empty sequence."""
         out = torch.zeros(self.q.shape, device="cuda")
         group = self.q.shape[1] // self.cache.k.shape[1]
         for i, slots in enumerate(self.slots):
             seen = slots[-window:] if window else slots
-            keys, values = (x[seen].float().repeat_interleave(group, dim=1) for x in self.cache)
+            keys, values = (x[seen].repeat_interleave(group, dim=1) for x in self.widened())
             scores = torch.einsum("hd,khd->hk", self.q[i].float(), keys) / self.q.shape[2] ** 0.5
             out[i] = torch.einsum("hk,khd->hd", scores.softmax(-1), values)
         return out
@@ -111,6 +126,35 @@ def test_decode(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype, plan: tu
                         check(out, expected)
                 metadata = backend.prepare(case.step, captured=False)
                 check(backend.forward(case.q, case.cache, spec_of(shape, window), metadata), expected)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("num_qo", "num_kv", "dim", "dtype"),
+    [
+        (16, 8, 128, torch.bfloat16),
+        (40, 8, 128, torch.bfloat16),
+        (16, 1, 128, torch.float16),
+        (24, 2, 64, torch.float16),
+    ],
+)
+def test_decode_of_e4m3(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype) -> None:
+    from minisgl.attention.cuda import CudaBackend
+
+    shape = replace(make_shape(num_qo, num_kv, dim, dtype), has_float8=True)
+    backend = CudaBackend(shape, torch.device("cuda", torch.cuda.current_device()))
+    for page_size in (1, 16):
+        for lens in ([1], [1000], [0, 1, 2, 15, 16, 17, 127, 128, 129], [1, 3000, 1, 700], [63, 64, 65] * 20):
+            case = Case(shape, lens, page_size)
+            case.narrow(0.5, 2.0)
+            for window in (None, 100):
+                expected = case.reference(window)
+                for cluster in (0, 1, 2, 16):
+                    out = torch.full(case.q.shape, float("nan"), dtype=dtype, device="cuda")
+                    backend.launch(case.q, case.cache, window or 0, case.seqs, out, cluster, False)
+                    check(out, expected)
 
 
 @pytest.mark.gpu

@@ -84,6 +84,23 @@ def test_norm_rope_store(ops, dtype, head_dim, num_q, num_kv, with_norm):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+def test_norm_rope_store_to_e4m3(ops, dtype, head_dim):
+    """What is stored of values is exact: they are rounded to the nearest; keys have been rounded before."""
+    qkv = randn(50, 14 + 4, head_dim, dtype=dtype, scale=3)
+    qkv[0, -1] = 1e4 if dtype != torch.float16 else 6e4
+    rope = RopeAngles(*(torch.randn(50, 1, head_dim, device="cuda").cos() for _ in range(2)))
+    slots = torch.randperm(60, device="cuda")[:50]
+    caches = [torch.zeros(60, 2, head_dim, dtype=torch.uint8, device="cuda") for _ in range(4)]
+    expected, actual = (KVSlots(*caches[i : i + 2], slots, 0.5, 2.0) for i in (0, 2))
+    q = REFERENCE.norm_rope_store(qkv.clone(), None, 1e-6, rope, expected)
+    close(ops.norm_rope_store(qkv.clone(), None, 1e-6, rope, actual), q, 4)
+    assert torch.equal(actual.v, expected.v)
+    ours, theirs = (x.k.view(torch.float8_e4m3fn).float() for x in (actual, expected))
+    assert ((ours - theirs).abs() <= theirs.abs() / 7 + 2**-8).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "inner"), [(0, 64), (1, 8), (3, 3072), (300, 9728), (1, 28672)])
 def test_silu_and_mul(ops, dtype, n, inner):
     gate_up = randn(n, 2 * inner, dtype=dtype, scale=4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,24 @@ def make_case(shape: AttentionShape, starts: list[int], num_new: list[int], seed
     return Case(shape, step, wide[:, : shape.num_qo_heads], LayerCache(k, v))
 
 
+def narrowed(case: Case) -> Case:
+    """With a cache of e4m3."""
+    scales = 0.5, 2.0
+    k, v = (
+        (x.float() / scale).to(torch.float8_e4m3fn).view(torch.uint8)
+        for x, scale in zip(case.cache, scales, strict=False)
+    )
+    return replace(case, cache=LayerCache(k, v, *scales))
+
+
+def widened(cache: LayerCache) -> list[torch.Tensor]:
+    """Keys and values, in float64."""
+    if cache.k.dtype != torch.uint8:
+        return [cache.k.double(), cache.v.double()]
+    pairs = (cache.k, cache.k_scale), (cache.v, cache.v_scale)
+    return [x.view(torch.float8_e4m3fn).double() * scale for x, scale in pairs]
+
+
 def attend(case: Case, window: int | None = None) -> torch.Tensor:
     from minisgl.attention.triton import TritonBackend
 
@@ -82,7 +100,10 @@ def reference(case: Case, window: int | None) -> torch.Tensor:
     for i, (start, num_new) in enumerate(zip(step.starts, step.num_new, strict=True)):
         keys = torch.arange(int(start + num_new))
         slots = (table[rows[i], keys // batch.page_size] * batch.page_size + keys % batch.page_size).to(DEVICE)
-        k, v = (x[slots].double().repeat_interleave(shape.num_qo_heads // shape.num_kv_heads, 1) for x in case.cache)
+        k, v = (
+            x[slots].double().repeat_interleave(shape.num_qo_heads // shape.num_kv_heads, 1)
+            for x in widened(case.cache)
+        )
         scores = torch.einsum("qhd,khd->hqk", case.q[cu_q[i] : cu_q[i + 1]].double(), k) / shape.head_dim**0.5
         pos = torch.arange(int(start), int(start + num_new))[:, None]
         seen = (keys <= pos) & (keys > pos - window) if window else keys <= pos
@@ -103,6 +124,16 @@ def test_prefill(dtype: torch.dtype, page_size: int, window: int | None) -> None
     """Prompts, and chunks that extend a prefix, some shorter than a block and some of several."""
     shape = make_shape(4, 2, 64, dtype, page_size)
     check(make_case(shape, [0, 0, 37, 63, 0, 100], [1, 33, 1, 70, 130, 45]), window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_a_cache_of_e4m3(dtype: torch.dtype, page_size: int, head_dim: int) -> None:
+    shape = make_shape(4, 2, head_dim, dtype, page_size)
+    for starts, num_new in (([0, 0, 37, 100], [1, 33, 70, 45]), ([0, 4, 63, 64, 150], [1] * 5)):
+        check(narrowed(make_case(shape, starts, num_new)), None)
+        check(narrowed(make_case(shape, starts, num_new)), 20)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -87,6 +87,7 @@ class AttentionShape:
     max_running_requests: int
     max_seq_len: int
     windows: tuple[int | None, ...] = (None,)  # that layers have
+    has_float8: bool = False  # the cache is e4m3; dtype is that of queries
 
 
 class AttentionBackend(ABC, Generic[Metadata]):

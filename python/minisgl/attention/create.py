@@ -55,7 +55,7 @@ class PairOfBackends(AttentionBackend[PairMetadata]):
 
 
 def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Backend:
-    """dtype: of the cache. Not for "cpu", which an engine makes of its kernels.
+    """dtype: that it computes in. Not for "cpu", which an engine makes of its kernels.
 
     Raises: ConfigError for a backend, or a pair, that this device does not have.
     """
@@ -75,6 +75,7 @@ def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.devic
         page_size=config.page_size,
         max_running_requests=config.max_running_requests,
         max_seq_len=config.max_seq_len,
+        has_float8=config.kv_cache_dtype == "fp8",
         windows=tuple(dict.fromkeys(spec.window for spec in specs)),
     )
     made: dict[str, Backend] = {name: _ON_GPUS[name]()(shape, device) for name in dict.fromkeys(names)}

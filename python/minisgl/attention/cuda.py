@@ -37,6 +37,7 @@ class CudaBackend(AttentionBackend[PagedSequences]):
         self._num_blocks = blocks_per_sm * self._num_sms
         defines: dict[str, int | str] = {
             "ATTN_DTYPE": _DTYPES[shape.dtype],
+            "ATTN_FP8": int(shape.has_float8),
             "ATTN_HEAD_DIM": shape.head_dim,
             "ATTN_NUM_KV": shape.num_kv_heads,
             "ATTN_GROUP": shape.num_qo_heads // shape.num_kv_heads,
@@ -68,5 +69,5 @@ class CudaBackend(AttentionBackend[PagedSequences]):
     ) -> None:
         """`forward` with the choices made. window 0: none; cluster: as from `cluster_size`; early: see the kernel."""
         inputs = q, cache.k, cache.v, seqs.page_table, seqs.rows, seqs.seq_lens
-        sizes = seqs.page_size, window, cluster, self._num_blocks
+        sizes = cache.k_scale, cache.v_scale, seqs.page_size, window, cluster, self._num_blocks
         self._kernel.attention_decode(*inputs, out, self._partial, self._counters, *sizes, early)

@@ -23,7 +23,7 @@ from minisgl.models.decoder import DecoderModel
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.uint8}
 
 
 class ModelShard:
@@ -50,8 +50,9 @@ class ModelShard:
         return KVPool(self.config.model, num_slots, self.config.tp_size, kv_dtype, self.device)
 
     def create_attention(self) -> Backend:
-        """It computes in the type of its cache, which on a CPU need not be that of the weights."""
-        return create_backend(self.config, DTYPES[self.config.kv_cache_dtype], self.device)
+        """It computes in the type of its cache, which on a CPU need not be that of the weights; over fp8 in theirs."""
+        dtypes = self.config.dtype, self.config.kv_cache_dtype
+        return create_backend(self.config, DTYPES[dtypes[dtypes[1] != "fp8"]], self.device)
 
     def copy_pages(self, plan: StepPlan, kv: KVPool) -> None:
         """Make the plan's copies, in their order among the device's work."""

@@ -152,13 +152,15 @@ class CudaOps(TritonOps):
         """→ a view of `qkv`, whose queries are rotated in place; its keys and values stay as they are."""
         num_kv, head_dim = cache.k.shape[1:]
         num_q = qkv.shape[1] - 2 * num_kv
-        fits = head_dim % 8 == 0 and head_dim <= 256 and qkv.is_contiguous() and _whole_vectors(qkv, cache.k, cache.v)
-        fits = fits and cache.k.dtype == cache.v.dtype == qkv.dtype and (norm is None or norm.dtype == qkv.dtype)
+        fits = head_dim % 8 == 0 and head_dim <= 256 and qkv.is_contiguous() and _whole_vectors(qkv)
+        fits = fits and all(x.is_contiguous() and x.dtype in (qkv.dtype, torch.uint8) for x in (cache.k, cache.v))
+        fits = fits and (norm is None or norm.dtype == qkv.dtype)
         if not fits:
             return super().norm_rope_store(qkv, norm, eps, rope, cache)
         norm = None if norm is None else norm.contiguous()
         cos, sin, slots = (tensor.contiguous() for tensor in (rope.cos, rope.sin, cache.slots))
-        self._elementwise.qk_norm_rope_store(qkv, num_q, num_kv, norm, eps, cos, sin, cache.k, cache.v, slots)
+        tables, caches = (cos, sin), (cache.k, cache.v, slots, cache.k_scale, cache.v_scale)
+        self._elementwise.qk_norm_rope_store(qkv, num_q, num_kv, norm, eps, *tables, *caches)
         return qkv[:, :num_q]
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu") -> Tensor:

@@ -92,7 +92,7 @@ def compile_kernels(device: torch.device, dtype: torch.dtype, groups: bool) -> N
 
 
 class Float8Matrix(Matrix):
-    """input_scale: of all activations; None: each token has its own. Raises: ConfigError where kernels do not compile."""
+    """input_scale: of activations; None: tokens have their own. Raises: ConfigError where kernels do not compile."""
 
     def __init__(
         self, ops: LayerOps, weight: Weight, dtype: torch.dtype, input_scale: float | None, activation: str | None

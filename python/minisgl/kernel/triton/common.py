@@ -51,6 +51,12 @@ def attention_options(
     return {**shapes, **kind, **sizes, **launch}
 
 
+def native(cache: Tensor) -> Tensor:
+    """Bytes of e4m3 as such, where the GPU converts them itself."""
+    converts = cache.dtype == torch.uint8 and cache.is_cuda and torch.cuda.get_device_capability(cache.device) >= (8, 9)
+    return cache.view(torch.float8_e4m3fn) if converts else cache
+
+
 @triton.jit
 def begin(PDL: tl.constexpr):
     """Waits for the kernel ahead, and lets the next one be set up."""
@@ -60,11 +66,20 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
+def widen(x, DTYPE: tl.constexpr):
+    """x, or what bytes of e4m3 stand for: their bits where float16 has them, times what its exponent is short of."""
+    if x.dtype == tl.uint8:
+        bits = x.to(tl.uint16)
+        x = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+    return x.to(DTYPE)
+
+
+@triton.jit
 def load_keys(
-    k_ptr, v_ptr, pages_ptr, start, known, kv_stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr,
+    k_ptr, v_ptr, DTYPE: tl.constexpr, pages_ptr, start, known, kv_stride, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values, [BLOCK_N, BLOCK_D] each, of positions from `start` on, a multiple of BLOCK_N.
+    """Keys and values, [BLOCK_N, BLOCK_D] each, of DTYPE, of positions from `start` on, a multiple of BLOCK_N.
 
     known: [BLOCK_N], which of them the sequence has; if not all, MASKED. The others are 0: a NaN in a row that no query
     may see would spoil the sum, since 0 * NaN is NaN.
@@ -92,4 +107,4 @@ def load_keys(
     else:
         k = tl.load(k_ptr + at)
         v = tl.load(v_ptr + at)
-    return k, v
+    return widen(k, DTYPE), widen(v, DTYPE)

@@ -1,6 +1,6 @@
 // Attention of one new token per sequence over the paged cache (decode), grouped-query, bf16 or fp16, on sm_90.
 //
-// Shapes are fixed at compile time: ATTN_DTYPE, ATTN_HEAD_DIM (64 or 128), ATTN_NUM_KV (heads on this rank), ATTN_GROUP
+// Shapes are fixed at compile time: ATTN_DTYPE, ATTN_FP8 (1: the cache is e4m3), ATTN_HEAD_DIM (64 or 128), ATTN_NUM_KV (heads on this rank), ATTN_GROUP
 // (query heads per KV head, up to 16). Two kernels share the arithmetic:
 //
 //   stream   for many sequences. As many blocks as the GPU holds take equal shares of all tiles of tokens, whatever
@@ -74,8 +74,8 @@ __device__ __forceinline__ void spill(const Accumulator& acc, float* out, float2
       float* row = out + warp * (P::kRingBytes / 4) + head * kHeadDim;
 #pragma unroll
       for (int step = 0; step < kSteps; step++) {
-        row[permute_out(head, step * 16 + lane / 4)] = acc.out[n][step][i];
-        row[permute_out(head, step * 16 + lane / 4 + 8)] = acc.out[n][step][i + 2];
+        row[permute_out(head, element_of(step, lane / 4, 0))] = acc.out[n][step][i];
+        row[permute_out(head, element_of(step, lane / 4, 1))] = acc.out[n][step][i + 2];
       }
     }
   }
@@ -98,7 +98,7 @@ __device__ __forceinline__ float reciprocal(float sum) {
 }
 
 __device__ __forceinline__ void store_out(const Params& p, int seq, int head, int quad, const Part& part) {
-  float scale = reciprocal(part.sum);
+  float scale = reciprocal(part.sum) * p.v_scale;
   Vec<Element, 4> x{from_float<Element>(part.out.x * scale), from_float<Element>(part.out.y * scale),
                     from_float<Element>(part.out.z * scale), from_float<Element>(part.out.w * scale)};
   int64_t index = (int64_t(seq) * kNumKV * kGroup + head) * kHeadDim + quad * 4;
@@ -212,14 +212,22 @@ __device__ __forceinline__ void store_heads(const Params& p, int seq, int kv_hea
   int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < kNumTiles; n++) {
-    float scale[2] = {reciprocal(acc.sum[n][0]), reciprocal(acc.sum[n][1])};
+    float scale[2] = {reciprocal(acc.sum[n][0]) * p.v_scale, reciprocal(acc.sum[n][1]) * p.v_scale};
     int query = n * 8 + lane / 4;
-    Element* row = p.out + ((int64_t(seq) * kNumKV + kv_head) * kGroup + query) * kHeadDim + lane % 4 * 2;
+    Element* row = p.out + ((int64_t(seq) * kNumKV + kv_head) * kGroup + query) * kHeadDim;
 #pragma unroll
-    for (int i = 0; i < kSteps * 2; i++) {
-      const float* pair = acc.out[n][i / 2] + i % 2 * 2;
-      uint32_t elements = transpose_8x8(pack(pair[0] * scale[0], pair[1] * scale[1]));
-      if (query < kGroup) *reinterpret_cast<uint32_t*>(row + i * 8) = elements;
+    for (int step = 0; step < kSteps; step++) {
+      const float(&of)[4] = acc.out[n][step];
+      uint32_t low = transpose_8x8(pack(of[0] * scale[0], of[1] * scale[1]));
+      uint32_t high = transpose_8x8(pack(of[2] * scale[0], of[3] * scale[1]));
+      if (query >= kGroup) continue;
+      if constexpr (kFloat8) {  // elements 4 (lane % 4) + {0, 2} and {1, 3}
+        uint2 four{__byte_perm(low, high, 0x5410), __byte_perm(low, high, 0x7632)};
+        *reinterpret_cast<uint2*>(row + step * 16 + lane % 4 * 4) = four;
+      } else {
+        *reinterpret_cast<uint32_t*>(row + step * 16 + lane % 4 * 2) = low;
+        *reinterpret_cast<uint32_t*>(row + step * 16 + 8 + lane % 4 * 2) = high;
+      }
     }
   }
 }
@@ -369,8 +377,11 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocks) cluster_kernel(const 
 void check_inputs(TensorView q, TensorView k_cache, TensorView v_cache, TensorView page_table, TensorView rows,
                   TensorView seq_lens, TensorView out) {
   constexpr int kBits = 16, kCode = std::is_same_v<Element, __half> ? kDLFloat : kDLBfloat;
+  for (const TensorView& t : {k_cache, v_cache}) {
+    MINISGL_CHECK(kFloat8 ? t.dtype().bits == 8 : is_dtype(t, kCode, kBits)) << "the caches have another dtype";
+  }
+  MINISGL_CHECK(is_dtype(q, kCode, kBits) && is_dtype(out, kCode, kBits)) << "q and out have another dtype";
   for (const TensorView& t : {q, k_cache, v_cache, out}) {
-    MINISGL_CHECK(is_dtype(t, kCode, kBits)) << "q, the caches and out must have the dtype of this build";
     // The stride of a dimension of size 1 may be anything.
     MINISGL_CHECK(t.ndim() == 3 && t.size(2) == kHeadDim && t.stride(2) == 1 &&
                   (t.size(1) == 1 || t.stride(1) == kHeadDim))
@@ -415,14 +426,15 @@ int64_t attention_decode_workspace(int64_t num_blocks) {
 // q [n, heads, head_dim] may be strided in its first dimension; caches [num_slots, kNumKV, head_dim]; page_table
 // [requests, pages] int32; rows, seq_lens [n] int32, the new token counted; out [n, heads, head_dim], zeros where
 // seq_lens is 0. partial (float32) and counters (int32, zero) are workspaces of the stream kernel. window: tokens that
-// a query sees, itself included; 0 for all. cluster: blocks that share a sequence's KV head (a power of two up to 16),
+// a query sees, itself included; 0 for all. k_scale, v_scale: what is in the caches is to be multiplied with. cluster: blocks that share a sequence's KV head (a power of two up to 16),
 // or 0 for the stream kernel with num_blocks blocks.
 //
 // early: rows, seq_lens, page_table and the cache but for each sequence's newest token were written before the last
 // launch without PDL, so they may be read while the kernels before this one still run.
 void attention_decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView page_table, TensorView rows,
-                      TensorView seq_lens, TensorView out, TensorView partial, TensorView counters, int64_t page_size,
-                      int64_t window, int64_t cluster, int64_t num_blocks, bool early) {
+                      TensorView seq_lens, TensorView out, TensorView partial, TensorView counters, double k_scale,
+                      double v_scale, int64_t page_size, int64_t window, int64_t cluster, int64_t num_blocks,
+                      bool early) {
   check_inputs(q, k_cache, v_cache, page_table, rows, seq_lens, out);
   int num_seqs = static_cast<int>(q.size(0));
   MINISGL_CHECK(page_size > 0 && window >= 0);
@@ -430,15 +442,16 @@ void attention_decode(TensorView q, TensorView k_cache, TensorView v_cache, Tens
   if (num_seqs == 0) return;
   Params p{};
   p.q = static_cast<const Element*>(q.data_ptr());
-  p.k = static_cast<const Element*>(k_cache.data_ptr());
-  p.v = static_cast<const Element*>(v_cache.data_ptr());
+  p.k = static_cast<const Cached*>(k_cache.data_ptr());
+  p.v = static_cast<const Cached*>(v_cache.data_ptr());
   p.page_table = static_cast<const int*>(page_table.data_ptr());
   p.rows = static_cast<const int*>(rows.data_ptr());
   p.seq_lens = static_cast<const int*>(seq_lens.data_ptr());
   p.out = static_cast<Element*>(out.data_ptr());
   p.q_stride = q.stride(0), p.table_stride = page_table.stride(0);
   p.num_seqs = num_seqs, p.page_size = static_cast<int>(page_size), p.window = static_cast<int>(window);
-  p.scale = 1.4426950408889634f / sqrtf(float(kHeadDim));
+  p.scale = static_cast<float>(k_scale) * 1.4426950408889634f / sqrtf(float(kHeadDim));
+  p.v_scale = static_cast<float>(v_scale);
   p.early = early;
   cudaStream_t stream = current_stream(q);
   if (cluster > 0) {

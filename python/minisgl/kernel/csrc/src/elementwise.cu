@@ -3,7 +3,7 @@
 //
 // Rounding follows the torch reference (kernel/ops.py): a norm is rounded to the dtype before the weight multiplies
 // it, silu before `up` does. The rotation alone keeps fp32 until its end.
-#include <minisgl/common.cuh>
+#include <minisgl/float8.cuh>
 
 #include <algorithm>
 
@@ -104,11 +104,13 @@ struct RopeArgs {
   const T* weight;    // [num_q + num_kv, head_dim] or null
   const float* cos;   // [n, head_dim]
   const float* sin;   // [n, head_dim]
-  T* k_cache;         // [num_slots, num_kv, head_dim]
-  T* v_cache;
+  void* k_cache;      // [num_slots, num_kv, head_dim] T, or e4m3 where `narrows`, of values over the scales
+  void* v_cache;
   const int64_t* slots;  // [n]
   int num_q, num_kv, head_dim;
   float eps;
+  bool narrows;
+  float k_scale, v_scale;
 };
 
 // One head of one token, its dimensions spread over kGroup lanes: `low` is lane's part of the first half, `high` of
@@ -127,6 +129,14 @@ __device__ __forceinline__ void norm_head(float (&low)[kLen], float (&high)[kLen
     low[j] = round_to<T>(round_to<T>(low[j] * scale) * to_float(weight_low.data[j]));
     high[j] = round_to<T>(round_to<T>(high[j] * scale) * to_float(weight_high.data[j]));
   }
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store_narrow(uint8_t* p, const Vec<T, N>& v, float scale) {
+  Vec<uint8_t, N> bytes;
+#pragma unroll
+  for (int j = 0; j < N; ++j) bytes.data[j] = narrow(to_float(v.data[j]) / scale);
+  store_vec<uint8_t, N>(p, bytes);
 }
 
 // One block per token; kGroup lanes (a power of two) per head, of which head_dim / 2 / kLen work.
@@ -181,7 +191,15 @@ __global__ void __launch_bounds__(512) rope_kernel(const RopeArgs<T> args) {
     if (head >= args.num_q) {
       if (slot < 0) continue;
       const int kv_head = head - args.num_q - (is_value ? args.num_kv : 0);
-      target = (is_value ? args.v_cache : args.k_cache) + (slot * args.num_kv + kv_head) * args.head_dim + offset;
+      const int64_t at = (slot * args.num_kv + kv_head) * args.head_dim + offset;
+      void* cache = is_value ? args.v_cache : args.k_cache;
+      if (args.narrows) {
+        const float scale = is_value ? args.v_scale : args.k_scale;
+        store_narrow<T, kLen>(static_cast<uint8_t*>(cache) + at, low_in, scale);
+        store_narrow<T, kLen>(static_cast<uint8_t*>(cache) + at + half, high_in, scale);
+        continue;
+      }
+      target = static_cast<T*>(cache) + at;
     }
     store_vec<T, kLen>(target, low_in);
     store_vec<T, kLen>(target + half, high_in);
@@ -290,7 +308,7 @@ void rms_norm(TensorView x, TensorView weight, double eps, TensorView out) {
 
 void qk_norm_rope_store(TensorView qkv, int64_t num_q, int64_t num_kv, tvm::ffi::Optional<TensorView> norm_weight,
                         double eps, TensorView cos, TensorView sin, TensorView k_cache, TensorView v_cache,
-                        TensorView slots) {
+                        TensorView slots, double k_scale, double v_scale) {
   MINISGL_CHECK(qkv.ndim() == 3 && qkv.IsContiguous() && aligned(qkv));
   const int64_t num_tokens = qkv.size(0), head_dim = qkv.size(2);
   if (num_tokens == 0) return;
@@ -299,8 +317,9 @@ void qk_norm_rope_store(TensorView qkv, int64_t num_q, int64_t num_kv, tvm::ffi:
   MINISGL_CHECK(is_fp32(sin) && sin.IsContiguous() && sin.numel() == num_tokens * head_dim && aligned(sin));
   MINISGL_CHECK(k_cache.ndim() == 3 && k_cache.size(1) == num_kv && k_cache.size(2) == head_dim);
   MINISGL_CHECK(v_cache.ndim() == 3 && v_cache.size(1) == num_kv && v_cache.size(2) == head_dim);
-  MINISGL_CHECK(k_cache.IsContiguous() && aligned(k_cache) && same_dtype(k_cache, qkv));
-  MINISGL_CHECK(v_cache.IsContiguous() && aligned(v_cache) && same_dtype(v_cache, qkv));
+  const bool narrows = k_cache.dtype().bits == 8;
+  MINISGL_CHECK(k_cache.IsContiguous() && aligned(k_cache) && (narrows || same_dtype(k_cache, qkv)));
+  MINISGL_CHECK(v_cache.IsContiguous() && aligned(v_cache) && same_dtype(v_cache, k_cache));
   MINISGL_CHECK(is_int64(slots) && slots.IsContiguous() && slots.numel() == num_tokens);
   const void* weight = nullptr;
   if (norm_weight.has_value()) {
@@ -314,13 +333,16 @@ void qk_norm_rope_store(TensorView qkv, int64_t num_q, int64_t num_kv, tvm::ffi:
                      static_cast<const T*>(weight),
                      static_cast<const float*>(cos.data_ptr()),
                      static_cast<const float*>(sin.data_ptr()),
-                     static_cast<T*>(k_cache.data_ptr()),
-                     static_cast<T*>(v_cache.data_ptr()),
+                     k_cache.data_ptr(),
+                     v_cache.data_ptr(),
                      static_cast<const int64_t*>(slots.data_ptr()),
                      static_cast<int>(num_q),
                      static_cast<int>(num_kv),
                      static_cast<int>(head_dim),
-                     static_cast<float>(eps)};
+                     static_cast<float>(eps),
+                     narrows,
+                     static_cast<float>(k_scale),
+                     static_cast<float>(v_scale)};
     const cudaStream_t stream = current_stream(qkv);
     // Each half of a head must be whole vectors: 16 bytes, or 8 where head_dim is an odd multiple of 8.
     if (kVecLen<T> == 8 && head_dim % 16 == 0) choose_rope<T, kVecLen<T>>(args, num_tokens, stream);

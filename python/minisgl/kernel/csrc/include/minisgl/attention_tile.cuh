@@ -3,9 +3,9 @@
 // For `src/attention_decode.cu` alone, which see; the shapes are macros that its build defines.
 #pragma once
 
-#include <minisgl/common.cuh>
+#include <minisgl/float8.cuh>
 
-#include <type_traits>
+#include <algorithm>
 
 #ifndef ATTN_DTYPE
 #define ATTN_DTYPE __nv_bfloat16
@@ -18,6 +18,12 @@ namespace minisgl {
 namespace {
 
 using Element = ATTN_DTYPE;
+#if ATTN_FP8
+using Cached = uint8_t;  // e4m3
+#else
+using Cached = Element;
+#endif
+constexpr bool kFloat8 = sizeof(Cached) == 1;
 constexpr int kHeadDim = ATTN_HEAD_DIM;
 constexpr int kNumKV = ATTN_NUM_KV;
 constexpr int kGroup = ATTN_GROUP;
@@ -31,14 +37,14 @@ constexpr int kPairs = kGroup < 8 ? (kGroup + 1) / 2 : 4;  // pairs of queries i
 constexpr int kMaxCluster = 16;
 
 // What a warp copies, and attends to, at a time: keys, then values, of 16 tokens of one KV head.
-constexpr int kRowBytes = kHeadDim * 2;
+constexpr int kRowBytes = kHeadDim * sizeof(Cached);
 constexpr int kPlane = 16 * kRowBytes;
-constexpr int kStageBytes = 2 * kPlane;
+constexpr int kStageBytes = std::max(2 * kPlane, kNumTiles * kSteps * 512);  // or a warp's result, for another to merge
 
 struct Params {
   const Element* q;  // [num_seqs, kNumKV * kGroup, kHeadDim], tokens q_stride elements apart
-  const Element* k;  // [num_slots, kNumKV, kHeadDim]
-  const Element* v;
+  const Cached* k;  // [num_slots, kNumKV, kHeadDim]
+  const Cached* v;
   const int* page_table;  // rows table_stride entries apart
   const int* rows;        // [num_seqs]
   const int* seq_lens;    // [num_seqs]
@@ -51,6 +57,7 @@ struct Params {
   int page_size;
   int window;     // tokens that a query sees, itself included; 0: all
   float scale;    // of the scores, in units of log2
+  float v_scale;  // of values
   bool early;     // see `attention_decode`
 };
 
@@ -126,6 +133,12 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return *reinterpret_cast<uint32_t*>(&pair);
 }
 
+__device__ __forceinline__ uint4 load_shared(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  return v;
+}
+
 // The warps that share a KV head of the block.
 template <int kThreads>
 __device__ __forceinline__ void group_barrier(int head) {
@@ -189,8 +202,15 @@ __device__ __forceinline__ Lookup look_up(const Params& p, const Walk& walk) {
   return {*entry, pos - index * p.page_size};
 }
 
-// Start copying 16 tokens of a KV head. 16-byte pieces are permuted by their token so that ldmatrix, which reads the
-// same piece of eight tokens, meets eight different groups of banks.
+// Where a 16-byte piece of a token's row lies in it: permuted by the token, so that ldmatrix, which reads the same piece
+// of eight tokens, meets eight different groups of banks; with e4m3 also four pieces of two tokens.
+__device__ __forceinline__ int permute_piece(int token, int piece) {
+  if constexpr (!kFloat8) return piece ^ (token % 8);
+  int turn = token / 2 % 4;
+  return piece ^ (kHeadDim == 128 ? token % 2 * 4 + turn : turn);
+}
+
+// Start copying 16 tokens of a KV head.
 __device__ __forceinline__ void copy_tokens(const Params& p, Lookup lookup, int kv_head, uint32_t stage) {
   constexpr int kPieces = kRowBytes / 16;
   int lane = threadIdx.x % 32;
@@ -199,8 +219,8 @@ __device__ __forceinline__ void copy_tokens(const Params& p, Lookup lookup, int 
   for (int i = 0; i < kPieces / 2; i++) {
     int token = (i * 32 + lane) / kPieces, piece = lane % kPieces;
     int from = __shfl_sync(0xffffffffu, slot, token);
-    uint32_t to = stage + token * kRowBytes + (piece ^ (token % 8)) * 16;
-    int64_t offset = (int64_t(max(from, 0)) * kNumKV + kv_head) * kHeadDim + piece * 8;
+    uint32_t to = stage + token * kRowBytes + permute_piece(token, piece) * 16;
+    int64_t offset = (int64_t(max(from, 0)) * kNumKV + kv_head) * kHeadDim + piece * int(16 / sizeof(Cached));
     copy_async(to, p.k + offset, from >= 0);
     copy_async(to + kPlane, p.v + offset, from >= 0);
   }
@@ -258,6 +278,7 @@ struct Loader {
   }
 };
 
+// The order of elements is free as long as keys have the same: e4m3 keys are read 16 of a lane at a time, for 4 steps.
 struct Queries {
   uint32_t data[kNumTiles][kSteps][2];
 
@@ -266,17 +287,22 @@ struct Queries {
 #pragma unroll
     for (int n = 0; n < kNumTiles; n++) {
       int head = n * 8 + lane / 4;
-      const Element* row = p.q + seq * p.q_stride + (kv_head * kGroup + head) * kHeadDim + lane % 4 * 2;
+      const Element* row = p.q + seq * p.q_stride + (kv_head * kGroup + head) * kHeadDim + lane % 4 * (kFloat8 ? 16 : 2);
 #pragma unroll
       for (int i = 0; i < kSteps * 2; i++) {
-        data[n][i / 2][i % 2] = head < kGroup ? *reinterpret_cast<const uint32_t*>(row + i * 8) : 0;
+        const Element* from = row + (kFloat8 ? i / 8 * 64 + i % 8 * 2 : i * 8);
+        data[n][i / 2][i % 2] = head < kGroup ? *reinterpret_cast<const uint32_t*>(from) : 0;
       }
     }
   }
 };
 
 // Of the queries 8n + 2 (lane % 4) + {0, 1}: maximum, this lane's part of the sum (all of it once `add_up` was called),
-// and output elements 16i + lane / 4 + {0, 8}, not yet divided by the sum.
+// and output elements element_of(i, lane / 4, {0, 1}), not yet divided by the sum.
+__device__ __forceinline__ int element_of(int step, int row, int half) {
+  return step * 16 + (kFloat8 ? row * 2 + half : row + half * 8);
+}
+
 struct Accumulator {
   float max[kNumTiles][2];
   float sum[kNumTiles][2];
@@ -335,17 +361,36 @@ struct Accumulator {
   }
 };
 
+// Of e4m3 keys, 4 steps from `step` on: a lane has 16 bytes of two tokens.
+__device__ __forceinline__ void score_bytes(float (&halves)[2][kNumTiles][4], const Queries& q, uint32_t keys, int step) {
+  int token = threadIdx.x % 32 / 4, piece = step + threadIdx.x % 4;
+  uint4 low = load_shared(keys + token * kRowBytes + permute_piece(token, piece) * 16);
+  uint4 high = load_shared(keys + (token + 8) * kRowBytes + permute_piece(token, piece) * 16);
+  uint32_t lows[4] = {low.x, low.y, low.z, low.w}, highs[4] = {high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    uint32_t a[4];
+    widen<Element>(lows[i], a[0], a[2]);
+    widen<Element>(highs[i], a[1], a[3]);
+#pragma unroll
+    for (int n = 0; n < kNumTiles; n++) mma(halves[i % 2][n], a, q.data[n][step + i]);
+  }
+}
+
 // scores[n]: tokens lane / 4 + {0, 0, 8, 8}, queries 8n + 2 (lane % 4) + {0, 1, 0, 1}, in units of log2.
 __device__ __forceinline__ void score(float (&scores)[kNumTiles][4], const Queries& q, uint32_t keys, float scale) {
   int lane = threadIdx.x % 32;
-  uint32_t row = keys + lane % 16 * kRowBytes;
   float halves[2][kNumTiles][4] = {};  // two chains, for the latency of mma
 #pragma unroll
   for (int step = 0; step < kSteps; step++) {
-    uint32_t a[4];
-    load_matrix(a, row + ((step * 2 + lane / 16) ^ (lane % 8)) * 16);
+    if constexpr (kFloat8) {
+      if (step % 4 == 0) score_bytes(halves, q, keys, step);
+    } else {
+      uint32_t a[4];
+      load_matrix(a, keys + lane % 16 * kRowBytes + permute_piece(lane % 8, step * 2 + lane / 16) * 16);
 #pragma unroll
-    for (int n = 0; n < kNumTiles; n++) mma(halves[step % 2][n], a, q.data[n][step]);
+      for (int n = 0; n < kNumTiles; n++) mma(halves[step % 2][n], a, q.data[n][step]);
+    }
   }
 #pragma unroll
   for (int n = 0; n < kNumTiles; n++) {
@@ -392,11 +437,17 @@ __device__ __forceinline__ void attend(Accumulator& acc, const Queries& q, uint3
     weights[n][1] = transpose_8x8(pack(scores[n][2], scores[n][3]));
   }
   int lane = threadIdx.x % 32;
-  uint32_t row = values + (lane % 8 + lane / 16 * 8) * kRowBytes;
+  uint32_t row = values + (lane % 8 + (kFloat8 ? lane / 8 % 2 : lane / 16) * 8) * kRowBytes;
 #pragma unroll
   for (int step = 0; step < kSteps; step++) {
-    uint32_t a[4];
-    load_matrix_transposed(a, row + ((step * 2 + lane / 8 % 2) ^ (lane % 8)) * 16);
+    uint32_t a[4], pairs[4];
+    if constexpr (kFloat8) {  // a matrix of 2-byte units of two elements, for two steps: 8 tokens, 8 more, and again
+      if (step % 2 == 0) load_matrix_transposed(pairs, row + permute_piece(lane % 8, step + lane / 16) * 16);
+      widen_even<Element>(pairs[step % 2 * 2], a[0], a[1]);
+      widen_even<Element>(pairs[step % 2 * 2 + 1], a[2], a[3]);
+    } else {
+      load_matrix_transposed(a, row + permute_piece(lane % 8, step * 2 + lane / 8 % 2) * 16);
+    }
 #pragma unroll
     for (int n = 0; n < kNumTiles; n++) mma(acc.out[n][step], a, weights[n]);
   }

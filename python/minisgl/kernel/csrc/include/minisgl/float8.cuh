@@ -12,25 +12,35 @@ namespace minisgl {
 
 constexpr float kMaxFloat8 = 448.f;
 
-// Bytes of four e4m3, the first in the lowest bits, as two pairs of T. The bits are moved to where T has them, and the
+// Two e4m3 in the upper bytes of halves of a word, as a pair of T. The bits are moved to where T has them, and the
 // exponent's bias is made up for by a product, which also makes subnormals right. NaN becomes a number above 448.
 template <typename T>
-__device__ __forceinline__ void widen(uint32_t four, uint32_t& low, uint32_t& high) {
+__device__ __forceinline__ uint32_t widen_pair(uint32_t pair) {
   constexpr bool kHalf = std::is_same_v<T, __half>;
   constexpr int kShift = kHalf ? 1 : 4;
   constexpr uint32_t kBits = 0x7f007f00u >> kShift;
   constexpr uint32_t kFactor = kHalf ? 0x5c005c00u : 0x7b807b80u;  // 2^8; 2^120
-  uint32_t pairs[2] = {__byte_perm(four, 0, 0x1404), __byte_perm(four, 0, 0x3424)};
-#pragma unroll
-  for (uint32_t& pair : pairs) {
-    pair = (pair & 0x80008000u) | (pair >> kShift & kBits);
-    if constexpr (kHalf) {
-      asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(kFactor));
-    } else {
-      asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(kFactor), "r"(0x80008000u));  // + -0
-    }
+  pair = (pair & 0x80008000u) | (pair >> kShift & kBits);
+  if constexpr (kHalf) {
+    asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(kFactor));
+  } else {
+    asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(kFactor), "r"(0x80008000u));  // + -0
   }
-  low = pairs[0], high = pairs[1];
+  return pair;
+}
+
+// Bytes of four e4m3, the first in the lowest bits, as pairs: of the first two, and of the others.
+template <typename T>
+__device__ __forceinline__ void widen(uint32_t four, uint32_t& low, uint32_t& high) {
+  low = widen_pair<T>(__byte_perm(four, 0, 0x1404));
+  high = widen_pair<T>(__byte_perm(four, 0, 0x3424));
+}
+
+// As pairs: of the first and the third, and of the second and the fourth.
+template <typename T>
+__device__ __forceinline__ void widen_even(uint32_t four, uint32_t& even, uint32_t& odd) {
+  even = widen_pair<T>(__byte_perm(four, 0, 0x2404));
+  odd = widen_pair<T>(__byte_perm(four, 0, 0x3414));
 }
 
 // Eight of them as four pairs.
