@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from minisgl.config.model import MoE
 from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
-from minisgl.formats.base import DENSE, Dense, Int8, Shard, Tensors, WeightFormat, WeightSlot
+from minisgl.formats.base import DENSE, Dense, Int8, Rounded, Shard, Tensors, WeightFormat, WeightSlot
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import LayerOps, Matrix, TorchOps
 from minisgl.layers.base import LayerEnv
@@ -156,3 +156,14 @@ def test_each_layer_says_whether_the_cpu_engine_can_run_it() -> None:
     assert isinstance(layer, DecoderLayer)
     layer.self_attn.o_proj.__class__ = Doubling
     assert layer.cpu_spec() is None
+
+
+def test_weights_rounded_to_e4m3() -> None:
+    """Each row has a scale of its own: what is small in it is as near as what is large."""
+    weight = torch.randn(40, 64) * torch.logspace(-6, 6, 40)[:, None]
+    weight[3] = 0
+    matrix = Rounded().matrix(TorchOps(), {"weight": weight.clone()})
+    values = matrix.apply(torch.eye(64)).T
+    largest = weight.abs().amax(1, keepdim=True)
+    assert ((values - weight).abs() <= weight.abs() / 15.9 + largest / 448 * 2**-10).all()
+    assert not torch.equal(values, weight)

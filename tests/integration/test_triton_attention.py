@@ -69,20 +69,12 @@ def make_case(shape: AttentionShape, starts: list[int], num_new: list[int], seed
 
 def narrowed(case: Case) -> Case:
     """With a cache of e4m3."""
-    scales = 0.5, 2.0
-    k, v = (
-        (x.float() / scale).to(torch.float8_e4m3fn).view(torch.uint8)
-        for x, scale in zip(case.cache, scales, strict=False)
-    )
-    return replace(case, cache=LayerCache(k, v, *scales))
+    return replace(case, cache=LayerCache(*(x.to(torch.float8_e4m3fn).view(torch.uint8) for x in case.cache)))
 
 
 def widened(cache: LayerCache) -> list[torch.Tensor]:
     """Keys and values, in float64."""
-    if cache.k.dtype != torch.uint8:
-        return [cache.k.double(), cache.v.double()]
-    pairs = (cache.k, cache.k_scale), (cache.v, cache.v_scale)
-    return [x.view(torch.float8_e4m3fn).double() * scale for x, scale in pairs]
+    return [(x.view(torch.float8_e4m3fn) if x.dtype == torch.uint8 else x).double() for x in cache]
 
 
 def attend(case: Case, window: int | None = None) -> torch.Tensor:

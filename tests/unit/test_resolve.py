@@ -99,6 +99,8 @@ def test_cpu_kernels_keep_what_the_checkpoint_has() -> None:
         (COMPILES, {"kv_cache_dtype": "float16"}, "--kv-cache-dtype float16: here it must be float32, or bfloat16"),
         (COMPILES, {"kv_cache_dtype": "bfloat16", "attention_backend": "sdpa"}, "must be float32$"),
         (MACHINE, {"kv_cache_dtype": "bfloat16"}, "must be float32$"),
+        (COMPILES, {"quantization": "fp8"}, "^--quantization fp8: it is for GPUs$"),
+        (COMPILES, {"kv_cache_dtype": "fp8"}, "^--kv-cache-dtype fp8: it is for GPUs$"),
     ],
 )
 def test_what_cpu_kernels_cannot_do(machine: Capabilities, options: dict[str, Any], says: str) -> None:
@@ -352,6 +354,47 @@ def test_captured_batches() -> None:
         decide(GPUS, mixture, cuda_graph_max_bs=8, moe_backend="torch")
     with pytest.raises(ConfigError, match=r"--moe-backend triton: .*pip install triton"):
         decide(replace(GPUS, packages=frozenset()), moe_backend="triton")
+
+
+def test_eight_bits_on_gpus() -> None:
+    """Weights and caches take half the memory, and only backends that read such a cache are chosen."""
+    everything = replace(GPUS, packages=GPUS.packages | {"sgl_kernel", "flashinfer"})
+    wide = decide(everything).engine
+    narrow = decide(everything, quantization="fp8", kv_cache_dtype="fp8").engine
+    assert (narrow.quantization, narrow.kv_cache_dtype, narrow.dtype) == ("fp8", "fp8", "bfloat16")
+    assert (wide.prefill_backend, wide.decode_backend) == ("fa", "cuda")
+    assert (narrow.prefill_backend, narrow.decode_backend) == ("triton", "cuda")
+    assert 2 * narrow.page_bytes == wide.page_bytes
+    assert 2 * MODEL.weight_bytes("fp8") == MODEL.weight_bytes("bfloat16")
+    assert gpu_tokens(narrow, GPUS.gpus) > 2 * gpu_tokens(wide, GPUS.gpus)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"quantization": "int8"}, "^--quantization int8: it is for CPUs; GPUs have fp8$"),
+        ({"quantization": "fp8", "dtype": "float32"}, "^--quantization fp8: not with float32$"),
+        ({"kv_cache_dtype": "float32"}, "^--kv-cache-dtype float32: .*that of the weights, bfloat16, or fp8$"),
+        *(
+            ({"kv_cache_dtype": "fp8", "attention_backend": name}, f"{name.split(',')[0]} does not read .*dtype fp8$")
+            for name in ("sdpa", "fa", "fi", "fa,triton")
+        ),
+    ],
+)
+def test_eight_bits_that_gpus_do_not_have(options: dict[str, Any], says: str) -> None:
+    everything = replace(GPUS, packages=GPUS.packages | {"sgl_kernel", "flashinfer"})
+    with pytest.raises(ConfigError, match=says):
+        decide(everything, **options)
+
+
+def test_experts_and_eight_bits() -> None:
+    mixture = replace(MODEL, layers=tuple(replace(layer, mlp=MoE(8, 2, 64)) for layer in MODEL.layers))
+    with pytest.raises(ConfigError, match=r"^--quantization fp8: there are no kernels for mixtures of experts$"):
+        decide(GPUS, mixture, quantization="fp8")
+    stored = replace(mixture, packed_bytes=2**30)
+    assert decide(GPUS, stored).engine.cuda_graph_max_bs == 0
+    with pytest.raises(ConfigError, match=r"^--quantization fp8: the weights of /m are packed already$"):
+        decide(GPUS, stored, quantization="fp8")
 
 
 def test_what_does_not_fit_a_gpu() -> None:

@@ -33,5 +33,5 @@ class CpuBackend(AttentionBackend[CpuMetadata]):
 
     def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: CpuMetadata) -> Tensor:
         out = torch.empty(q.shape)
-        self._ops.module.attend(self._ops.workers, q, cache.k, cache.v, *metadata, spec.window or 0, out)
+        self._ops.module.attend(self._ops.workers, q, *cache, *metadata, spec.window or 0, out)
         return out

@@ -69,5 +69,5 @@ class CudaBackend(AttentionBackend[PagedSequences]):
     ) -> None:
         """`forward` with the choices made. window 0: none; cluster: as from `cluster_size`; early: see the kernel."""
         inputs = q, cache.k, cache.v, seqs.page_table, seqs.rows, seqs.seq_lens
-        sizes = cache.k_scale, cache.v_scale, seqs.page_size, window, cluster, self._num_blocks
+        sizes = seqs.page_size, window, cluster, self._num_blocks
         self._kernel.attention_decode(*inputs, out, self._partial, self._counters, *sizes, early)

@@ -54,7 +54,7 @@ class FlashInferBackend(AttentionBackend[Wrappers]):
         return wrappers
 
     def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: Wrappers) -> Tensor:
-        pages = tuple(x.unflatten(0, (-1, self._shape.page_size)) for x in (cache.k, cache.v))
+        pages = tuple(x.unflatten(0, (-1, self._shape.page_size)) for x in cache)
         out: Tensor = metadata[spec.window].run(q.contiguous(), pages)
         return out
 

@@ -54,10 +54,8 @@ class TritonBackend(AttentionBackend[TritonMetadata]):
         return TritonMetadata(step.on_device(), to_device(blocks, self._device), max_seq_len)
 
     def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: TritonMetadata) -> Tensor:
-        seqs, blocks, window, scales = metadata.seqs, metadata.blocks, spec.window, (cache.k_scale, cache.v_scale)
+        seqs, blocks, window, pdl = metadata.seqs, metadata.blocks, spec.window, self._pdl
         if blocks is not None:
-            config = self._prefill_config
-            return prefill.prefill_attention(q, cache.k, cache.v, seqs, blocks, window, config, self._pdl, scales)
+            return prefill.prefill_attention(q, *cache, seqs, blocks, window, self._prefill_config, pdl)
         splits = self._num_splits(q.shape[0], min(window or metadata.max_seq_len, metadata.max_seq_len))
-        how = self._partials, self._decode_config, self._pdl
-        return decode.decode_attention(q, cache.k, cache.v, seqs, window, splits, *how, scales)
+        return decode.decode_attention(q, *cache, seqs, window, splits, self._partials, self._decode_config, pdl)

@@ -130,6 +130,8 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
         quantization=args.quantization,
         memory_ratio=args.memory_ratio,
     )
+    if args.quantization and model.packed_bytes:
+        raise ConfigError(f"--quantization {args.quantization}: the weights of {path} are packed already")
     return _on_cpu(args, wanted, machine) if device == "cpu" else _on_gpus(args, wanted, machine)
 
 
@@ -144,8 +146,9 @@ def _on_cpu(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> En
     stays = model.dtype == "bfloat16" and (not problem or machine.has_fast_bfloat16)
     dtype = args.dtype or ("bfloat16" if stays else "float32")
     lack = problem or ("" if dtype in ("float32", "bfloat16") else f"not with --dtype {dtype}")
-    if args.quantization and model.packed_bytes:
-        raise ConfigError(f"--quantization {args.quantization}: the weights of {wanted.model_path} are packed already")
+    if "fp8" in (args.quantization, args.kv_cache_dtype):
+        flag = "--quantization" if args.quantization == "fp8" else "--kv-cache-dtype"
+        raise ConfigError(f"{flag} fp8: it is for GPUs")
     if args.quantization and lack:
         raise ConfigError(f"--quantization {args.quantization}: {lack}")
     attention, _ = _choose_attention(replace(wanted, dtype=dtype), args.attention_backend, lack, machine)
@@ -189,10 +192,13 @@ def _kv_dtype(asked: str | None, computed: str, stored: str, attention: str) -> 
 def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> EngineConfig:
     tp_size, dtype = wanted.tp_size, wanted.dtype
     gpus = _gpus(tp_size, machine.gpus)
-    if args.quantization:
-        raise ConfigError(f"--quantization {args.quantization}: it is for CPUs so far")
-    if wanted.kv_cache_dtype != dtype:
-        raise ConfigError(f"--kv-cache-dtype {args.kv_cache_dtype}: on GPUs it is that of the weights, {dtype}")
+    has_experts = any(isinstance(layer.mlp, MoE) for layer in wanted.model.layers)
+    problems = {"it is for CPUs; GPUs have fp8": args.quantization != "fp8", "not with float32": dtype == "float32"}
+    problems["there are no kernels for mixtures of experts"] = has_experts
+    if args.quantization and (problem := next((text for text, applies in problems.items() if applies), "")):
+        raise ConfigError(f"--quantization {args.quantization}: {problem}")
+    if wanted.kv_cache_dtype not in (dtype, "fp8"):
+        raise ConfigError(f"--kv-cache-dtype {args.kv_cache_dtype}: on GPUs it is that of the weights, {dtype}, or fp8")
     capacity = gpu_tokens(wanted, gpus)
     prefill, decode = _choose_attention(wanted, args.attention_backend, "", machine)
     moe_backend = args.moe_backend or ("triton" if "triton" in machine.packages else "torch")
@@ -230,8 +236,8 @@ def _graph_max_bs(args: ServerArgs, model: ModelConfig, decode: str, moe_backend
     asked, problem = args.cuda_graph_max_bs, ""
     if decode == "sdpa":
         problem = "sdpa cannot be captured; choose another --attn, or 0"
-    elif moe_backend == "torch" and any(isinstance(layer.mlp, MoE) for layer in model.layers):
-        problem = "--moe-backend torch cannot be captured; choose triton, or 0"
+    elif (moe_backend == "torch" or model.packed_bytes) and any(isinstance(layer.mlp, MoE) for layer in model.layers):
+        problem = "--moe-backend torch cannot be captured, nor packed experts; choose triton, or 0"
     if asked and problem:
         raise ConfigError(f"--cuda-graph-max-bs {asked}: {problem}")
     return 0 if problem else min(_GRAPH_MAX_BS if asked is None else asked, args.max_running_requests)
@@ -243,7 +249,7 @@ def _choose_attention(wanted: EngineConfig, asked: str | None, lack: str, machin
     Raises: ConfigError naming what cannot be had, and why.
     """
     fitting = {name: backend for name, backend in BACKENDS.items() if wanted.device in backend.devices}
-    why_not = {name: _unfit(backend, wanted.model, wanted.dtype, machine) for name, backend in fitting.items()}
+    why_not = {name: _unfit(backend, wanted, machine) for name, backend in fitting.items()}
     why_not |= {"cpu": f"cannot be had: {lack}"} if lack else {}
     pairs = [pair for pair in _PAIRS if set(pair) <= set(why_not)]
     best = next((pair for pair in pairs if not any(why_not[name] for name in pair)), pairs[-1])
@@ -264,18 +270,21 @@ def _choose_attention(wanted: EngineConfig, asked: str | None, lack: str, machin
     return prefill, decode
 
 
-def _unfit(backend: Backend, model: ModelConfig, dtype: str, machine: Capabilities) -> str:
+def _unfit(backend: Backend, wanted: EngineConfig, machine: Capabilities) -> str:
+    model = wanted.model
     specs = [layer.attention for layer in model.layers]
     for feature, is_wanted in FEATURES.items():
         if feature not in backend.features and any(is_wanted(spec, model) for spec in specs):
             return f"does not compute {feature}"
+    if wanted.kv_cache_dtype == "fp8" and "fp8 caches" not in backend.features:
+        return "does not read --kv-cache-dtype fp8"
     if backend.arch is not None and backend.arch != (arch := machine.gpus[0].arch):
         return f"needs compute capability {dotted(backend.arch)}, this GPU has {dotted(arch)}"
     if backend.head_dims and model.head_dim not in backend.head_dims:
         return f"does not compute head_dim {model.head_dim}"
     if backend.max_group and (group := div_ceil(model.num_qo_heads, model.num_kv_heads)) > backend.max_group:
         return f"computes up to {backend.max_group} query heads per KV head, not {group}"
-    if backend.is_16_bit and dtype == "float32":
+    if backend.is_16_bit and wanted.dtype == "float32":
         return "does not compute float32 (--dtype)"
     if backend.package and backend.package not in machine.packages:
         return f"needs a package: pip install {PACKAGES[backend.package][0]}"
@@ -286,8 +295,7 @@ def _unfit(backend: Backend, model: ModelConfig, dtype: str, machine: Capabiliti
 
 def _cpu_pages(config: EngineConfig, memory: int) -> int:
     """Pages that fit the memory, and no more than all running requests could ever use. Memory is taken on first use."""
-    kept = "packed" if config.model.packed_bytes and config.cpu_kernels else config.quantization or config.dtype
-    weights = config.model.weight_bytes(kept, config.tp_size)
+    weights = config.model.weight_bytes(_kept(config), config.tp_size)
     budget = int(memory * config.memory_ratio) // config.tp_size - weights
     budget -= config.max_running_requests * config.model.state_bytes_per_row(config.kv_cache_dtype)
     affordable = budget // max(1, config.page_bytes)
@@ -297,6 +305,12 @@ def _cpu_pages(config: EngineConfig, memory: int) -> int:
             f"{weights * config.tp_size / GIB:.1f} GiB, and no room is left for the KV cache"
         )
     return min(affordable, config.max_running_requests * div_ceil(config.max_seq_len, config.page_size))
+
+
+def _kept(config: EngineConfig) -> str:
+    """As what weights are held, for `weight_bytes`."""
+    stays = config.model.packed_bytes and (config.cpu_kernels or config.device == "cuda")
+    return "packed" if stays else config.quantization or config.dtype
 
 
 def gpu_tokens(config: EngineConfig, gpus: Sequence[Gpu]) -> int:
@@ -309,7 +323,7 @@ def gpu_tokens(config: EngineConfig, gpus: Sequence[Gpu]) -> int:
     budgets = [gpu.free_memory - int(gpu.total_memory * (1 - ratio)) for gpu in gpus]
     gpu = gpus[budgets.index(min(budgets))]
     room = f"{gpu} has {gpu.free_memory / GIB:.1f} of {gpu.total_memory / GIB:.1f} GiB free"
-    weights = model.weight_bytes("packed" if model.packed_bytes else config.dtype, tp_size)
+    weights = model.weight_bytes(_kept(config), tp_size)
     budget = min(budgets) - weights - config.max_running_requests * model.state_bytes_per_row(config.kv_cache_dtype)
     if config.num_pages:
         if (kv := config.num_pages * config.page_bytes) > budget:

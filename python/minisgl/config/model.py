@@ -8,6 +8,7 @@ from math import prod
 from minisgl.config.quantization import Quantization
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+KV_BYTES = {**DTYPE_BYTES, "fp8": 1}  # of what caches hold
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention, and before the MLP
 HEAD_NORMS = ("q_norm", "k_norm")  # of each query and key head
 
@@ -145,15 +146,15 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, dtype: str, tp_size: int = 1) -> int:
         """Bytes of KV cache that one token takes on one rank."""
-        return sum(cache.local_size(tp_size) for cache in self.paged) * DTYPE_BYTES[dtype]
+        return sum(cache.local_size(tp_size) for cache in self.paged) * KV_BYTES[dtype]
 
     def state_bytes_per_row(self, dtype: str) -> int:
         """Bytes that one running request takes on one rank, whatever its length."""
         states = [cache for layer in self.layers if isinstance(cache := layer.attention.cache, State)]
-        return sum(prod(shape) for state in states for shape in state.shapes) * DTYPE_BYTES[dtype]
+        return sum(prod(shape) for state in states for shape in state.shapes) * KV_BYTES[dtype]
 
     def weight_bytes(self, dtype: str, tp_size: int = 1) -> int:
-        """Bytes of weights (also "int8" and "int4", or "packed" as they are stored) on one rank, to within the few that
+        """Bytes of weights (also "int8", "fp8" and "int4", or "packed" as they are stored) on one rank, to within the few that
         are replicated or padded."""
         if dtype == "packed":
             return self.packed_bytes // tp_size
@@ -162,4 +163,4 @@ class ModelConfig:
         query_and_output = 2 * (self.num_qo_heads * self.head_dim * self.hidden_size // tp_size)
         for layer in self.layers:
             params += query_and_output + layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
-        return int(params * {**DTYPE_BYTES, "int8": 1, "int4": 0.75}[dtype])
+        return int(params * {**KV_BYTES, "int8": 1, "int4": 0.75}[dtype])

@@ -31,10 +31,10 @@ class EngineConfig:
     dummy_weight: bool
     init_method: str = ""  # torch.distributed rendezvous (unused when tp_size is 1)
     seed: int = 0  # of dummy weights
-    kv_cache_dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
+    kv_cache_dtype: str = "float32"  # "float32" | "bfloat16" | "float16" | "fp8"
+    quantization: str | None = None  # "int8" | "int4" | "fp8"
     # CPU only.
     cpu_kernels: bool = False  # our own; else torch computes
-    quantization: str | None = None  # "int8" | "int4"
     # CUDA only, from here on.
     memory_ratio: float = 0.9  # share of a GPU's whole memory that may be in use, other programs' included
     cuda_graph_max_bs: int = 0  # the largest decode batch that is captured; 0: none

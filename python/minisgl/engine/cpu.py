@@ -74,7 +74,7 @@ class WholeStep:
         weakref.finalize(self, self._module.destroy_model, self._handle)
         for index, spec in enumerate(layers):
             matrices = (value for matrix in spec.matrices for value in matrix)
-            self._module.add_layer(self._handle, *matrices, *spec.norms, *kv.layer(index)[:2], spec.window or 0)
+            self._module.add_layer(self._handle, *matrices, *spec.norms, *kv.layer(index), spec.window or 0)
 
     def __call__(self, batch: Batch) -> LogitsOf:
         input_ids, slots = self._inputs(batch)

@@ -51,8 +51,8 @@ class ModelShard:
 
     def create_attention(self) -> Backend:
         """It computes in the type of its cache, which on a CPU need not be that of the weights; over fp8 in theirs."""
-        dtypes = self.config.dtype, self.config.kv_cache_dtype
-        return create_backend(self.config, DTYPES[dtypes[dtypes[1] != "fp8"]], self.device)
+        kept = self.config.kv_cache_dtype
+        return create_backend(self.config, DTYPES[self.config.dtype if kept == "fp8" else kept], self.device)
 
     def copy_pages(self, plan: StepPlan, kv: KVPool) -> None:
         """Make the plan's copies, in their order among the device's work."""

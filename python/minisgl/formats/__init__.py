@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from minisgl.config.runtime import EngineConfig
-from minisgl.formats.base import DENSE, Header, Int8, WeightFormat
+from minisgl.formats.base import DENSE, Header, Int8, Rounded, WeightFormat
 from minisgl.formats.float8 import Float8Format
 from minisgl.formats.gguf import Gguf
 from minisgl.formats.grouped import Awq, Compressed, CompressedInt8, Gptq
@@ -31,6 +31,5 @@ def create_format(config: EngineConfig, device: torch.device, header: Mapping[st
         return Gguf(Path(config.model_path), dtype, device)
     if (stored := config.model.quantization) is not None:
         return _STORED[stored.layout](stored, header, config.model_path, dtype, device)
-    if config.quantization == "int4":
-        return Int4(dtype, device)
-    return Int8() if config.quantization == "int8" else DENSE
+    made: dict[str, WeightFormat] = {"int4": Int4(dtype, device), "int8": Int8(), "fp8": Rounded()}
+    return made.get(config.quantization or "", DENSE)

@@ -17,7 +17,7 @@ import torch
 
 from minisgl.config.model import MoE
 from minisgl.kernel.ops import Experts, LayerOps, Matrix, loop_over_experts
-from minisgl.kernel.packed import Packed
+from minisgl.kernel.packed import Float8, Packed
 
 Tensor = torch.Tensor
 Shape = tuple[int, int]
@@ -168,6 +168,13 @@ class Int8(WeightFormat):
 
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
         return ops.int8_matrix(tensors["weight"], activation)
+
+
+class Rounded(WeightFormat):
+    """Rounded to e4m3, with a scale for each row, once they are loaded."""
+
+    def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
+        return ops.packed_matrix([Float8.of(tensors["weight"])], tensors["weight"].dtype, activation)
 
 
 DENSE = Dense()

@@ -159,8 +159,7 @@ class CudaOps(TritonOps):
             return super().norm_rope_store(qkv, norm, eps, rope, cache)
         norm = None if norm is None else norm.contiguous()
         cos, sin, slots = (tensor.contiguous() for tensor in (rope.cos, rope.sin, cache.slots))
-        tables, caches = (cos, sin), (cache.k, cache.v, slots, cache.k_scale, cache.v_scale)
-        self._elementwise.qk_norm_rope_store(qkv, num_q, num_kv, norm, eps, *tables, *caches)
+        self._elementwise.qk_norm_rope_store(qkv, num_q, num_kv, norm, eps, cos, sin, cache.k, cache.v, slots)
         return qkv[:, :num_q]
 
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu") -> Tensor:

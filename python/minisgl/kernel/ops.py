@@ -51,19 +51,17 @@ class RopeAngles:
 @dataclass(frozen=True, slots=True)
 class KVSlots:
     """Where a step's keys and values go in one layer. k, v: [num_slots, num_kv_heads, head_dim], uint8 where they are
-    e4m3 of what is stored over its scale; slots: [num_tokens] int64."""
+    e4m3; slots: [num_tokens] int64."""
 
     k: Tensor
     v: Tensor
     slots: Tensor
-    k_scale: float = 1.0
-    v_scale: float = 1.0
 
     def store(self, k: Tensor, v: Tensor) -> None:
         """k, v: [num_tokens, num_kv_heads, head_dim]."""
-        for cache, x, scale in ((self.k, k, self.k_scale), (self.v, v, self.v_scale)):
+        for cache, x in ((self.k, k), (self.v, v)):
             if cache.dtype == torch.uint8:
-                x = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+                x = x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
             cache.index_copy_(0, self.slots, x)
 
 

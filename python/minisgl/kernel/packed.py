@@ -73,6 +73,12 @@ class Float8:
     scales: Tensor
     input_scale: float | None = None
 
+    @classmethod
+    def of(cls, weight: Tensor) -> Float8:
+        """[out, in] rounded, with a scale of each row."""
+        scales = weight.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 448
+        return cls((weight / scales).to(torch.float8_e4m3fn), scales)
+
     @property
     def shape(self) -> tuple[int, int]:
         num_out, num_in = self.data.shape

@@ -11,13 +11,10 @@ from minisgl.config.model import ModelConfig, PagedKV
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer: [num_slots, heads of this rank, k_dim or v_dim]; of uint8 where they are e4m3 of
-    values over the scales."""
+    """Keys and values of one layer: [num_slots, heads of this rank, k_dim or v_dim]."""
 
     k: torch.Tensor
     v: torch.Tensor
-    k_scale: float = 1.0
-    v_scale: float = 1.0
 
 
 class KVPool:
@@ -33,16 +30,15 @@ class KVPool:
         for spec in model.layers:
             cache = spec.attention.cache
             assert isinstance(cache, PagedKV), "`config.device` has refused other kinds"
-            shapes = [(num_slots, cache.local_heads(tp_size), dim) for dim in (cache.k_dim, cache.v_dim)]
-            k, v = (_lazy_zeros(shape, dtype, device) for shape in shapes)
-            self._layers.append(LayerCache(k, v))
+            shapes = ((num_slots, cache.local_heads(tp_size), dim) for dim in (cache.k_dim, cache.v_dim))
+            self._layers.append(LayerCache(*(_lazy_zeros(shape, dtype, device) for shape in shapes)))
 
     def layer(self, index: int) -> LayerCache:
         return self._layers[index]
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor, page_size: int) -> None:
         """Write what the pages `sources` hold, in all layers, to the pages `targets`: [n] int64, no target twice."""
-        for pages in (x.view(-1, page_size, *x.shape[1:]) for layer in self._layers for x in (layer.k, layer.v)):
+        for pages in (x.view(-1, page_size, *x.shape[1:]) for layer in self._layers for x in layer):
             pages.index_copy_(0, targets, pages.index_select(0, sources))
 
 

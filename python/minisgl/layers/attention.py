@@ -32,10 +32,7 @@ class Attention(Layer):
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the layer's input → the new stream."""
         qkv = self.qkv_proj.forward(x, norm, self._eps).view(x.shape[0], -1, self._head_dim)
         cache = step.kv.layer(self._layer)
-        rope, slots = (
-            step.ropes[self._spec.rope_index],
-            KVSlots(cache.k, cache.v, step.slots, cache.k_scale, cache.v_scale),
-        )
+        rope, slots = step.ropes[self._spec.rope_index], KVSlots(*cache, step.slots)
         q = self._ops.norm_rope_store(qkv, self.qk_norm, self._eps, rope, slots)
         out = step.backend.forward(q, cache, self._spec, step.metadata)
         return self.o_proj.forward(out.reshape(x.shape[0], -1), x)

@@ -53,7 +53,7 @@ def num_splits(batch_size: int, num_kv_heads: int, max_seq_len: int, block_n: in
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["rows_ptr", "seq_lens_ptr"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, lse_ptr, page_table_ptr, rows_ptr, seq_lens_ptr,
-    scale, v_scale, window, q_stride, kv_stride, table_stride, splits,
+    scale, window, q_stride, kv_stride, table_stride, splits,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
     SPLIT: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -96,7 +96,7 @@ def _decode_kernel(
         denom = denom * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m = m_new
-    acc = acc * (v_scale / tl.where(denom == 0.0, 1.0, denom))[:, None]
+    acc = acc / tl.where(denom == 0.0, 1.0, denom)[:, None]
     index = (seq * (NUM_KV_HEADS * GROUP) + head).to(tl.int64)  # of (sequence, query head)
     if SPLIT:
         part = index * splits + split
@@ -143,12 +143,11 @@ def decode_attention(
     partials: Partials,
     config: AttentionConfig,
     pdl: bool,
-    scales: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """Attention of each sequence's only query to its last `window` keys; zeros where a sequence has none.
 
     q: [batch, num_qo_heads, head_dim], any stride between tokens; caches: [num_slots, num_kv_heads, head_dim],
-    contiguous, of uint8 where they are e4m3, to be multiplied with `scales` → [batch, num_qo_heads, head_dim].
+    contiguous, of uint8 where they are e4m3 → [batch, num_qo_heads, head_dim].
     """
     batch, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
@@ -158,7 +157,7 @@ def decode_attention(
     block_g = max(16, triton.next_power_of_2(options["GROUP"]))
     _decode_kernel[(num_kv_heads, batch, splits)](
         q, native(k_cache), native(v_cache), out, partials.acc, partials.lse, seqs.page_table, seqs.rows, seqs.seq_lens,
-        head_dim**-0.5 * math.log2(math.e) * scales[0], scales[1], window or 0,
+        head_dim**-0.5 * math.log2(math.e), window or 0,
         q.stride(0), k_cache.stride(0), seqs.page_table.stride(0), splits,
         NUM_KV_HEADS=num_kv_heads, BLOCK_G=block_g, SPLIT=splits > 1, **options,
     )  # fmt: skip

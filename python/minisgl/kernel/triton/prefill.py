@@ -82,7 +82,7 @@ def _keys(
 @triton.jit(do_not_specialize_on_alignment=["blocks_ptr", "rows_ptr", "seq_lens_ptr", "cu_q_ptr"])
 def _prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, page_table_ptr, rows_ptr, seq_lens_ptr, cu_q_ptr,
-    scale, v_scale, window, q_stride, out_stride, kv_stride, table_stride,
+    scale, window, q_stride, out_stride, kv_stride, table_stride,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +135,7 @@ def _prefill_kernel(
         HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, True, PRECISION,
     )  # fmt: skip
     out_at = (token_at * out_stride + head * HEAD_DIM)[:, None] + dims[None, :]
-    tl.store(out_ptr + out_at, (acc * (v_scale / denom)[:, None]).to(out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_ptr + out_at, (acc / denom[:, None]).to(out_ptr.dtype.element_ty), mask=valid)
 
 
 def prefill_attention(
@@ -147,18 +147,16 @@ def prefill_attention(
     window: int | None,
     config: AttentionConfig,
     pdl: bool,
-    scales: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """Attention of each query to the keys up to its own position, at most `window` of them.
 
     q: [num_tokens, num_qo_heads, head_dim], any stride between tokens; caches: [num_slots, num_kv_heads, head_dim],
-    contiguous, of uint8 where they are e4m3, to be multiplied with `scales`; blocks: of `prefill_blocks`, on the device
-    → [num_tokens, num_qo_heads, head_dim].
+    contiguous, of uint8 where they are e4m3; blocks: of `prefill_blocks`, on the device → [num_tokens, num_qo_heads, head_dim].
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _prefill_kernel[(k_cache.shape[1], blocks.shape[0])](
         q, native(k_cache), native(v_cache), out, blocks, seqs.page_table, seqs.rows, seqs.seq_lens, seqs.cu_q,
-        q.shape[2]**-0.5 * math.log2(math.e) * scales[0], scales[1], window or 0,
+        q.shape[2]**-0.5 * math.log2(math.e), window or 0,
         q.stride(0), out.stride(0), k_cache.stride(0), seqs.page_table.stride(0),
         BLOCK_M=config.block_m, **attention_options(q, k_cache, v_cache, seqs, window, config, pdl),
     )  # fmt: skip

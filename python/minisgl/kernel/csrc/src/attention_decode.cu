@@ -98,7 +98,7 @@ __device__ __forceinline__ float reciprocal(float sum) {
 }
 
 __device__ __forceinline__ void store_out(const Params& p, int seq, int head, int quad, const Part& part) {
-  float scale = reciprocal(part.sum) * p.v_scale;
+  float scale = reciprocal(part.sum);
   Vec<Element, 4> x{from_float<Element>(part.out.x * scale), from_float<Element>(part.out.y * scale),
                     from_float<Element>(part.out.z * scale), from_float<Element>(part.out.w * scale)};
   int64_t index = (int64_t(seq) * kNumKV * kGroup + head) * kHeadDim + quad * 4;
@@ -212,7 +212,7 @@ __device__ __forceinline__ void store_heads(const Params& p, int seq, int kv_hea
   int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < kNumTiles; n++) {
-    float scale[2] = {reciprocal(acc.sum[n][0]) * p.v_scale, reciprocal(acc.sum[n][1]) * p.v_scale};
+    float scale[2] = {reciprocal(acc.sum[n][0]), reciprocal(acc.sum[n][1])};
     int query = n * 8 + lane / 4;
     Element* row = p.out + ((int64_t(seq) * kNumKV + kv_head) * kGroup + query) * kHeadDim;
 #pragma unroll
@@ -426,15 +426,14 @@ int64_t attention_decode_workspace(int64_t num_blocks) {
 // q [n, heads, head_dim] may be strided in its first dimension; caches [num_slots, kNumKV, head_dim]; page_table
 // [requests, pages] int32; rows, seq_lens [n] int32, the new token counted; out [n, heads, head_dim], zeros where
 // seq_lens is 0. partial (float32) and counters (int32, zero) are workspaces of the stream kernel. window: tokens that
-// a query sees, itself included; 0 for all. k_scale, v_scale: what is in the caches is to be multiplied with. cluster: blocks that share a sequence's KV head (a power of two up to 16),
+// a query sees, itself included; 0 for all. cluster: blocks that share a sequence's KV head (a power of two up to 16),
 // or 0 for the stream kernel with num_blocks blocks.
 //
 // early: rows, seq_lens, page_table and the cache but for each sequence's newest token were written before the last
 // launch without PDL, so they may be read while the kernels before this one still run.
 void attention_decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView page_table, TensorView rows,
-                      TensorView seq_lens, TensorView out, TensorView partial, TensorView counters, double k_scale,
-                      double v_scale, int64_t page_size, int64_t window, int64_t cluster, int64_t num_blocks,
-                      bool early) {
+                      TensorView seq_lens, TensorView out, TensorView partial, TensorView counters, int64_t page_size,
+                      int64_t window, int64_t cluster, int64_t num_blocks, bool early) {
   check_inputs(q, k_cache, v_cache, page_table, rows, seq_lens, out);
   int num_seqs = static_cast<int>(q.size(0));
   MINISGL_CHECK(page_size > 0 && window >= 0);
@@ -450,8 +449,7 @@ void attention_decode(TensorView q, TensorView k_cache, TensorView v_cache, Tens
   p.out = static_cast<Element*>(out.data_ptr());
   p.q_stride = q.stride(0), p.table_stride = page_table.stride(0);
   p.num_seqs = num_seqs, p.page_size = static_cast<int>(page_size), p.window = static_cast<int>(window);
-  p.scale = static_cast<float>(k_scale) * 1.4426950408889634f / sqrtf(float(kHeadDim));
-  p.v_scale = static_cast<float>(v_scale);
+  p.scale = 1.4426950408889634f / sqrtf(float(kHeadDim));
   p.early = early;
   cudaStream_t stream = current_stream(q);
   if (cluster > 0) {

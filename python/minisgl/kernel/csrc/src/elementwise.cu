@@ -104,13 +104,12 @@ struct RopeArgs {
   const T* weight;    // [num_q + num_kv, head_dim] or null
   const float* cos;   // [n, head_dim]
   const float* sin;   // [n, head_dim]
-  void* k_cache;      // [num_slots, num_kv, head_dim] T, or e4m3 where `narrows`, of values over the scales
+  void* k_cache;      // [num_slots, num_kv, head_dim] T, or e4m3 where `narrows`
   void* v_cache;
   const int64_t* slots;  // [n]
   int num_q, num_kv, head_dim;
   float eps;
   bool narrows;
-  float k_scale, v_scale;
 };
 
 // One head of one token, its dimensions spread over kGroup lanes: `low` is lane's part of the first half, `high` of
@@ -131,12 +130,23 @@ __device__ __forceinline__ void norm_head(float (&low)[kLen], float (&high)[kLen
   }
 }
 
+// Both parts of a head, to element `at` of a cache.
 template <typename T, int N>
-__device__ __forceinline__ void store_narrow(uint8_t* p, const Vec<T, N>& v, float scale) {
-  Vec<uint8_t, N> bytes;
+__device__ __forceinline__ void store_head(void* cache, int64_t at, int half, const Vec<T, N>& low,
+                                           const Vec<T, N>& high, bool narrows) {
+  if (!narrows) {
+    store_vec<T, N>(static_cast<T*>(cache) + at, low);
+    store_vec<T, N>(static_cast<T*>(cache) + at + half, high);
+    return;
+  }
+  Vec<uint8_t, N> bytes[2];
 #pragma unroll
-  for (int j = 0; j < N; ++j) bytes.data[j] = narrow(to_float(v.data[j]) / scale);
-  store_vec<uint8_t, N>(p, bytes);
+  for (int j = 0; j < N; ++j) {
+    bytes[0].data[j] = narrow(to_float(low.data[j]));
+    bytes[1].data[j] = narrow(to_float(high.data[j]));
+  }
+  store_vec<uint8_t, N>(static_cast<uint8_t*>(cache) + at, bytes[0]);
+  store_vec<uint8_t, N>(static_cast<uint8_t*>(cache) + at + half, bytes[1]);
 }
 
 // One block per token; kGroup lanes (a power of two) per head, of which head_dim / 2 / kLen work.
@@ -187,22 +197,13 @@ __global__ void __launch_bounds__(512) rope_kernel(const RopeArgs<T> args) {
         high_in.data[j] = from_float<T>(b * rotation[1][j / 4].data[j % 4] + a * rotation[3][j / 4].data[j % 4]);
       }
     }
-    T* target = source;  // queries stay where they are
-    if (head >= args.num_q) {
-      if (slot < 0) continue;
+    if (head < args.num_q) {  // queries stay where they are
+      store_head<T, kLen>(source, 0, half, low_in, high_in, false);
+    } else if (slot >= 0) {
       const int kv_head = head - args.num_q - (is_value ? args.num_kv : 0);
       const int64_t at = (slot * args.num_kv + kv_head) * args.head_dim + offset;
-      void* cache = is_value ? args.v_cache : args.k_cache;
-      if (args.narrows) {
-        const float scale = is_value ? args.v_scale : args.k_scale;
-        store_narrow<T, kLen>(static_cast<uint8_t*>(cache) + at, low_in, scale);
-        store_narrow<T, kLen>(static_cast<uint8_t*>(cache) + at + half, high_in, scale);
-        continue;
-      }
-      target = static_cast<T*>(cache) + at;
+      store_head<T, kLen>(is_value ? args.v_cache : args.k_cache, at, half, low_in, high_in, args.narrows);
     }
-    store_vec<T, kLen>(target, low_in);
-    store_vec<T, kLen>(target + half, high_in);
   }
 }
 
@@ -308,7 +309,7 @@ void rms_norm(TensorView x, TensorView weight, double eps, TensorView out) {
 
 void qk_norm_rope_store(TensorView qkv, int64_t num_q, int64_t num_kv, tvm::ffi::Optional<TensorView> norm_weight,
                         double eps, TensorView cos, TensorView sin, TensorView k_cache, TensorView v_cache,
-                        TensorView slots, double k_scale, double v_scale) {
+                        TensorView slots) {
   MINISGL_CHECK(qkv.ndim() == 3 && qkv.IsContiguous() && aligned(qkv));
   const int64_t num_tokens = qkv.size(0), head_dim = qkv.size(2);
   if (num_tokens == 0) return;
@@ -340,9 +341,7 @@ void qk_norm_rope_store(TensorView qkv, int64_t num_q, int64_t num_kv, tvm::ffi:
                      static_cast<int>(num_kv),
                      static_cast<int>(head_dim),
                      static_cast<float>(eps),
-                     narrows,
-                     static_cast<float>(k_scale),
-                     static_cast<float>(v_scale)};
+                     narrows};
     const cudaStream_t stream = current_stream(qkv);
     // Each half of a head must be whole vectors: 16 bytes, or 8 where head_dim is an odd multiple of 8.
     if (kVecLen<T> == 8 && head_dim % 16 == 0) choose_rope<T, kVecLen<T>>(args, num_tokens, stream);

@@ -57,7 +57,6 @@ struct Params {
   int page_size;
   int window;     // tokens that a query sees, itself included; 0: all
   float scale;    // of the scores, in units of log2
-  float v_scale;  // of values
   bool early;     // see `attention_decode`
 };
 

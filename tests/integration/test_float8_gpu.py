@@ -1,0 +1,121 @@
+"""Products with e4m3 weights on GPUs, against torch in float32, and servers' models with weights and caches of 8 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minisgl.kernel.packed import Float8
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(900),  # compiles
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+EPS = 1e-6
+KINDS = ["tensor", "channel", "block"]  # what has a scale
+
+
+@pytest.fixture(scope="module")
+def ops():
+    from minisgl.kernel.cuda import CudaOps
+
+    return CudaOps(torch.cuda.get_device_capability())
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+
+def part_of(kind: str, n: int, k: int, seed: int = 0) -> Float8:
+    rows, columns = {"tensor": (1, 1), "channel": (n, 1), "block": (-(-n // 128), -(-k // 128))}[kind]
+    scales = (0.5 + random(rows, columns, dtype=torch.float32, seed=seed).abs()) * k**-0.5 / 100
+    return Float8(random(n, k, dtype=torch.float32, seed=seed).mul(60).to(torch.float8_e4m3fn), scales)
+
+
+def normed(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * gain.float()
+
+
+def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
+    """x in e4m3, with a scale for so many columns, in float32."""
+    groups = F.pad(x.float(), (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+    scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
+    return ((groups / scales).to(torch.float8_e4m3fn).float() * scales).flatten(1)[:, : x.shape[1]]
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
+    error = ((actual.float() - expected).abs().max() / expected.abs().max()).item()
+    assert error < limit, f"relative error {error:.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "k"), [(1024, 2048), (4096, 1040), (512, 5120)])
+def test_products(ops, kind: str, n: int, k: int, dtype: torch.dtype) -> None:
+    """A few tokens are multiplied as they are; of more, Hopper's tensor cores take e4m3: with the same rounding the
+    results are the same, and without it they are near."""
+    parts = [part_of(kind, n, k), part_of(kind, n, k, seed=1)]
+    matrix, weight = ops.packed_matrix(parts, dtype, "silu"), torch.cat([part.dequantize() for part in parts])
+    assert type(matrix).__name__ == "Float8Matrix"
+    gain, bias = 1 + 0.2 * random(k, dtype=dtype), random(2 * n, dtype=dtype)
+    for m in (1, 7, 16, 17, 64, 200, 700):
+        x, residual = random(m, k, dtype=dtype), random(m, 2 * n, dtype=dtype)
+        is_rounded = m > 16 and torch.cuda.get_device_capability() == (9, 0)
+        limit = 1e-2 + (k / 32 * 2**-14 if is_rounded else 0.0)  # tensor cores add e4m3 products with 14 bits
+        plain, scaled = x.float(), normed(x, gain)
+        if is_rounded:
+            group = 128 if kind == "block" else k
+            close(matrix.apply(x), plain @ weight.T, 6e-2)
+            plain, scaled = rounded(x, group), rounded(ops.rms_norm(x, gain, EPS), group)
+        close(matrix.apply(x, bias), plain @ weight.T + bias.float(), limit)
+        close(matrix.norm_apply(x, gain, EPS), scaled @ weight.T, limit)
+        close(matrix.apply_add(x, residual.clone()), plain @ weight.T + residual.float(), limit)
+        gate, up = (scaled @ weight.T).chunk(2, -1)
+        close(matrix.gate_up(x, gain, EPS), F.silu(gate) * up, 2 * limit)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_table(ops, kind: str) -> None:
+    part = part_of(kind, 256, 512)
+    matrix, ids = ops.packed_matrix([part], torch.bfloat16), torch.tensor([3, 100, 255, 299, 50], device="cuda")
+    expected = part.dequantize()[(ids - 100).clamp(0, 255)]
+    expected[(ids < 100) | (ids >= 356)] = 0
+    close(matrix.rows(ids, 100), expected, 4e-3)
+
+
+def test_what_kernels_do_not_take(ops) -> None:
+    """Odd sizes, and float32, are computed in full."""
+    for n, k, dtype in ((1000, 72, torch.bfloat16), (1024, 2048, torch.float32)):
+        part, x = part_of("channel", n, k), random(40, k, dtype=dtype)
+        close(ops.packed_matrix([part], dtype).apply(x), x.float() @ part.dequantize().T, 1e-2)
+
+
+@pytest.mark.parametrize("m", [4, 40, 300])
+def test_a_captured_chain(ops, m: int) -> None:
+    """Kernels that start early, one after the other, leave what they left when they were launched by hand."""
+    up, down = (
+        ops.packed_matrix([part_of("channel", *s)], torch.bfloat16, "silu") for s in ((6144, 1024), (1024, 3072))
+    )
+    gain, x = torch.ones(1024, device="cuda").bfloat16(), random(m, 1024)
+    residual = x.clone()
+
+    def chain() -> None:
+        torch.mul(x, 1, out=residual)
+        for _ in range(8):
+            down.apply_add(up.gate_up(residual, gain, EPS), residual)
+
+    chain()
+    torch.cuda.synchronize()
+    expected, graph = residual.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain()
+    for _ in range(20):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert expected.isfinite().all()
+    assert torch.equal(residual, expected)
