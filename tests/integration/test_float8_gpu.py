@@ -1,4 +1,4 @@
-"""Products with e4m3 weights on GPUs, against torch in float32, and servers' models with weights and caches of 8 bits."""
+"""Products with e4m3 weights on GPUs, against torch in float32, and a model whose weights and cache have 8 bits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minisgl import LLM, SamplingParams
 from minisgl.kernel.packed import Float8
 
 pytestmark = [
@@ -119,3 +120,20 @@ def test_a_captured_chain(ops, m: int) -> None:
     torch.cuda.synchronize()
     assert expected.isfinite().all()
     assert torch.equal(residual, expected)
+
+
+@pytest.mark.parametrize("backend", ["triton,cuda", "triton"])
+@pytest.mark.parametrize("quantization", ["fp8", None])
+def test_a_model_of_eight_bits_still_answers(quantization: str | None, backend: str) -> None:
+    if "cuda" in backend and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs Hopper")
+    questions = {
+        "What is two plus two?": "2 + 2 = 4.",
+        "12 x 12": "12 x 12 = 144.",
+        "Are you an AI?": "I am an AI, a small language model: numbers and matrix products, nothing more.",
+    }
+    options = {"attention_backend": backend, "quantization": quantization, "kv_cache_dtype": "fp8"}
+    with LLM(device="cuda", dtype="bfloat16", num_pages=256, max_running_requests=32, **options) as llm:
+        chats = [[{"role": "user", "content": question}] for question in questions] * 8
+        outputs = llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=60), progress=False)
+    assert [output.text for output in outputs] == [*questions.values()] * 8

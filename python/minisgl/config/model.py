@@ -154,8 +154,8 @@ class ModelConfig:
         return sum(prod(shape) for state in states for shape in state.shapes) * KV_BYTES[dtype]
 
     def weight_bytes(self, dtype: str, tp_size: int = 1) -> int:
-        """Bytes of weights (also "int8", "fp8" and "int4", or "packed" as they are stored) on one rank, to within the few that
-        are replicated or padded."""
+        """Bytes of weights (also "int8", "fp8" and "int4", or "packed" as they are stored) on one rank, to within the
+        few that are replicated or padded."""
         if dtype == "packed":
             return self.packed_bytes // tp_size
         params = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) // tp_size

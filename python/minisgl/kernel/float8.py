@@ -121,14 +121,9 @@ class Float8Matrix(Matrix):
         return out, scales
 
     def product(
-        self,
-        x: tuple[Tensor, Tensor],
-        dtype: torch.dtype,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-        gated: bool = False,
-        how: tuple[int, Variant] | None = None,
-    ) -> Tensor:
+        self, x: tuple[Tensor, Tensor], dtype: torch.dtype, bias: Tensor | None = None, residual: Tensor | None = None,
+        gated: bool = False, how: tuple[int, Variant] | None = None,
+    ) -> Tensor:  # fmt: skip
         """x: of `quantize`. residual: to which the product is added. how: see `choose`."""
         (data, scales), (m, k), n = x, x[0].shape, len(self.weight.data) // (2 if gated else 1)
         out = torch.empty(m, n, dtype=dtype, device=data.device) if residual is None else residual

@@ -93,14 +93,9 @@ def _prepare(x: Tensor, n: int, gated: bool, variant: int | None, scales: Tensor
 
 
 def norm_linear(
-    x: Tensor,
-    norm: Tensor | None,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    variant: int | None = None,
-    scales: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, norm: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None = None,
+    variant: int | None = None, scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """linear(rms_norm(x)): x [m, k] with rows at any stride that is a multiple of 8, weight [n, k] -> [m, n].
 
     norm: the norm's weight; None: there is no norm. scales: of e4m3 (as uint8), as `float8.Weight` has them.
@@ -124,13 +119,9 @@ def norm_gate_up(
 
 
 def linear_add(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor,
-    bias: Tensor | None = None,
-    variant: int | None = None,
+    x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, variant: int | None = None,
     scales: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """residual [m, n] += linear(x), in place, rounded once; it is contiguous. x [m, k], weight [n, k]."""
     module, variant = _prepare(x, len(weight), False, variant, scales)
     module.linear_add(x, weight, scales, bias, residual, variant)

@@ -151,7 +151,8 @@ def prefill_attention(
     """Attention of each query to the keys up to its own position, at most `window` of them.
 
     q: [num_tokens, num_qo_heads, head_dim], any stride between tokens; caches: [num_slots, num_kv_heads, head_dim],
-    contiguous, of uint8 where they are e4m3; blocks: of `prefill_blocks`, on the device → [num_tokens, num_qo_heads, head_dim].
+    contiguous, of uint8 where they are e4m3; blocks: of `prefill_blocks`, on the device → [num_tokens, num_qo_heads,
+    head_dim].
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _prefill_kernel[(k_cache.shape[1], blocks.shape[0])](
