@@ -31,5 +31,4 @@ def create_format(config: EngineConfig, device: torch.device, header: Mapping[st
         return Gguf(Path(config.model_path), dtype, device)
     if (stored := config.model.quantization) is not None:
         return _STORED[stored.layout](stored, header, config.model_path, dtype, device)
-    made: dict[str, WeightFormat] = {"int4": Int4(dtype, device), "int8": Int8(), "fp8": Rounded()}
-    return made.get(config.quantization or "", DENSE)
+    return {"int4": Int4(dtype, device), "int8": Int8(), "fp8": Rounded()}.get(config.quantization or "", DENSE)
