@@ -29,6 +29,7 @@ from minisgl.config.model import (
     State,
 )
 from minisgl.config.probe import Capabilities, Gpu, Nvidia, probe, probe_nvidia, torch_cuda, visible_devices
+from minisgl.config.quantization import Quantization, Scheme
 from minisgl.config.resolve import ModelFiles, prepare, read_default_sampling, resolve
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import ConfigError
@@ -426,6 +427,37 @@ def test_the_longest_request_on_a_gpu_with_little_memory() -> None:
     assert decide(small, memory_ratio=0.6).engine.max_seq_len < longest, "a share of the whole GPU"
     with pytest.raises(ConfigError, match=r"^--max-seq-len 40960: the KV cache holds"):
         decide(small, max_seq_len=40960)
+
+
+def quantized(params: float, bits: int = 4, **changes: Any) -> ModelConfig:
+    """params: of the layers, each of which takes 4.16 bits with a scale and a zero for 128; embeddings take 16."""
+    scheme = Quantization("awq" if bits == 4 else "gptq", (Scheme(bits, 128, ("Linear",)),), (), 0)
+    model = shape(tie_word_embeddings=False, **changes)
+    size = int(params * (bits + 20 / 128) / 8 + 4 * model.vocab_size * model.hidden_size)
+    return replace(model, quantization=scheme, packed_bytes=size)
+
+
+def test_weights_of_4_bits_on_a_gpu_with_little_memory() -> None:
+    """Of Qwen3-8B's and 14B's shapes."""
+    small = replace(GPUS, gpus=(gpu(total=12, free=12),))
+    options: dict[str, Any] = {"max_running_requests": 16, "max_prefill_length": 2048}
+    model = quantized(6.95e9, num_layers=36, inner=12288, hidden_size=4096, num_qo_heads=32)
+    assert decide(small, model, **options, max_seq_len=16384).engine.max_seq_len == 16384
+    with pytest.raises(ConfigError, match=r"^--memory-ratio 0\.9: .* the weights take 15\.\d GiB"):
+        decide(small, replace(model, quantization=None, packed_bytes=0), **options)
+    with pytest.raises(ConfigError, match=r"the weights take 15\.\d GiB"):  # 8 bits are not kept so
+        decide(small, quantized(6.95e9, 8, num_layers=36, inner=12288, hidden_size=4096, num_qo_heads=32), **options)
+    larger = quantized(13.2e9, num_layers=40, inner=17408, hidden_size=5120, num_qo_heads=40)
+    with pytest.raises(ConfigError, match=r"^--max-seq-len 16384: the KV cache holds \d+ tokens"):
+        decide(small, larger, **options, max_seq_len=16384)
+    assert decide(replace(GPUS, gpus=(gpu(total=16, free=16),)), larger, **options).engine.max_seq_len > 16384
+
+
+def test_experts_of_few_bits_are_not_captured() -> None:
+    model = quantized(1e9)
+    mixture = replace(model, layers=tuple(replace(layer, mlp=MoE(8, 2, 64)) for layer in model.layers))
+    assert decide(GPUS, model).engine.cuda_graph_max_bs == 256
+    assert decide(GPUS, mixture).engine.cuda_graph_max_bs == 0
 
 
 @pytest.mark.parametrize(

@@ -308,8 +308,11 @@ def _cpu_pages(config: EngineConfig, memory: int) -> int:
 
 
 def _kept(config: EngineConfig) -> str:
-    """As what weights are held, for `weight_bytes`."""
-    stays = config.model.packed_bytes and (config.cpu_kernels or config.device == "cuda")
+    """As what weights are held, for `weight_bytes`. On GPUs integers of more than 4 bits are widened."""
+    stored, stays = config.model.quantization, config.model.packed_bytes and config.cpu_kernels
+    if config.model.packed_bytes and config.device == "cuda":
+        is_wide = stored is not None and stored.layout != "float8" and any(s.bits != 4 for s in stored.schemes)
+        stays = config.dtype != "float32" and not is_wide
     return "packed" if stays else config.quantization or config.dtype
 
 

@@ -13,7 +13,7 @@ import torch
 
 from minisgl.config.model import MoE
 from minisgl.errors import ConfigError
-from minisgl.kernel import decode_gemm, float8, skinny
+from minisgl.kernel import decode_gemm, float8, packed_gemm, skinny
 from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.ops import Experts, KVSlots, Matrix, RopeAngles, Tensors, TorchMatrix, TorchOps
 from minisgl.kernel.packed import Float8, Packed
@@ -127,14 +127,20 @@ class CudaOps(TritonOps):
 
     def __init__(self, arch: tuple[int, int], moe_backend: str = "triton") -> None:
         super().__init__(moe_backend)
+        self._arch = arch
         self._elementwise, self._sampling, self._step = (load_kernel(name, arch) for name in KERNELS)
 
     def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:
         return CudaMatrix(self, weight, activation, self._elementwise.embedding)
 
     def packed_matrix(self, parts: Sequence[Packed], dtype: torch.dtype, activation: str | None = None) -> Matrix:
+        """Kept packed where there are kernels for all parts in one matrix."""
+        if dtype == torch.float32:
+            return super().packed_matrix(parts, dtype, activation)
+        if codes := packed_gemm.codes_of(parts):
+            return packed_gemm.PackedMatrix(self, self._arch, codes, dtype, activation)
         floats = [part for part in parts if isinstance(part, Float8)]
-        if len(floats) == len(parts) and dtype != torch.float32 and (weight := float8.merge(floats)) is not None:
+        if len(floats) == len(parts) and (weight := float8.merge(floats)) is not None:
             known = [part.input_scale for part in floats if part.input_scale is not None]
             input_scale = max(known) if len(known) == len(parts) else None
             return float8.Float8Matrix(self, weight, dtype, input_scale, activation)

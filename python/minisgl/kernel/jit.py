@@ -56,6 +56,8 @@ def load_kernel(name: str, arch: tuple[int, int], **defines: int | str) -> Any:
     target = f"{arch[0]}{arch[1]}" + ("a" if arch[0] >= 9 else "")
     macros = [f"-D{key}={value}" for key, value in sorted(defines.items())] + ["-DMINISGL_PDL"] * (arch[0] >= 9)
     flags = ["--use_fast_math", "--expt-relaxed-constexpr", *macros]
+    if arch[0] < 9:  # for newer cards too
+        flags.append(f"-gencode=arch=compute_{target},code=compute_{target}")
     # The only way to tell it the architecture; otherwise it asks nvidia-smi for that of the first GPU.
     os.environ["TVM_FFI_CUDA_ARCH_LIST"] = f"{arch[0]}.{target[len(str(arch[0])) :]}"
     cudart = (torch_cuda() or "").partition(".")[0]  # the library asks for that version of it

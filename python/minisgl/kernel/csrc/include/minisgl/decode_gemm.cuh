@@ -33,18 +33,13 @@
 #else
 #define WGMMA_TYPE "bf16"
 #endif
-#include <minisgl/common.cuh>
+#include <minisgl/mma.cuh>
 #include <minisgl/tma.cuh>
 #include <minisgl/wgmma.cuh>
 
 namespace minisgl {
 namespace {
 
-#if MINISGL_FP16
-using T = __half;
-#else
-using T = __nv_bfloat16;
-#endif
 #if MINISGL_FP8
 using Operand = uint8_t;
 constexpr bool kFloat8 = true, kBlockScales = MINISGL_FP8 == 2;

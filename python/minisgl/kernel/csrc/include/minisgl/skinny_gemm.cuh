@@ -17,19 +17,11 @@
 #pragma once
 
 #include "minisgl/async_copy.cuh"
-#include "minisgl/common.cuh"
 #include "minisgl/float8.cuh"
+#include "minisgl/mma.cuh"
 
 namespace minisgl {
 namespace {
-
-#if MINISGL_FP16
-using T = __half;
-using T2 = __half2;
-#else
-using T = __nv_bfloat16;
-using T2 = __nv_bfloat162;
-#endif
 
 #ifndef MINISGL_TOKENS
 #define MINISGL_TOKENS 8
@@ -89,39 +81,6 @@ struct Config {
   static constexpr int kFixedBytes = kRing + kPartial + kSquares;
   static constexpr bool kExists = kStages >= 2;  // shared memory holds it
 };
-
-// c += A B for 16 rows, 8 tokens and 16 k.
-__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                    uint32_t b1) {
-#if MINISGL_FP16
-#define MINISGL_MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-#else
-#define MINISGL_MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
-#endif
-  asm(MINISGL_MMA " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// x∘g of two k. fp16 has no room for large residuals times large g: clamp (NaN and infinity come back through rstd).
-__device__ __forceinline__ uint32_t scale(uint32_t x, uint32_t g) {
-  T2 y = __hmul2(*reinterpret_cast<T2*>(&x), *reinterpret_cast<T2*>(&g));
-#if MINISGL_FP16
-  y = __hmax2(__hmin2(y, __float2half2_rn(65504.f)), __float2half2_rn(-65504.f));
-#endif
-  return *reinterpret_cast<uint32_t*>(&y);
-}
-
-__device__ __forceinline__ float squares(uint32_t x) {
-#if MINISGL_FP16
-  float2 v = __half22float2(*reinterpret_cast<T2*>(&x));
-#else
-  float2 v = __bfloat1622float2(*reinterpret_cast<T2*>(&x));
-#endif
-  return v.x * v.x + v.y * v.y;
-}
-
-__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
 
 // What one lane does to the four sums of a (tile, token tile), read early so that its latency is hidden.
 struct Addend {
@@ -331,10 +290,7 @@ struct Worker {
     float sum = 0.f;
 #pragma unroll
     for (int w = 0; w < C::kWarps; ++w) sum += square[w * kTokenTiles * 8 + token];
-#if MINISGL_FP16
-    if (sum > 3e38f) return __int_as_float(0x7fffffff);  // NaN: an infinite x, which `scale` has clamped
-#endif
-    return rsqrtf(sum / static_cast<float>(args.k) + args.eps);
+    return inverse_root(sum, args.k, args.eps);
   }
 
   __device__ __forceinline__ void write(const Group& group, int tile, int n, const float (&sum)[4],

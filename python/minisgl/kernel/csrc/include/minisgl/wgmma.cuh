@@ -65,6 +65,8 @@ __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_A "%16"
 #define WGMMA_B "%17"
 #define WGMMA_KEEP "%18"
+#define WGMMA_FOURTH "%19"
+#define WGMMA_FIFTH "%20"
 #define WGMMA_WIDTH "n32"
 #elif WGMMA_N == 64
 #define WGMMA_REGISTERS WGMMA_R64
@@ -72,6 +74,8 @@ __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_A "%32"
 #define WGMMA_B "%33"
 #define WGMMA_KEEP "%34"
+#define WGMMA_FOURTH "%35"
+#define WGMMA_FIFTH "%36"
 #define WGMMA_WIDTH "n64"
 #elif WGMMA_N == 128
 #define WGMMA_REGISTERS WGMMA_R128
@@ -79,6 +83,8 @@ __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_A "%64"
 #define WGMMA_B "%65"
 #define WGMMA_KEEP "%66"
+#define WGMMA_FOURTH "%67"
+#define WGMMA_FIFTH "%68"
 #define WGMMA_WIDTH "n128"
 #elif WGMMA_N == 160
 #define WGMMA_REGISTERS WGMMA_R160
@@ -86,6 +92,8 @@ __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_A "%80"
 #define WGMMA_B "%81"
 #define WGMMA_KEEP "%82"
+#define WGMMA_FOURTH "%83"
+#define WGMMA_FIFTH "%84"
 #define WGMMA_WIDTH "n160"
 #elif WGMMA_N == 192
 #define WGMMA_REGISTERS WGMMA_R192
@@ -93,6 +101,8 @@ __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_A "%96"
 #define WGMMA_B "%97"
 #define WGMMA_KEEP "%98"
+#define WGMMA_FOURTH "%99"
+#define WGMMA_FIFTH "%100"
 #define WGMMA_WIDTH "n192"
 #elif WGMMA_N == 256
 #define WGMMA_REGISTERS WGMMA_R256
@@ -100,6 +110,8 @@ __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_A "%128"
 #define WGMMA_B "%129"
 #define WGMMA_KEEP "%130"
+#define WGMMA_FOURTH "%131"
+#define WGMMA_FIFTH "%132"
 #define WGMMA_WIDTH "n256"
 #else
 #error "no such width"
@@ -125,6 +137,15 @@ __device__ __forceinline__ void wgmma(float (&c)[WGMMA_N / 2], uint64_t a, uint6
       "}\n"
       : WGMMA_OPERANDS
       : "l"(a), "l"(b), "r"(keep));
+}
+
+// The same with a in registers: the four words of each thread are as mma.m16n8k16 has them, each warp with 16 rows. They
+// must not change before the product is complete.
+__device__ __forceinline__ void wgmma(float (&c)[WGMMA_N / 2], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64" WGMMA_WIDTH "k16.f32." WGMMA_TYPE "." WGMMA_TYPE " {" WGMMA_REGISTERS
+               "}, {" WGMMA_A ", " WGMMA_B ", " WGMMA_KEEP ", " WGMMA_FOURTH "}, " WGMMA_FIFTH ", 1, 1, 1, 0;\n"
+               : WGMMA_OPERANDS
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 }  // namespace minisgl

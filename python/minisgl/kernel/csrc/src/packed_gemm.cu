@@ -1,0 +1,141 @@
+// Entry points of the linear layers that minisgl/packed_gemm.cuh explains. Compiled once per dtype (MINISGL_FP16), tile of
+// tokens (MINISGL_TOKENS), and size (MINISGL_GROUP) and kind (MINISGL_MINIMA) of groups.
+#include "minisgl/packed_gemm.cuh"
+
+#include <tvm/ffi/optional.h>
+
+namespace minisgl {
+namespace {
+
+using tvm::ffi::Optional;
+
+struct Workspace {
+  int64_t floats, flags;
+};
+
+// Blocks of the kernel that a device runs at once.
+template <typename C>
+int resident_blocks(int device) {
+  static int counts[64] = {};
+  MINISGL_CHECK(device >= 0 && device < 64);
+  if (counts[device] == 0) {
+    auto kernel = packed_gemm<C>;
+    int sms = 0, each = 0;
+    MINISGL_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+    // The largest carveout, whatever this kernel needs: an SM must drain before it changes its carveout.
+    MINISGL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
+    MINISGL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                            cudaSharedmemCarveoutMaxShared));
+    MINISGL_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, C::kThreads, C::kSharedBytes));
+    MINISGL_CHECK(each > 0) << "the device has too little shared memory";
+    counts[device] = sms * (each < 2 ? each : 2);
+  }
+  return counts[device];
+}
+
+template <typename C>
+void run(Args args, const TensorView& x, const Workspace& workspace) {
+  args.tiles = (args.row_tiles + C::kRowTiles - 1) / C::kRowTiles;
+  args.steps = (args.units + C::kWarpsK - 1) / C::kWarpsK;
+  int token_tiles = (args.tokens + kTokens - 1) / kTokens;
+  MINISGL_CHECK(args.norm == nullptr || token_tiles == 1) << "a norm of more than " << kTokens << " tokens";
+  int64_t total = static_cast<int64_t>(args.tiles) * args.steps * token_tiles;
+  MINISGL_CHECK(total < (1 << 30)) << "too large";
+  int blocks = resident_blocks<C>(x.device().device_id);
+  if (blocks > total) blocks = static_cast<int>(total);
+  MINISGL_CHECK(workspace.floats >= static_cast<int64_t>(blocks) * C::kPartial * 4 && workspace.flags >= blocks)
+      << "the workspace is too small";
+  LaunchConfig config;
+  config.grid = dim3(blocks);
+  config.block = dim3(C::kThreads);
+  config.smem = C::kSharedBytes;
+  launch(config, current_stream(x), packed_gemm<C>, args);
+}
+
+template <int warps_m, int warps_k, int row_tiles>
+void try_run(const Args& args, const TensorView& x, const Workspace& workspace) {
+  using C = Config<warps_m, warps_k, row_tiles>;
+  if constexpr (C::kFits && row_tiles * kOctets <= 32 && (warps_k == 1 || kTokens <= 32)) {
+    run<C>(args, x, workspace);
+  } else {
+    TVM_FFI_THROW(ValueError) << "no such variant for " << kTokens << " tokens";
+  }
+}
+
+// Warps along the rows and along k, and row tiles of a warp, of each variant; minisgl/kernel/packed_gemm.py chooses.
+void dispatch(const Args& args, const TensorView& x, const Workspace& workspace, int64_t variant) {
+  switch (variant) {
+    case 0:
+      return try_run<1, 8, 1>(args, x, workspace);
+    case 1:
+      return try_run<2, 4, 1>(args, x, workspace);
+    case 2:
+      return try_run<8, 1, 2>(args, x, workspace);
+  }
+  TVM_FFI_THROW(ValueError) << "no such variant: " << variant;
+}
+
+const T* data_of(const TensorView& t) {
+#if MINISGL_FP16
+  MINISGL_CHECK(is_fp16(t)) << "expected fp16";
+#else
+  MINISGL_CHECK(is_bf16(t)) << "expected bf16";
+#endif
+  MINISGL_CHECK(t.device().device_type == kDLCUDA) << "expected a CUDA tensor";
+  MINISGL_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0) << "expected 16-byte alignment";
+  return static_cast<const T*>(t.data_ptr());
+}
+
+// A vector of `size` elements, or null.
+const T* vector_of(const Optional<TensorView>& t, int64_t size) {
+  if (!t.has_value()) return nullptr;
+  MINISGL_CHECK((*t).ndim() == 1 && (*t).size(0) == size && (*t).stride(0) == 1) << "expected a vector of " << size;
+  return data_of(*t);
+}
+
+// out [m, n] = rms_norm(x [m, k]) W^T + bias (+ out if `add`, rounded once), without the norm where there are no gains; or,
+// if `gated`, silu(gate) * up of [gate, up] = rms_norm(x) W^T + bias. weight: packed [row tiles, units, bytes], of which
+// all scales are to be multiplied by `unit`. partials and flags: the workspace, flags zero.
+void packed_linear(TensorView x, Optional<TensorView> norm, double eps, TensorView weight, double unit,
+                   Optional<TensorView> bias, TensorView out, TensorView partials, TensorView flags, bool add,
+                   bool gated, int64_t variant) {
+  MINISGL_CHECK(x.ndim() == 2 && out.ndim() == 2 && weight.ndim() == 3) << "expected matrices";
+  int64_t tokens = x.size(0), k = x.size(1), outputs = out.size(1);
+  if (tokens == 0) return;
+  MINISGL_CHECK(out.size(0) == tokens && out.stride(1) == 1 && (tokens == 1 || out.stride(0) == outputs));
+  MINISGL_CHECK(k > 0 && k % 8 == 0 && outputs > 0 && outputs % 8 == 0 && k < (1 << 24) && outputs < (1 << 24))
+      << "unsupported shape: " << tokens << " tokens, " << outputs << " x " << k;
+  MINISGL_CHECK(x.stride(1) == 1 && (x.stride(0) % 8 == 0 || tokens == 1)) << "expected rows at 16-byte boundaries";
+  int64_t row_tiles = gated ? outputs / 8 : (outputs + 15) / 16;
+  MINISGL_CHECK(is_dtype(weight, kDLUInt, 8) && weight.size(0) == row_tiles && weight.size(2) == kUnitBytes &&
+                weight.size(1) == (k + kUnitK - 1) / kUnitK && weight.stride(2) == 1 &&
+                weight.stride(1) == kUnitBytes && weight.stride(0) == weight.size(1) * kUnitBytes)
+      << "not such a packed weight";
+  MINISGL_CHECK(is_fp32(partials) && is_int32(flags)) << "expected fp32 and int32 workspaces";
+  MINISGL_CHECK(!gated || !add) << "gate and up add to nothing";
+  Args args{};
+  args.weight = static_cast<const char*>(weight.data_ptr());
+  args.x = data_of(x);
+  args.norm = vector_of(norm, k);
+  args.bias = vector_of(bias, gated ? 2 * outputs : outputs);
+  args.out = const_cast<T*>(data_of(out));
+  args.residual = add ? args.out : nullptr;
+  args.partials = static_cast<float4*>(partials.data_ptr());
+  args.flags = static_cast<unsigned*>(flags.data_ptr());
+  args.x_stride = x.stride(0);
+  args.unit = static_cast<float>(unit);
+  args.eps = static_cast<float>(eps);
+  args.tokens = static_cast<int>(tokens);
+  args.outputs = static_cast<int>(outputs);
+  args.k = static_cast<int>(k);
+  args.units = static_cast<int>(weight.size(1));
+  args.row_tiles = static_cast<int>(row_tiles);
+  args.gated = gated;
+  dispatch(args, x, {partials.size(0), flags.size(0)}, variant);
+}
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(packed_linear, minisgl::packed_linear);
+
+}  // namespace minisgl

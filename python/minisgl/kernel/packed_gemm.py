@@ -1,0 +1,254 @@
+"""Linear layers with weights of 4 bits on GPUs (csrc/include/minisgl/packed_weight.cuh): for few tokens from compute
+capability 8.0 on (packed_gemm.cuh), for up to 256 on Hopper (packed_wide.cuh), and for more by way of 16 bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from minisgl.kernel import decode_gemm
+from minisgl.kernel.jit import load_kernel
+from minisgl.kernel.ops import LayerOps, Matrix
+from minisgl.kernel.packed import Blocks, Grouped, Packed
+
+Tensor = torch.Tensor
+
+TILES, WIDE_TILES = (8, 16, 64), (64, 128, 256)  # of tokens
+UNIT_K = 128
+GROUPS = (32, 64, 128)
+LARGE, WIDE = 8 << 20, 4 << 20  # weights from which other variants, and the kernels for many tokens, are faster
+FUSED_NORM_K = 2048  # above, a norm of its own is as fast
+_COPY = 32 << 20  # weights in 16 bits at a time
+_CHUNK_ROWS = 4096  # that are packed at a time
+_ROWS = 256  # that are looked up at a time, with 15 others each
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Weights as scale * (code - zero), or where there are minima, scale * (code - 8) + offset.
+
+    codes: [out, in / 2] uint8, an even column in the lower half; scales, seconds (zeros or offsets): [out, in / group]
+    float32; columns: as those of `Grouped`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    seconds: Tensor
+    has_minima: bool = False
+    columns: Tensor | None = None
+
+    @property
+    def kind(self) -> tuple[int, int, bool]:
+        """Columns; columns with one scale; and whether there are minima."""
+        num_in = 2 * self.codes.shape[1]
+        return num_in, num_in // self.scales.shape[1], self.has_minima
+
+
+def codes_of(parts: Sequence[Packed]) -> list[Codes]:
+    """The parts, if the kernels can have them in one matrix; else nothing."""
+    found = [codes for part in parts if (codes := _codes_of(part)) is not None]
+    if len(found) < len(parts):
+        return []
+    (num_in, group, _), columns = found[0].kind, found[0].columns
+    if num_in % 32 or group not in (*GROUPS, num_in) or any(part.kind != found[0].kind for part in found):
+        return []
+    same = [part.columns is columns or _is_equal(part.columns, columns) for part in found]
+    return found if all(same) and sum(len(part.codes) for part in found) % 16 == 0 else []
+
+
+def _is_equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and torch.equal(a, b)
+
+
+def _codes_of(part: Packed) -> Codes | None:
+    if isinstance(part, Grouped) and part.bits == 4:
+        zeros = torch.full_like(part.scales, 8.0) if part.zeros is None else part.zeros
+        return Codes(part.codes, part.scales.float(), zeros.float(), columns=part.columns)
+    if isinstance(part, Blocks) and part.kind in ("Q4_0", "Q4_1"):
+        return _small_blocks(part.data, 2 if part.kind == "Q4_0" else 4)
+    return _q4_k(part.data) if isinstance(part, Blocks) and part.kind == "Q4_K" else None
+
+
+def _halves(data: Tensor) -> Tensor:
+    """[..., 2 * n] bytes → [..., n], the float16 that they are, as float32."""
+    return data.contiguous().view(torch.float16).float()
+
+
+def _in_order(data: Tensor) -> Tensor:
+    """[..., n] bytes with columns i and i + n → the same with columns 2i and 2i + 1."""
+    codes = torch.cat((data & 15, data >> 4), -1)
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def _small_blocks(data: Tensor, head: int) -> Codes:
+    """Blocks of 32: scale, for Q4_1 the minimum, and codes. head: bytes before these."""
+    blocks = data.unflatten(1, (-1, head + 16))
+    params, codes = _halves(blocks[..., :head]), _in_order(blocks[..., head:]).flatten(1)
+    scales = params[..., 0].contiguous()
+    has_minima = head == 4
+    seconds = params[..., 1] + 8 * scales if has_minima else torch.full_like(scales, 8.0)
+    return Codes(codes, scales, seconds, has_minima)
+
+
+def _q4_k(data: Tensor) -> Codes:
+    """Blocks of 256: factors of scales and of minima, eight of each with 6 bits, and codes."""
+    blocks = data.unflatten(1, (-1, 144))
+    d = _halves(blocks[..., :4])
+    low, middle, high = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
+    scales = torch.cat((low & 63, high & 15 | low >> 6 << 4), -1) * d[..., :1]
+    minima = torch.cat((middle & 63, high >> 4 | middle >> 6 << 4), -1) * d[..., 1:]
+    codes = _in_order(blocks[..., 16:].unflatten(-1, (4, 32)))
+    return Codes(codes.flatten(1), scales.flatten(1), (8 * scales - minima).flatten(1), has_minima=True)
+
+
+def pack(parts: Sequence[Codes], dtype: torch.dtype, gated: bool) -> tuple[Tensor, float]:
+    """Parts of `codes_of`, as the kernels read them: [out / 16, in / 128 rounded up, bytes] uint8, and a factor of all
+    scales, which keeps them within the range of float16.
+
+    dtype: of activations. gated: the rows of gate and up alternate, 8 of each.
+    """
+    _, group, has_minima = parts[0].kind
+    codes, scales, seconds = (torch.cat(t) for t in zip(*((p.codes, p.scales, p.seconds) for p in parts), strict=True))
+    largest = max(float(t.abs().max()) for t in ((scales, seconds) if has_minima else (scales,)))
+    unit = 2.0 ** (math.frexp(largest)[1] - 15)
+    zero = 1024 if dtype == torch.float16 else 128  # of which a code is the lowest bits
+    seconds = (seconds / unit).half() if has_minima else (seconds + zero).to(dtype)
+    params = torch.stack([t.view(torch.int16) for t in ((scales / unit).half(), seconds)], -1)  # [out, groups, 2]
+    if group not in GROUPS:  # whole rows
+        params = params.repeat_interleave(-(-group // UNIT_K), 1)
+    num_out, half = codes.shape
+    units = -(-half // (UNIT_K // 2))
+    params = F.pad(params, (0, 0, 0, units * max(1, UNIT_K // group) - params.shape[1]))
+    order = torch.arange(num_out, device=codes.device)
+    order = order.view(2, -1, 8).transpose(0, 1).flatten() if gated else order
+    return torch.cat([_pack_rows(codes[rows], params[rows], units) for rows in order.split(_CHUNK_ROWS)]), unit
+
+
+def _pack_rows(codes: Tensor, params: Tensor, units: int) -> Tensor:
+    data = F.pad(codes, (0, units * UNIT_K // 2 - codes.shape[1]))
+    nibbles = torch.stack((data & 15, data >> 4), -1).view(-1, 2, 8, units, 2, 4, 2, 4, 2)
+    # to [row tile, unit, 64 k, row % 8, quad, 16 k, pair, 8 k, 8 rows]
+    lower, upper = nibbles.permute(0, 3, 4, 2, 7, 5, 8, 6, 1).unbind(-1)
+    params = params.view(-1, 2, 8, units, params.shape[1] // units, 2).permute(0, 3, 4, 2, 5, 1)
+    return torch.cat(((lower | upper << 4).flatten(2), params.contiguous().view(torch.uint8).flatten(2)), -1)
+
+
+def choose(m: int, weights: int, arch: tuple[int, int]) -> tuple[int, int | None]:
+    """Tile of tokens, and variant of the kernel for few tokens, or None for the one of Hopper; (0, None): neither."""
+    is_hopper = arch == (9, 0)
+    if is_hopper and 16 < m <= WIDE_TILES[-1] and weights > WIDE:
+        return next(tile for tile in WIDE_TILES if m <= tile), None
+    if m > (32 if is_hopper else 128):
+        return 0, None
+    if m > 32:
+        return 64, 2
+    return 8 if m <= 8 else 16, 2 if weights > 8 * LARGE else 1 if weights > LARGE or m > 16 else 0
+
+
+class PackedMatrix(Matrix):
+    """Weights of 4 bits, which kernels unpack as they read them."""
+
+    def __init__(
+        self, ops: LayerOps, arch: tuple[int, int], parts: Sequence[Codes], dtype: torch.dtype, activation: str | None
+    ) -> None:
+        """arch: compute capability to compile for; parts: of `codes_of`. Raises: ConfigError if it cannot."""
+        super().__init__(ops, activation)
+        self._num_out, (self._num_in, group, has_minima) = sum(len(part.codes) for part in parts), parts[0].kind
+        self._arch, self._dtype, self._columns = arch, dtype, parts[0].columns
+        self._gated = activation == "silu"
+        self._weight, self._unit = pack(parts, dtype, self._gated)
+        self._workspace = decode_gemm.workspace(self._weight.device)
+        kind = {"GROUP": group if group in GROUPS else UNIT_K, "MINIMA": int(has_minima)}
+        self._kind = {f"MINISGL_{key}": n for key, n in (kind | {"FP16": int(dtype == torch.float16)}).items()}
+        is_hopper = arch == (9, 0)
+        tasks = [("packed_dense", 0), *(("packed_gemm", tile) for tile in TILES[: 2 if is_hopper else None])]
+        tasks += [("packed_wide", tile) for tile in WIDE_TILES if is_hopper]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda task: self._kernel(*task), tasks))
+
+    def _kernel(self, name: str, tile: int = 0) -> Any:
+        return load_kernel(name, self._arch, **self._kind, **({"MINISGL_TOKENS": tile} if tile else {}))
+
+    def _multiply(
+        self, x: Tensor, out: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
+        add: bool = False, gated: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """out: of the product, or with `add` what it is added to. A norm is only of what `_fuses_norm`."""
+        x = x.contiguous() if self._columns is None else x.index_select(1, self._columns)
+        tile, variant = self._choose(x)
+        if len(x) == 0:
+            return out
+        if tile == 0:
+            return self._multiply_dense(x, out, bias, add, gated)
+        numbers = (self._weight, self._unit, bias, out, *self._workspace, add, gated)
+        if variant is None:
+            self._kernel("packed_wide", tile).packed_wide_linear(x, *numbers)
+        else:
+            self._kernel("packed_gemm", tile).packed_linear(x, norm, eps, *numbers, variant)
+        return out
+
+    def _choose(self, x: Tensor) -> tuple[int, int | None]:
+        return choose(len(x), self._num_out * self._num_in, self._arch)
+
+    def _multiply_dense(self, x: Tensor, out: Tensor, bias: Tensor | None, add: bool, gated: bool) -> Tensor:
+        """With a copy of 16 bits, of some rows at a time."""
+        begin = 0
+        for weight in self._weight.split(max(1, _COPY // (16 * self._num_in))):
+            product = x @ self._dequantize(weight, gated).T
+            product = self._ops.act_and_mul(product) if gated else product
+            part = out.narrow(1, begin, product.shape[1])
+            part.add_(product) if add else part.copy_(product)
+            begin += product.shape[1]
+        return out if bias is None else out.add_(bias)
+
+    def _dequantize(self, weight: Tensor, gated: bool) -> Tensor:
+        """[n, units, bytes] → [16 * n, in]: rows of gate, then of up; or as they are."""
+        dense = weight.new_empty((16 * len(weight), self._num_in), dtype=self._dtype)
+        self._kernel("packed_dense").dequantize(weight, self._unit, dense, gated)
+        return dense
+
+    def _fuses_norm(self, x: Tensor) -> bool:
+        return self._columns is None and self._choose(x)[0] == 8 and self._num_in <= FUSED_NORM_K
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = x.new_empty(len(x), self._num_out)
+        if not self._gated:
+            return self._multiply(x, out, bias)
+        out = self._multiply(x, out).view(len(x), -1, 2, 8).transpose(1, 2).reshape(len(x), -1)
+        return out if bias is None else out.add_(bias)
+
+    def apply_add(self, x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self._gated or not residual.is_contiguous():
+            return super().apply_add(x, residual, bias)
+        return self._multiply(x, residual, bias, add=True)
+
+    def norm_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
+        if self._gated or not self._fuses_norm(x):
+            return super().norm_apply(x, norm, eps, bias)
+        return self._multiply(x, x.new_empty(len(x), self._num_out), bias, norm, eps)
+
+    def gate_up(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None) -> Tensor:
+        if not self._gated or bias is not None:
+            return super().gate_up(x, norm, eps, bias)
+        if norm is not None and not self._fuses_norm(x):
+            x, norm = self._ops.rms_norm(x, norm, eps), None
+        return self._multiply(x, x.new_empty(len(x), self._num_out // 2), None, norm, eps, gated=True)
+
+    def rows(self, ids: Tensor, first: int = 0) -> Tensor:
+        out = torch.cat([self._rows(some - first) for some in ids.split(_ROWS)])
+        return out if self._columns is None else torch.empty_like(out).index_copy_(1, self._columns, out)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        here = (ids >= 0) & (ids < self._num_out)
+        ids = ids.where(here, 0)
+        if self._gated:
+            half = self._num_out // 2
+            ids = ids % half // 8 * 16 + ids // half * 8 + ids % 8
+        tiles = self._dequantize(self._weight.index_select(0, ids // 16), gated=False).view(len(ids), 16, -1)
+        return tiles[torch.arange(len(ids), device=ids.device), ids % 16].masked_fill_(~here[:, None], 0)
