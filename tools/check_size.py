@@ -20,7 +20,7 @@ PARTS = {  # folders, their budget in lines of Python, and what it is to become:
     "the HTTP API": (("server", "parser", "grammar"), 5_600, 5_000),
     "formats of weights": (("formats",), 800, 800),
     "GGUF files and quantisation": (("gguf", "quantize.py"), 620, 620),
-    "kernels, their Python side": (("kernel",), 2_990, 2_600),
+    "kernels, their Python side": (("kernel",), 3_010, 2_600),
     "benchmark and doctor": (("benchmark", "doctor"), 1_700, 1_700),
 }
 CPP_PARTS = {".cu": "CUDA", ".cuh": "CUDA", ".cc": "C++", ".h": "C++"}

@@ -27,7 +27,9 @@ Tensor = torch.Tensor
 GROUP = 128  # columns that share a scale, where rows have several
 TOKEN_TILES = {False: (32, 64, 128, 256), True: (32, 64, 128)}  # by whether rows have several scales
 WAVES = -1  # a split: blocks take whole tiles, one after the other
-SKINNY_TOKENS = 16  # where more are multiplied as e4m3
+SKINNY_TOKENS, SKINNY_WEIGHTS = 8, 32 << 20  # where more are multiplied as e4m3
+# Where rows have one scale, the library's product of more is faster; for gate and up it takes one more pass.
+MAX_TOKENS, MAX_GATED_TOKENS = 64, 256
 MAX_FEATURES = 32768  # of the kernel that quantises tokens
 
 
@@ -66,11 +68,9 @@ def merge(parts: Sequence[Float8]) -> Weight | None:
 def choose(m: int, n: int, k: int, gated: bool, groups: bool) -> tuple[int, Variant]:
     """Tokens of a tile, and how the work is shared out. n: of gate_up one half."""
     tile = next((tile for tile in TOKEN_TILES[groups] if m <= tile), TOKEN_TILES[groups][-1])
-    if div_ceil(m, tile) > 1:
-        return tile, Variant(128, WAVES if div_ceil(m, tile) * div_ceil(n, 128) > 512 else 0)
-    if not gated and m <= 64 and k > 2 * n and k >= 1024:
-        return tile, Variant(128, 4)
-    return tile, Variant(128, 0)
+    if m <= MAX_TOKENS:  # half the bytes: what is best of 16 bits for fewer tokens is so here for twice as many
+        return tile, decode_gemm.choose(min(m, 32), n, k, gated) or Variant(128, 0)
+    return tile, Variant(128, WAVES if div_ceil(m, tile) * div_ceil(n, 128) > 512 else 0)
 
 
 @functools.cache
@@ -101,7 +101,9 @@ class Float8Matrix(Matrix):
         self.weight, self._dtype, self._input_scale = weight, dtype, input_scale or 0.0
         device = weight.data.device
         self._on_hopper = decode_gemm.is_available(device) and weight.data.shape[1] <= MAX_FEATURES
-        self._few = SKINNY_TOKENS if self._on_hopper else skinny.MAX_TOKENS
+        self._few = skinny.MAX_TOKENS
+        if self._on_hopper:
+            self._few = SKINNY_TOKENS if weight.data.numel() <= SKINNY_WEIGHTS else 0
         compile_kernels(device, dtype, weight.has_groups)
         self._quantize = load_kernel("quantize", torch.cuda.get_device_capability(device)).quantize
 
@@ -126,12 +128,25 @@ class Float8Matrix(Matrix):
     ) -> Tensor:  # fmt: skip
         """x: of `quantize`. residual: to which the product is added. how: see `choose`."""
         (data, scales), (m, k), n = x, x[0].shape, len(self.weight.data) // (2 if gated else 1)
+        is_plain = how is None and dtype == torch.bfloat16 and not self.weight.has_groups
+        if is_plain and m > (MAX_GATED_TOKENS if gated else MAX_TOKENS):
+            return self._library_product(x, bias, residual, gated)
         out = torch.empty(m, n, dtype=dtype, device=data.device) if residual is None else residual
         tile, variant = how or choose(m, n, k, gated, self.weight.has_groups)
         module = prepare(data.device, dtype, tile, self.weight.has_groups)
         kind = self.weight.scales, scales, residual is not None, gated
         module.decode_linear(data, self.weight.data, bias, out, *decode_gemm.workspace(data.device), *kind, *variant)
         return out
+
+    def _library_product(
+        self, x: tuple[Tensor, Tensor], bias: Tensor | None, residual: Tensor | None, gated: bool
+    ) -> Tensor:
+        data, weight = (part.view(torch.float8_e4m3fn) for part in (x[0], self.weight.data))
+        scales = x[1][:, None], self.weight.scales[None]
+        out = torch._scaled_mm(data, weight.t(), *scales, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+        if gated:
+            return self._ops.act_and_mul(out)
+        return out if residual is None else residual.add_(out)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._is_skinny(x):
