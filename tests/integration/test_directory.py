@@ -111,10 +111,11 @@ def test_files_that_git_has_not_fetched(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
 
 
-def test_a_file_in_place_of_a_directory(tmp_path: Path) -> None:
-    made(tmp_path, "config.json")
-    with pytest.raises(ConfigError, match=r"config.json' is a file, not a model directory.*give the directory"):
-        locate_model(str(tmp_path / "config.json"), "huggingface")
+@pytest.mark.parametrize("name", ["config.json", "model.GGUF"])
+def test_a_file_in_place_of_a_directory(name: str, tmp_path: Path) -> None:
+    made(tmp_path, name)
+    with pytest.raises(ConfigError, match=rf"{name}' is a file: give the directory .*, or a file named \*\.gguf$"):
+        locate_model(str(tmp_path / name), "huggingface")
 
 
 REPO = {  # what large repos hold: what we read of it, and what only costs time

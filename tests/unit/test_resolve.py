@@ -82,7 +82,15 @@ def test_cpu_kernels_keep_what_the_checkpoint_has() -> None:
     narrow = decide(COMPILES, quantization="int8", kv_cache_dtype="float32", cpu_threads=3, num_pages=7).engine
     assert (narrow.quantization, narrow.kv_cache_dtype, narrow.num_threads) == ("int8", "float32", 3)
     assert decide(COMPILES, tp=2).engine.num_threads == 4
-    assert not decide(COMPILES, dtype="float16").engine.cpu_kernels
+
+
+def test_where_torch_computes_a_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "minisgl"):
+        assert decide(COMPILES).engine.cpu_kernels and not caplog.records
+        assert not decide(COMPILES, dtype="float16").engine.cpu_kernels
+    assert caplog.messages == [
+        "our kernels: not with --dtype float16; torch computes, and decoding is several times slower"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,8 @@ def _on_cpu(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> En
         kv_cache_dtype=_kv_dtype(args.kv_cache_dtype, dtype if lack else "float32", dtype, attention),
         cpu_kernels=not lack,
     )
-    if problem:
-        logger.warning("torch computes, since %s: decoding is several times slower", problem)
+    if lack:
+        logger.warning("our kernels: %s; torch computes, and decoding is several times slower", lack)
     num_pages = config.num_pages or _cpu_pages(config, machine.memory)
     seq_len = _fit_seq_len(args, wanted.max_seq_len, num_pages * config.page_size)
     return replace(config, num_pages=num_pages, max_seq_len=seq_len)

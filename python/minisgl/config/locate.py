@@ -115,7 +115,7 @@ def check_directory(path: Path) -> None:
     if is_gguf(path):
         return
     if path.is_file():
-        raise ConfigError(f"{str(path)!r} is a file, not a model directory: give the directory that holds config.json")
+        raise ConfigError(f"{str(path)!r} is a file: give the directory that holds config.json, or a file named *.gguf")
     if not path.is_dir():
         raise ConfigError(f"model directory {str(path)!r} does not exist")
     if not (path / "config.json").is_file():

@@ -62,7 +62,7 @@ class GgufModel:
             "token_embd.weight": (table.shape[0] if table else 0, hidden),
             "blk.0.attn_q.weight": (self._heads * self._head_dim, hidden),
             "blk.0.attn_k.weight": (kv_heads * self._head_dim, hidden),
-            f"blk.{self._integer('block_count') - 1}.attn_norm.weight": (hidden,),
+            f"blk.{max(1, self._integer('block_count')) - 1}.attn_norm.weight": (hidden,),
         }
         for name, shape in shapes.items():
             if (tensor := self._stored.get(name)) is None:
