@@ -18,6 +18,8 @@ from minisgl.config.probe import PACKAGES, Capabilities, Gpu
 from minisgl.doctor import system, toolchain
 from minisgl.doctor.row import Row, ask, guarded
 from minisgl.doctor.toolchain import TorchInfo
+from tests.gguf_files import byte_tokens, write_gguf
+from tests.models import tiny_model
 from tests.unit.test_gguf_header import write
 
 CPU_TORCH = TorchInfo("2.13.0+cpu", None, "AVX2")
@@ -100,14 +102,17 @@ def test_a_complete_model(model: Path) -> None:
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:
-    path = write(tmp_path / "model.gguf")
-    for name in (path, tmp_path):
+    path, _ = write_gguf(tiny_model("llama"), tmp_path / "whole", "Q8_0", **byte_tokens())
+    for name in (path, path.parent):
         assert system.find_model(str(name)) == path
     row = system.check_model(str(path), path)
     assert row.status == "ok"
     assert "model.gguf: LlamaForCausalLM" in row.detail
     path.write_bytes(path.read_bytes()[:-1])
     assert "the file was cut off" in system.check_model(str(path), path).detail
+    row = system.check_model("", write(tmp_path / "without.gguf"))
+    assert (row.status, row.fix) == ("fail", "Choose a model of what is supported.")
+    assert "without.gguf: tokenizer.ggml.model is None (supported: gpt2" in row.detail
 
 
 @pytest.mark.parametrize(

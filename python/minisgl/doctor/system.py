@@ -14,6 +14,7 @@ from minisgl.config.resolve import ModelFiles, read_default_sampling, resolve
 from minisgl.doctor.row import Row
 from minisgl.errors import ConfigError
 from minisgl.gguf.reader import models_in
+from minisgl.gguf.tokenizer import load_gguf_tokenizer
 from minisgl.server.launch import bind_port
 
 GIB = 1 << 30
@@ -95,13 +96,11 @@ def check_model(model: str | None, path: Path | None) -> Row:
         return Row("Model", "warn", f"{label}: not a local directory, and not in the hub's cache", fix)
     if not path.is_dir() and not is_gguf(path):
         return Row("Model", "fail", f"{label}: no such directory", "Give the directory that holds config.json.")
-    problems = _config_problems(path) + _shard_problems(path)
-    if not is_gguf(path) and not any((path / file).is_file() for file in TOKENIZER_FILES):
-        problems.append("no tokenizer (tokenizer.json)")
+    problems = _config_problems(path) + _shard_problems(path) or _tokenizer_problems(path)
     if problems:
         fix = "Download the model again, completely."
-        if "not supported" in problems[0]:
-            fix = "Choose a model of a supported architecture."
+        if "supported" in problems[0]:
+            fix = "Choose a model of what is supported."
         return Row("Model", "fail", f"{label}: {'; '.join(problems)}", fix)
     size = sum(file.stat().st_size for file in weight_files(path)) / GIB
     return Row("Model", "ok", f"{path}: {read_model_config(path).architecture}, {size:.2f} GiB of weights")
@@ -128,6 +127,16 @@ def _config_problems(path: Path) -> list[str]:
     try:
         read_model_config(path)
         read_default_sampling(path)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def _tokenizer_problems(path: Path) -> list[str]:
+    if not is_gguf(path):
+        return [] if any((path / file).is_file() for file in TOKENIZER_FILES) else ["no tokenizer (tokenizer.json)"]
+    try:
+        load_gguf_tokenizer(path)
     except ConfigError as error:
         return [str(error)]
     return []
