@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minisgl.config.model import DTYPE_BYTES, ModelConfig, MoE
+from minisgl.config.model import ModelConfig, MoE
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +88,20 @@ def floor_of(
     machine: Machine,
     tp_size: int = 1,
     max_running: int = 256,
+    kv_dtype: str | None = None,
 ) -> Floor:
     """The floor of requests (prompt tokens, output tokens, cached prompt tokens) that are all submitted at once.
 
     A waiting request is prefilled whole, in the step after one has ended; the step gives its first output token.
+    dtype: what weights are held as (`config.device.kept_as`); products with fp8 run at twice the machine's rate.
+    kv_dtype: None: dtype.
     """
     waiting = list(reversed(requests))
     running: list[list[int]] = []  # context length, tokens left
     kv_bytes = weight_bytes = flops = 0.0
     num_steps = 0
     while waiting or running:
-        kv_bytes += kv_read(model, dtype, [length for length, _ in running], tp_size)
+        kv_bytes += kv_read(model, kv_dtype or dtype, [length for length, _ in running], tp_size)
         admitted = [waiting.pop() for _ in range(min(len(waiting), max_running - len(running)))]
         flops += sum(prefill_flops(model, num_prompt, num_cached) for num_prompt, _, num_cached in admitted) / tp_size
         running += [[num_prompt, num_output] for num_prompt, num_output, _ in admitted]
@@ -106,7 +109,8 @@ def floor_of(
         weight_bytes += weights_read(model, dtype, num_tokens, tp_size)
         running = [[length + 1, left - 1] for length, left in running if left > 1]
         num_steps += 1
-    return Floor(kv_bytes / machine.bandwidth, weight_bytes / machine.bandwidth, flops / machine.flops, num_steps)
+    seconds = flops / machine.flops / (2 if dtype == "fp8" else 1)
+    return Floor(kv_bytes / machine.bandwidth, weight_bytes / machine.bandwidth, seconds, num_steps)
 
 
 def kv_read(model: ModelConfig, dtype: str, lengths: Sequence[int], tp_size: int = 1) -> float:
@@ -119,14 +123,15 @@ def kv_read(model: ModelConfig, dtype: str, lengths: Sequence[int], tp_size: int
 def weights_read(model: ModelConfig, dtype: str, num_tokens: int, tp_size: int = 1) -> float:
     """Bytes of weights that one rank reads in a step of `num_tokens`: all but the rows of the embedding that it does
     not look up, and the experts that no token is expected to choose."""
-    params = model.weight_bytes(dtype, tp_size) / DTYPE_BYTES[dtype]
+    params: float = model.weight_bytes("int8", tp_size)
+    each = model.weight_bytes(dtype, tp_size) / params
     if not model.tie_word_embeddings:
         params -= model.vocab_size * model.hidden_size / tp_size
     for moe in (layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE)):
         idle = (1 - moe.num_experts_per_tok / moe.num_experts) ** num_tokens
         expert = 3 * moe.intermediate_size * model.hidden_size / tp_size
         params -= moe.num_experts * idle * expert
-    return params * DTYPE_BYTES[dtype]
+    return params * each
 
 
 def prefill_flops(model: ModelConfig, num_tokens: int, num_cached: int = 0) -> float:

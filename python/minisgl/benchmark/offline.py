@@ -21,6 +21,7 @@ from minisgl.benchmark.metrics import Record
 from minisgl.benchmark.serve import add_common_options, machine_of, natural, positive, show_progress
 from minisgl.benchmark.shapes import SHAPES, write_shape
 from minisgl.config.args import ArgumentParser, ServerArgs, parse_args
+from minisgl.config.device import kept_as
 from minisgl.core import SamplingParams
 from minisgl.errors import ConfigError, RequestError
 
@@ -198,13 +199,14 @@ class Run:
             return
         self.ceilings = str(machine)
         engine = self.engine
-        shape = (engine.model, engine.dtype)
+        model, dtype, kv_dtype = engine.model, kept_as(engine), engine.kv_cache_dtype
         load = [(r.num_prompt, r.num_output, r.num_cached) for r in self.records]
-        self.floor = floor_of(*shape, load, machine, engine.tp_size, engine.max_running_requests).seconds
+        limits = engine.tp_size, engine.max_running_requests, kv_dtype
+        self.floor = floor_of(model, dtype, load, machine, *limits).seconds
         if self.steps:
             contexts = [num_prompt + num_output // 2 for num_prompt, num_output, _ in load]
-            num_bytes = kv_read(*shape, contexts, engine.tp_size) + weights_read(*shape, len(load), engine.tp_size)
-            self.step_floor = num_bytes / machine.bandwidth
+            num_bytes = weights_read(model, dtype, len(load), engine.tp_size)
+            self.step_floor = (num_bytes + kv_read(model, kv_dtype, contexts, engine.tp_size)) / machine.bandwidth
 
 
 def to_record(output: RequestOutput) -> Record:

@@ -295,7 +295,7 @@ def _unfit(backend: Backend, wanted: EngineConfig, machine: Capabilities) -> str
 
 def _cpu_pages(config: EngineConfig, memory: int) -> int:
     """Pages that fit the memory, and no more than all running requests could ever use. Memory is taken on first use."""
-    weights = config.model.weight_bytes(_kept(config), config.tp_size)
+    weights = config.model.weight_bytes(kept_as(config), config.tp_size)
     budget = int(memory * config.memory_ratio) // config.tp_size - weights
     budget -= config.max_running_requests * config.model.state_bytes_per_row(config.kv_cache_dtype)
     affordable = budget // max(1, config.page_bytes)
@@ -307,7 +307,7 @@ def _cpu_pages(config: EngineConfig, memory: int) -> int:
     return min(affordable, config.max_running_requests * div_ceil(config.max_seq_len, config.page_size))
 
 
-def _kept(config: EngineConfig) -> str:
+def kept_as(config: EngineConfig) -> str:
     """As what weights are held, for `weight_bytes`. On GPUs integers of more than 4 bits are widened."""
     stored, stays = config.model.quantization, config.model.packed_bytes and config.cpu_kernels
     if config.model.packed_bytes and config.device == "cuda":
@@ -326,7 +326,7 @@ def gpu_tokens(config: EngineConfig, gpus: Sequence[Gpu]) -> int:
     budgets = [gpu.free_memory - int(gpu.total_memory * (1 - ratio)) for gpu in gpus]
     gpu = gpus[budgets.index(min(budgets))]
     room = f"{gpu} has {gpu.free_memory / GIB:.1f} of {gpu.total_memory / GIB:.1f} GiB free"
-    weights = model.weight_bytes(_kept(config), tp_size)
+    weights = model.weight_bytes(kept_as(config), tp_size)
     budget = min(budgets) - weights - config.max_running_requests * model.state_bytes_per_row(config.kv_cache_dtype)
     if config.num_pages:
         if (kv := config.num_pages * config.page_bytes) > budget:
