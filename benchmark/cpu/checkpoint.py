@@ -105,9 +105,10 @@ def write_gguf(directory: Path, precision: str, work_dir: Path) -> Path:
     """The GGUF file of a dense Qwen3 model in F32, BF16, F16, Q4_0 or Q8_0, made once; norms are F32, as everywhere.
     llama.cpp makes Q4_K_M, which has several types, out of BF16.
 
-    It has no tokenizer: prompts are ids. Raises: SystemExit for another architecture.
+    Its tokenizer is a makeshift: prompts are ids. Raises: SystemExit for another architecture.
     """
     import gguf
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     if directory.is_file():
         return directory
@@ -122,8 +123,14 @@ def write_gguf(directory: Path, precision: str, work_dir: Path) -> Path:
     if precision == "Q4_K_M":
         return _mixed(write_gguf(directory, "BF16", work_dir), path)
     writer = gguf.GGUFWriter(partial := path.with_suffix(".partial"), "qwen3")
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(config["vocab_size"])
+    letters = [*bytes_to_unicode().values()]
+    tokens = letters + [f"t{i}" for i in range(config["vocab_size"] - len(letters))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    writer.add_token_merges(["t 1"])
+    writer.add_eos_token_id(len(tokens) - 1)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
