@@ -206,4 +206,4 @@ def test_two_ranks(start: Callable[..., Server], tiny_path: Path, tmp_path: Path
     server.process.terminate()
     assert server.wait_exit() == 0
     first, second = ((tmp_path / f"TP{rank}.plans").read_text().splitlines() for rank in range(2))
-    assert first == second and len(first) > 40
+    assert first == second and len(first) >= 40  # a step for each token, at least

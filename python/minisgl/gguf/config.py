@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from minisgl.core import DRAWING
 from minisgl.gguf.reader import NAMES, GgufFile, StoredTensor, parts_of
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(\w+)")
@@ -50,7 +51,8 @@ class GgufModel:
         if name == "config.json":
             return self._config()
         if name == "generation_config.json":
-            return {ours: self._head.metadata.get(key) for ours, key in NAMES["generation"].items()}
+            keys = {name: f"general.sampling.{NAMES['sampling'].get(name, name)}" for name in DRAWING}
+            return {name: self._head.metadata.get(key) for name, key in keys.items()}
         templates = self._head.values("tokenizer.chat_template").values() if name == "tokenizer_config.json" else ()
         return {"chat_template": [{"template": text} for text in templates]}
 
