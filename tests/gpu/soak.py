@@ -26,6 +26,7 @@ from unittest.mock import patch
 from minisgl import LLM, SamplingParams
 from minisgl.benchmark.shapes import write_shape
 from minisgl.message.messages import IdsPrompt, pack_ids, unpack_ids
+from minisgl.scheduler.integrity import check_integrity
 from tests.integration.test_llm import with_tokenizer
 from tests.models import hf_model, tiny_model
 from tests.near_ties import check_answer
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> Counter[str]:
             load.run(args.seconds)
             load.check_rate()
             planner = llm.scheduler.planner
-            planner.check_integrity()
+            check_integrity(planner)
             assert planner.pages.num_free == options["num_pages"], "pages are lost"
             load.counts["retracted"] = planner.num_retracted
             load.counts["near-ties"] += 0  # named even where there were none
