@@ -240,3 +240,11 @@ def test_what_has_no_kernel_keeps_its_values(kind: str) -> None:
     matrix = cpu_ops(2).packed_matrix([part, part], torch.bfloat16)
     close(matrix.apply(x), x.double() @ expected.T, 2e-6)
     assert torch.equal(matrix.rows(torch.tensor([3, 77])), expected[[3, 77]].float())
+
+
+def test_gate_and_up_in_one_part_without_a_kernel() -> None:
+    """They are taken apart where they are kept in few bits, and nowhere else."""
+    part = Float8.of(random(2 * 48, 64))
+    gate, up = part.dequantize().chunk(2)
+    matrix, x = cpu_ops(2).packed_matrix([part], torch.float32, "silu"), random(5, 64, seed=1)
+    close(matrix.gate_up(x), F.silu(x @ gate.T) * (x @ up.T), 1e-5)

@@ -68,14 +68,12 @@ class PanelMatrix(Matrix):
         return out
 
 
-def part_of(part: Packed, begin: int, end: int) -> Packed:
+def part_of(part: Kept, begin: int, end: int) -> Kept:
     """Rows [begin, end)."""
     if isinstance(part, Blocks):
         return replace(part, data=part.data[begin:end])
-    if isinstance(part, Grouped):
-        zeros = None if part.zeros is None else part.zeros[begin:end]
-        return replace(part, codes=part.codes[begin:end], scales=part.scales[begin:end], zeros=zeros)
-    return part
+    zeros = None if part.zeros is None else part.zeros[begin:end]
+    return replace(part, codes=part.codes[begin:end], scales=part.scales[begin:end], zeros=zeros)
 
 
 def are_same(columns: list[Tensor | None]) -> bool:
@@ -107,8 +105,8 @@ class CpuOps(TorchOps):
         """Kept as they are where there are kernels for all parts, and else in a type that loses nothing."""
         half = sum(part.shape[0] for part in parts) // 2
         is_pair = activation == "silu"
-        if is_pair and len(parts) == 1:
-            parts = [part_of(parts[0], 0, half), part_of(parts[0], half, 2 * half)]
+        if is_pair and len(parts) == 1 and not isinstance(part := parts[0], Float8):
+            parts = [part_of(part, 0, half), part_of(part, half, 2 * half)]
         kept = [narrow for part in parts if (narrow := self._as_kept(part)) is not None]
         columns = [part.columns if isinstance(part, Grouped) else None for part in kept]
         is_odd = is_pair and [part.shape[0] for part in parts] != [half, half]
