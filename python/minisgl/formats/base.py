@@ -138,7 +138,11 @@ class ByName(WeightFormat):
         packed = [part for part in parts if not isinstance(part, Tensor)]
         if packed and len(packed) == len(parts):
             return ops.packed_matrix(packed, self.dtype, activation)
-        full = [part if isinstance(part, Tensor) else part.dequantize().to(self.dtype) for part in parts]
+        widest = ops.vector_dtype(self.dtype)  # what else than `dtype` can be computed with
+        full = [part if isinstance(part, Tensor) else part.dequantize() for part in parts]
+        kept = {weight.dtype if weight.dtype in (self.dtype, widest) else widest for weight in full}
+        dtype = kept.pop() if len(kept) == 1 else widest
+        full = [weight.to(dtype) for weight in full]
         return ops.matrix(torch.cat(full) if len(full) > 1 else full[0], activation)
 
     def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:

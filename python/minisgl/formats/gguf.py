@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-from minisgl.config.model import MoE
-from minisgl.formats.base import Shard, Tensors, WeightFormat, WeightSlot, by_expert
+from minisgl.formats.base import ByName, Shard, Tensors, WeightSlot
 from minisgl.gguf.config import GgufModel, open_model
 from minisgl.gguf.reader import StoredTensor
-from minisgl.kernel.ops import Experts, LayerOps, Matrix, loop_over_experts
-from minisgl.kernel.packed import Blocks
+from minisgl.kernel.ops import LayerOps, Matrix
+from minisgl.kernel.packed import Blocks, Packed
 
 Tensor = torch.Tensor
 
@@ -24,7 +23,7 @@ _ROTATED = re.compile(r"\.self_attn\.[qk]_proj\.\w+$")
 _CHECKED_BYTES = 16 << 20
 
 
-class Gguf(WeightFormat):
+class Gguf(ByName):
     """A layer's type is known from the file. Its tensors are bytes, [out, bytes of a row], by their names in a Hugging
     Face checkpoint: parts of the mapped file, where that has all rows in our order.
 
@@ -32,10 +31,8 @@ class Gguf(WeightFormat):
     """
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._model, self._dtype, self._device = open_model(path), dtype, device
-
-    def create(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensors:  # noqa: ARG002
-        return {}
+        super().__init__(dtype, device)
+        self._model = open_model(path)
 
     def slots(self, prefix: str, tensors: Tensors, shard: Shard) -> Iterator[WeightSlot]:
         name, (begin, end) = f"{prefix}weight", shard.rows
@@ -53,24 +50,14 @@ class Gguf(WeightFormat):
             tensors[name] = data[begin:end]
             yield WeightSlot(name, shard.shape, data[:0], (begin, begin))  # nothing is left to be read
 
+    def part(self, prefix: str, tensors: Tensors) -> Packed | Tensor:
+        blocks = self._blocks(f"{prefix}weight", tensors["weight"])
+        return blocks.data.view(_FLOATS[blocks.kind]) if blocks.kind in _FLOATS else blocks
+
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
-        parts = [self._blocks(name, data) for name, data in tensors.items()]
-        if all(part.kind in _FLOATS for part in parts):
-            weights = [part.data.view(_FLOATS[part.kind]) for part in parts]
-            widest = ops.vector_dtype(self._dtype)  # what else than `dtype` can be computed with
-            kept = {weight.dtype if weight.dtype in (self._dtype, widest) else widest for weight in weights}
-            dtype = kept.pop() if len(kept) == 1 else widest
-            weights = [weight.to(dtype) for weight in weights]
-            matrix = ops.matrix(torch.cat(weights) if len(weights) > 1 else weights[0], activation)
-        else:
-            matrix = ops.packed_matrix(parts, self._dtype, activation)
+        matrix = super().matrix(ops, tensors, activation)
         self._model.release()
         return matrix
-
-    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:
-        first = [self.matrix(ops, tensors, spec.activation) for tensors in by_expert(gate_up)]
-        second = [self.matrix(ops, tensors) for tensors in by_expert(down)]
-        return lambda x, logits: loop_over_experts(x, logits, first, second, spec)
 
     def _rows(self, name: str) -> tuple[StoredTensor | None, Tensor]:
         """What the file has for a weight, perhaps in a stack of all experts', and its bytes: [out, bytes of a row]."""
