@@ -9,13 +9,14 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 CLIENTS := $(VENV)/.installed-clients
+BROWSER := $(VENV)/.installed-browser
 APART := $(wildcard tests/clients/apart/*.txt)
 
 # .venv is ours to write to: without its bytecode, each of the many processes compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat doctor bench test test-clients test-faults wheel soak sanitize lint format docs audit clean
+.PHONY: help serve chat doctor bench test test-clients test-faults test-browser page wheel soak sanitize lint format docs audit clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -28,7 +29,7 @@ $(BIN)/python:
 # Where there is no NVIDIA GPU, torch's CPU build is enough: a small part of the download. uv knows where it is; if it
 # cannot be had from there, pip brings what it takes by itself. TORCH=default: always that.
 TORCH ?= $(shell [ "$$(uname -sm)" != 'Linux x86_64' ] || ls /dev/nvidiactl /dev/dxg 2>/dev/null | grep -q . || echo cpu)
-$(CORE) $(DEV) $(CLIENTS): $(VENV)/.torch
+$(CORE) $(DEV) $(CLIENTS) $(BROWSER): $(VENV)/.torch
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 ifeq ($(TORCH),cpu)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv && \
@@ -44,6 +45,10 @@ $(CORE): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(CORE) $@
+
+$(BROWSER): pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	@touch $(CORE) $(DEV) $@
 
 $(CLIENTS): pyproject.toml constraints.txt $(APART) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev,clients]'
@@ -76,6 +81,12 @@ test-clients: $(CLIENTS)  ## Run the tests with the programs that people call th
 
 test-faults: $(DEV)  ## Run the tests of what fails: workers, clients, memory, time; and everything at once
 	$(PYTEST) tests/faults tests/soak $(ARGS)
+
+test-browser: $(BROWSER)  ## Run the tests of the page, in Chromium
+	$(PYTEST) tests/browser $(ARGS)
+
+page:  ## Make the page of its sources in page/ (needs node 20)
+	npm ci --prefix page && npm run build --prefix page
 
 wheel: $(DEV)  ## Build the wheel, install it elsewhere, and chat with what is in it
 	$(BIN)/python tools/check_wheel.py

@@ -42,6 +42,7 @@ def chat(python: Path, folder: Path) -> str:
         try:
             url = wait_for_url(server, folder / "log")
             body = {"messages": MESSAGES, "max_tokens": 16, "temperature": 0}
+            httpx.get(f"{url}/page/app.js").raise_for_status()  # files that are no modules are there too
             answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).raise_for_status().json()
             return str(answer["choices"][0]["message"]["content"])
         finally:

@@ -14,8 +14,8 @@ from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params, response_input_item_param
 from openai.types.shared_params import FunctionDefinition, Reasoning
 
+from minisgl.page.routes import DOCUMENT
 from minisgl.server.bodies.fields import OBJECTS, Fields
-from minisgl.server.routes.app import DOCUMENT
 from tools import openapi
 from tools.request_fields import ALL_BODIES, TARGET, document
 

@@ -17,11 +17,12 @@ from pydantic import TypeAdapter
 import minisgl
 from minisgl.config.args import args_from_options
 from minisgl.config.resolve import prepare
+from minisgl.page.routes import DOCUMENT
 from minisgl.server.access import OPEN_PATHS
 from minisgl.server.errors import ANTHROPIC_PATHS
 from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
-from minisgl.server.routes.app import DOCUMENT, create_app
+from minisgl.server.routes.app import create_app
 from tools.request_fields import ALL_BODIES
 
 Json = dict[str, Any]

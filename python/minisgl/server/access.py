@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisgl.config.runtime import AccessConfig
 from minisgl.errors import RequestError
+from minisgl.page.routes import FILES
 from minisgl.server.bodies.intake import check_content_type
 from minisgl.server.errors import error_response, shown
 
@@ -34,7 +35,7 @@ REQUEST_ID = "x-request-id"
 IGNORED = "x-minisgl-ignored"  # the fields of the request that were
 MAX_IGNORED_CHARS = 1000
 MAX_TOLD = 512  # names of ignored fields that the log has
-OPEN_PATHS = ("/health", "/health/live")  # no key is asked for: load balancers have none
+OPEN_PATHS = ("/health", "/health/live", *FILES)  # no key is asked for: load balancers have none, nor has the page yet
 OPERATOR_PATHS = ("/metrics", "/flush_cache", "/server_info")  # of all clients; and `abort_all`
 MAX_WRONG_KEYS = 10  # of one address in a minute; then they are answered late, however many are sent at once:
 WRONG_KEY_SECONDS, MAX_WRONG_KEY_SECONDS = 0.1, 30.0  # after one another, and none later than that

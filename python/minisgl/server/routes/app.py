@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -16,6 +14,7 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.env import env_number
 from minisgl.errors import RequestError
 from minisgl.message.messages import ChatPrompt
+from minisgl.page.routes import add_page
 from minisgl.server.admission import Admission
 from minisgl.server.answers.delivery import answer_request
 from minisgl.server.answers.messages import MessagesRenderer
@@ -97,16 +96,12 @@ class Generation:
         return made
 
 
-DOCUMENT = Path(__file__).parents[1] / "openapi.json"  # made by `python -m tools.openapi`
-
-
 def create_app(
     frontend: Frontend, config: ServerConfig, exposition: Exposition, silent: Callable[[], str] = str
 ) -> FastAPI:
     """The application. It has no state of its own: requests live in `frontend`, counts in `exposition`. silent: the
     workers that are."""
-    app = FastAPI(title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None)
-    app.openapi = cache(lambda: json.loads(DOCUMENT.read_bytes()))  # type: ignore[method-assign]
+    app = FastAPI(title="minisgl", version=minisgl.__version__, openapi_url=None)
     add_error_handlers(app)
     app.add_middleware(Admission, config=config)
     max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
@@ -114,4 +109,5 @@ def create_app(
     Generation(frontend, config, bodies, store).add_to(app)
     Operations(frontend, config, bodies, exposition, silent).add_to(app)
     add_stored(app, store)
+    add_page(app)
     return app

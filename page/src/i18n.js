@@ -1,0 +1,36 @@
+// The page's words, in English and Chinese. A key that one dictionary lacks fails a test.
+import en from "./i18n/en.json";
+import zh from "./i18n/zh.json";
+
+const DICTIONARIES = { en, zh };
+export const LANGUAGES = { en: "English", zh: "中文" };
+
+let language = localStorage.getItem("language") ?? (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
+if (!(language in DICTIONARIES)) language = "en";
+
+export const currentLanguage = () => language;
+
+export function setLanguage(name) {
+  language = name;
+  localStorage.setItem("language", name);
+  document.documentElement.lang = name === "zh" ? "zh-CN" : "en";
+}
+
+/** The words of a key; `{name}` in them stands for a value. */
+export function t(key, values = {}) {
+  return DICTIONARIES[language][key].replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
+}
+
+/** The words of a key that may be missing, of names that come from the server. */
+export const tOr = (key, otherwise) => (key in DICTIONARIES[language] ? t(key) : otherwise);
+
+/** A number as people of this language write it. */
+export function num(value, digits = 0) {
+  return value.toLocaleString(language, { maximumFractionDigits: digits, minimumFractionDigits: digits });
+}
+
+/** A duration: milliseconds below one second. */
+export function duration(seconds) {
+  if (seconds < 0.0095) return `${num(seconds * 1000, 1)} ms`;
+  return seconds < 0.9995 ? `${num(seconds * 1000)} ms` : `${num(seconds, 2)} s`;
+}

@@ -1,0 +1,1 @@
+(()=>{window.SwaggerUIBundle({url:"/page/openapi.json",dom_id:"#api",deepLinking:!0,docExpansion:"list",defaultModelsExpandDepth:-1,tryItOutEnabled:!1,displayRequestDuration:!0,persistAuthorization:!1,requestInterceptor:e=>{let t=sessionStorage.getItem("api-key");return t&&(e.headers.Authorization??=`Bearer ${t}`),e}});})();
