@@ -19,7 +19,7 @@ from minisgl.attention.base import AttentionStep
 from minisgl.attention.cpu import CpuBackend
 from minisgl.config.model import AttentionSpec, PagedKV
 from minisgl.kernel.cpu import CpuOps
-from minisgl.kernel.ops import KVSlots, Matrix, RopeAngles, TorchOps
+from minisgl.kernel.ops import KVSlots, Matrix, RopeAngles, TorchOps, narrowed, widened
 from minisgl.kernel.sampling import SamplingColumns
 from minisgl.kvcache.pool import LayerCache
 
@@ -120,33 +120,61 @@ def test_a_row_with_a_nan_spoils_no_other() -> None:
         assert torch.equal(after[[0, 1, 2, 3, 5, 8]], before[[0, 1, 2, 3, 5, 8]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+
+def targets() -> list[str]:
+    return [TARGET, *narrower()]
+
+
+@pytest.mark.parametrize("target", targets())
+@pytest.mark.parametrize("dtype", CACHES, ids=str)
 @pytest.mark.parametrize("with_norm", [False, True])
-def test_norm_rotation_and_cache(with_norm: bool, dtype: torch.dtype) -> None:
-    num_q, num_kv, dim, tokens = 6, 2, 80, 5
+@pytest.mark.parametrize("dim", [24, 80, 128])
+def test_norm_rotation_and_cache(dim: int, with_norm: bool, dtype: torch.dtype, target: str) -> None:
+    num_q, num_kv, tokens = 6, 2, 5
     norm = random(num_q + num_kv, dim, seed=1) if with_norm else None
     angle = random(tokens, 1, dim // 2, seed=2)
     cos, sin = torch.cat((angle.cos(),) * 2, -1), torch.cat((-angle.sin(), angle.sin()), -1)
     slots = torch.tensor([3, 0, 11, 7, 5])
-    caches = [KVSlots(*torch.zeros(2, 12, num_kv, dim, dtype=dtype), slots) for _ in range(2)]
+    room = narrowed(torch.zeros(2, 12, num_kv, dim), dtype)
+    caches = [KVSlots(*room.clone(), slots) for _ in range(2)]
     outs = [
         ops.norm_rope_store(random(tokens, num_q + 2 * num_kv, dim, seed=3), norm, 1e-6, RopeAngles(cos, sin), cache)
-        for ops, cache in zip((cpu_ops(2), InFloat32()), caches, strict=True)
+        for ops, cache in zip((cpu_ops(2, target), TorchOps()), caches, strict=True)
     ]
     torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=1e-5)
+    step = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.int8: 2**-5}.get(dtype, 1e-5)  # which way a tie goes
     for mine, theirs in ((caches[0].k, caches[1].k), (caches[0].v, caches[1].v)):
-        torch.testing.assert_close(mine.float(), theirs.float(), atol=1e-5, rtol=1e-2 if dtype.itemsize == 2 else 1e-5)
+        wide = [widened(x, torch.float32) for x in (mine, theirs)]
+        torch.testing.assert_close(*wide, atol=step if dtype == torch.int8 else 1e-5, rtol=step)
 
 
-class InFloat32(TorchOps):
-    """The reference, whose cache may have another type."""
-
-    def norm_rope_store(self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots) -> Tensor:
-        wide = KVSlots(cache.k.float(), cache.v.float(), cache.slots)
-        out = super().norm_rope_store(qkv, norm, eps, rope, wide)
-        cache.k.copy_(wide.k)
-        cache.v.copy_(wide.v)
-        return out
+@pytest.mark.parametrize("target", targets())
+@pytest.mark.parametrize("dtype", CACHES[1:], ids=str)
+def test_what_caches_hold(dtype: torch.dtype, target: str) -> None:
+    """Each number as torch rounds it; what is too large becomes the largest, and what is not finite stays so."""
+    few = torch.tensor(
+        [0.0, -0.0, 1.0, 65504.0, 65519.0, 65520.0, -7e4, 1e9, 6e-8, -3e-8, 2.9e-8, 6.1e-5, 2**-14, 5.96e-8]
+    )
+    values = torch.cat(
+        (few, random(2046 - len(few), scale=3.0) * 2.0 ** torch.arange(2046 - len(few)).remainder(40).sub(26))
+    )
+    x = torch.zeros(33, 3, 64)
+    x[:32, 2] = torch.cat((values, torch.tensor([torch.nan, torch.inf]))).view(32, 64)
+    cache = KVSlots(*narrowed(torch.zeros(2, 33, 1, 64), dtype), torch.arange(33))
+    angles = RopeAngles(torch.ones(33, 1, 64), torch.zeros(33, 1, 64))
+    cpu_ops(2, target).norm_rope_store(x.clone(), None, 1e-6, angles, cache)
+    kept, expected = (widened(rows, torch.float32)[:31, 0] for rows in (cache.v, narrowed(x[:, 2:], dtype)))
+    assert kept.isfinite().all()
+    if dtype == torch.int8:  # it may fall on the other side of a tie
+        assert ((kept - expected).abs() < 1.01 * expected.abs().amax(-1, keepdim=True) / 127).all()
+        assert (kept != expected).float().mean() < 0.01
+    else:
+        assert torch.equal(kept, expected)
+    spoilt = widened(cache.v, torch.float32)[31, 0]
+    assert not spoilt[-2:].isfinite().any()
+    assert not widened(cache.k, torch.float32).any()
 
 
 HEADS = [*((2 * group, 2) for group in range(1, 9)), (4, 4), (9, 3), (10, 1)]
@@ -162,9 +190,9 @@ def test_attention(heads: tuple[int, int], dim: int) -> None:
     turn = HEADS.index(heads) + DIMS.index(dim)
     num_threads, page_size = 1 + turn % 2, PAGE_SIZES[turn % 3]
     (num_q, num_kv), generator = heads, torch.Generator().manual_seed(dim)
-    dtype = torch.bfloat16 if dim % 64 == 0 else torch.float32
+    dtype = CACHES[turn % len(CACHES)]
     num_slots = 2048
-    keys, values = (torch.randn(num_slots, num_kv, dim, generator=generator).to(dtype) for _ in range(2))
+    keys, values = (narrowed(torch.randn(num_slots, num_kv, dim, generator=generator), dtype) for _ in range(2))
     pages = np.zeros((8, 1024 // page_size + 1), np.int32)
     free = torch.randperm(num_slots // page_size, generator=generator).numpy()
     rows = np.array([3, 0, 6, 1, 2, 7])
@@ -173,8 +201,8 @@ def test_attention(heads: tuple[int, int], dim: int) -> None:
         count = -(-length // page_size)
         pages[row, :count], free = free[:count], free[count:]
     for slot in free:  # what belongs to nobody must not matter
-        keys[slot * page_size : (slot + 1) * page_size] = torch.nan
-        values[slot * page_size : (slot + 1) * page_size] = torch.nan
+        spoilt = slice(slot * page_size, (slot + 1) * page_size)
+        keys[spoilt] = values[spoilt] = narrowed(torch.full((1, 1, dim), torch.nan), dtype)
     offsets = np.concatenate(([0], np.cumsum(num_new)))
     step = AttentionStep(rows, starts, num_new, offsets, pages, page_size, num_decode=0)
     backend = CpuBackend(cpu_ops(num_threads))
@@ -185,7 +213,7 @@ def test_attention(heads: tuple[int, int], dim: int) -> None:
         for i in range(len(rows)):
             slots = torch.from_numpy(step.slots_of(rows[i], np.arange(starts[i] + num_new[i])))
             mine = slice(offsets[i], offsets[i + 1])
-            expected = reference(q[mine], keys[slots].float(), values[slots].float(), int(starts[i]), window)
+            expected = reference(q[mine], *(widened(x[slots], q.dtype) for x in (keys, values)), int(starts[i]), window)
             torch.testing.assert_close(out[mine], expected, atol=2e-5, rtol=1e-4)
 
 

@@ -31,22 +31,29 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 # (kernels, dtype, quantization, attention, KV cache): what a log-probability may be off by. The checkpoint is in
 # bfloat16, so that neither float32 nor bfloat16 weights round it. Where it is exact, tokens must be transformers'.
-EXACT, KV16, INT8, TORCH_BFLOAT16, TORCH_FLOAT16 = 1e-4, 0.1, 0.6, 0.3, 0.05
+EXACT, KV16, KV8, INT8, TORCH_BFLOAT16, TORCH_FLOAT16 = 1e-4, 0.1, 0.2, 0.6, 0.3, 0.05
 Combination = tuple[bool, str, str | None, str, str]
 ACCEPTED: dict[Combination, float] = {
     **{(True, dtype, None, attention, "float32"): EXACT for dtype in DTYPES[:2] for attention in ("cpu", "sdpa")},
     **{(True, dtype, None, "cpu", "bfloat16"): KV16 for dtype in DTYPES[:2]},
+    **{(True, "bfloat16", None, attention, "float16"): KV16 / 5 for attention in ("cpu", "sdpa")},
+    **{(True, "bfloat16", None, attention, "int8"): KV8 for attention in ("cpu", "sdpa")},
     **{(True, dtype, "int8", attention, "float32"): INT8 for dtype in DTYPES[:2] for attention in ("cpu", "sdpa")},
     **{(True, dtype, "int8", "cpu", "bfloat16"): INT8 for dtype in DTYPES[:2]},
     (False, "float32", None, "sdpa", "float32"): EXACT,
     (False, "bfloat16", None, "sdpa", "bfloat16"): TORCH_BFLOAT16,
     (False, "float16", None, "sdpa", "float16"): TORCH_FLOAT16,
+    (False, "float32", None, "sdpa", "float16"): KV16 / 5,
+    (False, "float32", None, "sdpa", "int8"): KV8,
 }
 # With float16, torch computes even if there are kernels.
 ACCEPTED[True, "float16", None, "sdpa", "float16"] = TORCH_FLOAT16
-REFUSED = sorted(
-    set(itertools.product((True, False), DTYPES, (None, "int8"), ("cpu", "sdpa"), DTYPES)) - set(ACCEPTED), key=str
-)
+REFUSED = [
+    combination
+    for combination in itertools.product((True, False), DTYPES, (None, "int8"), ("cpu", "sdpa"), ("float16", "fp8"))
+    if combination[4] == "fp8"
+    or (not (combination[0] and combination[1] != "float16") and combination[2:4] != (None, "sdpa"))
+]
 
 
 def checkpoint(family: str) -> Path:

@@ -410,6 +410,7 @@ def test_sizes(tmp_path: Path) -> None:
     config = read(tmp_path)
     assert config.kv_bytes_per_token("float32") == 2 * 4 * 2 * 8 * 4
     assert config.kv_bytes_per_token("bfloat16", tp_size=4) == 2 * 4 * 1 * 8 * 2
+    assert config.kv_bytes_per_token("int8") == 2 * 4 * 2 * (8 + 4)  # and a scale
     layer = 64 * (64 + 32 + 64) + 3 * 64 * 96 + 2 * 64
     assert config.weight_bytes("float32") == 4 * (2 * 128 * 64 + 4 * layer)
 

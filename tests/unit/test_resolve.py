@@ -59,6 +59,7 @@ def shape(num_layers: int = 28, num_kv_heads: int = 8, inner: int = 3072, **chan
 MODEL = shape()
 MACHINE = Capabilities(num_cores=8, memory=24 * 2**30, cpu_flags=frozenset({"avx2", "fma"}))
 COMPILES = replace(MACHINE, cxx="/usr/bin/c++", packages=frozenset({"tvm_ffi"}))
+HALVES = replace(COMPILES, cpu_flags=MACHINE.cpu_flags | {"f16c"})
 
 
 def decide(machine: Capabilities = MACHINE, model: ModelConfig = MODEL, **options: Any) -> ServerConfig:
@@ -77,8 +78,10 @@ def test_cpu_kernels_keep_what_the_checkpoint_has() -> None:
     engine = decide(COMPILES).engine
     assert (engine.cpu_kernels, engine.dtype, engine.kv_cache_dtype) == (True, "bfloat16", "bfloat16")
     assert (engine.prefill_backend, engine.decode_backend, engine.num_threads) == ("cpu", "cpu", 8)
-    exact = decide(COMPILES, attention_backend="sdpa").engine
-    assert (exact.decode_backend, exact.dtype, exact.kv_cache_dtype) == ("sdpa", "bfloat16", "float32")
+    assert decide(HALVES).engine.kv_cache_dtype == "float16"
+    assert decide(HALVES, dtype="float32").engine.kv_cache_dtype == "float32"
+    reference = decide(HALVES, attention_backend="sdpa").engine
+    assert (reference.decode_backend, reference.dtype, reference.kv_cache_dtype) == ("sdpa", "bfloat16", "float16")
     narrow = decide(COMPILES, quantization="int8", kv_cache_dtype="float32", cpu_threads=3, num_pages=7).engine
     assert (narrow.quantization, narrow.kv_cache_dtype, narrow.num_threads) == ("int8", "float32", 3)
     assert decide(COMPILES, tp=2).engine.num_threads == 4
@@ -105,11 +108,8 @@ def test_where_torch_computes_a_line_says_so(caplog: pytest.LogCaptureFixture) -
             {"attention_backend": "cpu", "dtype": "float16"},
             "--attention-backend cpu: cpu cannot be had: not with --dtype float16",
         ),
-        (COMPILES, {"kv_cache_dtype": "float16"}, "--kv-cache-dtype float16: here it must be float32, or bfloat16"),
-        (COMPILES, {"kv_cache_dtype": "bfloat16", "attention_backend": "sdpa"}, "must be float32$"),
-        (MACHINE, {"kv_cache_dtype": "bfloat16"}, "must be float32$"),
-        (COMPILES, {"quantization": "fp8"}, "^--quantization fp8: it is for GPUs$"),
-        (COMPILES, {"kv_cache_dtype": "fp8"}, "^--kv-cache-dtype fp8: it is for GPUs$"),
+        (COMPILES, {"quantization": "fp8"}, "^--quantization fp8: it is for GPUs; CPUs have int8$"),
+        (COMPILES, {"kv_cache_dtype": "fp8"}, "^--kv-cache-dtype fp8: it is for GPUs; CPUs have int8$"),
     ],
 )
 def test_what_cpu_kernels_cannot_do(machine: Capabilities, options: dict[str, Any], says: str) -> None:
@@ -384,6 +384,7 @@ def test_eight_bits_on_gpus() -> None:
         ({"quantization": "int8"}, "^--quantization int8: it is for CPUs; GPUs have fp8$"),
         ({"quantization": "fp8", "dtype": "float32"}, "^--quantization fp8: not with float32$"),
         ({"kv_cache_dtype": "float32"}, "^--kv-cache-dtype float32: .*that of the weights, bfloat16, or fp8$"),
+        ({"kv_cache_dtype": "int8"}, "^--kv-cache-dtype int8: .*that of the weights, bfloat16, or fp8$"),
         *(
             ({"kv_cache_dtype": "fp8", "attention_backend": name}, f"{name.split(',')[0]} does not read .*dtype fp8$")
             for name in ("sdpa", "fa", "fi", "fa,triton")

@@ -1,4 +1,4 @@
-"""Our CPU kernel: attention in float32 over a float32 or bfloat16 cache (`csrc/include/minisgl/cpu/attention.h`)."""
+"""Our CPU kernel: attention in float32 over a cache of any type but fp8 (`csrc/include/minisgl/cpu/attention.h`)."""
 
 from __future__ import annotations
 

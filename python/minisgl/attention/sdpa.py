@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.attention.base import AttentionBackend, AttentionStep
-from minisgl.config.model import AttentionSpec
+from minisgl.config.model import AttentionSpec, PagedKV
+from minisgl.kernel.ops import widened
 from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
@@ -46,13 +47,14 @@ class SdpaBackend(AttentionBackend[list[Block]]):
         return blocks
 
     def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: list[Block]) -> Tensor:
-        out = q.new_empty(*q.shape[:2], cache.v.shape[2])
+        assert isinstance(spec.cache, PagedKV)
+        out = q.new_empty(*q.shape[:2], spec.cache.v_dim)
         for block in metadata:
             mask = block.distance >= 0
             if spec.window is not None:
                 mask &= block.distance < spec.window
             queries = q[block.tokens].transpose(0, 1)
-            k, v = (x[block.slots].transpose(0, 1) for x in (cache.k, cache.v))
+            k, v = (widened(x[block.slots], q.dtype).transpose(0, 1) for x in cache)
             heads = F.scaled_dot_product_attention(queries, k, v, mask, scale=spec.scale, enable_gqa=True)
             out[block.tokens] = heads.transpose(0, 1)
         return out

@@ -134,7 +134,7 @@ class ServerArgs(ServerOptions):
     config_override: Mapping[str, Any] | None = _option(_object, None)
     dtype: str | None = _option(_choice("float16", "bfloat16", "float32"), None)
     quantization: str | None = _option(_choice("int8", "int4", "fp8"), None)
-    kv_cache_dtype: str | None = _option(_choice("float16", "bfloat16", "float32", "fp8"), None)
+    kv_cache_dtype: str | None = _option(_choice("float16", "bfloat16", "float32", "int8", "fp8"), None)
     cpu_threads: int | None = _option(integer(1, 1024), None)
     device: str | None = _option(_choice("cpu", "cuda"), None)
     tensor_parallel_size: int = _option(integer(1, 64), 1, "--tp-size", "--tp")

@@ -148,10 +148,11 @@ def _on_cpu(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> En
     lack = problem or ("" if dtype in ("float32", "bfloat16") else f"not with --dtype {dtype}")
     if "fp8" in (args.quantization, args.kv_cache_dtype):
         flag = "--quantization" if args.quantization == "fp8" else "--kv-cache-dtype"
-        raise ConfigError(f"{flag} fp8: it is for GPUs")
+        raise ConfigError(f"{flag} fp8: it is for GPUs; CPUs have int8")
     if args.quantization and lack:
         raise ConfigError(f"--quantization {args.quantization}: {lack}")
     attention, _ = _choose_attention(replace(wanted, dtype=dtype), args.attention_backend, lack, machine)
+    is_narrow = dtype == "bfloat16" and not lack
     one_thread = lack and model.weight_bytes(dtype) < _ONE_THREAD_BYTES
     config = replace(
         wanted,
@@ -159,7 +160,7 @@ def _on_cpu(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> En
         prefill_backend=attention,
         decode_backend=attention,
         num_threads=args.cpu_threads or (1 if one_thread else wanted.num_threads),
-        kv_cache_dtype=_kv_dtype(args.kv_cache_dtype, dtype if lack else "float32", dtype, attention),
+        kv_cache_dtype=args.kv_cache_dtype or ("float16" if is_narrow and machine.has_fast_float16 else dtype),
         cpu_kernels=not lack,
     )
     if lack:
@@ -178,15 +179,6 @@ def _kernel_problem(machine: Capabilities) -> str:
     if "tvm_ffi" not in machine.packages:
         return "the package apache-tvm-ffi is missing"
     return ""
-
-
-def _kv_dtype(asked: str | None, computed: str, stored: str, attention: str) -> str:
-    """computed: the type that attention computes in, and that sdpa wants its cache in; stored: that of the weights."""
-    allowed = (computed,) if attention == "sdpa" else (computed, "bfloat16")
-    if asked is not None and asked not in allowed:
-        why = "attention sdpa computes in it; " if attention == "sdpa" else ""
-        raise ConfigError(f"--kv-cache-dtype {asked}: {why}here it must be {', or '.join(allowed)}")
-    return asked or (stored if stored in allowed else computed)
 
 
 def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> EngineConfig:

@@ -8,7 +8,8 @@ from math import prod
 from minisgl.config.quantization import Quantization
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-KV_BYTES = {**DTYPE_BYTES, "fp8": 1}  # of what caches hold
+KV_BYTES = {**DTYPE_BYTES, "fp8": 1, "int8": 1}  # of what caches hold
+SCALE_BYTES = 4  # of each key and each value of a head in int8
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention, and before the MLP
 HEAD_NORMS = ("q_norm", "k_norm")  # of each query and key head
 
@@ -146,7 +147,8 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, dtype: str, tp_size: int = 1) -> int:
         """Bytes of KV cache that one token takes on one rank."""
-        return sum(cache.local_size(tp_size) for cache in self.paged) * KV_BYTES[dtype]
+        scales = 2 * SCALE_BYTES * sum(cache.local_heads(tp_size) for cache in self.paged) if dtype == "int8" else 0
+        return sum(cache.local_size(tp_size) for cache in self.paged) * KV_BYTES[dtype] + scales
 
     def state_bytes_per_row(self, dtype: str) -> int:
         """Bytes that one running request takes on one rank, whatever its length."""
@@ -163,4 +165,4 @@ class ModelConfig:
         query_and_output = 2 * (self.num_qo_heads * self.head_dim * self.hidden_size // tp_size)
         for layer in self.layers:
             params += query_and_output + layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
-        return int(params * {**KV_BYTES, "int8": 1, "int4": 0.75}[dtype])
+        return int(params * {**KV_BYTES, "int4": 0.75}[dtype])

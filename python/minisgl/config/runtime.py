@@ -31,7 +31,7 @@ class EngineConfig:
     dummy_weight: bool
     init_method: str = ""  # torch.distributed rendezvous (unused when tp_size is 1)
     seed: int = 0  # of dummy weights
-    kv_cache_dtype: str = "float32"  # "float32" | "bfloat16" | "float16" | "fp8"
+    kv_cache_dtype: str = "float32"  # "float32" | "bfloat16" | "float16" | "int8" (CPUs) | "fp8" (GPUs)
     quantization: str | None = None  # "int8" | "int4" | "fp8"
     # CPU only.
     cpu_kernels: bool = False  # our own; else torch computes

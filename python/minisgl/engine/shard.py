@@ -23,7 +23,8 @@ from minisgl.models.decoder import DecoderModel
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.uint8}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHES = {**DTYPES, "int8": torch.int8, "fp8": torch.uint8}
 
 
 class ModelShard:
@@ -46,13 +47,11 @@ class ModelShard:
 
     def create_kv(self, num_pages: int) -> KVPool:
         num_slots = num_pages * self.config.page_size
-        kv_dtype = DTYPES[self.config.kv_cache_dtype]
+        kv_dtype = CACHES[self.config.kv_cache_dtype]
         return KVPool(self.config.model, num_slots, self.config.tp_size, kv_dtype, self.device)
 
     def create_attention(self) -> Backend:
-        """It computes in the type of its cache, which on a CPU need not be that of the weights; over fp8 in theirs."""
-        kept = self.config.kv_cache_dtype
-        return create_backend(self.config, DTYPES[self.config.dtype if kept == "fp8" else kept], self.device)
+        return create_backend(self.config, DTYPES[self.config.dtype], self.device)
 
     def copy_pages(self, plan: StepPlan, kv: KVPool) -> None:
         """Make the plan's copies, in their order among the device's work."""

@@ -76,13 +76,6 @@ def part_of(part: Kept, begin: int, end: int) -> Kept:
     return replace(part, codes=part.codes[begin:end], scales=part.scales[begin:end], zeros=zeros)
 
 
-def are_same(columns: list[Tensor | None]) -> bool:
-    first, *others = columns
-    if first is None:
-        return all(other is None for other in others)
-    return all(other is not None and torch.equal(first, other) for other in others)
-
-
 class CpuOps(TorchOps):
     """num_threads: that compute, the caller's included. target: a level of processors; by default this one's."""
 
@@ -109,8 +102,9 @@ class CpuOps(TorchOps):
             parts = [part_of(part, 0, half), part_of(part, half, 2 * half)]
         kept = [narrow for part in parts if (narrow := self._as_kept(part)) is not None]
         columns = [part.columns if isinstance(part, Grouped) else None for part in kept]
+        orders = {one is None or one.numpy().tobytes() for one in columns}
         is_odd = is_pair and [part.shape[0] for part in parts] != [half, half]
-        if len(kept) == len(parts) and not is_odd and are_same(columns):
+        if len(kept) == len(parts) and not is_odd and len(orders) == 1:
             return self._packed_matrix(kept, columns[0], activation)
         plain = [part.data for part in parts if isinstance(part, Blocks) and part.kind == "BF16"]
         if len(plain) == len(parts):

@@ -51,7 +51,7 @@ class RopeAngles:
 @dataclass(frozen=True, slots=True)
 class KVSlots:
     """Where a step's keys and values go in one layer. k, v: [num_slots, num_kv_heads, head_dim], uint8 where they are
-    e4m3; slots: [num_tokens] int64."""
+    e4m3, with the bytes of a scale behind them where they are int8; slots: [num_tokens] int64."""
 
     k: Tensor
     v: Tensor
@@ -60,9 +60,24 @@ class KVSlots:
     def store(self, k: Tensor, v: Tensor) -> None:
         """k, v: [num_tokens, num_kv_heads, head_dim]."""
         for cache, x in ((self.k, k), (self.v, v)):
-            if cache.dtype == torch.uint8:
-                x = x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
-            cache.index_copy_(0, self.slots, x)
+            cache.index_copy_(0, self.slots, narrowed(x, cache.dtype))
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values [..., head_dim] as caches of a type hold them. What is too large for it becomes its largest."""
+    if dtype == torch.uint8:
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    if dtype == torch.int8:
+        scale = x.float().abs().amax(-1, keepdim=True) / 127
+        return torch.cat(((x / scale.clamp(min=1e-37)).round().to(torch.int8), scale.view(torch.int8)), -1)
+    return x.clamp(-65504, 65504).to(dtype) if dtype == torch.float16 else x.to(dtype)
+
+
+def widened(kept: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `narrowed` has left, but for e4m3, as numbers of a type."""
+    if kept.dtype == torch.int8:
+        kept = kept[..., :-4] * kept[..., -4:].contiguous().view(torch.float32)
+    return kept.to(dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minisgl.config.model import ModelConfig, PagedKV
+from minisgl.config.model import SCALE_BYTES, ModelConfig, PagedKV
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer: [num_slots, heads of this rank, k_dim or v_dim]."""
+    """Keys and values of one layer: [num_slots, heads of this rank, k_dim or v_dim]; in int8 each has its scale behind
+    it, the bytes of a float32."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -30,7 +31,8 @@ class KVPool:
         for spec in model.layers:
             cache = spec.attention.cache
             assert isinstance(cache, PagedKV), "`config.device` has refused other kinds"
-            shapes = ((num_slots, cache.local_heads(tp_size), dim) for dim in (cache.k_dim, cache.v_dim))
+            more = SCALE_BYTES if dtype == torch.int8 else 0
+            shapes = ((num_slots, cache.local_heads(tp_size), dim + more) for dim in (cache.k_dim, cache.v_dim))
             self._layers.append(LayerCache(*(_lazy_zeros(shape, dtype, device) for shape in shapes)))
 
     def layer(self, index: int) -> LayerCache:

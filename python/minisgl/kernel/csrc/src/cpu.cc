@@ -69,14 +69,6 @@ void embed_ids(Workers& workers, const Linear& table, const int64_t* ids, int64_
   workers.pool.run([&](int) { embed(workers, table, ids, count, first, out, table.in); });
 }
 
-template <class F>
-void with_type(const AnyCache& cache, F&& f) {
-  if (cache.is_bfloat16)
-    f(Cache<BFloat16>{static_cast<BFloat16*>(cache.k), static_cast<BFloat16*>(cache.v)});
-  else
-    f(Cache<float>{static_cast<float*>(cache.k), static_cast<float*>(cache.v)});
-}
-
 void rope_store(Workers& workers, float* qkv, int64_t tokens, const float* norm, float eps, const Rotation& rotation,
                 const int64_t* positions, const int64_t* slots, const Heads& heads, AnyCache cache) {
   with_type(cache, [&](auto typed) {

@@ -44,10 +44,16 @@ T* data_of(const Optional<TensorView>& t) {
 
 bool is_bfloat16(const TensorView& t) { return t.dtype().code == kDLBfloat; }
 
+template <class T>
+AnyCache cache_of(CacheType type, const TensorView& k, const TensorView& v) {
+  return {type, data_of<T>(k), data_of<T>(v), k.numel() * int64_t(sizeof(T))};
+}
+
 AnyCache cache_of(const TensorView& k, const TensorView& v) {
-  bool narrow = is_bfloat16(k);
-  return {narrow, narrow ? data_of<BFloat16>(k) : static_cast<void*>(data_of<float>(k)),
-          narrow ? data_of<BFloat16>(v) : static_cast<void*>(data_of<float>(v)), k.numel() * (narrow ? 2 : 4)};
+  if (is_bfloat16(k)) return cache_of<BFloat16>(CacheType::kBFloat16, k, v);
+  if (k.dtype().bits == 16) return cache_of<Float16>(CacheType::kFloat16, k, v);
+  if (k.dtype().bits == 8) return cache_of<int8_t>(CacheType::kInt8, k, v);
+  return cache_of<float>(CacheType::kFloat32, k, v);
 }
 
 // sequences: [n, 4] int64: row of the page table, first token, number of tokens, position of the first.
@@ -128,10 +134,11 @@ void py_embed_ids(int64_t workers, int64_t table, TensorView ids, int64_t first,
   embed_ids(at<Workers>(workers), at<Linear>(table), data_of<int64_t>(ids), ids.size(0), first, data_of<float>(out));
 }
 
-// qkv: [tokens, num_q + 2 * num_kv, dim] float32, in place; k, v: [slots, num_kv, dim] float32 or bfloat16.
+// qkv: [tokens, num_q + 2 * num_kv, dim] float32, in place; k, v: [slots, num_kv, dim] floats,
+// or [slots, num_kv, dim + 4] int8.
 void py_rope_store(int64_t workers, TensorView qkv, Optional<TensorView> norm, double eps, TensorView cosines, TensorView sines,
                    TensorView slots, TensorView k, TensorView v) {
-  Heads heads{qkv.size(1) - 2 * k.size(1), k.size(1), k.size(2), 1};
+  Heads heads{qkv.size(1) - 2 * k.size(1), k.size(1), qkv.size(2), 1};
   Rotation rotation{data_of<float>(cosines), data_of<float>(sines)};
   rope_store(at<Workers>(workers), data_of<float>(qkv), qkv.size(0), data_of<float>(norm), float(eps), rotation, nullptr,
              data_of<int64_t>(slots), heads, cache_of(k, v));
@@ -140,7 +147,7 @@ void py_rope_store(int64_t workers, TensorView qkv, Optional<TensorView> norm, d
 // q: [tokens, num_q, dim] float32, perhaps with another stride between tokens; out: [tokens, num_q, dim].
 void py_attend(int64_t workers, TensorView q, TensorView k, TensorView v, TensorView sequences, TensorView pages, int64_t page_size,
                int64_t window, TensorView out) {
-  Heads heads{q.size(1), k.size(1), k.size(2), page_size};
+  Heads heads{q.size(1), k.size(1), q.size(2), page_size};
   attend(at<Workers>(workers), data_of<float>(q, true), q.stride(0), sequences_of(sequences, pages), heads, window, cache_of(k, v),
          data_of<float>(out));
 }

@@ -14,6 +14,9 @@ namespace minisgl::cpu {
 struct BFloat16 {
   uint16_t bits;
 };
+struct Float16 {  // IEEE 754 binary16
+  uint16_t bits;
+};
 
 enum class Type : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kPacked = 3 };
 
@@ -56,7 +59,7 @@ struct Linear {
   int64_t part() const { return is_pair ? out / 2 : out; }
 };
 
-// One layer's cache: [slots, num_kv, dim].
+// One layer's cache: [slots, num_kv] rows (cache.h).
 template <class T>
 struct Cache {
   T* k;
@@ -86,9 +89,11 @@ struct Rotation {
 
 enum class Into : int64_t { kStore = 0, kAdd = 1, kGated = 2 };
 
-// A layer's cache in either type. bytes: of its keys, and of its values.
+enum class CacheType { kFloat32, kBFloat16, kFloat16, kInt8 };
+
+// A layer's cache in any type. bytes: of its keys, and of its values.
 struct AnyCache {
-  bool is_bfloat16;
+  CacheType type;
   void *k, *v;
   int64_t bytes;
 };

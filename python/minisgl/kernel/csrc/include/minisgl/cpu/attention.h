@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "cache.h"
 #include "linear.h"
 
 namespace minisgl::cpu {
@@ -63,22 +64,26 @@ inline void decode_scores(const float* q, const T* k, const int64_t* offsets, in
 #pragma GCC unroll 8
           for (int g = 0; g < G; ++g) acc[j][g] += load(q + g * dim + i) * key;
         }
+#pragma GCC unroll 4
       for (int j = 0; j < kTokens; ++j)
-        for (int g = 0; g < G; ++g) scores[g * kBlock + t + j] = sum(acc[j][g]);
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) scores[g * kBlock + t + j] = sum(acc[j][g]) * scale_of(k + offsets[t + j], dim);
     }
   }
   for (; t < count; ++t)
-    for (int g = 0; g < G; ++g) scores[g * kBlock + t] = dot(q + g * dim, k + offsets[t], dim);
+    for (int g = 0; g < G; ++g) scores[g * kBlock + t] = dot(q + g * dim, k + offsets[t], dim) * scale_of(k + offsets[t], dim);
 }
 
-// out[g] += sum over t of weights[g][t] * v[t].
+// out[g] += sum over t of weights[g][t] * v[t]; where values have scales, these are in the weights.
 template <class T, int G>
 inline void decode_values(const float* weights, const T* v, const int64_t* offsets, int count, int64_t dim, float* out) {
   constexpr int kVectors = G <= 2 ? 4 : G <= 4 ? 2 : 1;
   int64_t i = 0;
   auto columns = [&]<int V>(std::integral_constant<int, V>) {
     Floats acc[G][V];
+#pragma GCC unroll 8
     for (int g = 0; g < G; ++g)
+#pragma GCC unroll 4
       for (int j = 0; j < V; ++j) acc[g][j] = load(out + g * dim + i + j * kLanes);
     for (int t = 0; t < count; ++t) {
       const T* row = v + offsets[t] + i;
@@ -89,7 +94,9 @@ inline void decode_values(const float* weights, const T* v, const int64_t* offse
         for (int g = 0; g < G; ++g) acc[g][j] += broadcast(weights[g * kBlock + t]) * value;
       }
     }
+#pragma GCC unroll 8
     for (int g = 0; g < G; ++g)
+#pragma GCC unroll 4
       for (int j = 0; j < V; ++j) store(out + g * dim + i + j * kLanes, acc[g][j]);
     i += V * kLanes;
   };
@@ -139,31 +146,55 @@ inline void for_groups(int64_t num_kv, int64_t group, F&& f) {
   partial.most = most;
 }
 
+// Where rows of tokens [first, first + count) begin, whose pages hold `stride` numbers for each; returns count.
+inline int find_rows(const Heads& heads, const int32_t* pages, int64_t first, int64_t end, int64_t stride, int64_t* offsets) {
+  int count = int(std::clamp<int64_t>(end - first, 0, kBlock));
+  int64_t page = first / heads.page_size, within = first % heads.page_size;
+  for (int t = 0; t < count; ++t) {
+    offsets[t] = (pages[page] * heads.page_size + within) * stride;
+    if (++within == heads.page_size) within = 0, ++page;
+  }
+  return count;
+}
+
+// Rows of some tokens to the second-level cache: pieces of them are too short for a processor to see a stream.
+template <class T>
+inline void fetch_rows(const T* rows, const int64_t* offsets, int count, int64_t size) {
+  for (int t = 0; t < count; ++t)
+    for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows + offsets[t] + i, 0, 2);
+}
+
 // One new token over positions [begin, end). q: [num_kv * group, dim], scaled; k, v: at the first head; out: like q, and
-// partials: one for each query head; scores: room for [num_kv * group, kBlock].
+// partials: one for each query head; scores: room for [num_kv * group, kBlock]. While it computes with a block's keys it
+// fetches the values, and then the next block's keys.
 template <class T>
 void decode(const float* q, const T* k, const T* v, int64_t num_kv, const Heads& heads, const int32_t* pages, int64_t begin,
             int64_t end, float* out, Partial* partials, float* scores) {
   constexpr int kTile = 16 / sizeof(T);  // tokens whose keys stay in the first-level cache
-  int64_t offsets[kBlock], dim = heads.dim, group = heads.group(), stride = heads.num_kv * dim;
+  int64_t rooms[2][kBlock], *offsets = rooms[0], *next = rooms[1];
+  int64_t dim = heads.dim, group = heads.group(), size = row_size<T>(dim), stride = heads.num_kv * size;
   std::fill(out, out + num_kv * group * dim, 0.0f);
   std::fill(partials, partials + num_kv * group, Partial{kNone, 0.0f});
+  int count = find_rows(heads, pages, begin, end, stride, offsets);
   for (int64_t first = begin; first < end; first += kBlock) {
-    int count = int(std::min<int64_t>(kBlock, end - first));
-    int64_t page = first / heads.page_size, within = first % heads.page_size;
-    for (int t = 0; t < count; ++t) {
-      offsets[t] = (pages[page] * heads.page_size + within) * stride;
-      if (++within == heads.page_size) within = 0, ++page;
+    int later = find_rows(heads, pages, first + kBlock, end, stride, next);
+    for (int t = 0; t < count; t += kTile) {
+      fetch_rows(v, offsets + t, std::min(kTile, count - t), num_kv * size);
+      for_groups(num_kv, group, [&]<int G>(int64_t h, int64_t at, std::integral_constant<int, G>) {
+        decode_scores<T, G>(q + at * dim, k + h * size, offsets + t, std::min(kTile, count - t), dim, scores + at * kBlock + t);
+      });
     }
-    for (int t = 0; t < count; t += kTile)
-      for_groups(num_kv, group, [&]<int G>(int64_t h, int64_t at, std::integral_constant<int, G>) {
-        decode_scores<T, G>(q + at * dim, k + h * dim, offsets + t, std::min(kTile, count - t), dim, scores + at * kBlock + t);
-      });
     for (int64_t h = 0; h < num_kv * group; ++h) online_softmax(scores + h * kBlock, count, partials[h], out + h * dim, dim);
-    for (int t = 0; t < count; t += kTile)
+    for (int64_t h = 0; kHasScales<T> && h < num_kv * group; ++h)
+      for (int t = 0; t < count; ++t) scores[h * kBlock + t] *= scale_of(v + h / group * size + offsets[t], dim);
+    for (int t = 0; t < count; t += kTile) {
+      fetch_rows(k, next + t, std::clamp(later - t, 0, kTile), num_kv * size);
       for_groups(num_kv, group, [&]<int G>(int64_t h, int64_t at, std::integral_constant<int, G>) {
-        decode_values<T, G>(scores + at * kBlock + t, v + h * dim, offsets + t, std::min(kTile, count - t), dim, out + at * dim);
+        decode_values<T, G>(scores + at * kBlock + t, v + h * size, offsets + t, std::min(kTile, count - t), dim, out + at * dim);
       });
+    }
+    std::swap(offsets, next);
+    count = later;
   }
 }
 
@@ -174,19 +205,46 @@ inline int64_t prefill_floats(const Heads& heads) {
   return rows * (heads.dim + kBlock + padded_dim(heads)) + kBlock * heads.dim + kBlock * padded_dim(heads) + 2 * rows;
 }
 
+// What keys are in a prefill's panels: pairs of bfloat16 as they are, others as floats.
+template <class T>
+using KeyPanel = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, float>;
+
+// One key, to its place in a panel.
+template <class T>
+inline void put_key(const T* row, int64_t dim, float* to) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    for (int64_t u = 0; u < dim / 2; ++u) std::memcpy(to + u * kPanel, row + 2 * u, 4);
+  } else {
+    float scale = scale_of(row, dim);
+    int64_t i = 0;
+    for (; i + kLanes <= dim; i += kLanes) {
+      Floats key = load(row + i) * scale;
+      for (int j = 0; j < kLanes; ++j) to[(i + j) * kPanel] = key[j];
+    }
+    for (; i < dim; ++i) to[i * kPanel] = widen(row[i]) * scale;
+  }
+}
+
+// One value, to its place in panels of kBlock tokens.
+template <class T>
+inline void put_value(const T* row, int64_t dim, float* to) {
+  float scale = scale_of(row, dim);
+  int64_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes) store(to + i / kPanel * kPanel * kBlock + i % kPanel, load(row + i) * scale);
+  for (; i < dim; ++i) to[i / kPanel * kPanel * kBlock + i % kPanel] = widen(row[i]) * scale;
+}
+
 // Several tokens of one sequence, all heads that share head `head`. q: the step's queries, [tokens, …] with `stride`
 // floats between tokens, the group's first head at 0; out: [tokens, …] likewise, with `out_stride`.
 template <class T>
 inline void prefill(const float* q, int64_t stride, float scale, Cache<T> cache, const Heads& heads, int64_t head,
                     int64_t group, const Sequence& sequence, int64_t token, int64_t count, int64_t window, float* out,
                     int64_t out_stride, float* room) {
-  constexpr int64_t depth = 4 / sizeof(T);
-  int64_t dim = heads.dim, padded = padded_dim(heads), rows = count * group, cache_stride = heads.num_kv * dim;
-  int64_t units = dim / depth;
+  int64_t dim = heads.dim, padded = padded_dim(heads), rows = count * group, units = dim * int64_t(sizeof(KeyPanel<T>)) / 4;
   float* queries = room;
   float* scores = queries + rows * dim;
   float* result = scores + rows * kBlock;
-  float* keys = result + rows * padded;         // panels of T: [kBlock / kPanel, units, kPanel]
+  float* keys = result + rows * padded;         // panels: [kBlock / kPanel, units, kPanel]
   float* values = keys + kBlock * dim;          // panels: [padded / kPanel, kBlock, kPanel]
   Partial* partials = reinterpret_cast<Partial*>(values + kBlock * padded);
   for (int64_t r = 0; r < rows; ++r) {
@@ -202,16 +260,12 @@ inline void prefill(const float* q, int64_t stride, float scale, Cache<T> cache,
     std::fill(keys, keys + kBlock * units, 0.0f);
     std::fill(values, values + kBlock * padded, 0.0f);
     for (int t = 0; t < tokens; ++t) {
-      int64_t offset = heads.slot(sequence.pages, first + t) * cache_stride + head * dim;
-      float* key = keys + t / kPanel * units * kPanel + t % kPanel;
-      for (int64_t u = 0; u < units; ++u) std::memcpy(key + u * kPanel, cache.k + offset + u * depth, 4);
-      for (int64_t i = 0; i < dim / kLanes * kLanes; i += kLanes)
-        store(values + i / kPanel * kPanel * kBlock + t * kPanel + i % kPanel, load(cache.v + offset + i));
-      for (int64_t i = dim / kLanes * kLanes; i < dim; ++i)
-        values[i / kPanel * kPanel * kBlock + t * kPanel + i % kPanel] = widen(cache.v[offset + i]);
+      int64_t at = (heads.slot(sequence.pages, first + t) * heads.num_kv + head) * row_size<T>(dim);
+      put_key(cache.k + at, dim, keys + t / kPanel * units * kPanel + t % kPanel);
+      put_value(cache.v + at, dim, values + t * kPanel);
     }
     for (int p = 0; p < kBlock / kPanel; ++p) {
-      auto panel = reinterpret_cast<const T*>(keys + p * units * kPanel);
+      auto panel = reinterpret_cast<const KeyPanel<T>*>(keys + p * units * kPanel);
       multiply_rows(rows, panel, queries, dim, units, scores + p * kPanel, kBlock, false);
     }
     for (int64_t r = 0; r < rows; ++r) {

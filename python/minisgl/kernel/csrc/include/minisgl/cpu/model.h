@@ -17,12 +17,7 @@ class Model {
     workers_.pool.run([&](int thread) {
       if (step.num_tokens > 0) {
         embed(workers_, embedding_, step.ids, step.num_tokens, 0, x_.get(), hidden_stride());
-        for (const Layer& one : layers) {
-          if (one.cache.is_bfloat16)
-            layer<BFloat16>(thread, step, one);
-          else
-            layer<float>(thread, step, one);
-        }
+        for (const Layer& one : layers) with_type(one.cache, [&](auto cache) { layer(thread, step, one, cache); });
       }
       logits(thread, step);
     });
@@ -76,9 +71,8 @@ class Model {
   }
 
   template <class T>
-  void layer(int thread, const Step& step, const Layer& w) {
+  void layer(int thread, const Step& step, const Layer& w, Cache<T> cache) {
     int64_t tokens = step.num_tokens;
-    Cache<T> cache{static_cast<T*>(w.cache.k), static_cast<T*>(w.cache.v)};
     Rows rows = rows_of(x_.get(), tokens, hidden_stride(), w.input_norm, w.qkv);
     linear(workers_, thread, w.qkv, rows, Into::kStore, qkv_.get(), qkv_stride());
     norm_rope_store(workers_, qkv_.get(), tokens, qkv_stride(), w.qk_norm, eps_, step.rotation, step.positions, step.slots, heads_, cache);

@@ -251,15 +251,10 @@ void norm_rope_store(Workers& workers, float* qkv, int64_t tokens, int64_t strid
     }
     const float* k = qkv + t * stride + heads.num_q * dim;
     const float* v = k + heads.num_kv * dim;
-    int64_t place = slots[t] * heads.num_kv * dim;
-    int64_t i = 0;
-    for (; i + kLanes <= heads.num_kv * dim; i += kLanes) {
-      store(cache.k + place + i, load(k + i));
-      store(cache.v + place + i, load(v + i));
-    }
-    for (; i < heads.num_kv * dim; ++i) {
-      narrow(cache.k + place + i, k[i]);
-      narrow(cache.v + place + i, v[i]);
+    for (int64_t h = 0; h < heads.num_kv; ++h) {
+      int64_t place = (slots[t] * heads.num_kv + h) * row_size<T>(dim);
+      store_row(cache.k + place, k + h * dim, dim);
+      store_row(cache.v + place, v + h * dim, dim);
     }
   });
 }
@@ -337,7 +332,8 @@ void attention(Workers& workers, int thread, const float* q, int64_t stride, con
     int64_t end = s.start + 1, begin = window ? std::max<int64_t>(0, end - window) : 0, length = end - begin;
     bool is_split = piece.parts > 1;
     if (is_split) partials = partial.partials.get() + piece.partial, result = partial.results.get() + piece.partial * dim;
-    decode(queries, cache.k + piece.head * dim, cache.v + piece.head * dim, piece.size, heads, s.pages,
+    int64_t first = piece.head * row_size<T>(dim);
+    decode(queries, cache.k + first, cache.v + first, piece.size, heads, s.pages,
            begin + length * piece.part / piece.parts, begin + length * (piece.part + 1) / piece.parts, result, partials, scores);
     if (is_split) return;
     float* to = out + piece.token * out_stride + head * dim;

@@ -205,6 +205,30 @@ inline Floats load_halves(const uint16_t* p) {
 #endif
 }
 
+// To nearest even. What is larger than the format's largest number becomes that one, and what is not finite NaN.
+inline uint16_t half_bits(float x) {
+  float most = std::fmin(std::fabs(x), 65504.0f), shifted = most < 0x1p-14f ? most + 0.5f : most;
+  uint32_t bits, sign;
+  std::memcpy(&bits, &shifted, 4);
+  std::memcpy(&sign, &x, 4);
+  bits = most < 0x1p-14f ? bits - 0x3f000000 : ((bits + 0xfff + ((bits >> 13) & 1)) >> 13) - (112 << 10);
+  return uint16_t((x * 0.0f == 0.0f ? bits : 0x7e00) | (sign >> 16 & 0x8000));
+}
+inline void store_halves(uint16_t* p, Floats v) {
+#if (defined(__AVX512F__) && defined(__AVX512BW__)) || (defined(__AVX2__) && defined(__F16C__))
+  Floats limited = v > 65504.0f ? broadcast(65504.0f) : v < -65504.0f ? broadcast(-65504.0f) : v;
+  limited += v * 0.0f;
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  __m256i halves = _mm512_cvtps_ph((__m512)limited, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  __m128i halves = _mm256_cvtps_ph((__m256)limited, _MM_FROUND_TO_NEAREST_INT);
+#endif
+  std::memcpy(p, &halves, sizeof halves);
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = half_bits(v[i]);
+#endif
+}
+
 // Signed bytes as floats.
 inline Floats load_small(const int8_t* p) {
   using Small = int8_t __attribute__((vector_size(kLanes)));
