@@ -65,19 +65,18 @@ class KVSlots:
 
 def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Keys or values [..., head_dim] as caches of a type hold them. What is too large for it becomes its largest."""
-    if dtype == torch.uint8:
-        return x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     if dtype == torch.int8:
         scale = x.float().abs().amax(-1, keepdim=True) / 127
-        return torch.cat(((x / scale.clamp(min=1e-37)).round().to(torch.int8), scale.view(torch.int8)), -1)
-    return x.clamp(-65504, 65504).to(dtype) if dtype == torch.float16 else x.to(dtype)
+        return torch.cat(((x / scale.clamp(min=1e-37)).round().to(dtype), scale.view(dtype)), -1)
+    narrow = {torch.uint8: (torch.float8_e4m3fn, 448), torch.float16: (dtype, 65504)}
+    kind, most = narrow.get(dtype, (dtype, torch.inf))
+    return x.clamp(-most, most).to(kind).view(dtype)
 
 
 def widened(kept: Tensor, dtype: torch.dtype) -> Tensor:
     """What `narrowed` has left, but for e4m3, as numbers of a type."""
-    if kept.dtype == torch.int8:
-        kept = kept[..., :-4] * kept[..., -4:].contiguous().view(torch.float32)
-    return kept.to(dtype)
+    has_scales = kept.dtype == torch.int8
+    return (kept[..., :-4] * kept[..., -4:].contiguous().view(torch.float32) if has_scales else kept).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
