@@ -96,8 +96,7 @@ class CpuOps(TorchOps):
 
     def packed_matrix(self, parts: Sequence[Packed], dtype: torch.dtype, activation: str | None = None) -> Matrix:  # noqa: ARG002
         """Kept as they are where there are kernels for all parts, and else in a type that loses nothing."""
-        half = sum(part.shape[0] for part in parts) // 2
-        is_pair = activation == "silu"
+        half, is_pair = sum(part.shape[0] for part in parts) // 2, activation == "silu"
         if is_pair and len(parts) == 1 and not isinstance(part := parts[0], Float8):
             parts = [part_of(part, 0, half), part_of(part, half, 2 * half)]
         kept = [narrow for part in parts if (narrow := self._as_kept(part)) is not None]

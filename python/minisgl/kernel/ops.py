@@ -68,8 +68,8 @@ def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.int8:
         scale = x.float().abs().amax(-1, keepdim=True) / 127
         return torch.cat(((x / scale.clamp(min=1e-37)).round().to(dtype), scale.view(dtype)), -1)
-    narrow = {torch.uint8: (torch.float8_e4m3fn, 448), torch.float16: (dtype, 65504)}
-    kind, most = narrow.get(dtype, (dtype, torch.inf))
+    limits = {torch.uint8: (torch.float8_e4m3fn, 448), torch.float16: (dtype, 65504)}
+    kind, most = limits.get(dtype, (dtype, torch.inf))
     return x.clamp(-most, most).to(kind).view(dtype)
 
 
