@@ -23,7 +23,7 @@ from minisgl.errors import ConfigError
 NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _TEXT, _LIST = 8, 9
-_SIZE = struct.Struct("<Q")
+_size_at = struct.Struct("<Q").unpack_from
 _MAX_ENTRIES = 2**17  # keys, or tensors: more than any model has
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _PRIVATE = mmap.MAP_PRIVATE | 0x4000  # MAP_NORESERVE: torch wants memory that may be written, which nobody does
@@ -121,11 +121,11 @@ class GgufFile:
     def _items(self, of: _List) -> list[Any]:
         if of.kind != _TEXT:
             return list(struct.unpack_from(f"<{of.count}{_SCALARS[of.kind][1]}", self.data, of.offset))
-        texts, at = list[str](), of.offset
+        texts, data, at = list[str](), self.data, of.offset
         for _ in range(of.count):
             begin = at + 8
-            at = begin + _SIZE.unpack_from(self.data, at)[0]
-            texts.append(self.data[begin:at].decode(errors="replace"))
+            at = begin + _size_at(data, at)[0]
+            texts.append(data[begin:at].decode(errors="replace"))
         return texts
 
     def _value(self, key: str) -> Any:
@@ -136,15 +136,17 @@ class GgufFile:
             return self._number(_SCALARS[kind])
         if kind == _LIST:
             kind, count = self._number("<I"), self._number("<Q")
-        begin = self._at
+        begin, total = self._at, count
         if kind == _TEXT:
-            for _ in range(count):
-                self._take(self._number("<Q"))
+            at, last = begin, len(self.data) - 8
+            while count and at <= last:  # hundreds of thousands
+                at, count = at + 8 + _size_at(self.data, at)[0], count - 1
+            self._take(at - begin + 8 * count)
         elif kind in _SCALARS:
             self._take(count * struct.calcsize(_SCALARS[kind]))
         else:
             raise self.wrong(f"{key[:100]!r} is of a type that is unknown, or a list of lists ({kind})")
-        return _List(kind, count, begin)
+        return _List(kind, total, begin)
 
     def _tensor(self) -> StoredTensor:
         name, num_dims = ascii(self._text())[1:-1][:100], self._number("<I")

@@ -24,19 +24,24 @@ def load_gguf_tokenizer(path: Path) -> Any:
     return build_tokenizer(GgufFile(path).values("tokenizer."), str(path))
 
 
+def load_gguf_backend(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` alone: to import transformers takes longer than to make it. Raises: ConfigError."""
+    return _assemble(_Vocabulary(GgufFile(path).values("tokenizer."), str(path)))
+
+
 def build_tokenizer(metadata: Mapping[str, Any], source: str) -> Any:
     """A `PreTrainedTokenizerFast`, chat templates included. metadata: by key. source: the file, for messages."""
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = _Vocabulary(metadata, source)
-    tokenizer = _assemble(vocabulary)
-    vocabulary.add_tokens(tokenizer)
     keys = [key for key in metadata if f"{key}.".startswith("tokenizer.chat_template.")]  # with names behind, or one
     templates = {key.removeprefix("tokenizer.chat_template")[1:] or "default": metadata[key] for key in keys}
     names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
     options: dict[str, Any] = {theirs: vocabulary.special(name) for theirs, name in names.items()}
     options["chat_template"] = templates if len(templates) > 1 else templates.get("default")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **options)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_assemble(vocabulary), clean_up_tokenization_spaces=False, **options
+    )
 
 
 class _Vocabulary:
@@ -63,7 +68,7 @@ class _Vocabulary:
     def items(self, key: str, kind: type, default: list[Any] | None = None) -> list[Any]:
         """A list, of numbers one for each token."""
         items = self.value(key, default)
-        if not isinstance(items, list) or not items or not all(isinstance(item, kind) for item in items):
+        if not isinstance(items, list) or not items or {*map(type, items)} != {kind}:
             raise self.wrong(key, f"must be a list of {kind.__name__}")
         if kind is not str and len(items) != len(self.tokens):
             raise self.wrong(key, f"has {len(items)} items for {len(self.tokens)} tokens")
@@ -94,9 +99,8 @@ class _Vocabulary:
 
 
 def _assemble(vocabulary: _Vocabulary) -> Any:
-    """The tokenizer without added tokens. SentencePiece's merges follow from the tokens' scores."""
+    """SentencePiece's merges follow from the tokens' scores."""
     from tokenizers import Tokenizer, models
-    from transformers.convert_slow_tokenizer import generate_merges
 
     is_bytes, has_prefix = vocabulary.model == "gpt2", vocabulary.value("add_space_prefix") is not False
     name = str(vocabulary.value("pre")) if is_bytes else "prefix" if has_prefix else "no prefix"
@@ -108,6 +112,8 @@ def _assemble(vocabulary: _Vocabulary) -> Any:
     if is_bytes:
         merges = [(left, right) for left, _, right in (pair.partition(" ") for pair in vocabulary.items("merges", str))]
     else:
+        from transformers.convert_slow_tokenizer import generate_merges
+
         scores, types = vocabulary.items("scores", float), vocabulary.types
         normal = {token: scores[index] for token, index in vocabulary.ids.items() if types[index] == _NORMAL}
         merges = generate_merges(vocabulary.ids, normal)
@@ -118,4 +124,5 @@ def _assemble(vocabulary: _Vocabulary) -> Any:
         tokenizer.model = models.BPE(vocab=vocabulary.ids, merges=merges, **options)
     except Exception as error:  # of no class of its own
         raise vocabulary.wrong("merges", f"does not fit the tokens: {error}") from None
+    vocabulary.add_tokens(tokenizer)
     return tokenizer

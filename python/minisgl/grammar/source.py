@@ -17,9 +17,10 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from tokenizers import AddedToken, Tokenizer
 
 from minisgl.config.chat import CLOSING, OPENING
-from minisgl.config.locate import load_tokenizer
+from minisgl.config.locate import is_gguf, load_tokenizer
 from minisgl.core import Grammar
 from minisgl.errors import ConfigError, RequestError
+from minisgl.gguf.tokenizer import load_gguf_backend
 from minisgl.grammar.schema import SchemaError, children, definitions, followed
 
 _TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -220,6 +221,8 @@ def _load(model_path: str) -> Tokenizer:
     path, config = (os.path.join(model_path, name) for name in ("tokenizer.json", "tokenizer_config.json"))
     if os.path.isfile(path):
         tokenizer = Tokenizer.from_file(path)
+    elif is_gguf(Path(model_path)):
+        tokenizer = load_gguf_backend(Path(model_path))
     else:
         converted = getattr(load_tokenizer(model_path), "backend_tokenizer", None)
         if converted is None:

@@ -238,24 +238,29 @@ def load_weights(parts: Iterable[Part], checkpoint: Checkpoint, show_progress: b
 
     Raises: ConfigError naming the files or tensors that are missing, unexpected or of another shape.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     waiting = deque(parts)
-    sources = deque(checkpoint.sources([slot for slots, _ in waiting for slot in slots]))
-    is_shown = show_progress and sys.stderr.isatty()
-    with torch.inference_mode(), Progress(console=Console(stderr=True), transient=True, disable=not is_shown) as bar:
-        task = bar.add_task("Loading weights", total=len(sources))
+    sources = _shown(checkpoint.sources([slot for slots, _ in waiting for slot in slots]), show_progress)
+    with torch.inference_mode():
         while waiting:
             slots, finish = waiting.popleft()
-            for slot in slots:
-                source, (begin, end), step = sources.popleft(), slot.rows, _rows_at_once(slot)
+            for slot, source in zip(slots, sources, strict=False):
+                begin, end = slot.rows
+                step = _rows_at_once(slot)
                 for first in range(begin, end, step):
                     _put(slot, source.read(first, min(first + step, end)), first)
-                bar.advance(task)
             del slots, slot  # which hold what packing frees
             finish()
     checkpoint.close()
+
+
+def _shown(sources: list[Source], show_progress: bool) -> Iterator[Source]:
+    """One after the other, with a bar at a terminal."""
+    if not (show_progress and sys.stderr.isatty()):
+        return iter(sources)
+    from rich.console import Console
+    from rich.progress import track
+
+    return iter(track(sources, "Loading weights", console=Console(stderr=True), transient=True))
 
 
 def _rows_at_once(slot: WeightSlot) -> int:

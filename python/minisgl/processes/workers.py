@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
@@ -72,8 +71,6 @@ def scheduler_main(
         where, room = f"{engine_config.dtype} on {engine_config.device}", loaded.config.num_pages * config.page_size
         threads, longest = engine_config.num_threads, config.max_seq_len
         logger.info("%s; threads: %d; KV cache: %d tokens, at most %d for one request", where, threads, room, longest)
-    gc.collect()
-    gc.freeze()  # or a full collection walks all that libraries have made: a tenth of a second between two tokens
     control.ready()
     scheduler.run()
 
@@ -111,14 +108,9 @@ def load_rank(engine_config: EngineConfig, config: SchedulerConfig, rendezvous: 
     from minisgl.grammar.store import GrammarStore
     from minisgl.scheduler.grammar import Grammars
 
-    # Before the engine: loading the vocabulary holds Python up, which is not noticed now.
+    engine = create_engine(replace(engine_config, init_method=rendezvous), rank)
     vocabulary = VocabularyConfig(engine_config.model_path, engine_config.model.vocab_size, config.eos_token_ids)
     grammars = Grammars(GrammarStore(vocabulary) if rank == 0 else None, engine_config.device == "cuda")
-    try:
-        engine = create_engine(replace(engine_config, init_method=rendezvous), rank)
-    except BaseException:
-        grammars.close()
-        raise
     config = replace(config, num_pages=engine.num_pages, integrity_fatal=env_bool("MINISGL_INTEGRITY_FATAL"))
     return Rank(engine, grammars, config, engine_config.tp_size)
 
