@@ -2,6 +2,7 @@
 #include "minisgl/cpu/model.h"
 #include "minisgl/cpu/packing.h"
 #include "minisgl/cpu/sample.h"
+#include "minisgl/cpu/search.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -54,6 +55,13 @@ void pack_grouped(Workers& workers, const Format& format, const uint8_t* codes, 
                   int64_t in, char* data) {
   prefer_huge_pages(data, packed_bytes(format, out, in));
   pack_part(workers, format, codes, scales, zeros, out, in, data);
+}
+
+bool make_narrow(Workers& workers, bool is_bfloat16, const void* weight, const float* importance, int64_t out, int64_t in, int bits,
+                 uint8_t* codes, uint16_t* scales, uint8_t* zeros) {
+  Narrow to{bits, codes, scales, zeros};
+  if (is_bfloat16) return narrow_weight(workers, static_cast<const BFloat16*>(weight), importance, out, in, to);
+  return narrow_weight(workers, static_cast<const float*>(weight), importance, out, in, to);
 }
 
 void linear_rows(Workers& workers, const Linear& w, const float* x, int64_t rows, int64_t stride, const float* norm, float eps,

@@ -122,6 +122,15 @@ void py_add_grouped(int64_t workers, int64_t weight, tvm::ffi::String name, Tens
                linear.in, data_of<char>(packed));
 }
 
+// weight: [out, in] float32 or bfloat16; importance: [in] float32.
+bool py_make_narrow(int64_t workers, TensorView weight, Optional<TensorView> importance, TensorView codes, TensorView scales,
+                    Optional<TensorView> zeros) {
+  const void* plain = is_bfloat16(weight) ? data_of<BFloat16>(weight) : static_cast<void*>(data_of<float>(weight));
+  int bits = int(codes.size(1) * 8 / weight.size(1));
+  return make_narrow(at<Workers>(workers), is_bfloat16(weight), plain, data_of<float>(importance), weight.size(0), weight.size(1), bits,
+                     data_of<uint8_t>(codes), data_of<uint16_t>(scales), data_of<uint8_t>(zeros));
+}
+
 void py_destroy_linear(int64_t linear) { delete &at<Linear>(linear); }
 
 void py_linear_rows(int64_t workers, int64_t weight, TensorView x, Optional<TensorView> norm, double eps, Optional<TensorView> bias,
@@ -205,6 +214,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_packed, py_create_packed);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(packed_bytes, py_packed_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_blocks, py_add_blocks);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_grouped, py_add_grouped);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_narrow, py_make_narrow);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_linear, py_destroy_linear);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_rows, py_linear_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(embed_ids, py_embed_ids);

@@ -135,6 +135,10 @@ void pack_blocks(Workers& workers, const std::string& name, const uint8_t* rows,
 // codes: [out, in * bits / 8], the even columns' first; scales: [out, in / group], and zeros, which may be null.
 void pack_grouped(Workers& workers, const Format& format, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros,
                   int64_t out, int64_t in, char* data);
+// Plain weights to groups of 32 inputs as `pack_grouped` takes them: the best scales and zeros of a few, by squared errors, each
+// times the importance of its input (which may be null). Whether all are finite: else nothing is of use.
+bool make_narrow(Workers& workers, bool is_bfloat16, const void* weight, const float* importance, int64_t out, int64_t in, int bits,
+                 uint8_t* codes, uint16_t* scales, uint8_t* zeros);
 // out (+)= norm(x) * wᵀ + bias, or silu(gate) * up. x: [rows, stride], out: [rows, out_stride].
 void linear_rows(Workers& workers, const Linear& w, const float* x, int64_t rows, int64_t stride, const float* norm, float eps,
                  Into into, float* out, int64_t out_stride);
