@@ -17,13 +17,6 @@ inline Floats clamped(Floats x, float most) {
   return x > most ? broadcast(most) : x;
 }
 
-inline uint16_t half_bits(float x) {
-  uint32_t bits = load_as<uint32_t>(&x) & 0x7fffffff, sign = std::signbit(x) << 15;
-  if (bits >= 0x477ff000) return uint16_t(sign | 0x7c00);                               // from 65,520 on
-  if (bits < 0x38800000) return uint16_t(sign | std::lrintf(std::fabs(x) * 0x1p24f));  // in steps of 2^-24
-  return uint16_t(sign | (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
-}
-
 // As many groups as a vector has lanes. importance: of errors in each input.
 struct Groups {
   Floats x[kGroup], importance[kGroup];
