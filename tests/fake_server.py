@@ -24,14 +24,16 @@ from minisgl.config.resolve import access_config
 from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import Masks, StepPlan, StepResult, TokenLogprobs
 from minisgl.errors import ConfigError, MiniSGLError
+from minisgl.message.messages import StatsMsg, TraceMsg
 from minisgl.message.sockets import Endpoints
 from minisgl.processes.control import Control
 from minisgl.processes.launcher import LocalLauncher, Worker, WorkerSpec
 from minisgl.scheduler.observer import Status
 from minisgl.scheduler.scheduler import Scheduler
-from minisgl.scheduler.transport import LeaderTransport
+from minisgl.scheduler.transport import Answers, LeaderTransport
 from minisgl.server.launch import bind_port, run_server
 from minisgl.tokenizer.tokenize import HFTextCodec
+from minisgl.trace.recorder import Recorder
 from minisgl.utils.log import setup_logging
 from tests.faults.points import fault
 
@@ -111,9 +113,11 @@ class Answer:
 def fake_scheduler(control: Control, config: ServerConfig, endpoints: Endpoints, delay: float, answer: str) -> None:
     status = Status(config.scheduler.num_pages)
     logging.getLogger("minisgl.scheduler.observer").setLevel("WARNING")  # tests look at what else the log says
-    transport = LeaderTransport(endpoints, control.beat, stats=status.reply)
+    recorder = Recorder()
+    answers: Answers = {StatsMsg: status.reply, TraceMsg: recorder.reply}
+    transport = LeaderTransport(endpoints, control.beat, answers=answers)
     executor = FakeExecutor(delay, Answer(config.tokenizer, answer) if answer else None)
-    scheduler = Scheduler(config.scheduler, executor, transport, status)
+    scheduler = Scheduler(config.scheduler, executor, transport, status, recorder)
     control.ready()
     scheduler.run()
 

@@ -93,7 +93,7 @@ def test_variables_have_the_flags_aliases(
         ("MINISGL_PROT", "MINISGL_PORT"),
         ("MINISGL_MODLE", "MINISGL_MODEL"),
         ("MINISGL_CACHEDIR", "MINISGL_CACHE_DIR"),
-        ("MINISGL_LOG_REQUESTS", ""),
+        ("MINISGL_QUIETLY", ""),
         ("MINISGL_", ""),
     ],
 )

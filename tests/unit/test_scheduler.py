@@ -15,6 +15,7 @@ from minisgl.message.messages import (
     DetokenizeMsg,
     FlushMsg,
     RankBatch,
+    StatsMsg,
     UserMsg,
     pack_ids,
     rank_codec,
@@ -278,13 +279,13 @@ def test_steps_are_counted() -> None:
     transport.put([user(uid, [uid] * 10, 8) for uid in range(1, 7)])  # four run at once
     scheduler.turn()
     scheduler.turn()
-    reply = status.reply(9)
+    reply = status.reply(StatsMsg(9))
     assert (reply.uid, reply.num_pages) == (9, CONFIG.num_pages)
     assert (reply.num_running, reply.num_waiting) == (len(scheduler.planner.running), len(scheduler.planner.waiting))
     assert reply.num_waiting >= 2
     assert reply.num_free_pages < CONFIG.num_pages
     run(scheduler, transport)
-    after = status.reply(10)
+    after = status.reply(StatsMsg(10))
     assert (after.num_running, after.num_waiting, after.num_free_pages) == (0, 0, CONFIG.num_pages)
     assert sum(after.step_requests.counts) == sum(after.step_tokens.counts)
     assert after.step_tokens.total == 6 * (10 + 7)  # the last token of each is never computed

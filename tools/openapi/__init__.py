@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import yaml
@@ -23,6 +24,7 @@ from minisgl.server.errors import ANTHROPIC_PATHS
 from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
 from minisgl.server.routes.app import create_app
+from minisgl.trace.journal import Journal
 from tools.request_fields import ALL_BODIES
 
 Json = dict[str, Any]
@@ -35,7 +37,8 @@ _ROUTES, _EVENTS = yaml.safe_load_all((HERE / "routes.yaml").read_text(encoding=
 
 def application() -> FastAPI:
     """The server's, of which nothing is asked but its routes."""
-    return create_app(cast(Frontend, None), prepare(args_from_options({})), cast(Exposition, None))
+    frontend = SimpleNamespace(journal=Journal(), metrics=None)
+    return create_app(cast(Frontend, frontend), prepare(args_from_options({})), cast(Exposition, None))
 
 
 def document() -> Json:

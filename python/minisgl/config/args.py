@@ -120,6 +120,8 @@ class ServerOptions:
     restart_workers: int = _option(integer(0), 3)
     heartbeat_timeout: float = _option(_seconds(2), 60.0)
     drain_timeout: float = _option(_seconds(0), 10.0)
+    slow_motion: bool = _option(boolean, False)
+    trace_prompts: bool = _option(boolean, False)
 
 
 @dataclass(frozen=True, slots=True)

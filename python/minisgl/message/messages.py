@@ -95,7 +95,9 @@ decode_report: Callable[[bytes], Report] = msgspec.msgpack.Decoder(Report).decod
 
 class UserMsg(Request[bytes], frozen=True):
     """A tokenized request, `prompt` its packed ids. `params.seed` and `params.max_tokens` are set; prompt + max_tokens
-    fit the context."""
+    fit the context. tokenized: when, in Unix seconds; 0: not known."""
+
+    tokenized: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,8 +107,9 @@ class UserMsg(Request[bytes], frozen=True):
     def without(self, uid: int) -> list[UserMsg]:
         """The request but for one of its outputs: those before it, and those after it."""
         index = uid - self.uid
-        later = UserMsg(uid + 1, self.prompt, self.params.of_choice(index + 1), self.count - index - 1)
-        return [part for part in (UserMsg(self.uid, self.prompt, self.params, index), later) if part.count]
+        later, count = self.params.of_choice(index + 1), self.count - index - 1
+        parts = (self.uid, self.prompt, self.params, index), (uid + 1, self.prompt, later, count)
+        return [UserMsg(*part, self.tokenized) for part in parts if part[-1]]
 
 
 class AbortMsg(Message, frozen=True):
@@ -134,7 +137,23 @@ class FlushMsg(Message, frozen=True):
     """Forget the cached prefixes that no running request uses; answered by a `FlushReply`."""
 
 
-BackendMsg = UserMsg | AbortMsg | PingMsg | StatsMsg | FlushMsg
+class TraceMsg(Message, frozen=True):
+    """Asks rank 0 for what it remembers of these requests, and of its steps from the one of this number on, of the last
+    `num_steps` at most; answered by a `TraceReply`, also while a step is running.
+
+    view: also of what it does now; 2: with the prefix cache and the pages. Whoever views may slow the scheduler down,
+    until they view no more: by `delay` seconds after each step, or all the time.
+    """
+
+    uids: tuple[int, ...] = ()
+    since: int = 0
+    num_steps: int = 0
+    view: int = 0
+    delay: float = 0.0
+    paused: bool = False
+
+
+BackendMsg = UserMsg | AbortMsg | PingMsg | StatsMsg | FlushMsg | TraceMsg
 backend_codec: Codec[BackendMsg] = Codec(BackendMsg)
 RankMsg = UserMsg | AbortMsg | FlushMsg | ResumeMsg  # to all ranks alike
 
@@ -213,6 +232,7 @@ class UserReply(Message, frozen=True):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     prompt_end: str = ""  # in the first reply: the text of the prompt's last tokens
     stop: str | None = None  # in the last: the stop string that ended it
+    detokenized: float = 0.0  # in the first and the last: when, in Unix seconds
 
 
 class AcceptedReply(Message, frozen=True):
@@ -273,7 +293,14 @@ class FlushReply(Message, frozen=True):
     num_pages: int
 
 
-FrontendMsg = UserReply | AcceptedReply | ErrorReply | PingMsg | EncodedReply | DecodedReply | StatsReply | FlushReply
+class TraceReply(Message, frozen=True):
+    """What a `TraceMsg` asked for: a `Recorded` of the trace's records."""
+
+    data: bytes
+
+
+OneReply = EncodedReply | DecodedReply | StatsReply | FlushReply | TraceReply  # to a question of the API server
+FrontendMsg = UserReply | AcceptedReply | ErrorReply | PingMsg | OneReply
 frontend_codec: Codec[FrontendMsg] = Codec(FrontendMsg)
 
 

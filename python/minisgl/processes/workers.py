@@ -59,15 +59,19 @@ def scheduler_main(
     # Read when torch is imported. Threads that spin between two operators gain nothing on free cores, and on busy ones
     # they take the time of the very thread that they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from minisgl.message.messages import StatsMsg, TraceMsg
     from minisgl.scheduler.observer import Status
-    from minisgl.scheduler.transport import FollowerTransport, LeaderTransport
+    from minisgl.scheduler.transport import Answers, FollowerTransport, LeaderTransport
+    from minisgl.trace.recorder import Recorder
 
     loaded = load_rank(engine_config, config, f"{endpoints.rendezvous}-{control.life}", rank)
     if rank > 0:
         scheduler = loaded.scheduler(FollowerTransport(endpoints, rank, control.beat))
     else:
-        status = Status(loaded.config.num_pages)
-        scheduler = loaded.scheduler(LeaderTransport(endpoints, control.beat, loaded.grammars, status.reply), status)
+        status, recorder = Status(loaded.config.num_pages), Recorder()
+        answers: Answers = {StatsMsg: status.reply, TraceMsg: recorder.reply}
+        transport = LeaderTransport(endpoints, control.beat, loaded.grammars, answers)
+        scheduler = loaded.scheduler(transport, status, recorder)
         where, room = f"{engine_config.dtype} on {engine_config.device}", loaded.config.num_pages * config.page_size
         threads, longest = engine_config.num_threads, config.max_seq_len
         logger.info("%s; threads: %d; KV cache: %d tokens, at most %d for one request", where, threads, room, longest)
@@ -84,11 +88,11 @@ class Rank:
     config: SchedulerConfig
     tp_size: int
 
-    def scheduler(self, transport: Transport, observer: Observer | None = None) -> Scheduler:
+    def scheduler(self, transport: Transport, *observers: Observer) -> Scheduler:
         """What feeds the engine."""
         from minisgl.scheduler.scheduler import Scheduler
 
-        return Scheduler(self.config, self.engine, transport, observer, tp_size=self.tp_size)
+        return Scheduler(self.config, self.engine, transport, *observers, tp_size=self.tp_size)
 
     def close(self) -> None:
         try:

@@ -7,24 +7,34 @@ import time
 from collections.abc import Callable, Sequence
 
 from minisgl.core import ReqOutput, StepPlan
-from minisgl.message.messages import Histogram, StatsReply
-from minisgl.scheduler.planner import Planner
+from minisgl.message.messages import Histogram, StatsMsg, StatsReply, UserMsg
+from minisgl.scheduler.planner import Planned, Planner
 
 
 class Observer:
     """Is told what a scheduler does, as it happens, and must not keep it waiting. This one looks away."""
 
-    def attached(self, planner: Planner) -> None:
-        """The planner whose queues and pages may be looked at from now on."""
+    def attached(self, planner: Planner, pump: Callable[[], None]) -> None:
+        """The planner whose queues and pages may be looked at from now on. pump: takes in messages, for whoever holds
+        the scheduler up."""
+
+    def received(self, message: UserMsg) -> None:
+        """A request has come, of which the planner has not heard yet."""
 
     def resumed(self) -> None:
         """There is work again, after a pause."""
 
-    def submitted(self, plan: StepPlan) -> None:
-        """A step was handed to the engine."""
+    def submitted(self, planned: Planned) -> None:
+        """A step is handed to the engine."""
+
+    def retired(self, plan: StepPlan, seconds: float) -> None:
+        """A step has run. seconds: that were spent waiting for it."""
 
     def told(self, outputs: Sequence[ReqOutput]) -> None:
         """Requests have new tokens, or have ended."""
+
+    def ended(self, output: ReqOutput) -> None:
+        """One of these was the request's last."""
 
     def turned(self) -> None:
         """A turn of the loop is over."""
@@ -48,19 +58,21 @@ class Status(Observer):
         self._logged, self._resumed, self._busy = clock() - _SECONDS, clock(), 0.0
         self._num_done = self._num_output = 0
 
-    def attached(self, planner: Planner) -> None:
+    def attached(self, planner: Planner, pump: Callable[[], None]) -> None:  # noqa: ARG002
         self._planner = planner
 
     def resumed(self) -> None:
         self._resumed = self._clock()  # the time until now was not spent on work
 
-    def submitted(self, plan: StepPlan) -> None:
-        self._requests.add(len(plan.reqs))
-        self._tokens.add(plan.num_tokens)
+    def submitted(self, planned: Planned) -> None:
+        self._requests.add(len(planned.reqs))
+        self._tokens.add(planned.plan.num_tokens)
 
     def told(self, outputs: Sequence[ReqOutput]) -> None:
-        self._num_output += sum(len(output.token_ids) for output in outputs)
-        self._num_done += sum(output.finish_reason is not None for output in outputs)
+        self._num_output += sum([len(output.token_ids) for output in outputs])
+
+    def ended(self, output: ReqOutput) -> None:  # noqa: ARG002
+        self._num_done += 1
 
     def turned(self) -> None:
         planner, now = self._planner, self._clock()
@@ -82,8 +94,10 @@ class Status(Observer):
         )
         self._logged, self._busy, self._num_done, self._num_output = now, 0.0, 0, 0
 
-    def reply(self, uid: int) -> StatsReply:
+    def reply(self, question: StatsMsg) -> StatsReply:
         planner = self._planner
         assert planner is not None, "there is no scheduler yet"
         counts = (self._num_pages, planner.pages.num_free, planner.num_retracted)
-        return StatsReply(uid, len(planner.running), len(planner.waiting), *counts, self._requests, self._tokens)
+        return StatsReply(
+            question.uid, len(planner.running), len(planner.waiting), *counts, self._requests, self._tokens
+        )

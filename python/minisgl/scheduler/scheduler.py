@@ -46,15 +46,15 @@ class Scheduler:
         config: SchedulerConfig,
         executor: Executor,
         transport: Transport,
-        observer: Observer | None = None,
-        *,
+        *observers: Observer,
         tp_size: int = 1,
     ) -> None:
         self.planner = Planner(config)
         self._config, self._executor, self._transport = config, executor, transport
         self._tp_size = tp_size
-        self._observer = observer or Observer()
-        self._observer.attached(self.planner)
+        self._observers = observers
+        for observer in observers:
+            observer.attached(self.planner, transport.pump)
         self._grammars = transport.grammars
         self._submitted: deque[Submitted] = deque()
         self._inbox: deque[RankMsg] = deque()
@@ -97,7 +97,8 @@ class Scheduler:
         if idle:
             if not self._inbox:
                 return
-            self._observer.resumed()
+            for observer in self._observers:
+                observer.resumed()
         outputs: list[ReqOutput] = []
         while self._inbox:
             outputs += self._take(self._inbox.popleft())
@@ -106,18 +107,22 @@ class Scheduler:
         self._stuck = planned is None and not self._submitted
         if planned is not None:
             masks = self._grammars.masks(planned, self._submitted)
-            self._observer.submitted(planned.plan)
+            for observer in self._observers:
+                observer.submitted(planned)
             self._submitted.append((planned, self._executor.submit(planned.plan, masks)))
         elif not self._submitted and not len(self.planner.running) and len(self.planner.waiting):
             raise IntegrityError("no request can begin, and none runs: pages are lost")
         num_left = 1 if self._config.overlap and planned is not None else 0
         while len(self._submitted) > num_left:
             self._retire()
-        self._observer.turned()
+        for observer in self._observers:
+            observer.turned()
 
     def _take(self, message: RankMsg) -> list[ReqOutput]:
         if isinstance(message, UserMsg):
             self._open.update((uid, False) for uid in message.uids if uid not in self._open)
+            for observer in self._observers:
+                observer.received(message)
             return self.planner.add(message.uid, unpack_ids(message.prompt), message.params, message.count)
         if isinstance(message, AbortMsg):
             return self.planner.abort(message.uid)
@@ -130,10 +135,12 @@ class Scheduler:
     def _retire(self) -> None:
         """Take in the oldest step. It stays submitted until it has run: an interrupt (under `LLM`) comes while we wait,
         and the next turn goes on from there."""
-        self._checked = False
+        self._checked, begin = False, time.monotonic()
         (plan, _), handle = self._submitted[0]
         if not handle.wait(PUMP_SECONDS):
             self._wait(plan, handle)
+        for observer in self._observers:
+            observer.retired(plan, time.monotonic() - begin)
         try:
             result = handle.result()
         except Exception as error:
@@ -191,7 +198,8 @@ class Scheduler:
 
     def _send(self, outputs: list[ReqOutput]) -> None:
         outputs = self._grammars.finish(outputs)
-        self._observer.told(outputs)
+        for observer in self._observers:
+            observer.told(outputs)
         if outputs:
             self._transport.send([self._message(output) for output in outputs])
 
@@ -201,6 +209,8 @@ class Scheduler:
         self._open[req.uid] = True
         if output.finish_reason is not None:
             del self._open[req.uid]
+            for observer in self._observers:
+                observer.ended(output)
             num_output = req.num_tokens - req.prompt_len
             reason = output.error or output.finish_reason.value
             logger.debug("request %d: %s after %d + %d tokens", req.uid, reason, req.prompt_len, num_output)

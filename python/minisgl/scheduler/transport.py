@@ -7,7 +7,8 @@ its loop; the others take their turns from those. So every rank's planner sees t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from minisgl.core import FinishReason
 from minisgl.errors import EngineError
@@ -21,8 +22,8 @@ from minisgl.message.messages import (
     RankBatch,
     RankMsg,
     StatsMsg,
-    StatsReply,
     TokenizerMsg,
+    TraceMsg,
     backend_codec,
     frontend_codec,
     rank_codec,
@@ -32,7 +33,7 @@ from minisgl.message.sockets import Endpoints, PullSocket, PushSocket
 from minisgl.scheduler.grammar import Grammars, Reply
 
 Beat = Callable[[], None]
-Stats = Callable[[int], StatsReply]
+Answers = Mapping[type, Callable[[Any], FrontendMsg]]  # to questions of this kind
 _IDLE_SECONDS = 0.5  # between heartbeats while nothing happens
 
 
@@ -148,17 +149,17 @@ class LocalTransport(Transport):
 
 
 class LeaderTransport(LocalTransport):
-    """Rank 0 of a server, where messages come and go over sockets. stats: the counts, for whoever asks."""
+    """Rank 0 of a server, where messages come and go over sockets. answers: what those know who watch it."""
 
     def __init__(
-        self, endpoints: Endpoints, beat: Beat, grammars: Grammars | None = None, stats: Stats | None = None
+        self, endpoints: Endpoints, beat: Beat, grammars: Grammars | None = None, answers: Answers | None = None
     ) -> None:
         super().__init__(RankFanout(endpoints), beat, grammars)
         self._pull = PullSocket(endpoints.backend, backend_codec)
         self._push: PushSocket[TokenizerMsg] = PushSocket(endpoints.detokenizer, tokenizer_codec)
         self._push.send([FlushMsg(0)])  # of the scheduler before, where this one was started again
         self._frontend: PushSocket[FrontendMsg] = PushSocket(endpoints.frontend, frontend_codec)
-        self._stats = stats
+        self._answers = answers or {}
 
     def pump(self, *, late: bool = False) -> None:
         """Answer health checks."""
@@ -190,7 +191,7 @@ class LeaderTransport(LocalTransport):
                 self.answer(ErrorReply(message.uid, "a step takes too long", status=503))
             elif isinstance(message, PingMsg):
                 self._push.send([PingMsg(message.uid, back=True)])
-            elif not isinstance(message, StatsMsg):
+            elif not isinstance(message, StatsMsg | TraceMsg):
                 self.put([message])
-            elif self._stats is not None:
-                self.answer(self._stats(message.uid))
+            elif answer := self._answers.get(type(message)):
+                self.answer(answer(message))

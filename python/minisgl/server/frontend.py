@@ -20,6 +20,7 @@ from minisgl.message import messages
 from minisgl.message.messages import AbortMsg, FrontendMsg, PingMsg, UserReply, pack_ids, unpack_ids
 from minisgl.message.sockets import DETOKENIZER, AsyncPullSocket, Endpoints, PushSocket
 from minisgl.server.metrics import RequestMetrics, Timing
+from minisgl.trace.journal import Journal
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class Frontend:
             name: PushSocket(endpoint, messages.tokenizer_codec) for name, endpoint in endpoints.tokenizers.items()
         }
         self._backend: PushSocket[messages.BackendMsg] = PushSocket(endpoints.backend, messages.backend_codec)
-        self.metrics = RequestMetrics()
+        self.metrics, self.journal = RequestMetrics(), Journal()
         self._outputs: dict[int, _Output] = {}  # those that have not ended
         self._lost: dict[str, WorkerDied] = {}  # groups of workers that are being started again, and why
         self._stale: list[tuple[str, int]] = []  # routes and uids of outputs that were lost with them
@@ -202,6 +203,7 @@ class Frontend:
         for output in request.outputs:
             output.uid = next(self._uids)
             self._outputs[output.uid] = output
+            self.journal.begin(request.stream.request_ids, output.index, output.uid, request.message)
         first_uid = request.outputs[0].uid
         request.route = self._routes[first_uid % len(self._routes)] if self._routes else ""
         if request.route:
@@ -234,6 +236,7 @@ class Frontend:
     def _end(self, output: _Output, reason: FinishReason, error: Exception) -> None:
         self._outputs.pop(output.uid, None)
         self.metrics.finish(output.timing, reason)
+        self.journal.end(output.uid, reason.value)
         output.request.stream.fail(error)
 
     async def ping(self, timeout: float) -> None:
@@ -255,6 +258,10 @@ class Frontend:
         """Rank 0's counts. Raises: WorkerDied, as `ping`."""
         return await self._ask(messages.StatsMsg(next(self._uids)), messages.StatsReply, timeout)
 
+    async def trace(self, timeout: float, **wanted: Any) -> messages.TraceReply:
+        """What rank 0 remembers. wanted: fields of the question. Raises: WorkerDied, as `ping`."""
+        return await self._ask(messages.TraceMsg(next(self._uids), **wanted), messages.TraceReply, timeout)
+
     async def flush_cache(self, timeout: float) -> int:
         """Forget the cached prefixes that nobody uses. Returns the number of pages freed. Raises: WorkerDied."""
         return (await self._ask(messages.FlushMsg(next(self._uids)), messages.FlushReply, timeout)).num_pages
@@ -264,7 +271,7 @@ class Frontend:
         if self._down is not None or not self._routes:
             raise self._down or next(iter(self._lost.values()))
         socket: PushSocket[Any] = self._tokenizers[self._routes[question.uid % len(self._routes)]]
-        if isinstance(question, (messages.StatsMsg, messages.FlushMsg)):
+        if isinstance(question, messages.BackendMsg) and not isinstance(question, PingMsg):
             socket = self._backend
         answer = self._asked[question.uid] = asyncio.get_running_loop().create_future()
         socket.send([question])
@@ -357,6 +364,8 @@ class Frontend:
             self._end(output, FinishReason.ERROR, error)
         elif isinstance(message, UserReply):
             self.metrics.take(output.timing, message)
+            if message.detokenized or message.finish_reason is not None:
+                self.journal.take(message)
             if message.finish_reason is not None:
                 del self._outputs[message.uid]
             if message.finish_reason is FinishReason.ERROR:

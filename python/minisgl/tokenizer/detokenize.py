@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -209,6 +210,7 @@ class Detokenizer:
             prompt_logprobs=self._prompt_logprobs(message, stream.hidden),
             prompt_end=prompt_end,
             stop=stream.stop.found,
+            detokenized=0.0 if start is None and finish_reason is None else time.time(),
         )
 
     def _logprobs(

@@ -7,6 +7,7 @@ import random
 import re
 import secrets
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -189,7 +190,8 @@ class Tokenizer:
         try:
             if isinstance(message, TokenizeMsg):
                 ids = self.encode(message.prompt)
-                return UserMsg(message.uid, pack_ids(ids), self._finish_params(message, ids), message.count)
+                params, now = self._finish_params(message, ids), time.time()
+                return UserMsg(message.uid, pack_ids(ids), params, message.count, now)
             if isinstance(message, EncodeMsg):
                 return EncodedReply(message.uid, pack_ids(self.encode_only(message.prompt, special=message.special)))
             ids = self._check(unpack_ids(message.token_ids), "tokens")

@@ -33,6 +33,7 @@ from minisgl.server.errors import add_error_handlers, json_response
 from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
 from minisgl.server.routes.operations import Operations, add_stored
+from minisgl.trace.routes import Trace
 
 R = TypeVar("R", bound=GenerationRequest)
 Parse = Callable[[bytes, Defaults, Reading], R]
@@ -109,5 +110,6 @@ def create_app(
     Generation(frontend, config, bodies, store).add_to(app)
     Operations(frontend, config, bodies, exposition, silent).add_to(app)
     add_stored(app, store)
+    Trace(frontend, config).add_to(app)
     add_page(app)
     return app

@@ -1,0 +1,245 @@
+"""Rank 0's memory of what became of requests and steps: rings of fixed sizes, filled as the scheduler goes."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+
+from minisgl.core import Req, ReqOutput, StepPlan
+from minisgl.message.messages import TraceMsg, TraceReply, UserMsg
+from minisgl.scheduler.observer import Observer
+from minisgl.scheduler.planner import Planned, Planner
+from minisgl.trace.snapshot import look, page_counts
+
+MAX_STEPS = 2048
+MAX_ENDED = 1024  # requests that are remembered when they have ended
+MAX_EVENTS = 64  # of one kind, of one request
+SAMPLE_EVERY = 16  # steps
+LAPSE_SECONDS = 2.0  # after a viewer's last question, what it has slowed down goes on
+TICK_SECONDS = 0.02  # between two looks at the messages, in slow motion
+REASONS = ("budget", "pages", "rows")  # what the queue may wait for
+
+Json = dict[str, Any]
+
+
+class Record(msgspec.Struct):
+    """One output, since the scheduler heard of it. Lists of events are bounded; `num_*` count those left out too.
+
+    ahead: requests that were waiting when it came. waited: seconds before its first admission, for each reason.
+    overtaken: of those that came later, how many went first.
+    """
+
+    uid: int
+    num_prompt: int = 0
+    tokenized: float = 0.0
+    queued: float = 0.0
+    ahead: int = 0
+    waited: dict[str, float] = {}
+    overtaken: int = 0
+    admissions: list[Json] = []
+    chunks: list[Json] = []  # of prefill
+    num_chunks: int = 0
+    decodes: list[Json] = []  # of some steps
+    retractions: list[Json] = []
+    num_retractions: int = 0
+    finished: float = 0.0
+    reason: str | None = None
+    num_output: int = 0
+
+
+class Recorded(msgspec.Struct):
+    """The answer to a `TraceMsg`. now: what `snapshot.look` sees."""
+
+    requests: list[Record]
+    steps: list[Json]
+    now: Json | None
+
+
+encode_recorded = msgspec.msgpack.Encoder().encode
+decode_recorded = msgspec.msgpack.Decoder(Recorded).decode
+
+
+class Recorder(Observer):
+    """Records, and answers `TraceMsg`. A step costs O(its requests), and little."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._planner: Planner | None = None
+        self._pump: Callable[[], None] = lambda: None
+        self._open: dict[int, Record] = {}  # by uid: those that have not ended
+        self._ended: dict[int, Record] = {}
+        self._running: dict[int, Record] = {}  # that have a row, as far as we have seen
+        self._marks: dict[int, tuple[list[float], int]] = {}  # of those never admitted: `_blocked` and `_num_admitted`
+        # What is told of each step; and its uids, rows, and how many tokens the rows behind the decodes have.
+        self._steps: deque[tuple[Json, array[int], array[int], array[int]]] = deque(maxlen=MAX_STEPS)
+        self._pending: deque[Json] = deque()  # those that are not retired
+        self._num_admitted = self._num_retracted = 0
+        self._blocked = [0.0] * len(REASONS)  # seconds that the queue has waited so far
+        self._why, self._since = -1, 0.0  # what it waits for, by its index, and since when that is not counted
+        self._turn_began = self._waited = self._last_end = 0.0
+        self._delay, self._paused, self._slow_until = 0.0, False, 0.0
+
+    def attached(self, planner: Planner, pump: Callable[[], None]) -> None:
+        self._planner, self._pump = planner, pump
+
+    def resumed(self) -> None:
+        self._turn_began, self._waited = self._clock(), 0.0
+        self._slow_down(0.0)
+
+    def received(self, message: UserMsg) -> None:
+        planner, now = self._planner, self._clock()
+        assert planner is not None
+        self._settle(now)
+        for ahead, uid in enumerate(message.uids, len(planner.waiting)):
+            self._open[uid] = Record(uid, len(message.prompt) // 4, message.tokenized, now, ahead)
+            self._marks[uid] = [*self._blocked], self._num_admitted
+
+    def submitted(self, planned: Planned) -> None:
+        planner, now, (plan, reqs), first = self._planner, self._clock(), planned, planned.plan.num_decode
+        assert planner is not None
+        if planner.num_retracted != self._num_retracted:
+            self._find_retracted(planner, now)
+        self._settle(now)
+        if plan.admissions:
+            admitted = {admission.row for admission in plan.admissions}
+            for req, share in zip(reqs, plan.reqs, strict=True):
+                if share.row in admitted:
+                    self._admit(req, share.start, plan.step_id, now)
+        for req, share in zip(reqs[first:], plan.reqs[first:], strict=True):
+            record = self._open[req.uid]
+            record.num_chunks += 1
+            if record.num_chunks <= MAX_EVENTS:
+                event = {"time": now, "step": plan.step_id, "start": share.start, "num_new": share.num_new}
+                record.chunks.append(event)
+        if plan.step_id % SAMPLE_EVERY == 0:
+            self._sample(planned, now)
+        self._note(planner, planned, now)
+
+    def _note(self, planner: Planner, planned: Planned, now: float) -> None:
+        """The step itself, and what those wait for who are not in it."""
+        (plan, reqs), num_waiting = planned, len(planner.waiting)
+        prefill = plan.reqs[plan.num_decode :]
+        num_tokens, self._why = plan.num_decode + sum([share.num_new for share in prefill]), -1
+        if num_waiting:
+            is_spent = num_tokens >= planner.config.max_prefill_length or any(not s.num_samples for s in prefill)
+            self._why, self._since = 2 if not planner.pages.rows else 0 if is_spent else 1, now
+        step: Json = {"step": plan.step_id, "time": now, "num_decode": plan.num_decode, "num_tokens": num_tokens}
+        step |= {"host_ms": None, "device_ms": None, "pages": page_counts(planner)}
+        step |= {"running": len(planner.running), "waiting": num_waiting}
+        uids, rows = array("q", [req.uid for req in reqs]), array("i", [share.row for share in plan.reqs])
+        self._steps.append((step, uids, rows, array("i", [share.num_new for share in prefill])))
+        self._pending.append(step)
+
+    def retired(self, plan: StepPlan, seconds: float) -> None:
+        now = self._clock()
+        self._waited += seconds
+        while self._pending and self._pending[0]["step"] <= plan.step_id:
+            step = self._pending.popleft()
+            if step["time"] > self._slow_until:  # else, it has ended long ago
+                step["device_ms"] = 1e3 * (now - max(step["time"], self._last_end))
+        self._last_end = now
+
+    def ended(self, output: ReqOutput) -> None:
+        req, record = output.req, self._open.pop(output.req.uid, None)
+        self._running.pop(req.uid, None)
+        self._marks.pop(req.uid, None)
+        if record is None or output.finish_reason is None:
+            return
+        record.finished, record.reason = self._clock(), output.finish_reason.value
+        record.num_output = max(0, len(req.tokens) - req.prompt_len)
+        self._ended[req.uid] = record
+        if len(self._ended) > MAX_ENDED:
+            del self._ended[next(iter(self._ended))]
+
+    def turned(self) -> None:
+        now = self._clock()
+        if self._steps and self._steps[-1][0]["host_ms"] is None:
+            self._steps[-1][0]["host_ms"] = 1e3 * (now - self._turn_began - self._waited)
+        self._turn_began, self._waited = now, 0.0
+        self._slow_down(self._delay)
+
+    def reply(self, question: TraceMsg) -> TraceReply:
+        """All that is asked for, and who views sets the pace."""
+        assert self._planner is not None
+        now, seen = self._clock(), None
+        if question.view:
+            self._delay, self._paused = question.delay, question.paused
+            self._slow_until = now + LAPSE_SECONDS if question.delay or question.paused else 0.0
+            seen = look(self._planner, whole=question.view > 1)
+            for waiting in seen["waiting"]:
+                record = self._open[waiting["uid"]]
+                since = record.retractions[-1]["time"] if record.retractions else record.queued
+                why = "policy" if self._overtaken(record.uid, record.ahead) else REASONS[self._why]
+                waiting |= {"seconds": now - since, "why": why}
+        known = [self._open.get(uid) or self._ended.get(uid) for uid in question.uids]
+        steps = [
+            {**step, "rows": [*_rows(step["num_decode"], rows, uids, chunks)]}
+            for step, uids, rows, chunks in list(self._steps)[-question.num_steps :]
+            if question.num_steps and step["step"] >= question.since
+        ]
+        told = Recorded([record for record in known if record is not None], steps, seen)
+        return TraceReply(question.uid, encode_recorded(told))
+
+    def _slow_down(self, delay: float) -> None:
+        """Hold the scheduler up for so many seconds, or as long as it is to pause, while somebody views it."""
+        if not self._slow_until:
+            return
+        end = self._clock() + delay
+        while (now := self._clock()) < self._slow_until and (self._paused or now < end):
+            time.sleep(TICK_SECONDS if self._paused else min(TICK_SECONDS, end - now))
+            self._pump()
+        self._turn_began = now
+
+    def _settle(self, now: float) -> None:
+        """Count the time until now as that of what the queue waits for."""
+        if self._why >= 0:
+            self._blocked[self._why] += now - self._since
+            self._since = now
+
+    def _admit(self, req: Req, start: int, step_id: int, now: float) -> None:
+        record = self._open[req.uid]
+        if req.uid in self._running:  # it went and came back within one plan
+            self._retract(record, start, now)
+        if not record.admissions:
+            record.overtaken = self._overtaken(req.uid, record.ahead)
+            before, _ = self._marks.pop(req.uid)
+            waited = zip(REASONS, before, self._blocked, strict=True)
+            record.waited = {reason: b - a for reason, a, b in waited}
+            self._num_admitted += 1
+        event = {"time": now, "step": step_id, "row": req.row, "num_cached": start}
+        record.admissions = [*record.admissions[:MAX_EVENTS], event]
+        self._running[req.uid] = record
+
+    def _overtaken(self, uid: int, ahead: int) -> int:
+        """How many have gone first that came later; too few where some that came before have ended unseen."""
+        mark = self._marks.get(uid)
+        return max(0, self._num_admitted - mark[1] - ahead) if mark else 0
+
+    def _find_retracted(self, planner: Planner, now: float) -> None:
+        self._num_retracted, running = planner.num_retracted, {req.uid for req in planner.running}
+        for uid in [uid for uid in self._running if uid not in running]:
+            req = planner.reqs[uid]
+            self._retract(self._running.pop(uid), req.num_computed or len(req.tokens) - 1, now)
+
+    def _retract(self, record: Record, num_computed: int, now: float) -> None:
+        record.num_retractions += 1
+        record.retractions = [*record.retractions[:MAX_EVENTS], {"time": now, "num_computed": num_computed}]
+
+    def _sample(self, planned: Planned, now: float) -> None:
+        plan = planned.plan
+        for req, share in zip(planned.reqs[: plan.num_decode], plan.reqs, strict=False):
+            decodes = self._open[req.uid].decodes
+            if len(decodes) >= MAX_EVENTS:
+                del decodes[::2]
+            decodes.append({"time": now, "step": plan.step_id, "position": share.start})
+
+
+def _rows(num_decode: int, rows: array[int], uids: array[int], chunks: array[int]) -> Iterator[tuple[int, ...]]:
+    """Of each request of a step its row, uid, number of new tokens, and whether that is prefill."""
+    news, kinds = [1] * num_decode + chunks.tolist(), [0] * num_decode + [1] * len(chunks)
+    return zip(rows, uids, news, kinds, strict=True)
