@@ -228,6 +228,12 @@ QKV = "model.layers.0.self_attn.q_proj"
         ),
         ("model.layers.0.mlp.gate_up_proj.weight", torch.zeros(9, 64), r"unexpected: model.layers.0.mlp.gate_up_proj"),
         ("model.norm.weight", torch.zeros(0), r"wrong shape: model.norm.weight is \[0\], not \[64\]"),
+        ("model.norm.weight", torch.full((64,), torch.nan), r"safetensors: tensor model.norm.weight: it holds NaN"),
+        (
+            "model.layers.1.input_layernorm.weight",
+            torch.arange(64.0) / 0,
+            r"model.safetensors: tensor model.layers.1.input_layernorm.weight: it holds NaN or infinity$",
+        ),
     ],
 )
 def test_weights_that_are_not_what_they_should_be(tmp_path: Path, name: str, tensor: torch.Tensor, says: str) -> None:

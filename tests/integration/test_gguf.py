@@ -97,7 +97,7 @@ def test_a_part_of_another_model(tmp_path: Path) -> None:
         read_model_config(first)
 
 
-def test_a_directory_with_several(tmp_path: Path) -> None:
+def test_a_directory_with_several(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, _ = write_gguf(tiny_model("llama"), tmp_path, "Q8_0")
     (tmp_path / "mmproj-F16.gguf").touch()
     assert locate_model(str(tmp_path), "huggingface") == path
@@ -105,7 +105,11 @@ def test_a_directory_with_several(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{tmp_path}' holds several models, give one: model.gguf, other.gguf"):
         locate_model(str(tmp_path), "huggingface")
     (tmp_path / "model.safetensors").touch()
-    assert locate_model(str(tmp_path), "huggingface") == tmp_path
+    with caplog.at_level("INFO"):
+        assert locate_model(str(tmp_path), "huggingface") == tmp_path
+    assert caplog.messages == [
+        f"{tmp_path} holds GGUF files, too, which are not loaded: to have one of them, give its name"
+    ]
 
 
 REPO = ["a-Q4_K_M.gguf", "a-Q4_K_S.gguf", "a.Q8_0.gguf", "mmproj-Q8_0.gguf", "BF16/a-BF16-00001-of-00002.gguf"]
@@ -185,6 +189,16 @@ def test_scales_that_are_no_numbers(tmp_path: Path) -> None:
     tensor.data.reshape(-1, 210)[5, 208:] = np.frombuffer(np.float16(math.nan).tobytes(), np.uint8)
     with pytest.raises(ConfigError, match=f"{path}: tensor blk.1.ffn_down.weight has scales that are infinite, or not"):
         load(path, ops=CpuOps(1))
+
+
+def test_a_norm_that_is_no_number(tmp_path: Path) -> None:
+    path, _ = write_gguf(tiny_model("qwen3"), tmp_path, "Q8_0")
+    tensor = next(t for t in gguf.GGUFReader(path, "r+").tensors if t.name == "blk.1.attn_q_norm.weight")
+    tensor.data[3] = math.inf
+    with pytest.raises(
+        ConfigError, match=f"{path}: tensor model.layers.1.self_attn.q_norm.weight: it holds NaN or inf"
+    ):
+        load(path)
 
 
 ROPES: list[dict[str, Any]] = [

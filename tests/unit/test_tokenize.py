@@ -132,6 +132,26 @@ def test_what_is_refused(byte_level: HFTextCodec, prompt: Any, param: str, word:
     assert word in answer.message
 
 
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for m in messages %}{{ m.content }}", "line 1: Unexpected end of template"),
+        ("{{ messages }}\n{{ bos | }}", "line 2: expected token"),
+        ("{{ " + "(" * 20000, "it is too deeply nested"),
+    ],
+)
+def test_a_broken_template_is_told_at_the_start(
+    tmp_path: Path, template: str, says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By its line; without chats the model can be used."""
+    codec = HFTextCodec(str(make_byte_level(tmp_path, template=template)))
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path}: its chat template is broken, so that chats will be refused: {says}")
+    assert codec.encode("a", special=True)
+    with pytest.raises(RequestError):
+        codec.render_chat(ChatPrompt([{"role": "user", "content": "a"}]))
+
+
 def test_a_model_without_chat_template(tmp_path: Path) -> None:
     codec = HFTextCodec(str(make_byte_level(tmp_path, template=None)))
     answer = tokenize_one(codec, HELLO)

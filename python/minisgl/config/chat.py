@@ -26,22 +26,29 @@ SPOKEN = frozenset(marker for markers in _MARKERS.values() for marker in markers
 def read_template_file(file: str) -> str:
     """The chat template of a Jinja file, or of a JSON file's `chat_template`. Raises: ConfigError naming the file and
     what is wrong with it."""
-    from jinja2 import Environment, TemplateSyntaxError
-
     path = Path(file).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             text = Fields(read_json(path), file).text("chat_template", "")
-        # transformers' own tag, which marks what a model has said
-        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text))
-    except TemplateSyntaxError as error:
-        raise ConfigError(f"--chat-template {file}: line {error.lineno}: {error.message}") from None
     except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise ConfigError(f"--chat-template {file}: {error}") from None
-    if not text.strip():
-        raise ConfigError(f"--chat-template {file}: there is no template in it")
+    if problem := template_problem(text) if text.strip() else "there is no template in it":
+        raise ConfigError(f"--chat-template {file}: {problem}")
     return text
+
+
+def template_problem(text: str) -> str | None:
+    """What is wrong with the syntax of a chat template."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:  # without transformers' own tag, which marks what a model has said
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text))
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    except RecursionError:
+        return "it is too deeply nested"
+    return None
 
 
 def read_chat_template(path: Path) -> str:

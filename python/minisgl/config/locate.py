@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import reprlib
@@ -17,6 +18,8 @@ from minisgl.errors import ConfigError
 from minisgl.gguf.config import open_model
 from minisgl.gguf.reader import models_in
 from minisgl.gguf.tokenizer import load_gguf_tokenizer
+
+logger = logging.getLogger(__name__)
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
 _FILES = yaml.safe_load(Path(__file__).with_name("files.yaml").read_text(encoding="utf-8"))
@@ -53,6 +56,8 @@ def locate_model(model: str | None, source: str, revision: str | None = None) ->
             raise ConfigError(f"--revision {revision}: it is of repos on a hub, and {path} is local")
         path = path.resolve() if path.is_dir() else path.absolute()  # links of the hub's cache lead to other names
         has_weights = any(next(path.glob(_FILES[kind][0]), None) for kind in ("weights", "torch_weights"))
+        if has_weights and models_in(path):
+            logger.info("%s holds GGUF files, too, which are not loaded: to have one of them, give its name", path)
         return path if has_weights else one_of(models_in(path), path)
     if path.is_file():
         check_directory(path)

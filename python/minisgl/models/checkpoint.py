@@ -54,7 +54,7 @@ class Shard:
     pages back."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._tensors: dict[str, Any] | None = None  # or slices of safetensors
         self._num_bytes = 0
         self._is_mapped = True
@@ -73,21 +73,21 @@ class Shard:
             try:
                 self._tensors = self._open()
             except Exception as error:  # the libraries' own, and whatever broken data makes them stumble over
-                reason = lfs_hint(self._path) or (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ConfigError(f"cannot read {str(self._path)!r}: {reason}") from None
+                reason = lfs_hint(self.path) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise ConfigError(f"cannot read {str(self.path)!r}: {reason}") from None
         return self._tensors
 
     def _open(self) -> dict[str, Any]:
-        if self._path.suffix == ".gguf":
+        if self.path.suffix == ".gguf":
             self._is_mapped = False  # it gives its pages back itself
-            return dict(open_slices(self._path))
-        if self._path.suffix == ".safetensors":
-            file: Any = safe_open(str(self._path), framework="pt")
+            return dict(open_slices(self.path))
+        if self.path.suffix == ".safetensors":
+            file: Any = safe_open(str(self.path), framework="pt")
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: part if part.get_shape() else part[...].view(1) for name, part in slices.items()}
-        with self._path.open("rb") as head:
+        with self.path.open("rb") as head:
             self._is_mapped = head.read(2) == b"PK"  # older files are no archives, and are read as a whole
-        content = torch.load(self._path, map_location="cpu", mmap=self._is_mapped, weights_only=True)
+        content = torch.load(self.path, map_location="cpu", mmap=self._is_mapped, weights_only=True)
         return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
 
     def read(self, name: str, index: slice | tuple[int, slice]) -> torch.Tensor:
@@ -109,6 +109,9 @@ class Stored(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.shard.path}: tensor {self.name}"
 
 
 class Source(NamedTuple):
@@ -247,7 +250,10 @@ def load_weights(parts: Iterable[Part], checkpoint: Checkpoint, show_progress: b
                 begin, end = slot.rows
                 step = _rows_at_once(slot)
                 for first in range(begin, end, step):
-                    _put(slot, source.read(first, min(first + step, end)), first)
+                    block = source.read(first, min(first + step, end))
+                    if len(slot.shape) == 1 and not bool(block.isfinite().all()):
+                        raise ConfigError(f"{source.stored}: it holds NaN or infinity")
+                    _put(slot, block, first)
             del slots, slot  # which hold what packing frees
             finish()
     checkpoint.close()

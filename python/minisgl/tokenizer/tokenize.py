@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from minisgl.config.chat import reasoning_after
+from minisgl.config.chat import reasoning_after, template_problem
 from minisgl.config.locate import load_tokenizer
 from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import MAX_SEED, SamplingParams
@@ -61,6 +61,12 @@ class HFTextCodec:
         self.tokenizer = load_tokenizer(model_path)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
+        templates = self.tokenizer.chat_template or {}
+        for text in templates.values() if isinstance(templates, dict) else [templates]:
+            if problem := template_problem(text):
+                logger.warning(
+                    "%s: its chat template is broken, so that chats will be refused: %s", model_path, problem
+                )
         self._backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if self._backend is not None:
             self._backend.no_truncation()
