@@ -177,32 +177,52 @@ CASES: dict[str, tuple[Quantize, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
 def quantized(
     target: Path,
     case: str,
     family: str = "qwen3",
     full: tuple[str, ...] = (),
+    fused: bool = False,
     **overrides: Any,
 ) -> tuple[Path, torch.nn.Module]:
     """A checkpoint, and transformers' model with the weights that it stands for. full: parts of names of layers that
-    are not quantized, beside embedding, head and routers."""
+    are not quantized, beside embedding, head and routers. fused: layers that read the same input are stored as one."""
     quantize, options, config = CASES[case]
     source = tiny_model(family, **{**SIZES, **overrides})
     shutil.copytree(source, target)
     model = copy.deepcopy(hf_model(source))
     tensors: Tensors = {}
     full += ("embed_tokens", "lm_head", "mlp.gate.")
-    for name, weight in load_file(source / "model.safetensors").items():
+    plain = load_file(source / "model.safetensors")
+    for whole, parts in FUSED.items() if fused else ():
+        for first in [name for name in plain if f".{parts[0]}." in name]:
+            names = [first.replace(parts[0], part) for part in parts]
+            plain[first.replace(parts[0], whole)] = torch.cat([plain.pop(name) for name in names])
+    for name, weight in plain.items():
         if weight.dim() < 2 or any(part in name for part in full):
             tensors[name] = weight
             continue
         stored, meant = quantize(name.removesuffix(".weight"), weight, **options)
         tensors |= stored
-        set_weight(model, name, meant)
+        for part, rows in parts_of(name, meant, model):
+            set_weight(model, part, rows)
     save_file(tensors, target / "model.safetensors")
     fields = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**fields, "quantization_config": config}))
     return target, model
+
+
+def parts_of(name: str, weight: torch.Tensor, model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The layers that are stored as one, with their rows."""
+    whole = name.split(".")[-2]
+    names = [name.replace(whole, part) for part in FUSED.get(whole, (whole,))]
+    if len(names) == 1:
+        return [(name, weight)]
+    sizes = [len(model.get_parameter(part)) for part in names]
+    return list(zip(names, weight.split(sizes), strict=True))
 
 
 def set_weight(model: torch.nn.Module, name: str, weight: torch.Tensor) -> None:
@@ -234,7 +254,31 @@ def test_the_logits_are_those_of_the_weights(tmp_path: Path, case: str) -> None:
     assert (kernels - expected).norm() / expected.norm() < 0.04, "activations are rounded to 8 bits"
 
 
-@pytest.mark.parametrize("case", ["awq", "gptq with zeros", "compressed with zeros", "fp8 of blocks", "fp8 of tensors"])
+STORED = ["awq", "gptq with zeros", "compressed with zeros", "fp8 of blocks", "fp8 of tensors"]
+
+
+@pytest.mark.parametrize("case", [*STORED, "gptq in order of activations", "compressed, 8 bits, rows"])
+def test_layers_that_are_stored_as_one(tmp_path: Path, case: str) -> None:
+    """As in families whose checkpoints have `qkv_proj` and `gate_up_proj`; also on the second of two ranks."""
+    path, model = quantized(tmp_path / "model", case, fused=True)
+    torch.testing.assert_close(engine_logits(path, PROMPT), logits_of(model), atol=1e-3, rtol=1e-3)
+    if case not in ("fp8 of blocks", "gptq in order of activations"):  # whose groups are on both ranks
+        second = loaded(path, SecondOfTwo()).layers[1].self_attn.qkv_proj.matrix
+        weight, sizes = model.get_submodule("model.layers.1.self_attn"), (64, 32, 32)
+        parts = [getattr(weight, name).weight[size:] for name, size in zip(FUSED["qkv_proj"], sizes, strict=True)]
+        torch.testing.assert_close(second.apply(torch.eye(128)).t(), torch.cat(parts), atol=1e-5, rtol=1e-5)
+
+
+def test_one_layer_with_rows_of_nobody(tmp_path: Path) -> None:
+    path, _ = quantized(tmp_path / "model", "compressed", fused=True)
+    name, file = "model.layers.1.mlp.gate_up_proj.weight_scale", path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, name: torch.cat([tensors[name], tensors[name][:8]])}, file)
+    with pytest.raises(ConfigError, match=rf"{name}: it has 520 rows, and gate_proj, up_proj have 512$"):
+        engine_logits(path, PROMPT)
+
+
+@pytest.mark.parametrize("case", STORED)
 def test_experts_and_layers_in_full(tmp_path: Path, case: str) -> None:
     full = ("layers.1.self_attn.v_proj", "layers.2.mlp.experts.3.up_proj", "layers.2.self_attn")
     sizes = {"moe_intermediate_size": 128, "num_experts": 4}

@@ -54,7 +54,9 @@ class Float8Format(StoredFormat):
         """The blocks that hold rows or columns [begin, end) of `size`."""
         (begin, end), first, last = part, part[0] // BLOCK, div_ceil(part[1], BLOCK)
         if last - first > 1 and (begin % BLOCK or (end % BLOCK and end != size)):
-            raise self.error(name, f"tensor parallelism would cut [{begin}, {end}) of {size} through blocks of {BLOCK}")
+            raise self.error(
+                name, f"[{begin}, {end}) of {size}, a rank's or a part's, is cut through blocks of {BLOCK}"
+            )
         return first, last
 
     def part(self, prefix: str, tensors: Tensors) -> Float8 | Tensor:

@@ -40,6 +40,7 @@ class GroupedFormat(StoredFormat):
     """Base of those below. codes, scales, zeros, order: the tensors' names in the checkpoint."""
 
     codes, scales, zeros, order = "qweight", "scales", "qzeros", "g_idx"
+    rows_at = ("scales", 1)
 
     def packed_slots(self, prefix: str, tensors: Tensors, shard: Shard, scheme: Scheme) -> Iterator[WeightSlot]:
         layer = self._layer(prefix, shard, scheme)
@@ -169,6 +170,7 @@ class Compressed(GroupedFormat):
     rows."""
 
     codes, scales, zeros, order = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
+    rows_at = ("weight_scale", 0)
 
     def has_zeros(self, prefix: str) -> bool:
         return f"{prefix}{self.zeros}" in self.header

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
 
 from minisgl.config.quantization import Quantization, Scheme
 from minisgl.errors import ConfigError
-from minisgl.formats.base import ByName, Header, Shard, Tensor, Tensors, WeightSlot
+from minisgl.formats.base import FUSED, ByName, Header, Shard, Tensor, Tensors, WeightSlot
 
 FULL = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 
@@ -29,15 +30,36 @@ class StoredFormat(ByName):
     ) -> None:
         super().__init__(dtype, device)
         self.spec, self.header, self._source = spec, header, source
+        self._taken: dict[str, int] = {}  # rows of a fused layer that are those of the parts before
 
     def error(self, name: str, reason: str) -> ConfigError:
         return ConfigError(f"the weights in {self._source!r} cannot be used: {name}: {reason}")
 
     def slots(self, prefix: str, tensors: Tensors, shard: Shard) -> Iterator[WeightSlot]:
-        if self._is_full(prefix):
-            yield from super().slots(prefix, tensors, shard)
-        else:
-            yield from self.packed_slots(prefix, tensors, shard, self.scheme(prefix))
+        stored, fused = self._where(prefix, shard)
+        if self._is_full(stored):
+            yield from super().slots(prefix, tensors, shard)  # the loader knows of fused ones
+            return
+        made: Tensors = {}
+        yield from self.packed_slots(stored, made, fused, self.scheme(stored))
+        tensors |= {prefix + name.removeprefix(stored): tensor for name, tensor in made.items()}
+
+    def _where(self, prefix: str, shard: Shard) -> tuple[str, Shard]:
+        """What a layer's names begin with in the checkpoint, and the shard, in a layer that several make up where it is
+        stored so. Raises: ConfigError when these have not as many rows as it has."""
+        part, name, axis = prefix.split(".")[-2], *self.rows_at
+        fused = next((whole for whole, parts in FUSED.items() if part in parts), part)
+        stored = prefix.replace(f".{part}.", f".{fused}.")
+        if fused == part or f"{stored}{name}" not in self.header:
+            return prefix, shard
+        first, num_rows = self._taken.get(stored, 0), self.header[f"{stored}{name}"].shape[axis]
+        self._taken[stored] = end = first + shard.shape[0]
+        if end > num_rows or (end != num_rows and part == FUSED[fused][-1]):
+            raise self.error(f"{stored}{name}", f"it has {num_rows} rows, and {', '.join(FUSED[fused])} have {end}")
+        rows = first + shard.rows[0], first + shard.rows[1]
+        return stored, replace(shard, shape=(num_rows, shard.shape[1]), rows=rows)
+
+    rows_at = ("weight", 0)  # a tensor of each layer that is not in full, and its dimension that counts rows
 
     @abstractmethod
     def packed_slots(self, prefix: str, tensors: Tensors, shard: Shard, scheme: Scheme) -> Iterator[WeightSlot]:

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from minisgl.config.locate import lfs_hint, listing, weight_files
 from minisgl.config.model import ModelConfig
 from minisgl.errors import ConfigError
-from minisgl.formats.base import Header, WeightSlot
+from minisgl.formats.base import FUSED, Header, WeightSlot
 from minisgl.formats.gguf import open_slices
 from minisgl.layers.base import Part
 
@@ -36,8 +36,6 @@ REOPEN_BYTES = 16 << 20  # files are mapped: pages that were read count as resid
 # A decoder's tensors, after what may stand before them: it was a part of something larger, or had no head.
 _OUTER = r"(?:(?:model|language_model|text_model|base_model|module|_orig_mod)\.)*"
 _NAME = re.compile(_OUTER + r"(?:(lm_head\..*)|((?:layers|embed_tokens|norm)\..*))")
-# Tensors that may be stored one below the other, in one.
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)\.weight")
 # Buffers that follow from the configuration, and state of training; scales of activations and of a quantized KV cache.
 _IGNORED = re.compile(
@@ -212,7 +210,7 @@ def _places(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[
     if match := _EXPERT.fullmatch(name):
         alone += [(f"{match[1]}{match[3]}{end}", int(match[2])) for end in ("", ".weight")]
     yield from ((stored, expert, 0, 0) for stored, expert in alone)
-    for fused, parts in _FUSED.items():
+    for fused, parts in FUSED.items():
         part = next((part for part in parts if f".{part}." in name), None)
         if part is not None:
             sizes = [shapes[name.replace(f".{part}.", f".{sibling}.")][0] for sibling in parts]
