@@ -158,12 +158,16 @@ def test_each_layer_says_whether_the_cpu_engine_can_run_it() -> None:
     assert layer.cpu_spec() is None
 
 
-def test_weights_rounded_to_e4m3() -> None:
+def test_weights_rounded_to_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row has a scale of its own: what is small in it is as near as what is large."""
     weight = torch.randn(40, 64) * torch.logspace(-6, 6, 40)[:, None]
     weight[3] = 0
-    matrix = Rounded().matrix(TorchOps(), {"weight": weight.clone()})
+    device = torch.device("cpu")
+    matrix = Rounded(device, device).matrix(TorchOps(), {"weight": weight.clone()})
     values = matrix.apply(torch.eye(64)).T
+    monkeypatch.setattr(Rounded, "_ROWS_BYTES", 1000)
+    few_at_a_time = Rounded(device, device).matrix(TorchOps(), {"weight": weight.clone()})
+    torch.testing.assert_close(few_at_a_time.apply(torch.eye(64)).T, values, atol=0, rtol=0)
     largest = weight.abs().amax(1, keepdim=True)
     assert ((values - weight).abs() <= weight.abs() / 15.9 + largest / 448 * 2**-10).all()
     assert not torch.equal(values, weight)

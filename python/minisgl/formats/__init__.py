@@ -31,4 +31,6 @@ def create_format(config: EngineConfig, device: torch.device, header: Mapping[st
         return Gguf(Path(config.model_path), dtype, device)
     if (stored := config.model.quantization) is not None:
         return _STORED[stored.layout](stored, header, config.model_path, dtype, device)
-    return {"int4": Int4(dtype, device), "int8": Int8(), "fp8": Rounded()}.get(config.quantization or "", DENSE)
+    loaded = device if config.dummy_weight else torch.device("cpu")  # where random weights are made
+    rounded = {"int4": Int4(dtype, device), "int8": Int8(), "fp8": Rounded(loaded, device)}
+    return rounded.get(config.quantization or "", DENSE)

@@ -177,10 +177,24 @@ class Int8(WeightFormat):
 
 
 class Rounded(WeightFormat):
-    """Rounded to e4m3, with a scale for each row, once they are loaded."""
+    """Rounded to e4m3, with a scale for each row, once they are loaded: rows of a layer that the host holds go to the
+    device a few at a time, which never holds it in full. loaded: where that layer lies; device: that computes."""
+
+    _ROWS_BYTES = 64 << 20
+
+    def __init__(self, loaded: torch.device, device: torch.device) -> None:
+        self._loaded, self._device = loaded, device
+
+    def create(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensors:  # noqa: ARG002
+        return super().create(shape, dtype, self._loaded)
 
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
-        return ops.packed_matrix([Float8.of(tensors["weight"])], tensors["weight"].dtype, activation)
+        weight = tensors["weight"]
+        step = max(1, self._ROWS_BYTES // (weight.shape[1] * weight.itemsize))
+        starts = range(0, len(weight), step)
+        parts = [Float8.of(weight[first : first + step].to(self._device)) for first in starts]
+        data, scales = (torch.cat(tensors) for tensors in zip(*((p.data, p.scales) for p in parts), strict=True))
+        return ops.packed_matrix([Float8(data, scales)], weight.dtype, activation)
 
 
 DENSE = Dense()
