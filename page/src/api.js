@@ -57,7 +57,7 @@ export async function ask(path, { body, signal, quiet = false } = {}) {
 export const askJson = async (path, options) => (await ask(path, options)).json();
 
 /**
- * The data of a stream of server-sent events, one event after the other. Comments, which keep connections alive, are
+ * A stream of server-sent events, one after the other: `{ name, data }`. Comments, which keep connections alive, are
  * passed over.
  * @param {Response} response
  */
@@ -65,6 +65,7 @@ export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   let data = [];
+  let name = "message";
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return;
@@ -72,9 +73,11 @@ export async function* events(response) {
     rest = lines.pop();
     for (const line of lines) {
       if (line.startsWith("data:")) data.push(line.slice(5).replace(/^ /, ""));
+      else if (line.startsWith("event:")) name = line.slice(6).trim();
       else if (line === "" && data.length) {
-        yield data.join("\n");
+        yield { name, data: data.join("\n") };
         data = [];
+        name = "message";
       }
     }
   }

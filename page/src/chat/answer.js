@@ -70,7 +70,7 @@ export async function writeAnswer(conversation, signal, changed) {
     const body = { ...bodyOf(conversation.settings), messages: history(before) };
     const response = await ask("/v1/chat/completions", { body, signal });
     answer.stats.requestId = response.headers.get("x-request-id");
-    for await (const data of events(response)) {
+    for await (const { data } of events(response)) {
       if (data === "[DONE]") break;
       if (read(answer, JSON.parse(data))) {
         last = performance.now();

@@ -1,16 +1,76 @@
-// The live inspector.
+// The live inspector: panels that draw what `live.js` receives.
 import { fill, h } from "../dom.js";
-import { t } from "../i18n.js";
+import { num, t } from "../i18n.js";
+import { Controls } from "./controls.js";
+import { Live } from "./live.js";
+import { Pool } from "./pool.js";
+import { Processes } from "./processes.js";
+import { RequestDetail } from "./request.js";
+import { Requests } from "./requests.js";
+import { Sparks } from "./sparks.js";
+import { Strip } from "./strip.js";
+import { Tree } from "./tree.js";
 
 export class InsideView {
   constructor() {
-    this.root = h("div", { class: "inside" });
+    this.root = h("div", { class: "inside", tabindex: "-1" });
+    this.live = new Live(() => this.update());
+    this.isShown = false;
     this.build();
+    document.addEventListener("visibilitychange", () => this.watch());
+    addEventListener("resize", () => this.update());
   }
 
   build() {
-    fill(this.root, h("p", { class: "muted", text: t("inside.soon") }));
+    this.status = h("p", { class: "small status", role: "status" });
+    this.controls = new Controls();
+    this.detail = new RequestDetail(() => (location.hash = "#inside"));
+    this.requests = new Requests((id) => (location.hash = id === this.detail.id ? "#inside" : `#inside/${encodeURIComponent(id)}`));
+    this.panels = { processes: new Processes(), sparks: new Sparks(), strip: new Strip(), requests: this.requests, tree: new Tree(), pool: new Pool() };
+    const card = (name) =>
+      h(
+        "section",
+        { class: `card ${name}-card`, "aria-labelledby": `card-${name}`, "data-panel": name },
+        h("h2", { id: `card-${name}`, text: t(`panel.${name}`) }),
+        h("p", { class: "small muted about", text: t(`panel.${name}.about`) }),
+        this.panels[name].root,
+      );
+    const head = h("div", { class: "inside-head" }, h("h1", { text: t("inside.title") }), this.status);
+    fill(this.root, head, this.controls.root, h("div", { class: "cards" }, card("processes"), card("sparks"), card("strip"), card("requests"), this.detail.root, card("tree"), card("pool")));
+    this.update();
   }
 
-  show() {}
+  /** @param {boolean} isShown  whether people see it  @param {string} [id]  of the request that is opened */
+  show(isShown, id = "") {
+    this.isShown = isShown;
+    this.watch();
+    if (!isShown) return;
+    this.requests.chosen = decodeURIComponent(id);
+    this.detail.show(decodeURIComponent(id)).then(() => id && this.detail.root.scrollIntoView({ block: "nearest" }));
+    this.update();
+  }
+
+  watch() {
+    this.live.watch(this.isShown && !document.hidden);
+  }
+
+  update() {
+    if (!this.isShown) return;
+    const { live } = this;
+    this.root.dataset.status = live.status;
+    this.status.textContent = this.statusText();
+    this.controls.update(live);
+    for (const panel of Object.values(this.panels)) panel.update(live);
+  }
+
+  statusText() {
+    const { status, hello, state } = this.live;
+    if (status === "off" || status === "connecting") return t(`inside.${status}`);
+    if (status !== "on") return t("inside.lost", { why: status });
+    if (state?.error) return t("inside.lost", { why: state.error });
+    if (!hello) return "";
+    const { limits } = hello;
+    const values = { model: hello.model, rows: num(limits.rows), budget: num(limits.budget), pages: num(limits.pages), size: limits.page_size, policy: limits.policy };
+    return t("inside.on", values);
+  }
 }

@@ -1,0 +1,83 @@
+// (b) The steps as a strip that scrolls: a column for each step, a line for each row of the batch. A column in which both
+// colours stand is a mixed step: some requests decode while another's prompt is computed, chunk by chunk.
+import { h } from "../dom.js";
+import { num, t } from "../i18n.js";
+import { isMixed, sized, themed } from "./live.js";
+
+const COLUMN = 12; // pixels
+const LINE = 9;
+const HEAD = 44; // pixels of the bars above, which show a step's tokens
+const MAX_LINES = 32;
+
+export class Strip {
+  constructor() {
+    this.canvas = h("canvas", { class: "strip", role: "img" });
+    this.about = h("p", { class: "small strip-about" });
+    const key = (name) => h("span", { class: "key" }, h("i", { class: name }), t(`strip.${name}`));
+    this.root = h("div", {}, this.canvas, h("div", { class: "legend small muted" }, key("prefill"), key("decode")), this.about);
+    this.pointed = null; // the step that the pointer is at
+    this.canvas.addEventListener("pointermove", (event) => this.point(event));
+    this.canvas.addEventListener("pointerleave", () => {
+      this.pointed = null;
+      this.tell();
+    });
+  }
+
+  point(event) {
+    const fromEnd = Math.floor((this.canvas.clientWidth - event.offsetX) / COLUMN);
+    this.pointed = this.steps?.at(-1 - fromEnd) ?? null;
+    this.tell();
+  }
+
+  update({ steps, numMixed, hello }) {
+    this.steps = steps;
+    const { canvas, root } = this;
+    root.dataset.steps = steps.length;
+    root.dataset.mixed = numMixed;
+    root.dataset.last = steps.at(-1)?.step ?? "";
+    const shown = steps.slice(-Math.ceil((canvas.clientWidth || 600) / COLUMN));
+    const lines = Math.min(MAX_LINES, Math.max(8, ...shown.flatMap((step) => step.rows.map(([row]) => row + 1))));
+    const context = sized(canvas, HEAD + lines * LINE + 4);
+    const budget = Math.max(hello?.limits.budget ?? 1, ...shown.map((step) => step.num_tokens));
+    const colours = [themed("decode"), themed("prefill"), themed("line")];
+    context.fillStyle = colours[2];
+    context.fillRect(0, HEAD - 1, canvas.clientWidth, 1);
+    shown.forEach((step, index) => this.draw(context, step, canvas.clientWidth - (shown.length - index) * COLUMN, budget, colours));
+    this.tell();
+  }
+
+  draw(context, step, x, budget, [decode, prefill]) {
+    // The tokens of a step, on a scale on which one token is still seen beside a full budget.
+    const scale = (tokens) => ((HEAD - 4) * Math.log1p(tokens)) / Math.log1p(budget);
+    const height = scale(step.num_tokens);
+    const lower = step.num_tokens ? (height * step.num_decode) / step.num_tokens : 0;
+    context.fillStyle = prefill;
+    context.fillRect(x + 1, HEAD - 2 - height, COLUMN - 3, height);
+    context.fillStyle = decode;
+    context.fillRect(x + 1, HEAD - 2 - Math.max(lower, step.num_decode ? 3 : 0), COLUMN - 3, Math.max(lower, step.num_decode ? 3 : 0));
+    for (const [row, , , isPrefill] of step.rows) {
+      if (row >= MAX_LINES) continue;
+      context.fillStyle = isPrefill ? prefill : decode;
+      context.fillRect(x + 1, HEAD + 3 + row * LINE, COLUMN - 3, LINE - 2);
+    }
+  }
+
+  /** The step that is pointed at, or the newest, in words. */
+  tell() {
+    const step = this.pointed ?? this.steps?.at(-1);
+    const words = step ? describe(step) : t("strip.none");
+    this.about.textContent = words;
+    this.canvas.setAttribute("aria-label", t("strip.label", { words }));
+  }
+}
+
+function describe(step) {
+  const chunks = step.rows.filter(([, , , isPrefill]) => isPrefill);
+  const numNew = chunks.reduce((sum, [, , count]) => sum + count, 0);
+  const parts = [t("strip.step", { n: num(step.step) })];
+  if (step.num_decode) parts.push(t("strip.decodes", { n: num(step.num_decode) }));
+  if (chunks.length) parts.push(t("strip.chunks", { n: num(chunks.length), tokens: num(numNew) }));
+  if (isMixed(step)) parts.push(t("strip.mixed"));
+  if (step.device_ms !== null) parts.push(t("strip.time", { device: num(step.device_ms, 1), host: num(step.host_ms, 1) }));
+  return parts.join(" · ");
+}

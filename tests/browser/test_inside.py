@@ -1,0 +1,230 @@
+"""The page's inspector: what it shows of each example load is what the trace and the counters say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import minisgl
+from tests.browser.conftest import Page, check_accessible, poll, shot
+from tests.e2e.conftest import Server
+
+Visit = Callable[..., Page]
+STAGES = ["received", "validated", "tokenized", "queued", "admitted", "finished", "detokenized", "sent"]
+PACKAGE = Path(minisgl.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The built-in model with few pages, and with slow motion."""
+    log = tmp_path_factory.mktemp("logs") / "small.log"
+    flags = ["--port", "0", "--device", "cpu", "--dtype", "float32", "--num-pages", "64", "--slow-motion"]
+    with Server.running(["-m", "minisgl", *flags], log) as server:
+        yield server
+
+
+def look(visit: Visit, server: Server, **options: Any) -> Page:
+    page = visit(f"{server.url}/#inside", **options)
+    page.locator(".inside[data-status=on]").wait_for()
+    page.locator(".controls[data-ready]").wait_for()
+    return page
+
+
+def run_load(page: Page, name: str) -> list[str]:
+    """Press a load's button, and wait until all its requests have ended. Returns their ids, in the order of sending."""
+    page.locator(f"[data-load={name}]").click()
+    page.locator(".controls[data-state=running]").wait_for()
+    page.locator(".controls[data-state=done]").wait_for(timeout=60_000)
+    return str(page.locator(".controls").get_attribute("data-ids")).split()
+
+
+def get(server: Server, path: str) -> Any:
+    return httpx.get(f"{server.url}{path}", timeout=30).raise_for_status().json()
+
+
+def outputs(server: Server, ids: list[str]) -> list[dict[str, Any]]:
+    return [get(server, f"/trace/{one}")["outputs"][0] for one in ids]
+
+
+def counter(server: Server, name: str) -> float:
+    text = httpx.get(f"{server.url}/metrics", timeout=30).text
+    return float(re.search(rf"^minisgl:{name}\{{.*?\}} (\S+)", text, flags=re.MULTILINE)[1])  # type: ignore[index]
+
+
+def panel(page: Page, name: str) -> dict[str, str]:
+    """What a panel says of itself in `data-…`."""
+    shown = page.locator(f"[data-panel={name}] > :last-child")
+    return dict(shown.evaluate("node => ({...node.dataset})"))
+
+
+def test_one_chat_and_its_eight_stages(visit: Visit, demo: Server) -> None:
+    page = look(visit, demo)
+    (one,) = run_load(page, "one")
+    row = page.locator(f"tr[data-id='{one}']")
+    row.get_by_role("button").click()
+    detail = page.locator(".request")
+    detail.locator(".stage.done").nth(7).wait_for()
+    (told,) = outputs(demo, [one])
+    assert [stage["name"] for stage in told["stages"]] == STAGES
+    assert detail.locator("[data-stage]").evaluate_all("all => all.map((one) => one.dataset.stage)") == STAGES
+    assert detail.locator(".stage.done").count() == 8
+    shown = detail.locator(".when").all_inner_texts()
+    assert [seconds_of(text) for text in shown] == pytest.approx(
+        [stage["seconds"] for stage in told["stages"]], rel=0.01, abs=0.0006
+    )
+    assert f"{told['num_prompt']} prompt tokens" in detail.inner_text()
+    assert f"{told['num_chunks']} chunks of prefill" in detail.inner_text()
+    assert row.locator("td").nth(3).inner_text() == str(told["num_output"])
+    assert detail.locator(".timeline .prefill").count() == len(told["chunks"]) == 1
+    assert detail.locator(".timeline .decode").count() == len(told["decodes"])
+
+    detail.locator("[data-stage=queued]").click()  # the code of this version, by line
+    place = detail.locator(".source .code-head .mono").first.inner_text()
+    file, first, last = re.fullmatch(r"minisgl/(.+):(\d+)–(\d+)", place).groups()  # type: ignore[union-attr]
+    lines = (PACKAGE / file).read_text(encoding="utf-8").splitlines()[int(first) - 1 : int(last)]
+    assert detail.locator(".source code").first.inner_text().rstrip() == "\n".join(lines)
+    shot(page, "inside-request")
+
+
+def seconds_of(shown: str) -> float:
+    value, unit = re.fullmatch(r"\+([\d.,]+) (m?s)", shown).groups()  # type: ignore[union-attr]
+    return float(value) / (1000 if unit == "ms" else 1)
+
+
+def test_a_shared_prefix_is_computed_once(visit: Visit, demo: Server) -> None:
+    page = look(visit, demo)
+    hits = counter(demo, "prefix_cache_hits_total")
+    ids = run_load(page, "shared")
+    assert len(ids) == 16
+    told = outputs(demo, ids)
+    assert all(output["num_cached"] > 0 for output in told[1:])
+    poll(lambda: page.locator("tr.ended").count() >= 16, "not all are listed as ended")
+    shown = {row.get_attribute("data-id"): row.inner_text() for row in page.locator("tr.ended").all()}
+    for one, output in zip(ids[1:], told[1:], strict=True):
+        assert f"{output['num_cached']} cached" in shown[one]
+    assert counter(demo, "prefix_cache_hits_total") - hits == sum(output["num_cached"] for output in told)
+    poll(lambda: int(panel(page, "tree").get("nodes", 0)) > 15, "the tree has no branches")
+    assert page.locator(".tree .branch .branch").count() > 1  # what is their own, right of what they share
+    assert int(panel(page, "tree")["hits"]) > 0
+    poll(lambda: panel(page, "pool").get("used") == "0", "pages stay in use")
+    pages = {name: int(panel(page, "pool")[name]) for name in ("used", "cached", "free")}
+    assert pages["cached"] > 0 and sum(pages.values()) == get(demo, "/server_info")["num_pages"]
+
+
+def test_a_long_prompt_shares_steps_with_running_streams(visit: Visit, demo: Server) -> None:
+    page = look(visit, demo)
+    before = {step["step"] for step in get(demo, "/trace?format=json&steps=2048&requests=1")["steps"]}
+    mixed = int(panel(page, "strip")["mixed"])
+    ids = run_load(page, "long")
+    (told,) = outputs(demo, ids[-1:])
+    assert told["num_chunks"] >= 2
+    steps = get(demo, "/trace?format=json&steps=2048&requests=1")["steps"]
+    known = [
+        step
+        for step in steps
+        if step["step"] not in before and step["num_decode"] and any(row[3] for row in step["rows"])
+    ]
+    assert {chunk["step"] for chunk in told["chunks"]} & {step["step"] for step in known}
+    poll(lambda: panel(page, "strip")["last"] == str(steps[-1]["step"]), "the strip stands still")
+    assert int(panel(page, "strip")["mixed"]) - mixed == len(known)
+    page.locator(f"tr[data-id='{ids[-1]}']").get_by_role("button").click()
+    poll(lambda: page.locator(".timeline .prefill").count() == told["num_chunks"], "not each chunk is shown")
+
+
+def test_one_is_retracted_where_pages_are_few(visit: Visit, small: Server) -> None:
+    page = look(visit, small)
+    before = counter(small, "num_preemptions_total")
+    page.locator("[data-load=retracted]").click()
+    page.locator("tr.waiting").first.wait_for()
+    why = page.locator("tr.waiting td:nth-child(2)").first.inner_text()
+    assert why.startswith("waits ")
+    page.locator(".controls[data-state=done]").wait_for(timeout=60_000)
+    told = outputs(small, str(page.locator(".controls").get_attribute("data-ids")).split())
+    assert sum(output["num_retractions"] for output in told) == counter(small, "num_preemptions_total") - before > 0
+    assert all(output["reason"] == "length" for output in told)  # and each came to its end
+    assert "pages" in panel(page, "requests")["waits"].split()
+    poll(lambda: page.locator("tr.ended").count() >= len(told), "not all are listed as ended")
+    for output in told:
+        times = output["num_retractions"]
+        shown = page.locator(f"tr[data-uid='{output['uid']}']").inner_text()
+        assert (f"retracted {times} ×" in shown) == (times > 0)
+    assert int(panel(page, "tree").get("evicted", 0)) > 0
+
+
+def test_the_server_can_be_paused_and_slowed(visit: Visit, small: Server) -> None:
+    page = look(visit, small)
+    page.locator("[data-load=long]").click()
+    page.locator("tr.running").first.wait_for()
+    page.get_by_role("button", name="Pause").click()
+    stood = poll_still(page)
+    assert page.locator("tr.running").count() > 0
+    page.get_by_role("slider", name="Slow motion").fill("2")
+    page.get_by_text("100 ms after each step").wait_for()
+    page.get_by_role("button", name="Go on").click()
+    poll(lambda: int(panel(page, "strip")["last"]) > stood, "it does not go on")
+    shot(page, "inside")
+    page.get_by_role("slider", name="Slow motion").fill("0")
+    page.locator(".controls[data-state=done]").wait_for(timeout=60_000)
+
+
+def poll_still(page: Page) -> int:
+    """Wait until no step begins for a second. Returns the last one's number."""
+    last = -1
+
+    def stands() -> bool:
+        nonlocal last
+        before, last = last, int(panel(page, "strip")["last"] or -1)
+        page.wait_for_timeout(1000)
+        return before == last
+
+    poll(stands, "steps go on")
+    return last
+
+
+def test_what_cannot_be_shown_here_says_how(visit: Visit, demo: Server) -> None:
+    page = look(visit, demo)
+    assert page.locator("[data-load=retracted]").is_disabled()
+    page.get_by_text("--num-pages 64").wait_for()
+    page.get_by_text("--slow-motion").wait_for()
+
+
+def test_nothing_is_sent_while_nobody_looks(visit: Visit, demo: Server) -> None:
+    page = look(visit, demo)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.get_by_role("link", name="Chat").click()
+    page.locator(".chat").wait_for()
+    httpx.post(f"{demo.url}/v1/completions", json={"prompt": "a", "max_tokens": 4}, timeout=30)
+    page.wait_for_timeout(1000)
+    assert not asked
+    page.get_by_role("link", name="Inside").click()
+    page.locator(".inside[data-status=on]").wait_for()
+
+
+def test_it_can_be_read_by_everybody(visit: Visit, demo: Server) -> None:
+    page = look(visit, demo)
+    run_load(page, "one")
+    check_accessible(page)
+    page.get_by_role("button", name="Dark mode").click()
+    page.get_by_role("combobox", name="Language").select_option("zh")
+    page.get_by_role("heading", name="推理服务如何运作").wait_for()
+    check_accessible(page)
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.locator("tr.ended").first.get_by_role("button").click()
+    page.locator(".request .stage.done").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    check_accessible(page)
+
+
+def test_a_chat_leads_to_its_request(visit: Visit, demo: Server) -> None:
+    page = visit(demo.url)
+    page.get_by_role("textbox", name="Write a message").fill("Hello!")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Look inside").click()
+    page.locator(".request .stage.done").nth(7).wait_for()
+    assert page.url.rpartition("/")[2] in page.locator(".request h2").inner_text()
