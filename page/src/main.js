@@ -45,16 +45,16 @@ const views = {
 
 const showHead = () => fill(header, head());
 
-/** The view that the address names: `#chat`, `#inside`, or `#inside/` and the id of a request. */
+/** The view that the address names: `#chat`, `#inside`, or `#inside/` and the id of a request (and the uid of an output). */
 function showView() {
-  const [name, id] = location.hash.slice(1).split("/");
+  const [name, id, uid] = location.hash.slice(1).split("/");
   const shown = name in views ? name : "chat";
   for (const link of header.querySelectorAll("[data-view]")) {
     if (link.dataset.view === shown) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
   if (main.firstChild !== views[shown].root) fill(main, views[shown].root);
-  views.inside.show(shown === "inside", id);
+  views.inside.show(shown === "inside", id, uid);
   if (shown === "chat") views.chat.scrollToEnd();
 }
 

@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 _MODE: Literal["validation"] = "validation"
 SCHEMA_REF = "#/components/schemas/{model}"
 _ABOUT, _ERRORS, _ANSWERS = yaml.safe_load_all((HERE / "answers.yaml").read_text(encoding="utf-8"))
+_SHOWN = yaml.safe_load((HERE / "shown.yaml").read_text(encoding="utf-8"))
 _ROUTES, _EVENTS = yaml.safe_load_all((HERE / "routes.yaml").read_text(encoding="utf-8"))
 
 
@@ -62,7 +63,20 @@ def document() -> Json:
         for method, operation in operations.items():
             operation |= _operation(path, **told.pop(f"{method.upper()} {path}"))
     assert not told, f"there are no such routes: {', '.join(told)}"
+    whole["tags"] = [{"name": tag, "description": group["about"]} for tag, group in _SHOWN.items()]
+    shown = {route: (tag, entry) for tag, group in _SHOWN.items() for route, entry in group["routes"].items()}
+    for path, operations in whole["paths"].items():
+        for method, operation in operations.items():
+            _show(operation, *shown.pop(f"{method.upper()} {path}"))
+    assert not shown, f"there are no such routes: {', '.join(shown)}"
     return whole
+
+
+def _show(operation: Json, tag: str, entry: Json) -> None:
+    """Where /docs has it, under which name, and an example of its body."""
+    operation |= {"tags": [tag], "summary": entry["summary"]}
+    if "example" in entry:
+        operation["requestBody"]["content"]["application/json"]["example"] = entry["example"]
 
 
 def _operation(

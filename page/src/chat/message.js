@@ -86,7 +86,7 @@ export class AnswerView {
     this.tools = h("div", { class: "tools" });
     this.tokens = h("div", { hidden: true });
     this.shownCalls = "";
-    this.waiting = h("div", { class: "waiting", role: "status", "aria-label": t("waiting") }, h("i"), h("i"), h("i"));
+    this.waiting = h("div", { class: "pending", role: "status", "aria-label": t("waiting") }, h("i"), h("i"), h("i"));
     const foot = h("div", { class: "foot" }, this.stats, this.tools);
     const parts = [this.waiting, this.reasoning, body, this.calls, this.error, this.tokens, foot];
     this.root = h("article", { class: "message answer", "aria-label": t("answer") }, parts);

@@ -19,7 +19,7 @@ export class Controls {
     this.stop = h("button", { type: "button", class: "button", hidden: true, onclick: () => this.load?.abort() }, icon("stop"), t("stop"));
     this.speed = h("div", { class: "pace" });
     const loads = h("div", { class: "loads", role: "group", "aria-label": t("load.title") }, h("span", { class: "small muted", text: t("load.title") }), this.buttons, this.stop);
-    fill(this.root, h("div", { class: "row wrap" }, loads, this.speed), this.told);
+    fill(this.root, loads, this.told);
   }
 
   update(live) {

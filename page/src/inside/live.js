@@ -4,6 +4,8 @@ import { ask, askJson, events } from "../api.js";
 const MAX_STEPS = 512; // that are remembered
 const MAX_STATES = 240; // four each second: one minute
 const MAX_ENDED = 24; // requests that have ended and are still listed
+const MAX_TRIES = 4;
+const LATER = 500; // milliseconds in which several may end
 const AGAIN = 2000; // milliseconds until a lost connection is tried again
 
 /**
@@ -22,6 +24,8 @@ export class Live {
     this.tree = { nodes: [], evicted: [], truncated: false };
     this.pool = null;
     this.ended = []; // the newest first
+    this.asking = null;
+    this.missing = new Map(); // by uid, of who has ended and is not listed yet: how often it was asked for
     this.known = new Map(); // by uid: what is running or waiting now
     this.fresh = new Set();
     this.controller = null;
@@ -97,22 +101,33 @@ export class Live {
     }
     this.addSteps(state.steps);
     const now = new Map([...state.running, ...state.waiting].map((one) => [one.uid, one]));
-    for (const [uid, one] of this.known) if (!now.has(uid)) this.noteEnded(uid, one.id);
+    // Who is quick comes and goes between two events: only the steps tell of them.
+    const seen = [...this.known.keys(), ...state.steps.flatMap((step) => step.rows.map(([, uid]) => uid))];
+    const listed = new Set(this.ended.map((one) => one.uid));
+    for (const uid of seen) if (!now.has(uid) && !listed.has(uid) && !this.missing.has(uid)) this.missing.set(uid, 0);
+    if (this.missing.size) this.loadEnded();
     this.known = now;
     this.state = state;
     this.states = [...this.states, state].slice(-MAX_STATES);
   }
 
-  /** One that was there has gone: how it ended, its trace knows. */
-  async noteEnded(uid, id) {
-    try {
-      const found = endedOf(await askJson(`/trace/${encodeURIComponent(id)}`, { quiet: true }));
-      const isNew = (one) => !this.ended.some((other) => other.uid === one.uid);
-      this.ended = [...found.filter((one) => one.uid === uid && isNew(one)), ...this.ended].slice(0, MAX_ENDED);
-      this.tell("state");
-    } catch {
-      // Forgotten already: too many have come since.
-    }
+  /** Ask who has ended of late, and how: not more often than once in a while. */
+  loadEnded() {
+    this.asking ??= setTimeout(async () => {
+      try {
+        const { requests } = await askJson(`/trace?format=json&steps=1&requests=${MAX_ENDED}`, { quiet: true });
+        this.ended = requests.flatMap(endedOf).reverse().slice(0, MAX_ENDED);
+        const found = new Set(this.ended.map((one) => one.uid));
+        for (const [uid, tries] of this.missing) {
+          if (found.has(uid) || tries === MAX_TRIES) this.missing.delete(uid);
+          else this.missing.set(uid, tries + 1);
+        }
+        this.tell("state");
+      } catch (error) {
+        console.warn(error.message); // it is asked again when the next one ends
+      }
+      this.asking = null;
+    }, LATER);
   }
 }
 

@@ -1,19 +1,18 @@
 // Loads to look at: each shows one mechanism within a minute, on the built-in model too.
+//
+// A browser opens six connections to a server, and one of them is the live view's. So what shall run together comes in
+// one HTTP request with several prompts: to the scheduler each of them is a request of its own.
 import { ask, askJson, events } from "../api.js";
 
 const WORDS = "The keeper of the lighthouse counts the ships that pass in the night and writes each one into a long list. ";
 const QUESTIONS = ["What can you do?", "How are you?", "Tell me a short story.", "What is a radix tree?", "What is 2 plus 3?"];
-const MAX_POOL = 16_384; // tokens: a larger pool takes too many requests to be filled
-
-/** Send one chat, and read its answer to the end. Returns the request's id as soon as the answer begins. */
-async function send(messages, options, signal, sent) {
-  const body = { messages, stream: true, ...options };
-  const response = await ask("/v1/chat/completions", { body, signal });
-  sent(response.headers.get("x-request-id"));
-  for await (const { data } of events(response)) if (data === "[DONE]") break;
-}
+const MAX_POOL = 4096; // tokens: a larger pool takes too many requests, and too long, to be filled
 
 const user = (content) => ({ role: "user", content });
+const times = (count, make) => Promise.all(Array.from({ length: count }, (_, index) => make(index)));
+
+/** The ids of a chat, as its template has them. */
+const idsOf = async (...messages) => (await askJson("/tokenize", { body: { messages } })).tokens;
 
 /** A text of about so many tokens. */
 async function textOf(numTokens) {
@@ -21,41 +20,60 @@ async function textOf(numTokens) {
   return WORDS.repeat(Math.max(1, Math.floor(numTokens / count)));
 }
 
-/** Ends when one of them has written something, so that what is sent next meets running streams. */
-const started = (sendAll) => new Promise((resolve, reject) => sendAll(resolve).catch(reject));
+/** What sends requests, and reads their answers to the end. sent: is told the id of each. */
+class Sender {
+  constructor(signal, sent) {
+    this.signal = signal;
+    this.sent = sent;
+  }
 
-async function oneChat(_, go) {
-  await go([user("Tell me a short story about a lighthouse.")], { max_tokens: 200 });
+  chat = (messages, options) => this.post("/v1/chat/completions", { messages, ...options });
+
+  /** Several prompts, as ids. begun: is called when the first of their tokens is there. */
+  prompts = (prompt, options, begun) => this.post("/v1/completions", { prompt, ignore_eos: true, ...options }, begun);
+
+  async post(path, body, begun = () => {}) {
+    const response = await ask(path, { body: { ...body, stream: true }, signal: this.signal });
+    this.sent(response.headers.get("x-request-id"));
+    for await (const { data } of events(response)) {
+      if (data === "[DONE]") return;
+      const { error } = JSON.parse(data);
+      if (error) throw new Error(error.message);
+      begun();
+    }
+  }
+}
+
+async function oneChat(_, sender) {
+  await sender.chat([user("Tell me a short story about a lighthouse.")], { max_tokens: 200 });
 }
 
 /** The first one leaves its prefix in the tree; fifteen others find it there. */
-async function sharedPrefix(limits, go) {
+async function sharedPrefix(limits, sender) {
   const system = { role: "system", content: await textOf(Math.min(512, limits.longest / 4)) };
-  await go([system, user("Hello!")], { max_tokens: 8 });
-  const rest = Array.from({ length: 15 }, (_, index) => [system, user(`${QUESTIONS[index % QUESTIONS.length]} (${index})`)]);
-  await Promise.all(rest.map((messages) => go(messages, { max_tokens: 96, ignore_eos: true })));
+  const others = await times(15, (index) => idsOf(system, user(`${QUESTIONS[index % QUESTIONS.length]} (${index})`)));
+  await sender.prompts([await idsOf(system, user("Hello!"))], { max_tokens: 8 });
+  await sender.prompts(others, { max_tokens: 96 });
 }
 
 /** Six streams decode; then a prompt of several budgets is computed in chunks, in the same steps. */
-async function longPrompt(limits, go) {
+async function longPrompt(limits, sender) {
   const wanted = Math.min(limits.budget * 4, limits.longest * 0.7);
-  const content = await textOf(wanted);
-  const streams = Array.from({ length: 6 }, (_, index) => [user(`Count to one thousand, ${index + 1} at a time.`)]);
-  const options = { max_tokens: Math.floor(Math.min(600, limits.longest / 2)), ignore_eos: true };
-  let running = [];
-  await started(async (begun) => {
-    running = streams.map((messages) => go(messages, options, begun));
-    await Promise.all(running);
+  const long = await idsOf(user(`${Math.random()} ${await textOf(wanted)}`)); // a number that no prefix begins with
+  const streams = await times(6, (index) => idsOf(user(`Count to one thousand, ${index + 1} at a time.`)));
+  const options = { max_tokens: Math.floor(Math.min(320, limits.longest / 2)) };
+  await new Promise((resolve, reject) => {
+    let after = null;
+    const begun = () => (after ??= sender.prompts([long], { max_tokens: 16 }));
+    sender.prompts(streams, options, begun).then(() => resolve(after), reject);
   });
-  await Promise.all([...running, go([user(`${Math.random()} ${content}`)], { max_tokens: 16 })]);
 }
 
 /** Together they want more pages than there are: the youngest gives its own back, and is computed again later. */
-async function retracted(limits, go) {
+async function retracted(limits, sender) {
   const each = Math.floor(limits.longest * 0.6);
   const count = Math.min(limits.rows, 32, Math.max(4, Math.ceil((1.6 * limits.pool) / each)));
-  const options = { max_tokens: each, ignore_eos: true };
-  await Promise.all(Array.from({ length: count }, (_, index) => go([user(`Count to one thousand. (${index})`)], options)));
+  await sender.prompts(await times(count, (index) => idsOf(user(`Count to one thousand. (${index})`))), { max_tokens: each });
 }
 
 export const LOADS = { one: oneChat, shared: sharedPrefix, long: longPrompt, retracted };
@@ -71,13 +89,6 @@ export const canRetract = (limits) => limits.pool <= MAX_POOL;
 
 /**
  * Run one of `LOADS` to its end.
- * @param {(id: string) => void} sent  is told the id of each request that is sent
+ * @param {(id: string) => void} sent  is told the id of each HTTP request
  */
-export function runLoad(name, limits, signal, sent) {
-  const go = (messages, options, begun = () => {}) =>
-    send(messages, options, signal, (id) => {
-      sent(id);
-      begun();
-    });
-  return LOADS[name](limits, go);
-}
+export const runLoad = (name, limits, signal, sent) => LOADS[name](limits, new Sender(signal, sent));

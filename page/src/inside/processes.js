@@ -24,7 +24,7 @@ export class Processes {
       this.boxes.set(name, { box, queue, dots, arrow });
       return [box, arrow];
     });
-    this.root = h("ol", { class: "processes" }, parts);
+    this.root = h("div", { class: "scroll-x", tabindex: "0", role: "group", "aria-label": t("panel.processes") }, h("ol", { class: "processes" }, parts));
   }
 
   update({ state, known }) {

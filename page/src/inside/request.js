@@ -18,10 +18,11 @@ export class RequestDetail {
     this.code = h("div", { class: "source" });
   }
 
-  /** Show the request of this id, and follow it until it has ended; "": none. */
-  async show(id) {
-    if (id === this.id) return;
+  /** Show the request of this id, and follow it until it has ended; "": none. uid: only that one of its outputs. */
+  async show(id, uid = "") {
+    if (id === this.id && uid === this.uid) return;
     this.id = id;
+    this.uid = uid;
     clearTimeout(this.timer);
     this.root.hidden = !id;
     fill(this.code);
@@ -39,6 +40,7 @@ export class RequestDetail {
       return;
     }
     if (id !== this.id) return;
+    trace.outputs = trace.outputs.filter((output) => !this.uid || String(output.uid) === this.uid);
     const json = JSON.stringify(trace);
     if (json !== this.shown) this.draw(trace);
     this.shown = json;
@@ -99,8 +101,8 @@ export class RequestDetail {
     const version = t("code.version", { version: stages.version });
     const pieces = stage.code.map((piece) => {
       const code = h("code");
-      code.append(...highlighted(piece.text));
-      const lines = piece.text.split("\n").map((_, index) => piece.first + index).join("\n");
+      code.append(...highlighted(piece.text.trimEnd()));
+      const lines = piece.text.trimEnd().split("\n").map((_, index) => piece.first + index).join("\n");
       return h(
         "div",
         { class: "code" },

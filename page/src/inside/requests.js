@@ -6,7 +6,7 @@ import { colourOf } from "./live.js";
 const MAX_SHOWN = 40;
 
 export class Requests {
-  /** @param {(id: string) => void} open */
+  /** @param {(one: {id: string, uid: number}) => void} open */
   constructor(open) {
     this.open = open;
     this.body = h("tbody");
@@ -34,8 +34,8 @@ export class Requests {
   row(one) {
     const row = this.rows.get(one.uid) ?? this.newRow(one);
     const [name, state, prompt, tokens, pages] = row.cells;
-    row.node.className = `${one.kind}${one.id === this.chosen ? " chosen" : ""}`;
-    name.setAttribute("aria-expanded", String(one.id === this.chosen));
+    row.node.className = `${one.kind}${String(one.uid) === this.chosen ? " chosen" : ""}`;
+    name.setAttribute("aria-expanded", String(String(one.uid) === this.chosen));
     state.textContent = stateOf(one);
     state.title = one.kind === "waiting" ? tOr(`why.${one.why}.about`, "") : "";
     prompt.textContent = num(one.num_prompt ?? one.numPrompt ?? one.num_tokens ?? 0);
@@ -46,7 +46,7 @@ export class Requests {
 
   newRow(one) {
     const chip = h("i", { class: "chip", style: { background: colourOf(one.uid) } });
-    const name = h("button", { type: "button", class: "text-button mono", onclick: () => this.open(one.id) }, chip, ` #${one.uid}`);
+    const name = h("button", { type: "button", class: "text-button mono", onclick: () => this.open(one) }, chip, ` #${one.uid}`);
     name.setAttribute("aria-label", t("requests.open", { uid: one.uid }));
     const cells = Array.from({ length: 4 }, (_, index) => h("td", index ? { class: "number" } : {}));
     const node = h("tr", { "data-uid": one.uid, "data-id": one.id }, h("td", {}, name), cells);
@@ -61,7 +61,7 @@ function stateOf(one) {
     if (one.retracted) parts.push(t("state.retracted"));
     return parts.join(" · ");
   }
-  const parts = [tOr(`finish.${one.reason}`, one.reason)];
+  const parts = [one.reason];
   if (one.numCached) parts.push(t("state.cached", { n: num(one.numCached) }));
   if (one.numRetractions) parts.push(t("state.retractions", { n: num(one.numRetractions) }));
   return parts.join(" · ");

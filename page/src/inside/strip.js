@@ -5,7 +5,8 @@ import { num, t } from "../i18n.js";
 import { isMixed, sized, themed } from "./live.js";
 
 const COLUMN = 12; // pixels
-const LINE = 9;
+const BATCH = 210; // pixels of the rows together
+const LINES = [6, 24]; // pixels that one of them may have
 const HEAD = 44; // pixels of the bars above, which show a step's tokens
 const MAX_LINES = 32;
 
@@ -37,28 +38,29 @@ export class Strip {
     root.dataset.last = steps.at(-1)?.step ?? "";
     const shown = steps.slice(-Math.ceil((canvas.clientWidth || 600) / COLUMN));
     const lines = Math.min(MAX_LINES, Math.max(8, ...shown.flatMap((step) => step.rows.map(([row]) => row + 1))));
-    const context = sized(canvas, HEAD + lines * LINE + 4);
+    const height = Math.max(LINES[0], Math.min(LINES[1], Math.floor(BATCH / lines)));
+    const context = sized(canvas, HEAD + BATCH + 4);
     const budget = Math.max(hello?.limits.budget ?? 1, ...shown.map((step) => step.num_tokens));
     const colours = [themed("decode"), themed("prefill"), themed("line")];
     context.fillStyle = colours[2];
     context.fillRect(0, HEAD - 1, canvas.clientWidth, 1);
-    shown.forEach((step, index) => this.draw(context, step, canvas.clientWidth - (shown.length - index) * COLUMN, budget, colours));
+    shown.forEach((step, index) => this.draw(context, step, canvas.clientWidth - (shown.length - index) * COLUMN, budget, colours, height));
     this.tell();
   }
 
-  draw(context, step, x, budget, [decode, prefill]) {
+  draw(context, step, x, budget, [decode, prefill], line) {
     // The tokens of a step, on a scale on which one token is still seen beside a full budget.
     const scale = (tokens) => ((HEAD - 4) * Math.log1p(tokens)) / Math.log1p(budget);
     const height = scale(step.num_tokens);
-    const lower = step.num_tokens ? (height * step.num_decode) / step.num_tokens : 0;
+    const lower = step.num_decode ? Math.max(3, (height * step.num_decode) / step.num_tokens) : 0;
     context.fillStyle = prefill;
     context.fillRect(x + 1, HEAD - 2 - height, COLUMN - 3, height);
     context.fillStyle = decode;
-    context.fillRect(x + 1, HEAD - 2 - Math.max(lower, step.num_decode ? 3 : 0), COLUMN - 3, Math.max(lower, step.num_decode ? 3 : 0));
+    context.fillRect(x + 1, HEAD - 2 - lower, COLUMN - 3, lower);
     for (const [row, , , isPrefill] of step.rows) {
       if (row >= MAX_LINES) continue;
       context.fillStyle = isPrefill ? prefill : decode;
-      context.fillRect(x + 1, HEAD + 3 + row * LINE, COLUMN - 3, LINE - 2);
+      context.fillRect(x + 1, HEAD + 3 + row * line, COLUMN - 3, line - 2);
     }
   }
 

@@ -25,7 +25,10 @@ export class InsideView {
     this.status = h("p", { class: "small status", role: "status" });
     this.controls = new Controls();
     this.detail = new RequestDetail(() => (location.hash = "#inside"));
-    this.requests = new Requests((id) => (location.hash = id === this.detail.id ? "#inside" : `#inside/${encodeURIComponent(id)}`));
+    this.requests = new Requests(({ id, uid }) => {
+      const isOpen = id === this.detail.id && String(uid) === this.detail.uid;
+      location.hash = isOpen ? "#inside" : `#inside/${encodeURIComponent(id)}/${uid}`;
+    });
     this.panels = { processes: new Processes(), sparks: new Sparks(), strip: new Strip(), requests: this.requests, tree: new Tree(), pool: new Pool() };
     const card = (name) =>
       h(
@@ -35,18 +38,22 @@ export class InsideView {
         h("p", { class: "small muted about", text: t(`panel.${name}.about`) }),
         this.panels[name].root,
       );
-    const head = h("div", { class: "inside-head" }, h("h1", { text: t("inside.title") }), this.status);
+    const head = h("div", { class: "inside-head" }, h("h1", { text: t("inside.title") }), this.controls.speed, this.status);
     fill(this.root, head, this.controls.root, h("div", { class: "cards" }, card("processes"), card("sparks"), card("strip"), card("requests"), this.detail.root, card("tree"), card("pool")));
     this.update();
   }
 
-  /** @param {boolean} isShown  whether people see it  @param {string} [id]  of the request that is opened */
-  show(isShown, id = "") {
+  /**
+   * @param {boolean} isShown  whether people see it
+   * @param {string} [id]  of the request that is opened
+   * @param {string} [uid]  of one of its outputs
+   */
+  show(isShown, id = "", uid = "") {
     this.isShown = isShown;
     this.watch();
     if (!isShown) return;
-    this.requests.chosen = decodeURIComponent(id);
-    this.detail.show(decodeURIComponent(id)).then(() => id && this.detail.root.scrollIntoView({ block: "nearest" }));
+    this.requests.chosen = uid;
+    this.detail.show(decodeURIComponent(id), uid).then(() => id && this.detail.root.scrollIntoView({ block: "nearest" }));
     this.update();
   }
 
