@@ -36,7 +36,7 @@ def look(visit: Visit, server: Server, **options: Any) -> Page:
 
 
 def run_load(page: Page, name: str) -> list[str]:
-    """Press a load's button, and wait until all has ended. Returns the ids of its HTTP requests, in order of sending."""
+    """Press a load's button, and wait until all has ended. Returns its HTTP requests' ids, in order."""
     page.locator(f"[data-load={name}]").click()
     page.locator(".controls[data-state=running]").wait_for()
     page.locator(".controls[data-state=done]").wait_for(timeout=60_000)

@@ -154,8 +154,8 @@ def test_bodies_must_say_that_they_are_json(http: httpx.Client, content_type: st
 @pytest.mark.parametrize(
     ("data", "encoding", "word"),
     [
-        (gzip.compress(b"{}"), "gzip", "gzip"),
-        (gzip.compress(b"{}"), None, "gzip"),
+        (gzip.compress(b"{}", mtime=0), "gzip", "gzip"),
+        (gzip.compress(b"{}", mtime=0), None, "gzip"),
         (b"x", "br", "br"),
         (zlib.compress(b"{}"), "deflate", "deflate"),
         (b"x", "gzip, deflate", "compressed"),
