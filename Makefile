@@ -1,9 +1,11 @@
 # What people and CI both run. The first use of a target sets up .venv; a change of pyproject.toml or constraints.txt
-# renews it. Arguments: make serve ARGS="--model Qwen/Qwen3-0.6B --port 8000"
+# renews it. Arguments: make serve MODEL=Qwen/Qwen3-0.6B PORT=8000, and all others in ARGS="--quantization int4"
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+MODEL :=
+PORT :=
 JOBS ?= 2
 BIN := $(VENV)/bin
 CORE := $(VENV)/.installed
@@ -21,10 +23,12 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST)
 
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "minisgl needs Python 3.10 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@tools/patiently "making $(VENV)" $(PYTHON) -m venv $(VENV)
 
 # Where there is no NVIDIA GPU, torch's CPU build is enough: a small part of the download. uv knows where it is; if it
 # cannot be had from there, pip brings what it takes by itself. TORCH=default: always that.
@@ -32,18 +36,18 @@ TORCH ?= $(shell [ "$$(uname -sm)" != 'Linux x86_64' ] || ls /dev/nvidiactl /dev
 $(CORE) $(DEV) $(CLIENTS) $(BROWSER): $(VENV)/.torch
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 ifeq ($(TORCH),cpu)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv && \
-	    $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu --no-deps -c constraints.txt torch \
+	@tools/patiently "installing uv" $(PIP) -c constraints.txt uv && tools/patiently "installing torch for CPUs: 200 MB" \
+	    $(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu --no-deps -c constraints.txt torch \
 	    2>/dev/null || echo "torch's CPU build cannot be had: pip brings what it takes by itself"
 endif
 	@touch $@
 
 $(CORE): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@tools/patiently "installing minisgl into $(VENV)" $(PIP) -c constraints.txt -e .
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@tools/patiently "installing minisgl and what its tests need into $(VENV)" $(PIP) -c constraints.txt -e '.[dev]'
 	@touch $(CORE) $@
 
 $(BROWSER): pyproject.toml constraints.txt
@@ -51,19 +55,19 @@ $(BROWSER): pyproject.toml constraints.txt
 	@touch $(CORE) $(DEV) $@
 
 $(CLIENTS): pyproject.toml constraints.txt $(APART) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev,clients]'
+	@tools/patiently "installing the clients of the tests" $(PIP) --no-compile -c constraints.txt -e '.[dev,clients]'
 	rm -rf $(VENV)/apart
 	set -e; for list in $(APART); do \
-	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+	    tools/patiently "installing those of $$list" $(PIP) --no-compile --no-deps \
 	        --target $(VENV)/apart/$$(basename $$list .txt) -r $$list; \
 	done
 	@touch $(CORE) $(DEV) $@
 
 serve: $(CORE)  ## Serve the OpenAI-compatible API on 127.0.0.1:1919
-	$(BIN)/python -m minisgl $(ARGS)
+	$(BIN)/python -m minisgl serve $(if $(MODEL),--model '$(MODEL)') $(if $(PORT),--port '$(PORT)') $(ARGS)
 
 chat: $(CORE)  ## Chat in the terminal
-	$(BIN)/python -m minisgl --shell $(ARGS)
+	$(BIN)/python -m minisgl chat $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 doctor: $(CORE)  ## Check this machine: one table, and how to mend what fails
 	$(BIN)/python -m minisgl doctor $(ARGS)

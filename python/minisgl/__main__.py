@@ -1,5 +1,4 @@
-"""The command `minisgl`: serves over HTTP, or chats (--shell), measures (bench), examines the machine
-(doctor) or makes weights smaller (quantize)."""
+"""The command `minisgl`: serves over HTTP, or does what its first word says (`cli/texts/commands.yaml`)."""
 
 from __future__ import annotations
 
@@ -7,8 +6,11 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from minisgl.errors import ConfigError, MiniSGLError
+
+TOOLS = {"bench": "minisgl.benchmark", "doctor": "minisgl.doctor", "quantize": "minisgl.quantize"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,29 +37,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     """Imports are made when they are needed: help and errors are there at once."""
-    if argv[:1] == ["bench"]:
-        from minisgl.benchmark import main as bench
+    name = argv[0] if argv and not argv[0].startswith("-") else ""
+    words = argv[1:] if name else argv
+    if name == "help" and words:
+        name, words = words[0], ["--help"]
+    if name in TOOLS:
+        return int(import_module(TOOLS[name]).main(words))
+    if name not in ("", "serve", "chat"):
+        from minisgl.cli import commands
 
-        return bench(argv[1:])
-    if argv[:1] == ["doctor"]:
-        from minisgl.doctor import main as doctor
-
-        return doctor(argv[1:])
-    if argv[:1] == ["quantize"]:
-        from minisgl.quantize import main as quantize
-
-        return quantize(argv[1:])
+        return commands.run([name, *words])
     from minisgl.config.args import parse_args
     from minisgl.utils.log import setup_logging
 
-    args = parse_args(argv)
+    if name and words and not words[0].startswith("-"):
+        words = ["--model", *words]
+    args = parse_args([*words, *(["--shell"] if name == "chat" else [])], prog=f"minisgl {name}".strip())
     if args.shell:
         os.environ.setdefault("LOG_LEVEL", "WARNING")  # the workers' too: their lines would be among the answers
     setup_logging("shell" if args.shell else "server")
     if args.shell:
-        from minisgl import shell
+        from minisgl.cli.shell import run
 
-        return shell.run(args)
+        return run(args)
     from minisgl.server.launch import serve
 
     return serve(args)

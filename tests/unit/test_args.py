@@ -154,7 +154,6 @@ def test_two_names_of_one_option_must_agree(tmp_path: Path, other: str) -> None:
         (["--page-size"], ["--page-size"]),
         (["--model", ""], ["--model"]),
         (["stray"], ["stray"]),
-        (["serve", "--port", "1"], ["serve", "minisgl alone serves"]),
         (["--config", "/does/not/exist.yaml"], ["--config", "No such file"]),
     ],
 )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from minisgl.cli.answer import Screen
+from minisgl.cli.shell import DEFAULTS, LEAVE, Shell, history_file, shell_params
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import ConfigError, EngineError, RequestError, too_long
 from minisgl.message.messages import ChatPrompt, UserReply
-from minisgl.shell import DEFAULTS, Shell, history_file, shell_params
 
 
 class FakePending:
@@ -58,18 +61,18 @@ class ScriptReader:
     def __init__(self, *lines: str | type[BaseException]) -> None:
         self._lines = list(lines)
 
-    def __call__(self) -> str | None:
-        line = self._lines.pop(0) if self._lines else None
+    def __call__(self) -> str:
+        line = self._lines.pop(0) if self._lines else EOFError
         if isinstance(line, type):
             raise line
         return line
 
 
-def play(llm: FakeLLM, *lines: str | type[BaseException], verbose: bool = True) -> tuple[Shell, str]:
-    out: list[str] = []
-    shell = Shell(llm, DEFAULTS, out.append, verbose)
+def play(llm: FakeLLM, *lines: str | type[BaseException], is_watched: bool = True) -> tuple[Shell, str]:
+    out = StringIO()
+    shell = Shell(llm, DEFAULTS, Screen(Console(file=out), is_drawn=False, is_watched=is_watched))
     shell.run(ScriptReader(*lines))
-    return shell, "".join(out)
+    return shell, out.getvalue()
 
 
 def test_an_answer_is_streamed_and_remembered() -> None:
@@ -96,12 +99,38 @@ def test_reset_and_system() -> None:
     ]
 
 
+@pytest.mark.parametrize("word", LEAVE)
+def test_words_that_leave(word: str) -> None:
+    llm = FakeLLM()
+    _, out = play(llm, f"  {word} ", "never read")
+    assert (llm.seen, out) == ([], "")
+    play(llm, f"{word} code 3, what is it?")  # no command, but words of a question
+    assert len(llm.seen) == (not word.startswith("/"))
+
+
+def test_retry_asks_the_last_question_again() -> None:
+    llm = FakeLLM(["first"], ["second"], ["third"])
+    shell, out = play(llm, "one", "two\nlines", "/retry")
+    assert llm.seen[2][0] == llm.seen[1][0]
+    assert [turn["content"] for turn in shell.turns] == ["one", "first", "two\nlines", "third"]
+    assert out == "first\nsecond\nthird\n"
+
+
+def test_save_writes_a_new_file(tmp_path: Path) -> None:
+    file = tmp_path / "talk.md"
+    _, out = play(FakeLLM(["An answer", " in two"]), "A question", f"/save {file}", f"/save {file}", "/save /no/where")
+    assert file.read_text() == "**user:** A question\n\n**assistant:** An answer in two\n"
+    assert f"{file} has the conversation now" in out
+    assert f"error: /save {file}: " in out and "File exists" in out
+    assert "error: /save /no/where: " in out
+
+
 def test_set_changes_what_is_sent() -> None:
     llm = FakeLLM()
     shell, out = play(llm, "/set temperature 0.3", "/set top_k=5", "/set seed 7", "/set max_tokens none", "hi", "/set")
     assert llm.seen[0][1] == SamplingParams(temperature=0.3, top_k=5, seed=7, max_tokens=None)
     assert "temperature is 0.3" in out
-    assert "seed 7" in out
+    assert "seed is 7" in out
     assert shell.params.max_tokens is None
 
 
@@ -116,9 +145,11 @@ def test_set_changes_what_is_sent() -> None:
         ("/set max_tokens 0", "max_tokens must be at least 1"),
         ("/set temperature none", "temperature must be a number"),
         ("/set colour red", "unknown setting 'colour'"),
-        ("/set seed", "usage: /set seed VALUE"),
-        ("/quit", "unknown command /quit; /help"),
+        ("/set seed", "seed is none"),
+        ("/qiut", "unknown command /qiut; /help"),
         ("/help", "/reset"),
+        ("/retry", "there is no question to ask again"),
+        ("/save", "error: /save FILE: "),
         ("/stats", "no answers yet"),
     ],
 )
@@ -129,8 +160,7 @@ def test_what_commands_say(line: str, expected: str) -> None:
 
 
 def test_stats_count_tokens_and_cache_hits() -> None:
-    shell, out = play(FakeLLM(["a", "b"], ["c"]), "x", "y", "/stats")
-    assert (shell.stats.num_prompt, shell.stats.num_cached, shell.stats.num_output) == (20, 8, 3)
+    _, out = play(FakeLLM(["a", "b"], ["c"]), "x", "y", "/stats")
     assert "2 answers: 20 prompt tokens (40% from the cache), 3 output tokens" in out
     assert "first token after" in out
 
@@ -144,7 +174,7 @@ def test_a_refused_question_is_forgotten_and_the_shell_goes_on() -> None:
 
 def test_an_answer_that_fails_says_why() -> None:
     _, out = play(FakeLLM(["a", "b"], finish=FinishReason.ERROR, error="the engine failed"), "q")
-    assert out == "ab\nerror: the engine failed\n\n"
+    assert out == "ab\nerror: the engine failed\n"
 
 
 FULL = too_long("messages", "99", 64)
@@ -176,10 +206,8 @@ def test_a_question_that_is_too_long_by_itself_costs_no_turns() -> None:
 def test_a_cut_answer_says_so_at_a_terminal_only() -> None:
     _, out = play(FakeLLM(["a"], finish=FinishReason.LENGTH), "q")
     assert "cut after 1 tokens" in out
-    written: list[str] = []
-    shell = Shell(FakeLLM(["a"], finish=FinishReason.LENGTH), DEFAULTS, written.append, verbose=False)
-    shell.handle("q")
-    assert "".join(written) == "a\n"
+    _, out = play(FakeLLM(["a"], finish=FinishReason.LENGTH), "q", is_watched=False)
+    assert out == "a\n"
 
 
 def test_control_characters_of_the_model_do_not_reach_the_terminal() -> None:
@@ -190,19 +218,20 @@ def test_control_characters_of_the_model_do_not_reach_the_terminal() -> None:
 def test_ctrl_c_stops_the_answer_not_the_shell() -> None:
     llm = FakeLLM(["partial", KeyboardInterrupt()], ["next"])
     _, out = play(llm, "q1", "q2")
-    assert out == "partial\nnext\n"
+    assert out == "partial\n(stopped)\nnext\n"
     assert llm.requests[0].closed  # closing early is what aborts the request in the scheduler
     assert llm.seen[1][0][1] == {"role": "assistant", "content": "partial"}
 
 
 def test_ctrl_c_before_the_first_word_forgets_the_question() -> None:
-    shell, _ = play(FakeLLM([KeyboardInterrupt()]), "q1")
+    shell, out = play(FakeLLM([KeyboardInterrupt()]), "q1")
     assert shell.turns == []
+    assert out.startswith("(stopped before the first word")
 
 
 def test_ctrl_c_on_a_pipe_ends_the_program() -> None:
     with pytest.raises(KeyboardInterrupt):
-        play(FakeLLM(["partial", KeyboardInterrupt()]), "q1", verbose=False)
+        play(FakeLLM(["partial", KeyboardInterrupt()]), "q1", is_watched=False)
 
 
 def test_ctrl_c_at_the_prompt_is_a_hint() -> None:

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,10 +76,6 @@ def _seconds(low: float) -> Parser:
     return _parser(f"a number of seconds from {low:g} to 1e+06", lambda number: low <= number <= 1e6, float)
 
 
-def _choice(*choices: str) -> Parser:
-    return _parser(f"one of {', '.join(choices)}", choices.__contains__)
-
-
 def _several(inner: Parser) -> Parser:
     """A list: comma-separated, or a list in the YAML file. A flag of this kind may also be repeated."""
 
@@ -99,9 +95,17 @@ _object = _parser(
 )
 
 
-def _option(parse: Parser, default: Any, *aliases: str, secret: bool = False) -> Any:
-    """secret: no message shows its value. What it is for, `options.yaml` says."""
-    return field(default=default, metadata={"parse": parse, "aliases": aliases}, repr=not secret)
+def _option(
+    parse: Parser, default: Any, *aliases: str, secret: bool = False, choices: Sequence[str] | None = None
+) -> Any:
+    """secret: no message shows its value. choices: the words that --help shows. What it is for, `options.yaml` says."""
+    metadata = {"parse": parse, "aliases": aliases, "choices": () if default is False else choices}
+    return field(default=default, metadata=metadata, repr=not secret)
+
+
+def _choice(choices: Sequence[str], default: str | None, *aliases: str) -> Any:
+    parse = _parser(f"one of {', '.join(choices)}", choices.__contains__)
+    return _option(parse, default, *aliases, choices=choices if default else ("auto", *choices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +115,12 @@ class ServerOptions:
     host: str = _option(_text, "127.0.0.1")
     port: int = _option(integer(0, 65535), 1919)
     num_tokenizer: int = _option(integer(0, 64), 0, "--tokenizer-count")
-    fairness: bool = _option(boolean, True)
+    fairness: bool = _option(boolean, True, choices=("on", "off"))
     max_queued_requests: int = _option(integer(1), 4096)
     max_queued_tokens: int = _option(integer(1024), 2**24)
     request_timeout: float = _option(_seconds(0), 0.0)
     strict_requests: bool = _option(boolean, False)
-    model_name_check: bool = _option(boolean, True)
+    model_name_check: bool = _option(boolean, True, choices=("on", "off"))
     restart_workers: int = _option(integer(0), 3)
     heartbeat_timeout: float = _option(_seconds(2), 60.0)
     drain_timeout: float = _option(_seconds(0), 10.0)
@@ -129,16 +133,16 @@ class ServerArgs(ServerOptions):
     """Options of the server, the shell and `LLM`, checked one by one but not yet against the model and the machine."""
 
     model_path: str | None = _option(_text, None, "--model")
-    model_source: str = _option(_choice("huggingface", "modelscope"), "huggingface")
+    model_source: str = _choice(("huggingface", "modelscope"), "huggingface")
     revision: str | None = _option(_text, None)
     served_model_name: str | None = _option(_text, None)
     chat_template: str | None = _option(_text, None)
     config_override: Mapping[str, Any] | None = _option(_object, None)
-    dtype: str | None = _option(_choice("float16", "bfloat16", "float32"), None)
-    quantization: str | None = _option(_choice("int8", "int4", "fp8"), None)
-    kv_cache_dtype: str | None = _option(_choice("float16", "bfloat16", "float32", "int8", "fp8"), None)
+    dtype: str | None = _choice(("float16", "bfloat16", "float32"), None)
+    quantization: str | None = _choice(("int8", "int4", "fp8"), None)
+    kv_cache_dtype: str | None = _choice(("float16", "bfloat16", "float32", "int8", "fp8"), None)
     cpu_threads: int | None = _option(integer(1, 1024), None)
-    device: str | None = _option(_choice("cpu", "cuda"), None)
+    device: str | None = _choice(("cpu", "cuda"), None)
     tensor_parallel_size: int = _option(integer(1, 64), 1, "--tp-size", "--tp")
     api_key: tuple[str, ...] = _option(_several(_key), (), secret=True)
     admin_key: tuple[str, ...] = _option(_several(_key), (), secret=True)
@@ -152,16 +156,16 @@ class ServerArgs(ServerOptions):
     memory_ratio: float = _option(_share, 0.9)
     num_pages: int | None = _option(integer(1), None)
     page_size: int | None = _option(integer(1, 4096), None)
-    cache_type: str = _option(_choice("radix", "naive"), "radix", "--cache")
+    cache_type: str = _choice(("radix", "naive"), "radix", "--cache")
     attention_backend: str | None = _option(_text, None, "--attn")
-    moe_backend: str | None = _option(_choice("triton", "torch"), None)
+    moe_backend: str | None = _choice(("triton", "torch"), None)
     cuda_graph_max_bs: int | None = _option(integer(0), None, "--graph")
     disable_pynccl: bool = _option(boolean, False)
-    schedule_policy: str = _option(_choice("fcfs", "lpm", "priority"), "fcfs")
+    schedule_policy: str = _choice(("fcfs", "lpm", "priority"), "fcfs")
     disable_overlap: bool = _option(boolean, False)
     dummy_weight: bool = _option(boolean, False)
-    tool_call_parser: str | None = _option(_choice(*TOOL_PARSERS, "none"), None)
-    reasoning_parser: str | None = _option(_choice(*REASONING_PARSERS, "none"), None)
+    tool_call_parser: str | None = _choice((*TOOL_PARSERS, "none"), None)
+    reasoning_parser: str | None = _choice((*REASONING_PARSERS, "none"), None)
     step_timeout: float = _option(_seconds(1), 60.0)
     check_integrity: int | None = _option(integer(0), None)
     shell: bool = _option(boolean, False, "--shell-mode")
@@ -169,22 +173,24 @@ class ServerArgs(ServerOptions):
 
 _FIELDS = {f.name: f for f in dataclasses.fields(ServerArgs)}
 _FLAGS = {name: ["--" + name.replace("_", "-"), *option.metadata["aliases"]] for name, option in _FIELDS.items()}
+# What may follow each flag: one of some words, nothing, or (None) anything.
+FLAG_WORDS = {flag: _FIELDS[name].metadata["choices"] for name, flags in _FLAGS.items() for flag in flags}
 _NAMES = {flag[2:].replace("-", "_"): name for name, flags in _FLAGS.items() for flag in flags}  # may be called so
 
 
-def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> ServerArgs:
+def parse_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ, prog: str = "minisgl") -> ServerArgs:
     """The options from all sources. Raises: ConfigError naming the flag, variable or file key that is wrong.
 
     `--help` and `--version` print and raise SystemExit.
     """
-    given = vars(_build_parser().parse_args(argv))
+    given = vars(make_parser(prog).parse_args(argv))
     config_file = given.pop("config", None) or environ.get("MINISGL_CONFIG")
     values = _from_file(config_file) if config_file else {}
     names = {PREFIX + name.upper(): field for name, field in _NAMES.items()}
     names["MINISGL_DISABLE_OVERLAP_SCHEDULING"] = "disable_overlap"
     for variable in environ:
         if variable.startswith(PREFIX) and variable not in VARIABLES | names.keys():  # perhaps another program's
-            hint = _suggestion(variable, [*VARIABLES, *names])
+            hint = suggestion(variable, [*VARIABLES, *names])
             logger.warning("%s in the environment is unknown, and ignored%s", variable, hint)
     values |= _from_mapping({name: environ[name] for name in names if environ.get(name)}, "", names)
     for name, raw in given.items():
@@ -217,7 +223,7 @@ def _from_mapping(options: Mapping[Any, Any], where: str, names: Mapping[str, st
     for key, value in options.items():
         name = names.get(str(key).replace("-", "_"))
         if name is None:
-            raise ConfigError(f"{where}{key} is unknown{_suggestion(str(key), names)}")
+            raise ConfigError(f"{where}{key} is unknown{suggestion(str(key), names)}")
         parsed = _parse(name, value, f"{where}{key}={repr(value) if where else value}")
         if values.setdefault(name, parsed) != parsed:
             raise ConfigError(f"{where}{spelled[name]} and {key} mean the same, and differ; leave one of them out")
@@ -238,7 +244,8 @@ def _parse(name: str, value: Any, source: str) -> Any:
         raise ConfigError(f"{source}: expected {'auto, or ' * may_be_auto}{error}") from None
 
 
-def _suggestion(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """For an error about a word: which known one may have been meant."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -250,34 +257,40 @@ class ArgumentParser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            message = f"unknown argument {unknown}{_suggestion(unknown.split()[0], flags)}"
-            if unknown.startswith(("serve", "chat")):
-                message += " (minisgl alone serves, minisgl --shell chats)"
+            message = f"unknown argument {unknown}{suggestion(unknown.split()[0], flags)}"
         raise ConfigError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def make_parser(prog: str = "minisgl") -> ArgumentParser:
+    """The parser of the server's flags. Where choices are few, a flag's `metavar` has them: {a,b}."""
     from minisgl import __version__
 
+    texts = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
     parser = ArgumentParser(
-        prog="minisgl",
-        description="Serve a language model over an OpenAI-compatible HTTP API, or chat with it (--shell).",
-        epilog="Each flag can also be given as MINISGL_<FLAG> or in a YAML file (--config). "
-        "Further commands: minisgl bench offline|serve, minisgl doctor, minisgl quantize.",
+        prog=prog,
+        usage=f"{prog} {'[MODEL] ' if ' ' in prog else ''}[options]",
+        description=texts.pop("description"),
+        epilog=texts.pop("epilog"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    helps = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
     parser.add_argument("--version", action="version", version=f"minisgl {__version__}")
     parser.add_argument("--config", metavar="FILE", help="YAML file with options")
-    for name, text in helps.items():
-        option = _FIELDS[name]
-        kind = {"metavar": name.rpartition("_")[2].upper()}
-        if option.default is False:
-            kind = {"action": "store_true"}
-        elif option.default == ():
-            kind["action"] = "append"
-        shown = "" if option.default in (None, False, ()) else f" (default: {option.default})"
-        text = text.format(tools=", ".join(TOOL_PARSERS), reasoning=", ".join(REASONING_PARSERS))
-        parser.add_argument(*_FLAGS[name], dest=name, help=text + shown, **kind)
+    for title, helps in texts.items():
+        group = parser.add_argument_group(title)
+        for name, text in helps.items():
+            group.add_argument(*_FLAGS[name], dest=name, **_shown(_FIELDS[name], text))
     return parser
+
+
+def _shown(option: dataclasses.Field[Any], text: str) -> dict[str, Any]:
+    """How argparse takes and shows an option."""
+    if option.default is False:
+        return {"action": "store_true", "help": text}
+    default = "auto" if option.default is None else "on" if option.default is True else option.default
+    words = ",".join(option.metadata["choices"] or ())
+    shown = {"metavar": f"{{{words}}}" if words else option.name.rpartition("_")[2].upper()}
+    if option.default == ():
+        return {**shown, "action": "append", "help": text}
+    return {**shown, "help": text if "(default:" in text else f"{text} (default: {default})"}

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import reprlib
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from minisgl.errors import ConfigError
 from minisgl.gguf.config import open_model
 from minisgl.gguf.reader import models_in
 from minisgl.gguf.tokenizer import load_gguf_tokenizer
+from minisgl.utils.log import told
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ def download(repo_id: str, source: str, revision: str | None) -> Path:
     repo_id, _, which = repo_id.partition(":")
     there: list[str] = []
     try:
+        if not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read at the import
         if source == "modelscope":
             from modelscope import snapshot_download
         else:
@@ -83,7 +87,8 @@ def download(repo_id: str, source: str, revision: str | None) -> Path:
         for kind in ("gguf",) if which else ("weights", "torch_weights"):
             wanted = [text.format(name) for text in _FILES[kind] for name in {which, which.upper(), which.lower()}]
             patterns = {"allow_patterns": _FILES["others"] + wanted, "ignore_patterns": _FILES["ignored"]}
-            path = Path(snapshot_download(repo_id, revision=revision, **patterns))
+            with told(f"fetching {at}"):
+                path = Path(snapshot_download(repo_id, revision=revision, **patterns))
             if found := models_in(path, wanted) if which else list(path.glob(_FILES[kind][0])):
                 break
         if not found and source != "modelscope":

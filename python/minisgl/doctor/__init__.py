@@ -16,6 +16,7 @@ from minisgl.config.args import ArgumentParser, argument, integer
 from minisgl.config.probe import PACKAGES, probe
 from minisgl.doctor import system, toolchain
 from minisgl.doctor.row import Row, Status, guarded
+from minisgl.utils.log import told
 
 _STYLES: dict[Status, tuple[str, str]] = {
     "ok": ("ok", "green"),
@@ -66,14 +67,13 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status. Raises: ConfigError for a wrong command line."""
     parser = ArgumentParser(prog="minisgl doctor", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--model", "--model-path", help="directory or hub id to look at (default: the built-in demo model)"
-    )
+    parser.add_argument("--model", "--model-path", help="directory or hub id (default: the built-in demo model)")
     parser.add_argument("--host", default="127.0.0.1", help="address of the server")
     parser.add_argument("--port", type=argument(integer(0, 65535)), default=1919, help="port of the server")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args = parser.parse_args(argv)
-    rows = examine(args.model, args.host, args.port)
+    with told("examining this machine"):
+        rows = examine(args.model, args.host, args.port)
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from minisgl.env import env_bool
 from minisgl.message.sockets import DETOKENIZER, Endpoints
 from minisgl.processes.control import Control
 from minisgl.processes.launcher import WorkerSpec
+from minisgl.utils.log import told
 
 if TYPE_CHECKING:
     from minisgl.scheduler.grammar import Grammars
@@ -106,17 +108,18 @@ def load_rank(engine_config: EngineConfig, config: SchedulerConfig, rendezvous: 
 
     For tests: what the integrity walk finds is fatal with MINISGL_INTEGRITY_FATAL.
     """
-    set_cuda_environment(engine_config)
-    from minisgl.engine.engine import create_engine
-    from minisgl.grammar.source import VocabularyConfig
-    from minisgl.grammar.store import GrammarStore
-    from minisgl.scheduler.grammar import Grammars
+    with told("loading the model") if rank == 0 else nullcontext():
+        set_cuda_environment(engine_config)
+        from minisgl.engine.engine import create_engine
+        from minisgl.grammar.source import VocabularyConfig
+        from minisgl.grammar.store import GrammarStore
+        from minisgl.scheduler.grammar import Grammars
 
-    engine = create_engine(replace(engine_config, init_method=rendezvous), rank)
-    vocabulary = VocabularyConfig(engine_config.model_path, engine_config.model.vocab_size, config.eos_token_ids)
-    grammars = Grammars(GrammarStore(vocabulary) if rank == 0 else None, engine_config.device == "cuda")
-    config = replace(config, num_pages=engine.num_pages, integrity_fatal=env_bool("MINISGL_INTEGRITY_FATAL"))
-    return Rank(engine, grammars, config, engine_config.tp_size)
+        engine = create_engine(replace(engine_config, init_method=rendezvous), rank)
+        vocabulary = VocabularyConfig(engine_config.model_path, engine_config.model.vocab_size, config.eos_token_ids)
+        grammars = Grammars(GrammarStore(vocabulary) if rank == 0 else None, engine_config.device == "cuda")
+        config = replace(config, num_pages=engine.num_pages, integrity_fatal=env_bool("MINISGL_INTEGRITY_FATAL"))
+        return Rank(engine, grammars, config, engine_config.tp_size)
 
 
 def set_cuda_environment(config: EngineConfig) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from queue import Full, Queue
 
 from minisgl.errors import ConfigError
@@ -78,3 +80,26 @@ def setup_logging(role: str) -> None:
         logger.handlers[:] = [handler]
         logger.propagate = False
         logger.setLevel(least)
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """While the block runs, say every 3 s that it does: on a terminal in one line, else in lines of the log."""
+    ended, begin, is_terminal = threading.Event(), time.monotonic(), sys.stderr.isatty()
+
+    def tell() -> None:
+        while not ended.wait(3.0):
+            if is_terminal:
+                os.write(2, f"\r{what}: {time.monotonic() - begin:.0f} s\x1b[K\r".encode())
+            else:
+                logging.getLogger(__name__).info("%s: %.0f s", what, time.monotonic() - begin)
+
+    thread = threading.Thread(target=tell, name="told", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        if is_terminal:
+            os.write(2, b"\x1b[K")
