@@ -6,11 +6,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
 from minisgl.errors import ConfigError, MiniSGLError
-
-TOOLS = {"bench": "minisgl.benchmark", "doctor": "minisgl.doctor", "quantize": "minisgl.quantize"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,18 +38,29 @@ def _dispatch(argv: list[str]) -> int:
     words = argv[1:] if name else argv
     if name == "help" and words:
         name, words = words[0], ["--help"]
-    if name in TOOLS:
-        return int(import_module(TOOLS[name]).main(words))
-    if name not in ("", "serve", "chat"):
-        from minisgl.cli import commands
+    if name in ("", "serve", "chat"):
+        return _serve(name, words)
+    if name == "bench":
+        from minisgl.benchmark import main as run
+    elif name == "doctor":
+        from minisgl.doctor import main as run
+    elif name == "quantize":
+        from minisgl.quantize import main as run
+    else:
+        from minisgl.cli.commands import main
 
-        return commands.run([name, *words])
+        return main(name, words)
+    return run(words)
+
+
+def _serve(name: str, words: list[str]) -> int:
+    """The server, or the shell: by the command's name, or the flag."""
     from minisgl.config.args import parse_args
     from minisgl.utils.log import setup_logging
 
     if name and words and not words[0].startswith("-"):
         words = ["--model", *words]
-    args = parse_args([*words, *(["--shell"] if name == "chat" else [])], prog=f"minisgl {name}".strip())
+    args = parse_args([*words, *["--shell"] * (name == "chat")], prog=f"minisgl {name}".strip())
     if args.shell:
         os.environ.setdefault("LOG_LEVEL", "WARNING")  # the workers' too: their lines would be among the answers
     setup_logging("shell" if args.shell else "server")

@@ -64,7 +64,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     console.print(f"{verdict}: {counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit status. Raises: ConfigError for a wrong command line."""
     parser = ArgumentParser(prog="minisgl doctor", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", "--model-path", help="directory or hub id (default: the built-in demo model)")
