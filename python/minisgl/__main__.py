@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     """Imports are made when they are needed: help and errors are there at once."""
-    name = argv[0] if argv and not argv[0].startswith("-") else ""
-    words = argv[1:] if name else argv
+    name, *words = argv if argv and not argv[0].startswith("-") else ["", *argv]
     if name == "help" and words:
         name, words = words[0], ["--help"]
     if name in ("", "serve", "chat"):
@@ -54,7 +53,6 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _serve(name: str, words: list[str]) -> int:
-    """The server, or the shell: by the command's name, or the flag."""
     from minisgl.config.args import parse_args
     from minisgl.utils.log import setup_logging
 
@@ -66,11 +64,9 @@ def _serve(name: str, words: list[str]) -> int:
     setup_logging("shell" if args.shell else "server")
     if args.shell:
         from minisgl.cli.shell import run
-
-        return run(args)
-    from minisgl.server.launch import serve
-
-    return serve(args)
+    else:
+        from minisgl.server.launch import serve as run
+    return run(args)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from minisgl.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 Parser = Callable[[Any], Any]
+Words = Sequence[str] | None
 
 
 def _parser(expected: str, fits: Callable[[Any], object], convert: Parser = lambda value: value) -> Parser:
@@ -95,17 +96,15 @@ _object = _parser(
 )
 
 
-def _option(
-    parse: Parser, default: Any, *aliases: str, secret: bool = False, choices: Sequence[str] | None = None
-) -> Any:
-    """secret: no message shows its value. choices: the words that --help shows. What it is for, `options.yaml` says."""
-    metadata = {"parse": parse, "aliases": aliases, "choices": () if default is False else choices}
+def _option(parse: Parser, default: Any, *aliases: str, secret: bool = False, words: Words = None) -> Any:
+    """secret: no message shows its value. words: those that --help shows. What it is for, `options.yaml` says."""
+    metadata = {"parse": parse, "aliases": aliases, "words": () if default is False else words}
     return field(default=default, metadata=metadata, repr=not secret)
 
 
 def _choice(choices: Sequence[str], default: str | None, *aliases: str) -> Any:
     parse = _parser(f"one of {', '.join(choices)}", choices.__contains__)
-    return _option(parse, default, *aliases, choices=choices if default else ("auto", *choices))
+    return _option(parse, default, *aliases, words=choices if default else ("auto", *choices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +114,12 @@ class ServerOptions:
     host: str = _option(_text, "127.0.0.1")
     port: int = _option(integer(0, 65535), 1919)
     num_tokenizer: int = _option(integer(0, 64), 0, "--tokenizer-count")
-    fairness: bool = _option(boolean, True, choices=("on", "off"))
+    fairness: bool = _option(boolean, True, words=("on", "off"))
     max_queued_requests: int = _option(integer(1), 4096)
     max_queued_tokens: int = _option(integer(1024), 2**24)
     request_timeout: float = _option(_seconds(0), 0.0)
     strict_requests: bool = _option(boolean, False)
-    model_name_check: bool = _option(boolean, True, choices=("on", "off"))
+    model_name_check: bool = _option(boolean, True, words=("on", "off"))
     restart_workers: int = _option(integer(0), 3)
     heartbeat_timeout: float = _option(_seconds(2), 60.0)
     drain_timeout: float = _option(_seconds(0), 10.0)
@@ -174,7 +173,7 @@ class ServerArgs(ServerOptions):
 _FIELDS = {f.name: f for f in dataclasses.fields(ServerArgs)}
 _FLAGS = {name: ["--" + name.replace("_", "-"), *option.metadata["aliases"]] for name, option in _FIELDS.items()}
 # What may follow each flag: one of some words, nothing, or (None) anything.
-FLAG_WORDS = {flag: _FIELDS[name].metadata["choices"] for name, flags in _FLAGS.items() for flag in flags}
+FLAG_WORDS = {flag: _FIELDS[name].metadata["words"] for name, flags in _FLAGS.items() for flag in flags}
 _NAMES = {flag[2:].replace("-", "_"): name for name, flags in _FLAGS.items() for flag in flags}  # may be called so
 
 
@@ -245,7 +244,6 @@ def _parse(name: str, value: Any, source: str) -> Any:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """For an error about a word: which known one may have been meant."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -289,7 +287,7 @@ def _shown(option: dataclasses.Field[Any], text: str) -> dict[str, Any]:
     if option.default is False:
         return {"action": "store_true", "help": text}
     default = "auto" if option.default is None else "on" if option.default is True else option.default
-    words = ",".join(option.metadata["choices"] or ())
+    words = ",".join(option.metadata["words"] or ())
     shown = {"metavar": f"{{{words}}}" if words else option.name.rpartition("_")[2].upper()}
     if option.default == ():
         return {**shown, "action": "append", "help": text}

@@ -74,8 +74,7 @@ def download(repo_id: str, source: str, revision: str | None) -> Path:
     repo_id, _, which = repo_id.partition(":")
     there: list[str] = []
     try:
-        if not sys.stderr.isatty():
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read at the import
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", str(int(not sys.stderr.isatty())))  # read at the import
         if source == "modelscope":
             from modelscope import snapshot_download
         else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -108,7 +107,7 @@ def load_rank(engine_config: EngineConfig, config: SchedulerConfig, rendezvous: 
 
     For tests: what the integrity walk finds is fatal with MINISGL_INTEGRITY_FATAL.
     """
-    with told("loading the model") if rank == 0 else nullcontext():
+    with told(f"loading the model, rank {rank}"):
         set_cuda_environment(engine_config)
         from minisgl.engine.engine import create_engine
         from minisgl.grammar.source import VocabularyConfig

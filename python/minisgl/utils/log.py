@@ -94,8 +94,7 @@ def told(what: str) -> Iterator[None]:
             else:
                 logging.getLogger(__name__).info("%s: %.0f s", what, time.monotonic() - begin)
 
-    thread = threading.Thread(target=tell, name="told", daemon=True)
-    thread.start()
+    (thread := threading.Thread(target=tell, name="told", daemon=True)).start()
     try:
         yield
     finally:
