@@ -1,4 +1,4 @@
-"""The command `minisgl`: serves over HTTP, or does what its first word says (`cli/texts/commands.yaml`)."""
+"""The command `minisgl`, as `cli/texts/commands.yaml` has it. Imports are made when needed: help is there at once."""
 
 from __future__ import annotations
 
@@ -33,22 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    """Imports are made when they are needed: help and errors are there at once."""
     name, *words = argv if argv and not argv[0].startswith("-") else ["", *argv]
     if name == "help" and words:
         name, words = words[0], ["--help"]
-    if name in ("", "serve", "chat"):
-        return _serve(name, words)
     if name == "bench":
         from minisgl.benchmark import main as run
     elif name == "doctor":
         from minisgl.doctor import main as run
     elif name == "quantize":
         from minisgl.quantize import main as run
-    else:
+    elif name not in ("", "serve", "chat"):
         from minisgl.cli.commands import main
 
         return main(name, words)
+    else:
+        return _serve(name, words)
     return run(words)
 
 
@@ -59,13 +58,12 @@ def _serve(name: str, words: list[str]) -> int:
     if name and words and not words[0].startswith("-"):
         words = ["--model", *words]
     args = parse_args([*words, *["--shell"] * (name == "chat")], prog=f"minisgl {name}".strip())
-    if args.shell:
-        os.environ.setdefault("LOG_LEVEL", "WARNING")  # the workers' too: their lines would be among the answers
-    setup_logging("shell" if args.shell else "server")
-    if args.shell:
-        from minisgl.cli.shell import run
-    else:
+    if not args.shell:
         from minisgl.server.launch import serve as run
+    else:
+        os.environ.setdefault("LOG_LEVEL", "WARNING")  # the workers' too: their lines would be among the answers
+        from minisgl.cli.shell import run
+    setup_logging("shell" if args.shell else "server")
     return run(args)
 
 

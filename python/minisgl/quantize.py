@@ -23,6 +23,7 @@ from minisgl.kernel.packed import Grouped
 from minisgl.layers.base import LayerEnv
 from minisgl.models.checkpoint import Checkpoint, load_weights
 from minisgl.models.decoder import DecoderModel
+from minisgl.utils.log import told
 
 
 class _Collector(Int4):
@@ -63,7 +64,7 @@ def _quantized(source: Path, bits: int) -> tuple[Tensors, bool]:
         parts = list(decoder.parts())
         slots = (slot for part in parts for slot in part.slots)
         rest = [slot for slot in slots if len(slot.shape) == 1 or slot.name.endswith("mlp.gate.weight")]
-        load_weights((parts.pop(0) for _ in range(len(parts))), checkpoint, show_progress=True)
+        load_weights((parts.pop(0) for _ in range(len(parts))), checkpoint)
         others = {slot.name: slot.target.reshape(-1, *slot.shape)[0].clone() for slot in rest}
     return {**collector.made, **others}, model.tie_word_embeddings
 
@@ -91,7 +92,8 @@ def main(argv: Sequence[str]) -> int:
     source, bits = locate_model(args.source, "huggingface"), int(args.quantization[3:])
     if target.exists():
         raise ConfigError(f"{target} exists already")
-    tensors, is_tied = _quantized(source, bits)
+    with told("quantizing"):
+        tensors, is_tied = _quantized(source, bits)
     changes = {"tie_word_embeddings": is_tied, "quantization_config": _config(bits)}
     try:
         target.mkdir(parents=True)

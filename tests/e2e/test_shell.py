@@ -22,7 +22,7 @@ from tests.models import tiny_model
 from tests.tokenizers_fixture import make_byte_level
 
 PROMPT = "\x1b[?2004h"  # bracketed paste on: the terminal is in raw mode, so keys are no signals now
-REDRAWN = "\x1b[2K"  # a line of an answer, which grows
+ASKED, DRAWN = "\x1b[?2004l", "\x1b[?25l"  # bracketed paste off: the line is taken; no cursor: the answer is there
 READY = "is ready. /help lists the commands"
 NUM_PAGES = 256
 
@@ -122,7 +122,8 @@ def test_a_session(terminal: Terminal, tmp_path: Path) -> None:
 
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(terminal: Terminal) -> None:
     terminal.child.sendline("tell me everything")
-    terminal.child.expect_exact(REDRAWN)
+    terminal.child.expect_exact(ASKED)
+    terminal.child.expect_exact(DRAWN)
     time.sleep(0.5)
     terminal.child.sendintr()
     terminal.child.expect_exact("(stopped)")

@@ -138,7 +138,7 @@ def test_a_rank_finds_its_share_of_fused_tensors(
         with torch.inference_mode():
             model = DecoderModel(env, read_model_config(path))
             weights.append({slot.name: slot.target for part in model.parts() for slot in part.slots})
-            load_weights(model.parts(), Checkpoint(path), show_progress=False)
+            load_weights(model.parts(), Checkpoint(path))
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

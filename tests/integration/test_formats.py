@@ -52,7 +52,7 @@ def loaded(
     env = LayerEnv(comm or Communicator(), ops or TorchOps(), torch.float32, CPU, weight_format)
     with torch.inference_mode():
         model = DecoderModel(env, engine_config(path).model)
-        load_weights(model.parts(), Checkpoint(path), show_progress=False)
+        load_weights(model.parts(), Checkpoint(path))
     return model
 
 

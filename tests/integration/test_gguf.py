@@ -158,7 +158,7 @@ def load(path: Path, comm: Communicator | None = None, ops: TorchOps | None = No
     env = LayerEnv(comm or Communicator(), ops or TorchOps(), torch.float32, CPU, Gguf(path, torch.float32, CPU))
     with torch.inference_mode():
         model = DecoderModel(env, read_model_config(path))
-        load_weights(model.parts(), Checkpoint(path), show_progress=False)
+        load_weights(model.parts(), Checkpoint(path))
     return model
 
 

@@ -326,7 +326,7 @@ def loaded(path: Path, comm: Communicator) -> DecoderModel:
     form = create_format(config, device, checkpoint.header())
     with torch.inference_mode():
         model = DecoderModel(LayerEnv(comm, TorchOps(), torch.float32, device, form), config.model)
-        load_weights(model.parts(), checkpoint, show_progress=False)
+        load_weights(model.parts(), checkpoint)
     return model
 
 

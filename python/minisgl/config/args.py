@@ -28,7 +28,6 @@ from minisgl.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 Parser = Callable[[Any], Any]
-Words = Sequence[str] | None
 
 
 def _parser(expected: str, fits: Callable[[Any], object], convert: Parser = lambda value: value) -> Parser:
@@ -96,7 +95,7 @@ _object = _parser(
 )
 
 
-def _option(parse: Parser, default: Any, *aliases: str, secret: bool = False, words: Words = None) -> Any:
+def _option(parse: Parser, default: Any, *aliases: str, secret: bool = False, words: Any = None) -> Any:
     """secret: no message shows its value. words: those that --help shows. What it is for, `options.yaml` says."""
     metadata = {"parse": parse, "aliases": aliases, "words": () if default is False else words}
     return field(default=default, metadata=metadata, repr=not secret)
@@ -172,7 +171,6 @@ class ServerArgs(ServerOptions):
 
 _FIELDS = {f.name: f for f in dataclasses.fields(ServerArgs)}
 _FLAGS = {name: ["--" + name.replace("_", "-"), *option.metadata["aliases"]] for name, option in _FIELDS.items()}
-# What may follow each flag: one of some words, nothing, or (None) anything.
 FLAG_WORDS = {flag: _FIELDS[name].metadata["words"] for name, flags in _FLAGS.items() for flag in flags}
 _NAMES = {flag[2:].replace("-", "_"): name for name, flags in _FLAGS.items() for flag in flags}  # may be called so
 
@@ -260,18 +258,17 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def make_parser(prog: str = "minisgl") -> ArgumentParser:
-    """The parser of the server's flags. Where choices are few, a flag's `metavar` has them: {a,b}."""
+    """The parser of the server's flags."""
     from minisgl import __version__
 
     texts = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} {'[MODEL] ' if ' ' in prog else ''}[options]",
-        description=texts.pop("description"),
-        epilog=texts.pop("epilog"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
+        **texts.pop("about"),
     )
     parser.add_argument("--version", action="version", version=f"minisgl {__version__}")
     parser.add_argument("--config", metavar="FILE", help="YAML file with options")
@@ -283,7 +280,6 @@ def make_parser(prog: str = "minisgl") -> ArgumentParser:
 
 
 def _shown(option: dataclasses.Field[Any], text: str) -> dict[str, Any]:
-    """How argparse takes and shows an option."""
     if option.default is False:
         return {"action": "store_true", "help": text}
     default = "auto" if option.default is None else "on" if option.default is True else option.default

@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import reprlib
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,7 +73,6 @@ def download(repo_id: str, source: str, revision: str | None) -> Path:
     repo_id, _, which = repo_id.partition(":")
     there: list[str] = []
     try:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", str(int(not sys.stderr.isatty())))  # read at the import
         if source == "modelscope":
             from modelscope import snapshot_download
         else:

@@ -39,7 +39,7 @@ class ModelShard:
             env = LayerEnv(comm, ops, DTYPES[config.dtype], device, weight_format)
             self.model = DecoderModel(env, checkpoint.untied(config.model) if checkpoint else config.model)
             if checkpoint:
-                load_weights(self.model.parts(), checkpoint, show_progress=comm.rank == 0)
+                load_weights(self.model.parts(), checkpoint)
             else:
                 fill_random(self.model.parts(), config.seed)
             self.ropes = [RotaryEmbedding(rope, config.model.head_dim, device) for rope in config.model.ropes]

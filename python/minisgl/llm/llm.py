@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from minisgl.config.args import args_from_options
 from minisgl.config.resolve import prepare
@@ -304,7 +304,6 @@ def _wrapped(prompt: Any) -> TextPrompt | IdsPrompt:
 def _progress(progress: Reporting, total: int) -> Iterator[ProgressCallback]:
     """A progress bar, a callback, or nothing, behind one call `report(finished, total)`."""
     is_shown = progress is True or (progress is None and total >= 16)
-    columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=progress is None, disable=not is_shown) as bar:
-        task = bar.add_task("", total=total)
+    with Progress(transient=progress is None, disable=not is_shown) as bar:
+        task = bar.add_task("generate", total=total)
         yield progress if callable(progress) else lambda finished, _: bar.update(task, completed=finished)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -234,13 +233,13 @@ def _equal(a: Stored, b: Stored) -> bool:
     return all(bool((a.shard.read(a.name, rows) == b.shard.read(b.name, rows)).all()) for rows in blocks)
 
 
-def load_weights(parts: Iterable[Part], checkpoint: Checkpoint, show_progress: bool) -> None:
+def load_weights(parts: Iterable[Part], checkpoint: Checkpoint) -> None:
     """Fill all parts from a checkpoint, one after the other.
 
     Raises: ConfigError naming the files or tensors that are missing, unexpected or of another shape.
     """
     waiting = deque(parts)
-    sources = _shown(checkpoint.sources([slot for slots, _ in waiting for slot in slots]), show_progress)
+    sources = iter(checkpoint.sources([slot for slots, _ in waiting for slot in slots]))
     with torch.inference_mode():
         while waiting:
             slots, finish = waiting.popleft()
@@ -255,16 +254,6 @@ def load_weights(parts: Iterable[Part], checkpoint: Checkpoint, show_progress: b
             del slots, slot  # which hold what packing frees
             finish()
     checkpoint.close()
-
-
-def _shown(sources: list[Source], show_progress: bool) -> Iterator[Source]:
-    """One after the other, with a bar at a terminal."""
-    if not (show_progress and sys.stderr.isatty()):
-        return iter(sources)
-    from rich.console import Console
-    from rich.progress import track
-
-    return iter(track(sources, "Loading weights", console=Console(stderr=True), transient=True))
 
 
 def _rows_at_once(slot: WeightSlot) -> int:

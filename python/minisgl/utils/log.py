@@ -94,11 +94,9 @@ def told(what: str) -> Iterator[None]:
             else:
                 logging.getLogger(__name__).info("%s: %.0f s", what, time.monotonic() - begin)
 
-    (thread := threading.Thread(target=tell, name="told", daemon=True)).start()
+    threading.Thread(target=tell, name="told", daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-        thread.join()
-        if is_terminal:
-            os.write(2, b"\x1b[K")
+        os.write(2, b"\x1b[K" * is_terminal)
