@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,20 +17,25 @@ from playwright.sync_api import Browser, Locator, Page, sync_playwright  # noqa:
 
 __all__ = ["Page", "model_path", "poll"]  # what tests take from here
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+ARGS = ["--no-sandbox", "--disable-dev-shm-usage"]
 STRICT = bool(os.environ.get("CI") or os.environ.get("REQUIRE_CHROMIUM"))
 CONTEXT = {"viewport": {"width": 1280, "height": 860}, "locale": "en-GB", "color_scheme": "light"}
 SECONDS = 30_000  # milliseconds that anything may take, on a machine that is busy
 
 
+def chromium() -> str | None:
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    program = next(filter(None, map(shutil.which, NAMES)), None)
+    program = chromium()
     if program is None:
         if STRICT:
             pytest.fail("Chromium is missing: apt-get install chromium")
         pytest.skip("needs Chromium (apt-get install chromium)")
     with sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        started = driver.chromium.launch(executable_path=program, args=ARGS)
         yield started
         started.close()
 
@@ -98,9 +102,3 @@ def check_accessible(page: Page) -> None:
     serious = [fault for fault in found if fault["impact"] in ("serious", "critical")]
     told = [f"{fault['id']}: {[node['target'] for node in fault['nodes']]}" for fault in serious]
     assert not told, "\n".join(told)
-
-
-def shot(page: Page, name: str) -> None:
-    """For docs/img, where MINISGL_SCREENSHOTS names a folder."""
-    if folder := os.environ.get("MINISGL_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png")

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.browser.conftest import Page, check_accessible, poll, say, shot, wait_done
+from tests.browser.conftest import Page, check_accessible, poll, say, wait_done
 from tests.e2e.conftest import Server, fake
 
 Visit = Callable[..., Page]
@@ -134,7 +134,6 @@ def test_the_token_view_has_each_token_and_what_might_have_been(visit: Visit, de
     page.keyboard.press("ArrowRight")
     assert tokens.nth(6).get_attribute("aria-pressed") == "true"
     check_accessible(page)
-    shot(page, "chat")
 
 
 def test_calls_are_shown_and_take_results(visit: Visit, demo: Server) -> None:

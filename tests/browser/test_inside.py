@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import httpx
 import pytest
 
 import minisgl
-from tests.browser.conftest import Page, check_accessible, poll, shot
+from tests.browser.conftest import Page, check_accessible, poll
 from tests.e2e.conftest import Server
 
 Visit = Callable[..., Page]
@@ -71,7 +72,7 @@ def test_one_chat_and_its_eight_stages(visit: Visit, demo: Server) -> None:
     detail.locator(".stage.done").nth(7).wait_for()
     (told,) = outputs(demo, [one])
     assert [stage["name"] for stage in told["stages"]] == STAGES
-    assert detail.locator("[data-stage]").evaluate_all("all => all.map((one) => one.dataset.stage)") == STAGES
+    assert detail.locator(".stages [data-stage]").evaluate_all("all => all.map((one) => one.dataset.stage)") == STAGES
     assert detail.locator(".stage.done").count() == 8
     shown = detail.locator(".when").all_inner_texts()
     assert [seconds_of(text) for text in shown] == pytest.approx(
@@ -88,7 +89,11 @@ def test_one_chat_and_its_eight_stages(visit: Visit, demo: Server) -> None:
     file, first, last = re.fullmatch(r"minisgl/(.+):(\d+)–(\d+)", place).groups()  # type: ignore[union-attr]
     lines = (PACKAGE / file).read_text(encoding="utf-8").splitlines()[int(first) - 1 : int(last)]
     assert detail.locator(".source code").first.inner_text().rstrip() == "\n".join(lines)
-    shot(page, "inside-request")
+    detail.locator("[data-stage=prefill]").click()
+    assert detail.locator(".source .code").count() > 0
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save for ui.perfetto.dev").click()
+    assert json.loads(Path(download.value.path()).read_text())["traceEvents"]
 
 
 def seconds_of(shown: str) -> float:
@@ -164,7 +169,6 @@ def test_the_server_can_be_paused_and_slowed(visit: Visit, small: Server) -> Non
     page.get_by_text("100 ms after each step").wait_for()
     page.get_by_role("button", name="Go on").click()
     poll(lambda: int(panel(page, "strip")["last"]) > stood, "it does not go on")
-    shot(page, "inside")
     page.get_by_role("slider", name="Slow motion").fill("0")
     page.locator(".controls[data-state=done]").wait_for(timeout=60_000)
 

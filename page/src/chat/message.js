@@ -115,7 +115,7 @@ export class AnswerView {
 
   /** Whether there is more to come, for readers of screens. */
   showBusy() {
-    this.root.setAttribute("aria-busy", this.message.state === "streaming" || this.markdown.isBusy);
+    this.root.setAttribute("aria-busy", this.message.state === "streaming" || !this.markdown.isSettled);
   }
 
   showTools() {

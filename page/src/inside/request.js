@@ -6,6 +6,7 @@ import { highlight } from "../text/highlight.js";
 
 const AGAIN = 500; // milliseconds between two looks at a request that has not ended
 const REPEATED = { chunks: "prefill", decodes: "decode", retractions: "retracted", admissions: "admitted" };
+const BETWEEN = ["prefill", "decode", "retracted"]; // what has code of its own beside the eight stages
 
 let stages = null; // what /trace/stages says, asked once
 
@@ -64,6 +65,7 @@ export class RequestDetail {
     const end = Math.max(...output.stages.map((stage) => stage.seconds ?? 0), 1e-6);
     const facts = t("request.facts", { prompt: num(output.num_prompt), cached: num(output.num_cached), output: num(output.num_output) });
     const list = output.stages.map((stage, index) => this.stage(stage, index, output, end));
+    const code = BETWEEN.map((name) => h("button", { type: "button", class: "text-button small", "data-stage": name, onclick: () => this.showCode(name), text: t(`stage.${name}`) }));
     const events = Object.entries(REPEATED).flatMap(([field, name]) => (output[field] ?? []).map((event) => ({ ...event, name })));
     events.sort((a, b) => a.time - b.time);
     return h(
@@ -72,6 +74,7 @@ export class RequestDetail {
       h("p", { class: "small muted", text: facts }),
       h("ol", { class: "stages" }, list),
       timeline(events, first, end),
+      h("p", { class: "small muted" }, t("request.code"), code),
       h("p", { class: "small muted", text: t("request.events", { chunks: num(output.num_chunks), decodes: num(output.decodes.length), retractions: num(output.num_retractions) }) }),
     );
   }
@@ -82,7 +85,7 @@ export class RequestDetail {
     const notes = notesOf(stage, output);
     const button = h(
       "button",
-      { type: "button", class: "stage-name", "data-stage": stage.name, onclick: () => this.showCode(told), title: told?.about ?? "" },
+      { type: "button", class: "stage-name", "data-stage": stage.name, onclick: () => this.showCode(stage.name), title: told?.about ?? "" },
       h("b", { text: `${index + 1} ${tOr(`stage.${stage.name}`, stage.name)}` }),
       h("span", { class: "small muted", text: t(`process.${told?.process ?? "api"}`) }),
     );
@@ -96,7 +99,8 @@ export class RequestDetail {
     );
   }
 
-  showCode(stage) {
+  showCode(wanted) {
+    const stage = stages.stages.find(({ name }) => name === wanted);
     if (!stage) return;
     const version = t("code.version", { version: stages.version });
     const pieces = stage.code.map((piece) => {

@@ -1,12 +1,13 @@
 // (b) The steps as a strip that scrolls: a column for each step, a line for each row of the batch. A column in which both
 // colours stand is a mixed step: some requests decode while another's prompt is computed, chunk by chunk.
-import { h } from "../dom.js";
+import { ask } from "../api.js";
+import { h, icon, saveFile } from "../dom.js";
 import { num, t } from "../i18n.js";
 import { isMixed, sized, themed } from "./live.js";
 
 const COLUMN = 12; // pixels
-const BATCH = 210; // pixels of the rows together
-const LINES = [6, 24]; // pixels that one of them may have
+const BATCH = 280; // pixels of the rows together
+const LINES = [8, 28]; // pixels that one of them may have
 const HEAD = 44; // pixels of the bars above, which show a step's tokens
 const MAX_LINES = 32;
 
@@ -15,7 +16,8 @@ export class Strip {
     this.canvas = h("canvas", { class: "strip", role: "img" });
     this.about = h("p", { class: "small strip-about" });
     const key = (name) => h("span", { class: "key" }, h("i", { class: name }), t(`strip.${name}`));
-    this.root = h("div", {}, this.canvas, h("div", { class: "legend small muted" }, key("prefill"), key("decode")), this.about);
+    const save = h("button", { type: "button", class: "text-button", onclick: savePerfetto }, icon("save"), t("strip.perfetto"));
+    this.root = h("div", {}, this.canvas, h("div", { class: "legend small muted" }, key("prefill"), key("decode"), save), this.about);
     this.pointed = null; // the step that the pointer is at
     this.canvas.addEventListener("pointermove", (event) => this.point(event));
     this.canvas.addEventListener("pointerleave", () => {
@@ -71,6 +73,12 @@ export class Strip {
     this.about.textContent = words;
     this.canvas.setAttribute("aria-label", t("strip.label", { words }));
   }
+}
+
+/** The steps and requests of late as a file for ui.perfetto.dev. */
+async function savePerfetto() {
+  const trace = await ask("/trace?format=perfetto&steps=2048&requests=1024");
+  saveFile("minisgl-trace.json", "application/json", await trace.text());
 }
 
 function describe(step) {

@@ -7,6 +7,7 @@ import DOMPurify from "dompurify";
 import { copyText, fill, h, icon } from "../dom.js";
 import { t } from "../i18n.js";
 
+const MAX_PAUSE = 2000; // milliseconds between two pictures of a text that grows
 const DEADLINE = 1500; // milliseconds that the worker may take for one text
 const CLASSES = /^(hl-(comment|string|number|keyword)|lang-[\w+#.-]*|math|math-source|plain)$/;
 
@@ -112,8 +113,12 @@ export class MarkdownView {
     this.root = root;
     this.settled = settled;
     this.shown = []; // HTML of the blocks that stand there
-    this.text = "";
+    this.text = this.done = ""; // what is to be shown, and what is
     this.isBusy = false;
+  }
+
+  get isSettled() {
+    return this.text === this.done;
   }
 
   /** Show this text: at once if the parser is free, otherwise as soon as it is, and then the newest one only. */
@@ -126,11 +131,12 @@ export class MarkdownView {
       const begin = performance.now();
       this.show((await parser.parse(asked)) ?? asked);
       this.done = asked;
+      if (this.isSettled) this.settled();
       // A long text is shown less often, so that the page has time for everything else.
-      await new Promise((resume) => setTimeout(resume, Math.max(30, 3 * (performance.now() - begin))));
+      const pause = Math.min(MAX_PAUSE, Math.max(30, 3 * (performance.now() - begin)));
+      await new Promise((resume) => setTimeout(resume, pause));
     }
     this.isBusy = false;
-    this.settled();
   }
 
   /** @param {string[] | string} blocks  of HTML, or a text that is shown as it is */
