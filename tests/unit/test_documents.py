@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from minisgl.config.args import parse_args
+from minisgl.config.args import FLAG_WORDS, parse_args
+from minisgl.env import VARIABLES
 from tools.check_docs import missing_extras, missing_paths, read_extras
 
 README = Path(__file__).parents[2] / "README.md"
@@ -32,3 +35,60 @@ def test_files_and_extras_that_are_not_there_are_named() -> None:
     assert {"cuda", "fa", "fi"} <= extras
     text = "pip install 'minisgl[cuda,fa]', 'minisgl[rocm]', the extra `fi` or the extra `mps`"
     assert missing_extras(text, extras) == ["extra: mps", "extra: rocm"]
+
+
+ROOT = README.parent
+PACKAGE = ROOT / "python" / "minisgl"
+CODE = re.compile(r"`([^`]+)`")
+
+
+def names_of_the_package() -> set[str]:
+    """Each class, and each of its attributes and methods behind a dot."""
+    found = set[str]()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            found.add(node.name)
+            for part in ast.walk(node):
+                if isinstance(part, ast.FunctionDef):
+                    found.add(f"{node.name}.{part.name}")
+                elif isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                    found.add(f"{node.name}.{part.target.id}")
+    return found
+
+
+def test_what_is_named_to_those_who_come_from_mini_sglang_is_here() -> None:
+    """Of each table the column of ours: the second one."""
+    text = (ROOT / "docs" / "from-mini-sglang.md").read_text()
+    cells = [line.split("|")[2] for line in text.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    paths = {f"{file.relative_to(PACKAGE)}" + "/" * file.is_dir() for file in PACKAGE.rglob("*")}
+    routes = set(json.loads((PACKAGE / "server" / "openapi.json").read_text())["paths"])
+    ours = paths | set(FLAG_WORDS) | routes | VARIABLES | names_of_the_package()
+    ours |= {"MINISGL_DISABLE_OVERLAP_SCHEDULING", "minisgl serve NAME", "minisgl chat NAME"}
+    named = {name for cell in cells for name in CODE.findall(cell)}
+    assert len(named) > 90
+    assert named <= ours
+
+
+def test_the_flags_of_mini_sglang_are_taken() -> None:
+    """Those that its command line has, all but expert parallelism."""
+    text = (ROOT / "docs" / "from-mini-sglang.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `--")]
+    theirs = [(flag, row[2]) for row in rows for flag in re.findall(r"`(--[a-z-]+)`", row[1])]
+    assert len(theirs) > 25
+    assert {flag for flag, _ in theirs if flag not in FLAG_WORDS} == {"--expert-parallel-size", "--ep-size"}
+
+
+def test_troubles_are_told_as_they_are_documented() -> None:
+    """What docs/troubleshooting.md quotes of the program's words stands in the package."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    sources = "\n".join(file.read_text() for file in PACKAGE.rglob("*.py"))
+    for words in ("; choose another", "is taken", "cannot be fetched", "without a network, give a local directory"):
+        assert words in text and words in sources
+    for words in ("torch computes", "has run this script again", "ended unexpectedly", "killed by", "set HF_ENDPOINT"):
+        assert words in text and words in sources
+    for row in re.findall(r"row `([^`]+)`", text):
+        assert f'"{row}"' in sources, row
+    for flag in re.findall(r"`?(--[a-z][a-z-]+)", text):
+        assert flag in FLAG_WORDS or flag in ("--torch-backend", "--shm-size"), flag
