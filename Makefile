@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 CLIENTS := $(VENV)/.installed-clients
+DOCS := $(VENV)/.installed-docs
 BROWSER := $(VENV)/.installed-browser
 APART := $(wildcard tests/clients/apart/*.txt)
 
@@ -18,7 +19,7 @@ APART := $(wildcard tests/clients/apart/*.txt)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat doctor bench test test-clients test-faults test-browser page wheel soak sanitize lint format docs audit clean
+.PHONY: help serve chat doctor bench test test-clients test-faults test-browser page wheel soak sanitize lint format docs docs-site audit clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -53,6 +54,10 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 $(BROWSER): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
 	@touch $(CORE) $(DEV) $@
+
+$(DOCS): pyproject.toml constraints.txt | $(CORE)
+	@tools/patiently "installing what the site is built with" $(PIP) -c constraints.txt -e '.[docs]'
+	@touch $@
 
 $(CLIENTS): pyproject.toml constraints.txt $(APART) | $(BIN)/python
 	@tools/patiently "installing the clients of the tests" $(PIP) --no-compile -c constraints.txt -e '.[dev,clients]'
@@ -118,6 +123,9 @@ format: $(DEV)  ## Format the code and mend what the linter can
 
 docs: $(DEV)  ## Check that every file and link that the documents name exists
 	$(BIN)/python tools/check_docs.py
+
+docs-site: $(DOCS)  ## Build the documentation site, strictly, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 audit: $(DEV)  ## Scan what the server needs for published weaknesses; says so where nothing can be scanned
 	$(BIN)/python tools/audit.py $(ARGS)
