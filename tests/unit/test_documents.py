@@ -11,7 +11,7 @@ import pytest
 
 from minisgl.config.args import FLAG_WORDS, parse_args
 from minisgl.env import VARIABLES
-from tools.check_docs import missing_extras, missing_paths, read_extras
+from tools.check_docs import missing_extras, missing_headings, missing_paths, read_extras
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -25,6 +25,11 @@ def test_the_flags_of_the_readme_are_the_programs(capsys: pytest.CaptureFixture[
     options = re.findall(r"^  (?:-h, )?(--.*)$", capsys.readouterr().out, flags=re.MULTILINE)
     real = {flag for line in options for flag in re.findall(r"(--[a-z-]+)", line.split("  ")[0])}
     assert documented == real - {"--help", "--version"}
+
+
+def test_headings_that_are_not_there_are_named() -> None:
+    text = "[a](#flags) [b](#flegs) [c](docs/features.md#access) [d](docs/features.md#excess) [e](https://x.org/#y)"
+    assert missing_headings(README, text) == ["heading: #flegs", "heading: docs/features.md#excess"]
 
 
 def test_files_and_extras_that_are_not_there_are_named() -> None:
@@ -92,3 +97,13 @@ def test_troubles_are_told_as_they_are_documented() -> None:
         assert f'"{row}"' in sources, row
     for flag in re.findall(r"`?(--[a-z][a-z-]+)", text):
         assert flag in FLAG_WORDS or flag in ("--torch-backend", "--shm-size"), flag
+
+
+def test_the_readme_in_chinese_has_the_same_sections_and_commands() -> None:
+    texts = [README.read_text(), README.with_name("README.zh.md").read_text()]
+    headings = [re.findall("^#+(?= )", re.sub("^```.*?^```$", "", text, flags=re.S | re.M), re.M) for text in texts]
+    assert headings[0] == headings[1]
+    english, chinese = (
+        [re.sub(" *#.*", "", block) for block in re.findall("^```.*?^```$", text, re.S | re.M)] for text in texts
+    )
+    assert english == chinese
