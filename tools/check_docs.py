@@ -1,5 +1,5 @@
 """Documents rot where nobody looks: check that what a document or a module's docstring names is there: each relative
-link, the heading that it points to, each `path/in/backticks`, and each extra, which messages of the program name too."""
+link and the heading behind it, each `path/in/backticks`, and each extra, which messages of the program name too."""
 
 from __future__ import annotations
 
