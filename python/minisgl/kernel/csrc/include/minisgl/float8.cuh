@@ -43,13 +43,17 @@ __device__ __forceinline__ void widen_even(uint32_t four, uint32_t& even, uint32
   odd = widen_pair<T>(__byte_perm(four, 0, 0x3414));
 }
 
-// Eight of them as four pairs.
+// What `spread_even` leaves of a value: its bits are where T has them, and the bias of its exponent is e4m3's.
 template <typename T>
-__device__ __forceinline__ uint4 widen(uint32_t first, uint32_t second) {
-  uint4 v;
-  widen<T>(first, v.x, v.y);
-  widen<T>(second, v.z, v.w);
-  return v;
+constexpr float kSpread = std::is_same_v<T, __half> ? 0x1p-8f : 0x1p-120f;
+
+// `widen_even` times kSpread, in fewer instructions; whoever multiplies with them makes up for it. Subnormals are right.
+template <typename T>
+__device__ __forceinline__ void spread_even(uint32_t four, uint32_t& even, uint32_t& odd) {
+  constexpr int kShift = std::is_same_v<T, __half> ? 1 : 4;
+  constexpr uint32_t kBits = 0x7f007f00u >> kShift;
+  even = (four << 8 & 0x80008000u) | (four << (8 - kShift) & kBits);
+  odd = (four & 0x80008000u) | (four >> kShift & kBits);
 }
 
 // The nearest e4m3; beyond the largest, the largest. NaN stays NaN.

@@ -33,6 +33,10 @@ using Weight = uint8_t;
 using Weight = T;
 #endif
 
+#ifndef MINISGL_ALL
+#define MINISGL_ALL 0
+#endif
+
 #ifndef MINISGL_SHARED
 #define MINISGL_SHARED 113
 #endif
@@ -47,6 +51,17 @@ constexpr int kSharedBytes = MINISGL_SHARED * 1024;  // 113: half of an SM's, le
 constexpr int kRingBytes = kSharedBytes - 27 * 1024;  // with what follows at most kSharedBytes
 constexpr int kPartialBytes = 16 * 1024;
 constexpr int kScaleBlock = 128;             // k that share a scale, where octets have them
+
+// Of x with e4m3: what `spread_even` takes off weights would leave too little of their products in bf16, whose range
+// has room for x on the other side. `kRest` is what sums have still to be multiplied with.
+constexpr float kRaise = std::is_same_v<T, __half> ? 1.f : 0x1p60f;
+constexpr float kRest = kFloat8 ? 1.f / (kRaise * kSpread<T>) : 1.f;
+
+__device__ __forceinline__ uint32_t raised(uint32_t pair) {
+  if constexpr (kRaise == 1.f) return pair;
+  T2 y = __hmul2(*reinterpret_cast<T2*>(&pair), T2(from_float<T>(kRaise), from_float<T>(kRaise)));
+  return *reinterpret_cast<uint32_t*>(&y);
+}
 
 struct Args {
   const T* x;
@@ -190,7 +205,15 @@ struct Worker {
       x[i / kVecs][i % kVecs] = make_uint4(0, 0, 0, 0);
       if (i / kVecs * 8 + row < args.tokens) x[i / kVecs][i % kVecs] = load_shared(slot + (C::kOctets + i) * kSlot);
     }
-    if (args.norm_weight == nullptr) return;
+    if (args.norm_weight != nullptr) apply_gains(block, sum, x, square);
+    if constexpr (kFloat8) {
+#pragma unroll
+      for (int i = 0; i < kTokenTiles * kVecs; ++i) prepare(x[i / kVecs][i % kVecs]);
+    }
+  }
+
+  __device__ __forceinline__ void apply_gains(int block, bool sum, uint4 (&x)[kTokenTiles][kVecs],
+                                              float (&square)[kTokenTiles]) const {
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
       uint4 g = load_shared(gains + ((warp + block * C::kWarps) * kBlock + quad * kLane + v * 8) * sizeof(T));
@@ -203,15 +226,24 @@ struct Worker {
     }
   }
 
+  // x as `multiply_tile` takes it with e4m3: k in the order of `spread_even`, times kFactor.
+  __device__ __forceinline__ static void prepare(uint4& x) {
+    x = make_uint4(raised(__byte_perm(x.x, x.y, 0x5410)), raised(__byte_perm(x.x, x.y, 0x7632)),
+                   raised(__byte_perm(x.z, x.w, 0x5410)), raised(__byte_perm(x.z, x.w, 0x7632)));
+  }
+
   // 16 rows of W, of which a lane has a and b, times 8 tokens.
   __device__ __forceinline__ static void multiply_tile(uint4 a, uint4 b, const uint4 (&x)[kVecs], float (&c)[4]) {
     if constexpr (kFloat8) {
-      uint4 low = widen<T>(a.x, a.y), other = widen<T>(b.x, b.y);
-      mma(c, low.x, other.x, low.y, other.y, x[0].x, x[0].y);
-      mma(c, low.z, other.z, low.w, other.w, x[0].z, x[0].w);
-      low = widen<T>(a.z, a.w), other = widen<T>(b.z, b.w);
-      mma(c, low.x, other.x, low.y, other.y, x[kVecs - 1].x, x[kVecs - 1].y);
-      mma(c, low.z, other.z, low.w, other.w, x[kVecs - 1].z, x[kVecs - 1].w);
+      const uint32_t lows[4] = {a.x, a.y, a.z, a.w}, highs[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t even, odd, other_even, other_odd;
+        spread_even<T>(lows[i], even, odd);
+        spread_even<T>(highs[i], other_even, other_odd);
+        const uint4 four = x[i / 2];
+        mma(c, even, other_even, odd, other_odd, i % 2 ? four.z : four.x, i % 2 ? four.w : four.y);
+      }
     } else {
       mma(c, a.x, b.x, a.y, b.y, x[0].x, x[0].y);
       mma(c, a.z, b.z, a.w, b.w, x[0].z, x[0].w);
@@ -224,7 +256,7 @@ struct Worker {
                                            float (&acc)[C::kTiles][kTokenTiles][4]) const {
 #pragma unroll
     for (int tile = 0; tile < C::kTiles; ++tile) {
-      if (2 * tile < group.octets) {
+      if (MINISGL_ALL || 2 * tile < group.octets) {
         uint4 a = load_shared(slot + 2 * tile * kSlot);
         uint4 b = make_uint4(0, 0, 0, 0);
         if (2 * tile + 1 < C::kOctets) b = load_shared(slot + (2 * tile + 1) * kSlot);
@@ -301,7 +333,7 @@ struct Worker {
       if (token >= args.tokens) continue;
       float factor = args.norm_weight != nullptr ? rstd(square, token) : 1.f;
       float factors[2] = {factor, factor};
-      if constexpr (kFloat8) factors[0] *= addend.scale[0], factors[1] *= addend.scale[1];
+      if constexpr (kFloat8) factors[0] *= addend.scale[0] * kRest, factors[1] *= addend.scale[1] * kRest;
       size_t at = static_cast<size_t>(token) * args.outputs;
       if constexpr (C::kGated) {
         at += (group.first + tile) * 8 + row;
