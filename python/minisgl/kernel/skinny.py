@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 TOKEN_TILES = (8, 16, 32)
 MAX_TOKENS = TOKEN_TILES[-1]
-VARIANTS = ((8, 1), (8, 2), (8, 4), (8, 6), (4, 6), (4, 8), (4, 16))  # warps, and octets of rows that they take at once
+VARIANTS = ((8, 1), (8, 2), (8, 4), (8, 6), (4, 6), (4, 8), (4, 16), (8, 8))  # warps, and octets of rows that they take at once
 MAX_NORM_K = 8192  # the norm's weight lies in shared memory beside the weights in flight
 SHARED = {(8, 0): 113, (9, 0): 113, (8, 6): 99, (8, 9): 99}  # KiB of shared memory that a block gets, by GPU
 
@@ -38,7 +38,7 @@ def variants(tokens: int, gated: bool, float8: bool = False, shared: int = 113) 
     """The numbers of the kernel's variants, as in `dispatch` of the kernel file, of which two steps fit the memory."""
     tiles = next(tile for tile in TOKEN_TILES if tokens <= tile) // 8 * (2 if float8 else 1)
     steps = [(shared - 27) * 1024 // (warps * (octets + tiles) * 512) for warps, octets in VARIANTS]
-    return [v for v in range(7) if steps[v] >= 2 and not (gated and v == 0) and not (tokens > 16 and v == 3)]
+    return [v for v in range(8) if steps[v] >= 2 and not (gated and v == 0) and not (tokens > 16 and v in (3, 7))]
 
 
 def supports(
