@@ -46,6 +46,7 @@ from minisgl.formats.base import DENSE
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.cuda import CudaOps
 from minisgl.kernel.ops import KVSlots, PagedSequences, RopeAngles, TorchOps
+from minisgl.kernel.product import Around
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 from minisgl.kvcache.pool import LayerCache
 
@@ -166,11 +167,15 @@ def skinny_gemm() -> None:
         )
         x, gain, weight, both, bias = inputs
         for v in skinny.variants(m, False):
-            linear, norm_linear = (skinny.norm_linear(x, g, EPS, weight, bias, v) for g in (None, gain))
-            added = skinny.linear_add(x, weight, up(residual), bias, v)
+            linear, norm_linear = (skinny.linear(x, weight, Around(bias, g, EPS), variant=v) for g in (None, gain))
+            added = skinny.linear(x, weight, Around(bias, residual=up(residual)), variant=v)
             check(("skinny_gemm", m, n, k, v), (linear, norm_linear, added), (plain, normed, plain + residual))
         for v in skinny.variants(m, True):
-            check(("skinny_gemm gated", m, n, k, v), [skinny.norm_gate_up(x, gain, EPS, both, v)], [gated])
+            check(
+                ("skinny_gemm gated", m, n, k, v),
+                [skinny.linear(x, both, Around(norm=gain, eps=EPS, gated=True), variant=v)],
+                [gated],
+            )
 
 
 def gemm(m: int) -> None:
@@ -182,9 +187,10 @@ def gemm(m: int) -> None:
         expected = plain + bias, plain + residual, gated
         x, weight, both, bias = (up(t) for t in (x, weight, both, bias))
         for v in (v for v in variants if decode_gemm.fits(v, m, k)):
-            added = decode_gemm.linear(x, weight, None, v, residual=up(residual))
-            actual = decode_gemm.linear(x, weight, bias, v), added, decode_gemm.gate_up(x, both, v)
-            check(("decode_gemm", m, n, k, tuple(v)), actual, expected)
+            added = decode_gemm.linear(x, weight, Around(residual=up(residual)), v)
+            plain = decode_gemm.linear(x, weight, Around(bias), v)
+            gated = decode_gemm.linear(x, both, Around(gated=True), v)
+            check(("decode_gemm", m, n, k, tuple(v)), (plain, added, gated), expected)
 
 
 class Paged:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from minisgl.kernel import decode_gemm
 from minisgl.kernel.cuda import CudaOps
 from minisgl.kernel.decode_gemm import Variant
+from minisgl.kernel.product import Around
 
 Tensor = torch.Tensor
 PEAK = 4.3e12  # bytes per second that an H200 reads
@@ -69,11 +70,8 @@ SHAPES = [*model("0.6B", 1024, 4096, 2048, 3072), *model("14B", 5120, 7168, 5120
 
 
 def own(shape: Shape, x: Tensor, w: Tensor, residual: Tensor, variant: Variant | None) -> Tensor:
-    if shape.gated:
-        return decode_gemm.gate_up(x, w, variant)
-    if shape.form == "add":
-        return decode_gemm.linear(x, w, None, variant, residual=residual)
-    return decode_gemm.linear(x, w, None, variant)
+    around = Around(residual=residual if shape.form == "add" else None, gated=shape.gated)
+    return decode_gemm.linear(x, w, around, variant)
 
 
 def with_torch(shape: Shape, x: Tensor, w: Tensor, residual: Tensor) -> Tensor:
@@ -236,7 +234,7 @@ def compile_all(tokens: list[int]) -> None:
     started = time.perf_counter()
     device = torch.device("cuda", torch.cuda.current_device())
     with ThreadPoolExecutor() as executor:
-        list(executor.map(lambda m: decode_gemm.prepare(device, torch.bfloat16, m), tokens))
+        list(executor.map(lambda tile: decode_gemm.prepare(device, torch.bfloat16, tile), tokens))
     report(f"compiled in {time.perf_counter() - started:.1f} s")
 
 

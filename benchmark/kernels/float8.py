@@ -28,6 +28,7 @@ from minisgl.kernel.cuda import CudaOps, compile_kernels
 from minisgl.kernel.decode_gemm import Variant
 from minisgl.kernel.ops import Matrix
 from minisgl.kernel.packed import Float8
+from minisgl.kernel.product import Around
 
 Tensor = torch.Tensor
 EPS = 1e-6
@@ -75,16 +76,16 @@ class Case:
 
     def skinny(self, variant: int) -> Tensor:
         weight, scales = self.matrix.weight
-        if self.shape.form == "add":
-            return skinny.linear_add(self.x, weight, self.residual, None, variant, scales)
-        if self.shape.form == "gate_up":
-            return skinny.norm_gate_up(self.x, self.gain, EPS, weight, variant, scales)
-        return skinny.norm_linear(self.x, self.gain, EPS, weight, None, variant, scales)
+        return skinny.linear(self.x, weight, self.around, scales, variant)
 
     def wide(self, how: tuple[int, Variant]) -> Tensor:
-        gated, adds = self.shape.form == "gate_up", self.shape.form == "add"
-        x = self.matrix.quantize(self.x, *(() if adds else (self.gain, EPS)))
-        return self.matrix.product(x, self.x.dtype, None, self.residual if adds else None, gated, how)
+        return self.matrix.product(self.matrix.quantize(self.x, self.around.norm, EPS), self.around, how)
+
+    @property
+    def around(self) -> Around:
+        if self.shape.form == "add":
+            return Around(residual=self.residual)
+        return Around(norm=self.gain, eps=EPS, gated=self.shape.form == "gate_up")
 
 
 def cases(ops: CudaOps, shape: Shape, m: int, kind: str) -> list[Case]:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.kernel import skinny
+from minisgl.kernel.product import Around
 
 EPS = 1e-6
 PEAK = 4.3e12  # bytes per second that an H200 reads
@@ -75,11 +76,10 @@ def fused(
     residual: torch.Tensor,
     variant: int | None = None,
 ) -> torch.Tensor:
-    if shape.form == "gate_up":
-        return skinny.norm_gate_up(x, gain, EPS, w, variant)
-    if shape.form == "add":
-        return skinny.linear_add(x, w, residual, None, variant)
-    return skinny.norm_linear(x, gain, EPS, w, None, variant)
+    around = Around(residual=residual)
+    if shape.form != "add":
+        around = Around(norm=gain, eps=EPS, gated=shape.form == "gate_up")
+    return skinny.linear(x, w, around, variant=variant)
 
 
 def separate(

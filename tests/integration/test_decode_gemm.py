@@ -7,6 +7,7 @@ import torch
 
 from minisgl.kernel import decode_gemm
 from minisgl.kernel.decode_gemm import Variant
+from minisgl.kernel.product import Around
 
 on_gpu = [
     pytest.mark.gpu,
@@ -43,10 +44,10 @@ class TestAgainstTheReference:
         product = x.float() @ weight.float().T
         torch.cuda.synchronize()
         for variant in [None, *(v for v in VARIANTS if decode_gemm.fits(v, m, k))]:
-            assert_close(decode_gemm.linear(x, weight, variant=variant), product)
-            assert_close(decode_gemm.linear(x, weight, bias, variant), product + bias.float())
+            assert_close(decode_gemm.linear(x, weight, Around(), variant), product)
+            assert_close(decode_gemm.linear(x, weight, Around(bias), variant), product + bias.float())
             target = residual.clone()
-            assert decode_gemm.linear(x, weight, bias, variant, residual=target) is target
+            assert decode_gemm.linear(x, weight, Around(bias, residual=target), variant) is target
             assert_close(target, residual.float() + product + bias.float())
 
     def test_gate_up(self, m: int, n: int, k: int, dtype: torch.dtype) -> None:
@@ -55,7 +56,7 @@ class TestAgainstTheReference:
         expected = torch.nn.functional.silu(gate) * up
         torch.cuda.synchronize()
         for variant in [None, *(v for v in VARIANTS if decode_gemm.fits(v, m, k))]:
-            assert_close(decode_gemm.gate_up(x, weight, variant), expected)
+            assert_close(decode_gemm.linear(x, weight, Around(gated=True), variant), expected)
 
 
 class TestOnStreams:
@@ -65,7 +66,7 @@ class TestOnStreams:
         wide, weight = random(50, 2048), random(1024, 512, scale=0.05)
         torch.cuda.synchronize()
         x = wide[:, 512:1024]
-        assert_close(decode_gemm.linear(x, weight), x.float() @ weight.float().T)
+        assert_close(decode_gemm.linear(x, weight, Around()), x.float() @ weight.float().T)
 
     @pytest.mark.parametrize("m", [40, 256])
     @pytest.mark.parametrize("split", [0, 1, 4])
@@ -78,8 +79,8 @@ class TestOnStreams:
         def chain() -> None:
             torch.mul(x, 1, out=residual)  # a kernel: a copy would be a memcpy node, ahead of a programmatic launch
             for _ in range(8):
-                hidden = decode_gemm.gate_up(residual, up, variant)
-                decode_gemm.linear(hidden, down, None, variant, residual=residual)
+                hidden = decode_gemm.linear(residual, up, Around(gated=True), variant)
+                decode_gemm.linear(hidden, down, Around(residual=residual), variant)
 
         chain()
         torch.cuda.synchronize()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minisgl.kernel import skinny
+from minisgl.kernel.product import Around
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,11 +53,11 @@ def test_matches_the_reference(m: int, n: int, k: int, dtype: torch.dtype, varia
     bias = random(n, dtype=dtype, seed=1)
     residual = random(m, n, dtype=dtype, seed=2)
     torch.cuda.synchronize()
-    assert_close(skinny.norm_linear(x, None, EPS, weight, variant=variant), x.float() @ weight.float().T)
+    assert_close(skinny.linear(x, weight, Around(), variant=variant), x.float() @ weight.float().T)
     expected = normed(x, gain) @ weight.float().T
-    assert_close(skinny.norm_linear(x, gain, EPS, weight, bias, variant), expected + bias.float())
+    assert_close(skinny.linear(x, weight, Around(bias, gain, EPS), variant=variant), expected + bias.float())
     expected = residual.float() + x.float() @ weight.float().T + bias.float()
-    assert skinny.linear_add(x, weight, residual, bias, variant) is residual
+    assert skinny.linear(x, weight, Around(bias, residual=residual), variant=variant) is residual
     assert_close(residual, expected)
 
 
@@ -65,7 +66,10 @@ def test_matches_the_reference(m: int, n: int, k: int, dtype: torch.dtype, varia
 def test_gate_up_matches_the_reference(m: int, n: int, k: int, dtype: torch.dtype, variant: int) -> None:
     x, gain, weight = layer(m, 2 * n, k, dtype)
     gate, up = (normed(x, gain) @ weight.float().T).chunk(2, dim=-1)
-    assert_close(skinny.norm_gate_up(x, gain, EPS, weight, variant), torch.nn.functional.silu(gate) * up)
+    assert_close(
+        skinny.linear(x, weight, Around(norm=gain, eps=EPS, gated=True), variant=variant),
+        torch.nn.functional.silu(gate) * up,
+    )
 
 
 @pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 32])
@@ -73,13 +77,14 @@ def test_gate_up_matches_the_reference(m: int, n: int, k: int, dtype: torch.dtyp
 def test_the_chosen_variant_matches_the_reference(m: int, n: int, k: int) -> None:
     x, gain, weight = layer(m, n, k, torch.bfloat16)
     assert skinny.supports(m, n, k, x.dtype)
-    assert_close(skinny.norm_linear(x, gain, EPS, weight), normed(x, gain) @ weight.float().T)
+    assert_close(skinny.linear(x, weight, Around(norm=gain, eps=EPS)), normed(x, gain) @ weight.float().T)
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
     x, gain, weight = layer(8, 4096, 1024, torch.bfloat16)
-    whole = skinny.norm_linear(x, gain, EPS, weight, variant=2)
-    alone = torch.cat([skinny.norm_linear(x[i : i + 1], gain, EPS, weight, variant=2) for i in range(8)])
+    around = Around(norm=gain, eps=EPS)
+    whole = skinny.linear(x, weight, around, variant=2)
+    alone = torch.cat([skinny.linear(x[i : i + 1], weight, around, variant=2) for i in range(8)])
     assert torch.equal(whole, alone)
 
 
@@ -88,13 +93,13 @@ def test_rows_may_be_strided() -> None:
     x = wide[:, 512:1024]
     weight = weight[:, :512].contiguous()
     torch.cuda.synchronize()
-    assert_close(skinny.norm_linear(x, None, EPS, weight), x.float() @ weight.float().T)
+    assert_close(skinny.linear(x, weight, Around()), x.float() @ weight.float().T)
 
 
 def test_an_infinite_activation_stays_visible() -> None:
     x, gain, weight = layer(2, 1024, 1024, torch.float16)
     x[1, 3] = torch.inf
-    out = skinny.norm_linear(x, gain, EPS, weight)
+    out = skinny.linear(x, weight, Around(norm=gain, eps=EPS))
     assert out[0].isfinite().all() and out[1].isnan().all()
 
 
@@ -107,10 +112,10 @@ def test_a_chain_in_a_graph_repeats_exactly() -> None:
     def chain() -> None:
         torch.mul(x, 1, out=residual)  # a kernel: a copy would be a memcpy node, ahead of a programmatic launch
         for _ in range(8):
-            hidden = skinny.norm_linear(residual, gain, EPS, weight)
-            skinny.linear_add(hidden[:, :2048], down, residual)
-            hidden = skinny.norm_gate_up(residual, gain, EPS, weight)
-            skinny.linear_add(hidden, down, residual)
+            hidden = skinny.linear(residual, weight, Around(norm=gain, eps=EPS))
+            skinny.linear(hidden[:, :2048], down, Around(residual=residual))
+            hidden = skinny.linear(residual, weight, Around(norm=gain, eps=EPS, gated=True))
+            skinny.linear(hidden, down, Around(residual=residual))
 
     chain()
     torch.cuda.synchronize()

@@ -17,6 +17,7 @@ from minisgl.kernel import decode_gemm, float8, packed_gemm, skinny
 from minisgl.kernel.jit import load_kernel
 from minisgl.kernel.ops import Experts, KVSlots, Matrix, RopeAngles, Tensors, TorchMatrix, TorchOps
 from minisgl.kernel.packed import Float8, Packed
+from minisgl.kernel.product import Around, FusedMatrix
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 
 logger = logging.getLogger(__name__)
@@ -41,63 +42,45 @@ def _whole_vectors(*tensors: Tensor) -> bool:
 SKINNY_TOKENS = 8  # of a large weight; up to twice as many of one whose reading takes less than a launch
 
 
-class CudaMatrix(TorchMatrix):
+class CudaMatrix(FusedMatrix):
     """With the kernels for few tokens and for decode batches; cuBLAS where these do not fit, or are slower."""
 
     def __init__(self, ops: CudaOps, weight: Tensor, activation: str | None, embedding: Any) -> None:
         """embedding: the kernel of `rows`."""
-        super().__init__(ops, weight, activation)
-        self._embedding = embedding
+        super().__init__(ops, activation)
+        self.weight, self._torch, self._embedding = weight, TorchMatrix(ops, weight, activation), embedding
 
-    def _is_skinny(self, x: Tensor, norm: Tensor | None = None) -> bool:
-        """Whether the kernels for few tokens take this product."""
-        (m, k), weight = x.shape, self.weight
-        few = SKINNY_TOKENS * (2 if weight.numel() <= decode_gemm.SMALL_WEIGHTS else 1)
-        if m > few or not (skinny.is_available(x.device) and weight.is_contiguous()):
-            return False
-        return skinny.supports(m, len(weight), k, x.dtype, norm is not None, shared=skinny.shared_memory(x.device))
-
-    def _decode_variant(self, x: Tensor, gated: bool = False) -> decode_gemm.Variant | None:
-        """How the kernels for decode batches compute this product; None where they do not, or cuBLAS is faster."""
-        (m, k), n = x.shape, len(self.weight) // (2 if gated else 1)
-        fits = decode_gemm.supports(m, n, k, x.dtype) and self.weight.is_contiguous()
-        if not (fits and decode_gemm.is_available(x.device)):
+    def fused(self, x: Tensor, around: Around) -> Tensor | None:
+        (m, k), n = x.shape, around.num_out(len(self.weight))
+        if self.weight.is_contiguous() and self._is_skinny(x, n, around.norm is not None):
+            return skinny.linear(x, self.weight, around)
+        if around.norm is None or around.gated:  # otherwise `norm_apply` comes again, with what is normalised
+            variant = decode_gemm.choose(m, n, k, around.gated) if self._is_batch(x, n) else None
+            if variant is not None and decode_gemm.fits(variant, m, k):
+                x = x if around.norm is None else self._ops.rms_norm(x, around.norm, around.eps)
+                return decode_gemm.linear(x, self.weight, around, variant)
+        if around.residual is None:
             return None
-        variant = decode_gemm.choose(m, n, k, gated)
-        return variant if variant is not None and decode_gemm.fits(variant, m, k) else None
+        around.residual.addmm_(x, self.weight.T)  # cuBLAS adds it by itself
+        return around.residual if around.bias is None else around.residual.add_(around.bias)
 
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self._is_skinny(x):
-            return skinny.norm_linear(x, None, 0.0, self.weight, bias)
-        if (variant := self._decode_variant(x)) is not None:
-            return decode_gemm.linear(x, self.weight, bias, variant)
-        return super().apply(x, bias)
+    def _is_skinny(self, x: Tensor, n: int, has_norm: bool) -> bool:
+        few = SKINNY_TOKENS * (2 if self.weight.numel() <= decode_gemm.SMALL_WEIGHTS else 1)
+        if len(x) > few or not skinny.is_available(x.device):
+            return False
+        return skinny.supports(len(x), n, x.shape[1], x.dtype, has_norm, shared=skinny.shared_memory(x.device))
 
-    def apply_add(self, x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-        """cuBLAS adds the product to `residual` itself."""
-        if self._is_skinny(x):
-            return skinny.linear_add(x, self.weight, residual, bias)
-        if (variant := self._decode_variant(x)) is not None:
-            return decode_gemm.linear(x, self.weight, bias, variant, residual=residual)
-        residual.addmm_(x, self.weight.T)
-        return residual if bias is None else residual.add_(bias)
+    def _is_batch(self, x: Tensor, n: int) -> bool:
+        """Whether the kernels for decode batches take it; cuBLAS may be faster."""
+        fits = self.weight.is_contiguous() and decode_gemm.supports(len(x), n, x.shape[1], x.dtype)
+        return fits and decode_gemm.is_available(x.device)
 
-    def norm_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
-        if self._is_skinny(x, norm):
-            return skinny.norm_linear(x, norm, eps, self.weight, bias)
-        return super().norm_apply(x, norm, eps, bias)
-
-    def gate_up(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None) -> Tensor:
-        if norm is not None and bias is None and self._activation == "silu":
-            if len(self.weight) % 16 == 0 and self._is_skinny(x, norm):
-                return skinny.norm_gate_up(x, norm, eps, self.weight)
-            if (variant := self._decode_variant(x, gated=True)) is not None:
-                return decode_gemm.gate_up(self._ops.rms_norm(x, norm, eps), self.weight, variant)
-        return super().gate_up(x, norm, eps, bias)
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self._torch.apply(x, bias)
 
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
         if not (_whole_vectors(self.weight) and self.weight.is_contiguous()):
-            return super().rows(ids, first)
+            return self._torch.rows(ids, first)
         out = self.weight.new_empty(len(ids), self.weight.shape[1])
         self._embedding(ids, self.weight, first, len(self.weight), out)
         return out

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minisgl.kernel.jit import load_kernel
+from minisgl.kernel.product import Around
 
 Tensor = torch.Tensor
 
@@ -91,35 +92,27 @@ def workspace(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def prepare(device: torch.device, dtype: torch.dtype, tokens: int) -> Any:
-    """The kernels for `tokens` tokens, compiled on first use. device: with an index."""
-    tile, arch = token_tile(tokens), torch.cuda.get_device_capability(device)
-    return load_kernel("decode_gemm", arch, MINISGL_TOKENS=tile, MINISGL_FP16=int(dtype == torch.float16))
+def prepare(device: torch.device, dtype: torch.dtype, tile: int, kind: int = 0) -> Any:
+    """The kernels for tiles of so many tokens, compiled on first use. device: with an index. kind: of operands, as in
+    the kernel file."""
+    arch, half = torch.cuda.get_device_capability(device), int(dtype == torch.float16)
+    return load_kernel("decode_gemm", arch, MINISGL_TOKENS=tile, MINISGL_FP16=half, MINISGL_FP8=kind)
 
 
-def linear(
-    x: Tensor, w: Tensor, bias: Tensor | None = None, variant: Variant | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """x [m, k] with rows at any stride that is a multiple of 8, weight w [n, k], bias [n] -> [m, n].
-
-    residual: [m, n] contiguous, to which the result is added in place, rounded once.
-    """
-    out = x.new_empty(x.shape[0], len(w)) if residual is None else residual
-    return _run(x, w, bias, out, (residual is not None, False), variant)
-
-
-def gate_up(x: Tensor, weight: Tensor, variant: Variant | None = None) -> Tensor:
-    """silu(gate) * up of [gate, up] = linear(x): x [m, k], weight [2 * inner, k], gate rows first -> [m, inner]."""
-    return _run(x, weight, None, x.new_empty(x.shape[0], len(weight) // 2), (False, True), variant)
-
-
-def _run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, kind: tuple[bool, bool], variant: Variant | None
-) -> Tensor:
-    """kind: whether the product is added to `out`, and whether it is gated."""
-    m, k = x.shape
+def linear(x: Tensor, weight: Tensor, around: Around, variant: Variant | None = None) -> Tensor:
+    """x [m, k] with rows at any stride that is a multiple of 8, weight [n, k] -> [m, n], of gate and up [m, n / 2]."""
+    out = around.target(x, len(weight), x.dtype)
+    (m, k), n = x.shape, out.shape[1]
     if m > 0:
-        module = prepare(x.device, x.dtype, m)
-        variant = variant or choose(m, out.shape[1], k, kind[1]) or Variant(128 if m <= 128 else 64, 1)
-        module.decode_linear(x, weight, bias, out, *workspace(x.device), None, None, *kind, *variant)
+        variant = variant or choose(m, n, k, around.gated) or Variant(128 if m <= 128 else 64, 1)
+        run(prepare(x.device, x.dtype, token_tile(m)), x, weight, around, out, variant)
     return out
+
+
+def run(
+    module: Any, x: Tensor, weight: Tensor, around: Around, out: Tensor, variant: Variant,
+    row_scales: Tensor | None = None, token_scales: Tensor | None = None,
+) -> None:  # fmt: skip
+    """module: of `prepare`. The norm is done already."""
+    places, kind = (around.bias, out, *workspace(x.device)), (around.residual is not None, around.gated)
+    module.decode_linear(x, weight, *places, row_scales, token_scales, *kind, *variant)

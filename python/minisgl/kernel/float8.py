@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.decode_gemm import Variant
 from minisgl.kernel.jit import load_kernel
-from minisgl.kernel.ops import LayerOps, Matrix
+from minisgl.kernel.ops import LayerOps
 from minisgl.kernel.packed import Float8
+from minisgl.kernel.product import Around, FusedMatrix
 from minisgl.utils.math import div_ceil
 
 Tensor = torch.Tensor
@@ -74,24 +75,16 @@ def choose(m: int, n: int, k: int, gated: bool, groups: bool) -> tuple[int, Vari
 
 
 @functools.cache
-def prepare(device: torch.device, dtype: torch.dtype, tile: int, groups: bool) -> Any:
-    """The kernels for tiles of so many tokens, compiled on first use. device: with an index."""
-    arch, kind = torch.cuda.get_device_capability(device), 2 if groups else 1
-    half = int(dtype == torch.float16)
-    return load_kernel("decode_gemm", arch, MINISGL_TOKENS=tile, MINISGL_FP16=half, MINISGL_FP8=kind)
-
-
-@functools.cache
 def compile_kernels(device: torch.device, dtype: torch.dtype, groups: bool) -> None:
     """All that products with such weights may need, side by side."""
     tasks = [functools.partial(skinny.prepare, device, dtype, tokens, True) for tokens in skinny.TOKEN_TILES]
     if decode_gemm.is_available(device):
-        tasks += [functools.partial(prepare, device, dtype, tile, groups) for tile in TOKEN_TILES[groups]]
+        tasks += [functools.partial(decode_gemm.prepare, device, dtype, t, 1 + groups) for t in TOKEN_TILES[groups]]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda task: task(), tasks))
 
 
-class Float8Matrix(Matrix):
+class Float8Matrix(FusedMatrix):
     """input_scale: of activations; None: tokens have their own. Raises: ConfigError where kernels do not compile."""
 
     def __init__(
@@ -107,12 +100,6 @@ class Float8Matrix(Matrix):
         compile_kernels(device, dtype, weight.has_groups)
         self._quantize = load_kernel("quantize", torch.cuda.get_device_capability(device)).quantize
 
-    def _is_skinny(self, x: Tensor, norm: bool = False) -> bool:
-        (n, k), m = self.weight.data.shape, len(x)
-        if m > self._few or not skinny.is_available(x.device):
-            return False
-        return skinny.supports(m, n, k, x.dtype, norm, float8=True, shared=skinny.shared_memory(x.device))
-
     def quantize(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> tuple[Tensor, Tensor]:
         """x, or its norm where there is a weight → e4m3 as uint8, and scales: [m], or [k / 128, m rounded up]."""
         m, k = x.shape
@@ -122,60 +109,38 @@ class Float8Matrix(Matrix):
         self._quantize(x, norm, eps, self._input_scale, out, scales)
         return out, scales
 
-    def product(
-        self, x: tuple[Tensor, Tensor], dtype: torch.dtype, bias: Tensor | None = None, residual: Tensor | None = None,
-        gated: bool = False, how: tuple[int, Variant] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """x: of `quantize`. residual: to which the product is added. how: see `choose`."""
-        (data, scales), (m, k), n = x, x[0].shape, len(self.weight.data) // (2 if gated else 1)
-        is_plain = how is None and dtype == torch.bfloat16 and not self.weight.has_groups
-        if is_plain and m > (MAX_GATED_TOKENS if gated else MAX_TOKENS):
-            return self._library_product(x, bias, residual, gated)
-        out = torch.empty(m, n, dtype=dtype, device=data.device) if residual is None else residual
-        tile, variant = how or choose(m, n, k, gated, self.weight.has_groups)
-        module = prepare(data.device, dtype, tile, self.weight.has_groups)
-        kind = self.weight.scales, scales, residual is not None, gated
-        module.decode_linear(data, self.weight.data, bias, out, *decode_gemm.workspace(data.device), *kind, *variant)
+    def product(self, x: tuple[Tensor, Tensor], around: Around, how: tuple[int, Variant] | None = None) -> Tensor:
+        """x: of `quantize`. how: see `choose`."""
+        (data, scales), (m, k), has_groups = x, x[0].shape, self.weight.has_groups
+        is_plain = how is None and not has_groups and self._dtype == torch.bfloat16
+        if is_plain and m > (MAX_GATED_TOKENS if around.gated else MAX_TOKENS):
+            return self.library_product(x, around)
+        out = around.target(data, len(self.weight.data), self._dtype)
+        tile, variant = how or choose(m, out.shape[1], k, around.gated, has_groups)
+        module = decode_gemm.prepare(data.device, self._dtype, tile, 1 + has_groups)
+        decode_gemm.run(module, data, self.weight.data, around, out, variant, self.weight.scales, scales)
         return out
 
-    def _library_product(
-        self, x: tuple[Tensor, Tensor], bias: Tensor | None, residual: Tensor | None, gated: bool
-    ) -> Tensor:
+    def library_product(self, x: tuple[Tensor, Tensor], around: Around) -> Tensor:
         data, weight = (part.view(torch.float8_e4m3fn) for part in (x[0], self.weight.data))
         scales = x[1][:, None], self.weight.scales[None]
-        out = torch._scaled_mm(data, weight.t(), *scales, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
-        if gated:
+        out = torch._scaled_mm(data, weight.t(), *scales, around.bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+        if around.gated:
             return self._ops.act_and_mul(out)
-        return out if residual is None else residual.add_(out)
+        return out if around.residual is None else around.residual.add_(out)
 
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self._is_skinny(x):
-            return skinny.norm_linear(x, None, 0.0, self.weight.data, bias, scales=self.weight.scales)
-        if self._on_hopper:
-            return self.product(self.quantize(x), x.dtype, bias)
+    def fused(self, x: Tensor, around: Around) -> Tensor | None:
+        (m, k), n = x.shape, around.num_out(len(self.weight.data))
+        if m <= self._few and skinny.is_available(x.device):
+            fits = (x.dtype, around.norm is not None, True, skinny.shared_memory(x.device))
+            if skinny.supports(m, n, k, *fits):
+                return skinny.linear(x, self.weight.data, around, self.weight.scales)
+        if not self._on_hopper or n % 16:
+            return None
+        return self.product(self.quantize(x, around.norm, around.eps), around)
+
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.weight.widen(x.dtype), bias)
-
-    def apply_add(self, x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self._is_skinny(x):
-            return skinny.linear_add(x, self.weight.data, residual, bias, scales=self.weight.scales)
-        if self._on_hopper:
-            return self.product(self.quantize(x), x.dtype, bias, residual)
-        return super().apply_add(x, residual, bias)
-
-    def norm_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
-        if self._is_skinny(x, norm=True):
-            return skinny.norm_linear(x, norm, eps, self.weight.data, bias, scales=self.weight.scales)
-        if self._on_hopper and not self._is_skinny(x):
-            return self.product(self.quantize(x, norm, eps), x.dtype, bias)
-        return super().norm_apply(x, norm, eps, bias)
-
-    def gate_up(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None) -> Tensor:
-        if bias is None and self._activation == "silu":
-            if norm is not None and self._is_skinny(x, norm=True):
-                return skinny.norm_gate_up(x, norm, eps, self.weight.data, scales=self.weight.scales)
-            if self._on_hopper and not self._is_skinny(x) and len(self.weight.data) % 32 == 0:
-                return self.product(self.quantize(x, norm, eps), x.dtype, gated=True)
-        return super().gate_up(x, norm, eps, bias)
 
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
         local = ids - first

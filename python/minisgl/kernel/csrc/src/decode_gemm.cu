@@ -1,12 +1,10 @@
 // Entry points of the linear layers that minisgl/decode_gemm.cuh explains.
 #include <minisgl/decode_gemm.cuh>
 
-#include <tvm/ffi/optional.h>
+#include <minisgl/arguments.cuh>
 
 namespace minisgl {
 namespace {
-
-using tvm::ffi::Optional;
 
 constexpr int kMaxShared = 227 * 1024;  // bytes of a block
 #if MINISGL_FP8
@@ -16,18 +14,6 @@ constexpr CUtensorMapDataType kMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 #else
 constexpr CUtensorMapDataType kMapType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 #endif
-
-int sm_count(int device) {
-  static int counts[64] = {};
-  MINISGL_CHECK(device >= 0 && device < 64);
-  if (counts[device] == 0) {
-    int major = 0;
-    MINISGL_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    MINISGL_CHECK(major == 9) << "these kernels are for sm_90a";
-    MINISGL_CUDA_CHECK(cudaDeviceGetAttribute(&counts[device], cudaDevAttrMultiProcessorCount, device));
-  }
-  return counts[device];
-}
 
 // How the caller wants it done; minisgl/kernel/decode_gemm.py chooses.
 struct Variant {
@@ -77,13 +63,7 @@ void run(Args args, const Operands& operands, const Variant& variant) {
   auto kernel = decode_gemm<C>;
   static bool prepared[64] = {};
   int sms = sm_count(operands.device);
-  if (!prepared[operands.device]) {
-    // The largest carveout, whatever this kernel needs: an SM must drain before it changes its carveout.
-    MINISGL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared));
-    MINISGL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                            cudaSharedmemCarveoutMaxShared));
-    prepared[operands.device] = true;
-  }
+  allow_shared(kernel, kMaxShared, operands.device, prepared);
   int blocks = share_out<C>(args, operands, variant, sms);
   uint64_t k = operands.k, half = args.outputs, row = k * sizeof(Operand), octet = row * 8;
   uint64_t sizes[4] = {k, 8, 2, C::kGated ? half / 8 : half / 16};
@@ -125,32 +105,9 @@ void dispatch(const Args& args, const Operands& operands, const Variant& variant
   TVM_FFI_THROW(ValueError) << "no such number of rows: " << variant.rows;
 }
 
-const T* data_of(const TensorView& t) {
-#if MINISGL_FP16
-  MINISGL_CHECK(is_fp16(t)) << "expected fp16";
-#else
-  MINISGL_CHECK(is_bf16(t)) << "expected bf16";
-#endif
-  MINISGL_CHECK(t.device().device_type == kDLCUDA) << "expected a CUDA tensor";
-  MINISGL_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0) << "expected 16-byte alignment";
-  return static_cast<const T*>(t.data_ptr());
-}
-
-void check_matrix(const TensorView& t, int64_t rows, int64_t columns) {
-  MINISGL_CHECK(t.ndim() == 2 && t.size(0) == rows && t.size(1) == columns) << "expected " << rows << " x " << columns;
-  MINISGL_CHECK(t.stride(1) == 1 && (t.stride(0) == columns || rows == 1)) << "expected a contiguous matrix";
-}
-
-const T* matrix_of(const TensorView& t, int64_t rows, int64_t columns) {
-  check_matrix(t, rows, columns);
-  return data_of(t);
-}
-
 const Operand* operand_of(const TensorView& t) {
 #if MINISGL_FP8
-  MINISGL_CHECK(t.dtype().bits == 8 && t.device().device_type == kDLCUDA) << "expected e4m3 on the GPU";
-  MINISGL_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0) << "expected 16-byte alignment";
-  return static_cast<const Operand*>(t.data_ptr());
+  return bytes_of(t);
 #else
   return data_of(t);
 #endif
@@ -162,19 +119,18 @@ void set_scales(Args& args, const Optional<TensorView>& of_rows, const Optional<
   MINISGL_CHECK(of_rows.has_value() == kFloat8 && of_tokens.has_value() == kFloat8) << "scales are for e4m3";
   if (!kFloat8) return;
   TensorView weights = *of_rows, tokens = *of_tokens;
-  MINISGL_CHECK(is_fp32(weights) && is_fp32(tokens)) << "expected fp32 scales";
-  if (kBlockScales) {
-    int64_t steps = (k + kK - 1) / kK;
-    check_matrix(weights, rows / 8, steps);
-    MINISGL_CHECK(tokens.ndim() == 2 && tokens.size(0) == steps && tokens.size(1) >= args.tokens &&
-                  tokens.stride(0) % kTokens == 0 && tokens.stride(1) == 1)
-        << "expected scales of each 128 k, then of tokens, with room for whole tiles of " << kTokens;
-    args.token_pitch = static_cast<int>(tokens.stride(0));
-  } else {
-    MINISGL_CHECK(weights.ndim() == 1 && weights.size(0) == rows && weights.stride(0) == 1 && tokens.ndim() == 1 &&
-                  tokens.size(0) == args.tokens && tokens.stride(0) == 1)
-        << "expected a scale of each row and each token";
+  if (!kBlockScales) {
+    args.row_scales = floats_of(weights, rows);
+    args.token_scales = floats_of(tokens, args.tokens);
+    return;
   }
+  int64_t steps = (k + kK - 1) / kK;
+  check_matrix(weights, rows / 8, steps);
+  MINISGL_CHECK(is_fp32(weights) && is_fp32(tokens)) << "expected fp32 scales";
+  MINISGL_CHECK(tokens.ndim() == 2 && tokens.size(0) == steps && tokens.size(1) >= args.tokens &&
+                tokens.stride(0) % kTokens == 0 && tokens.stride(1) == 1)
+      << "expected scales of each 128 k, then of tokens, with room for whole tiles of " << kTokens;
+  args.token_pitch = static_cast<int>(tokens.stride(0));
   args.row_scales = static_cast<const float*>(weights.data_ptr());
   args.token_scales = static_cast<const float*>(tokens.data_ptr());
 }
@@ -191,16 +147,12 @@ void decode_linear(TensorView x, TensorView weight, Optional<TensorView> bias, T
   MINISGL_CHECK(tokens < (1 << 20) && k > 0 && k % kMultiple == 0 && outputs > 0 && outputs % 16 == 0)
       << "unsupported shape: " << tokens << " tokens, " << outputs << " x " << k;
   MINISGL_CHECK(k < (1 << 20) && outputs < (1 << 20)) << "too large";
-  MINISGL_CHECK(x.stride(1) == 1 && (x.stride(0) * sizeof(Operand) % 16 == 0 || tokens == 1))
-      << "expected rows at 16-byte boundaries";
+  check_rows(x);
   MINISGL_CHECK(!gated || (!add && !bias.has_value())) << "gate and up have no bias and add to nothing";
   MINISGL_CHECK(is_fp32(partials) && is_int32(flags)) << "expected fp32 and int32 workspaces";
   Args args{};
   args.out = const_cast<T*>(matrix_of(out, tokens, outputs));
-  if (bias.has_value()) {
-    MINISGL_CHECK((*bias).ndim() == 1 && (*bias).size(0) == outputs && (*bias).stride(0) == 1) << "not such a bias";
-    args.bias = data_of(*bias);
-  }
+  args.bias = vector_of(bias, outputs);
   args.residual = add ? args.out : nullptr;
   args.partials = static_cast<float*>(partials.data_ptr());
   args.flags = static_cast<unsigned*>(flags.data_ptr());
