@@ -45,7 +45,9 @@ from minisgl.config.model import AttentionSpec, MoE, PagedKV
 from minisgl.formats.base import DENSE
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.cuda import CudaOps
+from minisgl.kernel.float8 import Float8Matrix, merge
 from minisgl.kernel.ops import KVSlots, PagedSequences, RopeAngles, TorchOps
+from minisgl.kernel.packed import Float8
 from minisgl.kernel.product import Around
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 from minisgl.kvcache.pool import LayerCache
@@ -193,6 +195,34 @@ def gemm(m: int) -> None:
             check(("decode_gemm", m, n, k, tuple(v)), (plain, added, gated), expected)
 
 
+def float8_products(has_groups: bool) -> None:
+    """e4m3 weights beside tokens as they are, and beside tokens in e4m3."""
+    ops = CudaOps(torch.cuda.get_device_capability())
+    for m, (n, k) in itertools.product((5, 13, 40), ((192, 448), (1376, 192))):
+        x, gain, residual = randn(m, k), randn(k), randn(m, n)
+        part = Float8.of(randn(n, k))
+        if has_groups:
+            part = Float8(part.data, part.scales[::128].repeat(1, -(-k // 128)))
+        weight = merge([Float8(up(part.data), up(part.scales, torch.float32))])
+        assert weight is not None
+        plain, normed = F.linear(x, part.dequantize()), REFERENCE.rms_norm(x, gain, EPS) @ part.dequantize().T
+        for v in skinny.variants(m, False, True):
+            found = [skinny.linear(up(x), weight.data, Around(norm=up(gain), eps=EPS), weight.scales, v)]
+            found.append(skinny.linear(up(x), weight.data, Around(residual=up(residual)), weight.scales, v))
+            check(("skinny e4m3", m, n, k, v), found, (normed, plain + residual))
+        if not decode_gemm.is_available(DEVICE):
+            continue
+        matrix = Float8Matrix(ops, weight, DTYPE, None, "silu")
+        tokens = matrix.quantize(up(x), up(gain), EPS)
+        data, scales = tokens.data[:m].cpu().view(torch.float8_e4m3fn).float(), tokens.scales.cpu()
+        wide = scales.T[:m].repeat_interleave(128, 1)[:, :k] if has_groups else scales[:, None]
+        product = F.linear(data * wide, part.dequantize())
+        for rows, split in itertools.product((64, 128, 192), (0, 1, -1)):
+            how = 64 if m > 32 else 32, decode_gemm.Variant(rows, split)
+            found = [matrix.product(tokens, Around(), how), matrix.product(tokens, Around(gated=True), how)]
+            check(("decode_gemm e4m3", m, n, k, how), found, (product, REFERENCE.act_and_mul(product)))
+
+
 class Paged:
     """Sequences whose pages are scattered over a pool that holds no others; slots that no token has hold NaN."""
 
@@ -277,6 +307,7 @@ GROUPS |= {
     f"attention_decode_{q}_{kv}_{dim}": partial(attention_decode, q, kv, dim)
     for q, kv, dim in ((40, 8, 128), (16, 1, 128), (3, 3, 64))
 }
+GROUPS |= {f"float8_{kind}": partial(float8_products, kind == "block") for kind in ("row", "block")}
 GROUPS |= {"skinny_gemm": skinny_gemm, "elementwise": elementwise, "step": step, "sampling": sampling}
 GROUPS["triton_prefill"] = partial(triton_attention, "prefill", [1, 70, 145], [1, 33, 45])
 GROUPS["triton_decode"] = partial(triton_attention, "decode", [0, 1, 64, 304], [1, 1, 1, 1])

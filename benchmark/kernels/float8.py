@@ -100,8 +100,9 @@ def cases(ops: CudaOps, shape: Shape, m: int, kind: str) -> list[Case]:
         if kind == "block":
             columns = -(-shape.k // 128)
             part = Float8(part.data, part.scales[::128].expand(-1, columns).contiguous())
-        matrix = ops.packed_matrix([part], torch.bfloat16, activation)
-        assert isinstance(matrix, float8.Float8Matrix)
+        merged = float8.merge([part])
+        assert merged is not None
+        matrix = float8.Float8Matrix(ops, merged, torch.bfloat16, None, activation)
         found.append(Case(shape, x, residual, gain, ops.matrix(weight, activation), matrix))
     return found
 

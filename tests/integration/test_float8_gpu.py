@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minisgl import LLM, SamplingParams
+from minisgl.kernel import skinny
+from minisgl.kernel.float8 import SKINNY_TOKENS, Float8Matrix, merge
 from minisgl.kernel.packed import Float8
+from minisgl.kernel.product import Around
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,19 +59,24 @@ def close(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
     assert error < limit, f"relative error {error:.3g}"
 
 
+def matrix_of(ops, parts: list[Float8], dtype: torch.dtype) -> Float8Matrix:
+    weight = merge(parts)
+    assert weight is not None
+    return Float8Matrix(ops, weight, dtype, None, "silu")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("n", "k"), [(1024, 2048), (4096, 1040), (512, 5120)])
+@pytest.mark.parametrize(("n", "k"), [(1024, 2048), (4096, 1040), (512, 5120), (208, 704)])
 def test_products(ops, kind: str, n: int, k: int, dtype: torch.dtype) -> None:
     """A few tokens are multiplied as they are; of more, Hopper's tensor cores take e4m3: with the same rounding the
     results are the same, and without it they are near."""
     parts = [part_of(kind, n, k), part_of(kind, n, k, seed=1)]
-    matrix, weight = ops.packed_matrix(parts, dtype, "silu"), torch.cat([part.dequantize() for part in parts])
-    assert type(matrix).__name__ == "Float8Matrix"
+    matrix, weight = matrix_of(ops, parts, dtype), torch.cat([part.dequantize() for part in parts])
     gain, bias = 1 + 0.2 * random(k, dtype=dtype), random(2 * n, dtype=dtype)
-    for m in (1, 7, 16, 17, 64, 200, 700):
+    for m in (1, 4, 5, 8, 16, 17, 33, 64, 65, 130, 200, 700):
         x, residual = random(m, k, dtype=dtype), random(m, 2 * n, dtype=dtype)
-        is_rounded = (m > 8 or k % 64 > 0) and torch.cuda.get_device_capability() == (9, 0)
+        is_rounded = (m > SKINNY_TOKENS or k % 64 > 0) and torch.cuda.get_device_capability() == (9, 0)
         limit = 1e-2 + (k / 32 * 2**-14 if is_rounded else 0.0)  # tensor cores add e4m3 products with 14 bits
         plain, scaled = x.float(), normed(x, gain)
         if is_rounded:
@@ -80,10 +90,37 @@ def test_products(ops, kind: str, n: int, k: int, dtype: torch.dtype) -> None:
         close(matrix.gate_up(x, gain, EPS), F.silu(gate) * up, 2 * limit)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_variant_for_a_few_tokens(ops, dtype: torch.dtype) -> None:
+    """Of weights that are all subnormal, too."""
+    for n, k, is_small in ((1024, 2048, True), (5120, 448, False)):
+        part = part_of("channel", n, k)
+        if is_small:
+            part = Float8((part.data.view(torch.uint8) & 0x87).view(torch.float8_e4m3fn), part.scales * 1e4)
+        weight, expected = merge([part]), part.dequantize()
+        for m, gated in itertools.product((1, 3, 8, 13, 32), (False, True)):
+            x, gain = random(m, k, dtype=dtype), 1 + 0.2 * random(k, dtype=dtype)
+            product = normed(x, gain) @ expected.T
+            gate, up = product.chunk(2, -1)
+            for variant in skinny.variants(m, gated, True, skinny.shared_memory(x.device)):
+                around = Around(norm=gain, eps=EPS, gated=gated)
+                out = skinny.linear(x, weight.data, around, weight.scales, variant)
+                close(out, F.silu(gate) * up if gated else product, 2e-2)
+
+
+def test_small_matrices_are_widened_where_that_is_faster(ops) -> None:
+    """To bf16, on Hopper, where reading them is not what takes time."""
+    part, x = part_of("block", 1024, 2048), random(5, 2048)
+    matrix = ops.packed_matrix([part], torch.bfloat16)
+    assert isinstance(matrix, Float8Matrix) != (torch.cuda.get_device_capability() == (9, 0))
+    close(matrix.apply(x), x.float() @ part.dequantize().T, 1e-2)
+    assert isinstance(ops.packed_matrix([part_of("block", 8192, 2048)], torch.bfloat16), Float8Matrix)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_a_table(ops, kind: str) -> None:
     part = part_of(kind, 256, 512)
-    matrix, ids = ops.packed_matrix([part], torch.bfloat16), torch.tensor([3, 100, 255, 299, 50], device="cuda")
+    matrix, ids = matrix_of(ops, [part], torch.bfloat16), torch.tensor([3, 100, 255, 299, 50], device="cuda")
     expected = part.dequantize()[(ids - 100).clamp(0, 255)]
     expected[(ids < 100) | (ids >= 356)] = 0
     close(matrix.rows(ids, 100), expected, 4e-3)
@@ -99,9 +136,8 @@ def test_what_kernels_do_not_take(ops) -> None:
 @pytest.mark.parametrize("m", [4, 40, 300])
 def test_a_captured_chain(ops, m: int) -> None:
     """Kernels that start early, one after the other, leave what they left when they were launched by hand."""
-    up, down = (
-        ops.packed_matrix([part_of("channel", *s)], torch.bfloat16, "silu") for s in ((6144, 1024), (1024, 3072))
-    )
+    shapes = (6144, 1024), (1024, 3072)
+    up, down = (matrix_of(ops, [part_of("channel", *shape)], torch.bfloat16) for shape in shapes)
     gain, x = torch.ones(1024, device="cuda").bfloat16(), random(m, 1024)
     residual = x.clone()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,7 +124,9 @@ class CudaOps(TritonOps):
         if codes := packed_gemm.codes_of(parts):
             return packed_gemm.PackedMatrix(self, self._arch, codes, dtype, activation)
         floats = [part for part in parts if isinstance(part, Float8)]
-        if len(floats) == len(parts) and (weight := float8.merge(floats)) is not None:
+        # Reading a small one takes less than what else a kernel does: bf16 is faster there.
+        is_small = self._arch == (9, 0) and sum(math.prod(part.shape) for part in parts) <= decode_gemm.SMALL_WEIGHTS
+        if len(floats) == len(parts) and not is_small and (weight := float8.merge(floats)) is not None:
             known = [part.input_scale for part in floats if part.input_scale is not None]
             input_scale = max(known) if len(known) == len(parts) else None
             return float8.Float8Matrix(self, weight, dtype, input_scale, activation)

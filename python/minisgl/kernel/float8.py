@@ -1,8 +1,8 @@
 """Products with e4m3 weights on GPUs.
 
 A few tokens are multiplied as they are, with weights that become the tokens' type in registers: reading them is what
-takes time. Of more tokens a Hopper GPU takes e4m3 too, with a scale of each token, or of each token and 128 features.
-Elsewhere weights are widened for each product of many tokens.
+takes time. Of more tokens a Hopper GPU takes e4m3 too, with a scale of each token, or of each token and 128 features:
+our kernel of a batch, the library of more. Elsewhere weights are widened for each product of many tokens.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from minisgl.utils.math import div_ceil
 Tensor = torch.Tensor
 
 GROUP = 128  # columns that share a scale, where rows have several
-TOKEN_TILES = {False: (32, 64, 128, 256), True: (32, 64, 128)}  # by whether rows have several scales
+TOKEN_TILES = {False: (32, 64, 128, 256), True: (32, 64)}  # by whether rows have several scales
 WAVES = -1  # a split: blocks take whole tiles, one after the other
-SKINNY_TOKENS, SKINNY_WEIGHTS = 8, 32 << 20  # where more are multiplied as e4m3
-# Where rows have one scale, the library's product of more is faster; for gate and up it takes one more pass.
-MAX_TOKENS, MAX_GATED_TOKENS = 64, 256
+SKINNY_TOKENS, SKINNY_WEIGHTS = 4, 48 << 20  # where more are multiplied as e4m3
+# The library multiplies more of them faster. With one scale of a row, the pass that it takes to add to a residual, or
+# for gate and up, makes the second of these limits.
+MAX_TOKENS, MAX_FUSED_TOKENS = 64, 128
 MAX_FEATURES = 32768  # of the kernel that quantises tokens
 
 
@@ -66,12 +67,36 @@ def merge(parts: Sequence[Float8]) -> Weight | None:
     return Weight(data[0].contiguous() if len(data) == 1 else torch.cat(data), scales.contiguous())
 
 
+class Tokens(NamedTuple):
+    """data: [n, in], e4m3 as uint8; scales: [n] float32, or [in / 128 rounded up, n]. What is behind the first `num`
+    tokens is not set: it makes n a multiple of 64 where they have several scales."""
+
+    data: Tensor
+    scales: Tensor
+    num: int
+
+
 def choose(m: int, n: int, k: int, gated: bool, groups: bool) -> tuple[int, Variant]:
-    """Tokens of a tile, and how the work is shared out. n: of gate_up one half."""
+    """Tokens of a tile, and how the work is shared out. n: of gate_up one half. Measured on an H200, 132 processors."""
     tile = next((tile for tile in TOKEN_TILES[groups] if m <= tile), TOKEN_TILES[groups][-1])
-    if m <= MAX_TOKENS:  # half the bytes: what is best of 16 bits for fewer tokens is so here for twice as many
-        return tile, decode_gemm.choose(min(m, 32), n, k, gated) or Variant(128, 0)
-    return tile, Variant(128, WAVES if div_ceil(m, tile) * div_ceil(n, 128) > 512 else 0)
+    rows = 128 if tile > 128 else 192
+    blocks = div_ceil(2 * n if gated else n, rows) * div_ceil(m, tile)
+    if blocks > 512:
+        return tile, Variant(rows, WAVES)
+    split = (s for s in (1, 2, 3, 4, 6, 8) if 100 <= blocks * s <= 132 and s <= k // 256)
+    return tile, Variant(rows, next(split, 0))
+
+
+@functools.cache
+def library_takes_blocks(device: torch.device) -> bool:
+    """Whether torch multiplies e4m3 with scales of 128 x 128: cuBLAS does since 12.9, on Hopper."""
+    data = torch.zeros(128, 512, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.ones(4, 128, device=device).t(), torch.ones(1, 4, device=device).t()
+    try:
+        torch._scaled_mm(data, data.t(), *scales, out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.cache
@@ -99,32 +124,47 @@ class Float8Matrix(FusedMatrix):
             self._few = SKINNY_TOKENS if weight.data.numel() <= SKINNY_WEIGHTS else 0
         compile_kernels(device, dtype, weight.has_groups)
         self._quantize = load_kernel("quantize", torch.cuda.get_device_capability(device)).quantize
+        self._library_scales = self._scales_of_library() if dtype == torch.bfloat16 and self._on_hopper else None
 
-    def quantize(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-        """x, or its norm where there is a weight → e4m3 as uint8, and scales: [m], or [k / 128, m rounded up]."""
+    def _scales_of_library(self) -> Tensor | None:
+        """[1, out] or [in / 128, out / 128]; None: it does not take such."""
+        data, scales = self.weight
+        if not self.weight.has_groups:
+            return scales[None]
+        if len(scales) % 16 or scales.shape[1] % 4 or data.shape[1] % GROUP or not library_takes_blocks(data.device):
+            return None
+        blocks = scales.unflatten(0, (-1, 16))
+        return blocks[:, 0].contiguous().t() if bool((blocks == blocks[:, :1]).all()) else None
+
+    def quantize(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tokens:
+        """x, or its norm where there is a weight."""
         m, k = x.shape
-        shape = (div_ceil(k, GROUP), div_ceil(m, 128) * 128) if self.weight.has_groups else (m,)
+        rows = div_ceil(m, 64) * 64 if self.weight.has_groups else m
+        shape = (div_ceil(k, GROUP), rows) if self.weight.has_groups else (m,)
         scales = torch.empty(shape, dtype=torch.float32, device=x.device)
-        out = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-        self._quantize(x, norm, eps, self._input_scale, out, scales)
-        return out, scales
+        out = torch.empty(rows, k, dtype=torch.uint8, device=x.device)
+        self._quantize(x, norm, eps, self._input_scale, out[:m], scales)
+        return Tokens(out, scales, m)
 
-    def product(self, x: tuple[Tensor, Tensor], around: Around, how: tuple[int, Variant] | None = None) -> Tensor:
-        """x: of `quantize`. how: see `choose`."""
-        (data, scales), (m, k), has_groups = x, x[0].shape, self.weight.has_groups
-        is_plain = how is None and not has_groups and self._dtype == torch.bfloat16
-        if is_plain and m > (MAX_GATED_TOKENS if around.gated else MAX_TOKENS):
-            return self.library_product(x, around)
+    def product(self, x: Tokens, around: Around, how: tuple[int, Variant] | None = None) -> Tensor:
+        """how: see `choose`."""
+        is_fused = around.gated or around.residual is not None
+        most = MAX_FUSED_TOKENS if is_fused and not self.weight.has_groups else MAX_TOKENS
+        if how is None and x.num > most and self._library_scales is not None:
+            return self.library_product(x, around, self._library_scales)
+        data, kind = x.data[: x.num], self.weight.has_groups
         out = around.target(data, len(self.weight.data), self._dtype)
-        tile, variant = how or choose(m, out.shape[1], k, around.gated, has_groups)
-        module = decode_gemm.prepare(data.device, self._dtype, tile, 1 + has_groups)
-        decode_gemm.run(module, data, self.weight.data, around, out, variant, self.weight.scales, scales)
+        tile, variant = how or choose(x.num, out.shape[1], data.shape[1], around.gated, kind)
+        module = decode_gemm.prepare(data.device, self._dtype, tile, 1 + kind)
+        decode_gemm.run(module, data, self.weight.data, around, out, variant, self.weight.scales, x.scales)
         return out
 
-    def library_product(self, x: tuple[Tensor, Tensor], around: Around) -> Tensor:
-        data, weight = (part.view(torch.float8_e4m3fn) for part in (x[0], self.weight.data))
-        scales = x[1][:, None], self.weight.scales[None]
-        out = torch._scaled_mm(data, weight.t(), *scales, around.bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+    def library_product(self, x: Tokens, around: Around, weight_scales: Tensor) -> Tensor:
+        data, weight = (part.view(torch.float8_e4m3fn) for part in (x.data, self.weight.data.t()))
+        token_scales, is_fast = (x.scales.t(), False) if self.weight.has_groups else (x.scales[:, None], True)
+        scales = token_scales, weight_scales
+        out = torch._scaled_mm(data, weight, *scales, out_dtype=torch.bfloat16, use_fast_accum=is_fast)[: x.num]
+        out = out if around.bias is None else out.add_(around.bias)
         if around.gated:
             return self._ops.act_and_mul(out)
         return out if around.residual is None else around.residual.add_(out)

@@ -63,15 +63,17 @@ def supports(
 
 def choose_variant(tokens: int, n: int, k: int, gated: bool, sms: int, float8: bool = False, shared: int = 113) -> int:
     """The variant for a shape: as many rows at once as a CTA has, up to where shared memory holds too few steps."""
-    chosen = _preferred(tokens, k, div_ceil(n // 8, sms) * (2 if gated else 1), gated)
+    chosen = _preferred(tokens, k, div_ceil(n // 8, sms) * (2 if gated else 1), gated, float8)
     return chosen if chosen in variants(tokens, gated, float8, shared) else 5 if chosen == 6 else 4
 
 
-def _preferred(tokens: int, k: int, octets: int, gated: bool) -> int:
+def _preferred(tokens: int, k: int, octets: int, gated: bool, float8: bool) -> int:
     """octets: of rows that a CTA has."""
     for variant, limit in ((0, 1), (1, 2), (2, 4)):
         if octets <= limit and not (gated and variant == 0):
             return variant
+    if float8 and tokens <= 8:  # what e4m3 takes to become 16 bits is for as many warps as there can be
+        return 3 if octets <= 6 else 7
     if octets <= 6:
         return 3 if k <= 4096 and tokens <= 16 else 4
     if octets <= 8 or tokens <= 8:
