@@ -28,7 +28,7 @@ Tensor = torch.Tensor
 GROUP = 128  # columns that share a scale, where rows have several
 TOKEN_TILES = {False: (32, 64, 128, 256), True: (32, 64)}  # by whether rows have several scales
 WAVES = -1  # a split: blocks take whole tiles, one after the other
-SKINNY_TOKENS, SKINNY_WEIGHTS = 4, 48 << 20  # where more are multiplied as e4m3
+SKINNY_TOKENS, SKINNY_WEIGHTS = 1, 48 << 20  # where more are multiplied as e4m3
 # The library multiplies more of them faster. With one scale of a row, the pass that it takes to add to a residual, or
 # for gate and up, makes the second of these limits.
 MAX_TOKENS, MAX_FUSED_TOKENS = 64, 128
@@ -121,7 +121,7 @@ class Float8Matrix(FusedMatrix):
         self._on_hopper = decode_gemm.is_available(device) and weight.data.shape[1] <= MAX_FEATURES
         self._few = skinny.MAX_TOKENS
         if self._on_hopper:
-            self._few = SKINNY_TOKENS if weight.data.numel() <= SKINNY_WEIGHTS else 0
+            self._few = SKINNY_TOKENS if weight.data.numel() <= SKINNY_WEIGHTS and not weight.has_groups else 0
         compile_kernels(device, dtype, weight.has_groups)
         self._quantize = load_kernel("quantize", torch.cuda.get_device_capability(device)).quantize
         self._library_scales = self._scales_of_library() if dtype == torch.bfloat16 and self._on_hopper else None

@@ -42,26 +42,48 @@ __device__ __forceinline__ float block_reduce(float x, float* partial, F reduce)
   return reduce(lane < num_warps ? partial[lane] : 0.0f);
 }
 
-// One block per token, kVecs vectors per thread.
+// Keeps the compiler from holding on to what it has made of a vector: it is made anew, and takes half the registers.
+template <typename V>
+__device__ __forceinline__ void forget(V& vec) {
+  uint4& words = reinterpret_cast<uint4&>(vec);
+  asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
+}
+
+template <typename T>
+__device__ __forceinline__ float largest_of(const Vec<T, kLen>& vec) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kLen; ++j) largest = fmaxf(largest, fabsf(to_float(vec.data[j])));
+  return largest;
+}
+
+template <typename T>
+__device__ __forceinline__ uint2 narrow_all(const Vec<T, kLen>& vec, float factor) {
+  uint32_t pairs[kLen / 2];
+#pragma unroll
+  for (int j = 0; j < kLen / 2; ++j) {
+    pairs[j] = narrow(to_float(vec.data[2 * j]) * factor, to_float(vec.data[2 * j + 1]) * factor);
+  }
+  return make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+}
+
+// One block per token, kVecs vectors per thread. With so few registers an SM has two blocks for the widest tokens.
 template <typename T, int kVecs>
-__global__ void __launch_bounds__(kMaxThreads) quantize_kernel(const Args<T> args) {
+__global__ void __maxnreg__(48) quantize_kernel(const Args<T> args) {
   __shared__ float partial[2][32];
   const int64_t row = blockIdx.x;
   const int num_vecs = args.features / kLen;
-  float values[kVecs][kLen];
+  Vec<T, kLen> values[kVecs]{};  // as T, which norms are rounded to: few registers, so many tokens at a time
   pdl_trigger();
   pdl_wait();
   float squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const int v = threadIdx.x + i * blockDim.x;
-    Vec<T, kLen> loaded{};
-    if (v < num_vecs) loaded = *reinterpret_cast<const Vec<T, kLen>*>(args.x + row * args.x_stride + v * kLen);
+    if (v < num_vecs) values[i] = *reinterpret_cast<const Vec<T, kLen>*>(args.x + row * args.x_stride + v * kLen);
 #pragma unroll
-    for (int j = 0; j < kLen; ++j) {
-      values[i][j] = to_float(loaded.data[j]);
-      squares += values[i][j] * values[i][j];
-    }
+    for (int j = 0; j < kLen; ++j) squares += to_float(values[i].data[j]) * to_float(values[i].data[j]);
+    forget(values[i]);
   }
   if (args.norm != nullptr) {
     const float sum = block_reduce(squares, partial[0], [](float x) { return warp_sum(x); });
@@ -73,33 +95,30 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_kernel(const Args<T> arg
       const auto weight = *reinterpret_cast<const Vec<T, kLen>*>(args.norm + v * kLen);
 #pragma unroll
       for (int j = 0; j < kLen; ++j) {
-        values[i][j] = round_to<T>(round_to<T>(values[i][j] * scale) * to_float(weight.data[j]));
+        values[i].data[j] = from_float<T>(round_to<T>(to_float(values[i].data[j]) * scale) * to_float(weight.data[j]));
       }
+      forget(values[i]);
     }
   }
-  float largest[kVecs], of_all = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kVecs; ++i) {
-    largest[i] = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kLen; ++j) largest[i] = fmaxf(largest[i], fabsf(values[i][j]));
-    of_all = fmaxf(of_all, largest[i]);
-  }
   const bool by_group = args.pitch > 0;
+  float of_all = 0.0f;
   if (!by_group && args.input_scale == 0.0f) {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      of_all = fmaxf(of_all, largest_of(values[i]));
+      forget(values[i]);
+    }
     of_all = block_reduce(of_all, partial[1], [](float x) { return warp_max(x); });
   }
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const int v = threadIdx.x + i * blockDim.x;
-    const float of_group = warp_max<kGroup>(largest[i]);  // by whole warps, whoever has elements
-    float scale = fmaxf(by_group ? of_group : of_all, kLeast) / kMaxFloat8;
-    if (args.input_scale > 0.0f) scale = args.input_scale;
+    float scale = args.input_scale;
+    if (scale == 0.0f) {  // by whole warps, whoever has elements
+      scale = fmaxf(by_group ? warp_max<kGroup>(largest_of(values[i])) : of_all, kLeast) / kMaxFloat8;
+    }
     if (v >= num_vecs) continue;
-    Vec<uint8_t, kLen> bytes;
-#pragma unroll
-    for (int j = 0; j < kLen; ++j) bytes.data[j] = narrow(values[i][j] / scale);
-    *reinterpret_cast<Vec<uint8_t, kLen>*>(args.out + row * args.features + v * kLen) = bytes;
+    *reinterpret_cast<uint2*>(args.out + row * args.features + v * kLen) = narrow_all(values[i], 1.0f / scale);
     if (by_group && v % kGroup == 0) args.scales[static_cast<int64_t>(v / kGroup) * args.pitch + row] = scale;
     if (!by_group && v == 0) args.scales[row] = scale;
   }

@@ -61,4 +61,9 @@ __device__ __forceinline__ uint8_t narrow(float x) {
   return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
 }
 
+// Of two, the first in the lower byte.
+__device__ __forceinline__ uint16_t narrow(float first, float second) {
+  return __nv_cvt_float2_to_fp8x2(make_float2(first, second), __NV_SATFINITE, __NV_E4M3);
+}
+
 }  // namespace minisgl

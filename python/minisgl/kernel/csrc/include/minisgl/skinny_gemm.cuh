@@ -3,7 +3,7 @@
 //
 // Weights are the MMA's A (16 rows of W), tokens its B (8 columns). The order of k is free as long as A and B agree,
 // so a lane takes 16 contiguous bytes of a row of W as the fragments of two MMAs, and the same bytes of a row of x.
-// A warp therefore uses only what it loaded itself: the shared-memory ring that holds loads in flight needs no barrier.
+// A lane therefore uses only what it loaded itself: the shared-memory ring that holds loads in flight needs no barrier.
 //
 // 8 rows of W are an octet. A CTA has a contiguous range of octets (gated: of pairs of a gate and an up octet), all k of
 // them, and takes up to kOctets at a time; its warps take turns at blocks of 32 k. The ring runs on into the next group
@@ -46,10 +46,6 @@ constexpr int kSlot = 512;                   // bytes: 16 of each lane
 constexpr int kSharedBytes = MINISGL_SHARED * 1024;  // 113: half of an SM's, less what the system takes
 constexpr int kRingBytes = kSharedBytes - 27 * 1024;  // with what follows at most kSharedBytes
 constexpr int kPartialBytes = 16 * 1024;
-#ifndef MINISGL_AHEAD
-#define MINISGL_AHEAD 192
-#endif
-constexpr uint32_t kAheadBytes = MINISGL_AHEAD * 1024;  // of W, for L2
 constexpr int kScaleBlock = 128;             // k that share a scale, where octets have them
 
 // Of x with e4m3: what `spread_even` takes off weights would leave too little of their products in bf16, whose range
@@ -180,13 +176,9 @@ struct Worker {
     for (int n = 0; n < kTokenTiles; ++n) {
       int token = n * 8 + row;
       if (token < args.tokens) {
-        const T* from = args.x + token * args.x_stride + (warp + x_block * C::kWarps) * kBlock;
+        const T* from = args.x + token * args.x_stride + (warp + x_block * C::kWarps) * kBlock + quad * kLane;
 #pragma unroll
-        for (int v = 0; v < kVecs; ++v) {
-          // Neighbours load what lies side by side: not each lane its own, of which a sector of L2 has but a half.
-          int vec = v * 4 + quad;
-          cp_async(slot + (vec / kVecs - quad) * 16 + (C::kOctets + n * kVecs + vec % kVecs) * kSlot, from + vec * 8);
-        }
+        for (int v = 0; v < kVecs; ++v) cp_async(slot + (C::kOctets + n * kVecs + v) * kSlot, from + v * 8);
       }
     }
     ++x_loaded;
@@ -230,7 +222,7 @@ struct Worker {
     }
   }
 
-  // x as `multiply_tile` takes it with e4m3: k in the order of `spread_even`, times kFactor.
+  // x as `multiply_tile` takes it with e4m3: k in the order of `spread_even`, times kRaise.
   __device__ __forceinline__ static void prepare(uint4& x) {
     x = make_uint4(raised(__byte_perm(x.x, x.y, 0x5410)), raised(__byte_perm(x.x, x.y, 0x7632)),
                    raised(__byte_perm(x.z, x.w, 0x5410)), raised(__byte_perm(x.z, x.w, 0x7632)));
@@ -406,18 +398,6 @@ struct Worker {
     if (args.norm_weight != nullptr) load_gains();
 #pragma unroll
     for (int s = 0; s < C::kStages; ++s) load_weights(ring + s * C::kSlots * kSlot);
-    prefetch_rest();
-  }
-
-  // What the ring has no room for comes as far as L2, while the kernels ahead leave the memory idle, as attention does.
-  __device__ __forceinline__ void prefetch_rest() const {
-    if (threadIdx.x % 32 != 0) return;
-    uint32_t row_bytes = args.k * sizeof(Weight);
-    int rows = min(units * 8, static_cast<int>(kAheadBytes / row_bytes / (C::kGated ? 2 : 1)));
-    for (int r = warp; r < rows * (C::kGated ? 2 : 1); r += C::kWarps) {
-      int64_t index = first_unit * 8 + (r < rows ? r : args.outputs + r - rows);
-      l2_prefetch(args.weight + index * args.k, row_bytes);
-    }
   }
 
   __device__ __forceinline__ void run() {
@@ -436,12 +416,11 @@ struct Worker {
       float acc[C::kTiles][kTokenTiles][4] = {};
       for (int block = 0; block < blocks; ++block) {
         cp_async_wait<C::kStages - 1>();
-        __syncwarp();  // what other lanes loaded of x and of the norm weight
+        __syncwarp();  // other lanes' part of the norm weight
         uint32_t slot = ring + stage * C::kSlots * kSlot;
         uint4 x[kTokenTiles][kVecs];
         read_x(slot, block, index == 0, x, square);
         multiply(slot, group, block, x, acc);
-        __syncwarp();  // other lanes have read their part of x
         load_weights(slot);
         load_x(slot);
         cp_async_commit();
