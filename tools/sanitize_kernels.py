@@ -214,7 +214,7 @@ def float8_products(has_groups: bool) -> None:
             continue
         matrix = Float8Matrix(ops, weight, DTYPE, None, "silu")
         tokens = matrix.quantize(up(x), up(gain), EPS)
-        data, scales = tokens.data[:m].cpu().view(torch.float8_e4m3fn).float(), tokens.scales.cpu()
+        data, scales = tokens[0].cpu().view(torch.float8_e4m3fn).float(), tokens[1].cpu()
         wide = scales.T[:m].repeat_interleave(128, 1)[:, :k] if has_groups else scales[:, None]
         product = F.linear(data * wide, part.dequantize())
         for rows, split in itertools.product((64, 128, 192), (0, 1, -1)):

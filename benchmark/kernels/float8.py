@@ -13,7 +13,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +22,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmark.kernels.decode_gemm import graph_time
-from minisgl.kernel import float8, skinny
+from minisgl.kernel import decode_gemm, float8, skinny
 from minisgl.kernel.cuda import CudaOps, compile_kernels
 from minisgl.kernel.decode_gemm import Variant
+from minisgl.kernel.jit import side_by_side
 from minisgl.kernel.ops import Matrix
 from minisgl.kernel.packed import Float8
 from minisgl.kernel.product import Around
@@ -159,10 +159,11 @@ def report(ops: CudaOps, shape: Shape, m: int, kind: str) -> str:
 
 
 def compile_all(device: torch.device) -> None:
-    tasks: list[Callable[[], None]] = [partial(compile_kernels, device, torch.bfloat16)]
-    tasks += [partial(float8.compile_kernels, device, torch.bfloat16, groups) for groups in (False, True)]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda task: task(), tasks))
+    tasks: list[Callable[[], object]] = [partial(compile_kernels, device, torch.bfloat16)]
+    tasks += [partial(skinny.prepare, device, torch.bfloat16, tile, True) for tile in skinny.TOKEN_TILES]
+    kinds = [(tile, 1 + groups) for groups, tiles in float8.TOKEN_TILES.items() for tile in tiles]
+    tasks += [partial(decode_gemm.prepare, device, torch.bfloat16, *kind) for kind in kinds]
+    side_by_side(tasks)
 
 
 def main() -> None:

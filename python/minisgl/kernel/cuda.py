@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from minisgl.config.model import MoE
 from minisgl.errors import ConfigError
 from minisgl.kernel import decode_gemm, float8, packed_gemm, skinny
-from minisgl.kernel.jit import load_kernel
+from minisgl.kernel.jit import load_kernel, side_by_side
 from minisgl.kernel.ops import Experts, KVSlots, Matrix, RopeAngles, Tensors, TorchMatrix, TorchOps
 from minisgl.kernel.packed import Float8, Packed
 from minisgl.kernel.product import Around, FusedMatrix
@@ -53,7 +52,8 @@ class CudaMatrix(FusedMatrix):
 
     def fused(self, x: Tensor, around: Around) -> Tensor | None:
         (m, k), n = x.shape, around.num_out(len(self.weight))
-        if self.weight.is_contiguous() and self._is_skinny(x, n, around.norm is not None):
+        few = SKINNY_TOKENS * (2 if self.weight.numel() <= decode_gemm.SMALL_WEIGHTS else 1)
+        if m <= few and self.weight.is_contiguous() and skinny.takes(x, n, around.norm is not None):
             return skinny.linear(x, self.weight, around)
         if around.norm is None or around.gated:  # otherwise `norm_apply` comes again, with what is normalised
             variant = decode_gemm.choose(m, n, k, around.gated) if self._is_batch(x, n) else None
@@ -64,12 +64,6 @@ class CudaMatrix(FusedMatrix):
             return None
         around.residual.addmm_(x, self.weight.T)  # cuBLAS adds it by itself
         return around.residual if around.bias is None else around.residual.add_(around.bias)
-
-    def _is_skinny(self, x: Tensor, n: int, has_norm: bool) -> bool:
-        few = SKINNY_TOKENS * (2 if self.weight.numel() <= decode_gemm.SMALL_WEIGHTS else 1)
-        if len(x) > few or not skinny.is_available(x.device):
-            return False
-        return skinny.supports(len(x), n, x.shape[1], x.dtype, has_norm, shared=skinny.shared_memory(x.device))
 
     def _is_batch(self, x: Tensor, n: int) -> bool:
         """Whether the kernels for decode batches take it; cuBLAS may be faster."""
@@ -213,6 +207,5 @@ def compile_kernels(device: torch.device, dtype: torch.dtype) -> None:
         if dtype != torch.float32 and module.is_available(device):
             tasks += [functools.partial(module.prepare, device, dtype, tile) for tile in module.TOKEN_TILES]
     begin = time.perf_counter()
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda task: task(), tasks))
+    side_by_side(tasks)
     logger.info("kernels ready after %.1f s", time.perf_counter() - begin)

@@ -20,7 +20,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,12 @@ def load_kernel(name: str, arch: tuple[int, int], **defines: int | str) -> Any:
     os.environ["TVM_FFI_CUDA_ARCH_LIST"] = f"{arch[0]}.{target[len(str(arch[0])) :]}"
     cudart = (torch_cuda() or "").partition(".")[0]  # the library asks for that version of it
     return _library(name, f"sm_{target}", flags, cudart)
+
+
+def side_by_side(tasks: Iterable[Callable[[], object]]) -> None:
+    """Compile several kernels at the same time."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda task: task(), tasks))
 
 
 @functools.cache

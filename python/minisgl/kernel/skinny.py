@@ -19,8 +19,7 @@ Tensor = torch.Tensor
 
 TOKEN_TILES = (8, 16, 32)
 MAX_TOKENS = TOKEN_TILES[-1]
-# Warps, and octets of rows that they take at once.
-VARIANTS = ((8, 1), (8, 2), (8, 4), (8, 6), (4, 6), (4, 8), (4, 16), (8, 8))
+VARIANTS = ((8, 1), (8, 2), (8, 4), (8, 6), (4, 6), (4, 8), (4, 16))  # warps, and octets of rows that they take at once
 MAX_NORM_K = 8192  # the norm's weight lies in shared memory beside the weights in flight
 SHARED = {(8, 0): 113, (9, 0): 113, (8, 6): 99, (8, 9): 99}  # KiB of shared memory that a block gets, by GPU
 
@@ -46,7 +45,7 @@ def variants(tokens: int, gated: bool, float8: bool = False, shared: int = 113) 
     """The numbers of the kernel's variants, as in `dispatch` of the kernel file, of which two steps fit the memory."""
     tiles = next(tile for tile in TOKEN_TILES if tokens <= tile) // 8 * (2 if float8 else 1)
     steps = [(shared - 27) * 1024 // (warps * (octets + tiles) * 512) for warps, octets in VARIANTS]
-    return [v for v, n in enumerate(steps) if n >= 2 and not (gated and v == 0) and not (tokens > 16 and v in (3, 7))]
+    return [v for v, n in enumerate(steps) if n >= 2 and not (gated and v == 0) and not (tokens > 16 and v == 3)]
 
 
 def supports(
@@ -54,11 +53,18 @@ def supports(
 ) -> bool:
     """Whether `m` tokens times a weight of `n` outputs and `k` inputs can be computed here.
 
-    n: for `norm_gate_up` the outputs, half of the weight's rows. norm: with a norm weight. float8: e4m3. shared: KiB.
+    n: of gate and up, one half. norm: with a norm weight. float8: e4m3. shared: KiB.
     """
     shape_fits = 0 <= m <= MAX_TOKENS and n > 0 and n % 8 == 0 and k > 0 and k % (64 if float8 else 32) == 0
     max_norm_k = MAX_NORM_K if shared == 113 and not (float8 and m > 16) else 5120
     return shape_fits and (not norm or k <= max_norm_k) and dtype in (torch.bfloat16, torch.float16)
+
+
+def takes(x: Tensor, n: int, norm: bool, float8: bool = False) -> bool:
+    """`supports`, on x's GPU."""
+    if not is_available(x.device):
+        return False
+    return supports(len(x), n, x.shape[1], x.dtype, norm, float8, shared_memory(x.device))
 
 
 def choose_variant(tokens: int, n: int, k: int, gated: bool, sms: int, float8: bool = False, shared: int = 113) -> int:
@@ -72,8 +78,8 @@ def _preferred(tokens: int, k: int, octets: int, gated: bool, float8: bool) -> i
     for variant, limit in ((0, 1), (1, 2), (2, 4)):
         if octets <= limit and not (gated and variant == 0):
             return variant
-    if float8 and tokens <= 8:  # what e4m3 takes to become 16 bits is for as many warps as there can be
-        return 3 if octets <= 6 else 7
+    if float8 and tokens <= 8:
+        return 3  # to make 16 bits of e4m3 takes many warps
     if octets <= 6:
         return 3 if k <= 4096 and tokens <= 16 else 4
     if octets <= 8 or tokens <= 8:

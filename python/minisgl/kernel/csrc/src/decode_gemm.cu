@@ -46,7 +46,7 @@ int share_out(Args& args, const Operands& operands, const Variant& variant, int 
   if (args.split > 0) blocks = tiles * args.split, most = (args.steps + args.split - 1) / args.split;
   if (args.split == kWaves) blocks = tiles < sms ? tiles : sms, most = (tiles + blocks - 1) / blocks * args.steps;
 
-  int room = (C::kPair ? 113 * 1024 : kMaxShared) - C::kFixedBytes;
+  int room = kMaxShared - C::kFixedBytes;
   int least = args.split > 1 ? (C::kRows * kTokens * 4 + C::kStageBytes - 1) / C::kStageBytes : 1;
   int stages = room / C::kStageBytes < kMaxStages ? room / C::kStageBytes : kMaxStages;
   MINISGL_CHECK(stages >= 2 && stages >= least) << "the tile needs more shared memory";

@@ -50,6 +50,11 @@ __device__ __forceinline__ void forget(V& vec) {
 }
 
 template <typename T>
+__device__ __forceinline__ Vec<T, kLen> load(const T* from, int v) {
+  return *reinterpret_cast<const Vec<T, kLen>*>(from + v * kLen);
+}
+
+template <typename T>
 __device__ __forceinline__ float largest_of(const Vec<T, kLen>& vec) {
   float largest = 0.0f;
 #pragma unroll
@@ -67,20 +72,34 @@ __device__ __forceinline__ uint2 narrow_all(const Vec<T, kLen>& vec, float facto
   return make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
 }
 
+template <typename T>
+__device__ __forceinline__ void apply_norm(Vec<T, kLen>& vec, const Vec<T, kLen>& weight, float scale) {
+#pragma unroll
+  for (int j = 0; j < kLen; ++j) {
+    vec.data[j] = from_float<T>(round_to<T>(to_float(vec.data[j]) * scale) * to_float(weight.data[j]));
+  }
+}
+
 // One block per token, kVecs vectors per thread. With so few registers an SM has two blocks for the widest tokens.
 template <typename T, int kVecs>
 __global__ void __maxnreg__(48) quantize_kernel(const Args<T> args) {
   __shared__ float partial[2][32];
   const int64_t row = blockIdx.x;
   const int num_vecs = args.features / kLen;
-  Vec<T, kLen> values[kVecs]{};  // as T, which norms are rounded to: few registers, so many tokens at a time
+  constexpr bool kEarly = kVecs <= 2;  // few enough, read the norm's weight while the kernel ahead still runs
+  Vec<T, kLen> values[kVecs]{}, weights[kVecs];  // as T, which norms are rounded to: few registers, many tokens at a time
   pdl_trigger();
+#pragma unroll
+  for (int i = 0; kEarly && i < kVecs; ++i) {
+    const int v = threadIdx.x + i * blockDim.x;
+    if (args.norm != nullptr && v < num_vecs) weights[i] = load(args.norm, v);
+  }
   pdl_wait();
   float squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const int v = threadIdx.x + i * blockDim.x;
-    if (v < num_vecs) values[i] = *reinterpret_cast<const Vec<T, kLen>*>(args.x + row * args.x_stride + v * kLen);
+    if (v < num_vecs) values[i] = load(args.x + row * args.x_stride, v);
 #pragma unroll
     for (int j = 0; j < kLen; ++j) squares += to_float(values[i].data[j]) * to_float(values[i].data[j]);
     forget(values[i]);
@@ -91,12 +110,8 @@ __global__ void __maxnreg__(48) quantize_kernel(const Args<T> args) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const int v = threadIdx.x + i * blockDim.x;
-      if (v >= num_vecs) continue;
-      const auto weight = *reinterpret_cast<const Vec<T, kLen>*>(args.norm + v * kLen);
-#pragma unroll
-      for (int j = 0; j < kLen; ++j) {
-        values[i].data[j] = from_float<T>(round_to<T>(to_float(values[i].data[j]) * scale) * to_float(weight.data[j]));
-      }
+      if (!kEarly && v < num_vecs) weights[i] = load(args.norm, v);
+      if (v < num_vecs) apply_norm(values[i], weights[i], scale);
       forget(values[i]);
     }
   }

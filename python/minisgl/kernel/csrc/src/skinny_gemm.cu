@@ -57,9 +57,6 @@ void dispatch(const Args& args, const TensorView& x, int64_t variant) {
       return launch_config<Config<gated, 4, 8>>(args, x);
     case 6:
       return launch_config<Config<gated, 4, 16>>(args, x);
-    case 7:
-      if constexpr (kTokenTiles < 4) return launch_config<Config<gated, 8, 8>>(args, x);
-      break;
   }
   TVM_FFI_THROW(ValueError) << "no such variant: " << variant;
 }

@@ -105,12 +105,7 @@ struct Config {
   static constexpr int kStageBytes = kRows * kStep + kTokenBytes;
   static constexpr int kFixedBytes = 1024 + kConsumers / 32 * kStagingBytes + 2 * kMaxStages * 8;  // 1024: alignment
   static constexpr int kPartial = kRows * kTokens;  // floats
-#if MINISGL_PAIR
-  static constexpr bool kPair = kFloat8 && kTokens <= (kBlockScales ? 32 : 64);
-#else
-  static constexpr bool kPair = false;
-#endif
-  static constexpr int kBlocks = kPair || (kRows <= 128 && 2 * kThreads * kRegisters <= 65536) ? 2 : 1;
+  static constexpr int kBlocks = kRows <= 128 && 2 * kThreads * kRegisters <= 65536 ? 2 : 1;
   static constexpr bool kFits = kThreads * kRegisters <= 65536;
 };
 
