@@ -203,8 +203,8 @@ def compile_kernels(device: torch.device, dtype: torch.dtype) -> None:
     """
     arch = torch.cuda.get_device_capability(device)
     tasks = [functools.partial(load_kernel, name, arch) for name in KERNELS]
-    for module in (skinny, decode_gemm):
-        if dtype != torch.float32 and module.is_available(device):
+    for module, is_there in ((skinny, skinny.shared_memory(device)), (decode_gemm, decode_gemm.is_available(device))):
+        if dtype != torch.float32 and is_there:
             tasks += [functools.partial(module.prepare, device, dtype, tile) for tile in module.TOKEN_TILES]
     begin = time.perf_counter()
     side_by_side(tasks)

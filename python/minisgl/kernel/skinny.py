@@ -30,15 +30,9 @@ def num_sms(device: torch.device) -> int:
 
 
 @functools.cache
-def is_available(device: torch.device) -> bool:
-    """Whether the kernels run on this GPU."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in SHARED
-
-
-@functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Of a block, in KiB."""
-    return SHARED[torch.cuda.get_device_capability(device)]
+    """Of a block, in KiB; 0 where the kernels do not run."""
+    return SHARED.get(torch.cuda.get_device_capability(device), 0) if device.type == "cuda" else 0
 
 
 def variants(tokens: int, gated: bool, float8: bool = False, shared: int = 113) -> list[int]:
@@ -62,29 +56,22 @@ def supports(
 
 def takes(x: Tensor, n: int, norm: bool, float8: bool = False) -> bool:
     """`supports`, on x's GPU."""
-    if not is_available(x.device):
-        return False
-    return supports(len(x), n, x.shape[1], x.dtype, norm, float8, shared_memory(x.device))
+    shared = shared_memory(x.device)
+    return shared > 0 and supports(len(x), n, x.shape[1], x.dtype, norm, float8, shared)
 
 
 def choose_variant(tokens: int, n: int, k: int, gated: bool, sms: int, float8: bool = False, shared: int = 113) -> int:
     """The variant for a shape: as many rows at once as a CTA has, up to where shared memory holds too few steps."""
-    chosen = _preferred(tokens, k, div_ceil(n // 8, sms) * (2 if gated else 1), gated, float8)
+    octets = div_ceil(n // 8, sms) * (2 if gated else 1)  # of rows that a CTA has
+    if octets <= 4:
+        chosen = 2 if octets > 2 else 1 if octets > 1 else 0
+    elif float8 and tokens <= 8:
+        chosen = 3  # to make 16 bits of e4m3 takes many warps
+    elif octets <= 6:
+        chosen = 3 if k <= 4096 and tokens <= 16 else 4
+    else:
+        chosen = 5 if octets <= 8 or tokens <= 8 else 6
     return chosen if chosen in variants(tokens, gated, float8, shared) else 5 if chosen == 6 else 4
-
-
-def _preferred(tokens: int, k: int, octets: int, gated: bool, float8: bool) -> int:
-    """octets: of rows that a CTA has."""
-    for variant, limit in ((0, 1), (1, 2), (2, 4)):
-        if octets <= limit and not (gated and variant == 0):
-            return variant
-    if float8 and tokens <= 8:
-        return 3  # to make 16 bits of e4m3 takes many warps
-    if octets <= 6:
-        return 3 if k <= 4096 and tokens <= 16 else 4
-    if octets <= 8 or tokens <= 8:
-        return 5
-    return 6
 
 
 @functools.cache
