@@ -86,9 +86,11 @@ class Float8Matrix(FusedMatrix):
         self.weight, self._dtype, self._input_scale = weight, dtype, input_scale or 0.0
         device = weight.data.device
         self._on_hopper = decode_gemm.is_available(device) and weight.data.shape[1] <= MAX_FEATURES
-        prepare = partial(decode_gemm.prepare, device, dtype, kind=1 + weight.has_groups)
-        tasks = [partial(prepare, tile) for tile in TOKEN_TILES[weight.has_groups] if self._on_hopper]
-        side_by_side([*tasks, *(partial(skinny.prepare, device, dtype, tile, True) for tile in skinny.TOKEN_TILES)])
+        tasks = [partial(skinny.prepare, device, dtype, tile, True) for tile in skinny.TOKEN_TILES]
+        if self._on_hopper:
+            prepare = partial(decode_gemm.prepare, device, dtype, kind=1 + weight.has_groups)
+            tasks = [partial(prepare, tile) for tile in TOKEN_TILES[weight.has_groups]]
+        side_by_side(tasks)
         self._quantize = load_kernel("quantize", torch.cuda.get_device_capability(device)).quantize
         self._library_scales = self._find_library_scales() if dtype == torch.bfloat16 and self._on_hopper else None
 
@@ -148,8 +150,8 @@ class Float8Matrix(FusedMatrix):
 
     def fused(self, x: Tensor, around: Around) -> Tensor | None:
         n = around.num_out(len(self.weight.data))
-        if self._on_hopper and n % 16 == 0:
-            return self.product(self.quantize(x, around.norm, around.eps), around)
+        if self._on_hopper:
+            return self.product(self.quantize(x, around.norm, around.eps), around) if n % 16 == 0 else None
         if not skinny.takes(x, n, around.norm is not None, float8=True):
             return None
         return skinny.linear(x, self.weight.data, around, self.weight.scales)
