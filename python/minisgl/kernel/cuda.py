@@ -56,7 +56,8 @@ class CudaMatrix(FusedMatrix):
         if m <= few and self.weight.is_contiguous() and skinny.takes(x, n, around.norm is not None):
             return skinny.linear(x, self.weight, around)
         if around.norm is None or around.gated:  # otherwise `norm_apply` comes again, with what is normalised
-            variant = decode_gemm.choose(m, n, k, around.gated) if self._is_batch(x, n) else None
+            fits = decode_gemm.supports(m, n, k, x.dtype) and decode_gemm.is_available(x.device)
+            variant = decode_gemm.choose(m, n, k, around.gated) if fits and self.weight.is_contiguous() else None
             if variant is not None and decode_gemm.fits(variant, m, k):
                 x = x if around.norm is None else self._ops.rms_norm(x, around.norm, around.eps)
                 return decode_gemm.linear(x, self.weight, around, variant)
@@ -64,11 +65,6 @@ class CudaMatrix(FusedMatrix):
             return None
         around.residual.addmm_(x, self.weight.T)  # cuBLAS adds it by itself
         return around.residual if around.bias is None else around.residual.add_(around.bias)
-
-    def _is_batch(self, x: Tensor, n: int) -> bool:
-        """Whether the kernels for decode batches take it; cuBLAS may be faster."""
-        fits = self.weight.is_contiguous() and decode_gemm.supports(len(x), n, x.shape[1], x.dtype)
-        return fits and decode_gemm.is_available(x.device)
 
     def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self._torch.apply(x, bias)

@@ -45,13 +45,10 @@ class Weight(NamedTuple):
 
     def widen(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
         """The values of some rows, or of all: [rows, in]."""
-        data, scales = self.data, self.scales
-        if rows is not None:
-            data, scales = data.index_select(0, rows), scales.index_select(0, rows // 8 if self.has_groups else rows)
-        elif self.has_groups:
-            scales = scales.repeat_interleave(8, 0)
-        scales = scales.repeat_interleave(GROUP, 1)[:, : data.shape[1]] if self.has_groups else scales[:, None]
-        return (data.view(torch.float8_e4m3fn).to(dtype) * scales).to(dtype)
+        data = self.data if rows is None else self.data[rows]
+        index = torch.arange(len(data), device=data.device) if rows is None else rows
+        scales = self.scales[index // 8].repeat_interleave(GROUP, 1) if self.has_groups else self.scales[index, None]
+        return (data.view(torch.float8_e4m3fn).to(dtype) * scales[:, : data.shape[1]]).to(dtype)
 
 
 def merge(parts: Sequence[Float8]) -> Weight | None:
