@@ -41,7 +41,7 @@ ROLES = [
     ("", r"merge|combine|reduce"),
     ("gate_up", r"gate_up"),
     ("down", r"down"),
-    ("product", r"gemm|gemv|skinny|linear|matmul|nvjet|xmma|cutlass"),
+    ("product", r"gemm|gemv|skinny|packed_|linear|matmul|nvjet|xmma|cutlass"),
 ]
 
 

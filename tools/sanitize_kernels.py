@@ -47,7 +47,8 @@ from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.cuda import CudaOps
 from minisgl.kernel.float8 import Float8Matrix, merge
 from minisgl.kernel.ops import KVSlots, PagedSequences, RopeAngles, TorchOps
-from minisgl.kernel.packed import Float8
+from minisgl.kernel.packed import Float8, Grouped
+from minisgl.kernel.packed_gemm import PackedMatrix, codes_of
 from minisgl.kernel.product import Around
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 from minisgl.kvcache.pool import LayerCache
@@ -301,6 +302,23 @@ def grouped_gemm() -> None:
         check(("moe", n, num_experts), [out], [expected])
 
 
+def packed(m: int) -> None:
+    """4 bits, with this GPU's kernels and with those of 8.6."""
+    for arch, group, n, k, gated in (((9, 0), 128, 96, 384, True), ((8, 6), 32, 208, 640, False)):
+        generator = torch.Generator().manual_seed(m)
+        codes = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)
+        zeros = torch.randint(0, 16, (n, k // group), generator=generator, dtype=torch.uint8)
+        part = Grouped(codes, torch.rand(zeros.shape, generator=generator).half() / 100, zeros)
+        ours = Grouped(up(codes), up(part.scales), up(zeros))
+        x, residual = randn(m, k), randn(m, n)
+        matrix = PackedMatrix(CudaOps(arch), arch, codes_of([ours]), DTYPE, "silu" if gated else None)
+        product = x @ part.dequantize().T
+        if gated:
+            check(("packed gate_up", m, arch), [matrix.gate_up(up(x))], [REFERENCE.act_and_mul(product)])
+        else:
+            check(("packed", m, arch), [matrix.apply_add(up(x), up(residual))], [product + residual])
+
+
 TOKENS = (17, 50, 100, 150, 180, 201)  # for every tile
 GROUPS: dict[str, Callable[[], None]] = {f"decode_gemm_{m}": partial(gemm, m) for m in TOKENS}
 GROUPS |= {
@@ -308,6 +326,7 @@ GROUPS |= {
     for q, kv, dim in ((40, 8, 128), (16, 1, 128), (3, 3, 64))
 }
 GROUPS |= {f"float8_{kind}": partial(float8_products, kind == "block") for kind in ("row", "block")}
+GROUPS |= {f"packed_gemm_{m}": partial(packed, m) for m in (1, 7, 16, 60, 130, 300)}
 GROUPS |= {"skinny_gemm": skinny_gemm, "elementwise": elementwise, "step": step, "sampling": sampling}
 GROUPS["triton_prefill"] = partial(triton_attention, "prefill", [1, 70, 145], [1, 33, 45])
 GROUPS["triton_decode"] = partial(triton_attention, "decode", [0, 1, 64, 304], [1, 1, 1, 1])

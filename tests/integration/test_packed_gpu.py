@@ -3,6 +3,7 @@ what kernels read is decoded as tensor cores' lanes would, and multiplied by tor
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -132,23 +133,22 @@ class Lanes:
     def values(self, weight: Tensor, unit: float) -> Tensor:
         """Each lane's fragments of mma.m16n8k16 → [rows, k]."""
         tiles, units, _ = weight.shape
-        out = torch.empty(tiles, units, 16, 128)
-        words = weight[..., :1024].contiguous().view(torch.int32).view(tiles, units, 2, 32, 4).long()
-        params = weight[..., 1024:].contiguous().view(tiles, units, 128 // self.group, 8, 8)
-        scales = params[..., :4].contiguous().view(torch.float16).float()
-        seconds = params[..., 4:].contiguous()
+        out = torch.empty(tiles, units, 2, 8, 128)
+        words = weight[..., :1024].contiguous().view(torch.int32).view(tiles, units, 2, 8, 4, 4).long()
+        params = weight[..., 1024:].contiguous().view(tiles, units, 2, 128 // self.group, 8, 4)
+        scale = params[..., :2].contiguous().view(torch.float16).float()[..., 0]
         dtype = torch.float16 if self.fp16 or self.minima else torch.bfloat16
-        second = seconds.view(dtype).float()
-        lane = torch.arange(32)
-        row, quad = lane // 4, lane % 4
+        second = params[..., 2:].contiguous().view(dtype).float()[..., 0]
+        quad = torch.arange(4)
         for i in range(64):  # fragment register and half of it, of each 16 k
             step, register, half = i // 8, i // 2 % 4, i % 2
-            code = words[:, :, step // 4, :, step % 4] >> (4 * register + 16 * half) & 15
-            at, k = register % 2, step * 16 + register // 2 * 8 + quad * 2 + half
-            scale, extra = (t[:, :, step * 16 // self.group, row, at] for t in (scales, second))
+            octet, pair = register % 2, step % 2 * 2 + register // 2
+            code = words[:, :, octet, :, :, step // 2] >> (4 * pair + 16 * half) & 15
+            k = step * 16 + register // 2 * 8 + quad * 2 + half
+            factor, extra = (t[:, :, octet, step * 16 // self.group, :, None] for t in (scale, second))
             zero, offset = (8.0, extra) if self.minima else (extra - (1024 if self.fp16 else 128), 0.0)
-            out[:, :, row + 8 * at, k] = unit * (scale * (code - zero) + offset)
-        return out.transpose(1, 2).reshape(tiles * 16, -1)
+            out[:, :, octet][..., k] = unit * (factor * (code - zero) + offset)
+        return out.flatten(2, 3).transpose(1, 2).reshape(tiles * 16, -1)
 
     def dequantize(self, weight: Tensor, unit: float, out: Tensor, gated: bool) -> None:
         values = self.values(weight, unit)[:, : out.shape[1]]
@@ -209,7 +209,6 @@ class TestLayout:
         matrix, weight = matrix_of("cpu", (8, 6), [make(48, 512), make(48, 512)], dtype, "silu")
         for m in (3, 150):
             check_gated(matrix, weight, m, dtype)
-        check_rows(matrix, weight)
 
 
 def test_what_the_kernels_do_not_have() -> None:
@@ -234,15 +233,20 @@ def test_what_the_kernels_do_not_have() -> None:
     assert len(packed_gemm.codes_of([order, grouped(32, 512, order=True)])) == 2
 
 
-def test_what_is_chosen() -> None:
-    small, middle, large = 3 << 20, 26 << 20, 178 << 20
-    for arch in ((8, 0), (8, 9), (9, 0), (12, 0)):
-        assert [packed_gemm.choose(1, n, arch) for n in (small, middle, large)] == [(8, 0), (8, 1), (8, 2)]
-        assert packed_gemm.choose(16, small, arch) == (16, 0) and packed_gemm.choose(32, small, arch) == (16, 1)
-        assert packed_gemm.choose(257, large, arch) == (0, None)
-    assert packed_gemm.choose(65, large, (8, 6)) == (64, 2)
-    assert packed_gemm.choose(33, small, (9, 0)) == (0, None)
-    assert [packed_gemm.choose(m, large, (9, 0)) for m in (17, 64, 65, 129)] == [(t, None) for t in (64, 64, 128, 256)]
+@pytest.mark.parametrize("arch", [(8, 0), (8, 6), (9, 0), (12, 0)])
+def test_what_is_chosen(arch: tuple[int, int]) -> None:
+    """Kernels that there are, for as many tokens as they take; few are never multiplied by way of 16 bits."""
+    for m, (n, k) in itertools.product(range(1, 1100), ((7168, 5120), (5120, 5120), (34816, 5120), (5120, 17408))):
+        how = packed_gemm.choose(m, n, k, arch)
+        tiles = {
+            "packed_wide": packed_gemm.WIDE_TILES,
+            "packed_gemm": packed_gemm.FEW_TILES + packed_gemm.TILES,
+            "": (0,),
+        }
+        assert how.tile in tiles[how.kernel]
+        assert m <= how.tile or how.tile > 16 or m > 128
+        assert how.kernel or m > 128
+        assert how.kernel != "packed_wide" or arch == (9, 0)
 
 
 def archs() -> list[tuple[int, int]]:

@@ -27,6 +27,7 @@ Tensor = torch.Tensor
 KERNELS = ("elementwise", "sampling", "step")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RENORMALIZE = {"softmax": False, "softmax_of_chosen": True}  # what the kernels know of routing
+PACKED_WEIGHTS = 8 << 20  # a Hopper GPU reads so few sooner than they are unpacked: they are kept in 16 bits
 MAX_VOCAB = 1 << 19  # of the sampling kernel's fixed-point masses
 
 
@@ -108,10 +109,11 @@ class CudaOps(TritonOps):
         return CudaMatrix(self, weight, activation, self._elementwise.embedding)
 
     def packed_matrix(self, parts: Sequence[Packed], dtype: torch.dtype, activation: str | None = None) -> Matrix:
-        """Kept packed where there are kernels for all parts in one matrix."""
+        """Kept packed where there are kernels for all parts in one matrix, and they are worth it."""
         if dtype == torch.float32:
             return super().packed_matrix(parts, dtype, activation)
-        if codes := packed_gemm.codes_of(parts):
+        is_small = self._arch == (9, 0) and sum(part.shape[0] * part.shape[1] for part in parts) <= PACKED_WEIGHTS
+        if not is_small and (codes := packed_gemm.codes_of(parts)):
             return packed_gemm.PackedMatrix(self, self._arch, codes, dtype, activation)
         floats = [part for part in parts if isinstance(part, Float8)]
         # Reading a small one takes less than what else a kernel does: bf16 is faster there.

@@ -1,5 +1,5 @@
-"""Linear layers with weights of 4 bits on GPUs (csrc/include/minisgl/packed_weight.cuh): for few tokens from compute
-capability 8.0 on (packed_gemm.cuh), for up to 256 on Hopper (packed_wide.cuh), and for more by way of 16 bits."""
+"""Linear layers with weights of 4 bits on GPUs (csrc/include/minisgl/packed_weight.cuh): of few tokens
+(packed_few.cuh), of more (packed_gemm.cuh, on Hopper packed_wide.cuh), and of many by way of 16 bits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,13 @@ from minisgl.kernel.packed import Blocks, Grouped, Packed
 
 Tensor = torch.Tensor
 
-TILES, WIDE_TILES = (8, 16, 64), (64, 128, 256)  # of tokens
+FEW_TILES, TILES, WIDE_TILES = (1, 8, 16), (64,), (64, 128, 256)  # of tokens, of few and of more
+SHARED = {(8, 0): 113, (9, 0): 113}  # KiB of shared memory that a block gets; 99 elsewhere
 UNIT_K = 128
 GROUPS = (32, 64, 128)
-LARGE, WIDE = 8 << 20, 4 << 20  # weights from which other variants, and the kernels for many tokens, are faster
-FUSED_NORM_K = 2048  # above, a norm of its own is as fast
-_COPY = 32 << 20  # weights in 16 bits at a time
+SMALL, LARGE = 32 << 20, 128 << 20  # weights
+FUSED_NORM_K = 5120  # its gains lie in shared memory
+_COPY = 64 << 20  # weights in 16 bits at a time
 _CHUNK_ROWS = 4096  # that are packed at a time
 _ROWS = 256  # that are looked up at a time, with 15 others each
 
@@ -52,21 +53,20 @@ class Codes:
 
 def codes_of(parts: Sequence[Packed]) -> list[Codes]:
     """The parts, if the kernels can have them in one matrix; else nothing."""
-    found = [codes for part in parts if (codes := _codes_of(part)) is not None]
+    found = [codes for part in parts if (codes := codes_of_part(part)) is not None]
     if len(found) < len(parts):
         return []
     (num_in, group, _), columns = found[0].kind, found[0].columns
     if num_in % 32 or group not in (*GROUPS, num_in) or any(part.kind != found[0].kind for part in found):
         return []
-    same = [part.columns is columns or _is_equal(part.columns, columns) for part in found]
-    return found if all(same) and sum(len(part.codes) for part in found) % 16 == 0 else []
+    for order in (part.columns for part in found):
+        if order is not columns and (order is None or columns is None or not torch.equal(order, columns)):
+            return []
+    return found if sum(len(part.codes) for part in found) % 16 == 0 else []
 
 
-def _is_equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and torch.equal(a, b)
-
-
-def _codes_of(part: Packed) -> Codes | None:
+def codes_of_part(part: Packed) -> Codes | None:
+    """None: it has other than 4 bits."""
     if isinstance(part, Grouped) and part.bits == 4:
         zeros = torch.full_like(part.scales, 8.0) if part.zeros is None else part.zeros
         return Codes(part.codes, part.scales.float(), zeros.float(), columns=part.columns)
@@ -132,23 +132,35 @@ def pack(parts: Sequence[Codes], dtype: torch.dtype, gated: bool) -> tuple[Tenso
 
 def _pack_rows(codes: Tensor, params: Tensor, units: int) -> Tensor:
     data = F.pad(codes, (0, units * UNIT_K // 2 - codes.shape[1]))
-    nibbles = torch.stack((data & 15, data >> 4), -1).view(-1, 2, 8, units, 2, 4, 2, 4, 2)
-    # to [row tile, unit, 64 k, row % 8, quad, 16 k, pair, 8 k, 8 rows]
-    lower, upper = nibbles.permute(0, 3, 4, 2, 7, 5, 8, 6, 1).unbind(-1)
-    params = params.view(-1, 2, 8, units, params.shape[1] // units, 2).permute(0, 3, 4, 2, 5, 1)
+    nibbles = torch.stack((data & 15, data >> 4), -1).view(-1, 2, 8, units, 4, 2, 2, 4, 2)
+    # from [row tile, octet, row, unit, word, 16 k of it, their 8 k, quad, pair]
+    lower, upper = nibbles.permute(0, 3, 1, 2, 7, 4, 8, 5, 6).unbind(-1)
+    params = params.view(-1, 2, 8, units, params.shape[1] // units, 2).permute(0, 3, 1, 4, 2, 5)
     return torch.cat(((lower | upper << 4).flatten(2), params.contiguous().view(torch.uint8).flatten(2)), -1)
 
 
-def choose(m: int, weights: int, arch: tuple[int, int]) -> tuple[int, int | None]:
-    """Tile of tokens, and variant of the kernel for few tokens, or None for the one of Hopper; (0, None): neither."""
-    is_hopper = arch == (9, 0)
-    if is_hopper and 16 < m <= WIDE_TILES[-1] and weights > WIDE:
-        return next(tile for tile in WIDE_TILES if m <= tile), None
-    if m > (32 if is_hopper else 128):
-        return 0, None
-    if m > 32:
-        return 64, 2
-    return 8 if m <= 8 else 16, 2 if weights > 8 * LARGE else 1 if weights > LARGE or m > 16 else 0
+class How(NamedTuple):
+    """kernel: none for products by way of 16 bits. tile: of tokens."""
+
+    kernel: str = ""
+    tile: int = 0
+    variant: int = 0
+
+
+def choose(m: int, n: int, k: int, arch: tuple[int, int], group: int = UNIT_K) -> How:
+    """How `m` tokens are multiplied with a weight [n, k]. Measured on an H200 (docs/performance-log.md)."""
+    is_hopper, weights = arch == (9, 0), n * k
+    if m == 1:
+        return How("packed_gemm", 1, 1 if group >= UNIT_K or arch in SHARED else 0)
+    if m <= 8 or (m <= 16 and not (is_hopper and k >= n)):
+        return How("packed_gemm", 8 if m <= 8 else 16, 2 if m <= 8 else 3)
+    if not is_hopper:
+        return How("packed_gemm", TILES[0]) if m <= 128 else How()
+    if m <= 128:
+        return How("packed_wide", 64 if m <= 64 else 128, 2)
+    if m <= 192 or (m <= 256 and weights <= LARGE):
+        return How("packed_wide", 128, 3 if m <= 192 else 2)
+    return How("packed_wide", 256, 2) if m <= 256 or (m <= 1024 and weights > SMALL) else How()
 
 
 class PackedMatrix(Matrix):
@@ -161,50 +173,53 @@ class PackedMatrix(Matrix):
         super().__init__(ops, activation)
         self._num_out, (self._num_in, group, has_minima) = sum(len(part.codes) for part in parts), parts[0].kind
         self._arch, self._dtype, self._columns = arch, dtype, parts[0].columns
-        self._gated = activation == "silu"
+        self._gated, self._group = activation == "silu", group
         self._weight, self._unit = pack(parts, dtype, self._gated)
         self._workspace = decode_gemm.workspace(self._weight.device)
         kind = {"GROUP": group if group in GROUPS else UNIT_K, "MINIMA": int(has_minima)}
         self._kind = {f"MINISGL_{key}": n for key, n in (kind | {"FP16": int(dtype == torch.float16)}).items()}
-        is_hopper = arch == (9, 0)
-        tasks = [("packed_dense", 0), *(("packed_gemm", tile) for tile in TILES[: 2 if is_hopper else None])]
-        tasks += [("packed_wide", tile) for tile in WIDE_TILES if is_hopper]
+        tiles = ("packed_wide", WIDE_TILES) if arch == (9, 0) else ("packed_gemm", TILES)
+        tasks = [("packed_gemm", tile) for tile in FEW_TILES] + [(tiles[0], tile) for tile in tiles[1]]
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda task: self._kernel(*task), tasks))
+            list(pool.map(lambda task: self._kernel(*task), [("packed_dense", 0), *tasks]))
 
     def _kernel(self, name: str, tile: int = 0) -> Any:
-        return load_kernel(name, self._arch, **self._kind, **({"MINISGL_TOKENS": tile} if tile else {}))
+        tokens = {"MINISGL_TOKENS": tile, "MINISGL_SHARED": SHARED.get(self._arch, 99)} if tile else {}
+        return load_kernel(name, self._arch, **self._kind, **tokens)
 
-    def _multiply(
+    def multiply(
         self, x: Tensor, out: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
-        add: bool = False, gated: bool = False,
+        add: bool = False, gated: bool = False, how: How | None = None,
     ) -> Tensor:  # fmt: skip
-        """out: of the product, or with `add` what it is added to. A norm is only of what `_fuses_norm`."""
+        """out: of the product, or with `add` what it is added to. norm: x is normalised with it first."""
+        kernel, tile, variant = how or choose(len(x), self._num_out, self._num_in, self._arch, self._group)
+        fuses = self._columns is None and 0 < tile <= FEW_TILES[-1] and self._num_in <= FUSED_NORM_K
+        if norm is not None and not fuses:
+            x, norm = self._ops.rms_norm(x, norm, eps), None
         x = x.contiguous() if self._columns is None else x.index_select(1, self._columns)
-        tile, variant = self._choose(x)
         if len(x) == 0:
             return out
-        if tile == 0:
+        if not kernel:
             return self._multiply_dense(x, out, bias, add, gated)
         numbers = (self._weight, self._unit, bias, out, *self._workspace, add, gated)
-        if variant is None:
-            self._kernel("packed_wide", tile).packed_wide_linear(x, *numbers)
+        if kernel == "packed_wide":
+            self._kernel(kernel, tile).packed_wide_linear(x, *numbers, variant)
         else:
-            self._kernel("packed_gemm", tile).packed_linear(x, norm, eps, *numbers, variant)
+            self._kernel(kernel, tile).packed_linear(x, norm, eps, *numbers, variant)
         return out
-
-    def _choose(self, x: Tensor) -> tuple[int, int | None]:
-        return choose(len(x), self._num_out * self._num_in, self._arch)
 
     def _multiply_dense(self, x: Tensor, out: Tensor, bias: Tensor | None, add: bool, gated: bool) -> Tensor:
         """With a copy of 16 bits, of some rows at a time."""
         begin = 0
         for weight in self._weight.split(max(1, _COPY // (16 * self._num_in))):
-            product = x @ self._dequantize(weight, gated).T
-            product = self._ops.act_and_mul(product) if gated else product
-            part = out.narrow(1, begin, product.shape[1])
-            part.add_(product) if add else part.copy_(product)
-            begin += product.shape[1]
+            dense = self._dequantize(weight, gated).T
+            end = begin + dense.shape[1] // (2 if gated else 1)
+            part = out[:, begin:end]
+            if gated:
+                part.copy_(self._ops.act_and_mul(x @ dense))
+            else:
+                torch.addmm(part, x, dense, beta=int(add), out=part)
+            begin = end
         return out if bias is None else out.add_(bias)
 
     def _dequantize(self, weight: Tensor, gated: bool) -> Tensor:
@@ -213,42 +228,35 @@ class PackedMatrix(Matrix):
         self._kernel("packed_dense").dequantize(weight, self._unit, dense, gated)
         return dense
 
-    def _fuses_norm(self, x: Tensor) -> bool:
-        return self._columns is None and self._choose(x)[0] == 8 and self._num_in <= FUSED_NORM_K
-
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         out = x.new_empty(len(x), self._num_out)
         if not self._gated:
-            return self._multiply(x, out, bias)
-        out = self._multiply(x, out).view(len(x), -1, 2, 8).transpose(1, 2).reshape(len(x), -1)
+            return self.multiply(x, out, bias)
+        out = self.multiply(x, out).view(len(x), -1, 2, 8).transpose(1, 2).reshape(len(x), -1)
         return out if bias is None else out.add_(bias)
 
     def apply_add(self, x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._gated or not residual.is_contiguous():
             return super().apply_add(x, residual, bias)
-        return self._multiply(x, residual, bias, add=True)
+        return self.multiply(x, residual, bias, add=True)
 
     def norm_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
-        if self._gated or not self._fuses_norm(x):
+        if self._gated:
             return super().norm_apply(x, norm, eps, bias)
-        return self._multiply(x, x.new_empty(len(x), self._num_out), bias, norm, eps)
+        return self.multiply(x, x.new_empty(len(x), self._num_out), bias, norm, eps)
 
     def gate_up(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None) -> Tensor:
         if not self._gated or bias is not None:
             return super().gate_up(x, norm, eps, bias)
-        if norm is not None and not self._fuses_norm(x):
-            x, norm = self._ops.rms_norm(x, norm, eps), None
-        return self._multiply(x, x.new_empty(len(x), self._num_out // 2), None, norm, eps, gated=True)
+        return self.multiply(x, x.new_empty(len(x), self._num_out // 2), None, norm, eps, gated=True)
 
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
+        assert not self._gated
         out = torch.cat([self._rows(some - first) for some in ids.split(_ROWS)])
         return out if self._columns is None else torch.empty_like(out).index_copy_(1, self._columns, out)
 
     def _rows(self, ids: Tensor) -> Tensor:
         here = (ids >= 0) & (ids < self._num_out)
         ids = ids.where(here, 0)
-        if self._gated:
-            half = self._num_out // 2
-            ids = ids % half // 8 * 16 + ids // half * 8 + ids % 8
         tiles = self._dequantize(self._weight.index_select(0, ids // 16), gated=False).view(len(ids), 16, -1)
         return tiles[torch.arange(len(ids), device=ids.device), ids % 16].masked_fill_(~here[:, None], 0)

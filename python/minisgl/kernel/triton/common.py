@@ -108,3 +108,33 @@ def load_keys(
         k = tl.load(k_ptr + at)
         v = tl.load(v_ptr + at)
     return widen(k, DTYPE), widen(v, DTYPE)
+
+
+@triton.jit
+def attend(
+    q, m, denom, acc, k_ptr, v_ptr, pages_ptr, first, end, q_pos, seq_len, scale, window, kv_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attends to the keys of positions [first, end), `first` a multiple of BLOCK_N: → m, denom, acc."""
+    offsets = tl.arange(0, BLOCK_N)
+    for start in tl.range(first, end, BLOCK_N):
+        pos = start + offsets
+        k, v = load_keys(
+            k_ptr, v_ptr, q.dtype, pages_ptr, start, pos < seq_len, kv_stride, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE,
+            MASKED,
+        )  # fmt: skip
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            seen = pos[None, :] <= q_pos[:, None]
+            if HAS_WINDOW:
+                seen &= pos[None, :] > q_pos[:, None] - window
+            s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        base_m = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new  # a row may see nothing here
+        p = tl.exp2(s * scale - base_m[:, None])
+        alpha = tl.exp2(m - base_m)
+        denom = denom * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+    return m, denom, acc

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernel.ops import PagedSequences
-from minisgl.kernel.triton.common import AttentionConfig, attention_options, begin, launch_options, load_keys, native
+from minisgl.kernel.triton.common import AttentionConfig, attend, attention_options, begin, launch_options, native
 
 Tensor = torch.Tensor
 
@@ -72,7 +72,6 @@ def _decode_kernel(
 
     rows = tl.arange(0, BLOCK_G)
     dims = tl.arange(0, BLOCK_D)
-    offsets = tl.arange(0, BLOCK_N)
     head = kv_head * GROUP + rows
     valid = (rows < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     q_at = seq.to(tl.int64) * q_stride + (head * HEAD_DIM)[:, None] + dims[None, :]
@@ -82,20 +81,10 @@ def _decode_kernel(
     m = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     denom = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    for start in tl.range(first, end, BLOCK_N):
-        pos = start + offsets
-        seen = (pos >= low) & (pos < end)
-        k, v = load_keys(
-            k_ptr, v_ptr, q.dtype, pages_ptr, start, seen, kv_stride, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, True
-        )  # fmt: skip
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        s = tl.where(seen[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))  # finite: every block holds a key that is seen
-        p = tl.exp2(s - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        denom = denom * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-        m = m_new
+    m, denom, acc = attend(
+        q, m, denom, acc, k_ptr, v_ptr, pages_ptr, first, end, rows * 0 + seq_len - 1, seq_len, scale, window,
+        kv_stride, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, True, PRECISION,
+    )  # fmt: skip
     acc = acc / tl.where(denom == 0.0, 1.0, denom)[:, None]
     index = (seq * (NUM_KV_HEADS * GROUP) + head).to(tl.int64)  # of (sequence, query head)
     if SPLIT:

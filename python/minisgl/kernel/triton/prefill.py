@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernel.ops import PagedSequences
-from minisgl.kernel.triton.common import AttentionConfig, attention_options, begin, load_keys, native
+from minisgl.kernel.triton.common import AttentionConfig, attend, attention_options, begin, native
 
 Tensor = torch.Tensor
 
@@ -46,36 +46,6 @@ def prefill_blocks(
     last_token = np.minimum((row + block_m - 1) // group, num_new[seq] - 1)
     order = np.argsort(-(starts[seq] + last_token), kind="stable")
     return np.stack((seq, row), axis=1)[order].astype(np.int32)
-
-
-@triton.jit
-def _keys(
-    q, m, denom, acc, k_ptr, v_ptr, pages_ptr, first, end, q_pos, seq_len, scale, window, kv_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attends to the keys of positions [first, end), `first` a multiple of BLOCK_N: → m, denom, acc."""
-    offsets = tl.arange(0, BLOCK_N)
-    for start in tl.range(first, end, BLOCK_N):
-        pos = start + offsets
-        k, v = load_keys(
-            k_ptr, v_ptr, q.dtype, pages_ptr, start, pos < seq_len, kv_stride, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE,
-            MASKED,
-        )  # fmt: skip
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if MASKED:
-            seen = pos[None, :] <= q_pos[:, None]
-            if HAS_WINDOW:
-                seen &= pos[None, :] > q_pos[:, None] - window
-            s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * scale)
-        base_m = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new  # a row may see nothing here
-        p = tl.exp2(s * scale - base_m[:, None])
-        alpha = tl.exp2(m - base_m)
-        denom = denom * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-        m = m_new
-    return m, denom, acc
 
 
 # Views of a step's buffer begin anywhere; a kernel for each alignment would be compiled while requests wait.
@@ -121,16 +91,16 @@ def _prefill_kernel(
         diagonal = tl.maximum(diagonal, low)
         left = tl.maximum(last_pos + 1 - window, 0)
         left = tl.minimum((left + BLOCK_N - 1) // BLOCK_N * BLOCK_N, diagonal)
-        m, denom, acc = _keys(
+        m, denom, acc = attend(
             q, m, denom, acc, k_ptr, v_ptr, pages_ptr, low, left, q_pos, seq_len, scale, window, kv_stride,
             HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, True, PRECISION,
         )  # fmt: skip
         low = left
-    m, denom, acc = _keys(
+    m, denom, acc = attend(
         q, m, denom, acc, k_ptr, v_ptr, pages_ptr, low, diagonal, q_pos, seq_len, scale, window, kv_stride,
         HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, False, PRECISION,
     )  # fmt: skip
-    m, denom, acc = _keys(
+    m, denom, acc = attend(
         q, m, denom, acc, k_ptr, v_ptr, pages_ptr, diagonal, end, q_pos, seq_len, scale, window, kv_stride,
         HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, True, PRECISION,
     )  # fmt: skip

@@ -20,20 +20,21 @@ struct DenseArgs {
 // A lane's part of a unit, into shared memory as 16 rows.
 __device__ __forceinline__ void unpack_unit(const DenseArgs& args, const char* unit, T (*rows)[kRowPitch]) {
   int lane = threadIdx.x % 32;
+  uint4 first = *reinterpret_cast<const uint4*>(unit + lane * 16);
+  uint4 second = *reinterpret_cast<const uint4*>(unit + kOctetBytes + lane * 16);
+  uint32_t codes[2][4] = {{first.x, first.y, first.z, first.w}, {second.x, second.y, second.z, second.w}};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    uint4 v = *reinterpret_cast<const uint4*>(unit + half * 512 + lane * 16);
-    uint32_t codes[4] = {v.x, v.y, v.z, v.w};
+  for (int g = 0; g < kGroups; ++g) {
+    const char* params = unit + kCodeBytes + g * 32 + lane / 4 * 4;
+    Dense low({*reinterpret_cast<const uint32_t*>(params)}, args.unit);
+    Dense high({*reinterpret_cast<const uint32_t*>(params + kParamBytes)}, args.unit);
 #pragma unroll
-    for (int f = 0; f < 4; ++f) {
-      int k = half * 64 + f * 16;
-      GroupOf group(*reinterpret_cast<const uint2*>(unit + kCodeBytes + k / kGroup * 64 + lane / 4 * 8));
+    for (int f = g * kFragments; f < (g + 1) * kFragments; ++f) {
       uint32_t a[4];
-      unpack(codes[f], group.zeros, a);
+      unpack(low, high, codes[0][f / 2], codes[1][f / 2], f % 2, a);
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
-        T2 value = scaled(a[p], args.unit * group.scales[p % 2], args.unit * group.offsets[p % 2]);
-        *reinterpret_cast<T2*>(&rows[lane / 4 + p % 2 * 8][k + p / 2 * 8 + lane % 4 * 2]) = value;
+        *reinterpret_cast<uint32_t*>(&rows[lane / 4 + p % 2 * 8][f * 16 + p / 2 * 8 + lane % 4 * 2]) = a[p];
       }
     }
   }

@@ -1,6 +1,11 @@
-// Entry points of the linear layers that minisgl/packed_gemm.cuh explains. Compiled once per dtype (MINISGL_FP16), tile of
-// tokens (MINISGL_TOKENS), and size (MINISGL_GROUP) and kind (MINISGL_MINIMA) of groups.
+// Entry point of the linear layers with weights of 4 bits on mma.sync: of up to 16 tokens minisgl/packed_few.cuh explains
+// them, of more minisgl/packed_gemm.cuh. Compiled once per dtype (MINISGL_FP16), tile of tokens (MINISGL_TOKENS), and size
+// (MINISGL_GROUP) and kind (MINISGL_MINIMA) of groups.
+#if MINISGL_TOKENS <= 16
+#include "minisgl/packed_few.cuh"
+#else
 #include "minisgl/packed_gemm.cuh"
+#endif
 
 #include <tvm/ffi/optional.h>
 
@@ -13,36 +18,74 @@ struct Workspace {
   int64_t floats, flags;
 };
 
-// Blocks of the kernel that a device runs at once.
-template <typename C>
-int resident_blocks(int device) {
-  static int counts[64] = {};
-  MINISGL_CHECK(device >= 0 && device < 64);
-  if (counts[device] == 0) {
-    auto kernel = packed_gemm<C>;
-    int sms = 0, each = 0;
-    MINISGL_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-    // The largest carveout, whatever this kernel needs: an SM must drain before it changes its carveout.
-    MINISGL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
-    MINISGL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                            cudaSharedmemCarveoutMaxShared));
-    MINISGL_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, C::kThreads, C::kSharedBytes));
-    MINISGL_CHECK(each > 0) << "the device has too little shared memory";
-    counts[device] = sms * (each < 2 ? each : 2);
-  }
-  return counts[device];
+// Of a device, once its shared memory is at the largest carveout, whatever the kernel needs: an SM must drain before it
+// changes its carveout, and then two kernels could not share it.
+template <typename Kernel>
+int prepare(Kernel kernel, int device, int bytes) {
+  int sms = 0;
+  MINISGL_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  MINISGL_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  MINISGL_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  return sms;
 }
 
+#if MINISGL_TOKENS <= 16
 template <typename C>
-void run(Args args, const TensorView& x, const Workspace& workspace) {
+void run_existing(const Args& args, const TensorView& x, int per_sm) {
+  static int counts[64] = {};
+  int device = x.device().device_id;
+  MINISGL_CHECK(device >= 0 && device < 64);
+  if (counts[device] == 0) counts[device] = prepare(packed_few<C>, device, kSharedBytes);
+  LaunchConfig config;
+  int blocks = per_sm * counts[device];
+  config.grid = dim3(args.outputs / 8 < blocks ? args.outputs / 8 : blocks);
+  config.block = dim3(C::kThreads);
+  config.smem = C::kFixedBytes + (args.norm != nullptr ? args.units * kPitch : 0);
+  MINISGL_CHECK(config.smem <= kSharedBytes) << "k is too large for a fused norm: " << args.k;
+  launch(config, current_stream(x), packed_few<C>, args);
+}
+
+template <int warps, int octets>
+void try_run(const Args& args, const TensorView& x, int per_sm = 1) {
+  if constexpr (!Config<false, warps, octets>::kExists) {
+    TVM_FFI_THROW(ValueError) << "this variant needs more shared memory";
+  } else if (args.gated) {
+    run_existing<Config<true, warps, octets>>(args, x, per_sm);
+  } else {
+    run_existing<Config<false, warps, octets>>(args, x, per_sm);
+  }
+}
+
+// Warps and octets of each variant, and blocks of a multiprocessor; minisgl/kernel/packed_gemm.py chooses.
+void dispatch(const Args& args, const TensorView& x, const Workspace&, int64_t variant) {
+  MINISGL_CHECK(args.tokens <= kTokens) << "at most " << kTokens << " tokens";
+  switch (variant) {
+    case 0:
+      return try_run<8, 4>(args, x);
+    case 1:
+      return try_run<8, 8>(args, x);
+    case 2:
+      return try_run<8, 4>(args, x, 2);
+    case 3:
+      return try_run<4, 8>(args, x, 2);
+  }
+  TVM_FFI_THROW(ValueError) << "no such variant: " << variant;
+}
+#else
+// Eight warps, each with 32 rows.
+void dispatch(Args args, const TensorView& x, const Workspace& workspace, int64_t) {
+  using C = Config<8, 2>;
+  static int counts[64] = {};
+  int device = x.device().device_id;
+  MINISGL_CHECK(device >= 0 && device < 64);
+  if (counts[device] == 0) counts[device] = prepare(packed_gemm<C>, device, C::kSharedBytes);
+  MINISGL_CHECK(args.norm == nullptr) << "a norm of more than 16 tokens";
   args.tiles = (args.row_tiles + C::kRowTiles - 1) / C::kRowTiles;
-  args.steps = (args.units + C::kWarpsK - 1) / C::kWarpsK;
-  int token_tiles = (args.tokens + kTokens - 1) / kTokens;
-  MINISGL_CHECK(args.norm == nullptr || token_tiles == 1) << "a norm of more than " << kTokens << " tokens";
-  int64_t total = static_cast<int64_t>(args.tiles) * args.steps * token_tiles;
+  args.steps = args.units;
+  int64_t total = static_cast<int64_t>(args.tiles) * args.steps * ((args.tokens + kTokens - 1) / kTokens);
   MINISGL_CHECK(total < (1 << 30)) << "too large";
-  int blocks = resident_blocks<C>(x.device().device_id);
-  if (blocks > total) blocks = static_cast<int>(total);
+  int blocks = counts[device] < total ? counts[device] : static_cast<int>(total);
   MINISGL_CHECK(workspace.floats >= static_cast<int64_t>(blocks) * C::kPartial * 4 && workspace.flags >= blocks)
       << "the workspace is too small";
   LaunchConfig config;
@@ -51,29 +94,7 @@ void run(Args args, const TensorView& x, const Workspace& workspace) {
   config.smem = C::kSharedBytes;
   launch(config, current_stream(x), packed_gemm<C>, args);
 }
-
-template <int warps_m, int warps_k, int row_tiles>
-void try_run(const Args& args, const TensorView& x, const Workspace& workspace) {
-  using C = Config<warps_m, warps_k, row_tiles>;
-  if constexpr (C::kFits && row_tiles * kOctets <= 32 && (warps_k == 1 || kTokens <= 32)) {
-    run<C>(args, x, workspace);
-  } else {
-    TVM_FFI_THROW(ValueError) << "no such variant for " << kTokens << " tokens";
-  }
-}
-
-// Warps along the rows and along k, and row tiles of a warp, of each variant; minisgl/kernel/packed_gemm.py chooses.
-void dispatch(const Args& args, const TensorView& x, const Workspace& workspace, int64_t variant) {
-  switch (variant) {
-    case 0:
-      return try_run<1, 8, 1>(args, x, workspace);
-    case 1:
-      return try_run<2, 4, 1>(args, x, workspace);
-    case 2:
-      return try_run<8, 1, 2>(args, x, workspace);
-  }
-  TVM_FFI_THROW(ValueError) << "no such variant: " << variant;
-}
+#endif
 
 const T* data_of(const TensorView& t) {
 #if MINISGL_FP16

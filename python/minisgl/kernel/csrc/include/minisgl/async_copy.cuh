@@ -34,6 +34,12 @@ __device__ __forceinline__ uint4 load_shared(uint32_t shared) {
   return v;
 }
 
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t shared) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ uint2 load_shared_8(uint32_t shared) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared) : "memory");

@@ -48,7 +48,11 @@ using Operand = T;
 constexpr bool kFloat8 = false, kBlockScales = false;
 #endif
 
-constexpr bool kManyTokens = kFloat8;      // more than one tile of them
+#if MINISGL_FP8 || MINISGL_MANY_TOKENS
+constexpr bool kManyTokens = true;         // more than one tile of them
+#else
+constexpr bool kManyTokens = false;
+#endif
 constexpr int kTokens = MINISGL_TOKENS;
 constexpr int kSums = kTokens / 2;         // of a thread, for 64 rows
 constexpr int kRegisters = (kBlockScales ? 2 : 1) * kSums + (kFloat8 ? 64 : 48);  // of a thread, about
@@ -56,7 +60,8 @@ constexpr int kStep = 128;                 // bytes of k in a step, as wide as t
 constexpr int kK = kStep / sizeof(Operand);  // elements
 constexpr int kTokenBytes = kTokens * kStep;
 constexpr int kMaxStages = 24;
-constexpr int kPitch = 20;                 // floats; of a token's 16 outputs: free of bank conflicts
+// Floats, of a token's 16 outputs: 20 are free of bank conflicts, 16 leave room for another stage of 256 tokens.
+constexpr int kPitch = kTokens == 256 && !kFloat8 ? 16 : 20;
 constexpr int kStagingBytes = 16 * kPitch * 4;  // of a warp: 16 tokens
 constexpr int kMaxSplit = 8;
 constexpr int kWaves = -1;

@@ -1,14 +1,15 @@
 // Weights of 4 bits as the tensor cores want them, unpacked in registers.
 //
-// The packed matrix is a sequence of units, of 16 rows and 128 k, all k of 16 rows one after the other
+// The packed matrix is a sequence of units, of 16 rows (two octets) and 128 k, all k of 16 rows one after the other
 // (minisgl/kernel/packed_gemm.py makes it):
-//   1024 bytes of codes: [64 k][lane][word]: word s of a lane has the codes of its A fragment (mma.m16n8k16) of the s-th
-//                        16 k; of fragment register p, the lower half is nibble p, the upper one nibble p + 4
-//   for each group of k: [row % 8][4]: scales of the rows r and r + 8 (fp16), and what else their groups have:
-//     MINISGL_MINIMA=0: zeros, as 128 + zero (bf16) or 1024 + zero (fp16), what the bits of a code under an exponent are
-//     MINISGL_MINIMA=1: offsets (fp16), to be added to scale * (code - 8)
-// In gated matrices gate and up rows alternate, 8 of each. Compiled once per dtype (MINISGL_FP16), and size
-// (MINISGL_GROUP) and kind of groups.
+//   [octet][lane][4 words]: word w of a lane has the codes of its row of the octet (lane / 4), as the (2w)-th and the
+//                           next 16 k of its A fragments (mma.m16n8k16) want them: pair p (p / 2-th 16 k, their lower or
+//                           upper 8) is nibbles p and p + 4
+//   [octet][group of k][row]: its scale (fp16), and what else the group has:
+//     MINISGL_MINIMA=0: a zero, as 128 + zero (bf16) or 1024 + zero (fp16), what the bits of a code under an exponent are
+//     MINISGL_MINIMA=1: an offset (fp16), to be added to scale * (code - 8)
+// In gated matrices gate and up octets alternate. Compiled once per dtype (MINISGL_FP16), and size (MINISGL_GROUP) and
+// kind of groups.
 #pragma once
 
 #include "minisgl/async_copy.cuh"
@@ -29,65 +30,103 @@ constexpr int kGroup = MINISGL_GROUP;     // k with one scale
 constexpr int kGroups = kUnitK / kGroup;  // of a unit
 constexpr int kFragments = kGroup / 16;   // of k, in a group
 constexpr bool kMinima = MINISGL_MINIMA;
-constexpr int kCodeBytes = 1024;
-constexpr int kUnitBytes = kCodeBytes + kGroups * 64;
+constexpr int kOctetBytes = 512;              // of codes
+constexpr int kCodeBytes = 2 * kOctetBytes;
+constexpr int kParamBytes = kGroups * 32;     // of an octet
+constexpr int kUnitBytes = kCodeBytes + 2 * kParamBytes;
 
 __device__ __forceinline__ T2 pair(uint32_t bits) { return *reinterpret_cast<T2*>(&bits); }
+__device__ __forceinline__ uint32_t bits_of(T2 values) { return *reinterpret_cast<uint32_t*>(&values); }
 
-// What a lane needs of a group, for its rows r and r + 8. zeros: with 128 or 1024 added, twice each.
-struct GroupOf {
-  float scales[2];
-  float offsets[2];
-  T2 zeros[2];
-
-  __device__ __forceinline__ explicit GroupOf(uint2 words) {
-    float2 s = __half22float2(*reinterpret_cast<__half2*>(&words.x));
-    scales[0] = s.x, scales[1] = s.y;
-    if constexpr (kMinima) {
-      float2 o = __half22float2(*reinterpret_cast<__half2*>(&words.y));
-      offsets[0] = o.x, offsets[1] = o.y;
-      zeros[0] = zeros[1] = pair(kMagicEight);
-    } else {
-      offsets[0] = offsets[1] = 0.f;
-      zeros[0] = pair(__byte_perm(words.y, 0, 0x1010)), zeros[1] = pair(__byte_perm(words.y, 0, 0x3232));
-    }
+// Pair p of a word of codes, under the exponent: 128 + code (bf16) or 1024 + code (fp16).
+struct Raised {
+  __device__ __forceinline__ uint32_t operator()(uint32_t word, int p) const {
+    uint32_t bits;  // (word >> 4p & 0x000f000f) | kMagic, of which the compiler would make two instructions
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(bits) : "r"(word >> (4 * p)), "r"(0x000f000f), "r"(kMagic));
+    return bits;
   }
 };
 
-// The codes of a lane's fragments in a group of a unit in shared memory.
-__device__ __forceinline__ void read_codes(uint32_t unit, int group, int lane, uint32_t (&codes)[kFragments]) {
-  uint32_t at = unit + group * kFragments / 4 * 512 + lane * 16;
-  if constexpr (kFragments == 2) {
-    uint2 v = load_shared_8(at + group % 2 * 8);
-    codes[0] = v.x, codes[1] = v.y;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kFragments / 4; ++i) {
-      uint4 v = load_shared(at + i * 512);
-      codes[4 * i] = v.x, codes[4 * i + 1] = v.y, codes[4 * i + 2] = v.z, codes[4 * i + 3] = v.w;
-    }
-  }
-}
+// What a row has in a group.
+struct Params {
+  uint32_t bits;
 
-// The fragment of 16 rows and 16 k: code - zero of each.
-__device__ __forceinline__ void unpack(uint32_t codes, const T2 (&zeros)[2], uint32_t (&a)[4]) {
-#pragma unroll
-  for (int p = 0; p < 4; ++p) {
-    T2 value = __hsub2(pair((codes >> (4 * p) & 0x000f000f) | kMagic), zeros[p % 2]);
-    a[p] = *reinterpret_cast<uint32_t*>(&value);
+  __device__ __forceinline__ float scale() const { return __half2float(__ushort_as_half(bits & 0xffff)); }
+  // To be added to scale * (code - 8).
+  __device__ __forceinline__ float offset() const { return __half2float(__ushort_as_half(bits >> 16)); }
+  // What is to be subtracted from raised codes.
+  __device__ __forceinline__ T2 zeros() const {
+    return pair(kMinima ? kMagicEight : __byte_perm(bits, 0, 0x3232));
   }
-}
+  // To be added to scale * (raised code).
+  __device__ __forceinline__ float shift() const {
+    float raise = to_float(zeros().x);
+    return kMinima ? fmaf(-raise, scale(), offset()) : -raise * scale();
+  }
+};
 
-// Two neighbours of a row: integers, scaled in fp32 and rounded once.
-__device__ __forceinline__ T2 scaled(uint32_t integers, float scale, float offset) {
-  float2 v;
-#if MINISGL_FP16
-  v = __half22float2(pair(integers));
-  return __floats2half2_rn(fmaf(v.x, scale, offset), fmaf(v.y, scale, offset));
+// A row's pairs of k as T, scaled and rounded once.
+struct Dense {
+  T2 zeros;
+#if MINISGL_MINIMA
+  float scale, offset;
 #else
-  v = __bfloat1622float2(pair(integers));
-  return __floats2bfloat162_rn(fmaf(v.x, scale, offset), fmaf(v.y, scale, offset));
+  T2 high, low;  // their sum is the scale
 #endif
+
+  // factor: of all scales.
+  __device__ __forceinline__ Dense(Params params, float factor) : zeros(params.zeros()) {
+    float s = params.scale() * factor;
+#if MINISGL_MINIMA
+    scale = s, offset = params.offset() * factor;
+#else
+    T rounded = from_float<T>(s), rest = from_float<T>(s - to_float(rounded));
+    high = T2(rounded, rounded), low = T2(rest, rest);
+#endif
+  }
+
+  __device__ __forceinline__ uint32_t operator()(uint32_t word, int p) const {
+    T2 value = __hsub2(pair(Raised()(word, p)), zeros);
+#if !MINISGL_MINIMA
+    return bits_of(__hfma2(value, high, __hmul2(value, low)));
+#elif MINISGL_FP16
+    float2 v = __half22float2(value);
+    return bits_of(__floats2half2_rn(fmaf(v.x, scale, offset), fmaf(v.y, scale, offset)));
+#else
+    float2 v = __bfloat1622float2(value);
+    return bits_of(__floats2bfloat162_rn(fmaf(v.x, scale, offset), fmaf(v.y, scale, offset)));
+#endif
+  }
+};
+
+// A lane's words of a group, of an octet in shared memory.
+__device__ __forceinline__ void read_codes(uint32_t at, uint32_t (&words)[kFragments / 2]) {
+  if constexpr (kFragments == 2) {
+    words[0] = load_shared_4(at);
+  } else if constexpr (kFragments == 4) {
+    uint2 v = load_shared_8(at);
+    words[0] = v.x, words[1] = v.y;
+  } else {
+    uint4 v = load_shared(at);
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+  }
+}
+
+// A row's pairs of k as integers.
+struct Integers {
+  T2 zeros;
+
+  __device__ __forceinline__ uint32_t operator()(uint32_t word, int p) const {
+    return bits_of(__hsub2(pair(Raised()(word, p)), zeros));
+  }
+};
+
+// A fragment: of the s-th 16 k of a word of each octet, whose rows become values by `low` and `high`.
+template <typename Values>
+__device__ __forceinline__ void unpack(const Values& low, const Values& high, uint32_t first, uint32_t second, int s,
+                                       uint32_t (&a)[4]) {
+  a[0] = low(first, 2 * s), a[1] = high(second, 2 * s);
+  a[2] = low(first, 2 * s + 1), a[3] = high(second, 2 * s + 1);
 }
 
 }  // namespace

@@ -75,15 +75,6 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, ui
       : "memory");
 }
 
-// Contiguous bytes: addresses and their number are multiples of 16.
-__device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
-                                          uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-      : "memory");
-}
-
 // Every thread of every block of the cluster takes part; orders what they wrote to shared memory.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
@@ -123,10 +114,11 @@ inline EncodeTiled encode_tiled() {
 }
 
 // Describe a matrix or more of elements of that type. sizes and box: elements, innermost first; strides: bytes, of all
-// dimensions but the innermost. The box is 128 bytes wide and swizzled; what lies outside of `sizes` reads as zero.
+// dimensions but the innermost. A swizzled box is 128 bytes wide; what lies outside of `sizes` reads as zero.
 template <int kRank>
 CUtensorMap tensor_map(const void* data, CUtensorMapDataType type, const uint64_t (&sizes)[kRank],
-                       const uint64_t (&strides)[kRank - 1], const uint32_t (&box)[kRank]) {
+                       const uint64_t (&strides)[kRank - 1], const uint32_t (&box)[kRank],
+                       CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
   cuuint64_t size[kRank], stride[kRank - 1];
   cuuint32_t extent[kRank], step[kRank];
   for (int i = 0; i < kRank; ++i) size[i] = sizes[i], extent[i] = box[i], step[i] = 1;
@@ -134,7 +126,7 @@ CUtensorMap tensor_map(const void* data, CUtensorMapDataType type, const uint64_
   CUtensorMap map;
   CUresult result = encode_tiled()(
       &map, type, kRank, const_cast<void*>(data), size, stride, extent, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   MINISGL_CHECK(result == CUDA_SUCCESS) << "cannot describe a tensor to the copy engine: error " << int(result);
   return map;
 }
