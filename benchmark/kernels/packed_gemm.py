@@ -20,6 +20,7 @@ import torch
 from minisgl.kernel.cuda import CudaOps, compile_kernels
 from minisgl.kernel.packed import Grouped
 from minisgl.kernel.packed_gemm import FEW_TILES, TILES, WIDE_TILES, Codes, How, PackedMatrix, codes_of
+from minisgl.kernel.product import Around
 
 Tensor = torch.Tensor
 
@@ -77,10 +78,8 @@ def run(matrix: PackedMatrix, shape: Shape, x: Tensor, residual: Tensor, gains: 
     if how is None:
         return plain(matrix, shape, x, residual, gains)
     if shape.form == "add":
-        return matrix.multiply(x, residual, add=True, how=how)
-    gated = shape.form == "gate_up"
-    out = x.new_empty(len(x), shape.n // 2 if gated else shape.n)
-    return matrix.multiply(x, out, None, gains, 1e-6, gated=gated, how=how)
+        return matrix.multiply(x, Around(residual=residual), how)
+    return matrix.multiply(x, Around(norm=gains, eps=1e-6, gated=shape.form == "gate_up"), how)
 
 
 def plain(matrix: object, shape: Shape, x: Tensor, residual: Tensor, gains: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
-from minisgl.kernel import decode_gemm, packed_gemm
+from minisgl.kernel import cuda, decode_gemm, packed_gemm
 from minisgl.kernel.cuda import CudaOps
 from minisgl.kernel.ops import Matrix, TorchOps
 from minisgl.kernel.packed import Blocks, Grouped, Packed
@@ -304,8 +304,12 @@ class TestKernels:
             graph.replay()
             assert_close(y, x.float() @ weight.T)
 
-    def test_operations_choose(self) -> None:
+    def test_operations_choose(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ops = CudaOps(torch.cuda.get_device_capability())
+        if torch.cuda.get_device_capability() == (9, 0):
+            small = ops.packed_matrix([moved(grouped(64, 512), "cuda")], torch.bfloat16)
+            assert not isinstance(small, packed_gemm.PackedMatrix)
+        monkeypatch.setattr(cuda, "PACKED_WEIGHTS", 0)
         few, many = (moved(grouped(64, 512, seed=i), "cuda") for i in range(2))
         assert isinstance(ops.packed_matrix([few, many], torch.bfloat16), packed_gemm.PackedMatrix)
         other = moved(blocks("Q8_0", 64, 512), "cuda")

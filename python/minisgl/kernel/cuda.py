@@ -27,7 +27,7 @@ Tensor = torch.Tensor
 KERNELS = ("elementwise", "sampling", "step")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RENORMALIZE = {"softmax": False, "softmax_of_chosen": True}  # what the kernels know of routing
-PACKED_WEIGHTS = 8 << 20  # a Hopper GPU reads so few sooner than they are unpacked: they are kept in 16 bits
+PACKED_WEIGHTS = 8 << 20  # to read so few takes a Hopper GPU less than what else a kernel does: they stay in 16 bits
 MAX_VOCAB = 1 << 19  # of the sampling kernel's fixed-point masses
 
 
@@ -110,15 +110,13 @@ class CudaOps(TritonOps):
 
     def packed_matrix(self, parts: Sequence[Packed], dtype: torch.dtype, activation: str | None = None) -> Matrix:
         """Kept packed where there are kernels for all parts in one matrix, and they are worth it."""
-        if dtype == torch.float32:
+        is_small = self._arch == (9, 0) and sum(math.prod(part.shape) for part in parts) <= PACKED_WEIGHTS
+        if dtype == torch.float32 or is_small:
             return super().packed_matrix(parts, dtype, activation)
-        is_small = self._arch == (9, 0) and sum(part.shape[0] * part.shape[1] for part in parts) <= PACKED_WEIGHTS
-        if not is_small and (codes := packed_gemm.codes_of(parts)):
+        if codes := packed_gemm.codes_of(parts):
             return packed_gemm.PackedMatrix(self, self._arch, codes, dtype, activation)
         floats = [part for part in parts if isinstance(part, Float8)]
-        # Reading a small one takes less than what else a kernel does: bf16 is faster there.
-        is_small = self._arch == (9, 0) and sum(math.prod(part.shape) for part in parts) <= decode_gemm.SMALL_WEIGHTS
-        if len(floats) == len(parts) and not is_small and (weight := float8.merge(floats)) is not None:
+        if len(floats) == len(parts) and (weight := float8.merge(floats)) is not None:
             known = [part.input_scale for part in floats if part.input_scale is not None]
             input_scale = max(known) if len(known) == len(parts) else None
             return float8.Float8Matrix(self, weight, dtype, input_scale, activation)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from minisgl.kernel import decode_gemm
 from minisgl.kernel.jit import load_kernel
-from minisgl.kernel.ops import LayerOps, Matrix
+from minisgl.kernel.ops import LayerOps
 from minisgl.kernel.packed import Blocks, Grouped, Packed
+from minisgl.kernel.product import Around, FusedMatrix
 
 Tensor = torch.Tensor
 
@@ -163,7 +164,7 @@ def choose(m: int, n: int, k: int, arch: tuple[int, int], group: int = UNIT_K) -
     return How("packed_wide", 256, 2) if m <= 256 or (m <= 1024 and weights > SMALL) else How()
 
 
-class PackedMatrix(Matrix):
+class PackedMatrix(FusedMatrix):
     """Weights of 4 bits, which kernels unpack as they read them."""
 
     def __init__(
@@ -187,40 +188,45 @@ class PackedMatrix(Matrix):
         tokens = {"MINISGL_TOKENS": tile, "MINISGL_SHARED": SHARED.get(self._arch, 99)} if tile else {}
         return load_kernel(name, self._arch, **self._kind, **tokens)
 
-    def multiply(
-        self, x: Tensor, out: Tensor, bias: Tensor | None = None, norm: Tensor | None = None, eps: float = 0.0,
-        add: bool = False, gated: bool = False, how: How | None = None,
-    ) -> Tensor:  # fmt: skip
-        """out: of the product, or with `add` what it is added to. norm: x is normalised with it first."""
+    def multiply(self, x: Tensor, around: Around, how: How | None = None) -> Tensor:
         kernel, tile, variant = how or choose(len(x), self._num_out, self._num_in, self._arch, self._group)
+        out, norm = around.target(x, self._num_out, x.dtype), around.norm
         fuses = self._columns is None and 0 < tile <= FEW_TILES[-1] and self._num_in <= FUSED_NORM_K
         if norm is not None and not fuses:
-            x, norm = self._ops.rms_norm(x, norm, eps), None
+            x, norm = self._ops.rms_norm(x, norm, around.eps), None
         x = x.contiguous() if self._columns is None else x.index_select(1, self._columns)
+        numbers = (
+            self._weight,
+            self._unit,
+            around.bias,
+            out,
+            *self._workspace,
+            around.residual is not None,
+            around.gated,
+        )
         if len(x) == 0:
             return out
         if not kernel:
-            return self._multiply_dense(x, out, bias, add, gated)
-        numbers = (self._weight, self._unit, bias, out, *self._workspace, add, gated)
+            return self._multiply_dense(x, out, around)
         if kernel == "packed_wide":
             self._kernel(kernel, tile).packed_wide_linear(x, *numbers, variant)
         else:
-            self._kernel(kernel, tile).packed_linear(x, norm, eps, *numbers, variant)
+            self._kernel(kernel, tile).packed_linear(x, norm, around.eps, *numbers, variant)
         return out
 
-    def _multiply_dense(self, x: Tensor, out: Tensor, bias: Tensor | None, add: bool, gated: bool) -> Tensor:
+    def _multiply_dense(self, x: Tensor, out: Tensor, around: Around) -> Tensor:
         """With a copy of 16 bits, of some rows at a time."""
         begin = 0
         for weight in self._weight.split(max(1, _COPY // (16 * self._num_in))):
-            dense = self._dequantize(weight, gated).T
-            end = begin + dense.shape[1] // (2 if gated else 1)
+            dense = self._dequantize(weight, around.gated).T
+            end = begin + around.num_out(dense.shape[1])
             part = out[:, begin:end]
-            if gated:
+            if around.gated:
                 part.copy_(self._ops.act_and_mul(x @ dense))
             else:
-                torch.addmm(part, x, dense, beta=int(add), out=part)
+                torch.addmm(part, x, dense, beta=int(around.residual is not None), out=part)
             begin = end
-        return out if bias is None else out.add_(bias)
+        return out if around.bias is None else out.add_(around.bias)
 
     def _dequantize(self, weight: Tensor, gated: bool) -> Tensor:
         """[n, units, bytes] → [16 * n, in]: rows of gate, then of up; or as they are."""
@@ -228,27 +234,12 @@ class PackedMatrix(Matrix):
         self._kernel("packed_dense").dequantize(weight, self._unit, dense, gated)
         return dense
 
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        out = x.new_empty(len(x), self._num_out)
-        if not self._gated:
-            return self.multiply(x, out, bias)
-        out = self.multiply(x, out).view(len(x), -1, 2, 8).transpose(1, 2).reshape(len(x), -1)
+    def fused(self, x: Tensor, around: Around) -> Tensor | None:
+        return self.multiply(x, around) if around.gated == self._gated else None
+
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out = self.multiply(x, Around()).view(len(x), -1, 2, 8).transpose(1, 2).reshape(len(x), -1)
         return out if bias is None else out.add_(bias)
-
-    def apply_add(self, x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self._gated or not residual.is_contiguous():
-            return super().apply_add(x, residual, bias)
-        return self.multiply(x, residual, bias, add=True)
-
-    def norm_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
-        if self._gated:
-            return super().norm_apply(x, norm, eps, bias)
-        return self.multiply(x, x.new_empty(len(x), self._num_out), bias, norm, eps)
-
-    def gate_up(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None) -> Tensor:
-        if not self._gated or bias is not None:
-            return super().gate_up(x, norm, eps, bias)
-        return self.multiply(x, x.new_empty(len(x), self._num_out // 2), None, norm, eps, gated=True)
 
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
         assert not self._gated
