@@ -1,7 +1,7 @@
 // Makes what the server sends of the sources in src/, into python/minisgl/page/assets/. Run: npm ci && npm run build
 // The same sources and the same package-lock.json give the same bytes.
 import { build } from "esbuild";
-import { copyFile, mkdir, readFile, rm, writeFile } from "node:fs/promises";
+import { copyFile, mkdir, readFile, rename, rm, writeFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 
@@ -10,13 +10,14 @@ const TARGET = process.argv[2] ?? join(HERE, "..", "python", "minisgl", "page", 
 const BUNDLED = ["dompurify", "marked", "temml"];
 const SWAGGER = ["swagger-ui-bundle.js", "swagger-ui.css"];
 
-await rm(TARGET, { recursive: true, force: true });
-await mkdir(TARGET, { recursive: true });
+const MADE = `${TARGET}.new`; // takes the target's place when all is made
+await rm(MADE, { recursive: true, force: true });
+await mkdir(MADE, { recursive: true });
 await build({
   absWorkingDir: HERE,
   entryPoints: { app: "src/main.js", worker: "src/text/worker.js", style: "src/style/app.css", docs: "src/docs.js", "docs-style": "src/style/docs.css" },
   entryNames: "[name]",
-  outdir: TARGET,
+  outdir: MADE,
   bundle: true,
   minify: true,
   charset: "utf8",
@@ -24,9 +25,9 @@ await build({
   format: "iife",
   legalComments: "none", // licenses.txt has them whole
 });
-for (const name of ["index.html", "docs.html", "icon.svg"]) await copyFile(join(HERE, "src", name), join(TARGET, name));
+for (const name of ["index.html", "docs.html", "icon.svg"]) await copyFile(join(HERE, "src", name), join(MADE, name));
 const modules = join(HERE, "node_modules");
-for (const name of SWAGGER) await copyFile(join(modules, "swagger-ui-dist", name), join(TARGET, name));
+for (const name of SWAGGER) await copyFile(join(modules, "swagger-ui-dist", name), join(MADE, name));
 
 // Whoever passes on what others have written passes on their terms with it.
 const licenses = [];
@@ -35,4 +36,6 @@ for (const name of [...BUNDLED, "swagger-ui-dist"]) {
   const text = await readFile(join(modules, name, "LICENSE"), "utf8");
   licenses.push(`${name} ${version} (${license})\n\n${text.replaceAll("\r\n", "\n").trim()}\n`);
 }
-await writeFile(join(TARGET, "licenses.txt"), licenses.join(`\n${"-".repeat(80)}\n\n`));
+await writeFile(join(MADE, "licenses.txt"), licenses.join(`\n${"-".repeat(80)}\n\n`));
+await rm(TARGET, { recursive: true, force: true });
+await rename(MADE, TARGET);

@@ -13,7 +13,8 @@ export class ApiError extends Error {
 
 function headersFor(body) {
   const key = sessionStorage.getItem(KEY);
-  return { ...(key ? { authorization: `Bearer ${key}` } : {}), ...(body ? { "content-type": "application/json" } : {}) };
+  return { ...(key ? { authorization: `Bearer ${key}` } : {}),
+    ...(body ? { "content-type": "application/json" } : {}) };
 }
 
 async function errorOf(response) {

@@ -35,7 +35,8 @@ const ICONS = {
   plus: "M12 5v14M5 12h14",
   menu: "M4 7h16M4 12h16M4 17h16",
   sliders: "M4 8h9M17 8h3M4 16h3M11 16h9M15 5.5v5M9 13.5v5",
-  sun: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8zM12 2.5v2M12 19.5v2M2.5 12h2M19.5 12h2M5.3 5.3l1.4 1.4M17.3 17.3l1.4 1.4M18.7 5.3l-1.4 1.4M6.7 17.3l-1.4 1.4",
+  sun: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8zM12 2.5v2M12 19.5v2M2.5 12h2M19.5 12h2M5.3 5.3l1.4 1.4M17.3 17.3l1.4 1.4" +
+    "M18.7 5.3l-1.4 1.4M6.7 17.3l-1.4 1.4",
   moon: "M20 14.5A8.5 8.5 0 0 1 9.5 4 8.5 8.5 0 1 0 20 14.5z",
   send: "M12 19V5M6 11l6-6 6 6",
   stop: "M7 7h10v10H7z",
@@ -53,12 +54,14 @@ const ICONS = {
 
 /** A picture that stands beside words, or in a button with a label of its own. */
 export function icon(name) {
-  return h("svg:svg", { viewBox: "0 0 24 24", class: "icon", "aria-hidden": "true" }, h("svg:path", { d: ICONS[name] }));
+  return h("svg:svg", { viewBox: "0 0 24 24", class: "icon", "aria-hidden": "true" },
+    h("svg:path", { d: ICONS[name] }));
 }
 
 /** A button with a picture only: `label` is its name for readers of screens, and its tooltip. */
 export function iconButton(name, label, onclick, props = {}) {
-  return h("button", { type: "button", class: "icon-button", "aria-label": label, title: label, onclick, ...props }, icon(name));
+  return h("button", { type: "button", class: "icon-button", "aria-label": label, title: label, onclick, ...props },
+    icon(name));
 }
 
 /** Copy a text; the button shows for a moment that it has been. */

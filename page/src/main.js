@@ -28,11 +28,13 @@ function head() {
   fill(language, Object.entries(LANGUAGES).map(([value, text]) => h("option", { value, text, lang: value })));
   language.value = currentLanguage();
   return [
-    h("a", { class: "brand", href: "#chat" }, h("span", { class: "mark", "aria-hidden": "true" }, h("i"), h("i"), h("i")), "minisgl"),
+    h("a", { class: "brand", href: "#chat" },
+      h("span", { class: "mark", "aria-hidden": "true" }, h("i"), h("i"), h("i")), "minisgl"),
     h("nav", { class: "views", "aria-label": t("nav") }, link("chat"), link("inside")),
     h("a", { class: "docs", href: "/docs", text: t("nav.docs") }),
     language,
-    iconButton(isDark() ? "sun" : "moon", t(isDark() ? "theme.light" : "theme.dark"), switchTheme, { class: "icon-button theme" }),
+    iconButton(isDark() ? "sun" : "moon", t(isDark() ? "theme.light" : "theme.dark"), switchTheme,
+      { class: "icon-button theme" }),
   ];
 }
 
@@ -45,7 +47,8 @@ const views = {
 
 const showHead = () => fill(header, head());
 
-/** The view that the address names: `#chat`, `#inside`, or `#inside/` and the id of a request (and the uid of an output). */
+/** The view that the address names: `#chat`, `#inside`,
+  or `#inside/` and the id of a request (and the uid of an output). */
 function showView() {
   const [name, id, uid] = location.hash.slice(1).split("/");
   const shown = name in views ? name : "chat";

@@ -36,7 +36,8 @@ export class UserView {
   }
 
   edit() {
-    const area = h("textarea", { rows: Math.min(12, this.message.content.split("\n").length + 1), value: this.message.content });
+    const area = h("textarea",
+      { rows: Math.min(12, this.message.content.split("\n").length + 1), value: this.message.content });
     area.setAttribute("aria-label", t("edit"));
     const send = () => area.value.trim() && this.actions.resend(area.value.trim());
     const cancel = () => {
@@ -121,14 +122,16 @@ export class AnswerView {
   showTools() {
     const { message, actions } = this;
     const copy = iconButton("copy", t("copy"), () => copyText(message.content, copy));
-    const toggle = iconButton("tokens", t("tokens.title"), () => this.toggleTokens(toggle), { "aria-expanded": "false" });
+    const toggle = iconButton("tokens", t("tokens.title"), () => this.toggleTokens(toggle),
+      { "aria-expanded": "false" });
     const { requestId } = message.stats;
     fill(
       this.tools,
       copy,
       iconButton("retry", t("again"), actions.again),
       message.tokens.length > 0 && toggle,
-      requestId && h("button", { type: "button", class: "text-button small", onclick: () => actions.inspect(requestId), text: t("inspect") }),
+      requestId && h("button",
+        { type: "button", class: "text-button small", onclick: () => actions.inspect(requestId), text: t("inspect") }),
     );
   }
 
@@ -145,11 +148,13 @@ export class AnswerView {
     if (state === this.shownCalls) return;
     this.shownCalls = state;
     const shown = calls.map((call) => {
-      const result = h("textarea", { rows: 2, value: call.result ?? "", "aria-label": t("call.result", { name: call.name }) });
+      const result = h("textarea",
+        { rows: 2, value: call.result ?? "", "aria-label": t("call.result", { name: call.name }) });
       result.placeholder = t("call.result", { name: call.name });
       result.addEventListener("input", () => (call.result = result.value));
       const head = h("div", { class: "code-head" }, h("span", {}, icon("play"), t("call", { name: call.name })));
-      return h("div", { class: "code call" }, head, h("pre", { tabindex: "0", text: indented(call.arguments) }), !isStreaming && result);
+      return h("div", { class: "code call" }, head, h("pre", { tabindex: "0", text: indented(call.arguments) }),
+        !isStreaming && result);
     });
     const send = h("button", { type: "button", class: "button", onclick: this.actions.results, text: t("call.send") });
     fill(this.calls, shown, !isStreaming && calls.length > 0 && h("div", { class: "row end" }, send));

@@ -18,7 +18,8 @@ const TOP = 5; // alternatives to each token in the token view
 const LAST = "settings"; // those of the last conversation are the next one's
 
 export const defaultSettings = () => ({
-  system: "", model: "", stop: "", tools: "", thinking: "", logprobs: true, ...JSON.parse(localStorage.getItem(LAST) ?? "{}"),
+  system: "", model: "", stop: "", tools: "", thinking: "", logprobs: true,
+    ...JSON.parse(localStorage.getItem(LAST) ?? "{}"),
 });
 
 /**
@@ -70,8 +71,10 @@ export function showSettings(panel, settings, models, changed) {
   };
   const number = (name) => {
     const [min, max, step] = NUMBERS[name];
-    const read = ({ target }) => put(name, target.value === "" ? null : Math.min(max, Math.max(min, Number(target.value))));
-    const props = { type: "number", min, max, step, inputmode: "decimal", placeholder: t("settings.auto"), oninput: read };
+    const read = ({ target }) =>
+      put(name, target.value === "" ? null : Math.min(max, Math.max(min, Number(target.value))));
+    const props = { type: "number", min, max, step, inputmode: "decimal", placeholder: t("settings.auto"),
+      oninput: read };
     return field(name, h("input", { ...props, value: settings[name] ?? "" }));
   };
   const model = select("model", Object.fromEntries(models.map((name) => [name, name])));
@@ -88,6 +91,7 @@ export function showSettings(panel, settings, models, changed) {
     field("stop", area("stop", 2), t("settings.stop.about")),
     field("thinking", thinking),
     h("div", { class: "switch" }, field("logprobs", logprobs, t("settings.logprobs.about"))),
-    field("tools", area("tools", 4, { class: "mono", placeholder: '[{"type": "function", "function": …}]' }), t("settings.tools.about")),
+    field("tools", area("tools", 4, { class: "mono", placeholder: '[{"type": "function", "function": …}]' }),
+      t("settings.tools.about")),
   );
 }

@@ -21,7 +21,8 @@ function alternatives(token, index) {
     h(
       "table",
       {},
-      h("thead", {}, h("tr", {}, h("th", { scope: "col", text: t("tokens.token") }), h("th", { scope: "col", text: t("tokens.probability") }))),
+      h("thead", {}, h("tr", {}, h("th", { scope: "col", text: t("tokens.token") }),
+        h("th", { scope: "col", text: t("tokens.probability") }))),
       h(
         "tbody",
         {},
@@ -30,7 +31,8 @@ function alternatives(token, index) {
             "tr",
             one.text === token.text ? { class: "chosen" } : {},
             h("td", {}, h("code", { text: visible(one.text) })),
-            h("td", {}, h("span", { class: "bar", style: { width: `${Math.max(1, 60 * Math.exp(one.logprob))}%` } }), ` ${percent(one.logprob)}`),
+            h("td", {}, h("span", { class: "bar", style: { width: `${Math.max(1, 60 * Math.exp(one.logprob))}%` } }),
+              ` ${percent(one.logprob)}`),
           ),
         ),
       ),
@@ -40,7 +42,8 @@ function alternatives(token, index) {
 
 /** @param {import("./store.js").Token[]} tokens */
 export function tokenView(tokens) {
-  const detail = h("div", { class: "token-detail", "aria-live": "polite" }, h("p", { class: "muted small", text: t("tokens.hint") }));
+  const detail = h("div", { class: "token-detail", "aria-live": "polite" },
+    h("p", { class: "muted small", text: t("tokens.hint") }));
   const buttons = tokens.slice(0, MAX_SHOWN).map((token, index) =>
     h("button", {
       type: "button",

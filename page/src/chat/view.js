@@ -5,7 +5,8 @@ import { t } from "../i18n.js";
 import { newAnswer, writeAnswer } from "./answer.js";
 import { AnswerView, UserView } from "./message.js";
 import { defaultSettings, showSettings } from "./settings.js";
-import { asMarkdown, deleteConversation, loadConversations, newConversation, saveConversation, titleOf } from "./store.js";
+import { asMarkdown, deleteConversation, loadConversations, newConversation, saveConversation,
+  titleOf } from "./store.js";
 
 const SAVE_SECONDS = 1; // while an answer streams
 const NEAR_END = 80; // pixels: whoever reads that close to the end is shown what comes
@@ -38,11 +39,13 @@ export class ChatView {
   /** Everything anew: at the beginning, and in another language. */
   build() {
     this.list = h("ul", { class: "conversations" });
-    const begin = h("button", { type: "button", class: "button wide", onclick: () => this.begin() }, icon("plus"), t("chat.new"));
+    const begin = h("button", { type: "button", class: "button wide", onclick: () => this.begin() }, icon("plus"),
+      t("chat.new"));
     this.sidebar = h("nav", { class: "sidebar", id: "sidebar", "aria-label": t("chat.list") }, begin, this.list);
     this.log = h("div", { class: "log" });
     this.scroller = h("div", { class: "scroller", tabindex: "0", role: "log", "aria-label": t("chat.log") }, this.log);
-    this.input = h("textarea", { rows: 1, id: "prompt", "aria-label": t("chat.prompt"), placeholder: t("chat.prompt") });
+    this.input = h("textarea",
+      { rows: 1, id: "prompt", "aria-label": t("chat.prompt"), placeholder: t("chat.prompt") });
     this.input.addEventListener("input", () => this.fitInput());
     this.input.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -60,7 +63,8 @@ export class ChatView {
     const bar = h(
       "div",
       { class: "chat-bar" },
-      iconButton("menu", t("chat.list"), () => this.toggle("list"), { class: "icon-button narrow-only", "aria-controls": "sidebar" }),
+      iconButton("menu", t("chat.list"), () => this.toggle("list"),
+        { class: "icon-button narrow-only", "aria-controls": "sidebar" }),
       this.title,
       iconButton("sliders", t("settings"), () => this.toggle("settings"), { "aria-controls": "settings" }),
     );
@@ -68,11 +72,13 @@ export class ChatView {
     this.settings = h(
       "aside",
       { class: "settings", id: "settings", "aria-label": t("settings") },
-      h("div", { class: "row" }, h("h2", { text: t("settings") }), iconButton("close", t("close"), () => this.toggle("settings"))),
+      h("div", { class: "row" }, h("h2", { text: t("settings") }),
+        iconButton("close", t("close"), () => this.toggle("settings"))),
       this.panel,
     );
     const note = h("p", { class: "muted small note", text: t("chat.note") });
-    const middle = h("section", { class: "conversation" }, bar, this.scroller, h("div", { class: "dock" }, this.composer, note));
+    const middle = h("section", { class: "conversation" }, bar, this.scroller,
+      h("div", { class: "dock" }, this.composer, note));
     const shade = h("div", { class: "shade", onclick: () => this.toggle("") });
     fill(this.root, this.sidebar, middle, this.settings, shade);
     this.root.dataset.open = "";
@@ -143,7 +149,8 @@ export class ChatView {
   showList() {
     const rows = this.conversations.map((conversation) => {
       const item = h("li", conversation === this.current ? { class: "current" } : {});
-      const name = h("button", { type: "button", class: "name", onclick: () => this.open(conversation), text: conversation.title });
+      const name = h("button",
+        { type: "button", class: "name", onclick: () => this.open(conversation), text: conversation.title });
       if (conversation === this.current) name.setAttribute("aria-current", "true");
       const file = conversation.title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) || "chat";
       const json = () => saveFile(`${file}.json`, "application/json", JSON.stringify(conversation, null, 2));
@@ -155,7 +162,8 @@ export class ChatView {
         h(
           "div",
           { class: "menu-items" },
-          h("button", { type: "button", onclick: () => this.rename(conversation, item) }, icon("edit"), t("chat.rename")),
+          h("button", { type: "button", onclick: () => this.rename(conversation, item) }, icon("edit"),
+            t("chat.rename")),
           h("button", { type: "button", onclick: markdown }, icon("save"), t("chat.export.markdown")),
           h("button", { type: "button", onclick: json }, icon("save"), t("chat.export.json")),
           h("button", { type: "button", onclick: () => this.remove(conversation) }, icon("trash"), t("chat.delete")),

@@ -15,10 +15,13 @@ export class Controls {
     this.pace = { delay_ms: 0, paused: false };
     this.root = h("div", { class: "controls" });
     this.told = h("p", { class: "small muted", role: "status" });
-    this.buttons = Object.keys(LOADS).map((name) => h("button", { type: "button", class: "button", "data-load": name, onclick: () => this.run(name) }, t(`load.${name}`)));
-    this.stop = h("button", { type: "button", class: "button", hidden: true, onclick: () => this.load?.abort() }, icon("stop"), t("stop"));
+    this.buttons = Object.keys(LOADS).map((name) => h("button",
+      { type: "button", class: "button", "data-load": name, onclick: () => this.run(name) }, t(`load.${name}`)));
+    this.stop = h("button", { type: "button", class: "button", hidden: true, onclick: () => this.load?.abort() },
+      icon("stop"), t("stop"));
     this.speed = h("div", { class: "pace" });
-    const loads = h("div", { class: "loads", role: "group", "aria-label": t("load.title") }, h("span", { class: "small muted", text: t("load.title") }), this.buttons, this.stop);
+    const loads = h("div", { class: "loads", role: "group", "aria-label": t("load.title") },
+      h("span", { class: "small muted", text: t("load.title") }), this.buttons, this.stop);
     fill(this.root, loads, this.told);
   }
 
@@ -73,14 +76,17 @@ export class Controls {
       fill(this.speed, h("span", { class: "small muted", text: t("pace.off") }));
       return;
     }
-    const pause = h("button", { type: "button", class: "button", "aria-pressed": "false", onclick: () => this.setPace({ paused: !this.pace.paused }) });
+    const pause = h("button", { type: "button", class: "button", "aria-pressed": "false",
+      onclick: () => this.setPace({ paused: !this.pace.paused }) });
     const slow = h("input", { type: "range", min: 0, max: DELAYS.length - 1, value: 0, id: "pace-delay" });
     const shown = h("output", { for: "pace-delay", class: "small" });
-    slow.addEventListener("input", () => this.setPace({ delay_ms: Math.min(DELAYS[slow.value], this.hello.pace.max_delay_ms) }));
+    slow.addEventListener("input",
+      () => this.setPace({ delay_ms: Math.min(DELAYS[slow.value], this.hello.pace.max_delay_ms) }));
     this.paceShown = () => {
       pause.setAttribute("aria-pressed", String(this.pace.paused));
       fill(pause, icon(this.pace.paused ? "play" : "pause"), t(this.pace.paused ? "pace.resume" : "pace.pause"));
-      shown.textContent = this.pace.delay_ms ? t("pace.delay", { time: duration(this.pace.delay_ms / 1000) }) : t("pace.full");
+      shown.textContent = this.pace.delay_ms ? t("pace.delay", { time: duration(this.pace.delay_ms / 1000) })
+        : t("pace.full");
     };
     this.paceShown();
     fill(this.speed, pause, h("label", { for: "pace-delay", class: "small", text: t("pace.slow") }), slow, shown);

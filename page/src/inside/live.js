@@ -138,13 +138,15 @@ export function isMixed(step) {
 function endedOf({ id, outputs }) {
   return outputs
     .filter((output) => output.state === "finished")
-    .map(({ uid, num_prompt: numPrompt, num_output: numOutput, num_cached: numCached, reason, num_retractions: numRetractions }) => ({
+    .map(({ uid, num_prompt: numPrompt, num_output: numOutput, num_cached: numCached, reason,
+      num_retractions: numRetractions }) => ({
       id, uid, numPrompt, numOutput, numCached, reason, numRetractions,
     }));
 }
 
 /** The colour of a request, in the pool and beside its name. */
-export const colourOf = (uid) => `hsl(${(uid * 67 + 20) % 360} 52% ${document.documentElement.dataset.theme === "dark" ? 62 : 48}%)`;
+export const colourOf = (uid) =>
+  `hsl(${(uid * 67 + 20) % 360} 52% ${document.documentElement.dataset.theme === "dark" ? 62 : 48}%)`;
 
 /** A colour of the page's, for what is drawn on a canvas. */
 export const themed = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();

@@ -4,8 +4,10 @@
 // one HTTP request with several prompts: to the scheduler each of them is a request of its own.
 import { ask, askJson, events } from "../api.js";
 
-const WORDS = "The keeper of the lighthouse counts the ships that pass in the night and writes each one into a long list. ";
-const QUESTIONS = ["What can you do?", "How are you?", "Tell me a short story.", "What is a radix tree?", "What is 2 plus 3?"];
+const WORDS =
+  "The keeper of the lighthouse counts the ships that pass in the night and writes each one into a long list. ";
+const QUESTIONS = ["What can you do?", "How are you?", "Tell me a short story.", "What is a radix tree?",
+  "What is 2 plus 3?"];
 const MAX_POOL = 4096; // tokens: a larger pool takes too many requests, and too long, to be filled
 
 const user = (content) => ({ role: "user", content });
@@ -73,7 +75,8 @@ async function longPrompt(limits, sender) {
 async function retracted(limits, sender) {
   const each = Math.floor(limits.longest * 0.6);
   const count = Math.min(limits.rows, 32, Math.max(4, Math.ceil((1.6 * limits.pool) / each)));
-  await sender.prompts(await times(count, (index) => idsOf(user(`Count to one thousand. (${index})`))), { max_tokens: each });
+  await sender.prompts(await times(count, (index) => idsOf(user(`Count to one thousand. (${index})`))),
+    { max_tokens: each });
 }
 
 export const LOADS = { one: oneChat, shared: sharedPrefix, long: longPrompt, retracted };

@@ -19,7 +19,8 @@ export class Pool {
   update({ pool, state }) {
     const pages = state?.pages;
     if (pages) {
-      this.about.textContent = t("pool.about", { used: num(pages.used), cached: num(pages.cached), free: num(pages.free) });
+      this.about.textContent = t("pool.about",
+        { used: num(pages.used), cached: num(pages.cached), free: num(pages.free) });
       Object.assign(this.root.dataset, pages);
     }
     if (!pool) return;

@@ -4,7 +4,8 @@ import { num, t } from "../i18n.js";
 
 const MAX_DOTS = 24;
 // From each process to the next: the message that carries a request on.
-const FLOWS = { api: "TokenizeMsg", tokenizer: "UserMsg", scheduler: "StepPlan", engine: "StepResult", detokenizer: "UserReply" };
+const FLOWS = { api: "TokenizeMsg", tokenizer: "UserMsg", scheduler: "StepPlan", engine: "StepResult",
+  detokenizer: "UserReply" };
 
 export class Processes {
   constructor() {
@@ -17,14 +18,17 @@ export class Processes {
         { class: "process", "data-process": name, "data-queue": "0" },
         h("strong", { text: t(`process.${name}`) }),
         h("span", { class: "small muted", text: t(`process.${name}.about`) }),
-        h("span", { class: "waits" }, queue, " ", h("span", { class: "small muted", text: t(`process.${name}.queue`) })),
+        h("span", { class: "waits" }, queue, " ",
+          h("span", { class: "small muted", text: t(`process.${name}.queue`) })),
         dots,
       );
-      const arrow = h("li", { class: "flow", "aria-hidden": "true" }, h("span", { class: "mono", text: message }), h("i"));
+      const arrow = h("li", { class: "flow", "aria-hidden": "true" }, h("span", { class: "mono", text: message }),
+        h("i"));
       this.boxes.set(name, { box, queue, dots, arrow });
       return [box, arrow];
     });
-    this.root = h("div", { class: "scroll-x", tabindex: "0", role: "group", "aria-label": t("panel.processes") }, h("ol", { class: "processes" }, parts));
+    this.root = h("div", { class: "scroll-x", tabindex: "0", role: "group", "aria-label": t("panel.processes") },
+      h("ol", { class: "processes" }, parts));
   }
 
   update({ state, known }) {

@@ -63,10 +63,13 @@ export class RequestDetail {
   output(output) {
     const first = output.stages[0].time;
     const end = Math.max(...output.stages.map((stage) => stage.seconds ?? 0), 1e-6);
-    const facts = t("request.facts", { prompt: num(output.num_prompt), cached: num(output.num_cached), output: num(output.num_output) });
+    const facts = t("request.facts",
+      { prompt: num(output.num_prompt), cached: num(output.num_cached), output: num(output.num_output) });
     const list = output.stages.map((stage, index) => this.stage(stage, index, output, end));
-    const code = BETWEEN.map((name) => h("button", { type: "button", class: "text-button small", "data-stage": name, onclick: () => this.showCode(name), text: t(`stage.${name}`) }));
-    const events = Object.entries(REPEATED).flatMap(([field, name]) => (output[field] ?? []).map((event) => ({ ...event, name })));
+    const code = BETWEEN.map((name) => h("button", { type: "button", class: "text-button small", "data-stage": name,
+      onclick: () => this.showCode(name), text: t(`stage.${name}`) }));
+    const events = Object.entries(REPEATED).flatMap(([field, name]) =>
+      (output[field] ?? []).map((event) => ({ ...event, name })));
     events.sort((a, b) => a.time - b.time);
     return h(
       "div",
@@ -75,7 +78,8 @@ export class RequestDetail {
       h("ol", { class: "stages" }, list),
       timeline(events, first, end),
       h("p", { class: "small muted" }, t("request.code"), code),
-      h("p", { class: "small muted", text: t("request.events", { chunks: num(output.num_chunks), decodes: num(output.decodes.length), retractions: num(output.num_retractions) }) }),
+      h("p", { class: "small muted", text: t("request.events", { chunks: num(output.num_chunks),
+        decodes: num(output.decodes.length), retractions: num(output.num_retractions) }) }),
     );
   }
 
@@ -85,7 +89,8 @@ export class RequestDetail {
     const notes = notesOf(stage, output);
     const button = h(
       "button",
-      { type: "button", class: "stage-name", "data-stage": stage.name, onclick: () => this.showCode(stage.name), title: told?.about ?? "" },
+      { type: "button", class: "stage-name", "data-stage": stage.name, onclick: () => this.showCode(stage.name),
+        title: told?.about ?? "" },
       h("b", { text: `${index + 1} ${tOr(`stage.${stage.name}`, stage.name)}` }),
       h("span", { class: "small muted", text: t(`process.${told?.process ?? "api"}`) }),
     );
@@ -110,12 +115,14 @@ export class RequestDetail {
       return h(
         "div",
         { class: "code" },
-        h("div", { class: "code-head" }, h("span", { class: "mono", text: `minisgl/${piece.file}:${piece.first}–${piece.last}` }), h("span", { text: piece.name })),
+        h("div", { class: "code-head" }, h("span", { class: "mono",
+          text: `minisgl/${piece.file}:${piece.first}–${piece.last}` }), h("span", { text: piece.name })),
         h("pre", { tabindex: "0" }, h("span", { class: "lines", "aria-hidden": "true", text: lines }), code),
       );
     });
     const name = tOr(`stage.${stage.name}`, stage.name);
-    fill(this.code, h("h3", {}, name, " ", h("span", { class: "small muted", text: version })), h("p", { class: "small", text: stage.about }), pieces);
+    fill(this.code, h("h3", {}, name, " ", h("span", { class: "small muted", text: version })),
+      h("p", { class: "small", text: stage.about }), pieces);
     this.code.scrollIntoView({ block: "nearest" });
   }
 }
@@ -131,7 +138,8 @@ function notesOf(stage) {
     if (stage.ahead) notes.push(t("note.ahead", { n: num(stage.ahead) }));
     if (stage.overtaken) notes.push(t("note.overtaken", { n: num(stage.overtaken) }));
   }
-  if (stage.name === "admitted" && stage.time !== null) notes.push(t("note.admitted", { row: stage.row, step: num(stage.step), n: num(stage.num_cached) }));
+  if (stage.name === "admitted" && stage.time !== null) notes.push(t("note.admitted",
+    { row: stage.row, step: num(stage.step), n: num(stage.num_cached) }));
   if (stage.name === "finished" && stage.reason) notes.push(tOr(`finish.${stage.reason}`, stage.reason));
   if (stage.first) notes.push(t("note.first"));
   return notes;
@@ -140,11 +148,14 @@ function notesOf(stage) {
 /** What repeats, on one line: chunks of the prompt, decode steps (every few), retractions. */
 function timeline(events, first, end) {
   const marks = events.map((event) => {
-    const text = t(`event.${event.name}`, { n: num(event.num_new ?? event.num_computed ?? event.position ?? event.num_cached ?? 0) });
+    const text = t(`event.${event.name}`,
+      { n: num(event.num_new ?? event.num_computed ?? event.position ?? event.num_cached ?? 0) });
     const title = `+${duration(event.time - first)} ${text}`;
-    return h("i", { class: event.name, title, style: { left: `${Math.min(100, (100 * (event.time - first)) / end)}%` } });
+    return h("i",
+      { class: event.name, title, style: { left: `${Math.min(100, (100 * (event.time - first)) / end)}%` } });
   });
-  return h("div", { class: "timeline", role: "img", "aria-label": t("request.timeline", { n: num(events.length) }) }, marks);
+  return h("div", { class: "timeline", role: "img", "aria-label": t("request.timeline", { n: num(events.length) }) },
+    marks);
 }
 
 /** Code of ours as nodes: the highlighter's HTML, which escapes all that it did not write. */

@@ -10,7 +10,8 @@ export class Requests {
   constructor(open) {
     this.open = open;
     this.body = h("tbody");
-    const head = ["id", "state", "prompt", "tokens", "pages"].map((name) => h("th", { scope: "col", text: t(`requests.${name}`) }));
+    const head = ["id", "state", "prompt", "tokens",
+      "pages"].map((name) => h("th", { scope: "col", text: t(`requests.${name}`) }));
     this.table = h("table", { class: "requests" }, h("thead", {}, h("tr", {}, head)), this.body);
     this.root = h("div", { class: "table", tabindex: "0" }, this.table);
     this.rows = new Map(); // by uid, so that buttons keep their focus
@@ -21,12 +22,15 @@ export class Requests {
     const rows = [
       ...(state?.waiting ?? []).map((one) => ({ ...one, kind: "waiting" })),
       ...(state?.running ?? []).map((one) => ({ ...one, kind: "running" })),
-      ...ended.filter((one) => !state?.running.some(({ uid }) => uid === one.uid)).map((one) => ({ ...one, kind: "ended" })),
+      ...ended.filter((one) => !state?.running.some(({ uid }) => uid === one.uid)).map((one) =>
+        ({ ...one, kind: "ended" })),
     ].slice(0, MAX_SHOWN);
     const shown = rows.map((row) => this.row(row));
     this.rows = new Map(shown.map((row) => [row.uid, row]));
-    const nodes = shown.length ? shown.map((row) => row.node) : [h("tr", {}, h("td", { colspan: 5, class: "muted", text: t("requests.none") }))];
-    if (nodes.length !== this.body.children.length || nodes.some((node, index) => this.body.children[index] !== node)) fill(this.body, nodes);
+    const nodes = shown.length ? shown.map((row) => row.node)
+      : [h("tr", {}, h("td", { colspan: 5, class: "muted", text: t("requests.none") }))];
+    if (nodes.length !== this.body.children.length
+      || nodes.some((node, index) => this.body.children[index] !== node)) fill(this.body, nodes);
     const waits = (state?.waiting ?? []).map((one) => one.why).filter((why) => why);
     this.root.dataset.waits = [...new Set([...(this.root.dataset.waits ?? "").split(" "), ...waits])].join(" ").trim();
   }
@@ -39,14 +43,16 @@ export class Requests {
     state.textContent = stateOf(one);
     state.title = one.kind === "waiting" ? tOr(`why.${one.why}.about`, "") : "";
     prompt.textContent = num(one.num_prompt ?? one.numPrompt ?? one.num_tokens ?? 0);
-    tokens.textContent = one.kind === "running" ? num(Math.max(0, one.num_tokens - one.num_prompt)) : one.kind === "ended" ? num(one.numOutput) : "";
+    tokens.textContent = one.kind === "running" ? num(Math.max(0, one.num_tokens - one.num_prompt))
+      : one.kind === "ended" ? num(one.numOutput) : "";
     pages.textContent = one.pages === undefined ? "" : num(one.pages);
     return row;
   }
 
   newRow(one) {
     const chip = h("i", { class: "chip", style: { background: colourOf(one.uid) } });
-    const name = h("button", { type: "button", class: "text-button mono", onclick: () => this.open(one) }, chip, ` #${one.uid}`);
+    const name = h("button", { type: "button", class: "text-button mono", onclick: () => this.open(one) }, chip,
+      ` #${one.uid}`);
     name.setAttribute("aria-label", t("requests.open", { uid: one.uid }));
     const cells = Array.from({ length: 4 }, (_, index) => h("td", index ? { class: "number" } : {}));
     const node = h("tr", { "data-uid": one.uid, "data-id": one.id }, h("td", {}, name), cells);

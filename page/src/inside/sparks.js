@@ -20,9 +20,11 @@ export class Sparks {
       const value = h("strong", { text: "–" });
       const line = h("svg:polyline", { class: "line" });
       const second = h("svg:polyline", { class: "line upper" });
-      const svg = h("svg:svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", "aria-hidden": "true" }, second, line);
+      const svg = h("svg:svg",
+        { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", "aria-hidden": "true" }, second, line);
       const note = h("span", { class: "small muted" });
-      const tile = h("div", { class: "spark", "data-spark": name }, h("span", { class: "small muted", text: t(`spark.${name}`) }), h("span", {}, value, " ", note), svg);
+      const tile = h("div", { class: "spark", "data-spark": name },
+        h("span", { class: "small muted", text: t(`spark.${name}`) }), h("span", {}, value, " ", note), svg);
       return { tile, value, line, second, note, of, write, upper };
     });
     this.root = h("div", { class: "sparks" }, this.tiles.map(({ tile }) => tile));
@@ -47,7 +49,8 @@ function points(values, top) {
   const step = WIDTH / Math.max(1, 239);
   const start = WIDTH - (values.length - 1) * step;
   return values
-    .map((value, index) => (typeof value === "number" ? `${(start + index * step).toFixed(1)},${(HEIGHT - 2 - (value / top) * (HEIGHT - 4)).toFixed(1)}` : ""))
+    .map((value, index) => (typeof value === "number"
+      ? `${(start + index * step).toFixed(1)},${(HEIGHT - 2 - (value / top) * (HEIGHT - 4)).toFixed(1)}` : ""))
     .filter((point) => point)
     .join(" ");
 }

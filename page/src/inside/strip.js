@@ -1,5 +1,5 @@
-// (b) The steps as a strip that scrolls: a column for each step, a line for each row of the batch. A column in which both
-// colours stand is a mixed step: some requests decode while another's prompt is computed, chunk by chunk.
+// (b) The steps as a strip that scrolls: a column for each step, a line for each row of the batch. A column in which
+// both colours stand is a mixed step: some requests decode while another's prompt is computed, chunk by chunk.
 import { ask } from "../api.js";
 import { h, icon, saveFile } from "../dom.js";
 import { num, t } from "../i18n.js";
@@ -16,8 +16,10 @@ export class Strip {
     this.canvas = h("canvas", { class: "strip", role: "img" });
     this.about = h("p", { class: "small strip-about" });
     const key = (name) => h("span", { class: "key" }, h("i", { class: name }), t(`strip.${name}`));
-    const save = h("button", { type: "button", class: "text-button", onclick: savePerfetto }, icon("save"), t("strip.perfetto"));
-    this.root = h("div", {}, this.canvas, h("div", { class: "legend small muted" }, key("prefill"), key("decode"), save), this.about);
+    const save = h("button", { type: "button", class: "text-button", onclick: savePerfetto }, icon("save"),
+      t("strip.perfetto"));
+    this.root = h("div", {}, this.canvas,
+      h("div", { class: "legend small muted" }, key("prefill"), key("decode"), save), this.about);
     this.pointed = null; // the step that the pointer is at
     this.canvas.addEventListener("pointermove", (event) => this.point(event));
     this.canvas.addEventListener("pointerleave", () => {
@@ -46,7 +48,8 @@ export class Strip {
     const colours = [themed("decode"), themed("prefill"), themed("line")];
     context.fillStyle = colours[2];
     context.fillRect(0, HEAD - 1, canvas.clientWidth, 1);
-    shown.forEach((step, index) => this.draw(context, step, canvas.clientWidth - (shown.length - index) * COLUMN, budget, colours, height));
+    shown.forEach((step, index) =>
+      this.draw(context, step, canvas.clientWidth - (shown.length - index) * COLUMN, budget, colours, height));
     this.tell();
   }
 
@@ -88,6 +91,7 @@ function describe(step) {
   if (step.num_decode) parts.push(t("strip.decodes", { n: num(step.num_decode) }));
   if (chunks.length) parts.push(t("strip.chunks", { n: num(chunks.length), tokens: num(numNew) }));
   if (isMixed(step)) parts.push(t("strip.mixed"));
-  if (step.device_ms !== null) parts.push(t("strip.time", { device: num(step.device_ms, 1), host: num(step.host_ms, 1) }));
+  if (step.device_ms !== null) parts.push(t("strip.time",
+    { device: num(step.device_ms, 1), host: num(step.host_ms, 1) }));
   return parts.join(" · ");
 }

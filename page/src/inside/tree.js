@@ -20,9 +20,11 @@ export class Tree {
     const branch = (parent, depth) => {
       const all = children.get(parent) ?? [];
       if (!all.length || depth > MAX_DEPTH) return null;
-      const shown = all.slice(0, MAX_CHILDREN).map((node) => h("div", { class: "branch" }, box(node), branch(node.id, depth + 1)));
+      const shown = all.slice(0,
+        MAX_CHILDREN).map((node) => h("div", { class: "branch" }, box(node), branch(node.id, depth + 1)));
       const rest = all.length - shown.length;
-      return h("div", { class: "children" }, shown, rest > 0 && h("div", { class: "small muted", text: t("tree.more", { n: num(rest) }) }));
+      return h("div", { class: "children" }, shown,
+        rest > 0 && h("div", { class: "small muted", text: t("tree.more", { n: num(rest) }) }));
     };
     this.numEvicted += tree.evicted.length;
     const tokens = tree.nodes.reduce((sum, node) => sum + node.num_tokens, 0);

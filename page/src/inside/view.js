@@ -29,7 +29,8 @@ export class InsideView {
       const isOpen = id === this.detail.id && String(uid) === this.detail.uid;
       location.hash = isOpen ? "#inside" : `#inside/${encodeURIComponent(id)}/${uid}`;
     });
-    this.panels = { processes: new Processes(), sparks: new Sparks(), strip: new Strip(), requests: this.requests, tree: new Tree(), pool: new Pool() };
+    this.panels = { processes: new Processes(), sparks: new Sparks(), strip: new Strip(), requests: this.requests,
+      tree: new Tree(), pool: new Pool() };
     const card = (name) =>
       h(
         "section",
@@ -38,8 +39,10 @@ export class InsideView {
         h("p", { class: "small muted about", text: t(`panel.${name}.about`) }),
         this.panels[name].root,
       );
-    const head = h("div", { class: "inside-head" }, h("h1", { text: t("inside.title") }), this.controls.speed, this.status);
-    fill(this.root, head, this.controls.root, h("div", { class: "cards" }, card("processes"), card("sparks"), card("strip"), card("requests"), this.detail.root, card("tree"), card("pool")));
+    const head = h("div", { class: "inside-head" }, h("h1", { text: t("inside.title") }), this.controls.speed,
+      this.status);
+    fill(this.root, head, this.controls.root, h("div", { class: "cards" }, card("processes"), card("sparks"),
+      card("strip"), card("requests"), this.detail.root, card("tree"), card("pool")));
     this.update();
   }
 
@@ -53,7 +56,8 @@ export class InsideView {
     this.watch();
     if (!isShown) return;
     this.requests.chosen = uid;
-    this.detail.show(decodeURIComponent(id), uid).then(() => id && this.detail.root.scrollIntoView({ block: "nearest" }));
+    this.detail.show(decodeURIComponent(id),
+      uid).then(() => id && this.detail.root.scrollIntoView({ block: "nearest" }));
     this.update();
   }
 
@@ -77,7 +81,8 @@ export class InsideView {
     if (state?.error) return t("inside.lost", { why: state.error });
     if (!hello) return "";
     const { limits } = hello;
-    const values = { model: hello.model, rows: num(limits.rows), budget: num(limits.budget), pages: num(limits.pages), size: limits.page_size, policy: limits.policy };
+    const values = { model: hello.model, rows: num(limits.rows), budget: num(limits.budget), pages: num(limits.pages),
+      size: limits.page_size, policy: limits.policy };
     return t("inside.on", values);
   }
 }

@@ -43,7 +43,10 @@ const OF_LANGUAGE = {
   console: "shell", sql: "sql", json: "data", yaml: "data", yml: "data", toml: "data", ini: "data",
   dockerfile: "shell", makefile: "shell", ruby: "python", rb: "python",
 };
-for (const name of "c cc cpp c++ cuda cs csharp dart go h hpp java javascript js jsx kotlin kt php rs rust scala swift ts tsx typescript zig".split(" "))
+const OF_C =
+  "c cc cpp c++ cuda cs csharp dart go h hpp java javascript " +
+  "js jsx kotlin kt php rs rust scala swift ts tsx typescript zig";
+for (const name of OF_C.split(" "))
   OF_LANGUAGE[name] = "c";
 const CLASSES = ["", "hl-comment", "hl-string", "hl-number", "hl-keyword"];
 

@@ -89,7 +89,8 @@ function element(html) {
     pre.tabIndex = 0; // so that keys can scroll it
     const code = pre.querySelector("code");
     if (!code) continue;
-    const copy = h("button", { type: "button", class: "copy-code", "aria-label": t("copy"), onclick: () => copyText(code.textContent, copy) });
+    const copy = h("button", { type: "button", class: "copy-code", "aria-label": t("copy"),
+      onclick: () => copyText(code.textContent, copy) });
     fill(copy, icon("copy"), t("copy"));
     const name = /lang-(\S+)/.exec(code.className)?.[1] ?? "";
     const frame = h("div", { class: "code" }, h("div", { class: "code-head" }, h("span", { text: name }), copy));

@@ -86,7 +86,8 @@ function blocks(text) {
   return marked
     .lexer(text)
     .filter((token) => token.type !== "space")
-    .map((token) => (token.raw.length > MAX_BLOCK || isTooDeep([token], 0) ? plain(token.raw) : marked.parser([token])));
+    .map((token) =>
+      (token.raw.length > MAX_BLOCK || isTooDeep([token], 0) ? plain(token.raw) : marked.parser([token])));
 }
 
 self.onmessage = ({ data: { id, text } }) => {
