@@ -22,7 +22,7 @@ SOURCES = ("python", "tests", "tools", "benchmark")
 def missing_paths(document: Path, text: str) -> list[str]:
     """Files that `text` names and that are not there: looked for beside it, at the root, anywhere in the package."""
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    bases = (document.parent, ROOT, PACKAGE)
+    bases = (document.parent, ROOT, PACKAGE, ROOT / "docs" / "learn" / "solutions")
     found = {
         name: any((base / name).exists() for base in bases) for name in LINK.findall(text) + CODE_PATH.findall(text)
     }

@@ -24,6 +24,7 @@ PARTS = {  # folders, their budget in lines of Python, and what it is to become:
     "kernels, their Python side": (("kernel",), 2_990, 2_600),
     "the page's routes": (("page",), 120, 120),
     "the command line": (("cli",), 450, 450),
+    "the exercises of the course": (("learn",), 300, 300),
     "benchmark and doctor": (("benchmark", "doctor"), 1_700, 1_700),
 }
 CPP_PARTS = {".cu": "CUDA", ".cuh": "CUDA", ".cc": "C++", ".h": "C++"}

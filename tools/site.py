@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
-_OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")
 
-
-def on_page_markdown(markdown: str, **_: object) -> str:
+def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
     """Links that lead out of the folder lose their address."""
-    return _OUTSIDE.sub(r"\1", markdown)
+    up = r"\.\./" * (1 + page.file.src_uri.count("/"))
+    return re.sub(rf"\[([^\]]+)\]\({up}[^)]*\)", r"\1", markdown)
