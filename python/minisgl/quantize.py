@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from minisgl.config.args import ArgumentParser
 from minisgl.config.families import read_model_config
@@ -17,7 +19,7 @@ from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
 from minisgl.formats.base import Tensors
 from minisgl.formats.grouped import pack
-from minisgl.formats.int4 import GROUP, WIDE, Int4, quantize
+from minisgl.formats.int4 import WIDE, Int4, quantize
 from minisgl.kernel.ops import LayerOps, Matrix, TorchOps
 from minisgl.kernel.packed import Grouped
 from minisgl.layers.base import LayerEnv
@@ -25,19 +27,24 @@ from minisgl.models.checkpoint import Checkpoint, load_weights
 from minisgl.models.decoder import DecoderModel
 from minisgl.utils.log import told
 
+_CONFIGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
 
 class _Collector(Int4):
     """Keeps what is to be written of the layers that are loaded, and leaves the layers empty."""
 
-    def __init__(self, bits: int, dtype: torch.dtype) -> None:
+    def __init__(self, bits: int, dtype: torch.dtype, importance: Tensors) -> None:
         super().__init__(dtype, torch.device("cpu"))
-        self._bits = bits
+        self._bits, self._importance = bits, importance
         self.made: Tensors = {}
 
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:  # noqa: ARG002
         for name, weight in tensors.items():
             prefix = name.removesuffix("weight")
-            made = quantize(prefix, weight, 8 if prefix in WIDE else self._bits)
+            importance = self._importance.get(name)
+            if importance is not None and importance.shape != weight.shape[1:]:
+                raise ConfigError(f"--importance: {name} is {list(importance.shape)}, not [{weight.shape[1]}]")
+            made = quantize(prefix, weight, 8 if prefix in WIDE else self._bits, importance)
             self.made |= _compressed(prefix, made) if isinstance(made, Grouped) else {name: made}
         return ops.matrix(torch.empty(0, 0))
 
@@ -52,13 +59,13 @@ def _compressed(prefix: str, made: Grouped) -> Tensors:
     return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
-def _quantized(source: Path, bits: int) -> tuple[Tensors, bool]:
+def _quantized(source: Path, bits: int, importance: Tensors) -> tuple[Tensors, bool]:
     """The tensors to write, and whether the head is the embedding. Raises: ConfigError where there is no such model."""
     model = read_model_config(source)
     if model.packed_bytes:
         raise ConfigError(f"{source}: its weights are quantized already")
     checkpoint, dtype = Checkpoint(source), getattr(torch, model.dtype)
-    model, collector = checkpoint.untied(model), _Collector(bits, dtype)
+    model, collector = checkpoint.untied(model), _Collector(bits, dtype, importance)
     with torch.inference_mode():
         decoder = DecoderModel(LayerEnv(Communicator(), TorchOps(), dtype, torch.device("cpu"), collector), model)
         parts = list(decoder.parts())
@@ -69,16 +76,15 @@ def _quantized(source: Path, bits: int) -> tuple[Tensors, bool]:
     return {**collector.made, **others}, model.tie_word_embeddings
 
 
-def _config(bits: int) -> dict[str, object]:
-    """`quantization_config` of `config.json`."""
-
-    def group(targets: list[str], bits: int) -> dict[str, object]:
-        weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": bits == 8}
-        return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
-
-    groups = {"group_0": group(["Linear"], bits), "group_1": group([f"re:{name[:-1]}$" for name in WIDE], 8)}
-    named = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
-    return {**named, "config_groups": groups, "ignore": ["re:.*mlp.gate$"]}
+def _read_importance(path: Path) -> Tensors:
+    """Of errors in each column, by the names of weights. Raises: ConfigError naming the file and what is wrong."""
+    try:
+        importance = {name: tensor.float() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--importance {path}: cannot be read: {error}") from None
+    if wrong := [name for name, tensor in importance.items() if not bool((tensor > 0).all() & tensor.isfinite().all())]:
+        raise ConfigError(f"--importance {path}: {wrong[0]} has other numbers than those above 0")
+    return importance
 
 
 def main(argv: Sequence[str]) -> int:
@@ -87,14 +93,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("source", metavar="IN", help="directory or hub id of a model that is stored in full")
     parser.add_argument("target", metavar="OUT", type=Path, help="directory to make")
     parser.add_argument("--quantization", choices=["int4", "int8"], default="int4", help="(default: int4)")
+    parser.add_argument("--importance", metavar="FILE", type=Path, help="of errors, by column: see tools/calibrate.py")
     args = parser.parse_args(argv)
     target: Path = args.target
     source, bits = locate_model(args.source, "huggingface"), int(args.quantization[3:])
     if target.exists():
         raise ConfigError(f"{target} exists already")
+    importance = _read_importance(args.importance) if args.importance else {}
     with told("quantizing"):
-        tensors, is_tied = _quantized(source, bits)
-    changes = {"tie_word_embeddings": is_tied, "quantization_config": _config(bits)}
+        tensors, is_tied = _quantized(source, bits, importance)
+    changes = {"tie_word_embeddings": is_tied, "quantization_config": _CONFIGS[args.quantization]}
     try:
         target.mkdir(parents=True)
         for file in source.iterdir():

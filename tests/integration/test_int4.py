@@ -11,16 +11,18 @@ import gguf
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.errors import ConfigError
 from minisgl.formats.int4 import quantize
 from minisgl.kernel.packed import Grouped
+from minisgl.quantize import main
 from tests.driver import CPU_KERNELS, engine_logits
 from tests.models import hf_logits, hf_model, random_prompt, tiny_model
 from tests.real_model import real_model
 
+ROOT = Path(__file__).parent.parent.parent
 TEXT = """Requests become plans, plans become batches, batches become tokens, and tokens become text.
 The capital of France is Paris, where the river Seine flows past the museum. Water boils at one hundred degrees
 Celsius at sea level, and at less on a mountain, because the air presses less upon it. Once upon a time there was
@@ -115,6 +117,39 @@ def test_a_real_model_is_less_surprised_than_with_rounded_weights() -> None:
     assert divergence(original, ours) < 0.85 * divergence(original, others)
 
 
+@pytest.mark.timeout(600)
+def test_a_calibration_text_makes_it_still_less_surprised(tmp_path: Path) -> None:
+    """The text is none of those that are looked at; by command, as it is documented."""
+    path, calibration = real_model(), tmp_path / "text.md"
+    calibration.write_text((ROOT / "README.md").read_text()[:3000])
+    command = [sys.executable, "-m", "tools.calibrate", str(path), str(calibration), str(tmp_path / "importance")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    done = quantize_command(path, tmp_path / "model", "--importance", tmp_path / "importance")
+    assert done.returncode == 0, done.stderr
+    with torch.inference_mode():
+        ids = transformers.AutoTokenizer.from_pretrained(path)(TEXT, return_tensors="pt").input_ids
+        original = hf_model(path)(ids).logits[0]
+    tokens, options = ids[0].tolist(), {"kv_cache_dtype": "float32", **CPU_KERNELS}
+    plain = divergence(original, engine_logits(path, tokens, quantization="int4", **options))
+    calibrated = divergence(original, engine_logits(tmp_path / "model", tokens, **options))
+    assert calibrated < 0.85 * plain
+
+
+def test_an_importance_that_does_not_fit(tmp_path: Path) -> None:
+    name, file = "model.layers.1.mlp.down_proj.weight", tmp_path / "importance"
+    for tensor, says in (
+        (torch.ones(7), rf"--importance: {name} is \[7\], not \[\d+\]$"),
+        (torch.tensor([1.0, torch.nan]), rf"--importance {file}: {name} has other numbers than those above 0$"),
+    ):
+        save_file({name: tensor}, file)
+        with pytest.raises(ConfigError, match=says):
+            main([str(tiny_model("llama")), str(tmp_path / "out"), "--importance", str(file)])
+    file.write_text("no tensors")
+    with pytest.raises(ConfigError, match=rf"--importance {file}: cannot be read: "):
+        main([str(tiny_model("llama")), str(tmp_path / "out"), "--importance", str(file)])
+
+
 def divergence(original: torch.Tensor, other: torch.Tensor) -> float:
     """Kullback-Leibler's, in nats a token."""
     p, q = original.log_softmax(-1), other.log_softmax(-1)
@@ -123,7 +158,7 @@ def divergence(original: torch.Tensor, other: torch.Tensor) -> float:
 
 def quantize_command(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "minisgl", "quantize", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen2", "llama"])

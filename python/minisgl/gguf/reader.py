@@ -154,7 +154,8 @@ class GgufFile:
         number, offset = self._number("<I"), self._number("<Q")
         if number not in KINDS:
             known = ", ".join(kind.name for kind in KINDS.values())
-            raise self.wrong(f"tensor {name} is of type {_kind_name(number)}, not supported (supported: {known})")
+            kind_name = NAMES["others"].get(number, number)
+            raise self.wrong(f"tensor {name} is of type {kind_name}, not supported (supported: {known})")
         kind = KINDS[number]
         if not 1 <= num_dims <= 4 or not 0 < prod(shape) < 2**50 or shape[-1] % kind.values:
             raise self.wrong(f"tensor {name} cannot be {kind.name} of {num_dims} dimensions, {list(shape)}")
@@ -190,12 +191,6 @@ class GgufFile:
         size = self._number("<Q")
         begin = self._take(size)
         return self.data[begin : begin + size].decode(errors="replace")
-
-
-def _kind_name(number: int) -> str:
-    from gguf import GGMLQuantizationType
-
-    return next((kind.name for kind in GGMLQuantizationType if kind == number), str(number))
 
 
 def parts_of(path: Path) -> list[Path]:
