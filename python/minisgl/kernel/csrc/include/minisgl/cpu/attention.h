@@ -205,23 +205,29 @@ inline int64_t prefill_floats(const Heads& heads) {
   return rows * (heads.dim + kBlock + padded_dim(heads)) + kBlock * heads.dim + kBlock * padded_dim(heads) + 2 * rows;
 }
 
-// What keys are in a prefill's panels: pairs of bfloat16 as they are, others as floats.
+// Keys of `count` tokens to panels of floats, [kBlock / kPanel, dim, kPanel]. raw: as much room, where they lie as they are at
+// first: 32 bits of each are moved at a time.
 template <class T>
-using KeyPanel = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, float>;
-
-// One key, to its place in a panel.
-template <class T>
-inline void put_key(const T* row, int64_t dim, float* to) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    for (int64_t u = 0; u < dim / 2; ++u) std::memcpy(to + u * kPanel, row + 2 * u, 4);
-  } else {
-    float scale = scale_of(row, dim);
-    int64_t i = 0;
-    for (; i + kLanes <= dim; i += kLanes) {
-      Floats key = load(row + i) * scale;
-      for (int j = 0; j < kLanes; ++j) to[(i + j) * kPanel] = key[j];
-    }
-    for (; i < dim; ++i) to[i * kPanel] = widen(row[i]) * scale;
+inline void put_keys(const T* k, const int64_t* offsets, int count, int64_t dim, float* raw, float* keys) {
+  constexpr int64_t depth = 4 / sizeof(T);
+  int64_t units = (dim + depth - 1) / depth;
+  alignas(64) float scales[kBlock] = {};
+  if (count < kBlock) std::fill(raw, raw + kBlock * units, 0.0f);
+  for (int t = 0; t < count; ++t) {
+    const T* row = k + offsets[t];
+    float* to = raw + t / kPanel * units * kPanel + t % kPanel;
+    for (int64_t u = 0; u < units; ++u) std::memcpy(to + u * kPanel, row + u * depth, 4);
+    scales[t] = scale_of(row, dim);
+  }
+  for (int t = 0; t < kBlock; t += kLanes) {
+    Floats scale = load(scales + t);
+    const float* from = raw + t / kPanel * units * kPanel + t % kPanel;
+    float* to = keys + t / kPanel * dim * kPanel + t % kPanel;
+    for (int64_t u = 0; u < units; ++u)
+      for (int64_t d = 0; d < depth && u * depth + d < dim; ++d) {
+        Floats key = part_of(k, load_as<Words>(from + u * kPanel), int(d));
+        store(to + (u * depth + d) * kPanel, kHasScales<T> ? key * scale : key);
+      }
   }
 }
 
@@ -240,11 +246,11 @@ template <class T>
 inline void prefill(const float* q, int64_t stride, float scale, Cache<T> cache, const Heads& heads, int64_t head,
                     int64_t group, const Sequence& sequence, int64_t token, int64_t count, int64_t window, float* out,
                     int64_t out_stride, float* room) {
-  int64_t dim = heads.dim, padded = padded_dim(heads), rows = count * group, units = dim * int64_t(sizeof(KeyPanel<T>)) / 4;
+  int64_t dim = heads.dim, padded = padded_dim(heads), rows = count * group, size = row_size<T>(dim), offsets[kBlock];
   float* queries = room;
   float* scores = queries + rows * dim;
   float* result = scores + rows * kBlock;
-  float* keys = result + rows * padded;         // panels: [kBlock / kPanel, units, kPanel]
+  float* keys = result + rows * padded;         // panels: [kBlock / kPanel, dim, kPanel]
   float* values = keys + kBlock * dim;          // panels: [padded / kPanel, kBlock, kPanel]
   Partial* partials = reinterpret_cast<Partial*>(values + kBlock * padded);
   for (int64_t r = 0; r < rows; ++r) {
@@ -256,18 +262,12 @@ inline void prefill(const float* q, int64_t stride, float scale, Cache<T> cache,
   int64_t position = sequence.start + token - sequence.first, end = position + count;
   int64_t begin = window ? std::max<int64_t>(0, position - window + 1) : 0;
   for (int64_t first = begin; first < end; first += kBlock) {
-    int tokens = int(std::min<int64_t>(kBlock, end - first));
-    std::fill(keys, keys + kBlock * units, 0.0f);
-    std::fill(values, values + kBlock * padded, 0.0f);
-    for (int t = 0; t < tokens; ++t) {
-      int64_t at = (heads.slot(sequence.pages, first + t) * heads.num_kv + head) * row_size<T>(dim);
-      put_key(cache.k + at, dim, keys + t / kPanel * units * kPanel + t % kPanel);
-      put_value(cache.v + at, dim, values + t * kPanel);
-    }
-    for (int p = 0; p < kBlock / kPanel; ++p) {
-      auto panel = reinterpret_cast<const KeyPanel<T>*>(keys + p * units * kPanel);
-      multiply_rows(rows, panel, queries, dim, units, scores + p * kPanel, kBlock, false);
-    }
+    int tokens = find_rows(heads, sequence.pages, first, end, heads.num_kv * size, offsets);
+    put_keys(cache.k + head * size, offsets, tokens, dim, values, keys);
+    if (padded > dim) std::fill(values, values + kBlock * padded, 0.0f);
+    for (int t = 0; t < tokens; ++t) put_value(cache.v + head * size + offsets[t], dim, values + t * kPanel);
+    for (int p = 0; p < kBlock / kPanel; ++p)
+      multiply_rows(rows, keys + p * dim * kPanel, queries, dim, dim, scores + p * kPanel, kBlock, false);
     for (int64_t r = 0; r < rows; ++r) {
       int64_t last = position + r / group;  // the token's own position
       float* row = scores + r * kBlock;
