@@ -66,11 +66,8 @@ bool make_narrow(Workers& workers, bool is_bfloat16, const void* weight, const f
 
 void linear_rows(Workers& workers, const Linear& w, const float* x, int64_t rows, int64_t stride, const float* norm, float eps,
                  Into into, float* out, int64_t out_stride) {
-  workers.input.reserve(rows, w.in);
-  workers.pool.run([&](int thread) {
-    Rows input = workers.input.prepare(workers.pool, {x, rows, w.in, stride, norm, eps}, w);
-    linear(workers, thread, w, input, into, out, out_stride);
-  });
+  workers.reserve_rows(rows, w.in);
+  workers.pool.run([&](int thread) { linear(workers, thread, w, {x, rows, w.in, stride, norm, eps}, into, out, out_stride); });
 }
 
 void embed_ids(Workers& workers, const Linear& table, const int64_t* ids, int64_t count, int64_t first, float* out) {

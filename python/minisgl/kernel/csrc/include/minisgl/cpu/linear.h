@@ -186,6 +186,10 @@ template <class T, class X>
 inline void multiply_panels(int64_t panels, int64_t panel, int64_t rows, const char* data, const X* x, int64_t ldx, int64_t units,
                             float* sums) {
   constexpr int kDepth = 4 / sizeof(T);
+  if (rows <= kBlockRows && panels > 1 && panels != streams_of(rows)) {  // one after the other, from its first unit to its last
+    for (int64_t p = 0; p < panels; ++p) multiply_panels<T>(1, panel, rows, data + p * panel, x, ldx, units, sums + p * rows * kPanel);
+    return;
+  }
   int64_t step = sizeof(T) == 1 || rows <= 2 * kBlockRows ? kChunkUnits : kLongChunkUnits;
   if (sizeof(T) > 1 && rows <= kBlockRows) step = units;
   for (int64_t first = 0; first < units; first += step) {

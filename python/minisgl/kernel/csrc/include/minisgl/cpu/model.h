@@ -46,7 +46,7 @@ class Model {
       attended_.reserve(tokens * attended_stride());
       inner_.reserve(tokens * inner_stride());
       int64_t inner = layers[0].gate_up.part(), widest = std::max({embedding_.in, heads_.num_q * heads_.dim, inner});
-      workers_.input.reserve(tokens, widest);
+      workers_.reserve_rows(tokens, widest);
       plans_.clear();
       for (auto& one : layers) {
         if (plan_of(one.window) != nullptr) continue;
@@ -56,7 +56,7 @@ class Model {
       }
     }
     last_.reserve(step.num_logits * hidden_stride());
-    workers_.input.reserve(step.num_logits, embedding_.in);
+    workers_.reserve_rows(step.num_logits, embedding_.in);
   }
 
   const AttentionPlan* plan_of(int64_t window) const {
@@ -65,25 +65,25 @@ class Model {
     return nullptr;
   }
 
-  // x: [count, stride] as the product with w wants it.
-  Rows rows_of(const float* x, int64_t count, int64_t stride, const float* norm, const Linear& w) {
-    return workers_.input.prepare(workers_.pool, {x, count, w.in, stride, norm, eps_}, w);
+  // What is multiplied with w. x: [count, stride].
+  Input input(const float* x, int64_t count, int64_t stride, const float* norm, const Linear& w) const {
+    return {x, count, w.in, stride, norm, eps_};
   }
 
   template <class T>
   void layer(int thread, const Step& step, const Layer& w, Cache<T> cache) {
     int64_t tokens = step.num_tokens;
-    Rows rows = rows_of(x_.get(), tokens, hidden_stride(), w.input_norm, w.qkv);
-    linear(workers_, thread, w.qkv, rows, Into::kStore, qkv_.get(), qkv_stride());
+    Input in = input(x_.get(), tokens, hidden_stride(), w.input_norm, w.qkv);
+    linear(workers_, thread, w.qkv, in, Into::kStore, qkv_.get(), qkv_stride());
     norm_rope_store(workers_, qkv_.get(), tokens, qkv_stride(), w.qk_norm, eps_, step.rotation, step.positions, step.slots, heads_, cache);
     attention(workers_, thread, qkv_.get(), qkv_stride(), step.sequences, *plan_of(w.window), heads_, w.window, cache, partial_,
               attended_.get(), attended_stride());
-    rows = rows_of(attended_.get(), tokens, attended_stride(), nullptr, w.o);
-    linear(workers_, thread, w.o, rows, Into::kAdd, x_.get(), hidden_stride());
-    rows = rows_of(x_.get(), tokens, hidden_stride(), w.post_norm, w.gate_up);
-    linear(workers_, thread, w.gate_up, rows, Into::kGated, inner_.get(), inner_stride());
-    rows = rows_of(inner_.get(), tokens, inner_stride(), nullptr, w.down);
-    linear(workers_, thread, w.down, rows, Into::kAdd, x_.get(), hidden_stride());
+    in = input(attended_.get(), tokens, attended_stride(), nullptr, w.o);
+    linear(workers_, thread, w.o, in, Into::kAdd, x_.get(), hidden_stride());
+    in = input(x_.get(), tokens, hidden_stride(), w.post_norm, w.gate_up);
+    linear(workers_, thread, w.gate_up, in, Into::kGated, inner_.get(), inner_stride());
+    in = input(inner_.get(), tokens, inner_stride(), nullptr, w.down);
+    linear(workers_, thread, w.down, in, Into::kAdd, x_.get(), hidden_stride());
   }
 
   void logits(int thread, const Step& step) {
@@ -93,8 +93,8 @@ class Model {
       const float* from = x_.get() + (step.logit_tokens == nullptr ? r : step.logit_tokens[r]) * hidden_stride();
       std::copy(from, from + embedding_.in, last_.get() + r * hidden_stride());
     });
-    Rows rows = rows_of(last_.get(), count, hidden_stride(), norm_, head_);
-    linear(workers_, thread, head_, rows, Into::kStore, step.logits, head_.out);
+    Input in = input(last_.get(), count, hidden_stride(), norm_, head_);
+    linear(workers_, thread, head_, in, Into::kStore, step.logits, head_.out);
   }
 
   Workers& workers_;

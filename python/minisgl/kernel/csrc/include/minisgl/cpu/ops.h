@@ -51,6 +51,8 @@ inline void rms_norm(const float* x, const float* weight, float eps, int64_t cou
   for (int64_t j = 0; j < count; ++j) out[j] = x[j] * factor * weight[j];
 }
 
+constexpr int64_t kFewRows = 4;  // that each thread prepares for itself, rather than wait for another
+
 // What is to be multiplied with weights; x: [count, stride].
 struct Input {
   const float* x;
@@ -74,15 +76,19 @@ class InputRoom {
     if (uses_tiles(count, width, Type::kBFloat16)) tiles_.reserve(tiles_size(count, width, Type::kBFloat16));
   }
 
-  // All threads call it; `reserve` was called before.
-  Rows prepare(Pool& pool, const Input& in, const Linear& w) { return w.parts.empty() ? plain(pool, in, w.type) : packed(pool, in, w.columns); }
+  // each(f) calls f for each row; `reserve` was called before.
+  template <class Each>
+  Rows prepare(const Input& in, const Linear& w, Each&& each) {
+    return w.parts.empty() ? plain(in, w.type, each) : packed(in, w.columns, each);
+  }
 
  private:
-  Rows packed(Pool& pool, const Input& in, const int64_t* columns) {
+  template <class Each>
+  Rows packed(const Input& in, const int64_t* columns, Each&& each) {
     int64_t groups = num_groups(in.width), totals = in.count * groups * 2;
     Rows rows{in.count};
     rows.bytes = {bytes_.get(), scales_.get(), byte_sums_.get(), totals_.get(), totals_.get() + totals, groups};
-    pool.share(in.count, 4, [&](int64_t r) {
+    each([&](int64_t r) {
       const float* row = in.x + r * in.stride;
       float* copy = values_.get() + r * padded_stride(in.width);
       if (in.norm != nullptr) rms_norm(row, in.norm, in.eps, in.width, copy), row = copy;
@@ -93,14 +99,15 @@ class InputRoom {
     return rows;
   }
 
-  Rows plain(Pool& pool, const Input& in, Type type) {
+  template <class Each>
+  Rows plain(const Input& in, Type type, Each&& each) {
     int64_t stride = padded_stride(in.width);
     bool is_short = type == Type::kInt8, is_copied = in.norm != nullptr || (!is_short && in.width % depth_of(type) != 0);
     char* tiles = uses_tiles(in.count, in.width, type) ? tiles_.get() : nullptr;
     Rows rows{in.count, in.x, in.stride, shorts_.get(), stride, scales_.get(), tiles};
     if (is_copied) rows.values = values_.get(), rows.stride = stride;
     if (!is_copied && !is_short && tiles == nullptr) return rows;
-    pool.share(in.count, 4, [&](int64_t r) {
+    each([&](int64_t r) {
       const float* row = in.x + r * in.stride;
       float* copy = values_.get() + r * stride;
       if (in.norm != nullptr)
@@ -126,16 +133,34 @@ class InputRoom {
 // A pool, the room that each of its threads has for itself, and that which they share.
 class Workers {
  public:
-  explicit Workers(int threads) : pool(threads), sums_(threads), rooms_(threads) {}
+  explicit Workers(int threads) : pool(threads), sums_(threads), rooms_(threads), few_rows_(threads) {}
 
   float* sums(int thread, int64_t count) { return sums_[thread].reserve(count); }
   float* room(int thread, int64_t count) { return rooms_[thread].reserve(count); }
 
+  // Room for what `prepare` returns.
+  void reserve_rows(int64_t count, int64_t width) {
+    if (count > kFewRows) rows_.reserve(count, width);
+    for (auto& few : few_rows_) few.reserve(std::min(count, kFewRows), width);
+  }
+
+  // All threads call it, with more than a few rows.
+  Rows prepare(const Input& in, const Linear& w) {
+    return rows_.prepare(in, w, [&](auto&& f) { pool.share(in.count, 4, f); });
+  }
+  // One thread's own.
+  Rows prepare_few(int thread, const Input& in, const Linear& w) {
+    return few_rows_[thread].prepare(in, w, [&](auto&& f) {
+      for (int64_t r = 0; r < in.count; ++r) f(r);
+    });
+  }
+
   Pool pool;
-  InputRoom input;
 
  private:
   std::vector<Buffer<float>> sums_, rooms_;
+  InputRoom rows_;
+  std::vector<InputRoom> few_rows_;
 };
 
 // sums: [rows, kPanel] of a panel's output features → out: [rows, stride].
@@ -173,8 +198,12 @@ inline void write_gated(const float* gates, const float* ups, int64_t rows, Pane
   }
 }
 
-// out (+)= rows * wᵀ + bias. kGated: of a pair, out = silu(gate) * up.
-inline void linear(Workers& workers, int thread, const Linear& w, const Rows& x, Into into, float* out, int64_t stride) {
+// out (+)= rows * wᵀ + bias. kGated: of a pair, out = silu(gate) * up. A thread prepares a few rows when it has its first item:
+// with that in hand, nobody goes on and changes them.
+inline void linear(Workers& workers, int thread, const Linear& w, const Input& in, Into into, float* out, int64_t stride) {
+  bool is_ready = in.count > kFewRows;
+  Rows x{in.count};
+  if (is_ready) x = workers.prepare(in, w);
   bool is_tiled = x.tiles != nullptr;
   int64_t block = is_tiled ? tile_block(w) : std::max<int64_t>(1, x.count), blocks = (x.count + block - 1) / block;
   int64_t panels = num_panels(w), size = block * kPanel * (is_tiled ? 2 : 1);
@@ -182,6 +211,7 @@ inline void linear(Workers& workers, int thread, const Linear& w, const Rows& x,
   float* sums = workers.sums(thread, together * size);
   TileUse use(is_tiled);
   workers.pool.share(blocks * groups, grain_of(blocks * groups, workers.pool.size()), [&](int64_t item) {
+    if (!is_ready) x = workers.prepare_few(thread, in, w), is_ready = true;
     int64_t first = item % groups * together, count = std::min(together, panels - first), row = item / groups * block;
     Rows rows = is_tiled ? tile_rows(w, x, row) : x;
     if (is_tiled)

@@ -80,8 +80,13 @@ class Pool {
     }
     if (count <= grain && thread_ != 0) return;
     spin_until([&] { return current_.load(std::memory_order_acquire) + 1 >= part; });
+    int64_t mine = 0;
     for (int turn = 0; turn < size_ && current_.load(std::memory_order_acquire) < part; ++turn)
-      take(part, (thread_ + turn) % size_, count, grain, f);
+      mine += take(part, (thread_ + turn) % size_, count, grain, f);
+    if (mine > 0 && done_.fetch_add(mine) + mine == count) {
+      done_.store(0);
+      current_.store(part, std::memory_order_release);
+    }
     if (count == 0 && thread_ == 0) current_.store(part);
     if (thread_ == 0) spin_until([&] { return current_.load(std::memory_order_acquire) >= part; });
   }
@@ -92,23 +97,22 @@ class Pool {
     std::atomic<uint64_t> taken{0};
   };
 
+  // Does what is left of a thread's range, and returns how many items these were.
   template <class F>
-  void take(uint32_t part, int owner, int64_t count, int64_t grain, F&& f) {
+  int64_t take(uint32_t part, int owner, int64_t count, int64_t grain, F&& f) {
     int64_t first = count * owner / size_, size = count * (owner + 1) / size_ - first;
+    int64_t mine = 0;
     auto& taken = ranges_[owner].taken;
     uint64_t seen = taken.load(std::memory_order_acquire);
     while (uint32_t(seen >> 32) <= part) {
       int64_t begin = uint32_t(seen >> 32) == part ? uint32_t(seen) : 0, end = std::min(begin + grain, size);
-      if (begin >= size) return;
+      if (begin >= size) break;
       if (!taken.compare_exchange_weak(seen, (uint64_t(part) << 32) | uint64_t(end))) continue;
       for (int64_t i = begin; i < end; ++i) f(first + i);
-      if (done_.fetch_add(end - begin) + (end - begin) == count) {
-        done_.store(0);
-        current_.store(part, std::memory_order_release);
-        return;
-      }
+      mine += end - begin;
       seen = taken.load(std::memory_order_acquire);
     }
+    return mine;
   }
 
   void work(int index) {

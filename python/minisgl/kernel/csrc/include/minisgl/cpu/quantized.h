@@ -35,14 +35,12 @@ struct ByteRow {
 
  private:
   void fill_group(const float* x, int64_t g) {
-    Floats high{}, nothing{};
-    for (int64_t i = 0; i < kGroup; i += kLanes) {
-      Floats v = load(x + i);
-      high = maximum(v, maximum(-v, high));
-      nothing += v * 0.0f;
-    }
-    float most = largest(high), inverse = most > 1e-35f ? 127.0f / most : 0.0f;
-    float scale = most / 127.0f + sum(nothing);
+    Ints high{};  // bits without the sign are in the order of the numbers, infinity and NaN above all others
+    for (int64_t i = 0; i < kGroup; i += kLanes) high = maximum((Ints)load(x + i) & 0x7fffffff, high);
+    int32_t bits = largest(high);
+    float most;
+    std::memcpy(&most, &bits, sizeof most);
+    float inverse = most > 1e-35f ? 127.0f / most : 0.0f, scale = most / 127.0f + most * 0.0f;
     using Small = int8_t __attribute__((vector_size(kLanes)));
     Ints totals_of[2] = {};
     for (int64_t i = 0; i < kGroup; i += kLanes) {
@@ -52,9 +50,8 @@ struct ByteRow {
       std::memcpy(bytes + g * kGroup + i, &narrow, sizeof narrow);
     }
     for (int s = 0; s < 2; ++s) {
-      float total = sum(__builtin_convertvector(totals_of[s], Floats));
-      sums[2 * g + s] = int32_t(total);
-      totals[2 * g + s] = total * scale;
+      sums[2 * g + s] = sum(totals_of[s]);
+      totals[2 * g + s] = float(sums[2 * g + s]) * scale;
     }
     scales[g] = scale;
     pair_totals[g] = float(sums[2 * g] + sums[2 * g + 1]) * scale;

@@ -94,30 +94,37 @@ inline Floats broadcast(float x) {
 }
 
 // Folds a vector: its halves, their halves, and so on.
-template <int N, class F>
-inline Floats fold(Floats v, F f) {
+template <int N, class V, class F>
+inline V fold(V v, F f) {
   if constexpr (N == 1) {
     return v;
   } else {
     Ints lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i ^ (N / 2);
 #if defined(__clang__)
-    Floats swapped;
+    V swapped;
     for (int i = 0; i < kLanes; ++i) swapped[i] = v[lane[i]];
 #else
-    Floats swapped = __builtin_shuffle(v, lane);
+    V swapped = __builtin_shuffle(v, lane);
 #endif
     return fold<N / 2>(f(v, swapped), f);
   }
 }
 
-inline float sum(Floats v) {
-  return fold<kLanes>(v, [](Floats a, Floats b) { return a + b; })[0];
+template <class V>
+inline auto sum(V v) {
+  return fold<kLanes>(v, [](V a, V b) { return a + b; })[0];
 }
 
-inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+template <class V>
+inline V maximum(V a, V b) {
+  return a > b ? a : b;
+}
 
-inline float largest(Floats v) { return fold<kLanes>(v, maximum)[0]; }
+template <class V>
+inline auto largest(V v) {
+  return fold<kLanes>(v, maximum<V>)[0];
+}
 
 // acc + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in each lane i.
 inline Ints dot_pairs(Ints acc, Shorts a, Shorts b) {
