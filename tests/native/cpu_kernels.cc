@@ -177,7 +177,7 @@ std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
   for (int64_t i = 0; i < num_layers; ++i) {
     Linear qkv = add((num_q + 2 * num_kv) * dim, hidden), o = add(hidden, num_q * dim);
     Linear gate_up = add(2 * inner, hidden, true), down = add(hidden, inner);
-    AnyCache cache{is_narrow_cache, caches[2 * i].data(), caches[2 * i + 1].data(), cache_bytes};
+    AnyCache cache{is_narrow_cache ? CacheType::kBFloat16 : CacheType::kFloat32, caches[2 * i].data(), caches[2 * i + 1].data(), cache_bytes};
     add_layer(*model, {qkv, o, gate_up, down, norm.data(), norm.data(), head_norm.data(), cache, i == 0 ? 0 : 9});
   }
   std::vector<float> all;

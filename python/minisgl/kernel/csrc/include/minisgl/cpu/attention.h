@@ -17,7 +17,7 @@ namespace minisgl::cpu {
 
 constexpr int kBlock = 64;        // tokens of the cache at a time
 constexpr int kQueryRows = 96;    // queries times heads of a group, of one piece of a prefill
-constexpr int kSplitTokens = 64;  // a decode is split into parts of no fewer tokens
+constexpr int kSplitTokens = 32;  // a decode is split into parts of no fewer tokens
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 inline int64_t padded_dim(const Heads& heads) { return (heads.dim + kPanel - 1) / kPanel * kPanel; }
@@ -157,20 +157,21 @@ inline int find_rows(const Heads& heads, const int32_t* pages, int64_t first, in
   return count;
 }
 
-// Rows of some tokens to the second-level cache: pieces of them are too short for a processor to see a stream.
+// Part h of `parts` of some tokens' rows into the caches: pieces of them are too short for a processor to see a stream, and it
+// drops what it is asked for at once beyond some 20 lines. (GCC takes a function that only fetches for one that does nothing.)
 template <class T>
-inline void fetch_rows(const T* rows, const int64_t* offsets, int count, int64_t size) {
-  for (int t = 0; t < count; ++t)
-    for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows + offsets[t] + i, 0, 2);
+[[gnu::always_inline]] inline void fetch_rows(const T* rows, const int64_t* offsets, int count, int64_t size, int64_t h, int64_t parts) {
+  for (int64_t t = count * h / parts; t < count * (h + 1) / parts; ++t)
+    for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows + offsets[t] + i);
 }
 
 // One new token over positions [begin, end). q: [num_kv * group, dim], scaled; k, v: at the first head; out: like q, and
-// partials: one for each query head; scores: room for [num_kv * group, kBlock]. While it computes with a block's keys it
-// fetches the values, and then the next block's keys.
+// partials: one for each query head; scores: room for [num_kv * group, kBlock]. Heads read the cache in leaps: so each
+// fetches its share of the tile after this one, of keys, of values or of the next block's keys.
 template <class T>
 void decode(const float* q, const T* k, const T* v, int64_t num_kv, const Heads& heads, const int32_t* pages, int64_t begin,
             int64_t end, float* out, Partial* partials, float* scores) {
-  constexpr int kTile = 16 / sizeof(T);  // tokens whose keys stay in the first-level cache
+  constexpr int kTile = 8 / sizeof(T);  // tokens whose keys stay in the first-level cache
   int64_t rooms[2][kBlock], *offsets = rooms[0], *next = rooms[1];
   int64_t dim = heads.dim, group = heads.group(), size = row_size<T>(dim), stride = heads.num_kv * size;
   std::fill(out, out + num_kv * group * dim, 0.0f);
@@ -178,21 +179,26 @@ void decode(const float* q, const T* k, const T* v, int64_t num_kv, const Heads&
   int count = find_rows(heads, pages, begin, end, stride, offsets);
   for (int64_t first = begin; first < end; first += kBlock) {
     int later = find_rows(heads, pages, first + kBlock, end, stride, next);
-    for (int t = 0; t < count; t += kTile) {
-      fetch_rows(v, offsets + t, std::min(kTile, count - t), num_kv * size);
+    // `rows` from token t on and then `after`, which has `more` tokens at `places`.
+    auto fetch = [&](const T* rows, int t, const T* after, const int64_t* places, int more, int64_t h) __attribute__((always_inline)) {
+      if (t < count)
+        fetch_rows(rows, offsets + t, std::min(kTile, count - t), num_kv * size, h, num_kv);
+      else
+        fetch_rows(after, places, std::min(kTile, more), num_kv * size, h, num_kv);
+    };
+    for (int t = 0; t < count; t += kTile)
       for_groups(num_kv, group, [&]<int G>(int64_t h, int64_t at, std::integral_constant<int, G>) {
+        if (at % group == 0) fetch(k, t + kTile, v, offsets, count, h);
         decode_scores<T, G>(q + at * dim, k + h * size, offsets + t, std::min(kTile, count - t), dim, scores + at * kBlock + t);
       });
-    }
     for (int64_t h = 0; h < num_kv * group; ++h) online_softmax(scores + h * kBlock, count, partials[h], out + h * dim, dim);
     for (int64_t h = 0; kHasScales<T> && h < num_kv * group; ++h)
       for (int t = 0; t < count; ++t) scores[h * kBlock + t] *= scale_of(v + h / group * size + offsets[t], dim);
-    for (int t = 0; t < count; t += kTile) {
-      fetch_rows(k, next + t, std::clamp(later - t, 0, kTile), num_kv * size);
+    for (int t = 0; t < count; t += kTile)
       for_groups(num_kv, group, [&]<int G>(int64_t h, int64_t at, std::integral_constant<int, G>) {
+        if (at % group == 0) fetch(v, t + kTile, k, next, later, h);
         decode_values<T, G>(scores + at * kBlock + t, v + h * size, offsets + t, std::min(kTile, count - t), dim, out + at * dim);
       });
-    }
     std::swap(offsets, next);
     count = later;
   }

@@ -292,7 +292,7 @@ void norm_rope_store(Workers& workers, float* qkv, int64_t tokens, int64_t strid
 // The pieces of one step's attention, and the partial results of split decodes.
 struct AttentionPlan {
   std::vector<Piece> pieces;
-  std::vector<int32_t> split;  // pieces whose part is 0 and parts > 1
+  std::vector<std::pair<int32_t, int32_t>> split;  // pieces whose part is 0 and parts > 1, and one of their key/value heads
   int64_t num_partials = 0;
 };
 
@@ -312,11 +312,13 @@ inline void plan_attention(const std::vector<Sequence>& sequences, const Heads& 
       continue;
     }
     int64_t length = window ? std::min(window, s.start + 1) : s.start + 1;
+    // Tokens are divided rather than heads: memory is faster from one end to the other, and cores may be far from each other.
     int64_t parts = std::clamp<int64_t>(length / kSplitTokens, 1, wanted);
-    int64_t ranges = std::min(heads.num_kv, (wanted + parts - 1) / parts);
+    if (parts < wanted && 2 * parts >= wanted) parts = (wanted + 1) / 2;
+    int64_t ranges = 2 * parts >= wanted ? 1 : std::min(heads.num_kv, (wanted + parts - 1) / parts);
     for (int64_t r = 0; r < ranges; ++r) {
       int32_t head = int32_t(heads.num_kv * r / ranges), size = int32_t(heads.num_kv * (r + 1) / ranges) - head;
-      if (parts > 1) plan.split.push_back(int32_t(plan.pieces.size()));
+      for (int32_t h = 0; parts > 1 && h < size; ++h) plan.split.emplace_back(int32_t(plan.pieces.size()), h);
       for (int32_t part = 0; part < parts; ++part) {
         plan.pieces.push_back({i, head, size, part, int32_t(parts), s.first, plan.num_partials});
         if (parts > 1) plan.num_partials += size * heads.group();
@@ -372,9 +374,10 @@ void attention(Workers& workers, int thread, const float* q, int64_t stride, con
   });
   if (plan.split.empty()) return;
   workers.pool.share(plan.split.size(), 1, [&](int64_t index) {
-    const Piece& piece = plan.pieces[plan.split[index]];
+    auto [first, part_head] = plan.split[index];
+    const Piece& piece = plan.pieces[first];
     int64_t num_heads = piece.size * group;
-    for (int64_t h = 0; h < num_heads; ++h) {
+    for (int64_t h = part_head * group; h < (part_head + 1) * group; ++h) {
       float* to = out + piece.token * out_stride + (piece.head * group + h) * dim;
       const Partial* partials = partial.partials.get() + piece.partial + h;
       const float* results = partial.results.get() + (piece.partial + h) * dim;
