@@ -6,56 +6,48 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
 import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import MiniSGLError, RequestError
-from minisgl.message.messages import Histogram, TraceReply
+from minisgl.message.messages import Histogram
 from minisgl.trace.journal import Journal
-from minisgl.trace.recorder import Json, Recorded, decode_recorded
+from minisgl.trace.recorder import Json, Recorded
 
 INTERVAL = 0.25  # seconds
-MAX_VIEWERS = 16
-MAX_UNREAD = 16  # events; the oldest are dropped
+MAX_VIEWERS = 8
 MAX_STEPS, MAX_HELD = 64, 64  # in one event
 MAX_DELAY_MS = 2000
 PACE_SECONDS = 60.0  # that slow motion lasts, unless it is asked for again
-ANSWER_SECONDS = 2.0
 WINDOW = 8  # events that rates and percentiles are of
 
-
-class Frontend(Protocol):
-    """The API server's side of the channels, and what it counts."""
-
-    journal: Journal
-    metrics: Any
-
-    async def trace(self, timeout: float, **wanted: Any) -> TraceReply:
-        """Asks rank 0. wanted: fields of a `TraceMsg`. Raises: WorkerDied."""
+Ask = Callable[..., Awaitable[Recorded]]  # rank 0, with fields of a `TraceMsg`
 
 
-async def ask(frontend: Frontend, **wanted: Any) -> Recorded:
-    """What rank 0 answers. Raises: WorkerDied."""
-    return decode_recorded((await frontend.trace(ANSWER_SECONDS, **wanted)).data)
+@dataclass(slots=True)
+class _Pace:
+    """Slow motion: whose wish it is, and when it ends."""
+
+    viewer: str | None = None
+    delay_ms: int = 0
+    paused: bool = False
+    end: float = 0.0
 
 
 class Live:
-    """Owns the viewers, and the pace that one of them has set."""
+    """Owns the viewers, and the pace that one of them has set. metrics: what the API server counts."""
 
-    def __init__(self, frontend: Frontend, config: ServerConfig) -> None:
-        self._frontend, self._config = frontend, config
+    def __init__(self, ask: Ask, journal: Journal, metrics: Any, config: ServerConfig) -> None:
+        self._ask, self._journal, self._metrics, self._config = ask, journal, metrics, config
         self.may_slow = config.slow_motion or bool(config.access.api_keys or config.access.admin_keys)
-        self._viewers: dict[str, asyncio.Queue[bytes]] = {}
-        self._task: asyncio.Task[None] | None = None
-        self._slow: tuple[str | None, int, bool, float] = (None, 0, False, 0.0)  # whose wish, delay, pause, until when
-        self._window: deque[tuple[float, int, int, list[int], list[int]]] = deque(maxlen=WINDOW)
-        self._since, self._stamp, self._seen = 0, 0, frozenset[int]()  # the last event's step, and its tree
-        self._last: dict[str, bytes] = {}  # events by their names
+        self._viewers: set[str] = set()
+        self._pace = _Pace()
 
     def check_room(self) -> None:
         """Raises: RequestError when nobody else may look."""
@@ -71,74 +63,49 @@ class Live:
             raise RequestError(f"delay_ms must be from 0 to {MAX_DELAY_MS}, not {delay_ms}", param="delay_ms")
         if viewer not in self._viewers:
             raise RequestError("no live stream has this name", param="viewer", status=409)
-        self._slow = viewer, delay_ms, paused, time.monotonic() + PACE_SECONDS
+        self._pace = _Pace(viewer, delay_ms, paused, time.monotonic() + PACE_SECONDS)
         return {"delay_ms": delay_ms, "paused": paused, "seconds": PACE_SECONDS}
 
     async def events(self) -> AsyncIterator[bytes]:
         """For one viewer, as long as both sides are there."""
-        viewer, unread = secrets.token_hex(8), asyncio.Queue[bytes](MAX_UNREAD)
-        self._viewers[viewer] = unread
-        self._last.clear()  # the tree and the pool are told again
-        if self._task is None:
-            self._task = asyncio.create_task(self._poll(), name="trace-live")
+        viewer, view = secrets.token_hex(8), _View(self._metrics)
+        self._viewers.add(viewer)
         try:
             yield _event("hello", self._hello(viewer))
-            while event := await unread.get():
-                yield event
-        finally:
-            del self._viewers[viewer]
-            if self._slow[0] == viewer:
-                self._slow = (None, 0, False, 0.0)
-
-    async def _poll(self) -> None:
-        number = 0
-        try:
-            while self._viewers:
-                self._tell(await self._look(whole=number % 2 == 0))
-                number += 1
+            while True:
+                for name, payload in (await self._look(view)).items():
+                    if view.is_new(name, payload):
+                        yield _event(name, payload)
                 await asyncio.sleep(INTERVAL)
         except MiniSGLError as error:
-            self._tell({"gone": {"error": str(error)}})
+            yield _event("gone", {"error": str(error)})
         finally:
-            self._task = None
-            for unread in self._viewers.values():
-                _put(unread, b"")
+            self._viewers.discard(viewer)
+            if self._pace.viewer == viewer:
+                self._pace = _Pace()
 
-    def _tell(self, events: Mapping[str, Json]) -> None:
-        for name, payload in events.items():
-            event = _event(name, payload)
-            if event != self._last.get(name):
-                self._last[name] = event
-                for unread in self._viewers.values():
-                    _put(unread, event)
-
-    async def _look(self, *, whole: bool) -> dict[str, Json]:
-        if time.monotonic() > self._slow[3]:
-            self._slow = (None, 0, False, 0.0)
-        viewer, delay_ms, paused, _ = self._slow
-        asked = {"since": self._since, "num_steps": MAX_STEPS, "delay": delay_ms / 1e3, "paused": paused}
-        recorded = await ask(self._frontend, view=1 + whole, **asked)
+    async def _look(self, view: _View) -> dict[str, Json]:
+        if time.monotonic() > self._pace.end:
+            self._pace = _Pace()
+        pace, view.number = self._pace, view.number + 1
+        asked = {"since": view.since, "num_steps": MAX_STEPS, "delay": pace.delay_ms / 1e3, "paused": pace.paused}
+        recorded = await self._ask(view=1 + view.number % 2, **asked)
         now = recorded.now
         assert now is not None
-        if whole:
-            tree, stamp = now["tree"], self._stamp
-            for node in tree["nodes"]:
-                node["hit"] = node["stamp"] > stamp
-                self._stamp = max(self._stamp, node.pop("stamp"))
-            ids = frozenset(node["id"] for node in tree["nodes"])
-            tree["evicted"], self._seen = sorted(self._seen - ids), ids
-        if recorded.steps:
-            last = recorded.steps[-1]  # the last two come again, when their times are known
-            self._since = last["step"] + (1 if last["device_ms"] is not None else -1)
         events: dict[str, Json] = {name: now.pop(name) for name in ("tree", "pool") if name in now}
-        pace = {"delay_ms": delay_ms, "paused": paused, "viewer": viewer}
-        head = {"time": time.time(), "steps": recorded.steps, "pace": pace, "counters": self._counters()}
-        events["state"] = {**head, **self._queues(now)}
-        return events
+        if "tree" in events:
+            view.compare(events["tree"])
+        if recorded.steps:  # the last two come again, when their times are known
+            last = recorded.steps[-1]
+            view.since = last["step"] + (1 if last["device_ms"] is not None else -1)
+        shown = {"delay_ms": pace.delay_ms, "paused": pace.paused, "viewer": pace.viewer}
+        counters = {"in_flight": len(self._journal.open), **view.counters()}
+        head = {"time": time.time(), "steps": recorded.steps, "pace": shown, "counters": counters}
+        return {"state": {**head, **self._queues(now)}, **events}
 
     def _queues(self, now: Json) -> Json:
         """What rank 0 sees, with the names of requests and with those that are elsewhere."""
-        known, begun, opened = frozenset(now.pop("known")), now.pop("num_begun"), self._frontend.journal.open
+        known, begun, opened = frozenset(now.pop("known")), now.pop("num_begun"), self._journal.open
         ahead = [(uid, *found) for uid, found in opened.items() if uid not in known and not found[1].first]
         held = [(uid, entry) for uid, entry, output in ahead if output.has_grammar]
         for uid, entry in held[:MAX_HELD]:
@@ -151,17 +118,6 @@ class Live:
         queues |= {"detokenizer": max(0, sum([bool(output.first) for _, output in opened.values()]) - begun)}
         return {**now, "processes": [{"name": name, "queue": n, "alive": True} for name, n in queues.items()]}
 
-    def _counters(self) -> Json:
-        metrics, opened = self._frontend.metrics, self._frontend.journal.open
-        ttft, itl, num_output = metrics.time_to_first_token, metrics.inter_token_latency, metrics.num_output
-        now, num_ended = time.monotonic(), sum(metrics.num_finished.values())
-        self._window.append((now, num_output, num_ended, [*ttft.counts], [*itl.counts]))
-        since, output, ended, first, later = self._window[0]
-        rates = {"tokens_per_s": num_output - output, "requests_per_s": num_ended - ended}
-        percentiles = {"ttft_ms": _percentiles(ttft, first), "itl_ms": _percentiles(itl, later)}
-        seconds = max(now - since, 1e-9)
-        return {"in_flight": len(opened), **{name: n / seconds for name, n in rates.items()}, **percentiles}
-
     def _hello(self, viewer: str) -> Json:
         config, plan = self._config, self._config.scheduler
         limits: Json = {"rows": plan.max_running_requests, "budget": plan.max_prefill_length, "overlap": plan.overlap}
@@ -170,6 +126,41 @@ class Live:
         about = {"viewer": viewer, "version": minisgl.__version__, "model": config.served_model_name}
         pace = {"allowed": self.may_slow, "max_delay_ms": MAX_DELAY_MS}
         return {**about, "interval_ms": int(1e3 * INTERVAL), "limits": limits, "pace": pace}
+
+
+class _View:
+    """What one viewer has been told already."""
+
+    def __init__(self, metrics: Any) -> None:
+        self._metrics = metrics
+        self.number = self.since = self._stamp = 0
+        self._ids: frozenset[int] = frozenset()  # of the tree
+        self._last: dict[str, Json] = {}  # events by their names
+        self._window: deque[tuple[float, int, int, list[int], list[int]]] = deque(maxlen=WINDOW)
+
+    def is_new(self, name: str, payload: Json) -> bool:
+        """Whether it is not what this event said last."""
+        before, self._last[name] = self._last.get(name), payload
+        return payload != before
+
+    def compare(self, tree: Json) -> None:
+        """Tell of each node whether it was used since the event before, and which are gone."""
+        before, stamp, ids = self._stamp, self._stamp, frozenset(node["id"] for node in tree["nodes"])
+        for node in tree["nodes"]:
+            stamp = max(stamp, node["stamp"])
+            node["hit"] = node.pop("stamp") > before
+        self._stamp, tree["evicted"], self._ids = stamp, sorted(self._ids - ids), ids
+
+    def counters(self) -> Json:
+        """Rates and percentiles of the last events."""
+        metrics = self._metrics
+        ttft, itl, num_output = metrics.time_to_first_token, metrics.inter_token_latency, metrics.num_output
+        now, num_ended = time.monotonic(), sum(metrics.num_finished.values())
+        self._window.append((now, num_output, num_ended, [*ttft.counts], [*itl.counts]))
+        since, output, ended, first, later = self._window[0]
+        seconds = max(now - since, 1e-9)
+        rates = {"tokens_per_s": (num_output - output) / seconds, "requests_per_s": (num_ended - ended) / seconds}
+        return {**rates, "ttft_ms": _percentiles(ttft, first), "itl_ms": _percentiles(itl, later)}
 
 
 def _percentiles(histogram: Histogram, before: list[int]) -> Json | None:
@@ -183,9 +174,3 @@ def _percentiles(histogram: Histogram, before: list[int]) -> Json | None:
 
 def _event(name: str, payload: Json) -> bytes:
     return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(payload) + b"\n\n"
-
-
-def _put(unread: asyncio.Queue[bytes], event: bytes) -> None:
-    if unread.full():
-        unread.get_nowait()
-    unread.put_nowait(event)

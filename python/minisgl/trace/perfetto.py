@@ -8,7 +8,7 @@ from itertools import chain
 from minisgl.trace.recorder import Json
 
 _PROCESSES = {"api": 1, "tokenizer": 2, "scheduler": 3, "engine": 4, "detokenizer": 5, "rows": 6}
-_SPANS = (  # of a request: what is done, where, and between which stages
+SPANS = (  # of a request: what is done, where, and between which stages
     ("read and check", "api", "received", "validated"),
     ("tokenize", "tokenizer", "validated", "tokenized"),
     ("queue", "scheduler", "queued", "admitted"),
@@ -35,16 +35,17 @@ def _head(kind: str, pid: int, tid: int, name: str) -> Json:
 
 
 def _slice(name: str, where: str, tid: int, begin: float, seconds: float, args: Json) -> Json:
-    times = {"ts": round(1e6 * begin), "dur": max(1, round(1e6 * seconds))}
+    times = {"ts": int(1e6 * begin), "dur": max(1, int(1e6 * (begin + seconds)) - int(1e6 * begin))}
     return {"ph": "X", "name": name, "cat": where, "pid": _PROCESSES[where], "tid": tid, **times, "args": args}
 
 
 def _of_steps(steps: Sequence[Json], names: dict[int, str]) -> list[Json]:
     """What the scheduler, the device and each row did in them; on the device one follows on the other."""
     slices, end = [], 0.0
-    for step in steps:
+    for step, after in zip(steps, [*steps[1:], {"time": float("inf")}], strict=True):
         about = {"step": step["step"], "tokens": step["num_tokens"], "pages": step["pages"]}
-        slices.append(_slice("turn", "scheduler", 0, step["time"], (step["host_ms"] or 0.0) / 1e3, about))
+        busy = min((step["host_ms"] or 0.0) / 1e3, after["time"] - step["time"])
+        slices.append(_slice("turn", "scheduler", 0, step["time"], busy, about))
         begin, seconds = max(step["time"], end), (step["device_ms"] or 0.0) / 1e3
         end = begin + max(seconds, 2e-6)
         slices.append(_slice("step", "engine", 0, begin, seconds, about))
@@ -58,7 +59,7 @@ def _of_output(output: Json, names: dict[int, str]) -> list[Json]:
     times, args = {stage["name"]: stage["time"] for stage in output["stages"]}, {"uid": output["uid"]}
     return [
         _slice(name, where, 1, times[a], max(0.0, times[b] - times[a]), {**args, "id": names[output["uid"]]})
-        for name, where, a, b in _SPANS
+        for name, where, a, b in SPANS
         if times[a] and times[b]
     ]
 

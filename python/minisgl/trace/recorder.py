@@ -31,7 +31,7 @@ class Record(msgspec.Struct):
     """One output, since the scheduler heard of it. Lists of events are bounded; `num_*` count those left out too.
 
     ahead: requests that were waiting when it came. waited: seconds before its first admission, for each reason.
-    overtaken: of those that came later, how many went first.
+    overtaken: of those that came later, how many went first. turn, before: what was counted when it came.
     """
 
     uid: int
@@ -39,6 +39,8 @@ class Record(msgspec.Struct):
     tokenized: float = 0.0
     queued: float = 0.0
     ahead: int = 0
+    turn: int = 0
+    before: list[float] = []
     waited: dict[str, float] = {}
     overtaken: int = 0
     admissions: list[Json] = []
@@ -74,7 +76,6 @@ class Recorder(Observer):
         self._open: dict[int, Record] = {}  # by uid: those that have not ended
         self._ended: dict[int, Record] = {}
         self._running: dict[int, Record] = {}  # that have a row, as far as we have seen
-        self._marks: dict[int, tuple[list[float], int]] = {}  # of those never admitted: `_blocked` and `_num_admitted`
         # What is told of each step; and its uids, rows, and how many tokens the rows behind the decodes have.
         self._steps: deque[tuple[Json, array[int], array[int], array[int]]] = deque(maxlen=MAX_STEPS)
         self._pending: deque[Json] = deque()  # those that are not retired
@@ -96,8 +97,8 @@ class Recorder(Observer):
         assert planner is not None
         self._settle(now)
         for ahead, uid in enumerate(message.uids, len(planner.waiting)):
-            self._open[uid] = Record(uid, len(message.prompt) // 4, message.tokenized, now, ahead)
-            self._marks[uid] = [*self._blocked], self._num_admitted
+            counts = ahead, self._num_admitted, [*self._blocked]
+            self._open[uid] = Record(uid, len(message.prompt) // 4, message.tokenized, now, *counts)
 
     def submitted(self, planned: Planned) -> None:
         planner, now, (plan, reqs), first = self._planner, self._clock(), planned, planned.plan.num_decode
@@ -111,11 +112,10 @@ class Recorder(Observer):
                 if share.row in admitted:
                     self._admit(req, share.start, plan.step_id, now)
         for req, share in zip(reqs[first:], plan.reqs[first:], strict=True):
-            record = self._open[req.uid]
-            record.num_chunks += 1
-            if record.num_chunks <= MAX_EVENTS:
+            if (record := self._open.get(req.uid)) is not None:
+                record.num_chunks += 1
                 event = {"time": now, "step": plan.step_id, "start": share.start, "num_new": share.num_new}
-                record.chunks.append(event)
+                record.chunks += [event] if record.num_chunks <= MAX_EVENTS else []
         if plan.step_id % SAMPLE_EVERY == 0:
             self._sample(planned, now)
         self._note(planner, planned, now)
@@ -147,7 +147,6 @@ class Recorder(Observer):
     def ended(self, output: ReqOutput) -> None:
         req, record = output.req, self._open.pop(output.req.uid, None)
         self._running.pop(req.uid, None)
-        self._marks.pop(req.uid, None)
         if record is None or output.finish_reason is None:
             return
         record.finished, record.reason = self._clock(), output.finish_reason.value
@@ -172,10 +171,10 @@ class Recorder(Observer):
             self._slow_until = now + LAPSE_SECONDS if question.delay or question.paused else 0.0
             seen = look(self._planner, whole=question.view > 1)
             for waiting in seen["waiting"]:
-                record = self._open[waiting["uid"]]
+                record = self._open.get(waiting["uid"]) or Record(waiting["uid"], queued=now)
                 since = record.retractions[-1]["time"] if record.retractions else record.queued
-                why = "policy" if self._overtaken(record.uid, record.ahead) else REASONS[self._why]
-                waiting |= {"seconds": now - since, "why": why}
+                is_passed = not record.admissions and self._overtaken(record)
+                waiting |= {"seconds": now - since, "why": "policy" if is_passed else REASONS[self._why]}
         known = [self._open.get(uid) or self._ended.get(uid) for uid in question.uids]
         steps = [
             {**step, "rows": [*_rows(step["num_decode"], rows, uids, chunks)]}
@@ -202,29 +201,29 @@ class Recorder(Observer):
             self._since = now
 
     def _admit(self, req: Req, start: int, step_id: int, now: float) -> None:
-        record = self._open[req.uid]
+        if (record := self._open.get(req.uid)) is None:
+            return
         if req.uid in self._running:  # it went and came back within one plan
             self._retract(record, start, now)
         if not record.admissions:
-            record.overtaken = self._overtaken(req.uid, record.ahead)
-            before, _ = self._marks.pop(req.uid)
-            waited = zip(REASONS, before, self._blocked, strict=True)
-            record.waited = {reason: b - a for reason, a, b in waited}
+            record.overtaken = self._overtaken(record)
+            waited = zip(REASONS, record.before, self._blocked, strict=True)
+            record.waited = {reason: after - before for reason, before, after in waited}
             self._num_admitted += 1
         event = {"time": now, "step": step_id, "row": req.row, "num_cached": start}
         record.admissions = [*record.admissions[:MAX_EVENTS], event]
         self._running[req.uid] = record
 
-    def _overtaken(self, uid: int, ahead: int) -> int:
+    def _overtaken(self, record: Record) -> int:
         """How many have gone first that came later; too few where some that came before have ended unseen."""
-        mark = self._marks.get(uid)
-        return max(0, self._num_admitted - mark[1] - ahead) if mark else 0
+        return max(0, self._num_admitted - record.turn - record.ahead)
 
     def _find_retracted(self, planner: Planner, now: float) -> None:
         self._num_retracted, running = planner.num_retracted, {req.uid for req in planner.running}
         for uid in [uid for uid in self._running if uid not in running]:
-            req = planner.reqs[uid]
-            self._retract(self._running.pop(uid), req.num_computed or len(req.tokens) - 1, now)
+            record, req = self._running.pop(uid), planner.reqs.get(uid)
+            if req is not None:
+                self._retract(record, req.num_computed or len(req.tokens) - 1, now)
 
     def _retract(self, record: Record, num_computed: int, now: float) -> None:
         record.num_retractions += 1
@@ -233,10 +232,10 @@ class Recorder(Observer):
     def _sample(self, planned: Planned, now: float) -> None:
         plan = planned.plan
         for req, share in zip(planned.reqs[: plan.num_decode], plan.reqs, strict=False):
-            decodes = self._open[req.uid].decodes
-            if len(decodes) >= MAX_EVENTS:
-                del decodes[::2]
-            decodes.append({"time": now, "step": plan.step_id, "position": share.start})
+            if (record := self._open.get(req.uid)) is not None:
+                if len(record.decodes) >= MAX_EVENTS:
+                    del record.decodes[::2]
+                record.decodes.append({"time": now, "step": plan.step_id, "position": share.start})
 
 
 def _rows(num_decode: int, rows: array[int], uids: array[int], chunks: array[int]) -> Iterator[tuple[int, ...]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,19 @@ from starlette.responses import StreamingResponse
 
 import minisgl
 from minisgl.config.runtime import ServerConfig
-from minisgl.errors import RequestError
-from minisgl.trace.journal import Arrivals, Entry, story
-from minisgl.trace.live import Frontend, Live, ask
+from minisgl.errors import RequestError, WorkerDied
+from minisgl.message.messages import TraceReply
+from minisgl.trace.export import Exporter, exports
+from minisgl.trace.journal import Arrivals, Entry, Journal, story
+from minisgl.trace.live import Live
 from minisgl.trace.perfetto import chart
-from minisgl.trace.recorder import Json
+from minisgl.trace.recorder import Json, Recorded, decode_recorded
 
 MAX_STEPS, MAX_REQUESTS, MAX_OUTPUTS = 2048, 1024, 4096
+ANSWER_SECONDS = 2.0
 _REST = 4  # times as long as an answer took, nothing more is asked: who asks much costs the others little
+
+Question = Callable[..., Awaitable[TraceReply]]  # of so many seconds' time, and fields of a `TraceMsg`
 
 
 class Pace(msgspec.Struct, forbid_unknown_fields=True):
@@ -36,14 +42,16 @@ class Pace(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Trace:
-    """Requests and steps of late, and the live view."""
+    """Requests and steps of late, and the live view. ask: of a `TraceMsg`, by its fields."""
 
-    def __init__(self, frontend: Frontend, config: ServerConfig) -> None:
-        self._frontend, self._live, self._turn = frontend, Live(frontend, config), asyncio.Lock()
-        frontend.journal.keep_prompts = config.trace_prompts
+    def __init__(self, ask: Question, journal: Journal, metrics: Any, config: ServerConfig) -> None:
+        self._send, self._journal, self._turn = ask, journal, asyncio.Lock()
+        self._live = Live(self._ask, journal, metrics, config)
+        journal.keep_prompts = config.trace_prompts
+        journal.on_sent = Exporter(self._stories, exports(config)).put
 
     def add_to(self, app: FastAPI) -> None:
-        app.add_middleware(Arrivals, journal=self._frontend.journal)
+        app.add_middleware(Arrivals, journal=self._journal)
         app.get("/trace")(self.trace)
         app.get("/trace/stages")(self.stages)
         app.get("/trace/live")(self.live)
@@ -88,24 +96,43 @@ class Trace:
 
     def _visible(self, request: Request) -> list[Entry]:
         """What whoever asks may see, the last ones last."""
-        state, entries = request.state, self._frontend.journal.entries
+        state, entries = request.state, self._journal.entries
         return [entry for entry in entries if state.operator or entry.ids[2] == state.owner]
 
     async def _told(self, request: Request, entries: Sequence[Entry], num_steps: int) -> dict[str, list[Json]]:
         """These requests, and the last steps, as far as whoever asks may see them. Raises: WorkerDied."""
-        loop, uids = asyncio.get_running_loop(), [uid for entry in entries for uid in entry.uids]
+        recorded = await self._remembered(entries, num_steps)
+        told, steps = _stories(entries, recorded, request.state.owner), recorded.steps
+        if not request.state.operator:
+            own = {uid for entry in self._visible(request) for uid in entry.uids}
+            steps = [step for full in steps if (step := _part(full, own))["rows"]]
+        return {"requests": told, "steps": steps}
+
+    async def _stories(self, entries: Sequence[Entry]) -> list[Json]:
+        """What there is to tell of these, though rank 0 may have nothing to say."""
+        recorded = Recorded([], [], None)
+        with suppress(WorkerDied):
+            recorded = await self._remembered(entries, 0)
+        return _stories(entries, recorded, "")
+
+    async def _remembered(self, entries: Sequence[Entry], num_steps: int) -> Recorded:
+        uids = [uid for entry in entries for uid in entry.uids]
+        return await self._ask(uids=tuple(uids[-MAX_OUTPUTS:]), num_steps=num_steps)
+
+    async def _ask(self, **wanted: Any) -> Recorded:
+        """One question at a time. Raises: WorkerDied."""
+        loop = asyncio.get_running_loop()
         await self._turn.acquire()
         begin = loop.time()
         try:
-            recorded = await ask(self._frontend, uids=tuple(uids[-MAX_OUTPUTS:]), num_steps=num_steps)
-            records = {record.uid: record for record in recorded.requests}
-            told = [story(entry, records, request.state.owner) for entry in entries]
-            if request.state.operator:
-                return {"requests": told, "steps": recorded.steps}
-            own = {uid for entry in self._visible(request) for uid in entry.uids}
-            return {"requests": told, "steps": [step for full in recorded.steps if (step := _part(full, own))["rows"]]}
+            return decode_recorded((await self._send(ANSWER_SECONDS, **wanted)).data)
         finally:
             loop.call_later(_REST * (loop.time() - begin), self._turn.release)
+
+
+def _stories(entries: Sequence[Entry], recorded: Recorded, owner: str) -> list[Json]:
+    records = {record.uid: record for record in recorded.requests}
+    return [story(entry, records, owner) for entry in entries]
 
 
 def _part(step: Json, own: set[int]) -> Json:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from queue import Full, Queue
 
@@ -16,6 +17,7 @@ from minisgl.errors import ConfigError
 MAX_CHARS = 4096  # of a message, and of a line of a traceback
 MAX_LINES = 200
 MAX_WAITING = 1000  # messages that nobody has read yet
+COLOURS = {"DEBUG": 2, "WARNING": 33, "ERROR": 31}  # of a terminal
 LAST_SECONDS = 1.0  # at the end, for the reader to take what is left
 
 
@@ -52,12 +54,32 @@ class Writer(logging.Handler):
 
 class LineFormatter(logging.Formatter):
     """Whatever is in a message, from clients too, is one line of text: nothing in it ends the line, moves the cursor or
-    goes on for ever. Lines of tracebacks are indented, so that none looks like a message."""
+    goes on for ever. Lines of tracebacks are indented, so that none looks like a message. colours: by level."""
+
+    def __init__(self, role: str, colours: Mapping[str, int]) -> None:
+        super().__init__(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S")
+        self._colours = colours
 
     def format(self, record: logging.LogRecord) -> str:
         record.message, record.asctime = record.getMessage(), self.formatTime(record, self.datefmt)
         trace = self.formatException(record.exc_info).split("\n") if record.exc_info else []
-        return "\n    ".join(map(one_line, (self.formatMessage(record), *trace[:MAX_LINES])))
+        text = "\n    ".join(map(one_line, (self.formatMessage(record), *trace[:MAX_LINES])))
+        colour = self._colours.get(record.levelname)
+        return text if colour is None else f"\x1b[{colour}m{text}\x1b[0m"
+
+
+class JsonFormatter(logging.Formatter):
+    """An object on each line. What a message has as `fields` is part of it."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        trace = self.formatException(record.exc_info).split("\n") if record.exc_info else []
+        lines = "\n".join(map(one_line, (record.getMessage(), *trace[:MAX_LINES])))
+        about = {"time": record.created, "role": self._role, "level": record.levelname, "message": lines}
+        return json.dumps(about | record.__dict__.get("fields", {}))
 
 
 def one_line(text: str) -> str:
@@ -74,7 +96,9 @@ def setup_logging(role: str) -> None:
         raise ConfigError(f"LOG_LEVEL={level!r}: expected DEBUG, INFO, WARNING or ERROR")
     one_line("\n")  # Python looks for the codec at its first use, and there may be no descriptor then
     handler = Writer()
-    handler.setFormatter(LineFormatter(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S"))
+    is_plain = bool(os.environ.get("NO_COLOR")) or not os.isatty(2)
+    lines, is_json = LineFormatter(role, {} if is_plain else COLOURS), os.environ.get("MINISGL_LOG_FORMAT") == "json"
+    handler.setFormatter(JsonFormatter(role) if is_json else lines)
     for name, least in {"minisgl": level, "uvicorn": "WARNING", "asyncio": "WARNING"}.items():
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
