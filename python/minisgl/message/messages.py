@@ -142,7 +142,7 @@ class TraceMsg(Message, frozen=True):
     `num_steps` at most; answered by a `TraceReply`, also while a step is running.
 
     view: also of what it does now; 2: with the prefix cache and the pages. Whoever views may slow the scheduler down,
-    until they view no more: by `delay` seconds after each step, or all the time.
+    until they view no more: by `delay` seconds before each step, or all the time.
     """
 
     uids: tuple[int, ...] = ()

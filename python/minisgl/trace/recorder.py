@@ -90,7 +90,6 @@ class Recorder(Observer):
 
     def resumed(self) -> None:
         self._turn_began, self._waited = self._clock(), 0.0
-        self._slow_down(0.0)
 
     def received(self, message: UserMsg) -> None:
         planner, now = self._planner, self._clock()
@@ -101,6 +100,8 @@ class Recorder(Observer):
             self._open[uid] = Record(uid, len(message.prompt) // 4, message.tokenized, now, *counts)
 
     def submitted(self, planned: Planned) -> None:
+        if self._slow_until:
+            self._slow_down()
         planner, now, (plan, reqs), first = self._planner, self._clock(), planned, planned.plan.num_decode
         assert planner is not None
         if planner.num_retracted != self._num_retracted:
@@ -160,7 +161,6 @@ class Recorder(Observer):
         if self._steps and self._steps[-1][0]["host_ms"] is None:
             self._steps[-1][0]["host_ms"] = 1e3 * (now - self._turn_began - self._waited)
         self._turn_began, self._waited = now, 0.0
-        self._slow_down(self._delay)
 
     def reply(self, question: TraceMsg) -> TraceReply:
         """All that is asked for, and who views sets the pace."""
@@ -184,15 +184,14 @@ class Recorder(Observer):
         told = Recorded([record for record in known if record is not None], steps, seen)
         return TraceReply(question.uid, encode_recorded(told))
 
-    def _slow_down(self, delay: float) -> None:
-        """Hold the scheduler up for so many seconds, or as long as it is to pause, while somebody views it."""
-        if not self._slow_until:
-            return
-        end = self._clock() + delay
-        while (now := self._clock()) < self._slow_until and (self._paused or now < end):
-            time.sleep(TICK_SECONDS if self._paused else min(TICK_SECONDS, end - now))
+    def _slow_down(self) -> None:
+        """Hold a step up for the delay, or as long as there is to be a pause, while somebody views it."""
+        now = begin = self._clock()
+        while now < self._slow_until and (self._paused or now < begin + self._delay):
+            time.sleep(TICK_SECONDS if self._paused else min(TICK_SECONDS, begin + self._delay - now))
             self._pump()
-        self._turn_began = now
+            now = self._clock()
+        self._waited += now - begin
 
     def _settle(self, now: float) -> None:
         """Count the time until now as that of what the queue waits for."""

@@ -87,7 +87,7 @@ class Trace:
         return StreamingResponse(self._live.events(), media_type="text/event-stream", headers=headers)
 
     async def pace(self, request: Request) -> Response:
-        """Slow motion, for all requests: a delay after each step, or a pause."""
+        """Slow motion, for all requests: a delay before each step, or a pause."""
         try:
             wish = msgspec.json.decode(await request.body(), type=Pace)
         except msgspec.DecodeError as error:

@@ -1,0 +1,294 @@
+"""What the server tells of requests and steps: against what clients see, and against what others may see."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from tests.e2e.conftest import Server
+
+STAGES = ["received", "validated", "tokenized", "queued", "admitted", "finished", "detokenized", "sent"]
+A, B, ROOT = ({"authorization": f"Bearer {key}"} for key in ("alice", "bob", "root"))
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+Json = dict[str, Any]
+
+
+class Collector(HTTPServer):
+    """An OTLP/HTTP receiver of traces."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.spans: list[Span] = []
+        self.paths: set[str] = set()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        request = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
+        self.server.paths.add(self.path)
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                self.server.spans += scope.spans
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    with Collector() as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        yield collector
+        collector.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Server]:
+    """The built-in model with little room: 16 pages of 16 tokens, and 32 tokens in a step."""
+    room = ["--max-seq-len", "256", "--num-pages", "16", "--page-size", "16", "--max-prefill-length", "32"]
+    keys = ["--api-key", "alice", "--api-key", "bob", "--admin-key", "root"]
+    out = ["--otlp-endpoint", f"http://127.0.0.1:{collector.server_port}", "--log-requests", "--log-format", "json"]
+    args = ["-m", "minisgl", "--port", "0", *room, *keys, *out]
+    with Server.running(args, tmp_path_factory.mktemp("trace") / "log") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60, headers=A) as client:
+        yield client
+
+
+def complete(http: httpx.Client, prompt: str, max_tokens: int = 8, **headers: str) -> tuple[str, Json]:
+    body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    answer = http.post("/v1/completions", json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    return answer.headers["x-request-id"], answer.json()
+
+
+def output_of(http: httpx.Client, request_id: str) -> Json:
+    (output,) = http.get(f"/trace/{request_id}").json()["outputs"]
+    return output
+
+
+def test_a_request_has_its_stages_in_order(http: httpx.Client) -> None:
+    begin = time.time()
+    request_id, body = complete(http, "Once upon a time", 24)
+    end = time.time()
+    told = http.get(f"/trace/{request_id}").json()
+    assert told == http.get(f"/trace/{body['id']}").json()
+    assert (told["id"], told["response_id"], told["owner_is_you"], told["prompt"]) == (
+        request_id,
+        body["id"],
+        True,
+        None,
+    )
+    (output,) = told["outputs"]
+    stages = {stage["name"]: stage for stage in output["stages"]}
+    times = [stage["time"] for stage in output["stages"]]
+    assert [*stages] == STAGES
+    assert [begin, *times, end] == sorted([begin, *times, end])
+    assert [stage["seconds"] for stage in stages.values()] == pytest.approx(
+        [when - times[0] for when in times], abs=1e-5
+    )
+    assert begin < stages["detokenized"]["first"] < stages["sent"]["first"] < stages["finished"]["time"]
+    usage = body["usage"]
+    assert (output["num_prompt"], output["num_output"]) == (usage["prompt_tokens"], usage["completion_tokens"])
+    assert (output["state"], output["reason"], output["num_chunks"]) == ("finished", "length", 1)
+    assert 0 < len(output["decodes"]) <= 3
+    assert all(stages["admitted"]["time"] < event["time"] < stages["finished"]["time"] for event in output["decodes"])
+
+
+def test_chunks_are_what_the_cache_has_not_and_the_cache_is_what_usage_says(http: httpx.Client) -> None:
+    prompt = "A long tale of a very small cat and a much larger dog who went to the sea. " * 5
+    first, fresh = complete(http, prompt)
+    output, num_prompt = output_of(http, first), fresh["usage"]["prompt_tokens"]
+    assert sum(chunk["num_new"] for chunk in output["chunks"]) == num_prompt - output["num_cached"]
+    assert output["num_chunks"] == len(output["chunks"]) >= 3
+    assert all(chunk["num_new"] <= 32 for chunk in output["chunks"])
+    second, again = complete(http, prompt)
+    cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert output_of(http, second)["num_cached"] == cached > num_prompt - 32
+    assert {stage["name"]: stage for stage in output_of(http, second)["stages"]}["admitted"]["num_cached"] == cached
+
+
+async def _crowd(url: str, count: int) -> list[str]:
+    async with httpx.AsyncClient(base_url=url, headers=A, timeout=60) as client:
+        bodies = [{"prompt": f"{i} cats", "max_tokens": 100, "ignore_eos": True} for i in range(count)]
+        answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
+    return [answer.headers["x-request-id"] for answer in answers if answer.status_code == 200]
+
+
+def test_retractions_and_what_was_waited_for_are_seen(http: httpx.Client, server: Server) -> None:
+    outputs = [output_of(http, request_id) for request_id in asyncio.run(_crowd(server.url, 6))]
+    assert len(outputs) == 6
+    retracted = [output for output in outputs if output["num_retractions"]]
+    metrics = http.get("/metrics", headers=ROOT).text
+    (total,) = (line.split()[-1] for line in metrics.splitlines() if line.startswith("minisgl:num_preemptions_total{"))
+    assert sum(output["num_retractions"] for output in outputs) == float(total) > 0
+    for output in retracted:
+        assert len(output["admissions"]) == 1 + output["num_retractions"]
+        assert output["admissions"][-1]["time"] > output["retractions"][-1]["time"] > output["admissions"][0]["time"]
+    queued = [output["stages"][3] for output in outputs]
+    waited = [stage for stage in queued if stage["why"] == "pages"]
+    assert waited and all(stage["waited"]["pages"] > 0.001 for stage in waited)
+
+
+def test_each_key_sees_its_own_and_the_operator_all(http: httpx.Client) -> None:
+    request_id, body = complete(http, "Mine alone")
+    other_id, _ = complete(http, "Hers alone", **B)
+    for name in (request_id, body["id"]):
+        assert http.get(f"/trace/{name}", headers=B).status_code == 404
+        assert http.get(f"/trace/{name}", headers=ROOT).json()["owner_is_you"] is False
+    part, whole = (http.get("/trace?requests=1024", headers=key).json() for key in (B, ROOT))
+    assert [told["id"] for told in part["requests"]] == [other_id]
+    assert {request_id, other_id} <= {told["id"] for told in whole["requests"]}
+    own = {output["uid"] for told in part["requests"] for output in told["outputs"]}
+    assert {row[1] for step in part["steps"] for row in step["rows"]} == own
+    assert {(step["pages"], step["running"], step["waiting"]) for step in part["steps"]} == {(None, None, None)}
+    assert len(whole["steps"]) > len(part["steps"]) and whole["steps"][0]["pages"]
+    assert http.get("/trace", headers={"authorization": ""}).status_code == 401
+    for path in ("/trace/live", "/trace/pace"):
+        method = "GET" if path.endswith("live") else "POST"
+        assert http.request(method, path, json={}).json()["error"]["code"] == "admin_key_required"
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "word"),
+    [
+        ("/trace/nobody", 404, "no such request"),
+        ("/trace?steps=2049", 400, "steps"),
+        ("/trace?requests=-1", 400, "requests"),
+        ("/trace?steps=" + "9" * 5000, 400, "steps"),
+        ("/trace?format=pdf", 400, "format"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(http: httpx.Client, path: str, status: int, word: str) -> None:
+    answer = http.get(path)
+    assert answer.status_code == status
+    assert word in answer.json()["error"]["message"]
+
+
+class Viewer:
+    """A live stream, read as far as it is asked for."""
+
+    def __init__(self, client: httpx.Client) -> None:
+        self._answer = client.send(client.build_request("GET", "/trace/live", headers=ROOT), stream=True)
+        self._lines = self._answer.iter_lines()
+
+    def next(self, name: str) -> Json:
+        for line in self._lines:
+            if line == f"event: {name}":
+                payload: Json = json.loads(next(self._lines).removeprefix("data: "))
+                return payload
+        raise AssertionError("the stream has ended")
+
+    def close(self) -> None:
+        self._answer.close()
+
+
+def test_the_live_view_and_slow_motion(http: httpx.Client, server: Server) -> None:
+    viewer = Viewer(http)
+    hello, state = viewer.next("hello"), viewer.next("state")
+    assert hello["limits"]["budget"] == 32 and hello["pace"]["allowed"]
+    assert [box["name"] for box in state["processes"]] == ["api", "tokenizer", "scheduler", "engine", "detokenizer"]
+    assert viewer.next("pool")["num_pages"] == 16
+    pace = {"viewer": hello["viewer"], "delay_ms": 0, "paused": True}
+    assert http.post("/trace/pace", json=pace | {"delay_ms": 2001}, headers=ROOT).status_code == 400
+    assert http.post("/trace/pace", json=pace | {"viewer": "x"}, headers=ROOT).status_code == 409
+    assert http.post("/trace/pace", json=pace, headers=ROOT).json()["paused"] is True
+    while not viewer.next("state")["pace"]["paused"]:
+        pass
+    ended: list[str] = []
+    thread = threading.Thread(
+        target=lambda: ended.append(complete(httpx.Client(base_url=server.url, headers=A), "x")[0])
+    )
+    thread.start()
+    while not (state := viewer.next("state"))["running"]:
+        assert not ended
+    assert http.get("/health", timeout=5).status_code == 200  # though no step begins
+    assert state["counters"]["in_flight"] == 1 and state["running"][0]["id"]
+    thread.join(1.0)
+    assert not ended
+    viewer.close()
+    thread.join(20)
+    assert ended, "it has gone on without its viewer"
+    assert output_of(http, ended[0])["stages"][-1]["seconds"] > 1
+
+
+def test_the_chart_of_a_real_server_has_tracks_and_arrows(http: httpx.Client) -> None:
+    complete(http, "For the chart")
+    answer = http.get("/trace?format=perfetto")
+    assert "attachment" in answer.headers["content-disposition"]
+    events = answer.json()["traceEvents"]
+    names = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert {"api", "tokenizer", "scheduler", "engine", "detokenizer", "rows", "row 0"} <= names
+    assert {event["ph"] for event in events} == set("MXstf")
+
+
+def test_the_log_has_a_line_for_each_stage(http: httpx.Client, server: Server) -> None:
+    request_id, _ = complete(http, "secret words")
+    deadline = time.monotonic() + 20
+    lines: list[Json] = []
+    while len(lines) < len(STAGES) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        found = [json.loads(line) for line in server.output().splitlines() if line.startswith("{")]
+        lines = [line for line in found if line.get("request", {}).get("id") == request_id]
+    assert [line["request"]["name"] for line in lines] == STAGES
+    assert all(line["level"] == "INFO" and line["role"] == "server" for line in lines)
+    assert "secret words" not in server.output()
+
+
+def test_a_collector_gets_spans_of_the_callers_trace(http: httpx.Client, collector: Collector) -> None:
+    request_id, _ = complete(http, "traced", traceparent=PARENT)
+    trace_id, parent_id = (bytes.fromhex(part) for part in PARENT.split("-")[1:3])
+    deadline = time.monotonic() + 20
+    spans: list[Span] = []
+    while len(spans) < 7 and time.monotonic() < deadline:
+        time.sleep(0.1)
+        spans = [span for span in collector.spans if span.trace_id == trace_id]
+    assert collector.paths == {"/v1/traces"}
+    (root,) = (span for span in spans if span.parent_span_id == parent_id)
+    children = {span.name: span for span in spans if span.parent_span_id == root.span_id}
+    assert {*children} == {"read and check", "tokenize", "queue", "compute", "detokenize", "send"}
+    (output,) = http.get(f"/trace/{request_id}").json()["outputs"]
+    assert root.start_time_unix_nano / 1e9 == pytest.approx(output["stages"][0]["time"], abs=1e-3)
+    for span in children.values():
+        assert (
+            root.start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano <= root.end_time_unix_nano
+        )
+    values = {one.key: one.value for one in root.attributes}
+    assert values["minisgl.id"].string_value == request_id
+    assert values["gen_ai.usage.output_tokens"].int_value == 8
+    assert [event.name for event in children["compute"].events] == ["prefill"]
+    assert any(span.trace_id != trace_id for span in collector.spans)
+
+
+def test_who_has_not_the_exporter_is_told_at_once(tmp_path: Path) -> None:
+    hidden = tmp_path / "opentelemetry"
+    hidden.mkdir()
+    (hidden / "__init__.py").touch()
+    server = Server(
+        ["-m", "minisgl", "--port", "0", "--otlp-endpoint", "http://127.0.0.1:1"],
+        tmp_path / "log",
+        wait=False,
+        PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2] / 'python'}",
+    )
+    assert server.process.wait(30) == 2
+    assert "--otlp-endpoint needs the extra: pip install 'minisgl[otlp]'" in server.output()
