@@ -56,9 +56,9 @@ class LineFormatter(logging.Formatter):
     """Whatever is in a message, from clients too, is one line of text: nothing in it ends the line, moves the cursor or
     goes on for ever. Lines of tracebacks are indented, so that none looks like a message. colours: by level."""
 
-    def __init__(self, role: str, colours: Mapping[str, int]) -> None:
+    def __init__(self, role: str, colours: Mapping[str, int] | None = None) -> None:
         super().__init__(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S")
-        self._colours = colours
+        self._colours = colours or {}
 
     def format(self, record: logging.LogRecord) -> str:
         record.message, record.asctime = record.getMessage(), self.formatTime(record, self.datefmt)
