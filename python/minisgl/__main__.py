@@ -58,7 +58,7 @@ def _serve(name: str, words: list[str]) -> int:
     if name and words and not words[0].startswith("-"):
         words = ["--model", *words]
     args = parse_args([*words, *["--shell"] * (name == "chat")], prog=f"minisgl {name}".strip())
-    os.environ["MINISGL_LOG_FORMAT"] = args.log_format  # of the workers, too
+    os.environ["LOG_FORMAT"] = args.log_format  # of the workers, too
     if not args.shell:
         from minisgl.server.launch import serve as run
     else:

@@ -126,7 +126,7 @@ class ServerOptions:
     trace_prompts: bool = _option(boolean, False)
     log_requests: bool = _option(boolean, False)
     otlp_endpoint: str | None = _option(_matching(r"https?://[^/\s]\S*", "a URL such as http://127.0.0.1:4318"), None)
-    log_format: str = _option(_choice("text", "json"), "text")
+    log_format: str = _choice(("text", "json"), "text")
 
 
 @dataclass(frozen=True, slots=True)

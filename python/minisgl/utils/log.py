@@ -97,7 +97,7 @@ def setup_logging(role: str) -> None:
     one_line("\n")  # Python looks for the codec at its first use, and there may be no descriptor then
     handler = Writer()
     is_plain = bool(os.environ.get("NO_COLOR")) or not os.isatty(2)
-    lines, is_json = LineFormatter(role, {} if is_plain else COLOURS), os.environ.get("MINISGL_LOG_FORMAT") == "json"
+    lines, is_json = LineFormatter(role, {} if is_plain else COLOURS), os.environ.get("LOG_FORMAT") == "json"
     handler.setFormatter(JsonFormatter(role) if is_json else lines)
     for name, least in {"minisgl": level, "uvicorn": "WARNING", "asyncio": "WARNING"}.items():
         logger = logging.getLogger(name)
