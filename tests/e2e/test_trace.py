@@ -220,9 +220,12 @@ def test_the_live_view_and_slow_motion(http: httpx.Client, server: Server) -> No
     while not viewer.next("state")["pace"]["paused"]:
         pass
     ended: list[str] = []
-    thread = threading.Thread(
-        target=lambda: ended.append(complete(httpx.Client(base_url=server.url, headers=A), "x")[0])
-    )
+
+    def run() -> None:
+        with httpx.Client(base_url=server.url, headers=A, timeout=60) as client:
+            ended.append(complete(client, "x")[0])
+
+    thread = threading.Thread(target=run)
     thread.start()
     while not (state := viewer.next("state"))["running"]:
         assert not ended
