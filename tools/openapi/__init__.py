@@ -91,6 +91,7 @@ def _operation(
     schema: Json = {"type": "string"} if texts else _ref(answer) if isinstance(answer, str) else _object(answer or {})
     content: Json = {media: {"schema": schema} for media in texts or ["application/json"]}
     if events is not None:
+        content = content if answer is not None else {}
         event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
         content["text/event-stream"] = {"itemSchema": {"description": _EVENTS[events], **event}}
     is_open = path in OPEN_PATHS
