@@ -271,3 +271,15 @@ def test_documented_bounds_are_accepted(name: str) -> None:
             continue  # they become something else
         parsed = parse_completion(json.dumps(body).encode(), {})
         assert getattr(parsed if name == "timeout" else parsed.params, name) == bound
+
+
+def test_bodies_of_mini_sglang() -> None:
+    """`prompt` and `max_tokens` of /generate, and `prompt` in place of a chat's messages."""
+    parsed = parse_generate(b'{"prompt": "a", "max_tokens": 3, "ignore_eos": true}', {})
+    assert parsed.prompts == (TextPrompt(text="a"),)
+    assert (parsed.params.max_tokens, parsed.params.ignore_eos) == (3, True)
+    said = parse_chat(b'{"model": "x", "prompt": "Hello", "top_k": -1, "max_tokens": 16}', {})
+    assert said.prompts[0].messages == [{"role": "user", "content": "Hello"}]
+    for body in (b'{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', b'{"prompt": ["a"]}', b"{}"):
+        with pytest.raises(RequestError):
+            parse_chat(body, {})

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from minisgl.core import MAX_COUNT, RANGES, Range, SamplingParams
 from minisgl.errors import RequestError, too_long
@@ -79,6 +80,7 @@ class ChatBody(_OpenAIBody):
     """POST /v1/chat/completions."""
 
     messages: Items[Message] = Field(json_schema_extra={"minItems": 1})
+    prompt: SkipJsonSchema[str | None] = None  # as Mini-SGLang has it: in place of messages, one of the user
     max_tokens: MaxTokens | None = optional("Most tokens of an output.")
     max_completion_tokens: MaxTokens | None = optional("The same, by its name of today.")
     logprobs: bool | None = optional("Log-probabilities of the output's tokens.")
@@ -93,6 +95,13 @@ class ChatBody(_OpenAIBody):
     thinking: bool | str | Thinking | None = optional("The same, as Anthropic, DeepSeek and others have it.")
     add_generation_prompt: bool | None = optional("false: nobody's turn is begun after the messages.")
     continue_final_message: bool | None = optional("The last message, an assistant's, goes on; the answer is the rest.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_messages(cls, raw: Object) -> Object:
+        refuse_unless(not {"prompt", "messages"} <= raw.keys(), "give either messages or prompt", "prompt")
+        said = [{"role": "user", "content": raw.get("prompt")}]
+        return {**raw, "messages": said} if isinstance(raw.get("prompt"), str) else raw
 
 
 def parse_chat(data: bytes, defaults: Defaults, reading: Reading | None = None) -> GenerationRequest:

@@ -235,7 +235,7 @@ def fields_of(model: type[Body]) -> Fields:
     refused |= dict.fromkeys(_TABLE["wrapped"].split() if own.get("wrapped") else (), ())
     return Fields(
         known,
-        {name: unless for name, unless in refused.items() if name not in known},
+        {name: unless for name, unless in refused.items() if not {name, OTHER_NAMES.get(name)} & known},
         NO_EFFECT - known,
         _NESTED
         | {name: OBJECTS[of] for name, of in own.get("nested", {}).items()}

@@ -29,6 +29,8 @@ class GenerateBody(Body):
     text: str | None = optional("The prompt.", minLength=1)
     input_ids: Ids | None = optional("The prompt as token ids.", minItems=1)
     sampling_params: GenerateSampling | None = optional("How to continue it.")
+    max_tokens: MaxTokens | None = optional("As in `sampling_params`.")
+    ignore_eos: bool | None = optional("As in `sampling_params`.")
     cache_salt: Salt | None = optional("As in `sampling_params`.")
     stream: bool | None = optional("Answer with server-sent events.")
     timeout: Seconds | None = optional("As in `sampling_params`.")
@@ -40,9 +42,10 @@ def parse_generate(data: bytes, defaults: Defaults, reading: Reading | None = No
     text, ids = body.text, body.input_ids
     refuse_unless((text is None) != (ids is None), "give either text or input_ids", "text")
     sampling = body.sampling_params or GenerateSampling()
-    max_tokens = sampling.max_tokens if sampling.max_new_tokens is None else sampling.max_new_tokens
+    max_tokens = sampling.max_new_tokens or sampling.max_tokens or body.max_tokens
     prompt = IdsPrompt(input_ids=pack_ids(ids or ())) if text is None else TextPrompt(text=text)
     sampling.cache_salt = body.cache_salt or sampling.cache_salt
+    sampling.ignore_eos = body.ignore_eos or sampling.ignore_eos
     params, timeout = sampling.params(max_tokens, defaults), body.timeout or sampling.timeout or 0.0
     return GenerationRequest((prompt,), params, stream=bool(body.stream), timeout=timeout)
 
