@@ -33,21 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
+    if argv[:1] == ["help"] and argv[1:]:
+        argv = [argv[1], "--help"]
     name, *words = argv if argv and not argv[0].startswith("-") else ["", *argv]
-    if name == "help" and words:
-        name, words = words[0], ["--help"]
     if name == "bench":
         from minisgl.benchmark import main as run
     elif name == "doctor":
         from minisgl.doctor import main as run
     elif name == "quantize":
         from minisgl.quantize import main as run
-    elif name not in ("", "serve", "chat"):
+    elif name in ("", "serve", "chat"):
+        return _serve(name, words)
+    else:
         from minisgl.cli.commands import main
 
-        return main(name, words)
-    else:
-        return _serve(name, words)
+        return main(argv)
     return run(words)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -193,3 +194,12 @@ def test_keyword_options() -> None:
         args_from_options({"pagesize": 1})
     with pytest.raises(ConfigError, match="page_size='big'"):
         args_from_options({"page_size": "big"})
+
+
+def test_llm_shows_its_options_in_its_signature() -> None:
+    from minisgl.llm import LLM
+
+    parameters = inspect.signature(LLM).parameters
+    assert next(iter(parameters)) == "model"
+    assert set(parameters) == {"model", *ServerArgs.__dataclass_fields__}
+    assert parameters["page_size"].default is None and parameters["cache_type"].default == "radix"

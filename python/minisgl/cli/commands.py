@@ -21,8 +21,9 @@ TEXTS = Path(__file__).parent / "texts"
 COMMANDS: dict[str, dict[str, Any]] = yaml.safe_load((TEXTS / "commands.yaml").read_text(encoding="utf-8"))
 
 
-def main(name: str, argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run a command of this module. Returns the exit status. Raises: ConfigError for a wrong command line."""
+    name, *words = argv
     if name not in COMMANDS:
         hint = f"; minisgl serve {name} serves a model" if "/" in name else suggestion(name, COMMANDS)
         raise ConfigError(f"unknown command {name}{hint}; see minisgl help")
@@ -33,7 +34,7 @@ def main(name: str, argv: Sequence[str]) -> int:
         parser.add_argument("--revision", help="branch, tag or commit (default: the newest)")
     elif name == "completion":
         parser.add_argument("shell", choices=COMMANDS[name]["words"])
-    {"pull": _pull, "ls": _ls, "help": _help, "completion": _completion}[name](parser.parse_args(argv))
+    {"pull": _pull, "ls": _ls, "help": _help, "completion": _completion}[name](parser.parse_args(words))
     return 0
 
 

@@ -245,8 +245,7 @@ def _parse(name: str, value: Any, source: str) -> Any:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return "".join(f" (did you mean {close}?)" for close in difflib.get_close_matches(word, list(known), n=1))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -255,8 +254,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            message = f"unknown argument {unknown}{suggestion(unknown.split()[0], flags)}"
+            message = f"unknown argument {unknown}{suggestion(unknown.split()[0], self._option_string_actions)}"
         raise ConfigError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 

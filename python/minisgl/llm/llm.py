@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from inspect import Signature, signature
 from typing import Any, TypeGuard
 
 from rich.progress import Progress
 
-from minisgl.config.args import args_from_options
+from minisgl.config.args import ServerArgs, args_from_options
 from minisgl.config.resolve import prepare
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
@@ -121,19 +122,16 @@ class LLM:
     the flags' names (`dtype="float32"`, `page_size=16`, `tp=2` …). Use it as a context manager, or call `close`.
     Not for several threads at a time. Child processes are spawned: with more than one rank, a script must create the
     LLM under `if __name__ == "__main__":`.
-
     A program with a loop of its own calls `submit`, then `turn` again and again, which returns the requests that ended.
 
     Raises: ConfigError when an option, or the model, cannot be used.
     """
 
     def __init__(self, model: str | None = None, **engine_options: Any) -> None:
-        if model is not None:
-            engine_options["model_path"] = str(model)
-        self.config = prepare(args_from_options(engine_options))
+        named = {} if model is None else {"model_path": str(model)}
+        self.config = prepare(args_from_options({**engine_options, **named}))
         engine, scheduler = self.config.engine, self.config.scheduler
-        self.pending: dict[int, Pending] = {}
-        self._next_uid = 0
+        self.pending, self._next_uid = dict[int, Pending](), 0
         self._release_interrupts: Callable[[], None] = lambda: None
         self._closers = ExitStack()  # all of them run, whatever one raises
         self.endpoints = ipc_endpoints(self._closers.enter_context(private_folder()), tp_size=engine.tp_size)
@@ -285,6 +283,10 @@ class LLM:
         """Now and then while a step runs. Raises: WorkerDied when it waits for a rank that is gone."""
         self._release_interrupts()
         self._supervisor.check(0.0)
+
+
+_OPTIONS = [option.replace(kind=option.KEYWORD_ONLY) for option in signature(ServerArgs).parameters.values()]
+LLM.__signature__ = Signature([*signature(LLM).parameters.values()][:1] + _OPTIONS)  # type: ignore[attr-defined]
 
 
 def _is_conversation(value: Any) -> TypeGuard[Conversation]:
