@@ -82,7 +82,8 @@ def test_products(ops, kind: str, n: int, k: int, dtype: torch.dtype) -> None:
         if on_hopper:
             group = 128 if kind == "block" else k
             close(matrix.apply(x), plain @ weight.T, 6e-2)
-            plain, scaled = rounded(x, group), rounded(ops.rms_norm(x, gain, EPS), group)
+            scaled = rounded(ops.rms_norm(x, gain, EPS), group)
+            plain = x.float() if m == 1 and kind != "block" and k % 64 == 0 else rounded(x, group)
         close(matrix.apply(x, bias), plain @ weight.T + bias.float(), limit)
         close(matrix.norm_apply(x, gain, EPS), scaled @ weight.T, limit)
         close(matrix.apply_add(x, residual.clone()), plain @ weight.T + residual.float(), limit)

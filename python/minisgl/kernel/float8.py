@@ -26,6 +26,7 @@ Tensor = torch.Tensor
 
 GROUP = 128  # columns that share a scale, where rows have several
 TOKEN_TILES = {False: (32, 64, 128, 256), True: (32, 64)}  # by whether rows have several scales
+SKINNY_WEIGHTS = 32 << 20
 WAVES = -1  # a split: blocks take whole tiles, one after the other
 # The library multiplies more of them faster. With one scale of a row, the pass that it takes to add to a residual, or
 # for gate and up, makes the second of these limits.
@@ -84,9 +85,11 @@ class Float8Matrix(FusedMatrix):
         device = weight.data.device
         self._on_hopper = decode_gemm.is_available(device) and weight.data.shape[1] <= MAX_FEATURES
         tasks = [partial(skinny.prepare, device, dtype, tile, True) for tile in skinny.TOKEN_TILES]
-        if self._on_hopper:
+        self._few: int | None = None  # tokens that are multiplied as they are, without a norm; None: all
+        if self._on_hopper:  # one is, with the output of attention, during which nothing comes from memory
+            self._few = int(weight.data.numel() <= SKINNY_WEIGHTS and not weight.has_groups)
             prepare = partial(decode_gemm.prepare, device, dtype, kind=1 + weight.has_groups)
-            tasks = [partial(prepare, tile) for tile in TOKEN_TILES[weight.has_groups]]
+            tasks = [*tasks[: self._few], *(partial(prepare, tile) for tile in TOKEN_TILES[weight.has_groups])]
         side_by_side(tasks)
         self._quantize = load_kernel("quantize", torch.cuda.get_device_capability(device)).quantize
         self._library_scales = self._find_library_scales() if dtype == torch.bfloat16 and self._on_hopper else None
@@ -147,11 +150,12 @@ class Float8Matrix(FusedMatrix):
 
     def fused(self, x: Tensor, around: Around) -> Tensor | None:
         n = around.num_out(len(self.weight.data))
-        if self._on_hopper:
-            return self.product(self.quantize(x, around.norm, around.eps), around) if n % 16 == 0 else None
-        if not skinny.takes(x, n, around.norm is not None, float8=True):
+        is_few = self._few is None or (len(x) <= self._few and around.norm is None)
+        if is_few and skinny.takes(x, n, around.norm is not None, float8=True):
+            return skinny.linear(x, self.weight.data, around, self.weight.scales)
+        if not self._on_hopper or n % 16:
             return None
-        return skinny.linear(x, self.weight.data, around, self.weight.scales)
+        return self.product(self.quantize(x, around.norm, around.eps), around)
 
     def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.weight.widen(x.dtype), bias)
