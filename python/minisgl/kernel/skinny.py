@@ -45,7 +45,7 @@ def variants(tokens: int, gated: bool, float8: bool = False, shared: int = 113) 
 def supports(
     m: int, n: int, k: int, dtype: torch.dtype, norm: bool = False, float8: bool = False, shared: int = 113
 ) -> bool:
-    """Whether `m` tokens times a weight of `n` outputs and `k` inputs can be computed here. n: of gate and up, one half.
+    """Whether `m` tokens times a weight of `n` outputs and `k` inputs can be computed here. n: one half of gate and up.
     norm: with a norm weight. float8: e4m3. shared: KiB."""
     shape_fits = 0 <= m <= MAX_TOKENS and n > 0 and n % 8 == 0 and k > 0 and k % (64 if float8 else 32) == 0
     max_norm_k = MAX_NORM_K if shared == 113 and not (float8 and m > 16) else 5120
