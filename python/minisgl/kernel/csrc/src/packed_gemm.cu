@@ -7,12 +7,10 @@
 #include "minisgl/packed_gemm.cuh"
 #endif
 
-#include <tvm/ffi/optional.h>
+#include "minisgl/arguments.cuh"
 
 namespace minisgl {
 namespace {
-
-using tvm::ffi::Optional;
 
 struct Workspace {
   int64_t floats, flags;
@@ -96,24 +94,6 @@ void dispatch(Args args, const TensorView& x, const Workspace& workspace, int64_
 }
 #endif
 
-const T* data_of(const TensorView& t) {
-#if MINISGL_FP16
-  MINISGL_CHECK(is_fp16(t)) << "expected fp16";
-#else
-  MINISGL_CHECK(is_bf16(t)) << "expected bf16";
-#endif
-  MINISGL_CHECK(t.device().device_type == kDLCUDA) << "expected a CUDA tensor";
-  MINISGL_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0) << "expected 16-byte alignment";
-  return static_cast<const T*>(t.data_ptr());
-}
-
-// A vector of `size` elements, or null.
-const T* vector_of(const Optional<TensorView>& t, int64_t size) {
-  if (!t.has_value()) return nullptr;
-  MINISGL_CHECK((*t).ndim() == 1 && (*t).size(0) == size && (*t).stride(0) == 1) << "expected a vector of " << size;
-  return data_of(*t);
-}
-
 // out [m, n] = rms_norm(x [m, k]) W^T + bias (+ out if `add`, rounded once), without the norm where there are no gains; or,
 // if `gated`, silu(gate) * up of [gate, up] = rms_norm(x) W^T + bias. weight: packed [row tiles, units, bytes], of which
 // all scales are to be multiplied by `unit`. partials and flags: the workspace, flags zero.
@@ -126,7 +106,7 @@ void packed_linear(TensorView x, Optional<TensorView> norm, double eps, TensorVi
   MINISGL_CHECK(out.size(0) == tokens && out.stride(1) == 1 && (tokens == 1 || out.stride(0) == outputs));
   MINISGL_CHECK(k > 0 && k % 8 == 0 && outputs > 0 && outputs % 8 == 0 && k < (1 << 24) && outputs < (1 << 24))
       << "unsupported shape: " << tokens << " tokens, " << outputs << " x " << k;
-  MINISGL_CHECK(x.stride(1) == 1 && (x.stride(0) % 8 == 0 || tokens == 1)) << "expected rows at 16-byte boundaries";
+  check_rows(x);
   int64_t row_tiles = gated ? outputs / 8 : (outputs + 15) / 16;
   MINISGL_CHECK(is_dtype(weight, kDLUInt, 8) && weight.size(0) == row_tiles && weight.size(2) == kUnitBytes &&
                 weight.size(1) == (k + kUnitK - 1) / kUnitK && weight.stride(2) == 1 &&

@@ -2,12 +2,10 @@
 // tokens (MINISGL_TOKENS), and size (MINISGL_GROUP) and kind (MINISGL_MINIMA) of groups.
 #include <minisgl/packed_wide.cuh>
 
-#include <tvm/ffi/optional.h>
+#include <minisgl/arguments.cuh>
 
 namespace minisgl {
 namespace {
-
-using tvm::ffi::Optional;
 
 constexpr int kMaxShared = 227 * 1024;  // bytes of a block
 constexpr auto kMapType = MINISGL_FP16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -73,17 +71,6 @@ void dispatch(const Args& args, const Operands& operands, int64_t warpgroups) {
   run<WideConfig<kGated, 2>>(args, operands);
 }
 
-const T* data_of(const TensorView& t) {
-#if MINISGL_FP16
-  MINISGL_CHECK(is_fp16(t)) << "expected fp16";
-#else
-  MINISGL_CHECK(is_bf16(t)) << "expected bf16";
-#endif
-  MINISGL_CHECK(t.device().device_type == kDLCUDA) << "expected a CUDA tensor";
-  MINISGL_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0) << "expected 16-byte alignment";
-  return static_cast<const T*>(t.data_ptr());
-}
-
 // out [m, n] = x [m, k] W^T + bias (+ out if `add`, rounded once); or, if `gated`, silu(gate) * up of [gate, up] = x W^T.
 // weight: packed [row tiles, units, bytes], with factor `unit`. partials and flags: the workspace, flags zero.
 void packed_wide_linear(TensorView x, TensorView weight, double unit, Optional<TensorView> bias, TensorView out,
@@ -95,7 +82,7 @@ void packed_wide_linear(TensorView x, TensorView weight, double unit, Optional<T
   MINISGL_CHECK(out.size(0) == tokens && out.stride(1) == 1 && (tokens == 1 || out.stride(0) == outputs));
   MINISGL_CHECK(tokens < (1 << 16) && k > 0 && k % 8 == 0 && outputs > 0 && outputs % 8 == 0 && outputs < (1 << 20))
       << "unsupported shape: " << tokens << " tokens, " << outputs << " x " << k;
-  MINISGL_CHECK(x.stride(1) == 1 && (x.stride(0) % 8 == 0 || tokens == 1)) << "expected rows at 16-byte boundaries";
+  check_rows(x);
   int64_t row_tiles = gated ? outputs / 8 : (outputs + 15) / 16, units = (k + kUnitK - 1) / kUnitK;
   MINISGL_CHECK(is_dtype(weight, kDLUInt, 8) && weight.size(0) == row_tiles && weight.size(1) == units &&
                 weight.size(2) == kUnitBytes && weight.is_contiguous())
@@ -104,10 +91,7 @@ void packed_wide_linear(TensorView x, TensorView weight, double unit, Optional<T
   MINISGL_CHECK(is_fp32(partials) && is_int32(flags)) << "expected fp32 and int32 workspaces";
   Args args{};
   args.out = const_cast<T*>(data_of(out));
-  if (bias.has_value()) {
-    MINISGL_CHECK((*bias).ndim() == 1 && (*bias).size(0) == outputs && (*bias).stride(0) == 1) << "not such a bias";
-    args.bias = data_of(*bias);
-  }
+  args.bias = vector_of(bias, outputs);
   args.residual = add ? args.out : nullptr;
   args.partials = static_cast<float*>(partials.data_ptr());
   args.flags = static_cast<unsigned*>(flags.data_ptr());
