@@ -39,7 +39,8 @@ def command(model: Path) -> list[str]:
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MINISGL_")}
+    size = ("COLUMNS", "LINES")  # of another terminal, where a test runner sets them
+    inherited = {n: value for n, value in os.environ.items() if not n.startswith("MINISGL_") and n not in size}
     paths = {"HOME": str(home), "XDG_STATE_HOME": str(home / "state"), "PYTHONPATH": str(ROOT / "python")}
     compiled = {"MINISGL_CACHE_DIR": str(cache_dir().parent)}  # which would else be in the home
     return {**inherited, **paths, **compiled, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", **more}

@@ -38,7 +38,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def outputs_of(path: Path, tp_size: int = 1) -> list[RequestOutput]:
-    with LLM(str(path), dtype="bfloat16", tp=tp_size) as llm:
+    with LLM(str(path), dtype="bfloat16", tp=tp_size, num_pages=256) as llm:  # whatever else is on the device
         return llm.generate(make_prompts()[:6], PARAMS, progress=False)
 
 

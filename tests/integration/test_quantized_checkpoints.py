@@ -399,7 +399,7 @@ def test_bad_tensors_are_named(
         (
             "fp8 of blocks",
             {"intermediate_size": 384},
-            r"gate_proj.weight_scale_inv: tensor parallelism would cut \[192, 3",
+            r"gate_proj.weight_scale_inv: \[192, 384\) of 384, a rank's or a part's, is cut through blocks of 128",
         ),
         ("gptq in order of activations", {}, r"g_idx: .*; with act-order, --tensor-parallel-size must be 1"),
     ],
