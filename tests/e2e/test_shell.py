@@ -30,7 +30,7 @@ NUM_PAGES = 256
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shell") / "model"
-    shutil.copytree(tiny_model("qwen3", vocab_size=400, eos_token_id=399, max_position_embeddings=4096), path)
+    shutil.copytree(tiny_model("qwen3", vocab_size=400, eos_token_id=None, max_position_embeddings=4096), path)
     return make_byte_level(path)
 
 
