@@ -30,7 +30,7 @@ NUM_PAGES = 256
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shell") / "model"
-    shutil.copytree(tiny_model("qwen3", vocab_size=400, eos_token_id=None, max_position_embeddings=4096), path)
+    shutil.copytree(tiny_model("qwen3", vocab_size=400, eos_token_id=399, max_position_embeddings=4096), path)
     return make_byte_level(path)
 
 
@@ -122,6 +122,8 @@ def test_a_session(terminal: Terminal, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(terminal: Terminal) -> None:
+    terminal.ask("/set temperature 0", expect="temperature is 0.0")  # drawn at random, the end might come by itself
+    terminal.child.expect_exact(PROMPT)
     terminal.child.sendline("tell me everything")
     terminal.child.expect_exact(ASKED)
     terminal.child.expect_exact(DRAWN)
