@@ -207,7 +207,7 @@ def float8_products(has_groups: bool) -> None:
         weight = merge([Float8(up(part.data), up(part.scales, torch.float32))])
         assert weight is not None
         plain, normed = F.linear(x, part.dequantize()), REFERENCE.rms_norm(x, gain, EPS) @ part.dequantize().T
-        for v in skinny.variants(m, False, True):
+        for v in skinny.variants(m, False, True) if m <= skinny.TOKEN_TILES[-1] else ():
             found = [skinny.linear(up(x), weight.data, Around(norm=up(gain), eps=EPS), weight.scales, v)]
             found.append(skinny.linear(up(x), weight.data, Around(residual=up(residual)), weight.scales, v))
             check(("skinny e4m3", m, n, k, v), found, (normed, plain + residual))
