@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import reduce
 from operator import add
 from typing import Any
@@ -15,7 +16,7 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 
 from tests.clients.prompts import ANNA, MODEL, SUM, WEATHER, Person
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import ROOT, Server
 
 # What pydantic says of the `openai` library's own generic classes when LangChain makes them JSON again.
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")
@@ -35,6 +36,14 @@ def chat_model(demo: Server, **options: Any) -> ChatOpenAI:
 @pytest.fixture
 def model(demo: Server) -> ChatOpenAI:
     return chat_model(demo)
+
+
+def test_what_the_documents_show(demo: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "howto" / "clients.md").read_text()
+    (shown,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    exec(shown.replace("http://127.0.0.1:1919", demo.url).replace("minisgl-demo", MODEL), {})
+    answer, streamed = capsys.readouterr().out.split("\n", 1)
+    assert answer and answer == streamed
 
 
 async def test_all_ways_to_ask_say_the_same(model: ChatOpenAI) -> None:
