@@ -93,6 +93,8 @@ def test_a_request_has_its_stages_in_order(http: httpx.Client) -> None:
     request_id, body = complete(http, "Once upon a time", 24)
     end = time.time()
     told = http.get(f"/trace/{request_id}").json()
+    while told["outputs"][0]["stages"][-1]["time"] is None:  # a client may have its answer before that is noted
+        told = http.get(f"/trace/{request_id}").json()
     assert told == http.get(f"/trace/{body['id']}").json()
     assert (told["id"], told["response_id"], told["owner_is_you"], told["prompt"]) == (
         request_id,
@@ -104,7 +106,8 @@ def test_a_request_has_its_stages_in_order(http: httpx.Client) -> None:
     stages = {stage["name"]: stage for stage in output["stages"]}
     times = [stage["time"] for stage in output["stages"]]
     assert [*stages] == STAGES
-    assert [begin, *times, end] == sorted([begin, *times, end])
+    assert [begin, *times] == sorted([begin, *times])
+    assert times[-2] <= end
     assert [stage["seconds"] for stage in stages.values()] == pytest.approx(
         [when - times[0] for when in times], abs=1e-5
     )
