@@ -174,15 +174,15 @@ class Recorder(Observer):
                 record = self._open.get(waiting["uid"]) or Record(waiting["uid"], queued=now)
                 since = record.retractions[-1]["time"] if record.retractions else record.queued
                 is_passed = not record.admissions and self._overtaken(record)
-                waiting |= {"seconds": now - since, "why": "policy" if is_passed else REASONS[self._why]}
-        known = [self._open.get(uid) or self._ended.get(uid) for uid in question.uids]
+                why = "policy" if is_passed else (*REASONS, "pages")[self._why]  # -1: no step could be planned
+                waiting |= {"seconds": now - since, "why": why}
+        known = [one for uid in question.uids if (one := self._open.get(uid) or self._ended.get(uid))]
         steps = [
             {**step, "rows": [*_rows(step["num_decode"], rows, uids, chunks)]}
             for step, uids, rows, chunks in list(self._steps)[-question.num_steps :]
             if question.num_steps and step["step"] >= question.since
         ]
-        told = Recorded([record for record in known if record is not None], steps, seen)
-        return TraceReply(question.uid, encode_recorded(told))
+        return TraceReply(question.uid, encode_recorded(Recorded(known, steps, seen)))
 
     def _slow_down(self) -> None:
         """Hold a step up for the delay, or as long as there is to be a pause, while somebody views it."""
