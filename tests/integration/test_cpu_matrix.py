@@ -1,7 +1,7 @@
 """Everything that can be combined on a CPU computes what transformers does, and the rest is refused by one line.
 
 What: our kernels or torch × `--dtype` × `--quantization` × `--attention-backend` × `--kv-cache-dtype` (the table is in
-docs/features.md), with both prefix caches and pages of several sizes, in chunks, with prefixes that are in the cache.
+docs/engine.md), with both prefix caches and pages of several sizes, in chunks, with prefixes that are in the cache.
 """
 
 from __future__ import annotations

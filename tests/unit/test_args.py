@@ -107,13 +107,13 @@ def test_an_unknown_variable_is_warned_about(caplog: pytest.LogCaptureFixture, v
 
 
 def test_each_variable_that_is_read_is_known_and_documented() -> None:
-    """No list may forget one: neither that of `env.py` nor that of docs/features.md."""
+    """No list may forget one: neither that of `env.py` nor that of docs/operations.md."""
     package = Path(config.__file__).parents[1]
     text = "".join(file.read_text() for file in package.rglob("*.py"))
     read = set(re.findall(r"""(?:environ\b[^"\n]*|env_[a-z]+\()"(MINISGL_\w+)""", text))
     assert len(read) >= 10
     assert read <= VARIABLES
-    table = (package.parents[1] / "docs" / "features.md").read_text().partition("## Environment variables")[2]
+    table = (package.parents[1] / "docs" / "operations.md").read_text().partition("## Environment variables")[2]
     for variable in VARIABLES - {"MINISGL_TEST_CPU_TARGET"}:
         assert variable in table or variable.startswith("MINISGL_SHELL_"), variable
 

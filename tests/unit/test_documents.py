@@ -28,8 +28,8 @@ def test_the_flags_of_the_readme_are_the_programs(capsys: pytest.CaptureFixture[
 
 
 def test_headings_that_are_not_there_are_named() -> None:
-    text = "[a](#flags) [b](#flegs) [c](docs/features.md#access) [d](docs/features.md#excess) [e](https://x.org/#y)"
-    assert missing_headings(README, text) == ["heading: #flegs", "heading: docs/features.md#excess"]
+    text = "[a](#flags) [b](#flegs) [c](docs/operations.md#access) [d](docs/operations.md#excess) [e](https://x.org/#y)"
+    assert missing_headings(README, text) == ["heading: #flegs", "heading: docs/operations.md#excess"]
 
 
 def test_files_and_extras_that_are_not_there_are_named() -> None:
