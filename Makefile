@@ -24,46 +24,45 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST)
 
-PIP := $(BIN)/python -m pip install --disable-pip-version-check
+INSTALL := tools/install $(BIN)/python -c constraints.txt
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "minisgl needs Python 3.10 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@tools/patiently "making $(VENV)" $(PYTHON) -m venv $(VENV)
 
-# Where there is no NVIDIA GPU, torch's CPU build is enough: a small part of the download. uv knows where it is; if it
-# cannot be had from there, pip brings what it takes by itself. TORCH=default: always that.
+# uv installs in a small part of pip's time. Where there is no NVIDIA GPU, torch's CPU build is enough: a small part of
+# the download, and uv knows where it is. What uv cannot get, pip takes from where it does. TORCH=default: always that.
 TORCH ?= $(shell [ "$$(uname -sm)" != 'Linux x86_64' ] || ls /dev/nvidiactl /dev/dxg 2>/dev/null | grep -q . || echo cpu)
 $(CORE) $(DEV) $(CLIENTS) $(BROWSER): $(VENV)/.torch
 $(VENV)/.torch: constraints.txt | $(BIN)/python
+	@tools/patiently "installing uv" $(INSTALL) uv || echo "uv cannot be had: pip installs, and takes longer"
 ifeq ($(TORCH),cpu)
-	@tools/patiently "installing uv" $(PIP) -c constraints.txt uv && tools/patiently "installing torch for CPUs: 200 MB" \
-	    $(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu --no-deps -c constraints.txt torch \
-	    2>/dev/null || echo "torch's CPU build cannot be had: pip brings what it takes by itself"
+	@tools/patiently "installing torch for CPUs: 200 MB" $(INSTALL) --torch-backend cpu --no-deps torch
 endif
 	@touch $@
 
 $(CORE): pyproject.toml constraints.txt | $(BIN)/python
-	@tools/patiently "installing minisgl into $(VENV)" $(PIP) -c constraints.txt -e .
+	@tools/patiently "installing minisgl into $(VENV)" $(INSTALL) -e .
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
-	@tools/patiently "installing minisgl and what its tests need into $(VENV)" $(PIP) -c constraints.txt -e '.[dev]'
+	@tools/patiently "installing minisgl and what its tests need into $(VENV)" $(INSTALL) -e '.[dev]'
 	@touch $(CORE) $@
 
 $(BROWSER): pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	@tools/patiently "installing what drives a browser" $(INSTALL) -e '.[dev,browser]'
 	@touch $(CORE) $(DEV) $@
 
 $(DOCS): pyproject.toml constraints.txt | $(CORE)
-	@tools/patiently "installing what the site is built with" $(PIP) -c constraints.txt -e '.[docs]'
+	@tools/patiently "installing what the site is built with" $(INSTALL) -e '.[docs]'
 	@touch $@
 
 $(CLIENTS): pyproject.toml constraints.txt $(APART) | $(BIN)/python
-	@tools/patiently "installing the clients of the tests" $(PIP) --no-compile -c constraints.txt -e '.[dev,clients]'
+	@tools/patiently "installing the clients of the tests" $(INSTALL) -e '.[dev,clients]'
 	rm -rf $(VENV)/apart
 	set -e; for list in $(APART); do \
-	    tools/patiently "installing those of $$list" $(PIP) --no-compile --no-deps \
+	    tools/patiently "installing those of $$list" tools/install $(BIN)/python --no-deps \
 	        --target $(VENV)/apart/$$(basename $$list .txt) -r $$list; \
 	done
 	@touch $(CORE) $(DEV) $@
