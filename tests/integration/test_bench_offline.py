@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minisgl import benchmark
+from minisgl import benchmark, simulate
 from minisgl.benchmark.shapes import write_shape
 from minisgl.errors import ConfigError
 from tests.models import BASE, tiny_model
@@ -75,6 +75,35 @@ def test_workloads_fit_the_built_in_model(workload: str, tmp_path: Path) -> None
     assert document["summary"]["num_output"] == 10
     with pytest.raises(ConfigError, match="--vocab-size 10001: the model has 4096 tokens"):
         benchmark.main(["offline", *flags, "--vocab-size", "10001"])
+
+
+def test_steps_are_timed_for_the_simulator(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 1 to 64 requests at once, prefills and decodes; what is simulated by them takes about as long."""
+    file, out = tmp_path / "steps.json", tmp_path / "out.json"
+    flags = ["--num-prompts", "42", "--input-len", "2:100", "--output-len", "1:8", "--model", str(model)]
+    assert benchmark.main(["--calibrate", str(file), *flags, "--num-pages", "512"]) == 0
+    document = json.loads(file.read_text())
+    shares = [shares for shares, _ in document["steps"]]
+    assert {len(own) for own in shares} >= {1, 2, 3, 4}
+    assert any(count > 1 for own in shares for _, count in own)
+    assert all(0 < seconds < 60 for _, seconds in document["steps"])
+    assert document["config"]["scheduler"]["num_pages"] == 512
+    load = [
+        "--prefix-len",
+        "0",
+        "--input-len",
+        "9",
+        "--output-len",
+        "4",
+        "--turns",
+        "1",
+        "--rate",
+        "1",
+        "--json",
+        str(out),
+    ]
+    assert simulate.main(["--calibration", str(file), "--model", str(model), "--replicas", "1", *load]) == 0
+    assert json.loads(out.read_text())["results"][0]["requests"] == 60
 
 
 def test_what_features_cost_with_a_stand_in_tokenizer(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_help_shows_groups_and_defaults(capfd: pytest.CaptureFixture[str]) -> No
     assert untold == ["config"]
 
 
-@pytest.mark.parametrize("name", ["pull", "ls", "doctor"])
+@pytest.mark.parametrize("name", ["pull", "ls", "doctor", "simulate"])
 def test_completion_knows_the_flags_of_each_command(capfd: pytest.CaptureFixture[str], name: str) -> None:
     with pytest.raises(SystemExit):
         main([name, "--help"])
@@ -129,7 +129,7 @@ def test_completion_knows_the_flags_of_quantize() -> None:
 
 # What is typed, and what may come next.
 CASES = [
-    ("minisgl ", {"serve", "chat", "pull", "ls", "doctor", "bench", "quantize", "help", "completion"}),
+    ("minisgl ", {"serve", "chat", "pull", "ls", "doctor", "bench", "simulate", "quantize", "help", "completion"}),
     ("minisgl se", {"serve"}),
     ("minisgl serve --device ", {"auto", "cpu", "cuda"}),
     ("minisgl serve --schedule-policy l", {"lpm"}),
@@ -139,6 +139,7 @@ CASES = [
     ("minisgl pull --model-source h", {"huggingface"}),
     ("minisgl quantize --quantization ", {"int4", "int8"}),
     ("minisgl bench o", {"offline"}),
+    ("minisgl simulate --router r", {"random"}),
 ]
 
 

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from minisgl.errors import ConfigError
 
-USAGE = """usage: minisgl bench {serve,offline} [options]
+USAGE = """usage: minisgl bench {serve,offline} [options], or minisgl bench --calibrate FILE [options of offline]
 
-  serve    send requests to an OpenAI-compatible server and measure throughput and latency
-  offline  generate in this process, without HTTP, and measure throughput
+  serve        send requests to an OpenAI-compatible server and measure throughput and latency
+  offline      generate in this process, without HTTP, and measure throughput
+  --calibrate  time single steps in this process, and write them for minisgl simulate
 
 minisgl bench serve --help and minisgl bench offline --help list the options."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command. Returns the exit status: 0, or 1 when every request failed. Raises: ConfigError."""
+    if argv and argv[0] == "--calibrate":
+        argv = ["offline", "--workload", "steps", "--output", *argv[1:]]
     command = argv[0] if argv else ""
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
-    if command == "serve":
-        from minisgl.benchmark.serve import main as run
-    elif command == "offline":
-        from minisgl.benchmark.offline import main as run
-    else:
-        raise ConfigError(f"bench {command or 'alone'}: expected serve or offline; see minisgl bench --help")
-    return run(argv[1:])
+    if command not in ("serve", "offline"):
+        expected = "expected serve or offline, or --calibrate FILE; see minisgl bench --help"
+        raise ConfigError(f"bench {command or 'alone'}: {expected}")
+    return int(import_module(f"minisgl.benchmark.{command}").main(argv[1:]))
 
 
 def run_script(main: Callable[[], object]) -> None:

@@ -217,7 +217,7 @@ def check_files(**files: str | None) -> None:
             raise ConfigError(f"--{name} {path}: there is no such directory")
 
 
-def write_files(args: Any, summary: Summary, records: Sequence[Record], steps: Sequence[float] = ()) -> None:
+def write_files(args: Any, summary: Summary, records: Sequence[Record], steps: Sequence[object] = ()) -> None:
     """What `--json` and `--output` ask for. Raises: ConfigError naming the file that cannot be written."""
     config = {
         name: value if isinstance(value, int | float | None | dict) else str(value)

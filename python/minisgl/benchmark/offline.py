@@ -24,6 +24,7 @@ from minisgl.config.args import ArgumentParser, ServerArgs, parse_args
 from minisgl.config.device import kept_as
 from minisgl.core import SamplingParams
 from minisgl.errors import ConfigError, RequestError
+from minisgl.message.messages import IdsPrompt, pack_ids
 
 if TYPE_CHECKING:
     from minisgl.llm import LLM, RequestOutput
@@ -34,8 +35,8 @@ class Workload:
     """Requests with lengths in tokens, and ids below `vocab_size`. prefix_len: tokens that all prompts begin with."""
 
     about: str
-    inputs: Lengths
-    outputs: Lengths
+    input_len: Lengths
+    output_len: Lengths
     num_prompts: int = 32
     vocab_size: int = 256
     temperature: float = 0.0
@@ -51,16 +52,8 @@ WORKLOADS = {
     "prefix": Workload("one long prefix, as of a system prompt", Lengths(8, 32), Lengths(16, 64), prefix_len=256),
     "prefill": Workload("long prompts, one output token", Lengths(512, 512), Lengths(1, 1)),
     "decode": Workload("short prompts, long outputs", Lengths(16, 16), Lengths(256, 256)),
+    "steps": Workload("more and more at once, for minisgl simulate", Lengths(1, 1024), Lengths(1, 64), 280),
 }
-_RESOLVED = (
-    "dtype",
-    "device",
-    "page_size",
-    "max_prefill_length",
-    "prefill_backend",
-    "decode_backend",
-    "cuda_graph_max_bs",
-)
 _WARMUP_INPUT, _WARMUP_OUTPUT = Lengths(16, 64), Lengths(16, 32)
 
 
@@ -92,17 +85,19 @@ def main(argv: Sequence[str]) -> int:
     options = engine_options(parse_args(engine_flags))
     metrics.check_files(json=args.json, output=args.output)
     fill_in(args)
-    args.engine = options
-    title = f"minisgl bench offline: {args.shape or options.get('model_path', 'built-in demo model')}, {args.workload}"
+    args.engine, args.model = options, args.shape or options.get("model_path", "built-in demo model")
+    title = f"minisgl bench offline: {args.model}, {args.workload}"
     try:
         with model_options(args.shape, options) as model:
             run = Run(args, model)
-            args.resolved = {name: getattr(run.engine, name) for name in _RESOLVED}
+            args.scheduler = dataclasses.asdict(run.scheduler)
+            names = [field.name for field in dataclasses.fields(run.engine) if field.name != "model"]
+            args.resolved = {name: getattr(run.engine, name) for name in names}
     except RequestError as error:
         raise ConfigError(f"--workload {args.workload}: {error}") from None
     summary = metrics.summarize(run.records, run.duration, run.steps, run.floor, run.step_floor, run.ceilings)
     metrics.print_summary(title, summary)
-    metrics.write_files(args, summary, run.records, run.steps)
+    metrics.write_files(args, summary, run.records, run.shares or run.steps)
     return int(summary.num_failed == summary.num_requests)
 
 
@@ -115,9 +110,7 @@ def engine_options(args: ServerArgs) -> dict[str, Any]:
 def fill_in(args: argparse.Namespace) -> None:
     """What was not asked for is the workload's."""
     workload = WORKLOADS[args.workload]
-    for name, own in (("input_len", workload.inputs), ("output_len", workload.outputs)):
-        setattr(args, name, getattr(args, name) or own)
-    for name in ("num_prompts", "temperature", "warmup", "prefix_len"):
+    for name in ("input_len", "output_len", "num_prompts", "temperature", "warmup", "prefix_len"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(workload, name))
     if args.workload == "streams" and args.output_len.low != args.output_len.high:
@@ -157,7 +150,8 @@ def make_samples(args: argparse.Namespace) -> tuple[list[Sample], list[Sample]]:
 class Run:
     """Loads the model, warms up and generates: `records` in order, the `duration` in seconds, and the floors.
 
-    steps: seconds of each decode step of a streams workload.
+    steps: seconds of each decode step of a streams workload, or of each step of `steps`. shares: of such a step, for
+    each request, the first position that it computes and how many; and its seconds again.
     """
 
     def __init__(self, args: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -174,17 +168,21 @@ class Run:
         turns: list[float] = []
         options = dict(options)
         with TimedLLM(options.pop("model_path", None), **options) as llm:
-            self.engine = llm.config.engine
+            self.engine, self.scheduler = llm.config.engine, llm.rank.config
             args.vocab_size = vocab_size_for(args, self.engine.model.vocab_size)
             measured, warmup = make_samples(args)
             if warmup:
                 _generate(llm, warmup, args.temperature)
             turns.clear()
+            self.shares: list[tuple[list[tuple[int, int]], float]] = []
             begun = time.perf_counter()
-            outputs = _generate(llm, measured, args.temperature)
+            if args.workload == "steps":
+                outputs = self._time_steps(llm, measured, Random(args.seed))
+            else:
+                outputs = _generate(llm, measured, args.temperature)
             self.duration = time.perf_counter() - begun
         self.records = [to_record(output) for output in outputs]
-        self.steps: list[float] = []
+        self.steps = [seconds for _, seconds in self.shares]
         self.floor: float | None = None
         self.step_floor: float | None = None
         self.ceilings: str | None = None
@@ -192,6 +190,23 @@ class Run:
             turns = turns[-args.output_len.high :]
             self.steps = [after - before for before, after in itertools.pairwise(turns)]
         self._add_floors(args)
+
+    def _time_steps(self, llm: LLM, samples: Sequence[Sample], rng: Random) -> list[RequestOutput]:
+        """Generate one request at a time, then 2, 4 … 64. A step lasts from the end of the one before to its own."""
+        waiting = list(samples)
+        outputs: list[RequestOutput] = []
+        inflight, last = llm.scheduler.planner.inflight, time.perf_counter()
+        while len(outputs) < len(samples):
+            if waiting and len(llm.pending) < 2 ** (6 - 7 * (len(waiting) - 1) // len(samples)):
+                sample = waiting.pop()
+                prompt = IdsPrompt(pack_ids(sample.prompt[rng.randrange(len(sample.prompt)) :]))
+                llm.submit([prompt], SamplingParams(sample.output_len, 0.0, ignore_eos=True))
+            plan = inflight[0].plan if inflight else None
+            outputs += [ended.output() for ended in llm.turn()]
+            last, begun = time.perf_counter(), last
+            if plan is not None:
+                self.shares.append(([(start, num_new) for _, start, num_new, _ in plan.reqs], last - begun))
+        return outputs
 
     def _add_floors(self, args: argparse.Namespace) -> None:
         machine = machine_of(args, self.engine.device)
@@ -203,7 +218,7 @@ class Run:
         load = [(r.num_prompt, r.num_output, r.num_cached) for r in self.records]
         limits = engine.tp_size, engine.max_running_requests, kv_dtype
         self.floor = floor_of(model, dtype, load, machine, *limits).seconds
-        if self.steps:
+        if self.steps and not self.shares:
             contexts = [num_prompt + num_output // 2 for num_prompt, num_output, _ in load]
             num_bytes = weights_read(model, dtype, len(load), engine.tp_size)
             self.step_floor = (num_bytes + kv_read(model, kv_dtype, contexts, engine.tp_size)) / machine.bandwidth

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Parser = Callable[[Any], Any]
 
 
-def _parser(expected: str, fits: Callable[[Any], object], convert: Parser = lambda value: value) -> Parser:
+def parser_of(expected: str, fits: Callable[[Any], object], convert: Parser = lambda value: value) -> Parser:
     """A parser of what can be converted, and then fits. It raises ValueError with what it expects."""
 
     def parse(value: Any) -> Any:
@@ -44,20 +44,20 @@ def _parser(expected: str, fits: Callable[[Any], object], convert: Parser = lamb
 
 
 def _matching(pattern: str, expected: str) -> Parser:
-    return _parser(expected, lambda text: re.fullmatch(pattern, text, re.ASCII | re.DOTALL))
+    return parser_of(expected, lambda text: re.fullmatch(pattern, text, re.ASCII | re.DOTALL))
 
 
 _text = _matching(".+", "a non-empty text")
 _key = _matching("[!-~]+", "printable ASCII characters without spaces")  # what fits an HTTP header
 _origin = _matching(r"\*|https?://[^/\s]+", "origins such as https://example.org, or *")
-_share = _parser("a number above 0 and at most 1", lambda number: 1e-9 <= number <= 1, float)
+_share = parser_of("a number above 0 and at most 1", lambda number: 1e-9 <= number <= 1, float)
 _host = _matching(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*", "names such as llm.example.org, *.example.org, or *, without a port")
 
 
 def integer(low: int, high: float = math.inf) -> Parser:
     """A parser of whole numbers. It raises ValueError with what it expects."""
     expected = f"a whole number of at least {low}" if high == math.inf else f"a whole number from {low} to {high}"
-    return _parser(expected, lambda number: low <= number <= high, lambda value: int(str(value)))
+    return parser_of(expected, lambda number: low <= number <= high, lambda value: int(str(value)))
 
 
 def argument(parse: Parser) -> Parser:
@@ -73,10 +73,10 @@ def argument(parse: Parser) -> Parser:
 
 
 def _seconds(low: float) -> Parser:
-    return _parser(f"a number of seconds from {low:g} to 1e+06", lambda number: low <= number <= 1e6, float)
+    return parser_of(f"a number of seconds from {low:g} to 1e+06", lambda number: low <= number <= 1e6, float)
 
 
-def _several(inner: Parser) -> Parser:
+def several(inner: Parser) -> Parser:
     """A list: comma-separated, or a list in the YAML file. A flag of this kind may also be repeated."""
 
     def parse(value: Any) -> tuple[Any, ...]:
@@ -88,7 +88,7 @@ def _several(inner: Parser) -> Parser:
     return parse
 
 
-_object = _parser(
+_object = parser_of(
     'a JSON object such as {"max_position_embeddings": 8192}',
     lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value),
     lambda value: json.loads(value) if isinstance(value, str) else value,
@@ -102,7 +102,7 @@ def _option(parse: Parser, default: Any, *aliases: str, secret: bool = False, wo
 
 
 def _choice(choices: Sequence[str], default: str | None, *aliases: str) -> Any:
-    parse = _parser(f"one of {', '.join(choices)}", choices.__contains__)
+    parse = parser_of(f"one of {', '.join(choices)}", choices.__contains__)
     return _option(parse, default, *aliases, words=choices if default else ("auto", *choices))
 
 
@@ -145,12 +145,12 @@ class ServerArgs(ServerOptions):
     cpu_threads: int | None = _option(integer(1, 1024), None)
     device: str | None = _choice(("cpu", "cuda"), None)
     tensor_parallel_size: int = _option(integer(1, 64), 1, "--tp-size", "--tp")
-    api_key: tuple[str, ...] = _option(_several(_key), (), secret=True)
-    admin_key: tuple[str, ...] = _option(_several(_key), (), secret=True)
-    allowed_hosts: tuple[str, ...] = _option(_several(_host), ())
+    api_key: tuple[str, ...] = _option(several(_key), (), secret=True)
+    admin_key: tuple[str, ...] = _option(several(_key), (), secret=True)
+    allowed_hosts: tuple[str, ...] = _option(several(_host), ())
     ssl_certfile: str | None = _option(_text, None)
     ssl_keyfile: str | None = _option(_text, None)
-    cors_origin: tuple[str, ...] = _option(_several(_origin), ())
+    cors_origin: tuple[str, ...] = _option(several(_origin), ())
     max_running_requests: int = _option(integer(1, 65536), 256)
     max_prefill_length: int | None = _option(integer(1), None, "--max-extend-length")
     max_seq_len: int | None = _option(integer(2), None, "--max-seq-len-override")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from minisgl.config.args import ArgumentParser, argument, integer
@@ -56,7 +57,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
         label, style = _STYLES[row.status]
         fix = f"\n→ {row.fix}" if row.fix else ""
         table.add_row(
-            row.name, f"[{style}]{label}[/]", _escape(row.detail) + (f"[{style}]{_escape(fix)}[/]" if fix else "")
+            row.name, f"[{style}]{label}[/]", escape(row.detail) + (f"[{style}]{escape(fix)}[/]" if fix else "")
         )
     console.print(table)
     counts = {status: sum(row.status == status for row in rows) for status in _STYLES}
@@ -79,7 +80,3 @@ def main(argv: Sequence[str]) -> int:
     else:
         print_table(rows, Console())
     return int(any(row.status == "fail" for row in rows))
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
