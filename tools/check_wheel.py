@@ -30,8 +30,8 @@ def install(folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
     constraints = ["-c", str(ROOT / "constraints.txt"), f"torch=={version('torch')}"]
-    into = [*pip, "--python", python, "install", "--no-compile", *constraints]
-    subprocess.run([*into, wheel], cwd=folder, env=ENVIRONMENT, check=True)
+    into = [*pip, "--python", str(python), "install", "--no-compile", *constraints]
+    subprocess.run([*into, str(wheel)], cwd=folder, env=ENVIRONMENT, check=True)
     return python
 
 
