@@ -105,9 +105,10 @@ class CpuOps(TorchOps):
         is_odd = is_pair and [part.shape[0] for part in parts] != [half, half]
         if len(kept) == len(parts) and not is_odd and len(orders) == 1:
             return self._packed_matrix(kept, columns[0], activation)
-        plain = [part.data for part in parts if isinstance(part, Blocks) and part.kind == "BF16"]
-        if len(plain) == len(parts):
-            return self.matrix(torch.cat(plain).view(torch.bfloat16), activation)
+        for kind, plain in (("F16", torch.float16), ("BF16", torch.bfloat16)):
+            rows = [part.data for part in parts if isinstance(part, Blocks) and part.kind == kind]
+            if len(rows) == len(parts):
+                return self.matrix(torch.cat(rows).view(plain), activation)
         return super().packed_matrix(parts, torch.float32, activation)
 
     def _as_kept(self, part: Packed) -> Kept | None:

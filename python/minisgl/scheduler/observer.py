@@ -97,7 +97,5 @@ class Status(Observer):
     def reply(self, question: StatsMsg) -> StatsReply:
         planner = self._planner
         assert planner is not None, "there is no scheduler yet"
-        counts = (self._num_pages, planner.pages.num_free, planner.num_retracted)
-        return StatsReply(
-            question.uid, len(planner.running), len(planner.waiting), *counts, self._requests, self._tokens
-        )
+        counts = self._num_pages, planner.pages.num_free, planner.num_retracted, self._requests, self._tokens
+        return StatsReply(question.uid, len(planner.running), len(planner.waiting), *counts)
