@@ -33,9 +33,6 @@ class Observer:
     def told(self, outputs: Sequence[ReqOutput]) -> None:
         """Requests have new tokens, or have ended."""
 
-    def ended(self, output: ReqOutput) -> None:
-        """One of these was the request's last."""
-
     def turned(self) -> None:
         """A turn of the loop is over."""
 
@@ -70,9 +67,7 @@ class Status(Observer):
 
     def told(self, outputs: Sequence[ReqOutput]) -> None:
         self._num_output += sum([len(output.token_ids) for output in outputs])
-
-    def ended(self, output: ReqOutput) -> None:  # noqa: ARG002
-        self._num_done += 1
+        self._num_done += sum([output.finish_reason is not None for output in outputs])
 
     def turned(self) -> None:
         planner, now = self._planner, self._clock()
