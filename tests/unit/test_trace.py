@@ -18,6 +18,7 @@ from minisgl.config.resolve import prepare
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import SamplingParams
 from minisgl.message.messages import AbortMsg, TextPrompt, TokenizeMsg, TraceMsg, TraceReply, UserMsg, pack_ids
+from minisgl.page.stages import stages
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport
 from minisgl.server.errors import add_error_handlers
@@ -28,7 +29,7 @@ from minisgl.trace.export import chart, spans
 from minisgl.trace.journal import Journal, Story, arrived
 from minisgl.trace.recorder import Recorder
 from minisgl.trace.records import STAGES, Event, Output, Recorded, decode_recorded
-from minisgl.trace.routes import Trace, stages
+from minisgl.trace.routes import Trace
 from tests.simulator import SimulatedEngine
 
 CONFIG = SchedulerConfig(
@@ -317,7 +318,7 @@ def test_what_both_processes_know_is_one_story() -> None:
 
 def test_a_story_of_what_has_hardly_begun() -> None:
     journal = Journal()
-    output = journal.begin(arrived(), ("a", "b", "c"), 0, 5, TokenizeMsg(5, TextPrompt("x"), SamplingParams()))
+    output = journal.begin(arrived(("a", "b", "c")), 0, 5, TokenizeMsg(5, TextPrompt("x"), SamplingParams()))
     (story,) = journal.stories
     (told,) = story.told({}, "c")["outputs"]
     assert [event.name for event in told.events] == ["received", "validated"]
@@ -347,7 +348,7 @@ class Asked:
         @self.app.post("/v1")
         async def complete() -> dict[str, int]:
             message = TokenizeMsg(1, TextPrompt("secret words"), SamplingParams())
-            self.journal.begin(arrived(), ("one", "two", ""), 0, 1, message)
+            self.journal.begin(arrived(("one", "two", "")), 0, 1, message)
             return {}
 
     async def _ask(self, timeout: float, **wanted: Any) -> TraceReply:

@@ -24,7 +24,6 @@ from minisgl.trace.journal import Journal, arrived, take
 from minisgl.trace.records import Output
 
 logger = logging.getLogger(__name__)
-
 A = TypeVar("A")
 MAX_REPLIES = 32  # that wait for a slow reader one by one
 MAX_SENT = 2  # times that a request is sent: one whose workers die each time may be why they do
@@ -62,7 +61,7 @@ class Stream(AsyncIterator[tuple[int, UserReply]]):
     """
 
     def __init__(self, frontend: Frontend, request_ids: Sequence[str], begin: Callable[[], None]) -> None:
-        self.request_ids, self.story = request_ids, arrived()  # by which clients know it, and whose it is; the trace's
+        self.request_ids, self.story = request_ids, arrived(request_ids)  # how clients know it, and whose it is
         self.outputs: list[_Output] = []
         self.num_left = 0  # outputs of which more is to come
         self._frontend, self._begin = frontend, begin
@@ -204,8 +203,7 @@ class Frontend:
         for output in request.outputs:
             output.uid = next(self._uids)
             self._outputs[output.uid] = output
-            about = request.stream.story, request.stream.request_ids, output.index, output.uid, request.message
-            output.record = self.journal.begin(*about)
+            output.record = self.journal.begin(request.stream.story, output.index, output.uid, request.message)
         first_uid = request.outputs[0].uid
         request.route = self._routes[first_uid % len(self._routes)] if self._routes else ""
         if request.route:

@@ -43,9 +43,11 @@ class Story:
 _arrived: ContextVar[Story | None] = ContextVar("arrived", default=None)
 
 
-def arrived() -> Story:
-    """The request that is being answered."""
-    return _arrived.get() or Story(time.time(), {})
+def arrived(ids: Sequence[str]) -> Story:
+    """The request that is being answered, which has these ids."""
+    story = _arrived.get() or Story(time.time(), {})
+    story.ids = ids or story.ids
+    return story
 
 
 class Journal:
@@ -56,10 +58,10 @@ class Journal:
         self.stories: deque[Story] = deque(maxlen=MAX_STORIES)
         self.on_sent: Callable[[Story], None] = lambda _: None
 
-    def begin(self, story: Story, ids: Sequence[str], index: int, uid: int, message: TokenizeMsg) -> Output:
+    def begin(self, story: Story, index: int, uid: int, message: TokenizeMsg) -> Output:
         """An output is sent on its way, perhaps once more."""
         if not story.validated:
-            story.validated, story.ids = time.time(), ids or story.ids
+            story.validated = time.time()
             self.stories.append(story)
         if self.keep_prompts and index % message.count == 0:
             story.prompts[index] = msgspec.json.encode(message.prompt)[:MAX_PROMPT].decode("utf-8", "ignore")

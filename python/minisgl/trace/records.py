@@ -90,5 +90,5 @@ class Recorded(msgspec.Struct):
     now: dict[str, Any] | None
 
 
-encode_recorded = msgspec.msgpack.Encoder().encode
+encode_json, encode_recorded = msgspec.json.Encoder().encode, msgspec.msgpack.Encoder().encode
 decode_recorded = msgspec.msgpack.Decoder(Recorded).decode

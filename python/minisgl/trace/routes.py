@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
-from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from msgspec.structs import asdict, replace
 
-import minisgl
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import RequestError, WorkerDied
 from minisgl.message.messages import TraceReply
 from minisgl.trace.export import Json, chart, exports
 from minisgl.trace.journal import Arrivals, Journal, Story
-from minisgl.trace.records import EVENTS, Recorded, Step, decode_recorded
+from minisgl.trace.records import Recorded, Step, decode_recorded, encode_json
 
 MAX_STEPS, MAX_LIVE_STEPS, MAX_REQUESTS, MAX_OUTPUTS, MAX_VIEWERS = 2048, 64, 1024, 4096, 8
 ANSWER_SECONDS = 2.0
@@ -56,13 +52,8 @@ class Trace:
         app.add_middleware(Arrivals, journal=self._journal, paths=paths)
         app.post("/trace/pace")(self.pace)
         app.get("/trace")(self.trace)
-        app.get("/trace/stages")(self.stages)
         app.get("/trace/live")(self.live)
         app.get("/trace/{request_id}")(self.request)
-
-    async def stages(self) -> Response:
-        """What happens to a request, and the code that does it in this version."""
-        return _json({"version": minisgl.__version__, "stages": stages()})
 
     async def request(self, request: Request, request_id: str) -> Response:
         """What has become of a request, event by event; of several with this id, of the last."""
@@ -166,22 +157,6 @@ def _part(step: Step, own: set[int]) -> Step:
     return replace(step, rows=rows, **counts, pages=None, running=None, waiting=None)
 
 
-@cache
-def stages() -> list[Json]:
-    """`EVENTS`, with the code. Raises: KeyError where it names what is not."""
-    return [{**about, "name": name, "code": [*map(_code, about["code"])]} for name, about in EVENTS.items()]
-
-
-def _code(place: str) -> Json:
-    file, _, name = place.partition(":")
-    text = Path(__file__).parents[1].joinpath(file).read_text(encoding="utf-8")
-    node: Any = ast.parse(text)
-    for part in name.split("."):
-        node = {getattr(child, "name", ""): child for child in node.body}[part]
-    lines = text.splitlines(keepends=True)[node.lineno - 1 : node.end_lineno]
-    return {"file": file, "name": name, "first": node.lineno, "last": node.end_lineno, "text": "".join(lines)}
-
-
 def _count(query: Mapping[str, str], name: str, default: int, most: int) -> int:
     text = query.get(name, str(default))
     if not (text.isascii() and text.isdigit() and int(text[:12]) <= most):
@@ -190,4 +165,4 @@ def _count(query: Mapping[str, str], name: str, default: int, most: int) -> int:
 
 
 def _json(payload: object, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(payload), headers=headers, media_type="application/json")
+    return Response(encode_json(payload), headers=headers, media_type="application/json")
