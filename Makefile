@@ -19,7 +19,7 @@ APART := $(wildcard tests/clients/apart/*.txt)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat doctor bench test test-clients test-faults test-browser page wheel soak sanitize lint format docs docs-site audit clean
+.PHONY: help serve chat doctor bench test test-clients test-faults test-browser test-cluster page wheel soak sanitize lint format docs docs-site audit clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -89,6 +89,9 @@ test-clients: $(CLIENTS)  ## Run the tests with the programs that people call th
 
 test-faults: $(DEV)  ## Run the tests of what fails: workers, clients, memory, time; and everything at once
 	$(PYTEST) tests/faults tests/soak $(ARGS)
+
+test-cluster: $(DEV)  ## Run the tests of several replicas, on a real Ray
+	$(BIN)/python -m pytest tests/cluster $(ARGS)
 
 test-browser: $(BROWSER)  ## Run the tests of the page, in Chromium
 	$(PYTEST) tests/browser $(ARGS)

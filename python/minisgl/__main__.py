@@ -39,7 +39,7 @@ def _dispatch(argv: list[str]) -> int:
     name, *words = argv if argv and not argv[0].startswith("-") else ["", *argv]
     if name == "bench":
         from minisgl.benchmark import main as run
-    elif name in ("doctor", "quantize", "simulate"):
+    elif name in ("doctor", "quantize", "simulate", "cluster"):
         run = import_module(f"minisgl.{name}").main
     elif name in ("", "serve", "chat"):
         return _serve(name, words)

@@ -129,7 +129,10 @@ def test_completion_knows_the_flags_of_quantize() -> None:
 
 # What is typed, and what may come next.
 CASES = [
-    ("minisgl ", {"serve", "chat", "pull", "ls", "doctor", "bench", "simulate", "quantize", "help", "completion"}),
+    (
+        "minisgl ",
+        {"serve", "chat", "pull", "ls", "doctor", "bench", "simulate", "quantize", "cluster", "help", "completion"},
+    ),
     ("minisgl se", {"serve"}),
     ("minisgl serve --device ", {"auto", "cpu", "cuda"}),
     ("minisgl serve --schedule-policy l", {"lpm"}),

@@ -1,1 +1,28 @@
-"""Replicas of a server behind a router that knows prefixes."""
+"""Replicas of a server behind a router that knows prefixes, on Ray.
+
+`minisgl cluster serve` starts them; `serve run minisgl.cluster:app replicas=2 model=…` does so where Ray is run by
+others. What imports Ray: `serving`, `owner`, `ingress`, `replica`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+
+def app(options: Mapping[str, object]) -> Application:
+    """What `serve run` and a Serve configuration file import. options: `replicas`, `max_replicas` and `router`, and the
+    server's own, by the flags' names. Raises: ConfigError naming the one that is wrong."""
+    from minisgl.cluster.serving import build
+
+    return build(options)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`minisgl cluster`. Returns the exit status."""
+    from minisgl.cluster.commands import main
+
+    return main(argv)

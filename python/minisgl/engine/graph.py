@@ -14,6 +14,7 @@ Tensor = torch.Tensor
 
 logger = logging.getLogger(__name__)
 
+
 RunStep = Callable[[], tuple[Tensor, Tensor]]
 
 

@@ -47,16 +47,14 @@ class PageAllocator:
             flags[page] = is_free
 
 
-_CACHES = {"radix": PrefixCache, "naive": NaiveCache}
-
-
 class Pages:
     """Owns all rows, all page ids and the prefix cache. updates, copies: what the next step's plan is to tell."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.rows = list(range(config.max_running_requests - 1, -1, -1))  # that are free
         self.allocator = PageAllocator(config.num_pages)
-        self.cache: PrefixCache = _CACHES[config.cache_type](config.page_size)
+        kind = PrefixCache if config.cache_type == "radix" else NaiveCache
+        self.cache = kind(config.page_size)
         self.updates: list[PageUpdate] = []
         self.copies: list[PageCopy] = []
 

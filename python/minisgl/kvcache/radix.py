@@ -12,7 +12,7 @@ it ends: `path_pages` tells which of a request's pages are the cache's.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import NamedTuple
@@ -24,6 +24,8 @@ from minisgl.errors import require
 from minisgl.utils.math import align_down
 
 TokenIds = npt.NDArray[np.int32]
+# Pages that the cache has from now on: their tokens, the page before them, the namespace. Without tokens: no more.
+Change = tuple[list[int], TokenIds | None, int | None, bytes]
 
 
 class RadixNode:
@@ -72,6 +74,7 @@ class PrefixCache:
         # children, and are checked when popped.
         self.candidates: list[tuple[int, int, RadixNode]] = []
         self._serial = 0
+        self.changes: deque[Change] = deque(maxlen=0)  # an observer may put a longer one here
 
     def match(self, namespace: bytes, token_ids: TokenIds) -> Match:
         self._clock += 1
@@ -115,6 +118,7 @@ class PrefixCache:
             key = np.array(token_ids[position:end], np.int32)
             name, new = self._name(node, namespace, key), pages[position // self._page_size : end // self._page_size]
             leaf = RadixNode(name, key, new, node, self._clock)
+            self.changes.append((new, key, node.pages[-1] if node.pages else None, namespace))
             node.children[name], node = leaf, leaf
             self._num_pages += len(new)
             self.num_evictable += len(new)
@@ -243,6 +247,7 @@ class PrefixCache:
         assert parent is not None
         del parent.children[leaf.name]
         leaf.parent = None
+        self.changes.append((leaf.pages, None, None, b""))
         self._num_pages -= len(leaf.pages)
         self.num_evictable -= len(leaf.pages)
         self._push(parent)

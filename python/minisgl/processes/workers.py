@@ -54,9 +54,9 @@ def tokenizer_main(control: Control, config: TokenizerConfig, endpoints: Endpoin
 
 
 def scheduler_main(
-    control: Control, engine_config: EngineConfig, config: SchedulerConfig, endpoints: Endpoints, rank: int
+    control: Control, engine: EngineConfig, config: SchedulerConfig, endpoints: Endpoints, rank: int, *more: Observer
 ) -> None:
-    """One tensor-parallel rank of a server, or one above 0 of an `LLM`."""
+    """One tensor-parallel rank of a server, or one above 0 of an `LLM`. more: observers, on rank 0."""
     # Read when torch is imported. Threads that spin between two operators gain nothing on free cores, and on busy ones
     # they take the time of the very thread that they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -65,16 +65,16 @@ def scheduler_main(
     from minisgl.scheduler.transport import Answers, FollowerTransport, LeaderTransport
     from minisgl.trace.recorder import Recorder
 
-    loaded = load_rank(engine_config, config, f"{endpoints.rendezvous}-{control.life}", rank)
+    loaded = load_rank(engine, config, f"{endpoints.rendezvous}-{control.life}", rank)
     if rank > 0:
         scheduler = loaded.scheduler(FollowerTransport(endpoints, rank, control.beat))
     else:
         status, recorder = Status(loaded.config.num_pages), Recorder()
         answers: Answers = {StatsMsg: status.reply, TraceMsg: recorder.reply}
         transport = LeaderTransport(endpoints, control.beat, loaded.grammars, answers)
-        scheduler = loaded.scheduler(transport, status, recorder)
-        where, room = f"{engine_config.dtype} on {engine_config.device}", loaded.config.num_pages * config.page_size
-        threads, longest = engine_config.num_threads, config.max_seq_len
+        scheduler = loaded.scheduler(transport, status, recorder, *more)
+        where, room = f"{engine.dtype} on {engine.device}", loaded.config.num_pages * config.page_size
+        threads, longest = engine.num_threads, config.max_seq_len
         logger.info("%s; threads: %d; KV cache: %d tokens, at most %d for one request", where, threads, room, longest)
     control.ready()
     scheduler.run()

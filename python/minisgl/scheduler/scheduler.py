@@ -42,12 +42,7 @@ class Scheduler:
     """One rank's planner, engine and connection, in step with the other ranks' copies."""
 
     def __init__(
-        self,
-        config: SchedulerConfig,
-        executor: Executor,
-        transport: Transport,
-        *observers: Observer,
-        tp_size: int = 1,
+        self, config: SchedulerConfig, executor: Executor, transport: Transport, *observers: Observer, tp_size: int = 1
     ) -> None:
         self.planner = Planner(config)
         self._config, self._executor, self._transport = config, executor, transport
@@ -209,6 +204,8 @@ class Scheduler:
         self._open[req.uid] = True
         if output.finish_reason is not None:
             del self._open[req.uid]
+            for observer in self._observers:
+                observer.ended(output)
             num_output = req.num_tokens - req.prompt_len
             reason = output.error or output.finish_reason.value
             logger.debug("request %d: %s after %d + %d tokens", req.uid, reason, req.prompt_len, num_output)

@@ -1,0 +1,261 @@
+"""In front of all replicas: the actor that takes connections, routes requests and knows what all replicas have."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Collection, Mapping
+from functools import partial
+from typing import Any
+
+import orjson
+import uvicorn
+import zmq
+import zmq.asyncio
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from minisgl.cluster.events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch
+from minisgl.cluster.metrics import merged
+from minisgl.cluster.prompts import Asked, num_tokens
+from minisgl.cluster.relay import Chosen, Relay, whole_body
+from minisgl.cluster.router import PrefixRouter, Prompt
+from minisgl.config.args import integer
+from minisgl.env import env_number
+from minisgl.errors import MiniSGLError, RequestError, WorkerDied
+from minisgl.server.admission import Connection
+from minisgl.server.bodies.intake import MAX_BODY_BYTES
+from minisgl.server.errors import error_response, json_response
+
+_WAIT_SECONDS = 60.0  # for a replica, where there is none
+_PATIENCE_SECONDS = 1.0  # for another replica than the one that gave no answer
+_RUNNING_TOKENS = 64.0  # of load that a request is while it decodes
+_ASK_SECONDS = 5.0
+_MAX_CONNECTIONS = 4096
+_STORED = re.compile(rb'"id": ?"(resp_[0-9a-zA-Z]+)"')
+_OF_ALL = ("/flush_cache", "/abort_request")  # asked of every replica; numbers in their answers are added up
+
+
+class Choice:
+    """Comes with a request to `PrefixRequestRouter`, and knows what the ingress knows."""
+
+    def __init__(self, router: PrefixRouter, lock: threading.Lock, asked: Asked, tried: Collection[str]) -> None:
+        self._router, self._lock, self._asked, self._tried = router, lock, asked, tried
+        self._begin = time.monotonic()
+
+    def choose(self, names: Collection[str]) -> str | None:
+        """One of these replicas, all that may be chosen now; None: none yet."""
+        router = self._router
+        with self._lock:
+            if router.loads.keys() != set(names):
+                router.set_replicas(names)
+            keeper = router.session(self._asked.keeper) if self._asked.keeper else None
+            if keeper in router.loads and keeper not in self._tried:
+                return keeper
+            name = router.choose(self._asked.prompt, self._tried)
+            if name is None and self._tried and time.monotonic() > self._begin + _PATIENCE_SECONDS:
+                name = router.choose(self._asked.prompt)
+            return name
+
+
+class Relayed:
+    """The ASGI application of the ingress that runs in this process, for Ray's own proxies."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            ingress = serve.get_replica_context().servable_object
+            assert isinstance(ingress, Ingress)
+            await ingress.app(scope, receive, send)
+        while scope["type"] == "lifespan":
+            await send({"type": f"{(await receive())['type']}.complete"})
+
+
+class Ingress:
+    """What Ray runs. replicas: their handle; options: of TLS; listener: path of a Unix socket at which whoever has the
+    port hands it out, so that no connection is lost when this process is; "": Ray's proxies come here."""
+
+    def __init__(self, replicas: DeploymentHandle[Any], options: Mapping[str, Any], listener: str, policy: str) -> None:
+        self._replicas, self._options = replicas, options
+        self._router, self._lock = PrefixRouter(policy), threading.Lock()
+        self._watched: dict[str, asyncio.Task[None]] = {}
+        max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
+        self._relay, self._draining = Relay(self._pick, max_body), False
+        self._wanted: dict[str, Any] | None = None  # by an operator, until whoever has started the cluster has seen it
+        if listener:
+            threading.Thread(target=lambda: asyncio.run(self._serve(listener)), daemon=True).start()
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        try:
+            if self._draining and scope["method"] == "POST":
+                raise WorkerDied("the server is draining: it takes no new requests, and will stop")
+            if path.startswith("/cluster"):
+                answer = await self._operate(scope, await whole_body(receive))
+            elif path in ("/metrics", *_OF_ALL):
+                answer = await self._ask_all(scope, await whole_body(receive))
+            else:
+                await self._relay(scope, receive, send)
+                return
+        except MiniSGLError as error:
+            answer = error_response(scope, error)
+        await answer(scope, receive, send)
+
+    def state(self) -> dict[str, Any]:
+        """For whoever has started the cluster."""
+        wanted, self._wanted = self._wanted, None
+        return {"wanted": wanted, "open": self._relay.counts["open"]}
+
+    def drain(self) -> None:
+        self._draining = True
+
+    @contextlib.asynccontextmanager
+    async def _pick(self, asked: Asked, tried: Collection[str]) -> AsyncIterator[Chosen]:
+        choosing = self._replicas.choose_replica(Choice(self._router, self._lock, asked, tried))
+        try:
+            selection = await asyncio.wait_for(choosing.__aenter__(), _WAIT_SECONDS)
+        except (asyncio.TimeoutError, RayServeException, RayError):
+            raise WorkerDied("no replica is ready; try again") from None
+        name, told = selection.replica_id, selection.replica_metadata
+        self._watch(name, told["events"][0])
+        with self._lock:
+            missing = asked.prompt.num_bytes / self._router.bytes_per_token
+            missing = max(0.0, missing - self._router.cached_tokens(name, asked.prompt))
+            self._router.learn(name, asked.prompt)
+        held = [0.0]  # of the replica's load
+
+        def hold(tokens: float) -> None:
+            with self._lock:
+                if name in self._router.loads:
+                    self._router.loads[name] += tokens - held[0]
+                held[0] = tokens
+
+        hold(missing + _RUNNING_TOKENS)
+        try:
+            yield Chosen(name, told["url"], partial(hold, _RUNNING_TOKENS), partial(self._learn, name, asked.prompt))
+        finally:
+            hold(0.0)
+            with contextlib.suppress(RayServeException, RayError):  # it is gone
+                await choosing.__aexit__(None, None, None)
+
+    def _learn(self, name: str, prompt: Prompt, tail: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        """From an answer: how long tokens are, and who will be asked for it again."""
+        kept = [value.decode("latin-1") for key, value in headers if key == b"x-request-id"]
+        kept += [found.decode() for found in _STORED.findall(tail)]
+        with self._lock:
+            self._router.calibrate(prompt.num_bytes, num_tokens(tail))
+            for key in kept:
+                self._router.learn(name, Prompt((), 0, key))
+
+    def _watch(self, name: str, endpoint: str) -> None:
+        """From now on hear what a replica evicts."""
+        for gone in self._watched.keys() - self._router.loads.keys():
+            self._watched.pop(gone).cancel()
+        if name not in self._watched:
+            self._watched[name] = asyncio.ensure_future(self._hear(name, endpoint))
+
+    async def _hear(self, name: str, endpoint: str) -> None:
+        with zmq.asyncio.Context.instance().socket(zmq.SUB) as events:
+            events.setsockopt(zmq.SUBSCRIBE, b"")
+            events.connect(endpoint)
+            expected, size = 0, 1
+            while True:
+                _, counted, data = await events.recv_multipart()
+                batch, number = decode_batch(data), int.from_bytes(counted, "big")
+                with self._lock:
+                    if expected and number != expected:  # some are lost, or its scheduler has begun anew
+                        self._router.clear(name)
+                    for event in batch.events:
+                        if isinstance(event, BlockRemoved):
+                            self._router.forget(name, len(event.block_hashes) * size)
+                        elif isinstance(event, BlockStored):
+                            size = event.block_size
+                        elif isinstance(event, AllBlocksCleared) and number:
+                            self._router.clear(name)
+                expected = number + 1
+
+    async def _describe(self) -> dict[str, dict[str, Any]]:
+        """All replicas, by name. Raises: WorkerDied when one does not answer, or there is none."""
+        try:
+            answers = self._replicas.broadcast("describe")
+            told = await asyncio.to_thread(answers.results, timeout_s=_ASK_SECONDS)
+        except (RayServeException, RayError, TimeoutError):
+            raise WorkerDied("not all replicas answer; try again") from None
+        return {one["name"]: one for one in told}
+
+    async def _ask_all(self, scope: Scope, body: bytes) -> Response:
+        """The answer of all replicas as one; the first refusal is the whole answer."""
+        answers: dict[str, Response] = {}
+        for name, told in (await self._describe()).items():
+            answers[name] = answer = await self._relay.ask(scope, body, told["url"])
+            if answer.status_code != 200:
+                return answer
+        texts = {name: bytes(answer.body).decode() for name, answer in answers.items()}
+        if scope["path"] == "/metrics":
+            return Response(merged(texts), headers={"content-type": answer.headers["content-type"]})
+        counts = [orjson.loads(text) for text in texts.values()]
+        return json_response(
+            {
+                key: sum(one[key] for one in counts) if isinstance(value, int) else value
+                for key, value in counts[0].items()
+            }
+        )
+
+    async def _operate(self, scope: Scope, body: bytes) -> Response:
+        """`/cluster`: what there is, for whoever may see /server_info; and what is to become of it."""
+        replicas = await self._describe()
+        asked = {**scope, "method": "GET", "path": "/server_info", "raw_path": b"/server_info"}
+        allowed = await self._relay.ask(asked, b"", next(iter(replicas.values()))["url"])
+        if allowed.status_code != 200:
+            return allowed
+        if scope["method"] == "POST":
+            self._wanted = _wanted(scope["path"], body)
+        told = [{**one, "load": self._router.loads.get(name, 0.0)} for name, one in replicas.items()]
+        return json_response({"replicas": told, "requests": self._relay.counts, "draining": self._draining})
+
+    async def _serve(self, path: str) -> None:
+        """Take the port over, and answer at it."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as holder:
+            holder.connect(path)
+            _, (descriptor, *_), _, _ = socket.recv_fds(holder, 1, 1)
+        options = self._options
+        timeouts = {"READ": 20.0, "WRITE": 30.0}  # seconds, as in a server
+        read, write = (env_number(f"MINISGL_{kind}_TIMEOUT", timeouts[kind], low=0.1, high=86400) for kind in timeouts)
+        config = uvicorn.Config(
+            self.app,
+            http=partial(Connection, read=read, write=write),  # type: ignore[arg-type]  # it is called as the class is
+            limit_concurrency=_MAX_CONNECTIONS,
+            interface="asgi3",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,  # the replica's are passed on
+            date_header=False,
+            proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
+            timeout_keep_alive=60,
+            ssl_certfile=options.get("ssl_certfile"),
+            ssl_keyfile=options.get("ssl_keyfile"),
+        )
+        await uvicorn.Server(config).serve(sockets=[socket.socket(fileno=descriptor)])
+
+
+def _wanted(path: str, body: bytes) -> dict[str, Any]:
+    """What an operator asks for. Raises: RequestError."""
+    try:
+        asked = orjson.loads(body or b"{}")
+        if path == "/cluster/drain":
+            return {"drain": True}
+        if path == "/cluster/scale":
+            return {"replicas": integer(1, 4096)(asked["replicas"]), "options": dict(asked.get("options", {}))}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise RequestError('expected {"replicas": 1 to 4096}, and perhaps "options"', param="replicas") from None
+    raise RequestError(f"POST {path}: not found", status=404)

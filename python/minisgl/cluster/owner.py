@@ -1,0 +1,157 @@
+"""Who starts a cluster, holds its port, and ends it: the foreground process of `minisgl cluster serve`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from minisgl.cluster.serving import APP, Plan, application
+from minisgl.config.args import args_from_options
+from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
+from minisgl.processes.control import ENDING_SIGNALS
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.5
+_LINGER_SECONDS = 1.0  # that the port stays open when all requests have ended
+_ASK_SECONDS = 5.0
+_END_SECONDS = 30.0
+_LOST_SECONDS = 30.0  # without an answer of the ingress, which Ray starts again
+_OBJECT_STORE = 80 * 2**20  # bytes: requests and answers do not go through it
+_WORDS = re.compile(r"replica: (.*)")  # of a server that did not start
+_ENVIRON = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+class Owner:
+    """Of one cluster.
+
+    listener: the bound port, which is handed to the ingress, and again where that is restarted. folder: private, for
+    what belongs to it. address: of the Ray cluster to join; None: one of our own.
+    """
+
+    def __init__(self, plan: Plan, listener: socket.socket, folder: str, address: str | None) -> None:
+        self._plan = replace(plan, host="127.0.0.1" if address is None else "", listener=f"{folder}/port")
+        self._listener, self._folder, self._address = listener, folder, address
+        self._signals: list[int] = []
+        self._changing: threading.Thread | None = None
+
+    def run(self) -> int:
+        """Until a signal or an operator ends it. Returns the exit status. Raises: ConfigError, WorkerDied."""
+        with contextlib.ExitStack() as stack:
+            holder = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            holder.bind(self._plan.listener)
+            holder.listen()
+            stack.callback(self._end)
+            self._join()
+            for signum in ENDING_SIGNALS:  # Ray has set its own
+                stack.callback(signal.signal, signum, signal.getsignal(signum))
+                signal.signal(signum, lambda number, _: self._on_signal(number))
+            handle = self._deploy(self._plan)
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for whoever comes after us
+            threading.Thread(target=self._hand_out, args=(holder,), daemon=True).start()
+            host, port = self._listener.getsockname()[:2]
+            scheme = "https" if self._plan.options.get("ssl_certfile") else "http"
+            print(f"minisgl serves {self._plan.replicas} replicas at {scheme}://{host}:{port}/v1", flush=True)
+            self._watch(handle)
+        return 0
+
+    def _join(self) -> None:
+        for name, value in _ENVIRON.items():
+            os.environ.setdefault(name, value)
+        local: dict[str, Any] = {
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE,
+            "_node_ip_address": "127.0.0.1",
+        }
+        local["_temp_dir"] = f"{self._folder}/ray"
+        try:
+            ray.init(self._address or "local", logging_level=logging.ERROR, **({} if self._address else local))
+        except Exception as error:  # of any kind
+            what = f"--address {self._address}" if self._address else "Ray does not start"
+            raise ConfigError(f"{what}: {' '.join(str(error).split())}") from None
+        if self._address and APP in serve.status().applications:
+            raise ConfigError(f"--address {self._address}: a cluster is there already; minisgl cluster drain ends it")
+        serve.start(proxy_location="Disabled")
+
+    def _deploy(self, plan: Plan) -> DeploymentHandle[Any]:
+        """Have the application as planned, and wait for it. Raises: ConfigError, with a replica's own words."""
+        quiet = {"log_level": "ERROR", "enable_access_log": False}
+        try:
+            return serve.run(application(plan), name=APP, route_prefix=None, logging_config=quiet)
+        except (RayError, RayServeException, RuntimeError) as error:
+            found = _WORDS.findall(str(error))
+            raise ConfigError(found[-1] if found else " ".join(str(error).split())) from None
+
+    def _hand_out(self, holder: socket.socket) -> None:
+        """Give the port to each ingress that comes for it."""
+        while True:
+            with contextlib.suppress(OSError), holder.accept()[0] as ingress:
+                socket.send_fds(ingress, [b"p"], [self._listener.fileno()])
+
+    def _on_signal(self, signum: int) -> None:
+        self._signals.append(signum)
+        if len(self._signals) > 1:
+            raise KeyboardInterrupt
+
+    def _watch(self, handle: DeploymentHandle[Any]) -> None:
+        last_seen, state = time.monotonic(), handle.state  # made once: that needs the head, and waits for it
+        while not self._signals:
+            time.sleep(_POLL_SECONDS)
+            try:
+                wanted = state.remote().result(timeout_s=_ASK_SECONDS)["wanted"]
+                last_seen = time.monotonic()
+            except (RayError, RayServeException, TimeoutError) as error:
+                if time.monotonic() > last_seen + _LOST_SECONDS or not ray.is_initialized():
+                    raise WorkerDied(f"the cluster does not answer: {' '.join(str(error).split())}") from None
+                continue
+            if wanted is not None and "drain" in wanted:
+                break
+            if wanted is not None and not (self._changing and self._changing.is_alive()):
+                self._changing = threading.Thread(target=self._change, args=(wanted,), daemon=True)
+                self._changing.start()
+        with contextlib.suppress(RayError, RayServeException, TimeoutError):
+            handle.drain.remote().result(timeout_s=_ASK_SECONDS)
+            deadline = time.monotonic() + args_from_options(self._plan.options).drain_timeout
+            while time.monotonic() < deadline and state.remote().result(timeout_s=_ASK_SECONDS)["open"]:
+                time.sleep(0.1)
+            time.sleep(_LINGER_SECONDS)
+
+    def _change(self, wanted: dict[str, Any]) -> None:
+        """Other numbers of replicas, or other options: then one after the other is replaced."""
+        try:
+            options = {**self._plan.options, **wanted["options"]}
+            args_from_options(options)
+            most = max(self._plan.max_replicas, wanted["replicas"])
+            plan = replace(self._plan, options=options, replicas=wanted["replicas"], max_replicas=most)
+            self._deploy(plan)
+            self._plan = plan
+            logger.info("%d replicas, as asked", plan.replicas)
+        except MiniSGLError as error:
+            logger.error("nothing is changed: %s", error)
+
+    def _end(self) -> None:
+        """Nothing is left: of a Ray that is not ours, what we have put there goes."""
+        for signum in ENDING_SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
+        watchdog = threading.Timer(_END_SECONDS, os._exit, (1,))  # without a head, Ray waits for ever
+        watchdog.daemon = True
+        watchdog.start()
+        with contextlib.suppress(RayError, RayServeException):
+            if self._address and ray.is_initialized():
+                serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
+        watchdog.cancel()

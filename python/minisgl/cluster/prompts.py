@@ -1,0 +1,60 @@
+"""What a router reads of a request: the text of its prompt, and whose and of which session it is."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import orjson
+from starlette.datastructures import Headers
+
+from minisgl.cluster.router import Prompt, text_blocks
+
+# What comes before a prompt's end, in this order, in one dialect or another.
+_FIELDS = ("tools", "system", "instructions", "messages", "input", "prompt", "text", "input_ids")
+_TOKENS = re.compile(rb'"(?:prompt|input)_tokens": ?(\d+)')
+_STORED = re.compile(r"/v1/responses/([^/]+)|/trace/([^/]+)")
+SESSION = "x-session-id"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as a router sees it. keeper: the session whose replica alone has what is asked for, "": none."""
+
+    prompt: Prompt
+    keeper: str = ""
+
+
+def read_request(path: str, headers: Headers, body: bytes) -> Asked:
+    """Whatever the body is: what makes no sense has no text, and the server says so."""
+    if (found := _STORED.match(path)) is not None:
+        return Asked(Prompt((), 0), found[1] or found[2])
+    fields: dict[str, Any] = {}
+    if body.lstrip()[:1] == b"{":
+        with contextlib.suppress(msgspec.DecodeError, RecursionError):
+            fields = msgspec.json.decode(body, type=dict[str, Any])
+    text = b"".join(_text(fields[name]) for name in _FIELDS if fields.get(name))
+    salt = f"{headers.get('authorization')} {headers.get('x-api-key')} {fields.get('cache_salt')}"
+    session = headers.get(SESSION) or fields.get("prompt_cache_key") or ""
+    keeper = fields.get("previous_response_id") or ""
+    prompt = Prompt(text_blocks(text, salt), len(text), f"{session}" if isinstance(session, str) else "")
+    return Asked(prompt, keeper if isinstance(keeper, str) else "")
+
+
+def num_tokens(tail: bytes) -> int:
+    """Of the prompt, by the end of an answer; 0 where that does not tell."""
+    found = _TOKENS.findall(tail)
+    return int(found[-1]) if found else 0
+
+
+def _text(value: object) -> bytes:
+    """Texts as they are; others as JSON without its last bracket, since a longer list begins with that of a shorter."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass")
+    try:
+        return orjson.dumps(value)[:-1]
+    except TypeError:  # a lone surrogate, a number beyond 64 bits
+        return repr(value).encode()

@@ -1,0 +1,202 @@
+"""From a client to a replica's own server and back, byte for byte; to another one, once, while nothing was sent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from multidict import CIMultiDict
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+from yarl import URL
+
+from minisgl.cluster.prompts import Asked, read_request
+from minisgl.errors import WorkerDied
+from minisgl.server.answers.renderer import event
+from minisgl.server.errors import ANTHROPIC_PATHS, anthropic_error, error_payload
+
+logger = logging.getLogger(__name__)
+
+# Of one connection, or told by us.
+_HOP = (b"connection", b"keep-alive", b"transfer-encoding", b"expect", b"x-forwarded-for", b"x-forwarded-proto")
+_TAIL = 4096  # bytes at the end of an answer in which token counts are looked for
+_CONNECT_SECONDS = 5.0
+_ENDED = "the replica that was answering has ended; try again"
+
+
+@dataclass(slots=True)
+class Chosen:
+    """The replica that a request goes to. begun: to be called when its answer begins."""
+
+    name: str
+    url: str
+    begun: Callable[[], None]
+    learn: Callable[[bytes, list[tuple[bytes, bytes]]], None]  # from the end of an answer, and its headers
+
+
+Pick = Callable[[Asked, list[str]], AbstractAsyncContextManager[Chosen]]
+
+
+class Relay:
+    """The ASGI application in front of all replicas. pick: chooses one that is none of those named, and waits for it;
+    raises WorkerDied when there is none. max_body: bytes that are read of a body."""
+
+    def __init__(self, pick: Pick, max_body: int) -> None:
+        self._pick, self._max_body = pick, max_body
+        self._session: aiohttp.ClientSession | None = None
+        self.counts = {"open": 0, "retried": 0, "broken": 0}  # requests; those that broke off
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.counts["open"] += 1
+        try:
+            body = await _read(receive, self._max_body)
+            if body is not None:
+                await _while_connected(receive, self._relay(scope, body, send))
+        finally:
+            self.counts["open"] -= 1
+
+    async def ask(self, scope: Scope, body: bytes, url: str) -> Response:
+        """One replica's answer. Raises: WorkerDied when it gives none."""
+        try:
+            async with self._request(scope, body, url) as answer:
+                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in _passed(answer)}
+                return Response(await answer.read(), answer.status, headers)
+        except (aiohttp.ClientError, OSError) as error:
+            raise WorkerDied(f"a replica does not answer ({type(error).__name__}); try again") from None
+
+    async def _relay(self, scope: Scope, body: bytes, send: Send) -> None:
+        asked, tried = read_request(scope["path"], Headers(scope=scope), body), list[str]()
+        while True:
+            async with self._pick(asked, tried) as chosen:
+                tried.append(chosen.name)
+                if await self._attempt(scope, body, send, chosen, is_last=len(tried) > 1):
+                    return
+            self.counts["retried"] += 1
+            logger.warning("%s gave no answer: the request goes to another replica", chosen.name)
+
+    async def _attempt(self, scope: Scope, body: bytes, send: Send, chosen: Chosen, *, is_last: bool) -> bool:
+        """Whether the client has had an answer, if only a part. Raises: WorkerDied when the last try fails."""
+        try:
+            async with self._request(scope, body, chosen.url) as answer:
+                first = await answer.content.readany()  # a head alone is no answer yet
+                if answer.status == 503 and not is_last:
+                    return False  # it drains, or has lost its workers: whatever it was, nothing was computed
+                chosen.begun()
+                await self._pass_on(scope, answer, first, send, chosen)
+                return True
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            if is_last:
+                raise WorkerDied(f"no replica could answer ({type(error).__name__}); try again") from None
+            return False
+
+    async def _pass_on(
+        self, scope: Scope, answer: aiohttp.ClientResponse, first: bytes, send: Send, chosen: Chosen
+    ) -> None:
+        headers = _passed(answer)
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        is_stream, part, tail, left = answer.content_type == "text/event-stream", first, b"", b""
+        try:
+            while part:
+                if is_stream:  # events go on whole, or not at all
+                    end = (part := left + part).rfind(b"\n\n") + 2
+                    part, left = (part[:end], part[end:]) if end > 1 else (b"", part)
+                tail = (tail + part)[-_TAIL:]
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+                part = await answer.content.readany()
+        except (aiohttp.ClientError, OSError):
+            self.counts["broken"] += 1
+            if not is_stream:
+                raise ConnectionResetError(_ENDED) from None  # the client sees that the answer is not whole
+            left = _failure(scope["path"])
+        else:
+            chosen.learn(tail, headers)
+        await send({"type": "http.response.body", "body": left, "more_body": False})
+
+    @contextlib.asynccontextmanager
+    async def _request(self, scope: Scope, body: bytes, url: str) -> AsyncIterator[aiohttp.ClientResponse]:
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+            cookies = aiohttp.DummyCookieJar()
+            self._session = aiohttp.ClientSession(
+                connector=connector, timeout=timeout, auto_decompress=False, cookie_jar=cookies
+            )
+        headers = CIMultiDict[str]()
+        for name, value in scope["headers"]:
+            if name not in _HOP and name != b"content-length":
+                headers.add(name.decode("latin-1"), value.decode("latin-1"))
+        if scope.get("client"):
+            headers["x-forwarded-for"] = scope["client"][0]
+        query = scope["query_string"].decode("latin-1")
+        path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
+        target = URL(url + path + (f"?{query}" if query else ""), encoded=True)
+        skipped = ("user-agent", "accept", "accept-encoding", "content-type")
+        has_body = scope["method"] in ("POST", "PUT", "PATCH") or body
+        async with self._session.request(
+            scope["method"],
+            target,
+            headers=headers,
+            data=body if has_body else None,
+            allow_redirects=False,
+            skip_auto_headers=skipped,
+        ) as answer:
+            yield answer
+
+
+def _passed(answer: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
+    return [(name.lower(), value) for name, value in answer.raw_headers if name.lower() not in _HOP]
+
+
+async def whole_body(receive: Receive) -> bytes:
+    """Of what an operator asks: the first megabyte."""
+    return await _read(receive, 2**20) or b""
+
+
+async def _read(receive: Receive, limit: int) -> bytes | None:
+    """The body, or as much of it as shows that it is too long; None when the client has gone."""
+    body = bytearray()
+    while len(body) <= limit:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            break
+    return bytes(body[: limit + 1])
+
+
+async def _while_connected(receive: Receive, answer: Coroutine[Any, Any, None]) -> None:
+    """Do it until it is done, or the client is gone."""
+    work = asyncio.ensure_future(answer)
+    watcher = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait([work, watcher], return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+    finally:
+        for task in (work, watcher):
+            task.cancel()
+        await asyncio.gather(work, watcher, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _failure(path: str) -> bytes:
+    """The event at the end of a stream that breaks off, as the dialect has it."""
+    error = WorkerDied(_ENDED)
+    payload = error_payload(error)
+    if ANTHROPIC_PATHS.match(path):
+        payload = anthropic_error(payload, error.status)
+    elif path.startswith("/v1/responses"):
+        payload = {"type": "error", "code": "server_error", "message": str(error), "param": None}
+    return event(payload)

@@ -1,0 +1,138 @@
+"""The application as Ray Serve runs it: replicas, the ingress in front of them, and who decides which and how many."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingContext
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from minisgl.cluster.ingress import Choice, Ingress, Relayed
+from minisgl.cluster.replica import Replica, node_address
+from minisgl.cluster.router import POLICIES
+from minisgl.config.args import ServerArgs, args_from_options, integer
+from minisgl.errors import ConfigError
+
+APP = "minisgl"
+_UNBOUNDED = 100_000  # requests at one replica at a time: the server itself says when it has enough
+QUEUED_TOKENS = 8192.0  # that may wait at each replica before there is to be another one
+KV_USE = 0.8  # share of the KV cache of each replica, likewise
+_LEAST_CPUS = 0.1  # of a replica
+_FILES = {"model_path", "chat_template", "ssl_certfile", "ssl_keyfile"}
+
+
+class PrefixRequestRouter(RequestRouter):
+    """Asks the choice that comes with each request; what is known of prefixes is the ingress's."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        if pending_request is None or not pending_request.args or not isinstance(pending_request.args[0], Choice):
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True  # where there is none, look again in a while
+        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        name = pending_request.args[0].choose(by_name)
+        return [[by_name[name]]] if name is not None else []
+
+
+def wanted_replicas(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+    """As many replicas as keep queues short and KV caches from filling up, by what all of them tell."""
+    told = context.aggregated_metrics or {}
+    sums = {name: sum(told.get(name, {}).values()) for name in ("queued_tokens", "kv_use")}
+    wanted = max(sums["queued_tokens"] / QUEUED_TOKENS, sums["kv_use"] / KV_USE)
+    return max(1, math.ceil(wanted)), {}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a cluster is to be. options: of each server, by the flags' names. host: the address that servers have, "":
+    their node's. listener: see `Ingress`."""
+
+    options: Mapping[str, Any]
+    replicas: int = 1
+    max_replicas: int = 1
+    policy: str = POLICIES[0]
+    host: str = ""
+    listener: str = ""
+
+
+def server_options(args: ServerArgs) -> dict[str, Any]:
+    """What differs from the defaults; files are named so that they are found from any folder."""
+    given = {f.name: getattr(args, f.name) for f in fields(args) if getattr(args, f.name) != f.default}
+    for name in given.keys() & _FILES:
+        if os.path.exists(given[name]):
+            given[name] = os.path.abspath(given[name])
+    return given
+
+
+def replica_needs(
+    args: ServerArgs, plan: Plan, nodes: Sequence[Mapping[str, float]]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Options that a replica's place decides, and what it takes of a node's resources, by Ray's names.
+
+    nodes: what each has. Raises: ConfigError when there is not enough for all replicas.
+    """
+    size, gpus, cpus = (
+        args.tensor_parallel_size,
+        sum(n.get("GPU", 0) for n in nodes),
+        sum(n.get("CPU", 0) for n in nodes),
+    )
+    if args.device == "cuda" or (gpus and args.device is None):
+        room = sum(int(node.get("GPU", 0)) // size for node in nodes)
+        if room < plan.replicas:
+            words = f"{plan.replicas} replicas need {size} GPUs each, on one node; there is room for {room}"
+            raise ConfigError(f"--replicas {plan.replicas}: {words}")
+        return {"device": "cuda"}, {"num_gpus": size, "num_cpus": min(1.0, cpus / plan.max_replicas)}
+    share = cpus / plan.max_replicas
+    threads = args.cpu_threads or max(1, int(share) // size)
+    if share < _LEAST_CPUS * size or threads * size > max((node.get("CPU", 0) for node in nodes), default=0):
+        words = f"{plan.max_replicas} replicas of {size} × {threads} threads find no room on {cpus:g} CPUs"
+        raise ConfigError(f"--max-replicas {plan.max_replicas}: {words}")
+    return {"device": "cpu", "cpu_threads": threads}, {"num_cpus": math.floor(100 * min(share, threads * size)) / 100}
+
+
+def application(plan: Plan) -> serve.Application:
+    """What `serve.run` takes; Ray is there. Raises: ConfigError."""
+    args = args_from_options(plan.options)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    more, resources = replica_needs(args, plan, nodes)
+    served = {name: value for name, value in plan.options.items() if not name.startswith("ssl_")}
+    count: dict[str, Any] = {"num_replicas": plan.replicas}
+    if plan.max_replicas > plan.replicas:
+        scale: dict[str, Any] = {"min_replicas": plan.replicas, "max_replicas": plan.max_replicas}
+        scale |= {"upscale_delay_s": 5.0, "downscale_delay_s": 60.0}
+        count = {"autoscaling_config": {**scale, "policy": {"policy_function": f"{__name__}:wanted_replicas"}}}
+    common: dict[str, Any] = {"max_ongoing_requests": _UNBOUNDED, "health_check_period_s": 2.0}
+    common |= {"graceful_shutdown_wait_loop_s": 0.2, "graceful_shutdown_timeout_s": args.drain_timeout + 30}
+    replica = serve.deployment(
+        **count,
+        **common,
+        ray_actor_options=resources,
+        request_router_config={"request_router_class": f"{__name__}:PrefixRequestRouter"},
+        max_constructor_retry_count=2,
+    )(Replica)
+    here = {f"node:{node_address()}": 0.001} if plan.listener else {}
+    ingress = serve.deployment(**common, ray_actor_options={"num_cpus": 0, "resources": here})
+    front = {name: value for name, value in plan.options.items() if name.startswith("ssl_")}
+    return ingress(serve.ingress(Relayed())(Ingress)).bind(
+        replica.bind({**served, **more}, plan.host), front, plan.listener, plan.policy
+    )
+
+
+def build(options: Mapping[str, object]) -> serve.Application:
+    """See `minisgl.cluster.app`. Ray is there."""
+    server = {name: value for name, value in options.items() if name not in ("replicas", "max_replicas", "router")}
+    args, replicas, policy = args_from_options(server), options.get("replicas", 1), options.get("router", POLICIES[0])
+    try:
+        replicas, most = (integer(1, 4096)(number) for number in (replicas, options.get("max_replicas", replicas)))
+    except ValueError as error:
+        raise ConfigError(f"options replicas, max_replicas: expected {error}") from None
+    if policy not in POLICIES:
+        raise ConfigError(f"option router={policy}: expected one of {', '.join(POLICIES)}")
+    return application(Plan(server_options(args), replicas, max(replicas, most), policy))
