@@ -394,6 +394,19 @@ def floor_rate(shape: str, directory: Path, tp_size: int = 1) -> float:
     return 133_966 / floor.floor_of(model, "bfloat16", load, floor.Machine(), tp_size).seconds
 
 
+def test_a_quantized_shape_has_the_floor_of_its_format(tmp_path: Path) -> None:
+    """Of 4 bits, and 4 bytes for each 128 of them, with a head in 16; and of a byte each."""
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    layers, head = 40 * (7168 * 5120 + 5120 * 5120 + 3 * 17408 * 5120), 151936 * 5120
+    for fields, each in ((awq, 0.5 + 4 / 128), (fp8, 1.0)):
+        path = write_shape("qwen3-14b", tmp_path / str(fields["quant_method"]))
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"quantization_config": fields}))
+        read = floor.weights_read(read_model_config(path), "packed", 1)
+        assert read == pytest.approx(each * layers + 2 * head, rel=0.001)
+
+
 def test_floors_of_the_standard_workload(tmp_path: Path) -> None:
     assert floor_rate("qwen3-0.6b", tmp_path) == pytest.approx(36_400, rel=0.01)
     assert floor_rate("qwen3-14b", tmp_path) == pytest.approx(8_170, rel=0.02)

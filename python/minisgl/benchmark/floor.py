@@ -109,7 +109,8 @@ def floor_of(
         weight_bytes += weights_read(model, dtype, num_tokens, tp_size)
         running = [[length + 1, left - 1] for length, left in running if left > 1]
         num_steps += 1
-    seconds = flops / machine.flops / (2 if dtype == "fp8" else 1)
+    has_fp8 = dtype == "fp8" or (model.quantization is not None and model.quantization.layout == "float8")
+    seconds = flops / machine.flops / (1 + has_fp8)
     return Floor(kv_bytes / machine.bandwidth, weight_bytes / machine.bandwidth, seconds, num_steps)
 
 
@@ -123,15 +124,15 @@ def kv_read(model: ModelConfig, dtype: str, lengths: Sequence[int], tp_size: int
 def weights_read(model: ModelConfig, dtype: str, num_tokens: int, tp_size: int = 1) -> float:
     """Bytes of weights that one rank reads in a step of `num_tokens`: all but the rows of the embedding that it does
     not look up, and the experts that no token is expected to choose."""
-    params: float = model.weight_bytes("int8", tp_size)
-    each = model.weight_bytes(dtype, tp_size) / params
-    if not model.tie_word_embeddings:
-        params -= model.vocab_size * model.hidden_size / tp_size
+    num_bytes: float = model.weight_bytes(dtype, tp_size)
+    each = num_bytes / model.weight_bytes("int8", tp_size)
+    if not model.tie_word_embeddings:  # which checkpoints of few bits store in 16
+        num_bytes -= model.vocab_size * model.hidden_size / tp_size * (2 if model.quantization else each)
     for moe in (layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE)):
         idle = (1 - moe.num_experts_per_tok / moe.num_experts) ** num_tokens
         expert = 3 * moe.intermediate_size * model.hidden_size / tp_size
-        params -= moe.num_experts * idle * expert
-    return params * each
+        num_bytes -= moe.num_experts * idle * expert * each
+    return num_bytes
 
 
 def prefill_flops(model: ModelConfig, num_tokens: int, num_cached: int = 0) -> float:

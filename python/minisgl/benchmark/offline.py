@@ -213,9 +213,8 @@ class Run:
         if machine is None:
             return
         self.ceilings = str(machine)
-        engine = self.engine
+        engine, load = self.engine, [(r.num_prompt, r.num_output, r.num_cached) for r in self.records]
         model, dtype, kv_dtype = engine.model, kept_as(engine), engine.kv_cache_dtype
-        load = [(r.num_prompt, r.num_output, r.num_cached) for r in self.records]
         limits = engine.tp_size, engine.max_running_requests, kv_dtype
         self.floor = floor_of(model, dtype, load, machine, *limits).seconds
         if self.steps and not self.shares:

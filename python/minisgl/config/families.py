@@ -49,12 +49,14 @@ def read_model_config(model_dir: str | Path, override: Mapping[str, Any] | None 
     """
     path = Path(model_dir)
     check_directory(path)
-    config_path = path / "config.json"
-    fields = Fields(merge(read_json(config_path), override or {}), str(config_path))
+    fields = Fields(merge(read_json(path / "config.json"), override or {}), str(path / "config.json"))
     model = parse_model_config(fields)
     if (quantization := read_quantization(fields, path)) is not None:
-        size = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
-        model = replace(model, quantization=quantization, packed_bytes=size)
+        tables = (2 - model.tie_word_embeddings) * model.vocab_size * model.hidden_size
+        each = max(s.bits / 8 + 4 / (s.group or model.hidden_size) for s in quantization.schemes)
+        size = int(2 * tables + each * (model.weight_bytes("int8") - tables))  # of a shape, which has no weights
+        stored = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
+        model = replace(model, quantization=quantization, packed_bytes=stored or size)
     return replace(model, eos_token_ids=read_ends(path, fields, model.vocab_size))
 
 
@@ -63,14 +65,12 @@ def parse_model_config(f: Fields) -> ModelConfig:
 
     Raises: ConfigError naming what is missing, of the wrong kind, or unsupported, and what is supported.
     """
-    architecture = _architecture(f)
-    family = FAMILIES[architecture]
+    family = FAMILIES[architecture := _architecture(f)]
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [key for key in required if f.data.get(key) is None]:
         raise ConfigError(f"{f.source}: {', '.join(missing)} missing")
     _refuse_unsupported(f)
-    num_layers, num_heads = f.integer("num_hidden_layers", 0), f.integer("num_attention_heads", 0)
-    hidden = f.integer("hidden_size", 0)
+    num_layers, num_heads, hidden = (f.integer(name, 0) for name in (*required[3:], "hidden_size"))
     default_kv_heads = num_heads if "num_key_value_heads" in f.data else family.num_kv_heads or num_heads
     num_kv_heads = f.integer("num_key_value_heads", default_kv_heads)
     if num_heads % num_kv_heads:
