@@ -42,7 +42,7 @@ class Watched(Matrix):
         super().__init__(ops, activation)
         self._inner, self.squares = inner, torch.zeros(())
 
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         self.squares = self.squares + x.float().square().sum(0)
         return self._inner.apply(x, bias)
 

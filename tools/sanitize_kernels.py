@@ -46,10 +46,9 @@ from minisgl.formats.base import DENSE
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.cuda import CudaOps
 from minisgl.kernel.float8 import Float8Matrix, merge
-from minisgl.kernel.ops import KVSlots, PagedSequences, RopeAngles, TorchOps
+from minisgl.kernel.ops import Around, KVSlots, PagedSequences, RopeAngles, TorchOps
 from minisgl.kernel.packed import Float8, Grouped
 from minisgl.kernel.packed_gemm import PackedMatrix, codes_of
-from minisgl.kernel.product import Around
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 from minisgl.kvcache.pool import LayerCache
 

@@ -20,20 +20,19 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.kernel.ops import PagedSequences
-from minisgl.kernel.triton import decode, prefill
-from minisgl.kernel.triton.common import AttentionConfig
+from minisgl.kernel.triton.attention import AttentionConfig, Partials, attention, num_splits, query_blocks
 
 Tensor = torch.Tensor
 DEVICE, DTYPE, HEAD_DIM, NUM_KV_HEADS = torch.device("cuda"), torch.bfloat16, 128, 8
 DECODE_VARIANTS = (
-    AttentionConfig(1, 64, 4, 3),
-    AttentionConfig(1, 64, 4, 5),
-    AttentionConfig(1, 64, 2, 3),
-    AttentionConfig(1, 64, 8, 5),
-    AttentionConfig(1, 128, 4, 3),
-    AttentionConfig(1, 128, 8, 3),
-    AttentionConfig(1, 32, 2, 5),
-    AttentionConfig(1, 32, 4, 7),
+    AttentionConfig(16, 64, 4, 3),
+    AttentionConfig(16, 64, 4, 5),
+    AttentionConfig(16, 64, 2, 3),
+    AttentionConfig(16, 64, 8, 5),
+    AttentionConfig(16, 128, 4, 3),
+    AttentionConfig(16, 128, 8, 3),
+    AttentionConfig(16, 32, 2, 5),
+    AttentionConfig(16, 32, 4, 7),
 )
 PREFILL_VARIANTS = (
     AttentionConfig(128, 64, 8, 3),
@@ -81,7 +80,7 @@ class Case:
     def blocks(self, config: AttentionConfig) -> Tensor:
         num_new = np.array(self.num_new)
         group = self.q.shape[1] // NUM_KV_HEADS
-        blocks = prefill.prefill_blocks(np.array(self.seq_lens) - num_new, num_new, group, config.block_m)
+        blocks = query_blocks(np.array(self.seq_lens) - num_new, num_new, group, config.block_m)
         return torch.from_numpy(blocks).to(DEVICE)
 
     def reference(self) -> Tensor:
@@ -130,8 +129,10 @@ def check(out: Tensor, expected: Tensor) -> None:
 
 
 def bench_prefill(config: AttentionConfig, page_size: int, group: int = 2) -> Any:
+    unused = Partials(*torch.empty(2, 1, device=DEVICE))
+
     def run(case: Case, caches: Tensor, blocks: Tensor) -> Tensor:
-        return prefill.prefill_attention(case.q, caches[0], caches[1], case.seqs, blocks, None, config, True)
+        return attention(case.q, caches[0], caches[1], case.seqs, blocks, None, 1, unused, config, True)
 
     small = Case([700, 130], [300, 130], group, page_size)
     check(run(small, small.caches[0], small.blocks(config)), small.reference())
@@ -146,12 +147,10 @@ def bench_prefill(config: AttentionConfig, page_size: int, group: int = 2) -> An
 
 def bench_decode(config: AttentionConfig, page_size: int, bandwidth: float, groups: bool) -> Any:
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    workspace = decode.Partials(torch.empty(1 << 24, device=DEVICE), torch.empty(1 << 18, device=DEVICE))
+    workspace = Partials(torch.empty(1 << 24, device=DEVICE), torch.empty(1 << 18, device=DEVICE))
 
     def run(case: Case, caches: Tensor, splits: int) -> Tensor:
-        return decode.decode_attention(
-            case.q, caches[0], caches[1], case.seqs, None, splits, workspace, config, True
-        )  # fmt: skip
+        return attention(case.q, caches[0], caches[1], case.seqs, None, None, splits, workspace, config, True)
 
     small = Case([700, 130, 1], [1, 1, 1], 2, page_size)
     for splits in (1, 5):
@@ -159,7 +158,7 @@ def bench_decode(config: AttentionConfig, page_size: int, bandwidth: float, grou
     row = []
     for batch, length, group in DECODES if groups else DECODES[:3]:
         case = Case([length] * batch, [1] * batch, group, page_size)
-        splits = decode.num_splits(batch, NUM_KV_HEADS, length, config.block_n, sms)
+        splits = num_splits(batch, NUM_KV_HEADS, length, config.block_n, sms)
         taken = seconds([partial(run, case, caches, splits) for caches in case.caches])
         row.append(f"{taken * 1e6:.1f} us {case.kv_bytes / taken / bandwidth:.0%}")
         del case

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from minisgl.kernel import decode_gemm
 from minisgl.kernel.cuda import CudaOps
 from minisgl.kernel.decode_gemm import Variant
-from minisgl.kernel.product import Around
+from minisgl.kernel.ops import Around
 
 Tensor = torch.Tensor
 PEAK = 4.3e12  # bytes per second that an H200 reads

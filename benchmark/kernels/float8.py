@@ -26,9 +26,8 @@ from minisgl.kernel import decode_gemm, float8, skinny
 from minisgl.kernel.cuda import CudaOps, compile_kernels
 from minisgl.kernel.decode_gemm import Variant
 from minisgl.kernel.jit import side_by_side
-from minisgl.kernel.ops import Matrix
+from minisgl.kernel.ops import Around, Matrix
 from minisgl.kernel.packed import Float8
-from minisgl.kernel.product import Around
 
 Tensor = torch.Tensor
 EPS = 1e-6

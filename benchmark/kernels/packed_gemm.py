@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from minisgl.kernel.cuda import CudaOps, compile_kernels
+from minisgl.kernel.ops import Around
 from minisgl.kernel.packed import Grouped
 from minisgl.kernel.packed_gemm import FEW_TILES, TILES, WIDE_TILES, Codes, How, PackedMatrix, codes_of
-from minisgl.kernel.product import Around
 
 Tensor = torch.Tensor
 

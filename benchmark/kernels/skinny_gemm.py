@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.kernel import skinny
-from minisgl.kernel.product import Around
+from minisgl.kernel.ops import Around
 
 EPS = 1e-6
 PEAK = 4.3e12  # bytes per second that an H200 reads

@@ -71,18 +71,22 @@ def test_one_chat_and_its_eight_stages(visit: Visit, demo: Server) -> None:
     detail = page.locator(".request")
     detail.locator(".stage.done").nth(7).wait_for()
     (told,) = outputs(demo, [one])
-    assert [stage["name"] for stage in told["stages"]] == STAGES
+    stages = [event for event in told["events"] if event["name"] in STAGES]
+    assert [stage["name"] for stage in stages] == STAGES
     assert detail.locator(".stages [data-stage]").evaluate_all("all => all.map((one) => one.dataset.stage)") == STAGES
     assert detail.locator(".stage.done").count() == 8
     shown = detail.locator(".when").all_inner_texts()
     assert [seconds_of(text) for text in shown] == pytest.approx(
-        [stage["seconds"] for stage in told["stages"]], rel=0.01, abs=0.0006
+        [stage["seconds"] for stage in stages], rel=0.01, abs=0.0006
     )
     assert f"{told['num_prompt']} prompt tokens" in detail.inner_text()
     assert f"Prefill chunks: {told['num_chunks']}" in detail.inner_text()
     assert row.locator("td").nth(3).inner_text() == str(told["num_output"])
-    assert detail.locator(".timeline .prefill").count() == len(told["chunks"]) == 1
-    assert detail.locator(".timeline .decode").count() == len(told["decodes"])
+    for name in ("prefill", "decode", "admitted", "retracted"):
+        assert detail.locator(f".timeline .{name}").count() == len(
+            [one for one in told["events"] if one["name"] == name]
+        )
+    assert told["num_chunks"] == 1
 
     detail.locator("[data-stage=queued]").click()  # the code of this version, by line
     place = detail.locator(".source .code-head .mono").first.inner_text()
@@ -132,7 +136,8 @@ def test_a_long_prompt_shares_steps_with_running_streams(visit: Visit, demo: Ser
         for step in steps
         if step["step"] not in before and step["num_decode"] and any(row[3] for row in step["rows"])
     ]
-    assert {chunk["step"] for chunk in told["chunks"]} & {step["step"] for step in known}
+    chunks = {event["step"] for event in told["events"] if event["name"] == "prefill"}
+    assert chunks & {step["step"] for step in known}
     poll(lambda: panel(page, "strip")["last"] == str(steps[-1]["step"]), "the strip stands still")
     assert int(panel(page, "strip")["mixed"]) - mixed == len(known)
     page.locator(f"tr[data-uid='{told['uid']}']").get_by_role("button").click()
@@ -187,6 +192,49 @@ def poll_still(page: Page) -> int:
     return last
 
 
+def test_numbers_and_queues_are_those_of_the_planner(visit: Visit, small: Server) -> None:
+    page = look(visit, small)
+    answers: list[Any] = []
+    page.on("response", lambda answer: answers.append(answer) if "/trace/live" in answer.url else None)
+    page.locator("[data-load=retracted]").click()
+    page.locator("tr.waiting").first.wait_for()
+    page.get_by_role("button", name="Pause").click()
+    poll_still(page)
+    load = get(small, "/server_info")["load"]  # what the planner has
+    num_running, num_waiting = load["num_running_requests"], load["num_waiting_requests"]
+    assert num_running > 0 and num_waiting > 0
+    assert (number(page, "running"), number(page, "waiting")) == (num_running, num_waiting)
+    queues = page.locator("[data-process]").evaluate_all(
+        "all => all.map((one) => [one.dataset.process, one.dataset.queue])"
+    )
+    queued = {name: int(queue) for name, queue in queues}
+    assert (queued["scheduler"], queued["api"]) == (num_waiting, num_running + num_waiting)
+    assert queued["engine"] == answers[-1].json()["num_inflight"] and queued["tokenizer"] == queued["detokenizer"] == 0
+    page.get_by_role("button", name="Go on").click()
+    poll(lambda: is_shown(page, [answer.json() for answer in answers[-8:]]), "other rates are shown")
+    points = page.locator("[data-spark=running] .line").last.get_attribute("points")
+    assert points is not None and 1 < len(points.split()) <= len(answers) + 1
+    page.locator(".controls[data-state=done]").wait_for(timeout=60_000)
+
+
+def number(page: Page, name: str, part: str = "strong") -> float:
+    shown = re.search(r"[\d.,]+", page.locator(f"[data-spark={name}] {part}").inner_text().removeprefix("p95"))
+    return float(shown[0].replace(",", "")) if shown else -1
+
+
+def is_shown(page: Page, states: list[Any]) -> bool:
+    """Whether the page shows the rates that these answers tell of, and there are some."""
+    first, last = states[0]["counts"], states[-1]["counts"]
+    speed = (last["num_output"] - first["num_output"]) / (states[-1]["time"] - states[0]["time"])
+    bounds = [1000 * bound for bound in last["itl"]["bounds"]]
+    gained = [after - before for after, before in zip(last["itl"]["counts"], first["itl"]["counts"], strict=True)]
+    of_each = [bound for bound, count in zip([*bounds, bounds[-1]], gained, strict=True) for _ in range(count)]
+    if not of_each:
+        return False
+    middle = of_each[(len(of_each) - 1) // 2]
+    return abs(number(page, "speed") - speed) <= 1 and number(page, "itl") == pytest.approx(middle, rel=0.1)
+
+
 def test_what_cannot_be_shown_here_says_how(visit: Visit, demo: Server) -> None:
     page = look(visit, demo)
     assert page.locator("[data-load=retracted]").is_disabled()
@@ -196,10 +244,11 @@ def test_what_cannot_be_shown_here_says_how(visit: Visit, demo: Server) -> None:
 
 def test_nothing_is_sent_while_nobody_looks(visit: Visit, demo: Server) -> None:
     page = look(visit, demo)
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
     page.get_by_role("link", name="Chat").click()
     page.locator(".chat").wait_for()
+    page.wait_for_timeout(300)  # a question may have been under way
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
     httpx.post(f"{demo.url}/v1/completions", json={"prompt": "a", "max_tokens": 4}, timeout=30)
     page.wait_for_timeout(1000)
     assert not [url for url in asked if not url.endswith("/icon.svg")]

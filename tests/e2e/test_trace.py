@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,16 @@ def output_of(http: httpx.Client, request_id: str) -> Json:
     return output
 
 
+def events_of(output: Json, *names: str) -> list[Json]:
+    return [event for event in output["events"] if event["name"] in names]
+
+
 def test_a_request_has_its_stages_in_order(http: httpx.Client) -> None:
     begin = time.time()
     request_id, body = complete(http, "Once upon a time", 24)
     end = time.time()
     told = http.get(f"/trace/{request_id}").json()
-    while told["outputs"][0]["stages"][-1]["time"] is None:  # a client may have its answer before that is noted
+    while told["outputs"][0]["events"][-1]["name"] != "sent":  # a client may have its answer before that is noted
         told = http.get(f"/trace/{request_id}").json()
     assert told == http.get(f"/trace/{body['id']}").json()
     assert (told["id"], told["response_id"], told["owner_is_you"], told["prompt"]) == (
@@ -103,34 +107,35 @@ def test_a_request_has_its_stages_in_order(http: httpx.Client) -> None:
         None,
     )
     (output,) = told["outputs"]
-    stages = {stage["name"]: stage for stage in output["stages"]}
-    times = [stage["time"] for stage in output["stages"]]
-    assert [*stages] == STAGES
+    stages = {event["name"]: event for event in events_of(output, *STAGES)}
+    times = [event["time"] for event in output["events"]]
+    assert [*stages] == [event["name"] for event in events_of(output, *STAGES)] == STAGES
     assert [begin, *times] == sorted([begin, *times])
     assert times[-2] <= end
-    assert [stage["seconds"] for stage in stages.values()] == pytest.approx(
+    assert [event["seconds"] for event in output["events"]] == pytest.approx(
         [when - times[0] for when in times], abs=1e-5
     )
     first = stages["admitted"]["time"], stages["detokenized"]["first"], stages["sent"]["first"], times[-1]
     assert [*first] == sorted(first)
     usage = body["usage"]
     assert (output["num_prompt"], output["num_output"]) == (usage["prompt_tokens"], usage["completion_tokens"])
-    assert (output["state"], output["reason"], output["num_chunks"]) == ("finished", "length", 1)
-    assert 0 < len(output["decodes"]) <= 3
-    assert all(stages["admitted"]["time"] < event["time"] < stages["finished"]["time"] for event in output["decodes"])
+    assert (stages["tokenized"]["num_tokens"], stages["finished"]["num_tokens"]) == (output["num_prompt"], 24)
+    assert (output["reason"], stages["finished"]["reason"], output["num_chunks"]) == ("length", "length", 1)
+    assert 0 < len(events_of(output, "decode")) <= 3
 
 
 def test_chunks_are_what_the_cache_has_not_and_the_cache_is_what_usage_says(http: httpx.Client) -> None:
     prompt = "A long tale of a very small cat and a much larger dog who went to the sea. " * 5
     first, fresh = complete(http, prompt)
     output, num_prompt = output_of(http, first), fresh["usage"]["prompt_tokens"]
-    assert sum(chunk["num_new"] for chunk in output["chunks"]) == num_prompt - output["num_cached"]
-    assert output["num_chunks"] == len(output["chunks"]) >= 3
-    assert all(chunk["num_new"] <= 32 for chunk in output["chunks"])
+    chunks = [chunk["num_new"] for chunk in events_of(output, "prefill")]
+    assert sum(chunks) == num_prompt - output["num_cached"]
+    assert output["num_chunks"] == len(chunks) >= 3
+    assert all(num_new <= 32 for num_new in chunks)
     second, again = complete(http, prompt)
     cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert output_of(http, second)["num_cached"] == cached > num_prompt - 32
-    assert {stage["name"]: stage for stage in output_of(http, second)["stages"]}["admitted"]["num_cached"] == cached
+    assert [event["start"] for event in events_of(output_of(http, second), "admitted")] == [cached]
 
 
 def crowd(http: httpx.Client, count: int) -> list[str]:
@@ -147,11 +152,13 @@ def test_retractions_and_what_was_waited_for_are_seen(http: httpx.Client) -> Non
     (total,) = (line.split()[-1] for line in metrics.splitlines() if line.startswith("minisgl:num_preemptions_total{"))
     assert sum(output["num_retractions"] for output in outputs) == float(total) > 0
     for output in retracted:
-        assert len(output["admissions"]) == 1 + output["num_retractions"]
-        assert output["admissions"][-1]["time"] > output["retractions"][-1]["time"] > output["admissions"][0]["time"]
-    queued = [output["stages"][3] for output in outputs]
-    waited = [stage for stage in queued if stage["why"] == "pages"]
-    assert waited and all(stage["waited"]["pages"] > 0.001 for stage in waited)
+        names = [event["name"] for event in events_of(output, "admitted", "retracted")]
+        assert names == ["admitted", *["retracted", "admitted"] * output["num_retractions"]]
+    waited = [event for output in outputs for event in events_of(output, "queued", "admitted")]
+    assert any(
+        queued.get("why") == "pages" and admitted["time"] - queued["time"] > 0.001
+        for queued, admitted in pairwise(waited)
+    )
 
 
 def test_each_key_sees_its_own_and_the_operator_all(http: httpx.Client) -> None:
@@ -189,39 +196,35 @@ def test_what_cannot_be_told_is_refused(http: httpx.Client, path: str, status: i
     assert word in answer.json()["error"]["message"]
 
 
-class Viewer:
-    """A live stream, read as far as it is asked for."""
-
-    def __init__(self, url: str) -> None:
-        self._connection = HTTPConnection(url.removeprefix("http://"), timeout=60)
-        self._connection.request("GET", "/trace/live", headers=ROOT)
-        self._answer = self._connection.getresponse()
-        assert self._answer.status == 200
-
-    def next(self, name: str) -> Json:
-        while line := self._answer.readline():
-            if line.decode().rstrip("\n") == f"event: {name}":
-                payload: Json = json.loads(self._answer.readline().removeprefix(b"data: "))
-                return payload
-        raise AssertionError("the stream has ended")
-
-    def close(self) -> None:
-        self._answer.close()
-        self._connection.close()
+def test_a_request_that_is_refused_has_a_story(http: httpx.Client, server: Server) -> None:
+    bodies = {"temperature": {"prompt": "x", "temperature": -1}, "prompt": {"prompt": "a b " * 400}}
+    for param, body in bodies.items():
+        answer = http.post("/v1/completions", json=body)
+        told = http.get(f"/trace/{answer.headers['x-request-id']}").json()
+        (output,) = told["outputs"]
+        names = [event["name"] for event in output["events"]]
+        assert names == ["received", *["validated"] * (param == "prompt"), "refused", "sent"]
+        (refused,) = events_of(output, "refused")
+        error = answer.json()["error"]
+        assert (refused["status"], refused["param"], refused["code"]) == (400, error["param"], error["code"])
+        assert output["reason"] == "refused" and error["param"] == param
+        assert [line["name"] for line in told_in_log(server, told["id"], len(names))] == names
+        assert http.get(f"/trace/{told['id']}", headers=B).status_code == 404
+    assert http.post("/tokenize", json={"prompt": 3}).status_code == 400  # no request for outputs
+    assert http.get("/trace?requests=1").json()["requests"][0]["outputs"] == [output]
 
 
-def test_the_live_view_and_slow_motion(http: httpx.Client, server: Server) -> None:
-    viewer = Viewer(server.url)
-    hello, state = viewer.next("hello"), viewer.next("state")
-    assert hello["limits"]["budget"] == 32 and hello["pace"]["allowed"]
-    assert [box["name"] for box in state["processes"]] == ["api", "tokenizer", "scheduler", "engine", "detokenizer"]
-    assert viewer.next("pool")["num_pages"] == 16
-    pace = {"viewer": hello["viewer"], "delay_ms": 0, "paused": True}
-    assert http.post("/trace/pace", json=pace | {"delay_ms": 2001}, headers=ROOT).status_code == 400
-    assert http.post("/trace/pace", json=pace | {"viewer": "x"}, headers=ROOT).status_code == 409
-    assert http.post("/trace/pace", json=pace, headers=ROOT).json()["paused"] is True
-    while not viewer.next("state")["pace"]["paused"]:
-        pass
+def test_what_goes_on_now_and_slow_motion(http: httpx.Client, server: Server) -> None:
+    def look() -> Json:
+        now: Json = http.get("/trace/live", headers=ROOT).json()
+        return now
+
+    now = look()
+    assert now["may_slow"] and now["pace"] == {"delay_ms": 0, "paused": False}
+    assert sum(count for _, count in now["pool"]["runs"]) == now["pool"]["num_pages"] == 16
+    assert http.post("/trace/pace", json={"delay_ms": 2001}, headers=ROOT).status_code == 400
+    assert http.post("/trace/pace", json={"paused": True}, headers=ROOT).json()["paused"] is True
+    assert look()["pace"]["paused"] is True
     ended: list[str] = []
 
     def run() -> None:
@@ -230,16 +233,22 @@ def test_the_live_view_and_slow_motion(http: httpx.Client, server: Server) -> No
 
     thread = threading.Thread(target=run)
     thread.start()
-    while not (state := viewer.next("state"))["running"]:
+    while not (now := look())["running"]:
         assert not ended
     assert http.get("/health", timeout=5).status_code == 200  # though no step begins
-    assert state["counters"]["in_flight"] == 1 and state["running"][0]["id"]
-    thread.join(1.0)
+    (output,), (running,) = now["outputs"], now["running"]
+    assert (output["uid"], output["num_output"]) == (running["uid"], 0) and output["id"]
+    assert now["known"] == [running["uid"]] and now["num_inflight"] >= 1
+    thread.join(0.5)
     assert not ended
-    viewer.close()
     thread.join(20)
-    assert ended, "it has gone on without its viewer"
-    assert output_of(http, ended[0])["stages"][-1]["seconds"] > 1
+    assert ended, "it has gone on though nobody looks"
+    queued, finished = events_of(output_of(http, ended[0]), "queued", "finished")
+    assert finished["time"] - queued["time"] > 0.5
+    http.post("/trace/pace", json={}, headers=ROOT)
+    last = http.get("/trace?steps=1", headers=ROOT).json()["steps"][0]["step"]
+    later = http.get(f"/trace/live?since={last}&whole=0", headers=ROOT).json()
+    assert [step["step"] for step in later["steps"]] == [last] and "pool" not in later
 
 
 def test_the_chart_of_a_real_server_has_tracks_and_arrows(http: httpx.Client) -> None:
@@ -249,19 +258,23 @@ def test_the_chart_of_a_real_server_has_tracks_and_arrows(http: httpx.Client) ->
     events = answer.json()["traceEvents"]
     names = {event["args"]["name"] for event in events if event["ph"] == "M"}
     assert {"api", "tokenizer", "scheduler", "engine", "detokenizer", "rows", "row 0"} <= names
-    assert {event["ph"] for event in events} == set("MXstf")
+    assert {event["ph"] for event in events} == set("MXbe")
+
+
+def told_in_log(server: Server, request_id: str, count: int) -> list[Json]:
+    """What the log tells of a request, as soon as there are so many lines."""
+    deadline, lines = time.monotonic() + 20, list[Json]()
+    while len(lines) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
+        found = [json.loads(line) for line in server.output().splitlines() if line.startswith("{")]
+        lines = [line for line in found if line.get("request", {}).get("id") == request_id]
+    assert all(line["level"] == "INFO" and line["role"] == "server" for line in lines)
+    return [line["request"] for line in lines]
 
 
 def test_the_log_has_a_line_for_each_stage(http: httpx.Client, server: Server) -> None:
     request_id, _ = complete(http, "secret words")
-    deadline = time.monotonic() + 20
-    lines: list[Json] = []
-    while len(lines) < len(STAGES) and time.monotonic() < deadline:
-        time.sleep(0.1)
-        found = [json.loads(line) for line in server.output().splitlines() if line.startswith("{")]
-        lines = [line for line in found if line.get("request", {}).get("id") == request_id]
-    assert [line["request"]["name"] for line in lines] == STAGES
-    assert all(line["level"] == "INFO" and line["role"] == "server" for line in lines)
+    assert [line["name"] for line in told_in_log(server, request_id, len(STAGES))] == STAGES
     assert "secret words" not in server.output()
 
 
@@ -270,15 +283,15 @@ def test_a_collector_gets_spans_of_the_callers_trace(http: httpx.Client, collect
     trace_id, parent_id = (bytes.fromhex(part) for part in PARENT.split("-")[1:3])
     deadline = time.monotonic() + 20
     spans: list[Span] = []
-    while len(spans) < 7 and time.monotonic() < deadline:
+    while len(spans) < len(STAGES) and time.monotonic() < deadline:
         time.sleep(0.1)
         spans = [span for span in collector.spans if span.trace_id == trace_id]
     assert collector.paths == {"/v1/traces"}
     (root,) = (span for span in spans if span.parent_span_id == parent_id)
     children = {span.name: span for span in spans if span.parent_span_id == root.span_id}
-    assert {*children} == {"read and check", "tokenize", "queue", "compute", "detokenize", "send"}
+    assert {*children} == {*STAGES[1:]}
     (output,) = http.get(f"/trace/{request_id}").json()["outputs"]
-    assert root.start_time_unix_nano / 1e9 == pytest.approx(output["stages"][0]["time"], abs=1e-3)
+    assert root.start_time_unix_nano / 1e9 == pytest.approx(output["events"][0]["time"], abs=1e-3)
     for span in children.values():
         assert (
             root.start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano <= root.end_time_unix_nano
@@ -286,7 +299,7 @@ def test_a_collector_gets_spans_of_the_callers_trace(http: httpx.Client, collect
     values = {one.key: one.value for one in root.attributes}
     assert values["minisgl.id"].string_value == request_id
     assert values["gen_ai.usage.output_tokens"].int_value == 8
-    assert [event.name for event in children["compute"].events] == ["prefill"]
+    assert [event.name for event in root.events] == ["prefill"]
     assert any(span.trace_id != trace_id for span in collector.spans)
 
 

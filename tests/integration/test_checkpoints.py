@@ -121,6 +121,13 @@ def test_names_and_layouts(tmp_path: Path, kind: str) -> None:
     assert tokens_of(rewritten(source, tmp_path / "model", change)) == hf_generate(source, PROMPT, 12)
 
 
+def test_scales_of_a_cache_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["model.layers.0.self_attn.attn.v_scale", "model.layers.0.self_attn.k_scale"]
+    path = rewritten(tiny_model("qwen3"), tmp_path / "model", lambda t: {**t, **{n: torch.ones(1) for n in names}})
+    assert tokens_of(path) == tokens_of(tiny_model("qwen3"))
+    assert f"are left out: {', '.join(names)}" in caplog.text
+
+
 class SecondOfTwo(Communicator):
     def __init__(self) -> None:
         super().__init__()

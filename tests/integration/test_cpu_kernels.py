@@ -25,7 +25,12 @@ from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
 TARGET = os.environ.get("MINISGL_TEST_CPU_TARGET", "")
-TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-6, "int8": 5e-6}  # of the largest output: only sums are rounded
+TOLERANCE = {
+    "float32": 2e-6,
+    "bfloat16": 2e-6,
+    "float16": 2e-6,
+    "int8": 5e-6,
+}  # of the largest output: only sums are rounded
 ROWS = (1, 2, 3, 5, 6, 7, 8, 12, 13, 16, 31, 64, 65)
 
 
@@ -45,7 +50,7 @@ def cpu_ops(num_threads: int, target: str = TARGET) -> CpuOps:
 def matrix_of(ops: CpuOps, weight: Tensor, kind: str, activation: str | None = None) -> Matrix:
     if kind == "int8":
         return ops.int8_matrix(weight, activation)
-    return ops.matrix(weight.bfloat16() if kind == "bfloat16" else weight, activation)
+    return ops.matrix(weight.to(getattr(torch, kind)), activation)
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -54,12 +59,10 @@ def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 def as_stored(weight: Tensor, kind: str) -> Tensor:
     """What is left of a weight in memory."""
-    if kind == "bfloat16":
-        return weight.bfloat16().float()
     if kind == "int8":
         scale = weight.abs().amax(1, keepdim=True) / 127
         return (weight * (127 / weight.abs().amax(1, keepdim=True))).round() * scale
-    return weight
+    return weight.to(getattr(torch, kind)).float()
 
 
 def close(out: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -240,6 +240,8 @@ def test_what_has_no_kernel_keeps_its_values(kind: str) -> None:
     matrix = cpu_ops(2).packed_matrix([part, part], torch.bfloat16)
     close(matrix.apply(x), x.double() @ expected.T, 2e-6)
     assert torch.equal(matrix.rows(torch.tensor([3, 77])), expected[[3, 77]].float())
+    assert isinstance(matrix, PanelMatrix)
+    assert matrix.num_bytes == 96 * 256 * (2 if kind in ("F16", "BF16") else 4)  # 80 rows are three panels, or six
 
 
 def test_gate_and_up_in_one_part_without_a_kernel() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from minisgl.engine import cuda
 from minisgl.engine.cuda import CudaRunner, open_gpu
 from minisgl.engine.memory import large_step
 from minisgl.errors import ConfigError, EngineError
+from minisgl.kernel import jit
 from minisgl.kernel.jit import load_kernel
 from tests.driver import engine_config
 from tests.models import tiny_model
@@ -53,24 +56,48 @@ def test_a_gpu_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, call: s
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
+    ("nvcc", "reason"),
     [
-        (RuntimeError("ninja exited\nFAILED: a.o\nstep.cu(7): error: no such thing\nmore"), r"step.cu\(7\): error: no"),
-        (RuntimeError("Could not find CUDA installation."), "Could not find CUDA installation"),
-        (PermissionError(13, "Permission denied"), "Permission denied"),
+        ("echo more; echo 'step.cu(7): error: no such thing'; exit 1", r"step.cu\(7\): error: no such thing"),
+        (None, "nvcc: not found"),
+        ("exit 0", "No such file or directory"),  # and no library is there
     ],
 )
 def test_a_kernel_that_cannot_be_compiled_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, reason: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nvcc: str | None, reason: str
 ) -> None:
-    package: Any = ModuleType("tvm_ffi")
-    package.__version__, package.cpp = "0", SimpleNamespace(build=raises(error))
-    monkeypatch.setitem(sys.modules, "tvm_ffi", package)
+    (tmp_path / "bin").mkdir()
+    if nvcc is not None:
+        (tmp_path / "bin" / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
+        (tmp_path / "bin" / "nvcc").chmod(0o755)
+    else:
+        monkeypatch.setattr(jit, "find_nvcc", lambda: None)
+        monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("MINISGL_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TVM_FFI_CUDA_ARCH_LIST", "")  # set by the loader
     with pytest.raises(ConfigError, match=f"kernel step for sm_90a: .*{reason}.*minisgl doctor") as caught:
         load_kernel("step", (9, 0))
     assert "\n" not in str(caught.value)
+
+
+def test_each_architecture_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Several at the same time; and nothing of it is left in the environment."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text(f"#!/bin/sh\nsleep 0.5; echo $@ >> {tmp_path}/calls; exit 1\n")
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("MINISGL_CACHE_DIR", str(tmp_path))
+    before, archs = dict(os.environ), ((8, 0), (8, 6), (9, 0))
+
+    def compile_for(arch: tuple[int, int]) -> None:
+        with pytest.raises(ConfigError):
+            load_kernel("step", arch)
+
+    jit.side_by_side(partial(compile_for, arch) for arch in archs)
+    assert dict(os.environ) == before
+    called = [set(re.findall(r"-gencode=(\S+)", call)) for call in (tmp_path / "calls").read_text().splitlines()]
+    expected = [{f"arch=compute_{a},code={code}_{a}" for code in ("sm", "compute")} for a in ("80", "86")]
+    assert sorted(called, key=sorted) == [*expected, {"arch=compute_90a,code=sm_90a"}]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal access\n"), EngineError("a rank is gone")])

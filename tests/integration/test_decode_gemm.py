@@ -7,7 +7,7 @@ import torch
 
 from minisgl.kernel import decode_gemm
 from minisgl.kernel.decode_gemm import Variant
-from minisgl.kernel.product import Around
+from minisgl.kernel.ops import Around
 
 on_gpu = [
     pytest.mark.gpu,

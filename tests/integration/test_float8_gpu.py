@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from minisgl import LLM, SamplingParams
 from minisgl.kernel import skinny
 from minisgl.kernel.float8 import Float8Matrix, merge
+from minisgl.kernel.ops import Around
 from minisgl.kernel.packed import Float8
-from minisgl.kernel.product import Around
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -236,10 +237,25 @@ def test_frequencies_of_llama_3(low: float, high: float, factor: float, tmp_path
     torch.testing.assert_close(engine_logits(path, prompt), hf_logits(reference, prompt), atol=2e-3, rtol=2e-3)
 
 
-def test_factors_of_no_known_kind(tmp_path: Path) -> None:
-    factors = np.array([1, 8, 2, 1, 1, 1, 1, 1], np.float32)
+def test_factors_of_any_kind(tmp_path: Path) -> None:
+    """Of one frequency each, as transformers has them for what it calls longrope."""
+    factors = np.array([1, 8, 2, 1, 1.5, 1, 1, 3], np.float32)
+    path, reference = write_gguf(tiny_model("llama"), tmp_path, "F32", rope_freqs=factors)
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "attention_factor": 1.0}
+    rope |= {"short_factor": factors.tolist(), "long_factor": factors.tolist(), "factor": 1.0}
+    config = json.loads((reference / "config.json").read_text())
+    rope["original_max_position_embeddings"] = config["max_position_embeddings"]
+    (reference / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    torch.testing.assert_close(engine_logits(path, PROMPT), hf_logits(reference, PROMPT), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("factor", [0, -1, math.nan, math.inf])
+def test_factors_that_are_none(factor: float, tmp_path: Path) -> None:
+    factors = np.array([1, 8, 2, 1, 1, 1, 1, factor], np.float32)
     path, _ = write_gguf(tiny_model("llama"), tmp_path, "F32", rope_freqs=factors)
-    with pytest.raises(ConfigError, match=r"tensor rope_freqs.weight has factors of no kind that is supported"):
+    with pytest.raises(
+        ConfigError, match=f"^{path}: tensor rope_freqs.weight has factors that are no numbers above 0$"
+    ):
         read_model_config(path)
 
 

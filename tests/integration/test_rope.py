@@ -11,9 +11,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minisgl.config.families import parse_model_config
-from minisgl.config.locate import Fields
 from minisgl.config.model import RopeConfig
 from minisgl.layers.rope import RotaryEmbedding, inverse_frequencies
+from minisgl.utils.fields import Fields
 
 CPU = torch.device("cpu")
 SCALINGS: list[dict[str, Any]] = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minisgl.kernel import skinny
-from minisgl.kernel.product import Around
+from minisgl.kernel.ops import Around
 
 pytestmark = [
     pytest.mark.gpu,

@@ -141,10 +141,10 @@ def test_prefill_shapes(dtype: torch.dtype, group: int, head_dim: int, page_size
 @pytest.mark.parametrize("page_size", [1, 5, 16, 64])
 @pytest.mark.parametrize("window", [None, 1, 7, 70])
 def test_decode(dtype: torch.dtype, page_size: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minisgl.kernel.triton import decode
+    from minisgl.kernel.triton import attention
 
     for splits in (1, 3) if INTERPRET else (1, 3, 8):
-        monkeypatch.setattr(decode, "num_splits", lambda *_, splits=splits: splits)
+        monkeypatch.setattr(attention, "num_splits", lambda *_, splits=splits: splits)
         starts = [0, 4, 63, 64, 150] if INTERPRET else [0, 1, 4, 31, 32, 63, 64, 250]
         check(make_case(make_shape(4, 2, 64, dtype, page_size), starts, [1] * len(starts)), window)
 
@@ -166,7 +166,7 @@ def test_decode_without_keys() -> None:
 
 def test_split_of_any_length() -> None:
     """The number of splits depends on what the host knows only, fills the chip and stays in bounds."""
-    from minisgl.kernel.triton.decode import num_splits
+    from minisgl.kernel.triton.attention import num_splits
 
     assert num_splits(256, 8, 40960, 64, 132) == 1
     assert num_splits(1, 8, 40960, 64, 132) == 64

@@ -72,7 +72,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def read_all(path: Path) -> ModelConfig:
     read_default_sampling(path)
     read_chat_template(path)
-    GgufFile(path).values("")
+    GgufFile(path).values()
     return read_model_config(path)
 
 
@@ -207,4 +207,4 @@ def test_a_large_vocabulary_is_read_in_no_time(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100_000
-    assert file.values("tokenizer.ggml.tokens")["tokenizer.ggml.tokens"][149_999] == "token number 149999"
+    assert file.values("tokenizer.ggml.tokens").data["tokenizer.ggml.tokens"][149_999] == "token number 149999"

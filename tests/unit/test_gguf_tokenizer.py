@@ -21,6 +21,7 @@ from minisgl.gguf.tokenizer import build_tokenizer
 from minisgl.message.messages import ChatPrompt
 from minisgl.tokenizer.detokenize import IncrementalDecoder
 from minisgl.tokenizer.tokenize import HFTextCodec
+from minisgl.utils.fields import Fields
 from tests.tokenizers_fixture import CHATML
 
 TEXTS = [
@@ -122,7 +123,7 @@ def pair(name: str) -> tuple[Tokenizer, Tokenizer]:
     texts = [" ".join(merge) for merge in merges]
     tokens = sorted(vocab, key=vocab.__getitem__)
     made = metadata(tokens, SPECIAL, model="gpt2", pre=name, merges=texts, add_bos_token=False)
-    return own, build_tokenizer(made, "x.gguf").backend_tokenizer
+    return own, build_tokenizer(Fields(made, "x.gguf")).backend_tokenizer
 
 
 def check(name: str, text: str) -> None:
@@ -175,7 +176,7 @@ PLAIN = [text for text in TEXTS if "<" not in text and "\u2581" not in text and 
 def check_sentencepiece(text: str) -> None:
     own, made = sentencepiece()
     ids = own.encode(text)
-    tokenizer = build_tokenizer(made, "x.gguf")
+    tokenizer = build_tokenizer(Fields(made, "x.gguf"))
     assert tokenizer.encode(text) == [1, *ids]
     assert tokenizer.decode(ids) == own.decode(ids)
 
@@ -192,8 +193,8 @@ def test_any_text_of_sentencepiece(text: str) -> None:
 
 def test_control_tokens_of_sentencepiece_and_no_prefix() -> None:
     _, made = sentencepiece()
-    assert build_tokenizer(made, "x").encode("a</s>")[-1] == 2
-    tokenizer = build_tokenizer(made | {"tokenizer.ggml.add_space_prefix": False}, "x")
+    assert build_tokenizer(Fields(made, "x")).encode("a</s>")[-1] == 2
+    tokenizer = build_tokenizer(Fields(made | {"tokenizer.ggml.add_space_prefix": False}, "x"))
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("xyz"))[1] == "x"
     assert tokenizer.decode(tokenizer.encode(" xyz"), skip_special_tokens=True) == " xyz"
 
@@ -216,14 +217,14 @@ def small(**others: Any) -> dict[str, Any]:
     ],
 )
 def test_what_stands_around_a_text(flags: dict[str, Any], begins: bool, ends: bool) -> None:
-    tokenizer = build_tokenizer(small(bos_token_id=0, eos_token_id=1, **flags), "x")
+    tokenizer = build_tokenizer(Fields(small(bos_token_id=0, eos_token_id=1, **flags), "x"))
     plain = tokenizer.encode("Hello", add_special_tokens=False)
     assert tokenizer.encode("Hello") == [0] * begins + plain + [1] * ends
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|end|>", "<|start|>")
 
 
 def test_special_tokens_and_users_own() -> None:
-    tokenizer = build_tokenizer(small(eos_token_id=0), "x")
+    tokenizer = build_tokenizer(Fields(small(eos_token_id=0), "x"))
     vocab, _ = byte_level()
     special = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
     assert special == {token: kind == 3 for token, kind in SPECIAL.items()}
@@ -234,37 +235,37 @@ def test_special_tokens_and_users_own() -> None:
 
 def test_chat_templates() -> None:
     named = {"tokenizer.chat_template": CHATML, "tokenizer.chat_templates": ["tool_use"]}
-    one = build_tokenizer(small() | named, "x")
+    one = build_tokenizer(Fields(small() | named, "x"))
     assert one.chat_template == CHATML
-    two = build_tokenizer(small() | named | {"tokenizer.chat_template.tool_use": "tools"}, "x")
+    two = build_tokenizer(Fields(small() | named | {"tokenizer.chat_template.tool_use": "tools"}, "x"))
     messages = [{"role": "user", "content": "hi"}]
     assert two.apply_chat_template(messages, tokenize=False) == one.apply_chat_template(messages, tokenize=False)
     assert two.apply_chat_template(messages, tools=[{"type": "function"}], tokenize=False) == "tools"
-    assert build_tokenizer(small(), "x").chat_template is None
+    assert build_tokenizer(Fields(small(), "x")).chat_template is None
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'"),
-        ({"model": None}, "tokenizer.ggml.model is None"),
-        ({"pre": None}, "tokenizer.ggml.pre is None"),
-        ({"pre": "default"}, "tokenizer.ggml.pre is default"),
-        ({"pre": "quux"}, "tokenizer.ggml.pre is quux"),
+        ({"model": "bert"}, "tokenizer.ggml.model must be gpt2, which is byte-level BPE, or llama, not 'bert'"),
+        ({"model": None}, "tokenizer.ggml.model must be gpt2, which is byte-level BPE, or llama, not None"),
+        ({"pre": None}, "tokenizer.ggml.pre must be one of gpt-2, "),
+        ({"pre": "default"}, "tokenizer.ggml.pre must be one of gpt-2, "),
+        ({"pre": "quux"}, "tokenizer.ggml.pre must be one of gpt-2, "),
         ({"merges": None}, "tokenizer.ggml.merges must be a list"),
-        ({"merges": ["a nosuchtoken"]}, "tokenizer.ggml.merges does not fit"),
+        ({"merges": ["a nosuchtoken"]}, "tokenizer.ggml.merges must be of the tokens ("),
         ({"merges": [1]}, "tokenizer.ggml.merges must be a list"),
-        ({"tokens": ["a", "a"], "token_type": [1, 1]}, "tokenizer.ggml.tokens has a token twice"),
+        ({"tokens": ["a", "a"], "token_type": [1, 1]}, "tokenizer.ggml.tokens must be a list without a token twice"),
         ({"tokens": []}, "tokenizer.ggml.tokens must be a list"),
-        ({"token_type": [1]}, "tokenizer.ggml.token_type has 1 items"),
-        ({"eos_token_id": 10**6}, "tokenizer.ggml.eos_token_id is 1000000"),
-        ({"bos_token_id": "a"}, "tokenizer.ggml.bos_token_id is 'a'"),
+        ({"token_type": [1]}, "tokenizer.ggml.token_type must be a list of "),
+        ({"eos_token_id": 10**6}, "tokenizer.ggml.eos_token_id must be a whole number, 0 to "),
+        ({"bos_token_id": "a"}, "tokenizer.ggml.bos_token_id must be a whole number, 0 to "),
     ],
 )
 def test_what_cannot_be_a_tokenizer(changes: dict[str, Any], told: str) -> None:
     bad = small() | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
     with pytest.raises(ConfigError) as caught:
-        build_tokenizer(bad, "some.gguf")
+        build_tokenizer(Fields(bad, "some.gguf"))
     assert str(caught.value).startswith("some.gguf: ") and told in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -274,7 +275,7 @@ def test_tokens_behind_a_gap_become_text(tmp_path: Path) -> None:
     made = small()
     made["tokenizer.ggml.tokens"].append("<behind>")
     made["tokenizer.ggml.token_type"].append(4)
-    build_tokenizer(made, "x").save_pretrained(tmp_path)
+    build_tokenizer(Fields(made, "x")).save_pretrained(tmp_path)
     codec = HFTextCodec(str(tmp_path))
     last = len(made["tokenizer.ggml.tokens"]) - 1
     assert codec.encode("<behind>", special=False) == [last]

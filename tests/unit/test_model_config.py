@@ -14,9 +14,9 @@ import pytest
 import transformers
 
 from minisgl.config.families import FAMILIES, ROPE_TYPES, parse_model_config, read_model_config
-from minisgl.config.locate import Fields
 from minisgl.config.model import DenseMLP, ModelConfig, MoE, PagedKV
 from minisgl.errors import ConfigError
+from minisgl.utils.fields import Fields
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

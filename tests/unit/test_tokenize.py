@@ -146,7 +146,7 @@ def test_a_broken_template_is_told_at_the_start(
     """By its line; without chats the model can be used."""
     codec = HFTextCodec(str(make_byte_level(tmp_path, template=template)))
     (message,) = caplog.messages
-    assert message.startswith(f"{tmp_path}: its chat template is broken, so that chats will be refused: {says}")
+    assert message.startswith(f"{tmp_path}: its chat template is broken, and chats will be refused: {says}")
     assert codec.encode("a", special=True)
     with pytest.raises(RequestError):
         codec.render_chat(ChatPrompt([{"role": "user", "content": "a"}]))

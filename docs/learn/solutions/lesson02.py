@@ -5,9 +5,9 @@ from typing import Any
 
 def durations(trace: dict[str, Any]) -> dict[str, float]:
     output = trace["outputs"][0]
-    stages = {stage["name"]: stage for stage in output["stages"]}
+    at = {event["name"]: event for event in output["events"]}
     return {
-        "first_token": stages["sent"]["first"] - stages["received"]["time"],
-        "waited": stages["admitted"]["time"] - stages["queued"]["time"],
-        "computed": sum(chunk["num_new"] for chunk in output["chunks"]),
+        "first_token": at["sent"]["first"] - at["received"]["time"],
+        "waited": at["admitted"]["time"] - at["queued"]["time"],
+        "computed": sum(event["num_new"] for event in output["events"] if event["name"] == "prefill"),
     }

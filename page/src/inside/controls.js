@@ -10,6 +10,7 @@ const DELAYS = [0, 50, 100, 200, 500, 1000, 2000]; // milliseconds
 export class Controls {
   constructor() {
     this.live = null;
+    this.server = null;
     this.modelLength = null;
     this.load = null; // what ends the one that runs
     this.pace = { delay_ms: 0, paused: false };
@@ -27,8 +28,8 @@ export class Controls {
 
   update(live) {
     this.live = live;
-    if (live.hello && live.hello !== this.hello) {
-      this.hello = live.hello;
+    if (live.server !== this.server && live.state) {
+      this.server = live.server;
       this.showLimits();
       this.showPace();
     }
@@ -36,7 +37,7 @@ export class Controls {
 
   async showLimits() {
     this.modelLength ??= (await askJson("/v1/models")).data[0].max_model_len;
-    this.limits = limitsOf(this.hello, this.modelLength);
+    this.limits = limitsOf(this.server, this.modelLength);
     const button = this.buttons.find((one) => one.dataset.load === "retracted");
     button.disabled = !canRetract(this.limits);
     button.title = button.disabled ? t("load.retracted.flag", { pool: num(this.limits.pool) }) : "";
@@ -72,7 +73,7 @@ export class Controls {
   showPace() {
     clearInterval(this.renewing);
     this.pace = { delay_ms: 0, paused: false };
-    if (!this.hello.pace.allowed) {
+    if (!this.live.state.may_slow) {
       fill(this.speed, h("span", { class: "small muted", text: t("pace.off") }));
       return;
     }
@@ -80,8 +81,7 @@ export class Controls {
       onclick: () => this.setPace({ paused: !this.pace.paused }) });
     const slow = h("input", { type: "range", min: 0, max: DELAYS.length - 1, value: 0, id: "pace-delay" });
     const shown = h("output", { for: "pace-delay", class: "small" });
-    slow.addEventListener("input",
-      () => this.setPace({ delay_ms: Math.min(DELAYS[slow.value], this.hello.pace.max_delay_ms) }));
+    slow.addEventListener("input", () => this.setPace({ delay_ms: DELAYS[slow.value] }));
     this.paceShown = () => {
       pause.setAttribute("aria-pressed", String(this.pace.paused));
       fill(pause, icon(this.pace.paused ? "play" : "pause"), t(this.pace.paused ? "pace.resume" : "pace.pause"));
@@ -101,7 +101,7 @@ export class Controls {
 
   async postPace() {
     try {
-      await ask("/trace/pace", { body: { viewer: this.live.hello.viewer, ...this.pace } });
+      await ask("/trace/pace", { body: this.pace });
     } catch (error) {
       this.told.textContent = t("failed", { why: error.message });
     }

@@ -1,10 +1,12 @@
 // What the server tells of itself while somebody looks: /trace/live, as one object that the panels draw.
-import { ask, askJson, events } from "../api.js";
+import { askJson } from "../api.js";
+import { countersOf, liveOf } from "./state.js";
 
 const MAX_STEPS = 512; // that are remembered
 const MAX_STATES = 240; // four each second: one minute
 const MAX_ENDED = 24; // requests that have ended and are still listed
 const MAX_TRIES = 4;
+const INTERVAL = 250; // milliseconds between two looks; each second one is at the tree and the pages, too
 const LATER = 500; // milliseconds in which several may end
 const AGAIN = 2000; // milliseconds until a lost connection is tried again
 
@@ -12,16 +14,18 @@ const AGAIN = 2000; // milliseconds until a lost connection is tried again
  * @typedef {{id: string, uid: number, numPrompt: number, numOutput: number, numCached: number, reason: string}} Ended
  */
 export class Live {
-  /** @param {(what: Set<string>) => void} changed  is told which of hello, state, tree, pool, status are new */
+  /** @param {(what: Set<string>) => void} changed  is told which of server, state, tree, pool, status are new */
   constructor(changed) {
     this.changed = changed;
     this.status = "off"; // off, connecting, on, or the server's words why not
-    this.hello = null;
+    this.server = null; // its settings, as /server_info tells them
     this.state = null;
     this.states = []; // for sparklines
     this.steps = [];
     this.numMixed = 0; // of all steps seen: those that both prefilled and decoded
     this.tree = { nodes: [], evicted: [], truncated: false };
+    this.treeJson = "";
+    this.stamp = 0; // of the tree: what was used later is a hit
     this.pool = null;
     this.ended = []; // the newest first
     this.asking = null;
@@ -45,9 +49,13 @@ export class Live {
       this.tell("status", "connecting");
       try {
         await this.loadPast(signal);
-        const response = await ask("/trace/live", { signal });
-        for await (const { name, data } of events(response)) this.take(name, JSON.parse(data));
-        if (!signal.aborted) this.tell("status", "the stream has ended");
+        for (let count = 1; !signal.aborted; count++) {
+          const last = this.steps.at(-1);
+          const since = last ? last.step + (last.device_ms === null ? -1 : 1) : 0; // its times come later
+          const path = `/trace/live?since=${Math.max(0, since)}&whole=${count % 2}`;
+          this.take(await askJson(path, { signal, quiet: true }));
+          await new Promise((resume) => setTimeout(resume, INTERVAL));
+        }
       } catch (error) {
         if (!signal.aborted) this.tell("status", error.message);
       }
@@ -55,8 +63,9 @@ export class Live {
     }
   }
 
-  /** Steps and requests of before. */
+  /** Settings, and steps and requests of before. */
   async loadPast(signal) {
+    this.server = await askJson("/server_info", { signal });
     const past = await askJson(`/trace?format=json&steps=256&requests=${MAX_ENDED}`, { signal });
     this.steps = [];
     this.numMixed = 0;
@@ -67,7 +76,7 @@ export class Live {
   addSteps(steps) {
     const last = this.steps.at(-1)?.time ?? 0; // numbers begin anew when workers are started again
     const added = steps.filter((step) => step.time > last);
-    this.steps = [...this.steps, ...added].slice(-MAX_STEPS);
+    this.steps = [...this.steps.filter((step) => !(step.time >= steps[0]?.time)), ...steps].slice(-MAX_STEPS);
     this.numMixed += added.filter(isMixed).length;
     return added;
   }
@@ -85,20 +94,25 @@ export class Live {
     });
   }
 
-  take(name, data) {
-    if (name === "state") this.takeState(data);
-    else if (name === "hello") this.hello = data;
-    else if (name === "tree") this.tree = data;
-    else if (name === "pool") this.pool = data;
+  take(told) {
     this.status = "on";
-    this.tell(name);
+    this.takeTree(told.tree);
+    this.pool = told.pool ?? this.pool;
+    this.takeState(liveOf(told));
+    for (const what of ["server", "state", "tree", "pool"]) this.tell(what);
+  }
+
+  takeTree(tree) {
+    const json = JSON.stringify(tree) ?? this.treeJson;
+    if (json === this.treeJson) return;
+    const ids = new Set(tree.nodes.map((node) => node.id));
+    for (const node of tree.nodes) node.hit = node.stamp > this.stamp;
+    this.stamp = Math.max(this.stamp, ...tree.nodes.map((node) => node.stamp));
+    this.tree = { ...tree, evicted: this.tree.nodes.filter((node) => !ids.has(node.id)) };
+    this.treeJson = json;
   }
 
   takeState(state) {
-    if (state.error) {
-      this.state = { ...this.state, processes: state.processes, error: state.error };
-      return;
-    }
     this.addSteps(state.steps);
     const now = new Map([...state.running, ...state.waiting].map((one) => [one.uid, one]));
     // Who is quick comes and goes between two events: only the steps tell of them.
@@ -109,6 +123,7 @@ export class Live {
     this.known = now;
     this.state = state;
     this.states = [...this.states, state].slice(-MAX_STATES);
+    state.counters = countersOf(this.states);
   }
 
   /** Ask who has ended of late, and how: not more often than once in a while. */
@@ -137,7 +152,7 @@ export function isMixed(step) {
 
 function endedOf({ id, outputs }) {
   return outputs
-    .filter((output) => output.state === "finished")
+    .filter((output) => output.reason !== null)
     .map(({ uid, num_prompt: numPrompt, num_output: numOutput, num_cached: numCached, reason,
       num_retractions: numRetractions }) => ({
       id, uid, numPrompt, numOutput, numCached, reason, numRetractions,

@@ -81,10 +81,10 @@ async function retracted(limits, sender) {
 
 export const LOADS = { one: oneChat, shared: sharedPrefix, long: longPrompt, retracted };
 
-/** What a server can take, from its `hello`. pool and longest: tokens. */
-export function limitsOf({ limits }, modelLength) {
-  const pool = limits.pages * limits.page_size;
-  return { ...limits, pool, longest: Math.min(modelLength, pool) };
+/** What a server can take, from its settings. pool and longest: tokens. */
+export function limitsOf({ num_pages: pages, page_size: size, max_running_requests: rows, max_prefill_length: budget },
+  modelLength) {
+  return { rows, budget, pool: pages * size, longest: Math.min(modelLength, pages * size) };
 }
 
 /** Whether the pool is small enough to be filled by a few requests. */

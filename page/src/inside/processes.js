@@ -33,13 +33,11 @@ export class Processes {
 
   update({ state, known }) {
     const isBusy = known.size > 0;
-    for (const process of state?.processes ?? []) {
-      const shown = this.boxes.get(process.name);
-      if (!shown) continue;
-      shown.box.dataset.queue = process.queue;
-      shown.box.dataset.alive = process.alive !== false;
-      shown.queue.textContent = num(process.queue);
-      const count = Math.min(MAX_DOTS, process.queue);
+    for (const [name, queue] of Object.entries(state?.queues ?? {})) {
+      const shown = this.boxes.get(name);
+      shown.box.dataset.queue = queue;
+      shown.queue.textContent = num(queue);
+      const count = Math.min(MAX_DOTS, queue);
       if (shown.dots.children.length !== count) fill(shown.dots, Array.from({ length: count }, () => h("i")));
       shown.arrow.classList.toggle("busy", isBusy);
     }

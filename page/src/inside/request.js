@@ -5,8 +5,8 @@ import { duration, num, t, tOr } from "../i18n.js";
 import { highlight } from "../text/highlight.js";
 
 const AGAIN = 500; // milliseconds between two looks at a request that has not ended
-const REPEATED = { chunks: "prefill", decodes: "decode", retractions: "retracted", admissions: "admitted" };
-const BETWEEN = ["prefill", "decode", "retracted"]; // what has code of its own beside the eight stages
+const NUM_STAGES = 8; // what comes behind them repeats, and has code of its own
+const BETWEEN = ["prefill", "decode", "retracted"];
 
 let stages = null; // what /trace/stages says, asked once
 
@@ -45,7 +45,7 @@ export class RequestDetail {
     const json = JSON.stringify(trace);
     if (json !== this.shown) this.draw(trace);
     this.shown = json;
-    const isDone = trace.outputs.every((output) => output.stages.at(-1).time !== null || output.reason === "abort");
+    const isDone = trace.outputs.every((output) => stagesOf(output).at(-1).time || output.reason === "abort");
     if (!isDone) this.timer = setTimeout(() => this.follow(id), AGAIN);
   }
 
@@ -61,16 +61,16 @@ export class RequestDetail {
   }
 
   output(output) {
-    const first = output.stages[0].time;
-    const end = Math.max(...output.stages.map((stage) => stage.seconds ?? 0), 1e-6);
+    const reached = stagesOf(output);
+    const first = reached[0].time;
+    const end = Math.max(...reached.map((stage) => stage.seconds ?? 0), 1e-6);
     const facts = t("request.facts",
       { prompt: num(output.num_prompt), cached: num(output.num_cached), output: num(output.num_output) });
-    const list = output.stages.map((stage, index) => this.stage(stage, index, output, end));
+    const list = reached.map((stage, index) => this.stage(stage, index, reached, end));
     const code = BETWEEN.map((name) => h("button", { type: "button", class: "text-button small", "data-stage": name,
       onclick: () => this.showCode(name), text: t(`stage.${name}`) }));
-    const events = Object.entries(REPEATED).flatMap(([field, name]) =>
-      (output[field] ?? []).map((event) => ({ ...event, name })));
-    events.sort((a, b) => a.time - b.time);
+    const events = output.events.filter(({ name }) => name === "admitted" || BETWEEN.includes(name));
+    const numDecodes = events.filter(({ name }) => name === "decode").length;
     return h(
       "div",
       { class: "output", "data-uid": output.uid },
@@ -79,14 +79,14 @@ export class RequestDetail {
       timeline(events, first, end),
       h("p", { class: "small muted" }, t("request.code"), code),
       h("p", { class: "small muted", text: t("request.events", { chunks: num(output.num_chunks),
-        decodes: num(output.decodes.length), retractions: num(output.num_retractions) }) }),
+        decodes: num(numDecodes), retractions: num(output.num_retractions) }) }),
     );
   }
 
-  stage(stage, index, output, end) {
+  stage(stage, index, reached, end) {
     const told = stages.stages.find(({ name }) => name === stage.name);
-    const isDone = stage.time !== null;
-    const notes = notesOf(stage, output);
+    const isDone = Boolean(stage.time);
+    const notes = notesOf(stage, reached);
     const button = h(
       "button",
       { type: "button", class: "stage-name", "data-stage": stage.name, onclick: () => this.showCode(stage.name),
@@ -127,20 +127,28 @@ export class RequestDetail {
   }
 }
 
+/** The eight stages of an output, in their order; who was refused has not finished. */
+function stagesOf({ events }) {
+  const refused = events.find(({ name }) => name === "refused");
+  return stages.stages.slice(0, NUM_STAGES).map(({ name }) => events.find((event) => event.name === name)
+    ?? (name === "finished" && refused ? refused : { name }));
+}
+
 /** What is to be said of a stage beside its time. */
-function notesOf(stage) {
+function notesOf(stage, reached) {
   const notes = [];
-  if (stage.num_tokens !== undefined) notes.push(t("note.tokens", { n: num(stage.num_tokens) }));
-  if (stage.name === "queued" && stage.time !== null) {
-    const waited = Object.values(stage.waited ?? {}).reduce((sum, seconds) => sum + seconds, 0);
+  if (stage.name === "tokenized" && stage.time) notes.push(t("note.tokens", { n: num(stage.num_tokens) }));
+  if (stage.name === "queued" && stage.time) {
+    const waited = (reached.find(({ name }) => name === "admitted").time ?? stage.time) - stage.time;
     if (stage.why) notes.push(t("note.waited", { time: duration(waited), why: tOr(`why.${stage.why}`, stage.why) }));
     else notes.push(t("note.straight"));
     if (stage.ahead) notes.push(t("note.ahead", { n: num(stage.ahead) }));
     if (stage.overtaken) notes.push(t("note.overtaken", { n: num(stage.overtaken) }));
   }
-  if (stage.name === "admitted" && stage.time !== null) notes.push(t("note.admitted",
-    { row: stage.row, step: num(stage.step), n: num(stage.num_cached) }));
-  if (stage.name === "finished" && stage.reason) notes.push(tOr(`finish.${stage.reason}`, stage.reason));
+  if (stage.name === "admitted" && stage.time) notes.push(t("note.admitted",
+    { row: stage.row, step: num(stage.step), n: num(stage.start) }));
+  if (stage.reason) notes.push(tOr(`finish.${stage.reason}`, stage.reason));
+  if (stage.status) notes.push([stage.status, stage.code, stage.param].filter(Boolean).join(" "));
   if (stage.first) notes.push(t("note.first"));
   return notes;
 }
@@ -149,7 +157,7 @@ function notesOf(stage) {
 function timeline(events, first, end) {
   const marks = events.map((event) => {
     const text = t(`event.${event.name}`,
-      { n: num(event.num_new ?? event.num_computed ?? event.position ?? event.num_cached ?? 0) });
+      { n: num((event.name === "prefill" ? event.num_new : event.start) ?? 0) });
     const title = `+${duration(event.time - first)} ${text}`;
     return h("i",
       { class: event.name, title, style: { left: `${Math.min(100, (100 * (event.time - first)) / end)}%` } });

@@ -34,7 +34,7 @@ export class Strip {
     this.tell();
   }
 
-  update({ steps, numMixed, hello }) {
+  update({ steps, numMixed, server }) {
     this.steps = steps;
     const { canvas, root } = this;
     root.dataset.steps = steps.length;
@@ -44,7 +44,7 @@ export class Strip {
     const lines = Math.min(MAX_LINES, Math.max(8, ...shown.flatMap((step) => step.rows.map(([row]) => row + 1))));
     const height = Math.max(LINES[0], Math.min(LINES[1], Math.floor(BATCH / lines)));
     const context = sized(canvas, HEAD + BATCH + 4);
-    const budget = Math.max(hello?.limits.budget ?? 1, ...shown.map((step) => step.num_tokens));
+    const budget = Math.max(server?.max_prefill_length ?? 1, ...shown.map((step) => step.num_tokens));
     const colours = [themed("decode"), themed("prefill"), themed("line")];
     context.fillStyle = colours[2];
     context.fillRect(0, HEAD - 1, canvas.clientWidth, 1);

@@ -75,14 +75,12 @@ export class InsideView {
   }
 
   statusText() {
-    const { status, hello, state } = this.live;
+    const { status, server } = this.live;
     if (status === "off" || status === "connecting") return t(`inside.${status}`);
     if (status !== "on") return t("inside.lost", { why: status });
-    if (state?.error) return t("inside.lost", { why: state.error });
-    if (!hello) return "";
-    const { limits } = hello;
-    const values = { model: hello.model, rows: num(limits.rows), budget: num(limits.budget), pages: num(limits.pages),
-      size: limits.page_size, policy: limits.policy };
+    const values = { model: server.served_model_name, rows: num(server.max_running_requests),
+      budget: num(server.max_prefill_length), pages: num(server.num_pages), size: server.page_size,
+      policy: server.schedule_policy };
     return t("inside.on", values);
   }
 }

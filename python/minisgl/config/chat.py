@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from minisgl.config.locate import Fields, read_fields, read_json
+from minisgl.config.locate import read_fields, read_json
 from minisgl.errors import ConfigError
+from minisgl.utils.fields import Fields
 
 logger = logging.getLogger(__name__)
 

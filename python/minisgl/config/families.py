@@ -12,10 +12,11 @@ import yaml
 
 from minisgl.config import model as specs
 from minisgl.config.chat import read_ends
-from minisgl.config.locate import MAX_INT, Fields, check_directory, merge, read_json
+from minisgl.config.locate import check_directory, read_json
 from minisgl.config.model import DenseMLP, LayerSpec, ModelConfig, MoE, RopeConfig
 from minisgl.config.quantization import read_quantization
 from minisgl.errors import ConfigError
+from minisgl.utils.fields import MAX_INT, Fields, merge
 
 logger = logging.getLogger(__name__)
 MAX_LAYERS = 4096
@@ -189,7 +190,7 @@ def _rope(f: Fields, max_position: int) -> tuple[RopeConfig, int]:
     if kind == "yarn":
         numbers.setdefault("factor", max_position / original)
         numbers["truncate"] = rope.boolean("truncate", True)
-    config = RopeConfig(float(theta or 10000), kind, original, numbers)
+    config = RopeConfig(float(theta or 10000), kind, original, numbers, tuple(rope.list_of(float, "factors")))
     return config, _longest(config, max_position)
 
 

@@ -22,6 +22,7 @@ class RopeConfig:
     type: str = "default"
     max_position: int = 0  # of the unscaled model (`original_max_position_embeddings` where given)
     scaling: dict[str, float] = field(default_factory=dict)
+    factors: tuple[float, ...] = ()  # by which the frequencies are divided, one for each
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,8 +133,6 @@ class Capabilities(Nvidia):
 
 def probe() -> Capabilities:
     """Look at the machine. Takes some milliseconds, a few hundred where there are GPUs."""
-    cuda = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    nvcc = Path(cuda, "bin", "nvcc")
     nvidia = probe_nvidia(os.environ.get("CUDA_VISIBLE_DEVICES"))
     return Capabilities(
         num_cores=num_cores(),
@@ -143,10 +141,15 @@ def probe() -> Capabilities:
         **{field.name: getattr(nvidia, field.name) for field in fields(nvidia)},
         torch_cuda=torch_cuda(),
         packages=frozenset(name for name in PACKAGES if find_spec(name)),
-        nvcc=str(nvcc) if nvcc.is_file() else shutil.which("nvcc"),
+        nvcc=find_nvcc(),
         cxx=shutil.which(os.environ.get("CXX") or "c++"),
         has_compiled=any(cache_dir().glob("cpu-*.so")),
     )
+
+
+def find_nvcc() -> str | None:
+    cuda = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc", path=f"{cuda}/bin") or shutil.which("nvcc")
 
 
 def num_cores(root: str = "") -> int:

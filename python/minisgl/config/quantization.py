@@ -7,8 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from minisgl.config.locate import Fields, read_fields
+from minisgl.config.locate import read_fields
 from minisgl.errors import ConfigError
+from minisgl.utils.fields import Fields
 
 _TABLE = yaml.safe_load(Path(__file__).with_name("quantization.yaml").read_text(encoding="utf-8"))
 

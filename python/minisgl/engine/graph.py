@@ -14,7 +14,6 @@ Tensor = torch.Tensor
 
 logger = logging.getLogger(__name__)
 
-
 RunStep = Callable[[], tuple[Tensor, Tensor]]
 
 

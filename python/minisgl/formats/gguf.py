@@ -52,7 +52,8 @@ class Gguf(ByName):
 
     def part(self, prefix: str, tensors: Tensors) -> Packed | Tensor:
         blocks = self._blocks(f"{prefix}weight", tensors["weight"])
-        return blocks.data.view(_FLOATS[blocks.kind]) if blocks.kind in _FLOATS else blocks
+        keeps_half = blocks.kind == "F16" and self._device.type == "cpu"
+        return blocks if keeps_half or blocks.kind not in _FLOATS else blocks.data.view(_FLOATS[blocks.kind])
 
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
         matrix = super().matrix(ops, tensors, activation)

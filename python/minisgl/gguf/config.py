@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from minisgl.core import DRAWING
 from minisgl.gguf.reader import NAMES, GgufFile, StoredTensor, parts_of
+from minisgl.gguf.tokenizer import chat_templates
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(\w+)")
 _ROPE = "rope_freqs.weight"
@@ -27,12 +27,13 @@ class GgufModel:
     def __init__(self, path: Path) -> None:
         self.files = [GgufFile(part) for part in parts_of(path)]
         self._head = self.files[0]
-        self._architecture = str(self._head.metadata.get("general.architecture"))
+        self._metadata = self._head.metadata
+        self._architecture = self._metadata.text("general.architecture", "")
         if self._architecture not in NAMES["architectures"]:
             known = ", ".join(NAMES["architectures"])
             raise self._head.wrong(f"architecture not supported: {self._architecture[:100]!r} (supported: {known})")
         self._stored = {tensor.name: tensor for file in self.files for tensor in file.tensors.values()}
-        expected = self._head.integer("split.tensors.count", len(self._stored))
+        expected = self._metadata.integer("split.tensors.count", len(self._stored), 0)
         if expected != len(self._stored):
             raise self._head.wrong(f"its parts have {len(self._stored)} tensors, not {expected}")
         self.tensors = {our_name(name): tensor for name, tensor in self._stored.items() if name != _ROPE}
@@ -48,13 +49,10 @@ class GgufModel:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """What a file of a model's directory would hold, by its name."""
-        if name == "config.json":
-            return self._config()
-        if name == "generation_config.json":
-            keys = {name: f"general.sampling.{NAMES['sampling'].get(name, name)}" for name in DRAWING}
-            return {name: self._head.metadata.get(key) for name, key in keys.items()}
-        templates = self._head.values("tokenizer.chat_template").values() if name == "tokenizer_config.json" else ()
-        return {"chat_template": [{"template": text} for text in templates]}
+        if name == "tokenizer_config.json":
+            return {"chat_template": chat_templates(self._head.values("tokenizer.chat_template"))}
+        fields = self._fields(name)
+        return fields | self._config(fields) if name == "config.json" else fields
 
     def _check_sizes(self, hidden: int) -> None:
         """Sizes of which tensors are made before any is read. Raises: ConfigError where the tensors are of others."""
@@ -73,42 +71,41 @@ class GgufModel:
                 raise tensor.wrong(f"is {list(tensor.shape)}; by the metadata it is {list(shape)}")
 
     def _integer(self, key: str) -> int:
-        return self._head.integer(f"{self._architecture}.{key}")
+        return self._metadata.integer(f"{self._architecture}.{key}", 0, 0)
 
     def _fields(self, table: str) -> dict[str, Any]:
         """Of a table in names.yaml, with the values that the metadata has."""
-        return {ours: self._head.metadata.get(f"{self._architecture}.{key}") for ours, key in NAMES[table].items()}
+        keys = {ours: key.format(self._architecture) for ours, key in NAMES.get(table, {}).items()}
+        return {ours: self._metadata.data.get(key) for ours, key in keys.items()}
 
-    def _config(self) -> dict[str, Any]:
-        fields, architecture = self._fields("config"), NAMES["architectures"][self._architecture]
-        window = self._integer("attention.sliding_window") or None
+    def _config(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """What stands in other forms in the metadata, or nowhere."""
+        architecture, window = NAMES["architectures"][self._architecture], self._integer("attention.sliding_window")
         if self._architecture == "llama":
             if fields["num_experts"]:
                 raise self._head.wrong("architecture not supported: llama with experts (Mixtral)")
             architecture = "MistralForCausalLM" if window else architecture
-        given = {
+        return {
             "architectures": [architecture],
             "vocab_size": self._stored["token_embd.weight"].shape[0],
             "intermediate_size": fields["intermediate_size"] or fields["moe_intermediate_size"],
             "norm_topk_prob": fields["norm_topk_prob"] is not False,
             "rope_scaling": self._rope_scaling(),
             "partial_rotary_factor": (self._integer("rope.dimension_count") or self._head_dim) / self._head_dim,
-            "sliding_window": window,
-            "use_sliding_window": window is not None,
+            "sliding_window": window or None,
+            "use_sliding_window": window > 0,
             "max_window_layers": 0,
             "tie_word_embeddings": "output.weight" not in self._stored,
             "attention_bias": "blk.0.attn_q.bias" in self._stored,
             "mlp_bias": "blk.0.ffn_gate.bias" in self._stored,
             "eos_token_id": self._ends(),
             "dtype": "bfloat16",
-            # In float16 CPUs do not compute: they keep it as float32.
-            "packed_bytes": sum(t.num_bytes * (1 + (t.kind.name == "F16")) for t in self._stored.values()),
+            "packed_bytes": sum(tensor.num_bytes for tensor in self._stored.values()),
         }
-        return fields | given
 
     def _rope_scaling(self) -> dict[str, Any] | None:
-        if _ROPE in self._stored:
-            return self._llama3(self._stored[_ROPE])
+        if (tensor := self._stored.get(_ROPE)) is not None:
+            return {"factors": self._factors(tensor)}
         fields = self._fields("rope_scaling")
         temperature, factor = fields["attention_factor"], fields["factor"]
         if fields["rope_type"] == "yarn" and type(temperature) is type(factor) is float:
@@ -117,31 +114,20 @@ class GgufModel:
 
     def _ends(self) -> list[Any]:
         """Ids of the tokens that end a turn, said or known."""
-        named = (self._head.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-        tokens = self._head.values("tokenizer.ggml.tokens").get("tokenizer.ggml.tokens")
-        known = [i for i, token in enumerate(tokens) if token in NAMES["ends"]] if type(tokens) is list else []
-        return [end for end in named if end is not None] + known
+        ends = NAMES["ends"]
+        named = (self._metadata.data.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+        tokens = self._head.values("tokenizer.ggml.tokens").list_of(str, "tokenizer.ggml.tokens")
+        return [end for end in named if end is not None] + [i for i, text in enumerate(tokens) if text in ends]
 
-    def _llama3(self, tensor: StoredTensor) -> dict[str, Any]:
-        """The parameters from which the factors of all frequencies, which the file has as a tensor, were computed."""
-        num, theta = self._head_dim // 2, self._head.metadata.get(f"{self._architecture}.rope.freq_base", 10000.0)
-        if tensor.kind.name != "F32" or tensor.shape != (num,) or not (type(theta) is float and 1 < theta < math.inf):
-            raise tensor.wrong(f"must be F32, [{num}], and rope.freq_base a number above 1")
-        factors = struct.unpack_from(f"<{num}f", tensor.file.data, tensor.offset)
-        original, factor, low, high = 8192, max(factors), 1.0, 4.0
-        if set(factors) == {1.0}:
-            return {"rope_type": "default"}
-        turns = [original * theta ** (-i / num) / (2 * math.pi) for i in range(num)]
-        kept = [(factor / f - 1) / (factor - 1) if f and factor != 1 else 1.0 for f in factors]
-        between = [(turn, share) for turn, share in zip(turns, kept, strict=True) if 0.001 < share < 0.999]
-        if len(between) > 1:  # a line through two of them, from none to the whole of the frequency
-            (t0, k0), (t1, k1) = between[0], between[-1]
-            low, high = ((t1 - t0) * (share - k0) / ((k1 - k0) or 1) + t0 for share in (0, 1))
-        expected = [min(1.0, max(0.0, (turn - low) / ((high - low) or 1))) for turn in turns]
-        if not all(abs(a - b) < 0.001 for a, b in zip(kept, expected, strict=True)):  # nor where it is not a number
-            raise tensor.wrong("has factors of no kind that is supported (supported: llama3)")
-        fields = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
-        return {"rope_type": "llama3", "original_max_position_embeddings": original, **fields}
+    def _factors(self, tensor: StoredTensor) -> list[float]:
+        """By which frequencies are divided. Raises: ConfigError where they are of another kind, or no numbers."""
+        num = self._head_dim // 2
+        if tensor.kind.name != "F32" or tensor.shape != (num,):
+            raise tensor.wrong(f"must be F32, [{num}]")
+        factors = list(struct.unpack_from(f"<{num}f", tensor.file.data, tensor.offset))
+        if not all(0 < factor < math.inf for factor in factors):
+            raise tensor.wrong("has factors that are no numbers above 0")
+        return factors
 
 
 def our_name(name: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from minisgl.errors import ConfigError
+from minisgl.utils.fields import Fields
 
 NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -62,12 +63,11 @@ class StoredTensor:
         return self.file.wrong(f"tensor {self.name} {reason}")
 
 
-@dataclass(frozen=True, slots=True)
-class _List:
+class _List(NamedTuple):
     """A list that is still in the file."""
 
     kind: int
-    count: int
+    num_items: int
     offset: int
 
 
@@ -84,8 +84,6 @@ class GgufFile:
                 self.data = mmap.mmap(file.fileno(), 0, flags=_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError) as error:  # the latter: it is empty
             raise ConfigError(f"cannot read {str(path)!r}: {error}") from None
-        self.metadata: dict[str, Any] = {}
-        self.tensors: dict[str, StoredTensor] = {}
         if self.data[:4] != b"GGUF":
             is_pointer = self.data[:19] == b"version https://git"
             raise self.wrong("it is a Git LFS pointer; run git lfs pull" if is_pointer else "it is no GGUF file")
@@ -94,59 +92,53 @@ class GgufFile:
         num_tensors, num_keys = self._number("<Q"), self._number("<Q")
         if num_tensors + num_keys > _MAX_ENTRIES:
             raise self.wrong(f"it says that it has {num_tensors} tensors and {num_keys} keys")
-        for _ in range(num_keys):
-            key = self._text()
-            self.metadata[key] = self._value(key)
-        self._place([self._tensor() for _ in range(num_tensors)])
+        metadata = dict(self._entry() for _ in range(num_keys))
+        self.metadata = Fields(metadata, str(path))
+        self.tensors = self._placed([self._tensor() for _ in range(num_tensors)])
 
     def wrong(self, reason: str) -> ConfigError:
         return ConfigError(f"{self.path}: {reason}")
 
-    def integer(self, key: str, default: int = 0) -> int:
-        """Raises: ConfigError when it is something else."""
-        value = self.metadata.get(key, default)
-        if type(value) is not int or not 0 <= value < 2**31:
-            raise self.wrong(f"{key} must be a whole number below {2**31}, not {value!r:.40}")
-        return value
-
-    def values(self, prefix: str) -> dict[str, Any]:
+    def values(self, prefix: str = "") -> Fields:
         """The metadata whose keys begin so: numbers, texts, and lists of them."""
-        found = {key: value for key, value in self.metadata.items() if key.startswith(prefix)}
-        return {key: self._items(value) if isinstance(value, _List) else value for key, value in found.items()}
+        found = {key: value for key, value in self.metadata.data.items() if key.startswith(prefix)}
+        items = {key: self._items(*value) for key, value in found.items() if isinstance(value, _List)}
+        return Fields(found | items, str(self.path))
 
     def release(self) -> None:
         """Give back the memory of what was read of the file; whoever looks again reads again."""
         self.data.madvise(mmap.MADV_DONTNEED)
 
-    def _items(self, of: _List) -> list[Any]:
-        if of.kind != _TEXT:
-            return list(struct.unpack_from(f"<{of.count}{_SCALARS[of.kind][1]}", self.data, of.offset))
-        texts, data, at = list[str](), self.data, of.offset
-        for _ in range(of.count):
+    def _items(self, kind: int, count: int, offset: int) -> list[Any]:
+        if kind != _TEXT:
+            return list(struct.unpack_from(f"<{count}{_SCALARS[kind][1]}", self.data, offset))
+        texts, data, at = list[str](), self.data, offset
+        for _ in range(count):
             begin = at + 8
             at = begin + _size_at(data, at)[0]
             texts.append(data[begin:at].decode(errors="replace"))
         return texts
 
-    def _value(self, key: str) -> Any:
-        kind, count = self._number("<I"), 0
-        if kind == _TEXT:
-            return self._text()
+    def _entry(self) -> tuple[str, Any]:
+        key, kind = self._text(), self._number("<I")
         if kind in _SCALARS:
-            return self._number(_SCALARS[kind])
-        if kind == _LIST:
-            kind, count = self._number("<I"), self._number("<Q")
-        begin, total = self._at, count
+            return key, self._number(_SCALARS[kind])
         if kind == _TEXT:
-            at, last = begin, len(self.data) - 8
-            while count and at <= last:  # hundreds of thousands
-                at, count = at + 8 + _size_at(self.data, at)[0], count - 1
-            self._take(at - begin + 8 * count)
-        elif kind in _SCALARS:
-            self._take(count * struct.calcsize(_SCALARS[kind]))
-        else:
-            raise self.wrong(f"{key[:100]!r} is of a type that is unknown, or a list of lists ({kind})")
-        return _List(kind, total, begin)
+            return key, self._text()
+        of, count = (self._number("<I"), self._number("<Q")) if kind == _LIST else (kind, 0)
+        if of not in _SCALARS and of != _TEXT:
+            raise self.wrong(f"{key[:100]!r} is of a type that is unknown, or a list of lists ({of})")
+        begin = self._at
+        size = self._texts_size(count) if of == _TEXT else count * struct.calcsize(_SCALARS[of])
+        self._take(size)
+        return key, _List(of, count, begin)
+
+    def _texts_size(self, count: int) -> int:
+        """Bytes of the texts ahead: there may be hundreds of thousands. Too many where they go beyond the file."""
+        at, last, data = self._at, len(self.data) - 8, self.data
+        while count and at <= last:
+            at, count = at + 8 + _size_at(data, at)[0], count - 1
+        return at - self._at + 8 * count
 
     def _tensor(self) -> StoredTensor:
         name, num_dims = ascii(self._text())[1:-1][:100], self._number("<I")
@@ -161,20 +153,21 @@ class GgufFile:
             raise self.wrong(f"tensor {name} cannot be {kind.name} of {num_dims} dimensions, {list(shape)}")
         return StoredTensor(name, self, kind, shape, offset)
 
-    def _place(self, tensors: list[StoredTensor]) -> None:
-        """Keep the tensors, with their offsets from the file's beginning. One lies behind the other."""
-        alignment = self.integer("general.alignment", 32)
-        if alignment < 8 or alignment & (alignment - 1):
-            raise self.wrong(f"general.alignment is {alignment}, which is no power of 2, or below 8")
+    def _placed(self, tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
+        """The tensors with their offsets from the file's beginning, by name. One lies behind the other."""
+        alignment, placed = self.metadata.integer("general.alignment", 32, 8), dict[str, StoredTensor]()
+        if alignment & (alignment - 1):
+            raise self.wrong(f"general.alignment is {alignment}, which is no power of 2")
         start = end = -(-self._at // alignment) * alignment
         for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
             begin = start + tensor.offset
-            if begin % alignment or begin < end or tensor.name in self.tensors:
+            if begin % alignment or begin < end or tensor.name in placed:
                 raise tensor.wrong(f"cannot be at byte {begin}, or is there twice")
             end = begin + tensor.num_bytes
             if end > len(self.data):
                 raise tensor.wrong(f"ends at byte {end} of {len(self.data)}: the file was cut off")
-            self.tensors[tensor.name] = replace(tensor, offset=begin)
+            placed[tensor.name] = replace(tensor, offset=begin)
+        return placed
 
     def _take(self, size: int) -> int:
         """Go forward by `size` bytes; → where they begin."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from minisgl.kernel.jit import load_cpu_kernels
-from minisgl.kernel.ops import KVSlots, Matrix, RopeAngles, TorchOps
+from minisgl.kernel.ops import Around, KVSlots, Matrix, RopeAngles, TorchOps
 from minisgl.kernel.packed import Blocks, Float8, Grouped, Packed
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 from minisgl.utils.math import div_ceil
@@ -44,22 +44,16 @@ class PanelMatrix(Matrix):
         """In memory."""
         return sum(data.nbytes for data in self._data)
 
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._run(x, None, 0.0, bias, _STORE, torch.empty(x.shape[0], self._num_out))
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self._run(x, Around(bias))
 
-    def apply_add(self, x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._run(x, None, 0.0, bias, _ADD, residual)
+    def fused(self, x: Tensor, around: Around) -> Tensor | None:
+        return self._run(x, around) if self._is_pair or not around.gated else None
 
-    def norm_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
-        return self._run(x, norm, eps, bias, _STORE, torch.empty(x.shape[0], self._num_out))
-
-    def gate_up(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None) -> Tensor:
-        if not self._is_pair:
-            return super().gate_up(x, norm, eps, bias)
-        return self._run(x, norm, eps, bias, _GATED, torch.empty(x.shape[0], self._num_out // 2))
-
-    def _run(self, x: Tensor, norm: Tensor | None, eps: float, bias: Tensor | None, into: int, out: Tensor) -> Tensor:
-        self._module.linear_rows(self._workers, self.cpu_handle, x.contiguous(), norm, eps, bias, into, out)
+    def _run(self, x: Tensor, around: Around) -> Tensor:
+        into = _GATED if around.gated else _STORE if around.residual is None else _ADD
+        out, norm = around.target(x, self._num_out, torch.float32), (around.norm, around.eps)
+        self._module.linear_rows(self._workers, self.cpu_handle, x.contiguous(), *norm, around.bias, into, out)
         return out
 
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
@@ -105,9 +99,10 @@ class CpuOps(TorchOps):
         is_odd = is_pair and [part.shape[0] for part in parts] != [half, half]
         if len(kept) == len(parts) and not is_odd and len(orders) == 1:
             return self._packed_matrix(kept, columns[0], activation)
-        plain = [part.data for part in parts if isinstance(part, Blocks) and part.kind == "BF16"]
-        if len(plain) == len(parts):
-            return self.matrix(torch.cat(plain).view(torch.bfloat16), activation)
+        for kind, plain in (("F16", torch.float16), ("BF16", torch.bfloat16)):
+            rows = [part.data for part in parts if isinstance(part, Blocks) and part.kind == kind]
+            if len(rows) == len(parts):
+                return self.matrix(torch.cat(rows).view(plain), activation)
         return super().packed_matrix(parts, torch.float32, activation)
 
     def _as_kept(self, part: Packed) -> Kept | None:

@@ -15,9 +15,8 @@ from minisgl.config.model import MoE
 from minisgl.errors import ConfigError
 from minisgl.kernel import decode_gemm, float8, packed_gemm, skinny
 from minisgl.kernel.jit import load_kernel, side_by_side
-from minisgl.kernel.ops import Experts, KVSlots, Matrix, RopeAngles, Tensors, TorchMatrix, TorchOps
+from minisgl.kernel.ops import Around, Experts, KVSlots, Matrix, RopeAngles, Tensors, TorchMatrix, TorchOps
 from minisgl.kernel.packed import Float8, Packed
-from minisgl.kernel.product import Around, FusedMatrix
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 
 logger = logging.getLogger(__name__)
@@ -43,36 +42,34 @@ def _whole_vectors(*tensors: Tensor) -> bool:
 SKINNY_TOKENS = 8  # of a large weight; up to twice as many of one whose reading takes less than a launch
 
 
-class CudaMatrix(FusedMatrix):
+class CudaMatrix(TorchMatrix):
     """With the kernels for few tokens and for decode batches; cuBLAS where these do not fit, or are slower."""
 
     def __init__(self, ops: CudaOps, weight: Tensor, activation: str | None, embedding: Any) -> None:
         """embedding: the kernel of `rows`."""
-        super().__init__(ops, activation)
-        self.weight, self._torch, self._embedding = weight, TorchMatrix(ops, weight, activation), embedding
+        super().__init__(ops, weight, activation)
+        self._embedding = embedding
 
     def fused(self, x: Tensor, around: Around) -> Tensor | None:
+        if around.gated and around.bias is not None:
+            return None
         (m, k), n = x.shape, around.num_out(len(self.weight))
         few = SKINNY_TOKENS * (2 if self.weight.numel() <= decode_gemm.SMALL_WEIGHTS else 1)
         if m <= few and self.weight.is_contiguous() and skinny.takes(x, n, around.norm is not None):
             return skinny.linear(x, self.weight, around)
-        if around.norm is None or around.gated:  # otherwise `norm_apply` comes again, with what is normalised
+        if around.norm is None:  # otherwise it is asked again, with what is normalised
             fits = decode_gemm.supports(m, n, k, x.dtype) and decode_gemm.is_available(x.device)
             variant = decode_gemm.choose(m, n, k, around.gated) if fits and self.weight.is_contiguous() else None
             if variant is not None and decode_gemm.fits(variant, m, k):
-                x = x if around.norm is None else self._ops.rms_norm(x, around.norm, around.eps)
                 return decode_gemm.linear(x, self.weight, around, variant)
         if around.residual is None:
             return None
         around.residual.addmm_(x, self.weight.T)  # cuBLAS adds it by itself
         return around.residual if around.bias is None else around.residual.add_(around.bias)
 
-    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self._torch.apply(x, bias)
-
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
         if not (_whole_vectors(self.weight) and self.weight.is_contiguous()):
-            return self._torch.rows(ids, first)
+            return super().rows(ids, first)
         out = self.weight.new_empty(len(ids), self.weight.shape[1])
         self._embedding(ids, self.weight, first, len(self.weight), out)
         return out

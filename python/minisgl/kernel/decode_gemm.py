@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minisgl.kernel.jit import load_kernel
-from minisgl.kernel.product import Around
+from minisgl.kernel.ops import Around
 
 Tensor = torch.Tensor
 

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.decode_gemm import Variant
 from minisgl.kernel.jit import load_kernel, side_by_side
-from minisgl.kernel.ops import LayerOps
+from minisgl.kernel.ops import Around, LayerOps, Matrix, rows_of_part
 from minisgl.kernel.packed import Float8
-from minisgl.kernel.product import Around, FusedMatrix
 from minisgl.utils.math import div_ceil
 
 Tensor = torch.Tensor
@@ -74,7 +73,7 @@ def choose(m: int, n: int, k: int, gated: bool, groups: bool) -> tuple[int, Vari
     return tile, Variant(rows, next(split, 0))
 
 
-class Float8Matrix(FusedMatrix):
+class Float8Matrix(Matrix):
     """input_scale: of activations; None: tokens have their own. Raises: ConfigError where kernels do not compile."""
 
     def __init__(
@@ -149,6 +148,8 @@ class Float8Matrix(FusedMatrix):
         return out if around.residual is None else around.residual.add_(out)
 
     def fused(self, x: Tensor, around: Around) -> Tensor | None:
+        if around.gated and around.bias is not None:
+            return None
         n = around.num_out(len(self.weight.data))
         is_few = self._few is None or (len(x) <= self._few and around.norm is None)
         if is_few and skinny.takes(x, n, around.norm is not None, float8=True):
@@ -161,6 +162,5 @@ class Float8Matrix(FusedMatrix):
         return F.linear(x, self.weight.widen(x.dtype), bias)
 
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
-        local = ids - first
-        here = (local >= 0) & (local < len(self.weight.data))
-        return self.weight.widen(self._dtype, local.where(here, 0)).masked_fill_(~here[:, None], 0)
+        local, is_outside = rows_of_part(ids, first, len(self.weight.data))
+        return self.weight.widen(self._dtype, local).masked_fill_(is_outside, 0)

@@ -14,11 +14,12 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import stat
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from typing import Any
 
 import yaml
 
-from minisgl.config.probe import cpu_flags, torch_cuda
+from minisgl.config.probe import cpu_flags, find_nvcc, torch_cuda
 from minisgl.env import cache_dir
 from minisgl.errors import ConfigError
 from minisgl.utils.process import private_folder
@@ -37,12 +38,17 @@ logger = logging.getLogger(__name__)
 
 CSRC = Path(__file__).parent / "csrc"
 CPU = "cpu"  # the source whose functions run on the processor
-PR_SET_PDEATHSIG = 1
-_BUILD = "minisgl-kernel-"  # folders in which libraries are made
-_path_lock = threading.Lock()  # of the environment's PATH
 LOCK_SECONDS = 300.0  # that one process waits for another's compiler
 _DIGEST_BYTES = 32  # at the end of a library: of what stands before
 MAX_KEPT = 256  # libraries: who needs another, takes the place of the one that was used least recently
+
+# Whatever ends this process ends the compilers that it waits for: the system tells ninja, and ninja tells them.
+_NINJA = """import ctypes, os, signal, sys
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+os.execvp("ninja", ["ninja", "-v"])
+"""
 
 # By name, the features and flags of each level of processors.
 LEVELS: Mapping[str, Mapping[str, str]] = yaml.safe_load((CSRC / "levels.yaml").read_text(encoding="utf-8"))
@@ -55,14 +61,17 @@ def load_kernel(name: str, arch: tuple[int, int], **defines: int | str) -> Any:
     Raises: ConfigError when it cannot be compiled, with the compiler's first error.
     """
     target = f"{arch[0]}{arch[1]}" + ("a" if arch[0] >= 9 else "")
-    macros = [f"-D{key}={value}" for key, value in sorted(defines.items())] + ["-DMINISGL_PDL"] * (arch[0] >= 9)
-    flags = ["--use_fast_math", "--expt-relaxed-constexpr", *macros]
-    if arch[0] < 9:  # for newer cards too
-        flags.append(f"-gencode=arch=compute_{target},code=compute_{target}")
-    # The only way to tell it the architecture; otherwise it asks nvidia-smi for that of the first GPU.
-    os.environ["TVM_FFI_CUDA_ARCH_LIST"] = f"{arch[0]}.{target[len(str(arch[0])) :]}"
+    codes = [f"sm_{target}"] + [f"compute_{target}"] * (arch[0] < 9)  # the second one for newer cards
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-Xcompiler=-fPIC",
+        *(f"-gencode=arch=compute_{target},code={code}" for code in codes),
+    ]
+    flags += ["--use_fast_math", "--expt-relaxed-constexpr", *(f"-D{key}={defines[key]}" for key in sorted(defines))]
+    flags += ["-DMINISGL_PDL"] * (arch[0] >= 9)
     cudart = (torch_cuda() or "").partition(".")[0]  # the library asks for that version of it
-    return _library(name, f"sm_{target}", flags, cudart)
+    return _library(name, f"sm_{target}", flags, cudart, _load)
 
 
 def side_by_side(tasks: Iterable[Callable[[], object]]) -> None:
@@ -77,12 +86,12 @@ def load_cpu_kernels(target: str = "") -> Any:
 
     Raises: ConfigError when it cannot be compiled, with the compiler's first error.
     """
-    return _cpu_library(target or cpu_level())
+    return _cpu_library(target or cpu_level(), _load)
 
 
 def compile_cpu_kernels(target: str) -> Path:
     """Have the CPU kernels in the cache, for other machines too. target: of `LEVELS`, or what `-march` takes."""
-    return Path(_cpu_library(target, use=lambda path: path))
+    return Path(_cpu_library(target, lambda path: path))
 
 
 def cpu_level() -> str:
@@ -91,12 +100,18 @@ def cpu_level() -> str:
     return next((name for name, level in LEVELS.items() if set(level["features"].split()) <= has), "native")
 
 
-def _cpu_library(target: str, use: Callable[[Path], Any] | None = None) -> Any:
+def _cpu_library(target: str, use: Callable[[Path], Any]) -> Any:
     flags = LEVELS[target]["flags"].split() if target in LEVELS else [f"-march={target}"]
     machine = platform.machine()
     if target == "native":  # what the compiler then finds out itself: a cache may be shared with other processors
         machine += " ".join(sorted(cpu_flags())) or platform.processor()
-    return _library(CPU, target, ["-std=gnu++20", "-O3", "-pthread", *flags], machine, use)
+    return _library(CPU, target, ["-std=gnu++20", "-O3", "-fPIC", "-pthread", *flags], machine, use)
+
+
+def _load(path: Path) -> Any:
+    import tvm_ffi
+
+    return tvm_ffi.load_module(str(path))
 
 
 def _files(name: str) -> dict[str, bytes]:
@@ -108,15 +123,15 @@ def _files(name: str) -> dict[str, bytes]:
     return {path.relative_to(CSRC).as_posix(): path.read_bytes() for path in paths}
 
 
-def _library(name: str, target: str, flags: list[str], machine: str, use: Callable[[Path], Any] | None = None) -> Any:
-    """The library in the cache, loaded, or what `use` makes of it. It is compiled if it is not there, damaged, or does
-    not load. Raises: ConfigError saying why not.
+def _library(name: str, target: str, flags: list[str], machine: str, use: Callable[[Path], Any]) -> Any:
+    """What `use` makes of the library in the cache. It is compiled if it is not there, damaged, or does not load.
+
+    Raises: ConfigError saying why it cannot be compiled.
     """
     title = f"the {'CPU kernels' if name == CPU else f'kernel {name}'} for {target}"
     try:
         import tvm_ffi
 
-        use = use or (lambda path: tvm_ffi.load_module(str(path)))
         files = _files(name)
         parts = (sorted(files.items()), flags, machine, tvm_ffi.__version__)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -158,7 +173,7 @@ def _use_new(
     # Warnings are shown by the shell too, and by a program that has not set up logging.
     logger.warning("compiling %s: once, about %s", title, "half a minute" if name == CPU else "a minute")
     begin = time.perf_counter()
-    with private_folder(_BUILD) as folder:
+    with private_folder("minisgl-kernel-") as folder:
         built = _build(name, files, flags, Path(folder))
         data = built.read_bytes()
         built.write_bytes(data + hashlib.sha256(data).digest())
@@ -173,46 +188,35 @@ def _use_new(
 
 
 def _build(name: str, files: dict[str, bytes], flags: list[str], folder: Path) -> Path:
-    """Compile copies of the sources in a folder, which may go when the library has been loaded."""
-    from tvm_ffi import cpp
+    """Compile copies of the sources in a folder, which may go when the library has been loaded.
 
+    Raises: RuntimeError with what the compilers say.
+    """
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
-    sources = [str(folder / path) for path in files if path.startswith("src/")]
-    options: dict[str, Any] = {"cuda_files": sources, "extra_cuda_cflags": flags, "backend": "cuda"}
-    if name == CPU:
-        options = {"cpp_files": sources, "extra_cflags": flags, "extra_ldflags": ["-pthread"]}
-    include = [str(folder / "include")]
-    with open(folder / "lock", "w") as lock:  # TVM-FFI asks for it for ever, where it cannot be had
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    try:
-        with _mortal_compilers(folder):
-            built = cpp.build(f"minisgl_{name}", extra_include_paths=include, build_directory=str(folder), **options)
-    except RuntimeError as error:
-        raise RuntimeError(str(error).replace(str(folder), str(CSRC))) from error
-    return Path(built)
+    sources = [path for path in files if path.startswith("src/")]
+    (folder / "build.ninja").write_text(_steps(name, sources, flags), encoding="utf-8")
+    beside_python = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+    environment = {**os.environ, "PATH": beside_python, "TMPDIR": str(folder)}
+    command = [sys.executable, "-I", "-c", _NINJA]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stdout + done.stderr).replace(str(folder), str(CSRC)))
+    return folder / "library.so"
 
 
-@contextmanager
-def _mortal_compilers(folder: Path) -> Iterator[None]:
-    """Whatever ends this process ends the compilers that it waits for: the kernel tells ninja, and ninja tells them.
-    What they leave behind goes with the folder. Other threads, which compile meanwhile, may find our ninja too."""
-    program = folder / "ninja"
-    with _path_lock:
-        others = [part for part in os.environ.get("PATH", os.defpath).split(os.pathsep) if _BUILD not in part]
-        if ninja := shutil.which("ninja", path=os.pathsep.join(others)):
-            lines = [f"#!{sys.executable} -I", "import ctypes, os, signal, sys", "os.environ['TMPDIR'] = os.getcwd()"]
-            lines += [f"ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, signal.SIGTERM)"] * (sys.platform == "linux")
-            program.write_text("\n".join([*lines, f"os.execv({ninja!r}, ['ninja', *sys.argv[1:]])"]))
-            program.chmod(0o700)
-            os.environ["PATH"] = os.pathsep.join([str(folder), os.environ.get("PATH", os.defpath)])
-    try:
-        yield
-    finally:
-        with _path_lock:
-            left = [part for part in os.environ.get("PATH", os.defpath).split(os.pathsep) if part != str(folder)]
-            os.environ["PATH"] = os.pathsep.join(left)
+def _steps(name: str, sources: list[str], flags: list[str]) -> str:
+    """A file for ninja: each source is compiled, and the library is linked of what comes of them."""
+    from tvm_ffi import libinfo
+
+    compiler = os.environ.get("CXX", "c++") if name == CPU else shlex.quote(find_nvcc() or "nvcc")
+    flags = [*flags, "-Iinclude", f"-I{libinfo.find_include_path()}", f"-I{libinfo.find_dlpack_include_path()}"]
+    link = ["-shared", "-pthread" if name == CPU else "-cudart=shared", libinfo.find_libtvm_ffi()]
+    lines = [f"rule compile\n  command = {compiler} {shlex.join(flags)} -c $in -o $out"]
+    lines += [f"rule link\n  command = {compiler} $in {shlex.join(link)} -o $out"]
+    lines += [f"build {source}.o: compile {source}" for source in sources]
+    return "\n".join([*lines, f"build library.so: link {' '.join(f'{source}.o' for source in sources)}", ""])
 
 
 def put_in_place(built: Path, path: Path) -> None:
@@ -288,5 +292,5 @@ def tell_that_we_wait() -> None:
 
 def _reason(error: Exception) -> str:
     """The compiler's first error, or else the first line of what was raised."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "error" in line or "not found" in line), lines[0])

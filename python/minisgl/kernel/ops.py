@@ -101,9 +101,32 @@ class PagedSequences:
 Experts = Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What is computed with a product, at once where a kernel can. bias: [out]; norm, eps: of x, which is normalised
+    first; residual: [num_tokens, out], which becomes its sum with the product, rounded once; gated: activation(gate) *
+    up, the weight's first half being gate's rows."""
+
+    bias: Tensor | None = None
+    norm: Tensor | None = None
+    eps: float = 0.0
+    residual: Tensor | None = None
+    gated: bool = False
+
+    def num_out(self, rows: int) -> int:
+        """Columns of the result. rows: of the weight."""
+        return rows // 2 if self.gated else rows
+
+    def target(self, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        """Where the result goes. rows: of the weight."""
+        if self.residual is not None:
+            return self.residual
+        return torch.empty(len(x), self.num_out(rows), dtype=dtype, device=x.device)
+
+
 class Matrix(ABC):
-    """A weight [out, in] as something to multiply with. Only `apply` and `rows` have to be written: the others say what
-    is wanted together with `apply`, for kernels that save passes over memory."""
+    """A weight [out, in] as something to multiply with. `plain` and `rows` have to be written; `fused` is for kernels
+    that save passes over memory."""
 
     cpu_handle: int | None = None  # by which the CPU engine that computes whole steps knows it; None: it cannot use it
 
@@ -112,25 +135,8 @@ class Matrix(ABC):
         self._ops, self._activation = ops, activation
 
     @abstractmethod
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x: [num_tokens, in]; bias: [out] → x Wᵀ + bias: [num_tokens, out]."""
-
-    def apply_add(self, x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-        """residual + apply(x), in place of `residual`: [num_tokens, out]."""
-        return residual.add_(self.apply(x, bias))
-
-    def norm_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
-        """`apply` of `rms_norm(x, norm, eps)`."""
-        return self.apply(self._ops.rms_norm(x, norm, eps), bias)
-
-    def gate_up(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None) -> Tensor:
-        """activation(gate) * up, where the weight's rows are gate's, then up's → [num_tokens, out / 2].
-
-        norm: x is normalised with it first.
-        """
-        assert self._activation is not None
-        product = self.apply(x, bias) if norm is None else self.norm_apply(x, norm, eps, bias)
-        return self._ops.act_and_mul(product, self._activation)
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`apply`, whatever the shape."""
 
     @abstractmethod
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
@@ -138,6 +144,49 @@ class Matrix(ABC):
 
         first: the id of the table's first row. Ids outside the table belong to other ranks, and give zeros.
         """
+
+    def fused(self, x: Tensor, around: Around) -> Tensor | None:  # noqa: ARG002
+        """All of it at once, a residual being contiguous; None: no kernel takes this."""
+        return None
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: [num_tokens, in]; bias: [out] → x Wᵀ + bias: [num_tokens, out]."""
+        return self._multiply(x, Around(bias))
+
+    def apply_add(self, x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+        """residual + apply(x), in place of `residual`: [num_tokens, out]."""
+        return self._multiply(x, Around(bias, residual=residual))
+
+    def norm_apply(self, x: Tensor, norm: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
+        """`apply` of `rms_norm(x, norm, eps)`."""
+        return self._multiply(x, Around(bias, norm, eps))
+
+    def gate_up(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None) -> Tensor:
+        """activation(gate) * up, where the weight's rows are gate's, then up's → [num_tokens, out / 2].
+
+        norm: x is normalised with it first.
+        """
+        return self._multiply(x, Around(bias, norm, eps, gated=True))
+
+    def _multiply(self, x: Tensor, around: Around) -> Tensor:
+        """By one kernel, or what surrounds the product by one of its own, from the outside in."""
+        residual, product = around.residual, Around(around.bias)
+        if (residual is None or residual.is_contiguous()) and (out := self.fused(x, around)) is not None:
+            return out
+        if around.norm is not None:
+            x = self._ops.rms_norm(x, around.norm, around.eps)
+            return self._multiply(x, Around(around.bias, gated=around.gated))
+        if around.gated:
+            assert self._activation is not None
+            return self._ops.act_and_mul(self._multiply(x, product), self._activation)
+        return self.plain(x, around.bias) if residual is None else residual.add_(self._multiply(x, product))
+
+
+def rows_of_part(ids: Tensor, first: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    """For `Matrix.rows`: of each id its row in the table, or row 0; and whether it is outside, [num_tokens, 1]."""
+    local = ids - first
+    is_outside = (local < 0) | (local >= num_rows)
+    return local.masked_fill(is_outside, 0), is_outside[:, None]
 
 
 class TorchMatrix(Matrix):
@@ -147,13 +196,12 @@ class TorchMatrix(Matrix):
         super().__init__(ops, activation)
         self.weight = weight
 
-    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.weight, bias)
 
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
-        local = ids - first
-        here = (local >= 0) & (local < len(self.weight))
-        return self.weight.index_select(0, local.where(here, 0)).masked_fill_(~here[:, None], 0)
+        local, is_outside = rows_of_part(ids, first, len(self.weight))
+        return self.weight.index_select(0, local).masked_fill_(is_outside, 0)
 
 
 class LayerOps:

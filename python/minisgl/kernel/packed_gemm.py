@@ -14,9 +14,8 @@ import torch.nn.functional as F
 
 from minisgl.kernel import decode_gemm
 from minisgl.kernel.jit import load_kernel
-from minisgl.kernel.ops import LayerOps
+from minisgl.kernel.ops import Around, LayerOps, Matrix, rows_of_part
 from minisgl.kernel.packed import Blocks, Grouped, Packed
-from minisgl.kernel.product import Around, FusedMatrix
 
 Tensor = torch.Tensor
 
@@ -164,7 +163,7 @@ def choose(m: int, n: int, k: int, arch: tuple[int, int], group: int = UNIT_K) -
     return How("packed_wide", 256, 2) if m <= 256 or (m <= 1024 and weights > SMALL) else How()
 
 
-class PackedMatrix(FusedMatrix):
+class PackedMatrix(Matrix):
     """Weights of 4 bits, which kernels unpack as they read them."""
 
     def __init__(
@@ -235,7 +234,8 @@ class PackedMatrix(FusedMatrix):
         return dense
 
     def fused(self, x: Tensor, around: Around) -> Tensor | None:
-        return self.multiply(x, around) if around.gated == self._gated else None
+        fits = around.gated == self._gated and not (around.gated and around.bias is not None)
+        return self.multiply(x, around) if fits else None
 
     def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         out = self.multiply(x, Around()).view(len(x), -1, 2, 8).transpose(1, 2).reshape(len(x), -1)
@@ -243,11 +243,10 @@ class PackedMatrix(FusedMatrix):
 
     def rows(self, ids: Tensor, first: int = 0) -> Tensor:
         assert not self._gated
-        out = torch.cat([self._rows(some - first) for some in ids.split(_ROWS)])
+        local, is_outside = rows_of_part(ids, first, self._num_out)
+        out = torch.cat([self._rows(some) for some in local.split(_ROWS)]).masked_fill_(is_outside, 0)
         return out if self._columns is None else torch.empty_like(out).index_copy_(1, self._columns, out)
 
     def _rows(self, ids: Tensor) -> Tensor:
-        here = (ids >= 0) & (ids < self._num_out)
-        ids = ids.where(here, 0)
         tiles = self._dequantize(self._weight.index_select(0, ids // 16), gated=False).view(len(ids), 16, -1)
-        return tiles[torch.arange(len(ids), device=ids.device), ids % 16].masked_fill_(~here[:, None], 0)
+        return tiles[torch.arange(len(ids), device=ids.device), ids % 16]

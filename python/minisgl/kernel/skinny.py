@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from minisgl.kernel.jit import load_kernel
-from minisgl.kernel.product import Around
+from minisgl.kernel.ops import Around
 from minisgl.utils.math import div_ceil
 
 Tensor = torch.Tensor

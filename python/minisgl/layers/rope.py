@@ -42,7 +42,7 @@ class RotaryEmbedding:
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies [head_dim / 2] float32 and the factor that scales cos and sin."""
-    frequency: Tensor = config.theta ** _exponents(head_dim)
+    frequency: Tensor = config.theta ** _exponents(head_dim) * torch.tensor(config.factors or 1.0)
     if config.type == "linear":  # position interpolation, arXiv 2306.15595
         return 1.0 / frequency / config.scaling["factor"], 1.0
     if config.type == "llama3":

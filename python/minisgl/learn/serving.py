@@ -57,9 +57,9 @@ def check_durations(durations: Callable[[dict[str, Any]], dict[str, float]]) -> 
             time.sleep(0.5)  # the last stage is written down just after the answer is sent
             trace = httpx.get(f"{url}/trace/{answer['id']}").json()
             (output,) = trace["outputs"]
-            at = {stage["name"]: stage["time"] for stage in output["stages"]}
-            first_token, waited = output["stages"][-1]["first"] - at["received"], at["admitted"] - at["queued"]
-            computed = sum(chunk["num_new"] for chunk in output["chunks"])
+            at = {event["name"]: event["time"] for event in output["events"]}
+            first_token, waited = output["events"][-1]["first"] - at["received"], at["admitted"] - at["queued"]
+            computed = sum(event["num_new"] for event in output["events"] if event["name"] == "prefill")
             expected = {"first_token": first_token, "waited": waited, "computed": computed}
             compare("durations(trace)", expected, durations(trace))
     return "Three requests: a short prompt, a long one, and the long one from the cache."

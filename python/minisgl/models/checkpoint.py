@@ -30,19 +30,17 @@ from minisgl.layers.base import Part
 logger = logging.getLogger(__name__)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-BLOCK_BYTES = 16 << 20
-REOPEN_BYTES = 16 << 20  # files are mapped: pages that were read count as resident until theirs is closed
+BLOCK_BYTES = REOPEN_BYTES = 16 << 20  # files are mapped: what was read of one is resident until it is opened anew
 # A decoder's tensors, after what may stand before them: it was a part of something larger, or had no head.
 _OUTER = r"(?:(?:model|language_model|text_model|base_model|module|_orig_mod)\.)*"
 _NAME = re.compile(_OUTER + r"(?:(lm_head\..*)|((?:layers|embed_tokens|norm)\..*))")
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)\.weight")
-# Buffers that follow from the configuration, and state of training; scales of activations and of a quantized KV cache.
+# Buffers that follow from the configuration, and state of training; scales of activations.
 _IGNORED = re.compile(
     r"(^|\.)(rotary(_pos)?_emb\..*|position_ids|masked_bias|(self_)?attn\.bias|_extra_state|"
-    r"[kvq]_scale|weight_shape|input_scale|input_zero_point)$"
+    r"weight_shape|input_scale|input_zero_point)$"
 )
 _QUANTIZED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_(scale|packed|zero_point).*|absmax|quant_map|SCB)$")
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in safetensors
 
 
@@ -178,10 +176,11 @@ class Checkpoint:
     def _check_rest(self, used: dict[str, bool], regions: set[str], missing: list[str], wrong: list[str]) -> None:
         where = f"the weights in {self._source!r}"
         rest = [n for n in self._stored if n not in used and n != HEAD and not _IGNORED.search(n)]
-        unexpected = [n for n in rest if _region(n) in regions]  # with these, the model would compute something else
+        others = (n for n in rest if not n.endswith(("k_scale", "v_scale", "q_scale")))  # our KV caches have none
+        unexpected = [n for n in others if _region(n) in regions]  # with these, the model would compute something else
         quantized = [n for n in unexpected if _QUANTIZED.search(n)]
         floats = [n for n in used if used[n]] + ([] if self._source.endswith(".gguf") else unexpected)
-        for name in quantized + [n for n in floats if self._stored[n].dtype not in _FLOATS]:
+        for name in quantized + [n for n in floats if self._stored[n].dtype not in _DTYPES.values()]:
             kind = f"{self._stored[name].name} is {self._stored[name].dtype}"
             reason = "which config.json does not say; use an unquantized checkpoint"
             raise ConfigError(f"{where} are quantized ({kind}), {reason}")
@@ -214,9 +213,8 @@ def _places(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[
         if part is not None:
             sizes = [shapes[name.replace(f".{part}.", f".{sibling}.")][0] for sibling in parts]
             first = sum(sizes[: parts.index(part)])
-            yield from (
-                (stored.replace(f".{part}", f".{fused}"), expert, first, sum(sizes)) for stored, expert in alone
-            )
+            for stored, expert in alone:
+                yield stored.replace(f".{part}", f".{fused}"), expert, first, sum(sizes)
 
 
 def _region(name: str) -> str:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from fastapi import FastAPI, Request, Response
 
+from minisgl.page.stages import add_stages
+
 PACKAGE = Path(__file__).parents[1]
 ASSETS = PACKAGE / "page" / "assets"  # made by `npm run build` in the repository's `page/`
 DOCUMENT = PACKAGE / "server" / "openapi.json"  # made by `python -m tools.openapi`
@@ -74,3 +76,4 @@ def asset(request: Request) -> Response:
 def add_page(app: FastAPI) -> None:
     for path in ALL_FILES:
         app.get(path, include_in_schema=False)(asset)
+    add_stages(app)

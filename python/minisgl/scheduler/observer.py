@@ -33,9 +33,6 @@ class Observer:
     def told(self, outputs: Sequence[ReqOutput]) -> None:
         """Requests have new tokens, or have ended."""
 
-    def ended(self, output: ReqOutput) -> None:
-        """One of these was the request's last."""
-
     def turned(self) -> None:
         """A turn of the loop is over."""
 
@@ -70,9 +67,7 @@ class Status(Observer):
 
     def told(self, outputs: Sequence[ReqOutput]) -> None:
         self._num_output += sum([len(output.token_ids) for output in outputs])
-
-    def ended(self, output: ReqOutput) -> None:  # noqa: ARG002
-        self._num_done += 1
+        self._num_done += sum([output.finish_reason is not None for output in outputs])
 
     def turned(self) -> None:
         planner, now = self._planner, self._clock()
@@ -97,7 +92,5 @@ class Status(Observer):
     def reply(self, question: StatsMsg) -> StatsReply:
         planner = self._planner
         assert planner is not None, "there is no scheduler yet"
-        counts = (self._num_pages, planner.pages.num_free, planner.num_retracted)
-        return StatsReply(
-            question.uid, len(planner.running), len(planner.waiting), *counts, self._requests, self._tokens
-        )
+        counts = self._num_pages, planner.pages.num_free, planner.num_retracted, self._requests, self._tokens
+        return StatsReply(question.uid, len(planner.running), len(planner.waiting), *counts)

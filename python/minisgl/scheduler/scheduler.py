@@ -204,8 +204,6 @@ class Scheduler:
         self._open[req.uid] = True
         if output.finish_reason is not None:
             del self._open[req.uid]
-            for observer in self._observers:
-                observer.ended(output)
             num_output = req.num_tokens - req.prompt_len
             reason = output.error or output.finish_reason.value
             logger.debug("request %d: %s after %d + %d tokens", req.uid, reason, req.prompt_len, num_output)

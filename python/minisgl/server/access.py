@@ -40,7 +40,7 @@ OPERATOR_PATHS = ("/metrics", "/flush_cache", "/server_info", "/trace/live", "/t
 MAX_WRONG_KEYS = 10  # of one address in a minute; then they are answered late, however many are sent at once:
 WRONG_KEY_SECONDS, MAX_WRONG_KEY_SECONDS = 0.1, 30.0  # after one another, and none later than that
 MAX_ADDRESSES = 4096  # that wrong keys are counted of
-QUIET_PATHS = (*OPEN_PATHS, "/metrics")  # asked every few seconds: in the log at DEBUG only
+QUIET_PATHS = (*OPEN_PATHS, "/metrics", "/trace/live")  # asked every few seconds: in the log at DEBUG only
 _ORIGIN = re.compile("^https?://[^/]*", re.IGNORECASE)  # a request may name the whole URL
 _CLIENT_ID = re.compile(r"[!-~]{1,128}")  # what a client's id may be, to be echoed and logged
 

@@ -20,13 +20,12 @@ from minisgl.message import messages
 from minisgl.message.messages import AbortMsg, FrontendMsg, PingMsg, UserReply, pack_ids, unpack_ids
 from minisgl.message.sockets import DETOKENIZER, AsyncPullSocket, Endpoints, PushSocket
 from minisgl.server.metrics import RequestMetrics, Timing
-from minisgl.trace.journal import Journal
+from minisgl.trace.journal import Journal, arrived, take
+from minisgl.trace.records import Output
 
 logger = logging.getLogger(__name__)
-
 A = TypeVar("A")
 MAX_REPLIES = 32  # that wait for a slow reader one by one
-
 MAX_SENT = 2  # times that a request is sent: one whose workers die each time may be why they do
 
 
@@ -38,6 +37,7 @@ class _Output:
     index: int
     uid: int = 0
     timing: Timing = field(default_factory=Timing)
+    record: Output = field(default_factory=lambda: Output(0))  # the trace's
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +61,7 @@ class Stream(AsyncIterator[tuple[int, UserReply]]):
     """
 
     def __init__(self, frontend: Frontend, request_ids: Sequence[str], begin: Callable[[], None]) -> None:
-        self.request_ids = request_ids  # by which clients know it, and whose it is
+        self.request_ids, self.story = request_ids, arrived(request_ids)  # how clients know it, and whose it is
         self.outputs: list[_Output] = []
         self.num_left = 0  # outputs of which more is to come
         self._frontend, self._begin = frontend, begin
@@ -203,7 +203,7 @@ class Frontend:
         for output in request.outputs:
             output.uid = next(self._uids)
             self._outputs[output.uid] = output
-            self.journal.begin(request.stream.request_ids, output.index, output.uid, request.message)
+            output.record = self.journal.begin(request.stream.story, output.index, output.uid, request.message)
         first_uid = request.outputs[0].uid
         request.route = self._routes[first_uid % len(self._routes)] if self._routes else ""
         if request.route:
@@ -236,7 +236,7 @@ class Frontend:
     def _end(self, output: _Output, reason: FinishReason, error: Exception) -> None:
         self._outputs.pop(output.uid, None)
         self.metrics.finish(output.timing, reason)
-        self.journal.end(output.uid, reason.value)
+        output.record.reason = reason.value
         output.request.stream.fail(error)
 
     async def ping(self, timeout: float) -> None:
@@ -365,7 +365,7 @@ class Frontend:
         elif isinstance(message, UserReply):
             self.metrics.take(output.timing, message)
             if message.detokenized or message.finish_reason is not None:
-                self.journal.take(message)
+                take(output.record, message)
             if message.finish_reason is not None:
                 del self._outputs[message.uid]
             if message.finish_reason is FinishReason.ERROR:

@@ -63,9 +63,7 @@ class TokenizerServer:
     ) -> None:
         self._tokenizer = Tokenizer(config, codec)
         self._detokenizer = Detokenizer(self._tokenizer.codec)
-        self._long: PriorityQueue[tuple[int, int, int, TextMsg, list[BackendMsg]]] = (
-            PriorityQueue()
-        )  # the shortest first
+        self._long: PriorityQueue[tuple[int, int, int, TextMsg, list[BackendMsg]]] = PriorityQueue()  # shortest first
         self._aborts: dict[int, list[BackendMsg]] = {}  # by uid of what is long and not answered: of its request
         self._lock = threading.Lock()  # of what several threads use: the above, and the sockets that send
         for index in range(NUM_THREADS):

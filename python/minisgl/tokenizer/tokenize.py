@@ -64,9 +64,7 @@ class HFTextCodec:
         templates = self.tokenizer.chat_template or {}
         for text in templates.values() if isinstance(templates, dict) else [templates]:
             if problem := template_problem(text):
-                logger.warning(
-                    "%s: its chat template is broken, so that chats will be refused: %s", model_path, problem
-                )
+                logger.warning("%s: its chat template is broken, and chats will be refused: %s", model_path, problem)
         self._backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if self._backend is not None:
             self._backend.no_truncation()

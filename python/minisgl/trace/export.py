@@ -1,24 +1,33 @@
-"""Where the story of a request goes when its answer is out: the log, and an OpenTelemetry collector."""
+"""What is made of requests beside JSON: lines of the log, OpenTelemetry's spans, and charts for ui.perfetto.dev."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import msgspec
 
 import minisgl
 from minisgl.config.runtime import ServerConfig
-from minisgl.trace.journal import Entry
-from minisgl.trace.perfetto import SPANS
-from minisgl.trace.recorder import Json
+from minisgl.trace.records import EVENTS, STAGES, Output, Step
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING = 1024  # requests; the oldest are dropped
-BATCH_SECONDS = 0.2  # in which requests end that are asked for at once
-Export = Callable[[Entry, Json], None]
-Tell = Callable[[Sequence[Entry]], Awaitable[list[Json]]]
+Json = dict[str, Any]
+Export = Callable[[Mapping[str, str], Json], None]  # of a request's headers, and its story
+PROCESSES = {
+    name: pid for pid, name in enumerate(("api", "tokenizer", "scheduler", "engine", "detokenizer", "rows"), 1)
+}
+
+
+def spans(output: Output) -> Iterator[tuple[str, float, float]]:
+    """What led to each stage but the first, by its name: from when, until when."""
+    first = {event.name: event.time or 0.0 for event in output.events[::-1]}
+    reached = [(name, first[name]) for name in STAGES if name in first]
+    for (_, begin), (name, end) in pairwise(reached):
+        yield name, begin, max(begin, end)  # a stop string ends an output for the detokenizer, and then for rank 0
 
 
 def exports(config: ServerConfig) -> list[Export]:
@@ -27,17 +36,17 @@ def exports(config: ServerConfig) -> list[Export]:
     return [*found, _otlp(config.otlp_endpoint, config.served_model_name)] if config.otlp_endpoint else found
 
 
-def _log(entry: Entry, told: Json) -> None:  # noqa: ARG001
-    """A line for each stage of each output."""
+def _log(headers: Mapping[str, str], told: Json) -> None:  # noqa: ARG001
+    """A line for each event but the steps."""
     for output in told["outputs"]:
-        for stage in output["stages"]:
-            fields = {"id": told["id"], "output": output["index"], **stage}
-            text = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+        for event in [event for event in output.events if event.name not in ("prefill", "decode")]:
+            fields = {"id": told["id"], "output": output.index, **msgspec.to_builtins(event)}
+            text = " ".join(f"{name}={value}" for name, value in fields.items())
             logger.info("request %s", text, extra={"fields": {"request": fields}})
 
 
 def _otlp(endpoint: str, model: str) -> Export:
-    """Spans of each request, children of the caller's where its `traceparent` says so."""
+    """Spans of each output, children of the caller's where its `traceparent` says so."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -51,50 +60,68 @@ def _otlp(endpoint: str, model: str) -> Export:
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(url, timeout=5), schedule_delay_millis=1000))
     tracer = provider.get_tracer("minisgl")
 
-    def export(entry: Entry, told: Json) -> None:
-        parent = TraceContextTextMapPropagator().extract(entry.headers)
+    def export(headers: Mapping[str, str], told: Json) -> None:
+        parent = TraceContextTextMapPropagator().extract(headers)
         for output in told["outputs"]:
-            at = {stage["name"]: round(1e9 * stage["time"]) for stage in output["stages"] if stage["time"]}
-            about = {
-                "gen_ai.response.id": told["response_id"],
-                "gen_ai.response.model": model,
-                "gen_ai.response.finish_reasons": [output["reason"] or ""],
-                "gen_ai.usage.input_tokens": output["num_prompt"],
-                "gen_ai.usage.output_tokens": output["num_output"],
-                "minisgl.cached_tokens": output["num_cached"],
-                "minisgl.id": told["id"],
-            }
-            span = tracer.start_span("request", parent, SpanKind.SERVER, about, start_time=at["received"])
-            for name, _, first, last in (*SPANS, ("compute", "engine", "admitted", "finished")):
-                if first in at and last in at:
-                    child = tracer.start_span(name, set_span_in_context(span), start_time=at[first])
-                    for chunk in output["chunks"] if name == "compute" else ():
-                        child.add_event("prefill", {"tokens": chunk["num_new"]}, round(1e9 * chunk["time"]))
-                    child.end(max(at[first], at[last]))
-            span.end(at["sent"])
+            about = {"gen_ai.response.id": told["response_id"], "gen_ai.response.model": model}
+            about |= {"gen_ai.response.finish_reasons": [output.reason or ""], "minisgl.id": told["id"]}
+            about |= {"gen_ai.usage.input_tokens": output.num_prompt, "gen_ai.usage.output_tokens": output.num_output}
+            about |= {"minisgl.cached_tokens": output.num_cached}
+            times = [round(1e9 * event.time) for event in output.events]
+            whole = tracer.start_span("request", parent, SpanKind.SERVER, about, start_time=times[0])
+            for when, event in zip(times, output.events, strict=True):
+                if event.name in ("prefill", "retracted", "refused"):
+                    whole.add_event(event.name, {"tokens": event.num_new or 0}, when)
+            for name, begin, end in spans(output):
+                part = tracer.start_span(name, set_span_in_context(whole), start_time=round(1e9 * begin))
+                part.end(round(1e9 * end))
+            whole.end(times[-1])
 
     return export
 
 
-class Exporter:
-    """Tells of requests in the background. tell: makes the stories of some."""
+def chart(requests: Sequence[Json], steps: Sequence[Step]) -> Json:
+    """In the trace event format of Chrome, whose times are microseconds: tracks of each process, one for each row, and
+    arrows along each output."""
+    slices = [*_of_steps(steps)]
+    for uid, (output, name) in {one.uid: (one, told["id"]) for told in requests for one in told["outputs"]}.items():
+        for stage, begin, end in spans(output):  # asynchronous events: there are many at once
+            about = {"ph": "b", "id": uid, "args": {"uid": uid, "id": name}}
+            slices.append(_slice(stage, EVENTS[stage]["process"], 0, begin, end, **about))
+    slices.sort(key=lambda item: item["ts"])
+    paths: dict[int, list[Json]] = {}
+    for item in [item for item in slices if "uid" in item["args"]]:
+        paths.setdefault(item["args"]["uid"], []).append(item)
+    for uid, path in paths.items():
+        for before, after in pairwise(path):
+            before |= {"bind_id": uid, "flow_out": True}
+            after |= {"bind_id": uid, "flow_in": True}
+    ends = [{**item, "ph": "e", "ts": item["ts"] + item["dur"]} for item in slices if item["ph"] == "b"]
+    rows = {item["tid"]: f"row {item['tid']}" for item in slices if item["cat"] == "rows"}
+    heads = [_head("process_name", pid, 0, name) for name, pid in PROCESSES.items()]
+    heads += [_head("thread_name", PROCESSES["rows"], row, name) for row, name in sorted(rows.items())]
+    return {"traceEvents": [*heads, *sorted(slices + ends, key=lambda item: item["ts"])], "displayTimeUnit": "ms"}
 
-    def __init__(self, tell: Tell, exports: Sequence[Export]) -> None:
-        self._tell, self._exports = tell, exports
-        self._waiting: deque[Entry] = deque(maxlen=MAX_WAITING)
-        self._task: asyncio.Task[None] | None = None
 
-    def put(self, entry: Entry) -> None:
-        """A request whose answer is out."""
-        if self._exports:
-            self._waiting.append(entry)
-            if self._task is None or self._task.done():
-                self._task = asyncio.create_task(self._run(), name="trace-export")
+def _head(kind: str, pid: int, tid: int, name: str) -> Json:
+    return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "ts": 0, "args": {"name": name}}
 
-    async def _run(self) -> None:
-        while self._waiting:
-            await asyncio.sleep(BATCH_SECONDS)
-            entries = [self._waiting.popleft() for _ in range(len(self._waiting))]
-            for entry, told in zip(entries, await self._tell(entries), strict=True):
-                for export in self._exports:
-                    export(entry, told)
+
+def _slice(name: str, where: str, tid: int, begin: float, end: float, **more: Any) -> Json:
+    times = {"ts": int(1e6 * begin), "dur": max(1, int(1e6 * end) - int(1e6 * begin))}
+    return {"ph": "X", "name": name, "cat": where, "pid": PROCESSES[where], "tid": tid, **times, **more}
+
+
+def _of_steps(steps: Sequence[Step]) -> Iterator[Json]:
+    """What the scheduler, the device and each row did in them; on the device one follows on the other."""
+    end = 0.0
+    for step, after in zip(steps, [*[step.time for step in steps[1:]], float("inf")], strict=True):
+        about = {"step": step.step, "tokens": step.num_tokens, "pages": step.pages}
+        turned = min(step.time + (step.host_ms or 0.0) / 1e3, after)
+        yield _slice("turn", "scheduler", 0, step.time, turned, args=about)
+        begin = max(step.time, end)
+        end = begin + max((step.device_ms or 0.0) / 1e3, 2e-6)
+        yield _slice("step", "engine", 0, begin, end, args=about)
+        for row, uid, num_new, is_prefill in step.rows:
+            kind = f"prefill {num_new}" if is_prefill else "decode"
+            yield _slice(kind, "rows", row, begin, end, args={"uid": uid, "step": step.step})

@@ -1,56 +1,53 @@
-"""What the API server remembers of requests, and the story of one of them: its eight stages."""
+"""What the API server sees of requests: when they come, when they go on, and when their answers are out."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisgl.message.messages import TokenizeMsg, UserReply
-from minisgl.trace.recorder import Json, Record
+from minisgl.trace.records import Event, Output
 
-MAX_ENTRIES = 1024
+MAX_STORIES = 1024
 MAX_PROMPT = 2**14  # bytes of a prompt that are kept, where any are
 TRACE_HEADERS = ("traceparent", "tracestate")  # of the W3C: which trace a request is a part of
 
 
 @dataclass(slots=True, eq=False)
-class Output:
-    """One output. detokenized: its first text and its last, and `first` is when the first was here."""
-
-    uid: int
-    has_grammar: bool
-    first: float = 0.0
-    detokenized: tuple[float, float] = (0.0, 0.0)
-    num_output: int = 0
-    reason: str | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """An HTTP request that got as far as a tokenizer. headers: of `TRACE_HEADERS`. ids: its own, the answer's, and the
-    owner."""
+class Story:
+    """An HTTP request for outputs. headers: of `TRACE_HEADERS`. ids: its own, its answer's, and its owner. prompts: by
+    the index of their first output, where they are kept. outputs: by index."""
 
     received: float
-    headers: dict[str, str]
-    ids: Sequence[str] = ("", "", "")
+    headers: Mapping[str, str]
     validated: float = 0.0
-    sent: float = 0.0
-    prompts: dict[int, str] = field(default_factory=dict)  # by index of their first output, where they are kept
-    outputs: dict[int, Output] = field(default_factory=dict)  # by index
+    ids: Sequence[str] = ("", "", "")
+    prompts: dict[int, str] = field(default_factory=dict)
+    outputs: dict[int, Output] = field(default_factory=dict)
 
-    @property
-    def uids(self) -> tuple[int, ...]:
-        return tuple([output.uid for output in self.outputs.values()])
+    def told(self, known: Mapping[int, Output], owner: str) -> dict[str, Any]:
+        """As far as it has come. known: to rank 0, by uid. owner: who asks."""
+        outputs = [output.joined(known.get(output.uid) or Output(output.uid)) for output in self.outputs.values()]
+        ids = {"id": self.ids[0], "response_id": self.ids[1], "owner_is_you": self.ids[2] == owner}
+        return {**ids, "prompt": "\n".join(self.prompts.values()) or None, "outputs": outputs}
 
 
-_arrived: ContextVar[Entry | None] = ContextVar("arrived", default=None)
+_arrived: ContextVar[Story | None] = ContextVar("arrived", default=None)
+
+
+def arrived(ids: Sequence[str]) -> Story:
+    """The request that is being answered, which has these ids."""
+    story = _arrived.get() or Story(time.time(), {})
+    story.ids = ids or story.ids
+    return story
 
 
 class Journal:
@@ -58,94 +55,66 @@ class Journal:
 
     def __init__(self) -> None:
         self.keep_prompts = False
-        self.entries: deque[Entry] = deque(maxlen=MAX_ENTRIES)
-        self.open: dict[int, tuple[Entry, Output]] = {}  # by uid: the outputs that have not ended
-        self.on_sent: Callable[[Entry], None] = lambda _: None
+        self.stories: deque[Story] = deque(maxlen=MAX_STORIES)
+        self.on_sent: Callable[[Story], None] = lambda _: None
 
-    def begin(self, ids: Sequence[str], index: int, uid: int, message: TokenizeMsg) -> None:
+    def begin(self, story: Story, index: int, uid: int, message: TokenizeMsg) -> Output:
         """An output is sent on its way, perhaps once more."""
-        entry = _arrived.get()
-        if entry is None or (entry.validated and entry.ids != ids):  # others are sent again while this one comes
-            entry = next((entry for entry in self.entries if entry.ids == ids), None)
-        if entry is None:
-            return
-        if not entry.validated:
-            entry.ids, entry.validated = ids, time.time()
-            self.entries.append(entry)
+        if not story.validated:
+            story.validated = time.time()
+            self.stories.append(story)
         if self.keep_prompts and index % message.count == 0:
-            entry.prompts[index] = msgspec.json.encode(message.prompt)[:MAX_PROMPT].decode("utf-8", "ignore")
-        if (before := entry.outputs.get(index)) is not None:
-            self.open.pop(before.uid, None)
-        entry.outputs[index] = Output(uid, message.params.grammar is not None)
-        self.open[uid] = entry, entry.outputs[index]
+            story.prompts[index] = msgspec.json.encode(message.prompt)[:MAX_PROMPT].decode("utf-8", "ignore")
+        why = None if message.params.grammar is None else "grammar"  # it may wait before rank 0 hears of it
+        events = [Event("received", story.received), Event("validated", story.validated, why=why)]
+        output = Output(uid, index, events=[*events, Event("detokenized", None), Event("sent", None)])
+        story.outputs[index] = output
+        return output
 
-    def take(self, reply: UserReply) -> None:
-        """The first or the last text of an output is here."""
-        if (found := self.open.get(reply.uid)) is None:
-            return
-        output, output.num_output = found[1], reply.num_output_tokens
-        output.first = output.first or time.time()
-        output.detokenized = output.detokenized[0] or reply.detokenized, reply.detokenized
-        if reply.finish_reason is not None:
-            self.end(reply.uid, reply.finish_reason.value)
+    def close(self, story: Story, status: int, state: Mapping[str, Any]) -> None:
+        """An answer is out. status: HTTP's. state: the request's, with what it was `refused` for."""
+        now = time.time()
+        if not story.outputs:
+            story.ids = state["request_id"], "", state["owner"]
+            events = [Event("received", story.received), Event("sent", None)]
+            story.outputs[0] = Output(-int(1e6 * now), reason="refused", events=events)  # rank 0 has no such uid
+            self.stories.append(story)
+        for output in story.outputs.values():
+            output.events[-1].time = now
+            if status >= 400:
+                param, code = state.get("refused", (None, None))
+                output.events.insert(0, Event("refused", now, status=status, param=param, code=code))
+                output.reason = "refused" if output.reason == "error" and status < 500 else output.reason
+        self.on_sent(story)
 
-    def end(self, uid: int, reason: str) -> None:
-        """An output has ended, however."""
-        if (found := self.open.pop(uid, None)) is not None:
-            found[1].reason = reason
+
+def take(output: Output, reply: UserReply) -> None:
+    """The first or the last text of an output is here."""
+    detokenized, sent = output.events[-2:]
+    detokenized.first, sent.first = detokenized.first or reply.detokenized, sent.first or time.time()
+    output.num_output = reply.num_output_tokens
+    if reply.finish_reason is not None:
+        detokenized.time, output.reason = reply.detokenized, reply.finish_reason.value
 
 
 class Arrivals:
-    """Around the routes: notes when requests come, and when their answers are out."""
+    """Around the routes: notes when requests come, and when their answers are out. paths: of those for outputs."""
 
-    def __init__(self, app: ASGIApp, journal: Journal) -> None:
-        self._app, self._journal = app, journal
+    def __init__(self, app: ASGIApp, journal: Journal, paths: Collection[str]) -> None:
+        self._app, self._journal, self._paths = app, journal, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        entry = Entry(time.time(), {name: headers[name] for name in TRACE_HEADERS if name in headers})
-        _arrived.set(entry)
+        headers, status = Headers(scope=scope), 499  # unless an answer begins, the client has gone
+        story = Story(time.time(), {name: headers[name] for name in TRACE_HEADERS if name in headers})
+
+        async def send_noted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        _arrived.set(story)
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, send_noted)
         finally:
-            entry.sent = time.time()
-            if entry.validated:
-                self._journal.on_sent(entry)
-
-
-def story(entry: Entry, records: Mapping[int, Record], owner: str = "") -> Json:
-    """One request, as far as it has come. records: rank 0's, by uid. owner: who asks."""
-    outputs = [
-        _output(entry, index, output, records.get(output.uid) or Record(output.uid))
-        for index, output in entry.outputs.items()
-    ]
-    ids = {"id": entry.ids[0], "response_id": entry.ids[1], "owner_is_you": entry.ids[2] == owner}
-    return {**ids, "prompt": "\n".join(entry.prompts.values()) or None, "outputs": outputs}
-
-
-def _output(entry: Entry, index: int, output: Output, record: Record) -> Json:
-    nothing: Json = {"time": 0.0, "num_cached": 0, "row": None, "step": None}
-    first = record.admissions[0] if record.admissions else nothing
-    state = "finished" if output.reason else "running" if record.admissions else "waiting"
-    row = record.admissions[-1]["row"] if record.admissions else None
-    ended = {"reason": output.reason or record.reason, "num_output": max(output.num_output, record.num_output)}
-    held = record.queued - record.tokenized if output.has_grammar and record.queued else 0.0
-    waited = {**record.waited, "grammar": held}
-    most = max(waited, key=waited.__getitem__)
-    queued = {"waited": waited, "why": most if waited[most] else None, "ahead": record.ahead}
-    stages: dict[str, tuple[float, Json]] = {
-        "received": (entry.received, {}),
-        "validated": (entry.validated, {}),
-        "tokenized": (record.tokenized, {"num_tokens": record.num_prompt}),
-        "queued": (record.queued, {**queued, "overtaken": record.overtaken}),
-        "admitted": (first["time"], first),
-        "finished": (record.finished, ended),
-        "detokenized": (output.detokenized[1] * bool(output.reason), {"first": output.detokenized[0] or None}),
-        "sent": (entry.sent, {"first": output.first or None}),
-    }
-    line = [
-        {**more, "name": name, "time": when or None, "seconds": when - entry.received if when else None}
-        for name, (when, more) in stages.items()
-    ]
-    about = {"index": index, "row": row, "state": state, "num_cached": first["num_cached"]}
-    return {**msgspec.structs.asdict(record), **about, **ended, "stages": line}
+            if story.outputs or scope["path"] in self._paths:
+                self._journal.close(story, status, scope["state"])

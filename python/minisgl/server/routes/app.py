@@ -110,6 +110,6 @@ def create_app(
     Generation(frontend, config, bodies, store).add_to(app)
     Operations(frontend, config, bodies, exposition, silent).add_to(app)
     add_stored(app, store)
-    Trace(frontend.trace, frontend.journal, frontend.metrics, config).add_to(app)
     add_page(app)
+    Trace(frontend.trace, frontend.journal, frontend.metrics, config).add_to(app, (*DIALECTS, "/v1/responses"))
     return app

@@ -30,14 +30,15 @@ Workers* create_workers(int threads) { return new Workers(threads); }
 void destroy_workers(Workers* workers) { delete workers; }
 int panel_size() { return kPanel; }
 
-void pack_weight(Workers& workers, bool is_bfloat16, const void* weight, int64_t out, int64_t in, bool is_pair, void* data,
-                 float* scales) {
-  Linear w{scales != nullptr ? Type::kInt8 : is_bfloat16 ? Type::kBFloat16 : Type::kFloat32, is_pair, out, in};
+void pack_weight(Workers& workers, Type type, const void* weight, int64_t out, int64_t in, bool is_pair, void* data, float* scales) {
+  Linear w{scales != nullptr ? Type::kInt8 : type, is_pair, out, in};
   prefer_huge_pages(data, num_panels(w) * panel_bytes(w));
-  if (is_bfloat16)
-    pack(workers, static_cast<const BFloat16*>(weight), out, in, is_pair, data, scales);
+  if (type == Type::kBFloat16)
+    pack(workers, static_cast<const BFloat16*>(weight), w, data, scales);
+  else if (type == Type::kFloat16)
+    pack(workers, static_cast<const Float16*>(weight), w, data, scales);
   else
-    pack(workers, static_cast<const float*>(weight), out, in, is_pair, data, scales);
+    pack(workers, static_cast<const float*>(weight), w, data, scales);
 }
 
 Format format_of(const std::string& name, int64_t in, int64_t group, bool has_zeros, bool is_bfloat16) {

@@ -43,6 +43,9 @@ T* data_of(const Optional<TensorView>& t) {
 }
 
 bool is_bfloat16(const TensorView& t) { return t.dtype().code == kDLBfloat; }
+Type type_of(const TensorView& t) {
+  return is_bfloat16(t) ? Type::kBFloat16 : t.dtype().bits == 16 ? Type::kFloat16 : Type::kFloat32;
+}
 
 template <class T>
 AnyCache cache_of(CacheType type, const TensorView& k, const TensorView& v) {
@@ -77,13 +80,13 @@ void py_destroy_workers(int64_t workers) { destroy_workers(&at<Workers>(workers)
 int64_t py_panel_size() { return panel_size(); }
 
 void py_pack_weight(int64_t workers, TensorView weight, bool is_pair, TensorView packed, Optional<TensorView> scale) {
-  const void* plain = is_bfloat16(weight) ? data_of<BFloat16>(weight) : static_cast<void*>(data_of<float>(weight));
-  pack_weight(at<Workers>(workers), is_bfloat16(weight), plain, weight.size(0), weight.size(1), is_pair, packed.data_ptr(),
-              data_of<float>(scale));
+  Type type = type_of(weight);
+  const void* plain = type == Type::kFloat32 ? static_cast<void*>(data_of<float>(weight)) : data_of<uint16_t>(weight);
+  pack_weight(at<Workers>(workers), type, plain, weight.size(0), weight.size(1), is_pair, packed.data_ptr(), data_of<float>(scale));
 }
 
 int64_t py_create_linear(TensorView packed, Optional<TensorView> scale, int64_t out, int64_t in, bool is_pair) {
-  Type type = scale.has_value() ? Type::kInt8 : is_bfloat16(packed) ? Type::kBFloat16 : Type::kFloat32;
+  Type type = scale.has_value() ? Type::kInt8 : type_of(packed);
   return handle_of(new Linear{type, is_pair, out, in, packed.data_ptr(), data_of<float>(scale), nullptr});
 }
 

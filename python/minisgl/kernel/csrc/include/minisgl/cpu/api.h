@@ -18,7 +18,7 @@ struct Float16 {  // IEEE 754 binary16
   uint16_t bits;
 };
 
-enum class Type : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kPacked = 3 };
+enum class Type : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kPacked = 3, kFloat16 = 4 };
 
 // What a group of weights has beside its scale: nothing; a number that is subtracted; a code that stands for zero; or small
 // integers, which times a number are subtracted.
@@ -43,7 +43,7 @@ struct Part {
   const char* data;
 };
 
-// weight: [out, in]. data: [panels, in, kPanel] float, [panels, ceil(in / 2), kPanel, 2] bfloat16, or [panels,
+// weight: [out, in]. data: [panels, in, kPanel] float, [panels, ceil(in / 2), kPanel, 2] of 16 bits, or [panels,
 // ceil(in / 4), kPanel, 4] int8. Where two matrices lie one below the other in a weight, as gate and up do, their panels
 // take turns. Packed weights have parts instead; those of two matrices have two.
 struct Linear {
@@ -124,7 +124,7 @@ void destroy_workers(Workers* workers);
 int panel_size();
 
 // Plain weights to panels of the same type, or of int8 where there is room for scales.
-void pack_weight(Workers& workers, bool is_bfloat16, const void* weight, int64_t out, int64_t in, bool is_pair, void* data,
+void pack_weight(Workers& workers, Type type, const void* weight, int64_t out, int64_t in, bool is_pair, void* data,
                  float* scales);
 // Weights of few bits. name: ggml's of a type of blocks, or "grouped" and the number of bits; group: inputs of one scale, of
 // grouped weights. A format of no bits where there is none for `in` inputs.

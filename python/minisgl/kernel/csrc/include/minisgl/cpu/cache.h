@@ -9,18 +9,12 @@
 
 namespace minisgl::cpu {
 
-inline Floats load(const Float16* p) { return load_halves(&p->bits); }
 inline Floats load(const int8_t* p) { return load_small(p); }
-inline float widen(Float16 x) { return half_value(x.bits); }
 inline float widen(int8_t x) { return x; }
 inline void store(Float16* p, Floats v) { store_halves(&p->bits, v); }
 inline void narrow(Float16* p, float x) { p->bits = half_bits(x); }
 
 // Number d of the 32 bits that each lane holds, as in linear.h.
-inline Floats part_of(const Float16*, Words v, int d) {
-  Halves halves = __builtin_convertvector((d == 0 ? v : v >> 16) & 0xffff, Halves);
-  return load_halves(reinterpret_cast<const uint16_t*>(&halves));
-}
 inline Floats part_of(const int8_t*, Words v, int d) {
   return __builtin_convertvector((Ints)(v << (24 - 8 * d)) >> 24, Floats);
 }

@@ -1,6 +1,6 @@
 // Products with weights that lie in panels: `kPanel` output features side by side, and of each of them 32 bits: one float,
-// two bfloat16 or four int8, which belong to input features that follow one another. Such a unit of a panel is two
-// vectors, whatever the type is; 16 and 8 bits are widened in registers, by a shift or a mask.
+// two numbers of 16 bits or four int8, which belong to input features that follow one another. Such a unit of a panel is two
+// vectors, whatever the type is; 16 and 8 bits are widened in registers.
 //
 // One layout serves one row (a stream through memory), a few rows, and a prefill: `multiply` keeps a block of rows by
 // one panel in registers (K. Goto and R. van de Geijn, "Anatomy of high-performance matrix multiplication", 2008).
@@ -24,7 +24,7 @@ constexpr int kAhead = 8 * kUnitBytes;            // how far ahead of a stream t
 constexpr int kChunkUnits = 128;
 constexpr int kLongChunkUnits = 256;
 
-inline int64_t depth_of(Type type) { return type == Type::kInt8 ? 4 : type == Type::kBFloat16 ? 2 : 1; }
+inline int64_t depth_of(Type type) { return type == Type::kInt8 ? 4 : type == Type::kFloat32 ? 1 : 2; }
 inline int64_t num_units(const Linear& w) { return (w.in + depth_of(w.type) - 1) / depth_of(w.type); }
 inline int64_t panels_of(int64_t out) { return (out + kPanel - 1) / kPanel; }
 inline int64_t num_panels(const Linear& w) {
@@ -79,6 +79,10 @@ constexpr int kQuad[4] = {0, 2, 1, 3};
 // Input feature d of the unit's 32 bits.
 inline Floats part_of(const float*, Words v, int) { return (Floats)v; }
 inline Floats part_of(const BFloat16*, Words v, int d) { return (Floats)(d == 0 ? v << 16 : v & 0xffff0000u); }
+inline Floats part_of(const Float16*, Words v, int d) {
+  Halves halves = __builtin_convertvector((d == 0 ? v : v >> 16) & 0xffff, Halves);
+  return load_halves(reinterpret_cast<const uint16_t*>(&halves));
+}
 
 // Where a product goes: panel p's sums are [M, stride] from sums + p * next on.
 struct Sums {
@@ -215,6 +219,7 @@ inline void panel_products(const Linear& w, int64_t first, int64_t panels, const
   int64_t units = num_units(w), size = panel_bytes(w);
   if (w.type == Type::kFloat32) return multiply_panels<float>(panels, size, x.count, data, x.values, x.stride, units, sums);
   if (w.type == Type::kBFloat16) return multiply_panels<BFloat16>(panels, size, x.count, data, x.values, x.stride, units, sums);
+  if (w.type == Type::kFloat16) return multiply_panels<Float16>(panels, size, x.count, data, x.values, x.stride, units, sums);
   multiply_panels<int8_t>(panels, size, x.count, data, x.shorts, x.short_stride, units, sums);
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t m = 0; m < x.count; ++m)

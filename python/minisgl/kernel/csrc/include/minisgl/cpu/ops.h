@@ -247,6 +247,8 @@ inline void embed(Workers& workers, const Linear& table, const int64_t* ids, int
         to[i] = load_as<float>(from + i * kUnitBytes);
       else if (table.type == Type::kBFloat16)
         to[i] = widen(load_as<BFloat16>(from + i / 2 * kUnitBytes + i % 2 * 2));
+      else if (table.type == Type::kFloat16)
+        to[i] = widen(load_as<Float16>(from + i / 2 * kUnitBytes + i % 2 * 2));
       else
         to[i] = load_as<int8_t>(from + i / 4 * kUnitBytes + kQuad[i % 4]) * table.scale[id];
     }

@@ -20,13 +20,13 @@ void pack_int8(const T* rows, int64_t count, int64_t in, int8_t* panel, float* s
   }
 }
 
-// Plain weights of type T to panels of the same type, or of int8 with a scale for each feature.
+// Plain weights of type T to panels of the same type, or of int8 with a scale for each feature, as w has.
 template <class T>
-void pack(Workers& workers, const T* weight, int64_t out, int64_t in, bool is_pair, void* data, float* scale) {
-  Linear w{scale != nullptr ? Type::kInt8 : sizeof(T) == 2 ? Type::kBFloat16 : Type::kFloat32, is_pair, out, in};
+void pack(Workers& workers, const T* weight, const Linear& w, void* data, float* scale) {
+  int64_t in = w.in;
   workers.pool.run([&](int) {
     workers.pool.share(num_panels(w), 1, [&](int64_t p) {
-      int64_t part = is_pair ? p % 2 : 0, first = (is_pair ? p / 2 : p) * kPanel;
+      int64_t part = w.is_pair ? p % 2 : 0, first = (w.is_pair ? p / 2 : p) * kPanel;
       int64_t count = std::min<int64_t>(kPanel, w.part() - first);
       const T* rows = weight + (part * w.part() + first) * in;
       char* panel = static_cast<char*>(data) + p * panel_bytes(w);

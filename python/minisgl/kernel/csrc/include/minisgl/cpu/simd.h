@@ -212,6 +212,9 @@ inline Floats load_halves(const uint16_t* p) {
 #endif
 }
 
+inline Floats load(const Float16* p) { return load_halves(&p->bits); }
+inline float widen(Float16 x) { return half_value(x.bits); }
+
 // To nearest even. What is larger than the format's largest number becomes that one, and what is not finite NaN.
 inline uint16_t half_bits(float x) {
   float most = std::fmin(std::fabs(x), 65504.0f), shifted = most < 0x1p-14f ? most + 0.5f : most;
