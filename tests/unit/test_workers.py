@@ -16,7 +16,7 @@ import pytest
 
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import DEMO_MODEL
-from minisgl.config.runtime import EngineConfig
+from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.message.messages import Report, decode_report, encode_report
 from minisgl.processes import control as control_module
 from minisgl.processes import workers
@@ -164,3 +164,13 @@ def test_the_environment_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set_for("cuda", 2)[2] is None, "ranks map each other's memory"
     assert set_for("cuda", 1, PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:64")[2] is None
     assert set_for("cuda", 1, PYTORCH_ALLOC_CONF="x", CUDA_MODULE_LOADING="EAGER") == ["PCI_BUS_ID", "EAGER", "x"]
+
+
+def test_an_engine_is_closed_when_what_comes_after_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `LLM` the process goes on: the engine's threads and memory must not."""
+    engine = Mock()
+    monkeypatch.setattr("minisgl.engine.engine.create_engine", Mock(return_value=engine))
+    monkeypatch.setattr("minisgl.grammar.store.GrammarStore", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        workers.load_rank(CONFIG, SchedulerConfig(4, 16, 128, 64, 4), "", 0)
+    engine.close.assert_called_once_with()

@@ -115,10 +115,16 @@ def load_rank(engine_config: EngineConfig, config: SchedulerConfig, rendezvous: 
         from minisgl.scheduler.grammar import Grammars
 
         engine = create_engine(replace(engine_config, init_method=rendezvous), rank)
-        vocabulary = VocabularyConfig(engine_config.model_path, engine_config.model.vocab_size, config.eos_token_ids)
-        grammars = Grammars(GrammarStore(vocabulary) if rank == 0 else None, engine_config.device == "cuda")
-        config = replace(config, num_pages=engine.num_pages, integrity_fatal=env_bool("MINISGL_INTEGRITY_FATAL"))
-        return Rank(engine, grammars, config, engine_config.tp_size)
+        try:
+            vocabulary = VocabularyConfig(
+                engine_config.model_path, engine_config.model.vocab_size, config.eos_token_ids
+            )
+            grammars = Grammars(GrammarStore(vocabulary) if rank == 0 else None, engine_config.device == "cuda")
+            config = replace(config, num_pages=engine.num_pages, integrity_fatal=env_bool("MINISGL_INTEGRITY_FATAL"))
+            return Rank(engine, grammars, config, engine_config.tp_size)
+        except BaseException:
+            engine.close()  # its threads and memory, in a process that goes on
+            raise
 
 
 def set_cuda_environment(config: EngineConfig) -> None:

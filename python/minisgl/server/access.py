@@ -225,7 +225,7 @@ def _log_line(scope: Scope, status: int, first_byte: float, seconds: float) -> N
     state = scope["state"]
     usage = state["answer"].usage() if "answer" in state else None
     tokens = f", {usage['prompt_tokens']} + {usage['completion_tokens']} tokens" if usage else ""
-    param, code = state.get("refused", ("", None))
+    _, param, code = state.get("refused", (0, "", None))
     why = f", refused for {param or 'the whole'} ({code or 'invalid_value'})" if "refused" in state else ""
     path = scope.get("raw_path") or b""  # still quoted, so that it cannot break the line; without the query
     client = scope["client"][0] if scope.get("client") else "-"

@@ -83,8 +83,8 @@ def anthropic_error(payload: dict[str, Any], status: int) -> dict[str, Any]:
 
 
 def error_response(scope: Scope, error: MiniSGLError) -> Response:
-    """The answer in the place of what was asked for, as the log is told too."""
-    scope.setdefault("state", {})["refused"] = error.param, error.code
+    """The answer in the place of what was asked for, as the log and the trace are told too."""
+    scope.setdefault("state", {})["refused"] = error.status, error.param, error.code
     headers = {"retry-after": str(error.retry_after)} if error.status in (429, 503) else {}
     if error.status == 401:
         headers = {"www-authenticate": "Bearer"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minisgl.message.messages import TokenizeMsg, UserReply
 from minisgl.trace.records import Event, Output
@@ -71,9 +71,9 @@ class Journal:
         story.outputs[index] = output
         return output
 
-    def close(self, story: Story, status: int, state: Mapping[str, Any]) -> None:
-        """An answer is out. status: HTTP's. state: the request's, with what it was `refused` for."""
-        now = time.time()
+    def close(self, story: Story, state: Mapping[str, Any]) -> None:
+        """An answer is out. state: of the request, with the HTTP error that it was `refused` with."""
+        now, (status, param, code) = time.time(), state.get("refused", (0, None, None))
         if not story.outputs:
             story.ids = state["request_id"], "", state["owner"]
             events = [Event("received", story.received), Event("sent", None)]
@@ -81,8 +81,7 @@ class Journal:
             self.stories.append(story)
         for output in story.outputs.values():
             output.events[-1].time = now
-            if status >= 400:
-                param, code = state.get("refused", (None, None))
+            if status:
                 output.events.insert(0, Event("refused", now, status=status, param=param, code=code))
                 output.reason = "refused" if output.reason == "error" and status < 500 else output.reason
         self.on_sent(story)
@@ -104,17 +103,11 @@ class Arrivals:
         self._app, self._journal, self._paths = app, journal, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers, status = Headers(scope=scope), 499  # unless an answer begins, the client has gone
+        headers = Headers(scope=scope)
         story = Story(time.time(), {name: headers[name] for name in TRACE_HEADERS if name in headers})
-
-        async def send_noted(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
         _arrived.set(story)
         try:
-            await self._app(scope, receive, send_noted)
+            await self._app(scope, receive, send)
         finally:
-            if story.outputs or scope["path"] in self._paths:
-                self._journal.close(story, status, scope["state"])
+            if story.outputs or (scope["path"] in self._paths and "refused" in scope["state"]):
+                self._journal.close(story, scope["state"])
