@@ -1,22 +1,22 @@
-"""What the trace costs: blocks of the same work in one process, with and without it in turns.
+"""What the trace costs: decode steps of one process, with and without it in turns.
 
-    python benchmark/trace_cost.py [--shape qwen3-0.6b] [--streams 64] [--output-len 32] [--seconds 50] [flags]
+    python benchmark/trace_cost.py [--shape qwen3-0.6b] [--streams 64] [--turns 4] [--viewed] [--seconds 45] [flags]
 
-Further flags go to the engine. A block is so many requests that come at once, run and end; its prompts are cached but
-for their last page. Three kinds of blocks follow one another in an order that is drawn anew each round: without the
-trace; with it (rank 0's recorder, and what the API server notes of each request); and with it while somebody looks four
-times a second, whose answers are made here, too. Prints medians of the ratios within each round, with intervals of 95 %
-(bootstrap), for wall time and for the processor time of the whole process.
+Further flags go to the engine. Two kinds of groups of so many steps follow one another, in an order that is drawn anew
+each round: without rank 0's recorder, and with it; with --viewed also while somebody looks, once in each group, whose
+answer is made here, too. Prints medians of the ratios within each round, with intervals of 95 % (bootstrap), for the
+clock and for the processor time of the whole process. What a request costs once, at rank 0 and at the API server, is
+timed by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Sequence
 from random import Random
-from typing import Any
 
 from minisgl import LLM, SamplingParams
 from minisgl.benchmark import run_script
@@ -31,27 +31,22 @@ from minisgl.trace.journal import Journal, Story, take
 from minisgl.trace.recorder import Recorder
 from minisgl.trace.records import decode_recorded, encode_json
 
-KINDS = ("off", "on", "viewed")
-INTERVAL = 0.25  # seconds between a viewer's questions
-
 
 class Switched(Observer):
-    """A recorder that is told of what happens only while it is on. It changes between blocks, when nothing is left."""
+    """A recorder that is told of steps only while it is on, and of requests always: that is timed."""
 
     def __init__(self, recorder: Recorder) -> None:
-        self.recorder, self.is_on = recorder, True
+        self.recorder, self.is_on, self.seconds = recorder, True, 0.0
         self.attached = recorder.attached  # type: ignore[method-assign]
+        self.resumed = recorder.resumed  # type: ignore[method-assign]
 
     def received(self, message: UserMsg) -> None:
-        if self.is_on:
-            self.recorder.received(message)
-
-    def resumed(self) -> None:
-        if self.is_on:
-            self.recorder.resumed()
+        begin = time.perf_counter()
+        self.recorder.received(message)
+        self.seconds += time.perf_counter() - begin
 
     def submitted(self, planned: Planned) -> None:
-        if self.is_on:
+        if self.is_on or planned.plan.admissions:
             self.recorder.submitted(planned)
 
     def retired(self, plan: StepPlan, seconds: float) -> None:
@@ -59,52 +54,73 @@ class Switched(Observer):
             self.recorder.retired(plan, seconds)
 
     def told(self, outputs: Sequence[ReqOutput]) -> None:
-        if self.is_on:
+        if self.is_on or any(output.finish_reason is not None for output in outputs):
+            begin = time.perf_counter()
             self.recorder.told(outputs)
+            self.seconds += time.perf_counter() - begin
 
     def turned(self) -> None:
         if self.is_on:
             self.recorder.turned()
 
 
-class Blocks:
-    """The same requests again and again."""
+class Streams:
+    """So many requests that come at once, again and again, and how long groups of their decode steps take."""
 
-    def __init__(self, llm: LLM, streams: int, input_len: int, output_len: int) -> None:
-        self._llm, self._switch, self._journal = llm, Switched(Recorder()), Journal()
-        llm.scheduler = llm.rank.scheduler(llm.transport, self._switch)
-        draw = Random(0)
-        self._prompts = [[draw.randrange(3, 400) for _ in range(input_len)] for _ in range(streams)]
-        self._params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
-        self._looked, self._since = 0.0, 0
+    def __init__(self, llm: LLM, streams: int, turns: int, kinds: Sequence[str]) -> None:
+        self.kinds = kinds
+        self._llm, self._turns, self._journal, self._draw = llm, turns, Journal(), Random(0)
+        self.switch = Switched(Recorder())
+        llm.scheduler = llm.rank.scheduler(llm.transport, self.switch)
+        self._prompts = [[self._draw.randrange(3, 400) for _ in range(64)] for _ in range(streams)]
+        self._params = SamplingParams(
+            max_tokens=4 + turns * len(kinds) * max(1, 192 // (turns * len(kinds))), temperature=0.0, ignore_eos=True
+        )
+        self.rounds: list[dict[str, tuple[float, float]]] = []
+        self.num_requests, self.journal_seconds, self.since = 0, 0.0, 0
 
-    def run(self, kind: str) -> tuple[float, float]:
-        """Seconds of one block: of the clock, and of all threads on processors."""
-        self._switch.is_on = kind != "off"
+    def run(self) -> None:
+        """The requests once. Groups in which one comes or ends are left out."""
+        llm, streams = self._llm, len(self._prompts)
+        pending = llm.submit([IdsPrompt(pack_ids(prompt)) for prompt in self._prompts], self._params)
+        while len(llm.scheduler.planner.running) < streams or llm.scheduler.planner.waiting:
+            llm.turn()
+        for _ in range(3):
+            llm.turn()
+        while len(llm.pending) == streams:
+            order = self._draw.sample(self.kinds, len(self.kinds))
+            measured = {kind: self._group(kind) for kind in order}
+            if len(llm.pending) == streams:
+                self.rounds.append(measured)
+        self.switch.is_on = True
+        while llm.pending:
+            llm.turn()
+        self.num_requests += streams
+        begin = time.perf_counter()
+        for request in pending:
+            self._note(request)
+        self.journal_seconds += time.perf_counter() - begin
+
+    def _group(self, kind: str) -> tuple[float, float]:
+        """Seconds of a step: of the clock, and of all threads on processors."""
+        self.switch.is_on = kind != "off"
         wall, cpu = time.perf_counter(), time.process_time()
-        pending = self._llm.submit([IdsPrompt(pack_ids(prompt)) for prompt in self._prompts], self._params)
-        records = [self._begin(request) for request in pending] if self._switch.is_on else []
-        while self._llm.pending:
+        for _ in range(self._turns):
             self._llm.turn()
-            if kind == "viewed" and time.perf_counter() > self._looked + INTERVAL:
-                self._look()
-        for request, (story, output) in zip(pending, records, strict=False):
-            take(output, request.replies[0])
-            take(output, request.replies[-1])
-            self._journal.close(story, {})
-        return time.perf_counter() - wall, time.process_time() - cpu
+        if kind == "viewed":
+            question = TraceMsg(0, (), self.since, 64, view=2)
+            recorded = decode_recorded(self.switch.recorder.reply(question).data)
+            encode_json({"steps": recorded.steps, **(recorded.now or {})})
+            self.since = recorded.steps[-1].step if recorded.steps else self.since
+        return (time.perf_counter() - wall) / self._turns, (time.process_time() - cpu) / self._turns
 
-    def _begin(self, request: Pending) -> tuple[Story, Any]:
-        message = TokenizeMsg(request.uid, IdsPrompt(b""), self._params)
-        story = Story(time.time(), {})
-        return story, self._journal.begin(story, 0, request.uid, message)
-
-    def _look(self) -> None:
-        self._looked = time.perf_counter()
-        question = TraceMsg(0, (), self._since, 64, view=2)
-        recorded = decode_recorded(self._switch.recorder.reply(question).data)
-        encode_json({"steps": recorded.steps, **(recorded.now or {})})
-        self._since = recorded.steps[-1].step if recorded.steps else self._since
+    def _note(self, request: Pending) -> None:
+        """What the API server does for a request."""
+        story, message = Story(time.time(), {}), TokenizeMsg(request.uid, IdsPrompt(b""), self._params)
+        output = self._journal.begin(story, 0, request.uid, message)
+        take(output, request.replies[0])
+        take(output, request.replies[-1])
+        self._journal.close(story, {})
 
 
 def interval(values: Sequence[float], draw: Random) -> str:
@@ -113,32 +129,34 @@ def interval(values: Sequence[float], draw: Random) -> str:
     return f"{statistics.median(values):.4f} ({medians[50]:.4f} to {medians[1949]:.4f})"
 
 
-def measure(blocks: Blocks, seconds: float, num_tokens: int) -> None:
+def measure(work: Streams, seconds: float) -> None:
     draw, end = Random(1), time.perf_counter() + seconds
-    for kind in KINDS:
-        blocks.run(kind)
-    rounds: list[dict[str, tuple[float, float]]] = []
+    work.run()
+    work.rounds.clear()
     while time.perf_counter() < end:
-        order = draw.sample(KINDS, len(KINDS))
-        rounds.append({kind: blocks.run(kind) for kind in order})
-    off = statistics.median(one["off"][0] for one in rounds)
-    print(f"{len(rounds)} rounds; a block without the trace: {1e3 * off:.1f} ms, {num_tokens / off:.0f} tokens/s\n")
-    print("| time of a block, to that without the trace | of the clock | of processors |\n|---|---|---|")
-    for kind in KINDS[1:]:
+        work.run()
+    rounds, off = work.rounds, statistics.median(one["off"][0] for one in work.rounds)
+    print(f"{len(rounds)} rounds; a step without the recorder: {1e3 * off:.2f} ms\n")
+    print("| time of a step, to that without it | of the clock | of processors |\n|---|---|---|")
+    for kind in work.kinds[1:]:
         ratios = [[one[kind][index] / one["off"][index] for one in rounds] for index in (0, 1)]
         print(f"| {kind} | {interval(ratios[0], draw)} | {interval(ratios[1], draw)} |", flush=True)
+    own, journal = (1e6 * spent / work.num_requests for spent in (work.switch.seconds, work.journal_seconds))
+    print(f"\na request, once: {own:.0f} µs at rank 0, {journal:.0f} µs at the API server")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", help="random weights of a shape, or a directory with config.json")
-    for name, default in {"streams": 64, "input-len": 64, "output-len": 32}.items():
+    for name, default in {"streams": 64, "turns": 4, "seconds": 45}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--seconds", type=float, default=45)
+    parser.add_argument("--viewed", action="store_true", help="somebody looks, once in each group of a third kind")
     args, rest = parser.parse_known_args()
+    kinds = ("off", "on", "viewed") if args.viewed else ("off", "on")
     with model_options(args.shape, engine_options(parse_args(rest))) as model, LLM(**model) as llm:
-        blocks = Blocks(llm, args.streams, args.input_len, args.output_len)
-        measure(blocks, args.seconds, args.streams * args.output_len)
+        work = Streams(llm, args.streams, args.turns, kinds)
+        gc.freeze()  # as the processes of a server do
+        measure(work, args.seconds)
 
 
 if __name__ == "__main__":
