@@ -1,6 +1,7 @@
 # GPU image:  docker build -t minisgl .
-#             docker run --rm --gpus all --ipc host -p 1919:1919 -v ~/.cache/huggingface:/home/minisgl/.cache/huggingface \
-#                 -v minisgl-kernels:/var/cache/minisgl minisgl --model Qwen/Qwen3-0.6B
+#             docker run --rm --gpus all --ipc host -p 127.0.0.1:1919:1919 -v minisgl-kernels:/var/cache/minisgl \
+#                 -v minisgl-models:/home/minisgl/.cache/huggingface minisgl --model Qwen/Qwen3-8B
+# More of it in docs/howto/docker.md.
 # The `devel` base has nvcc, which kernels built on first use need.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
@@ -13,11 +14,13 @@ WORKDIR /opt/minisgl
 ARG PIP_ARGS=""
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY python python
-RUN pip install --no-cache-dir -c constraints.txt ${PIP_ARGS} . && useradd --create-home minisgl
+RUN pip install --no-cache-dir -c constraints.txt ${PIP_ARGS} .
 
-# Kernels are compiled for the GPU at hand by the first start, and stay in the volume.
+# Kernels are compiled for the GPU at hand by the first start, and stay in the volume. A new volume gets owner and mode of
+# what the image has at its place.
 ENV MINISGL_CACHE_DIR=/var/cache/minisgl
-RUN install -d -o minisgl /var/cache/minisgl
+RUN useradd --create-home --uid 10001 minisgl \
+    && install -d -o minisgl /var/cache/minisgl /home/minisgl/.cache /home/minisgl/.cache/huggingface
 VOLUME /var/cache/minisgl
 
 USER minisgl

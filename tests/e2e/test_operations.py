@@ -264,6 +264,6 @@ def test_metrics_come_in_the_format_that_is_asked_for(slow_http: httpx.Client) -
         for asked in (f"{open_metrics}{version}", f"text/html, {open_metrics}{version}"):
             answer = slow_http.get("/metrics", headers={b"accept": asked.encode()})
             assert answer.headers["content-type"].startswith(f"{open_metrics}; version=1.0.0")
-            assert answer.text.endswith("# EOF\n")
+            assert answer.text.endswith("# EOF\n") and "\nminisgl:generation_tokens_total{" in answer.text
         answer = slow_http.get("/metrics", headers={b"accept": f"text/plain{version}".encode()})
         assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")

@@ -35,9 +35,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (hub / name / "snapshots" / "main").mkdir(parents=True)
         (hub / name / "snapshots" / "main" / "model.safetensors").symlink_to(hub / name / file)
     (hub / "datasets--org--data").mkdir()
-    other = tmp_path / "scope" / "models" / "Qwen" / "Qwen3-0___6B"
-    other.mkdir(parents=True)
-    (other / "model.safetensors").write_bytes(bytes(3_000))
+    for name in ("org--new/snapshots/master", "Qwen/Qwen3-0___6B"):  # as it is since 1.38, and as it was
+        other = tmp_path / "scope" / "models" / name
+        other.mkdir(parents=True)
+        (other / "model.safetensors").write_bytes(bytes(3_000))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "scope"))
     monkeypatch.setenv("MINISGL_CACHE_DIR", str(tmp_path / "none"))
@@ -48,13 +49,14 @@ def test_ls_names_models_as_serve_takes_them(capfd: pytest.CaptureFixture[str], 
     status, out, _ = run(capfd, "ls")
     lines = [line.strip() for line in out.splitlines()]
     assert status == 0
-    assert lines[1:4] == [
+    assert lines[1:5] == [
         "1.5 MB  org/partial, incomplete: minisgl pull goes on",
         "1.5 MB  org/whole",
+        "3.0 kB  org/new (modelscope)",
         "3.0 kB  Qwen/Qwen3-0.6B (modelscope)",
     ]
     assert lines[0].endswith("the built-in demo model")
-    assert lines[4:] == [f"0 bytes  compiled kernels, in {home / 'none' / 'kernels'}"]
+    assert lines[5:] == [f"0 bytes  compiled kernels, in {home / 'none' / 'kernels'}"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from minisgl.benchmark.shapes import SHAPES
 from minisgl.config.args import FLAG_WORDS, parse_args
+from minisgl.config.device import kept_as
+from minisgl.config.families import read_model_config
+from minisgl.config.probe import Capabilities
+from minisgl.config.resolve import ModelFiles, resolve
 from minisgl.env import VARIABLES
 from tools.check_docs import missing_extras, missing_headings, missing_paths, read_extras
 
@@ -83,6 +88,25 @@ def test_the_flags_of_mini_sglang_are_taken() -> None:
     theirs = [(flag, row[2]) for row in rows for flag in re.findall(r"`(--[a-z-]+)`", row[1])]
     assert len(theirs) > 25
     assert {flag for flag, _ in theirs if flag not in FLAG_WORDS} == {"--expert-parallel-size", "--ep-size"}
+
+
+def test_the_planner_decides_what_memory_tuning_says(tmp_path: Path) -> None:
+    """The table of docs/howto/memory.md: Qwen3-0.6B on a CPU that has 8 GiB free."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["qwen3-0.6b"]))
+    files = ModelFiles(tmp_path, read_model_config(tmp_path), {})
+    flags = frozenset({"avx2", "fma", "f16c"})
+    tools = {"cxx": "/usr/bin/c++", "packages": frozenset({"tvm_ffi"})}
+    machine = Capabilities(num_cores=8, memory=8 * 2**30, cpu_flags=flags, **tools)
+    text = (ROOT / "docs" / "howto" / "memory.md").read_text().partition("## What was measured")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 9
+    for flags_cell, *told in rows:
+        engine = resolve(parse_args(flags_cell.strip("`").replace("none", "").split(), {}), files, machine).engine
+        weights = engine.model.weight_bytes(kept_as(engine), 1)
+        token = engine.page_bytes / engine.page_size
+        tokens = engine.num_pages * engine.page_size
+        computed = [f"{weights / 1e9:.2f} GB", f"{token / 1e3:.0f} kB", f"{tokens:,} tokens", f"{engine.max_seq_len:,}"]
+        assert told == computed, flags_cell
 
 
 def test_troubles_are_told_as_they_are_documented() -> None:

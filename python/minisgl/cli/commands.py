@@ -46,8 +46,8 @@ def _pull(args: argparse.Namespace) -> None:
 
 def _ls(_: argparse.Namespace) -> None:
     for name, path in (*models(), (f"compiled kernels, in {cache_dir()}", cache_dir())):
-        missing = ", incomplete: minisgl pull goes on" * any(path.rglob("*.incomplete"))
-        print(f"{_size(path):>9}  {name}{missing}")
+        stopped = any(not file.with_name(file.name.split(".")[0]).exists() for file in path.rglob("*.incomplete"))
+        print(f"{_size(path):>9}  {name}" + ", incomplete: minisgl pull goes on" * stopped)
 
 
 def models() -> Iterator[tuple[str, Path]]:
@@ -55,11 +55,11 @@ def models() -> Iterator[tuple[str, Path]]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     yield "the built-in demo model", DEMO_MODEL
-    for path in sorted(Path(HF_HUB_CACHE).glob("models--*--*")):
-        yield "/".join(path.name.split("--")[1:]), path
-    root = os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope/hub"
-    for path in sorted(Path(root).expanduser().glob("models/*/*")):
-        yield f"{path.parent.name}/{path.name.replace('___', '.')} (modelscope)", path
+    scope = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
+    for path in sorted((*Path(HF_HUB_CACHE).glob("models--*--*"), *scope.glob("models/*--*"))):
+        yield path.name.removeprefix("models--").replace("--", "/", 1) + " (modelscope)" * (scope in path.parents), path
+    old = {*scope.glob("models/*/*"), *scope.glob("hub/models/*/*")} - {*scope.glob("models/*--*/*")}  # before 1.38
+    yield from ((f"{path.parent.name}/{path.name.replace('___', '.')} (modelscope)", path) for path in sorted(old))
 
 
 def _size(path: Path) -> str:

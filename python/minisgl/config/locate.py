@@ -96,7 +96,7 @@ def download(repo_id: str, source: str, revision: str | None) -> Path:
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
             hint = "check its name; private and gated repos need the hub's token (HF_TOKEN, MODELSCOPE_API_TOKEN)"
         raise ConfigError(f"--model {at}: cannot be fetched: {reason}; {hint}") from None
-    if (which and not found) or there:
+    if not found and (which or there or source == "modelscope"):
         names = f"; there are {listing(there)}" if there else ""
         raise ConfigError(f"--model {at}: say which of its GGUF files, as in {repo_id}:Q4_K_M{names}")
     return one_of(found, path) if which else path

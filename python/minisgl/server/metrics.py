@@ -94,8 +94,9 @@ class Exposition(Collector):
         """The text and its content type, in the format that the header `accept` asks for."""
         self._stats = stats
         # The header is not passed on: the library takes versions from it that it does not know, or fails.
-        accepted = [media.partition(";")[0].strip() for media in accept.split(",")]
-        encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS in accepted else "")
+        is_open = _OPENMETRICS in [media.partition(";")[0].strip() for media in accept.split(",")]
+        asked = f"{_OPENMETRICS}; version=1.0.0; escaping=allow-utf-8"  # else it takes colons in names for odd
+        encode, content_type = choose_encoder(asked if is_open else "")
         return encode(self), content_type
 
     def collect(self) -> Iterator[Metric]:
