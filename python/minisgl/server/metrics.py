@@ -73,7 +73,7 @@ class RequestMetrics:
 
 
 _METHODS = ("GET", "POST", "OPTIONS", "HEAD", "PUT", "PATCH", "DELETE")
-_OPENMETRICS = "application/openmetrics-text"
+_OPENMETRICS = "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8"  # else `:` becomes `_` in names
 _KINDS = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily, "histogram": HistogramMetricFamily}
 
 
@@ -94,9 +94,8 @@ class Exposition(Collector):
         """The text and its content type, in the format that the header `accept` asks for."""
         self._stats = stats
         # The header is not passed on: the library takes versions from it that it does not know, or fails.
-        is_open = _OPENMETRICS in [media.partition(";")[0].strip() for media in accept.split(",")]
-        asked = f"{_OPENMETRICS}; version=1.0.0; escaping=allow-utf-8"  # else it takes colons in names for odd
-        encode, content_type = choose_encoder(asked if is_open else "")
+        is_open = _OPENMETRICS.partition(";")[0] in [media.partition(";")[0].strip() for media in accept.split(",")]
+        encode, content_type = choose_encoder(_OPENMETRICS if is_open else "")
         return encode(self), content_type
 
     def collect(self) -> Iterator[Metric]:
