@@ -161,9 +161,9 @@ def test_each_expression_of_the_dashboard_has_a_value(watched: Server, prometheu
     for variable in DASHBOARD["templating"]["list"][1:]:
         metric, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]).groups()  # type: ignore[union-attr]
         assert ask(f"label/{label}/values", **{"match[]": metric})
-    alerts = re.findall(r"^```\n(.*?)^```$", (HOWTO / "grafana.md").read_text(), re.S | re.M)[0].splitlines()
-    asked = [*expressions(), *(re.split(" [=>]", alert)[0] for alert in alerts)]
-    assert len(expressions()) > 30 and len(alerts) == 3
+    (alerts,) = re.findall(r"^```promql\n(.*?)^```$", (HOWTO / "grafana.md").read_text(), re.S | re.M)
+    asked = [*expressions(), *(re.split(" [=>]", alert)[0] for alert in alerts.splitlines())]
+    assert len(expressions()) > 30 and len(asked) == len(expressions()) + 3
     shown = httpx.get(f"{watched.url}/metrics", headers={"Authorization": "Bearer YOUR-ADMIN-KEY"}).text
     for expression in asked:
         query = expression.replace("$__rate_interval", "1m").replace('"$model"', '".*"').replace('"$instance"', '".*"')
