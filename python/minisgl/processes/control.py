@@ -40,8 +40,7 @@ class Control:
 
     def ready(self) -> None:
         """From now on garbage is collected. A full collection walks over nothing that libraries have made so far: that
-        would be a tenth of a second between two tokens, and some of them while all is imported."""
-        gc.collect()
+        would be a tenth of a second between two tokens, or now. What of it is garbage is little."""
         gc.freeze()
         gc.enable()
         signal.signal(STOP_SIGNAL, lambda *_: sys.exit(0))
