@@ -22,7 +22,7 @@ from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
 from minisgl.formats.base import Shard
 from minisgl.formats.gguf import Gguf
-from minisgl.gguf.reader import KINDS
+from minisgl.gguf.reader import KINDS, Kind
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import TorchOps
 from minisgl.layers.base import LayerEnv
@@ -163,10 +163,14 @@ def load(path: Path, comm: Communicator | None = None, ops: TorchOps | None = No
     return model
 
 
-def test_ranks_cut_between_blocks(tmp_path: Path) -> None:
-    path, _ = write_gguf(tiny_model("llama"), tmp_path, "Q4_0")
-    reason = r"has blocks of 32 columns, and the ranks' parts begin at column 48"
-    with pytest.raises(ConfigError, match=rf"{path}: tensor blk.0.ffn_down.weight cannot be shared .*: Q4_0 {reason}"):
+@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if kind.values > 1], ids=str)
+def test_ranks_cut_between_blocks(kind: Kind, tmp_path: Path) -> None:
+    """Half of 96 columns is no whole number of 32, and half of 768 none of 256."""
+    sizes = {"intermediate_size": 3 * kind.values, "hidden_size": 2 * kind.values}
+    path, _ = write_gguf(tiny_model("llama", **sizes), tmp_path, kind.name)
+    reason = f"has blocks of {kind.values} columns, and the ranks' parts begin at column {3 * kind.values // 2}"
+    says = rf"{path}: tensor blk.0.ffn_down.weight cannot be shared .*: {kind.name} {reason}"
+    with pytest.raises(ConfigError, match=says):
         load(path, SecondOfTwo())
 
 
@@ -184,11 +188,15 @@ def test_weights_are_not_copied_before_they_are_packed(tmp_path: Path) -> None:
     assert data.data_ptr() == begin + stored < end
 
 
-def test_scales_that_are_no_numbers(tmp_path: Path) -> None:
-    path, _ = write_gguf(tiny_model("qwen3", **WIDE), tmp_path, "Q6_K")
+@pytest.mark.parametrize(("kind", "at"), [(kind, at) for kind in KINDS.values() for at in kind.scales], ids=str)
+def test_scales_that_are_no_numbers(kind: Kind, at: int, tmp_path: Path) -> None:
+    """Of each type, of each number that a block has: in a block in the middle."""
+    path, _ = write_gguf(tiny_model("qwen3", **WIDE), tmp_path, kind.name)
     tensor = next(t for t in gguf.GGUFReader(path, "r+").tensors if t.name == "blk.1.ffn_down.weight")
-    tensor.data.reshape(-1, 210)[5, 208:] = np.frombuffer(np.float16(math.nan).tobytes(), np.uint8)
-    with pytest.raises(ConfigError, match=f"{path}: tensor blk.1.ffn_down.weight has scales that are infinite, or not"):
+    scale = np.float16(-math.inf if at else math.nan)
+    tensor.data.reshape(-1, kind.num_bytes)[5, at : at + 2] = np.frombuffer(scale.tobytes(), np.uint8)
+    says = f"^{path}: tensor blk.1.ffn_down.weight has scales that are infinite, or not a number$"
+    with pytest.raises(ConfigError, match=says):
         load(path, ops=CpuOps(1))
 
 
