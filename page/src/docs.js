@@ -2,7 +2,7 @@
 window.SwaggerUIBundle({
   url: "/page/openapi.json",
   dom_id: "#api",
-  deepLinking: true,
+  deepLinking: false, // else there are links inside of buttons
   docExpansion: "list",
   defaultModelsExpandDepth: -1,
   tryItOutEnabled: false,

@@ -256,6 +256,12 @@ def test_nothing_is_sent_while_nobody_looks(visit: Visit, demo: Server) -> None:
     page.locator(".inside[data-status=on]").wait_for()
 
 
+def test_the_description_of_the_api_can_be_read_by_everybody(visit: Visit, demo: Server) -> None:
+    page = visit(f"{demo.url}/docs")
+    page.locator(".opblock").first.wait_for()
+    check_accessible(page)
+
+
 def test_it_can_be_read_by_everybody(visit: Visit, demo: Server) -> None:
     page = look(visit, demo)
     run_load(page, "one")
