@@ -93,6 +93,21 @@ def test_a_prompt_is_seen_chunk_by_chunk_and_its_end(overlap: bool) -> None:
     assert all(step.pages and sum(step.pages.values()) == CONFIG.num_pages for step in steps)
 
 
+def test_the_rows_of_each_step_are_its_own() -> None:
+    """Those of the step before may be used again, but not when a request has come, gone, or is in its prefill."""
+    world = World(max_running_requests=3)
+    for uid, size, num_tokens in ((1, 20, 9), (2, 4, 3), (3, 4, 6), (4, 8, 4)):
+        world.put(uid, size, num_tokens)
+    planned, plan = [], world.scheduler.planner.plan
+    world.scheduler.planner.plan = lambda: planned.append(plan()) or planned[-1]  # type: ignore[method-assign, func-returns-value]
+    world.run(60)
+    made = [one for one in planned if one is not None]
+    for step, (shares, reqs) in zip(world.ask(num_steps=100).steps, made, strict=True):
+        told = [(share.row, req.uid, share.num_new) for share, req in zip(shares.reqs, reqs, strict=True)]
+        assert [row[:3] for row in step.rows] == told
+        assert sum(not row[3] for row in step.rows) == step.num_decode == shares.num_decode
+
+
 def test_what_the_prefix_cache_gave_is_told() -> None:
     world = World()
     world.put(1, 40)

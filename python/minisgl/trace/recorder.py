@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from minisgl.core import ReqOutput, StepPlan
+from minisgl.core import Req, ReqOutput, StepPlan
 from minisgl.message.messages import TraceMsg, TraceReply, UserMsg
 from minisgl.scheduler.observer import Observer
 from minisgl.scheduler.planner import Planned, Planner
@@ -37,7 +37,8 @@ class Recorder(Observer):
         self._waiting: dict[int, Event] = {}  # by uid, as they came: who was never in a step
         self._running: set[int] = set()  # uids of those that are, as far as we have seen
         self._num_retracted = 0
-        self._steps: deque[tuple[Step, array[int]]] = deque(maxlen=MAX_STEPS)  # and of each row: row, uid, new tokens
+        self._steps: deque[tuple[Step, array[int]]] = deque(maxlen=MAX_STEPS)  # with row, uid, new tokens of each row
+        self._rows, self._reqs = array("q"), list[Req]()  # of the last step; whose they are, where all decode
         self._pending: deque[Step] = deque()  # those that are not retired
         self._why, self._planned = "pages", 0.0  # what those wait for who are not in the last step, and its time
         self._turn_began = self._waited = self._last_end = 0.0
@@ -89,8 +90,10 @@ class Recorder(Observer):
         self._why, self._planned = "rows" if not planner.pages.rows else "budget" if is_spent else "pages", now
         counts = page_counts(planner), len(planner.running), num_waiting
         step = Step(plan.step_id, now, plan.num_decode, num_tokens, *counts)
-        rows = [number for req, share in zip(reqs, plan.reqs, strict=True) for number in (share[0], req.uid, share[2])]
-        self._steps.append((step, array("q", rows)))
+        if plan.admissions or prefill or reqs != self._reqs:  # most steps have the same rows as the one before
+            rows = [part for req, share in zip(reqs, plan.reqs, strict=True) for part in (share[0], req.uid, share[2])]
+            self._reqs, self._rows = [] if prefill else reqs, array("q", rows)
+        self._steps.append((step, self._rows))
         self._pending.append(step)
 
     def retired(self, plan: StepPlan, seconds: float) -> None:
