@@ -198,7 +198,7 @@ def gemm(m: int) -> None:
 def float8_products(has_groups: bool) -> None:
     """e4m3 weights beside tokens as they are, and beside tokens in e4m3."""
     ops = CudaOps(torch.cuda.get_device_capability())
-    for m, (n, k) in itertools.product((5, 13, 40), ((192, 448), (1376, 192))):
+    for m, (n, k) in itertools.product((1, 5, 13, 40), ((192, 448), (1376, 256))):
         x, gain, residual = randn(m, k), randn(k), randn(m, n)
         part = Float8.of(randn(n, k))
         if has_groups:
@@ -213,6 +213,12 @@ def float8_products(has_groups: bool) -> None:
         if not decode_gemm.is_available(DEVICE):
             continue
         matrix = Float8Matrix(ops, weight, DTYPE, None, "silu")
+        if m == 1:
+            if k % 128 == 0:
+                found = [matrix.norm_apply(up(x), up(gain), EPS), matrix.apply_add(up(x), up(residual))]
+                check(("one token e4m3", n, k), found, (normed, plain + residual))
+                check(("one token e4m3", n, k), [matrix.gate_up(up(x))], [REFERENCE.act_and_mul(plain)])
+            continue
         tokens = matrix.quantize(up(x), up(gain), EPS)
         data, scales = tokens[0].cpu().view(torch.float8_e4m3fn).float(), tokens[1].cpu()
         wide = scales.T[:m].repeat_interleave(128, 1)[:, :k] if has_groups else scales[:, None]

@@ -25,7 +25,7 @@ from minisgl.kernel.packed_gemm import FEW_TILES, TILES, WIDE_TILES, Codes, How,
 Tensor = torch.Tensor
 
 L2 = 160 << 20  # bytes of weights in a graph, at least
-FEW_VARIANTS = range(4)
+FEW_VARIANTS, ONE_VARIANTS = range(4), range(6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,7 @@ def hows(m: int, arch: tuple[int, int] = (9, 0)) -> list[How]:
     if m <= FEW_TILES[-1]:
         tile = next(tile for tile in FEW_TILES if m <= tile)
         few = [How("packed_gemm", tile, variant) for variant in FEW_VARIANTS]
+        few += [How("one_token", 1, variant) for variant in ONE_VARIANTS] if m == 1 else []
         return few + ([How("packed_wide", WIDE_TILES[0], 2)] if m > 8 and arch == (9, 0) else [])
     if arch != (9, 0):
         return [How("packed_gemm", TILES[0])]

@@ -13,6 +13,7 @@ from minisgl.kernel import skinny
 from minisgl.kernel.float8 import Float8Matrix, merge
 from minisgl.kernel.ops import Around
 from minisgl.kernel.packed import Float8
+from minisgl.kernel.packed_gemm import one_token
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,6 +22,7 @@ pytestmark = [
 ]
 
 EPS = 1e-6
+VARIANTS = range(-1, 6)  # of the kernels for one token
 KINDS = ["tensor", "channel", "block"]  # what has a scale
 
 
@@ -69,21 +71,22 @@ def matrix_of(ops, parts: list[Float8], dtype: torch.dtype) -> Float8Matrix:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "k"), [(1024, 2048), (4096, 1040), (512, 5120), (208, 704)])
 def test_products(ops, kind: str, n: int, k: int, dtype: torch.dtype) -> None:
-    """Hopper's tensor cores take tokens in e4m3 too: with the same rounding the results are the same, and without it
-    they are near. Elsewhere tokens are multiplied as they are."""
+    """Hopper's tensor cores take several tokens in e4m3 too: with the same rounding the results are the same, and
+    without it they are near. One token, and elsewhere all, are multiplied as they are."""
     parts = [part_of(kind, n, k), part_of(kind, n, k, seed=1)]
     matrix, weight = matrix_of(ops, parts, dtype), torch.cat([part.dequantize() for part in parts])
     gain, bias = 1 + 0.2 * random(k, dtype=dtype), random(2 * n, dtype=dtype)
     on_hopper = torch.cuda.get_device_capability() == (9, 0)
     for m in (1, 4, 5, 8, 16, 17, 33, 64, 65, 130, 200, 700):
         x, residual = random(m, k, dtype=dtype), random(m, 2 * n, dtype=dtype)
-        limit = 1e-2 + (k / 32 * 2**-14 if on_hopper else 0.0)  # tensor cores add e4m3 products with 14 bits
+        are_rounded = on_hopper and (m > 1 or k % 128 > 0)
+        limit = 1e-2 + (k / 32 * 2**-14 if are_rounded else 0.0)  # tensor cores add e4m3 products with 14 bits
         plain, scaled = x.float(), normed(x, gain)
-        if on_hopper:
+        if are_rounded:
             group = 128 if kind == "block" else k
             close(matrix.apply(x), plain @ weight.T, 6e-2)
             scaled = rounded(ops.rms_norm(x, gain, EPS), group)
-            plain = x.float() if m == 1 and kind != "block" and k % 64 == 0 else rounded(x, group)
+            plain = rounded(x, group)
         close(matrix.apply(x, bias), plain @ weight.T + bias.float(), limit)
         close(matrix.norm_apply(x, gain, EPS), scaled @ weight.T, limit)
         close(matrix.apply_add(x, residual.clone()), plain @ weight.T + residual.float(), limit)
@@ -107,6 +110,38 @@ def test_every_variant_for_a_few_tokens(ops, dtype: torch.dtype) -> None:
                 around = Around(norm=gain, eps=EPS, gated=gated)
                 out = skinny.linear(x, weight.data, around, weight.scales, variant)
                 close(out, F.silu(gate) * up if gated else product, 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["channel", "block"])
+def test_every_variant_for_one_token(ops, kind: str, dtype: torch.dtype) -> None:
+    """Of magnitudes that fp16 does not have, and with NaN, which stays."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs Hopper")
+    for (n, k), form in itertools.product(((1024, 2048), (5120, 17408), (208, 640)), ("norm", "gated", "add")):
+        part = part_of(kind, n, k)
+        matrix, expected = matrix_of(ops, [part], dtype), part.dequantize()
+        x, gain, residual = random(1, k, dtype=dtype), 1 + 0.2 * random(k, dtype=dtype), random(1, n, dtype=dtype)
+        x[0, 7] *= 1000
+        x = x * 1e6 if dtype == torch.bfloat16 else x
+        product = (x.float() if form == "add" else normed(x, gain)) @ expected.T
+        gate, up = product.chunk(2, -1)
+        for variant in VARIANTS:
+            out = (
+                residual.clone() if form == "add" else torch.full_like(gate if form == "gated" else product, torch.nan)
+            )
+            around = Around(residual=out) if form == "add" else Around(norm=gain, eps=EPS, gated=form == "gated")
+            out = out.to(dtype)
+            try:
+                one_token(matrix._one_token(), x, around, out, variant, *matrix.weight, 1.0)
+            except ValueError as error:
+                if variant < 0 or "more shared memory" not in str(error):
+                    raise
+                continue
+            wanted = {"gated": F.silu(gate) * up, "add": product + residual.float(), "norm": product}
+            close(out, wanted[form], 1e-2)
+        x[0, 9] = torch.nan
+        assert matrix.apply(x).isnan().all()
 
 
 def test_small_matrices_are_widened_where_that_is_faster(ops) -> None:

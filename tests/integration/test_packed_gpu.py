@@ -26,6 +26,7 @@ on_gpu = [
     pytest.mark.timeout(600),  # compiles
     pytest.mark.skipif(not HAS_GPU, reason="needs a GPU"),
 ]
+SHAPES = (7168, 5120), (5120, 5120), (34816, 5120), (5120, 17408), (5120, 25600)
 TOKENS = (1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 128, 129, 256, 1000)
 
 
@@ -236,11 +237,12 @@ def test_what_the_kernels_do_not_have() -> None:
 @pytest.mark.parametrize("arch", [(8, 0), (8, 6), (9, 0), (12, 0)])
 def test_what_is_chosen(arch: tuple[int, int]) -> None:
     """Kernels that there are, for as many tokens as they take; few are never multiplied by way of 16 bits."""
-    for m, (n, k) in itertools.product(range(1, 1100), ((7168, 5120), (5120, 5120), (34816, 5120), (5120, 17408))):
+    for m, (n, k) in itertools.product(range(1, 1100), SHAPES):
         how = packed_gemm.choose(m, n, k, arch)
         tiles = {
             "packed_wide": packed_gemm.WIDE_TILES,
             "packed_gemm": packed_gemm.FEW_TILES + packed_gemm.TILES,
+            "one_token": (1,),
             "": (0,),
         }
         assert how.tile in tiles[how.kernel]

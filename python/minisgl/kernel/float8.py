@@ -19,13 +19,13 @@ from minisgl.kernel.decode_gemm import Variant
 from minisgl.kernel.jit import load_kernel, side_by_side
 from minisgl.kernel.ops import Around, LayerOps, Matrix, rows_of_part
 from minisgl.kernel.packed import Float8
+from minisgl.kernel.packed_gemm import ONE_TOKEN_K, one_token
 from minisgl.utils.math import div_ceil
 
 Tensor = torch.Tensor
 
 GROUP = 128  # columns that share a scale, where rows have several
 TOKEN_TILES = {False: (32, 64, 128, 256), True: (32, 64)}  # by whether rows have several scales
-SKINNY_WEIGHTS = 32 << 20
 WAVES = -1  # a split: blocks take whole tiles, one after the other
 # The library multiplies more of them faster. With one scale of a row, the pass that it takes to add to a residual, or
 # for gate and up, makes the second of these limits.
@@ -84,11 +84,11 @@ class Float8Matrix(Matrix):
         device = weight.data.device
         self._on_hopper = decode_gemm.is_available(device) and weight.data.shape[1] <= MAX_FEATURES
         tasks = [partial(skinny.prepare, device, dtype, tile, True) for tile in skinny.TOKEN_TILES]
-        self._few: int | None = None  # tokens that are multiplied as they are, without a norm; None: all
-        if self._on_hopper:  # one is, with the output of attention, during which nothing comes from memory
-            self._few = int(weight.data.numel() <= SKINNY_WEIGHTS and not weight.has_groups)
+        defines = {"MINISGL_FP16": int(dtype == torch.float16), "MINISGL_FP8": 1, "MINISGL_SHARED": 113}
+        self._one_token = partial(load_kernel, "one_token", (9, 0), **defines)
+        if self._on_hopper:
             prepare = partial(decode_gemm.prepare, device, dtype, kind=1 + weight.has_groups)
-            tasks = [*tasks[: self._few], *(partial(prepare, tile) for tile in TOKEN_TILES[weight.has_groups])]
+            tasks = [self._one_token, *(partial(prepare, tile) for tile in TOKEN_TILES[weight.has_groups])]
         side_by_side(tasks)
         self._quantize = load_kernel("quantize", torch.cuda.get_device_capability(device)).quantize
         self._library_scales = self._find_library_scales() if dtype == torch.bfloat16 and self._on_hopper else None
@@ -121,12 +121,8 @@ class Float8Matrix(Matrix):
     def product(self, x: tuple[Tensor, Tensor], around: Around, how: tuple[int, Variant] | None = None) -> Tensor:
         """x: of `quantize`. how: see `choose`."""
         (data, scales), has_groups = x, self.weight.has_groups
-        is_fused = not has_groups and (around.gated or around.residual is not None)
-        if (
-            how is None
-            and self._library_scales is not None
-            and len(data) > (MAX_FUSED_TOKENS if is_fused else MAX_TOKENS)
-        ):
+        most = MAX_TOKENS if has_groups or not (around.gated or around.residual is not None) else MAX_FUSED_TOKENS
+        if how is None and self._library_scales is not None and len(data) > most:
             return self.library_product(x, around, self._library_scales)
         out = around.target(data, len(self.weight.data), self._dtype)
         tile, variant = how or choose(len(data), out.shape[1], data.shape[1], around.gated, has_groups)
@@ -137,9 +133,7 @@ class Float8Matrix(Matrix):
     def library_product(self, x: tuple[Tensor, Tensor], around: Around, weight_scales: Tensor) -> Tensor:
         (data, scales), weight = x, self.weight.data.view(torch.float8_e4m3fn).t()
         num_tokens, is_fast = len(data), not self.weight.has_groups
-        data = data.as_strided(
-            (scales.shape[-1], data.shape[1]), data.stride()
-        )  # what follows the last one is anything
+        data = data.as_strided((scales.shape[-1], data.shape[1]), data.stride())  # what follows the last is anything
         operands = data.view(torch.float8_e4m3fn), weight, scales[:, None] if is_fast else scales.t(), weight_scales
         out = torch._scaled_mm(*operands, out_dtype=torch.bfloat16, use_fast_accum=is_fast)[:num_tokens]
         out = out if around.bias is None else out.add_(around.bias)
@@ -151,8 +145,10 @@ class Float8Matrix(Matrix):
         if around.gated and around.bias is not None:
             return None
         n = around.num_out(len(self.weight.data))
-        is_few = self._few is None or (len(x) <= self._few and around.norm is None)
-        if is_few and skinny.takes(x, n, around.norm is not None, float8=True):
+        if self._on_hopper and len(x) == 1 and x.shape[1] % GROUP == 0 and x.shape[1] <= ONE_TOKEN_K:
+            out = around.target(x, len(self.weight.data), x.dtype)
+            return one_token(self._one_token(), x, around, out, -1, *self.weight, 1.0)
+        if not self._on_hopper and skinny.takes(x, n, around.norm is not None, float8=True):
             return skinny.linear(x, self.weight.data, around, self.weight.scales)
         if not self._on_hopper or n % 16:
             return None

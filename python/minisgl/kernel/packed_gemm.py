@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +19,12 @@ from minisgl.kernel.packed import Blocks, Grouped, Packed
 
 Tensor = torch.Tensor
 
-FEW_TILES, TILES, WIDE_TILES = (1, 8, 16), (64,), (64, 128, 256)  # of tokens, of few and of more
+FEW_TILES, TILES, WIDE_TILES = (8, 16), (64,), (64, 128, 256)  # of tokens, of few and of more
 SHARED = {(8, 0): 113, (9, 0): 113}  # KiB of shared memory that a block gets; 99 elsewhere
 UNIT_K = 128
 GROUPS = (32, 64, 128)
 SMALL, LARGE = 32 << 20, 128 << 20  # weights
+ONE_TOKEN_K = 17408  # a token lies in shared memory, beside the weights in flight
 FUSED_NORM_K = 5120  # its gains lie in shared memory
 _COPY = 64 << 20  # weights in 16 bits at a time
 _CHUNK_ROWS = 4096  # that are packed at a time
@@ -147,11 +148,18 @@ class How(NamedTuple):
     variant: int = 0
 
 
-def choose(m: int, n: int, k: int, arch: tuple[int, int], group: int = UNIT_K) -> How:
+def one_token(module: Any, x: Tensor, around: Around, out: Tensor, variant: int, *weight: object) -> Tensor:
+    """out, by csrc/src/one_token.cu. weight: with its scales, and a factor of all. variant: -1: the kernel's choice."""
+    kind = around.residual is not None, around.gated, variant
+    module.one_token_linear(x, around.norm, around.eps, *weight, around.bias, out, *kind)
+    return out
+
+
+def choose(m: int, n: int, k: int, arch: tuple[int, int]) -> How:
     """How `m` tokens are multiplied with a weight [n, k]. Measured on an H200 (docs/performance-log.md)."""
     is_hopper, weights = arch == (9, 0), n * k
-    if m == 1:
-        return How("packed_gemm", 1, 1 if group >= UNIT_K or arch in SHARED else 0)
+    if m == 1 and k <= ONE_TOKEN_K:
+        return How("one_token", 1, -1)
     if m <= 8 or (m <= 16 and not (is_hopper and k >= n)):
         return How("packed_gemm", 8 if m <= 8 else 16, 2 if m <= 8 else 3)
     if not is_hopper:
@@ -173,13 +181,14 @@ class PackedMatrix(Matrix):
         super().__init__(ops, activation)
         self._num_out, (self._num_in, group, has_minima) = sum(len(part.codes) for part in parts), parts[0].kind
         self._arch, self._dtype, self._columns = arch, dtype, parts[0].columns
-        self._gated, self._group = activation == "silu", group
+        self._gated = activation == "silu"
         self._weight, self._unit = pack(parts, dtype, self._gated)
         self._workspace = decode_gemm.workspace(self._weight.device)
         kind = {"GROUP": group if group in GROUPS else UNIT_K, "MINIMA": int(has_minima)}
         self._kind = {f"MINISGL_{key}": n for key, n in (kind | {"FP16": int(dtype == torch.float16)}).items()}
         tiles = ("packed_wide", WIDE_TILES) if arch == (9, 0) else ("packed_gemm", TILES)
-        tasks = [("packed_gemm", tile) for tile in FEW_TILES] + [(tiles[0], tile) for tile in tiles[1]]
+        tasks = [("one_token", 1), ("packed_gemm", FEW_TILES[0]), ("packed_gemm", FEW_TILES[1])]
+        tasks += [(tiles[0], tile) for tile in tiles[1]]
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda task: self._kernel(*task), [("packed_dense", 0), *tasks]))
 
@@ -188,29 +197,24 @@ class PackedMatrix(Matrix):
         return load_kernel(name, self._arch, **self._kind, **tokens)
 
     def multiply(self, x: Tensor, around: Around, how: How | None = None) -> Tensor:
-        kernel, tile, variant = how or choose(len(x), self._num_out, self._num_in, self._arch, self._group)
-        out, norm = around.target(x, self._num_out, x.dtype), around.norm
+        kernel, tile, variant = how or choose(len(x), self._num_out, self._num_in, self._arch)
+        out = around.target(x, self._num_out, x.dtype)
         fuses = self._columns is None and 0 < tile <= FEW_TILES[-1] and self._num_in <= FUSED_NORM_K
-        if norm is not None and not fuses:
-            x, norm = self._ops.rms_norm(x, norm, around.eps), None
+        if around.norm is not None and not fuses:
+            x, around = self._ops.rms_norm(x, around.norm, around.eps), replace(around, norm=None)
         x = x.contiguous() if self._columns is None else x.index_select(1, self._columns)
-        numbers = (
-            self._weight,
-            self._unit,
-            around.bias,
-            out,
-            *self._workspace,
-            around.residual is not None,
-            around.gated,
-        )
+        places = self._weight, self._unit, around.bias, out, *self._workspace
+        kind = around.residual is not None, around.gated, variant
         if len(x) == 0:
             return out
         if not kernel:
             return self._multiply_dense(x, out, around)
+        if kernel == "one_token":
+            return one_token(self._kernel(kernel, tile), x, around, out, variant, self._weight, None, self._unit)
         if kernel == "packed_wide":
-            self._kernel(kernel, tile).packed_wide_linear(x, *numbers, variant)
+            self._kernel(kernel, tile).packed_wide_linear(x, *places, *kind)
         else:
-            self._kernel(kernel, tile).packed_linear(x, norm, around.eps, *numbers, variant)
+            self._kernel(kernel, tile).packed_linear(x, around.norm, around.eps, *places, *kind)
         return out
 
     def _multiply_dense(self, x: Tensor, out: Tensor, around: Around) -> Tensor:

@@ -34,6 +34,10 @@ __device__ __forceinline__ uint4 load_shared(uint32_t shared) {
   return v;
 }
 
+__device__ __forceinline__ void store_shared(uint32_t shared, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared), "r"(v) : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_shared_4(uint32_t shared) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared) : "memory");

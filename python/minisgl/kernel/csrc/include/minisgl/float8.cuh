@@ -56,6 +56,15 @@ __device__ __forceinline__ void spread_even(uint32_t four, uint32_t& even, uint3
   odd = (four & 0x80008000u) | (four >> kShift & kBits);
 }
 
+// Bytes of four e4m3 as pairs of fp16, exactly: of the first two, and of the others. NaN stays NaN.
+__device__ __forceinline__ void to_half(uint32_t four, uint32_t& low, uint32_t& high) {
+#if __CUDA_ARCH__ >= 890
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
+      : "=r"(low), "=r"(high)
+      : "r"(four));
+#endif
+}
+
 // The nearest e4m3; beyond the largest, the largest. NaN stays NaN.
 __device__ __forceinline__ uint8_t narrow(float x) {
   return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);

@@ -34,6 +34,30 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// The same in fp16, whatever T is.
+__device__ __forceinline__ void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                         uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// c += A B for 16 rows of bytes, 8 columns of signed ones and 32 k.
+__device__ __forceinline__ void mma_int8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                         uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ float2 floats_of_pair(uint32_t x) {
+#if MINISGL_FP16
+  return __half22float2(*reinterpret_cast<T2*>(&x));
+#else
+  return __bfloat1622float2(*reinterpret_cast<T2*>(&x));
+#endif
+}
+
 // x∘g of two k. fp16 has no room for large residuals times large g: clamp (NaN and infinity come back through rstd).
 __device__ __forceinline__ uint32_t scale(uint32_t x, uint32_t g) {
   T2 y = __hmul2(*reinterpret_cast<T2*>(&x), *reinterpret_cast<T2*>(&g));
@@ -44,11 +68,7 @@ __device__ __forceinline__ uint32_t scale(uint32_t x, uint32_t g) {
 }
 
 __device__ __forceinline__ float squares(uint32_t x) {
-#if MINISGL_FP16
-  float2 v = __half22float2(*reinterpret_cast<T2*>(&x));
-#else
-  float2 v = __bfloat1622float2(*reinterpret_cast<T2*>(&x));
-#endif
+  float2 v = floats_of_pair(x);
   return v.x * v.x + v.y * v.y;
 }
 

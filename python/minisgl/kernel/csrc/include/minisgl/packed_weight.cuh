@@ -35,6 +35,9 @@ constexpr int kCodeBytes = 2 * kOctetBytes;
 constexpr int kParamBytes = kGroups * 32;     // of an octet
 constexpr int kUnitBytes = kCodeBytes + 2 * kParamBytes;
 
+constexpr float kRaise = std::is_same_v<T, __half> ? 1024.f : 128.f;  // of codes under the exponent
+constexpr uint32_t kNibbles = 0x0f0f0f0fu, kUnits = 0x01010101u;  // bytes
+
 __device__ __forceinline__ T2 pair(uint32_t bits) { return *reinterpret_cast<T2*>(&bits); }
 __device__ __forceinline__ uint32_t bits_of(T2 values) { return *reinterpret_cast<uint32_t*>(&values); }
 
@@ -57,6 +60,10 @@ struct Params {
   // What is to be subtracted from raised codes.
   __device__ __forceinline__ T2 zeros() const {
     return pair(kMinima ? kMagicEight : __byte_perm(bits, 0, 0x3232));
+  }
+  // To be added to scale * code.
+  __device__ __forceinline__ float plain_shift() const {
+    return kMinima ? fmaf(-8.f, scale(), offset()) : (kRaise - to_float(zeros().x)) * scale();
   }
   // To be added to scale * (raised code).
   __device__ __forceinline__ float shift() const {
