@@ -25,7 +25,7 @@ from minisgl.kernel.packed_gemm import FEW_TILES, TILES, WIDE_TILES, Codes, How,
 Tensor = torch.Tensor
 
 L2 = 160 << 20  # bytes of weights in a graph, at least
-FEW_VARIANTS, ONE_VARIANTS = range(4), range(6)
+FEW_VARIANTS, ONE_VARIANTS = range(4), range(4)
 
 
 @dataclass(frozen=True, slots=True)

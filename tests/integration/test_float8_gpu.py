@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 EPS = 1e-6
-VARIANTS = range(-1, 6)  # of the kernels for one token
+VARIANTS = range(-1, 4)  # of the kernels for one token
 KINDS = ["tensor", "channel", "block"]  # what has a scale
 
 

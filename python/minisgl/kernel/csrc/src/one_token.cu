@@ -10,13 +10,13 @@ namespace {
 constexpr int kFewSteps = 6144 / kStepK, kManySteps = 17408 / kStepK;
 
 template <typename C>
-void run(const Args& args, const TensorView& x, int per_sm) {
+void run(const Args& args, const TensorView& x) {
   if constexpr (C::kExists) {
     static bool prepared[64] = {};
-    int device = x.device().device_id, blocks = per_sm * sm_count(device);
+    int device = x.device().device_id, sms = sm_count(device);
     allow_shared(one_token<C>, kSharedBytes, device, prepared);
     LaunchConfig config;
-    config.grid = dim3(args.outputs / 8 < blocks ? args.outputs / 8 : blocks);
+    config.grid = dim3(args.outputs / 8 < sms ? args.outputs / 8 : sms);
     config.block = dim3(C::kThreads);
     config.smem = C::kBytes;
     launch(config, current_stream(x), one_token<C>, args);
@@ -26,26 +26,26 @@ void run(const Args& args, const TensorView& x, int per_sm) {
 }
 
 template <int warps, int octets>
-void try_run(const Args& args, const TensorView& x, bool gated, int per_sm = 1) {
+void try_run(const Args& args, const TensorView& x, bool gated) {
   if (args.steps <= kFewSteps) {
-    if (gated) run<Config<true, warps, octets, kFewSteps>>(args, x, per_sm);
-    else run<Config<false, warps, octets, kFewSteps>>(args, x, per_sm);
+    if (gated) run<Config<true, warps, octets, kFewSteps>>(args, x);
+    else run<Config<false, warps, octets, kFewSteps>>(args, x);
   } else {
-    if (gated) run<Config<true, warps, octets, kManySteps>>(args, x, per_sm);
-    else run<Config<false, warps, octets, kManySteps>>(args, x, per_sm);
+    if (gated) run<Config<true, warps, octets, kManySteps>>(args, x);
+    else run<Config<false, warps, octets, kManySteps>>(args, x);
   }
 }
 
-// The fastest variant on an H200, for weights of Qwen3-14B's shapes (docs/performance-log.md). What counts is how many
-// octets a multiprocessor has.
+// Fast variants on an H200, for weights of Qwen3-14B's shapes (docs/performance-log.md). Of e4m3 it counts how many octets
+// a multiprocessor has, of 4 bits that many steps are in flight.
 int64_t choose(const Args& args, bool gated, int sms) {
   int octets = (args.outputs / 8 + sms - 1) / sms;
-  if (octets <= 4 && !gated) return 0;
-  if (octets <= 6 || gated) return kFloat8 && octets == 5 && !gated ? 1 : 2;
-  return kFloat8 ? 3 : 0;
+  if (!kFloat8) return 0;
+  if (gated || octets == 6) return 2;
+  return octets <= 4 ? 0 : octets == 5 ? 1 : 3;
 }
 
-// Warps and octets of each variant, and blocks of a multiprocessor. variant: -1: by choice.
+// Warps and octets of each variant. variant: -1: by choice.
 void dispatch(const Args& args, const TensorView& x, bool gated, int64_t variant) {
   switch (variant < 0 ? choose(args, gated, sm_count(x.device().device_id)) : variant) {
     case 0:
@@ -56,10 +56,6 @@ void dispatch(const Args& args, const TensorView& x, bool gated, int64_t variant
       return try_run<8, 6>(args, x, gated);
     case 3:
       return try_run<12, 4>(args, x, gated);
-    case 4:
-      return try_run<8, 8>(args, x, gated);
-    case 5:
-      return try_run<8, 6>(args, x, gated, 2);
   }
   TVM_FFI_THROW(ValueError) << "no such variant: " << variant;
 }
