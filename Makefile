@@ -19,7 +19,7 @@ APART := $(wildcard tests/clients/apart/*.txt)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat doctor bench test test-clients test-faults test-browser test-cluster page wheel soak sanitize lint format docs docs-site audit clean
+.PHONY: help serve chat doctor bench test test-clients test-faults test-browser test-cluster page wheel soak sanitize lint format docs docs-site links audit clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -126,7 +126,13 @@ format: $(DEV)  ## Format the code and mend what the linter can
 docs: $(DEV)  ## Check that every file and link that the documents name exists
 	$(BIN)/python tools/check_docs.py
 
-docs-site: $(DOCS)  ## Build the documentation site, strictly, into build/site
+links: $(DEV)  ## Ask each address that the documents link to (for a nightly run, with a network)
+	$(BIN)/python tools/check_links.py
+
+build/mermaid.min.js: tools/mermaid.py | $(CORE)
+	$(BIN)/python tools/mermaid.py $@
+
+docs-site: $(DOCS) build/mermaid.min.js  ## Build the documentation site, strictly, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 audit: $(DEV)  ## Scan what the server needs for published weaknesses; says so where nothing can be scanned

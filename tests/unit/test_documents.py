@@ -6,7 +6,9 @@ import ast
 import json
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from minisgl.benchmark.shapes import SHAPES
@@ -16,6 +18,7 @@ from minisgl.config.families import read_model_config
 from minisgl.config.probe import Capabilities
 from minisgl.config.resolve import ModelFiles, resolve
 from minisgl.env import VARIABLES
+from tools import check_links
 from tools.check_docs import missing_extras, missing_headings, missing_paths, read_extras
 
 README = Path(__file__).parents[2] / "README.md"
@@ -131,3 +134,35 @@ def test_the_readme_in_chinese_has_the_same_sections_and_commands() -> None:
         [re.sub(" *#.*", "", block) for block in re.findall("^```.*?^```$", text, re.S | re.M)] for text in texts
     )
     assert english == chinese
+
+
+def test_links_to_others_are_whole_and_safe() -> None:
+    """Whether they answer is asked by `make links`, which needs a network."""
+    addresses = check_links.links()
+    assert len(addresses) > 12
+    for address, where in addresses.items():
+        parts = urlsplit(address)
+        assert parts.scheme == "https" and "." in (parts.hostname or ""), (address, where)
+        assert not re.search(r"(?i)todo|xxx|placeholder|your-|[…<>{}\\]", address), (address, where)
+
+
+def test_a_link_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = {"HEAD /here": 200, "HEAD /no-heads": 404, "GET /no-heads": 200, "HEAD /gone": 404, "GET /gone": 404}
+    transport = httpx.MockTransport(lambda asked: httpx.Response(answers[f"{asked.method} {asked.url.path}"]))
+    client = httpx.Client
+    monkeypatch.setattr(check_links.httpx, "Client", lambda **_: client(transport=transport))
+    found = {f"https://host.test/{name}": ["a.md"] for name in ("here", "no-heads", "gone")}
+    monkeypatch.setattr(check_links, "links", lambda: found)
+    assert check_links.main() == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "a.md: https://host.test/gone: status 404",
+        "3 addresses, 1 that cannot be had",
+    ]
+
+
+def test_the_readme_in_chinese_has_the_same_figures() -> None:
+    """Of its tables of speeds, cell by cell."""
+    texts = [README.read_text(), README.with_name("README.zh.md").read_text()]
+    rows = [re.findall(r"^\| [^|\n]*(?:\| [\d.]+ \([^|]*){1}.*$", text, re.MULTILINE) for text in texts]
+    figures = [[re.findall(r"\d+(?:\.\d+)?", row.partition("|")[2].partition("|")[2]) for row in part] for part in rows]
+    assert len(figures[0]) >= 6 and figures[0] == figures[1]
