@@ -1,5 +1,5 @@
-"""Ask each address that the documents link to whether it is still there: `python tools/check_links.py`, for a nightly run
-on a machine with a network. Addresses of examples are left out. Exit status 1 when one is gone."""
+"""Ask each address that the documents link to whether it is still there: `python tools/check_links.py`, for a nightly
+run on a machine with a network. Addresses of examples are left out. Exit status 1 when one is gone."""
 
 from __future__ import annotations
 

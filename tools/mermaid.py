@@ -1,5 +1,5 @@
-"""Fetch the script that draws the site's diagrams, so that no page of the site loads it from elsewhere: of a pinned release
-from npm, whose digest is known. `python tools/mermaid.py FILE`; needs npm."""
+"""Fetch the script that draws the site's diagrams, so that no page of the site loads it from elsewhere: of a pinned
+release from npm, whose digest is known. `python tools/mermaid.py FILE`; needs npm."""
 
 from __future__ import annotations
 

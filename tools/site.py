@@ -1,5 +1,5 @@
-"""For mkdocs: what documents say of files outside of `docs/` is text on the site, where these files are not. The page of
-the Python API lists the options of `LLM`. And pages with diagrams have the script that draws them, from the site."""
+"""For mkdocs: what documents say of files outside of `docs/` is text on the site, where these files are not. The page
+of the Python API lists the options of `LLM`. And pages with diagrams have the script that draws them, from the site."""
 
 from __future__ import annotations
 

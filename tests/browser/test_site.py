@@ -1,4 +1,4 @@
-"""The documentation site: no page fetches anything from elsewhere, and its diagrams are drawn. `make docs-site` first."""
+"""The documentation site, as `make docs-site` has built it: no page fetches from elsewhere, and diagrams are drawn."""
 
 from __future__ import annotations
 
