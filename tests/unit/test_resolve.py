@@ -13,8 +13,10 @@ from typing import Any
 import pynvml
 import pytest
 
+from minisgl.benchmark.shapes import write_shape
 from minisgl.config.args import args_from_options, parse_args
 from minisgl.config.device import gpu_tokens
+from minisgl.config.families import read_model_config
 from minisgl.config.locate import DEMO_MODEL, locate_model
 from minisgl.config.model import (
     HEAD_NORMS,
@@ -689,3 +691,20 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("pwd.getpwuid", getpwuid)
     with pytest.raises(ConfigError, match="MINISGL_CACHE_DIR"):
         probe()
+
+
+def test_a_card_with_12_gib(tmp_path: Path) -> None:
+    """Qwen3-8B's shape at 4 bits has room for 16k tokens; 14B's is refused, with what takes the memory."""
+    card = replace(GPUS, gpus=(Gpu(0, "NVIDIA GeForce RTX 3060", (8, 6), 12 * 2**30, int(11.7 * 2**30)),))
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+    small = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+
+    def tokens(name: str, fields: dict[str, int]) -> int:
+        path = write_shape("qwen3-14b", tmp_path / name)
+        config = json.loads((path / "config.json").read_text()) | fields | {"quantization_config": awq}
+        (path / "config.json").write_text(json.dumps(config))
+        return gpu_tokens(decide(card, read_model_config(path), device="cuda").engine, card.gpus)
+
+    assert 16384 <= tokens("8b", small) < 20000
+    with pytest.raises(ConfigError, match=r"11\.7 of 12\.0 GiB free, the weights take 9\.4 GiB, .* no room is left"):
+        tokens("14b", {})
