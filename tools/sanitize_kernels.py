@@ -295,12 +295,12 @@ def triton_attention(name: str, lens: list[int], num_new: list[int]) -> None:
 
 
 def grouped_gemm() -> None:
-    from minisgl.kernel.triton.grouped_gemm import fused_moe
+    from minisgl.kernel.triton.grouped_gemm import Stack, fused_moe
 
     for n, num_experts, hidden, inner, top_k in ((1, 4, 64, 96, 2), (40, 9, 40, 24, 3), (150, 3, 128, 64, 1)):
         x, logits = randn(n, hidden), torch.randn(n, num_experts)
         weights = randn(num_experts, 2 * inner, hidden), randn(num_experts, hidden, inner)
-        out = fused_moe(up(x), up(logits, torch.float32), up(weights[0]), up(weights[1]), top_k, True)
+        out = fused_moe(up(x), up(logits, torch.float32), Stack(up(weights[0])), Stack(up(weights[1])), top_k, True)
         moe = MoE(num_experts, top_k, inner, "softmax_of_chosen")
         stacks = [{"weight": weight} for weight in weights]
         expected = DENSE.experts(REFERENCE, stacks[0], stacks[1], moe)(x, logits)
@@ -316,7 +316,9 @@ def packed(m: int) -> None:
         part = Grouped(codes, torch.rand(zeros.shape, generator=generator).half() / 100, zeros)
         ours = Grouped(up(codes), up(part.scales), up(zeros))
         x, residual = randn(m, k), randn(m, n)
-        matrix = PackedMatrix(CudaOps(arch), arch, codes_of([ours]), DTYPE, "silu" if gated else None)
+        packed = codes_of([ours])
+        assert packed is not None
+        matrix = PackedMatrix(CudaOps(arch), arch, packed, DTYPE, "silu" if gated else None)
         product = x @ part.dequantize().T
         if gated:
             check(("packed gate_up", m, arch), [matrix.gate_up(up(x))], [REFERENCE.act_and_mul(product)])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from minisgl.kernel.triton.grouped_gemm import GemmConfig, MoeConfig, fused_moe, moe_config
+from minisgl.kernel.triton.grouped_gemm import GemmConfig, MoeConfig, Stack, fused_moe, moe_config
 
 Tensor = torch.Tensor
 EXPERTS, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
@@ -67,10 +67,10 @@ def seconds(call: Callable[[int], Any], num: int, repeats: int = 7) -> float:
 def bench(config: MoeConfig, num_tokens: int, gate_up: Tensor, down: Tensor) -> list[str]:
     inputs = [torch.randn(num_tokens, HIDDEN, device=DEVICE, dtype=DTYPE) for _ in range(4)]
     logits = [torch.randn(num_tokens, EXPERTS, device=DEVICE) for _ in range(4)]  # so that experts differ too
-    out = fused_moe(inputs[0], logits[0], gate_up, down, TOP_K, True, config)
+    out = fused_moe(inputs[0], logits[0], Stack(gate_up), Stack(down), TOP_K, True, config)
     expected = reference(inputs[0], logits[0], gate_up, down)
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
-    taken = seconds(lambda i: fused_moe(inputs[i], logits[i], gate_up, down, TOP_K, True, config), 4)
+    taken = seconds(lambda i: fused_moe(inputs[i], logits[i], Stack(gate_up), Stack(down), TOP_K, True, config), 4)
     hit = statistics.mean(len(x.topk(TOP_K, dim=-1).indices.unique()) for x in logits)
     num_bytes, flops = hit * 3 * HIDDEN * INNER * 2, 6 * num_tokens * TOP_K * HIDDEN * INNER
     return [f"{taken * 1e6:.1f}", f"{num_bytes / taken / 1e9:.0f}", f"{flops / taken / 1e12:.1f}"]

@@ -126,9 +126,9 @@ def hows(m: int, arch: tuple[int, int] = (9, 0)) -> list[How]:
 def measure(shape: Shape, tokens: list[int]) -> None:
     ops = CudaOps(torch.cuda.get_device_capability())
     activation = "silu" if shape.form == "gate_up" else None
-    packed = copies_of(
-        PackedMatrix(ops, ops._arch, codes_of([random_part(shape.n, shape.k)]), torch.bfloat16, activation)
-    )
+    codes = codes_of([random_part(shape.n, shape.k)])
+    assert codes is not None
+    packed = copies_of(PackedMatrix(ops, ops._arch, codes, torch.bfloat16, activation))
     num_bytes = packed[0]._weight.numel()
     weights = [torch.randn(shape.n, shape.k, device="cuda", dtype=torch.bfloat16) / 64]
     weights += [weights[0].clone() for _ in range(L2 // (2 * shape.n * shape.k))]
@@ -163,9 +163,10 @@ class Kind:
         """And what it stands for, in float32."""
         part = random_part(n, k, self.group, zeros=not self.minima)
         codes, weight = codes_of([part]), part.dequantize()
+        assert codes is not None
         if self.minima:
-            offset = torch.randn_like(codes[0].scales) * 0.05
-            codes = [Codes(codes[0].codes, codes[0].scales, offset, has_minima=True)]
+            offset = torch.randn_like(codes.scales) * 0.05
+            codes = Codes(codes.codes, codes.scales, offset, has_minima=True)
             weight = weight + offset.repeat_interleave(self.group, 1)
         return PackedMatrix(
             CudaOps(torch.cuda.get_device_capability()), self.arch, codes, self.dtype, activation

@@ -94,6 +94,14 @@ def test_a_checkpoint(case: str, tmp_path: Path, packed: list[int]) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", ["awq", "gptq of rows", "fp8 of blocks", "fp8 of tensors"])
+def test_experts(case: str, tmp_path: Path) -> None:
+    """In one product of all, within graphs."""
+    path, model = quantized(tmp_path / "model", case, "qwen3_moe", **SIZES)
+    check(outputs_of(with_tokenizer(path)), model)
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
 def test_a_gguf_file(kind: str, tmp_path: Path, packed: list[int]) -> None:
     path, reference = write_gguf(tiny_model("qwen3", **SIZES | {"vocab_size": 256}), tmp_path, kind, **byte_tokens())
@@ -148,6 +156,9 @@ def test_two_ranks_on_one_device(case: str, tmp_path: Path, packed: list[int]) -
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("tp_size", [2])
-def test_ranks(tp_size: int, tmp_path: Path) -> None:
-    path, model = quantized(tmp_path / "model", "awq", "qwen3", **SIZES)
+@pytest.mark.parametrize(
+    ("case", "family"), [("awq", "qwen3"), ("compressed", "qwen3_moe"), ("fp8 of tensors", "qwen3_moe")]
+)
+def test_ranks(case: str, family: str, tp_size: int, tmp_path: Path) -> None:
+    path, model = quantized(tmp_path / "model", case, family, **SIZES)
     check(outputs_of(with_tokenizer(path), tp_size), model)

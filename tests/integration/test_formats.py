@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from minisgl.config.model import MoE
 from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
-from minisgl.formats.base import DENSE, Dense, Int8, Rounded, Shard, Tensors, WeightFormat, WeightSlot
+from minisgl.formats.base import DENSE, Int8, Rounded, Shard, Tensors, WeightFormat, WeightSlot
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import LayerOps, Matrix, TorchOps
 from minisgl.layers.base import LayerEnv
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 FORMATS = {"dense": DENSE, "int8": Int8()}
 
 
-class Scaled(Dense):
+class Scaled(WeightFormat):
     """Two tensors for one weight: its rows in reverse order, and twice what they are multiplied with. The second is
     read from the same tensor of the checkpoint."""
 
@@ -110,14 +110,14 @@ def test_a_checkpoint_of_integers_and_scales(tmp_path: Path, family: str) -> Non
         tensors["plain"][name] = kept
     for name, directory in (("packed", packed), ("plain", plain)):
         save_file(tensors[name], directory / "model.safetensors")
-    ours, expected = (loaded(path, form, comm=SecondOfTwo()) for path, form in ((packed, Packed()), (plain, Dense())))
+    ours, expected = (loaded(path, form, comm=SecondOfTwo()) for path, form in ((packed, Packed()), (plain, DENSE)))
     for mine, theirs in zip(ours.layers, expected.layers, strict=True):
         x, norm = torch.randn(3, 64), torch.ones(64)
         torch.testing.assert_close(mine.mlp.forward(x.clone(), norm), theirs.mlp.forward(x.clone(), norm))
         outputs = (layer.self_attn.qkv_proj.forward(x, norm, 1e-6) for layer in (mine, theirs))
         torch.testing.assert_close(*outputs)
     with pytest.raises(ConfigError, match=r"are quantized \(.*qweight is "):
-        loaded(packed, Dense())
+        loaded(packed, DENSE)
 
 
 class SecondOfTwo(Communicator):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
 
 from minisgl.kernel.ops import TorchOps
+from minisgl.kernel.packed import Blocks, Float8, Grouped, Packed
 from tests.triton_cpu import DEVICE, DTYPES, INTERPRET, MARKS, needs_gpu
 
 pytestmark = MARKS
@@ -34,7 +37,7 @@ def reference(
 def test_moe(
     dtype: torch.dtype, num_tokens: int, num_experts: int, hidden: int, inner: int, top_k: int, renormalize: bool
 ) -> None:
-    from minisgl.kernel.triton.grouped_gemm import fused_moe
+    from minisgl.kernel.triton.grouped_gemm import Stack, fused_moe
 
     torch.manual_seed(num_tokens)
     x = torch.randn(num_tokens, hidden).to(DEVICE, dtype)
@@ -44,9 +47,64 @@ def test_moe(
     gate_up = (torch.randn(num_experts, 2 * inner, hidden) / hidden**0.5).to(DEVICE, dtype)
     down = (torch.randn(num_experts, hidden, inner) / inner**0.5).to(DEVICE, dtype)
     logits += torch.arange(num_experts, device=DEVICE) * 0.02  # no ties after rounding to bf16
-    out = fused_moe(x, logits.float(), gate_up, down, top_k, renormalize)
+    out = fused_moe(x, logits.float(), Stack(gate_up), Stack(down), top_k, renormalize)
     expected = reference(x, logits.float(), gate_up, down, top_k, renormalize)
     torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def packed(kind: str, num_out: int, num_in: int) -> Packed:
+    if kind.startswith("e4m3"):
+        weight = torch.randn(num_out, num_in, device=DEVICE) / num_in**0.5
+        rows = Float8.of(weight)
+        blocks = torch.rand(-(-num_out // 128), -(-num_in // 128), device=DEVICE) / 4000 + 1e-4
+        return rows if kind == "e4m3 rows" else Float8(rows.data, blocks)
+    group, zeros = num_in if "row" in kind else int(kind.split()[0]), "zeros" in kind
+    shape = num_out, num_in // group
+    codes = torch.randint(0, 256, (num_out, num_in // 2), dtype=torch.uint8, device=DEVICE)
+    scales = (torch.rand(shape, device=DEVICE) * 0.1 / num_in**0.5).half()
+    return Grouped(codes, scales, torch.randint(0, 16, shape, dtype=torch.uint8, device=DEVICE) if zeros else None)
+
+
+def q4_1(num_out: int, num_in: int) -> Packed:
+    values = torch.randn(num_out, num_in).div_(num_in**0.5).numpy()
+    return Blocks("Q4_1", torch.from_numpy(quantize(values, GGMLQuantizationType.Q4_1)).to(DEVICE), num_in)
+
+
+PACKED = {
+    kind: (lambda n, k, kind=kind: packed(kind, n, k))
+    for kind in ("e4m3 rows", "e4m3 blocks", "32 zeros", "64", "rows", "rows zeros")
+} | {"Q4_1": q4_1}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("num_tokens", [3] if INTERPRET else [1, 3, 40, 700])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_experts(kind: str, num_tokens: int, dtype: torch.dtype) -> None:
+    """Weights of few bits against what they stand for; the last block of columns is not full."""
+    from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
+
+    torch.manual_seed(1)
+    num_experts, hidden, inner, make = 5, 320, 192, PACKED[kind]
+    experts = [[make(inner, hidden), make(inner, hidden)] for _ in range(num_experts)]
+    down = [[make(hidden, inner)] for _ in range(num_experts)]
+    stacks = stack_of((dtype, experts)), stack_of((dtype, down))
+    assert {stack.bits for stack in stacks} == {8 if kind.startswith("e4m3") else 4}
+    full = [torch.stack([torch.cat([part.dequantize() for part in parts]) for parts in s]) for s in (experts, down)]
+    x = torch.randn(num_tokens, hidden, device=DEVICE).to(dtype)
+    logits = torch.randn(num_tokens, num_experts, device=DEVICE)
+    out = fused_moe(x, logits, *stacks, 2, True)
+    expected = reference(x, logits, *full, 2, True)
+    torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_experts_that_differ_become_full() -> None:
+    """A file keeps some experts with more bits than others."""
+    from minisgl.kernel.triton.grouped_gemm import stack_of
+
+    parts = [[packed("32", 16, 64)], [packed("64", 16, 64)]]
+    stack = stack_of((torch.float32, parts))
+    assert stack.bits == 16
+    torch.testing.assert_close(stack.data, torch.stack([part[0].dequantize() for part in parts]))
 
 
 @pytest.mark.parametrize("block_m", [16, 64])
@@ -69,14 +127,14 @@ def test_sorted_pairs(block_m: int, num_tokens: int, num_experts: int, top_k: in
 
 
 def test_nan_stays_in_its_token() -> None:
-    from minisgl.kernel.triton.grouped_gemm import fused_moe
+    from minisgl.kernel.triton.grouped_gemm import Stack, fused_moe
 
     torch.manual_seed(0)
     x, logits = torch.randn(6, 32, device=DEVICE), torch.randn(6, 4, device=DEVICE)
     gate_up, down = torch.randn(4, 32, 32, device=DEVICE), torch.randn(4, 32, 16, device=DEVICE)
-    expected = fused_moe(x, logits, gate_up, down, 2, True)
+    expected = fused_moe(x, logits, Stack(gate_up), Stack(down), 2, True)
     x[2], logits[2] = float("nan"), float("nan")
-    out = fused_moe(x, logits, gate_up, down, 2, True)
+    out = fused_moe(x, logits, Stack(gate_up), Stack(down), 2, True)
     assert out[2].isnan().all()
     others = [0, 1, 3, 4, 5]
     torch.testing.assert_close(out[others], expected[others], atol=0, rtol=0)
@@ -85,17 +143,17 @@ def test_nan_stays_in_its_token() -> None:
 @needs_gpu
 def test_moe_in_a_graph() -> None:
     """What is captured serves other routings."""
-    from minisgl.kernel.triton.grouped_gemm import fused_moe
+    from minisgl.kernel.triton.grouped_gemm import Stack, fused_moe
 
     torch.manual_seed(0)
     x = torch.randn(24, 128, device=DEVICE, dtype=torch.bfloat16)
     logits = torch.randn(24, 16, device=DEVICE)
     gate_up = torch.randn(16, 128, 128, device=DEVICE, dtype=torch.bfloat16) / 11
     down = torch.randn(16, 128, 64, device=DEVICE, dtype=torch.bfloat16) / 8
-    fused_moe(x, logits, gate_up, down, 4, True)
+    fused_moe(x, logits, Stack(gate_up), Stack(down), 4, True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = fused_moe(x, logits, gate_up, down, 4, True)
+        out = fused_moe(x, logits, Stack(gate_up), Stack(down), 4, True)
     for _ in range(2):
         x.normal_()
         logits.normal_()

@@ -184,9 +184,7 @@ def _kernel_problem(machine: Capabilities) -> str:
 def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> EngineConfig:
     tp_size, dtype = wanted.tp_size, wanted.dtype
     gpus = _gpus(tp_size, machine.gpus)
-    has_experts = any(isinstance(layer.mlp, MoE) for layer in wanted.model.layers)
     problems = {"it is for CPUs; GPUs have fp8": args.quantization != "fp8", "not with float32": dtype == "float32"}
-    problems["there are no kernels for mixtures of experts"] = has_experts
     if args.quantization and (problem := next((text for text, applies in problems.items() if applies), "")):
         raise ConfigError(f"--quantization {args.quantization}: {problem}")
     if wanted.kv_cache_dtype not in (dtype, "fp8"):
@@ -228,8 +226,8 @@ def _graph_max_bs(args: ServerArgs, model: ModelConfig, decode: str, moe_backend
     asked, problem = args.cuda_graph_max_bs, ""
     if decode == "sdpa":
         problem = "sdpa cannot be captured; choose another --attn, or 0"
-    elif (moe_backend == "torch" or model.packed_bytes) and any(isinstance(layer.mlp, MoE) for layer in model.layers):
-        problem = "--moe-backend torch cannot be captured, nor packed experts; choose triton, or 0"
+    elif moe_backend == "torch" and any(isinstance(layer.mlp, MoE) for layer in model.layers):
+        problem = "--moe-backend torch cannot be captured; choose triton, or 0"
     if asked and problem:
         raise ConfigError(f"--cuda-graph-max-bs {asked}: {problem}")
     return 0 if problem else min(_GRAPH_MAX_BS if asked is None else asked, args.max_running_requests)

@@ -20,7 +20,7 @@ class TorchNccl:
     """What `PyNccl` does, by torch's NCCL process group: one of its own, not the default one."""
 
     def __init__(self, meeting: Rendezvous, device: torch.device) -> None:
-        pynccl.load_nccl()  # for what it sets in the environment
+        pynccl.avoid_multicast()
         nccl: Any = getattr(dist, "ProcessGroupNCCL")  # noqa: B009 (absent from a CPU build of torch)
         options = nccl.Options()
         options._timeout = meeting.timeout

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from minisgl.config.model import MoE
-from minisgl.kernel.ops import Experts, LayerOps, Matrix, loop_over_experts
+from minisgl.kernel.ops import Experts, LayerOps, Matrix, Stacked, loop_over_experts
 from minisgl.kernel.packed import Float8, Packed
 
 Tensor = torch.Tensor
@@ -73,8 +73,8 @@ class Shard:
         return tensor[self.at : self.at + self.rows[1] - self.rows[0]]
 
 
-class WeightFormat(ABC):
-    """One way of storing weights. Unless a format says otherwise, checkpoints have one tensor `weight`, [out, in]."""
+class WeightFormat:
+    """One way of storing weights: unless a format says otherwise, in one tensor `weight`, [out, in], and in full."""
 
     def create(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensors:
         """Uninitialised tensors of a weight of `shape` [out, in], or of a stack [num_experts, out, in].
@@ -91,24 +91,34 @@ class WeightFormat(ABC):
         """
         yield WeightSlot(f"{prefix}weight", shard.shape, shard.of(tensors["weight"]), shard.rows, shard.cols)
 
-    @abstractmethod
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
         """The filled tensors as a matrix, which keeps what it needs of them. activation: of its `gate_up`."""
+        return ops.matrix(tensors["weight"], activation)
+
+    def stacked(self, stack: Tensors) -> Stacked | None:
+        """The filled tensors of a stack, for a kernel that takes all experts. None: it would not know them."""
+        return stack.get("weight")
 
     def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:
         """The filled tensors of two stacks as a mixture of experts: a matrix each, where no kernel takes them all."""
+        if kernel := ops.experts(self.stacked(gate_up), self.stacked(down), spec):
+            return kernel
         first = [self.matrix(ops, expert, spec.activation) for expert in experts_of(gate_up, spec.num_experts)]
         second = [self.matrix(ops, expert) for expert in experts_of(down, spec.num_experts)]
         return lambda x, logits: loop_over_experts(x, logits, first, second, spec)
 
 
 def experts_of(stack: Tensors, num_experts: int) -> Iterator[Tensors]:
-    """The tensors of each expert: views of those of the stack, or the stack itself, while it has none."""
-    for i in range(num_experts):
-        yield {name: tensor[i] for name, tensor in stack.items()} if stack else stack
+    """The tensors of each expert: views of the stack's; side by side, by names; or the stack, while it has none."""
+    if any(".experts." in name for name in stack):
+        by_name = groupby(stack, lambda name: name.split(".experts.")[1].partition(".")[0])
+        yield from ({name: stack[name] for name in names} for _, names in by_name)
+    else:
+        for i in range(num_experts):
+            yield {name: tensor[i] for name, tensor in stack.items()} if stack else stack
 
 
-class ByName(WeightFormat):
+class ByName(WeightFormat, ABC):
     """Makes what a linear layer needs once its name is known: layers that are rows of one matrix may differ. Names of
     tensors begin as in the checkpoint, and one layer's stand beside one another."""
 
@@ -134,9 +144,13 @@ class ByName(WeightFormat):
     def part(self, prefix: str, tensors: Tensors) -> Packed | Tensor:
         """One layer's filled tensors, `prefix` left out of their names: packed, or in full."""
 
-    def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
+    def parts(self, tensors: Tensors) -> list[Packed | Tensor]:
+        """The layers of one matrix."""
         layers = groupby(tensors, lambda name: name.rpartition(".")[0] + ".")
-        parts = [self.part(p, {name.removeprefix(p): tensors[name] for name in names}) for p, names in layers]
+        return [self.part(p, {name.removeprefix(p): tensors[name] for name in names}) for p, names in layers]
+
+    def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
+        parts = self.parts(tensors)
         packed = [part for part in parts if not isinstance(part, Tensor)]
         if packed and len(packed) == len(parts):
             return ops.packed_matrix(packed, self.dtype, activation)
@@ -147,26 +161,8 @@ class ByName(WeightFormat):
         full = [weight.to(dtype) for weight in full]
         return ops.matrix(torch.cat(full) if len(full) > 1 else full[0], activation)
 
-    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:
-        first = [self.matrix(ops, tensors, spec.activation) for tensors in by_expert(gate_up)]
-        second = [self.matrix(ops, tensors) for tensors in by_expert(down)]
-        return lambda x, logits: loop_over_experts(x, logits, first, second, spec)
-
-
-def by_expert(stack: Tensors) -> Iterator[Tensors]:
-    """The tensors of each expert, by their names; those of one stand beside one another."""
-    for _, names in groupby(stack, lambda name: name.split(".experts.")[1].partition(".")[0]):
-        yield {name: stack[name] for name in names}
-
-
-class Dense(WeightFormat):
-    """Weights as they are stored."""
-
-    def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
-        return ops.matrix(tensors["weight"], activation)
-
-    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:
-        return ops.experts(gate_up["weight"], down["weight"], spec) or super().experts(ops, gate_up, down, spec)
+    def stacked(self, stack: Tensors) -> Stacked:
+        return self.dtype, (self.parts(tensors) for tensors in experts_of(stack, 0))
 
 
 class Int8(WeightFormat):
@@ -188,13 +184,15 @@ class Rounded(WeightFormat):
     def create(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensors:  # noqa: ARG002
         return super().create(shape, dtype, self._loaded)
 
+    def _rounded(self, weight: Tensor) -> list[Float8]:
+        step = 128 * max(1, self._ROWS_BYTES // (128 * weight.shape[1] * weight.itemsize))  # rows
+        return [Float8.of(weight[first : first + step].to(self._device)) for first in range(0, len(weight), step)]
+
     def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:
-        weight = tensors["weight"]
-        step = max(1, self._ROWS_BYTES // (weight.shape[1] * weight.itemsize))
-        starts = range(0, len(weight), step)
-        parts = [Float8.of(weight[first : first + step].to(self._device)) for first in starts]
-        data, scales = (torch.cat(tensors) for tensors in zip(*((p.data, p.scales) for p in parts), strict=True))
-        return ops.packed_matrix([Float8(data, scales)], weight.dtype, activation)
+        return ops.packed_matrix(self._rounded(tensors["weight"]), tensors["weight"].dtype, activation)
+
+    def stacked(self, stack: Tensors) -> Stacked:
+        return stack["weight"].dtype, (self._rounded(weight) for weight in stack["weight"])
 
 
-DENSE = Dense()
+DENSE = WeightFormat()

@@ -15,7 +15,7 @@ from minisgl.config.model import MoE
 from minisgl.errors import ConfigError
 from minisgl.kernel import decode_gemm, float8, packed_gemm, skinny
 from minisgl.kernel.jit import load_kernel, side_by_side
-from minisgl.kernel.ops import Around, Experts, KVSlots, Matrix, RopeAngles, Tensors, TorchMatrix, TorchOps
+from minisgl.kernel.ops import Around, Experts, KVSlots, Matrix, RopeAngles, Stacked, Tensors, TorchMatrix, TorchOps
 from minisgl.kernel.packed import Float8, Packed
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 
@@ -82,13 +82,15 @@ class TritonOps(TorchOps):
         """moe_backend: "triton" or "torch"."""
         self._moe_backend = moe_backend
 
-    def experts(self, gate_up: Tensor, down: Tensor, spec: MoE) -> Experts | None:
-        if self._moe_backend == "torch" or spec.activation != "silu" or spec.routing not in RENORMALIZE:
+    def experts(self, gate_up: Stacked | None, down: Stacked | None, spec: MoE) -> Experts | None:
+        fits = self._moe_backend != "torch" and spec.activation == "silu" and spec.routing in RENORMALIZE
+        if gate_up is None or down is None or not fits:
             return None
-        from minisgl.kernel.triton.grouped_gemm import fused_moe
+        from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
 
+        first, second = stack_of(gate_up), stack_of(down)
         top_k, renormalize = spec.num_experts_per_tok, RENORMALIZE[spec.routing]
-        return lambda x, logits: fused_moe(x, logits, gate_up, down, top_k, renormalize)
+        return lambda x, logits: fused_moe(x, logits, first, second, top_k, renormalize)
 
 
 class CudaOps(TritonOps):
@@ -110,7 +112,7 @@ class CudaOps(TritonOps):
         is_small = self._arch == (9, 0) and sum(math.prod(part.shape) for part in parts) <= PACKED_WEIGHTS
         if dtype == torch.float32 or is_small:
             return super().packed_matrix(parts, dtype, activation)
-        if codes := packed_gemm.codes_of(parts):
+        if (codes := packed_gemm.codes_of(parts)) is not None and codes.has_kernels:
             return packed_gemm.PackedMatrix(self, self._arch, codes, dtype, activation)
         floats = [part for part in parts if isinstance(part, Float8)]
         if len(floats) == len(parts) and (weight := float8.merge(floats)) is not None:

@@ -24,7 +24,7 @@ from minisgl.utils.math import div_ceil
 
 Tensor = torch.Tensor
 
-GROUP = 128  # columns that share a scale, where rows have several
+GROUP, ROWS = 128, 8  # columns and rows that share a scale, where rows have several
 TOKEN_TILES = {False: (32, 64, 128, 256), True: (32, 64)}  # by whether rows have several scales
 WAVES = -1  # a split: blocks take whole tiles, one after the other
 # The library multiplies more of them faster. With one scale of a row, the pass that it takes to add to a residual, or
@@ -47,7 +47,7 @@ class Weight(NamedTuple):
         """The values of some rows, or of all: [rows, in]."""
         data = self.data if rows is None else self.data[rows]
         index = torch.arange(len(data), device=data.device) if rows is None else rows
-        scales = self.scales[index // 8].repeat_interleave(GROUP, 1) if self.has_groups else self.scales[index, None]
+        scales = self.scales[index // ROWS].repeat_interleave(GROUP, 1) if self.has_groups else self.scales[index, None]
         return (data.view(torch.float8_e4m3fn).to(dtype) * scales[:, : data.shape[1]]).to(dtype)
 
 
@@ -57,7 +57,7 @@ def merge(parts: Sequence[Float8]) -> Weight | None:
     if len(columns) > 1 or num_in % 16 or any(part.shape[0] % 16 for part in parts):
         return None
     scales = torch.cat([part.row_scales() for part in parts])
-    scales = scales[:, 0] if scales.shape[1] == 1 else scales[::8]
+    scales = scales[:, 0] if scales.shape[1] == 1 else scales[::ROWS]
     data = [part.data.view(torch.uint8) for part in parts]
     return Weight(data[0].contiguous() if len(data) == 1 else torch.cat(data), scales.contiguous())
 
@@ -98,9 +98,9 @@ class Float8Matrix(Matrix):
         (data, scales), (_, k) = self.weight, self.weight.data.shape
         if not self.weight.has_groups:
             return scales[None]
-        if len(scales) % 16 or k % (4 * GROUP):
+        if len(scales) % (GROUP // ROWS) or k % (4 * GROUP):
             return None
-        blocks = scales.unflatten(0, (-1, 16))
+        blocks = scales.unflatten(0, (-1, GROUP // ROWS))
         found = blocks[:, 0].contiguous().t()
         try:
             self.library_product(self.quantize(data.new_zeros(64, k, dtype=self._dtype)), Around(), found)

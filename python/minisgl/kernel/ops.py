@@ -8,7 +8,7 @@ All work on ragged batches: the first dimension of activations is `num_tokens`, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +97,8 @@ class PagedSequences:
         return PagedSequences(self.page_table, self.rows[begin:end], self.seq_lens[begin:end], cu_q, self.page_size)
 
 
+# All experts' weights [num_experts, out, in]; or the type of activations, and each expert's parts, one below the other.
+Stacked = Tensor | tuple[torch.dtype, Iterable[Sequence[Packed | Tensor]]]
 # (x [num_tokens, hidden], router's logits [num_tokens, num_experts]) → [num_tokens, hidden]
 Experts = Callable[[Tensor, Tensor], Tensor]
 
@@ -224,7 +226,7 @@ class LayerOps:
         """parts: of few bits, one below the other. dtype: of activations. activation: of its `gate_up`."""
         return self.matrix(torch.cat([part.dequantize() for part in parts]).to(dtype), activation)
 
-    def experts(self, gate_up: Tensor, down: Tensor, spec: MoE) -> Experts | None:  # noqa: ARG002
+    def experts(self, gate_up: Stacked | None, down: Stacked | None, spec: MoE) -> Experts | None:  # noqa: ARG002
         """gate_up: [num_experts, 2 * n, hidden], gate's rows first; down: [num_experts, hidden, n]. None: there is no
         kernel for all of them, and matrices are made of each expert."""
         return None

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from minisgl.kernel import decode_gemm
-from minisgl.kernel.jit import load_kernel
+from minisgl.kernel.jit import load_kernel, side_by_side
 from minisgl.kernel.ops import Around, LayerOps, Matrix, rows_of_part
 from minisgl.kernel.packed import Blocks, Grouped, Packed
 
@@ -51,19 +51,24 @@ class Codes:
         num_in = 2 * self.codes.shape[1]
         return num_in, num_in // self.scales.shape[1], self.has_minima
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels take it."""
+        num_in, group, _ = self.kind
+        return num_in % 32 == 0 and group in (*GROUPS, num_in) and len(self.codes) % 16 == 0
 
-def codes_of(parts: Sequence[Packed]) -> list[Codes]:
-    """The parts, if the kernels can have them in one matrix; else nothing."""
-    found = [codes for part in parts if (codes := codes_of_part(part)) is not None]
-    if len(found) < len(parts):
-        return []
-    (num_in, group, _), columns = found[0].kind, found[0].columns
-    if num_in % 32 or group not in (*GROUPS, num_in) or any(part.kind != found[0].kind for part in found):
-        return []
+
+def codes_of(parts: Sequence[Packed]) -> Codes | None:
+    """The parts as one, the first one's rows first; None: they are not of 4 bits, or not alike."""
+    found = [known for part in parts if (known := codes_of_part(part)) is not None]
+    if len(found) < len(parts) or any(part.kind != found[0].kind for part in found):
+        return None
+    columns = found[0].columns
     for order in (part.columns for part in found):
         if order is not columns and (order is None or columns is None or not torch.equal(order, columns)):
-            return []
-    return found if sum(len(part.codes) for part in found) % 16 == 0 else []
+            return None
+    codes, scales, seconds = (torch.cat(t) for t in zip(*((p.codes, p.scales, p.seconds) for p in found), strict=True))
+    return Codes(codes, scales, seconds, found[0].has_minima, columns)
 
 
 def codes_of_part(part: Packed) -> Codes | None:
@@ -108,14 +113,13 @@ def _q4_k(data: Tensor) -> Codes:
     return Codes(codes.flatten(1), scales.flatten(1), (8 * scales - minima).flatten(1), has_minima=True)
 
 
-def pack(parts: Sequence[Codes], dtype: torch.dtype, gated: bool) -> tuple[Tensor, float]:
-    """Parts of `codes_of`, as the kernels read them: [out / 16, in / 128 rounded up, bytes] uint8, and a factor of all
-    scales, which keeps them within the range of float16.
+def pack(weight: Codes, dtype: torch.dtype, gated: bool) -> tuple[Tensor, float]:
+    """As the kernels read them: [out / 16, in / 128 rounded up, bytes] uint8, and a factor of all scales, which keeps
+    them within the range of float16.
 
     dtype: of activations. gated: the rows of gate and up alternate, 8 of each.
     """
-    _, group, has_minima = parts[0].kind
-    codes, scales, seconds = (torch.cat(t) for t in zip(*((p.codes, p.scales, p.seconds) for p in parts), strict=True))
+    (_, group, has_minima), codes, scales, seconds = weight.kind, weight.codes, weight.scales, weight.seconds
     largest = max(float(t.abs().max()) for t in ((scales, seconds) if has_minima else (scales,)))
     unit = 2.0 ** (math.frexp(largest)[1] - 15)
     zero = 1024 if dtype == torch.float16 else 128  # of which a code is the lowest bits
@@ -175,22 +179,21 @@ class PackedMatrix(Matrix):
     """Weights of 4 bits, which kernels unpack as they read them."""
 
     def __init__(
-        self, ops: LayerOps, arch: tuple[int, int], parts: Sequence[Codes], dtype: torch.dtype, activation: str | None
+        self, ops: LayerOps, arch: tuple[int, int], weight: Codes, dtype: torch.dtype, activation: str | None
     ) -> None:
-        """arch: compute capability to compile for; parts: of `codes_of`. Raises: ConfigError if it cannot."""
+        """arch: compute capability to compile for. Raises: ConfigError if it cannot."""
         super().__init__(ops, activation)
-        self._num_out, (self._num_in, group, has_minima) = sum(len(part.codes) for part in parts), parts[0].kind
-        self._arch, self._dtype, self._columns = arch, dtype, parts[0].columns
+        self._num_out, (self._num_in, group, has_minima) = len(weight.codes), weight.kind
+        self._arch, self._dtype, self._columns = arch, dtype, weight.columns
         self._gated = activation == "silu"
-        self._weight, self._unit = pack(parts, dtype, self._gated)
+        self._weight, self._unit = pack(weight, dtype, self._gated)
         self._workspace = decode_gemm.workspace(self._weight.device)
         kind = {"GROUP": group if group in GROUPS else UNIT_K, "MINIMA": int(has_minima)}
         self._kind = {f"MINISGL_{key}": n for key, n in (kind | {"FP16": int(dtype == torch.float16)}).items()}
         tiles = ("packed_wide", WIDE_TILES) if arch == (9, 0) else ("packed_gemm", TILES)
         tasks = [("one_token", 1), ("packed_gemm", FEW_TILES[0]), ("packed_gemm", FEW_TILES[1])]
         tasks += [(tiles[0], tile) for tile in tiles[1]]
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda task: self._kernel(*task), [("packed_dense", 0), *tasks]))
+        side_by_side(partial(self._kernel, *task) for task in [("packed_dense", 0), *tasks])
 
     def _kernel(self, name: str, tile: int = 0) -> Any:
         tokens = {"MINISGL_TOKENS": tile, "MINISGL_SHARED": SHARED.get(self._arch, 99)} if tile else {}

@@ -9,9 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
-from contextlib import suppress
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -48,35 +45,28 @@ _SIGNATURES: dict[str, list[Any]] = {
 }
 
 
-def _candidates() -> Iterator[str]:
-    """Where NCCL may be: what torch has loaded already, or the system has, and the wheel that torch depends on."""
-    yield "libnccl.so.2"
-    for package in ("nvidia-nccl-cu13", "nvidia-nccl-cu12"):
-        with suppress(metadata.PackageNotFoundError):
-            files = metadata.files(package) or []
-            yield from (str(file.locate()) for file in files if file.name.startswith("libnccl.so"))
+def avoid_multicast() -> None:
+    """NVLink multicast buys NCCL bandwidth at sizes that peer memory serves here, and a fault in it can take the NVLink
+    fabric of the whole host down. Whoever wants it sets the variable."""
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 
 @functools.cache
 def load_nccl() -> Any:
     """The library, with its functions' signatures. Raises: ConfigError when there is none."""
-    # NVLink multicast buys NCCL bandwidth at sizes that peer memory serves here, and a fault in it can take the
-    # NVLink fabric of the whole host down. Whoever wants it sets the variable.
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    errors = []
-    for path in _candidates():
-        try:
-            library = ctypes.CDLL(path)
-        except OSError as error:
-            errors.append(str(error))
-            continue
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, _INT
-        library.ncclGetErrorString.argtypes, library.ncclGetErrorString.restype = [_INT], ctypes.c_char_p
-        library.ncclGetLastError.argtypes, library.ncclGetLastError.restype = [_PTR], ctypes.c_char_p
-        return library
-    raise ConfigError(f"NCCL is not installed ({'; '.join(errors)}): install nvidia-nccl-cu13, or use --disable-pynccl")
+    avoid_multicast()
+    try:
+        library = ctypes.CDLL("libnccl.so.2")  # that torch has loaded already, or the system's
+    except OSError as error:
+        raise ConfigError(
+            f"NCCL is not installed ({error}): install nvidia-nccl-cu13, or use --disable-pynccl"
+        ) from None
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, _INT
+    library.ncclGetErrorString.argtypes, library.ncclGetErrorString.restype = [_INT], ctypes.c_char_p
+    library.ncclGetLastError.argtypes, library.ncclGetLastError.restype = [_PTR], ctypes.c_char_p
+    return library
 
 
 def _call(name: str, *arguments: Any) -> None:

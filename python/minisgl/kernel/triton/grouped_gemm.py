@@ -17,7 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernel.triton.common import begin, launch_options, precision
+from minisgl.kernel.float8 import GROUP, ROWS, merge
+from minisgl.kernel.ops import Stacked
+from minisgl.kernel.packed import Float8
+from minisgl.kernel.packed_gemm import codes_of
+from minisgl.kernel.triton.common import begin, launch_options, precision, widen
 
 Tensor = torch.Tensor
 
@@ -63,6 +67,42 @@ def moe_config(num_pairs: int, num_experts: int, dtype: torch.dtype, capability:
     if per_expert <= 256 or not large:
         return GemmConfig(64, 64, 64, 4, 3), GemmConfig(64, 128, 64, 4, 3)
     return GemmConfig(128, 64, 64, 8, 3), GemmConfig(128, 128, 64, 8, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """[num_experts, out, in]: in full (bits: 16), e4m3 times a scale (8), or as `packed_gemm.Codes` (4).
+
+    data: [num_experts, out, in], of 4 bits in / 2, contiguous. scales, seconds: of all experts' rows, one for each
+    `rows` of these and `group` columns, float32.
+    """
+
+    data: Tensor
+    scales: Tensor | None = None
+    seconds: Tensor | None = None
+    bits: int = 16
+    rows: int = 1
+    group: int = 1
+    has_minima: bool = False
+
+
+def stack_of(experts: Stacked) -> Stack:
+    """What experts do not have alike becomes the type of activations."""
+    if isinstance(experts, Tensor):
+        return Stack(experts.contiguous())
+    dtype, found = experts[0], [list(parts) for parts in experts[1]]
+    flat = [part for parts in found for part in parts]
+    packed = [part for part in flat if not isinstance(part, Tensor)]
+    floats = [part for part in packed if isinstance(part, Float8)]
+    if len(floats) == len(flat) and (weight := merge(floats)) is not None:
+        rows, group = (ROWS, GROUP) if weight.has_groups else (1, weight.data.shape[1])
+        return Stack(weight.data.unflatten(0, (len(found), -1)), weight.scales, None, 8, rows, group)
+    codes = codes_of(packed) if len(packed) == len(flat) else None
+    if codes is not None and codes.has_kernels and codes.columns is None:
+        _, group, has_minima = codes.kind
+        return Stack(codes.codes.unflatten(0, (len(found), -1)), codes.scales, codes.seconds, 4, 1, group, has_minima)
+    full = (part if isinstance(part, Tensor) else part.dequantize() for part in flat)
+    return Stack(torch.cat([part.to(dtype) for part in full]).unflatten(0, (len(found), -1)))
 
 
 @triton.jit
@@ -148,9 +188,10 @@ def _sort_kernel(
 
 @triton.jit
 def _product_kernel(
-    x_ptr, w_ptr, weights_ptr, out_ptr, order_ptr, blocks_ptr, x_stride, IN: tl.constexpr, OUT: tl.constexpr,
-    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w_ptr, scales_ptr, seconds_ptr, weights_ptr, out_ptr, order_ptr, blocks_ptr, x_stride,
+    IN: tl.constexpr, OUT: tl.constexpr, TOP_K: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
+    GROUP: tl.constexpr, MINIMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GATED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (features, block), of the block's pairs.
 
@@ -164,38 +205,82 @@ def _product_kernel(
         row = first + tl.arange(0, BLOCK_M)
         feature = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         k = tl.arange(0, BLOCK_K)
-        row_ok, feature_ok = (row < end)[:, None], (feature < OUT)[None, :]
+        row_ok, feature_ok = (row < end)[:, None], feature < OUT
         pair = tl.load(order_ptr + row, mask=row < end, other=0)
-        w_ptrs = w_ptr + expert.to(tl.int64) * ((2 if GATED else 1) * OUT * IN) + feature[None, :] * IN + k[:, None]
+        w_row = expert.to(tl.int64) * ((2 if GATED else 1) * OUT) + feature
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if GATED:
             x_ptrs = x_ptr + (pair.to(tl.int64) // TOP_K * x_stride)[:, None] + k[None, :]
-            up_ptrs = w_ptrs + OUT * IN
             up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         else:
             x_ptrs = x_ptr + row.to(tl.int64)[:, None] * IN + k[None, :]
             weight = tl.load(weights_ptr + pair, mask=row < end, other=0.0)
         for start in tl.range(0, IN, BLOCK_K):
-            x_ok, w_ok = row_ok, feature_ok
-            if IN % BLOCK_K != 0:
-                x_ok = x_ok & (start + k < IN)[None, :]
-                w_ok = w_ok & (start + k < IN)[:, None]
+            x_ok = row_ok if IN % BLOCK_K == 0 else row_ok & (start + k < IN)[None, :]
             x = tl.load(x_ptrs + start, mask=x_ok, other=0.0)
-            w = _load_w(w_ptrs + start, w_ok, OUT % BLOCK_N == 0 and IN % BLOCK_K == 0)
+            w = _load_w(
+                w_ptr, scales_ptr, seconds_ptr, w_row, feature_ok, start, x.dtype, IN, OUT, BITS, ROWS, GROUP, MINIMA,
+                BLOCK_N, BLOCK_K,
+            )  # fmt: skip
             if GATED:
-                w_up = _load_w(up_ptrs + start, w_ok, OUT % BLOCK_N == 0 and IN % BLOCK_K == 0)
+                w_up = _load_w(
+                    w_ptr, scales_ptr, seconds_ptr, w_row + OUT, feature_ok, start, x.dtype, IN, OUT, BITS, ROWS,
+                    GROUP, MINIMA, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
             if GATED:
                 up = tl.dot(x, w_up, up, input_precision=PRECISION)
         to = row if GATED else pair
         acc = acc / (1.0 + tl.exp(-acc)) * up if GATED else acc * weight[:, None]
         at = to.to(tl.int64)[:, None] * OUT + feature[None, :]
-        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=row_ok & feature_ok)
+        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=row_ok & feature_ok[None, :])
 
 
 @triton.jit
-def _load_w(ptrs, ok, WHOLE: tl.constexpr):
-    return tl.load(ptrs) if WHOLE else tl.load(ptrs, mask=ok, other=0.0)
+def _load_w(
+    w_ptr, scales_ptr, seconds_ptr, row, ok, start, DTYPE: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+    BITS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, MINIMA: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_K, BLOCK_N] of DTYPE: columns from `start` on of rows of a `Stack`."""
+    k = start + tl.arange(0, BLOCK_K)
+    if BITS == 16:
+        ptrs = w_ptr + row[None, :] * IN + k[:, None]
+        if OUT % BLOCK_N == 0 and IN % BLOCK_K == 0:
+            w = tl.load(ptrs)
+        else:
+            w = tl.load(ptrs, mask=ok[None, :] & (k < IN)[:, None], other=0.0)
+    else:
+        shared_by = row // ROWS
+        scales = _load_shared(scales_ptr, shared_by, ok, start, IN, GROUP, BLOCK_N, BLOCK_K)
+        if BITS == 8:
+            codes = tl.load(w_ptr + row[:, None] * IN + k[None, :], mask=ok[:, None] & (k < IN)[None, :], other=0)
+            values = widen(codes, tl.float32) * scales
+        else:
+            byte = start // 2 + tl.arange(0, BLOCK_K // 2)
+            ptrs = w_ptr + row[:, None] * (IN // 2) + byte[None, :]
+            codes = tl.load(ptrs, mask=ok[:, None] & (byte < IN // 2)[None, :], other=0)
+            values = tl.interleave(codes & 15, codes >> 4).to(tl.float32)
+            seconds = _load_shared(seconds_ptr, shared_by, ok, start, IN, GROUP, BLOCK_N, BLOCK_K)
+            values = (values - 8.0) * scales + seconds if MINIMA else (values - seconds) * scales
+        w = tl.trans(values.to(DTYPE))
+    return w
+
+
+@triton.jit
+def _load_shared(
+    ptr, row, ok, start, IN: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """What columns of a group have in common: [BLOCK_N, BLOCK_K], or [BLOCK_N, 1] where these are all of one group."""
+    GROUPS: tl.constexpr = (IN + GROUP - 1) // GROUP
+    NUM: tl.constexpr = BLOCK_K // GROUP if GROUP < BLOCK_K and GROUPS > 1 else 1
+    group = start // GROUP + tl.arange(0, NUM)
+    shared = tl.load(
+        ptr + row[:, None] * GROUPS + group[None, :], mask=ok[:, None] & (group < GROUPS)[None, :], other=0
+    )
+    if NUM > 1:
+        shared = tl.reshape(tl.broadcast_to(shared[:, :, None], (BLOCK_N, NUM, GROUP)), (BLOCK_N, BLOCK_K))
+    return shared
 
 
 @triton.jit
@@ -243,7 +328,7 @@ def sort_pairs(experts: Tensor, num_experts: int, block_m: int, pdl: bool = Fals
 
 
 def fused_moe(
-    x: Tensor, router_logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, renormalize: bool,
+    x: Tensor, router_logits: Tensor, gate_up: Stack, down: Stack, top_k: int, renormalize: bool,
     config: MoeConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """Each token's `top_k` most probable experts' gated MLPs, weighted by their probabilities.
@@ -252,13 +337,10 @@ def fused_moe(
     rows first; down: [num_experts, hidden, inner] → [num_tokens, hidden]. Softmax, sums and silu are in float32.
     Temporary memory: num_tokens * top_k * (inner + hidden) elements of x's dtype.
     """
-    num_experts, hidden, inner = down.shape
-    num_tokens, capability = x.shape[0], _capability(x.device)
+    (num_experts, twice, _), (num_tokens, hidden) = gate_up.data.shape, x.shape
+    inner, capability = twice // 2, _capability(x.device)
     assert x.stride(1) == 1
-    assert gate_up.is_contiguous()
-    assert down.is_contiguous()
-    assert gate_up.shape == (num_experts, 2 * inner, hidden)
-    assert x.dtype == gate_up.dtype == down.dtype
+    assert down.data.shape[:2] == (num_experts, hidden)
     out = torch.empty((num_tokens, hidden), dtype=x.dtype, device=x.device)
     if not num_tokens:
         return out
@@ -278,12 +360,12 @@ def fused_moe(
 
 
 def _product(
-    x: Tensor, w: Tensor, out: Tensor, pairs: SortedPairs, weights: Tensor, c: GemmConfig, gated: bool, pdl: bool
+    x: Tensor, w: Stack, out: Tensor, pairs: SortedPairs, weights: Tensor, c: GemmConfig, gated: bool, pdl: bool
 ) -> None:
     _product_kernel[(triton.cdiv(out.shape[1], c.block_n), len(pairs.blocks))](
-        x, w, weights, out, pairs.order, pairs.blocks, x.stride(0), x.shape[1], out.shape[1], weights.shape[1],
-        c.block_m, c.block_n, c.block_k, gated, precision(x.dtype), pdl, num_warps=c.num_warps, num_stages=c.num_stages,
-        **launch_options(pdl),
+        x, w.data, w.scales, w.seconds, weights, out, pairs.order, pairs.blocks, x.stride(0), x.shape[1],
+        out.shape[1], weights.shape[1], w.bits, w.rows, w.group, w.has_minima, c.block_m, c.block_n, c.block_k, gated,
+        precision(x.dtype), pdl, num_warps=c.num_warps, num_stages=c.num_stages, **launch_options(pdl),
     )  # fmt: skip
 
 
