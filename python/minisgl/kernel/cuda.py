@@ -15,7 +15,7 @@ from minisgl.config.model import MoE
 from minisgl.errors import ConfigError
 from minisgl.kernel import decode_gemm, float8, packed_gemm, skinny
 from minisgl.kernel.jit import load_kernel, side_by_side
-from minisgl.kernel.ops import Around, Experts, KVSlots, Matrix, RopeAngles, Stacked, Tensors, TorchMatrix, TorchOps
+from minisgl.kernel.ops import ROUTINGS, Around, Experts, KVSlots, Matrix, RopeAngles, Stacked, TorchMatrix, TorchOps
 from minisgl.kernel.packed import Float8, Packed
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 
@@ -25,7 +25,6 @@ Tensor = torch.Tensor
 
 KERNELS = ("elementwise", "sampling", "step")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-RENORMALIZE = {"softmax": False, "softmax_of_chosen": True}  # what the kernels know of routing
 PACKED_WEIGHTS = 8 << 20  # to read so few takes a Hopper GPU less than what else a kernel does: they stay in 16 bits
 MAX_VOCAB = 1 << 19  # of the sampling kernel's fixed-point masses
 
@@ -83,13 +82,12 @@ class TritonOps(TorchOps):
         self._moe_backend = moe_backend
 
     def experts(self, gate_up: Stacked | None, down: Stacked | None, spec: MoE) -> Experts | None:
-        fits = self._moe_backend != "torch" and spec.activation == "silu" and spec.routing in RENORMALIZE
-        if gate_up is None or down is None or not fits:
+        if gate_up is None or down is None or self._moe_backend == "torch" or spec.activation != "silu":
             return None
         from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
 
         first, second = stack_of(gate_up), stack_of(down)
-        top_k, renormalize = spec.num_experts_per_tok, RENORMALIZE[spec.routing]
+        top_k, renormalize = spec.num_experts_per_tok, ROUTINGS[spec.routing]
         return lambda x, logits: fused_moe(x, logits, first, second, top_k, renormalize)
 
 
@@ -160,8 +158,9 @@ class CudaOps(TritonOps):
         return out
 
     def step_inputs(
-        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int, angles: Tensors
-    ) -> tuple[Tensor, Tensor, list[RopeAngles]]:
+        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int,
+        angles: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, list[RopeAngles]]:  # fmt: skip
         num, head_dim = len(rows), angles[0].shape[1] // 2
         if head_dim % 4:
             return super().step_inputs(rows, positions, token_ids, page_table, page_size, angles)

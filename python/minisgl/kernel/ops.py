@@ -22,21 +22,16 @@ Tensor = torch.Tensor
 Tensors = Sequence[Tensor]
 
 
-def softmax_of_all(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """[num_tokens, num_experts] → probabilities, in float32, and numbers of each token's `top_k` most probable."""
+def route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """[num_tokens, num_experts] → probabilities, in float32, and numbers of each token's `top_k` most probable; with
+    `renormalize` a token's probabilities are made to sum to 1."""
     weights, experts = router_logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
-    return weights, experts
-
-
-def softmax_of_chosen(router_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The most probable experts and their probabilities, made to sum to 1."""
-    weights, experts = softmax_of_all(router_logits, top_k)
-    return weights / weights.sum(-1, keepdim=True), experts
+    return weights / weights.sum(-1, keepdim=True) if renormalize else weights, experts
 
 
 # By the names that specifications of models use.
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": F.silu}
-ROUTINGS = {"softmax": softmax_of_all, "softmax_of_chosen": softmax_of_chosen}
+ROUTINGS = {"softmax": False, "softmax_of_chosen": True}  # whether `route` renormalizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +299,7 @@ def loop_over_experts(
     """The experts that were hit, one after the other. x: [num_tokens, hidden]; router_logits: [num_tokens, num_experts]
     → [num_tokens, hidden]."""
     top_k = spec.num_experts_per_tok
-    weights, experts = ROUTINGS[spec.routing](router_logits, top_k)
+    weights, experts = route(router_logits, top_k, ROUTINGS[spec.routing])
     order = experts.flatten().argsort(stable=True)  # (token, choice) pairs by expert
     tokens, weights = order // top_k, weights.to(x.dtype).flatten()[order, None]
     out, begin = torch.zeros_like(x), 0

@@ -58,9 +58,7 @@ def load_nccl() -> Any:
     try:
         library = ctypes.CDLL("libnccl.so.2")  # that torch has loaded already, or the system's
     except OSError as error:
-        raise ConfigError(
-            f"NCCL is not installed ({error}): install nvidia-nccl-cu13, or use --disable-pynccl"
-        ) from None
+        raise ConfigError(f"there is no NCCL, which --disable-pynccl does without: {error}") from None
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, _INT
