@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernel.ops import PagedSequences
-from minisgl.kernel.triton.common import begin, launch_options, precision, widen
+from minisgl.kernel.triton.common import begin, launch_options, native, precision, widen
 
 Tensor = torch.Tensor
 
@@ -298,7 +298,7 @@ def attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_blocks, block_d = num_tokens if blocks is None else len(blocks), triton.next_power_of_2(head_dim)
     _attention_kernel[(num_kv_heads, num_blocks, splits)](
-        q, _native(k_cache), _native(v_cache), out, partials.acc, partials.lse, seqs.rows if blocks is None else blocks,
+        q, native(k_cache), native(v_cache), out, partials.acc, partials.lse, seqs.rows if blocks is None else blocks,
         seqs.page_table, seqs.rows, seqs.seq_lens, seqs.cu_q, head_dim**-0.5 * math.log2(math.e), window or 0,
         q.stride(0), k_cache.stride(0), seqs.page_table.stride(0), splits,
         num_heads, num_heads // num_kv_heads, head_dim, config.block_m, block_d, config.block_n, seqs.page_size,
@@ -311,9 +311,3 @@ def attention(
             num_warps=2 if head_dim <= 128 else 4, **launch_options(pdl),
         )  # fmt: skip
     return out
-
-
-def _native(cache: Tensor) -> Tensor:
-    """Bytes of e4m3 as such, where the GPU converts them itself."""
-    converts = cache.dtype == torch.uint8 and cache.is_cuda and torch.cuda.get_device_capability(cache.device) >= (8, 9)
-    return cache.view(torch.float8_e4m3fn) if converts else cache

@@ -19,6 +19,12 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+def native(data: torch.Tensor) -> torch.Tensor:
+    """Bytes of e4m3 as such, where the GPU converts them itself."""
+    converts = data.dtype == torch.uint8 and data.is_cuda and torch.cuda.get_device_capability(data.device) >= (8, 9)
+    return data.view(torch.float8_e4m3fn) if converts else data
+
+
 @triton.jit
 def begin(PDL: tl.constexpr):
     """Waits for the kernel ahead, and lets the next one be set up."""

@@ -21,7 +21,7 @@ from minisgl.kernel.float8 import GROUP, ROWS, merge
 from minisgl.kernel.ops import Stacked
 from minisgl.kernel.packed import Float8
 from minisgl.kernel.packed_gemm import codes_of
-from minisgl.kernel.triton.common import begin, launch_options, precision, widen
+from minisgl.kernel.triton.common import begin, launch_options, native, precision, widen
 
 Tensor = torch.Tensor
 
@@ -254,7 +254,7 @@ def _load_w(
         shared_by = row // ROWS
         scales = _load_shared(scales_ptr, shared_by, ok, start, IN, GROUP, BLOCK_N, BLOCK_K)
         if BITS == 8:
-            codes = tl.load(w_ptr + row[:, None] * IN + k[None, :], mask=ok[:, None] & (k < IN)[None, :], other=0)
+            codes = tl.load(w_ptr + row[:, None] * IN + k[None, :], mask=ok[:, None] & (k < IN)[None, :], other=0.0)
             values = widen(codes, tl.float32) * scales
         else:
             byte = start // 2 + tl.arange(0, BLOCK_K // 2)
@@ -362,8 +362,9 @@ def fused_moe(
 def _product(
     x: Tensor, w: Stack, out: Tensor, pairs: SortedPairs, weights: Tensor, c: GemmConfig, gated: bool, pdl: bool
 ) -> None:
+    data = native(w.data) if w.bits == 8 else w.data
     _product_kernel[(triton.cdiv(out.shape[1], c.block_n), len(pairs.blocks))](
-        x, w.data, w.scales, w.seconds, weights, out, pairs.order, pairs.blocks, x.stride(0), x.shape[1],
+        x, data, w.scales, w.seconds, weights, out, pairs.order, pairs.blocks, x.stride(0), x.shape[1],
         out.shape[1], weights.shape[1], w.bits, w.rows, w.group, w.has_minima, c.block_m, c.block_n, c.block_k, gated,
         precision(x.dtype), pdl, num_warps=c.num_warps, num_stages=c.num_stages, **launch_options(pdl),
     )  # fmt: skip
