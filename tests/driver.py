@@ -45,20 +45,28 @@ def engine_config(path: Path, **overrides: Any) -> EngineConfig:
 
 def engine_logits(path: Path, tokens: list[int], **overrides: Any) -> torch.Tensor:
     """Logits of every position of one sequence: [num_tokens, vocab]."""
+    return engine_logits_of_each(path, [tokens], **overrides)[0]
+
+
+def engine_logits_of_each(path: Path, sequences: list[list[int]], **overrides: Any) -> tuple[torch.Tensor, ...]:
+    """The same of several sequences, from one step of one engine."""
     config = engine_config(path, **overrides)
     runner = CpuRunner(config, rank=0)
-    num_pages = -(-len(tokens) // config.page_size)
-    admission = Admission(0, torch.tensor(tokens, dtype=torch.int32).numpy(), GREEDY)
-    plan = StepPlan(
-        0, (admission,), (PageUpdate(0, 0, tuple(range(num_pages))),), (ScheduledReq(0, 0, len(tokens), 1),)
-    )
+    admissions, updates, reqs, first = [], [], [], 0
+    for row, tokens in enumerate(sequences):
+        pages = range(first, first := first - (-len(tokens) // config.page_size))
+        admissions.append(Admission(row, torch.tensor(tokens, dtype=torch.int32).numpy(), GREEDY))
+        updates.append(PageUpdate(row, 0, tuple(pages)))
+        reqs.append(ScheduledReq(row, 0, len(tokens), 1))
+    plan = StepPlan(0, tuple(admissions), tuple(updates), tuple(reqs))
+    lengths = [*map(len, sequences)]
     with torch.inference_mode():
         index, tables = StepIndex.of(plan.reqs), runner.steps.tables
         tables.host.apply(plan)
         tables.send(plan, index)
-        logits = runner.steps.forward(runner.steps.batch(index, 0))(torch.arange(len(tokens))).float()
+        logits = runner.steps.forward(runner.steps.batch(index, 0))(torch.arange(sum(lengths))).float()
     runner.close()
-    return logits
+    return logits.split(lengths)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from tests.models import hf_logits, hf_model, random_prompt, tiny_model
 from tests.real_model import real_model
 
 ROOT = Path(__file__).parent.parent.parent
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for one another take long on a busy machine
+IN_FULL = {"kv_cache_dtype": "float32", **CPU_KERNELS}
 TEXT = """Requests become plans, plans become batches, batches become tokens, and tokens become text.
 The capital of France is Paris, where the river Seine flows past the museum. Water boils at one hundred degrees
 Celsius at sea level, and at less on a mountain, because the air presses less upon it. Once upon a time there was
@@ -104,17 +107,23 @@ def test_the_logits_are_those_of_the_weights(family: str) -> None:
     assert (kernels - expected).norm() / expected.norm() < 0.05, "activations are rounded to 8 bits"
 
 
+@functools.cache
+def of_real_model() -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """The tokens of `TEXT`, the logits of a real model, and those of its weights made 4 bits wide."""
+    ids = transformers.AutoTokenizer.from_pretrained(real_model())(TEXT).input_ids
+    return ids, hf_logits(real_model(), ids), engine_logits(real_model(), ids, quantization="int4", **IN_FULL)
+
+
 @pytest.mark.timeout(600)  # the model may have to be made first
 def test_a_real_model_is_less_surprised_than_with_rounded_weights() -> None:
     """By the divergence of its distributions from those of the original."""
-    path, rounded = real_model(), copy.deepcopy(hf_model(real_model()))
+    ids, original, ours = of_real_model()
+    rounded = copy.deepcopy(hf_model(real_model()))
     with torch.inference_mode():
         for name, weight in rounded.named_parameters():
             if weight.dim() > 1 and "embed_tokens" not in name:
                 weight.copy_(nearest(weight.data))
-        ids = transformers.AutoTokenizer.from_pretrained(path)(TEXT, return_tensors="pt").input_ids
-        original, others = hf_model(path)(ids).logits[0], rounded(ids).logits[0]
-    ours = engine_logits(path, ids[0].tolist(), quantization="int4", kv_cache_dtype="float32", **CPU_KERNELS)
+        others = rounded(torch.tensor([ids])).logits[0]
     assert divergence(original, ours) < 0.85 * divergence(original, others)
 
 
@@ -124,18 +133,14 @@ def test_a_calibration_text_makes_it_still_less_surprised(tmp_path: Path) -> Non
     path, calibration = real_model(), tmp_path / "text.md"
     calibration.write_text((ROOT / "README.md").read_text()[:3000])
     command = [sys.executable, "-m", "tools.calibrate", str(path), str(calibration), str(tmp_path / "importance")]
-    env = {**os.environ, "PYTHONSAFEPATH": ""}  # which the program sets, in tests that call it in this process too
+    env = {**ALONE, "PYTHONSAFEPATH": ""}  # which the program sets, in tests that call it in this process too
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
     done = quantize_command(path, tmp_path / "model", "--importance", tmp_path / "importance")
     assert done.returncode == 0, done.stderr
-    with torch.inference_mode():
-        ids = transformers.AutoTokenizer.from_pretrained(path)(TEXT, return_tensors="pt").input_ids
-        original = hf_model(path)(ids).logits[0]
-    tokens, options = ids[0].tolist(), {"kv_cache_dtype": "float32", **CPU_KERNELS}
-    plain = divergence(original, engine_logits(path, tokens, quantization="int4", **options))
-    calibrated = divergence(original, engine_logits(tmp_path / "model", tokens, **options))
-    assert calibrated < 0.85 * plain
+    ids, original, plain = of_real_model()
+    calibrated = engine_logits(tmp_path / "model", ids, **IN_FULL)
+    assert divergence(original, calibrated) < 0.85 * divergence(original, plain)
 
 
 def test_an_importance_that_does_not_fit(tmp_path: Path) -> None:
@@ -160,35 +165,33 @@ def divergence(original: torch.Tensor, other: torch.Tensor) -> float:
 
 def quantize_command(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "minisgl", "quantize", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=ALONE)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen2", "llama"])
-def test_what_is_written_is_what_is_loaded(tmp_path: Path, family: str) -> None:
+def test_what_is_written_is_what_is_loaded(tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The same logits as of weights that are quantized at load; files that are no weights are there too."""
     tied = {"tie_word_embeddings": True} if family == "llama" else {}
     source, target, tokens = tiny_model(family, vocab_size=300, **tied), tmp_path / "new" / "model", random_prompt(40)
-    done = quantize_command(source, target)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{target}: ")
+    assert main([str(source), str(target)]) == 0
+    assert capsys.readouterr().out.startswith(f"{target}: ")
     assert (target / "generation_config.json").is_file()
     for kernels in ({}, CPU_KERNELS):
         expected = engine_logits(source, tokens, quantization="int4", **kernels)
         torch.testing.assert_close(engine_logits(target, tokens, **kernels), expected, atol=1e-5, rtol=1e-5)
-    done = quantize_command(source, tmp_path / "int8", "--quantization", "int8")
-    assert done.returncode == 0, done.stderr
+    assert main([str(source), str(tmp_path / "int8"), "--quantization", "int8"]) == 0
     original = hf_logits(source, tokens)
     narrow, wide = (engine_logits(path, tokens) - original for path in (target, tmp_path / "int8"))
     assert wide.norm() < narrow.norm() / (1 if family == "qwen3_moe" else 3), "routers are near ties"
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    done = quantize_command(tiny_model("llama"), tmp_path)
+    source, target = str(tiny_model("llama")), tmp_path / "model"
+    done = quantize_command(source, tmp_path)
     assert (done.returncode, done.stderr) == (2, f"minisgl: error: {tmp_path} exists already\n")
-    assert quantize_command(tiny_model("llama"), tmp_path / "model").returncode == 0
-    done = quantize_command(tmp_path / "model", tmp_path / "again")
-    assert done.returncode == 2
-    assert done.stderr == f"minisgl: error: {tmp_path / 'model'}: its weights are quantized already\n"
-    done = quantize_command(tmp_path / "none", tmp_path / "again")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert main([source, str(target)]) == 0
+    with pytest.raises(ConfigError, match=rf"^{target}: its weights are quantized already$"):
+        main([str(target), str(tmp_path / "again")])
+    with pytest.raises(ConfigError, match=r"^[^\n]*none[^\n]*$"):
+        main([str(tmp_path / "none"), str(tmp_path / "again")])
     assert not (tmp_path / "again").exists()
