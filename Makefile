@@ -6,7 +6,7 @@ VENV ?= .venv
 ARGS ?=
 MODEL :=
 PORT :=
-JOBS ?= 2
+JOBS ?= 3
 BIN := $(VENV)/bin
 CORE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
@@ -80,6 +80,7 @@ bench: $(CORE)  ## Measure the engine in this process; for a running server: min
 	$(BIN)/python -m minisgl bench offline $(ARGS)
 
 TESTS ?= tests/unit tests/integration tests/gpu tests/e2e
+# More workers than two cores: much of what they do is waiting for servers. In which order: tests/order.py.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 test: $(DEV)  ## Run the tests: units, integration, end to end
 	$(PYTEST) $(TESTS) $(ARGS)

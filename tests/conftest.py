@@ -1,9 +1,14 @@
-"""Lets the tests that need no more than pytest run where its plugins are not installed, as on a GPU machine; and no
-example of Hypothesis fails because the machine is busy."""
+"""Lets the tests that need no more than pytest run where its plugins are not installed, as on a GPU machine; no
+example of Hypothesis fails because the machine is busy; long tests come first (`order.py`); and what was skipped is
+told by its reason at the end, and is a failure where REQUIRE_ALL is set and a machine without a GPU could run it."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -16,6 +21,8 @@ if importlib.util.find_spec("hypothesis") is not None:
 
     settings.register_profile("busy", deadline=None)
     settings.load_profile("busy")
+# What a machine of ours may lack. Where it has node, REQUIRE_NODE says so.
+LACKING = re.compile(r"\bGPUs?\b|CUDA device|Hopper|needs node")
 ABSENT = [plugin for plugin in PLUGIN_OPTIONS if importlib.util.find_spec(plugin) is None]
 
 
@@ -28,3 +35,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for plugin in ABSENT:
         config.addinivalue_line("markers", f"{plugin.removeprefix('pytest_')}: of {plugin}, which is not installed")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.order import InOrder
+
+    config.option.loadscopereorder = False
+    return InOrder(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("xdist") is not None:
+        from tests.order import rank
+
+        items.sort(key=lambda item: rank(item.nodeid))
+
+
+def skips_of(config: pytest.Config) -> Counter[str]:
+    """How many tests were skipped, by reason."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    reports = reporter.stats.get("skipped", []) if reporter is not None else []
+    return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    unseen = [reason for reason in skips_of(session.config) if not LACKING.search(reason)]
+    if unseen and os.environ.get("REQUIRE_ALL") and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skips = skips_of(terminalreporter.config)
+    if skips:
+        terminalreporter.section("skipped")
+    for reason, count in skips.most_common():
+        failed = os.environ.get("REQUIRE_ALL") and not LACKING.search(reason)
+        terminalreporter.write_line(f"{count:5} {reason}" + " - a failure here: REQUIRE_ALL" * bool(failed))
