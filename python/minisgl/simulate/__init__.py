@@ -28,7 +28,6 @@ from minisgl.simulate.times import Served, by_floor, calibrated
 from minisgl.simulate.workload import generate, read_trace
 
 KINDS: dict[str, Callable[[str], Any]] = {  # of flags, in flags.yaml
-    "text": str,
     "natural": argument(integer(0)),
     "positive": argument(integer(1)),
     "counts": argument(several(integer(1, 65536))),
@@ -36,7 +35,6 @@ KINDS: dict[str, Callable[[str], Any]] = {  # of flags, in flags.yaml
     "above 0": argument(parser_of("a number above 0", lambda value: 0 < value < 1e18, float)),
     "lengths": parse_lengths,
 }
-Row = dict[str, Any]  # of the table
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -45,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for name, (kind, default, text) in flags.items():
-            how = {"action": "store_true"} if kind == "switch" else {"type": KINDS[kind], "default": default}
+            how = {"action": "store_true"} if kind == "switch" else {"type": KINDS.get(kind, str), "default": default}
             group.add_argument(f"--{name}", **how, help=text)
     return parser
 
@@ -56,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     metrics.check_files(json=args.json, plot=args.plot)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs the extra: pip install 'minisgl[plot]'")
-    served, rows = make_served(args, server_flags), list[Row]()
+    served, rows = make_served(args, server_flags), list[dict[str, Any]]()
     trace = read_trace(args, served.config.max_seq_len) if args.trace else None
     for replicas in args.replicas:
         sessions = trace or generate(args, replicas, served.config.max_seq_len)
@@ -95,7 +93,7 @@ def make_served(args: argparse.Namespace, server_flags: Sequence[str]) -> Served
     return replace(served, config=replace(config, max_seq_len=max_seq_len), overhead=args.overhead)
 
 
-def figures(simulation: Simulation, price: float) -> Row:
+def figures(simulation: Simulation, price: float) -> dict[str, Any]:
     """By the columns of the table; latencies in milliseconds. price: of a replica's hour."""
     duration, replicas = simulation.duration, simulation.replicas
     summary, itl = metrics.summarize(simulation.records, duration), metrics.statistics(simulation.itl or [0.0])
@@ -114,7 +112,7 @@ def figures(simulation: Simulation, price: float) -> Row:
     }
 
 
-def plot(path: str, rows: Sequence[Row]) -> None:
+def plot(path: str, rows: Sequence[dict[str, Any]]) -> None:
     """A panel for each of three columns, with a line for each router, over the number of replicas."""
     from matplotlib.figure import Figure
 

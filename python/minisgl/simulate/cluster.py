@@ -21,7 +21,7 @@ from minisgl.scheduler.planner import Planned, Planner
 from minisgl.simulate.times import Served
 from minisgl.simulate.workload import Request, Session
 
-_RUNNING_TOKENS = 64.0  # by which a running request adds to its replica's load, as in a cluster
+RUNNING_TOKENS = 64.0  # by which a running request adds to its replica's load, as in a cluster
 _LOOK_SECONDS = 30.0  # from one look at all replicas to the next, until when new ones have started
 _QUEUED_TOKENS, _KV_USE = 8192, 0.8  # that may wait at each replica, and be in use, before there is to be another one
 
@@ -50,6 +50,7 @@ class Replica:
     def __init__(self, name: str, served: Served, started: float) -> None:
         self.name, self.started, self.ended = name, started, 0.0
         self.planner = Planner(served.config)
+        self.planner.pages.cache.changes = deque()
         self.inbox, self.flows = list[Flow](), dict[int, Flow]()
         self._served, self._free_at, self._uids = served, 0.0, count()
         self.steps: deque[tuple[float, Planned]] = deque()
@@ -138,7 +139,7 @@ class Simulation:
         prompt = Prompt(text_blocks(ids.tobytes()), ids.nbytes, session[0].place)
         begun = time.perf_counter()
         name = router.choose(prompt) or ""  # there always is one
-        load = _RUNNING_TOKENS + max(0.0, len(ids) - router.cached_tokens(name, prompt))
+        load = RUNNING_TOKENS + max(0.0, len(ids) - router.cached_tokens(name, prompt))
         router.learn(name, prompt)
         router.loads[name] += load
         self.routing += time.perf_counter() - begun
@@ -153,6 +154,9 @@ class Simulation:
     def _turn(self, replica: Replica, now: float) -> None:
         if (until := replica.turn(now)) is not None:
             self._at(until, partial(self._retire, replica))
+        changes, page_size = replica.planner.pages.cache.changes, self._served.config.page_size
+        self._router.forget(replica.name, page_size * sum(len(pages) for pages, ids, *_ in changes if ids is None))
+        changes.clear()
 
     def _retire(self, replica: Replica, now: float) -> None:
         self.duration = now
@@ -162,7 +166,7 @@ class Simulation:
             flow = replica.flows[output.req.uid]
             if flow.first < 0:
                 flow.first = now
-                self._set_load(replica, flow, _RUNNING_TOKENS)
+                self._set_load(replica, flow, RUNNING_TOKENS)
             else:
                 self.itl.append(now - flow.last)
             flow.last = now

@@ -22,8 +22,6 @@ from minisgl.simulate.workload import parse
 
 Share = tuple[int, int]  # of a step: the first position that is computed, and how many
 Step = tuple[list[Share], Annotated[float, Meta(gt=0)]]  # its shares, and the seconds that it took
-_ROUNDS = 12  # of weighting; in each a negative coefficient is left out from then on
-_GPU_BYTES = 0.9 * 141e9  # an H200's memory, as far as it is used
 
 
 def features(shares: Iterable[Share]) -> tuple[float, ...]:
@@ -58,7 +56,7 @@ def fitted(about: str, config: SchedulerConfig, steps: list[Step]) -> Served:
     was held up, or was too fast, counts for no more than others."""
     table, seconds = np.array([features(shares) for shares, _ in steps]), np.array([taken for _, taken in steps])
     predicted, used = np.full(len(seconds), seconds.mean()), np.full(table.shape[1], True)
-    for _ in range(_ROUNDS):
+    for _ in range(12):  # rounds of weighting; in each a negative coefficient is left out from then on
         coefficients = np.zeros(len(used))
         weighted = table[:, used] / predicted[:, None]
         coefficients[used] = np.linalg.lstsq(weighted, seconds / predicted, rcond=None)[0]
@@ -105,7 +103,7 @@ def by_floor(shape: str, machine: Machine, efficiency: float) -> Served:
         shares = [(context, 1)] * decodes + [(start, tokens)] * bool(tokens)
         steps.append((shares, (num_bytes / machine.bandwidth + flops / machine.flops) / efficiency))
     page_bytes = 16 * model.kv_bytes_per_token(model.dtype)
-    if (num_pages := int((_GPU_BYTES - model.weight_bytes(model.dtype)) / page_bytes)) < 1:
+    if (num_pages := int((0.9 * 141e9 - model.weight_bytes(model.dtype)) / page_bytes)) < 1:
         raise ConfigError(f"--shape {shape}: the weights do not fit one GPU of 141 GB")
     config = SchedulerConfig(256, 8192, min(model.max_position, num_pages * 16), num_pages, 16)
     return fitted(f"{shape}, {100 * efficiency:.0f} % of {machine}", config, steps)
