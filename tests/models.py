@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every supported family, made with `transformers`, and what it computes with them.
+"""Tiny random checkpoints of all families of `config/families.yaml`, made with `transformers`, and what it computes.
 
 `tiny_model("qwen3")` is a directory with `config.json` and safetensors, made once per process. Weights are
 spread enough that greedy outputs vary, and biases and norms are random too, so that a test sees each of them.
@@ -18,13 +18,9 @@ from typing import Any
 import torch
 import transformers
 
-FAMILIES: dict[str, tuple[str, str]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM"),
-    "mistral": ("MistralConfig", "MistralForCausalLM"),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
-    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
-}
+from minisgl.config import families
+
+FAMILIES = [family.model_type for family in families.FAMILIES.values() if not family.inner]
 torch.set_num_threads(1)  # tiny operations, and other tests may keep the other cores busy
 VOCAB_SIZE = 256
 BASE: dict[str, Any] = {
@@ -42,6 +38,7 @@ BASE: dict[str, Any] = {
 }
 EXTRA: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
+    "ministral": {"head_dim": 16, "sliding_window": 15},
     "qwen3": {"head_dim": 32},
     "qwen3_moe": {
         "head_dim": 32,
@@ -50,6 +47,27 @@ EXTRA: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "norm_topk_prob": True,
     },
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {"partial_rotary_factor": 0.75},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.4,
+        "logits_scaling": 4.0,
+    },
+    "seed_oss": {"head_dim": 24, "attention_out_bias": True},
+    "smollm3": {"num_hidden_layers": 5},
+    "glm": {"head_dim": 24},
+    "glm4": {"head_dim": 24},
+    "ernie4_5": {"head_dim": 24, "use_bias": True},
+    "olmo3": {"sliding_window": 19, "num_hidden_layers": 5},
+    "gemma3_text": {"head_dim": 32, "sliding_window": 11, "num_hidden_layers": 7, "query_pre_attn_scalar": 48},
 }
 
 
@@ -61,12 +79,16 @@ def tiny_model(family: str, *, seed: int = 0, dtype: str = "float32", shard: str
 
 @functools.cache
 def _make(family: str, seed: int, dtype: str, shard: str, overrides: str) -> Path:
-    config_name, model_name = FAMILIES[family]
-    config = getattr(transformers, config_name)(**{**BASE, **EXTRA.get(family, {}), **json.loads(overrides)})
-    model = getattr(transformers, model_name)(config)
+    config = transformers.CONFIG_MAPPING[family](**{**BASE, **EXTRA.get(family, {}), **json.loads(overrides)})
+    model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     randomize(model, seed)
-    path = Path(tempfile.mkdtemp(dir=_directory(), prefix=f"{family}-"))
-    model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=shard)
+    return directory_of(model.to(getattr(torch, dtype)), shard)
+
+
+def directory_of(model: Any, shard: str = "1GB") -> Path:
+    """Where a model of transformers is saved, until the process ends."""
+    path = Path(tempfile.mkdtemp(dir=_directory(), prefix=f"{model.config.model_type}-"))
+    model.save_pretrained(path, max_shard_size=shard)
     return path
 
 

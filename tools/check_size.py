@@ -15,8 +15,9 @@ from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
 PACKAGE = Path(__file__).parent.parent / "python" / "minisgl"
-PARTS = {  # folders, their budget in lines of Python, and what it is to become: it never grows
-    "from text to tokens and back": ((), 9_880, 9_000),  # all that is not named below
+PARTS = {  # folders or files, their budget in lines of Python, and what it is to become: it never grows
+    "from text to tokens and back": ((), 9_020, 8_140),  # all that is not named below
+    "models and their layers": (("models", "layers", "config/families.py", "config/rope.py"), 1_600, 1_600),
     "the HTTP API": (("server", "parser", "grammar"), 5_600, 5_000),
     "the trace": (("trace",), 757, 600),
     "formats of weights": (("formats",), 800, 800),
@@ -42,7 +43,8 @@ _NAME = re.compile(r"\b(?!__launch_bounds__|__align__|alignas|decltype)([\w~]+|o
 
 
 def part_of(path: Path) -> str:
-    return next((part for part, (folders, _, _) in PARTS.items() if path.parts[0] in folders), next(iter(PARTS)))
+    places = {path.parts[0], str(path)}
+    return next((part for part, (folders, _, _) in PARTS.items() if places & set(folders)), next(iter(PARTS)))
 
 
 def python_functions(text: str) -> Iterator[tuple[str, int]]:

@@ -70,6 +70,10 @@ def test_ranks_agree_with_one_rank() -> None:
         (tiny_model("llama", attention_bias=True, mlp_bias=True, vocab_size=255, tie_word_embeddings=True), 2),
         (tiny_model("llama", num_key_value_heads=1), 2),  # fewer KV heads than ranks
         (tiny_model("qwen3_moe"), 2),
+        (tiny_model("qwen2_moe"), 2),  # a shared expert
+        (tiny_model("olmo2", attention_bias=True), 2),  # norms over the heads of all ranks, and of what is added
+        (tiny_model("glm4"), 2),  # heads in another order, fused in the file
+        (tiny_model("gemma3_text"), 2),
     ]
     found = run_ranks(models, **{**CPU_KERNELS, "num_threads": 1})
     for case, (path, tp_size) in enumerate(models):

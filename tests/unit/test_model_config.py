@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import transformers
 
-from minisgl.config.families import FAMILIES, ROPE_TYPES, parse_model_config, read_model_config
+from minisgl.config.families import FAMILIES, parse_model_config, read_model_config
 from minisgl.config.model import DenseMLP, ModelConfig, MoE, PagedKV
+from minisgl.config.rope import ROPE_TYPES
 from minisgl.errors import ConfigError
 from minisgl.utils.fields import Fields
 
@@ -56,7 +57,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert (rope.theta, rope.type, config.max_position) == (10000.0, "default", 1024)
     mlp, norms = config.layers[3].mlp, config.layers[3].norms
     assert isinstance(mlp, DenseMLP)
-    assert not any((config.qkv_bias, config.o_bias, mlp.bias, "q_norm" in norms, config.tie_word_embeddings))
+    assert not any((config.qkv_bias, config.o_bias, mlp.bias, norms.of_heads, config.tie_word_embeddings))
     assert config.layers[3].attention.window is None
     assert config.eos_token_ids == ()
     assert num_kv_heads(read(tmp_path, num_key_value_heads=...)) == 8
@@ -235,13 +236,13 @@ def test_moe_layers(tmp_path: Path) -> None:
     arch = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "moe_intermediate_size": 16}
     config = read(tmp_path, **arch, decoder_sparse_step=2, mlp_only_layers=[3])
     assert [isinstance(layer.mlp, MoE) for layer in config.layers] == [False, True, False, False]
-    assert all({"q_norm", "k_norm"} <= set(layer.norms) for layer in config.layers)
+    assert all(layer.norms.of_heads == "each" for layer in config.layers)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel .supported: LlamaForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel .supported: Llama, Mistral"),
         ({"architectures": ...}, "none given"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "awq: version gemv is not .*gemm"),
@@ -320,20 +321,21 @@ class Spy(dict[str, Any]):
         return super().get(key, default)
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", [name for name, family in FAMILIES.items() if not family.inner])
 def test_wrong_values_are_one_line_or_mean_what_transformers_makes_of_them(architecture: str) -> None:
     """Every key that is read, at the top or in `rope_parameters`, with every kind of value."""
     full = {**FULL, "architectures": [architecture], "model_type": FAMILIES[architecture].model_type}
     top: set[str] = set()
     inner: set[str] = set()
+    by_layer = "ropes_by_layer" in FAMILIES[architecture].reads
     for kind, (needed, _) in ROPE_TYPES.items():
-        rope = Spy({"rope_type": kind, **dict.fromkeys(needed, 2.0)}, inner)
+        rope: dict[str, Any] = Spy({"rope_type": kind, **dict.fromkeys(needed, 2.0)}, inner)
+        rope = {"full_attention": rope} if by_layer else rope
         parse_model_config(Fields(Spy({**full, "rope_parameters": rope}, top), "config.json"))
     assert len(top) > 20 and len(inner) > 10
     changed = [{**full, key: value} for key in sorted(top) for value in WRONG]
-    changed += [
-        {**full, "rope_parameters": {**full["rope_parameters"], key: value}} for key in sorted(inner) for value in WRONG
-    ]
+    ropes = [{**full["rope_parameters"], key: value} for key in sorted(inner) for value in WRONG]
+    changed += [{**full, "rope_parameters": {"full_attention": rope} if by_layer else rope} for rope in ropes]
     num_read = 0
     for config in changed:
         ours = result_of(lambda config=config: parse_model_config(Fields(config, "config.json")))
@@ -365,19 +367,21 @@ def compare_with_transformers(ours: ModelConfig, config: dict[str, Any]) -> None
     except Exception:
         return
     theirs = hf.rope_parameters
-    if None in theirs.values():
+    theirs = theirs.get("full_attention", theirs)
+    if None in theirs.values() or None in (hf.num_key_value_heads, getattr(hf, "head_dim", 0)):
         return  # such a model computes nothing
     assert num_kv_heads(ours) == hf.num_key_value_heads, config
     assert ours.head_dim == (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads), config
-    assert ours.rms_norm_eps == hf.rms_norm_eps, config
+    assert ours.rms_norm_eps == hf.rms_norm_eps / getattr(hf, "residual_multiplier", 1) ** 2, config
     assert ours.tie_word_embeddings == hf.tie_word_embeddings, config
     assert (ours.ropes[0].type, ours.ropes[0].theta) == (theirs["rope_type"], theirs["rope_theta"]), config
     if ours.ropes[0].type == "yarn":
-        assert ours.ropes[0].max_position == theirs["original_max_position_embeddings"], config
+        original = theirs.get("original_max_position_embeddings", hf.max_position_embeddings)
+        assert ours.ropes[0].max_position == original, config
     moe = next((layer.mlp for layer in ours.layers if isinstance(layer.mlp, MoE)), None)
     if moe is not None and hf.num_experts is not None:
-        sums_to_1 = moe.routing == "softmax_of_chosen"
-        assert (moe.num_experts, sums_to_1) == (hf.num_experts, hf.norm_topk_prob), config
+        sums_to_1 = model_type == "mixtral" or hf.norm_topk_prob
+        assert (moe.num_experts, moe.routing == "softmax_of_chosen") == (hf.num_experts, sums_to_1), config
 
 
 @pytest.mark.parametrize("key", ["eos_token", "added_tokens_decoder", "vocab", "added_tokens"])

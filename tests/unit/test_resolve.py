@@ -19,10 +19,9 @@ from minisgl.config.device import gpu_tokens
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import DEMO_MODEL, locate_model
 from minisgl.config.model import (
-    HEAD_NORMS,
-    PRE_NORMS,
     AttentionSpec,
     DenseMLP,
+    LayerNorms,
     LayerSpec,
     ModelConfig,
     MoE,
@@ -40,7 +39,9 @@ from minisgl.errors import ConfigError
 def shape(num_layers: int = 28, num_kv_heads: int = 8, inner: int = 3072, **changes: Any) -> ModelConfig:
     """Qwen3-0.6B's, or that with changes."""
     head_dim = changes.get("head_dim", 128)
-    layer = LayerSpec(AttentionSpec(PagedKV(num_kv_heads, head_dim, head_dim)), DenseMLP(inner), PRE_NORMS + HEAD_NORMS)
+    layer = LayerSpec(
+        AttentionSpec(PagedKV(num_kv_heads, head_dim, head_dim)), DenseMLP(inner), LayerNorms(of_heads="each")
+    )
     fields: dict[str, Any] = {
         "architecture": "Qwen3ForCausalLM",
         "vocab_size": 151936,

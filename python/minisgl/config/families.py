@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,43 @@ import yaml
 from minisgl.config import model as specs
 from minisgl.config.chat import read_ends
 from minisgl.config.locate import check_directory, read_json
-from minisgl.config.model import DenseMLP, LayerSpec, ModelConfig, MoE, RopeConfig
+from minisgl.config.model import DenseMLP, LayerNorms, LayerSpec, ModelConfig, MoE
 from minisgl.config.quantization import read_quantization
+from minisgl.config.rope import Rotary, read_rope, read_ropes_by_layer
 from minisgl.errors import ConfigError
-from minisgl.utils.fields import MAX_INT, Fields, merge
+from minisgl.utils.fields import Fields, merge
 
 logger = logging.getLogger(__name__)
 MAX_LAYERS = 4096
 MAX_BYTES = 2**50
 _TABLE = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"))
-ROPE_TYPES: dict[str, tuple[list[str], list[str]]] = _TABLE["rope_types"]
 _ACTIVATIONS: dict[str, str] = _TABLE["activations"]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """An architecture of `families.yaml`."""
+    """An architecture of `families.yaml`, which says what the fields mean."""
 
     model_type: str
     max_position: int
     num_kv_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden size / query heads
-    head_norms: bool = False
-    qkv_bias: bool = False
+    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
+    head_norms: str = ""
+    norm_offset: float = 0.0
+    scales_embedding: bool = False
+    qkv_bias: str | bool = False
+    o_bias: str = ""
+    mlp_bias: str = ""
+    rotary: str = ""
+    window_pattern: int = 0
+    inner: str = ""
     reads: Sequence[str] = ()  # keys that not all families do
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def has(self, f: Fields, bias: str | bool) -> bool:
+        """Whether there is a bias, which a key of the file may say."""
+        return f.boolean(bias, self.defaults.get(bias, False)) if isinstance(bias, str) and bias else bool(bias)
 
 
 FAMILIES = {name: Family(**fields) for name, fields in _TABLE["architectures"].items()}
@@ -67,6 +81,7 @@ def parse_model_config(f: Fields) -> ModelConfig:
     Raises: ConfigError naming what is missing, of the wrong kind, or unsupported, and what is supported.
     """
     family = FAMILIES[architecture := _architecture(f)]
+    f = _text_model(f, family)
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [key for key in required if f.data.get(key) is None]:
         raise ConfigError(f"{f.source}: {', '.join(missing)} missing")
@@ -76,67 +91,140 @@ def parse_model_config(f: Fields) -> ModelConfig:
     num_kv_heads = f.integer("num_key_value_heads", default_kv_heads)
     if num_heads % num_kv_heads:
         raise ConfigError(f"{f.source}: {num_kv_heads} key-value heads do not divide {num_heads} attention heads")
-    head_dim = f.integer("head_dim", family.head_dim or hidden // num_heads)
+    default_dim = None if "head_dim" in f.data else family.head_dim  # what transformers makes of null
+    head_dim = f.integer("head_dim", default_dim or hidden // num_heads)
     if head_dim < 2 or head_dim % 2:
         raise ConfigError(f"{f.source}: head_dim is {head_dim}, but rotary embeddings need an even one")
-    rope, max_position = _rope(f, f.integer("max_position_embeddings", family.max_position))
-    cache = specs.PagedKV(num_kv_heads, head_dim, head_dim)
-    norms = specs.PRE_NORMS + specs.HEAD_NORMS * family.head_norms
-    layers = zip(_mlps(f, family, num_layers), _windows(f, family, num_layers), strict=True)
-    attention_bias = "attention_bias" in family.reads and f.boolean("attention_bias", False)
+    default, (embedding, residual, logits, scores) = family.defaults.get, _scales(f, family, hidden, head_dim)
+    windows = _windows(f, family, num_layers)
+    ropes, rope_of_layer, max_position = _ropes(f, family, (head_dim, scores), windows)
+    has_caps, cache = "softcaps" in family.reads, specs.PagedKV(num_kv_heads, head_dim, head_dim)
+    caps = [f.number(f"{of}_logit_softcapping", None, above=0) if has_caps else None for of in ("attn", "final")]
+    norms, mlps = LayerNorms(*family.norms, family.head_norms), _mlps(f, family, num_layers)
+    attentions = (specs.AttentionSpec(cache, *of, softcap=caps[0]) for of in zip(windows, rope_of_layer, strict=True))
+    eps = f.number("rms_norm_eps", default("rms_norm_eps", 1e-6), above=0)
     return ModelConfig(
         architecture=architecture,
         vocab_size=f.integer("vocab_size", 0),
         hidden_size=hidden,
         num_qo_heads=num_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(f.number("rms_norm_eps", 1e-6, above=0)),
-        ropes=(rope,),
+        rms_norm_eps=float(eps) / residual**2,
+        ropes=ropes,
         max_position=max_position,
-        tie_word_embeddings=f.boolean("tie_word_embeddings", False),
-        qkv_bias=family.qkv_bias or attention_bias,
-        o_bias=attention_bias,
+        tie_word_embeddings=f.boolean("tie_word_embeddings", default("tie_word_embeddings", False)),
+        qkv_bias=family.has(f, family.qkv_bias),
+        o_bias=family.has(f, family.o_bias),
         dtype=_dtype(f),
         packed_bytes=f.integer("packed_bytes", 0, most=MAX_BYTES),
-        layers=tuple(LayerSpec(specs.AttentionSpec(cache, window), mlp, norms) for mlp, window in layers),
+        layers=tuple(LayerSpec(spec, mlp, norms) for spec, mlp in zip(attentions, mlps, strict=True)),
+        norm_offset=family.norm_offset,
+        embedding_scale=embedding / residual,
+        logit_scale=logits,
+        logit_softcap=caps[1],
     )
+
+
+def _text_model(f: Fields, family: Family) -> Fields:
+    """Of a model that sees or hears, what its file says of its text model, and of both."""
+    if not family.inner:
+        return f
+    text, shared = f.child(family.inner), ("tie_word_embeddings", "dtype", "torch_dtype", "packed_bytes")
+    given = {key: value for key in shared if (value := f.data.get(key)) is not None}
+    return Fields({**text.data, **given}, f.source, f"{family.inner}.")
+
+
+def _scales(f: Fields, family: Family, hidden: int, head_dim: int) -> tuple[float, float, float, float]:
+    """What multiplies embeddings, what a layer adds to the stream, logits, and queries and keys.
+
+    The stream can be held smaller by the second factor, for all that reads it is a norm: embeddings are divided by it,
+    and epsilon by its square.
+    """
+    embedding, residual, logits, scores = hidden**0.5 if family.scales_embedding else 1.0, 1.0, 1.0, head_dim**-0.5
+    if "multipliers" in family.reads:
+        embedding, residual = (f.number(f"{name}_multiplier", 1.0, above=0) for name in ("embedding", "residual"))
+        logits, scores = 1 / f.number("logits_scaling", 1.0, above=0), f.number("attention_multiplier", 1.0, above=0)
+    if "query_pre_attn_scalar" in family.reads:
+        scores = f.number("query_pre_attn_scalar", 256.0, above=0) ** -0.5
+    return embedding, residual, logits, (scores * head_dim**0.5) ** 0.5
+
+
+def _ropes(
+    f: Fields, family: Family, head: tuple[int, float], windows: list[int | None]
+) -> tuple[tuple[specs.RopeConfig, ...], list[int], int]:
+    """The tables, which of them each layer has, and the longest sequence. head: its size and scale."""
+    longest, default = f.integer("max_position_embeddings", family.max_position), family.defaults.get
+    share = default("partial_rotary_factor", 1.0) if "partial_rotary_factor" in family.reads else None
+    kind = Rotary(*head, share, family.rotary == "interleaved")
+    if "ropes_by_layer" in family.reads:
+        full, sliding, longest = read_ropes_by_layer(f, kind, longest, family.defaults)
+        return (full, sliding), [int(window is not None) for window in windows], longest
+    rope, longest = read_rope(f, kind, longest, default("rope_theta", 10000.0))
+    if "no_rope_layers" not in family.reads:
+        return (rope,), [0] * len(windows), longest
+    interval, rotated = f.integer("no_rope_layer_interval", 4), f.list_of(int, "no_rope_layers")
+    rotated = rotated or [(i + 1) % interval for i in range(len(windows))]
+    if len(rotated) != len(windows):
+        raise f.wrong("no_rope_layers", f"as many as layers, {len(windows)}")
+    return (rope, replace(rope, type="none")), [int(not rotates) for rotates in rotated], longest
 
 
 def _windows(f: Fields, family: Family, num_layers: int) -> list[int | None]:
     """Of each layer: `sliding_window` (4096 where the file has none; null: no window) if it is of the kind that slides.
 
-    `layer_types` says which are; without it all from `max_window_layers` on.
+    `layer_types` says which are; without it all from `max_window_layers` on, or all but every n-th.
     """
     reads = family.reads
     are_used = "use_sliding_window" not in reads or f.boolean("use_sliding_window", False)
-    if "sliding_window" not in reads or ("max_window_layers" in reads and not are_used):
+    if "sliding_window" not in reads or not are_used:
         return [None] * num_layers
     num_full = f.integer("max_window_layers", 28, 0, MAX_LAYERS) if "max_window_layers" in reads else 0
     kinds = f.list_of(str, "layer_types") if "layer_types" in reads else []
     slides = [kind == "sliding_attention" for kind in kinds] or [i >= num_full for i in range(num_layers)]
-    window = f.integer("sliding_window", None if "sliding_window" in f.data else 4096)
-    return [window if are_used and sliding else None for sliding in slides]
+    if family.window_pattern and not kinds:
+        pattern = f.integer("sliding_window_pattern", family.window_pattern)
+        slides = [(i + 1) % pattern > 0 for i in range(num_layers)]
+    default = None if "sliding_window" in f.data else family.defaults.get("sliding_window", 4096)
+    window = f.integer("sliding_window", default)
+    return [window if sliding else None for sliding in slides]
 
 
 def _mlps(f: Fields, family: Family, num_layers: int) -> list[DenseMLP | MoE]:
     """Of each layer: experts in every `decoder_sparse_step`-th, but for `mlp_only_layers`."""
-    bias = "mlp_bias" in family.reads and f.boolean("mlp_bias", False)
-    dense = DenseMLP(f.integer("intermediate_size", 0), bias, _ACTIVATIONS[f.text("hidden_act", "silu")])
-    if "num_experts" not in family.reads:
+    bias, size = family.has(f, family.mlp_bias), f.integer("intermediate_size", 0)
+    dense = DenseMLP(size, bias, _ACTIVATIONS[_activation(f, family)])
+    default, reads = family.defaults.get, family.reads
+    if "num_local_experts" in reads and "num_experts" not in reads:
+        numbers = f.integer("num_experts", f.integer("num_local_experts", 8)), f.integer("num_experts_per_tok", 2)
+        only, step, moe = [], 1, MoE(*numbers, size, "softmax_of_chosen", dense.activation)
+    elif "num_experts" in reads:
+        only, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
+        num_experts, key = f.integer("num_experts", default("num_experts", 128), 0), "shared_expert_intermediate_size"
+        if "num_local_experts" in reads:  # which wins
+            num_experts = f.integer("num_local_experts", num_experts, 0)
+        moe = MoE(
+            num_experts=num_experts,
+            num_experts_per_tok=f.integer("num_experts_per_tok", default("num_experts_per_tok", 8)),
+            intermediate_size=f.integer("moe_intermediate_size", default("moe_intermediate_size", 768)),
+            routing="softmax_of_chosen" if f.boolean("norm_topk_prob", False) else "softmax",
+            activation=dense.activation,
+            shared_size=f.integer(key, 5632) if key in reads else 0,
+        )
+    else:
         return [dense] * num_layers
-    only, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
-    num_experts = f.integer("num_local_experts", None, 0)
-    moe = MoE(
-        num_experts=f.integer("num_experts", 128, 0) if num_experts is None else num_experts,
-        num_experts_per_tok=f.integer("num_experts_per_tok", 8),
-        intermediate_size=f.integer("moe_intermediate_size", 768),
-        routing="softmax_of_chosen" if f.boolean("norm_topk_prob", False) else "softmax",
-        activation=dense.activation,
-    )
     sparse = [i not in only and moe.num_experts > 0 and (i + 1) % step == 0 for i in range(num_layers)]
     if any(sparse) and moe.num_experts_per_tok > moe.num_experts:
         raise f.wrong("num_experts_per_tok", f"at most the number of experts, {moe.num_experts}")
     return [moe if is_sparse else dense for is_sparse in sparse]
+
+
+def _activation(f: Fields, family: Family) -> str:
+    key, default = "hidden_act", "silu"
+    if "hidden_activation" in family.reads:
+        key, default = "hidden_activation", "gelu_pytorch_tanh"
+    if (name := f.text(key, default)) not in _ACTIVATIONS:
+        raise ConfigError(f"{f.source}: {key} {name!r} not supported (supported: {', '.join(_ACTIVATIONS)})")
+    return name
 
 
 def _architecture(f: Fields) -> str:
@@ -148,62 +236,19 @@ def _architecture(f: Fields) -> str:
     for name in (name.removesuffix("Model") + "ForCausalLM" * name.endswith("Model") for name in names):
         if name in FAMILIES:
             return name
-    found = ", ".join(names) or "none given"
-    raise ConfigError(f"{f.source}: architecture not supported: {found} (supported: {', '.join(FAMILIES)})")
+    known = ", ".join(name.removesuffix("ForCausalLM") for name, family in FAMILIES.items() if not family.inner)
+    nearest = get_close_matches(names[0], FAMILIES, 1) if names else []
+    known = "".join(f"nearest: {name}; " for name in nearest) + f"supported: {known}, each ForCausalLM"
+    raise ConfigError(f"{f.source}: architecture not supported: {', '.join(names)[:80] or 'none given'} ({known})")
 
 
 def _refuse_unsupported(f: Fields) -> None:
-    if (act := f.text("hidden_act", "silu")) not in _ACTIVATIONS:
-        raise ConfigError(f"{f.source}: hidden_act {act!r} not supported (supported: silu)")
     kinds, num_layers = f.list_of(str, "layer_types"), f.integer("num_hidden_layers", 0, most=MAX_LAYERS)
     if others := set(kinds) - set(supported := _TABLE["layer_types"]):
         names = ", ".join(sorted(others))
         raise ConfigError(f"{f.source}: layer_types {names} not supported (supported: {', '.join(supported)})")
     if kinds and len(kinds) != num_layers:
         raise ConfigError(f"{f.source}: layer_types has {len(kinds)} entries, but num_hidden_layers is {num_layers}")
-
-
-def _rope(f: Fields, max_position: int) -> tuple[RopeConfig, int]:
-    """RoPE in transformers-5 form (`rope_parameters`) or the older (`rope_theta`, `rope_scaling`, which wins as a whole
-    where both are given), and the longest sequence."""
-    parameters = f.child("rope_parameters")
-    rope = f.child("rope_scaling") if f.data.get("rope_scaling") else parameters
-    if any(isinstance(value, dict) for value in rope.data.values()):
-        raise ConfigError(f"{f.source}: rope_parameters that differ by layer type are not supported")
-    theta = rope.number("rope_theta", f.number("rope_theta", None, above=1), above=1)
-    if theta is None and (lost := parameters.data.get("rope_theta")) is not None:
-        logger.warning("%s: rope_scaling replaces rope_parameters, rope_theta %s included", f.source, lost)
-    kind = rope.text("rope_type", rope.text("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise ConfigError(f"{f.source}: rope type {kind!r} not supported (supported: {', '.join(ROPE_TYPES)})")
-    partial = rope.number("partial_rotary_factor", f.number("partial_rotary_factor", 1.0))
-    if partial != 1:
-        raise ConfigError(f"{f.source}: partial_rotary_factor {partial:g} not supported (supported: 1)")
-    needed, optional = ROPE_TYPES[kind]
-    given = [key for key in (*needed, *optional) if rope.data.get(key) not in (None, 0)]
-    numbers: dict[str, float] = {key: rope.number(key, 0.0, above=0) for key in given}
-    if absent := [key for key in needed if key not in given]:
-        raise ConfigError(f"{f.source}: rope type {kind!r} needs {', '.join(absent)}")
-    original = f.integer("original_max_position_embeddings", rope.integer("original_max_position_embeddings", None))
-    if original is None or kind == "dynamic":  # which starts at max_position_embeddings, whatever else a file says
-        original = max_position
-    if kind == "yarn":
-        numbers.setdefault("factor", max_position / original)
-        numbers["truncate"] = rope.boolean("truncate", True)
-    config = RopeConfig(float(theta or 10000), kind, original, numbers, tuple(rope.list_of(float, "factors")))
-    return config, _longest(config, max_position)
-
-
-def _longest(rope: RopeConfig, max_position: int) -> int:
-    """The longest sequence, in tokens: for llama3 `max_position_embeddings`. For yarn at least the original length
-    times the factor: some files have that as `max_position_embeddings` too, others the original one, or one a little
-    longer (Qwen3). For others, `max_position_embeddings` times the factor, unless the original length is another."""
-    factor = rope.scaling.get("factor", 1.0)
-    if rope.type == "yarn":
-        return max(max_position, int(min(rope.max_position * factor, MAX_INT)))
-    if rope.type in ("linear", "dynamic") and rope.max_position == max_position:
-        return max(1, int(min(max_position * factor, MAX_INT)))
-    return max_position
 
 
 def _dtype(f: Fields) -> str:

@@ -10,19 +10,21 @@ from minisgl.config.quantization import Quantization
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 KV_BYTES = {**DTYPE_BYTES, "fp8": 1, "int8": 1}  # of what caches hold
 SCALE_BYTES = 4  # of each key and each value of a head in int8
-PRE_NORMS = ("input_layernorm", "post_attention_layernorm")  # before attention, and before the MLP
-HEAD_NORMS = ("q_norm", "k_norm")  # of each query and key head
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """A table of rotary angles: base and scaling (`default`, `linear`, `dynamic`, `yarn`, `llama3`)."""
+    """A table of rotary angles: base and scaling (`default`, `linear`, `dynamic`, `yarn`, `llama3`; `none` does not
+    rotate)."""
 
     theta: float
     type: str = "default"
     max_position: int = 0  # of the unscaled model (`original_max_position_embeddings` where given)
     scaling: dict[str, float] = field(default_factory=dict)
     factors: tuple[float, ...] = ()  # by which the frequencies are divided, one for each
+    rotary_dim: int = 0  # features of a head that are rotated, the first ones; 0: all
+    is_interleaved: bool = False  # checkpoints have the two features of a pair side by side, not in two halves
+    scale: float = 1.0  # of queries and of keys: its square is that of the scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,10 @@ class AttentionSpec:
 
     cache: CacheSpec
     window: int | None = None  # tokens that a position sees, itself included; None: all before it
+    rope_index: int = 0  # of `ModelConfig.ropes`
     scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     sinks: bool = False  # a weight of each head takes part in the softmax
-    rope_index: int = 0  # of `ModelConfig.ropes`
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ class MoE:
     """Mixture of experts, each a `DenseMLP` without biases.
 
     routing: how a token's `num_experts_per_tok` most probable experts are weighted: by their probabilities ("softmax"),
-    or by these made to sum to 1 ("softmax_of_chosen").
+    or by these made to sum to 1 ("softmax_of_chosen"). shared_size: inner features of one more expert, which all tokens
+    go through, weighted by the sigmoid of a gate of its own; 0: there is none.
     """
 
     num_experts: int
@@ -94,22 +97,36 @@ class MoE:
     intermediate_size: int
     routing: str = "softmax"
     activation: str = "silu"
+    shared_size: int = 0
 
     @property
     def active_features(self) -> int:
-        return self.num_experts_per_tok * self.intermediate_size
+        return self.num_experts_per_tok * self.intermediate_size + self.shared_size
 
     def num_weights(self, hidden_size: int, tp_size: int) -> int:
-        return 3 * self.num_experts * self.intermediate_size * hidden_size // tp_size + self.num_experts * hidden_size
+        features = self.num_experts * self.intermediate_size + self.shared_size
+        return 3 * features * hidden_size // tp_size + self.num_experts * hidden_size
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorms:
+    """Names of a layer's norms: of what goes into attention and into the MLP, and of what comes out of each, before it
+    is added to the residual stream; "" where there is none."""
+
+    before_attention: str = "input_layernorm"
+    after_attention: str = ""
+    before_mlp: str = "post_attention_layernorm"
+    after_mlp: str = ""
+    of_heads: str = ""  # "each": of each query and key head; "all": of all queries' features at once, and of all keys'
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One decoder layer: its two halves, and the norms that it has, by the names of their weights."""
+    """One decoder layer: its two halves and its norms."""
 
     attention: AttentionSpec
     mlp: DenseMLP | MoE
-    norms: tuple[str, ...] = PRE_NORMS
+    norms: LayerNorms = LayerNorms()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +138,7 @@ class ModelConfig:
     hidden_size: int
     num_qo_heads: int
     head_dim: int  # of queries
-    rms_norm_eps: float
+    rms_norm_eps: float  # of the residual stream
     max_position: int  # longest sequence that the model is made for, scaling included
     layers: tuple[LayerSpec, ...]
     ropes: tuple[RopeConfig, ...]
@@ -132,6 +149,10 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     packed_bytes: int = 0  # of weights that stay packed as they are stored; 0: there are none
     quantization: Quantization | None = None  # of these, in safetensors
+    norm_offset: float = 0.0  # that checkpoints leave out of the weights of norms
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
 
     @property
     def num_layers(self) -> int:

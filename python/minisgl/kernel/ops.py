@@ -30,7 +30,7 @@ def route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor,
 
 
 # By the names that specifications of models use.
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": F.silu}
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": torch.nn.GELU("tanh")}
 ROUTINGS = {"softmax": False, "softmax_of_chosen": True}  # whether `route` renormalizes
 
 

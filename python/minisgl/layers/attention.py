@@ -5,62 +5,96 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
+
 from minisgl.attention.base import StepContext
 from minisgl.config.model import DenseMLP, ModelConfig, MoE, PagedKV
 from minisgl.formats.base import DENSE, Shard, WeightSlot, experts_of
 from minisgl.kernel.ops import Experts, KVSlots
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, whole
 from minisgl.layers.linear import GateUpLinear, Linear, QKVLinear, RowLinear
+from minisgl.layers.rope import head_order
 
 
 class Attention(Layer):
     """The attention block of decoder layer `layer`: projections, norm, rotation, cache, attention, output."""
 
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
-        spec, hidden = config.layers[layer].attention, config.hidden_size
+        spec, hidden, norms = config.layers[layer].attention, config.hidden_size, config.layers[layer].norms
         assert isinstance(spec.cache, PagedKV)
         self._ops, self._layer, self._spec, self._eps = env.ops, layer, spec, config.rms_norm_eps
-        self._head_dim = config.head_dim
-        self.qkv_proj = QKVLinear(env, hidden, config.num_qo_heads, spec.cache.heads, config.head_dim, config.qkv_bias)
+        self._head_dim, self._comm, self._offset = config.head_dim, env.comm, config.norm_offset
+        order = head_order(config.ropes[spec.rope_index], config.head_dim)
+        heads = config.num_qo_heads, spec.cache.heads, config.head_dim
+        self.qkv_proj = QKVLinear(env, hidden, *heads, config.qkv_bias, order)
         q_size = config.num_qo_heads * config.head_dim
         self.o_proj = RowLinear(env, q_size, hidden, config.o_bias, "attention features")
         self._num_q, self._num_kv = self.qkv_proj.num_qo_heads, self.qkv_proj.num_kv_heads
-        has_norm = "q_norm" in config.layers[layer].norms
-        self.qk_norm = env.vector(self._num_q + self._num_kv, config.head_dim) if has_norm else None
+        assert order is None or not norms.of_heads, "their weights would have to be reordered, too"
+        self._is_wide = norms.of_heads == "all"
+        self.qk_norm = env.vector(self._num_q + self._num_kv, config.head_dim) if norms.of_heads else None
 
-    def forward(self, x: Tensor, norm: Tensor, step: StepContext) -> Tensor:
-        """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the layer's input → the new stream."""
+    def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
+        """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output →
+        the new stream."""
         qkv = self.qkv_proj.forward(x, norm, self._eps).view(x.shape[0], -1, self._head_dim)
         cache = step.kv.layer(self._layer)
         rope, slots = step.ropes[self._spec.rope_index], KVSlots(*cache, step.slots)
-        q = self._ops.norm_rope_store(qkv, self.qk_norm, self._eps, rope, slots)
+        if self._is_wide:
+            self._norm_of_all(qkv)
+        q = self._ops.norm_rope_store(qkv, None if self._is_wide else self.qk_norm, self._eps, rope, slots)
         out = step.backend.forward(q, cache, self._spec, step.metadata)
-        return self.o_proj.forward(out.reshape(x.shape[0], -1), x)
+        return self.o_proj.forward(out.reshape(x.shape[0], -1), x, after, self._eps)
+
+    def _norm_of_all(self, qkv: Tensor) -> None:
+        """Root-mean-square norm, in place, of all queries' features at once, and of all keys', those of other ranks
+        included. qkv: [num_tokens, heads, head_dim]."""
+        assert self.qk_norm is not None
+        counts = self._num_q, self._num_kv
+        parts = qkv[:, : counts[0]], qkv[:, counts[0] : sum(counts)]
+        sums = self._comm.all_reduce(torch.stack([part.float().square().sum((1, 2)) for part in parts], -1))
+        for i, (part, weight) in enumerate(zip(parts, self.qk_norm.split_with_sizes(counts), strict=True)):
+            size = counts[i] * self._head_dim * self._comm.size
+            scale = torch.rsqrt(sums[:, i, None, None] / size + self._eps)
+            part.copy_((part.float() * scale).to(part.dtype) * weight)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.qkv_proj.weights(prefix)
         yield from self.o_proj.weights(f"{prefix}o_proj.")
-        if self.qk_norm is not None:
-            yield whole(f"{prefix}q_norm.weight", self.qk_norm[: self._num_q])
-            yield whole(f"{prefix}k_norm.weight", self.qk_norm[self._num_q :])
+        if self.qk_norm is None:
+            return
+        for kind, target in (("q", self.qk_norm[: self._num_q]), ("k", self.qk_norm[self._num_q :])):
+            name = f"{prefix}{kind}_norm.weight"
+            if self._is_wide:
+                shard = self.qkv_proj.shard(f"{kind}_proj.")
+                yield WeightSlot(name, shard.shape[:1], target.view(-1), shard.rows)
+            else:
+                yield whole(name, target, self._offset)
 
     def cpu_spec(self) -> CpuSpec | None:
         qkv, o, spec = self.qkv_proj.cpu_spec(), self.o_proj.cpu_spec(), self._spec
         is_plain = (spec.scale, spec.softcap, spec.sinks, spec.rope_index) == (None, None, False, 0)
-        return qkv and o and CpuSpec(qkv.matrices + o.matrices, (self.qk_norm,), spec.window) if is_plain else None
+        if qkv is None or o is None or not is_plain or self._is_wide:
+            return None
+        return CpuSpec(qkv.matrices + o.matrices, (self.qk_norm,), spec.window)
 
 
 class GatedMLP(Layer):
     """down(activation(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
 
     def __init__(self, env: LayerEnv, hidden_size: int, spec: DenseMLP, eps: float) -> None:
-        self._eps, inner = eps, spec.intermediate_size
+        self._eps, self._comm, self._spec, inner = eps, env.comm, spec, spec.intermediate_size
         self.gate_up_proj = GateUpLinear(env, hidden_size, inner, spec.bias, spec.activation)
         self.down_proj = RowLinear(env, inner, hidden_size, spec.bias, "intermediate features")
 
-    def forward(self, x: Tensor, norm: Tensor) -> Tensor:
-        """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input → the new stream."""
-        return self.down_proj.forward(self.gate_up_proj.forward(x, norm, self._eps), x)
+    def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None = None) -> Tensor:
+        """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output →
+        the new stream."""
+        return self.down_proj.forward(self.gate_up_proj.forward(x, norm, self._eps), x, after, self._eps)
+
+    def part(self, hidden: Tensor) -> Tensor:
+        """hidden: [num_tokens, hidden], without residual → this rank's part of the sum."""
+        return self.down_proj.matrix.apply(self.gate_up_proj.forward(hidden, None, self._eps))
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.gate_up_proj.weights(prefix)
@@ -68,7 +102,9 @@ class GatedMLP(Layer):
 
     def cpu_spec(self) -> CpuSpec | None:
         gate_up, down = self.gate_up_proj.cpu_spec(), self.down_proj.cpu_spec()
-        return gate_up and down and CpuSpec(gate_up.matrices + down.matrices)
+        if gate_up is None or down is None or self._spec.activation != "silu":
+            return None
+        return CpuSpec(gate_up.matrices + down.matrices)
 
 
 class SparseMLP(Layer):
@@ -86,12 +122,22 @@ class SparseMLP(Layer):
         shapes = (spec.num_experts, 2 * self._share, hidden_size), (spec.num_experts, hidden_size, self._share)
         self._gate_up, self._down = (env.format.create(shape, env.dtype, env.device) for shape in shapes)
         self._experts: Experts | None = None
+        self.shared_expert: GatedMLP | None = None
+        self.shared_expert_gate: Linear | None = None
+        if spec.shared_size:
+            self.shared_expert = GatedMLP(env, hidden_size, DenseMLP(spec.shared_size, False, spec.activation), eps)
+            shard = Shard((1, hidden_size), (0, 1))
+            self.shared_expert_gate = Linear(replace(env, format=DENSE), (1, hidden_size), {"": shard})
 
-    def forward(self, x: Tensor, norm: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None = None) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input → the new stream."""
         assert self._experts is not None
+        assert norm is not None
+        assert after is None, "no family has such a norm"
         hidden = self._ops.rms_norm(x, norm, self._eps)
         part = self._experts(hidden, self.gate.matrix.apply(hidden))
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            part += self.shared_expert.part(hidden) * self.shared_expert_gate.matrix.apply(hidden).sigmoid_()
         return self._comm.all_reduce(x.add_(part) if self._comm.rank == 0 else part)
 
     def pack(self) -> None:
@@ -109,3 +155,6 @@ class SparseMLP(Layer):
             yield from slots(f"{expert}gate_proj.", gate_up, Shard(shape, mine))
             yield from slots(f"{expert}up_proj.", gate_up, Shard(shape, mine, at=self._share))
             yield from slots(f"{expert}down_proj.", down, Shard(shape[::-1], (0, self._hidden), mine))
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            yield from self.shared_expert.weights(f"{prefix}shared_expert.")
+            yield from self.shared_expert_gate.weights(f"{prefix}shared_expert_gate.")

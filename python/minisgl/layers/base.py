@@ -78,6 +78,7 @@ class Layer(ABC):
         return None
 
 
-def whole(name: str, target: Tensor) -> WeightSlot:
-    """A vector that every rank holds entirely."""
-    return WeightSlot(name, (target.shape[-1],), target, (0, target.shape[-1]))
+def whole(name: str, target: Tensor, offset: float = 0.0, scale: float = 1.0) -> WeightSlot:
+    """A vector that every rank holds entirely. offset, scale: what the checkpoint's is added to, then multiplied by."""
+    changed = (lambda stored: (stored.float() + offset) * scale) if (offset, scale) != (0.0, 1.0) else None
+    return WeightSlot(name, (target.shape[-1],), target, (0, target.shape[-1]), transform=changed)

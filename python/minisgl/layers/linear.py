@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
 
 from minisgl.errors import ConfigError
 from minisgl.formats.base import Shape, Shard, WeightSlot
+from minisgl.formats.float8 import BLOCK
 from minisgl.kernel.ops import Matrix
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor
 from minisgl.utils.math import div_ceil
@@ -34,9 +38,15 @@ class Linear(Layer):
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         for name, shard in self._shards.items():
-            yield from self._format.slots(f"{prefix}{name}", self._tensors, shard)
+            for slot in self._format.slots(f"{prefix}{name}", self._tensors, shard):
+                yield self._arranged(name, slot)
             if self.bias is not None:
-                yield WeightSlot(f"{prefix}{name}bias", shard.shape[:1], shard.of(self.bias), shard.rows)
+                bias = WeightSlot(f"{prefix}{name}bias", shard.shape[:1], shard.of(self.bias), shard.rows)
+                yield self._arranged(name, bias)
+
+    def _arranged(self, name: str, slot: WeightSlot) -> WeightSlot:  # noqa: ARG002
+        """A slot of the layer `name`, with what else is to be done to its tensor."""
+        return slot
 
     def pack(self) -> None:
         self._matrix = self._format.matrix(self._ops, self._tensors, self._activation)
@@ -54,8 +64,16 @@ class QKVLinear(Linear):
     """
 
     def __init__(
-        self, env: LayerEnv, hidden_size: int, num_qo_heads: int, num_kv_heads: int, head_dim: int, bias: bool
+        self,
+        env: LayerEnv,
+        hidden_size: int,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool,
+        order: Tensor | None = None,
     ) -> None:
+        """order: of the features of query and key heads, as `layers.rope.head_order` has it."""
         size, rank = env.comm.size, env.comm.rank
         self.num_qo_heads, self.num_kv_heads = env.share(num_qo_heads, "attention heads"), max(1, num_kv_heads // size)
         if num_kv_heads % size and size % num_kv_heads:
@@ -68,10 +86,33 @@ class QKVLinear(Linear):
             "k_proj.": Shard(shape, rows, at=q),
             "v_proj.": Shard(shape, rows, at=q + kv),
         }
+        self._order = order
         super().__init__(env, (q + 2 * kv, hidden_size), shards, bias)
 
-    def forward(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
-        return self.matrix.norm_apply(x, norm, eps, self.bias)
+    def forward(self, x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+        return self.matrix.apply(x, self.bias) if norm is None else self.matrix.norm_apply(x, norm, eps, self.bias)
+
+    def shard(self, name: str) -> Shard:
+        """What this rank holds of the layer of that name."""
+        return self._shards[name]
+
+    def _arranged(self, name: str, slot: WeightSlot) -> WeightSlot:
+        """Rows of heads that are rotated, as the kernels want them."""
+        rows, change = len(slot.target), slot.transform
+        if self._order is None or name == "v_proj." or slot.name.endswith(".g_idx"):
+            return slot
+        if rows != self._shards[name].local[0]:  # one scale for all, or for many rows
+            if rows > 1 and len(self._order) % BLOCK:
+                size = f"heads of {len(self._order)} features, and this family reorders them"
+                raise ConfigError(f"{slot.name}: its blocks of {BLOCK} rows do not fit {size}")
+            return slot
+        order = torch.arange(rows).view(-1, len(self._order))[:, self._order].flatten()
+        return replace(slot, transform=lambda part: take_rows(part if change is None else change(part), order))
+
+
+def take_rows(x: Tensor, order: Tensor) -> Tensor:
+    """x[order], of any type."""
+    return x.view(torch.uint8)[order].view(x.dtype) if x.itemsize == 1 else x[order]
 
 
 class GateUpLinear(Linear):
@@ -83,7 +124,7 @@ class GateUpLinear(Linear):
         shards = {"gate_proj.": Shard(shape, rows), "up_proj.": Shard(shape, rows, at=share)}
         super().__init__(env, (2 * share, hidden_size), shards, bias, activation)
 
-    def forward(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    def forward(self, x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
         return self.matrix.gate_up(x, norm, eps, self.bias)
 
 
@@ -96,8 +137,14 @@ class RowLinear(Linear):
         shard = Shard((out_features, in_features), (0, out_features), cols)
         super().__init__(env, (out_features, share), {"": shard}, bias)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + y, in place of `residual`: rank 0 adds it, and the bias, to its part of the sum over ranks."""
+    def forward(self, x: Tensor, residual: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
+        """residual + y, in place of `residual`: rank 0 adds it, and the bias, to its part of the sum over ranks.
+
+        norm: of y, before it is added.
+        """
+        if norm is not None:
+            part = self.matrix.apply(x, self.bias if self._comm.rank == 0 else None)
+            return residual.add_(self._ops.rms_norm(self._comm.all_reduce(part), norm, eps))
         if self._comm.rank > 0:
             return self._comm.all_reduce(self.matrix.apply(x))
         return self._comm.all_reduce(self.matrix.apply_add(x, residual, self.bias))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 from minisgl.config.model import RopeConfig
 from minisgl.kernel.ops import RopeAngles
@@ -20,9 +21,14 @@ class RotaryEmbedding:
     """
 
     def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
-        self._config, self._head_dim = config, head_dim
-        inv_freq, self._factor = inverse_frequencies(config, head_dim)
-        self._inv_freq, self._exponents = inv_freq.to(device), _exponents(head_dim).to(device)
+        self._config, self._dim = config, config.rotary_dim or head_dim
+        inv_freq, factor = inverse_frequencies(config, self._dim)
+        if config.type == "none":
+            inv_freq.zero_()
+        still = head_dim // 2 - len(inv_freq)  # pairs that are not rotated
+        factors = torch.cat((torch.full((len(inv_freq),), factor), torch.ones(still))) * config.scale
+        self._inv_freq, self._exponents = F.pad(inv_freq, (0, still)).to(device), _exponents(self._dim).to(device)
+        self._factors = factors.repeat(2).to(device)
 
     def __call__(self, positions: Tensor) -> RopeAngles:
         """positions: [num_tokens] int64."""
@@ -30,14 +36,26 @@ class RotaryEmbedding:
         angles = positions[:, None].float() * inv_freq
         cos, sin = angles.cos(), angles.sin()
         cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        return RopeAngles(cos[:, None] * self._factor, sin[:, None] * self._factor)
+        return RopeAngles(cos[:, None] * self._factors, sin[:, None] * self._factors)
 
     def _dynamic_frequencies(self, positions: Tensor) -> Tensor:
         """NTK-aware scaling for the length that ends at each position: [num_tokens, head_dim / 2]."""
-        factor, original, dim = self._config.scaling["factor"], self._config.max_position, self._head_dim
+        factor, original, dim = self._config.scaling["factor"], self._config.max_position, self._dim
         length = (positions + 1).clamp(min=original).double()
         base = self._config.theta * (factor * length / original - (factor - 1)) ** (dim / (dim - 2))
-        return torch.reciprocal(base[:, None].float() ** self._exponents)
+        inv_freq = torch.reciprocal(base[:, None].float() ** self._exponents)
+        return F.pad(inv_freq, (0, len(self._inv_freq) - inv_freq.shape[1]))
+
+
+def head_order(config: RopeConfig, head_dim: int) -> Tensor | None:
+    """Which feature of a head, as checkpoints have it, stands where the kernels want it, which rotate i with
+    i + head_dim / 2: [head_dim] int64; None: each stays."""
+    dim = config.rotary_dim or head_dim
+    if dim == head_dim and not config.is_interleaved:
+        return None
+    rotated, still = torch.arange(dim), torch.arange(dim, head_dim)
+    first, second = (rotated[::2], rotated[1::2]) if config.is_interleaved else rotated.chunk(2)
+    return torch.cat((first, still[::2], second, still[1::2]))
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

@@ -41,6 +41,7 @@ _IGNORED = re.compile(
     r"weight_shape|input_scale|input_zero_point)$"
 )
 _QUANTIZED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_(scale|packed|zero_point).*|absmax|quant_map|SCB)$")
+_MIXTRAL = {"1": ".gate_proj", "2": ".down_proj", "3": ".up_proj"}
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in safetensors
 
 
@@ -198,7 +199,13 @@ class Checkpoint:
 def our_name(name: str) -> str:
     """The name of a stored tensor as our layers have it; any other stays as it is."""
     match = _NAME.fullmatch(name)
-    return name if match is None else match[1] or f"model.{match[2]}"
+    if match is None:
+        return name
+    ours = match[1] or f"model.{match[2]}"
+    if ".block_sparse_moe." in ours:  # as Mixtral names its experts
+        ours = ours.replace(".block_sparse_moe.", ".mlp.")
+        ours = re.sub(r"\.w([123])(?=\.)", lambda which: _MIXTRAL[which[1]], ours)
+    return ours
 
 
 def _places(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int | None, int, int]]:

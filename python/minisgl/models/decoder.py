@@ -13,30 +13,35 @@ from minisgl.layers.linear import VocabTable
 
 
 class DecoderLayer(Layer):
-    """Pre-norm attention and MLP, each of which adds to the residual stream."""
+    """Attention and MLP, each of which adds to the residual stream, with norms before or after."""
 
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         hidden, eps, mlp = config.hidden_size, config.rms_norm_eps, config.layers[layer].mlp
         self.self_attn = Attention(env, config, layer)
         self.mlp = SparseMLP(env, hidden, mlp, eps) if isinstance(mlp, MoE) else GatedMLP(env, hidden, mlp, eps)
-        self.input_layernorm = env.vector(hidden)
-        self.post_attention_layernorm = env.vector(hidden)
+        names, self._offset = config.layers[layer].norms, config.norm_offset
+        self._names = names.before_attention, names.after_attention, names.before_mlp, names.after_mlp
+        self.norms = [env.vector(hidden) if name else None for name in self._names]
 
     def forward(self, x: Tensor, step: StepContext) -> Tensor:
-        x = self.self_attn.forward(x, self.input_layernorm, step)
-        return self.mlp.forward(x, self.post_attention_layernorm)
+        before_attention, after_attention, before_mlp, after_mlp = self.norms
+        x = self.self_attn.forward(x, before_attention, after_attention, step)
+        return self.mlp.forward(x, before_mlp, after_mlp)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield whole(f"{prefix}input_layernorm.weight", self.input_layernorm)
         yield from self.self_attn.weights(f"{prefix}self_attn.")
-        yield whole(f"{prefix}post_attention_layernorm.weight", self.post_attention_layernorm)
         yield from self.mlp.weights(f"{prefix}mlp.")
+        for name, norm in zip(self._names, self.norms, strict=True):
+            if norm is not None:
+                yield whole(f"{prefix}{name}.weight", norm, self._offset)
 
     def cpu_spec(self) -> CpuSpec | None:
         attention, mlp = self.self_attn.cpu_spec(), self.mlp.cpu_spec()
-        if attention is None or mlp is None:
+        before_attention, after_attention, before_mlp, after_mlp = self.norms
+        is_plain = None not in (before_attention, before_mlp) and after_attention is after_mlp is None
+        if attention is None or mlp is None or not is_plain:
             return None
-        norms = (self.input_layernorm, self.post_attention_layernorm, *attention.norms)
+        norms = (before_attention, before_mlp, *attention.norms)
         return CpuSpec(attention.matrices + mlp.matrices, norms, attention.window)
 
 
@@ -44,7 +49,7 @@ class DecoderModel:
     """Token ids to logits."""
 
     def __init__(self, env: LayerEnv, config: ModelConfig) -> None:
-        self._vocab_size, self._eps = config.vocab_size, config.rms_norm_eps
+        self._config, self._eps = config, config.rms_norm_eps
         self.embed_tokens = VocabTable(env, config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(env, config, i) for i in range(config.num_layers)]
         self.norm = env.vector(config.hidden_size)
@@ -55,6 +60,8 @@ class DecoderModel:
     def hidden(self, input_ids: Tensor, step: StepContext) -> Tensor:
         """input_ids: [num_tokens] int64 → the residual stream after the last layer: [num_tokens, hidden]."""
         x = self.embed_tokens.forward(input_ids)
+        if self._config.embedding_scale != 1:
+            x *= self._config.embedding_scale
         for layer in self.layers:
             x = layer.forward(x, step)
         return x
@@ -64,19 +71,25 @@ class DecoderModel:
         in the model's dtype."""
         if logit_tokens is not None:
             x = x.index_select(0, logit_tokens)
-        return self.lm_head.logits(x, self.norm, self._eps) if len(x) else x.new_empty(0, self._vocab_size)
+        if not len(x):
+            return x.new_empty(0, self._config.vocab_size)
+        logits, cap = self.lm_head.logits(x, self.norm, self._eps), self._config.logit_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def parts(self) -> Iterator[Part]:
         """All that is to be filled. No more than one part is in memory both as it was loaded and as it is packed."""
         yield Part([*self.embed_tokens.weights("model.embed_tokens.")], self.embed_tokens.pack)
         for i, layer in enumerate(self.layers):
             yield Part([*layer.weights(f"model.layers.{i}.")], layer.pack)
-        yield Part([whole("model.norm.weight", self.norm)], lambda: None)
+        last = whole("model.norm.weight", self.norm, self._config.norm_offset, self._config.logit_scale)
+        yield Part([last], lambda: None)
         if self.lm_head is not self.embed_tokens:
             yield Part([*self.lm_head.weights("lm_head.")], self.lm_head.pack)
 
     def cpu_specs(self) -> list[CpuSpec] | None:
         """Of the embedding, each layer and the head; None if the CPU engine cannot compute one of them."""
+        if (self._config.embedding_scale, self._config.logit_softcap) != (1, None):
+            return None
         layers = (self.embed_tokens, *self.layers, self.lm_head)
         specs = [spec for layer in layers if (spec := layer.cpu_spec()) is not None]
         return specs if len(specs) == len(layers) else None
