@@ -77,7 +77,7 @@ def _unsplit(text: str) -> str:
     """Events as they are, but for how tokens share them, which is a matter of time: the texts of events that are else
     the same are joined."""
     parts, before = list[str](), ("", "")
-    for event in re.sub(r'"sequence_number": ?\d+,?', "", text).split("\n\n"):
+    for event in re.sub(r'"(sequence_number|output_tokens)": ?\d+,?', "", text).split("\n\n"):
         found = _DELTA.search(event)
         head, rest = (event[: found.end()], event[found.end() :]) if found else (event, "")
         value, _, tail = rest.partition('"')
@@ -125,14 +125,16 @@ async def test_prefix_routing_beside_random(cluster: Cluster, tmp_path: Path) ->
     with running(tmp_path / "log", "--replicas", "2", "--router", "random") as other:
         assert not cluster.replicas().keys() & other.replicas().keys()
         cached = [await _cached_tokens(one.url) for one in (cluster, other)]
+        print(f"cached tokens: {cached[0]} by prefix, {cached[1]} at random")
+        assert cached[0] >= 1.5 * cached[1]
         assert len(cluster.replicas()) == len(other.replicas()) == 2
-        other.process.kill()  # the worst end: nothing of it is left, as `running` sees
-        other.process.wait()
         family = other.family()
-        psutil.wait_procs(family, 30)
+        assert len(family) > 10
+        other.process.kill()  # the worst end
+        other.process.wait()
+        _, left = psutil.wait_procs(family, 90)  # Ray's agents look for it now and then
+        assert not left
     assert (await _cached_tokens(cluster.url, 4)) >= 0  # the first one does not mind
-    print(f"cached tokens: {cached[0]} by prefix, {cached[1]} at random")
-    assert cached[0] >= 1.5 * cached[1]
 
 
 async def _cached_tokens(url: str, conversations: int = 120) -> int:
@@ -163,10 +165,10 @@ async def test_a_replica_is_killed_under_streams(cluster: Cluster, victim: str) 
     """Every request ends once: those that had sent something with an error, all others well. Then there are two."""
     cluster.wait_replicas(2)
     before = cluster.get("/cluster")["requests"]
-    load = Load(cluster.url, 32, max_tokens=120)
+    load = Load(cluster.url, 32, max_tokens=300)
     while load.begun < 200:
         await asyncio.sleep(0.02)
-    name, pid = next(iter(cluster.replicas().items()))
+    name, pid = await asyncio.to_thread(cluster.busiest)
     (psutil.Process(pid) if victim == "server" else psutil.Process(pid).parent()).kill()
     await asyncio.sleep(3)
     ends = Counter(await load.stop())
@@ -185,14 +187,14 @@ async def test_what_had_sent_nothing_goes_elsewhere(cluster: Cluster) -> None:
     cluster.wait_replicas(2)
     before = cluster.get("/cluster")["requests"]
     async with httpx.AsyncClient(base_url=cluster.url, timeout=120) as client:
-        body = {"prompt": "Tell", "max_tokens": 200, "ignore_eos": True}
+        body = {"prompt": "Tell", "max_tokens": 400, "ignore_eos": True}
         asked = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(32)]
-        await asyncio.sleep(0.3)
-        name, pid = next(iter(cluster.replicas().items()))
+        await asyncio.sleep(0.2)
+        name, pid = await asyncio.to_thread(cluster.busiest)
         os.kill(pid, signal.SIGKILL)
         answers = await asyncio.gather(*asked)
     assert [answer.status_code for answer in answers] == [200] * 32
-    assert {answer.json()["usage"]["completion_tokens"] for answer in answers} == {200}
+    assert {answer.json()["usage"]["completion_tokens"] for answer in answers} == {400}
     cluster.wait_replicas(2, without={name})
     assert cluster.get("/cluster")["requests"]["retried"] > before["retried"]
 
@@ -208,20 +210,22 @@ async def test_the_router_is_killed(cluster: Cluster) -> None:
         await asyncio.sleep(1)
         ends = Counter(await load.stop())
     assert all(end == "length" or end.startswith("APIConnectionError") or "peer closed" in end for end in ends), ends
-    assert await Load(cluster.url, 0).once("And now?") == "length"
+    later = Load(cluster.url, 0)
+    assert await later.once("And now?") == "length"
+    await later.stop()
     cluster.wait_replicas(2)
 
 
 async def test_scaled_and_renewed_under_load(tmp_path: Path) -> None:
     """1 to 3 to 1, then other options one replica after the other: no request fails."""
     with running(tmp_path / "log", "--replicas", "1", "--max-replicas", "3") as cluster:
-        load = Load(cluster.url, 6, max_tokens=30)
+        load = Load(cluster.url, 3, max_tokens=20)
         for count in (3, 1):
             _command(cluster, "scale", str(count))
-            await asyncio.to_thread(cluster.wait_replicas, count)
+            await asyncio.to_thread(cluster.wait_replicas, count, frozenset(), 150)
         old = set(cluster.replicas())
         _command(cluster, "scale", "1", "--options", '{"max_running_requests": 64}')
-        await asyncio.to_thread(cluster.wait_replicas, 1, old)
+        await asyncio.to_thread(cluster.wait_replicas, 1, old, 150)
         ends = Counter(await load.stop())
         assert ends.keys() == {"length"}, ends
         assert httpx.get(f"{cluster.url}/server_info").json()["max_running_requests"] == 64

@@ -1,8 +1,4 @@
-"""Replicas of a server behind a router that knows prefixes, on Ray.
-
-`minisgl cluster serve` starts them; `serve run minisgl.cluster:app replicas=2 model=…` does so where Ray is run by
-others. What imports Ray: `serving`, `owner`, `ingress`, `replica`.
-"""
+"""Replicas of a server behind a router that knows prefixes. `serving`, `owner`, `ingress` and `replica` import Ray."""
 
 from __future__ import annotations
 

@@ -100,12 +100,12 @@ def _serve(words: list[str]) -> int:
     args = parse_args(rest, prog=prog)
     if args.shell:
         raise ConfigError("--shell: a cluster has none; minisgl chat has")
+    check_ray()
     if (status := _apart()) is not None:
         return status
     os.environ["LOG_FORMAT"] = args.log_format
     setup_logging("cluster")
     most = max(asked.replicas, asked.max_replicas or asked.replicas)
-    check_ray()
     with contextlib.closing(bind_port(args.host, args.port)) as listener:
         if asked.address is None:
             prepare(args)  # what is wrong with it is told before anything is started

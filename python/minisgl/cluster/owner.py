@@ -72,17 +72,17 @@ class Owner:
     def _join(self) -> None:
         for name, value in _ENVIRON.items():
             os.environ.setdefault(name, value)
-        local: dict[str, Any] = {
-            "include_dashboard": False,
-            "object_store_memory": _OBJECT_STORE,
-            "_node_ip_address": "127.0.0.1",
-        }
-        local["_temp_dir"] = f"{self._folder}/ray"
-        try:
-            ray.init(self._address or "local", logging_level=logging.ERROR, **({} if self._address else local))
-        except Exception as error:  # of any kind
-            what = f"--address {self._address}" if self._address else "Ray does not start"
-            raise ConfigError(f"{what}: {' '.join(str(error).split())}") from None
+        local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": f"{self._folder}/ray"}
+        options: dict[str, Any] = {} if self._address else {**local, "object_store_memory": _OBJECT_STORE}
+        for tries_left in (1, 0):  # on a busy machine a Ray of our own may give up after half a minute
+            try:
+                ray.init(self._address or "local", logging_level=logging.ERROR, **options)
+                break
+            except Exception as error:  # of any kind
+                if self._address or not tries_left:
+                    what = f"--address {self._address}" if self._address else "Ray does not start"
+                    raise ConfigError(f"{what}: {' '.join(str(error).split())}") from None
+                ray.shutdown()
         if self._address and APP in serve.status().applications:
             raise ConfigError(f"--address {self._address}: a cluster is there already; minisgl cluster drain ends it")
         serve.start(proxy_location="Disabled")
@@ -108,6 +108,7 @@ class Owner:
             raise KeyboardInterrupt
 
     def _watch(self, handle: DeploymentHandle[Any]) -> None:
+        next_wanted: dict[str, Any] | None = None
         last_seen, state = time.monotonic(), handle.state  # made once: that needs the head, and waits for it
         while not self._signals:
             time.sleep(_POLL_SECONDS)
@@ -120,9 +121,11 @@ class Owner:
                 continue
             if wanted is not None and "drain" in wanted:
                 break
-            if wanted is not None and not (self._changing and self._changing.is_alive()):
-                self._changing = threading.Thread(target=self._change, args=(wanted,), daemon=True)
+            next_wanted = wanted or next_wanted
+            if next_wanted is not None and not (self._changing and self._changing.is_alive()):
+                self._changing = threading.Thread(target=self._change, args=(next_wanted,), daemon=True)
                 self._changing.start()
+                next_wanted = None
         with contextlib.suppress(RayError, RayServeException, TimeoutError):
             handle.drain.remote().result(timeout_s=_ASK_SECONDS)
             deadline = time.monotonic() + args_from_options(self._plan.options).drain_timeout

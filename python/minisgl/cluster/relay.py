@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Of one connection, or told by us.
 _HOP = (b"connection", b"keep-alive", b"transfer-encoding", b"expect", b"x-forwarded-for", b"x-forwarded-proto")
+_NOT_OURS = ("user-agent", "accept", "accept-encoding", "content-type")  # unless the client sends them
 _TAIL = 4096  # bytes at the end of an answer in which token counts are looked for
 _CONNECT_SECONDS = 5.0
 _ENDED = "the replica that was answering has ended; try again"
@@ -123,11 +125,8 @@ class Relay:
     async def _request(self, scope: Scope, body: bytes, url: str) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
-            cookies = aiohttp.DummyCookieJar()
-            self._session = aiohttp.ClientSession(
-                connector=connector, timeout=timeout, auto_decompress=False, cookie_jar=cookies
-            )
+            made = partial(aiohttp.ClientSession, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar())
+            self._session = made(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30), auto_decompress=False)
         headers = CIMultiDict[str]()
         for name, value in scope["headers"]:
             if name not in _HOP and name != b"content-length":
@@ -137,16 +136,9 @@ class Relay:
         query = scope["query_string"].decode("latin-1")
         path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
         target = URL(url + path + (f"?{query}" if query else ""), encoded=True)
-        skipped = ("user-agent", "accept", "accept-encoding", "content-type")
-        has_body = scope["method"] in ("POST", "PUT", "PATCH") or body
-        async with self._session.request(
-            scope["method"],
-            target,
-            headers=headers,
-            data=body if has_body else None,
-            allow_redirects=False,
-            skip_auto_headers=skipped,
-        ) as answer:
+        request = partial(self._session.request, scope["method"], target, headers=headers, allow_redirects=False)
+        data = body if body or scope["method"] in ("POST", "PUT", "PATCH") else None
+        async with request(data=data, skip_auto_headers=_NOT_OURS) as answer:
             yield answer
 
 

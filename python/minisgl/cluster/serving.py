@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +15,7 @@ from ray import serve
 from ray.serve.config import AutoscalingContext
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
+import minisgl
 from minisgl.cluster.ingress import Choice, Ingress, Relayed
 from minisgl.cluster.replica import Replica, node_address
 from minisgl.cluster.router import POLICIES
@@ -102,7 +105,8 @@ def application(plan: Plan) -> serve.Application:
     args = args_from_options(plan.options)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     more, resources = replica_needs(args, plan, nodes)
-    served = {name: value for name, value in plan.options.items() if not name.startswith("ssl_")}
+    front = {name: value for name, value in plan.options.items() if name.startswith("ssl_")}
+    served = {name: value for name, value in plan.options.items() if name not in front} | more
     count: dict[str, Any] = {"num_replicas": plan.replicas}
     if plan.max_replicas > plan.replicas:
         scale: dict[str, Any] = {"min_replicas": plan.replicas, "max_replicas": plan.max_replicas}
@@ -118,11 +122,17 @@ def application(plan: Plan) -> serve.Application:
         max_constructor_retry_count=2,
     )(Replica)
     here = {f"node:{node_address()}": 0.001} if plan.listener else {}
-    ingress = serve.deployment(**common, ray_actor_options={"num_cpus": 0, "resources": here})
-    front = {name: value for name, value in plan.options.items() if name.startswith("ssl_")}
-    return ingress(serve.ingress(Relayed())(Ingress)).bind(
-        replica.bind({**served, **more}, plan.host), front, plan.listener, plan.policy
+    ingress = serve.deployment(**common, ray_actor_options={"num_cpus": 0, "resources": here})(
+        serve.ingress(Relayed())(Ingress)
     )
+    # Each `serve.run` would be a version of its own, and replace all replicas also where only numbers change.
+    replica._version, ingress._version = _version(served), _version([front, plan.listener, plan.policy])
+    return ingress.bind(replica.bind(served, plan.host), front, plan.listener, plan.policy)
+
+
+def _version(made_of: object) -> str:
+    """Replicas of the same version stay."""
+    return hashlib.sha256(json.dumps([minisgl.__version__, made_of], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def build(options: Mapping[str, object]) -> serve.Application:

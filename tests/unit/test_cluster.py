@@ -1,0 +1,122 @@
+"""What a router reads of requests, the metrics of several servers as one, and what is wrong with a command line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.datastructures import Headers
+
+from minisgl.cluster.commands import main
+from minisgl.cluster.metrics import merged
+from minisgl.cluster.prompts import num_tokens, read_request
+from minisgl.errors import ConfigError
+
+LONG = "a text that is long enough for some blocks, " * 20
+
+
+def blocks(path: str, body: Any, **headers: str) -> list[int]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return list(read_request(path, Headers(headers), data).prompt.blocks)
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "first", "more"),
+    [
+        ("/v1/chat/completions", "messages", [{"role": "user", "content": LONG}], [{"role": "user", "content": "Go"}]),
+        ("/v1/responses", "input", [{"role": "user", "content": LONG}], [{"role": "user", "content": "Go"}]),
+        ("/v1/completions", "prompt", LONG, "and so on"),
+        ("/generate", "input_ids", [*range(1000, 1200)], [7]),
+    ],
+)
+def test_a_longer_conversation_begins_with_the_shorter_ones_blocks(
+    path: str, field: str, first: Any, more: Any
+) -> None:
+    short, long = blocks(path, {field: first}), blocks(path, {field: first + more, "max_tokens": 5})
+    assert len(short) > 4
+    assert long[: len(short)] == short
+
+
+def test_salts_and_keys_share_nothing() -> None:
+    each = [
+        blocks("/v1/completions", {"prompt": LONG}),
+        blocks("/v1/completions", {"prompt": LONG, "cache_salt": "mine"}),
+        blocks("/v1/completions", {"prompt": LONG}, authorization="Bearer a"),
+        blocks("/v1/completions", {"prompt": LONG}, **{"x-api-key": "a"}),
+    ]
+    assert len({block for one in each for block in one}) == sum(map(len, each))
+
+
+def test_sessions_and_who_has_what_is_asked_for() -> None:
+    def read(path: str, body: dict[str, Any], headers: dict[str, str]) -> tuple[str, str]:
+        asked = read_request(path, Headers(headers), json.dumps(body).encode())
+        return asked.prompt.session, asked.keeper
+
+    assert read("/v1/chat/completions", {"prompt_cache_key": "k"}, {}) == ("k", "")
+    assert read("/v1/chat/completions", {"prompt_cache_key": "k"}, {"x-session-id": "s"}) == ("s", "")
+    assert read("/v1/responses", {"previous_response_id": "resp_1"}, {}) == ("", "resp_1")
+    assert read("/v1/responses/resp_2/input_items", {}, {})[1] == "resp_2"
+    assert read("/trace/abc", {}, {})[1] == "abc"
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[1]", b"\xff", b'{"prompt": {"a": 1}, "prompt_cache_key": 5}', b"{" * 9999]
+)
+def test_whatever_the_body_is(body: bytes) -> None:
+    asked = read_request("/v1/completions", Headers({}), body)
+    assert (asked.prompt.blocks, asked.prompt.session, asked.keeper) == ([], "", "")
+
+
+def test_an_answer_tells_how_long_the_prompt_was() -> None:
+    assert num_tokens(b'... "usage":{"prompt_tokens":14,"total_tokens":38}}\n\ndata: [DONE]\n\n') == 14
+    assert num_tokens(b'"usage": {"input_tokens": 7}') == 7
+    assert num_tokens(b"data: [DONE]\n\n") == 0
+
+
+def test_metrics_of_all_replicas_are_one_page() -> None:
+    page = (
+        '# HELP a_total Some.\n# TYPE a_total counter\na_total{b="x, y"} 2.0\n# HELP c More.\n# TYPE c gauge\nc 1.0\n'
+    )
+    text = merged({"one": page, "two": page.replace("2.0", "3.0")})
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert text.count("# TYPE") == 2
+    samples = {sample.labels["replica"]: (sample.labels["b"], sample.value) for sample in families["a"].samples}
+    assert samples == {"one": ("x, y", 2.0), "two": ("x, y", 3.0)}
+    assert {sample.labels["replica"] for sample in families["c"].samples} == {"one", "two"}
+    assert merged({"one": page + "# EOF\n", "two": page + "# EOF\n"}).endswith("\n# EOF\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("serve --replicas 0", "argument --replicas: '0': expected a whole number from 1 to 4096"),
+        ("serve --replica 2", "unknown argument --replica"),
+        ("serve --router best", "--router"),
+        ("serve --port x", "--port x"),
+        ("serve --shell", "--shell: a cluster has none"),
+        ("scale", "replicas"),
+        ("scale many", "'many': expected a whole number"),
+        ("status --url http://127.0.0.1:1", "--url http://127.0.0.1:1/cluster: no cluster answers there"),
+        ("state", "invalid choice: 'state'"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_line(words: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        main(words.split())
+    assert message.removeprefix("argument ") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_ray_or_with_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9.3")
+    with pytest.raises(
+        ConfigError, match=r"needs Ray 2\.60 or newer, and this is 2\.9\.3: pip install 'minisgl\[ray\]'"
+    ):
+        main(["serve"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs Ray: pip install 'minisgl\[ray\]'"):
+        main(["serve"])
