@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
 from minisgl.errors import ConfigError, MiniSGLError
 
@@ -39,8 +38,14 @@ def _dispatch(argv: list[str]) -> int:
     name, *words = argv if argv and not argv[0].startswith("-") else ["", *argv]
     if name == "bench":
         from minisgl.benchmark import main as run
-    elif name in ("doctor", "quantize", "simulate", "cluster"):
-        run = import_module(f"minisgl.{name}").main
+    elif name == "cluster":
+        from minisgl.cluster import main as run
+    elif name == "doctor":
+        from minisgl.doctor import main as run
+    elif name == "quantize":
+        from minisgl.quantize import main as run
+    elif name == "simulate":
+        from minisgl.simulate import main as run
     elif name in ("", "serve", "chat"):
         return _serve(name, words)
     else:

@@ -28,7 +28,9 @@ def main(argv: Sequence[str]) -> int:
     if command not in ("serve", "offline"):
         expected = "expected serve or offline, or --calibrate FILE; see minisgl bench --help"
         raise ConfigError(f"bench {command or 'alone'}: {expected}")
-    return int(import_module(f"minisgl.benchmark.{command}").main(argv[1:]))
+    serves = command == "serve"
+    module = import_module("minisgl.benchmark.serve") if serves else import_module("minisgl.benchmark.offline")
+    return int(module.main(argv[1:]))
 
 
 def run_script(main: Callable[[], object]) -> None:

@@ -99,7 +99,7 @@ def check_model(model: str | None, path: Path | None) -> Row:
     problems = _config_problems(path) + _shard_problems(path) or _tokenizer_problems(path)
     if problems:
         fix = "Download the model again, completely."
-        if "supported" in problems[0]:
+        if "supported" in problems[0] or " must be " in problems[0]:
             fix = "Choose a model of what is supported."
         return Row("Model", "fail", f"{label}: {'; '.join(problems)}", fix)
     size = sum(file.stat().st_size for file in weight_files(path)) / GIB

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from minisgl.core import DRAWING
 from minisgl.gguf.reader import NAMES, GgufFile, StoredTensor, parts_of
 from minisgl.gguf.tokenizer import chat_templates
 
@@ -33,8 +34,7 @@ class GgufModel:
             known = ", ".join(NAMES["architectures"])
             raise self._head.wrong(f"architecture not supported: {self._architecture[:100]!r} (supported: {known})")
         self._stored = {tensor.name: tensor for file in self.files for tensor in file.tensors.values()}
-        expected = self._metadata.integer("split.tensors.count", len(self._stored), 0)
-        if expected != len(self._stored):
+        if (expected := self._metadata.integer("split.tensors.count", len(self._stored), 0)) != len(self._stored):
             raise self._head.wrong(f"its parts have {len(self._stored)} tensors, not {expected}")
         self.tensors = {our_name(name): tensor for name, tensor in self._stored.items() if name != _ROPE}
         self._heads, hidden = max(1, self._integer("attention.head_count")), self._integer("embedding_length")
@@ -51,6 +51,9 @@ class GgufModel:
         """What a file of a model's directory would hold, by its name."""
         if name == "tokenizer_config.json":
             return {"chat_template": chat_templates(self._head.values("tokenizer.chat_template"))}
+        if name == "generation_config.json":
+            theirs, data = NAMES["sampling"], self._metadata.data
+            return {ours: data.get(f"general.sampling.{theirs.get(ours, ours)}") for ours in DRAWING}
         fields = self._fields(name)
         return fields | self._config(fields) if name == "config.json" else fields
 
