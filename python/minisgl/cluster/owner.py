@@ -139,7 +139,7 @@ class Owner:
             options = {**self._plan.options, **wanted["options"]}
             args_from_options(options)
             most = max(self._plan.max_replicas, wanted["replicas"])
-            plan = replace(self._plan, options=options, replicas=wanted["replicas"], max_replicas=most)
+            plan = replace(self._plan, options=options, replicas=wanted["replicas"], max_replicas=most, is_fixed=True)
             self._deploy(plan)
             self._plan = plan
             logger.info("%d replicas, as asked", plan.replicas)

@@ -63,6 +63,7 @@ class Plan:
     policy: str = POLICIES[0]
     host: str = ""
     listener: str = ""
+    is_fixed: bool = False  # an operator has said how many replicas there are to be
 
 
 def server_options(args: ServerArgs) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def application(plan: Plan) -> serve.Application:
     front = {name: value for name, value in plan.options.items() if name.startswith("ssl_")}
     served = {name: value for name, value in plan.options.items() if name not in front} | more
     count: dict[str, Any] = {"num_replicas": plan.replicas}
-    if plan.max_replicas > plan.replicas:
+    if plan.max_replicas > plan.replicas and not plan.is_fixed:
         scale: dict[str, Any] = {"min_replicas": plan.replicas, "max_replicas": plan.max_replicas}
         scale |= {"upscale_delay_s": 5.0, "downscale_delay_s": 60.0}
         count = {"autoscaling_config": {**scale, "policy": {"policy_function": f"{__name__}:wanted_replicas"}}}
