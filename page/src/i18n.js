@@ -16,9 +16,10 @@ export function setLanguage(name) {
   document.documentElement.lang = name === "zh" ? "zh-CN" : "en";
 }
 
-/** The words of a key; `{name}` in them stands for a value. */
+/** The words of a key; `{name}` in them stands for a value, `{name:page|pages}` for the word that fits 1, or others. */
 export function t(key, values = {}) {
-  return DICTIONARIES[language][key].replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
+  return DICTIONARIES[language][key].replace(/\{(\w+)(?::([^|}]*)\|([^}]*))?\}/g, (_, name, one, others) =>
+    (one === undefined ? values[name] ?? "" : String(values[name]) === "1" ? one : others));
 }
 
 /** The words of a key that may be missing, of names that come from the server. */

@@ -16,6 +16,7 @@ function head() {
     localStorage.setItem(THEME, isDark() ? "light" : "dark");
     showTheme();
     showHead();
+    header.querySelector(".theme").focus();
   };
   const switchLanguage = ({ target }) => {
     setLanguage(target.value);
@@ -45,17 +46,24 @@ const views = {
   inside: new InsideView(),
 };
 
-const showHead = () => fill(header, head());
+let shown = "chat"; // the view that the address names
+
+function showHead() {
+  fill(header, head());
+  showCurrent();
+}
+
+function showCurrent() {
+  for (const link of header.querySelectorAll("[data-view]"))
+    link.setAttribute("aria-current", link.dataset.view === shown ? "page" : "false");
+}
 
 /** The view that the address names: `#chat`, `#inside`,
   or `#inside/` and the id of a request (and the uid of an output). */
 function showView() {
   const [name, id, uid] = location.hash.slice(1).split("/");
-  const shown = name in views ? name : "chat";
-  for (const link of header.querySelectorAll("[data-view]")) {
-    if (link.dataset.view === shown) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-  }
+  shown = name in views ? name : "chat";
+  showCurrent();
   if (main.firstChild !== views[shown].root) fill(main, views[shown].root);
   views.inside.show(shown === "inside", id, uid);
   if (shown === "chat") views.chat.scrollToEnd();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -310,6 +311,36 @@ HUGE = {
 
 def fulfil(events: str, route: Any) -> None:
     route.fulfill(content_type="text/event-stream", body=events)
+
+
+WATCH = """() => {
+    window.early = 0;
+    new MutationObserver(() => {
+        const answer = document.querySelector(".message.answer");
+        const isOver = answer?.querySelector(".stats").textContent
+            || (answer && !document.querySelector(".send[aria-label=Stop]"));
+        if (isOver && !answer.innerText.includes("THE END")) window.early++;
+    }).observe(document.body, { childList: true, subtree: true, attributes: true });
+}"""
+
+
+def test_an_answer_is_over_when_all_of_it_is_drawn_and_its_speed_is_possible(keyed: Page) -> None:
+    def late(events: str, route: Any) -> None:
+        time.sleep(0.2)
+        fulfil(events, route)
+
+    words = [f"**word** {index}\n\n" for index in range(2000)]
+    chunks: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": {"content": word}}]} for word in words]
+    chunks.append({"choices": [{"index": 0, "delta": {"content": "THE END"}, "finish_reason": "stop"}]})
+    chunks.append({"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 12}})
+    events = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    keyed.route("**/v1/chat/completions", partial(late, events))
+    keyed.evaluate(WATCH)
+    stats = wait_done(say(keyed, "All at once.")).locator(".stats").inner_text()
+    assert keyed.get_by_role("button", name="Send", exact=True).is_visible()
+    assert keyed.evaluate("window.early") == 0
+    speed = float(re.search(r"([\d.,]+) tokens/s", stats)[1].replace(",", ""))  # type: ignore[index]
+    assert 0 < speed <= 12 / 0.2  # all came in one read, 0.2 seconds after they were asked for
 
 
 def test_endless_output_does_not_freeze_the_page(keyed: Page) -> None:

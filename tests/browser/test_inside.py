@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 import minisgl
@@ -226,13 +227,51 @@ def is_shown(page: Page, states: list[Any]) -> bool:
     """Whether the page shows the rates that these answers tell of, and there are some."""
     first, last = states[0]["counts"], states[-1]["counts"]
     speed = (last["num_output"] - first["num_output"]) / (states[-1]["time"] - states[0]["time"])
-    bounds = [1000 * bound for bound in last["itl"]["bounds"]]
-    gained = [after - before for after, before in zip(last["itl"]["counts"], first["itl"]["counts"], strict=True)]
-    of_each = [bound for bound, count in zip([*bounds, bounds[-1]], gained, strict=True) for _ in range(count)]
-    if not of_each:
+    bounds, counts = last["itl"]["bounds"], np.subtract(last["itl"]["counts"], first["itl"]["counts"])
+    ranks = np.cumsum([0, *counts])
+    if ranks[-1] < 2 or counts[-1]:
         return False
-    middle = of_each[(len(of_each) - 1) // 2]
+    begin = int(np.searchsorted(ranks, ranks[-1] / 2)) - 1  # the bucket that the median lies in: lines between its ends
+    middle = 1000 * np.interp(ranks[-1] / 2, ranks[begin : begin + 2], [0, *bounds][begin : begin + 2])
     return abs(number(page, "speed") - speed) <= 1 and number(page, "itl") == pytest.approx(middle, rel=0.1)
+
+
+def test_a_time_to_first_token_is_no_bound_of_a_bucket(visit: Visit, demo: Server) -> None:
+    def total() -> float:
+        return counter(demo, "time_to_first_token_seconds_sum")
+
+    before = total()
+    page = look(visit, demo)
+    page.wait_for_timeout(300)  # a first answer, which the request is not in
+    run_load(page, "one")
+    poll(lambda: number(page, "ttft") > 0, "no time is shown")
+    assert number(page, "ttft") == pytest.approx(1000 * (total() - before), rel=0.02, abs=0.6)
+
+
+def test_who_has_ended_does_not_leave_the_table(visit: Visit, demo: Server) -> None:
+    page = look(visit, demo)
+    page.evaluate("""() => {
+        window.seen = new Set();
+        window.gone = [];
+        new MutationObserver(() => {
+            const rows = [...document.querySelectorAll("tr[data-uid]")].map((row) => row.dataset.uid);
+            for (const uid of window.seen) if (!rows.includes(uid)) window.gone.push(uid);
+            rows.forEach((uid) => window.seen.add(uid));
+        }).observe(document.querySelector("tbody"), { childList: true });
+    }""")
+    (one,) = run_load(page, "one")
+    row = page.locator(f"tr.ended[data-id='{one}']")
+    assert row.locator("td").nth(1).inner_text().startswith(("complete", "cut off at the token limit"))
+    assert row.get_attribute("data-uid") in page.evaluate("[...window.seen]")
+    assert row.get_attribute("data-uid") not in page.evaluate("window.gone")
+
+
+def test_the_theme_leaves_the_view_marked(visit: Visit, demo: Server) -> None:
+    page = look(visit, demo)
+    page.get_by_role("button", name="Dark mode").click()
+    page.get_by_role("button", name="Light mode").wait_for()
+    assert page.locator("[data-view=inside]").get_attribute("aria-current") == "page"
+    assert page.locator("[aria-current=page]").count() == 1
 
 
 def test_what_cannot_be_shown_here_says_how(visit: Visit, demo: Server) -> None:

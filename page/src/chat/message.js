@@ -4,11 +4,16 @@ import { duration, num, t, tOr } from "../i18n.js";
 import { MarkdownView } from "../text/view.js";
 import { tokenView } from "./tokens.js";
 
+const MIN_DECODE = 0.1; // seconds between first and last token: less says nothing of the speed
+
 /** What stands under an answer, in words. */
 export function statsOf({ stats, state }) {
   const parts = [];
-  if (stats.numOutput > 1 && stats.decodeSeconds > 0)
-    parts.push(t("stats.speed", { n: num((stats.numOutput - 1) / stats.decodeSeconds, 1) }));
+  if (stats.numOutput > 1 && stats.firstToken !== undefined) {
+    const speed = stats.decodeSeconds >= MIN_DECODE ? (stats.numOutput - 1) / stats.decodeSeconds
+      : stats.numOutput / (stats.firstToken + stats.decodeSeconds); // they came together
+    parts.push(t("stats.speed", { n: num(speed, 1) }));
+  }
   if (stats.firstToken !== undefined) parts.push(t("stats.ttft", { time: duration(stats.firstToken) }));
   if (stats.numOutput !== undefined) parts.push(t("stats.tokens", { n: num(stats.numOutput) }));
   if (stats.numPrompt !== undefined)
@@ -77,7 +82,7 @@ export class AnswerView {
     this.message = message;
     this.actions = actions;
     const body = h("div", { class: "text" });
-    this.markdown = new MarkdownView(body, () => this.showBusy());
+    this.markdown = new MarkdownView(body, () => this.showEnd());
     this.thought = h("div", { class: "text" });
     this.thinking = h("summary");
     this.reasoning = h("details", { class: "reasoning", hidden: true }, this.thinking, this.thought);
@@ -94,13 +99,14 @@ export class AnswerView {
     this.update();
   }
 
+  /** Show what there is of it now. Returns a promise of that it is drawn. */
   update() {
     const { message } = this;
     const isStreaming = message.state === "streaming";
     this.root.dataset.state = message.state;
     this.waiting.hidden = !isStreaming || Boolean(message.content || message.reasoning || message.calls.length);
-    this.markdown.set(message.content);
-    this.showBusy();
+    const drawn = this.markdown.set(message.content, !isStreaming);
+    this.showEnd();
     this.reasoning.hidden = !message.reasoning;
     if (message.reasoning) {
       this.thinking.textContent = isStreaming && !message.content ? t("reasoning.now") : t("reasoning.done");
@@ -109,14 +115,16 @@ export class AnswerView {
     this.showCalls(isStreaming);
     this.error.hidden = !message.error;
     this.error.textContent = message.error ? t("failed", { why: message.error }) : "";
-    if (isStreaming) return;
-    fill(this.stats, statsOf(message).map((part) => h("span", { text: part })));
-    this.showTools();
+    return drawn;
   }
 
-  /** Whether there is more to come, for readers of screens. */
-  showBusy() {
-    this.root.setAttribute("aria-busy", this.message.state === "streaming" || !this.markdown.isSettled);
+  /** Once it has ended and all of it is drawn: that it is no longer busy, for readers of screens, and what it took. */
+  showEnd() {
+    const isBusy = this.message.state === "streaming" || !this.markdown.isSettled;
+    this.root.setAttribute("aria-busy", isBusy);
+    if (isBusy) return;
+    fill(this.stats, statsOf(this.message).map((part) => h("span", { text: part })));
+    this.showTools();
   }
 
   showTools() {

@@ -9,6 +9,8 @@ import { asMarkdown, deleteConversation, loadConversations, newConversation, sav
   titleOf } from "./store.js";
 
 const SAVE_SECONDS = 1; // while an answer streams
+const DEMO = "minisgl-demo"; // the built-in model
+const REAL = "make serve MODEL=Qwen/Qwen3-0.6B";
 const NEAR_END = 80; // pixels: whoever reads that close to the end is shown what comes
 
 export class ChatView {
@@ -188,6 +190,7 @@ export class ChatView {
       { class: "welcome" },
       h("h1", { text: t("welcome.title") }),
       h("p", { class: "muted", text: t("welcome.about", { model: this.models[0] ?? "…" }) }),
+      this.models[0] === DEMO && h("p", { class: "muted small" }, t("welcome.demo"), h("code", { text: REAL })),
       h("div", { class: "suggestions" }, ["1", "2", "3"].map((n) => this.suggestion(t(`welcome.try.${n}`)))),
     );
     fill(this.log, messages.length ? this.views.map((view) => view.root) : welcome);
@@ -261,6 +264,10 @@ export class ChatView {
       saved = performance.now();
       this.save(conversation);
     });
+    const isFollowed = this.isAtEnd();
+    const view = this.views.find((one) => one.message === message);
+    await view?.update();
+    if (view && isFollowed) this.scrollToEnd();
     if (this.running.get(conversation) === controller) this.running.delete(conversation);
     this.save(conversation);
     this.showButton();
@@ -277,7 +284,6 @@ export class ChatView {
       view.update();
       if (isFollowed) requestAnimationFrame(() => this.scrollToEnd());
     });
-    if (message.state !== "streaming" && document.hidden) this.views.at(-1)?.update(); // no frames there
   }
 
   isAtEnd() {

@@ -2,7 +2,7 @@
 import { ask, askJson } from "../api.js";
 import { fill, h, icon } from "../dom.js";
 import { duration, num, t } from "../i18n.js";
-import { LOADS, canRetract, limitsOf, runLoad } from "./loads.js";
+import { LOADS, canRetract, limitsOf, numStreams, runLoad } from "./loads.js";
 
 const RENEW = 20_000; // milliseconds: the server forgets a pace after 60 seconds
 const DELAYS = [0, 50, 100, 200, 500, 1000, 2000]; // milliseconds
@@ -52,7 +52,8 @@ export class Controls {
     const ids = [];
     this.root.dataset.state = "running";
     this.stop.hidden = false;
-    this.told.textContent = t(`load.${name}.about`);
+    this.told.textContent = name === "long" && this.limits.rows === 1 ? t("load.long.alone")
+      : t(`load.${name}.about`, { n: numStreams(this.limits) });
     try {
       await runLoad(name, this.limits, controller.signal, (id) => {
         ids.push(id);

@@ -29,7 +29,7 @@ export class Live {
     this.pool = null;
     this.ended = []; // the newest first
     this.asking = null;
-    this.missing = new Map(); // by uid, of who has ended and is not listed yet: how often it was asked for
+    this.missing = new Map(); // by uid, of who has ended and is not listed yet: how often asked for, and last seen as
     this.known = new Map(); // by uid: what is running or waiting now
     this.fresh = new Set();
     this.controller = null;
@@ -118,7 +118,8 @@ export class Live {
     // Who is quick comes and goes between two events: only the steps tell of them.
     const seen = [...this.known.keys(), ...state.steps.flatMap((step) => step.rows.map(([, uid]) => uid))];
     const listed = new Set(this.ended.map((one) => one.uid));
-    for (const uid of seen) if (!now.has(uid) && !listed.has(uid) && !this.missing.has(uid)) this.missing.set(uid, 0);
+    for (const uid of seen) if (!now.has(uid) && !listed.has(uid) && !this.missing.has(uid))
+      this.missing.set(uid, { tries: 0, last: this.known.get(uid) });
     if (this.missing.size) this.loadEnded();
     this.known = now;
     this.state = state;
@@ -133,10 +134,8 @@ export class Live {
         const { requests } = await askJson(`/trace?format=json&steps=1&requests=${MAX_ENDED}`, { quiet: true });
         this.ended = requests.flatMap(endedOf).reverse().slice(0, MAX_ENDED);
         const found = new Set(this.ended.map((one) => one.uid));
-        for (const [uid, tries] of this.missing) {
-          if (found.has(uid) || tries === MAX_TRIES) this.missing.delete(uid);
-          else this.missing.set(uid, tries + 1);
-        }
+        for (const [uid, one] of this.missing)
+          if (found.has(uid) || one.tries++ === MAX_TRIES) this.missing.delete(uid);
         this.tell("state");
       } catch (error) {
         console.warn(error.message); // it is asked again when the next one ends

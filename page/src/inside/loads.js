@@ -58,11 +58,12 @@ async function sharedPrefix(limits, sender) {
   await sender.prompts(others, { max_tokens: 96 });
 }
 
-/** Six streams decode; then a prompt of several budgets is computed in chunks, in the same steps. */
+/** Some streams decode; then a prompt of several budgets is computed in chunks, in the same steps. */
 async function longPrompt(limits, sender) {
   const wanted = Math.min(limits.budget * 4, limits.longest * 0.7);
   const long = await idsOf(user(`${Math.random()} ${await textOf(wanted)}`)); // a number that no prefix begins with
-  const streams = await times(6, (index) => idsOf(user(`Count to one thousand, ${index + 1} at a time.`)));
+  const count = (index) => idsOf(user(`Count to one thousand, ${index + 1} at a time.`));
+  const streams = await times(numStreams(limits), count);
   const options = { max_tokens: Math.floor(Math.min(320, limits.longest / 2)) };
   await new Promise((resolve, reject) => {
     let after = null;
@@ -78,6 +79,9 @@ async function retracted(limits, sender) {
   await sender.prompts(await times(count, (index) => idsOf(user(`Count to one thousand. (${index})`))),
     { max_tokens: each });
 }
+
+/** How many streams the long prompt comes amid: one row is its own. */
+export const numStreams = ({ rows }) => Math.max(1, Math.min(6, rows - 1));
 
 export const LOADS = { one: oneChat, shared: sharedPrefix, long: longPrompt, retracted };
 

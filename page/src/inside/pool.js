@@ -19,8 +19,8 @@ export class Pool {
   update({ pool, state }) {
     const pages = state?.pages;
     if (pages) {
-      this.about.textContent = t("pool.about",
-        { used: num(pages.used), cached: num(pages.cached), free: num(pages.free) });
+      const values = { used: num(pages.used), cached: num(pages.cached), free: num(pages.free) };
+      this.about.textContent = t("pool.about", { ...values, size: num(pool?.pages_per_cell ?? 1) });
       Object.assign(this.root.dataset, pages);
     }
     if (!pool) return;

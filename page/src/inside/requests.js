@@ -18,10 +18,12 @@ export class Requests {
     this.chosen = "";
   }
 
-  update({ state, ended }) {
+  update({ state, ended, missing, known }) {
+    const leaving = [...missing.values()].flatMap(({ last }) => (last && !known.has(last.uid) ? [last] : []));
     const rows = [
       ...(state?.waiting ?? []).map((one) => ({ ...one, kind: "waiting" })),
       ...(state?.running ?? []).map((one) => ({ ...one, kind: "running" })),
+      ...leaving.map((one) => ({ ...one, kind: "leaving" })), // how it ended is being asked
       ...ended.filter((one) => !state?.running.some(({ uid }) => uid === one.uid)).map((one) =>
         ({ ...one, kind: "ended" })),
     ].slice(0, MAX_SHOWN);
@@ -43,8 +45,8 @@ export class Requests {
     state.textContent = stateOf(one);
     state.title = one.kind === "waiting" ? tOr(`why.${one.why}.about`, "") : "";
     prompt.textContent = num(one.num_prompt ?? one.numPrompt ?? one.num_tokens ?? 0);
-    tokens.textContent = one.kind === "running" ? num(Math.max(0, one.num_tokens - one.num_prompt))
-      : one.kind === "ended" ? num(one.numOutput) : "";
+    tokens.textContent = one.kind === "ended" ? num(one.numOutput)
+      : one.num_prompt ? num(Math.max(0, one.num_tokens - one.num_prompt)) : ""; // it is waiting
     pages.textContent = one.pages === undefined ? "" : num(one.pages);
     return row;
   }
@@ -62,12 +64,13 @@ export class Requests {
 
 function stateOf(one) {
   if (one.kind === "running") return t(`state.${one.state}`);
+  if (one.kind === "leaving") return t("state.leaving");
   if (one.kind === "waiting") {
     const parts = [t("state.waiting", { time: duration(one.seconds), why: tOr(`why.${one.why}`, one.why ?? "–") })];
     if (one.retracted) parts.push(t("state.retracted"));
     return parts.join(" · ");
   }
-  const parts = [one.reason];
+  const parts = [tOr(`finish.${one.reason}`, one.reason)];
   if (one.numCached) parts.push(t("state.cached", { n: num(one.numCached) }));
   if (one.numRetractions) parts.push(t("state.retractions", { n: num(one.numRetractions) }));
   return parts.join(" · ");

@@ -30,10 +30,21 @@ export function countersOf(states) {
   };
 }
 
-/** Of what a histogram of seconds has gained, in ms: the upper bounds of the buckets that they lie in; or null. */
-function percentiles({ bounds, counts }, before) {
-  let sum = 0;
-  const gained = counts.map((count, index) => (sum += count - before.counts[index]));
-  const of = (share) => 1000 * bounds[Math.min(bounds.length - 1, gained.findIndex((one) => one >= share * sum))];
-  return sum > 0 ? { p50: of(0.5), p95: of(0.95) } : null;
+/**
+ * Of what a histogram of seconds has gained, in ms, or null. Values lie evenly in their bucket, as Prometheus'
+ * `histogram_quantile` has it, but none is longer than the sum of all leaves it; a single one is that sum.
+ */
+function percentiles({ bounds, counts, total }, before) {
+  const lower = (index) => bounds[index - 1] ?? 0;
+  const gained = counts.map((count, index) => count - before.counts[index]);
+  const num = gained.reduce((sum, count) => sum + count, 0);
+  const seconds = total - before.total;
+  const spare = seconds - gained.reduce((sum, count, index) => sum + count * lower(index), 0);
+  const of = (share) => {
+    let rank = share * num;
+    const index = gained.findIndex((count) => (rank -= count) <= 0);
+    const within = ((bounds[index] ?? lower(index)) - lower(index)) * (1 + rank / gained[index]);
+    return 1000 * (num === 1 ? seconds : lower(index) + Math.min(within, spare));
+  };
+  return num > 0 ? { p50: of(0.5), p95: of(0.95) } : null;
 }

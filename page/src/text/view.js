@@ -115,29 +115,41 @@ export class MarkdownView {
     this.settled = settled;
     this.shown = []; // HTML of the blocks that stand there
     this.text = this.done = ""; // what is to be shown, and what is
-    this.isBusy = false;
+    this.drawing = null; // a promise of that all of it stands there
+    this.goOn = () => {}; // ends a pause
   }
 
   get isSettled() {
     return this.text === this.done;
   }
 
-  /** Show this text: at once if the parser is free, otherwise as soon as it is, and then the newest one only. */
-  async set(text) {
-    this.text = text;
-    if (this.isBusy) return;
-    this.isBusy = true;
+  /**
+   * Show this text: at once if the parser is free, otherwise as soon as it is, and then the newest one only.
+   * isLast: no more of it will come, so it waits for nothing else. Returns a promise of that it stands there.
+   */
+  set(text, isLast) {
+    Object.assign(this, { text, isLast });
+    if (isLast) this.goOn();
+    if (!this.isSettled) this.drawing ??= this.draw();
+    return this.drawing;
+  }
+
+  async draw() {
     while (this.text !== this.done) {
       const asked = this.text;
       const begin = performance.now();
       this.show((await parser.parse(asked)) ?? asked);
       this.done = asked;
       if (this.isSettled) this.settled();
+      if (this.isLast) continue;
       // A long text is shown less often, so that the page has time for everything else.
       const pause = Math.min(MAX_PAUSE, Math.max(30, 3 * (performance.now() - begin)));
-      await new Promise((resume) => setTimeout(resume, pause));
+      await new Promise((resume) => {
+        this.goOn = resume;
+        setTimeout(resume, pause);
+      });
     }
-    this.isBusy = false;
+    this.drawing = null;
   }
 
   /** @param {string[] | string} blocks  of HTML, or a text that is shown as it is */
