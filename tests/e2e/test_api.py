@@ -209,7 +209,7 @@ def test_openapi_describes_the_bodies(http: httpx.Client) -> None:
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             expected = {"200", "400", "413", "415", "500"} if "requestBody" in operation else {"200", "500"}
-            queries = ("get", "/v1/responses/{response_id}"), ("get", "/trace")
+            queries = ("get", "/v1/responses/{response_id}"), ("get", "/trace"), ("get", "/trace/live")
             has_query = path.endswith(("/input_items", "/cancel")) or (method, path) in queries
             expected |= {"400"} if has_query else set()
             assert expected == set(operation["responses"]) - others, (method, path)

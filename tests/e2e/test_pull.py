@@ -37,6 +37,7 @@ class Home:
 
     def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
         here = {"HF_HOME": str(self.path), "HF_ENDPOINT": self._hub.url, "PYTHONPATH": PYTHONPATH}
+        here |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}  # whatever tests in this process have set
         return subprocess.Popen(
             [sys.executable, "-m", "minisgl", *words],
             stdout=subprocess.PIPE,
