@@ -37,6 +37,7 @@ def set_field(page: Page, name: str, value: str) -> None:
 def test_a_turn_shows_what_the_api_answers(visit: Visit, demo: Server) -> None:
     page = visit(demo.url)
     page.get_by_role("heading", name="What shall we talk about?").wait_for()
+    page.get_by_text("make serve MODEL=").wait_for()  # how to have a larger one
     set_field(page, "temperature", "0")
     question = "What is a radix tree?"
     expected = complete(demo, question)

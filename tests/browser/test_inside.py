@@ -67,10 +67,11 @@ def panel(page: Page, name: str) -> dict[str, str]:
 def test_one_chat_and_its_eight_stages(visit: Visit, demo: Server) -> None:
     page = look(visit, demo)
     (one,) = run_load(page, "one")
-    row = page.locator(f"tr[data-id='{one}']")
+    row = page.locator(f"tr.ended[data-id='{one}']")
     row.get_by_role("button").click()
     detail = page.locator(".request")
     detail.locator(".stage.done").nth(7).wait_for()
+    assert not re.search(r"\b1 (tokens|pages|nodes|requests|steps)\b", page.locator(".inside").inner_text())
     (told,) = outputs(demo, [one])
     stages = [event for event in told["events"] if event["name"] in STAGES]
     assert [stage["name"] for stage in stages] == STAGES

@@ -190,7 +190,8 @@ export class ChatView {
       { class: "welcome" },
       h("h1", { text: t("welcome.title") }),
       h("p", { class: "muted", text: t("welcome.about", { model: this.models[0] ?? "…" }) }),
-      this.models[0] === DEMO && h("p", { class: "muted small" }, t("welcome.demo"), h("code", { text: REAL })),
+      this.models[0] === DEMO
+        && h("p", { class: "muted small" }, t("welcome.demo"), h("br"), h("code", { text: REAL })),
       h("div", { class: "suggestions" }, ["1", "2", "3"].map((n) => this.suggestion(t(`welcome.try.${n}`)))),
     );
     fill(this.log, messages.length ? this.views.map((view) => view.root) : welcome);

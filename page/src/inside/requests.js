@@ -45,9 +45,9 @@ export class Requests {
     state.textContent = stateOf(one);
     state.title = one.kind === "waiting" ? tOr(`why.${one.why}.about`, "") : "";
     prompt.textContent = num(one.num_prompt ?? one.numPrompt ?? one.num_tokens ?? 0);
-    tokens.textContent = one.kind === "ended" ? num(one.numOutput)
-      : one.num_prompt ? num(Math.max(0, one.num_tokens - one.num_prompt)) : ""; // it is waiting
-    pages.textContent = one.pages === undefined ? "" : num(one.pages);
+    tokens.textContent = one.kind === "running" ? num(Math.max(0, one.num_tokens - one.num_prompt))
+      : one.kind === "ended" ? num(one.numOutput) : "";
+    pages.textContent = one.pages === undefined || one.kind === "leaving" ? "" : num(one.pages);
     return row;
   }
 
