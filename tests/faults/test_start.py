@@ -21,7 +21,7 @@ from tests.faults.conftest import Server, fake, real
 Start = Callable[..., Server]
 COMPILER = """#!{python}
 import os, signal, sys, time
-if "-MMD" in sys.argv:
+if "-c" in sys.argv:
     open({told!r}, "a").write(f"{{os.getpid()}}\\n")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     time.sleep(600)
