@@ -35,7 +35,6 @@ def inside(page: Page, folder: Path) -> None:
     page.get_by_role("slider", name="Slow motion").fill("3")
     page.get_by_text("200 ms after each step").wait_for()
     page.locator("[data-load=long]").click()
-    page.locator("tr.running", has_text="prefill").nth(0).wait_for()
     page.locator("tr.running").nth(6).wait_for()
     page.wait_for_timeout(2500)
     page.screenshot(path=folder / "inside.png")
