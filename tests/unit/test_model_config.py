@@ -245,6 +245,7 @@ def test_moe_layers(tmp_path: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel .supported: Llama, Mistral"),
         ({"architectures": ...}, "none given"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
         ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "awq: version gemv is not .*gemm"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "gptq: bits 3 is not supported ..4, 8."),
         ({"quantization_config": {"quant_method": "gptq", "dynamic": {"+:.*down.*": {}}}}, r"dynamic \+:.\*down"),

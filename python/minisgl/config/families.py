@@ -243,6 +243,8 @@ def _architecture(f: Fields) -> str:
 
 
 def _refuse_unsupported(f: Fields) -> None:
+    if f.boolean("use_bidirectional_attention", False):
+        raise ConfigError(f"{f.source}: use_bidirectional_attention is not supported: attention here is causal")
     kinds, num_layers = f.list_of(str, "layer_types"), f.integer("num_hidden_layers", 0, most=MAX_LAYERS)
     if others := set(kinds) - set(supported := _TABLE["layer_types"]):
         names = ", ".join(sorted(others))
