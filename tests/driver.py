@@ -12,7 +12,7 @@ import torch
 
 from minisgl.config.families import read_model_config
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import Admission, Executor, PageUpdate, SamplingParams, ScheduledReq, StepPlan
+from minisgl.core import Admission, Executor, PageUpdate, SamplingParams, ScheduledReq, StateCopy, StepPlan
 from minisgl.engine.cpu import CpuRunner
 from minisgl.engine.tables import StepIndex
 
@@ -136,6 +136,7 @@ def _plan(step: int, seqs: list[_Seq], free: list[int], page_size: int, budget: 
     planned.sort(key=lambda item: item[0].num_new != item[0].num_samples)
     reqs = tuple(req for req, _ in planned)
     plan = StepPlan(step, tuple(admissions), tuple(updates), reqs, sum(req.num_new == req.num_samples for req in reqs))
+    plan = plan._replace(states=tuple(StateCopy(-1, admission.row) for admission in admissions))
     return plan, [s for req, s in planned if req.num_samples]
 
 

@@ -54,6 +54,7 @@ class SimulatedEngine:
         self._page_table = np.full((config.max_running_requests, max_pages), -1, np.int64)
         self._salts = [""] * config.max_running_requests
         self._kv: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self._states: dict[int, tuple[int, ...]] = {}  # tokens that each slot has seen
 
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
         self.num_steps += 1
@@ -84,6 +85,9 @@ class SimulatedEngine:
             assert -1 not in ids, "a token is computed before it is known"
             for position in range(start, start + num_new):
                 self._kv[self._slot(row, position)] = self._salts[row], ids[: position + 1]
+            if self.config.has_states:
+                assert self._states[row] == ids[:start], "a state has seen other tokens than its sequence's"
+                self._states[row] = ids
         sampled: list[tuple[int, ...]] = []
         for row, start, num_new, num_samples in plan.reqs:
             end = start + num_new
@@ -113,12 +117,15 @@ class SimulatedEngine:
         size, garbage = self.config.page_size, ("", (-1,))
         moves = [(copy.source * size + i, copy.target * size + i) for copy in plan.copies for i in range(size)]
         self._kv |= {target: garbage if self.broken else self._kv.get(source, garbage) for source, target in moves}
+        for source, target in plan.states:
+            self._states[target] = () if source < 0 else self._states[source]
 
     def _run_broken(self, plan: StepPlan) -> list[tuple[int, ...]]:
         self._copy(plan)
         for row, start, num_new, num_samples in plan.reqs:
             for position in range(start, start + num_new):
                 self._kv[self._slot(row, position)] = "", (-1,)
+            self._states[row] = (-1,)
             if num_samples:
                 self._tokens[row, start + num_new] = 0
         return [(0,) for req in plan.reqs if req.num_samples]

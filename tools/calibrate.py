@@ -19,11 +19,14 @@ from minisgl.attention.create import Backend
 from minisgl.attention.sdpa import SdpaBackend
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import load_tokenizer, locate_model
+from minisgl.core import StateCopy
 from minisgl.distributed.comm import Communicator
 from minisgl.formats.base import ByName, Tensors
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import LayerOps, Matrix
+from minisgl.kernel.state import StateSequences
 from minisgl.kvcache.pool import KVPool
+from minisgl.kvcache.states import StatePool
 from minisgl.layers.base import LayerEnv
 from minisgl.layers.rope import RotaryEmbedding
 from minisgl.models.checkpoint import Checkpoint, load_weights
@@ -77,7 +80,8 @@ def importance(path: Path, text: str, max_tokens: int) -> Tensors:
         env = LayerEnv(Communicator(), CpuOps(torch.get_num_threads()), watching.dtype, CPU, watching)
         decoder = DecoderModel(env, model)
         load_weights(decoder.parts(), checkpoint)
-        kv, backend = KVPool(model, WINDOW, 1, torch.float32, CPU), cast(Backend, SdpaBackend(CPU))
+        states, backend = StatePool(model, 1, 1, torch.float32, CPU), cast(Backend, SdpaBackend(CPU))
+        kv = KVPool(model, WINDOW, 1, torch.float32, CPU, states)
         pages = np.arange(WINDOW, dtype=np.int32)[None]
         ids = torch.tensor(load_tokenizer(str(path)).encode(text)[:max_tokens], dtype=torch.int64)
         for begin in range(0, len(ids), WINDOW):
@@ -85,7 +89,10 @@ def importance(path: Path, text: str, max_tokens: int) -> Tensors:
             size, positions = np.array([len(part)]), torch.arange(len(part))
             step = AttentionStep(zero, zero, size, np.append(zero, size), pages, 1, 0)
             ropes = [RotaryEmbedding(rope, model.head_dim, CPU)(positions) for rope in model.ropes]
-            decoder.hidden(part, StepContext(positions, ropes, kv, backend, backend.prepare(step, captured=False)))
+            states.copy([StateCopy(-1, 0)])
+            seqs = StateSequences(torch.tensor([0]), torch.tensor([0, len(part)]))
+            metadata = backend.prepare(step, captured=False)
+            decoder.hidden(part, StepContext(positions, ropes, kv, backend, metadata, seqs))
         sums = {name: matrix.squares for name, matrix in watching.watched.items() if matrix.squares.dim()}
         return {name: (total / total.mean().clamp(min=1e-30)).clamp(min=1e-4) for name, total in sums.items()}
 

@@ -254,6 +254,16 @@ class PageCopy(NamedTuple):
     target: int
 
 
+class StateCopy(NamedTuple):
+    """The state in slot `source`, of all layers that have one, becomes that in slot `target` too; -1: zeros do.
+
+    Slots are rows, one more for padding, and then those of snapshots.
+    """
+
+    source: int
+    target: int
+
+
 class Masks(Protocol):
     """Which tokens may be sampled, for each of a plan's `masked`: bit t % 32 of word t // 32 is set if token t may.
 
@@ -268,7 +278,7 @@ class StepPlan(NamedTuple):
     """What the engine computes in one step. Plans are executed in order; a later one may rely on an earlier one's KV.
 
     Within a step, all KV is stored before any of it is read, so requests in one plan may share pages. Before that,
-    `copies` are made, all at once; no page is the target of two.
+    `copies` are made, all at once; no page is the target of two. So are those of `states`, one after the other.
     """
 
     step_id: int
@@ -279,6 +289,7 @@ class StepPlan(NamedTuple):
     copies: tuple[PageCopy, ...] = ()
     masked: tuple[int, ...] = ()  # which of the requests that sample do so with a mask, by their number among these
     expected: tuple[PageUpdate, ...] = ()  # now and then: all pages of each row, which the engine is to compare
+    states: tuple[StateCopy, ...] = ()  # of models that have any
 
     @property
     def num_tokens(self) -> int:

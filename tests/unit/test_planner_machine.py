@@ -28,9 +28,18 @@ class PlannerMachine(RuleBasedStateMachine):
         cache=st.sampled_from(["radix", "radix", "naive"]),
         policy=st.sampled_from(["fcfs", "lpm", "priority"]),
         depth=st.integers(0, 2),
+        has_states=st.booleans(),
     )
     def start(
-        self, page_size: int, num_tokens: int, rows: int, budget: int, cache: str, policy: str, depth: int
+        self,
+        page_size: int,
+        num_tokens: int,
+        rows: int,
+        budget: int,
+        cache: str,
+        policy: str,
+        depth: int,
+        has_states: bool,
     ) -> None:
         num_pages = -(-num_tokens // page_size)
         self.config = SchedulerConfig(
@@ -39,7 +48,8 @@ class PlannerMachine(RuleBasedStateMachine):
             max_seq_len=40,
             num_pages=num_pages,
             page_size=page_size,
-            cache_type=cache,
+            cache_type="naive" if has_states else cache,
+            has_states=has_states,
             schedule_policy=policy,
             eos_token_ids=(3,),
         )

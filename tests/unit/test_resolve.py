@@ -27,12 +27,12 @@ from minisgl.config.model import (
     MoE,
     PagedKV,
     RopeConfig,
-    State,
 )
 from minisgl.config.probe import Capabilities, Gpu, Nvidia, probe, probe_nvidia, torch_cuda, visible_devices
 from minisgl.config.quantization import Quantization, Scheme
 from minisgl.config.resolve import ModelFiles, prepare, read_default_sampling, resolve
 from minisgl.config.runtime import ServerConfig
+from minisgl.config.states import DeltaNet
 from minisgl.errors import ConfigError
 
 
@@ -319,7 +319,6 @@ def test_attention_backends_for_other_shapes(backend: str, changes: dict[str, in
     [
         ({"softcap": 50.0}, "soft-capped scores"),
         ({"sinks": True}, "attention sinks"),
-        ({"cache": State(((4, 8),))}, "recurrent states"),
         ({"cache": PagedKV(8, 128, 64)}, "keys and values of other sizes than queries"),
     ],
 )
@@ -340,10 +339,10 @@ def test_only_the_reference_computes_another_scale() -> None:
 
 def test_caches_are_sums_over_layers() -> None:
     layer = MODEL.layers[0]
-    kinds = (PagedKV(1, 576, 0), PagedKV(8, 128, 64), State(((4, 8), (3,))))
+    kinds = (PagedKV(1, 576, 0), PagedKV(8, 128, 64), DeltaNet(2, 4, 8, 16, width=4))
     model = replace(MODEL, layers=tuple(replace(layer, attention=AttentionSpec(kind)) for kind in kinds))
     assert model.kv_bytes_per_token("bfloat16", tp_size=2) == 2 * (576 + 4 * (128 + 64))
-    assert model.state_bytes_per_row("float32") == 4 * (32 + 3)
+    assert model.state_bytes() == 2 * model.state_bytes(tp_size=2) == 4 * (3 * (2 * 2 * 8 + 4 * 16) + 4 * 8 * 16)
 
 
 @pytest.mark.parametrize("backend", ["fa", "fi"])

@@ -13,6 +13,7 @@ import torch
 
 from minisgl.config.model import AttentionSpec
 from minisgl.kernel.ops import PagedSequences, RopeAngles
+from minisgl.kernel.state import StateSequences
 from minisgl.kvcache.pool import KVPool, LayerCache
 
 IntArray = npt.NDArray[np.int64]
@@ -124,3 +125,4 @@ class StepContext:
     kv: KVPool
     backend: AttentionBackend[object]
     metadata: object
+    seqs: StateSequences  # for layers with states

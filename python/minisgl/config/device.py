@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from minisgl.config.args import ServerArgs
-from minisgl.config.model import DTYPE_BYTES, AttentionSpec, ModelConfig, MoE, PagedKV, State
+from minisgl.config.model import DTYPE_BYTES, AttentionSpec, ModelConfig, MoE, PagedKV
 from minisgl.config.probe import PACKAGES, Capabilities, Gpu
 from minisgl.config.runtime import EngineConfig
 from minisgl.env import env_bool
@@ -37,8 +37,7 @@ FEATURES: dict[str, Callable[[AttentionSpec, ModelConfig], bool]] = {
     "a scale of the scores": lambda spec, _: spec.scale is not None,
     "soft-capped scores": lambda spec, _: spec.softcap is not None,
     "attention sinks": lambda spec, _: spec.sinks,
-    "recurrent states": lambda spec, _: isinstance(spec.cache, State),
-    "caches that differ by layer": lambda spec, model: spec.cache != model.layers[0].attention.cache,
+    "caches that differ by layer": lambda spec, model: spec.cache != model.paged[0],
     "keys and values of other sizes than queries": lambda spec, model: (
         isinstance(spec.cache, PagedKV) and {spec.cache.k_dim, spec.cache.v_dim} != {model.head_dim}
     ),
@@ -262,7 +261,7 @@ def _choose_attention(wanted: EngineConfig, asked: str | None, lack: str, machin
 
 def _unfit(backend: Backend, wanted: EngineConfig, machine: Capabilities) -> str:
     model = wanted.model
-    specs = [layer.attention for layer in model.layers]
+    specs = [spec for layer in model.layers if isinstance((spec := layer.attention).cache, PagedKV)]
     for feature, is_wanted in FEATURES.items():
         if feature not in backend.features and any(is_wanted(spec, model) for spec in specs):
             return f"does not compute {feature}"
@@ -287,8 +286,7 @@ def _cpu_pages(config: EngineConfig, memory: int) -> int:
     """Pages that fit the memory, and no more than all running requests could ever use. Memory is taken on first use."""
     weights = config.model.weight_bytes(kept_as(config), config.tp_size)
     budget = int(memory * config.memory_ratio) // config.tp_size - weights
-    budget -= config.max_running_requests * config.model.state_bytes_per_row(config.kv_cache_dtype)
-    affordable = budget // max(1, config.page_bytes)
+    affordable = (budget - config.state_bytes) // max(1, config.page_bytes)
     if affordable < 1:
         raise ConfigError(
             f"--memory-ratio {config.memory_ratio}: {memory / GIB:.1f} GiB of memory are available, the weights take "
@@ -317,7 +315,7 @@ def gpu_tokens(config: EngineConfig, gpus: Sequence[Gpu]) -> int:
     gpu = gpus[budgets.index(min(budgets))]
     room = f"{gpu} has {gpu.free_memory / GIB:.1f} of {gpu.total_memory / GIB:.1f} GiB free"
     weights = model.weight_bytes(kept_as(config), tp_size)
-    budget = min(budgets) - weights - config.max_running_requests * model.state_bytes_per_row(config.kv_cache_dtype)
+    budget = min(budgets) - weights - config.state_bytes
     if config.num_pages:
         if (kv := config.num_pages * config.page_bytes) > budget:
             raise ConfigError(

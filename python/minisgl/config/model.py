@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from minisgl.config.quantization import Quantization
+from minisgl.config.states import State
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 KV_BYTES = {**DTYPE_BYTES, "fp8": 1, "int8": 1}  # of what caches hold
@@ -42,13 +43,6 @@ class PagedKV:
     def local_size(self, tp_size: int) -> int:
         """Numbers that one rank stores for a token."""
         return self.local_heads(tp_size) * (self.k_dim + self.v_dim)
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """A cache of one size however long its sequence is: tensors of these shapes for each running request."""
-
-    shapes: tuple[tuple[int, ...], ...]  # on one rank
 
 
 CacheSpec = PagedKV | State
@@ -172,10 +166,13 @@ class ModelConfig:
         scales = 2 * SCALE_BYTES * sum(cache.local_heads(tp_size) for cache in self.paged) if dtype == "int8" else 0
         return sum(cache.local_size(tp_size) for cache in self.paged) * KV_BYTES[dtype] + scales
 
-    def state_bytes_per_row(self, dtype: str) -> int:
-        """Bytes that one running request takes on one rank, whatever its length."""
-        states = [cache for layer in self.layers if isinstance(cache := layer.attention.cache, State)]
-        return sum(prod(shape) for state in states for shape in state.shapes) * KV_BYTES[dtype]
+    @property
+    def states(self) -> list[State]:
+        return [cache for layer in self.layers if isinstance(cache := layer.attention.cache, State)]
+
+    def state_bytes(self, tp_size: int = 1) -> int:
+        """Bytes that one running request takes on one rank, whatever its length, at most: if all are float32."""
+        return 4 * sum(prod(shape) for state in self.states for shape in state.shapes(tp_size))
 
     def weight_bytes(self, dtype: str, tp_size: int = 1) -> int:
         """Bytes of weights (also "int8", "fp8" and "int4", or "packed" as they are stored) on one rank, to within the

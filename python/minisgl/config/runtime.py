@@ -33,6 +33,7 @@ class EngineConfig:
     seed: int = 0  # of dummy weights
     kv_cache_dtype: str = "float32"  # "float32" | "bfloat16" | "float16" | "int8" (CPUs) | "fp8" (GPUs)
     quantization: str | None = None  # "int8" | "int4" | "fp8"
+    num_snapshots: int = 0  # of states, beside those of rows
     # CPU only.
     cpu_kernels: bool = False  # our own; else torch computes
     # CUDA only, from here on.
@@ -45,6 +46,16 @@ class EngineConfig:
     def page_bytes(self) -> int:
         """Bytes of KV cache that one page takes on one rank."""
         return self.model.kv_bytes_per_token(self.kv_cache_dtype, self.tp_size) * self.page_size
+
+    @property
+    def num_states(self) -> int:
+        """Slots for states: of rows, of the row that pads captured steps, and of snapshots."""
+        return self.max_running_requests + 1 + self.num_snapshots
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that all of them take on one rank."""
+        return self.num_states * self.model.state_bytes(self.tp_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +76,7 @@ class SchedulerConfig:
     token_seconds: float = 0.0  # on a very slow machine
     check_integrity: int | None = None  # steps between two walks; 0: only when idle; None: 256, more in large pools
     integrity_fatal: bool = False  # what they find ends the scheduler
+    has_states: bool = False  # the model has caches that are states
 
 
 @dataclass(frozen=True, slots=True)

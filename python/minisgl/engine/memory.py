@@ -56,8 +56,7 @@ def pages_that_fit(config: EngineConfig, comm: Communicator, activations: int) -
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     budget = free - int(total * (1 - config.memory_ratio)) - activations - _GRAPH_RESERVE
-    budget -= config.max_running_requests * config.model.state_bytes_per_row(config.kv_cache_dtype)
-    affordable = comm.all_reduce_min(budget // config.page_bytes) - 1
+    affordable = comm.all_reduce_min((budget - config.state_bytes) // config.page_bytes) - 1
     num_pages = config.num_pages or affordable
     needed = div_ceil(config.max_seq_len, config.page_size)
     if affordable < max(num_pages, needed):

@@ -16,6 +16,7 @@ from minisgl.distributed.comm import Communicator
 from minisgl.formats import create_format
 from minisgl.kernel.ops import TorchOps
 from minisgl.kvcache.pool import KVPool
+from minisgl.kvcache.states import StatePool
 from minisgl.layers.base import LayerEnv
 from minisgl.layers.rope import RotaryEmbedding
 from minisgl.models.checkpoint import Checkpoint, fill_random, load_weights
@@ -47,8 +48,10 @@ class ModelShard:
 
     def create_kv(self, num_pages: int) -> KVPool:
         num_slots = num_pages * self.config.page_size
-        kv_dtype = CACHES[self.config.kv_cache_dtype]
-        return KVPool(self.config.model, num_slots, self.config.tp_size, kv_dtype, self.device)
+        model, tp_size, kv_dtype = self.config.model, self.config.tp_size, CACHES[self.config.kv_cache_dtype]
+        dtype = self.ops.vector_dtype(DTYPES[self.config.dtype])
+        states = StatePool(model, self.config.num_states, tp_size, dtype, self.device)
+        return KVPool(model, num_slots, tp_size, kv_dtype, self.device, states)
 
     def create_attention(self) -> Backend:
         return create_backend(self.config, DTYPES[self.config.dtype], self.device)

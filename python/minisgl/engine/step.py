@@ -16,6 +16,7 @@ from minisgl.engine.shard import ModelShard
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
 from minisgl.kernel.ops import PagedSequences, RopeAngles
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
+from minisgl.kernel.state import StateSequences
 from minisgl.kvcache.pool import KVPool
 
 Tensor = torch.Tensor
@@ -65,7 +66,8 @@ class LayerByLayer:
 
     def run(self, batch: Batch, metadata: object) -> LogitsOf:
         input_ids, slots, ropes = self._inputs(batch)
-        hidden = self._model.hidden(input_ids, StepContext(slots, ropes, self._kv, self._backend, metadata))
+        seqs = StateSequences(batch.tensors.rows, batch.tensors.cu_q)
+        hidden = self._model.hidden(input_ids, StepContext(slots, ropes, self._kv, self._backend, metadata, seqs))
         return lambda tokens: self._model.logits(hidden, batch.logit_tokens if tokens is None else tokens)
 
 
@@ -78,6 +80,7 @@ class StepRunner:
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         self.tables.host.apply(plan)
         self.shard.copy_pages(plan, self.kv)
+        self.kv.states.copy(plan.states)
         return self._launch(plan, masks) if plan.reqs else Launched(self.tables.token_ids[0, :0])
 
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from minisgl.config.model import MoE
 from minisgl.kernel.packed import Packed
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
+from minisgl.kernel.state import StateOps
 
 Tensor = torch.Tensor
 Tensors = Sequence[Tensor]
@@ -201,7 +202,7 @@ class TorchMatrix(Matrix):
         return self.weight.index_select(0, local).masked_fill_(is_outside, 0)
 
 
-class LayerOps:
+class LayerOps(StateOps):
     """What layers compute."""
 
     def vector_dtype(self, dtype: torch.dtype) -> torch.dtype:

@@ -81,8 +81,7 @@ class Float8:
 
     @property
     def shape(self) -> tuple[int, int]:
-        num_out, num_in = self.data.shape
-        return num_out, num_in
+        return len(self.data), self.data.shape[1]
 
     def row_scales(self) -> Tensor:
         """Of each row its scales, [out, c] float32."""

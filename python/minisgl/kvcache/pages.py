@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import PageCopy, PageUpdate, Req
+from minisgl.core import PageCopy, PageUpdate, Req, StateCopy
 from minisgl.errors import IntegrityError, require
 from minisgl.kvcache.radix import NaiveCache, PrefixCache
 
@@ -48,7 +48,7 @@ class PageAllocator:
 
 
 class Pages:
-    """Owns all rows, all page ids and the prefix cache. updates, copies: what the next step's plan is to tell."""
+    """Owns all rows, all page ids and the prefix cache. updates, copies, states: what the next plan is to tell."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.rows = list(range(config.max_running_requests - 1, -1, -1))  # that are free
@@ -57,6 +57,7 @@ class Pages:
         self.cache = kind(config.page_size)
         self.updates: list[PageUpdate] = []
         self.copies: list[PageCopy] = []
+        self.states: list[StateCopy] = []
 
     @property
     def num_free(self) -> int:

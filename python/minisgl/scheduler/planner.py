@@ -30,6 +30,7 @@ from minisgl.core import (
     ReqState,
     SamplingParams,
     ScheduledReq,
+    StateCopy,
     StepPlan,
     StepResult,
 )
@@ -78,8 +79,9 @@ class Draft:
             num_decode=len(decode),
             copies=tuple(pages.copies),
             expected=tuple(PageUpdate(req.row, 0, tuple(req.pages)) for req in checked),
+            states=tuple(pages.states),
         )
-        pages.updates, pages.copies = [], []
+        pages.updates, pages.copies, pages.states = [], [], []
         planned = Planned(plan, reqs)
         if [req for req in reqs if req.params.grammar is not None]:
             masked = tuple(i for i, req in enumerate(planned.sampling) if req.params.grammar is not None)
@@ -337,6 +339,8 @@ class Planner:
         req.num_charged = max(req.num_charged, num_cached + num_new)
         pages.give(req, match.pages)
         pages.give(req, pages.allocator.allocate(needed))
+        if self.config.has_states:
+            pages.states.append(StateCopy(-1, req.row))
         return num_new
 
     def _take_turns(self) -> None:
@@ -374,9 +378,12 @@ class Planner:
 
     def _sit_out(self, req: Req) -> ReqOutput:
         """A request goes on as if the step had not been planned: its last token is computed again once it is resumed.
-        Steps in flight went on from a token that there is not."""
+        Steps in flight went on from a token that there is not; a state, which has seen it, begins anew."""
         req.num_tokens, req.num_computed = len(req.tokens), len(req.tokens) - 1
         req.num_stale, req.held = req.num_inflight, True
+        if self.config.has_states:
+            req.num_computed, req.prompt_logprobs = 0, []
+            self.pages.states.append(StateCopy(-1, req.row))
         return ReqOutput(req, ())
 
     def _accept(self, req: Req, token_id: int) -> ReqOutput:

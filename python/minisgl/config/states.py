@@ -1,0 +1,34 @@
+"""Kinds of layers whose cache is a state: of one size, however long its sequence is. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNet:
+    """A gated delta net (arXiv 2412.06464): heads of queries and keys, heads of values, their sizes, and how many
+    tokens its short convolution spans."""
+
+    num_k_heads: int  # on all ranks
+    num_v_heads: int
+    k_dim: int
+    v_dim: int
+    width: int
+
+    @property
+    def num_channels(self) -> int:
+        """Of the convolution: features of queries, keys and values."""
+        return 2 * self.num_k_heads * self.k_dim + self.num_v_heads * self.v_dim
+
+    def shapes(self, tp_size: int) -> tuple[tuple[int, ...], ...]:
+        """Of the tensors that one rank holds for each sequence: what the convolution has last seen, in the type that is
+        computed in, and what the net remembers, in float32."""
+        memory = self.num_v_heads // tp_size, self.k_dim, self.v_dim
+        return (self.num_channels // tp_size, self.width - 1), memory
+
+    def num_weights(self, hidden_size: int, tp_size: int) -> int:
+        return (self.num_channels + 2 * self.num_v_heads * (self.v_dim + 1)) * hidden_size // tp_size
+
+
+State = DeltaNet

@@ -1,0 +1,49 @@
+"""The states of layers that have these in place of keys and values, by slot: those of rows, of the row that pads
+captured steps, and snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from minisgl.config.model import ModelConfig
+from minisgl.core import StateCopy
+from minisgl.kernel.state import DeltaState
+
+
+class StatePool:
+    """Zeros at first. dtype: in which layers compute."""
+
+    def __init__(
+        self, model: ModelConfig, num_slots: int, tp_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._layers: dict[int, DeltaState] = {}
+        self._stacks: list[torch.Tensor] = []  # [layers, num_slots, …], of all layers of a kind
+        for kind in dict.fromkeys(model.states):
+            layers = [index for index, spec in enumerate(model.layers) if spec.attention.cache == kind]
+            shapes = zip(kind.shapes(tp_size), (dtype, torch.float32), strict=True)
+            stacks = [lazy_zeros((len(layers), num_slots, *shape), kept, device) for shape, kept in shapes]
+            self._layers |= {index: DeltaState(*parts) for index, *parts in zip(layers, *stacks, strict=True)}
+            self._stacks += stacks
+
+    def layer(self, index: int) -> DeltaState:
+        return self._layers[index]
+
+    def copy(self, copies: Iterable[StateCopy]) -> None:
+        """Make them, one after the other, for all layers."""
+        for source, target in copies:
+            for stack in self._stacks:
+                if source < 0:
+                    stack[:, target].zero_()
+                else:
+                    stack[:, target] = stack[:, source]
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros whose pages the operating system commits on first use (`torch.zeros` writes them all on a CPU)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
