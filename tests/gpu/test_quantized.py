@@ -3,9 +3,11 @@ transformers with the values that the weights stand for."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import pytest
@@ -59,7 +61,7 @@ def rounding(model: torch.nn.Module) -> Iterator[None]:
     """Linear layers but the head take tokens as Hopper's products of several with e4m3 take them."""
 
     def hook(_: torch.nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-        return rounded(args[0].flatten(0, 1), 128).view_as(args[0])
+        return rounded(args[0].flatten(0, -2), 128).view_as(args[0])
 
     layers = [layer for name, layer in model.named_modules() if isinstance(layer, Linear) and name != "lm_head"]
     hooks = [layer.register_forward_pre_hook(hook) for layer in layers]
@@ -68,18 +70,28 @@ def rounding(model: torch.nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def check(outputs: list[RequestOutput], model: torch.nn.Module, is_rounded: bool = False, limit: float = 0.03) -> None:
-    """limit: of the mean difference of log-probabilities, of all tokens but each prompt's first."""
-    differences = []
+def check(outputs: list[RequestOutput], model: torch.nn.Module, is_rounded: bool = False) -> None:
+    """Log-probabilities of all tokens but each prompt's first are as near to the model's as those of its bfloat16 copy
+    are: by the median, and by the mean, to which a token that is routed to another expert counts much.
+
+    is_rounded: the copy is the model itself, whose layers take tokens rounded to e4m3. What ours rounds differs by an
+    error of bfloat16, which is enough for some to become the next number of e4m3: so the two are not compared directly.
+    """
+    copy_of = model if is_rounded else copy.deepcopy(model).bfloat16()
+    ours, theirs = list[float](), list[float]()
     for prompt, output in zip(PROMPTS, outputs, strict=True):
-        ids = [*prompt, *output.token_ids]
-        with torch.inference_mode(), rounding(model) if is_rounded else nullcontext():
-            expected = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        ids = torch.tensor([[*prompt, *output.token_ids]])
+        with torch.inference_mode():
+            exact = model(ids).logits[0].float().log_softmax(-1)
+            with rounding(model) if is_rounded else nullcontext():
+                near = copy_of(ids).logits[0].float().log_softmax(-1)
         reported = [*(output.prompt_logprobs or ()), *output.logprobs][1:]
-        assert [token.token_id for token in reported] == ids[1:]
-        differences += [abs(token.logprob - float(expected[i, token.token_id])) for i, token in enumerate(reported)]
-    assert sum(differences) / len(differences) < limit
-    assert max(differences) < 10 * limit
+        assert [token.token_id for token in reported] == ids[0, 1:].tolist()
+        for i, token in enumerate(reported):
+            ours.append(abs(token.logprob - float(exact[i, token.token_id])))
+            theirs.append(abs(float(near[i, token.token_id] - exact[i, token.token_id])))
+    assert median(ours) < 1.5 * median(theirs) + 0.005
+    assert fmean(ours) < 2 * fmean(theirs) + 0.01
 
 
 @pytest.mark.timeout(600)  # compiles
@@ -148,9 +160,16 @@ def test_two_ranks_on_one_device(case: str, tmp_path: Path, packed: list[int]) -
             ),
         ]
         attention = expected.self_attn
-        wanted_of_all = expected.mlp(normed), attention.q_proj(normed), attention.o_proj(x.float())
-        for actual, wanted in zip(found, wanted_of_all, strict=True):
-            assert (actual.cpu() - wanted).norm() < 0.01 * wanted.norm()
+
+        def wanted_of_all() -> tuple[torch.Tensor, ...]:
+            return expected.mlp(normed), attention.q_proj(normed), attention.o_proj(x.float())
+
+        exact = wanted_of_all()
+        with rounding(expected) if "fp8" in case else nullcontext():
+            near = wanted_of_all()
+        for actual, wanted, rounded_once in zip(found, exact, near, strict=True):
+            limit = 0.01 * wanted.norm() + 1.5 * (rounded_once - wanted).norm()
+            assert (actual.cpu() - wanted).norm() < limit
     assert bool(packed[0]) == ("fp8" not in case)
 
 

@@ -290,12 +290,12 @@ class TestKernels:
 
     def test_repeatable_and_independent_of_other_rows(self) -> None:
         matrix, _ = matrix_of("cuda", torch.cuda.get_device_capability(), [grouped(4096, 2560)], torch.bfloat16)
-        for m in (8, 64, 256):
+        for m in (1, 8, 64, 256):
             x = random(m, 2560, device="cuda")
             first = matrix.apply(x)
             assert all(torch.equal(first, matrix.apply(x)) for _ in range(5))
-            if m == 8:
-                assert torch.equal(first, torch.cat([matrix.apply(row[None]) for row in x]))
+            if m == 8:  # one token alone has a kernel of its own, which adds in another order
+                assert torch.equal(first, torch.cat([matrix.apply(pair) for pair in x.split(2)]))
 
     def test_in_a_graph(self) -> None:
         matrix, weight = matrix_of("cuda", torch.cuda.get_device_capability(), [grouped(4096, 2560)], torch.bfloat16)
