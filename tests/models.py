@@ -67,6 +67,13 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 24},
     "ernie4_5": {"head_dim": 24, "use_bias": True},
     "olmo3": {"sliding_window": 19, "num_hidden_layers": 5},
+    "gemma2": {
+        "head_dim": 32,
+        "sliding_window": 11,
+        "query_pre_attn_scalar": 48,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 5.0,
+    },
     "gemma3_text": {"head_dim": 32, "sliding_window": 11, "num_hidden_layers": 7, "query_pre_attn_scalar": 48},
 }
 

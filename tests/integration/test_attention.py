@@ -1,5 +1,5 @@
-"""The reference of attention against a definition: ragged batches, scattered pages, windows, groups and blocks; and a
-step in two parts."""
+"""The reference of attention against a definition: ragged batches, scattered pages, windows, groups and blocks, scores
+that are capped, sinks; and a step in two parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 8
 
 
 def reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: AttentionStep, window: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    batch: AttentionStep,
+    window: int | None,
+    cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One query at a time, in float64."""
     out = torch.empty_like(q)
@@ -30,7 +36,10 @@ def reference(
             values = v[slots].double().repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=1)
             token = int(batch.offsets[i]) + j
             scores = torch.einsum("hd,khd->hk", q[token].double(), keys) / HEAD_DIM**0.5
-            out[token] = torch.einsum("hk,khd->hd", scores.softmax(-1), values).float()
+            if cap is not None:
+                scores = cap * torch.tanh(scores / cap)
+            weights = scores.exp() / (scores.exp().sum(-1) + (0 if sinks is None else sinks.double().exp()))[:, None]
+            out[token] = torch.einsum("hk,khd->hd", weights, values).float()
     return out
 
 
@@ -68,9 +77,10 @@ def test_sdpa(monkeypatch: pytest.MonkeyPatch, page_size: int, shuffle: bool, bl
             v[slots] = torch.randn(len(slots), NUM_KV_HEADS, HEAD_DIM)
         q = torch.randn(int(batch.offsets[-1]), NUM_HEADS, HEAD_DIM)
         metadata = backend.prepare(batch, captured=False)
-        for window in windows:
-            spec = AttentionSpec(PagedKV(NUM_KV_HEADS, HEAD_DIM, HEAD_DIM), window)
-            out = backend.forward(q, LayerCache(k, v), spec, metadata)
-            torch.testing.assert_close(out, reference(q, k, v, batch, window), atol=1e-5, rtol=1e-4)
-        in_parts = pair.forward(q, LayerCache(k, v), spec, pair.prepare(batch, captured=False))
+        for window, cap, has_sinks in zip(windows, (None, 0.7, 2.0, None), (False, True, False, True), strict=True):
+            spec = AttentionSpec(PagedKV(NUM_KV_HEADS, HEAD_DIM, HEAD_DIM), window, softcap=cap, sinks=has_sinks)
+            sinks = torch.randn(NUM_HEADS) * 3 if has_sinks else None
+            out = backend.forward(q, LayerCache(k, v), spec, metadata, sinks)
+            torch.testing.assert_close(out, reference(q, k, v, batch, window, cap, sinks), atol=1e-5, rtol=1e-4)
+        in_parts = pair.forward(q, LayerCache(k, v), spec, pair.prepare(batch, captured=False), sinks)
         torch.testing.assert_close(in_parts, out, atol=1e-6, rtol=1e-6)

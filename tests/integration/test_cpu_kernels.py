@@ -210,23 +210,29 @@ def test_attention(heads: tuple[int, int], dim: int) -> None:
     step = AttentionStep(rows, starts, num_new, offsets, pages, page_size, num_decode=0)
     backend = CpuBackend(cpu_ops(num_threads))
     q = torch.randn(int(offsets[-1]), num_q, dim, generator=generator)
-    for window in (None, 50):
-        spec = AttentionSpec(PagedKV(num_kv, dim, dim), window)
-        out = backend.forward(q, LayerCache(keys, values), spec, backend.prepare(step))
+    for window, cap, has_sinks in ((None, None, False), (50, None, True), (None, 1.5, True), (50, 0.4, False)):
+        spec = AttentionSpec(PagedKV(num_kv, dim, dim), window, softcap=cap, sinks=has_sinks)
+        sinks = 3 * torch.randn(num_q, generator=generator) if has_sinks else None
+        out = backend.forward(q, LayerCache(keys, values), spec, backend.prepare(step), sinks)
         for i in range(len(rows)):
             slots = torch.from_numpy(step.slots_of(rows[i], np.arange(starts[i] + num_new[i])))
             mine = slice(offsets[i], offsets[i + 1])
-            expected = reference(q[mine], *(widened(x[slots], q.dtype) for x in (keys, values)), int(starts[i]), window)
+            k, v = (widened(x[slots], q.dtype) for x in (keys, values))
+            expected = reference(q[mine], k, v, int(starts[i]), spec, sinks)
             torch.testing.assert_close(out[mine], expected, atol=2e-5, rtol=1e-4)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, start: int, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
     """One sequence: its new tokens, from position `start` on, and all its keys and values."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     place, at = torch.arange(len(k)), start + torch.arange(len(q))[:, None]
-    seen = (place <= at) if window is None else (place <= at) & (place > at - window)
+    seen = (place <= at) if spec.window is None else (place <= at) & (place > at - spec.window)
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    weights = scores.masked_fill(~seen, -torch.inf).exp()
+    total = weights.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp()[:, None, None])
+    return torch.einsum("hqk,khd->qhd", weights / total, v)
 
 
 @pytest.mark.parametrize("vocab_size", [5, 128, 4096, 50_001])

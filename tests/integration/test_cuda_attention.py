@@ -61,7 +61,7 @@ class Case:
         """Keys and values in float32."""
         return [(x.view(torch.float8_e4m3fn) if x.dtype == torch.uint8 else x).float() for x in self.cache]
 
-    def reference(self, window: int | None) -> Tensor:
+    def reference(self, window: int | None, sinks: Tensor | None = None) -> Tensor:
         """In float32; zeros for an empty sequence."""
         out = torch.zeros(self.q.shape, device="cuda")
         group = self.q.shape[1] // self.cache.k.shape[1]
@@ -69,7 +69,9 @@ class Case:
             seen = slots[-window:] if window else slots
             keys, values = (x[seen].repeat_interleave(group, dim=1) for x in self.widened())
             scores = torch.einsum("hd,khd->hk", self.q[i].float(), keys) / self.q.shape[2] ** 0.5
-            out[i] = torch.einsum("hk,khd->hd", scores.softmax(-1), values)
+            if sinks is not None:
+                scores = torch.cat((scores, sinks[:, None]), 1)
+            out[i] = torch.einsum("hk,khd->hd", scores.softmax(-1)[:, : len(seen)], values)
         return out
 
 
@@ -150,6 +152,35 @@ def test_decode_of_e4m3(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype) 
                     out = torch.full(case.q.shape, float("nan"), dtype=dtype, device="cuda")
                     backend.launch(case.q, case.cache, window or 0, case.seqs, out, cluster, False)
                     check(out, expected)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("num_qo", "num_kv", "dim", "float8"),
+    [(64, 8, 64, False), (10, 2, 128, False), (16, 1, 128, True), (28, 4, 64, True), (3, 3, 128, False)],
+)
+def test_sinks(num_qo: int, num_kv: int, dim: int, float8: bool) -> None:
+    """Of both kernels, split and merged; one head's sink outweighs all tokens, another's counts nothing."""
+    from minisgl.attention.cuda import CudaBackend
+
+    shape = replace(make_shape(num_qo, num_kv, dim), has_float8=float8)
+    backend = CudaBackend(shape, torch.device("cuda", torch.cuda.current_device()))
+    sinks = torch.randn(num_qo, device="cuda") * 2
+    sinks[0], sinks[1], sinks[-1] = 5.0, -80.0, 3.0
+    for lens in ([1], [1000], [0, 1, 2, 15, 16, 17, 127, 128, 129], [1, 3000, 1, 700], [63, 64, 65] * 20):
+        case = Case(shape, lens, 16)
+        if float8:
+            case.narrow()
+        for window in (None, 128):
+            expected = case.reference(window, sinks)
+            for cluster in (0, 1, 2, 16):
+                out = torch.full(case.q.shape, float("nan"), dtype=shape.dtype, device="cuda")
+                backend.launch(case.q, case.cache, window or 0, case.seqs, out, cluster, False, sinks)
+                check(out, expected)
+            metadata = backend.prepare(case.step, captured=False)
+            check(backend.forward(case.q, case.cache, spec_of(shape, window), metadata, sinks), expected)
 
 
 @pytest.mark.gpu

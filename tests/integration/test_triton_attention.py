@@ -77,14 +77,19 @@ def widened(cache: LayerCache) -> list[torch.Tensor]:
     return [(x.view(torch.float8_e4m3fn) if x.dtype == torch.uint8 else x).double() for x in cache]
 
 
-def attend(case: Case, window: int | None = None) -> torch.Tensor:
+def attend(
+    case: Case, window: int | None = None, cap: float | None = None, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     from minisgl.attention.triton import TritonBackend
 
     backend, heads = TritonBackend(case.shape, DEVICE), PagedKV(case.shape.num_kv_heads, *[case.shape.head_dim] * 2)
-    return backend.forward(case.q, case.cache, AttentionSpec(heads, window), backend.prepare(case.step, captured=False))
+    spec = AttentionSpec(heads, window, softcap=cap, sinks=sinks is not None)
+    return backend.forward(case.q, case.cache, spec, backend.prepare(case.step, captured=False), sinks)
 
 
-def reference(case: Case, window: int | None) -> torch.Tensor:
+def reference(
+    case: Case, window: int | None, cap: float | None = None, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """One sequence at a time, in float64."""
     step, shape, batch = case.step, case.shape, case.step.on_device()
     out = []
@@ -99,14 +104,17 @@ def reference(case: Case, window: int | None) -> torch.Tensor:
         scores = torch.einsum("qhd,khd->hqk", case.q[cu_q[i] : cu_q[i + 1]].double(), k) / shape.head_dim**0.5
         pos = torch.arange(int(start), int(start + num_new))[:, None]
         seen = (keys <= pos) & (keys > pos - window) if window else keys <= pos
-        scores = scores.masked_fill(~seen.to(DEVICE), float("-inf"))
-        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
+        weights = scores.masked_fill(~seen.to(DEVICE), float("-inf")).exp()
+        total = weights.sum(-1, keepdim=True) + (0 if sinks is None else sinks.double().exp()[:, None, None])
+        out.append(torch.einsum("hqk,khd->qhd", weights / total, v))
     return torch.cat(out)
 
 
-def check(case: Case, window: int | None) -> None:
-    tolerance = TOLERANCE[case.shape.dtype]
-    torch.testing.assert_close(attend(case, window).double(), reference(case, window), atol=tolerance, rtol=tolerance)
+def check(case: Case, window: int | None, cap: float | None = None, sinks: torch.Tensor | None = None) -> None:
+    tolerance, expected = TOLERANCE[case.shape.dtype], reference(case, window, cap, sinks)
+    torch.testing.assert_close(attend(case, window, cap, sinks).double(), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,6 +163,31 @@ def test_decode(dtype: torch.dtype, page_size: int, window: int | None, monkeypa
 def test_decode_shapes(dtype: torch.dtype, group: int, head_dim: int, page_size: int) -> None:
     shape = make_shape(2 * group, 2, head_dim, dtype, page_size)
     check(make_case(shape, [300, 99], [1, 1]), None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("group", "head_dim", "page_size"), [(5, 80, 16), (8, 64, 1), (2, 256, 128)])
+@pytest.mark.parametrize(("cap", "has_sinks"), [(0.8, False), (None, True), (3.0, True)])
+def test_capped_scores_and_sinks(
+    dtype: torch.dtype,
+    group: int,
+    head_dim: int,
+    page_size: int,
+    cap: float | None,
+    has_sinks: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts and single tokens, whose keys are split or not; one head's sink outweighs all, another's nothing."""
+    from minisgl.kernel.triton import attention
+
+    shape = make_shape(2 * group, 2, head_dim, dtype, page_size)
+    sinks = torch.randn(2 * group, device=DEVICE) * 2 if has_sinks else None
+    if sinks is not None:
+        sinks[0], sinks[-1] = 60.0, -60.0
+    check(make_case(shape, [0, 0, 61, 5], [1, 67, 20, 3]), 20, cap, sinks)
+    for splits, window in ((1, None), (3, None), (3, 33)):
+        monkeypatch.setattr(attention, "num_splits", lambda *_, splits=splits: splits)
+        check(make_case(shape, [0, 4, 150], [1] * 3), window, cap, sinks)
 
 
 def test_decode_without_keys() -> None:

@@ -317,8 +317,6 @@ def test_attention_backends_for_other_shapes(backend: str, changes: dict[str, in
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"softcap": 50.0}, "soft-capped scores"),
-        ({"sinks": True}, "attention sinks"),
         ({"cache": PagedKV(8, 128, 64)}, "keys and values of other sizes than queries"),
     ],
 )
@@ -329,6 +327,22 @@ def test_what_no_backend_computes_is_refused(machine: Capabilities, changes: dic
         decide(machine, model)
     with pytest.raises(ConfigError, match="sdpa does not compute caches that differ by layer"):
         decide(machine, replace(MODEL, layers=(layer, replace(layer, attention=AttentionSpec(PagedKV(4, 128, 128))))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "decode", "what"),
+    [({"softcap": 50.0}, "triton", "soft-capped scores"), ({"sinks": True}, "cuda", "attention sinks")],
+)
+def test_softcaps_and_sinks_are_ours(changes: dict[str, Any], decode: str, what: str) -> None:
+    """Packages' backends are passed over, and refused by name where they are asked for."""
+    layer, everything = MODEL.layers[0], replace(GPUS, packages=GPUS.packages | {"sgl_kernel", "flashinfer"})
+    model = replace(MODEL, layers=(replace(layer, attention=replace(layer.attention, **changes)),) * 28)
+    assert attention(everything, model) == ("triton", decode)
+    assert attention(COMPILES, model) == ("cpu", "cpu")
+    assert attention(MACHINE, model) == ("sdpa", "sdpa")
+    for name in ("fi", "fa"):
+        with pytest.raises(ConfigError, match=f"^--attention-backend {name}: {name} does not compute {what}"):
+            decide(everything, model, attention_backend=name)
 
 
 def test_only_the_reference_computes_another_scale() -> None:

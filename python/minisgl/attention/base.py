@@ -17,6 +17,7 @@ from minisgl.kernel.state import StateSequences
 from minisgl.kvcache.pool import KVPool, LayerCache
 
 IntArray = npt.NDArray[np.int64]
+Tensor = torch.Tensor
 Metadata = TypeVar("Metadata")
 
 
@@ -108,9 +109,12 @@ class AttentionBackend(ABC, Generic[Metadata]):
         """
 
     @abstractmethod
-    def forward(self, q: torch.Tensor, cache: LayerCache, spec: AttentionSpec, metadata: Metadata) -> torch.Tensor:
+    def forward(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: Metadata, sinks: Tensor | None = None, /
+    ) -> Tensor:
         """q: [num_tokens, num_qo_heads, head_dim], perhaps strided between tokens; cache: this step's keys and values
-        are stored in it.
+        are stored in it; sinks: [num_qo_heads] float32, of each head a score of no token, which only the softmax's sum
+        counts (arXiv 2309.17453), where `spec` has them.
 
         → [num_tokens, num_qo_heads, v_dim]. Stale or non-finite values of other requests never leak in.
         """

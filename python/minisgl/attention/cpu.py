@@ -31,7 +31,10 @@ class CpuBackend(AttentionBackend[CpuMetadata]):
         sequences = np.stack((step.rows, step.offsets[:-1], step.num_new, step.starts), 1)
         return CpuMetadata(torch.from_numpy(sequences), torch.from_numpy(step.page_table), step.page_size)
 
-    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: CpuMetadata) -> Tensor:
+    def forward(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: CpuMetadata, sinks: Tensor | None = None
+    ) -> Tensor:
         out = torch.empty(q.shape)
-        self._ops.module.attend(self._ops.workers, q, *cache, *metadata, spec.window or 0, out)
+        kind = spec.window or 0, spec.softcap or 0.0, sinks
+        self._ops.module.attend(self._ops.workers, q, *cache, *metadata, *kind, out)
         return out

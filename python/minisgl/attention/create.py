@@ -46,12 +46,14 @@ class PairOfBackends(AttentionBackend[PairMetadata]):
         decode = self._decode.prepare(step.part(0, num), captured) if num else None
         return PairMetadata(num, decode, self._prefill.prepare(step.part(num, end), captured) if num < end else None)
 
-    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: PairMetadata) -> Tensor:
+    def forward(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: PairMetadata, sinks: Tensor | None = None
+    ) -> Tensor:
         num = metadata.num_decode
         if metadata.prefill is None:
-            return self._decode.forward(q, cache, spec, metadata.decode)
-        out = self._prefill.forward(q[num:], cache, spec, metadata.prefill)
-        return torch.cat((self._decode.forward(q[:num], cache, spec, metadata.decode), out)) if num else out
+            return self._decode.forward(q, cache, spec, metadata.decode, sinks)
+        out = self._prefill.forward(q[num:], cache, spec, metadata.prefill, sinks)
+        return torch.cat((self._decode.forward(q[:num], cache, spec, metadata.decode, sinks), out)) if num else out
 
 
 def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Backend:

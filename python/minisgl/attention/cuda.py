@@ -55,19 +55,22 @@ class CudaBackend(AttentionBackend[PagedSequences]):
     def prepare(self, step: AttentionStep, captured: bool) -> PagedSequences:  # noqa: ARG002 (nothing to plan)
         return step.on_device()
 
-    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: PagedSequences) -> Tensor:
+    def forward(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: PagedSequences, sinks: Tensor | None = None
+    ) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         cluster = cluster_size(q.shape[0], self._shape.num_kv_heads, self._num_sms)
         # A captured graph begins when all before it is done, and nothing in it writes the page table, the lengths or
         # older tokens. Launched one by one, the kernel may overlap one that does.
         early = torch.cuda.is_current_stream_capturing()
-        self.launch(q, cache, spec.window or 0, metadata, out, cluster, early)
+        self.launch(q, cache, spec.window or 0, metadata, out, cluster, early, sinks)
         return out
 
     def launch(
-        self, q: Tensor, cache: LayerCache, window: int, seqs: PagedSequences, out: Tensor, cluster: int, early: bool
-    ) -> None:
+        self, q: Tensor, cache: LayerCache, window: int, seqs: PagedSequences, out: Tensor, cluster: int, early: bool,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """`forward` with the choices made. window 0: none; cluster: as from `cluster_size`; early: see the kernel."""
         inputs = q, cache.k, cache.v, seqs.page_table, seqs.rows, seqs.seq_lens
-        sizes = seqs.page_size, window, cluster, self._num_blocks
+        sizes = seqs.page_size, window, sinks, cluster, self._num_blocks
         self._kernel.attention_decode(*inputs, out, self._partial, self._counters, *sizes, early)

@@ -53,7 +53,7 @@ class FlashInferBackend(AttentionBackend[Wrappers]):
             wrapper.plan(*pages, *heads, window_left=window - 1 if window else -1, **options)
         return wrappers
 
-    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: Wrappers) -> Tensor:
+    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: Wrappers, *_: object) -> Tensor:
         pages = tuple(x.unflatten(0, (-1, self._shape.page_size)) for x in cache)
         out: Tensor = metadata[spec.window].run(q.contiguous(), pages)
         return out
@@ -108,7 +108,7 @@ class FlashAttentionBackend(AttentionBackend[FlashMetadata]):
         pages = None if captured else gather_pages(seqs, int(step.seq_lens.max()))
         return FlashMetadata(seqs, pages, int(step.num_new.max()))
 
-    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: FlashMetadata) -> Tensor:
+    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: FlashMetadata, *_: object) -> Tensor:
         seqs, pages, window = metadata.seqs, metadata.pages, spec.window
         out: Tensor = self._attend(
             q=q,

@@ -46,7 +46,9 @@ class SdpaBackend(AttentionBackend[list[Block]]):
                 blocks.append(Block(tokens, torch.from_numpy(slots).to(self._device), distance))
         return blocks
 
-    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: list[Block]) -> Tensor:
+    def forward(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: list[Block], sinks: Tensor | None = None
+    ) -> Tensor:
         assert isinstance(spec.cache, PagedKV)
         out = q.new_empty(*q.shape[:2], spec.cache.v_dim)
         for block in metadata:
@@ -55,6 +57,19 @@ class SdpaBackend(AttentionBackend[list[Block]]):
                 mask &= block.distance < spec.window
             queries = q[block.tokens].transpose(0, 1)
             k, v = (widened(x[block.slots], q.dtype).transpose(0, 1) for x in cache)
-            heads = F.scaled_dot_product_attention(queries, k, v, mask, scale=spec.scale, enable_gqa=True)
-            out[block.tokens] = heads.transpose(0, 1)
+            out[block.tokens] = attend(queries, k, v, mask, spec, sinks).transpose(0, 1)
         return out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
+    """q: [heads, tokens, dim]; k, v: [KV heads, keys, dim] → like q."""
+    if sinks is None and spec.softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=spec.scale, enable_gqa=True)
+    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+    scores = (q @ k.mT).float() * (spec.scale or q.shape[-1] ** -0.5)
+    if spec.softcap is not None:
+        scores = (scores / spec.softcap).tanh() * spec.softcap
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(mask), 1)), -1)
+    return scores.softmax(-1)[..., : k.shape[1]].to(v.dtype) @ v

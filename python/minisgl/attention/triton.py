@@ -52,8 +52,11 @@ class TritonBackend(AttentionBackend[TritonMetadata]):
             blocks = to_device(rows, self._device)
         return TritonMetadata(step.on_device(), blocks, max_seq_len)
 
-    def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: TritonMetadata) -> Tensor:
+    def forward(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: TritonMetadata, sinks: Tensor | None = None
+    ) -> Tensor:
         (seqs, blocks, longest), splits, config = metadata, 1, self._prefill_config
         if blocks is None:
             splits, config = self._num_splits(len(q), min(spec.window or longest, longest)), self._decode_config
-        return attention.attention(q, *cache, seqs, blocks, spec.window, splits, self._partials, config, self._pdl)
+        how = self._partials, config, self._pdl, spec.softcap or 0.0, sinks
+        return attention.attention(q, cache.k, cache.v, seqs, blocks, spec.window, splits, *how)

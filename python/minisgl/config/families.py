@@ -98,8 +98,9 @@ def parse_model_config(f: Fields) -> ModelConfig:
     default, (embedding, residual, logits, scores) = family.defaults.get, _scales(f, family, hidden, head_dim)
     windows = _windows(f, family, num_layers)
     ropes, rope_of_layer, max_position = _ropes(f, family, (head_dim, scores), windows)
-    has_caps, cache = "softcaps" in family.reads, specs.PagedKV(num_kv_heads, head_dim, head_dim)
-    caps = [f.number(f"{of}_logit_softcapping", None, above=0) if has_caps else None for of in ("attn", "final")]
+    names = [f"{of}_logit_softcapping" for of in ("attn", "final")] if "softcaps" in family.reads else [""] * 2
+    caps = [f.number(name, None if name in f.data else default(name), above=0) for name in names]
+    cache = specs.PagedKV(num_kv_heads, head_dim, head_dim)
     norms, mlps = LayerNorms(*family.norms, family.head_norms), _mlps(f, family, num_layers)
     attentions = (specs.AttentionSpec(cache, *of, softcap=caps[0]) for of in zip(windows, rope_of_layer, strict=True))
     eps = f.number("rms_norm_eps", default("rms_norm_eps", 1e-6), above=0)

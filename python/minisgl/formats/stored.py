@@ -21,12 +21,7 @@ class StoredFormat(ByName):
     """header: of the checkpoint; empty: there is none, and all is as `spec` says. source: its directory, for errors."""
 
     def __init__(
-        self,
-        spec: Quantization,
-        header: Mapping[str, Header],
-        source: str,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, spec: Quantization, header: Mapping[str, Header], source: str, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(dtype, device)
         self.spec, self.header, self._source = spec, header, source

@@ -16,13 +16,8 @@ import torch
 from minisgl.errors import ConfigError, EngineError
 
 SUM = 0  # ncclRedOp_t
-DTYPES = {  # ncclDataType_t
-    torch.int32: 2,
-    torch.int64: 4,
-    torch.float16: 6,
-    torch.float32: 7,
-    torch.bfloat16: 9,
-}
+# ncclDataType_t
+DTYPES = {torch.int32: 2, torch.int64: 4, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 
 
 class UniqueId(ctypes.Structure):

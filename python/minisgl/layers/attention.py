@@ -31,6 +31,7 @@ class Attention(Layer):
         self.o_proj = RowLinear(env, q_size, hidden, config.o_bias, "attention features")
         self._num_q, self._num_kv = self.qkv_proj.num_qo_heads, self.qkv_proj.num_kv_heads
         assert order is None or not norms.of_heads, "their weights would have to be reordered, too"
+        self.sinks = torch.empty(self._num_q, device=env.device) if spec.sinks else None
         self._is_wide = norms.of_heads == "all"
         self.qk_norm = env.vector(self._num_q + self._num_kv, config.head_dim) if norms.of_heads else None
 
@@ -43,7 +44,7 @@ class Attention(Layer):
         if self._is_wide:
             self._norm_of_all(qkv)
         q = self._ops.norm_rope_store(qkv, None if self._is_wide else self.qk_norm, self._eps, rope, slots)
-        out = step.backend.forward(q, cache, self._spec, step.metadata)
+        out = step.backend.forward(q, cache, self._spec, step.metadata, self.sinks)
         return self.o_proj.forward(out.reshape(x.shape[0], -1), x, after, self._eps)
 
     def _norm_of_all(self, qkv: Tensor) -> None:
@@ -61,6 +62,10 @@ class Attention(Layer):
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.qkv_proj.weights(prefix)
         yield from self.o_proj.weights(f"{prefix}o_proj.")
+        if self.sinks is not None:
+            shard = self.qkv_proj.shard("q_proj.")
+            num_heads, first, end = (rows // self._head_dim for rows in (shard.shape[0], *shard.rows))
+            yield WeightSlot(f"{prefix}sinks", (num_heads,), self.sinks, (first, end))
         if self.qk_norm is None:
             return
         for kind, target in (("q", self.qk_norm[: self._num_q]), ("k", self.qk_norm[self._num_q :])):

@@ -134,7 +134,7 @@ def _load_keys(
 def _attend(
     q, m, denom, acc, k_ptr, v_ptr, pages_ptr, first, end, q_pos, seq_len, scale, window, kv_stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attends to the keys of positions [first, end), `first` a multiple of BLOCK_N: → m, denom, acc."""
     offsets = tl.arange(0, BLOCK_N)
@@ -145,6 +145,8 @@ def _attend(
             MASKED,
         )  # fmt: skip
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if CAP > 0:  # tanh, by 2^x
+            s = (1.0 - 2.0 / (1.0 + tl.exp2(s * (scale * 2.0 / CAP)))) * (CAP * 1.4426950408889634 / scale)
         if MASKED:
             seen = pos[None, :] <= q_pos[:, None]
             if HAS_WINDOW:
@@ -164,7 +166,8 @@ def _attend(
 def _attend_all(
     q, k_ptr, v_ptr, pages_ptr, low, end, first_pos, last_pos, q_pos, seq_len, scale, window, kv_stride,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, DECODES: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, DECODES: tl.constexpr, HAS_WINDOW: tl.constexpr, CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of queries, at positions from `first_pos` to `last_pos`, attends to keys [low, end): → m, denom, acc.
 
@@ -182,31 +185,31 @@ def _attend_all(
             left = tl.minimum(tl.cdiv(left, BLOCK_N) * BLOCK_N, diagonal)
             m, denom, acc = _attend(
                 q, m, denom, acc, k_ptr, v_ptr, pages_ptr, low, left, q_pos, seq_len, scale, window, kv_stride,
-                HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, True, PRECISION,
+                HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, CAP, True, PRECISION,
             )  # fmt: skip
         m, denom, acc = _attend(
             q, m, denom, acc, k_ptr, v_ptr, pages_ptr, left, diagonal, q_pos, seq_len, scale, window, kv_stride,
-            HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, False, PRECISION,
+            HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, CAP, False, PRECISION,
         )  # fmt: skip
     return _attend(
         q, m, denom, acc, k_ptr, v_ptr, pages_ptr, diagonal, end, q_pos, seq_len, scale, window, kv_stride,
-        HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, True, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, HAS_WINDOW, CAP, True, PRECISION,
     )  # fmt: skip
 
 
 # Views of a step's buffer begin anywhere; a kernel for each alignment would be compiled while requests wait.
 @triton.jit(
-    do_not_specialize=["splits"],
-    do_not_specialize_on_alignment=["blocks_ptr", "rows_ptr", "seq_lens_ptr", "cu_q_ptr"],
+    do_not_specialize=["splits"], do_not_specialize_on_alignment=["blocks_ptr", "rows_ptr", "seq_lens_ptr", "cu_q_ptr"]
 )
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, acc_ptr, lse_ptr, blocks_ptr, page_table_ptr, rows_ptr, seq_lens_ptr, cu_q_ptr,
-    scale, window, q_stride, kv_stride, table_stride, splits,
+    sinks_ptr, scale, window, q_stride, kv_stride, table_stride, splits,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, DECODES: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, block, split). Strides in elements; a head is contiguous. scale: of the scores, times log2(e).
+    CAP: scores become CAP * tanh(score / CAP); 0: none. sinks: [heads], scores of no token, or None.
     DECODES: block i is the only token of sequence i."""
     begin(PDL)
     kv_head = tl.program_id(0)
@@ -239,9 +242,11 @@ def _attention_kernel(
         end = tl.minimum(low + share, end)
     m, denom, acc = _attend_all(
         q, k_ptr, v_ptr, pages_ptr, low, end, first_pos, last_pos, q_pos, seq_len, scale, window, kv_stride, HEAD_DIM,
-        BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, DECODES, HAS_WINDOW, PRECISION,
+        BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, DECODES, HAS_WINDOW, CAP, PRECISION,
     )  # fmt: skip
 
+    if sinks_ptr is not None and not SPLIT:
+        denom += tl.exp2(tl.load(sinks_ptr + head) * 1.4426950408889634 - m)
     acc = acc / tl.where(denom == 0.0, 1.0, denom)[:, None]
     index = token_at * NUM_HEADS + head
     if SPLIT:
@@ -256,8 +261,8 @@ def _attention_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
-    acc_ptr, lse_ptr, out_ptr, splits, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-    STEP: tl.constexpr, PDL: tl.constexpr,
+    acc_ptr, lse_ptr, out_ptr, sinks_ptr, splits, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, query head): the mean of its partial results, weighted by exp2(lse)."""
     begin(PDL)
@@ -267,6 +272,8 @@ def _merge_kernel(
     top = tl.max(lse, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp2(lse - top), 0)
+    if sinks_ptr is not None:
+        total += tl.exp2(tl.load(sinks_ptr + index % NUM_HEADS) * 1.4426950408889634 - top)
     dims = tl.arange(0, BLOCK_D)
     out = tl.zeros((BLOCK_D,), tl.float32)
     for first in tl.range(0, splits, STEP):
@@ -282,13 +289,13 @@ def _merge_kernel(
 
 def attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seqs: PagedSequences, blocks: Tensor | None, window: int | None,
-    splits: int, partials: Partials, config: AttentionConfig, pdl: bool,
+    splits: int, partials: Partials, config: AttentionConfig, pdl: bool, cap: float = 0.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of each query to the keys up to its own position, at most `window` of them; zeros where there are none.
 
     q: [num_tokens, num_qo_heads, head_dim], any stride between tokens; caches: [num_slots, num_kv_heads, head_dim],
     contiguous, of uint8 where they are e4m3; blocks: of `query_blocks`, on the device, or None: each sequence has one
-    token, and its keys may be split → [num_tokens, num_qo_heads, head_dim].
+    token, and its keys may be split; cap, sinks: as in the kernel → [num_tokens, num_qo_heads, head_dim].
     """
     (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, k_cache.shape[1]
     assert q.stride()[1:] == (head_dim, 1)
@@ -299,15 +306,15 @@ def attention(
     num_blocks, block_d = num_tokens if blocks is None else len(blocks), triton.next_power_of_2(head_dim)
     _attention_kernel[(num_kv_heads, num_blocks, splits)](
         q, native(k_cache), native(v_cache), out, partials.acc, partials.lse, seqs.rows if blocks is None else blocks,
-        seqs.page_table, seqs.rows, seqs.seq_lens, seqs.cu_q, head_dim**-0.5 * math.log2(math.e), window or 0,
+        seqs.page_table, seqs.rows, seqs.seq_lens, seqs.cu_q, sinks, head_dim**-0.5 * math.log2(math.e), window or 0,
         q.stride(0), k_cache.stride(0), seqs.page_table.stride(0), splits,
         num_heads, num_heads // num_kv_heads, head_dim, config.block_m, block_d, config.block_n, seqs.page_size,
-        blocks is None, splits > 1, window is not None, precision(q.dtype), pdl,
+        blocks is None, splits > 1, window is not None, cap, precision(q.dtype), pdl,
         num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(pdl),
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(num_tokens * num_heads,)](
-            partials.acc, partials.lse, out, splits, head_dim, block_d, MAX_SPLITS, MERGE_STEP, pdl,
+            partials.acc, partials.lse, out, sinks, splits, num_heads, head_dim, block_d, MAX_SPLITS, MERGE_STEP, pdl,
             num_warps=2 if head_dim <= 128 else 4, **launch_options(pdl),
         )  # fmt: skip
     return out

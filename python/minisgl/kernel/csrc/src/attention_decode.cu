@@ -93,12 +93,14 @@ __device__ __forceinline__ Part gather(const float* out, const float2* ml, int q
   return part;
 }
 
-__device__ __forceinline__ float reciprocal(float sum) {
+// Of a head's sum, whose weights are relative to `max`.
+__device__ __forceinline__ float reciprocal(const Params& p, int head, float max, float sum) {
+  if (p.sinks != nullptr) sum += exp2f(p.sinks[head] * 1.4426950408889634f - max);
   return sum > 0 ? 1.f / sum : sum == 0 ? 0.f : sum;  // no tokens: zeros; NaN stays visible
 }
 
 __device__ __forceinline__ void store_out(const Params& p, int seq, int head, int quad, const Part& part) {
-  float scale = reciprocal(part.sum);
+  float scale = reciprocal(p, head, part.max, part.sum);
   Vec<Element, 4> x{from_float<Element>(part.out.x * scale), from_float<Element>(part.out.y * scale),
                     from_float<Element>(part.out.z * scale), from_float<Element>(part.out.w * scale)};
   int64_t index = (int64_t(seq) * kNumKV * kGroup + head) * kHeadDim + quad * 4;
@@ -212,8 +214,10 @@ __device__ __forceinline__ void store_heads(const Params& p, int seq, int kv_hea
   int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < kNumTiles; n++) {
-    float scale[2] = {reciprocal(acc.sum[n][0]), reciprocal(acc.sum[n][1])};
-    int query = n * 8 + lane / 4;
+    int query = n * 8 + lane / 4, head = kv_head * kGroup + n * 8 + lane % 4 * 2;  // that is written, and is divided here
+    float scale[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) scale[i] = reciprocal(p, min(head + i, kNumKV * kGroup - 1), acc.max[n][i], acc.sum[n][i]);
     Element* row = p.out + ((int64_t(seq) * kNumKV + kv_head) * kGroup + query) * kHeadDim;
 #pragma unroll
     for (int step = 0; step < kSteps; step++) {
@@ -427,16 +431,17 @@ int64_t attention_decode_workspace(int64_t num_blocks) {
 // [requests, pages] int32; rows, seq_lens [n] int32, the new token counted; out [n, heads, head_dim], zeros where
 // seq_lens is 0. partial (float32) and counters (int32, zero) are workspaces of the stream kernel. window: tokens that
 // a query sees, itself included; 0 for all. cluster: blocks that share a sequence's KV head (a power of two up to 16),
-// or 0 for the stream kernel with num_blocks blocks.
+// or 0 for the stream kernel with num_blocks blocks. sinks: [heads] float32, scores of no token.
 //
 // early: rows, seq_lens, page_table and the cache but for each sequence's newest token were written before the last
 // launch without PDL, so they may be read while the kernels before this one still run.
 void attention_decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView page_table, TensorView rows,
                       TensorView seq_lens, TensorView out, TensorView partial, TensorView counters, int64_t page_size,
-                      int64_t window, int64_t cluster, int64_t num_blocks, bool early) {
+                      int64_t window, tvm::ffi::Optional<TensorView> sinks, int64_t cluster, int64_t num_blocks, bool early) {
   check_inputs(q, k_cache, v_cache, page_table, rows, seq_lens, out);
   int num_seqs = static_cast<int>(q.size(0));
   MINISGL_CHECK(page_size > 0 && window >= 0);
+  MINISGL_CHECK(!sinks.has_value() || (is_fp32(sinks.value()) && sinks.value().numel() == kNumKV * kGroup));
   MINISGL_CHECK(cluster >= 0 && cluster <= kMaxCluster && (cluster & (cluster - 1)) == 0) << "cluster: " << cluster;
   if (num_seqs == 0) return;
   Params p{};
@@ -451,6 +456,7 @@ void attention_decode(TensorView q, TensorView k_cache, TensorView v_cache, Tens
   p.num_seqs = num_seqs, p.page_size = static_cast<int>(page_size), p.window = static_cast<int>(window);
   p.scale = 1.4426950408889634f / sqrtf(float(kHeadDim));
   p.early = early;
+  if (sinks.has_value()) p.sinks = static_cast<const float*>(sinks.value().data_ptr());
   cudaStream_t stream = current_stream(q);
   if (cluster > 0) {
     LaunchConfig config{dim3(cluster, kNumKV, num_seqs), dim3(Cluster::kThreads), size_t(kSmemBytes<Cluster, ClusterScratch>)};

@@ -86,14 +86,14 @@ void rope_store(Workers& workers, float* qkv, int64_t tokens, const float* norm,
 }
 
 void attend(Workers& workers, const float* q, int64_t stride, const std::vector<Sequence>& sequences, const Heads& heads,
-            int64_t window, AnyCache cache, float* out) {
+            int64_t window, const Scores& kind, AnyCache cache, float* out) {
   AttentionPlan plan;
   PartialRoom partial;
   plan_attention(sequences, heads, window, workers.pool.size(), plan);
   partial.reserve(plan, heads);
   with_type(cache, [&](auto typed) {
     workers.pool.run([&](int thread) {
-      attention(workers, thread, q, stride, sequences, plan, heads, window, typed, partial, out, heads.num_q * heads.dim);
+      attention(workers, thread, q, stride, sequences, plan, heads, window, kind, typed, partial, out, heads.num_q * heads.dim);
     });
   });
 }

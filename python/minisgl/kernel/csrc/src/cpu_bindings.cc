@@ -156,12 +156,13 @@ void py_rope_store(int64_t workers, TensorView qkv, Optional<TensorView> norm, d
              data_of<int64_t>(slots), heads, cache_of(k, v));
 }
 
-// q: [tokens, num_q, dim] float32, perhaps with another stride between tokens; out: [tokens, num_q, dim].
+// q: [tokens, num_q, dim] float32, perhaps with another stride between tokens; out: [tokens, num_q, dim]. cap: 0: none; sinks:
+// [num_q] float32.
 void py_attend(int64_t workers, TensorView q, TensorView k, TensorView v, TensorView sequences, TensorView pages, int64_t page_size,
-               int64_t window, TensorView out) {
+               int64_t window, double cap, Optional<TensorView> sinks, TensorView out) {
   Heads heads{q.size(1), k.size(1), q.size(2), page_size};
-  attend(at<Workers>(workers), data_of<float>(q, true), q.stride(0), sequences_of(sequences, pages), heads, window, cache_of(k, v),
-         data_of<float>(out));
+  attend(at<Workers>(workers), data_of<float>(q, true), q.stride(0), sequences_of(sequences, pages), heads, window,
+         {float(cap), data_of<float>(sinks)}, cache_of(k, v), data_of<float>(out));
 }
 
 // logits: [n, vocab] float32; params: n records, as numbers of 32 bits → out: [n] int32.

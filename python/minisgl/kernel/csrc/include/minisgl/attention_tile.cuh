@@ -48,6 +48,7 @@ struct Params {
   const int* page_table;  // rows table_stride entries apart
   const int* rows;        // [num_seqs]
   const int* seq_lens;    // [num_seqs]
+  const float* sinks;     // [kNumKV * kGroup], of each head a score of no token, which only the sum counts; or null
   Element* out;           // [num_seqs, kNumKV * kGroup, kHeadDim]
   float4* partial;        // [kNumKV, blocks, 2, kPartialQuads]; stream only, like the counters
   int* counters;          // [kNumKV, num_seqs], zero between launches

@@ -82,6 +82,13 @@ struct Heads {
   }
 };
 
+// What becomes of scores beside their scale. cap: they become cap * tanh(score / cap); 0: none. sinks: [num_q], scores of no
+// token, which only the softmax's sum counts; or null.
+struct Scores {
+  float cap = 0.0f;
+  const float* sinks = nullptr;
+};
+
 // Cosines and sines of positions, [positions, dim] each; the first half of the sines is negated.
 struct Rotation {
   const float *cosines, *sines;
@@ -146,7 +153,7 @@ void embed_ids(Workers& workers, const Linear& table, const int64_t* ids, int64_
 void rope_store(Workers& workers, float* qkv, int64_t tokens, const float* norm, float eps, const Rotation& rotation,
                 const int64_t* positions, const int64_t* slots, const Heads& heads, AnyCache cache);
 void attend(Workers& workers, const float* q, int64_t stride, const std::vector<Sequence>& sequences, const Heads& heads,
-            int64_t window, AnyCache cache, float* out);
+            int64_t window, const Scores& kind, AnyCache cache, float* out);
 void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vocab, int64_t stride, const SamplingParams* params,
                  int32_t* ids);
 

@@ -35,6 +35,15 @@ struct Partial {
   float most, total;
 };
 
+inline void soft_cap(float* scores, int count, float cap) {
+  for (int t = 0; t < count; t += kLanes) store(scores + t, soft_capped(load(scores + t), cap));
+}
+
+// What the weighted values of query head `head` are divided by.
+inline float total_of(const Partial& partial, const Scores& kind, int64_t head) {
+  return kind.sinks == nullptr ? partial.total : partial.total + std::exp(kind.sinks[head] - partial.most);
+}
+
 template <class T>
 inline float dot(const float* q, const T* k, int64_t dim) {
   Floats acc[2] = {};
@@ -166,11 +175,11 @@ template <class T>
 }
 
 // One new token over positions [begin, end). q: [num_kv * group, dim], scaled; k, v: at the first head; out: like q, and
-// partials: one for each query head; scores: room for [num_kv * group, kBlock]. Heads read the cache in leaps: so each
+// partials: one for each query head; scores: room for [num_kv * group, kBlock]; cap: of scores. Heads read the cache in leaps: so each
 // fetches its share of the tile after this one, of keys, of values or of the next block's keys.
 template <class T>
 void decode(const float* q, const T* k, const T* v, int64_t num_kv, const Heads& heads, const int32_t* pages, int64_t begin,
-            int64_t end, float* out, Partial* partials, float* scores) {
+            int64_t end, float cap, float* out, Partial* partials, float* scores) {
   constexpr int kTile = 8 / sizeof(T);  // tokens whose keys stay in the first-level cache
   int64_t rooms[2][kBlock], *offsets = rooms[0], *next = rooms[1];
   int64_t dim = heads.dim, group = heads.group(), size = row_size<T>(dim), stride = heads.num_kv * size;
@@ -191,6 +200,7 @@ void decode(const float* q, const T* k, const T* v, int64_t num_kv, const Heads&
         if (at % group == 0) fetch(k, t + kTile, v, offsets, count, h);
         decode_scores<T, G>(q + at * dim, k + h * size, offsets + t, std::min(kTile, count - t), dim, scores + at * kBlock + t);
       });
+    for (int64_t h = 0; cap > 0 && h < num_kv * group; ++h) soft_cap(scores + h * kBlock, count, cap);
     for (int64_t h = 0; h < num_kv * group; ++h) online_softmax(scores + h * kBlock, count, partials[h], out + h * dim, dim);
     for (int64_t h = 0; kHasScales<T> && h < num_kv * group; ++h)
       for (int t = 0; t < count; ++t) scores[h * kBlock + t] *= scale_of(v + h / group * size + offsets[t], dim);
@@ -250,8 +260,8 @@ inline void put_value(const T* row, int64_t dim, float* to) {
 // floats between tokens, the group's first head at 0; out: [tokens, …] likewise, with `out_stride`.
 template <class T>
 inline void prefill(const float* q, int64_t stride, float scale, Cache<T> cache, const Heads& heads, int64_t head,
-                    int64_t group, const Sequence& sequence, int64_t token, int64_t count, int64_t window, float* out,
-                    int64_t out_stride, float* room) {
+                    int64_t group, const Sequence& sequence, int64_t token, int64_t count, int64_t window,
+                    const Scores& kind, float* out, int64_t out_stride, float* room) {
   int64_t dim = heads.dim, padded = padded_dim(heads), rows = count * group, size = row_size<T>(dim), offsets[kBlock];
   float* queries = room;
   float* scores = queries + rows * dim;
@@ -277,6 +287,7 @@ inline void prefill(const float* q, int64_t stride, float scale, Cache<T> cache,
     for (int64_t r = 0; r < rows; ++r) {
       int64_t last = position + r / group;  // the token's own position
       float* row = scores + r * kBlock;
+      if (kind.cap > 0) soft_cap(row, tokens, kind.cap);
       if (window)
         for (int64_t t = 0; t < std::min<int64_t>(kBlock, last - window + 1 - first); ++t) row[t] = kNone;
       int seen = int(std::clamp<int64_t>(last + 1 - first, 0, tokens));
@@ -287,7 +298,7 @@ inline void prefill(const float* q, int64_t stride, float scale, Cache<T> cache,
   }
   for (int64_t r = 0; r < rows; ++r) {
     float* to = out + (token + r / group) * out_stride + (r % group) * dim;
-    float inverse = 1.0f / partials[r].total;
+    float inverse = 1.0f / total_of(partials[r], kind, head * group + r % group);
     for (int64_t i = 0; i < dim; ++i) to[i] = result[r * padded + i] * inverse;
   }
 }

@@ -76,8 +76,8 @@ class Model {
     Input in = input(x_.get(), tokens, hidden_stride(), w.input_norm, w.qkv);
     linear(workers_, thread, w.qkv, in, Into::kStore, qkv_.get(), qkv_stride());
     norm_rope_store(workers_, qkv_.get(), tokens, qkv_stride(), w.qk_norm, eps_, step.rotation, step.positions, step.slots, heads_, cache);
-    attention(workers_, thread, qkv_.get(), qkv_stride(), step.sequences, *plan_of(w.window), heads_, w.window, cache, partial_,
-              attended_.get(), attended_stride());
+    attention(workers_, thread, qkv_.get(), qkv_stride(), step.sequences, *plan_of(w.window), heads_, w.window, {}, cache,
+              partial_, attended_.get(), attended_stride());
     in = input(attended_.get(), tokens, attended_stride(), nullptr, w.o);
     linear(workers_, thread, w.o, in, Into::kAdd, x_.get(), hidden_stride());
     in = input(x_.get(), tokens, hidden_stride(), w.post_norm, w.gate_up);

@@ -342,8 +342,8 @@ struct PartialRoom {
 // q: [tokens, stride], rotated; out: [tokens, out_stride].
 template <class T>
 void attention(Workers& workers, int thread, const float* q, int64_t stride, const std::vector<Sequence>& sequences,
-               const AttentionPlan& plan, const Heads& heads, int64_t window, Cache<T> cache, PartialRoom& partial, float* out,
-               int64_t out_stride) {
+               const AttentionPlan& plan, const Heads& heads, int64_t window, const Scores& kind, Cache<T> cache, PartialRoom& partial,
+               float* out, int64_t out_stride) {
   int64_t dim = heads.dim, group = heads.group();
   float scale = 1.0f / std::sqrt(float(dim));
   float* room = workers.room(thread, std::max(prefill_floats(heads), decode_floats(heads)));
@@ -353,7 +353,7 @@ void attention(Workers& workers, int thread, const float* q, int64_t stride, con
     int64_t head = piece.head * group, num_heads = piece.size * group;
     if (piece.parts == 0) {
       int64_t count = std::min(std::max<int64_t>(1, kQueryRows / group), s.first + s.count - piece.token);
-      prefill(q + head * dim, stride, scale, cache, heads, piece.head, group, s, piece.token, count, window,
+      prefill(q + head * dim, stride, scale, cache, heads, piece.head, group, s, piece.token, count, window, kind,
               out + head * dim, out_stride, room);
       return;
     }
@@ -368,11 +368,13 @@ void attention(Workers& workers, int thread, const float* q, int64_t stride, con
     if (is_split) partials = partial.partials.get() + piece.partial, result = partial.results.get() + piece.partial * dim;
     int64_t first = piece.head * row_size<T>(dim);
     decode(queries, cache.k + first, cache.v + first, piece.size, heads, s.pages,
-           begin + length * piece.part / piece.parts, begin + length * (piece.part + 1) / piece.parts, result, partials, scores);
+           begin + length * piece.part / piece.parts, begin + length * (piece.part + 1) / piece.parts, kind.cap, result, partials, scores);
     if (is_split) return;
     float* to = out + piece.token * out_stride + head * dim;
-    for (int64_t h = 0; h < num_heads; ++h)
-      for (int64_t i = 0; i < dim; ++i) to[h * dim + i] = result[h * dim + i] / partials[h].total;
+    for (int64_t h = 0; h < num_heads; ++h) {
+      float total = total_of(partials[h], kind, head + h);
+      for (int64_t i = 0; i < dim; ++i) to[h * dim + i] = result[h * dim + i] / total;
+    }
   });
   if (plan.split.empty()) return;
   workers.pool.share(plan.split.size(), 1, [&](int64_t index) {
@@ -392,6 +394,7 @@ void attention(Workers& workers, int thread, const float* q, int64_t stride, con
         total += one.total * factor;
         for (int64_t i = 0; i < dim; ++i) to[i] += results[p * num_heads * dim + i] * factor;
       }
+      total = total_of({most, total}, kind, piece.head * group + h);
       for (int64_t i = 0; i < dim; ++i) to[i] /= total;
     }
   });

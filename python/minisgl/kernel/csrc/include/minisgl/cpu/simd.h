@@ -273,6 +273,9 @@ inline Floats exponential(Floats x) {
   return tiny ? Floats{} : result;
 }
 
+// cap * tanh(x / cap), by e^(2x / cap).
+inline Floats soft_capped(Floats x, float cap) { return cap - 2.0f * cap / (exponential(x * (2.0f / cap)) + 1.0f); }
+
 // silu(gate) * up.
 inline Floats gated(Floats gate, Floats up) { return gate / (1.0f + exponential(-gate)) * up; }
 
