@@ -4,49 +4,80 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from minisgl.config.args import ArgumentParser
 from minisgl.config.families import read_model_config
-from minisgl.config.locate import locate_model, read_json
+from minisgl.config.locate import load_tokenizer, locate_model, read_json
 from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
-from minisgl.formats.base import Tensors
+from minisgl.formats.base import Shard, Tensor, Tensors, WeightFormat, WeightSlot
 from minisgl.formats.grouped import pack
-from minisgl.formats.int4 import WIDE, Int4, quantize
-from minisgl.kernel.ops import LayerOps, Matrix, TorchOps
+from minisgl.formats.int4 import WIDE, quantize
+from minisgl.kernel.ops import TorchOps
 from minisgl.kernel.packed import Grouped
 from minisgl.layers.base import LayerEnv
-from minisgl.models.checkpoint import Checkpoint, load_weights
+from minisgl.models.checkpoint import Checkpoint, our_name, places
 from minisgl.models.decoder import DecoderModel
 from minisgl.utils.log import told
 
 _CONFIGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_META = torch.device("meta")
+_WINDOW, _MAX_TOKENS = 512, 8192  # of a text, that are read at once, and in all
 
 
-class _Collector(Int4):
-    """Keeps what is to be written of the layers that are loaded, and leaves the layers empty."""
+class _Linear(WeightFormat):
+    """Linear layers as they are stored. names: of their weights."""
 
-    def __init__(self, bits: int, dtype: torch.dtype, importance: Tensors) -> None:
-        super().__init__(dtype, torch.device("cpu"))
-        self._bits, self._importance = bits, importance
-        self.made: Tensors = {}
+    def __init__(self) -> None:
+        self.names: set[str] = set()
 
-    def matrix(self, ops: LayerOps, tensors: Tensors, activation: str | None = None) -> Matrix:  # noqa: ARG002
-        for name, weight in tensors.items():
-            prefix = name.removesuffix("weight")
-            importance = self._importance.get(name)
-            if importance is not None and importance.shape != weight.shape[1:]:
-                raise ConfigError(f"--importance: {name} is {list(importance.shape)}, not [{weight.shape[1]}]")
-            made = quantize(prefix, weight, 8 if prefix in WIDE else self._bits, importance)
-            self.made |= _compressed(prefix, made) if isinstance(made, Grouped) else {name: made}
-        return ops.matrix(torch.empty(0, 0))
+    def slots(self, prefix: str, tensors: Tensors, shard: Shard) -> Iterator[WeightSlot]:
+        self.names.add(f"{prefix}weight")
+        return super().slots(prefix, tensors, shard)
+
+
+class _Watch(TorchFunctionMode):
+    """While it is entered: by where a weight lies, the sum of the squares of what it is multiplied with, [in]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squares: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            at, x = args[1].data_ptr(), args[0].float().flatten(0, -2)
+            self.squares[at] = self.squares.get(at, 0) + x.square().sum(0)
+        return func(*args, **(kwargs or {}))
+
+
+def _importance(source: Path, text: str) -> dict[tuple[str, int | None], Tensor]:
+    """How much errors in each column of a weight count: the squares of what it is multiplied with while the model, as
+    transformers has it, reads a text. By the names of weights, and where experts are stacked the expert, [in] float32,
+    of mean 1; of what no token has gone through there is none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    ids = load_tokenizer(str(source)).encode(text)[:_MAX_TOKENS]
+    config, watch, found = AutoConfig.from_pretrained(source), _Watch(), dict[tuple[str, int | None], Tensor]()
+    config._experts_implementation = "eager"  # each by a product of its own
+    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype="auto").eval()
+    with watch:
+        for first in range(0, len(ids), _WINDOW):
+            model.base_model(torch.tensor([ids[first : first + _WINDOW]]), use_cache=False)
+    for name, parameter in model.named_parameters():
+        is_stack = parameter.dim() == 3
+        for i, weight in enumerate(parameter if is_stack else [parameter]):
+            if (squares := watch.squares.get(weight.data_ptr())) is not None:
+                importance = (squares / squares.mean().clamp(min=1e-30)).clamp(min=1e-4)
+                found[our_name(name), i if is_stack else None] = importance
+    return found
 
 
 def _compressed(prefix: str, made: Grouped) -> Tensors:
@@ -59,32 +90,28 @@ def _compressed(prefix: str, made: Grouped) -> Tensors:
     return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
-def _quantized(source: Path, bits: int, importance: Tensors) -> tuple[Tensors, bool]:
-    """The tensors to write, and whether the head is the embedding. Raises: ConfigError where there is no such model."""
+def _quantized(source: Path, bits: int, text: str) -> tuple[Tensors, bool]:
+    """The tensors to write, as the checkpoint has them but for those of linear layers, and whether the head is the
+    embedding. Raises: ConfigError where there is no such model."""
     model = read_model_config(source)
     if model.packed_bytes:
         raise ConfigError(f"{source}: its weights are quantized already")
-    checkpoint, dtype = Checkpoint(source), getattr(torch, model.dtype)
-    model, collector = checkpoint.untied(model), _Collector(bits, dtype, importance)
-    with torch.inference_mode():
-        decoder = DecoderModel(LayerEnv(Communicator(), TorchOps(), dtype, torch.device("cpu"), collector), model)
-        parts = list(decoder.parts())
-        slots = (slot for part in parts for slot in part.slots)
-        rest = [slot for slot in slots if len(slot.shape) == 1 or slot.name.endswith("mlp.gate.weight")]
-        load_weights((parts.pop(0) for _ in range(len(parts))), checkpoint)
-        others = {slot.name: slot.target.reshape(-1, *slot.shape)[0].clone() for slot in rest}
-    return {**collector.made, **others}, model.tie_word_embeddings
-
-
-def _read_importance(path: Path) -> Tensors:
-    """Of errors in each column, by the names of weights. Raises: ConfigError naming the file and what is wrong."""
-    try:
-        importance = {name: tensor.float() for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"--importance {path}: cannot be read: {error}") from None
-    if wrong := [name for name, tensor in importance.items() if not bool((tensor > 0).all() & tensor.isfinite().all())]:
-        raise ConfigError(f"--importance {path}: {wrong[0]} has other numbers than those above 0")
-    return importance
+    checkpoint, linear, made = Checkpoint(source), _Linear(), Tensors()
+    model = checkpoint.untied(model)
+    decoder = DecoderModel(LayerEnv(Communicator(), TorchOps(), torch.float32, _META, linear), model)
+    slots = [slot for part in decoder.parts() for slot in part.slots]
+    sources, shapes = checkpoint.sources(slots), {slot.name: slot.shape for slot in slots}
+    importance = _importance(source, text) if text else {}
+    for slot, stored in zip(slots, sources, strict=True):
+        weight, prefix = stored.read(0, slot.shape[0]).clone(), slot.name.removesuffix("weight")
+        if slot.name in linear.names:
+            found = (importance.get((name, expert)) for name, expert, *_ in places(slot.name, shapes))
+            counts = next((columns for columns in found if columns is not None), None)
+            narrow = quantize(prefix, weight, 8 if prefix in WIDE else bits, counts)
+            made |= _compressed(prefix, narrow) if isinstance(narrow, Grouped) else {slot.name: narrow}
+        else:
+            made[slot.name] = weight
+    return made, model.tie_word_embeddings
 
 
 def main(argv: Sequence[str]) -> int:
@@ -93,15 +120,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("source", metavar="IN", help="directory or hub id of a model that is stored in full")
     parser.add_argument("target", metavar="OUT", type=Path, help="directory to make")
     parser.add_argument("--quantization", choices=["int4", "int8"], default="int4", help="(default: int4)")
-    parser.add_argument("--importance", metavar="FILE", type=Path, help="of errors, by column: see tools/calibrate.py")
+    about = "a text of what the model is for, some thousand words: what it multiplies most becomes most exact"
+    parser.add_argument("--calibrate", metavar="TEXTFILE", type=Path, help=about)
     args = parser.parse_args(argv)
     target: Path = args.target
     source, bits = locate_model(args.source, "huggingface"), int(args.quantization[3:])
     if target.exists():
         raise ConfigError(f"{target} exists already")
-    importance = _read_importance(args.importance) if args.importance else {}
-    with told("quantizing"):
-        tensors, is_tied = _quantized(source, bits, importance)
+    try:
+        text = args.calibrate.read_text(encoding="utf-8").strip() if args.calibrate else ""
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--calibrate {args.calibrate}: cannot be read: {error}") from None
+    if args.calibrate and not text:
+        raise ConfigError(f"--calibrate {args.calibrate}: there is no text in it")
+    with told("quantizing"), torch.inference_mode():
+        tensors, is_tied = _quantized(source, bits, text)
     changes = {"tie_word_embeddings": is_tied, "quantization_config": _CONFIGS[args.quantization]}
     try:
         target.mkdir(parents=True)

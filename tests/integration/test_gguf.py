@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
 from minisgl.formats.base import Shard
 from minisgl.formats.gguf import Gguf
-from minisgl.gguf.reader import KINDS, Kind
+from minisgl.gguf.model import KINDS, Kind
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import TorchOps
 from minisgl.layers.base import LayerEnv
@@ -172,6 +173,25 @@ def test_ranks_cut_between_blocks(kind: Kind, tmp_path: Path) -> None:
     says = rf"{path}: tensor blk.0.ffn_down.weight cannot be shared .*: {kind.name} {reason}"
     with pytest.raises(ConfigError, match=says):
         load(path, SecondOfTwo())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"llama.attention.head_count_kv": 1}, r"wrong shape: .*k_proj.weight is \[32, 64\], not \[16, 64\]"),
+        ({"llama.block_count": 4}, r"missing: model.layers.3.self_attn.q_proj.weight, "),
+        ({"llama.feed_forward_length": 64}, r"wrong shape: .*gate_proj.weight is \[96, 64\], not \[64, 64\]"),
+    ],
+)
+def test_tensors_that_contradict_the_metadata(changes: dict[str, int], reason: str, tmp_path: Path) -> None:
+    path, _ = write_gguf(tiny_model("llama"), tmp_path, "Q8_0")
+    data = bytearray(path.read_bytes())
+    for key, value in changes.items():
+        at = data.index(key.encode()) + len(key) + 4
+        data[at : at + 4] = struct.pack("<I", value)
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"^the weights in '{path}' do not fit its configuration; .*{reason}"):
+        load(path)
 
 
 def test_weights_are_not_copied_before_they_are_packed(tmp_path: Path) -> None:

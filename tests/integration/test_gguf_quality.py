@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from minisgl.config.locate import load_tokenizer
-from minisgl.gguf.reader import KINDS
+from minisgl.gguf.model import KINDS
 from tests.driver import CPU_KERNELS, engine_logits, engine_logits_of_each
 from tests.gguf_files import write_gguf
 from tests.models import hf_logits, random_prompt, tiny_model

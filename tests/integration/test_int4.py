@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import gguf
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from minisgl.config.locate import DEMO_MODEL
 from minisgl.errors import ConfigError
@@ -21,8 +22,9 @@ from minisgl.formats.int4 import quantize
 from minisgl.kernel.packed import Grouped
 from minisgl.quantize import main
 from tests.driver import CPU_KERNELS, engine_logits
-from tests.models import hf_logits, hf_model, random_prompt, tiny_model
+from tests.models import FAMILIES, hf_logits, hf_model, random_prompt, tiny_model
 from tests.real_model import real_model
+from tests.tokenizers_fixture import make_words
 
 ROOT = Path(__file__).parent.parent.parent
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for one another take long on a busy machine
@@ -130,31 +132,44 @@ def test_a_real_model_is_less_surprised_than_with_rounded_weights() -> None:
 @pytest.mark.timeout(600)
 def test_a_calibration_text_makes_it_still_less_surprised(tmp_path: Path) -> None:
     """The text is none of those that are looked at; by command, as it is documented."""
-    path, calibration = real_model(), tmp_path / "text.md"
+    calibration = tmp_path / "text.md"
     calibration.write_text((ROOT / "README.md").read_text()[:3000])
-    command = [sys.executable, "-m", "tools.calibrate", str(path), str(calibration), str(tmp_path / "importance")]
-    env = {**ALONE, "PYTHONSAFEPATH": ""}  # which the program sets, in tests that call it in this process too
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT, env=env)
-    assert done.returncode == 0, done.stderr
-    done = quantize_command(path, tmp_path / "model", "--importance", tmp_path / "importance")
+    done = quantize_command(real_model(), tmp_path / "model", "--calibrate", calibration)
     assert done.returncode == 0, done.stderr
     ids, original, plain = of_real_model()
     calibrated = engine_logits(tmp_path / "model", ids, **IN_FULL)
     assert divergence(original, calibrated) < 0.85 * divergence(original, plain)
 
 
-def test_an_importance_that_does_not_fit(tmp_path: Path) -> None:
-    name, file = "model.layers.1.mlp.down_proj.weight", tmp_path / "importance"
-    for tensor, says in (
-        (torch.ones(7), rf"--importance: {name} is \[7\], not \[\d+\]$"),
-        (torch.tensor([1.0, torch.nan]), rf"--importance {file}: {name} has other numbers than those above 0$"),
-    ):
-        save_file({name: tensor}, file)
-        with pytest.raises(ConfigError, match=says):
-            main([str(tiny_model("llama")), str(tmp_path / "out"), "--importance", str(file)])
-    file.write_text("no tensors")
-    with pytest.raises(ConfigError, match=rf"--importance {file}: cannot be read: "):
-        main([str(tiny_model("llama")), str(tmp_path / "out"), "--importance", str(file)])
+@pytest.mark.parametrize("family", ["phi3", "qwen2_moe", "mixtral"])
+def test_all_layers_are_calibrated(family: str, tmp_path: Path) -> None:
+    """Those that are one tensor in the checkpoint, or in transformers, too; what is no linear layer stays as it is."""
+    source = Path(shutil.copytree(tiny_model(family, vocab_size=300), tmp_path / "source"))
+    make_words(source, 300)
+    (tmp_path / "text").write_text((ROOT / "README.md").read_text()[:1200])
+    assert main([str(source), str(tmp_path / "plain")]) == 0
+    assert main([str(source), str(tmp_path / "made"), "--calibrate", str(tmp_path / "text")]) == 0
+    plain, made = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "made"))
+    changed = {name for name in plain if not torch.equal(plain[name], made[name])}
+    layers = {name for name in plain if name.endswith("weight_scale") and ".layers." in name}
+    assert {name.rpartition(".")[0] for name in changed} == {name.rpartition(".")[0] for name in layers}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xff\xfe", "cannot be read: .*"),
+        (b" \n", "there is no text in it"),
+        (None, "cannot be read: .*No such file.*"),
+    ],
+)
+def test_a_text_that_cannot_be_read(content: bytes | None, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"^--calibrate {file}: {reason}$"):
+        main([str(tiny_model("llama")), str(tmp_path / "out"), "--calibrate", str(file)])
+    assert not (tmp_path / "out").exists()
 
 
 def divergence(original: torch.Tensor, other: torch.Tensor) -> float:
@@ -168,9 +183,10 @@ def quantize_command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=ALONE)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_written_is_what_is_loaded(tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same logits as of weights that are quantized at load; files that are no weights are there too."""
+    """The same logits as of weights that are quantized at load, whatever a family's loader does with tensors; files
+    that are no weights are there too."""
     tied = {"tie_word_embeddings": True} if family == "llama" else {}
     source, target, tokens = tiny_model(family, vocab_size=300, **tied), tmp_path / "new" / "model", random_prompt(40)
     assert main([str(source), str(target)]) == 0
@@ -182,7 +198,7 @@ def test_what_is_written_is_what_is_loaded(tmp_path: Path, family: str, capsys: 
     assert main([str(source), str(tmp_path / "int8"), "--quantization", "int8"]) == 0
     original = hf_logits(source, tokens)
     narrow, wide = (engine_logits(path, tokens) - original for path in (target, tmp_path / "int8"))
-    assert wide.norm() < narrow.norm() / (1 if family == "qwen3_moe" else 3), "routers are near ties"
+    assert wide.norm() < narrow.norm() / (1 if "moe" in family else 3), "routers are near ties"
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:

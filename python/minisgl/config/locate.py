@@ -13,8 +13,7 @@ from typing import Any
 import yaml
 
 from minisgl.errors import ConfigError
-from minisgl.gguf.config import open_model
-from minisgl.gguf.reader import models_in
+from minisgl.gguf.model import models_in, open_model
 from minisgl.gguf.tokenizer import load_gguf_tokenizer
 from minisgl.utils.fields import Fields
 from minisgl.utils.log import told

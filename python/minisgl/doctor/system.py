@@ -13,7 +13,7 @@ from minisgl.config.probe import Capabilities
 from minisgl.config.resolve import ModelFiles, read_default_sampling, resolve
 from minisgl.doctor.row import Row
 from minisgl.errors import ConfigError
-from minisgl.gguf.reader import models_in
+from minisgl.gguf.model import models_in
 from minisgl.gguf.tokenizer import load_gguf_tokenizer
 from minisgl.server.launch import bind_port
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from minisgl.formats.base import ByName, Shard, Tensors, WeightSlot
-from minisgl.gguf.config import GgufModel, open_model
-from minisgl.gguf.reader import StoredTensor
+from minisgl.gguf.model import GgufModel, StoredTensor, open_model
 from minisgl.kernel.ops import LayerOps, Matrix
 from minisgl.kernel.packed import Blocks, Packed
 

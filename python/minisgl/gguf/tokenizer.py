@@ -12,11 +12,10 @@ from typing import Any
 
 import yaml
 
-from minisgl.gguf.reader import GgufFile
+from minisgl.gguf.model import TEMPLATE, GgufFile, chat_templates
 from minisgl.utils.fields import Fields
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # in tokenizer.ggml.token_type; 6: a byte
-_TEMPLATE = "tokenizer.chat_template"
 
 
 def load_gguf_tokenizer(path: Path) -> Any:
@@ -33,52 +32,44 @@ def build_tokenizer(metadata: Fields) -> Any:
     """A `PreTrainedTokenizerFast`, chat templates included."""
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = _Vocabulary(metadata)
+    vocabulary, templates = _Vocabulary(metadata), chat_templates(metadata)
     names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
     options: dict[str, Any] = {theirs: vocabulary.special(name) for theirs, name in names.items()}
-    options |= {"chat_template": metadata.text(_TEMPLATE, None), "clean_up_tokenization_spaces": False}
-    if len(templates := chat_templates(metadata)) > 1:
-        options["chat_template"] = templates
+    template = templates if len(templates) > 1 else metadata.text(TEMPLATE, None)
+    options |= {"chat_template": template, "clean_up_tokenization_spaces": False}
     return PreTrainedTokenizerFast(tokenizer_object=_assemble(vocabulary), **options)
 
 
-def chat_templates(metadata: Fields) -> list[dict[str, str]]:
-    """As tokenizer_config.json has them."""
-    keys = [key for key in metadata.data if f"{key}.".startswith(f"{_TEMPLATE}.")]  # with names behind, or one
-    return [{"name": key[len(_TEMPLATE) + 1 :] or "default", "template": metadata.text(key, "")} for key in keys]
-
-
-class _Vocabulary:
-    """Tokens and their types, checked. fields: of `tokenizer.ggml`; ids: of the tokens that the model's own tokenizer
-    has, which are all but unused ones."""
+class _Vocabulary(Fields):
+    """The fields of `tokenizer.ggml`, and of these tokens and their types, checked. ids: of the tokens that the model's
+    own tokenizer has, which are all but unused ones."""
 
     def __init__(self, metadata: Fields) -> None:
         start = "tokenizer.ggml."
         values = {key.removeprefix(start): value for key, value in metadata.data.items()}
-        self.fields = Fields(values, metadata.source, start)
-        self.model = self.fields.text("model", None)
+        super().__init__(values, metadata.source, start)
+        self.model = self.text("model", None)
         if self.model not in ("gpt2", "llama"):
-            raise self.fields.wrong("model", "gpt2, which is byte-level BPE, or llama")
+            raise self.wrong("model", "gpt2, which is byte-level BPE, or llama")
         self.tokens = self.items(str, "tokens")
         self.types = self.items(int, "token_type") if "token_type" in values else [_NORMAL] * len(self.tokens)
-        used = [(token, index) for index, token in enumerate(self.tokens) if self.types[index] != _UNUSED]
-        self.ids = dict(used)
-        if len(self.ids) != len(used):
-            raise self.fields.wrong("tokens", "a list without a token twice")
+        self.ids = {token: i for i, token in enumerate(self.tokens) if self.types[i] != _UNUSED}
+        if len(self.ids) != len(self.tokens) - self.types.count(_UNUSED):
+            raise self.wrong("tokens", "a list without a token twice")
 
     def items(self, kind: type[Any], key: str) -> list[Any]:
         """A list, of numbers one for each token."""
-        items = self.fields.list_of(kind, key)
+        items = self.list_of(kind, key)
         if not items or (kind is not str and len(items) != len(self.tokens)):
-            raise self.fields.wrong(key, "a list" if kind is str else f"a list of {len(self.tokens)}, as tokens is")
+            raise self.wrong(key, "a list" if kind is str else f"a list of {len(self.tokens)}, as tokens is")
         return items
 
     def special(self, name: str) -> str | None:
         """The text of a special token: bos, eos, padding or unknown."""
         usual = {"unknown": 0, "bos": 1, "eos": 2} if self.model == "llama" else {}
-        index = self.fields.integer(f"{name}_token_id", usual.get(name), 0, len(self.tokens) - 1)
+        index = self.integer(f"{name}_token_id", usual.get(name), 0, len(self.tokens) - 1)
         if index is not None and self.tokens[index] not in self.ids:
-            raise self.fields.wrong(f"{name}_token_id", "a token that is used")
+            raise self.wrong(f"{name}_token_id", "a token that is used")
         return None if index is None else self.tokens[index]
 
     def complete(self, tokenizer: Any, adds_bos: bool) -> None:
@@ -89,8 +80,8 @@ class _Vocabulary:
         kinds = [(text, self.types[index]) for text, index in self.ids.items() if text]
         added = [(text, kind != _USER_DEFINED) for text, kind in kinds if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)]
         tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in added])
-        bos = self.special("bos") if self.fields.boolean("add_bos_token", adds_bos) else None
-        eos = self.special("eos") if self.fields.boolean("add_eos_token", False) else None
+        bos = self.special("bos") if self.boolean("add_bos_token", adds_bos) else None
+        eos = self.special("eos") if self.boolean("add_eos_token", False) else None
         template = [piece for piece in (bos, "$A", eos) if piece is not None]
         ids = [(token, tokenizer.token_to_id(token)) for token in {bos, eos} if token is not None]
         tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=ids)
@@ -100,12 +91,11 @@ def _assemble(vocabulary: _Vocabulary) -> Any:
     """SentencePiece's merges follow from the tokens' scores."""
     from tokenizers import Tokenizer, models
 
-    fields, has_prefix = vocabulary.fields, vocabulary.fields.boolean("add_space_prefix", True)
     table = yaml.safe_load(Path(__file__).with_name("pre_tokenizers.yaml").read_text(encoding="utf-8"))
     kinds = {name: kind for kind in table[vocabulary.model] for name in kind["names"]}
-    name = fields.text("pre", None) if vocabulary.model == "gpt2" else "prefix" if has_prefix else "no prefix"
-    if name not in kinds:
-        raise fields.wrong("pre", f"one of {', '.join(kinds)}")
+    name = "prefix" if vocabulary.boolean("add_space_prefix", True) else "no prefix"
+    if vocabulary.model == "gpt2" and (name := vocabulary.text("pre", "")) not in kinds:
+        raise vocabulary.wrong("pre", f"one of {', '.join(kinds)}")
     kind, options = kinds[name], kinds[name].get("options", {})
     if vocabulary.model == "gpt2":
         merges = [(left, right) for left, _, right in (pair.partition(" ") for pair in vocabulary.items(str, "merges"))]
@@ -121,6 +111,6 @@ def _assemble(vocabulary: _Vocabulary) -> Any:
     try:
         tokenizer.model = models.BPE(vocab=vocabulary.ids, merges=merges, **options)
     except Exception as error:  # of no class of its own
-        raise fields.wrong("merges", f"of the tokens ({error})") from None
+        raise vocabulary.wrong("merges", f"of the tokens ({error})") from None
     vocabulary.complete(tokenizer, kind.get("adds_bos", False))
     return tokenizer

@@ -160,8 +160,8 @@ class Checkpoint:
         wrong: dict[str, str] = {}
         used: dict[str, bool] = {}  # whether the slot takes nothing but floats
         for slot in slots:
-            places = _places(slot.name, shapes)
-            name, expert, first, num_rows = next((p for p in places if p[0] in self._stored), ("", None, 0, 0))
+            stored_as = places(slot.name, shapes)
+            name, expert, first, num_rows = next((p for p in stored_as if p[0] in self._stored), ("", None, 0, 0))
             if not name:
                 missing.append(slot.name)
                 continue
@@ -208,7 +208,7 @@ def our_name(name: str) -> str:
     return ours
 
 
-def _places(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int | None, int, int]]:
+def places(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int | None, int, int]]:
     """Names under which a tensor may be stored: with each, the index in a stack of experts, and the first row in a
     fused tensor with its number of rows (0: it is not fused)."""
     alone: list[tuple[str, int | None]] = [(name, None)]

@@ -1,4 +1,5 @@
-"""The header of a GGUF file, read without trust: metadata by key, and where each tensor's bytes are.
+"""GGUF files, read without trust, as model directories: their metadata, what config.json and other files would say, and
+their tensors by the names that Hugging Face checkpoints have.
 
 The `gguf` package's reader makes objects of every token before anybody asks (seconds for a large vocabulary), and goes
 wherever a length points. Here nothing is read beyond the file, and lists stay in it until they are wanted.
@@ -6,28 +7,32 @@ wherever a length points. Here nothing is read beyond the file, and lists stay i
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from math import prod
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from minisgl.core import DRAWING
 from minisgl.errors import ConfigError
 from minisgl.utils.fields import Fields
 
+TEMPLATE = "tokenizer.chat_template"
 NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _TEXT, _LIST = 8, 9
 _size_at = struct.Struct("<Q").unpack_from
-_MAX_ENTRIES = 2**17  # keys, or tensors: more than any model has
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _PRIVATE = mmap.MAP_PRIVATE | 0x4000  # MAP_NORESERVE: torch wants memory that may be written, which nobody does
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(\w+)")
+_ROPE = "rope_freqs.weight"
 
 
 class Kind(NamedTuple):
@@ -57,7 +62,7 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        return prod(self.shape[:-1]) * self.kind.row_bytes(self.shape[-1])
+        return math.prod(self.shape[:-1]) * self.kind.row_bytes(self.shape[-1])
 
     def wrong(self, reason: str) -> ConfigError:
         return self.file.wrong(f"tensor {self.name} {reason}")
@@ -90,8 +95,6 @@ class GgufFile:
         if (version := self._number("<I")) not in (2, 3):
             raise self.wrong(f"it is of version {version} of the format, or of another byte order (supported: 2, 3)")
         num_tensors, num_keys = self._number("<Q"), self._number("<Q")
-        if num_tensors + num_keys > _MAX_ENTRIES:
-            raise self.wrong(f"it says that it has {num_tensors} tensors and {num_keys} keys")
         metadata = dict(self._entry() for _ in range(num_keys))
         self.metadata = Fields(metadata, str(path))
         self.tensors = self._placed([self._tensor() for _ in range(num_tensors)])
@@ -104,10 +107,6 @@ class GgufFile:
         found = {key: value for key, value in self.metadata.data.items() if key.startswith(prefix)}
         items = {key: self._items(*value) for key, value in found.items() if isinstance(value, _List)}
         return Fields(found | items, str(self.path))
-
-    def release(self) -> None:
-        """Give back the memory of what was read of the file; whoever looks again reads again."""
-        self.data.madvise(mmap.MADV_DONTNEED)
 
     def _items(self, kind: int, count: int, offset: int) -> list[Any]:
         if kind != _TEXT:
@@ -149,7 +148,7 @@ class GgufFile:
             kind_name = NAMES["others"].get(number, number)
             raise self.wrong(f"tensor {name} is of type {kind_name}, not supported (supported: {known})")
         kind = KINDS[number]
-        if not 1 <= num_dims <= 4 or not 0 < prod(shape) < 2**50 or shape[-1] % kind.values:
+        if not 1 <= num_dims <= 4 or not 0 < math.prod(shape) < 2**50 or shape[-1] % kind.values:
             raise self.wrong(f"tensor {name} cannot be {kind.name} of {num_dims} dimensions, {list(shape)}")
         return StoredTensor(name, self, kind, shape, offset)
 
@@ -186,6 +185,123 @@ class GgufFile:
         return self.data[begin : begin + size].decode(errors="replace")
 
 
+class GgufModel:
+    """All files of a model. tensors: by the names of Hugging Face checkpoints. interleaved_dim: features of a head,
+    where pairs of them stand side by side, and not in the head's two halves; else 0.
+
+    Raises: ConfigError naming the file, and what of it is missing, broken or not supported.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.files = [GgufFile(part) for part in parts_of(path)]
+        self._head = self.files[0]
+        self._metadata = self._head.metadata
+        self._architecture = self._metadata.text("general.architecture", "")
+        if self._architecture not in NAMES["architectures"]:
+            known = ", ".join(NAMES["architectures"])
+            raise self._head.wrong(f"architecture not supported: {self._architecture[:100]!r} (supported: {known})")
+        self._stored = {tensor.name: tensor for file in self.files for tensor in file.tensors.values()}
+        if (expected := self._metadata.integer("split.tensors.count", len(self._stored), 0)) != len(self._stored):
+            raise self._head.wrong(f"its parts have {len(self._stored)} tensors, not {expected}")
+        self.tensors = {our_name(name): tensor for name, tensor in self._stored.items() if name != _ROPE}
+        heads, hidden = max(1, self._integer("attention.head_count")), self._integer("embedding_length")
+        self._head_dim = self._integer("attention.key_length") or hidden // heads
+        for name, rows in {"token_embd.weight": None, "blk.0.attn_q.weight": heads * self._head_dim}.items():
+            if (tensor := self._stored.get(name)) is None:
+                raise self._head.wrong(f"tensor {name} is missing")
+            if tensor.shape != (shape := (tensor.shape[0] if rows is None else rows, hidden)):
+                raise tensor.wrong(f"is {list(tensor.shape)}; by the metadata it is {list(shape)}")
+        self.interleaved_dim = self._head_dim if self._architecture == "llama" else 0
+
+    def release(self) -> None:
+        """Give back the memory of what was read of the files; whoever looks again reads again."""
+        for file in self.files:
+            file.data.madvise(mmap.MADV_DONTNEED)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What a file of a model's directory would hold, by its name."""
+        if name == "tokenizer_config.json":
+            return {"chat_template": chat_templates(self._metadata)}
+        if name == "generation_config.json":
+            theirs, data = NAMES["sampling"], self._metadata.data
+            return {ours: data.get(f"general.sampling.{theirs.get(ours, ours)}") for ours in DRAWING}
+        fields = self._fields(name)
+        return fields | self._config(fields) if name == "config.json" else fields
+
+    def _integer(self, key: str) -> int:
+        return self._metadata.integer(f"{self._architecture}.{key}", 0, 0)
+
+    def _fields(self, table: str) -> dict[str, Any]:
+        """Of a table in names.yaml, with the values that the metadata has."""
+        keys = {ours: key.format(self._architecture) for ours, key in NAMES.get(table, {}).items()}
+        return {ours: self._metadata.data.get(key) for ours, key in keys.items()}
+
+    def _config(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """What stands in other forms in the metadata, or nowhere."""
+        architecture, window = NAMES["architectures"][self._architecture], self._integer("attention.sliding_window")
+        if self._architecture == "llama":
+            if fields["num_experts"]:
+                raise self._head.wrong("architecture not supported: llama with experts (Mixtral)")
+            architecture = "MistralForCausalLM" if window else architecture
+        return {
+            "architectures": [architecture],
+            "vocab_size": self._stored["token_embd.weight"].shape[0],
+            "intermediate_size": fields["intermediate_size"] or fields["moe_intermediate_size"],
+            "norm_topk_prob": fields["norm_topk_prob"] is not False,
+            "rope_scaling": self._rope_scaling(),
+            "partial_rotary_factor": (self._integer("rope.dimension_count") or self._head_dim) / self._head_dim,
+            "sliding_window": window or None,
+            "use_sliding_window": window > 0,
+            "max_window_layers": 0,
+            "tie_word_embeddings": "output.weight" not in self._stored,
+            "attention_bias": "blk.0.attn_q.bias" in self._stored,
+            "mlp_bias": "blk.0.ffn_gate.bias" in self._stored,
+            "eos_token_id": self._ends(),
+            "dtype": "bfloat16",
+            "packed_bytes": sum(tensor.num_bytes for tensor in self._stored.values()),
+        }
+
+    def _rope_scaling(self) -> dict[str, Any] | None:
+        if (tensor := self._stored.get(_ROPE)) is not None:
+            return {"factors": self._factors(tensor)}
+        fields = self._fields("rope_scaling")
+        temperature, factor = fields["attention_factor"], fields["factor"]
+        if fields["rope_type"] == "yarn" and type(temperature) is type(factor) is float:
+            fields["attention_factor"] = temperature * (0.1 * math.log(max(factor, 1.0)) + 1)  # as it is without it
+        return fields if fields["rope_type"] not in (None, "none") else None
+
+    def _ends(self) -> list[Any]:
+        """Ids of the tokens that end a turn, said or known."""
+        ends = NAMES["ends"]
+        named = (self._metadata.data.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+        tokens = self._head.values("tokenizer.ggml.tokens").list_of(str, "tokenizer.ggml.tokens")
+        return [end for end in named if end is not None] + [i for i, text in enumerate(tokens) if text in ends]
+
+    def _factors(self, tensor: StoredTensor) -> list[float]:
+        """By which frequencies are divided. Raises: ConfigError where they are of another kind, or no numbers."""
+        num = self._head_dim // 2
+        if tensor.kind.name != "F32" or tensor.shape != (num,):
+            raise tensor.wrong(f"must be F32, [{num}]")
+        factors = list(struct.unpack_from(f"<{num}f", tensor.file.data, tensor.offset))
+        if not all(0 < factor < math.inf for factor in factors):
+            raise tensor.wrong("has factors that are no numbers above 0")
+        return factors
+
+
+def our_name(name: str) -> str:
+    """The name that a tensor has in Hugging Face checkpoints; what is not known stays what it is, in its layer."""
+    if match := _BLOCK.fullmatch(name):
+        return f"model.layers.{match[1]}.{NAMES['in_blocks'].get(match[2], match[2])}.{match[3]}"
+    stem, _, end = name.rpartition(".")
+    return f"{NAMES['tensors'].get(stem, stem)}.{end}"
+
+
+def chat_templates(metadata: Fields) -> list[dict[str, str]]:
+    """As tokenizer_config.json has them."""
+    keys = [key for key in metadata.data if f"{key}.".startswith(f"{TEMPLATE}.")]  # with names behind, or one
+    return [{"name": key[len(TEMPLATE) + 1 :] or "default", "template": metadata.text(key, "")} for key in keys]
+
+
 def parts_of(path: Path) -> list[Path]:
     """All files of a model, in their order. Raises: ConfigError naming those that are missing."""
     match = _PART.fullmatch(path.name)
@@ -202,3 +318,14 @@ def models_in(folder: Path, patterns: Sequence[str] = ()) -> list[Path]:
     names = {path: path.relative_to(folder).as_posix() for path in paths if not path.name.startswith("mmproj")}
     fitting = [path for path in names if not patterns or any(fnmatch(names[path], pattern) for pattern in patterns)]
     return [path for path in fitting if (part := _PART.fullmatch(path.name)) is None or part[2] == "00001"]
+
+
+def open_model(path: Path) -> GgufModel:
+    """The last one that was opened is kept. Raises: ConfigError."""
+    stat = path.stat() if path.is_file() else None
+    return _open(path, stat and (stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=1)
+def _open(path: Path, _state: object) -> GgufModel:
+    return GgufModel(path)
