@@ -36,6 +36,20 @@ BASE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+HYBRID: dict[str, Any] = {
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "full_attention_interval": 2,
+}
+EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
 EXTRA: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "ministral": {"head_dim": 16, "sliding_window": 15},
@@ -74,6 +88,9 @@ EXTRA: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 3.0,
         "final_logit_softcapping": 5.0,
     },
+    "qwen3_5_text": {**HYBRID, "num_hidden_layers": 5},
+    "qwen3_5_moe_text": {**HYBRID, **EXPERTS},
+    "qwen3_next": {**HYBRID, **EXPERTS, "mlp_only_layers": [1], "full_attention_interval": 3},
     "gemma3_text": {"head_dim": 32, "sliding_window": 11, "num_hidden_layers": 7, "query_pre_attn_scalar": 48},
 }
 
@@ -113,8 +130,10 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, param in sorted(model.named_parameters()):
             noise = torch.randn(param.shape, generator=generator)
-            if param.ndim == 1:
-                param.copy_(0.3 * noise if name.endswith("bias") else 1 + 0.2 * noise)
+            if name.endswith("A_log"):
+                param.copy_(noise - 2)  # so that states remember some tokens
+            elif param.ndim == 1:
+                param.copy_(0.3 * noise if name.endswith("bias") else param + 0.2 * noise)  # norms: from 1, or from 0
             elif "embed_tokens" in name:
                 param.copy_(noise * (0.2 if tied else 1.0))  # a tied model would repeat its input
             else:

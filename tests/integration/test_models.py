@@ -14,6 +14,7 @@ from minisgl.engine.engine import create_engine
 from tests.driver import CPU_KERNELS, engine_config, engine_logits, generate
 from tests.models import (
     BASE,
+    EXTRA,
     FAMILIES,
     directory_of,
     hf_generate,
@@ -107,20 +108,25 @@ TEXT = {**BASE, "num_hidden_layers": 4, "head_dim": 16}
 SEEING: dict[str, dict[str, Any]] = {
     "Gemma3": {"text_config": {**TEXT, "model_type": "gemma3_text", "sliding_window": 11}, "mm_tokens_per_image": 4},
     "Mistral3": {"text_config": {**TEXT, "model_type": "mistral"}},
+    "Qwen3_5": {"text_config": {**TEXT, **EXTRA["qwen3_5_text"], "model_type": "qwen3_5_text"}},
+    "Qwen3_5Moe": {"text_config": {**TEXT, **EXTRA["qwen3_5_moe_text"], "model_type": "qwen3_5_moe_text"}},
 }
 
 
 @pytest.mark.parametrize("name", SEEING)
 def test_the_text_part_of_a_model_that_sees(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """What it has for images is left out, and said so in one line."""
+    """What it has for images is left out, and for guessing ahead, and said so in one line."""
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {
         "image_size": 32,
         "patch_size": 8,
         "model_type": "siglip_vision_model" if name == "Gemma3" else "pixtral",
     }
+    if "Qwen" in name:
+        vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
     config = getattr(transformers, f"{name}Config")(**SEEING[name], vision_config=vision, tie_word_embeddings=True)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    model.mtp = torch.nn.Linear(4, 4)  # as of those that guess tokens ahead
     randomize(model, 0)
     path, tokens = directory_of(model), random_prompt(40)
     with torch.inference_mode():
@@ -163,7 +169,7 @@ def test_int8_weights_are_all_that_differs(family: str) -> None:
     path, tokens = tiny_model(family), random_prompt(50)
     model = copy.deepcopy(hf_model(path))
     for name, weight in model.named_parameters():
-        if weight.ndim > 1 and not name.endswith("gate.weight"):  # routers stay exact
+        if weight.ndim > 1 and not name.endswith(("gate.weight", "conv1d.weight")):  # which stay exact
             scale = weight.data.abs().amax(-1, keepdim=True) / 127
             weight.data = (weight.data / scale).round() * scale
     with torch.inference_mode():

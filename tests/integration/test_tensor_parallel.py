@@ -74,6 +74,8 @@ def test_ranks_agree_with_one_rank() -> None:
         (tiny_model("olmo2", attention_bias=True), 2),  # norms over the heads of all ranks, and of what is added
         (tiny_model("glm4"), 2),  # heads in another order, fused in the file
         (tiny_model("gemma3_text"), 2),
+        (tiny_model("qwen3_5_text"), 2),  # states, and gates beside queries
+        (tiny_model("qwen3_next"), 2),  # fused in the file
     ]
     found = run_ranks(models, **{**CPU_KERNELS, "num_threads": 1})
     for case, (path, tp_size) in enumerate(models):

@@ -17,6 +17,7 @@ from minisgl.config.locate import check_directory, read_json
 from minisgl.config.model import DenseMLP, LayerNorms, LayerSpec, ModelConfig, MoE
 from minisgl.config.quantization import read_quantization
 from minisgl.config.rope import Rotary, read_rope, read_ropes_by_layer
+from minisgl.config.states import DeltaNet
 from minisgl.errors import ConfigError
 from minisgl.utils.fields import Fields, merge
 
@@ -44,6 +45,9 @@ class Family:
     mlp_bias: str = ""
     rotary: str = ""
     window_pattern: int = 0
+    state: str = ""
+    groups_state: bool = False
+    gates_attention: bool = False
     inner: str = ""
     reads: Sequence[str] = ()  # keys that not all families do
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -83,9 +87,9 @@ def parse_model_config(f: Fields) -> ModelConfig:
     family = FAMILIES[architecture := _architecture(f)]
     f = _text_model(f, family)
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    if missing := [key for key in required if f.data.get(key) is None]:
+    if missing := [key for key in required if f.data.get(key) is None and key not in family.defaults]:
         raise ConfigError(f"{f.source}: {', '.join(missing)} missing")
-    _refuse_unsupported(f)
+    _refuse_unsupported(f, family)
     num_layers, num_heads, hidden = (f.integer(name, 0) for name in (*required[3:], "hidden_size"))
     default_kv_heads = num_heads if "num_key_value_heads" in f.data else family.num_kv_heads or num_heads
     num_kv_heads = f.integer("num_key_value_heads", default_kv_heads)
@@ -101,8 +105,12 @@ def parse_model_config(f: Fields) -> ModelConfig:
     names = [f"{of}_logit_softcapping" for of in ("attn", "final")] if "softcaps" in family.reads else [""] * 2
     caps = [f.number(name, None if name in f.data else default(name), above=0) for name in names]
     cache = specs.PagedKV(num_kv_heads, head_dim, head_dim)
+    states = _states(f, family, num_layers)
     norms, mlps = LayerNorms(*family.norms, family.head_norms), _mlps(f, family, num_layers)
-    attentions = (specs.AttentionSpec(cache, *of, softcap=caps[0]) for of in zip(windows, rope_of_layer, strict=True))
+    attentions = (
+        specs.AttentionSpec(state or cache, window, rope, softcap=caps[0], gated=family.gates_attention)
+        for state, window, rope in zip(states, windows, rope_of_layer, strict=True)
+    )
     eps = f.number("rms_norm_eps", default("rms_norm_eps", 1e-6), above=0)
     return ModelConfig(
         architecture=architecture,
@@ -190,9 +198,31 @@ def _windows(f: Fields, family: Family, num_layers: int) -> list[int | None]:
     return [window if sliding else None for sliding in slides]
 
 
+def _states(f: Fields, family: Family, num_layers: int) -> list[DeltaNet | None]:
+    """Of each layer, where it has one in place of keys and values: `layer_types` says which do, and without it all but
+    every n-th."""
+    if not family.state:
+        return [None] * num_layers
+    kinds, interval = f.list_of(str, "layer_types"), f.integer("full_attention_interval", 4)
+    has_state = [kind == family.state for kind in kinds] or [(i + 1) % interval > 0 for i in range(num_layers)]
+    if all(has_state):
+        raise ConfigError(f"{f.source}: a model all of whose layers are {family.state} is not supported")
+    if _ACTIVATIONS[_activation(f, family)] != "silu":
+        raise f.wrong("hidden_act", f"silu in a model with {family.state}")
+    heads = f.integer("linear_num_key_heads", 16), f.integer("linear_num_value_heads", 32)
+    if heads[1] % heads[0]:
+        raise f.wrong("linear_num_value_heads", f"a multiple of the heads of keys, {heads[0]}")
+    dims = f.integer("linear_key_head_dim", 128), f.integer("linear_value_head_dim", 128)
+    state = DeltaNet(*heads, *dims, f.integer("linear_conv_kernel_dim", 4), family.groups_state)
+    return [state if has else None for has in has_state]
+
+
 def _mlps(f: Fields, family: Family, num_layers: int) -> list[DenseMLP | MoE]:
     """Of each layer: experts in every `decoder_sparse_step`-th, but for `mlp_only_layers`."""
-    bias, size = family.has(f, family.mlp_bias), f.integer("intermediate_size", 0)
+    bias, size = (
+        family.has(f, family.mlp_bias),
+        f.integer("intermediate_size", family.defaults.get("intermediate_size", 0)),
+    )
     dense = DenseMLP(size, bias, _ACTIVATIONS[_activation(f, family)])
     default, reads = family.defaults.get, family.reads
     if "num_local_experts" in reads and "num_experts" not in reads:
@@ -201,15 +231,16 @@ def _mlps(f: Fields, family: Family, num_layers: int) -> list[DenseMLP | MoE]:
     elif "num_experts" in reads:
         only, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
         num_experts, key = f.integer("num_experts", default("num_experts", 128), 0), "shared_expert_intermediate_size"
+        sums_to_1 = f.boolean("norm_topk_prob", default("norm_topk_prob", False))
         if "num_local_experts" in reads:  # which wins
             num_experts = f.integer("num_local_experts", num_experts, 0)
         moe = MoE(
             num_experts=num_experts,
             num_experts_per_tok=f.integer("num_experts_per_tok", default("num_experts_per_tok", 8)),
             intermediate_size=f.integer("moe_intermediate_size", default("moe_intermediate_size", 768)),
-            routing="softmax_of_chosen" if f.boolean("norm_topk_prob", False) else "softmax",
+            routing="softmax_of_chosen" if default("sums_to_1") or sums_to_1 else "softmax",
             activation=dense.activation,
-            shared_size=f.integer(key, 5632) if key in reads else 0,
+            shared_size=f.integer(key, default(key, 5632)) if key in reads else 0,
         )
     else:
         return [dense] * num_layers
@@ -243,11 +274,12 @@ def _architecture(f: Fields) -> str:
     raise ConfigError(f"{f.source}: architecture not supported: {', '.join(names)[:80] or 'none given'} ({known})")
 
 
-def _refuse_unsupported(f: Fields) -> None:
+def _refuse_unsupported(f: Fields, family: Family) -> None:
     if f.boolean("use_bidirectional_attention", False):
         raise ConfigError(f"{f.source}: use_bidirectional_attention is not supported: attention here is causal")
     kinds, num_layers = f.list_of(str, "layer_types"), f.integer("num_hidden_layers", 0, most=MAX_LAYERS)
-    if others := set(kinds) - set(supported := _TABLE["layer_types"]):
+    supported = [family.state, "full_attention"] if family.state else _TABLE["layer_types"]
+    if others := set(kinds) - set(supported):
         names = ", ".join(sorted(others))
         raise ConfigError(f"{f.source}: layer_types {names} not supported (supported: {', '.join(supported)})")
     if kinds and len(kinds) != num_layers:

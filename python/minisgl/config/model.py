@@ -58,6 +58,7 @@ class AttentionSpec:
     scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     sinks: bool = False  # a weight of each head takes part in the softmax
+    gated: bool = False  # what comes out is multiplied with the sigmoid of gates, which are projected beside queries
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +182,9 @@ class ModelConfig:
             return self.packed_bytes // tp_size
         params = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) // tp_size
         params += sum(cache.local_size(tp_size) for cache in self.paged) * self.hidden_size
-        query_and_output = 2 * (self.num_qo_heads * self.head_dim * self.hidden_size // tp_size)
+        params += sum(state.num_weights(self.hidden_size, tp_size) for state in self.states)
+        queries = self.num_qo_heads * self.head_dim * self.hidden_size // tp_size
         for layer in self.layers:
-            params += query_and_output + layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
+            params += layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
+            params += queries * (2 + layer.attention.gated) * isinstance(layer.attention.cache, PagedKV)
         return int(params * {**KV_BYTES, "int4": 0.75}[dtype])

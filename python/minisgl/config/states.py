@@ -15,6 +15,7 @@ class DeltaNet:
     k_dim: int
     v_dim: int
     width: int
+    is_grouped: bool = False  # checkpoints have what belongs to a head of keys side by side, not all of a kind
 
     @property
     def num_channels(self) -> int:

@@ -22,7 +22,11 @@ from minisgl.kernel.packed import Float8, Packed
 Tensor = torch.Tensor
 Shape = tuple[int, int]
 # Layers that may be stored one below the other, as one.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkv": ("in_proj_q", "in_proj_k", "in_proj_v"),
+}
 Tensors = dict[str, Tensor]  # of one weight, or of a stack of experts, by names that the format chooses
 
 

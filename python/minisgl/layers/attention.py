@@ -12,12 +12,14 @@ from minisgl.config.model import DenseMLP, ModelConfig, MoE, PagedKV
 from minisgl.formats.base import DENSE, Shard, WeightSlot, experts_of
 from minisgl.kernel.ops import Experts, KVSlots
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, whole
-from minisgl.layers.linear import GateUpLinear, Linear, QKVLinear, RowLinear
+from minisgl.layers.linear import GateUpLinear, Linear, QKVLinear, RowLinear, reordered
 from minisgl.layers.rope import head_order
 
 
 class Attention(Layer):
     """The attention block of decoder layer `layer`: projections, norm, rotation, cache, attention, output."""
+
+    name = "self_attn"
 
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         spec, hidden, norms = config.layers[layer].attention, config.hidden_size, config.layers[layer].norms
@@ -26,25 +28,29 @@ class Attention(Layer):
         self._head_dim, self._comm, self._offset = config.head_dim, env.comm, config.norm_offset
         order = head_order(config.ropes[spec.rope_index], config.head_dim)
         heads = config.num_qo_heads, spec.cache.heads, config.head_dim
-        self.qkv_proj = QKVLinear(env, hidden, *heads, config.qkv_bias, order)
+        self.qkv_proj = QKVLinear(env, hidden, *heads, config.qkv_bias, order, spec.gated)
         q_size = config.num_qo_heads * config.head_dim
         self.o_proj = RowLinear(env, q_size, hidden, config.o_bias, "attention features")
         self._num_q, self._num_kv = self.qkv_proj.num_qo_heads, self.qkv_proj.num_kv_heads
-        assert order is None or not norms.of_heads, "their weights would have to be reordered, too"
         self.sinks = torch.empty(self._num_q, device=env.device) if spec.sinks else None
-        self._is_wide = norms.of_heads == "all"
+        self._is_wide, self._order = norms.of_heads == "all", order
+        assert order is None or not self._is_wide, "weights of its norms would have to be reordered, too"
         self.qk_norm = env.vector(self._num_q + self._num_kv, config.head_dim) if norms.of_heads else None
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output →
         the new stream."""
-        qkv = self.qkv_proj.forward(x, norm, self._eps).view(x.shape[0], -1, self._head_dim)
+        qkv, gate = self.qkv_proj.forward(x, norm, self._eps).view(x.shape[0], -1, self._head_dim), None
+        if self._spec.gated:
+            gate, qkv = qkv[:, : self._num_q], qkv[:, self._num_q :].contiguous()
         cache = step.kv.layer(self._layer)
         rope, slots = step.ropes[self._spec.rope_index], KVSlots(*cache, step.slots)
         if self._is_wide:
             self._norm_of_all(qkv)
         q = self._ops.norm_rope_store(qkv, None if self._is_wide else self.qk_norm, self._eps, rope, slots)
         out = step.backend.forward(q, cache, self._spec, step.metadata, self.sinks)
+        if gate is not None:
+            out = out * gate.sigmoid()
         return self.o_proj.forward(out.reshape(x.shape[0], -1), x, after, self._eps)
 
     def _norm_of_all(self, qkv: Tensor) -> None:
@@ -74,11 +80,12 @@ class Attention(Layer):
                 shard = self.qkv_proj.shard(f"{kind}_proj.")
                 yield WeightSlot(name, shard.shape[:1], target.view(-1), shard.rows)
             else:
-                yield whole(name, target, self._offset)
+                slot = whole(name, target, self._offset)
+                yield slot if self._order is None else reordered(slot, self._order)
 
     def cpu_spec(self) -> CpuSpec | None:
         qkv, o, spec = self.qkv_proj.cpu_spec(), self.o_proj.cpu_spec(), self._spec
-        is_plain = (spec.scale, spec.softcap, spec.sinks, spec.rope_index) == (None, None, False, 0)
+        is_plain = (spec.scale, spec.softcap, spec.sinks, spec.rope_index, spec.gated) == (None, None, False, 0, False)
         if qkv is None or o is None or not is_plain or self._is_wide:
             return None
         return CpuSpec(qkv.matrices + o.matrices, (self.qk_norm,), spec.window)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -18,14 +18,21 @@ from minisgl.utils.math import div_ceil
 class Linear(Layer):
     """y = x Wᵀ + b, where W [out, in] holds this rank's shards of one or several linear layers of the checkpoint.
 
-    shape: of W. shards: by what the names of those layers' tensors begin with. activation: of `Matrix.gate_up`.
+    shape: of W. shards: by what the names of those layers' tensors begin with. activation: of `Matrix.gate_up`. orders:
+    of a shard's rows, by the same names: which one, as the checkpoint has them, each of ours is; [rows] int64.
     """
 
     def __init__(
-        self, env: LayerEnv, shape: Shape, shards: dict[str, Shard], bias: bool = False, activation: str | None = None
+        self,
+        env: LayerEnv,
+        shape: Shape,
+        shards: dict[str, Shard],
+        bias: bool = False,
+        activation: str | None = None,
+        orders: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._ops, self._comm, self._format = env.ops, env.comm, env.format
-        self._shards, self._activation = shards, activation
+        self._shards, self._activation, self._orders = shards, activation, orders or {}
         self._tensors = env.format.create(shape, env.dtype, env.device)
         self._matrix: Matrix | None = None
         self.bias = env.vector(shape[0]) if bias else None
@@ -44,9 +51,17 @@ class Linear(Layer):
                 bias = WeightSlot(f"{prefix}{name}bias", shard.shape[:1], shard.of(self.bias), shard.rows)
                 yield self._arranged(name, bias)
 
-    def _arranged(self, name: str, slot: WeightSlot) -> WeightSlot:  # noqa: ARG002
-        """A slot of the layer `name`, with what else is to be done to its tensor."""
-        return slot
+    def _arranged(self, name: str, slot: WeightSlot) -> WeightSlot:
+        """A slot of the layer `name`, whose rows are brought into their order."""
+        order, rows = self._orders.get(name), len(slot.target)
+        if order is None or rows == 1 or slot.name.endswith(".g_idx"):  # or one scale for all
+            return slot
+        if rows != len(order):  # a scale for many rows
+            blocks = [order[first : first + BLOCK] // BLOCK for first in range(0, len(order), BLOCK)]
+            if any(bool((block != block[0]).any()) for block in blocks):
+                raise ConfigError(f"{slot.name}: its blocks of {BLOCK} rows do not fit the order of this family's rows")
+            order = torch.stack([block[0] for block in blocks])
+        return reordered(slot, order)
 
     def pack(self) -> None:
         self._matrix = self._format.matrix(self._ops, self._tensors, self._activation)
@@ -72,22 +87,29 @@ class QKVLinear(Linear):
         head_dim: int,
         bias: bool,
         order: Tensor | None = None,
+        gated: bool = False,
     ) -> None:
-        """order: of the features of query and key heads, as `layers.rope.head_order` has it."""
+        """order: of the features of query and key heads, as `layers.rope.head_order` has it. gated: the rows of each
+        query head are followed by those of a gate; those of all gates come first here."""
         size, rank = env.comm.size, env.comm.rank
         self.num_qo_heads, self.num_kv_heads = env.share(num_qo_heads, "attention heads"), max(1, num_kv_heads // size)
         if num_kv_heads % size and size % num_kv_heads:
             raise ConfigError(f"--tensor-parallel-size {size} does not fit the model's {num_kv_heads} KV heads")
-        q, kv = self.num_qo_heads * head_dim, self.num_kv_heads * head_dim
+        q, kv = self.num_qo_heads * head_dim * (1 + gated), self.num_kv_heads * head_dim
         first = rank * num_kv_heads // size * head_dim
         shape, rows = (num_kv_heads * head_dim, hidden_size), (first, first + kv)
         shards = {
-            "q_proj.": Shard((num_qo_heads * head_dim, hidden_size), (rank * q, (rank + 1) * q)),
+            "q_proj.": Shard((size * q, hidden_size), (rank * q, (rank + 1) * q)),
             "k_proj.": Shard(shape, rows, at=q),
             "v_proj.": Shard(shape, rows, at=q + kv),
         }
-        self._order = order
-        super().__init__(env, (q + 2 * kv, hidden_size), shards, bias)
+        orders = {}
+        if order is not None or gated:
+            features = torch.arange(head_dim) if order is None else order
+            queries, *gates = torch.arange(q).view(self.num_qo_heads, 1 + gated, head_dim).unbind(1)
+            orders["q_proj."] = torch.cat([part.flatten() for part in (*gates, queries[:, features])])
+            orders["k_proj."] = torch.arange(kv).view(-1, head_dim)[:, features].flatten()
+        super().__init__(env, (q + 2 * kv, hidden_size), shards, bias, orders=orders)
 
     def forward(self, x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
         return self.matrix.apply(x, self.bias) if norm is None else self.matrix.norm_apply(x, norm, eps, self.bias)
@@ -96,23 +118,16 @@ class QKVLinear(Linear):
         """What this rank holds of the layer of that name."""
         return self._shards[name]
 
-    def _arranged(self, name: str, slot: WeightSlot) -> WeightSlot:
-        """Rows of heads that are rotated, as the kernels want them."""
-        rows, change = len(slot.target), slot.transform
-        if self._order is None or name == "v_proj." or slot.name.endswith(".g_idx"):
-            return slot
-        if rows != self._shards[name].local[0]:  # one scale for all, or for many rows
-            if rows > 1 and len(self._order) % BLOCK:
-                size = f"heads of {len(self._order)} features, and this family reorders them"
-                raise ConfigError(f"{slot.name}: its blocks of {BLOCK} rows do not fit {size}")
-            return slot
-        order = torch.arange(rows).view(-1, len(self._order))[:, self._order].flatten()
-        return replace(slot, transform=lambda part: take_rows(part if change is None else change(part), order))
 
+def reordered(slot: WeightSlot, order: Tensor) -> WeightSlot:
+    """The slot, whose target gets its rows in another order."""
+    change = slot.transform
 
-def take_rows(x: Tensor, order: Tensor) -> Tensor:
-    """x[order], of any type."""
-    return x.view(torch.uint8)[order].view(x.dtype) if x.itemsize == 1 else x[order]
+    def taken(part: Tensor) -> Tensor:
+        part = part if change is None else change(part)
+        return part.view(torch.uint8)[order].view(part.dtype) if part.itemsize == 1 else part[order]
+
+    return replace(slot, transform=taken)
 
 
 class GateUpLinear(Linear):

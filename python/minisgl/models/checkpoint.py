@@ -294,12 +294,12 @@ def fill_random(parts: Iterable[Part], seed: int) -> None:
 
 
 def _fill_matrix(slot: WeightSlot, seed: int) -> None:
-    device, (num_rows, width), step = slot.target.device, slot.shape, _rows_at_once(slot)
+    device, (num_rows, *rest), step = slot.target.device, slot.shape, _rows_at_once(slot)
     generator = torch.Generator(device)
     begin, end = slot.rows
     for first in range(begin // step * step, end, step):  # blocks are aligned, so every rank draws the same ones
         generator.manual_seed((zlib.crc32(f"{seed}/{slot.name}/{first}".encode()) << 16) ^ seed)
-        block = torch.empty(min(step, num_rows - first), width, device=device).uniform_(-1, 1, generator=generator)
-        block *= (3.0 / width) ** 0.5
+        block = torch.empty(min(step, num_rows - first), *rest, device=device).uniform_(-1, 1, generator=generator)
+        block *= (3.0 / prod(rest)) ** 0.5
         low, high = max(begin, first), min(end, first + step)
         _put(slot, block[low - first : high - first], low)

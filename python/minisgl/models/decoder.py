@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 from minisgl.attention.base import StepContext
 from minisgl.config.model import ModelConfig, MoE
+from minisgl.config.states import DeltaNet
 from minisgl.formats.base import WeightSlot
 from minisgl.layers.attention import Attention, GatedMLP, SparseMLP
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Part, Tensor, whole
+from minisgl.layers.delta import GatedDeltaNet
 from minisgl.layers.linear import VocabTable
 
 
@@ -17,7 +19,8 @@ class DecoderLayer(Layer):
 
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         hidden, eps, mlp = config.hidden_size, config.rms_norm_eps, config.layers[layer].mlp
-        self.self_attn = Attention(env, config, layer)
+        has_state = isinstance(config.layers[layer].attention.cache, DeltaNet)
+        self.self_attn = GatedDeltaNet(env, config, layer) if has_state else Attention(env, config, layer)
         self.mlp = SparseMLP(env, hidden, mlp, eps) if isinstance(mlp, MoE) else GatedMLP(env, hidden, mlp, eps)
         names, self._offset = config.layers[layer].norms, config.norm_offset
         self._names = names.before_attention, names.after_attention, names.before_mlp, names.after_mlp
@@ -29,7 +32,7 @@ class DecoderLayer(Layer):
         return self.mlp.forward(x, before_mlp, after_mlp)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from self.self_attn.weights(f"{prefix}self_attn.")
+        yield from self.self_attn.weights(f"{prefix}{self.self_attn.name}.")
         yield from self.mlp.weights(f"{prefix}mlp.")
         for name, norm in zip(self._names, self.norms, strict=True):
             if norm is not None:
