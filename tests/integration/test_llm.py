@@ -93,13 +93,15 @@ def test_greedy_tokens_do_not_depend_on_the_schedule(model: Path, expected: list
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3_moe", "qwen3_5_text"])
 def test_every_family_through_the_planner(family: str, tp_size: int) -> None:
     overrides = {"sliding_window": 16} if family == "mistral" else {}
     path = with_tokenizer(tiny_model(family, vocab_size=512, **overrides))
     prompts = make_prompts()[:6]
-    with LLM(str(path), max_prefill_length=33, tp=tp_size) as llm:
+    pages = {"num_pages": 18, "page_size": 8} if family == "qwen3_5_text" else {}  # requests are retracted
+    with LLM(str(path), max_prefill_length=33, tp=tp_size, **pages) as llm:
         outputs = llm.generate(prompts, GREEDY)
+        assert bool(pages) == (llm.scheduler.planner.num_retracted > 0)
     assert [output.token_ids for output in outputs] == [hf_generate(path, prompt, NUM_TOKENS) for prompt in prompts]
 
 
