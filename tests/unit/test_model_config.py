@@ -345,7 +345,10 @@ def test_wrong_values_are_one_line_or_mean_what_transformers_makes_of_them(archi
             num_read += 1
             compare_with_transformers(ours, config)
         else:
-            assert ours.startswith("config.json: ") and "\n" not in ours and len(ours) < 300
+            line, _, _ = ours.partition(
+                "; supported: " if "nearest" in ours else "(supported: "
+            )  # of which there are many
+            assert line.startswith("config.json: ") and "\n" not in ours and len(line) < 200
     assert num_read > 100
 
 
