@@ -1,4 +1,5 @@
 // The CPU kernels, compiled once for the processor at hand.
+#include "minisgl/cpu/delta.h"
 #include "minisgl/cpu/model.h"
 #include "minisgl/cpu/packing.h"
 #include "minisgl/cpu/sample.h"
@@ -96,6 +97,11 @@ void attend(Workers& workers, const float* q, int64_t stride, const std::vector<
       attention(workers, thread, q, stride, sequences, plan, heads, window, kind, typed, partial, out, heads.num_q * heads.dim);
     });
   });
+}
+
+void delta_net(Workers& workers, const DeltaNet& net, const DeltaInput& in, const std::vector<StateSequence>& sequences,
+               const DeltaState& state, float* out) {
+  workers.pool.run([&](int thread) { gated_delta_net(workers, thread, net, in, sequences, state, out, net.num_v * net.dim_v); });
 }
 
 void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vocab, int64_t stride, const SamplingParams* params,

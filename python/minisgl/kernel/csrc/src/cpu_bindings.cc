@@ -69,6 +69,14 @@ std::vector<Sequence> sequences_of(const TensorView& sequences, const TensorView
   return result;
 }
 
+// slots: [n], offsets: [n + 1] int64.
+std::vector<StateSequence> state_sequences_of(const TensorView& slots, const TensorView& offsets) {
+  const int64_t *slot = data_of<int64_t>(slots), *first = data_of<int64_t>(offsets);
+  std::vector<StateSequence> result;
+  for (int64_t i = 0; i < slots.size(0); ++i) result.push_back({slot[i], first[i], first[i + 1] - first[i]});
+  return result;
+}
+
 Linear with_bias(int64_t handle, const Optional<TensorView>& bias) {
   Linear linear = at<Linear>(handle);
   linear.bias = data_of<float>(bias);
@@ -166,6 +174,20 @@ void py_attend(int64_t workers, TensorView q, TensorView k, TensorView v, Tensor
 }
 
 // logits: [n, vocab] float32; params: n records, as numbers of 32 bits → out: [n] int32.
+// qkvz: [tokens, 2 * num_k * dim_k + 2 * num_v * dim_v], ba: [tokens, 2 * num_v], both float32, perhaps with other strides
+// between tokens; past: [slots, channels, width - 1]; memory: [slots, num_v, dim_k, dim_v] float32; slots: [n], offsets:
+// [n + 1] int64; out: [tokens, num_v * dim_v].
+void py_delta_net(int64_t workers, TensorView qkvz, TensorView ba, TensorView conv, TensorView a_log, TensorView dt_bias, TensorView norm,
+                  double eps, TensorView past, TensorView memory, TensorView slots, TensorView offsets, TensorView out) {
+  int64_t num_v = memory.size(1), dim_k = memory.size(2), dim_v = memory.size(3);
+  DeltaNet net{(conv.size(0) - num_v * dim_v) / (2 * dim_k), num_v, dim_k, dim_v, conv.size(1), data_of<float>(conv),
+               data_of<float>(a_log), data_of<float>(dt_bias), data_of<float>(norm), float(eps)};
+  DeltaInput in{data_of<float>(qkvz, true), qkvz.stride(0), data_of<float>(ba, true), ba.stride(0)};
+  AnyCache state = cache_of(past, past);
+  delta_net(at<Workers>(workers), net, in, state_sequences_of(slots, offsets), {state.type, state.k, data_of<float>(memory)},
+            data_of<float>(out));
+}
+
 void py_sample(int64_t workers, TensorView logits, TensorView params, TensorView out) {
   TVM_FFI_CHECK(size_t(params.numel()) * 4 == size_t(logits.size(0)) * sizeof(SamplingParams), ValueError) << "not these records";
   sample_rows(at<Workers>(workers), data_of<float>(logits, true), logits.size(0), logits.size(1), logits.stride(0),
@@ -224,6 +246,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_rows, py_linear_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(embed_ids, py_embed_ids);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope_store, py_rope_store);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attend, py_attend);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(delta_net, py_delta_net);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample, py_sample);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_model, py_create_model);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_model, py_destroy_model);

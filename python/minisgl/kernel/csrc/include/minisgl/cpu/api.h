@@ -94,9 +94,44 @@ struct Rotation {
   const float *cosines, *sines;
 };
 
-enum class Into : int64_t { kStore = 0, kAdd = 1, kGated = 2 };
-
 enum class CacheType { kFloat32, kBFloat16, kFloat16, kInt8 };
+
+// A gated delta net (delta.h): key heads and value heads, of which each key head has a group, and features of each.
+struct DeltaNet {
+  int64_t num_k, num_v, dim_k, dim_v;
+  int64_t width;       // tokens that the convolution sees
+  const float* conv;   // [channels, width]: of queries, keys and values
+  const float *a_log, *dt_bias, *norm;  // [num_v], [num_v], [dim_v]
+  float eps;           // of the norm
+
+  int64_t group() const { return num_v / num_k; }
+  int64_t channels() const { return 2 * num_k * dim_k + num_v * dim_v; }
+};
+
+// Tokens' features: queries, keys, values, gates; and of each value head b, then a. [tokens, …] with the strides.
+struct DeltaInput {
+  const float* qkvz;
+  int64_t stride;
+  const float* ba;
+  int64_t ba_stride;
+
+  DeltaInput from(int64_t token) const { return {qkvz + token * stride, stride, ba + token * ba_stride, ba_stride}; }
+};
+
+// conv: [slots, channels, width - 1], the last inputs of the convolution, of any type but int8; memory: [slots, num_v, dim_k,
+// dim_v].
+struct DeltaState {
+  CacheType type;
+  void* conv;
+  float* memory;
+};
+
+// Tokens [first, first + count) of the batch, which go on from the state of a slot.
+struct StateSequence {
+  int64_t slot, first, count;
+};
+
+enum class Into : int64_t { kStore = 0, kAdd = 1, kGated = 2 };
 
 // A layer's cache in any type. bytes: of its keys, and of its values.
 struct AnyCache {
@@ -154,6 +189,8 @@ void rope_store(Workers& workers, float* qkv, int64_t tokens, const float* norm,
                 const int64_t* positions, const int64_t* slots, const Heads& heads, AnyCache cache);
 void attend(Workers& workers, const float* q, int64_t stride, const std::vector<Sequence>& sequences, const Heads& heads,
             int64_t window, const Scores& kind, AnyCache cache, float* out);
+void delta_net(Workers& workers, const DeltaNet& net, const DeltaInput& in, const std::vector<StateSequence>& sequences,
+               const DeltaState& state, float* out);
 void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vocab, int64_t stride, const SamplingParams* params,
                  int32_t* ids);
 
