@@ -21,6 +21,7 @@ from minisgl.config.model import AttentionSpec, PagedKV
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import KVSlots, Matrix, RopeAngles, TorchOps, narrowed, widened
 from minisgl.kernel.sampling import SamplingColumns
+from minisgl.kernel.state import DeltaState, DeltaWeights, StateSequences
 from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
@@ -261,3 +262,29 @@ def test_sampled_tokens_are_the_reference_s(given: dict[str, float], vocab_size:
     mine, theirs = (ops.sample(logits, params, ids.clone()) for ops in (cpu_ops(2), TorchOps()))
     assert mine[3] == mine[4] == -1
     assert (mine != theirs).sum() <= (0 if not given.get("temperature", 1) else 1), "a sum may fall on the other side"
+
+
+# Heads of keys and of values, their features, and the convolution's width.
+NETS = [(2, 2, 128, 128, 4), (1, 3, 33, 17, 4), (2, 4, 16, 40, 2), (1, 1, 3, 1, 4), (2, 6, 32, 64, 3)]
+
+
+@pytest.mark.parametrize("target", [TARGET, *narrower()])
+@pytest.mark.parametrize("net", NETS, ids=str)
+def test_gated_delta_net(net: tuple[int, int, int, int, int], target: str) -> None:
+    """Sequences of any length, some of which go on from what an earlier step has left."""
+    num_k, num_v, k_dim, v_dim, width = net
+    channels, features, num_slots = 2 * num_k * k_dim + num_v * v_dim, num_v * v_dim, 12
+    vectors = random(num_v, seed=1).abs(), random(num_v, seed=2), random(v_dim, seed=3)
+    weights = DeltaWeights(random(channels, width, seed=4), *vectors, 1e-6)
+    past, memory = random(num_slots, channels, width - 1, seed=5), random(num_slots, num_v, k_dim, v_dim, seed=6)
+    expected = DeltaState(past, memory)
+    state = DeltaState(*(part.clone() for part in expected))
+    for step, counts in enumerate([(1, 65, 2), (1, 1, 1, 1), (9, 1, 3, 8, 16, 7, 64)]):
+        slots = torch.randperm(num_slots, generator=torch.Generator().manual_seed(step))[: len(counts)]
+        seqs = StateSequences(slots, torch.tensor([0, *counts]).cumsum(0))
+        x = random(sum(counts), channels + features + 2 * num_v + 1, seed=step)
+        inputs = x[:, : channels + features], x[:, channels + features : -1]  # both with a stride of their own
+        out = cpu_ops(2, target).gated_delta_net(*inputs, weights, state, seqs)
+        close(out, TorchOps().gated_delta_net(*inputs, weights, expected, seqs), 2e-5)
+        close(state.memory, expected.memory, 1e-5)
+        close(state.conv, expected.conv, 1e-6)

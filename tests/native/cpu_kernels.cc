@@ -1,6 +1,7 @@
 // Drives the CPU kernels over odd shapes on several threads, for sanitizers (`make sanitize`): every buffer is exactly as
 // long as it has to be. Results must not depend on the number of threads, and products are right to 4e-6 of the largest.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdio>
@@ -48,7 +49,7 @@ struct Weight {
     std::vector<BFloat16> narrow(plain.size());
     for (size_t i = 0; i < plain.size(); ++i) narrow[i].bits = uint16_t(std::bit_cast<uint32_t>(plain[i]) >> 16);
     const void* from = type == Type::kBFloat16 ? static_cast<const void*>(narrow.data()) : plain.data();
-    pack_weight(workers, type == Type::kBFloat16, from, out, in, is_pair, data.data(), scales.empty() ? nullptr : scales.data());
+    pack_weight(workers, type == Type::kBFloat16 ? type : Type::kFloat32, from, out, in, is_pair, data.data(), scales.empty() ? nullptr : scales.data());
     linear = {type, is_pair, out, in, data.data(), scales.empty() ? nullptr : scales.data(), nullptr};
   }
 };
@@ -159,6 +160,30 @@ void precision(Type type) {
   std::printf("products of type %d: off by no more than %.1e of the largest\n", int(type), worst);
 }
 
+// Gated delta nets of odd sizes: sequences of several lengths that go on.
+std::vector<float> delta_nets(int threads) {
+  generator.seed(3);
+  std::unique_ptr<Workers, Free> workers(create_workers(threads));
+  std::vector<float> all;
+  for (auto [num_k, num_v, dim_k, dim_v] : {std::array<int64_t, 4>{2, 4, 32, 64}, {1, 3, 33, 17}, {3, 3, 3, 1}}) {
+    DeltaNet net{num_k, num_v, dim_k, dim_v, 4, nullptr, nullptr, nullptr, nullptr, 1e-6f};
+    const int64_t values = num_v * dim_v, features = net.channels() + values, num_slots = 4;
+    std::vector<float> conv = random(net.channels() * net.width), a_log = random(num_v), dt_bias = random(num_v), norm = random(dim_v);
+    net.conv = conv.data(), net.a_log = a_log.data(), net.dt_bias = dt_bias.data(), net.norm = norm.data();
+    std::vector<float> past = random(num_slots * net.channels() * (net.width - 1)), memory = random(num_slots * values * dim_k, 0.1f);
+    for (auto& counts : {std::vector<int64_t>{65, 1, 9}, {1, 1, 1}, {2, 8, 1}}) {
+      std::vector<StateSequence> sequences;
+      int64_t tokens = 0;
+      for (int64_t count : counts) sequences.push_back({num_slots - 1 - int64_t(sequences.size()), tokens, count}), tokens += count;
+      std::vector<float> qkvz = random(tokens * features), ba = random(tokens * 2 * num_v), out(tokens * values);
+      delta_net(*workers, net, {qkvz.data(), features, ba.data(), 2 * num_v}, sequences, {past.data(), memory.data()}, out.data());
+      all.insert(all.end(), out.begin(), out.end());
+    }
+    all.insert(all.end(), memory.begin(), memory.end());
+  }
+  return all;
+}
+
 // Two layers; sequences that start, go on and end at different times.
 std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
   generator.seed(2);
@@ -216,6 +241,8 @@ std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
 
 int main() {
   for (int threads : {2, 5}) packed_products(threads);
+  std::vector<float> nets = delta_nets(1);
+  for (int threads : {2, 5}) near(delta_nets(threads), nets, "gated delta net");
   for (Type type : {Type::kFloat32, Type::kBFloat16, Type::kInt8}) {
     for (int threads : {2, 5}) products(type, threads);
     precision(type);

@@ -17,6 +17,7 @@ from minisgl.kernel.jit import load_cpu_kernels
 from minisgl.kernel.ops import Around, KVSlots, Matrix, RopeAngles, TorchOps
 from minisgl.kernel.packed import Blocks, Float8, Grouped, Packed
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
+from minisgl.kernel.state import DeltaState, DeltaWeights, StateSequences
 from minisgl.utils.math import div_ceil
 
 Tensor = torch.Tensor
@@ -38,11 +39,6 @@ class PanelMatrix(Matrix):
         (self._num_out, self._num_in), self._data, self._is_pair = shape, data, activation == "silu"
         self.cpu_handle = handle
         weakref.finalize(self, self._module.destroy_linear, handle)
-
-    @property
-    def num_bytes(self) -> int:
-        """In memory."""
-        return sum(data.nbytes for data in self._data)
 
     def plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return self._run(x, Around(bias))
@@ -123,8 +119,7 @@ class CpuOps(TorchOps):
         if isinstance(part, Grouped):
             name, has_zeros = f"grouped{part.bits}", part.zeros is not None
             group = part.shape[1] // part.scales.shape[1]
-        num_bytes: int = self.module.packed_bytes(name, *part.shape, group, has_zeros)
-        return num_bytes
+        return int(self.module.packed_bytes(name, *part.shape, group, has_zeros))
 
     def _packed_matrix(self, parts: list[Kept], columns: Tensor | None, activation: str | None) -> Matrix:
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
@@ -171,3 +166,10 @@ class CpuOps(TorchOps):
     def norm_rope_store(self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots) -> Tensor:
         self.module.rope_store(self.workers, qkv, norm, eps, rope.cos, rope.sin, cache.slots, cache.k, cache.v)
         return qkv[:, : qkv.shape[1] - 2 * cache.k.shape[1]]
+
+    def gated_delta_net(
+        self, qkvz: Tensor, ba: Tensor, weights: DeltaWeights, state: DeltaState, seqs: StateSequences
+    ) -> Tensor:
+        out = torch.empty(len(qkvz), weights.norm.numel() * len(weights.a_log))
+        self.module.delta_net(self.workers, qkvz, ba, *weights, *state, *seqs, out)
+        return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,7 @@ _CHUNK = 64  # tokens
 _NORM_EPS = 1e-6  # of queries and keys
 
 
-@dataclass(frozen=True, slots=True)
-class StateSequences:
+class StateSequences(NamedTuple):
     """A step's sequences, on the device: int32 on a GPU, int64 on a CPU. Sequence i has the tokens [cu_q[i],
     cu_q[i + 1]) of the step, at least one, and goes on from the state in slot `slots[i]`.
 
@@ -26,8 +25,7 @@ class StateSequences:
     cu_q: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class DeltaWeights:
+class DeltaWeights(NamedTuple):
     """Of a gated delta net, this rank's: heads of queries and keys Hk, of values Hv; their sizes Dk and Dv.
 
     conv: [2 * Hk * Dk + Hv * Dv, width], of queries, keys and values in this order; a_log, dt_bias: [Hv] float32; norm:
@@ -41,8 +39,7 @@ class DeltaWeights:
     eps: float
 
 
-@dataclass(frozen=True, slots=True)
-class DeltaState:
+class DeltaState(NamedTuple):
     """conv: [num_slots, 2 * Hk * Dk + Hv * Dv, width - 1], what the convolution has last seen, the newest last, in the
     type of activations; memory: [num_slots, Hv, Dk, Dv] float32."""
 

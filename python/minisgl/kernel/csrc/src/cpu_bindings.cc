@@ -175,16 +175,15 @@ void py_attend(int64_t workers, TensorView q, TensorView k, TensorView v, Tensor
 
 // logits: [n, vocab] float32; params: n records, as numbers of 32 bits → out: [n] int32.
 // qkvz: [tokens, 2 * num_k * dim_k + 2 * num_v * dim_v], ba: [tokens, 2 * num_v], both float32, perhaps with other strides
-// between tokens; past: [slots, channels, width - 1]; memory: [slots, num_v, dim_k, dim_v] float32; slots: [n], offsets:
-// [n + 1] int64; out: [tokens, num_v * dim_v].
+// between tokens; past: [slots, channels, width - 1]; memory: [slots, num_v, dim_k, dim_v]; slots: [n], offsets: [n + 1] int64;
+// out: [tokens, num_v * dim_v].
 void py_delta_net(int64_t workers, TensorView qkvz, TensorView ba, TensorView conv, TensorView a_log, TensorView dt_bias, TensorView norm,
                   double eps, TensorView past, TensorView memory, TensorView slots, TensorView offsets, TensorView out) {
   int64_t num_v = memory.size(1), dim_k = memory.size(2), dim_v = memory.size(3);
   DeltaNet net{(conv.size(0) - num_v * dim_v) / (2 * dim_k), num_v, dim_k, dim_v, conv.size(1), data_of<float>(conv),
                data_of<float>(a_log), data_of<float>(dt_bias), data_of<float>(norm), float(eps)};
   DeltaInput in{data_of<float>(qkvz, true), qkvz.stride(0), data_of<float>(ba, true), ba.stride(0)};
-  AnyCache state = cache_of(past, past);
-  delta_net(at<Workers>(workers), net, in, state_sequences_of(slots, offsets), {state.type, state.k, data_of<float>(memory)},
+  delta_net(at<Workers>(workers), net, in, state_sequences_of(slots, offsets), {data_of<float>(past), data_of<float>(memory)},
             data_of<float>(out));
 }
 

@@ -94,8 +94,6 @@ struct Rotation {
   const float *cosines, *sines;
 };
 
-enum class CacheType { kFloat32, kBFloat16, kFloat16, kInt8 };
-
 // A gated delta net (delta.h): key heads and value heads, of which each key head has a group, and features of each.
 struct DeltaNet {
   int64_t num_k, num_v, dim_k, dim_v;
@@ -118,12 +116,9 @@ struct DeltaInput {
   DeltaInput from(int64_t token) const { return {qkvz + token * stride, stride, ba + token * ba_stride, ba_stride}; }
 };
 
-// conv: [slots, channels, width - 1], the last inputs of the convolution, of any type but int8; memory: [slots, num_v, dim_k,
-// dim_v].
+// conv: [slots, channels, width - 1], the last inputs of the convolution; memory: [slots, num_v, dim_k, dim_v].
 struct DeltaState {
-  CacheType type;
-  void* conv;
-  float* memory;
+  float *conv, *memory;
 };
 
 // Tokens [first, first + count) of the batch, which go on from the state of a slot.
@@ -132,6 +127,8 @@ struct StateSequence {
 };
 
 enum class Into : int64_t { kStore = 0, kAdd = 1, kGated = 2 };
+
+enum class CacheType { kFloat32, kBFloat16, kFloat16, kInt8 };
 
 // A layer's cache in any type. bytes: of its keys, and of its values.
 struct AnyCache {

@@ -145,8 +145,7 @@ inline void delta_rule(const DeltaChunk<T>& chunk, DeltaRows rows, int64_t dim, 
 inline float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
-// One key head with its value heads, of one sequence: what a thread does at a time. T: type of the convolution's past.
-template <class T>
+// One key head with its value heads, of one sequence: what a thread does at a time.
 class DeltaHead {
  public:
   // Floats of its room.
@@ -172,13 +171,13 @@ class DeltaHead {
     });
   }
 
-  void run(const DeltaInput& in, const StateSequence& sequence, T* past, float* memory, float* out, int64_t out_stride) {
+  void run(const DeltaInput& in, const StateSequence& sequence, const DeltaState& state, float* out, int64_t out_stride) {
     int64_t before = net_.width - 1;
-    past += sequence.slot * net_.channels() * before;
-    memory += (sequence.slot * net_.num_v + head_ * net_.group()) * net_.dim_k * net_.dim_v;
+    float* past = state.conv + sequence.slot * net_.channels() * before;
+    float* memory = state.memory + (sequence.slot * net_.num_v + head_ * net_.group()) * net_.dim_k * net_.dim_v;
     for_segments([&](int64_t channel, int64_t count, int64_t at) {
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = 0; j < before; ++j) inputs_[j * size_ + at + i] = widen(past[(channel + i) * before + j]);
+        for (int64_t j = 0; j < before; ++j) inputs_[j * size_ + at + i] = past[(channel + i) * before + j];
     });
     for (int64_t first = 0; first < sequence.count; first += kTogether) {
       int64_t count = std::min<int64_t>(kTogether, sequence.count - first);
@@ -193,7 +192,7 @@ class DeltaHead {
     }
     for_segments([&](int64_t channel, int64_t count, int64_t at) {
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = 0; j < before; ++j) narrow(past + (channel + i) * before + j, inputs_[j * size_ + at + i]);
+        for (int64_t j = 0; j < before; ++j) past[(channel + i) * before + j] = inputs_[j * size_ + at + i];
     });
   }
 
@@ -299,15 +298,10 @@ class DeltaHead {
 // All tokens of the sequences → out: [tokens, num_v * dim_v] with `stride`; states are updated.
 inline void gated_delta_net(Workers& workers, int thread, const DeltaNet& net, const DeltaInput& in,
                             const std::vector<StateSequence>& sequences, const DeltaState& state, float* out, int64_t stride) {
-  auto typed = [&]<class T>(T* past) {
-    float* room = workers.room(thread, DeltaHead<T>::room(net));
-    workers.pool.share(int64_t(sequences.size()) * net.num_k, 1, [&](int64_t item) {
-      DeltaHead<T>(net, item % net.num_k, room).run(in, sequences[item / net.num_k], past, state.memory, out, stride);
-    });
-  };
-  if (state.type == CacheType::kFloat32) return typed(static_cast<float*>(state.conv));
-  if (state.type == CacheType::kBFloat16) return typed(static_cast<BFloat16*>(state.conv));
-  typed(static_cast<Float16*>(state.conv));
+  float* room = workers.room(thread, DeltaHead::room(net));
+  workers.pool.share(int64_t(sequences.size()) * net.num_k, 1, [&](int64_t item) {
+    DeltaHead(net, item % net.num_k, room).run(in, sequences[item / net.num_k], state, out, stride);
+  });
 }
 
 }  // namespace minisgl::cpu
