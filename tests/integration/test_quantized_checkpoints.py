@@ -293,6 +293,18 @@ def test_biases_a_tied_head_and_sizes_that_blocks_do_not_divide(tmp_path: Path, 
     torch.testing.assert_close(engine_logits(path, PROMPT), logits_of(model), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("case", STORED)
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next"])
+def test_hybrids(tmp_path: Path, case: str, family: str) -> None:
+    """Projections of delta nets are one layer for several kinds of heads, or have these side by side."""
+    sizes = {"head_dim": 128, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_value_heads": 8}
+    sizes |= {"num_hidden_layers": 2, "full_attention_interval": 2}
+    if family == "qwen3_next":
+        sizes |= {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
+    path, model = quantized(tmp_path / "model", case, family, ("conv1d", "shared_expert_gate"), **sizes)
+    torch.testing.assert_close(engine_logits(path, PROMPT), logits_of(model), atol=1e-3, rtol=1e-3)
+
+
 class SecondOfTwo(Communicator):
     """Rank 1 of 2, whose sums are its own."""
 

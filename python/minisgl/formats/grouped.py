@@ -186,7 +186,8 @@ class Compressed(GroupedFormat):
         return Place(shape, layer.words(*rows), layer.groups, lambda part: self._rows(part, layer, first))
 
     def _rows(self, part: Tensor, layer: _Layer, first: int) -> Tensor:
-        values = unpack(part.t().contiguous().view(torch.uint8), layer.bits).t()
+        words = part.t().clone(memory_format=torch.contiguous_format)  # strides of a single word are not changed else
+        values = unpack(words.view(torch.uint8), layer.bits).t()
         return values[first : first + layer.shard.local[0]]
 
 
