@@ -359,6 +359,19 @@ def test_caches_are_sums_over_layers() -> None:
     assert model.state_bytes() == 2 * model.state_bytes(tp_size=2) == 4 * (3 * (2 * 2 * 8 + 4 * 16) + 4 * 8 * 16)
 
 
+@pytest.mark.parametrize("machine", [MACHINE, GPUS])
+def test_states_leave_half_of_the_memory_to_pages(machine: Capabilities, caplog: pytest.LogCaptureFixture) -> None:
+    layer = MODEL.layers[0]
+    layers = (layer, replace(layer, attention=AttentionSpec(DeltaNet(16, 32, 128, 128, width=4)))) * 14
+    model = replace(MODEL, layers=layers)
+    free = machine.gpus[0].free_memory if machine.gpus else machine.memory
+    most = decide(machine, model, max_running_requests=65536).engine
+    assert f"--max-running-requests is lowered to {most.max_running_requests} from 65536" in caplog.text
+    assert 0.3 * free < most.state_bytes < 0.5 * free
+    assert decide(machine, model, max_running_requests=65536).scheduler.max_running_requests < 65536
+    assert decide(machine, model, max_running_requests=7).engine.max_running_requests == 7
+
+
 @pytest.mark.parametrize("backend", ["fa", "fi"])
 def test_attention_backends_of_16_bits(backend: str) -> None:
     everything = replace(GPUS, packages=GPUS.packages | {"sgl_kernel", "flashinfer"})

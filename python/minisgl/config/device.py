@@ -164,6 +164,8 @@ def _on_cpu(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> En
     )
     if lack:
         logger.warning("our kernels: %s; torch computes, and decoding is several times slower", lack)
+    budget = int(machine.memory * config.memory_ratio) // config.tp_size
+    config = _with_states(config, budget - model.weight_bytes(kept_as(config), config.tp_size))
     num_pages = config.num_pages or _cpu_pages(config, machine.memory)
     seq_len = _fit_seq_len(args, wanted.max_seq_len, num_pages * config.page_size)
     return replace(config, num_pages=num_pages, max_seq_len=seq_len)
@@ -188,6 +190,8 @@ def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> E
         raise ConfigError(f"--quantization {args.quantization}: {problem}")
     if wanted.kv_cache_dtype not in (dtype, "fp8"):
         raise ConfigError(f"--kv-cache-dtype {args.kv_cache_dtype}: on GPUs it is that of the weights, {dtype}, or fp8")
+    budget = min(gpu.free_memory - int(gpu.total_memory * (1 - wanted.memory_ratio)) for gpu in gpus)
+    wanted = _with_states(wanted, budget - wanted.model.weight_bytes(kept_as(wanted), tp_size))
     capacity = gpu_tokens(wanted, gpus)
     prefill, decode = _choose_attention(wanted, args.attention_backend, "", machine)
     moe_backend = args.moe_backend or ("triton" if "triton" in machine.packages else "torch")
@@ -199,7 +203,7 @@ def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> E
         prefill_backend=prefill,
         decode_backend=decode,
         num_threads=min(_LOADING_THREADS, wanted.num_threads),
-        cuda_graph_max_bs=_graph_max_bs(args, wanted.model, decode, moe_backend),
+        cuda_graph_max_bs=_graph_max_bs(args, wanted, decode, moe_backend),
         use_pynccl=tp_size > 1 and not args.disable_pynccl,
         moe_backend=moe_backend,
     )
@@ -221,15 +225,15 @@ def _gpus(tp_size: int, visible: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
     return gpus
 
 
-def _graph_max_bs(args: ServerArgs, model: ModelConfig, decode: str, moe_backend: str) -> int:
+def _graph_max_bs(args: ServerArgs, wanted: EngineConfig, decode: str, moe_backend: str) -> int:
     asked, problem = args.cuda_graph_max_bs, ""
     if decode == "sdpa":
         problem = "sdpa cannot be captured; choose another --attn, or 0"
-    elif moe_backend == "torch" and any(isinstance(layer.mlp, MoE) for layer in model.layers):
+    elif moe_backend == "torch" and any(isinstance(layer.mlp, MoE) for layer in wanted.model.layers):
         problem = "--moe-backend torch cannot be captured; choose triton, or 0"
     if asked and problem:
         raise ConfigError(f"--cuda-graph-max-bs {asked}: {problem}")
-    return 0 if problem else min(_GRAPH_MAX_BS if asked is None else asked, args.max_running_requests)
+    return 0 if problem else min(_GRAPH_MAX_BS if asked is None else asked, wanted.max_running_requests)
 
 
 def _choose_attention(wanted: EngineConfig, asked: str | None, lack: str, machine: Capabilities) -> tuple[str, str]:
@@ -280,6 +284,16 @@ def _unfit(backend: Backend, wanted: EngineConfig, machine: Capabilities) -> str
     if backend.is_compiled and machine.nvcc is None:
         return f"needs nvcc: install CUDA {machine.torch_cuda}'s toolkit, or set CUDA_HOME to it"
     return ""
+
+
+def _with_states(config: EngineConfig, budget: int) -> EngineConfig:
+    """Fewer requests at once, where their states would take more than half of what weights leave."""
+    rows, num_slots = config.max_running_requests, budget // 2 // max(1, config.model.state_bytes(config.tp_size))
+    if not config.model.states or config.num_states <= num_slots:
+        return config
+    fitting = max(1, (num_slots - 1) * rows // (rows + config.num_snapshots))
+    logger.warning("states fill half of the memory: --max-running-requests is lowered to %d from %d", fitting, rows)
+    return replace(config, max_running_requests=fitting, num_snapshots=min(config.num_snapshots, fitting))
 
 
 def _cpu_pages(config: EngineConfig, memory: int) -> int:
