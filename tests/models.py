@@ -81,6 +81,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 24},
     "ernie4_5": {"head_dim": 24, "use_bias": True},
     "olmo3": {"sliding_window": 19, "num_hidden_layers": 5},
+    "gpt_oss": {"head_dim": 32, "sliding_window": 11, "num_local_experts": 6, "num_experts_per_tok": 2},
     "gemma2": {
         "head_dim": 32,
         "sliding_window": 11,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 
+from minisgl.kernel.activations import clamped_swiglu
 from minisgl.kernel.ops import TorchOps
 from minisgl.kernel.packed import Blocks, Float8, Grouped, Packed
 from tests.triton_cpu import DEVICE, DTYPES, INTERPRET, MARKS, needs_gpu
@@ -65,6 +68,13 @@ def packed(kind: str, num_out: int, num_in: int) -> Packed:
     return Grouped(codes, scales, torch.randint(0, 16, shape, dtype=torch.uint8, device=DEVICE) if zeros else None)
 
 
+def mxfp4(num_out: int, num_in: int) -> Packed:
+    """Any codes; exponents around those of a matrix that keeps its input's scale."""
+    blocks = torch.randint(0, 256, (num_out, num_in // 32, 17), dtype=torch.uint8, device=DEVICE)
+    blocks[..., 0] = torch.randint(118, 124, blocks.shape[:2], device=DEVICE)
+    return Blocks("MXFP4", blocks.flatten(1), num_in)
+
+
 def q4_1(num_out: int, num_in: int) -> Packed:
     values = torch.randn(num_out, num_in).div_(num_in**0.5).numpy()
     return Blocks("Q4_1", torch.from_numpy(quantize(values, GGMLQuantizationType.Q4_1)).to(DEVICE), num_in)
@@ -73,7 +83,7 @@ def q4_1(num_out: int, num_in: int) -> Packed:
 PACKED = {
     kind: (lambda n, k, kind=kind: packed(kind, n, k))
     for kind in ("e4m3 rows", "e4m3 blocks", "32 zeros", "64", "rows", "rows zeros")
-} | {"Q4_1": q4_1}
+} | {"Q4_1": q4_1, "MXFP4": mxfp4}
 
 
 @pytest.mark.parametrize("kind", PACKED)
@@ -95,6 +105,41 @@ def test_packed_experts(kind: str, num_tokens: int, dtype: torch.dtype) -> None:
     out = fused_moe(x, logits, *stacks, 2, True)
     expected = reference(x, logits, *full, 2, True)
     torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["full", "MXFP4"])
+@pytest.mark.parametrize("num_tokens", [3] if INTERPRET else [1, 3, 40, 700])
+def test_biases_and_clamped_activations(dtype: torch.dtype, kind: str, num_tokens: int) -> None:
+    """Inputs large enough that both sides of gates and of what they let through are clamped."""
+    from minisgl.kernel.triton.grouped_gemm import Stack, fused_moe, stack_of
+
+    torch.manual_seed(1)
+    num_experts, hidden, inner = 5, 96, 160
+    if kind == "full":
+        weights = [
+            torch.randn(num_experts, *shape, device=DEVICE) * 0.3 for shape in ((2 * inner, hidden), (hidden, inner))
+        ]
+        stacks = [Stack(weight.to(dtype)) for weight in weights]
+    else:
+        parts = [[[mxfp4(*shape)] for _ in range(num_experts)] for shape in ((2 * inner, hidden), (hidden, inner))]
+        weights = [torch.stack([expert[0].dequantize() for expert in stack]) for stack in parts]
+        stacks = [stack_of((dtype, stack)) for stack in parts]
+    biases = [torch.randn(num_experts, width, device=DEVICE).to(dtype) * 3 for width in (2 * inner, hidden)]
+    gate_up, down = (replace(stack, bias=bias) for stack, bias in zip(stacks, biases, strict=True))
+    x = 2 * torch.randn(num_tokens, hidden, device=DEVICE).to(dtype)
+    logits = torch.randn(num_tokens, num_experts, device=DEVICE)
+    out = fused_moe(x, logits, gate_up, down, 2, True, clamped=True)
+    probabilities, experts = logits.topk(2, -1)
+    expected = torch.zeros(num_tokens, hidden, device=DEVICE)
+    for weight, expert in zip(probabilities.softmax(-1).T, experts.T, strict=True):
+        first, second = (torch.stack([stack.to(dtype).float()[e] for e in expert]) for stack in weights)
+        inside = torch.einsum("th,toh->to", x.float(), first) + biases[0].float()[expert]
+        assert (inside.abs() > 7).any()
+        inside = clamped_swiglu(*inside.chunk(2, -1)).to(dtype).float()
+        expected += weight[:, None] * (torch.einsum("ti,toi->to", inside, second) + biases[1].float()[expert])
+    scale = expected.abs().max()
+    torch.testing.assert_close(out.float() / scale, expected / scale, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 def test_experts_that_differ_become_full() -> None:

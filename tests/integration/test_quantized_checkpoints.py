@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from minisgl.distributed.comm import Communicator
@@ -305,6 +306,74 @@ def test_hybrids(tmp_path: Path, case: str, family: str) -> None:
     torch.testing.assert_close(engine_logits(path, PROMPT), logits_of(model), atol=1e-3, rtol=1e-3)
 
 
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight: [experts, out, in] → blocks [experts, out, in / 32, 16] and exponents [experts, out, in / 32]."""
+    groups = weight.unflatten(-1, (-1, 32))
+    exponents = groups.abs().amax(-1).log2().floor() - 2
+    values = groups / torch.exp2(exponents)[..., None]
+    codes = ((values.abs()[..., None] - E2M1).abs().argmin(-1) + 8 * (values < 0)).to(torch.uint8)
+    return codes[..., ::2] | codes[..., 1::2] << 4, (exponents + 127).to(torch.uint8)
+
+
+def with_mxfp4(target: Path) -> tuple[Path, torch.nn.Module]:
+    """gpt-oss with experts of 4 bits, and what transformers makes of them."""
+    source = tiny_model("gpt_oss", intermediate_size=128)
+    shutil.copytree(source, target)
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = mxfp4(tensors.pop(name).transpose(1, 2))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors")
+    full = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    fields = json.loads((target / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": full}
+    (target / "config.json").write_text(json.dumps(fields))
+    kind = transformers.Mxfp4Config(dequantize=True)
+    return target, transformers.AutoModelForCausalLM.from_pretrained(
+        target, dtype=torch.float32, quantization_config=kind
+    )
+
+
+def test_experts_in_mxfp4(tmp_path: Path) -> None:
+    path, model = with_mxfp4(tmp_path / "model")
+    expected = logits_of(model)
+    torch.testing.assert_close(engine_logits(path, PROMPT), expected, atol=1e-4, rtol=1e-4)
+    kernels = engine_logits(path, PROMPT, **CPU_KERNELS)
+    error = ((kernels - expected).norm(dim=-1) / expected.norm(dim=-1)).median()  # a router may be undecided
+    assert 1e-3 < error < 0.04, "activations are rounded to 8 bits, since weights stay in 4"
+    shutil.copytree(tiny_model("gpt_oss", intermediate_size=128), tmp_path / "plain")
+    save_file(
+        {name: weight.contiguous() for name, weight in model.state_dict().items()},
+        tmp_path / "plain" / "model.safetensors",
+    )
+    mine, theirs = (loaded(place, SecondOfTwo()) for place in (path, tmp_path / "plain"))
+    x, norm = torch.randn(5, 64), torch.ones(64)
+    for ours, plain in zip(mine.layers, theirs.layers, strict=True):
+        outputs = (layer.mlp.forward(x.clone(), norm) for layer in (ours, plain))
+        torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+def test_bad_mxfp4_is_named(tmp_path: Path) -> None:
+    path, _ = with_mxfp4(tmp_path / "model")
+    name, file = "model.layers.1.mlp.experts.down_proj", path / "model.safetensors"
+    of_one = name.replace("experts.", r"experts\.0\.")
+    tensors = load_file(file)
+    for end, tensor, says in (
+        (
+            "blocks",
+            tensors[f"{name}_blocks"][..., :8].contiguous(),
+            rf"{name}_blocks is \[6, 64, 4, 8\], not \[6, 64, 4, 16\]",
+        ),
+        ("scales", torch.full_like(tensors[f"{name}_scales"], 255), f"{of_one}_scales: it holds NaN"),
+        ("scales", tensors[f"{name}_scales"].float(), f"{name}_scales: it is float32, not U8"),
+    ):
+        save_file({**tensors, f"{name}_{end}": tensor}, file)
+        with pytest.raises(ConfigError, match=says):
+            engine_logits(path, PROMPT)
+
+
 class SecondOfTwo(Communicator):
     """Rank 1 of 2, whose sums are its own."""
 
@@ -411,7 +480,7 @@ def test_bad_tensors_are_named(
         (
             "fp8 of blocks",
             {"intermediate_size": 384},
-            r"gate_proj.weight_scale_inv: \[192, 384\) of 384, a rank's or a part's, is cut through blocks of 128",
+            r"gate_proj.weight_scale_inv: \[192, 384\) of 384, a rank's or a part's, cuts blocks of 128",
         ),
         ("gptq in order of activations", {}, r"g_idx: .*; with act-order, --tensor-parallel-size must be 1"),
     ],

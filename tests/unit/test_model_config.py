@@ -250,7 +250,6 @@ def test_moe_layers(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "gptq: bits 3 is not supported ..4, 8."),
         ({"quantization_config": {"quant_method": "gptq", "dynamic": {"+:.*down.*": {}}}}, r"dynamic \+:.\*down"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes. is not supported; .* int4"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4. is not supported; take .* FP8"),
         ({"quantization_config": {"quant_method": "hqq"}}, "hqq. is not supported; take .* AWQ"),
         ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "NVFP4. is not supported"),
         (
@@ -264,6 +263,8 @@ def test_moe_layers(tmp_path: Path) -> None:
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ by layer type"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"layer_types": ["chunked_attention"]}, "chunked_attention not supported"),
+        ({"architectures": ["GptOssForCausalLM"], "swiglu_limit": 5.0}, "swiglu_limit must be 7, not 5.0"),
+        ({"architectures": ["GptOssForCausalLM"], "swiglu_alpha": 1}, "swiglu_alpha must be 1.702, not 1"),
         ({"hidden_size": ...}, "hidden_size missing"),
         ({"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
     ],
@@ -385,7 +386,7 @@ def compare_with_transformers(ours: ModelConfig, config: dict[str, Any]) -> None
         assert ours.ropes[0].max_position == original, config
     moe = next((layer.mlp for layer in ours.layers if isinstance(layer.mlp, MoE)), None)
     if moe is not None and hf.num_experts is not None:
-        sums_to_1 = model_type in ("mixtral", "qwen3_5_moe_text") or hf.norm_topk_prob
+        sums_to_1 = model_type in ("mixtral", "qwen3_5_moe_text", "gpt_oss") or hf.norm_topk_prob
         assert (moe.num_experts, moe.routing == "softmax_of_chosen") == (hf.num_experts, sums_to_1), config
 
 

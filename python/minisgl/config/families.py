@@ -107,8 +107,9 @@ def parse_model_config(f: Fields) -> ModelConfig:
     cache = specs.PagedKV(num_kv_heads, head_dim, head_dim)
     states = _states(f, family, num_layers)
     norms, mlps = LayerNorms(*family.norms, family.head_norms), _mlps(f, family, num_layers)
+    kind = caps[0], "sinks" in family.reads, family.gates_attention
     attentions = (
-        specs.AttentionSpec(state or cache, window, rope, softcap=caps[0], gated=family.gates_attention)
+        specs.AttentionSpec(state or cache, window, rope, None, *kind)
         for state, window, rope in zip(states, windows, rope_of_layer, strict=True)
     )
     eps = f.number("rms_norm_eps", default("rms_norm_eps", 1e-6), above=0)
@@ -168,6 +169,9 @@ def _ropes(
     if "ropes_by_layer" in family.reads:
         full, sliding, longest = read_ropes_by_layer(f, kind, longest, family.defaults)
         return (full, sliding), [int(window is not None) for window in windows], longest
+    has_none = f.data.get("rope_parameters") is None and not f.data.get("rope_scaling")
+    if "rope_parameters" in family.defaults and has_none:
+        f = Fields({**f.data, "rope_parameters": default("rope_parameters")}, f.source)
     rope, longest = read_rope(f, kind, longest, default("rope_theta", 10000.0))
     if "no_rope_layers" not in family.reads:
         return (rope,), [0] * len(windows), longest
@@ -226,8 +230,14 @@ def _mlps(f: Fields, family: Family, num_layers: int) -> list[DenseMLP | MoE]:
     dense = DenseMLP(size, bias, _ACTIVATIONS[_activation(f, family)])
     default, reads = family.defaults.get, family.reads
     if "num_local_experts" in reads and "num_experts" not in reads:
-        numbers = f.integer("num_experts", f.integer("num_local_experts", 8)), f.integer("num_experts_per_tok", 2)
-        only, step, moe = [], 1, MoE(*numbers, size, "softmax_of_chosen", dense.activation)
+        sizes = (("num_local_experts", 8), ("num_experts_per_tok", 2))
+        num_experts, chosen = (f.integer(key, default(key, size)) for key, size in sizes)
+        is_clamped, num_experts = "clamped_experts" in reads, f.integer("num_experts", num_experts)
+        activation = "clamped_swiglu" if is_clamped else dense.activation
+        only, step, moe = [], 1, MoE(num_experts, chosen, size, "softmax_of_chosen", activation, bias=is_clamped)
+        for key, value in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)):
+            if is_clamped and f.number(key, value) != value:
+                raise f.wrong(key, f"{value:g}")
     elif "num_experts" in reads:
         only, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
         num_experts, key = f.integer("num_experts", default("num_experts", 128), 0), "shared_expert_intermediate_size"

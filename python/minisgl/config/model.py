@@ -80,11 +80,12 @@ class DenseMLP:
 
 @dataclass(frozen=True, slots=True)
 class MoE:
-    """Mixture of experts, each a `DenseMLP` without biases.
+    """Mixture of experts, each a `DenseMLP`.
 
     routing: how a token's `num_experts_per_tok` most probable experts are weighted: by their probabilities ("softmax"),
     or by these made to sum to 1 ("softmax_of_chosen"). shared_size: inner features of one more expert, which all tokens
-    go through, weighted by the sigmoid of a gate of its own; 0: there is none.
+    go through, weighted by the sigmoid of a gate of its own; 0: there is none. bias: of router and experts, whose
+    weights checkpoints then have as [in, out], columns of gate and up taking turns.
     """
 
     num_experts: int
@@ -93,6 +94,7 @@ class MoE:
     routing: str = "softmax"
     activation: str = "silu"
     shared_size: int = 0
+    bias: bool = False
 
     @property
     def active_features(self) -> int:

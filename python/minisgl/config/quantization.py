@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -53,16 +55,17 @@ def read_quantization(f: Fields, path: Path) -> Quantization | None:
         hint = _TABLE["instead"].get(name, _TABLE["instead"][None])
         raise ConfigError(f"{q.source}: quantization {method} ({name}) is not supported; {hint}")
     rules = _TABLE["formats"][name]
-    schemes = tuple(_scheme(group, rules["requires"], f"{q.source}: quantization {name}") for group in groups)
+    schemes = tuple(_scheme(group, rules, f"{q.source}: quantization {name}") for group in groups)
     ignored = [p for key in _TABLE["ignored"] for p in q.list_of(str, key)] + [f"re:{p[2:]}" for p in dynamic]
     zero_offset = int(name == "gptq" and q.text("checkpoint_format", "gptq") == "gptq")
     return Quantization(rules["layout"], schemes, tuple(ignored), zero_offset)
 
 
-def _scheme(group: Fields, requires: dict[str, list[object]], what: str) -> Scheme:
+def _scheme(group: Fields, rules: Mapping[str, Any], what: str) -> Scheme:
     weights = group.child("weights") if "weights" in group.data else group
-    for key, allowed in requires.items():
+    for key, allowed in rules["requires"].items():
         if (value := weights.data.get(key)) is not None and value not in allowed:
             raise ConfigError(f"{what}: {key} {value} is not supported ({allowed}); {_TABLE['instead'][None]}")
-    bits, size = weights.integer("bits", weights.integer("num_bits", 8)), weights.integer("group_size", 0, -1)
+    default = weights.integer("num_bits", rules.get("bits", 8))
+    bits, size = weights.integer("bits", default), weights.integer("group_size", 0, -1)
     return Scheme(bits, max(0, size), tuple(group.list_of(str, "targets")) or ("Linear",))

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from minisgl.config.runtime import EngineConfig
 from minisgl.formats.base import DENSE, Header, Int8, Rounded, WeightFormat
-from minisgl.formats.float8 import Float8Format
+from minisgl.formats.float8 import Float8Format, Mxfp4
 from minisgl.formats.gguf import Gguf
 from minisgl.formats.grouped import Awq, Compressed, CompressedInt8, Gptq
 from minisgl.formats.int4 import Int4
 
 # By the layouts of `config/quantization.yaml`.
-_STORED: dict[str, type[Gptq] | type[Compressed] | type[Float8Format]] = {
-    "awq": Awq,
-    "gptq": Gptq,
-    "packed": Compressed,
-    "int8": CompressedInt8,
-    "float8": Float8Format,
-}
+_STORED: dict[str, Callable[..., WeightFormat]] = {"awq": Awq, "gptq": Gptq, "packed": Compressed}
+_STORED |= {"int8": CompressedInt8, "float8": Float8Format, "mxfp4": Mxfp4}
 
 
 def create_format(config: EngineConfig, device: torch.device, header: Mapping[str, Header]) -> WeightFormat:

@@ -16,17 +16,14 @@ from typing import NamedTuple
 import torch
 
 from minisgl.config.model import MoE
-from minisgl.kernel.ops import Experts, LayerOps, Matrix, Stacked, loop_over_experts
+from minisgl.kernel.ops import Biases, Experts, LayerOps, Matrix, Stacked, loop_over_experts
 from minisgl.kernel.packed import Float8, Packed
 
 Tensor = torch.Tensor
 Shape = tuple[int, int]
 # Layers that may be stored one below the other, as one.
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "in_proj_qkv": ("in_proj_q", "in_proj_k", "in_proj_v"),
-}
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED |= {"in_proj_qkv": ("in_proj_q", "in_proj_k", "in_proj_v")}
 Tensors = dict[str, Tensor]  # of one weight, or of a stack of experts, by names that the format chooses
 
 
@@ -103,13 +100,13 @@ class WeightFormat:
         """The filled tensors of a stack, for a kernel that takes all experts. None: it would not know them."""
         return stack.get("weight")
 
-    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE) -> Experts:
+    def experts(self, ops: LayerOps, gate_up: Tensors, down: Tensors, spec: MoE, biases: Biases = None) -> Experts:
         """The filled tensors of two stacks as a mixture of experts: a matrix each, where no kernel takes them all."""
-        if kernel := ops.experts(self.stacked(gate_up), self.stacked(down), spec):
+        if kernel := ops.experts((self.stacked(gate_up), self.stacked(down)), spec, biases):
             return kernel
         first = [self.matrix(ops, expert, spec.activation) for expert in experts_of(gate_up, spec.num_experts)]
         second = [self.matrix(ops, expert) for expert in experts_of(down, spec.num_experts)]
-        return lambda x, logits: loop_over_experts(x, logits, first, second, spec)
+        return lambda x, logits: loop_over_experts(x, logits, first, second, spec, biases)
 
 
 def experts_of(stack: Tensors, num_experts: int) -> Iterator[Tensors]:

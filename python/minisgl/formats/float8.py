@@ -1,7 +1,8 @@
-"""Checkpoints of 8-bit floats: Qwen3-*-FP8 and others of `fp8`, compressed-tensors, ModelOpt."""
+"""Checkpoints of 8-bit floats: Qwen3-*-FP8 and others of `fp8`, compressed-tensors, ModelOpt; of 4 bits: gpt-oss."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from minisgl.config.quantization import Scheme
 from minisgl.formats.base import Shard, Tensor, Tensors, WeightSlot
 from minisgl.formats.stored import StoredFormat
-from minisgl.kernel.packed import Float8
+from minisgl.kernel.packed import Blocks, Float8
 from minisgl.utils.math import div_ceil
 
 BLOCK = 128  # rows and columns of one scale, where a matrix of them is stored
@@ -33,11 +34,9 @@ class Float8Format(StoredFormat):
         shape = self.header[name].shape if name in self.header else (1,)
         (num_out, num_in), key, rows = shard.shape, f"{prefix}scale", shard.rows
         self.float_type(name)
-        if shape == (num_out,):
+        if shape in ((num_out,), (num_out, 1)):
             target = self.add(tensors, key, shard, 1, torch.float32)
-            return WeightSlot(name, shape, target, rows, transform=lambda part: part.unsqueeze(1))
-        if shape == (num_out, 1):
-            return WeightSlot(name, shape, self.add(tensors, key, shard, 1, torch.float32), rows)
+            return WeightSlot(name, shape, target, rows, transform=lambda part: part.view(-1, 1))
         if shape == (1,):
             tensors[key] = torch.empty(1, 1)
             return WeightSlot(name, shape, tensors[key], (0, 1))
@@ -54,9 +53,7 @@ class Float8Format(StoredFormat):
         """The blocks that hold rows or columns [begin, end) of `size`."""
         (begin, end), first, last = part, part[0] // BLOCK, div_ceil(part[1], BLOCK)
         if last - first > 1 and (begin % BLOCK or (end % BLOCK and end != size)):
-            raise self.error(
-                name, f"[{begin}, {end}) of {size}, a rank's or a part's, is cut through blocks of {BLOCK}"
-            )
+            raise self.error(name, f"[{begin}, {end}) of {size}, a rank's or a part's, cuts blocks of {BLOCK}")
         return first, last
 
     def part(self, prefix: str, tensors: Tensors) -> Float8 | Tensor:
@@ -68,3 +65,30 @@ class Float8Format(StoredFormat):
             self.check_scales(f"{prefix}input_scale", static)
         weight = tensors["weight"]
         return Float8(weight, tensors["scale"].to(weight.device), None if static is None else float(static))
+
+
+class Mxfp4(StoredFormat):
+    """Experts in e2m1: …_blocks: [experts, out, in / 32, 16] uint8, an even column in the lower half; …_scales:
+    [experts, out, in / 32], exponents (MXFP4 of the OCP's MX 1.0)."""
+
+    def packed_slots(self, prefix: str, tensors: Tensors, shard: Shard, scheme: Scheme) -> Iterator[WeightSlot]:  # noqa: ARG002
+        stored = re.sub(r"\.\d+(?=\.\w+\.$)", "", prefix)[:-1]  # of all experts
+        cols = shard.span[0] // 32, shard.span[1] // 32
+        if shard.span != (32 * cols[0], 32 * cols[1]):
+            raise self.error(f"{stored}_blocks", f"a rank's part of its {shard.shape[1]} columns cuts groups of 32")
+        for what, size in (("blocks", [16]), ("scales", [])):
+            self.check_type(f"{stored}_{what}", "U8")
+            target = self.add(tensors, f"{prefix}{what}", shard, (cols[1] - cols[0]) * sum(size or [1]), torch.uint8)
+            shape = shard.shape[0], shard.shape[1] // 32, *size
+            yield WeightSlot(f"{prefix[:-1]}_{what}", shape, target.view(len(target), -1, *size), shard.rows, cols)
+
+    def part(self, prefix: str, tensors: Tensors) -> Blocks | Tensor:
+        """Blocks as GGUF files have them: an exponent, and columns i and i + 16 in a byte."""
+        if "weight" in tensors:
+            return tensors["weight"]
+        if bool((tensors["scales"] == 255).any()):
+            raise self.error(f"{prefix[:-1]}_scales", "it holds NaN")
+        pairs = tensors["blocks"].view(len(tensors["blocks"]), -1, 16)
+        codes = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
+        blocks = tensors["scales"].unsqueeze(-1), codes[..., :16] | codes[..., 16:] << 4
+        return Blocks("MXFP4", torch.cat(blocks, -1).flatten(1), 2 * tensors["blocks"].shape[1])

@@ -14,6 +14,8 @@ from minisgl.formats.stored import StoredFormat
 from minisgl.kernel.packed import Grouped
 from minisgl.utils.math import div_ceil
 
+# Of a part of a checkpoint's tensor: the whole shape, rows and columns, and what makes [out, …] of them.
+Place = tuple[tuple[int, ...], tuple[int, int], tuple[int, int], Callable[[Tensor], Tensor] | None]
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where a word of AWQ has its eight values, in order
 
 
@@ -40,7 +42,7 @@ class GroupedFormat(StoredFormat):
     """Base of those below. codes, scales, zeros, order: the tensors' names in the checkpoint."""
 
     codes, scales, zeros, order = "qweight", "scales", "qzeros", "g_idx"
-    rows_at = ("scales", 1)
+    rows_at, codes_type = ("scales", 1), "I32"
 
     def packed_slots(self, prefix: str, tensors: Tensors, shard: Shard, scheme: Scheme) -> Iterator[WeightSlot]:
         layer = self._layer(prefix, shard, scheme)
@@ -51,14 +53,10 @@ class GroupedFormat(StoredFormat):
         yield self._slot(tensors, "scales", self.scales, layer, width, scale_type)
         if self.has_zeros(prefix):
             yield self._slot(tensors, "zeros", self.zeros, layer, width, torch.uint8)
-        if f"{prefix}{self.order}" in self.header:
+        if (name := f"{prefix}{self.order}") in self.header:
             groups = tensors[f"{prefix}order"] = torch.empty(shard.local[1], dtype=torch.int64)
             first = layer.groups[0]
-            yield WeightSlot(
-                f"{prefix}{self.order}", shard.shape[1:], groups, shard.span, transform=lambda part: part - first
-            )
-
-    codes_type = "I32"
+            yield WeightSlot(name, shard.shape[1:], groups, shard.span, transform=lambda part: part - first)
 
     def has_zeros(self, prefix: str) -> bool:
         return f"{prefix}{self.zeros}" in self.header or not self.header
@@ -85,8 +83,8 @@ class GroupedFormat(StoredFormat):
         self, tensors: Tensors, what: str, name: str, layer: _Layer, width: int, dtype: torch.dtype
     ) -> WeightSlot:
         target = self.add(tensors, f"{layer.prefix}{what}", layer.shard, width, dtype)
-        place = self.place(what, layer)
-        return WeightSlot(f"{layer.prefix}{name}", place.shape, target, place.rows, place.cols, place.transform)
+        shape, rows, cols, change = self.place(what, layer)
+        return WeightSlot(f"{layer.prefix}{name}", shape, target, rows, cols, change)
 
     def part(self, prefix: str, tensors: Tensors) -> Grouped | Tensor:
         if "weight" in tensors:
@@ -116,16 +114,6 @@ class GroupedFormat(StoredFormat):
         return groups.argsort(stable=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A part of a checkpoint's tensor, and what makes [out, …] of it."""
-
-    shape: tuple[int, ...]
-    rows: tuple[int, int]
-    cols: tuple[int, int]
-    transform: Callable[[Tensor], Tensor] | None = None
-
-
 class Gptq(GroupedFormat):
     """qweight: [in / 8, out], words of rows; scales: [groups, out]; qzeros: [groups, out / 8], words of columns, often
     one less than the zeros; g_idx: [in], of each row its group."""
@@ -135,11 +123,11 @@ class Gptq(GroupedFormat):
         rows, cols = layer.shard.rows, layer.words(*layer.shard.span)
         if what == "codes":
             shape = (num_in // layer.per_word, num_out)
-            return Place(shape, cols, rows, lambda part: part.t().contiguous().view(torch.uint8))
+            return shape, cols, rows, lambda part: part.t().contiguous().view(torch.uint8)
         if what == "scales":
-            return Place((layer.all_groups, num_out), layer.groups, rows, Tensor.t)
+            return (layer.all_groups, num_out), layer.groups, rows, Tensor.t
         shape, words = (layer.all_groups, div_ceil(num_out, layer.per_word)), layer.words(*rows)
-        return Place(shape, layer.groups, words, lambda part: self._columns(part, layer, self.spec.zero_offset))
+        return shape, layer.groups, words, lambda part: self._columns(part, layer, self.spec.zero_offset)
 
     def _columns(self, words: Tensor, layer: _Layer, offset: int = 0) -> Tensor:
         """Words of columns, of which the shard's become rows."""
@@ -159,7 +147,7 @@ class Awq(Gptq):
             return super().place(what, layer)
         num_out, num_in = layer.shard.shape
         shape, words = (num_in, div_ceil(num_out, layer.per_word)), layer.words(*layer.shard.rows)
-        return Place(shape, layer.shard.span, words, lambda part: pack(self._columns(part, layer), layer.bits))
+        return shape, layer.shard.span, words, lambda part: pack(self._columns(part, layer), layer.bits)
 
     def unpack_words(self, words: Tensor, bits: int) -> Tensor:
         return super().unpack_words(words, bits).view(len(words), -1, 8)[:, :, _AWQ_ORDER].flatten(1)
@@ -179,11 +167,11 @@ class Compressed(GroupedFormat):
         (num_out, num_in), rows = layer.shard.shape, layer.shard.rows
         if what == "codes":
             shape, cols = (num_out, num_in // layer.per_word), layer.words(*layer.shard.span)
-            return Place(shape, rows, cols, lambda part: part.contiguous().view(torch.uint8))
+            return shape, rows, cols, lambda part: part.contiguous().view(torch.uint8)
         if what == "scales":
-            return Place((num_out, layer.all_groups), rows, layer.groups)
+            return (num_out, layer.all_groups), rows, layer.groups, None
         shape, first = (div_ceil(num_out, layer.per_word), layer.all_groups), rows[0] % layer.per_word
-        return Place(shape, layer.words(*rows), layer.groups, lambda part: self._rows(part, layer, first))
+        return shape, layer.words(*rows), layer.groups, lambda part: self._rows(part, layer, first)
 
     def _rows(self, part: Tensor, layer: _Layer, first: int) -> Tensor:
         words = part.t().clone(memory_format=torch.contiguous_format)  # strides of a single word are not changed else
@@ -200,7 +188,7 @@ class CompressedInt8(Compressed):
         if what != "codes":
             return super().place(what, layer)
         shard = layer.shard
-        return Place(shard.shape, shard.rows, shard.span, lambda part: part.contiguous().view(torch.uint8) ^ 128)
+        return shard.shape, shard.rows, shard.span, lambda part: part.contiguous().view(torch.uint8) ^ 128
 
 
 def unpack(codes: Tensor, bits: int) -> Tensor:

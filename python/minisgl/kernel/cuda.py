@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ import torch
 from minisgl.config.model import MoE
 from minisgl.errors import ConfigError
 from minisgl.kernel import decode_gemm, float8, packed_gemm, skinny
+from minisgl.kernel.activations import ROUTINGS
 from minisgl.kernel.jit import load_kernel, side_by_side
-from minisgl.kernel.ops import ROUTINGS, Around, Experts, KVSlots, Matrix, RopeAngles, Stacked, TorchMatrix, TorchOps
+from minisgl.kernel.ops import Around, Biases, Experts, KVSlots, Matrix, RopeAngles, Stacked, TorchMatrix, TorchOps
 from minisgl.kernel.packed import Float8, Packed
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 
@@ -26,6 +28,7 @@ Tensor = torch.Tensor
 KERNELS = ("elementwise", "sampling", "step")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKED_WEIGHTS = 8 << 20  # to read so few takes a Hopper GPU less than what else a kernel does: they stay in 16 bits
+SKINNY_TOKENS = 8  # of a large weight; up to twice as many of one whose reading takes less than a launch
 MAX_VOCAB = 1 << 19  # of the sampling kernel's fixed-point masses
 
 
@@ -36,9 +39,6 @@ def _whole_vectors(*tensors: Tensor) -> bool:
         if t.dtype not in DTYPES or t.stride(-1) != 1 or t.data_ptr() % 16 or any(n * t.itemsize % 16 for n in sizes):
             return False
     return True
-
-
-SKINNY_TOKENS = 8  # of a large weight; up to twice as many of one whose reading takes less than a launch
 
 
 class CudaMatrix(TorchMatrix):
@@ -81,14 +81,15 @@ class TritonOps(TorchOps):
         """moe_backend: "triton" or "torch"."""
         self._moe_backend = moe_backend
 
-    def experts(self, gate_up: Stacked | None, down: Stacked | None, spec: MoE) -> Experts | None:
-        if gate_up is None or down is None or self._moe_backend == "torch" or spec.activation != "silu":
+    def experts(self, stacks: Sequence[Stacked | None], spec: MoE, biases: Biases) -> Experts | None:
+        found = [stack for stack in stacks if stack is not None]
+        if len(found) < 2 or self._moe_backend == "torch" or spec.activation not in ("silu", "clamped_swiglu"):
             return None
         from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
 
-        first, second = stack_of(gate_up), stack_of(down)
-        top_k, renormalize = spec.num_experts_per_tok, ROUTINGS[spec.routing]
-        return lambda x, logits: fused_moe(x, logits, first, second, top_k, renormalize)
+        first, second = (replace(stack_of(s), bias=b) for s, b in zip(found, biases or (None, None), strict=True))
+        kind = spec.num_experts_per_tok, ROUTINGS[spec.routing], None, spec.activation == "clamped_swiglu"
+        return lambda x, logits: fused_moe(x, logits, first, second, *kind)
 
 
 class CudaOps(TritonOps):

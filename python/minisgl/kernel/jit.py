@@ -62,8 +62,7 @@ def load_kernel(name: str, arch: tuple[int, int], **defines: int | str) -> Any:
     """
     target = f"{arch[0]}{arch[1]}" + ("a" if arch[0] >= 9 else "")
     codes = [f"sm_{target}"] + [f"compute_{target}"] * (arch[0] < 9)  # the second one for newer cards
-    flags = ["-std=c++17", "-O2", "-Xcompiler=-fPIC"]
-    flags += [f"-gencode=arch=compute_{target},code={code}" for code in codes]
+    flags = ["-std=c++17", "-O2", "-Xcompiler=-fPIC", *(f"-gencode=arch=compute_{target},code={c}" for c in codes)]
     flags += ["--use_fast_math", "--expt-relaxed-constexpr", *(f"-D{key}={defines[key]}" for key in sorted(defines))]
     flags += ["-DMINISGL_PDL"] * (arch[0] >= 9)
     cudart = (torch_cuda() or "").partition(".")[0]  # the library asks for that version of it

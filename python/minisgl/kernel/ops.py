@@ -8,31 +8,20 @@ All work on ragged batches: the first dimension of activations is `num_tokens`, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from minisgl.config.model import MoE
+from minisgl.kernel.activations import ACTIVATIONS, ROUTINGS, route
 from minisgl.kernel.packed import Packed
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 from minisgl.kernel.state import StateOps
 
 Tensor = torch.Tensor
 Tensors = Sequence[Tensor]
-
-
-def route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """[num_tokens, num_experts] → probabilities, in float32, and numbers of each token's `top_k` most probable; with
-    `renormalize` a token's probabilities are made to sum to 1."""
-    weights, experts = router_logits.softmax(-1, dtype=torch.float32).topk(top_k, dim=-1)
-    return weights / weights.sum(-1, keepdim=True) if renormalize else weights, experts
-
-
-# By the names that specifications of models use.
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": torch.nn.GELU("tanh")}
-ROUTINGS = {"softmax": False, "softmax_of_chosen": True}  # whether `route` renormalizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +84,7 @@ class PagedSequences:
 
 # All experts' weights [num_experts, out, in]; or the type of activations, and each expert's parts, one below the other.
 Stacked = Tensor | tuple[torch.dtype, Iterable[Sequence[Packed | Tensor]]]
+Biases = tuple[Tensor, Tensor] | None  # of all experts: [num_experts, 2 * n], gate's first, and [num_experts, hidden]
 # (x [num_tokens, hidden], router's logits [num_tokens, num_experts]) → [num_tokens, hidden]
 Experts = Callable[[Tensor, Tensor], Tensor]
 
@@ -222,8 +212,8 @@ class LayerOps(StateOps):
         """parts: of few bits, one below the other. dtype: of activations. activation: of its `gate_up`."""
         return self.matrix(torch.cat([part.dequantize() for part in parts]).to(dtype), activation)
 
-    def experts(self, gate_up: Stacked | None, down: Stacked | None, spec: MoE) -> Experts | None:  # noqa: ARG002
-        """gate_up: [num_experts, 2 * n, hidden], gate's rows first; down: [num_experts, hidden, n]. None: there is no
+    def experts(self, stacks: Sequence[Stacked | None], spec: MoE, biases: Biases) -> Experts | None:  # noqa: ARG002
+        """stacks: gate and up, [num_experts, 2 * n, hidden]; and down, [num_experts, hidden, n]. None: there is no
         kernel for all of them, and matrices are made of each expert."""
         return None
 
@@ -236,7 +226,7 @@ class LayerOps(StateOps):
     def act_and_mul(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
         """gate_up: [num_tokens, 2 * n] → activation(gate) * up, [num_tokens, n]."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return ACTIVATIONS[activation](gate).mul_(up)
+        return ACTIVATIONS[activation](gate, up)
 
     def norm_rope_store(self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots) -> Tensor:
         """Norm of each query and key head (where there is a weight), rotate them, and store keys and values.
@@ -295,7 +285,7 @@ class TorchOps(LayerOps, StepOps):
 
 
 def loop_over_experts(
-    x: Tensor, router_logits: Tensor, gate_up: Sequence[Matrix], down: Sequence[Matrix], spec: MoE
+    x: Tensor, router_logits: Tensor, gate_up: Sequence[Matrix], down: Sequence[Matrix], spec: MoE, biases: Biases
 ) -> Tensor:
     """The experts that were hit, one after the other. x: [num_tokens, hidden]; router_logits: [num_tokens, num_experts]
     → [num_tokens, hidden]."""
@@ -307,7 +297,8 @@ def loop_over_experts(
     for expert, count in enumerate(experts.flatten().bincount(minlength=len(gate_up)).tolist()):
         if count:
             mine = tokens[begin : begin + count]
-            hidden = gate_up[expert].gate_up(x[mine])
-            out.index_add_(0, mine, down[expert].apply(hidden) * weights[begin : begin + count])
+            first, second = (None, None) if biases is None else (biases[0][expert], biases[1][expert])
+            hidden = gate_up[expert].gate_up(x[mine], bias=first)
+            out.index_add_(0, mine, down[expert].apply(hidden, second) * weights[begin : begin + count])
             begin += count
     return out

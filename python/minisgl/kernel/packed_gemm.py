@@ -86,7 +86,7 @@ def _halves(data: Tensor) -> Tensor:
     return data.contiguous().view(torch.float16).float()
 
 
-def _in_order(data: Tensor) -> Tensor:
+def in_order(data: Tensor) -> Tensor:
     """[..., n] bytes with columns i and i + n → the same with columns 2i and 2i + 1."""
     codes = torch.cat((data & 15, data >> 4), -1)
     return codes[..., ::2] | codes[..., 1::2] << 4
@@ -95,7 +95,7 @@ def _in_order(data: Tensor) -> Tensor:
 def _small_blocks(data: Tensor, head: int) -> Codes:
     """Blocks of 32: scale, for Q4_1 the minimum, and codes. head: bytes before these."""
     blocks = data.unflatten(1, (-1, head + 16))
-    params, codes = _halves(blocks[..., :head]), _in_order(blocks[..., head:]).flatten(1)
+    params, codes = _halves(blocks[..., :head]), in_order(blocks[..., head:]).flatten(1)
     scales = params[..., 0].contiguous()
     has_minima = head == 4
     seconds = params[..., 1] + 8 * scales if has_minima else torch.full_like(scales, 8.0)
@@ -109,7 +109,7 @@ def _q4_k(data: Tensor) -> Codes:
     low, middle, high = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scales = torch.cat((low & 63, high & 15 | low >> 6 << 4), -1) * d[..., :1]
     minima = torch.cat((middle & 63, high >> 4 | middle >> 6 << 4), -1) * d[..., 1:]
-    codes = _in_order(blocks[..., 16:].unflatten(-1, (4, 32)))
+    codes = in_order(blocks[..., 16:].unflatten(-1, (4, 32)))
     return Codes(codes.flatten(1), scales.flatten(1), (8 * scales - minima).flatten(1), has_minima=True)
 
 

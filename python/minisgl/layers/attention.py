@@ -130,10 +130,12 @@ class SparseMLP(Layer):
         self._spec, self._hidden = spec, hidden_size
         self._share = env.share(spec.intermediate_size, "features of an expert")
         router = spec.num_experts, hidden_size  # on every rank, and exact: small errors would choose other experts
-        self.gate = Linear(replace(env, format=DENSE), router, {"": Shard(router, (0, spec.num_experts))})
+        self.gate = Linear(replace(env, format=DENSE), router, {"": Shard(router, (0, spec.num_experts))}, spec.bias)
         shapes = (spec.num_experts, 2 * self._share, hidden_size), (spec.num_experts, hidden_size, self._share)
         self._gate_up, self._down = (env.format.create(shape, env.dtype, env.device) for shape in shapes)
         self._experts: Experts | None = None
+        sizes = (2 * self._share, hidden_size) if spec.bias else ()
+        self.biases = [env.vector(spec.num_experts, size) for size in sizes]  # of gate and up, and of down
         self.shared_expert: GatedMLP | None = None
         self.shared_expert_gate: Linear | None = None
         if spec.shared_size:
@@ -147,26 +149,51 @@ class SparseMLP(Layer):
         assert norm is not None
         assert after is None, "no family has such a norm"
         hidden = self._ops.rms_norm(x, norm, self._eps)
-        part = self._experts(hidden, self.gate.matrix.apply(hidden))
+        part = self._experts(hidden, self.gate.matrix.apply(hidden, self.gate.bias))
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             part += self.shared_expert.part(hidden) * self.shared_expert_gate.matrix.apply(hidden).sigmoid_()
         return self._comm.all_reduce(x.add_(part) if self._comm.rank == 0 else part)
 
     def pack(self) -> None:
         super().pack()
-        self._experts = self._format.experts(self._ops, self._gate_up, self._down, self._spec)
+        if self.biases and self._comm.rank:
+            self.biases[1].zero_()  # rank 0 adds it
+        stacks, biases = (self._gate_up, self._down), (self.biases[0], self.biases[1]) if self.biases else None
+        self._experts = self._format.experts(self._ops, *stacks, self._spec, biases)
         self._gate_up = self._down = {}
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.gate.weights(f"{prefix}gate.")
         slots, shape = self._format.slots, (self._spec.intermediate_size, self._hidden)
         mine = (self._comm.rank * self._share, (self._comm.rank + 1) * self._share)
+        shards = {"gate_proj.": Shard(shape, mine), "up_proj.": Shard(shape, mine, at=self._share)}
+        if self.biases:
+            both, twice, rows = 2 * shape[0], (2 * mine[0], 2 * mine[1]), (0, self._spec.num_experts)
+            shards = {"gate_up_proj.": Shard((both, self._hidden), twice)}
+            name, sizes = f"{prefix}experts.gate_up_proj_bias", (rows[1], both)
+            yield WeightSlot(name, sizes, self.biases[0], rows, twice, lambda x: apart(x.t()).t())
+            yield WeightSlot(f"{prefix}experts.down_proj_bias", (rows[1], self._hidden), self.biases[1], rows)
         stacks = (list(experts_of(stack, self._spec.num_experts)) for stack in (self._gate_up, self._down))
         for i, (gate_up, down) in enumerate(zip(*stacks, strict=True)):
             expert = f"{prefix}experts.{i}."
-            yield from slots(f"{expert}gate_proj.", gate_up, Shard(shape, mine))
-            yield from slots(f"{expert}up_proj.", gate_up, Shard(shape, mine, at=self._share))
-            yield from slots(f"{expert}down_proj.", down, Shard(shape[::-1], (0, self._hidden), mine))
+            found = [slot for name, shard in shards.items() for slot in slots(f"{expert}{name}", gate_up, shard)]
+            found += slots(f"{expert}down_proj.", down, Shard(shape[::-1], (0, self._hidden), mine))
+            yield from map(turned, found) if self.biases else found
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             yield from self.shared_expert.weights(f"{prefix}shared_expert.")
             yield from self.shared_expert_gate.weights(f"{prefix}shared_expert_gate.")
+
+
+def apart(x: Tensor) -> Tensor:
+    """Rows of gate and up, which take turns, one below the other."""
+    return torch.cat((x[::2], x[1::2]))
+
+
+def turned(slot: WeightSlot) -> WeightSlot:
+    """A slot of an expert's weight, of a checkpoint where rows of gate and up take turns, and that has it as [in, out]
+    unless it is packed."""
+    arrange = apart if ".gate_up_proj" in slot.name else Tensor.contiguous
+    if not slot.name.endswith(".weight"):
+        return replace(slot, transform=arrange)
+    rows, shape = slot.cols or (0, slot.shape[1]), slot.shape[::-1]
+    return replace(slot, shape=shape, rows=rows, cols=slot.rows, transform=lambda x: arrange(x.t()))

@@ -34,7 +34,7 @@ BLOCK_BYTES = REOPEN_BYTES = 16 << 20  # files are mapped: what was read of one 
 # A decoder's tensors, after what may stand before them: it was a part of something larger, or had no head.
 _OUTER = r"(?:(?:model|language_model|text_model|base_model|module|_orig_mod)\.)*"
 _NAME = re.compile(_OUTER + r"(?:(lm_head\..*)|((?:layers|embed_tokens|norm)\..*))")
-_EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)\.weight")
+_EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)(?:\.weight)?")
 # Buffers that follow from the configuration, and state of training; scales of activations.
 _IGNORED = re.compile(
     r"(^|\.)(rotary(_pos)?_emb\..*|position_ids|masked_bias|(self_)?attn\.bias|_extra_state|"
@@ -201,7 +201,7 @@ def our_name(name: str) -> str:
     match = _NAME.fullmatch(name)
     if match is None:
         return name
-    ours = match[1] or f"model.{match[2]}"
+    ours = (match[1] or f"model.{match[2]}").replace(".mlp.router.", ".mlp.gate.")
     if ".block_sparse_moe." in ours:  # as Mixtral names its experts
         ours = ours.replace(".block_sparse_moe.", ".mlp.")
         ours = re.sub(r"\.w([123])(?=\.)", lambda which: _MIXTRAL[which[1]], ours)

@@ -19,8 +19,8 @@ import triton.language as tl
 
 from minisgl.kernel.float8 import GROUP, ROWS, merge
 from minisgl.kernel.ops import Stacked
-from minisgl.kernel.packed import Float8
-from minisgl.kernel.packed_gemm import codes_of
+from minisgl.kernel.packed import Blocks, Float8
+from minisgl.kernel.packed_gemm import codes_of, in_order
 from minisgl.kernel.triton.common import begin, launch_options, native, precision, widen
 
 Tensor = torch.Tensor
@@ -71,10 +71,11 @@ def moe_config(num_pairs: int, num_experts: int, dtype: torch.dtype, capability:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """[num_experts, out, in]: in full (bits: 16), e4m3 times a scale (8), or as `packed_gemm.Codes` (4).
+    """[num_experts, out, in]: in full (bits: 16), e4m3 times a scale (8), or as `packed_gemm.Codes` (4), or
+    of 4 bits without seconds, floats (e2m1) times 2^(scale - 127), scales being uint8.
 
     data: [num_experts, out, in], of 4 bits in / 2, contiguous. scales, seconds: of all experts' rows, one for each
-    `rows` of these and `group` columns, float32.
+    `rows` of these and `group` columns, float32. bias: [num_experts, out].
     """
 
     data: Tensor
@@ -84,6 +85,7 @@ class Stack:
     rows: int = 1
     group: int = 1
     has_minima: bool = False
+    bias: Tensor | None = None
 
 
 def stack_of(experts: Stacked) -> Stack:
@@ -93,6 +95,10 @@ def stack_of(experts: Stacked) -> Stack:
     dtype, found = experts[0], [list(parts) for parts in experts[1]]
     flat = [part for parts in found for part in parts]
     packed = [part for part in flat if not isinstance(part, Tensor)]
+    blocks = [part.data for part in packed if isinstance(part, Blocks) and part.kind == "MXFP4"]
+    if len(blocks) == len(flat):
+        each = torch.cat(blocks).view(len(found), -1, blocks[0].shape[1] // 17, 17)
+        return Stack(in_order(each[..., 1:]).flatten(2), each[..., 0].contiguous(), None, 4, 1, 32)
     floats = [part for part in packed if isinstance(part, Float8)]
     if len(floats) == len(flat) and (weight := merge(floats)) is not None:
         rows, group = (ROWS, GROUP) if weight.has_groups else (1, weight.data.shape[1])
@@ -188,15 +194,16 @@ def _sort_kernel(
 
 @triton.jit
 def _product_kernel(
-    x_ptr, w_ptr, scales_ptr, seconds_ptr, weights_ptr, out_ptr, order_ptr, blocks_ptr, x_stride,
+    x_ptr, w_ptr, scales_ptr, seconds_ptr, bias_ptr, weights_ptr, out_ptr, order_ptr, blocks_ptr, x_stride,
     IN: tl.constexpr, OUT: tl.constexpr, TOP_K: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
     GROUP: tl.constexpr, MINIMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GATED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, CLAMPED: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (features, block), of the block's pairs.
 
     GATED: silu(x @ gate.T) * (x @ up.T) of tokens x → out [num_pairs, OUT], sorted; w: [experts, 2 * OUT, IN], gate's
-    rows first. Otherwise weight * (x @ w.T) of sorted rows x [num_pairs, IN] → out, by pair; w: [experts, OUT, IN].
+    rows first. CLAMPED: `clamped_swiglu` instead. Otherwise weight * (x @ w.T) of sorted rows x [num_pairs, IN] → out,
+    by pair; w: [experts, OUT, IN]. bias: of w's rows, or None.
     """
     begin(PDL)
     block_ptr = blocks_ptr + tl.program_id(1) * 3
@@ -231,7 +238,13 @@ def _product_kernel(
             if GATED:
                 up = tl.dot(x, w_up, up, input_precision=PRECISION)
         to = row if GATED else pair
-        acc = acc / (1.0 + tl.exp(-acc)) * up if GATED else acc * weight[:, None]
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + w_row, mask=feature_ok, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                up += tl.load(bias_ptr + w_row + OUT, mask=feature_ok, other=0.0).to(tl.float32)[None, :]
+        if CLAMPED:
+            acc, up = tl.minimum(acc, 7.0), tl.minimum(tl.maximum(up, -7.0), 7.0) + 1.0
+        acc = acc / (1.0 + tl.exp(acc * (-1.702 if CLAMPED else -1.0))) * up if GATED else acc * weight[:, None]
         at = to.to(tl.int64)[:, None] * OUT + feature[None, :]
         tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=row_ok & feature_ok[None, :])
 
@@ -260,33 +273,33 @@ def _load_w(
             byte = start // 2 + tl.arange(0, BLOCK_K // 2)
             ptrs = w_ptr + row[:, None] * (IN // 2) + byte[None, :]
             codes = tl.load(ptrs, mask=ok[:, None] & (byte < IN // 2)[None, :], other=0)
-            values = tl.interleave(codes & 15, codes >> 4).to(tl.float32)
-            seconds = _load_shared(seconds_ptr, shared_by, ok, start, IN, GROUP, BLOCK_N, BLOCK_K)
-            values = (values - 8.0) * scales + seconds if MINIMA else (values - seconds) * scales
+            codes = tl.interleave(codes & 15, codes >> 4).to(tl.uint16)
+            if seconds_ptr is None:  # their bits where float16 has them, times what its exponent is short of
+                floats = (((codes & 8) << 12) | ((codes & 7) << 9)).to(tl.float16, bitcast=True).to(tl.float32)
+                values = floats * 16384.0 * (scales.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+            else:
+                values = codes.to(tl.float32)
+                seconds = _load_shared(seconds_ptr, shared_by, ok, start, IN, GROUP, BLOCK_N, BLOCK_K)
+                values = (values - 8.0) * scales + seconds if MINIMA else (values - seconds) * scales
         w = tl.trans(values.to(DTYPE))
     return w
 
 
 @triton.jit
-def _load_shared(
-    ptr, row, ok, start, IN: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
+def _load_shared(ptr, row, ok, at, IN: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """What columns of a group have in common: [BLOCK_N, BLOCK_K], or [BLOCK_N, 1] where these are all of one group."""
     GROUPS: tl.constexpr = (IN + GROUP - 1) // GROUP
     NUM: tl.constexpr = BLOCK_K // GROUP if GROUP < BLOCK_K and GROUPS > 1 else 1
-    group = start // GROUP + tl.arange(0, NUM)
-    shared = tl.load(
-        ptr + row[:, None] * GROUPS + group[None, :], mask=ok[:, None] & (group < GROUPS)[None, :], other=0
-    )
+    group = at // GROUP + tl.arange(0, NUM)
+    known = ok[:, None] & (group < GROUPS)[None, :]
+    shared = tl.load(ptr + row[:, None] * GROUPS + group[None, :], mask=known, other=0)
     if NUM > 1:
         shared = tl.reshape(tl.broadcast_to(shared[:, :, None], (BLOCK_N, NUM, GROUP)), (BLOCK_N, BLOCK_K))
     return shared
 
 
 @triton.jit
-def _sum_kernel(
-    x_ptr, out_ptr, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
+def _sum_kernel(x_ptr, out_ptr, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program (token, features): the sum of the token's pairs."""
     begin(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -329,16 +342,16 @@ def sort_pairs(experts: Tensor, num_experts: int, block_m: int, pdl: bool = Fals
 
 def fused_moe(
     x: Tensor, router_logits: Tensor, gate_up: Stack, down: Stack, top_k: int, renormalize: bool,
-    config: MoeConfig | None = None,
+    config: MoeConfig | None = None, clamped: bool = False,
 ) -> Tensor:  # fmt: skip
     """Each token's `top_k` most probable experts' gated MLPs, weighted by their probabilities.
 
     x: [num_tokens, hidden]; router_logits: [num_tokens, num_experts]; gate_up: [num_experts, 2 * inner, hidden], gate's
-    rows first; down: [num_experts, hidden, inner] → [num_tokens, hidden]. Softmax, sums and silu are in float32.
+    rows first; down: [num_experts, hidden, inner] → [num_tokens, hidden]. Sums are in float32. clamped: see the kernel.
     Temporary memory: num_tokens * top_k * (inner + hidden) elements of x's dtype.
     """
     (num_experts, twice, _), (num_tokens, hidden) = gate_up.data.shape, x.shape
-    inner, capability = twice // 2, _capability(x.device)
+    inner, capability = twice // 2, torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
     assert x.stride(1) == 1
     assert down.data.shape[:2] == (num_experts, hidden)
     out = torch.empty((num_tokens, hidden), dtype=x.dtype, device=x.device)
@@ -351,8 +364,8 @@ def fused_moe(
     assert first.block_m == second.block_m
     gated = torch.empty((num_pairs, inner), dtype=x.dtype, device=x.device)
     scaled = torch.empty((num_pairs, hidden), dtype=x.dtype, device=x.device)
-    _product(x, gate_up, gated, pairs, weights, first, True, pdl)
-    _product(gated, down, scaled, pairs, weights, second, False, pdl)
+    _product(x, gate_up, gated, pairs, weights, first, (True, clamped), pdl)
+    _product(gated, down, scaled, pairs, weights, second, (False, False), pdl)
     _sum_kernel[(num_tokens, triton.cdiv(hidden, 1024))](
         scaled, out, hidden, top_k, min(1024, triton.next_power_of_2(hidden)), pdl, num_warps=4, **launch_options(pdl)
     )
@@ -360,16 +373,12 @@ def fused_moe(
 
 
 def _product(
-    x: Tensor, w: Stack, out: Tensor, pairs: SortedPairs, weights: Tensor, c: GemmConfig, gated: bool, pdl: bool
-) -> None:
+    x: Tensor, w: Stack, out: Tensor, pairs: SortedPairs, weights: Tensor, c: GemmConfig, kind: tuple[bool, bool],
+    pdl: bool,
+) -> None:  # fmt: skip
     data = native(w.data) if w.bits == 8 else w.data
     _product_kernel[(triton.cdiv(out.shape[1], c.block_n), len(pairs.blocks))](
-        x, data, w.scales, w.seconds, weights, out, pairs.order, pairs.blocks, x.stride(0), x.shape[1],
-        out.shape[1], weights.shape[1], w.bits, w.rows, w.group, w.has_minima, c.block_m, c.block_n, c.block_k, gated,
+        x, data, w.scales, w.seconds, w.bias, weights, out, pairs.order, pairs.blocks, x.stride(0), x.shape[1],
+        out.shape[1], weights.shape[1], w.bits, w.rows, w.group, w.has_minima, c.block_m, c.block_n, c.block_k, *kind,
         precision(x.dtype), pdl, num_warps=c.num_warps, num_stages=c.num_stages, **launch_options(pdl),
     )  # fmt: skip
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    """(0, 0) for Triton's interpreter on the CPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
