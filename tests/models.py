@@ -91,6 +91,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_text": {**HYBRID, "num_hidden_layers": 5},
     "qwen3_5_moe_text": {**HYBRID, **EXPERTS},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "block_multiple_of": 32},
     "qwen3_next": {**HYBRID, **EXPERTS, "mlp_only_layers": [1], "full_attention_interval": 3},
     "gemma3_text": {"head_dim": 32, "sliding_window": 11, "num_hidden_layers": 7, "query_pre_attn_scalar": 48},
 }

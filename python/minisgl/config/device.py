@@ -164,8 +164,7 @@ def _on_cpu(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> En
     )
     if lack:
         logger.warning("our kernels: %s; torch computes, and decoding is several times slower", lack)
-    budget = int(machine.memory * config.memory_ratio) // config.tp_size
-    config = _with_states(config, budget - model.weight_bytes(kept_as(config), config.tp_size))
+    config = _with_states(config, int(machine.memory * config.memory_ratio) // config.tp_size)
     num_pages = config.num_pages or _cpu_pages(config, machine.memory)
     seq_len = _fit_seq_len(args, wanted.max_seq_len, num_pages * config.page_size)
     return replace(config, num_pages=num_pages, max_seq_len=seq_len)
@@ -190,8 +189,9 @@ def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> E
         raise ConfigError(f"--quantization {args.quantization}: {problem}")
     if wanted.kv_cache_dtype not in (dtype, "fp8"):
         raise ConfigError(f"--kv-cache-dtype {args.kv_cache_dtype}: on GPUs it is that of the weights, {dtype}, or fp8")
-    budget = min(gpu.free_memory - int(gpu.total_memory * (1 - wanted.memory_ratio)) for gpu in gpus)
-    wanted = _with_states(wanted, budget - wanted.model.weight_bytes(kept_as(wanted), tp_size))
+    wanted = _with_states(
+        wanted, min(gpu.free_memory - int(gpu.total_memory * (1 - args.memory_ratio)) for gpu in gpus)
+    )
     capacity = gpu_tokens(wanted, gpus)
     prefill, decode = _choose_attention(wanted, args.attention_backend, "", machine)
     moe_backend = args.moe_backend or ("triton" if "triton" in machine.packages else "torch")
@@ -286,9 +286,10 @@ def _unfit(backend: Backend, wanted: EngineConfig, machine: Capabilities) -> str
     return ""
 
 
-def _with_states(config: EngineConfig, budget: int) -> EngineConfig:
-    """Fewer requests at once, where their states would take more than half of what weights leave."""
-    rows, num_slots = config.max_running_requests, budget // 2 // max(1, config.model.state_bytes(config.tp_size))
+def _with_states(config: EngineConfig, memory: int) -> EngineConfig:
+    """Fewer requests at once, where their states would take more than half of what weights leave of a rank's memory."""
+    rows, room = config.max_running_requests, memory - config.model.weight_bytes(kept_as(config), config.tp_size)
+    num_slots = room // 2 // max(1, config.model.state_bytes(config.tp_size))
     if not config.model.states or config.num_states <= num_slots:
         return config
     fitting = max(1, (num_slots - 1) * rows // (rows + config.num_snapshots))

@@ -17,9 +17,10 @@ from minisgl.config.locate import check_directory, read_json
 from minisgl.config.model import DenseMLP, LayerNorms, LayerSpec, ModelConfig, MoE
 from minisgl.config.quantization import read_quantization
 from minisgl.config.rope import Rotary, read_rope, read_ropes_by_layer
-from minisgl.config.states import DeltaNet
+from minisgl.config.states import DeltaNet, ShortConv
 from minisgl.errors import ConfigError
 from minisgl.utils.fields import Fields, merge
+from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
 MAX_LAYERS = 4096
@@ -46,6 +47,7 @@ class Family:
     rotary: str = ""
     window_pattern: int = 0
     state: str = ""
+    eps: str = "rms_norm_eps"
     groups_state: bool = False
     gates_attention: bool = False
     inner: str = ""
@@ -105,14 +107,15 @@ def parse_model_config(f: Fields) -> ModelConfig:
     names = [f"{of}_logit_softcapping" for of in ("attn", "final")] if "softcaps" in family.reads else [""] * 2
     caps = [f.number(name, None if name in f.data else default(name), above=0) for name in names]
     cache = specs.PagedKV(num_kv_heads, head_dim, head_dim)
-    states = _states(f, family, num_layers)
+    states = _convolutions(f, hidden, num_layers) if family.state == "conv" else _states(f, family, num_layers)
     norms, mlps = LayerNorms(*family.norms, family.head_norms), _mlps(f, family, num_layers)
     kind = caps[0], "sinks" in family.reads, family.gates_attention
     attentions = (
         specs.AttentionSpec(state or cache, window, rope, None, *kind)
         for state, window, rope in zip(states, windows, rope_of_layer, strict=True)
     )
-    eps = f.number("rms_norm_eps", default("rms_norm_eps", 1e-6), above=0)
+    eps = f.number(family.eps, default(family.eps, 1e-6), above=0)
+    tied = f.boolean("tie_word_embeddings", default("tie_word_embeddings", False))
     return ModelConfig(
         architecture=architecture,
         vocab_size=f.integer("vocab_size", 0),
@@ -122,7 +125,7 @@ def parse_model_config(f: Fields) -> ModelConfig:
         rms_norm_eps=float(eps) / residual**2,
         ropes=ropes,
         max_position=max_position,
-        tie_word_embeddings=f.boolean("tie_word_embeddings", default("tie_word_embeddings", False)),
+        tie_word_embeddings=f.boolean("tie_embedding", tied) if family.state == "conv" else tied,
         qkv_bias=family.has(f, family.qkv_bias),
         o_bias=family.has(f, family.o_bias),
         dtype=_dtype(f),
@@ -202,7 +205,28 @@ def _windows(f: Fields, family: Family, num_layers: int) -> list[int | None]:
     return [window if sliding else None for sliding in slides]
 
 
-def _states(f: Fields, family: Family, num_layers: int) -> list[DeltaNet | None]:
+def _convolutions(f: Fields, hidden: int, num_layers: int) -> Sequence[ShortConv | None]:
+    """Of each layer, where it has one in place of keys and values: all but those of `full_attn_idxs`, which are all
+    where it is missing; or as `layer_types` says."""
+    full = range(num_layers) if f.data.get("full_attn_idxs") is None else f.list_of(int, "full_attn_idxs")
+    kinds = f.list_of(str, "layer_types") or ["full_attention" if i in full else "conv" for i in range(num_layers)]
+    if set(kinds) == {"conv"}:
+        raise ConfigError(f"{f.source}: a model all of whose layers are conv is not supported")
+    conv = ShortConv(hidden, f.integer("conv_L_cache", 3), f.boolean("conv_bias", False))
+    return [conv if kind == "conv" else None for kind in kinds]
+
+
+def _inner_size(f: Fields, family: Family) -> int:
+    """Features of an MLP; LFM2's files name what two thirds of are meant, rounded up to a multiple."""
+    size = f.integer("intermediate_size", family.defaults.get("intermediate_size", 0))
+    if family.state != "conv" or not f.boolean("block_auto_adjust_ff_dim", True):
+        return f.integer("block_ff_dim", size) if family.state == "conv" else size
+    size = int(f.number("block_ffn_dim_multiplier", 1.0, above=0) * int(2 * f.integer("block_ff_dim", size) / 3))
+    multiple = f.integer("block_multiple_of", 256)
+    return max(1, div_ceil(size, multiple)) * multiple
+
+
+def _states(f: Fields, family: Family, num_layers: int) -> Sequence[DeltaNet | None]:
     """Of each layer, where it has one in place of keys and values: `layer_types` says which do, and without it all but
     every n-th."""
     if not family.state:
@@ -223,10 +247,7 @@ def _states(f: Fields, family: Family, num_layers: int) -> list[DeltaNet | None]
 
 def _mlps(f: Fields, family: Family, num_layers: int) -> list[DenseMLP | MoE]:
     """Of each layer: experts in every `decoder_sparse_step`-th, but for `mlp_only_layers`."""
-    bias, size = (
-        family.has(f, family.mlp_bias),
-        f.integer("intermediate_size", family.defaults.get("intermediate_size", 0)),
-    )
+    bias, size = family.has(f, family.mlp_bias), _inner_size(f, family)
     dense = DenseMLP(size, bias, _ACTIVATIONS[_activation(f, family)])
     default, reads = family.defaults.get, family.reads
     if "num_local_experts" in reads and "num_experts" not in reads:

@@ -32,4 +32,20 @@ class DeltaNet:
         return (self.num_channels + 2 * self.num_v_heads * (self.v_dim + 1)) * hidden_size // tp_size
 
 
-State = DeltaNet
+@dataclass(frozen=True, slots=True)
+class ShortConv:
+    """A convolution over so many tokens, with gates before and behind it: channels, as many as hidden features."""
+
+    num_channels: int  # on all ranks
+    width: int
+    bias: bool
+
+    def shapes(self, tp_size: int) -> tuple[tuple[int, ...], ...]:
+        """Of what the convolution has last seen."""
+        return ((self.num_channels // tp_size, self.width - 1),)
+
+    def num_weights(self, hidden_size: int, tp_size: int) -> int:
+        return 4 * self.num_channels * hidden_size // tp_size
+
+
+State = DeltaNet | ShortConv

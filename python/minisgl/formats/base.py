@@ -24,6 +24,7 @@ Shape = tuple[int, int]
 # Layers that may be stored one below the other, as one.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FUSED |= {"in_proj_qkv": ("in_proj_q", "in_proj_k", "in_proj_v")}
+FUSED |= {"in_proj": ("before_proj", "behind_proj", "value_proj")}
 Tensors = dict[str, Tensor]  # of one weight, or of a stack of experts, by names that the format chooses
 
 

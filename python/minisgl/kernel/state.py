@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,24 @@ class StateOps:
                 part = slice(begin, min(begin + _CHUNK, end))
                 out[part] = _delta_net(qkvz[None, part], ba[None, part], weights, state, slots[i : i + 1])[0]
         return out
+
+    def short_conv(
+        self, gated: Tensor, weight: Tensor, bias: Tensor | None, seen: Tensor, seqs: StateSequences
+    ) -> Tensor:
+        """A convolution over time between two gates, as in LFM2: g' * (conv(g * x) + bias), in float32.
+
+        gated: [num_tokens, 3 * channels], of g, g' and x; weight: [channels, width]; bias: [channels]; seen:
+        [num_slots, channels, width - 1], which is brought up to date. → [num_tokens, channels], in the type of `gated`.
+        """
+        before, behind, x = gated.float().chunk(3, -1)
+        x, slots = before * x, seqs.slots.long()
+        if len(x) == len(slots):
+            mixed = causal_conv(x[:, None], weight, seen, slots)[:, 0]
+        else:
+            spans = enumerate(pairwise(seqs.cu_q.tolist()))
+            parts = (causal_conv(x[None, begin:end], weight, seen, slots[i : i + 1]) for i, (begin, end) in spans)
+            mixed = torch.cat(list(parts), 1)[0]
+        return (behind * (mixed if bias is None else mixed + bias)).to(gated.dtype)
 
 
 def causal_conv(x: Tensor, weight: Tensor, state: Tensor, slots: Tensor) -> Tensor:

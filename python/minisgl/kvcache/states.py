@@ -19,17 +19,23 @@ class StatePool:
     def __init__(
         self, model: ModelConfig, num_slots: int, tp_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._layers: dict[int, DeltaState] = {}
+        self._layers: dict[int, list[torch.Tensor]] = {}
         self._stacks: list[torch.Tensor] = []  # [layers, num_slots, …], of all layers of a kind
         for kind in dict.fromkeys(model.states):
             layers = [index for index, spec in enumerate(model.layers) if spec.attention.cache == kind]
-            shapes = zip(kind.shapes(tp_size), (dtype, torch.float32), strict=True)
+            shapes = zip(kind.shapes(tp_size), (dtype, torch.float32), strict=False)
             stacks = [lazy_zeros((len(layers), num_slots, *shape), kept, device) for shape, kept in shapes]
-            self._layers |= {index: DeltaState(*parts) for index, *parts in zip(layers, *stacks, strict=True)}
+            self._layers |= {index: parts for index, *parts in zip(layers, *stacks, strict=True)}
             self._stacks += stacks
 
     def layer(self, index: int) -> DeltaState:
-        return self._layers[index]
+        """Of a gated delta net."""
+        return DeltaState(*self._layers[index])
+
+    def conv(self, index: int) -> torch.Tensor:
+        """Of a short convolution: [num_slots, channels, width - 1]."""
+        (seen,) = self._layers[index]
+        return seen
 
     def copy(self, copies: Iterable[StateCopy]) -> None:
         """Make them, one after the other, for all layers."""

@@ -26,12 +26,13 @@ class GatedDeltaNet(Layer):
         self._ops, self._layer, self._spec, self._eps = env.ops, layer, spec, config.rms_norm_eps
         num_k, num_v = (env.share(n, "heads of a delta net") for n in (spec.num_k_heads, spec.num_v_heads))
         keys, values, each = num_k * spec.k_dim, num_v * spec.v_dim, num_v // num_k
-        sizes, gates, orders = {"q": keys, "k": keys, "v": values, "z": values}, {"b": num_v, "a": num_v}, {}
+        sizes, orders = {"in_proj_q": keys, "in_proj_k": keys, "in_proj_v": values, "in_proj_z": values}, {}
+        gates = {"in_proj_b": num_v, "in_proj_a": num_v}
         if spec.is_grouped:
-            sizes, gates = {"qkvz": 2 * (keys + values)}, {"ba": 2 * num_v}
-            orders["qkvz"] = _ungrouped(num_k, (spec.k_dim, spec.k_dim, each * spec.v_dim, each * spec.v_dim))
-            orders["ba"] = _ungrouped(num_k, (each, each))
-        self.in_proj, self.gates_proj = (_projection(env, hidden, rows, orders) for rows in (sizes, gates))
+            sizes, gates = {"in_proj_qkvz": 2 * (keys + values)}, {"in_proj_ba": 2 * num_v}
+            orders["in_proj_qkvz."] = _ungrouped(num_k, (spec.k_dim, spec.k_dim, each * spec.v_dim, each * spec.v_dim))
+            orders["in_proj_ba."] = _ungrouped(num_k, (each, each))
+        self.in_proj, self.gates_proj = (projection(env, hidden, rows, orders) for rows in (sizes, gates))
         self.out_proj = RowLinear(env, spec.num_v_heads * spec.v_dim, hidden, False, "features of a delta net")
         a_log, dt_bias = (torch.empty(num_v, dtype=torch.float32, device=env.device) for _ in range(2))
         norm = env.vector(spec.v_dim)
@@ -51,8 +52,8 @@ class GatedDeltaNet(Layer):
         return self.out_proj.forward(out, x, after, self._eps)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from self.in_proj.weights(f"{prefix}in_proj_")
-        yield from self.gates_proj.weights(f"{prefix}in_proj_")
+        yield from self.in_proj.weights(prefix)
+        yield from self.gates_proj.weights(prefix)
         yield from self.out_proj.weights(f"{prefix}out_proj.")
         mine, channels, shape = self._weights, self._channels, (self._spec.num_channels, 1, self._spec.width)
         yield WeightSlot(
@@ -63,13 +64,19 @@ class GatedDeltaNet(Layer):
         yield whole(f"{prefix}norm.weight", mine.norm)
 
 
-def _projection(env: LayerEnv, hidden: int, sizes: Mapping[str, int], orders: Mapping[str, Tensor]) -> Linear:
-    """One matrix of several layers, by name; sizes: rows that each rank has of them."""
+def projection(
+    env: LayerEnv,
+    hidden: int,
+    sizes: Mapping[str, int],
+    orders: Mapping[str, Tensor] | None = None,
+    bias: bool = False,
+) -> Linear:
+    """One matrix of several layers. sizes: by their names, the rows that each rank has of them; orders: of `Linear`."""
     shards, at = dict[str, Shard](), 0
     for name, rows in sizes.items():
         first = env.comm.rank * rows
         shards[f"{name}."], at = Shard((env.comm.size * rows, hidden), (first, first + rows), at=at), at + rows
-    return Linear(env, (at, hidden), shards, orders={f"{name}.": order for name, order in orders.items()})
+    return Linear(env, (at, hidden), shards, bias, orders=orders)
 
 
 def _ungrouped(num_groups: int, sizes: Sequence[int]) -> Tensor:

@@ -33,7 +33,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK_BYTES = REOPEN_BYTES = 16 << 20  # files are mapped: what was read of one is resident until it is opened anew
 # A decoder's tensors, after what may stand before them: it was a part of something larger, or had no head.
 _OUTER = r"(?:(?:model|language_model|text_model|base_model|module|_orig_mod)\.)*"
-_NAME = re.compile(_OUTER + r"(?:(lm_head\..*)|((?:layers|embed_tokens|norm)\..*))")
+_NAME = re.compile(_OUTER + r"(?:(lm_head\..*)|((?:layers|embed_tokens|(?:embedding_)?norm)\..*))")
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)(?:\.weight)?")
 # Buffers that follow from the configuration, and state of training; scales of activations.
 _IGNORED = re.compile(
@@ -41,7 +41,9 @@ _IGNORED = re.compile(
     r"weight_shape|input_scale|input_zero_point)$"
 )
 _QUANTIZED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_(scale|packed|zero_point).*|absmax|quant_map|SCB)$")
-_MIXTRAL = {"1": ".gate_proj", "2": ".down_proj", "3": ".up_proj"}
+_INNER = {"1": ".gate_proj", "2": ".down_proj", "3": ".up_proj"}
+_LFM2 = {".q_layernorm.": ".q_norm.", ".k_layernorm.": ".k_norm.", ".self_attn.out_proj.": ".self_attn.o_proj."}
+_LFM2 |= {"model.embedding_norm.": "model.norm."}
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in safetensors
 
 
@@ -202,10 +204,10 @@ def our_name(name: str) -> str:
     if match is None:
         return name
     ours = (match[1] or f"model.{match[2]}").replace(".mlp.router.", ".mlp.gate.")
-    if ".block_sparse_moe." in ours:  # as Mixtral names its experts
-        ours = ours.replace(".block_sparse_moe.", ".mlp.")
-        ours = re.sub(r"\.w([123])(?=\.)", lambda which: _MIXTRAL[which[1]], ours)
-    return ours
+    for theirs in (".block_sparse_moe.", ".feed_forward."):  # as Mixtral and LFM2 name theirs
+        if theirs in ours:
+            ours = re.sub(r"\.w([123])(?=\.)", lambda which: _INNER[which[1]], ours.replace(theirs, ".mlp."))
+    return re.sub("|".join(map(re.escape, _LFM2)), lambda name: _LFM2[name[0]], ours)
 
 
 def places(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int | None, int, int]]:

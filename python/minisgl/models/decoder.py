@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from minisgl.attention.base import StepContext
-from minisgl.config.model import ModelConfig, MoE
-from minisgl.config.states import DeltaNet
+from minisgl.config.model import ModelConfig, MoE, PagedKV
+from minisgl.config.states import DeltaNet, ShortConv
 from minisgl.formats.base import WeightSlot
 from minisgl.layers.attention import Attention, GatedMLP, SparseMLP
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Part, Tensor, whole
+from minisgl.layers.conv import GatedShortConv
 from minisgl.layers.delta import GatedDeltaNet
 from minisgl.layers.linear import VocabTable
+
+_BLOCKS: dict[type, type[Attention | GatedDeltaNet | GatedShortConv]] = {
+    PagedKV: Attention,
+    DeltaNet: GatedDeltaNet,
+    ShortConv: GatedShortConv,
+}
 
 
 class DecoderLayer(Layer):
@@ -19,8 +26,7 @@ class DecoderLayer(Layer):
 
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         hidden, eps, mlp = config.hidden_size, config.rms_norm_eps, config.layers[layer].mlp
-        has_state = isinstance(config.layers[layer].attention.cache, DeltaNet)
-        self.self_attn = GatedDeltaNet(env, config, layer) if has_state else Attention(env, config, layer)
+        self.self_attn = _BLOCKS[type(config.layers[layer].attention.cache)](env, config, layer)
         self.mlp = SparseMLP(env, hidden, mlp, eps) if isinstance(mlp, MoE) else GatedMLP(env, hidden, mlp, eps)
         names, self._offset = config.layers[layer].norms, config.norm_offset
         self._names = names.before_attention, names.after_attention, names.before_mlp, names.after_mlp
