@@ -38,6 +38,8 @@ class SimulatedEngine:
     `unready`: masks of these rows are not there.
 
     After a failed step the KV that later steps write is garbage, until the planner has been told (`broken = False`).
+    With `has_states` each row has a state, too, which remembers the tokens that it has seen and for which salt; so do
+    the slots of snapshots, which are copied as the plans say.
     """
 
     def __init__(self, config: SchedulerConfig, vocab_size: int = 50) -> None:
@@ -54,7 +56,7 @@ class SimulatedEngine:
         self._page_table = np.full((config.max_running_requests, max_pages), -1, np.int64)
         self._salts = [""] * config.max_running_requests
         self._kv: dict[int, tuple[str, tuple[int, ...]]] = {}
-        self._states: dict[int, tuple[int, ...]] = {}  # tokens that each slot has seen
+        self._states: dict[int, tuple[str | None, tuple[int, ...]]] = {}
 
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
         self.num_steps += 1
@@ -86,8 +88,10 @@ class SimulatedEngine:
             for position in range(start, start + num_new):
                 self._kv[self._slot(row, position)] = self._salts[row], ids[: position + 1]
             if self.config.has_states:
-                assert self._states[row] == ids[:start], "a state has seen other tokens than its sequence's"
-                self._states[row] = ids
+                seen = self._states[row]
+                known = (self._salts[row], ids[:start]) if start else (None, ())
+                assert seen == known, "a state has seen other tokens than its sequence's"
+                self._states[row] = self._salts[row], ids
         sampled: list[tuple[int, ...]] = []
         for row, start, num_new, num_samples in plan.reqs:
             end = start + num_new
@@ -118,14 +122,16 @@ class SimulatedEngine:
         moves = [(copy.source * size + i, copy.target * size + i) for copy in plan.copies for i in range(size)]
         self._kv |= {target: garbage if self.broken else self._kv.get(source, garbage) for source, target in moves}
         for source, target in plan.states:
-            self._states[target] = () if source < 0 else self._states[source]
+            self._states[target] = (None, ()) if source < 0 else self._states.get(source, garbage)
+            if self.broken:
+                self._states[target] = garbage
 
     def _run_broken(self, plan: StepPlan) -> list[tuple[int, ...]]:
         self._copy(plan)
         for row, start, num_new, num_samples in plan.reqs:
             for position in range(start, start + num_new):
                 self._kv[self._slot(row, position)] = "", (-1,)
-            self._states[row] = (-1,)
+            self._states[row] = "", (-1,)
             if num_samples:
                 self._tokens[row, start + num_new] = 0
         return [(0,) for req in plan.reqs if req.num_samples]
@@ -157,4 +163,4 @@ def move_cached(pages: Pages, count: int) -> None:
         for (node, i), target in zip(unused, targets, strict=False):
             pages.copies.append(PageCopy(node.pages[i], target))
             node.pages[i] = target
-        pages.allocator.free([copy.source for copy in pages.copies])
+        pages.allocator.free(pages.forget([copy.source for copy in pages.copies]))

@@ -200,12 +200,14 @@ class Req:
     handle: Any = None  # the prefix cache's lock on the shared part of `pages`
     state: ReqState = ReqState.WAITING
     started: bool = False  # was ever admitted
-    num_interrupted: int = 0  # tokens computed when its prefill last made way for others
+    num_interrupted: int = 0  # tokens in the cache when its prefill last made way for others
     num_charged: int = 0  # tokens that count among what its client has had
     retracted: bool = False  # waits again as soon as no step in flight touches it
     failed: bool = False  # what it computed must not be reused
     held: bool = False  # sits steps out until `Planner.resume`: its mask is being computed
     paced: bool = False  # held after each token
+    borders: list[int] = field(default_factory=list)  # tokens of its prompt after which snapshots of states are due
+    num_saved: int = 0  # tokens of its prefix that are cached so far; -1: the state of its row is of no use any more
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the chunks so far, until its first output
 
     @property

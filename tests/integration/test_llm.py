@@ -18,7 +18,7 @@ from minisgl import LLM, SamplingParams
 from minisgl.core import FinishReason
 from minisgl.errors import ConfigError, RequestError, WorkerDied
 from tests.fake_server import broken
-from tests.models import hf_generate, tiny_model
+from tests.models import hf_generate, random_prompt, tiny_model
 from tests.tokenizers_fixture import make_byte_level
 
 NUM_TOKENS = 64
@@ -103,6 +103,34 @@ def test_every_family_through_the_planner(family: str, tp_size: int) -> None:
         outputs = llm.generate(prompts, GREEDY)
         assert bool(pages) == (llm.scheduler.planner.num_retracted > 0)
     assert [output.token_ids for output in outputs] == [hf_generate(path, prompt, NUM_TOKENS) for prompt in prompts]
+
+
+def talk(path: Path, **options: Any) -> tuple[list[list[int]], list[list[int]], int]:
+    """Two chats of three turns with a system prompt in common: all their tokens; how many of each turn's prompt were
+    not found in the cache; how often a request was retracted."""
+    chats = [[*random_prompt(100, seed=1), *random_prompt(20 + i, seed=i)] for i in range(2)]
+    computed = []
+    with LLM(str(path), **options) as llm:
+        for turn, length in enumerate((70, 80, 4)):
+            outputs = llm.generate(chats, SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True))
+            computed.append([len(output.prompt_token_ids) - output.cached_tokens for output in outputs])
+            for chat, output in zip(chats, outputs, strict=True):
+                chat += [*output.token_ids, *random_prompt(9, seed=turn)]
+        return chats, computed, llm.scheduler.planner.num_retracted
+
+
+def test_conversations_with_a_model_that_has_states() -> None:
+    """A turn goes on from a snapshot, in small caches too; with two ranks as with one."""
+    path = with_tokenizer(tiny_model("qwen3_5_text", vocab_size=512))
+    expected, computed, _ = talk(path, cache_type="naive")
+    assert computed == [[120, 121], [199, 200], [288, 289]]
+    chats, computed, _ = talk(path, page_size=8)
+    assert chats == expected
+    assert all(num <= 9 + 64 + 16 for turn in computed[1:] for num in turn)  # the new tokens, and what lies between two
+    for options in ({"tp": 2, "num_pages": 52}, {"max_prefill_length": 20, "num_pages": 52, "num_state_snapshots": 2}):
+        chats, computed, num_retracted = talk(path, page_size=8, **options)
+        assert chats == expected and num_retracted > 0
+        assert sum(computed[1]) + sum(computed[2]) < 976
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch(llm: LLM) -> None:

@@ -28,7 +28,8 @@ class PlannerMachine(RuleBasedStateMachine):
         cache=st.sampled_from(["radix", "radix", "naive"]),
         policy=st.sampled_from(["fcfs", "lpm", "priority"]),
         depth=st.integers(0, 2),
-        has_states=st.booleans(),
+        snapshots=st.sampled_from([None, None, 0, 1, 2, 5, 30]),
+        snapshot_tokens=st.sampled_from([1, 4, 10]),
     )
     def start(
         self,
@@ -39,7 +40,8 @@ class PlannerMachine(RuleBasedStateMachine):
         cache: str,
         policy: str,
         depth: int,
-        has_states: bool,
+        snapshots: int | None,
+        snapshot_tokens: int,
     ) -> None:
         num_pages = -(-num_tokens // page_size)
         self.config = SchedulerConfig(
@@ -48,8 +50,10 @@ class PlannerMachine(RuleBasedStateMachine):
             max_seq_len=40,
             num_pages=num_pages,
             page_size=page_size,
-            cache_type="naive" if has_states else cache,
-            has_states=has_states,
+            cache_type="naive" if snapshots == 0 else cache,
+            has_states=snapshots is not None,
+            num_snapshots=(snapshots or 0) if cache == "radix" else 0,
+            snapshot_tokens=snapshot_tokens,
             schedule_policy=policy,
             eos_token_ids=(3,),
         )

@@ -20,8 +20,7 @@ Wrappers = dict[int | None, Any]  # FlashInfer's objects, which hold a plan, by 
 
 
 class FlashInferBackend(AttentionBackend[Wrappers]):
-    """It schedules a step on the host before the step runs, and refills the buffers that a CUDA graph reads before
-    each replay."""
+    """It schedules a step on the host before it runs, and refills the buffers that a CUDA graph reads."""
 
     plans_captured = True
 

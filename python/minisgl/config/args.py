@@ -158,6 +158,7 @@ class ServerArgs(ServerOptions):
     num_pages: int | None = _option(integer(1), None)
     page_size: int | None = _option(integer(1, 4096), None)
     cache_type: str = _choice(("radix", "naive"), "radix", "--cache")
+    num_state_snapshots: int | None = _option(integer(1), None)
     attention_backend: str | None = _option(_text, None, "--attn")
     moe_backend: str | None = _choice(("triton", "torch"), None)
     cuda_graph_max_bs: int | None = _option(integer(0), None, "--graph")

@@ -25,8 +25,7 @@ SPOKEN = frozenset(marker for markers in _MARKERS.values() for marker in markers
 
 
 def read_template_file(file: str) -> str:
-    """The chat template of a Jinja file, or of a JSON file's `chat_template`. Raises: ConfigError naming the file and
-    what is wrong with it."""
+    """The chat template of a Jinja file, or of a JSON file's `chat_template`. Raises: ConfigError naming it."""
     path = Path(file).expanduser()
     try:
         text = path.read_text(encoding="utf-8")

@@ -110,6 +110,7 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
     Raises: ConfigError naming the flag that cannot be honoured.
     """
     device, tp_size, dtype = choose_device(args, machine), args.tensor_parallel_size, args.dtype or model.dtype
+    num_snapshots = args.num_state_snapshots or args.max_running_requests
     wanted = EngineConfig(
         model_path=path,
         model=model,
@@ -128,6 +129,7 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
         kv_cache_dtype=args.kv_cache_dtype or dtype,
         quantization=args.quantization,
         memory_ratio=args.memory_ratio,
+        num_snapshots=num_snapshots if model.states and args.cache_type == "radix" else 0,
     )
     if args.quantization and model.packed_bytes:
         raise ConfigError(f"--quantization {args.quantization}: the weights of {path} are packed already")

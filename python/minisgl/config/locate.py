@@ -64,8 +64,7 @@ def locate_model(model: str | None, source: str, revision: str | None = None) ->
 
 
 def download(repo_id: str, source: str, revision: str | None) -> Path:
-    """The repo's files that are read; those of torch only where it has no safetensors. Of `org/name:Q4_K_M` the GGUF
-    file that has this in its name."""
+    """The repo's files that are read, torch's where it has no safetensors; of `org/name:Q4_K_M` that GGUF file."""
     repo_id, _, which = repo_id.partition(":")
     there: list[str] = []
     try:
@@ -212,8 +211,7 @@ def lfs_hint(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds, or that one of a GGUF file's "directory" would. Raises: ConfigError naming
-    the file."""
+    """The object in a JSON file, or in one that a GGUF file's "directory" would have. Raises: ConfigError naming it."""
     if is_gguf(path.parent):
         return open_model(path.parent).read_json(path.name)
     try:

@@ -15,8 +15,7 @@ SCALE_BYTES = 4  # of each key and each value of a head in int8
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """A table of rotary angles: base and scaling (`default`, `linear`, `dynamic`, `yarn`, `llama3`; `none` does not
-    rotate)."""
+    """A table of rotary angles: base and scaling (`default`, `linear`, `dynamic`, `yarn`, `llama3`; `none`: none)."""
 
     theta: float
     type: str = "default"

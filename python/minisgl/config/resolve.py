@@ -88,11 +88,9 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         raise ConfigError(f"--max-seq-len {wanted_len}: the model's context is {model.max_position} tokens")
     engine = decide_engine(args, path, model, wanted_len, machine)
     flops = 1e13 if engine.device == "cuda" else 8e9 * engine.num_threads  # per second, the least that any machine has
-    shared = _shared(SchedulerConfig, args, engine)
-    if model.states:  # which cached prefixes are of no use without
-        shared |= {"has_states": True, "cache_type": "naive"}
     scheduler = SchedulerConfig(
-        **shared,
+        **_shared(SchedulerConfig, args, engine),
+        has_states=bool(model.states),
         eos_token_ids=model.eos_token_ids,
         vocab_size=model.vocab_size,
         overlap=not args.disable_overlap,

@@ -77,6 +77,8 @@ class SchedulerConfig:
     check_integrity: int | None = None  # steps between two walks; 0: only when idle; None: 256, more in large pools
     integrity_fatal: bool = False  # what they find ends the scheduler
     has_states: bool = False  # the model has caches that are states
+    num_snapshots: int = 0  # of these, which the prefix cache may hold
+    snapshot_tokens: int = 64  # between two of them, at least
 
 
 @dataclass(frozen=True, slots=True)

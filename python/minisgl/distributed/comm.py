@@ -51,9 +51,6 @@ class Rendezvous:
         self.store.set(keys[self.rank], "=")
         return self._wait(keys, seconds)
 
-    def minimum(self, value: int) -> int:
-        return min(int(text) for text in self.exchange("minimum", str(value)))
-
     def _keys(self, name: str) -> list[str]:
         self._num_calls += 1
         return [f"minisgl/{self._num_calls}/{name}/{rank}" for rank in range(self.size)]
@@ -98,7 +95,7 @@ class Communicator:
 
     def all_reduce_min(self, value: int) -> int:
         """The smallest `value` of all ranks, by way of the host: for start-up, not for steps."""
-        return self._meeting.minimum(value) if self._meeting else value
+        return min(map(int, self._meeting.exchange("minimum", str(value)))) if self._meeting else value
 
     def close(self) -> None:
         """Leave."""

@@ -1,5 +1,4 @@
-"""The runner of a CPU: a thread executes one step after the other, layer by layer in torch's terms, or all layers at
-once in C++."""
+"""The runner of a CPU: a thread executes the steps, layer by layer in torch's terms, or all layers at once in C++."""
 
 from __future__ import annotations
 

@@ -154,8 +154,7 @@ def _activation_bytes(shard: ModelShard, tables: DeviceTables, backend: Backend)
 
 
 class CapturedSteps(StepRunner):
-    """Launches steps on the current stream: those that only decode as graphs, where they have at most `max_batch`
-    requests."""
+    """Launches steps on the current stream: those that only decode, of up to `max_batch` requests, as graphs."""
 
     def __init__(self, shard: ModelShard, kv: KVPool, tables: DeviceTables, backend: Backend, max_batch: int) -> None:
         self._layers, self._backend = LayerByLayer(shard, kv, backend, tables.inputs), backend
@@ -189,8 +188,7 @@ class CapturedSteps(StepRunner):
         return (ScheduledReq(self._padding_row, 0, shape.q_len, shape.q_len),) * num
 
     def _decode(self, shape: GraphShape) -> RunStep:
-        """What is captured: a decode step from the staging buffer, which now holds one of nobody. The function computes
-        it → its ids and logits."""
+        """What is captured: a decode step from the staging buffer, which now has nobody's → its ids and logits."""
         index = StepIndex.of(self._padding(shape, shape.batch))
         self.tables.send(_NO_STEP, index)
         batch = self.batch(index, shape.batch)

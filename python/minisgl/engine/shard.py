@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 import time
 
-import numpy as np
 import torch
 
-from minisgl.attention.base import to_device
 from minisgl.attention.create import Backend, create_backend
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import StepPlan
 from minisgl.distributed.comm import Communicator
 from minisgl.formats import create_format
 from minisgl.kernel.ops import TorchOps
@@ -55,10 +52,3 @@ class ModelShard:
 
     def create_attention(self) -> Backend:
         return create_backend(self.config, DTYPES[self.config.dtype], self.device)
-
-    def copy_pages(self, plan: StepPlan, kv: KVPool) -> None:
-        """Make the plan's copies, in their order among the device's work."""
-        if plan.copies:
-            sources = to_device(np.array([copy.source for copy in plan.copies]), self.device)
-            targets = to_device(np.array([copy.target for copy in plan.copies]), self.device)
-            kv.copy_pages(sources, targets, self.config.page_size)

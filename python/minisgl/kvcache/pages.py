@@ -7,12 +7,13 @@ import numpy as np
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import PageCopy, PageUpdate, Req, StateCopy
 from minisgl.errors import IntegrityError, require
-from minisgl.kvcache.radix import NaiveCache, PrefixCache
+from minisgl.kvcache.radix import Match, NaiveCache, PrefixCache, TokenIds
+
+ZEROS, SOON = -1, -2  # in place of a snapshot's slot: the state before any token; the next plan is to take one
 
 
 class PageAllocator:
-    """Hands out page ids 0 … num_pages - 1. A page that is freed twice, or handed out while it is in use, is an
-    IntegrityError at once: each has a flag."""
+    """Hands out page ids 0 … num_pages - 1. One that is freed twice, or handed out twice, is an IntegrityError."""
 
     def __init__(self, num_pages: int) -> None:
         self.free_list = list(range(num_pages - 1, -1, -1))
@@ -48,16 +49,21 @@ class PageAllocator:
 
 
 class Pages:
-    """Owns all rows, all page ids and the prefix cache. updates, copies, states: what the next plan is to tell."""
+    """Owns all rows, all page ids and the prefix cache. updates, copies, states: what the next plan is to tell. slots:
+    of snapshots of states; if there are any, a cached prefix is of use only up to one."""
 
     def __init__(self, config: SchedulerConfig) -> None:
+        self._page_size = config.page_size
         self.rows = list(range(config.max_running_requests - 1, -1, -1))  # that are free
         self.allocator = PageAllocator(config.num_pages)
-        kind = PrefixCache if config.cache_type == "radix" else NaiveCache
-        self.cache = kind(config.page_size)
+        is_naive = config.cache_type == "naive" or (config.has_states and not config.num_snapshots)
+        self.cache = NaiveCache(config.page_size) if is_naive else PrefixCache(config.page_size)
         self.updates: list[PageUpdate] = []
         self.copies: list[PageCopy] = []
         self.states: list[StateCopy] = []
+        self.slots = range(config.max_running_requests + 1, config.max_running_requests + 1 + config.num_snapshots)
+        self.free_slots = [*self.slots]
+        self.snapshots: dict[int, int] = {}  # slots, by the cached page before; the one used least recently first
 
     @property
     def num_free(self) -> int:
@@ -69,14 +75,45 @@ class Pages:
         missing = count - self.allocator.num_free
         if missing > self.cache.num_evictable:
             return False
-        self.allocator.free(self.cache.evict(missing))
+        self.allocator.free(self.forget(self.cache.evict(missing)))
         return True
 
     def flush_unused(self) -> int:
         """Forget what is cached and in use by no running request. Returns the number of pages freed."""
-        pages = self.cache.evict(self.cache.num_evictable)
+        pages = self.forget(self.cache.evict(self.cache.num_evictable))
         self.allocator.free(pages)
         return len(pages)
+
+    def forget(self, pages: list[int]) -> list[int]:
+        """Give up the snapshots after these pages, which are returned."""
+        slots = [self.snapshots.pop(page, SOON) for page in pages] if self.snapshots else []
+        self.free_slots += [slot for slot in slots if slot != SOON]
+        return pages
+
+    def match(self, namespace: bytes, token_ids: TokenIds) -> tuple[Match, int]:
+        """The longest cached prefix that can be gone on from, and its snapshot's slot."""
+        match, slot = self.cache.match(namespace, token_ids), ZEROS
+        if self.slots:
+            while (pages := match.pages) and pages[-1] not in self.snapshots:
+                pages.pop()
+            match = self.cache.match(namespace, token_ids[: len(pages) * self._page_size])
+            if pages:
+                slot = self.snapshots[pages[-1]] = self.snapshots.pop(pages[-1])
+        return match, slot
+
+    def share(self, req: Req, end: int) -> None:
+        """From now on, even within this step, others find a request's first `end` tokens, or wait for the snapshot."""
+        req.handle, req.num_saved = self.cache.insert(req.namespace, req.handle, req.prefix[:end], req.pages), end
+        if self.slots:
+            self.snapshots.setdefault(req.handle.pages[-1], SOON)
+
+    def save(self, req: Req) -> None:
+        """Have the next plan make a snapshot of a request's state, which is that at its handle's end."""
+        slot = self.snapshots.pop(page := req.handle.pages[-1], SOON)
+        if slot == SOON and not self.free_slots:
+            self.forget([next(page for page, slot in self.snapshots.items() if slot != SOON)])
+        self.snapshots[page] = slot = self.free_slots.pop() if slot == SOON else slot
+        self.states.append(StateCopy(req.row, slot))
 
     def give(self, req: Req, pages: list[int]) -> None:
         if pages:
@@ -90,12 +127,15 @@ class Pages:
             known = min(req.num_computed, len(req.tokens))
             tokens = np.asarray(req.tokens[:known], np.int32)
             req.handle = self.cache.insert(req.namespace, req.handle, tokens, req.pages)
+            if self.slots and known == req.num_computed and known % self._page_size == 0 <= req.num_saved:
+                self.save(req)
         self.allocator.free(self.private(req))
         self.cache.unlock(req.handle)
         if req.failed:
+            self.forget(self.cache.path_pages(req.handle))
             self.allocator.free(self.cache.discard(req.handle))
         self.rows.append(req.row)
-        req.handle, req.pages, req.row, req.num_computed = None, [], -1, 0
+        req.handle, req.pages, req.row, req.num_computed, req.num_saved = None, [], -1, 0, 0
 
     def private(self, req: Req) -> list[int]:
         """The request's pages that the cache does not own: not full, or computed twice at the same time."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from minisgl.config.model import SCALE_BYTES, ModelConfig, PagedKV
+from minisgl.core import PageCopy
 from minisgl.kvcache.states import StatePool, lazy_zeros
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer: [num_slots, heads of this rank, k_dim or v_dim]; in int8 each has its scale behind
-    it, the bytes of a float32."""
+    """Keys and values of a layer: [num_slots, heads of this rank, k_dim or v_dim], in int8 a float32's bytes more."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -44,7 +45,9 @@ class KVPool:
     def layer(self, index: int) -> LayerCache:
         return self._layers[index]
 
-    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor, page_size: int) -> None:
-        """Write what the pages `sources` hold, in all layers, to the pages `targets`: [n] int64, no target twice."""
-        for pages in (x.view(-1, page_size, *x.shape[1:]) for layer in self._layers.values() for x in layer):
-            pages.index_copy_(0, targets, pages.index_select(0, sources))
+    def copy_pages(self, copies: Sequence[PageCopy], page_size: int) -> None:
+        """Make them, for all layers: what the sources held before goes to the targets."""
+        for layer in self._layers.values() if copies else ():
+            sources, targets = torch.tensor(copies, device=layer.k.device).T
+            for pages in (x.view(-1, page_size, *x.shape[1:]) for x in layer):
+                pages.index_copy_(0, targets, pages.index_select(0, sources))

@@ -123,8 +123,7 @@ class ResumeMsg(Message, frozen=True):
 
 
 class PingMsg(Message, frozen=True):
-    """A health check: it goes through tokenizer, scheduler and detokenizer back to the API server, also while a step is
-    running. back: the scheduler has seen it."""
+    """A health check: through tokenizer, scheduler (then `back`) and detokenizer, also while a step is running."""
 
     back: bool = False
 

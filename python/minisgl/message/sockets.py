@@ -1,5 +1,4 @@
-"""ZeroMQ sockets that carry one channel's messages, and where they are: PULL binds, PUSH connects, a batch of structs
-per frame."""
+"""ZeroMQ sockets that carry one channel's messages, a batch in each frame, and where they are: PULL binds."""
 
 from __future__ import annotations
 

@@ -105,8 +105,7 @@ class Grammars:
         wait(jobs + [future for _, future in self._held.values()], _WAIT_SECONDS, FIRST_COMPLETED)
 
     def admit(self, messages: Sequence[RankMsg]) -> tuple[list[RankMsg], list[Reply]]:
-        """What the planners are to be told: of these messages, and of those held back until now. And what those are
-        told who are not let in."""
+        """What the planners are told, of these messages and those held back until now; and who is not let in, why."""
         admitted: list[RankMsg] = [self._aborts.popleft() for _ in range(len(self._aborts))]
         may_resume = time.perf_counter() >= self._next_masks
         for uid in [uid for uid, own in self._waiting.items() if may_resume and (own.job is None or own.job.done())]:

@@ -1,5 +1,4 @@
-"""A walk over all that a planner remembers: every page has one owner, and what is counted is there. What contradicts
-itself goes to a file, for `tools/replay.py`."""
+"""A walk over all that a planner remembers, and how what contradicts itself becomes a file for `tools/replay.py`."""
 
 from __future__ import annotations
 
@@ -35,6 +34,8 @@ def check_integrity(planner: Planner) -> None:
         raise IntegrityError(f"page {page} belongs to {' and to '.join(names)}")
     require(min(owned) >= 0 and max(owned) < num_pages, "a page has a number that there is not")
     require(len(owned) == num_pages, f"{num_pages - len(owned)} pages are lost")
+    slots = sorted([*pages.free_slots, *(slot for slot in pages.snapshots.values() if slot >= 0)])
+    require(slots == [*pages.slots] and pages.snapshots.keys() <= {*cached}, "snapshots are lost, shared or misplaced")
     rows = sorted([*pages.rows, *(req.row for req in held)])
     require(rows == list(range(planner.config.max_running_requests)), "rows are lost or shared")
     for uid, req in planner.waiting.items():

@@ -15,8 +15,7 @@ class Observer:
     """Is told what a scheduler does, as it happens, and must not keep it waiting. This one looks away."""
 
     def attached(self, planner: Planner, pump: Callable[[], None]) -> None:
-        """The planner whose queues and pages may be looked at from now on. pump: takes in messages, for whoever holds
-        the scheduler up."""
+        """The planner that may be looked at from now on. pump: takes in messages, for who holds the scheduler up."""
 
     def received(self, message: UserMsg) -> None:
         """A request has come, of which the planner has not heard yet."""

@@ -34,9 +34,9 @@ from minisgl.core import (
     StepPlan,
     StepResult,
 )
-from minisgl.kvcache.pages import Pages
+from minisgl.kvcache.pages import SOON, Pages
 from minisgl.utils.fairness import FairQueue
-from minisgl.utils.math import div_ceil
+from minisgl.utils.math import align_down, div_ceil
 
 Shares = tuple[list[Req], list[ScheduledReq]]
 
@@ -67,8 +67,7 @@ class Draft:
         self.admissions.append(Admission(req.row, req.prefix, req.params, req.prompt_len, ends))
 
     def planned(self, step_id: int, pages: Pages, checked: list[Req]) -> Planned:
-        """The step, which tells what has become of the pages since the one before. checked: whose pages the engine is
-        to compare."""
+        """The step, with what became of pages since the one before. checked: those whose pages the engine compares."""
         (decode, decode_shares), (prefill, prefill_shares) = self.decode, self.prefill
         reqs = decode + prefill
         plan = StepPlan(
@@ -100,6 +99,7 @@ _TELLING_COST = 8
 # oldest one whatever it matches, so that none waits for ever.
 _LPM_WINDOW = 128
 _LPM_OLDEST_EVERY = 8
+_SPARSE, _TEMPLATE_TOKENS = 32, 8  # of snapshots of states: see `_borders`
 
 
 def _cost(req: Req) -> int:
@@ -119,7 +119,7 @@ class Planner:
         self._page_size = config.page_size
         self.reqs: dict[int, Req] = {}  # those whose terminal output is still to come
         self.waiting: FairQueue[Req] = FairQueue()  # by uid
-        self.running: list[Req] = []  # in order of admission; only the last may be in the middle of its prefill
+        self.running: list[Req] = []  # in order of admission; only the last may have much of its prefill left
         self.leaving: list[Req] = []  # finished or retracted, their pages still in use by steps in flight
         self.inflight: deque[Planned] = deque()
         self.pages = Pages(config)
@@ -130,8 +130,7 @@ class Planner:
         self.num_retracted = 0  # times that a running request was sent back to the queue
 
     def reset(self) -> KeysView[int]:
-        """Forget all but the requests that have not begun. Returns their uids: the caller ends the others, and has seen
-        that no step is in flight."""
+        """Forget all but the requests that have not begun → their uids; the caller ends the rest. None is in flight."""
         waiting = [req for _, req in self.waiting.items() if req.state is ReqState.WAITING and not req.started]
         self.reqs, self.waiting, self.running, self.leaving, self.inflight = {}, FairQueue(), [], [], deque()
         self.pages = Pages(self.config)
@@ -181,6 +180,8 @@ class Planner:
         """A request that is held may be planned again; with `paced` it is held after each token from now on."""
         if (req := self.reqs.get(uid)) is not None:
             req.held, req.paced = False, paced
+            if self.config.has_states and req.num_saved < 0 and not req.retracted:
+                self._retract(req)
 
     def plan(self) -> Planned | None:
         """The next step, or None when nothing can be computed now (nothing to do, or all pages are still in use)."""
@@ -212,6 +213,9 @@ class Planner:
             cost = 1 if num_new == 1 else _cost(req)
             if num_new * cost > budget:
                 num_new = max(1, budget // cost)
+            if self.pages.slots:
+                self._save_state(req, start)
+                num_new = min([num_new, *(border - start for border in req.borders if border > start)])
             if start + num_new > len(req.pages) * page_size and not self._grow(req, num_new):
                 has_pages = False
                 continue
@@ -225,10 +229,11 @@ class Planner:
             req = self._next_waiting()
             num_new = self._admit(req, draft.budget) if self.pages.rows else 0
             if num_new <= 0:
-                self._make_way(req, -num_new)
+                if num_new or not self.pages.rows:
+                    self._make_way(req, -num_new)
                 break
             draft.admit(req, self.config.eos_token_ids)
-            is_whole = req.num_computed + num_new == req.num_tokens
+            is_whole = req.num_computed + num_new in (req.num_tokens, *req.borders[-1:])
             draft.budget = draft.budget - num_new * _cost(req) if is_whole else 0
             self._schedule(req, num_new, draft)
 
@@ -237,8 +242,8 @@ class Planner:
         end = req.num_computed = start + num_new
         req.num_inflight += 1
         num_samples = 1 if end == req.num_tokens else 0
-        if start < len(req.prefix) and not req.tells_prompt:  # from now on, even within this step, it shares its pages
-            req.handle = self.pages.cache.insert(req.namespace, req.handle, req.prefix[:end], req.pages)
+        if start < len(req.prefix) and not req.tells_prompt and (end in req.borders or not self.pages.slots):
+            self.pages.share(req, end)
         req.num_tokens += num_samples
         req.held = req.paced and num_samples > 0
         reqs, shares = draft.decode if num_new == num_samples else draft.prefill
@@ -279,6 +284,7 @@ class Planner:
         outputs = [self._finish(ReqOutput(req, (), FinishReason.ERROR, error=error)) for req in victims]
         self._release_leaving()
         self.pages.flush_unused()
+        self.pages.forget([*self.pages.snapshots])
         return outputs
 
     def _grow(self, req: Req, num_new: int) -> bool:
@@ -308,16 +314,40 @@ class Planner:
             return max(window, key=lambda req: self.pages.cache.match_len(req.namespace, req.prefix))
         return next(iter(waiting.values()))
 
+    def _borders(self, req: Req, num_cached: int) -> list[int]:
+        """Where snapshots are due in a prompt: where others have gone on in another way, now and then where it is long,
+        and at its end, but for what may be the template's last words, which the next turn has not."""
+        size, every = len(req.prefix) - 1, self.config.snapshot_tokens
+        known = self.pages.cache.match_len(req.namespace, req.prefix[:size])
+        ends = (known, *range(_SPARSE * every, size, _SPARSE * every), size + 1 - _TEMPLATE_TOKENS)
+        return [border for end in ends if (border := align_down(end, self._page_size)) >= num_cached + every]
+
+    def _save_state(self, req: Req, start: int) -> None:
+        """Have a snapshot made of a running request's state, if one is due, before it goes on."""
+        is_output = start >= len(req.prefix) and start % self._page_size == 0
+        if is_output and req.num_saved + self.config.snapshot_tokens <= start <= len(req.tokens):
+            if req.num_saved > req.prompt_len:  # only the last one of an output is needed
+                self.pages.forget(req.handle.pages[-1:])
+            req.prefix = np.append(req.prefix, np.array(req.tokens[len(req.prefix) : start], np.int32))
+            self.pages.share(req, start)
+        if start == req.num_saved:
+            self.pages.save(req)
+
     def _admit(self, req: Req, budget: int) -> int:
         """Give a waiting request a row and pages for its first chunk. Returns how many tokens that has, or, if there is
-        no room for it, minus the pages that are missing."""
+        no room for it, minus the pages that are missing. 0: it should wait for a snapshot that is to be made."""
         pages = self.pages
         # At least one token is left to compute; and all prompt tokens whose log-probabilities are still to be told.
         num_reusable = 0 if req.tells_prompt else len(req.prefix) - 1
-        match = pages.cache.match(req.namespace, req.prefix[:num_reusable])
+        match, slot = pages.match(req.namespace, req.prefix[:num_reusable])
+        if slot == SOON:
+            return 0
         pages.cache.lock(match.handle)
-        num_cached = len(match.pages) * self._page_size
+        num_cached = req.num_saved = len(match.pages) * self._page_size
         num_new = min(len(req.tokens) - num_cached, max(1, budget // _cost(req)))
+        if pages.slots and not req.tells_prompt:
+            req.borders = self._borders(req, num_cached)
+            num_new = min([num_new, *(border - num_cached for border in req.borders)])
         needed = div_ceil(num_cached + num_new, self._page_size) - len(match.pages)
         headroom = 0  # pages for all of its tokens, and for the running ones to grow a while
         if self.running or self.leaving:
@@ -340,22 +370,21 @@ class Planner:
         pages.give(req, match.pages)
         pages.give(req, pages.allocator.allocate(needed))
         if self.config.has_states:
-            pages.states.append(StateCopy(-1, req.row))
+            pages.states.append(StateCopy(slot, req.row))
         return num_new
 
     def _take_turns(self) -> None:
         """Clients are charged for what was computed since they last were. A long prefill goes back to the queue, and
-        what it has computed to the cache, while others have had less; but for the last pages, so it must have come
-        further than the last time."""
+        what it has computed to the cache, while others have had less; that must be more than the last time."""
         for req in self.running:
             self.waiting.charge(req.params.client, max(0, req.num_computed - req.num_charged))
             req.num_charged = max(req.num_charged, req.num_computed)
         req = self.running[-1]
         num_left = req.num_tokens - req.num_computed + len(self.running)
         is_long = num_left > self.config.max_prefill_length and self.config.cache_type == "radix"
-        is_further = req.num_computed >= req.num_interrupted + self._page_size and not req.tells_prompt
+        is_further = req.num_saved >= req.num_interrupted + self._page_size and not req.tells_prompt
         if is_long and is_further and self.pages.rows and self.waiting.overtakes(req.params.client):
-            req.num_interrupted = req.num_computed
+            req.num_interrupted = req.num_saved
             self._retract(req)
 
     def _make_way(self, req: Req, missing: int) -> None:
@@ -378,12 +407,9 @@ class Planner:
 
     def _sit_out(self, req: Req) -> ReqOutput:
         """A request goes on as if the step had not been planned: its last token is computed again once it is resumed.
-        Steps in flight went on from a token that there is not; a state, which has seen it, begins anew."""
+        Steps in flight went on from a token that there is not; a state that has seen it is of no use."""
         req.num_tokens, req.num_computed = len(req.tokens), len(req.tokens) - 1
-        req.num_stale, req.held = req.num_inflight, True
-        if self.config.has_states:
-            req.num_computed, req.prompt_logprobs = 0, []
-            self.pages.states.append(StateCopy(-1, req.row))
+        req.num_stale, req.held, req.num_saved = req.num_inflight, True, -1
         return ReqOutput(req, ())
 
     def _accept(self, req: Req, token_id: int) -> ReqOutput:

@@ -128,8 +128,7 @@ class Scheduler:
         return []
 
     def _retire(self) -> None:
-        """Take in the oldest step. It stays submitted until it has run: an interrupt (under `LLM`) comes while we wait,
-        and the next turn goes on from there."""
+        """Take in the oldest step, submitted until it has run: after an interrupt (`LLM`) the next turn goes on from it."""
         self._checked, begin = False, time.monotonic()
         (plan, _), handle = self._submitted[0]
         if not handle.wait(PUMP_SECONDS):

@@ -54,9 +54,8 @@ class Fields:
 
     def child(self, key: str) -> Fields:
         """The object at `key`; an empty one where there is none."""
-        return Fields(
-            self._read(key, {}, lambda value: isinstance(value, dict), "an object"), self.source, f"{self._path}{key}."
-        )
+        data = self._read(key, {}, lambda value: isinstance(value, dict), "an object")
+        return Fields(data, self.source, f"{self._path}{key}.")
 
     def _read(self, key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
         value = self.data.get(key)
