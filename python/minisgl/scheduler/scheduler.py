@@ -128,7 +128,7 @@ class Scheduler:
         return []
 
     def _retire(self) -> None:
-        """Take in the oldest step, submitted until it has run: after an interrupt (`LLM`) the next turn goes on from it."""
+        """Take in the oldest step, submitted until it has run: after an interrupt (`LLM`) a turn goes on there."""
         self._checked, begin = False, time.monotonic()
         (plan, _), handle = self._submitted[0]
         if not handle.wait(PUMP_SECONDS):
