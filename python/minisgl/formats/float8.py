@@ -73,22 +73,23 @@ class Mxfp4(StoredFormat):
 
     def packed_slots(self, prefix: str, tensors: Tensors, shard: Shard, scheme: Scheme) -> Iterator[WeightSlot]:  # noqa: ARG002
         stored = re.sub(r"\.\d+(?=\.\w+\.$)", "", prefix)[:-1]  # of all experts
-        cols = shard.span[0] // 32, shard.span[1] // 32
+        cols, groups = (shard.span[0] // 32, shard.span[1] // 32), (shard.shape[0], shard.shape[1] // 32)
         if shard.span != (32 * cols[0], 32 * cols[1]):
             raise self.error(f"{stored}_blocks", f"a rank's part of its {shard.shape[1]} columns cuts groups of 32")
         for what, size in (("blocks", [16]), ("scales", [])):
             self.check_type(f"{stored}_{what}", "U8")
             target = self.add(tensors, f"{prefix}{what}", shard, (cols[1] - cols[0]) * sum(size or [1]), torch.uint8)
-            shape = shard.shape[0], shard.shape[1] // 32, *size
-            yield WeightSlot(f"{prefix[:-1]}_{what}", shape, target.view(len(target), -1, *size), shard.rows, cols)
+            target = target.view(len(target), -1, *size)
+            yield WeightSlot(f"{prefix[:-1]}_{what}", (*groups, *size), target, shard.rows, cols)
 
     def part(self, prefix: str, tensors: Tensors) -> Blocks | Tensor:
         """Blocks as GGUF files have them: an exponent, and columns i and i + 16 in a byte."""
         if "weight" in tensors:
             return tensors["weight"]
-        if bool((tensors["scales"] == 255).any()):
+        scales = tensors["scales"] if self.header else torch.full_like(tensors["scales"], 122)  # of random weights
+        if bool((scales == 255).any()):
             raise self.error(f"{prefix[:-1]}_scales", "it holds NaN")
-        pairs = tensors["blocks"].view(len(tensors["blocks"]), -1, 16)
+        pairs = tensors["blocks"].view(*scales.shape, 16)
         codes = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
-        blocks = tensors["scales"].unsqueeze(-1), codes[..., :16] | codes[..., 16:] << 4
+        blocks = scales.unsqueeze(-1), codes[..., :16] | codes[..., 16:] << 4
         return Blocks("MXFP4", torch.cat(blocks, -1).flatten(1), 2 * tensors["blocks"].shape[1])
