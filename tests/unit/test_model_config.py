@@ -244,6 +244,8 @@ def test_moe_layers(tmp_path: Path) -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel .supported: Llama, Mistral"),
         ({"architectures": ...}, "none given"),
+        ({"architectures": ["Gemma4ForCausalLM"]}, "Gemma4ForCausalLM .missing: heads of two sizes, .*; supported: Ll"),
+        ({"architectures": ["Llama4ForConditionalGeneration"]}, "missing: attention within chunks"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
         ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "awq: version gemv is not .*gemm"),

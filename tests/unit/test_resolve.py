@@ -345,12 +345,6 @@ def test_softcaps_and_sinks_are_ours(changes: dict[str, Any], decode: str, what:
             decide(everything, model, attention_backend=name)
 
 
-def test_only_the_reference_computes_another_scale() -> None:
-    layer = MODEL.layers[0]
-    model = replace(MODEL, layers=(replace(layer, attention=replace(layer.attention, scale=0.1)),) * 28)
-    assert attention(model=model) == attention(COMPILES, model) == ("sdpa", "sdpa")
-
-
 def test_caches_are_sums_over_layers() -> None:
     layer = MODEL.layers[0]
     kinds = (PagedKV(1, 576, 0), PagedKV(8, 128, 64), DeltaNet(2, 4, 8, 16, width=4))

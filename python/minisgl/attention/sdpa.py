@@ -64,9 +64,9 @@ class SdpaBackend(AttentionBackend[list[Block]]):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
     """q: [heads, tokens, dim]; k, v: [KV heads, keys, dim] → like q."""
     if sinks is None and spec.softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=spec.scale, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
-    scores = (q @ k.mT).float() * (spec.scale or q.shape[-1] ** -0.5)
+    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5
     if spec.softcap is not None:
         scores = (scores / spec.softcap).tanh() * spec.softcap
     scores = scores.masked_fill(~mask, -torch.inf)

@@ -34,7 +34,6 @@ _ESTIMATE = 0.9  # share of an estimated KV cache that is counted on, before the
 # What a layer may want beyond causal attention of heads of one size, which all layers have alike.
 FEATURES: dict[str, Callable[[AttentionSpec, ModelConfig], bool]] = {
     "sliding windows": lambda spec, _: spec.window is not None,
-    "a scale of the scores": lambda spec, _: spec.scale is not None,
     "soft-capped scores": lambda spec, _: spec.softcap is not None,
     "attention sinks": lambda spec, _: spec.sinks,
     "caches that differ by layer": lambda spec, model: spec.cache != model.paged[0],

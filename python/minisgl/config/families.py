@@ -111,7 +111,7 @@ def parse_model_config(f: Fields) -> ModelConfig:
     norms, mlps = LayerNorms(*family.norms, family.head_norms), _mlps(f, family, num_layers)
     kind = caps[0], "sinks" in family.reads, family.gates_attention
     attentions = (
-        specs.AttentionSpec(state or cache, window, rope, None, *kind)
+        specs.AttentionSpec(state or cache, window, rope, *kind)
         for state, window, rope in zip(states, windows, rope_of_layer, strict=True)
     )
     eps = f.number(family.eps, default(family.eps, 1e-6), above=0)
@@ -300,8 +300,10 @@ def _architecture(f: Fields) -> str:
         if name in FAMILIES:
             return name
     known = ", ".join(name.removesuffix("ForCausalLM") for name, family in FAMILIES.items() if not family.inner)
-    nearest = get_close_matches(names[0], FAMILIES, 1) if names else []
-    known = "".join(f"nearest: {name}; " for name in nearest) + f"supported: {known}, each ForCausalLM"
+    missing = [what for begin, what in _TABLE["missing"].items() if names and names[0].startswith(begin)]
+    nearest = get_close_matches(names[0], FAMILIES, 1) if names and not missing else []
+    hints = [f"missing: {what}; " for what in missing] + [f"nearest: {name}; " for name in nearest]
+    known = "".join(hints) + f"supported: {known}, each ForCausalLM"
     raise ConfigError(f"{f.source}: architecture not supported: {', '.join(names)[:80] or 'none given'} ({known})")
 
 

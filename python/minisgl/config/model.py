@@ -54,7 +54,6 @@ class AttentionSpec:
     cache: CacheSpec
     window: int | None = None  # tokens that a position sees, itself included; None: all before it
     rope_index: int = 0  # of `ModelConfig.ropes`
-    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     sinks: bool = False  # a weight of each head takes part in the softmax
     gated: bool = False  # what comes out is multiplied with the sigmoid of gates, which are projected beside queries

@@ -139,7 +139,7 @@ def create_steps(shard: ModelShard) -> tuple[int, CapturedSteps]:
     config, backend = shard.config, shard.create_attention()
     tables = DeviceTables(config, shard.ops, shard.ropes, shard.device)
     num_pages = pages_that_fit(config, shard.comm, _activation_bytes(shard, tables, backend))
-    tables.set_padding_page(num_pages)
+    tables.page_table[tables.padding_row] = tables.host.pages[tables.padding_row] = num_pages  # behind all others
     steps = CapturedSteps(shard, shard.create_kv(num_pages + 1), tables, backend, config.cuda_graph_max_bs)
     torch.cuda.synchronize()
     return num_pages, steps

@@ -24,12 +24,6 @@ class GraphShape(NamedTuple):
     q_len: int  # tokens of each, all of which sample
 
 
-def graph_sizes(max_batch: int) -> list[int]:
-    """The batch sizes to capture: dense where padding would cost most. Ascending; the last one is `max_batch`."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, max(max_batch, 544), 32)]
-    return [size for size in sizes if size < max_batch] + [max_batch] if max_batch else []
-
-
 class DecodeGraphs:
     """prepare(shape): makes a function that computes a decode step of this shape from static tensors, and returns the
     tensors of its ids and of its logits.
@@ -39,7 +33,8 @@ class DecodeGraphs:
 
     def __init__(self, prepare: Callable[[GraphShape], RunStep], max_batch: int) -> None:
         self._graphs: dict[GraphShape, tuple[torch.cuda.CUDAGraph, Tensor, _Place]] = {}
-        self._sizes = graph_sizes(max_batch)
+        sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, max(max_batch, 544), 32)]
+        self._sizes = [size for size in sizes if size < max_batch] + [max_batch] * (max_batch > 0)  # of batches
         start, pool = time.perf_counter(), None
         for size in reversed(self._sizes):
             shape = GraphShape(size, 1)

@@ -71,10 +71,6 @@ class DeviceTables:
         num_words = num_rows * (NUM_WORDS + 5) + 1 + 2 * num_tokens  # `StepTensors`, and prompts and pages
         self._staging = Staging(num_words + 2 * max(num_tokens, 64 * num_rows), device)
 
-    def set_padding_page(self, page: int) -> None:
-        """The page to which padding writes its keys and values."""
-        self.page_table[self.padding_row] = self.host.pages[self.padding_row] = page
-
     def tensors(self, index: StepIndex) -> StepTensors:
         """Where a step's numbers lie once they were sent: in the same places for the same numbers of them."""
         sizes = [len(index.sample_rows) * NUM_WORDS, *map(len, index.numbers)]

@@ -87,8 +87,7 @@ class Mxfp4(StoredFormat):
         if "weight" in tensors:
             return tensors["weight"]
         scales = tensors["scales"] if self.header else torch.full_like(tensors["scales"], 122)  # of random weights
-        if bool((scales == 255).any()):
-            raise self.error(f"{prefix[:-1]}_scales", "it holds NaN")
+        self.check_scales(f"{prefix[:-1]}_scales", torch.exp2(scales.float() - 127))
         pairs = tensors["blocks"].view(*scales.shape, 16)
         codes = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
         blocks = scales.unsqueeze(-1), codes[..., :16] | codes[..., 16:] << 4

@@ -85,7 +85,7 @@ class Attention(Layer):
 
     def cpu_spec(self) -> CpuSpec | None:
         qkv, o, spec = self.qkv_proj.cpu_spec(), self.o_proj.cpu_spec(), self._spec
-        is_plain = (spec.scale, spec.softcap, spec.sinks, spec.rope_index, spec.gated) == (None, None, False, 0, False)
+        is_plain = (spec.softcap, spec.sinks, spec.rope_index, spec.gated) == (None, False, 0, False)
         if qkv is None or o is None or not is_plain or self._is_wide:
             return None
         return CpuSpec(qkv.matrices + o.matrices, (self.qk_norm,), spec.window)
