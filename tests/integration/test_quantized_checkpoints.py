@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
 from minisgl.formats import create_format
-from minisgl.kernel.ops import TorchOps
+from minisgl.kernel.float8 import merge
+from minisgl.kernel.ops import LayerOps, Matrix, TorchOps
+from minisgl.layers.attention import Attention
 from minisgl.layers.base import LayerEnv
 from minisgl.models.checkpoint import Checkpoint, load_weights
 from minisgl.models.decoder import DecoderModel
@@ -372,6 +374,33 @@ def test_bad_mxfp4_is_named(tmp_path: Path) -> None:
         save_file({**tensors, f"{name}_{end}": tensor}, file)
         with pytest.raises(ConfigError, match=says):
             engine_logits(path, PROMPT)
+
+
+@pytest.mark.parametrize("comm", [Communicator, lambda: SecondOfTwo()])
+def test_rows_that_change_blocks(
+    tmp_path: Path, comm: Callable[[], Communicator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of heads of 256 features is rotated, which brings rows of two blocks together; also as GPUs keep them,
+    whose kernels have a scale for 8 rows."""
+    num_merged, plainly = 0, LayerOps.packed_matrix
+
+    def watched(ops: LayerOps, parts: Any, *options: Any) -> Matrix:
+        nonlocal num_merged
+        if (weight := merge(parts)) is not None:
+            num_merged += 1
+            assert torch.equal(weight.widen(torch.float32), torch.cat([part.dequantize() for part in parts]))
+        return plainly(ops, parts, *options)
+
+    monkeypatch.setattr(LayerOps, "packed_matrix", watched)
+    sizes = {"head_dim": 256, "num_hidden_layers": 2, "full_attention_interval": 2, "num_attention_heads": 2}
+    sizes |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    path, model = quantized(tmp_path / "model", "fp8 of blocks", "qwen3_5_text", ("conv1d",), **sizes)
+    model.save_pretrained(tmp_path / "plain")
+    x, norm = torch.randn(3, 128), torch.ones(128)
+    layers = [loaded(path, comm()).layers[1].self_attn for path in (path, tmp_path / "plain")]
+    outputs = [layer.qkv_proj.forward(x, norm, 1e-6) for layer in layers if isinstance(layer, Attention)]
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+    assert num_merged > 2
 
 
 class SecondOfTwo(Communicator):

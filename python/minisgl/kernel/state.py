@@ -138,7 +138,8 @@ def delta_rule(
     decayed = since_start.exp()[..., None]
     overlap = beta[..., None] * (k @ k.transpose(-1, -2)) * between
     wanted = beta[..., None] * (v - decayed * (k @ memory))
-    added = torch.linalg.solve_triangular(overlap, wanted, upper=False, unitriangular=True)
+    is_one = q.shape[2] == 1  # which adds what it wants, and must not ask the device
+    added = wanted if is_one else torch.linalg.solve_triangular(overlap, wanted, upper=False, unitriangular=True)
     out = decayed * (q @ memory) + ((q @ k.transpose(-1, -2)) * between) @ added
     until_end = (since_start[..., -1:] - since_start).exp()[..., None]
     return out, decayed[..., -1:, :] * memory + (k * until_end).transpose(-1, -2) @ added

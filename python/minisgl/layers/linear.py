@@ -14,6 +14,8 @@ from minisgl.kernel.ops import Matrix
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor
 from minisgl.utils.math import div_ceil
 
+_SHARED = 8  # rows of e4m3 that have one scale in kernels, for each block of columns
+
 
 class Linear(Layer):
     """y = x Wᵀ + b, where W [out, in] holds this rank's shards of one or several linear layers of the checkpoint.
@@ -45,7 +47,7 @@ class Linear(Layer):
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         for name, shard in self._shards.items():
-            for slot in self._format.slots(f"{prefix}{name}", self._tensors, shard):
+            for slot in [*self._format.slots(f"{prefix}{name}", self._tensors, shard)]:  # all tensors, then each
                 yield self._arranged(name, slot)
             if self.bias is not None:
                 bias = WeightSlot(f"{prefix}{name}bias", shard.shape[:1], shard.of(self.bias), shard.rows)
@@ -58,10 +60,23 @@ class Linear(Layer):
             return slot
         if rows != len(order):  # a scale for many rows
             blocks = [order[first : first + BLOCK] // BLOCK for first in range(0, len(order), BLOCK)]
-            if any(bool((block != block[0]).any()) for block in blocks):
-                raise ConfigError(f"{slot.name}: its blocks of {BLOCK} rows do not fit the order of this family's rows")
-            order = torch.stack([block[0] for block in blocks])
+            if all(bool((block == block[0]).all()) for block in blocks):
+                order = torch.stack([block[0] for block in blocks])
+            else:
+                slot = self._scale_of_each_row(slot, order)
         return reordered(slot, order)
+
+    def _scale_of_each_row(self, slot: WeightSlot, order: Tensor) -> WeightSlot:
+        """A slot of scales of blocks, which becomes one of scales of rows: `order` brings rows of several together.
+
+        Raises: ConfigError where these are not at least as many in a row as share a scale in kernels.
+        """
+        num_rows = len(order)
+        if num_rows % _SHARED or bool((order.view(-1, _SHARED) // BLOCK).diff(dim=1).any()):
+            raise ConfigError(f"{slot.name}: its blocks of {BLOCK} rows do not fit the order of this family's rows")
+        (key,) = (key for key, scales in self._tensors.items() if scales.data_ptr() == slot.target.data_ptr())
+        self._tensors[key] = target = slot.target.new_empty(num_rows, slot.target.shape[1])
+        return replace(slot, target=target, transform=lambda part: part.repeat_interleave(BLOCK, 0)[:num_rows])
 
     def pack(self) -> None:
         self._matrix = self._format.matrix(self._ops, self._tensors, self._activation)
