@@ -35,7 +35,7 @@ from minisgl import simulate
 from minisgl.benchmark import run_script
 from minisgl.benchmark.metrics import Record
 from minisgl.cluster.router import PrefixRouter, Prompt, text_blocks
-from minisgl.simulate.cluster import RUNNING_TOKENS, Simulation
+from minisgl.simulate.cluster import Simulation
 from minisgl.simulate.times import Served, calibrated
 from minisgl.simulate.workload import Request, Session, generate
 
@@ -148,15 +148,9 @@ async def send(urls: Sequence[str], sessions: Sequence[Session]) -> list[Record]
         text = np.array(ids, np.int32).tobytes()
         prompt = Prompt(text_blocks(text), len(text), request.place)
         url = router.choose(prompt) or ""
-        load = RUNNING_TOKENS + max(0.0, len(ids) - router.cached_tokens(url, prompt))
-        router.learn(url, prompt)
-        router.loads[url] += load
-
-        def has_begun() -> None:
-            router.loads[url] += RUNNING_TOKENS - load
-
-        times = await stream(client, url, ids, request.output_len, has_begun)
-        router.loads[url] -= RUNNING_TOKENS
+        placed = router.place(url, prompt)
+        times = await stream(client, url, ids, request.output_len, placed.hold)
+        placed.hold(0.0)
         start = begun + request.time
         arrivals = tuple(moment - start for moment in times)
         return Record(request.time, arrivals[-1], arrivals, len(ids), request.output_len)

@@ -16,15 +16,8 @@ with warnings.catch_warnings():  # Ray's own
     from ray.serve.config import AutoscalingContext
     from ray.serve.schema import ServeDeploySchema
 
-    from minisgl.cluster.serving import (
-        KV_USE,
-        QUEUED_TOKENS,
-        Plan,
-        build,
-        replica_needs,
-        server_options,
-        wanted_replicas,
-    )
+    from minisgl.cluster.serving import Plan, autoscaling, build, replica_needs, server_options
+from minisgl.cluster.router import KV_USE, QUEUED_TOKENS
 from minisgl.config.args import args_from_options, parse_args
 from minisgl.errors import ConfigError
 
@@ -71,7 +64,7 @@ def test_cpus_are_shared() -> None:
 )
 def test_as_many_replicas_as_queues_and_caches_want(queued: list[float], use: list[float], wanted: int) -> None:
     told = {"queued_tokens": dict(enumerate(queued)), "kv_use": dict(enumerate(use))}
-    assert wanted_replicas(cast(AutoscalingContext, SimpleNamespace(aggregated_metrics=told)))[0] == wanted
+    assert autoscaling(cast(AutoscalingContext, SimpleNamespace(aggregated_metrics=told)))[0] == wanted
 
 
 def test_options_that_differ_are_passed_on(tmp_path: Path) -> None:

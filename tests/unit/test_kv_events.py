@@ -13,8 +13,19 @@ import numpy as np
 import pytest
 import zmq
 
-from minisgl.cluster.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, KvEvents, Publisher
+from minisgl.config.args import parse_args
+from minisgl.config.runtime import SchedulerConfig
+from minisgl.errors import ConfigError
 from minisgl.kvcache.radix import PrefixCache, RadixNode
+from minisgl.scheduler.kv_events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    Event,
+    KvEvents,
+    Publisher,
+    publishers,
+)
 from minisgl.scheduler.planner import Planner
 
 Text = tuple[bytes, tuple[int, ...]]  # a namespace, and the tokens of a prefix
@@ -142,3 +153,26 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:{}", "ipc:///nowhere/{}"])
+def test_an_endpoint_that_cannot_be_had(endpoint: str) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        taken = endpoint.format(holder.getsockname()[1])
+        with pytest.raises(ConfigError, match=f"--kv-events-endpoint {taken}: .*(Address already in use|No such file)"):
+            Publisher(taken)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("127.0.0.1:5557", r"--kv-events-endpoint \['127.0.0.1:5557'\]: expected ZeroMQ endpoints such as tcp://"),
+        ("tcp://*:1,tcp://*:2,tcp://*:3", "--kv-events-endpoint tcp://.*: expected one, or two"),
+    ],
+)
+def test_what_is_no_endpoint(given: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        endpoints = parse_args(["--kv-events-endpoint", given]).kv_events_endpoint
+        publishers(SchedulerConfig(1, 1, 1, 1, 1, kv_events_endpoint=endpoints))

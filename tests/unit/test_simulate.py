@@ -239,7 +239,7 @@ def test_what_is_wrong_with_a_trace_is_one_line(tmp_path: Path, line: str, expec
         (["--shape", "none"], "shape 'none'"),
         (["--calibration", "none"], "--calibration none: No such file"),
         (["--port", "80"], "--port: a simulation does not depend on it"),
-        (["--replica", "2"], "unknown argument --replica"),
+        (["--replica", "2"], r"unknown argument --replica.*; see minisgl simulate --help"),
         (["--num-pages", "40"], "--prefix-len and --input-len: .*the context is 640"),
         (["--json", "none/out.json"], "--json none/out.json: there is no such directory"),
         (["--schedule-policy", "best"], "--schedule-policy"),

@@ -8,45 +8,25 @@ import json
 import os
 import sys
 import threading
-from dataclasses import replace
 
-from minisgl.cluster.events import publishing_main
 from minisgl.config.args import args_from_options
 from minisgl.config.resolve import prepare
 from minisgl.errors import ConfigError, MiniSGLError
-from minisgl.processes.launcher import LocalLauncher, Worker, WorkerSpec
-from minisgl.processes.workers import scheduler_main
+from minisgl.processes.launcher import LocalLauncher
 from minisgl.server.launch import bind_port, run_server
 from minisgl.utils.log import setup_logging
 
 FAILED = "failed: "  # begins the last line of a server that could not start
 
 
-class PublishingLauncher(LocalLauncher):
-    """The scheduler of rank 0 publishes what becomes of its prefix cache. published: see `publishing_main`."""
-
-    def __init__(self, published: tuple[str, str]) -> None:
-        self._published = published
-
-    def start(self, spec: WorkerSpec, life: int, is_lasting: bool) -> Worker:
-        if spec.body is scheduler_main and spec.args[-1] == 0:
-            spec = replace(spec, body=publishing_main, args=(*spec.args, self._published))
-        return super().start(spec, life, is_lasting)
-
-
 def main() -> int:
-    line = b""
-    while not line.endswith(b"\n"):
-        if not (part := os.read(0, 65536)):
-            return 1
-        line += part
+    line = sys.stdin.readline()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    told = json.loads(line)
     setup_logging("server")
     try:
-        args = args_from_options(told["options"])
-        with contextlib.closing(bind_port(told["host"], 0)) as listener:
-            return run_server(prepare(args), listener, PublishingLauncher(tuple(told["published"])))
+        host, options = json.loads(line)
+        with contextlib.closing(bind_port(host, 0)) as listener:  # --host is the cluster's, and says who may come
+            return run_server(prepare(args_from_options(options)), listener, LocalLauncher())
     except MiniSGLError as error:
         print(f"{FAILED}{error}", flush=True)
         return 2 if isinstance(error, ConfigError) else 1

@@ -7,9 +7,8 @@ import contextlib
 import os
 import re
 import socket
-import threading
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,47 +23,27 @@ from ray.serve.handle import DeploymentHandle
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from minisgl.cluster.events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch
 from minisgl.cluster.metrics import merged
 from minisgl.cluster.prompts import Asked, num_tokens
-from minisgl.cluster.relay import Chosen, Relay, whole_body
+from minisgl.cluster.relay import Chosen, Relay, read_body
 from minisgl.cluster.router import PrefixRouter, Prompt
 from minisgl.config.args import integer
 from minisgl.env import env_number
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
+from minisgl.scheduler.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch
 from minisgl.server.admission import Connection
 from minisgl.server.bodies.intake import MAX_BODY_BYTES
 from minisgl.server.errors import error_response, json_response
 
 _WAIT_SECONDS = 60.0  # for a replica, where there is none
 _PATIENCE_SECONDS = 1.0  # for another replica than the one that gave no answer
-_RUNNING_TOKENS = 64.0  # of load that a request is while it decodes
+_SHUN_SECONDS = 5.0  # after a replica has given no answer; by then Ray knows, if it has ended
 _ASK_SECONDS = 5.0
+_LOOK_SECONDS = 4.0
 _MAX_CONNECTIONS = 4096
 _STORED = re.compile(rb'"id": ?"(resp_[0-9a-zA-Z]+)"')
+Choose = Callable[[Collection[str]], str | None]  # one of these replicas; None: none yet
 _OF_ALL = ("/flush_cache", "/abort_request")  # asked of every replica; numbers in their answers are added up
-
-
-class Choice:
-    """Comes with a request to `PrefixRequestRouter`, and knows what the ingress knows."""
-
-    def __init__(self, router: PrefixRouter, lock: threading.Lock, asked: Asked, tried: Collection[str]) -> None:
-        self._router, self._lock, self._asked, self._tried = router, lock, asked, tried
-        self._begin = time.monotonic()
-
-    def choose(self, names: Collection[str]) -> str | None:
-        """One of these replicas, all that may be chosen now; None: none yet."""
-        router = self._router
-        with self._lock:
-            if router.loads.keys() != set(names):
-                router.set_replicas(names)
-            keeper = router.session(self._asked.keeper) if self._asked.keeper else None
-            if keeper in router.loads and keeper not in self._tried:
-                return keeper
-            name = router.choose(self._asked.prompt, self._tried)
-            if name is None and self._tried and time.monotonic() > self._begin + _PATIENCE_SECONDS:
-                name = router.choose(self._asked.prompt)
-            return name
 
 
 class Relayed:
@@ -85,13 +64,13 @@ class Ingress:
 
     def __init__(self, replicas: DeploymentHandle[Any], options: Mapping[str, Any], listener: str, policy: str) -> None:
         self._replicas, self._options = replicas, options
-        self._router, self._lock = PrefixRouter(policy), threading.Lock()
+        self._router = PrefixRouter(policy)
         self._watched: dict[str, asyncio.Task[None]] = {}
+        self._shunned: dict[str, float] = {}  # replicas, and until when
         max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
         self._relay, self._draining = Relay(self._pick, max_body), False
-        self._wanted: dict[str, Any] | None = None  # by an operator, until whoever has started the cluster has seen it
-        if listener:
-            threading.Thread(target=lambda: asyncio.run(self._serve(listener)), daemon=True).start()
+        self._wanted: asyncio.Queue[dict[str, Any]] = asyncio.Queue()  # by operators
+        self._serving = asyncio.ensure_future(self._serve(listener)) if listener else None
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -99,9 +78,9 @@ class Ingress:
             if self._draining and scope["method"] == "POST":
                 raise WorkerDied("the server is draining: it takes no new requests, and will stop")
             if path.startswith("/cluster"):
-                answer = await self._operate(scope, await whole_body(receive))
+                answer = await self._operate(scope, await read_body(receive) or b"")
             elif path in ("/metrics", *_OF_ALL):
-                answer = await self._ask_all(scope, await whole_body(receive))
+                answer = await self._ask_all(scope, await read_body(receive) or b"")
             else:
                 await self._relay(scope, receive, send)
                 return
@@ -109,51 +88,58 @@ class Ingress:
             answer = error_response(scope, error)
         await answer(scope, receive, send)
 
-    def state(self) -> dict[str, Any]:
-        """For whoever has started the cluster."""
-        wanted, self._wanted = self._wanted, None
-        return {"wanted": wanted, "open": self._relay.counts["open"]}
+    async def wanted(self) -> dict[str, Any]:
+        """For whoever has started the cluster: what an operator asks for; empty when there was nothing for a while."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            return await asyncio.wait_for(self._wanted.get(), _LOOK_SECONDS)
+        return {}
 
-    def drain(self) -> None:
+    def drain(self) -> int:
+        """Take no new requests. Returns how many there are."""
         self._draining = True
+        return self._relay.counts["open"]
 
     @contextlib.asynccontextmanager
-    async def _pick(self, asked: Asked, tried: Collection[str]) -> AsyncIterator[Chosen]:
-        choosing = self._replicas.choose_replica(Choice(self._router, self._lock, asked, tried))
+    async def _pick(self, asked: Asked, tried: Sequence[str]) -> AsyncIterator[Chosen]:
+        now = time.monotonic()
+        shunned = {name: until for name, until in self._shunned.items() if until > now}
+        self._shunned = shunned | dict.fromkeys(tried, now + _SHUN_SECONDS)
         try:
-            selection = await asyncio.wait_for(choosing.__aenter__(), _WAIT_SECONDS)
+            name, told = await asyncio.wait_for(self._select(partial(self._choose, asked, tried, now)), _WAIT_SECONDS)
         except (asyncio.TimeoutError, RayServeException, RayError):
             raise WorkerDied("no replica is ready; try again") from None
-        name, told = selection.replica_id, selection.replica_metadata
         self._watch(name, told["events"][0])
-        with self._lock:
-            missing = asked.prompt.num_bytes / self._router.bytes_per_token
-            missing = max(0.0, missing - self._router.cached_tokens(name, asked.prompt))
-            self._router.learn(name, asked.prompt)
-        held = [0.0]  # of the replica's load
-
-        def hold(tokens: float) -> None:
-            with self._lock:
-                if name in self._router.loads:
-                    self._router.loads[name] += tokens - held[0]
-                held[0] = tokens
-
-        hold(missing + _RUNNING_TOKENS)
+        placed = self._router.place(name, asked.prompt)
         try:
-            yield Chosen(name, told["url"], partial(hold, _RUNNING_TOKENS), partial(self._learn, name, asked.prompt))
+            yield Chosen(name, told["url"], placed.hold, partial(self._learn, name, asked.prompt))
         finally:
-            hold(0.0)
-            with contextlib.suppress(RayServeException, RayError):  # it is gone
-                await choosing.__aexit__(None, None, None)
+            placed.hold(0.0)
+
+    async def _select(self, choose: Choose) -> tuple[str, dict[str, Any]]:
+        """A replica's name, and what it tells of itself (`Replica.describe`). Nothing is reserved with Ray: that is two
+        messages for each request, and a server knows when it is full."""
+        async with self._replicas.choose_replica(choose, _reserve=False) as selection:
+            return selection.replica_id, selection.replica_metadata
+
+    def _choose(self, asked: Asked, tried: Collection[str], begin: float, names: Collection[str]) -> str | None:
+        """One of these replicas, all that Ray says there are; None: look again, there is none, or none other yet."""
+        router, now = self._router, time.monotonic()
+        excluded = {*tried, *(name for name, until in self._shunned.items() if until > now)}
+        if router.loads.keys() != set(names):
+            router.set_replicas(names)
+        keeper = router.session(asked.keeper) if asked.keeper else None
+        if keeper in router.loads and keeper not in excluded:
+            return keeper
+        name = router.choose(asked.prompt, excluded)
+        return router.choose(asked.prompt) if name is None and now > begin + _PATIENCE_SECONDS else name
 
     def _learn(self, name: str, prompt: Prompt, tail: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         """From an answer: how long tokens are, and who will be asked for it again."""
         kept = [value.decode("latin-1") for key, value in headers if key == b"x-request-id"]
         kept += [found.decode() for found in _STORED.findall(tail)]
-        with self._lock:
-            self._router.calibrate(prompt.num_bytes, num_tokens(tail))
-            for key in kept:
-                self._router.learn(name, Prompt((), 0, key))
+        self._router.calibrate(prompt.num_bytes, num_tokens(tail))
+        for key in kept:
+            self._router.learn(name, Prompt((), 0, key))
 
     def _watch(self, name: str, endpoint: str) -> None:
         """From now on hear what a replica evicts."""
@@ -170,24 +156,22 @@ class Ingress:
             while True:
                 _, counted, data = await events.recv_multipart()
                 batch, number = decode_batch(data), int.from_bytes(counted, "big")
-                with self._lock:
-                    if expected and number != expected:  # some are lost, or its scheduler has begun anew
+                if expected and number != expected:  # some are lost, or its scheduler has begun anew
+                    self._router.clear(name)
+                for event in batch.events:
+                    if isinstance(event, BlockRemoved):
+                        self._router.forget(name, len(event.block_hashes) * size)
+                    elif isinstance(event, BlockStored):
+                        size = event.block_size
+                    elif isinstance(event, AllBlocksCleared) and number:
                         self._router.clear(name)
-                    for event in batch.events:
-                        if isinstance(event, BlockRemoved):
-                            self._router.forget(name, len(event.block_hashes) * size)
-                        elif isinstance(event, BlockStored):
-                            size = event.block_size
-                        elif isinstance(event, AllBlocksCleared) and number:
-                            self._router.clear(name)
                 expected = number + 1
 
     async def _describe(self) -> dict[str, dict[str, Any]]:
         """All replicas, by name. Raises: WorkerDied when one does not answer, or there is none."""
         try:
-            answers = self._replicas.broadcast("describe")
-            told = await asyncio.to_thread(answers.results, timeout_s=_ASK_SECONDS)
-        except (RayServeException, RayError, TimeoutError):
+            told = await asyncio.wait_for(self._replicas.broadcast("describe").results_async(), _ASK_SECONDS)
+        except (RayServeException, RayError, asyncio.TimeoutError):
             raise WorkerDied("not all replicas answer; try again") from None
         return {one["name"]: one for one in told}
 
@@ -217,15 +201,13 @@ class Ingress:
         if allowed.status_code != 200:
             return allowed
         if scope["method"] == "POST":
-            self._wanted = _wanted(scope["path"], body)
+            self._wanted.put_nowait(_wanted(scope["path"], body))
         told = [{**one, "load": self._router.loads.get(name, 0.0)} for name, one in replicas.items()]
         return json_response({"replicas": told, "requests": self._relay.counts, "draining": self._draining})
 
     async def _serve(self, path: str) -> None:
         """Take the port over, and answer at it."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as holder:
-            holder.connect(path)
-            _, (descriptor, *_), _, _ = socket.recv_fds(holder, 1, 1)
+        descriptor = await asyncio.to_thread(_taken_over, path)
         options = self._options
         timeouts = {"READ": 20.0, "WRITE": 30.0}  # seconds, as in a server
         read, write = (env_number(f"MINISGL_{kind}_TIMEOUT", timeouts[kind], low=0.1, high=86400) for kind in timeouts)
@@ -246,6 +228,13 @@ class Ingress:
             ssl_keyfile=options.get("ssl_keyfile"),
         )
         await uvicorn.Server(config).serve(sockets=[socket.socket(fileno=descriptor)])
+
+
+def _taken_over(path: str) -> int:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as holder:
+        holder.connect(path)
+        _, (descriptor, *_), _, _ = socket.recv_fds(holder, 1, 1)
+        return descriptor
 
 
 def _wanted(path: str, body: bytes) -> dict[str, Any]:

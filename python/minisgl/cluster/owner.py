@@ -31,9 +31,15 @@ _LINGER_SECONDS = 1.0  # that the port stays open when all requests have ended
 _ASK_SECONDS = 5.0
 _END_SECONDS = 30.0
 _LOST_SECONDS = 30.0  # without an answer of the ingress, which Ray starts again
+_BACKLOG = 1024
 _OBJECT_STORE = 80 * 2**20  # bytes: requests and answers do not go through it
 _WORDS = re.compile(r"replica: (.*)")  # of a server that did not start
-_ENVIRON = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+_ENVIRON = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # seconds; with the default of 0.1, idle, 4 % of a core
+}
 
 
 class Owner:
@@ -46,6 +52,7 @@ class Owner:
     def __init__(self, plan: Plan, listener: socket.socket, folder: str, address: str | None) -> None:
         self._plan = replace(plan, host="127.0.0.1" if address is None else "", listener=f"{folder}/port")
         self._listener, self._folder, self._address = listener, folder, address
+        self._has_joined = False  # a Ray that is not ours, and in which the application is ours
         self._signals: list[int] = []
         self._changing: threading.Thread | None = None
 
@@ -62,6 +69,7 @@ class Owner:
                 signal.signal(signum, lambda number, _: self._on_signal(number))
             handle = self._deploy(self._plan)
             self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for whoever comes after us
+            self._listener.listen(_BACKLOG)  # so that nobody is refused while the ingress is not there, or not yet
             threading.Thread(target=self._hand_out, args=(holder,), daemon=True).start()
             host, port = self._listener.getsockname()[:2]
             scheme = "https" if self._plan.options.get("ssl_certfile") else "http"
@@ -85,6 +93,7 @@ class Owner:
                 ray.shutdown()
         if self._address and APP in serve.status().applications:
             raise ConfigError(f"--address {self._address}: a cluster is there already; minisgl cluster drain ends it")
+        self._has_joined = self._address is not None
         serve.start(proxy_location="Disabled")
 
     def _deploy(self, plan: Plan) -> DeploymentHandle[Any]:
@@ -108,28 +117,31 @@ class Owner:
             raise KeyboardInterrupt
 
     def _watch(self, handle: DeploymentHandle[Any]) -> None:
-        next_wanted: dict[str, Any] | None = None
-        last_seen, state = time.monotonic(), handle.state  # made once: that needs the head, and waits for it
+        """Until a signal comes, or an operator has it drained; then that is done. Raises: WorkerDied."""
+        next_wanted = dict[str, Any]()
+        last_seen, ask = time.monotonic(), handle.wanted  # made once: that needs the head, and waits for it
+        asking = ask.remote()
         while not self._signals:
-            time.sleep(_POLL_SECONDS)
             try:
-                wanted = state.remote().result(timeout_s=_ASK_SECONDS)["wanted"]
-                last_seen = time.monotonic()
+                wanted = asking.result(timeout_s=_POLL_SECONDS)
+                last_seen, asking = time.monotonic(), ask.remote()
             except (RayError, RayServeException, TimeoutError) as error:
                 if time.monotonic() > last_seen + _LOST_SECONDS or not ray.is_initialized():
                     raise WorkerDied(f"the cluster does not answer: {' '.join(str(error).split())}") from None
+                if not isinstance(error, TimeoutError):
+                    time.sleep(_POLL_SECONDS)
+                    asking = ask.remote()
                 continue
-            if wanted is not None and "drain" in wanted:
+            if "drain" in wanted:
                 break
             next_wanted = wanted or next_wanted
-            if next_wanted is not None and not (self._changing and self._changing.is_alive()):
+            if next_wanted and not (self._changing and self._changing.is_alive()):
                 self._changing = threading.Thread(target=self._change, args=(next_wanted,), daemon=True)
                 self._changing.start()
-                next_wanted = None
+                next_wanted = {}
         with contextlib.suppress(RayError, RayServeException, TimeoutError):
-            handle.drain.remote().result(timeout_s=_ASK_SECONDS)
             deadline = time.monotonic() + args_from_options(self._plan.options).drain_timeout
-            while time.monotonic() < deadline and state.remote().result(timeout_s=_ASK_SECONDS)["open"]:
+            while handle.drain.remote().result(timeout_s=_ASK_SECONDS) and time.monotonic() < deadline:
                 time.sleep(0.1)
             time.sleep(_LINGER_SECONDS)
 
@@ -154,7 +166,9 @@ class Owner:
         watchdog.daemon = True
         watchdog.start()
         with contextlib.suppress(RayError, RayServeException):
-            if self._address and ray.is_initialized():
-                serve.shutdown()  # type: ignore[no-untyped-call]
+            if self._has_joined and ray.is_initialized():
+                serve.delete(APP)
+                if not serve.status().applications:  # nor anybody else's
+                    serve.shutdown()  # type: ignore[no-untyped-call]
             ray.shutdown()
         watchdog.cancel()

@@ -58,7 +58,7 @@ class Relay:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.counts["open"] += 1
         try:
-            body = await _read(receive, self._max_body)
+            body = await read_body(receive, self._max_body)
             if body is not None:
                 await _while_connected(receive, self._relay(scope, body, send))
         finally:
@@ -146,12 +146,7 @@ def _passed(answer: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
     return [(name.lower(), value) for name, value in answer.raw_headers if name.lower() not in _HOP]
 
 
-async def whole_body(receive: Receive) -> bytes:
-    """Of what an operator asks: the first megabyte."""
-    return await _read(receive, 2**20) or b""
-
-
-async def _read(receive: Receive, limit: int) -> bytes | None:
+async def read_body(receive: Receive, limit: int = 2**20) -> bytes | None:
     """The body, or as much of it as shows that it is too long; None when the client has gone."""
     body = bytearray()
     while len(body) <= limit:

@@ -40,14 +40,12 @@ class Replica:
         events = [f"tcp://{host}:{_free_port(host)}" for _ in range(2)]
         self._drain_timeout, self._stopping = float(options.get("drain_timeout", 10.0)), False
         self._headers = {"authorization": f"Bearer {keys[0]}"} if keys[0] else {}
-        environ = {**os.environ, "FORWARDED_ALLOW_IPS": "*", "PYTHONSAFEPATH": "1"}  # only the ingress comes here
+        env = {**os.environ, "FORWARDED_ALLOW_IPS": "*", "PYTHONSAFEPATH": "1"}  # only the ingress comes here
         pipe, command = subprocess.PIPE, [sys.executable, "-m", "minisgl.cluster.child"]
-        self._server = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, env=environ, start_new_session=True
-        )
+        self._server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env, start_new_session=True)
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps({"options": dict(options), "host": host, "published": events}) + "\n")
+        self._server.stdin.write(json.dumps([host, {**options, "kv_events_endpoint": events}]) + "\n")
         self._server.stdin.flush()
         last, found = "", None
         for line in self._server.stdout:

@@ -8,6 +8,7 @@ end of a text on. How many bytes a token has is learned from answers.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
@@ -19,6 +20,9 @@ MAX_BLOCKS = 1024  # of one prompt
 MAX_KNOWN = 2**20  # blocks of all replicas together; of a replica that has more than its share some are forgotten
 MAX_SESSIONS = 2**16
 POLICIES = ("prefix", "power-of-two", "random")
+QUEUED_TOKENS = 8192.0  # that may wait at each replica before there is to be another one
+KV_USE = 0.8  # share of the KV cache of each replica, likewise
+RUNNING_TOKENS = 64.0  # of load that a request is while it decodes
 _HOLDERS = 8  # of those that have most of the prompt, so many are compared
 _STICKY_TOKENS = 4096  # by so many a session's replica may be further behind than the best one
 _BYTES_PER_TOKEN = 4.0  # until answers tell
@@ -46,12 +50,30 @@ def text_blocks(text: bytes, salt: str = "", size: int = BLOCK_BYTES) -> list[in
     return blocks
 
 
+def wanted_replicas(queued_tokens: float, kv_use: float) -> int:
+    """As many as keep queues short and KV caches from filling up, by the sums over all replicas."""
+    return max(1, math.ceil(max(queued_tokens / QUEUED_TOKENS, kv_use / KV_USE)))
+
+
+class Placed:
+    """A request at a replica, whose load it is a part of."""
+
+    def __init__(self, loads: dict[str, float], name: str) -> None:
+        self._loads, self._name, self._held = loads, name, 0.0
+
+    def hold(self, tokens: float = RUNNING_TOKENS) -> None:
+        """So much from now on: as it is, while it decodes; 0, when it has ended."""
+        if self._name in self._loads:
+            self._loads[self._name] += tokens - self._held
+        self._held = tokens
+
+
 class PrefixRouter:
     """Knows the replicas that may be chosen, how much waits there, and which texts each has seen. It is not safe to be
     used by several threads at a time.
 
-    loads: tokens that a replica has yet to compute before it comes to a new request, by its name; whoever sends
-    requests counts up and down. One that drains, or is not well, is taken out by `set_replicas`.
+    loads: tokens that a replica has yet to compute before it comes to a new request, by its name. One that drains, or
+    is not well, is taken out by `set_replicas`.
     """
 
     def __init__(self, policy: str = "prefix", seed: int | None = None, max_known: int = MAX_KNOWN) -> None:
@@ -92,6 +114,14 @@ class PrefixRouter:
             is_near = costs.get(own, self.loads[own]) <= costs[best] + _STICKY_TOKENS
             return own if is_near else best
         return best
+
+    def place(self, name: str, prompt: Prompt) -> Placed:
+        """The prompt goes to this replica, which has it from now on."""
+        missing = prompt.num_bytes / self.bytes_per_token - self.cached_tokens(name, prompt)
+        self.learn(name, prompt)
+        placed = Placed(self.loads, name)
+        placed.hold(RUNNING_TOKENS + max(0.0, missing))
+        return placed
 
     def cached_tokens(self, name: str, prompt: Prompt) -> float:
         """How many tokens of the prompt a replica is expected to have."""

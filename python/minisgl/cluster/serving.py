@@ -16,40 +16,36 @@ from ray.serve.config import AutoscalingContext
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 import minisgl
-from minisgl.cluster.ingress import Choice, Ingress, Relayed
+from minisgl.cluster.ingress import Choose, Ingress, Relayed
 from minisgl.cluster.replica import Replica, node_address
-from minisgl.cluster.router import POLICIES
+from minisgl.cluster.router import POLICIES, wanted_replicas
 from minisgl.config.args import ServerArgs, args_from_options, integer
 from minisgl.errors import ConfigError
 
 APP = "minisgl"
 _UNBOUNDED = 100_000  # requests at one replica at a time: the server itself says when it has enough
-QUEUED_TOKENS = 8192.0  # that may wait at each replica before there is to be another one
-KV_USE = 0.8  # share of the KV cache of each replica, likewise
 _LEAST_CPUS = 0.1  # of a replica
 _FILES = {"model_path", "chat_template", "ssl_certfile", "ssl_keyfile"}
 
 
 class PrefixRequestRouter(RequestRouter):
-    """Asks the choice that comes with each request; what is known of prefixes is the ingress's."""
+    """Asks the function that comes with each request; what is known of prefixes is the ingress's."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        if pending_request is None or not pending_request.args or not isinstance(pending_request.args[0], Choice):
-            return [candidate_replicas]
+        assert pending_request is not None
         pending_request.routing_context.should_backoff = True  # where there is none, look again in a while
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        name = pending_request.args[0].choose(by_name)
+        choose: Choose = pending_request.args[0]
+        name = choose(by_name)
         return [[by_name[name]]] if name is not None else []
 
 
-def wanted_replicas(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-    """As many replicas as keep queues short and KV caches from filling up, by what all of them tell."""
+def autoscaling(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+    """By what all replicas tell (`Replica.record_autoscaling_stats`)."""
     told = context.aggregated_metrics or {}
-    sums = {name: sum(told.get(name, {}).values()) for name in ("queued_tokens", "kv_use")}
-    wanted = max(sums["queued_tokens"] / QUEUED_TOKENS, sums["kv_use"] / KV_USE)
-    return max(1, math.ceil(wanted)), {}
+    return wanted_replicas(*(sum(told.get(name, {}).values()) for name in ("queued_tokens", "kv_use"))), {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +78,7 @@ def replica_needs(
 
     nodes: what each has. Raises: ConfigError when there is not enough for all replicas.
     """
-    size, gpus, cpus = (
-        args.tensor_parallel_size,
-        sum(n.get("GPU", 0) for n in nodes),
-        sum(n.get("CPU", 0) for n in nodes),
-    )
+    size, (gpus, cpus) = args.tensor_parallel_size, [sum(n.get(kind, 0) for n in nodes) for kind in ("GPU", "CPU")]
     if args.device == "cuda" or (gpus and args.device is None):
         room = sum(int(node.get("GPU", 0)) // size for node in nodes)
         if room < plan.replicas:
@@ -104,6 +96,8 @@ def replica_needs(
 def application(plan: Plan) -> serve.Application:
     """What `serve.run` takes; Ray is there. Raises: ConfigError."""
     args = args_from_options(plan.options)
+    if args.kv_events_endpoint:
+        raise ConfigError("--kv-events-endpoint: each replica has its own; minisgl cluster status names them")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     more, resources = replica_needs(args, plan, nodes)
     front = {name: value for name, value in plan.options.items() if name.startswith("ssl_")}
@@ -112,7 +106,7 @@ def application(plan: Plan) -> serve.Application:
     if plan.max_replicas > plan.replicas and not plan.is_fixed:
         scale: dict[str, Any] = {"min_replicas": plan.replicas, "max_replicas": plan.max_replicas}
         scale |= {"upscale_delay_s": 5.0, "downscale_delay_s": 60.0}
-        count = {"autoscaling_config": {**scale, "policy": {"policy_function": f"{__name__}:wanted_replicas"}}}
+        count = {"autoscaling_config": {**scale, "policy": {"policy_function": f"{__name__}:autoscaling"}}}
     common: dict[str, Any] = {"max_ongoing_requests": _UNBOUNDED, "health_check_period_s": 2.0}
     common |= {"graceful_shutdown_wait_loop_s": 0.2, "graceful_shutdown_timeout_s": args.drain_timeout + 30}
     replica = serve.deployment(
@@ -123,7 +117,8 @@ def application(plan: Plan) -> serve.Application:
         max_constructor_retry_count=2,
     )(Replica)
     here = {f"node:{node_address()}": 0.001} if plan.listener else {}
-    ingress = serve.deployment(**common, ray_actor_options={"num_cpus": 0, "resources": here})(
+    one_loop = {"env_vars": {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}}  # for what asks the router, and the router
+    ingress = serve.deployment(**common, ray_actor_options={"num_cpus": 0, "resources": here, "runtime_env": one_loop})(
         serve.ingress(Relayed())(Ingress)
     )
     # Each `serve.run` would be a version of its own, and replace all replicas also where only numbers change.

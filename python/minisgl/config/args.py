@@ -51,6 +51,7 @@ _text = _matching(".+", "a non-empty text")
 _key = _matching("[!-~]+", "printable ASCII characters without spaces")  # what fits an HTTP header
 _origin = _matching(r"\*|https?://[^/\s]+", "origins such as https://example.org, or *")
 _share = parser_of("a number above 0 and at most 1", lambda number: 1e-9 <= number <= 1, float)
+_zmq = _matching(r"(tcp|ipc)://\S+", "ZeroMQ endpoints such as tcp://*:5557")
 _host = _matching(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*", "names such as llm.example.org, *.example.org, or *, without a port")
 
 
@@ -127,6 +128,7 @@ class ServerOptions:
     log_requests: bool = _option(boolean, False)
     otlp_endpoint: str | None = _option(_matching(r"https?://[^/\s]\S*", "a URL such as http://127.0.0.1:4318"), None)
     log_format: str = _choice(("text", "json"), "text")
+    kv_events_endpoint: tuple[str, ...] = _option(several(_zmq), ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,7 @@ class SchedulerConfig:
     has_states: bool = False  # the model has caches that are states
     num_snapshots: int = 0  # of these, which the prefix cache may hold
     snapshot_tokens: int = 64  # between two of them, at least
+    kv_events_endpoint: tuple[str, ...] = ()  # of ZeroMQ: for events of the prefix cache, and for those missed
 
 
 @dataclass(frozen=True, slots=True)

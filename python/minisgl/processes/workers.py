@@ -54,17 +54,19 @@ def tokenizer_main(control: Control, config: TokenizerConfig, endpoints: Endpoin
 
 
 def scheduler_main(
-    control: Control, engine: EngineConfig, config: SchedulerConfig, endpoints: Endpoints, rank: int, *more: Observer
+    control: Control, engine: EngineConfig, config: SchedulerConfig, endpoints: Endpoints, rank: int
 ) -> None:
-    """One tensor-parallel rank of a server, or one above 0 of an `LLM`. more: observers, on rank 0."""
+    """One tensor-parallel rank of a server, or one above 0 of an `LLM`."""
     # Read when torch is imported. Threads that spin between two operators gain nothing on free cores, and on busy ones
     # they take the time of the very thread that they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from minisgl.message.messages import StatsMsg, TraceMsg
+    from minisgl.scheduler.kv_events import publishers
     from minisgl.scheduler.observer import Status
     from minisgl.scheduler.transport import Answers, FollowerTransport, LeaderTransport
     from minisgl.trace.recorder import Recorder
 
+    more = publishers(config) if rank == 0 else []
     loaded = load_rank(engine, config, f"{endpoints.rendezvous}-{control.life}", rank)
     if rank > 0:
         scheduler = loaded.scheduler(FollowerTransport(endpoints, rank, control.beat))

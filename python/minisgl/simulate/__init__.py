@@ -27,6 +27,7 @@ from minisgl.simulate.cluster import Simulation
 from minisgl.simulate.times import Served, by_floor, calibrated
 from minisgl.simulate.workload import generate, read_trace
 
+PROG = "minisgl simulate"
 KINDS: dict[str, Callable[[str], Any]] = {  # of flags, in flags.yaml
     "natural": argument(integer(0)),
     "positive": argument(integer(1)),
@@ -39,7 +40,7 @@ KINDS: dict[str, Callable[[str], Any]] = {  # of flags, in flags.yaml
 
 def make_parser() -> argparse.ArgumentParser:
     groups = yaml.safe_load(Path(__file__).with_name("flags.yaml").read_text(encoding="utf-8"))
-    parser = ArgumentParser(prog="minisgl simulate", **groups.pop("about"), allow_abbrev=False)
+    parser = ArgumentParser(prog=PROG, **groups.pop("about"), allow_abbrev=False)
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for name, (kind, default, text) in flags.items():
@@ -85,7 +86,10 @@ def make_served(args: argparse.Namespace, server_flags: Sequence[str]) -> Served
         served = calibrated(args.calibration, args.model)
     else:
         served = by_floor(args.shape, Machine(args.bandwidth, args.peak_flops), args.efficiency)
-    options, read = engine_options(parse_args(server_flags)), {field.name for field in fields(SchedulerConfig)}
+    options, read = (
+        engine_options(parse_args(server_flags, prog=PROG)),
+        {field.name for field in fields(SchedulerConfig)},
+    )
     if foreign := [name.replace("_", "-") for name in options if name not in read]:
         raise ConfigError(f"--{foreign[0]}: a simulation does not depend on it")
     config = replace(served.config, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 import time
 from array import array
 from collections import deque
@@ -15,15 +14,13 @@ from itertools import count
 import numpy as np
 
 from minisgl.benchmark.metrics import Record
-from minisgl.cluster.router import PrefixRouter, Prompt, text_blocks
+from minisgl.cluster.router import Placed, PrefixRouter, Prompt, text_blocks, wanted_replicas
 from minisgl.core import ReqOutput, SamplingParams, StepResult
 from minisgl.scheduler.planner import Planned, Planner
 from minisgl.simulate.times import Served
 from minisgl.simulate.workload import Request, Session
 
-RUNNING_TOKENS = 64.0  # by which a running request adds to its replica's load, as in a cluster
 _LOOK_SECONDS = 30.0  # from one look at all replicas to the next, until when new ones have started
-_QUEUED_TOKENS, _KV_USE = 8192, 0.8  # that may wait at each replica, and be in use, before there is to be another one
 
 
 @dataclass(slots=True)
@@ -35,7 +32,7 @@ class Flow:
     later: Session
     arrived: float
     token_ids: list[int]
-    load: float
+    placed: Placed
     first: float = -1.0
     last: float = -1.0
 
@@ -119,12 +116,11 @@ class Simulation:
         self._router.set_replicas(self._serving)
 
     def _scale(self, missing: int, now: float) -> None:
-        """As a cluster does: as many replicas as keep queues short and KV caches from filling up. Those that are
-        missing are there at the next look; of those that are too many, one gets no more requests."""
+        """Those that are missing are there at the next look; of those that are too many, one gets no more requests."""
         self._start(missing, now)
-        loads, num_pages = self._router.loads, self._served.config.num_pages
+        num_pages = self._served.config.num_pages
         in_use = sum(1 - replica.planner.pages.num_free / num_pages for replica in self._serving.values())
-        wanted = math.ceil(max(sum(loads.values()) / _QUEUED_TOKENS, in_use / _KV_USE))
+        wanted = wanted_replicas(sum(self._router.loads.values()), in_use)
         if wanted < len(self._serving) > 1:
             _, replica = self._serving.popitem()
             self._router.set_replicas(self._serving)
@@ -139,11 +135,9 @@ class Simulation:
         prompt = Prompt(text_blocks(ids.tobytes()), ids.nbytes, session[0].place)
         begun = time.perf_counter()
         name = router.choose(prompt) or ""  # there always is one
-        load = RUNNING_TOKENS + max(0.0, len(ids) - router.cached_tokens(name, prompt))
-        router.learn(name, prompt)
-        router.loads[name] += load
+        placed = router.place(name, prompt)
         self.routing += time.perf_counter() - begun
-        flow = Flow(session[0], session[1:], now, ids.tolist(), load)
+        flow = Flow(session[0], session[1:], now, ids.tolist(), placed)
         self._at(now + self._served.overhead, partial(self._receive, self._serving[name], flow))
 
     def _receive(self, replica: Replica, flow: Flow, now: float) -> None:
@@ -166,7 +160,7 @@ class Simulation:
             flow = replica.flows[output.req.uid]
             if flow.first < 0:
                 flow.first = now
-                self._set_load(replica, flow, RUNNING_TOKENS)
+                flow.placed.hold()
             else:
                 self.itl.append(now - flow.last)
             flow.last = now
@@ -177,13 +171,8 @@ class Simulation:
     def _finish(self, replica: Replica, flow: Flow, output: ReqOutput) -> None:
         req, first, total = output.req, flow.first - flow.arrived, flow.last - flow.arrived
         del replica.flows[req.uid]
-        self._set_load(replica, flow, 0.0)
+        flow.placed.hold(0.0)
         counts = req.prompt_len, len(req.tokens) - req.prompt_len, req.num_cached
         self.records.append(Record(flow.arrived, total, (first, total), *counts, has_gaps=False))
         if flow.later:
             self._at(flow.last + flow.later[0].time, partial(self._arrive, flow.later))
-
-    def _set_load(self, replica: Replica, flow: Flow, load: float) -> None:
-        if replica.name in self._serving:
-            self._router.loads[replica.name] += load - flow.load
-        flow.load = load

@@ -16,11 +16,9 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from minisgl.config.runtime import EngineConfig, SchedulerConfig
+from minisgl.config.runtime import SchedulerConfig
+from minisgl.errors import ConfigError
 from minisgl.kvcache.radix import Change, RadixNode
-from minisgl.message.sockets import Endpoints
-from minisgl.processes.control import Control
-from minisgl.processes.workers import scheduler_main
 from minisgl.scheduler.observer import Observer
 from minisgl.scheduler.planner import Planner
 
@@ -62,16 +60,22 @@ decode_batch = msgspec.msgpack.Decoder(EventBatch).decode
 class Publisher:
     """Sends batches, and those of late again to whoever asks; a thread does so, also while the scheduler waits.
 
-    events, replay: the endpoints, which are bound here.
+    events, replay: the endpoints, which are bound here; without the second nothing is sent again. Raises: ConfigError.
     """
 
-    def __init__(self, events: str, replay: str, topic: bytes = b"") -> None:
+    def __init__(self, events: str, replay: str = "", *, topic: bytes = b"") -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._topic = topic
         sockets = [context.socket(kind) for kind in (zmq.PUB, zmq.ROUTER, zmq.PULL)]
         for socket, endpoint in zip(sockets, (events, replay, where := f"inproc://events-{id(self)}"), strict=True):
             socket.setsockopt(zmq.LINGER, 0)
-            socket.bind(endpoint)
+            try:
+                if endpoint:
+                    socket.bind(endpoint)
+            except zmq.ZMQError as error:
+                for one in sockets:
+                    one.close()
+                raise ConfigError(f"--kv-events-endpoint {endpoint}: {error.strerror or error}") from None
         self._batches = context.socket(zmq.PUSH)
         self._batches.connect(where)
         threading.Thread(target=self._run, args=sockets, name="minisgl-events", daemon=True).start()
@@ -143,14 +147,10 @@ def _change(node: RadixNode) -> Change:
     return node.pages, node.key, before[0] if before else None, namespace
 
 
-def publishing_main(
-    control: Control,
-    engine: EngineConfig,
-    config: SchedulerConfig,
-    endpoints: Endpoints,
-    rank: int,
-    published: tuple[str, str],
-) -> None:
-    """The scheduler of rank 0, which publishes at these endpoints: of events, and of those that are replayed."""
-    events = KvEvents(Publisher(*published), config.page_size)
-    scheduler_main(control, engine, config, endpoints, rank, events)
+def publishers(config: SchedulerConfig) -> list[Observer]:
+    """Who publishes the events of rank 0's scheduler, if that is asked for. Raises: ConfigError."""
+    if not config.kv_events_endpoint:
+        return []
+    if len(config.kv_events_endpoint) > 2:
+        raise ConfigError(f"--kv-events-endpoint {','.join(config.kv_events_endpoint)}: expected one, or two")
+    return [KvEvents(Publisher(*config.kv_events_endpoint), config.page_size)]
