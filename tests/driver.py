@@ -64,7 +64,7 @@ def engine_logits_of_each(path: Path, sequences: list[list[int]], **overrides: A
         index, tables = StepIndex.of(plan.reqs), runner.steps.tables
         tables.host.apply(plan)
         tables.send(plan, index)
-        logits = runner.steps.forward(runner.steps.batch(index, 0))(torch.arange(sum(lengths))).float()
+        logits = runner.steps.forward(runner.steps.batch(index, 0)).logits(torch.arange(sum(lengths))).float()
     runner.close()
     return logits.split(lengths)
 

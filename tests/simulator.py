@@ -51,12 +51,13 @@ class SimulatedEngine:
         self.unready: list[int] = []
         self.num_steps = 0
         self.max_step_tokens = 0
-        max_pages = -(-config.max_seq_len // config.page_size)
+        max_pages = -(-(config.max_seq_len + 1) // config.page_size)
         self._tokens = np.full((config.max_running_requests, config.max_seq_len + 1), -1, np.int64)
         self._page_table = np.full((config.max_running_requests, max_pages), -1, np.int64)
         self._salts = [""] * config.max_running_requests
         self._kv: dict[int, tuple[str, tuple[int, ...]]] = {}
         self._states: dict[int, tuple[str | None, tuple[int, ...]]] = {}
+        self._pooled: dict[int, tuple[str, int, list[int]]] = {}  # by row: kind, tokens of the prompt, those seen
 
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
         self.num_steps += 1
@@ -67,8 +68,9 @@ class SimulatedEngine:
         is_decode = [req.num_new == req.num_samples for req in plan.reqs]
         assert is_decode == sorted(is_decode, reverse=True), "prefill comes before decode"
         assert sum(is_decode) == plan.num_decode
-        for row, ids, params, *_ in plan.admissions:
+        for row, ids, params, prompt_len, _ in plan.admissions:
             assert params.seed is not None
+            self._pooled[row] = params.pooling, prompt_len, []
             self._tokens[row], self._salts[row] = -1, params.cache_salt
             self._page_table[row] = -1
             self._tokens[row, : len(ids)] = ids
@@ -78,7 +80,20 @@ class SimulatedEngine:
             failed, self.fail_next, self.broken = self.fail_next, False, True
             sampled = self._run_broken(plan)
             return SimulatedHandle(EngineError("simulated") if failed else StepResult(plan.step_id, sampled))
-        return SimulatedHandle(StepResult(plan.step_id, self._run(plan)))
+        return SimulatedHandle(StepResult(plan.step_id, self._run(plan), pooled=self._vectors(plan)))
+
+    def _vectors(self, plan: StepPlan) -> dict[int, bytes]:
+        """Of a prompt's mean all its tokens as they were computed, else the one that would come next."""
+        vectors = {}
+        for i, (row, start, num_new, num_samples) in enumerate(plan.reqs):
+            kind, prompt_len, seen = self._pooled[row]
+            ids = tuple(self._tokens[row, : start + num_new].tolist())
+            seen += ids[start:]
+            assert not kind or not num_samples, "nothing is sampled for a vector"
+            if kind and start + num_new == prompt_len:
+                vector = bytes(seen) if kind == "mean" else bytes([next_token(ids, self.vocab_size)])
+                vectors[i] = b"" if row in self.poison else vector
+        return vectors
 
     def _run(self, plan: StepPlan) -> list[tuple[int, ...]]:
         self._copy(plan)

@@ -39,6 +39,15 @@ def make_byte_level(directory: Path, *, bos: bool = False, template: str | None 
     return _save(tokenizer, directory, template, eos="<|im_end|>")
 
 
+def add_labels(directory: Path, **ids: int) -> Path:
+    """Tokens of a byte-level tokenizer that no text has, with these ids."""
+    file = directory / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    tokenizer["model"]["vocab"] |= ids
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    return directory
+
+
 def make_sentencepiece(directory: Path) -> Path:
     """A Llama-2-like tokenizer: spaces as U+2581, bytes as <0xXX>, one leading space dropped when decoding."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}

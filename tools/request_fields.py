@@ -11,10 +11,12 @@ from minisgl.server.bodies.fields import NO_EFFECT, OBJECTS, OTHER_NAMES, UNSUPP
 from minisgl.server.bodies.messages import MessagesBody
 from minisgl.server.bodies.native import AbortBody, DetokenizeBody, GenerateBody, TokenizeBody
 from minisgl.server.bodies.responses import ResponsesBody
+from minisgl.server.routes.vectors import EmbeddingsBody, RerankBody, ScoreBody
 
+_VECTORS = (EmbeddingsBody, RerankBody, ScoreBody)
 _GENERATE = (ChatBody, CompletionBody, GenerateBody, ResponsesBody, MessagesBody)
 # What requests may have.
-ALL_BODIES = {model: fields_of(model) for model in (*_GENERATE, TokenizeBody, DetokenizeBody, AbortBody)}
+ALL_BODIES = {model: fields_of(model) for model in (*_GENERATE, *_VECTORS, TokenizeBody, DetokenizeBody, AbortBody)}
 
 TARGET = Path(__file__).parent.parent / "docs" / "requests.md"
 HEAD = """# Fields of requests

@@ -94,7 +94,7 @@ def minisgl_logits(path: Path, options: dict[str, Any]) -> Logits:
             steps.tables.host.apply(plan)
             index = StepIndex.of(plan.reqs)
             steps.tables.send(plan, index)
-            parts.append(steps.forward(steps.batch(index, plan.num_decode))(torch.arange(size)).float().clone())
+            parts.append(steps.forward(steps.batch(index, plan.num_decode)).logits(torch.arange(size)).float().clone())
         return torch.cat(parts)
 
     return logits

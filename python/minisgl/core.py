@@ -99,6 +99,7 @@ class SamplingParams:
     cache_salt: cached prefixes are shared with requests of the same salt only.
     client: whose request it is; clients take turns.
     grammar: what the output has to match; None is anything. It ends where the grammar does, so min_tokens must be 0.
+    pooling: no output, but a vector: "last" or "mean" of the prompt's hidden states, or its "score"; "": an output.
 
     Log-probabilities are the model's own: of the logits as they were before temperature, penalties and biases.
 
@@ -128,6 +129,7 @@ class SamplingParams:
     cache_salt: str = ""
     client: str = ""
     grammar: Grammar | None = None
+    pooling: str = ""
 
     def __post_init__(self) -> None:
         limit, least = self.max_tokens, 0 if self.echo else 1
@@ -214,7 +216,8 @@ class Req:
     def tells_prompt(self) -> bool:
         """Whether it computes all of its prompt, even what is cached. Meanwhile it must not hold on to that: alone with
         both copies, it might never get the pages that it needs."""
-        return self.params.prompt_logprobs is not None and len(self.tokens) == self.prompt_len
+        tells = self.params.prompt_logprobs is not None or self.params.pooling == "mean"
+        return tells and len(self.tokens) == self.prompt_len
 
 
 class Admission(NamedTuple):
@@ -240,7 +243,7 @@ class ScheduledReq(NamedTuple):
 
     The ids come from the engine's token buffer at [row, start : start + num_new]. Each of the last `num_samples` of
     them (one; none in prefill chunks but the last) yields the token at the position after it, which the engine writes
-    into the buffer.
+    into the buffer. A request for a vector has none.
     """
 
     row: int
@@ -316,13 +319,14 @@ class StepResult(NamedTuple):
 
     Log-probabilities are there on rank 0, for the requests that want them: of sampled tokens by index into
     `token_ids`; of the prompt tokens from start + 1 to start + num_new, as far as they are prompt, by index into the
-    plan's requests.
+    plan's requests. pooled: on all ranks, of the requests for vectors whose prompts end, float32; b"": not finite.
     """
 
     step_id: int
     token_ids: list[tuple[int, ...]]
     logprobs: dict[int, TokenLogprobs] | None = None
     prompt_logprobs: dict[int, TokenLogprobs] | None = None
+    pooled: Mapping[int, bytes] = {}
 
 
 class StepHandle(Protocol):
@@ -351,7 +355,7 @@ class ReqOutput(NamedTuple):
     error_status: what an HTTP client is told of whose fault the error is.
     num_hidden: how many of the last ids are end-of-sequence tokens that ended it (0 or 1).
     logprobs: of `token_ids`; prompt_logprobs: of all prompt tokens but the first, with the first output. On rank 0, for
-    requests that want them.
+    requests that want them. pooled: a vector, in float32.
     """
 
     req: Req
@@ -362,6 +366,7 @@ class ReqOutput(NamedTuple):
     error_status: int = 500
     logprobs: Sequence[TokenLogprobs] = ()
     prompt_logprobs: Sequence[TokenLogprobs] = ()
+    pooled: bytes = b""
 
     def with_logprobs(self, result: StepResult, sample: int) -> ReqOutput:
         """The output, which the step's sample of this number is, with what it is to report."""

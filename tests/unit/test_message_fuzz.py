@@ -305,7 +305,7 @@ def test_an_output_for_which_there_is_no_memory_ends_its_own_request(monkeypatch
     with tempfile.TemporaryDirectory(prefix="t") as folder:
         endpoints = ipc_endpoints(folder)
         inbox = PullSocket(endpoints.detokenizer, tokenizer_codec)
-        monkeypatch.setattr("minisgl.scheduler.transport.tokenizer_codec", Poor())
+        monkeypatch.setattr("minisgl.scheduler.transport.wire.tokenizer_codec", Poor())
         transport = LeaderTransport(endpoints, lambda: None)
         inbox.receive(10)
         transport.send([DetokenizeMsg(uid, pack_ids([uid])) for uid in (1, 2, 3)])

@@ -64,6 +64,8 @@ class PlannerMachine(RuleBasedStateMachine):
         self.touched: dict[int, dict[int, str]] = {}
         self.prompts: dict[int, tuple[list[int], int, bool]] = {}
         self.outputs: dict[int, list[int]] = {}
+        self.kinds: dict[int, str] = {}  # of requests for vectors
+        self.vectors: dict[int, bytes] = {}
         self.finished: dict[int, FinishReason] = {}
         self.allowed: dict[int, FinishReason] = {}  # reasons other than stop and length that were provoked
         self.history: list[list[int]] = []
@@ -74,6 +76,7 @@ class PlannerMachine(RuleBasedStateMachine):
             uid = output.req.uid
             assert uid not in self.finished, "a request got something after its terminal reply"
             self.outputs[uid] += output.token_ids
+            self.vectors[uid] = output.pooled
             if output.req.held:
                 self.held[uid] = None
             if output.finish_reason is not None:
@@ -82,6 +85,11 @@ class PlannerMachine(RuleBasedStateMachine):
 
     def check_output(self, uid: int) -> None:
         prompt, max_len, ignore_eos = self.prompts[uid]
+        if uid in self.kinds:
+            vector = bytes(prompt) if self.kinds[uid] == "mean" else bytes(expected_output(prompt, len(prompt) + 1, ()))
+            assert self.vectors.get(uid) == (vector if self.finished[uid] is FinishReason.STOP else b"")
+            assert self.finished[uid] in (FinishReason.STOP, self.allowed.get(uid)) and not self.outputs[uid]
+            return
         expected = expected_output(prompt, max_len, () if ignore_eos else (3,))
         got, reason = self.outputs[uid], self.finished[uid]
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -98,6 +106,7 @@ class PlannerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 30),
         ignore_eos=st.booleans(),
         grammar=st.booleans(),
+        pooling=st.sampled_from(["", "", "", "last", "mean"]),
         salt=st.sampled_from(["", "", "a", "b"]),
         client=st.sampled_from(["flood", "flood", "small", "other"]),
     )
@@ -109,12 +118,14 @@ class PlannerMachine(RuleBasedStateMachine):
         max_tokens: int,
         ignore_eos: bool,
         grammar: bool,
+        pooling: str,
         salt: str,
         client: str,
     ) -> None:
         base = self.history[shared % len(self.history)] if self.history else []
-        prompt = (base[:keep] + fresh)[:39] or [1]
-        uid = len(self.prompts)
+        prompt = (base[:keep] + fresh)[: 40 if pooling else 39] or [1]
+        uid, grammar = len(self.prompts), grammar and not pooling
+        self.kinds |= {uid: pooling} if pooling else {}
         self.prompts[uid] = (prompt, min(40, len(prompt) + max_tokens), ignore_eos and not grammar)
         self.outputs[uid] = []
         self.history.append(prompt)
@@ -127,7 +138,8 @@ class PlannerMachine(RuleBasedStateMachine):
             cache_salt=salt,
             client=client,
             priority=-(uid % 3),
-            prompt_logprobs=None if uid % 4 else 0,  # computes what is cached again
+            prompt_logprobs=None if uid % 4 or pooling else 0,  # computes what is cached again
+            pooling=pooling,
         )
         self.take(self.planner.add(uid, prompt, params))
 
@@ -178,7 +190,7 @@ class PlannerMachine(RuleBasedStateMachine):
             self.engine.broken = False
         else:
             for uid in self.prompts:
-                if (-1,) in result.token_ids:
+                if (-1,) in result.token_ids or b"" in result.pooled.values():
                     self.allowed.setdefault(uid, FinishReason.ERROR)
             self.take(self.planner.retire(result))
 
@@ -186,7 +198,7 @@ class PlannerMachine(RuleBasedStateMachine):
     def move_cached(self, count: int, pick: int, salt: str) -> None:
         """The next step copies pages; the engine notices when a request that finds them there reads anything else."""
         move_cached(self.planner.pages, count)
-        self.add(pick, 38, [1], 2, False, False, salt, "other")
+        self.add(pick, 38, [1], 2, False, False, "", salt, "other")
 
     @rule()
     def failing_step(self) -> None:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import yaml
 
 from minisgl.config.chat import REASONING_PARSERS, TOOL_PARSERS
+from minisgl.config.pooling import TASKS
 from minisgl.env import PREFIX, VARIABLES, boolean
 from minisgl.errors import ConfigError
 
@@ -141,6 +142,7 @@ class ServerArgs(ServerOptions):
     served_model_name: str | None = _option(_text, None)
     chat_template: str | None = _option(_text, None)
     config_override: Mapping[str, Any] | None = _option(_object, None)
+    task: str | None = _choice(TASKS, None)
     dtype: str | None = _choice(("float16", "bfloat16", "float32"), None)
     quantization: str | None = _choice(("int8", "int4", "fp8"), None)
     kv_cache_dtype: str | None = _choice(("float16", "bfloat16", "float32", "int8", "fp8"), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -296,7 +297,7 @@ def _architecture(f: Fields) -> str:
     if not names:
         names = [name for name, family in FAMILIES.items() if family.model_type == f.text("model_type", None)]
     # A file may name the model without its head (`LlamaModel`); whether it has one, the weights tell.
-    for name in (name.removesuffix("Model") + "ForCausalLM" * name.endswith("Model") for name in names):
+    for name in (re.sub("(Model|ForSequenceClassification)$", "ForCausalLM", name) for name in names):
         if name in FAMILIES:
             return name
     known = ", ".join(name.removesuffix("ForCausalLM") for name, family in FAMILIES.items() if not family.inner)
@@ -310,6 +311,8 @@ def _architecture(f: Fields) -> str:
 def _refuse_unsupported(f: Fields, family: Family) -> None:
     if f.boolean("use_bidirectional_attention", False):
         raise ConfigError(f"{f.source}: use_bidirectional_attention is not supported: attention here is causal")
+    if not f.boolean("is_causal", True):
+        raise ConfigError(f"{f.source}: is_causal false is not supported: attention here is causal")
     kinds, num_layers = f.list_of(str, "layer_types"), f.integer("num_hidden_layers", 0, most=MAX_LAYERS)
     supported = [family.state, "full_attention"] if family.state else _TABLE["layer_types"]
     if others := set(kinds) - set(supported):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import prod
 
+from minisgl.config.pooling import Pooling
 from minisgl.config.quantization import Quantization
 from minisgl.config.states import State
 
@@ -148,6 +149,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
+    pooling: Pooling | None = None  # what is made of hidden states; None: nothing
 
     @property
     def num_layers(self) -> int:

@@ -18,6 +18,7 @@ from minisgl.config.device import choose_device, decide_engine
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import is_remote, locate_model, read_fields, split_revision
 from minisgl.config.model import ModelConfig
+from minisgl.config.pooling import read_pooling
 from minisgl.config.probe import Capabilities, probe
 from minisgl.config.runtime import AccessConfig, SchedulerConfig, ServerConfig, TokenizerConfig
 from minisgl.core import DRAWING, SamplingParams
@@ -47,7 +48,9 @@ def prepare(args: ServerArgs) -> ServerConfig:
         choose_device(args, machine)  # before it is fetched, which may take a while
     path = locate_model(name, args.model_source, revision)
     model = read_model_config(path, args.config_override)
-    files = ModelFiles(path, model, read_default_sampling(path), template or chat.read_chat_template(path))
+    template = template or chat.read_chat_template(path)
+    model = replace(model, pooling=read_pooling(args.task, path, model.tie_word_embeddings, template))
+    files = ModelFiles(path, model, read_default_sampling(path), template)
     return replace(resolve(args, files, machine), access=access)
 
 
@@ -104,7 +107,7 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         **_shared(ServerOptions, args),
         engine=engine,
         scheduler=scheduler,
-        tokenizer=TokenizerConfig(path, engine.max_seq_len, model.vocab_size, visible, own_template),
+        tokenizer=TokenizerConfig(path, engine.max_seq_len, model.vocab_size, visible, own_template, model.pooling),
         served_model_name=args.served_model_name or args.model_path or "minisgl-demo",
         default_sampling=files.default_sampling,
         tool_call_parser=tools,

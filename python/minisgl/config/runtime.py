@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from minisgl.config.args import ServerOptions
 from minisgl.config.model import ModelConfig
+from minisgl.config.pooling import Pooling
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ class TokenizerConfig:
     vocab_size: int  # of the model: ids from here on cannot be prompts
     visible_tokens: tuple[str, ...] = ()  # special tokens that are part of the output's text nevertheless
     chat_template: str | None = None  # in place of the model's own
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import Masks, StepPlan, StepResult
 from minisgl.distributed.comm import Communicator, GlooCommunicator, Rendezvous
+from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
-from minisgl.engine.step import LayerByLayer, LogitsOf, StepRunner
+from minisgl.engine.step import LayerByLayer, StepRunner
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.cpu import CpuOps
@@ -64,7 +65,7 @@ class WholeStep:
         embedding, *layers, head = specs
         config, model = shard.config.model, shard.model
         self._module, self._backend, self._inputs = ops.module, CpuBackend(ops), tables.inputs
-        self._vocab_size, self._keep = config.vocab_size, (model, kv, ops)
+        self._vocab_size, self._hidden_size, self._keep = config.vocab_size, config.hidden_size, (model, kv, ops)
         self._rotation = shard.ropes[0](torch.arange(shard.config.max_seq_len + 1))
         self._logits = torch.empty(0, self._vocab_size)
         sizes = config.num_qo_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps
@@ -75,7 +76,7 @@ class WholeStep:
             matrices = (value for matrix in spec.matrices for value in matrix)
             self._module.add_layer(self._handle, *matrices, *spec.norms, *kv.layer(index), spec.window or 0)
 
-    def __call__(self, batch: Batch) -> LogitsOf:
+    def __call__(self, batch: Batch) -> Computed:
         input_ids, slots = self._inputs(batch)
         num_logits = len(input_ids) if batch.logit_tokens is None else len(batch.logit_tokens)
         if num_logits > len(self._logits):  # kept, since new memory costs a fault for each page
@@ -84,12 +85,15 @@ class WholeStep:
         attention = *self._backend.prepare(batch.attention), self._rotation.cos, self._rotation.sin
         numbers = input_ids, batch.tensors.positions, slots, *attention
         self._module.forward(self._handle, *numbers, batch.logit_tokens, logits)
-        return lambda tokens: logits if tokens is None else self._more_logits(tokens)
+        return Computed(
+            lambda tokens: logits if tokens is None else self._rows("more_logits", tokens, self._vocab_size),
+            lambda tokens: self._rows("hidden_rows", tokens, self._hidden_size),
+        )
 
-    def _more_logits(self, tokens: Tensor) -> Tensor:
-        logits = torch.empty(len(tokens), self._vocab_size)
-        self._module.more_logits(self._handle, tokens, logits)
-        return logits
+    def _rows(self, function: str, tokens: Tensor, width: int) -> Tensor:
+        rows = torch.empty(len(tokens), width)
+        getattr(self._module, function)(self._handle, tokens, rows)
+        return rows
 
 
 def rank_cores(rank: int, tp_size: int) -> list[int]:

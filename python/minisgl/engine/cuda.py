@@ -195,7 +195,7 @@ class CapturedSteps(StepRunner):
         metadata = self._backend.prepare(batch.attention, captured=True)
 
         def run() -> tuple[Tensor, Tensor]:
-            logits = self._layers.run(batch, metadata)(None)
+            logits = self._layers.run(batch, metadata).logits(None)
             return self._sample(logits, batch.tensors.sampling, batch.tensors.sample_rows), logits
 
         return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from minisgl.attention.base import AttentionStep, StepContext, to_device
 from minisgl.attention.create import Backend
 from minisgl.core import NOT_READY, Masks, StepPlan, StepResult
 from minisgl.engine.logprobs import DeviceLogprobs, gather_logprobs
+from minisgl.engine.pooling import Computed, pooled_bytes
 from minisgl.engine.rules import LogitStep, apply_rules
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
@@ -20,8 +21,6 @@ from minisgl.kernel.state import StateSequences
 from minisgl.kvcache.pool import KVPool
 
 Tensor = torch.Tensor
-# [n] int64, which of a step's tokens (None: those that sample) → their logits [n, vocab_size], until the next call.
-LogitsOf = Callable[[Tensor | None], Tensor]
 # Ids, slots and angles of a step's tokens.
 Inputs = Callable[[Batch], tuple[Tensor, Tensor, Sequence[RopeAngles]]]
 
@@ -32,13 +31,14 @@ class Launched(NamedTuple):
     ids: Tensor  # [n] int32
     logprobs: DeviceLogprobs | None = None
     prompt_logprobs: DeviceLogprobs | None = None
+    pooled: Mapping[int, Tensor] = {}
 
     def result(self, step_id: int) -> StepResult:
         """Of tensors that the host can read."""
         logprobs = None if self.logprobs is None else self.logprobs.result()
         prompts = None if self.prompt_logprobs is None else self.prompt_logprobs.result()
         token_ids: list[tuple[int, ...]] = list(zip(self.ids.tolist()))  # each request samples one
-        return StepResult(step_id, token_ids, logprobs, prompts)
+        return StepResult(step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled))
 
 
 class Tables(Protocol):
@@ -61,20 +61,23 @@ class LayerByLayer:
     def __init__(self, shard: ModelShard, kv: KVPool, backend: Backend, inputs: Inputs) -> None:
         self._model, self._kv, self._backend, self._inputs = shard.model, kv, backend, inputs
 
-    def __call__(self, batch: Batch) -> LogitsOf:
+    def __call__(self, batch: Batch) -> Computed:
         return self.run(batch, self._backend.prepare(batch.attention, captured=False))
 
-    def run(self, batch: Batch, metadata: object) -> LogitsOf:
+    def run(self, batch: Batch, metadata: object) -> Computed:
         input_ids, slots, ropes = self._inputs(batch)
         seqs = StateSequences(batch.tensors.rows, batch.tensors.cu_q)
         hidden = self._model.hidden(input_ids, StepContext(slots, ropes, self._kv, self._backend, metadata, seqs))
-        return lambda tokens: self._model.logits(hidden, batch.logit_tokens if tokens is None else tokens)
+        return Computed(
+            lambda tokens: self._model.logits(hidden, batch.logit_tokens if tokens is None else tokens),
+            lambda tokens: hidden.index_select(0, tokens),
+        )
 
 
 class StepRunner:
     """Launches steps, in order. forward: computes the layers of one."""
 
-    def __init__(self, shard: ModelShard, kv: KVPool, tables: Tables, forward: Callable[[Batch], LogitsOf]) -> None:
+    def __init__(self, shard: ModelShard, kv: KVPool, tables: Tables, forward: Callable[[Batch], Computed]) -> None:
         self.shard, self.kv, self.tables, self.forward = shard, kv, tables, forward
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
@@ -88,15 +91,17 @@ class StepRunner:
         index = StepIndex.of(plan.reqs)
         self.tables.send(plan, index)
         batch = self.batch(index, plan.num_decode)
-        logits_of, prompts = self.forward(batch), None
+        computed, prompts = self.forward(batch), None
         wanted = self.tables.host.logprob_rules.prompt(plan.reqs, index.offsets)
         if wanted is not None:  # every rank takes part: each has a share of the logits
-            prompts = gather_logprobs(wanted, logits_of, None, self.shard.device)
-        logits = logits_of(None)
+            prompts = gather_logprobs(wanted, computed.logits, None, self.shard.device)
+        pooled = self.tables.host.pooled.take(plan.reqs, index.offsets, computed, self.shard)
+        logits = computed.logits(None)
         if not len(logits):
-            return Launched(self.tables.token_ids[0, :0], None, prompts)
+            return Launched(self.tables.token_ids[0, :0], None, prompts, pooled)
         ids = self._sample(logits, batch.tensors.sampling, batch.tensors.sample_rows)
-        return self._finish(plan, masks, index, ids, lambda: logits)._replace(prompt_logprobs=prompts)
+        launched = self._finish(plan, masks, index, ids, lambda: logits)
+        return launched._replace(prompt_logprobs=prompts, pooled=pooled)
 
     def batch(self, index: StepIndex, num_decode: int) -> Batch:
         """Of a step whose numbers were sent."""

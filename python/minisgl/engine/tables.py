@@ -14,6 +14,7 @@ import torch
 from minisgl.attention.base import AttentionStep, IntArray
 from minisgl.core import ScheduledReq, StepPlan
 from minisgl.engine.logprobs import LogprobRules
+from minisgl.engine.pooling import PooledRows
 from minisgl.engine.rules import LogitRules
 from minisgl.errors import require
 from minisgl.kernel.sampling import RECORD, SamplingColumns, Words, record_of, records
@@ -89,12 +90,13 @@ class RowTables:
         self.page_size = page_size
         self._sampling = records(num_rows)  # positions: of no use here
         self.logit_rules = LogitRules()
-        self.logprob_rules = LogprobRules()
+        self.logprob_rules, self.pooled = LogprobRules(), PooledRows()
 
     def apply(self, plan: StepPlan) -> None:
         """Write the plan's admissions and page updates."""
         self.logit_rules.apply(plan.admissions)
         self.logprob_rules.apply(plan.admissions)
+        self.pooled.apply(plan.admissions)
         for admission in plan.admissions:
             self._sampling[admission.row] = record_of(admission.params)
         for update in plan.page_updates:

@@ -18,31 +18,20 @@ from minisgl.config.args import ServerArgs, args_from_options
 from minisgl.config.resolve import prepare
 from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
-from minisgl.message.messages import (
-    AbortMsg,
-    ChatPrompt,
-    DetokenizeMsg,
-    ErrorReply,
-    IdsPrompt,
-    TextPrompt,
-    TokenizeMsg,
-    TokenLogprob,
-    UserReply,
-    pack_ids,
-    unpack_ids,
-)
+from minisgl.message import messages as wire
 from minisgl.message.sockets import ipc_endpoints
 from minisgl.processes.launcher import LocalLauncher
 from minisgl.processes.supervisor import Supervisor
 from minisgl.processes.workers import load_rank, rank_specs
 from minisgl.scheduler.transport import LocalTransport, RankFanout
 from minisgl.tokenizer.detokenize import Detokenizer
+from minisgl.tokenizer.pooling import pair_prompt, score_of, served, text_prompt, vector_of
 from minisgl.tokenizer.tokenize import Tokenizer
 from minisgl.utils.process import held_interrupts, private_folder
 
 Prompt = str | Sequence[int]
 Conversation = Sequence[dict[str, Any]]
-Wrapped = ChatPrompt | TextPrompt | IdsPrompt
+Wrapped = wire.ChatPrompt | wire.TextPrompt | wire.IdsPrompt
 Params = SamplingParams | Sequence[SamplingParams] | None
 ProgressCallback = Callable[[int, int], None]
 Reporting = bool | ProgressCallback | None
@@ -71,8 +60,9 @@ class RequestOutput:
     cached_tokens: int
     metrics: RequestMetrics
     error: str | None = None
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[wire.TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[wire.TokenLogprob] = field(default_factory=list)
+    pooled: bytes = b""  # what `embed` and `score` are made of
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +73,8 @@ class Increment:
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     error: str | None = None
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # with the first increment
+    logprobs: list[wire.TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[wire.TokenLogprob] = field(default_factory=list)  # with the first increment
 
 
 @dataclass(slots=True)
@@ -96,7 +86,7 @@ class Pending:
     submitted: float
     first_token: float = 0.0
     ended: float = 0.0
-    replies: list[UserReply] = field(default_factory=list)
+    replies: list[wire.UserReply] = field(default_factory=list)
 
     def output(self) -> RequestOutput:
         """All of it, when it has ended."""
@@ -104,7 +94,7 @@ class Pending:
         assert last.finish_reason is not None
         return RequestOutput(
             text="".join(reply.text for reply in self.replies),
-            token_ids=[token_id for reply in self.replies for token_id in unpack_ids(reply.token_ids)],
+            token_ids=[token_id for reply in self.replies for token_id in wire.unpack_ids(reply.token_ids)],
             finish_reason=last.finish_reason,
             prompt_token_ids=self.prompt_ids,
             cached_tokens=last.num_cached_tokens,
@@ -112,6 +102,7 @@ class Pending:
             error=last.error,
             logprobs=[token for reply in self.replies for token in reply.logprobs],
             prompt_logprobs=[token for reply in self.replies for token in reply.prompt_logprobs],
+            pooled=last.pooled,
         )
 
 
@@ -174,9 +165,7 @@ class LLM:
 
         Raises: RequestError before anything runs when a prompt cannot be served.
         """
-        is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        many: Sequence[Any] = [prompts] if is_one else prompts
-        return self._run([_wrapped(prompt) for prompt in many], sampling_params, progress)
+        return self._run([_wrapped(prompt) for prompt in _several(prompts)], sampling_params, progress)
 
     def chat(
         self,
@@ -187,7 +176,22 @@ class LLM:
     ) -> list[RequestOutput]:
         """The model's answer to each conversation (a list of messages with `role` and `content`)."""
         many: Sequence[Any] = [conversations] if _is_conversation(conversations) else conversations
-        return self._run([ChatPrompt(list(messages), tools) for messages in many], sampling_params, progress)
+        return self._run([wire.ChatPrompt(list(messages), tools) for messages in many], sampling_params, progress)
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], dimensions: int = 0, prompt_name: str = ""
+    ) -> list[list[float]]:
+        """The vector of each text, or list of token ids: the first `dimensions` numbers (0: all). prompt_name: of what
+        comes before texts, of those that the model's files name. Raises: RequestError, also where one fails."""
+        pooling, params = served(self.config.engine.model, "embed", dimensions)
+        texts = [text_prompt(pooling, one, prompt_name) for one in _several(prompts)]
+        return [vector_of(pooling, output.pooled, dimensions).tolist() for output in self._run(texts, params, None)]
+
+    def score(self, query: str, documents: Sequence[str], instruction: str = "") -> list[float]:
+        """How well each document answers the query, from 0 to 1. Raises: RequestError, also where one fails."""
+        pooling, params = served(self.config.engine.model, "score")
+        pairs = [pair_prompt(pooling, query, document, instruction) for document in documents]
+        return [score_of(output.pooled) for output in self._run(pairs, params, None)]
 
     def stream(
         self, prompt: Prompt | Conversation, sampling_params: SamplingParams | None = None
@@ -196,13 +200,13 @@ class LLM:
 
         Several streams may be read in turn. Leaving the loop early ends the request.
         """
-        wrapped = ChatPrompt(list(prompt)) if _is_conversation(prompt) else _wrapped(prompt)
+        wrapped = wire.ChatPrompt(list(prompt)) if _is_conversation(prompt) else _wrapped(prompt)
         (pending,) = self.submit([wrapped], sampling_params)
         for reply in self.replies(pending):
             logprobs = (list(reply.logprobs), list(reply.prompt_logprobs))
-            yield Increment(reply.text, unpack_ids(reply.token_ids), reply.finish_reason, reply.error, *logprobs)
+            yield Increment(reply.text, wire.unpack_ids(reply.token_ids), reply.finish_reason, reply.error, *logprobs)
 
-    def replies(self, request: Pending) -> Iterator[UserReply]:
+    def replies(self, request: Pending) -> Iterator[wire.UserReply]:
         """What comes of a request, up to its last reply. Leaving the loop early ends the request."""
         try:
             for taken in itertools.count():
@@ -238,15 +242,15 @@ class LLM:
         default = SamplingParams(**self.config.default_sampling)  # type: ignore[arg-type]
         first, messages = self._next_uid, []
         given = zip(itertools.count(first), prompts, per_prompt)
-        wanted = [TokenizeMsg(uid, prompt, own or default) for uid, prompt, own in given]
+        wanted = [wire.TokenizeMsg(uid, prompt, own or default) for uid, prompt, own in given]
         for message in self.tokenizer.tokenize(wanted):
-            if isinstance(message, ErrorReply):
+            if isinstance(message, wire.ErrorReply):
                 where = f"prompt {message.uid - first}: " if len(prompts) > 1 else ""
                 raise RequestError(f"{where}{message.message}", param=message.param, code=message.code)
             messages.append(message)
         self._next_uid += len(messages)
         now = time.perf_counter()
-        requests = [Pending(message.uid, unpack_ids(message.prompt), now) for message in messages]
+        requests = [Pending(message.uid, wire.unpack_ids(message.prompt), now) for message in messages]
         self.pending.update((request.uid, request) for request in requests)
         self.transport.put(messages)
         return requests
@@ -260,8 +264,9 @@ class LLM:
         with held_interrupts() as self._release_interrupts:
             self.scheduler.turn()
             for message in self.transport.take_outputs():
-                if isinstance(message, ErrorReply):
-                    message = DetokenizeMsg(message.uid, b"", finish_reason=FinishReason.ERROR, error=message.message)
+                if isinstance(message, wire.ErrorReply):
+                    uid, reason = message.uid, FinishReason.ERROR
+                    message = wire.DetokenizeMsg(uid, b"", finish_reason=reason, error=message.message)
                 reply, abort = self._detokenizer.detokenize(message)
                 if abort is not None:
                     self.transport.put([abort])
@@ -277,7 +282,7 @@ class LLM:
     def abort(self, uid: int) -> None:
         """End a request, if it is pending."""
         if self.pending.pop(uid, None) is not None:
-            self.transport.put([AbortMsg(uid)])
+            self.transport.put([wire.AbortMsg(uid)])
 
     def _while_waiting(self) -> None:
         """Now and then while a step runs. Raises: WorkerDied when it waits for a rank that is gone."""
@@ -293,11 +298,16 @@ def _is_conversation(value: Any) -> TypeGuard[Conversation]:
     return not isinstance(value, str) and len(value) > 0 and isinstance(value[0], dict)
 
 
-def _wrapped(prompt: Any) -> TextPrompt | IdsPrompt:
+def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Any]:
+    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [prompts] if is_one else prompts
+
+
+def _wrapped(prompt: Any) -> wire.TextPrompt | wire.IdsPrompt:
     if isinstance(prompt, str):
-        return TextPrompt(prompt)
+        return wire.TextPrompt(prompt)
     try:
-        return IdsPrompt(pack_ids(prompt))
+        return wire.IdsPrompt(wire.pack_ids(prompt))
     except (TypeError, ValueError, OverflowError):
         raise RequestError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}") from None
 

@@ -232,6 +232,7 @@ class UserReply(Message, frozen=True):
     prompt_end: str = ""  # in the first reply: the text of the prompt's last tokens
     stop: str | None = None  # in the last: the stop string that ended it
     detokenized: float = 0.0  # in the first and the last: when, in Unix seconds
+    pooled: bytes = b""  # the vector of a request for one: little-endian float32
 
 
 class AcceptedReply(Message, frozen=True):
@@ -322,9 +323,13 @@ class ChatPrompt(Part, frozen=True):
 
 
 class TextPrompt(Part, frozen=True):
-    """Plain text: encoded with the tokenizer's own special tokens (BOS, where the model has one)."""
+    """Plain text: encoded with the tokenizer's own special tokens (BOS, where the model has one).
+
+    most: of its tokens are kept, from the first on; 0: all.
+    """
 
     text: str
+    most: int = 0
 
 
 class IdsPrompt(Part, frozen=True):
@@ -395,6 +400,7 @@ class DetokenizeMsg(Message, frozen=True):
     error_status: int = 500
     logprobs: PackedLogprobs | None = None  # of `token_ids`
     prompt_logprobs: PackedLogprobs | None = None  # of all prompt ids but the first
+    pooled: bytes = b""
 
 
 TextMsg = TokenizeMsg | EncodeMsg | DecodeMsg

@@ -65,6 +65,9 @@ class DecoderModel:
         self.lm_head = self.embed_tokens
         if not config.tie_word_embeddings:
             self.lm_head = VocabTable(env, config.vocab_size, config.hidden_size)
+        pooling, self._ops = config.pooling, env.ops
+        classifies = pooling is not None and pooling.kind == "score" and not pooling.label_ids
+        self.score = env.vector(1, config.hidden_size) if classifies else None
 
     def hidden(self, input_ids: Tensor, step: StepContext) -> Tensor:
         """input_ids: [num_tokens] int64 → the residual stream after the last layer: [num_tokens, hidden]."""
@@ -74,6 +77,14 @@ class DecoderModel:
         for layer in self.layers:
             x = layer.forward(x, step)
         return x
+
+    def pooled(self, x: Tensor, kind: str) -> Tensor:
+        """x: rows of `hidden`'s result → behind the last norm, [n, hidden] float32; if kind is "score", [n, labels]."""
+        if kind == "score" and self.score is None:
+            assert self._config.pooling is not None
+            return self.logits(x, None)[:, list(self._config.pooling.label_ids)].float()
+        states = self._ops.rms_norm(x, self.norm, self._eps).float() / self._config.logit_scale
+        return states if self.score is None else states @ self.score.float().T
 
     def logits(self, x: Tensor, logit_tokens: Tensor | None) -> Tensor:
         """x: `hidden`'s result; logit_tokens: [n] int64, of those whose logits are wanted (None: all) → [n, vocab_size]
@@ -92,6 +103,8 @@ class DecoderModel:
             yield Part([*layer.weights(f"model.layers.{i}.")], layer.pack)
         last = whole("model.norm.weight", self.norm, self._config.norm_offset, self._config.logit_scale)
         yield Part([last], lambda: None)
+        if self.score is not None:
+            yield Part([WeightSlot("score.weight", (1, self._config.hidden_size), self.score, (0, 1))], lambda: None)
         if self.lm_head is not self.embed_tokens:
             yield Part([*self.lm_head.weights("lm_head.")], self.lm_head.pack)
 

@@ -104,7 +104,7 @@ _SPARSE, _TEMPLATE_TOKENS = 32, 8  # of snapshots of states: see `_borders`
 
 def _cost(req: Req) -> int:
     """How many tokens of a step's budget one token of the prompt takes."""
-    return _TELLING_COST if req.tells_prompt else 1
+    return _TELLING_COST if req.tells_prompt and not req.params.pooling else 1
 
 
 class Planner:
@@ -146,7 +146,7 @@ class Planner:
     def add(self, uid: int, token_ids: list[int], params: SamplingParams, count: int = 1) -> list[ReqOutput]:
         """Queue a request: as many as there are outputs, their uids and seeds one after the other, their ids the same
         objects while they wait. A request that can never run ends with an error at once."""
-        max_len = self.config.max_seq_len
+        max_len = self.config.max_seq_len + bool(params.pooling)  # which needs no room for an output
         if params.max_tokens is not None:
             max_len = min(max_len, len(token_ids) + max(1, params.max_tokens))
         size, prefix = len(token_ids), np.array(token_ids, np.int32)
@@ -205,7 +205,7 @@ class Planner:
         has_pages, page_size, budget = True, self._page_size, draft.budget
         for req in self.running:  # a retraction takes requests off the end, never from before this one
             num_tokens, start = req.num_tokens, req.num_computed
-            if num_tokens >= req.max_len or req.held:
+            if num_tokens >= req.max_len or num_tokens == start or req.held:
                 continue  # its last token is planned already, or its next one cannot be sampled
             if budget <= 0:
                 break
@@ -241,7 +241,7 @@ class Planner:
         start = req.num_computed
         end = req.num_computed = start + num_new
         req.num_inflight += 1
-        num_samples = 1 if end == req.num_tokens else 0
+        num_samples = int(end == req.num_tokens and not req.params.pooling)
         if start < len(req.prefix) and not req.tells_prompt and (end in req.borders or not self.pages.slots):
             self.pages.share(req, end)
         req.num_tokens += num_samples
@@ -260,6 +260,9 @@ class Planner:
             req.num_inflight -= 1
             if result.prompt_logprobs is not None and index in result.prompt_logprobs:
                 req.prompt_logprobs.append(result.prompt_logprobs[index])
+            if (vector := result.pooled.get(index)) is not None and req.state is not ReqState.FINISHED:
+                end = ReqOutput(req, (), FinishReason.STOP, pooled=vector)
+                outputs.append(self._finish(end) if vector else self._accept(req, -1))
             if scheduled.num_samples:
                 sample, (token_id,) = next(token_ids)
                 if req.num_stale:

@@ -11,19 +11,7 @@ import numpy as np
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Executor, FinishReason, Req, ReqOutput, SamplingParams, StepHandle, StepPlan
 from minisgl.errors import EngineError, IntegrityError, WorkerDied
-from minisgl.message.messages import (
-    PROMPT_TAIL,
-    AbortMsg,
-    DetokenizeMsg,
-    FlushReply,
-    RankMsg,
-    ResumeMsg,
-    StreamStart,
-    UserMsg,
-    pack_ids,
-    pack_logprobs,
-    unpack_ids,
-)
+from minisgl.message import messages as wire
 from minisgl.scheduler.grammar import Submitted
 from minisgl.scheduler.integrity import check_integrity, dump
 from minisgl.scheduler.observer import Observer
@@ -52,7 +40,7 @@ class Scheduler:
             observer.attached(self.planner, transport.pump)
         self._grammars = transport.grammars
         self._submitted: deque[Submitted] = deque()
-        self._inbox: deque[RankMsg] = deque()
+        self._inbox: deque[wire.RankMsg] = deque()
         self._open: dict[int, bool] = {}  # uids whose terminal output is to come: whether the detokenizer knows them
         self._num_failures = 0
         self._stuck = False  # nothing could be planned, with no step in flight
@@ -113,18 +101,18 @@ class Scheduler:
         for observer in self._observers:
             observer.turned()
 
-    def _take(self, message: RankMsg) -> list[ReqOutput]:
-        if isinstance(message, UserMsg):
+    def _take(self, message: wire.RankMsg) -> list[ReqOutput]:
+        if isinstance(message, wire.UserMsg):
             self._open.update((uid, False) for uid in message.uids if uid not in self._open)
             for observer in self._observers:
                 observer.received(message)
-            return self.planner.add(message.uid, unpack_ids(message.prompt), message.params, message.count)
-        if isinstance(message, AbortMsg):
+            return self.planner.add(message.uid, wire.unpack_ids(message.prompt), message.params, message.count)
+        if isinstance(message, wire.AbortMsg):
             return self.planner.abort(message.uid)
-        if isinstance(message, ResumeMsg):
+        if isinstance(message, wire.ResumeMsg):
             self.planner.resume(message.uid, message.paced)
         else:
-            self._transport.answer(FlushReply(message.uid, self.planner.pages.flush_unused()))
+            self._transport.answer(wire.FlushReply(message.uid, self.planner.pages.flush_unused()))
         return []
 
     def _retire(self) -> None:
@@ -197,7 +185,7 @@ class Scheduler:
         if outputs:
             self._transport.send([self._message(output) for output in outputs])
 
-    def _message(self, output: ReqOutput) -> DetokenizeMsg:
+    def _message(self, output: ReqOutput) -> wire.DetokenizeMsg:
         req = output.req
         start = None if self._open.get(req.uid) else _stream_start(req)
         self._open[req.uid] = True
@@ -206,14 +194,16 @@ class Scheduler:
             num_output = req.num_tokens - req.prompt_len
             reason = output.error or output.finish_reason.value
             logger.debug("request %d: %s after %d + %d tokens", req.uid, reason, req.prompt_len, num_output)
-        tokens = (req.uid, pack_ids(output.token_ids), req.num_cached, output.num_hidden, start)
+        tokens = (req.uid, wire.pack_ids(output.token_ids), req.num_cached, output.num_hidden, start)
         ending = output.finish_reason, output.error, output.error_status
-        logprobs, of_prompt = (parts and pack_logprobs(parts) for parts in (output.logprobs, output.prompt_logprobs))
-        return DetokenizeMsg(*tokens, *ending, logprobs or None, of_prompt or None)
+        logprobs, of_prompt = (
+            parts and wire.pack_logprobs(parts) for parts in (output.logprobs, output.prompt_logprobs)
+        )
+        return wire.DetokenizeMsg(*tokens, *ending, logprobs or None, of_prompt or None, output.pooled)
 
 
-def _stream_start(req: Req) -> StreamStart:
+def _stream_start(req: Req) -> wire.StreamStart:
     params, prompt = req.params, req.tokens[: req.prompt_len]
-    shown = pack_ids(prompt) if params.echo or params.prompt_logprobs is not None else b""
+    shown = wire.pack_ids(prompt) if params.echo or params.prompt_logprobs is not None else b""
     rules = (params.include_stop_str_in_output, params.skip_special_tokens, params.min_tokens, params.echo)
-    return StreamStart(req.prompt_len, params.stop, pack_ids(prompt[-PROMPT_TAIL:]), *rules, shown)
+    return wire.StreamStart(req.prompt_len, params.stop, wire.pack_ids(prompt[-wire.PROMPT_TAIL :]), *rules, shown)

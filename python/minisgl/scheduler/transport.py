@@ -12,28 +12,12 @@ from typing import Any
 
 from minisgl.core import FinishReason
 from minisgl.errors import EngineError
-from minisgl.message.messages import (
-    AbortMsg,
-    DetokenizeMsg,
-    ErrorReply,
-    FlushMsg,
-    FrontendMsg,
-    PingMsg,
-    RankBatch,
-    RankMsg,
-    StatsMsg,
-    TokenizerMsg,
-    TraceMsg,
-    backend_codec,
-    frontend_codec,
-    rank_codec,
-    tokenizer_codec,
-)
+from minisgl.message import messages as wire
 from minisgl.message.sockets import Endpoints, PullSocket, PushSocket
 from minisgl.scheduler.grammar import Grammars, Reply
 
 Beat = Callable[[], None]
-Answers = Mapping[type, Callable[[Any], FrontendMsg]]  # to questions of this kind
+Answers = Mapping[type, Callable[[Any], wire.FrontendMsg]]  # to questions of this kind
 _IDLE_SECONDS = 0.5  # between heartbeats while nothing happens
 
 
@@ -48,7 +32,7 @@ class Transport(ABC):
         self._beat, self.grammars = beat, grammars or Grammars(None)
 
     @abstractmethod
-    def receive(self, *, block: bool) -> Sequence[RankMsg]:
+    def receive(self, *, block: bool) -> Sequence[wire.RankMsg]:
         """The messages for this turn. With `block`, wait a while for one."""
 
     def pump(self, *, late: bool = False) -> None:  # noqa: ARG002
@@ -58,7 +42,7 @@ class Transport(ABC):
     def send(self, messages: Sequence[Reply]) -> None:  # noqa: B027
         """To the detokenizer."""
 
-    def answer(self, message: FrontendMsg) -> None:  # noqa: B027
+    def answer(self, message: wire.FrontendMsg) -> None:  # noqa: B027
         """Tell the API server what it has asked for itself."""
 
 
@@ -67,11 +51,11 @@ class FollowerTransport(Transport):
 
     def __init__(self, endpoints: Endpoints, rank: int, beat: Beat) -> None:
         super().__init__(beat)
-        self._pull = PullSocket(endpoints.ranks[rank - 1], rank_codec, strict=True)
-        self._batches: list[RankBatch] = []
+        self._pull = PullSocket(endpoints.ranks[rank - 1], wire.rank_codec, strict=True)
+        self._batches: list[wire.RankBatch] = []
         self._number = 0
 
-    def receive(self, *, block: bool) -> Sequence[RankMsg]:  # noqa: ARG002
+    def receive(self, *, block: bool) -> Sequence[wire.RankMsg]:  # noqa: ARG002
         """Raises: EngineError when this rank has missed a turn."""
         self._beat()
         while not self._batches:
@@ -91,12 +75,12 @@ class RankFanout:
     """Rank 0's sockets to the other ranks."""
 
     def __init__(self, endpoints: Endpoints) -> None:
-        self._sockets = [PushSocket(endpoint, rank_codec) for endpoint in endpoints.ranks]
+        self._sockets = [PushSocket(endpoint, wire.rank_codec) for endpoint in endpoints.ranks]
         self._number = 0
 
-    def send(self, messages: Sequence[RankMsg]) -> None:
+    def send(self, messages: Sequence[wire.RankMsg]) -> None:
         for socket in self._sockets:
-            socket.send([RankBatch(self._number, list(messages))])
+            socket.send([wire.RankBatch(self._number, list(messages))])
         self._number += 1
 
     def close(self) -> None:
@@ -112,17 +96,17 @@ class LocalTransport(Transport):
     ) -> None:
         super().__init__(beat, grammars)
         self._fanout = fanout
-        self._received: list[RankMsg] = []
+        self._received: list[wire.RankMsg] = []
         self._outputs: list[Reply] = []
 
-    def put(self, messages: Sequence[RankMsg]) -> None:
+    def put(self, messages: Sequence[wire.RankMsg]) -> None:
         self._received += messages
 
     def take_outputs(self) -> list[Reply]:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def receive(self, *, block: bool) -> Sequence[RankMsg]:
+    def receive(self, *, block: bool) -> Sequence[wire.RankMsg]:
         messages = self._admit(0.0)
         if block and not messages:
             is_holding = self.grammars.is_holding
@@ -136,7 +120,7 @@ class LocalTransport(Transport):
     def send(self, messages: Sequence[Reply]) -> None:
         self._outputs += messages
 
-    def _admit(self, timeout: float) -> list[RankMsg]:
+    def _admit(self, timeout: float) -> list[wire.RankMsg]:
         self._take(timeout)
         received, self._received = self._received, []
         messages, replies = self.grammars.admit(received)
@@ -155,10 +139,10 @@ class LeaderTransport(LocalTransport):
         self, endpoints: Endpoints, beat: Beat, grammars: Grammars | None = None, answers: Answers | None = None
     ) -> None:
         super().__init__(RankFanout(endpoints), beat, grammars)
-        self._pull = PullSocket(endpoints.backend, backend_codec)
-        self._push: PushSocket[TokenizerMsg] = PushSocket(endpoints.detokenizer, tokenizer_codec)
-        self._push.send([FlushMsg(0)])  # of the scheduler before, where this one was started again
-        self._frontend: PushSocket[FrontendMsg] = PushSocket(endpoints.frontend, frontend_codec)
+        self._pull = PullSocket(endpoints.backend, wire.backend_codec)
+        self._push: PushSocket[wire.TokenizerMsg] = PushSocket(endpoints.detokenizer, wire.tokenizer_codec)
+        self._push.send([wire.FlushMsg(0)])  # of the scheduler before, where this one was started again
+        self._frontend: PushSocket[wire.FrontendMsg] = PushSocket(endpoints.frontend, wire.frontend_codec)
         self._answers = answers or {}
 
     def pump(self, *, late: bool = False) -> None:
@@ -172,12 +156,12 @@ class LeaderTransport(LocalTransport):
         except MemoryError:
             if len(messages) == 1:
                 error, uid = "there is no memory for this output", messages[0].uid
-                self._push.send([DetokenizeMsg(uid, b"", finish_reason=FinishReason.ERROR, error=error)])
-                self.put([AbortMsg(uid)])
+                self._push.send([wire.DetokenizeMsg(uid, b"", finish_reason=FinishReason.ERROR, error=error)])
+                self.put([wire.AbortMsg(uid)])
             for message in messages if len(messages) > 1 else ():
                 self.send([message])
 
-    def answer(self, message: FrontendMsg) -> None:
+    def answer(self, message: wire.FrontendMsg) -> None:
         self._frontend.send([message])
 
     def close(self) -> None:
@@ -187,11 +171,11 @@ class LeaderTransport(LocalTransport):
     def _take(self, timeout: float, late: bool = False) -> None:
         self._beat()
         for message in self._pull.receive(timeout):
-            if isinstance(message, PingMsg) and late:
-                self.answer(ErrorReply(message.uid, "a step takes too long", status=503))
-            elif isinstance(message, PingMsg):
-                self._push.send([PingMsg(message.uid, back=True)])
-            elif not isinstance(message, StatsMsg | TraceMsg):
+            if isinstance(message, wire.PingMsg) and late:
+                self.answer(wire.ErrorReply(message.uid, "a step takes too long", status=503))
+            elif isinstance(message, wire.PingMsg):
+                self._push.send([wire.PingMsg(message.uid, back=True)])
+            elif not isinstance(message, wire.StatsMsg | wire.TraceMsg):
                 self.put([message])
             elif answer := self._answers.get(type(message)):
                 self.answer(answer(message))

@@ -7,17 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from minisgl.core import FinishReason
-from minisgl.message.messages import (
-    AbortMsg,
-    DetokenizeMsg,
-    PackedLogprobs,
-    StreamStart,
-    TokenLogprob,
-    TopLogprob,
-    UserReply,
-    unpack_ids,
-    unpack_logprobs,
-)
+from minisgl.message import messages as wire
 from minisgl.tokenizer.tokenize import HFTextCodec
 
 REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
@@ -131,9 +121,9 @@ class _Stream:
 
     __slots__ = ("decoder", "hidden", "num_cached", "num_output", "start", "stop", "stopped")
 
-    def __init__(self, codec: HFTextCodec, start: StreamStart | None) -> None:
-        self.start = start = start or StreamStart(0, (), b"")
-        self.decoder = IncrementalDecoder(codec, unpack_ids(start.prompt_tail), skip_special=start.skip_special)
+    def __init__(self, codec: HFTextCodec, start: wire.StreamStart | None) -> None:
+        self.start = start = start or wire.StreamStart(0, (), b"")
+        self.decoder = IncrementalDecoder(codec, wire.unpack_ids(start.prompt_tail), skip_special=start.skip_special)
         self.stop = StopFinder(start.stop, include=start.include_stop)
         self.hidden = codec.special_ids if start.skip_special else frozenset()  # tokens that do not become text
         self.stopped = False  # the terminal reply went out at a stop string
@@ -147,11 +137,11 @@ class Detokenizer:
     def __init__(self, codec: HFTextCodec) -> None:
         self._codec = codec
         self._echo = lru_cache(maxsize=1)(  # outputs of one prompt follow one another
-            lambda prompt, skip_special: codec.decode(unpack_ids(prompt), skip_special=skip_special)
+            lambda prompt, skip_special: codec.decode(wire.unpack_ids(prompt), skip_special=skip_special)
         )
         self._streams: dict[int, _Stream] = {}
 
-    def detokenize(self, message: DetokenizeMsg) -> tuple[UserReply | None, AbortMsg | None]:
+    def detokenize(self, message: wire.DetokenizeMsg) -> tuple[wire.UserReply | None, wire.AbortMsg | None]:
         """The reply to the client, and what the scheduler is to end because its text has a stop string.
 
         Exactly one reply has a finish reason. After a stop string, whatever the scheduler still sends for the uid is
@@ -168,15 +158,15 @@ class Detokenizer:
             return None, None
         reply = self._advance(stream, message)
         stream.stopped = reply.finish_reason is not None and message.finish_reason is None
-        return reply, AbortMsg(uid=message.uid) if stream.stopped else None
+        return reply, wire.AbortMsg(uid=message.uid) if stream.stopped else None
 
     def drop(self, uid: int) -> None:
         """Forget a stream whose message could not be handled: what still arrives for it is ignored."""
         if uid in self._streams:
             self._streams[uid].stopped = True
 
-    def _advance(self, stream: _Stream, message: DetokenizeMsg) -> UserReply:
-        token_ids = unpack_ids(message.token_ids)
+    def _advance(self, stream: _Stream, message: wire.DetokenizeMsg) -> wire.UserReply:
+        token_ids = wire.unpack_ids(message.token_ids)
         num_free = max(0, stream.start.min_tokens - stream.num_output)  # tokens too early for a stop string
         head = prompt_end = ""
         if (start := message.start) is not None:
@@ -196,7 +186,7 @@ class Detokenizer:
             finish_reason = FinishReason.STOP
         elif finish_reason is not None and not found:
             text += stream.stop.flush()
-        return UserReply(
+        return wire.UserReply(
             uid=message.uid,
             text=head + text,
             token_ids=message.token_ids,
@@ -211,26 +201,27 @@ class Detokenizer:
             prompt_end=prompt_end,
             stop=stream.stop.found,
             detokenized=0.0 if start is None and finish_reason is None else time.time(),
+            pooled=message.pooled,
         )
 
     def _logprobs(
-        self, token_ids: Sequence[int], packed: PackedLogprobs | None, hidden: frozenset[int]
-    ) -> tuple[TokenLogprob, ...]:
+        self, token_ids: Sequence[int], packed: wire.PackedLogprobs | None, hidden: frozenset[int]
+    ) -> tuple[wire.TokenLogprob, ...]:
         if packed is None:
             return ()
         token_bytes = self._codec.token_bytes
         told = []
-        for token, (logprob, top) in zip(token_ids, unpack_logprobs(packed), strict=True):
-            most = [TopLogprob(i, token_bytes(i), x) for i, x in top]
-            told.append(TokenLogprob(token, token_bytes(token), logprob, most, token not in hidden))
+        for token, (logprob, top) in zip(token_ids, wire.unpack_logprobs(packed), strict=True):
+            most = [wire.TopLogprob(i, token_bytes(i), x) for i, x in top]
+            told.append(wire.TokenLogprob(token, token_bytes(token), logprob, most, token not in hidden))
         return tuple(told)
 
-    def _prompt_logprobs(self, message: DetokenizeMsg, hidden: frozenset[int]) -> tuple[TokenLogprob, ...]:
+    def _prompt_logprobs(self, message: wire.DetokenizeMsg, hidden: frozenset[int]) -> tuple[wire.TokenLogprob, ...]:
         """Of the whole prompt, with the stream's first message: nothing precedes the first token."""
         if message.start is None or not message.start.prompt or message.finish_reason is FinishReason.ERROR:
             return ()
-        first, *others = unpack_ids(message.start.prompt)
+        first, *others = wire.unpack_ids(message.start.prompt)
         if others and message.prompt_logprobs is None:
             return ()
         logprobs = self._logprobs(others, message.prompt_logprobs, hidden)
-        return (TokenLogprob(first, self._codec.token_bytes(first), None, [], first not in hidden), *logprobs)
+        return (wire.TokenLogprob(first, self._codec.token_bytes(first), None, [], first not in hidden), *logprobs)

@@ -14,25 +14,7 @@ from msgspec.structs import replace
 
 from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import FinishReason
-from minisgl.message.messages import (
-    AbortMsg,
-    AcceptedReply,
-    BackendMsg,
-    ChatPrompt,
-    DetokenizeMsg,
-    ErrorReply,
-    FlushMsg,
-    FrontendMsg,
-    PingMsg,
-    TextMsg,
-    TokenizeMsg,
-    TokenizerMsg,
-    UserMsg,
-    UserReply,
-    backend_codec,
-    frontend_codec,
-    tokenizer_codec,
-)
+from minisgl.message import messages as wire
 from minisgl.message.sockets import Endpoints, PullSocket, PushSocket
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import HFTextCodec, Tokenizer
@@ -44,7 +26,7 @@ MAX_BATCH = 64  # messages handled at a time: a crowd of long prompts must not l
 SHORT = 2**14  # bytes of a prompt that is encoded at once: some milliseconds
 NUM_THREADS, SECONDS = 2, 20.0  # for others
 
-Answers = tuple[list[BackendMsg], list[FrontendMsg]]  # to the scheduler, and to the API server
+Answers = tuple[list[wire.BackendMsg], list[wire.FrontendMsg]]  # to the scheduler, and to the API server
 
 
 class TooSlow(BaseException):
@@ -63,14 +45,16 @@ class TokenizerServer:
     ) -> None:
         self._tokenizer = Tokenizer(config, codec)
         self._detokenizer = Detokenizer(self._tokenizer.codec)
-        self._long: PriorityQueue[tuple[int, int, int, TextMsg, list[BackendMsg]]] = PriorityQueue()  # shortest first
-        self._aborts: dict[int, list[BackendMsg]] = {}  # by uid of what is long and not answered: of its request
+        self._long: PriorityQueue[tuple[int, int, int, wire.TextMsg, list[wire.BackendMsg]]] = (
+            PriorityQueue()
+        )  # shortest first
+        self._aborts: dict[int, list[wire.BackendMsg]] = {}  # by uid of what is long and not answered: of its request
         self._lock = threading.Lock()  # of what several threads use: the above, and the sockets that send
         for index in range(NUM_THREADS):
             threading.Thread(target=self._serve_long, name=f"long-{index}", daemon=True).start()
-        self._inbox = PullSocket(endpoint, tokenizer_codec)
-        self._backend = PushSocket(endpoints.backend, backend_codec)
-        self._frontend = PushSocket(endpoints.frontend, frontend_codec)
+        self._inbox = PullSocket(endpoint, wire.tokenizer_codec)
+        self._backend = PushSocket(endpoints.backend, wire.backend_codec)
+        self._frontend = PushSocket(endpoints.frontend, wire.frontend_codec)
 
     def run(self, beat: Callable[[], None]) -> None:
         """Serve until an exception (the one that SIGTERM raises) ends it. `beat` is called at least each second,
@@ -89,28 +73,28 @@ class TokenizerServer:
         finally:
             self.close()
 
-    def handle(self, messages: Sequence[TokenizerMsg]) -> Answers:
+    def handle(self, messages: Sequence[wire.TokenizerMsg]) -> Answers:
         """What is to be sent now. A request's abort stays behind the request, which other threads may have."""
-        to_backend: list[BackendMsg] = []
-        to_frontend: list[FrontendMsg] = []
+        to_backend: list[wire.BackendMsg] = []
+        to_frontend: list[wire.FrontendMsg] = []
         for message in messages:
-            if isinstance(message, DetokenizeMsg):
+            if isinstance(message, wire.DetokenizeMsg):
                 self._detokenize(message, to_backend, to_frontend)
-            elif isinstance(message, AbortMsg):
+            elif isinstance(message, wire.AbortMsg):
                 with self._lock:
                     self._aborts.get(message.uid, to_backend).append(message)
-            elif isinstance(message, FlushMsg):
+            elif isinstance(message, wire.FlushMsg):
                 self._detokenizer = Detokenizer(self._tokenizer.codec)
-            elif isinstance(message, ErrorReply) or (isinstance(message, PingMsg) and message.back):
+            elif isinstance(message, wire.ErrorReply) or (isinstance(message, wire.PingMsg) and message.back):
                 to_frontend.append(message)
-            elif isinstance(message, PingMsg):
+            elif isinstance(message, wire.PingMsg):
                 to_backend.append(message)
             elif (size := _size(message)) < SHORT:
                 accepted, replies = self._answer(message)
                 to_backend += accepted
                 to_frontend += replies
             else:
-                aborts: list[BackendMsg] = []
+                aborts: list[wire.BackendMsg] = []
                 with self._lock:
                     self._aborts |= dict.fromkeys(_uids(message), aborts)
                 self._long.put((size, message.uid, id(aborts), message, aborts))
@@ -121,12 +105,12 @@ class TokenizerServer:
         for socket in (self._inbox, self._backend, self._frontend):
             socket.close()
 
-    def _answer(self, message: TextMsg) -> Answers:
+    def _answer(self, message: wire.TextMsg) -> Answers:
         answer = self._tokenizer.answer(message)
-        if not isinstance(answer, UserMsg):
+        if not isinstance(answer, wire.UserMsg):
             return [], [replace(answer, uid=uid) for uid in _uids(message)]
-        notify = isinstance(message, TokenizeMsg) and message.notify and message.params.grammar is None
-        return [answer], [AcceptedReply(uid) for uid in answer.uids if notify]
+        notify = isinstance(message, wire.TokenizeMsg) and message.notify and message.params.grammar is None
+        return [answer], [wire.AcceptedReply(uid) for uid in answer.uids if notify]
 
     def _serve_long(self) -> None:
         """A thread for what would keep others waiting."""
@@ -141,11 +125,11 @@ class TokenizerServer:
                 self._frontend.send(to_frontend)
                 self._backend.send([*to_backend, *aborts])
 
-    def _answer_in_time(self, message: TextMsg, aborts: Sequence[BackendMsg]) -> Answers:
+    def _answer_in_time(self, message: wire.TextMsg, aborts: Sequence[wire.BackendMsg]) -> Answers:
         """What takes too long is interrupted where it runs Python, as chat templates do."""
         uids = _uids(message)
         if len(aborts) == len(uids):  # nobody waits for it any more
-            return [], [UserReply(uid, "", b"", 0, 0, 0, FinishReason.ABORT) for uid in uids]
+            return [], [wire.UserReply(uid, "", b"", 0, 0, 0, FinishReason.ABORT) for uid in uids]
         thread, error = ctypes.c_ulong(threading.get_ident()), ctypes.py_object(TooSlow)
         timer = threading.Timer(SECONDS, ctypes.pythonapi.PyThreadState_SetAsyncExc, [thread, error])
         try:
@@ -158,29 +142,31 @@ class TokenizerServer:
             status, reason = 400, f"the prompt takes longer than {SECONDS:g} s to read"
         except Exception as problem:  # there is no thread left for the timer, say
             status, reason = 503, f"the prompt cannot be read now: {problem}"
-        return [], [ErrorReply(uid, reason, status=status) for uid in uids]
+        return [], [wire.ErrorReply(uid, reason, status=status) for uid in uids]
 
-    def _detokenize(self, message: DetokenizeMsg, to_backend: list[BackendMsg], to_frontend: list[FrontendMsg]) -> None:
-        reply: UserReply | ErrorReply | None
+    def _detokenize(
+        self, message: wire.DetokenizeMsg, to_backend: list[wire.BackendMsg], to_frontend: list[wire.FrontendMsg]
+    ) -> None:
+        reply: wire.UserReply | wire.ErrorReply | None
         try:
             reply, abort = self._detokenizer.detokenize(message)
         except Exception as error:
             logger.exception("request %d: detokenization failed", message.uid)
             self._detokenizer.drop(message.uid)
             text = f"detokenization failed: {type(error).__name__}"
-            reply, abort = ErrorReply(message.uid, text, status=500), AbortMsg(message.uid)
+            reply, abort = wire.ErrorReply(message.uid, text, status=500), wire.AbortMsg(message.uid)
         if reply is not None:
             to_frontend.append(reply)
         if abort is not None:
             to_backend.append(abort)
 
 
-def _uids(message: TextMsg) -> Sequence[int]:
-    return message.uids if isinstance(message, TokenizeMsg) else (message.uid,)
+def _uids(message: wire.TextMsg) -> Sequence[int]:
+    return message.uids if isinstance(message, wire.TokenizeMsg) else (message.uid,)
 
 
-def _size(message: TextMsg) -> int:
+def _size(message: wire.TextMsg) -> int:
     """How long it takes, roughly: its bytes. To a number, a template may count."""
     prompt = getattr(message, "prompt", None)
-    values = prompt.template_kwargs.values() if isinstance(prompt, ChatPrompt) else ()
-    return SHORT * any(type(value) not in (bool, str) for value in values) + len(tokenizer_codec.encode([message]))
+    values = prompt.template_kwargs.values() if isinstance(prompt, wire.ChatPrompt) else ()
+    return SHORT * any(type(value) not in (bool, str) for value in values) + len(wire.tokenizer_codec.encode([message]))

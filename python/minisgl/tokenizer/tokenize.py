@@ -19,21 +19,7 @@ from minisgl.config.locate import load_tokenizer
 from minisgl.config.runtime import TokenizerConfig
 from minisgl.core import MAX_SEED, SamplingParams
 from minisgl.errors import RequestError, too_long
-from minisgl.message.messages import (
-    PROMPT_TAIL,
-    ChatPrompt,
-    DecodedReply,
-    EncodedReply,
-    EncodeMsg,
-    ErrorReply,
-    IdsPrompt,
-    TextMsg,
-    TextPrompt,
-    TokenizeMsg,
-    UserMsg,
-    pack_ids,
-    unpack_ids,
-)
+from minisgl.message import messages as wire
 from minisgl.tokenizer.chat import CUT, CallForm, ControlTokens, learn
 
 logger = logging.getLogger(__name__)
@@ -103,6 +89,14 @@ class HFTextCodec:
             return list(self._backend.encode(text, add_special_tokens=special).ids)
         return list(self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)  # lets others run
 
+    def beginning(self, text: str, most: int) -> list[int]:
+        """The first tokens of a text, so many with special ones around them."""
+        if self._backend is None:
+            return list(self.tokenizer.encode(text, truncation=True, max_length=most))
+        encoding = self._backend.encode(text[: most * self.longest_token], add_special_tokens=False)
+        encoding.truncate(max(0, most - self._backend.num_special_tokens_to_add(False)))
+        return list(self._backend.post_process(encoding, None, True).ids)
+
     def visible(self, token_ids: Sequence[int], *, skip_special: bool = True) -> list[int]:
         """The ids that become text: those it knows, and not the special ones where they are skipped."""
         special = self.special_ids if skip_special else ()
@@ -131,7 +125,7 @@ class HFTextCodec:
         byte = _BYTE.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE, " ").encode()
 
-    def render_chat(self, prompt: ChatPrompt) -> str:
+    def render_chat(self, prompt: wire.ChatPrompt) -> str:
         """The text that the chat template makes of the messages, for `encode`. Raises: RequestError when it cannot."""
         if not self.tokenizer.chat_template:
             raise RequestError("this model has no chat template: use /v1/completions", param="messages")
@@ -141,7 +135,9 @@ class HFTextCodec:
         mark = chr(0xF0000 + secrets.randbelow(0xFFFE))  # of private use
         try:
             if any(message.get("tool_calls") for message in messages):
-                self.call_form = self.call_form or learn(lambda probe: self._render(probe, ChatPrompt([]), None, {}))
+                self.call_form = self.call_form or learn(
+                    lambda probe: self._render(probe, wire.ChatPrompt([]), None, {})
+                )
                 messages = self.call_form.fit(messages)
             marked = self._control.marked([messages, prompt.tools, prompt.template_kwargs], mark)
             text = self._render(marked[0], prompt, *marked[1:])
@@ -154,7 +150,9 @@ class HFTextCodec:
                 raise RequestError("this chat template does not show how the last message ends", param="messages")
         return self._control.cut(text, mark)
 
-    def _render(self, messages: list[dict[str, Any]], prompt: ChatPrompt, tools: Any, kwargs: dict[str, Any]) -> str:
+    def _render(
+        self, messages: list[dict[str, Any]], prompt: wire.ChatPrompt, tools: Any, kwargs: dict[str, Any]
+    ) -> str:
         from transformers.utils.chat_template_utils import _compile_jinja_template as compiled
 
         template = self.tokenizer.get_chat_template(None, tools)
@@ -180,50 +178,54 @@ class Tokenizer:
     def __init__(self, config: TokenizerConfig, codec: HFTextCodec | None = None) -> None:
         self.codec = codec or HFTextCodec(config.model_path, config.visible_tokens, config.chat_template)
         self._vocab_size = config.vocab_size
-        self._max_seq_len = config.max_seq_len
+        self._max_seq_len, self._pooling = config.max_seq_len, config.pooling
         # A text with more characters cannot fit the context: it is refused before it is encoded, which takes a while.
         self.codec.max_chars = config.max_seq_len * self.codec.longest_token
 
-    def tokenize(self, requests: Sequence[TokenizeMsg]) -> list[UserMsg | ErrorReply]:
+    def tokenize(self, requests: Sequence[wire.TokenizeMsg]) -> list[wire.UserMsg | wire.ErrorReply]:
         """One answer for each request, in order. Never raises."""
         with ThreadPoolExecutor() as threads:
             return list(threads.map(self.answer, requests))  # type: ignore[arg-type]
 
-    def answer(self, message: TextMsg) -> UserMsg | EncodedReply | DecodedReply | ErrorReply:
+    def answer(self, message: wire.TextMsg) -> wire.UserMsg | wire.EncodedReply | wire.DecodedReply | wire.ErrorReply:
         """What a request has to become for the scheduler, a question's answer, or why it is refused. Never raises."""
         try:
-            if isinstance(message, TokenizeMsg):
+            if isinstance(message, wire.TokenizeMsg):
                 ids = self.encode(message.prompt)
                 params, now = self._finish_params(message, ids), time.time()
-                return UserMsg(message.uid, pack_ids(ids), params, message.count, now)
-            if isinstance(message, EncodeMsg):
-                return EncodedReply(message.uid, pack_ids(self.encode_only(message.prompt, special=message.special)))
-            ids = self._check(unpack_ids(message.token_ids), "tokens")
-            return DecodedReply(message.uid, self.codec.decode(ids, skip_special=message.skip_special))
+                return wire.UserMsg(message.uid, wire.pack_ids(ids), params, message.count, now)
+            if isinstance(message, wire.EncodeMsg):
+                return wire.EncodedReply(
+                    message.uid, wire.pack_ids(self.encode_only(message.prompt, special=message.special))
+                )
+            ids = self._check(wire.unpack_ids(message.token_ids), "tokens")
+            return wire.DecodedReply(message.uid, self.codec.decode(ids, skip_special=message.skip_special))
         except RequestError as error:
-            return ErrorReply(message.uid, str(error), error.status, error.param, error.code)
+            return wire.ErrorReply(message.uid, str(error), error.status, error.param, error.code)
         except Exception as error:
             logger.exception("request %d: tokenization failed", message.uid)
-            return ErrorReply(uid=message.uid, message=f"tokenization failed: {type(error).__name__}", status=500)
+            return wire.ErrorReply(uid=message.uid, message=f"tokenization failed: {type(error).__name__}", status=500)
 
-    def encode(self, prompt: ChatPrompt | TextPrompt | IdsPrompt) -> list[int]:
+    def encode(self, prompt: wire.ChatPrompt | wire.TextPrompt | wire.IdsPrompt) -> list[int]:
         """Token ids of one prompt. Raises: RequestError when it is empty, malformed or outside the vocabulary."""
-        if isinstance(prompt, IdsPrompt):
-            if (size := len(prompt.input_ids) // 4) >= self._max_seq_len:
+        if isinstance(prompt, wire.IdsPrompt):
+            if (size := len(prompt.input_ids) // 4) > self._max_seq_len:
                 raise too_long("prompt", str(size), self._max_seq_len)
-            ids = unpack_ids(prompt.input_ids)
+            ids = wire.unpack_ids(prompt.input_ids)
+        elif isinstance(prompt, wire.TextPrompt) and prompt.most:
+            ids = self.codec.beginning(prompt.text, prompt.most)
         else:
             ids = self.encode_only(prompt)
-        if not ids or (isinstance(prompt, TextPrompt) and not prompt.text):
+        if not ids or (isinstance(prompt, wire.TextPrompt) and not prompt.text):
             raise RequestError("the prompt must not be empty", param="prompt")
         return self._check(ids, "prompt")
 
-    def encode_only(self, prompt: ChatPrompt | TextPrompt, *, special: bool = True) -> list[int]:
+    def encode_only(self, prompt: wire.ChatPrompt | wire.TextPrompt, *, special: bool = True) -> list[int]:
         """The ids that a prompt has, which may be none and may be too many. Raises: RequestError.
 
         special: with the tokenizer's special tokens, where no chat template has put its own.
         """
-        if isinstance(prompt, TextPrompt):
+        if isinstance(prompt, wire.TextPrompt):
             return self._encode(prompt.text, "prompt", special)
         if not prompt.messages:
             raise RequestError("messages must not be empty", param="messages")
@@ -251,16 +253,18 @@ class Tokenizer:
             raise RequestError(text, param=param)
         return ids
 
-    def _finish_params(self, request: TokenizeMsg, ids: list[int]) -> SamplingParams:
+    def _finish_params(self, request: wire.TokenizeMsg, ids: list[int]) -> SamplingParams:
         """The parameters with nothing left open: `seed` drawn, `max_tokens` set and within the context, and whether
         reasoning comes before what a grammar is about.
 
         A larger `max_tokens` than the context has room for is no error: the output ends with `length` there.
         Raises: RequestError when the prompt alone fills the context.
         """
-        room = self._max_seq_len - len(ids)
+        if self._pooling is not None and not (self._pooling.generates or request.params.pooling):
+            raise RequestError("this model gives vectors or scores, and no text", param="model")
+        room = self._max_seq_len + bool(request.params.pooling) - len(ids)
         if room < 1:
-            param = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
+            param = "messages" if isinstance(request.prompt, wire.ChatPrompt) else "prompt"
             raise too_long(param, str(len(ids)), self._max_seq_len)
         params = request.params
         self._check(list(params.stop_token_ids), "stop_token_ids", "stop_token_ids: ")
@@ -269,7 +273,7 @@ class Tokenizer:
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
         grammar = params.grammar
         if grammar is not None and grammar.reasoning:
-            end = self.codec.decode(ids[-PROMPT_TAIL:])
+            end = self.codec.decode(ids[-wire.PROMPT_TAIL :])
             grammar = replace(grammar, reasoning=reasoning_after(end, grammar.reasoning))
         least = min(params.min_tokens, limit)
         return replace(params, max_tokens=limit, min_tokens=least, seed=seed, grammar=grammar)

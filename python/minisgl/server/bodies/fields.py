@@ -17,17 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, cast
 
+import pydantic
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
-)
 from pydantic_core import from_json
 
 from minisgl.core import MAX_COUNT, Range
@@ -40,11 +31,11 @@ SCHEMAS: dict[str, dict[str, Any]] = yaml.safe_load(
 )
 
 
-class Body(BaseModel):
+class Body(pydantic.BaseModel):
     """Strict: no conversion of strings to numbers. Fields that it has not are left out before (`fields.Reading`)."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
-    inner: ClassVar[Mapping[str, type[BaseModel]]] = {}  # fields whose objects have the fields of a body
+    model_config = pydantic.ConfigDict(extra="ignore", strict=True)
+    inner: ClassVar[Mapping[str, type[pydantic.BaseModel]]] = {}  # fields whose objects have the fields of a body
 
 
 def whole(value: Any) -> Any:
@@ -54,27 +45,27 @@ def whole(value: Any) -> Any:
     return [whole(item) for item in value] if isinstance(value, list) and {float, list} & {*map(type, value)} else value
 
 
-WHOLE = BeforeValidator(whole)
+WHOLE = pydantic.BeforeValidator(whole)
 Count = Annotated[int, WHOLE]
-MaxTokens = Annotated[Count, Field(ge=1, le=MAX_COUNT)]
-TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 2**31 - 1})]
-Items = Annotated[list[T], Field(fail_fast=True)]  # a list of which one wrong item is enough
+MaxTokens = Annotated[Count, pydantic.Field(ge=1, le=MAX_COUNT)]
+TokenId = Annotated[int, pydantic.WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 2**31 - 1})]
+Items = Annotated[list[T], pydantic.Field(fail_fast=True)]  # a list of which one wrong item is enough
 Object = dict[str, Any]
 
 
-def _of_some_model(ids: list[int], info: ValidationInfo) -> list[int]:
+def _of_some_model(ids: list[int], info: pydantic.ValidationInfo) -> list[int]:
     bad = next((token for token in ids if not 0 <= token < 2**31), None)
     refuse_unless(bad is None, f"{info.field_name}: {bad} is not a token id", str(info.field_name))
     return ids
 
 
-Ids = Annotated[Items[TokenId], WHOLE, AfterValidator(_of_some_model)]
+Ids = Annotated[Items[TokenId], WHOLE, pydantic.AfterValidator(_of_some_model)]
 
 
 def optional(text: str, within: Range | None = None, **schema: Any) -> Any:
     """A field that may be left out, which is what null means too. text, schema: for the OpenAPI document."""
     low, high = (None, None) if within is None else (within.lowest, within.highest)
-    return Field(None, description=text, ge=low, le=high, json_schema_extra=schema or None)
+    return pydantic.Field(None, description=text, ge=low, le=high, json_schema_extra=schema or None)
 
 
 MAX_IGNORED = 64  # names of one request that are remembered
@@ -240,7 +231,7 @@ def fields_of(model: type[Body]) -> Fields:
         _NESTED
         | {name: OBJECTS[of] for name, of in own.get("nested", {}).items()}
         | {name: fields_of(inner) for name, inner in model.inner.items()},
-        {name: of for name, of in (OTHER_NAMES | own.get("other_names", {})).items() if name not in known},
+        {old: of for old, of in (OTHER_NAMES | own.get("other_names", {})).items() if old not in known and of in known},
     )
 
 
@@ -251,11 +242,11 @@ def validate(model: type[B], raw: Any) -> B:
     """Raises: RequestError naming the first field at fault."""
     try:
         return model.model_validate(raw)
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         raise _refusal(error, raw) from None
 
 
-def _refusal(error: ValidationError, raw: Any) -> RequestError:
+def _refusal(error: pydantic.ValidationError, raw: Any) -> RequestError:
     """The first problem, in one line: of several ways to read a value, that of the one that got furthest."""
     problems = error.errors(include_url=False, include_context=False)
     problem = max((p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))

@@ -33,6 +33,7 @@ from minisgl.server.errors import add_error_handlers, json_response
 from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
 from minisgl.server.routes.operations import Operations, add_stored
+from minisgl.server.routes.vectors import VECTOR_PATHS, vector_dialects
 from minisgl.trace.routes import Trace
 
 R = TypeVar("R", bound=GenerationRequest)
@@ -54,7 +55,7 @@ class Generation:
         self._keepalive = env_number("MINISGL_SSE_KEEPALIVE", 10, low=0, high=86400)
 
     def add_to(self, app: FastAPI) -> None:
-        for path, (about, parse, make) in DIALECTS.items():
+        for path, (about, parse, make) in {**DIALECTS, **vector_dialects(self._config)}.items():
             app.post(path, name="route", description=about)(self._route(parse, make))
         app.post("/v1/responses")(self.responses)
         app.post("/v1/messages/count_tokens")(self.count_tokens)
@@ -89,7 +90,7 @@ class Generation:
     async def _read(self, request: Request, parse: Parse[R], defaults: Defaults) -> R:
         def parsed(data: bytes, reading: Reading) -> R:
             made = with_grammar(parse(data, defaults, reading), self._config)
-            check_size(made.prompts, self._config.scheduler.max_seq_len, made.names)
+            check_size(made.prompts, self._config.scheduler.max_seq_len + bool(made.params.pooling), made.names)
             return made
 
         made = await self._bodies.read(request, parsed)
@@ -111,5 +112,6 @@ def create_app(
     Operations(frontend, config, bodies, exposition, silent).add_to(app)
     add_stored(app, store)
     add_page(app)
-    Trace(frontend.trace, frontend.journal, frontend.metrics, config).add_to(app, (*DIALECTS, "/v1/responses"))
+    traced = (*DIALECTS, *VECTOR_PATHS, "/v1/responses")
+    Trace(frontend.trace, frontend.journal, frontend.metrics, config).add_to(app, traced)
     return app

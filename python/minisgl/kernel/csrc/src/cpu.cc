@@ -123,5 +123,6 @@ void add_layer(Model& model, const Layer& layer) {
 }
 void forward(Model& model, const Step& step) { model.forward(step); }
 void more_logits(Model& model, const int64_t* tokens, int64_t count, float* logits) { model.more_logits(tokens, count, logits); }
+void hidden_rows(const Model& model, const int64_t* tokens, int64_t count, float* out) { model.hidden_rows(tokens, count, out); }
 
 }  // namespace minisgl::cpu

@@ -228,6 +228,10 @@ void py_more_logits(int64_t model, TensorView tokens, TensorView logits) {
   more_logits(at<Model>(model), data_of<int64_t>(tokens), tokens.size(0), data_of<float>(logits));
 }
 
+void py_hidden_rows(int64_t model, TensorView tokens, TensorView out) {
+  hidden_rows(at<Model>(model), data_of<int64_t>(tokens), tokens.size(0), data_of<float>(out));
+}
+
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_workers, py_create_workers);
@@ -252,3 +256,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_model, py_destroy_model);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_layer, py_add_layer);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, py_forward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(more_logits, py_more_logits);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(hidden_rows, py_hidden_rows);

@@ -197,5 +197,6 @@ void destroy_model(Model* model);
 void add_layer(Model& model, const Layer& layer);
 void forward(Model& model, const Step& step);
 void more_logits(Model& model, const int64_t* tokens, int64_t count, float* logits);
+void hidden_rows(const Model& model, const int64_t* tokens, int64_t count, float* out);
 
 }  // namespace minisgl::cpu

@@ -31,6 +31,14 @@ class Model {
     workers_.pool.run([&](int thread) { logits(thread, step); });
   }
 
+  // The residual stream behind the last layer, of tokens of the last step. out: [count, hidden].
+  void hidden_rows(const int64_t* tokens, int64_t count, float* out) const {
+    for (int64_t r = 0; r < count; ++r) {
+      const float* from = x_.get() + tokens[r] * hidden_stride();
+      std::copy(from, from + embedding_.in, out + r * embedding_.in);
+    }
+  }
+
  private:
   int64_t hidden_stride() const { return padded_stride(embedding_.in); }
   int64_t qkv_stride() const { return padded_stride((heads_.num_q + 2 * heads_.num_kv) * heads_.dim); }

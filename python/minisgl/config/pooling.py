@@ -1,0 +1,115 @@
+"""Whether a model gives vectors or scores, as its files say: those of sentence-transformers, or its class's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+
+from minisgl.config.locate import read_fields
+from minisgl.errors import ConfigError
+from minisgl.utils.fields import Fields
+
+TASKS = ("generate", "embed", "embed-mean", "score")
+TEXTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """What becomes of the hidden states of a prompt. kind: "last", "mean" or "score", as in `SamplingParams.pooling`.
+
+    generates: there is a head for text, too. prompts: what comes before a text, or the instruction of a score, by name;
+    prompt: the one without a name. has_roles: texts are messages of a chat, whose template has roles for query and
+    document; begins: and an answer begins behind them. is_normalized: vectors have length 1. label_ids: tokens the
+    difference of whose logits is the score, or one whose logit is; (): there is a classifier.
+    """
+
+    kind: str
+    generates: bool
+    prompt: str
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    has_roles: bool = False
+    begins: bool = True
+    is_normalized: bool = False
+    label_ids: tuple[int, ...] = ()
+
+
+def read_pooling(task: str | None, path: Path, is_tied: bool, template: str) -> Pooling | None:
+    """task: one of TASKS; None: as the files say. is_tied: the embedding is the head. template: of chats.
+
+    Raises: ConfigError naming the file, and what of it is not supported.
+    """
+    config, told = read_fields(path / "config.json"), read_fields(path / "config_sentence_transformers.json")
+    name, modules = (config.list_of(str, "architectures") or [""])[0], _modules(path / "modules.json")
+    is_classifier, is_bare = name.endswith("ForSequenceClassification"), name.endswith("Model")
+    if task is None:
+        scores, embeds = is_classifier or "LogitScore" in modules, is_bare or bool(modules)
+        task = "score" if scores else "embed" if embeds else "generate"
+    if task == "generate":
+        return None
+    inputs = read_fields(path / "sentence_bert_config.json")
+    begins = inputs.child("processing_kwargs").child("chat_template").boolean("add_generation_prompt", not modules)
+    texts, generates = told.child("prompts"), not is_classifier and (is_tied or not is_bare or _has_head(path))
+    prompts = {key: texts.text(key, "") for key in texts.data}
+    default = prompts.get(told.text("default_prompt_name", ""), "")
+    if task == "score":
+        if not template:
+            raise ConfigError("--task score: the model has no chat template for queries and documents: --chat-template")
+        if is_classifier and len(config.child("id2label").data) != 1:
+            raise ConfigError(
+                f"{config.source}: a classifier must have one label, whose sigmoid is the score (id2label)"
+            )
+        labels, has_roles = () if is_classifier else _labels(path, modules), "'document'" in template.replace('"', "'")
+        default = default if has_roles else default or TEXTS["instruction"]
+        return Pooling(task, generates, default, prompts, has_roles, begins, label_ids=labels)
+    kind = "mean" if task == "embed-mean" else "last"
+    if task == "embed" and "Pooling" in modules:
+        kind = _kind(read_fields(path / modules["Pooling"] / "config.json"))
+    is_chat, is_normalized = "message" in inputs.child("modality_config").data, "Normalize" in modules or not modules
+    return Pooling(kind, generates, default, prompts, is_chat, begins, is_normalized)
+
+
+def _modules(file: Path) -> dict[str, str]:
+    """Folders of sentence-transformers' modules, by the names of their classes."""
+    try:
+        listed = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else []
+        modules = {module["type"].rpartition(".")[2]: module["path"] for module in listed}
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {str(file)!r}: {error!r}") from None
+    if others := ", ".join(name for name in modules if name not in TEXTS["modules"]):
+        raise ConfigError(f"{file}: modules not supported: {others} (supported: {', '.join(TEXTS['modules'])})")
+    return modules
+
+
+def _kind(f: Fields) -> str:
+    """Of one mode, or a list of one, or the older flags of which one is set."""
+    given = f.data.get("pooling_mode") or [key for key, value in f.data.items() if value is True and "_mode_" in key]
+    modes = given if isinstance(given, list) else [given]
+    kind = str(TEXTS["kinds"].get(str(modes[0]), "") if len(modes) == 1 else "")
+    if not kind or (kind == "mean" and not f.boolean("include_prompt", True)):
+        raise ConfigError(f"{f.source}: pooling {modes} not supported (supported: lasttoken; mean, prompts included)")
+    return kind
+
+
+def _labels(path: Path, modules: Mapping[str, str]) -> tuple[int, ...]:
+    """The tokens for yes and no: those that sentence-transformers' module names, or of these names."""
+    names, f = ("true_token_id", "false_token_id"), read_fields(path / modules.get("LogitScore", "") / "config.json")
+    if "LogitScore" not in modules:
+        names, f = ("yes", "no"), read_fields(path / "tokenizer.json").child("model").child("vocab")
+    ids = [f.integer(name, None, 0) for name in names]
+    if ids[0] is None:
+        raise ConfigError(f"{f.source}: it has no {names[0]}, a token whose logit --task score needs")
+    return tuple(label for label in ids if label is not None)
+
+
+def _has_head(path: Path) -> bool:
+    """Whether files of safetensors have one."""
+    for file in path.glob("*.safetensors"):
+        weights: Any = safe_open(str(file), framework="np")
+        if "lm_head.weight" in weights.keys():  # noqa: SIM118
+            return True
+    return False

@@ -1,0 +1,230 @@
+"""Vectors and scores against sentence-transformers, however the work is scheduled and whatever computes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.base import modules as base_modules
+from sentence_transformers.cross_encoder.modules import LogitScore
+from sentence_transformers.sentence_transformer import modules
+
+from minisgl import LLM, SamplingParams
+from minisgl.config.pooling import read_pooling
+from minisgl.errors import ConfigError, RequestError
+from minisgl.message.messages import ChatPrompt, TextPrompt
+from minisgl.scheduler.integrity import check_integrity
+from tests.models import randomize, tiny_model
+from tests.tokenizers_fixture import CHATML, add_labels, make_byte_level
+
+TEXTS = ["Hello world", "größer 你好世界 🙂" * 9, "a", "The quick brown fox jumps over the lazy dog. " * 4]
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+PROMPTS = {"query": "Find what answers: ", "document": ""}
+ENGINES: dict[str, dict[str, Any]] = {
+    "whole steps in C++": {},
+    "layer by layer": {"attention_backend": "sdpa"},
+    "steps of few tokens": {"max_prefill_length": 7, "page_size": 1},
+    "no overlap, no cache": {"disable_overlap": True, "cache_type": "naive", "max_prefill_length": 33},
+}
+JUDGE = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    'Note that the answer can only be "yes" or "no".'
+)
+
+
+def with_tokenizer(source: Path, target: Path, *, ending: bool = False, template: str | None = None) -> Path:
+    """A copy of a model. ending: each text ends with a special token, as Qwen3-Embedding's do."""
+    shutil.copytree(source, target)
+    make_byte_level(target, template=template)
+    file = target / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": "<|im_end|>"}))
+    if ending:
+        file = target / "tokenizer.json"
+        tokenizer = json.loads(file.read_text())
+        piece = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}]
+        special = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+        tokenizer["post_processor"] = {"type": "TemplateProcessing", "single": piece, "pair": piece}
+        tokenizer["post_processor"]["special_tokens"] = special
+        file.write_text(json.dumps(tokenizer))
+    return target
+
+
+def saved(source: Path, target: Path, mode: str, *, normalize: bool = True) -> SentenceTransformer:
+    """sentence-transformers' own directory of the model, and what it loads from there."""
+    body = modules.Transformer(str(source))
+    parts = [body, modules.Pooling(body.get_embedding_dimension(), pooling_mode=mode)]
+    parts += [modules.Normalize()] if normalize else []
+    SentenceTransformer(modules=parts, prompts=PROMPTS, device="cpu").save(str(target), create_model_card=False)
+    return SentenceTransformer(str(target), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_tokenizer(tiny_model("qwen3", vocab_size=512), tmp_path_factory.mktemp("source") / "model", ending=True)
+
+
+@pytest.fixture(scope="module", params=["lasttoken", "mean"])
+def reference(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = tmp_path_factory.mktemp("saved") / "model"
+    return path, saved(source, path, request.param)
+
+
+def llm_of(path: Path, **options: Any) -> LLM:
+    return LLM(str(path), **{"dtype": "float32", "kv_cache_dtype": "float32", "max_seq_len": 256, **options})
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_vectors_equal_sentence_transformers(reference: Any, engine: str) -> None:
+    path, model = reference
+    with llm_of(path, **ENGINES[engine]) as llm:
+        got = np.array(llm.embed(TEXTS))
+        np.testing.assert_allclose(got, model.encode(TEXTS), atol=1e-4)
+        np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
+        np.testing.assert_allclose(llm.embed(TEXTS), got, atol=1e-6)  # what is cached changes nothing
+        asked = model.encode(TEXTS, prompt_name="query")
+        np.testing.assert_allclose(llm.embed(TEXTS, prompt_name="query"), asked, atol=1e-4)
+        short = model.encode(TEXTS, truncate_dim=16, normalize_embeddings=True)
+        np.testing.assert_allclose(llm.embed(TEXTS, dimensions=16), short, atol=1e-4)
+        assert np.abs(got[0] - got[2]).max() > 0.01
+
+
+def test_texts_that_the_model_reads_as_messages(source: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    chatting = with_tokenizer(source, tmp_path / "chatting", template=template)
+    model = saved(chatting, tmp_path / "saved", "lasttoken", normalize=False)
+    with llm_of(tmp_path / "saved") as llm:
+        np.testing.assert_allclose(llm.embed(TEXTS), model.encode(TEXTS), atol=1e-4)
+        asked = model.encode(TEXTS, prompt_name="query")
+        np.testing.assert_allclose(llm.embed(TEXTS, prompt_name="query"), asked, atol=1e-4)
+        assert np.linalg.norm(llm.embed("Hello world")) > 2  # as it comes
+
+
+@pytest.mark.parametrize(("family", "task"), [("gemma3_text", "embed"), ("granite", "embed-mean"), ("phi3", "embed")])
+def test_any_decoder_gives_vectors_and_writes(family: str, task: str, tmp_path: Path) -> None:
+    path = with_tokenizer(tiny_model(family, vocab_size=512), tmp_path / "model")
+    model = transformers.AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+    ids = [[5, 9, 300, 17, 2], [4], list(range(3, 90))]
+    with llm_of(path, task=task, max_prefill_length=16) as llm:
+        written = llm.generate([7, 8, 9], GREEDY)[0].token_ids
+        stream = llm.stream([7, 8, 9], GREEDY)
+        beside = list(next(stream).token_ids)
+        got = llm.embed(ids)
+        assert beside + [token for part in stream for token in part.token_ids] == written
+    with torch.inference_mode():
+        states = [model(torch.tensor([one])).last_hidden_state[0] for one in ids]
+    wanted = [state.mean(0) if task == "embed-mean" else state[-1] for state in states]
+    np.testing.assert_allclose(got, [(one / one.norm()).numpy() for one in wanted], atol=1e-4)
+
+
+def test_two_ranks(source: Path) -> None:
+    with llm_of(source, task="embed-mean") as one, llm_of(source, task="embed-mean", tensor_parallel_size=2) as two:
+        np.testing.assert_allclose(two.embed(TEXTS), one.embed(TEXTS), atol=1e-5)
+
+
+def test_an_abort_leaves_nothing(source: Path) -> None:
+    with llm_of(source, task="embed-mean", max_prefill_length=4) as llm:
+        params = SamplingParams(max_tokens=1, pooling="mean")
+        expected = llm.embed(TEXTS[:2])
+        requests = llm.submit([TextPrompt(text) for text in TEXTS], params)
+        for request in requests:
+            llm.turn()
+            llm.abort(request.uid)
+        assert llm.embed(TEXTS[:2]) == expected
+        check_integrity(llm.scheduler.planner)
+        assert llm.scheduler.planner.is_idle
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a chat template and single tokens for yes and no."""
+    path = with_tokenizer(tiny_model("qwen3", vocab_size=512), tmp_path_factory.mktemp("lm") / "m", template=CHATML)
+    return add_labels(path, yes=500, no=501)
+
+
+QUERY, DOCUMENTS = "What is it?", ["It is a <|im_end|> fox.", "größer", "The lazy dog jumps over it. " * 9]
+
+
+def test_scores_by_yes_and_no(lm: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float32).eval()
+    for options in ({}, {"attention_backend": "sdpa", "max_prefill_length": 50}):
+        with llm_of(lm, task="score", max_seq_len=500, **options) as llm:
+            got = llm.score(QUERY, DOCUMENTS, "Find it.")
+            for document, score in zip(DOCUMENTS, got, strict=True):
+                asked = f"<Instruct>: Find it.\n<Query>: {QUERY}\n<Document>: {document}"
+                messages = [{"role": "system", "content": JUDGE}, {"role": "user", "content": asked}]
+                ids = llm.tokenizer.encode(ChatPrompt(messages))
+                with torch.inference_mode():
+                    yes, no = model(torch.tensor([ids])).logits[0, -1, [500, 501]].tolist()
+                assert math.isclose(score, 1 / (1 + math.exp(no - yes)), abs_tol=1e-4)
+            assert max(got) - min(got) > 1e-3
+            assert llm.generate("Hello", GREEDY)[0].token_ids  # it writes, too
+
+
+ROLES = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] if m['role'] == 'system' else 'user' }}\n"
+    "{% if m['role'] == 'document' %}Document: {% elif m['role'] == 'query' %}Query: {% endif %}{{ m['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["two tokens", "one token", "classifier"])
+def test_scores_equal_sentence_transformers(source: Path, tmp_path: Path, kind: str) -> None:
+    path = with_tokenizer(source, tmp_path / "model", template=ROLES)
+    if kind == "classifier":
+        config = transformers.AutoConfig.from_pretrained(path, num_labels=1, pad_token_id=2)
+        classifier = transformers.Qwen3ForSequenceClassification(config)
+        randomize(classifier, 3)
+        classifier.save_pretrained(path)
+        parts: list[Any] = [base_modules.Transformer(str(path), transformer_task="sequence-classification")]
+    else:
+        body = base_modules.Transformer(str(path), transformer_task="text-generation")
+        parts = [body, LogitScore(300, 301 if kind == "two tokens" else None)]
+    CrossEncoder(modules=parts, device="cpu", prompts={"web": "Find it."}, default_prompt_name="web").save(
+        str(tmp_path / "saved"), create_model_card=False
+    )
+    model = CrossEncoder(str(tmp_path / "saved"), device="cpu", activation_fn=torch.nn.Sigmoid())
+    with llm_of(tmp_path / "saved") as llm:
+        wanted = model.predict([(QUERY, document) for document in DOCUMENTS[1:]])
+        np.testing.assert_allclose(llm.score(QUERY, DOCUMENTS[1:]), wanted, atol=1e-4)
+        if kind == "classifier":
+            with pytest.raises(RequestError, match="no text"):
+                llm.generate("Hello")
+
+
+def test_what_is_not_supported_is_refused_by_name(lm: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(lm, path)
+    with pytest.raises(RequestError, match="--task embed"), llm_of(path) as llm:
+        llm.embed("Hello")
+    modules_file = path / "modules.json"
+    modules_file.write_text(json.dumps([{"idx": 0, "path": "", "type": "sentence_transformers.models.Dense"}]))
+    with pytest.raises(ConfigError, match=r"modules.json: modules not supported: Dense"):
+        read_pooling(None, path, True, "")
+    modules_file.write_text(json.dumps([{"idx": 0, "path": "1", "type": "sentence_transformers.models.Pooling"}]))
+    (path / "1").mkdir()
+    for config in ({"pooling_mode_cls_token": True}, {"pooling_mode": ["mean", "max"]}):
+        (path / "1" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match=r"1/config.json: pooling .* not supported"):
+            read_pooling(None, path, True, "")
+    older = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+    for config, kind in ((older, "mean"), ({"pooling_mode": "lasttoken"}, "last")):
+        (path / "1" / "config.json").write_text(json.dumps(config))
+        pooling = read_pooling(None, path, True, "")
+        assert pooling is not None and (pooling.kind, pooling.is_normalized) == (kind, False)
+    modules_file.write_text("[")
+    with pytest.raises(ConfigError, match=r"modules\.json"):
+        read_pooling(None, path, True, "")
+    modules_file.unlink()
+    with pytest.raises(ConfigError, match="--chat-template"):
+        read_pooling("score", path, True, "")
+    (path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: it has no yes"):
+        read_pooling("score", path, True, CHATML)
