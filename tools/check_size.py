@@ -23,6 +23,7 @@ PARTS = {  # folders or files, their budget in lines of Python, and what it is t
     "hybrids: layers, states, kernels": (_HYBRIDS, 400, 400),
     "models and their layers": (_MODELS, 1_600, 1_600),
     "embeddings and scores": (_VECTORS, 410, 200),
+    "states on GPUs": (("kernel/delta.py", "kernel/triton/delta.py"), 190, 150),
     "the HTTP API": (("server", "parser", "grammar"), 5_600, 5_000),
     "the trace": (("trace",), 757, 600),
     "formats of weights": (("formats",), 800, 800),

@@ -40,7 +40,11 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k_cache, v_cache → out
 SHAPES = [(16, 8, 128), (40, 8, 128), (64, 8, 128), (16, 2, 128), (32, 8, 64)]
 BATCHES = (1, 16, 64, 256)
 SWEEP_BATCHES = (16, 32, 64, 128, 256)
-SWEEP_PLANS = {64: ((8, 1), (4, 1), (8, 2), (16, 1)), 128: ((8, 1), (4, 1), (4, 2))}  # by head_dim: warps, blocks
+SWEEP_PLANS = {
+    64: ((8, 1), (4, 1), (8, 2), (16, 1)),
+    128: ((8, 1), (4, 1), (4, 2)),
+    256: ((4, 1), (2, 1), (2, 2)),
+}  # by head_dim: warps, blocks
 SWEEP_CLUSTER_BLOCKS_PER_SM = 4  # clusters of more blocks are not tried
 REPLAYS = 15
 MIN_BYTES = 400 << 20  # of keys and values in a graph: several times the L2 cache

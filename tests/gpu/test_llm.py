@@ -99,3 +99,16 @@ def test_ranks_give_the_tokens_of_one(family: str, tp_size: int) -> None:
     with LLM(str(path), tp=tp_size, max_prefill_length=33) as llm:
         outputs = llm.generate(prompts, GREEDY)
     assert [output.token_ids for output in outputs] == [hf_generate(path, prompt, NUM_TOKENS) for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"])
+def test_hybrids_give_the_tokens_of_hugging_face(family: str) -> None:
+    """States inside graphs, which may be padded, and outside; chunks that go on from one; rows that are used again."""
+    path = with_tokenizer(tiny_model(family, vocab_size=512))
+    prompts = make_prompts()[:9]
+    expected = [hf_generate(path, prompt, NUM_TOKENS) for prompt in prompts]
+    few_rows = {"max_running_requests": 3, "cuda_graph_max_bs": 0 if DEVICE == "cpu" else 2}
+    for options in ({}, EAGER, {"max_prefill_length": 17}, few_rows):
+        with LLM(str(path), **options) as llm:
+            outputs = llm.generate(prompts, GREEDY)
+        assert [output.token_ids for output in outputs] == expected, options

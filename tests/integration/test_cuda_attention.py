@@ -103,6 +103,9 @@ def check(out: Tensor, expected: Tensor) -> None:
         (16, 1, 128, torch.bfloat16, (4, 2)),
         (32, 8, 64, torch.bfloat16, (16, 1)),
         (32, 8, 64, torch.bfloat16, (8, 2)),
+        (16, 4, 256, torch.bfloat16, None),
+        (16, 2, 256, torch.float16, None),
+        (16, 1, 256, torch.bfloat16, None),
     ],
 )
 def test_decode(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype, plan: tuple[int, int] | None) -> None:
@@ -135,6 +138,7 @@ def test_decode(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype, plan: tu
         (40, 8, 128, torch.bfloat16),
         (16, 1, 128, torch.float16),
         (24, 2, 64, torch.float16),
+        (16, 2, 256, torch.bfloat16),
     ],
 )
 def test_decode_of_e4m3(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype) -> None:
@@ -159,7 +163,14 @@ def test_decode_of_e4m3(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype) 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("num_qo", "num_kv", "dim", "float8"),
-    [(64, 8, 64, False), (10, 2, 128, False), (16, 1, 128, True), (28, 4, 64, True), (3, 3, 128, False)],
+    [
+        (64, 8, 64, False),
+        (10, 2, 128, False),
+        (16, 1, 128, True),
+        (28, 4, 64, True),
+        (3, 3, 128, False),
+        (16, 4, 256, False),
+    ],
 )
 def test_sinks(num_qo: int, num_kv: int, dim: int, float8: bool) -> None:
     """Of both kernels, split and merged; one head's sink outweighs all tokens, another's counts nothing."""

@@ -22,7 +22,7 @@ from minisgl.__main__ import main as minisgl_main
 from minisgl.benchmark import dataset, floor, metrics, offline, serve
 from minisgl.benchmark.dataset import Lengths, Sample
 from minisgl.benchmark.metrics import Record
-from minisgl.benchmark.shapes import stand_in_tokenizer, write_shape
+from minisgl.benchmark.shapes import SHAPES, stand_in_tokenizer, write_shape
 from minisgl.config.families import read_model_config
 from minisgl.errors import ConfigError
 
@@ -427,6 +427,24 @@ def test_floors_of_single_steps(tmp_path: Path) -> None:
     assert milliseconds("qwen3-30b-a3b") == pytest.approx(1.41, abs=0.02)
     with pytest.raises(ConfigError, match=r"expected qwen3-0\.6b"):
         write_shape("qwen9", tmp_path)
+
+
+def test_floors_of_states_and_windows(tmp_path: Path) -> None:
+    """What a hybrid remembers is read and written, whatever the context is; a window's keys and pairs end with it."""
+    model = read_model_config(write_shape("qwen3.5-4b", tmp_path / "hybrid"))
+    states, keys = 24 * 32 * 128 * 128 * 4, 8 * 4 * 256 * 2 * 2
+    assert floor.kv_read(model, "bfloat16", [100, 300]) == 2 * 2 * states + 400 * keys
+    mlps, attention = 3 * 9216 * 2560, (3 * 16 + 2 * 4) * 256 * 2560
+    net, rule = (2 * 2048 + 3 * 4096 + 2 * 32) * 2560, 3 * 32 * 128 * 128
+    weights = 32 * mlps + 8 * attention + 24 * (net + rule)
+    pairs = 8 * 4 * 16 * 256 * 1000**2 / 2
+    assert floor.prefill_flops(model, 1000) == 2 * 1000 * weights + pairs + 2 * 248320 * 2560
+    shape = {**SHAPES["qwen3-0.6b"], "sliding_window": 100, "use_sliding_window": True, "max_window_layers": 27}
+    path = tmp_path / "windows"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(shape))
+    model = read_model_config(path)
+    assert floor.kv_read(model, "bfloat16", [1000]) == (27 * 1000 + 100) * 8 * 128 * 2 * 2
 
 
 def test_offline_takes_the_servers_flags(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,8 @@
 """The least time that a workload can take: what must be read and multiplied, over what the machine reaches.
 
-A step of continuous batching reads all weights once and the KV cache of every decoding request; prompts cost their
-products. Each is divided by a ceiling that was measured, and nothing else is counted: no launches, no communication, no
-writing, no activations. It is a bound for any engine, as the roofline model has it (Williams, Waterman and Patterson,
-"Roofline", CACM 2009).
+A step of continuous batching reads all weights once and the KV cache of every decoding request, and reads and writes
+its states; prompts cost their products. Each is divided by a ceiling that was measured, and nothing else is counted. It
+is a bound for any engine, as the roofline model has it (Williams, Waterman and Patterson, "Roofline", CACM 2009).
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from minisgl.config.model import ModelConfig, MoE
+from minisgl.config.model import ModelConfig, MoE, PagedKV
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +82,9 @@ class Floor:
 
 
 def floor_of(
-    model: ModelConfig,
-    dtype: str,
-    requests: Sequence[tuple[int, int, int]],
-    machine: Machine,
-    tp_size: int = 1,
-    max_running: int = 256,
-    kv_dtype: str | None = None,
-) -> Floor:
+    model: ModelConfig, dtype: str, requests: Sequence[tuple[int, int, int]], machine: Machine, tp_size: int = 1,
+    max_running: int = 256, kv_dtype: str | None = None,
+) -> Floor:  # fmt: skip
     """The floor of requests (prompt tokens, output tokens, cached prompt tokens) that are all submitted at once.
 
     A waiting request is prefilled whole, in the step after one has ended; the step gives its first output token.
@@ -115,10 +110,13 @@ def floor_of(
 
 
 def kv_read(model: ModelConfig, dtype: str, lengths: Sequence[int], tp_size: int = 1) -> float:
-    """Bytes of KV that one rank reads to decode requests of these context lengths (the new token included)."""
-    windows = Counter(layer.attention.window for layer in model.layers)
+    """Bytes of KV that one rank reads to decode requests of these context lengths (the new token included), and of what
+    delta nets remember, which it also writes."""
+    windows = Counter(layer.attention.window for layer in model.layers if isinstance(layer.attention.cache, PagedKV))
     tokens = sum(count * sum(min(n, window or n) for n in lengths) for window, count in windows.items())
-    return model.kv_bytes_per_token(dtype, tp_size) / model.num_layers * tokens
+    remembered = sum(prod(shape) for state in model.states for shape in state.shapes(tp_size)[1:])
+    per_token = model.kv_bytes_per_token(dtype, tp_size) / max(1, len(model.paged))
+    return per_token * tokens + 2 * 4 * remembered * len(lengths)
 
 
 def weights_read(model: ModelConfig, dtype: str, num_tokens: int, tp_size: int = 1) -> float:
@@ -136,9 +134,14 @@ def weights_read(model: ModelConfig, dtype: str, num_tokens: int, tp_size: int =
 
 
 def prefill_flops(model: ModelConfig, num_tokens: int, num_cached: int = 0) -> float:
-    """Operations of one prompt on all ranks: the layers' products, causal attention, and the head at its last token."""
-    attention = 2 * (model.num_qo_heads + model.num_kv_heads) * model.head_dim * model.hidden_size
-    mlps = sum(3 * layer.mlp.active_features * model.hidden_size for layer in model.layers)
-    products = 2 * (model.num_layers * attention + mlps)
-    scores = 4 * model.num_layers * model.num_qo_heads * model.head_dim * (num_tokens**2 - num_cached**2) / 2
-    return (num_tokens - num_cached) * products + scores + 2 * model.vocab_size * model.hidden_size
+    """Operations of one prompt on all ranks: products, causal attention, rules of states, and the head once."""
+    queries, weights, pairs = model.num_qo_heads * model.head_dim, 0, 0.0
+    for spec in (layer.attention for layer in model.layers):
+        if isinstance(spec.cache, PagedKV):
+            weights += ((2 + spec.gated) * queries + spec.cache.local_size(1)) * model.hidden_size
+            seen, known = (min(n, spec.window or n) for n in (num_tokens, num_cached))
+            pairs += seen * (num_tokens - seen / 2) - known * (num_cached - known / 2)
+        else:
+            weights += spec.cache.num_weights(model.hidden_size, 1) + 3 * sum(map(prod, spec.cache.shapes(1)[1:]))
+    weights += sum(3 * layer.mlp.active_features * model.hidden_size for layer in model.layers)
+    return 2 * ((num_tokens - num_cached) * weights + 2 * queries * pairs + model.vocab_size * model.hidden_size)

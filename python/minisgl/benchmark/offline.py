@@ -183,13 +183,10 @@ class Run:
             self.duration = time.perf_counter() - begun
         self.records = [to_record(output) for output in outputs]
         self.steps = [seconds for _, seconds in self.shares]
-        self.floor: float | None = None
-        self.step_floor: float | None = None
-        self.ceilings: str | None = None
         if args.workload == "streams":  # the last turns are the steps after the first token, the same for all
             turns = turns[-args.output_len.high :]
             self.steps = [after - before for before, after in itertools.pairwise(turns)]
-        self._add_floors(args)
+        self.floor, self.step_floor, self.ceilings = self._floors(args)
 
     def _time_steps(self, llm: LLM, samples: Sequence[Sample], rng: Random) -> list[RequestOutput]:
         """Generate one request at a time, then 2, 4 … 64. A step lasts from the end of the one before to its own."""
@@ -208,19 +205,19 @@ class Run:
                 self.shares.append(([(start, num_new) for _, start, num_new, _ in plan.reqs], last - begun))
         return outputs
 
-    def _add_floors(self, args: argparse.Namespace) -> None:
+    def _floors(self, args: argparse.Namespace) -> tuple[float | None, float | None, str | None]:
+        """Seconds of all, and of a step of streams; what they come from."""
         machine = machine_of(args, self.engine.device)
         if machine is None:
-            return
-        self.ceilings = str(machine)
-        engine, load = self.engine, [(r.num_prompt, r.num_output, r.num_cached) for r in self.records]
+            return None, None, None
+        engine, load, step = self.engine, [(r.num_prompt, r.num_output, r.num_cached) for r in self.records], None
         model, dtype, kv_dtype = engine.model, kept_as(engine), engine.kv_cache_dtype
         limits = engine.tp_size, engine.max_running_requests, kv_dtype
-        self.floor = floor_of(model, dtype, load, machine, *limits).seconds
         if self.steps and not self.shares:
             contexts = [num_prompt + num_output // 2 for num_prompt, num_output, _ in load]
             num_bytes = weights_read(model, dtype, len(load), engine.tp_size)
-            self.step_floor = (num_bytes + kv_read(model, kv_dtype, contexts, engine.tp_size)) / machine.bandwidth
+            step = (num_bytes + kv_read(model, kv_dtype, contexts, engine.tp_size)) / machine.bandwidth
+        return floor_of(model, dtype, load, machine, *limits).seconds, step, str(machine)
 
 
 def to_record(output: RequestOutput) -> Record:

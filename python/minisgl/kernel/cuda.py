@@ -14,7 +14,7 @@ import torch
 
 from minisgl.config.model import MoE
 from minisgl.errors import ConfigError
-from minisgl.kernel import decode_gemm, float8, packed_gemm, skinny
+from minisgl.kernel import decode_gemm, delta, float8, packed_gemm, skinny
 from minisgl.kernel.activations import ROUTINGS
 from minisgl.kernel.jit import load_kernel, side_by_side
 from minisgl.kernel.ops import Around, Biases, Experts, KVSlots, Matrix, RopeAngles, Stacked, TorchMatrix, TorchOps
@@ -92,7 +92,7 @@ class TritonOps(TorchOps):
         return lambda x, logits: fused_moe(x, logits, first, second, *kind)
 
 
-class CudaOps(TritonOps):
+class CudaOps(delta.DeltaOps, TritonOps):
     """For GPUs of compute capability `arch`. Compiles its kernels when it is made, on first use of the cache.
 
     Everything can be captured in a CUDA graph. Raises: ConfigError where the kernels cannot be compiled.

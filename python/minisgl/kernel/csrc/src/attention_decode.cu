@@ -1,6 +1,6 @@
 // Attention of one new token per sequence over the paged cache (decode), grouped-query, bf16 or fp16, on sm_90.
 //
-// Shapes are fixed at compile time: ATTN_DTYPE, ATTN_FP8 (1: the cache is e4m3), ATTN_HEAD_DIM (64 or 128), ATTN_NUM_KV (heads on this rank), ATTN_GROUP
+// Shapes are fixed at compile time: ATTN_DTYPE, ATTN_FP8 (1: the cache is e4m3), ATTN_HEAD_DIM (64, 128 or 256), ATTN_NUM_KV (heads on this rank), ATTN_GROUP
 // (query heads per KV head, up to 16). Two kernels share the arithmetic:
 //
 //   stream   for many sequences. As many blocks as the GPU holds take equal shares of all tiles of tokens, whatever
@@ -33,7 +33,7 @@ namespace {
 constexpr int kDivisor = kNumKV & -kNumKV;
 constexpr int kStreamHeads = kDivisor < ATTN_WARPS ? kDivisor : ATTN_WARPS;
 using Stream = Plan<kStreamHeads, ATTN_WARPS, ATTN_BLOCKS>;
-using Cluster = Plan<1, 4, 2>;
+using Cluster = Plan<1, 4, kHeadDim == 256 ? 1 : 2>;
 
 // A warp's partial result in the workspace: [kNumTiles, kSteps, 8, kPairs], then stats [kNumTiles, 4].
 constexpr int kPieceQuads = kNumTiles * kSteps * 8 * kPairs;

@@ -27,7 +27,7 @@ constexpr bool kFloat8 = sizeof(Cached) == 1;
 constexpr int kHeadDim = ATTN_HEAD_DIM;
 constexpr int kNumKV = ATTN_NUM_KV;
 constexpr int kGroup = ATTN_GROUP;
-static_assert(kHeadDim == 64 || kHeadDim == 128, "head_dim is 64 or 128");
+static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256, "head_dim is 64, 128 or 256");
 static_assert(kGroup >= 1 && kGroup <= 16 && kNumKV >= 1, "1 to 16 query heads per KV head");
 
 constexpr int kNumTiles = (kGroup + 7) / 8;  // tensor-core tiles are 8 queries wide
@@ -207,7 +207,7 @@ __device__ __forceinline__ Lookup look_up(const Params& p, const Walk& walk) {
 __device__ __forceinline__ int permute_piece(int token, int piece) {
   if constexpr (!kFloat8) return piece ^ (token % 8);
   int turn = token / 2 % 4;
-  return piece ^ (kHeadDim == 128 ? token % 2 * 4 + turn : turn);
+  return piece ^ (kHeadDim >= 128 ? token % 2 * 4 + turn : turn);
 }
 
 // Start copying 16 tokens of a KV head.

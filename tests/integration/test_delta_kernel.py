@@ -1,0 +1,184 @@
+"""The gated delta net's kernels against a definition, token by token. Products of chunks also in Triton's interpreter,
+with TRITON_INTERPRET=1 on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minisgl.kernel.state import DeltaState, DeltaWeights, StateSequences
+from tests.triton_cpu import DEVICE, DTYPES, INTERPRET, MARKS, needs_gpu
+
+pytestmark = MARKS
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+Shape = tuple[int, int, int, int]  # heads of keys, their size, heads of values, theirs
+SHAPES: list[Shape] = [(2, 16, 4, 16), (1, 8, 3, 12), (2, 24, 2, 48)]
+WIDE: list[Shape] = [(16, 128, 32, 128), (2, 64, 6, 128), (1, 256, 2, 256)]
+LENGTHS = [1, 1, 2, 3, 16, 17, 70, 1, 130]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step, in the type that is computed in, of sequences of these lengths. Slots that are nobody's hold NaN."""
+
+    qkvz: torch.Tensor
+    ba: torch.Tensor
+    weights: DeltaWeights
+    state: DeltaState
+    seqs: StateSequences
+
+
+def make_case(shape: Shape, lengths: list[int], dtype: torch.dtype, width: int = 4) -> Case:
+    torch.manual_seed(0)
+    num_k, k_dim, num_v, v_dim = shape
+    channels, num, num_slots = 2 * num_k * k_dim + num_v * v_dim, len(lengths), len(lengths) + 3
+    slots, offsets = torch.randperm(num_slots)[:num], torch.tensor([0, *lengths]).cumsum(0)
+    conv = torch.full((num_slots, channels, width - 1), torch.nan)
+    memory = torch.full((num_slots, num_v, k_dim, v_dim), torch.nan)
+    conv[slots], memory[slots] = torch.randn(num, *conv.shape[1:]), torch.randn(num, *memory.shape[1:])
+    weights = DeltaWeights(
+        (torch.randn(channels, width) / 2).to(DEVICE, dtype),
+        (torch.rand(num_v) * 4).log().to(DEVICE),
+        torch.randn(num_v).to(DEVICE),
+        torch.rand(v_dim).to(DEVICE, dtype),
+        1e-6,
+    )
+    features = channels + num_v * v_dim  # a view of what is wider
+    return Case(
+        torch.randn(sum(lengths), features + 8).to(DEVICE, dtype)[:, :features],
+        torch.randn(sum(lengths), 2 * num_v + 8).to(DEVICE, dtype)[:, : 2 * num_v],
+        weights,
+        DeltaState(conv.to(DEVICE, dtype), memory.to(DEVICE)),
+        StateSequences(slots.to(DEVICE, torch.int32), offsets.to(DEVICE, torch.int32)),
+    )
+
+
+def advance(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, memory: torch.Tensor
+) -> torch.Tensor:
+    """The rule for a token, as the paper has it. q, k: [heads, Dk]; v: [heads, Dv]; memory: in place."""
+    memory *= decay[:, None, None]
+    error = v - torch.einsum("hk,hkv->hv", k, memory)
+    memory += torch.einsum("hk,hv->hkv", k, beta[:, None] * error)
+    return torch.einsum("hk,hkv->hv", q, memory)
+
+
+def reference(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, and the states of all slots afterwards; in float64."""
+    weights, begins = case.weights, case.seqs.cu_q.tolist()
+    conv, memory = case.state.conv.double(), case.state.memory.double()
+    _, num_v, k_dim, v_dim = memory.shape
+    channels = len(weights.conv)
+    num_k, x, out = (channels - num_v * v_dim) // (2 * k_dim), case.qkvz.double(), []
+    b, a = case.ba.double().chunk(2, -1)
+    decay = (-weights.a_log.double().exp() * F.softplus(a + weights.dt_bias.double())).exp()
+    for i, slot in enumerate(case.seqs.slots.tolist()):
+        for t in range(begins[i], begins[i + 1]):
+            seen = torch.cat((conv[slot], x[t, :channels, None]), 1)
+            conv[slot] = seen[:, 1:]
+            mixed = F.silu((seen * weights.conv.double()).sum(1))
+            q, k, v = mixed.split((num_k * k_dim, num_k * k_dim, num_v * v_dim))
+            q, k = (part.view(num_k, k_dim) for part in (q, k))
+            q, k = (part * torch.rsqrt(part.square().sum(1, keepdim=True) + 1e-6) for part in (q, k))
+            q, k = (part.repeat_interleave(num_v // num_k, 0) for part in (q * k_dim**-0.5, k))
+            o = advance(q, k, v.view(num_v, v_dim), decay[t], b[t].sigmoid(), memory[slot])
+            o = o * torch.rsqrt(o.square().mean(1, keepdim=True) + weights.eps) * weights.norm.double()
+            out.append(o.flatten() * F.silu(x[t, channels:]))
+    return torch.stack(out), conv, memory
+
+
+def compute(case: Case) -> torch.Tensor:
+    from minisgl.kernel.delta import DeltaOps
+
+    return DeltaOps().gated_delta_net(case.qkvz, case.ba, case.weights, case.state, case.seqs)
+
+
+def assert_near(have: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    """Of the largest numbers; NaN where NaN is."""
+    scale = want.nan_to_num().abs().max().item()
+    torch.testing.assert_close(have.double(), want, atol=tolerance * scale, rtol=0, equal_nan=True)
+
+
+def check(case: Case) -> None:
+    wanted = reference(case)
+    found = compute(case), case.state.conv, case.state.memory
+    for have, want in zip(found, wanted, strict=True):
+        assert_near(have, want, TOLERANCE[case.qkvz.dtype])
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
+@pytest.mark.parametrize("lengths", [[1] * 5, [200], LENGTHS], ids=["tokens", "prompt", "mixed"])
+def test_delta_net(shape: Shape, dtype: torch.dtype, lengths: list[int]) -> None:
+    """Sequences that are shorter than the convolution, than a chunk, and longer; each goes on from what it was."""
+    check(make_case(shape, lengths, dtype))
+
+
+@needs_gpu
+@pytest.mark.parametrize("width", [2, 3])
+def test_widths_of_the_convolution(width: int) -> None:
+    check(make_case(SHAPES[0], [1, 2, 5], torch.float32, width))
+
+
+@needs_gpu
+def test_tokens_in_a_graph() -> None:
+    """What is captured goes on from the states that it left; rows that pad it share a slot."""
+    case = make_case(WIDE[0], [1] * 6, torch.bfloat16)
+    case.state.conv.nan_to_num_(), case.state.memory.nan_to_num_()
+    case.seqs.slots[4:] = case.seqs.slots[4]
+    first = DeltaState(case.state.conv.clone(), case.state.memory.clone())
+    compute(case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = compute(case)
+    case.state.conv.copy_(first.conv), case.state.memory.copy_(first.memory)
+    slots = case.seqs.slots[:4].long()
+    for _ in range(3):
+        want, _, memory = reference(case)
+        graph.replay()
+        assert_near(out[:4], want[:4], TOLERANCE[torch.bfloat16])
+        assert_near(case.state.memory[slots], memory[slots], 1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES if INTERPRET else SHAPES + WIDE, ids=str)
+@pytest.mark.parametrize("alike", [False, True], ids=["any keys", "the same keys"])
+def test_products_of_chunks(shape: Shape, dtype: torch.dtype, alike: bool) -> None:
+    """Where all keys are the same and nothing is forgotten, what a chunk solves has its largest numbers."""
+    from minisgl.kernel.triton.delta import delta_chunks
+
+    num_k, k_dim, num_v, v_dim = shape
+    case = make_case(shape, LENGTHS, dtype)
+    num_tokens, memory, begins = len(case.qkvz), case.state.memory.double(), case.seqs.cu_q.tolist()
+    q, k = (F.normalize(torch.randn(num_tokens, num_k, k_dim), dim=-1) for _ in range(2))
+    k = k[:1].expand_as(k) if alike else k
+    parts = q * k_dim**-0.5, k, torch.randn(num_tokens, num_v, v_dim)
+    qkv = torch.cat([part.flatten(1) for part in parts], 1).to(DEVICE, dtype)
+    gates = torch.stack(
+        (
+            -torch.rand(num_tokens, num_v) * (not alike),
+            torch.rand(num_tokens, num_v).maximum(torch.tensor(float(alike))),
+        )
+    ).to(DEVICE)
+    sizes = num_k * k_dim, num_k * k_dim, num_v * v_dim
+    q, k, v = (
+        part.unflatten(1, (-1, dim))
+        for part, dim in zip(qkv.double().split(sizes, 1), (k_dim, k_dim, v_dim), strict=True)
+    )
+    q, k = (part.repeat_interleave(num_v // num_k, 1) for part in (q, k))
+    out = torch.zeros(num_tokens, num_v * v_dim, dtype=dtype, device=DEVICE)
+    want = out.double()
+    for i, slot in enumerate(case.seqs.slots.tolist()):
+        for t in range(begins[i], begins[i + 1]) if begins[i + 1] - begins[i] > 1 else ():
+            want[t] = advance(
+                q[t], k[t], v[t], gates[0, t].double().exp(), gates[1, t].double(), memory[slot]
+            ).flatten()
+    delta_chunks(qkv, gates, case.state.memory, case.seqs, out)
+    # With one key all that a chunk's tokens add goes to one place, and with it the rounding of each to 16 bits.
+    tolerance = TOLERANCE[dtype] * (3 if alike and dtype != torch.float32 else 1)
+    for have, wanted in ((out, want), (case.state.memory, memory)):
+        assert_near(have, wanted, tolerance)
