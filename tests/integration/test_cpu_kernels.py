@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from minisgl.attention.base import AttentionStep
 from minisgl.attention.cpu import CpuBackend
 from minisgl.config.model import AttentionSpec, PagedKV
+from minisgl.kernel.activations import ACTIVATIONS
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import KVSlots, Matrix, RopeAngles, TorchOps, narrowed, widened
 from minisgl.kernel.sampling import SamplingColumns
@@ -95,14 +95,14 @@ def test_products(num_threads: int, target: str, kind: str, shape: tuple[int, in
 
 
 @pytest.mark.parametrize("inner", [8, 16, 48, 100])
-@pytest.mark.parametrize("kind", TOLERANCE)
-def test_gate_and_up(kind: str, inner: int) -> None:
+@pytest.mark.parametrize(("kind", "activation"), [*((kind, "silu") for kind in TOLERANCE), ("float32", "gelu_tanh")])
+def test_gate_and_up(kind: str, activation: str, inner: int) -> None:
     weight, bias = random(2 * inner, 72, seed=1, scale=0.1), random(2 * inner, seed=2)
-    matrix = matrix_of(cpu_ops(2), weight, kind, "silu")
+    matrix = matrix_of(cpu_ops(2), weight, kind, activation)
     for rows in ROWS:
         x = random(rows, 72, seed=rows)
         gate, up = (x.double() @ as_stored(weight, kind).double().T + bias).chunk(2, -1)
-        close(matrix.gate_up(x, bias=bias), F.silu(gate) * up, 20 * TOLERANCE[kind])
+        close(matrix.gate_up(x, bias=bias), ACTIVATIONS[activation](gate, up), 20 * TOLERANCE[kind])
 
 
 @pytest.mark.parametrize("kind", TOLERANCE)

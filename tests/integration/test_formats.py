@@ -16,12 +16,14 @@ from minisgl.errors import ConfigError
 from minisgl.formats.base import DENSE, Int8, Rounded, Shard, Tensors, WeightFormat, WeightSlot
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import LayerOps, Matrix, TorchOps
+from minisgl.layers.attention import SparseMLP
 from minisgl.layers.base import LayerEnv
+from minisgl.layers.conv import GatedShortConv
 from minisgl.layers.linear import RowLinear
 from minisgl.models.checkpoint import Checkpoint, load_weights
 from minisgl.models.decoder import DecoderLayer, DecoderModel
 from tests.driver import engine_config
-from tests.models import tiny_model
+from tests.models import FAMILIES, tiny_model
 
 CPU = torch.device("cpu")
 FORMATS = {"dense": DENSE, "int8": Int8()}
@@ -140,11 +142,20 @@ class Sandwich(DecoderLayer):
         return super().forward(*args).neg()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_without_experts_are_computed_in_whole_steps(family: str) -> None:
+    model = loaded(family, DENSE, CpuOps(1))
+    has_experts = any(isinstance(layer.mlp, SparseMLP) for layer in model.layers)
+    has_convolutions = any(isinstance(layer.self_attn, GatedShortConv) for layer in model.layers)
+    assert (model.cpu_specs() is None) == (has_experts or has_convolutions)
+
+
 def test_each_layer_says_whether_the_cpu_engine_can_run_it() -> None:
     dense, moe = (loaded(family, DENSE, CpuOps(1)) for family in ("qwen3", "qwen3_moe"))
     specs = dense.cpu_specs()
     assert specs is not None
-    assert [len(spec.matrices) for spec in specs] == [1, *(4 for _ in dense.layers), 1]
+    kinds = [[(block.kind, len(block.matrices)) for block in spec.blocks] for spec in specs]
+    assert kinds == [[], *([("attention", 2), ("mlp", 2)] for _ in dense.layers), []]
     assert moe.cpu_specs() is None
     assert loaded("qwen3", DENSE).cpu_specs() is None, "torch's matrices"
     layer = dense.layers[0]

@@ -12,7 +12,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minisgl.config.families import parse_model_config
 from minisgl.config.model import RopeConfig
-from minisgl.layers.rope import RotaryEmbedding, inverse_frequencies
+from minisgl.kernel.ops import RopeAngles
+from minisgl.layers.rope import AngleTables, RotaryEmbedding, inverse_frequencies
 from minisgl.utils.fields import Fields
 
 CPU = torch.device("cpu")
@@ -72,3 +73,17 @@ def test_dynamic_angles_do_not_depend_on_the_batch() -> None:
     rope = RotaryEmbedding(config, 128, CPU)
     together = rope(torch.tensor([5, 9000])).cos[0]
     torch.testing.assert_close(together, rope(torch.tensor([5])).cos[0], rtol=0, atol=0)
+
+
+def test_angles_of_a_step_grow_with_its_longest_sequence() -> None:
+    ropes = [RotaryEmbedding(RopeConfig(theta), 8, CPU) for theta in (10.0, 1e6)]
+    used: dict[int, RopeAngles] = {}
+    tables = AngleTables(ropes, lambda index, cos, sin: used.update({index: RopeAngles(cos, sin)}))
+    first = used[0]
+    for length in (1, len(first.cos), len(first.cos) + 1, 3 * len(first.cos)):
+        tables.reach(length)
+        for index, rope in enumerate(ropes):
+            positions = torch.arange(length)
+            assert torch.equal(used[index].cos[:length], rope(positions).cos)
+            assert torch.equal(used[index].sin[:length], rope(positions).sin)
+        assert (used[0] is first) == (length <= len(first.cos))

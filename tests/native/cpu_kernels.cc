@@ -110,7 +110,7 @@ void packed_products(int threads) {
         for (int i = 0; i < 2; ++i) {
           results[i].resize(rows * width);
           linear_rows(i == 0 ? *workers : *alone, weight.linear, x.data(), rows, in, rows % 2 ? norm.data() : nullptr, 1e-6f,
-                      is_pair ? Into::kGated : Into::kStore, results[i].data(), width);
+                      is_pair ? Into::kSilu : Into::kStore, results[i].data(), width);
         }
         near(results[0], results[1], "product of packed weights");
         int64_t id = 2 * out - 1;
@@ -184,27 +184,59 @@ std::vector<float> delta_nets(int threads) {
   return all;
 }
 
-// Two layers; sequences that start, go on and end at different times.
+constexpr int64_t kQueries = 6, kKeys = 2, kDim = 24, kHidden = 44, kInner = 52, kWords = 77, kPage = 4, kPages = 200;
+
+// Attention with what it may have beside it, and gated delta nets, each with an MLP; and their caches.
+struct TinyModel {
+  std::unique_ptr<Workers, Free> workers;
+  std::vector<std::unique_ptr<Weight>> weights;
+  std::vector<float> norm = std::vector<float>(kHidden, 1.0f), head_norm = std::vector<float>((kQueries + kKeys) * kDim, 1.0f);
+  std::vector<float> cosines = random(256 * kDim), sines = random(256 * kDim), sinks = random(kQueries), vectors = random(97 * 4);
+  std::vector<std::vector<char>> caches;
+  std::vector<float> past = std::vector<float>(3 * 97 * 3), memory = std::vector<float>(3 * 3 * 9 * 17);
+  std::unique_ptr<Model, Free> model;
+  Type type;
+
+  TinyModel(Type kind, bool is_narrow_cache, int threads) : workers(create_workers(threads)), type(kind) {
+    Linear table = weight(kWords, kHidden);
+    model.reset(create_model(*workers, 1e-6f, 1.5f, table, table, norm.data()));
+    set_rotation(*model, 0, {cosines.data(), sines.data()});
+    set_rotation(*model, 1, {sines.data(), cosines.data()});
+    add_attention({head_norm.data(), false}, is_narrow_cache, nullptr, 0, false);
+    DeltaNet net{1, 3, 9, 17, 4, vectors.data(), sinks.data(), sinks.data() + 3, vectors.data(), 1e-6f};
+    Linear qkvz = weight(2 * 9 + 6 * 17, kHidden), ba = weight(6, kHidden), out = weight(kHidden, 3 * 17);
+    add_block(*model, DeltaBlock{qkvz, ba, out, norm.data(), nullptr, net, {past.data(), memory.data()}});
+    add_mlp(norm.data(), Into::kSilu);
+    add_attention({head_norm.data(), true}, is_narrow_cache, norm.data(), 9, true);
+    add_mlp(nullptr, Into::kGelu);
+  }
+
+  Linear weight(int64_t out, int64_t in, bool is_pair = false) {
+    std::vector<float> values = random(out * in, 1.0f / std::sqrt(float(in)));
+    weights.push_back(std::make_unique<Weight>(*workers, type, values, out, in, is_pair));
+    return weights.back()->linear;
+  }
+
+  void add_attention(HeadNorm heads, bool is_narrow_cache, const float* after, int64_t window, bool has_gates) {
+    int64_t queries = kQueries * kDim, bytes = kPages * kPage * kKeys * kDim * (is_narrow_cache ? 2 : 4);
+    Linear qkv = weight(queries * (1 + has_gates) + 2 * kKeys * kDim, kHidden), o = weight(kHidden, queries);
+    for (int i = 0; i < 2; ++i) caches.emplace_back(bytes);
+    CacheType kind = is_narrow_cache ? CacheType::kBFloat16 : CacheType::kFloat32;
+    AnyCache cache{kind, caches[caches.size() - 2].data(), caches.back().data(), bytes};
+    Scores scores{window == 0 ? 0.0f : 20.0f, window == 0 ? nullptr : sinks.data()};
+    add_block(*model, AttentionBlock{qkv, o, norm.data(), after, heads, {kQueries, kKeys, kDim, 1}, cache, window, window != 0, scores, has_gates});
+  }
+
+  void add_mlp(const float* after, Into activation) {
+    Linear gate_up = weight(2 * kInner, kHidden, true), down = weight(kHidden, kInner);
+    add_block(*model, MlpBlock{gate_up, down, norm.data(), after, activation});
+  }
+};
+
+// Sequences that start, go on and end at different times.
 std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
   generator.seed(2);
-  const int64_t num_q = 6, num_kv = 2, dim = 24, hidden = 44, inner = 52, vocab = 77, page_size = 4, num_pages = 200, num_layers = 2;
-  std::unique_ptr<Workers, Free> workers(create_workers(threads));
-  std::vector<std::unique_ptr<Weight>> weights;
-  auto add = [&](int64_t out, int64_t in, bool is_pair = false) -> Linear {
-    weights.push_back(std::make_unique<Weight>(*workers, type, random(out * in, 1.0f / std::sqrt(float(in))), out, in, is_pair));
-    return weights.back()->linear;
-  };
-  Linear table = add(vocab, hidden);
-  std::vector<float> norm(hidden, 1.0f), head_norm((num_q + num_kv) * dim, 1.0f), cosines = random(256 * dim), sines = random(256 * dim);
-  int64_t cache_bytes = num_pages * page_size * num_kv * dim * (is_narrow_cache ? 2 : 4);
-  std::vector<std::vector<char>> caches(2 * num_layers, std::vector<char>(cache_bytes));
-  std::unique_ptr<Model, Free> model(create_model(*workers, {num_q, num_kv, dim, page_size}, 1e-6f, table, table, norm.data()));
-  for (int64_t i = 0; i < num_layers; ++i) {
-    Linear qkv = add((num_q + 2 * num_kv) * dim, hidden), o = add(hidden, num_q * dim);
-    Linear gate_up = add(2 * inner, hidden, true), down = add(hidden, inner);
-    AnyCache cache{is_narrow_cache ? CacheType::kBFloat16 : CacheType::kFloat32, caches[2 * i].data(), caches[2 * i + 1].data(), cache_bytes};
-    add_layer(*model, {qkv, o, gate_up, down, norm.data(), norm.data(), head_norm.data(), cache, i == 0 ? 0 : 9});
-  }
+  TinyModel tiny(type, is_narrow_cache, threads);
   std::vector<float> all;
   std::vector<std::vector<int32_t>> pages(3);
   for (int32_t s = 0; s < 3; ++s)
@@ -215,24 +247,24 @@ std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
     Step step{};
     for (int s = 0; s < 3; ++s) {
       if (counts[s] == 0) continue;
-      step.sequences.push_back({int64_t(ids.size()), counts[s], lengths[s], pages[s].data()});
+      step.sequences.push_back({int64_t(ids.size()), counts[s], lengths[s], pages[s].data(), s});
       for (int64_t i = 0; i < counts[s]; ++i, ++lengths[s]) {
-        ids.push_back((7 * lengths[s] + s) % vocab);
+        ids.push_back((7 * lengths[s] + s) % kWords);
         positions.push_back(lengths[s]);
-        slots.push_back(pages[s][lengths[s] / page_size] * page_size + lengths[s] % page_size);
+        slots.push_back(pages[s][lengths[s] / kPage] * kPage + lengths[s] % kPage);
       }
       last.push_back(int64_t(ids.size()) - 1);
     }
-    std::vector<float> logits(last.size() * vocab);
+    std::vector<float> logits(last.size() * kWords);
     step.num_tokens = int64_t(ids.size()), step.num_logits = int64_t(last.size());
     step.ids = ids.data(), step.positions = positions.data(), step.slots = slots.data(), step.logit_tokens = last.data();
-    step.page_size = page_size, step.rotation = {cosines.data(), sines.data()}, step.logits = logits.data();
-    forward(*model, step);
+    step.page_size = kPage, step.logits = logits.data();
+    forward(*tiny.model, step);
     all.insert(all.end(), logits.begin(), logits.end());
     std::vector<minisgl::SamplingParams> params(last.size(), {11, 3, 0.7f, 0.9f, 0.01f, 30});
     std::vector<int32_t> sampled(last.size());
-    sample_rows(*workers, logits.data(), int64_t(last.size()), vocab, vocab, params.data(), sampled.data());
-    for (int64_t id : sampled) check(id >= 0 && id < vocab, "a sampled id");
+    sample_rows(*tiny.workers, logits.data(), int64_t(last.size()), kWords, kWords, params.data(), sampled.data());
+    for (int64_t id : sampled) check(id >= 0 && id < kWords, "a sampled id");
   }
   return all;
 }

@@ -8,6 +8,7 @@ import queue
 import threading
 import weakref
 from concurrent import futures
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -28,6 +29,7 @@ from minisgl.kernel.ops import RopeAngles, TorchOps
 from minisgl.kernel.sampling import SamplingColumns
 from minisgl.kvcache.pool import KVPool
 from minisgl.layers.base import CpuSpec
+from minisgl.layers.rope import AngleTables
 
 Tensor = torch.Tensor
 
@@ -63,36 +65,37 @@ class WholeStep:
 
     def __init__(self, shard: ModelShard, kv: KVPool, tables: CpuTables, ops: CpuOps, specs: list[CpuSpec]) -> None:
         embedding, *layers, head = specs
-        config, model = shard.config.model, shard.model
+        config, self._model = shard.config.model, shard.model
         self._module, self._backend, self._inputs = ops.module, CpuBackend(ops), tables.inputs
-        self._vocab_size, self._hidden_size, self._keep = config.vocab_size, config.hidden_size, (model, kv, ops)
-        self._rotation = shard.ropes[0](torch.arange(shard.config.max_seq_len + 1))
+        self._vocab_size, self._hidden_size, self._keep = config.vocab_size, config.hidden_size, (kv, ops)
         self._logits = torch.empty(0, self._vocab_size)
-        sizes = config.num_qo_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps
-        tables_of_words = embedding.matrices[0][0], head.matrices[0][0]
-        self._handle: int = self._module.create_model(ops.workers, *sizes, *tables_of_words, model.norm)
+        numbers = config.rms_norm_eps, config.embedding_scale, embedding.matrices[0][0], head.matrices[0][0]
+        self._handle: int = self._module.create_model(ops.workers, *numbers, shard.model.norm)
         weakref.finalize(self, self._module.destroy_model, self._handle)
-        for index, spec in enumerate(layers):
-            matrices = (value for matrix in spec.matrices for value in matrix)
-            self._module.add_layer(self._handle, *matrices, *spec.norms, *kv.layer(index), spec.window or 0)
+        self._angles = AngleTables(shard.ropes, partial(self._module.set_rotation, self._handle))
+        for index, layer in enumerate(layers):
+            layer.build(self._module, self._handle, index, kv)
 
     def __call__(self, batch: Batch) -> Computed:
         input_ids, slots = self._inputs(batch)
         num_logits = len(input_ids) if batch.logit_tokens is None else len(batch.logit_tokens)
         if num_logits > len(self._logits):  # kept, since new memory costs a fault for each page
             self._logits = torch.empty(num_logits, self._vocab_size)
+        self._angles.reach(int(batch.index.seq_lens.max()))
         logits = self._logits[:num_logits]
-        attention = *self._backend.prepare(batch.attention), self._rotation.cos, self._rotation.sin
-        numbers = input_ids, batch.tensors.positions, slots, *attention
+        numbers = input_ids, batch.tensors.positions, slots, *self._backend.prepare(batch.attention)
         self._module.forward(self._handle, *numbers, batch.logit_tokens, logits)
+        self._model.capped(logits)
         return Computed(
-            lambda tokens: logits if tokens is None else self._rows("more_logits", tokens, self._vocab_size),
+            lambda tokens: (
+                logits if tokens is None else self._model.capped(self._rows("more_logits", tokens, self._vocab_size))
+            ),
             lambda tokens: self._rows("hidden_rows", tokens, self._hidden_size),
         )
 
     def _rows(self, function: str, tokens: Tensor, width: int) -> Tensor:
         rows = torch.empty(len(tokens), width)
-        getattr(self._module, function)(self._handle, tokens, rows)
+        self._module[function](self._handle, tokens, rows)
         return rows
 
 

@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 Shape = tuple[int, int]
 Kept = Blocks | Grouped  # weights of few bits that kernels may multiply with
 
-_STORE, _ADD, _GATED = range(3)
+_STORE, _ADD, _GATED = 0, 1, {"silu": 2, "gelu_tanh": 3}  # what becomes of products; activations of pairs
 _PIECE = 64 * 2**20  # bytes
 _ALIGNMENT = 64
 
@@ -36,7 +36,7 @@ class PanelMatrix(Matrix):
         """handle: of the kernels, for what lies in `data`."""
         super().__init__(ops, activation)
         self._module, self._workers = ops.module, ops.workers
-        (self._num_out, self._num_in), self._data, self._is_pair = shape, data, activation == "silu"
+        (self._num_out, self._num_in), self.data, self._is_pair = shape, data, activation in _GATED
         self.cpu_handle = handle
         weakref.finalize(self, self._module.destroy_linear, handle)
 
@@ -47,7 +47,7 @@ class PanelMatrix(Matrix):
         return self._run(x, around) if self._is_pair or not around.gated else None
 
     def _run(self, x: Tensor, around: Around) -> Tensor:
-        into = _GATED if around.gated else _STORE if around.residual is None else _ADD
+        into = _GATED[self._activation or ""] if around.gated else _STORE if around.residual is None else _ADD
         out, norm = around.target(x, self._num_out, torch.float32), (around.norm, around.eps)
         self._module.linear_rows(self._workers, self.cpu_handle, x.contiguous(), *norm, around.bias, into, out)
         return out
@@ -86,7 +86,7 @@ class CpuOps(TorchOps):
 
     def packed_matrix(self, parts: Sequence[Packed], dtype: torch.dtype, activation: str | None = None) -> Matrix:  # noqa: ARG002
         """Kept as they are where there are kernels for all parts, and else in a type that loses nothing."""
-        half, is_pair = sum(part.shape[0] for part in parts) // 2, activation == "silu"
+        half, is_pair = sum(part.shape[0] for part in parts) // 2, activation in _GATED
         if is_pair and len(parts) == 1 and not isinstance(part := parts[0], Float8):
             parts = [part_of(part, 0, half), part_of(part, half, 2 * half)]
         kept = [narrow for part in parts if (narrow := self._as_kept(part)) is not None]
@@ -123,7 +123,7 @@ class CpuOps(TorchOps):
 
     def _packed_matrix(self, parts: list[Kept], columns: Tensor | None, activation: str | None) -> Matrix:
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
-        handle: int = self.module.create_packed(*shape, activation == "silu", columns)
+        handle: int = self.module.create_packed(*shape, activation in _GATED, columns)
         data = [self._room(self._num_bytes(part)) for part in parts]
         matrix = PanelMatrix(self, shape, [*data, *([] if columns is None else [columns])], handle, activation)
         for part, packed in zip(parts, data, strict=True):
@@ -147,7 +147,7 @@ class CpuOps(TorchOps):
 
     def _plain_matrix(self, weight: Tensor, activation: str | None, dtype: torch.dtype) -> Matrix:
         """dtype: in memory, of the weight or int8."""
-        panel, (num_out, num_in), is_pair = self.module.panel_size(), weight.shape, activation == "silu"
+        panel, (num_out, num_in), is_pair = self.module.panel_size(), weight.shape, activation in _GATED
         num_panels = 2 * div_ceil(num_out // 2, panel) if is_pair else div_ceil(num_out, panel)
         depth = 4 // dtype.itemsize
         sizes = num_panels, div_ceil(num_in, depth), panel, depth

@@ -85,10 +85,10 @@ class Attention(Layer):
 
     def cpu_spec(self) -> CpuSpec | None:
         qkv, o, spec = self.qkv_proj.cpu_spec(), self.o_proj.cpu_spec(), self._spec
-        is_plain = (spec.softcap, spec.sinks, spec.rope_index, spec.gated) == (None, False, 0, False)
-        if qkv is None or o is None or not is_plain or self._is_wide:
+        if qkv is None or o is None:
             return None
-        return CpuSpec(qkv.matrices + o.matrices, (self.qk_norm,), spec.window)
+        scores = spec.window or 0, spec.rope_index, spec.softcap or 0.0, self.sinks
+        return CpuSpec(qkv.matrices + o.matrices, "attention", (self.qk_norm, self._is_wide, *scores, spec.gated))
 
 
 class GatedMLP(Layer):
@@ -114,9 +114,9 @@ class GatedMLP(Layer):
 
     def cpu_spec(self) -> CpuSpec | None:
         gate_up, down = self.gate_up_proj.cpu_spec(), self.down_proj.cpu_spec()
-        if gate_up is None or down is None or self._spec.activation != "silu":
+        if gate_up is None or down is None or self._spec.activation not in ("silu", "gelu_tanh"):
             return None
-        return CpuSpec(gate_up.matrices + down.matrices)
+        return CpuSpec(gate_up.matrices + down.matrices, "mlp", (self._spec.activation,))
 
 
 class SparseMLP(Layer):

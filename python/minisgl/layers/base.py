@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
 from minisgl.formats.base import DENSE, WeightFormat, WeightSlot
 from minisgl.kernel.ops import LayerOps
+from minisgl.kvcache.pool import KVPool
 
 Tensor = torch.Tensor
 
@@ -47,11 +48,25 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CpuSpec:
-    """How the CPU engine that computes whole steps runs a layer."""
+    """How the CPU engine that computes whole steps runs a layer, or the blocks of a decoder layer.
 
-    matrices: tuple[tuple[int, Tensor | None], ...]  # handles, each with its bias
+    A block is what adds to the residual stream. kind, numbers: of the function that adds it to the engine's model
+    (`csrc/src/cpu_bindings.cc`); norms: before and after it.
+    """
+
+    matrices: tuple[tuple[int, Tensor | None], ...] = ()  # handles, each with its bias
+    kind: str = ""
+    numbers: tuple[Tensor | float | str | None, ...] = ()
     norms: tuple[Tensor | None, ...] = ()
-    window: int | None = None
+    blocks: tuple[CpuSpec, ...] = ()
+
+    def build(self, module: Any, model: int, index: int, kv: KVPool) -> None:
+        """Add the blocks of decoder layer `index` to a model of the kernels."""
+        caches: dict[str, Callable[[int], Iterable[Tensor]]] = {"attention": kv.layer, "delta_net": kv.states.layer}
+        for block in self.blocks:
+            matrices = (value for matrix in block.matrices for value in matrix)
+            cache = caches[block.kind](index) if block.kind in caches else ()
+            module[f"add_{block.kind}"](model, *matrices, *block.norms, *block.numbers, *cache)
 
 
 class Layer(ABC):

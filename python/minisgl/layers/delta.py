@@ -11,7 +11,7 @@ from minisgl.config.model import ModelConfig
 from minisgl.config.states import DeltaNet
 from minisgl.formats.base import Shard, WeightSlot
 from minisgl.kernel.state import DeltaWeights
-from minisgl.layers.base import Layer, LayerEnv, Tensor, whole
+from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, whole
 from minisgl.layers.linear import Linear, RowLinear
 
 
@@ -62,6 +62,11 @@ class GatedDeltaNet(Layer):
         for name, target in (("A_log", mine.a_log), ("dt_bias", mine.dt_bias)):
             yield WeightSlot(f"{prefix}{name}", (self._spec.num_v_heads,), target, self._heads)
         yield whole(f"{prefix}norm.weight", mine.norm)
+
+    def cpu_spec(self) -> CpuSpec | None:
+        specs = [linear.cpu_spec() for linear in (self.in_proj, self.gates_proj, self.out_proj)]
+        matrices = [matrix for spec in specs if spec is not None for matrix in spec.matrices]
+        return CpuSpec(tuple(matrices), "delta_net", self._weights) if None not in specs else None
 
 
 def projection(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from minisgl.config.model import RopeConfig
 from minisgl.kernel.ops import RopeAngles
 
 Tensor = torch.Tensor
+
+_ANGLES = 2048  # positions whose angles are known from the start
 
 
 class RotaryEmbedding:
@@ -45,6 +48,28 @@ class RotaryEmbedding:
         base = self._config.theta * (factor * length / original - (factor - 1)) ** (dim / (dim - 2))
         inv_freq = torch.reciprocal(base[:, None].float() ** self._exponents)
         return F.pad(inv_freq, (0, len(self._inv_freq) - inv_freq.shape[1]))
+
+
+class AngleTables:
+    """Angles of positions from 0 on, in each of a model's tables: of all a long context has, they would fill too much.
+
+    use: told (index, cosines, sines) of each table, [positions, 1, head_dim], whenever there is a longer one.
+    """
+
+    def __init__(self, ropes: Sequence[RotaryEmbedding], use: Callable[[int, Tensor, Tensor], object]) -> None:
+        self._ropes, self._use, self._num_positions = ropes, use, 0
+        self._tables: list[RopeAngles] = []
+        self.reach(_ANGLES)
+
+    def reach(self, length: int) -> None:
+        """Have those of so many positions, and more for later."""
+        if length <= self._num_positions:
+            return
+        self._num_positions, old = 2 * length, self._tables
+        self._tables = [rope(torch.arange(self._num_positions)) for rope in self._ropes]
+        for index, table in enumerate(self._tables):
+            self._use(index, table.cos, table.sin)
+        old.clear()  # no longer used
 
 
 def head_order(config: RopeConfig, head_dim: int) -> Tensor | None:

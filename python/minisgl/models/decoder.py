@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from minisgl.attention.base import StepContext
 from minisgl.config.model import ModelConfig, MoE, PagedKV
@@ -46,12 +47,11 @@ class DecoderLayer(Layer):
 
     def cpu_spec(self) -> CpuSpec | None:
         attention, mlp = self.self_attn.cpu_spec(), self.mlp.cpu_spec()
-        before_attention, after_attention, before_mlp, after_mlp = self.norms
-        is_plain = None not in (before_attention, before_mlp) and after_attention is after_mlp is None
-        if attention is None or mlp is None or not is_plain:
+        if attention is None or mlp is None:
             return None
-        norms = (before_attention, before_mlp, *attention.norms)
-        return CpuSpec(attention.matrices + mlp.matrices, norms, attention.window)
+        before_attention, after_attention, before_mlp, after_mlp = self.norms
+        attention = replace(attention, norms=(before_attention, after_attention))
+        return CpuSpec(blocks=(attention, replace(mlp, norms=(before_mlp, after_mlp))))
 
 
 class DecoderModel:
@@ -93,7 +93,11 @@ class DecoderModel:
             x = x.index_select(0, logit_tokens)
         if not len(x):
             return x.new_empty(0, self._config.vocab_size)
-        logits, cap = self.lm_head.logits(x, self.norm, self._eps), self._config.logit_softcap
+        return self.capped(self.lm_head.logits(x, self.norm, self._eps))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """logits: changed in place."""
+        cap = self._config.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def parts(self) -> Iterator[Part]:
@@ -110,8 +114,6 @@ class DecoderModel:
 
     def cpu_specs(self) -> list[CpuSpec] | None:
         """Of the embedding, each layer and the head; None if the CPU engine cannot compute one of them."""
-        if (self._config.embedding_scale, self._config.logit_softcap) != (1, None):
-            return None
         layers = (self.embed_tokens, *self.layers, self.lm_head)
         specs = [spec for layer in layers if (spec := layer.cpu_spec()) is not None]
         return specs if len(specs) == len(layers) else None

@@ -1,5 +1,4 @@
 // The CPU kernels, compiled once for the processor at hand.
-#include "minisgl/cpu/delta.h"
 #include "minisgl/cpu/model.h"
 #include "minisgl/cpu/packing.h"
 #include "minisgl/cpu/sample.h"
@@ -76,7 +75,7 @@ void embed_ids(Workers& workers, const Linear& table, const int64_t* ids, int64_
   workers.pool.run([&](int) { embed(workers, table, ids, count, first, out, table.in); });
 }
 
-void rope_store(Workers& workers, float* qkv, int64_t tokens, const float* norm, float eps, const Rotation& rotation,
+void rope_store(Workers& workers, float* qkv, int64_t tokens, const HeadNorm& norm, float eps, const Rotation& rotation,
                 const int64_t* positions, const int64_t* slots, const Heads& heads, AnyCache cache) {
   with_type(cache, [&](auto typed) {
     int64_t stride = (heads.num_q + 2 * heads.num_kv) * heads.dim;
@@ -112,14 +111,15 @@ void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vo
   });
 }
 
-Model* create_model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm) {
-  return new Model(workers, heads, eps, embedding, head, norm);
+Model* create_model(Workers& workers, float eps, float scale, const Linear& embedding, const Linear& head, const float* norm) {
+  return new Model(workers, eps, scale, embedding, head, norm);
 }
 void destroy_model(Model* model) { delete model; }
-void add_layer(Model& model, const Layer& layer) {
-  prefer_huge_pages(layer.cache.k, layer.cache.bytes);
-  prefer_huge_pages(layer.cache.v, layer.cache.bytes);
-  model.layers.push_back(layer);
+void set_rotation(Model& model, int64_t index, const Rotation& rotation) { model.set_rotation(index, rotation); }
+void add_block(Model& model, const AnyBlock& block) {
+  if (auto attention = std::get_if<AttentionBlock>(&block))
+    for (void* rows : {attention->cache.k, attention->cache.v}) prefer_huge_pages(rows, attention->cache.bytes);
+  model.add(block);
 }
 void forward(Model& model, const Step& step) { model.forward(step); }
 void more_logits(Model& model, const int64_t* tokens, int64_t count, float* logits) { model.more_logits(tokens, count, logits); }

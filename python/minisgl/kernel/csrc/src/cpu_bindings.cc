@@ -65,8 +65,15 @@ std::vector<Sequence> sequences_of(const TensorView& sequences, const TensorView
   const int32_t* rows = data_of<int32_t>(pages);
   std::vector<Sequence> result;
   for (int64_t i = 0; i < sequences.size(0); ++i, table += 4)
-    result.push_back({table[1], table[2], table[3], rows + table[0] * pages.size(1)});
+    result.push_back({table[1], table[2], table[3], rows + table[0] * pages.size(1), table[0]});
   return result;
+}
+
+DeltaNet net_of(const TensorView& conv, const TensorView& a_log, const TensorView& dt_bias, const TensorView& norm, double eps,
+                const TensorView& memory) {
+  int64_t num_v = memory.size(1), dim_k = memory.size(2), dim_v = memory.size(3), num_k = (conv.size(0) - num_v * dim_v) / (2 * dim_k);
+  return {num_k, num_v, dim_k, dim_v, conv.size(1), data_of<float>(conv), data_of<float>(a_log), data_of<float>(dt_bias),
+          data_of<float>(norm), float(eps)};
 }
 
 // slots: [n], offsets: [n + 1] int64.
@@ -160,7 +167,7 @@ void py_rope_store(int64_t workers, TensorView qkv, Optional<TensorView> norm, d
                    TensorView slots, TensorView k, TensorView v) {
   Heads heads{qkv.size(1) - 2 * k.size(1), k.size(1), qkv.size(2), 1};
   Rotation rotation{data_of<float>(cosines), data_of<float>(sines)};
-  rope_store(at<Workers>(workers), data_of<float>(qkv), qkv.size(0), data_of<float>(norm), float(eps), rotation, nullptr,
+  rope_store(at<Workers>(workers), data_of<float>(qkv), qkv.size(0), {data_of<float>(norm), false}, float(eps), rotation, nullptr,
              data_of<int64_t>(slots), heads, cache_of(k, v));
 }
 
@@ -179,9 +186,7 @@ void py_attend(int64_t workers, TensorView q, TensorView k, TensorView v, Tensor
 // out: [tokens, num_v * dim_v].
 void py_delta_net(int64_t workers, TensorView qkvz, TensorView ba, TensorView conv, TensorView a_log, TensorView dt_bias, TensorView norm,
                   double eps, TensorView past, TensorView memory, TensorView slots, TensorView offsets, TensorView out) {
-  int64_t num_v = memory.size(1), dim_k = memory.size(2), dim_v = memory.size(3);
-  DeltaNet net{(conv.size(0) - num_v * dim_v) / (2 * dim_k), num_v, dim_k, dim_v, conv.size(1), data_of<float>(conv),
-               data_of<float>(a_log), data_of<float>(dt_bias), data_of<float>(norm), float(eps)};
+  DeltaNet net = net_of(conv, a_log, dt_bias, norm, eps, memory);
   DeltaInput in{data_of<float>(qkvz, true), qkvz.stride(0), data_of<float>(ba, true), ba.stride(0)};
   delta_net(at<Workers>(workers), net, in, state_sequences_of(slots, offsets), {data_of<float>(past), data_of<float>(memory)},
             data_of<float>(out));
@@ -193,23 +198,42 @@ void py_sample(int64_t workers, TensorView logits, TensorView params, TensorView
               reinterpret_cast<const SamplingParams*>(data_of<int32_t>(params)), data_of<int32_t>(out));
 }
 
-int64_t py_create_model(int64_t workers, int64_t num_q, int64_t num_kv, int64_t dim, double eps, int64_t embedding, int64_t head,
-                        TensorView norm) {
-  Heads heads{num_q, num_kv, dim, 1};
-  return handle_of(create_model(at<Workers>(workers), heads, float(eps), at<Linear>(embedding), at<Linear>(head), data_of<float>(norm)));
+int64_t py_create_model(int64_t workers, double eps, double scale, int64_t embedding, int64_t head, TensorView norm) {
+  return handle_of(create_model(at<Workers>(workers), float(eps), float(scale), at<Linear>(embedding), at<Linear>(head), data_of<float>(norm)));
 }
 void py_destroy_model(int64_t model) { destroy_model(&at<Model>(model)); }
 
-void py_add_layer(int64_t model, int64_t qkv, Optional<TensorView> qkv_bias, int64_t o, Optional<TensorView> o_bias, int64_t gate_up,
-                  Optional<TensorView> gate_up_bias, int64_t down, Optional<TensorView> down_bias, TensorView input_norm,
-                  TensorView post_norm, Optional<TensorView> qk_norm, TensorView k, TensorView v, int64_t window) {
-  add_layer(at<Model>(model), {with_bias(qkv, qkv_bias), with_bias(o, o_bias), with_bias(gate_up, gate_up_bias),
-                               with_bias(down, down_bias), data_of<float>(input_norm), data_of<float>(post_norm),
-                               data_of<float>(qk_norm), cache_of(k, v), window});
+// cosines, sines: [positions, 1, dim].
+void py_set_rotation(int64_t model, int64_t index, TensorView cosines, TensorView sines) {
+  set_rotation(at<Model>(model), index, {data_of<float>(cosines), data_of<float>(sines)});
+}
+
+void py_add_attention(int64_t model, int64_t qkv, Optional<TensorView> qkv_bias, int64_t o, Optional<TensorView> o_bias,
+                      Optional<TensorView> before, Optional<TensorView> after, Optional<TensorView> norm, bool is_wide,
+                      int64_t window, int64_t rotation, double cap, Optional<TensorView> sinks, bool has_gates, TensorView k, TensorView v) {
+  int64_t dim = k.size(2) - (k.dtype().bits == 8 ? int64_t(sizeof(float)) : 0);
+  Heads heads{at<Linear>(o).in / dim, k.size(1), dim, 1};
+  add_block(at<Model>(model), AttentionBlock{with_bias(qkv, qkv_bias), with_bias(o, o_bias), data_of<float>(before), data_of<float>(after),
+                                             {data_of<float>(norm), is_wide}, heads, cache_of(k, v), window, rotation,
+                                             {float(cap), data_of<float>(sinks)}, has_gates});
+}
+
+void py_add_delta_net(int64_t model, int64_t qkvz, Optional<TensorView> qkvz_bias, int64_t ba, Optional<TensorView> ba_bias, int64_t o,
+                      Optional<TensorView> o_bias, Optional<TensorView> before, Optional<TensorView> after, TensorView conv,
+                      TensorView a_log, TensorView dt_bias, TensorView norm, double eps, TensorView past, TensorView memory) {
+  add_block(at<Model>(model), DeltaBlock{with_bias(qkvz, qkvz_bias), with_bias(ba, ba_bias), with_bias(o, o_bias), data_of<float>(before),
+                                         data_of<float>(after), net_of(conv, a_log, dt_bias, norm, eps, memory),
+                                         {data_of<float>(past), data_of<float>(memory)}});
+}
+
+void py_add_mlp(int64_t model, int64_t gate_up, Optional<TensorView> gate_up_bias, int64_t down, Optional<TensorView> down_bias,
+                Optional<TensorView> before, Optional<TensorView> after, tvm::ffi::String activation) {
+  add_block(at<Model>(model), MlpBlock{with_bias(gate_up, gate_up_bias), with_bias(down, down_bias), data_of<float>(before),
+                                       data_of<float>(after), activation == "silu" ? Into::kSilu : Into::kGelu});
 }
 
 void py_forward(int64_t model, TensorView ids, TensorView positions, TensorView slots, TensorView sequences, TensorView pages,
-                int64_t page_size, TensorView cosines, TensorView sines, Optional<TensorView> logit_tokens, TensorView logits) {
+                int64_t page_size, Optional<TensorView> logit_tokens, TensorView logits) {
   Step step{};
   step.num_tokens = ids.size(0);
   step.ids = data_of<int64_t>(ids);
@@ -217,7 +241,6 @@ void py_forward(int64_t model, TensorView ids, TensorView positions, TensorView 
   step.slots = data_of<int64_t>(slots);
   step.sequences = sequences_of(sequences, pages);
   step.page_size = page_size;
-  step.rotation = {data_of<float>(cosines), data_of<float>(sines)};
   step.logit_tokens = data_of<int64_t>(logit_tokens);
   step.num_logits = logits.size(0);
   step.logits = data_of<float>(logits);
@@ -253,7 +276,10 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(delta_net, py_delta_net);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample, py_sample);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_model, py_create_model);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_model, py_destroy_model);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_layer, py_add_layer);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_rotation, py_set_rotation);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_attention, py_add_attention);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_delta_net, py_add_delta_net);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_mlp, py_add_mlp);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, py_forward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(more_logits, py_more_logits);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(hidden_rows, py_hidden_rows);

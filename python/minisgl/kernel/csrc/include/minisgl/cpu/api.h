@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "minisgl/sampling_params.h"
@@ -66,10 +67,12 @@ struct Cache {
   T* v;
 };
 
-// A sequence of the step: tokens [first, first + count) of the batch stand at positions start, start + 1, ….
+// A sequence of the step: tokens [first, first + count) of the batch stand at positions start, start + 1, …. slot: of its
+// states.
 struct Sequence {
   int64_t first, count, start;
   const int32_t* pages;
+  int64_t slot = 0;
 };
 
 struct Heads {
@@ -126,7 +129,7 @@ struct StateSequence {
   int64_t slot, first, count;
 };
 
-enum class Into : int64_t { kStore = 0, kAdd = 1, kGated = 2 };
+enum class Into : int64_t { kStore = 0, kAdd = 1, kSilu = 2, kGelu = 3 };  // the last ones: of a pair, activation(gate) * up
 
 enum class CacheType { kFloat32, kBFloat16, kFloat16, kInt8 };
 
@@ -137,19 +140,46 @@ struct AnyCache {
   int64_t bytes;
 };
 
-struct Layer {
-  Linear qkv, o, gate_up, down;
-  const float *input_norm, *post_norm, *qk_norm;  // qk_norm: [num_q + num_kv, dim] or null
-  AnyCache cache;
-  int64_t window;  // 0: none
+// Weights of norms of heads: of each query and key head, or of all queries' features at once, and of all keys'. [num_q +
+// num_kv, dim], or null.
+struct HeadNorm {
+  const float* weight;
+  bool is_wide;
 };
+
+// What adds to the residual stream. before, after: norms of what goes in and of what comes out, [hidden] or null.
+struct AttentionBlock {
+  Linear qkv, o;
+  const float *before, *after;
+  HeadNorm norm;
+  Heads heads;
+  AnyCache cache;
+  int64_t window;    // 0: none
+  int64_t rotation;  // which of the model's
+  Scores scores;
+  bool has_gates;    // qkv's first rows are gates of o's inputs, by whose sigmoid these are multiplied
+};
+
+struct DeltaBlock {
+  Linear qkvz, ba, o;
+  const float *before, *after;
+  DeltaNet net;
+  DeltaState state;
+};
+
+struct MlpBlock {
+  Linear gate_up, down;
+  const float *before, *after;
+  Into activation;
+};
+
+using AnyBlock = std::variant<AttentionBlock, DeltaBlock, MlpBlock>;
 
 struct Step {
   int64_t num_tokens;
   const int64_t *ids, *positions, *slots;  // [num_tokens]
   std::vector<Sequence> sequences;
   int64_t page_size;
-  Rotation rotation;
   const int64_t* logit_tokens;  // [num_logits], or null: all tokens
   int64_t num_logits;
   float* logits;  // [num_logits, vocab]
@@ -178,11 +208,11 @@ void pack_grouped(Workers& workers, const Format& format, const uint8_t* codes, 
 // times the importance of its input (which may be null). Whether all are finite: else nothing is of use.
 bool make_narrow(Workers& workers, bool is_bfloat16, const void* weight, const float* importance, int64_t out, int64_t in, int bits,
                  uint8_t* codes, uint16_t* scales, uint8_t* zeros);
-// out (+)= norm(x) * wᵀ + bias, or silu(gate) * up. x: [rows, stride], out: [rows, out_stride].
+// out (+)= norm(x) * wᵀ + bias, or activation(gate) * up. x: [rows, stride], out: [rows, out_stride].
 void linear_rows(Workers& workers, const Linear& w, const float* x, int64_t rows, int64_t stride, const float* norm, float eps,
                  Into into, float* out, int64_t out_stride);
 void embed_ids(Workers& workers, const Linear& table, const int64_t* ids, int64_t count, int64_t first, float* out);
-void rope_store(Workers& workers, float* qkv, int64_t tokens, const float* norm, float eps, const Rotation& rotation,
+void rope_store(Workers& workers, float* qkv, int64_t tokens, const HeadNorm& norm, float eps, const Rotation& rotation,
                 const int64_t* positions, const int64_t* slots, const Heads& heads, AnyCache cache);
 void attend(Workers& workers, const float* q, int64_t stride, const std::vector<Sequence>& sequences, const Heads& heads,
             int64_t window, const Scores& kind, AnyCache cache, float* out);
@@ -191,10 +221,11 @@ void delta_net(Workers& workers, const DeltaNet& net, const DeltaInput& in, cons
 void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vocab, int64_t stride, const SamplingParams* params,
                  int32_t* ids);
 
-// The whole model.
-Model* create_model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm);
+// The whole model, to which rotations are given and blocks added. scale: of embeddings.
+Model* create_model(Workers& workers, float eps, float scale, const Linear& embedding, const Linear& head, const float* norm);
 void destroy_model(Model* model);
-void add_layer(Model& model, const Layer& layer);
+void set_rotation(Model& model, int64_t index, const Rotation& rotation);
+void add_block(Model& model, const AnyBlock& block);
 void forward(Model& model, const Step& step);
 void more_logits(Model& model, const int64_t* tokens, int64_t count, float* logits);
 void hidden_rows(const Model& model, const int64_t* tokens, int64_t count, float* out);

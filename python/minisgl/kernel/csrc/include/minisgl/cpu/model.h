@@ -1,23 +1,32 @@
-// A whole step of a dense decoder in one call: all layers, and the logits of the tokens that sample.
+// A whole step of a decoder in one call: all blocks, and the logits of the tokens that sample.
 #pragma once
 
+#include "delta.h"
 #include "ops.h"
 
 namespace minisgl::cpu {
 
 class Model {
  public:
-  Model(Workers& workers, const Heads& heads, float eps, const Linear& embedding, const Linear& head, const float* norm)
-      : workers_(workers), heads_(heads), eps_(eps), embedding_(embedding), head_(head), norm_(norm) {}
+  Model(Workers& workers, float eps, float scale, const Linear& embedding, const Linear& head, const float* norm)
+      : workers_(workers), eps_(eps), scale_(scale), embedding_(embedding), head_(head), norm_(norm) {}
 
-  std::vector<Layer> layers;
+  void set_rotation(int64_t index, const Rotation& rotation) {
+    rotations_.resize(std::max<size_t>(rotations_.size(), index + 1));
+    rotations_[index] = rotation;
+  }
+
+  void add(const AnyBlock& block) {
+    blocks_.push_back(block);
+    std::visit([this](const auto& one) { widen_rooms(one); }, block);
+  }
 
   void forward(const Step& step) {
     reserve(step);
     workers_.pool.run([&](int thread) {
       if (step.num_tokens > 0) {
-        embed(workers_, embedding_, step.ids, step.num_tokens, 0, x_.get(), hidden_stride());
-        for (const Layer& one : layers) with_type(one.cache, [&](auto cache) { layer(thread, step, one, cache); });
+        embed_tokens(step);
+        for (const AnyBlock& block : blocks_) std::visit([&](const auto& one) { run(thread, step, one); }, block);
       }
       logits(thread, step);
     });
@@ -40,58 +49,128 @@ class Model {
   }
 
  private:
+  struct Plan {
+    Heads heads;
+    int64_t window;
+    AttentionPlan pieces;
+
+    bool fits(const AttentionBlock& w) const {
+      return window == w.window && heads.num_q == w.heads.num_q && heads.num_kv == w.heads.num_kv && heads.dim == w.heads.dim;
+    }
+  };
+
   int64_t hidden_stride() const { return padded_stride(embedding_.in); }
-  int64_t qkv_stride() const { return padded_stride((heads_.num_q + 2 * heads_.num_kv) * heads_.dim); }
-  int64_t attended_stride() const { return padded_stride(heads_.num_q * heads_.dim); }
-  int64_t inner_stride() const { return padded_stride(layers[0].gate_up.part()); }
+
+  // The widest rows: of what is multiplied first, of what comes of it, and of a delta net's gates.
+  void widen_rooms(const AttentionBlock& w) { widen_rooms(w.qkv.out, w.o.in, 0); }
+  void widen_rooms(const DeltaBlock& w) { widen_rooms(w.qkvz.out, w.o.in, w.ba.out); }
+  void widen_rooms(const MlpBlock& w) { widen_rooms(0, w.down.in, 0); }
+  void widen_rooms(int64_t mixed, int64_t inner, int64_t gates) {
+    mixed_stride_ = std::max(mixed_stride_, padded_stride(mixed));
+    inner_stride_ = std::max(inner_stride_, padded_stride(inner));
+    gate_stride_ = std::max(gate_stride_, padded_stride(gates));
+    widest_ = std::max({widest_, inner, embedding_.in});
+  }
 
   void reserve(const Step& step) {
-    int64_t tokens = step.num_tokens, threads = workers_.pool.size();
+    int64_t tokens = step.num_tokens;
     if (tokens > 0) {
-      heads_.page_size = step.page_size;
       x_.reserve(tokens * hidden_stride());
-      qkv_.reserve(tokens * qkv_stride());
-      attended_.reserve(tokens * attended_stride());
-      inner_.reserve(tokens * inner_stride());
-      int64_t inner = layers[0].gate_up.part(), widest = std::max({embedding_.in, heads_.num_q * heads_.dim, inner});
-      workers_.reserve_rows(tokens, widest);
-      plans_.clear();
-      for (auto& one : layers) {
-        if (plan_of(one.window) != nullptr) continue;
-        plans_.emplace_back(one.window, AttentionPlan{});
-        plan_attention(step.sequences, heads_, one.window, int(threads), plans_.back().second);
-        partial_.reserve(plans_.back().second, heads_);
-      }
+      added_.reserve(tokens * hidden_stride());
+      mixed_.reserve(tokens * mixed_stride_);
+      inner_.reserve(tokens * inner_stride_);
+      gates_.reserve(tokens * gate_stride_);
+      workers_.reserve_rows(tokens, widest_);
+      plan(step);
     }
     last_.reserve(step.num_logits * hidden_stride());
     workers_.reserve_rows(step.num_logits, embedding_.in);
   }
 
-  const AttentionPlan* plan_of(int64_t window) const {
-    for (auto& [key, plan] : plans_)
-      if (key == window) return &plan;
+  void plan(const Step& step) {
+    plans_.clear();
+    states_.clear();
+    for (auto& s : step.sequences) states_.push_back({s.slot, s.first, s.count});
+    for (auto& block : blocks_) {
+      auto w = std::get_if<AttentionBlock>(&block);
+      if (w == nullptr || plan_of(*w) != nullptr) continue;
+      plans_.push_back({w->heads, w->window, {}});
+      Plan& plan = plans_.back();
+      plan.heads.page_size = step.page_size;
+      plan_attention(step.sequences, plan.heads, plan.window, workers_.pool.size(), plan.pieces);
+      partial_.reserve(plan.pieces, plan.heads);
+    }
+  }
+
+  const Plan* plan_of(const AttentionBlock& w) const {
+    for (auto& plan : plans_)
+      if (plan.fits(w)) return &plan;
     return nullptr;
   }
 
-  // What is multiplied with w. x: [count, stride].
-  Input input(const float* x, int64_t count, int64_t stride, const float* norm, const Linear& w) const {
-    return {x, count, w.in, stride, norm, eps_};
+  void embed_tokens(const Step& step) {
+    embed(workers_, embedding_, step.ids, step.num_tokens, 0, x_.get(), hidden_stride());
+    if (scale_ == 1.0f) return;
+    workers_.pool.share(step.num_tokens, 8, [&](int64_t t) {
+      float* row = x_.get() + t * hidden_stride();
+      for (int64_t i = 0; i < embedding_.in; ++i) row[i] *= scale_;
+    });
   }
 
-  template <class T>
-  void layer(int thread, const Step& step, const Layer& w, Cache<T> cache) {
+  void run(int thread, const Step& step, const AttentionBlock& w) {
+    int64_t tokens = step.num_tokens, gates = w.has_gates ? w.heads.num_q * w.heads.dim : 0;
+    const Plan& plan = *plan_of(w);
+    float* qkv = mixed_.get() + gates;
+    project(thread, tokens, w.before, w.qkv, Into::kStore, mixed_.get(), mixed_stride_);
+    with_type(w.cache, [&](auto cache) {
+      norm_rope_store(workers_, qkv, tokens, mixed_stride_, w.norm, eps_, rotations_[w.rotation], step.positions, step.slots, plan.heads, cache);
+      attention(workers_, thread, qkv, mixed_stride_, step.sequences, plan.pieces, plan.heads, w.window, w.scores, cache, partial_,
+                inner_.get(), inner_stride_);
+    });
+    if (w.has_gates) close_gates(tokens, gates);
+    add(thread, tokens, w.o, w.after);
+  }
+
+  void run(int thread, const Step& step, const DeltaBlock& w) {
     int64_t tokens = step.num_tokens;
-    Input in = input(x_.get(), tokens, hidden_stride(), w.input_norm, w.qkv);
-    linear(workers_, thread, w.qkv, in, Into::kStore, qkv_.get(), qkv_stride());
-    norm_rope_store(workers_, qkv_.get(), tokens, qkv_stride(), w.qk_norm, eps_, step.rotation, step.positions, step.slots, heads_, cache);
-    attention(workers_, thread, qkv_.get(), qkv_stride(), step.sequences, *plan_of(w.window), heads_, w.window, {}, cache,
-              partial_, attended_.get(), attended_stride());
-    in = input(attended_.get(), tokens, attended_stride(), nullptr, w.o);
-    linear(workers_, thread, w.o, in, Into::kAdd, x_.get(), hidden_stride());
-    in = input(x_.get(), tokens, hidden_stride(), w.post_norm, w.gate_up);
-    linear(workers_, thread, w.gate_up, in, Into::kGated, inner_.get(), inner_stride());
-    in = input(inner_.get(), tokens, inner_stride(), nullptr, w.down);
-    linear(workers_, thread, w.down, in, Into::kAdd, x_.get(), hidden_stride());
+    project(thread, tokens, w.before, w.ba, Into::kStore, gates_.get(), gate_stride_);
+    project(thread, tokens, w.before, w.qkvz, Into::kStore, mixed_.get(), mixed_stride_);
+    DeltaInput in{mixed_.get(), mixed_stride_, gates_.get(), gate_stride_};
+    gated_delta_net(workers_, thread, w.net, in, states_, w.state, inner_.get(), inner_stride_);
+    add(thread, tokens, w.o, w.after);
+  }
+
+  void run(int thread, const Step& step, const MlpBlock& w) {
+    project(thread, step.num_tokens, w.before, w.gate_up, w.activation, inner_.get(), inner_stride_);
+    add(thread, step.num_tokens, w.down, w.after);
+  }
+
+  // out = the residual stream, normalised where there is a norm, times wᵀ.
+  void project(int thread, int64_t tokens, const float* norm, const Linear& w, Into into, float* out, int64_t stride) {
+    linear(workers_, thread, w, {x_.get(), tokens, w.in, hidden_stride(), norm, eps_}, into, out, stride);
+  }
+
+  // What attention has left is multiplied with sigmoids of gates, the first features of `mixed_`.
+  void close_gates(int64_t tokens, int64_t count) {
+    workers_.pool.share(tokens, 4, [&](int64_t t) {
+      const float* gates = mixed_.get() + t * mixed_stride_;
+      float* row = inner_.get() + t * inner_stride_;
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) store(row + i, load(row + i) / (1.0f + exponential(-load(gates + i))));
+      for (; i < count; ++i) row[i] *= sigmoid(gates[i]);
+    });
+  }
+
+  // The residual stream += what the block has come to times wᵀ, normalised where there is a norm.
+  void add(int thread, int64_t tokens, const Linear& w, const float* after) {
+    Input in{inner_.get(), tokens, w.in, inner_stride_, nullptr, eps_};
+    if (after == nullptr) return linear(workers_, thread, w, in, Into::kAdd, x_.get(), hidden_stride());
+    linear(workers_, thread, w, in, Into::kStore, added_.get(), hidden_stride());
+    workers_.pool.share(tokens, 4, [&](int64_t t) {
+      float *row = added_.get() + t * hidden_stride(), *x = x_.get() + t * hidden_stride();
+      rms_norm(row, after, eps_, w.out, row);
+      for (int64_t i = 0; i < w.out; ++i) x[i] += row[i];
+    });
   }
 
   void logits(int thread, const Step& step) {
@@ -101,17 +180,20 @@ class Model {
       const float* from = x_.get() + (step.logit_tokens == nullptr ? r : step.logit_tokens[r]) * hidden_stride();
       std::copy(from, from + embedding_.in, last_.get() + r * hidden_stride());
     });
-    Input in = input(last_.get(), count, hidden_stride(), norm_, head_);
+    Input in{last_.get(), count, head_.in, hidden_stride(), norm_, eps_};
     linear(workers_, thread, head_, in, Into::kStore, step.logits, head_.out);
   }
 
   Workers& workers_;
-  Heads heads_;
-  float eps_;
+  float eps_, scale_;
   Linear embedding_, head_;
   const float* norm_;
-  Buffer<float> x_, qkv_, attended_, inner_, last_;
-  std::vector<std::pair<int64_t, AttentionPlan>> plans_;
+  std::vector<AnyBlock> blocks_;
+  std::vector<Rotation> rotations_;
+  int64_t mixed_stride_ = 0, inner_stride_ = 0, gate_stride_ = 0, widest_ = 0;
+  Buffer<float> x_, added_, mixed_, inner_, gates_, last_;
+  std::vector<Plan> plans_;
+  std::vector<StateSequence> states_;
   PartialRoom partial_;
 };
 

@@ -184,30 +184,32 @@ inline void write_panel(const float* sums, int64_t rows, PanelRange range, const
   }
 }
 
-inline void write_gated(const float* gates, const float* ups, int64_t rows, PanelRange range, const Linear& w, float* out,
-                        int64_t stride) {
+inline void write_gated(const float* gates, const float* ups, int64_t rows, PanelRange range, const Linear& w, Into activation,
+                        float* out, int64_t stride) {
   alignas(64) float biases[2][kPanel] = {};
   auto [first, width] = range;
   for (int64_t j = 0; w.bias != nullptr && j < width; ++j)
     biases[0][j] = w.bias[first + j], biases[1][j] = w.bias[w.part() + first + j];
   for (int64_t r = 0; r < rows; ++r) {
     alignas(64) float result[kPanel];
-    for (int h = 0; h < kPanel; h += kLanes)
-      store(result + h, gated(load(gates + r * kPanel + h) + load(biases[0] + h), load(ups + r * kPanel + h) + load(biases[1] + h)));
+    for (int h = 0; h < kPanel; h += kLanes) {
+      Floats gate = load(gates + r * kPanel + h) + load(biases[0] + h), up = load(ups + r * kPanel + h) + load(biases[1] + h);
+      store(result + h, activation == Into::kGelu ? gelu_gated(gate, up) : gated(gate, up));
+    }
     std::copy(result, result + width, out + r * stride + first);
   }
 }
 
-// out (+)= rows * wᵀ + bias. kGated: of a pair, out = silu(gate) * up. A thread prepares a few rows when it has its first item:
+// out (+)= rows * wᵀ + bias, or of a pair activation(gate) * up. A thread prepares a few rows when it has its first item:
 // with that in hand, nobody goes on and changes them.
 inline void linear(Workers& workers, int thread, const Linear& w, const Input& in, Into into, float* out, int64_t stride) {
-  bool is_ready = in.count > kFewRows;
+  bool is_ready = in.count > kFewRows, is_gated = into == Into::kSilu || into == Into::kGelu;
   Rows x{in.count};
   if (is_ready) x = workers.prepare(in, w);
   bool is_tiled = x.tiles != nullptr;
   int64_t block = is_tiled ? tile_block(w) : std::max<int64_t>(1, x.count), blocks = (x.count + block - 1) / block;
   int64_t panels = num_panels(w), size = block * kPanel * (is_tiled ? 2 : 1);
-  int64_t together = std::max(streams_of(x.count), into == Into::kGated ? 2 : 1), groups = (panels + together - 1) / together;
+  int64_t together = std::max(streams_of(x.count), is_gated ? 2 : 1), groups = (panels + together - 1) / together;
   float* sums = workers.sums(thread, together * size);
   TileUse use(is_tiled);
   workers.pool.share(blocks * groups, grain_of(blocks * groups, workers.pool.size()), [&](int64_t item) {
@@ -221,10 +223,10 @@ inline void linear(Workers& workers, int thread, const Linear& w, const Input& i
     else
       panel_products(w, first, count, rows, sums);
     for (int64_t p = 0; p < count; ++p) {
-      if (into != Into::kGated)
+      if (!is_gated)
         write_panel(sums + p * size, rows.count, {w, first + p}, w, into, out + row * stride, stride);
       else if (p % 2 == 0)
-        write_gated(sums + p * size, sums + (p + 1) * size, rows.count, {w, first + p}, w, out + row * stride, stride);
+        write_gated(sums + p * size, sums + (p + 1) * size, rows.count, {w, first + p}, w, into, out + row * stride, stride);
     }
   });
 }
@@ -255,20 +257,31 @@ inline void embed(Workers& workers, const Linear& table, const int64_t* ids, int
   });
 }
 
-// Norm of each query and key head (where there are weights, [num_q + num_kv, dim]), rotation of pairs (i, i + dim / 2),
+// Of one token's queries and keys.
+inline void norm_heads(float* x, const HeadNorm& norm, float eps, const Heads& heads) {
+  int64_t queries = heads.num_q * heads.dim, keys = heads.num_kv * heads.dim;
+  if (norm.is_wide) {
+    rms_norm(x, norm.weight, eps, queries, x);
+    rms_norm(x + queries, norm.weight + queries, eps, keys, x + queries);
+    return;
+  }
+  for (int64_t i = 0; i < queries + keys; i += heads.dim) rms_norm(x + i, norm.weight + i, eps, heads.dim, x + i);
+}
+
+// Norms of heads (where there are weights), rotation of pairs (i, i + dim / 2),
 // and keys and values to their slots. qkv: [tokens, stride], queries in place. positions: null where token t is at row t of
 // the rotation.
 template <class T>
-void norm_rope_store(Workers& workers, float* qkv, int64_t tokens, int64_t stride, const float* norm, float eps,
+void norm_rope_store(Workers& workers, float* qkv, int64_t tokens, int64_t stride, const HeadNorm& norm, float eps,
                      const Rotation& rotation, const int64_t* positions, const int64_t* slots, const Heads& heads, Cache<T> cache) {
   int64_t dim = heads.dim, half = dim / 2;
   workers.pool.share(tokens, 2, [&](int64_t t) {
     int64_t row = (positions == nullptr ? t : positions[t]) * dim;
     const float* cosine = rotation.cosines + row;
     const float* sine = rotation.sines + row;
+    if (norm.weight != nullptr) norm_heads(qkv + t * stride, norm, eps, heads);
     for (int64_t h = 0; h < heads.num_q + heads.num_kv; ++h) {
       float* x = qkv + t * stride + h * dim;
-      if (norm != nullptr) rms_norm(x, norm + h * dim, eps, dim, x);
       int64_t i = 0;
       for (; i + kLanes <= half; i += kLanes) {
         Floats low = load(x + i), high = load(x + i + half);

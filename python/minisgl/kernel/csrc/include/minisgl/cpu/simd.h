@@ -279,4 +279,10 @@ inline Floats soft_capped(Floats x, float cap) { return cap - 2.0f * cap / (expo
 // silu(gate) * up.
 inline Floats gated(Floats gate, Floats up) { return gate / (1.0f + exponential(-gate)) * up; }
 
+// gelu(gate) * up, by the tangent: gate * sigmoid(2 sqrt(2 / pi) * (gate + 0.044715 gate³)) (arXiv 1606.08415).
+inline Floats gelu_gated(Floats gate, Floats up) {
+  Floats inner = gate * 1.59576912160573f * (1.0f + 0.044715f * gate * gate);
+  return gate / (1.0f + exponential(-inner)) * up;
+}
+
 }  // namespace minisgl::cpu
