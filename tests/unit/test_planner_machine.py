@@ -69,6 +69,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.finished: dict[int, FinishReason] = {}
         self.allowed: dict[int, FinishReason] = {}  # reasons other than stop and length that were provoked
         self.history: list[list[int]] = []
+        self.turns: list[list[int]] = []  # prompts with the outputs that they got
         self.held: dict[int, None] = {}  # requests that sit out
 
     def take(self, outputs: list[ReqOutput]) -> None:
@@ -81,6 +82,7 @@ class PlannerMachine(RuleBasedStateMachine):
                 self.held[uid] = None
             if output.finish_reason is not None:
                 self.finished[uid] = output.finish_reason
+                self.turns.append(self.prompts[uid][0] + self.outputs[uid])
                 self.check_output(uid)
 
     def check_output(self, uid: int) -> None:
@@ -122,7 +124,8 @@ class PlannerMachine(RuleBasedStateMachine):
         salt: str,
         client: str,
     ) -> None:
-        base = self.history[shared % len(self.history)] if self.history else []
+        known = [*self.history, *self.turns, *self.turns]
+        base = known[shared % len(known)] if known else []
         prompt = (base[:keep] + fresh)[: 40 if pooling else 39] or [1]
         uid, grammar = len(self.prompts), grammar and not pooling
         self.kinds |= {uid: pooling} if pooling else {}

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import FinishReason, SamplingParams, StateCopy, StepPlan
+from minisgl.core import FinishReason, Grammar, SamplingParams, StateCopy, StepPlan
 from minisgl.errors import IntegrityError
 from minisgl.scheduler.integrity import check_integrity
 from tests.simulator import expected_output, move_cached
@@ -79,6 +79,13 @@ def test_each_turn_of_a_conversation_reads_what_is_new_and_little_more() -> None
     assert len(history) > 350
 
 
+def test_of_an_output_the_last_snapshot_stays() -> None:
+    driver = Driver(CONFIG)
+    run(driver, 0, prompt(50), SamplingParams(max_tokens=12 * EVERY + 6, seed=0, ignore_eos=True))
+    assert len(driver.planner.pages.snapshots) == 2
+    assert first_computed(run(driver, 1, [*prompt(50), *driver.outputs[0], 1])) >= 50 + 11 * EVERY - PAGE
+
+
 def test_templates_that_end_a_prompt_in_another_way_than_the_next_turn_has_it() -> None:
     """As those do that begin to reason, or say that there is nothing to reason about."""
     driver = Driver(CONFIG)
@@ -128,6 +135,18 @@ def test_who_waits_for_a_snapshot_gets_it_when_its_request_is_aborted() -> None:
     assert driver.outputs[1] == expected_output(prompt(50), 51, ())
 
 
+def test_a_state_that_has_gone_on_from_unknown_tokens_is_not_kept() -> None:
+    driver = Driver(CONFIG)
+    driver.planner.add(0, prompt(59), replace(ONE, max_tokens=9))
+    for _ in range(2):
+        driver.step()
+    plans = [driver.plan(), driver.plan()]  # of 60 known tokens, and of one more
+    driver.take(driver.planner.abort(0))
+    for plan in plans:
+        driver.take(driver.planner.retire(driver.engine.submit(plan).result()))
+    assert first_computed(run(driver, 1, [*prompt(59), *driver.outputs[0], 1, 2])) == 48
+
+
 def test_the_snapshot_that_was_used_least_recently_makes_room() -> None:
     driver = Driver(replace(CONFIG, num_snapshots=2))
     run(driver, 0, prompt(42))
@@ -163,13 +182,24 @@ def test_snapshots_of_one_salt_are_not_found_with_another() -> None:
 
 
 def test_after_a_failed_step_no_snapshot_is_used() -> None:
+    """Those that a request holds on to which was not in the step neither: they may have been copied in it."""
     driver = Driver(CONFIG)
     run(driver, 0, prompt(61))
+    driver.planner.add(4, prompt(50, start=20), replace(ONE, max_tokens=9, ignore_eos=True))
+    driver.planner.resume(4, paced=True)
+    for _ in range(2):
+        driver.step()
     driver.planner.add(1, prompt(70, start=9), ONE)
     plan = driver.plan()
+    assert len(plan.reqs) == 1 and driver.planner.pages.snapshots
     driver.take(driver.planner.fail(plan.step_id, "the device failed"))
-    assert not driver.planner.pages.snapshots
-    assert first_computed(run(driver, 2, prompt(70, start=9))) == first_computed(run(driver, 3, prompt(61))) == 0
+    assert not driver.planner.pages.snapshots and driver.reasons.keys() == {0, 1}
+    check_integrity(driver.planner)
+    driver.planner.resume(4, paced=False)
+    driver.finish()
+    assert driver.outputs[4] == expected_output(prompt(50, start=20), 59, ())
+    assert first_computed(run(driver, 2, prompt(70, start=9))) == 0
+    assert first_computed(run(driver, 3, prompt(61))) == 0
 
 
 def test_what_led_to_no_number_is_not_gone_on_from() -> None:
@@ -212,6 +242,28 @@ def test_models_without_states_have_none_in_their_plans() -> None:
     plans = [plan for uid in range(3) for plan in run(driver, uid, [*prompt(42), *prompt(20, start=uid)])]
     assert not any(plan.states for plan in plans)
     assert [plan.reqs[0].start for plan in plans] == [0, 40, 40]
+
+
+def test_a_request_that_sat_out_and_makes_way_is_resumed_while_a_step_still_touches_it() -> None:
+    driver, params = Driver(CONFIG), replace(ONE, max_tokens=20, ignore_eos=True, grammar=Grammar("regex", ".*"))
+    for uid in range(ROWS):
+        driver.planner.add(uid, prompt(20, start=7 * uid), replace(params, client="many"))
+    driver.step()
+    first, second = driver.plan(), driver.plan()
+    driver.engine.unready = [first.reqs[-1].row]
+    handles = [driver.engine.submit(plan) for plan in (first, second)]
+    driver.engine.unready = []
+    driver.take(driver.planner.retire(handles[0].result()))
+    (late,) = (req for req in driver.planner.running if req.held)
+    driver.planner.add(9, prompt(20), ONE)
+    third = driver.plan()
+    assert late.retracted and late.num_inflight
+    driver.planner.resume(late.uid, paced=False)
+    for handle in (handles[1], driver.engine.submit(third)):
+        driver.take(driver.planner.retire(handle.result()))
+    driver.finish()
+    for uid in range(ROWS):
+        assert driver.outputs[uid] == expected_output(prompt(20, start=7 * uid), 40, ())
 
 
 @pytest.mark.parametrize("what", ["lost", "shared", "of no page"])
