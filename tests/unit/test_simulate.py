@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from minisgl import simulate
+from minisgl.benchmark.floor import Machine
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Masks, SamplingParams, StepPlan, StepResult
 from minisgl.errors import ConfigError
@@ -19,7 +20,7 @@ from minisgl.message.messages import UserMsg, pack_ids
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import LocalTransport
 from minisgl.simulate.cluster import Simulation
-from minisgl.simulate.times import Served, features, fitted
+from minisgl.simulate.times import Served, by_floor, features, fitted
 from minisgl.simulate.workload import Request, Session, generate
 
 CONFIG = SchedulerConfig(32, 256, 2048, 4096, 16)
@@ -59,6 +60,17 @@ def test_each_request_ends_once_with_all_its_tokens(policy: str, num_pages: int)
     assert all(replica.planner.is_idle for replica in simulation.replicas)
     assert all(0 < record.arrivals[0] <= record.e2e for record in simulation.records)
     assert (sum(replica.planner.num_retracted for replica in simulation.replicas) > 0) == (num_pages == 128)
+
+
+def test_models_with_states_go_on_from_snapshots() -> None:
+    served = by_floor("qwen3.5-4b", Machine(4e12, 8e14), 0.7)
+    assert served.config.has_states and served.config.num_snapshots == 256
+    assert not by_floor("qwen3-0.6b", Machine(4e12, 8e14), 0.7).config.has_states
+    cached = []
+    for num_snapshots in (64, 0):  # without them nothing is found
+        served = replace(SERVED, config=replace(CONFIG, has_states=True, num_snapshots=num_snapshots))
+        cached.append(sum(record.num_cached for record in simulated(drawn(*LOAD), served=served).records))
+    assert cached[0] > 0 == cached[1]
 
 
 def test_a_seed_decides_all() -> None:

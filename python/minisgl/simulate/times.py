@@ -102,8 +102,10 @@ def by_floor(shape: str, machine: Machine, efficiency: float) -> Served:
         flops = prefill_flops(model, start + tokens, start) if tokens else 0.0
         shares = [(context, 1)] * decodes + [(start, tokens)] * bool(tokens)
         steps.append((shares, (num_bytes / machine.bandwidth + flops / machine.flops) / efficiency))
-    page_bytes = 16 * model.kv_bytes_per_token(model.dtype)
-    if (num_pages := int((0.9 * 141e9 - model.weight_bytes(model.dtype)) / page_bytes)) < 1:
+    page_bytes, slots = 16 * model.kv_bytes_per_token(model.dtype), 513 if model.states else 0
+    room = 0.9 * 141e9 - model.weight_bytes(model.dtype) - slots * model.state_bytes()
+    if (num_pages := int(room / page_bytes)) < 1:
         raise ConfigError(f"--shape {shape}: the weights do not fit one GPU of 141 GB")
-    config = SchedulerConfig(256, 8192, min(model.max_position, num_pages * 16), num_pages, 16)
+    longest = min(model.max_position, num_pages * 16)
+    config = SchedulerConfig(256, 8192, longest, num_pages, 16, has_states=slots > 0, num_snapshots=slots // 2)
     return fitted(f"{shape}, {100 * efficiency:.0f} % of {machine}", config, steps)
