@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
@@ -28,7 +28,7 @@ from minisgl.models.checkpoint import Checkpoint, our_name, places
 from minisgl.models.decoder import DecoderModel
 from minisgl.utils.log import told
 
-_CONFIGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_CONFIGS = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
 _META = torch.device("meta")
 _WINDOW, _MAX_TOKENS = 512, 8192  # of a text, that are read at once, and in all
 

@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
+import msgspec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from minisgl.config.families import read_model_config
 from minisgl.errors import ConfigError
 
-SHAPES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())["shapes"]
+SHAPES: dict[str, dict[str, Any]] = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())["shapes"]
 # What random chats are made of: each word is one token of the stand-in tokenizer, and of most real ones.
 WORDS = ("time", "year", "day", "way", "man", "world", "life", "hand", "part", "place", "week", "case", "work", "point")
 _TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
+import msgspec
 from rich.filesize import decimal
 
 from minisgl.config.args import FLAG_WORDS, ArgumentParser, parse_args, suggestion
@@ -18,7 +18,7 @@ from minisgl.env import cache_dir
 from minisgl.errors import ConfigError
 
 TEXTS = Path(__file__).parent / "texts"
-COMMANDS: dict[str, dict[str, Any]] = yaml.safe_load((TEXTS / "commands.yaml").read_text(encoding="utf-8"))
+COMMANDS: dict[str, dict[str, Any]] = msgspec.yaml.decode((TEXTS / "commands.yaml").read_bytes())
 
 
 def main(argv: Sequence[str]) -> int:

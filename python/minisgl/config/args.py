@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import msgspec
 import yaml
 
 from minisgl.config.chat import REASONING_PARSERS, TOOL_PARSERS
@@ -267,7 +268,7 @@ def make_parser(prog: str = "minisgl") -> ArgumentParser:
     """The parser of the server's flags."""
     from minisgl import __version__
 
-    texts = yaml.safe_load(Path(__file__).with_name("options.yaml").read_text(encoding="utf-8"))
+    texts = msgspec.yaml.decode(Path(__file__).with_name("options.yaml").read_bytes())
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} {'[MODEL] ' if ' ' in prog else ''}[options]",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+import msgspec
 
 from minisgl.config.locate import read_fields, read_json
 from minisgl.errors import ConfigError
@@ -16,7 +16,7 @@ from minisgl.utils.fields import Fields
 
 logger = logging.getLogger(__name__)
 
-_FORMATS = yaml.safe_load(Path(__file__).with_name("formats.yaml").read_text(encoding="utf-8"))
+_FORMATS = msgspec.yaml.decode(Path(__file__).with_name("formats.yaml").read_bytes())
 _MARKERS: dict[str, list[str]] = _FORMATS["tools"] | _FORMATS["reasoning"]
 TOOL_PARSERS = tuple(_FORMATS["tools"])
 REASONING_PARSERS = {"qwen3": "optional", "deepseek_r1": "always"}  # name: whether models reason (`core.Grammar`)

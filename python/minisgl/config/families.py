@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
+import msgspec
 
 from minisgl.config import model as specs
 from minisgl.config.chat import read_ends
@@ -26,7 +26,7 @@ from minisgl.utils.math import div_ceil
 logger = logging.getLogger(__name__)
 MAX_LAYERS = 4096
 MAX_BYTES = 2**50
-_TABLE = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"))
+_TABLE = msgspec.yaml.decode(Path(__file__).with_name("families.yaml").read_bytes())
 _ACTIVATIONS: dict[str, str] = _TABLE["activations"]
 
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
+import msgspec
 
 from minisgl.errors import ConfigError
 from minisgl.gguf.model import models_in, open_model
@@ -21,7 +21,7 @@ from minisgl.utils.log import told
 logger = logging.getLogger(__name__)
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
-_FILES = yaml.safe_load(Path(__file__).with_name("files.yaml").read_text(encoding="utf-8"))
+_FILES = msgspec.yaml.decode(Path(__file__).with_name("files.yaml").read_bytes())
 _LFS_POINTER = b"version https://git-lfs"
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
 _UNLIKE: dict[str, str] = _FILES["unlike"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 from safetensors import safe_open
 
@@ -15,7 +16,7 @@ from minisgl.errors import ConfigError
 from minisgl.utils.fields import Fields
 
 TASKS = ("generate", "embed", "embed-mean", "score")
-TEXTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+TEXTS = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
 
 
 @dataclass(frozen=True, slots=True)

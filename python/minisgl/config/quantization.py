@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import msgspec
 
 from minisgl.config.locate import read_fields
 from minisgl.errors import ConfigError
 from minisgl.utils.fields import Fields
 
-_TABLE = yaml.safe_load(Path(__file__).with_name("quantization.yaml").read_text(encoding="utf-8"))
+_TABLE = msgspec.yaml.decode(Path(__file__).with_name("quantization.yaml").read_bytes())
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import msgspec
 
 from minisgl.config.model import RopeConfig
 from minisgl.errors import ConfigError
 from minisgl.utils.fields import MAX_INT, Fields
 
 logger = logging.getLogger(__name__)
-ROPE_TYPES: dict[str, tuple[list[str], list[str]]] = yaml.safe_load(
-    Path(__file__).with_name("families.yaml").read_text(encoding="utf-8")
+ROPE_TYPES: dict[str, tuple[list[str], list[str]]] = msgspec.yaml.decode(
+    Path(__file__).with_name("families.yaml").read_bytes()
 )["rope_types"]
 
 

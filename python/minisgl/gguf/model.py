@@ -18,14 +18,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+import msgspec
 
 from minisgl.core import DRAWING
 from minisgl.errors import ConfigError
 from minisgl.utils.fields import Fields
 
 TEMPLATE = "tokenizer.chat_template"
-NAMES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
+NAMES: dict[str, Any] = msgspec.yaml.decode(Path(__file__).with_name("names.yaml").read_bytes())
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _TEXT, _LIST = 8, 9
 _size_at = struct.Struct("<Q").unpack_from

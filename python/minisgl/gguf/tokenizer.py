@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
+import msgspec
 
 from minisgl.gguf.model import TEMPLATE, GgufFile, chat_templates
 from minisgl.utils.fields import Fields
@@ -91,7 +91,7 @@ def _assemble(vocabulary: _Vocabulary) -> Any:
     """SentencePiece's merges follow from the tokens' scores."""
     from tokenizers import Tokenizer, models
 
-    table = yaml.safe_load(Path(__file__).with_name("pre_tokenizers.yaml").read_text(encoding="utf-8"))
+    table = msgspec.yaml.decode(Path(__file__).with_name("pre_tokenizers.yaml").read_bytes())
     kinds = {name: kind for kind in table[vocabulary.model] for name in kind["names"]}
     name = "prefix" if vocabulary.boolean("add_space_prefix", True) else "no prefix"
     if vocabulary.model == "gpt2" and (name := vocabulary.text("pre", "")) not in kinds:

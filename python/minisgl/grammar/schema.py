@@ -13,14 +13,14 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-import yaml
+import msgspec
 
 Way = tuple[str, ...]  # to a schema within another
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")  # of names and schemas
 _IN_PLACE = ("allOf", "anyOf", "oneOf")  # their schemas hold for the same value
 _LISTS = (*_IN_PLACE, "prefixItems", "items")
 _NAMING = ("properties", "patternProperties")
-_TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLE = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
 _REFUSED: dict[str, list[Any]] = _TABLE["refused"]
 _IDLE = ("then", "else", "minContains", "maxContains", "x-guidance")  # without those; and what is not a client's
 _FORMATS = ("date", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # llguidance has them

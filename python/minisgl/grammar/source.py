@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from tokenizers import AddedToken, Tokenizer
@@ -23,7 +23,7 @@ from minisgl.errors import ConfigError, RequestError
 from minisgl.gguf.tokenizer import load_gguf_backend
 from minisgl.grammar.schema import SchemaError, children, definitions, followed
 
-_TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLE = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
 _WHITESPACE: dict[str, Any] = _TABLE["whitespace"]
 _LIMITS = LLParserLimits(**_TABLE["limits"], verbose_errors=False)
 _LOCATE_SECONDS = 0.5

@@ -27,7 +27,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
+import msgspec
 
 from minisgl.config.probe import cpu_flags, find_nvcc, torch_cuda
 from minisgl.env import cache_dir
@@ -51,7 +51,7 @@ os.execvp("ninja", ["ninja", "-v"])
 """
 
 # By name, the features and flags of each level of processors.
-LEVELS: Mapping[str, Mapping[str, str]] = yaml.safe_load((CSRC / "levels.yaml").read_text(encoding="utf-8"))
+LEVELS: Mapping[str, Mapping[str, str]] = msgspec.yaml.decode((CSRC / "levels.yaml").read_bytes())
 
 
 @functools.cache

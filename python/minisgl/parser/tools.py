@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-import yaml
 
 from minisgl.errors import RequestError
 from minisgl.grammar.schema import PATTERNS, definitions, listed, literals, resolved
@@ -67,7 +66,7 @@ class CallFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 TOOL_PARSERS = msgspec.convert(  # by the names of `--tool-call-parser`
-    yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")), dict[str, CallFormat]
+    msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes()), dict[str, CallFormat]
 )
 
 

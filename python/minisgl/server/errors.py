@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import orjson
-import yaml
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -36,7 +36,7 @@ def dump_json(payload: object) -> bytes:
 
 
 ANTHROPIC_PATHS = re.compile(r"(/v1)?/messages\b")  # whose errors are Anthropic's
-_ANTHROPIC_KINDS: dict[int, str] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_ANTHROPIC_KINDS: dict[int, str] = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
 
 
 def refuse_unless(holds: object, message: str, param: str) -> None:

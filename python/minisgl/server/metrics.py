@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 from prometheus_client import ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
@@ -20,7 +19,7 @@ from prometheus_client.registry import Collector
 from minisgl.core import FinishReason
 from minisgl.message.messages import Histogram, StatsReply, UserReply
 
-_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLES = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
 _BOUNDS = _TABLES["bounds"]
 
 

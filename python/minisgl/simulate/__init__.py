@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +39,7 @@ KINDS: dict[str, Callable[[str], Any]] = {  # of flags, in flags.yaml
 
 
 def make_parser() -> argparse.ArgumentParser:
-    groups = yaml.safe_load(Path(__file__).with_name("flags.yaml").read_text(encoding="utf-8"))
+    groups = msgspec.yaml.decode(Path(__file__).with_name("flags.yaml").read_bytes())
     parser = ArgumentParser(prog=PROG, **groups.pop("about"), allow_abbrev=False)
     for title, flags in groups.items():
         group = parser.add_argument_group(title)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
 # By name: what it is, in which process, and the code that does it. The first eight are stages, the others repeat.
-EVENTS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("events.yaml").read_text(encoding="utf-8"))
+EVENTS: dict[str, dict[str, Any]] = msgspec.yaml.decode(Path(__file__).with_name("events.yaml").read_bytes())
 STAGES = [*EVENTS][:8]
 
 

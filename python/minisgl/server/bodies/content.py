@@ -14,7 +14,7 @@ from pathlib import Path
 from reprlib import repr as quoted
 from typing import Annotated, Any, Literal
 
-import yaml
+import msgspec
 from pydantic import Field, WithJsonSchema
 from pydantic_core import from_json
 
@@ -26,7 +26,7 @@ from minisgl.server.errors import at_most, refuse_unless, shown
 
 MAX_MESSAGES = 16384
 MAX_TOOLS = 512
-_TABLE: Object = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLE: Object = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
 _TEXTS: dict[str, str] = _TABLE["texts"]
 _MEDIA: dict[str, str] = _TABLE["media"]
 _CHOICES: dict[str, str] = _TABLE["choices"]

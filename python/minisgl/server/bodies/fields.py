@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, cast
 
+import msgspec
 import pydantic
-import yaml
 from pydantic_core import from_json
 
 from minisgl.core import MAX_COUNT, Range
@@ -26,9 +26,7 @@ from minisgl.errors import RequestError
 from minisgl.server.errors import MAX_SHOWN, refuse_unless, shown
 
 T = TypeVar("T")
-SCHEMAS: dict[str, dict[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("schemas.yaml").read_text(encoding="utf-8")
-)
+SCHEMAS: dict[str, dict[str, Any]] = msgspec.yaml.decode(Path(__file__).with_name("schemas.yaml").read_bytes())
 
 
 class Body(pydantic.BaseModel):
@@ -160,7 +158,7 @@ class Reading:
             self.ignored.setdefault(re.sub(r"\[\d+\]", "[]", where), () if needless else fields.known)
 
 
-_TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLE = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
 NO_EFFECT = frozenset(_TABLE["no_effect"].split())
 OTHER_NAMES: dict[str, str] = _TABLE["other_names"]
 NAMES: dict[str, dict[str, str]] = _TABLE["names_for_chats"]
