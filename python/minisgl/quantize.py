@@ -102,13 +102,15 @@ def _quantized(source: Path, bits: int, text: str) -> tuple[Tensors, bool]:
     slots = [slot for part in decoder.parts() for slot in part.slots]
     sources, shapes = checkpoint.sources(slots), {slot.name: slot.shape for slot in slots}
     importance = _importance(source, text) if text else {}
+    is_turned = any(name.endswith("experts.gate_up_proj_bias") for name in shapes)  # in full, [in, out]
     for slot, stored in zip(slots, sources, strict=True):
         weight, prefix = stored.read(0, slot.shape[0]).clone(), slot.name.removesuffix("weight")
         if slot.name in linear.names:
             found = (importance.get((name, expert)) for name, expert, *_ in places(slot.name, shapes))
             counts = next((columns for columns in found if columns is not None), None)
-            narrow = quantize(prefix, weight, 8 if prefix in WIDE else bits, counts)
-            made |= _compressed(prefix, narrow) if isinstance(narrow, Grouped) else {slot.name: narrow}
+            rows = weight.t() if is_turned and ".experts." in slot.name else weight
+            narrow = quantize(prefix, rows, 8 if prefix in WIDE else bits, counts)
+            made |= _compressed(prefix, narrow) if isinstance(narrow, Grouped) else {slot.name: weight}
         else:
             made[slot.name] = weight
     return made, model.tie_word_embeddings

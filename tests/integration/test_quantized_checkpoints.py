@@ -272,6 +272,12 @@ def test_layers_that_are_stored_as_one(tmp_path: Path, case: str) -> None:
         torch.testing.assert_close(second.apply(torch.eye(128)).t(), torch.cat(parts), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", STORED)
+def test_layers_that_are_stored_as_one_and_in_full(tmp_path: Path, case: str) -> None:
+    path, model = quantized(tmp_path / "model", case, full=("layers.1.self_attn", "layers.0.mlp"), fused=True)
+    torch.testing.assert_close(engine_logits(path, PROMPT), logits_of(model), atol=1e-3, rtol=1e-3)
+
+
 def test_one_layer_with_rows_of_nobody(tmp_path: Path) -> None:
     path, _ = quantized(tmp_path / "model", "compressed", fused=True)
     name, file = "model.layers.1.mlp.gate_up_proj.weight_scale", path / "model.safetensors"
@@ -287,6 +293,64 @@ def test_experts_and_layers_in_full(tmp_path: Path, case: str) -> None:
     sizes = {"moe_intermediate_size": 128, "num_experts": 4}
     path, model = quantized(tmp_path / "model", case, "qwen3_moe", full, **sizes)
     torch.testing.assert_close(engine_logits(path, PROMPT), logits_of(model), atol=1e-3, rtol=1e-3)
+
+
+def stacked(tensors: Tensors, name: Callable[[str, str], str], as_one: bool) -> Tensors:
+    """Experts' tensors one behind the other, gate above up. name: of a stack's, by layer and what an expert has."""
+    found: dict[str, dict[int, list[torch.Tensor]]] = {}
+    for key in sorted(key for key in tensors if ".experts." in key):
+        stem, _, rest = key.partition(".experts.")
+        number, layer, what = rest.split(".")
+        layer = layer if layer == "down_proj" or not as_one else "gate_up_proj"
+        found.setdefault(f"{stem}.experts.{name(layer, what)}", {}).setdefault(int(number), []).append(tensors[key])
+    stacks = {key: torch.stack([torch.cat(each[i]) for i in sorted(each)]) for key, each in found.items()}
+    return {key: tensor for key, tensor in tensors.items() if ".experts." not in key} | stacks
+
+
+NAMES: dict[str, Callable[[str, str], str]] = {
+    "of transformers": lambda layer, what: layer + what.removeprefix("weight"),
+    "with dots": lambda layer, what: f"{layer}.{what}",
+}
+
+
+@pytest.mark.parametrize("as_one", [True, False])
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("case", ["fp8 of blocks", "compressed fp8 of rows", "compressed with zeros"])
+def test_stacks_of_experts(tmp_path: Path, case: str, names: str, as_one: bool) -> None:
+    """As transformers has them in memory, also on the second of two ranks; some layers' are in full."""
+    if names == "of transformers" and "zeros" in case:
+        names = "with dots"
+    full, sizes = ("layers.2.mlp.experts",), {"moe_intermediate_size": 256, "num_experts": 4}
+    path, model = quantized(tmp_path / "model", case, "qwen3_moe", full, **sizes)
+    one_by_one = loaded(path, SecondOfTwo()).layers[1].mlp
+    file, x = path / "model.safetensors", torch.ones(3, 128)
+    save_file(stacked(load_file(file), NAMES[names], as_one), file)
+    assert not any("experts.0" in name for name in load_file(file))
+    torch.testing.assert_close(engine_logits(path, PROMPT), logits_of(model), atol=1e-3, rtol=1e-3)
+    stacks = loaded(path, SecondOfTwo()).layers[1].mlp
+    norm = torch.ones(128)
+    torch.testing.assert_close(stacks.forward(x.clone(), norm), one_by_one.forward(x.clone(), norm))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t[:, :1].clone(), r"wrong shape: .*gate_up_proj_scale_inv is \[4, 1, 1\], not \[4, 4, 1\]"),
+        (lambda t: t[:, 0, 0].clone(), r"wrong shape: .*gate_up_proj_scale_inv is \[4\], not \[4, 4, 1\]"),
+        (None, r"missing: model.layers.0.mlp.experts.0.gate_up_proj.weight_scale, "),
+    ],
+)
+def test_stacks_of_scales_that_do_not_fit(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor] | None, says: str
+) -> None:
+    sizes = {"moe_intermediate_size": 256, "num_experts": 4}
+    path, _ = quantized(tmp_path / "model", "fp8 of blocks", "qwen3_moe", **sizes)
+    file, name = path / "model.safetensors", "model.layers.0.mlp.experts.gate_up_proj_scale_inv"
+    tensors = stacked(load_file(file), NAMES["of transformers"], as_one=True)
+    scales = tensors.pop(name)
+    save_file(tensors | ({} if change is None else {name: change(scales)}), file)
+    with pytest.raises(ConfigError, match=says):
+        engine_logits(path, PROMPT)
 
 
 @pytest.mark.parametrize("case", ["awq", "gptq", "compressed int8", "fp8 of blocks"])

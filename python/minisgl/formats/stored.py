@@ -45,8 +45,8 @@ class StoredFormat(ByName):
         part, name, axis = prefix.split(".")[-2], *self.rows_at
         fused = next((whole for whole, parts in FUSED.items() if part in parts), part)
         stored = prefix.replace(f".{part}.", f".{fused}.")
-        if fused == part or f"{stored}{name}" not in self.header:
-            return prefix, shard
+        if (is_full := self._is_full(stored)) or fused == part or f"{stored}{name}" not in self.header:
+            return stored if is_full else prefix, shard
         first, num_rows = self._taken.get(stored, 0), self.header[f"{stored}{name}"].shape[axis]
         self._taken[stored] = end = first + shard.shape[0]
         if end > num_rows or (end != num_rows and part == FUSED[fused][-1]):

@@ -192,8 +192,8 @@ def apart(x: Tensor) -> Tensor:
 def turned(slot: WeightSlot) -> WeightSlot:
     """A slot of an expert's weight, of a checkpoint where rows of gate and up take turns, and that has it as [in, out]
     unless it is packed."""
-    arrange = apart if ".gate_up_proj" in slot.name else Tensor.contiguous
+    arrange, change = apart if ".gate_up_proj" in slot.name else Tensor.contiguous, slot.transform
     if not slot.name.endswith(".weight"):
-        return replace(slot, transform=arrange)
+        return replace(slot, transform=lambda x: arrange(x if change is None else change(x)))
     rows, shape = slot.cols or (0, slot.shape[1]), slot.shape[::-1]
     return replace(slot, shape=shape, rows=rows, cols=slot.rows, transform=lambda x: arrange(x.t()))

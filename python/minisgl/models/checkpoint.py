@@ -34,7 +34,8 @@ BLOCK_BYTES = REOPEN_BYTES = 16 << 20  # files are mapped: what was read of one 
 # A decoder's tensors, after what may stand before them: it was a part of something larger, or had no head.
 _OUTER = r"(?:(?:model|language_model|text_model|base_model|module|_orig_mod)\.)*"
 _NAME = re.compile(_OUTER + r"(?:(lm_head\..*)|((?:layers|embed_tokens|(?:embedding_)?norm)\..*))")
-_EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)(?:\.weight)?")
+_EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)(?:\.(\w+))?")
+_STACK = re.compile(r"(.*\.experts\.)((?:gate|up|down|gate_up)_proj)(?:\.(\w+)|(_scale(?:_inv)?)|)")
 # Buffers that follow from the configuration, and state of training; scales of activations.
 _IGNORED = re.compile(
     r"(^|\.)(rotary(_pos)?_emb\..*|position_ids|masked_bias|(self_)?attn\.bias|_extra_state|"
@@ -152,8 +153,13 @@ class Checkpoint:
         return replace(model, tie_word_embeddings=False)
 
     def header(self) -> dict[str, Header]:
-        """What the tensors are, by our layers' names."""
-        return {name: Header(stored.dtype, stored.shape) for name, stored in self._stored.items()}
+        """What the tensors are, by our layers' names; of stacks, what each expert's are."""
+        found = {name: Header(stored.dtype, stored.shape) for name, stored in self._stored.items()}
+        for match in filter(None, map(_STACK.fullmatch, self._stored)):
+            (prefix, layer, name, scale), (dtype, shape) = match.groups(), found[match[0]]
+            name = name or ("weight" if scale is None else f"weight{scale}")
+            found |= {f"{prefix}{i}.{layer}.{name}": Header(dtype, shape[1:]) for i in range(shape[0])}
+        return found
 
     def sources(self, slots: list[WeightSlot]) -> list[Source]:
         """Where each slot's tensor is. Raises: ConfigError with all that is missing, left over or of another shape."""
@@ -217,7 +223,8 @@ def places(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[s
     fused tensor with its number of rows (0: it is not fused)."""
     alone: list[tuple[str, int | None]] = [(name, None)]
     if match := _EXPERT.fullmatch(name):
-        alone += [(f"{match[1]}{match[3]}{end}", int(match[2])) for end in ("", ".weight")]
+        end = match[4] or "weight"
+        alone += [(f"{match[1]}{match[3]}{end}", int(match[2])) for end in (end.removeprefix("weight"), f".{end}")]
     yield from ((stored, expert, 0, 0) for stored, expert in alone)
     for fused, parts in FUSED.items():
         part = next((part for part in parts if f".{part}." in name), None)
