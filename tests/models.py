@@ -53,6 +53,18 @@ EXPERTS = {
 EXTRA: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "ministral": {"head_dim": 16, "sliding_window": 15},
+    "ministral3": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 24,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
     "qwen3": {"head_dim": 32},
     "qwen3_moe": {
         "head_dim": 32,

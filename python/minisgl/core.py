@@ -141,6 +141,7 @@ class SamplingParams:
         _check(self.top_p > 0, "top_p", RANGES["top_p"].text, self.top_p)
         _check(all(self.stop), "stop", "free of empty strings", list(self.stop))
         most = MAX_COUNT if limit is None else limit
+        _check(self.pooling in ("", "last", "mean", "score"), "pooling", "last, mean, score or empty", self.pooling)
         _check(not self.min_tokens or self.grammar is None, "min_tokens", "0 with structured output", self.min_tokens)
         _check(0 <= self.min_tokens <= most, "min_tokens", "from 0 to max_tokens", self.min_tokens)
         for token, bias in self.logit_bias:

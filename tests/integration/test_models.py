@@ -34,6 +34,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1, 1.05, 1.1, 1.3, 1.6, 2.0],
+    "long_factor": [1, 1.5, 2.5, 4.0, 6.5, 9.0],
+}
 HALF = ["full_attention", "sliding_attention", "full_attention"]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILIES},
@@ -60,6 +66,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 16, "beta_slow": 2}},
     ),
     "llama-rope-yarn-untruncated": ("llama", {"rope_parameters": {**YARN, "truncate": False}}),
+    "phi3-longrope-short": (  # a server of 512 tokens at most, which the model was trained for
+        "phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 512, "max_position_embeddings": 2048},
+    ),
+    "phi3-longrope-long": (
+        "phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 2, "max_position_embeddings": 2048},
+    ),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-head-dim": ("llama", {"head_dim": 24}),
@@ -108,6 +122,7 @@ TEXT = {**BASE, "num_hidden_layers": 4, "head_dim": 16}
 SEEING: dict[str, dict[str, Any]] = {
     "Gemma3": {"text_config": {**TEXT, "model_type": "gemma3_text", "sliding_window": 11}, "mm_tokens_per_image": 4},
     "Mistral3": {"text_config": {**TEXT, "model_type": "mistral"}},
+    "Ministral3": {"text_config": {**TEXT, **EXTRA["ministral3"], "model_type": "ministral3"}},
     "Qwen3_5": {"text_config": {**TEXT, **EXTRA["qwen3_5_text"], "model_type": "qwen3_5_text"}},
     "Qwen3_5Moe": {"text_config": {**TEXT, **EXTRA["qwen3_5_moe_text"], "model_type": "qwen3_5_moe_text"}},
 }
@@ -124,8 +139,9 @@ def test_the_text_part_of_a_model_that_sees(name: str, caplog: pytest.LogCapture
     }
     if "Qwen" in name:
         vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
-    config = getattr(transformers, f"{name}Config")(**SEEING[name], vision_config=vision, tie_word_embeddings=True)
-    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    kind = name.replace("Ministral3", "Mistral3")
+    config = getattr(transformers, f"{kind}Config")(**SEEING[name], vision_config=vision, tie_word_embeddings=True)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
     model.mtp = torch.nn.Linear(4, 4)  # as of those that guess tokens ahead
     randomize(model, 0)
     path, tokens = directory_of(model), random_prompt(40)

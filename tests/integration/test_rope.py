@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minisgl.config.families import parse_model_config
@@ -55,6 +55,32 @@ def test_frequencies_equal_transformers(scaling: dict[str, Any], old: bool, orig
     inv_freq, factor = inverse_frequencies(config, 128)
     torch.testing.assert_close(inv_freq, expected, rtol=1e-5, atol=0)
     assert factor == pytest.approx(expected_factor)
+
+
+@pytest.mark.parametrize("more", [{}, {"factor": 8.0}, {"factor": 0.5}, {"attention_factor": 1.2}], ids=str)
+def test_longrope_chooses_by_the_longest_sequence(more: dict[str, Any]) -> None:
+    factors = {"short_factor": [1 + i / 64 for i in range(64)], "long_factor": [1 + i for i in range(64)]}
+    scaling = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 1024}
+    hf, config = read(rope_parameters={**scaling, **factors, **more})
+    for longest in (1, 1024, 1025, 4096):
+        expected, expected_factor = ROPE_INIT_FUNCTIONS["longrope"](hf, CPU, seq_len=longest)
+        inv_freq, factor = inverse_frequencies(config, 128, longest)
+        torch.testing.assert_close(inv_freq, expected, rtol=1e-5, atol=0)
+        assert factor == pytest.approx(expected_factor)
+
+
+@pytest.mark.parametrize("name", ["yarn", "su", "longrope"])
+def test_what_phi3_calls_yarn_is_longrope(name: str) -> None:
+    shape = {"vocab_size": 32, "intermediate_size": 8, "num_hidden_layers": 1, "architectures": ["Phi3ForCausalLM"]}
+    scaling: dict[str, Any] = {"type": name, "short_factor": [1] * 64, "long_factor": [2.5] * 64}
+    scaling["original_max_position_embeddings"] = 512
+    file = {"hidden_size": 256, "num_attention_heads": 2, "max_position_embeddings": 4096, "rope_scaling": scaling}
+    hf = Phi3Config(**copy.deepcopy(file), original_max_position_embeddings=512)
+    config = parse_model_config(Fields({**file, **shape, "original_max_position_embeddings": 512}, "test")).ropes[0]
+    expected, factor = ROPE_INIT_FUNCTIONS["longrope"](hf, CPU, seq_len=513)
+    assert hf.rope_parameters["rope_type"] == config.type == "longrope"
+    torch.testing.assert_close(inverse_frequencies(config, 128, 513)[0], expected)
+    assert config.scaling["attention_factor"] == pytest.approx(factor)
 
 
 def test_dynamic_angles_are_those_of_the_length_that_ends_there() -> None:

@@ -124,9 +124,13 @@ def test_any_decoder_gives_vectors_and_writes(family: str, task: str, tmp_path: 
     np.testing.assert_allclose(got, [(one / one.norm()).numpy() for one in wanted], atol=1e-4)
 
 
-def test_two_ranks(source: Path) -> None:
+def test_two_ranks(source: Path, lm: Path) -> None:
     with llm_of(source, task="embed-mean") as one, llm_of(source, task="embed-mean", tensor_parallel_size=2) as two:
         np.testing.assert_allclose(two.embed(TEXTS), one.embed(TEXTS), atol=1e-5)
+    with llm_of(lm, task="score", max_seq_len=500) as one:
+        expected = one.score(QUERY, DOCUMENTS)
+    with llm_of(lm, task="score", max_seq_len=500, tensor_parallel_size=2) as two:  # rank 0 alone has logits
+        np.testing.assert_allclose(two.score(QUERY, DOCUMENTS), expected, atol=1e-5)
 
 
 def test_an_abort_leaves_nothing(source: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -260,7 +261,12 @@ def test_moe_layers(tmp_path: Path) -> None:
         ),
         ({"compression_config": {"quant_method": "compressed-tensors", "format": "marlin-24"}}, "marlin-24. is not"),
         ({"quantization_config": {"quant_method": 3}}, "quantization_config.quant_method must be a string"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "rope type 'longrope'.*llama3"),
+        ({"rope_scaling": {"type": "su", "factor": 2}}, "rope type 'su'.*llama3"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.short_factor must be a list of .* numbers above 0"),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "yarn", "factor": 2}},
+            "short_factor must be a list",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "'linear' needs factor"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ by layer type"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
@@ -333,8 +339,10 @@ def test_wrong_values_are_one_line_or_mean_what_transformers_makes_of_them(archi
     top: set[str] = set()
     inner: set[str] = set()
     by_layer = "ropes_by_layer" in FAMILIES[architecture].reads
+    full["rope_parameters"] = with_factors(full, full["rope_parameters"], by_layer)
     for kind, (needed, _) in ROPE_TYPES.items():
-        rope: dict[str, Any] = Spy({"rope_type": kind, **dict.fromkeys(needed, 2.0)}, inner)
+        given = with_factors(full, {"rope_type": kind, **dict.fromkeys(needed, 2.0)}, by_layer)
+        rope: dict[str, Any] = Spy(given, inner)
         rope = {"full_attention": rope} if by_layer else rope
         parse_model_config(Fields(Spy({**full, "rope_parameters": rope}, top), "config.json"))
     assert len(top) > 20 and len(inner) > 10
@@ -353,6 +361,14 @@ def test_wrong_values_are_one_line_or_mean_what_transformers_makes_of_them(archi
             )  # of which there are many
             assert line.startswith("config.json: ") and "\n" not in ours and len(line) < 200
     assert num_read > 100
+
+
+def with_factors(full: dict[str, Any], rope: dict[str, Any], by_layer: bool) -> dict[str, Any]:
+    """Of longrope, and what Phi-3 calls so, one for each pair of features."""
+    config = {**full, "rope_parameters": {"full_attention": rope} if by_layer else rope}
+    told = result_of(lambda: parse_model_config(Fields(config, "config.json")))
+    num = re.search(r"a list of (\d+) numbers above 0", told) if isinstance(told, str) else None
+    return rope if num is None else rope | dict.fromkeys(("short_factor", "long_factor"), [1.5] * int(num[1]))
 
 
 def result_of(read: Callable[[], ModelConfig]) -> ModelConfig | str:

@@ -125,6 +125,7 @@ class StepContext:
     """What the layers of a model share in one step."""
 
     slots: torch.Tensor  # [num_tokens] int64: where this step's KV goes
+    positions: torch.Tensor  # [num_tokens]
     ropes: Sequence[RopeAngles]  # of this step's tokens, by `AttentionSpec.rope_index`
     kv: KVPool
     backend: AttentionBackend[object]

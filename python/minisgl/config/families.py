@@ -46,6 +46,7 @@ class Family:
     o_bias: str = ""
     mlp_bias: str = ""
     rotary: str = ""
+    rope_names: Mapping[str, str] = field(default_factory=dict)
     window_pattern: int = 0
     state: str = ""
     eps: str = "rms_norm_eps"
@@ -88,7 +89,7 @@ def parse_model_config(f: Fields) -> ModelConfig:
     Raises: ConfigError naming what is missing, of the wrong kind, or unsupported, and what is supported.
     """
     family = FAMILIES[architecture := _architecture(f)]
-    f = _text_model(f, family)
+    f, family = _text_model(f, family)
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [key for key in required if f.data.get(key) is None and key not in family.defaults]:
         raise ConfigError(f"{f.source}: {', '.join(missing)} missing")
@@ -139,13 +140,14 @@ def parse_model_config(f: Fields) -> ModelConfig:
     )
 
 
-def _text_model(f: Fields, family: Family) -> Fields:
-    """Of a model that sees or hears, what its file says of its text model, and of both."""
+def _text_model(f: Fields, family: Family) -> tuple[Fields, Family]:
+    """Of a model that sees or hears, what its file says of its text model, and of both; and that model's family."""
     if not family.inner:
-        return f
+        return f, family
     text, shared = f.child(family.inner), ("tie_word_embeddings", "dtype", "torch_dtype", "packed_bytes")
     given = {key: value for key in shared if (value := f.data.get(key)) is not None}
-    return Fields({**text.data, **given}, f.source, f"{family.inner}.")
+    fields, kind = Fields({**text.data, **given}, f.source, f"{family.inner}."), text.text("model_type", "")
+    return fields, next((one for one in FAMILIES.values() if one.model_type == kind and not one.inner), family)
 
 
 def _scales(f: Fields, family: Family, hidden: int, head_dim: int) -> tuple[float, float, float, float]:
@@ -169,7 +171,7 @@ def _ropes(
     """The tables, which of them each layer has, and the longest sequence. head: its size and scale."""
     longest, default = f.integer("max_position_embeddings", family.max_position), family.defaults.get
     share = default("partial_rotary_factor", 1.0) if "partial_rotary_factor" in family.reads else None
-    kind = Rotary(*head, share, family.rotary == "interleaved")
+    kind = Rotary(*head, share, family.rotary == "interleaved", family.rope_names)
     if "ropes_by_layer" in family.reads:
         full, sliding, longest = read_ropes_by_layer(f, kind, longest, family.defaults)
         return (full, sliding), [int(window is not None) for window in windows], longest

@@ -16,16 +16,18 @@ SCALE_BYTES = 4  # of each key and each value of a head in int8
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """A table of rotary angles: base and scaling (`default`, `linear`, `dynamic`, `yarn`, `llama3`; `none`: none)."""
+    """A table of rotary angles: base and scaling, as `families.yaml` names them; `none` does not rotate."""
 
     theta: float
     type: str = "default"
     max_position: int = 0  # of the unscaled model (`original_max_position_embeddings` where given)
     scaling: dict[str, float] = field(default_factory=dict)
     factors: tuple[float, ...] = ()  # by which the frequencies are divided, one for each
+    long_factors: tuple[float, ...] = ()  # in their place where sequences may be longer than `max_position`
     rotary_dim: int = 0  # features of a head that are rotated, the first ones; 0: all
     is_interleaved: bool = False  # checkpoints have the two features of a pair side by side, not in two halves
     scale: float = 1.0  # of queries and of keys: its square is that of the scores
+    query_beta: float = 0.0  # queries at position p are times 1 + query_beta * log(1 + floor(p / max_position))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import msgspec
 
 from minisgl.config.model import RopeConfig
 from minisgl.errors import ConfigError
-from minisgl.utils.fields import MAX_INT, Fields
+from minisgl.utils.fields import MAX_INT, MAX_NUMBER, Fields
 
 logger = logging.getLogger(__name__)
 ROPE_TYPES: dict[str, tuple[list[str], list[str]]] = msgspec.yaml.decode(
@@ -25,13 +26,14 @@ class Rotary:
     """What is rotated: heads of a size, which are scaled, too.
 
     share: of a head's features, where the file does not say it; None: all, and a file that says less is refused.
-    is_interleaved: the two features of a pair stand side by side.
+    is_interleaved: the two features of a pair stand side by side. other_names: of types.
     """
 
     head_dim: int
     scale: float = 1.0
     share: float | None = None
     is_interleaved: bool = False
+    other_names: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_rope(f: Fields, kind: Rotary, max_position: int, default_theta: float) -> tuple[RopeConfig, int]:
@@ -65,10 +67,9 @@ def read_ropes_by_layer(
 
 def _table(f: Fields, rope: Fields, kind: Rotary, max_position: int, theta: float) -> tuple[RopeConfig, int]:
     name = rope.text("rope_type", rope.text("type", "default"))
+    name = kind.other_names.get(name, name)
     if name not in ROPE_TYPES:
         raise ConfigError(f"{f.source}: rope type {name!r} not supported (supported: {', '.join(ROPE_TYPES)})")
-    if rope.number("llama_4_scaling_beta", None):
-        raise ConfigError(f"{f.source}: llama_4_scaling_beta, a scale of queries by position, is not supported")
     default = 1.0 if kind.share is None else kind.share
     share = rope.number("partial_rotary_factor", f.number("partial_rotary_factor", default, above=0), above=0)
     rotary_dim = int(kind.head_dim * share)
@@ -86,9 +87,26 @@ def _table(f: Fields, rope: Fields, kind: Rotary, max_position: int, theta: floa
     if name == "yarn":
         numbers.setdefault("factor", max_position / original)
         numbers["truncate"] = rope.boolean("truncate", True)
-    factors, dim = tuple(rope.list_of(float, "factors")), rotary_dim % kind.head_dim
-    config = RopeConfig(theta, name, original, numbers, factors, dim, kind.is_interleaved, kind.scale)
+    factors, long_factors = tuple(rope.list_of(float, "factors")), tuple[float, ...]()
+    if name == "longrope":
+        factors, long_factors = (_factors(rope, f"{of}_factor", rotary_dim // 2) for of in ("short", "long"))
+        factor = numbers.get("factor", max_position / original)
+        scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
+        numbers.setdefault("attention_factor", scale)
+    dims, beta = (
+        (rotary_dim % kind.head_dim, kind.is_interleaved),
+        rope.number("llama_4_scaling_beta", 0.0, above=-1e-9),
+    )
+    config = RopeConfig(theta, name, original, numbers, factors, long_factors, *dims, kind.scale, beta)
     return config, _longest(config, max_position)
+
+
+def _factors(rope: Fields, key: str, num: int) -> tuple[float, ...]:
+    values = rope.data.get(key)
+    are_numbers = isinstance(values, list) and all(type(x) in (int, float) and 0 < x < MAX_NUMBER for x in values)
+    if not are_numbers or len(values) != num:
+        raise rope.wrong(key, f"a list of {num} numbers above 0")
+    return tuple(map(float, values))
 
 
 def _longest(rope: RopeConfig, max_position: int) -> int:

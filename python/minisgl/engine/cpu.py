@@ -86,11 +86,10 @@ class WholeStep:
         numbers = input_ids, batch.tensors.positions, slots, *self._backend.prepare(batch.attention)
         self._module.forward(self._handle, *numbers, batch.logit_tokens, logits)
         self._model.capped(logits)
+        more = partial(self._rows, "more_logits", width=self._vocab_size)
         return Computed(
-            lambda tokens: (
-                logits if tokens is None else self._model.capped(self._rows("more_logits", tokens, self._vocab_size))
-            ),
-            lambda tokens: self._rows("hidden_rows", tokens, self._hidden_size),
+            lambda tokens: logits if tokens is None else self._model.capped(more(tokens)),
+            partial(self._rows, "hidden_rows", width=self._hidden_size),
         )
 
     def _rows(self, function: str, tokens: Tensor, width: int) -> Tensor:

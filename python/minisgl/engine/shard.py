@@ -40,7 +40,8 @@ class ModelShard:
                 load_weights(self.model.parts(), checkpoint)
             else:
                 fill_random(self.model.parts(), config.seed)
-            self.ropes = [RotaryEmbedding(rope, config.model.head_dim, device) for rope in config.model.ropes]
+            size = config.model.head_dim, device, config.max_seq_len
+            self.ropes = [RotaryEmbedding(rope, *size) for rope in config.model.ropes]
         logger.info("weights ready after %.1f s", time.perf_counter() - start)
 
     def create_kv(self, num_pages: int) -> KVPool:

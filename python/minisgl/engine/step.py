@@ -67,7 +67,8 @@ class LayerByLayer:
     def run(self, batch: Batch, metadata: object) -> Computed:
         input_ids, slots, ropes = self._inputs(batch)
         seqs = StateSequences(batch.tensors.rows, batch.tensors.cu_q)
-        hidden = self._model.hidden(input_ids, StepContext(slots, ropes, self._kv, self._backend, metadata, seqs))
+        at = slots, batch.tensors.positions
+        hidden = self._model.hidden(input_ids, StepContext(*at, ropes, self._kv, self._backend, metadata, seqs))
         return Computed(
             lambda tokens: self._model.logits(hidden, batch.logit_tokens if tokens is None else tokens),
             lambda tokens: hidden.index_select(0, tokens),

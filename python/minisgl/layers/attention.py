@@ -27,7 +27,7 @@ class Attention(Layer):
         self._ops, self._layer, self._spec, self._eps = env.ops, layer, spec, config.rms_norm_eps
         self._head_dim, self._comm, self._offset = config.head_dim, env.comm, config.norm_offset
         order = head_order(config.ropes[spec.rope_index], config.head_dim)
-        heads = config.num_qo_heads, spec.cache.heads, config.head_dim
+        heads, self._rope = (config.num_qo_heads, spec.cache.heads, config.head_dim), config.ropes[spec.rope_index]
         self.qkv_proj = QKVLinear(env, hidden, *heads, config.qkv_bias, order, spec.gated)
         q_size = config.num_qo_heads * config.head_dim
         self.o_proj = RowLinear(env, q_size, hidden, config.o_bias, "attention features")
@@ -48,6 +48,9 @@ class Attention(Layer):
         if self._is_wide:
             self._norm_of_all(qkv)
         q = self._ops.norm_rope_store(qkv, None if self._is_wide else self.qk_norm, self._eps, rope, slots)
+        if self._rope.query_beta:
+            turns = (step.positions / self._rope.max_position).floor()
+            q = q * (1 + self._rope.query_beta * turns.log1p()).to(q.dtype)[:, None, None]
         out = step.backend.forward(q, cache, self._spec, step.metadata, self.sinks)
         if gate is not None:
             out = out * gate.sigmoid()
@@ -85,7 +88,7 @@ class Attention(Layer):
 
     def cpu_spec(self) -> CpuSpec | None:
         qkv, o, spec = self.qkv_proj.cpu_spec(), self.o_proj.cpu_spec(), self._spec
-        if qkv is None or o is None:
+        if qkv is None or o is None or self._rope.query_beta:
             return None
         scores = spec.window or 0, spec.rope_index, spec.softcap or 0.0, self.sinks
         return CpuSpec(qkv.matrices + o.matrices, "attention", (self.qk_norm, self._is_wide, *scores, spec.gated))

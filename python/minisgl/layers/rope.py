@@ -23,9 +23,9 @@ class RotaryEmbedding:
     becomes (docs/adr/0003-dynamic-ntk-by-position.md).
     """
 
-    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
+    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device, max_seq_len: int = 0) -> None:
         self._config, self._dim = config, config.rotary_dim or head_dim
-        inv_freq, factor = inverse_frequencies(config, self._dim)
+        inv_freq, factor = inverse_frequencies(config, self._dim, max_seq_len)
         if config.type == "none":
             inv_freq.zero_()
         still = head_dim // 2 - len(inv_freq)  # pairs that are not rotated
@@ -83,13 +83,17 @@ def head_order(config: RopeConfig, head_dim: int) -> Tensor | None:
     return torch.cat((first, still[::2], second, still[1::2]))
 
 
-def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
-    """Inverse frequencies [head_dim / 2] float32 and the factor that scales cos and sin."""
-    frequency: Tensor = config.theta ** _exponents(head_dim) * torch.tensor(config.factors or 1.0)
+def inverse_frequencies(config: RopeConfig, head_dim: int, max_seq_len: int = 0) -> tuple[Tensor, float]:
+    """Inverse frequencies [head_dim / 2] float32 and the factor that scales cos and sin. max_seq_len: of the longest
+    sequence that there may be (docs/adr/0024-longrope-by-the-longest-sequence.md)."""
+    factors = config.long_factors if max_seq_len > config.max_position and config.long_factors else config.factors
+    frequency: Tensor = config.theta ** _exponents(head_dim) * torch.tensor(factors or 1.0)
     if config.type == "linear":  # position interpolation, arXiv 2306.15595
         return 1.0 / frequency / config.scaling["factor"], 1.0
     if config.type == "llama3":
         return _llama3(1.0 / frequency, config), 1.0
+    if config.type == "longrope":  # arXiv 2402.13753
+        return 1.0 / frequency, config.scaling["attention_factor"]
     if config.type == "yarn":
         return _yarn(frequency, config), _yarn_attention_factor(config.scaling)
     return 1.0 / frequency, 1.0

@@ -323,13 +323,10 @@ class ChatPrompt(Part, frozen=True):
 
 
 class TextPrompt(Part, frozen=True):
-    """Plain text: encoded with the tokenizer's own special tokens (BOS, where the model has one).
-
-    most: of its tokens are kept, from the first on; 0: all.
-    """
+    """Plain text: encoded with the tokenizer's own special tokens (BOS, where the model has one)."""
 
     text: str
-    most: int = 0
+    most: int = 0  # tokens that are kept, the first ones; 0: all
 
 
 class IdsPrompt(Part, frozen=True):

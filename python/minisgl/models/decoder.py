@@ -80,9 +80,9 @@ class DecoderModel:
 
     def pooled(self, x: Tensor, kind: str) -> Tensor:
         """x: rows of `hidden`'s result → behind the last norm, [n, hidden] float32; if kind is "score", [n, labels]."""
-        if kind == "score" and self.score is None:
-            assert self._config.pooling is not None
-            return self.logits(x, None)[:, list(self._config.pooling.label_ids)].float()
+        labels = self._config.pooling.label_ids if self._config.pooling is not None else ()
+        if kind == "score" and labels:
+            return self.logits(x, None)[:, list(labels)].float()
         states = self._ops.rms_norm(x, self.norm, self._eps).float() / self._config.logit_scale
         return states if self.score is None else states @ self.score.float().T
 
