@@ -15,7 +15,7 @@ import torch
 from minisgl import LLM
 from minisgl.config.resolve import prepare
 from minisgl.engine.engine import create_engine
-from minisgl.engine.step import LogitsOf
+from minisgl.engine.pooling import Computed
 from minisgl.engine.tables import Batch
 from minisgl.errors import ConfigError
 from tests.driver import generate
@@ -41,10 +41,10 @@ def device_logits(path: Path, tokens: list[int], dtype: str) -> torch.Tensor:
     steps = engine.steps
     forward, seen = steps.forward, []
 
-    def record(batch: Batch) -> LogitsOf:
-        logits_of = forward(batch)
-        seen.append(logits_of(torch.arange(len(tokens), device=batch.tensors.positions.device)).float().cpu())
-        return logits_of
+    def record(batch: Batch) -> Computed:
+        computed = forward(batch)
+        seen.append(computed.logits(torch.arange(len(tokens), device=batch.tensors.positions.device)).float().cpu())
+        return computed
 
     steps.forward = record
     generate(engine, config, [tokens], 1)
