@@ -102,7 +102,7 @@ def _table(f: Fields, rope: Fields, kind: Rotary, max_position: int, theta: floa
 
 
 def _factors(rope: Fields, key: str, num: int) -> tuple[float, ...]:
-    values = rope.data.get(key)
+    values: Any = rope.data.get(key)
     are_numbers = isinstance(values, list) and all(type(x) in (int, float) and 0 < x < MAX_NUMBER for x in values)
     if not are_numbers or len(values) != num:
         raise rope.wrong(key, f"a list of {num} numbers above 0")
