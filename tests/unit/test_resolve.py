@@ -363,7 +363,10 @@ def test_states_leave_half_of_the_memory_to_pages(machine: Capabilities, caplog:
     assert f"--max-running-requests is lowered to {most.max_running_requests} from 65536" in caplog.text
     assert 0.3 * free < most.state_bytes < 0.5 * free
     assert decide(machine, model, max_running_requests=65536).scheduler.max_running_requests < 65536
-    assert decide(machine, model, max_running_requests=7).engine.max_running_requests == 7
+    few = decide(machine, model, max_running_requests=7)
+    assert few.engine.max_running_requests == few.engine.num_snapshots == few.scheduler.num_snapshots == 7
+    assert few.scheduler.has_states and decide(machine, model, num_state_snapshots=5).scheduler.num_snapshots == 5
+    assert decide(machine, model, cache_type="naive").engine.num_snapshots == 0 == decide(machine).engine.num_snapshots
 
 
 @pytest.mark.parametrize("backend", ["fa", "fi"])

@@ -202,7 +202,7 @@ class Planner:
 
     def _plan_running(self, draft: Draft) -> bool:
         """Whether there are pages for all of them."""
-        has_pages, page_size, budget = True, self._page_size, draft.budget
+        has_pages, page_size, budget, keeps_states = True, self._page_size, draft.budget, bool(self.pages.slots)
         for req in self.running:  # a retraction takes requests off the end, never from before this one
             num_tokens, start = req.num_tokens, req.num_computed
             if num_tokens >= req.max_len or num_tokens == start or req.held:
@@ -213,7 +213,7 @@ class Planner:
             cost = 1 if num_new == 1 else _cost(req)
             if num_new * cost > budget:
                 num_new = max(1, budget // cost)
-            if self.pages.slots:
+            if keeps_states:
                 self._save_state(req, start)
                 num_new = min([num_new, *(border - start for border in req.borders if border > start)])
             if start + num_new > len(req.pages) * page_size and not self._grow(req, num_new):
