@@ -4,12 +4,12 @@
     CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python
     python -m benchmark.cpu.compare [--model qwen3-0.6b] [--rounds 3] [--precisions bfloat16] [--json FILE]
 
---model: a shape, with random weights; `built-in`; or the directory of a dense Qwen3 model. Its GGUF files are written
-to --work-dir (7 GB for Qwen3-0.6B), and kept. Or a GGUF file, which both engines read (--precisions Q4_0). For each
-precision the engines are loaded, each in a process of its own, and within each round they take turns, load by load, so
-that a machine whose speed drifts slows all of them. Decode is timed from the first token of all streams to the last;
-prefill to the first token of one prompt. Prints a Markdown table of medians over the rounds, in brackets the median of
-each round's ratio to llama.cpp at the same precision.
+--model: a shape, with random weights; `built-in`; or the directory of a dense Qwen3 or Qwen3.5 model. Its GGUF files
+are written to --work-dir (7 GB for Qwen3-0.6B), and kept. Or a GGUF file, which both engines read (--precisions Q4_0).
+For each precision the engines are loaded, each in a process of its own, and within each round they take turns, load by
+load, so that a machine whose speed drifts slows all of them. Decode is timed from the first token of all streams to the
+last; prefill to the first token of one prompt. Prints a Markdown table of medians over the rounds, in brackets the
+median of each round's ratio to llama.cpp at the same precision.
 
 The bandwidth floor: weights are read once per token of a single stream, at the rate at which all threads together
 search memory for a byte that is not there (`memchr` of the C library: nothing is written, and little computed).
@@ -45,11 +45,12 @@ GROUPS = {
     "float32": [("minisgl", "float32"), ("llama.cpp", "F32"), ("transformers", "float32")],
     "bfloat16": [("minisgl", "bfloat16"), ("llama.cpp", "BF16"), ("llama.cpp", "F16")],
     "int8": [("minisgl", "int8"), ("llama.cpp", "Q8_0")],
+    "int4": [("minisgl", "int4"), ("llama.cpp", "Q4_0"), ("llama.cpp", "Q4_K_M")],
     "Q8_0": [("minisgl", "Q8_0"), ("llama.cpp", "Q8_0")],  # from here on, both read one GGUF file
     "Q4_0": [("minisgl", "Q4_0"), ("llama.cpp", "Q4_0")],
     "Q4_K_M": [("minisgl", "Q4_K_M"), ("llama.cpp", "Q4_K_M")],
 }
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # else as many as the GGUF file has
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.7}  # else as many as the GGUF file has
 CHECK = (24, 16)  # a prompt, and tokens after it, that are compared with those of transformers in float32
 
 

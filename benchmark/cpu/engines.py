@@ -65,6 +65,7 @@ class Minisgl:
         "float32": {"dtype": "float32"},
         "bfloat16": {"dtype": "bfloat16"},
         "int8": {"quantization": "int8"},
+        "int4": {"quantization": "int4"},
     }
 
     def __init__(self, setup: Setup) -> None:

@@ -88,8 +88,9 @@ def test_an_engine_answers_until_it_fails(monkeypatch: pytest.MonkeyPatch) -> No
     assert ours.recv() == (False, "ZeroDivisionError: integer division or modulo by zero")
 
 
-def test_minisgl_and_transformers_read_the_same_weights(tmp_path: Path) -> None:
-    setup = Setup(prepare("qwen3-tiny", tmp_path), "float32", None, SETUP.num_threads, 8, 64, 128)
+@pytest.mark.parametrize("model", ["qwen3-tiny", "qwen3.5-tiny"])
+def test_minisgl_and_transformers_read_the_same_weights(tmp_path: Path, model: str) -> None:
+    setup = Setup(prepare(model, tmp_path), "float32", None, SETUP.num_threads, 8, 64, 128)
     prompts = Load("decode 2", 2, 16, 8).prompts(0, 4096)
     ours, theirs = (engine(setup).run(prompts, 8) for engine in (engines.Minisgl, Transformers))
     assert ours.tokens == theirs.tokens
@@ -106,7 +107,25 @@ def test_gguf_files_hold_the_weights(tmp_path: Path, precision: str, error: floa
     stored = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
     weights = dict(read_weights(directory))
     assert len(stored) == len(weights)
-    pairs = {"blk.1.attn_q.weight": "model.layers.1.self_attn.q_proj", "token_embd.weight": "model.embed_tokens"}
+    pairs = {
+        "blk.1.attn_q.weight": "model.layers.1.self_attn.q_proj.weight",
+        "token_embd.weight": "model.embed_tokens.weight",
+    }
     for name, theirs in pairs.items():
         ours = torch.from_numpy(np.array(stored[name], np.float32))
         assert torch.linalg.norm(ours - weights[theirs].float()) <= error * torch.linalg.norm(ours)
+
+
+def test_gguf_files_of_hybrids_have_what_llama_cpp_reads(tmp_path: Path) -> None:
+    directory = prepare("qwen3.5-tiny", tmp_path)
+    reader = gguf.GGUFReader(write_gguf(directory, "F32", tmp_path))
+    stored = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    weights = dict(read_weights(directory))
+    assert len(stored) == len(weights)
+    first = "model.layers.0.linear_attn."
+    assert torch.equal(stored["blk.0.ssm_a"], -weights[f"{first}A_log"].float().exp())
+    assert torch.equal(stored["blk.0.ssm_dt.bias"], weights[f"{first}dt_bias"].float())
+    assert torch.equal(stored["blk.0.ssm_conv1d.weight"], weights[f"{first}conv1d.weight"].float()[:, 0])
+    assert torch.equal(stored["blk.0.ssm_norm.weight"], weights[f"{first}norm.weight"].float())
+    assert torch.equal(stored["blk.3.attn_norm.weight"], weights["model.layers.3.input_layernorm.weight"].float() + 1)
+    assert reader.fields["qwen35.rope.dimension_count"].contents() == 16

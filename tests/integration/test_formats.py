@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisgl.config.model import MoE
+from minisgl.config.states import ShortConv
 from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
 from minisgl.formats.base import DENSE, Int8, Rounded, Shard, Tensors, WeightFormat, WeightSlot
 from minisgl.kernel.cpu import CpuOps
 from minisgl.kernel.ops import LayerOps, Matrix, TorchOps
-from minisgl.layers.attention import SparseMLP
 from minisgl.layers.base import LayerEnv
-from minisgl.layers.conv import GatedShortConv
 from minisgl.layers.linear import RowLinear
 from minisgl.models.checkpoint import Checkpoint, load_weights
 from minisgl.models.decoder import DecoderLayer, DecoderModel
@@ -143,11 +142,13 @@ class Sandwich(DecoderLayer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_without_experts_are_computed_in_whole_steps(family: str) -> None:
-    model = loaded(family, DENSE, CpuOps(1))
-    has_experts = any(isinstance(layer.mlp, SparseMLP) for layer in model.layers)
-    has_convolutions = any(isinstance(layer.self_attn, GatedShortConv) for layer in model.layers)
-    assert (model.cpu_specs() is None) == (has_experts or has_convolutions)
+def test_families_are_computed_in_whole_steps_but_for_those_named(family: str) -> None:
+    """Those with experts, with short convolutions, and with queries that are scaled by position."""
+    config = engine_config(tiny_model(family)).model
+    is_other = any(rope.query_beta for rope in config.ropes) or any(
+        isinstance(layer.mlp, MoE) or isinstance(layer.attention.cache, ShortConv) for layer in config.layers
+    )
+    assert (loaded(family, DENSE, CpuOps(1)).cpu_specs() is None) == is_other
 
 
 def test_each_layer_says_whether_the_cpu_engine_can_run_it() -> None:
