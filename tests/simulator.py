@@ -63,6 +63,7 @@ class SimulatedEngine:
         self.num_steps += 1
         self.max_step_tokens = max(self.max_step_tokens, plan.num_tokens)
         assert plan.reqs
+        assert all(req.num_new > 0 for req in plan.reqs), "a share of nothing"
         assert plan.num_tokens <= self.config.max_prefill_length
         assert len({req.row for req in plan.reqs}) == len(plan.reqs), "a row is scheduled twice"
         is_decode = [req.num_new == req.num_samples for req in plan.reqs]
