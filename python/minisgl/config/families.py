@@ -254,8 +254,8 @@ def _mlps(f: Fields, family: Family, num_layers: int) -> list[DenseMLP | MoE]:
     dense = DenseMLP(size, bias, _ACTIVATIONS[_activation(f, family)])
     default, reads = family.defaults.get, family.reads
     if "num_local_experts" in reads and "num_experts" not in reads:
-        sizes = (("num_local_experts", 8), ("num_experts_per_tok", 2))
-        num_experts, chosen = (f.integer(key, default(key, size)) for key, size in sizes)
+        numbers = (("num_local_experts", 8), ("num_experts_per_tok", 2))
+        num_experts, chosen = (f.integer(key, default(key, usual)) for key, usual in numbers)
         is_clamped, num_experts = "clamped_experts" in reads, f.integer("num_experts", num_experts)
         activation = "clamped_swiglu" if is_clamped else dense.activation
         only, step, moe = [], 1, MoE(num_experts, chosen, size, "softmax_of_chosen", activation, bias=is_clamped)
