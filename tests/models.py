@@ -157,7 +157,10 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 @functools.lru_cache(maxsize=4)
 def hf_model(path: Path, dtype: str = "float32") -> Any:
     """The same model in transformers, on the CPU."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    config = transformers.AutoConfig.from_pretrained(path)
+    # Releases differ in what they do with soft-capped scores, which torch's attention has not.
+    kind = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **kind)
     return model.eval()
 
 
