@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from math import nan
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from minisgl.config.states import ShortConv
 from minisgl.distributed.comm import Communicator
 from minisgl.errors import ConfigError
 from minisgl.formats.base import DENSE, Int8, Rounded, Shard, Tensors, WeightFormat, WeightSlot
+from minisgl.kernel import skinny
+from minisgl.kernel.activations import ACTIVATIONS
 from minisgl.kernel.cpu import CpuOps
+from minisgl.kernel.cuda import CudaMatrix
 from minisgl.kernel.ops import LayerOps, Matrix, TorchOps
 from minisgl.layers.base import LayerEnv
 from minisgl.layers.linear import RowLinear
@@ -183,3 +187,17 @@ def test_weights_rounded_to_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = weight.abs().amax(1, keepdim=True)
     assert ((values - weight).abs() <= weight.abs() / 15.9 + largest / 448 * 2**-10).all()
     assert not torch.equal(values, weight)
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "clamped_swiglu"])
+def test_cuda_kernels_that_know_silu_alone_are_not_asked_for_others(
+    activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if on a GPU whose kernels take every shape."""
+    monkeypatch.setattr(skinny, "takes", lambda *_, **__: True)
+    monkeypatch.setattr(skinny, "linear", lambda x, w, around: (x @ w.T) if not around.gated else x * nan)
+    ops, x, weight, norm = TorchOps(), torch.randn(3, 32), torch.randn(48, 32), torch.rand(32)
+    matrix = CudaMatrix(ops, weight, activation, None)  # type: ignore[arg-type]
+    expected = ACTIVATIONS[activation](*(ops.rms_norm(x, norm, 1e-6) @ weight.T).chunk(2, -1))
+    torch.testing.assert_close(matrix.gate_up(x, norm, 1e-6), expected, atol=1e-5, rtol=1e-5)
+    assert CudaMatrix(ops, weight, "silu", None).gate_up(x).isnan().all()  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ class CudaMatrix(TorchMatrix):
         self._embedding = embedding
 
     def fused(self, x: Tensor, around: Around) -> Tensor | None:
-        if around.gated and around.bias is not None:
+        if around.gated and (around.bias is not None or self._activation != "silu"):
             return None
         (m, k), n = x.shape, around.num_out(len(self.weight))
         few = SKINNY_TOKENS * (2 if self.weight.numel() <= decode_gemm.SMALL_WEIGHTS else 1)

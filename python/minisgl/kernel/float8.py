@@ -142,7 +142,7 @@ class Float8Matrix(Matrix):
         return out if around.residual is None else around.residual.add_(out)
 
     def fused(self, x: Tensor, around: Around) -> Tensor | None:
-        if around.gated and around.bias is not None:
+        if around.gated and (around.bias is not None or self._activation != "silu"):
             return None
         n = around.num_out(len(self.weight.data))
         if self._on_hopper and len(x) == 1 and x.shape[1] % GROUP == 0 and x.shape[1] <= ONE_TOKEN_K:
