@@ -45,11 +45,13 @@ from minisgl.config.model import AttentionSpec, MoE, PagedKV
 from minisgl.formats.base import DENSE
 from minisgl.kernel import decode_gemm, skinny
 from minisgl.kernel.cuda import CudaOps
+from minisgl.kernel.delta import DeltaOps
 from minisgl.kernel.float8 import Float8Matrix, merge
 from minisgl.kernel.ops import Around, KVSlots, PagedSequences, RopeAngles, TorchOps
 from minisgl.kernel.packed import Float8, Grouped
 from minisgl.kernel.packed_gemm import PackedMatrix, codes_of
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
+from minisgl.kernel.state import DeltaState, DeltaWeights, StateSequences
 from minisgl.kvcache.pool import LayerCache
 
 Tensor = torch.Tensor
@@ -283,6 +285,22 @@ def attention_decode(num_q: int, num_kv: int, dim: int) -> None:
                 check(what, [out], [paged.reference(window)])
 
 
+def delta_net(lengths: list[int]) -> None:
+    for num_k, k_dim, num_v, v_dim in ((2, 16, 4, 24), (1, 128, 2, 128)):
+        channels, num = 2 * num_k * k_dim + num_v * v_dim, len(lengths)
+        qkvz, ba = randn(sum(lengths), channels + num_v * v_dim), randn(sum(lengths), 2 * num_v)
+        weights = DeltaWeights(randn(channels, 4), torch.rand(num_v), torch.randn(num_v), randn(v_dim), EPS)
+        a_log, dt_bias = weights.a_log.to(DEVICE), weights.dt_bias.to(DEVICE)
+        ours = DeltaWeights(up(weights.conv), a_log, dt_bias, up(weights.norm), EPS)
+        state = DeltaState(randn(num + 1, channels, 3), torch.randn(num + 1, num_v, k_dim, v_dim))
+        copy = DeltaState(up(state.conv), up(state.memory, torch.float32))
+        seqs = StateSequences(torch.randperm(num + 1)[:num].int(), torch.tensor([0, *lengths]).cumsum(0).int())
+        there = StateSequences(up(seqs.slots), up(seqs.cu_q))
+        out = DeltaOps().gated_delta_net(up(qkvz), up(ba), ours, copy, there)
+        want = REFERENCE.gated_delta_net(qkvz, ba, weights, state, seqs)
+        check(("delta", num_k, k_dim, lengths), (out, copy.conv, copy.memory), (want, state.conv, state.memory))
+
+
 def triton_attention(name: str, lens: list[int], num_new: list[int]) -> None:
     from minisgl.attention.triton import TritonBackend
 
@@ -330,7 +348,7 @@ TOKENS = (17, 50, 100, 150, 180, 201)  # for every tile
 GROUPS: dict[str, Callable[[], None]] = {f"decode_gemm_{m}": partial(gemm, m) for m in TOKENS}
 GROUPS |= {
     f"attention_decode_{q}_{kv}_{dim}": partial(attention_decode, q, kv, dim)
-    for q, kv, dim in ((40, 8, 128), (16, 1, 128), (3, 3, 64))
+    for q, kv, dim in ((40, 8, 128), (16, 1, 128), (3, 3, 64), (16, 4, 256))
 }
 GROUPS |= {f"float8_{kind}": partial(float8_products, kind == "block") for kind in ("row", "block")}
 GROUPS |= {f"packed_gemm_{m}": partial(packed, m) for m in (1, 7, 16, 60, 130, 300)}
@@ -338,6 +356,7 @@ GROUPS |= {"skinny_gemm": skinny_gemm, "elementwise": elementwise, "step": step,
 GROUPS["triton_prefill"] = partial(triton_attention, "prefill", [1, 70, 145], [1, 33, 45])
 GROUPS["triton_decode"] = partial(triton_attention, "decode", [0, 1, 64, 304], [1, 1, 1, 1])
 GROUPS["triton_grouped_gemm"] = grouped_gemm
+GROUPS |= {"delta_tokens": partial(delta_net, [1] * 5), "delta_chunks": partial(delta_net, [1, 2, 70, 1, 130])}
 
 
 def run_groups(names: list[str]) -> int:

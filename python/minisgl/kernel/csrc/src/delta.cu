@@ -9,231 +9,14 @@
 //
 // Shapes are fixed at compile time: DELTA_DTYPE, DELTA_NUM_K and DELTA_NUM_V (heads on this rank), DELTA_DIM_K,
 // DELTA_DIM_V (a multiple of 4), DELTA_WIDTH (tokens that the convolution spans). All is computed in float32.
-#include <minisgl/common.cuh>
-
-#include <algorithm>
+#include <minisgl/delta.cuh>
 
 namespace minisgl {
 namespace {
 
-#ifndef DELTA_DTYPE
-#define DELTA_DTYPE __nv_bfloat16
-#define DELTA_NUM_K 16
-#define DELTA_NUM_V 32
-#define DELTA_DIM_K 128
-#define DELTA_DIM_V 128
-#define DELTA_WIDTH 4
-#endif
-
-#ifndef DELTA_WARPS
-#define DELTA_WARPS 8
-#endif
-
-using Element = DELTA_DTYPE;
-constexpr int kNumK = DELTA_NUM_K, kNumV = DELTA_NUM_V, kDimK = DELTA_DIM_K, kDimV = DELTA_DIM_V;
-constexpr int kBefore = DELTA_WIDTH - 1;  // tokens that the convolution remembers
-constexpr int kGroup = kNumV / kNumK;     // heads of values that share one of keys
-constexpr int kKeys = kNumK * kDimK, kValues = kNumV * kDimV, kChannels = 2 * kKeys + kValues;
-static_assert(kNumV % kNumK == 0 && kDimV % 4 == 0 && kBefore > 0);
-
-constexpr int kRows = (kDimK + 7) / 8;     // of the state, in a lane's registers
-constexpr int kShares = (kDimV + 15) / 16;  // of a head's state: 16 columns, for a warp
-// Warps of a block of `tokens`: as many as there are shares where there are few sequences, otherwise fewer, so that an
-// SM has other blocks whose states are on their way while one computes.
-constexpr unsigned kFewBlocks = 128;
-constexpr int kFewWarps = std::min(kRows > 16 ? 8 : 16, kGroup * kShares), kManyWarps = std::min(DELTA_WARPS, kFewWarps);
-constexpr int kLocal = 2 * kDimK + kGroup * kDimV;  // features of a query, its key and their values
-constexpr int kRun = 16, kRunWarps = 4;             // of `convolve`: tokens that a warp takes after one another
-
-struct Params {
-  const Element* x;     // [num_tokens, kChannels + kValues], rows x_stride apart: queries, keys, values, gates
-  const Element* ba;    // [num_tokens, 2 * kNumV], rows ba_stride apart
-  const Element* conv;  // [kChannels, kBefore + 1]
-  const float* a_log;   // [kNumV]
-  const float* dt_bias;
-  const Element* norm;  // [kDimV]
-  Element* seen;        // [slots, kChannels, kBefore]
-  float* memory;        // [slots, kNumV, kDimK, kDimV]
-  const int* slots;     // [num_seqs]
-  const int* cu_q;      // [num_seqs + 1]
-  Element* out;         // [num_tokens, kValues]
-  Element* qkv;         // [num_tokens, kChannels]
-  float* gates;         // [2, num_tokens, kNumV]: logarithms of decays, betas
-  int64_t x_stride, ba_stride;
-  int num_tokens, num_seqs;
-  float eps;
-  bool early;  // see `delta`
-};
-
-__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
-
-struct Gates {
-  float log_decay, beta;
-};
-
-__device__ __forceinline__ Gates gates_of(const Params& p, int t, int head) {
-  const Element* ba = p.ba + t * p.ba_stride + head;
-  float a = to_float(ba[kNumV]) + p.dt_bias[head], b = to_float(ba[0]);
-  float softplus = a > 20.f ? a : log1pf(__expf(a));
-  return {-__expf(p.a_log[head]) * softplus, 1.f / (1.f + __expf(-b))};
-}
-
-// What a channel's convolution has seen before a token, the newest last.
-struct Window {
-  float at[kBefore];
-
-  // Before token t of the sequence that starts at token `start` and has this slot.
-  __device__ __forceinline__ void fill(const Params& p, int channel, int t, int start, int slot) {
-    const Element* state = p.seen + (int64_t(slot) * kChannels + channel) * kBefore;
-#pragma unroll
-    for (int i = 0; i < kBefore; i++) {
-      int from = t - kBefore + i;
-      at[i] = to_float(from >= start ? p.x[from * p.x_stride + channel] : state[from - start + kBefore]);
-    }
-  }
-
-  // The convolution at the token itself, after SiLU; the token is the newest afterwards.
-  __device__ __forceinline__ float push(const Element* weight, float x) {
-    float y = x * to_float(weight[kBefore]);
-#pragma unroll
-    for (int i = 0; i < kBefore; i++) y += at[i] * to_float(weight[i]);
-#pragma unroll
-    for (int i = 0; i < kBefore; i++) at[i] = i + 1 < kBefore ? at[i + 1] : x;
-    return silu(y);
-  }
-
-  __device__ __forceinline__ void save(const Params& p, int channel, int slot) const {
-    Element* state = p.seen + (int64_t(slot) * kChannels + channel) * kBefore;
-#pragma unroll
-    for (int i = 0; i < kBefore; i++) state[i] = from_float<Element>(at[i]);
-  }
-};
-
-// Norm of a head's outputs at a token, o(e), and its gate; by a warp.
-template <typename Output>
-__device__ __forceinline__ void finish_head(const Params& p, int t, int head, Output o) {
-  constexpr int kPer = (kDimV + 31) / 32;
-  const Element* z = p.x + t * p.x_stride + kChannels + head * kDimV;
-  Element* out = p.out + int64_t(t) * kValues + head * kDimV;
-  float values[kPer], squares = 0;
-#pragma unroll
-  for (int i = 0; i < kPer; i++) {
-    int e = threadIdx.x % 32 + i * 32;
-    values[i] = e < kDimV ? o(e) : 0.f;
-    squares += values[i] * values[i];
-  }
-  float scale = rsqrtf(warp_sum(squares) / kDimV + p.eps);
-#pragma unroll
-  for (int i = 0; i < kPer; i++) {
-    int e = threadIdx.x % 32 + i * 32;
-    if (e < kDimV) out[e] = from_float<Element>(values[i] * scale * to_float(p.norm[e]) * silu(to_float(z[e])));
-  }
-}
-
-// A warp's share of a head's state: rows lane / 4 + 8 i, four columns from `column` on.
-struct Share {
-  float4 rows[kRows];
-  float* memory;  // the head's
-  int head, column;
-
-  __device__ __forceinline__ bool has(int i) const {
-    return (kDimV % 16 == 0 || column < kDimV) && (kDimK % 8 == 0 || int(threadIdx.x) % 32 / 4 + i * 8 < kDimK);
-  }
-  __device__ __forceinline__ float4* row(int i) const {
-    return reinterpret_cast<float4*>(memory + (threadIdx.x % 32 / 4 + i * 8) * kDimV + column);
-  }
-
-  __device__ __forceinline__ void load(const Params& p, int slot, int key, int unit) {
-    head = key * kGroup + unit / kShares;
-    column = unit % kShares * 16 + threadIdx.x % 4 * 4;
-    memory = p.memory + (int64_t(slot) * kNumV + head) * (kDimK * kDimV);
-#pragma unroll
-    for (int i = 0; i < kRows; i++) rows[i] = has(i) ? __ldcs(row(i)) : float4{0, 0, 0, 0};
-  }
-
-  __device__ __forceinline__ void store(int i) const {
-    if (has(i)) __stcs(row(i), rows[i]);
-  }
-};
-
-__device__ __forceinline__ void add_scaled(float4& sum, float scale, const float4& x) {
-  sum.x += scale * x.x, sum.y += scale * x.y, sum.z += scale * x.z, sum.w += scale * x.w;
-}
-
-// Over the lanes that have the same columns.
-__device__ __forceinline__ void sum_rows(float4& x) {
-#pragma unroll
-  for (int offset = 4; offset < 32; offset *= 2) {
-    x.x += __shfl_xor_sync(0xffffffffu, x.x, offset);
-    x.y += __shfl_xor_sync(0xffffffffu, x.y, offset);
-    x.z += __shfl_xor_sync(0xffffffffu, x.z, offset);
-    x.w += __shfl_xor_sync(0xffffffffu, x.w, offset);
-  }
-}
-
-struct Scratch {
-  float q[kDimK], k[kDimK], v[kGroup * kDimV];  // in this order those of `channel_of`
-  float out[kGroup * kDimV];
-};
-
-// Of feature i of a key's head: its queries, keys, then values.
-__device__ __forceinline__ int channel_of(int key, int i) {
-  if (i < kDimK) return key * kDimK + i;
-  return i < 2 * kDimK ? kKeys + (key - 1) * kDimK + i : 2 * kKeys + key * kGroup * kDimV + i - 2 * kDimK;
-}
-
-// Queries and keys become 1 long, queries then 1 / sqrt(kDimK). → their product. Each warp finds it by itself.
-struct Lengths {
-  float q, k, overlap;
-
-  __device__ explicit Lengths(const Scratch& s) : q(0), k(0), overlap(0) {
-    for (int d = threadIdx.x % 32; d < kDimK; d += 32) {
-      q += s.q[d] * s.q[d];
-      k += s.k[d] * s.k[d];
-      overlap += s.q[d] * s.k[d];
-    }
-    q = rsqrtf(warp_sum(q) + 1e-6f) * rsqrtf(float(kDimK));
-    k = rsqrtf(warp_sum(k) + 1e-6f);
-    overlap = warp_sum(overlap) * q * k;
-  }
-};
-
-// The rule for one token: memory *= decay; memory += k ⊗ beta (v - kᵀ memory); o = qᵀ memory, of which qᵀ k is known.
-__device__ __forceinline__ void advance(Share& share, Scratch& s, const Lengths& lengths, Gates gates, int local) {
-  int lane = threadIdx.x % 32;
-  float decay = __expf(gates.log_decay);
-  float4 told{0, 0, 0, 0}, out{0, 0, 0, 0};
-#pragma unroll
-  for (int i = 0; i < kRows; i++) {
-    int d = kDimK % 8 == 0 ? lane / 4 + i * 8 : min(lane / 4 + i * 8, kDimK - 1);
-    add_scaled(told, s.k[d], share.rows[i]);
-    add_scaled(out, s.q[d], share.rows[i]);
-  }
-  sum_rows(told);
-  sum_rows(out);
-  int e = local * kDimV + share.column;
-  bool is_there = kDimV % 16 == 0 || share.column < kDimV;
-  const float4 v = is_there ? *reinterpret_cast<const float4*>(s.v + e) : float4{0, 0, 0, 0};
-  float k_decay = lengths.k * decay, q_decay = lengths.q * decay, more = lengths.overlap;
-  float4 added{gates.beta * (v.x - k_decay * told.x), gates.beta * (v.y - k_decay * told.y),
-               gates.beta * (v.z - k_decay * told.z), gates.beta * (v.w - k_decay * told.w)};
-  if (lane < 4 && is_there) {
-    *reinterpret_cast<float4*>(s.out + e) = {q_decay * out.x + more * added.x, q_decay * out.y + more * added.y,
-                                             q_decay * out.z + more * added.z, q_decay * out.w + more * added.w};
-  }
-#pragma unroll
-  for (int i = 0; i < kRows; i++) {
-    int d = kDimK % 8 == 0 ? lane / 4 + i * 8 : min(lane / 4 + i * 8, kDimK - 1);
-    float4& row = share.rows[i];
-    row = {row.x * decay, row.y * decay, row.z * decay, row.w * decay};
-    add_scaled(row, s.k[d] * lengths.k, added);
-    share.store(i);
-  }
-}
-
 // Grid [heads of keys, sequences].
 template <int kWarps>
-__global__ void __launch_bounds__(32 * kWarps) tokens_kernel(const Params p) {
+__global__ void __launch_bounds__(32 * kWarps, kWarps < kFewWarps ? kBlocksPerSM : 1) tokens_kernel(const Params p) {
   __shared__ alignas(16) Scratch s;
   if (!p.early) pdl_wait();
   int key = blockIdx.x, warp = threadIdx.x / 32, slot = p.slots[blockIdx.y];
@@ -250,34 +33,71 @@ __global__ void __launch_bounds__(32 * kWarps) tokens_kernel(const Params p) {
   Share share;
   share.load(p, slot, key, warp);
   pdl_wait();
+  Gates gates = gates_of(p, start, share.head);  // all that is read, before anything waits
+  Finish finish;
+  if (warp < kGroup) finish.load(p, start, key * kGroup + warp);
   float* features = reinterpret_cast<float*>(&s);
   for (int i = threadIdx.x; i < kLocal; i += 32 * kWarps) {
     int channel = channel_of(key, i);
+    float weight[kBefore + 1];
+    load_weight(weight, p, channel);
     Window window;
     window.fill(p, channel, start, start, slot);
-    features[i] = window.push(p.conv + channel * (kBefore + 1), to_float(p.x[start * p.x_stride + channel]));
+    features[i] = window.push(weight, to_float(p.x[start * p.x_stride + channel]));
     window.save(p, channel, slot);
   }
   __syncthreads();
   const Lengths lengths(s);
-  for (int unit = warp; unit < kGroup * kShares; unit += kWarps) {
-    if (unit != warp) share.load(p, slot, key, unit);
+  advance(share, s, lengths, gates, warp / kShares);
+  for (int unit = warp + kWarps; unit < kGroup * kShares; unit += kWarps) {
+    share.load(p, slot, key, unit);
     advance(share, s, lengths, gates_of(p, start, share.head), unit / kShares);
   }
   __syncthreads();
   for (int local = warp; local < kGroup; local += kWarps) {
-    finish_head(p, start, key * kGroup + local, [&](int e) { return s.out[local * kDimV + e]; });
+    if (local != warp) finish.load(p, start, key * kGroup + local);
+    float values[Finish::kPer];
+#pragma unroll
+    for (int i = 0; i < Finish::kPer; i++) {
+      int e = threadIdx.x % 32 + i * 32;
+      values[i] = e < kDimV ? s.out[local * kDimV + e] : 0.f;
+    }
+    finish.store(p, start, key * kGroup + local, values);
   }
 }
 
-// The sequence that has token t.
-__device__ __forceinline__ int sequence_of(const Params& p, int t) {
-  int low = 0, high = p.num_seqs;  // it is in [low, high)
-  while (high - low > 1) {
-    int middle = (low + high) / 2;
-    (p.cu_q[middle] <= t ? low : high) = middle;
+// The sequence that a token belongs to, where a warp takes tokens one after the other.
+struct Sequence {
+  int index, start, end;
+
+  __device__ __forceinline__ Sequence(const Params& p, int t) {
+    int low = 0, high = p.num_seqs;  // it is in [low, high)
+    while (high - low > 1) {
+      int middle = (low + high) / 2;
+      (p.cu_q[middle] <= t ? low : high) = middle;
+    }
+    index = low, start = p.cu_q[low], end = p.cu_q[low + 1];
   }
-  return low;
+  // That of token t, which is the next one. → whether it is another.
+  __device__ __forceinline__ bool reach(const Params& p, int t) {
+    if (t < end) return false;
+    start = end, end = p.cu_q[++index + 1];
+    return true;
+  }
+  __device__ __forceinline__ bool is_single() const { return end - start == 1; }  // `tokens` computes it
+};
+
+// Of a warp's channels at kAtOnce tokens; 0 where there are none. They are read together, not one behind the other.
+template <int kPer>
+__device__ __forceinline__ void load_tokens(float (&x)[kAtOnce][kPer], const Element* from, int64_t stride, int count, int dim) {
+#pragma unroll
+  for (int j = 0; j < kAtOnce; j++) {
+#pragma unroll
+    for (int i = 0; i < kPer; i++) {
+      int d = threadIdx.x % 32 + i * 32;
+      x[j][i] = j < count && d < dim ? to_float(from[j * stride + d]) : 0.f;
+    }
+  }
 }
 
 // A warp takes kRun tokens of a head of queries, keys or values. Grid [runs, heads / kRunWarps].
@@ -287,41 +107,66 @@ __global__ void __launch_bounds__(32 * kRunWarps) convolve_kernel(const Params p
   int lane = threadIdx.x % 32, head = blockIdx.y * kRunWarps + threadIdx.x / 32, value = head - 2 * kNumK;
   if (value >= kNumV) return;
   int first = value < 0 ? head * kDimK : 2 * kKeys + value * kDimV, dim = value < 0 ? kDimK : kDimV;
-  int begin = blockIdx.x * kRun, end = min(begin + kRun, p.num_tokens), seq = sequence_of(p, begin);
+  int begin = blockIdx.x * kRun, end = min(begin + kRun, p.num_tokens);
+  Sequence seq(p, begin);
   Window windows[kPer];
-  for (int t = begin; t < end; t++) {
-    bool is_next = t == p.cu_q[seq + 1];
-    seq += is_next;
-    float values[kPer], squares = 0;
+  float weights[kPer][kBefore + 1], x[kAtOnce][kPer];
 #pragma unroll
-    for (int i = 0; i < kPer; i++) {
-      int d = lane + i * 32, channel = first + d;
-      values[i] = 0;
-      if (d >= dim) continue;
-      if (is_next || t == begin) windows[i].fill(p, channel, t, p.cu_q[seq], p.slots[seq]);
-      values[i] = windows[i].push(p.conv + channel * (kBefore + 1), to_float(p.x[t * p.x_stride + channel]));
-      squares += values[i] * values[i];
-    }
-    float scale = value < 0 ? rsqrtf(warp_sum(squares) + 1e-6f) * (head < kNumK ? rsqrtf(float(kDimK)) : 1.f) : 1.f;
-#pragma unroll
-    for (int i = 0; i < kPer; i++) {
-      int d = lane + i * 32;
-      if (d < dim) p.qkv[int64_t(t) * kChannels + first + d] = from_float<Element>(values[i] * scale);
-    }
-    if (value < 0 || lane > 0) continue;
-    Gates gates = gates_of(p, t, value);
-    p.gates[int64_t(t) * kNumV + value] = gates.log_decay;
-    p.gates[(int64_t(p.num_tokens) + t) * kNumV + value] = gates.beta;
+  for (int i = 0; i < kPer; i++) {
+    if (lane + i * 32 < dim) load_weight(weights[i], p, first + lane + i * 32);
   }
+  for (int low = begin; low < end; low += kAtOnce) {
+    load_tokens(x, p.x + low * p.x_stride + first, p.x_stride, end - low, dim);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; j++) {
+      int t = low + j;
+      if (t >= end) break;
+      bool is_new = seq.reach(p, t) || t == begin;
+      if (seq.is_single()) continue;
+      float squares = 0;
+#pragma unroll
+      for (int i = 0; i < kPer; i++) {
+        int d = lane + i * 32;
+        if (d >= dim) continue;
+        if (is_new) windows[i].fill(p, first + d, t, seq.start, p.slots[seq.index]);
+        x[j][i] = windows[i].push(weights[i], x[j][i]);
+        squares += x[j][i] * x[j][i];
+      }
+      float scale = value < 0 ? rsqrtf(warp_sum(squares) + 1e-6f) * (head < kNumK ? rsqrtf(float(kDimK)) : 1.f) : 1.f;
+#pragma unroll
+      for (int i = 0; i < kPer; i++) {
+        int d = lane + i * 32;
+        if (d < dim) p.qkv[int64_t(t) * kChannels + first + d] = from_float<Element>(x[j][i] * scale);
+      }
+    }
+  }
+  int t = begin + lane;
+  if (value < 0 || t >= end) return;
+  Gates gates = gates_of(p, t, value);
+  p.gates[int64_t(t) * kNumV + value] = gates.log_decay;
+  p.gates[(int64_t(p.num_tokens) + t) * kNumV + value] = gates.beta;
 }
 
-// A warp for a token's head. Grid [tokens, heads / kRunWarps].
+// A warp takes kRun tokens of a head of values. Grid [runs, heads / kRunWarps].
 __global__ void __launch_bounds__(32 * kRunWarps) finish_kernel(const Params p) {
   pdl_wait();
   int head = blockIdx.y * kRunWarps + threadIdx.x / 32;
   if (head >= kNumV) return;
-  const Element* out = p.out + int64_t(blockIdx.x) * kValues + head * kDimV;
-  finish_head(p, blockIdx.x, head, [&](int e) { return to_float(out[e]); });
+  int begin = blockIdx.x * kRun, end = min(begin + kRun, p.num_tokens);
+  Sequence seq(p, begin);
+  for (int low = begin; low < end; low += kAtOnce) {
+    float values[kAtOnce][Finish::kPer];
+    Finish finish[kAtOnce];
+    load_tokens(values, p.out + int64_t(low) * kValues + head * kDimV, kValues, end - low, kDimV);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; j++) finish[j].load(p, min(low + j, end - 1), head);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; j++) {
+      if (low + j >= end) break;
+      seq.reach(p, low + j);
+      if (!seq.is_single()) finish[j].store(p, low + j, head, values[j]);
+    }
+  }
 }
 
 template <typename T>
@@ -375,12 +220,12 @@ void delta(int64_t stage, TensorView x, TensorView ba, TensorView conv, TensorVi
            TensorView qkv, TensorView gates, double eps, bool early) {
   Params p = params_of(x, ba, conv, a_log, dt_bias, norm, seen, memory, slots, cu_q, out, qkv, gates);
   p.eps = static_cast<float>(eps), p.early = early;
-  unsigned num_tokens = p.num_tokens, num_seqs = p.num_seqs, runs = (num_tokens + kRun - 1) / kRun;
+  unsigned num_seqs = p.num_seqs, runs = (p.num_tokens + kRun - 1) / kRun;
   if (num_seqs == 0) return;
   cudaStream_t stream = current_stream(x);
   constexpr unsigned kAll = (2 * kNumK + kNumV + kRunWarps - 1) / kRunWarps, kHalf = (kNumV + kRunWarps - 1) / kRunWarps;
   if (stage == kConvolve) launch(LaunchConfig{dim3(runs, kAll), dim3(32 * kRunWarps)}, stream, convolve_kernel, p);
-  if (stage == kFinish) launch(LaunchConfig{dim3(num_tokens, kHalf), dim3(32 * kRunWarps)}, stream, finish_kernel, p);
+  if (stage == kFinish) launch(LaunchConfig{dim3(runs, kHalf), dim3(32 * kRunWarps)}, stream, finish_kernel, p);
   if (stage != kTokens) return;
   bool is_few = num_seqs * kNumK <= kFewBlocks;
   launch(LaunchConfig{dim3(kNumK, num_seqs), dim3(32 * (is_few ? kFewWarps : kManyWarps))}, stream,
