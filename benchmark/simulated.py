@@ -2,12 +2,12 @@
 
     python benchmark/simulated.py calibrate steps0.json steps1.json     minisgl bench --calibrate, all at the same time
     python benchmark/simulated.py measure run.json --replicas 2         servers with one thread each, three loads
-    python benchmark/simulated.py compare run.json steps0.json steps1.json
+    python benchmark/simulated.py compare run.json,again.json steps0.json steps1.json
 
 The built-in model, its prompts made of ids, three loads: all at once; at random times, prompts that begin alike; bursts
-of long prompts. The overhead of HTTP is measured on the idle servers; a load of its own tells one factor for all steps,
-which are slower with the servers' other processes and the client on the same cores. `others` is the share of the
-machine's processor time that went to other programs: with more than a few per cent the figures are worth nothing.
+of long prompts. The overhead of HTTP is measured on the idle servers. `others` is the share of the machine's processor
+time that went to other programs: with more than a few per cent the figures are worth nothing. Even so a request now and
+then is held up: of several runs, each request counts with the median of its times.
 """
 
 from __future__ import annotations
@@ -39,11 +39,7 @@ from minisgl.simulate.cluster import Simulation
 from minisgl.simulate.times import Served, calibrated
 from minisgl.simulate.workload import Request, Session, generate
 
-TRAINING = (
-    "training"  # tells how much slower steps are with the servers' other processes and a client on the same cores
-)
 LOADS = {  # the flags of `minisgl simulate`; --rate and --prefixes are for each replica
-    TRAINING: "--rate 40000 --duration 0.001 --prefix-len 0 --input-len 50:300 --output-len 8:48 --seed 1",
     "at once": "--rate 50000 --duration 0.001 --prefix-len 0 --input-len 20:400 --output-len 8:48",
     "alike": "--rate 4 --duration 10 --prefixes 3 --prefix-len 320 --input-len 100:500 --output-len 4:24",
     "bursts": "--rate 3.5 --duration 10 --prefix-len 0 --input-len 200:900 --output-len 4:16 --burstiness 3",
@@ -174,8 +170,7 @@ def measure(args: argparse.Namespace) -> None:
     document: dict[str, Any] = {"replicas": args.replicas, "cores": os.cpu_count(), "loads": {}}
     with serving(args.replicas) as urls:
         document["probes"] = [asyncio.run(probe(url)) for url in urls]
-        wanted = ((name, load) for name, load in loads(args.replicas).items() if name in (TRAINING, *args.loads))
-        for name, sessions in wanted:
+        for name, sessions in ((name, load) for name, load in loads(args.replicas).items() if name in args.loads):
             told: dict[str, Any] = {}
             with watched(told):
                 told["records"] = [asdict(record) for record in asyncio.run(send(urls, sessions))]
@@ -190,28 +185,42 @@ def figures(records: Sequence[Record]) -> dict[str, float]:
     return {"tokens/s": sum(record.num_output for record in records) / until, "TTFT p50": float(p50), "p90": float(p90)}
 
 
+def medians(runs: Sequence[dict[str, Any]]) -> list[Record]:
+    """Of each request. runs: of one load."""
+    by_start = (sorted((Record(**one) for one in run["records"]), key=lambda one: one.start) for run in runs)
+    return [
+        replace(
+            same[0],
+            arrivals=(statistics.median(one.arrivals[0] for one in same),),
+            e2e=statistics.median(one.e2e for one in same),
+        )
+        for same in zip(*by_start, strict=True)
+    ]
+
+
 def compare(args: argparse.Namespace) -> None:
-    document = json.loads(Path(args.file).read_text())
+    documents = [json.loads(Path(file).read_text()) for file in args.file.split(",")]
+    document = documents[0]
     fits = [calibrated(file, None) for file in args.calibrations]
     means = [statistics.mean(column) for column in zip(*(fit.coefficients for fit in fits), strict=True)]
     served: Served = replace(fits[0], coefficients=means)
     step = Simulation(served, 1, "random")
     step.run([[Request(0.0, ((1, 16),), 1, 2, "")]])
-    overhead = max(0.0, statistics.median(chain(*document["probes"])) - step.records[0].e2e)
+    overhead = max(
+        0.0, statistics.median(chain(*(probes for one in documents for probes in one["probes"]))) - step.records[0].e2e
+    )
     print(f"{document['replicas']} replicas; {served.about}; overhead {1000 * overhead:.1f} ms")
     for name, sessions in loads(document["replicas"]).items():
         if name not in document["loads"]:
             continue
-        run = document["loads"][name]
-        measured = figures([Record(**record) for record in run["records"]])
+        runs = [one["loads"][name] for one in documents]
+        measured = figures(medians(runs))
         simulation = Simulation(replace(served, overhead=overhead), document["replicas"], "prefix")
         simulation.run(sessions)
         expected = figures(simulation.records)
-        if name == TRAINING:
-            factor = expected["tokens/s"] / measured["tokens/s"]
-            served = replace(served, coefficients=[factor * weight for weight in served.coefficients])
         cells = [f"{key} {expected[key]:.1f} / {is_:.1f} = {expected[key] / is_:.2f}" for key, is_ in measured.items()]
-        print(f"{name:8}{len(sessions):4} requests   {'   '.join(cells)}   others {100 * run['others']:.1f} %")
+        others = 100 * max(run["others"] for run in runs)
+        print(f"{name:8}{len(sessions):4} requests   {'   '.join(cells)}   others {others:.1f} %")
 
 
 def main() -> None:
