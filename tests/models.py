@@ -118,7 +118,9 @@ def tiny_model(family: str, *, seed: int = 0, dtype: str = "float32", shard: str
 @functools.cache
 def _make(family: str, seed: int, dtype: str, shard: str, overrides: str) -> Path:
     config = transformers.CONFIG_MAPPING[family](**{**BASE, **EXTRA.get(family, {}), **json.loads(overrides)})
-    model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    with torch.random.fork_rng(devices=[]):  # what a model begins with is random too, where `randomize` starts from it
+        torch.manual_seed(seed)
+        model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     randomize(model, seed)
     return directory_of(model.to(getattr(torch, dtype)), shard)
 

@@ -6,12 +6,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
 from minisgl.errors import ConfigError, MiniSGLError
-
-# Commands and their packages; `cli.commands` has the small ones.
-_LARGE = {"bench": "benchmark", **{name: name for name in ("cluster", "doctor", "quantize", "simulate")}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,13 +36,23 @@ def _dispatch(argv: list[str]) -> int:
     if argv[:1] == ["help"] and argv[1:]:
         argv = [argv[1], "--help"]
     name, *words = argv if argv and not argv[0].startswith("-") else ["", *argv]
-    if name in _LARGE:
-        return int(import_module(f"minisgl.{_LARGE[name]}").main(words))
-    if name in ("", "serve", "chat"):
+    if name == "bench":
+        from minisgl.benchmark import main as run
+    elif name == "cluster":
+        from minisgl.cluster import main as run
+    elif name == "doctor":
+        from minisgl.doctor import main as run
+    elif name == "quantize":
+        from minisgl.quantize import main as run
+    elif name == "simulate":
+        from minisgl.simulate import main as run
+    elif name in ("", "serve", "chat"):
         return _serve(name, words)
-    from minisgl.cli.commands import main
+    else:
+        from minisgl.cli.commands import main
 
-    return main(argv)
+        return main(argv)
+    return run(words)
 
 
 def _serve(name: str, words: list[str]) -> int:

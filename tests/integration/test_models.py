@@ -171,7 +171,7 @@ def test_half_precision(family: str, dtype: str, tolerance: float) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_weights_are_computed_with_in_float32(family: str) -> None:
     """The same weights, widened, give nearly the same logits; so they do with a bfloat16 cache."""
-    path = tiny_model(family, dtype="bfloat16")
+    path = tiny_model(family, dtype="bfloat16", seed=12)  # in which no router is undecided
     tokens = random_prompt(50)
     expected = hf_logits(path, tokens)
     for kv_dtype, tolerance in (("float32", 1e-5), ("bfloat16", 1e-2)):

@@ -26,8 +26,7 @@ def cluster_size(num_seqs: int, num_kv_heads: int, num_sms: int) -> int:
 
 
 class CudaBackend(AttentionBackend[PagedSequences]):
-    """Decode for one shape. The kernels are compiled on first use; workspaces live as long as the backend, and serve
-    one launch at a time. `plan`: as in PLANS."""
+    """Decode for one shape, compiled on first use. Workspaces serve one launch at a time. `plan`: as in PLANS."""
 
     def __init__(self, shape: AttentionShape, device: torch.device, plan: tuple[int, int] | None = None) -> None:
         capability = torch.cuda.get_device_capability(device)

@@ -70,8 +70,7 @@ class FlashInferBackend(AttentionBackend[Wrappers]):
 
 
 def page_lists(step: AttentionStep) -> Iterator[Tensor]:
-    """FlashInfer's three tensors, int32 on the host: offsets into the list of pages [n + 1], the list, and how many
-    tokens each sequence's last page holds [n]."""
+    """FlashInfer's tensors, int32 on the host: offsets into the list of pages [n + 1], it, tokens in last pages [n]."""
     seq_lens = step.seq_lens
     counts = -(-seq_lens // step.page_size)
     yield _int32(np.concatenate(([0], np.cumsum(counts))))

@@ -190,9 +190,8 @@ def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> E
         raise ConfigError(f"--quantization {args.quantization}: {problem}")
     if wanted.kv_cache_dtype not in (dtype, "fp8"):
         raise ConfigError(f"--kv-cache-dtype {args.kv_cache_dtype}: on GPUs it is that of the weights, {dtype}, or fp8")
-    wanted = _with_states(
-        wanted, min(gpu.free_memory - int(gpu.total_memory * (1 - args.memory_ratio)) for gpu in gpus)
-    )
+    free = min(gpu.free_memory - int(gpu.total_memory * (1 - args.memory_ratio)) for gpu in gpus)
+    wanted = _with_states(wanted, free)
     capacity = gpu_tokens(wanted, gpus)
     prefill, decode = _choose_attention(wanted, args.attention_backend, "", machine)
     moe_backend = args.moe_backend or ("triton" if "triton" in machine.packages else "torch")

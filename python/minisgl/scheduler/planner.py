@@ -92,8 +92,7 @@ class Draft:
 # pages; less admits requests only to retract them soon after.
 _GROWTH_TOKENS = 64
 _GROWTH_STEP = 16  # tokens of pages that a running request takes at a time
-# A prompt's token whose log-probabilities are to be told takes as much of a step as so many others: logits, for the
-# whole vocabulary.
+# A prompt's token whose log-probabilities are told takes as much of a step as so many others: logits for all words.
 _TELLING_COST = 8
 # Longest-prefix-match looks at this many of the oldest waiting requests, and every so many admissions takes the
 # oldest one whatever it matches, so that none waits for ever.
@@ -301,8 +300,7 @@ class Planner:
             self._retract(victim)
             if victim is req:
                 return False
-        # While there are plenty, small pages are taken several at a time: one for each token would cost the plan more
-        # than all the rest.
+        # While there are plenty, several small pages are taken at a time: one for each token costs the plan the most.
         wanted = min(_GROWTH_STEP // self._page_size, div_ceil(req.max_len, self._page_size) - len(req.pages))
         are_plenty = pages.allocator.num_free > wanted * len(self.running)
         pages.give(req, pages.allocator.allocate(max(needed, wanted) if are_plenty else needed))
