@@ -85,6 +85,9 @@ def test_reranking_and_scores(tmp_path: Path) -> None:
             answer = httpx.post(f"{server.url}/v1/score", json=body)
             assert answer.status_code == 400
             assert answer.json()["error"]["param"] == ("text_1" if body["text_2"] else "text_2")
+        many = {"query": "a" * 5000, "documents": ["b"] * 2000}  # a body of 15 KB
+        answer = httpx.post(f"{server.url}/rerank", json=many, timeout=60)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "documents"
         too_long = {"query": query, "documents": ["a b " * 20_000]}
         answer = httpx.post(f"{server.url}/rerank", json=too_long, timeout=60)
         assert answer.json()["error"]["code"] == "context_length_exceeded"

@@ -195,7 +195,7 @@ def test_errors_are_of_the_right_class(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="gpt-9", prompt="a")
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.BadRequestError, match="start the server with --task embed"):
         client.embeddings.create(model=MODEL, input="a")
     streams: list[tuple[Any, str]] = [(client.chat.completions, "messages"), (client.responses, "input")]
     for made, field in streams:

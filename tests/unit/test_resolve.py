@@ -360,11 +360,13 @@ def test_states_leave_half_of_the_memory_to_pages(machine: Capabilities, caplog:
     model = replace(MODEL, layers=layers)
     free = machine.gpus[0].free_memory if machine.gpus else machine.memory
     most = decide(machine, model, max_running_requests=65536).engine
-    assert f"--max-running-requests is lowered to {most.max_running_requests} from 65536" in caplog.text
+    assert f"--max-running-requests {most.max_running_requests}, and {most.num_snapshots} snapshots" in caplog.text
     assert 0.3 * free < most.state_bytes < 0.5 * free
     assert decide(machine, model, max_running_requests=65536).scheduler.max_running_requests < 65536
     few = decide(machine, model, max_running_requests=7)
-    assert few.engine.max_running_requests == few.engine.num_snapshots == few.scheduler.num_snapshots == 7
+    assert few.engine.max_running_requests == 7 and few.engine.num_snapshots == few.scheduler.num_snapshots == 16
+    many = decide(machine, model, max_running_requests=7, num_state_snapshots=65536).engine
+    assert many.max_running_requests == 7 and 0.3 * free < many.state_bytes < 0.5 * free, "as many as there is room for"
     assert few.scheduler.has_states and decide(machine, model, num_state_snapshots=5).scheduler.num_snapshots == 5
     assert decide(machine, model, cache_type="naive").engine.num_snapshots == 0 == decide(machine).engine.num_snapshots
 

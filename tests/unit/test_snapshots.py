@@ -266,6 +266,16 @@ def test_a_request_that_sat_out_and_makes_way_is_resumed_while_a_step_still_touc
         assert driver.outputs[uid] == expected_output(prompt(20, start=7 * uid), 40, ())
 
 
+def test_who_runs_alone_and_needs_more_pages_than_there_are_begins_anew_and_ends() -> None:
+    """With its own copy of a prefix whose snapshot is gone, and the cache's, which it holds; no step in flight."""
+    driver = Driver(replace(CONFIG, num_pages=64, page_size=16, max_seq_len=1024, num_snapshots=1))
+    shared = prompt(420)
+    run(driver, 1, shared)
+    run(driver, 2, prompt(200, start=7))
+    run(driver, 3, [*shared[:400], *prompt(100, start=9)], SamplingParams(max_tokens=400, seed=0, ignore_eos=True))
+    assert len(driver.outputs[3]) == 400
+
+
 @pytest.mark.parametrize("what", ["lost", "shared", "of no page"])
 def test_an_integrity_check_notices_wrong_slots(what: str) -> None:
     driver = Driver(CONFIG)

@@ -128,7 +128,7 @@ class Ingress:
         if router.loads.keys() != set(names):
             router.set_replicas(names)
         keeper = router.session(asked.keeper) if asked.keeper else None
-        if keeper in router.loads and keeper not in excluded:
+        if keeper in router.loads and keeper not in tried:  # shunned or not: nobody else has it
             return keeper
         name = router.choose(asked.prompt, excluded)
         return router.choose(asked.prompt) if name is None and now > begin + _PATIENCE_SECONDS else name

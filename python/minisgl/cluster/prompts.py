@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from minisgl.cluster.router import Prompt, text_blocks
 
 # What comes before a prompt's end, in this order, in one dialect or another.
-_FIELDS = ("tools", "system", "instructions", "messages", "input", "prompt", "text", "input_ids")
+_FIELDS = ("tools", "system", "instructions", "messages", "input", "prompt", "text", "input_ids", "query", "documents")
 _TOKENS = re.compile(rb'"(?:prompt|input)_tokens": ?(\d+)')
 _STORED = re.compile(r"/v1/responses/([^/]+)|/trace/([^/]+)")
 SESSION = "x-session-id"

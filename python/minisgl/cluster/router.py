@@ -161,7 +161,7 @@ class PrefixRouter:
     def calibrate(self, num_bytes: int, num_tokens: int) -> None:
         """An answer says how many tokens a prompt of so many bytes has."""
         if num_bytes > 0 and num_tokens > 0:
-            self.bytes_per_token += (num_bytes / num_tokens - self.bytes_per_token) * _RATE
+            self.bytes_per_token += (min(16.0, num_bytes / num_tokens) - self.bytes_per_token) * _RATE
 
     def session(self, key: str) -> str | None:
         """The replica that a session's last request went to."""

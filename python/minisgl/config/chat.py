@@ -89,8 +89,7 @@ def choose_reasoning_parser(wanted: str | None, template: str) -> str | None:
 
 
 def reasoning_after(prompt_end: str, usually: str) -> str:
-    """Whether the output begins with reasoning, for a model that `usually` does so: templates that force or forbid it
-    put the tags at the end of the prompt."""
+    """Whether the output begins with reasoning, for a model that `usually` does so: tags at a prompt's end say."""
     prompt_end = prompt_end.rstrip()
     if prompt_end.endswith(CLOSING):
         return ""

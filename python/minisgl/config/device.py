@@ -109,7 +109,7 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
     Raises: ConfigError naming the flag that cannot be honoured.
     """
     device, tp_size, dtype = choose_device(args, machine), args.tensor_parallel_size, args.dtype or model.dtype
-    num_snapshots = args.num_state_snapshots or args.max_running_requests
+    num_snapshots = args.num_state_snapshots or max(16, args.max_running_requests)
     wanted = EngineConfig(
         model_path=path,
         model=model,
@@ -292,9 +292,10 @@ def _with_states(config: EngineConfig, memory: int) -> EngineConfig:
     num_slots = room // 2 // max(1, config.model.state_bytes(config.tp_size))
     if not config.model.states or config.num_states <= num_slots:
         return config
-    fitting = max(1, (num_slots - 1) * rows // (rows + config.num_snapshots))
-    logger.warning("states fill half of the memory: --max-running-requests is lowered to %d from %d", fitting, rows)
-    return replace(config, max_running_requests=fitting, num_snapshots=min(config.num_snapshots, fitting))
+    fitting = max(1, min(rows, max((num_slots - 1) // 2, num_slots - 1 - config.num_snapshots)))
+    kept = min(config.num_snapshots, max(1, num_slots - 1 - fitting))
+    logger.warning("states fill half of the memory: --max-running-requests %d, and %d snapshots", fitting, kept)
+    return replace(config, max_running_requests=fitting, num_snapshots=kept)
 
 
 def _cpu_pages(config: EngineConfig, memory: int) -> int:

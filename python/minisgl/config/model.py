@@ -180,8 +180,7 @@ class ModelConfig:
         return 4 * sum(prod(shape) for state in self.states for shape in state.shapes(tp_size))
 
     def weight_bytes(self, dtype: str, tp_size: int = 1) -> int:
-        """Bytes of weights (also "int8", "fp8" and "int4", or "packed" as they are stored) on one rank, to within the
-        few that are replicated or padded."""
+        """Bytes of weights (also "int8", "fp8", "int4", "packed" as stored) on one rank, but for the few replicated."""
         if dtype == "packed":
             return self.packed_bytes // tp_size
         params = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) // tp_size

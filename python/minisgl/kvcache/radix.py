@@ -70,8 +70,7 @@ class PrefixCache:
         self._root.num_locks = 1
         self._num_pages = 0  # that the cache owns
         self.num_evictable = 0  # of those, what `evict` could give back now
-        # Candidates for eviction as (stamp, serial, node); entries go stale when the node is used, locked or gains
-        # children, and are checked when popped.
+        # Candidates for eviction: (stamp, serial, node); whether one was used, locked or has children is seen at pops.
         self.candidates: list[tuple[int, int, RadixNode]] = []
         self._serial = 0
         self.changes: deque[Change] = deque(maxlen=0)  # an observer may put a longer one here

@@ -35,7 +35,8 @@ def check_integrity(planner: Planner) -> None:
     require(min(owned) >= 0 and max(owned) < num_pages, "a page has a number that there is not")
     require(len(owned) == num_pages, f"{num_pages - len(owned)} pages are lost")
     slots = sorted([*pages.free_slots, *(slot for slot in pages.snapshots.values() if slot >= 0)])
-    require(slots == [*pages.slots] and pages.snapshots.keys() <= {*cached}, "snapshots are lost, shared or misplaced")
+    are_cached = not pages.snapshots or pages.snapshots.keys() <= {*cached}
+    require(slots == [*pages.slots] and are_cached, "snapshots are lost, shared or misplaced")
     rows = sorted([*pages.rows, *(req.row for req in held)])
     require(rows == list(range(planner.config.max_running_requests)), "rows are lost or shared")
     for uid, req in planner.waiting.items():

@@ -64,9 +64,9 @@ class Publisher:
     """
 
     def __init__(self, events: str, replay: str = "", *, topic: bytes = b"") -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        self._topic = topic
+        self._topic, context = topic, zmq.Context[zmq.Socket[bytes]].instance()
         sockets = [context.socket(kind) for kind in (zmq.PUB, zmq.ROUTER, zmq.PULL)]
+        sockets[1].setsockopt(zmq.SNDHWM, 0)  # it would drop what does not fit without a word, the end mark too
         for socket, endpoint in zip(sockets, (events, replay, where := f"inproc://events-{id(self)}"), strict=True):
             socket.setsockopt(zmq.LINGER, 0)
             try:
@@ -84,10 +84,10 @@ class Publisher:
         self._batches.send(_encode(EventBatch(time.time(), events)))
 
     def _run(self, events: zmq.Socket[bytes], replay: zmq.Socket[bytes], batches: zmq.Socket[bytes]) -> None:
-        sent, poller = deque[tuple[bytes, bytes]](maxlen=REPLAYED), zmq.Poller()
+        sent = deque[tuple[bytes, bytes]](maxlen=REPLAYED if replay.getsockopt(zmq.LAST_ENDPOINT) else 1)
+        poller, number = zmq.Poller(), 0
         for socket in (replay, batches):
             poller.register(socket, zmq.POLLIN)
-        number = 0
         while True:
             ready = dict(poller.poll())
             if replay in ready:

@@ -88,8 +88,7 @@ class Draft:
         return planned
 
 
-# Room that must be left for each running request to grow before another one is admitted, in tokens. More wastes
-# pages; less admits requests only to retract them soon after.
+# Tokens of room for each running request to grow before another one is admitted; with less it is retracted soon.
 _GROWTH_TOKENS = 64
 _GROWTH_STEP = 16  # tokens of pages that a running request takes at a time
 # A prompt's token whose log-probabilities are told takes as much of a step as so many others: logits for all words.
@@ -189,8 +188,11 @@ class Planner:
         may_admit = not any(req.failed for req in self.leaving)
         if self.waiting.is_shared and self.waiting and self.running:
             self._take_turns()
-        if self._plan_running(draft) and may_admit:
+        has_pages = self._plan_running(draft)
+        if may_admit and (has_pages or not (self.running or self.leaving)):
             self._plan_waiting(draft)
+            if not (self.running or self.leaving):  # who ran alone has just made way
+                self._plan_waiting(draft)
         if not draft.decode[0] and not draft.prefill[0]:
             return None
         checked = self._check_every and self._step_id % self._check_every == 0

@@ -60,7 +60,7 @@ def pair_prompt(pooling: Pooling, query: str, document: str, instruction: str) -
 
 def _numbers(data: bytes) -> npt.NDArray[np.float32]:
     if not data:
-        raise RequestError("the request failed", status=500)
+        raise RequestError("the request was aborted", status=499)  # what fails has ended before
     return np.frombuffer(data, "<f4")
 
 

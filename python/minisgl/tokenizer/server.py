@@ -57,8 +57,7 @@ class TokenizerServer:
         self._frontend = PushSocket(endpoints.frontend, wire.frontend_codec)
 
     def run(self, beat: Callable[[], None]) -> None:
-        """Serve until an exception (the one that SIGTERM raises) ends it. `beat` is called at least each second,
-        and after every `MAX_BATCH` messages."""
+        """Serve until an exception ends it. `beat` is called at least each second, and after `MAX_BATCH` messages."""
         sys.setswitchinterval(0.0005)  # seconds that another thread may keep this one waiting
         try:
             while True:

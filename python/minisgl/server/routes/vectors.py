@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from minisgl.server.bodies.sampling import Defaults
 from minisgl.server.errors import refuse_unless
 from minisgl.tokenizer.pooling import pair_prompt, score_of, served, text_prompt, vector_of
 
-MAX_TEXTS = 2048  # OpenAI's limit
+MAX_TEXTS, MAX_PAIRED = 2048, 1 << 22  # OpenAI's limit; characters of all pairs, each with its query
 RERANK_PATHS = ("/v1/rerank", "/v2/rerank", "/rerank")
 VECTOR_PATHS = ("/v1/embeddings", *RERANK_PATHS, "/v1/score")
 _COUNT = Range(1, MAX_COUNT)
@@ -100,8 +100,7 @@ def parse_embeddings(config: ServerConfig, data: bytes, _: Defaults, reading: Re
 
 
 def _few(texts: Sequence[Any], name: str) -> Sequence[Any]:
-    is_right = 1 <= len(texts) <= MAX_TEXTS
-    refuse_unless(is_right, f"{name} must hold from 1 to {MAX_TEXTS} texts, not {len(texts)}", name)
+    refuse_unless(0 < len(texts) <= MAX_TEXTS, f"{name} must hold from 1 to {MAX_TEXTS} texts, not {len(texts)}", name)
     return texts
 
 
@@ -117,28 +116,29 @@ def parse_rerank(config: ServerConfig, data: bytes, _: Defaults, reading: Readin
         with_texts = [{**result, "document": {"text": texts[int(result["index"])]}} for result in best]
         return {"results": best if body.return_documents is False else with_texts}
 
-    return _pairs(config, body, [(body.query, text) for text in _few(texts, "documents")], show)
+    return _pairs(config, body, [(body.query, text) for text in _few(texts, "documents")], show, "documents")
 
 
 def parse_score(config: ServerConfig, data: bytes, _: Defaults, reading: Reading) -> VectorRequest:
     """Raises: RequestError naming the field at fault."""
     body = load(ScoreBody, data, reading)
     queries, texts = ([one] if isinstance(one, str) else one for one in (body.text_1, body.text_2))
-    is_right = len(queries) in (1, len(_few(texts, "text_2")))
-    refuse_unless(is_right, "text_1 must hold one text, or as many as text_2", "text_1")
+    refuse_unless(len(queries) in (1, len(_few(texts, "text_2"))), "text_1 must be one, or as many as text_2", "text_1")
 
     def show(labels: Sequence[bytes]) -> dict[str, Any]:
         return {"data": [{"object": "score", "index": i, "score": score_of(one)} for i, one in enumerate(labels)]}
 
-    return _pairs(config, body, zip(queries * (len(texts) // len(queries)), texts, strict=True), show)
+    return _pairs(config, body, [*zip(queries * (len(texts) // len(queries)), texts, strict=True)], show, "text_2")
 
 
 def _pairs(
-    config: ServerConfig, body: RerankBody | ScoreBody, pairs: Iterable[tuple[str, str]], show: Show
+    config: ServerConfig, body: RerankBody | ScoreBody, pairs: Sequence[tuple[str, str]], show: Show, name: str
 ) -> VectorRequest:
-    pooling, params = served(config.engine.model, "score")
-    prompts = tuple(pair_prompt(pooling, query, text, body.instruction or "") for query, text in pairs)
-    return VectorRequest(prompts, params, model=body.model, names={"messages": "documents"}, show=show)
+    (pooling, params), more = served(config.engine.model, "score"), body.instruction or ""
+    size = sum(len(query) + len(text) + len(more) for query, text in pairs)
+    refuse_unless(size <= MAX_PAIRED, f"all pairs have {size} characters, more than {MAX_PAIRED}", name)
+    prompts = tuple(pair_prompt(pooling, query, text, more) for query, text in pairs)
+    return VectorRequest(prompts, params, model=body.model, names={"messages": name}, show=show)
 
 
 def vector_dialects(config: ServerConfig) -> dict[str, tuple[str, Callable[..., GenerationRequest], Make]]:
