@@ -158,18 +158,22 @@ def test_a_thread_that_cannot_be_started_costs_one_request(running: Running, mon
 
 
 def test_the_shortest_is_next_and_nobody_works_for_those_who_left(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With one thread, so that the order in which they are taken is that in which they are answered."""
     monkeypatch.setattr(module, "SECONDS", 1.0)
-    running.handle([request(chat("slow" * 5000), uid) for uid in range(module.NUM_THREADS)])
+    monkeypatch.setattr(module, "NUM_THREADS", 1)
+    running = Running(short_path)
+    running.handle([request(chat("slow" * 5000), 0)])
     time.sleep(0.2)
     sizes = {10: 9000, 11: 8000, 12: 7000, 13: 6000}
     running.handle([request(TextPrompt("hello " * size), uid) for uid, size in sizes.items()])
     running.handle([request(chat("slow" * 6000), 50), AbortMsg(50)])
     users = running.to_backend(4)
-    assert [message.uid for message in users if isinstance(message, UserMsg)][:1] == [13]
-    gone = [message for message in running.to_frontend(module.NUM_THREADS + 5) if isinstance(message, UserReply)]
+    assert [message.uid for message in users if isinstance(message, UserMsg)] == [13, 12, 11, 10]
+    gone = [message for message in running.to_frontend(6) if isinstance(message, UserReply)]
     assert [(reply.uid, reply.finish_reason) for reply in gone] == [(50, FinishReason.ABORT)]
+    running.close()
 
 
 @pytest.mark.usefixtures("hasty")
