@@ -145,6 +145,9 @@ def test_a_server_for_everybody_says_so_once(
 ) -> None:
     server = start(fake(model_path, host="0.0.0.0"))
     warning = "--host 0.0.0.0 without --api-key: whoever can reach port"
+    end = time.monotonic() + 30
+    while warning not in server.output() and time.monotonic() < end:  # a thread writes the log
+        time.sleep(0.05)
     assert [server.output().count(warning), open_server.output().count("without --api-key")] == [1, 0]
 
 
