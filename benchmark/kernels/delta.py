@@ -1,7 +1,7 @@
 """Gated delta nets on one GPU, at Qwen3.5-4B's and 9B's shape: microseconds a layer, and what share of the bandwidth of
 a copy single tokens reach, which is all that bounds them.
 
-    python benchmark/kernels/delta.py [--seconds 120]
+    python -m benchmark.kernels.delta [--seconds 120]
 
 A CUDA graph of as many layers as exceed the L2 cache is replayed; the median of the replays, divided by the layers, is
 the time of a call. Outputs and states are compared with the reference first: the largest relative error.
@@ -12,18 +12,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import statistics
 import threading
-from collections.abc import Callable
 
 import torch
 
+from benchmark.kernels.attention_decode import copy_bandwidth, graph_of, median_us
 from minisgl.kernel.delta import DeltaOps
 from minisgl.kernel.ops import TorchOps
 from minisgl.kernel.state import DeltaState, DeltaWeights, StateSequences
 
 HEADS = 16, 128, 32, 128  # of keys, their size, of values, theirs
-REPLAYS, MIN_BYTES = 9, 512 << 20
+MIN_BYTES = 512 << 20  # of states in a graph: several times the L2 cache
 STEPS = {
     "1 x 8192": [8192],
     "16 x 512": [512] * 16,
@@ -65,24 +64,7 @@ class Case:
 
     def time_us(self) -> float:
         """Of a layer."""
-        return median_us(lambda: [self.run(state) for state in self.states]) / len(self.states)
-
-
-def median_us(body: Callable[[], object]) -> float:
-    """Of a replay of the graph that captures it."""
-    body()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        body()
-    graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) * 1000
+        return median_us(graph_of(lambda: [self.run(state) for state in self.states])) / len(self.states)
 
 
 def tokens(peak: float) -> None:
@@ -113,9 +95,7 @@ def main() -> None:
     watchdog = threading.Timer(args.seconds, lambda: os._exit(124))
     watchdog.daemon = True
     watchdog.start()
-    source = torch.zeros(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    peak = 8 * source.numel() / median_us(lambda: torch.neg(source, out=target)) / 1000
+    peak = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: a copy moves {peak:.0f} GB/s; bfloat16, heads {HEADS}")
     tokens(peak)
     chunks()

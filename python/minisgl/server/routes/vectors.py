@@ -65,12 +65,12 @@ class VectorRequest(GenerationRequest):
 
 
 class VectorRenderer(Renderer):
-    """Any of the answers, which come as a whole."""
+    """Any of the answers, which come as a whole: there is no event."""
 
     request: VectorRequest
 
-    def chunk(self, index: int, reply: UserReply) -> Events:
-        raise NotImplementedError
+    def chunk(self, index: int, reply: UserReply) -> Events:  # noqa: ARG002
+        return []
 
     def body(self, choices: Sequence[Sequence[UserReply]]) -> dict[str, Any]:
         head = {"id": self.id, "object": "list", "created": self.created, "model": self.model, "usage": self.usage()}
