@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -82,6 +84,10 @@ class Running:
             messages += socket.receive(0.1)
         return messages + socket.receive(0.05)
 
+    def is_reading(self) -> bool:
+        """Whether a thread has taken something long: its time runs."""
+        return any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+
     def close(self) -> None:
         self.server.close()
         self._backend.close()
@@ -97,9 +103,8 @@ def short_path() -> Iterator[Path]:
 
 @pytest.fixture
 def running(short_path: Path) -> Iterator[Running]:
-    made = Running(short_path)
-    yield made
-    made.close()
+    with closing(Running(short_path)) as made:
+        yield made
 
 
 @pytest.fixture
@@ -135,14 +140,15 @@ def test_an_abort_stays_behind_its_long_request(running: Running) -> None:
     assert running.handle([AbortMsg(1)])[0] == [AbortMsg(1)]  # nothing of them is left
 
 
-@pytest.mark.usefixtures("hasty")
-def test_a_template_that_takes_too_long_is_interrupted(running: Running) -> None:
+def test_a_template_that_takes_too_long_is_interrupted(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Again and again, and the threads go on."""
+    monkeypatch.setattr(module, "SECONDS", 0.3)
     for first in range(0, 3 * module.NUM_THREADS, module.NUM_THREADS):
         running.handle([request(chat("slow" * 5000), uid) for uid in range(first, first + module.NUM_THREADS)])
         replies = running.to_frontend(module.NUM_THREADS)
         assert [type(reply) for reply in replies] == [ErrorReply] * module.NUM_THREADS
         assert all("takes longer than 0.3 s to read" in str(reply) for reply in replies)
+    monkeypatch.setattr(module, "SECONDS", 60.0)
     running.handle([request(chat("fast " * 5000), 90)])
     assert [message.uid for message in running.to_backend(1)] == [90]
 
@@ -157,15 +163,21 @@ def test_a_thread_that_cannot_be_started_costs_one_request(running: Running, mon
     assert [message.uid for message in running.to_backend(1)] == [90]
 
 
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NUM_THREADS", 1)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_shortest_is_next_and_nobody_works_for_those_who_left(
-    short_path: Path, monkeypatch: pytest.MonkeyPatch
+    running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one thread, so that the order in which they are taken is that in which they are answered."""
-    monkeypatch.setattr(module, "SECONDS", 1.0)
-    monkeypatch.setattr(module, "NUM_THREADS", 1)
-    running = Running(short_path)
+    monkeypatch.setattr(module, "SECONDS", 2.0)
     running.handle([request(chat("slow" * 5000), 0)])
-    time.sleep(0.2)
+    while not running.is_reading():
+        time.sleep(0.01)
+    monkeypatch.setattr(module, "SECONDS", 60.0)  # for those that follow
     sizes = {10: 9000, 11: 8000, 12: 7000, 13: 6000}
     running.handle([request(TextPrompt("hello " * size), uid) for uid, size in sizes.items()])
     running.handle([request(chat("slow" * 6000), 50), AbortMsg(50)])
@@ -173,7 +185,6 @@ def test_the_shortest_is_next_and_nobody_works_for_those_who_left(
     assert [message.uid for message in users if isinstance(message, UserMsg)] == [13, 12, 11, 10]
     gone = [message for message in running.to_frontend(6) if isinstance(message, UserReply)]
     assert [(reply.uid, reply.finish_reason) for reply in gone] == [(50, FinishReason.ABORT)]
-    running.close()
 
 
 @pytest.mark.usefixtures("hasty")
@@ -183,11 +194,10 @@ def test_numbers_that_a_template_counts_to(short_path: Path, number: Any) -> Non
     counting = (
         "{% for a in range(n) %}{% for b in range(n) %}{% for c in range(n) %}{% endfor %}{% endfor %}{% endfor %}"
     )
-    running = Running(short_path, counting + "x")
-    running.handle([request(chat("x", n=number), 1)])
-    (reply,) = running.to_frontend(1)
+    with closing(Running(short_path, counting + "x")) as running:
+        running.handle([request(chat("x", n=number), 1)])
+        (reply,) = running.to_frontend(1)
     assert isinstance(reply, ErrorReply) and reply.status == 400
-    running.close()
 
 
 @pytest.mark.parametrize("size", [10, 20_000])
