@@ -26,7 +26,7 @@ from minisgl.core import ReqOutput, StepPlan
 from minisgl.llm.llm import Pending
 from minisgl.message.messages import IdsPrompt, TokenizeMsg, TraceMsg, UserMsg, pack_ids
 from minisgl.scheduler.observer import Observer
-from minisgl.scheduler.planner import Planned
+from minisgl.scheduler.plan import Planned
 from minisgl.trace.journal import Journal, Story, take
 from minisgl.trace.recorder import Recorder
 from minisgl.trace.records import decode_recorded, encode_json

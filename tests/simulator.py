@@ -8,10 +8,12 @@ prefix, so outputs do not depend on how the work was scheduled unless something 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import NOT_READY, Masks, PageCopy, StepPlan, StepResult
+from minisgl.core import NOT_READY, Masks, PageCopy, Req, StepPlan, StepResult
 from minisgl.errors import EngineError
 from minisgl.kvcache.pages import Pages
 
@@ -66,7 +68,7 @@ class SimulatedEngine:
         assert all(req.num_new > 0 for req in plan.reqs), "a share of nothing"
         assert plan.num_tokens <= self.config.max_prefill_length
         assert len({req.row for req in plan.reqs}) == len(plan.reqs), "a row is scheduled twice"
-        is_decode = [req.num_new == req.num_samples for req in plan.reqs]
+        is_decode = [req.num_new == req.num_samples == 1 for req in plan.reqs]
         assert is_decode == sorted(is_decode, reverse=True), "prefill comes before decode"
         assert sum(is_decode) == plan.num_decode
         for row, ids, params, prompt_len, _ in plan.admissions:
@@ -77,6 +79,10 @@ class SimulatedEngine:
             self._tokens[row, : len(ids)] = ids
         for row, first, pages in plan.page_updates:
             self._page_table[row, first : first + len(pages)] = pages
+        verified = {req.row: (req.start + req.num_new, req.num_samples) for req in plan.reqs}
+        for row, position, ids in plan.drafts:
+            assert verified[row] == (position + len(ids), len(ids) + 1), "a draft is no part of its share"
+            self._tokens[row, position : position + len(ids)] = ids
         if self.fail_next or self.broken:
             failed, self.fail_next, self.broken = self.fail_next, False, True
             sampled = self._run_broken(plan)
@@ -115,13 +121,15 @@ class SimulatedEngine:
             for position in range(end):
                 known = self._salts[row], ids[: position + 1]
                 assert self._kv.get(self._slot(row, position)) == known, "someone else's KV is read"
-            if num_samples and row in self.unready and len(sampled) in plan.masked:
-                self._tokens[row, end] = 0
-                sampled.append((NOT_READY,))
-            elif num_samples:
-                token = next_token(ids, self.vocab_size)
-                self._tokens[row, end] = token
-                sampled.append((-1 if row in self.poison else token,))
+            masked, count = row in self.unready, sum(map(len, sampled))
+            samples = [next_token(ids[: end + 1 - i], self.vocab_size) for i in range(num_samples, 0, -1)]
+            self._tokens[row, end + 1 - num_samples : end + 1] = samples
+            for i in range(num_samples):
+                if masked and count + i in plan.masked:
+                    self._tokens[row, end + 1 - num_samples + i] = 0
+                    samples[i] = NOT_READY
+            if num_samples:
+                sampled.append((-1,) * num_samples if row in self.poison else tuple(samples))
         return sampled
 
     def pages_of(self, plan: StepPlan) -> dict[int, str]:
@@ -148,9 +156,8 @@ class SimulatedEngine:
             for position in range(start, start + num_new):
                 self._kv[self._slot(row, position)] = "", (-1,)
             self._states[row] = "", (-1,)
-            if num_samples:
-                self._tokens[row, start + num_new] = 0
-        return [(0,) for req in plan.reqs if req.num_samples]
+            self._tokens[row, start + num_new + 1 - num_samples : start + num_new + 1] = 0
+        return [(0,) * req.num_samples for req in plan.reqs if req.num_samples]
 
     def _slot(self, row: int, position: int) -> int:
         page = int(self._page_table[row, position // self.config.page_size])
@@ -169,6 +176,26 @@ def expected_output(prompt: list[int], max_len: int, eos: tuple[int, ...], vocab
         if tokens[-1] in eos:
             break
     return tokens[len(prompt) :]
+
+
+class GuessingDrafter:
+    """How many of the tokens that it proposes are right, `length(uid, position)` says; what follows is noise. It fails
+    where that is negative."""
+
+    def __init__(self, length: Callable[[int, int], int], vocab_size: int = 50) -> None:
+        self._length, self._vocab_size = length, vocab_size
+
+    def propose(self, req: Req, num_pending: int, most: int) -> list[int]:
+        tokens, num_right = list(req.tokens), self._length(req.uid, len(req.tokens)) + num_pending
+        if num_right < num_pending:
+            raise RuntimeError("the drafter fails")
+        for i in range(num_pending + most):
+            token = next_token(tuple(tokens), self._vocab_size)
+            tokens.append(token if i < num_right else (token + 1) % self._vocab_size)
+        return tokens[len(req.tokens) + num_pending :]
+
+    def forget(self, uid: int) -> None:
+        pass
 
 
 def move_cached(pages: Pages, count: int) -> None:

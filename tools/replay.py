@@ -22,7 +22,8 @@ from minisgl.errors import IntegrityError
 from minisgl.kvcache.pages import PageAllocator, Pages
 from minisgl.kvcache.radix import NaiveCache, PrefixCache, RadixNode
 from minisgl.scheduler.integrity import check_integrity
-from minisgl.scheduler.planner import Planned, Planner
+from minisgl.scheduler.plan import Planned
+from minisgl.scheduler.planner import Planner
 from minisgl.utils.fairness import FairQueue
 
 

@@ -22,6 +22,11 @@ MAX_PRIORITY = 2**31 - 1
 MAX_BIAS = 100
 
 
+def most_samples(num_rows: int) -> int:
+    """Tokens that one step may sample, drafts included, where so many requests may run."""
+    return max(num_rows, 32)
+
+
 class FinishReason(str, Enum):
     """Why a request ended. Every accepted request ends with exactly one of these."""
 
@@ -243,14 +248,24 @@ class ScheduledReq(NamedTuple):
     """One request's share of a step: compute `num_new` tokens from position `start` on.
 
     The ids come from the engine's token buffer at [row, start : start + num_new]. Each of the last `num_samples` of
-    them (one; none in prefill chunks but the last) yields the token at the position after it, which the engine writes
-    into the buffer. A request for a vector has none.
+    them (one, and one for each drafted token; none in prefill chunks but the last) yields the token at the position
+    after it, which the engine writes into the buffer. A request for a vector has none.
     """
 
     row: int
     start: int
     num_new: int
     num_samples: int
+
+
+class Draft(NamedTuple):
+    """What a row's next tokens may be: written to the token buffer at [row, position : position + len(ids)] before the
+    step's tokens are computed. They are the last tokens of the row's share, each of which samples, and so does the one
+    before them: what is sampled in the place of a draft says whether that was right."""
+
+    row: int
+    position: int
+    ids: tuple[int, ...]
 
 
 class PageCopy(NamedTuple):
@@ -290,12 +305,13 @@ class StepPlan(NamedTuple):
     step_id: int
     admissions: tuple[Admission, ...]
     page_updates: tuple[PageUpdate, ...]
-    reqs: tuple[ScheduledReq, ...]  # decode first: all whose every position samples
+    reqs: tuple[ScheduledReq, ...]  # decode first: those of one token, which samples
     num_decode: int = 0  # how many of them are decode
     copies: tuple[PageCopy, ...] = ()
-    masked: tuple[int, ...] = ()  # which of the requests that sample do so with a mask, by their number among these
+    masked: tuple[int, ...] = ()  # which of the step's samples have a mask, by their number among these
     expected: tuple[PageUpdate, ...] = ()  # now and then: all pages of each row, which the engine is to compare
     states: tuple[StateCopy, ...] = ()  # of models that have any
+    drafts: tuple[Draft, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -318,8 +334,8 @@ class StepResult(NamedTuple):
     """The sampled ids: `num_samples` for each `ScheduledReq` that samples, in plan order; -1 where the logits were not
     finite, `NOT_READY` where a mask was not.
 
-    Log-probabilities are there on rank 0, for the requests that want them: of sampled tokens by index into
-    `token_ids`; of the prompt tokens from start + 1 to start + num_new, as far as they are prompt, by index into the
+    Log-probabilities are there on rank 0, for the requests that want them: of sampled tokens by their number among the
+    step's samples; of the prompt tokens from start + 1 to start + num_new, as far as they are prompt, by index into the
     plan's requests. pooled: on all ranks, of the requests for vectors whose prompts end, float32; b"": not finite.
     """
 
@@ -370,7 +386,7 @@ class ReqOutput(NamedTuple):
     pooled: bytes = b""
 
     def with_logprobs(self, result: StepResult, sample: int) -> ReqOutput:
-        """The output, which the step's sample of this number is, with what it is to report."""
-        logprobs = (result.logprobs or {}).get(sample) if self.token_ids else None
+        """The output, which the step's samples from this number on are, with what it is to report."""
+        told, samples = result.logprobs or {}, range(sample, sample + len(self.token_ids))
         prompt, self.req.prompt_logprobs = self.req.prompt_logprobs, []
-        return self._replace(logprobs=(logprobs,) if logprobs else (), prompt_logprobs=prompt)
+        return self._replace(logprobs=tuple(told[i] for i in samples if i in told), prompt_logprobs=prompt)

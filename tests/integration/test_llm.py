@@ -74,7 +74,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "batch 1": {"max_running_requests": 1},
     "longest prefix match": {"schedule_policy": "lpm", "max_running_requests": 3},
     "retraction": {"num_pages": 24, "page_size": 8},
-    "tensor parallel": {"tensor_parallel_size": 2},
+    "tensor parallel, drafts": {"tensor_parallel_size": 2, "speculate": "ngram"},
+    "drafts, retraction": {"num_pages": 24, "page_size": 8, "speculate": "ngram", "speculate_tokens": 3},
     "tensor parallel, chunks of 20, retraction": {
         "tensor_parallel_size": 2,
         "max_prefill_length": 20,

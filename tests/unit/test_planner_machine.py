@@ -4,6 +4,7 @@ flight, and checks after each action that no page is lost or shared and that eve
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -12,11 +13,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import FinishReason, Grammar, ReqOutput, SamplingParams, StepPlan
 from minisgl.errors import EngineError
+from minisgl.scheduler.drafters import Drafter, NgramDrafter
 from minisgl.scheduler.integrity import check_integrity
-from minisgl.scheduler.planner import Planned, Planner
-from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output, move_cached
+from minisgl.scheduler.plan import Planned
+from minisgl.scheduler.planner import Planner
+from tests.simulator import GuessingDrafter, SimulatedEngine, SimulatedHandle, expected_output, move_cached
 
 GRAMMAR = Grammar("regex", ".*")
+DRAFTERS: dict[str, Callable[[], Drafter]] = {
+    "right": lambda: GuessingDrafter(lambda uid, position: 64),
+    "noise": lambda: GuessingDrafter(lambda uid, position: 0),
+    "some": lambda: GuessingDrafter(lambda uid, position: hash((uid, position)) % 5),
+    "failing": lambda: GuessingDrafter(lambda uid, position: 2 if position % 5 else -1),
+    "ngram": NgramDrafter,
+}
 
 
 class PlannerMachine(RuleBasedStateMachine):
@@ -30,6 +40,8 @@ class PlannerMachine(RuleBasedStateMachine):
         depth=st.integers(0, 2),
         snapshots=st.sampled_from([None, None, 0, 1, 2, 5, 30]),
         snapshot_tokens=st.sampled_from([1, 4, 10]),
+        drafter=st.sampled_from([None, *DRAFTERS]),
+        speculate_tokens=st.sampled_from([1, 3, 8]),
     )
     def start(
         self,
@@ -42,6 +54,8 @@ class PlannerMachine(RuleBasedStateMachine):
         depth: int,
         snapshots: int | None,
         snapshot_tokens: int,
+        drafter: str | None,
+        speculate_tokens: int,
     ) -> None:
         num_pages = -(-num_tokens // page_size)
         self.config = SchedulerConfig(
@@ -56,8 +70,9 @@ class PlannerMachine(RuleBasedStateMachine):
             snapshot_tokens=snapshot_tokens,
             schedule_policy=policy,
             eos_token_ids=(3,),
+            speculate_tokens=speculate_tokens,
         )
-        self.planner = Planner(self.config)
+        self.planner = Planner(self.config, DRAFTERS[drafter]() if drafter else None)
         self.engine = SimulatedEngine(self.config)
         self.depth = depth  # steps that may be in flight when the next one is planned
         self.inflight: deque[tuple[StepPlan, SimulatedHandle]] = deque()
@@ -170,7 +185,7 @@ class PlannerMachine(RuleBasedStateMachine):
     def check_masked(self, planned: Planned) -> None:
         """Of a token that has to match a grammar, all before it are known, or sampled by the steps in flight."""
         plan, reqs = planned.plan, [req for req in planned.sampling if req.params.grammar is not None]
-        rows = [req.row for req in plan.reqs if req.num_samples]
+        rows = [req.row for req in plan.reqs for _ in range(req.num_samples)]
         assert [rows[index] for index in plan.masked] == [req.row for req in reqs]
         for req in reqs:
             unknown = req.num_tokens - 1 - len(req.tokens)
@@ -193,7 +208,7 @@ class PlannerMachine(RuleBasedStateMachine):
             self.engine.broken = False
         else:
             for uid in self.prompts:
-                if (-1,) in result.token_ids or b"" in result.pooled.values():
+                if any(-1 in ids for ids in result.token_ids) or b"" in result.pooled.values():
                     self.allowed.setdefault(uid, FinishReason.ERROR)
             self.take(self.planner.retire(result))
 

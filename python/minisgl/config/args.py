@@ -170,6 +170,8 @@ class ServerArgs(ServerOptions):
     disable_pynccl: bool = _option(boolean, False)
     schedule_policy: str = _choice(("fcfs", "lpm", "priority"), "fcfs")
     disable_overlap: bool = _option(boolean, False)
+    speculate: str = _choice(("off", "ngram"), "off")
+    speculate_tokens: int = _option(integer(1, 64), 8)
     dummy_weight: bool = _option(boolean, False)
     tool_call_parser: str | None = _choice((*TOOL_PARSERS, "none"), None)
     reasoning_parser: str | None = _choice((*REASONING_PARSERS, "none"), None)

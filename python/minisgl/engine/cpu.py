@@ -48,6 +48,11 @@ class CpuTables:
     def send(self, plan: StepPlan, index: StepIndex) -> None:  # noqa: ARG002 (its numbers are read where they are)
         for admission in plan.admissions:
             self.token_ids[admission.row, : len(admission.token_ids)] = torch.tensor(admission.token_ids)
+        self.write_drafts(plan)
+
+    def write_drafts(self, plan: StepPlan) -> None:
+        for row, position, ids in plan.drafts:
+            self.token_ids[row, position : position + len(ids)] = torch.tensor(ids)
 
     def tensors(self, index: StepIndex) -> StepTensors:
         sampling = SamplingColumns(torch.from_numpy(self.host.sampling(index)))
@@ -183,7 +188,7 @@ class CpuRunner:
 
 def _execute(steps: StepRunner, handle: CpuHandle, plan: StepPlan, masks: Masks | None) -> None:
     try:
-        handle.set_result(steps.launch(plan, masks).result(plan.step_id))
+        handle.set_result(steps.launch(plan, masks).result(plan))
     except Exception as error:
         logger.exception("step %d failed", plan.step_id)
         failed = EngineError(f"step {plan.step_id} failed: {error}")

@@ -15,7 +15,7 @@ import torch
 
 from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import Masks, ScheduledReq, StepPlan, StepResult
+from minisgl.core import Masks, ScheduledReq, StepPlan, StepResult, most_samples
 from minisgl.distributed.comm import Communicator, Rendezvous
 from minisgl.distributed.cuda import CudaCommunicator
 from minisgl.engine.graph import DecodeGraphs, GraphShape, RunStep
@@ -55,8 +55,8 @@ def open_gpu(rank: int) -> torch.device:
 class CudaHandle:
     """A launched step, whose results are on the host after the event (a `core.StepHandle`)."""
 
-    def __init__(self, step_id: int, event: torch.cuda.Event, launched: Launched | Exception) -> None:
-        self._step_id, self._event, self._launched = step_id, event, launched
+    def __init__(self, plan: StepPlan, event: torch.cuda.Event, launched: Launched | Exception) -> None:
+        self._plan, self._event, self._launched = plan, event, launched
 
     def wait(self, timeout: float | None = None) -> bool:
         deadline = None if timeout is None else time.perf_counter() + timeout
@@ -72,8 +72,8 @@ class CudaHandle:
     def result(self) -> StepResult:
         self.wait()
         if isinstance(self._launched, Exception):
-            raise EngineError(f"step {self._step_id} failed: {self._launched}") from self._launched
-        return self._launched.result(self._step_id)
+            raise EngineError(f"step {self._plan.step_id} failed: {self._launched}") from self._launched
+        return self._launched.result(self._plan)
 
 
 class CudaRunner:
@@ -107,10 +107,10 @@ class CudaRunner:
             with self._on_device():
                 launched = self.steps.launch(plan, masks)
                 event.record()
-                return CudaHandle(plan.step_id, event, launched)
+                return CudaHandle(plan, event, launched)
         except Exception as error:
             logger.exception("step %d failed", plan.step_id)
-            return CudaHandle(plan.step_id, event, error)
+            return CudaHandle(plan, event, error)
 
     def close(self) -> None:
         """Raises nothing: it may be a failure that ends the engine."""
@@ -129,8 +129,10 @@ def load_shard(config: EngineConfig, rank: int, device: torch.device) -> ModelSh
     """The model, and what a GPU computes with."""
     dtype, size, comm = DTYPES[config.dtype], config.tp_size, Communicator()
     if size > 1:
-        logit_bytes = config.max_running_requests * div_ceil(config.model.vocab_size, size) * size * dtype.itemsize
-        comm = CudaCommunicator(Rendezvous(rank, size, config.init_method), config.use_pynccl, logit_bytes)
+        num_logits = most_samples(config.max_running_requests) * div_ceil(config.model.vocab_size, size) * size
+        comm = CudaCommunicator(
+            Rendezvous(rank, size, config.init_method), config.use_pynccl, num_logits * dtype.itemsize
+        )
     return ModelShard(config, device, comm, create_cuda_ops(device, dtype, config.moe_backend))
 
 
@@ -159,9 +161,9 @@ class CapturedSteps(StepRunner):
     def __init__(self, shard: ModelShard, kv: KVPool, tables: DeviceTables, backend: Backend, max_batch: int) -> None:
         self._layers, self._backend = LayerByLayer(shard, kv, backend, tables.inputs), backend
         super().__init__(shard, kv, tables, self._layers)
-        num_rows = shard.config.max_running_requests
+        num_samples = most_samples(shard.config.max_running_requests)
         self._padding_row = tables.padding_row
-        self._out = [torch.empty(num_rows, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)]
+        self._out = [torch.empty(num_samples, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)]
         self._graphs = DecodeGraphs(self._decode, max_batch)
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from minisgl.attention.base import to_device
 from minisgl.config.runtime import EngineConfig
-from minisgl.core import StepPlan
+from minisgl.core import StepPlan, most_samples
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors, check_pages
 from minisgl.kernel.ops import RopeAngles, TorchOps
 from minisgl.kernel.sampling import NUM_WORDS, SamplingColumns
@@ -68,7 +69,7 @@ class DeviceTables:
         angles = [rope(torch.arange(config.max_seq_len + 1, device=device)) for rope in ropes]
         self._angles = [torch.cat((table.cos[:, 0], table.sin[:, 0]), -1).contiguous() for table in angles]
         num_tokens = max(config.max_prefill_length, num_rows)
-        num_words = num_rows * (NUM_WORDS + 5) + 1 + 2 * num_tokens  # `StepTensors`, and prompts and pages
+        num_words = most_samples(num_rows) * (NUM_WORDS + 5) + 1 + 2 * num_tokens  # `StepTensors`, prompts and pages
         self._staging = Staging(num_words + 2 * max(num_tokens, 64 * num_rows), device)
 
     def tensors(self, index: StepIndex) -> StepTensors:
@@ -87,13 +88,26 @@ class DeviceTables:
         entries = [first + i for first, pages in firsts for i in range(len(pages))]
         pages = [page for _, pages in firsts for page in pages]
         gained = [put(np.array(values, np.int32)) for values in (entries, pages) if values]
+        drafted = [put(values) for values in self._drafts(plan)]
         self._staging.flush()
         for row, ids in prompts:
             self.token_ids[row, : len(ids)].copy_(ids)
         if gained:
             self._ops.scatter(self.page_table, *gained)
+        if drafted:
+            self._ops.scatter(self.token_ids, *drafted)
         if plan.expected:  # it waits for the device, now and then
             check_pages(plan, self.page_table.cpu().numpy())
+
+    def write_drafts(self, plan: StepPlan) -> None:
+        self._ops.scatter(self.token_ids, *(to_device(values, self.token_ids.device) for values in self._drafts(plan)))
+
+    def _drafts(self, plan: StepPlan) -> list[npt.NDArray[np.int32]]:
+        """Their entries of the table of tokens, and what these become."""
+        width = self.token_ids.shape[1]
+        entries = [row * width + position + i for row, position, ids in plan.drafts for i in range(len(ids))]
+        ids = [token for draft in plan.drafts for token in draft.ids]
+        return [np.array(values, np.int32) for values in (entries, ids) if values]
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, list[RopeAngles]]:
         """Ids, slots and angles of a step's tokens, once its numbers were sent."""

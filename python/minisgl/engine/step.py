@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import torch
@@ -33,12 +34,15 @@ class Launched(NamedTuple):
     prompt_logprobs: DeviceLogprobs | None = None
     pooled: Mapping[int, Tensor] = {}
 
-    def result(self, step_id: int) -> StepResult:
+    def result(self, plan: StepPlan) -> StepResult:
         """Of tensors that the host can read."""
         logprobs = None if self.logprobs is None else self.logprobs.result()
         prompts = None if self.prompt_logprobs is None else self.prompt_logprobs.result()
-        token_ids: list[tuple[int, ...]] = list(zip(self.ids.tolist()))  # each request samples one
-        return StepResult(step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled))
+        token_ids: list[tuple[int, ...]] = list(zip(ids := self.ids.tolist()))
+        if plan.drafts:  # else, each request samples one
+            left, counts = iter(ids), [share.num_samples for share in plan.reqs if share.num_samples]
+            token_ids = [tuple(islice(left, count)) for count in counts]
+        return StepResult(plan.step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled))
 
 
 class Tables(Protocol):
@@ -49,7 +53,10 @@ class Tables(Protocol):
     page_table: Tensor  # [num_rows, max_pages] int32
 
     def send(self, plan: StepPlan, index: StepIndex) -> None:
-        """Send a step's numbers, and write the prompts and pages that rows gain in it."""
+        """Send a step's numbers, and write the prompts, pages and drafts that rows gain in it."""
+
+    def write_drafts(self, plan: StepPlan) -> None:
+        """Write the drafts, again: what was sampled in their places is not what comes before the later ones."""
 
     def tensors(self, index: StepIndex) -> StepTensors:
         """Where a step's numbers lie once they were sent."""
@@ -136,9 +143,13 @@ class StepRunner:
         wanted = self.tables.host.logprob_rules.sampled(rows)
         if not steps and wanted is None:
             return Launched(ids)
-        before = logits()
+        before, tensors = logits(), self.tables.tensors(index)
+        if steps and plan.drafts:
+            self.tables.write_drafts(plan)
         for step in steps:
-            self._sample_again(before, step, self.tables.tensors(index), ids)
+            self._sample_again(before, step, tensors, ids)
+        if steps and plan.drafts:
+            self.shard.ops.store_ids(self.tables.token_ids, tensors.sample_rows, tensors.sampling["position"], ids)
         if wanted is None or self.shard.comm.rank > 0:
             return Launched(ids)
         chosen = ids.index_select(0, to_device(wanted.index, ids.device))

@@ -53,7 +53,7 @@ class Pages:
     of snapshots of states; if there are any, a cached prefix is of use only up to one."""
 
     def __init__(self, config: SchedulerConfig) -> None:
-        self._page_size = config.page_size
+        self.page_size = config.page_size
         self.rows = list(range(config.max_running_requests - 1, -1, -1))  # that are free
         self.allocator = PageAllocator(config.num_pages)
         is_naive = config.cache_type == "naive" or (config.has_states and not config.num_snapshots)
@@ -96,7 +96,7 @@ class Pages:
         if self.slots:
             while (pages := match.pages) and pages[-1] not in self.snapshots:
                 pages.pop()
-            match = self.cache.match(namespace, token_ids[: len(pages) * self._page_size])
+            match = self.cache.match(namespace, token_ids[: len(pages) * self.page_size])
             if pages:
                 slot = self.snapshots[pages[-1]] = self.snapshots.pop(pages[-1])
         return match, slot
@@ -127,7 +127,7 @@ class Pages:
             known = min(req.num_computed, len(req.tokens))
             tokens = np.asarray(req.tokens[:known], np.int32)
             req.handle = self.cache.insert(req.namespace, req.handle, tokens, req.pages)
-            if self.slots and known == req.num_computed and known % self._page_size == 0 <= req.num_saved:
+            if self.slots and known == req.num_computed and known % self.page_size == 0 <= req.num_saved:
                 self.save(req)
         self.allocator.free(self.private(req))
         self.cache.unlock(req.handle)

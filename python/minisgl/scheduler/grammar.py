@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from minisgl.errors import EngineError, RequestError
 from minisgl.grammar.source import one_line
 from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
 from minisgl.message.messages import AbortMsg, DetokenizeMsg, ErrorReply, RankMsg, ResumeMsg, UserMsg
-from minisgl.scheduler.planner import Planned
+from minisgl.scheduler.plan import Planned
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
@@ -290,7 +291,7 @@ class LateMasks:
             logger.debug("no tokens come from the step before")
         return [self._grammars.all_allowed] * len(self._rows)  # the requests end with that step
 
-    def _new_ids(self, row: _Row, sampled: list[dict[int, tuple[int, ...]]]) -> list[int] | None:
+    def _new_ids(self, row: _Row, sampled: list[dict[int, list[int]]]) -> list[int] | None:
         """Tokens of the output up to the one to be sampled, that the matcher has not taken yet. The host knows the
         first of them, and the steps before have the others."""
         req = row.req
@@ -302,7 +303,7 @@ class LateMasks:
         return [token for token in ids + late[len(late) - missing :] if token >= 0]
 
 
-def _sampled(planned: Planned, handle: StepHandle) -> dict[int, tuple[int, ...]]:
+def _sampled(planned: Planned, handle: StepHandle) -> dict[int, list[int]]:
     """What a step has sampled with masks, by uid."""
-    reqs, token_ids = planned.sampling, handle.result().token_ids
-    return {reqs[i].uid: token_ids[i] for i in planned.plan.masked}
+    reqs, token_ids = planned.sampling, [*chain.from_iterable(handle.result().token_ids)]
+    return {reqs[i].uid: token_ids[i : i + 1] for i in planned.plan.masked}

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from minisgl.core import ReqOutput, StepPlan
 from minisgl.message.messages import Histogram, StatsMsg, StatsReply, UserMsg
-from minisgl.scheduler.planner import Planned, Planner
+from minisgl.scheduler.plan import Planned
+from minisgl.scheduler.planner import Planner
 
 
 class Observer:

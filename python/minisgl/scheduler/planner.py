@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import KeysView
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,71 +20,21 @@ import numpy.typing as npt
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import (
     NOT_READY,
-    Admission,
     FinishReason,
-    PageUpdate,
     Req,
     ReqOutput,
     ReqState,
     SamplingParams,
     ScheduledReq,
     StateCopy,
-    StepPlan,
     StepResult,
 )
 from minisgl.kvcache.pages import SOON, Pages
+from minisgl.scheduler.drafters import Drafter
+from minisgl.scheduler.plan import Growing, Planned
+from minisgl.scheduler.speculation import Speculation
 from minisgl.utils.fairness import FairQueue
 from minisgl.utils.math import align_down, div_ceil
-
-Shares = tuple[list[Req], list[ScheduledReq]]
-
-
-class Planned(NamedTuple):
-    """A step, and the request that each of `plan.reqs` is a share of."""
-
-    plan: StepPlan
-    reqs: list[Req]
-
-    @property
-    def sampling(self) -> list[Req]:
-        """Whose tokens the step's result has, in its order."""
-        return [req for req, share in zip(self.reqs, self.plan.reqs, strict=True) if share.num_samples]
-
-
-@dataclass(slots=True)
-class Draft:
-    """What a step has so far. budget: tokens that it may still have."""
-
-    budget: int
-    decode: Shares = field(default_factory=lambda: ([], []))
-    prefill: Shares = field(default_factory=lambda: ([], []))
-    admissions: list[Admission] = field(default_factory=list)
-
-    def admit(self, req: Req, eos: tuple[int, ...]) -> None:
-        ends = req.params.end_ids(eos) if req.params.min_tokens else ()
-        self.admissions.append(Admission(req.row, req.prefix, req.params, req.prompt_len, ends))
-
-    def planned(self, step_id: int, pages: Pages, checked: list[Req]) -> Planned:
-        """The step, with what became of pages since the one before. checked: those whose pages the engine compares."""
-        (decode, decode_shares), (prefill, prefill_shares) = self.decode, self.prefill
-        reqs = decode + prefill
-        plan = StepPlan(
-            step_id,
-            tuple(self.admissions),
-            tuple(pages.updates),
-            tuple(decode_shares + prefill_shares),
-            num_decode=len(decode),
-            copies=tuple(pages.copies),
-            expected=tuple(PageUpdate(req.row, 0, tuple(req.pages)) for req in checked),
-            states=tuple(pages.states),
-        )
-        pages.updates, pages.copies, pages.states = [], [], []
-        planned = Planned(plan, reqs)
-        if [req for req in reqs if req.params.grammar is not None]:
-            masked = tuple(i for i, req in enumerate(planned.sampling) if req.params.grammar is not None)
-            return planned._replace(plan=plan._replace(masked=masked))
-        return planned
-
 
 # Tokens of room for each running request to grow before another one is admitted; with less it is retracted soon.
 _GROWTH_TOKENS = 64
@@ -111,7 +59,7 @@ class Planner:
     The configuration must satisfy max_seq_len <= num_pages * page_size, so that any single request can run alone.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
         assert config.max_seq_len <= config.num_pages * config.page_size
         self.config = config
         self._page_size = config.page_size
@@ -121,6 +69,7 @@ class Planner:
         self.leaving: list[Req] = []  # finished or retracted, their pages still in use by steps in flight
         self.inflight: deque[Planned] = deque()
         self.pages = Pages(config)
+        self.speculation = Speculation(config, drafter)
         self._eos = frozenset(config.eos_token_ids)
         self._step_id = self._num_admitted = 0
         every = config.check_integrity  # steps; by default a walk, of 0.2 microseconds a page, takes next to no time
@@ -182,28 +131,33 @@ class Planner:
                 self._retract(req)
 
     def plan(self) -> Planned | None:
-        """The next step, or None when nothing can be computed now (nothing to do, or all pages are still in use)."""
-        draft = Draft(self.config.max_prefill_length)
+        """The next step, or None when nothing can be computed now (nothing to do, all pages are still in use, or it is
+        not known yet how far the last step gets)."""
+        if self.inflight and self.inflight[-1].plan.drafts:
+            return None
+        step = Growing(self.config.max_prefill_length)
         # What a failed request computed may still be in the cache until it is released: admit nobody onto it.
         may_admit = not any(req.failed for req in self.leaving)
         if self.waiting.is_shared and self.waiting and self.running:
             self._take_turns()
-        has_pages = self._plan_running(draft)
+        has_pages = self._plan_running(step)
         if may_admit and (has_pages or not (self.running or self.leaving)):
-            self._plan_waiting(draft)
+            self._plan_waiting(step)
             if not (self.running or self.leaving):  # who ran alone has just made way
-                self._plan_waiting(draft)
-        if not draft.decode[0] and not draft.prefill[0]:
+                self._plan_waiting(step)
+        if not step.decode[0] and not step.prefill[0]:
             return None
+        if self.speculation.is_on and step.decode[0]:
+            self.speculation.lengthen(step, self.pages)
         checked = self._check_every and self._step_id % self._check_every == 0
-        planned = draft.planned(self._step_id, self.pages, self.running if checked else [])
+        planned = step.planned(self._step_id, self.pages, self.running if checked else [])
         self.inflight.append(planned)
         self._step_id += 1
         return planned
 
-    def _plan_running(self, draft: Draft) -> bool:
+    def _plan_running(self, step: Growing) -> bool:
         """Whether there are pages for all of them."""
-        has_pages, page_size, budget, keeps_states = True, self._page_size, draft.budget, bool(self.pages.slots)
+        has_pages, page_size, budget, keeps_states = True, self._page_size, step.budget, bool(self.pages.slots)
         for req in self.running:  # a retraction takes requests off the end, never from before this one
             num_tokens, start = req.num_tokens, req.num_computed
             if num_tokens >= req.max_len or num_tokens == start or req.held:
@@ -221,24 +175,24 @@ class Planner:
                 has_pages = False
                 continue
             budget -= num_new * cost
-            self._schedule(req, num_new, draft)
-        draft.budget = budget
+            self._schedule(req, num_new, step)
+        step.budget = budget
         return has_pages
 
-    def _plan_waiting(self, draft: Draft) -> None:
-        while draft.budget > 0 and self.waiting:
+    def _plan_waiting(self, step: Growing) -> None:
+        while step.budget > 0 and self.waiting:
             req = self._next_waiting()
-            num_new = self._admit(req, draft.budget) if self.pages.rows else 0
+            num_new = self._admit(req, step.budget) if self.pages.rows else 0
             if num_new <= 0:
                 if num_new or not self.pages.rows:
                     self._make_way(req, -num_new)
                 break
-            draft.admit(req, self.config.eos_token_ids)
+            step.admit(req, self.config.eos_token_ids)
             is_whole = req.num_computed + num_new in (req.num_tokens, *req.borders[-1:])
-            draft.budget = draft.budget - num_new * _cost(req) if is_whole else 0
-            self._schedule(req, num_new, draft)
+            step.budget = step.budget - num_new * _cost(req) if is_whole else 0
+            self._schedule(req, num_new, step)
 
-    def _schedule(self, req: Req, num_new: int, draft: Draft) -> None:
+    def _schedule(self, req: Req, num_new: int, step: Growing) -> None:
         start = req.num_computed
         end = req.num_computed = start + num_new
         req.num_inflight += 1
@@ -247,7 +201,7 @@ class Planner:
             self.pages.share(req, end)
         req.num_tokens += num_samples
         req.held = req.paced and num_samples > 0
-        reqs, shares = draft.decode if num_new == num_samples else draft.prefill
+        reqs, shares = step.decode if num_new == num_samples else step.prefill
         reqs.append(req)
         shares.append(ScheduledReq(req.row, start, num_new, num_samples))
 
@@ -256,7 +210,8 @@ class Planner:
         plan, reqs = self.inflight.popleft()
         assert plan.step_id == result.step_id, f"step {result.step_id} retired, {plan.step_id} expected"
         outputs: list[ReqOutput] = []
-        token_ids = iter(enumerate(result.token_ids))
+        token_ids, sample = iter(result.token_ids), 0
+        drafts = {draft.row: draft.ids for draft in plan.drafts}
         for index, (req, scheduled) in enumerate(zip(reqs, plan.reqs, strict=True)):
             req.num_inflight -= 1
             if result.prompt_logprobs is not None and index in result.prompt_logprobs:
@@ -265,13 +220,14 @@ class Planner:
                 end = ReqOutput(req, (), FinishReason.STOP, pooled=vector)
                 outputs.append(self._finish(end) if vector else self._accept(req, -1))
             if scheduled.num_samples:
-                sample, (token_id,) = next(token_ids)
+                ids = next(token_ids)
                 if req.num_stale:
                     req.num_stale -= 1
                 elif req.state is not ReqState.FINISHED:
-                    output = self._sit_out(req) if token_id == NOT_READY else self._accept(req, token_id)
-                    has_more = token_id != NOT_READY and (result.logprobs is not None or req.prompt_logprobs)
+                    output = self._accept_run(req, ids, drafts.get(scheduled.row, ()))
+                    has_more = ids[0] != NOT_READY and (result.logprobs is not None or req.prompt_logprobs)
                     outputs.append(output.with_logprobs(result, sample) if has_more else output)
+                sample += len(ids)
         self._release_leaving()
         return outputs
 
@@ -415,6 +371,17 @@ class Planner:
         req.num_stale, req.held, req.num_saved = req.num_inflight, True, -1
         return ReqOutput(req, ())
 
+    def _accept_run(self, req: Req, ids: tuple[int, ...], draft: tuple[int, ...]) -> ReqOutput:
+        """The tokens that a step has sampled: the first, and each one before which the draft was right."""
+        output = self._sit_out(req) if ids[0] == NOT_READY else self._accept(req, ids[0])
+        for guessed, sampled, token_id in zip(draft, ids, ids[1:], strict=False):
+            if guessed != sampled or token_id == NOT_READY or output.finish_reason is not None:
+                break
+            req.num_tokens, req.num_computed = req.num_tokens + 1, req.num_computed + 1
+            more = self._accept(req, token_id)
+            output = more._replace(token_ids=output.token_ids + more.token_ids)
+        return output
+
     def _accept(self, req: Req, token_id: int) -> ReqOutput:
         if token_id < 0:
             error = "the model's output was not finite (NaN or infinity)"
@@ -447,6 +414,7 @@ class Planner:
         """The request's last output, now that it has ended."""
         req = output.req
         del self.reqs[req.uid]
+        self.speculation.forget(req.uid)
         if req.state is ReqState.WAITING:
             self.waiting.remove(req.params.client, req.uid)
         elif not req.retracted:

@@ -16,7 +16,8 @@ import numpy as np
 from minisgl.benchmark.metrics import Record
 from minisgl.cluster.router import Placed, PrefixRouter, Prompt, text_blocks, wanted_replicas
 from minisgl.core import ReqOutput, SamplingParams, StepResult
-from minisgl.scheduler.planner import Planned, Planner
+from minisgl.scheduler.plan import Planned
+from minisgl.scheduler.planner import Planner
 from minisgl.simulate.times import Served
 from minisgl.simulate.workload import Request, Session
 
@@ -122,9 +123,8 @@ class Simulation:
         in_use = sum(1 - replica.planner.pages.num_free / num_pages for replica in self._serving.values())
         wanted = wanted_replicas(sum(self._router.loads.values()), in_use)
         if wanted < len(self._serving) > 1:
-            _, replica = self._serving.popitem()
+            self._serving.popitem()[1].ended = now
             self._router.set_replicas(self._serving)
-            replica.ended = now
         missing = max(0, min(wanted, self._num_replicas) - len(self._serving))
         if self._events:
             self._at(now + _LOOK_SECONDS, partial(self._scale, missing))

@@ -12,7 +12,8 @@ import msgspec
 from minisgl.core import Req, ReqOutput, StepPlan
 from minisgl.message.messages import TraceMsg, TraceReply, UserMsg
 from minisgl.scheduler.observer import Observer
-from minisgl.scheduler.planner import Planned, Planner
+from minisgl.scheduler.plan import Planned
+from minisgl.scheduler.planner import Planner
 from minisgl.trace.records import Event, Output, Recorded, Step, encode_recorded
 from minisgl.trace.snapshot import look, page_counts
 
@@ -74,7 +75,7 @@ class Recorder(Observer):
             part = (now, plan.step_id, share.row, share.start, share.num_new)
             if share.row in admitted:
                 self._admit(output, Event("admitted", *part), share.start)
-            if index >= plan.num_decode:
+            if index >= plan.num_decode and share.num_samples < 2:  # else, it verifies a draft
                 output.num_chunks += 1
                 _add(output, Event("prefill", *part))
             elif is_sampled:

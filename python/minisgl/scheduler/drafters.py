@@ -1,0 +1,70 @@
+"""Where drafts come from: guesses of a request's next tokens, which the next step verifies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from minisgl.core import Req
+
+MIN_MATCH, MAX_MATCH = 2, 16  # tokens that have to come again, and how many are looked at
+
+
+class Drafter(Protocol):
+    """A function of the calls made, the same on every rank: no clock, no randomness. It must be quick."""
+
+    def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
+        """At most `most` tokens that may follow those of `req` that are known and `num_pending` (0 or 1) more that are
+        sampled by a step in flight. What it raises switches it off for the request."""
+
+    def forget(self, uid: int) -> None:
+        """A request has ended, which it may never have seen."""
+
+
+class _Text:
+    """The tokens of one request in an array that has room for more."""
+
+    def __init__(self, req: Req) -> None:
+        self._ids, self._size = np.empty(2 * len(req.tokens) + 64, np.int32), 0
+
+    def of(self, req: Req) -> npt.NDArray[np.int32]:
+        size, known = len(req.tokens), self._size
+        if size > len(self._ids):
+            self._ids = np.concatenate((self._ids[:known], np.empty(size, np.int32)))
+        self._ids[known:size] = req.tokens[known:]
+        self._size = size
+        return self._ids[:size]
+
+
+class NgramDrafter:
+    """What followed the last tokens when they came before, in the prompt or the output ("prompt lookup"): of the places
+    where most of them did, the last. A search looks at all tokens, at some gigabytes per second."""
+
+    def __init__(self) -> None:
+        self._texts: dict[int, _Text] = {}
+
+    def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
+        if (text := self._texts.get(req.uid)) is None:
+            text = self._texts[req.uid] = _Text(req)
+        ids = text.of(req)
+        end = find_repeated(ids)
+        return ids[end + num_pending : end + num_pending + most].tolist() if end else ()
+
+    def forget(self, uid: int) -> None:
+        self._texts.pop(uid, None)
+
+
+def find_repeated(ids: npt.NDArray[np.int32]) -> int:
+    """Where the longest suffix of `ids` that also occurs earlier ends there, the last time; 0: nowhere."""
+    size = len(ids)
+    ends = np.flatnonzero(ids[: size - 1] == ids[-1]) + 1
+    for length in range(1, min(MAX_MATCH, size - 1)):
+        longer = ends[ids[ends - length - 1] == ids[-length - 1]] if len(ends) else ends
+        longer = longer[longer > length]  # index -1 and below it is the end of the text
+        if not len(longer):
+            return int(ends[-1]) if length >= MIN_MATCH else 0
+        ends = longer
+    return int(ends[-1]) if len(ends) and size > MIN_MATCH else 0

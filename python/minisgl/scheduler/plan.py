@@ -1,0 +1,61 @@
+"""A step as the planner makes it: its shares while they are found, and the whole with the requests that it is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from minisgl.core import Admission, Draft, PageUpdate, Req, ScheduledReq, StepPlan
+from minisgl.kvcache.pages import Pages
+
+Shares = tuple[list[Req], list[ScheduledReq]]
+
+
+class Planned(NamedTuple):
+    """A step, and the request that each of `plan.reqs` is a share of."""
+
+    plan: StepPlan
+    reqs: list[Req]
+
+    @property
+    def sampling(self) -> list[Req]:
+        """Whose the step's samples are, in their order."""
+        shares = zip(self.reqs, self.plan.reqs, strict=True)
+        return [req for req, share in shares for _ in range(share.num_samples)]
+
+
+@dataclass(slots=True)
+class Growing:
+    """What a step has so far. budget: tokens that it may still have."""
+
+    budget: int
+    decode: Shares = field(default_factory=lambda: ([], []))
+    prefill: Shares = field(default_factory=lambda: ([], []))
+    admissions: list[Admission] = field(default_factory=list)
+    drafts: list[Draft] = field(default_factory=list)
+
+    def admit(self, req: Req, eos: tuple[int, ...]) -> None:
+        ends = req.params.end_ids(eos) if req.params.min_tokens else ()
+        self.admissions.append(Admission(req.row, req.prefix, req.params, req.prompt_len, ends))
+
+    def planned(self, step_id: int, pages: Pages, checked: list[Req]) -> Planned:
+        """The step, with what became of pages since the one before. checked: those whose pages the engine compares."""
+        (decode, decode_shares), (prefill, prefill_shares) = self.decode, self.prefill
+        reqs = decode + prefill
+        plan = StepPlan(
+            step_id,
+            tuple(self.admissions),
+            tuple(pages.updates),
+            tuple(decode_shares + prefill_shares),
+            num_decode=len(decode),
+            copies=tuple(pages.copies),
+            expected=tuple(PageUpdate(req.row, 0, tuple(req.pages)) for req in checked),
+            states=tuple(pages.states),
+            drafts=tuple(self.drafts),
+        )
+        pages.updates, pages.copies, pages.states = [], [], []
+        planned = Planned(plan, reqs)
+        if [req for req in reqs if req.params.grammar is not None]:
+            masked = tuple(i for i, req in enumerate(planned.sampling) if req.params.grammar is not None)
+            return planned._replace(plan=plan._replace(masked=masked))
+        return planned

@@ -1,0 +1,109 @@
+"""The output is the same with drafts and without, whatever these are: noise, right, right up to somewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from minisgl.config.runtime import SchedulerConfig
+from minisgl.core import Executor, Req, ReqOutput, SamplingParams
+from minisgl.engine.engine import create_engine
+from minisgl.scheduler.drafters import Drafter, NgramDrafter
+from minisgl.scheduler.planner import Planner
+from tests.driver import CPU_KERNELS, engine_config
+from tests.models import random_prompt, tiny_model
+
+NUM_TOKENS = 40
+PLAIN = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, seed=0, ignore_eos=True)
+REQUESTS = [
+    PLAIN,
+    replace(PLAIN, temperature=1.0, seed=7),
+    replace(PLAIN, temperature=0.6, seed=5, top_p=0.8, top_k=40, logprobs=2),
+    replace(PLAIN, repetition_penalty=1.3, frequency_penalty=0.6),
+    replace(PLAIN, temperature=0.9, presence_penalty=1.0, seed=3, logprobs=0, prompt_logprobs=1),
+    replace(PLAIN, logit_bias=((5, 2.0), (9, -3.0))),
+    replace(PLAIN, ignore_eos=False, stop_token_ids=tuple(range(0, 256, 3)), min_tokens=9),
+]
+SETUPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "layer by layer": ("llama", {}),
+    "whole steps": ("qwen3", CPU_KERNELS),
+    "experts": ("qwen3_moe", CPU_KERNELS),
+}
+
+
+class Setup(NamedTuple):
+    engine: Executor
+    config: SchedulerConfig
+    expected: list[list[ReqOutput]]  # without drafts
+
+
+class Knowing(Drafter):
+    """Knows what will be generated; of a draft so many tokens are right."""
+
+    def __init__(self, truth: Mapping[int, list[int]], num_right: Callable[[int], int]) -> None:
+        self._truth, self._num_right = truth, num_right
+
+    def propose(self, req: Req, num_pending: int, most: int) -> list[int]:
+        begin = len(req.tokens) - req.prompt_len + num_pending
+        ids = self._truth[req.uid][begin : begin + most]
+        right = self._num_right(begin)
+        return [token if i < right else (token + 1) % 256 for i, token in enumerate(ids)]
+
+    def forget(self, uid: int) -> None:
+        pass
+
+
+def run(engine: Executor, config: SchedulerConfig, drafter: Drafter | None) -> tuple[list[list[ReqOutput]], int]:
+    """What each request is told, and the number of steps."""
+    planner, handles, num_steps = Planner(config, drafter), list[Any](), 0
+    told: list[list[ReqOutput]] = [[] for _ in REQUESTS]
+    for uid, params in enumerate(REQUESTS):
+        assert not planner.add(uid, random_prompt(5 + 9 * uid, seed=uid), params)
+    while not planner.is_idle:
+        if (planned := planner.plan()) is not None:
+            handles.append(engine.submit(planned.plan))
+            num_steps += 1
+        while len(handles) > (planned is not None):
+            for output in planner.retire(handles.pop(0).result()):
+                told[output.req.uid].append(output)
+    return told, num_steps
+
+
+def ids_of(outputs: list[ReqOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+@pytest.fixture(scope="module", params=[*SETUPS])
+def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
+    family, kernels = SETUPS[request.param]
+    config = engine_config(tiny_model(family), page_size=4, num_pages=256, max_running_requests=64, **kernels)
+    rows, chunk, longest = config.max_running_requests, 64, config.max_seq_len
+    planning = SchedulerConfig(rows, chunk, longest, 256, 4, check_integrity=1, integrity_fatal=True)
+    engine = create_engine(config)
+    yield Setup(engine, planning, run(engine, planning, None)[0])
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", ["right", "noise", "some", "ngram"])
+def test_drafts_change_nothing(setup: Setup, kind: str) -> None:
+    truth = {uid: ids_of(outputs) for uid, outputs in enumerate(setup.expected)}
+    lengths: dict[str, Callable[[int], int]] = {
+        "right": lambda _: 64,
+        "noise": lambda _: 0,
+        "some": lambda n: n * 7 % 5,
+    }
+    drafter = Knowing(truth, lengths[kind]) if kind in lengths else NgramDrafter()
+    told, num_steps = run(setup.engine, setup.config, drafter)
+    for outputs, expected in zip(told, setup.expected, strict=True):
+        assert ids_of(outputs) == ids_of(expected)
+        assert outputs[-1].finish_reason is expected[-1].finish_reason
+        parts, wanted = ([p for one in some for p in one.logprobs] for some in (outputs, expected))
+        assert len(parts) == len(wanted) == (0 if outputs[0].req.params.logprobs is None else len(ids_of(outputs)))
+        for part, one in zip(parts, wanted, strict=True):
+            np.testing.assert_allclose(part.chosen, one.chosen, atol=1e-4)
+            np.testing.assert_array_equal(part.top_ids, one.top_ids)
+    assert kind != "right" or num_steps < NUM_TOKENS // 2
