@@ -92,7 +92,7 @@ class SimulatedEngine:
     def _vectors(self, plan: StepPlan) -> dict[int, bytes]:
         """Of a prompt's mean all its tokens as they were computed, else the one that would come next."""
         vectors = {}
-        for i, (row, start, num_new, num_samples) in enumerate(plan.reqs):
+        for i, (row, start, num_new, num_samples, _) in enumerate(plan.reqs):
             kind, prompt_len, seen = self._pooled[row]
             ids = tuple(self._tokens[row, : start + num_new].tolist())
             seen += ids[start:]
@@ -104,7 +104,7 @@ class SimulatedEngine:
 
     def _run(self, plan: StepPlan) -> list[tuple[int, ...]]:
         self._copy(plan)
-        for row, start, num_new, _ in plan.reqs:
+        for row, start, num_new, _, _ in plan.reqs:
             ids = tuple(self._tokens[row, : start + num_new].tolist())
             assert -1 not in ids, "a token is computed before it is known"
             for position in range(start, start + num_new):
@@ -115,7 +115,7 @@ class SimulatedEngine:
                 assert seen == known, "a state has seen other tokens than its sequence's"
                 self._states[row] = self._salts[row], ids
         sampled: list[tuple[int, ...]] = []
-        for row, start, num_new, num_samples in plan.reqs:
+        for row, start, num_new, num_samples, _ in plan.reqs:
             end = start + num_new
             ids = tuple(self._tokens[row, :end].tolist())
             for position in range(end):
@@ -152,7 +152,7 @@ class SimulatedEngine:
 
     def _run_broken(self, plan: StepPlan) -> list[tuple[int, ...]]:
         self._copy(plan)
-        for row, start, num_new, num_samples in plan.reqs:
+        for row, start, num_new, num_samples, _ in plan.reqs:
             for position in range(start, start + num_new):
                 self._kv[self._slot(row, position)] = "", (-1,)
             self._states[row] = "", (-1,)

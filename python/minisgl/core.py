@@ -249,13 +249,15 @@ class ScheduledReq(NamedTuple):
 
     The ids come from the engine's token buffer at [row, start : start + num_new]. Each of the last `num_samples` of
     them (one, and one for each drafted token; none in prefill chunks but the last) yields the token at the position
-    after it, which the engine writes into the buffer. A request for a vector has none.
+    after it, which the engine writes into the buffer. A request for a vector has none. Of so many tokens behind those
+    the engine tells what they may be: its `num_drafts`, for which the row has pages.
     """
 
     row: int
     start: int
     num_new: int
     num_samples: int
+    num_drafts: int = 0
 
 
 class Draft(NamedTuple):
@@ -318,6 +320,11 @@ class StepPlan(NamedTuple):
         return sum(req.num_new for req in self.reqs)
 
     @property
+    def is_open(self) -> bool:
+        """How far its requests get, and what may come next, is not known before its result is."""
+        return bool(self.drafts) or any(req.num_drafts for req in self.reqs)
+
+    @property
     def is_decode_only(self) -> bool:
         return self.num_decode == len(self.reqs)
 
@@ -337,6 +344,7 @@ class StepResult(NamedTuple):
     Log-probabilities are there on rank 0, for the requests that want them: of sampled tokens by their number among the
     step's samples; of the prompt tokens from start + 1 to start + num_new, as far as they are prompt, by index into the
     plan's requests. pooled: on all ranks, of the requests for vectors whose prompts end, float32; b"": not finite.
+    drafts: on all ranks, what may follow the last token that is kept, by index into the plan's requests.
     """
 
     step_id: int
@@ -344,6 +352,7 @@ class StepResult(NamedTuple):
     logprobs: dict[int, TokenLogprobs] | None = None
     prompt_logprobs: dict[int, TokenLogprobs] | None = None
     pooled: Mapping[int, bytes] = {}
+    drafts: Mapping[int, list[int]] = {}
 
 
 class StepHandle(Protocol):

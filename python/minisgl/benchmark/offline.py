@@ -202,7 +202,7 @@ class Run:
             outputs += [ended.output() for ended in llm.turn()]
             last, begun = time.perf_counter(), last
             if plan is not None:
-                self.shares.append(([(start, num_new) for _, start, num_new, _ in plan.reqs], last - begun))
+                self.shares.append(([(req.start, req.num_new) for req in plan.reqs], last - begun))
         return outputs
 
     def _floors(self, args: argparse.Namespace) -> tuple[float | None, float | None, str | None]:

@@ -110,9 +110,12 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
     """
     device, tp_size, dtype = choose_device(args, machine), args.tensor_parallel_size, args.dtype or model.dtype
     num_snapshots = args.num_state_snapshots or max(16, args.max_running_requests)
+    if args.speculate == "mtp" and (model.mtp is None or device == "cuda"):
+        problem = f"{path} has no head for it" if model.mtp is None else "it computes on CPUs only, so far"
+        raise ConfigError(f"--speculate mtp: {problem}; choose ngram, or off")
     wanted = EngineConfig(
         model_path=path,
-        model=model,
+        model=model if args.speculate == "mtp" else replace(model, mtp=None),
         dtype=dtype,
         device=device,
         tp_size=tp_size,

@@ -116,6 +116,7 @@ def parse_model_config(f: Fields) -> ModelConfig:
         specs.AttentionSpec(state or cache, window, rope, *kind)
         for state, window, rope in zip(states, windows, rope_of_layer, strict=True)
     )
+    layers = tuple(LayerSpec(spec, mlp, norms) for spec, mlp in zip(attentions, mlps, strict=True))
     eps = f.number(family.eps, default(family.eps, 1e-6), above=0)
     tied = f.boolean("tie_word_embeddings", default("tie_word_embeddings", False))
     return ModelConfig(
@@ -132,12 +133,23 @@ def parse_model_config(f: Fields) -> ModelConfig:
         o_bias=family.has(f, family.o_bias),
         dtype=_dtype(f),
         packed_bytes=f.integer("packed_bytes", 0, most=MAX_BYTES),
-        layers=tuple(LayerSpec(spec, mlp, norms) for spec, mlp in zip(attentions, mlps, strict=True)),
+        layers=layers,
+        mtp=_mtp(f, layers),
         norm_offset=family.norm_offset,
         embedding_scale=embedding / residual,
         logit_scale=logits,
         logit_softcap=caps[1],
     )
+
+
+def _mtp(f: Fields, layers: Sequence[LayerSpec]) -> LayerSpec | None:
+    """The layer of a head for multi-token prediction, if there is one: as the last that has keys and values."""
+    if f.integer("mtp_num_hidden_layers", 0, 0) != 1:
+        return None
+    spec = [layer for layer in layers if isinstance(layer.attention.cache, specs.PagedKV)][-1]
+    if (size := f.integer("mtp_intermediate_size", 0, 0)) and isinstance(spec.mlp, DenseMLP):
+        spec = replace(spec, mlp=replace(spec.mlp, intermediate_size=size))
+    return spec
 
 
 def _text_model(f: Fields, family: Family) -> tuple[Fields, Family]:

@@ -152,14 +152,20 @@ class ModelConfig:
     logit_scale: float = 1.0
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
     pooling: Pooling | None = None  # what is made of hidden states; None: nothing
+    mtp: LayerSpec | None = None  # of the head that foretells tokens; None: there is none, or it is not used
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
 
     @property
+    def cached_layers(self) -> tuple[LayerSpec, ...]:
+        """All that have a cache, in the order of their caches."""
+        return self.layers if self.mtp is None else (*self.layers, self.mtp)
+
+    @property
     def paged(self) -> list[PagedKV]:
-        return [cache for layer in self.layers if isinstance(cache := layer.attention.cache, PagedKV)]
+        return [cache for layer in self.cached_layers if isinstance(cache := layer.attention.cache, PagedKV)]
 
     @property
     def num_kv_heads(self) -> int:
@@ -187,7 +193,7 @@ class ModelConfig:
         params += sum(cache.local_size(tp_size) for cache in self.paged) * self.hidden_size
         params += sum(state.num_weights(self.hidden_size, tp_size) for state in self.states)
         queries = self.num_qo_heads * self.head_dim * self.hidden_size // tp_size
-        for layer in self.layers:
+        for layer in self.cached_layers:
             params += layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
             params += queries * (2 + layer.attention.gated) * isinstance(layer.attention.cache, PagedKV)
         return int(params * {**KV_BYTES, "int4": 0.75}[dtype])

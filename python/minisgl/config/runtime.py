@@ -80,8 +80,8 @@ class SchedulerConfig:
     has_states: bool = False  # the model has caches that are states
     num_snapshots: int = 0  # of these, which the prefix cache may hold
     snapshot_tokens: int = 64  # between two of them, at least
-    speculate: str = "off"  # "off" | "ngram"
-    speculate_tokens: int = 8  # of a request that a step may verify, at most
+    speculate: str = "off"  # "off" | "ngram" | "mtp"
+    speculate_tokens: int | None = None  # of a request that a step may verify, at most; None: by kind
     kv_events_endpoint: tuple[str, ...] = ()  # of ZeroMQ: for events of the prefix cache, and for those missed
 
 

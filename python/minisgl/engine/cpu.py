@@ -7,6 +7,7 @@ import os
 import queue
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent import futures
 from functools import partial
 from typing import cast
@@ -19,6 +20,7 @@ from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import Masks, StepPlan, StepResult
 from minisgl.distributed.comm import Communicator, GlooCommunicator, Rendezvous
+from minisgl.engine.draft import HeadDrafter
 from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.step import LayerByLayer, StepRunner
@@ -122,17 +124,20 @@ def create_steps(config: EngineConfig, rank: int) -> StepRunner:
     shard = ModelShard(config, torch.device("cpu"), comm, kernels or TorchOps())
     kv, tables = shard.create_kv(config.num_pages), CpuTables(config)
     uses_kernels = (config.prefill_backend, config.decode_backend) == ("cpu", "cpu")
-    if kernels is None or not uses_kernels:
-        backend = shard.create_attention()
-    elif comm.size == 1 and (specs := shard.model.cpu_specs()) is not None:
-        return StepRunner(shard, kv, tables, WholeStep(shard, kv, tables, kernels, specs))
-    else:
-        backend = cast(Backend, CpuBackend(kernels))
+    own = kernels if uses_kernels else None
+    backend = shard.create_attention() if own is None else cast(Backend, CpuBackend(own))
 
     def inputs(batch: Batch) -> tuple[Tensor, Tensor, list[RopeAngles]]:
         return *tables.inputs(batch), [rope(batch.tensors.positions) for rope in shard.ropes]
 
-    return StepRunner(shard, kv, tables, LayerByLayer(shard, kv, backend, inputs))
+    layers = LayerByLayer(shard, kv, backend, inputs)
+    forward: Callable[[Batch], Computed] = layers
+    if own is not None and comm.size == 1 and (specs := shard.model.cpu_specs()) is not None:
+        forward = WholeStep(shard, kv, tables, own, specs)
+    steps = StepRunner(shard, kv, tables, forward)
+    if shard.mtp is not None:
+        steps.drafter = HeadDrafter(shard.mtp, steps, layers)
+    return steps
 
 
 class CpuHandle(futures.Future[StepResult]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from itertools import chain
 
 import torch
 
@@ -18,6 +19,7 @@ from minisgl.layers.base import LayerEnv
 from minisgl.layers.rope import RotaryEmbedding
 from minisgl.models.checkpoint import Checkpoint, fill_random, load_weights
 from minisgl.models.decoder import DecoderModel
+from minisgl.models.mtp import MTPHead
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +38,12 @@ class ModelShard:
             weight_format = create_format(config, device, checkpoint.header() if checkpoint else {})
             env = LayerEnv(comm, ops, DTYPES[config.dtype], device, weight_format)
             self.model = DecoderModel(env, checkpoint.untied(config.model) if checkpoint else config.model)
+            self.mtp = None if self.model.config.mtp is None else MTPHead(env, self.model)
+            parts = chain(self.model.parts(), self.mtp.parts() if self.mtp else ())
             if checkpoint:
-                load_weights(self.model.parts(), checkpoint)
+                load_weights(parts, checkpoint)
             else:
-                fill_random(self.model.parts(), config.seed)
+                fill_random(parts, config.seed)
             size = config.model.head_dim, device, config.max_seq_len
             self.ropes = [RotaryEmbedding(rope, *size) for rope in config.model.ropes]
         logger.info("weights ready after %.1f s", time.perf_counter() - start)

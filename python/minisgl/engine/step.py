@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -22,6 +23,9 @@ from minisgl.kernel.state import StateSequences
 from minisgl.kvcache.pool import KVPool
 
 Tensor = torch.Tensor
+
+logger = logging.getLogger(__name__)
+
 # Ids, slots and angles of a step's tokens.
 Inputs = Callable[[Batch], tuple[Tensor, Tensor, Sequence[RopeAngles]]]
 
@@ -33,6 +37,7 @@ class Launched(NamedTuple):
     logprobs: DeviceLogprobs | None = None
     prompt_logprobs: DeviceLogprobs | None = None
     pooled: Mapping[int, Tensor] = {}
+    drafts: Mapping[int, list[int]] = {}
 
     def result(self, plan: StepPlan) -> StepResult:
         """Of tensors that the host can read."""
@@ -42,7 +47,7 @@ class Launched(NamedTuple):
         if plan.drafts:  # else, each request samples one
             left, counts = iter(ids), [share.num_samples for share in plan.reqs if share.num_samples]
             token_ids = [tuple(islice(left, count)) for count in counts]
-        return StepResult(plan.step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled))
+        return StepResult(plan.step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled), self.drafts)
 
 
 class Tables(Protocol):
@@ -73,13 +78,27 @@ class LayerByLayer:
 
     def run(self, batch: Batch, metadata: object) -> Computed:
         input_ids, slots, ropes = self._inputs(batch)
-        seqs = StateSequences(batch.tensors.rows, batch.tensors.cu_q)
-        at = slots, batch.tensors.positions
-        hidden = self._model.hidden(input_ids, StepContext(*at, ropes, self._kv, self._backend, metadata, seqs))
+        hidden = self._model.hidden(input_ids, self._context(batch, metadata, slots, ropes))
         return Computed(
             lambda tokens: self._model.logits(hidden, batch.logit_tokens if tokens is None else tokens),
             lambda tokens: hidden.index_select(0, tokens),
         )
+
+    def context(self, batch: Batch) -> StepContext:
+        """For layers that are computed beside the model's."""
+        _, slots, ropes = self._inputs(batch)
+        return self._context(batch, self._backend.prepare(batch.attention, captured=False), slots, ropes)
+
+    def _context(self, batch: Batch, metadata: object, slots: Tensor, ropes: Sequence[RopeAngles]) -> StepContext:
+        seqs = StateSequences(batch.tensors.rows, batch.tensors.cu_q)
+        return StepContext(slots, batch.tensors.positions, ropes, self._kv, self._backend, metadata, seqs)
+
+
+class Drafter(Protocol):
+    """Says what may come next."""
+
+    def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Mapping[int, list[int]]:
+        """`StepResult.drafts` of a step that has sampled `ids`, before the next one is launched."""
 
 
 class StepRunner:
@@ -87,6 +106,7 @@ class StepRunner:
 
     def __init__(self, shard: ModelShard, kv: KVPool, tables: Tables, forward: Callable[[Batch], Computed]) -> None:
         self.shard, self.kv, self.tables, self.forward = shard, kv, tables, forward
+        self.drafter: Drafter | None = None
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         self.tables.host.apply(plan)
@@ -106,10 +126,20 @@ class StepRunner:
         pooled = self.tables.host.pooled.take(plan.reqs, index.offsets, computed, self.shard)
         logits = computed.logits(None)
         if not len(logits):
-            return Launched(self.tables.token_ids[0, :0], None, prompts, pooled)
+            ids = self.tables.token_ids[0, :0]
+            return Launched(ids, None, prompts, pooled, self._drafts(plan, batch, computed, ids))
         ids = self._sample(logits, batch.tensors.sampling, batch.tensors.sample_rows)
         launched = self._finish(plan, masks, index, ids, lambda: logits)
-        return launched._replace(prompt_logprobs=prompts, pooled=pooled)
+        drafts = self._drafts(plan, batch, computed, launched.ids)
+        return launched._replace(prompt_logprobs=prompts, pooled=pooled, drafts=drafts)
+
+    def _drafts(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Mapping[int, list[int]]:
+        try:
+            return {} if self.drafter is None else self.drafter.propose(plan, batch, computed, ids)
+        except Exception:
+            logger.exception("there are no more drafts: their drafter has failed")
+            self.drafter = None
+            return {}
 
     def batch(self, index: StepIndex, num_decode: int) -> Batch:
         """Of a step whose numbers were sent."""

@@ -36,7 +36,7 @@ class KVPool:
     ) -> None:
         self.states = states
         self._layers: dict[int, LayerCache] = {}
-        for index, spec in enumerate(model.layers):
+        for index, spec in enumerate(model.cached_layers):
             if isinstance(cache := spec.attention.cache, PagedKV):
                 more = SCALE_BYTES if dtype == torch.int8 else 0
                 shapes = ((num_slots, cache.local_heads(tp_size), dim + more) for dim in (cache.k_dim, cache.v_dim))

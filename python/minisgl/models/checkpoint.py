@@ -39,7 +39,7 @@ _STACK = re.compile(r"(.*\.experts\.)((?:gate|up|down|gate_up)_proj)(?:\.(\w+)|(
 # Buffers that follow from the configuration, and state of training; scales of activations.
 _IGNORED = re.compile(
     r"(^|\.)(rotary(_pos)?_emb\..*|position_ids|masked_bias|(self_)?attn\.bias|_extra_state|"
-    r"weight_shape|input_scale|input_zero_point)$"
+    r"weight_shape|input_scale|input_zero_point)$|^mtp\."  # the latter where they are not used
 )
 _QUANTIZED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_(scale|packed|zero_point).*|absmax|quant_map|SCB)$")
 _INNER = {"1": ".gate_proj", "2": ".down_proj", "3": ".up_proj"}

@@ -58,7 +58,7 @@ class DecoderModel:
     """Token ids to logits."""
 
     def __init__(self, env: LayerEnv, config: ModelConfig) -> None:
-        self._config, self._eps = config, config.rms_norm_eps
+        self.config, self._eps = config, config.rms_norm_eps
         self.embed_tokens = VocabTable(env, config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(env, config, i) for i in range(config.num_layers)]
         self.norm = env.vector(config.hidden_size)
@@ -72,19 +72,23 @@ class DecoderModel:
     def hidden(self, input_ids: Tensor, step: StepContext) -> Tensor:
         """input_ids: [num_tokens] int64 → the residual stream after the last layer: [num_tokens, hidden]."""
         x = self.embed_tokens.forward(input_ids)
-        if self._config.embedding_scale != 1:
-            x *= self._config.embedding_scale
+        if self.config.embedding_scale != 1:
+            x *= self.config.embedding_scale
         for layer in self.layers:
             x = layer.forward(x, step)
         return x
 
     def pooled(self, x: Tensor, kind: str) -> Tensor:
         """x: rows of `hidden`'s result → behind the last norm, [n, hidden] float32; if kind is "score", [n, labels]."""
-        labels = self._config.pooling.label_ids if self._config.pooling is not None else ()
+        labels = self.config.pooling.label_ids if self.config.pooling is not None else ()
         if kind == "score" and labels:
             return self.logits(x, None)[:, list(labels)].float()
-        states = self._ops.rms_norm(x, self.norm, self._eps).float() / self._config.logit_scale
+        states = self.normed(x).float() / self.config.logit_scale
         return states if self.score is None else states @ self.score.float().T
+
+    def normed(self, x: Tensor) -> Tensor:
+        """x: rows of `hidden`'s result → behind the last norm."""
+        return self._ops.rms_norm(x, self.norm, self._eps)
 
     def logits(self, x: Tensor, logit_tokens: Tensor | None) -> Tensor:
         """x: `hidden`'s result; logit_tokens: [n] int64, of those whose logits are wanted (None: all) → [n, vocab_size]
@@ -92,12 +96,12 @@ class DecoderModel:
         if logit_tokens is not None:
             x = x.index_select(0, logit_tokens)
         if not len(x):
-            return x.new_empty(0, self._config.vocab_size)
+            return x.new_empty(0, self.config.vocab_size)
         return self.capped(self.lm_head.logits(x, self.norm, self._eps))
 
     def capped(self, logits: Tensor) -> Tensor:
         """logits: changed in place."""
-        cap = self._config.logit_softcap
+        cap = self.config.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def parts(self) -> Iterator[Part]:
@@ -105,10 +109,10 @@ class DecoderModel:
         yield Part([*self.embed_tokens.weights("model.embed_tokens.")], self.embed_tokens.pack)
         for i, layer in enumerate(self.layers):
             yield Part([*layer.weights(f"model.layers.{i}.")], layer.pack)
-        last = whole("model.norm.weight", self.norm, self._config.norm_offset, self._config.logit_scale)
+        last = whole("model.norm.weight", self.norm, self.config.norm_offset, self.config.logit_scale)
         yield Part([last], lambda: None)
         if self.score is not None:
-            yield Part([WeightSlot("score.weight", (1, self._config.hidden_size), self.score, (0, 1))], lambda: None)
+            yield Part([WeightSlot("score.weight", (1, self.config.hidden_size), self.score, (0, 1))], lambda: None)
         if self.lm_head is not self.embed_tokens:
             yield Part([*self.lm_head.weights("lm_head.")], self.lm_head.pack)
 

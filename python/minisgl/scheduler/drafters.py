@@ -57,6 +57,20 @@ class NgramDrafter:
         self._texts.pop(uid, None)
 
 
+class ToldDrafter:
+    """What the engine has told with the last step's result, which is of use as long as no other step is in flight."""
+
+    def __init__(self) -> None:
+        self.drafts: dict[int, Sequence[int]] = {}  # by uid
+
+    def propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
+        draft = self.drafts.pop(req.uid, ())
+        return () if num_pending else draft[:most]
+
+    def forget(self, uid: int) -> None:
+        self.drafts.pop(uid, None)
+
+
 def find_repeated(ids: npt.NDArray[np.int32]) -> int:
     """Where the longest suffix of `ids` that also occurs earlier ends there, the last time; 0: nowhere."""
     size = len(ids)

@@ -133,7 +133,7 @@ class Planner:
     def plan(self) -> Planned | None:
         """The next step, or None when nothing can be computed now (nothing to do, all pages are still in use, or it is
         not known yet how far the last step gets)."""
-        if self.inflight and self.inflight[-1].plan.drafts:
+        if self.inflight and self.inflight[-1].plan.is_open:
             return None
         step = Growing(self.config.max_prefill_length)
         # What a failed request computed may still be in the cache until it is released: admit nobody onto it.
@@ -147,7 +147,7 @@ class Planner:
                 self._plan_waiting(step)
         if not step.decode[0] and not step.prefill[0]:
             return None
-        if self.speculation.is_on and step.decode[0]:
+        if self.speculation.is_on:
             self.speculation.lengthen(step, self.pages)
         checked = self._check_every and self._step_id % self._check_every == 0
         planned = step.planned(self._step_id, self.pages, self.running if checked else [])
@@ -225,6 +225,8 @@ class Planner:
                     req.num_stale -= 1
                 elif req.state is not ReqState.FINISHED:
                     output = self._accept_run(req, ids, drafts.get(scheduled.row, ()))
+                    if index in result.drafts and output.finish_reason is None:
+                        self.speculation.learn(req, result.drafts[index])
                     has_more = ids[0] != NOT_READY and (result.logprobs is not None or req.prompt_logprobs)
                     outputs.append(output.with_logprobs(result, sample) if has_more else output)
                 sample += len(ids)

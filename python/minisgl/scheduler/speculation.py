@@ -12,19 +12,23 @@ from collections.abc import Sequence
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Draft, Req, ScheduledReq, most_samples
 from minisgl.kvcache.pages import Pages
-from minisgl.scheduler.drafters import Drafter, NgramDrafter
-from minisgl.scheduler.plan import Growing
+from minisgl.scheduler.drafters import Drafter, NgramDrafter, ToldDrafter
+from minisgl.scheduler.plan import Growing, Shares
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
+
+_LONGEST = {"ngram": 8, "mtp": 3}  # drafts, where no flag says it
 
 
 class Speculation:
     """Owns the drafter, and what is remembered of how its drafts fared. Deterministic, as the planner is."""
 
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
-        self._longest, self._most_samples = config.speculate_tokens, most_samples(config.max_running_requests)
-        self._drafter = NgramDrafter() if drafter is None and config.speculate == "ngram" else drafter
+        self._longest = config.speculate_tokens or _LONGEST.get(config.speculate, 8)
+        self._most_samples = most_samples(config.max_running_requests)
+        self._told = ToldDrafter() if config.speculate == "mtp" else None
+        self._drafter = NgramDrafter() if drafter is None and config.speculate == "ngram" else drafter or self._told
         if config.has_states:
             self._drafter = None
         self._switched_off: dict[int, None] = {}  # requests for which the drafter has failed
@@ -53,6 +57,29 @@ class Speculation:
             kind[1].append(ScheduledReq(share.row, start, num_new, num_new))
             if draft:
                 step.drafts.append(Draft(share.row, start + 1, draft))
+        if self._told is not None:
+            step.decode, step.prefill = self._asking(*step.decode, pages), self._asking(*step.prefill, pages)
+
+    def _asking(self, reqs: list[Req], shares: list[ScheduledReq], pages: Pages) -> Shares:
+        """The same, with how many tokens the engine is to tell for each, where there are pages for them."""
+        asking, size = [], pages.page_size
+        for req, share in zip(reqs, shares, strict=True):
+            end = share.start + share.num_new
+            wanted = min(self._longest, req.max_len - end - 1)
+            if not share.num_samples or wanted <= 0 or not _is_plain(req):
+                asking.append(share)
+                continue
+            # The engine computes all but the last one's keys and values.
+            missing = div_ceil(end + wanted - 1, size) - len(req.pages)
+            if missing > 0 and pages.make_room(missing):
+                pages.give(req, pages.allocator.allocate(missing))
+            asking.append(share._replace(num_drafts=min(wanted, len(req.pages) * size - end + 1)))
+        return reqs, asking
+
+    def learn(self, req: Req, draft: Sequence[int]) -> None:
+        """What the engine says may follow the tokens of a request."""
+        if self._told is not None:
+            self._told.drafts[req.uid] = draft
 
     def forget(self, uid: int) -> None:
         if self._drafter is not None:
@@ -72,5 +99,8 @@ class Speculation:
 
 def _may_draft(req: Req) -> bool:
     """Whether what comes after the token that it samples in this step could be verified at once."""
-    is_plain = req.params.grammar is None and not (req.held or req.paced or req.num_stale)
-    return is_plain and req.num_computed > req.prompt_len
+    return _is_plain(req) and req.num_computed > req.prompt_len
+
+
+def _is_plain(req: Req) -> bool:
+    return req.params.grammar is None and not (req.held or req.paced or req.num_stale)

@@ -47,7 +47,7 @@ class Served:
     overhead: float = 0.0
 
     def seconds(self, plan: StepPlan) -> float:
-        made_of = features([(start, count) for _, start, count, _ in plan.reqs])
+        made_of = features([(start, count) for _, start, count, *_ in plan.reqs])
         return sum([weight * value for weight, value in zip(self.coefficients, made_of, strict=True)])
 
 

@@ -1,0 +1,53 @@
+"""A model's head for multi-token prediction, as Qwen3-Next's and Qwen3.5's checkpoints have one (`mtp.*`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from minisgl.attention.base import StepContext
+from minisgl.formats.base import DENSE, Shard
+from minisgl.layers.base import LayerEnv, Part, Tensor, whole
+from minisgl.layers.linear import Linear
+from minisgl.models.decoder import DecoderLayer, DecoderModel
+
+
+class MTPHead:
+    """One decoder layer that says which token follows the next one (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+
+    Fed with its own result instead of the model's, it goes on. Its keys and values are those of the layer after the
+    model's last one; embedding and LM head are the model's. What it is never changes what is sampled.
+    """
+
+    def __init__(self, env: LayerEnv, model: DecoderModel) -> None:
+        env, self._model, self._ops = replace(env, format=DENSE), model, env.ops
+        config, self._eps, hidden = model.config, model.config.rms_norm_eps, model.config.hidden_size
+        assert config.mtp is not None
+        self.fc = Linear(env, (hidden, 2 * hidden), {"": Shard((hidden, 2 * hidden), (0, hidden))})
+        self.layer = DecoderLayer(env, replace(config, layers=config.cached_layers), config.num_layers)
+        self._norms = {name: env.vector(hidden) for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
+
+    def forward(self, following: Tensor, hidden: Tensor, step: StepContext) -> Tensor:
+        """following: [num_tokens] int64, of each token the one after it; hidden: [num_tokens, hidden], what the model
+        has made of it, behind its last norm, or this head of the token before → for `logits`."""
+        norms, ops, eps = self._norms, self._ops, self._eps
+        embedded = ops.rms_norm(self._model.embed_tokens.forward(following), norms["pre_fc_norm_embedding"], eps)
+        both = torch.cat((embedded, ops.rms_norm(hidden, norms["pre_fc_norm_hidden"], eps)), -1)
+        return self.layer.forward(self.fc.matrix.apply(both), step)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x: rows of `forward`'s result → of the token after the following one, [n, vocab_size], on rank 0."""
+        return self._model.lm_head.logits(x, self._norms["norm"], self._eps)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """x: rows of `forward`'s result → what it goes on from, in the place of the model's."""
+        return self._ops.rms_norm(x, self._norms["norm"], self._eps)
+
+    def parts(self) -> Iterator[Part]:
+        """All that is to be filled."""
+        yield Part([*self.fc.weights("mtp.fc.")], self.fc.pack)
+        yield Part([*self.layer.weights("mtp.layers.0.")], self.layer.pack)
+        offset = self._model.config.norm_offset
+        yield Part([whole(f"mtp.{name}.weight", norm, offset) for name, norm in self._norms.items()], lambda: None)

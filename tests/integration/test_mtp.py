@@ -1,0 +1,139 @@
+"""Heads for multi-token prediction: their drafts are what the formula gives with transformers' layers, and the output
+is the same with and without them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
+
+from minisgl.config.args import parse_args
+from minisgl.config.resolve import prepare
+from minisgl.config.runtime import SchedulerConfig
+from minisgl.core import SamplingParams
+from minisgl.engine.engine import create_engine
+from minisgl.errors import ConfigError
+from minisgl.scheduler.planner import Planner
+from tests.driver import CPU_KERNELS, engine_config
+from tests.models import random_prompt, tiny_model
+
+NUM_DRAFTS = 3
+PARAMS = [
+    SamplingParams(max_tokens=30, temperature=0.0, seed=0, ignore_eos=True),
+    SamplingParams(max_tokens=25, temperature=0.8, seed=5, ignore_eos=True, frequency_penalty=0.5),
+    SamplingParams(max_tokens=7, temperature=0.0, seed=1, ignore_eos=True, logprobs=1),
+]
+SETUPS: dict[str, dict[str, Any]] = {"layer by layer": {}, "whole steps": CPU_KERNELS}
+
+
+class Head(nn.Module):
+    """DeepSeek-V3's, with the names of Qwen3-Next's checkpoints."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.fc = nn.Linear(2 * hidden, hidden, bias=False)
+        self.pre_fc_norm_embedding, self.pre_fc_norm_hidden = Qwen3RMSNorm(hidden, eps), Qwen3RMSNorm(hidden, eps)
+        self.layers = nn.ModuleList([Qwen3DecoderLayer(config, 0)])
+        self.norm = Qwen3RMSNorm(hidden, eps)
+
+    def drafts(self, model: Any, ids: list[int], num: int) -> list[int]:
+        """What may follow `ids`, token by token; the last of them is not in the model's cache yet."""
+        embed, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
+        states = list(model.model(torch.tensor([ids[:-1]])).last_hidden_state[0])
+        following, found = ids[1:], []
+        for _ in range(num):
+            embedded = self.pre_fc_norm_embedding(embed(torch.tensor(following)))
+            x = self.fc(torch.cat((embedded, self.pre_fc_norm_hidden(torch.stack(states))), -1))[None]
+            length = x.shape[1]
+            mask = torch.full((length, length), float("-inf")).triu(1)[None, None]
+            angles = model.model.rotary_emb(x, torch.arange(length)[None])
+            out = self.norm(self.layers[0](x, attention_mask=mask, position_embeddings=angles))
+            found.append(int(lm_head(out[0, -1]).argmax()))
+            states, following = [*states, out[0, -1]], [*following, found[-1]]
+        return found
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Head]:
+    """A checkpoint with a head, and both for transformers."""
+    source, path = tiny_model("qwen3"), tmp_path_factory.mktemp("mtp") / "model"
+    shutil.copytree(source, path)
+    model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+    torch.manual_seed(3)
+    head = Head(model.config)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    weights = load_file(path / "model.safetensors") | {f"mtp.{k}": v for k, v in head.state_dict().items()}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"mtp_num_hidden_layers": 1}))
+    return path, model.eval(), head.eval()
+
+
+Drafts = list[tuple[list[int], list[int]]]
+
+
+def generate(path: Path, speculate: str, breaks: bool = False, **kernels: Any) -> tuple[list[list[int]], Drafts]:
+    """The output of each request; and of each step the drafts of the first one, with the tokens that they follow.
+    breaks: the head fails, each time."""
+    config = engine_config(path, page_size=4, num_pages=256, **kernels)
+    if speculate == "off":
+        config = replace(config, model=replace(config.model, mtp=None))
+    engine = create_engine(config)
+    if breaks:
+        engine.steps.drafter = Mock(propose=Mock(side_effect=RuntimeError("the head is broken")))
+    planner = Planner(SchedulerConfig(4, 16, config.max_seq_len, 256, 4, 1, integrity_fatal=True, speculate=speculate))
+    told: list[list[int]] = [[] for _ in PARAMS]
+    drafts: list[tuple[list[int], list[int]]] = []
+    for uid, params in enumerate(PARAMS):
+        planner.add(uid, random_prompt(21 + 9 * uid, seed=uid), params)
+    req = planner.reqs[0]
+    while not planner.is_idle:
+        planned = planner.plan()
+        assert planned is not None
+        result = engine.submit(planned.plan).result()
+        for output in planner.retire(result):
+            told[output.req.uid] += output.token_ids
+        if req in planned.reqs and (draft := result.drafts.get(planned.reqs.index(req))):
+            drafts.append((list(req.tokens), draft))
+    engine.close()
+    return told, drafts
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_drafts_are_the_heads_and_change_nothing(made: tuple[Path, Any, Head], setup: str) -> None:
+    path, model, head = made
+    told, drafts = generate(path, "mtp", **SETUPS[setup])
+    assert told == generate(path, "off", **SETUPS[setup])[0]
+    assert len(drafts) > 5
+    with torch.no_grad():
+        for tokens, draft in drafts:
+            assert draft == head.drafts(model, tokens, len(draft)), f"after {len(tokens)} tokens"
+    assert max(len(draft) for _, draft in drafts) == NUM_DRAFTS
+
+
+def test_a_head_that_fails_costs_drafts_only(made: tuple[Path, Any, Head], caplog: pytest.LogCaptureFixture) -> None:
+    told, drafts = generate(made[0], "mtp", breaks=True)
+    assert told == generate(made[0], "off")[0] and not drafts
+    assert [record.message for record in caplog.records] == ["there are no more drafts: their drafter has failed"]
+
+
+def test_a_head_that_is_not_there(made: tuple[Path, Any, Head], tmp_path: Path) -> None:
+    shutil.copytree(made[0], path := tmp_path / "model")
+    shutil.copy(tiny_model("qwen3") / "model.safetensors", path)
+    with pytest.raises(ConfigError, match=r"missing: mtp\.fc\.weight"):
+        generate(path, "mtp")
+    args = ["--model", str(tiny_model("qwen3")), "--device", "cpu", "--speculate", "mtp"]
+    with pytest.raises(ConfigError, match=r"--speculate mtp: .* has no head for it; choose ngram, or off"):
+        prepare(parse_args(args, {}))
