@@ -13,9 +13,8 @@ from collections.abc import Callable
 import numpy as np
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import NOT_READY, Masks, PageCopy, Req, StepPlan, StepResult
+from minisgl.core import NOT_READY, Masks, Req, StepPlan, StepResult
 from minisgl.errors import EngineError
-from minisgl.kvcache.pages import Pages
 
 
 def next_token(prefix: tuple[int, ...], vocab_size: int) -> int:
@@ -141,10 +140,7 @@ class SimulatedEngine:
         return salts
 
     def _copy(self, plan: StepPlan) -> None:
-        assert len({copy.target for copy in plan.copies}) == len(plan.copies), "a page is the target of two copies"
-        size, garbage = self.config.page_size, ("", (-1,))
-        moves = [(copy.source * size + i, copy.target * size + i) for copy in plan.copies for i in range(size)]
-        self._kv |= {target: garbage if self.broken else self._kv.get(source, garbage) for source, target in moves}
+        garbage = "", (-1,)
         for source, target in plan.states:
             self._states[target] = (None, ()) if source < 0 else self._states.get(source, garbage)
             if self.broken:
@@ -196,14 +192,3 @@ class GuessingDrafter:
 
     def forget(self, uid: int) -> None:
         pass
-
-
-def move_cached(pages: Pages, count: int) -> None:
-    """Up to so many cached pages that nobody uses give way to free ones, to which the next step copies them."""
-    if not pages.copies:
-        unused = [(node, i) for node in pages.cache.nodes() if not node.num_locks for i in range(len(node.pages))]
-        targets = pages.allocator.allocate(min(count, pages.allocator.num_free, len(unused)))
-        for (node, i), target in zip(unused, targets, strict=False):
-            pages.copies.append(PageCopy(node.pages[i], target))
-            node.pages[i] = target
-        pages.allocator.free(pages.forget([copy.source for copy in pages.copies]))

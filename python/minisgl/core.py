@@ -270,13 +270,6 @@ class Draft(NamedTuple):
     ids: tuple[int, ...]
 
 
-class PageCopy(NamedTuple):
-    """What page `source` holds, for all layers, becomes what page `target` holds too."""
-
-    source: int
-    target: int
-
-
 class StateCopy(NamedTuple):
     """The state in slot `source`, of all layers that have one, becomes that in slot `target` too; -1: zeros do.
 
@@ -300,8 +293,8 @@ class Masks(Protocol):
 class StepPlan(NamedTuple):
     """What the engine computes in one step. Plans are executed in order; a later one may rely on an earlier one's KV.
 
-    Within a step, all KV is stored before any of it is read, so requests in one plan may share pages. Before that,
-    `copies` are made, all at once; no page is the target of two. So are those of `states`, one after the other.
+    Within a step, all KV is stored before any of it is read, so requests in one plan may share pages. Before that, the
+    copies of `states` are made, one after the other.
     """
 
     step_id: int
@@ -309,7 +302,6 @@ class StepPlan(NamedTuple):
     page_updates: tuple[PageUpdate, ...]
     reqs: tuple[ScheduledReq, ...]  # decode first: those of one token, which samples
     num_decode: int = 0  # how many of them are decode
-    copies: tuple[PageCopy, ...] = ()
     masked: tuple[int, ...] = ()  # which of the step's samples have a mask, by their number among these
     expected: tuple[PageUpdate, ...] = ()  # now and then: all pages of each row, which the engine is to compare
     states: tuple[StateCopy, ...] = ()  # of models that have any

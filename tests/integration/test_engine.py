@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +10,7 @@ import torch
 
 from minisgl.attention.base import StepContext
 from minisgl.config.model import RopeConfig
-from minisgl.config.runtime import EngineConfig
-from minisgl.core import Admission, PageCopy, PageUpdate, SamplingParams, ScheduledReq, StepPlan
+from minisgl.core import Admission, PageUpdate, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.engine import create_engine
 from minisgl.errors import ConfigError, EngineError
 from minisgl.models import decoder
@@ -51,43 +48,6 @@ def test_shared_pages_in_one_plan() -> None:
     result = engine.submit(plan).result()
     engine.close()
     assert result.token_ids == [tuple(hf_generate(path, second, 1)), tuple(hf_generate(path, first, 1))]
-
-
-def check_page_copies(path: Path, config: EngineConfig) -> None:
-    """A request goes on from copies of another one's pages; both go on after that, alone on their pages. The third
-    step moves what was copied, and writes anew what it was copied from."""
-    prompt, other = random_prompt(16), random_prompt(8, seed=1)
-    expected, engine = hf_generate(path, prompt, 4), create_engine(config)
-    ids, other_ids = (np.array(tokens, np.int32) for tokens in (prompt, other))
-    first = StepPlan(0, (Admission(0, ids, GREEDY),), (PageUpdate(0, 0, (3, 5, 6)),), (ScheduledReq(0, 0, 16, 1),))
-    second = StepPlan(
-        1,
-        (Admission(1, ids, GREEDY),),
-        (PageUpdate(1, 0, (4, 2, 1)),),
-        (ScheduledReq(0, 16, 1, 1), ScheduledReq(1, 15, 1, 1)),
-        num_decode=2,
-        copies=(PageCopy(3, 4), PageCopy(5, 2)),
-    )
-    third = StepPlan(
-        2,
-        (Admission(0, other_ids, GREEDY),),
-        (PageUpdate(0, 0, (3,)), PageUpdate(1, 0, (7, 4))),
-        (ScheduledReq(1, 16, 1, 1), ScheduledReq(0, 0, 8, 1)),
-        num_decode=1,
-        copies=(PageCopy(4, 7), PageCopy(2, 4)),
-    )
-    fourth = StepPlan(3, (), (), (ScheduledReq(1, 17, 1, 1),), num_decode=1)
-    results = [engine.submit(plan) for plan in (first, second, third, fourth)]
-    a, b, c, d = (handle.result().token_ids for handle in results)
-    engine.close()
-    assert (a, b) == ([(expected[0],)], [(expected[1],), (expected[0],)])
-    assert (c, d) == ([(expected[1],), tuple(hf_generate(path, other, 1))], [(expected[2],)])
-
-
-@pytest.mark.parametrize("kernels", [{}, CPU_KERNELS], ids=["layer by layer", "whole steps"])
-def test_pages_are_copied_before_a_step(kernels: dict[str, Any]) -> None:
-    path = tiny_model("qwen3")
-    check_page_copies(path, engine_config(path, page_size=8, num_pages=8, max_running_requests=2, **kernels))
 
 
 def test_failed_step_does_not_stop_later_ones() -> None:

@@ -14,7 +14,7 @@ from minisgl.errors import IntegrityError
 from minisgl.kvcache.pages import PageAllocator
 from minisgl.scheduler.integrity import check_integrity
 from minisgl.scheduler.planner import Planner
-from tests.simulator import SimulatedEngine, expected_output, move_cached
+from tests.simulator import SimulatedEngine, expected_output
 
 CONFIG = SchedulerConfig(
     max_running_requests=8,
@@ -134,24 +134,6 @@ def test_output_tokens_are_found_in_the_cache_by_the_next_turn_of_a_conversation
     driver.planner.add(1, [*prompt(6), *driver.outputs[0], 9], SamplingParams(max_tokens=1, seed=0))
     plan = driver.plan()
     assert plan.reqs[0].start == 12
-
-
-def test_cached_pages_can_be_moved_and_are_read_where_they_are_then() -> None:
-    driver = Driver(replace(CONFIG, num_pages=16))
-    driver.planner.add(0, prompt(24), SamplingParams(max_tokens=1, seed=0))
-    driver.finish()
-    move_cached(driver.planner.pages, 4)
-    move_cached(driver.planner.pages, 4)  # once for each step
-    check_integrity(driver.planner)
-    driver.planner.add(1, [*prompt(24), 1], SamplingParams(max_tokens=1, seed=0))
-    plan = driver.step()
-    assert plan is not None
-    assert (len(plan.copies), plan.reqs[0].start) == (4, 24)
-    move_cached(driver.planner.pages, 100)
-    driver.planner.add(2, [*prompt(24), 2], SamplingParams(max_tokens=1, seed=0))
-    plan = driver.step()
-    assert plan is not None
-    assert (len(plan.copies), plan.reqs[0].start) == (6, 24)
 
 
 def test_naive_cache_reuses_nothing() -> None:

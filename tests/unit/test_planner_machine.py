@@ -17,7 +17,7 @@ from minisgl.scheduler.drafters import Drafter, NgramDrafter
 from minisgl.scheduler.integrity import check_integrity
 from minisgl.scheduler.plan import Planned
 from minisgl.scheduler.planner import Planner
-from tests.simulator import GuessingDrafter, SimulatedEngine, SimulatedHandle, expected_output, move_cached
+from tests.simulator import GuessingDrafter, SimulatedEngine, SimulatedHandle, expected_output
 
 GRAMMAR = Grammar("regex", ".*")
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
@@ -211,12 +211,6 @@ class PlannerMachine(RuleBasedStateMachine):
                 if any(-1 in ids for ids in result.token_ids) or b"" in result.pooled.values():
                     self.allowed.setdefault(uid, FinishReason.ERROR)
             self.take(self.planner.retire(result))
-
-    @rule(count=st.integers(1, 20), pick=st.integers(0, 1_000), salt=st.sampled_from(["", "", "a", "b"]))
-    def move_cached(self, count: int, pick: int, salt: str) -> None:
-        """The next step copies pages; the engine notices when a request that finds them there reads anything else."""
-        move_cached(self.planner.pages, count)
-        self.add(pick, 38, [1], 2, False, False, "", salt, "other")
 
     @rule()
     def failing_step(self) -> None:

@@ -13,7 +13,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import FinishReason, Grammar, SamplingParams, StateCopy, StepPlan
 from minisgl.errors import IntegrityError
 from minisgl.scheduler.integrity import check_integrity
-from tests.simulator import expected_output, move_cached
+from tests.simulator import expected_output
 from tests.unit.test_planner import Driver, prompt
 
 EVERY, PAGE, ROWS = 16, 4, 4
@@ -165,14 +165,6 @@ def test_pages_that_are_evicted_take_their_snapshots_with_them() -> None:
     driver.planner.pages.flush_unused()
     check_integrity(driver.planner)
     assert not driver.planner.pages.snapshots and len(driver.planner.pages.free_slots) == 12
-
-
-def test_pages_that_are_moved_lose_their_snapshots() -> None:
-    driver = Driver(CONFIG)
-    run(driver, 0, prompt(61))
-    move_cached(driver.planner.pages, 100)
-    check_integrity(driver.planner)
-    assert first_computed(run(driver, 1, prompt(61))) == 0
 
 
 def test_snapshots_of_one_salt_are_not_found_with_another() -> None:

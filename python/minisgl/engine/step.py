@@ -110,7 +110,6 @@ class StepRunner:
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
         self.tables.host.apply(plan)
-        self.kv.copy_pages(plan.copies, self.shard.config.page_size)
         self.kv.states.copy(plan.states)
         return self._launch(plan, masks) if plan.reqs else Launched(self.tables.token_ids[0, :0])
 

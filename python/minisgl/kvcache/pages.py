@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import PageCopy, PageUpdate, Req, StateCopy
+from minisgl.core import PageUpdate, Req, StateCopy
 from minisgl.errors import IntegrityError, require
 from minisgl.kvcache.radix import Match, NaiveCache, PrefixCache, TokenIds
 
@@ -49,7 +49,7 @@ class PageAllocator:
 
 
 class Pages:
-    """Owns all rows, all page ids and the prefix cache. updates, copies, states: what the next plan is to tell. slots:
+    """Owns all rows, all page ids and the prefix cache. updates, states: what the next plan is to tell. slots:
     of snapshots of states; if there are any, a cached prefix is of use only up to one."""
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -59,7 +59,6 @@ class Pages:
         is_naive = config.cache_type == "naive" or (config.has_states and not config.num_snapshots)
         self.cache = NaiveCache(config.page_size) if is_naive else PrefixCache(config.page_size)
         self.updates: list[PageUpdate] = []
-        self.copies: list[PageCopy] = []
         self.states: list[StateCopy] = []
         self.slots = range(config.max_running_requests + 1, config.max_running_requests + 1 + config.num_snapshots)
         self.free_slots = [*self.slots]

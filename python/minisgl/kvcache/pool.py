@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from minisgl.config.model import SCALE_BYTES, ModelConfig, PagedKV
-from minisgl.core import PageCopy
 from minisgl.kvcache.states import StatePool, lazy_zeros
 
 
@@ -44,10 +42,3 @@ class KVPool:
 
     def layer(self, index: int) -> LayerCache:
         return self._layers[index]
-
-    def copy_pages(self, copies: Sequence[PageCopy], page_size: int) -> None:
-        """Make them, for all layers: what the sources held before goes to the targets."""
-        for layer in self._layers.values() if copies else ():
-            sources, targets = torch.tensor(copies, device=layer.k.device).T
-            for pages in (x.view(-1, page_size, *x.shape[1:]) for x in layer):
-                pages.index_copy_(0, targets, pages.index_select(0, sources))

@@ -48,12 +48,11 @@ class Growing:
             tuple(pages.updates),
             tuple(decode_shares + prefill_shares),
             num_decode=len(decode),
-            copies=tuple(pages.copies),
             expected=tuple(PageUpdate(req.row, 0, tuple(req.pages)) for req in checked),
             states=tuple(pages.states),
             drafts=tuple(self.drafts),
         )
-        pages.updates, pages.copies, pages.states = [], [], []
+        pages.updates, pages.states = [], []
         planned = Planned(plan, reqs)
         if [req for req in reqs if req.params.grammar is not None]:
             masked = tuple(i for i, req in enumerate(planned.sampling) if req.params.grammar is not None)
