@@ -13,7 +13,7 @@ from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Draft, Req, ScheduledReq, StateCopy, most_samples
 from minisgl.kvcache.pages import Pages
 from minisgl.scheduler.drafters import Drafter, NgramDrafter, ToldDrafter
-from minisgl.scheduler.plan import Growing, Shares
+from minisgl.scheduler.plan import Growing
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
