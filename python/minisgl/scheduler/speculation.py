@@ -139,7 +139,7 @@ class Speculation:
         """By row; empty if they do not pay."""
         config, drafts = self._config, dict[int, Sequence[int]]()
         num_samples = sum(share.num_samples for _, share in shares)
-        lengths = Lengths(config.row_cost, config.verify_cost, sum(share.num_new for _, share in shares), num_samples)
+        lengths = Lengths(*config.step_costs, sum(share.num_new for _, share in shares), num_samples)
         budget = min(budget, self._most_samples - num_samples)
         for req, share in shares:
             if share.num_samples and _may_draft(req) and share.num_new <= 1 + self._longest:
