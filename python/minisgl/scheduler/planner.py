@@ -79,10 +79,9 @@ class Planner:
     def reset(self) -> KeysView[int]:
         """Forget all but the requests that have not begun → their uids; the caller ends the rest. None is in flight."""
         waiting = [req for _, req in self.waiting.items() if req.state is ReqState.WAITING and not req.started]
-        for uid in self.reqs:
-            self.speculation.forget(uid)
+        self.speculation.reset(self.reqs)
         self.reqs, self.waiting, self.running, self.leaving, self.inflight = {}, FairQueue(), [], [], deque()
-        self.pages, self.speculation.spares = Pages(self.config), {}
+        self.pages = Pages(self.config)
         for req in waiting:
             self._wait(req)
         return self.reqs.keys()
@@ -133,8 +132,7 @@ class Planner:
                 self._retract(req)
 
     def plan(self) -> Planned | None:
-        """The next step, or None when nothing can be computed now (nothing to do, all pages are still in use, or it is
-        not known yet how far the last step gets)."""
+        """The next step, or None when nothing can be computed now, or it is not known yet how far the last one gets."""
         if self.inflight and self.inflight[-1].plan.is_open:
             return None
         step = Growing(self.config.max_prefill_length)
@@ -382,11 +380,10 @@ class Planner:
         """The tokens that a step has sampled: one, and as many more as its draft was right."""
         output = self._sit_out(req) if ids[0] == NOT_READY else self._accept(req, ids[0])
         for token_id in ids[1:]:
-            if output.finish_reason is not None:
-                break
-            req.num_tokens += 1
-            more = self._accept(req, token_id)
-            output = more._replace(token_ids=output.token_ids + more.token_ids)
+            if output.finish_reason is None:
+                req.num_tokens += 1
+                more = self._accept(req, token_id)
+                output = more._replace(token_ids=output.token_ids + more.token_ids)
         return output
 
     def _accept(self, req: Req, token_id: int) -> ReqOutput:

@@ -7,7 +7,7 @@ of samples that equals the draft is kept: the output is the same with and withou
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Draft, Req, ScheduledReq, StateCopy, most_samples
@@ -93,7 +93,7 @@ class Speculation:
     def _asking(self, req: Req, share: ScheduledReq, pages: Pages) -> ScheduledReq:
         """With how many tokens the engine is to tell, where there are pages for them."""
         end, size = share.start + share.num_new, pages.page_size
-        wanted = min(self._longest, req.max_len - end - 1)
+        wanted = min(self._longest_of(req), req.max_len - end - 1)
         if not share.num_samples or wanted <= 0 or not _is_plain(req):
             return share
         # The engine computes all but the last one's keys and values.
@@ -130,6 +130,12 @@ class Speculation:
             pages.free_slots.append(slot)
         return slot
 
+    def reset(self, uids: Iterable[int]) -> None:
+        """Forget these requests, and what was kept of states: all pages are new."""
+        self.spares = {}
+        for uid in uids:
+            self.forget(uid)
+
     def forget(self, uid: int) -> None:
         if self._drafter is not None:
             self._drafter.forget(uid)
@@ -144,7 +150,7 @@ class Speculation:
         for req, share in shares:
             if share.num_samples and _may_draft(req) and share.num_new <= 1 + self._longest:
                 rate, num_pending = self._rates.setdefault(req.uid, _FIRST_RATE), req.num_tokens - 1 - len(req.tokens)
-                most = min(self._longest, budget, req.max_len - req.num_tokens)
+                most = min(self._longest_of(req), budget, req.max_len - req.num_tokens)
                 if length := lengths.best(rate, num_pending, most):
                     if ids := self._propose(req, num_pending, length):
                         lengths.add(rate, num_pending, len(ids))
@@ -167,6 +173,9 @@ class Speculation:
             pages.states.append(StateCopy(share.row, slot))
         return draft
 
+    def _longest_of(self, req: Req) -> int:
+        return self._longest if req.params.speculate is None else min(self._longest, req.params.speculate)
+
     def _propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
         assert self._drafter is not None
         try:
@@ -178,6 +187,8 @@ class Speculation:
 
     def _count(self, req: Req, num_drafted: int, num_right: int) -> None:
         self.num_drafted, self.num_right = self.num_drafted + num_drafted, self.num_right + num_right
+        right, wrong = req.drafted
+        req.drafted = right + num_right, wrong + num_drafted - num_right
         if (rate := self._rates.get(req.uid, -1.0)) >= 0:
             rate = 1 - (1 - rate) * (1 - _LEARNING) ** num_right
             self._rates[req.uid] = rate * (1 - _LEARNING) if num_right < num_drafted else rate

@@ -206,6 +206,7 @@ class Detokenizer:
             stop=stream.stop.found,
             detokenized=0.0 if start is None and finish_reason is None else time.time(),
             pooled=message.pooled,
+            drafted=message.drafted,
         )
 
     def _logprobs(
