@@ -139,10 +139,7 @@ def main(argv: Sequence[str]) -> int:
         tensors, is_tied = _quantized(source, bits, text)
     changes = {"tie_word_embeddings": is_tied, "quantization_config": _CONFIGS[args.quantization]}
     try:
-        target.mkdir(parents=True)
-        for file in source.iterdir():
-            if file.is_file() and not file.match("*.safetensors*") and not file.match("*.bin*"):
-                shutil.copy(file, target)
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_CONFIGS["not_copied"]))
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
         (target / "config.json").write_text(json.dumps(read_json(source / "config.json") | changes, indent=2))
     except OSError as error:

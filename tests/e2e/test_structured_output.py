@@ -175,7 +175,7 @@ def test_nothing_is_left_running(start: Callable[..., Server], tiny_path: Path, 
         answers = [http.post("/v1/completions", json={"prompt": "a", "guided_regex": f"a{{{i}}}"}) for i in (1, 2)]
     assert [answer.status_code for answer in answers] == [200, 200]
     server.children = psutil.Process(server.process.pid).children(recursive=True)
-    assert any("minisgl.grammar.trial" in " ".join(child.cmdline()) for child in server.children)
+    assert any("minisgl.grammar.store" in " ".join(child.cmdline()) for child in server.children)
     server.process.send_signal(signum)
     server.wait_exit()
     assert server.orphans() == []

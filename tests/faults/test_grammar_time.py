@@ -128,7 +128,7 @@ def test_a_compiler_that_dies_is_a_503_and_forgotten(start: Callable[..., Server
         (compiler,) = (
             child
             for child in psutil.Process(server.process.pid).children(recursive=True)
-            if "minisgl.grammar.trial" in " ".join(child.cmdline())
+            if "minisgl.grammar.store" in " ".join(child.cmdline())
         )
         compiler.send_signal(signal.SIGSTOP)
         thread = threading.Thread(target=ask, args=("a{2}",))

@@ -203,9 +203,17 @@ def test_what_is_written_is_what_is_loaded(tmp_path: Path, family: str, capsys: 
 
 def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     source, target = str(tiny_model("llama")), tmp_path / "model"
+    whole = Path(shutil.copytree(source, tmp_path / "whole"))
+    for name in ("1_Pooling/config.json", "modules.json", "onnx/config.json", ".cache/x.json", "1_Pooling/a.bin"):
+        (whole / name).parent.mkdir(exist_ok=True)
+        (whole / name).write_text("{}")
     done = quantize_command(source, tmp_path)
     assert (done.returncode, done.stderr) == (2, f"minisgl: error: {tmp_path} exists already\n")
-    assert main([source, str(target)]) == 0
+    assert main([str(whole), str(target)]) == 0
+    copied = {str(file.relative_to(target)) for file in target.rglob("*")} - {
+        file.name for file in Path(source).iterdir()
+    }
+    assert copied == {"1_Pooling", "1_Pooling/config.json", "modules.json"}
     with pytest.raises(ConfigError, match=rf"^{target}: its weights are quantized already$"):
         main([str(target), str(tmp_path / "again")])
     with pytest.raises(ConfigError, match=r"^[^\n]*none[^\n]*$"):

@@ -105,6 +105,8 @@ def test_texts_that_the_model_reads_as_messages(source: Path, tmp_path: Path) ->
         asked = model.encode(TEXTS, prompt_name="query")
         np.testing.assert_allclose(llm.embed(TEXTS, prompt_name="query"), asked, atol=1e-4)
         assert np.linalg.norm(llm.embed("Hello world")) > 2  # as it comes
+        with pytest.raises(RequestError, match="no text: use /v1/embeddings"):  # there is no head in its files
+            llm.generate("Hello")
 
 
 @pytest.mark.parametrize(("family", "task"), [("gemma3_text", "embed"), ("granite", "embed-mean"), ("phi3", "embed")])
@@ -199,7 +201,7 @@ def test_scores_equal_sentence_transformers(source: Path, tmp_path: Path, kind: 
         wanted = model.predict([(QUERY, document) for document in DOCUMENTS[1:]])
         np.testing.assert_allclose(llm.score(QUERY, DOCUMENTS[1:]), wanted, atol=1e-4)
         if kind == "classifier":
-            with pytest.raises(RequestError, match="no text"):
+            with pytest.raises(RequestError, match="no text: use /v1/rerank or /v1/score"):
                 llm.generate("Hello")
 
 

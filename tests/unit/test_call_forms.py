@@ -17,9 +17,9 @@ from minisgl.core import Grammar
 from minisgl.errors import RequestError
 from minisgl.grammar.schema import SchemaError, followed
 from minisgl.grammar.store import GrammarStore
-from minisgl.parser.tools import TOOL_PARSERS, ToolParser, calls_form
+from minisgl.parser.tools import TOOL_PARSERS, calls_form
 from tests.unit.test_grammar import accepts, compile_in, store, walk
-from tests.unit.test_tool_parsers import parse
+from tests.unit.test_tool_parsers import parse, parser_of
 
 __all__ = ["store"]
 POINT = {"type": "object", "properties": {"x": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["x"]}
@@ -68,9 +68,9 @@ def closed(schema: Any) -> Any:
 def checked(text: str, name: str | None) -> list[tuple[str, Any]]:
     """The calls of an output, which has nothing else."""
     functions: dict[str, Any] = PARAMETERS
-    content, calls = parse(ToolParser(name, functions), text)
+    content, calls = parse(parser_of(name, functions), text)
     assert content == "" and calls, text
-    assert parse(ToolParser(name, functions), *text) == (content, calls)
+    assert parse(parser_of(name, functions), *text) == (content, calls)
     for function, arguments in calls:
         jsonschema.validate(arguments, closed(PARAMETERS[function]) or {"type": "object", "maxProperties": 0})
     return calls
@@ -88,16 +88,28 @@ def test_what_the_grammar_lets_through_is_a_call_that_matches(store: GrammarStor
 def written(name: str | None, function: str, arguments: dict[str, Any]) -> str:
     """As the model's own template writes it."""
     text = json.dumps(arguments)
+    call = f"{function}({', '.join(f'{key}={json.dumps(value)}' for key, value in arguments.items())})"
     if name in ("hermes", "qwen"):
         return f'<tool_call>\n{{"name": "{function}", "arguments": {text}}}\n</tool_call>'
     if name == "mistral":
         return f"[TOOL_CALLS]{function}[ARGS]{text}"
     if name == "pythonic":
-        return f"[{function}({', '.join(f'{key}={json.dumps(value)}' for key, value in arguments.items())})]"
-    if name == "qwen3_coder":
+        return f"[{call}]"
+    if name == "lfm2":
+        return f"<|tool_call_start|>[{call}]<|tool_call_end|>"
+    if name == "olmo3":
+        return f"<function_calls>{call}</function_calls>"
+    if name in ("granite", "phi4_mini"):
+        return f'<|tool_call|>[{{"name": "{function}", "arguments": {text}}}]'
+    if name == "glm4":
+        return f"{function}\n{text}"
+    if name == "harmony":
+        return f"<|channel|>commentary to=functions.{function} <|constrain|>json<|message|>{text}"
+    if name in ("qwen3_coder", "seed_oss"):
         values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
         inner = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
-        return f"<tool_call>\n<function={function}>\n{inner}</function>\n</tool_call>"
+        tag = "tool_call" if name == "qwen3_coder" else "seed:tool_call"
+        return f"<{tag}>\n<function={function}>\n{inner}</function>\n</{tag}>"
     return f'{{"name": "{function}", "parameters": {text}}}'
 
 
@@ -116,10 +128,11 @@ def test_the_model_s_own_way_to_write_calls_is_let_through(store: GrammarStore, 
     assert not accepts(matcher.deep_copy(), written(name, "ping", {"made": "up"}))
 
 
-BETWEEN = {"llama3_json": "; ", None: "; ", "mistral": ""}
+BETWEEN = {"llama3_json": "; ", None: "; ", "mistral": "", "harmony": "<|end|><|start|>assistant"}
+LISTS = ("pythonic", "lfm2", "olmo3", "granite", "phi4_mini")
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "pythonic"])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in LISTS])
 def test_one_call_or_several(store: GrammarStore, name: str | None) -> None:
     call = written(name, "plain", {"deep": {"x": 1}})
     several = BETWEEN.get(name, "\n").join([call] * 3)
@@ -134,6 +147,9 @@ def test_lists_of_calls(store: GrammarStore) -> None:
         ("pythonic", '[ping(), plain(deep={"x": 1}), get_time()]'),
         ("mistral", '[TOOL_CALLS] [{"name": "ping", "arguments": {}}, {"name": "get_time", "arguments": {}}]'),
         ("mistral", '[TOOL_CALLS][{"name": "ping", "arguments": {}}]'),
+        ("granite", '<|tool_call|>[{"name": "ping", "arguments": {}}, {"name": "get_time", "arguments": {}}]'),
+        ("lfm2", "<|tool_call_start|>[ping(), get_time()]<|tool_call_end|>"),
+        ("olmo3", '<function_calls>ping()\nplain(deep={"x": 1})</function_calls>'),
     ):
         assert accepts(compiled(store, form(name)), text)
         assert len(checked(text, name)) == text.count("ping") + text.count("plain") + text.count("get_time")
@@ -147,7 +163,7 @@ def test_only_functions_that_are_asked_for(store: GrammarStore, name: str | None
     assert not accepts(matcher, written(name, "plain", {"deep": {"x": 1}}))
 
 
-@pytest.mark.parametrize("reasoning", ["", "optional", "always"])
+@pytest.mark.parametrize("reasoning", ["", "optional <think> </think>", "always <think> </think>"])
 @pytest.mark.parametrize("name", sorted(TOOL_PARSERS))
 def test_calls_or_an_answer(store: GrammarStore, name: str, reasoning: str) -> None:
     """Of JSON, and of other kinds; after reasoning as well."""
@@ -166,7 +182,7 @@ def test_calls_or_an_answer(store: GrammarStore, name: str, reasoning: str) -> N
         assert not accepts(matcher.deep_copy(), before + bad)
         assert not accepts(matcher.deep_copy(), before + text + call)
         assert not accepts(matcher.deep_copy(), before)
-        assert parse(ToolParser(name, PARAMETERS), text) == (text, [])
+        assert parse(parser_of(name, PARAMETERS), text) == (text, [])
 
 
 def tool(name: str, parameters: Any, **more: Any) -> dict[str, Any]:
@@ -229,4 +245,4 @@ def test_whatever_a_client_takes_for_a_schema_is_refused_or_read(schema: dict[st
         for value in ("5", "x", "{}"):
             arguments = {"x": value, "type": value}
             text = written(name, "f", arguments)
-            assert len(parse(ToolParser(name, {"f": schema}), text)[1]) == 1
+            assert len(parse(parser_of(name, {"f": schema}), text)[1]) == 1

@@ -12,8 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 from minisgl.config.chat import (
     REASONING_PARSERS,
     TOOL_PARSERS,
-    choose_reasoning_parser,
-    choose_tool_parser,
+    choose_parsers,
     read_chat_template,
     read_template_file,
     visible_tokens,
@@ -45,24 +44,57 @@ DEEPSEEK = "{{'<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁be
         ('"[TOOL_CALLS] [" ~ tool_calls', "mistral", None),
         ("[func_name1(params_name1=params_value1, params_name2=params_value2...)]", "pythonic", None),
         (DEEPSEEK, None, "deepseek_r1"),
+        # gpt-oss, Qwen3.5, Seed-OSS, Ministral 3, Magistral.
+        (
+            'assistant<|channel|>analysis<|message|>" + m.thinking + "<|end|>" }} "<|channel|>commentary "',
+            "harmony",
+            "harmony",
+        ),
+        (
+            "<function=example_function_name>\n<parameter=example_parameter_1> '<think>\n\n</think>",
+            "qwen3_coder",
+            "qwen3",
+        ),
+        (
+            "set toolcall_begin_token = '<seed:tool_call>' set think_begin_token = '<seed:think>'",
+            "seed_oss",
+            "seed_oss",
+        ),
+        ("'[TOOL_CALLS]' + tool.name + '[ARGS]' + arguments", "mistral", None),
+        ("'[THINK]' + block['thinking'] + '[/THINK]' [TOOL_CALLS]", "mistral", "magistral"),
+        # OLMo 3, LFM2 and LFM2.5, Granite 3 and 4, GLM-4 and 4.5, Phi-4-mini, SmolLM3, Gemma 3, Ernie 4.5.
+        ("<functions>' + tools + '</functions>' '<function_calls>' '<|im_start|>assistant\n<think>'", "olmo3", "qwen3"),
+        ("List of tools: <|tool_list_start|>[", "lfm2", None),
+        ("'<|im_start|>system' 'List of tools: ['", "lfm2", None),
+        ("respond only with <|tool_call|> followed by a JSON list of tools", "granite", None),
+        ("return a json object within <tool_call></tool_call> <|start_of_role|>", "hermes", None),
+        ("'<|system|>\n# 可用工具' '<|observation|>\n'", "glm4", None),
+        (
+            "<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key> # 可用工具 <|observation|> </think>",
+            None,
+            "qwen3",
+        ),
+        ("'<|tool|>' + message['tools'] + '<|/tool|>'", "phi4_mini", None),
+        ("within <tool_call></tool_call> XML tags '<think>\n\n</think>\n' /no_think", "hermes", "qwen3"),
+        ("'<start_of_turn>model\n'", None, None),
+        ("'Assistant: ' + message['content'] + eos_token", None, None),
         (read_chat_template(DEMO_MODEL), "hermes", None),
     ],
 )
 def test_formats_are_told_by_the_template(template: str, tools: str | None, reasoning: str | None) -> None:
-    assert choose_tool_parser(None, template) == tools
-    assert choose_reasoning_parser(None, template) == reasoning
-    assert choose_tool_parser("none", template) is choose_reasoning_parser("none", template) is None
-    assert choose_tool_parser("pythonic", template) == "pythonic"
-    assert choose_reasoning_parser("qwen3", template) == "qwen3"
+    assert choose_parsers(None, None, template) == (tools, reasoning)
+    assert choose_parsers("none", "none", template) == (None, None)
+    assert choose_parsers("pythonic", "qwen3", template) == ("pythonic", "qwen3")
+    assert choose_parsers("harmony", None, template) == choose_parsers("none", "harmony", template) == ("harmony",) * 2
 
 
 def test_every_name_has_a_parser() -> None:
     assert set(TOOL_PARSERS) == set(tools.TOOL_PARSERS)
-    assert set(REASONING_PARSERS.values()) == {"optional", "always"}
-    for name in (*TOOL_PARSERS, *REASONING_PARSERS):
-        assert visible_tokens(name, None)
+    for name, reasoning in REASONING_PARSERS.items():
+        when, opening, closing = reasoning.split()
+        assert when in ("optional", "always") and (name == "harmony" or {opening, closing} <= {*visible_tokens(name)})
     for name, parser in tools.TOOL_PARSERS.items():
-        assert set(parser.markers) <= set(visible_tokens(name))
+        assert {marker for marker in parser.markers if not marker.isalpha()} <= {*visible_tokens(name, None)}
 
 
 def test_templates_are_found_wherever_models_keep_them(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def test_which_grammar_an_answer_has() -> None:
     assert grammar_of(None, answer) == answer
     assert grammar_of(TOOLS, None) is None
     both = json.loads(grammar_of(TOOLS, answer).text)["any"]
-    assert both == [TOOLS.form("hermes"), asdict(answer)]
+    assert both == [TOOLS.form("hermes"), [asdict(answer)]]
     forced = replace(TOOLS, required=True)
     assert json.loads(grammar_of(forced, answer).text) == json.loads(grammar_of(forced, None).text)
     assert json.loads(grammar_of(forced, None).text) == forced.form("hermes")

@@ -155,8 +155,8 @@ def test_reasoning_comes_before_the_answer(store: GrammarStore, kind: str, call:
     if call:
         kind, text = "form", ["<tool_call>\n", part(kind, text), "\n</tool_call>"]
         answer = f"<tool_call>\n{answer}\n</tool_call>"
-    optional = compile_in(store, kind, text, reasoning="optional")
-    always = compile_in(store, kind, text, reasoning="always")
+    optional = compile_in(store, kind, text, reasoning="optional <think> </think>")
+    always = compile_in(store, kind, text, reasoning="always <think> </think>")
     thought = 'so {"a": 0}?\n größer 🙂\n' * 50 + "</think>"
     for tagged in (f"<think>\n{thought}\n\n", "<think></think>", "<think>\n\n</think>\n\n"):
         assert accepts(optional.deep_copy(), tagged + answer)
@@ -179,7 +179,7 @@ def test_reasoning_tags_that_are_no_tokens(tmp_path: Path) -> None:
     )
     try:
         for reasoning, head in (("always", "so </thin"), ("optional", "<think>so ")):
-            matcher = compile_in(store, "choice", ["yes", "no"], reasoning=reasoning)
+            matcher = compile_in(store, "choice", ["yes", "no"], reasoning=f"{reasoning} <think> </think>")
             for text, good in ((f"{head}</think>\nyes", True), (f"{head}</think>x", False), (f"{head}yes", False)):
                 ids = tokenizer.encode(text, add_special_tokens=False).ids
                 trial = matcher.deep_copy()
@@ -360,7 +360,7 @@ def test_grammars_in_use_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kill", [False, True])
 def test_a_compiler_that_is_stopped_is_no_fault_of_the_grammar(monkeypatch: pytest.MonkeyPatch, kill: bool) -> None:
-    monkeypatch.setattr("minisgl.grammar.trial.TRIAL_SECONDS", 1.0)
+    monkeypatch.setattr("minisgl.grammar.store.TRIAL_SECONDS", 1.0)
     store = GrammarStore(VocabularyConfig(str(MODEL), 4096, (EOS,)))
     try:
         before = psutil.Process().children()
@@ -373,7 +373,7 @@ def test_a_compiler_that_is_stopped_is_no_fault_of_the_grammar(monkeypatch: pyte
             process.send_signal(signal.SIGKILL)
         error = future.exception(10)
         assert isinstance(error, RequestError) and (error.status, error.retry_after) == (503, 5)
-        monkeypatch.setattr("minisgl.grammar.trial.TRIAL_SECONDS", 20.0)
+        monkeypatch.setattr("minisgl.grammar.store.TRIAL_SECONDS", 20.0)
         assert accepts(store.request(Grammar("regex", "d{2}")).result().matcher.deep_copy(), "dd"), "it was forgotten"
     finally:
         store.close()
@@ -421,7 +421,7 @@ def test_the_compiler_imports_nothing_from_where_it_is_started(tmp_path: Path, m
 @pytest.mark.parametrize("count", [1, MAX_CHOICES])
 def test_stated_maxima(store: GrammarStore, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is as large as may be is served, or is a 400."""
-    monkeypatch.setattr("minisgl.grammar.trial.TRIAL_SECONDS", 200.0)  # by a clock that other work makes fast
+    monkeypatch.setattr("minisgl.grammar.store.TRIAL_SECONDS", 200.0)  # by a clock that other work makes fast
     room = MAX_TEXT // count - len('"", ')
     longest = json.dumps([f"{index:0{room}}" for index in range(count)])
     assert len(longest) <= MAX_TEXT

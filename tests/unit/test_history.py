@@ -20,7 +20,7 @@ from minisgl.server.answers.renderer import Assembler
 from minisgl.server.bodies.chat import GenerationRequest, parse_chat
 from minisgl.server.bodies.fields import OBJECTS
 from minisgl.server.bodies.responses import parse_responses
-from minisgl.tokenizer.chat import CallForm
+from minisgl.tokenizer.chat import CUT, CallForm
 from minisgl.tokenizer.tokenize import HFTextCodec
 
 HELLO = {"role": "user", "content": "hello"}
@@ -151,9 +151,39 @@ def test_several_calls_are_one_by_one_where_the_template_takes_but_one(demo: HFT
     codec = codec_of(demo, TEMPLATES["object"], before=check)
     said = {"role": "assistant", "content": "both", "tool_calls": [call({"a": 1}, id="x"), call({"a": 2}, id="y")]}
     results = [{"role": "tool", "tool_call_id": i, "content": f"of {i}"} for i in ("x", "y")]
-    both = 'assistant:f({"a": 1});assistant:f({"a": 2});'
-    assert shown(codec, said, *results, HELLO) == f"user:hello;{both}tool:of x;tool:of y;user:hello;"
+    for answers in (results, results[::-1]):
+        both = 'assistant:f({"a": 1});tool:of x;assistant:f({"a": 2});tool:of y;'
+        assert shown(codec, said, *answers, HELLO) == f"user:hello;{both}user:hello;"
     assert CallForm().fit(messages(said, *results)) == messages(said, *results)
+
+
+# As gpt-oss has it: only the first call is written, results are the last call's, and thoughts have a name of their own.
+CHANNELS = (
+    "{% set last = namespace(name=none) %}{% for m in messages %}{% if m.tool_calls %}"
+    "{% if m.content and m.thinking %}{{ raise_exception('not both') }}{% endif %}"
+    "{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "{% set f = m.tool_calls[0].function %}<|start|>assistant to=functions.{{ f.name }}<|channel|>commentary json"
+    "<|message|>{{ f.arguments | tojson }}<|call|>{% set last.name = f.name %}{% elif m.role == 'tool' %}"
+    "<|start|>functions.{{ last.name }} to=assistant<|channel|>commentary<|message|>{{ m.content | tojson }}<|end|>"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+)
+
+
+def test_a_conversation_of_gpt_oss(demo: HFTextCodec) -> None:
+    codec = HFTextCodec(str(DEMO_MODEL), (), CHANNELS)
+    calls = [call({"a": n}, id=i, function={"name": i, "arguments": {"a": n}}) for n, i in enumerate(("x", "y"))]
+    said = {"role": "assistant", "reasoning_content": "Hm.", "content": "I look.", "tool_calls": calls}
+    results = [{"role": "tool", "tool_call_id": i, "content": f"of {i}"} for i in ("y", "x")]
+    done = {"role": "assistant", "reasoning_content": "Ah.", "content": "There.<|end|>"}
+    text = shown(codec, said, *results, done)
+    assert text.replace(CUT, "|") == (
+        "<|start|>user<|message|>hello<|end|><|start|>assistant<|channel|>analysis<|message|>Hm.\n\nI look.<|end|>"
+        '<|start|>assistant to=functions.x<|channel|>commentary json<|message|>{"a": 0}<|call|>'
+        '<|start|>functions.x to=assistant<|channel|>commentary<|message|>"of x"<|end|>'
+        '<|start|>assistant to=functions.y<|channel|>commentary json<|message|>{"a": 1}<|call|>'
+        '<|start|>functions.y to=assistant<|channel|>commentary<|message|>"of y"<|end|>'
+        "<|start|>assistant<|message|>There.<|end|><|end|>"
+    )
 
 
 def test_a_template_without_calls_is_left_alone(demo: HFTextCodec) -> None:

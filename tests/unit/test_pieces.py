@@ -7,9 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minisgl.core import FinishReason, TokenLogprobs
-from minisgl.message.messages import DetokenizeMsg, StreamStart, UserReply, pack_ids, pack_logprobs, unpack_logprobs
-from minisgl.server.answers.openai import TextCursor, chat_logprobs, completion_logprobs
+from minisgl.core import FinishReason, SamplingParams, TokenLogprobs
+from minisgl.message.messages import (
+    DetokenizeMsg,
+    StreamStart,
+    TextPrompt,
+    UserReply,
+    pack_ids,
+    pack_logprobs,
+    unpack_logprobs,
+)
+from minisgl.server.answers.openai import CompletionRenderer, chat_logprobs
+from minisgl.server.answers.renderer import Assembler
+from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.tokenizer.detokenize import Detokenizer
 from minisgl.tokenizer.tokenize import HFTextCodec
 from tests.tokenizers_fixture import make_byte_level, make_sentencepiece
@@ -78,7 +88,9 @@ def replies(codec: HFTextCodec, text: str, *, echo: str = "", num_top: int = 0) 
 
 def test_parts_of_characters_are_written_out(codecs: list[HFTextCodec]) -> None:
     """As OpenAI does; and a token's offset is where its text is, or the character that it helps to make."""
-    shown = completion_logprobs(replies(codecs[0], "xшy", echo="ab", num_top=2), TextCursor())
+    parsed = GenerationRequest((TextPrompt("ab"),), SamplingParams(), logprobs=True)
+    given = replies(codecs[0], "xшy", echo="ab", num_top=2)
+    shown = CompletionRenderer("m", parsed, Assembler).body([given])["choices"][0]["logprobs"]
     assert shown["tokens"] == ["a", "b", "x", *(f"bytes:\\x{byte:02x}" for byte in "ш".encode()), "y"]
     assert shown["text_offset"] == [0, 1, 2, 3, 3, 4]
     assert shown["token_logprobs"][0] is None

@@ -43,13 +43,18 @@ CASES = [
     ("deepseek_r1", "<｜Assistant｜>", "<think>\nHm.\n</think>\n\nYes.", "Hm.", "Yes."),
     ("deepseek_r1", "<｜Assistant｜>", "Hm", "Hm", ""),
     ("deepseek_r1", "<｜Assistant｜></think>", "Yes.", "", "Yes."),
+    ("seed_oss", "<seed:bos>assistant\n", "<seed:think>Hm <think>.</seed:think>Yes.", "Hm <think>.", "Yes."),
+    ("seed_oss", "assistant\n<seed:think>", "Hm.</seed:think>Yes.", "Hm.", "Yes."),
+    ("seed_oss", "assistant\n<seed:think>\n</seed:think>", "Yes.", "", "Yes."),
+    ("magistral", "[/INST]", "[THINK]Hm.[/THINK]Yes [THINK].", "Hm.", "Yes [THINK]."),
+    ("magistral", "[/INST]", "[Yes]", "", "[Yes]"),
 ]
 
 
 @pytest.mark.parametrize(("name", "prompt_end", "text", "reasoning", "answer"), CASES)
 def test_formats(name: str, prompt_end: str, text: str, reasoning: str, answer: str) -> None:
-    assert parse(ThinkParser(name, prompt_end), text) == (reasoning, answer)
-    assert parse(ThinkParser(name, prompt_end), *text) == (reasoning, answer)
+    assert parse(ThinkParser(REASONING_PARSERS[name], prompt_end), text) == (reasoning, answer)
+    assert parse(ThinkParser(REASONING_PARSERS[name], prompt_end), *text) == (reasoning, answer)
 
 
 @settings(max_examples=300, deadline=None)
@@ -65,16 +70,16 @@ def test_the_result_does_not_depend_on_the_cuts(
     text = "".join(fragments)
     bounds = [0, *sorted(cuts), len(text)]
     pieces = [text[start:end] for start, end in pairwise(bounds)]
-    whole = parse(ThinkParser(name, prompt_end), text)
-    assert parse(ThinkParser(name, prompt_end), *pieces) == whole
-    assert parse(ThinkParser(name, prompt_end), *text) == whole
+    whole = parse(ThinkParser(REASONING_PARSERS[name], prompt_end), text)
+    assert parse(ThinkParser(REASONING_PARSERS[name], prompt_end), *pieces) == whole
+    assert parse(ThinkParser(REASONING_PARSERS[name], prompt_end), *text) == whole
     words = "".join(whole).replace(" ", "").replace("\n", "")
     lost = len(text.replace(" ", "").replace("\n", "")) - len(words)
     assert lost in (0, len("<think>"), len("</think>"), len("<think></think>"))  # one tag of each at most
 
 
 def test_reasoning_comes_as_it_is_thought() -> None:
-    parser = ThinkParser("qwen3", "")
+    parser = ThinkParser(REASONING_PARSERS["qwen3"], "")
     assert parser.push("<think>\n") == []
     assert parser.push("one ") == [Part("reasoning", "one")]
     assert parser.push("two") == [Part("reasoning", " two")]
@@ -87,7 +92,7 @@ def test_calls_after_reasoning() -> None:
     text = f"<think>\nI could {call}\n</think>\n\nLet me.\n{call}"
     expected = {"reasoning": f"I could {call}", "text": "Let me.", "names": ["f"], "arguments": "{}"}
     for pieces in ([text], list(text)):
-        parser = ThinkParser("qwen3", "", ToolParser("hermes", {"f": None}))
+        parser = ThinkParser(REASONING_PARSERS["qwen3"], "", ToolParser("hermes", {"f": None}))
         parts = [part for piece in pieces for part in parser.push(piece)] + parser.finish()
         assert expected == {
             "reasoning": "".join(part.text for part in parts if part.kind == "reasoning"),

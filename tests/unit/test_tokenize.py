@@ -170,11 +170,13 @@ def test_max_tokens_is_what_the_context_has_room_for(byte_level: HFTextCodec, as
 @pytest.mark.parametrize(
     ("end", "usually", "does"),
     [
-        ("", "optional", "optional"),
-        ("<think>\n", "optional", "always"),
-        ("<think>\n\n</think>\n\n", "optional", ""),
-        ("", "always", "always"),
-        ("</think>", "always", ""),
+        ("", "optional <think> </think>", "optional <think> </think>"),
+        ("<think>\n", "optional <think> </think>", "always <think> </think>"),
+        ("<think>\n\n</think>\n\n", "optional <think> </think>", ""),
+        ("", "always <think> </think>", "always <think> </think>"),
+        ("</think>", "always <think> </think>", ""),
+        ("</think>", "optional [THINK] [/THINK]", "optional [THINK] [/THINK]"),
+        ("[THINK]", "optional [THINK] [/THINK]", "always [THINK] [/THINK]"),
     ],
 )
 def test_the_end_of_the_prompt_says_whether_reasoning_comes_before_a_grammar(

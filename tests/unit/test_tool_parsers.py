@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisgl.parser.harmony import HarmonyParser
 from minisgl.parser.parts import Parser, Part, calls_in
 from minisgl.parser.tools import TOOL_PARSERS, ToolParser
 
@@ -48,10 +49,17 @@ def parse(parser: Parser, *texts: str) -> Result:
     return joined(parts_of(parser, *texts))
 
 
+def parser_of(name: str | None, functions: dict[str, Any]) -> Parser:
+    return HarmonyParser(functions) if name == "harmony" else ToolParser(name, functions)
+
+
 def read(name: str, *texts: str) -> tuple[str, list[tuple[str, str]]]:
-    return gathered(parts_of(ToolParser(name, NAMES), *texts))
+    return gathered(parts_of(parser_of(name, NAMES), *texts))
 
 
+SEED = "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Paris</parameter>\n</function>\n</seed:tool_call>"
+HARMONY = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris"}'
+AGAIN = "<|end|><|start|>assistant"
 HERMES = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 LLAMA = '{"name": "get_weather", "parameters": {"city": "Paris"}}'
 MISTRAL = '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}}]'
@@ -106,7 +114,41 @@ DOCUMENTED: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("pythonic", "[f(a=null, b=false)]", "", [("f", {"a": None, "b": False})]),
     ("pythonic", "[f(x=\"it's [here\", y='\\'])')]", "", [("f", {"x": "it's [here", "y": "'])"})]),
     ("pythonic", "[f(x='\\d')]", "", [("f", {"x": "\\d"})]),
-    # Qwen3-Coder: the chat template of the model.
+    # LFM2: Liquid's pages on tool use.
+    ("lfm2", '<|tool_call_start|>[get_weather(city="Paris")]<|tool_call_end|>I look.', "I look.", [WEATHER]),
+    ("lfm2", "A <|tool_call_start|>[get_weather(city='Paris'), get_time()]<|tool_call_end|>", "A", [WEATHER, TIME]),
+    ("lfm2", "<|tool_call_start|>[get_time()]", "", [TIME]),
+    # OLMo 3: the chat template of the model.
+    ("olmo3", '<function_calls>get_weather(city="Paris")</function_calls>', "", [WEATHER]),
+    ("olmo3", '<function_calls>\nget_weather(\n city="Paris")\nget_time()</function_calls> A', " A", [WEATHER, TIME]),
+    ("olmo3", "I look.\n<function_calls>get_time()", "I look.", [TIME]),
+    # Granite 3 and Phi-4-mini: the chat template of the one, and the cookbook of the other.
+    ("granite", '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris"}}]', "", [WEATHER]),
+    ("granite", '[{"name": "get_time", "arguments": {}}, {"name": "get_time", "arguments": {}}]', "", [TIME, TIME]),
+    ("granite", '<tool_call>[{"name": "get_time", "arguments": {}}]', "", [TIME]),
+    ("phi4_mini", '<|tool_call|>[{"name": "get_time", "arguments": {}}]<|/tool_call|>', "", [TIME]),
+    ("phi4_mini", 'functools[{"name": "get_time", "arguments": {}}]', "", [TIME]),
+    # GLM-4: the demonstration of its authors.
+    ("glm4", 'get_weather\n{"city": "Paris"}', "", [WEATHER]),
+    ("glm4", '\nget_weather\n{"city": "Paris"}\nget_time\n{}', "", [WEATHER, TIME]),
+    ("glm4", "get_weather is what\nI would call", "get_weather is what\nI would call", []),
+    # Seed-OSS: the chat template of the model.
+    ("seed_oss", SEED, "", [WEATHER]),
+    ("seed_oss", f"I look.\n{SEED}\n{SEED}", "I look.", [WEATHER, WEATHER]),
+    # gpt-oss: OpenAI's description of the format, and what its chat template makes of calls.
+    ("harmony", HARMONY, "", [WEATHER]),
+    ("harmony", ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Paris"}', "", [WEATHER]),
+    ("harmony", f"{HARMONY}<|call|>{AGAIN} to=functions.get_time<|message|>{{}}", "", [WEATHER, TIME]),
+    ("harmony", f"<|channel|>commentary<|message|>I look.{AGAIN}{HARMONY}<|call|>", "I look.", [WEATHER]),
+    ("harmony", f"{HARMONY.replace('commentary', 'analysis')} \n<|end|>", "", [WEATHER]),
+    ("harmony", HARMONY.replace("get_weather", "get_time").replace('{"city": "Paris"}', ""), "", [TIME]),
+    ("harmony", HARMONY.replace("functions.get_weather", "browser.search"), '{"city": "Paris"}', []),
+    ("harmony", f"<|channel|>final<|message|>One.{AGAIN}<|channel|>final<|message|>Two.<|return|>", "One.\n\nTwo.", []),
+    ("harmony", "<|channel|>final <|constrain|>json<|message|>[1]<|return|>", "[1]", []),
+    ("harmony", " No header at all", " No header at all", []),
+    ("harmony", "too early", "too early", []),
+    ("harmony", "<|channel|>fin", "", []),
+    # Qwen3-Coder and Qwen3.5: the chat template of the model.
     ("qwen3_coder", CODER, "", [WEATHER]),
     ("qwen3_coder", f"I look.\n\n{CODER}\n{CODER}", "I look.", [WEATHER, WEATHER]),
     ("qwen3_coder", CODER.removeprefix("<tool_call>\n"), "", [WEATHER]),
@@ -122,8 +164,8 @@ DOCUMENTED: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
 
 @pytest.mark.parametrize(("name", "text", "content", "calls"), DOCUMENTED, ids=lambda value: str(value)[:50])
 def test_documented_formats(name: str, text: str, content: str, calls: list[tuple[str, Any]]) -> None:
-    assert parse(ToolParser(name, NAMES), text) == (content, calls)
-    assert parse(ToolParser(name, NAMES), *text) == (content, calls)
+    assert parse(parser_of(name, NAMES), text) == (content, calls)
+    assert parse(parser_of(name, NAMES), *text) == (content, calls)
 
 
 MALFORMED = [
@@ -147,6 +189,17 @@ MALFORMED = [
     ("qwen3_coder", "<tool_call>\n<function="),
     ("qwen3_coder", "<function=f"),
     ("qwen3_coder", "<tool_call> a <function> b"),
+    ("lfm2", "<|tool_call_start|>[nothing()]<|tool_call_end|>"),
+    ("lfm2", "<|tool_call_start|>"),
+    ("olmo3", "<function_calls>nothing()</function_calls>"),
+    ("olmo3", "<function_calls>get_time(</function_calls>"),
+    ("olmo3", "<function_calls>x = get_time()</function_calls>"),
+    ("granite", "<|tool_call|> I cannot"),
+    ("granite", '[{"name": "unknown", "arguments": {}}]'),
+    ("phi4_mini", "functools is a module"),
+    ("glm4", "unknown\n{}"),
+    ("glm4", "get_time"),
+    ("seed_oss", SEED.replace("get_weather", "get_lost")),
     ("pythonic", "[1, 2, 3]"),
     ("pythonic", "[]"),
     ("pythonic", "[f(1)]"),
@@ -167,9 +220,9 @@ MALFORMED = [
 
 @pytest.mark.parametrize(("name", "text"), MALFORMED, ids=lambda value: str(value)[:50])
 def test_what_is_malformed_comes_back_as_text(name: str, text: str) -> None:
-    assert parse(ToolParser(name, NAMES), text) == (text, [])
+    assert parse(parser_of(name, NAMES), text) == (text, [])
     if len(text) < 2000:
-        assert parse(ToolParser(name, NAMES), *text) == (text, [])
+        assert parse(parser_of(name, NAMES), *text) == (text, [])
 
 
 BEGUN = [
@@ -183,6 +236,11 @@ BEGUN = [
     ("llama3_json", '{"name": "f", "parameters": {"a": "\n"}} a', '{"a": "\\n"}', " a"),
     ("mistral", "[TOOL_CALLS]f[ARGS]{", "{", ""),
     ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"x": 1}, "id": "abcdefghi"}]', '{"x": 1}', ""),
+    ("harmony", HARMONY[:-4], '{"city": "Par', ""),
+    ("harmony", HARMONY.replace('{"city": "Paris"}', "Paris\n"), "Paris\n", ""),
+    ("harmony", HARMONY.replace("Paris", "a\n<|end|>"), '{"city": "a\\n<|end|>"}', ""),
+    ("glm4", 'get_weather\n{"city": "Par', '{"city": "Par', ""),
+    ("seed_oss", SEED[:-42], '{"city": "Paris', ""),
     ("qwen3_coder", coder(s="abc")[:-35], '{"s": "abc', ""),
     ("qwen3_coder", coder(s="a", n="12")[:-38], '{"s": "a", "n": ', ""),
 ]
@@ -201,14 +259,15 @@ def test_a_call_that_has_begun_is_one_to_its_end(name: str, text: str, arguments
     [
         *(("hermes", HERMES), ("llama3_json", LLAMA), ("mistral", MISTRAL), ("qwen3_coder", CODER)),
         ("mistral", '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}'),
+        *(("harmony", HARMONY), ("glm4", 'get_weather\n{"city": "Paris"}')),
     ],
 )
 def test_arguments_come_in_pieces(name: str, text: str) -> None:
     """The name first, and each piece as soon as it is there."""
-    parser = ToolParser(name, NAMES)
+    parser = parser_of(name, NAMES)
     assert parser.push(text[: text.index("Paris") + 3])[0] == Part("call", "", "get_weather")
     assert parser.push("is") == [Part("call", "is")]
-    parser = ToolParser(name, NAMES)
+    parser = parser_of(name, NAMES)
     parts = [part for piece in text for part in parser.push(piece)]
     assert parts[0] == Part("call", "", "get_weather") and len(parts) > 8
     assert not parser.finish()
@@ -244,6 +303,29 @@ FRAGMENTS = {
         CODER,
         "</fun",
     ],
+    "lfm2": ["<|tool_call_start|>", "<|tool_call_end|>", "[f(x=1)]", "[", "f(", "x='", "'", ")", "]", "<|tool_"],
+    "olmo3": ["<function_calls>", "</function_calls>", "f(x=1)", "f(", "x='", "'", ")", "<func"],
+    "granite": ["<|tool_call|>", '[{"name": "f"', ', "arguments": {"x": "', '"}}', "]", ",", "<|tool_", "<tool_call>"],
+    "phi4_mini": [
+        "<|tool_call|>",
+        "<|/tool_call|>",
+        '[{"name": "f"',
+        ', "arguments": {',
+        "}}",
+        "]",
+        "func",
+        "functools",
+    ],
+    "glm4": ["f", "get_time", "\n{", '{"x": "', '"}', "\n"],
+    "seed_oss": [
+        "<seed:tool_call>",
+        "</seed:tool_call>",
+        "<function=f>",
+        "<parameter=s>",
+        "</parameter>",
+        SEED,
+        "<seed:",
+    ],
     "pythonic": ["<|python_start|>", "<|python_end|>", "[f(x=1)]", "[", "f(", "x='", "'", ")", "]", ",", "<|python_"],
 }
 
@@ -277,7 +359,7 @@ def test_the_result_does_not_depend_on_the_cuts(message: tuple[str, list[str]]) 
 @settings(deadline=None)
 @given(st.sampled_from(sorted(TOOL_PARSERS)), st.lists(st.text(max_size=20), max_size=8))
 def test_plain_text_stays_as_it_is(name: str, pieces: list[str]) -> None:
-    assert parse(ToolParser(name, NAMES), *pieces) == ("".join(pieces), [])
+    assert parse(parser_of(name, NAMES), *pieces) == ("".join(pieces), [])
 
 
 VALUES = st.recursive(
@@ -300,7 +382,7 @@ def test_any_arguments_come_through(calls: list[tuple[str, dict[str, Any]]], asc
         "mistral": "".join(f"[TOOL_CALLS]{n}[ARGS]{dump(a)}" for n, a in calls),
     }
     for name, text in written.items():
-        assert parse(ToolParser(name, NAMES), *text) == ("", calls)
+        assert parse(parser_of(name, NAMES), *text) == ("", calls)
 
 
 IDENTIFIERS = st.from_regex(r"[a-z]{1,5}_", fullmatch=True)

@@ -17,11 +17,12 @@ from minisgl.utils.fields import Fields
 logger = logging.getLogger(__name__)
 
 _FORMATS = msgspec.yaml.decode(Path(__file__).with_name("formats.yaml").read_bytes())
-_MARKERS: dict[str, list[str]] = _FORMATS["tools"] | _FORMATS["reasoning"]
+HARMONY = "harmony"  # of gpt-oss: the format of calls and of reasoning in one
 TOOL_PARSERS = tuple(_FORMATS["tools"])
-REASONING_PARSERS = {"qwen3": "optional", "deepseek_r1": "always"}  # name: whether models reason (`core.Grammar`)
-OPENING, CLOSING = "<think>", "</think>"
-SPOKEN = frozenset(marker for markers in _MARKERS.values() for marker in markers)  # what models say to the parsers
+REASONING_PARSERS: dict[str, str] = _FORMATS["reasoning"]  # name: as in `core.Grammar`
+_MARKERS = {name: text.split()[1:] for name, text in REASONING_PARSERS.items()} | _FORMATS["tools"]
+# What models say to the parsers, and may come back in what they have said: no borders of messages.
+SPOKEN = frozenset(marker for name, markers in _MARKERS.items() if name != HARMONY for marker in markers)
 
 
 def read_template_file(file: str) -> str:
@@ -70,30 +71,24 @@ def _texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def choose_tool_parser(wanted: str | None, template: str) -> str | None:
-    """The parser that was asked for ("none": none), or by default the one that the template's format needs."""
-    if wanted is not None:
-        return None if wanted == "none" else wanted
-    told = (rule["format"] for rule in _FORMATS["told_by"] if all(text in template for text in rule["texts"]))
-    return next(told, None)
+def choose_parsers(tools: str | None, reasoning: str | None, template: str) -> tuple[str | None, str | None]:
+    """The parsers of tool calls and of reasoning that were asked for ("none": none), or by default (None) those that
+    the template needs. `harmony` is both."""
 
+    def chosen(wanted: str | None, rules: list[dict[str, Any]]) -> str | None:
+        told = (rule["format"] for rule in rules if all(text in template for text in rule["texts"]))
+        return next(told, None) if wanted is None else wanted.removesuffix("none") or None
 
-def choose_reasoning_parser(wanted: str | None, template: str) -> str | None:
-    """The parser of reasoning that was asked for ("none": none), or by default the one that the template's tags need.
-    DeepSeek-R1's kind of models think without being told to, and the first tag may be missing."""
-    if wanted is not None:
-        return None if wanted == "none" else wanted
-    if CLOSING not in template:
-        return None
-    return "deepseek_r1" if "<｜Assistant｜>" in template and "thinking" not in template else "qwen3"
+    both = chosen(tools, _FORMATS["tools_told_by"]), chosen(reasoning, _FORMATS["reasoning_told_by"])
+    return (HARMONY, HARMONY) if HARMONY in both else both
 
 
 def reasoning_after(prompt_end: str, usually: str) -> str:
     """Whether the output begins with reasoning, for a model that `usually` does so: tags at a prompt's end say."""
-    prompt_end = prompt_end.rstrip()
-    if prompt_end.endswith(CLOSING):
+    prompt_end, (_, opening, closing) = prompt_end.rstrip(), usually.split()
+    if prompt_end.endswith(closing):
         return ""
-    return "always" if prompt_end.endswith(OPENING) else usually
+    return f"always {opening} {closing}" if prompt_end.endswith(opening) else usually
 
 
 def visible_tokens(*parsers: str | None) -> tuple[str, ...]:

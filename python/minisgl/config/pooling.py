@@ -54,7 +54,7 @@ def read_pooling(task: str | None, path: Path, is_tied: bool, template: str) -> 
         return None
     inputs = read_fields(path / "sentence_bert_config.json")
     begins = inputs.child("processing_kwargs").child("chat_template").boolean("add_generation_prompt", not modules)
-    texts, generates = told.child("prompts"), not is_classifier and (is_tied or not is_bare or _has_head(path))
+    texts, generates = told.child("prompts"), not is_classifier and ((is_tied and not is_bare) or _has_head(path))
     prompts = {key: texts.text(key, "") for key in texts.data}
     default = prompts.get(told.text("default_prompt_name", ""), "")
     if task == "score":
@@ -108,9 +108,6 @@ def _labels(path: Path, modules: Mapping[str, str]) -> tuple[int, ...]:
 
 
 def _has_head(path: Path) -> bool:
-    """Whether files of safetensors have one."""
-    for file in path.glob("*.safetensors"):
-        weights: Any = safe_open(str(file), framework="np")
-        if "lm_head.weight" in weights.keys():  # noqa: SIM118
-            return True
-    return False
+    """Whether files of safetensors have one; what is stored otherwise does."""
+    files: list[Any] = [safe_open(str(file), framework="np") for file in path.glob("*.safetensors")]
+    return not files or any("lm_head.weight" in file.keys() for file in files)  # noqa: SIM118

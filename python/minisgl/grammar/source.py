@@ -16,7 +16,6 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from tokenizers import AddedToken, Tokenizer
 
-from minisgl.config.chat import CLOSING, OPENING
 from minisgl.config.locate import is_gguf, load_tokenizer
 from minisgl.core import Grammar
 from minisgl.errors import ConfigError, RequestError
@@ -77,12 +76,13 @@ class _Writer:
 
     def reasoning(self, reasoning: str) -> dict[str, str]:
         """Rules of what comes before the answer, tags and whitespace included. No token that ends the output does."""
-        opening = self._literal(OPENING)
-        if CLOSING in self._special:
-            thought = {"thought": f"ANYTHING {self._literal(CLOSING)}", "ANYTHING": r"/(.|\n)*/"}
+        when, opening, closing = reasoning.split()
+        opening = self._literal(opening)
+        if closing in self._special:
+            thought = {"thought": f"ANYTHING {self._literal(closing)}", "ANYTHING": r"/(.|\n)*/"}
         else:  # a text as any other
-            thought = {"thought[lazy]": r"/(.|\n)*" + _escaped(CLOSING) + "/"}
-        start = f"({opening})? thought SPACE?" if reasoning == "always" else f"({opening} thought SPACE?)?"
+            thought = {"thought[lazy]": r"/(.|\n)*" + _escaped(closing) + "/"}
+        start = f"({opening})? thought SPACE?" if when == "always" else f"({opening} thought SPACE?)?"
         return {"reasoning": start, "SPACE": r"/[ \t\n]{1,32}/", **thought}
 
     def _body(self, form: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from minisgl.config.chat import CLOSING, OPENING, REASONING_PARSERS, reasoning_after
+from minisgl.config.chat import reasoning_after
 from minisgl.grammar.schema import listed, literals, resolved
 
 MAX_TYPES = 8  # within types, which a schema may have without end
@@ -66,20 +66,21 @@ def num_certain(text: str, markers: Sequence[str]) -> int:
 
 
 class ThinkParser(Parser):
-    """`<think>reasoning</think>answer`; the opening tag may stand at the end of the prompt instead.
+    """`<think>reasoning</think>answer`, or with other tags; the first may stand at the end of the prompt instead.
 
     Whitespace around reasoning and before the answer is formatting, and dropped. A text that ends while the model still
     thinks is reasoning as a whole.
 
-    name: as for `--reasoning-parser`; None when the model does not reason. prompt_end: the text with which the prompt
+    reasoning: whether the model reasons, and the tags, as in `core.Grammar`. prompt_end: the text with which the prompt
     ends. answer: the parser of what comes after the reasoning.
     """
 
-    def __init__(self, name: str | None, prompt_end: str, answer: Parser | None = None) -> None:
+    def __init__(self, reasoning: str, prompt_end: str, answer: Parser | None = None) -> None:
         super().__init__()
         self._answer = answer or Parser()
-        reasoning = reasoning_after(prompt_end, REASONING_PARSERS[name]) if name else ""  # as in `core.Grammar`
-        self._without_tag = reasoning == "always"
+        reasoning = reasoning and reasoning_after(prompt_end, reasoning)
+        when, self._opening, self._closing = reasoning.split() if reasoning else ("", "", "")
+        self._without_tag = when == "always"
         self._is_known = not reasoning  # whether the text begins with reasoning
         self._is_leading = False  # whitespace that comes next is formatting
         self.is_thinking = False  # the reasoning has begun, and goes on as far as can be seen
@@ -88,16 +89,16 @@ class ThinkParser(Parser):
         parts: list[Part] = []
         if not self._is_known:
             text = self._buffer.lstrip()
-            has_tag = text.startswith(OPENING)
-            if OPENING.startswith(text) and not (has_tag or final):
+            has_tag = text.startswith(self._opening)
+            if self._opening.startswith(text) and not (has_tag or final):
                 return []
-            self._buffer = text.removeprefix(OPENING) if has_tag else self._buffer
+            self._buffer = text.removeprefix(self._opening) if has_tag else self._buffer
             self._is_known, self.is_thinking = True, has_tag or self._without_tag
             self._is_leading = self.is_thinking
         if self.is_thinking:
             self._strip()
-            text, closing, rest = self._buffer.partition(CLOSING)
-            size = len(text.rstrip()) if closing or final else num_certain(text, (CLOSING,))
+            text, closing, rest = self._buffer.partition(self._closing)
+            size = len(text.rstrip()) if closing or final else num_certain(text, (self._closing,))
             parts += [Part("reasoning", text[:size])] if size else []
             self._buffer = rest if closing else text[size:]
             if closing:
@@ -118,10 +119,10 @@ def calls_in(text: str, names: Collection[str], language: str = "json") -> list[
     """Calls of functions that the client has, whose arguments are objects. None: the text is something else.
 
     language: "json": `{"name": …, "arguments" (or "parameters"): {…}}`, or a list of such; "python": a list of calls,
-    `[f(a=1), g(b="x")]`, with keyword arguments only, all of them literals.
+    `[f(a=1), g(b="x")]`, with keyword arguments only, all of them literals; "lines": such calls, one after the other.
     """
     try:
-        value = _python_value(text) if language == "python" else _json_value(text)
+        value = _json_value(text) if language == "json" else _python_value(text, in_list=language == "python")
         return [_call(item, names) for item in (value if isinstance(value, list) else [value])] or None
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
@@ -136,16 +137,19 @@ def _json_value(text: str) -> Any:
     return json.loads(text, strict=False, parse_constant=refuse)
 
 
-def _python_value(text: str) -> list[dict[str, Any]]:
-    """A Python list of calls as it is in JSON; none if it is no list.
+def _python_value(text: str, *, in_list: bool) -> list[dict[str, Any]]:
+    """Calls in Python as they are in JSON: those of a list, or statements; none if it is no list.
 
     Raises: ValueError or TypeError when one of them is no call.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python warns of odd escape sequences
-        tree = ast.parse(text.strip(), mode="eval").body
+        body: list[Any] = ast.parse(text.strip()).body
+    nodes = [statement.value if isinstance(statement, ast.Expr) else statement for statement in body]
     calls = []
-    for node in tree.elts if isinstance(tree, ast.List) else ():
+    if in_list:
+        nodes = nodes[0].elts if len(nodes) == 1 and isinstance(nodes[0], ast.List) else []
+    for node in nodes:
         if not isinstance(node, ast.Call) or node.args:
             raise ValueError("no call with keyword arguments")
         arguments = {}
@@ -289,13 +293,8 @@ class TaggedArguments:
             at, stop = min(stops)
             value, self._kinds = text[:at].removesuffix("\n"), None
             end = at + len(stop) if stop == self._STOPS[0] else at
-            return end, _within(value) + '"' if kinds == _TEXT else typed_value(value, kinds)
+            return end, json.dumps(value, ensure_ascii=False)[1:] if kinds == _TEXT else typed_value(value, kinds)
         if kinds != _TEXT:  # the type is known at the end
             return len(text) if final else 0, ""
         size = num_certain(text, self._STOPS)  # a part of a tag is none of the string
-        return len(text) if final else size, _within(text[:size])
-
-
-def _within(text: str) -> str:
-    """A part of a JSON string."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
+        return len(text) if final else size, json.dumps(text[:size], ensure_ascii=False)[1:-1]

@@ -46,23 +46,26 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CallFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """language: of arguments; "tags": each between tags, strings as they are and other values in JSON.
-    markers: what may be a call begins with one of these, wherever they stand; bare: or with this character, at the
+    """language: of arguments; "tags": each between tags, strings as they are and other values in JSON; "lines": as
+    "python", without a list around the calls, up to the first of `closers`.
+    markers: what may be a call begins with one of these, wherever they stand; bare: or with this pattern, at the
     beginning of the message or after a call.
     closers: what stands behind a call; each may be missing. between: what may stand between a call and the next, beside
     whitespace.
     named: a pattern of the beginning of a call that is no JSON, up to its arguments; its group is the name.
     begun: and of what may still become one.
+    answer: forms that stand before an answer.
     """
 
     layouts: list[Layout]
     markers: tuple[str, ...]
-    language: Literal["json", "python", "tags"] = "json"
+    language: Literal["json", "python", "lines", "tags"] = "json"
     bare: str = ""
     closers: list[str] = []
     between: str = ""
     named: str = ""
     begun: str = ""
+    answer: list[Form] = []
 
 
 TOOL_PARSERS = msgspec.convert(  # by the names of `--tool-call-parser`
@@ -95,9 +98,8 @@ class ToolParser(Parser):
     def __init__(self, name: str | None, functions: Mapping[str, Any]) -> None:
         super().__init__()
         self._format = TOOL_PARSERS[name or UNKNOWN]
-        self._brackets = {"json": "{[", "python": "[", "tags": ""}[
-            self._format.language
-        ]  # of calls without their names
+        # Of calls without their names.
+        self._brackets = {"json": "{[", "python": "[", "lines": "", "tags": ""}[self._format.language]
         self._functions = functions
         self._at_start = True  # of the message, or behind a call: whitespace may turn out to be formatting
         self._num_calls = 0
@@ -134,6 +136,10 @@ class ToolParser(Parser):
         closers = ["]", *self._format.closers] if in_list else self._format.closers
         if head is not None and head[2] in self._functions:
             return Found(head.end(), [Part("call", "", head[2])], BracketReader(), ["}", *closers], in_list)
+        if self._format.language == "lines":
+            whole, found, _ = text[start:].partition(closers[0])
+            calls = calls_in(whole, self._functions, "lines") if found or final else None
+            return Found(start + len(whole), calls, None, closers) if found or final else None
         start = len(text) - len(text[start:].lstrip())
         if start == len(text):
             return Found(start) if final else None
@@ -165,8 +171,8 @@ class ToolParser(Parser):
         if self._at_start:
             between = "," if self._in_list else self._format.between if self._num_calls else ""
             rest = re.sub(rf"\s*(?:{re.escape(between)})?\s*", "", self._buffer, count=1)
-            bare = "{" if self._in_list else self._format.bare
-            if bare and rest.startswith(bare):
+            bare = r"\{" if self._in_list else self._format.bare
+            if bare and re.match(bare, rest):
                 starts, end = [len(self._buffer) - len(rest)], 0
             elif not rest and (self._num_calls or not final):
                 self._buffer = "" if final else self._buffer

@@ -190,7 +190,9 @@ class RequestLog:
                 headers[REQUEST_ID] = headers["request-id"] = request_id  # the second is Anthropic's name for it
                 reading = scope["state"].get("reading")
                 if reading is not None and reading.ignored:
-                    headers[IGNORED] = _listed(reading.ignored)
+                    names = ", ".join(quote(name, safe="[]$@:/+") for name in reading.ignored)  # ASCII, one by one
+                    is_long = len(names) > MAX_IGNORED_CHARS
+                    headers[IGNORED] = names[:MAX_IGNORED_CHARS].rpartition(",")[0] + ", ..." if is_long else names
                     self._tell(reading.ignored)
             elif not first_byte:
                 first_byte = time.perf_counter() - begin
@@ -213,12 +215,6 @@ class RequestLog:
             hint = f"; did you mean {close[0]}?" if close else ""
             level = logging.WARNING if close else logging.INFO
             logger.log(level, "requests have a field %s, which has no effect here (told once)%s", name, hint)
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Names in a header: ASCII, with commas between them only."""
-    text = ", ".join(quote(name, safe="[]$@:/+") for name in names)
-    return text if len(text) <= MAX_IGNORED_CHARS else text[:MAX_IGNORED_CHARS].rpartition(",")[0] + ", ..."
 
 
 def _log_line(scope: Scope, status: int, first_byte: float, seconds: float) -> None:

@@ -38,7 +38,6 @@ def run_server(config: ServerConfig, listener: socket.socket, launcher: Launcher
 
     Raises: ConfigError or WorkerDied when a child does not start; nothing has listened then.
     """
-
     try:
         with signals_raised(), contextlib.ExitStack() as stack:
             with signals_deferred():
@@ -48,7 +47,10 @@ def run_server(config: ServerConfig, listener: socket.socket, launcher: Launcher
             supervisor = Supervisor(launcher, specs, config.heartbeat_timeout, config.restart_workers)
             stack.callback(supervisor.stop)
             supervisor.start()
-            _import_http()
+            # FastAPI and uvicorn take most of a second. An exception from a signal could be lost inside of an import.
+            thread = threading.Thread(target=importlib.import_module, args=("minisgl.server.serve",), daemon=True)
+            thread.start()
+            thread.join()
             supervisor.wait_ready()
             stack.callback(ignore_signals)  # none may stop the end of the workers half way
             from minisgl.server.serve import serve_http
@@ -91,11 +93,3 @@ def _holder(port: int) -> str:
         return f" by {psutil.Process(pid).name()} (process {pid})" if pid else " by another user" if pids else ""
     except (psutil.Error, OSError):
         return ""
-
-
-def _import_http() -> None:
-    """FastAPI and uvicorn take most of a second. An exception from a signal could be lost inside of an import, so that
-    is done by a thread."""
-    thread = threading.Thread(target=importlib.import_module, args=("minisgl.server.serve",), daemon=True)
-    thread.start()
-    thread.join()

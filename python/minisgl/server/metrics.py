@@ -111,10 +111,9 @@ class Exposition(Collector):
                 continue
             family = _KINDS[kind](name, text, labels=labels or ("model_name",))
             for label_values, value in values[key].items() if labels else [((self._model_name,), values[key])]:
-                family.add_metric(label_values, *(_buckets(value) if kind == "histogram" else (value,)))
+                shown: tuple[Any, ...] = (value,)
+                if kind == "histogram":
+                    limits = [*map(str, map(float, value.bounds)), "+Inf"]
+                    shown = list(zip(limits, accumulate(value.counts), strict=True)), value.total
+                family.add_metric(label_values, *shown)
             yield family
-
-
-def _buckets(values: Histogram) -> tuple[list[tuple[str, float]], float]:
-    limits = [*map(str, map(float, values.bounds)), "+Inf"]
-    return list(zip(limits, accumulate(values.counts), strict=True)), values.total

@@ -59,7 +59,13 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         self._listener.listen(MAX_CONNECTIONS)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        _announce(self._config, self._listener)
+        config, (address, port) = self._config, self._listener.getsockname()[:2]
+        if not (config.access.api_keys or ipaddress.ip_address(address.partition("%")[0]).is_loopback):
+            text = "--host %s without --api-key: whoever can reach port %d may use this server"
+            logger.warning(text, config.host, port)
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        scheme = "https" if config.access.ssl_certfile else "http"
+        print(f"minisgl serves {config.served_model_name} at {scheme}://{host}:{port}/v1", flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -162,10 +168,7 @@ async def serve_http(
             ssl_keyfile=config.access.ssl_keyfile,
         )
         server = HttpServer(uvicorn_config, config, frontend, listener)
-        on_death, on_change = (
-            functools.partial(_call_in, loop, call) for call in (server.on_death, frontend.on_change)
-        )
-        supervisor.watch(on_death, on_change)
+        supervisor.watch(*(functools.partial(_call_in, loop, call) for call in (server.on_death, frontend.on_change)))
         await server.serve(sockets=[listener])
         return server.status
 
@@ -179,8 +182,7 @@ def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *ar
 class LoopErrors:
     """In place of asyncio's handler, which tells some thousand times a second that no descriptor is left."""
 
-    def __init__(self) -> None:
-        self._quiet_until = 0.0
+    _quiet_until = 0.0
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
@@ -200,12 +202,3 @@ def _max_connections() -> int:
     left = max(soft, wanted) - len(os.listdir("/dev/fd"))
     # ZeroMQ ends the process when it has none left for a worker that connects: those that are refused count too.
     return max(1, min(MAX_CONNECTIONS, left - max(24, min(64, left // 2))))
-
-
-def _announce(config: ServerConfig, listener: socket.socket) -> None:
-    address, port = listener.getsockname()[:2]
-    if not (config.access.api_keys or ipaddress.ip_address(address.partition("%")[0]).is_loopback):
-        logger.warning("--host %s without --api-key: whoever can reach port %d may use this server", config.host, port)
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    scheme = "https" if config.access.ssl_certfile else "http"
-    print(f"minisgl serves {config.served_model_name} at {scheme}://{host}:{port}/v1", flush=True)

@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -128,18 +129,26 @@ class CallForm:
     texts: bool = False
     short_ids: bool = False
     several: bool = True  # calls in one message
+    thinking: bool = False  # a field of that name, in which what is said before a call has to stand too
 
     def fit(self, messages: list[Message]) -> list[Message]:
-        """The conversation in this form."""
-        fitted: list[Message] = []
+        """The conversation in this form. Where a message has one call, its result comes before the next."""
+        turns: list[list[Message]] = []
+        waiting: dict[str, list[Message]] = {}  # where results belong
         for message in messages:
             message = self._with_id(message, "tool_call_id")
             given = message.get("tool_calls") or ()
             calls = [{**self._with_id(call, "id"), "function": self._called(call["function"])} for call in given]
-            for turn in [calls] if self.several or not calls else [[call] for call in calls]:
-                fitted.append({**message, "tool_calls": turn} if turn else message)
+            if calls and self.thinking:
+                said = filter(None, (message.get("reasoning_content"), message["content"]))
+                message = {**message, "content": "", "thinking": "\n\n".join(said)}
+            for some in [calls] if self.several or not calls else [[call] for call in calls]:
+                turn = waiting.pop(message.get("tool_call_id", ""), [])
+                turns += [] if turn else [turn]
+                turn.append({**message, "tool_calls": some} if some else message)
+                waiting |= {} if self.several else {call["id"]: turn for call in some}
                 message = {"role": message["role"], "content": ""}  # what else was said, is said once
-        return fitted
+        return [message for turn in turns for message in turn]
 
     def _with_id(self, message: Message, name: str) -> Message:
         given = str(message.get(name, ""))
@@ -160,13 +169,13 @@ class CallForm:
 def learn(render: Callable[[list[Message]], str]) -> CallForm:
     """The form that a template takes. render: what it makes of messages; it may raise anything."""
 
-    def shown(arguments: object, *ids: str) -> str | None:
+    def shown(arguments: object, *ids: str, **more: str) -> str | None:
         calls = [{"id": i, "type": "function", "function": {"name": "f", "arguments": arguments}} for i in ids]
         results = [{"role": "tool", "name": "f", "tool_call_id": i, "content": "x"} for i in ids]
         try:
-            said = {"role": "assistant", "content": "", "tool_calls": calls}
+            said = {"role": "assistant", "content": "", **more, "tool_calls": calls}
             text = render([{"role": "user", "content": "x"}, said, *results])
-            return text if "probe" in text else None
+            return text if text.count("probe") >= len(ids) else None
         except Exception:
             return None
 
@@ -174,6 +183,8 @@ def learn(render: Callable[[list[Message]], str]) -> CallForm:
         by_object, by_text = shown(_OBJECT, ids[0]), shown(_CUT_OFF, ids[0])
         if by_object or by_text:
             objects = by_text is None or (by_object is not None and "'probe'" not in by_object)  # Python's own form
-            several = shown(_OBJECT if objects else _CUT_OFF, *ids) is not None
-            return CallForm(objects, by_text is not None and _CUT_OFF in by_text, ids is _SHORT, several)
+            takes = partial(shown, _OBJECT if objects else _CUT_OFF, ids[0])
+            thinking = "musing" in (takes(thinking="musing") or "") and not takes(thinking="musing", content="x")
+            texts, several = by_text is not None and _CUT_OFF in by_text, takes(ids[1]) is not None
+            return CallForm(objects, texts, ids is _SHORT, several, thinking)
     return CallForm()

@@ -6,7 +6,6 @@ import logging
 import random
 import re
 import secrets
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,15 +84,14 @@ class HFTextCodec:
     def _encode(self, text: str, special: bool) -> list[int]:
         if self._backend is None:
             return list(self.tokenizer.encode(text, add_special_tokens=special))
-        if threading.current_thread() is threading.main_thread():
-            return list(self._backend.encode(text, add_special_tokens=special).ids)
         return list(self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)  # lets others run
 
     def beginning(self, text: str, most: int) -> list[int]:
         """The first tokens of a text, so many with special ones around them."""
         if self._backend is None:
             return list(self.tokenizer.encode(text, truncation=True, max_length=most))
-        encoding = self._backend.encode(text[: most * self.longest_token], add_special_tokens=False)
+        text = text[: most * self.longest_token]
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)  # which lets others run
         encoding.truncate(max(0, most - self._backend.num_special_tokens_to_add(False)))
         return list(self._backend.post_process(encoding, None, True).ids)
 
@@ -135,9 +133,7 @@ class HFTextCodec:
         mark = chr(0xF0000 + secrets.randbelow(0xFFFE))  # of private use
         try:
             if any(message.get("tool_calls") for message in messages):
-                self.call_form = self.call_form or learn(
-                    lambda probe: self._render(probe, wire.ChatPrompt([]), None, {})
-                )
+                self.call_form = self.call_form or learn(lambda said: self._render(said, wire.ChatPrompt([]), None, {}))
                 messages = self.call_form.fit(messages)
             marked = self._control.marked([messages, prompt.tools, prompt.template_kwargs], mark)
             text = self._render(marked[0], prompt, *marked[1:])
@@ -195,9 +191,8 @@ class Tokenizer:
                 params, now = self._finish_params(message, ids), time.time()
                 return wire.UserMsg(message.uid, wire.pack_ids(ids), params, message.count, now)
             if isinstance(message, wire.EncodeMsg):
-                return wire.EncodedReply(
-                    message.uid, wire.pack_ids(self.encode_only(message.prompt, special=message.special))
-                )
+                ids = self.encode_only(message.prompt, special=message.special)
+                return wire.EncodedReply(message.uid, wire.pack_ids(ids))
             ids = self._check(wire.unpack_ids(message.token_ids), "tokens")
             return wire.DecodedReply(message.uid, self.codec.decode(ids, skip_special=message.skip_special))
         except RequestError as error:
@@ -261,7 +256,8 @@ class Tokenizer:
         Raises: RequestError when the prompt alone fills the context.
         """
         if self._pooling is not None and not (self._pooling.generates or request.params.pooling):
-            raise RequestError("this model gives vectors or scores, and no text", param="model")
+            use = "/v1/rerank or /v1/score" if self._pooling.kind == "score" else "/v1/embeddings"
+            raise RequestError(f"this model gives vectors or scores, and no text: use {use}", param="model")
         room = self._max_seq_len + bool(request.params.pooling) - len(ids)
         if room < 1:
             param = "messages" if isinstance(request.prompt, wire.ChatPrompt) else "prompt"

@@ -53,8 +53,12 @@ async def answer_request(
             place.timer = asyncio.get_running_loop().call_later(seconds, stream.abort, late)
         request.state.answer = renderer
         if not parsed.stream:
-            choices = await _collect(stream, renderer)
-            return json_response(renderer.body(_best(choices, parsed)))
+            choices: list[list[UserReply]] = [[] for _ in stream.outputs]
+            async for index, reply in stream:  # the first error ends it
+                choices[index].append(reply)
+                renderer.last[index] = reply
+            body = partial(renderer.body, _best(choices, parsed))
+            return json_response(await asyncio.to_thread(body) if renderer.aside else body())
         # What is refused gets an HTTP status; once the request is on its way, an error is an event.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(stream.accepted(), ACCEPT_SECONDS)
@@ -92,15 +96,6 @@ def _seconds(parsed: GenerationRequest, headers: Headers) -> float:
     names = () if parsed.stream else LIBRARY_TIMEOUTS
     told = [float(value) for name in names if _NUMBER.fullmatch(value := headers.get(name, ""))]
     return min(filter(None, [parsed.timeout, float(own), *told]), default=0.0)
-
-
-async def _collect(stream: Stream, renderer: Renderer) -> list[list[UserReply]]:
-    """All replies of each choice. The first error ends it."""
-    choices: list[list[UserReply]] = [[] for _ in stream.outputs]
-    async for index, reply in stream:
-        choices[index].append(reply)
-        renderer.last[index] = reply
-    return choices
 
 
 class EventStream(Response):

@@ -1,14 +1,15 @@
-"""Replies as /v1/chat/completions and /v1/completions show them, with log-probabilities."""
+"""Replies as /v1/chat/completions and /v1/completions show them, with log-probabilities; and as /generate does."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from codecs import getincrementaldecoder
+from codecs import IncrementalDecoder, getincrementaldecoder
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
-from minisgl.message.messages import TokenLogprob, TopLogprob, UserReply
+from minisgl.message.messages import TokenLogprob, TopLogprob, UserReply, unpack_ids
 from minisgl.server.answers.renderer import Assembler, Block, Events, Renderer
 
 
@@ -86,9 +87,7 @@ class ChatRenderer(_OpenAIRenderer):
 
     def usage(self) -> dict[str, Any]:
         num_reasoning = sum(assembler.num_reasoning for assembler in self.assemblers)
-        usage = super().usage()
-        details = {"reasoning_tokens": num_reasoning, **usage.get("completion_tokens_details", {})}
-        return {**usage, "completion_tokens_details": details}
+        return {**super().usage(), "completion_tokens_details": {"reasoning_tokens": num_reasoning}}
 
     def _delta(self, index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
         return self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more})
@@ -116,18 +115,47 @@ class CompletionRenderer(_OpenAIRenderer):
 
     prefix, whole, part = "cmpl-", "text_completion", "text_completion"
 
-    cursors: dict[int, TextCursor] = field(default_factory=dict, init=False)  # by choice
+    # How far into its text a choice's tokens are, and what decodes them. A character belongs to the token that ends it.
+    offsets: dict[int, int] = field(default_factory=dict, init=False)
+    decoders: dict[int, IncrementalDecoder] = field(default_factory=dict, init=False)
 
     def chunk(self, index: int, reply: UserReply) -> Events:
-        if index in self.cursors and not (reply.text or reply.finish_reason is not None or reply.logprobs):
+        if index in self.offsets and not (reply.text or reply.finish_reason is not None or reply.logprobs):
             return []
         return [self._chunk(self._choice(index, [reply]))]
 
     def _choice(self, index: int, replies: Sequence[UserReply]) -> dict[str, Any]:
-        cursor, text = self.cursors.setdefault(index, TextCursor()), "".join(reply.text for reply in replies)
-        choice = {"text": text, "index": index}
-        logprobs = completion_logprobs(replies, cursor) if self.request.logprobs else None
-        return {**choice, "logprobs": logprobs, "finish_reason": replies[-1].finish_reason}
+        decoder = self.decoders.setdefault(index, getincrementaldecoder("utf-8")("replace"))
+        tokens = [token for reply in replies for token in (*reply.prompt_logprobs, *reply.logprobs)]
+        lengths = (len(decoder.decode(token.token if token.is_text else b"")) for token in tokens)
+        *offsets, self.offsets[index] = accumulate(lengths, initial=self.offsets.get(index, 0))
+        logprobs = completion_logprobs(tokens, offsets) if self.request.logprobs else None
+        told = {"logprobs": logprobs, "finish_reason": replies[-1].finish_reason}
+        return {"text": "".join(reply.text for reply in replies), "index": index, **told}
+
+
+class GenerateRenderer(Renderer):
+    """/generate: text and token ids, with counts in `meta_info`; streams send increments."""
+
+    def chunk(self, index: int, reply: UserReply) -> Events:  # noqa: ARG002
+        return [self._shown([reply])]
+
+    def body(self, choices: Sequence[Sequence[UserReply]]) -> dict[str, Any]:
+        return self._shown(choices[0])
+
+    def _shown(self, replies: Sequence[UserReply]) -> dict[str, Any]:
+        last = replies[-1]
+        return {
+            "text": "".join(reply.text for reply in replies),
+            "output_ids": unpack_ids(b"".join(reply.token_ids for reply in replies)),
+            "meta_info": {
+                "id": self.id,
+                "finish_reason": last.finish_reason,
+                "prompt_tokens": last.num_prompt_tokens,
+                "completion_tokens": last.num_output_tokens,
+                "cached_tokens": last.num_cached_tokens,
+            },
+        }
 
 
 def chat_logprobs(replies: Sequence[UserReply]) -> dict[str, Any]:
@@ -144,30 +172,15 @@ def _chat_token(token: TokenLogprob | TopLogprob) -> dict[str, Any]:
     return {"token": _spelled(token.token, ""), "logprob": token.logprob, "bytes": list(token.token)}
 
 
-class TextCursor:
-    """How far into its text a choice's tokens are. A character belongs to the token that ends it."""
-
-    def __init__(self) -> None:
-        self._decoder = getincrementaldecoder("utf-8")("replace")
-        self._offset = 0
-
-    def pass_token(self, token: bytes) -> int:
-        """Where the token begins."""
-        begin = self._offset
-        self._offset += len(self._decoder.decode(token))
-        return begin
-
-
-def completion_logprobs(replies: Sequence[UserReply], cursor: TextCursor) -> dict[str, Any]:
-    """`logprobs` of a completion's choice, or of a chunk of it, which the cursor passes.
+def completion_logprobs(tokens: Sequence[TokenLogprob], offsets: Sequence[int]) -> dict[str, Any]:
+    """`logprobs` of a completion's choice, or of a chunk of it. offsets: of the tokens, in the choice's text.
 
     A prompt's tokens come first, where they were asked for; nothing precedes its first token, which has no values. The
     alternatives always include the token itself. Of different tokens with one text the most probable one is shown.
     """
-    tokens = [token for reply in replies for token in (*reply.prompt_logprobs, *reply.logprobs)]
     texts = [_spelled(token.token, "bytes:") for token in tokens]
     return {
-        "text_offset": [cursor.pass_token(token.token if token.is_text else b"") for token in tokens],
+        "text_offset": offsets,
         "token_logprobs": [token.logprob for token in tokens],
         "tokens": texts,
         "top_logprobs": [

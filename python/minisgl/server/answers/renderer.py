@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 from pydantic_core import from_json
 
-from minisgl.config.chat import CLOSING, OPENING, REASONING_PARSERS
+from minisgl.config.chat import HARMONY, REASONING_PARSERS
 from minisgl.config.runtime import ServerConfig
 from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError, RequestError
 from minisgl.message.messages import ChatPrompt, UserReply
+from minisgl.parser.harmony import HarmonyParser
 from minisgl.parser.parts import Parser, Part, ThinkParser
-from minisgl.parser.tools import ToolParser
+from minisgl.parser.tools import TOOL_PARSERS, ToolParser
 from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.server.bodies.sampling import form_grammar
 from minisgl.server.errors import dump_json, error_payload
@@ -32,37 +33,43 @@ def with_grammar(parsed: R, config: ServerConfig) -> R:
 
     Raises: RequestError when the request has tools and the format of this model's calls is not known.
     """
-    if not isinstance(parsed.prompts[0], ChatPrompt):
+    prompt, tools, grammar, calls = parsed.prompts[0], parsed.tools, parsed.params.grammar, config.tool_call_parser
+    if not isinstance(prompt, ChatPrompt):
         return parsed
-    tools, grammar = parsed.tools, parsed.params.grammar
-    if tools is not None and not tools.required and config.tool_call_parser is None:
+    if tools is not None and not tools.required and calls is None:
         message = "tools: the format of this model's tool calls is not known; start the server with --tool-call-parser"
         raise RequestError(message, param="tools")
     if tools is not None and tools.required:  # calls are the answer, so that nothing else has a form
-        grammar = form_grammar(tools.form(config.tool_call_parser), "tools")
-    elif tools is not None and grammar is not None:
-        grammar = form_grammar({"any": [tools.form(config.tool_call_parser), asdict(grammar)]}, grammar.param)
-    reasoning = _reasoning_parser(parsed, config)
-    if grammar is not None and reasoning is not None:
-        grammar = replace(grammar, reasoning=REASONING_PARSERS[reasoning])
+        grammar = form_grammar(tools.form(calls), "tools")
+    elif grammar is not None and calls is not None and (tools is not None or calls == HARMONY):
+        before = [] if prompt.continue_final else TOOL_PARSERS[calls].answer
+        choices = [*([tools.form(calls)] if tools else []), [*before, asdict(grammar)]]
+        grammar = form_grammar({"any": choices}, grammar.param)
+    if grammar is not None:
+        grammar = replace(grammar, reasoning=_reasoning(parsed, config))
     return replace(parsed, params=replace(parsed.params, grammar=grammar))
 
 
-def _reasoning_parser(parsed: GenerationRequest, config: ServerConfig) -> str | None:
-    """Its name. The rest of a message begins with reasoning only if the message breaks off in the middle of it."""
-    prompt = parsed.prompts[0]
-    if config.reasoning_parser is None or not (isinstance(prompt, ChatPrompt) and prompt.continue_final):
-        return config.reasoning_parser
-    text = prompt.messages[-1]["content"]
-    return "deepseek_r1" if text.rfind(OPENING) > text.rfind(CLOSING) else None
+def _reasoning(parsed: GenerationRequest, config: ServerConfig) -> str:
+    """Whether the output begins with reasoning, and the tags, as in `core.Grammar`. The rest of a message does so only
+    if the message breaks off in the middle of it."""
+    usual, prompt = REASONING_PARSERS.get(config.reasoning_parser or "", ""), parsed.prompts[0]
+    if not (usual and isinstance(prompt, ChatPrompt) and prompt.continue_final):
+        return usual
+    (_, opening, closing), text = usual.split(), prompt.messages[-1]["content"]
+    return f"always {opening} {closing}" if text.rfind(opening) > text.rfind(closing) else ""
 
 
 def new_assembler(parsed: GenerationRequest, config: ServerConfig) -> Assembler:
     """What reads one of the answers to this request."""
-    tools, format_name = parsed.tools, config.tool_call_parser
-    answer = Parser() if tools is None else ToolParser(format_name, tools.functions)
+    tools, format_name, prompt = parsed.tools, config.tool_call_parser, parsed.prompts[0]
+    functions = {} if tools is None else tools.functions
     parallel, short_ids = tools is None or tools.parallel, format_name == "mistral"
-    return Assembler(_reasoning_parser(parsed, config), answer, parallel=parallel, short_ids=short_ids)
+    answer: Parser = ToolParser(format_name, functions) if tools else Parser()
+    reasoning = _reasoning(parsed, config)
+    if format_name == HARMONY and isinstance(prompt, ChatPrompt):
+        answer, reasoning = HarmonyParser(functions, in_answer=prompt.continue_final), ""
+    return Assembler(reasoning, answer, parallel=parallel, short_ids=short_ids)
 
 
 @dataclass(slots=True, eq=False)
@@ -93,12 +100,12 @@ class Block:
 class Assembler:
     """Reads one choice's replies, from the first to the last.
 
-    reasoning: the name of its parser, if the model may reason. answer: the parser of what comes after that.
+    reasoning: as in `core.Grammar`. answer: the parser of what comes after that.
     parallel: without it, calls after the first are dropped.
     short_ids: nine letters and digits, which Mistral's templates insist on.
     """
 
-    reasoning: str | None = None
+    reasoning: str = ""
     answer: Parser = field(default_factory=Parser)
     parallel: bool = True
     short_ids: bool = False
@@ -163,6 +170,7 @@ class Renderer(ABC):
     prefix = ""  # of `id`: what the answer is called in itself
     done = b"data: [DONE]\n\n"  # what ends a stream that went well
     keep_alive = b": keep-alive\n\n"  # sent when there has been nothing else to send for a while
+    aside = False  # a whole body is made beside the event loop
 
     model: str
     request: GenerationRequest
@@ -174,9 +182,9 @@ class Renderer(ABC):
     def __post_init__(self) -> None:
         self.id = self.prefix + uuid.uuid4().hex
 
-    @abstractmethod
-    def chunk(self, index: int, reply: UserReply) -> Events:
+    def chunk(self, index: int, reply: UserReply) -> Events:  # noqa: ARG002
         """The events for an increment of choice `index`."""
+        return []
 
     def last_chunks(self) -> Events:
         """The events after the last choice: the usage, for clients that asked for it."""
@@ -195,14 +203,11 @@ class Renderer(ABC):
         first_of_prompt = [reply for index, reply in self.last.items() if index % self.request.num_choices == 0]
         num_prompt = sum(reply.num_prompt_tokens for reply in first_of_prompt)
         num_output = sum(reply.num_output_tokens for reply in self.last.values())
-        right, wrong = (sum(reply.drafted[i] for reply in self.last.values()) for i in (0, 1))
-        drafted = {"accepted_prediction_tokens": right, "rejected_prediction_tokens": wrong}
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
             "total_tokens": num_prompt + num_output,
             "prompt_tokens_details": {"cached_tokens": sum(reply.num_cached_tokens for reply in first_of_prompt)},
-            **({"completion_tokens_details": drafted} if right + wrong else {}),
         }
 
     # What is told of a block: when it begins, when more text of it has come, and when it is whole.

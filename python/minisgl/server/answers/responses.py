@@ -7,7 +7,10 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from minisgl.core import FinishReason
 from minisgl.errors import MiniSGLError
@@ -16,13 +19,7 @@ from minisgl.server.answers.renderer import Block, Events, MessageRenderer, part
 from minisgl.server.bodies.responses import Item, ResponsesRequest
 
 _STATUS = {FinishReason.LENGTH: "incomplete", FinishReason.ABORT: "cancelled"}  # else: completed
-# Of items: the type, what their ids begin with, what the events about their text are called, and the field that has it.
-_TYPES = {
-    "text": ("message", "msg", "output_text", "text"),
-    "reasoning": ("reasoning", "rs", "reasoning_text", "text"),
-    "call": ("function_call", "fc", "function_call_arguments", "arguments"),
-    "custom": ("custom_tool_call", "ctc", "custom_tool_call_input", "input"),
-}
+_TABLE = msgspec.yaml.decode(Path(__file__).with_suffix(".yaml").read_bytes())
 
 Keep = Callable[[dict[str, Any], list[Item]], None]
 
@@ -44,9 +41,25 @@ class ResponsesRenderer(MessageRenderer):
     def __post_init__(self) -> None:
         super().__post_init__()
         nothing = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))
-        head = {"id": self.id, "object": "response", "created_at": self.created, **nothing}
-        self._head = {**head, **_settings(self.model, self.request)}
-        self._custom = [tool["name"] for tool in self.request.tools_used if tool["type"] == "custom"]
+        body, params, tools = self.request.body, self.request.params, self.request.tools_used
+        self._custom = [tool["name"] for tool in tools if tool["type"] == "custom"]
+        self._head = {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            **nothing,
+            **_TABLE["same"],
+            **{name: getattr(body, name) for name in _TABLE["sent"]},
+            "metadata": {key: str(value) for key, value in (body.metadata or {}).items()},  # OpenAI has texts only
+            "model": self.model,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
+            "temperature": params.temperature,
+            "text": {"format": (body.text or {}).get("format") or {"type": "text"}, "verbosity": "medium"},
+            "tool_choice": body.tool_choice or "auto",
+            "tools": [_TABLE["tools"][tool["type"]] | tool for tool in tools],
+            "top_p": params.top_p,
+        }
 
     def first_chunks(self, reply: UserReply) -> Events:  # noqa: ARG002
         kinds = ("response.created", "response.in_progress")
@@ -84,8 +97,9 @@ class ResponsesRenderer(MessageRenderer):
         self.output.append(item)
         return [*events, self._event("response.output_item.done", output_index=block.index, item=item)]
 
-    def _type(self, block: Block) -> tuple[str, str, str, str]:
-        return _TYPES["custom" if block.part.name in self._custom else block.kind]
+    def _type(self, block: Block) -> list[str]:
+        kinds: dict[str, list[str]] = _TABLE["types"]
+        return kinds["custom" if block.part.name in self._custom else block.kind]
 
     def _item(self, block: Block, text: str, status: str) -> dict[str, Any]:
         kind, _, _, field = self._type(block)
@@ -113,7 +127,15 @@ class ResponsesRenderer(MessageRenderer):
         response = self._response(_STATUS.get(reason, "completed"), self.output)
         if reason is FinishReason.LENGTH:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
-        response |= {"completed_at": int(time.time()), "usage": _usage(self.usage(), self.assembler.num_reasoning)}
+        usage, num_reasoning = self.usage(), self.assembler.num_reasoning
+        response["completed_at"] = int(time.time())
+        response["usage"] = {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},  # writing costs nobody
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": num_reasoning},
+            "total_tokens": usage["total_tokens"],
+        }
         if self.keep is not None and self.request.body.store is not False:
             self.keep(response, self.request.items)
         return response
@@ -126,40 +148,3 @@ def _part(block: Block, text: str) -> dict[str, Any]:
     if block.kind == "reasoning":
         return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-# Fields of the answer that come back as they were sent, and those that say the same to everyone.
-_SENT = ("instructions", "max_output_tokens", "previous_response_id", "prompt_cache_key", "safety_identifier", "user")
-_SAME = {"background": False, "max_tool_calls": None, "service_tier": "default", "top_logprobs": 0}
-_FUNCTION = dict.fromkeys(("description", "parameters", "strict"))
-_EMPTY_TOOL: dict[str, dict[str, Any]] = {"function": _FUNCTION, "custom": {"description": None}}
-
-
-def _settings(model: str, request: ResponsesRequest) -> dict[str, Any]:
-    """What was asked for, and how it was understood."""
-    body = request.body
-    text_format = body.text.format if body.text is not None else None
-    return {
-        **_SAME,
-        **{name: getattr(body, name) for name in _SENT},
-        "metadata": {key: str(value) for key, value in (body.metadata or {}).items()},  # OpenAI has texts only
-        "model": model,
-        "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
-        "temperature": request.params.temperature,
-        "text": {"format": text_format or {"type": "text"}, "verbosity": "medium"},
-        "tool_choice": body.tool_choice or "auto",
-        "tools": [_EMPTY_TOOL[tool["type"]] | tool for tool in request.tools_used],
-        "top_p": request.params.top_p,
-        "truncation": "disabled",
-    }
-
-
-def _usage(usage: dict[str, Any], num_reasoning: int) -> dict[str, Any]:
-    return {
-        "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},  # writing costs nobody
-        "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": num_reasoning},
-        "total_tokens": usage["total_tokens"],
-    }

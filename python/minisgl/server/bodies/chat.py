@@ -13,7 +13,19 @@ from minisgl.core import MAX_COUNT, RANGES, Range, SamplingParams
 from minisgl.errors import RequestError, too_long
 from minisgl.message.messages import ChatPrompt, IdsPrompt, Prompt, TextPrompt, least_tokens, pack_ids
 from minisgl.server.bodies.content import MAX_TOOLS, Message, Tool, ToolUse, chat_messages, template_kwargs, tool_use
-from minisgl.server.bodies.fields import Body, Count, Ids, Items, MaxTokens, Object, Reading, load, optional, validate
+from minisgl.server.bodies.fields import (
+    NAMES,
+    Body,
+    Count,
+    Ids,
+    Items,
+    MaxTokens,
+    Object,
+    Reading,
+    load,
+    optional,
+    validate,
+)
 from minisgl.server.bodies.sampling import Defaults, GrammarFields, SamplingFields
 from minisgl.server.errors import refuse_unless, renamed, shown
 
@@ -72,10 +84,6 @@ class Reasoning(Body):
     enabled: bool | None = optional("false: no reasoning.")
 
 
-class Thinking(Body):
-    type: str = "enabled"
-
-
 class ChatBody(_OpenAIBody):
     """POST /v1/chat/completions."""
 
@@ -92,7 +100,7 @@ class ChatBody(_OpenAIBody):
     reasoning_effort: str | None = optional("For the chat template; none: no reasoning.", enum=[None, *EFFORTS])
     reasoning: Reasoning | None = optional("The same, as OpenRouter and /v1/responses have it.")
     enable_thinking: bool | None = optional("For the chat template.")
-    thinking: bool | str | Thinking | None = optional("The same, as Anthropic, DeepSeek and others have it.")
+    thinking: bool | str | Object | None = optional("The same, as Anthropic, DeepSeek and others have it.")
     add_generation_prompt: bool | None = optional("false: nobody's turn is begun after the messages.")
     continue_final_message: bool | None = optional("The last message, an assistant's, goes on; the answer is the rest.")
 
@@ -109,8 +117,9 @@ def parse_chat(data: bytes, defaults: Defaults, reading: Reading | None = None) 
     return _chat_request(load(ChatBody, data, reading), defaults)
 
 
-def chat_request(raw: Object, defaults: Defaults, names: Mapping[str, str] | None = None) -> GenerationRequest:
-    """A chat, checked. names: what the client's API calls its fields. Raises: RequestError naming the one at fault."""
+def chat_request(raw: Object, defaults: Defaults, body: str = "") -> GenerationRequest:
+    """A chat, checked. body: whose names for fields the client has. Raises: RequestError naming the one at fault."""
+    names = NAMES.get(body)
     try:
         return replace(_chat_request(validate(ChatBody, raw), defaults), names=names)
     except RequestError as error:
@@ -143,7 +152,7 @@ def _reasoning(body: ChatBody) -> Object:
     where, effort = next(((name, value) for name, value in given.items() if value), ("", None))
     if effort not in (None, *EFFORTS):
         raise RequestError(f"{where} must be one of {', '.join(EFFORTS)}, not {shown(effort)!r}", param=where)
-    switched = thinking.type != "disabled" if isinstance(thinking, Thinking) else thinking
+    switched = thinking.get("type") != "disabled" if isinstance(thinking, dict) else thinking
     wishes = (body.enable_thinking, switched, reasoning.enabled, False if effort == "none" else None)
     thinks = next((wish for wish in wishes if isinstance(wish, bool)), None)
     told: Object = {} if effort is None else {"reasoning_effort": effort}
@@ -176,17 +185,13 @@ def parse_completion(data: bytes, defaults: Defaults, reading: Reading | None = 
     refuse_unless(max_tokens or echo, "max_tokens must be at least 1 without echo, not 0", "max_tokens")
     params = body.params(max_tokens or 1, defaults, body.logprobs)
     params = replace(params, max_tokens=max_tokens, echo=echo, prompt_logprobs=body.logprobs if echo else None)
-    return _best_of(body.request(prompts, params), body.best_of)
-
-
-def _best_of(request: GenerationRequest, best_of: int | None) -> GenerationRequest:
+    request, best_of = body.request(prompts, params), body.best_of
     if best_of is None or best_of == request.n:
         return request
     refuse_unless(best_of > request.n, f"best_of must be at least n={request.n}, not {best_of}", "best_of")
     are_few = best_of * len(request.prompts) <= MAX_OUTPUTS
     refuse_unless(are_few, f"best_of={best_of} makes more than {MAX_OUTPUTS} outputs", "best_of")
     refuse_unless(not request.stream, "best_of above n cannot be streamed", "best_of")
-    params = request.params
     ranked = params if params.logprobs is not None else replace(params, logprobs=0)
     return replace(request, params=ranked, best_of=best_of)
 

@@ -2,10 +2,7 @@
 `fields.yaml` says it of those that no model of a body has.
 
 A field is known: something is made of it. Or it would change the answer and is not supported: it is refused, unless its
-value asks for nothing. Or it is neither: it is ignored, and the client and the log are told so.
-
-The names are those of OpenAI, Anthropic, vLLM, SGLang, llama.cpp, Ollama, TGI, text-generation-webui, OpenRouter and
-others whose clients are pointed at this server."""
+value asks for nothing. Or it is neither: it is ignored, and the client and the log are told so."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from minisgl.errors import RequestError
 from minisgl.server.bodies.chat import GenerationRequest, chat_request
 from minisgl.server.bodies.content import MAX_TOOLS, functions_of
-from minisgl.server.bodies.fields import NAMES, OBJECTS, Body, Items, MaxTokens, Object, Reading, load, optional
+from minisgl.server.bodies.fields import OBJECTS, SCHEMAS, Body, Items, MaxTokens, Object, Reading, load, optional
 from minisgl.server.bodies.sampling import Defaults, SamplingFields
 from minisgl.server.errors import refuse_unless
 
@@ -27,17 +27,6 @@ class Turn(Body):
 
     role: Literal["user", "assistant", "system"]
     content: Blocks
-
-
-class ToolUseChoice(Body):
-    type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
-    disable_parallel_tool_use: bool | None = None
-
-
-class OutputConfig(Body):
-    effort: str | None = optional("As `reasoning_effort` of a chat.")
-    format: Object | None = optional("A JSON schema that the text has to match.")
 
 
 class ThinkingConfig(Body):
@@ -56,9 +45,9 @@ class MessagesBody(Body, SamplingFields):
     stop_sequences: Items[str] | None = optional("What ends the output; it is cut off.")
     stream: bool | None = optional("Answer with server-sent events.")
     tools: Items[Object] | None = optional("Those that the client describes.", maxItems=MAX_TOOLS)
-    tool_choice: ToolUseChoice | None = optional("Whether the model has to call one.")
+    tool_choice: Object | None = optional("Whether the model has to call one.", **SCHEMAS["tool_use_choice"])
     thinking: ThinkingConfig | None = None
-    output_config: OutputConfig | None = None
+    output_config: Object | None = optional("The answer's form, and the effort.", **SCHEMAS["output_config"])
     output_format: Object | None = optional("`output_config.format`, by its older name.")
     chat_template_kwargs: Object | None = optional("For the chat template.")
 
@@ -68,26 +57,26 @@ def parse_messages(data: bytes, defaults: Defaults, reading: Reading | None = No
     reading = reading or Reading()
     body = load(MessagesBody, data, reading)
     named = (*SamplingFields.model_fields, "model", "max_tokens", "stream", "chat_template_kwargs")
-    messages, config = _messages(body), body.output_config or OutputConfig()
+    messages, config = _messages(body), body.output_config or {}
     last = messages[-1] if messages else {}
+
+    def function(tool: Object) -> Object:
+        return {key: tool.get(key) for key in ("name", "description", "strict")} | {
+            "parameters": tool.get("input_schema")
+        }
+
     chat = {
         **{name: getattr(body, name) for name in named},
         "messages": messages,
         "continue_final_message": last.get("role") == "assistant" and not last["tool_calls"],
         "stop": body.stop_sequences or body.stop,
         "thinking": body.thinking and body.thinking.model_dump(),
-        "tools": functions_of(body.tools or (), {"custom": _function}, reading, OBJECTS["described_tool"]),
-        "tool_choice": body.tool_choice and body.tool_choice.model_dump(),
-        "reasoning_effort": config.effort,
-        "response_format": config.format or body.output_format,
+        "tools": functions_of(body.tools or (), {"custom": function}, reading, OBJECTS["described_tool"]),
+        "tool_choice": body.tool_choice,
+        "reasoning_effort": config.get("effort"),
+        "response_format": config.get("format") or body.output_format,
     }
-    return chat_request(chat, defaults, NAMES["MessagesBody"])
-
-
-def _function(tool: Object) -> Object:
-    """A tool as chats have it."""
-    same = {name: tool.get(name) for name in ("name", "description", "strict")}
-    return {**same, "parameters": tool.get("input_schema")}
+    return chat_request(chat, defaults, "MessagesBody")
 
 
 def _messages(body: MessagesBody) -> list[Object]:

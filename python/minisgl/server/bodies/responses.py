@@ -17,7 +17,7 @@ from pydantic import Field
 from minisgl.errors import RequestError
 from minisgl.server.bodies.chat import GenerationRequest, chat_request
 from minisgl.server.bodies.content import Describe, functions_of, kept_as_text, text_of, thought_of
-from minisgl.server.bodies.fields import NAMES, OBJECTS, Body, Items, MaxTokens, Object, Reading, load, optional
+from minisgl.server.bodies.fields import OBJECTS, SCHEMAS, Body, Items, MaxTokens, Object, Reading, load, optional
 from minisgl.server.bodies.sampling import Defaults, SamplingFields
 from minisgl.server.errors import dump_json, refuse_unless
 
@@ -32,12 +32,6 @@ _KINDS = "message, reasoning, function_call, function_call_output, custom_tool_c
 _ROLES = ("user", "assistant", "system", "developer")
 
 
-class TextConfig(Body):
-    """`text`: what the output looks like."""
-
-    format: Object | None = None
-
-
 class ResponsesBody(Body, SamplingFields):
     """POST /v1/responses."""
 
@@ -46,7 +40,7 @@ class ResponsesBody(Body, SamplingFields):
     instructions: str | None = None
     max_output_tokens: MaxTokens | None = optional("Most tokens of the output.")
     stream: bool | None = None
-    text: TextConfig | None = None
+    text: Object | None = optional("What the output looks like.", **SCHEMAS["text"])
     tools: Items[Object] | None = None
     tool_choice: str | Object | None = None
     metadata: Object | None = None
@@ -86,8 +80,8 @@ def parse_responses(
         is_short = len(dump_json(getattr(body, name))) <= MAX_SENT_BACK
         refuse_unless(is_short, f"{name} must have at most {MAX_SENT_BACK} bytes of JSON", name)
     items = _conversation(body, store or ResponseStore(), owner)
-    form = body.text and body.text.format
-    if form and form.get("type") == "json_schema":  # in a chat, its schema has an object of its own
+    form = (body.text or {}).get("format")
+    if isinstance(form, dict) and form.get("type") == "json_schema":  # in a chat, its schema has an object of its own
         form = {"type": "json_schema", "json_schema": {key: form[key] for key in form if key != "type"}}
     told = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
     chat = {
@@ -97,7 +91,7 @@ def parse_responses(
         "response_format": form,
         "tools": functions_of(body.tools or (), _FUNCTIONS, reading, OBJECTS["flat_tool"]),
     }
-    parsed = chat_request(chat, defaults, NAMES["ResponsesBody"])
+    parsed = chat_request(chat, defaults, "ResponsesBody")
     same = {part.name: getattr(parsed, part.name) for part in fields(parsed)}
     return ResponsesRequest(**same, body=body, items=items)
 

@@ -33,9 +33,7 @@ class GrammarFields(BaseModel):
     """To be inherited by request bodies of OpenAI's endpoints."""
 
     response_format: Object | None = optional("OpenAI's way to ask for JSON.", **SCHEMAS["response_format"])
-    structured_outputs: Object | None = optional(
-        "What the output matches: one of these.", **SCHEMAS["structured_outputs"]
-    )
+    structured_outputs: Object | None = optional("The output matches one of these.", **SCHEMAS["structured_outputs"])
     guided_json: Object | str | None = optional("The output is JSON that matches the schema.")
     guided_regex: str | None = optional("The output matches.", minLength=1)
     guided_choice: Items[str] | None = optional("The output is one of these.", minItems=1, maxItems=MAX_CHOICES)
@@ -167,7 +165,6 @@ class SamplingFields(BaseModel):
     ignore_eos: bool | None = optional("Go on after end-of-sequence tokens.")
     skip_special_tokens: bool | None = optional("false: special tokens are text.")
     priority: Count | None = _within("priority", "The lowest goes first; for `--schedule-policy priority`.")
-    speculate: Count | None = _within("speculate", "The longest draft, where the server speculates; 0: none.")
     cache_salt: Salt | None = optional("Cached prefixes are shared with requests of the same salt and API key only.")
     timeout: Seconds | None = optional("The answer ends with an error after so many seconds.")
 
@@ -180,9 +177,12 @@ class SamplingFields(BaseModel):
         if self.top_p == 0:
             chosen |= {"top_p": 1.0, "temperature": 0.0}
         stop_ids = at_most(MAX_STOP_IDS, "ids", "stop_token_ids", self.stop_token_ids or ())
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        are_short = all(len(string) <= MAX_STOP_LEN for string in at_most(MAX_STOPS, "strings", "stop", stops))
+        refuse_unless(are_short, f"stop strings must have at most {MAX_STOP_LEN} characters", "stop")
         return SamplingParams(
             seed=None if self.seed in (None, -1) else self.seed % (MAX_SEED + 1),
-            stop=_stops(self.stop),
+            stop=tuple(stops),
             stop_token_ids=tuple(stop_ids),
             logit_bias=_biases(self.logit_bias or {}),
             logprobs=logprobs,
@@ -193,13 +193,6 @@ class SamplingFields(BaseModel):
 
 # Of those fields: what `SamplingParams` has by the same name and in the same form.
 _PLAIN = SamplingFields.model_fields.keys() - {"logit_bias", "seed", "stop", "stop_token_ids", "timeout"}
-
-
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    stops = at_most(MAX_STOPS, "strings", "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
-    are_short = all(len(string) <= MAX_STOP_LEN for string in stops)
-    refuse_unless(are_short, f"stop strings must have at most {MAX_STOP_LEN} characters", "stop")
-    return stops
 
 
 def _biases(biases: Object) -> tuple[tuple[int, float], ...]:

@@ -18,8 +18,7 @@ from minisgl.page.routes import add_page
 from minisgl.server.admission import Admission
 from minisgl.server.answers.delivery import answer_request
 from minisgl.server.answers.messages import MessagesRenderer
-from minisgl.server.answers.native import GenerateRenderer
-from minisgl.server.answers.openai import ChatRenderer, CompletionRenderer
+from minisgl.server.answers.openai import ChatRenderer, CompletionRenderer, GenerateRenderer
 from minisgl.server.answers.renderer import Assembler, Renderer, new_assembler, with_grammar
 from minisgl.server.answers.responses import ResponsesRenderer
 from minisgl.server.bodies.chat import GenerationRequest, check_size, parse_chat, parse_completion

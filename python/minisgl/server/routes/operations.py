@@ -4,9 +4,8 @@ generated here."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
@@ -19,7 +18,7 @@ from minisgl.server.access import require_operator
 from minisgl.server.bodies.fields import load
 from minisgl.server.bodies.intake import Bodies, check_model
 from minisgl.server.bodies.native import AbortBody, DetokenizeBody, parse_tokenize
-from minisgl.server.bodies.responses import Item, ResponseStore
+from minisgl.server.bodies.responses import ResponseStore
 from minisgl.server.errors import json_response, shown
 from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
@@ -83,7 +82,19 @@ class Operations:
             "num_waiting_requests": stats.num_waiting,
             "num_pages_in_use": stats.num_pages - stats.num_free_pages,
         }
-        return json_response({**_settings(self._config), "num_pages": stats.num_pages, "load": load})
+        config, engine, scheduler = self._config, self._config.engine, self._config.scheduler
+        settings = {
+            "version": minisgl.__version__,
+            "served_model_name": config.served_model_name,
+            "architecture": engine.model.architecture,
+            "tensor_parallel_size": engine.tp_size,
+            **{name: getattr(engine, name) for name in ("model_path", "dtype", "device")},
+            **{name: getattr(scheduler, name) for name in _OF_SCHEDULER.split()},
+            "attention_backend": f"{engine.prefill_backend},{engine.decode_backend}",
+            "num_tokenizer": config.num_tokenizer,
+            "default_sampling": config.default_sampling,
+        }
+        return json_response({**settings, "num_pages": stats.num_pages, "load": load})
 
     async def metrics(self, request: Request) -> Response:
         """Counts and timings, in Prometheus' text format."""
@@ -130,21 +141,6 @@ async def _answer(payload: object) -> Response:
     return json_response(payload)
 
 
-def _settings(config: ServerConfig) -> dict[str, Any]:
-    engine, scheduler = config.engine, config.scheduler
-    return {
-        "version": minisgl.__version__,
-        "served_model_name": config.served_model_name,
-        "architecture": engine.model.architecture,
-        "tensor_parallel_size": engine.tp_size,
-        **{name: getattr(engine, name) for name in ("model_path", "dtype", "device")},
-        **{name: getattr(scheduler, name) for name in _OF_SCHEDULER.split()},
-        "attention_backend": f"{engine.prefill_backend},{engine.decode_backend}",
-        "num_tokenizer": config.num_tokenizer,
-        "default_sampling": config.default_sampling,
-    }
-
-
 MAX_PAGE = 100  # items
 
 
@@ -168,25 +164,23 @@ def add_stored(app: FastAPI, store: ResponseStore) -> None:
     @app.get(f"{path}/input_items")
     async def input_items(request: Request, response_id: str) -> Response:
         """The items that it answers, the last one first."""
-        return json_response(_page(store.get(request.state.owner, response_id)[1], request.query_params))
+        query, items = request.query_params, store.get(request.state.owner, response_id)[1]
+        order, limit, after = query.get("order", "desc"), query.get("limit", "20"), query.get("after")
+        if order not in ("asc", "desc"):
+            raise RequestError(f"order must be asc or desc, not {shown(order)!r}", param="order")
+        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_PAGE):
+            expected = f"a whole number from 1 to {MAX_PAGE}"
+            raise RequestError(f"limit must be {expected}, not {shown(limit)!r}", param="limit")
+        items = items if order == "asc" else items[::-1]
+        ids = [item["id"] for item in items]
+        first = ids.index(after) + 1 if after in ids else 0
+        page = items[first : first + int(limit)]
+        ends = [item["id"] for item in page] or [None]
+        told = {"first_id": ends[0], "last_id": ends[-1], "has_more": first + len(page) < len(items)}
+        return json_response({"object": "list", "data": page, **told})
 
     @app.post(f"{path}/cancel")
     async def cancel(request: Request, response_id: str) -> Response:
         """Refused: none is made in the background. `/abort_request` ends one that is under way."""
         store.get(request.state.owner, response_id)
         raise RequestError("only a response that is made in the background can be cancelled", param="response_id")
-
-
-def _page(items: list[Item], query: Mapping[str, str]) -> dict[str, Any]:
-    order, limit, after = query.get("order", "desc"), query.get("limit", "20"), query.get("after")
-    if order not in ("asc", "desc"):
-        raise RequestError(f"order must be asc or desc, not {shown(order)!r}", param="order")
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_PAGE):
-        raise RequestError(f"limit must be a whole number from 1 to {MAX_PAGE}, not {shown(limit)!r}", param="limit")
-    items = items if order == "asc" else items[::-1]
-    ids = [item["id"] for item in items]
-    first = ids.index(after) + 1 if after in ids else 0
-    page = items[first : first + int(limit)]
-    ends = [item["id"] for item in page] or [None]
-    has_more = first + len(page) < len(items)
-    return {"object": "list", "data": page, "first_id": ends[0], "last_id": ends[-1], "has_more": has_more}

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import orjson
+
 from minisgl.config.runtime import ServerConfig
 from minisgl.core import MAX_COUNT, Range
 from minisgl.message.messages import UserReply
-from minisgl.server.answers.renderer import Assembler, Events, Renderer
+from minisgl.server.answers.renderer import Assembler, Renderer
 from minisgl.server.bodies.chat import GenerationRequest
 from minisgl.server.bodies.fields import Body, Count, Ids, Items, Object, Reading, load, optional
 from minisgl.server.bodies.sampling import Defaults
@@ -68,9 +70,7 @@ class VectorRenderer(Renderer):
     """Any of the answers, which come as a whole: there is no event."""
 
     request: VectorRequest
-
-    def chunk(self, index: int, reply: UserReply) -> Events:  # noqa: ARG002
-        return []
+    aside = True  # it may be long
 
     def body(self, choices: Sequence[Sequence[UserReply]]) -> dict[str, Any]:
         head = {"id": self.id, "object": "list", "created": self.created, "model": self.model, "usage": self.usage()}
@@ -91,7 +91,8 @@ def parse_embeddings(config: ServerConfig, data: bytes, _: Defaults, reading: Re
         data = []
         for index, one in enumerate(vectors):
             vector = vector_of(pooling, one, size)
-            shown = vector.tolist() if form == "float" else base64.b64encode(vector.tobytes()).decode()
+            numbers = orjson.Fragment(orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY))
+            shown = numbers if form == "float" else base64.b64encode(vector.tobytes()).decode()
             data.append({"object": "embedding", "index": index, "embedding": shown})
         return {"data": data}
 
