@@ -70,6 +70,7 @@ RANGES = {
     "top_p": Range(0, 1, "above 0 and at most 1"),
     "min_p": Range(0, 1),
     "seed": Range(0, MAX_SEED, "from 0 to 2**63 - 1"),
+    "speculate": Range(0, 64),
     "presence_penalty": Range(-2, 2),
     "frequency_penalty": Range(-2, 2),
     "repetition_penalty": Range(0.01, 100),  # logits divided by less leave what numbers can hold
@@ -98,6 +99,7 @@ class SamplingParams:
     (arXiv 1909.05858, section 4.1). 1 is off.
     logit_bias: (token id, what is added to its logit).
     logprobs: of each output token, and of so many most probable ones in its place; None: not wanted.
+    speculate: the longest draft of its next tokens, where the server speculates; 0: none; None: as the server has it.
     prompt_logprobs: the same for each prompt token but the first, which nothing precedes.
     echo: the text begins with the prompt's. Only then may max_tokens be 0.
     priority: of waiting requests the one with the lowest number runs first, under that policy.
@@ -135,13 +137,18 @@ class SamplingParams:
     client: str = ""
     grammar: Grammar | None = None
     pooling: str = ""
+    speculate: int | None = None
 
     def __post_init__(self) -> None:
         limit, least = self.max_tokens, 0 if self.echo else 1
         _check(limit is None or least <= limit <= MAX_COUNT, "max_tokens", f"at least {least} and below 2**63", limit)
         for name, (lowest, highest, text) in RANGES.items():
             value = getattr(self, name)
-            fits = name in ("seed", "logprobs", "prompt_logprobs") if value is None else lowest <= value <= highest
+            fits = (
+                name in ("seed", "speculate", "logprobs", "prompt_logprobs")
+                if value is None
+                else lowest <= value <= highest
+            )
             _check(fits, name, text or f"from {lowest} to {highest}", value)
         _check(self.top_p > 0, "top_p", RANGES["top_p"].text, self.top_p)
         _check(all(self.stop), "stop", "free of empty strings", list(self.stop))
@@ -209,6 +216,7 @@ class Req:
     state: ReqState = ReqState.WAITING
     started: bool = False  # was ever admitted
     num_interrupted: int = 0  # tokens in the cache when its prefill last made way for others
+    drafted: tuple[int, int] = (0, 0)  # tokens of its drafts: right, wrong
     num_charged: int = 0  # tokens that count among what its client has had
     retracted: bool = False  # waits again as soon as no step in flight touches it
     failed: bool = False  # what it computed must not be reused
@@ -261,9 +269,8 @@ class ScheduledReq(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """What a row's next tokens may be: written to the token buffer at [row, position : position + len(ids)] before the
-    step's tokens are computed. They are the last tokens of the row's share, each of which samples, and so does the one
-    before them: what is sampled in the place of a draft says whether that was right."""
+    """What a row's next tokens may be, the last of its share: written to the token buffer from `position` on before
+    the step's tokens are computed. What the token before samples says whether one was right."""
 
     row: int
     position: int

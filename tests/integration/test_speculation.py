@@ -32,6 +32,8 @@ SETUPS: dict[str, tuple[str, dict[str, Any]]] = {
     "layer by layer": ("llama", {}),
     "whole steps": ("qwen3", CPU_KERNELS),
     "experts": ("qwen3_moe", CPU_KERNELS),
+    "states": ("qwen3_5_text", {**CPU_KERNELS, "num_snapshots": 8}),
+    "convolutions": ("lfm2", {"num_snapshots": 8}),
 }
 
 
@@ -82,7 +84,8 @@ def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
     family, kernels = SETUPS[request.param]
     config = engine_config(tiny_model(family), page_size=4, num_pages=256, max_running_requests=64, **kernels)
     rows, chunk, longest = config.max_running_requests, 64, config.max_seq_len
-    planning = SchedulerConfig(rows, chunk, longest, 256, 4, check_integrity=1, integrity_fatal=True)
+    states = {"has_states": bool(config.model.states), "num_snapshots": config.num_snapshots}
+    planning = SchedulerConfig(rows, chunk, longest, 256, 4, check_integrity=1, integrity_fatal=True, **states)
     engine = create_engine(config)
     yield Setup(engine, planning, run(engine, planning, None)[0])
     engine.close()

@@ -6,12 +6,13 @@ import gc
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minisgl.core import FinishReason
-from minisgl.message.messages import DetokenizeMsg, StreamStart, UserReply, pack_ids
+from minisgl.core import FinishReason, TokenLogprobs
+from minisgl.message.messages import DetokenizeMsg, StreamStart, UserReply, pack_ids, pack_logprobs, unpack_ids
 from minisgl.tokenizer.detokenize import Detokenizer, IncrementalDecoder, StopFinder
 from minisgl.tokenizer.tokenize import HFTextCodec
 
@@ -161,6 +162,43 @@ def test_a_stop_string_in_the_last_token_needs_no_abort(byte_level: HFTextCodec)
     reply, abort = detokenizer.detokenize(message(ids, stop=["stop"], finish=FinishReason.LENGTH))
     assert reply is not None
     assert (reply.text, reply.finish_reason, abort) == ("one ", FinishReason.STOP, None)
+
+
+@fixtures_stay
+@given(
+    text=st.text("abc 🙂", max_size=30),
+    stops=st.lists(st.text("abc ", min_size=1, max_size=3), max_size=2),
+    cuts=st.lists(st.integers(1, 9), max_size=8),
+    least=st.integers(0, 6),
+    finish=st.sampled_from([FinishReason.STOP, FinishReason.LENGTH]),
+)
+def test_several_tokens_at_once_are_as_one_by_one(
+    byte_level: HFTextCodec, text: str, stops: list[str], cuts: list[int], least: int, finish: FinishReason
+) -> None:
+    """Text, ids, counts, log-probabilities and reason: nothing behind a stop string is told."""
+    ids = byte_level.encode(text, special=False)
+
+    def told(pieces: list[list[int]]) -> tuple[object, ...]:
+        detokenizer, replies, position = Detokenizer(byte_level), list[UserReply](), 0
+        for piece in [some for some in pieces if some]:
+            is_last, logprobs = (position := position + len(piece)) == len(ids), np.arange(position, dtype=np.float32)
+            parts = [TokenLogprobs(-logprobs[-len(piece) :], *(np.empty((len(piece), 0)),) * 2)]
+            start = None if replies else StreamStart(3, tuple(stops), b"", min_tokens=least)
+            reason = finish if is_last else None
+            packed = pack_ids(piece)
+            reply, _ = detokenizer.detokenize(
+                DetokenizeMsg(7, packed, 0, 0, start, reason, logprobs=pack_logprobs(parts))
+            )
+            replies += [] if reply is None else [reply]
+        last, wholes = replies[-1], [unpack_ids(reply.token_ids) for reply in replies]
+        return (
+            "".join(reply.text for reply in replies),
+            [token for whole in wholes for token in whole],
+            [one.logprob for reply in replies for one in reply.logprobs],
+            (last.num_output_tokens, last.finish_reason, last.stop),
+        )
+
+    assert not ids or told(split(ids, cuts)) == told(split(ids, []))
 
 
 def test_what_is_held_back_comes_at_the_end(byte_level: HFTextCodec) -> None:

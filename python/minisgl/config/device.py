@@ -25,6 +25,7 @@ GIB = 2**30
 MIN_ARCH = (8, 0)
 _PAGE_SIZE = 16  # tokens
 _PREFILL_LENGTH = {"cpu": 512, "cuda": 8192}  # tokens
+STEP_COSTS = {"cpu": (0.25, 0.03), "cuda": (0.02, 0.5)}  # for speculation: see `SchedulerConfig.step_costs`
 _ONE_THREAD_BYTES = 64 * 2**20  # of weights; below that, waking torch's second thread costs more than it computes
 _GRAPH_MAX_BS = 256  # requests
 _LOADING_THREADS = 4  # beside a GPU

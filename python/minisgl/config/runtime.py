@@ -82,6 +82,7 @@ class SchedulerConfig:
     snapshot_tokens: int = 64  # between two of them, at least
     speculate: str = "off"  # "off" | "ngram" | "mtp"
     speculate_tokens: int | None = None  # of a request that a step may verify, at most; None: by kind
+    step_costs: tuple[float, float] = (0.0, 0.0)  # in steps of one token: of one more; of planning nothing meanwhile
     kv_events_endpoint: tuple[str, ...] = ()  # of ZeroMQ: for events of the prefix cache, and for those missed
 
 

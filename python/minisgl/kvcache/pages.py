@@ -108,11 +108,16 @@ class Pages:
 
     def save(self, req: Req) -> None:
         """Have the next plan make a snapshot of a request's state, which is that at its handle's end."""
-        slot = self.snapshots.pop(page := req.handle.pages[-1], SOON)
-        if slot == SOON and not self.free_slots:
-            self.forget([next(page for page, slot in self.snapshots.items() if slot != SOON)])
-        self.snapshots[page] = slot = self.free_slots.pop() if slot == SOON else slot
-        self.states.append(StateCopy(req.row, slot))
+        slot: int | None = self.snapshots.pop(page := req.handle.pages[-1], SOON)
+        if (slot := self.take_slot() if slot == SOON else slot) is not None:
+            self.snapshots[page] = slot
+            self.states.append(StateCopy(req.row, slot))
+
+    def take_slot(self) -> int | None:
+        """One that is free, or that of the snapshot used least recently; None: all are in use."""
+        if not self.free_slots:
+            self.forget([page for page, slot in self.snapshots.items() if slot != SOON][:1])
+        return self.free_slots.pop() if self.free_slots else None
 
     def give(self, req: Req, pages: list[int]) -> None:
         if pages:

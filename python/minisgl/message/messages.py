@@ -233,6 +233,7 @@ class UserReply(Message, frozen=True):
     stop: str | None = None  # in the last: the stop string that ended it
     detokenized: float = 0.0  # in the first and the last: when, in Unix seconds
     pooled: bytes = b""  # the vector of a request for one: little-endian float32
+    drafted: tuple[int, int] = (0, 0)  # tokens of drafts: right, wrong
 
 
 class AcceptedReply(Message, frozen=True):
@@ -283,6 +284,8 @@ class StatsReply(Message, frozen=True):
     num_pages: int
     num_free_pages: int  # those of the prefix cache that nobody uses included
     num_retracted: int
+    num_drafted: int  # tokens
+    num_right: int  # of these
     step_requests: Histogram  # per step
     step_tokens: Histogram
 
@@ -398,6 +401,7 @@ class DetokenizeMsg(Message, frozen=True):
     logprobs: PackedLogprobs | None = None  # of `token_ids`
     prompt_logprobs: PackedLogprobs | None = None  # of all prompt ids but the first
     pooled: bytes = b""
+    drafted: tuple[int, int] = (0, 0)
 
 
 TextMsg = TokenizeMsg | EncodeMsg | DecodeMsg

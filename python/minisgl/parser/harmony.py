@@ -2,8 +2,7 @@
 
 `<|channel|>analysis<|message|>…<|end|><|start|>assistant<|channel|>final<|message|>…`. What is on the channel
 `analysis` is reasoning. A message to a function that the client has, `to=functions.NAME`, is a call, on whatever
-channel, and its text the arguments. All else is the answer, also what the model says on `commentary` before it calls.
-Headers and markers are not shown.
+channel, and its text the arguments. All else is the answer, also what is said on `commentary`; headers are not shown.
 """
 
 from __future__ import annotations

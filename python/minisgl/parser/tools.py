@@ -53,8 +53,7 @@ class CallFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     closers: what stands behind a call; each may be missing. between: what may stand between a call and the next, beside
     whitespace.
     named: a pattern of the beginning of a call that is no JSON, up to its arguments; its group is the name.
-    begun: and of what may still become one.
-    answer: forms that stand before an answer.
+    begun: and of what may still become one. answer: forms that stand before an answer.
     """
 
     layouts: list[Layout]

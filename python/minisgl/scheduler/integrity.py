@@ -35,6 +35,7 @@ def check_integrity(planner: Planner) -> None:
     require(min(owned) >= 0 and max(owned) < num_pages, "a page has a number that there is not")
     require(len(owned) == num_pages, f"{num_pages - len(owned)} pages are lost")
     slots = sorted([*pages.free_slots, *(slot for slot in pages.snapshots.values() if slot >= 0)])
+    slots = sorted([*slots, *planner.speculation.spares.values()])
     are_cached = not pages.snapshots or pages.snapshots.keys() <= {*cached}
     require(slots == [*pages.slots] and are_cached, "snapshots are lost, shared or misplaced")
     rows = sorted([*pages.rows, *(req.row for req in held)])

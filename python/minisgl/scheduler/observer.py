@@ -92,5 +92,6 @@ class Status(Observer):
     def reply(self, question: StatsMsg) -> StatsReply:
         planner = self._planner
         assert planner is not None, "there is no scheduler yet"
-        counts = self._num_pages, planner.pages.num_free, planner.num_retracted, self._requests, self._tokens
+        drafted = planner.speculation.num_drafted, planner.speculation.num_right
+        counts = self._num_pages, planner.pages.num_free, planner.num_retracted, *drafted, self._requests, self._tokens
         return StatsReply(question.uid, len(planner.running), len(planner.waiting), *counts)

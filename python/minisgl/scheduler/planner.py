@@ -79,6 +79,7 @@ class Planner:
     def reset(self) -> KeysView[int]:
         """Forget all but the requests that have not begun → their uids; the caller ends the rest. None is in flight."""
         waiting = [req for _, req in self.waiting.items() if req.state is ReqState.WAITING and not req.started]
+        self.speculation.reset(self.reqs)
         self.reqs, self.waiting, self.running, self.leaving, self.inflight = {}, FairQueue(), [], [], deque()
         self.pages = Pages(self.config)
         for req in waiting:
@@ -131,8 +132,7 @@ class Planner:
                 self._retract(req)
 
     def plan(self) -> Planned | None:
-        """The next step, or None when nothing can be computed now (nothing to do, all pages are still in use, or it is
-        not known yet how far the last step gets)."""
+        """The next step, or None when nothing can be computed now, or it is not known yet how far the last one gets."""
         if self.inflight and self.inflight[-1].plan.is_open:
             return None
         step = Growing(self.config.max_prefill_length)
@@ -220,16 +220,18 @@ class Planner:
                 end = ReqOutput(req, (), FinishReason.STOP, pooled=vector)
                 outputs.append(self._finish(end) if vector else self._accept(req, -1))
             if scheduled.num_samples:
-                ids = next(token_ids)
+                ids = sampled = next(token_ids)
+                if draft := drafts.get(scheduled.row):
+                    ids = self.speculation.settle(req, scheduled, draft, sampled, self.pages)
                 if req.num_stale:
                     req.num_stale -= 1
                 elif req.state is not ReqState.FINISHED:
-                    output = self._accept_run(req, ids, drafts.get(scheduled.row, ()))
+                    output = self._accept_run(req, ids)
                     if index in result.drafts and output.finish_reason is None:
                         self.speculation.learn(req, result.drafts[index])
                     has_more = ids[0] != NOT_READY and (result.logprobs is not None or req.prompt_logprobs)
                     outputs.append(output.with_logprobs(result, sample) if has_more else output)
-                sample += len(ids)
+                sample += len(sampled)
         self._release_leaving()
         return outputs
 
@@ -241,6 +243,7 @@ class Planner:
         assert plan.step_id == step_id, f"step {step_id} failed, {plan.step_id} expected"
         for req in reqs:
             req.num_inflight -= 1
+            self.speculation.release(req, self.pages)
         for req in self.leaving:
             req.failed = True
         outputs = [self._finish(ReqOutput(req, (), FinishReason.ERROR, error=error)) for req in victims]
@@ -373,15 +376,14 @@ class Planner:
         req.num_stale, req.held, req.num_saved = req.num_inflight, True, -1
         return ReqOutput(req, ())
 
-    def _accept_run(self, req: Req, ids: tuple[int, ...], draft: tuple[int, ...]) -> ReqOutput:
-        """The tokens that a step has sampled: the first, and each one before which the draft was right."""
+    def _accept_run(self, req: Req, ids: tuple[int, ...]) -> ReqOutput:
+        """The tokens that a step has sampled: one, and as many more as its draft was right."""
         output = self._sit_out(req) if ids[0] == NOT_READY else self._accept(req, ids[0])
-        for guessed, sampled, token_id in zip(draft, ids, ids[1:], strict=False):
-            if guessed != sampled or token_id == NOT_READY or output.finish_reason is not None:
-                break
-            req.num_tokens, req.num_computed = req.num_tokens + 1, req.num_computed + 1
-            more = self._accept(req, token_id)
-            output = more._replace(token_ids=output.token_ids + more.token_ids)
+        for token_id in ids[1:]:
+            if output.finish_reason is None:
+                req.num_tokens += 1
+                more = self._accept(req, token_id)
+                output = more._replace(token_ids=output.token_ids + more.token_ids)
         return output
 
     def _accept(self, req: Req, token_id: int) -> ReqOutput:

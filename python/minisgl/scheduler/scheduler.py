@@ -199,7 +199,7 @@ class Scheduler:
         logprobs, of_prompt = (
             parts and wire.pack_logprobs(parts) for parts in (output.logprobs, output.prompt_logprobs)
         )
-        return wire.DetokenizeMsg(*tokens, *ending, logprobs or None, of_prompt or None, output.pooled)
+        return wire.DetokenizeMsg(*tokens, *ending, logprobs or None, of_prompt or None, output.pooled, req.drafted)
 
 
 def _stream_start(req: Req) -> wire.StreamStart:

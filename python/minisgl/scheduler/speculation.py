@@ -7,94 +7,191 @@ of samples that equals the draft is kept: the output is the same with and withou
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import Draft, Req, ScheduledReq, most_samples
+from minisgl.core import Draft, Req, ScheduledReq, StateCopy, most_samples
 from minisgl.kvcache.pages import Pages
 from minisgl.scheduler.drafters import Drafter, NgramDrafter, ToldDrafter
-from minisgl.scheduler.plan import Growing, Shares
+from minisgl.scheduler.plan import Growing
 from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
 
+# Of the drafted tokens whose turn comes this share is right: at first, and how much of it one changes, or a step
+# in which no draft would pay (so there is another try at some time).
 _LONGEST = {"ngram": 8, "mtp": 3}  # drafts, where no flag says it
+_FIRST_RATE, _LEARNING, _FORGETTING = 0.6, 1 / 8, 1 / 64
+
+
+class Lengths:
+    """How long drafts are to be: what gives most tokens for the time of the whole step. Time counts in steps of few
+    tokens: one row more takes `row_cost`, and a step that verifies anything `verify_cost`, since nothing is planned
+    meanwhile. Thus drafts get shorter the more requests run, and end."""
+
+    def __init__(self, row_cost: float, verify_cost: float, num_rows: int, num_samples: int) -> None:
+        self._row_cost, self._verify_cost = row_cost, verify_cost
+        self._cost = self._plain_cost = 1 + row_cost * num_rows
+        self._tokens = self._plain_tokens = float(num_samples)
+
+    def best(self, rate: float, num_pending: int, most: int) -> int:
+        """The length for one request of the step, of whose drafted tokens such a share is right."""
+        length, tokens, cost, chance = 0, self._tokens, self._cost, max(rate, 0.0) ** (1 + num_pending)
+        while length < most and chance * cost > self._row_cost * tokens:
+            length, tokens, cost, chance = length + 1, tokens + chance, cost + self._row_cost, chance * rate
+        return length
+
+    def add(self, rate: float, num_pending: int, length: int) -> None:
+        """One has a draft of this length."""
+        self._tokens += sum(rate ** (i + num_pending) for i in range(1, length + 1))
+        self._cost += self._row_cost * length
+
+    @property
+    def pays(self) -> bool:
+        """Whether the whole is more than no draft at all."""
+        return self._tokens * self._plain_cost > self._plain_tokens * (self._cost + self._verify_cost)
 
 
 class Speculation:
-    """Owns the drafter, and what is remembered of how its drafts fared. Deterministic, as the planner is."""
+    """Owns the drafter, and what is remembered of how its drafts fared. Deterministic, as the planner is.
+
+    spares: by uid, the slots of states as they were before the step in flight. num_drafted, num_right: tokens.
+    """
 
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
+        self._config, self._most_samples = config, most_samples(config.max_running_requests)
         self._longest = config.speculate_tokens or _LONGEST.get(config.speculate, 8)
-        self._most_samples = most_samples(config.max_running_requests)
-        self._told = ToldDrafter() if config.speculate == "mtp" else None
+        self._told = ToldDrafter() if config.speculate == "mtp" and not config.has_states else None
         self._drafter = NgramDrafter() if drafter is None and config.speculate == "ngram" else drafter or self._told
-        if config.has_states:
-            self._drafter = None
-        self._switched_off: dict[int, None] = {}  # requests for which the drafter has failed
+        self._rates: dict[int, float] = {}  # by uid; -1: the drafter has failed
+        self.spares: dict[int, int] = {}
+        self.num_drafted = self.num_right = 0
 
     @property
     def is_on(self) -> bool:
         return self._drafter is not None
 
     def lengthen(self, step: Growing, pages: Pages) -> None:
-        """Requests that decode in a step verify drafts, too, where there are pages for these: they become prefill whose
-        last tokens all sample. Their counts are as without, until it is known what holds."""
-        (reqs, shares), size = step.decode, pages.page_size
-        step.decode = ([], [])
-        budget = self._most_samples - len(reqs) - sum(share.num_samples for share in step.prefill[1])
-        budget = min(budget, step.budget)
-        for req, share in zip(reqs, shares, strict=True):
-            start, most = share.start, min(self._longest, budget, req.max_len - req.num_tokens)
-            draft = self._draft(req, most) if most > 0 and _may_draft(req) else ()
-            missing = div_ceil(start + 1 + len(draft), size) - len(req.pages)
-            if missing > 0 and pages.make_room(missing):
-                pages.give(req, pages.allocator.allocate(missing))
-            draft = tuple(draft[: len(req.pages) * size - start - 1])
-            budget -= len(draft)
-            kind, num_new = step.prefill if draft else step.decode, 1 + len(draft)
-            kind[0].append(req)
-            kind[1].append(ScheduledReq(share.row, start, num_new, num_new))
-            if draft:
-                step.drafts.append(Draft(share.row, start + 1, draft))
-        if self._told is not None:
-            step.decode, step.prefill = self._asking(*step.decode, pages), self._asking(*step.prefill, pages)
+        """Requests that get a token in a step verify drafts, too, where there are pages for these: they become prefill
+        whose last tokens all sample. Their counts are as without, until it is known what holds."""
+        shares = [*zip(*step.decode, strict=True), *zip(*step.prefill, strict=True)]
+        drafts = self._drafts(shares, step.budget)
+        if not drafts and self._told is None:
+            return
+        step.decode, step.prefill = ([], []), ([], [])
+        for req, share in shares:
+            row, start, num_new, num_samples, _ = share
+            if ids := self._with_room(req, share, drafts.get(row, ()), pages):
+                step.drafts.append(Draft(row, start + num_new, ids))
+                share = ScheduledReq(row, start, num_new + len(ids), num_samples + len(ids))
+            if self._told is not None:
+                share = self._asking(req, share, pages)
+            some_reqs, some_shares = step.decode if share.num_new == share.num_samples == 1 else step.prefill
+            some_reqs.append(req)
+            some_shares.append(share)
 
-    def _asking(self, reqs: list[Req], shares: list[ScheduledReq], pages: Pages) -> Shares:
-        """The same, with how many tokens the engine is to tell for each, where there are pages for them."""
-        asking, size = [], pages.page_size
-        for req, share in zip(reqs, shares, strict=True):
-            end = share.start + share.num_new
-            wanted = min(self._longest, req.max_len - end - 1)
-            if not share.num_samples or wanted <= 0 or not _is_plain(req):
-                asking.append(share)
-                continue
-            # The engine computes all but the last one's keys and values.
-            missing = div_ceil(end + wanted - 1, size) - len(req.pages)
-            if missing > 0 and pages.make_room(missing):
-                pages.give(req, pages.allocator.allocate(missing))
-            asking.append(share._replace(num_drafts=min(wanted, len(req.pages) * size - end + 1)))
-        return reqs, asking
+    def _asking(self, req: Req, share: ScheduledReq, pages: Pages) -> ScheduledReq:
+        """With how many tokens the engine is to tell, where there are pages for them."""
+        end, size = share.start + share.num_new, pages.page_size
+        wanted = min(self._longest_of(req), req.max_len - end - 1)
+        if not share.num_samples or wanted <= 0 or not _is_plain(req):
+            return share
+        # The engine computes all but the last one's keys and values.
+        missing = div_ceil(end + wanted - 1, size) - len(req.pages)
+        if missing > 0 and pages.make_room(missing):
+            pages.give(req, pages.allocator.allocate(missing))
+        return share._replace(num_drafts=min(wanted, len(req.pages) * size - end + 1))
 
     def learn(self, req: Req, draft: Sequence[int]) -> None:
         """What the engine says may follow the tokens of a request."""
         if self._told is not None:
             self._told.drafts[req.uid] = draft
 
+    def settle(
+        self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: tuple[int, ...], pages: Pages
+    ) -> tuple[int, ...]:
+        """A step has sampled `ids` for a request: which of them hold, each one before which the draft was right."""
+        slot, num_right = self.release(req, pages), 0
+        if req.num_stale:  # it sits out: how far it got is known
+            return ids
+        while num_right < len(draft) and draft[num_right] == ids[num_right] and ids[num_right + 1] >= -1:
+            num_right += 1
+        self._count(req, len(draft), num_right)
+        if slot is not None and num_right < len(draft):  # the state has seen too much: what was right comes again
+            pages.states.append(StateCopy(slot, share.row))
+            req.num_computed = share.start
+        else:
+            req.num_computed += num_right
+        return ids[: num_right + 1]
+
+    def release(self, req: Req, pages: Pages) -> int | None:
+        """Give back the slot of what its state was. Which one: plans that come may use it, in the order of copies."""
+        if (slot := self.spares.pop(req.uid, None)) is not None:
+            pages.free_slots.append(slot)
+        return slot
+
+    def reset(self, uids: Iterable[int]) -> None:
+        """Forget these requests, and what was kept of states: all pages are new."""
+        self.spares = {}
+        for uid in uids:
+            self.forget(uid)
+
     def forget(self, uid: int) -> None:
         if self._drafter is not None:
             self._drafter.forget(uid)
-            self._switched_off.pop(uid, None)
+            self._rates.pop(uid, None)
 
-    def _draft(self, req: Req, most: int) -> Sequence[int]:
-        if self._drafter is None or req.uid in self._switched_off:
-            return ()
+    def _drafts(self, shares: Sequence[tuple[Req, ScheduledReq]], budget: int) -> dict[int, Sequence[int]]:
+        """By row; empty if they do not pay."""
+        config, drafts = self._config, dict[int, Sequence[int]]()
+        num_samples = sum(share.num_samples for _, share in shares)
+        lengths = Lengths(*config.step_costs, sum(share.num_new for _, share in shares), num_samples)
+        budget = min(budget, self._most_samples - num_samples)
+        for req, share in shares:
+            if share.num_samples and _may_draft(req) and share.num_new <= 1 + self._longest:
+                rate, num_pending = self._rates.setdefault(req.uid, _FIRST_RATE), req.num_tokens - 1 - len(req.tokens)
+                most = min(self._longest_of(req), budget, req.max_len - req.num_tokens)
+                if length := lengths.best(rate, num_pending, most):
+                    if ids := self._propose(req, num_pending, length):
+                        lengths.add(rate, num_pending, len(ids))
+                        drafts[share.row], budget = ids, budget - len(ids)
+                elif 0 <= rate < _FIRST_RATE:
+                    self._rates[req.uid] = rate + (_FIRST_RATE - rate) * _FORGETTING
+        return drafts if lengths.pays else {}
+
+    def _with_room(self, req: Req, share: ScheduledReq, ids: Sequence[int], pages: Pages) -> tuple[int, ...]:
+        """As much of a draft as there are pages for, if there is a slot for the state that is to be kept."""
+        end = share.start + share.num_new
+        missing = div_ceil(end + len(ids), pages.page_size) - len(req.pages)
+        if ids and missing > 0 and pages.make_room(missing):
+            pages.give(req, pages.allocator.allocate(missing))
+        draft = tuple(ids[: len(req.pages) * pages.page_size - end])
+        if draft and self._config.has_states:
+            if (slot := pages.take_slot()) is None:
+                return ()
+            self.spares[req.uid] = slot
+            pages.states.append(StateCopy(share.row, slot))
+        return draft
+
+    def _longest_of(self, req: Req) -> int:
+        return self._longest if req.params.speculate is None else min(self._longest, req.params.speculate)
+
+    def _propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
+        assert self._drafter is not None
         try:
-            return self._drafter.propose(req, req.num_tokens - 1 - len(req.tokens), most)[:most]
+            return self._drafter.propose(req, num_pending, most)[:most]
         except Exception:
             logger.exception("request %d goes on without drafts: the drafter has failed", req.uid)
-            self._switched_off[req.uid] = None
+            self._rates[req.uid] = -1.0
             return ()
+
+    def _count(self, req: Req, num_drafted: int, num_right: int) -> None:
+        self.num_drafted, self.num_right = self.num_drafted + num_drafted, self.num_right + num_right
+        right, wrong = req.drafted
+        req.drafted = right + num_right, wrong + num_drafted - num_right
+        if (rate := self._rates.get(req.uid, -1.0)) >= 0:
+            rate = 1 - (1 - rate) * (1 - _LEARNING) ** num_right
+            self._rates[req.uid] = rate * (1 - _LEARNING) if num_right < num_drafted else rate
 
 
 def _may_draft(req: Req) -> bool:

@@ -168,28 +168,32 @@ class Detokenizer:
     def _advance(self, stream: _Stream, message: wire.DetokenizeMsg) -> wire.UserReply:
         token_ids = wire.unpack_ids(message.token_ids)
         num_free = max(0, stream.start.min_tokens - stream.num_output)  # tokens too early for a stop string
-        head = prompt_end = ""
+        head, prompt_end, found = "", "", False
         if (start := message.start) is not None:
             head = self._echo(start.prompt, start.skip_special) if start.echo else ""
             prompt_end = stream.decoder.context_text
-        stream.num_output += len(token_ids)
         stream.num_cached = max(stream.num_cached, message.num_cached)
         finish_reason = message.finish_reason
         shown = token_ids[: len(token_ids) - message.num_hidden] if message.num_hidden else token_ids
-        if num_free:
-            head += stream.decoder.push(shown[:num_free])
-        delta = stream.decoder.push(shown[num_free:])
-        if finish_reason is not None:
-            delta += stream.decoder.flush()
-        text, found = stream.stop.push(delta)
+        for count, token in enumerate(shown, 1):  # what comes behind a stop string was never said
+            delta = stream.decoder.push((token,))
+            text, found = stream.stop.push(delta) if count > num_free else (delta, False)
+            head += text
+            if found:
+                token_ids = token_ids[:count]
+                break
+        if finish_reason is not None and not found:
+            text, found = stream.stop.push(stream.decoder.flush())
+            head += text
+        stream.num_output += len(token_ids)
         if found and finish_reason in (None, FinishReason.STOP, FinishReason.LENGTH):
             finish_reason = FinishReason.STOP
         elif finish_reason is not None and not found:
-            text += stream.stop.flush()
+            head += stream.stop.flush()
         return wire.UserReply(
             uid=message.uid,
-            text=head + text,
-            token_ids=message.token_ids,
+            text=head,
+            token_ids=wire.pack_ids(token_ids),
             num_prompt_tokens=stream.start.num_prompt_tokens,
             num_output_tokens=stream.num_output,
             num_cached_tokens=stream.num_cached,
@@ -202,6 +206,7 @@ class Detokenizer:
             stop=stream.stop.found,
             detokenized=0.0 if start is None and finish_reason is None else time.time(),
             pooled=message.pooled,
+            drafted=message.drafted,
         )
 
     def _logprobs(
@@ -211,7 +216,7 @@ class Detokenizer:
             return ()
         token_bytes = self._codec.token_bytes
         told = []
-        for token, (logprob, top) in zip(token_ids, wire.unpack_logprobs(packed), strict=True):
+        for token, (logprob, top) in zip(token_ids, wire.unpack_logprobs(packed), strict=False):
             most = [wire.TopLogprob(i, token_bytes(i), x) for i, x in top]
             told.append(wire.TokenLogprob(token, token_bytes(token), logprob, most, token not in hidden))
         return tuple(told)

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -57,7 +56,10 @@ async def answer_request(
             async for index, reply in stream:  # the first error ends it
                 choices[index].append(reply)
                 renderer.last[index] = reply
-            body = partial(renderer.body, _best(choices, parsed))
+            if (size := parsed.num_choices) > parsed.n:  # of each prompt's the most probable ones per token, best first
+                groups = (choices[first : first + size] for first in range(0, len(choices), size))
+                choices = [one for some in groups for one in sorted(some, key=mean_logprob, reverse=True)[: parsed.n]]
+            body = partial(renderer.body, choices)
             return json_response(await asyncio.to_thread(body) if renderer.aside else body())
         # What is refused gets an HTTP status; once the request is on its way, an error is an event.
         with contextlib.suppress(asyncio.TimeoutError):
@@ -78,14 +80,6 @@ async def _watch(receive: Receive, stream: Stream) -> None:
         pass
     logger.debug("a client went away; its request is aborted")
     stream.abort(ClientDisconnect())
-
-
-def _best(choices: Sequence[Sequence[UserReply]], parsed: GenerationRequest) -> Sequence[Sequence[UserReply]]:
-    """Of each prompt's choices the `n` most probable ones per token, best first; all where there are no more."""
-    if parsed.num_choices == parsed.n:
-        return choices
-    groups = (choices[first : first + parsed.num_choices] for first in range(0, len(choices), parsed.num_choices))
-    return [choice for group in groups for choice in sorted(group, key=mean_logprob, reverse=True)[: parsed.n]]
 
 
 def _seconds(parsed: GenerationRequest, headers: Headers) -> float:

@@ -87,7 +87,9 @@ class ChatRenderer(_OpenAIRenderer):
 
     def usage(self) -> dict[str, Any]:
         num_reasoning = sum(assembler.num_reasoning for assembler in self.assemblers)
-        return {**super().usage(), "completion_tokens_details": {"reasoning_tokens": num_reasoning}}
+        usage = super().usage()
+        details = {"reasoning_tokens": num_reasoning, **usage.get("completion_tokens_details", {})}
+        return {**usage, "completion_tokens_details": details}
 
     def _delta(self, index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
         return self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more})

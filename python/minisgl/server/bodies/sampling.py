@@ -165,6 +165,7 @@ class SamplingFields(BaseModel):
     ignore_eos: bool | None = optional("Go on after end-of-sequence tokens.")
     skip_special_tokens: bool | None = optional("false: special tokens are text.")
     priority: Count | None = _within("priority", "The lowest goes first; for `--schedule-policy priority`.")
+    speculate: Count | None = _within("speculate", "The longest draft, where the server speculates; 0: none.")
     cache_salt: Salt | None = optional("Cached prefixes are shared with requests of the same salt and API key only.")
     timeout: Seconds | None = optional("The answer ends with an error after so many seconds.")
 

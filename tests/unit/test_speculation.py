@@ -1,0 +1,103 @@
+"""How long drafts are, where they come from, and whose they are."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from minisgl.config.runtime import SchedulerConfig
+from minisgl.core import ReqOutput, SamplingParams
+from minisgl.scheduler.drafters import MAX_MATCH, MIN_MATCH, find_repeated
+from minisgl.scheduler.planner import Planner
+from minisgl.scheduler.speculation import Lengths
+from tests.simulator import GuessingDrafter, SimulatedEngine, expected_output
+
+CONFIG = SchedulerConfig(64, 512, 200, 4096, 4, speculate_tokens=8, integrity_fatal=True, check_integrity=1)
+PARAMS = SamplingParams(max_tokens=60, seed=0, ignore_eos=True)
+
+
+def serve(planner: Planner, params: list[SamplingParams]) -> tuple[list[ReqOutput], list[int]]:
+    """The last output of each request, and how many tokens of drafts each step had."""
+    engine, last, sizes = SimulatedEngine(planner.config), dict[int, ReqOutput](), list[int]()
+    outputs: dict[int, list[int]] = {uid: [] for uid in range(len(params))}
+    for uid, one in enumerate(params):
+        planner.add(uid, [uid, 1, 2], one)
+    while not planner.is_idle:
+        planned = planner.plan()
+        assert planned is not None
+        assert not planned.plan.drafts or planner.plan() is None, "it is not known where the next step begins"
+        sizes.append(sum(len(draft.ids) for draft in planned.plan.drafts))
+        for output in planner.retire(engine.submit(planned.plan).result()):
+            outputs[output.req.uid] += output.token_ids
+            last[output.req.uid] = output
+    assert outputs == {uid: expected_output([uid, 1, 2], 3 + len(ids), ()) for uid, ids in outputs.items()}
+    return [last[uid] for uid in outputs], sizes
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
+def test_the_longest_suffix_that_came_before(ids: list[int]) -> None:
+    def ends(length: int) -> list[int]:
+        return [end for end in range(length, len(ids)) if ids[end - length : end] == ids[-length:]]
+
+    lengths = [length for length in range(MIN_MATCH, min(MAX_MATCH, len(ids) - 1) + 1) if ends(length)]
+    assert find_repeated(np.array(ids, np.int32)) == (ends(max(lengths))[-1] if lengths else 0)
+
+
+def test_a_request_says_how_long_its_drafts_may_be() -> None:
+    planner = Planner(CONFIG, GuessingDrafter(lambda uid, position: 64))
+    params = [PARAMS, replace(PARAMS, speculate=0), replace(PARAMS, speculate=2), replace(PARAMS, speculate=64)]
+    last, _ = serve(planner, params)
+    counts = [output.req.drafted for output in last]
+    assert counts[1] == (0, 0)
+    assert counts[0] == counts[3]
+    assert 50 < counts[0][0] <= 59
+    assert 0 < counts[2][0] <= 40
+    assert all(wrong == 0 for _, wrong in counts)
+    assert (planner.speculation.num_drafted, planner.speculation.num_right) == (sum(x for x, _ in counts),) * 2
+
+
+def test_wrong_and_right_tokens_are_counted() -> None:
+    planner = Planner(CONFIG, GuessingDrafter(lambda uid, position: 3))
+    (output,), sizes = serve(planner, [PARAMS])
+    right, wrong = output.req.drafted
+    assert right + wrong == sum(sizes) == planner.speculation.num_drafted
+    assert right + 1 + sizes.count(0) <= 60 <= right + len(sizes)
+
+
+def test_who_drafts_badly_gets_little(caplog: pytest.LogCaptureFixture) -> None:
+    config = replace(CONFIG, step_costs=(0.1, 0.03))
+    noise = serve(Planner(config, GuessingDrafter(lambda uid, position: 0)), [PARAMS])[1]
+    right = serve(Planner(config, GuessingDrafter(lambda uid, position: 64)), [PARAMS])[1]
+    assert sum(noise[20:]) <= 8
+    assert len(noise) >= 60
+    assert len(right) < 20
+
+
+def test_drafts_end_where_many_run() -> None:
+    config = replace(CONFIG, step_costs=(0.1, 0.03))
+    _, sizes = serve(Planner(config, GuessingDrafter(lambda uid, position: uid % 2)), [PARAMS] * 48)
+    assert sum(sizes) < 48 * 60 // 20
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.8, 1.0])
+def test_no_other_length_gives_more(rate: float) -> None:
+    def value(length: int) -> float:
+        return (1 + sum(rate**i for i in range(1, length + 1))) / (1 + 0.2 * (1 + length))
+
+    best = Lengths(0.2, 0.0, 1, 1).best(rate, 0, 16)
+    assert value(best) == max(value(length) for length in range(17))
+
+
+def test_a_drafter_that_fails_costs_drafts(caplog: pytest.LogCaptureFixture) -> None:
+    planner = Planner(CONFIG, GuessingDrafter(lambda uid, position: -1 if uid == 1 and position > 20 else 64))
+    with caplog.at_level(logging.ERROR):
+        last, _ = serve(planner, [PARAMS, PARAMS])
+    assert [record.getMessage() for record in caplog.records] == [
+        "request 1 goes on without drafts: the drafter has failed"
+    ]
+    assert last[0].req.drafted[0] > 2 * last[1].req.drafted[0] > 0
