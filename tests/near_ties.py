@@ -32,23 +32,20 @@ Tensor = torch.Tensor
 EPS = 2e-4
 
 
-def check_answer(path: Path, prompt: Sequence[int], ids: Sequence[int], params: SamplingParams, by_index: bool) -> int:
+def check_answer(path: Path, prompt: Sequence[int], ids: Sequence[int], params: SamplingParams) -> int:
     """The number of near-ties of an output: tokens that exact arithmetic on the reference's logits would not choose.
 
-    by_index: the CDF is in order of token ids, as on a GPU and wherever nothing is filtered; else of falling logits.
     Raises: AssertionError if any token is not explained.
     """
     logits = hf_logits(path, [*prompt, *ids[:-1]])[len(prompt) - 1 :]
     tokens = torch.tensor(ids)
-    sure = explained(logits, tokens, params, len(prompt), by_index, eps=0.0)
-    wrong = (~explained(logits, tokens, params, len(prompt), by_index)).nonzero()[:, 0].tolist()
+    sure = explained(logits, tokens, params, len(prompt), eps=0.0)
+    wrong = (~explained(logits, tokens, params, len(prompt))).nonzero()[:, 0].tolist()
     assert not wrong, f"tokens {wrong} of {list(ids)} are not what {params} chooses after {list(prompt)}"
     return int((~sure).sum())
 
 
-def explained(
-    logits: Tensor, tokens: Tensor, params: SamplingParams, first: int, by_index: bool, eps: float = EPS
-) -> Tensor:
+def explained(logits: Tensor, tokens: Tensor, params: SamplingParams, first: int, eps: float = EPS) -> Tensor:
     """[n] bool: whether logits within `eps` of `logits` [n, vocab] give `tokens` [n] at positions `first` and on."""
     x = logits.double()
     own = x.gather(1, tokens[:, None])
@@ -59,11 +56,7 @@ def explained(
     weights = ((x - best) / params.temperature).exp()
     core, broad = kept_bounds(x, weights, params, eps)
     index = torch.arange(x.shape[1])
-    if by_index:
-        ahead = maybe = index < tokens[:, None]
-    else:
-        ahead, maybe = x > own + 2 * eps, x >= own - 2 * eps
-    maybe = maybe | (index == tokens[:, None])  # from here on: ahead or the token itself
+    ahead, maybe = index < tokens[:, None], index <= tokens[:, None]  # of the token; or the token itself
     grow = math.exp(eps / params.temperature)
     position = first + torch.arange(len(x))
     number = uniform(torch.full_like(position, params.seed), position)

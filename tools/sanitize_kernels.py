@@ -155,7 +155,7 @@ def sampling() -> None:
             theirs = torch.zeros(n).int(), torch.zeros(n, 20).int()
             ours = [up(x) for x in theirs]
             ops.sample(up(logits, dtype), SamplingColumns(up(columns.words)), ours[0], TokenStore(ours[1], up(rows)))
-            sample_reference(logits, columns, theirs[0], by_logit=False)
+            sample_reference(logits, columns, theirs[0])
             REFERENCE.store_ids(theirs[1], rows, columns["position"], theirs[0])
             check(("sample", n, vocab, mode), ours, theirs, n // 20)  # a number may fall on the border of two tokens
 

@@ -46,13 +46,12 @@ ALWAYS_VERIFIED = 3  # the first that finish, so that a short run verifies some
 class Load:
     """Submits, aborts and checks. answers: the longest output so far of each prompt and kind of sampling.
 
-    reference: the model's directory; None: no tokens are compared. device: of the engine, whose CPU sampler has its own
-    order of filtered tokens.
+    reference: the model's directory; None: no tokens are compared.
     """
 
-    def __init__(self, llm: LLM, seed: int, reference: Path | None, device: str) -> None:
+    def __init__(self, llm: LLM, seed: int, reference: Path | None) -> None:
         self._llm, self._rng, self._lots = llm, Random(seed), Random(seed + 1)
-        self._reference, self._on_cpu = reference, device == "cpu"
+        self._reference = reference
         self._prefixes = [self._ids(n) for n in (5, 16, 33, 60)]
         self._tails = [self._ids(n) for n in (1, 2, 7, 16, 40)]
         self._open: dict[int, tuple[Any, ...]] = {}
@@ -144,8 +143,7 @@ class Load:
     def _check(self, key: Any, ids: list[int]) -> int:
         prompt, params = key
         assert self._reference is not None
-        filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-        return check_answer(self._reference, prompt, ids, params, by_index=not (self._on_cpu and filtered))
+        return check_answer(self._reference, prompt, ids, params)
 
     def check_rate(self) -> None:
         """Errors of a few 1e-6 in the logits decide far fewer choices than this; more would mean larger errors."""
@@ -170,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> Counter[str]:
             path = with_tokenizer(tiny_model("qwen3", vocab_size=512))
             options["dtype"] = "float32"
         with LLM(str(path), **options) as llm:
-            load = Load(llm, args.seed, None if args.shape else path, args.device)
+            load = Load(llm, args.seed, None if args.shape else path)
             load.run(args.seconds)
             load.check_rate()
             planner = llm.scheduler.planner

@@ -179,7 +179,7 @@ def no_ids(logits):
 
 
 def reference(logits, p):
-    return sample_reference(logits, p, no_ids(logits), by_logit=False)
+    return sample_reference(logits, p, no_ids(logits))
 
 
 def sampled(ops, logits, p):
@@ -193,7 +193,7 @@ def check(logits, p, ids):
     for row in (temperature > 0).nonzero()[:, 0].tolist():
         one, own = logits[row : row + 1], SamplingColumns(p.words[row : row + 1])
         weights = ((one.float() - one.float().max()) / temperature[row]).exp()
-        kept = filter_weights(one, weights, own)[1][0]
+        kept = filter_weights(one, weights, own)[0]
         cdf = kept.cumsum(0, dtype=torch.float64)
         cdf, token = cdf / cdf[-1], int(ids[row])
         number = float(uniform(own["seed"], own["position"]))
@@ -337,7 +337,7 @@ def test_sampled_tokens_follow_the_distribution(ops):
     p = params(n, top_p=0.9, temperature=1.2)
     seen = sampled(ops, logits.repeat(n, 1), p).long().bincount(minlength=300).float() / n
     weights = ((logits.float() - logits.float().max()) / 1.2).exp()
-    expected = filter_weights(logits, weights, SamplingColumns(p.words[:1]))[1][0]
+    expected = filter_weights(logits, weights, SamplingColumns(p.words[:1]))[0]
     assert ((seen > 0) <= (expected > 0)).all()
     assert (seen - expected / expected.sum()).abs().max() < 0.012
 

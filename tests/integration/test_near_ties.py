@@ -25,42 +25,36 @@ def columns(params: SamplingParams, num: int) -> SamplingColumns:
     return SamplingColumns.of(num, **values, position=FIRST + np.arange(num))
 
 
-def choose(logits: torch.Tensor, params: SamplingParams, by_index: bool) -> torch.Tensor:
-    """Tokens at positions FIRST and on, of the reference of the sampler on a CPU or of that on a GPU."""
+def choose(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Tokens at positions FIRST and on, of the sampler's reference."""
     out = torch.empty(len(logits), dtype=torch.int32)
-    return sample_reference(logits, columns(params, len(logits)), out, by_logit=not by_index).long()
+    return sample_reference(logits, columns(params, len(logits)), out).long()
 
 
 def make_logits(num: int = NUM) -> torch.Tensor:
     return torch.randn(num, VOCAB, generator=torch.Generator().manual_seed(0)) * 1.5
 
 
-def orders(params: SamplingParams) -> list[bool]:
-    return [True, False] if params.top_k or params.top_p < 1 or params.min_p else [True]
-
-
 @pytest.mark.parametrize("params", [KINDS[0], *SAMPLED], ids=str)
 def test_errors_up_to_eps_are_explained_and_larger_ones_are_not(params: SamplingParams) -> None:
     logits = make_logits()
     generator = torch.Generator().manual_seed(1)
-    for by_index in orders(params):
-        for size in (0.0, 0.5, 1.0):  # of EPS: each logit moves by that, up or down
-            signs = torch.randint(0, 2, logits.shape, generator=generator) * 2 - 1
-            tokens = choose(logits + signs * size * 0.99 * EPS, params, by_index)
-            assert explained(logits, tokens, params, FIRST, by_index).all()
-        assert not explained(logits, (tokens + 1) % VOCAB, params, FIRST, by_index).all()
-        moved = choose(logits + 0.05 * torch.randn(logits.shape, generator=generator), params, by_index)
-        changed = moved != choose(logits, params, by_index)
-        refused = ~explained(logits, moved, params, FIRST, by_index)
-        assert changed.any() and refused.sum() > 0.8 * changed.sum()
+    for size in (0.0, 0.5, 1.0):  # of EPS: each logit moves by that, up or down
+        signs = torch.randint(0, 2, logits.shape, generator=generator) * 2 - 1
+        tokens = choose(logits + signs * size * 0.99 * EPS, params)
+        assert explained(logits, tokens, params, FIRST).all()
+    assert not explained(logits, (tokens + 1) % VOCAB, params, FIRST).all()
+    moved = choose(logits + 0.05 * torch.randn(logits.shape, generator=generator), params)
+    changed = moved != choose(logits, params)
+    refused = ~explained(logits, moved, params, FIRST)
+    assert changed.any() and refused.sum() > 0.8 * changed.sum()
 
 
 @pytest.mark.parametrize("params", [KINDS[0], *SAMPLED], ids=str)
 def test_exact_choices_are_no_near_ties(params: SamplingParams) -> None:
     logits = make_logits()
-    for by_index in orders(params):
-        exact = explained(logits, choose(logits, params, by_index), params, FIRST, by_index, eps=0.0)
-        assert (~exact).sum() <= 1  # weights are rounded to fp32
+    exact = explained(logits, choose(logits, params), params, FIRST, eps=0.0)
+    assert (~exact).sum() <= 1  # weights are rounded to fp32
 
 
 @pytest.mark.parametrize("params", SAMPLED, ids=str)
@@ -68,7 +62,7 @@ def test_bounds_without_slack_are_the_filters(params: SamplingParams) -> None:
     logits = make_logits()
     batch = columns(params, len(logits))
     weights = ((logits - logits.max(1, keepdim=True).values) / params.temperature).exp()
-    expected = filter_weights(logits, weights, batch)[1] > 0
+    expected = filter_weights(logits, weights, batch) > 0
     core, broad = kept_bounds(logits.double(), weights.double(), params, 0.0)
     assert torch.equal(core, expected) and torch.equal(broad, expected)
     core, broad = kept_bounds(logits.double(), weights.double(), params, EPS)
@@ -85,7 +79,7 @@ def answer(model: Path, prompt: list[int], params: SamplingParams, num: int) -> 
     for _ in range(num):
         row = hf_logits(model, [*prompt, *ids])[-1:]
         # The rows before hold the positions before, for `choose` begins at FIRST.
-        ids.append(int(choose(row.expand(len(prompt) + len(ids) - FIRST + 1, -1), params, by_index=True)[-1]))
+        ids.append(int(choose(row.expand(len(prompt) + len(ids) - FIRST + 1, -1), params)[-1]))
     return ids
 
 
@@ -93,14 +87,14 @@ def answer(model: Path, prompt: list[int], params: SamplingParams, num: int) -> 
 def test_a_replaced_token_is_found(model: Path, params: SamplingParams) -> None:
     prompt = random_prompt(30)
     ids = answer(model, prompt, params, 40)
-    assert check_answer(model, prompt, ids, params, by_index=True) == 0
+    assert check_answer(model, prompt, ids, params) == 0
     for position in (0, 20, 39):
         for token in ((ids[position] + 1) % VOCAB, (ids[position] + 200) % VOCAB):
             with pytest.raises(AssertionError, match=rf"tokens \[{position}\b"):
-                check_answer(model, prompt, [*ids[:position], token, *ids[position + 1 :]], params, by_index=True)
+                check_answer(model, prompt, [*ids[:position], token, *ids[position + 1 :]], params)
     other = [*prompt[:10], prompt[10] + 1, *prompt[11:]]  # as if the KV of one token were another's
     with pytest.raises(AssertionError, match="are not what"):
-        check_answer(model, other, ids, params, by_index=True)
+        check_answer(model, other, ids, params)
 
 
 def test_rounding_is_a_tenth_of_eps(model: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from minisgl.core import MAX_SEED, SamplingParams
+from minisgl.core import MAX_COUNT, MAX_SEED, SamplingParams
+from minisgl.engine.tables import record_of
 from minisgl.kernel.ops import TorchOps
 from minisgl.kernel.sampling import (
     COLUMNS,
@@ -16,7 +17,6 @@ from minisgl.kernel.sampling import (
     SamplingColumns,
     TokenStore,
     filter_weights,
-    record_of,
     sample_reference,
     uniform,
 )
@@ -30,8 +30,8 @@ def batch(num: int, seed: Any = 0, **params: Any) -> SamplingColumns:
     return SamplingColumns.of(num, **({"temperature": 1.0} | params), seed=seed, position=np.arange(num))
 
 
-def sample(logits: torch.Tensor, params: SamplingColumns, by_logit: bool = True) -> torch.Tensor:
-    return sample_reference(logits, params, torch.full((len(logits),), -7, dtype=torch.int32), by_logit).long()
+def sample(logits: torch.Tensor, params: SamplingColumns) -> torch.Tensor:
+    return sample_reference(logits, params, torch.full((len(logits),), -7, dtype=torch.int32)).long()
 
 
 def expected_probs(
@@ -49,7 +49,6 @@ def expected_probs(
     return probs / probs.sum()
 
 
-@pytest.mark.parametrize("by_logit", [False, True])
 @pytest.mark.parametrize("spread", [0.3, 2.0])
 @pytest.mark.parametrize(
     "params",
@@ -68,9 +67,9 @@ def expected_probs(
     ],
     ids=str,
 )
-def test_distribution(spread: float, params: dict[str, Any], by_logit: bool) -> None:
+def test_distribution(spread: float, params: dict[str, Any]) -> None:
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)) * spread
-    ids = sample(logits.expand(NUM, VOCAB), batch(NUM, **params), by_logit)
+    ids = sample(logits.expand(NUM, VOCAB), batch(NUM, **params))
     probs = expected_probs(logits, **params)
     counts = ids.bincount(minlength=VOCAB).double()
     assert counts[probs == 0].sum() == 0
@@ -171,8 +170,7 @@ def test_unfiltered_and_greedy_ids_are_those_of_the_definition(dtype: torch.dtyp
         cdf = ((logits.float() - logits.float().max(-1, keepdim=True).values) / temperature).exp().double().cumsum(-1)
         numbers = uniform(params["seed"], params["position"])[:, None]
         expected = (cdf <= numbers * cdf[:, -1:]).sum(-1)
-    for by_logit in (False, True):
-        assert sample(logits, params, by_logit).tolist() == expected.tolist()
+    assert sample(logits, params).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(
@@ -183,23 +181,21 @@ def test_filters_keep_the_tokens_of_the_definition(top_k: int, top_p: float, min
     logits = torch.randn(20, 1003, generator=torch.Generator().manual_seed(1)) * 3  # no two are equal
     weights = ((logits - logits.max(-1, keepdim=True).values) / 0.8).exp()
     params = batch(20, temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p)
-    order, kept = filter_weights(logits, weights, params)
+    kept = filter_weights(logits, weights, params)
     for row in range(20):
         expected = expected_probs(logits[row], 0.8, top_k, top_p, min_p)
         assert torch.equal(kept[row], weights[row].where(expected > 0, 0))
-        assert order[row].tolist() == logits[row].argsort(descending=True).tolist()
 
 
 def test_filtered_tokens_follow_the_kept_distribution() -> None:
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(2))
     params = batch(20000, np.arange(20000), temperature=1.3, top_k=5, top_p=0.9)
     weights = ((logits - logits.max()) / 1.3).exp()
-    expected = filter_weights(logits, weights, params.select(torch.tensor([0])))[1][0]
+    expected = filter_weights(logits, weights, params.select(torch.tensor([0])))[0]
     expected /= expected.sum()
-    for by_logit in (False, True):
-        seen = sample(logits.repeat(20000, 1), params, by_logit).bincount(minlength=50) / 20000
-        assert (seen - expected).abs().max() < 0.015
-        assert (seen[expected == 0] == 0).all()
+    seen = sample(logits.repeat(20000, 1), params).bincount(minlength=50) / 20000
+    assert (seen - expected).abs().max() < 0.015
+    assert (seen[expected == 0] == 0).all()
 
 
 def test_equal_logits_are_kept_from_the_lowest_index() -> None:
@@ -228,12 +224,15 @@ def test_tokens_go_to_the_table_and_failed_rows_leave_a_valid_id() -> None:
 
 
 def test_a_record_has_all_parameters_of_a_request() -> None:
-    params = SamplingParams(temperature=0.3, top_k=2**40, top_p=0.4, min_p=0.25, seed=MAX_SEED)
-    columns = SamplingColumns(torch.from_numpy(record_of(params))[None])
-    values = {name: columns[name].item() for name in COLUMNS}
-    assert values == pytest.approx(
-        {"seed": MAX_SEED, "position": 1, "temperature": 0.3, "top_p": 0.4, "min_p": 0.25, "top_k": 2**31 - 1}
+    penalties = {"repetition_penalty": 1.5, "presence_penalty": -0.5, "frequency_penalty": 0.75}
+    params = SamplingParams(
+        temperature=0.3, top_k=2**40, top_p=0.4, min_p=0.25, seed=MAX_SEED, min_tokens=MAX_COUNT, **penalties
     )
+    columns = SamplingColumns(torch.from_numpy(record_of(params, 9))[None])
+    values = {name: columns[name].item() for name in COLUMNS}
+    filters = {"temperature": 0.3, "top_p": 0.4, "min_p": 0.25, "top_k": 2**31 - 1}
+    lengths = {"position": 1, "prompt_len": 9, "min_len": 2**31 - 1}
+    assert values == pytest.approx({"seed": MAX_SEED} | filters | penalties | lengths)
     assert RECORD.itemsize % 8 == 0
     neutral = SamplingColumns.of(2)
     assert all(neutral[name].tolist() == [column.neutral] * 2 for name, column in COLUMNS.items())

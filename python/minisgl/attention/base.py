@@ -66,6 +66,11 @@ class AttentionStep:
         """A step of the sequences [begin, end) alone."""
         if (begin, end) == (0, len(self.rows)):
             return self
+        device = self.device
+        if device is not None:
+            cu_q = device.cu_q[begin : end + 1]
+            rows, seq_lens, cu_q = device.rows[begin:end], device.seq_lens[begin:end], cu_q - cu_q[0] if begin else cu_q
+            device = replace(device, rows=rows, seq_lens=seq_lens, cu_q=cu_q)
         return replace(
             self,
             rows=self.rows[begin:end],
@@ -73,7 +78,7 @@ class AttentionStep:
             num_new=self.num_new[begin:end],
             offsets=self.offsets[begin : end + 1] - self.offsets[begin],
             num_decode=min(max(self.num_decode - begin, 0), end - begin),
-            device=self.device and self.device.part(begin, end),
+            device=device,
         )
 
 

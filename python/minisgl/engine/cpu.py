@@ -50,9 +50,6 @@ class CpuTables:
     def send(self, plan: StepPlan, index: StepIndex) -> None:  # noqa: ARG002 (its numbers are read where they are)
         for admission in plan.admissions:
             self.token_ids[admission.row, : len(admission.token_ids)] = torch.tensor(admission.token_ids)
-        self.write_drafts(plan)
-
-    def write_drafts(self, plan: StepPlan) -> None:
         for row, position, ids in plan.drafts:
             self.token_ids[row, position : position + len(ids)] = torch.tensor(ids)
 

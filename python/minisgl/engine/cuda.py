@@ -183,7 +183,7 @@ class CapturedSteps(StepRunner):
         if self._backend.plans_captured:
             self._backend.prepare(self.batch(index, shape.batch).attention, captured=True)
         ids = self._graphs.replay(shape)[:num]
-        return self._finish(plan, masks, index, ids, lambda: self._graphs.logits(shape))
+        return self._finish(plan, masks, index, ids, lambda: (self._graphs.logits(shape), self.tables.tensors(index)))
 
     def _padding(self, shape: GraphShape, num: int) -> tuple[ScheduledReq, ...]:
         """So many requests of nobody."""
@@ -198,6 +198,6 @@ class CapturedSteps(StepRunner):
 
         def run() -> tuple[Tensor, Tensor]:
             logits = self._layers.run(batch, metadata).logits(None)
-            return self._sample(logits, batch.tensors.sampling, batch.tensors.sample_rows), logits
+            return self._sample(logits, batch.tensors), logits
 
         return run

@@ -13,6 +13,7 @@ import torch
 from minisgl.attention.base import IntArray, to_device
 from minisgl.core import Admission, ScheduledReq, TokenLogprobs
 from minisgl.engine.rules import ROWS_AT_ONCE
+from minisgl.kernel.ops import StepOps
 
 Tensor = torch.Tensor
 
@@ -31,7 +32,7 @@ class LogprobStep:
 
     wanted: list[Wanted]  # of n tokens together, in order
     index: IntArray  # [n]: whose logits they are sampled from, or would be
-    targets: IntArray  # [n] token ids; []: sampled ones, which are not known on the host
+    targets: npt.NDArray[np.int32]  # [n] token ids; []: sampled ones, which are not known on the host
 
 
 class LogprobRules:
@@ -57,7 +58,7 @@ class LogprobRules:
         if not self._num_top:
             return None
         wanted = [Wanted(i, self._num_top[row], 1) for i, row in enumerate(rows.tolist()) if row in self._num_top]
-        return LogprobStep(wanted, np.array([one.key for one in wanted]), np.empty(0, np.int64)) if wanted else None
+        return LogprobStep(wanted, np.array([one.key for one in wanted]), np.empty(0, np.int32)) if wanted else None
 
     def prompt(self, reqs: Sequence[ScheduledReq], offsets: IntArray) -> LogprobStep | None:
         """Of prompt tokens, from the logits of the tokens before them. Keys count `reqs`; indices are those of the
@@ -74,7 +75,7 @@ class LogprobRules:
                 wanted.append(Wanted(i, num_top, len(of_prompt)))
                 index.append(offsets[i] + np.arange(len(of_prompt)))
                 targets.append(of_prompt)
-        return LogprobStep(wanted, np.concatenate(index), np.concatenate(targets).astype(np.int64)) if wanted else None
+        return LogprobStep(wanted, np.concatenate(index), np.concatenate(targets)) if wanted else None
 
 
 class DeviceLogprobs(NamedTuple):
@@ -97,26 +98,23 @@ class DeviceLogprobs(NamedTuple):
 
 
 def gather_logprobs(
-    step: LogprobStep, logits_of: Callable[[Tensor], Tensor], ids: Tensor | None, device: torch.device
+    step: LogprobStep, logits_of: Callable[[Tensor], Tensor], ids: Tensor | None, ops: StepOps, device: torch.device
 ) -> DeviceLogprobs:
-    """logits_of: [m] int64 of `step.index` → their logits [m, vocab], valid until the next call.
+    """ids: of all samples, which `step.index` counts; None: the tokens are `step.targets`.
 
-    ids: [n] of the tokens; None: they are `step.targets`. The copies to the host are not waited for.
+    logits_of: [m] int64 of `step.index` → logits, valid until the next call: of all samples, or where ids are None of
+    these m. The copies to the host are not waited for.
     """
     parts, num_top = [], max(wanted.num_top for wanted in step.wanted)
-    targets = to_device(step.targets, device) if ids is None else ids.long().clamp(min=0)
-    index = to_device(step.index, device)
-    for first in range(0, len(index), ROWS_AT_ONCE):
+    for first in range(0, len(step.index), ROWS_AT_ONCE):
         part = slice(first, first + ROWS_AT_ONCE)
-        parts.append(_logprobs(logits_of(index[part]), targets[part], num_top))
+        index = to_device(step.index[part], device)
+        logits = logits_of(index)
+        if ids is None:
+            targets, index = to_device(step.targets[part], device), torch.arange(len(index), device=device)
+        else:
+            targets = ids.index_select(0, index)
+        parts.append(ops.logprobs(logits, index, targets, num_top))
+    columns = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
     # Such copies go to pinned memory.
-    columns = (torch.cat(column).to("cpu", non_blocking=True) for column in zip(*parts, strict=True))
-    return DeviceLogprobs(step, *columns)
-
-
-def _logprobs(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[m, vocab] and [m] → of the targets [m]; the largest: ids [m, num_top] int32 and values [m, num_top]."""
-    logits = logits.float()
-    total = logits.logsumexp(-1, keepdim=True)
-    top, ids = logits.topk(min(num_top, logits.shape[1]), dim=-1)
-    return (logits.gather(1, targets[:, None]) - total)[:, 0], ids.int(), top - total
+    return DeviceLogprobs(step, *(column.to("cpu", non_blocking=True) for column in columns))

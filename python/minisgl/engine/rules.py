@@ -1,149 +1,152 @@
 """What happens to some rows' logits before a token is sampled from them.
 
 Per row: repetition, presence and frequency penalties, then `logit_bias`, then the tokens that are forbidden (ends of
-the output before `min_tokens`, and what a bitmask leaves out). All in plain torch on the logits' device; sums are in
-float32. The history of a row is read from the engine's token table, so nothing is kept that an abort or a retraction
-could leave behind. A step without such rows pays for a look at an empty dictionary.
+the output before `min_tokens`, and what a bitmask leaves out). Kernels do so while they sample; their reference, for
+devices that have none, is here in plain torch. Sums are in float32. The history of a row is read from the engine's
+token table, so nothing is kept that an abort or a retraction could leave behind. A step without such rows pays for a
+look at a few zeros.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from minisgl.attention.base import IntArray, to_device
-from minisgl.core import Admission, Masks, SamplingParams
+from minisgl.core import MAX_COUNT, NOT_READY, Admission, Masks
+from minisgl.kernel.ops import StepOps
+from minisgl.kernel.sampling import SamplingColumns, TokenStore, Words
 
 Tensor = torch.Tensor
 
 ROWS_AT_ONCE = 64  # a row takes up to 24 bytes per token of the vocabulary
+NO_MASK = -1
+_ENTRY = np.dtype([("id", np.int32), ("value", np.float32)])
 
 
-class _Rules(NamedTuple):
-    """What a running request asks for beyond plain sampling."""
+class StepRules(NamedTuple):
+    """What changes the logits of n rows that sample, beside penalties, which their records have. On the host.
 
-    params: SamplingParams
-    prompt_len: int
-    end_ids: tuple[int, ...]
-    min_len: int  # tokens before which none of `end_ids` may come
+    To the logits of row i of the engine's tables the entries from bounds[i] to bounds[i + 1] are added; -inf only where
+    its position is below its `min_len`.
+    """
 
-
-_NOTHING = _Rules(SamplingParams(), 0, (), 0)
-
-
-class RuledRow(NamedTuple):
-    """A row of a step whose logits are to be changed."""
-
-    sample: int  # index into the rows that sample
-    row: int  # of the token table
-    position: int  # of the token to be sampled
-    rules: _Rules
-    words: npt.NDArray[np.int32] | None  # its packed bitmask; empty: it is not there yet
-
-
-@dataclass(frozen=True, slots=True)
-class LogitStep:
-    """Some of a step's rows whose logits are changed, `ROWS_AT_ONCE` at most, in the order of the samples."""
-
-    rows: list[RuledRow]
-
-    @property
-    def samples(self) -> IntArray:
-        """[m] indices into the rows that sample."""
-        return np.array([row.sample for row in self.rows], np.int64)
-
-    @property
-    def absent(self) -> IntArray:
-        """Which of the m are not to be sampled, since their bitmasks are not there yet."""
-        found = [i for i, row in enumerate(self.rows) if row.words is not None and not len(row.words)]
-        return np.array(found, np.int64)
+    rows: IntArray  # [n] of the engine's tables
+    positions: IntArray  # [n] of the tokens to be sampled
+    bounds: Tensor  # [num_rows + 1] int64
+    ids: Tensor  # int32
+    values: Tensor  # float32
+    masks: Tensor | None = None  # [k, ceil(vocab / 32)] int32: `core.Masks`
+    mask_of: Tensor | None = None  # [n] int32: which of them a row has; or NO_MASK, or NOT_READY
 
 
 class LogitRules:
-    """The rules of the running requests, by row of the engine's tables. On the host; no tensors."""
+    """The rules of the running requests, by row of the engine's tables. On the host."""
 
-    def __init__(self) -> None:
-        self._rules: dict[int, _Rules] = {}
+    def __init__(self, num_rows: int) -> None:
+        self._until = np.zeros(num_rows, np.int64)  # the position from which on a row's logits stay as they are
+        self._penalized = np.zeros(num_rows, np.bool_)
+        self._entries = [np.empty(0, _ENTRY)] * num_rows
+        self._lists = _together(self._entries)
 
     def apply(self, admissions: Iterable[Admission]) -> None:
         """Remember what newly admitted requests ask for, and forget who had their rows before."""
+        has_lists = False
         for row, _, params, prompt_len, end_ids in admissions:
-            if params.has_logit_rules or params.min_tokens:
-                self._rules[row] = _Rules(params, prompt_len, end_ids, prompt_len + params.min_tokens)
-            else:
-                self._rules.pop(row, None)
+            least = min(prompt_len + params.min_tokens, MAX_COUNT) if params.min_tokens else 0
+            until = MAX_COUNT if params.has_logit_rules else least
+            self._until[row], self._penalized[row] = until, params.has_penalties
+            ends = [(token, -np.inf) for token in end_ids if least]
+            before, self._entries[row] = self._entries[row], np.array([*ends, *params.logit_bias], _ENTRY)
+            has_lists |= len(before) + len(self._entries[row]) > 0
+        if has_lists:
+            self._lists = _together(self._entries)
 
-    def steps(self, rows: IntArray, positions: IntArray, masked: Sequence[int], masks: Masks | None) -> list[LogitStep]:
-        """What is to be done to the logits of the rows that sample, for tokens at these positions; mostly nothing."""
-        if not self._rules and not masked:
-            return []
-        words = {sample: None if masks is None else masks[i] for i, sample in enumerate(masked)}
-        found = []
-        for sample, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
-            rules = self._rules.get(row, _NOTHING)
-            if sample in words or rules.params.has_logit_rules or position < rules.min_len:
-                found.append(RuledRow(sample, row, position, rules, words.get(sample)))
-        return [LogitStep(found[first : first + ROWS_AT_ONCE]) for first in range(0, len(found), ROWS_AT_ONCE)]
+    def step(self, rows: IntArray, positions: IntArray, masked: Sequence[int], masks: Masks | None) -> StepRules | None:
+        """What is done to the logits of the rows that sample, for tokens at these positions; mostly nothing."""
+        if not masked or masks is None:
+            return StepRules(rows, positions, *self._lists) if self._until.any() or masked else None
+        mask_of, found = np.full(len(rows), NO_MASK, np.int32), list[Words]()
+        for i, sample in enumerate(masked):
+            mask_of[sample] = len(found) if len(masks[i]) else NOT_READY
+            found += [masks[i]] if len(masks[i]) else []
+        stacked = torch.from_numpy(np.stack(found)) if found else None
+        return StepRules(rows, positions, *self._lists, stacked, torch.from_numpy(mask_of))
+
+    def sample(
+        self, ops: StepOps, logits: Tensor, columns: SamplingColumns, ids: Tensor, store: TokenStore, rules: StepRules,
+        is_captured: bool,
+    ) -> None:  # fmt: skip
+        """Into `ids` and `store`, n rows of logits. Where no kernel does it all at once, the rows that have rules are
+        sampled again from changed copies of their logits: so a captured step, which has filled `ids`, stays whole, and
+        rows that need nothing pay nothing."""
+        if not is_captured and ops.sample_by_rules(logits, columns.words, ids, *store, *rules[2:]):
+            return
+        if not is_captured:
+            ops.sample(logits, columns, ids)
+        mask_of = np.array(NO_MASK) if rules.mask_of is None else rules.mask_of.numpy()
+        found = np.flatnonzero((rules.positions < self._until[rules.rows]) | (mask_of != NO_MASK))
+        for first in range(0, len(found), ROWS_AT_ONCE):
+            samples = found[first : first + ROWS_AT_ONCE]
+            index, changed = to_device(samples, ids.device), self.changed(logits, columns, store, rules, samples)
+            ids.index_copy_(0, index, ops.sample(changed, columns.select(index), torch.empty_like(ids[: len(index)])))
+        if NOT_READY in mask_of:
+            ids.masked_fill_(to_device(mask_of == NOT_READY, ids.device), NOT_READY)
+        ops.store_ids(*store, columns["position"], ids)
+
+    def changed(
+        self, logits: Tensor, columns: SamplingColumns, store: TokenStore, rules: StepRules, samples: IntArray
+    ) -> Tensor:
+        """logits: [n, vocab] of all rows that sample → [m, vocab]: what `samples` are to be sampled from, in a copy.
+        float32, unless tokens are only masked: then in the logits' own type, of which less is to be read."""
+        device, rows = logits.device, rules.rows[samples]
+        index = to_device(samples, device)
+        changed, some = logits.index_select(0, index), columns.select(index)
+        num_known = int(rules.positions[samples][self._penalized[rows]].max(initial=0))
+        entries = [self._entries[row] for row in rows]
+        counts = [len(part) for part in entries]
+        if num_known or any(counts):
+            changed = changed.float()
+        if num_known:
+            _penalize(changed, some, store.token_ids[store.rows[index].long(), :num_known].long())
+        if any(counts):
+            of, table = to_device(np.arange(len(rows)).repeat(counts), device), np.concatenate(entries)
+            values = to_device(table["value"].copy(), device)
+            is_free = (some["position"] >= some["min_len"])[of] & values.isinf()
+            tokens = to_device(table["id"].astype(np.int64), device)
+            changed.index_put_((of, tokens), values.masked_fill(is_free, 0), accumulate=True)
+        if rules.masks is not None and rules.mask_of is not None:
+            mask_of = rules.mask_of.numpy()[samples]
+            masked = np.flatnonzero(mask_of >= 0)
+            words = rules.masks.numpy()[mask_of[masked]]
+            apply_bitmask(changed, to_device(masked, device), to_device(words, device))
+        return changed
 
 
-def apply_rules(logits: Tensor, step: LogitStep, token_ids: Tensor) -> Tensor:
-    """logits: [n, vocab] of all rows that sample; token_ids: [rows, tokens] int32, the engine's token table.
-
-    → [m, vocab]: what `step.samples` are to be sampled from, in a copy. float32, unless tokens are only forbidden: then
-    in the logits' own type, of which less is to be read.
-    """
-    device, rows = logits.device, list(enumerate(step.rows))
-    changed = logits.index_select(0, to_device(step.samples, device))
-    penalized = [(i, row) for i, row in rows if row.rules.params.has_penalties]
-    biases = [(i, *pair) for i, row in rows for pair in row.rules.params.logit_bias]
-    if penalized or biases:
-        changed = changed.float()
-    if penalized:
-        _penalize(changed, penalized, token_ids)
-    if biases:
-        index, tokens = _integers([entry[:2] for entry in biases], device)
-        values = to_device(np.array([entry[2] for entry in biases], np.float32), device)
-        changed.index_put_((index, tokens), values, accumulate=True)
-    ends = [(i, token) for i, row in rows if row.position < row.rules.min_len for token in row.rules.end_ids]
-    if ends:
-        index, tokens = _integers(ends, device)
-        changed[index, tokens] = float("-inf")
-    masks = [(i, row.words) for i, row in rows if row.words is not None and len(row.words)]
-    if masks:
-        index = to_device(np.array([i for i, _ in masks]), device)
-        apply_bitmask(changed, index, to_device(np.stack([words for _, words in masks]), device))
-    return changed
+def _together(entries: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
+    """`bounds`, `ids` and `values` of `StepRules`."""
+    bounds, table = np.cumsum([0, *map(len, entries)]), np.concatenate(entries)
+    ids, values = table["id"].copy(), table["value"].copy()
+    return torch.from_numpy(bounds), torch.from_numpy(ids), torch.from_numpy(values)
 
 
-def _penalize(logits: Tensor, penalized: Sequence[tuple[int, RuledRow]], token_ids: Tensor) -> None:
+def _penalize(logits: Tensor, columns: SamplingColumns, history: Tensor) -> None:
     """In place, at the tokens that are there: of a large vocabulary all others are not even looked at. A token that is
-    there twice gets the same value twice. penalized: indices into `logits`, and what these rows are."""
-    device, params = logits.device, [row.rules.params for _, row in penalized]
-    places = [(i, row.row, row.rules.prompt_len, row.position) for i, row in penalized]
-    index, rows, starts, ends = (column[:, None] for column in _integers(places, device))
-    amounts = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params]
-    repetition, frequency, presence = to_device(np.array(amounts, np.float32).T[:, :, None].copy(), device)
-    history = token_ids[rows[:, 0], : max(row.position for _, row in penalized)].long()
-    place = torch.arange(history.shape[1], device=device)
-    known, scores = (place < ends).float(), logits[index, history]
-    table = logits.new_empty(len(history), logits.shape[1])
+    there twice gets the same value twice. history: [m, longest] int64, what is known of each row and what is not."""
+    names = "repetition_penalty", "frequency_penalty", "presence_penalty", "prompt_len", "position"
+    repetition, frequency, presence, start, end = (columns[name][:, None] for name in names)
+    place = torch.arange(history.shape[1], device=logits.device)
+    known, scores, table = place < end, logits.gather(1, history), torch.empty_like(logits)
 
     def counts(weights: Tensor) -> Tensor:
-        return table.scatter_(1, history, 0.0).scatter_add_(1, history, weights).gather(1, history)
+        return table.scatter_(1, history, 0.0).scatter_add_(1, history, weights.float()).gather(1, history)
 
-    if any(p.repetition_penalty != 1 for p in params):
-        scaled = torch.where(scores > 0, scores / repetition, scores * repetition)
-        scores = torch.where(counts(known) > 0, scaled, scores)
-    if any(p.presence_penalty or p.frequency_penalty for p in params):
-        of_output = counts(known * (place >= starts))
-        scores -= frequency * of_output
-        scores -= presence * (of_output > 0)
-    logits[index, history] = scores
+    scaled = torch.where(scores > 0, scores / repetition, scores * repetition)
+    scores, of_output = scaled.where(counts(known) > 0, scores), counts(known & (place >= start))
+    logits.scatter_(1, history, scores - frequency * of_output - presence * (of_output > 0))
 
 
 def apply_bitmask(logits: Tensor, index: Tensor, words: Tensor) -> None:
@@ -158,8 +161,3 @@ def apply_bitmask(logits: Tensor, index: Tensor, words: Tensor) -> None:
         logits.masked_fill_(forbidden, float("-inf"))
     else:
         logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(forbidden, float("-inf")))
-
-
-def _integers(entries: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
-    """The columns of a table, in one copy: [columns, entries] int64."""
-    return to_device(np.array(entries, np.int64).T.copy(), device)

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.attention.base import to_device
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import StepPlan, most_samples
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors, check_pages
@@ -98,9 +97,6 @@ class DeviceTables:
             self._ops.scatter(self.token_ids, *drafted)
         if plan.expected:  # it waits for the device, now and then
             check_pages(plan, self.page_table.cpu().numpy())
-
-    def write_drafts(self, plan: StepPlan) -> None:
-        self._ops.scatter(self.token_ids, *(to_device(values, self.token_ids.device) for values in self._drafts(plan)))
 
     def _drafts(self, plan: StepPlan) -> list[npt.NDArray[np.int32]]:
         """Their entries of the table of tokens, and what these become."""

@@ -9,12 +9,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from minisgl.attention.base import AttentionStep, StepContext, to_device
+from minisgl.attention.base import AttentionStep, StepContext
 from minisgl.attention.create import Backend
-from minisgl.core import NOT_READY, Masks, StepPlan, StepResult
+from minisgl.core import Masks, StepPlan, StepResult
 from minisgl.engine.logprobs import DeviceLogprobs, gather_logprobs
 from minisgl.engine.pooling import Computed, pooled_bytes
-from minisgl.engine.rules import LogitStep, apply_rules
+from minisgl.engine.rules import StepRules
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
 from minisgl.kernel.ops import PagedSequences, RopeAngles
@@ -59,9 +59,6 @@ class Tables(Protocol):
 
     def send(self, plan: StepPlan, index: StepIndex) -> None:
         """Send a step's numbers, and write the prompts, pages and drafts that rows gain in it."""
-
-    def write_drafts(self, plan: StepPlan) -> None:
-        """Write the drafts, again: what was sampled in their places is not what comes before the later ones."""
 
     def tensors(self, index: StepIndex) -> StepTensors:
         """Where a step's numbers lie once they were sent."""
@@ -121,14 +118,13 @@ class StepRunner:
         computed, prompts = self.forward(batch), None
         wanted = self.tables.host.logprob_rules.prompt(plan.reqs, index.offsets)
         if wanted is not None:  # every rank takes part: each has a share of the logits
-            prompts = gather_logprobs(wanted, computed.logits, None, self.shard.device)
+            prompts = gather_logprobs(wanted, computed.logits, None, self.shard.ops, self.shard.device)
         pooled = self.tables.host.pooled.take(plan.reqs, index.offsets, computed, self.shard)
         logits = computed.logits(None)
         if not len(logits):
             ids = self.tables.token_ids[0, :0]
             return Launched(ids, None, prompts, pooled, self._drafts(plan, batch, computed, ids))
-        ids = self._sample(logits, batch.tensors.sampling, batch.tensors.sample_rows)
-        launched = self._finish(plan, masks, index, ids, lambda: logits)
+        launched = self._finish(plan, masks, index, None, lambda: (logits, batch.tensors))
         drafts = self._drafts(plan, batch, computed, launched.ids)
         return launched._replace(prompt_logprobs=prompts, pooled=pooled, drafts=drafts)
 
@@ -148,48 +144,40 @@ class StepRunner:
         attention = AttentionStep(*sequences, host.pages, host.page_size, num_decode, device)
         return Batch(index, tensors, attention, None if attention.is_decode else tensors.logit_tokens)
 
-    def _sample(self, logits: Tensor, columns: SamplingColumns, rows: Tensor, absent: Tensor | None = None) -> Tensor:
-        """[n] int32, written to the token table too. absent: which of the n are `NOT_READY`. Rank 0 decides, so that
-        rounding cannot make ranks differ; the others do not look at `logits`."""
-        ops, comm, token_ids = self.shard.ops, self.shard.comm, self.tables.token_ids
-        ids = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
-        if comm.rank == 0:
-            ops.sample(logits, columns, ids, TokenStore(token_ids, rows) if comm.size == 1 else None)
-            if absent is not None:
-                ids[absent] = NOT_READY
+    def _sample(
+        self, logits: Tensor, tensors: StepTensors, rules: StepRules | None = None, ids: Tensor | None = None
+    ) -> Tensor:
+        """[n] int32, written to the token table too. ids: what a captured step has sampled without the rules. Rank 0
+        decides, so that rounding cannot make ranks differ; the others do not look at `logits`."""
+        ops, comm, is_captured = self.shard.ops, self.shard.comm, ids is not None
+        columns, rows = tensors.sampling, tensors.sample_rows
+        if ids is None:
+            ids = torch.empty(len(rows), dtype=torch.int32, device=self.shard.device)
+        else:  # it may have had more rows, of nobody
+            columns, rows = SamplingColumns(columns.words[: len(ids)]), rows[: len(ids)]
+        store = TokenStore(self.tables.token_ids, rows)
+        if comm.rank == 0 and rules is None:
+            ops.sample(logits, columns, ids, store)
+        elif comm.rank == 0 and rules is not None:
+            self.tables.host.logit_rules.sample(ops, logits, columns, ids, store, rules, is_captured)
         if comm.size > 1:
             ids = comm.broadcast(ids)
-            ops.store_ids(token_ids, rows, columns["position"], ids)
+            ops.store_ids(*store, columns["position"], ids)
         return ids
 
     def _finish(
-        self, plan: StepPlan, masks: Masks | None, index: StepIndex, ids: Tensor, logits: Callable[[], Tensor]
-    ) -> Launched:
-        """Sample again the rows whose logits are to be changed, and gather log-probabilities. ids: those of the plan,
-        which come first in `index`; logits: what they were sampled from, asked for only then."""
-        rows, positions = index.sample_rows[: len(ids)], index.sample_positions[: len(ids)]
-        steps = self.tables.host.logit_rules.steps(rows, positions, plan.masked, masks)
-        wanted = self.tables.host.logprob_rules.sampled(rows)
-        if not steps and wanted is None:
-            return Launched(ids)
-        before, tensors = logits(), self.tables.tensors(index)
-        if steps and plan.drafts:
-            self.tables.write_drafts(plan)
-        for step in steps:
-            self._sample_again(before, step, tensors, ids)
-        if steps and plan.drafts:
-            self.shard.ops.store_ids(self.tables.token_ids, tensors.sample_rows, tensors.sampling["position"], ids)
+        self, plan: StepPlan, masks: Masks | None, index: StepIndex, ids: Tensor | None,
+        source: Callable[[], tuple[Tensor, StepTensors]],
+    ) -> Launched:  # fmt: skip
+        """Sample, and gather log-probabilities. ids: what a captured step has sampled for the plan, whose rows come
+        first in `index`; source: logits, and the step's numbers, asked for only where that is not all."""
+        num = len(index.sample_rows) if ids is None else len(ids)
+        rows, host = index.sample_rows[:num], self.tables.host
+        rules = host.logit_rules.step(rows, index.sample_positions[:num], plan.masked, masks)
+        if ids is None or rules is not None:
+            ids = self._sample(*source(), rules, ids)
+        wanted = host.logprob_rules.sampled(rows)
         if wanted is None or self.shard.comm.rank > 0:
             return Launched(ids)
-        chosen = ids.index_select(0, to_device(wanted.index, ids.device))
-        return Launched(ids, gather_logprobs(wanted, lambda at: before.index_select(0, at), chosen, ids.device))
-
-    def _sample_again(self, logits: Tensor, step: LogitStep, tensors: StepTensors, ids: Tensor) -> None:
-        """Sample some rows from changed logits, in place of what the step has sampled for them: so a captured step
-        stays whole, and those that need nothing pay nothing."""
-        index = to_device(step.samples, ids.device)
-        columns, rows = tensors.sampling.select(index), tensors.sample_rows.index_select(0, index)
-        absent = to_device(step.absent, ids.device) if len(step.absent) else None
-        if self.shard.comm.rank == 0:
-            logits = apply_rules(logits, step, self.tables.token_ids)
-        ids.index_copy_(0, index, self._sample(logits, columns, rows, absent))
+        before = source()[0]
+        return Launched(ids, gather_logprobs(wanted, lambda _: before, ids, self.shard.ops, self.shard.device))

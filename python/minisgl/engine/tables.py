@@ -12,12 +12,12 @@ import numpy.typing as npt
 import torch
 
 from minisgl.attention.base import AttentionStep, IntArray
-from minisgl.core import ScheduledReq, StepPlan
+from minisgl.core import MAX_COUNT, SamplingParams, ScheduledReq, StepPlan
 from minisgl.engine.logprobs import LogprobRules
 from minisgl.engine.pooling import PooledRows
 from minisgl.engine.rules import LogitRules
 from minisgl.errors import require
-from minisgl.kernel.sampling import RECORD, SamplingColumns, Words, record_of, records
+from minisgl.kernel.sampling import COLUMNS, RECORD, SamplingColumns, Words, records
 from minisgl.utils.math import div_ceil
 
 
@@ -89,7 +89,7 @@ class RowTables:
         self.pages = np.zeros((num_rows, div_ceil(max_seq_len + 1, page_size)), dtype=np.int32)
         self.page_size = page_size
         self._sampling = records(num_rows)  # positions: of no use here
-        self.logit_rules = LogitRules()
+        self.logit_rules = LogitRules(num_rows)
         self.logprob_rules, self.pooled = LogprobRules(), PooledRows()
 
     def apply(self, plan: StepPlan) -> None:
@@ -98,7 +98,7 @@ class RowTables:
         self.logprob_rules.apply(plan.admissions)
         self.pooled.apply(plan.admissions)
         for admission in plan.admissions:
-            self._sampling[admission.row] = record_of(admission.params)
+            self._sampling[admission.row] = record_of(admission.params, admission.prompt_len)
         for update in plan.page_updates:
             self.pages[update.row, update.first_index : update.first_index + len(update.pages)] = update.pages
         check_pages(plan, self.pages)
@@ -108,6 +108,13 @@ class RowTables:
         words = self._sampling.take(index.sample_rows, axis=0)
         words.view(RECORD)["position"][:, 0] = index.sample_positions
         return words
+
+
+def record_of(params: SamplingParams, prompt_len: int) -> Words:
+    """[NUM_WORDS]: a request's record."""
+    values = {name: getattr(params, name) for name in COLUMNS if name in SamplingParams.__slots__}
+    min_len = min(prompt_len + params.min_tokens, MAX_COUNT)
+    return records(1, **values, prompt_len=prompt_len, min_len=min_len)[0]
 
 
 def check_pages(plan: StepPlan, table: npt.NDArray[np.int32]) -> None:

@@ -16,7 +16,6 @@ import torch
 from minisgl.kernel.jit import load_cpu_kernels
 from minisgl.kernel.ops import Around, KVSlots, Matrix, RopeAngles, TorchOps
 from minisgl.kernel.packed import Blocks, Float8, Grouped, Packed
-from minisgl.kernel.sampling import SamplingColumns, TokenStore
 from minisgl.kernel.state import DeltaState, DeltaWeights, StateSequences
 from minisgl.utils.math import div_ceil
 
@@ -157,11 +156,15 @@ class CpuOps(TorchOps):
         handle: int = self.module.create_linear(data, scale, num_out, num_in, is_pair)
         return PanelMatrix(self, (num_out, num_in), [data] if scale is None else [data, scale], handle, activation)
 
-    def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:
-        self.module.sample(self.workers, logits, columns.words, out)
-        if store is not None:
-            self.store_ids(store.token_ids, store.rows, columns["position"], out)
-        return out
+    def sample_by_rules(self, *tensors: Tensor | None) -> bool:
+        self.module.sample(self.workers, *tensors)
+        return True
+
+    def logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+        top = torch.empty(len(rows), min(num_top, logits.shape[1]))
+        found = torch.empty(len(rows)), torch.empty(top.shape, dtype=torch.int32), top
+        self.module.log_probabilities(self.workers, logits, rows, targets, *found)
+        return found
 
     def norm_rope_store(self, qkv: Tensor, norm: Tensor | None, eps: float, rope: RopeAngles, cache: KVSlots) -> Tensor:
         self.module.rope_store(self.workers, qkv, norm, eps, rope.cos, rope.sin, cache.slots, cache.k, cache.v)

@@ -75,12 +75,6 @@ class PagedSequences:
     cu_q: Tensor
     page_size: int  # tokens
 
-    def part(self, begin: int, end: int) -> PagedSequences:
-        """The sequences [begin, end), of the tokens that are theirs."""
-        cu_q = self.cu_q[begin : end + 1]
-        cu_q = cu_q - cu_q[0] if begin else cu_q
-        return PagedSequences(self.page_table, self.rows[begin:end], self.seq_lens[begin:end], cu_q, self.page_size)
-
 
 # All experts' weights [num_experts, out, in]; or the type of activations, and each expert's parts, one below the other.
 Stacked = Tensor | tuple[torch.dtype, Iterable[Sequence[Packed | Tensor]]]
@@ -269,10 +263,24 @@ class StepOps:
     def sample(self, logits: Tensor, columns: SamplingColumns, out: Tensor, store: TokenStore | None = None) -> Tensor:
         """Sample each row of `logits` [n, vocab] into `out` [n] int32, and into a table of tokens; -1 where a row's
         largest logit is not finite."""
-        sample_reference(logits, columns, out, by_logit=logits.device.type == "cpu")
-        if store is not None:
-            self.store_ids(store.token_ids, store.rows, columns["position"], out)
+        if not self.sample_by_rules(logits, columns.words, out, *(store or (None,) * 2), *(None,) * 5):
+            sample_reference(logits, columns, out)
+            if store is not None:
+                self.store_ids(store.token_ids, store.rows, columns["position"], out)
         return out
+
+    def sample_by_rules(self, *tensors: Tensor | None) -> bool:  # noqa: ARG002
+        """`sample` of logits that penalties and rules change first, if a kernel does it all at once: whether one does.
+        tensors: logits, records, ids, tokens and rows (`TokenStore`), and those of `engine.rules.StepRules`."""
+        return False
+
+    def logprobs(self, logits: Tensor, rows: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+        """logits: [m, vocab]; rows: [n] int64 of them; targets: [n] int32, negative ones count as 0 → log-probabilities
+        of targets [n], and the largest of each row: ids [n, num_top] int32 and values [n, num_top] float32."""
+        logits = logits.index_select(0, rows).float()
+        total = logits.logsumexp(-1, keepdim=True)
+        top, ids = logits.topk(min(num_top, logits.shape[1]), dim=-1)
+        return (logits.gather(1, targets[:, None].long().clamp(min=0)) - total)[:, 0], ids.int(), top - total
 
     def store_ids(self, token_ids: Tensor, rows: Tensor, positions: Tensor, ids: Tensor) -> None:
         """Sampled ids become input of later steps: token_ids[rows, positions] = ids, [n]. A failed row (-1) gets some

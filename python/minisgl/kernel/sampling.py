@@ -16,8 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from minisgl.core import SamplingParams
-
 Tensor = torch.Tensor
 Words = npt.NDArray[np.int32]
 
@@ -39,6 +37,11 @@ COLUMNS: Mapping[str, Column] = {
     "top_p": Column(np.float32, 1),  # 1: off
     "min_p": Column(np.float32, 0),  # 0: off
     "top_k": Column(np.int32, 0),  # 0: off
+    "repetition_penalty": Column(np.float32, 1),  # 1: off
+    "presence_penalty": Column(np.float32, 0),  # 0: off
+    "frequency_penalty": Column(np.float32, 0),  # 0: off
+    "prompt_len": Column(np.int32, 0),  # tokens of its history that are no output
+    "min_len": Column(np.int32, 0),  # tokens before which those that end the output are forbidden
 }
 RECORD = np.dtype([(name, column.dtype) for name, column in COLUMNS.items()], align=True)
 NUM_WORDS = RECORD.itemsize // 4
@@ -50,20 +53,13 @@ _PLACES = {  # of a column: its type, and where it is in a record of numbers of 
 
 def records(num: int, **values: npt.ArrayLike) -> Words:
     """[num, NUM_WORDS]: `num` records, of neutral values but for these: one for all rows, or one for each.
-
-    What is too large for a column of integers becomes the largest number that it holds.
-    """
+    What is too large for a column of integers becomes the largest number that it holds."""
     table = np.zeros(num, RECORD)
     for name, (dtype, neutral) in COLUMNS.items():
         value = values.pop(name, neutral)
         table[name] = np.minimum(value, np.iinfo(dtype).max) if issubclass(dtype, np.integer) else value
     assert not values, f"there are no such columns: {values}"
     return table.view(np.int32).reshape(num, NUM_WORDS)
-
-
-def record_of(params: SamplingParams) -> Words:
-    """[NUM_WORDS]: a request's record."""
-    return records(1, **{name: getattr(params, name) for name in COLUMNS if name in SamplingParams.__slots__})[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +88,15 @@ class TokenStore(NamedTuple):
     """Where sampled ids become input of later steps: token_ids[rows[i], position of i]."""
 
     token_ids: Tensor  # [num_rows, max_len] int32
-    rows: Tensor  # [n] int32
+    rows: Tensor  # [n] int32; int64 on a CPU
 
 
-def sample_reference(logits: Tensor, columns: SamplingColumns, out: Tensor, by_logit: bool) -> Tensor:
+def sample_reference(logits: Tensor, columns: SamplingColumns, out: Tensor) -> Tensor:
     """Write to `out` [n] int32 a token for each row of `logits` [n, vocab]; -1 where its largest logit is not finite.
-
-    by_logit: of filtered rows the CDF is in order of falling logits, as our CPU kernel has it, instead of token ids.
-    Nothing depends on values, so that a CUDA graph can hold it.
-    """
+    Nothing depends on values, so that a CUDA graph can hold it."""
     for first in range(0, len(logits), ROWS_AT_ONCE):
         part = slice(first, first + ROWS_AT_ONCE)
-        out[part] = _sample(logits[part], SamplingColumns(columns.words[part]), by_logit).int()
+        out[part] = _sample(logits[part], SamplingColumns(columns.words[part])).int()
     return out
 
 
@@ -124,25 +117,19 @@ def _shift_right(x: Tensor, shift: int) -> Tensor:
     return (x >> shift) & (2 ** (64 - shift) - 1)
 
 
-def _sample(logits: Tensor, columns: SamplingColumns, by_logit: bool) -> Tensor:
+def _sample(logits: Tensor, columns: SamplingColumns) -> Tensor:
     best, greedy = logits.max(dim=-1)  # a NaN counts as the largest
     finite, temperature = best.isfinite(), columns["temperature"]
     scale = temperature.where(temperature > 0, 1.0)
     weights = (logits.float() - best.float()[:, None]).div_(scale[:, None]).exp_()
-    order, kept = filter_weights(logits, weights.where(finite[:, None], 1.0), columns)
-    filtered = (columns["top_k"] > 0) | (columns["top_p"] < 1) | (columns["min_p"] > 0)
-    tokens = torch.arange(logits.shape[1], device=logits.device).expand_as(order)
-    if by_logit:
-        tokens = order.where(filtered[:, None], tokens)
-    cdf = kept.gather(1, tokens).cumsum(-1, dtype=torch.float64)
+    cdf = filter_weights(logits, weights.where(finite[:, None], 1.0), columns).cumsum(-1, dtype=torch.float64)
     target = uniform(columns["seed"], columns["position"])[:, None] * cdf[:, -1:]
     place = torch.searchsorted(cdf, target, right=True).clamp_(max=logits.shape[1] - 1)
-    return tokens.gather(1, place)[:, 0].where(temperature > 0, greedy).where(finite, -1)
+    return place[:, 0].where(temperature > 0, greedy).where(finite, -1)
 
 
-def filter_weights(logits: Tensor, weights: Tensor, columns: SamplingColumns) -> tuple[Tensor, Tensor]:
-    """The tokens of each row by falling logit, of equal ones the lower id first; and `weights`, zero where the filters
-    drop the token. All [n, vocab]."""
+def filter_weights(logits: Tensor, weights: Tensor, columns: SamplingColumns) -> Tensor:
+    """`weights`, zero where the filters drop the token; of equal logits the lower ids come first. All [n, vocab]."""
     vocab_size, top_k, top_p = logits.shape[1], columns["top_k"], columns["top_p"]
     order = logits.float().sort(dim=-1, descending=True, stable=True).indices
     top = weights.gather(1, order)
@@ -152,4 +139,4 @@ def filter_weights(logits: Tensor, weights: Tensor, columns: SamplingColumns) ->
     in_top_p = (mass - top < top_p.double()[:, None] * mass[:, -1:]) | (top_p >= 1)[:, None]  # mass before the token
     in_top_p[:, 0] = True  # a top-p too small for its float32 is 0
     in_min_p = top >= columns["min_p"][:, None] * top[:, :1]
-    return order, torch.zeros_like(weights).scatter_(1, order, top.where(in_top_p & in_min_p, 0))
+    return torch.zeros_like(weights).scatter_(1, order, top.where(in_top_p & in_min_p, 0))

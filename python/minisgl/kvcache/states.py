@@ -4,6 +4,7 @@ captured steps, and snapshots."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ class StatePool:
     def __init__(
         self, model: ModelConfig, num_slots: int, tp_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._layers: dict[int, list[torch.Tensor]] = {}
+        self._device, self._layers = device, dict[int, list[torch.Tensor]]()
         self._stacks: list[torch.Tensor] = []  # [layers, num_slots, …], of all layers of a kind
         for kind in dict.fromkeys(model.states):
             layers = [index for index, spec in enumerate(model.layers) if spec.attention.cache == kind]
@@ -38,12 +39,15 @@ class StatePool:
         return seen
 
     def copy(self, copies: Iterable[StateCopy]) -> None:
-        """Make them, one after the other, for all layers."""
-        for source, target in copies:
+        """Make them, one after the other, for all layers; zeros that follow one another at once. (Copies at once would
+        hold as much again: a slot may take 50 MB.)"""
+        for is_new, group in groupby(copies, key=lambda copy: copy.source < 0):
+            pairs = list(group)
+            targets = torch.tensor([copy.target for copy in pairs], device=self._device)
             for stack in self._stacks:
-                if source < 0:
-                    stack[:, target].zero_()
-                else:
+                if is_new:
+                    stack.index_fill_(1, targets, 0)
+                for source, target in () if is_new else pairs:
                     stack[:, target] = stack[:, source]
 
 

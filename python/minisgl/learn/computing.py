@@ -31,7 +31,7 @@ def check_sample(sample: Callable[[list[float], float, int, float, float], int])
         temperature, top_k, top_p = rng.choice([0.0, 0.5, 1.0, 2.0]), rng.choice([0, 1, 5]), rng.choice([1.0, 0.9, 0.3])
         columns = SamplingColumns.of(1, seed=1, position=position, temperature=temperature, top_k=top_k, top_p=top_p)
         out = torch.empty(1, dtype=torch.int32)
-        sample_reference(logits[None], columns, out, by_logit=False)
+        sample_reference(logits[None], columns, out)
         call = (logits.tolist(), temperature, top_k, top_p, float(uniform(columns["seed"], columns["position"])))
         compare(f"sample{call}", int(out), sample(*call))
     return "300 tokens, drawn as the sampler draws them."

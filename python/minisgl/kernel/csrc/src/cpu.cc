@@ -103,11 +103,44 @@ void delta_net(Workers& workers, const DeltaNet& net, const DeltaInput& in, cons
   workers.pool.run([&](int thread) { gated_delta_net(workers, thread, net, in, sequences, state, out, net.num_v * net.dim_v); });
 }
 
-void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vocab, int64_t stride, const SamplingParams* params,
-                 int32_t* ids) {
-  workers.pool.run([&](int) {
+// f(i) of rows 0 … n - 1, which share threads. One alone is not worth waking them.
+template <class F>
+void for_rows(Workers& workers, int64_t n, F&& f) {
+  if (n == 1) return f(0);
+  workers.pool.run([&](int) { workers.pool.share(n, 1, f); });
+}
+
+void sample_rows(Workers& workers, float* logits, int64_t rows, int64_t vocab, int64_t stride, const SamplingParams* params,
+                 const LogitRules& rules, int32_t* ids) {
+  for_rows(workers, rows, [&](int64_t r) {
     thread_local Sampler sampler;
-    workers.pool.share(rows, 1, [&](int64_t r) { ids[r] = int32_t(sampler(logits + r * stride, vocab, params[r])); });
+    thread_local LogitChanges changes;
+    float* row = logits + r * stride;
+    int32_t mask = rules.mask_of == nullptr ? kNoMask : rules.mask_of[r];
+    if (mask == kNotReady) {
+      ids[r] = kNotReady;
+      return;
+    }
+    if (rules.token_ids != nullptr) changes.penalize(row, vocab, params[r], rules.token_ids + rules.rows[r] * rules.stride);
+    if (rules.bounds != nullptr) {
+      int64_t begin = rules.bounds[rules.rows[r]], size = rules.bounds[rules.rows[r] + 1] - begin;
+      changes.add(row, vocab, params[r], rules.ids + begin, rules.values + begin, size);
+    }
+    ids[r] = int32_t(mask == kNoMask ? sampler(AllTokens{row}, vocab, params[r])
+                                     : sampler(AllowedTokens{row, rules.masks + mask * rules.words}, vocab, params[r]));
+    changes.undo(row);
+  });
+  // Not before: several rows may share a history, in which there are tokens that only might come.
+  for (int64_t r = 0; rules.token_ids != nullptr && r < rows; ++r)
+    rules.token_ids[rules.rows[r] * rules.stride + params[r].position] = std::max(ids[r], 0);
+}
+
+void log_probabilities(Workers& workers, const float* logits, int64_t vocab, int64_t stride, const int64_t* rows, const int32_t* tokens,
+                       int64_t n, int64_t num_top, float* chosen, int32_t* top_ids, float* top) {
+  for_rows(workers, n, [&](int64_t i) {
+    thread_local LogProbabilities of_row;
+    const float* row = logits + rows[i] * stride;
+    chosen[i] = of_row(row, vocab, std::max(tokens[i], 0), num_top, top_ids + i * num_top, top + i * num_top);
   });
 }
 

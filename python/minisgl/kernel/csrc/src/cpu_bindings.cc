@@ -180,7 +180,6 @@ void py_attend(int64_t workers, TensorView q, TensorView k, TensorView v, Tensor
          {float(cap), data_of<float>(sinks)}, cache_of(k, v), data_of<float>(out));
 }
 
-// logits: [n, vocab] float32; params: n records, as numbers of 32 bits → out: [n] int32.
 // qkvz: [tokens, 2 * num_k * dim_k + 2 * num_v * dim_v], ba: [tokens, 2 * num_v], both float32, perhaps with other strides
 // between tokens; past: [slots, channels, width - 1]; memory: [slots, num_v, dim_k, dim_v]; slots: [n], offsets: [n + 1] int64;
 // out: [tokens, num_v * dim_v].
@@ -192,10 +191,25 @@ void py_delta_net(int64_t workers, TensorView qkvz, TensorView ba, TensorView co
             data_of<float>(out));
 }
 
-void py_sample(int64_t workers, TensorView logits, TensorView params, TensorView out) {
+// logits: [n, vocab] float32; params: n records, as numbers of 32 bits; the rest as in `LogitRules` → out: [n] int32.
+void py_sample(int64_t workers, TensorView logits, TensorView params, TensorView out, Optional<TensorView> token_ids,
+               Optional<TensorView> rows, Optional<TensorView> bounds, Optional<TensorView> ids, Optional<TensorView> values,
+               Optional<TensorView> masks, Optional<TensorView> mask_of) {
   TVM_FFI_CHECK(size_t(params.numel()) * 4 == size_t(logits.size(0)) * sizeof(SamplingParams), ValueError) << "not these records";
+  LogitRules rules{data_of<int32_t>(token_ids), token_ids.has_value() ? token_ids.value().size(1) : 0, data_of<int64_t>(rows),
+                   data_of<int64_t>(bounds), data_of<int32_t>(ids), data_of<float>(values), data_of<uint32_t>(masks),
+                   masks.has_value() ? masks.value().size(1) : 0, data_of<int32_t>(mask_of)};
+  TVM_FFI_CHECK(rules.masks == nullptr || rules.words * 32 >= logits.size(1), ValueError) << "the masks are too short";
   sample_rows(at<Workers>(workers), data_of<float>(logits, true), logits.size(0), logits.size(1), logits.stride(0),
-              reinterpret_cast<const SamplingParams*>(data_of<int32_t>(params)), data_of<int32_t>(out));
+              reinterpret_cast<const SamplingParams*>(data_of<int32_t>(params)), rules, data_of<int32_t>(out));
+}
+
+// logits: [m, vocab] float32; rows: [n] int64; tokens: [n] int32; chosen: [n], top_ids, top: [n, k].
+void py_log_probabilities(int64_t workers, TensorView logits, TensorView rows, TensorView tokens, TensorView chosen, TensorView top_ids,
+                          TensorView top) {
+  log_probabilities(at<Workers>(workers), data_of<float>(logits, true), logits.size(1), logits.stride(0), data_of<int64_t>(rows),
+                    data_of<int32_t>(tokens), rows.numel(), top.size(1), data_of<float>(chosen), data_of<int32_t>(top_ids),
+                    data_of<float>(top));
 }
 
 int64_t py_create_model(int64_t workers, double eps, double scale, int64_t embedding, int64_t head, TensorView norm) {
@@ -274,6 +288,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(rope_store, py_rope_store);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(attend, py_attend);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(delta_net, py_delta_net);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample, py_sample);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(log_probabilities, py_log_probabilities);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_model, py_create_model);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_model, py_destroy_model);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_rotation, py_set_rotation);

@@ -12,6 +12,10 @@ struct SamplingParams {
   float top_p;        // 1: off
   float min_p;        // 0: off
   int32_t top_k;      // 0: off
+  float repetition_penalty;                     // 1: off
+  float presence_penalty, frequency_penalty;    // 0: off
+  int32_t prompt_len;  // tokens of its history that are no output
+  int32_t min_len;     // tokens before which those that end the output are forbidden
 };
 
 }  // namespace minisgl

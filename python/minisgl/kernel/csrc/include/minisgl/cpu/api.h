@@ -185,6 +185,20 @@ struct Step {
   float* logits;  // [num_logits, vocab]
 };
 
+// What changes the logits of n rows that sample, beside their records, and where their tokens stand. Any of it may be null.
+struct LogitRules {
+  int32_t* token_ids;      // [rows, stride]: the tokens of requests, to which those sampled are added
+  int64_t stride;
+  const int64_t* rows;     // [n], of that table
+  const int64_t* bounds;   // [rows + 1]: row i has the entries [bounds[i], bounds[i + 1]) of `ids` and `values`
+  const int32_t* ids;
+  const float* values;     // added to the logits of `ids`; -inf: only where the output must not end yet
+  const uint32_t* masks;   // [k, words]: a bit for each token, whether it may be sampled
+  int64_t words;
+  const int32_t* mask_of;  // [n]: a row's mask, or one of these
+};
+constexpr int32_t kNoMask = -1, kNotReady = -2;
+
 class Workers;
 class Model;
 
@@ -218,8 +232,12 @@ void attend(Workers& workers, const float* q, int64_t stride, const std::vector<
             int64_t window, const Scores& kind, AnyCache cache, float* out);
 void delta_net(Workers& workers, const DeltaNet& net, const DeltaInput& in, const std::vector<StateSequence>& sequences,
                const DeltaState& state, float* out);
-void sample_rows(Workers& workers, const float* logits, int64_t rows, int64_t vocab, int64_t stride, const SamplingParams* params,
-                 int32_t* ids);
+// Logits are as before when it is done.
+void sample_rows(Workers& workers, float* logits, int64_t rows, int64_t vocab, int64_t stride, const SamplingParams* params,
+                 const LogitRules& rules, int32_t* ids);
+// Of tokens, [n], where negative ones count as 0, and of the `num_top` largest, [n, num_top], from rows of logits.
+void log_probabilities(Workers& workers, const float* logits, int64_t vocab, int64_t stride, const int64_t* rows, const int32_t* tokens,
+                       int64_t n, int64_t num_top, float* chosen, int32_t* top_ids, float* top);
 
 // The whole model, to which rotations are given and blocks added. scale: of embeddings.
 Model* create_model(Workers& workers, float eps, float scale, const Linear& embedding, const Linear& head, const float* norm);

@@ -2,17 +2,9 @@
 // number, a function of seed and position, inverts the cumulative distribution.
 #pragma once
 
-#include <array>
-#include <bit>
-#include <numeric>
-
-#include "ops.h"
+#include "logits.h"
 
 namespace minisgl::cpu {
-
-constexpr int kShift = 18;  // what is left of a float's bits are its sign, its exponent and 5 bits of mantissa
-constexpr int64_t kBuckets = (0x3f800000 >> kShift) + 1;  // of numbers from 0 to 1
-constexpr int64_t kSumBlock = 1024;
 
 inline uint64_t splitmix(uint64_t x) {  // Steele et al., OOPSLA 2014
   x += 0x9E3779B97F4A7C15;
@@ -25,129 +17,156 @@ inline double uniform(uint64_t seed, int64_t position) {
   return double(splitmix(splitmix(seed) ^ uint64_t(position)) >> 12) * 0x1p-52;
 }
 
-// The index of the largest value, the first of equal ones; -1 where that is not finite or there is a NaN.
-inline int64_t arg_max(const float* x, int64_t count) {
-  Floats high = broadcast(kNone);
-  Ints nan{};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    Floats v = load(x + i);
-    nan |= v != v;
-    high = maximum(v, high);
-  }
-  float most = largest(high);
-  bool bad = false;
-  for (int j = 0; j < kLanes; ++j) bad |= nan[j] != 0;
-  for (; i < count; ++i) bad |= x[i] != x[i], most = std::max(most, x[i]);
-  if (bad || !std::isfinite(most)) return -1;
-  return std::find(x, x + count, most) - x;
-}
-
 // The first index whose cumulative weight is above `number` times the total. sums: of blocks of the weights.
 inline int64_t invert_blocks(const float* weights, int64_t count, const double* sums, double number) {
-  int64_t blocks = (count + kSumBlock - 1) / kSumBlock, block = 0;
+  int64_t blocks = blocks_of(count, kSumBlock), block = 0;
   double target = number * std::accumulate(sums, sums + blocks, 0.0), mass = 0;
   while (block + 1 < blocks && mass + sums[block] <= target) mass += sums[block++];
   for (int64_t i = block * kSumBlock; i < count; ++i)
     if ((mass += weights[i]) > target) return i;
+  while (count > 1 && weights[count - 1] == 0) --count;  // sums are rounded: it is the last one that may be sampled
   return count - 1;
 }
 
 class Sampler {
  public:
-  // One row. Called by one thread, with room of its own.
-  int64_t operator()(const float* logits, int64_t count, const SamplingParams& params) {
-    int64_t best = arg_max(logits, count);
-    float temperature = params.temperature;
-    if (best < 0 || temperature == 0) return best;
+  // One row. Called by one thread, with room of its own. Rows: `AllTokens` or `AllowedTokens`.
+  template <class Row>
+  int64_t operator()(const Row& row, int64_t count, const SamplingParams& params) {
+    int64_t best = arg_max(row, count);
+    if (best < 0 || params.temperature == 0) return best;
     double number = uniform(params.seed, params.position);
-    double total = weigh(logits, count, logits[best], temperature);
-    int64_t top_k = params.top_k > 0 ? std::min<int64_t>(params.top_k, count) : count;
-    float top_p = params.top_p, min_p = params.min_p;
-    bool is_filtered = params.top_k > 0 || top_p < 1 || min_p > 0;
-    if (!is_filtered) return invert_blocks(weights_.get(), count, sums_.get(), number);
-    sort_into_buckets(count);
-    double of_top_k = top_k < count ? largest_weights(count, top_k, kAll, 0).mass : total;
-    Largest kept = largest_weights(count, top_k, top_p < 1 ? top_p * of_top_k : kAll, min_p * weights_.get()[best]);
-    return largest_weights(count, kept.count, std::nextafter(number * kept.mass, kAll), 0).last;
+    double total = weigh(row, count, row[best], params.temperature);
+    bool is_filtered = params.top_k > 0 || params.top_p < 1 || params.min_p > 0;
+    return is_filtered ? pick_filtered(count, params, total, number) : invert_blocks(weights_.get(), count, sums_.get(), number);
   }
 
  private:
   // weights_ = exp((logits - best) / temperature), at most 1; → their sum.
-  double weigh(const float* logits, int64_t count, float best, float temperature) {
+  template <class Row>
+  double weigh(const Row& row, int64_t count, float best, float temperature) {
     float* weights = weights_.reserve(count + kLanes);
-    int64_t blocks = (count + kSumBlock - 1) / kSumBlock;
-    double* sums = sums_.reserve(blocks);
-    double total = 0;
-    for (int64_t b = 0; b < blocks; ++b) {
-      int64_t begin = b * kSumBlock, end = std::min(count, begin + kSumBlock), i = begin;
-      for (; i + kLanes <= end; i += kLanes) store(weights + i, exponential((load(logits + i) - best) / temperature));
-      for (; i < end; ++i) weights[i] = exponential(broadcast((logits[i] - best) / temperature))[0];
-      double parts[kLanes] = {}, part = 0;  // one addition after the other takes longer than all the rest
-      for (i = begin; i + kLanes <= end; i += kLanes)
-        for (int j = 0; j < kLanes; ++j) parts[j] += weights[i + j];
-      for (; i < end; ++i) part += weights[i];
-      for (int j = 0; j < kLanes; ++j) part += parts[j];
-      total += sums[b] = part;
+    double* sums = sums_.reserve(blocks_of(count, kSumBlock));
+    float* tops = tops_.reserve(blocks_of(count, kTopBlock));
+    for (int64_t begin = 0; begin < count; begin += kTopBlock) {
+      int64_t end = std::min(count, begin + kTopBlock), i = begin;
+      Floats high{};
+      for (; i + kLanes <= end; i += kLanes) {
+        Floats weight = exponential((row.vector(i) - best) / temperature);
+        high = maximum(weight, high);
+        store(weights + i, weight);
+      }
+      float top = largest(high);
+      for (; i < end; ++i) {
+        weights[i] = exponential(broadcast((row[i] - best) / temperature))[0];
+        top = std::max(top, weights[i]);
+      }
+      tops[begin / kTopBlock] = top;
     }
+    double total = 0;
+    for (int64_t begin = 0; begin < count; begin += kSumBlock)
+      total += sums[begin / kSumBlock] = sum_of(weights + begin, std::min(kSumBlock, count - begin));
     return total;
   }
 
-  // A bucket has the weights whose upper bits are its number. Nearly all that is asked of sorted weights is in the numbers of
-  // weights in the buckets and their sums, so that no more than one bucket at a time has to be sorted.
-  void sort_into_buckets(int64_t count) {
-    const float* weights = weights_.get();
-    counts_.fill(0);
-    masses_.fill(0);
-    for (int64_t i = 0; i < count; ++i) {
-      uint32_t bucket = bucket_of(weights[i]);
-      ++counts_[bucket];
-      masses_[bucket] += weights[i];
-    }
-  }
-
-  static uint32_t bucket_of(float weight) { return std::bit_cast<uint32_t>(weight) >> kShift; }
-
-  // The first of the weights, largest first and of equal ones the first: how many, their sum, and the index of the last.
-  struct Largest {
-    int64_t count;
+  // Weights that are kept: those above `lowest`, and of those that equal it the ones up to `last`. mass: their sum.
+  struct Kept {
+    float lowest;
+    int64_t last;
     double mass;
-    int32_t last;
   };
 
-  // At least one, `most` of them, or fewer whose sum is `enough`, or that are no less than `least`.
-  Largest largest_weights(int64_t count, int64_t most, double enough, float least) {
+  struct Sum {
+    int64_t count;
+    double mass;
+  };
+
+  int64_t pick_filtered(int64_t count, const SamplingParams& params, double total, double number) {
+    int64_t top_k = params.top_k > 0 ? std::min<int64_t>(params.top_k, count) : count;
+    float least = std::numeric_limits<float>::denorm_min();  // what weighs nothing is not kept
+    if (top_k < count) least = std::max(least, bound_of(top_k, tops_.get(), count, sorted_));
+    double of_top_k = top_k < count && params.top_p < 1 ? largest_weights(count, top_k, kAll, least).mass : total;
+    double enough = params.top_p < 1 ? params.top_p * of_top_k : kAll;
+    if (top_k == count && params.top_p < 1)  // smaller ones, all together, are less than what top-p leaves out
+      least = std::max(least, float((1 - double(params.top_p)) * total / double(count) * 0.999));
+    return pick(count, largest_weights(count, top_k, enough, std::max(least, params.min_p)), number);
+  }
+
+  // The largest weights, of equal ones the first: at least one, `most` of them, fewer whose sum is `enough`, or all that are no
+  // less than `least`. Bounds come ever closer together until few weights lie between them, which are sorted.
+  Kept largest_weights(int64_t count, int64_t most, double enough, float least) {
     const float* weights = weights_.get();
-    Largest all{0, 0, -1};
-    auto is_all = [&] { return all.count >= most || (all.count > 0 && all.mass >= enough); };
-    for (int64_t b = kBuckets - 1; b >= 0 && !is_all(); --b) {
-      if (counts_[b] == 0) continue;
-      bool is_beyond = all.count + counts_[b] >= most || all.mass + masses_[b] >= enough;
-      if (!is_beyond && std::bit_cast<float>(uint32_t(b) << kShift) >= least) {
-        all.count += counts_[b];
-        all.mass += masses_[b];
+    float high = 2;
+    Sum kept = sum_above(0, count, least), sure{0, 0};  // of weights that are no less than the bounds
+    auto is_all = [&](const Sum& sum) { return sum.count > 0 && (sum.count >= most || sum.mass >= enough); };
+    if (!is_all(kept)) return {least, count, kept.mass};
+    while (kept.count - sure.count > kFew) {
+      float middle = std::bit_cast<float>((std::bit_cast<uint32_t>(least) + std::bit_cast<uint32_t>(high)) / 2);
+      if (middle == least) break;
+      Sum found = sum_above(0, count, middle);
+      (is_all(found) ? least : high) = middle;
+      (is_all(found) ? kept : sure) = found;
+    }
+    find_between(weights, count, tops_.get(), least, high, between_);
+    std::sort(between_.begin(), between_.end(),
+              [&](int32_t a, int32_t c) { return weights[a] != weights[c] ? weights[a] > weights[c] : a < c; });
+    int32_t last = -1;
+    for (auto i = between_.begin(); i != between_.end() && !is_all(sure); ++i) sure = {sure.count + 1, sure.mass + weights[last = *i]};
+    return {weights[last], last, sure.mass};
+  }
+
+  // Of the weights begin … end - 1 that are no less than `least`. begin: a multiple of blocks.
+  Sum sum_above(int64_t begin, int64_t end, float least) const {
+    const float* weights = weights_.get();
+    double parts[kLanes] = {};
+    Ints number{};
+    Sum sum{0, 0};
+    for (int64_t i = begin; i < end; i = std::min(end, (i / kTopBlock + 1) * kTopBlock)) {
+      if (tops_.get()[i / kTopBlock] < least) continue;
+      int64_t k = i, block_end = std::min(end, i + kTopBlock);
+      for (; k + kLanes <= block_end; k += kLanes) {
+        Floats weight = load(weights + k);
+        number -= weight >= least;
+        float kept[kLanes];
+        store(kept, weight >= least ? weight : Floats{});
+        for (int j = 0; j < kLanes; ++j) parts[j] += kept[j];
+      }
+      for (; k < block_end; ++k)
+        if (weights[k] >= least) sum = {sum.count + 1, sum.mass + weights[k]};
+    }
+    for (int j = 0; j < kLanes; ++j) sum = {sum.count + number[j], sum.mass + parts[j]};
+    return sum;
+  }
+
+  // The first token with which the sum of the weights that are kept goes beyond `number` times all of them.
+  int64_t pick(int64_t count, const Kept& kept, double number) const {
+    const float* weights = weights_.get();
+    auto is_kept = [&](int64_t i) { return weights[i] > kept.lowest || (weights[i] == kept.lowest && i <= kept.last); };
+    double target = number * kept.mass, mass = 0;
+    for (int64_t begin = 0; begin < count; begin += kSumBlock) {
+      int64_t end = std::min(count, begin + kSumBlock);
+      bool has_last = begin <= kept.last && kept.last < end;
+      float least = kept.last >= end ? kept.lowest : std::nextafter(kept.lowest, 2.0f);
+      double sum = has_last ? kAll : sum_above(begin, end, least).mass;
+      if (mass + sum <= target) {
+        mass += sum;
         continue;
       }
-      bucket_.clear();
-      for (int64_t i = 0; i < count; ++i)
-        if (bucket_of(weights[i]) == b) bucket_.push_back(int32_t(i));
-      std::sort(bucket_.begin(), bucket_.end(),
-                [&](int32_t a, int32_t c) { return weights[a] != weights[c] ? weights[a] > weights[c] : a < c; });
-      for (int32_t i : bucket_) {
-        if (is_all() || weights[i] < least) return all;
-        all = {all.count + 1, all.mass + weights[i], i};
-      }
+      for (int64_t i = begin; i < end; ++i)
+        if (is_kept(i) && (mass += weights[i]) > target) return i;
     }
-    return all;
+    while (count > 1 && !is_kept(count - 1)) --count;  // sums are rounded: it is the last one that may be sampled
+    return count - 1;
   }
 
   static constexpr double kAll = std::numeric_limits<double>::infinity();
+  static constexpr int64_t kFew = 1024;
 
   Buffer<float> weights_;
-  Buffer<double> sums_;
-  std::array<int32_t, kBuckets> counts_;
-  std::array<double, kBuckets> masses_;
-  std::vector<int32_t> bucket_;
+  Buffer<double> sums_;  // of blocks
+  Buffer<float> tops_;   // the largest weights of blocks
+  std::vector<float> sorted_;
+  std::vector<int32_t> between_;
 };
 
 }  // namespace minisgl::cpu

@@ -126,6 +126,19 @@ inline auto largest(V v) {
   return fold<kLanes>(v, maximum<V>)[0];
 }
 
+// Bit i: whether the number in lane i is negative, as that of a comparison is that holds.
+inline uint32_t sign_bits(Ints v) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  return _mm512_cmplt_epi32_mask((__m512i)v, _mm512_setzero_si512());
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps((__m256)v));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(v[i] < 0) << i;
+  return bits;
+#endif
+}
+
 // acc + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in each lane i.
 inline Ints dot_pairs(Ints acc, Shorts a, Shorts b) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
