@@ -105,6 +105,19 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {**HYBRID, **EXPERTS},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "block_multiple_of": 32},
     "qwen3_next": {**HYBRID, **EXPERTS, "mlp_only_layers": [1], "full_attention_interval": 3},
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "sliding_window": 11,
+        "num_hidden_layers": 6,
+        "layer_types": [*("sliding_attention", "full_attention") * 2, "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 8,
+        "final_logit_softcapping": 5.0,
+    },
     "gemma3_text": {"head_dim": 32, "sliding_window": 11, "num_hidden_layers": 7, "query_pre_attn_scalar": 48},
 }
 
@@ -117,7 +130,10 @@ def tiny_model(family: str, *, seed: int = 0, dtype: str = "float32", shard: str
 
 @functools.cache
 def _make(family: str, seed: int, dtype: str, shard: str, overrides: str) -> Path:
-    config = transformers.CONFIG_MAPPING[family](**{**BASE, **EXTRA.get(family, {}), **json.loads(overrides)})
+    fields = {**BASE, **EXTRA.get(family, {}), **json.loads(overrides)}
+    if family == "gemma4_text":
+        fields["vocab_size_per_layer_input"] = fields["vocab_size"]
+    config = transformers.CONFIG_MAPPING[family](**fields)
     with torch.random.fork_rng(devices=[]):  # what a model begins with is random too, where `randomize` starts from it
         torch.manual_seed(seed)
         model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
@@ -144,6 +160,9 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tied = not any(name.startswith("lm_head") for name, _ in model.named_parameters())
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.fill_(0.7)
         for name, param in sorted(model.named_parameters()):
             noise = torch.randn(param.shape, generator=generator)
             if name.endswith("A_log"):

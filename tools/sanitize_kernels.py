@@ -319,7 +319,7 @@ def grouped_gemm() -> None:
         x, logits = randn(n, hidden), torch.randn(n, num_experts)
         weights = randn(num_experts, 2 * inner, hidden), randn(num_experts, hidden, inner)
         out = fused_moe(up(x), up(logits, torch.float32), Stack(up(weights[0])), Stack(up(weights[1])), top_k, True)
-        moe = MoE(num_experts, top_k, inner, "softmax_of_chosen")
+        moe = MoE(num_experts, top_k, inner, True)
         stacks = [{"weight": weight} for weight in weights]
         expected = DENSE.experts(REFERENCE, stacks[0], stacks[1], moe)(x, logits)
         check(("moe", n, num_experts), [out], [expected])

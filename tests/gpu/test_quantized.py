@@ -150,10 +150,10 @@ def test_two_ranks_on_one_device(case: str, tmp_path: Path, packed: list[int]) -
     on_gpu = x.cuda(), gain.bfloat16().cuda(), 1e-6
     with torch.inference_mode():
         normed = torch.nn.functional.rms_norm(x.float(), (256,), gain, 1e-6)
-        inner = [rank.mlp.gate_up_proj.forward(*on_gpu) for rank in ranks]
+        inner = [rank.mlp.gate_up_proj.project(*on_gpu) for rank in ranks]
         found = [
             sum(rank.mlp.down_proj.matrix.apply(y).float() for rank, y in zip(ranks, inner, strict=True)),
-            torch.cat([rank.self_attn.qkv_proj.forward(*on_gpu)[:, :128] for rank in ranks], 1).float(),
+            torch.cat([rank.self_attn.qkv_proj.project(*on_gpu)[:, :128] for rank in ranks], 1).float(),
             sum(
                 rank.self_attn.o_proj.matrix.apply(part).float()
                 for rank, part in zip(ranks, x.cuda().chunk(2, 1), strict=True)

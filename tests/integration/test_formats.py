@@ -76,8 +76,7 @@ def test_the_cpu_s_kernels_compute_what_the_reference_does(name: str | None) -> 
     stacks = {"weight": torch.stack((weight, -weight, weight / 2))}, {"weight": torch.ones(3, 64, 24) / 24}
     logits = torch.tensor([[0.1, 0.2, 0.7]]).log().expand(5, -1)
     ours, reference = (
-        FORMATS[name].experts(ops, *stacks, MoE(3, 2, 24, "softmax_of_chosen"))(x, logits)
-        for ops in (CpuOps(1), TorchOps())
+        FORMATS[name].experts(ops, *stacks, MoE(3, 2, 24, True))(x, logits) for ops in (CpuOps(1), TorchOps())
     )
     torch.testing.assert_close(ours, reference, atol=1e-3, rtol=1e-3)
 
@@ -119,7 +118,7 @@ def test_a_checkpoint_of_integers_and_scales(tmp_path: Path, family: str) -> Non
     for mine, theirs in zip(ours.layers, expected.layers, strict=True):
         x, norm = torch.randn(3, 64), torch.ones(64)
         torch.testing.assert_close(mine.mlp.forward(x.clone(), norm), theirs.mlp.forward(x.clone(), norm))
-        outputs = (layer.self_attn.qkv_proj.forward(x, norm, 1e-6) for layer in (mine, theirs))
+        outputs = (layer.self_attn.qkv_proj.project(x, norm, 1e-6) for layer in (mine, theirs))
         torch.testing.assert_close(*outputs)
     with pytest.raises(ConfigError, match=r"are quantized \(.*qweight is "):
         loaded(packed, DENSE)

@@ -462,7 +462,7 @@ def test_rows_that_change_blocks(
     model.save_pretrained(tmp_path / "plain")
     x, norm = torch.randn(3, 128), torch.ones(128)
     layers = [loaded(path, comm()).layers[1].self_attn for path in (path, tmp_path / "plain")]
-    outputs = [layer.qkv_proj.forward(x, norm, 1e-6) for layer in layers if isinstance(layer, Attention)]
+    outputs = [layer.qkv_proj.project(x, norm, 1e-6) for layer in layers if isinstance(layer, Attention)]
     torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
     assert num_merged > 2
 
@@ -488,7 +488,7 @@ def test_a_rank_s_share(tmp_path: Path, case: str, family: str) -> None:
     for ours, plain in zip(mine.layers, theirs.layers, strict=True):
         close = {"atol": 1e-4, "rtol": 1e-4}
         torch.testing.assert_close(ours.mlp.forward(x.clone(), norm), plain.mlp.forward(x.clone(), norm), **close)
-        outputs = (layer.self_attn.qkv_proj.forward(x, norm, 1e-6) for layer in (ours, plain))
+        outputs = (layer.self_attn.qkv_proj.project(x, norm, 1e-6) for layer in (ours, plain))
         torch.testing.assert_close(*outputs, **close)
         heads = torch.randn(3, 256)
         outputs = (layer.self_attn.o_proj.forward(heads, x.clone()) for layer in (ours, plain))

@@ -74,6 +74,7 @@ def test_ranks_agree_with_one_rank() -> None:
         (tiny_model("olmo2", attention_bias=True), 2),  # norms over the heads of all ranks, and of what is added
         (tiny_model("glm4"), 2),  # heads in another order, fused in the file
         (tiny_model("gemma3_text"), 2),
+        (tiny_model("gemma4_text"), 2),  # heads of two sizes, one repeated; inputs for each layer
         (tiny_model("qwen3_5_text"), 2),  # states, and gates beside queries
         (tiny_model("qwen3_next"), 2),  # fused in the file
         (tiny_model("gpt_oss"), 2),  # sinks, biases of experts

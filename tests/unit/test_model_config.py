@@ -34,6 +34,9 @@ LLAMA: dict[str, Any] = {
 }
 
 
+GEMMA4 = {"architectures": ["Gemma4ForCausalLM"], "vocab_size_per_layer_input": 128}
+
+
 def read(tmp_path: Path, generation: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
     config = {key: value for key, value in {**LLAMA, **changes}.items() if value is not ...}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -216,6 +219,26 @@ def test_layer_types_say_which_layers_slide(tmp_path: Path) -> None:
         read(tmp_path, architectures=["MistralForCausalLM"], layer_types=kinds[:3])
 
 
+def test_gemma_4_s_layers_differ(tmp_path: Path) -> None:
+    """Sizes of heads by kind of layer, in either form; keys and values of the last layers are those of others."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    fields = {**GEMMA4, "head_dim": 8, "layer_types": kinds, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+    new = {"per_layer_config": {key: {"head_dim": 16} for key in "13"}}
+    for sizes in ({"global_head_dim": 16, "num_global_key_value_heads": 1}, new):
+        config = read(tmp_path, **fields, **sizes)
+        specs = [layer.attention for layer in config.layers]
+        assert [spec.cache for spec in specs] == [PagedKV(2, 8, 8), PagedKV(2, 16, 16)] * 2
+        assert [spec.source for spec in specs] == [None, None, 0, 1]
+        assert [spec.window for spec in specs] == [512, None] * 2
+        assert [layer.mlp.active_features for layer in config.layers] == [96, 96, 192, 192]
+        assert config.kv_bytes_per_token("float32") == 4 * 2 * 2 * (8 + 16)
+    config = read(tmp_path, **fields, attention_k_eq_v=True, global_head_dim=16, num_global_key_value_heads=1)
+    assert config.layers[1].attention.cache == PagedKV(1, 16, 16)
+    assert [layer.attention.values_are_keys for layer in config.layers] == [False, True] * 2
+    last = read(tmp_path, **GEMMA4, num_hidden_layers=7).layers[-1].attention
+    assert (last.window, last.cache) == (None, PagedKV(2, 512, 512))
+
+
 def test_the_architecture_may_be_told_otherwise(tmp_path: Path) -> None:
     for fields in (
         {"architectures": None, "model_type": "qwen3"},
@@ -245,10 +268,17 @@ def test_moe_layers(tmp_path: Path) -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel .supported: Llama, Mistral"),
         ({"architectures": ...}, "none given"),
-        ({"architectures": ["Gemma4ForCausalLM"]}, "Gemma4ForCausalLM .missing: heads of two sizes, .*; supported: Ll"),
+        ({"architectures": ["Gemma3nForCausalLM"]}, "Gemma3nForCausalLM .missing: layers that share .*; supported: Ll"),
+        ({**GEMMA4, "enable_moe_block": True}, "enable_moe_block must be false, not True"),
+        ({**GEMMA4, "use_bidirectional_attention": "all"}, 'must be false or "vision", not .all.'),
+        ({**GEMMA4, "num_kv_shared_layers": 3}, "num_kv_shared_layers must be fewer, with a layer of each kind"),
+        ({**GEMMA4, "num_kv_shared_layers": 4}, "num_kv_shared_layers must be a whole number, 0 to 3"),
+        ({**GEMMA4, "vocab_size_per_layer_input": 99}, "vocab_size_per_layer_input must be vocab_size, 128"),
+        ({**GEMMA4, "per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config must be one head_dim"),
+        ({**GEMMA4, "per_layer_config": {"3": {"sliding_window": 4}}}, "per_layer_config must be one head_dim"),
         ({"architectures": ["Llama4ForConditionalGeneration"]}, "missing: attention within chunks"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention must be false, not True"),
         ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "awq: version gemv is not .*gemm"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "gptq: bits 3 is not supported ..4, 8."),
         ({"quantization_config": {"quant_method": "gptq", "dynamic": {"+:.*down.*": {}}}}, r"dynamic \+:.\*down"),
@@ -335,10 +365,10 @@ class Spy(dict[str, Any]):
 def test_wrong_values_are_one_line_or_mean_what_transformers_makes_of_them(architecture: str) -> None:
     """Every key that is read, at the top or in `rope_parameters`, with every kind of value."""
     full = {**FULL, "architectures": [architecture], "model_type": FAMILIES[architecture].model_type}
-    full |= {"full_attention_interval": 2} if FAMILIES[architecture].state else {}
+    full |= {"full_attention_interval": 2} if "linear" in FAMILIES[architecture].kind else {}
     top: set[str] = set()
     inner: set[str] = set()
-    by_layer = "ropes_by_layer" in FAMILIES[architecture].reads
+    by_layer = FAMILIES[architecture].ropes_by_layer
     full["rope_parameters"] = with_factors(full, full["rope_parameters"], by_layer)
     for kind, (needed, _) in ROPE_TYPES.items():
         given = with_factors(full, {"rope_type": kind, **dict.fromkeys(needed, 2.0)}, by_layer)
@@ -406,7 +436,7 @@ def compare_with_transformers(ours: ModelConfig, config: dict[str, Any]) -> None
     moe = next((layer.mlp for layer in ours.layers if isinstance(layer.mlp, MoE)), None)
     if moe is not None and hf.num_experts is not None:
         sums_to_1 = model_type in ("mixtral", "qwen3_5_moe_text", "gpt_oss") or hf.norm_topk_prob
-        assert (moe.num_experts, moe.routing == "softmax_of_chosen") == (hf.num_experts, sums_to_1), config
+        assert (moe.num_experts, moe.sums_to_1) == (hf.num_experts, sums_to_1), config
 
 
 @pytest.mark.parametrize("key", ["eos_token", "added_tokens_decoder", "vocab", "added_tokens"])

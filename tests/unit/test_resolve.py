@@ -317,7 +317,7 @@ def test_attention_backends_for_other_shapes(backend: str, changes: dict[str, in
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"cache": PagedKV(8, 128, 64)}, "keys and values of other sizes than queries"),
+        ({"cache": PagedKV(8, 128, 64)}, "values of another size than keys"),
     ],
 )
 def test_what_no_backend_computes_is_refused(machine: Capabilities, changes: dict[str, Any], problem: str) -> None:
@@ -325,8 +325,10 @@ def test_what_no_backend_computes_is_refused(machine: Capabilities, changes: dic
     model = replace(MODEL, layers=(replace(layer, attention=replace(layer.attention, **changes)),) * 28)
     with pytest.raises(ConfigError, match=f"^--attention-backend auto: sdpa does not compute {problem}$"):
         decide(machine, model)
-    with pytest.raises(ConfigError, match="sdpa does not compute caches that differ by layer"):
-        decide(machine, replace(MODEL, layers=(layer, replace(layer, attention=AttentionSpec(PagedKV(4, 128, 128))))))
+    model = replace(MODEL, layers=(layer, replace(layer, attention=AttentionSpec(PagedKV(4, 256, 256)))))
+    assert attention(machine, model) == (("cpu", "cpu") if machine is COMPILES else ("sdpa", "sdpa"))
+    with pytest.raises(ConfigError, match=r"^--attention-backend triton: triton "):
+        decide(machine, model, attention_backend="triton")
 
 
 @pytest.mark.parametrize(

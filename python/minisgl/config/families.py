@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from minisgl.config import model as specs
 from minisgl.config.chat import read_ends
 from minisgl.config.locate import check_directory, read_json
 from minisgl.config.model import DenseMLP, LayerNorms, LayerSpec, ModelConfig, MoE
 from minisgl.config.quantization import read_quantization
-from minisgl.config.rope import Rotary, read_rope, read_ropes_by_layer
-from minisgl.config.states import DeltaNet, ShortConv
+from minisgl.config.rope import TABLE, Rotary, read_rope
+from minisgl.config.states import DeltaNet, ShortConv, State
 from minisgl.errors import ConfigError
 from minisgl.utils.fields import Fields, merge
 from minisgl.utils.math import div_ceil
 
-logger = logging.getLogger(__name__)
 MAX_LAYERS = 4096
-MAX_BYTES = 2**50
-_TABLE = msgspec.yaml.decode(Path(__file__).with_name("families.yaml").read_bytes())
-_ACTIVATIONS: dict[str, str] = _TABLE["activations"]
+_ACTIVATIONS: dict[str, str] = TABLE["activations"]
+_REQUIRED = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,33 +31,53 @@ class Family:
     """An architecture of `families.yaml`, which says what the fields mean."""
 
     model_type: str
-    max_position: int
-    num_kv_heads: int | None = None  # None: as many as query heads
-    head_dim: int | None = None  # None: hidden size / query heads
+    defaults: Mapping[str, Any]
     norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
     head_norms: str = ""
     norm_offset: float = 0.0
     scales_embedding: bool = False
     qkv_bias: str | bool = False
-    o_bias: str = ""
-    mlp_bias: str = ""
-    rotary: str = ""
+    o_bias: str | bool = False
+    mlp_bias: str | bool = False
+    is_interleaved: bool = False
     rope_names: Mapping[str, str] = field(default_factory=dict)
-    window_pattern: int = 0
-    state: str = ""
+    ropes_by_layer: bool = False
+    kind: str = "sliding_attention"
+    interval: str = ""
     eps: str = "rms_norm_eps"
+    activation: str = "hidden_act"
     groups_state: bool = False
     gates_attention: bool = False
+    value_norms: bool = False
+    layer_scalars: bool = False
+    sinks: bool = False
+    experts: Sequence[str] = ()
+    clamped_experts: bool = False
+    only: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     inner: str = ""
-    reads: Sequence[str] = ()  # keys that not all families do
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-    def has(self, f: Fields, bias: str | bool) -> bool:
-        """Whether there is a bias, which a key of the file may say."""
-        return f.boolean(bias, self.defaults.get(bias, False)) if isinstance(bias, str) and bias else bool(bias)
 
 
-FAMILIES = {name: Family(**fields) for name, fields in _TABLE["architectures"].items()}
+FAMILIES = {name: Family(**fields) for name, fields in TABLE["architectures"].items()}
+
+
+class FamilyFields(Fields):
+    """`config.json` as a family reads it: without what others read, and with its defaults."""
+
+    def __init__(self, data: Mapping[str, Any], source: str, path: str, family: Family) -> None:
+        super().__init__(data, source, path)
+        self._defaults = family.defaults
+
+    def _read(self, key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
+        if key in TABLE["read_by_some"] and key not in self._defaults:
+            return default
+        value = super()._read(key, None, fits, expected)
+        if value is None and not (key in self.data and key in TABLE["nullable"]):
+            value = self._defaults.get(key)
+        return default if value is None else value
+
+    def has(self, bias: str | bool) -> bool:
+        """Whether there is a bias, which a key may say."""
+        return self.boolean(bias, False) if isinstance(bias, str) else bias
 
 
 def read_model_config(model_dir: str | Path, override: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -88,57 +104,42 @@ def parse_model_config(f: Fields) -> ModelConfig:
 
     Raises: ConfigError naming what is missing, of the wrong kind, or unsupported, and what is supported.
     """
-    family = FAMILIES[architecture := _architecture(f)]
-    f, family = _text_model(f, family)
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    if missing := [key for key in required if f.data.get(key) is None and key not in family.defaults]:
+    f, family = _text_model(f, FAMILIES[architecture := _architecture(f)])
+    if missing := [key for key in _REQUIRED if f.data.get(key) is None and key not in family.defaults]:
         raise ConfigError(f"{f.source}: {', '.join(missing)} missing")
-    _refuse_unsupported(f, family)
-    num_layers, num_heads, hidden = (f.integer(name, 0) for name in (*required[3:], "hidden_size"))
-    default_kv_heads = num_heads if "num_key_value_heads" in f.data else family.num_kv_heads or num_heads
-    num_kv_heads = f.integer("num_key_value_heads", default_kv_heads)
-    if num_heads % num_kv_heads:
-        raise ConfigError(f"{f.source}: {num_kv_heads} key-value heads do not divide {num_heads} attention heads")
-    default_dim = None if "head_dim" in f.data else family.head_dim  # what transformers makes of null
-    head_dim = f.integer("head_dim", default_dim or hidden // num_heads)
-    if head_dim < 2 or head_dim % 2:
-        raise ConfigError(f"{f.source}: head_dim is {head_dim}, but rotary embeddings need an even one")
-    default, (embedding, residual, logits, scores) = family.defaults.get, _scales(f, family, hidden, head_dim)
-    windows = _windows(f, family, num_layers)
-    ropes, rope_of_layer, max_position = _ropes(f, family, (head_dim, scores), windows)
-    names = [f"{of}_logit_softcapping" for of in ("attn", "final")] if "softcaps" in family.reads else [""] * 2
-    caps = [f.number(name, None if name in f.data else default(name), above=0) for name in names]
-    cache = specs.PagedKV(num_kv_heads, head_dim, head_dim)
-    states = _convolutions(f, hidden, num_layers) if family.state == "conv" else _states(f, family, num_layers)
-    norms, mlps = LayerNorms(*family.norms, family.head_norms), _mlps(f, family, num_layers)
-    kind = caps[0], "sinks" in family.reads, family.gates_attention
-    attentions = (
-        specs.AttentionSpec(state or cache, window, rope, *kind)
-        for state, window, rope in zip(states, windows, rope_of_layer, strict=True)
-    )
-    layers = tuple(LayerSpec(spec, mlp, norms) for spec, mlp in zip(attentions, mlps, strict=True))
-    eps = f.number(family.eps, default(family.eps, 1e-6), above=0)
-    tied = f.boolean("tie_word_embeddings", default("tie_word_embeddings", False))
+    for key, values in {**TABLE["only"], **family.only}.items():
+        if (value := f.data.get(key)) is not None and value not in values:
+            raise f.wrong(key, " or ".join(map(json.dumps, values)))
+    hidden, vocab_size = f.integer("hidden_size", 0), f.integer("vocab_size", 0)
+    layers, ropes, max_position = _layers(f, family)
+    # The stream is held smaller by this factor of what layers add, since all that reads it is a norm.
+    residual = f.number("residual_multiplier", 1.0, above=0)
+    embedding = f.number("embedding_multiplier", hidden**0.5 if family.scales_embedding else 1.0, above=0)
+    layer_inputs, tied = f.integer("hidden_size_per_layer_input", 0, 0), f.boolean("tie_word_embeddings", False)
+    if layer_inputs and f.integer(key := "vocab_size_per_layer_input", 0) != vocab_size:
+        raise f.wrong(key, f"vocab_size, {vocab_size}")
     return ModelConfig(
         architecture=architecture,
-        vocab_size=f.integer("vocab_size", 0),
+        vocab_size=vocab_size,
         hidden_size=hidden,
-        num_qo_heads=num_heads,
-        head_dim=head_dim,
-        rms_norm_eps=float(eps) / residual**2,
+        num_qo_heads=f.integer("num_attention_heads", 0),
+        head_dim=_heads(f).k_dim,
+        rms_norm_eps=f.number(family.eps, 1e-6, above=0) / residual**2,
         ropes=ropes,
         max_position=max_position,
-        tie_word_embeddings=f.boolean("tie_embedding", tied) if family.state == "conv" else tied,
-        qkv_bias=family.has(f, family.qkv_bias),
-        o_bias=family.has(f, family.o_bias),
-        dtype=_dtype(f),
-        packed_bytes=f.integer("packed_bytes", 0, most=MAX_BYTES),
+        tie_word_embeddings=f.boolean("tie_embedding", tied),
+        qkv_bias=f.has(family.qkv_bias),
+        o_bias=f.has(family.o_bias),
+        dtype=(f.text("dtype", None) or f.text("torch_dtype", None) or "float32").removeprefix("torch."),
+        packed_bytes=f.integer("packed_bytes", 0, most=2**50),
         layers=layers,
         mtp=_mtp(f, layers),
         norm_offset=family.norm_offset,
         embedding_scale=embedding / residual,
-        logit_scale=logits,
-        logit_softcap=caps[1],
+        logit_scale=1 / f.number("logits_scaling", 1.0, above=0),
+        logit_softcap=f.number("final_logit_softcapping", None, above=0),
+        layer_inputs=layer_inputs,
+        layer_scalars=family.layer_scalars,
     )
 
 
@@ -147,162 +148,154 @@ def _mtp(f: Fields, layers: Sequence[LayerSpec]) -> LayerSpec | None:
     if f.integer("mtp_num_hidden_layers", 0, 0) != 1:
         return None
     spec = [layer for layer in layers if isinstance(layer.attention.cache, specs.PagedKV)][-1]
-    if (size := f.integer("mtp_intermediate_size", 0, 0)) and isinstance(spec.mlp, DenseMLP):
-        spec = replace(spec, mlp=replace(spec.mlp, intermediate_size=size))
-    return spec
+    size = f.integer("mtp_intermediate_size", spec.mlp.intermediate_size)
+    return replace(spec, mlp=replace(spec.mlp, intermediate_size=size)) if isinstance(spec.mlp, DenseMLP) else spec
 
 
-def _text_model(f: Fields, family: Family) -> tuple[Fields, Family]:
-    """Of a model that sees or hears, what its file says of its text model, and of both; and that model's family."""
+def _text_model(f: Fields, family: Family) -> tuple[FamilyFields, Family]:
+    """What a family reads; of a model that sees or hears, of its text model, and of both. And that model's family."""
     if not family.inner:
-        return f, family
+        return FamilyFields(f.data, f.source, "", family), family
     text, shared = f.child(family.inner), ("tie_word_embeddings", "dtype", "torch_dtype", "packed_bytes")
-    given = {key: value for key in shared if (value := f.data.get(key)) is not None}
-    fields, kind = Fields({**text.data, **given}, f.source, f"{family.inner}."), text.text("model_type", "")
-    return fields, next((one for one in FAMILIES.values() if one.model_type == kind and not one.inner), family)
+    given, kind = {key: f.data[key] for key in shared if f.data.get(key) is not None}, text.text("model_type", "")
+    family = next((one for one in FAMILIES.values() if one.model_type == kind and not one.inner), family)
+    return FamilyFields({**text.data, **given}, f.source, f"{family.inner}.", family), family
 
 
-def _scales(f: Fields, family: Family, hidden: int, head_dim: int) -> tuple[float, float, float, float]:
-    """What multiplies embeddings, what a layer adds to the stream, logits, and queries and keys.
-
-    The stream can be held smaller by the second factor, for all that reads it is a norm: embeddings are divided by it,
-    and epsilon by its square.
-    """
-    embedding, residual, logits, scores = hidden**0.5 if family.scales_embedding else 1.0, 1.0, 1.0, head_dim**-0.5
-    if "multipliers" in family.reads:
-        embedding, residual = (f.number(f"{name}_multiplier", 1.0, above=0) for name in ("embedding", "residual"))
-        logits, scores = 1 / f.number("logits_scaling", 1.0, above=0), f.number("attention_multiplier", 1.0, above=0)
-    if "query_pre_attn_scalar" in family.reads:
-        scores = f.number("query_pre_attn_scalar", 256.0, above=0) ** -0.5
-    return embedding, residual, logits, (scores * head_dim**0.5) ** 0.5
-
-
-def _ropes(
-    f: Fields, family: Family, head: tuple[int, float], windows: list[int | None]
-) -> tuple[tuple[specs.RopeConfig, ...], list[int], int]:
-    """The tables, which of them each layer has, and the longest sequence. head: its size and scale."""
-    longest, default = f.integer("max_position_embeddings", family.max_position), family.defaults.get
-    share = default("partial_rotary_factor", 1.0) if "partial_rotary_factor" in family.reads else None
-    kind = Rotary(*head, share, family.rotary == "interleaved", family.rope_names)
-    if "ropes_by_layer" in family.reads:
-        full, sliding, longest = read_ropes_by_layer(f, kind, longest, family.defaults)
-        return (full, sliding), [int(window is not None) for window in windows], longest
-    has_none = f.data.get("rope_parameters") is None and not f.data.get("rope_scaling")
-    if "rope_parameters" in family.defaults and has_none:
-        f = Fields({**f.data, "rope_parameters": default("rope_parameters")}, f.source)
-    rope, longest = read_rope(f, kind, longest, default("rope_theta", 10000.0))
-    if "no_rope_layers" not in family.reads:
-        return (rope,), [0] * len(windows), longest
-    interval, rotated = f.integer("no_rope_layer_interval", 4), f.list_of(int, "no_rope_layers")
-    rotated = rotated or [(i + 1) % interval for i in range(len(windows))]
-    if len(rotated) != len(windows):
-        raise f.wrong("no_rope_layers", f"as many as layers, {len(windows)}")
-    return (rope, replace(rope, type="none")), [int(not rotates) for rotates in rotated], longest
+def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tuple[specs.RopeConfig, ...], int]:
+    """With the tables that rotate them, and the longest sequence."""
+    kinds = _kinds(f, family)
+    window = f.integer("sliding_window", None) if f.boolean("use_sliding_window", True) else None
+    ropes, rope_of_layer, longest = _ropes(f, family, kinds)
+    cap, is_same = f.number("attn_logit_softcapping", None, above=0), f.boolean("attention_k_eq_v", False)
+    alike = cap, family.sinks, family.gates_attention, family.value_norms
+    full = specs.AttentionSpec(_heads(f, kinds), None, 0, *alike, values_are_keys=is_same)
+    other = specs.AttentionSpec(_state(f, family) or _heads(f), window, 0, *alike)
+    num_own = len(kinds) - f.integer("num_kv_shared_layers", 0, 0, len(kinds) - 1)
+    owners = {kind: i for i, kind in enumerate(kinds[:num_own])}
+    if not set(kinds) <= set(owners):
+        raise f.wrong("num_kv_shared_layers", "fewer, with a layer of each kind before them")
+    sources = [owners[kind] if i >= num_own else None for i, kind in enumerate(kinds)]
+    attentions = [
+        replace(other if kind == family.kind else full, rope_index=rope, source=source)
+        for kind, rope, source in zip(kinds, rope_of_layer, sources, strict=True)
+    ]
+    norms = [LayerNorms(*family.norms, family.head_norms)] * len(kinds)
+    return tuple(map(LayerSpec, attentions, _mlps(f, family, sources), norms)), ropes, longest
 
 
-def _windows(f: Fields, family: Family, num_layers: int) -> list[int | None]:
-    """Of each layer: `sliding_window` (4096 where the file has none; null: no window) if it is of the kind that slides.
-
-    `layer_types` says which are; without it all from `max_window_layers` on, or all but every n-th.
-    """
-    reads = family.reads
-    are_used = "use_sliding_window" not in reads or f.boolean("use_sliding_window", False)
-    if "sliding_window" not in reads or not are_used:
-        return [None] * num_layers
-    num_full = f.integer("max_window_layers", 28, 0, MAX_LAYERS) if "max_window_layers" in reads else 0
-    kinds = f.list_of(str, "layer_types") if "layer_types" in reads else []
-    slides = [kind == "sliding_attention" for kind in kinds] or [i >= num_full for i in range(num_layers)]
-    if family.window_pattern and not kinds:
-        pattern = f.integer("sliding_window_pattern", family.window_pattern)
-        slides = [(i + 1) % pattern > 0 for i in range(num_layers)]
-    default = None if "sliding_window" in f.data else family.defaults.get("sliding_window", 4096)
-    window = f.integer("sliding_window", default)
-    return [window if sliding else None for sliding in slides]
-
-
-def _convolutions(f: Fields, hidden: int, num_layers: int) -> Sequence[ShortConv | None]:
-    """Of each layer, where it has one in place of keys and values: all but those of `full_attn_idxs`, which are all
-    where it is missing; or as `layer_types` says."""
-    full = range(num_layers) if f.data.get("full_attn_idxs") is None else f.list_of(int, "full_attn_idxs")
-    kinds = f.list_of(str, "layer_types") or ["full_attention" if i in full else "conv" for i in range(num_layers)]
-    if set(kinds) == {"conv"}:
-        raise ConfigError(f"{f.source}: a model all of whose layers are conv is not supported")
-    conv = ShortConv(hidden, f.integer("conv_L_cache", 3), f.boolean("conv_bias", False))
-    return [conv if kind == "conv" else None for kind in kinds]
+def _heads(f: Fields, kinds: Sequence[str] = ()) -> specs.PagedKV:
+    """Of attention. kinds: of layers, where those are meant that see all, which Gemma 4 has of another size."""
+    num_heads, told = f.integer("num_attention_heads", 0), f.child("per_layer_config")
+    num_kv = f.integer("num_key_value_heads", num_heads)
+    dim = f.integer("head_dim", f.integer("hidden_size", 0) // num_heads)
+    full = [str(i) for i, kind in enumerate(kinds) if kind == "full_attention"]
+    if full and told.data:
+        one = told.child(full[0])
+        if one.data.keys() - {"head_dim", "num_key_value_heads"} or told.data != dict.fromkeys(full, one.data):
+            raise f.wrong("per_layer_config", "one head_dim and num_key_value_heads, for layers of full attention")
+        num_kv, dim = one.integer("num_key_value_heads", num_kv), one.integer("head_dim", dim)
+    elif full:
+        num_kv = f.integer("num_global_key_value_heads", num_kv) if f.boolean("attention_k_eq_v", False) else num_kv
+        dim = f.integer("global_head_dim", dim)
+    if num_heads % num_kv:
+        raise ConfigError(f"{f.source}: {num_kv} key-value heads do not divide {num_heads} attention heads")
+    if dim < 2 or dim % 2:
+        raise ConfigError(f"{f.source}: head_dim is {dim}, but rotary embeddings need an even one")
+    return specs.PagedKV(num_kv, dim, dim)
 
 
-def _inner_size(f: Fields, family: Family) -> int:
-    """Features of an MLP; LFM2's files name what two thirds of are meant, rounded up to a multiple."""
-    size = f.integer("intermediate_size", family.defaults.get("intermediate_size", 0))
-    if family.state != "conv" or not f.boolean("block_auto_adjust_ff_dim", True):
-        return f.integer("block_ff_dim", size) if family.state == "conv" else size
-    size = int(f.number("block_ffn_dim_multiplier", 1.0, above=0) * int(2 * f.integer("block_ff_dim", size) / 3))
-    multiple = f.integer("block_multiple_of", 256)
-    return max(1, div_ceil(size, multiple)) * multiple
+def _kinds(f: Fields, family: Family) -> list[str]:
+    """Of each layer, as `layer_types` names them: what the file says, or every n-th layer, or the first, see all."""
+    kinds, num_layers = f.list_of(str, "layer_types"), f.integer("num_hidden_layers", 0, most=MAX_LAYERS)
+    supported = "full_attention", "attention", family.kind  # the second is an older name of the first
+    if others := set(kinds) - set(supported):
+        told = "layer_types " + ", ".join(sorted(others))
+        raise ConfigError(f"{f.source}: {told} not supported (supported: {', '.join(supported)})")
+    if kinds and len(kinds) != num_layers:
+        raise ConfigError(f"{f.source}: layer_types has {len(kinds)} entries, but num_hidden_layers is {num_layers}")
+    if not kinds or "layer_types" not in family.defaults:
+        num_full = num_layers if family.kind == "conv" else f.integer("max_window_layers", 0, 0, MAX_LAYERS)
+        full = f.list_of(int, "full_attn_idxs") or range(num_full)
+        if family.interval:
+            full = range(f.integer(family.interval, 0) - 1, num_layers, f.integer(family.interval, 0))
+        kinds = ["full_attention" if i in full else family.kind for i in range(num_layers)]
+    kinds = [kind if kind == family.kind else "full_attention" for kind in kinds]
+    if "num_kv_shared_layers" in family.defaults:
+        kinds[-1] = "full_attention"  # as transformers has it for Gemma 4
+    if set(kinds) == {family.kind} != {"sliding_attention"}:
+        raise ConfigError(f"{f.source}: a model all of whose layers are {family.kind} is not supported")
+    return kinds
 
 
-def _states(f: Fields, family: Family, num_layers: int) -> Sequence[DeltaNet | None]:
-    """Of each layer, where it has one in place of keys and values: `layer_types` says which do, and without it all but
-    every n-th."""
-    if not family.state:
-        return [None] * num_layers
-    kinds, interval = f.list_of(str, "layer_types"), f.integer("full_attention_interval", 4)
-    has_state = [kind == family.state for kind in kinds] or [(i + 1) % interval > 0 for i in range(num_layers)]
-    if all(has_state):
-        raise ConfigError(f"{f.source}: a model all of whose layers are {family.state} is not supported")
-    if _ACTIVATIONS[_activation(f, family)] != "silu":
-        raise f.wrong("hidden_act", f"silu in a model with {family.state}")
+def _state(f: Fields, family: Family) -> State | None:
+    """A state, which layers of a family's kind have in place of keys and values."""
+    if family.kind == "conv":
+        return ShortConv(f.integer("hidden_size", 0), f.integer("conv_L_cache", 3), f.boolean("conv_bias", False))
+    if family.kind != "linear_attention":
+        return None
     heads = f.integer("linear_num_key_heads", 16), f.integer("linear_num_value_heads", 32)
     if heads[1] % heads[0]:
         raise f.wrong("linear_num_value_heads", f"a multiple of the heads of keys, {heads[0]}")
     dims = f.integer("linear_key_head_dim", 128), f.integer("linear_value_head_dim", 128)
-    state = DeltaNet(*heads, *dims, f.integer("linear_conv_kernel_dim", 4), family.groups_state)
-    return [state if has else None for has in has_state]
+    return DeltaNet(*heads, *dims, f.integer("linear_conv_kernel_dim", 4), family.groups_state)
 
 
-def _mlps(f: Fields, family: Family, num_layers: int) -> list[DenseMLP | MoE]:
+def _ropes(f: Fields, family: Family, kinds: list[str]) -> tuple[tuple[specs.RopeConfig, ...], list[int], int]:
+    """The tables, which of them each layer has, and the longest sequence."""
+    longest, is_partial = f.integer("max_position_embeddings", 0), "partial_rotary_factor" in family.defaults
+
+    def rotary(dim: int) -> Rotary:
+        score = f.number("query_pre_attn_scalar", float(dim), above=0) ** -0.5
+        scale = (f.number("attention_multiplier", score, above=0) * dim**0.5) ** 0.5
+        return Rotary(dim, scale, is_partial, family.is_interleaved, family.rope_names)
+
+    if family.ropes_by_layer:
+        near, _ = read_rope(f, rotary(_heads(f).k_dim), longest, "sliding_attention")
+        far, longest = read_rope(f, rotary(_heads(f, kinds).k_dim), longest, "full_attention")
+        return (far, near), [int(kind == "sliding_attention") for kind in kinds], longest
+    rope, longest = read_rope(f, rotary(_heads(f).k_dim), longest)
+    interval = f.integer("no_rope_layer_interval", 1)
+    rotated = f.list_of(int, "no_rope_layers") or [(i + 1) % interval or interval == 1 for i in range(len(kinds))]
+    if len(rotated) != len(kinds):
+        raise f.wrong("no_rope_layers", f"as many as layers, {len(kinds)}")
+    still = replace(rope, type="proportional", scaling={"partial_rotary_factor": 0.0})
+    return (rope,) if all(rotated) else (rope, still), [int(not rotates) for rotates in rotated], longest
+
+
+def _inner_size(f: Fields) -> int:
+    """Features of an MLP; LFM2's files name what two thirds of are meant, rounded up to a multiple."""
+    size = f.integer("block_ff_dim", f.integer("intermediate_size", 0))
+    if not f.boolean("block_auto_adjust_ff_dim", False):
+        return size
+    size, multiple = int(f.number("block_ffn_dim_multiplier", 1.0, above=0) * int(2 * size / 3)), "block_multiple_of"
+    return max(1, div_ceil(size, f.integer(multiple, 256))) * f.integer(multiple, 256)
+
+
+def _mlps(f: FamilyFields, family: Family, sources: Sequence[int | None]) -> list[DenseMLP | MoE]:
     """Of each layer: experts in every `decoder_sparse_step`-th, but for `mlp_only_layers`."""
-    bias, size = family.has(f, family.mlp_bias), _inner_size(f, family)
-    dense = DenseMLP(size, bias, _ACTIVATIONS[_activation(f, family)])
-    default, reads = family.defaults.get, family.reads
-    if "num_local_experts" in reads and "num_experts" not in reads:
-        numbers = (("num_local_experts", 8), ("num_experts_per_tok", 2))
-        num_experts, chosen = (f.integer(key, default(key, usual)) for key, usual in numbers)
-        is_clamped, num_experts = "clamped_experts" in reads, f.integer("num_experts", num_experts)
-        activation = "clamped_swiglu" if is_clamped else dense.activation
-        only, step, moe = [], 1, MoE(num_experts, chosen, size, "softmax_of_chosen", activation, bias=is_clamped)
-        for key, value in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)):
-            if is_clamped and f.number(key, value) != value:
-                raise f.wrong(key, f"{value:g}")
-    elif "num_experts" in reads:
-        only, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
-        num_experts, key = f.integer("num_experts", default("num_experts", 128), 0), "shared_expert_intermediate_size"
-        sums_to_1 = f.boolean("norm_topk_prob", default("norm_topk_prob", False))
-        if "num_local_experts" in reads:  # which wins
-            num_experts = f.integer("num_local_experts", num_experts, 0)
-        moe = MoE(
-            num_experts=num_experts,
-            num_experts_per_tok=f.integer("num_experts_per_tok", default("num_experts_per_tok", 8)),
-            intermediate_size=f.integer("moe_intermediate_size", default("moe_intermediate_size", 768)),
-            routing="softmax_of_chosen" if default("sums_to_1") or sums_to_1 else "softmax",
-            activation=dense.activation,
-            shared_size=f.integer(key, default(key, 5632)) if key in reads else 0,
-        )
-    else:
-        return [dense] * num_layers
-    sparse = [i not in only and moe.num_experts > 0 and (i + 1) % step == 0 for i in range(num_layers)]
-    if any(sparse) and moe.num_experts_per_tok > moe.num_experts:
-        raise f.wrong("num_experts_per_tok", f"at most the number of experts, {moe.num_experts}")
-    return [moe if is_sparse else dense for is_sparse in sparse]
-
-
-def _activation(f: Fields, family: Family) -> str:
-    key, default = "hidden_act", "silu"
-    if "hidden_activation" in family.reads:
-        key, default = "hidden_activation", "gelu_pytorch_tanh"
-    if (name := f.text(key, default)) not in _ACTIVATIONS:
+    if (name := f.text(key := family.activation, "silu")) not in _ACTIVATIONS:
         raise ConfigError(f"{f.source}: {key} {name!r} not supported (supported: {', '.join(_ACTIVATIONS)})")
-    return name
+    size, num_experts, activation = _inner_size(f), 0, _ACTIVATIONS[name]
+    dense = DenseMLP(size, f.has(family.mlp_bias), activation)
+    for key in family.experts:
+        num_experts = f.integer(key, num_experts, 0)
+    moe = MoE(
+        num_experts=num_experts,
+        num_experts_per_tok=f.integer("num_experts_per_tok", 0),
+        intermediate_size=f.integer("moe_intermediate_size", size),
+        sums_to_1=f.boolean("norm_topk_prob", True),
+        activation="clamped_swiglu" if family.clamped_experts else activation,
+        shared_size=f.integer("shared_expert_intermediate_size", 0),
+        bias=family.clamped_experts,
+    )
+    only, step = f.list_of(int, "mlp_only_layers"), f.integer("decoder_sparse_step", 1)
+    sparse = [i not in only and num_experts > 0 and (i + 1) % step == 0 for i in range(len(sources))]
+    if any(sparse) and moe.num_experts_per_tok > num_experts:
+        raise f.wrong("num_experts_per_tok", f"at most the number of experts, {num_experts}")
+    wide = replace(dense, intermediate_size=2 * size) if f.boolean("use_double_wide_mlp", False) else dense
+    mlps = [dense if source is None else wide for source in sources]
+    return [moe if is_sparse else mlp for is_sparse, mlp in zip(sparse, mlps, strict=True)]
 
 
 def _architecture(f: Fields) -> str:
@@ -315,29 +308,8 @@ def _architecture(f: Fields) -> str:
         if name in FAMILIES:
             return name
     known = ", ".join(name.removesuffix("ForCausalLM") for name, family in FAMILIES.items() if not family.inner)
-    missing = [what for begin, what in _TABLE["missing"].items() if names and names[0].startswith(begin)]
+    missing = [what for begin, what in TABLE["missing"].items() if names and names[0].startswith(begin)]
     nearest = get_close_matches(names[0], FAMILIES, 1) if names and not missing else []
     hints = [f"missing: {what}; " for what in missing] + [f"nearest: {name}; " for name in nearest]
     known = "".join(hints) + f"supported: {known}, each ForCausalLM"
     raise ConfigError(f"{f.source}: architecture not supported: {', '.join(names)[:80] or 'none given'} ({known})")
-
-
-def _refuse_unsupported(f: Fields, family: Family) -> None:
-    if f.boolean("use_bidirectional_attention", False):
-        raise ConfigError(f"{f.source}: use_bidirectional_attention is not supported: attention here is causal")
-    if not f.boolean("is_causal", True):
-        raise ConfigError(f"{f.source}: is_causal false is not supported: attention here is causal")
-    kinds, num_layers = f.list_of(str, "layer_types"), f.integer("num_hidden_layers", 0, most=MAX_LAYERS)
-    supported = [family.state, "full_attention"] if family.state else _TABLE["layer_types"]
-    if others := set(kinds) - set(supported):
-        names = ", ".join(sorted(others))
-        raise ConfigError(f"{f.source}: layer_types {names} not supported (supported: {', '.join(supported)})")
-    if kinds and len(kinds) != num_layers:
-        raise ConfigError(f"{f.source}: layer_types has {len(kinds)} entries, but num_hidden_layers is {num_layers}")
-
-
-def _dtype(f: Fields) -> str:
-    dtype = (f.text("dtype", None) or f.text("torch_dtype", None) or "float32").removeprefix("torch.")
-    if dtype not in specs.DTYPE_BYTES:
-        raise ConfigError(f"{f.source}: dtype {dtype!r} not supported (supported: {', '.join(specs.DTYPE_BYTES)})")
-    return dtype

@@ -16,7 +16,7 @@ SCALE_BYTES = 4  # of each key and each value of a head in int8
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """A table of rotary angles: base and scaling, as `families.yaml` names them; `none` does not rotate."""
+    """A table of rotary angles: base and scaling, as `families.yaml` names them."""
 
     theta: float
     type: str = "default"
@@ -59,6 +59,9 @@ class AttentionSpec:
     rope_index: int = 0  # of `ModelConfig.ropes`
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     sinks: bool = False  # a weight of each head takes part in the softmax
+    source: int | None = None  # the layer whose keys and values it attends to; None: its own
+    value_norms: bool = False  # values are normalised, too, without a weight
+    values_are_keys: bool = False  # before norm and rotation
     gated: bool = False  # what comes out is multiplied with the sigmoid of gates, which are projected beside queries
 
 
@@ -83,16 +86,16 @@ class DenseMLP:
 class MoE:
     """Mixture of experts, each a `DenseMLP`.
 
-    routing: how a token's `num_experts_per_tok` most probable experts are weighted: by their probabilities ("softmax"),
-    or by these made to sum to 1 ("softmax_of_chosen"). shared_size: inner features of one more expert, which all tokens
-    go through, weighted by the sigmoid of a gate of its own; 0: there is none. bias: of router and experts, whose
-    weights checkpoints then have as [in, out], columns of gate and up taking turns.
+    sums_to_1: whether the probabilities do that weight a token's `num_experts_per_tok` most probable experts.
+    shared_size: inner features of one more expert, which all tokens go through, weighted by the sigmoid of a gate; 0:
+    there is none. bias: of router and experts, whose weights checkpoints then have as [in, out], columns of gate and up
+    taking turns.
     """
 
     num_experts: int
     num_experts_per_tok: int
     intermediate_size: int
-    routing: str = "softmax"
+    sums_to_1: bool = False
     activation: str = "silu"
     shared_size: int = 0
     bias: bool = False
@@ -151,6 +154,8 @@ class ModelConfig:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
+    layer_inputs: int = 0  # features that each layer gets of each token from a table of its own; 0: there is none
+    layer_scalars: bool = False  # each layer's result is multiplied with a number of its own
     pooling: Pooling | None = None  # what is made of hidden states; None: nothing
     mtp: LayerSpec | None = None  # of the head that foretells tokens; None: there is none, or it is not used
 
@@ -165,7 +170,9 @@ class ModelConfig:
 
     @property
     def paged(self) -> list[PagedKV]:
-        return [cache for layer in self.cached_layers if isinstance(cache := layer.attention.cache, PagedKV)]
+        """Of layers that have their own keys and values."""
+        specs = [layer.attention for layer in self.cached_layers if layer.attention.source is None]
+        return [spec.cache for spec in specs if isinstance(spec.cache, PagedKV)]
 
     @property
     def num_kv_heads(self) -> int:
@@ -192,8 +199,10 @@ class ModelConfig:
         params = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) // tp_size
         params += sum(cache.local_size(tp_size) for cache in self.paged) * self.hidden_size
         params += sum(state.num_weights(self.hidden_size, tp_size) for state in self.states)
-        queries = self.num_qo_heads * self.head_dim * self.hidden_size // tp_size
+        params += self.num_layers * self.layer_inputs * (self.vocab_size // tp_size + 3 * self.hidden_size)
         for layer in self.cached_layers:
             params += layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
-            params += queries * (2 + layer.attention.gated) * isinstance(layer.attention.cache, PagedKV)
+            if isinstance(cache := layer.attention.cache, PagedKV):
+                queries = self.num_qo_heads * cache.k_dim * (2 + layer.attention.gated)
+                params += queries * self.hidden_size // tp_size
         return int(params * {**KV_BYTES, "int4": 0.75}[dtype])

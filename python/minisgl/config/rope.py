@@ -16,89 +16,93 @@ from minisgl.errors import ConfigError
 from minisgl.utils.fields import MAX_INT, MAX_NUMBER, Fields
 
 logger = logging.getLogger(__name__)
-ROPE_TYPES: dict[str, tuple[list[str], list[str]]] = msgspec.yaml.decode(
-    Path(__file__).with_name("families.yaml").read_bytes()
-)["rope_types"]
+TABLE = msgspec.yaml.decode(Path(__file__).with_name("families.yaml").read_bytes())
+ROPE_TYPES: dict[str, tuple[list[str], list[str]]] = TABLE["rope_types"]
 
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """What is rotated: heads of a size, which are scaled, too.
-
-    share: of a head's features, where the file does not say it; None: all, and a file that says less is refused.
-    is_interleaved: the two features of a pair stand side by side. other_names: of types.
-    """
+    """Heads that are rotated, and scaled. is_partial: a part of their features may be; otherwise a file that says so is
+    refused. is_interleaved: the two features of a pair stand side by side. other_names: of types."""
 
     head_dim: int
     scale: float = 1.0
-    share: float | None = None
+    is_partial: bool = False
     is_interleaved: bool = False
     other_names: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_rope(f: Fields, kind: Rotary, max_position: int, default_theta: float) -> tuple[RopeConfig, int]:
+def read_rope(f: Fields, kind: Rotary, max_position: int, layer: str = "") -> tuple[RopeConfig, int]:
     """RoPE in transformers-5 form (`rope_parameters`) or the older (`rope_theta`, `rope_scaling`, which wins as a whole
-    where both are given), and the longest sequence."""
-    parameters = f.child("rope_parameters")
-    rope = f.child("rope_scaling") if f.data.get("rope_scaling") else parameters
+    where both are given), and the longest sequence.
+
+    layer: of `layer_types`, each of which has its own object, where it is not "". Those that slide have
+    `rope_local_base_freq` in the older form, and no scaling.
+    """
+    parameters, slides = f.child("rope_parameters"), layer == "sliding_attention"
+    parameters = parameters.child(layer) if layer else parameters
+    rope = f.child("rope_scaling") if f.data.get("rope_scaling") and not slides else parameters
     if any(isinstance(value, dict) for value in rope.data.values()):
         raise ConfigError(f"{f.source}: rope_parameters that differ by layer type are not supported")
-    theta = rope.number("rope_theta", f.number("rope_theta", None, above=1), above=1)
-    if theta is None and (lost := parameters.data.get("rope_theta")) is not None:
+    default = f.number("rope_local_base_freq" if slides else "rope_theta", 10000.0, above=1)
+    theta, lost = rope.number("rope_theta", default, above=1), parameters.data.get("rope_theta")
+    is_told = any(of.data.get("rope_theta") is not None for of in (rope, f))
+    if lost is not None and not is_told and f.data.get("rope_parameters"):
         logger.warning("%s: rope_scaling replaces rope_parameters, rope_theta %s included", f.source, lost)
-    return _table(f, rope, kind, max_position, float(theta or default_theta))
-
-
-def read_ropes_by_layer(
-    f: Fields, kind: Rotary, max_position: int, defaults: Mapping[str, Any]
-) -> tuple[RopeConfig, RopeConfig, int]:
-    """Of layers that see all and of those whose window slides, and the longest sequence: objects of `rope_parameters`,
-    or the older `rope_theta` and `rope_scaling` of the former, and `rope_local_base_freq` of the latter."""
-    parameters = f.child("rope_parameters")
-    full, sliding = parameters.child("full_attention"), parameters.child("sliding_attention")
-    if f.data.get("rope_scaling"):
-        full = f.child("rope_scaling")
-    theta = f.number("rope_theta", defaults["rope_theta"], above=1)
-    local = f.number("rope_local_base_freq", defaults.get("rope_local_base_freq", defaults["rope_theta"]), above=1)
-    table, longest = _table(f, full, kind, max_position, full.number("rope_theta", theta, above=1))
-    near, _ = _table(f, sliding, kind, max_position, sliding.number("rope_theta", local, above=1))
-    return table, near, longest
-
-
-def _table(f: Fields, rope: Fields, kind: Rotary, max_position: int, theta: float) -> tuple[RopeConfig, int]:
     name = rope.text("rope_type", rope.text("type", "default"))
     name = kind.other_names.get(name, name)
     if name not in ROPE_TYPES:
         raise ConfigError(f"{f.source}: rope type {name!r} not supported (supported: {', '.join(ROPE_TYPES)})")
-    default = 1.0 if kind.share is None else kind.share
-    share = rope.number("partial_rotary_factor", f.number("partial_rotary_factor", default, above=0), above=0)
+    original = f.integer("original_max_position_embeddings", rope.integer("original_max_position_embeddings", None))
+    if original is None or name == "dynamic":  # which starts at max_position_embeddings, whatever else a file says
+        original = max_position
+    rotary_dim = _rotary_dim(f, rope, kind, name == "proportional")
+    keys = ("short_factor", "long_factor") if name == "longrope" else ()
+    divisors = [_factors(rope, key, rotary_dim // 2) for key in keys] or [tuple(rope.list_of(float, "factors")), ()]
+    config = RopeConfig(
+        theta=float(theta),
+        type=name,
+        max_position=original,
+        scaling=_numbers(f, rope, name, max_position, original),
+        factors=divisors[0],
+        long_factors=divisors[1],
+        rotary_dim=0 if name == "proportional" else rotary_dim % kind.head_dim,
+        is_interleaved=kind.is_interleaved,
+        scale=kind.scale,
+        query_beta=rope.number("llama_4_scaling_beta", 0.0, above=-1e-9),
+    )
+    return config, _longest(config, max_position)
+
+
+def _rotary_dim(f: Fields, rope: Fields, kind: Rotary, may_be_less: bool) -> int:
+    share = rope.number("partial_rotary_factor", f.number("partial_rotary_factor", 1.0, above=0), above=0)
     rotary_dim = int(kind.head_dim * share)
-    if (kind.share is None and share != 1) or share > 1 or rotary_dim < 2 or rotary_dim % 2:
-        supported = "1" if kind.share is None else f"up to 1, for an even part of {kind.head_dim} features"
+    may_be_less |= kind.is_partial
+    if (share != 1 and not may_be_less) or share > 1 or rotary_dim < 2 or rotary_dim % 2:
+        supported = f"up to 1, for an even part of {kind.head_dim} features" if may_be_less else "1"
         raise ConfigError(f"{f.source}: partial_rotary_factor {share:g} not supported (supported: {supported})")
+    return rotary_dim
+
+
+def _numbers(f: Fields, rope: Fields, name: str, max_position: int, original: int) -> dict[str, float]:
+    """Those of a type."""
     needed, optional = ROPE_TYPES[name]
     given = [key for key in (*needed, *optional) if rope.data.get(key) not in (None, 0)]
     numbers: dict[str, float] = {key: rope.number(key, 0.0, above=0) for key in given}
     if absent := [key for key in needed if key not in given]:
         raise ConfigError(f"{f.source}: rope type {name!r} needs {', '.join(absent)}")
-    original = f.integer("original_max_position_embeddings", rope.integer("original_max_position_embeddings", None))
-    if original is None or name == "dynamic":  # which starts at max_position_embeddings, whatever else a file says
-        original = max_position
+    factor = numbers.get("factor", max_position / original)
     if name == "yarn":
-        numbers.setdefault("factor", max_position / original)
-        numbers["truncate"] = rope.boolean("truncate", True)
-    factors, long_factors = tuple(rope.list_of(float, "factors")), tuple[float, ...]()
+        numbers |= {"factor": factor, "truncate": rope.boolean("truncate", True)}
+        # Section 3.4: attention temperature; the two weights as DeepSeek's checkpoints use them.
+        has_both = "mscale" in numbers and "mscale_all_dim" in numbers
+        above, below = (numbers[key] for key in ("mscale", "mscale_all_dim")) if has_both else (1.0, 0.0)
+        log = math.log(factor) if factor > 1 else 0.0
+        numbers.setdefault("attention_factor", (0.1 * above * log + 1.0) / (0.1 * below * log + 1.0))
     if name == "longrope":
-        factors, long_factors = (_factors(rope, f"{of}_factor", rotary_dim // 2) for of in ("short", "long"))
-        factor = numbers.get("factor", max_position / original)
         scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
         numbers.setdefault("attention_factor", scale)
-    dims, beta = (
-        (rotary_dim % kind.head_dim, kind.is_interleaved),
-        rope.number("llama_4_scaling_beta", 0.0, above=-1e-9),
-    )
-    config = RopeConfig(theta, name, original, numbers, factors, long_factors, *dims, kind.scale, beta)
-    return config, _longest(config, max_position)
+    return numbers
 
 
 def _factors(rope: Fields, key: str, num: int) -> tuple[float, ...]:

@@ -16,7 +16,7 @@ from minisgl.kernel.ops import TorchOps
 from minisgl.kvcache.pool import KVPool
 from minisgl.kvcache.states import StatePool
 from minisgl.layers.base import LayerEnv
-from minisgl.layers.rope import RotaryEmbedding
+from minisgl.layers.rope import rotations
 from minisgl.models.checkpoint import Checkpoint, fill_random, load_weights
 from minisgl.models.decoder import DecoderModel
 from minisgl.models.mtp import MTPHead
@@ -44,8 +44,7 @@ class ModelShard:
                 load_weights(parts, checkpoint)
             else:
                 fill_random(parts, config.seed)
-            size = config.model.head_dim, device, config.max_seq_len
-            self.ropes = [RotaryEmbedding(rope, *size) for rope in config.model.ropes]
+            self.ropes = rotations(config.model, device, config.max_seq_len)
         logger.info("weights ready after %.1f s", time.perf_counter() - start)
 
     def create_kv(self, num_pages: int) -> KVPool:

@@ -22,7 +22,6 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh").mul_(up),
     "clamped_swiglu": clamped_swiglu,
 }
-ROUTINGS = {"softmax": False, "softmax_of_chosen": True}  # whether `route` renormalizes
 
 
 def route(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ import torch
 from minisgl.config.model import MoE
 from minisgl.errors import ConfigError
 from minisgl.kernel import decode_gemm, delta, float8, packed_gemm, skinny
-from minisgl.kernel.activations import ROUTINGS
 from minisgl.kernel.jit import load_kernel, side_by_side
 from minisgl.kernel.ops import Around, Biases, Experts, KVSlots, Matrix, RopeAngles, Stacked, TorchMatrix, TorchOps
 from minisgl.kernel.packed import Float8, Packed
@@ -88,7 +87,7 @@ class TritonOps(TorchOps):
         from minisgl.kernel.triton.grouped_gemm import fused_moe, stack_of
 
         first, second = (replace(stack_of(s), bias=b) for s, b in zip(found, biases or (None, None), strict=True))
-        kind = spec.num_experts_per_tok, ROUTINGS[spec.routing], None, spec.activation == "clamped_swiglu"
+        kind = spec.num_experts_per_tok, spec.sums_to_1, None, spec.activation == "clamped_swiglu"
         return lambda x, logits: fused_moe(x, logits, first, second, *kind)
 
 
@@ -162,13 +161,13 @@ class CudaOps(delta.DeltaOps, TritonOps):
         self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int,
         angles: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, list[RopeAngles]]:  # fmt: skip
-        num, head_dim = len(rows), angles[0].shape[1] // 2
-        if head_dim % 4:
+        num = len(rows)
+        if any(table.shape[1] % 8 for table in angles):
             return super().step_inputs(rows, positions, token_ids, page_table, page_size, angles)
         ids, slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(2))
         ropes = []
         for table in angles:  # each launch writes ids and slots, which are the same
-            cos, sin = (torch.empty(num, 1, head_dim, dtype=torch.float32, device=rows.device) for _ in range(2))
+            cos, sin = (table.new_empty(num, 1, table.shape[1] // 2) for _ in range(2))
             self._step.prepare(rows, positions, token_ids, page_table, page_size, table, ids, slots, cos, sin)
             ropes.append(RopeAngles(cos, sin))
         return ids, slots, ropes

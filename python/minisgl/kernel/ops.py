@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.config.model import MoE
-from minisgl.kernel.activations import ACTIVATIONS, ROUTINGS, route
+from minisgl.kernel.activations import ACTIVATIONS, route
 from minisgl.kernel.packed import Packed
 from minisgl.kernel.sampling import SamplingColumns, TokenStore, sample_reference
 from minisgl.kernel.state import StateOps
@@ -26,11 +26,14 @@ Tensors = Sequence[Tensor]
 
 @dataclass(frozen=True, slots=True)
 class RopeAngles:
-    """Of a step's tokens. cos, sin: [num_tokens, 1, head_dim] float32, the first half of `sin` negated: x rotated is
-    x * cos + roll(x, head_dim / 2) * sin."""
+    """Of a step's tokens. cos, sin: [num_tokens, 1, head_dim] float32, the first half of `sin` negated."""
 
     cos: Tensor
     sin: Tensor
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x: [num_tokens, heads, head_dim]."""
+        return (x * self.cos.to(x.dtype)).addcmul_(x.roll(x.shape[-1] // 2, -1), self.sin.to(x.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,10 +235,7 @@ class LayerOps(StateOps):
         num_kv = cache.k.shape[1]
         num_q = qkv.shape[1] - 2 * num_kv
         qk = qkv[:, : num_q + num_kv]
-        if norm is not None:
-            qk = self.rms_norm(qk, norm, eps)
-        cos, sin = rope.cos.to(qk.dtype), rope.sin.to(qk.dtype)
-        qk = (qk * cos).addcmul_(qk.roll(qk.shape[-1] // 2, -1), sin)
+        qk = rope.rotate(qk if norm is None else self.rms_norm(qk, norm, eps))
         cache.store(qk[:, num_q:], qkv[:, num_q + num_kv :])
         return qk[:, :num_q]
 
@@ -298,7 +298,7 @@ def loop_over_experts(
     """The experts that were hit, one after the other. x: [num_tokens, hidden]; router_logits: [num_tokens, num_experts]
     → [num_tokens, hidden]."""
     top_k = spec.num_experts_per_tok
-    weights, experts = route(router_logits, top_k, ROUTINGS[spec.routing])
+    weights, experts = route(router_logits, top_k, spec.sums_to_1)
     order = experts.flatten().argsort(stable=True)  # (token, choice) pairs by expert
     tokens, weights = order // top_k, weights.to(x.dtype).flatten()[order, None]
     out, begin = torch.zeros_like(x), 0

@@ -35,7 +35,7 @@ class KVPool:
         self.states = states
         self._layers: dict[int, LayerCache] = {}
         for index, spec in enumerate(model.cached_layers):
-            if isinstance(cache := spec.attention.cache, PagedKV):
+            if isinstance(cache := spec.attention.cache, PagedKV) and spec.attention.source is None:
                 more = SCALE_BYTES if dtype == torch.int8 else 0
                 shapes = ((num_slots, cache.local_heads(tp_size), dim + more) for dim in (cache.k_dim, cache.v_dim))
                 self._layers[index] = LayerCache(*(lazy_zeros(shape, dtype, device) for shape in shapes))

@@ -11,7 +11,6 @@ import torch
 
 from minisgl.config.model import ModelConfig
 from minisgl.core import StateCopy
-from minisgl.kernel.state import DeltaState
 
 
 class StatePool:
@@ -29,14 +28,9 @@ class StatePool:
             self._layers |= {index: parts for index, *parts in zip(layers, *stacks, strict=True)}
             self._stacks += stacks
 
-    def layer(self, index: int) -> DeltaState:
-        """Of a gated delta net."""
-        return DeltaState(*self._layers[index])
-
-    def conv(self, index: int) -> torch.Tensor:
-        """Of a short convolution: [num_slots, channels, width - 1]."""
-        (seen,) = self._layers[index]
-        return seen
+    def layer(self, index: int) -> list[torch.Tensor]:
+        """Each [num_slots, …], in the order of the kind's `shapes`."""
+        return self._layers[index]
 
     def copy(self, copies: Iterable[StateCopy]) -> None:
         """Make them, one after the other, for all layers; zeros that follow one another at once. (Copies at once would

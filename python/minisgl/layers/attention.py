@@ -11,8 +11,8 @@ from minisgl.attention.base import StepContext
 from minisgl.config.model import DenseMLP, ModelConfig, MoE, PagedKV
 from minisgl.formats.base import DENSE, Shard, WeightSlot, experts_of
 from minisgl.kernel.ops import Experts, KVSlots
-from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, whole
-from minisgl.layers.linear import GateUpLinear, Linear, QKVLinear, RowLinear, reordered
+from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor, joined, whole
+from minisgl.layers.linear import KV_HEADS, ColumnLinear, Linear, RowLinear, reordered
 from minisgl.layers.rope import head_order
 
 
@@ -25,29 +25,43 @@ class Attention(Layer):
         spec, hidden, norms = config.layers[layer].attention, config.hidden_size, config.layers[layer].norms
         assert isinstance(spec.cache, PagedKV)
         self._ops, self._layer, self._spec, self._eps = env.ops, layer, spec, config.rms_norm_eps
-        self._head_dim, self._comm, self._offset = config.head_dim, env.comm, config.norm_offset
-        order = head_order(config.ropes[spec.rope_index], config.head_dim)
-        heads, self._rope = (config.num_qo_heads, spec.cache.heads, config.head_dim), config.ropes[spec.rope_index]
-        self.qkv_proj = QKVLinear(env, hidden, *heads, config.qkv_bias, order, spec.gated)
-        q_size = config.num_qo_heads * config.head_dim
-        self.o_proj = RowLinear(env, q_size, hidden, config.o_bias, "attention features")
-        self._num_q, self._num_kv = self.qkv_proj.num_qo_heads, self.qkv_proj.num_kv_heads
-        self.sinks = torch.empty(self._num_q, device=env.device) if spec.sinks else None
-        self._is_wide, self._order = norms.of_heads == "all", order
+        self._head_dim, self._comm, self._offset = spec.cache.k_dim, env.comm, config.norm_offset
+        self._heads, dim = env.share(config.num_qo_heads, "attention heads"), spec.cache.k_dim
+        num_kv = spec.cache.heads if spec.source is None else 0
+        self._num_q, self._num_kv = len(self._heads), len(env.share(num_kv, KV_HEADS, True)) if num_kv else 0
+        self._rope, self._is_wide = config.ropes[spec.rope_index], norms.of_heads == "all"
+        self._order = order = head_order(self._rope, dim)
         assert order is None or not self._is_wide, "weights of its norms would have to be reordered, too"
-        self.qk_norm = env.vector(self._num_q + self._num_kv, config.head_dim) if norms.of_heads else None
+        orders = dict[str, Tensor]()
+        if order is not None or spec.gated:  # whose rows follow those of each query head, and come first here
+            features = torch.arange(dim) if order is None else order
+            queries, *gates = torch.arange(self._num_q * (1 + spec.gated) * dim).view(self._num_q, -1, dim).unbind(1)
+            orders["q_proj."] = torch.cat([part.flatten() for part in (*gates, queries[:, features])])
+            orders["k_proj."] = torch.arange(self._num_kv * dim).view(-1, dim)[:, features].flatten()
+        heads = {"q_proj": (config.num_qo_heads, dim * (1 + spec.gated))}
+        heads |= {} if self._num_kv == 0 else dict.fromkeys(("k_proj", "v_proj"), (spec.cache.heads, dim))
+        self.qkv_proj = ColumnLinear(env, hidden, heads, "attention heads", config.qkv_bias, orders=orders)
+        self.o_proj = RowLinear(env, config.num_qo_heads * dim, hidden, config.o_bias, "attention features")
+        self.sinks = torch.empty(self._num_q, device=env.device) if spec.sinks else None
+        self.qk_norm = env.vector(self._num_q + self._num_kv, dim) if norms.of_heads else None
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output →
         the new stream."""
-        qkv, gate = self.qkv_proj.forward(x, norm, self._eps).view(x.shape[0], -1, self._head_dim), None
+        qkv, gate = self.qkv_proj.project(x, norm, self._eps).view(x.shape[0], -1, self._head_dim), None
         if self._spec.gated:
             gate, qkv = qkv[:, : self._num_q], qkv[:, self._num_q :].contiguous()
-        cache = step.kv.layer(self._layer)
-        rope, slots = step.ropes[self._spec.rope_index], KVSlots(*cache, step.slots)
+        if self._spec.value_norms:
+            values = qkv[:, self._num_q + self._num_kv :]
+            values.copy_(self._ops.rms_norm(values, values.new_ones(self._head_dim), self._eps))
         if self._is_wide:
             self._norm_of_all(qkv)
-        q = self._ops.norm_rope_store(qkv, None if self._is_wide else self.qk_norm, self._eps, rope, slots)
+        rope, qk_norm = step.ropes[self._spec.rope_index], None if self._is_wide else self.qk_norm
+        cache = step.kv.layer(self._layer if self._spec.source is None else self._spec.source)
+        if self._spec.source is None:
+            q = self._ops.norm_rope_store(qkv, qk_norm, self._eps, rope, KVSlots(*cache, step.slots))
+        else:
+            q = rope.rotate(qkv if qk_norm is None else self._ops.rms_norm(qkv, qk_norm, self._eps))
         if self._rope.query_beta:
             turns = (step.positions / self._rope.max_position).floor()
             q = q * (1 + self._rope.query_beta * turns.log1p()).to(q.dtype)[:, None, None]
@@ -69,57 +83,56 @@ class Attention(Layer):
             part.copy_((part.float() * scale).to(part.dtype) * weight)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        yield from self.qkv_proj.weights(prefix)
+        for slot in self.qkv_proj.weights(prefix):
+            is_key = self._spec.values_are_keys
+            yield replace(slot, name=slot.name.replace(".v_proj.", ".k_proj.")) if is_key else slot
         yield from self.o_proj.weights(f"{prefix}o_proj.")
         if self.sinks is not None:
-            shard = self.qkv_proj.shard("q_proj.")
-            num_heads, first, end = (rows // self._head_dim for rows in (shard.shape[0], *shard.rows))
-            yield WeightSlot(f"{prefix}sinks", (num_heads,), self.sinks, (first, end))
+            rows = self._heads.start, self._heads.stop
+            yield WeightSlot(f"{prefix}sinks", (self.o_proj.shards[""].shape[1] // self._head_dim,), self.sinks, rows)
         if self.qk_norm is None:
             return
-        for kind, target in (("q", self.qk_norm[: self._num_q]), ("k", self.qk_norm[self._num_q :])):
+        targets = self.qk_norm.split_with_sizes((self._num_q, self._num_kv))
+        for kind, target in zip("qk" if self._num_kv else "q", targets, strict=False):
             name = f"{prefix}{kind}_norm.weight"
             if self._is_wide:
-                shard = self.qkv_proj.shard(f"{kind}_proj.")
+                shard = self.qkv_proj.shards[f"{kind}_proj."]
                 yield WeightSlot(name, shard.shape[:1], target.view(-1), shard.rows)
             else:
                 slot = whole(name, target, self._offset)
                 yield slot if self._order is None else reordered(slot, self._order)
 
     def cpu_spec(self) -> CpuSpec | None:
-        qkv, o, spec = self.qkv_proj.cpu_spec(), self.o_proj.cpu_spec(), self._spec
-        if qkv is None or o is None or self._rope.query_beta:
-            return None
+        spec = self._spec
         scores = spec.window or 0, spec.rope_index, spec.softcap or 0.0, self.sinks
-        return CpuSpec(qkv.matrices + o.matrices, "attention", (self.qk_norm, self._is_wide, *scores, spec.gated))
+        block = joined((self.qkv_proj, self.o_proj), "attention", (self.qk_norm, self._is_wide, *scores, spec.gated))
+        return None if self._rope.query_beta or spec.value_norms or spec.source is not None else block
 
 
 class GatedMLP(Layer):
     """down(activation(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
 
     def __init__(self, env: LayerEnv, hidden_size: int, spec: DenseMLP, eps: float) -> None:
-        self._eps, self._comm, self._spec, inner = eps, env.comm, spec, spec.intermediate_size
-        self.gate_up_proj = GateUpLinear(env, hidden_size, inner, spec.bias, spec.activation)
-        self.down_proj = RowLinear(env, inner, hidden_size, spec.bias, "intermediate features")
+        self._eps, self._activation, inner = eps, spec.activation, (spec.intermediate_size, 1)
+        parts, what = {"gate_proj": inner, "up_proj": inner}, "features of gate_proj"
+        self.gate_up_proj = ColumnLinear(env, hidden_size, parts, what, spec.bias, spec.activation)
+        self.down_proj = RowLinear(env, inner[0], hidden_size, spec.bias, "intermediate features")
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None = None) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output →
         the new stream."""
-        return self.down_proj.forward(self.gate_up_proj.forward(x, norm, self._eps), x, after, self._eps)
+        return self.down_proj.forward(self.gate_up_proj.project(x, norm, self._eps), x, after, self._eps)
 
     def part(self, hidden: Tensor) -> Tensor:
         """hidden: [num_tokens, hidden], without residual → this rank's part of the sum."""
-        return self.down_proj.matrix.apply(self.gate_up_proj.forward(hidden, None, self._eps))
+        return self.down_proj.matrix.apply(self.gate_up_proj.project(hidden))
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.gate_up_proj.weights(prefix)
         yield from self.down_proj.weights(f"{prefix}down_proj.")
 
     def cpu_spec(self) -> CpuSpec | None:
-        gate_up, down = self.gate_up_proj.cpu_spec(), self.down_proj.cpu_spec()
-        if gate_up is None or down is None or self._spec.activation not in ("silu", "gelu_tanh"):
-            return None
-        return CpuSpec(gate_up.matrices + down.matrices, "mlp", (self._spec.activation,))
+        return joined((self.gate_up_proj, self.down_proj), "mlp", (self._activation,))
 
 
 class SparseMLP(Layer):
@@ -131,20 +144,19 @@ class SparseMLP(Layer):
     def __init__(self, env: LayerEnv, hidden_size: int, spec: MoE, eps: float) -> None:
         self._ops, self._comm, self._format, self._eps = env.ops, env.comm, env.format, eps
         self._spec, self._hidden = spec, hidden_size
-        self._share = env.share(spec.intermediate_size, "features of an expert")
-        router = spec.num_experts, hidden_size  # on every rank, and exact: small errors would choose other experts
-        self.gate = Linear(replace(env, format=DENSE), router, {"": Shard(router, (0, spec.num_experts))}, spec.bias)
-        shapes = (spec.num_experts, 2 * self._share, hidden_size), (spec.num_experts, hidden_size, self._share)
+        self._mine = env.share(spec.intermediate_size, "features of an expert")
+        share = len(self._mine)
+        router, one = (spec.num_experts, hidden_size), (1, hidden_size)
+        exact = replace(env, format=DENSE)  # what small errors would change much; on every rank
+        self.gate = Linear(exact, router, {"": Shard(router, (0, spec.num_experts))}, spec.bias)
+        shapes = (spec.num_experts, 2 * share, hidden_size), (spec.num_experts, hidden_size, share)
         self._gate_up, self._down = (env.format.create(shape, env.dtype, env.device) for shape in shapes)
         self._experts: Experts | None = None
-        sizes = (2 * self._share, hidden_size) if spec.bias else ()
+        sizes = (2 * share, hidden_size) if spec.bias else ()
         self.biases = [env.vector(spec.num_experts, size) for size in sizes]  # of gate and up, and of down
-        self.shared_expert: GatedMLP | None = None
-        self.shared_expert_gate: Linear | None = None
-        if spec.shared_size:
-            self.shared_expert = GatedMLP(env, hidden_size, DenseMLP(spec.shared_size, False, spec.activation), eps)
-            shard = Shard((1, hidden_size), (0, 1))
-            self.shared_expert_gate = Linear(replace(env, format=DENSE), (1, hidden_size), {"": shard})
+        shared = DenseMLP(spec.shared_size, False, spec.activation)
+        self.shared_expert = GatedMLP(env, hidden_size, shared, eps) if spec.shared_size else None
+        self.shared_expert_gate = Linear(exact, one, {"": Shard(one, (0, 1))}) if spec.shared_size else None
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None = None) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input → the new stream."""
@@ -168,8 +180,8 @@ class SparseMLP(Layer):
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.gate.weights(f"{prefix}gate.")
         slots, shape = self._format.slots, (self._spec.intermediate_size, self._hidden)
-        mine = (self._comm.rank * self._share, (self._comm.rank + 1) * self._share)
-        shards = {"gate_proj.": Shard(shape, mine), "up_proj.": Shard(shape, mine, at=self._share)}
+        mine = self._mine.start, self._mine.stop
+        shards = {"gate_proj.": Shard(shape, mine), "up_proj.": Shard(shape, mine, at=len(self._mine))}
         if self.biases:
             both, twice, rows = 2 * shape[0], (2 * mine[0], 2 * mine[1]), (0, self._spec.num_experts)
             shards = {"gate_up_proj.": Shard((both, self._hidden), twice)}

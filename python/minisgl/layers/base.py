@@ -32,11 +32,14 @@ class LayerEnv:
         """An uninitialised norm or bias, in the type that the operations want."""
         return torch.empty(shape, dtype=self.ops.vector_dtype(self.dtype), device=self.device)
 
-    def share(self, total: int, what: str) -> int:
-        """This rank's part of `total`. Raises: ConfigError when the ranks cannot share it evenly."""
-        if total % self.comm.size:
-            raise ConfigError(f"--tensor-parallel-size {self.comm.size} does not divide the model's {total} {what}")
-        return total // self.comm.size
+    def share(self, total: int, what: str, repeats: bool = False) -> range:
+        """This rank's part of `total`; if `repeats`, and there are fewer than ranks, one that some ranks have. Raises:
+        ConfigError when the ranks cannot share it evenly."""
+        rank, size = self.comm.rank, self.comm.size
+        if total % size and not (repeats and size % total == 0):
+            raise ConfigError(f"--tensor-parallel-size {size} does not divide the model's {total} {what}")
+        first = rank * total // size
+        return range(first, first + max(1, total // size))
 
 
 class Part(NamedTuple):
@@ -91,6 +94,13 @@ class Layer(ABC):
     def cpu_spec(self) -> CpuSpec | None:
         """What computes the same as `forward` in the CPU engine; None: it cannot. Called after `pack`."""
         return None
+
+
+def joined(layers: Iterable[Layer], kind: str, numbers: tuple[Tensor | float | str | None, ...]) -> CpuSpec | None:
+    """A block of those layers' matrices; None: one of them has none that the CPU engine can use."""
+    specs = [layer.cpu_spec() for layer in layers]
+    matrices = [matrix for spec in specs if spec is not None for matrix in spec.matrices]
+    return CpuSpec(tuple(matrices), kind, numbers) if None not in specs else None
 
 
 def whole(name: str, target: Tensor, offset: float = 0.0, scale: float = 1.0) -> WeightSlot:

@@ -9,8 +9,9 @@ from minisgl.config.model import ModelConfig
 from minisgl.config.states import ShortConv
 from minisgl.formats.base import WeightSlot
 from minisgl.layers.base import Layer, LayerEnv, Tensor
-from minisgl.layers.delta import projection
-from minisgl.layers.linear import RowLinear
+from minisgl.layers.linear import ColumnLinear, RowLinear
+
+_WHAT = "channels of a convolution"
 
 
 class GatedShortConv(Layer):
@@ -21,28 +22,30 @@ class GatedShortConv(Layer):
     def __init__(self, env: LayerEnv, config: ModelConfig, layer: int) -> None:
         spec, hidden = config.layers[layer].attention.cache, config.hidden_size
         assert isinstance(spec, ShortConv)
-        self._ops, self._layer, self._spec, self._eps = env.ops, layer, spec, config.rms_norm_eps
-        share = env.share(spec.num_channels, "channels of a convolution")
-        self._channels = env.comm.rank * share, (env.comm.rank + 1) * share
-        sizes = dict.fromkeys(("before_proj", "behind_proj", "value_proj"), share)
-        self.in_proj = projection(env, hidden, sizes, bias=spec.bias)
-        self.out_proj = RowLinear(env, spec.num_channels, hidden, spec.bias, "channels of a convolution")
-        self._weight, self._bias = env.vector(share, spec.width), env.vector(share) if spec.bias else None
+        self._ops, self._layer, self._eps, self._shape = (
+            env.ops,
+            layer,
+            config.rms_norm_eps,
+            (spec.num_channels, 1, spec.width),
+        )
+        mine = env.share(spec.num_channels, _WHAT)
+        self._channels = mine.start, mine.stop
+        parts = dict.fromkeys(("before_proj", "behind_proj", "value_proj"), (spec.num_channels, 1))
+        self.in_proj = ColumnLinear(env, hidden, parts, _WHAT, spec.bias)
+        self.out_proj = RowLinear(env, spec.num_channels, hidden, spec.bias, _WHAT)
+        self._weight, self._bias = env.vector(len(mine), spec.width), env.vector(len(mine)) if spec.bias else None
 
     def forward(self, x: Tensor, norm: Tensor | None, after: Tensor | None, step: StepContext) -> Tensor:
         """x: [num_tokens, hidden], the residual stream; norm: [hidden], of the block's input; after: of its output →
         the new stream."""
-        assert norm is not None, "no family does without"
-        gated, seen = self.in_proj.matrix.norm_apply(x, norm, self._eps, self.in_proj.bias), step.kv.states
-        out = self._ops.short_conv(gated, self._weight, self._bias, seen.conv(self._layer), step.seqs)
+        gated, (seen,) = self.in_proj.project(x, norm, self._eps), step.kv.states.layer(self._layer)
+        out = self._ops.short_conv(gated, self._weight, self._bias, seen, step.seqs)
         return self.out_proj.forward(out, x, after, self._eps)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.in_proj.weights(prefix)
         yield from self.out_proj.weights(f"{prefix}out_proj.")
-        shape = self._spec.num_channels, 1, self._spec.width
-        yield WeightSlot(
-            f"{prefix}conv.weight", shape, self._weight, self._channels, transform=lambda part: part.flatten(1)
-        )
+        name, shape, rows = f"{prefix}conv.weight", self._shape, self._channels
+        yield WeightSlot(name, shape, self._weight, rows, transform=lambda part: part.flatten(1))
         if self._bias is not None:
-            yield WeightSlot(f"{prefix}conv.bias", shape[:1], self._bias, self._channels)
+            yield WeightSlot(f"{prefix}conv.bias", shape[:1], self._bias, rows)

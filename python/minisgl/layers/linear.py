@@ -14,6 +14,7 @@ from minisgl.kernel.ops import Matrix
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Tensor
 from minisgl.utils.math import div_ceil
 
+KV_HEADS = "KV heads"
 _SHARED = 8  # rows of e4m3 that have one scale in kernels, for each block of columns
 
 
@@ -34,7 +35,7 @@ class Linear(Layer):
         orders: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._ops, self._comm, self._format = env.ops, env.comm, env.format
-        self._shards, self._activation, self._orders = shards, activation, orders or {}
+        self.shards, self._activation, self._orders = shards, activation, orders or {}
         self._tensors = env.format.create(shape, env.dtype, env.device)
         self._matrix: Matrix | None = None
         self.bias = env.vector(shape[0]) if bias else None
@@ -46,7 +47,7 @@ class Linear(Layer):
         return self._matrix
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        for name, shard in self._shards.items():
+        for name, shard in self.shards.items():
             for slot in [*self._format.slots(f"{prefix}{name}", self._tensors, shard)]:  # all tensors, then each
                 yield self._arranged(name, slot)
             if self.bias is not None:
@@ -82,56 +83,40 @@ class Linear(Layer):
         self._matrix = self._format.matrix(self._ops, self._tensors, self._activation)
         self._tensors = {}
 
+    def project(self, x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
+        """x: [num_tokens, in], which `norm` normalises first → y, or activation(gate) * up of its two halves."""
+        if self._activation is not None:
+            return self.matrix.gate_up(x, norm, eps, self.bias)
+        return self.matrix.apply(x, self.bias) if norm is None else self.matrix.norm_apply(x, norm, eps, self.bias)
+
     def cpu_spec(self) -> CpuSpec | None:
         handle = self.matrix.cpu_handle
         return None if handle is None else CpuSpec(((handle, self.bias),))
 
 
-class QKVLinear(Linear):
-    """Query, key and value projections in one matrix, split by heads.
+class ColumnLinear(Linear):
+    """Several layers in one matrix, of whose outputs ranks have a share each.
 
-    Where there are fewer KV heads than ranks, each KV head is replicated on the ranks that hold its query heads.
+    heads: by the layers' names, how many units of outputs they have, which stay together, and the size of one. Those of
+    `k_proj` and `v_proj` may be fewer than ranks: each is on all that hold its query heads.
     """
 
     def __init__(
         self,
         env: LayerEnv,
-        hidden_size: int,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        bias: bool,
-        order: Tensor | None = None,
-        gated: bool = False,
+        in_features: int,
+        heads: Mapping[str, tuple[int, int]],
+        what: str,
+        bias: bool = False,
+        activation: str | None = None,
+        orders: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """order: of the features of query and key heads, as `layers.rope.head_order` has it. gated: the rows of each
-        query head are followed by those of a gate; those of all gates come first here."""
-        size, rank = env.comm.size, env.comm.rank
-        self.num_qo_heads, self.num_kv_heads = env.share(num_qo_heads, "attention heads"), max(1, num_kv_heads // size)
-        if num_kv_heads % size and size % num_kv_heads:
-            raise ConfigError(f"--tensor-parallel-size {size} does not fit the model's {num_kv_heads} KV heads")
-        q, kv = self.num_qo_heads * head_dim * (1 + gated), self.num_kv_heads * head_dim
-        first = rank * num_kv_heads // size * head_dim
-        shape, rows = (num_kv_heads * head_dim, hidden_size), (first, first + kv)
-        shards = {
-            "q_proj.": Shard((size * q, hidden_size), (rank * q, (rank + 1) * q)),
-            "k_proj.": Shard(shape, rows, at=q),
-            "v_proj.": Shard(shape, rows, at=q + kv),
-        }
-        orders = {}
-        if order is not None or gated:
-            features = torch.arange(head_dim) if order is None else order
-            queries, *gates = torch.arange(q).view(self.num_qo_heads, 1 + gated, head_dim).unbind(1)
-            orders["q_proj."] = torch.cat([part.flatten() for part in (*gates, queries[:, features])])
-            orders["k_proj."] = torch.arange(kv).view(-1, head_dim)[:, features].flatten()
-        super().__init__(env, (q + 2 * kv, hidden_size), shards, bias, orders=orders)
-
-    def forward(self, x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
-        return self.matrix.apply(x, self.bias) if norm is None else self.matrix.norm_apply(x, norm, eps, self.bias)
-
-    def shard(self, name: str) -> Shard:
-        """What this rank holds of the layer of that name."""
-        return self._shards[name]
+        shards, at = dict[str, Shard](), 0
+        for name, (num, size) in heads.items():
+            mine = env.share(num, KV_HEADS, True) if name in ("k_proj", "v_proj") else env.share(num, what)
+            rows = mine.start * size, mine.stop * size
+            shards[f"{name}."], at = Shard((num * size, in_features), rows, at=at), at + rows[1] - rows[0]
+        super().__init__(env, (at, in_features), shards, bias, activation, orders)
 
 
 def reordered(slot: WeightSlot, order: Tensor) -> WeightSlot:
@@ -145,27 +130,13 @@ def reordered(slot: WeightSlot, order: Tensor) -> WeightSlot:
     return replace(slot, transform=taken)
 
 
-class GateUpLinear(Linear):
-    """Gate and up projection of a gated MLP, and what is made of them: activation(gate) * up."""
-
-    def __init__(self, env: LayerEnv, hidden_size: int, inner: int, bias: bool, activation: str) -> None:
-        share = env.share(inner, "features of gate_proj")
-        shape, rows = (inner, hidden_size), (env.comm.rank * share, (env.comm.rank + 1) * share)
-        shards = {"gate_proj.": Shard(shape, rows), "up_proj.": Shard(shape, rows, at=share)}
-        super().__init__(env, (2 * share, hidden_size), shards, bias, activation)
-
-    def forward(self, x: Tensor, norm: Tensor | None, eps: float) -> Tensor:
-        return self.matrix.gate_up(x, norm, eps, self.bias)
-
-
 class RowLinear(Linear):
     """Split by input columns; the sum over ranks is the result, and rank 0 adds the bias, once."""
 
     def __init__(self, env: LayerEnv, in_features: int, out_features: int, bias: bool, what: str) -> None:
-        share = env.share(in_features, what)
-        cols = (env.comm.rank * share, (env.comm.rank + 1) * share)
-        shard = Shard((out_features, in_features), (0, out_features), cols)
-        super().__init__(env, (out_features, share), {"": shard}, bias)
+        mine = env.share(in_features, what)
+        shard = Shard((out_features, in_features), (0, out_features), (mine.start, mine.stop))
+        super().__init__(env, (out_features, len(mine)), {"": shard}, bias)
 
     def forward(self, x: Tensor, residual: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
         """residual + y, in place of `residual`: rank 0 adds it, and the bias, to its part of the sum over ranks.

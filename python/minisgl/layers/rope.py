@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from minisgl.config.model import RopeConfig
+from minisgl.config.model import ModelConfig, PagedKV, RopeConfig
 from minisgl.kernel.ops import RopeAngles
 
 Tensor = torch.Tensor
@@ -26,8 +26,6 @@ class RotaryEmbedding:
     def __init__(self, config: RopeConfig, head_dim: int, device: torch.device, max_seq_len: int = 0) -> None:
         self._config, self._dim = config, config.rotary_dim or head_dim
         inv_freq, factor = inverse_frequencies(config, self._dim, max_seq_len)
-        if config.type == "none":
-            inv_freq.zero_()
         still = head_dim // 2 - len(inv_freq)  # pairs that are not rotated
         factors = torch.cat((torch.full((len(inv_freq),), factor), torch.ones(still))) * config.scale
         self._inv_freq, self._exponents = F.pad(inv_freq, (0, still)).to(device), _exponents(self._dim).to(device)
@@ -50,6 +48,13 @@ class RotaryEmbedding:
         return F.pad(inv_freq, (0, len(self._inv_freq) - inv_freq.shape[1]))
 
 
+def rotations(model: ModelConfig, device: torch.device, longest: int) -> list[RotaryEmbedding]:
+    """Of the model's tables, each for heads of those layers that have it."""
+    specs = [layer.attention for layer in model.layers]
+    dims = {spec.rope_index: spec.cache.k_dim for spec in specs if isinstance(spec.cache, PagedKV)}
+    return [RotaryEmbedding(rope, dims.get(i, model.head_dim), device, longest) for i, rope in enumerate(model.ropes)]
+
+
 class AngleTables:
     """Angles of positions from 0 on, in each of a model's tables: of all a long context has, they would fill too much.
 
@@ -65,11 +70,11 @@ class AngleTables:
         """Have those of so many positions, and more for later."""
         if length <= self._num_positions:
             return
-        self._num_positions, old = 2 * length, self._tables
-        self._tables = [rope(torch.arange(self._num_positions)) for rope in self._ropes]
-        for index, table in enumerate(self._tables):
+        self._num_positions = 2 * length
+        tables = [rope(torch.arange(self._num_positions)) for rope in self._ropes]
+        for index, table in enumerate(tables):
             self._use(index, table.cos, table.sin)
-        old.clear()  # no longer used
+        self._tables = tables  # the old ones are no longer used
 
 
 def head_order(config: RopeConfig, head_dim: int) -> Tensor | None:
@@ -88,15 +93,15 @@ def inverse_frequencies(config: RopeConfig, head_dim: int, max_seq_len: int = 0)
     sequence that there may be (docs/adr/0024-longrope-by-the-longest-sequence.md)."""
     factors = config.long_factors if max_seq_len > config.max_position and config.long_factors else config.factors
     frequency: Tensor = config.theta ** _exponents(head_dim) * torch.tensor(factors or 1.0)
-    if config.type == "linear":  # position interpolation, arXiv 2306.15595
-        return 1.0 / frequency / config.scaling["factor"], 1.0
+    inv_freq, scaling = 1.0 / frequency, config.scaling
+    if config.type in ("linear", "proportional"):  # position interpolation, arXiv 2306.15595
+        inv_freq = inv_freq / scaling.get("factor", 1.0)
+        inv_freq[int(scaling.get("partial_rotary_factor", 1.0) * head_dim // 2) :] = 0.0
     if config.type == "llama3":
-        return _llama3(1.0 / frequency, config), 1.0
-    if config.type == "longrope":  # arXiv 2402.13753
-        return 1.0 / frequency, config.scaling["attention_factor"]
+        inv_freq = _llama3(inv_freq, config)
     if config.type == "yarn":
-        return _yarn(frequency, config), _yarn_attention_factor(config.scaling)
-    return 1.0 / frequency, 1.0
+        inv_freq = _yarn(frequency, config)
+    return inv_freq, scaling.get("attention_factor", 1.0)  # longrope: arXiv 2402.13753
 
 
 def _exponents(head_dim: int) -> Tensor:
@@ -126,14 +131,3 @@ def _yarn(frequency: Tensor, config: RopeConfig) -> Tensor:
     ramp: Tensor = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     inv_freq: Tensor = ramp / (s["factor"] * frequency) + (1 - ramp) / frequency
     return inv_freq
-
-
-def _yarn_attention_factor(scaling: dict[str, float]) -> float:
-    """YaRN, section 3.4: attention temperature; `mscale` and `mscale_all_dim` as DeepSeek's checkpoints use them."""
-
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
-
-    has_both = "mscale" in scaling and "mscale_all_dim" in scaling
-    factor = mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"]) if has_both else mscale(1.0)
-    return scaling.get("attention_factor", factor)

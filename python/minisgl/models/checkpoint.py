@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from minisgl.config.locate import lfs_hint, listing, weight_files
 from minisgl.config.model import ModelConfig
+from minisgl.config.rope import TABLE
 from minisgl.errors import ConfigError
 from minisgl.formats.base import FUSED, Header, WeightSlot
 from minisgl.formats.gguf import open_slices
@@ -33,7 +34,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK_BYTES = REOPEN_BYTES = 16 << 20  # files are mapped: what was read of one is resident until it is opened anew
 # A decoder's tensors, after what may stand before them: it was a part of something larger, or had no head.
 _OUTER = r"(?:(?:model|language_model|text_model|base_model|module|_orig_mod)\.)*"
-_NAME = re.compile(_OUTER + r"(?:(lm_head\..*)|((?:layers|embed_tokens|(?:embedding_)?norm)\..*))")
+_NAME = re.compile(
+    _OUTER + r"(?:(lm_head\..*)|((?:layers|embed_tokens|(?:embedding_)?norm|\w+_per_layer|per_layer_\w+)\..*))"
+)
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)(?:\.(\w+))?")
 _STACK = re.compile(r"(.*\.experts\.)((?:gate|up|down|gate_up)_proj)(?:\.(\w+)|(_scale(?:_inv)?)|)")
 # Buffers that follow from the configuration, and state of training; scales of activations.
@@ -42,9 +45,8 @@ _IGNORED = re.compile(
     r"weight_shape|input_scale|input_zero_point)$|^mtp\."  # the latter where they are not used
 )
 _QUANTIZED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_(scale|packed|zero_point).*|absmax|quant_map|SCB)$")
-_INNER = {"1": ".gate_proj", "2": ".down_proj", "3": ".up_proj"}
-_LFM2 = {".q_layernorm.": ".q_norm.", ".k_layernorm.": ".k_norm.", ".self_attn.out_proj.": ".self_attn.o_proj."}
-_LFM2 |= {"model.embedding_norm.": "model.norm."}
+_RENAMED: dict[str, str] = TABLE["tensors"]
+_RENAMED_PARTS = re.compile(rf"(?<=\.)({'|'.join(map(re.escape, _RENAMED))})(?=\.)")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in safetensors
 
 
@@ -108,9 +110,6 @@ class Stored(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.shard.path}: tensor {self.name}"
 
 
 class Source(NamedTuple):
@@ -211,11 +210,7 @@ def our_name(name: str) -> str:
     match = _NAME.fullmatch(name)
     if match is None:
         return name
-    ours = (match[1] or f"model.{match[2]}").replace(".mlp.router.", ".mlp.gate.")
-    for theirs in (".block_sparse_moe.", ".feed_forward."):  # as Mixtral and LFM2 name theirs
-        if theirs in ours:
-            ours = re.sub(r"\.w([123])(?=\.)", lambda which: _INNER[which[1]], ours.replace(theirs, ".mlp."))
-    return re.sub("|".join(map(re.escape, _LFM2)), lambda name: _LFM2[name[0]], ours)
+    return _RENAMED_PARTS.sub(lambda part: _RENAMED[part[0]], match[1] or f"model.{match[2]}")
 
 
 def places(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int | None, int, int]]:
@@ -260,12 +255,12 @@ def load_weights(parts: Iterable[Part], checkpoint: Checkpoint) -> None:
         while waiting:
             slots, finish = waiting.popleft()
             for slot, source in zip(slots, sources, strict=False):
-                begin, end = slot.rows
-                step = _rows_at_once(slot)
+                (begin, end), step = slot.rows, _rows_at_once(slot)
                 for first in range(begin, end, step):
                     block = source.read(first, min(first + step, end))
                     if len(slot.shape) == 1 and not bool(block.isfinite().all()):
-                        raise ConfigError(f"{source.stored}: it holds NaN or infinity")
+                        where = f"{source.stored.shard.path}: tensor {source.stored.name}"
+                        raise ConfigError(f"{where}: it holds NaN or infinity")
                     _put(slot, block, first)
             del slots, slot  # which hold what packing frees
             finish()

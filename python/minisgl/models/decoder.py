@@ -13,13 +13,11 @@ from minisgl.layers.attention import Attention, GatedMLP, SparseMLP
 from minisgl.layers.base import CpuSpec, Layer, LayerEnv, Part, Tensor, whole
 from minisgl.layers.conv import GatedShortConv
 from minisgl.layers.delta import GatedDeltaNet
+from minisgl.layers.inputs import LayerInput, LayerInputs
 from minisgl.layers.linear import VocabTable
 
-_BLOCKS: dict[type, type[Attention | GatedDeltaNet | GatedShortConv]] = {
-    PagedKV: Attention,
-    DeltaNet: GatedDeltaNet,
-    ShortConv: GatedShortConv,
-}
+Block = Attention | GatedDeltaNet | GatedShortConv
+_BLOCKS: dict[type, type[Block]] = {PagedKV: Attention, DeltaNet: GatedDeltaNet, ShortConv: GatedShortConv}
 
 
 class DecoderLayer(Layer):
@@ -32,11 +30,16 @@ class DecoderLayer(Layer):
         names, self._offset = config.layers[layer].norms, config.norm_offset
         self._names = names.before_attention, names.after_attention, names.before_mlp, names.after_mlp
         self.norms = [env.vector(hidden) if name else None for name in self._names]
+        self.input = LayerInput(env, config, layer) if config.layer_inputs else None
+        self.scalar = env.vector(1) if config.layer_scalars else None
 
-    def forward(self, x: Tensor, step: StepContext) -> Tensor:
-        before_attention, after_attention, before_mlp, after_mlp = self.norms
-        x = self.self_attn.forward(x, before_attention, after_attention, step)
-        return self.mlp.forward(x, before_mlp, after_mlp)
+    def forward(self, x: Tensor, step: StepContext, inputs: Tensor | None = None) -> Tensor:
+        """x: [num_tokens, hidden]; inputs: [num_tokens, layers, features], of `LayerInputs` → the new stream."""
+        x = self.self_attn.forward(x, *self.norms[:2], step)
+        x = self.mlp.forward(x, *self.norms[2:])
+        if self.input is not None and inputs is not None:
+            x = self.input.forward(x, inputs)
+        return x if self.scalar is None else x.mul_(self.scalar)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
         yield from self.self_attn.weights(f"{prefix}{self.self_attn.name}.")
@@ -44,14 +47,17 @@ class DecoderLayer(Layer):
         for name, norm in zip(self._names, self.norms, strict=True):
             if norm is not None:
                 yield whole(f"{prefix}{name}.weight", norm, self._offset)
+        if self.input is not None:
+            yield from self.input.weights(prefix)
+        if self.scalar is not None:
+            yield whole(f"{prefix}layer_scalar", self.scalar)
 
     def cpu_spec(self) -> CpuSpec | None:
         attention, mlp = self.self_attn.cpu_spec(), self.mlp.cpu_spec()
-        if attention is None or mlp is None:
+        if attention is None or mlp is None or self.input is not None or self.scalar is not None:
             return None
-        before_attention, after_attention, before_mlp, after_mlp = self.norms
-        attention = replace(attention, norms=(before_attention, after_attention))
-        return CpuSpec(blocks=(attention, replace(mlp, norms=(before_mlp, after_mlp))))
+        norms = tuple(self.norms)
+        return CpuSpec(blocks=(replace(attention, norms=norms[:2]), replace(mlp, norms=norms[2:])))
 
 
 class DecoderModel:
@@ -60,6 +66,7 @@ class DecoderModel:
     def __init__(self, env: LayerEnv, config: ModelConfig) -> None:
         self.config, self._eps = config, config.rms_norm_eps
         self.embed_tokens = VocabTable(env, config.vocab_size, config.hidden_size)
+        self.inputs = LayerInputs(env, config) if config.layer_inputs else None
         self.layers = [DecoderLayer(env, config, i) for i in range(config.num_layers)]
         self.norm = env.vector(config.hidden_size)
         self.lm_head = self.embed_tokens
@@ -74,8 +81,9 @@ class DecoderModel:
         x = self.embed_tokens.forward(input_ids)
         if self.config.embedding_scale != 1:
             x *= self.config.embedding_scale
+        inputs = self.inputs.forward(input_ids, x) if self.inputs is not None else None
         for layer in self.layers:
-            x = layer.forward(x, step)
+            x = layer.forward(x, step, inputs)
         return x
 
     def pooled(self, x: Tensor, kind: str) -> Tensor:
@@ -107,6 +115,8 @@ class DecoderModel:
     def parts(self) -> Iterator[Part]:
         """All that is to be filled. No more than one part is in memory both as it was loaded and as it is packed."""
         yield Part([*self.embed_tokens.weights("model.embed_tokens.")], self.embed_tokens.pack)
+        if self.inputs is not None:
+            yield Part([*self.inputs.weights("model.")], self.inputs.pack)
         for i, layer in enumerate(self.layers):
             yield Part([*layer.weights(f"model.layers.{i}.")], layer.pack)
         last = whole("model.norm.weight", self.norm, self.config.norm_offset, self.config.logit_scale)
