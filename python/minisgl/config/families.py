@@ -168,7 +168,7 @@ def _layers(f: FamilyFields, family: Family) -> tuple[tuple[LayerSpec, ...], tup
     window = f.integer("sliding_window", None) if f.boolean("use_sliding_window", True) else None
     ropes, rope_of_layer, longest = _ropes(f, family, kinds)
     cap, is_same = f.number("attn_logit_softcapping", None, above=0), f.boolean("attention_k_eq_v", False)
-    alike = cap, family.sinks, family.gates_attention, family.value_norms
+    alike = cap, family.sinks, family.gates_attention, None, family.value_norms
     full = specs.AttentionSpec(_heads(f, kinds), None, 0, *alike, values_are_keys=is_same)
     other = specs.AttentionSpec(_state(f, family) or _heads(f), window, 0, *alike)
     num_own = len(kinds) - f.integer("num_kv_shared_layers", 0, 0, len(kinds) - 1)

@@ -59,10 +59,10 @@ class AttentionSpec:
     rope_index: int = 0  # of `ModelConfig.ropes`
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     sinks: bool = False  # a weight of each head takes part in the softmax
+    gated: bool = False  # what comes out is multiplied with the sigmoid of gates, which are projected beside queries
     source: int | None = None  # the layer whose keys and values it attends to; None: its own
     value_norms: bool = False  # values are normalised, too, without a weight
     values_are_keys: bool = False  # before norm and rotation
-    gated: bool = False  # what comes out is multiplied with the sigmoid of gates, which are projected beside queries
 
 
 @dataclass(frozen=True, slots=True)

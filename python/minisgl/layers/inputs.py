@@ -23,7 +23,7 @@ class LayerInputs(Layer):
 
     def forward(self, ids: Tensor, x: Tensor) -> Tensor:
         """ids: [num_tokens]; x: [num_tokens, hidden], what they are embedded as → [num_tokens, layers, features]."""
-        own, shared = (part.unflatten(-1, (-1, self._size)) for part in (self.table.forward(ids), self.proj.project(x)))
+        own, shared = (part.view(len(ids), -1, self._size) for part in (self.table.forward(ids), self.proj.project(x)))
         shared = self._ops.rms_norm(shared * self._scale, self.norm, self._eps)
         return (shared + own * self._size**0.5) * 2**-0.5
 

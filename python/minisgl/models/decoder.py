@@ -35,8 +35,8 @@ class DecoderLayer(Layer):
 
     def forward(self, x: Tensor, step: StepContext, inputs: Tensor | None = None) -> Tensor:
         """x: [num_tokens, hidden]; inputs: [num_tokens, layers, features], of `LayerInputs` → the new stream."""
-        x = self.self_attn.forward(x, *self.norms[:2], step)
-        x = self.mlp.forward(x, *self.norms[2:])
+        x = self.self_attn.forward(x, self.norms[0], self.norms[1], step)
+        x = self.mlp.forward(x, self.norms[2], self.norms[3])
         if self.input is not None and inputs is not None:
             x = self.input.forward(x, inputs)
         return x if self.scalar is None else x.mul_(self.scalar)
