@@ -96,7 +96,7 @@ def _quantized(source: Path, bits: int, text: str) -> tuple[Tensors, bool]:
     model = read_model_config(source)
     if model.packed_bytes:
         raise ConfigError(f"{source}: its weights are quantized already")
-    checkpoint, linear, made = Checkpoint(source), _Linear(), Tensors()
+    checkpoint, linear, made = Checkpoint(source, model), _Linear(), Tensors()
     model = checkpoint.untied(model)
     decoder = DecoderModel(LayerEnv(Communicator(), TorchOps(), torch.float32, _META, linear), model)
     slots = [slot for part in decoder.parts() for slot in part.slots]

@@ -77,9 +77,9 @@ def test_a_layer_with_a_forward_of_its_own_is_asked(monkeypatch: pytest.MonkeyPa
     path, calls = tiny_model("llama"), []
 
     class Watched(decoder.DecoderLayer):
-        def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, step: StepContext, inputs: torch.Tensor | None = None) -> torch.Tensor:
             calls.append(len(x))
-            return super().forward(x, step)
+            return super().forward(x, step, inputs)
 
     tokens = random_prompt(5)
     expected = engine_logits(path, tokens, **CPU_KERNELS)

@@ -57,7 +57,7 @@ def loaded(
     env = LayerEnv(comm or Communicator(), ops or TorchOps(), torch.float32, CPU, weight_format)
     with torch.inference_mode():
         model = DecoderModel(env, engine_config(path).model)
-        load_weights(model.parts(), Checkpoint(path))
+        load_weights(model.parts(), Checkpoint(path, model.config))
     return model
 
 

@@ -34,7 +34,7 @@ class ModelShard:
         self.config, self.device, self.comm, self.ops = config, device, comm, ops
         start = time.perf_counter()
         with torch.inference_mode():
-            checkpoint = None if config.dummy_weight else Checkpoint(config.model_path)
+            checkpoint = None if config.dummy_weight else Checkpoint(config.model_path, config.model)
             weight_format = create_format(config, device, checkpoint.header() if checkpoint else {})
             env = LayerEnv(comm, ops, DTYPES[config.dtype], device, weight_format)
             self.model = DecoderModel(env, checkpoint.untied(config.model) if checkpoint else config.model)

@@ -83,9 +83,7 @@ class Attention(Layer):
             part.copy_((part.float() * scale).to(part.dtype) * weight)
 
     def weights(self, prefix: str) -> Iterator[WeightSlot]:
-        for slot in self.qkv_proj.weights(prefix):
-            is_key = self._spec.values_are_keys
-            yield replace(slot, name=slot.name.replace(".v_proj.", ".k_proj.")) if is_key else slot
+        yield from self.qkv_proj.weights(prefix)
         yield from self.o_proj.weights(f"{prefix}o_proj.")
         if self.sinks is not None:
             rows = self._heads.start, self._heads.stop

@@ -127,7 +127,7 @@ class Source(NamedTuple):
 class Checkpoint:
     """The tensors of a model directory. Raises: ConfigError naming a file that is missing or cannot be read."""
 
-    def __init__(self, model_dir: str | Path) -> None:
+    def __init__(self, model_dir: str | Path, model: ModelConfig | None = None) -> None:
         self._source = str(model_dir)
         self._stored: dict[str, Stored] = {}
         self._shards = [Shard(path) for path in weight_files(Path(model_dir))]
@@ -136,6 +136,8 @@ class Checkpoint:
                 ours = our_name(stored.name)
                 if ours == stored.name or ours not in self._stored:
                     self._stored[ours] = stored
+        if model is not None and any(layer.attention.values_are_keys for layer in model.layers):  # and not stored twice
+            self._stored = {n.replace(".k_proj.", ".v_proj."): s for n, s in self._stored.items()} | self._stored
 
     def untied(self, model: ModelConfig) -> ModelConfig:
         """`model`, whose head is its own where the file has one that differs from the embedding, whatever the
