@@ -226,7 +226,7 @@ def places(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[s
     for fused, parts in FUSED.items():
         part = next((part for part in parts if f".{part}." in name), None)
         if part is not None:
-            sizes = [shapes[name.replace(f".{part}.", f".{sibling}.")][0] for sibling in parts]
+            sizes = [shapes.get(name.replace(f".{part}.", f".{sibling}."), (0,))[0] for sibling in parts]
             first = sum(sizes[: parts.index(part)])
             for stored, expert in alone:
                 yield stored.replace(f".{part}", f".{fused}"), expert, first, sum(sizes)
