@@ -36,7 +36,7 @@ class SimulatedHandle:
 
 class SimulatedEngine:
     """An `Executor`. `fail_next`: the next step raises; `poison`: sampled tokens of these rows are not finite;
-    `unready`: masks of these rows are not there.
+    `unready`: masks of these rows are not there; `missing`: nor those of these samples of the next step.
 
     After a failed step the KV that later steps write is garbage, until the planner has been told (`broken = False`).
     With `has_states` each row has a state, too, which remembers the tokens that it has seen and for which salt; so do
@@ -50,6 +50,7 @@ class SimulatedEngine:
         self.broken = False
         self.poison: list[int] = []
         self.unready: list[int] = []
+        self.missing: list[int] = []
         self.num_steps = 0
         self.max_step_tokens = 0
         max_pages = -(-(config.max_seq_len + 1) // config.page_size)
@@ -120,11 +121,11 @@ class SimulatedEngine:
             for position in range(end):
                 known = self._salts[row], ids[: position + 1]
                 assert self._kv.get(self._slot(row, position)) == known, "someone else's KV is read"
-            masked, count = row in self.unready, sum(map(len, sampled))
+            is_unready, count = row in self.unready, sum(map(len, sampled))
             samples = [next_token(ids[: end + 1 - i], self.vocab_size) for i in range(num_samples, 0, -1)]
             self._tokens[row, end + 1 - num_samples : end + 1] = samples
             for i in range(num_samples):
-                if masked and count + i in plan.masked:
+                if count + i in plan.masked and (is_unready or count + i in self.missing):
                     self._tokens[row, end + 1 - num_samples + i] = 0
                     samples[i] = NOT_READY
             if num_samples:

@@ -94,14 +94,17 @@ def test_dear_masks_slow_nobody_else(llm: LLM, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_waiting_changes_no_token(words_path: Path, monkeypatch: pytest.MonkeyPatch, tp_size: int) -> None:
-    """All masks within the steps, or none of them; with and without overlap; on one rank or two."""
+    """All masks within the steps, or none of them; with and without overlap, and drafts; on one rank or two."""
     prompts = [[10 + i, 20, 30] for i in range(9)]
     each = [params(i, 12, (DEAR, CHEAP, None)[i % 3]) for i in range(9)]
     outputs = []
-    for share, overlap in ((1e6, True), (0.0, True), (0.0, False))[: 4 - tp_size]:
+    setups = (1e6, True, "ngram"), (0.0, True, "off"), (0.0, False, "ngram")
+    for share, overlap, speculate in setups[: 4 - tp_size]:
         monkeypatch.setattr("minisgl.scheduler.grammar.CPU_SHARE", (share, 0.0))
+        monkeypatch.setattr("minisgl.scheduler.grammar.CHEAP_SHARE", min(share, 0.4))
         options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "num_pages": 4096, "tp": tp_size}
-        with LLM(str(words_path), dummy_weight=True, disable_overlap=not overlap, **options) as llm:
+        options |= {"disable_overlap": not overlap, "speculate": speculate}
+        with LLM(str(words_path), dummy_weight=True, **options) as llm:
             outputs.append([output.token_ids for output in llm.generate(prompts, each, progress=False)])
     assert all(ids == outputs[0] for ids in outputs[1:])
     assert all(len(ids) == 12 for ids in outputs[0])

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from minisgl import LLM, SamplingParams
 from minisgl.core import FinishReason, Grammar
+from minisgl.scheduler.plan import Planned
+from minisgl.scheduler.planner import Planner
 from tests.schemas import schemas
 
 PERSON = {
@@ -72,6 +74,36 @@ def test_retraction_keeps_the_place_in_the_grammar() -> None:
     for output, single in zip(outputs, alone, strict=True):
         assert re.fullmatch("([a-z]{5}-){12}end", output.text)
         assert output.token_ids == single.token_ids
+
+
+@pytest.fixture(scope="module")
+def speculating() -> Iterator[LLM]:
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_running_requests": 16, "page_size": 1}
+    with LLM(speculate="ngram", num_pages=4096, **options) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_change_nothing(llm: LLM, speculating: LLM, monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    """Tokens that a grammar prescribes come several in a step, and guesses are verified with masks."""
+    kinds = [PERSON, Grammar("regex", "(abc[0-9]def){12}"), Grammar("choice", '["yes, of course", "no, never"]')]
+    each = [params(kinds[i % 3], seed=i, temperature=temperature) for i in range(6)]
+    each += [replace(each[i], grammar=None, max_tokens=60) for i in range(2)]
+    prompts = [[10 + i, 20 + i, 30, 10 + i, 20 + i] for i in range(8)]
+    expected = llm.generate(prompts, each, progress=False)
+    num_drafted, plan = [0], Planner.plan
+
+    def watched(planner: Planner) -> Planned | None:
+        planned = plan(planner)
+        if planned is not None:
+            shares = zip(planned.reqs, planned.plan.reqs, strict=True)
+            num_drafted[0] += sum(share.num_samples > 1 for req, share in shares if req.params.grammar is not None)
+        return planned
+
+    monkeypatch.setattr(Planner, "plan", watched)
+    outputs = speculating.generate(prompts, each, progress=False)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+    assert num_drafted[0] > 20, "nothing was drafted"
 
 
 def test_an_abort_leaves_nothing_behind(llm: LLM) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -12,16 +13,18 @@ import numpy as np
 import pytest
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import FinishReason, Grammar, Masks, SamplingParams, StepPlan
+from minisgl.core import FinishReason, Grammar, Masks, Req, SamplingParams, StepPlan
 from minisgl.errors import RequestError
 from minisgl.grammar.store import CompiledGrammar
 from minisgl.message.messages import AbortMsg, ErrorReply, UserMsg, pack_ids, unpack_ids
+from minisgl.scheduler.drafters import Drafter
 from minisgl.scheduler.grammar import Grammars
 from minisgl.scheduler.scheduler import Scheduler
+from minisgl.scheduler.speculation import Speculation
 from minisgl.scheduler.transport import LocalTransport
 from tests.simulator import SimulatedEngine, SimulatedHandle, expected_output
 
-VOCAB = 64
+VOCAB, POISON, REFUSED = 64, 62, 63  # the simulated engine makes none above 49
 CONFIG = SchedulerConfig(
     max_running_requests=4,
     max_prefill_length=16,
@@ -34,28 +37,43 @@ CONFIG = SchedulerConfig(
 
 
 class FakeMatcher:
-    """Remembers what it is told. It breaks after `limit` tokens. A mask takes so many seconds of a core."""
+    """Remembers what it is told. It breaks after `limit` tokens, and after one that is poison; one it does not take. A
+    mask takes so many seconds of a core. script: the output; of each three tokens of it two are prescribed."""
 
-    def __init__(self, limit: int, seconds: float = 0.0) -> None:
-        self.limit, self.seconds, self.seen = limit, seconds, []  # type: ignore[var-annotated]
+    def __init__(self, limit: int, seconds: float = 0.0, script: Sequence[int] = ()) -> None:
+        self.limit, self.seconds, self.seen, self.script = limit, seconds, list[int](), list(script)
         self.at_work, self.is_new = 0, True
 
     def deep_copy(self) -> FakeMatcher:
         """This one is the first request's."""
         self.is_new, is_new = False, self.is_new
-        return self if is_new else FakeMatcher(self.limit, self.seconds)
+        return self if is_new else FakeMatcher(self.limit, self.seconds, self.script)
 
     def is_stopped(self) -> bool:
         return False
 
     def is_error(self) -> bool:
-        return len(self.seen) >= self.limit
+        return len(self.seen) >= self.limit or POISON in self.seen
 
     def get_error(self) -> str:
         return "too complex\nand more"
 
     def consume_tokens(self, ids: list[int]) -> bool:
         self.seen += ids
+        return True
+
+    def compute_ff_tokens(self) -> list[int]:
+        begin = len(self.seen)
+        return self.script[begin : begin + 2 - begin % 3]
+
+    def try_consume_tokens(self, ids: list[int]) -> int:
+        if ids == [REFUSED]:
+            return 0
+        self.seen += ids
+        return len(ids)
+
+    def rollback(self, num_tokens: int) -> bool:
+        del self.seen[-num_tokens:]
         return True
 
     def unsafe_compute_mask_ptr(self, pointer: int, size: int) -> None:
@@ -93,22 +111,31 @@ class MaskedEngine(SimulatedEngine):
     def submit(self, plan: StepPlan, masks: Masks | None = None) -> SimulatedHandle:
         if plan.masked:
             assert masks is not None
-            words = [masks[i] for i in range(len(plan.masked))]
-            sampling = [req.row for req in plan.reqs if req.num_samples]
-            self.unready = [sampling[i] for i, row in zip(plan.masked, words, strict=True) if not len(row)]
-            self.words += [int(row[0]) & 255 for row in words if len(row)]
+            words = dict(zip(plan.masked, (masks[i] for i in range(len(plan.masked))), strict=True))
+            self.missing = [sample for sample, row in words.items() if not len(row)]
+            self.words += [int(row[0]) & 255 for row in words.values() if len(row)]
         return super().submit(plan, masks)
 
 
 class Loop:
-    def __init__(self, limit: int = 1000, overlap: bool = True, seconds: float = 0.0, cost: float = 0.0) -> None:
-        self.store, self.matcher, self.cost = FakeStore(), FakeMatcher(limit, seconds), cost
-        grammars = Grammars(self.store)  # type: ignore[arg-type]
+    def __init__(
+        self,
+        limit: int = 1000,
+        overlap: bool = True,
+        seconds: float = 0.0,
+        cost: float = 0.0,
+        script: Sequence[int] = (),
+        drafter: Drafter | None = None,
+    ) -> None:
+        self.store, self.matcher, self.cost = FakeStore(), FakeMatcher(limit, seconds, script), cost
+        grammars = Grammars(self.store, tells_forced=bool(script))  # type: ignore[arg-type]
         self.grammars = grammars
         self.transport = LocalTransport(grammars=grammars)
         config = SchedulerConfig(**{name: getattr(CONFIG, name) for name in CONFIG.__slots__} | {"overlap": overlap})
         self.engine = MaskedEngine(config)
         self.scheduler = Scheduler(config, self.engine, self.transport)
+        if drafter is not None:
+            self.scheduler.planner.speculation = Speculation(config, drafter)
         self.outputs: dict[int, list[Any]] = {}
 
     def compiled(self) -> None:
@@ -326,3 +353,51 @@ def test_a_grammar_that_is_slow_again_and_again_ends_with_an_error(monkeypatch: 
     assert last.finish_reason is FinishReason.ERROR and last.error_status == 400 and "too slow" in last.error
     assert 3 <= len(loop.ids(1)) < 10
     assert loop.ids(2) == expected_output([4, 5], 8, ())
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_prescribed_tokens_are_drafted(overlap: bool) -> None:
+    """They come several in a step, which changes nothing of what is said; masks are those of their positions."""
+    truth = expected_output([1, 2, 3], 24, ())
+    loop = Loop(overlap=overlap, script=truth)
+    loop.compiled()
+    loop.put(1, [1, 2, 3], max_tokens=21)
+    loop.turn_until_idle()
+    assert loop.ids(1) == truth and loop.matcher.seen == truth[: len(loop.matcher.seen)]
+    assert loop.engine.num_steps < 18
+    assert sorted({*loop.engine.words}) == [*range(21)], "a token was sampled with another one's mask"
+
+
+@pytest.mark.parametrize("wrong", [REFUSED, POISON, 50])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_draft_that_does_not_match_changes_nothing(wrong: int, overlap: bool) -> None:
+    """The grammar refuses a token of it, breaks by it, or takes what is not sampled."""
+    truth = expected_output([1, 2, 3], 24, ())
+
+    class Wrong:
+        def propose(self, req: Req, num_pending: int, most: int) -> list[int]:
+            begin = len(req.tokens) - req.prompt_len + num_pending
+            return [*truth[begin : begin + begin % 3], wrong, wrong][:most]
+
+        def forget(self, uid: int) -> None: ...
+
+    loop = Loop(overlap=overlap, drafter=Wrong())
+    loop.compiled()
+    loop.put(1, [1, 2, 3], max_tokens=21)
+    loop.put(2, [4, 5], grammar=False, max_tokens=21)
+    loop.turn_until_idle()
+    assert loop.ids(1) == truth and loop.outputs[1][-1].finish_reason is FinishReason.LENGTH
+    assert loop.ids(2) == expected_output([4, 5], 23, ())
+    assert loop.engine.num_steps < 40 and not loop.grammars.outputs
+
+
+@pytest.mark.parametrize("after", range(0, 12, 2))
+def test_an_abort_between_drafts_leaves_nothing_behind(after: int) -> None:
+    loop = Loop(script=expected_output([1, 2, 3], 33, ()))
+    loop.compiled()
+    loop.put(1, [1, 2, 3], max_tokens=30)
+    loop.turn(after)
+    loop.transport.put([AbortMsg(1)])
+    loop.turn_until_idle()
+    assert sum(message.finish_reason is not None for message in loop.outputs[1]) == 1
+    assert not loop.grammars.outputs and not loop.scheduler.planner.speculation.is_on

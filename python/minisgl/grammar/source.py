@@ -211,7 +211,8 @@ def load_vocabulary(config: VocabularyConfig) -> Vocabulary:
         special = {token["content"]: token["id"] for token in data["added_tokens"]}
         _rename_added(data)
         ends = [token for token in config.eos_token_ids if token < config.vocab_size]
-        return Vocabulary(LLTokenizer(json.dumps(data), n_vocab=config.vocab_size, eos_token=ends), special)
+        tokenizer = LLTokenizer(json.dumps(data), config.vocab_size, ends, _TABLE["slices"])
+        return Vocabulary(tokenizer, special)
     except Exception as error:  # whatever the two libraries find wrong with the file
         raise ConfigError(f"structured output cannot use this model's tokenizer: {error}") from error
 

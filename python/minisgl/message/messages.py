@@ -122,6 +122,13 @@ class ResumeMsg(Message, frozen=True):
     paced: bool
 
 
+class ForcedMsg(Message, frozen=True):
+    """From rank 0: from this position of a request on, its grammar prescribes these tokens."""
+
+    position: int
+    token_ids: bytes
+
+
 class PingMsg(Message, frozen=True):
     """A health check: through tokenizer, scheduler (then `back`) and detokenizer, also while a step is running."""
 
@@ -154,7 +161,7 @@ class TraceMsg(Message, frozen=True):
 
 BackendMsg = UserMsg | AbortMsg | PingMsg | StatsMsg | FlushMsg | TraceMsg
 backend_codec: Codec[BackendMsg] = Codec(BackendMsg)
-RankMsg = UserMsg | AbortMsg | FlushMsg | ResumeMsg  # to all ranks alike
+RankMsg = UserMsg | AbortMsg | FlushMsg | ResumeMsg | ForcedMsg  # to all ranks alike
 
 
 class RankBatch(Part, frozen=True):

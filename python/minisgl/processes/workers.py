@@ -121,7 +121,8 @@ def load_rank(engine_config: EngineConfig, config: SchedulerConfig, rendezvous: 
             vocabulary = VocabularyConfig(
                 engine_config.model_path, engine_config.model.vocab_size, config.eos_token_ids
             )
-            grammars = Grammars(GrammarStore(vocabulary) if rank == 0 else None, engine_config.device == "cuda")
+            store = GrammarStore(vocabulary) if rank == 0 else None
+            grammars = Grammars(store, engine_config.device == "cuda", tells_forced=config.speculate != "off")
             config = replace(config, num_pages=engine.num_pages, integrity_fatal=env_bool("MINISGL_INTEGRITY_FATAL"))
             return Rank(engine, grammars, config, engine_config.tp_size)
         except BaseException:

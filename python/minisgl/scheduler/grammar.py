@@ -2,7 +2,8 @@
 
 The other ranks hear of such a request when its grammar is ready, and never of one that is refused: when that is depends
 on the clock, and the planner must not. So it is with masks: one that is not ready in time sits the step out, and all
-ranks are told when it is there (docs/adr/0018-rows-that-wait.md).
+ranks are told when it is there (docs/adr/0018-rows-that-wait.md). And so it is with tokens that a grammar prescribes,
+which the planners draft (docs/adr/0027-prescribed-tokens.md).
 """
 
 from __future__ import annotations
@@ -13,19 +14,16 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-from llguidance import LLMatcher
 
 from minisgl.core import NOT_READY, FinishReason, Req, ReqOutput, StepHandle, StepPlan
 from minisgl.errors import EngineError, RequestError
-from minisgl.grammar.source import one_line
 from minisgl.grammar.store import CompiledGrammar, GrammarStore, yield_to_others
-from minisgl.message.messages import AbortMsg, DetokenizeMsg, ErrorReply, RankMsg, ResumeMsg, UserMsg
+from minisgl.message import messages as wire
+from minisgl.scheduler.matching import NO_WORDS, Matching, Words
 from minisgl.scheduler.plan import Planned
 from minisgl.utils.math import div_ceil
 
@@ -37,53 +35,40 @@ _STEP_SECONDS = 30.0  # for a step to end; if it takes longer, another process h
 # Of the time between the masks of two steps, beyond so many seconds, what masks may take. On a CPU nothing else of
 # the step goes on meanwhile. A GPU computes, but the host cannot plan the next step.
 CPU_SHARE, _GPU_SHARE = (0.1, 0.0), (0.5, 0.002)
+# Masks that take so few seconds may take more of it: a row that sits out has been computed in vain, for more than that.
+CHEAP_SECONDS, CHEAP_SHARE = 0.0001, 0.4
 _LONGEST_INTERVAL = 0.05  # seconds between steps that count; more is idleness
 _PACED_SHARE = 0.15  # of the time of steps that others are in: what those with masks of rows that wait may take longer
 # What the masks of one request may take beyond a millisecond each, in seconds of a core.
 FREE_SECONDS, MOST_SECONDS = 0.001, 10.0
 
 Submitted = tuple[Planned, StepHandle]
-Reply = DetokenizeMsg | ErrorReply
-Words = npt.NDArray[np.int32]
-_NOT_READY: Words = np.empty(0, np.int32)
-
-
-@dataclass(slots=True)
-class _Output:
-    """How far a request's output has got in its grammar."""
-
-    grammar: CompiledGrammar  # held, so that the store keeps it while the request waits
-    matcher: LLMatcher | None = None
-    num_tokens: int = 0  # of the output, that the matcher has taken
-    error: str | None = None  # its request is being ended
-    cost: float = 0.0  # seconds of a core that the next mask may take; before the first as its grammar's others
-    seconds: float = 0.0  # beyond what masks may take, altogether
-    job: Future[Words] | None = None  # computes a mask that was not there in time
-    ready: tuple[int, Words] = (-1, _NOT_READY)  # the last mask, and its token's position
+Reply = wire.DetokenizeMsg | wire.ErrorReply
 
 
 class _Row(NamedTuple):
-    """A token to be sampled: at position `length` of the request."""
+    """A token to be sampled: at position `length` of the request, and one behind each token of a draft for these."""
 
     req: Req
-    output: _Output
+    output: Matching
     length: int
+    draft: tuple[int, ...] = ()
 
 
 class Grammars:
     """Owns the matcher of every request with a grammar that was let in, by uid.
 
-    store: None refuses them all. is_gpu: a GPU computes meanwhile, see `Masks`. A matcher knows the output that it has
-    seen, so a retraction does not touch it.
+    store: None refuses them all. is_gpu: a GPU computes meanwhile, see `Masks`. tells_forced: planners are told which
+    tokens are prescribed. A matcher knows the output that it has seen, so a retraction does not touch it.
     """
 
-    def __init__(self, store: GrammarStore | None, is_gpu: bool = False) -> None:
-        self._store = store
-        self._held: dict[int, tuple[UserMsg, Future[CompiledGrammar]]] = {}
-        self.outputs: dict[int, _Output] = {}
-        self._waiting: dict[int, _Output] = {}  # those that the planner holds
+    def __init__(self, store: GrammarStore | None, is_gpu: bool = False, tells_forced: bool = False) -> None:
+        self._store, self._tells_forced = store, tells_forced
+        self._held: dict[int, tuple[wire.UserMsg, Future[CompiledGrammar]]] = {}
+        self.outputs: dict[int, Matching] = {}
+        self._waiting: dict[int, Matching] = {}  # those that the planner holds
         self._replies: list[Reply] = []
-        self._aborts: deque[AbortMsg] = deque()
+        self._news: deque[wire.AbortMsg | wire.ForcedMsg] = deque()
         num_threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2))
         # Cheap ones do not wait for the others.
         self._threads = [ThreadPoolExecutor(n, "minisgl-masks", yield_to_others) for n in (1, num_threads)]
@@ -105,18 +90,19 @@ class Grammars:
         jobs: list[Future[Any]] = [output.job for output in self._waiting.values() if output.job is not None]
         wait(jobs + [future for _, future in self._held.values()], _WAIT_SECONDS, FIRST_COMPLETED)
 
-    def admit(self, messages: Sequence[RankMsg]) -> tuple[list[RankMsg], list[Reply]]:
+    def admit(self, messages: Sequence[wire.RankMsg]) -> tuple[list[wire.RankMsg], list[Reply]]:
         """What the planners are told, of these messages and those held back until now; and who is not let in, why."""
-        admitted: list[RankMsg] = [self._aborts.popleft() for _ in range(len(self._aborts))]
+        admitted: list[wire.RankMsg] = [self._news.popleft() for _ in range(len(self._news))]
         may_resume = time.perf_counter() >= self._next_masks
         for uid in [uid for uid, own in self._waiting.items() if may_resume and (own.job is None or own.job.done())]:
-            cost = self._late_cost + self._waiting.pop(uid).cost
-            admitted.append(ResumeMsg(uid, paced=cost > self._budget / 2))
-            self._late_cost = min(cost, self._budget)
+            own = self._waiting.pop(uid)
+            cost, most = self._late_cost + own.cost, self._most(own)
+            admitted.append(wire.ResumeMsg(uid, paced=cost > most / 2))
+            self._late_cost = min(cost, most)
         for message in messages:
-            if isinstance(message, UserMsg) and message.params.grammar is not None:
+            if isinstance(message, wire.UserMsg) and message.params.grammar is not None:
                 self._hold(message)
-            elif not (isinstance(message, AbortMsg) and self._release(message.uid)):
+            elif not (isinstance(message, wire.AbortMsg) and self._release(message.uid)):
                 admitted.append(message)
         for uid in [uid for uid, (_, future) in self._held.items() if future.done()]:
             message, future = self._held.pop(uid)
@@ -132,8 +118,10 @@ class Grammars:
         self._pace(plan, has_others=len(plan.masked) < len(plan.reqs))
         if not plan.masked or self._store is None:
             return None
-        reqs = planned.sampling
-        rows = [_Row(reqs[i], self.outputs[reqs[i].uid], reqs[i].num_tokens - 1) for i in plan.masked]
+        drafts, rows = {draft.row: draft.ids for draft in plan.drafts}, list[_Row]()
+        for req, share in zip(planned.reqs, plan.reqs, strict=True):
+            if share.num_samples and req.params.grammar is not None:
+                rows.append(_Row(req, self.outputs[req.uid], req.num_tokens - 1, drafts.get(req.row, ())))
         return LateMasks(self, plan, rows, [step for step in submitted if step[0].plan.masked])
 
     def _pace(self, plan: StepPlan, *, has_others: bool) -> None:
@@ -146,7 +134,8 @@ class Grammars:
 
     def finish(self, outputs: list[ReqOutput]) -> list[ReqOutput]:
         """What there is to tell. Requests that end are forgotten, and those that this class has ended get their reason.
-        Of those that are held the next masks are computed."""
+        Of those that are held the next masks are computed; of those of which nothing is in flight planners are to know
+        now what is prescribed."""
         if not self.outputs:
             return outputs
         told = []
@@ -157,42 +146,49 @@ class Grammars:
                 self._waiting.pop(req.uid, None)
                 if own.error is not None and output.finish_reason is FinishReason.ABORT:
                     output = output._replace(finish_reason=FinishReason.ERROR, error=own.error, error_status=400)
-            elif own is not None and req.held and req.num_inflight == req.num_stale:
-                self._waiting[req.uid] = own
-                if own.ready[0] != len(req.tokens) and (own.job is None or own.job.done()):
-                    ids = req.tokens[req.prompt_len + own.num_tokens :]
-                    self._start(_Row(req, own, len(req.tokens)), ids)
+            elif own is not None and req.num_inflight == req.num_stale:
+                row, ids = _Row(req, own, len(req.tokens)), req.tokens[req.prompt_len + own.num_tokens :]
+                if req.held:
+                    self._waiting[req.uid] = own
+                    if own.ready[0] != len(req.tokens) and (own.job is None or own.job.done()):
+                        self._start(row, ids)
+                elif self._tells_forced and not own.grammar.lock.locked():
+                    self._follow(row, ids, num_words=0)
             if output.token_ids or output.finish_reason is not None:
                 told.append(output)
         return told
 
     def compute(self, plan: StepPlan, rows: Sequence[_Row], new_ids: Sequence[list[int] | None]) -> list[Words]:
-        """The words of a step's rows, for `LateMasks`, which call it in the order of the steps. new_ids: tokens that
-        their matchers have not taken yet; None where one of them was not sampled."""
+        """The words of a step's samples that have masks, for `LateMasks`, which call it in the order of the steps.
+        new_ids: tokens that the rows' matchers have not taken yet; None where one of them was not sampled."""
         interval = (time.perf_counter() - self._last_time) / max(1, plan.step_id - self._last_step)
         self._interval += (min(interval, _LONGEST_INTERVAL) - self._interval) / 8
         self._last_step, self._late_cost, start = plan.step_id, 0.0, time.thread_time()
         self._budget = max(0.0, self._share * (self._interval - self._unshared))
-        left = self._budget if len(plan.reqs) > 1 else float("inf")
-        words = [_NOT_READY] * len(rows)
+        is_alone = len(plan.reqs) == 1
+        words = [[NO_WORDS] * (1 + len(row.draft)) for row in rows]
         for row in rows:
             if row.output.matcher is None:
-                row.output.cost = row.output.grammar.cost
+                row.output.cost = max(row.output.cost, row.output.grammar.cost)
         for index in sorted(range(len(rows)), key=lambda index: rows[index].output.cost):
             row, ids, output = rows[index], new_ids[index], rows[index].output
             if output.ready[0] == row.length:
-                words[index] = output.ready[1]
+                words[index][0] = output.ready[1]
             elif ids is None or (output.job is not None and not output.job.done()):
                 continue
-            elif output.grammar.lock.locked() or (
-                output.error is None and output.cost > left - (time.thread_time() - start)
+            elif not output.grammar.lock.locked() and (
+                is_alone or output.error is not None or output.cost + time.thread_time() - start <= self._most(output)
             ):
-                self._start(row, ids)
-            else:
                 words[index] = self._mask(row, ids)
                 self._late_cost += output.cost
+            else:
+                self._start(row._replace(draft=()), ids)
         self._last_time = time.perf_counter()  # what masks have taken does not count: they would get ever more
-        return words
+        return [*chain.from_iterable(words)]
+
+    def _most(self, output: Matching) -> float:
+        """Seconds that the masks of a step may take, to the end of this one's."""
+        return max(self._budget, CHEAP_SHARE * self._interval * (output.cost <= CHEAP_SECONDS))
 
     def close(self) -> None:
         for threads in self._threads:
@@ -200,12 +196,12 @@ class Grammars:
         if self._store is not None:
             self._store.close()
 
-    def _hold(self, message: UserMsg) -> None:
+    def _hold(self, message: wire.UserMsg) -> None:
         grammar = message.params.grammar
         assert grammar is not None
         if self._store is None:
             text = f"{grammar.param} is not available"
-            self._replies += [ErrorReply(uid, text, param=grammar.param) for uid in message.uids]
+            self._replies += [wire.ErrorReply(uid, text, param=grammar.param) for uid in message.uids]
         else:
             self._held[message.uid] = (message, self._store.request(grammar, message.params.client))
 
@@ -217,41 +213,37 @@ class Grammars:
             return False
         del self._held[message.uid]
         self._held |= {part.uid: (part, future) for part in message.without(uid)}
-        self._replies.append(DetokenizeMsg(uid, b"", finish_reason=FinishReason.ABORT))
+        self._replies.append(wire.DetokenizeMsg(uid, b"", finish_reason=FinishReason.ABORT))
         return True
 
     def _let_in(self, uids: Sequence[int], future: Future[CompiledGrammar]) -> bool:
         error = future.exception()
         if error is None:
-            self.outputs |= {uid: _Output(future.result()) for uid in uids}
+            self.outputs |= {uid: Matching(future.result(), self._tells_forced) for uid in uids}
             return True
         if not isinstance(error, RequestError):
             error = RequestError(f"structured output failed: {type(error).__name__}", status=500)
-        self._replies += [ErrorReply(uid, str(error), error.status, error.param) for uid in uids]
+        self._replies += [wire.ErrorReply(uid, str(error), error.status, error.param) for uid in uids]
         return False
 
     def _start(self, row: _Row, ids: list[int]) -> None:
         row.output.job = self._threads[row.output.cost > FREE_SECONDS].submit(self._mask, row, ids)
 
-    def _mask(self, row: _Row, ids: list[int]) -> Words:
-        """Advance a row's matcher by its new tokens: which ones may follow. All, if its request is being ended."""
-        output, start, words = row.output, time.thread_time(), np.empty_like(self.all_allowed)
-        if output.error is not None:
-            return self.all_allowed
-        why = None
-        try:
-            with output.grammar.lock:
-                matcher = output.matcher = output.matcher or output.grammar.matcher.deep_copy()
-                output.num_tokens += len(ids)
-                if not ids or matcher.is_stopped() or matcher.consume_tokens(ids):
-                    matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-                if matcher.is_error():
-                    why = one_line(matcher.get_error())
-        except (KeyboardInterrupt, SystemExit):  # on a GPU this is the main thread, which is told so to stop
-            raise
-        except BaseException as error:  # a panic of llguidance is no Exception
-            why = one_line(str(error))
-        seconds = time.thread_time() - start
+    def _follow(self, row: _Row, ids: list[int], num_words: int) -> tuple[list[Words], str | None]:
+        output = row.output
+        found = output.follow(ids, row.draft, num_words, FREE_SECONDS)
+        if output.forced and row.length + len(output.forced) > output.forced_to:
+            output.forced_to = row.length + len(output.forced)
+            self._news.append(wire.ForcedMsg(row.req.uid, row.length, wire.pack_ids(output.forced)))
+        return found
+
+    def _mask(self, row: _Row, ids: list[int]) -> list[Words]:
+        """Advance a row's matcher by its new tokens: which ones may follow, and after each token of a draft, as far as
+        that is known. All, if its request is being ended."""
+        output, start, words, why = row.output, time.thread_time(), list[Words](), None
+        if output.error is None:
+            words, why = self._follow(row, ids, len(self.all_allowed))
+        seconds = (time.thread_time() - start) / max(1, len(words))
         output.cost, output.grammar.cost = (max(seconds, known / 2) for known in (output.cost, output.grammar.cost))
         output.seconds += max(0.0, seconds - FREE_SECONDS)
         if output.seconds > MOST_SECONDS:
@@ -260,10 +252,11 @@ class Grammars:
             param = row.req.params.grammar.param if row.req.params.grammar else "the grammar"
             output.error, output.matcher = f"{param} cannot be followed any further: {why}", None
             logger.debug("request %d: %s", row.req.uid, output.error)
-            self._aborts.append(AbortMsg(row.req.uid))
-            return self.all_allowed
-        output.ready = row.length, words
-        return words
+            self._news.append(wire.AbortMsg(row.req.uid))
+        if output.error is not None:
+            words = [self.all_allowed]
+        output.ready = row.length, words[0]
+        return words + [NO_WORDS] * (1 + len(row.draft) - len(words))
 
 
 class LateMasks:
@@ -289,7 +282,7 @@ class LateMasks:
                 return self._grammars.compute(self._plan, self._rows, new_ids)
         except EngineError:
             logger.debug("no tokens come from the step before")
-        return [self._grammars.all_allowed] * len(self._rows)  # the requests end with that step
+        return [self._grammars.all_allowed] * len(self._plan.masked)  # the requests end with that step
 
     def _new_ids(self, row: _Row, sampled: list[dict[int, list[int]]]) -> list[int] | None:
         """Tokens of the output up to the one to be sampled, that the matcher has not taken yet. The host knows the

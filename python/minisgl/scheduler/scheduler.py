@@ -111,6 +111,9 @@ class Scheduler:
             return self.planner.abort(message.uid)
         if isinstance(message, wire.ResumeMsg):
             self.planner.resume(message.uid, message.paced)
+        elif isinstance(message, wire.ForcedMsg):
+            if message.uid in self.planner.reqs:
+                self.planner.speculation.force(message.uid, message.position, wire.unpack_ids(message.token_ids))
         else:
             self._transport.answer(wire.FlushReply(message.uid, self.planner.pages.flush_unused()))
         return []

@@ -64,12 +64,17 @@ class Speculation:
         self._told = ToldDrafter() if config.speculate == "mtp" and not config.has_states else None
         self._drafter = NgramDrafter() if drafter is None and config.speculate == "ngram" else drafter or self._told
         self._rates: dict[int, float] = {}  # by uid; -1: the drafter has failed
+        self._forced: dict[int, tuple[int, list[int]]] = {}  # by uid: where prescribed tokens begin, and these
         self.spares: dict[int, int] = {}
         self.num_drafted = self.num_right = 0
 
     @property
     def is_on(self) -> bool:
-        return self._drafter is not None
+        return self._drafter is not None or bool(self._forced)
+
+    def force(self, uid: int, position: int, ids: list[int]) -> None:
+        """From this position on, a request's grammar prescribes these tokens: it has no other choice."""
+        self._forced[uid] = position, ids
 
     def lengthen(self, step: Growing, pages: Pages) -> None:
         """Requests that get a token in a step verify drafts, too, where there are pages for these: they become prefill
@@ -94,7 +99,7 @@ class Speculation:
         """With how many tokens the engine is to tell, where there are pages for them."""
         end, size = share.start + share.num_new, pages.page_size
         wanted = min(self._longest_of(req), req.max_len - end - 1)
-        if not share.num_samples or wanted <= 0 or not _is_plain(req):
+        if not share.num_samples or wanted <= 0 or not _is_plain(req) or req.params.grammar is not None:
             return share
         # The engine computes all but the last one's keys and values.
         missing = div_ceil(end + wanted - 1, size) - len(req.pages)
@@ -117,6 +122,8 @@ class Speculation:
         while num_right < len(draft) and draft[num_right] == ids[num_right] and ids[num_right + 1] >= -1:
             num_right += 1
         self._count(req, len(draft), num_right)
+        if not self._forced_from(req, share.start + share.num_new - len(draft)):
+            self._learn_rate(req.uid, len(draft), num_right)
         if slot is not None and num_right < len(draft):  # the state has seen too much: what was right comes again
             pages.states.append(StateCopy(slot, share.row))
             req.num_computed = share.start
@@ -137,9 +144,10 @@ class Speculation:
             self.forget(uid)
 
     def forget(self, uid: int) -> None:
+        self._forced.pop(uid, None)
+        self._rates.pop(uid, None)
         if self._drafter is not None:
             self._drafter.forget(uid)
-            self._rates.pop(uid, None)
 
     def _drafts(self, shares: Sequence[tuple[Req, ScheduledReq]], budget: int) -> dict[int, Sequence[int]]:
         """By row; empty if they do not pay."""
@@ -151,8 +159,10 @@ class Speculation:
             if share.num_samples and _may_draft(req) and share.num_new <= 1 + self._longest:
                 rate, num_pending = self._rates.setdefault(req.uid, _FIRST_RATE), req.num_tokens - 1 - len(req.tokens)
                 most = min(self._longest_of(req), budget, req.max_len - req.num_tokens)
+                if forced := self._forced_from(req, req.num_tokens - 1):
+                    rate = 1.0
                 if length := lengths.best(rate, num_pending, most):
-                    if ids := self._propose(req, num_pending, length):
+                    if ids := forced[:length] or self._propose(req, num_pending, length):
                         lengths.add(rate, num_pending, len(ids))
                         drafts[share.row], budget = ids, budget - len(ids)
                 elif 0 <= rate < _FIRST_RATE:
@@ -177,7 +187,8 @@ class Speculation:
         return self._longest if req.params.speculate is None else min(self._longest, req.params.speculate)
 
     def _propose(self, req: Req, num_pending: int, most: int) -> Sequence[int]:
-        assert self._drafter is not None
+        if self._drafter is None:
+            return ()
         try:
             return self._drafter.propose(req, num_pending, most)[:most]
         except Exception:
@@ -189,9 +200,16 @@ class Speculation:
         self.num_drafted, self.num_right = self.num_drafted + num_drafted, self.num_right + num_right
         right, wrong = req.drafted
         req.drafted = right + num_right, wrong + num_drafted - num_right
-        if (rate := self._rates.get(req.uid, -1.0)) >= 0:
+
+    def _learn_rate(self, uid: int, num_drafted: int, num_right: int) -> None:
+        if (rate := self._rates.get(uid, -1.0)) >= 0:
             rate = 1 - (1 - rate) * (1 - _LEARNING) ** num_right
-            self._rates[req.uid] = rate * (1 - _LEARNING) if num_right < num_drafted else rate
+            self._rates[uid] = rate * (1 - _LEARNING) if num_right < num_drafted else rate
+
+    def _forced_from(self, req: Req, position: int) -> Sequence[int]:
+        """The tokens that are prescribed there, as far as that is known."""
+        begin, ids = self._forced.get(req.uid, (0, list[int]()))
+        return ids[position - begin :] if position >= begin else ()
 
 
 def _may_draft(req: Req) -> bool:
@@ -200,4 +218,4 @@ def _may_draft(req: Req) -> bool:
 
 
 def _is_plain(req: Req) -> bool:
-    return req.params.grammar is None and not (req.held or req.paced or req.num_stale)
+    return not (req.held or req.paced or req.num_stale)

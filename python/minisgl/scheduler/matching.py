@@ -1,0 +1,82 @@
+"""A request's output on its way through its grammar, and masks of the positions to which a draft would take it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher
+
+from minisgl.grammar.source import one_line
+from minisgl.grammar.store import CompiledGrammar
+
+Words = npt.NDArray[np.int32]
+NO_WORDS: Words = np.empty(0, np.int32)  # of a mask that is not ready
+
+
+@dataclass(slots=True)
+class Matching:
+    """How far a request's output has got in its grammar. One thread at a time follows it."""
+
+    grammar: CompiledGrammar  # held, so that the store keeps it while the request waits
+    asks_forced: bool = False  # for tokens that have to come next
+    matcher: LLMatcher | None = None
+    num_tokens: int = 0  # of the output, that the matcher has taken
+    forced: Sequence[int] = ()
+    forced_to: int = 0  # the position before which planners have been told of such tokens
+    error: str | None = None  # its request is being ended
+    cost: float = 0.0  # seconds of a core that the next mask may take; before the first as its grammar's others
+    seconds: float = 0.0  # beyond what masks may take, altogether
+    job: Future[list[Words]] | None = None  # computes a mask that was not there in time
+    ready: tuple[int, Words] = (-1, NO_WORDS)  # the last mask, and its token's position
+
+    def follow(
+        self, ids: Sequence[int], draft: Sequence[int], num_words: int, seconds: float
+    ) -> tuple[list[Words], str | None]:
+        """Take new tokens of the output. → words of the next token's mask, and of those after the draft's tokens as far
+        as `walk` gets, none with `num_words` 0; and why there is no next one, if the output cannot go on.
+
+        A matcher that breaks otherwise is replaced by a new one, which will take the output from its beginning.
+        """
+        words, is_whole, why = list[Words](), not num_words, None
+        try:
+            with self.grammar.lock:
+                matcher = self.matcher = self.matcher or self.grammar.matcher.deep_copy()
+                self.num_tokens += len(ids)
+                if ids and not matcher.is_stopped():
+                    matcher.consume_tokens(list(ids))
+                self.forced = matcher.compute_ff_tokens() if self.asks_forced else ()
+                if num_words:
+                    words, is_whole = walk(matcher, draft, num_words, seconds)
+                    why = None if words else one_line(matcher.get_error())
+        except (KeyboardInterrupt, SystemExit):  # on a GPU this is the main thread, which is told so to stop
+            raise
+        except BaseException as error:  # a panic of llguidance is no Exception
+            is_whole, why = False, one_line(str(error))
+        if not is_whole:
+            self.matcher, self.num_tokens = None, 0
+        return words, why
+
+
+def walk(matcher: LLMatcher, draft: Sequence[int], num_words: int, seconds: float) -> tuple[list[Words], bool]:
+    """The masks of the next token, and of those after each token of a draft: as far as the grammar takes it, and until
+    they have taken so many seconds of a core. Without the first there is none. And whether the matcher is where it was;
+    if not, it is of no more use: llguidance has limits, which a draft may break."""
+    start, masks = time.thread_time() if draft else 0.0, list[Words]()
+    while not matcher.is_error():
+        mask = np.empty(num_words, np.int32)
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if matcher.is_error():
+            break
+        masks.append(mask)
+        num = len(masks) - 1
+        if num == len(draft) or time.thread_time() - start > seconds:
+            break
+        if matcher.try_consume_tokens([draft[num]]) != 1:
+            break
+    num = len(masks) - 1
+    return masks, not matcher.is_error() and (num <= 0 or matcher.rollback(num))
