@@ -38,9 +38,6 @@ FEATURES: dict[str, Callable[[AttentionSpec, ModelConfig], bool]] = {
     "soft-capped scores": lambda spec, _: spec.softcap is not None,
     "attention sinks": lambda spec, _: spec.sinks,
     "caches that differ by layer": lambda spec, model: spec.cache != model.paged[0],
-    "values of another size than keys": lambda spec, _: (
-        isinstance(spec.cache, PagedKV) and spec.cache.k_dim != spec.cache.v_dim
-    ),
 }
 
 

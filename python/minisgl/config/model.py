@@ -170,8 +170,7 @@ class ModelConfig:
 
     @property
     def paged(self) -> list[PagedKV]:
-        """Of layers that have their own keys and values."""
-        specs = [layer.attention for layer in self.cached_layers if layer.attention.source is None]
+        specs = [layer.attention for layer in self.cached_layers if layer.attention.source is None]  # but not others'
         return [spec.cache for spec in specs if isinstance(spec.cache, PagedKV)]
 
     @property
@@ -203,6 +202,5 @@ class ModelConfig:
         for layer in self.cached_layers:
             params += layer.mlp.num_weights(self.hidden_size, tp_size) + 2 * self.hidden_size
             if isinstance(cache := layer.attention.cache, PagedKV):
-                queries = self.num_qo_heads * cache.k_dim * (2 + layer.attention.gated)
-                params += queries * self.hidden_size // tp_size
+                params += self.num_qo_heads * cache.k_dim * (2 + layer.attention.gated) * self.hidden_size // tp_size
         return int(params * {**KV_BYTES, "int4": 0.75}[dtype])
