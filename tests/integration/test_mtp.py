@@ -20,9 +20,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 from minisgl.config.args import parse_args
 from minisgl.config.resolve import prepare
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import SamplingParams
+from minisgl.core import ReqOutput, SamplingParams, StepResult
 from minisgl.engine.engine import create_engine
 from minisgl.errors import ConfigError
+from minisgl.llm import LLM
 from minisgl.scheduler.planner import Planner
 from tests.driver import CPU_KERNELS, engine_config
 from tests.models import random_prompt, tiny_model
@@ -33,6 +34,7 @@ PARAMS = [
     SamplingParams(max_tokens=25, temperature=0.8, seed=5, ignore_eos=True, frequency_penalty=0.5),
     SamplingParams(max_tokens=7, temperature=0.0, seed=1, ignore_eos=True, logprobs=1),
 ]
+SAMPLED = SamplingParams(max_tokens=60, temperature=0.3, seed=4)
 SETUPS: dict[str, dict[str, Any]] = {"layer by layer": {}, "whole steps": CPU_KERNELS}
 
 
@@ -137,3 +139,24 @@ def test_a_head_that_is_not_there(made: tuple[Path, Any, Head], tmp_path: Path) 
     args = ["--model", str(tiny_model("qwen3")), "--device", "cpu", "--speculate", "mtp"]
     with pytest.raises(ConfigError, match=r"--speculate mtp: .* has no head for it; choose ngram, or off"):
         prepare(parse_args(args, {}))
+
+
+def test_the_built_in_model_says_two_tokens_and_more_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, retire = list[int](), Planner.retire
+
+    def counting(planner: Planner, result: StepResult) -> list[ReqOutput]:
+        steps.append(result.step_id)
+        return retire(planner, result)
+
+    monkeypatch.setattr(Planner, "retire", counting)
+    told: dict[str, list[int]] = {}
+    num_steps: dict[str, int] = {}
+    for speculate in ("off", "mtp"):
+        steps.clear()
+        with LLM(device="cpu", dtype="float32", speculate=speculate) as llm:
+            (output,) = llm.chat(
+                [[{"role": "user", "content": "What is continuous batching?"}]], SAMPLED, progress=False
+            )
+            told[speculate], num_steps[speculate] = list(output.token_ids), len(steps)
+    assert told["mtp"] == told["off"]
+    assert num_steps["off"] >= len(told["off"]) > 2 * num_steps["mtp"]

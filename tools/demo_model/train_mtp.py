@@ -54,14 +54,16 @@ def losses(head: Head, model: Qwen3, batch: tuple[Tensor, ...]) -> tuple[Tensor,
         hidden, embedded = model(ids, mask), model.model.embed_tokens(targets)
     total, each, right = torch.zeros((), device=ids.device), [], []
     for depth, weight in enumerate(DEPTH_WEIGHTS, 1):
-        hidden = head(embedded, hidden, model, mask)  # at i: of the token at i + 1 + depth
-        counts = (weights[:, depth:] > 0.5) & (numbers[:, depth:] == numbers[:, :-depth])
-        logits = (hidden[:, :-depth][counts] @ table.t().to(hidden.dtype)).float()
-        wanted = targets[:, depth:][counts]
+        hidden = head(embedded, hidden, model, mask)  # at i: of the token at i + 2
+        counts = (weights[:, 1:] > 0.5) & (numbers[:, 1:] == numbers[:, :-1])
+        counts[:, depth - 1 :] &= numbers[:, depth - 1 : -1] == numbers[:, :-depth]
+        counts[:, : depth - 1] = False
+        logits = (hidden[:, :-1][counts] @ table.t().to(hidden.dtype)).float()
+        wanted = targets[:, 1:][counts]
         each.append(F.cross_entropy(logits, wanted))
         right.append((logits.argmax(-1) == wanted).float().mean())
         total = total + weight * each[-1]
-        hidden = F.pad(hidden[:, :-1], (0, 0, 1, 0))  # the next token's is made from what this one said of it
+        hidden = F.pad(hidden[:, :-1], (0, 0, 1, 0))  # as the model's, of what it said one token before
     return total, each, right
 
 
