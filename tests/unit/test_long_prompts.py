@@ -181,8 +181,8 @@ def test_the_shortest_is_next_and_nobody_works_for_those_who_left(
     sizes = {10: 9000, 11: 8000, 12: 7000, 13: 6000}
     running.handle([request(TextPrompt("hello " * size), uid) for uid, size in sizes.items()])
     running.handle([request(chat("slow" * 6000), 50), AbortMsg(50)])
-    users = running.to_backend(4)
-    assert [message.uid for message in users if isinstance(message, UserMsg)] == [13, 12, 11, 10]
+    sent = running.to_backend(5)  # the abort, too
+    assert [message.uid for message in sent if isinstance(message, UserMsg)] == [13, 12, 11, 10]
     gone = [message for message in running.to_frontend(6) if isinstance(message, UserReply)]
     assert [(reply.uid, reply.finish_reason) for reply in gone] == [(50, FinishReason.ABORT)]
 
