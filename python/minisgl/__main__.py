@@ -39,7 +39,7 @@ def _dispatch(argv: list[str]) -> int:
     if name == "bench":
         from minisgl.benchmark import main as run
     elif name == "cluster":
-        from minisgl.cluster import main as run
+        from minisgl.cluster.commands import main as run
     elif name == "doctor":
         from minisgl.doctor import main as run
     elif name == "quantize":

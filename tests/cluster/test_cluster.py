@@ -16,7 +16,7 @@ import openai
 import psutil
 import pytest
 
-from tests.cluster.conftest import MODEL, Cluster, Load, running
+from tests.cluster.conftest import MODEL, Cluster, Load, left_behind, running
 from tests.e2e.conftest import Server
 
 pytestmark = pytest.mark.timeout(240)
@@ -132,9 +132,7 @@ async def test_prefix_routing_beside_random(cluster: Cluster, tmp_path: Path) ->
         assert len(family) > 10
         other.process.kill()  # the worst end
         other.process.wait()
-        _, left = psutil.wait_procs(family, 30)
-        words = {" ".join(one.cmdline()) for one in left if one.is_running()}
-        assert not [one for one in words if "Agent" not in one]  # Ray's two look for it now and then
+        assert not left_behind(family)
     assert (await _cached_tokens(cluster.url, 4)) >= 0  # the first one does not mind
 
 
@@ -237,6 +235,15 @@ async def test_scaled_and_renewed_under_load(tmp_path: Path) -> None:
         last._stop.set()
         assert await asyncio.to_thread(cluster.process.wait, 60) == 0
         assert set(await last.stop()) == {"length"}
+
+
+def test_the_head_is_killed(cluster: Cluster) -> None:
+    """The last test that needs this cluster: all of it ends, with a line that says why."""
+    family = cluster.family()
+    next(one for one in family if one.name() == "gcs_server").kill()
+    assert cluster.process.wait(60) == 1
+    assert re.search(r"^minisgl: error: Ray's head at \S+ is lost: no Ray answers there", cluster.text, re.M)
+    assert not left_behind(family)
 
 
 def _command(cluster: Cluster, *words: str) -> str:

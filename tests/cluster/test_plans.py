@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ with warnings.catch_warnings():  # Ray's own
     from ray.serve.config import AutoscalingContext
     from ray.serve.schema import ServeDeploySchema
 
+    from minisgl.cluster.owner import reach
     from minisgl.cluster.serving import Plan, autoscaling, build, replica_needs, server_options
 from minisgl.cluster.router import KV_USE, QUEUED_TOKENS
 from minisgl.config.args import args_from_options, parse_args
@@ -41,9 +44,7 @@ def test_the_manifest_is_one_that_ray_takes() -> None:
 
 def test_gpus_of_a_replica_are_of_one_node() -> None:
     assert needs([{"CPU": 8, "GPU": 2}] * 2, 2, tp=2) == ({"device": "cuda"}, {"num_gpus": 2, "num_cpus": 1.0})
-    with pytest.raises(
-        ConfigError, match=r"--replicas 2: 2 replicas need 2 GPUs each, on one node; there is room for 0"
-    ):
+    with pytest.raises(ConfigError, match=r"--replicas 2: each needs 2 GPUs of one node; there is room for 0"):
         needs([{"CPU": 8, "GPU": 1}] * 4, 2, tp=2)
     with pytest.raises(ConfigError, match="there is room for 0"):
         needs([{"CPU": 8}], device="cuda")
@@ -85,3 +86,34 @@ def test_options_that_differ_are_passed_on(tmp_path: Path) -> None:
 def test_wrong_options_of_the_application(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(options)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("10.0.0.1", "expected HOST:PORT, as in 10.0.0.1:6379"),
+        ("127.0.0.1:port", "expected HOST:PORT"),
+        ("127.0.0.1:99999", "expected HOST:PORT"),
+        ("", "expected HOST:PORT"),
+        ("127.0.0.1:1", r"no Ray answers there \(Connection refused\)"),
+        ("[::1]:1", r"no Ray answers there \("),
+        ("ray://nowhere.invalid:1", r"no Ray answers there \("),
+    ],
+)
+def test_wrong_addresses(address: str, message: str) -> None:
+    with pytest.raises(ConnectionError, match=message):
+        reach(address)
+
+
+def test_an_address_of_something_else() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def greet() -> None:
+            with other.accept()[0] as client:
+                client.sendall(b"220 mail is taken here\r\n")
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        with pytest.raises(ConnectionError, match=r"no Ray answers there \(something else does\)"):
+            reach(f"127.0.0.1:{other.getsockname()[1]}")
+        thread.join()

@@ -131,12 +131,11 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for all tests that leave it as it was."""
-    running = Server(
-        real(tiny_path, "--max-seq-len", "256"),
-        tmp_path_factory.mktemp("logs") / "server.log",
-        MINISGL_NUM_TOKENIZER="1",
-    )
+    """One server for all tests that leave it as it was. It publishes what becomes of its prefix cache."""
+    logs = tmp_path_factory.mktemp("logs")
+    events = f"ipc://{logs}/events,ipc://{logs}/replay"
+    flags = "--max-seq-len", "256", "--kv-events-endpoint", events
+    running = Server(real(tiny_path, *flags), logs / "server.log", MINISGL_NUM_TOKENIZER="1")
     yield running
     running.close()
     assert "Traceback" not in running.output()

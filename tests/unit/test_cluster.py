@@ -12,8 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.datastructures import Headers
 
 from minisgl.cluster.commands import main
-from minisgl.cluster.metrics import merged
-from minisgl.cluster.prompts import num_tokens, read_request
+from minisgl.cluster.prompts import merged, num_tokens, read_request
 from minisgl.errors import ConfigError
 
 LONG = "a text that is long enough for some blocks, " * 20

@@ -136,7 +136,7 @@ def test_published_as_vllm_publishes_and_again_for_who_has_missed_some() -> None
         assert (topic, int.from_bytes(counted, "big")) == (b"kv", number)
         when, events, rank = msgspec.msgpack.decode(data)
         assert abs(when - time.time()) < 60
-        assert events == [["BlockStored", [7, 8], None, [1, 2, 3, 4], 2, None, None], ["BlockRemoved", [7], None]]
+        assert events == [["BlockStored", [7, 8], None, [1, 2, 3, 4], 2, None, None, None], ["BlockRemoved", [7], None]]
         assert rank == 0
         asks.send_multipart((b"", (number).to_bytes(8, "big")))
         assert [part(asks) for _ in range(2)] == [(number, data), (2**64 - 1, b"")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,10 +15,3 @@ def app(options: Mapping[str, object]) -> Application:
     from minisgl.cluster.serving import build
 
     return build(options)
-
-
-def main(argv: Sequence[str]) -> int:
-    """`minisgl cluster`. Returns the exit status."""
-    from minisgl.cluster.commands import main
-
-    return main(argv)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import importlib.metadata
@@ -43,9 +42,7 @@ def main(argv: Sequence[str]) -> int:
     ):
         one = commands.add_parser(command, help=about, description=about)
         one.add_argument("--url", default="http://127.0.0.1:1919", help="of the cluster (default: %(default)s)")
-        one.add_argument(
-            "--key", default=os.environ.get("MINISGL_ADMIN_KEY", ""), help="the operator's, if there is one"
-        )
+        one.add_argument("--key", default=os.environ.get("MINISGL_ADMIN_KEY", ""), help="the operator's, if any")
         if command == "scale":
             one.add_argument("replicas", type=argument(integer(1, 4096)))
             one.add_argument("--options", type=json.loads, default={}, help="JSON: server options that change, in turn")
@@ -83,7 +80,7 @@ def _apart() -> int | None:
 
 def _serve(words: list[str]) -> int:
     prog = "minisgl cluster serve"
-    own = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    own = ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     group = make_parser(prog)
     for parser in (own, group.add_argument_group("cluster")):
         parser.add_argument("--replicas", type=argument(integer(1, 4096)), default=1, help="servers (default: 1)")
@@ -93,7 +90,6 @@ def _serve(words: list[str]) -> int:
     if {"-h", "--help"} & {*words}:
         group.print_help()
         return 0
-    own.error = ArgumentParser.error.__get__(own)  # type: ignore[method-assign]
     if words and not words[0].startswith("-"):
         words = ["--model", *words]
     asked, rest = own.parse_known_args(words)
@@ -105,14 +101,13 @@ def _serve(words: list[str]) -> int:
         return status
     os.environ["LOG_FORMAT"] = args.log_format
     setup_logging("cluster")
-    most = max(asked.replicas, asked.max_replicas or asked.replicas)
     with contextlib.closing(bind_port(args.host, args.port)) as listener:
         if asked.address is None:
             prepare(args)  # what is wrong with it is told before anything is started
         from minisgl.cluster.owner import Owner
         from minisgl.cluster.serving import Plan, server_options
 
-        plan = Plan(server_options(args), asked.replicas, most, asked.router)
+        plan = Plan(server_options(args), asked.replicas, max(asked.replicas, asked.max_replicas or 1), asked.router)
         with private_folder() as folder:
             return Owner(plan, listener, folder, asked.address).run()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 import socket
 import time
@@ -23,15 +22,14 @@ from ray.serve.handle import DeploymentHandle
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from minisgl.cluster.metrics import merged
-from minisgl.cluster.prompts import Asked, num_tokens
+from minisgl.cluster.prompts import Asked, merged, num_tokens
 from minisgl.cluster.relay import Chosen, Relay, read_body
 from minisgl.cluster.router import PrefixRouter, Prompt
 from minisgl.config.args import integer
 from minisgl.env import env_number
 from minisgl.errors import MiniSGLError, RequestError, WorkerDied
 from minisgl.scheduler.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch
-from minisgl.server.admission import Connection
+from minisgl.server.admission import http_config
 from minisgl.server.bodies.intake import MAX_BODY_BYTES
 from minisgl.server.errors import error_response, json_response
 
@@ -39,7 +37,6 @@ _WAIT_SECONDS = 60.0  # for a replica, where there is none
 _PATIENCE_SECONDS = 1.0  # for another replica than the one that gave no answer
 _SHUN_SECONDS = 5.0  # after a replica has given no answer; by then Ray knows, if it has ended
 _ASK_SECONDS = 5.0
-_LOOK_SECONDS = 4.0
 _MAX_CONNECTIONS = 4096
 _STORED = re.compile(rb'"id": ?"(resp_[0-9a-zA-Z]+)"')
 Choose = Callable[[Collection[str]], str | None]  # one of these replicas; None: none yet
@@ -69,8 +66,8 @@ class Ingress:
         self._shunned: dict[str, float] = {}  # replicas, and until when
         max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
         self._relay, self._draining = Relay(self._pick, max_body), False
-        self._wanted: asyncio.Queue[dict[str, Any]] = asyncio.Queue()  # by operators
-        self._serving = asyncio.ensure_future(self._serve(listener)) if listener else None
+        self._owner: asyncio.StreamWriter | None = None  # it is told what operators ask for
+        self._tasks = [asyncio.ensure_future(self._serve(listener))] if listener else []
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -87,12 +84,6 @@ class Ingress:
         except MiniSGLError as error:
             answer = error_response(scope, error)
         await answer(scope, receive, send)
-
-    async def wanted(self) -> dict[str, Any]:
-        """For whoever has started the cluster: what an operator asks for; empty when there was nothing for a while."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            return await asyncio.wait_for(self._wanted.get(), _LOOK_SECONDS)
-        return {}
 
     def drain(self) -> int:
         """Take no new requests. Returns how many there are."""
@@ -116,8 +107,8 @@ class Ingress:
             placed.hold(0.0)
 
     async def _select(self, choose: Choose) -> tuple[str, dict[str, Any]]:
-        """A replica's name, and what it tells of itself (`Replica.describe`). Nothing is reserved with Ray: that is two
-        messages for each request, and a server knows when it is full."""
+        """A replica's name, and its `record_replica_metadata`. Nothing is reserved with Ray: that is two messages for
+        each request, and a server knows when it is full."""
         async with self._replicas.choose_replica(choose, _reserve=False) as selection:
             return selection.replica_id, selection.replica_metadata
 
@@ -127,7 +118,7 @@ class Ingress:
         excluded = {*tried, *(name for name, until in self._shunned.items() if until > now)}
         if router.loads.keys() != set(names):
             router.set_replicas(names)
-        keeper = router.session(asked.keeper) if asked.keeper else None
+        keeper = router.sessions.get(asked.keeper)
         if keeper in router.loads and keeper not in tried:  # shunned or not: nobody else has it
             return keeper
         name = router.choose(asked.prompt, excluded)
@@ -170,7 +161,9 @@ class Ingress:
     async def _describe(self) -> dict[str, dict[str, Any]]:
         """All replicas, by name. Raises: WorkerDied when one does not answer, or there is none."""
         try:
-            told = await asyncio.wait_for(self._replicas.broadcast("describe").results_async(), _ASK_SECONDS)
+            told = await asyncio.wait_for(
+                self._replicas.broadcast("record_replica_metadata").results_async(), _ASK_SECONDS
+            )
         except (RayServeException, RayError, asyncio.TimeoutError):
             raise WorkerDied("not all replicas answer; try again") from None
         return {one["name"]: one for one in told}
@@ -186,12 +179,8 @@ class Ingress:
         if scope["path"] == "/metrics":
             return Response(merged(texts), headers={"content-type": answer.headers["content-type"]})
         counts = [orjson.loads(text) for text in texts.values()]
-        return json_response(
-            {
-                key: sum(one[key] for one in counts) if isinstance(value, int) else value
-                for key, value in counts[0].items()
-            }
-        )
+        sums = {key: sum(one[key] for one in counts) for key, value in counts[0].items() if isinstance(value, int)}
+        return json_response(counts[0] | sums)
 
     async def _operate(self, scope: Scope, body: bytes) -> Response:
         """`/cluster`: what there is, for whoever may see /server_info; and what is to become of it."""
@@ -201,40 +190,31 @@ class Ingress:
         if allowed.status_code != 200:
             return allowed
         if scope["method"] == "POST":
-            self._wanted.put_nowait(_wanted(scope["path"], body))
+            if self._owner is None:
+                raise RequestError(
+                    "Ray Serve's configuration says how many: change args, then serve deploy", status=409
+                )
+            self._owner.write(orjson.dumps(_wanted(scope["path"], body)) + b"\n")
         told = [{**one, "load": self._router.loads.get(name, 0.0)} for name, one in replicas.items()]
         return json_response({"replicas": told, "requests": self._relay.counts, "draining": self._draining})
 
     async def _serve(self, path: str) -> None:
-        """Take the port over, and answer at it."""
-        descriptor = await asyncio.to_thread(_taken_over, path)
-        options = self._options
-        timeouts = {"READ": 20.0, "WRITE": 30.0}  # seconds, as in a server
-        read, write = (env_number(f"MINISGL_{kind}_TIMEOUT", timeouts[kind], low=0.1, high=86400) for kind in timeouts)
-        config = uvicorn.Config(
-            self.app,
-            http=partial(Connection, read=read, write=write),  # type: ignore[arg-type]  # it is called as the class is
-            limit_concurrency=_MAX_CONNECTIONS,
-            interface="asgi3",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            server_header=False,  # the replica's are passed on
-            date_header=False,
-            proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
-            timeout_keep_alive=60,
-            ssl_certfile=options.get("ssl_certfile"),
-            ssl_keyfile=options.get("ssl_keyfile"),
-        )
-        await uvicorn.Server(config).serve(sockets=[socket.socket(fileno=descriptor)])
+        """Take the port over, and answer at it, until its owner has ended, however that was: then all else does."""
+        with contextlib.suppress(OSError, IndexError):
+            owner, descriptor = await asyncio.to_thread(_taken_over, path)
+            reader, self._owner = await asyncio.open_unix_connection(sock=owner)
+            options = {"server_header": False, "date_header": False, **self._options}  # a replica's are passed on
+            server = uvicorn.Server(http_config(self.app, _MAX_CONNECTIONS, **options))
+            self._tasks.append(asyncio.ensure_future(server.serve(sockets=[socket.socket(fileno=descriptor)])))
+            await reader.read()
+        asyncio.get_running_loop().run_in_executor(None, serve.delete, serve.get_replica_context().app_name)
+        await self._replicas.broadcast("end").results_async()  # for the other one waits, without a head of Ray
 
 
-def _taken_over(path: str) -> int:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as holder:
-        holder.connect(path)
-        _, (descriptor, *_), _, _ = socket.recv_fds(holder, 1, 1)
-        return descriptor
+def _taken_over(path: str) -> tuple[socket.socket, int]:
+    owner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    owner.connect(path)
+    return owner, socket.recv_fds(owner, 1, 1)[1][0]
 
 
 def _wanted(path: str, body: bytes) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import queue
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -20,18 +23,17 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from minisgl.cluster.serving import APP, Plan, application
-from minisgl.config.args import args_from_options
+from minisgl.config.args import args_from_options, integer
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
 from minisgl.processes.control import ENDING_SIGNALS
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 1.0
 _LINGER_SECONDS = 1.0  # that the port stays open when all requests have ended
 _ASK_SECONDS = 5.0
 _END_SECONDS = 30.0
-_LOST_SECONDS = 30.0  # without an answer of the ingress, which Ray starts again
-_BACKLOG = 1024
+_LOST_SECONDS = 30.0  # without an answer of the ingress, which Ray starts again, or of Ray's head
 _OBJECT_STORE = 80 * 2**20  # bytes: requests and answers do not go through it
 _WORDS = re.compile(r"replica: (.*)")  # of a server that did not start
 _ENVIRON = {
@@ -52,9 +54,9 @@ class Owner:
     def __init__(self, plan: Plan, listener: socket.socket, folder: str, address: str | None) -> None:
         self._plan = replace(plan, host="127.0.0.1" if address is None else "", listener=f"{folder}/port")
         self._listener, self._folder, self._address = listener, folder, address
-        self._has_joined = False  # a Ray that is not ours, and in which the application is ours
         self._signals: list[int] = []
-        self._changing: threading.Thread | None = None
+        self._wanted = queue.SimpleQueue[dict[str, Any]]()  # by operators
+        self._missed = float("inf")  # since when there is no ingress
 
     def run(self) -> int:
         """Until a signal or an operator ends it. Returns the exit status. Raises: ConfigError, WorkerDied."""
@@ -65,12 +67,11 @@ class Owner:
             stack.callback(self._end)
             self._join()
             for signum in ENDING_SIGNALS:  # Ray has set its own
-                stack.callback(signal.signal, signum, signal.getsignal(signum))
                 signal.signal(signum, lambda number, _: self._on_signal(number))
-            handle = self._deploy(self._plan)
+            handle = self._deploy(replace(self._plan, num_new=self._plan.replicas))
             self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for whoever comes after us
-            self._listener.listen(_BACKLOG)  # so that nobody is refused while the ingress is not there, or not yet
-            threading.Thread(target=self._hand_out, args=(holder,), daemon=True).start()
+            self._listener.listen(1024)  # so that nobody is refused while the ingress is not there, or not yet
+            threading.Thread(target=self._hear, args=(holder,), daemon=True).start()
             host, port = self._listener.getsockname()[:2]
             scheme = "https" if self._plan.options.get("ssl_certfile") else "http"
             print(f"minisgl serves {self._plan.replicas} replicas at {scheme}://{host}:{port}/v1", flush=True)
@@ -80,20 +81,24 @@ class Owner:
     def _join(self) -> None:
         for name, value in _ENVIRON.items():
             os.environ.setdefault(name, value)
-        local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": f"{self._folder}/ray"}
-        options: dict[str, Any] = {} if self._address else {**local, "object_store_memory": _OBJECT_STORE}
-        for tries_left in (1, 0):  # on a busy machine a Ray of our own may give up after half a minute
+        options: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options |= {"_temp_dir": f"{self._folder}/ray", "object_store_memory": _OBJECT_STORE}
+        what, tries = "Ray does not start", 2  # on a busy machine it may give up after half a minute
+        if self._address is not None:
+            what, tries, options = f"--address {self._address}", 1, {}
+        while not ray.is_initialized():
+            tries -= 1
             try:
+                if self._address is not None:
+                    reach(self._address)
                 ray.init(self._address or "local", logging_level=logging.ERROR, **options)
-                break
             except Exception as error:  # of any kind
-                if self._address or not tries_left:
-                    what = f"--address {self._address}" if self._address else "Ray does not start"
-                    raise ConfigError(f"{what}: {' '.join(str(error).split())}") from None
                 ray.shutdown()
+                if not tries:
+                    raise ConfigError(f"{what}: {' '.join(str(error).split())}") from None
         if self._address and APP in serve.status().applications:
+            ray.shutdown()  # that one is not ours to end
             raise ConfigError(f"--address {self._address}: a cluster is there already; minisgl cluster drain ends it")
-        self._has_joined = self._address is not None
         serve.start(proxy_location="Disabled")
 
     def _deploy(self, plan: Plan) -> DeploymentHandle[Any]:
@@ -105,11 +110,16 @@ class Owner:
             found = _WORDS.findall(str(error))
             raise ConfigError(found[-1] if found else " ".join(str(error).split())) from None
 
-    def _hand_out(self, holder: socket.socket) -> None:
-        """Give the port to each ingress that comes for it."""
+    def _hear(self, holder: socket.socket) -> None:
+        """Give the port to each ingress that comes for it, and hear what it says, as long as it is there."""
         while True:
             with contextlib.suppress(OSError), holder.accept()[0] as ingress:
+                self._missed = float("inf")
                 socket.send_fds(ingress, [b"p"], [self._listener.fileno()])
+                with ingress.makefile("rb") as lines:
+                    for line in lines:
+                        self._wanted.put(json.loads(line))
+            self._missed = time.monotonic()
 
     def _on_signal(self, signum: int) -> None:
         self._signals.append(signum)
@@ -118,27 +128,25 @@ class Owner:
 
     def _watch(self, handle: DeploymentHandle[Any]) -> None:
         """Until a signal comes, or an operator has it drained; then that is done. Raises: WorkerDied."""
-        next_wanted = dict[str, Any]()
-        last_seen, ask = time.monotonic(), handle.wanted  # made once: that needs the head, and waits for it
-        asking = ask.remote()
-        while not self._signals:
+        changing, wanted = threading.Thread(), dict[str, Any]()
+        head, seen = ray.get_runtime_context().gcs_address, time.monotonic()
+        while not self._signals and "drain" not in wanted:
+            with contextlib.suppress(queue.Empty):
+                wanted = self._wanted.get(timeout=_POLL_SECONDS)
+            if time.monotonic() > self._missed + _LOST_SECONDS:
+                raise WorkerDied("the router has ended, and Ray does not start it again")
             try:
-                wanted = asking.result(timeout_s=_POLL_SECONDS)
-                last_seen, asking = time.monotonic(), ask.remote()
-            except (RayError, RayServeException, TimeoutError) as error:
-                if time.monotonic() > last_seen + _LOST_SECONDS or not ray.is_initialized():
-                    raise WorkerDied(f"the cluster does not answer: {' '.join(str(error).split())}") from None
-                if not isinstance(error, TimeoutError):
-                    time.sleep(_POLL_SECONDS)
-                    asking = ask.remote()
-                continue
-            if "drain" in wanted:
-                break
-            next_wanted = wanted or next_wanted
-            if next_wanted and not (self._changing and self._changing.is_alive()):
-                self._changing = threading.Thread(target=self._change, args=(next_wanted,), daemon=True)
-                self._changing.start()
-                next_wanted = {}
+                reach(head)
+                ray.util.list_named_actors()  # which a head that has begun anew refuses
+                seen = time.monotonic()
+            except (RayError, OSError) as error:  # replicas go on without it; whoever asks Ray waits for ever
+                is_gone = self._address is None and isinstance(error.__cause__, ConnectionRefusedError)
+                if is_gone or time.monotonic() > seen + _LOST_SECONDS:
+                    _give_up(f"Ray's head at {head} is lost: {' '.join(str(error).partition('Note:')[0].split())}")
+            if wanted and not changing.is_alive():
+                changing = threading.Thread(target=self._change, args=(wanted,), daemon=True)
+                changing.start()
+                wanted = {}
         with contextlib.suppress(RayError, RayServeException, TimeoutError):
             deadline = time.monotonic() + args_from_options(self._plan.options).drain_timeout
             while handle.drain.remote().result(timeout_s=_ASK_SECONDS) and time.monotonic() < deadline:
@@ -149,10 +157,10 @@ class Owner:
         """Other numbers of replicas, or other options: then one after the other is replaced."""
         try:
             options = {**self._plan.options, **wanted["options"]}
-            args_from_options(options)
             most = max(self._plan.max_replicas, wanted["replicas"])
             plan = replace(self._plan, options=options, replicas=wanted["replicas"], max_replicas=most, is_fixed=True)
-            self._deploy(plan)
+            is_same = most == self._plan.max_replicas and not wanted["options"]  # else replicas are replaced
+            self._deploy(replace(plan, num_new=max(0, plan.replicas - self._plan.replicas) * is_same))
             self._plan = plan
             logger.info("%d replicas, as asked", plan.replicas)
         except MiniSGLError as error:
@@ -162,13 +170,33 @@ class Owner:
         """Nothing is left: of a Ray that is not ours, what we have put there goes."""
         for signum in ENDING_SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
-        watchdog = threading.Timer(_END_SECONDS, os._exit, (1,))  # without a head, Ray waits for ever
+        watchdog = threading.Timer(_END_SECONDS, _give_up, ("Ray does not end",))
         watchdog.daemon = True
         watchdog.start()
         with contextlib.suppress(RayError, RayServeException):
-            if self._has_joined and ray.is_initialized():
+            if self._address and ray.is_initialized():
                 serve.delete(APP)
                 if not serve.status().applications:  # nor anybody else's
                     serve.shutdown()  # type: ignore[no-untyped-call]
             ray.shutdown()
         watchdog.cancel()
+
+
+def _give_up(why: str) -> None:
+    """Ray's own end needs its head. A Ray of ours, and else the ingress, notice that we are gone."""
+    print(f"minisgl: error: {why}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def reach(address: str) -> None:
+    """Raises: ConnectionError unless there is a HOST:PORT where somebody speaks first, and as a server of HTTP/2 does.
+    Ray's head is one; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), integer(1, 65535)(port)), _ASK_SECONDS) as head:
+            if os.environ.get("RAY_USE_TLS") != "1" and head.recv(4)[3:] != b"\4":
+                raise ConnectionError("something else does")
+    except ValueError:
+        raise ConnectionError("expected HOST:PORT, as in 10.0.0.1:6379") from None
+    except OSError as error:
+        raise ConnectionError(f"no Ray answers there ({error.strerror or error})") from error

@@ -1,9 +1,11 @@
-"""What a router reads of a request: the text of its prompt, and whose and of which session it is."""
+"""What a router reads of a request: the text of its prompt, and whose and of which session it is; and the metrics of
+all replicas as one page."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ _FIELDS = ("tools", "system", "instructions", "messages", "input", "prompt", "te
 _TOKENS = re.compile(rb'"(?:prompt|input)_tokens": ?(\d+)')
 _STORED = re.compile(r"/v1/responses/([^/]+)|/trace/([^/]+)")
 SESSION = "x-session-id"
+_SAMPLE = re.compile(r"^([^\s{#]+)(?:\{(.*)\})?( .*)$")
+_END = "# EOF"  # of OpenMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +62,22 @@ def _text(value: object) -> bytes:
         return orjson.dumps(value)[:-1]
     except TypeError:  # a lone surrogate, a number beyond 64 bits
         return repr(value).encode()
+
+
+def merged(pages: Mapping[str, str]) -> str:
+    """One exposition of several, by the replicas' names: each family once, its samples with a label `replica`."""
+    families: dict[str, tuple[list[str], list[str]]] = {}  # by name: what is said of it, and its samples
+    for replica, page in pages.items():
+        family = ""
+        for line in page.splitlines():
+            if line.startswith("# ") and line != _END:
+                family = line.split(" ", 3)[2]
+                about = families.setdefault(family, ([], []))[0]
+                if line not in about:
+                    about.append(line)
+            elif (found := _SAMPLE.match(line)) is not None:
+                labels = ",".join(filter(None, (found[2], f'replica="{replica}"')))
+                families.setdefault(family, ([], []))[1].append(f"{found[1]}{{{labels}}}{found[3]}")
+    lines = [line for about, samples in families.values() for line in (*about, *samples)]
+    ends = [_END] * any(page.rstrip().endswith(_END) for page in pages.values())
+    return "\n".join([*lines, *ends, ""])

@@ -45,8 +45,7 @@ class Replica:
         self._server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env, start_new_session=True)
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps([host, {**options, "kv_events_endpoint": events}]) + "\n")
-        self._server.stdin.flush()
+        print(json.dumps([host, {**options, "kv_events_endpoint": events}]), file=self._server.stdin, flush=True)
         last, found = "", None
         for line in self._server.stdout:
             if (found := _READY.search(line)) is not None:
@@ -68,11 +67,9 @@ class Replica:
         if not self._stopping:
             os._exit(1)
 
-    def describe(self) -> dict[str, Any]:
-        """What routers have to know: where the server is, and where it publishes."""
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """What routers have to know: where the server is, and where it publishes. Ray calls this, once."""
         return self._told
-
-    record_replica_metadata = describe  # as Ray calls it
 
     async def check_health(self) -> None:
         """Raises: OSError unless the server's own /health is well."""
@@ -90,6 +87,10 @@ class Replica:
         request = urllib.request.Request(f"{self._told['url']}{path}", headers=self._headers)
         with urllib.request.urlopen(request, timeout=_ASK_SECONDS) as answer:
             return str(answer.read().decode())
+
+    def end(self) -> None:
+        """At once; this actor follows."""
+        self._server.kill()
 
     def __del__(self) -> None:
         """Let the requests that run finish, and end the server. Ray calls this when it stops the replica."""

@@ -73,7 +73,7 @@ class PrefixRouter:
     used by several threads at a time.
 
     loads: tokens that a replica has yet to compute before it comes to a new request, by its name. One that drains, or
-    is not well, is taken out by `set_replicas`.
+    is not well, is taken out by `set_replicas`. sessions: the replica that each one's last request went to.
     """
 
     def __init__(self, policy: str = "prefix", seed: int | None = None, max_known: int = MAX_KNOWN) -> None:
@@ -84,7 +84,7 @@ class PrefixRouter:
         self._names: list[str] = []
         self._holders: dict[int, dict[str, None]] = {}  # of each block
         self._known: dict[str, OrderedDict[int, None]] = {}  # blocks of each replica, the one to be evicted first
-        self._sessions: OrderedDict[str, str] = OrderedDict()
+        self.sessions: OrderedDict[str, str] = OrderedDict()
 
     def set_replicas(self, names: Iterable[str]) -> None:
         """The replicas from now on. What is known of others is forgotten."""
@@ -109,7 +109,7 @@ class PrefixRouter:
         lengths = self._cached(prompt.blocks, excluded)
         costs = {name: self.loads[name] - lengths.get(name, 0.0) for name in (*lengths, *names)}
         best = min(costs, key=costs.__getitem__)
-        own = self._sessions.get(prompt.session) if prompt.session else None
+        own = self.sessions.get(prompt.session)
         if own in self.loads and own not in excluded:
             is_near = costs.get(own, self.loads[own]) <= costs[best] + _STICKY_TOKENS
             return own if is_near else best
@@ -143,10 +143,10 @@ class PrefixRouter:
         if len(known) > share:
             self._drop(name, len(known) - share)
         if prompt.session:
-            self._sessions[prompt.session] = name
-            self._sessions.move_to_end(prompt.session)
-            if len(self._sessions) > MAX_SESSIONS:
-                self._sessions.popitem(last=False)
+            self.sessions[prompt.session] = name
+            self.sessions.move_to_end(prompt.session)
+            if len(self.sessions) > MAX_SESSIONS:
+                self.sessions.popitem(last=False)
 
     def forget(self, name: str, num_tokens: float) -> None:
         """The replica has evicted so many tokens."""
@@ -162,10 +162,6 @@ class PrefixRouter:
         """An answer says how many tokens a prompt of so many bytes has."""
         if num_bytes > 0 and num_tokens > 0:
             self.bytes_per_token += (min(16.0, num_bytes / num_tokens) - self.bytes_per_token) * _RATE
-
-    def session(self, key: str) -> str | None:
-        """The replica that a session's last request went to."""
-        return self._sessions.get(key)
 
     def _cached(self, blocks: Sequence[int], excluded: Collection[str]) -> dict[str, float]:
         """Some of the replicas that have most of these blocks, and how many tokens that is."""

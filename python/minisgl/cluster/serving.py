@@ -14,9 +14,10 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingContext
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.util.placement_group import placement_group, remove_placement_group
 
 import minisgl
-from minisgl.cluster.ingress import Choose, Ingress, Relayed
+from minisgl.cluster.ingress import Ingress, Relayed
 from minisgl.cluster.replica import Replica, node_address
 from minisgl.cluster.router import POLICIES, wanted_replicas
 from minisgl.config.args import ServerArgs, args_from_options, integer
@@ -24,6 +25,8 @@ from minisgl.errors import ConfigError
 
 APP = "minisgl"
 _UNBOUNDED = 100_000  # requests at one replica at a time: the server itself says when it has enough
+_ROOM_SECONDS = 10.0  # for what others have just given back
+_END_SECONDS = 30.0  # for a replica, beyond the drain timeout
 _LEAST_CPUS = 0.1  # of a replica
 _FILES = {"model_path", "chat_template", "ssl_certfile", "ssl_keyfile"}
 
@@ -37,8 +40,7 @@ class PrefixRequestRouter(RequestRouter):
         assert pending_request is not None
         pending_request.routing_context.should_backoff = True  # where there is none, look again in a while
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        choose: Choose = pending_request.args[0]
-        name = choose(by_name)
+        name = pending_request.args[0](by_name)  # a `Choose` of the ingress
         return [[by_name[name]]] if name is not None else []
 
 
@@ -60,6 +62,7 @@ class Plan:
     host: str = ""
     listener: str = ""
     is_fixed: bool = False  # an operator has said how many replicas there are to be
+    num_new: int = 0  # of them, that take room which nothing of ours has
 
 
 def server_options(args: ServerArgs) -> dict[str, Any]:
@@ -82,13 +85,14 @@ def replica_needs(
     if args.device == "cuda" or (gpus and args.device is None):
         room = sum(int(node.get("GPU", 0)) // size for node in nodes)
         if room < plan.replicas:
-            words = f"{plan.replicas} replicas need {size} GPUs each, on one node; there is room for {room}"
-            raise ConfigError(f"--replicas {plan.replicas}: {words}")
+            raise ConfigError(
+                f"--replicas {plan.replicas}: each needs {size} GPUs of one node; there is room for {room}"
+            )
         return {"device": "cuda"}, {"num_gpus": size, "num_cpus": min(1.0, cpus / plan.max_replicas)}
     share = cpus / plan.max_replicas
     threads = args.cpu_threads or max(1, int(share) // size)
     if share < _LEAST_CPUS * size or threads * size > max((node.get("CPU", 0) for node in nodes), default=0):
-        words = f"{plan.max_replicas} replicas of {size} × {threads} threads find no room on {cpus:g} CPUs"
+        words = f"with {size} × {threads} threads each, they find no room on {cpus:g} CPUs"
         raise ConfigError(f"--max-replicas {plan.max_replicas}: {words}")
     return {"device": "cpu", "cpu_threads": threads}, {"num_cpus": math.floor(100 * min(share, threads * size)) / 100}
 
@@ -100,6 +104,7 @@ def application(plan: Plan) -> serve.Application:
         raise ConfigError("--kv-events-endpoint: each replica has its own; minisgl cluster status names them")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     more, resources = replica_needs(args, plan, nodes)
+    _require_room(plan, resources, args.drain_timeout + _END_SECONDS if plan.is_fixed else _ROOM_SECONDS)
     front = {name: value for name, value in plan.options.items() if name.startswith("ssl_")}
     served = {name: value for name, value in plan.options.items() if name not in front} | more
     count: dict[str, Any] = {"num_replicas": plan.replicas}
@@ -108,22 +113,28 @@ def application(plan: Plan) -> serve.Application:
         scale |= {"upscale_delay_s": 5.0, "downscale_delay_s": 60.0}
         count = {"autoscaling_config": {**scale, "policy": {"policy_function": f"{__name__}:autoscaling"}}}
     common: dict[str, Any] = {"max_ongoing_requests": _UNBOUNDED, "health_check_period_s": 2.0}
-    common |= {"graceful_shutdown_wait_loop_s": 0.2, "graceful_shutdown_timeout_s": args.drain_timeout + 30}
-    replica = serve.deployment(
-        **count,
-        **common,
-        ray_actor_options=resources,
-        request_router_config={"request_router_class": f"{__name__}:PrefixRequestRouter"},
-        max_constructor_retry_count=2,
-    )(Replica)
+    common |= {"graceful_shutdown_wait_loop_s": 0.2, "graceful_shutdown_timeout_s": args.drain_timeout + _END_SECONDS}
+    count |= {"max_constructor_retry_count": 2, "ray_actor_options": resources}
+    count["request_router_config"] = {"request_router_class": f"{__name__}:PrefixRequestRouter"}
+    replica = serve.deployment(**count, **common)(Replica)
     here = {f"node:{node_address()}": 0.001} if plan.listener else {}
     one_loop = {"env_vars": {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}}  # for what asks the router, and the router
-    ingress = serve.deployment(**common, ray_actor_options={"num_cpus": 0, "resources": here, "runtime_env": one_loop})(
-        serve.ingress(Relayed())(Ingress)
-    )
+    actor = {"num_cpus": 0, "resources": here, "runtime_env": one_loop}
+    ingress = serve.deployment(**common, ray_actor_options=actor)(serve.ingress(Relayed())(Ingress))
     # Each `serve.run` would be a version of its own, and replace all replicas also where only numbers change.
     replica._version, ingress._version = _version(served), _version([front, plan.listener, plan.policy])
     return ingress.bind(replica.bind(served, plan.host), front, plan.listener, plan.policy)
+
+
+def _require_room(plan: Plan, resources: Mapping[str, float], seconds: float) -> None:
+    """Raises: ConfigError when Ray has no room for the new replicas, which it would wait for for ever."""
+    bundle = {kind: resources[name] for kind, name in (("GPU", "num_gpus"), ("CPU", "num_cpus")) if name in resources}
+    if plan.num_new:
+        group = placement_group([bundle] * plan.num_new)
+        has_room = group.wait(seconds)
+        remove_placement_group(group)
+        if not has_room:
+            raise ConfigError(f"--replicas {plan.replicas}: Ray has no room for {plan.num_new} more with {bundle} each")
 
 
 def _version(made_of: object) -> str:

@@ -33,6 +33,7 @@ class BlockStored(msgspec.Struct, array_like=True, tag=True):
     block_size: int
     lora_id: int | None = None
     medium: str | None = None
+    lora_name: str | None = None
 
 
 class BlockRemoved(msgspec.Struct, array_like=True, tag=True):

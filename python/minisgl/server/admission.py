@@ -4,17 +4,21 @@ be on its way, whose, and whose turn it is to be read."""
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections import Counter, deque
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import h11
+import uvicorn
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from minisgl.config.runtime import ServerConfig
+from minisgl.env import env_number
 from minisgl.errors import RequestError
 from minisgl.server.access import address_of
 from minisgl.server.errors import dump_json, error_body, error_response
@@ -24,6 +28,16 @@ MIN_RATE = 1024  # bytes a second, of a body
 LINGER_SECONDS = 2  # for what a client still has under way when it is answered; else it might not see the answer
 MAX_LINGERING = 16  # connections beyond the limit
 _HEAD = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nretry-after: 1\r\nconnection: close"
+
+
+def http_config(app: ASGIApp, limit: int, **more: Any) -> uvicorn.Config:
+    """How uvicorn serves an application, within limits: see `Connection`. limit: of connections. more: of uvicorn's."""
+    timeouts = {"READ": 20.0, "WRITE": 30.0}  # seconds
+    read, write = (env_number(f"MINISGL_{kind}_TIMEOUT", timeouts[kind], low=0.1, high=86400) for kind in timeouts)
+    more |= {"interface": "asgi3", "lifespan": "off", "log_config": None, "access_log": False, "timeout_keep_alive": 60}
+    more |= {"ws": "none", "limit_concurrency": limit, "http": partial(Connection, read=read, write=write)}
+    more["proxy_headers"] = "FORWARDED_ALLOW_IPS" in os.environ  # else anybody may say where a request comes from
+    return uvicorn.Config(app, **more)
 
 
 class Connection(H11Protocol):

@@ -18,13 +18,13 @@ from typing import Any
 import uvicorn
 
 from minisgl.config.runtime import ServerConfig
-from minisgl.env import env_bool, env_number
+from minisgl.env import env_bool
 from minisgl.errors import WorkerDied
 from minisgl.message.sockets import Endpoints
 from minisgl.processes.control import ENDING_SIGNALS
 from minisgl.processes.supervisor import Supervisor
 from minisgl.server.access import guarded
-from minisgl.server.admission import Connection
+from minisgl.server.admission import http_config
 from minisgl.server.frontend import Frontend
 from minisgl.server.metrics import Exposition
 from minisgl.server.routes.app import create_app
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 NOTICE_SECONDS = 0.5  # for the last errors to reach the clients
 LINGER_SECONDS = 1.0  # that the port stays open when all requests have ended, and then connections do
-KEEP_ALIVE_SECONDS = 60
 MAX_CONNECTIONS = 4096
 MAX_ACCEPTS = 16  # connections taken in one round of the event loop
 SEND_BUFFER = 2**15  # bytes of an answer that the kernel keeps for a client, or twice as many
@@ -150,23 +149,10 @@ async def serve_http(
     async with Frontend(endpoints) as frontend:
         exposition = Exposition(config.served_model_name, frontend.metrics, supervisor.num_restarts)
         app = create_app(frontend, config, exposition, supervisor.silent)
-        timeouts = {"READ": 20.0, "WRITE": 30.0}  # seconds
-        read, write = (env_number(f"MINISGL_{kind}_TIMEOUT", timeouts[kind], low=0.1, high=86400) for kind in timeouts)
-        connect = functools.partial(Connection, read=read, write=write)
-        uvicorn_config = uvicorn.Config(
-            guarded(app, config.access, exposition.count_http, log=env_bool("MINISGL_ACCESS_LOG", True)),
-            http=connect,  # type: ignore[arg-type]  # it is called as the class is
-            limit_concurrency=(limit := _max_connections()),
-            backlog=MAX_ACCEPTS if limit > 64 else 2,
-            ws="none",  # there are no such routes, and a broken handshake would be a fault of ours
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,  # else anybody may say where a request comes from
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            ssl_certfile=config.access.ssl_certfile,
-            ssl_keyfile=config.access.ssl_keyfile,
-        )
+        limit, access = _max_connections(), config.access
+        guard = guarded(app, access, exposition.count_http, log=env_bool("MINISGL_ACCESS_LOG", True))
+        files = {"ssl_certfile": access.ssl_certfile, "ssl_keyfile": access.ssl_keyfile}
+        uvicorn_config = http_config(guard, limit, backlog=MAX_ACCEPTS if limit > 64 else 2, **files)
         server = HttpServer(uvicorn_config, config, frontend, listener)
         supervisor.watch(*(functools.partial(_call_in, loop, call) for call in (server.on_death, frontend.on_change)))
         await server.serve(sockets=[listener])
