@@ -29,7 +29,7 @@ MAIN = "from minisgl.__main__ import main; sys.exit(main())"
 
 # Somebody else's application, which has a CPU, and objects, of which the store is full, until a line comes.
 NEIGHBOUR = """
-import sys, numpy, ray
+import sys, time, numpy, ray
 from ray import serve
 ray.init(sys.argv[1], log_to_driver=False)
 @serve.deployment(ray_actor_options={"num_cpus": 1})
@@ -42,7 +42,10 @@ try:
 except ray.exceptions.OutOfDiskError:
     print("full", flush=True)
 sys.stdin.readline()
-print(*serve.status().applications, flush=True)
+end = time.monotonic() + 60
+while len(applications := serve.status().applications) > 1 and time.monotonic() < end:
+    time.sleep(0.1)
+print(*applications, flush=True)
 """
 
 
@@ -115,4 +118,4 @@ async def test_a_ray_that_is_joined(nodes: tuple[RayNodes, Any], tmp_path: Path)
             (server,) = cluster.replicas().values()
             cluster.process.kill()
             wait_for(lambda: not psutil.pid_exists(server), 60)
-        assert other.communicate("\n")[0] == "neighbour\n"
+        assert "neighbour" in other.communicate("\n")[0].splitlines()  # Ray may say there that a worker has died

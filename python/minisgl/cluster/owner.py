@@ -143,7 +143,7 @@ class Owner:
                 is_gone = self._address is None and isinstance(error.__cause__, ConnectionRefusedError)
                 if is_gone or time.monotonic() > seen + _LOST_SECONDS:
                     _give_up(f"Ray's head at {head} is lost: {' '.join(str(error).partition('Note:')[0].split())}")
-            if wanted and not changing.is_alive():
+            if "options" in wanted and not changing.is_alive():
                 changing = threading.Thread(target=self._change, args=(wanted,), daemon=True)
                 changing.start()
                 wanted = {}
