@@ -20,7 +20,7 @@ LONG = "a text that is long enough for some blocks, " * 20
 
 def blocks(path: str, body: Any, **headers: str) -> list[int]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return list(read_request(path, Headers(headers), data).prompt.blocks)
+    return list(read_request(path, Headers(headers), data).blocks)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_salts_and_keys_share_nothing() -> None:
 def test_sessions_and_who_has_what_is_asked_for() -> None:
     def read(path: str, body: dict[str, Any], headers: dict[str, str]) -> tuple[str, str]:
         asked = read_request(path, Headers(headers), json.dumps(body).encode())
-        return asked.prompt.session, asked.keeper
+        return asked.session, asked.keeper
 
     assert read("/v1/chat/completions", {"prompt_cache_key": "k"}, {}) == ("k", "")
     assert read("/v1/chat/completions", {"prompt_cache_key": "k"}, {"x-session-id": "s"}) == ("s", "")
@@ -67,7 +67,7 @@ def test_sessions_and_who_has_what_is_asked_for() -> None:
 )
 def test_whatever_the_body_is(body: bytes) -> None:
     asked = read_request("/v1/completions", Headers({}), body)
-    assert (asked.prompt.blocks, asked.prompt.session, asked.keeper) == ([], "", "")
+    assert (asked.blocks, asked.session, asked.keeper) == ([], "", "")
 
 
 def test_an_answer_tells_how_long_the_prompt_was() -> None:

@@ -100,7 +100,7 @@ def test_what_is_evicted_is_forgotten_from_the_end_of_the_oldest() -> None:
     router.forget("a", whole / 2)
     assert router.cached_tokens("a", old) == pytest.approx(whole / 2, abs=BLOCK_BYTES)
     assert router.cached_tokens("a", new) == pytest.approx(len(new.blocks) * BLOCK_BYTES / router.bytes_per_token)
-    router.clear("a")
+    router.forget("a")
     assert router.cached_tokens("a", new) == 0
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import orjson
 import uvicorn
 import zmq
-import zmq.asyncio
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -22,8 +21,8 @@ from ray.serve.handle import DeploymentHandle
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from minisgl.cluster.prompts import Asked, merged, num_tokens
-from minisgl.cluster.relay import Chosen, Relay, read_body
+from minisgl.cluster.prompts import merged, num_tokens
+from minisgl.cluster.relay import Chosen, Front, Relay, read_body
 from minisgl.cluster.router import PrefixRouter, Prompt
 from minisgl.config.args import integer
 from minisgl.env import env_number
@@ -36,11 +35,12 @@ from minisgl.server.errors import error_response, json_response
 _WAIT_SECONDS = 60.0  # for a replica, where there is none
 _PATIENCE_SECONDS = 1.0  # for another replica than the one that gave no answer
 _SHUN_SECONDS = 5.0  # after a replica has given no answer; by then Ray knows, if it has ended
-_ASK_SECONDS = 5.0
+_HEAR_SECONDS = 0.1  # between two looks at what replicas publish: each event by itself would wake us up
 _MAX_CONNECTIONS = 4096
 _STORED = re.compile(rb'"id": ?"(resp_[0-9a-zA-Z]+)"')
-Choose = Callable[[Collection[str]], str | None]  # one of these replicas; None: none yet
-_OF_ALL = ("/flush_cache", "/abort_request")  # asked of every replica; numbers in their answers are added up
+Told = Mapping[str, dict[str, Any]]  # by a replica's name, what it tells of itself (`Replica.record_replica_metadata`)
+Choose = Callable[[Told], str | None]  # one of these replicas; None: none yet
+_OF_ALL = ("/metrics", "/flush_cache", "/abort_request")  # asked of all; numbers in their answers are added up
 
 
 class Relayed:
@@ -63,6 +63,7 @@ class Ingress:
         self._replicas, self._options = replicas, options
         self._router = PrefixRouter(policy)
         self._watched: dict[str, asyncio.Task[None]] = {}
+        self.ready: Told = {}  # all that Ray says there are
         self._shunned: dict[str, float] = {}  # replicas, and until when
         max_body = int(env_number("MINISGL_MAX_BODY_BYTES", MAX_BODY_BYTES, low=1024, high=2**40))
         self._relay, self._draining = Relay(self._pick, max_body), False
@@ -74,13 +75,12 @@ class Ingress:
         try:
             if self._draining and scope["method"] == "POST":
                 raise WorkerDied("the server is draining: it takes no new requests, and will stop")
-            if path.startswith("/cluster"):
-                answer = await self._operate(scope, await read_body(receive) or b"")
-            elif path in ("/metrics", *_OF_ALL):
-                answer = await self._ask_all(scope, await read_body(receive) or b"")
-            else:
+            if not path.startswith("/cluster") and path not in _OF_ALL:
                 await self._relay(scope, receive, send)
                 return
+            body = await read_body(receive) or b""
+            await self._select(lambda ready: next(iter(ready), None))  # by now there is one
+            answer = await (self._ask_all if path in _OF_ALL else self._operate)(scope, body)
         except MiniSGLError as error:
             answer = error_response(scope, error)
         await answer(scope, receive, send)
@@ -91,45 +91,50 @@ class Ingress:
         return self._relay.counts["open"]
 
     @contextlib.asynccontextmanager
-    async def _pick(self, asked: Asked, tried: Sequence[str]) -> AsyncIterator[Chosen]:
+    async def _pick(self, prompt: Prompt, tried: Sequence[str]) -> AsyncIterator[Chosen]:
         now = time.monotonic()
         shunned = {name: until for name, until in self._shunned.items() if until > now}
         self._shunned = shunned | dict.fromkeys(tried, now + _SHUN_SECONDS)
-        try:
-            name, told = await asyncio.wait_for(self._select(partial(self._choose, asked, tried, now)), _WAIT_SECONDS)
-        except (asyncio.TimeoutError, RayServeException, RayError):
-            raise WorkerDied("no replica is ready; try again") from None
+        name, told = await self._select(partial(self._choose, prompt, tried, now))
         self._watch(name, told["events"][0])
-        placed = self._router.place(name, asked.prompt)
+        placed = self._router.place(name, prompt)
         try:
-            yield Chosen(name, told["url"], placed.hold, partial(self._learn, name, asked.prompt))
+            yield Chosen(name, told["url"], placed.hold, partial(self._learn, name, prompt))
         finally:
             placed.hold(0.0)
 
     async def _select(self, choose: Choose) -> tuple[str, dict[str, Any]]:
-        """A replica's name, and its `record_replica_metadata`. Nothing is reserved with Ray: that is two messages for
-        each request, and a server knows when it is full."""
-        async with self._replicas.choose_replica(choose, _reserve=False) as selection:
+        """A replica's name, and what it tells of itself. Raises: WorkerDied when there is none for long."""
+        if (name := choose(self.ready)) is not None:
+            return name, self.ready[name]
+        try:
+            return await asyncio.wait_for(self._await_one(choose), _WAIT_SECONDS)
+        except (asyncio.TimeoutError, RayServeException, RayError):
+            raise WorkerDied("no replica is ready; try again") from None
+
+    async def _await_one(self, choose: Choose) -> tuple[str, dict[str, Any]]:
+        """Ray looks until there is one. Nothing is reserved with it: that is two messages for each request, and a
+        server knows when it is full."""
+        async with self._replicas.choose_replica(choose, self, _reserve=False) as selection:
             return selection.replica_id, selection.replica_metadata
 
-    def _choose(self, asked: Asked, tried: Collection[str], begin: float, names: Collection[str]) -> str | None:
+    def _choose(self, prompt: Prompt, tried: Collection[str], begin: float, ready: Told) -> str | None:
         """One of these replicas, all that Ray says there are; None: look again, there is none, or none other yet."""
         router, now = self._router, time.monotonic()
         excluded = {*tried, *(name for name, until in self._shunned.items() if until > now)}
-        if router.loads.keys() != set(names):
-            router.set_replicas(names)
-        keeper = router.sessions.get(asked.keeper)
+        if router.loads.keys() != ready.keys():
+            router.set_replicas(ready)
+        keeper = router.sessions.get(prompt.keeper)
         if keeper in router.loads and keeper not in tried:  # shunned or not: nobody else has it
             return keeper
-        name = router.choose(asked.prompt, excluded)
-        return router.choose(asked.prompt) if name is None and now > begin + _PATIENCE_SECONDS else name
+        name = router.choose(prompt, excluded)
+        return router.choose(prompt) if name is None and now > begin + _PATIENCE_SECONDS else name
 
     def _learn(self, name: str, prompt: Prompt, tail: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         """From an answer: how long tokens are, and who will be asked for it again."""
         kept = [value.decode("latin-1") for key, value in headers if key == b"x-request-id"]
-        kept += [found.decode() for found in _STORED.findall(tail)]
         self._router.calibrate(prompt.num_bytes, num_tokens(tail))
-        for key in kept:
+        for key in (*kept, *(found.decode() for found in _STORED.findall(tail))):
             self._router.learn(name, Prompt((), 0, key))
 
     def _watch(self, name: str, endpoint: str) -> None:
@@ -140,38 +145,30 @@ class Ingress:
             self._watched[name] = asyncio.ensure_future(self._hear(name, endpoint))
 
     async def _hear(self, name: str, endpoint: str) -> None:
-        with zmq.asyncio.Context.instance().socket(zmq.SUB) as events:
+        with zmq.Context[zmq.Socket[bytes]].instance().socket(zmq.SUB) as events:
             events.setsockopt(zmq.SUBSCRIBE, b"")
             events.connect(endpoint)
             expected, size = 0, 1
             while True:
-                _, counted, data = await events.recv_multipart()
+                while not events.poll(0):
+                    await asyncio.sleep(_HEAR_SECONDS)
+                _, counted, data = events.recv_multipart()
                 batch, number = decode_batch(data), int.from_bytes(counted, "big")
                 if expected and number != expected:  # some are lost, or its scheduler has begun anew
-                    self._router.clear(name)
+                    self._router.forget(name)
                 for event in batch.events:
                     if isinstance(event, BlockRemoved):
                         self._router.forget(name, len(event.block_hashes) * size)
                     elif isinstance(event, BlockStored):
                         size = event.block_size
                     elif isinstance(event, AllBlocksCleared) and number:
-                        self._router.clear(name)
+                        self._router.forget(name)
                 expected = number + 1
-
-    async def _describe(self) -> dict[str, dict[str, Any]]:
-        """All replicas, by name. Raises: WorkerDied when one does not answer, or there is none."""
-        try:
-            told = await asyncio.wait_for(
-                self._replicas.broadcast("record_replica_metadata").results_async(), _ASK_SECONDS
-            )
-        except (RayServeException, RayError, asyncio.TimeoutError):
-            raise WorkerDied("not all replicas answer; try again") from None
-        return {one["name"]: one for one in told}
 
     async def _ask_all(self, scope: Scope, body: bytes) -> Response:
         """The answer of all replicas as one; the first refusal is the whole answer."""
         answers: dict[str, Response] = {}
-        for name, told in (await self._describe()).items():
+        for name, told in self.ready.items():
             answers[name] = answer = await self._relay.ask(scope, body, told["url"])
             if answer.status_code != 200:
                 return answer
@@ -184,18 +181,15 @@ class Ingress:
 
     async def _operate(self, scope: Scope, body: bytes) -> Response:
         """`/cluster`: what there is, for whoever may see /server_info; and what is to become of it."""
-        replicas = await self._describe()
         asked = {**scope, "method": "GET", "path": "/server_info", "raw_path": b"/server_info"}
-        allowed = await self._relay.ask(asked, b"", next(iter(replicas.values()))["url"])
+        allowed = await self._relay.ask(asked, b"", next(iter(self.ready.values()))["url"])
         if allowed.status_code != 200:
             return allowed
         if scope["method"] == "POST":
             if self._owner is None:
-                raise RequestError(
-                    "Ray Serve's configuration says how many: change args, then serve deploy", status=409
-                )
+                raise RequestError("Ray Serve's configuration says it: change args, then serve deploy", status=409)
             self._owner.write(orjson.dumps(_wanted(scope["path"], body)) + b"\n")
-        told = [{**one, "load": self._router.loads.get(name, 0.0)} for name, one in replicas.items()]
+        told = [{**one, "load": self._router.loads.get(name, 0.0)} for name, one in self.ready.items()]
         return json_response({"replicas": told, "requests": self._relay.counts, "draining": self._draining})
 
     async def _serve(self, path: str) -> None:
@@ -204,7 +198,7 @@ class Ingress:
             owner, descriptor = await asyncio.to_thread(_taken_over, path)
             reader, self._owner = await asyncio.open_unix_connection(sock=owner)
             options = {"server_header": False, "date_header": False, **self._options}  # a replica's are passed on
-            server = uvicorn.Server(http_config(self.app, _MAX_CONNECTIONS, **options))
+            server = uvicorn.Server(http_config(self.app, _MAX_CONNECTIONS, Front, **options))
             self._tasks.append(asyncio.ensure_future(server.serve(sockets=[socket.socket(fileno=descriptor)])))
             await reader.read()
         asyncio.get_running_loop().run_in_executor(None, serve.delete, serve.get_replica_context().app_name)

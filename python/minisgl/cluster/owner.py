@@ -32,8 +32,7 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 1.0
 _LINGER_SECONDS = 1.0  # that the port stays open when all requests have ended
 _ASK_SECONDS = 5.0
-_END_SECONDS = 30.0
-_LOST_SECONDS = 30.0  # without an answer of the ingress, which Ray starts again, or of Ray's head
+_LOST_SECONDS = 30.0  # without an answer of the ingress, which Ray starts again, or of Ray's head, or of Ray at the end
 _OBJECT_STORE = 80 * 2**20  # bytes: requests and answers do not go through it
 _WORDS = re.compile(r"replica: (.*)")  # of a server that did not start
 _ENVIRON = {
@@ -170,7 +169,7 @@ class Owner:
         """Nothing is left: of a Ray that is not ours, what we have put there goes."""
         for signum in ENDING_SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
-        watchdog = threading.Timer(_END_SECONDS, _give_up, ("Ray does not end",))
+        watchdog = threading.Timer(_LOST_SECONDS, _give_up, ("Ray does not end",))
         watchdog.daemon = True
         watchdog.start()
         with contextlib.suppress(RayError, RayServeException):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -24,18 +23,10 @@ _SAMPLE = re.compile(r"^([^\s{#]+)(?:\{(.*)\})?( .*)$")
 _END = "# EOF"  # of OpenMetrics
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A request as a router sees it. keeper: the session whose replica alone has what is asked for, "": none."""
-
-    prompt: Prompt
-    keeper: str = ""
-
-
-def read_request(path: str, headers: Headers, body: bytes) -> Asked:
+def read_request(path: str, headers: Headers, body: bytes) -> Prompt:
     """Whatever the body is: what makes no sense has no text, and the server says so."""
     if (found := _STORED.match(path)) is not None:
-        return Asked(Prompt((), 0), found[1] or found[2])
+        return Prompt((), 0, keeper=found[1] or found[2])
     fields: dict[str, Any] = {}
     if body.lstrip()[:1] == b"{":
         with contextlib.suppress(msgspec.DecodeError, RecursionError):
@@ -44,8 +35,8 @@ def read_request(path: str, headers: Headers, body: bytes) -> Asked:
     salt = f"{headers.get('authorization')} {headers.get('x-api-key')} {fields.get('cache_salt')}"
     session = headers.get(SESSION) or fields.get("prompt_cache_key") or ""
     keeper = fields.get("previous_response_id") or ""
-    prompt = Prompt(text_blocks(text, salt), len(text), f"{session}" if isinstance(session, str) else "")
-    return Asked(prompt, keeper if isinstance(keeper, str) else "")
+    names = (name if isinstance(name, str) else "" for name in (session, keeper))
+    return Prompt(text_blocks(text, salt), len(text), *names)
 
 
 def num_tokens(tail: bytes) -> int:

@@ -15,11 +15,13 @@ import aiohttp
 from multidict import CIMultiDict
 from starlette.datastructures import Headers
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from yarl import URL
 
-from minisgl.cluster.prompts import Asked, read_request
+from minisgl.cluster.prompts import read_request
+from minisgl.cluster.router import Prompt
 from minisgl.errors import WorkerDied
+from minisgl.server.admission import Connection
 from minisgl.server.answers.renderer import event
 from minisgl.server.errors import ANTHROPIC_PATHS, anthropic_error, error_payload
 
@@ -30,7 +32,24 @@ _HOP = (b"connection", b"keep-alive", b"transfer-encoding", b"expect", b"x-forwa
 _NOT_OURS = ("user-agent", "accept", "accept-encoding", "content-type")  # unless the client sends them
 _TAIL = 4096  # bytes at the end of an answer in which token counts are looked for
 _CONNECT_SECONDS = 5.0
+_FRONT = "minisgl.front"  # in a scope: the `Front` that it came by
 _ENDED = "the replica that was answering has ended; try again"
+
+
+class Front(Connection):
+    """A client's connection; applications find it in their scope."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        app: ASGIApp = self.app
+        self.app = lambda scope, receive, send: app({**scope, _FRONT: self}, receive, send)
+
+    async def send_chunk(self, part: bytes) -> None:
+        """A part of an answer in chunks whose head has gone out; ASGI's way takes twice as long."""
+        if self.flow.write_paused:
+            await self.flow.drain()
+        if part and not self.transport.is_closing():
+            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
 
 
 @dataclass(slots=True)
@@ -43,16 +62,18 @@ class Chosen:
     learn: Callable[[bytes, list[tuple[bytes, bytes]]], None]  # from the end of an answer, and its headers
 
 
-Pick = Callable[[Asked, list[str]], AbstractAsyncContextManager[Chosen]]
+Pick = Callable[[Prompt, list[str]], AbstractAsyncContextManager[Chosen]]
 
 
 class Relay:
     """The ASGI application in front of all replicas. pick: chooses one that is none of those named, and waits for it;
-    raises WorkerDied when there is none. max_body: bytes that are read of a body."""
+    raises WorkerDied when there is none. max_body: bytes that are read of a body. session: with servers."""
 
     def __init__(self, pick: Pick, max_body: int) -> None:
         self._pick, self._max_body = pick, max_body
-        self._session: aiohttp.ClientSession | None = None
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
+        made = partial(aiohttp.ClientSession, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar())
+        self.session = made(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30), auto_decompress=False)
         self.counts = {"open": 0, "retried": 0, "broken": 0}  # requests; those that broke off
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,9 +95,9 @@ class Relay:
             raise WorkerDied(f"a replica does not answer ({type(error).__name__}); try again") from None
 
     async def _relay(self, scope: Scope, body: bytes, send: Send) -> None:
-        asked, tried = read_request(scope["path"], Headers(scope=scope), body), list[str]()
+        prompt, tried = read_request(scope["path"], Headers(scope=scope), body), list[str]()
         while True:
-            async with self._pick(asked, tried) as chosen:
+            async with self._pick(prompt, tried) as chosen:
                 tried.append(chosen.name)
                 if await self._attempt(scope, body, send, chosen, is_last=len(tried) > 1):
                     return
@@ -104,13 +125,17 @@ class Relay:
         headers = _passed(answer)
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         is_stream, part, tail, left = answer.content_type == "text/event-stream", first, b"", b""
+        front: Front | None = scope.get(_FRONT) if is_stream and scope["http_version"] == "1.1" else None
         try:
             while part:
                 if is_stream:  # events go on whole, or not at all
                     end = (part := left + part).rfind(b"\n\n") + 2
                     part, left = (part[:end], part[end:]) if end > 1 else (b"", part)
                 tail = (tail + part)[-_TAIL:]
-                await send({"type": "http.response.body", "body": part, "more_body": True})
+                if front is not None:
+                    await front.send_chunk(part)
+                else:
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
                 part = await answer.content.readany()
         except (aiohttp.ClientError, OSError):
             self.counts["broken"] += 1
@@ -123,10 +148,6 @@ class Relay:
 
     @contextlib.asynccontextmanager
     async def _request(self, scope: Scope, body: bytes, url: str) -> AsyncIterator[aiohttp.ClientResponse]:
-        if self._session is None:
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
-            made = partial(aiohttp.ClientSession, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar())
-            self._session = made(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30), auto_decompress=False)
         headers = CIMultiDict[str]()
         for name, value in scope["headers"]:
             if name not in _HOP and name != b"content-length":
@@ -136,7 +157,7 @@ class Relay:
         query = scope["query_string"].decode("latin-1")
         path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
         target = URL(url + path + (f"?{query}" if query else ""), encoded=True)
-        request = partial(self._session.request, scope["method"], target, headers=headers, allow_redirects=False)
+        request = partial(self.session.request, scope["method"], target, headers=headers, allow_redirects=False)
         data = body if body or scope["method"] in ("POST", "PUT", "PATCH") else None
         async with request(data=data, skip_auto_headers=_NOT_OURS) as answer:
             yield answer
@@ -161,8 +182,7 @@ async def read_body(receive: Receive, limit: int = 2**20) -> bytes | None:
 
 async def _while_connected(receive: Receive, answer: Coroutine[Any, Any, None]) -> None:
     """Do it until it is done, or the client is gone."""
-    work = asyncio.ensure_future(answer)
-    watcher = asyncio.ensure_future(_gone(receive))
+    work, watcher = asyncio.ensure_future(answer), asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait([work, watcher], return_when=asyncio.FIRST_COMPLETED)
         if work.done():
@@ -180,8 +200,7 @@ async def _gone(receive: Receive) -> None:
 
 def _failure(path: str) -> bytes:
     """The event at the end of a stream that breaks off, as the dialect has it."""
-    error = WorkerDied(_ENDED)
-    payload = error_payload(error)
+    payload = error_payload(error := WorkerDied(_ENDED))
     if ANTHROPIC_PATHS.match(path):
         payload = anthropic_error(payload, error.status)
     elif path.startswith("/v1/responses"):

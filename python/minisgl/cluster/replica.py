@@ -6,12 +6,12 @@ import asyncio
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
 import urllib.request
 from collections.abc import Mapping
+from contextlib import closing
 from typing import IO, Any
 
 import ray
@@ -19,13 +19,12 @@ from ray import serve
 
 from minisgl.cluster.child import FAILED
 from minisgl.errors import WorkerDied
+from minisgl.server.launch import bind_port
 
 _READY = re.compile(r"minisgl serves .*:(\d+)/v1$")
 _STOP_SECONDS = 15.0  # beyond the drain timeout
 _ASK_SECONDS = 10.0
-_SAMPLE = re.compile(
-    r"^minisgl:(num_requests_waiting|kv_cache_usage_perc|request_prompt_tokens_(?:sum|count))\S* (\S+)", re.M
-)
+_SAMPLE = re.compile(r"^minisgl:(num_requests_waiting|kv_cache_usage_perc|request_prompt_tokens_\w+)\S* (\S+)", re.M)
 
 
 class Replica:
@@ -37,7 +36,8 @@ class Replica:
 
     def __init__(self, options: Mapping[str, Any], host: str) -> None:
         host, keys = host or node_address(), options.get("admin_key") or options.get("api_key") or [""]
-        events = [f"tcp://{host}:{_free_port(host)}" for _ in range(2)]
+        with closing(bind_port(host, 0)) as first, closing(bind_port(host, 0)) as second:
+            events = [f"tcp://{host}:{free.getsockname()[1]}" for free in (first, second)]
         self._drain_timeout, self._stopping = float(options.get("drain_timeout", 10.0)), False
         self._headers = {"authorization": f"Bearer {keys[0]}"} if keys[0] else {}
         env = {**os.environ, "FORWARDED_ALLOW_IPS": "*", "PYTHONSAFEPATH": "1"}  # only the ingress comes here
@@ -104,9 +104,3 @@ class Replica:
 
 def node_address() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])

@@ -31,11 +31,13 @@ _RATE = 1 / 64  # of the newest answer in the mean
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is to be routed. blocks: see `text_blocks`; session: requests with the same go together, "": none."""
+    """What is to be routed. blocks: see `text_blocks`; session: requests with the same go together, "": none;
+    keeper: the session whose replica alone has what is asked for."""
 
     blocks: Sequence[int]
     num_bytes: int
     session: str = ""
+    keeper: str = ""
 
 
 def text_blocks(text: bytes, salt: str = "", size: int = BLOCK_BYTES) -> list[int]:
@@ -90,7 +92,7 @@ class PrefixRouter:
         """The replicas from now on. What is known of others is forgotten."""
         self._names = list(dict.fromkeys(names))
         for gone in self._known.keys() - set(self._names):
-            self.clear(gone)
+            self.forget(gone)
             del self._known[gone], self.loads[gone]
         for name in self._names:
             self._known.setdefault(name, OrderedDict())
@@ -98,9 +100,7 @@ class PrefixRouter:
 
     def choose(self, prompt: Prompt, excluded: Collection[str] = ()) -> str | None:
         """The replica to send the prompt to, which is none of those excluded; None where no other is there."""
-        names = self._names
-        if excluded:
-            names = [name for name in names if name not in excluded]
+        names = [name for name in self._names if name not in excluded] if excluded else self._names
         names = self._random.sample(names, min(2, len(names)))
         if not names or self._policy == "random":
             return names[0] if names else None
@@ -110,10 +110,9 @@ class PrefixRouter:
         costs = {name: self.loads[name] - lengths.get(name, 0.0) for name in (*lengths, *names)}
         best = min(costs, key=costs.__getitem__)
         own = self.sessions.get(prompt.session)
-        if own in self.loads and own not in excluded:
-            is_near = costs.get(own, self.loads[own]) <= costs[best] + _STICKY_TOKENS
-            return own if is_near else best
-        return best
+        if own not in self.loads or own in excluded:
+            return best
+        return own if costs.get(own, self.loads[own]) <= costs[best] + _STICKY_TOKENS else best
 
     def place(self, name: str, prompt: Prompt) -> Placed:
         """The prompt goes to this replica, which has it from now on."""
@@ -132,8 +131,7 @@ class PrefixRouter:
 
     def learn(self, name: str, prompt: Prompt) -> None:
         """The prompt was sent to this replica, which has it from now on."""
-        known = self._known.get(name)
-        if known is None:
+        if (known := self._known.get(name)) is None:
             return
         for block in reversed(prompt.blocks):  # so that its end is evicted first
             known[block] = None
@@ -148,15 +146,11 @@ class PrefixRouter:
             if len(self.sessions) > MAX_SESSIONS:
                 self.sessions.popitem(last=False)
 
-    def forget(self, name: str, num_tokens: float) -> None:
-        """The replica has evicted so many tokens."""
+    def forget(self, name: str, num_tokens: float = math.inf) -> None:
+        """The replica has evicted so many tokens; unless told, all."""
         if name in self._known:
-            self._drop(name, round(num_tokens * self.bytes_per_token / BLOCK_BYTES))
-
-    def clear(self, name: str) -> None:
-        """The replica has nothing in its cache."""
-        if name in self._known:
-            self._drop(name, len(self._known[name]))
+            count = num_tokens * self.bytes_per_token / BLOCK_BYTES
+            self._drop(name, round(min(count, len(self._known[name]))))
 
     def calibrate(self, num_bytes: int, num_tokens: int) -> None:
         """An answer says how many tokens a prompt of so many bytes has."""

@@ -32,15 +32,25 @@ _FILES = {"model_path", "chat_template", "ssl_certfile", "ssl_keyfile"}
 
 
 class PrefixRequestRouter(RequestRouter):
-    """Asks the function that comes with each request; what is known of prefixes is the ingress's."""
+    """Asks the function that comes with each request; what is known of prefixes is the ingress's. It hears
+    from the first one on which replicas there are."""
+
+    _ingress: Ingress | None = None
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        if self._ingress is not None:
+            self._ingress.ready = {replica.replica_id.unique_id: replica.replica_metadata for replica in replicas}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         assert pending_request is not None
         pending_request.routing_context.should_backoff = True  # where there is none, look again in a while
+        choose, ingress = pending_request.args
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        name = pending_request.args[0](by_name)  # a `Choose` of the ingress
+        ingress.ready = {name: replica.replica_metadata for name, replica in by_name.items()}
+        self._ingress, name = ingress, choose(ingress.ready)
         return [[by_name[name]]] if name is not None else []
 
 
@@ -85,9 +95,8 @@ def replica_needs(
     if args.device == "cuda" or (gpus and args.device is None):
         room = sum(int(node.get("GPU", 0)) // size for node in nodes)
         if room < plan.replicas:
-            raise ConfigError(
-                f"--replicas {plan.replicas}: each needs {size} GPUs of one node; there is room for {room}"
-            )
+            words = f"each needs {size} GPUs of one node; there is room for {room}"
+            raise ConfigError(f"--replicas {plan.replicas}: {words}")
         return {"device": "cuda"}, {"num_gpus": size, "num_cpus": min(1.0, cpus / plan.max_replicas)}
     share = cpus / plan.max_replicas
     threads = args.cpu_threads or max(1, int(share) // size)

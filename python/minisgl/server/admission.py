@@ -30,16 +30,6 @@ MAX_LINGERING = 16  # connections beyond the limit
 _HEAD = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nretry-after: 1\r\nconnection: close"
 
 
-def http_config(app: ASGIApp, limit: int, **more: Any) -> uvicorn.Config:
-    """How uvicorn serves an application, within limits: see `Connection`. limit: of connections. more: of uvicorn's."""
-    timeouts = {"READ": 20.0, "WRITE": 30.0}  # seconds
-    read, write = (env_number(f"MINISGL_{kind}_TIMEOUT", timeouts[kind], low=0.1, high=86400) for kind in timeouts)
-    more |= {"interface": "asgi3", "lifespan": "off", "log_config": None, "access_log": False, "timeout_keep_alive": 60}
-    more |= {"ws": "none", "limit_concurrency": limit, "http": partial(Connection, read=read, write=write)}
-    more["proxy_headers"] = "FORWARDED_ALLOW_IPS" in os.environ  # else anybody may say where a request comes from
-    return uvicorn.Config(app, **more)
-
-
 class Connection(H11Protocol):
     """uvicorn's, within limits. Every `read` seconds a request that has begun must have ended, or brought MIN_RATE;
     every `write` seconds some of an answer must have been taken. Beyond config.limit_concurrency, it is refused."""
@@ -125,6 +115,16 @@ class Connection(H11Protocol):
             self.loop.call_later(LINGER_SECONDS, self.transport.abort)
         else:
             self.transport.close()
+
+
+def http_config(app: ASGIApp, limit: int, kind: type[Connection] = Connection, **more: Any) -> uvicorn.Config:
+    """How uvicorn serves an application, within limits: see `Connection`. limit: of connections. more: of uvicorn's."""
+    timeouts = {"READ": 20.0, "WRITE": 30.0}  # seconds
+    read, write = (env_number(f"MINISGL_{name}_TIMEOUT", timeouts[name], low=0.1, high=86400) for name in timeouts)
+    more |= {"interface": "asgi3", "lifespan": "off", "log_config": None, "access_log": False, "timeout_keep_alive": 60}
+    more |= {"ws": "none", "limit_concurrency": limit, "http": partial(kind, read=read, write=write)}
+    more["proxy_headers"] = "FORWARDED_ALLOW_IPS" in os.environ  # else anybody may say where a request comes from
+    return uvicorn.Config(app, **more)
 
 
 BYTES_PER_TOKEN = 4  # of a body, as long as its tokens are not known

@@ -151,7 +151,7 @@ async def serve_http(
         app = create_app(frontend, config, exposition, supervisor.silent)
         limit, access = _max_connections(), config.access
         guard = guarded(app, access, exposition.count_http, log=env_bool("MINISGL_ACCESS_LOG", True))
-        files = {"ssl_certfile": access.ssl_certfile, "ssl_keyfile": access.ssl_keyfile}
+        files: dict[str, Any] = {"ssl_certfile": access.ssl_certfile, "ssl_keyfile": access.ssl_keyfile}
         uvicorn_config = http_config(guard, limit, backlog=MAX_ACCEPTS if limit > 64 else 2, **files)
         server = HttpServer(uvicorn_config, config, frontend, listener)
         supervisor.watch(*(functools.partial(_call_in, loop, call) for call in (server.on_death, frontend.on_change)))

@@ -1,0 +1,225 @@
+"""The way through the ingress, byte for byte: servers that play a part behind it, and stock clients in front."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import httpx
+import pytest
+import uvicorn
+
+from minisgl.cluster.relay import Chosen, Front, Relay
+from minisgl.cluster.router import Prompt
+
+SECONDS = 60  # more than anything takes
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 4\r\n\r\nbusy"
+EVENTS = b"".join(b'data: {"number":%d}\n\n' % number for number in range(40)) + b"data: [DONE]\n\n"
+Play = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]  # what a server does about a request with such a head
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+@dataclass(slots=True)
+class Way:
+    """url: of the ingress. heads: of the requests that servers have had; connections: that they have accepted."""
+
+    relay: Relay
+    fronts: list[Front] = field(default_factory=list)
+    heads: list[bytes] = field(default_factory=list)
+    connections: int = 0
+    port: int = 0
+    learned: list[bytes] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def raw(self, request: bytes) -> bytes:
+        """All that comes until the connection is closed."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write(request)
+            return await asyncio.wait_for(reader.read(), SECONDS)
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def way(plays: Sequence[Play], *, max_body: int = 2**20) -> AsyncIterator[Way]:
+    """An ingress in front of servers, of which a request tries one after the other."""
+
+    @asynccontextmanager
+    async def pick(prompt: Prompt, tried: list[str]) -> AsyncIterator[Chosen]:
+        assert prompt.num_bytes >= 0
+        port = servers[len(tried)].sockets[0].getsockname()[1]
+        yield Chosen(f"{port}", f"http://127.0.0.1:{port}", lambda: None, lambda tail, _: one.learned.append(tail))
+
+    async def serve(play: Play, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        one.connections += 1
+        try:
+            while head := (await reader.readuntil(b"\r\n\r\n")).lower():
+                if b"content-length: " in head:
+                    await reader.readexactly(int(head.partition(b"content-length: ")[2].split(b"\r\n")[0]))
+                one.heads.append(head)
+                await play(head, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    def connection(*args: object, **kwargs: object) -> Front:
+        one.fronts.append(Front(*args, **kwargs, read=SECONDS, write=SECONDS))
+        return one.fronts[-1]
+
+    one = Way(Relay(pick, max_body))
+    servers = [await asyncio.start_server(partial(serve, play), "127.0.0.1") for play in plays]
+    config = uvicorn.Config(one.relay, http=connection, ws="none", lifespan="off", log_config=None, port=0)
+    config.server_header, config.date_header, config.limit_concurrency = False, False, 64
+    ingress = uvicorn.Server(config)
+    running = asyncio.create_task(ingress.serve())
+    try:
+        while not ingress.started:
+            await asyncio.sleep(0.001)
+        one.port = ingress.servers[0].sockets[0].getsockname()[1]
+        yield one
+    finally:
+        ingress.should_exit = ingress.force_exit = True
+        await running
+        await one.relay.session.close()
+        for server in servers:
+            server.close()
+
+
+async def streamed(_: bytes, writer: asyncio.StreamWriter) -> None:
+    """In chunks that end anywhere, in writes that end anywhere else."""
+    text = STREAM + b"".join(chunk(EVENTS[at : at + 13]) for at in range(0, len(EVENTS), 13)) + chunk(b"")
+    for at in range(0, len(text), 29):
+        writer.write(text[at : at + 29])
+        await writer.drain()
+        await asyncio.sleep(0)
+
+
+async def broken(_: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(STREAM + chunk(b"data: 1\n\ndata: 2\n\nda") + chunk(b"ta: thr"))
+    await writer.drain()
+    await asyncio.sleep(0.05)  # so that both halves are on their way
+    writer.close()
+
+
+async def refuses(_: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(BUSY)
+
+
+async def test_events_cut_anywhere_arrive_as_they_were_on_kept_connections() -> None:
+    async with way([streamed]) as one, httpx.AsyncClient(base_url=one.url, timeout=SECONDS) as client:
+        for _ in range(3):
+            answer = await client.post("/v1/completions?a=b%20c", json={"prompt": "x"}, headers={"X-Mine": "yes"})
+            assert answer.content == EVENTS
+            assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert one.connections == 1
+        assert one.learned == [EVENTS[-4096:]] * 3
+    assert one.heads[0].startswith(b"post /v1/completions?a=b%20c http/1.1\r\n")
+    assert b"\r\nx-mine: yes\r\n" in one.heads[0]
+    assert b"\r\nx-forwarded-for: 127.0.0.1\r\n" in one.heads[0]
+
+
+async def test_a_client_of_http_1_0_gets_no_chunks() -> None:
+    async with way([streamed]) as one:
+        text = await one.raw(b"POST /v1/completions HTTP/1.0\r\ncontent-length: 0\r\n\r\n")
+    assert text.partition(b"\r\n\r\n")[2] == EVENTS
+    assert b"\r\nhost: " in one.heads[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "end"), [("/v1/completions", b'data: {"error":'), ("/v1/messages", b"event: error\ndata: ")]
+)
+async def test_a_stream_that_breaks_off_ends_whole(path: str, end: bytes) -> None:
+    async with way([broken]) as one, httpx.AsyncClient(base_url=one.url, timeout=SECONDS) as client:
+        answer = await client.post(path, json={})
+    assert answer.content.startswith(b"data: 1\n\ndata: 2\n\n" + end), answer.content
+    assert b"try again" in answer.content
+    assert answer.content.endswith(b"}\n\n")
+    assert b"thr" not in answer.content
+    assert (one.relay.counts["retried"], one.relay.counts["broken"]) == (0, 1)
+
+
+async def test_who_has_answered_nothing_is_asked_no_more() -> None:
+    async def dies(_: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(STREAM)  # a head is no answer yet
+        writer.close()
+
+    for first in (dies, refuses):
+        async with way([first, streamed]) as one, httpx.AsyncClient(base_url=one.url, timeout=SECONDS) as client:
+            assert (await client.post("/generate", json={})).content == EVENTS
+            assert one.relay.counts["retried"] == 1
+    async with way([refuses, refuses]) as one, httpx.AsyncClient(base_url=one.url, timeout=SECONDS) as client:
+        answer = await client.post("/generate", json={})
+        assert (answer.status_code, answer.content) == (503, b"busy")
+
+
+async def test_a_slow_client_holds_up_its_server_and_gets_all() -> None:
+    event = b"data: " + b"x" * 65_000 + b"\n\n"
+    sent = 0
+
+    async def plays(_: bytes, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(STREAM)
+        for _ in range(1000):  # 65 MB, far more than sockets hold
+            writer.write(chunk(event))
+            await writer.drain()
+            sent += 1
+        writer.write(chunk(b""))
+
+    async with way([plays]) as one, httpx.AsyncClient(base_url=one.url, timeout=SECONDS) as client:
+        async with client.stream("POST", "/v1/completions", json={}) as answer:
+            before = -1
+            while before != sent or not any(front.flow.write_paused for front in one.fronts):
+                before = sent
+                await asyncio.sleep(0.2)
+            assert sent < 500
+            size = 0
+            async for part in answer.aiter_raw():
+                size += len(part)
+        assert size == 1000 * len(event)
+        assert one.relay.counts["open"] == 0
+
+
+async def test_a_client_that_leaves_ends_what_it_asked_for() -> None:
+    ended = asyncio.Event()
+
+    async def plays(_: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(STREAM)
+        try:
+            while not writer.is_closing():
+                writer.write(chunk(b"data: 1\n\n"))
+                await writer.drain()
+                await asyncio.sleep(0.001)
+        finally:
+            ended.set()
+
+    async with way([plays]) as one, httpx.AsyncClient(base_url=one.url, timeout=SECONDS) as client:
+        async with client.stream("POST", "/v1/completions", json={}) as answer:
+            assert await anext(answer.aiter_raw())
+        await asyncio.wait_for(ended.wait(), SECONDS)
+        while one.relay.counts["open"]:
+            await asyncio.sleep(0.01)
+
+
+async def test_answers_without_a_body_and_long_ones() -> None:
+    async def plays(head: bytes, writer: asyncio.StreamWriter) -> None:
+        size = b"" if head.startswith(b"head") else b"y" * 3_000_000
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 3000000\r\nX-Request-Id: r\r\n\r\n" + size)
+
+    async with way([plays]) as one, httpx.AsyncClient(base_url=one.url, timeout=SECONDS) as client:
+        for method in ("HEAD", "GET", "HEAD"):
+            answer = await client.request(method, "/v1/models")
+            assert len(answer.content) == (3_000_000 if method == "GET" else 0)
+            assert answer.headers["content-length"] == "3000000"
+        assert one.connections == 1
