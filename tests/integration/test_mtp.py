@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 
 from minisgl.config.args import parse_args
+from minisgl.config.families import read_model_config
 from minisgl.config.resolve import prepare
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import ReqOutput, SamplingParams, StepResult
@@ -89,13 +90,15 @@ Drafts = list[tuple[list[int], list[int]]]
 def generate(path: Path, speculate: str, breaks: bool = False, **kernels: Any) -> tuple[list[list[int]], Drafts]:
     """The output of each request; and of each step the drafts of the first one, with the tokens that they follow.
     breaks: the head fails, each time."""
-    config = engine_config(path, page_size=4, num_pages=256, **kernels)
-    if speculate == "off":
-        config = replace(config, model=replace(config.model, mtp=None))
+    model = read_model_config(path, mtp=speculate == "mtp")
+    config = engine_config(path, page_size=4, num_pages=256, model=model, **kernels)
+    if model.states:
+        config = replace(config, num_snapshots=12)
     engine = create_engine(config)
     if breaks:
         engine.steps.drafter = Mock(propose=Mock(side_effect=RuntimeError("the head is broken")))
-    planner = Planner(SchedulerConfig(4, 16, config.max_seq_len, 256, 4, 1, integrity_fatal=True, speculate=speculate))
+    planning = SchedulerConfig(4, 16, config.max_seq_len, 256, 4, 1, integrity_fatal=True, speculate=speculate)
+    planner = Planner(replace(planning, has_states=bool(model.states), num_snapshots=config.num_snapshots))
     told: list[list[int]] = [[] for _ in PARAMS]
     drafts: list[tuple[list[int], list[int]]] = []
     for uid, params in enumerate(PARAMS):
@@ -160,3 +163,12 @@ def test_the_built_in_model_says_two_tokens_and_more_in_a_step(monkeypatch: pyte
             told[speculate], num_steps[speculate] = list(output.token_ids), len(steps)
     assert told["mtp"] == told["off"]
     assert num_steps["off"] >= len(told["off"]) > 2 * num_steps["mtp"]
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_models_with_states(setup: str) -> None:
+    """Whose states are those before a draft again, and see what was right of it once more."""
+    path = tiny_model("qwen3_5_text", mtp_num_hidden_layers=1)
+    kernels = {**SETUPS[setup], "dummy_weight": True}
+    told, drafts = generate(path, "mtp", **kernels)
+    assert told == generate(path, "off", **kernels)[0] and len(drafts) > 5

@@ -113,7 +113,7 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
         raise ConfigError(f"--speculate mtp: {problem}; choose ngram, or off")
     wanted = EngineConfig(
         model_path=path,
-        model=model if args.speculate == "mtp" else replace(model, mtp=None),
+        model=model,
         dtype=dtype,
         device=device,
         tp_size=tp_size,

@@ -80,13 +80,13 @@ class FamilyFields(Fields):
         return self.boolean(bias, False) if isinstance(bias, str) else bias
 
 
-def read_model_config(model_dir: str | Path, override: Mapping[str, Any] | None = None) -> ModelConfig:
+def read_model_config(path: str | Path, override: Mapping[str, Any] | None = None, mtp: bool = False) -> ModelConfig:
     """Read `config.json` of a local Hugging Face model directory, and the ends that its other files name.
 
-    override: merged into `config.json` before it is read.
+    override: merged into `config.json` before it is read. mtp: whether the head that foretells tokens is used.
     Raises: ConfigError naming the missing file, the value of the wrong kind, or what is not supported.
     """
-    path = Path(model_dir)
+    path = Path(path)
     check_directory(path)
     fields = Fields(merge(read_json(path / "config.json"), override or {}), str(path / "config.json"))
     model = parse_model_config(fields)
@@ -96,7 +96,7 @@ def read_model_config(model_dir: str | Path, override: Mapping[str, Any] | None 
         size = int(2 * tables + each * (model.weight_bytes("int8") - tables))  # of a shape, which has no weights
         stored = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
         model = replace(model, quantization=quantization, packed_bytes=stored or size)
-    return replace(model, eos_token_ids=read_ends(path, fields, model.vocab_size))
+    return replace(model, eos_token_ids=read_ends(path, fields, model.vocab_size), mtp=model.mtp if mtp else None)
 
 
 def parse_model_config(f: Fields) -> ModelConfig:

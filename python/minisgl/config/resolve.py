@@ -47,7 +47,7 @@ def prepare(args: ServerArgs) -> ServerConfig:
     if is_remote(name) and args.device == "cuda":
         choose_device(args, machine)  # before it is fetched, which may take a while
     path = locate_model(name, args.model_source, revision)
-    model = read_model_config(path, args.config_override)
+    model = read_model_config(path, args.config_override, mtp=args.speculate == "mtp")
     template = template or chat.read_chat_template(path)
     model = replace(model, pooling=read_pooling(args.task, path, model.tie_word_embeddings, template))
     files = ModelFiles(path, model, read_default_sampling(path), template)

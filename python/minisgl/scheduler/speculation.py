@@ -61,7 +61,7 @@ class Speculation:
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
         self._config, self._most_samples = config, most_samples(config.max_running_requests)
         self._longest = config.speculate_tokens or _LONGEST.get(config.speculate, 8)
-        self._told = ToldDrafter() if config.speculate == "mtp" and not config.has_states else None
+        self._told = ToldDrafter() if config.speculate == "mtp" else None
         self._drafter = NgramDrafter() if drafter is None and config.speculate == "ngram" else drafter or self._told
         self._rates: dict[int, float] = {}  # by uid; -1: the drafter has failed
         self._forced: dict[int, tuple[int, list[int]]] = {}  # by uid: where prescribed tokens begin, and these
