@@ -127,8 +127,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     target: Path = args.target
     source, bits = locate_model(args.source, "huggingface"), int(args.quantization[3:])
-    if target.exists():
-        raise ConfigError(f"{target} exists already")
+    if target.exists() or target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"{target} exists already" if target.exists() else f"{target} is within {source}")
     try:
         text = args.calibrate.read_text(encoding="utf-8").strip() if args.calibrate else ""
     except (OSError, ValueError) as error:
@@ -140,6 +140,7 @@ def main(argv: Sequence[str]) -> int:
     changes = {"tie_word_embeddings": is_tied, "quantization_config": _CONFIGS[args.quantization]}
     try:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_CONFIGS["not_copied"]))
+        target.chmod(0o755)  # whatever the source's is
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
         (target / "config.json").write_text(json.dumps(read_json(source / "config.json") | changes, indent=2))
     except OSError as error:

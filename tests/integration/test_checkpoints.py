@@ -180,6 +180,25 @@ def test_a_whole_file_comes_before_a_stale_index(tmp_path: Path) -> None:
     assert tokens_of(path) == hf_generate(path, PROMPT, 12)
 
 
+def test_layers_that_have_others_keys_and_values(tmp_path: Path) -> None:
+    """Some files have keys and values of their own for them, which nobody uses. What others lack is missing."""
+    source = tiny_model("gemma4_text")
+
+    def with_unused(tensors: Tensors) -> Tensors:
+        of_first = {name: tensor for name, tensor in tensors.items() if ".layers.0.self_attn." in name}
+        unused = ("k_proj", "v_proj", "k_norm")
+        more = {n.replace(".0.", ".4."): t for n, t in of_first.items() if any(part in n for part in unused)}
+        assert len(more) == 3 and not more.keys() & tensors.keys()
+        return tensors | more
+
+    assert tokens_of(rewritten(source, tmp_path / "more", with_unused)) == tokens_of(source)
+    path = rewritten(
+        source, tmp_path / "fewer", lambda tensors: {n: t for n, t in tensors.items() if ".0.self_attn.v_" not in n}
+    )
+    with pytest.raises(ConfigError, match=r"missing: model\.layers\.0\.self_attn\.v_proj\.weight$"):
+        tokens_of(path)
+
+
 @pytest.mark.parametrize("kind", ["one file", "shards", "an older file"])
 def test_files_of_torch(tmp_path: Path, kind: str) -> None:
     source, path = tiny_model("qwen3"), tmp_path / "model"

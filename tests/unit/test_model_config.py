@@ -268,7 +268,10 @@ def test_moe_layers(tmp_path: Path) -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel .supported: Llama, Mistral"),
         ({"architectures": ...}, "none given"),
-        ({"architectures": ["Gemma3nForCausalLM"]}, "Gemma3nForCausalLM .missing: layers that share .*; supported: Ll"),
+        (
+            {"architectures": ["Gemma3nForCausalLM"]},
+            "Gemma3nForCausalLM .missing: several residual streams.*; supported: Ll",
+        ),
         ({**GEMMA4, "enable_moe_block": True}, "enable_moe_block must be false, not True"),
         ({**GEMMA4, "use_bidirectional_attention": "all"}, 'must be false or "vision", not .all.'),
         ({**GEMMA4, "num_kv_shared_layers": 3}, "num_kv_shared_layers must be fewer, with a layer of each kind"),

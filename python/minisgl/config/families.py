@@ -14,6 +14,7 @@ from minisgl.config import model as specs
 from minisgl.config.chat import read_ends
 from minisgl.config.locate import check_directory, read_json
 from minisgl.config.model import DenseMLP, LayerNorms, LayerSpec, ModelConfig, MoE
+from minisgl.config.mtp import read_mtp
 from minisgl.config.quantization import read_quantization
 from minisgl.config.rope import TABLE, Rotary, read_rope
 from minisgl.config.states import DeltaNet, ShortConv, State
@@ -133,7 +134,7 @@ def parse_model_config(f: Fields) -> ModelConfig:
         dtype=(f.text("dtype", None) or f.text("torch_dtype", None) or "float32").removeprefix("torch."),
         packed_bytes=f.integer("packed_bytes", 0, most=2**50),
         layers=layers,
-        mtp=_mtp(f, layers),
+        mtp=read_mtp(f, layers),
         norm_offset=family.norm_offset,
         embedding_scale=embedding / residual,
         logit_scale=1 / f.number("logits_scaling", 1.0, above=0),
@@ -141,15 +142,6 @@ def parse_model_config(f: Fields) -> ModelConfig:
         layer_inputs=layer_inputs,
         layer_scalars=family.layer_scalars,
     )
-
-
-def _mtp(f: Fields, layers: Sequence[LayerSpec]) -> LayerSpec | None:
-    """The layer of a head for multi-token prediction, if there is one: as the last that has keys and values."""
-    if f.integer("mtp_num_hidden_layers", 0, 0) != 1:
-        return None
-    spec = [layer for layer in layers if isinstance(layer.attention.cache, specs.PagedKV)][-1]
-    size = f.integer("mtp_intermediate_size", spec.mlp.intermediate_size)
-    return replace(spec, mlp=replace(spec.mlp, intermediate_size=size)) if isinstance(spec.mlp, DenseMLP) else spec
 
 
 def _text_model(f: Fields, family: Family) -> tuple[FamilyFields, Family]:

@@ -136,8 +136,14 @@ class Checkpoint:
                 ours = our_name(stored.name)
                 if ours == stored.name or ours not in self._stored:
                     self._stored[ours] = stored
-        if model is not None and any(layer.attention.values_are_keys for layer in model.layers):  # and not stored twice
-            self._stored = {n.replace(".k_proj.", ".v_proj."): s for n, s in self._stored.items()} | self._stored
+        for index, layer in enumerate(() if model is None else model.layers):
+            at = f"model.layers.{index}.self_attn."
+            if layer.attention.values_are_keys:  # and not stored twice
+                of_keys = {name: stored for name, stored in self._stored.items() if name.startswith(f"{at}k_proj.")}
+                self._stored = {name.replace("k_proj", "v_proj"): of_keys[name] for name in of_keys} | self._stored
+            elif layer.attention.source is not None:  # another layer's are used in the place of what is stored
+                unused = tuple(f"{at}{name}." for name in ("k_proj", "v_proj", "k_norm", "v_norm"))
+                self._stored = {name: stored for name, stored in self._stored.items() if not name.startswith(unused)}
 
     def untied(self, model: ModelConfig) -> ModelConfig:
         """`model`, whose head is its own where the file has one that differs from the embedding, whatever the

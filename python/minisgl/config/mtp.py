@@ -1,0 +1,18 @@
+"""What `config.json` says of a model's head for multi-token prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from minisgl.config.model import DenseMLP, LayerSpec, PagedKV
+from minisgl.utils.fields import Fields
+
+
+def read_mtp(f: Fields, layers: Sequence[LayerSpec]) -> LayerSpec | None:
+    """The layer of the head, if there is one: as the last of the model that has keys and values."""
+    if f.integer("mtp_num_hidden_layers", 0, 0) != 1:
+        return None
+    spec = [layer for layer in layers if isinstance(layer.attention.cache, PagedKV)][-1]
+    size = f.integer("mtp_intermediate_size", spec.mlp.intermediate_size)
+    return replace(spec, mlp=replace(spec.mlp, intermediate_size=size)) if isinstance(spec.mlp, DenseMLP) else spec
