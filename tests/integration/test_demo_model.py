@@ -96,7 +96,7 @@ def test_files_are_complete_and_small() -> None:
         "tokenizer_config.json",
         "README.md",
     }
-    assert (MODEL / "model.safetensors").stat().st_size < 16_000_000
+    assert (MODEL / "model.safetensors").stat().st_size < 17_500_000  # with 1.5 MB of a head that foretells
     config = json.loads((MODEL / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"]
     assert config["max_position_embeddings"] >= 2048

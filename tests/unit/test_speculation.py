@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from unittest.mock import Mock
 
 import hypothesis.strategies as st
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given
 
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import ReqOutput, SamplingParams
-from minisgl.scheduler.drafters import MAX_MATCH, MIN_MATCH, find_repeated
+from minisgl.scheduler.drafters import MAX_MATCH, MIN_MATCH, NgramDrafter, find_repeated
 from minisgl.scheduler.planner import Planner
 from minisgl.scheduler.speculation import Lengths
 from tests.simulator import GuessingDrafter, SimulatedEngine, expected_output
@@ -101,3 +102,34 @@ def test_a_drafter_that_fails_costs_drafts(caplog: pytest.LogCaptureFixture) -> 
         "request 1 goes on without drafts: the drafter has failed"
     ]
     assert last[0].req.drafted[0] > 2 * last[1].req.drafted[0] > 0
+
+
+@pytest.mark.parametrize("is_left", [False, True])
+def test_a_wrong_draft_in_the_first_share_of_a_model_with_states(is_left: bool) -> None:
+    """A short request that went back to the queue computes all of its tokens, and the draft, in one share."""
+    config = replace(CONFIG, has_states=True, num_snapshots=4)
+    planner, engine = Planner(config, GuessingDrafter(lambda uid, position: 0)), SimulatedEngine(config)
+    planner.add(0, [0, 1, 2], replace(PARAMS, max_tokens=30))
+    req, ids, first_shares = planner.reqs[0], list[int](), 0
+    while not planner.is_idle:
+        planned = planner.plan()
+        assert planned is not None
+        handle = engine.submit(planned.plan)
+        if planned.plan.drafts and planned.plan.reqs[0].start == 0:
+            first_shares += 1
+            if is_left:
+                planner.abort(0)
+        for output in planner.retire(handle.result()):
+            ids += output.token_ids
+        if len(ids) == 1 and not first_shares:
+            planner._retract(req)
+    assert first_shares
+    assert is_left or ids == expected_output([0, 1, 2], 33, ())
+
+
+def test_a_text_of_one_token_and_a_prompt_that_is_an_array() -> None:
+    assert find_repeated(np.full(100_000, 7, np.int32)) == 99_999
+    drafter, req = NgramDrafter(), Mock(uid=1, tokens=[5, 6, 7, 8, 5, 6], prefix=np.array([5, 6, 7], np.int32))
+    assert list(drafter.propose(req, 0, 2)) == [7, 8]
+    req.tokens += [7, 9, 5, 6, 7]
+    assert list(drafter.propose(req, 1, 3)) == [5, 6, 7]

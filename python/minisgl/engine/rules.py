@@ -68,7 +68,7 @@ class LogitRules:
     def step(self, rows: IntArray, positions: IntArray, masked: Sequence[int], masks: Masks | None) -> StepRules | None:
         """What is done to the logits of the rows that sample, for tokens at these positions; mostly nothing."""
         if not masked or masks is None:
-            return StepRules(rows, positions, *self._lists) if self._until.any() or masked else None
+            return StepRules(rows, positions, *self._lists) if masked or (positions < self._until[rows]).any() else None
         mask_of, found = np.full(len(rows), NO_MASK, np.int32), list[Words]()
         for i, sample in enumerate(masked):
             mask_of[sample] = len(found) if len(masks[i]) else NOT_READY

@@ -132,6 +132,8 @@ class StepRunner:
         try:
             return {} if self.drafter is None else self.drafter.propose(plan, batch, computed, ids)
         except Exception:
+            if self.shard.comm.size > 1:  # other ranks may be in a collective
+                raise
             logger.exception("there are no more drafts: their drafter has failed")
             self.drafter = None
             return {}

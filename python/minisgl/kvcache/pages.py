@@ -131,7 +131,7 @@ class Pages:
             known = min(req.num_computed, len(req.tokens))
             tokens = np.asarray(req.tokens[:known], np.int32)
             req.handle = self.cache.insert(req.namespace, req.handle, tokens, req.pages)
-            if self.slots and known == req.num_computed and known % self.page_size == 0 <= req.num_saved:
+            if self.slots and 0 < known == req.num_computed and known % self.page_size == 0 <= req.num_saved:
                 self.save(req)
         self.allocator.free(self.private(req))
         self.cache.unlock(req.handle)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from minisgl.core import Req
 
 MIN_MATCH, MAX_MATCH = 2, 16  # tokens that have to come again, and how many are looked at
+_MOST_PLACES = 1024  # where the last token came before, that are looked at: a text may consist of one token
 
 
 class Drafter(Protocol):
@@ -28,7 +29,8 @@ class _Text:
     """The tokens of one request in an array that has room for more."""
 
     def __init__(self, req: Req) -> None:
-        self._ids, self._size = np.empty(2 * len(req.tokens) + 64, np.int32), 0
+        self._ids, self._size = np.empty(2 * len(req.tokens) + 64, np.int32), len(req.prefix)
+        self._ids[: self._size] = req.prefix  # which are the first of its tokens, as an array already
 
     def of(self, req: Req) -> npt.NDArray[np.int32]:
         size, known = len(req.tokens), self._size
@@ -74,7 +76,7 @@ class ToldDrafter:
 def find_repeated(ids: npt.NDArray[np.int32]) -> int:
     """Where the longest suffix of `ids` that also occurs earlier ends there, the last time; 0: nowhere."""
     size = len(ids)
-    ends = np.flatnonzero(ids[: size - 1] == ids[-1]) + 1
+    ends = np.flatnonzero(ids[: size - 1] == ids[-1])[-_MOST_PLACES:] + 1
     for length in range(1, min(MAX_MATCH, size - 1)):
         longer = ends[ids[ends - length - 1] == ids[-length - 1]] if len(ends) else ends
         longer = longer[longer > length]  # index -1 and below it is the end of the text

@@ -115,7 +115,7 @@ class Grammars:
         """The masks of a step's rows that have to match a grammar, computed when the engine asks for them. submitted:
         the steps before it that are not retired, oldest first."""
         plan = planned.plan
-        self._pace(plan, has_others=len(plan.masked) < len(plan.reqs))
+        self._pace(plan, has_others=any(req.params.grammar is None for req in planned.reqs))
         if not plan.masked or self._store is None:
             return None
         drafts, rows = {draft.row: draft.ids for draft in plan.drafts}, list[_Row]()
@@ -152,7 +152,7 @@ class Grammars:
                     self._waiting[req.uid] = own
                     if own.ready[0] != len(req.tokens) and (own.job is None or own.job.done()):
                         self._start(row, ids)
-                elif self._tells_forced and not own.grammar.lock.locked():
+                elif self._tells_forced and own.matcher is not None and not own.grammar.lock.locked():
                     self._follow(row, ids, num_words=0)
             if output.token_ids or output.finish_reason is not None:
                 told.append(output)

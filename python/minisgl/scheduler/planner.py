@@ -232,6 +232,7 @@ class Planner:
                     has_more = ids[0] != NOT_READY and (result.logprobs is not None or req.prompt_logprobs)
                     outputs.append(output.with_logprobs(result, sample) if has_more else output)
                 sample += len(sampled)
+        self.speculation.hear(plan, result)
         self._release_leaving()
         return outputs
 
@@ -294,7 +295,7 @@ class Planner:
                 self.pages.forget(req.handle.pages[-1:])
             req.prefix = np.append(req.prefix, np.array(req.tokens[len(req.prefix) : start], np.int32))
             self.pages.share(req, start)
-        if start == req.num_saved:
+        if start == req.num_saved > 0:  # at 0 a draft was wrong that began there
             self.pages.save(req)
 
     def _admit(self, req: Req, budget: int) -> int:

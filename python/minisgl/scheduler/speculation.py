@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from minisgl.config.runtime import SchedulerConfig
-from minisgl.core import Draft, Req, ScheduledReq, StateCopy, most_samples
+from minisgl.core import Draft, Req, ScheduledReq, StateCopy, StepPlan, StepResult, most_samples
 from minisgl.kvcache.pages import Pages
 from minisgl.scheduler.drafters import Drafter, NgramDrafter, ToldDrafter
 from minisgl.scheduler.plan import Growing
@@ -84,33 +84,39 @@ class Speculation:
         if not drafts and self._told is None:
             return
         step.decode, step.prefill = ([], []), ([], [])
+        num_samples = sum(share.num_samples for _, share in shares)
+        following = Lengths(*self._config.step_costs, num_samples, num_samples)  # of the next step, about
         for req, share in shares:
             row, start, num_new, num_samples, _ = share
             if ids := self._with_room(req, share, drafts.get(row, ()), pages):
                 step.drafts.append(Draft(row, start + num_new, ids))
                 share = ScheduledReq(row, start, num_new + len(ids), num_samples + len(ids))
             if self._told is not None:
-                share = self._asking(req, share, pages)
+                share = self._asking(req, share, pages, following)
             some_reqs, some_shares = step.decode if share.num_new == share.num_samples == 1 else step.prefill
             some_reqs.append(req)
             some_shares.append(share)
 
-    def _asking(self, req: Req, share: ScheduledReq, pages: Pages) -> ScheduledReq:
-        """With how many tokens the engine is to tell, where there are pages for them."""
+    def _asking(self, req: Req, share: ScheduledReq, pages: Pages, following: Lengths) -> ScheduledReq:
+        """With how many tokens the engine is to tell, where they would pay and there are pages for them."""
         end, size = share.start + share.num_new, pages.page_size
-        wanted = min(self._longest_of(req), req.max_len - end - 1)
+        most = min(self._longest_of(req), req.max_len - end - 1)
+        wanted = following.best(self._rates.get(req.uid, _FIRST_RATE), 0, most)
         if not share.num_samples or wanted <= 0 or not _is_plain(req) or req.params.grammar is not None:
             return share
         # The engine computes all but the last one's keys and values.
-        missing = div_ceil(end + wanted - 1, size) - len(req.pages)
-        if missing > 0 and pages.make_room(missing):
-            pages.give(req, pages.allocator.allocate(missing))
+        self._take(req, div_ceil(end + wanted - 1, size) - len(req.pages), pages)
         return share._replace(num_drafts=min(wanted, len(req.pages) * size - end + 1))
 
     def learn(self, req: Req, draft: Sequence[int]) -> None:
         """What the engine says may follow the tokens of a request."""
         if self._told is not None:
             self._told.drafts[req.uid] = draft
+
+    def hear(self, plan: StepPlan, result: StepResult) -> None:
+        """An engine that has told nothing, though it was asked, will not any more: its drafter has failed."""
+        if not result.drafts and any(share.num_drafts for share in plan.reqs):
+            self._told = self._drafter = None
 
     def settle(
         self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: tuple[int, ...], pages: Pages
@@ -121,9 +127,12 @@ class Speculation:
             return ids
         while num_right < len(draft) and draft[num_right] == ids[num_right] and ids[num_right + 1] >= -1:
             num_right += 1
-        self._count(req, len(draft), num_right)
+        # A draft that ends where it is right was not looked at any further: there was no mask in time.
+        is_cut = num_right < len(draft) and ids[num_right] == draft[num_right]
+        num_judged = num_right if is_cut else len(draft)
+        self._count(req, num_judged, num_right)
         if not self._forced_from(req, share.start + share.num_new - len(draft)):
-            self._learn_rate(req.uid, len(draft), num_right)
+            self._learn_rate(req.uid, num_judged, num_right)
         if slot is not None and num_right < len(draft):  # the state has seen too much: what was right comes again
             pages.states.append(StateCopy(slot, share.row))
             req.num_computed = share.start
@@ -172,9 +181,7 @@ class Speculation:
     def _with_room(self, req: Req, share: ScheduledReq, ids: Sequence[int], pages: Pages) -> tuple[int, ...]:
         """As much of a draft as there are pages for, if there is a slot for the state that is to be kept."""
         end = share.start + share.num_new
-        missing = div_ceil(end + len(ids), pages.page_size) - len(req.pages)
-        if ids and missing > 0 and pages.make_room(missing):
-            pages.give(req, pages.allocator.allocate(missing))
+        self._take(req, div_ceil(end + len(ids), pages.page_size) - len(req.pages) if ids else 0, pages)
         draft = tuple(ids[: len(req.pages) * pages.page_size - end])
         if draft and self._config.has_states:
             if (slot := pages.take_slot()) is None:
@@ -182,6 +189,12 @@ class Speculation:
             self.spares[req.uid] = slot
             pages.states.append(StateCopy(share.row, slot))
         return draft
+
+    def _take(self, req: Req, missing: int, pages: Pages) -> None:
+        """So many pages for guesses, as long as each request that runs can have one more for what is none."""
+        num_running = self._config.max_running_requests - len(pages.rows)
+        if missing > 0 and pages.num_free >= missing + num_running and pages.make_room(missing):
+            pages.give(req, pages.allocator.allocate(missing))
 
     def _longest_of(self, req: Req) -> int:
         return self._longest if req.params.speculate is None else min(self._longest, req.params.speculate)
