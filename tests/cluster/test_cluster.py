@@ -231,6 +231,8 @@ async def test_scaled_and_renewed_under_load(tmp_path: Path) -> None:
         last = Load(cluster.url, 4, max_tokens=100)
         while last.begun < 4:
             await asyncio.sleep(0.02)
+        foreign = httpx.post(f"{cluster.url}/cluster/drain", headers={"origin": "https://evil.example"})
+        assert (foreign.status_code, cluster.get("/cluster")["draining"]) == (403, False)
         _command(cluster, "drain")
         last._stop.set()
         assert await asyncio.to_thread(cluster.process.wait, 60) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import threading
@@ -10,19 +11,28 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import httpx
 import pytest
+import uvicorn
 import yaml
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 with warnings.catch_warnings():  # Ray's own
     warnings.simplefilter("ignore")
     from ray.serve.config import AutoscalingContext
     from ray.serve.schema import ServeDeploySchema
 
+    from minisgl.cluster.ingress import Ingress
     from minisgl.cluster.owner import reach
     from minisgl.cluster.serving import Plan, autoscaling, build, replica_needs, server_options
 from minisgl.cluster.router import KV_USE, QUEUED_TOKENS
 from minisgl.config.args import args_from_options, parse_args
+from minisgl.config.runtime import AccessConfig
 from minisgl.errors import ConfigError
+from minisgl.server.access import guarded
 
 HOWTO = Path(__file__).parents[2] / "docs" / "howto" / "cluster.md"
 
@@ -117,3 +127,43 @@ def test_an_address_of_something_else() -> None:
         with pytest.raises(ConnectionError, match=r"no Ray answers there \(something else does\)"):
             reach(f"127.0.0.1:{other.getsockname()[1]}")
         thread.join()
+
+
+async def test_operators_are_known_by_the_servers_own_rules() -> None:
+    """Its guard in front of the route that the ingress asks; without an owner, 409 is what an operator is told."""
+
+    async def info(_: Request) -> JSONResponse:
+        return JSONResponse({})
+
+    access = AccessConfig(admin_keys=("mine",), cors_origins=("https://known.example",))
+    app = guarded(Starlette(routes=[Route("/server_info", info)]), access, log=False)
+    server = uvicorn.Server(uvicorn.Config(app, ws="none", lifespan="off", log_config=None, port=0))
+    running = asyncio.create_task(server.serve())
+    try:
+        while not server.started:
+            await asyncio.sleep(0.001)
+        ingress = Ingress(cast(Any, None), {}, "", "prefix")
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        ingress.ready = {"a": {"url": url}}
+        key, ours = {"authorization": "Bearer mine"}, {"content-type": "application/json"}
+        foreign = {"origin": "https://evil.example"}
+        preflight = {"origin": "https://known.example", "access-control-request-method": "POST"}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(ingress.app), base_url="http://127.0.0.1") as client:
+            for method, path, headers, status in (
+                ("POST", "/cluster/drain", key | ours, 409),
+                ("POST", "/cluster/scale", key | ours, 409),
+                ("POST", "/cluster/drain", key | foreign, 403),
+                ("POST", "/cluster/scale", key | ours | {"sec-fetch-site": "cross-site"}, 403),
+                ("POST", "/cluster/drain", key | {"content-type": "text/plain"}, 415),
+                ("POST", "/cluster/drain", ours, 401),
+                ("GET", "/cluster", key, 200),
+                ("GET", "/cluster", {}, 401),
+                ("DELETE", "/cluster", key, 405),
+            ):
+                answer = await client.request(method, path, headers=headers)
+                assert answer.status_code == status, f"{method} {path} {headers}: {answer.text}"
+            assert "replicas" not in (await client.options("/cluster", headers=preflight)).text
+        await ingress._relay.session.close()
+    finally:
+        server.should_exit = True
+        await running

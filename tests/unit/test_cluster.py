@@ -40,6 +40,13 @@ def test_a_longer_conversation_begins_with_the_shorter_ones_blocks(
     assert long[: len(short)] == short
 
 
+def test_of_a_body_only_the_prompt_counts() -> None:
+    plain = blocks("/v1/completions", {"prompt": LONG})
+    other = {"metadata": {"a": [1, {"b": LONG}]}, "prompt_cache_key": "k" * 9999, "prompt": LONG, "max_tokens": 2**70}
+    assert len(plain) > 4
+    assert blocks("/v1/completions", other) == plain
+
+
 def test_salts_and_keys_share_nothing() -> None:
     each = [
         blocks("/v1/completions", {"prompt": LONG}),
@@ -58,6 +65,9 @@ def test_sessions_and_who_has_what_is_asked_for() -> None:
     assert read("/v1/chat/completions", {"prompt_cache_key": "k"}, {}) == ("k", "")
     assert read("/v1/chat/completions", {"prompt_cache_key": "k"}, {"x-session-id": "s"}) == ("s", "")
     assert read("/v1/responses", {"previous_response_id": "resp_1"}, {}) == ("", "resp_1")
+    assert read("/v1/responses", {"previous_response_id": None, "prompt_cache_key": None}, {}) == ("", "")
+    assert read("/v1/completions", {"prompt_cache_key": "k" * 1025}, {}) == ("", "")
+    assert read("/v1/completions", {"prompt_cache_key": "k"}, {"x-session-id": "s" * 1025}) == ("", "")
     assert read("/v1/responses/resp_2/input_items", {}, {})[1] == "resp_2"
     assert read("/trace/abc", {}, {})[1] == "abc"
 

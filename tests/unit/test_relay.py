@@ -12,8 +12,10 @@ import httpx
 import pytest
 import uvicorn
 
+from minisgl.cluster import relay
 from minisgl.cluster.relay import Chosen, Front, Relay
 from minisgl.cluster.router import Prompt
+from minisgl.errors import WorkerDied
 
 SECONDS = 60  # more than anything takes
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -117,6 +119,10 @@ async def refuses(_: bytes, writer: asyncio.StreamWriter) -> None:
     writer.write(BUSY)
 
 
+async def whole(_: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nwhole")
+
+
 async def test_events_cut_anywhere_arrive_as_they_were_on_kept_connections() -> None:
     async with way([streamed]) as one, httpx.AsyncClient(base_url=one.url, timeout=SECONDS) as client:
         for _ in range(3):
@@ -148,6 +154,70 @@ async def test_a_stream_that_breaks_off_ends_whole(path: str, end: bytes) -> Non
     assert answer.content.endswith(b"}\n\n")
     assert b"thr" not in answer.content
     assert (one.relay.counts["retried"], one.relay.counts["broken"]) == (0, 1)
+
+
+async def test_an_answer_that_breaks_off_is_begun_once_and_its_connection_ends() -> None:
+    has_come = asyncio.Event()
+
+    async def breaks(_: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{")
+        await asyncio.wait_for(has_come.wait(), SECONDS)
+        writer.close()
+
+    async with way([breaks, whole]) as one:
+        reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
+        try:
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+            text = await asyncio.wait_for(reader.readuntil(b"{"), SECONDS)
+            has_come.set()
+            text += await asyncio.wait_for(reader.read(), SECONDS)
+        finally:
+            writer.close()
+        assert text.count(b"HTTP/1.1 ") == 1
+        assert text.endswith(b"\r\n\r\n{")
+        assert one.connections == 1
+        assert one.relay.counts == {"open": 0, "retried": 0, "broken": 1}
+
+
+async def test_a_request_target_names_no_other_server() -> None:
+    others = list[bytes]()
+
+    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        others.append(b"somebody came")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1") as other, way([whole]) as one:
+        place = f"127.0.0.1:{other.sockets[0].getsockname()[1]}"
+        for target, path in (
+            (f"@{place}/latest", f"/@{place}/latest"),
+            (f"x:y@{place}/", f"/x:y@{place}/"),
+            (f"//{place}/", f"//{place}/"),
+            (f".{place}/", f"/.{place}/"),
+            (f"http://{place}/v1/models?a=b", "/v1/models?a=b"),
+            (f"HTTPS://{place}", "/"),
+            ("*", "/*"),
+        ):
+            text = await one.raw(f"GET {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+            assert text.endswith(b"\r\n\r\nwhole"), target
+            assert one.heads.pop().startswith(f"get {path} http/1.1\r\n".encode())
+        assert not others
+
+
+async def test_a_server_that_stands_still_is_asked_for_so_long_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "_ASK_SECONDS", 0.05)
+    ended = asyncio.Event()
+
+    async def stands_still(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+        ended.set()
+
+    async with await asyncio.start_server(stands_still, "127.0.0.1") as server, way([]) as one:
+        scope = {"method": "GET", "path": "/metrics", "headers": [], "query_string": b""}
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with pytest.raises(WorkerDied, match="a replica does not answer"):
+            await asyncio.wait_for(one.relay.ask(scope, b"", url), SECONDS)
+        await asyncio.wait_for(ended.wait(), SECONDS)
 
 
 async def test_who_has_answered_nothing_is_asked_no_more() -> None:

@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from minisgl.cluster.prompts import merged, num_tokens
-from minisgl.cluster.relay import Chosen, Front, Relay, read_body
+from minisgl.cluster.relay import Chosen, Front, Relay, from_root, read_body
 from minisgl.cluster.router import PrefixRouter, Prompt
 from minisgl.config.args import integer
 from minisgl.env import env_number
@@ -40,6 +40,7 @@ _MAX_CONNECTIONS = 4096
 _STORED = re.compile(rb'"id": ?"(resp_[0-9a-zA-Z]+)"')
 Told = Mapping[str, dict[str, Any]]  # by a replica's name, what it tells of itself (`Replica.record_replica_metadata`)
 Choose = Callable[[Told], str | None]  # one of these replicas; None: none yet
+_ALLOWED = {"GET": 200, "HEAD": 200, "POST": 405}  # of /server_info: keys and origins are looked at before methods
 _OF_ALL = ("/metrics", "/flush_cache", "/abort_request")  # asked of all; numbers in their answers are added up
 
 
@@ -71,7 +72,7 @@ class Ingress:
         self._tasks = [asyncio.ensure_future(self._serve(listener))] if listener else []
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
+        scope = {**scope, "path": (path := from_root(scope["path"]))}
         try:
             if self._draining and scope["method"] == "POST":
                 raise WorkerDied("the server is draining: it takes no new requests, and will stop")
@@ -79,8 +80,8 @@ class Ingress:
                 await self._relay(scope, receive, send)
                 return
             body = await read_body(receive) or b""
-            await self._select(lambda ready: next(iter(ready), None))  # by now there is one
-            answer = await (self._ask_all if path in _OF_ALL else self._operate)(scope, body)
+            one, told = await self._select(lambda ready: next(iter(ready), None))
+            answer = await (self._ask_all if path in _OF_ALL else self._operate)(scope, body, self.ready or {one: told})
         except MiniSGLError as error:
             answer = error_response(scope, error)
         await answer(scope, receive, send)
@@ -165,10 +166,10 @@ class Ingress:
                         self._router.forget(name)
                 expected = number + 1
 
-    async def _ask_all(self, scope: Scope, body: bytes) -> Response:
+    async def _ask_all(self, scope: Scope, body: bytes, ready: Told) -> Response:
         """The answer of all replicas as one; the first refusal is the whole answer."""
         answers: dict[str, Response] = {}
-        for name, told in self.ready.items():
+        for name, told in ready.items():
             answers[name] = answer = await self._relay.ask(scope, body, told["url"])
             if answer.status_code != 200:
                 return answer
@@ -179,17 +180,17 @@ class Ingress:
         sums = {key: sum(one[key] for one in counts) for key, value in counts[0].items() if isinstance(value, int)}
         return json_response(counts[0] | sums)
 
-    async def _operate(self, scope: Scope, body: bytes) -> Response:
+    async def _operate(self, scope: Scope, body: bytes, ready: Told) -> Response:
         """`/cluster`: what there is, for whoever may see /server_info; and what is to become of it."""
-        asked = {**scope, "method": "GET", "path": "/server_info", "raw_path": b"/server_info"}
-        allowed = await self._relay.ask(asked, b"", next(iter(self.ready.values()))["url"])
-        if allowed.status_code != 200:
+        asked = {**scope, "path": "/server_info", "raw_path": b"/server_info"}
+        allowed = await self._relay.ask(asked, b"", next(iter(ready.values()))["url"])
+        if allowed.status_code != _ALLOWED.get(scope["method"]):
             return allowed
         if scope["method"] == "POST":
             if self._owner is None:
                 raise RequestError("Ray Serve's configuration says it: change args, then serve deploy", status=409)
             self._owner.write(orjson.dumps(_wanted(scope["path"], body)) + b"\n")
-        told = [{**one, "load": self._router.loads.get(name, 0.0)} for name, one in self.ready.items()]
+        told = [{**one, "load": self._router.loads.get(name, 0.0)} for name, one in ready.items()]
         return json_response({"replicas": told, "requests": self._relay.counts, "draining": self._draining})
 
     async def _serve(self, path: str) -> None:

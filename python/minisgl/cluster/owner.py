@@ -112,7 +112,7 @@ class Owner:
     def _hear(self, holder: socket.socket) -> None:
         """Give the port to each ingress that comes for it, and hear what it says, as long as it is there."""
         while True:
-            with contextlib.suppress(OSError), holder.accept()[0] as ingress:
+            with contextlib.suppress(OSError, ValueError), holder.accept()[0] as ingress:
                 self._missed = float("inf")
                 socket.send_fds(ingress, [b"p"], [self._listener.fileno()])
                 with ingress.makefile("rb") as lines:
@@ -159,10 +159,12 @@ class Owner:
             most = max(self._plan.max_replicas, wanted["replicas"])
             plan = replace(self._plan, options=options, replicas=wanted["replicas"], max_replicas=most, is_fixed=True)
             is_same = most == self._plan.max_replicas and not wanted["options"]  # else replicas are replaced
-            self._deploy(replace(plan, num_new=max(0, plan.replicas - self._plan.replicas) * is_same))
+            states = serve.status().applications[APP].deployments["Replica"].replica_states
+            running = max(self._plan.replicas, sum(states.values()))  # more than planned, where load has asked for them
+            self._deploy(replace(plan, num_new=max(0, plan.replicas - running) * is_same))
             self._plan = plan
             logger.info("%d replicas, as asked", plan.replicas)
-        except MiniSGLError as error:
+        except (MiniSGLError, RayError, RayServeException) as error:
             logger.error("nothing is changed: %s", error)
 
     def _end(self) -> None:

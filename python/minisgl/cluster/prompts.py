@@ -3,13 +3,10 @@ all replicas as one page."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import msgspec
-import orjson
 from starlette.datastructures import Headers
 
 from minisgl.cluster.router import Prompt, text_blocks
@@ -19,6 +16,11 @@ _FIELDS = ("tools", "system", "instructions", "messages", "input", "prompt", "te
 _TOKENS = re.compile(rb'"(?:prompt|input)_tokens": ?(\d+)')
 _STORED = re.compile(r"/v1/responses/([^/]+)|/trace/([^/]+)")
 SESSION = "x-session-id"
+_MAX_NAME = 1024  # characters of a session's
+_NAMES = ("cache_salt", "prompt_cache_key", "previous_response_id")
+_RAW = [(name, msgspec.Raw, msgspec.Raw()) for name in _FIELDS]
+_Fields = msgspec.defstruct("_Fields", [*_RAW, *((name, str | None, None) for name in _NAMES)])
+_decode = msgspec.json.Decoder(_Fields).decode  # passes over all else, and over what prompts are made of
 _SAMPLE = re.compile(r"^([^\s{#]+)(?:\{(.*)\})?( .*)$")
 _END = "# EOF"  # of OpenMetrics
 
@@ -27,32 +29,21 @@ def read_request(path: str, headers: Headers, body: bytes) -> Prompt:
     """Whatever the body is: what makes no sense has no text, and the server says so."""
     if (found := _STORED.match(path)) is not None:
         return Prompt((), 0, keeper=found[1] or found[2])
-    fields: dict[str, Any] = {}
-    if body.lstrip()[:1] == b"{":
-        with contextlib.suppress(msgspec.DecodeError, RecursionError):
-            fields = msgspec.json.decode(body, type=dict[str, Any])
-    text = b"".join(_text(fields[name]) for name in _FIELDS if fields.get(name))
-    salt = f"{headers.get('authorization')} {headers.get('x-api-key')} {fields.get('cache_salt')}"
-    session = headers.get(SESSION) or fields.get("prompt_cache_key") or ""
-    keeper = fields.get("previous_response_id") or ""
-    names = (name if isinstance(name, str) else "" for name in (session, keeper))
-    return Prompt(text_blocks(text, salt), len(text), *names)
+    try:
+        fields = msgspec.structs.asdict(_decode(body))
+    except (msgspec.DecodeError, RecursionError):
+        fields = msgspec.structs.asdict(_Fields())
+    # As JSON without its last bracket or quote: a longer list or text begins with that of a shorter one.
+    text = b"".join(memoryview(fields[name])[:-1] for name in _FIELDS)
+    salt = f"{headers.get('authorization')} {headers.get('x-api-key')} {fields['cache_salt']}"
+    names = (headers.get(SESSION) or fields["prompt_cache_key"] or "", fields["previous_response_id"] or "")
+    return Prompt(text_blocks(text, salt), len(text), *(name if len(name) <= _MAX_NAME else "" for name in names))
 
 
 def num_tokens(tail: bytes) -> int:
     """Of the prompt, by the end of an answer; 0 where that does not tell."""
     found = _TOKENS.findall(tail)
     return int(found[-1]) if found else 0
-
-
-def _text(value: object) -> bytes:
-    """Texts as they are; others as JSON without its last bracket, since a longer list begins with that of a shorter."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "surrogatepass")
-    try:
-        return orjson.dumps(value)[:-1]
-    except TypeError:  # a lone surrogate, a number beyond 64 bits
-        return repr(value).encode()
 
 
 def merged(pages: Mapping[str, str]) -> str:

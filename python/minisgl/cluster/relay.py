@@ -21,6 +21,7 @@ from yarl import URL
 from minisgl.cluster.prompts import read_request
 from minisgl.cluster.router import Prompt
 from minisgl.errors import WorkerDied
+from minisgl.server.access import ORIGIN
 from minisgl.server.admission import Connection
 from minisgl.server.answers.renderer import event
 from minisgl.server.errors import ANTHROPIC_PATHS, anthropic_error, error_payload
@@ -32,6 +33,7 @@ _HOP = (b"connection", b"keep-alive", b"transfer-encoding", b"expect", b"x-forwa
 _NOT_OURS = ("user-agent", "accept", "accept-encoding", "content-type")  # unless the client sends them
 _TAIL = 4096  # bytes at the end of an answer in which token counts are looked for
 _CONNECT_SECONDS = 5.0
+_ASK_SECONDS = 15.0  # for a whole answer to the ingress itself; a server gives its scheduler 10
 _FRONT = "minisgl.front"  # in a scope: the `Front` that it came by
 _ENDED = "the replica that was answering has ended; try again"
 
@@ -62,6 +64,7 @@ class Chosen:
     learn: Callable[[bytes, list[tuple[bytes, bytes]]], None]  # from the end of an answer, and its headers
 
 
+Answer = aiohttp.ClientResponse
 Pick = Callable[[Prompt, list[str]], AbstractAsyncContextManager[Chosen]]
 
 
@@ -71,9 +74,8 @@ class Relay:
 
     def __init__(self, pick: Pick, max_body: int) -> None:
         self._pick, self._max_body = pick, max_body
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS)
-        made = partial(aiohttp.ClientSession, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar())
-        self.session = made(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30), auto_decompress=False)
+        made = partial(aiohttp.ClientSession, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False)
+        self.session = made(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30))
         self.counts = {"open": 0, "retried": 0, "broken": 0}  # requests; those that broke off
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,10 +90,10 @@ class Relay:
     async def ask(self, scope: Scope, body: bytes, url: str) -> Response:
         """One replica's answer. Raises: WorkerDied when it gives none."""
         try:
-            async with self._request(scope, body, url) as answer:
+            async with self._request(scope, body, url, _ASK_SECONDS) as answer:
                 headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in _passed(answer)}
                 return Response(await answer.read(), answer.status, headers)
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
             raise WorkerDied(f"a replica does not answer ({type(error).__name__}); try again") from None
 
     async def _relay(self, scope: Scope, body: bytes, send: Send) -> None:
@@ -119,9 +121,7 @@ class Relay:
                 raise WorkerDied(f"no replica could answer ({type(error).__name__}); try again") from None
             return False
 
-    async def _pass_on(
-        self, scope: Scope, answer: aiohttp.ClientResponse, first: bytes, send: Send, chosen: Chosen
-    ) -> None:
+    async def _pass_on(self, scope: Scope, answer: Answer, first: bytes, send: Send, chosen: Chosen) -> None:
         headers = _passed(answer)
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         is_stream, part, tail, left = answer.content_type == "text/event-stream", first, b"", b""
@@ -140,14 +140,14 @@ class Relay:
         except (aiohttp.ClientError, OSError):
             self.counts["broken"] += 1
             if not is_stream:
-                raise ConnectionResetError(_ENDED) from None  # the client sees that the answer is not whole
+                return  # without an end: the connection is closed, and the client sees that the answer is not whole
             left = _failure(scope["path"])
         else:
             chosen.learn(tail, headers)
         await send({"type": "http.response.body", "body": left, "more_body": False})
 
     @contextlib.asynccontextmanager
-    async def _request(self, scope: Scope, body: bytes, url: str) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _request(self, scope: Scope, body: bytes, url: str, seconds: float = 0.0) -> AsyncIterator[Answer]:
         headers = CIMultiDict[str]()
         for name, value in scope["headers"]:
             if name not in _HOP and name != b"content-length":
@@ -155,15 +155,21 @@ class Relay:
         if scope.get("client"):
             headers["x-forwarded-for"] = scope["client"][0]
         query = scope["query_string"].decode("latin-1")
-        path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
+        path = from_root((scope.get("raw_path") or scope["path"].encode()).decode("latin-1"))
         target = URL(url + path + (f"?{query}" if query else ""), encoded=True)
+        timeout = aiohttp.ClientTimeout(total=seconds or None, sock_connect=_CONNECT_SECONDS)
         request = partial(self.session.request, scope["method"], target, headers=headers, allow_redirects=False)
         data = body if body or scope["method"] in ("POST", "PUT", "PATCH") else None
-        async with request(data=data, skip_auto_headers=_NOT_OURS) as answer:
+        async with request(data=data, timeout=timeout, skip_auto_headers=_NOT_OURS) as answer:
             yield answer
 
 
-def _passed(answer: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
+def from_root(target: str) -> str:
+    """The path that a request names, whatever it looks like: behind a replica's address it is never a part of that."""
+    return "/" + ORIGIN.sub("", target).removeprefix("/")
+
+
+def _passed(answer: Answer) -> list[tuple[bytes, bytes]]:
     return [(name.lower(), value) for name, value in answer.raw_headers if name.lower() not in _HOP]
 
 

@@ -41,7 +41,7 @@ MAX_WRONG_KEYS = 10  # of one address in a minute; then they are answered late, 
 WRONG_KEY_SECONDS, MAX_WRONG_KEY_SECONDS = 0.1, 30.0  # after one another, and none later than that
 MAX_ADDRESSES = 4096  # that wrong keys are counted of
 QUIET_PATHS = (*OPEN_PATHS, "/metrics", "/trace/live")  # asked every few seconds: in the log at DEBUG only
-_ORIGIN = re.compile("^https?://[^/]*", re.IGNORECASE)  # a request may name the whole URL
+ORIGIN = re.compile("^https?://[^/]*", re.IGNORECASE)  # a request may name the whole URL
 _CLIENT_ID = re.compile(r"[!-~]{1,128}")  # what a client's id may be, to be echoed and logged
 
 OnRequest = Callable[[str, str, int], None]
@@ -78,7 +78,7 @@ class Paths:
         self._others = {part[1] for part in parts} - self._versioned
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, found, model = _ORIGIN.sub("", scope["path"]).partition("/models/")  # whose id may have slashes
+        path, found, model = ORIGIN.sub("", scope["path"]).partition("/models/")  # whose id may have slashes
         parts = [part for part in [*path.split("/"), found.strip("/")] if part]
         known = (one == "v1" and after in self._others for one, after in pairwise(parts))
         parts = parts[sum(takewhile(bool, known)) :]
