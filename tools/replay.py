@@ -61,6 +61,8 @@ def load(path: Path) -> tuple[str, Planner]:
             value = [req(described) for described in value]
         elif name == "inflight":
             value = deque(Planned(plan, [req(described) for described in reqs]) for plan, reqs in value)
+        elif name == "speculation":
+            value = _filled(planner.speculation, {"spares": value["spares"]})
         elif name == "pages":
             free = value["allocator"]
             value["allocator"] = _filled(PageAllocator(0), free | {"flags": bytearray(free["flags"])})
