@@ -319,11 +319,6 @@ class StepPlan(NamedTuple):
         return sum(req.num_new for req in self.reqs)
 
     @property
-    def is_open(self) -> bool:
-        """How far its requests get, and what may come next, is not known before its result is."""
-        return bool(self.drafts) or any(req.num_drafts for req in self.reqs)
-
-    @property
     def is_decode_only(self) -> bool:
         return self.num_decode == len(self.reqs)
 

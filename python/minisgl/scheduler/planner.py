@@ -133,7 +133,7 @@ class Planner:
 
     def plan(self) -> Planned | None:
         """The next step, or None when nothing can be computed now, or it is not known yet how far the last one gets."""
-        if self.inflight and self.inflight[-1].plan.is_open:
+        if self.inflight and self.speculation.awaits(self.inflight[-1].plan):
             return None
         step = Growing(self.config.max_prefill_length)
         # What a failed request computed may still be in the cache until it is released: admit nobody onto it.

@@ -113,9 +113,13 @@ class Speculation:
         if self._told is not None:
             self._told.drafts[req.uid] = draft
 
+    def awaits(self, plan: StepPlan) -> bool:
+        """Whether how far a step's requests get, or what may come next, is not known before its result is."""
+        return bool(plan.drafts) or (self._told is not None and any(share.num_drafts for share in plan.reqs))
+
     def hear(self, plan: StepPlan, result: StepResult) -> None:
         """An engine that has told nothing, though it was asked, will not any more: its drafter has failed."""
-        if not result.drafts and any(share.num_drafts for share in plan.reqs):
+        if self._told is not None and not result.drafts and any(share.num_drafts for share in plan.reqs):
             self._told = self._drafter = None
 
     def settle(
