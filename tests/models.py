@@ -169,6 +169,8 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
                 param.copy_(noise - 2)  # so that states remember some tokens
             elif param.ndim == 1:
                 param.copy_(0.3 * noise if name.endswith("bias") else param + 0.2 * noise)  # norms: from 1, or from 0
+                if name.endswith("q_norm.weight") and model.config.model_type == "gemma4_text":
+                    param.mul_(param.numel() ** -0.5)  # its scores have no other scale: near ties would decide
             elif "embed_tokens" in name:
                 param.copy_(noise * (0.2 if tied else 1.0))  # a tied model would repeat its input
             else:
