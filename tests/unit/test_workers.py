@@ -100,7 +100,7 @@ class FakeProcess:
     def is_alive(self) -> bool:
         return self.exitcode is None
 
-    def stop(self) -> None:
+    def terminate(self) -> None:
         self.end(0)
 
     def kill(self) -> None:

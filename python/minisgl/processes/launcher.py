@@ -1,7 +1,5 @@
 """How a worker is started: the supervisor is given a `Launcher`. The one here spawns processes of this machine."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -9,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 from minisgl.message.messages import Report
@@ -29,30 +28,12 @@ class WorkerSpec:
         return "scheduler" if self.name.endswith("-scheduler") else self.name.removeprefix("minisgl-")
 
 
-class Process(Protocol):
-    """A process that may run elsewhere, with the names of `multiprocessing`; `stop` has it end by itself, soon."""
-
-    @property
-    def sentinel(self) -> int: ...  # ready for `multiprocessing.connection.wait` when the process has ended
-
-    @property
-    def exitcode(self) -> int | None: ...
-
-    def is_alive(self) -> bool: ...
-
-    def stop(self) -> None: ...
-
-    def kill(self) -> None: ...
-
-    def join(self, timeout: float | None = None) -> None: ...
-
-
 @dataclass(slots=True, eq=False)
 class Worker:
     """A worker that was started, and what its supervisor knows of it."""
 
     spec: WorkerSpec
-    process: Process
+    process: BaseProcess  # perhaps elsewhere; `terminate` has it end by itself, soon
     connection: Connection  # brings what it reports
     silence: float = 0.0  # seconds, while it is watched
     ready: bool = False
@@ -70,7 +51,7 @@ class Launcher(Protocol):
 
 
 class LocalProcess(SpawnProcess):
-    def stop(self) -> None:
+    def terminate(self) -> None:
         assert self.pid is not None
         with suppress(ProcessLookupError):
             os.kill(self.pid, STOP_SIGNAL)

@@ -1,7 +1,5 @@
 """Starts the workers of a server, waits until they are ready, watches over them, and ends them."""
 
-from __future__ import annotations
-
 import atexit
 import logging
 import signal
@@ -24,7 +22,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Tell = Callable[..., None]
 LATE_SECONDS = 10.0
-STOP_SECONDS = 20.0  # from `Process.stop` to `Process.kill`; the driver takes its time to give back a GPU
+STOP_SECONDS = 20.0  # from `terminate` to `kill` of a process; the driver takes its time to give back a GPU
 STOP_START_SECONDS = 2.0  # the same while a worker is not ready
 
 
@@ -116,7 +114,7 @@ class Supervisor:
         atexit.unregister(self.stop)
         alive = [worker for worker in self._workers if worker.process.is_alive()]
         for worker in alive:
-            worker.process.stop()
+            worker.process.terminate()
         if self._watcher is not None and self._watcher is not threading.current_thread():
             self._watcher.join()
         limit = STOP_SECONDS if all(worker.ready for worker in alive) else STOP_START_SECONDS
