@@ -1,7 +1,5 @@
 """The loop of a tokenizer or detokenizer process (or of one that is both)."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os
@@ -26,7 +24,7 @@ MAX_BATCH = 64  # messages handled at a time: a crowd of long prompts must not l
 SHORT = 2**14  # bytes of a prompt that is encoded at once: some milliseconds
 NUM_THREADS, SECONDS = 2, 20.0  # for others
 
-Answers = tuple[list[wire.BackendMsg], list[wire.FrontendMsg]]  # to the scheduler, and to the API server
+Answers = tuple[Sequence[wire.BackendMsg], Sequence[wire.FrontendMsg]]  # to the scheduler, and to the API server
 
 
 class TooSlow(BaseException):
@@ -76,26 +74,27 @@ class TokenizerServer:
         to_backend: list[wire.BackendMsg] = []
         to_frontend: list[wire.FrontendMsg] = []
         for message in messages:
+            onward: Answers = (), ()
             if isinstance(message, wire.DetokenizeMsg):
-                self._detokenize(message, to_backend, to_frontend)
+                onward = self._detokenized(message)
             elif isinstance(message, wire.AbortMsg):
                 with self._lock:
                     self._aborts.get(message.uid, to_backend).append(message)
             elif isinstance(message, wire.FlushMsg):
                 self._detokenizer = Detokenizer(self._tokenizer.codec)
             elif isinstance(message, wire.ErrorReply) or (isinstance(message, wire.PingMsg) and message.back):
-                to_frontend.append(message)
+                onward = (), (message,)
             elif isinstance(message, wire.PingMsg):
-                to_backend.append(message)
+                onward = (message,), ()
             elif (size := _size(message)) < SHORT:
-                accepted, replies = self._answer(message)
-                to_backend += accepted
-                to_frontend += replies
+                onward = self._answer(message)
             else:
                 aborts: list[wire.BackendMsg] = []
                 with self._lock:
                     self._aborts |= dict.fromkeys(_uids(message), aborts)
                 self._long.put((size, message.uid, id(aborts), message, aborts))
+            to_backend += onward[0]
+            to_frontend += onward[1]
         return to_backend, to_frontend
 
     def close(self) -> None:
@@ -142,21 +141,15 @@ class TokenizerServer:
             status, reason = 503, f"the prompt cannot be read now: {problem}"
         return [], [wire.ErrorReply(uid, reason, status=status) for uid in uids]
 
-    def _detokenize(
-        self, message: wire.DetokenizeMsg, to_backend: list[wire.BackendMsg], to_frontend: list[wire.FrontendMsg]
-    ) -> None:
-        reply: wire.UserReply | wire.ErrorReply | None
+    def _detokenized(self, message: wire.DetokenizeMsg) -> Answers:
         try:
             reply, abort = self._detokenizer.detokenize(message)
+            return (abort,) if abort else (), (reply,) if reply else ()
         except Exception as error:
             logger.exception("request %d: detokenization failed", message.uid)
             self._detokenizer.drop(message.uid)
             text = f"detokenization failed: {type(error).__name__}"
-            reply, abort = wire.ErrorReply(message.uid, text, status=500), wire.AbortMsg(message.uid)
-        if reply is not None:
-            to_frontend.append(reply)
-        if abort is not None:
-            to_backend.append(abort)
+            return [wire.AbortMsg(message.uid)], [wire.ErrorReply(message.uid, text, status=500)]
 
 
 def _uids(message: wire.TextMsg) -> Sequence[int]:
