@@ -1,9 +1,6 @@
 """What processes tell each other: one tagged union of structs for each channel, and their bytes (msgpack by msgspec, a
 list of messages per frame, no pickle). What a child tells its supervisor goes over a pipe."""
 
-from __future__ import annotations
-
-import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -17,11 +14,7 @@ from minisgl.core import FinishReason, SamplingParams, TokenLogprobs
 T = TypeVar("T")
 
 
-def _tag(name: str) -> str:
-    return re.sub("(Msg|Reply|Prompt)$", "", name).lower()
-
-
-class Part(msgspec.Struct, frozen=True, tag=_tag, forbid_unknown_fields=True):
+class Part(msgspec.Struct, frozen=True, tag=str.lower, forbid_unknown_fields=True):
     """What messages are made of."""
 
 
@@ -104,7 +97,7 @@ class UserMsg(Request[bytes], frozen=True):
         if len(self.prompt) % 4:
             raise ValueError("a part of an id")
 
-    def without(self, uid: int) -> list[UserMsg]:
+    def without(self, uid: int) -> list["UserMsg"]:
         """The request but for one of its outputs: those before it, and those after it."""
         index = uid - self.uid
         later, count = self.params.of_choice(index + 1), self.count - index - 1
