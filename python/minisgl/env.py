@@ -1,7 +1,5 @@
 """`MINISGL_*` environment variables that are not command-line flags. Read when asked for, never at import."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

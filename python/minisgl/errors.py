@@ -8,8 +8,6 @@ MiniSGLError
 └── WorkerDied      a child process is gone (HTTP 503); it is started again, or the server ends
 """
 
-from __future__ import annotations
-
 
 class MiniSGLError(Exception):
     """Base of all errors raised on purpose.

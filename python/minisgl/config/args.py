@@ -3,8 +3,6 @@
 The order is flag, environment (`MINISGL_<FLAG>`, for aliases too), file (`--config`), default. None stands for "auto".
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib

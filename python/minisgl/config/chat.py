@@ -1,7 +1,5 @@
 """How a model speaks, read from its files: the format of its tool calls, whether it reasons, and which ids end it."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterable, Iterator

@@ -1,8 +1,6 @@
 """What `resolve` decides for a device: whether GPUs can be used; what computes, in which types; how many tokens' keys
 and values fit beside the weights, and what follows for the longest request."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

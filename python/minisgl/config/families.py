@@ -1,7 +1,5 @@
 """From `config.json` to a `ModelConfig`. What each supported architecture reads there is in `families.yaml`."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """From what the user named to a directory with a model in it, to the files with its weights, and to its tokenizer."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

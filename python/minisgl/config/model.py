@@ -1,7 +1,5 @@
 """What a model is made of, as explicit numbers: a specification of each layer, and what all layers share. No torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from math import prod
 

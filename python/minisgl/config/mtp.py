@@ -1,7 +1,5 @@
 """What `config.json` says of a model's head for multi-token prediction."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

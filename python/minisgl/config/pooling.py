@@ -1,7 +1,5 @@
 """Whether a model gives vectors or scores, as its files say: those of sentence-transformers, or its class's name."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What this machine has, as far as decisions depend on it. No torch: the API server's process stays small."""
 
-from __future__ import annotations
-
 import os
 import re
 import resource

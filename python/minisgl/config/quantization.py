@@ -1,7 +1,5 @@
 """How a checkpoint says that its weights are quantized. What of it is supported is in `quantization.yaml`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 `resolve` is a pure function of the options, the model's shape and the machine, so each decision can be tested.
 """
 
-from __future__ import annotations
-
 import importlib
 import socket
 import ssl

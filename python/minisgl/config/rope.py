@@ -1,7 +1,5 @@
 """What `config.json` says of rotary embeddings."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping

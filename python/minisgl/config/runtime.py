@@ -1,7 +1,5 @@
 """What `resolve` decides: frozen, complete, nothing in it is "auto" any more. Each process gets the parts it needs."""
 
-from __future__ import annotations
-
 import ipaddress
 import re
 from dataclasses import dataclass, field

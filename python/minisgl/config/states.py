@@ -1,7 +1,5 @@
 """Kinds of layers whose cache is a state: of one size, however long its sequence is. No torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """How tensor-parallel ranks meet, and their collectives. Layers are given a `Communicator`; it is never a global."""
 
-from __future__ import annotations
-
 import time
 from datetime import timedelta
 from typing import Any

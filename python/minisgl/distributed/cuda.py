@@ -1,7 +1,5 @@
 """Collectives between GPUs of one host: peer memory for the messages of decode steps, NCCL for larger ones."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`LLM`: tokenizer, scheduler and engine in one process, by composition."""
 
-from __future__ import annotations
-
 import atexit
 import gc
 import itertools
@@ -144,7 +142,7 @@ class LLM:
             raise
         atexit.register(self.close)  # last, so that it is first: the ranks above 0 must outlive rank 0's last step
 
-    def __enter__(self) -> LLM:
+    def __enter__(self) -> "LLM":
         return self
 
     def __exit__(self, *exc_info: object) -> None:

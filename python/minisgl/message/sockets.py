@@ -1,7 +1,5 @@
 """ZeroMQ sockets that carry one channel's messages, a batch in each frame, and where they are: PULL binds."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Life of a child process, from its first moment to its exit status; its line to the supervisor; what signals do."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import logging

@@ -5,8 +5,6 @@ A string that could make one gets a mark wherever it would have to be cut. The r
 a control token with a mark within is cut there, all others are the template's own (docs/adr/0019-control-tokens.md).
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

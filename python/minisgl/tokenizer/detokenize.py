@@ -1,7 +1,5 @@
 """Token ids to text, increment by increment, and the end of a request at a stop string."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Prompts for vectors and scores, and what those who ask are told of what the model says."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Prompts to token ids: chat template, encoding, and the checks that need the length of the prompt."""
 
-from __future__ import annotations
-
 import logging
 import random
 import re

@@ -1,7 +1,5 @@
 """What is made of requests beside JSON: lines of the log, OpenTelemetry's spans, and charts for ui.perfetto.dev."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """What the API server sees of requests: when they come, when they go on, and when their answers are out."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence

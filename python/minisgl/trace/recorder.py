@@ -1,7 +1,5 @@
 """Rank 0's memory of what became of requests and steps: rings of fixed sizes, filled as the scheduler goes."""
 
-from __future__ import annotations
-
 import time
 from array import array
 from collections import deque

@@ -1,8 +1,6 @@
 """What the trace is made of. The API server and rank 0 note events of the same outputs, each what it sees. They encode
 to the JSON of `docs/tracing.md`; the log, spans and charts are made of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +52,7 @@ class Output(msgspec.Struct):
     num_retractions: int = 0
     events: list[Event] = []
 
-    def joined(self, other: Output) -> Output:
+    def joined(self, other: "Output") -> "Output":
         """What the API server knows of it, with what rank 0 does."""
         reason, dated = self.reason or other.reason, [(e.time, e) for e in self.events + other.events if e.time]
         dated.sort(key=lambda item: item[0])

@@ -1,7 +1,5 @@
 """The trace over HTTP: whoever asks finds their own requests, the operator all."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence

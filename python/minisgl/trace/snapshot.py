@@ -1,7 +1,5 @@
 """A look at what the planner has now: its queues, the tree of the prefix cache, and whose the pages are; bounded."""
 
-from __future__ import annotations
-
 from itertools import islice
 from typing import Any
 

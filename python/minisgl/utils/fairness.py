@@ -1,7 +1,5 @@
 """Whose turn it is where several clients want the same: a function of the calls alone."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Generic, TypeVar

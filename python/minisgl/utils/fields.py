@@ -1,7 +1,5 @@
 """JSON objects that somebody else wrote, read with care."""
 
-from __future__ import annotations
-
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -52,7 +50,7 @@ class Fields:
         expected = f"a list of {_PLURALS[kind]}"
         return self._read(key, [], lambda value: type(value) is list and {*map(type, value)} <= {kind}, expected)
 
-    def child(self, key: str) -> Fields:
+    def child(self, key: str) -> "Fields":
         """The object at `key`; an empty one where there is none."""
         data = self._read(key, {}, lambda value: isinstance(value, dict), "an object")
         return Fields(data, self.source, f"{self._path}{key}.")

@@ -1,7 +1,5 @@
 """Logging, configured once per process: level from `LOG_LEVEL`, each line marked with the process's role."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Small mathematics."""
 
-from __future__ import annotations
-
 
 def div_ceil(a: int, b: int) -> int:
     return -(-a // b)

@@ -1,7 +1,5 @@
 """What a process has of its own: a private folder, Ctrl-C at a time of its choosing, and whether it is a child."""
 
-from __future__ import annotations
-
 import fcntl
 import multiprocessing
 import os
