@@ -1,7 +1,5 @@
 """`minisgl quantize IN OUT`: a copy of a model with weights of 4 or 8 bits, in the format of compressed-tensors."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """What an attention backend is: metadata made once per step, then one call per layer."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -62,7 +60,7 @@ class AttentionStep:
         assert self.device is not None
         return self.device
 
-    def part(self, begin: int, end: int) -> AttentionStep:
+    def part(self, begin: int, end: int) -> "AttentionStep":
         """A step of the sequences [begin, end) alone."""
         if (begin, end) == (0, len(self.rows)):
             return self

@@ -1,7 +1,5 @@
 """Our CPU kernel: attention in float32 over a cache of any type but fp8 (`csrc/include/minisgl/cpu/attention.h`)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The backend of a rank's layers, by name, and on GPUs the pair of one for prefill and one for decode."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast

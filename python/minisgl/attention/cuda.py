@@ -1,7 +1,5 @@
 """Decode attention by the kernels of `kernel/csrc/src/attention_decode.cu`. Prefill is left to another backend."""
 
-from __future__ import annotations
-
 import torch
 
 from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep

@@ -1,7 +1,5 @@
 """FlashInfer (arXiv 2501.01005) and FlashAttention-3 (arXiv 2407.08608), of packages that `config.device` has found."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

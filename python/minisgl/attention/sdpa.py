@@ -2,8 +2,6 @@
 over what was gathered from the cache: the sequence's own, so that a weight of zero never meets another request's NaN.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

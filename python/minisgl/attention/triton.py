@@ -1,8 +1,6 @@
 """The Triton backend, for prefill and decode. It needs neither a compiler nor a package that torch does not bring."""
 # mypy: disable-error-code="import-not-found"
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

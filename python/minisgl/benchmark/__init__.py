@@ -1,7 +1,5 @@
 """`minisgl bench serve` loads a running server, `minisgl bench offline` the engine in this process."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module

@@ -1,7 +1,5 @@
 """What a benchmark asks: random prompts of given lengths, or requests from a file."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ its states; prompts cost their products. Each is divided by a ceiling that was m
 is a bound for any engine, as the roofline model has it (Williams, Waterman and Patterson, "Roofline", CACM 2009).
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter

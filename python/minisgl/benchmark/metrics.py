@@ -1,7 +1,5 @@
 """What a benchmark measures, as numbers, table and JSON. Times are in seconds inside, milliseconds when shown."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

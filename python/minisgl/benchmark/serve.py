@@ -1,7 +1,5 @@
 """`minisgl bench serve`: an open-loop or bounded load on a running server."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

@@ -1,7 +1,5 @@
 """Well-known model shapes, for benchmarks with random weights: a `config.json` and a stand-in tokenizer."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

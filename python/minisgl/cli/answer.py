@@ -4,8 +4,6 @@ A block of Markdown (a paragraph, a list, code …) is drawn again while it grow
 begins. Output of a model is text: HTML in it is shown as it is written, and nothing of it moves the cursor.
 """
 
-from __future__ import annotations
-
 import time
 from itertools import pairwise
 from typing import ClassVar

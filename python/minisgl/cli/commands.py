@@ -1,7 +1,5 @@
 """The commands for models on this disk, and for the command line itself."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@
 On a pipe it prints the answers and nothing else: `echo 'Hello' | minisgl chat`.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

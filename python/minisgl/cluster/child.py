@@ -1,8 +1,6 @@
 """The server of a replica: `python -m minisgl.cluster.child`. A line of JSON on its standard input says what it serves
 and where; the end of its standard input, which comes with its parent's however that ends, is its own end."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

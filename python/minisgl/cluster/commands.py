@@ -1,7 +1,5 @@
 """`minisgl cluster serve|status|scale|drain`: starts a cluster and ends it, or asks one that runs."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import importlib.metadata

@@ -1,7 +1,5 @@
 """In front of all replicas: the actor that takes connections, routes requests and knows what all replicas have."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import re

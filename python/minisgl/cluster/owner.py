@@ -1,7 +1,5 @@
 """Who starts a cluster, holds its port, and ends it: the foreground process of `minisgl cluster serve`."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

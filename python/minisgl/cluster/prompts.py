@@ -1,8 +1,6 @@
 """What a router reads of a request: the text of its prompt, and whose and of which session it is; and the metrics of
 all replicas as one page."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """From a client to a replica's own server and back, byte for byte; to another one, once, while nothing was sent."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """One replica: a whole server in processes of its own, and the Ray actor that starts it, watches it and ends it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -6,8 +6,6 @@ it says that it has evicted, which it did by the same rule as we do: what was us
 end of a text on. How many bytes a token has is learned from answers.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """The application as Ray Serve runs it: replicas, the ingress in front of them, and who decides which and how many."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

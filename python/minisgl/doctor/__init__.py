@@ -3,8 +3,6 @@
 Exit status 0 when nothing fails, 1 otherwise, 2 for a wrong command line.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

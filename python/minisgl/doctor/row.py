@@ -1,7 +1,5 @@
 """What a check hands back, and how a check asks another program."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Checks of the machine: Python, processor, memory, port, the model's directory, and what the server would decide."""
 
-from __future__ import annotations
-
 import platform
 import sys
 from pathlib import Path

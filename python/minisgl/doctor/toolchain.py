@@ -3,8 +3,6 @@
 torch and the packages are imported in child processes only, so one that crashes is a row of the table.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The runner of a CPU: a thread executes the steps, layer by layer in torch's terms, or all layers at once in C++."""
 
-from __future__ import annotations
-
 import logging
 import os
 import queue

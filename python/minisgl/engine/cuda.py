@@ -4,8 +4,6 @@ A decode step is one host-to-device copy, one graph replay and one copy of the i
 that is not in the graph (prompts and pages that rows gain, steps with prefill) is launched op by op.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator
@@ -136,7 +134,7 @@ def load_shard(config: EngineConfig, rank: int, device: torch.device) -> ModelSh
     return ModelShard(config, device, comm, create_cuda_ops(device, dtype, config.moe_backend))
 
 
-def create_steps(shard: ModelShard) -> tuple[int, CapturedSteps]:
+def create_steps(shard: ModelShard) -> tuple[int, "CapturedSteps"]:
     """The number of pages of the KV cache, and what launches steps with it."""
     config, backend = shard.config, shard.create_attention()
     tables = DeviceTables(config, shard.ops, shard.ropes, shard.device)

@@ -1,7 +1,5 @@
 """Drafts that the device makes: by the model's own head for multi-token prediction."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import takewhile
 

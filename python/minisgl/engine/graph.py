@@ -1,7 +1,5 @@
 """Decode steps captured in CUDA graphs."""
 
-from __future__ import annotations
-
 import bisect
 import logging
 import time

@@ -1,7 +1,5 @@
 """Log-probabilities of the tokens of a step, for the requests that want them: of sampled tokens and of prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

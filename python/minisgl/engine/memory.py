@@ -1,7 +1,5 @@
 """How much KV cache fits a GPU: beside the weights, and what the largest step takes."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Vectors and scores of prompts, from hidden states."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 

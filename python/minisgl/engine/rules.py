@@ -7,8 +7,6 @@ token table, so nothing is kept that an abort or a retraction could leave behind
 look at a few zeros.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The model of one rank: loaded, with the operations and the communicator that it computes with."""
 
-from __future__ import annotations
-
 import logging
 import time
 from itertools import chain

@@ -1,7 +1,5 @@
 """What goes to a GPU with each step: its numbers, and the prompts and pages that rows gain, in one copy."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One step, from a plan to sampled ids: what all devices share."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice

@@ -1,7 +1,5 @@
 """What the host remembers of running requests, by row, and the indices of one step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -42,7 +40,7 @@ class StepIndex(NamedTuple):
         return self[3:]
 
     @staticmethod
-    def of(reqs: Sequence[ScheduledReq]) -> StepIndex:
+    def of(reqs: Sequence[ScheduledReq]) -> "StepIndex":
         """reqs: not empty."""
         num_fields = len(ScheduledReq._fields)
         table = np.fromiter(chain.from_iterable(reqs), np.int64, num_fields * len(reqs)).reshape(-1, num_fields)

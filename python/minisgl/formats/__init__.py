@@ -1,7 +1,5 @@
 """Formats of weights: how checkpoints store linear layers, and how they are held in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

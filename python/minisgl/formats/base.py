@@ -5,8 +5,6 @@ format makes this rank's tensors (`create`), says which part of which tensor of 
 and turns them, once they are filled, into what layers multiply with (`matrix`, `experts`).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Checkpoints of 8-bit floats: Qwen3-*-FP8 and others of `fp8`, compressed-tensors, ModelOpt; of 4 bits: gpt-oss."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

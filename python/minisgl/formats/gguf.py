@@ -1,8 +1,6 @@
 """Weights as GGUF files have them: rows of blocks, each weight of its own type. They stay in the mapped file until they
 are packed, and are never made larger on the way."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checkpoints of integers with a scale for each group of columns: AWQ, GPTQ and compressed-tensors."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

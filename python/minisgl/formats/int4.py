@@ -1,7 +1,5 @@
 """Weights that are stored in full, made 4 bits wide: groups of 32 columns with a scale and a zero."""
 
-from __future__ import annotations
-
 import torch
 
 from minisgl.errors import ConfigError

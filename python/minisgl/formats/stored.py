@@ -1,7 +1,5 @@
 """What formats of quantized safetensors have in common: which layers are packed, which are in full, and the errors."""
 
-from __future__ import annotations
-
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping

@@ -5,8 +5,6 @@ The `gguf` package's reader makes objects of every token before anybody asks (se
 wherever a length points. Here nothing is read beyond the file, and lists stay in it until they are wanted.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 import re
@@ -55,7 +53,7 @@ class StoredTensor:
     """shape: as in torch, [out, in]; offset: in the file."""
 
     name: str
-    file: GgufFile
+    file: "GgufFile"
     kind: Kind
     shape: tuple[int, ...]
     offset: int

@@ -4,8 +4,6 @@ A file names how a text is split (`tokenizer.ggml.pre`), and pre_tokenizers.yaml
 that is not there is refused: any other splitting gives ids that the model was not trained on.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

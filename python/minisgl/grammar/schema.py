@@ -5,8 +5,6 @@ property that has it; annotations are left out. An object has no properties but 
 `additionalProperties` says otherwise: models invent them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from copy import copy

@@ -1,7 +1,5 @@
 """A request's grammar in the language of llguidance, and the model's tokens as llguidance sees them."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -5,8 +5,6 @@ cannot be interrupted, and recursion in a grammar can overflow its stack. There 
 of one core, or when memory or stack run out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

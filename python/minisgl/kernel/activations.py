@@ -1,7 +1,5 @@
 """Where families differ between two products: activations of gated MLPs, and how a router chooses experts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch

@@ -4,8 +4,6 @@ Weights lie in panels (`csrc/include/minisgl/cpu/linear.h`) and keep their type,
 whatever the weights are.
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Sequence
@@ -31,7 +29,7 @@ _ALIGNMENT = 64
 class PanelMatrix(Matrix):
     """A weight in panels; those of gate and up take turns where the kernels have the activation."""
 
-    def __init__(self, ops: CpuOps, shape: Shape, data: list[Tensor], handle: int, activation: str | None) -> None:
+    def __init__(self, ops: "CpuOps", shape: Shape, data: list[Tensor], handle: int, activation: str | None) -> None:
         """handle: of the kernels, for what lies in `data`."""
         super().__init__(ops, activation)
         self._module, self._workers = ops.module, ops.workers

@@ -1,7 +1,5 @@
 """The operations on NVIDIA GPUs: our kernels where they apply, torch (cuBLAS) elsewhere."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math
@@ -43,7 +41,7 @@ def _whole_vectors(*tensors: Tensor) -> bool:
 class CudaMatrix(TorchMatrix):
     """With the kernels for few tokens and for decode batches; cuBLAS where these do not fit, or are slower."""
 
-    def __init__(self, ops: CudaOps, weight: Tensor, activation: str | None, embedding: Any) -> None:
+    def __init__(self, ops: "CudaOps", weight: Tensor, activation: str | None, embedding: Any) -> None:
         """embedding: the kernel of `rows`."""
         super().__init__(ops, weight, activation)
         self._embedding = embedding

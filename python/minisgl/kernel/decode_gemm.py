@@ -5,8 +5,6 @@ meanwhile, so weights must not be written by work that is still in flight on the
 one stream of a device at a time, and let the first launch be outside of a graph capture.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

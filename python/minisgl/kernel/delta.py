@@ -1,7 +1,5 @@
 """Gated delta nets on NVIDIA GPUs: single tokens by `csrc/src/delta.cu`, products of chunks by `triton/delta.py`."""
 
-from __future__ import annotations
-
 import functools
 from importlib.util import find_spec
 from typing import Any

@@ -5,8 +5,6 @@ batch our kernel does, of more the library's. Elsewhere a few tokens are multipl
 become the tokens' type in registers: reading them is what takes time. For more, weights are widened each time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple

@@ -6,8 +6,6 @@ private folder and put into the cache whole, and what another user could have wr
 (docs/adr/0011-kernel-cache.md, 0020).
 """
 
-from __future__ import annotations
-
 import fcntl
 import functools
 import hashlib

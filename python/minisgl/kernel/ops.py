@@ -5,8 +5,6 @@ plain torch for any device and type: faster operations override what they are be
 All work on ragged batches: the first dimension of activations is `num_tokens`, whatever requests the tokens belong to.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -115,7 +113,7 @@ class Matrix(ABC):
 
     cpu_handle: int | None = None  # by which the CPU engine that computes whole steps knows it; None: it cannot use it
 
-    def __init__(self, ops: LayerOps, activation: str | None) -> None:
+    def __init__(self, ops: "LayerOps", activation: str | None) -> None:
         """activation: of `gate_up`, a name in `ACTIVATIONS`; None for a matrix that is not used for it."""
         self._ops, self._activation = ops, activation
 
@@ -177,7 +175,7 @@ def rows_of_part(ids: Tensor, first: int, num_rows: int) -> tuple[Tensor, Tensor
 class TorchMatrix(Matrix):
     """A weight as checkpoints have it."""
 
-    def __init__(self, ops: LayerOps, weight: Tensor, activation: str | None) -> None:
+    def __init__(self, ops: "LayerOps", weight: Tensor, activation: str | None) -> None:
         super().__init__(ops, activation)
         self.weight = weight
 

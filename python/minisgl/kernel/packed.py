@@ -3,8 +3,6 @@
 A linear layer may have several, one below the other: a file keeps some of its rows with more bits than others.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +72,7 @@ class Float8:
     input_scale: float | None = None
 
     @classmethod
-    def of(cls, weight: Tensor) -> Float8:
+    def of(cls, weight: Tensor) -> "Float8":
         """[out, in] rounded, with a scale of each row."""
         scales = weight.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 448
         return cls((weight / scales).to(torch.float8_e4m3fn), scales)

@@ -1,8 +1,6 @@
 """Linear layers with weights of 4 bits on GPUs (csrc/include/minisgl/packed_weight.cuh): of few tokens
 (packed_few.cuh), of more (packed_gemm.cuh, on Hopper packed_wide.cuh), and of many by way of 16 bits."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

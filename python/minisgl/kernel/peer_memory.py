@@ -1,7 +1,5 @@
 """Memory of every rank mapped into every rank (CUDA IPC), and the collectives over it of `csrc/src/all_reduce.cu`."""
 
-from __future__ import annotations
-
 import json
 import logging
 from datetime import timedelta

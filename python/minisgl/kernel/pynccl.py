@@ -4,8 +4,6 @@ Calls go to torch's current stream and nothing else: no process group, no watchd
 that a captured CUDA graph contains the collective alone. Reference: NCCL's API documentation.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

@@ -6,8 +6,6 @@ the filtered distribution by inverting its CDF. A row's token depends on that ro
 retraction, or on the number of ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -69,7 +67,7 @@ class SamplingColumns:
     words: Tensor
 
     @staticmethod
-    def of(num: int, device: str = "cpu", /, **values: npt.ArrayLike) -> SamplingColumns:
+    def of(num: int, device: str = "cpu", /, **values: npt.ArrayLike) -> "SamplingColumns":
         return SamplingColumns(torch.from_numpy(records(num, **values)).to(device))
 
     def __len__(self) -> int:
@@ -80,7 +78,7 @@ class SamplingColumns:
         dtype, index = _PLACES[name]
         return self.words.view(dtype)[:, index]
 
-    def select(self, index: Tensor) -> SamplingColumns:
+    def select(self, index: Tensor) -> "SamplingColumns":
         return SamplingColumns(self.words.index_select(0, index))
 
 

@@ -4,8 +4,6 @@ The kernels (csrc/src/skinny_gemm.cu) start before the kernel ahead of them ends
 weights must not be written by work that is still in flight on the stream.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

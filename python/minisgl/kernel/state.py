@@ -1,7 +1,5 @@
 """What layers with recurrent states compute, in plain torch: the reference of kernels for them."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import NamedTuple
 

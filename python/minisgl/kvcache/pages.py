@@ -1,7 +1,5 @@
 """Which pages are free, and who has which of them and which row of the engine's tables."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from minisgl.config.runtime import SchedulerConfig

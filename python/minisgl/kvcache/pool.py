@@ -1,7 +1,5 @@
 """The KV cache itself: keys and values of each layer, addressed by slot (page * page_size + offset)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

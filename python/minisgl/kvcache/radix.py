@@ -9,8 +9,6 @@ that it found there. Where it computed a prefix that someone else cached at the 
 it ends: `path_pages` tells which of a request's pages are the cache's.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -37,7 +35,7 @@ class RadixNode:
 
     __slots__ = ("children", "key", "name", "num_locks", "pages", "parent", "stamp")
 
-    def __init__(self, name: bytes, key: TokenIds, pages: list[int], parent: RadixNode | None, stamp: int) -> None:
+    def __init__(self, name: bytes, key: TokenIds, pages: list[int], parent: "RadixNode | None", stamp: int) -> None:
         self.name = name
         self.key = key
         self.pages = pages

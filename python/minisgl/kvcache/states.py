@@ -1,8 +1,6 @@
 """The states of layers that have these in place of keys and values, by slot: those of rows, of the row that pads
 captured steps, and snapshots."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import groupby
 

@@ -1,7 +1,5 @@
 """The two halves of a decoder layer: attention, and the feed-forward network or a mixture of experts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """What every layer is built from and how its parameters are filled."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,7 +59,7 @@ class CpuSpec:
     kind: str = ""
     numbers: tuple[Tensor | float | str | None, ...] = ()
     norms: tuple[Tensor | None, ...] = ()
-    blocks: tuple[CpuSpec, ...] = ()
+    blocks: tuple["CpuSpec", ...] = ()
 
     def build(self, module: Any, model: int, index: int, kv: KVPool) -> None:
         """Add the blocks of decoder layer `index` to a model of the kernels."""

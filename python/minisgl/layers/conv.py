@@ -1,7 +1,5 @@
 """Short convolutions between gates, which stand in the place of attention in most layers of LFM2."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from minisgl.attention.base import StepContext

@@ -1,7 +1,5 @@
 """Gated delta nets, which stand in the place of attention in most layers of hybrid models."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

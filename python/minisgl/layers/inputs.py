@@ -1,7 +1,5 @@
 """What layers get of each token beside the residual stream, from a table that has some features for each layer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from minisgl.config.model import ModelConfig

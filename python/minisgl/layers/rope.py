@@ -1,7 +1,5 @@
 """Rotary position embeddings (arXiv 2104.09864) and the scalings that stretch a model's context."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

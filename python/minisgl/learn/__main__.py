@@ -1,7 +1,5 @@
 """`python -m minisgl.learn`: the list of lessons, and `check N [FILE]`."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 import traceback

@@ -1,7 +1,5 @@
 """Checks of lessons 7 to 10: tokens from logits, a model's size, shares of ranks, and figures."""
 
-from __future__ import annotations
-
 import json
 import random
 import tempfile

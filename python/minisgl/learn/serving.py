@@ -1,7 +1,5 @@
 """Checks of lessons 1 to 6: processes, stages, messages, pages, plans and time. No torch."""
 
-from __future__ import annotations
-
 import random
 import subprocess
 import sys
@@ -117,7 +115,7 @@ class _Device:
         self._times, self._running = list(zip(host, device, strict=True)), deque[tuple[float, StepResult]]()
         self._free, self._now, self.known = 0.0, 0.0, list[float]()
 
-    def submit(self, plan: StepPlan, masks: Masks | None = None) -> _Device:  # noqa: ARG002
+    def submit(self, plan: StepPlan, masks: Masks | None = None) -> "_Device":  # noqa: ARG002
         host, device = self._times[plan.step_id]
         self._now += host
         self._free = max(self._now, self._free) + device

@@ -5,8 +5,6 @@ A model comes in parts, each of which packs its weights once it is filled. Each 
 into its place, converted on the way; a rank reads only what it keeps.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import zlib
@@ -60,7 +58,7 @@ class Shard:
         self._num_bytes = 0
         self._is_mapped = True
 
-    def stored(self) -> Iterator[Stored]:
+    def stored(self) -> Iterator["Stored"]:
         """All tensors of the file. Raises: ConfigError when the file is not what its name says."""
         for name, tensor in self._opened().items():
             if isinstance(tensor, torch.Tensor):

@@ -1,7 +1,5 @@
 """The decoder-only transformer that every supported family is an instance of; `ModelConfig` holds the differences."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A model's head for multi-token prediction, as Qwen3-Next's and Qwen3.5's checkpoints have one (`mtp.*`)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

@@ -1,8 +1,6 @@
 """The page at `/` and the API's description at `/docs`, as files: they hold nothing of anybody's, so that no key is
 asked for. What they ask the server for needs one, like all else."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 from functools import cache

@@ -1,7 +1,5 @@
 """What happens to a request, and the code that does it in this version: for who clicks on a stage."""
 
-from __future__ import annotations
-
 import ast
 from functools import cache
 from pathlib import Path

@@ -5,8 +5,6 @@
 channel, and its text the arguments. All else is the answer, also what is said on `commentary`; headers are not shown.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from typing import Literal

@@ -1,8 +1,6 @@
 """What parsers make of a model's text: parts of a message, as they come. The parser of its reasoning, and readers of
 what is in tool calls."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import json

@@ -7,8 +7,6 @@ the text does. Grammars are for outputs that must be calls (`tool_choice` `requi
 or an answer that has a form of its own (`response_format` beside `tools`).
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Where drafts come from: guesses of a request's next tokens, which the next step verifies."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol
 

@@ -6,8 +6,6 @@ ranks are told when it is there (docs/adr/0018-rows-that-wait.md). And so it is 
 which the planners draft (docs/adr/0027-prescribed-tokens.md).
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time
@@ -111,7 +109,7 @@ class Grammars:
         replies, self._replies = self._replies, []
         return admitted, replies
 
-    def masks(self, planned: Planned, submitted: Sequence[Submitted]) -> LateMasks | None:
+    def masks(self, planned: Planned, submitted: Sequence[Submitted]) -> "LateMasks | None":
         """The masks of a step's rows that have to match a grammar, computed when the engine asks for them. submitted:
         the steps before it that are not retired, oldest first."""
         plan = planned.plan

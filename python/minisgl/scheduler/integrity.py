@@ -1,7 +1,5 @@
 """A walk over all that a planner remembers, and how what contradicts itself becomes a file for `tools/replay.py`."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections import Counter

@@ -5,8 +5,6 @@ events go out by a ZeroMQ PUB socket as `topic, number, batch`, numbered in turn
 has missed some asks the ROUTER socket for all from a number on, and gets those that are still there and a last one, -1.
 """
 
-from __future__ import annotations
-
 import hashlib
 import threading
 import time

@@ -1,7 +1,5 @@
 """A request's output on its way through its grammar, and masks of the positions to which a draft would take it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future

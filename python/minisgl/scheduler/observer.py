@@ -1,7 +1,5 @@
 """Who watches a scheduler at work. One who does is the status line in the log, who counts for `/metrics` too."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """A step as the planner makes it: its shares while they are found, and the whole with the requests that it is for."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import NamedTuple
 

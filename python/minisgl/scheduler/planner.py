@@ -8,8 +8,6 @@ chunked prefill, cache hits and decode are that one subtraction. `plan` advances
 already, so the next step can be planned while this one is on the device; `retire` fills in the sampled ids.
 """
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import KeysView
 from itertools import islice

@@ -1,7 +1,5 @@
 """The scheduler's loop: receive, plan, submit, and retire the step before while the device computes."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import deque

@@ -4,8 +4,6 @@ A token is a function of (seed, position, logits), so every position of a draft 
 of samples that equals the draft is kept: the output is the same with and without drafts (docs/adr/0025-speculation.md).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Sequence
 

@@ -4,8 +4,6 @@ Rank 0 receives messages from outside and passes them on to the other ranks, one
 its loop; the others take their turns from those. So every rank's planner sees the same calls in the same order.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

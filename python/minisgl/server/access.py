@@ -1,8 +1,6 @@
 """Around all routes: request ids and the access log, CORS, names, origins, keys. Plain ASGI:
 events pass untouched. There are HTTP requests only: neither websockets nor a lifespan."""
 
-from __future__ import annotations
-
 import asyncio
 import difflib
 import hmac

@@ -1,8 +1,6 @@
 """What the server takes on: connections that are slow, or too many, have an end; and the door, which says how much may
 be on its way, whose, and whose turn it is to be read."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import random
@@ -137,7 +135,7 @@ ALWAYS = ("/abort_request", "/flush_cache")  # what the operator does about a cr
 class Place:
     """One request's share of what waits. client: whose it is; timer: what ends the request, unless it ends before."""
 
-    def __init__(self, door: Admission, client: str) -> None:
+    def __init__(self, door: "Admission", client: str) -> None:
         self.client, self._door = client, door
         self._taken: Counter[str] = Counter()
         self.timer: asyncio.TimerHandle | None = None

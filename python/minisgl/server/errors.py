@@ -1,7 +1,5 @@
 """JSON for clients, on one line; and errors in OpenAI's shape, or in Anthropic's on the paths of that API."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sized

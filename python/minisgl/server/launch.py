@@ -1,7 +1,5 @@
 """From the port that the user asked for to a running server, and back to nothing."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

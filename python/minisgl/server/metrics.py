@@ -1,7 +1,5 @@
 """Timings and counts of requests, and /metrics: in Prometheus' formats, under vLLM's names for the same things."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The HTTP server's life: it listens when everything is ready, drains, and ends."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

@@ -1,7 +1,5 @@
 """`minisgl simulate`: a cluster on paper, of replicas that plan with the real planner."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

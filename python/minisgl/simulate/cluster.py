@@ -1,7 +1,5 @@
 """A cluster on paper: replicas with the real planner, and a clock that jumps from event to event, in seconds."""
 
-from __future__ import annotations
-
 import heapq
 import time
 from array import array

@@ -1,7 +1,5 @@
 """How long a step takes, fitted to steps that were measured (`minisgl bench --calibrate`), or to ceilings of a GPU."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass

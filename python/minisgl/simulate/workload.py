@@ -4,8 +4,6 @@ There is no text. A prompt is spelled by segments, each so many times one token 
 segments begin alike: that is all that a prefix cache asks of them.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The answer to a request: its replies collected, or streamed as they come; and its end when the client goes away."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

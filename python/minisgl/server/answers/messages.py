@@ -1,7 +1,5 @@
 """Replies as /v1/messages shows them, in Anthropic's shapes: blocks of thinking, text and calls."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from minisgl.core import FinishReason

@@ -1,7 +1,5 @@
 """Replies as /v1/chat/completions and /v1/completions show them, with log-probabilities; and as /generate does."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from codecs import IncrementalDecoder, getincrementaldecoder
 from collections.abc import Sequence

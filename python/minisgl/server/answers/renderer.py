@@ -1,7 +1,5 @@
 """What answers have in common: what reads a model's words as blocks of a message, what shows them, and counts."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -60,7 +58,7 @@ def _reasoning(parsed: GenerationRequest, config: ServerConfig) -> str:
     return f"always {opening} {closing}" if text.rfind(opening) > text.rfind(closing) else ""
 
 
-def new_assembler(parsed: GenerationRequest, config: ServerConfig) -> Assembler:
+def new_assembler(parsed: GenerationRequest, config: ServerConfig) -> "Assembler":
     """What reads one of the answers to this request."""
     tools, format_name, prompt = parsed.tools, config.tool_call_parser, parsed.prompts[0]
     functions = {} if tools is None else tools.functions
@@ -114,7 +112,7 @@ class Assembler:
     blocks: list[Block] = field(default_factory=list, init=False)
     _parser: ThinkParser | None = field(default=None, init=False)
 
-    def read(self, reply: UserReply, renderer: Renderer) -> Events:
+    def read(self, reply: UserReply, renderer: "Renderer") -> Events:
         """What the renderer tells of a reply. There is a block at the end, if need be an empty one."""
         parser = self._parser = self._parser or ThinkParser(self.reasoning, reply.prompt_end, self.answer)
         is_reasoning = parser.is_thinking
@@ -140,7 +138,7 @@ class Assembler:
         is_done = reply.finish_reason is FinishReason.STOP and any(block.kind == "call" for block in self.blocks)
         return FinishReason.TOOL_CALLS if is_done else reply.finish_reason
 
-    def _open(self, part: Part, renderer: Renderer) -> Events:
+    def _open(self, part: Part, renderer: "Renderer") -> Events:
         events = renderer.end(self.blocks[-1], None) if self.blocks else []
         call_id = uuid.uuid4().hex[:9] if self.short_ids else f"call_{uuid.uuid4().hex[:24]}"
         self.blocks.append(Block(part, len(self.blocks), call_id))

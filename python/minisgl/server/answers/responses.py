@@ -1,10 +1,8 @@
 """Replies as /v1/responses shows them: output items one after the other, of reasoning, text and calls."""
 
-from __future__ import annotations
-
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -36,7 +34,7 @@ class ResponsesRenderer(MessageRenderer):
     keep: Keep | None = None
     item_id: str = field(default="", init=False)  # of the item that grows
     output: list[dict[str, Any]] = field(default_factory=list, init=False)  # those that do not any more
-    numbers: count[int] = field(default_factory=count, init=False)  # of events
+    numbers: Iterator[int] = field(default_factory=count, init=False)  # of events
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,5 @@
 """A request to generate, which a body of any dialect becomes; and those of /v1/chat/completions and /v1/completions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

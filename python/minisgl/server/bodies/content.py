@@ -4,8 +4,6 @@ Everything here ends up in a chat template, so it must be data that templates an
 What a model has said is never refused, however it comes back.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -4,8 +4,6 @@
 A field is known: something is made of it. Or it would change the answer and is not supported: it is refused, unless its
 value asks for nothing. Or it is neither: it is ignored, and the client and the log are told so."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -83,15 +81,15 @@ class Fields:
     known: Collection[str] = ()
     refused: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     ignored: Collection[str] = ()
-    nested: Mapping[str, Fields] = field(default_factory=dict)
+    nested: Mapping[str, "Fields"] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
     by: str = ""
-    kinds: Mapping[str, Fields] = field(default_factory=dict)
+    kinds: Mapping[str, "Fields"] = field(default_factory=dict)
     any_name: bool = False
     left_out: bool = False
     in_lists: bool = False
 
-    def of(self, given: Mapping[str, Any]) -> Fields:
+    def of(self, given: Mapping[str, Any]) -> "Fields":
         kind = given.get(self.by)
         return self.kinds.get(kind, self) if isinstance(kind, str) else self
 

@@ -1,7 +1,5 @@
 """Bodies of requests as bytes: read within bounds, whatever is in them."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import os

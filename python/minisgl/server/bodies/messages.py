@@ -1,7 +1,5 @@
 """POST /v1/messages, Anthropic's API: what clients may send, turned into the chat that it means."""
 
-from __future__ import annotations
-
 import re
 from reprlib import repr as quoted
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """The bodies of this server's own routes, which vLLM and SGLang have too."""
 
-from __future__ import annotations
-
 from minisgl.message.messages import ChatPrompt, IdsPrompt, TextPrompt, pack_ids
 from minisgl.server.bodies.chat import GenerationRequest, chat_request, check_size
 from minisgl.server.bodies.content import Message, Tool

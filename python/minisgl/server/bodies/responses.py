@@ -4,8 +4,6 @@ A conversation is sent as a whole each time, or goes on from a response that `Re
 made the messages of a chat; what we put out may come back as it is.
 """
 
-from __future__ import annotations
-
 import json
 import uuid
 from collections import OrderedDict
@@ -70,7 +68,11 @@ class ResponsesRequest(GenerationRequest):
 
 
 def parse_responses(
-    data: bytes, defaults: Defaults, reading: Reading | None = None, store: ResponseStore | None = None, owner: str = ""
+    data: bytes,
+    defaults: Defaults,
+    reading: Reading | None = None,
+    store: "ResponseStore | None" = None,
+    owner: str = "",
 ) -> ResponsesRequest:
     """store, owner: where `previous_response_id` is. Raises: RequestError naming the field at fault."""
     reading = reading or Reading()
@@ -96,7 +98,7 @@ def parse_responses(
     return ResponsesRequest(**same, body=body, items=items)
 
 
-def _conversation(body: ResponsesBody, store: ResponseStore, owner: str) -> list[Item]:
+def _conversation(body: ResponsesBody, store: "ResponseStore", owner: str) -> list[Item]:
     """All items up to the answer, with what they refer to in its place; a reference to what is not kept is left out."""
     given = body.input if isinstance(body.input, list) else [{"role": "user", "content": body.input}]
     refuse_unless(given, "input must not be empty", "input")

@@ -4,8 +4,6 @@
 `sampling_params` of /generate, SGLang's. At most one of them may be given.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from reprlib import repr as quoted

@@ -1,7 +1,5 @@
 """The HTTP application: routes whose answers a model writes, one for each dialect, beside those of `operations`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

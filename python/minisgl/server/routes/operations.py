@@ -1,8 +1,6 @@
 """Routes for whoever runs the server, for clients that count tokens, and of what /v1/responses has kept: no text is
 generated here."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Embeddings as OpenAI has them, reranking as Cohere and Jina, and vLLM's scores."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
