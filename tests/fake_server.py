@@ -27,7 +27,7 @@ from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.message.messages import StatsMsg, TraceMsg
 from minisgl.message.sockets import Endpoints
 from minisgl.processes.control import Control
-from minisgl.processes.launcher import LocalLauncher, Worker, WorkerSpec
+from minisgl.processes.launcher import Launcher, Worker, WorkerSpec
 from minisgl.scheduler.observer import Status
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import Answers, LeaderTransport
@@ -175,7 +175,7 @@ def main(argv: list[str]) -> int:
     config = replace(config, drain_timeout=parse_args([]).drain_timeout)
     delay = float(options.get("delay", 0.0))
 
-    class FakeLauncher(LocalLauncher):
+    class FakeLauncher(Launcher):
         """Starts something else in the place of schedulers, and of what shall die."""
 
         def start(self, spec: WorkerSpec, life: int, is_lasting: bool) -> Worker:

@@ -78,6 +78,7 @@ RANGES = {
     "prompt_logprobs": Range(0, MAX_LOGPROBS),
     "priority": Range(-MAX_PRIORITY, MAX_PRIORITY),
 }
+_MAY_BE_NONE = ("seed", "speculate", "logprobs", "prompt_logprobs")
 # How a token is drawn from a distribution, and of what kind the values are.
 DRAWING: Mapping[str, type[float]] = {"temperature": float, "top_p": float, "top_k": int, "min_p": float}
 
@@ -144,11 +145,7 @@ class SamplingParams:
         _check(limit is None or least <= limit <= MAX_COUNT, "max_tokens", f"at least {least} and below 2**63", limit)
         for name, (lowest, highest, text) in RANGES.items():
             value = getattr(self, name)
-            fits = (
-                name in ("seed", "speculate", "logprobs", "prompt_logprobs")
-                if value is None
-                else lowest <= value <= highest
-            )
+            fits = name in _MAY_BE_NONE if value is None else lowest <= value <= highest
             _check(fits, name, text or f"from {lowest} to {highest}", value)
         _check(self.top_p > 0, "top_p", RANGES["top_p"].text, self.top_p)
         _check(all(self.stop), "stop", "free of empty strings", list(self.stop))
@@ -170,11 +167,6 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
-
-    @property
-    def has_logit_rules(self) -> bool:
-        """Whether its logits are changed before a token is sampled from them; `min_tokens` aside."""
-        return self.has_penalties or bool(self.logit_bias)
 
 
 def _check(valid: bool, name: str, expected: str, value: object) -> None:

@@ -21,7 +21,7 @@ from minisgl.message.messages import Report, decode_report, encode_report
 from minisgl.processes import control as control_module
 from minisgl.processes import workers
 from minisgl.processes.control import Control
-from minisgl.processes.launcher import LocalLauncher, Worker, WorkerSpec
+from minisgl.processes.launcher import Launcher, Worker, WorkerSpec
 from minisgl.processes.supervisor import Supervisor
 
 CONFIG = EngineConfig(
@@ -72,7 +72,7 @@ def idle(control: Control) -> None:
 def test_a_watch_that_fails_is_told_and_not_silent() -> None:
     """Children would end with its thread, and nobody would notice."""
     told: Queue[Exception] = Queue()
-    supervisor = Supervisor(LocalLauncher(), [WorkerSpec("minisgl-idle", idle, ())], max_restarts=3)
+    supervisor = Supervisor(Launcher(), [WorkerSpec("minisgl-idle", idle, ())], max_restarts=3)
     try:
         supervisor.start()
         supervisor.wait_ready()

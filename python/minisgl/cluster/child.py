@@ -10,7 +10,7 @@ import threading
 from minisgl.config.args import args_from_options
 from minisgl.config.resolve import prepare
 from minisgl.errors import ConfigError, MiniSGLError
-from minisgl.processes.launcher import LocalLauncher
+from minisgl.processes.launcher import Launcher
 from minisgl.server.launch import bind_port, run_server
 from minisgl.utils.log import setup_logging
 
@@ -24,7 +24,7 @@ def main() -> int:
     try:
         host, options = json.loads(line)
         with contextlib.closing(bind_port(host, 0)) as listener:  # --host is the cluster's, and says who may come
-            return run_server(prepare(args_from_options(options)), listener, LocalLauncher())
+            return run_server(prepare(args_from_options(options)), listener, Launcher())
     except MiniSGLError as error:
         print(f"{FAILED}{error}", flush=True)
         return 2 if isinstance(error, ConfigError) else 1

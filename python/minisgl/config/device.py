@@ -81,7 +81,7 @@ def _cuda_problem(machine: Capabilities, tp_size: int) -> str:
     if machine.torch_cuda is None:
         return "the installed torch is a CPU build; install one that is built for CUDA"
     if machine.driver_cuda[0] < int(machine.torch_cuda.split(".")[0]):
-        newest = ".".join(map(str, machine.driver_cuda))
+        newest = dotted(machine.driver_cuda)
         return (
             f"driver {machine.driver} runs CUDA {newest} at most, and torch is built for CUDA {machine.torch_cuda}; "
             f"update the driver, or install a torch for CUDA {newest} or older"
@@ -95,8 +95,9 @@ def _cuda_problem(machine: Capabilities, tp_size: int) -> str:
     return ""
 
 
-def dotted(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"
+def dotted(version: tuple[int, ...]) -> str:
+    """A version in words; "?" where it is not known."""
+    return ".".join(map(str, version)) or "?"
 
 
 def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int, machine: Capabilities) -> EngineConfig:
@@ -338,7 +339,10 @@ def gpu_tokens(config: EngineConfig, gpus: Sequence[Gpu]) -> int:
                 f"{kv / GIB:.1f}; lower it, or raise --memory-ratio {ratio} or --tensor-parallel-size {tp_size}"
             )
         return config.num_pages * config.page_size
-    step = _step_bytes(config)
+    # About what the activations of the largest step take: the widest of a layer, and logits with a float32 copy.
+    size, inner = DTYPE_BYTES[config.dtype], max(layer.mlp.active_features for layer in model.layers)
+    per_token = 4 * model.hidden_size + (3 * inner + 2 * model.num_qo_heads * model.head_dim) // tp_size
+    step = config.max_prefill_length * per_token * size + config.max_running_requests * model.vocab_size * (size + 4)
     num_pages = int((budget - step - _GPU_RESERVE) / max(1, config.page_bytes) * _ESTIMATE)
     if num_pages < 1:
         raise ConfigError(
@@ -347,14 +351,6 @@ def gpu_tokens(config: EngineConfig, gpus: Sequence[Gpu]) -> int:
             f"--max-prefill-length {config.max_prefill_length}"
         )
     return num_pages * config.page_size
-
-
-def _step_bytes(config: EngineConfig) -> int:
-    """About what the activations of the largest step take: the widest of a layer, and logits with a float32 copy."""
-    model, size = config.model, DTYPE_BYTES[config.dtype]
-    inner = max(layer.mlp.active_features for layer in model.layers)
-    per_token = 4 * model.hidden_size + (3 * inner + 2 * model.num_qo_heads * model.head_dim) // config.tp_size
-    return config.max_prefill_length * per_token * size + config.max_running_requests * model.vocab_size * (size + 4)
 
 
 def _fit_seq_len(args: ServerArgs, wanted: int, capacity: int) -> int:

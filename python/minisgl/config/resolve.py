@@ -37,7 +37,11 @@ class ModelFiles:
 def prepare(args: ServerArgs) -> ServerConfig:
     """Find the model, look at the machine, and resolve. Raises: ConfigError."""
     end_if_spawned()
-    _check_otlp(args)
+    try:
+        if args.otlp_endpoint:
+            importlib.import_module("opentelemetry.exporter.otlp.proto.http")
+    except ImportError:
+        raise ConfigError("--otlp-endpoint needs the extra: pip install 'minisgl[otlp]'") from None
     access, machine = access_config(args), probe()
     name, revision = split_revision(args.model_path, args.revision)
     args = replace(args, model_path=name)
@@ -117,15 +121,6 @@ def _shared(kind: Any, *sources: object) -> dict[str, Any]:
     """The fields of a dataclass that one of these has under the same name, the last that does."""
     names = [field.name for field in fields(kind)]
     return {name: getattr(source, name) for source in sources for name in names if hasattr(source, name)}
-
-
-def _check_otlp(args: ServerArgs) -> None:
-    """Raises: ConfigError when the exporter is not installed."""
-    try:
-        if args.otlp_endpoint:
-            importlib.import_module("opentelemetry.exporter.otlp.proto.http")
-    except ImportError:
-        raise ConfigError("--otlp-endpoint needs the extra: pip install 'minisgl[otlp]'") from None
 
 
 def access_config(args: ServerArgs) -> AccessConfig:

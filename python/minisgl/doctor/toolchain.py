@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from minisgl.config.device import MIN_ARCH
+from minisgl.config.device import MIN_ARCH, dotted
 from minisgl.config.probe import PACKAGES, Capabilities
 from minisgl.doctor.row import Row, ask
 
@@ -75,7 +75,7 @@ def check_torch(torch: TorchInfo) -> Row:
     build = f"built for CUDA {torch.cuda}" if torch.cuda else "CPU build"
     detail = f"{torch.version}, {build}, CPU kernels: {torch.cpu}"
     if numbers(torch.version)[:2] < MIN_TORCH:
-        return Row("torch", "fail", detail, f"Install torch {_dotted(MIN_TORCH)} or newer.")
+        return Row("torch", "fail", detail, f"Install torch {dotted(MIN_TORCH)} or newer.")
     return Row("torch", "ok", detail)
 
 
@@ -86,7 +86,7 @@ def check_driver(machine: Capabilities, torch: TorchInfo) -> Row:
         if "no NVIDIA driver" in machine.gpu_problem:
             return Row(name, "n/a", "none on this machine: the CPU engine is used")
         return Row(name, "fail", machine.gpu_problem, "Load or reinstall the driver, then restart.")
-    newest = _dotted(machine.driver_cuda)
+    newest = dotted(machine.driver_cuda)
     detail = f"driver {machine.driver}, up to CUDA {newest}"
     if torch.cuda and machine.driver_cuda[0] < numbers(torch.cuda)[0]:
         fix = f"Update the driver, or install a torch that is built for CUDA {newest} or older."
@@ -104,8 +104,8 @@ def check_gpus(machine: Capabilities, torch: TorchInfo) -> list[Row]:
     rows = []
     for gpu in machine.gpus:
         free, total = gpu.free_memory >> 30, gpu.total_memory >> 30
-        detail = f"{gpu.name}, compute capability {_dotted(gpu.arch)}, {free} of {total} GiB free"
-        fix = f"{_dotted(MIN_ARCH)} is needed: choose others with CUDA_VISIBLE_DEVICES." if gpu.arch < MIN_ARCH else ""
+        detail = f"{gpu.name}, compute capability {dotted(gpu.arch)}, {free} of {total} GiB free"
+        fix = f"{dotted(MIN_ARCH)} is needed: choose others with CUDA_VISIBLE_DEVICES." if gpu.arch < MIN_ARCH else ""
         rows.append(Row(f"GPU {gpu.index}", "warn" if fix else "ok", detail, fix))
     if not torch.cuda:
         fix = "Install a torch that is built for CUDA."
@@ -132,13 +132,13 @@ def check_libstdcxx(loaded: str | None = None, built_with: str | None = None) ->
         compiler = find_compiler()
         built_with = ask([compiler, "-print-file-name=libstdc++.so.6"]).out.strip() if compiler else ""
     have, need = glibcxx(loaded), glibcxx(built_with)
-    detail = f"{loaded}: up to GLIBCXX_{_dotted(have)}"
+    detail = f"{loaded}: up to GLIBCXX_{dotted(have)}"
     if need > have:
         fix = (
             "Update it (conda install -c conda-forge 'libstdcxx-ng>=13'), or start with "
             f"LD_PRELOAD={os.path.realpath(built_with)}"
         )
-        return Row(name, "fail", f"{detail}, but what {built_with} builds asks for GLIBCXX_{_dotted(need)}", fix)
+        return Row(name, "fail", f"{detail}, but what {built_with} builds asks for GLIBCXX_{dotted(need)}", fix)
     return Row(name, "ok", detail)
 
 
@@ -227,7 +227,3 @@ def numbers(version: str) -> tuple[int, ...]:
     """The leading dotted numbers of a version: "2.13.0+cpu" is (2, 13, 0); () when there are none."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(part) for part in match[0].split(".")) if match else ()
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version)) or "?"

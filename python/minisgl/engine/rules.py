@@ -55,7 +55,7 @@ class LogitRules:
         has_lists = False
         for row, _, params, prompt_len, end_ids in admissions:
             least = min(prompt_len + params.min_tokens, MAX_COUNT) if params.min_tokens else 0
-            until = MAX_COUNT if params.has_logit_rules else least
+            until = MAX_COUNT if params.has_penalties or params.logit_bias else least
             self._until[row], self._penalized[row] = until, params.has_penalties
             ends = [(token, -np.inf) for token in end_ids if least]
             before, self._entries[row] = self._entries[row], np.array([*ends, *params.logit_bias], _ENTRY)

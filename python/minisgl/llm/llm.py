@@ -18,7 +18,7 @@ from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message import messages as wire
 from minisgl.message.sockets import ipc_endpoints
-from minisgl.processes.launcher import LocalLauncher
+from minisgl.processes.launcher import Launcher
 from minisgl.processes.supervisor import Supervisor
 from minisgl.processes.workers import load_rank, rank_specs
 from minisgl.scheduler.transport import LocalTransport, RankFanout
@@ -127,7 +127,7 @@ class LLM:
         try:
             self.tokenizer = Tokenizer(self.config.tokenizer)
             self._detokenizer = Detokenizer(self.tokenizer.codec)
-            self._supervisor = Supervisor(LocalLauncher(), rank_specs(engine, scheduler, self.endpoints, first=1))
+            self._supervisor = Supervisor(Launcher(), rank_specs(engine, scheduler, self.endpoints, first=1))
             self._closers.callback(self._supervisor.stop)
             self._supervisor.start()  # they meet rank 0 when its engine starts
             self._fanout = RankFanout(self.endpoints)

@@ -1,4 +1,4 @@
-"""How a worker is started: the supervisor is given a `Launcher`. The one here spawns processes of this machine."""
+"""How a worker is started: the supervisor is given a `Launcher`, which spawns processes of this machine."""
 
 import multiprocessing
 import os
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import Any
 
 from minisgl.message.messages import Report
 from minisgl.processes.control import STOP_SIGNAL, run_child
@@ -41,15 +41,6 @@ class Worker:
     closed: bool = False  # its end of the connection
 
 
-class Launcher(Protocol):
-    def start(self, spec: WorkerSpec, life: int, is_lasting: bool) -> Worker:
-        """Start a worker, without waiting for it. Signals that end us are deferred meanwhile.
-
-        life: the same number for all that are started together, and for no others. is_lasting: the calling thread
-        lasts until nobody wants the worker any more.
-        """
-
-
 class LocalProcess(SpawnProcess):
     def terminate(self) -> None:
         assert self.pid is not None
@@ -57,10 +48,15 @@ class LocalProcess(SpawnProcess):
             os.kill(self.pid, STOP_SIGNAL)
 
 
-class LocalLauncher:
-    """Spawns child processes, which end with us."""
+class Launcher:
+    """Spawns child processes, which end with us. Others may start workers elsewhere."""
 
     def start(self, spec: WorkerSpec, life: int, is_lasting: bool) -> Worker:
+        """Start a worker, without waiting for it. Signals that end us are deferred meanwhile.
+
+        life: the same number for all that are started together, and for no others. is_lasting: the calling thread
+        lasts until nobody wants the worker any more.
+        """
         try:
             os.getcwd()
         except FileNotFoundError:

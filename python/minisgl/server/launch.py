@@ -15,7 +15,7 @@ from minisgl.config.runtime import ServerConfig
 from minisgl.errors import ConfigError
 from minisgl.message.sockets import ipc_endpoints
 from minisgl.processes.control import ignore_signals, signals_deferred, signals_raised
-from minisgl.processes.launcher import Launcher, LocalLauncher
+from minisgl.processes.launcher import Launcher
 from minisgl.processes.supervisor import Supervisor
 from minisgl.processes.workers import worker_specs
 from minisgl.utils.process import private_folder
@@ -27,7 +27,7 @@ def serve(args: ServerArgs) -> int:
     Raises: ConfigError, WorkerDied when it cannot start; that the port is taken comes before anything is loaded.
     """
     with contextlib.closing(bind_port(args.host, args.port)) as listener:
-        return run_server(prepare(args), listener, LocalLauncher())
+        return run_server(prepare(args), listener, Launcher())
 
 
 def run_server(config: ServerConfig, listener: socket.socket, launcher: Launcher) -> int:
