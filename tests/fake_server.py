@@ -26,8 +26,7 @@ from minisgl.core import Masks, StepPlan, StepResult, TokenLogprobs
 from minisgl.errors import ConfigError, MiniSGLError
 from minisgl.message.messages import StatsMsg, TraceMsg
 from minisgl.message.sockets import Endpoints
-from minisgl.processes.control import Control
-from minisgl.processes.launcher import Launcher, Worker, WorkerSpec
+from minisgl.processes.control import Control, Launcher, Worker, WorkerSpec
 from minisgl.scheduler.observer import Status
 from minisgl.scheduler.scheduler import Scheduler
 from minisgl.scheduler.transport import Answers, LeaderTransport

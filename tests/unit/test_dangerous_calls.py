@@ -28,7 +28,7 @@ METHODS = {"send_pyobj", "recv_pyobj", "extractall"}
 ONLY_WITH = {"torch.load": ("weights_only", True)}
 NEVER_WITH = {"trust_remote_code": False, "allow_pickle": False, "shell": False, "verify": True}
 # What pickles on purpose: a child's arguments, through a private pipe of the process that starts it.
-MULTIPROCESSING = {f"processes/{name}.py" for name in ("supervisor", "launcher", "control")}
+MULTIPROCESSING = {f"processes/{name}.py" for name in ("supervisor", "control")}
 MULTIPROCESSING |= {"utils/process.py"}
 
 

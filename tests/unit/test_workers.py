@@ -20,8 +20,7 @@ from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.message.messages import Report, decode_report, encode_report
 from minisgl.processes import control as control_module
 from minisgl.processes import workers
-from minisgl.processes.control import Control
-from minisgl.processes.launcher import Launcher, Worker, WorkerSpec
+from minisgl.processes.control import Control, Launcher, Worker, WorkerSpec
 from minisgl.processes.supervisor import Supervisor
 
 CONFIG = EngineConfig(
@@ -46,7 +45,6 @@ def test_beats_never_wait_for_a_parent_that_does_not_listen(monkeypatch: pytest.
 # A child's first moments are those of the first child: only that one finds multiprocessing's own process not there yet.
 FIRST_CHILD = """
 import multiprocessing, signal
-from minisgl.processes.control import ENDING_SIGNALS, signals_deferred
 if __name__ == "__main__":
     with signals_deferred():
         process = multiprocessing.get_context("spawn").Process(target=print)

@@ -10,7 +10,7 @@ import threading
 from minisgl.config.args import args_from_options
 from minisgl.config.resolve import prepare
 from minisgl.errors import ConfigError, MiniSGLError
-from minisgl.processes.launcher import Launcher
+from minisgl.processes.control import Launcher
 from minisgl.server.launch import bind_port, run_server
 from minisgl.utils.log import setup_logging
 

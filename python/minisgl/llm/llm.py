@@ -18,7 +18,7 @@ from minisgl.core import FinishReason, SamplingParams
 from minisgl.errors import RequestError
 from minisgl.message import messages as wire
 from minisgl.message.sockets import ipc_endpoints
-from minisgl.processes.launcher import Launcher
+from minisgl.processes.control import Launcher
 from minisgl.processes.supervisor import Supervisor
 from minisgl.processes.workers import load_rank, rank_specs
 from minisgl.scheduler.transport import LocalTransport, RankFanout

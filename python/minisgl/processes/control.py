@@ -1,4 +1,4 @@
-"""Life of a child process, from its first moment to its exit status; its line to the supervisor; what signals do."""
+"""Worker processes: who starts them, how one lives, what it tells the supervisor, how it ends; what signals do."""
 
 import ctypes
 import gc
@@ -12,8 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from minisgl.errors import ConfigError, MiniSGLError
@@ -26,6 +29,33 @@ HEARTBEAT_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 STOP_SIGNAL = signal.SIGUSR1  # from the supervisor
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # from outside, to the parent
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """A worker to start: `body(control, *args)` runs in it. The body is a module-level function."""
+
+    name: str
+    body: Callable[..., None]
+    args: tuple[Any, ...]
+
+    @property
+    def group(self) -> str:
+        """Workers of one group are started again together: all schedulers are one, since they compute together."""
+        return "scheduler" if self.name.endswith("-scheduler") else self.name.removeprefix("minisgl-")
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """A worker that was started, and what its supervisor knows of it."""
+
+    spec: WorkerSpec
+    process: BaseProcess  # perhaps elsewhere; `terminate` has it end by itself, soon
+    connection: Connection  # brings what it reports
+    silence: float = 0.0  # seconds, while it is watched
+    ready: bool = False
+    failure: Report | None = None  # its last words
+    closed: bool = False  # its end of the connection
 
 
 class Control:
@@ -62,12 +92,10 @@ class Control:
             os._exit(1)  # the parent is gone
 
 
-def run_child(
-    name: str, connection: Connection, is_lasting: bool, life: int, body: Callable[..., None], args: tuple[Any, ...]
-) -> None:
+def run_child(spec: WorkerSpec, connection: Connection, is_lasting: bool, life: int) -> None:
     """The entry of every child: `body(control, *args)` in an orderly process.
 
-    The process has `name` as its title, leaves Ctrl-C and its like to the parent (they may reach the whole process
+    The process has its name as its title, leaves Ctrl-C and its like to the parent (they may reach the whole process
     group, and the parent drains first), ends at STOP_SIGNAL by an exception in the main thread (before it is ready, at
     once: an import may swallow the exception), ends when the parent does, and reports an error as one line. Exit
     status: 0 after STOP_SIGNAL, 2 for a ConfigError, else 1. is_lasting: the parent's thread that started it lasts
@@ -81,16 +109,16 @@ def run_child(
     _die_with_parent(is_lasting)
     from setproctitle import setproctitle
 
-    setproctitle(name)
+    setproctitle(spec.name)
     status = 1
     try:
-        setup_logging(name.removeprefix("minisgl-").removesuffix("-scheduler"))
+        setup_logging(spec.name.removeprefix("minisgl-").removesuffix("-scheduler"))
         with suppress(SystemExit):  # by STOP_SIGNAL
-            body(control, *args)
+            spec.body(control, *spec.args)
         status = 0
     except Exception as error:
         is_ours, is_config = isinstance(error, MiniSGLError), isinstance(error, ConfigError)
-        logger.log(logging.DEBUG if is_ours else logging.ERROR, "%s ends", name, exc_info=True)
+        logger.log(logging.DEBUG if is_ours else logging.ERROR, "%s ends", spec.name, exc_info=True)
         words = next(filter(None, map(str.strip, str(error).splitlines())), "no details")
         status = 2 if is_config else 1
         failure = words if is_ours else f"{type(error).__name__}: {words}"
@@ -115,6 +143,34 @@ def _die_with_parent(is_lasting: bool) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+class LocalProcess(SpawnProcess):
+    def terminate(self) -> None:
+        assert self.pid is not None
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, STOP_SIGNAL)
+
+
+class Launcher:
+    """Spawns child processes, which end with us. Others may start workers elsewhere."""
+
+    def start(self, spec: WorkerSpec, life: int, is_lasting: bool) -> Worker:
+        """Start a worker, without waiting for it. Signals that end us are deferred meanwhile.
+
+        life: the same number for all that are started together, and for no others. is_lasting: the calling thread
+        lasts until nobody wants the worker any more.
+        """
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            os.chdir("/")  # the working directory was removed; a child is told to go to ours
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        args = spec, theirs, is_lasting, life
+        process = LocalProcess(target=run_child, args=args, name=spec.name, daemon=True)
+        process.start()
+        theirs.close()
+        return Worker(spec, process, ours)
 
 
 @contextmanager

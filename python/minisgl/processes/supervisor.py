@@ -13,8 +13,7 @@ from typing import TypeVar
 from minisgl.env import env_number
 from minisgl.errors import ConfigError, MiniSGLError, WorkerDied
 from minisgl.message.messages import decode_report
-from minisgl.processes.control import signals_deferred
-from minisgl.processes.launcher import Launcher, Worker, WorkerSpec
+from minisgl.processes.control import Launcher, Worker, WorkerSpec, signals_deferred
 from minisgl.utils.process import UNGUARDED
 
 logger = logging.getLogger(__name__)

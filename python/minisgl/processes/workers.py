@@ -12,8 +12,7 @@ from minisgl.config.runtime import EngineConfig, SchedulerConfig, ServerConfig, 
 from minisgl.core import Executor
 from minisgl.env import env_bool
 from minisgl.message.sockets import DETOKENIZER, Endpoints
-from minisgl.processes.control import Control
-from minisgl.processes.launcher import WorkerSpec
+from minisgl.processes.control import Control, WorkerSpec
 from minisgl.utils.log import told
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from minisgl.config.resolve import prepare
 from minisgl.config.runtime import ServerConfig
 from minisgl.errors import ConfigError
 from minisgl.message.sockets import ipc_endpoints
-from minisgl.processes.control import ignore_signals, signals_deferred, signals_raised
-from minisgl.processes.launcher import Launcher
+from minisgl.processes.control import Launcher, ignore_signals, signals_deferred, signals_raised
 from minisgl.processes.supervisor import Supervisor
 from minisgl.processes.workers import worker_specs
 from minisgl.utils.process import private_folder
