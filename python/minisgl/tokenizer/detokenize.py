@@ -23,8 +23,6 @@ class IncrementalDecoder:
     context: the last prompt tokens.
     """
 
-    __slots__ = ("_codec", "_ids", "_num_chars", "_num_context", "_skip_special", "context_text")
-
     def __init__(self, codec: HFTextCodec, context: Sequence[int] = (), *, skip_special: bool = True) -> None:
         self._codec = codec
         self._skip_special = skip_special
@@ -84,8 +82,6 @@ class StopFinder:
     Holds back only text that may be the beginning of a stop string.
     """
 
-    __slots__ = ("_held", "_include", "_max_len", "_stops", "found")
-
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._include = include  # the stop string stays
         self._stops = tuple(stops)
@@ -116,8 +112,6 @@ class StopFinder:
 
 class _Stream:
     """One request's output so far."""
-
-    __slots__ = ("decoder", "hidden", "num_cached", "num_output", "start", "stop", "stopped")
 
     def __init__(self, codec: HFTextCodec, start: wire.StreamStart | None) -> None:
         self.start = start = start or wire.StreamStart(0, (), b"")
@@ -166,10 +160,8 @@ class Detokenizer:
     def _advance(self, stream: _Stream, message: wire.DetokenizeMsg) -> wire.UserReply:
         token_ids = wire.unpack_ids(message.token_ids)
         num_free = max(0, stream.start.min_tokens - stream.num_output)  # tokens too early for a stop string
-        head, prompt_end, found = "", "", False
-        if (start := message.start) is not None:
-            head = self._echo(start.prompt, start.skip_special) if start.echo else ""
-            prompt_end = stream.decoder.context_text
+        start, found = message.start, False
+        head = self._echo(start.prompt, start.skip_special) if start is not None and start.echo else ""
         stream.num_cached = max(stream.num_cached, message.num_cached)
         finish_reason = message.finish_reason
         shown = token_ids[: len(token_ids) - message.num_hidden] if message.num_hidden else token_ids
@@ -200,7 +192,7 @@ class Detokenizer:
             error_status=message.error_status,
             logprobs=self._logprobs(token_ids, message.logprobs, stream.hidden),
             prompt_logprobs=self._prompt_logprobs(message, stream.hidden),
-            prompt_end=prompt_end,
+            prompt_end="" if start is None else stream.decoder.context_text,
             stop=stream.stop.found,
             detokenized=0.0 if start is None and finish_reason is None else time.time(),
             pooled=message.pooled,

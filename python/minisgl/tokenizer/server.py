@@ -43,8 +43,7 @@ class TokenizerServer:
     ) -> None:
         self._tokenizer = Tokenizer(config, codec)
         self._detokenizer = Detokenizer(self._tokenizer.codec)
-        self._long: PriorityQueue[tuple[int, int, int, wire.TextMsg, list[wire.BackendMsg]]]
-        self._long = PriorityQueue()  # shortest first
+        self._long = PriorityQueue[tuple[int, int, int, wire.TextMsg, list[wire.BackendMsg]]]()  # shortest first
         self._aborts: dict[int, list[wire.BackendMsg]] = {}  # by uid of what is long and not answered: of its request
         self._lock = threading.Lock()  # of what several threads use: the above, and the sockets that send
         for index in range(NUM_THREADS):
