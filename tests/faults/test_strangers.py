@@ -16,6 +16,7 @@ import pytest
 from minisgl.config.args import args_from_options
 from minisgl.config.resolve import access_config
 from minisgl.errors import ConfigError
+from minisgl.server.access import is_called
 from tests.faults.conftest import Server, fake
 
 EVIL = "https://evil.example"
@@ -117,7 +118,7 @@ def test_the_machines_names_and_addresses_are_known(http: httpx.Client, host: st
 
 
 def knows(name: str, **options: Any) -> bool:
-    return access_config(args_from_options(options)).is_called(name)
+    return is_called(access_config(args_from_options(options)).hosts, name)
 
 
 def test_which_names_are_known() -> None:

@@ -1,9 +1,6 @@
 """What `resolve` decides: frozen, complete, nothing in it is "auto" any more. Each process gets the parts it needs."""
 
-import ipaddress
-import re
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 from minisgl.config.args import ServerOptions
 from minisgl.config.model import ModelConfig
@@ -106,14 +103,6 @@ class AccessConfig:
     ssl_certfile: str | None = None  # set: HTTPS
     ssl_keyfile: str | None = None  # None: the key is in the certificate's file
     cors_origins: tuple[str, ...] = ()  # whose web pages may use the API; "*": all
-
-    def is_called(self, host: str) -> bool:
-        """Whether this `Host` of a request is one of the names, with any port; addresses, and none at all, are."""
-        name = re.sub(r":\d*$", "", host.lower()).rstrip(".")
-        try:
-            return not name or bool(ipaddress.ip_address(name.strip("[]")))
-        except ValueError:
-            return any(fnmatchcase(name, one) or (not one and "." not in name) for one in self.hosts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,15 +64,6 @@ def unpack_ids(data: bytes) -> list[int]:
     return memoryview(data).cast("i").tolist()
 
 
-def carried(value: Any) -> bool:
-    """Whether a JSON value has only numbers that messages can carry."""
-    try:
-        msgspec.msgpack.encode(value)
-    except (OverflowError, UnicodeEncodeError) as error:
-        return isinstance(error, UnicodeEncodeError)  # which is about no number
-    return True
-
-
 class Report(Part, frozen=True):
     """A child lives, says to its supervisor. ready: start-up is over. failure: why the process ends, in words that the
     operator can do something about where it is a `config` error."""
@@ -307,7 +298,6 @@ FrontendMsg = UserReply | AcceptedReply | ErrorReply | PingMsg | OneReply
 frontend_codec: Codec[FrontendMsg] = Codec(FrontendMsg)
 
 
-LONGEST_TOKEN = 512  # bytes: no model has a longer one; a tokenizer knows how long its own are
 PROMPT_TAIL = 16  # prompt ids that say how the prompt ends: more than a tag and whitespace, spelled out, have
 
 
@@ -339,13 +329,6 @@ class IdsPrompt(Part, frozen=True):
 
 
 Prompt = ChatPrompt | TextPrompt | IdsPrompt
-
-
-def least_tokens(prompt: Prompt) -> int:
-    """So many tokens a prompt has at least, whatever the tokenizer."""
-    if isinstance(prompt, IdsPrompt):
-        return len(prompt.input_ids) // 4
-    return len(msgspec.msgpack.encode(prompt)) // LONGEST_TOKEN
 
 
 class TokenizeMsg(Request[Prompt], frozen=True):

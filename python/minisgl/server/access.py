@@ -11,8 +11,9 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from functools import partial
-from ipaddress import IPv6Network
+from ipaddress import IPv6Network, ip_address
 from itertools import pairwise, takewhile
 from typing import Any
 from urllib.parse import quote
@@ -51,6 +52,15 @@ def address_of(scope: Scope) -> str:
     with suppress(ValueError):
         host = str(IPv6Network((host.partition("%")[0], 64), strict=False))
     return host
+
+
+def is_called(names: Iterable[str], host: str) -> bool:
+    """Whether this `Host` of a request is one of the server's names, with any port; addresses, and none at all, are."""
+    name = re.sub(r":\d*$", "", host.lower()).rstrip(".")
+    try:
+        return not name or bool(ip_address(name.strip("[]")))
+    except ValueError:
+        return any(fnmatchcase(name, one) or (not one and "." not in name) for one in names)
 
 
 def guarded(app: ASGIApp, access: AccessConfig, on_request: OnRequest | None = None, *, log: bool = True) -> ASGIApp:
@@ -116,7 +126,7 @@ class Guard:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         path, host, changes = scope["path"], headers.get("host", ""), scope["method"] not in ("GET", "HEAD", "OPTIONS")
-        if not self._access.is_called(host):
+        if not is_called(self._access.hosts, host):
             message = f"this server is not known as {shown(host)}; --allowed-hosts says by which names it may be called"
             raise RequestError(message, code="unknown_host", status=403)
         origin, site = headers.get("origin", ""), headers.get("sec-fetch-site", "")  # as browsers tell

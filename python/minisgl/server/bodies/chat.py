@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 from pydantic import Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from minisgl.core import MAX_COUNT, RANGES, Range, SamplingParams
 from minisgl.errors import RequestError, too_long
-from minisgl.message.messages import ChatPrompt, IdsPrompt, Prompt, TextPrompt, least_tokens, pack_ids
+from minisgl.message.messages import ChatPrompt, IdsPrompt, Prompt, TextPrompt, pack_ids
 from minisgl.server.bodies.content import MAX_TOOLS, Message, Tool, ToolUse, chat_messages, template_kwargs, tool_use
 from minisgl.server.bodies.fields import (
     NAMES,
@@ -31,6 +32,7 @@ _CHOICES = Range(1, 128)  # of one prompt
 MAX_PROMPTS = 1024
 MAX_OUTPUTS = 2048  # choices of all prompts together
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "default", "auto")
+LONGEST_TOKEN = 512  # bytes: no model has a longer one
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
 
@@ -197,6 +199,8 @@ def parse_completion(data: bytes, defaults: Defaults, reading: Reading | None = 
 def check_size(prompts: Sequence[Prompt], max_seq_len: int, names: Mapping[str, str] | None = None) -> None:
     """Raises: RequestError, in words of the client's `names`, when a prompt cannot fit, whatever its tokens are."""
     for prompt in prompts:
-        if (size := least_tokens(prompt)) >= max_seq_len:
+        is_ids = isinstance(prompt, IdsPrompt)
+        size = len(prompt.input_ids) // 4 if is_ids else len(msgspec.msgpack.encode(prompt)) // LONGEST_TOKEN
+        if size >= max_seq_len:
             param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
             raise renamed(too_long(param, f"at least {size}", max_seq_len), names)

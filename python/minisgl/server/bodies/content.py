@@ -17,7 +17,6 @@ from pydantic import Field, WithJsonSchema
 from pydantic_core import from_json
 
 from minisgl.errors import RequestError
-from minisgl.message.messages import carried
 from minisgl.parser.tools import calls_form
 from minisgl.server.bodies.fields import Body, Fields, Object, Reading
 from minisgl.server.errors import at_most, refuse_unless, shown
@@ -162,7 +161,7 @@ def sent(arguments: Any) -> Object | str:
                 value = from_json(value) if value.strip() else {}
             except ValueError:
                 break
-    if isinstance(value, dict) and carried(value):
+    if isinstance(value, dict) and _is_carried(value):
         return value
     return {} if value is None else arguments if isinstance(arguments, str) else json.dumps(arguments)
 
@@ -277,9 +276,17 @@ def template_kwargs(given: Object) -> Object:
     return given
 
 
+def _is_carried(value: Any) -> bool:
+    """Whether it has only numbers that messages between processes can carry."""
+    try:
+        msgspec.msgpack.encode(value)
+    except (OverflowError, UnicodeEncodeError) as error:
+        return isinstance(error, UnicodeEncodeError)  # which is about no number
+    return True
+
+
 def _carried(value: Any, where: str) -> None:
-    """Raises: RequestError when it has a number that messages between processes cannot carry."""
-    refuse_unless(carried(value), f"{where} has a number that is too large", where)
+    refuse_unless(_is_carried(value), f"{where} has a number that is too large", where)
 
 
 def functions_of(
