@@ -185,10 +185,10 @@ params = st.fixed_dictionaries(
 )
 
 
-def decoded(codec: Any, kind: str, fields: dict[str, Any]) -> list[Any]:
+def decoded(codec: Any, kind: type[msgspec.Struct], fields: dict[str, Any]) -> list[Any]:
     """What a worker makes of a message with these fields: as it comes over the wire, or nothing if that is refused."""
     try:
-        frame = msgspec.msgpack.encode([{"type": kind, **fields}])
+        frame = msgspec.msgpack.encode([{"type": kind.__struct_config__.tag, **fields}])
         messages: list[Any] = codec.decode(frame)
         return messages
     except (msgspec.ValidationError, RequestError, OverflowError):
@@ -209,10 +209,10 @@ def test_requests_that_make_no_sense_end_or_are_ignored(fields: list[dict[str, A
     transport.put([UserMsg(1 << 40, pack_ids([1, 2, 3]), SamplingParams(max_tokens=4, seed=0, ignore_eos=True))])
     wanted = Counter([1 << 40])
     for one in fields:
-        messages = decoded(backend_codec, "user", one)
+        messages = decoded(backend_codec, UserMsg, one)
         transport.put(messages)
         wanted.update(uid for message in messages for uid in message.uids)
-    transport.put([message for uid in aborts for message in decoded(backend_codec, "abort", {"uid": uid})])
+    transport.put([message for uid in aborts for message in decoded(backend_codec, AbortMsg, {"uid": uid})])
     ended: dict[int, int] = {}
     for _ in range(500):
         scheduler.turn()
@@ -326,5 +326,8 @@ def test_good_messages_are_as_they_were() -> None:
     for codec, message in GOOD.values():
         assert codec.decode(codec.encode([message])) == [message]
     for count in (-1, 5000):
-        with pytest.raises(ValueError, match="count"):
-            UserMsg(1, b"", SamplingParams(), count)
+        with pytest.raises(msgspec.ValidationError, match="count"):
+            backend_codec.decode(backend_codec.encode([UserMsg(1, b"", SamplingParams(), count)]))
+    for uid in (-1, 2**62):
+        with pytest.raises(msgspec.ValidationError, match="uid"):
+            backend_codec.decode(backend_codec.encode([AbortMsg(uid)]))

@@ -4,7 +4,7 @@ list of messages per frame, no pickle). What a child tells its supervisor goes o
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,22 +21,15 @@ class Part(msgspec.Struct, frozen=True, tag=str.lower, forbid_unknown_fields=Tru
 class Message(Part, frozen=True):
     """About one request: the uid names it, and whoever asks for something that is not about a request draws one."""
 
-    uid: int
+    uid: Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 
 
 class Request(Message, Generic[T], frozen=True):
-    """A new request. Its outputs are so many as `count`: their uids follow on `uid`, and their seeds on `params.seed`.
-
-    Raises: ValueError for uids that nobody of ours would name.
-    """
+    """A new request, and how many outputs it has: their uids follow on `uid`, and their seeds on `params.seed`."""
 
     prompt: T
     params: SamplingParams
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.uid < 2**62 and 0 <= self.count <= 4096):
-            raise ValueError(f"uid {self.uid}, count {self.count}")
+    count: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 1
 
     @property
     def uids(self) -> range:
@@ -84,7 +77,6 @@ class UserMsg(Request[bytes], frozen=True):
     tokenized: float = 0.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if len(self.prompt) % 4:
             raise ValueError("a part of an id")
 
