@@ -45,6 +45,7 @@ def test_beats_never_wait_for_a_parent_that_does_not_listen(monkeypatch: pytest.
 # A child's first moments are those of the first child: only that one finds multiprocessing's own process not there yet.
 FIRST_CHILD = """
 import multiprocessing, signal
+from minisgl.processes.control import ENDING_SIGNALS, signals_deferred
 if __name__ == "__main__":
     with signals_deferred():
         process = multiprocessing.get_context("spawn").Process(target=print)
