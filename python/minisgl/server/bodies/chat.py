@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
+from msgspec.msgpack import encode
 from pydantic import Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
@@ -199,8 +199,7 @@ def parse_completion(data: bytes, defaults: Defaults, reading: Reading | None = 
 def check_size(prompts: Sequence[Prompt], max_seq_len: int, names: Mapping[str, str] | None = None) -> None:
     """Raises: RequestError, in words of the client's `names`, when a prompt cannot fit, whatever its tokens are."""
     for prompt in prompts:
-        is_ids = isinstance(prompt, IdsPrompt)
-        size = len(prompt.input_ids) // 4 if is_ids else len(msgspec.msgpack.encode(prompt)) // LONGEST_TOKEN
+        size = len(prompt.input_ids) // 4 if isinstance(prompt, IdsPrompt) else len(encode(prompt)) // LONGEST_TOKEN
         if size >= max_seq_len:
             param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
             raise renamed(too_long(param, f"at least {size}", max_seq_len), names)
