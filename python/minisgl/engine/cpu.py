@@ -18,7 +18,7 @@ from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import Masks, StepPlan, StepResult
 from minisgl.distributed.comm import Communicator, GlooCommunicator, Rendezvous
-from minisgl.engine.draft import HeadDrafter
+from minisgl.engine.draft import HeadDrafter, WholeDrafter
 from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.step import LayerByLayer, StepRunner
@@ -72,11 +72,11 @@ class WholeStep:
         self._vocab_size, self._hidden_size, self._keep = config.vocab_size, config.hidden_size, (kv, ops)
         self._logits = torch.empty(0, self._vocab_size)
         numbers = config.rms_norm_eps, config.embedding_scale, embedding.matrices[0][0], head.matrices[0][0]
-        self._handle: int = self._module.create_model(ops.workers, *numbers, shard.model.norm)
-        weakref.finalize(self, self._module.destroy_model, self._handle)
-        self._angles = AngleTables(shard.ropes, partial(self._module.set_rotation, self._handle))
+        self.handle: int = self._module.create_model(ops.workers, *numbers, shard.model.norm)
+        weakref.finalize(self, self._module.destroy_model, self.handle)
+        self._angles = AngleTables(shard.ropes, partial(self._module.set_rotation, self.handle))
         for index, layer in enumerate(layers):
-            layer.build(self._module, self._handle, index, kv)
+            layer.build(self._module, self.handle, index, kv)
 
     def __call__(self, batch: Batch) -> Computed:
         input_ids, slots = self._inputs(batch)
@@ -86,7 +86,7 @@ class WholeStep:
         self._angles.reach(int(batch.index.seq_lens.max()))
         logits = self._logits[:num_logits]
         numbers = input_ids, batch.tensors.positions, slots, *self._backend.prepare(batch.attention)
-        self._module.forward(self._handle, *numbers, batch.logit_tokens, logits)
+        self._module.forward(self.handle, *numbers, batch.logit_tokens, logits)
         self._model.capped(logits)
         more = partial(self._rows, "more_logits", width=self._vocab_size)
         return Computed(
@@ -96,7 +96,7 @@ class WholeStep:
 
     def _rows(self, function: str, tokens: Tensor, width: int) -> Tensor:
         rows = torch.empty(len(tokens), width)
-        self._module[function](self._handle, tokens, rows)
+        self._module[function](self.handle, tokens, rows)
         return rows
 
 
@@ -126,10 +126,13 @@ def create_steps(config: EngineConfig, rank: int) -> StepRunner:
         return *tables.inputs(batch), [rope(batch.tensors.positions) for rope in shard.ropes]
 
     layers = LayerByLayer(shard, kv, backend, inputs)
-    forward: Callable[[Batch], Computed] = layers
     if own is not None and comm.size == 1 and (specs := shard.model.cpu_specs()) is not None:
-        forward = WholeStep(shard, kv, tables, own, specs)
-    steps = StepRunner(shard, kv, tables, forward)
+        steps = StepRunner(shard, kv, tables, whole := WholeStep(shard, kv, tables, own, specs))
+        if shard.mtp is not None and shard.mtp.cpu_spec() is not None:
+            steps.drafter = WholeDrafter(shard.mtp, steps, own, whole.handle)
+            return steps
+    else:
+        steps = StepRunner(shard, kv, tables, layers)
     if shard.mtp is not None:
         steps.drafter = HeadDrafter(shard.mtp, steps, layers)
     return steps

@@ -1,16 +1,22 @@
 """Drafts that the device makes: by the model's own head for multi-token prediction."""
 
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
 import torch
 
 from minisgl.attention.base import to_device
+from minisgl.attention.cpu import CpuBackend
 from minisgl.core import ScheduledReq, StepPlan
 from minisgl.engine.pooling import Computed
 from minisgl.engine.step import LayerByLayer, StepRunner
 from minisgl.engine.tables import Batch, StepIndex
+from minisgl.kernel.cpu import CpuOps
+from minisgl.layers.rope import AngleTables
 from minisgl.models.mtp import MTPHead
 
 Tensor = torch.Tensor
@@ -52,6 +58,38 @@ class HeadDrafter:
 
     def _index(self, numbers: Sequence[int]) -> Tensor:
         return to_device(np.array(numbers, np.int64), self._steps.shard.device)
+
+
+class WholeDrafter:
+    """The same in one call of the CPU's kernels, beside a model that they compute in one call."""
+
+    def __init__(self, head: MTPHead, steps: StepRunner, ops: CpuOps, model: int) -> None:
+        """model: of the kernels; head: one that has a `cpu_spec`."""
+        shard, spec, self._module = steps.shard, head.cpu_spec(), ops.module
+        assert spec is not None, "the head's layer is one that the kernels cannot compute"
+        (embedding, lm_head, both), norms = (handle for handle, _ in spec.matrices), spec.norms
+        self._steps, self._backend, self._keep = steps, CpuBackend(ops), (head, ops)
+        own: int = self._module.create_model(ops.workers, shard.config.model.rms_norm_eps, 1.0, embedding, lm_head, norms[2])
+        self._angles = AngleTables(shard.ropes, partial(self._module.set_rotation, own))
+        spec.build(self._module, own, shard.config.model.num_layers, steps.kv)
+        self._handle: int = self._module.create_draft_head(ops.workers, model, own, both, *norms[:2])
+        weakref.finalize(self, _destroy, self._module, self._handle, own)
+
+    def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> dict[int, list[int]]:  # noqa: ARG002
+        going = {i: req for i, req in enumerate(plan.reqs) if req.num_drafts}
+        kept = num_kept(plan, ids.tolist() if going else [])
+        wanted = [(i, req.num_new - req.num_samples + kept[req.row], req.num_drafts) for i, req in going.items()]
+        most = max((req.num_drafts for req in going.values()), default=0)
+        self._angles.reach(int(batch.index.seq_lens.max()) + most)
+        out, numbers = np.empty((len(going), most), np.int32), np.array(wanted, np.int64).reshape(-1, 3)
+        step = self._backend.prepare(batch.attention)
+        self._module.draft(self._handle, self._steps.tables.token_ids, *step, *map(torch.from_numpy, (numbers, out)))
+        return {i: row[: req.num_drafts] for (i, req), row in zip(going.items(), out.tolist(), strict=True)}
+
+
+def _destroy(module: Any, handle: int, own: int) -> None:
+    module.destroy_draft_head(handle)
+    module.destroy_model(own)
 
 
 def num_kept(plan: StepPlan, ids: Sequence[int]) -> dict[int, int]:

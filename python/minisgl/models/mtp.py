@@ -7,7 +7,7 @@ import torch
 
 from minisgl.attention.base import StepContext
 from minisgl.formats.base import DENSE, Shard
-from minisgl.layers.base import LayerEnv, Part, Tensor, whole
+from minisgl.layers.base import CpuSpec, LayerEnv, Part, Tensor, joined, whole
 from minisgl.layers.linear import Linear
 from minisgl.models.decoder import DecoderLayer, DecoderModel
 
@@ -42,6 +42,15 @@ class MTPHead:
     def hidden(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → what it goes on from, in the place of the model's."""
         return self._ops.rms_norm(x, self._norms["norm"], self._eps)
+
+    def cpu_spec(self) -> CpuSpec | None:
+        """Of the layer's blocks; matrices: embedding, LM head and `fc`; norms: of the embedding, of the hidden state, and
+        the last one. None: the CPU engine cannot compute it. Called after the weights are packed."""
+        layer, model = self.layer.cpu_spec(), self._model
+        block = joined((model.embed_tokens, model.lm_head, self.fc), "", ())
+        if layer is None or block is None:
+            return None
+        return replace(layer, matrices=block.matrices, norms=tuple(self._norms.values()))
 
     def parts(self) -> Iterator[Part]:
         """All that is to be filled."""

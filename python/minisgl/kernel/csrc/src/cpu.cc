@@ -1,5 +1,5 @@
 // The CPU kernels, compiled once for the processor at hand.
-#include "minisgl/cpu/model.h"
+#include "minisgl/cpu/draft.h"
 #include "minisgl/cpu/packing.h"
 #include "minisgl/cpu/sample.h"
 #include "minisgl/cpu/search.h"
@@ -157,5 +157,14 @@ void add_block(Model& model, const AnyBlock& block) {
 void forward(Model& model, const Step& step) { model.forward(step); }
 void more_logits(Model& model, const int64_t* tokens, int64_t count, float* logits) { model.more_logits(tokens, count, logits); }
 void hidden_rows(const Model& model, const int64_t* tokens, int64_t count, float* out) { model.hidden_rows(tokens, count, out); }
+
+DraftHead* create_draft_head(Workers& workers, Model& model, Model& own, const DraftNorms& norms) {
+  return new DraftHead(workers, model, own, norms);
+}
+void destroy_draft_head(DraftHead* head) { delete head; }
+void draft(DraftHead& head, const TokenTable& tokens, const std::vector<Sequence>& sequences, int64_t page_size,
+           const std::vector<WantedDraft>& wanted, int64_t most, int32_t* out) {
+  head(tokens, sequences, page_size, wanted, most, out);
+}
 
 }  // namespace minisgl::cpu

@@ -269,6 +269,22 @@ void py_hidden_rows(int64_t model, TensorView tokens, TensorView out) {
   hidden_rows(at<Model>(model), data_of<int64_t>(tokens), tokens.size(0), data_of<float>(out));
 }
 
+int64_t py_create_draft_head(int64_t workers, int64_t model, int64_t own, int64_t both, TensorView embedding, TensorView hidden) {
+  DraftNorms norms{at<Linear>(both), data_of<float>(embedding), data_of<float>(hidden)};
+  return handle_of(create_draft_head(at<Workers>(workers), at<Model>(model), at<Model>(own), norms));
+}
+void py_destroy_draft_head(int64_t head) { destroy_draft_head(&at<DraftHead>(head)); }
+
+// token_ids: [rows, stride] int32; wanted: [n, 3] int64, as `WantedDraft` has them; out: [n, most] int32.
+void py_draft(int64_t head, TensorView token_ids, TensorView sequences, TensorView pages, int64_t page_size, TensorView wanted,
+              TensorView out) {
+  const int64_t* numbers = data_of<int64_t>(wanted);
+  std::vector<WantedDraft> drafts;
+  for (int64_t i = 0; i < wanted.size(0); ++i, numbers += 3) drafts.push_back({numbers[0], numbers[1], numbers[2]});
+  TokenTable tokens{data_of<int32_t>(token_ids), token_ids.size(1)};
+  draft(at<DraftHead>(head), tokens, sequences_of(sequences, pages), page_size, drafts, out.size(1), data_of<int32_t>(out));
+}
+
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_workers, py_create_workers);
@@ -298,3 +314,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_mlp, py_add_mlp);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward, py_forward);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(more_logits, py_more_logits);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(hidden_rows, py_hidden_rows);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(create_draft_head, py_create_draft_head);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(destroy_draft_head, py_destroy_draft_head);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(draft, py_draft);

@@ -185,6 +185,24 @@ struct Step {
   float* logits;  // [num_logits, vocab]
 };
 
+// What a head for multi-token prediction begins with (draft.h): both: [hidden, 2 * hidden], of the next token's embedding and
+// the hidden state, which have norms.
+struct DraftNorms {
+  Linear both;
+  const float *embedding, *hidden;
+};
+
+// [rows, stride]: the tokens of requests.
+struct TokenTable {
+  const int32_t* ids;
+  int64_t stride;
+};
+
+// So many tokens after the first `end` that a sequence of the step computes.
+struct WantedDraft {
+  int64_t sequence, end, count;
+};
+
 // What changes the logits of n rows that sample, beside their records, and where their tokens stand. Any of it may be null.
 struct LogitRules {
   int32_t* token_ids;      // [rows, stride]: the tokens of requests, to which those sampled are added
@@ -201,6 +219,7 @@ constexpr int32_t kNoMask = -1, kNotReady = -2;
 
 class Workers;
 class Model;
+class DraftHead;
 
 Workers* create_workers(int threads);
 void destroy_workers(Workers* workers);
@@ -247,5 +266,11 @@ void add_block(Model& model, const AnyBlock& block);
 void forward(Model& model, const Step& step);
 void more_logits(Model& model, const int64_t* tokens, int64_t count, float* logits);
 void hidden_rows(const Model& model, const int64_t* tokens, int64_t count, float* out);
+
+// own: the head's layer, as a model.
+DraftHead* create_draft_head(Workers& workers, Model& model, Model& own, const DraftNorms& norms);
+void destroy_draft_head(DraftHead* head);
+void draft(DraftHead& head, const TokenTable& tokens, const std::vector<Sequence>& sequences, int64_t page_size,
+           const std::vector<WantedDraft>& wanted, int64_t most, int32_t* out);
 
 }  // namespace minisgl::cpu

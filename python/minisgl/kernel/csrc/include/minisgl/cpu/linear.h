@@ -35,7 +35,7 @@ inline int64_t num_panels(const Linear& w) {
 }
 inline int64_t panel_bytes(const Linear& w) { return num_units(w) * kUnitBytes; }
 
-// Panels that are read side by side by few rows, which leave the registers for that; more keep a core busy. A single row
+// Panels that are read side by side by two rows, which leave the registers for that; more keep a core busy. A single row
 // waits for memory alone. Processors with AMX get more from it by several streams than by one; others most by one, and read
 // ahead by themselves.
 #if defined(__AMX_INT8__)
@@ -43,20 +43,19 @@ constexpr int kStreams = 4;
 #else
 constexpr int kStreams = 1;
 #endif
-constexpr int streams_of(int64_t rows) { return rows == 1 ? kStreams : rows <= 3 ? 2 : 1; }
+constexpr int streams_of(int64_t rows) { return rows == 1 ? kStreams : rows == 2 ? 2 : 1; }
 
 // Rows of 8-bit integers for packed weights, in groups of 32 with a scale each.
 struct ByteRows {
-  const int8_t* bytes;          // [count, groups * 32]
-  const float* scales;          // [count, groups]
-  const int32_t* sums;          // [count, groups, 2], of 16 integers
-  const float* totals;          // the same, scaled
-  const float* pair_totals;     // [count, groups], of 32
-  int64_t groups;
+  const int8_t* bytes;          // [count, stride * 32]
+  const float* scales;          // [count, stride]
+  const float* totals;          // [count, stride, 2], of 16 integers, scaled
+  const float* pair_totals;     // [count, stride], of 32
+  int64_t groups, stride;       // stride: is odd, so that rows keep out of each other's way in the caches
 
-  ByteRows from(int64_t row, int64_t group) const {
-    int64_t at = row * groups + group;
-    return {bytes + at * 32, scales + at, sums + 2 * at, totals + 2 * at, pair_totals + at, groups};
+  ByteRows from(int64_t row) const {
+    int64_t at = row * stride;
+    return {bytes + at * 32, scales + at, totals + 2 * at, pair_totals + at, groups, stride};
   }
 };
 
@@ -205,8 +204,6 @@ inline void multiply_panels(int64_t panels, int64_t panel, int64_t rows, const c
       multiply<T, 1, streams_of(1)>(w, panel, values, ldx, count, to, first > 0, kAhead);
     else if (rows == 2 && panels == streams_of(2))
       multiply<T, 2, streams_of(2)>(w, panel, values, ldx, count, to, first > 0, kAhead);
-    else if (rows == 3 && panels == streams_of(3))
-      multiply<T, 3, streams_of(3)>(w, panel, values, ldx, count, to, first > 0, kAhead);
     else
       for (int64_t p = 0; p < panels; ++p)
         multiply_rows(rows, w + p * panel / int64_t(sizeof(T)), values, ldx, count, sums + p * to.next, kPanel, first > 0);

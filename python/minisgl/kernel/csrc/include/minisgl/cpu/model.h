@@ -22,10 +22,16 @@ class Model {
   }
 
   void forward(const Step& step) {
+    forward(step, [&](int) { embed_tokens(step); });
+  }
+
+  // begin(thread): fills `rows`.
+  template <class F>
+  void forward(const Step& step, F&& begin) {
     reserve(step);
     workers_.pool.run([&](int thread) {
       if (step.num_tokens > 0) {
-        embed_tokens(step);
+        begin(thread);
         for (const AnyBlock& block : blocks_) std::visit([&](const auto& one) { run(thread, step, one); }, block);
       }
       logits(thread, step);
@@ -43,9 +49,19 @@ class Model {
   // The residual stream behind the last layer, of tokens of the last step. out: [count, hidden].
   void hidden_rows(const int64_t* tokens, int64_t count, float* out) const {
     for (int64_t r = 0; r < count; ++r) {
-      const float* from = x_.get() + tokens[r] * hidden_stride();
-      std::copy(from, from + embedding_.in, out + r * embedding_.in);
+      const float* from = rows() + tokens[r] * hidden_stride();
+      std::copy(from, from + width(), out + r * width());
     }
+  }
+
+  float* rows() const { return x_.get(); }  // the residual stream: [tokens of the step, stride]
+  int64_t hidden_stride() const { return padded_stride(width()); }
+  int64_t width() const { return embedding_.in; }
+  int64_t vocab() const { return head_.out; }
+  const float* norm() const { return norm_; }
+  float eps() const { return eps_; }
+  void embed_rows(const int64_t* ids, int64_t count, float* out, int64_t out_stride) {
+    embed(workers_, embedding_, ids, count, 0, out, out_stride);
   }
 
  private:
@@ -58,8 +74,6 @@ class Model {
       return window == w.window && heads.num_q == w.heads.num_q && heads.num_kv == w.heads.num_kv && heads.dim == w.heads.dim;
     }
   };
-
-  int64_t hidden_stride() const { return padded_stride(embedding_.in); }
 
   // The widest rows: of what is multiplied first, of what comes of it, and of a delta net's gates.
   void widen_rooms(const AttentionBlock& w) { widen_rooms(w.qkv.out, w.o.in, 0); }
@@ -109,7 +123,7 @@ class Model {
   }
 
   void embed_tokens(const Step& step) {
-    embed(workers_, embedding_, step.ids, step.num_tokens, 0, x_.get(), hidden_stride());
+    embed_rows(step.ids, step.num_tokens, x_.get(), hidden_stride());
     if (scale_ == 1.0f) return;
     workers_.pool.share(step.num_tokens, 8, [&](int64_t t) {
       float* row = x_.get() + t * hidden_stride();

@@ -68,10 +68,9 @@ class InputRoom {
   void reserve(int64_t count, int64_t width) {
     values_.reserve(count * padded_stride(width));
     shorts_.reserve(count * padded_stride(width));
-    int64_t groups = num_groups(width);
+    int64_t groups = num_groups(width) | 1;
     scales_.reserve(count * groups);
     bytes_.reserve(count * groups * kGroup);
-    byte_sums_.reserve(count * groups * 2);
     totals_.reserve(count * groups * 3);
     if (uses_tiles(count, width, Type::kBFloat16)) tiles_.reserve(tiles_size(count, width, Type::kBFloat16));
   }
@@ -85,15 +84,15 @@ class InputRoom {
  private:
   template <class Each>
   Rows packed(const Input& in, const int64_t* columns, Each&& each) {
-    int64_t groups = num_groups(in.width), totals = in.count * groups * 2;
+    int64_t groups = num_groups(in.width), stride = groups | 1, totals = in.count * stride * 2;
     Rows rows{in.count};
-    rows.bytes = {bytes_.get(), scales_.get(), byte_sums_.get(), totals_.get(), totals_.get() + totals, groups};
+    rows.bytes = {bytes_.get(), scales_.get(), totals_.get(), totals_.get() + totals, groups, stride};
     each([&](int64_t r) {
       const float* row = in.x + r * in.stride;
       float* copy = values_.get() + r * padded_stride(in.width);
       if (in.norm != nullptr) rms_norm(row, in.norm, in.eps, in.width, copy), row = copy;
-      int64_t at = r * groups;
-      ByteRow to{bytes_.get() + at * kGroup, scales_.get() + at, byte_sums_.get() + 2 * at, totals_.get() + 2 * at, totals_.get() + totals + at};
+      int64_t at = r * stride;
+      ByteRow to{bytes_.get() + at * kGroup, scales_.get() + at, totals_.get() + 2 * at, totals_.get() + totals + at};
       to.fill(row, in.width, columns);
     });
     return rows;
@@ -126,7 +125,6 @@ class InputRoom {
   Buffer<float> values_, scales_, totals_;
   Buffer<int16_t> shorts_;
   Buffer<int8_t> bytes_;
-  Buffer<int32_t> byte_sums_;
   Buffer<char> tiles_;
 };
 

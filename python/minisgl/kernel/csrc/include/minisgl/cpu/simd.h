@@ -2,6 +2,7 @@
 // that one source serves AVX2, AVX-512 and NEON. Few instructions are called by name.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -164,8 +165,22 @@ constexpr bool kHasByteDots = false;
 #endif
 constexpr int kWideBias = kHasByteDots ? 128 : 0;  // what is added to such a weight
 
-// The sum in each lane of acc and of four products w * x. x: -127 … 127. kIsWide: w is a weight of 8 bits, with
-// `kWideBias`; else it is 0 … 127.
+// Four numbers of x in each lane. x: -127 … 127.
+inline Bytes broadcast_unit(const int8_t* x) { return (Bytes)(Ints{} + load_as<int32_t>(x)); }
+
+#if defined(__AVX2__)
+// Sums of two products w * x, with signs for x only, in each 16 bits.
+inline Shorts dot_byte_pairs(Bytes w, Bytes x) {
+#if defined(__AVX512BW__)
+  return (Shorts)_mm512_maddubs_epi16((__m512i)w, (__m512i)x);
+#else
+  return (Shorts)_mm256_maddubs_epi16((__m256i)w, (__m256i)x);
+#endif
+}
+#endif
+
+// The sum in each lane of acc and of four products w * x. kIsWide: w is a weight of 8 bits, with `kWideBias`; else it is
+// 0 … 127.
 template <bool kIsWide>
 inline Ints dot_bytes(Ints acc, Bytes w, Bytes x) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -175,7 +190,7 @@ inline Ints dot_bytes(Ints acc, Bytes w, Bytes x) {
     x = (Bytes)_mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask((__m512i)w), _mm512_setzero_si512(), (__m512i)x);
     w = (Bytes)_mm512_abs_epi8((__m512i)w);
   }
-  return acc + (Ints)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)w, (__m512i)x), _mm512_set1_epi16(1));
+  return dot_pairs(acc, dot_byte_pairs(w, x), Shorts{} + 1);
 #elif defined(__AVXVNNI__) && defined(__AVX2__)
   return (Ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)x);
 #elif defined(__AVX2__)
@@ -183,12 +198,35 @@ inline Ints dot_bytes(Ints acc, Bytes w, Bytes x) {
     x = (Bytes)_mm256_sign_epi8((__m256i)x, (__m256i)w);
     w = (Bytes)_mm256_abs_epi8((__m256i)w);
   }
-  return acc + (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, (__m256i)x), _mm256_set1_epi16(1));
+  return dot_pairs(acc, dot_byte_pairs(w, x), Shorts{} + 1);
 #else
   Ints a = (Ints)w, b = (Ints)x;  // as signed bytes: a weight that is not wide has no sign
   for (int shift = 0; shift < 32; shift += 8) acc += ((a << (24 - shift)) >> 24) * ((b << (24 - shift)) >> 24);
   return acc;
 #endif
+}
+
+// The sum in each lane of N vectors of codes, 0 … 2^bits - 1, times N units of x. Where a product of bytes makes pairs of 16
+// bits, as many of these are added as cannot overflow.
+template <int bits, int N>
+inline Ints dot_codes(const Bytes* codes, const int8_t* x) {
+  Ints acc{};
+#if defined(__AVX2__)
+  if constexpr (!kHasByteDots && bits < 7) {
+    constexpr int kTogether = std::min(N, 32767 / (2 * 127 * ((1 << bits) - 1)));
+#pragma GCC unroll 8
+    for (int u = 0; u < N; u += kTogether) {
+      Shorts pairs{};
+#pragma GCC unroll 8
+      for (int i = u; i < u + kTogether; ++i) pairs += dot_byte_pairs(codes[i], broadcast_unit(x + 4 * i));
+      acc = dot_pairs(acc, pairs, Shorts{} + 1);
+    }
+    return acc;
+  }
+#endif
+#pragma GCC unroll 8
+  for (int u = 0; u < N; ++u) acc = dot_bytes<bits == 8>(acc, codes[u], broadcast_unit(x + 4 * u));
+  return acc;
 }
 
 // table[i] of each byte i < 16.
