@@ -1,12 +1,13 @@
 """What speculation gains: tokens per second with drafts over those without, on text that comes again and on text that
 does not.
 
-    python benchmark/offline/speculation.py [--model PATH] [--load quote|fresh] [--speculate ngram|mtp] [--streams 1]
-                                            [--output-len 100] [--rounds 5] [--json FILE]
+    python benchmark/offline/speculation.py [--model PATH] [--load quote|fresh|answer] [--speculate ngram|mtp]
+                                            [--streams 1] [--output-len 100] [--rounds 5] [--json FILE]
 
 Two engines in this process take turns with the same prompts, so that what else the machine does falls on both. quote:
-a text that is to be said again, greedily; fresh: the beginning of a story, sampled. Without `--model` it is the
-built-in model. Prints both speeds (medians), the ratio (median of the rounds'), and how many guessed tokens were right.
+a text that is to be said again, greedily; fresh: the beginning of a story, sampled; answer: questions in a chat,
+greedily, up to where the answers end. Without `--model` it is the built-in model. Prints both speeds (medians), the
+ratio (median of the rounds'), and how many guessed tokens were right.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ out together, and before midnight he has filled three. He writes the hour, the l
 went. Nobody has ever asked him for these lists. When the inspector came he looked at the lamp, at the oil and at the
 clock, and left on the same boat that had brought him.""".replace("\n", " ")
 TOPICS = "a ship", "the winter", "two sisters", "a clock", "the forest", "a letter", "bread", "the harbour"
+QUESTIONS = (
+    "Who are you?", "What is a token?", "What can you do?", "What is the capital of France?",
+    "What is attention in a language model?", "How does caching help?", "Why is the sky blue?",
+)  # fmt: skip
 
 
 def prompts(load: str, num: int) -> list[str]:
@@ -35,10 +40,19 @@ def prompts(load: str, num: int) -> list[str]:
     return [f"Story {i} of {TOPICS[i % 8]} and {TOPICS[(3 * i + 5) % 8]}. It begins so:" for i in range(num)]
 
 
+def generate(engine: LLM, load: str, num_streams: int, params: SamplingParams) -> list[list[int]]:
+    """The tokens of each output, in the order of the prompts."""
+    if load != "answer":
+        return [out.token_ids for out in engine.generate(prompts(load, num_streams), params, progress=False)]
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    groups = [chats[i : i + num_streams] for i in range(0, len(chats), num_streams)]
+    return [out.token_ids for group in groups for out in engine.chat(group, params, progress=False)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
-    parser.add_argument("--load", choices=("quote", "fresh"), default="quote")
+    parser.add_argument("--load", choices=("quote", "fresh", "answer"), default="quote")
     parser.add_argument("--speculate", choices=("ngram", "mtp"), default="ngram")
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--output-len", type=int, default=100)
@@ -47,25 +61,25 @@ def main() -> None:
     args = parser.parse_args()
     model = {} if args.model is None else {"model": args.model}
     options = {"device": "cpu", "max_seq_len": 2048, "max_running_requests": max(16, args.streams), **model}
-    texts, temperature = prompts(args.load, args.streams), 0.0 if args.load == "quote" else 0.8
-    params = SamplingParams(args.output_len, temperature, seed=1, ignore_eos=True)
+    temperature, is_answer = 0.8 if args.load == "fresh" else 0.0, args.load == "answer"
+    params = SamplingParams(args.output_len, temperature, seed=1, ignore_eos=not is_answer)
     seconds: dict[str, list[float]] = {"off": [], args.speculate: []}
-    num_same = 0
+    num_same = num_tokens = 0
     with LLM(**options) as plain, LLM(**options, speculate=args.speculate) as drafting:
         engines = dict(zip(seconds, (plain, drafting), strict=True))
         for turn in range(args.rounds + 1):  # the first one warms up
             outputs = {}
             for name in list(engines)[:: 1 if turn % 2 else -1]:
                 begin = time.perf_counter()
-                outputs[name] = [output.token_ids for output in engines[name].generate(texts, params, progress=False)]
+                outputs[name] = generate(engines[name], args.load, args.streams, params)
                 seconds[name] += [time.perf_counter() - begin] if turn else []
+            num_tokens = sum(map(len, outputs["off"]))
             num_same = sum(a == b for a, b in zip(*outputs.values(), strict=True))
         counts = drafting.scheduler.planner.speculation
         num_drafted, num_right = counts.num_drafted, counts.num_right
-    num_tokens = args.streams * args.output_len
     speeds = {name: num_tokens / statistics.median(times) for name, times in seconds.items()}
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    print(f"{args.load}, {args.streams} streams of {args.output_len}: {num_same} outputs the same")
+    print(f"{args.load}, {args.streams} streams, {num_tokens} tokens: {num_same} outputs the same")
     print(", ".join(f"{name} {speed:.0f} tokens/s" for name, speed in speeds.items()))
     print(f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
     print(f"{num_drafted} tokens guessed, {num_right} right")

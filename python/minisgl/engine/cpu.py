@@ -18,7 +18,7 @@ from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.core import Masks, StepPlan, StepResult
 from minisgl.distributed.comm import Communicator, GlooCommunicator, Rendezvous
-from minisgl.engine.draft import HeadDrafter, WholeDrafter
+from minisgl.engine.draft import create_drafter
 from minisgl.engine.pooling import Computed
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.step import LayerByLayer, StepRunner
@@ -126,15 +126,13 @@ def create_steps(config: EngineConfig, rank: int) -> StepRunner:
         return *tables.inputs(batch), [rope(batch.tensors.positions) for rope in shard.ropes]
 
     layers = LayerByLayer(shard, kv, backend, inputs)
+    forward, handle = cast(Callable[[Batch], Computed], layers), 0
     if own is not None and comm.size == 1 and (specs := shard.model.cpu_specs()) is not None:
-        steps = StepRunner(shard, kv, tables, whole := WholeStep(shard, kv, tables, own, specs))
-        if shard.mtp is not None and shard.mtp.cpu_spec() is not None:
-            steps.drafter = WholeDrafter(shard.mtp, steps, own, whole.handle)
-            return steps
-    else:
-        steps = StepRunner(shard, kv, tables, layers)
+        forward = whole = WholeStep(shard, kv, tables, own, specs)
+        handle = whole.handle
+    steps = StepRunner(shard, kv, tables, forward)
     if shard.mtp is not None:
-        steps.drafter = HeadDrafter(shard.mtp, steps, layers)
+        steps.drafter = create_drafter(shard.mtp, steps, layers, own, handle)
     return steps
 
 

@@ -69,7 +69,9 @@ class WholeDrafter:
         assert spec is not None, "the head's layer is one that the kernels cannot compute"
         (embedding, lm_head, both), norms = (handle for handle, _ in spec.matrices), spec.norms
         self._steps, self._backend, self._keep = steps, CpuBackend(ops), (head, ops)
-        own: int = self._module.create_model(ops.workers, shard.config.model.rms_norm_eps, 1.0, embedding, lm_head, norms[2])
+        own: int = self._module.create_model(
+            ops.workers, shard.config.model.rms_norm_eps, 1.0, embedding, lm_head, norms[2]
+        )
         self._angles = AngleTables(shard.ropes, partial(self._module.set_rotation, own))
         spec.build(self._module, own, shard.config.model.num_layers, steps.kv)
         self._handle: int = self._module.create_draft_head(ops.workers, model, own, both, *norms[:2])
@@ -90,6 +92,15 @@ class WholeDrafter:
 def _destroy(module: Any, handle: int, own: int) -> None:
     module.destroy_draft_head(handle)
     module.destroy_model(own)
+
+
+def create_drafter(
+    head: MTPHead, steps: StepRunner, layers: LayerByLayer, ops: CpuOps | None, model: int
+) -> HeadDrafter | WholeDrafter:
+    """model: of the kernels, which compute it in one call; 0: they do not."""
+    if ops is None or not model or head.cpu_spec() is None:
+        return HeadDrafter(head, steps, layers)
+    return WholeDrafter(head, steps, ops, model)
 
 
 def num_kept(plan: StepPlan, ids: Sequence[int]) -> dict[int, int]:

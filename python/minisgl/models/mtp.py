@@ -44,8 +44,8 @@ class MTPHead:
         return self._ops.rms_norm(x, self._norms["norm"], self._eps)
 
     def cpu_spec(self) -> CpuSpec | None:
-        """Of the layer's blocks; matrices: embedding, LM head and `fc`; norms: of the embedding, of the hidden state, and
-        the last one. None: the CPU engine cannot compute it. Called after the weights are packed."""
+        """Of the layer's blocks; matrices: embedding, LM head and `fc`; norms: of the embedding, of the hidden state,
+        and the last one. None: the CPU engine cannot compute it. Called after the weights are packed."""
         layer, model = self.layer.cpu_spec(), self._model
         block = joined((model.embed_tokens, model.lm_head, self.fc), "", ())
         if layer is None or block is None:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from minisgl.core import Req
 
 MIN_MATCH, MAX_MATCH = 2, 16  # tokens that have to come again, and how many are looked at
-_MOST_PLACES = 1024  # where the last token came before, that are looked at: a text may consist of one token
+_MOST_PLACES = 1024  # where the last tokens came before, that are looked at: a text may consist of one token
 
 
 class Drafter(Protocol):
@@ -74,11 +74,13 @@ class ToldDrafter:
 def find_repeated(ids: npt.NDArray[np.int32]) -> int:
     """Where the longest suffix of `ids` that also occurs earlier ends there, the last time; 0: nowhere."""
     size = len(ids)
-    ends = np.flatnonzero(ids[: size - 1] == ids[-1])[-_MOST_PLACES:] + 1
-    for length in range(1, min(MAX_MATCH, size - 1)):
-        longer = ends[ids[ends - length - 1] == ids[-length - 1]] if len(ends) else ends
-        longer = longer[longer > length]  # index -1 and below it is the end of the text
-        if not len(longer):
-            return int(ends[-1]) if length >= MIN_MATCH else 0
-        ends = longer
-    return int(ends[-1]) if len(ends) and size > MIN_MATCH else 0
+    if size <= MIN_MATCH:
+        return 0
+    ends = np.flatnonzero((ids[1:-1] == ids[-1]) & (ids[:-2] == ids[-2]))[-_MOST_PLACES:] + MIN_MATCH
+    if len(ends) < 2:
+        return int(ends[0]) if len(ends) else 0
+    back = np.arange(MIN_MATCH + 1, min(MAX_MATCH, size) + 1)
+    places = ends[:, None] - back  # index -1 and below it is the end of the text
+    same = (ids[places] == ids[size - back]) & (places >= 0)
+    lengths = np.logical_and.accumulate(same, axis=1).sum(axis=1)
+    return int(ends[np.flatnonzero(lengths == lengths.max())[-1]])
