@@ -24,24 +24,33 @@ class Drafter(Protocol):
 
 
 class _Text:
-    """The tokens of one request in an array that has room for more."""
+    """The tokens of one request in an array that has room for more. repeats: whether the last two came before."""
 
     def __init__(self, req: Req) -> None:
-        self._ids, self._size = np.empty(2 * len(req.tokens) + 64, np.int32), len(req.prefix)
-        self._ids[: self._size] = req.prefix  # which are the first of its tokens, as an array already
+        size = len(req.prefix)
+        self._ids, self._size = np.empty(2 * len(req.tokens) + 64, np.int32), max(1, size - 1)
+        self._ids[:size] = req.prefix  # which are the first of its tokens, as an array already
+        first = req.prefix[: self._size].astype(np.int64)
+        self._pairs = dict.fromkeys((first[:-1] << 32 | first[1:]).tolist())
+        self.repeats = False
 
     def of(self, req: Req) -> npt.NDArray[np.int32]:
-        size, known = len(req.tokens), self._size
+        tokens, known, pairs = req.tokens, self._size, self._pairs
+        self._size = size = len(tokens)
         if size > len(self._ids):
             self._ids = np.concatenate((self._ids[:known], np.empty(size, np.int32)))
-        self._ids[known:size] = req.tokens[known:]
-        self._size = size
+        self._ids[known:size] = tokens[known:]
+        for i in range(known, size):
+            pair = tokens[i - 1] << 32 | tokens[i]
+            self.repeats = pair in pairs
+            pairs[pair] = None
         return self._ids[:size]
 
 
 class NgramDrafter:
     """What followed the last tokens when they came before, in the prompt or the output ("prompt lookup"): of the places
-    where most of them did, the last. A search looks at all tokens, at some gigabytes per second."""
+    where most of them did, the last. A search looks at all tokens, at some gigabytes per second; there is one where the
+    last two came before."""
 
     def __init__(self) -> None:
         self._texts: dict[int, _Text] = {}
@@ -50,7 +59,7 @@ class NgramDrafter:
         if (text := self._texts.get(req.uid)) is None:
             text = self._texts[req.uid] = _Text(req)
         ids = text.of(req)
-        end = find_repeated(ids)
+        end = find_repeated(ids) if text.repeats else 0
         return ids[end + num_pending : end + num_pending + most].tolist() if end else ()
 
     def forget(self, uid: int) -> None:

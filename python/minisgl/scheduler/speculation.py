@@ -45,6 +45,11 @@ class Lengths:
         self._cost += self._row_cost * length
 
     @property
+    def least(self) -> float:
+        """The share of right tokens up to which no draft pays, nor will when others have got theirs."""
+        return self._row_cost * self._tokens / self._cost
+
+    @property
     def pays(self) -> bool:
         """Whether the whole is more than no draft at all."""
         return self._tokens * self._plain_cost > self._plain_tokens * (self._cost + self._verify_cost)
@@ -165,10 +170,13 @@ class Speculation:
         config, drafts = self._config, dict[int, Sequence[int]]()
         num_samples = sum(share.num_samples for _, share in shares)
         lengths = Lengths(*config.step_costs, sum(share.num_new for _, share in shares), num_samples)
-        budget = min(budget, self._most_samples - num_samples)
+        budget, least = min(budget, self._most_samples - num_samples), lengths.least
         for req, share in shares:
-            if share.num_samples and _may_draft(req) and share.num_new <= 1 + self._longest:
-                rate, num_pending = self._rates.setdefault(req.uid, _FIRST_RATE), req.num_tokens - 1 - len(req.tokens)
+            rate = self._rates.setdefault(req.uid, _FIRST_RATE)
+            if rate <= least and not self._forced:  # with many requests this is what is done for each of them
+                self._rates[req.uid] = rate + (_FIRST_RATE - rate) * _FORGETTING if rate >= 0 else rate
+            elif share.num_samples and _may_draft(req) and share.num_new <= 1 + self._longest:
+                num_pending = req.num_tokens - 1 - len(req.tokens)
                 most = min(self._longest_of(req), budget, req.max_len - req.num_tokens)
                 if forced := self._forced_from(req, req.num_tokens - 1):
                     rate = 1.0
