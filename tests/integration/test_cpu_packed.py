@@ -107,7 +107,7 @@ TARGETS = [(1, TARGET), (2, TARGET), *((2, target) for target in narrower())]
 @pytest.mark.parametrize("kind", [*HALVES, *GROUPED])
 @pytest.mark.parametrize(("num_threads", "target"), TARGETS, ids=str)
 def test_products(num_threads: int, target: str, kind: str) -> None:
-    """Widths of one block, of several, and of more than are unpacked at a time; heights that fill no panel."""
+    """Widths of one block and of several; heights that fill no panel; more rows than are multiplied at a time."""
     ops = cpu_ops(num_threads, target)
     sizes = [(7, 256), (97, 768), (64, 1280)] if "K" in kind or kind == "IQ4_XS" else [(7, 128), (97, 384), (33, 640)]
     for num_out, num_in in sizes:
@@ -130,6 +130,30 @@ def test_norms_and_any_inputs(kind: str) -> None:
         close(matrix.apply(x), x.double() @ expected.T, NORMED)
         normed = TorchOps().rms_norm(x, norm, 1e-6)
         close(matrix.norm_apply(x, norm, 1e-6), normed.double() @ expected.T, NORMED)
+
+
+@pytest.mark.parametrize("code", [0, 255])
+@pytest.mark.parametrize("kind", [*HALVES, *GROUPED])
+@pytest.mark.parametrize("target", [TARGET, *narrower()], ids=str)
+def test_the_largest_sums(target: str, kind: str, code: int) -> None:
+    """All codes alike, and all inputs of one sign: nothing may overflow where products are added in few bits."""
+    part = packed(kind, 40, 512)
+    if isinstance(part, Grouped):
+        part.codes.fill_(code)
+    else:
+        data = part.data.view(40, 512 // GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0], -1)
+        halves = [data[..., at : at + 2].clone() for at in HALVES[kind]]
+        data[..., kind == "MXFP4" :] = code
+        for at, half in zip(HALVES[kind], halves, strict=True):
+            data[..., at : at + 2] = half
+    x = exact_inputs(5, 512)
+    x = (x.view(5, -1, 32).amax(-1, keepdim=True) * torch.tensor([1, -1, 1, 1, -1]).view(5, 1, 1)).expand(-1, -1, 32)
+    x = x.flatten(1).contiguous()
+    matrix, expected = kept(cpu_ops(2, target), [part]), values([part])
+    for rows in (1, 5):
+        product = x[:rows].double() @ expected.T
+        largest = x[:rows].abs().double() @ expected.abs().T
+        assert ((matrix.apply(x[:rows]) - product).abs() <= EXACT * largest.max()).all()
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "4 bits, 32", "8 bits, rows"])

@@ -46,7 +46,19 @@ def test_the_longest_suffix_that_came_before(ids: list[int]) -> None:
         return [end for end in range(length, len(ids)) if ids[end - length : end] == ids[-length:]]
 
     lengths = [length for length in range(MIN_MATCH, min(MAX_MATCH, len(ids) - 1) + 1) if ends(length)]
-    assert find_repeated(np.array(ids, np.int32)) == (ends(max(lengths))[-1] if lengths else 0)
+    assert find_repeated(np.array(ids, np.int32)) == ((ends(max(lengths))[-1], max(lengths)) if lengths else (0, 0))
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=20), st.lists(st.lists(st.integers(0, 3), max_size=3), max_size=20)
+)
+def test_a_text_that_grows_is_searched_as_if_it_was_new(prompt: list[int], more: list[list[int]]) -> None:
+    drafter = NgramDrafter()
+    req = Mock(uid=1, tokens=[*prompt], prefix=np.array(prompt, np.int32))
+    for ids in more:
+        req.tokens += ids
+        end, length = find_repeated(np.array(req.tokens, np.int32))
+        assert list(drafter.propose(req, 0, 4)) == req.tokens[end : end + min(4, max(0, length - 1))]
 
 
 def test_a_request_says_how_long_its_drafts_may_be() -> None:
@@ -128,8 +140,10 @@ def test_a_wrong_draft_in_the_first_share_of_a_model_with_states(is_left: bool) 
 
 
 def test_a_text_of_one_token_and_a_prompt_that_is_an_array() -> None:
-    assert find_repeated(np.full(100_000, 7, np.int32)) == 99_999
+    assert find_repeated(np.full(100_000, 7, np.int32)) == (99_999, MAX_MATCH)
     drafter, req = NgramDrafter(), Mock(uid=1, tokens=[5, 6, 7, 8, 5, 6], prefix=np.array([5, 6, 7], np.int32))
-    assert list(drafter.propose(req, 0, 2)) == [7, 8]
+    assert list(drafter.propose(req, 0, 2)) == [7]
     req.tokens += [7, 9, 5, 6, 7]
-    assert list(drafter.propose(req, 1, 3)) == [5, 6, 7]
+    assert list(drafter.propose(req, 0, 3)) == [9, 5]
+    assert list(drafter.propose(req, 1, 3)) == [5]
+    assert list(drafter.propose(req, 1, 0)) == []

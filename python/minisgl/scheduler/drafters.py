@@ -49,8 +49,8 @@ class _Text:
 
 class NgramDrafter:
     """What followed the last tokens when they came before, in the prompt or the output ("prompt lookup"): of the places
-    where most of them did, the last. A search looks at all tokens, at some gigabytes per second; there is one where the
-    last two came before."""
+    where most of them did, the last. A draft is shorter than what came again: a few tokens say little of the next ones.
+    A search looks at all tokens, at some gigabytes per second; there is one where the last two came before."""
 
     def __init__(self) -> None:
         self._texts: dict[int, _Text] = {}
@@ -59,8 +59,8 @@ class NgramDrafter:
         if (text := self._texts.get(req.uid)) is None:
             text = self._texts[req.uid] = _Text(req)
         ids = text.of(req)
-        end = find_repeated(ids) if text.repeats else 0
-        return ids[end + num_pending : end + num_pending + most].tolist() if end else ()
+        end, length = find_repeated(ids) if text.repeats else (0, 0)
+        return ids[end + num_pending : end + min(num_pending + most, length - 1)].tolist() if end else ()
 
     def forget(self, uid: int) -> None:
         self._texts.pop(uid, None)
@@ -80,16 +80,18 @@ class ToldDrafter:
         self.drafts.pop(uid, None)
 
 
-def find_repeated(ids: npt.NDArray[np.int32]) -> int:
-    """Where the longest suffix of `ids` that also occurs earlier ends there, the last time; 0: nowhere."""
+def find_repeated(ids: npt.NDArray[np.int32]) -> tuple[int, int]:
+    """Where the longest suffix of `ids` that also occurs earlier ends there, the last time, and how long it is, as far
+    as `MAX_MATCH`; (0, 0): nowhere."""
     size = len(ids)
     if size <= MIN_MATCH:
-        return 0
+        return 0, 0
     ends = np.flatnonzero((ids[1:-1] == ids[-1]) & (ids[:-2] == ids[-2]))[-_MOST_PLACES:] + MIN_MATCH
-    if len(ends) < 2:
-        return int(ends[0]) if len(ends) else 0
+    if not len(ends):
+        return 0, 0
     back = np.arange(MIN_MATCH + 1, min(MAX_MATCH, size) + 1)
     places = ends[:, None] - back  # index -1 and below it is the end of the text
     same = (ids[places] == ids[size - back]) & (places >= 0)
     lengths = np.logical_and.accumulate(same, axis=1).sum(axis=1)
-    return int(ends[np.flatnonzero(lengths == lengths.max())[-1]])
+    longest = lengths.max()
+    return int(ends[np.flatnonzero(lengths == longest)[-1]]), int(longest) + MIN_MATCH

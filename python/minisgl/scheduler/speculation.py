@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 # Of the drafted tokens whose turn comes this share is right: at first, and how much of it one changes, or a step
 # in which no draft would pay (so there is another try at some time).
 _LONGEST = {"ngram": 8, "mtp": 3}  # drafts, where no flag says it
-_FIRST_RATE, _LEARNING, _FORGETTING = 0.6, 1 / 8, 1 / 64
+_FIRST_RATE, _LEARNING, _FORGETTING = 0.7, 1 / 8, 1 / 64
 
 
 class Lengths:
