@@ -40,8 +40,8 @@ class SimulatedEngine:
 
     After a failed step the KV that later steps write is garbage, until the planner has been told (`broken = False`).
     With `has_states` each row has a state, too, which remembers the tokens that it has seen and for which salt; so do
-    the slots of snapshots, which are copied as the plans say. With a `window`, layers that see no further have pages and
-    tables of their own.
+    the slots of snapshots, which are copied as the plans say. With a `window`, layers that see no further have
+    pages and tables of their own.
     """
 
     def __init__(self, config: SchedulerConfig, vocab_size: int = 50) -> None:

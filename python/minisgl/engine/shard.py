@@ -3,10 +3,11 @@
 import logging
 import time
 from itertools import chain
+from typing import cast
 
 import torch
 
-from minisgl.attention.create import Backend, create_backend
+from minisgl.attention.create import Backend, PairOfTables, create_backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.distributed.comm import Communicator
 from minisgl.formats import create_format
@@ -45,12 +46,15 @@ class ModelShard:
             self.ropes = rotations(config.model, device, config.max_seq_len)
         logger.info("weights ready after %.1f s", time.perf_counter() - start)
 
-    def create_kv(self, num_pages: int) -> KVPool:
-        num_slots = num_pages * self.config.page_size
+    def create_kv(self, *num_pages: int) -> KVPool:
+        """num_pages: and those of layers whose windows slide."""
+        num_slots = [num * self.config.page_size for num in (num_pages if self.config.window else num_pages[:1] * 2)]
         model, tp_size, kv_dtype = self.config.model, self.config.tp_size, CACHES[self.config.kv_cache_dtype]
         dtype = self.ops.vector_dtype(DTYPES[self.config.dtype])
         states = StatePool(model, self.config.num_states, tp_size, dtype, self.device)
         return KVPool(model, num_slots, tp_size, kv_dtype, self.device, states)
 
-    def create_attention(self) -> Backend:
-        return create_backend(self.config, DTYPES[self.config.dtype], self.device)
+    def create_attention(self, backend: Backend | None = None) -> Backend:
+        """backend: what computes, unless it is to be made."""
+        backend = backend or create_backend(self.config, DTYPES[self.config.dtype], self.device)
+        return cast(Backend, PairOfTables(backend)) if self.config.window else backend

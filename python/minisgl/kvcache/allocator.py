@@ -1,7 +1,5 @@
 """Which of some pages are free."""
 
-from __future__ import annotations
-
 from minisgl.errors import IntegrityError, require
 
 

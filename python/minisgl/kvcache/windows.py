@@ -2,8 +2,6 @@
 and as long after that as there is room. They have the same tokens, and a request's page tables the same places.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from minisgl.errors import require
@@ -31,7 +29,7 @@ class WindowPages:
         return self.allocator.num_free + len(self.unused)
 
     def first(self, position: int) -> int:
-        """The first of a sequence's pages that are kept for this position: it could go on from its page's begin, too."""
+        """The first of a sequence's pages that are kept for this position, and to begin its page anew."""
         return max(0, align_down(position, self._page_size) - self.window + 1) // self._page_size
 
     def alive(self, pages: Sequence[int]) -> int:

@@ -56,8 +56,9 @@ class Attention(Layer):
             self._norm_of_all(qkv)
         rope, qk_norm = step.ropes[self._spec.rope_index], None if self._is_wide else self.qk_norm
         cache = step.kv.layer(self._layer if self._spec.source is None else self._spec.source)
+        slots = step.slots[self._spec.window is not None]
         if self._spec.source is None:
-            q = self._ops.norm_rope_store(qkv, qk_norm, self._eps, rope, KVSlots(*cache, step.slots))
+            q = self._ops.norm_rope_store(qkv, qk_norm, self._eps, rope, KVSlots(*cache, slots))
         else:
             q = rope.rotate(qkv if qk_norm is None else self._ops.rms_norm(qkv, qk_norm, self._eps))
         if self._rope.query_beta:
