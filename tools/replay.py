@@ -19,10 +19,8 @@ import numpy as np
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Req, ReqState, SamplingParams
 from minisgl.errors import IntegrityError
-from minisgl.kvcache.allocator import PageAllocator
-from minisgl.kvcache.pages import Pages
+from minisgl.kvcache.pages import PageAllocator, Pages, WindowPages
 from minisgl.kvcache.radix import NaiveCache, PrefixCache, RadixNode
-from minisgl.kvcache.windows import WindowPages
 from minisgl.scheduler.integrity import check_integrity
 from minisgl.scheduler.plan import Planned
 from minisgl.scheduler.planner import Planner

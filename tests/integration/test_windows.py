@@ -1,8 +1,6 @@
 """Layers whose windows slide give back their pages: contexts far beyond the window, with pages for little more than the
 window, give the tokens of transformers in every schedule; and what is behind a window is never read."""
 
-from __future__ import annotations
-
 import multiprocessing as mp
 import tempfile
 from dataclasses import replace
@@ -87,8 +85,8 @@ class Server:
         self.most = max(self.most, sum(count > 0 for count in windows.num_users))
         slots = [page * self._size + i for page in windows.allocator.free_list for i in range(self._size)]
         for layer in self._layers:
-            for cache in self.engine.steps.kv.layer(layer):
-                cache[slots] = torch.nan
+            for kept in self.engine.steps.kv.layer(layer):
+                kept[slots] = torch.nan
 
 
 @pytest.mark.parametrize("kernels", ["torch", "kernels"])

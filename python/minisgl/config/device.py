@@ -35,7 +35,7 @@ FEATURES: dict[str, Callable[[AttentionSpec, ModelConfig], bool]] = {
     "sliding windows": lambda spec, _: spec.window is not None,
     "soft-capped scores": lambda spec, _: spec.softcap is not None,
     "attention sinks": lambda spec, _: spec.sinks,
-    "caches that differ by layer": lambda spec, model: spec.cache != model.paged[0],
+    "caches that differ by layer": lambda spec, model: spec.cache != model.caches()[0],
 }
 
 

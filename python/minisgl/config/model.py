@@ -173,10 +173,6 @@ class ModelConfig:
         return [spec.cache for spec in specs if isinstance(spec.cache, PagedKV) and (spec.window is not None) in kinds]
 
     @property
-    def paged(self) -> list[PagedKV]:
-        return self.caches()
-
-    @property
     def window(self) -> int:
         """Tokens that those layers see whose windows slide; 0: there are none."""
         specs = [layer.attention for layer in self.layers if isinstance(layer.attention.cache, PagedKV)]
@@ -185,7 +181,7 @@ class ModelConfig:
     @property
     def num_kv_heads(self) -> int:
         """The fewest that a layer has."""
-        return min((cache.heads for cache in self.paged), default=self.num_qo_heads)
+        return min((cache.heads for cache in self.caches()), default=self.num_qo_heads)
 
     def kv_bytes_per_token(self, dtype: str, tp_size: int = 1, windowed: bool | None = None) -> int:
         """Bytes of KV cache that one token takes on one rank, in the layers of `caches`."""
@@ -206,7 +202,7 @@ class ModelConfig:
         if dtype == "packed":
             return self.packed_bytes // tp_size
         params = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) // tp_size
-        params += sum(cache.local_size(tp_size) for cache in self.paged) * self.hidden_size
+        params += sum(cache.local_size(tp_size) for cache in self.caches()) * self.hidden_size
         params += sum(state.num_weights(self.hidden_size, tp_size) for state in self.states)
         params += self.num_layers * self.layer_inputs * (self.vocab_size // tp_size + 3 * self.hidden_size)
         for layer in self.cached_layers:

@@ -1,15 +1,136 @@
 """Which pages are free, and who has which of them and which row of the engine's tables."""
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import PageUpdate, Req, StateCopy
-from minisgl.kvcache.allocator import PageAllocator
+from minisgl.errors import IntegrityError, require
 from minisgl.kvcache.radix import Match, NaiveCache, PrefixCache, RadixNode, TokenIds
-from minisgl.kvcache.windows import WindowPages
-from minisgl.utils.math import div_ceil
+from minisgl.utils.math import align_down, div_ceil
 
 ZEROS, SOON = -1, -2  # in place of a snapshot's slot: the state before any token; the next plan is to take one
+
+
+class PageAllocator:
+    """Hands out page ids 0 … num_pages - 1. One that is freed twice, or handed out twice, is an IntegrityError."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.free_list = list(range(num_pages - 1, -1, -1))
+        self.flags = bytearray(b"\1") * num_pages
+
+    @property
+    def num_free(self) -> int:
+        return len(self.free_list)
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` pages; the caller has checked that there are as many."""
+        require(0 <= count <= len(self.free_list), f"{count} pages wanted, {len(self.free_list)} free")
+        pages = [self.free_list.pop() for _ in range(count)]
+        self._mark(pages, 0)
+        return pages
+
+    def free(self, pages: list[int]) -> None:
+        self._mark(pages, 1)
+        self.free_list += reversed(pages)
+
+    def check(self) -> list[int]:
+        """The free pages. Raises: IntegrityError when their flags say otherwise."""
+        fits = sum(self.flags) == len(self.free_list) and all(map(self.flags.__getitem__, self.free_list))
+        require(fits, "wrong flags")
+        return list(self.free_list)
+
+    def _mark(self, pages: list[int], is_free: int) -> None:
+        flags, end = self.flags, len(self.flags)
+        for page in pages:
+            if not 0 <= page < end or flags[page] == is_free:
+                raise IntegrityError(f"page {page} is {'freed' if is_free else 'handed out'} twice, or there is none")
+            flags[page] = is_free
+
+
+class WindowPages:
+    """Pages of layers whose windows slide: fewer than of the others, so each is lent to a page of these, with the same
+    tokens, while a running request needs it, and as long after that as there is room.
+
+    window: tokens that a position sees, itself included; 0: there are no such layers, and no such pages.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, window: int) -> None:
+        self.window, self._page_size = window, page_size
+        self.allocator = PageAllocator(num_pages)
+        self.lent: dict[int, int] = {}  # by page
+        self.pages = [-1] * num_pages  # that have them; -1: none has
+        self.num_users = [0] * num_pages
+        self.unused: dict[int, None] = {}  # that are lent, and needed by no request; the one used least recently first
+
+    @property
+    def num_free(self) -> int:
+        """Those to be had, unused ones included."""
+        return self.allocator.num_free + len(self.unused)
+
+    def first(self, position: int) -> int:
+        """The first of a sequence's pages that are kept for this position, and to begin its page anew."""
+        return max(0, align_down(position, self._page_size) - self.window + 1) // self._page_size
+
+    def alive(self, pages: Sequence[int]) -> int:
+        """How many of a sequence's pages can be gone on from: the most whose last position's window is there."""
+        end = at = len(pages)
+        while at > self.first(end * self._page_size):
+            at -= 1
+            end = end if pages[at] in self.lent else at
+        return end
+
+    def hold(self, pages: Sequence[int]) -> list[int]:
+        """What a request needs from now on for these pages: what is lent to them, or new ones."""
+        new = [page for page in pages if page not in self.lent]
+        for _ in range(len(new) - self.allocator.num_free):
+            self._take_back(self.pages[next(iter(self.unused))])
+        for page, window_page in zip(new, self.allocator.allocate(len(new)), strict=True):
+            self.lent[page], self.pages[window_page] = window_page, page
+        held = [self.lent[page] for page in pages]
+        for window_page in held:
+            self.num_users[window_page] += 1
+            self.unused.pop(window_page, None)
+        return held
+
+    def leave(self, held: Iterable[int]) -> None:
+        """A request does not need these any more."""
+        for window_page in held:
+            self.num_users[window_page] -= 1
+            if not self.num_users[window_page] and self.pages[window_page] >= 0:
+                self.unused[window_page] = None
+            elif not self.num_users[window_page]:
+                self.allocator.free([window_page])
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """These pages have other tokens from now on, or what is wrong."""
+        for page in pages:
+            if page in self.lent:
+                self._take_back(page)
+
+    def pass_on(self, pages: Iterable[int], same: Iterable[int]) -> None:
+        """What is lent to pages becomes that of others, of the same tokens in their order, which have none."""
+        for page, other in zip(pages, same, strict=False):
+            if page != other and other not in self.lent and page in self.lent:
+                self.lent[other] = window_page = self.lent.pop(page)
+                self.pages[window_page] = other
+
+    def check(self, held: Iterable[int], free_pages: Iterable[int]) -> None:
+        """held: by requests; free_pages: that nothing is lent to. Raises: IntegrityError."""
+        users, lent, free = Counter(held), {one: page for page, one in self.lent.items()}, {*self.allocator.check()}
+        for i, (page, count) in enumerate(zip(self.pages, self.num_users, strict=True)):
+            fits = page == lent.get(i, -1) and count == users[i] and (i in self.unused) == (page >= 0 and not count)
+            require(fits and (i in free) == (page < 0 and not count), f"page {i} of windows is lost, or used twice")
+        require(self.lent.keys().isdisjoint(free_pages), "pages of windows are lent to free ones")
+
+    def _take_back(self, page: int) -> None:
+        window_page = self.lent.pop(page)
+        self.pages[window_page] = -1
+        if not self.num_users[window_page]:
+            del self.unused[window_page]
+            self.allocator.free([window_page])
 
 
 class Pages:
