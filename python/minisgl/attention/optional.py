@@ -75,10 +75,8 @@ def page_lists(step: AttentionStep) -> Iterator[Tensor]:
     counts = -(-seq_lens // step.page_size)
     yield _int32(np.concatenate(([0], np.cumsum(counts))))
     index = np.arange(int(counts.max(initial=0)))
-    behind = (
-        np.maximum(0, step.starts - (step.window or MAX_COUNT) + 1) // step.page_size
-    )  # whose pages are not its own
-    pages = step.page_table[step.rows[:, None], np.maximum(index, behind[:, None])]
+    first = np.maximum(0, step.starts - (step.window or MAX_COUNT) + 1) // step.page_size  # before it are others' pages
+    pages = step.page_table[step.rows[:, None], np.maximum(index, first[:, None])]
     yield _int32(pages[index < counts[:, None]])
     yield _int32((seq_lens - 1) % step.page_size + 1)
 

@@ -67,8 +67,8 @@ class EngineConfig:
         each, near, size, rows = self.page_bytes, self.window_page_bytes, self.page_size, self.max_running_requests
         if not near:
             return self.num_pages or num_bytes // max(1, each), 0
-        longest, least = div_ceil(self.max_seq_len, size), div_ceil(self.window + self.max_prefill_length, size) + 2
-        one = min(longest, div_ceil(self.window + _GROWTH_TOKENS, size) + 2)
+        longest, chunk = div_ceil(self.max_seq_len, size), min(self.max_prefill_length, self.max_seq_len)
+        one, least = (div_ceil(self.window + tokens, size) + 2 for tokens in (_GROWTH_TOKENS, chunk))
         wanted, both = 2 * rows * one + least, num_bytes // (each + near)
         if self.num_pages:
             return self.num_pages, min(self.num_pages, wanted)

@@ -88,10 +88,8 @@ class WholeStep:
         self._angles.reach(int(batch.index.seq_lens.max()))
         logits = self._logits[:num_logits]
         sequences, page_table, page_size = self._backend.prepare(batch.attention)
-        pages = sequences, page_table, self._window_table, page_size
-        self._module.forward(
-            self._handle, input_ids, batch.tensors.positions, *slots, *pages, batch.logit_tokens, logits
-        )
+        numbers = input_ids, batch.tensors.positions, *slots, sequences, page_table, self._window_table, page_size
+        self._module.forward(self._handle, *numbers, batch.logit_tokens, logits)
         self._model.capped(logits)
         more = partial(self._rows, "more_logits", width=self._vocab_size)
         return Computed(

@@ -85,9 +85,8 @@ class CudaRunner:
         self._stream = torch.cuda.Stream(self._device)
         try:
             with self._on_device():
-                (self.num_pages, self.num_window_pages), self.steps = create_steps(
-                    load_shard(config, rank, self._device)
-                )
+                pages, self.steps = create_steps(load_shard(config, rank, self._device))
+                self.num_pages, self.num_window_pages = pages
         except torch.cuda.OutOfMemoryError as error:
             total = torch.cuda.get_device_properties(self._device).total_memory / 2**30
             raise ConfigError(

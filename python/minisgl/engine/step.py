@@ -15,7 +15,7 @@ from minisgl.engine.pooling import Computed, pooled_bytes
 from minisgl.engine.rules import StepRules
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
-from minisgl.kernel.ops import PagedSequences, RopeAngles
+from minisgl.kernel.ops import PagedSequences, RopeAngles, Tensors
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 from minisgl.kernel.state import StateSequences
 from minisgl.kvcache.pool import KVPool
@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 logger = logging.getLogger(__name__)
 
 # Ids, slots and angles of a step's tokens. Slots are those of `StepContext`.
-Inputs = Callable[[Batch], tuple[Tensor, Sequence[Tensor], Sequence[RopeAngles]]]
+Inputs = Callable[[Batch], tuple[Tensor, Tensors, Sequence[RopeAngles]]]
 
 
 class Launched(NamedTuple):
@@ -85,9 +85,7 @@ class LayerByLayer:
         _, slots, ropes = self._inputs(batch)
         return self._context(batch, self._backend.prepare(batch.attention, captured=False), slots, ropes)
 
-    def _context(
-        self, batch: Batch, metadata: object, slots: Sequence[Tensor], ropes: Sequence[RopeAngles]
-    ) -> StepContext:
+    def _context(self, batch: Batch, metadata: object, slots: Tensors, ropes: Sequence[RopeAngles]) -> StepContext:
         seqs = StateSequences(batch.tensors.rows, batch.tensors.cu_q)
         return StepContext(slots, batch.tensors.positions, ropes, self._kv, self._backend, metadata, seqs)
 

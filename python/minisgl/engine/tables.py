@@ -87,7 +87,7 @@ class RowTables:
         """window: of layers whose windows slide, if they have pages of their own."""
         self.pages = np.zeros((num_rows, div_ceil(max_seq_len + 1, page_size)), dtype=np.int32)
         self.page_size, self.window = page_size, window
-        self.window_pages = self.pages.copy() if window else self.pages
+        self.window_pages = np.zeros_like(self.pages) if window else self.pages
         self._sampling = records(num_rows)  # positions: of no use here
         self.logit_rules = LogitRules(num_rows)
         self.logprob_rules, self.pooled = LogprobRules(), PooledRows()
