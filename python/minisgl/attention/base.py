@@ -118,6 +118,11 @@ class AttentionBackend(ABC, Generic[Metadata]):
         called before the capture, and what `forward` reads of the step must be read on the device.
         """
 
+    def prepare_both(self, step: AttentionStep, captured: bool) -> tuple[Metadata, Metadata]:
+        """`prepare`, for layers that see all, and for those whose windows slide."""
+        metadata = self.prepare(step, captured)
+        return metadata, metadata if step.windowed is None else self.prepare(step.windowed, captured)
+
     @abstractmethod
     def forward(
         self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: Metadata, sinks: Tensor | None = None, /
@@ -139,5 +144,5 @@ class StepContext:
     ropes: Sequence[RopeAngles]  # of this step's tokens, by `AttentionSpec.rope_index`
     kv: KVPool
     backend: AttentionBackend[object]
-    metadata: object
+    metadata: Sequence[object]  # of `prepare_both`
     seqs: StateSequences  # for layers with states

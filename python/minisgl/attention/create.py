@@ -54,22 +54,6 @@ class PairOfBackends(AttentionBackend[PairMetadata]):
         return torch.cat((self._decode.forward(q[:num], cache, spec, metadata.decode, sinks), out)) if num else out
 
 
-class PairOfTables(AttentionBackend[tuple[object, object]]):
-    """For layers whose windows slide, which have pages of their own, beside others; each step tells both."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend, self.plans_captured = backend, backend.plans_captured
-
-    def prepare(self, step: AttentionStep, captured: bool) -> tuple[object, object]:
-        assert step.windowed is not None
-        return self._backend.prepare(step, captured), self._backend.prepare(step.windowed, captured)
-
-    def forward(
-        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: tuple[object, object], *rest: Tensor | None
-    ) -> Tensor:
-        return self._backend.forward(q, cache, spec, metadata[spec.window is not None], *rest)
-
-
 def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Backend:
     """dtype: that it computes in. Not for "cpu", which an engine makes of its kernels.
 

@@ -123,7 +123,7 @@ def create_steps(config: EngineConfig, rank: int) -> StepRunner:
     kv, tables = shard.create_kv(config.num_pages, config.num_window_pages), CpuTables(config)
     uses_kernels = (config.prefill_backend, config.decode_backend) == ("cpu", "cpu")
     own = kernels if uses_kernels else None
-    backend = shard.create_attention(None if own is None else cast(Backend, CpuBackend(own)))
+    backend = shard.create_attention() if own is None else cast(Backend, CpuBackend(own))
 
     def inputs(batch: Batch) -> tuple[Tensor, list[Tensor], list[RopeAngles]]:
         return *tables.inputs(batch), [rope(batch.tensors.positions) for rope in shard.ropes]

@@ -184,7 +184,7 @@ class CapturedSteps(StepRunner):
         index = StepIndex.of((*plan.reqs, *self._padding(shape, shape.batch - num)))
         self.tables.send(plan, index)
         if self._backend.plans_captured:
-            self._backend.prepare(self.batch(index, shape.batch).attention, captured=True)
+            self._backend.prepare_both(self.batch(index, shape.batch).attention, captured=True)
         ids = self._graphs.replay(shape)[:num]
         return self._finish(plan, masks, index, ids, lambda: (self._graphs.logits(shape), self.tables.tensors(index)))
 
@@ -197,7 +197,7 @@ class CapturedSteps(StepRunner):
         index = StepIndex.of(self._padding(shape, shape.batch))
         self.tables.send(_NO_STEP, index)
         batch = self.batch(index, shape.batch)
-        metadata = self._backend.prepare(batch.attention, captured=True)
+        metadata = self._backend.prepare_both(batch.attention, captured=True)
 
         def run() -> tuple[Tensor, Tensor]:
             logits = self._layers.run(batch, metadata).logits(None)

@@ -3,11 +3,10 @@
 import logging
 import time
 from itertools import chain
-from typing import cast
 
 import torch
 
-from minisgl.attention.create import Backend, PairOfTables, create_backend
+from minisgl.attention.create import Backend, create_backend
 from minisgl.config.runtime import EngineConfig
 from minisgl.distributed.comm import Communicator
 from minisgl.formats import create_format
@@ -54,7 +53,5 @@ class ModelShard:
         states = StatePool(model, self.config.num_states, tp_size, dtype, self.device)
         return KVPool(model, num_slots, tp_size, kv_dtype, self.device, states)
 
-    def create_attention(self, backend: Backend | None = None) -> Backend:
-        """backend: what computes, unless it is to be made."""
-        backend = backend or create_backend(self.config, DTYPES[self.config.dtype], self.device)
-        return cast(Backend, PairOfTables(backend)) if self.config.window else backend
+    def create_attention(self) -> Backend:
+        return create_backend(self.config, DTYPES[self.config.dtype], self.device)

@@ -83,11 +83,10 @@ class DeviceTables:
         put = self._staging.put
         prompts = [(admission.row, put(admission.token_ids)) for admission in plan.admissions]
         width = self.page_table.shape[1]
-        firsts = [(update.row * width + update.first_index, update.pages) for update in plan.page_updates]
-        entries = [first + i for first, pages in firsts for i in range(len(pages))]
-        pages = [page for update in plan.page_updates for page in update.pages]
-        window_pages = [page for update in plan.page_updates for page in update.window_pages]
-        gained = [put(np.array(values, np.int32)) for values in (entries, pages, window_pages) if values]
+        updates = plan.page_updates
+        entries = [one.row * width + one.first_index + i for one in updates for i in range(len(one.pages))]
+        pages = [page for one in updates for page in one.pages], [page for one in updates for page in one.window_pages]
+        gained = [put(np.array(values, np.int32)) for values in (entries, *pages) if values]
         drafted = [put(values) for values in self._drafts(plan)]
         self._staging.flush()
         for row, ids in prompts:

@@ -70,9 +70,9 @@ class LayerByLayer:
         self._model, self._kv, self._backend, self._inputs = shard.model, kv, backend, inputs
 
     def __call__(self, batch: Batch) -> Computed:
-        return self.run(batch, self._backend.prepare(batch.attention, captured=False))
+        return self.run(batch, self._backend.prepare_both(batch.attention, captured=False))
 
-    def run(self, batch: Batch, metadata: object) -> Computed:
+    def run(self, batch: Batch, metadata: Sequence[object]) -> Computed:
         input_ids, slots, ropes = self._inputs(batch)
         hidden = self._model.hidden(input_ids, self._context(batch, metadata, slots, ropes))
         return Computed(
@@ -83,9 +83,11 @@ class LayerByLayer:
     def context(self, batch: Batch) -> StepContext:
         """For layers that are computed beside the model's."""
         _, slots, ropes = self._inputs(batch)
-        return self._context(batch, self._backend.prepare(batch.attention, captured=False), slots, ropes)
+        return self._context(batch, self._backend.prepare_both(batch.attention, captured=False), slots, ropes)
 
-    def _context(self, batch: Batch, metadata: object, slots: Tensors, ropes: Sequence[RopeAngles]) -> StepContext:
+    def _context(
+        self, batch: Batch, metadata: Sequence[object], slots: Tensors, ropes: Sequence[RopeAngles]
+    ) -> StepContext:
         seqs = StateSequences(batch.tensors.rows, batch.tensors.cu_q)
         return StepContext(slots, batch.tensors.positions, ropes, self._kv, self._backend, metadata, seqs)
 

@@ -123,6 +123,5 @@ def record_of(params: SamplingParams, prompt_len: int) -> Words:
 def check_pages(plan: StepPlan, *tables: npt.NDArray[np.int32]) -> None:
     """tables: of pages, and of those of windows. Raises: IntegrityError where a row's are not what the planner gave."""
     for row, _, *given in plan.expected:
-        for table, pages in zip(tables, given, strict=True):
-            fits = np.array_equal(table[row, : len(pages)], pages)
-            require(fits, f"the page table of row {row} is not the planner's")
+        fits = [np.array_equal(table[row, : len(pages)], pages) for table, pages in zip(tables, given, strict=True)]
+        require(all(fits), f"the page table of row {row} is not the planner's")
