@@ -98,7 +98,7 @@ def test_what_is_planned_fits_and_serves_one_request(
     longest = config.max_seq_len // config.page_size
     assert config.kv_bytes(num_pages, num_window_pages) <= num_bytes
     assert num_pages >= min(longest, num_bytes // engine(model, window=0).page_bytes)
-    alone = (config.window + config.max_prefill_length) // config.page_size + 2
+    alone = (config.window + min(config.max_prefill_length, config.max_seq_len)) // config.page_size + 2
     assert num_window_pages >= min(num_pages, alone)
     asked = replace(config, num_pages=longest)
     assert asked.pages_for(0)[0] == longest and min(longest, alone) <= asked.pages_for(0)[1] <= longest

@@ -140,10 +140,9 @@ def create_steps(shard: ModelShard) -> tuple[tuple[int, int], "CapturedSteps"]:
     config, backend = shard.config, shard.create_attention()
     tables = DeviceTables(config, shard.ops, shard.ropes, shard.device)
     num_pages = pages_that_fit(config, shard.comm, _activation_bytes(shard, tables, backend))
-    host = (tables.host.pages, tables.host.window_pages) if config.window else (tables.host.pages,)
-    for num, *both in zip(num_pages, host, (tables.page_table, tables.window_table), strict=False):
-        for table in both:
-            table[tables.padding_row] = num  # behind all others
+    # Behind all others. Without windows both kinds of layers have the first table, which is written last.
+    tables.window_table[tables.padding_row] = tables.host.window_pages[tables.padding_row] = num_pages[1]
+    tables.page_table[tables.padding_row] = tables.host.pages[tables.padding_row] = num_pages[0]
     kv = shard.create_kv(*(num + 1 for num in num_pages))
     steps = CapturedSteps(shard, kv, tables, backend, config.cuda_graph_max_bs)
     torch.cuda.synchronize()

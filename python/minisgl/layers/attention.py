@@ -56,7 +56,7 @@ class Attention(Layer):
             self._norm_of_all(qkv)
         rope, qk_norm = step.ropes[self._spec.rope_index], None if self._is_wide else self.qk_norm
         cache = step.kv.layer(self._layer if self._spec.source is None else self._spec.source)
-        slots, metadata = (kinds[self._spec.window is not None] for kinds in (step.slots, step.metadata))
+        slots, metadata = step.slots[kind := self._spec.window is not None], step.metadata[kind]
         if self._spec.source is None:
             q = self._ops.norm_rope_store(qkv, qk_norm, self._eps, rope, KVSlots(*cache, slots))
         else:
