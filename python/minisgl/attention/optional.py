@@ -92,7 +92,6 @@ class FlashMetadata(NamedTuple):
     seqs: PagedSequences
     pages: Tensor | None
     max_q_len: int
-    window: int
 
 
 class FlashAttentionBackend(AttentionBackend[FlashMetadata]):
@@ -107,7 +106,7 @@ class FlashAttentionBackend(AttentionBackend[FlashMetadata]):
     def prepare(self, step: AttentionStep, captured: bool) -> FlashMetadata:
         seqs = step.on_device()
         pages = None if captured else gather_pages(seqs, int(step.seq_lens.max()), step.window or 0)
-        return FlashMetadata(seqs, pages, int(step.num_new.max()), step.window or 0)
+        return FlashMetadata(seqs, pages, int(step.num_new.max()))
 
     def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: FlashMetadata, *_: object) -> Tensor:
         seqs, pages, window = metadata.seqs, metadata.pages, spec.window
@@ -116,7 +115,7 @@ class FlashAttentionBackend(AttentionBackend[FlashMetadata]):
             k_cache=cache.k.unflatten(0, (-1, seqs.page_size)),
             v_cache=cache.v.unflatten(0, (-1, seqs.page_size)),
             cache_seqlens=seqs.seq_lens,
-            page_table=gather_pages(seqs, self._max_seq_len, metadata.window) if pages is None else pages,
+            page_table=gather_pages(seqs, self._max_seq_len, window or 0) if pages is None else pages,
             cu_seqlens_q=seqs.cu_q,
             max_seqlen_q=metadata.max_q_len,
             causal=True,

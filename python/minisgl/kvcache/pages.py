@@ -86,7 +86,7 @@ class WindowPages:
         """What a request needs from now on for these pages: what is lent to them, or new ones."""
         new = [page for page in pages if page not in self.lent]
         for _ in range(len(new) - self.allocator.num_free):
-            self._take_back(self.pages[next(iter(self.unused))])
+            self.forget([self.pages[next(iter(self.unused))]])
         for page, window_page in zip(new, self.allocator.allocate(len(new)), strict=True):
             self.lent[page], self.pages[window_page] = window_page, page
         held = [self.lent[page] for page in pages]
@@ -107,8 +107,11 @@ class WindowPages:
     def forget(self, pages: Iterable[int]) -> None:
         """These pages have other tokens from now on, or what is wrong."""
         for page in pages:
-            if page in self.lent:
-                self._take_back(page)
+            if (window_page := self.lent.pop(page, -1)) >= 0:
+                self.pages[window_page] = -1
+                if not self.num_users[window_page]:
+                    del self.unused[window_page]
+                    self.allocator.free([window_page])
 
     def pass_on(self, pages: Iterable[int], same: Iterable[int]) -> None:
         """What is lent to pages becomes that of others, of the same tokens in their order, which have none."""
@@ -124,13 +127,6 @@ class WindowPages:
             fits = page == lent.get(i, -1) and count == users[i] and (i in self.unused) == (page >= 0 and not count)
             require(fits and (i in free) == (page < 0 and not count), f"page {i} of windows is lost, or used twice")
         require(self.lent.keys().isdisjoint(free_pages), "pages of windows are lent to free ones")
-
-    def _take_back(self, page: int) -> None:
-        window_page = self.lent.pop(page)
-        self.pages[window_page] = -1
-        if not self.num_users[window_page]:
-            del self.unused[window_page]
-            self.allocator.free([window_page])
 
 
 class Pages:
