@@ -8,7 +8,7 @@ prefix, so outputs do not depend on how the work was scheduled unless something 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -40,7 +40,8 @@ class SimulatedEngine:
 
     After a failed step the KV that later steps write is garbage, until the planner has been told (`broken = False`).
     With `has_states` each row has a state, too, which remembers the tokens that it has seen and for which salt; so do
-    the slots of snapshots, which are copied as the plans say.
+    the slots of snapshots, which are copied as the plans say. With a `window`, layers that see no further have
+    pages and tables of their own.
     """
 
     def __init__(self, config: SchedulerConfig, vocab_size: int = 50) -> None:
@@ -56,8 +57,10 @@ class SimulatedEngine:
         max_pages = -(-(config.max_seq_len + 1) // config.page_size)
         self._tokens = np.full((config.max_running_requests, config.max_seq_len + 1), -1, np.int64)
         self._page_table = np.full((config.max_running_requests, max_pages), -1, np.int64)
+        self._window_table = self._page_table.copy()
         self._salts = [""] * config.max_running_requests
         self._kv: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self._window_kv: dict[int, tuple[str, tuple[int, ...]]] = {}
         self._states: dict[int, tuple[str | None, tuple[int, ...]]] = {}
         self._pooled: dict[int, tuple[str, int, list[int]]] = {}  # by row: kind, tokens of the prompt, those seen
 
@@ -75,10 +78,16 @@ class SimulatedEngine:
             assert params.seed is not None
             self._pooled[row] = params.pooling, prompt_len, []
             self._tokens[row], self._salts[row] = -1, params.cache_salt
-            self._page_table[row] = -1
+            self._page_table[row] = self._window_table[row] = -1
             self._tokens[row, : len(ids)] = ids
-        for row, first, pages in plan.page_updates:
+        for row, first, pages, window_pages in plan.page_updates:
+            assert len(window_pages) == len(pages) * (self.config.window > 0)
+            assert all(0 <= page < self.config.num_window_pages for page in window_pages)
             self._page_table[row, first : first + len(pages)] = pages
+            self._window_table[row, first : first + len(window_pages)] = window_pages
+        for row, _, pages, window_pages in plan.expected:
+            assert self._page_table[row, : len(pages)].tolist() == [*pages]
+            assert self._window_table[row, : len(window_pages)].tolist() == [*window_pages]
         verified = {req.row: (req.start + req.num_new, req.num_samples) for req in plan.reqs}
         for row, position, ids in plan.drafts:
             assert verified[row] == (position + len(ids), len(ids) + 1), "a draft is no part of its share"
@@ -108,7 +117,8 @@ class SimulatedEngine:
             ids = tuple(self._tokens[row, : start + num_new].tolist())
             assert -1 not in ids, "a token is computed before it is known"
             for position in range(start, start + num_new):
-                self._kv[self._slot(row, position)] = self._salts[row], ids[: position + 1]
+                for kv, slot, _ in self._layers(row, position):
+                    kv[slot] = self._salts[row], ids[: position + 1]
             if self.config.has_states:
                 seen = self._states[row]
                 known = (self._salts[row], ids[:start]) if start else (None, ())
@@ -120,7 +130,8 @@ class SimulatedEngine:
             ids = tuple(self._tokens[row, :end].tolist())
             for position in range(end):
                 known = self._salts[row], ids[: position + 1]
-                assert self._kv.get(self._slot(row, position)) == known, "someone else's KV is read"
+                for kv, slot, seen in self._layers(row, position):
+                    assert position + seen <= start or kv.get(slot) == known, "someone else's KV is read"
             is_unready, count = row in self.unready, sum(map(len, sampled))
             samples = [next_token(ids[: end + 1 - i], self.vocab_size) for i in range(num_samples, 0, -1)]
             self._tokens[row, end + 1 - num_samples : end + 1] = samples
@@ -151,15 +162,21 @@ class SimulatedEngine:
         self._copy(plan)
         for row, start, num_new, num_samples, _ in plan.reqs:
             for position in range(start, start + num_new):
-                self._kv[self._slot(row, position)] = "", (-1,)
+                for kv, slot, _ in self._layers(row, position):
+                    kv[slot] = "", (-1,)
             self._states[row] = "", (-1,)
             self._tokens[row, start + num_new + 1 - num_samples : start + num_new + 1] = 0
         return [(0,) * req.num_samples for req in plan.reqs if req.num_samples]
 
-    def _slot(self, row: int, position: int) -> int:
-        page = int(self._page_table[row, position // self.config.page_size])
-        assert page >= 0, "a page is used before it is there"
-        return page * self.config.page_size + position % self.config.page_size
+    def _layers(self, row: int, position: int) -> Iterator[tuple[dict[int, tuple[str, tuple[int, ...]]], int, int]]:
+        """Of both kinds of layers: what their slots hold, this position's slot, and how many tokens a position sees."""
+        tables = [(self._kv, self._page_table, self.config.max_seq_len)]
+        if self.config.window:
+            tables.append((self._window_kv, self._window_table, self.config.window))
+        for kv, table, seen in tables:
+            page = int(table[row, position // self.config.page_size])
+            assert page >= 0, "a page is used before it is there"
+            yield kv, page * self.config.page_size + position % self.config.page_size, seen
 
     def close(self) -> None:
         pass

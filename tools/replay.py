@@ -19,7 +19,7 @@ import numpy as np
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Req, ReqState, SamplingParams
 from minisgl.errors import IntegrityError
-from minisgl.kvcache.pages import PageAllocator, Pages
+from minisgl.kvcache.pages import PageAllocator, Pages, WindowPages
 from minisgl.kvcache.radix import NaiveCache, PrefixCache, RadixNode
 from minisgl.scheduler.integrity import check_integrity
 from minisgl.scheduler.plan import Planned
@@ -64,8 +64,10 @@ def load(path: Path) -> tuple[str, Planner]:
         elif name == "speculation":
             value = _filled(planner.speculation, {"spares": value["spares"]})
         elif name == "pages":
-            free = value["allocator"]
-            value["allocator"] = _filled(PageAllocator(0), free | {"flags": bytearray(free["flags"])})
+            for owner in (value, value["windows"]):
+                free = owner["allocator"]
+                owner["allocator"] = _filled(PageAllocator(0), free | {"flags": bytearray(free["flags"])})
+            value["windows"] = _filled(WindowPages(0, config.page_size, config.window), value["windows"])
             cache = value["cache"]
             cache["_root"] = _node(nodes, cache["_root"])
             cache["candidates"] = [(stamp, serial, _node(nodes, x)) for stamp, serial, x in cache["candidates"]]

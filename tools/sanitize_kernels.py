@@ -118,11 +118,12 @@ def step() -> None:
             9 * 128 - 1 - torch.cat((torch.zeros(1).int(), 1 + torch.randperm(9 * 128 - 1)[: n - 1]))
         )  # the last, too
         rows, positions, angles = (cells // 128).int(), (cells % 128).int(), [torch.randn(128, 2 * dim)]
-        inputs = up(rows), up(positions), up(ids), up(table), page_size, [up(angles[0], torch.float32)]
-        expected_ids, expected_slots, (rope,) = REFERENCE.step_inputs(rows, positions, ids, table, page_size, angles)
-        expected = expected_ids, expected_slots, rope.cos, rope.sin
-        ids_here, slots, (ours,) = ops.step_inputs(*inputs)
-        check(("step_inputs", n), (ids_here, slots, ours.cos, ours.sin), expected)
+        tables = [table, table.flip(0)]  # the second is of layers whose windows slide
+        inputs = up(rows), up(positions), up(ids), [*map(up, tables)], page_size, [up(angles[0], torch.float32)]
+        expected_ids, expected_slots, (rope,) = REFERENCE.step_inputs(rows, positions, ids, tables, page_size, angles)
+        expected = expected_ids, *expected_slots, rope.cos, rope.sin
+        ids_here, slots, (ours, *_) = ops.step_inputs(*inputs)
+        check(("step_inputs", n), (ids_here, *slots, ours.cos, ours.sin), expected)
         sampled = torch.randint(-1, 99, (n,), dtype=torch.int32)
         ops.store_ids(inputs[2], inputs[0], up(positions.long()), up(sampled))
         REFERENCE.store_ids(ids, rows, positions.long(), sampled)

@@ -103,7 +103,7 @@ def _step(n: int) -> Run:
     angles = [_randn(4096, 2 * HEAD_DIM, dtype=torch.float32)]
 
     def run(ops: TorchOps) -> tuple[Tensor, ...]:
-        ids, slots, (rope,) = ops.step_inputs(rows, positions, tokens, pages, 16, angles)
+        ids, (slots,), (rope,) = ops.step_inputs(rows, positions, tokens, [pages], 16, angles)
         return ids, slots, rope.cos, rope.sin
 
     return run

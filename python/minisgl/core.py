@@ -204,6 +204,8 @@ class Req:
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     row: int = -1  # index into the engine's per-request tables while running
     pages: list[int] = field(default_factory=list)
+    window_pages: list[int] = field(default_factory=list)  # of layers whose windows slide, as many, if there are any
+    num_behind: int = 0  # of these so many, the first ones, are not its any more
     handle: Any = None  # the prefix cache's lock on the shared part of `pages`
     state: ReqState = ReqState.WAITING
     started: bool = False  # was ever admitted
@@ -237,11 +239,15 @@ class Admission(NamedTuple):
 
 
 class PageUpdate(NamedTuple):
-    """Pages that a row gains: they become entries `first_index, first_index + 1, …` of its page table."""
+    """Pages that a row gains: they become entries `first_index, first_index + 1, …` of its page table.
+
+    window_pages: of the table for layers whose windows slide, if that is another. Entries behind the window are stale.
+    """
 
     row: int
     first_index: int
     pages: tuple[int, ...]
+    window_pages: tuple[int, ...] = ()
 
 
 class ScheduledReq(NamedTuple):

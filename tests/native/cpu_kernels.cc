@@ -247,7 +247,7 @@ std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
     Step step{};
     for (int s = 0; s < 3; ++s) {
       if (counts[s] == 0) continue;
-      step.sequences.push_back({int64_t(ids.size()), counts[s], lengths[s], pages[s].data(), s});
+      step.all.sequences.push_back({int64_t(ids.size()), counts[s], lengths[s], pages[s].data(), s});
       for (int64_t i = 0; i < counts[s]; ++i, ++lengths[s]) {
         ids.push_back((7 * lengths[s] + s) % kWords);
         positions.push_back(lengths[s]);
@@ -257,7 +257,8 @@ std::vector<float> steps(Type type, bool is_narrow_cache, int threads) {
     }
     std::vector<float> logits(last.size() * kWords);
     step.num_tokens = int64_t(ids.size()), step.num_logits = int64_t(last.size());
-    step.ids = ids.data(), step.positions = positions.data(), step.slots = slots.data(), step.logit_tokens = last.data();
+    step.ids = ids.data(), step.positions = positions.data(), step.all.slots = slots.data(), step.logit_tokens = last.data();
+    step.windowed = step.all;
     step.page_size = kPage, step.logits = logits.data();
     forward(*tiny.model, step);
     all.insert(all.end(), logits.begin(), logits.end());

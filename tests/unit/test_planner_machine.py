@@ -42,6 +42,8 @@ class PlannerMachine(RuleBasedStateMachine):
         snapshot_tokens=st.sampled_from([1, 4, 10]),
         drafter=st.sampled_from([None, *DRAFTERS]),
         speculate_tokens=st.sampled_from([1, 3, 8]),
+        window=st.sampled_from([None, None, 1, 3, 7, 20]),
+        spare=st.sampled_from([0, 1, 5, 100]),
     )
     def start(
         self,
@@ -56,8 +58,12 @@ class PlannerMachine(RuleBasedStateMachine):
         snapshot_tokens: int,
         drafter: str | None,
         speculate_tokens: int,
+        window: int | None,
+        spare: int,
     ) -> None:
         num_pages = -(-num_tokens // page_size)
+        # As few as one request needs alone, or some more.
+        num_window_pages = min(num_pages, -(-((window or 0) + min(budget, 40)) // page_size) + 2 + spare)
         self.config = SchedulerConfig(
             max_running_requests=rows,
             max_prefill_length=budget,
@@ -71,6 +77,8 @@ class PlannerMachine(RuleBasedStateMachine):
             schedule_policy=policy,
             eos_token_ids=(3,),
             speculate_tokens=speculate_tokens,
+            window=window or 0,
+            num_window_pages=num_window_pages if window else 0,
         )
         self.planner = Planner(self.config, DRAFTERS[drafter]() if drafter else None)
         self.engine = SimulatedEngine(self.config)
@@ -262,6 +270,7 @@ class PlannerMachine(RuleBasedStateMachine):
             self.step(1)
         assert self.finished.keys() == self.prompts.keys(), "a request never got its terminal reply"
         assert self.planner.pages.num_free == self.config.num_pages
+        assert self.planner.pages.windows.num_free == self.config.num_window_pages
 
 
 PlannerMachine.TestCase.settings = settings(

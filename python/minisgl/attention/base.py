@@ -41,6 +41,13 @@ class AttentionStep:
     page_size: int
     num_decode: int
     device: PagedSequences | None = None  # the same on a GPU
+    window: int | None = None  # of the layers that it is for; 0: that see all; None: all have the same pages
+    windowed: "AttentionStep | None" = None  # for layers whose windows slide, where these have their own
+
+    def with_windows(self, window: int, page_table: npt.NDArray[np.int32], on_device: Tensor) -> "AttentionStep":
+        """With another table for layers whose windows slide. Its entries behind the window are other requests'."""
+        device = None if self.device is None else replace(self.device, page_table=on_device)
+        return replace(self, window=0, windowed=replace(self, page_table=page_table, device=device, window=window))
 
     @property
     def seq_lens(self) -> IntArray:
@@ -111,6 +118,11 @@ class AttentionBackend(ABC, Generic[Metadata]):
         called before the capture, and what `forward` reads of the step must be read on the device.
         """
 
+    def prepare_both(self, step: AttentionStep, captured: bool) -> tuple[Metadata, Metadata]:
+        """`prepare`, for layers that see all, and for those whose windows slide."""
+        metadata = self.prepare(step, captured)
+        return metadata, metadata if step.windowed is None else self.prepare(step.windowed, captured)
+
     @abstractmethod
     def forward(
         self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: Metadata, sinks: Tensor | None = None, /
@@ -127,10 +139,10 @@ class AttentionBackend(ABC, Generic[Metadata]):
 class StepContext:
     """What the layers of a model share in one step."""
 
-    slots: torch.Tensor  # [num_tokens] int64: where this step's KV goes
+    slots: Sequence[torch.Tensor]  # [num_tokens] int64: where this step's KV goes; and in layers whose windows slide
     positions: torch.Tensor  # [num_tokens]
     ropes: Sequence[RopeAngles]  # of this step's tokens, by `AttentionSpec.rope_index`
     kv: KVPool
     backend: AttentionBackend[object]
-    metadata: object
+    metadata: Sequence[object]  # of `prepare_both`
     seqs: StateSequences  # for layers with states

@@ -65,7 +65,7 @@ def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.devic
     if device.type == "cpu" or not {prefill, decode} <= set(_ON_GPUS):
         raise ConfigError(f"--attention-backend {prefill},{decode} is not available on {device.type}")
     specs = [spec for layer in config.model.layers if isinstance((spec := layer.attention).cache, PagedKV)]
-    kv = config.model.paged[0]  # as that of all layers: `config.device` has seen to it
+    kv = config.model.caches()[0]  # as that of all layers: `config.device` has seen to it
     shape = AttentionShape(
         num_qo_heads=config.model.num_qo_heads // config.tp_size,
         num_kv_heads=kv.local_heads(config.tp_size),

@@ -9,6 +9,7 @@ import torch
 
 from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionStep, IntArray
 from minisgl.config.model import AttentionSpec
+from minisgl.core import MAX_COUNT
 from minisgl.kernel.ops import PagedSequences
 from minisgl.kvcache.pool import LayerCache
 
@@ -47,7 +48,8 @@ class FlashInferBackend(AttentionBackend[Wrappers]):
             pages.insert(0, _int32(step.offsets))
             options["causal"] = True
         for window, wrapper in wrappers.items():  # window_left counts the tokens before a position, without itself
-            wrapper.plan(*pages, *heads, window_left=window - 1 if window else -1, **options)
+            if step.window in (None, window or 0):
+                wrapper.plan(*pages, *heads, window_left=window - 1 if window else -1, **options)
         return wrappers
 
     def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: Wrappers, *_: object) -> Tensor:
@@ -72,8 +74,10 @@ def page_lists(step: AttentionStep) -> Iterator[Tensor]:
     seq_lens = step.seq_lens
     counts = -(-seq_lens // step.page_size)
     yield _int32(np.concatenate(([0], np.cumsum(counts))))
-    used = np.arange(int(counts.max(initial=0))) < counts[:, None]
-    yield _int32(step.page_table[step.rows, : used.shape[1]][used])
+    index = np.arange(int(counts.max(initial=0)))
+    first = np.maximum(0, step.starts - (step.window or MAX_COUNT) + 1) // step.page_size  # before it are others' pages
+    pages = step.page_table[step.rows[:, None], np.maximum(index, first[:, None])]
+    yield _int32(pages[index < counts[:, None]])
     yield _int32((seq_lens - 1) % step.page_size + 1)
 
 
@@ -101,7 +105,7 @@ class FlashAttentionBackend(AttentionBackend[FlashMetadata]):
 
     def prepare(self, step: AttentionStep, captured: bool) -> FlashMetadata:
         seqs = step.on_device()
-        pages = None if captured else gather_pages(seqs, int(step.seq_lens.max()))
+        pages = None if captured else gather_pages(seqs, int(step.seq_lens.max()), step.window or 0)
         return FlashMetadata(seqs, pages, int(step.num_new.max()))
 
     def forward(self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: FlashMetadata, *_: object) -> Tensor:
@@ -111,7 +115,7 @@ class FlashAttentionBackend(AttentionBackend[FlashMetadata]):
             k_cache=cache.k.unflatten(0, (-1, seqs.page_size)),
             v_cache=cache.v.unflatten(0, (-1, seqs.page_size)),
             cache_seqlens=seqs.seq_lens,
-            page_table=gather_pages(seqs, self._max_seq_len) if pages is None else pages,
+            page_table=gather_pages(seqs, self._max_seq_len, window or 0) if pages is None else pages,
             cu_seqlens_q=seqs.cu_q,
             max_seqlen_q=metadata.max_q_len,
             causal=True,
@@ -120,7 +124,13 @@ class FlashAttentionBackend(AttentionBackend[FlashMetadata]):
         return out
 
 
-def gather_pages(seqs: PagedSequences, max_seq_len: int) -> Tensor:
-    """[n, max pages]: each sequence's row of the page table."""
+def gather_pages(seqs: PagedSequences, max_seq_len: int, window: int) -> Tensor:
+    """[n, max pages]: each sequence's row of the page table. window: before it, the first page that is its own stands
+    for others, since tiles at its edge read what is behind it, too; 0: all are its own."""
     max_pages = -(-max_seq_len // seqs.page_size)
-    return seqs.page_table[:, :max_pages].index_select(0, seqs.rows)
+    pages = seqs.page_table[:, :max_pages].index_select(0, seqs.rows)
+    if not window:
+        return pages
+    starts = seqs.seq_lens - seqs.cu_q.diff()
+    first = (starts - window + 1).clamp_(min=0) // seqs.page_size
+    return pages.gather(1, torch.arange(max_pages, device=pages.device).maximum(first[:, None]))

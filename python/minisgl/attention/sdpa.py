@@ -24,6 +24,7 @@ class Block(NamedTuple):
     tokens: slice  # of the batch
     slots: Tensor  # [num_keys] int64
     distance: Tensor  # [num tokens, num_keys] int64: from a key to a query; negative: it comes later
+    first: int  # position of the first token
 
 
 class SdpaBackend(AttentionBackend[list[Block]]):
@@ -41,7 +42,7 @@ class SdpaBackend(AttentionBackend[list[Block]]):
                 slots = step.slots_of(step.rows[seq], np.arange(start + last))
                 positions = torch.arange(start + last, device=self._device)
                 distance = positions[start + first :, None] - positions
-                blocks.append(Block(tokens, torch.from_numpy(slots).to(self._device), distance))
+                blocks.append(Block(tokens, torch.from_numpy(slots).to(self._device), distance, start + first))
         return blocks
 
     def forward(
@@ -50,11 +51,13 @@ class SdpaBackend(AttentionBackend[list[Block]]):
         assert isinstance(spec.cache, PagedKV)
         out = q.new_empty(*q.shape[:2], spec.cache.v_dim)
         for block in metadata:
-            mask = block.distance >= 0
+            begin = max(0, block.first - spec.window + 1) if spec.window is not None else 0  # before it is none's
+            distance = block.distance[:, begin:]
+            mask = distance >= 0
             if spec.window is not None:
-                mask &= block.distance < spec.window
+                mask &= distance < spec.window
             queries = q[block.tokens].transpose(0, 1)
-            k, v = (widened(x[block.slots], q.dtype).transpose(0, 1) for x in cache)
+            k, v = (widened(x[block.slots[begin:]], q.dtype).transpose(0, 1) for x in cache)
             out[block.tokens] = attend(queries, k, v, mask, spec, sinks).transpose(0, 1)
         return out
 

@@ -113,7 +113,7 @@ def kv_read(model: ModelConfig, dtype: str, lengths: Sequence[int], tp_size: int
     windows = Counter(layer.attention.window for layer in model.layers if isinstance(layer.attention.cache, PagedKV))
     tokens = sum(count * sum(min(n, window or n) for n in lengths) for window, count in windows.items())
     remembered = sum(prod(shape) for state in model.states for shape in state.shapes(tp_size)[1:])
-    per_token = model.kv_bytes_per_token(dtype, tp_size) / max(1, len(model.paged))
+    per_token = model.kv_bytes_per_token(dtype, tp_size) / max(1, len(model.caches()))
     return per_token * tokens + 2 * 4 * remembered * len(lengths)
 
 

@@ -35,7 +35,7 @@ FEATURES: dict[str, Callable[[AttentionSpec, ModelConfig], bool]] = {
     "sliding windows": lambda spec, _: spec.window is not None,
     "soft-capped scores": lambda spec, _: spec.softcap is not None,
     "attention sinks": lambda spec, _: spec.sinks,
-    "caches that differ by layer": lambda spec, model: spec.cache != model.paged[0],
+    "caches that differ by layer": lambda spec, model: spec.cache != model.caches()[0],
 }
 
 
@@ -129,6 +129,7 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
         quantization=args.quantization,
         memory_ratio=args.memory_ratio,
         num_snapshots=num_snapshots if model.states and args.cache_type == "radix" else 0,
+        window=model.window if model.window < seq_len else 0,
     )
     if args.quantization and model.packed_bytes:
         raise ConfigError(f"--quantization {args.quantization}: the weights of {path} are packed already")
@@ -166,9 +167,9 @@ def _on_cpu(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> En
     if lack:
         logger.warning("our kernels: %s; torch computes, and decoding is several times slower", lack)
     config = _with_states(config, int(machine.memory * config.memory_ratio) // config.tp_size)
-    num_pages = config.num_pages or _cpu_pages(config, machine.memory)
+    num_pages, num_window_pages = _cpu_pages(config, machine.memory)
     seq_len = _fit_seq_len(args, wanted.max_seq_len, num_pages * config.page_size)
-    return replace(config, num_pages=num_pages, max_seq_len=seq_len)
+    return replace(config, num_pages=num_pages, num_window_pages=num_window_pages, max_seq_len=seq_len)
 
 
 def _kernel_problem(machine: Capabilities) -> str:
@@ -298,17 +299,19 @@ def _with_states(config: EngineConfig, memory: int) -> EngineConfig:
     return replace(config, max_running_requests=fitting, num_snapshots=kept)
 
 
-def _cpu_pages(config: EngineConfig, memory: int) -> int:
-    """Pages that fit the memory, and no more than all running requests could ever use. Memory is taken on first use."""
+def _cpu_pages(config: EngineConfig, memory: int) -> tuple[int, int]:
+    """Pages, and those of windows, that are asked for, or else fit the memory, and no more than all running requests
+    could ever use. Memory is taken on first use."""
     weights = config.model.weight_bytes(kept_as(config), config.tp_size)
     budget = int(memory * config.memory_ratio) // config.tp_size - weights
-    affordable = (budget - config.state_bytes) // max(1, config.page_bytes)
-    if affordable < 1:
+    num_pages, num_window_pages = config.pages_for(budget - config.state_bytes)
+    if num_pages < 1:
         raise ConfigError(
             f"--memory-ratio {config.memory_ratio}: {memory / GIB:.1f} GiB of memory are available, the weights take "
             f"{weights * config.tp_size / GIB:.1f} GiB, and no room is left for the KV cache"
         )
-    return min(affordable, config.max_running_requests * div_ceil(config.max_seq_len, config.page_size))
+    used = config.num_pages or config.max_running_requests * div_ceil(config.max_seq_len, config.page_size)
+    return min(num_pages, used), min(num_window_pages, used)
 
 
 def kept_as(config: EngineConfig) -> str:
@@ -333,7 +336,7 @@ def gpu_tokens(config: EngineConfig, gpus: Sequence[Gpu]) -> int:
     weights = model.weight_bytes(kept_as(config), tp_size)
     budget = min(budgets) - weights - config.state_bytes
     if config.num_pages:
-        if (kv := config.num_pages * config.page_bytes) > budget:
+        if (kv := config.kv_bytes(*config.pages_for(0))) > budget:
             raise ConfigError(
                 f"--num-pages {config.num_pages}: {room}, the weights take {weights / GIB:.1f} GiB and the KV cache "
                 f"{kv / GIB:.1f}; lower it, or raise --memory-ratio {ratio} or --tensor-parallel-size {tp_size}"
@@ -343,7 +346,7 @@ def gpu_tokens(config: EngineConfig, gpus: Sequence[Gpu]) -> int:
     size, inner = DTYPE_BYTES[config.dtype], max(layer.mlp.active_features for layer in model.layers)
     per_token = 4 * model.hidden_size + (3 * inner + 2 * model.num_qo_heads * model.head_dim) // tp_size
     step = config.max_prefill_length * per_token * size + config.max_running_requests * model.vocab_size * (size + 4)
-    num_pages = int((budget - step - _GPU_RESERVE) / max(1, config.page_bytes) * _ESTIMATE)
+    num_pages, _ = config.pages_for(int((budget - step - _GPU_RESERVE) * _ESTIMATE))
     if num_pages < 1:
         raise ConfigError(
             f"--memory-ratio {ratio}: {room}, the weights take {weights / GIB:.1f} GiB, a step {step / GIB:.1f}, and "

@@ -166,20 +166,28 @@ class ModelConfig:
         """All that have a cache, in the order of their caches."""
         return self.layers if self.mtp is None else (*self.layers, self.mtp)
 
-    @property
-    def paged(self) -> list[PagedKV]:
+    def caches(self, windowed: bool | None = None) -> list[PagedKV]:
+        """Of layers with keys and values of their own: of those whose windows slide, of the others, or of all."""
         specs = [layer.attention for layer in self.cached_layers if layer.attention.source is None]  # but not others'
-        return [spec.cache for spec in specs if isinstance(spec.cache, PagedKV)]
+        kinds = (True, False) if windowed is None else (windowed,)
+        return [spec.cache for spec in specs if isinstance(spec.cache, PagedKV) and (spec.window is not None) in kinds]
+
+    @property
+    def window(self) -> int:
+        """Tokens that those layers see whose windows slide; 0: there are none."""
+        specs = [layer.attention for layer in self.layers if isinstance(layer.attention.cache, PagedKV)]
+        return max([spec.window or 0 for spec in specs], default=0)
 
     @property
     def num_kv_heads(self) -> int:
         """The fewest that a layer has."""
-        return min((cache.heads for cache in self.paged), default=self.num_qo_heads)
+        return min((cache.heads for cache in self.caches()), default=self.num_qo_heads)
 
-    def kv_bytes_per_token(self, dtype: str, tp_size: int = 1) -> int:
-        """Bytes of KV cache that one token takes on one rank."""
-        scales = 2 * SCALE_BYTES * sum(cache.local_heads(tp_size) for cache in self.paged) if dtype == "int8" else 0
-        return sum(cache.local_size(tp_size) for cache in self.paged) * KV_BYTES[dtype] + scales
+    def kv_bytes_per_token(self, dtype: str, tp_size: int = 1, windowed: bool | None = None) -> int:
+        """Bytes of KV cache that one token takes on one rank, in the layers of `caches`."""
+        caches = self.caches(windowed)
+        scales = 2 * SCALE_BYTES * sum(cache.local_heads(tp_size) for cache in caches) if dtype == "int8" else 0
+        return sum(cache.local_size(tp_size) for cache in caches) * KV_BYTES[dtype] + scales
 
     @property
     def states(self) -> list[State]:
@@ -194,7 +202,7 @@ class ModelConfig:
         if dtype == "packed":
             return self.packed_bytes // tp_size
         params = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) // tp_size
-        params += sum(cache.local_size(tp_size) for cache in self.paged) * self.hidden_size
+        params += sum(cache.local_size(tp_size) for cache in self.caches()) * self.hidden_size
         params += sum(state.num_weights(self.hidden_size, tp_size) for state in self.states)
         params += self.num_layers * self.layer_inputs * (self.vocab_size // tp_size + 3 * self.hidden_size)
         for layer in self.cached_layers:

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from minisgl.config.args import ServerOptions
 from minisgl.config.model import ModelConfig
 from minisgl.config.pooling import Pooling
+from minisgl.utils.math import div_ceil
+
+_GROWTH_TOKENS = 64  # of room for a request's growth, in what windows are planned to take
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class EngineConfig:
     kv_cache_dtype: str = "float32"  # "float32" | "bfloat16" | "float16" | "int8" (CPUs) | "fp8" (GPUs)
     quantization: str | None = None  # "int8" | "int4" | "fp8"
     num_snapshots: int = 0  # of states, beside those of rows
+    window: int = 0  # of layers whose windows slide, tokens: they have pages of their own; 0: all have the same
+    num_window_pages: int = 0  # that these have; as `num_pages`
     # CPU only.
     cpu_kernels: bool = False  # our own; else torch computes
     # CUDA only, from here on.
@@ -40,8 +45,38 @@ class EngineConfig:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of KV cache that one page takes on one rank."""
-        return self.model.kv_bytes_per_token(self.kv_cache_dtype, self.tp_size) * self.page_size
+        """Bytes of KV cache that one page takes on one rank, in the layers that have it."""
+        windowed = False if self.window else None
+        return self.model.kv_bytes_per_token(self.kv_cache_dtype, self.tp_size, windowed) * self.page_size
+
+    @property
+    def window_page_bytes(self) -> int:
+        """Bytes of one page of those whose windows slide."""
+        per_token = self.model.kv_bytes_per_token(self.kv_cache_dtype, self.tp_size, True) if self.window else 0
+        return per_token * self.page_size
+
+    def kv_bytes(self, num_pages: int, num_window_pages: int) -> int:
+        return num_pages * self.page_bytes + num_window_pages * self.window_page_bytes
+
+    def pages_for(self, num_bytes: int) -> tuple[int, int]:
+        """`num_pages` and `num_window_pages`: what the user asked for, or as many as so many bytes hold.
+
+        Windows of all requests take no more than half of these, unless even the longest request needs a larger share.
+        As many again are for cached prefixes. But one request must fit, of the longest if that can be.
+        """
+        each, near, size, rows = self.page_bytes, self.window_page_bytes, self.page_size, self.max_running_requests
+        if not near:
+            return self.num_pages or num_bytes // max(1, each), 0
+        longest, chunk = div_ceil(self.max_seq_len, size), min(self.max_prefill_length, self.max_seq_len)
+        one, least = (div_ceil(self.window + tokens, size) + 2 for tokens in (_GROWTH_TOKENS, chunk))
+        wanted, both = 2 * rows * one + least, num_bytes // (each + near)
+        if self.num_pages:
+            return self.num_pages, min(self.num_pages, wanted)
+        if not each:
+            return (rows * longest, min(both, rows * longest)) if both >= least else (both, both)
+        share = max(num_bytes // (2 * near), num_bytes * one // (longest * each + one * near))
+        num = max(least, min(wanted, share, (num_bytes - longest * each) // near))
+        return ((num_bytes - num * near) // each, num) if num < both else (both, both)
 
     @property
     def num_states(self) -> int:
@@ -78,6 +113,8 @@ class SchedulerConfig:
     speculate: str = "off"  # "off" | "ngram" | "mtp"
     speculate_tokens: int | None = None  # of a request that a step may verify, at most; None: by kind
     step_costs: tuple[float, float] = (0.0, 0.0)  # in steps of one token: of one more; of planning nothing meanwhile
+    window: int = 0  # of the layers whose windows slide, tokens; 0: there are none
+    num_window_pages: int = 0  # that these have
     kv_events_endpoint: tuple[str, ...] = ()  # of ZeroMQ: for events of the prefix cache, and for those missed
 
 

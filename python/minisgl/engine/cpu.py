@@ -41,8 +41,8 @@ class CpuTables:
 
     def __init__(self, config: EngineConfig) -> None:
         num_rows = config.max_running_requests
-        self.host = RowTables(num_rows, config.max_seq_len, config.page_size)
-        self.page_table = torch.from_numpy(self.host.pages)
+        self.host = RowTables(num_rows, config.max_seq_len, config.page_size, config.window)
+        self.page_table, self.window_table = map(torch.from_numpy, (self.host.pages, self.host.window_pages))
         self.token_ids = torch.from_numpy(np.zeros((num_rows, config.max_seq_len + 1), np.int32))  # memory on first use
 
     def send(self, plan: StepPlan, index: StepIndex) -> None:  # noqa: ARG002 (its numbers are read where they are)
@@ -55,11 +55,12 @@ class CpuTables:
         sampling = SamplingColumns(torch.from_numpy(self.host.sampling(index)))
         return StepTensors(sampling, *map(torch.from_numpy, index.numbers))
 
-    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def inputs(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Ids and slots of a step's tokens."""
         at = batch.index.token_rows, batch.index.positions
-        ids = self.token_ids.numpy()[at].astype(np.int64)
-        return torch.from_numpy(ids), torch.from_numpy(batch.attention.slots_of(*at))
+        ids, slots = self.token_ids.numpy()[at].astype(np.int64), torch.from_numpy(batch.attention.slots_of(*at))
+        windowed = batch.attention.windowed
+        return torch.from_numpy(ids), [slots, slots if windowed is None else torch.from_numpy(windowed.slots_of(*at))]
 
 
 class WholeStep:
@@ -69,6 +70,7 @@ class WholeStep:
         embedding, *layers, head = specs
         config, self._model = shard.config.model, shard.model
         self._module, self._backend, self._inputs = ops.module, CpuBackend(ops), tables.inputs
+        self._window_table = tables.window_table
         self._vocab_size, self._hidden_size, self._keep = config.vocab_size, config.hidden_size, (kv, ops)
         self._logits = torch.empty(0, self._vocab_size)
         numbers = config.rms_norm_eps, config.embedding_scale, embedding.matrices[0][0], head.matrices[0][0]
@@ -85,7 +87,8 @@ class WholeStep:
             self._logits = torch.empty(num_logits, self._vocab_size)
         self._angles.reach(int(batch.index.seq_lens.max()))
         logits = self._logits[:num_logits]
-        numbers = input_ids, batch.tensors.positions, slots, *self._backend.prepare(batch.attention)
+        sequences, page_table, page_size = self._backend.prepare(batch.attention)
+        numbers = input_ids, batch.tensors.positions, *slots, sequences, page_table, self._window_table, page_size
         self._module.forward(self.handle, *numbers, batch.logit_tokens, logits)
         self._model.capped(logits)
         more = partial(self._rows, "more_logits", width=self._vocab_size)
@@ -117,12 +120,12 @@ def create_steps(config: EngineConfig, rank: int) -> StepRunner:
     comm = GlooCommunicator(Rendezvous(rank, size, url)) if size > 1 else Communicator()
     kernels = CpuOps(config.num_threads) if config.cpu_kernels else None
     shard = ModelShard(config, torch.device("cpu"), comm, kernels or TorchOps())
-    kv, tables = shard.create_kv(config.num_pages), CpuTables(config)
+    kv, tables = shard.create_kv(config.num_pages, config.num_window_pages), CpuTables(config)
     uses_kernels = (config.prefill_backend, config.decode_backend) == ("cpu", "cpu")
     own = kernels if uses_kernels else None
     backend = shard.create_attention() if own is None else cast(Backend, CpuBackend(own))
 
-    def inputs(batch: Batch) -> tuple[Tensor, Tensor, list[RopeAngles]]:
+    def inputs(batch: Batch) -> tuple[Tensor, list[Tensor], list[RopeAngles]]:
         return *tables.inputs(batch), [rope(batch.tensors.positions) for rope in shard.ropes]
 
     layers = LayerByLayer(shard, kv, backend, inputs)
@@ -153,7 +156,7 @@ class CpuRunner:
     def __init__(self, config: EngineConfig, rank: int) -> None:
         if config.device != "cpu":
             raise ConfigError(f"--device {config.device} is not available (available: cpu, cuda)")
-        self.num_pages = config.num_pages
+        self.num_pages, self.num_window_pages = config.num_pages, config.num_window_pages
         self._queue: queue.SimpleQueue[tuple[CpuHandle, StepPlan, Masks | None] | None] = queue.SimpleQueue()
         loaded: futures.Future[StepRunner] = futures.Future()
         args = config, rank, loaded

@@ -85,7 +85,8 @@ class CudaRunner:
         self._stream = torch.cuda.Stream(self._device)
         try:
             with self._on_device():
-                self.num_pages, self.steps = create_steps(load_shard(config, rank, self._device))
+                pages, self.steps = create_steps(load_shard(config, rank, self._device))
+                self.num_pages, self.num_window_pages = pages
         except torch.cuda.OutOfMemoryError as error:
             total = torch.cuda.get_device_properties(self._device).total_memory / 2**30
             raise ConfigError(
@@ -134,13 +135,16 @@ def load_shard(config: EngineConfig, rank: int, device: torch.device) -> ModelSh
     return ModelShard(config, device, comm, create_cuda_ops(device, dtype, config.moe_backend))
 
 
-def create_steps(shard: ModelShard) -> tuple[int, "CapturedSteps"]:
-    """The number of pages of the KV cache, and what launches steps with it."""
+def create_steps(shard: ModelShard) -> tuple[tuple[int, int], "CapturedSteps"]:
+    """The numbers of pages of the KV cache, and what launches steps with it."""
     config, backend = shard.config, shard.create_attention()
     tables = DeviceTables(config, shard.ops, shard.ropes, shard.device)
     num_pages = pages_that_fit(config, shard.comm, _activation_bytes(shard, tables, backend))
-    tables.page_table[tables.padding_row] = tables.host.pages[tables.padding_row] = num_pages  # behind all others
-    steps = CapturedSteps(shard, shard.create_kv(num_pages + 1), tables, backend, config.cuda_graph_max_bs)
+    # Behind all others. Without windows both kinds of layers have the first table, which is written last.
+    tables.window_table[tables.padding_row] = tables.host.window_pages[tables.padding_row] = num_pages[1]
+    tables.page_table[tables.padding_row] = tables.host.pages[tables.padding_row] = num_pages[0]
+    kv = shard.create_kv(*(num + 1 for num in num_pages))
+    steps = CapturedSteps(shard, kv, tables, backend, config.cuda_graph_max_bs)
     torch.cuda.synchronize()
     return num_pages, steps
 
@@ -149,7 +153,7 @@ def _activation_bytes(shard: ModelShard, tables: DeviceTables, backend: Backend)
     """What the largest step takes, with a cache of no more pages than it needs."""
     largest = large_step(shard.config, shard.config.max_prefill_length)
     num_pages = max(len(update.pages) for update in largest.page_updates)
-    steps = CapturedSteps(shard, shard.create_kv(num_pages), tables, backend, max_batch=0)
+    steps = CapturedSteps(shard, shard.create_kv(num_pages, num_pages), tables, backend, max_batch=0)
     return activation_bytes(shard.config, steps.launch)
 
 
@@ -179,7 +183,7 @@ class CapturedSteps(StepRunner):
         index = StepIndex.of((*plan.reqs, *self._padding(shape, shape.batch - num)))
         self.tables.send(plan, index)
         if self._backend.plans_captured:
-            self._backend.prepare(self.batch(index, shape.batch).attention, captured=True)
+            self._backend.prepare_both(self.batch(index, shape.batch).attention, captured=True)
         ids = self._graphs.replay(shape)[:num]
         return self._finish(plan, masks, index, ids, lambda: (self._graphs.logits(shape), self.tables.tensors(index)))
 
@@ -192,7 +196,7 @@ class CapturedSteps(StepRunner):
         index = StepIndex.of(self._padding(shape, shape.batch))
         self.tables.send(_NO_STEP, index)
         batch = self.batch(index, shape.batch)
-        metadata = self._backend.prepare(batch.attention, captured=True)
+        metadata = self._backend.prepare_both(batch.attention, captured=True)
 
         def run() -> tuple[Tensor, Tensor]:
             logits = self._layers.run(batch, metadata).logits(None)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ def large_step(config: EngineConfig, num_tokens: int) -> StepPlan:
     params = SamplingParams(temperature=0.8, top_p=0.9, seed=0)
     for row, length in enumerate(reversed(lengths)):  # the shortest first: those of one token are decode
         admissions.append(Admission(row, np.zeros(length, np.int32), params))
-        updates.append(PageUpdate(row, 0, tuple(range(div_ceil(length, config.page_size)))))
+        pages = tuple(range(div_ceil(length, config.page_size)))
+        updates.append(PageUpdate(row, 0, pages, pages if config.window else ()))
         reqs.append(ScheduledReq(row, 0, length, 1))
     return StepPlan(0, tuple(admissions), tuple(updates), tuple(reqs), lengths.count(1))
 
@@ -46,24 +48,25 @@ def activation_bytes(config: EngineConfig, launch: Callable[[StepPlan], object])
     return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
 
 
-def pages_that_fit(config: EngineConfig, comm: Communicator, activations: int) -> int:
-    """How many pages the KV cache has, the same on every rank; one more, for padding, fits beside them.
+def pages_that_fit(config: EngineConfig, comm: Communicator, activations: int) -> tuple[int, int]:
+    """How many pages the KV cache has, and layers whose windows slide, the same on every rank; one more of each, for
+    padding, fits beside them.
 
     Raises: ConfigError where these are fewer than are asked for, or than one request may need.
     """
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     budget = free - int(total * (1 - config.memory_ratio)) - activations - _GRAPH_RESERVE
-    affordable = comm.all_reduce_min((budget - config.state_bytes) // config.page_bytes) - 1
-    num_pages = config.num_pages or affordable
+    budget = comm.all_reduce_min(budget) - config.state_bytes - config.kv_bytes(1, 1)
+    pages, kv_bytes = config.pages_for(budget), config.kv_bytes(*config.pages_for(budget))
     needed = div_ceil(config.max_seq_len, config.page_size)
-    if affordable < max(num_pages, needed):
+    if kv_bytes > budget or pages[0] < needed:
+        affordable = max(0, replace(config, num_pages=0).pages_for(budget)[0])
         raise ConfigError(
-            f"--memory-ratio {config.memory_ratio}: the KV cache would hold {max(affordable, 0)} pages of "
+            f"--memory-ratio {config.memory_ratio}: the KV cache would hold {affordable} pages of "
             f"{config.page_size} tokens, {max(config.num_pages, needed)} are needed; raise it, lower "
             "--max-seq-len, --num-pages or --max-prefill-length, or use more GPUs"
         )
-    kv_bytes = num_pages * config.page_bytes
     logger.info("KV cache: %.1f GiB, activations: %.2f GiB", kv_bytes / 2**30, activations / 2**30)
     # More than all running requests could ever use would only be cache, and that is welcome: nothing is cut off.
-    return num_pages
+    return pages

@@ -45,8 +45,9 @@ class ModelShard:
             self.ropes = rotations(config.model, device, config.max_seq_len)
         logger.info("weights ready after %.1f s", time.perf_counter() - start)
 
-    def create_kv(self, num_pages: int) -> KVPool:
-        num_slots = num_pages * self.config.page_size
+    def create_kv(self, *num_pages: int) -> KVPool:
+        """num_pages: and those of layers whose windows slide."""
+        num_slots = [num * self.config.page_size for num in (num_pages if self.config.window else num_pages[:1] * 2)]
         model, tp_size, kv_dtype = self.config.model, self.config.tp_size, CACHES[self.config.kv_cache_dtype]
         dtype = self.ops.vector_dtype(DTYPES[self.config.dtype])
         states = StatePool(model, self.config.num_states, tp_size, dtype, self.device)

@@ -59,9 +59,11 @@ class DeviceTables:
         self, config: EngineConfig, ops: TorchOps, ropes: Sequence[RotaryEmbedding], device: torch.device
     ) -> None:
         self.padding_row = num_rows = config.max_running_requests  # of nobody's requests, that pad captured steps
-        self.host = RowTables(num_rows + 1, config.max_seq_len, config.page_size)
+        self.host = RowTables(num_rows + 1, config.max_seq_len, config.page_size, config.window)
         self.token_ids = torch.zeros(num_rows + 1, config.max_seq_len + 2, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(self.host.pages.shape, dtype=torch.int32, device=device)
+        self.window_table = torch.zeros_like(self.page_table) if config.window else self.page_table
+        self._tables = self.page_table, self.window_table
         self._ops, self._page_size = ops, config.page_size
         angles = [rope(torch.arange(config.max_seq_len + 1, device=device)) for rope in ropes]
         self._angles = [torch.cat((table.cos[:, 0], table.sin[:, 0]), -1).contiguous() for table in angles]
@@ -81,20 +83,20 @@ class DeviceTables:
         put = self._staging.put
         prompts = [(admission.row, put(admission.token_ids)) for admission in plan.admissions]
         width = self.page_table.shape[1]
-        firsts = [(update.row * width + update.first_index, update.pages) for update in plan.page_updates]
-        entries = [first + i for first, pages in firsts for i in range(len(pages))]
-        pages = [page for _, pages in firsts for page in pages]
-        gained = [put(np.array(values, np.int32)) for values in (entries, pages) if values]
+        updates = plan.page_updates
+        entries = [one.row * width + one.first_index + i for one in updates for i in range(len(one.pages))]
+        pages = [page for one in updates for page in one.pages], [page for one in updates for page in one.window_pages]
+        gained = [put(np.array(values, np.int32)) for values in (entries, *pages) if values]
         drafted = [put(values) for values in self._drafts(plan)]
         self._staging.flush()
         for row, ids in prompts:
             self.token_ids[row, : len(ids)].copy_(ids)
-        if gained:
-            self._ops.scatter(self.page_table, *gained)
+        for table, values in zip(self._tables, gained[1:], strict=False):
+            self._ops.scatter(table, gained[0], values)
         if drafted:
             self._ops.scatter(self.token_ids, *drafted)
         if plan.expected:  # it waits for the device, now and then
-            check_pages(plan, self.page_table.cpu().numpy())
+            check_pages(plan, *(table.cpu().numpy() for table in self._tables))
 
     def _drafts(self, plan: StepPlan) -> list[npt.NDArray[np.int32]]:
         """Their entries of the table of tokens, and what these become."""
@@ -103,7 +105,9 @@ class DeviceTables:
         ids = [token for draft in plan.drafts for token in draft.ids]
         return [np.array(values, np.int32) for values in (entries, ids) if values]
 
-    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, list[RopeAngles]]:
+    def inputs(self, batch: Batch) -> tuple[Tensor, list[Tensor], list[RopeAngles]]:
         """Ids, slots and angles of a step's tokens, once its numbers were sent."""
-        tables = self.token_ids, self.page_table, self._page_size, self._angles
-        return self._ops.step_inputs(batch.tensors.token_rows, batch.tensors.positions, *tables)
+        page_tables = self._tables if self.host.window else self._tables[:1]
+        tables = self.token_ids, page_tables, self._page_size, self._angles
+        ids, slots, ropes = self._ops.step_inputs(batch.tensors.token_rows, batch.tensors.positions, *tables)
+        return ids, [slots[0], slots[-1]], ropes

@@ -15,7 +15,7 @@ from minisgl.engine.pooling import Computed, pooled_bytes
 from minisgl.engine.rules import StepRules
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.tables import Batch, RowTables, StepIndex, StepTensors
-from minisgl.kernel.ops import PagedSequences, RopeAngles
+from minisgl.kernel.ops import PagedSequences, RopeAngles, Tensors
 from minisgl.kernel.sampling import SamplingColumns, TokenStore
 from minisgl.kernel.state import StateSequences
 from minisgl.kvcache.pool import KVPool
@@ -24,8 +24,8 @@ Tensor = torch.Tensor
 
 logger = logging.getLogger(__name__)
 
-# Ids, slots and angles of a step's tokens.
-Inputs = Callable[[Batch], tuple[Tensor, Tensor, Sequence[RopeAngles]]]
+# Ids, slots and angles of a step's tokens. Slots are those of `StepContext`.
+Inputs = Callable[[Batch], tuple[Tensor, Tensors, Sequence[RopeAngles]]]
 
 
 class Launched(NamedTuple):
@@ -54,6 +54,7 @@ class Tables(Protocol):
     host: RowTables
     token_ids: Tensor  # [num_rows, tokens] int32
     page_table: Tensor  # [num_rows, max_pages] int32
+    window_table: Tensor  # the same, for layers whose windows slide
 
     def send(self, plan: StepPlan, index: StepIndex) -> None:
         """Send a step's numbers, and write the prompts, pages and drafts that rows gain in it."""
@@ -69,9 +70,9 @@ class LayerByLayer:
         self._model, self._kv, self._backend, self._inputs = shard.model, kv, backend, inputs
 
     def __call__(self, batch: Batch) -> Computed:
-        return self.run(batch, self._backend.prepare(batch.attention, captured=False))
+        return self.run(batch, self._backend.prepare_both(batch.attention, captured=False))
 
-    def run(self, batch: Batch, metadata: object) -> Computed:
+    def run(self, batch: Batch, metadata: Sequence[object]) -> Computed:
         input_ids, slots, ropes = self._inputs(batch)
         hidden = self._model.hidden(input_ids, self._context(batch, metadata, slots, ropes))
         return Computed(
@@ -82,9 +83,11 @@ class LayerByLayer:
     def context(self, batch: Batch) -> StepContext:
         """For layers that are computed beside the model's."""
         _, slots, ropes = self._inputs(batch)
-        return self._context(batch, self._backend.prepare(batch.attention, captured=False), slots, ropes)
+        return self._context(batch, self._backend.prepare_both(batch.attention, captured=False), slots, ropes)
 
-    def _context(self, batch: Batch, metadata: object, slots: Tensor, ropes: Sequence[RopeAngles]) -> StepContext:
+    def _context(
+        self, batch: Batch, metadata: Sequence[object], slots: Tensors, ropes: Sequence[RopeAngles]
+    ) -> StepContext:
         seqs = StateSequences(batch.tensors.rows, batch.tensors.cu_q)
         return StepContext(slots, batch.tensors.positions, ropes, self._kv, self._backend, metadata, seqs)
 
@@ -142,6 +145,8 @@ class StepRunner:
         device = PagedSequences(self.tables.page_table, tensors.rows, tensors.seq_lens, tensors.cu_q, host.page_size)
         sequences = index.rows, index.starts, index.num_new, index.offsets
         attention = AttentionStep(*sequences, host.pages, host.page_size, num_decode, device)
+        if host.window:
+            attention = attention.with_windows(host.window, host.window_pages, self.tables.window_table)
         return Batch(index, tensors, attention, None if attention.is_decode else tensors.logit_tokens)
 
     def _sample(

@@ -83,9 +83,11 @@ class Batch:
 class RowTables:
     """What the host remembers of each running request, by row. Only the engine touches it."""
 
-    def __init__(self, num_rows: int, max_seq_len: int, page_size: int) -> None:
+    def __init__(self, num_rows: int, max_seq_len: int, page_size: int, window: int = 0) -> None:
+        """window: of layers whose windows slide, if they have pages of their own."""
         self.pages = np.zeros((num_rows, div_ceil(max_seq_len + 1, page_size)), dtype=np.int32)
-        self.page_size = page_size
+        self.page_size, self.window = page_size, window
+        self.window_pages = np.zeros_like(self.pages) if window else self.pages
         self._sampling = records(num_rows)  # positions: of no use here
         self.logit_rules = LogitRules(num_rows)
         self.logprob_rules, self.pooled = LogprobRules(), PooledRows()
@@ -98,8 +100,11 @@ class RowTables:
         for admission in plan.admissions:
             self._sampling[admission.row] = record_of(admission.params, admission.prompt_len)
         for update in plan.page_updates:
-            self.pages[update.row, update.first_index : update.first_index + len(update.pages)] = update.pages
-        check_pages(plan, self.pages)
+            entries = slice(update.first_index, update.first_index + len(update.pages))
+            self.pages[update.row, entries] = update.pages
+            if self.window:
+                self.window_pages[update.row, entries] = update.window_pages
+        check_pages(plan, self.pages, self.window_pages)
 
     def sampling(self, index: StepIndex) -> Words:
         """The parameters of the tokens that sample: [n, NUM_WORDS]."""
@@ -115,7 +120,8 @@ def record_of(params: SamplingParams, prompt_len: int) -> Words:
     return records(1, **values, prompt_len=prompt_len, min_len=min_len)[0]
 
 
-def check_pages(plan: StepPlan, table: npt.NDArray[np.int32]) -> None:
-    """Raises: IntegrityError where a row's pages are not those that the planner gave it."""
-    for row, _, pages in plan.expected:
-        require(np.array_equal(table[row, : len(pages)], pages), f"the page table of row {row} is not the planner's")
+def check_pages(plan: StepPlan, *tables: npt.NDArray[np.int32]) -> None:
+    """tables: of pages, and of those of windows. Raises: IntegrityError where a row's are not what the planner gave."""
+    for row, _, *given in plan.expected:
+        fits = [np.array_equal(table[row, : len(pages)], pages) for table, pages in zip(tables, given, strict=True)]
+        require(all(fits), f"the page table of row {row} is not the planner's")

@@ -156,17 +156,18 @@ class CudaOps(delta.DeltaOps, TritonOps):
         return out
 
     def step_inputs(
-        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int,
+        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_tables: Sequence[Tensor], page_size: int,
         angles: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor, list[RopeAngles]]:  # fmt: skip
-        num = len(rows)
+    ) -> tuple[Tensor, list[Tensor], list[RopeAngles]]:  # fmt: skip
+        num, ropes = len(rows), list[RopeAngles]()
         if any(table.shape[1] % 8 for table in angles):
-            return super().step_inputs(rows, positions, token_ids, page_table, page_size, angles)
-        ids, slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(2))
-        ropes = []
-        for table in angles:  # each launch writes ids and slots, which are the same
+            return super().step_inputs(rows, positions, token_ids, page_tables, page_size, angles)
+        ids, *slots = (torch.empty(num, dtype=torch.int64, device=rows.device) for _ in range(1 + len(page_tables)))
+        for i in range(max(len(angles), len(page_tables))):  # a launch writes again what there is less of
+            table, last = angles[min(i, len(angles) - 1)], min(i, len(page_tables) - 1)
             cos, sin = (table.new_empty(num, 1, table.shape[1] // 2) for _ in range(2))
-            self._step.prepare(rows, positions, token_ids, page_table, page_size, table, ids, slots, cos, sin)
+            tables = token_ids, page_tables[last], page_size, table
+            self._step.prepare(rows, positions, *tables, ids, slots[last], cos, sin)
             ropes.append(RopeAngles(cos, sin))
         return ids, slots, ropes
 

@@ -242,15 +242,16 @@ class StepOps:
     """What a step does beside its layers, with tables that lie on the device."""
 
     def step_inputs(
-        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_table: Tensor, page_size: int, angles: Tensors
-    ) -> tuple[Tensor, Tensor, list[RopeAngles]]:
-        """Ids and slots of a step's tokens ([num_tokens] int64 both) and their angles in each of the tables of these.
+        self, rows: Tensor, positions: Tensor, token_ids: Tensor, page_tables: Tensors, page_size: int, angles: Tensors
+    ) -> tuple[Tensor, list[Tensor], list[RopeAngles]]:
+        """Ids of a step's tokens, slots by each table ([num_tokens] int64 all), and angles in each of theirs.
 
-        rows, positions: [num_tokens] int32 into the tables token_ids: [rows, tokens] int32 and page_table: [rows,
+        rows, positions: [num_tokens] int32 into the tables token_ids: [rows, tokens] int32 and page_tables: [rows,
         pages] int32; angles: each [positions, 2 * head_dim] float32, cosines then sines.
         """
         rows, positions = rows.long(), positions.long()
-        slots = page_table[rows, positions // page_size].long() * page_size + positions % page_size
+        page, offset = positions // page_size, positions % page_size
+        slots = [table[rows, page].long() * page_size + offset for table in page_tables]
         ropes = [RopeAngles(*table.index_select(0, positions)[:, None].chunk(2, -1)) for table in angles]
         return token_ids[rows, positions].long(), slots, ropes
 

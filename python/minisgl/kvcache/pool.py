@@ -1,5 +1,6 @@
 """The KV cache itself: keys and values of each layer, addressed by slot (page * page_size + offset)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ class LayerCache(NamedTuple):
 
 
 class KVPool:
-    """The caches of all layers, zero at first. dtype: of keys and values; states: of the layers that have these.
+    """The caches of all layers, zero at first. num_slots: of layers that see all, and of those whose windows slide;
+    dtype: of keys and values; states: of the layers that have these.
 
     Memory is reserved, not touched: on a CPU the kernel commits a page of it when it is first written.
     """
@@ -24,7 +26,7 @@ class KVPool:
     def __init__(
         self,
         model: ModelConfig,
-        num_slots: int,
+        num_slots: Sequence[int],
         tp_size: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -35,7 +37,8 @@ class KVPool:
         for index, spec in enumerate(model.cached_layers):
             if isinstance(cache := spec.attention.cache, PagedKV) and spec.attention.source is None:
                 more = SCALE_BYTES if dtype == torch.int8 else 0
-                shapes = ((num_slots, cache.local_heads(tp_size), dim + more) for dim in (cache.k_dim, cache.v_dim))
+                num = num_slots[spec.attention.window is not None]
+                shapes = ((num, cache.local_heads(tp_size), dim + more) for dim in (cache.k_dim, cache.v_dim))
                 self._layers[index] = LayerCache(*(lazy_zeros(shape, dtype, device) for shape in shapes))
 
     def layer(self, index: int) -> LayerCache:

@@ -56,14 +56,15 @@ class Attention(Layer):
             self._norm_of_all(qkv)
         rope, qk_norm = step.ropes[self._spec.rope_index], None if self._is_wide else self.qk_norm
         cache = step.kv.layer(self._layer if self._spec.source is None else self._spec.source)
+        slots, metadata = step.slots[kind := self._spec.window is not None], step.metadata[kind]
         if self._spec.source is None:
-            q = self._ops.norm_rope_store(qkv, qk_norm, self._eps, rope, KVSlots(*cache, step.slots))
+            q = self._ops.norm_rope_store(qkv, qk_norm, self._eps, rope, KVSlots(*cache, slots))
         else:
             q = rope.rotate(qkv if qk_norm is None else self._ops.rms_norm(qkv, qk_norm, self._eps))
         if self._rope.query_beta:
             turns = (step.positions / self._rope.max_position).floor()
             q = q * (1 + self._rope.query_beta * turns.log1p()).to(q.dtype)[:, None, None]
-        out = step.backend.forward(q, cache, self._spec, step.metadata, self.sinks)
+        out = step.backend.forward(q, cache, self._spec, metadata, self.sinks)
         if gate is not None:
             out = out * gate.sigmoid()
         return self.o_proj.forward(out.reshape(x.shape[0], -1), x, after, self._eps)

@@ -122,7 +122,8 @@ def load_rank(engine_config: EngineConfig, config: SchedulerConfig, rendezvous: 
             )
             store = GrammarStore(vocabulary) if rank == 0 else None
             grammars = Grammars(store, engine_config.device == "cuda", tells_forced=config.speculate != "off")
-            config = replace(config, num_pages=engine.num_pages, integrity_fatal=env_bool("MINISGL_INTEGRITY_FATAL"))
+            config = replace(config, num_pages=engine.num_pages, num_window_pages=engine.num_window_pages)
+            config = replace(config, integrity_fatal=env_bool("MINISGL_INTEGRITY_FATAL"))
             return Rank(engine, grammars, config, engine_config.tp_size)
         except BaseException:
             engine.close()  # its threads and memory, in a process that goes on

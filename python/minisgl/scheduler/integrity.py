@@ -36,6 +36,8 @@ def check_integrity(planner: Planner) -> None:
     slots = sorted([*slots, *planner.speculation.spares.values()])
     are_cached = not pages.snapshots or pages.snapshots.keys() <= {*cached}
     require(slots == [*pages.slots] and are_cached, "snapshots are lost, shared or misplaced")
+    near = chain.from_iterable(req.window_pages[req.num_behind :] for req in held)
+    pages.windows.check(near, pages.allocator.free_list)
     rows = sorted([*pages.rows, *(req.row for req in held)])
     require(rows == list(range(planner.config.max_running_requests)), "rows are lost or shared")
     for uid, req in planner.waiting.items():
@@ -58,6 +60,7 @@ def _check_req(planner: Planner, req: Req, num_inflight: int) -> None:
         (counts or not runs, f"has {req.num_tokens} tokens, {num_known} known"),
         (req.num_inflight == num_inflight, f"is in {num_inflight} steps, not {req.num_inflight}"),
         (cache.spells(req.namespace, req.handle, req.prefix), "holds a prefix of other tokens"),
+        (len(req.window_pages) == num_pages * (planner.config.window > 0), "has other pages of windows"),
         (len(cache.path_pages(req.handle)) <= num_pages, "holds more of the cache than it has pages"),
     ):
         require(holds, f"request {req.uid} {contradiction}")

@@ -46,7 +46,7 @@ class Growing:
             tuple(pages.updates),
             tuple(decode_shares + prefill_shares),
             num_decode=len(decode),
-            expected=tuple(PageUpdate(req.row, 0, tuple(req.pages)) for req in checked),
+            expected=tuple(PageUpdate(req.row, 0, tuple(req.pages), tuple(req.window_pages)) for req in checked),
             states=tuple(pages.states),
             drafts=tuple(self.drafts),
         )

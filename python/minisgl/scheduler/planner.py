@@ -156,12 +156,15 @@ class Planner:
     def _plan_running(self, step: Growing) -> bool:
         """Whether there are pages for all of them."""
         has_pages, page_size, budget, keeps_states = True, self._page_size, step.budget, bool(self.pages.slots)
+        has_windows = self.config.window > 0
         for req in self.running:  # a retraction takes requests off the end, never from before this one
             num_tokens, start = req.num_tokens, req.num_computed
             if num_tokens >= req.max_len or num_tokens == start or req.held:
                 continue  # its last token is planned already, or its next one cannot be sampled
             if budget <= 0:
                 break
+            if has_windows:  # `_sit_out` may go back to its last known token
+                self.pages.advance(req, min(start, len(req.tokens) - 1))
             num_new = num_tokens - start
             cost = 1 if num_new == 1 else _cost(req)
             if num_new * cost > budget:
@@ -255,7 +258,7 @@ class Planner:
         """Give a running request the pages for `num_new` tokens, retracting younger ones if need be."""
         pages = self.pages
         needed = div_ceil(req.num_computed + num_new, self._page_size) - len(req.pages)
-        while needed > pages.allocator.num_free and not pages.make_room(needed):
+        while not pages.make_room(needed):
             if self.leaving:
                 return False  # pages come back as soon as the steps in flight have run
             victim = self.running[-1]
@@ -264,7 +267,7 @@ class Planner:
                 return False
         # While there are plenty, several small pages are taken at a time: one for each token costs the plan the most.
         wanted = min(_GROWTH_STEP // self._page_size, div_ceil(req.max_len, self._page_size) - len(req.pages))
-        are_plenty = pages.allocator.num_free > wanted * len(self.running)
+        are_plenty = pages.allocator.num_free > (num := wanted * len(self.running)) and pages.missing(num, num) < 0
         pages.give(req, pages.allocator.allocate(max(needed, wanted) if are_plenty else needed))
         return True
 
@@ -305,20 +308,20 @@ class Planner:
         match, slot = pages.match(req.namespace, req.prefix[:num_reusable])
         if slot == SOON:
             return 0
-        pages.cache.lock(match.handle)
+        pages.hold(req, match)
         num_cached = req.num_saved = len(match.pages) * self._page_size
         num_new = min(len(req.tokens) - num_cached, max(1, budget // _cost(req)))
         if pages.slots and not req.tells_prompt:
             req.borders = self._borders(req, num_cached)
             num_new = min([num_new, *(border - num_cached for border in req.borders)])
         needed = div_ceil(num_cached + num_new, self._page_size) - len(match.pages)
-        headroom = 0  # pages for all of its tokens, and for the running ones to grow a while
+        headroom = growth = 0  # pages for all of its tokens, and for the running ones to grow a while
         if self.running or self.leaving:
             growth = len(self.running) * div_ceil(_GROWTH_TOKENS, self._page_size)
             headroom = div_ceil(len(req.tokens) - num_cached, self._page_size) + growth
-        missing = headroom - pages.num_free
+        missing = pages.missing(headroom, needed + growth)
         if missing > 0 or not pages.make_room(needed):
-            pages.cache.unlock(match.handle)
+            pages.leave(req, match.handle)
             return -max(missing, 0)
         self.waiting.remove(req.params.client, req.uid)
         self.running.append(req)

@@ -202,8 +202,8 @@ class Speculation:
 
     def _take(self, req: Req, missing: int, pages: Pages) -> None:
         """So many pages for guesses, as long as each request that runs can have one more for what is none."""
-        num_running = self._config.max_running_requests - len(pages.rows)
-        if missing > 0 and pages.num_free >= missing + num_running and pages.make_room(missing):
+        num = missing + self._config.max_running_requests - len(pages.rows)
+        if missing > 0 and pages.missing(num, num) <= 0 and pages.make_room(missing):
             pages.give(req, pages.allocator.allocate(missing))
 
     def _longest_of(self, req: Req) -> int:

@@ -137,11 +137,12 @@ def _attend(
     HAS_WINDOW: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attends to the keys of positions [first, end), `first` a multiple of BLOCK_N: → m, denom, acc."""
-    offsets = tl.arange(0, BLOCK_N)
+    offsets, behind = tl.arange(0, BLOCK_N), tl.min(q_pos, 0) - window if HAS_WINDOW else -1
     for start in tl.range(first, end, BLOCK_N):
         pos = start + offsets
+        known = (pos < seq_len) & (pos > behind)  # pages behind the window may be other requests'
         k, v = _load_keys(
-            k_ptr, v_ptr, q.dtype, pages_ptr, start, pos < seq_len, kv_stride, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE,
+            k_ptr, v_ptr, q.dtype, pages_ptr, start, known, kv_stride, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE,
             MASKED,
         )  # fmt: skip
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)

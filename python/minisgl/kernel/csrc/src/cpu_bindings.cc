@@ -246,14 +246,14 @@ void py_add_mlp(int64_t model, int64_t gate_up, Optional<TensorView> gate_up_bia
                                        data_of<float>(after), activation == "silu" ? Into::kSilu : Into::kGelu});
 }
 
-void py_forward(int64_t model, TensorView ids, TensorView positions, TensorView slots, TensorView sequences, TensorView pages,
-                int64_t page_size, Optional<TensorView> logit_tokens, TensorView logits) {
+void py_forward(int64_t model, TensorView ids, TensorView positions, TensorView slots, TensorView window_slots, TensorView sequences,
+                TensorView pages, TensorView window_pages, int64_t page_size, Optional<TensorView> logit_tokens, TensorView logits) {
   Step step{};
   step.num_tokens = ids.size(0);
   step.ids = data_of<int64_t>(ids);
   step.positions = data_of<int64_t>(positions);
-  step.slots = data_of<int64_t>(slots);
-  step.sequences = sequences_of(sequences, pages);
+  step.all = {data_of<int64_t>(slots), sequences_of(sequences, pages)};
+  step.windowed = {data_of<int64_t>(window_slots), sequences_of(sequences, window_pages)};
   step.page_size = page_size;
   step.logit_tokens = data_of<int64_t>(logit_tokens);
   step.num_logits = logits.size(0);

@@ -175,10 +175,16 @@ struct MlpBlock {
 
 using AnyBlock = std::variant<AttentionBlock, DeltaBlock, MlpBlock>;
 
+// Where tokens lie in the caches of some layers. slots: [num_tokens].
+struct Places {
+  const int64_t* slots;
+  std::vector<Sequence> sequences;
+};
+
 struct Step {
   int64_t num_tokens;
-  const int64_t *ids, *positions, *slots;  // [num_tokens]
-  std::vector<Sequence> sequences;
+  const int64_t *ids, *positions;  // [num_tokens]
+  Places all, windowed;  // for layers that see all, and for those whose windows slide
   int64_t page_size;
   const int64_t* logit_tokens;  // [num_logits], or null: all tokens
   int64_t num_logits;

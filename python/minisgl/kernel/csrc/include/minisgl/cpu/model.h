@@ -104,17 +104,19 @@ class Model {
   void plan(const Step& step) {
     plans_.clear();
     states_.clear();
-    for (auto& s : step.sequences) states_.push_back({s.slot, s.first, s.count});
+    for (auto& s : step.all.sequences) states_.push_back({s.slot, s.first, s.count});
     for (auto& block : blocks_) {
       auto w = std::get_if<AttentionBlock>(&block);
       if (w == nullptr || plan_of(*w) != nullptr) continue;
       plans_.push_back({w->heads, w->window, {}});
       Plan& plan = plans_.back();
       plan.heads.page_size = step.page_size;
-      plan_attention(step.sequences, plan.heads, plan.window, workers_.pool.size(), plan.pieces);
+      plan_attention(places(step, *w).sequences, plan.heads, plan.window, workers_.pool.size(), plan.pieces);
       partial_.reserve(plan.pieces, plan.heads);
     }
   }
+
+  static const Places& places(const Step& step, const AttentionBlock& w) { return w.window ? step.windowed : step.all; }
 
   const Plan* plan_of(const AttentionBlock& w) const {
     for (auto& plan : plans_)
@@ -134,11 +136,12 @@ class Model {
   void run(int thread, const Step& step, const AttentionBlock& w) {
     int64_t tokens = step.num_tokens, gates = w.has_gates ? w.heads.num_q * w.heads.dim : 0;
     const Plan& plan = *plan_of(w);
+    const Places& at = places(step, w);
     float* qkv = mixed_.get() + gates;
     project(thread, tokens, w.before, w.qkv, Into::kStore, mixed_.get(), mixed_stride_);
     with_type(w.cache, [&](auto cache) {
-      norm_rope_store(workers_, qkv, tokens, mixed_stride_, w.norm, eps_, rotations_[w.rotation], step.positions, step.slots, plan.heads, cache);
-      attention(workers_, thread, qkv, mixed_stride_, step.sequences, plan.pieces, plan.heads, w.window, w.scores, cache, partial_,
+      norm_rope_store(workers_, qkv, tokens, mixed_stride_, w.norm, eps_, rotations_[w.rotation], step.positions, at.slots, plan.heads, cache);
+      attention(workers_, thread, qkv, mixed_stride_, at.sequences, plan.pieces, plan.heads, w.window, w.scores, cache, partial_,
                 inner_.get(), inner_stride_);
     });
     if (w.has_gates) close_gates(tokens, gates);
