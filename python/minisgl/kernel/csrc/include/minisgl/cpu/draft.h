@@ -38,7 +38,7 @@ class DraftHead {
 
   void begin(const TokenTable& tokens, const std::vector<Sequence>& sequences, int64_t page_size, const std::vector<WantedDraft>& wanted) {
     clear();
-    step_.sequences = sequences;
+    step_.all.sequences = sequences;
     for (auto& s : sequences)
       for (int64_t i = 0; i < s.count; ++i) add(tokens.ids[s.slot * tokens.stride + s.start + i + 1], s.start + i, s.pages, page_size, s.first + i);
     for (size_t n = 0; n < wanted.size(); ++n) {
@@ -58,7 +58,7 @@ class DraftHead {
       if (--next.left <= 0) continue;
       next.sequence.first = int64_t(going_.size());
       add(out[next.index * most + done], next.sequence.start, next.sequence.pages, page_size, rows[r]);
-      step_.sequences.push_back(next.sequence);
+      step_.all.sequences.push_back(next.sequence);
       last_.push_back(next.sequence.first);
       ++next.sequence.start;
       going_.push_back(next);
@@ -67,7 +67,7 @@ class DraftHead {
 
   void clear() {
     for (auto* numbers : {&ids_, &positions_, &slots_, &from_, &last_}) numbers->clear();
-    step_.sequences.clear();
+    step_.all.sequences.clear();
     going_.clear();
   }
 
@@ -82,7 +82,7 @@ class DraftHead {
   void compute(const float* hidden, const float* norm) {
     int64_t count = int64_t(ids_.size()), width = own_.width(), stride = padded_stride(2 * width);
     float* both = both_.reserve(count * stride);
-    step_.num_tokens = count, step_.ids = ids_.data(), step_.positions = positions_.data(), step_.slots = slots_.data();
+    step_.num_tokens = count, step_.ids = ids_.data(), step_.positions = positions_.data(), step_.all.slots = slots_.data();
     step_.num_logits = int64_t(last_.size()), step_.logit_tokens = last_.data();
     step_.logits = logits_.reserve(step_.num_logits * own_.vocab());
     workers_.reserve_rows(count, 2 * width);
