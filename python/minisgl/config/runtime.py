@@ -35,6 +35,7 @@ class EngineConfig:
     kv_cache_dtype: str = "float32"  # "float32" | "bfloat16" | "float16" | "int8" (CPUs) | "fp8" (GPUs)
     quantization: str | None = None  # "int8" | "int4" | "fp8"
     num_snapshots: int = 0  # of states, beside those of rows
+    draft_len: int = 0  # tokens of a request that a step may verify, at most
     # CPU only.
     cpu_kernels: bool = False  # our own; else torch computes
     # CUDA only, from here on.

@@ -24,6 +24,7 @@ class Computed(NamedTuple):
 
     logits: Callable[[Tensor | None], Tensor]
     hidden: Callable[[Tensor], Tensor]
+    input_ids: Tensor | None = None  # of all tokens
 
 
 class PooledRows:

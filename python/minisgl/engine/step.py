@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,6 +27,8 @@ Tensor = torch.Tensor
 
 logger = logging.getLogger(__name__)
 
+# `StepResult.drafts`; or of all m requests, as far as they have `num_drafts`: [m, longest].
+Told = Mapping[int, list[int]] | Tensor
 # Ids, slots and angles of a step's tokens.
 Inputs = Callable[[Batch], tuple[Tensor, Tensor, Sequence[RopeAngles]]]
 
@@ -37,7 +40,7 @@ class Launched(NamedTuple):
     logprobs: DeviceLogprobs | None = None
     prompt_logprobs: DeviceLogprobs | None = None
     pooled: Mapping[int, Tensor] = {}
-    drafts: Mapping[int, list[int]] = {}
+    drafts: Told = MappingProxyType({})
 
     def result(self, plan: StepPlan) -> StepResult:
         """Of tensors that the host can read."""
@@ -47,7 +50,9 @@ class Launched(NamedTuple):
         if plan.drafts:  # else, each request samples one
             left, counts = iter(ids), [share.num_samples for share in plan.reqs if share.num_samples]
             token_ids = [tuple(islice(left, count)) for count in counts]
-        return StepResult(plan.step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled), self.drafts)
+        told = dict(enumerate(self.drafts.tolist())) if isinstance(self.drafts, Tensor) else self.drafts
+        drafts = {i: told[i][: plan.reqs[i].num_drafts] for i in told if plan.reqs[i].num_drafts}
+        return StepResult(plan.step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled), drafts)
 
 
 class Tables(Protocol):
@@ -79,12 +84,14 @@ class LayerByLayer:
         return Computed(
             lambda tokens: self._model.logits(hidden, batch.logit_tokens if tokens is None else tokens),
             lambda tokens: hidden.index_select(0, tokens),
+            input_ids,
         )
 
-    def context(self, batch: Batch) -> StepContext:
+    def context(self, batch: Batch, metadata: object = None) -> StepContext:
         """For layers that are computed beside the model's."""
         _, slots, ropes = self._inputs(batch)
-        return self._context(batch, self._backend.prepare(batch.attention, captured=False), slots, ropes)
+        prepared = self._backend.prepare(batch.attention, captured=False) if metadata is None else metadata
+        return self._context(batch, prepared, slots, ropes)
 
     def _context(self, batch: Batch, metadata: object, slots: Tensor, ropes: Sequence[RopeAngles]) -> StepContext:
         seqs = StateSequences(batch.tensors.rows, batch.tensors.cu_q)
@@ -94,8 +101,8 @@ class LayerByLayer:
 class Drafter(Protocol):
     """Says what may come next."""
 
-    def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Mapping[int, list[int]]:
-        """`StepResult.drafts` of a step that has sampled `ids`, before the next one is launched."""
+    def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
+        """What may follow in a step that has sampled `ids`, before the next one is launched."""
 
 
 class StepRunner:
@@ -128,7 +135,7 @@ class StepRunner:
         drafts = self._drafts(plan, batch, computed, launched.ids)
         return launched._replace(prompt_logprobs=prompts, pooled=pooled, drafts=drafts)
 
-    def _drafts(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Mapping[int, list[int]]:
+    def _drafts(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
         try:
             return {} if self.drafter is None else self.drafter.propose(plan, batch, computed, ids)
         except Exception:
