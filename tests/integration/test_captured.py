@@ -77,12 +77,16 @@ class Graphs:
         return self._results[shape][1]
 
 
+class Ops(TorchOps):
+    captures_chunks = True
+
+
 class Engine:
     """A `core.Executor` of captured steps."""
 
     def __init__(self, config: EngineConfig) -> None:
         with torch.inference_mode():
-            shard = ModelShard(config, torch.device("cpu"), Communicator(), TorchOps())
+            shard = ModelShard(config, torch.device("cpu"), Communicator(), Ops())
             tables = DeviceTables(config, shard.ops, shard.ropes, shard.device)
             row = tables.padding_row
             tables.page_table[row] = tables.host.pages[row] = config.num_pages
@@ -144,7 +148,7 @@ def test_captured_steps_give_the_same_with_drafts(family: str, kind: str, graphs
             np.testing.assert_array_equal(part.top_ids, one.top_ids)
     replayed = graphs[-1].replayed
     assert len(replayed) > num_steps // 3, "hardly anything was captured"
-    if has_states and kind in lengths:
+    if family == "qwen3_5_text" and kind in lengths:
         assert any(shape.num_tokens > shape.num_reqs for shape in replayed)
     assert kind != "right" or num_steps < NUM_TOKENS // 2
 

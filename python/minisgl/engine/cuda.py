@@ -17,6 +17,7 @@ import torch
 from minisgl.attention.base import AttentionStep
 from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
+from minisgl.config.states import DeltaNet
 from minisgl.core import Masks, ScheduledReq, StepPlan, StepResult, most_samples
 from minisgl.distributed.comm import Communicator, Rendezvous
 from minisgl.distributed.cuda import CudaCommunicator
@@ -179,9 +180,11 @@ class CapturedSteps(StepRunner):
         )
         self._out, self._told = (
             [torch.empty(num, size, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)]
-            for size in (1, longest)
+            for size in (1, max(1, longest))
         )
-        self._shapes = captured_shapes(max_batch, longest, has_states, head is not None, config.max_seq_len)
+        chunks = shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in config.model.states)
+        shapes = captured_shapes(max_batch, longest, has_states, head is not None, config.max_seq_len)
+        self._shapes = [shape for shape in shapes if chunks or not (has_states and shape.is_wide)]
         self._wide = [shape for shape in self._shapes if shape.is_wide]
         self._belong = has_states or head is not None  # tokens of a request, in layers
         most = self._shapes[-1].num_tokens if self._shapes else 0
