@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def all_options(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
     """The drafting engine's."""
-    room = {"max_seq_len": 2048, "max_running_requests": max(16, *args.streams)}
+    room = {"max_seq_len": 2048, "max_running_requests": max(16, 4 * max(args.streams))}  # samples of drafts
     options = {**room, "speculate": "ngram", **engine_options(parse_args(flags))}
     if args.shape is not None:  # several fit one device
         num_pages = max(args.streams) * (SHAPE_PROMPT + args.output_len + 64) // 16 + 256

@@ -50,7 +50,7 @@ def captured_shapes(
     shapes, each = [GraphShape(size, size, size) for size in sizes], 1 + draft_len
     for size in sizes if draft_len and (has_states or has_head) else ():
         wide = [GraphShape(size * each * n + 1, size + 1, size * each + 1) for n in (1, 2)[: 1 + has_states]]
-        shapes += [shape for shape in wide if shape.num_samples <= max_batch and shape.num_tokens <= max_seq_len]
+        shapes += [shape for shape in wide if shape.num_samples <= max_batch + 1 and shape.num_tokens <= max_seq_len]
     return sorted(shapes)
 
 
