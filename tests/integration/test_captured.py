@@ -3,6 +3,7 @@ captured is computed again by the function that would have been captured, from t
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +18,13 @@ from minisgl.attention.base import AttentionBackend, AttentionStep
 from minisgl.attention.sdpa import attend
 from minisgl.config.model import AttentionSpec
 from minisgl.config.runtime import EngineConfig, SchedulerConfig
-from minisgl.core import Masks, StepPlan, StepResult
+from minisgl.core import Masks, ScheduledReq, StepPlan, StepResult
 from minisgl.distributed.comm import Communicator
 from minisgl.engine import cuda
 from minisgl.engine.cuda import CapturedSteps
 from minisgl.engine.engine import create_engine
 from minisgl.engine.graph import RunStep
-from minisgl.engine.shapes import GraphShape
+from minisgl.engine.shapes import GraphShape, captured_shapes, fit
 from minisgl.engine.shard import ModelShard
 from minisgl.engine.staging import DeviceTables
 from minisgl.kernel.ops import PagedSequences, TorchOps
@@ -174,3 +175,21 @@ def test_a_head_of_a_hybrid_changes_nothing(max_batch: int, graphs: list[Graphs]
     assert outputs == generate(path, "off", dummy_weight=True)[0]
     assert drafts == generate(path, "mtp", dummy_weight=True)[1]
     assert any(shape.is_wide for shape in graphs[-1].replayed) == (max_batch > 0)
+
+
+@pytest.mark.parametrize(("draft_len", "has_states", "most"), [(3, False, 64), (3, True, 64), (8, True, 28)])
+def test_every_step_with_drafts_fits_a_shape(draft_len: int, has_states: bool, most: int) -> None:
+    shapes = [one for one in captured_shapes(256, draft_len, has_states, True, 2048) if one.is_wide]
+    rng = random.Random(0)
+    for num in range(1, most + 1):
+        for _ in range(20):
+            counts = [rng.choice((1, rng.randint(1, draft_len), draft_len + 1)) for _ in range(num)]
+            again = [rng.randint(0, draft_len) if has_states else 0 for _ in range(num)]
+            reqs = [ScheduledReq(i, 9, n + more, n) for i, (n, more) in enumerate(zip(counts, again, strict=True))]
+            found = fit(shapes, reqs, row=999)
+            assert found is not None, counts
+            shape, padding = found
+            together = (*reqs, *padding)
+            numbers = (sum(req.num_new for req in together), len(together), sum(req.num_samples for req in together))
+            assert numbers == (shape.num_tokens, shape.num_reqs, shape.num_samples)
+            assert all(req.row == 999 and req.num_new >= max(1, req.num_samples) for req in padding)

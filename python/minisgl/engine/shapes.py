@@ -43,14 +43,15 @@ def captured_shapes(
 
     Where the model's layers take one token like another, a request of several is as good as so many requests of one.
     Layers with states, and a head that tells drafts, have to know which tokens belong together: for them there are
-    further shapes, of requests with a whole draft each, and one more of nobody, for what others lack. A state may have
-    to take its last tokens once more, so that there may be twice as many as are sampled.
+    further shapes, of requests with a whole draft each, and of one more, nobody's, for what others lack. A state may
+    have to take its last tokens once more, so that there may be twice as many as are sampled.
     """
     sizes = [size for size in (*_SIZES, *range(544, max_batch, 32)) if size < max_batch] + [max_batch] * (max_batch > 0)
     shapes, each = [GraphShape(size, size, size) for size in sizes], 1 + draft_len
     for size in sizes if draft_len and (has_states or has_head) else ():
-        wide = [GraphShape(size * each * n + 1, size + 1, size * each + 1) for n in (1, 2)[: 1 + has_states]]
-        shapes += [shape for shape in wide if shape.num_samples <= max_batch + 1 and shape.num_tokens <= max_seq_len]
+        num = size * each
+        wide = (num, size, num), (num, size + 1, num), (2 * num, size + 1, num)
+        shapes += [GraphShape(*some) for some in wide[: 2 + has_states] if num <= max_batch and some[0] <= max_seq_len]
     return sorted(shapes)
 
 
