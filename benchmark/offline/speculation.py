@@ -1,26 +1,32 @@
-"""What speculation gains: tokens per second with drafts over those without, on text that comes again and on text that
-does not.
+"""What speculation gains: tokens per second with drafts over those without, on text that comes again, on text that does
+not, and with drafts of some quality.
 
-    python benchmark/offline/speculation.py [--model PATH] [--load quote|fresh|answer] [--speculate ngram|mtp]
-                                            [--streams 1] [--output-len 100] [--rounds 5] [--json FILE]
+    python benchmark/offline/speculation.py [--load quote|fresh|answer] [--streams 1] [--output-len 100]
+                                            [--rounds 5] [--shape NAME] [--accept RATE] [--json FILE] [flags]
 
 Two engines in this process take turns with the same prompts, so that what else the machine does falls on both. quote:
 a text that is to be said again, greedily; fresh: the beginning of a story, sampled; answer: questions in a chat,
-greedily, up to where the answers end. Without `--model` it is the built-in model. Prints both speeds (medians), the
-ratio (median of the rounds'), and how many guessed tokens were right.
+greedily, up to where the answers end. Without `--model` it is the built-in model. Further flags are the engine's; `--speculate ngram` where they name none. Prints both speeds (medians),
+the ratio (median of the rounds'), and how many guessed tokens were right.
+
+--shape: random weights, and prompts of random ids; with `--speculate mtp` the model has a head. --accept: a guessed
+token counts as right by a seeded coin that says yes so often, whatever was sampled.
 """
 
-from __future__ import annotations
-
 import argparse
+import contextlib
 import json
+import random
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 from minisgl import LLM, SamplingParams
 from minisgl.benchmark import run_script
 from minisgl.benchmark.metrics import describe_machine
+from minisgl.benchmark.offline import engine_options, model_options
+from minisgl.config.args import parse_args
 
 TEXT = """The keeper of the lighthouse counts the ships that pass in the night and writes each one into a long list.
 In winter there are few of them, and the list of a week fits on one page; in summer the fishermen of four villages go
@@ -32,6 +38,7 @@ QUESTIONS = (
     "Who are you?", "What is a token?", "What can you do?", "What is the capital of France?",
     "What is attention in a language model?", "How does caching help?", "Why is the sky blue?",
 )  # fmt: skip
+SHAPE_PROMPT = 128  # tokens
 
 
 def prompts(load: str, num: int) -> list[str]:
@@ -40,52 +47,80 @@ def prompts(load: str, num: int) -> list[str]:
     return [f"Story {i} of {TOPICS[i % 8]} and {TOPICS[(3 * i + 5) % 8]}. It begins so:" for i in range(num)]
 
 
-def generate(engine: LLM, load: str, num_streams: int, params: SamplingParams) -> list[list[int]]:
-    """The tokens of each output, in the order of the prompts."""
+def generate(engine: LLM, load: str, texts: list[Any], params: SamplingParams) -> list[list[int]]:
+    """The tokens of each output, in the order of the prompts; of questions, as many at a time as there are texts."""
     if load != "answer":
-        return [out.token_ids for out in engine.generate(prompts(load, num_streams), params, progress=False)]
+        return [out.token_ids for out in engine.generate(texts, params, progress=False)]
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    groups = [chats[i : i + num_streams] for i in range(0, len(chats), num_streams)]
+    groups = [chats[i : i + len(texts)] for i in range(0, len(chats), len(texts))]
     return [out.token_ids for group in groups for out in engine.chat(group, params, progress=False)]
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
     parser.add_argument("--load", choices=("quote", "fresh", "answer"), default="quote")
-    parser.add_argument("--speculate", choices=("ngram", "mtp"), default="ngram")
-    parser.add_argument("--streams", type=int, default=1)
+    parser.add_argument("--streams", type=int, default=[1], nargs="+")
     parser.add_argument("--output-len", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shape")
+    parser.add_argument("--accept", type=float)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    model = {} if args.model is None else {"model": args.model}
-    options = {"device": "cpu", "max_seq_len": 2048, "max_running_requests": max(16, args.streams), **model}
-    temperature, is_answer = 0.8 if args.load == "fresh" else 0.0, args.load == "answer"
-    params = SamplingParams(args.output_len, temperature, seed=1, ignore_eos=not is_answer)
-    seconds: dict[str, list[float]] = {"off": [], args.speculate: []}
-    num_same = num_tokens = 0
-    with LLM(**options) as plain, LLM(**options, speculate=args.speculate) as drafting:
-        engines = dict(zip(seconds, (plain, drafting), strict=True))
-        for turn in range(args.rounds + 1):  # the first one warms up
-            outputs = {}
-            for name in list(engines)[:: 1 if turn % 2 else -1]:
-                begin = time.perf_counter()
-                outputs[name] = generate(engines[name], args.load, args.streams, params)
-                seconds[name] += [time.perf_counter() - begin] if turn else []
-            num_tokens = sum(map(len, outputs["off"]))
-            num_same = sum(a == b for a, b in zip(*outputs.values(), strict=True))
-        counts = drafting.scheduler.planner.speculation
-        num_drafted, num_right = counts.num_drafted, counts.num_right
+    return parser
+
+
+def all_options(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
+    """The drafting engine's."""
+    room = {"max_seq_len": 2048, "max_running_requests": max(16, 4 * max(args.streams))}  # samples of drafts
+    options = {**room, "speculate": "ngram", **engine_options(parse_args(flags))}
+    if args.shape is not None:  # several fit one device
+        num_pages = max(args.streams) * (SHAPE_PROMPT + args.output_len + 64) // 16 + 256
+        options = {"num_pages": num_pages, "max_prefill_length": 2048, **options}
+        if options["speculate"] == "mtp":
+            options["config_override"] = {"mtp_num_hidden_layers": 1}
+    return options
+
+
+def compare(engines: dict[str, LLM], args: argparse.Namespace, num: int) -> dict[str, Any]:
+    """So many streams, in turns."""
+    numbers, temperature, load = random.Random(0), 0.8 if args.load == "fresh" else 0.0, args.load
+    texts: list[Any] = list(prompts(args.load, num))
+    if args.shape is not None:
+        texts, load = [[numbers.randrange(10, 4000) for _ in range(SHAPE_PROMPT)] for _ in range(num)], "fresh"
+    params = SamplingParams(args.output_len, temperature, seed=1, ignore_eos=load != "answer")
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    speculation = engines["drafts"].scheduler.planner.speculation
+    before, num_same, num_tokens = (speculation.num_drafted, speculation.num_right), 0, 0
+    for turn in range(args.rounds + 1):  # the first one warms up
+        outputs = {}
+        for name in list(engines)[:: 1 if turn % 2 else -1]:
+            begin = time.perf_counter()
+            outputs[name] = generate(engines[name], load, texts, params)
+            seconds[name] += [time.perf_counter() - begin] if turn else []
+        num_same = sum(a == b for a, b in zip(*outputs.values(), strict=True))
+        num_tokens = sum(map(len, outputs["plain"]))
     speeds = {name: num_tokens / statistics.median(times) for name, times in seconds.items()}
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    print(f"{args.load}, {args.streams} streams, {num_tokens} tokens: {num_same} outputs the same")
+    drafted, right = speculation.num_drafted - before[0], speculation.num_right - before[1]
+    print(f"{args.shape or args.load}, {num} streams, {num_tokens} tokens: {num_same} outputs the same")
     print(", ".join(f"{name} {speed:.0f} tokens/s" for name, speed in speeds.items()))
     print(f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
-    print(f"{num_drafted} tokens guessed, {num_right} right")
+    print(f"{drafted} tokens guessed, {right} right", flush=True)
+    return {"streams": num, "speeds": speeds, "ratios": ratios, "drafted": drafted, "right": right}
+
+
+def main() -> None:
+    args, flags = make_parser().parse_known_args()
+    options = all_options(args, flags)
+    with contextlib.ExitStack() as stack:
+        options = stack.enter_context(model_options(args.shape, options))
+        engines = {name: stack.enter_context(LLM(**options | more)) for name, more in
+                   (("plain", {"speculate": "off"}), ("drafts", {}))}  # fmt: skip
+        if args.accept is not None:
+            coin = random.Random(1)
+            engines["drafts"].scheduler.planner.speculation.holds = lambda *_: coin.random() < args.accept
+        reports = [compare(engines, args, num) for num in args.streams]
     if args.json:
-        report = {"speeds": speeds, "ratios": ratios, "drafted": num_drafted, "right": num_right}
-        args.json.write_text(json.dumps({**report, **describe_machine()}, indent=1))
+        args.json.write_text(json.dumps({"runs": reports, **describe_machine()}, indent=1))
 
 
 if __name__ == "__main__":

@@ -120,9 +120,9 @@ def test_decode(num_qo: int, num_kv: int, dim: int, dtype: torch.dtype, plan: tu
             for window in (None, 1, 100):
                 expected = case.reference(window)
                 for cluster in (0, 1, 2, 8, 16):
-                    for early in (False, True):
+                    for fresh in (0, 1, 70):
                         out = torch.full(case.q.shape, float("nan"), dtype=dtype, device="cuda")
-                        backend.launch(case.q, case.cache, window or 0, case.seqs, out, cluster, early)
+                        backend.launch(case.q, case.cache, window or 0, case.seqs, out, cluster, fresh)
                         check(out, expected)
                 metadata = backend.prepare(case.step, captured=False)
                 check(backend.forward(case.q, case.cache, spec_of(shape, window), metadata), expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 from minisgl.config.args import parse_args
 from minisgl.config.families import read_model_config
 from minisgl.config.resolve import prepare
-from minisgl.config.runtime import SchedulerConfig
+from minisgl.config.runtime import EngineConfig, SchedulerConfig
 from minisgl.core import ReqOutput, SamplingParams, StepResult
 from minisgl.engine.engine import create_engine
 from minisgl.errors import ConfigError
@@ -87,14 +88,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Head]:
 Drafts = list[tuple[list[int], list[int]]]
 
 
-def generate(path: Path, speculate: str, breaks: bool = False, **kernels: Any) -> tuple[list[list[int]], Drafts]:
+def generate(
+    path: Path, speculate: str, breaks: bool = False, create: Callable[[EngineConfig], Any] = create_engine,
+    **kernels: Any,
+) -> tuple[list[list[int]], Drafts]:  # fmt: skip
     """The output of each request; and of each step the drafts of the first one, with the tokens that they follow.
     breaks: the head fails, each time."""
     model = read_model_config(path, mtp=speculate == "mtp")
     config = engine_config(path, page_size=4, num_pages=256, model=model, **kernels)
     if model.states:
         config = replace(config, num_snapshots=12)
-    engine = create_engine(config)
+    engine = create(config)
     if breaks:
         engine.steps.drafter = Mock(propose=Mock(side_effect=RuntimeError("the head is broken")))
     planning = SchedulerConfig(4, 16, config.max_seq_len, 256, 4, 1, integrity_fatal=True, speculate=speculate)

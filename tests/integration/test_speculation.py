@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -59,11 +59,13 @@ class Knowing(Drafter):
         pass
 
 
-def run(engine: Executor, config: SchedulerConfig, drafter: Drafter | None) -> tuple[list[list[ReqOutput]], int]:
+def run(
+    engine: Executor, config: SchedulerConfig, drafter: Drafter | None, requests: Sequence[SamplingParams] = REQUESTS
+) -> tuple[list[list[ReqOutput]], int]:
     """What each request is told, and the number of steps."""
     planner, handles, num_steps = Planner(config, drafter), list[Any](), 0
-    told: list[list[ReqOutput]] = [[] for _ in REQUESTS]
-    for uid, params in enumerate(REQUESTS):
+    told: list[list[ReqOutput]] = [[] for _ in requests]
+    for uid, params in enumerate(requests):
         assert not planner.add(uid, random_prompt(5 + 9 * uid, seed=uid), params)
     while not planner.is_idle:
         if (planned := planner.plan()) is not None:

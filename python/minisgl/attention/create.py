@@ -10,6 +10,7 @@ from minisgl.attention.base import AttentionBackend, AttentionShape, AttentionSt
 from minisgl.attention.sdpa import SdpaBackend
 from minisgl.config.model import AttentionSpec, PagedKV
 from minisgl.config.runtime import EngineConfig
+from minisgl.core import most_samples
 from minisgl.errors import ConfigError
 from minisgl.kvcache.pool import LayerCache
 
@@ -72,7 +73,8 @@ def create_backend(config: EngineConfig, dtype: torch.dtype, device: torch.devic
         head_dim=config.model.head_dim,
         dtype=dtype,
         page_size=config.page_size,
-        max_running_requests=config.max_running_requests,
+        max_running_requests=2 * most_samples(config.max_running_requests) + 1,  # of a step that verifies: its tokens
+        num_fresh=(1 + config.draft_len) * (2 if config.model.states and config.draft_len else 1),
         max_seq_len=config.max_seq_len,
         has_float8=config.kv_cache_dtype == "fp8",
         windows=tuple(dict.fromkeys(spec.window for spec in specs)),

@@ -59,15 +59,15 @@ class CudaBackend(AttentionBackend[PagedSequences]):
         cluster = cluster_size(q.shape[0], self._shape.num_kv_heads, self._num_sms)
         # A captured graph begins when all before it is done, and nothing in it writes the page table, the lengths or
         # older tokens. Launched one by one, the kernel may overlap one that does.
-        early = torch.cuda.is_current_stream_capturing()
-        self.launch(q, cache, spec.window or 0, metadata, out, cluster, early, sinks)
+        fresh = self._shape.num_fresh if torch.cuda.is_current_stream_capturing() else 0
+        self.launch(q, cache, spec.window or 0, metadata, out, cluster, fresh, sinks)
         return out
 
     def launch(
-        self, q: Tensor, cache: LayerCache, window: int, seqs: PagedSequences, out: Tensor, cluster: int, early: bool,
+        self, q: Tensor, cache: LayerCache, window: int, seqs: PagedSequences, out: Tensor, cluster: int, fresh: int,
         sinks: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """`forward` with the choices made. window 0: none; cluster: as from `cluster_size`; early: see the kernel."""
+        """`forward` with the choices made. window 0: none; cluster: as from `cluster_size`; fresh: see the kernel."""
         inputs = q, cache.k, cache.v, seqs.page_table, seqs.rows, seqs.seq_lens
         sizes = seqs.page_size, window, sinks, cluster, self._num_blocks
-        self._kernel.attention_decode(*inputs, out, self._partial, self._counters, *sizes, early)
+        self._kernel.attention_decode(*inputs, out, self._partial, self._counters, *sizes, fresh)

@@ -11,8 +11,10 @@ import msgspec
 
 from minisgl.config.args import ServerArgs
 from minisgl.config.model import DTYPE_BYTES, AttentionSpec, ModelConfig, MoE, PagedKV
+from minisgl.config.mtp import longest_draft
 from minisgl.config.probe import PACKAGES, Capabilities, Gpu
 from minisgl.config.runtime import EngineConfig
+from minisgl.core import most_samples
 from minisgl.env import env_bool
 from minisgl.errors import ConfigError
 from minisgl.utils.math import div_ceil
@@ -23,7 +25,6 @@ GIB = 2**30
 MIN_ARCH = (8, 0)
 _PAGE_SIZE = 16  # tokens
 _PREFILL_LENGTH = {"cpu": 512, "cuda": 8192}  # tokens
-STEP_COSTS = {"cpu": (0.15, 0.03), "cuda": (0.02, 0.5)}  # see `SchedulerConfig.step_costs`; of GPUs a guess
 _ONE_THREAD_BYTES = 64 * 2**20  # of weights; below that, waking torch's second thread costs more than it computes
 _GRAPH_MAX_BS = 256  # requests
 _LOADING_THREADS = 4  # beside a GPU
@@ -95,6 +96,12 @@ def _cuda_problem(machine: Capabilities, tp_size: int) -> str:
     return ""
 
 
+def step_costs(engine: EngineConfig) -> tuple[float, float]:
+    """`SchedulerConfig.step_costs`. Of GPUs a guess: half a millisecond beside reading the weights."""
+    seconds = 5e-4 + engine.model.weight_bytes(engine.dtype, engine.tp_size) / 4e12
+    return (0.15, 0.03) if engine.device == "cpu" else (0.004, 5e-4 / seconds)
+
+
 def dotted(version: tuple[int, ...]) -> str:
     """A version in words; "?" where it is not known."""
     return ".".join(map(str, version)) or "?"
@@ -107,9 +114,8 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
     """
     device, tp_size, dtype = choose_device(args, machine), args.tensor_parallel_size, args.dtype or model.dtype
     num_snapshots = args.num_state_snapshots or max(16, args.max_running_requests)
-    if args.speculate == "mtp" and (model.mtp is None or device == "cuda"):
-        problem = f"{path} has no head for it" if model.mtp is None else "it computes on CPUs only, so far"
-        raise ConfigError(f"--speculate mtp: {problem}; choose ngram, or off")
+    if args.speculate == "mtp" and model.mtp is None:
+        raise ConfigError(f"--speculate mtp: {path} has no head for it; choose ngram, or off")
     wanted = EngineConfig(
         model_path=path,
         model=model,
@@ -130,6 +136,7 @@ def decide_engine(args: ServerArgs, path: str, model: ModelConfig, seq_len: int,
         memory_ratio=args.memory_ratio,
         num_snapshots=num_snapshots if model.states and args.cache_type == "radix" else 0,
         window=model.window if model.window < seq_len else 0,
+        draft_len=longest_draft(args.speculate, args.speculate_tokens),
     )
     if args.quantization and model.packed_bytes:
         raise ConfigError(f"--quantization {args.quantization}: the weights of {path} are packed already")
@@ -195,6 +202,8 @@ def _on_gpus(args: ServerArgs, wanted: EngineConfig, machine: Capabilities) -> E
     wanted = _with_states(wanted, free)
     capacity = gpu_tokens(wanted, gpus)
     prefill, decode = _choose_attention(wanted, args.attention_backend, "", machine)
+    if args.speculate == "mtp" and decode in ("fi", "sdpa"):  # which need the host before each token
+        raise ConfigError(f"--speculate mtp: not with the attention of {decode}; choose another --attn")
     moe_backend = args.moe_backend or ("triton" if "triton" in machine.packages else "torch")
     if moe_backend == "triton" and "triton" not in machine.packages:
         raise ConfigError("--moe-backend triton: needs a package: pip install triton")
@@ -234,7 +243,8 @@ def _graph_max_bs(args: ServerArgs, wanted: EngineConfig, decode: str, moe_backe
         problem = "--moe-backend torch cannot be captured; choose triton, or 0"
     if asked and problem:
         raise ConfigError(f"--cuda-graph-max-bs {asked}: {problem}")
-    return 0 if problem else min(_GRAPH_MAX_BS if asked is None else asked, wanted.max_running_requests)
+    most = most_samples(wanted.max_running_requests) if wanted.draft_len else wanted.max_running_requests
+    return 0 if problem else min(_GRAPH_MAX_BS if asked is None else asked, most)
 
 
 def _choose_attention(wanted: EngineConfig, asked: str | None, lack: str, machine: Capabilities) -> tuple[str, str]:

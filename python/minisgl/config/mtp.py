@@ -6,6 +6,13 @@ from dataclasses import replace
 from minisgl.config.model import DenseMLP, LayerSpec, PagedKV
 from minisgl.utils.fields import Fields
 
+_LONGEST = {"ngram": 8, "mtp": 3}  # tokens
+
+
+def longest_draft(kind: str, asked: int | None) -> int:
+    """Tokens of a request that a step may verify, at most. kind: of drafter; asked: None where no flag says it."""
+    return 0 if kind == "off" else asked or _LONGEST[kind]
+
 
 def read_mtp(f: Fields, layers: Sequence[LayerSpec]) -> LayerSpec | None:
     """The layer of the head, if there is one: as the last of the model that has keys and values."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from minisgl.config import chat
 from minisgl.config.args import ServerArgs, ServerOptions
-from minisgl.config.device import STEP_COSTS, choose_device, decide_engine
+from minisgl.config.device import choose_device, decide_engine, step_costs
 from minisgl.config.families import read_model_config
 from minisgl.config.locate import is_remote, locate_model, read_fields, split_revision
 from minisgl.config.model import ModelConfig
@@ -99,7 +99,7 @@ def resolve(args: ServerArgs, files: ModelFiles, machine: Capabilities) -> Serve
         eos_token_ids=model.eos_token_ids,
         vocab_size=model.vocab_size,
         overlap=not args.disable_overlap,
-        step_costs=STEP_COSTS[engine.device],
+        step_costs=step_costs(engine),
         token_seconds=2 * model.weight_bytes("int8", engine.tp_size) / flops,
     )
     tools, reasoning = chat.choose_parsers(args.tool_call_parser, args.reasoning_parser, files.chat_template)

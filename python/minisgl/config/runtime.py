@@ -35,6 +35,7 @@ class EngineConfig:
     num_snapshots: int = 0  # of states, beside those of rows
     window: int = 0  # of layers whose windows slide, tokens: they have pages of their own; 0: all have the same
     num_window_pages: int = 0  # that these have; as `num_pages`
+    draft_len: int = 0  # tokens of a request that a step may verify, at most
     # CPU only.
     cpu_kernels: bool = False  # our own; else torch computes
     # CUDA only, from here on.

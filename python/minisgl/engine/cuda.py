@@ -6,24 +6,30 @@ that is not in the graph (prompts and pages that rows gain, steps with prefill) 
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from minisgl.attention.create import Backend
 from minisgl.config.runtime import EngineConfig
+from minisgl.config.states import DeltaNet
 from minisgl.core import Masks, ScheduledReq, StepPlan, StepResult, most_samples
 from minisgl.distributed.comm import Communicator, Rendezvous
 from minisgl.distributed.cuda import CudaCommunicator
-from minisgl.engine.graph import DecodeGraphs, GraphShape, RunStep
+from minisgl.engine.graph import DecodeGraphs, RunStep
 from minisgl.engine.memory import activation_bytes, large_step, pages_that_fit
+from minisgl.engine.rules import StepRules
+from minisgl.engine.shapes import GraphShape, captured_shapes, fit, one_by_one
 from minisgl.engine.shard import DTYPES, ModelShard
 from minisgl.engine.staging import NUM_BUFFERS, DeviceTables
 from minisgl.engine.step import Launched, LayerByLayer, StepRunner
-from minisgl.engine.tables import StepIndex
+from minisgl.engine.tables import Batch, StepIndex, StepTensors
+from minisgl.engine.telling import DeviceDrafter
 from minisgl.errors import ConfigError, EngineError
 from minisgl.kernel.cuda import create_cuda_ops
+from minisgl.kernel.ops import PagedSequences
 from minisgl.kvcache.pool import KVPool
 from minisgl.utils.math import div_ceil
 
@@ -158,48 +164,110 @@ def _activation_bytes(shard: ModelShard, tables: DeviceTables, backend: Backend)
 
 
 class CapturedSteps(StepRunner):
-    """Launches steps on the current stream: those that only decode, of up to `max_batch` requests, as graphs."""
+    """Launches steps on the current stream: as graphs those of up to `max_batch` samples that only decode, or verify
+    drafts."""
 
     def __init__(self, shard: ModelShard, kv: KVPool, tables: DeviceTables, backend: Backend, max_batch: int) -> None:
         self._layers, self._backend = LayerByLayer(shard, kv, backend, tables.inputs), backend
         super().__init__(shard, kv, tables, self._layers)
-        num_samples = most_samples(shard.config.max_running_requests)
-        self._padding_row = tables.padding_row
-        self._out = [torch.empty(num_samples, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)]
-        self._graphs = DecodeGraphs(self._decode, max_batch)
+        config, head, self._device_tables, self._teller = shard.config, shard.mtp, tables, None
+        if head is not None:
+            self._teller = DeviceDrafter(head, shard.model, self._layers, backend, tables, config.draft_len)
+        self.drafter, self._padding_row = self._teller, tables.padding_row
+        num, longest, has_states = (
+            most_samples(config.max_running_requests),
+            config.draft_len,
+            bool(config.model.states),
+        )
+        self._out, self._told = (
+            [torch.empty(num, size, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS)]
+            for size in (1, max(1, longest))
+        )
+        chunks = shard.ops.captures_chunks and all(isinstance(kind, DeltaNet) for kind in config.model.states)
+        shapes = captured_shapes(max_batch, longest, has_states, head is not None, config.max_seq_len)
+        self._shapes = [shape for shape in shapes if chunks or not (has_states and shape.is_wide)]
+        self._wide = [shape for shape in self._shapes if shape.is_wide]
+        self._belong = has_states or head is not None  # tokens of a request, in layers
+        most = self._shapes[-1].num_tokens if self._shapes else 0
+        self._counting = torch.arange(most + 1, dtype=torch.int32, device=shard.device)
+        self._ends = torch.empty_like(self._counting)
+        self._graphs = DecodeGraphs(self._capture, self._shapes)
 
     def launch(self, plan: StepPlan, masks: Masks | None = None) -> Launched:
-        """Its ids are on their way to the host."""
-        launched = super().launch(plan, masks)
-        out = self._out[plan.step_id % NUM_BUFFERS][: len(launched.ids)]
-        return launched._replace(ids=out.copy_(launched.ids, non_blocking=True))
+        """Its results are on their way to the host."""
+        launched, turn = super().launch(plan, masks), plan.step_id % NUM_BUFFERS
+        ids, told = self._out[turn][: len(launched.ids), 0], launched.drafts
+        if isinstance(told, Tensor):
+            told = self._told[turn][: len(told)].copy_(told, non_blocking=True)
+        return launched._replace(ids=ids.copy_(launched.ids, non_blocking=True), drafts=told)
 
     def _launch(self, plan: StepPlan, masks: Masks | None) -> Launched:
         """Replay a captured step that holds the plan, if there is one; its further requests are nobody's."""
-        num = len(plan.reqs)
-        shape = self._graphs.shape_for(num, 1) if plan.is_decode_only else None
-        if shape is None:
+        asks = self._teller is not None and any(share.num_drafts for share in plan.reqs)
+        reqs = plan.reqs if plan.is_decode_only else self._verifying(plan)
+        found = None
+        for shapes in (self._wide, self._shapes) if asks else (self._shapes,):  # the narrow ones tell no drafts
+            found = found or (fit(shapes, reqs, self._padding_row) if reqs else None)
+        if found is None:
             return super()._launch(plan, masks)
-        index = StepIndex.of((*plan.reqs, *self._padding(shape, shape.batch - num)))
+        shape, padding = found
+        index = StepIndex.of((*reqs, *padding))
         self.tables.send(plan, index)
-        if self._backend.plans_captured:
-            self._backend.prepare_both(self.batch(index, shape.batch).attention, captured=True)
-        ids = self._graphs.replay(shape)[:num]
-        return self._finish(plan, masks, index, ids, lambda: (self._graphs.logits(shape), self.tables.tensors(index)))
+        self._prepare(self._batch(index, shape))
+        ids, told = self._graphs.replay(shape)
+        ids = ids[: sum(share.num_samples for share in plan.reqs)]
+        source = lambda: (self._graphs.logits(shape), self.tables.tensors(index))  # noqa: E731
+        launched = self._finish(plan, masks, index, ids, source)
+        return launched if told is None else launched._replace(drafts=told[: len(plan.reqs)])
 
-    def _padding(self, shape: GraphShape, num: int) -> tuple[ScheduledReq, ...]:
-        """So many requests of nobody."""
-        return (ScheduledReq(self._padding_row, 0, shape.q_len, shape.q_len),) * num
+    def _verifying(self, plan: StepPlan) -> tuple[ScheduledReq, ...]:
+        """The requests of a step that verifies drafts, as graphs take them; none where it has prompts, too."""
+        prompts = self.tables.host.logprob_rules.prompt(plan.reqs, np.zeros(len(plan.reqs), np.int64))
+        if not plan.drafts or not all(share.num_samples for share in plan.reqs) or prompts is not None:
+            return ()
+        return plan.reqs if self._belong else one_by_one(plan.reqs) or ()
 
-    def _decode(self, shape: GraphShape) -> RunStep:
-        """What is captured: a decode step from the staging buffer, which now has nobody's → its ids and logits."""
-        index = StepIndex.of(self._padding(shape, shape.batch))
+    def _batch(self, index: StepIndex, shape: GraphShape) -> Batch:
+        """Of a captured step, whose numbers were sent: to attention each token is a sequence of its own, which has the
+        keys and values of those before it."""
+        batch = self.batch(index, shape.num_reqs)
+        if not shape.is_wide:
+            return batch
+        tensors, host, num = batch.tensors, self.tables.host, shape.num_tokens
+        sequences = tensors.token_rows, self._ends[:num], self._counting[: num + 1]
+        device = PagedSequences(self.tables.page_table, *sequences, host.page_size)
+        alone = index.token_rows, index.positions, np.ones(num, np.int64), np.arange(num + 1)
+        return Batch(index, tensors, self.attention(alone, num, device), tensors.logit_tokens)
+
+    def _prepare(self, batch: Batch, captures: bool = False) -> Sequence[object]:
+        """What attention reads of a step beside its numbers. captures: it is not a replay, for which less may do."""
+        if len(batch.attention.rows) > len(batch.index.rows):
+            torch.add(batch.tensors.positions, 1, out=batch.attention.on_device().seq_lens)
+        needed = captures or self._backend.plans_captured
+        return self._backend.prepare_both(batch.attention, captured=True) if needed else ()
+
+    def _sample(
+        self, logits: Tensor, tensors: StepTensors, rules: StepRules | None = None, ids: Tensor | None = None
+    ) -> Tensor:
+        if ids is not None:  # a replay has written over the drafts, to which penalties look back
+            self._device_tables.write_drafts()
+        return super()._sample(logits, tensors, rules, ids)
+
+    def _capture(self, shape: GraphShape) -> RunStep:
+        """What is captured: a step from the staging buffer, which now has nobody's → its results and logits."""
+        padding = shape.padding((), self._padding_row)
+        assert padding is not None
+        index = StepIndex.of(padding)
         self.tables.send(_NO_STEP, index)
-        batch = self.batch(index, shape.batch)
-        metadata = self._backend.prepare_both(batch.attention, captured=True)
+        batch, teller = self._batch(index, shape), self._teller
+        metadata = self._prepare(batch, captures=True)
 
-        def run() -> tuple[Tensor, Tensor]:
-            logits = self._layers.run(batch, metadata).logits(None)
-            return self._sample(logits, batch.tensors), logits
+        def run() -> tuple[tuple[Tensor, Tensor | None], Tensor]:
+            computed = self._layers.run(batch, metadata)
+            logits, told = computed.logits(None), None
+            ids = self._sample(logits, batch.tensors)
+            if teller is not None:
+                told = teller.tell(batch, self._layers.context(batch, metadata), computed, ids, shape.is_wide)
+            return (ids, told), logits
 
         return run

@@ -1,65 +1,50 @@
 """Decode steps captured in CUDA graphs."""
 
-import bisect
 import logging
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
+
+from minisgl.engine.shapes import GraphShape
 
 Tensor = torch.Tensor
 
 logger = logging.getLogger(__name__)
 
-RunStep = Callable[[], tuple[Tensor, Tensor]]
-
-
-class GraphShape(NamedTuple):
-    """What is built into a captured step."""
-
-    batch: int  # requests
-    q_len: int  # tokens of each, all of which sample
+Results = tuple[Tensor, Tensor | None]  # ids [num_samples] int32; drafts, as in `step.Told`
+RunStep = Callable[[], tuple[Results, Tensor]]
 
 
 class DecodeGraphs:
-    """prepare(shape): makes a function that computes a decode step of this shape from static tensors, and returns the
-    tensors of its ids and of its logits.
+    """prepare(shape): makes a function that computes a step of this shape from static tensors, and returns its
+    results and its logits. shapes: by size.
 
     Largest first, so that the smaller ones find room in the pool that it leaves.
     """
 
-    def __init__(self, prepare: Callable[[GraphShape], RunStep], max_batch: int) -> None:
-        self._graphs: dict[GraphShape, tuple[torch.cuda.CUDAGraph, Tensor, _Place]] = {}
-        sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, max(max_batch, 544), 32)]
-        self._sizes = [size for size in sizes if size < max_batch] + [max_batch] * (max_batch > 0)  # of batches
+    def __init__(self, prepare: Callable[[GraphShape], RunStep], shapes: Sequence[GraphShape]) -> None:
+        self._graphs: dict[GraphShape, tuple[torch.cuda.CUDAGraph, Results, _Place]] = {}
         start, pool = time.perf_counter(), None
-        for size in reversed(self._sizes):
-            shape = GraphShape(size, 1)
+        for shape in reversed(shapes):
             run = prepare(shape)
             run()  # loads kernels and library workspaces, which a capture cannot
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-                ids, logits = run()
+                results, logits = run()
             pool = pool or graph.pool()
-            self._graphs[shape] = graph, ids, _Place(logits)
+            self._graphs[shape] = graph, results, _Place(logits)
             del logits  # its memory serves the next capture, too
-        if self._sizes:
+        if shapes:
             torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-            logger.info("captured %d CUDA graphs, batches up to %d, in %.1f s", len(self._sizes), max_batch, seconds)
+            seconds, most = time.perf_counter() - start, shapes[-1].num_samples
+            logger.info("captured %d CUDA graphs, batches up to %d, in %.1f s", len(shapes), most, seconds)
 
-    def shape_for(self, batch: int, q_len: int) -> GraphShape | None:
-        """The smallest captured one that holds `batch` requests of `q_len` tokens each."""
-        i = bisect.bisect_left(self._sizes, batch)
-        shape = GraphShape(self._sizes[i], q_len) if i < len(self._sizes) else None
-        return shape if shape in self._graphs else None
-
-    def replay(self, shape: GraphShape) -> Tensor:
-        """Launch the step; its ids: [batch * q_len] int32, valid until the next replay."""
-        graph, ids, _ = self._graphs[shape]
+    def replay(self, shape: GraphShape) -> Results:
+        """Launch the step; its results are valid until the next replay."""
+        graph, results, _ = self._graphs[shape]
         graph.replay()
-        return ids
+        return results
 
     def logits(self, shape: GraphShape) -> Tensor:
         """What the ids were sampled from, if the last replay was of this shape: valid until the next one."""

@@ -22,6 +22,7 @@ class Computed(NamedTuple):
 
     logits: Callable[[Tensor | None], Tensor]
     hidden: Callable[[Tensor], Tensor]
+    input_ids: Tensor | None = None  # of all tokens
 
 
 class PooledRows:

@@ -67,8 +67,9 @@ class DeviceTables:
         self._ops, self._page_size = ops, config.page_size
         angles = [rope(torch.arange(config.max_seq_len + 1, device=device)) for rope in ropes]
         self._angles = [torch.cat((table.cos[:, 0], table.sin[:, 0]), -1).contiguous() for table in angles]
-        num_tokens = max(config.max_prefill_length, num_rows)
-        num_words = most_samples(num_rows) * (NUM_WORDS + 5) + 1 + 2 * num_tokens  # `StepTensors`, prompts and pages
+        num_tokens = max(config.max_prefill_length, 2 * most_samples(num_rows) + 1)
+        num_words = most_samples(num_rows) * (NUM_WORDS + 6) + 1 + 2 * num_tokens  # `StepTensors`, prompts and pages
+        self._drafted = list[Tensor]()
         self._staging = Staging(num_words + 2 * max(num_tokens, 64 * num_rows), device)
 
     def tensors(self, index: StepIndex) -> StepTensors:
@@ -87,16 +88,20 @@ class DeviceTables:
         entries = [one.row * width + one.first_index + i for one in updates for i in range(len(one.pages))]
         pages = [page for one in updates for page in one.pages], [page for one in updates for page in one.window_pages]
         gained = [put(np.array(values, np.int32)) for values in (entries, *pages) if values]
-        drafted = [put(values) for values in self._drafts(plan)]
+        self._drafted = [put(values) for values in self._drafts(plan)]
         self._staging.flush()
         for row, ids in prompts:
             self.token_ids[row, : len(ids)].copy_(ids)
         for table, values in zip(self._tables, gained[1:], strict=False):
             self._ops.scatter(table, gained[0], values)
-        if drafted:
-            self._ops.scatter(self.token_ids, *drafted)
+        self.write_drafts()
         if plan.expected:  # it waits for the device, now and then
             check_pages(plan, *(table.cpu().numpy() for table in self._tables))
+
+    def write_drafts(self) -> None:
+        """The last step's drafts become tokens, (again) in place of what was sampled."""
+        if self._drafted:
+            self._ops.scatter(self.token_ids, *self._drafted)
 
     def _drafts(self, plan: StepPlan) -> list[npt.NDArray[np.int32]]:
         """Their entries of the table of tokens, and what these become."""

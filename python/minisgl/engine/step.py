@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
 
-from minisgl.attention.base import AttentionStep, StepContext
+from minisgl.attention.base import AttentionStep, IntArray, StepContext
 from minisgl.attention.create import Backend
 from minisgl.core import Masks, StepPlan, StepResult
 from minisgl.engine.logprobs import DeviceLogprobs, gather_logprobs
@@ -24,6 +25,8 @@ Tensor = torch.Tensor
 
 logger = logging.getLogger(__name__)
 
+# `StepResult.drafts`; or of all m requests, as far as they have `num_drafts`: [m, longest].
+Told = Mapping[int, list[int]] | Tensor
 # Ids, slots and angles of a step's tokens. Slots are those of `StepContext`.
 Inputs = Callable[[Batch], tuple[Tensor, Tensors, Sequence[RopeAngles]]]
 
@@ -35,7 +38,7 @@ class Launched(NamedTuple):
     logprobs: DeviceLogprobs | None = None
     prompt_logprobs: DeviceLogprobs | None = None
     pooled: Mapping[int, Tensor] = {}
-    drafts: Mapping[int, list[int]] = {}
+    drafts: Told = MappingProxyType({})
 
     def result(self, plan: StepPlan) -> StepResult:
         """Of tensors that the host can read."""
@@ -45,7 +48,9 @@ class Launched(NamedTuple):
         if plan.drafts:  # else, each request samples one
             left, counts = iter(ids), [share.num_samples for share in plan.reqs if share.num_samples]
             token_ids = [tuple(islice(left, count)) for count in counts]
-        return StepResult(plan.step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled), self.drafts)
+        told = dict(enumerate(self.drafts.tolist())) if isinstance(self.drafts, Tensor) else self.drafts
+        drafts = {i: told[i][: plan.reqs[i].num_drafts] for i in told if plan.reqs[i].num_drafts}
+        return StepResult(plan.step_id, token_ids, logprobs, prompts, pooled_bytes(self.pooled), drafts)
 
 
 class Tables(Protocol):
@@ -78,12 +83,15 @@ class LayerByLayer:
         return Computed(
             lambda tokens: self._model.logits(hidden, batch.logit_tokens if tokens is None else tokens),
             lambda tokens: hidden.index_select(0, tokens),
+            input_ids,
         )
 
-    def context(self, batch: Batch) -> StepContext:
+    def context(self, batch: Batch, metadata: Sequence[object] | None = None) -> StepContext:
         """For layers that are computed beside the model's."""
         _, slots, ropes = self._inputs(batch)
-        return self._context(batch, self._backend.prepare_both(batch.attention, captured=False), slots, ropes)
+        if metadata is None:
+            metadata = self._backend.prepare_both(batch.attention, captured=False)
+        return self._context(batch, metadata, slots, ropes)
 
     def _context(
         self, batch: Batch, metadata: Sequence[object], slots: Tensors, ropes: Sequence[RopeAngles]
@@ -95,8 +103,8 @@ class LayerByLayer:
 class Drafter(Protocol):
     """Says what may come next."""
 
-    def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Mapping[int, list[int]]:
-        """`StepResult.drafts` of a step that has sampled `ids`, before the next one is launched."""
+    def propose(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
+        """What may follow in a step that has sampled `ids`, before the next one is launched."""
 
 
 class StepRunner:
@@ -129,7 +137,7 @@ class StepRunner:
         drafts = self._drafts(plan, batch, computed, launched.ids)
         return launched._replace(prompt_logprobs=prompts, pooled=pooled, drafts=drafts)
 
-    def _drafts(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Mapping[int, list[int]]:
+    def _drafts(self, plan: StepPlan, batch: Batch, computed: Computed, ids: Tensor) -> Told:
         try:
             return {} if self.drafter is None else self.drafter.propose(plan, batch, computed, ids)
         except Exception:
@@ -143,11 +151,16 @@ class StepRunner:
         """Of a step whose numbers were sent."""
         tensors, host = self.tables.tensors(index), self.tables.host
         device = PagedSequences(self.tables.page_table, tensors.rows, tensors.seq_lens, tensors.cu_q, host.page_size)
-        sequences = index.rows, index.starts, index.num_new, index.offsets
-        attention = AttentionStep(*sequences, host.pages, host.page_size, num_decode, device)
-        if host.window:
-            attention = attention.with_windows(host.window, host.window_pages, self.tables.window_table)
+        attention = self.attention((index.rows, index.starts, index.num_new, index.offsets), num_decode, device)
         return Batch(index, tensors, attention, None if attention.is_decode else tensors.logit_tokens)
+
+    def attention(self, sequences: Sequence[IntArray], num_decode: int, device: PagedSequences) -> AttentionStep:
+        """sequences: rows, starts, num_new and offsets of `AttentionStep`."""
+        host = self.tables.host
+        attention = AttentionStep(*sequences, host.pages, host.page_size, num_decode, device)
+        if not host.window:
+            return attention
+        return attention.with_windows(host.window, host.window_pages, self.tables.window_table)
 
     def _sample(
         self, logits: Tensor, tensors: StepTensors, rules: StepRules | None = None, ids: Tensor | None = None

@@ -97,7 +97,7 @@ class CudaOps(delta.DeltaOps, TritonOps):
 
     def __init__(self, arch: tuple[int, int], moe_backend: str = "triton") -> None:
         super().__init__(moe_backend)
-        self._arch = arch
+        self._arch, self.captures_chunks = arch, True
         self._elementwise, self._sampling, self._step = (load_kernel(name, arch) for name in KERNELS)
 
     def matrix(self, weight: Tensor, activation: str | None = None) -> Matrix:

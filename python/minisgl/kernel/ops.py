@@ -290,6 +290,8 @@ class StepOps:
 class TorchOps(LayerOps, StepOps):
     """The reference of both."""
 
+    captures_chunks = False  # of layers with states: steps of several tokens of a sequence can be captured
+
 
 def loop_over_experts(
     x: Tensor, router_logits: Tensor, gate_up: Sequence[Matrix], down: Sequence[Matrix], spec: MoE, biases: Biases

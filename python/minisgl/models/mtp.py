@@ -21,6 +21,7 @@ class MTPHead:
 
     def __init__(self, env: LayerEnv, model: DecoderModel) -> None:
         env, self._model, self._ops = replace(env, format=DENSE), model, env.ops
+        self._comm = env.comm
         config, self._eps, hidden = model.config, model.config.rms_norm_eps, model.config.hidden_size
         assert config.mtp is not None
         self.fc = Linear(env, (hidden, 2 * hidden), {"": Shard((hidden, 2 * hidden), (0, hidden))})
@@ -38,6 +39,10 @@ class MTPHead:
     def logits(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → of the token after the following one, [n, vocab_size], on rank 0."""
         return self._model.lm_head.logits(x, self._norms["norm"], self._eps)
+
+    def choose(self, x: Tensor) -> Tensor:
+        """x: rows of `forward`'s result → the most probable tokens after the following ones, [n] int32."""
+        return self._comm.broadcast(self.logits(x).argmax(-1).int())
 
     def hidden(self, x: Tensor) -> Tensor:
         """x: rows of `forward`'s result → what it goes on from, in the place of the model's."""

@@ -5,8 +5,10 @@ of samples that equals the draft is kept: the output is the same with and withou
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 
+from minisgl.config.mtp import longest_draft
 from minisgl.config.runtime import SchedulerConfig
 from minisgl.core import Draft, Req, ScheduledReq, StateCopy, StepPlan, StepResult, most_samples
 from minisgl.kvcache.pages import Pages
@@ -16,9 +18,9 @@ from minisgl.utils.math import div_ceil
 
 logger = logging.getLogger(__name__)
 
+_LONGEST = 8  # tokens of drafts, from a drafter that a test brings
 # Of the drafted tokens whose turn comes this share is right: at first, and how much of it one changes, or a step
 # in which no draft would pay (so there is another try at some time).
-_LONGEST = {"ngram": 8, "mtp": 3}  # drafts, where no flag says it
 _FIRST_RATE, _LEARNING, _FORGETTING = 0.7, 1 / 8, 1 / 64
 
 
@@ -59,17 +61,20 @@ class Speculation:
     """Owns the drafter, and what is remembered of how its drafts fared. Deterministic, as the planner is.
 
     spares: by uid, the slots of states as they were before the step in flight. num_drafted, num_right: tokens.
+    holds: whether a drafted token is right where this one was sampled. In its place a benchmark may put a coin, to see
+    what drafts of some quality would gain: what is generated then makes no sense.
     """
 
     def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
         self._config, self._most_samples = config, most_samples(config.max_running_requests)
-        self._longest = config.speculate_tokens or _LONGEST.get(config.speculate, 8)
+        self._longest = longest_draft(config.speculate, config.speculate_tokens) or _LONGEST
         self._told = ToldDrafter() if config.speculate == "mtp" else None
         self._drafter = NgramDrafter() if drafter is None and config.speculate == "ngram" else drafter or self._told
         self._rates: dict[int, float] = {}  # by uid; -1: the drafter has failed
         self._forced: dict[int, tuple[int, list[int]]] = {}  # by uid: where prescribed tokens begin, and these
         self.spares: dict[int, int] = {}
         self.num_drafted = self.num_right = 0
+        self.holds: Callable[[int, int], bool] = operator.eq
 
     @property
     def is_on(self) -> bool:
@@ -129,14 +134,16 @@ class Speculation:
         self, req: Req, share: ScheduledReq, draft: Sequence[int], ids: tuple[int, ...], pages: Pages
     ) -> tuple[int, ...]:
         """A step has sampled `ids` for a request: which of them hold, each one before which the draft was right."""
-        slot, num_right = self.release(req, pages), 0
+        slot, num_right, holds = self.release(req, pages), 0, False
         if req.num_stale:  # it sits out: how far it got is known
             return ids
-        while num_right < len(draft) and draft[num_right] == ids[num_right] and ids[num_right + 1] >= -1:
+        while num_right < len(draft):
+            holds = self.holds(draft[num_right], ids[num_right])
+            if not holds or ids[num_right + 1] < -1:
+                break
             num_right += 1
         # A draft that ends where it is right was not looked at any further: there was no mask in time.
-        is_cut = num_right < len(draft) and ids[num_right] == draft[num_right]
-        num_judged = num_right if is_cut else len(draft)
+        num_judged = num_right if holds else len(draft)
         self._count(req, num_judged, num_right)
         if not self._forced_from(req, share.start + share.num_new - len(draft)):
             self._learn_rate(req.uid, num_judged, num_right)

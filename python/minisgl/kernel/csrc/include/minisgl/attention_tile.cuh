@@ -58,7 +58,7 @@ struct Params {
   int page_size;
   int window;     // tokens that a query sees, itself included; 0: all
   float scale;    // of the scores, in units of log2
-  bool early;     // see `attention_decode`
+  int num_fresh;  // see `attention_decode`
 };
 
 // What a block works on: kHeads KV heads, kWarps / kHeads warps for each, kBlocks such blocks on an SM. A warp has a ring
@@ -234,7 +234,7 @@ struct Loader {
   int count, kv_head;
   uint32_t ring;
 
-  // Before pdl_wait (where p.early) only tiles without their sequence's newest token are read.
+  // Before pdl_wait (where p.num_fresh > 0) only tiles without so many newest tokens of their sequence are read.
   __device__ void start(const Params& p) {
     Lookup lookups[P::kStages];
     bool newest[P::kStages];
@@ -244,7 +244,7 @@ struct Loader {
       newest[s] = false;
       if (s >= count) continue;
       lookups[s] = look_up<P>(p, walk);
-      newest[s] = walk.pos + P::kTile >= walk.len;
+      newest[s] = walk.pos + P::kTile + p.num_fresh > walk.len;
       if (s + 1 < count) walk.advance(p, P::kTile);
     }
     next = {0, -1};

@@ -1,0 +1,95 @@
+"""Drafts on the device in fp32: the output is the same with and without, captured and op by op, whoever drafts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minisgl import LLM, SamplingParams
+from minisgl.core import Req
+from minisgl.scheduler import speculation
+from tests.gpu.conftest import DEVICE
+from tests.integration.test_llm import make_prompts, with_tokenizer
+from tests.integration.test_mtp import NUM_DRAFTS, Head, generate, made
+from tests.models import tiny_model
+
+__all__ = ["made"]
+NUM_TOKENS = 40
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+PARAMS = [
+    GREEDY,
+    dataclasses.replace(GREEDY, temperature=0.8, seed=1),
+    dataclasses.replace(GREEDY, temperature=0.8, top_k=20, top_p=0.9, seed=2, logprobs=2),
+    dataclasses.replace(GREEDY, logit_bias=((5, 2.0), (9, -3.0))),
+    dataclasses.replace(GREEDY, repetition_penalty=1.3, frequency_penalty=0.6),
+]
+EAGER = {"cuda_graph_max_bs": 0}
+FEW = {"cuda_graph_max_bs": 0 if DEVICE == "cpu" else 8, "max_running_requests": 6}
+ON_DEVICE = {"device": DEVICE, "prefill_backend": "triton", "decode_backend": "triton", "draft_len": NUM_DRAFTS}
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no graphs")
+
+
+class Knowing:
+    """Knows what will be generated; of a draft so many tokens are right."""
+
+    def __init__(self, truth: dict[tuple[int, ...], list[int]], num_right: Callable[[int], int]) -> None:
+        self._truth, self._num_right = truth, num_right
+
+    def propose(self, req: Req, num_pending: int, most: int) -> list[int]:
+        begin = len(req.tokens) - req.prompt_len + num_pending
+        ids = self._truth[(*req.tokens[: req.prompt_len], req.params.seed or 0)][begin : begin + most]
+        right = self._num_right(begin)
+        return [token if i < right else (token + 1) % 256 for i, token in enumerate(ids)]
+
+    def forget(self, uid: int) -> None:
+        pass
+
+
+def outputs_of(path: Path, params: list[SamplingParams], **options: Any) -> list[list[int]]:
+    with LLM(str(path), **options) as llm:
+        return [list(output.token_ids) for output in llm.generate(make_prompts(), params)]
+
+
+@pytest.mark.parametrize("options", [{}, EAGER, FEW], ids=["captured", "eager", "few graphs"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen3_5_text", "lfm2"])
+def test_drafts_change_nothing(family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, prompts = with_tokenizer(tiny_model(family, vocab_size=512)), make_prompts()
+    params = [dataclasses.replace(PARAMS[i % len(PARAMS)], seed=i) for i in range(len(prompts))]
+    expected = outputs_of(path, params)
+    truth = {(*prompt, i): ids for i, (prompt, ids) in enumerate(zip(prompts, expected, strict=True))}
+    lengths: dict[str, Callable[[int], int]] = {
+        "right": lambda _: 64,
+        "noise": lambda _: 0,
+        "some": lambda n: n * 7 % 5,
+    }
+    for kind in ("right", "noise", "some", "ngram"):
+        if kind in lengths:
+            monkeypatch.setattr(speculation, "NgramDrafter", lambda kind=kind: Knowing(truth, lengths[kind]))
+        assert outputs_of(path, params, speculate="ngram", **options) == expected, kind
+        monkeypatch.undo()
+
+
+@needs_gpu
+@pytest.mark.parametrize("max_batch", [0, 32])
+def test_a_head_tells_what_its_formula_says(made: tuple[Path, Any, Head], max_batch: int) -> None:
+    path, model, head = made
+    told, drafts = generate(path, "mtp", cuda_graph_max_bs=max_batch, **ON_DEVICE)
+    assert told == generate(path, "off")[0]
+    assert len(drafts) > 5
+    with torch.no_grad():
+        for tokens, draft in drafts:
+            assert draft == head.drafts(model, tokens, len(draft)), f"after {len(tokens)} tokens"
+
+
+@pytest.mark.parametrize("options", [{}, EAGER, FEW], ids=["captured", "eager", "few graphs"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text"])
+def test_heads_change_nothing(family: str, options: dict[str, Any]) -> None:
+    path = with_tokenizer(tiny_model(family, vocab_size=512, mtp_num_hidden_layers=1))
+    params = [dataclasses.replace(PARAMS[i % len(PARAMS)], seed=i) for i in range(len(make_prompts()))]
+    expected = outputs_of(path, params, dummy_weight=True)
+    assert outputs_of(path, params, dummy_weight=True, speculate="mtp", **options) == expected

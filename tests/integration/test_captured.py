@@ -1,0 +1,195 @@
+"""What a GPU's engine makes of plans: captured steps, padding, drafts in them. No GPU is needed: a step that was
+captured is computed again by the function that would have been captured, from the same static tensors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minisgl.attention.base import AttentionBackend, AttentionStep
+from minisgl.attention.sdpa import attend
+from minisgl.config.model import AttentionSpec
+from minisgl.config.runtime import EngineConfig, SchedulerConfig
+from minisgl.core import Masks, ScheduledReq, StepPlan, StepResult
+from minisgl.distributed.comm import Communicator
+from minisgl.engine import cuda
+from minisgl.engine.cuda import CapturedSteps
+from minisgl.engine.engine import create_engine
+from minisgl.engine.graph import RunStep
+from minisgl.engine.shapes import GraphShape, captured_shapes, fit
+from minisgl.engine.shard import ModelShard
+from minisgl.engine.staging import DeviceTables
+from minisgl.kernel.ops import PagedSequences, TorchOps
+from minisgl.kvcache.pool import LayerCache
+from minisgl.scheduler.drafters import NgramDrafter
+from tests.driver import engine_config
+from tests.integration.test_mtp import NUM_DRAFTS, Head, generate, made
+from tests.integration.test_speculation import NUM_TOKENS, Knowing, ids_of, run
+from tests.models import tiny_model
+
+Tensor = torch.Tensor
+__all__ = ["made"]  # a fixture
+
+
+class OnDevice(AttentionBackend[PagedSequences]):
+    """Reads of a step what lies on the device, as kernels do that can be captured."""
+
+    def prepare(self, step: AttentionStep, captured: bool) -> PagedSequences:
+        return step.on_device()
+
+    def forward(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, metadata: PagedSequences, sinks: Tensor | None = None
+    ) -> Tensor:
+        out, seqs = torch.empty_like(q), metadata
+        for i, (row, end) in enumerate(zip(seqs.rows.tolist(), seqs.seq_lens.tolist(), strict=True)):
+            begin, stop = seqs.cu_q[i : i + 2].tolist()
+            positions = torch.arange(end)
+            slots = seqs.page_table[row, positions // seqs.page_size].long() * seqs.page_size
+            k, v = (x[slots + positions % seqs.page_size].transpose(0, 1) for x in cache)
+            mask = torch.arange(end - stop + begin, end)[:, None] >= positions
+            out[begin:stop] = attend(q[begin:stop].transpose(0, 1), k, v, mask, spec, sinks).transpose(0, 1)
+        return out
+
+
+class Graphs:
+    """In place of `DecodeGraphs`."""
+
+    def __init__(self, prepare: Callable[[GraphShape], RunStep], shapes: list[GraphShape]) -> None:
+        self.replayed: list[GraphShape] = []
+        self._runs, self._results = dict[GraphShape, RunStep](), dict[GraphShape, tuple[Tensor, Tensor]]()
+        for shape in reversed(shapes):
+            self._runs[shape] = prepare(shape)
+            self._results[shape] = self._runs[shape]()
+
+    def replay(self, shape: GraphShape) -> Tensor:
+        self.replayed.append(shape)
+        self._results[shape] = self._runs[shape]()
+        return self._results[shape][0]
+
+    def logits(self, shape: GraphShape) -> Tensor:
+        return self._results[shape][1]
+
+
+class Ops(TorchOps):
+    captures_chunks = True
+
+
+class Engine:
+    """A `core.Executor` of captured steps."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        with torch.inference_mode():
+            shard = ModelShard(config, torch.device("cpu"), Communicator(), Ops())
+            tables = DeviceTables(config, shard.ops, shard.ropes, shard.device)
+            row = tables.padding_row
+            tables.page_table[row] = tables.host.pages[row] = config.num_pages
+            cache, backend = shard.create_kv(config.num_pages + 1), OnDevice()
+            self.steps = CapturedSteps(shard, cache, tables, backend, config.cuda_graph_max_bs)  # type: ignore[arg-type]
+
+    def submit(self, plan: StepPlan, masks: Masks | None = None) -> Any:
+        with torch.inference_mode():
+            result: StepResult = self.steps.launch(plan, masks).result(plan)
+        return SimpleNamespace(result=lambda: result)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graphs]:
+    """Those that engines make."""
+    made, empty = list[Graphs](), torch.empty
+    event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
+
+    def make(*args: Any) -> Graphs:
+        made.append(Graphs(*args))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **how: empty(*size, **how))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(cuda, "DecodeGraphs", make)
+    return made
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "qwen3_5_text", "lfm2"])
+@pytest.mark.parametrize("kind", ["none", "right", "noise", "some", "ngram"])
+def test_captured_steps_give_the_same_with_drafts(family: str, kind: str, graphs: list[Graphs]) -> None:
+    config = engine_config(tiny_model(family), page_size=4, num_pages=256, max_running_requests=128)
+    has_states = bool(config.model.states)
+    if has_states:
+        config = replace(config, num_snapshots=8)
+    rows, chunk, longest = config.max_running_requests, 64, config.max_seq_len
+    states = {"has_states": has_states, "num_snapshots": config.num_snapshots}
+    planning = SchedulerConfig(rows, chunk, longest, 256, 4, check_integrity=1, integrity_fatal=True, **states)
+    reference = create_engine(config)
+    expected = run(reference, planning, None)[0]
+    reference.close()
+    truth = {uid: ids_of(outputs) for uid, outputs in enumerate(expected)}
+    lengths: dict[str, Callable[[int], int]] = {
+        "right": lambda _: 64,
+        "noise": lambda _: 0,
+        "some": lambda n: n * 7 % 5,
+    }
+    drafter = Knowing(truth, lengths[kind]) if kind in lengths else NgramDrafter() if kind == "ngram" else None
+    engine = Engine(replace(config, draft_len=8, cuda_graph_max_bs=128))
+    told, num_steps = run(engine, planning, drafter)
+    for outputs, wanted in zip(told, expected, strict=True):
+        assert ids_of(outputs) == ids_of(wanted)
+        parts, others = ([p for one in some for p in one.logprobs] for some in (outputs, wanted))
+        for part, one in zip(parts, others, strict=True):
+            np.testing.assert_allclose(part.chosen, one.chosen, atol=1e-4)
+            np.testing.assert_array_equal(part.top_ids, one.top_ids)
+    replayed = graphs[-1].replayed
+    assert len(replayed) > num_steps // 3, "hardly anything was captured"
+    if family == "qwen3_5_text" and kind in lengths:
+        assert any(shape.num_tokens > shape.num_reqs for shape in replayed)
+    assert kind != "right" or num_steps < NUM_TOKENS // 2
+
+
+@pytest.mark.parametrize("max_batch", [0, 64])
+def test_a_head_tells_the_same_without_the_host(
+    made: tuple[Path, Any, Head], max_batch: int, graphs: list[Graphs]
+) -> None:
+    """As the one that asks for each token: those drafts are compared with transformers'."""
+    config = {"draft_len": NUM_DRAFTS, "cuda_graph_max_bs": max_batch}
+    outputs, drafts = generate(made[0], "mtp", create=Engine, **config)
+    expected = generate(made[0], "mtp")
+    assert outputs == expected[0] == generate(made[0], "off")[0]
+    assert drafts == expected[1]
+    assert bool(graphs[-1].replayed) == (max_batch > 0)
+
+
+@pytest.mark.parametrize("max_batch", [0, 32])
+def test_a_head_of_a_hybrid_changes_nothing(max_batch: int, graphs: list[Graphs]) -> None:
+    path = tiny_model("qwen3_5_text", mtp_num_hidden_layers=1)
+    config = {"draft_len": NUM_DRAFTS, "cuda_graph_max_bs": max_batch, "max_running_requests": 4, "dummy_weight": True}
+    outputs, drafts = generate(path, "mtp", create=Engine, **config)
+    assert outputs == generate(path, "off", dummy_weight=True)[0]
+    assert drafts == generate(path, "mtp", dummy_weight=True)[1]
+    assert any(shape.is_wide for shape in graphs[-1].replayed) == (max_batch > 0)
+
+
+@pytest.mark.parametrize(("draft_len", "has_states", "most"), [(3, False, 64), (3, True, 64), (8, True, 24)])
+def test_every_step_with_drafts_fits_a_shape(draft_len: int, has_states: bool, most: int) -> None:
+    shapes = [one for one in captured_shapes(256, draft_len, has_states, True, 2048) if one.is_wide]
+    rng = random.Random(0)
+    for num in range(1, most + 1):
+        for _ in range(20):
+            counts = [rng.choice((1, rng.randint(1, draft_len), draft_len + 1)) for _ in range(num)]
+            again = [rng.randint(0, draft_len) if has_states else 0 for _ in range(num)]
+            reqs = [ScheduledReq(i, 9, n + more, n) for i, (n, more) in enumerate(zip(counts, again, strict=True))]
+            found = fit(shapes, reqs, row=999)
+            assert found is not None, counts
+            shape, padding = found
+            together = (*reqs, *padding)
+            numbers = (sum(req.num_new for req in together), len(together), sum(req.num_samples for req in together))
+            assert numbers == (shape.num_tokens, shape.num_reqs, shape.num_samples)
+            assert all(req.row == 999 and req.num_new >= max(1, req.num_samples) for req in padding)
