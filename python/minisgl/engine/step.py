@@ -154,7 +154,9 @@ class StepRunner:
         attention = self.attention((index.rows, index.starts, index.num_new, index.offsets), num_decode, device)
         return Batch(index, tensors, attention, None if attention.is_decode else tensors.logit_tokens)
 
-    def attention(self, sequences: Sequence[IntArray], num_decode: int, device: PagedSequences) -> AttentionStep:
+    def attention(
+        self, sequences: tuple[IntArray, IntArray, IntArray, IntArray], num_decode: int, device: PagedSequences
+    ) -> AttentionStep:
         """sequences: rows, starts, num_new and offsets of `AttentionStep`."""
         host = self.tables.host
         attention = AttentionStep(*sequences, host.pages, host.page_size, num_decode, device)
