@@ -181,7 +181,7 @@ class Speculation:
         for req, share in shares:
             rate = self._rates.setdefault(req.uid, _FIRST_RATE)
             if rate <= least and not self._forced:  # with many requests this is what is done for each of them
-                self._rates[req.uid] = rate + (_FIRST_RATE - rate) * _FORGETTING if rate >= 0 else rate
+                self._forget_rate(req.uid, rate)
             elif share.num_samples and _may_draft(req) and share.num_new <= 1 + self._longest:
                 num_pending = req.num_tokens - 1 - len(req.tokens)
                 most = min(self._longest_of(req), budget, req.max_len - req.num_tokens)
@@ -191,8 +191,8 @@ class Speculation:
                     if ids := forced[:length] or self._propose(req, num_pending, length):
                         lengths.add(rate, num_pending, len(ids))
                         drafts[share.row], budget = ids, budget - len(ids)
-                elif 0 <= rate < _FIRST_RATE:
-                    self._rates[req.uid] = rate + (_FIRST_RATE - rate) * _FORGETTING
+                else:
+                    self._forget_rate(req.uid, rate)
         return drafts if lengths.pays else {}
 
     def _with_room(self, req: Req, share: ScheduledReq, ids: Sequence[int], pages: Pages) -> tuple[int, ...]:
@@ -235,6 +235,11 @@ class Speculation:
         if (rate := self._rates.get(uid, -1.0)) >= 0:
             rate = 1 - (1 - rate) * (1 - _LEARNING) ** num_right
             self._rates[uid] = rate * (1 - _LEARNING) if num_right < num_drafted else rate
+
+    def _forget_rate(self, uid: int, rate: float) -> None:
+        """No draft would have paid: in time there is another try."""
+        if 0 <= rate < _FIRST_RATE:
+            self._rates[uid] = rate + (_FIRST_RATE - rate) * _FORGETTING
 
     def _forced_from(self, req: Req, position: int) -> Sequence[int]:
         """The tokens that are prescribed there, as far as that is known."""
