@@ -93,11 +93,13 @@ class Server:
             torch.cuda.synchronize()  # the engine has a stream of its own
 
 
+@pytest.mark.parametrize("cache_type", ["radix", "naive"])
 @pytest.mark.parametrize("kernels", ["torch", "kernels"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_of_long_contexts(family: str, kernels: str) -> None:
+def test_tokens_of_long_contexts(family: str, kernels: str, cache_type: str) -> None:
     """With pages for the windows of less than all requests at once: some are sent back, and go on."""
-    server = Server(*configs(family, 24, **CPU_KERNELS if kernels == "kernels" else {}), spoils=True)
+    config, planning = configs(family, 24, **CPU_KERNELS if kernels == "kernels" else {})
+    server = Server(config, replace(planning, cache_type=cache_type), spoils=True)
     try:
         outputs, _ = server.generate(PROMPTS)
         assert outputs == [truth(family, tuple(prompt)) for prompt in PROMPTS]
